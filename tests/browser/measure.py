@@ -31,7 +31,7 @@ START = """(async () => {
   const start = performance.now();
   const bundle = await client.open();
   const opened = performance.now() - start;
-  const first = bundle.adapters[0]?.name ?? '';
+  const first = window.adapter = bundle.adapters[0]?.name ?? '';
   const verified = (await client.use(first)).milliseconds;
   const names = bundle.adapters.map(({ name }) => name);
   return { opened, verified, threads: bundle.threads, names: names.length ? names : [''] };
@@ -46,9 +46,10 @@ SWITCH = """(async () => {
 @click.command()
 @click.option("--repeat", default=21, type=click.IntRange(1, 1000), show_default=True)
 @click.option("--tokens", default=48, type=click.IntRange(2, 1000), show_default=True, help="Of a generated text.")
+@click.option("--teach", "taught", nargs=2, metavar="LABEL PHRASE", help="Also teach the page this.")
 @click.option("--json", "as_json", is_flag=True)
 @click.argument("bundle", type=click.Path(path_type=Path))
-def measure(repeat: int, tokens: int, as_json: bool, bundle: Path) -> None:
+def measure(repeat: int, tokens: int, taught: tuple[str, str] | None, as_json: bool, bundle: Path) -> None:
     """Print how fast BUNDLE is in the browser."""
     if (program := installed()) is None:
         raise ConfigError("no chromium on the path: apt install chromium")
@@ -56,15 +57,18 @@ def measure(repeat: int, tokens: int, as_json: bool, bundle: Path) -> None:
         threading.Thread(target=serving.serve_forever, daemon=True).start()
         browser = Chromium(program, Path(profile))
         try:
-            found = _measured(browser, f"http://127.0.0.1:{serving.server_port}/", bundle, repeat, tokens)
+            page = Page(browser)
+            found = _measured(browser, page, f"http://127.0.0.1:{serving.server_port}/", bundle, repeat, tokens)
+            if taught:
+                found |= _lesson(browser, page, *taught)
         finally:
             browser.close()
             serving.shutdown()
     click.echo(json.dumps(found) if as_json else "\n".join(f"{name:42} {value}" for name, value in found.items()))
 
 
-def _measured(chromium: Chromium, url: str, bundle: Path, repeat: int, tokens: int) -> dict[str, Any]:
-    page, starts, spent = Page(chromium), [], []
+def _measured(chromium: Chromium, page: Page, url: str, bundle: Path, repeat: int, tokens: int) -> dict[str, Any]:
+    starts, spent = [], []
     for _ in range(2):  # the second time the browser has the files in its cache, and asks whether they changed
         start, used = time.perf_counter(), chromium.cpu_seconds()
         page.goto(url)
@@ -115,6 +119,18 @@ def _phrases(chromium: Chromium, page: Page, bundle: Path, name: str, repeat: in
         "one phrase, ms of CPU": round(1000 * (between - start) / repeat, 1),
         "one phrase, native, ms": _middle(answered),
         "one phrase, native, ms of CPU": round(1000 * (time.process_time() - own) / repeat, 1),
+    }
+
+
+def _lesson(chromium: Chromium, page: Page, label: str, phrase: str) -> dict[str, Any]:
+    given = json.dumps([{"label": label, "text": phrase}])
+    used, start = chromium.cpu_seconds(), time.perf_counter()
+    learned = page.evaluate(f"client.teach(adapter, {given})")
+    seconds = time.perf_counter() - start
+    return {
+        "a lesson, steps": learned["steps"],
+        "a lesson, s": f"{seconds:.1f} ({chromium.cpu_seconds() - used:.1f} of CPU)",
+        "tested phrases with another answer": f"{len(learned['changed'])} of {learned['tested']}",
     }
 
 

@@ -2,30 +2,45 @@
 
 import base64
 import json
+import shutil
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
+from click.testing import CliRunner
 from peft import PeftModel
 
+from adapters import container, storage
 from adapters.base import Base
+from adapters.bundle import BASE, TRAINING
+from adapters.bundle import PHRASES as PHRASES_FILE
 from adapters.layout import Tensors
 from adapters.peftconfig import PeftConfig
+from aggregation.errors import TrustError
 from aggregation.pki.identity import IdentityKey
+from client.cli import device
 from client.inference.library import Library
+from client.inference.session import ClassificationSession
+from client.learning import Correction, Learner
 from client.learning.tune import tune
 from client.training.examples import Example
 from client.training.graphtrainer import GraphTrainer
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
+from tests.browser.test_page import IN_USE, ROWS
+from tests.support.bundles import flip, resign_base
 from tests.support.models import LABELS, PHRASES, draw
 
 pytestmark = pytest.mark.slow
 
 CONFIG = PeftConfig.lora(rank=4, alpha=8)
+RESULT = "document.getElementById('teach-result').textContent"
 HEAD = 2e-4  # of the values of ``draw``: so small that 30 steps of a tiny base change answers
 OPEN = """
   const load = (name) => import(`/${name}.js`);
@@ -53,9 +68,12 @@ TUNED = f"""(async ({{ taught, rehearsed }}) => {{ {OPEN}
 }})"""
 
 
-@pytest.fixture(scope="module", params=[Profile.FP32, Profile.NATIVE_INT8], ids=str)
+IN_BOTH = pytest.mark.parametrize("trainable", [Profile.FP32, Profile.NATIVE_INT8], ids=str, indirect=True)
+
+
+@pytest.fixture(scope="module")
 def trainable(request: Any, model: PeftModel, tiny_base: Base, trace_once: object) -> ExportedBase:
-    return export_classifier(model, tiny_base, request.param, training=True)
+    return export_classifier(model, tiny_base, getattr(request, "param", Profile.FP32), training=True)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +111,7 @@ def same(found: dict[str, str], expected: Tensors, within: float) -> None:
         np.testing.assert_allclose(value, expected[name].ravel(), rtol=0, atol=within, err_msg=name)
 
 
+@IN_BOTH
 def test_the_gradients_of_a_batch_are_those_of_the_native_device(
     page: Any, serve: Callable[[Path], str], phone: Path
 ) -> None:
@@ -109,6 +128,7 @@ def test_the_gradients_of_a_batch_are_those_of_the_native_device(
     same(found["gradients"], by_input(trainer, gradients), 1e-5)
 
 
+@IN_BOTH
 def test_the_same_corrections_tune_the_same_adapter(page: Any, serve: Callable[[Path], str], phone: Path) -> None:
     taught, rehearsed = [Example(PHRASES[0], 3)], [Example(text, 1) for text in PHRASES[1:4]]
     trainer, start = native(phone)
@@ -120,3 +140,226 @@ def test_the_same_corrections_tune_the_same_adapter(page: Any, serve: Callable[[
     found = page.evaluate(f"{TUNED}({json.dumps(given)})")
     assert found["steps"] == expected.steps > 3
     same(found["values"], by_input(trainer, expected.adapter), 1e-4)
+
+
+# --- the page: learning, undoing, keeping and saving
+
+
+def taught_in(page: Any, text: str, label: str) -> dict[str, Any]:
+    """Teach a phrase as a person does; returns what the page shows, and which adapter is in use."""
+    page.evaluate(f"document.getElementById('phrase').value = {text!r}")
+    page.evaluate(f"document.getElementById('teach-label').value = {label!r}")
+    page.evaluate("document.getElementById('teach-form').requestSubmit()")
+    page.until("document.getElementById('teach-cancel').disabled")
+    return {"shown": page.evaluate(RESULT), "error": page.alert("teach-error"), "in use": page.evaluate(IN_USE)}
+
+
+def answers(page: Any, text: str) -> list[tuple[str, float]]:
+    page.evaluate(f"document.getElementById('phrase').value = {text!r}")
+    page.evaluate("document.getElementById('answer-caption').textContent = ''")
+    page.evaluate("document.getElementById('classify-form').requestSubmit()")
+    page.until("document.getElementById('answer-caption').textContent !== ''")
+    return [(label, float(probability)) for label, probability in page.evaluate(ROWS)]
+
+
+def public(bundle: Path, vendor: IdentityKey, exported: ExportedBase) -> None:
+    """Put public phrases into the bundle, with the answers of the global adapter."""
+    session = ClassificationSession.open(bundle)
+    rows = [f"{session.classify([text], 'global')[0].label}\t{text}\n" for text in PHRASES[1:]]
+    (bundle / BASE / PHRASES_FILE).write_text("".join(rows) + "Unknown\ta label that the adapter lacks\n")
+    digest = storage.file_sha256(bundle / BASE / PHRASES_FILE)
+    resign_base(bundle, vendor, files={**exported.digests, PHRASES_FILE: digest})
+
+
+def other(bundle: Path, text: str = PHRASES[0]) -> str:
+    """A label that the global adapter does not answer."""
+    found = ClassificationSession.open(bundle).classify([text], "global")[0].label
+    return next(label for label in LABELS if label != found)
+
+
+@IN_BOTH
+def test_a_lesson_gives_the_adapter_and_the_answers_of_the_native_device_and_is_there_after_a_reload(
+    page: Any, serve: Callable[[Path], str], phone: Path, trainable: ExportedBase, vendor: IdentityKey
+) -> None:
+    public(phone, vendor, trainable)
+    label, url = other(phone), serve(phone)
+    page.goto(url)
+    found = taught_in(page, PHRASES[0], label)
+    assert found["error"] == ""
+    assert found["in use"].startswith("In use: personal,")
+    assert all(one.startswith(url) and "kitchen" not in one for one in page.requests()), "nothing of it leaves the tab"
+    for _ in range(2):
+        shown = answers(page, PHRASES[0])
+        assert shown[0][0] == label
+        page.goto(url)
+    with Learner.open(phone) as learner:
+        learned = learner.teach([Correction(PHRASES[0], label)])
+    head = f"personal version 4: 1 of 1 learned, {learned.steps} steps"
+    assert found["shown"].startswith(head)
+    assert f"{len(learned.changed)} of {learned.tested} other known phrases" in found["shown"]
+    session = ClassificationSession.open(phone)
+    for text in PHRASES:
+        expected = session.rank([text], "personal", 5)[0]
+        assert answers(page, text) == [(one.label, pytest.approx(one.probability, abs=0.03)) for one in expected]
+
+
+def test_lessons_are_undone_one_after_the_other(page: Any, serve: Callable[[Path], str], phone: Path) -> None:
+    before = [one.label for one in ClassificationSession.open(phone).classify(PHRASES[:2], "global")]
+    page.goto(serve(phone))
+    first, second = other(phone), other(phone, PHRASES[1])
+    taught_in(page, PHRASES[0], first)
+    once = answers(page, PHRASES[1])
+    assert taught_in(page, PHRASES[1], second)["shown"].startswith("personal version 5: 1 of 1 learned")
+    for expected, shown in (("personal", f"“{PHRASES[1]}” as {second}"), ("global", f"“{PHRASES[0]}” as {first}")):
+        page.evaluate("document.getElementById('teach-undo').click()")
+        page.until("document.getElementById('teach-cancel').disabled")
+        assert page.alert("teach-error") == ""
+        assert page.evaluate(RESULT) == f"Undone: {shown}"
+        assert page.evaluate(IN_USE).startswith(f"In use: {expected},")
+        if expected == "personal":
+            assert answers(page, PHRASES[1]) == once
+    assert [answers(page, text)[0][0] for text in PHRASES[:2]] == before
+    assert page.evaluate("document.getElementById('teach-undo').disabled")
+    assert page.errors() == []
+
+
+def test_saved_files_answer_on_a_native_device_and_open_in_onnxruntime(
+    page: Any, serve: Callable[[Path], str], phone: Path, tmp_path: Path
+) -> None:
+    label, saved = other(phone), tmp_path / "saved"
+    page.goto(serve(phone))
+    taught_in(page, PHRASES[0], label)
+    shown = answers(page, PHRASES[0])
+    page.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(saved))
+    page.evaluate("document.getElementById('teach-files').click()")
+    names = ["personal.json", "personal.onnx_adapter", "personal.pem"]
+    end = time.monotonic() + 60
+    while time.monotonic() < end and sorted(path.name for path in saved.glob("*")) != names:
+        time.sleep(0.05)
+    assert sorted(path.name for path in saved.glob("*")) == names
+    for name in names[:2]:
+        shutil.copyfile(saved / name, phone / "adapters" / name)
+    arguments = ["infer", "--bundle", str(phone), "--adapter", "personal", "--json", PHRASES[0]]
+    assert isinstance(CliRunner().invoke(device, arguments).exception, TrustError), "its key is not pinned yet"
+    with (tmp_path / "trust.pem").open("ab") as pinned:
+        pinned.write((saved / "personal.pem").read_bytes())
+    done = CliRunner().invoke(device, arguments, catch_exceptions=False)
+    (answer,) = json.loads(done.output)["adapters"][0]["answers"]
+    assert answer["intents"] == [{"intent": label, "probability": pytest.approx(shown[0][1], abs=0.03)}]
+    stored = ort.AdapterFormat.read_adapter(str(saved / names[1])).get_parameters()
+    for name, value in container.unpack((saved / names[1]).read_bytes()).items():
+        assert np.array_equal(stored[name].numpy(), value)
+
+
+# --- what must not change the adapter in use
+
+HANGING = f"""(async ({{ text, label }}) => {{ {OPEN}
+  const {{ Learner }} = await load("learning/learner");
+  const pause = (steps) => (steps < 2 ? undefined : (globalThis.reached = true, new Promise(() => {{}})));
+  new Learner(engine).teach("global", [{{ text, label }}], pause);
+  return true;
+}})"""
+WITHOUT_ROOM = f"""(async ({{ text, label, how }}) => {{ {OPEN}
+  const {{ Learner }} = await load("learning/learner");
+  const put = IDBObjectStore.prototype.put;
+  IDBObjectStore.prototype.put = function (...given) {{
+    if (this.name !== "learned") return put.apply(this, given);
+    if (how === "refused") throw new DOMException("no room", "QuotaExceededError");
+    const request = put.apply(this, given);
+    this.transaction.abort();
+    return request;
+  }};
+  await new Learner(engine).teach("global", [{{ text, label }}]);
+}})"""
+CALL = """(async (given) => {
+  const { Client } = await import("/client.js");
+  const client = new Client();
+  await client.open();
+  const done = client.teach(given.name ?? "global", given.corrections);
+  if (given.stop) client.stop();
+  await done;
+})"""
+
+
+def unchanged(page: Any, url: str, label: str) -> None:
+    """The global adapter is in use after a reload, and a lesson succeeds."""
+    page.goto(url)
+    assert page.evaluate(IN_USE).startswith("In use: global,")
+    assert taught_in(page, PHRASES[0], label)["in use"].startswith("In use: personal,")
+
+
+def test_a_tab_that_is_closed_in_the_middle_leaves_the_adapter_in_use_and_two_lessons_at_once_get_one_line(
+    page: Any, serve: Callable[[Path], str], phone: Path
+) -> None:
+    url, label = serve(phone), other(phone)
+    page.goto(url)
+    page.evaluate(f"{HANGING}({json.dumps({'text': PHRASES[0], 'label': label})})")
+    page.until("globalThis.reached === true")
+    found = taught_in(page, PHRASES[0], label)
+    assert "another tab is learning with this bundle" in found["error"]
+    assert found["in use"].startswith("In use: global,")
+    unchanged(page, url, label)
+
+
+@pytest.mark.parametrize("how", ["refused", "aborted"])
+def test_a_full_disk_leaves_the_adapter_in_use(page: Any, serve: Callable[[Path], str], phone: Path, how: str) -> None:
+    url, label = serve(phone), other(phone)
+    page.goto(url)
+    failed = page.error(f"{WITHOUT_ROOM}({json.dumps({'text': PHRASES[0], 'label': label, 'how': how})})")
+    assert (failed["name"], failed["about"]) == ("ConfigError", "learned")
+    unchanged(page, url, label)
+
+
+def test_wrong_input_is_refused_with_one_line_and_a_lesson_can_be_canceled(
+    page: Any, serve: Callable[[Path], str], phone: Path
+) -> None:
+    url, label, text = serve(phone), other(phone), PHRASES[0]
+    page.goto(url)
+    for corrections, more, about in (
+        ([], {}, "corrections"),
+        ([(text, label)] * 2, {}, "corrections"),
+        ([(str(number), label) for number in range(65)], {}, "corrections"),
+        ([(text, "Nothing")], {}, "label"),
+        ([(" ", label)], {}, "text"),
+        ([("light " * 400, label)], {}, "text"),
+        ([("🎵", label)], {}, "text.tokens"),
+        ([(text, label)], {"name": "nobody"}, "nobody.json"),
+        ([(text, label)], {"name": "../global"}, "name"),
+        ([(text, label)], {"stop": True}, "stop"),
+    ):
+        given = more | {"corrections": [{"text": each, "label": chosen} for each, chosen in corrections]}
+        failed = page.error(f"{CALL}({json.dumps(given)})")
+        assert (failed["about"], "\n" in failed["message"]) == (about, False), failed
+    unchanged(page, url, label)
+
+
+def test_a_training_graph_that_is_altered_is_refused_before_and_after_the_bundle_is_opened(
+    page: Any, serve: Callable[[Path], str], phone: Path
+) -> None:
+    url, label = serve(phone), other(phone)
+    page.goto(url)
+    flip(phone / BASE / TRAINING, 0.5)
+    found = taught_in(page, PHRASES[0], label)
+    assert f"base/{TRAINING} does not match the digest in its manifest" in found["error"]
+    assert found["in use"].startswith("In use: global,")
+    page.goto(url)
+    assert page.state() == "bad"
+    assert f"base/{TRAINING} does not match" in page.status()
+
+
+def test_a_bundle_or_an_adapter_that_cannot_be_trained_is_refused_with_the_remedy(
+    page: Any,
+    serve: Callable[[Path], str],
+    bundle: Path,
+    phone: Path,
+    first: AdapterSource,
+    vendor: IdentityKey,
+    exported: ExportedBase,
+    trainable: ExportedBase,
+) -> None:
+    write_bundle(bundle, exported, [first], key=vendor)
+    page.goto(serve(bundle))
+    assert "export base --training" in taught_in(page, PHRASES[0], LABELS[0])["error"]
+    write_bundle(phone, trainable, [replace(first, peft_config=None)], key=vendor)
+    page.goto(serve(phone))
+    assert "does not state its PEFT config" in taught_in(page, PHRASES[0], LABELS[0])["error"]

@@ -33,6 +33,7 @@ from client.browser.server import Site
 from client.inference.library import Composition, compose
 from client.inference.phrases import PhraseReader
 from client.inference.trust import Trust
+from client.learning.learner import _in_lesson_order
 from client.training.descent import AdamW
 from export.bundle import adapter
 from export.bundle.write import AdapterSource, add_adapter
@@ -322,7 +323,9 @@ def lessons() -> dict[str, Any]:
             optimizer.step(values, {"w": gradient})
             after.append(b64(values["w"].tobytes()))
         steps.append(row | {"gradients": [b64(each.tobytes()) for each in gradients], "after": after})
-    return {"steps": steps, "files": [(b64(raw), *pairs(raw)) for raw in PHRASE_FILES]}
+    phrases = [("Light", text) for text in PHRASES] + [("Größe", "a"), ("Light", "a"), ("Light", "a")]
+    orders = [(lesson, phrases, _in_lesson_order(phrases, lesson)) for lesson in (0, 1, 512)]
+    return {"steps": steps, "files": [(b64(raw), *pairs(raw)) for raw in PHRASE_FILES], "orders": orders}
 
 
 def pairs(raw: bytes) -> tuple[Any, str | None]:

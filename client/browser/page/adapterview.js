@@ -22,13 +22,18 @@ export class AdapterView {
     element("parts").addEventListener("click", ({ target }) => target.type === "button" && this.#remove(target.value));
   }
 
+  /** What is in use: { name, rank, parts }; undefined before the first. */
+  get inUse() {
+    return this.#used;
+  }
+
   /** The name of what is in use; undefined before the first. */
   get used() {
     return this.#used?.name;
   }
 
-  /** Show the adapters of a bundle, and use its default one. */
-  async show(adapters, generates) {
+  /** Show adapters, and use the one of this name; by default, the bundle's default one. */
+  async show(adapters, generates, name = defaultAdapter(adapters, generates)) {
     const items = adapters.map(({ name, manifest, refused }) => {
       return { name, title: name, note: refused ?? described(manifest), refused: Boolean(refused) };
     });
@@ -41,7 +46,6 @@ export class AdapterView {
     this.picker.show(items);
     this.#mark();
     settle("adapter-error");
-    const name = defaultAdapter(adapters, generates);
     if (name !== undefined) await this.#use(name);
     else complain("adapter-error", { message: "the bundle has no adapter that can be used; export one to it" });
   }

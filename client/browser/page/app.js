@@ -1,9 +1,10 @@
-// The page: opens a bundle, and connects its parts (adapterview.js, phraseview.js, chatview.js).
+// The page: opens a bundle, and connects its parts (adapterview.js, phraseview.js, learnview.js, chatview.js).
 
 import { AdapterView } from "./adapterview.js";
 import { ChatView } from "./chatview.js";
 import { Client } from "./client.js";
 import { complain, create, element, settle } from "./dom.js";
+import { LearnView } from "./learnview.js";
 import { PhraseView } from "./phraseview.js";
 
 const client = new Client();
@@ -11,8 +12,12 @@ const phrase = new PhraseView(client);
 const chat = new ChatView(client, () => adapters.used);
 const adapters = new AdapterView(client, {
   switching: () => answering().switching(),
-  switched: (done) => answering().switched?.(done),
+  switched: (done) => {
+    learn.switched(adapters.inUse);
+    return answering().switched?.(done);
+  },
 });
+const learn = new LearnView(client, (found, name) => adapters.show(found, false, name));
 let generates = false; // whether the open bundle generates text
 
 const answering = () => (generates ? chat : phrase);
@@ -38,6 +43,7 @@ async function open(options) {
   element("classify").hidden = generates;
   element("generate").hidden = !generates;
   answering().show(bundle);
+  learn.show(bundle);
   await adapters.show(bundle.adapters, generates);
   show("good", `A pinned key signed the base. Ready after ${((performance.now() - start) / 1000).toFixed(1)} s.`);
 }

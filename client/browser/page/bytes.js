@@ -14,6 +14,9 @@ export function unhex(text) {
   return Uint8Array.from({ length: text.length / 2 }, (_, i) => parseInt(text.slice(2 * i, 2 * i + 2), 16));
 }
 
+/** Bytes as a base64 text of the standard alphabet. */
+export const base64 = (bytes) => btoa(Array.from(bytes, (byte) => String.fromCharCode(byte)).join(""));
+
 /** Bytes of a base64 text of the standard alphabet. Throws SyntaxError for any other text. */
 export function unbase64(text) {
   const binary = typeof text === "string" && /^[A-Za-z0-9+/]*={0,2}$/.test(text) && text.length % 4 === 0 ? atob(text) : "";

@@ -18,6 +18,9 @@ export class Client {
   use = (name) => this.#call("use", { name });
   rank = (text, top) => this.#call("rank", { text, top });
   generate = (args, piece) => this.#call("generate", args, piece);
+  teach = (name, corrections, piece) => this.#call("teach", { name, corrections }, piece);
+  undo = () => this.#call("undo", {});
+  exported = (name) => this.#call("exported", { name });
   reset = () => this.#call("reset", {});
   stop = () => this.#worker.postMessage({ method: "stop" });
 

@@ -6,13 +6,14 @@
 // Every offset is checked before it is followed, since a FlatBuffer reader trusts them all. What the numbers mean is
 // decided in ondevice.js.
 
-import { decode } from "./bytes.js";
+import { byCodePoint, decode, encode } from "./bytes.js";
 import { DataError } from "./errors.js";
 
 const IDENTIFIER = 0x54524f54; // "TORT", little-endian
 const FORMAT = 1;
 const ADAPTER = { formatVersion: 0, parameters: 3 }; // the fields' places in the schema
 const PARAMETER = { name: 0, dims: 1, dataType: 2, rawData: 3 };
+const FLOAT32 = 1;
 const TYPES = { 1: ["float32", 4], 2: ["uint8", 1], 3: ["int8", 1], 10: ["float16", 2] }; // name, bytes of an element
 const MAX_PARAMETERS = 2 ** 16;
 const MAX_DIMENSIONS = 8;
@@ -103,6 +104,64 @@ function int32(view, at) {
 
 function within(view, start, size) {
   if (start < 0 || start + size > view.byteLength) throw damaged("an offset points outside of it");
+}
+
+/**
+ * The file of float32 tensors, Map of name → { shape, values }. Law: `parse(pack(inputs))` has these tensors.
+ *
+ * Numbers of eight bytes and the values of a tensor begin at a multiple of eight, as ONNX Runtime's verifier demands.
+ */
+export function pack(inputs) {
+  const tensors = [...inputs].sort(([left], [right]) => byCodePoint(left, right)).map(([name, each]) => [encode(name), each]);
+  const size = tensors.reduce((sum, [name, { shape, values }]) => sum + 64 + name.length + 8 * shape.length + values.byteLength, 64);
+  const file = new Uint8Array(size + 4 * tensors.length);
+  const view = new DataView(file.buffer);
+  let end = 8;
+  const reserve = (bytes, alignment = 4, before = 0) => {
+    const at = Math.ceil((end + before) / alignment) * alignment - before;
+    end = at + bytes;
+    return at;
+  };
+  const refer = (at, target) => view.setUint32(at, target - at, true);
+  /** A list of `length` elements; its number of elements is before the first. */
+  const list = (length, width, alignment = 4) => {
+    const at = reserve(4 + length * width, alignment, 4);
+    view.setUint32(at, length, true);
+    return at;
+  };
+  const vtable = () => {
+    const at = reserve(12);
+    [12, 20, 4, 8, 12, 16].forEach((value, i) => view.setUint16(at + 2 * i, value, true)); // both tables have four fields
+    return at;
+  };
+  const table = (fields) => {
+    const at = reserve(20);
+    view.setInt32(at, at - fields, true);
+    return at;
+  };
+  const fields = vtable();
+  const root = table(fields);
+  view.setUint32(0, root, true);
+  view.setUint32(4, IDENTIFIER, true);
+  [FORMAT, 1, 1].forEach((version, i) => view.setInt32(root + 4 + 4 * i, version, true)); // of format, adapter and model
+  const places = list(tensors.length, 4);
+  refer(root + 16, places);
+  tensors.forEach(([name, { shape, values }], i) => {
+    const at = table(fields);
+    refer(places + 4 + 4 * i, at);
+    const label = list(name.length + 1, 1); // and a zero byte, which does not count
+    view.setUint32(label, name.length, true);
+    file.set(name, label + 4);
+    refer(at + 4, label);
+    const dims = list(shape.length, 8, 8);
+    shape.forEach((dimension, j) => view.setBigInt64(dims + 4 + 8 * j, BigInt(dimension), true));
+    refer(at + 8, dims);
+    view.setInt32(at + 12, FLOAT32, true);
+    const data = list(values.byteLength, 1, 8);
+    file.set(new Uint8Array(values.buffer, values.byteOffset, values.byteLength), data + 4);
+    refer(at + 16, data);
+  });
+  return file.slice(0, end);
 }
 
 const damaged = (why) => new DataError(`not a sound .onnx_adapter file: ${why}`, ".onnx_adapter");

@@ -1,8 +1,8 @@
-// Signed documents as DSSE envelopes with Ed25519: the reading half of adapters/dsse.py and adapters/jsontext.py.
+// Signed documents as DSSE envelopes with Ed25519: as adapters/dsse.py and adapters/jsontext.py.
 //
 // Nothing of a payload is parsed before its signature is verified.
 
-import { concat, decode, encode, unbase64 } from "./bytes.js";
+import { base64, concat, decode, encode, unbase64 } from "./bytes.js";
 import { TrustError, quoted } from "./errors.js";
 import { verifies } from "./keys.js";
 
@@ -30,6 +30,13 @@ export async function accept(raw, type, keys) {
     throw new TrustError(`signed by ${quoted(signatures[0].keyid, 40)}, which is not a trusted key`, "keyid");
   }
   throw new TrustError("the signature does not match: the document was altered", "signature");
+}
+
+/** The envelope of a value as a document of this type. `sign` makes the signature of bytes, of the key with this `id`. */
+export async function sign(value, type, { id, sign: signature }) {
+  const payload = encode(JSON.stringify(value));
+  const sig = base64(await signature(pae(type, payload)));
+  return encode(JSON.stringify({ payload: base64(payload), payloadType: type, signatures: [{ keyid: id, sig }] }));
 }
 
 /** The bytes that are signed: DSSE's pre-authentication encoding. */

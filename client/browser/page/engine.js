@@ -1,25 +1,30 @@
 // Runs the frozen base of a bundle with one adapter at a time: the counterpart of client/inference/session.py.
 
+import { byCodePoint } from "./bytes.js";
 import * as composition from "./composition.js";
 import { Conversation } from "./conversation.js";
+import { MAX_ENVELOPE } from "./dsse.js";
 import { ConfigError, DataError, EdgeAdaptError, quoted } from "./errors.js";
 import { Generation } from "./generate.js";
 import { virtualTokens } from "./graphinputs.js";
+import { History } from "./learning/history.js";
 import * as runtime from "./runtime.js";
 import { Text } from "./text.js";
 import { TOKENIZER, TRAINING, Trust, WEIGHTS } from "./trust.js";
 
 const MAX_LOADED = 32; // adapters held in memory
 const MAX_LOADED_BYTES = 2 ** 28;
+const MAX_LEARNED = 2 ** 26; // bytes of an adapter that is taught
 export const BARE = ""; // the name of the base without an adapter
 
 export class Engine {
-  #loaded = new Map(); // name → { name, labels, rank, temperature, feeds, size }, most recently used last
+  #loaded = new Map(); // name → { name, parts, labels, rank, temperature, feeds, size }, most recently used last
   #current;
 
   /** Use `open`, which verifies. */
   constructor(source, trust, base, session, text, generation) {
     Object.assign(this, { source, trust, base, session, text, generation });
+    this.history = new History(`${trust.seen.keys}/${base.base_digest}`);
     this.conversation = generation && new Conversation(generation);
   }
 
@@ -44,15 +49,44 @@ export class Engine {
     }
   }
 
-  /** Every adapter of the bundle: { name, manifest }, verified, or { name, refused: reason }. */
+  /** Every adapter, of the bundle or learned here: { name, manifest }, verified, or { name, refused: reason }. */
   async adapters() {
-    const names = await this.source.adapterNames();
-    return Promise.all(names.map((name) => this.#listed(name)));
+    return Promise.all((await this.adapterNames()).map((name) => this.#listed(name)));
+  }
+
+  async adapterNames() {
+    const names = [...(await this.source.adapterNames()), ...(await this.history.adapterNames())];
+    return [...new Set(names)].sort(byCodePoint);
+  }
+
+  /** An adapter, { manifest, inputs }, which is read and verified again. Throws as `Trust.adapter`. */
+  async verified(name) {
+    const [trust, source] = await this.#origin(name);
+    return trust.adapter(source, this.base, name);
+  }
+
+  /** The bytes of an adapter's two files: { manifest, blob }. Nothing is verified. */
+  async filesOf(name) {
+    const [, source] = await this.#origin(name);
+    const [manifest, blob] = [`adapters/${name}.json`, `adapters/${name}.onnx_adapter`];
+    return { manifest: await source.read(manifest, MAX_ENVELOPE), blob: await source.read(blob, MAX_LEARNED) };
+  }
+
+  /** Forget an adapter that is loaded, also as a part of a composition, so that it is read again when it is used. */
+  forget(name) {
+    for (const [written, { parts }] of this.#loaded) if (parts.includes(name)) this.#loaded.delete(written);
+  }
+
+  /** Whom to trust for an adapter, and where it is: what was learned in this browser has a key of its own. */
+  async #origin(name) {
+    const learned = (await this.history.adapterNames()).includes(name);
+    return learned ? [new Trust(await this.history.keys(), this.trust.seen), this.history] : [this.trust, this.source];
   }
 
   async #listed(name) {
     try {
-      return { name, manifest: await this.trust.adapterManifest(this.source, name) };
+      const [trust, source] = await this.#origin(name);
+      return { name, manifest: await trust.adapterManifest(source, name) };
     } catch (error) {
       if (!(error instanceof EdgeAdaptError)) throw error;
       return { name, refused: error.message };
@@ -128,12 +162,13 @@ export class Engine {
   async #load(parts) {
     const adapter = parts.length ? await this.#composed(parts) : bare(this.base);
     const size = [...adapter.inputs.values()].reduce((sum, { values }) => sum + values.byteLength, 0);
-    return { ...adapter, inputs: undefined, feeds: runtime.adapterFeeds(adapter.inputs), size };
+    const names = parts.map(({ name }) => name);
+    return { ...adapter, parts: names, inputs: undefined, feeds: runtime.adapterFeeds(adapter.inputs), size };
   }
 
   async #composed(parts) {
     const verified = [];
-    for (const { name } of parts) verified.push(await this.trust.adapter(this.source, this.base, name));
+    for (const { name } of parts) verified.push(await this.verified(name));
     return composition.compose(parts, verified, this.base);
   }
 

@@ -1,9 +1,9 @@
-// Ed25519 public keys: reading the pinned ones, and verifying signatures.
+// Ed25519 keys: reading the pinned ones, verifying signatures, and signing with a key of this browser.
 //
 // WebCrypto does the arithmetic where it can; a browser without Ed25519 gets it from @noble/ed25519.
 
-import { encode, hex, sha256, unhex } from "./bytes.js";
-import { TrustError } from "./errors.js";
+import { base64, concat, encode, hex, sha256, unhex } from "./bytes.js";
+import { ConfigError, TrustError } from "./errors.js";
 
 const SPKI = unhex("302a300506032b6570032100"); // RFC 8410, section 4: everything before the 32 bytes of the key
 const BLOCK = /-----BEGIN PUBLIC KEY-----([A-Za-z0-9+/=\t-\r ]*)-----END PUBLIC KEY-----/g; // \s has more spaces than Python's
@@ -22,13 +22,13 @@ export async function pinned(pem, name = "trust.pem") {
   if (!blocks.length || !/^[\t-\r ]*$/.test(pem.replace(BLOCK, ""))) {
     throw new TrustError(`${name} is not a list of public keys in PEM form`, name);
   }
-  return Promise.all(blocks.map(([, base64]) => publicKey(base64)));
+  return Promise.all(blocks.map(([, text]) => publicKey(text)));
 }
 
-async function publicKey(base64) {
+async function publicKey(text) {
   let der;
   try {
-    der = Uint8Array.from(atob(base64.replace(/\s/g, "")), (sign) => sign.charCodeAt(0));
+    der = Uint8Array.from(atob(text.replace(/\s/g, "")), (sign) => sign.charCodeAt(0));
   } catch {
     throw new TrustError("not a public key in PEM form", "trust.pem");
   }
@@ -55,6 +55,31 @@ export async function verifies(key, signature, message) {
   const holds = await verifier();
   return (await holds(key.raw, signature, message)) === true;
 }
+
+/** A new key pair, whose private half no script can read. Throws ConfigError where the browser does not know Ed25519. */
+export async function signingKey() {
+  try {
+    return await crypto.subtle.generateKey({ name: "Ed25519" }, false, ["sign", "verify"]);
+  } catch {
+    throw new ConfigError("this browser cannot sign with Ed25519, which learning needs: use a newer one", "key");
+  }
+}
+
+/** The public key of a pair of `signingKey`, as `pinned` gives it. */
+export async function publicKeyOf(pair) {
+  const raw = new Uint8Array(await crypto.subtle.exportKey("raw", pair.publicKey));
+  return { raw, id: (await sha256(raw)).slice(0, 16) };
+}
+
+/** What signs with such a pair: { id, sign }. */
+export async function signer(pair) {
+  const sign = async (message) => new Uint8Array(await crypto.subtle.sign({ name: "Ed25519" }, pair.privateKey, message));
+  return { id: (await publicKeyOf(pair)).id, sign };
+}
+
+/** A public key in PEM form, which a trust.pem can contain. */
+export const toPem = ({ raw }) =>
+  `-----BEGIN PUBLIC KEY-----\n${base64(concat(SPKI, raw))}\n-----END PUBLIC KEY-----\n`;
 
 let chosen;
 

@@ -1,7 +1,8 @@
 // The two signed manifests that a device reads, checked field by field (adapters/manifest.py).
 
 import { ConfigError, TrustError, quoted } from "./errors.js";
-import { accept, isObject } from "./dsse.js";
+import { accept, isObject, sign } from "./dsse.js";
+import { signer } from "./keys.js";
 
 const boolean = (value) => typeof value === "boolean";
 const string = (value) => typeof value === "string";
@@ -78,8 +79,13 @@ export const baseManifest = (raw, keys) => manifest(raw, "base-manifest", BASE, 
 /** The manifest of an adapter. Throws as `baseManifest`. */
 export const adapterManifest = (raw, keys) => manifest(raw, "adapter-manifest", ADAPTER, keys);
 
+/** The signed envelope of the manifest of an adapter. `key` is a key pair of `signingKey`. */
+export const signedAdapterManifest = async (body, key) => sign(body, typeOf("adapter-manifest"), await signer(key));
+
+const typeOf = (name) => `application/vnd.edgeadapt.${name}.v1+json`;
+
 async function manifest(raw, name, fields, keys) {
-  const body = await accept(raw, `application/vnd.edgeadapt.${name}.v1+json`, keys);
+  const body = await accept(raw, typeOf(name), keys);
   if (!isObject(body)) throw new TrustError(`${name}: it is not an object`, name);
   const [field, why] = misfit(body, fields) ?? [];
   if (field) throw new TrustError(`${name}: field ${field} ${why}`, `${name}.${field}`);

@@ -1,16 +1,14 @@
 // The highest version of each adapter that this browser has accepted, and its content, by set of pinned keys and by base.
 //
-// Stored in IndexedDB, which a worker can use too, and as safe as the browser's storage: whoever clears it or can write
-// to it can go back to an older version. A native device has trust.seen.json for it (client/inference/seen.py).
+// Whoever clears the browser's storage, or can write to it, can go back to an older version. A native device has trust.seen.json for it (client/inference/seen.py).
 
-import { ConfigError, TrustError, quoted } from "./errors.js";
-
-const STORE = "versions";
+import { TrustError, quoted } from "./errors.js";
+import { VERSIONS, transact } from "./storage.js";
 
 export class SeenVersions {
   /** `keys` is the name of the set of pinned keys (`keySet`). */
-  constructor(keys, database = "edgeadapt") {
-    [this.keys, this.database] = [keys, database];
+  constructor(keys) {
+    this.keys = keys;
   }
 
   /**
@@ -19,10 +17,10 @@ export class SeenVersions {
    * Throws TrustError: it is lower than the highest, the highest had another content, or what is stored is damaged. ConfigError: it cannot be stored.
    */
   async accept(manifest) {
-    const { base_digest: base, name, version } = manifest;
+    const { name, version } = manifest;
     const content = contentOf(manifest);
-    const place = [this.keys, base, name].join("/");
-    const seen = await this.#request("readwrite", (store) => {
+    const place = this.#place(manifest);
+    const seen = await transact(VERSIONS, "readwrite", (store) => {
       const request = store.get(place); // in one transaction, so that another tab's higher version stays
       request.onsuccess = () => (request.result?.version >= version ? null : store.put({ version, content }, place));
       return request;
@@ -46,39 +44,17 @@ export class SeenVersions {
     }
   }
 
-  async #request(mode, ask) {
-    try {
-      const database = await opened(this.database);
-      try {
-        const transaction = database.transaction(STORE, mode);
-        const request = ask(transaction.objectStore(STORE));
-        await settled(transaction, "oncomplete", "onabort", "onerror");
-        return request.result;
-      } finally {
-        database.close();
-      }
-    } catch (error) {
-      throw new ConfigError(`the browser cannot note accepted versions (${error}); allow this page to store data`, "seen");
-    }
+  /** The highest version that was accepted of the adapter of a manifest; 0 if none was. Throws ConfigError. */
+  async highest(manifest) {
+    const seen = await transact(VERSIONS, "readonly", (store) => store.get(this.#place(manifest)));
+    return seen?.version ?? 0;
+  }
+
+  #place({ base_digest: base, name }) {
+    return [this.keys, base, name].join("/");
   }
 }
 
 /** What the adapter is, whatever its name, version and number format. */
 const contentOf = ({ source, layout_digest, peft_config, parent, labels, temperature }) =>
   JSON.stringify([source, layout_digest, peft_config, parent, labels, temperature]);
-
-async function opened(name) {
-  const request = indexedDB.open(name, 2); // 1 held versions without content
-  request.onupgradeneeded = () => {
-    for (const store of request.result.objectStoreNames) request.result.deleteObjectStore(store);
-    request.result.createObjectStore(STORE);
-  };
-  await settled(request, "onsuccess", "onerror", "onblocked");
-  return request.result;
-}
-
-const settled = (target, done, ...failed) =>
-  new Promise((resolve, reject) => {
-    target[done] = resolve;
-    for (const name of failed) target[name] = () => reject(target.error ?? new Error(name.slice(2)));
-  });

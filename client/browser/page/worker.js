@@ -1,10 +1,12 @@
 // Runs the engine in a thread of its own, so that the page stays responsive. Requests are answered one after the other,
-// except `stop`, which ends the text that is being generated.
+// except `stop`, which ends the text that is being generated, or the lesson.
 //
 // In:  { id, method, args }     Out: { id, piece }* then { id, result } or { id, error: { name, message, about } }
 
 import { Engine } from "./engine.js";
-import { ConfigError, EdgeAdaptError } from "./errors.js";
+import { ConfigError, DataError, EdgeAdaptError } from "./errors.js";
+import { Learner } from "./learning/learner.js";
+import { MAX_STEPS } from "./learning/tune.js";
 import { threads } from "./runtime.js";
 import { seeded } from "./sampling.js";
 import { fetched, FolderSource, HttpSource } from "./sources.js";
@@ -23,12 +25,12 @@ const methods = {
     const source = files ? new FolderSource(files) : new HttpSource(new URL("bundle/", here), new URL("bundle.json", here));
     const keys = pem ?? new TextDecoder().decode(await fetched(new URL("trust.pem", here), "trust.pem", MAX_KEYS));
     const next = await Engine.open(source, keys, seldom(piece));
-    const adapters = await next.adapters();
+    const found = await known(next);
     await engine?.close();
     engine = next;
     const { task, profile, base_digest: base } = engine.base;
     const { limit: context, chat } = engine.generation ?? {};
-    return { task, profile, base, adapters, threads: threads(), context, chat: Boolean(chat) };
+    return { task, profile, base, ...found, threads: threads(), context, chat: Boolean(chat) };
   },
 
   async use({ name }) {
@@ -41,6 +43,28 @@ const methods = {
     const start = performance.now();
     const found = await opened().rank(text, top);
     return { ...found, milliseconds: performance.now() - start };
+  },
+
+  /** Teach the adapter `name` corrections; see `Learner.teach`. Its pieces are { steps, most }. */
+  async teach({ name, corrections }, piece) {
+    stopped = false;
+    const pause = async (steps) => {
+      piece({ steps, most: MAX_STEPS });
+      await otherMessages();
+      if (stopped) throw new DataError("the lesson was canceled; the adapter in use stays", "stop");
+    };
+    const learned = await new Learner(opened()).teach(name, corrections, pause);
+    return { ...learned, ...(await known()) };
+  },
+
+  /** Take the last lesson back; see `Learner.undo`. */
+  async undo() {
+    const undone = await new Learner(opened()).undo();
+    return { ...undone, ...(await known()) };
+  },
+
+  async exported({ name }) {
+    return new Learner(opened()).exported(name);
   },
 
   /** Answer a message of the conversation, or continue a text. */
@@ -82,6 +106,12 @@ async function answer(id, method, args) {
     const message = known ? error.message : `the page failed: ${error?.message ?? error}`;
     self.postMessage({ id, error: { name: known ? error.name : "Error", message, about: error.about ?? "" } });
   }
+}
+
+/** The adapters, the names of those that were learned here, and how many lessons can be undone. */
+async function known(of = engine) {
+  const { adapters, lessons } = await of.history.load();
+  return { adapters: await of.adapters(), learned: Object.keys(adapters), lessons: lessons.length };
 }
 
 function opened() {
