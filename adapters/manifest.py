@@ -24,7 +24,6 @@ FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]  # st
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0  # beyond, an adapter is broken rather than badly calibrated
 PeftType = Annotated[str, Field(pattern=r"^[A-Z0-9_]{1,64}$")]
 RuntimeVersion = Annotated[str, Field(pattern=r"^[0-9]{1,4}\.[0-9]{1,4}$")]
-Epsilon = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Temperature = Annotated[float, Field(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE, allow_inf_nan=False)]
 Format = Literal["fp32", "fp16", "int8", "int4"]  # how an adapter file stores numbers (``quantization.py``)
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -133,6 +132,23 @@ class ServerRule:
 
 
 @dataclass(frozen=True, slots=True)
+class PrivacyBound:
+    """Differential privacy of all sums that an adapter was made from, for everything that one device contributed.
+
+    >>> print(PrivacyBound(6.071, 1e-6))
+    epsilon 6.07 for delta 1e-06
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    epsilon: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    delta: Annotated[float, Field(gt=0, lt=1)]
+
+    def __str__(self) -> str:
+        return f"epsilon {self.epsilon:.2f} for delta {self.delta:g}"
+
+
+@dataclass(frozen=True, slots=True)
 class VersionManifest(Manifest):
     """One version of the global adapter in the registry."""
 
@@ -150,7 +166,7 @@ class VersionManifest(Manifest):
     combination: ServerRule | None  # of the means of groups; None where the round had one sum
     survivors: tuple[str, ...]  # devices whose updates are in the sum
     metrics: dict[str, float]  # means over the survivors, as unmasked
-    epsilon: float | None  # what all sums so far may have revealed of a device, at most; None: nothing bounds it
+    privacy: PrivacyBound | None  # what all sums so far may have revealed of a device; None: nothing bounds it
     peft_config: PeftConfig
     labels: tuple[str, ...]  # the head's rows, in order
 
@@ -199,12 +215,12 @@ class AdapterManifest(Manifest):
     rank: Count
     labels: tuple[str, ...]
     temperature: Temperature  # divides a classifier's logits (``adapters.calibration``); 1 if it is not calibrated
-    epsilon: Epsilon | None  # of a federation with differential privacy, as of ``VersionManifest``; None: no bound
+    privacy: PrivacyBound | None  # of a federation with differential privacy, as of ``VersionManifest``; None: no bound
 
     @property
     def content(self) -> str:
-        """SHA-256 of what the adapter is, whatever its name, version, number format and epsilon: tensors, scaling,
+        """SHA-256 of what the adapter is, whatever its name, version, number format and privacy: tensors, scaling,
         labels and temperature.
         """
-        same = {"name": "", "version": 0, "sha256": "", "size": 0, "format": "", "epsilon": None}
+        same = {"name": "", "version": 0, "sha256": "", "size": 0, "format": "", "privacy": None}
         return hashlib.sha256(jsontext.encode(asdict(self) | same)).hexdigest()

@@ -17,7 +17,7 @@ from adapters import files
 from adapters.analytic import AnalyticTask
 from adapters.cores import cores
 from adapters.layout import Tensors
-from adapters.manifest import VersionManifest
+from adapters.manifest import PrivacyBound, VersionManifest
 from adapters.roundrecord import GroupRecord, RoundRecord
 from adapters.task import metrics_of
 from adapters.taskkinds import AnyTask, has_moments, require_reach
@@ -344,10 +344,14 @@ def _step(
         combination=combination.to_rule(how) if how else None,
         survivors=result.survivors,
         metrics=metrics_of(result.values),
-        epsilon=epsilon,
+        privacy=_bound(spec, epsilon),
     )
     records = tuple(GroupRecord(each.survivors, distance) for each, distance in zip(sums, far, strict=bool(far)))
     return _NextAdapter(manifest, blob, optimizer.to_tensors(state), records)
+
+
+def _bound(spec: SessionSpec, epsilon: float | None) -> PrivacyBound | None:
+    return None if spec.privacy is None or epsilon is None else PrivacyBound(epsilon, spec.privacy.delta)
 
 
 def _account(transcripts: Transcripts, key: IdentityKey) -> Account:

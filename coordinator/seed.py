@@ -56,7 +56,7 @@ def seed_version(
         combination=None,
         survivors=(),
         metrics={},
-        epsilon=None,
+        privacy=None,
         peft_config=peft_config,
         labels=tuple(labels),
     )

@@ -1,6 +1,7 @@
 """``edgeadapt device adapters``: the adapters of a bundle, each verified."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,7 @@ def _verified(library: "Library", name: str) -> dict[str, Any]:
         "format": manifest.format,
         "rank": manifest.rank,
         "bytes": manifest.size,
-        "epsilon": manifest.epsilon,
+        "privacy": asdict(manifest.privacy) if manifest.privacy else None,
         "sha256": manifest.sha256,
         "labels": list(manifest.labels),
     }
@@ -59,7 +60,7 @@ def _verified(library: "Library", name: str) -> dict[str, Any]:
 def _described(adapter: dict[str, Any]) -> str:
     if "refused" in adapter:
         return f"{adapter['name']}  refused: {adapter['refused']}"
-    privacy = f"{_privacy(adapter['epsilon'])}  " if adapter["kind"] == "global" else ""
+    privacy = f"{_privacy(adapter['privacy'])}  " if adapter["kind"] == "global" else ""
     labels = f"{len(adapter['labels'])} labels  " if adapter["labels"] else ""
     return (
         f"{adapter['name']}  {adapter['kind']}  version {adapter['version']}  {adapter['format']}  "
@@ -67,6 +68,8 @@ def _described(adapter: dict[str, Any]) -> str:
     )
 
 
-def _privacy(epsilon: float | None) -> str:
+def _privacy(bound: dict[str, float] | None) -> str:
     """What an adapter may say about one device whose updates are in it."""
-    return click.style("privacy none", bold=True) if epsilon is None else f"epsilon {epsilon:.2f}"
+    if bound is None:
+        return click.style("privacy none", bold=True)
+    return f"epsilon {bound['epsilon']:.2f} for delta {bound['delta']:g}"

@@ -248,7 +248,7 @@ class Learner:
             version=self._next(),
             source=digest,
             parent=old.parent or old.source,
-            epsilon=None,  # of what a device fitted to its own examples, nothing is bounded
+            privacy=None,  # of what a device fitted to its own examples, nothing is bounded
         )
         bundle, before = self.library.bundle, None
         if old.name == self.target:

@@ -7,7 +7,7 @@ session and the plan, also of an aborted round.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from adapters.manifest import VersionManifest
+from adapters.manifest import PrivacyBound, VersionManifest
 from adapters.roundrecord import INTERRUPTED, RoundRecord
 from aggregation.errors import TrustError
 from coordinator.audit.findings import Report, RoundSummary
@@ -43,22 +43,37 @@ def require_logged(
             raise TrustError(text, about="record", value=plan)
 
 
-def require_published(records: Sequence[RoundRecord], manifest_of: Callable[[int], VersionManifest | None]) -> None:
+def require_published(
+    records: Sequence[RoundRecord],
+    manifest_of: Callable[[int], VersionManifest | None],
+    reports: Mapping[str, Report],
+) -> None:
     """Return if each record and the manifest of its version say the same, and version 0 is of no round.
+
+    Args:
+        records: Of all rounds, whose logs are there.
+        manifest_of: Version → its manifest.
+        reports: Name → report of all logs. A record has the ε of a round, and the offer of its session the δ.
 
     Raises:
         TrustError: They do not, or a manifest is missing.
     """
     seed = manifest_of(0)
-    if seed is None or (seed.round, seed.parent, seed.plan, seed.survivors, seed.metrics) != (0, None, None, (), {}):
+    if seed is None or seed.round or seed.parent or seed.plan or seed.survivors or seed.metrics or seed.privacy:
         raise TrustError("adapter 0 is missing, or its manifest says that a round made it", about="manifest", value=0)
+    deltas = {each.offer: each.spec.privacy.delta for each in reports.values() if each.spec and each.spec.privacy}
     for record in records:
         manifest = None if record.version is None else manifest_of(record.version)
         made = record.version is None or (manifest is not None and record.made(manifest))
-        stated = (manifest.metrics, manifest.epsilon) if manifest else ({}, record.epsilon)
-        if not made or (record.metrics, record.epsilon) != stated:
+        stated = (manifest.metrics, manifest.privacy) if manifest else ({}, None)
+        bound = _bound(record, deltas.get(record.offer)) if manifest else None
+        if not made or (record.metrics, bound) != stated:
             text = f"the record of round {record.round} and the manifest of its adapter contradict each other"
             raise TrustError(text, about="record", value=record.round)
+
+
+def _bound(record: RoundRecord, delta: float | None) -> PrivacyBound | None:
+    return None if record.epsilon is None or delta is None else PrivacyBound(record.epsilon, delta)
 
 
 def _require_recorded(

@@ -166,7 +166,7 @@ class AuditInput:
             _require_logged(self.published, self.records, reports)
             require_logged(self.records, _state(self.registry)[1], reports, unfinished=unfinished)
             require_recorded(self.records, reports)
-            require_published(self.records, self.registry.manifest)
+            require_published(self.records, self.registry.manifest, reports)
 
     @property
     def unread(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from adapters import registryfiles
 from adapters.keyfiles import read_key, read_public_keys
 from adapters.layout import Tensors
-from adapters.manifest import Task
+from adapters.manifest import PrivacyBound, Task
 from adapters.peft.folder import read_peft
 from adapters.peft.inputs import is_saved
 from adapters.peft.lowrank import trimmed
@@ -32,7 +32,7 @@ class Origin:
     task: Task | None  # what it was trained for, if the source states it
     tensors: Tensors = field(repr=False)  # under peft's names
     shares_a: bool = False  # as ``PeftFolder`` states it
-    epsilon: float | None = None  # of the sums that it was made from, as its version's manifest states it
+    privacy: PrivacyBound | None = None  # of the sums that it was made from, as its version's manifest states it
 
 
 def fitted(origin: Origin, base_digest: str, slots: Mapping[str, Sequence[str]]) -> Origin:
@@ -81,7 +81,7 @@ def from_registry(state_dir: Path, version: int | None, trust: Path | None) -> O
         None,
         None,
         tensors,
-        epsilon=found.epsilon,
+        privacy=found.privacy,
     )
 
 

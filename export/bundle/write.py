@@ -27,7 +27,7 @@ from adapters.dsse import MAX_ENVELOPE
 from adapters.files import sha256
 from adapters.graphinputs import LORA_A, check_slots, to_inputs, virtual_tokens
 from adapters.layout import Layout, Tensors
-from adapters.manifest import AdapterManifest, BaseManifest, Format, Task, check_labels
+from adapters.manifest import AdapterManifest, BaseManifest, Format, PrivacyBound, Task, check_labels
 from adapters.peft.inputs import LABELS, AdapterInputs
 from adapters.peftconfig import PeftConfig
 from adapters.storage import link_files, link_or_copy, locked_folder, read, staged, write_files
@@ -51,7 +51,7 @@ class AdapterSource:
     peft_config: PeftConfig | None = None  # without it, an export to peft folds the scaling into B
     temperature: float = 1.0  # of a classifier's probabilities (``adapters.calibration``)
     adapter_inputs: AdapterInputs | None = None  # of the model that the tensors come from; None: the exported base's
-    epsilon: float | None = None  # of the sums that it was made from; None: nothing bounds it
+    privacy: PrivacyBound | None = None  # of the sums that it was made from; None: nothing bounds it
 
 
 def write_bundle(
@@ -230,7 +230,7 @@ def source_of(name: str, origin: Origin, *, parent: str | None = None, temperatu
         origin.peft_config,
         temperature,
         AdapterInputs.of_tensors(origin.peft_config, origin.tensors),
-        origin.epsilon if parent is None else None,  # of what a device fitted to its own examples, nothing is bounded
+        origin.privacy if parent is None else None,  # of what a device fitted to its own examples, nothing is bounded
     )
 
 
@@ -343,7 +343,7 @@ def _adapter_files(
         rank=rank,
         labels=source.labels,
         temperature=source.temperature,
-        epsilon=source.epsilon,
+        privacy=source.privacy,
     )
     contents = {adapter_path(source.name): blob, manifest_path(source.name): manifest.sign(key)}
     return {path.as_posix(): content for path, content in contents.items()}

@@ -66,4 +66,4 @@ def parity(
         as_json,
     )
     limits = limits_of(pair.base.profile, pair.base.task)
-    gate(measured, limits, epsilon=pair.adapter.manifest.epsilon)
+    gate(measured, limits, privacy=pair.adapter.manifest.privacy)

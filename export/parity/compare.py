@@ -24,7 +24,7 @@ from adapters.bundle import TOKENIZER
 from adapters.classifiergraph import MAX_ROWS, ClassifierGraph
 from adapters.graphinputs import LORA_B, OFFSET, PROMPT, SCALES, virtual_tokens, with_placeholders
 from adapters.layout import Floats, Tensors
-from adapters.manifest import BaseManifest, Task
+from adapters.manifest import BaseManifest, PrivacyBound, Task
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from export.onnx.exported import Profile
 from export.onnx.graph import ANSWER
@@ -287,13 +287,13 @@ def _in_torch(model: PeftModel, rows: Sequence[Sequence[int]], *, together: bool
     yield from (found[row] for row in range(len(rows)))
 
 
-def gate(parity: Parity, limits: Limits, *, epsilon: float | None = None) -> None:
+def gate(parity: Parity, limits: Limits, *, privacy: PrivacyBound | None = None) -> None:
     """Return if the files may ship.
 
     Args:
         parity: As measured.
         limits: Of the profile.
-        epsilon: As the adapter's manifest states it. With the noise of differential privacy, the labels of a classifier
+        privacy: As the adapter's manifest states it. With the noise of differential privacy, the labels of a classifier
             are near ties where the noise is as large as the update, and rounding turns them.
 
     Raises:
@@ -312,9 +312,9 @@ def gate(parity: Parity, limits: Limits, *, epsilon: float | None = None) -> Non
         broken["mixed_diff"] = f"in a mixed batch {parity.mixed_diff:.3g} from the answer alone, at most {MIXED_LIMIT}"
     if broken:
         remedy = "export with another profile or adapter format"
-        if epsilon is not None:
+        if privacy is not None:
             remedy += (
-                f". The adapter has the noise of differential privacy (epsilon {epsilon:.2f}): where it outweighs the "
+                f". The adapter has the noise of differential privacy ({privacy}): where it outweighs the "
                 "update (edgeadapt privacy plan), answers are near ties, which rounding turns; take profile fp32, more "
                 "devices, fewer rounds or a larger epsilon"
             )

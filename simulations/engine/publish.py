@@ -83,7 +83,7 @@ def publish(out: Path, scenario: Scenario, population: Population, base: Base) -
     tests = [example for client in population.clients for example in client.test]
     inputs, texts, labels = device_inputs(origin, exported.manifest, "int8"), _texts(tests), _labels(tests)
     found = compare.compare(model, runner, inputs, texts, labels=labels.tolist())
-    compare.gate(found, _limits(scenario), epsilon=origin.epsilon)
+    compare.gate(found, _limits(scenario), privacy=origin.privacy)
     logits = runner.classify(texts, inputs)
     key = IdentityKey.from_pem((out / provision.COORDINATOR / coordinator_files.KEY).read_bytes())
     write_bundle(out / BUNDLE, exported, [source_of(GLOBAL, origin)], key=key)

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters import dsse, jsontext
-from adapters.manifest import AdapterManifest, BaseManifest, ServerRule, VersionManifest, check_labels, check_name
+from adapters.manifest import (
+    AdapterManifest,
+    BaseManifest,
+    PrivacyBound,
+    ServerRule,
+    VersionManifest,
+    check_labels,
+    check_name,
+)
 from adapters.peftconfig import PeftConfig
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, TrustError
@@ -31,7 +39,7 @@ VERSION = VersionManifest(
     combination=None,
     survivors=("küche", "flur"),
     metrics={"loss": 0.25, "accuracy": 1.0},
-    epsilon=3.5,
+    privacy=PrivacyBound(3.5, 1e-6),
     peft_config=PLAIN,
     labels=("HassTurnOn", "HassTurnOff"),
 )
@@ -61,7 +69,7 @@ ADAPTER = AdapterManifest(
     rank=8,
     labels=("HassTurnOn",),
     temperature=1.25,
-    epsilon=6.0,
+    privacy=PrivacyBound(6.0, 1e-5),
 )
 DOCUMENTS = [VERSION, BASE, ADAPTER]
 KEY = IdentityKey.generate(SystemEntropy())
@@ -83,7 +91,8 @@ manifests = st.builds(
     combination=rules,
     survivors=st.lists(text, max_size=3).map(tuple),
     metrics=st.dictionaries(text, finite, max_size=3),
-    epsilon=st.none() | finite,
+    privacy=st.none()
+    | st.builds(PrivacyBound, st.floats(0, 1e300), st.floats(0, 1, exclude_min=True, exclude_max=True)),
     peft_config=st.builds(PeftConfig, st.just("LORA"), st.integers(1, 64), st.integers(1, 64), st.just(("query",))),
     labels=st.lists(text, max_size=3).map(tuple),
 )

@@ -49,7 +49,7 @@ def manifest(version: int) -> VersionManifest:
         combination=None,
         survivors=("anna", "ben") if version else (),
         metrics={"loss": 0.5} if version else {},
-        epsilon=None,
+        privacy=None,
         peft_config=PeftConfig("LORA", 8, 16, ("query",)),
         labels=("on", "off"),
     )

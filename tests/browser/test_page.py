@@ -138,9 +138,9 @@ def test_the_list_says_what_a_global_adapter_may_reveal_of_a_device(
     page.goto(url)
     assert "global, without differential privacy, version" in page.evaluate(note.format("global"))
     assert "personal, version" in page.evaluate(note.format("anna"))
-    resign(both, vendor, epsilon=6.071)
+    resign(both, vendor, privacy={"epsilon": 6.071, "delta": 1e-6})
     page.goto(url)
-    assert "global, epsilon 6.07, version" in page.evaluate(note.format("global"))
+    assert "global, epsilon 6.07 for delta 0.000001, version" in page.evaluate(note.format("global"))
 
 
 def test_a_composition_answers_as_natively_and_the_answer_names_it(

@@ -11,6 +11,7 @@ import pytest
 
 from adapters.analytic import NOISE, ClassifierHead
 from adapters.layout import Layout
+from adapters.manifest import PrivacyBound
 from adapters.ridge import Matrix
 from adapters.task import UNIFORMS
 from client.training.examples import Example, Split, in_split, read_examples, write_examples
@@ -108,7 +109,7 @@ def test_with_noise_the_head_is_that_of_the_noisy_sum_and_the_audit_computes_it_
     registry = fleet.registry()
     before, after = registry.tensors(1), registry.tensors(2)
     head = ClassifierHead.of(Layout.of(before))
-    assert registry.version(2).manifest.epsilon == fitted.epsilon
+    assert registry.version(2).manifest.privacy == PrivacyBound(fitted.epsilon, 1e-6)
     assert all(np.array_equal(after[name], before[name]) for name in before if name != head.weight)
     assert audit_failures(fleet.out / "coordinator") == set()
 

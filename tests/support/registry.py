@@ -35,7 +35,7 @@ def _manifest(number: int) -> VersionManifest:
         combination=None,
         survivors=("anna", "ben") if number else (),
         metrics={"loss": 1 / number} if number else {},
-        epsilon=None,
+        privacy=None,
         peft_config=PeftConfig("LORA", 8, 16, ("query", "value")),
         labels=("on", "off"),
     )

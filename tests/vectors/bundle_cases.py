@@ -249,7 +249,8 @@ class Made:
             ("a temperature of 0", {"temperature": 0}),
             ("a temperature above 20", {"temperature": 20.5}),
             ("a temperature that is a text", {"temperature": "1"}),
-            ("an epsilon below 0", {"epsilon": -1}),
+            ("an epsilon below 0", {"privacy": {"epsilon": -1, "delta": 1e-6}}),
+            ("an epsilon without a delta", {"privacy": {"epsilon": 6.5}}),
         ):
             yield case(name, "manifest", self.with_fields(**fields))
         for name, fields in (
@@ -443,10 +444,9 @@ class Made:
         whole = {"content": _content(self.body | {"temperature": 2.0}), "version": 7}
         files = noted({base: {"int8": whole}}) | self.with_fields(temperature=2)
         yield case("the accepted version with an integer as temperature", None, files)
-        other_epsilon = noted({base: {"int8": own}}) | self.with_fields(epsilon=8.5)
-        yield case("the accepted version with another epsilon", None, other_epsilon)
-        other_temperature = noted({base: {"int8": own}}) | self.with_fields(temperature=2.5)
-        yield case("the accepted version with another temperature", "content", other_temperature)
+        same, bound = noted({base: {"int8": own}}), {"epsilon": 8.5, "delta": 1e-6}
+        yield case("the accepted version with another epsilon", None, same | self.with_fields(privacy=bound))
+        yield case("the accepted version, other temperature", "content", same | self.with_fields(temperature=2.5))
         files = noted({base: {"fp32": own, "int8": own}}) | self.with_fields(version=2**53 - 1)
         yield case("the highest version that every reader takes", None, files)
 
@@ -492,7 +492,7 @@ def _layout(tensors: dict[str, dict[str, Any]]) -> str:
 
 
 def _content(body: dict[str, Any]) -> str:
-    blank = {"name": "", "sha256": "", "format": "", "version": 0, "size": 0, "epsilon": None}
+    blank = {"name": "", "sha256": "", "format": "", "version": 0, "size": 0, "privacy": None}
     return hashlib.sha256(jsontext.encode(body | blank)).hexdigest()
 
 

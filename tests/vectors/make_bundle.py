@@ -25,7 +25,7 @@ from adapters.classifiergraph import ClassifierGraph
 from adapters.files import sha256
 from adapters.graphinputs import LORA_A, LORA_B, OFFSET, PEFT_PREFIX
 from adapters.layout import Floats, Tensors
-from adapters.manifest import Format
+from adapters.manifest import Format, PrivacyBound
 from adapters.peft.inputs import AdapterInputs
 from adapters.peftconfig import PeftConfig
 from adapters.workfolder import WorkFolder
@@ -59,7 +59,7 @@ SLOTS = {
 CONFIG = PeftConfig(
     "LORA", 3, 4.5, ("query", "value"), rank_pattern=(("value", 2),), alpha_pattern=(("value", 2e-05),), use_rslora=True
 )
-VERSION, TEMPERATURE, EPSILON = 7, 1.25, 6.5
+VERSION, TEMPERATURE, PRIVACY = 7, 1.25, PrivacyBound(6.5, 1e-6)
 TOKENS = ("input_ids", "attention_mask")
 SEEN = "trust.seen.json"
 VENDOR, OWNER = bundle_cases.key("vendor"), bundle_cases.key("owner")
@@ -170,8 +170,8 @@ def write(folder: Path) -> None:
     write_bundle(folder / "bundle", base, [], key=VENDOR)
     for form in FORMATS:
         parent = None if form == "fp32" else "ab" * 32
-        epsilon = EPSILON if form == "fp32" else None  # that of the global one
-        source = AdapterSource(form, values, LABELS, VERSION, digest, parent, CONFIG, TEMPERATURE, epsilon=epsilon)
+        privacy = PRIVACY if form == "fp32" else None  # that of the global one
+        source = AdapterSource(form, values, LABELS, VERSION, digest, parent, CONFIG, TEMPERATURE, privacy=privacy)
         signer = OWNER if form == "int4" else VENDOR
         add_adapter(folder / "bundle", base.adapter_inputs, source, key=signer, form=form)
     (folder / TRUST).write_bytes(VENDOR.public.to_pem() + OWNER.public.to_pem())

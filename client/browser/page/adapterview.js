@@ -132,8 +132,8 @@ function defaultAdapter(adapters, generates) {
   return candidates.find((found) => found.length)?.[0].name ?? (generates ? BARE : undefined);
 }
 
-function described({ parent, version, format, rank, size, epsilon }) {
-  const privacy = epsilon === null ? "without differential privacy" : `epsilon ${epsilon.toFixed(2)}`;
-  const kind = parent === null ? `global, ${privacy}` : "personal";
+function described({ parent, version, format, rank, size, privacy }) {
+  const bound = privacy && `epsilon ${privacy.epsilon.toFixed(2)} for delta ${privacy.delta}`;
+  const kind = parent === null ? `global, ${bound ?? "without differential privacy"}` : "personal";
   return `${kind}, version ${version}, rank ${rank}, ${format}, ${(size / 1000).toFixed(0)} kB`;
 }

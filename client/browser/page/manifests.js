@@ -48,6 +48,11 @@ const BASE = {
   merged: mapOf(sha256, matching(/^[A-Z0-9_]{1,64}$/)),
 };
 
+const PRIVACY = {
+  epsilon: between(0, Number.MAX_VALUE),
+  delta: between(Number.MIN_VALUE, 1 - Number.EPSILON / 2),
+};
+
 const ADAPTER = {
   name: string,
   sha256,
@@ -62,7 +67,7 @@ const ADAPTER = {
   rank: count,
   labels: listOf(string),
   temperature: between(0.05, 20), // adapters/manifest.py
-  epsilon: orNull(between(0, Number.MAX_VALUE)),
+  privacy: orNull((value) => isObject(value) && !misfit(value, PRIVACY)),
 };
 
 /** `name`, if an adapter and its two files can have it on any system. Throws ConfigError. */

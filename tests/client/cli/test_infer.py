@@ -104,15 +104,16 @@ def test_adapters_are_listed_with_what_was_verified(with_anna: Path) -> None:
     ]
 
 
-def test_the_listing_has_the_epsilon_of_a_global_adapter_or_says_that_nothing_bounds_it(
+def test_the_listing_has_epsilon_and_delta_of_a_global_adapter_or_says_that_nothing_bounds_it(
     with_anna: Path, vendor: IdentityKey
 ) -> None:
     personal, shared = run("adapters", "--bundle", with_anna).output.splitlines()
     assert "privacy none" in shared
     assert "privacy" not in personal
-    resign(with_anna, vendor, epsilon=6.071)
-    assert "epsilon 6.07 " in run("adapters", "--bundle", with_anna).output
-    assert [each["epsilon"] for each in adapters("adapters", "--bundle", with_anna, "--json")] == [None, 6.071]
+    bound = {"epsilon": 6.071, "delta": 1e-6}
+    resign(with_anna, vendor, privacy=bound)
+    assert "epsilon 6.07 for delta 1e-06 " in run("adapters", "--bundle", with_anna).output
+    assert [each["privacy"] for each in adapters("adapters", "--bundle", with_anna, "--json")] == [None, bound]
 
 
 def test_a_listing_names_the_adapters_that_fail_verification_and_fails(with_anna: Path) -> None:

@@ -21,6 +21,7 @@ from peft import PeftModel
 from adapters import storage
 from adapters.base import Base
 from adapters.bundle import BASE, PHRASES, TRAINING, WEIGHTS, adapter_names
+from adapters.manifest import PrivacyBound
 from adapters.peftconfig import PeftConfig
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
@@ -38,6 +39,7 @@ from tests.support.errors import refused
 from tests.support.models import LABELS, draw
 
 CONFIG = PeftConfig.lora(rank=4, alpha=8)
+BOUND = PrivacyBound(3.0, 1e-6)
 TAUGHT = "turn on the kitchen lights"
 OTHERS = ("lock the door", "play music", "set a timer for ten minutes", "is the door open")
 
@@ -50,7 +52,7 @@ def trainable(model: PeftModel, tiny_base: Base, trace_once: object) -> Exported
 @pytest.fixture(scope="module")
 def drawn(model: PeftModel) -> AdapterSource:
     values = {name: value * np.float32(0.02 if "classifier" in name else 1) for name, value in draw(model, 0).items()}
-    return AdapterSource("global", values, LABELS, 3, "c" * 64, None, CONFIG, epsilon=3.0)
+    return AdapterSource("global", values, LABELS, 3, "c" * 64, None, CONFIG, privacy=BOUND)
 
 
 @pytest.fixture
@@ -103,7 +105,7 @@ def test_a_correction_is_answered_from_then_on_and_undone(phone: Path) -> None:
     learned = teach(phone, label)
     assert answer(phone) == label
     assert (learned.adapter, learned.version) == ("personal", 4)
-    assert (stated(phone).epsilon, stated(phone, "personal").epsilon) == (3.0, None)
+    assert (stated(phone).privacy, stated(phone, "personal").privacy) == (BOUND, None)
     (own,) = learned.taught
     assert (own.before.label, own.after.label) == (before, label)
     assert own.after.probability >= 0.8

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from adapters.layout import Layout, TensorSpec
+from adapters.manifest import PrivacyBound
 from aggregation.errors import ConfigError, TrustError
 from aggregation.privacy.accounting import Mechanism
 from aggregation.spec import Privacy, SessionSpec
@@ -18,6 +19,7 @@ from aggregation.vector import Segment, VectorSpec
 from coordinator.audit import AuditInput, AuditOptions
 from coordinator.audit.account import Account, audited, require_recorded
 from coordinator.audit.findings import Check, Status
+from coordinator.audit.records import require_published
 from coordinator.registry import Registry
 from coordinator.settings import FederationSettings
 from tests.support import refused
@@ -46,7 +48,8 @@ def test_an_audit_finds_the_recorded_epsilon_from_the_logs_alone(fleet_of: Fleet
     assert found == [record.epsilon for record in records]
     assert found == sorted(found)
     assert None not in found
-    assert [fleet.registry().version(number).manifest.epsilon for number in range(4)] == [None, *found]
+    stated = [fleet.registry().version(number).manifest.privacy for number in range(4)]
+    assert stated == [None, *(PrivacyBound(epsilon, 1e-6) for epsilon in found)]
     assert len(reports) == 2
     last = [finding for finding in list(reports.values())[-1].findings if finding.check is Check.PRIVACY]
     assert [finding.status for finding in last] == [Status.PASS]
@@ -56,6 +59,19 @@ def test_an_audit_finds_the_recorded_epsilon_from_the_logs_alone(fleet_of: Fleet
         require_recorded([*records[:-1], more], reports)
     with refused(TrustError, "record.epsilon", value=3):
         require_recorded([*records[:-1], replace(records[-1], epsilon=None)], reports)
+
+
+def test_a_manifest_with_the_epsilon_of_another_delta_is_found(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(8, rounds=1, **NOISY)
+    fleet.federate(fleet.grid())
+    checked, reports = reports_of(fleet)
+    manifests = [checked.registry.manifest(version) for version in (0, 1)]
+    bound = manifests[1].privacy
+    require_published(checked.records, manifests.__getitem__, reports)
+    for false in (replace(bound, delta=bound.delta / 2), replace(bound, epsilon=bound.epsilon / 2), None):
+        stated = [manifests[0], replace(manifests[1], privacy=false)]
+        with refused(TrustError, "record", value=1):
+            require_published(checked.records, stated.__getitem__, reports)
 
 
 def test_a_device_of_sampled_cohorts_is_charged_for_its_own_rounds_without_amplification() -> None:

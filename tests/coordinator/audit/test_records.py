@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from adapters.manifest import PrivacyBound
 from adapters.registryfiles import DATABASE, RegistryFiles
 from adapters.roundrecord import RoundRecord, digest_of
 from aggregation.errors import TrustError
@@ -110,7 +111,9 @@ def test_a_record_that_says_something_else_than_the_log_is_found(
         (0, {"plan": "0" * 64}),
         (0, {"survivors": ("device-00",)}),
         (0, {"metrics": {"accuracy": 1.0}}),
+        (0, {"privacy": PrivacyBound(1.0, 1e-6)}),
         (2, {"round": 3}),
+        (2, {"privacy": PrivacyBound(1.0, 1e-6)}),
         (2, {"metrics": {"accuracy": 1.0}}),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else str(value),

@@ -10,7 +10,7 @@ from peft import PeftModel
 
 from adapters.base import find_base
 from adapters.classifier import build, load, tensors
-from adapters.manifest import Task
+from adapters.manifest import PrivacyBound, Task
 from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError, DataError
 from export.bundle import adapter
@@ -85,9 +85,9 @@ def test_the_gates_line_names_measure_limit_and_remedy() -> None:
 
 
 def test_the_gates_line_names_the_noise_of_an_adapter_with_differential_privacy() -> None:
-    with pytest.raises(ParityError, match=r"noise of differential privacy \(epsilon 6\.07\).*profile fp32"):
-        gate(replace(AT_LIMIT, agreement=0.975), LIMIT, epsilon=6.071)
-    gate(AT_LIMIT, LIMIT, epsilon=6.071)
+    with pytest.raises(ParityError, match=r"privacy \(epsilon 6\.07 for delta 1e-06\).*profile fp32"):
+        gate(replace(AT_LIMIT, agreement=0.975), LIMIT, privacy=PrivacyBound(6.071, 1e-6))
+    gate(AT_LIMIT, LIMIT, privacy=PrivacyBound(6.071, 1e-6))
 
 
 @pytest.mark.parametrize("found", [Parity(math.nan, 0, 1), Parity(1, math.nan, 1), Parity(1, 0, 1, math.nan, 2.0)])

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 import edgeadapt
 from adapters.base import Base, find_base
+from adapters.manifest import PrivacyBound
 from aggregation.errors import ConfigError
 from client.training.trainer import Trainer
 from coordinator.statedir import CoordinatorStateDir
@@ -271,9 +272,10 @@ def test_a_run_with_noise_has_the_bound_of_its_canaries_which_a_resumed_one_keep
     found = json.loads(out)
     assert found["canaries"]["account"] == found["rounds"][-1]["epsilon"]
     assert 0 <= found["canaries"]["gaussian"] < found["canaries"]["account"]
-    assert stated(tmp_path / "run" / "bundle").epsilon == found["canaries"]["account"]
+    bound = PrivacyBound(found["canaries"]["account"], 1e-6)
+    assert stated(tmp_path / "run" / "bundle").privacy == bound
     own = next((tmp_path / "run").glob("devices/*/bundle"))
-    assert (stated(own).epsilon, stated(own, "personal").epsilon) == (found["canaries"]["account"], None)
+    assert (stated(own).privacy, stated(own, "personal").privacy) == (bound, None)
     code, out, _ = run("simulate", scenario, "--out", tmp_path / "run", "--resume", "--json", *changes)
     assert json.loads(out)["canaries"] == found["canaries"]
     report = (tmp_path / "run" / "report.html").read_text()

@@ -20,6 +20,8 @@ const number = (low, high) => (value) => ["number", "bigint"].includes(typeof va
 const integer = (value) => typeof value === "bigint" && value >= 0n && value < 2n ** 63n;
 const digest = (value) => text(value) && /^[0-9a-f]{64}$/.test(value);
 const oneOf = (...choices) => (value) => choices.includes(value);
+const epsilon = number(0, Number.MAX_VALUE);
+const delta = number(Number.MIN_VALUE, 1 - Number.EPSILON / 2);
 const orNull = (form) => (value) => value === null || form(value);
 const listOf = (form) => (value) => Array.isArray(value) && value.every(form);
 const mapOf = (key, form) => (value) => value instanceof Map && [...value].every(([k, v]) => key(k) && form(v));
@@ -50,7 +52,7 @@ const ADAPTER = {
   rank: integer,
   labels: listOf(text),
   temperature: number(0.05, 20),
-  epsilon: orNull(number(0, Number.MAX_VALUE)),
+  privacy: orNull((value) => value instanceof Map && value.size === 2 && epsilon(value.get("epsilon")) && delta(value.get("delta"))),
 };
 
 /**
@@ -174,9 +176,9 @@ function readSeen(raw) {
   return seen;
 }
 
-/** The digest of what an adapter is, whatever its name, version, number format and epsilon. */
+/** The digest of what an adapter is, whatever its name, version, number format and privacy. */
 function contentOf(manifest) {
-  const blank = { name: "", sha256: "", format: "", version: 0n, size: 0n, epsilon: null };
+  const blank = { name: "", sha256: "", format: "", version: 0n, size: 0n, privacy: null };
   const written = { ...blank, temperature: Number(manifest.get("temperature")) };
   return sha256(canonical(new Map([...manifest, ...Object.entries(written)])));
 }
