@@ -29,7 +29,7 @@ class Account:
     Args:
         spent: Device → by the sums with noise that it is in.
         noisy: Number of these sums.
-        bare: Sums without noise, which nothing bounds; they are in no other number.
+        bare: Sums without noise, which nothing bounds: there is no epsilon after one.
     """
 
     spent: Mapping[str, Spent] = field(default_factory=dict)
@@ -49,8 +49,8 @@ class Account:
         return Account(spent, self.noisy + 1, self.bare)
 
     def epsilon(self, spec: SessionSpec) -> float | None:
-        """Of the device that spent most, for the δ of a session; None if no finite one holds, as without noise."""
-        found = _largest(spec, self.spent.values())
+        """Of the device that spent most, for the δ of a session; None if no finite one holds, as after a bare sum."""
+        found = math.inf if self.bare else _largest(spec, self.spent.values())
         return found if math.isfinite(found) else None
 
     def epsilon_of_next(self, spec: SessionSpec, devices: Collection[str]) -> float:
@@ -101,17 +101,19 @@ def audited(account: Account, report: Report) -> tuple[Account, Report]:
 
 
 def _text(spec: SessionSpec, account: Account, here: int) -> str:
-    epsilon = account.epsilon(spec)
     if spec.privacy is None:
         return "the sums of this session have no noise: nothing bounds what they say about a device"
+    if account.bare:
+        text = f"{count(account.bare, 'sum')} of this coordinator without noise"
+        return f"nothing bounds what all sums say about a device, because of {text}"
+    epsilon = account.epsilon(spec)
     if epsilon is None:
         return "the sums of this session have too little noise for a finite epsilon"
-    bare = f". {count(account.bare, 'other sum')} without noise, about which it says nothing" if account.bare else ""
     corrupt = count(spec.minimum_survivors - spec.privacy.honest, "survivor")
     delta, kind, sums = spec.privacy.delta, spec.privacy.mechanism.value, count(account.noisy, "sum")
     return (
         f"epsilon {epsilon:.3f} for delta {delta:g}, of the device that spent most, after {sums} with noise, {here} in "
-        f"this session, with {kind} noise; {corrupt} of each may have added none{bare}"
+        f"this session, with {kind} noise; {corrupt} of each may have added none"
     )
 
 

@@ -109,6 +109,22 @@ def test_without_noise_no_epsilon_is_claimed(fleet_of: FleetOf) -> None:
     assert (account.noisy, account.bare) == (0, 1)
 
 
+def test_after_a_sum_without_noise_no_epsilon_is_claimed_for_later_ones(fleet_of: FleetOf) -> None:
+    """An adapter with noise is made from the one before it, which says what it says."""
+    fleet = fleet_of(8, rounds=1, **{**NOISY, "privacy__mechanism": "none", "privacy__noise_multiplier": 0.0})
+    fleet.federate(fleet.grid())
+    fleet.configure({"privacy.mechanism": "skellam", "privacy.noise_multiplier": 1.0, "rounds": 2})
+    records = fleet.federate(fleet.grid())
+    assert [(record.version, record.epsilon) for record in records] == [(1, None), (2, None)]
+    checked, reports = reports_of(fleet)
+    checked.require(reports, unfinished=False)
+    *_, last = reports.values()
+    (finding,) = [finding for finding in last.findings if finding.check is Check.PRIVACY]
+    assert "because of 1 sum of this coordinator without noise" in finding.text
+    with refused(TrustError, "record.epsilon", value=2):
+        require_recorded([records[0], replace(records[1], epsilon=8.0)], reports)
+
+
 def test_too_little_noise_for_a_finite_epsilon_is_recorded_as_none(fleet_of: FleetOf) -> None:
     fleet = fleet_of(8, rounds=1, **{**NOISY, "privacy__noise_multiplier": 0.01})
     (record,) = fleet.federate(fleet.grid())
