@@ -50,7 +50,8 @@ def policy(state_dir: Path, as_json: bool) -> None:
     """Print the policy in force, from [policy] in device.toml; * marks a limit that differs from its default.
 
     Below are the conditions of [eligibility] with what is read now; - marks one that is not met. The last line says
-    what this device's contributions may have revealed, as the epsilon of differential privacy.
+    what this device's contributions may have revealed, as the epsilon of differential privacy, and what the limit
+    leaves.
 
     \b
     Example:
@@ -83,7 +84,8 @@ def policy(state_dir: Path, as_json: bool) -> None:
         click.echo("eligible now" if eligible else "not eligible now")
     for condition in found:
         click.echo(f"{' ' if condition.met else '-'} {condition.name:{WIDTH}} {condition.reading}")
-    of = f" of {limits.maximum_epsilon:g}" if limits.maximum_epsilon else ""
+    left = max(0.0, limits.maximum_epsilon - spent)
+    of = f" of {limits.maximum_epsilon:g}, {left:.2f} left," if limits.maximum_epsilon else ""
     bare = f", and {ledger.bare} without noise, which nothing bounds" if ledger.bare else ""
     click.echo(f"spent: epsilon {spent:.2f}{of} for delta {limits.delta:g} by {ledger.noisy} contributions{bare}")
 

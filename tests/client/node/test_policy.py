@@ -167,6 +167,7 @@ def test_the_command_prints_what_contributions_may_have_revealed(tmp_path: Path)
     spent = Spent.on([NoisySum(Mechanism.SKELLAM, 100, 10**6, 1e6, 16)])
     state_dir.save_privacy_ledger(PrivacyLedger(settled=spent, pending=spent, noisy=2, bare=1))
     printed = CliRunner().invoke(device, ["policy", "--state", str(state_dir.folder)]).output.splitlines()[-1]
-    assert f"epsilon {(spent + spent).epsilon(1e-6):.2f} of 8 " in printed
+    found = (spent + spent).epsilon(1e-6)
+    assert f"epsilon {found:.2f} of 8, {8 - found:.2f} left, " in printed
     shown = json.loads(CliRunner().invoke(device, ["policy", "--state", str(state_dir.folder), "--json"]).output)
     assert shown["privacy"] == {"epsilon": (spent + spent).epsilon(1e-6), "noisy": 2, "bare": 1}
