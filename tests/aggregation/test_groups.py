@@ -54,6 +54,20 @@ def test_each_adapter_deals_anew() -> None:
     assert 120 < together < 210  # 3 of 11 others are in one's group: 164 of 600, with a deviation of 11
 
 
+@pytest.mark.parametrize(("rounds", "solved"), [(1, 3), (9, 19), (10, 20)])
+def test_sums_of_equal_updates_in_other_groups_each_round_give_those_of_single_devices(
+    rounds: int, solved: int
+) -> None:
+    """What the threat model says of an adapter that hardly moves: 1 + R (g - 1) equations for 20 updates."""
+    names = [f"device-{number}" for number in range(20)]
+    dealt = [groups.deal(f"{number:064x}", names, 3) for number in range(rounds)]
+    members = np.array([[each[name] == group for name in names] for each in dealt for group in range(3)], float)
+    assert np.linalg.matrix_rank(members) == solved
+    updates = np.random.default_rng(0).standard_normal(len(names))
+    found, *_ = np.linalg.lstsq(members, members @ updates, rcond=None)
+    assert np.allclose(found, updates) == (solved == len(names))
+
+
 @pytest.mark.parametrize("dropouts", [{}, {"input": 1}, {"survivors": 1, "unmask": 1}])
 def test_each_group_has_the_exact_sum_of_its_survivors(dropouts: dict[str, int]) -> None:
     fleet = fleet_of()
