@@ -20,6 +20,7 @@ from adapters.base import Base
 from adapters.bundle import BASE, TRAINING
 from adapters.bundle import PHRASES as PHRASES_FILE
 from adapters.layout import Tensors
+from adapters.manifest import PrivacyBound
 from adapters.peftconfig import PeftConfig
 from aggregation.errors import TrustError
 from aggregation.pki.identity import IdentityKey
@@ -80,7 +81,7 @@ def trainable(request: Any, model: PeftModel, tiny_base: Base, trace_once: objec
 def first(model: PeftModel) -> AdapterSource:
     """A global adapter whose answers are nearly undecided."""
     values = {name: value * np.float32(HEAD if "classifier" in name else 1) for name, value in draw(model, 0).items()}
-    return AdapterSource("global", values, LABELS, 3, "c" * 64, None, CONFIG, epsilon=3.0)
+    return AdapterSource("global", values, LABELS, 3, "c" * 64, None, CONFIG, privacy=PrivacyBound(3.0, 1e-6))
 
 
 @pytest.fixture

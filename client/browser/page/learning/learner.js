@@ -141,7 +141,7 @@ export class Learner {
       version: await this.#next({ ...old, name: target }, old.version),
       source: digest,
       parent: old.parent ?? old.source,
-      epsilon: null, // of what a device fitted to its own examples, nothing is bounded
+      privacy: null, // of what a device fitted to its own examples, nothing is bounded
     };
     const key = record.key ?? (await signingKey());
     const files = { manifest: await signedAdapterManifest(made, key), blob };
