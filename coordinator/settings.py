@@ -133,6 +133,25 @@ class CohortSettings(Settings):
         return max(math.ceil(self.quorum * asked), needed)
 
 
+class GatewaySettings(Settings):
+    """The gateway for light devices (docs/reference/gateway.md)."""
+
+    check_ins_per_minute: float = Field(
+        default=10_000.0, gt=0, le=1e6, description="check-ins of light devices that the gateway lets come in a minute"
+    )
+    accepted_seconds: float = Field(
+        default=1.0, gt=0, le=86_400, description="time until a light device that took part comes back, at least"
+    )
+    rejected_seconds: float = Field(
+        default=10.0, gt=0, le=86_400, description="time until a light device that was not admitted returns, at least"
+    )
+    client_version: str = Field(
+        default="",
+        pattern=r"^([0-9]{1,6}(\.[0-9]{1,6}){0,3})?$",
+        description="least version of edgeadapt on a light device; empty: any",
+    )
+
+
 class FederationSettings(Settings):
     """``federation.toml`` in the coordinator's state directory."""
 
@@ -156,6 +175,7 @@ class FederationSettings(Settings):
     server: Server = Server()
     aggregation: Aggregation = Aggregation()
     privacy: PrivacySettings = PrivacySettings()
+    gateway: GatewaySettings = GatewaySettings()
 
     @model_validator(mode="after")
     def _takes_turns(self) -> Self:

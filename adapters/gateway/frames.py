@@ -5,7 +5,10 @@ content of the fields is the protocol's; its core checks it. Unknown fields are 
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -22,6 +25,8 @@ ATTEND, FETCH, ANSWER, STATUS = (f"/{SERVICE}/{name}" for name in ("Attend", "Fe
 ENROL = f"/{ENROLMENT}/Enrol"
 
 RETRY_AFTER = "retry-after-ms"  # trailing metadata of an error: when the call may succeed
+RETRY_WINDOW = "retry-window-ms"  # trailing metadata of the end of Attend: FROM-TO, when the device comes back
+LONGEST_WAIT = 86_400.0  # seconds until a device comes back
 INLINE = 2**16  # bytes of a field that is in the request itself; a longer one is fetched
 CHUNK = 2**18  # bytes
 MAX_MESSAGE = 2**19  # bytes of one gRPC message
@@ -32,6 +37,7 @@ MAX_ANSWER = 2**26 + 2**16  # bytes: a masked input at its limit, with its signa
 MAX_REASON = 400  # bytes
 DIGEST = 32  # bytes of SHA-256
 _NAME = 32  # characters of a field's name
+_VERSION = 64  # characters of a version
 
 M = TypeVar("M", bound=Message)  # of the generated classes
 
@@ -66,6 +72,27 @@ def node_of(device: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1 or 1
 
 
+@dataclass(frozen=True, slots=True)
+class RetryWindow:
+    """Within which seconds from now on a device comes back, at a random time."""
+
+    earliest: float
+    latest: float
+
+    def metadata(self) -> tuple[tuple[str, str]]:
+        """For the end of a call; the reader is ``retry_window``."""
+        return ((RETRY_WINDOW, f"{math.ceil(1000 * self.earliest)}-{math.ceil(1000 * self.latest)}"),)
+
+
+def retry_window(metadata: Iterable[tuple[str, str | bytes]] | None) -> RetryWindow | None:
+    """The window in the trailing metadata of a call, at most a day. None: it has no window, or a damaged one."""
+    found = re.fullmatch(r"([0-9]{1,9})-([0-9]{1,9})", str(dict(metadata or ()).get(RETRY_WINDOW, "")))
+    if found is None or int(found[1]) > int(found[2]):
+        return None
+    earliest, latest = (min(int(text) / 1000, LONGEST_WAIT) for text in found.groups())
+    return RetryWindow(earliest, latest)
+
+
 def hello(raw: bytes) -> pb.Hello:
     """What a device presents.
 
@@ -75,6 +102,7 @@ def hello(raw: bytes) -> pb.Hello:
     message = _parse(pb.Hello, raw)
     _require(0 < len(message.certificate) <= MAX_CERTIFICATE, "hello.certificate")
     _require(len(message.binding) == SIGNATURE, "hello.binding")
+    _require(0 < len(message.version) <= _VERSION, "hello.version")
     return message
 
 

@@ -7,12 +7,14 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Hello(_message.Message):
-    __slots__ = ("certificate", "binding")
+    __slots__ = ("certificate", "binding", "version")
     CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
     BINDING_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     certificate: bytes
     binding: bytes
-    def __init__(self, certificate: _Optional[bytes] = ..., binding: _Optional[bytes] = ...) -> None: ...
+    version: str
+    def __init__(self, certificate: _Optional[bytes] = ..., binding: _Optional[bytes] = ..., version: _Optional[str] = ...) -> None: ...
 
 class Request(_message.Message):
     __slots__ = ("id", "step", "fields", "blobs")

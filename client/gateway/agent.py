@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +30,7 @@ from aggregation.errors import ConfigError, EdgeAdaptError, ProtocolError, Trust
 from aggregation.pki.certificates import load, subject, to_der
 from aggregation.pki.tls import TlsKey, bind
 from aggregation.steps import Step
-from client.gateway.calls import PASSING, pause, refusal
+from client.gateway.calls import FIRST_PAUSE, PASSING, pause, refusal, until
 from client.node.eligibility import LOOK, Condition, conditions, machine_conditions
 from client.node.readings import Readings, SystemReadings
 from client.node.statedir import AUTHORITY, LONGEST, TLS_CERTIFICATE, TLS_KEY, DeviceStateDir
@@ -96,6 +97,8 @@ class Agent:
                             self._handle(channel, state_dir, frames.request(raw))
                             if self._declined:
                                 break
+                        else:
+                            self._come_back(requests) or self._stop.wait(FIRST_PAUSE)
             except grpc.RpcError as error:
                 if self._stop.is_set():
                     return
@@ -103,10 +106,22 @@ class Agent:
                     continue
                 if error.code() not in PASSING:
                     raise refusal(error, "the gateway") from error
+                if self._come_back(error):
+                    continue
                 attempt += 1
                 seconds = pause(attempt, error)
                 log.info("no gateway at %s, again in %.1f s: %s", self.address, seconds, _one_line(error))
                 self._stop.wait(seconds)
+
+    def _come_back(self, call: grpc.Call) -> bool:
+        """Wait as the gateway asks at the end of a call. Returns False if it does not."""
+        window = frames.retry_window(call.trailing_metadata())
+        if window is None:
+            return False
+        seconds = max(FIRST_PAUSE, until(window))
+        log.info("the gateway at %s asks this device to come back: in %.1f s", self.address, seconds)
+        self._stop.wait(seconds)
+        return True
 
     def _await_conditions(self) -> bool:
         """Wait until all conditions are met. Returns False if the agent is to stop."""
@@ -158,7 +173,8 @@ class Agent:
 
     def _attend(self, channel: grpc.Channel, state_dir: DeviceStateDir) -> Any:
         own = to_der(storage.read(state_dir.folder / TLS_CERTIFICATE, LONGEST))
-        hello = pb.Hello(certificate=state_dir.certificate, binding=bind(state_dir.identity, own))
+        binding = bind(state_dir.identity, own)
+        hello = pb.Hello(certificate=state_dir.certificate, binding=binding, version=version("edgeadapt"))
         call = channel.unary_stream(frames.ATTEND)(hello.SerializeToString())
         self._call = call
         call.initial_metadata()  # waits until the gateway has admitted the device

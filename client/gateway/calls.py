@@ -33,6 +33,11 @@ def pause(attempt: int, error: grpc.RpcError) -> float:
     return most * (0.5 + secrets.randbelow(2**20) / 2**21)  # so that not all devices come back at once
 
 
+def until(window: frames.RetryWindow) -> float:
+    """Seconds until a device comes back: a random time within the window, by the operating system's entropy."""
+    return secrets.SystemRandom().uniform(window.earliest, window.latest)
+
+
 def refusal(error: grpc.RpcError, peer: str) -> EdgeAdaptError:
     """What a refusal of ``peer`` means."""
     text = f"{peer} refuses this device: {' '.join(str(error.details()).split())[:400]}"

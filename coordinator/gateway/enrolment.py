@@ -21,7 +21,8 @@ from aggregation.errors import ConfigError, EdgeAdaptError, ProtocolError
 from aggregation.pki import Authority, certificates
 from aggregation.pki.tls import TlsKey, TlsRole, read_tls_request
 from coordinator.authority import AuthorityStore
-from coordinator.gateway.server import ServerTls, TokenBucket
+from coordinator.gateway.pace import TokenBucket
+from coordinator.gateway.server import ServerTls
 
 NAME = "enrolment"  # in the service's own certificate
 OWN_DAYS = 30  # of that certificate; a restart makes another one

@@ -42,9 +42,14 @@ def serving(state_dir: CoordinatorStateDir, address: str, *, own_process: bool =
         ConfigError, TrustError: As ``CoordinatorStateDir.read_tls`` and ``Gateway``.
     """
     key, certificate = state_dir.read_tls(datetime.now(UTC))
-    grid = GatewayGrid(
-        address, ServerTls(key, certificate, state_dir.root.to_pem()), state_dir.read_root, own_process=own_process
+    own, tls = state_dir.settings.gateway, ServerTls(key, certificate, state_dir.root.to_pem())
+    limits = GatewayLimits(
+        check_ins=own.check_ins_per_minute,
+        accepted=own.accepted_seconds,
+        rejected=own.rejected_seconds,
+        client_version=own.client_version,
     )
+    grid = GatewayGrid(address, tls, state_dir.read_root, limits, own_process=own_process)
     log.info("listening at %s", f"{address.rpartition(':')[0]}:{grid.port}")
     try:
         yield grid

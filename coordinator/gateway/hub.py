@@ -25,6 +25,10 @@ class NoAnswer:
     reason: str
 
 
+class Released(EdgeAdaptError):  # noqa: N818
+    """The gateway needs a device no longer. Its stream ends without an error."""
+
+
 @dataclass(frozen=True, slots=True)
 class Credentials:
     """What a device presented, and the gateway verified: two certificates in DER, and the binding of both."""
@@ -109,7 +113,8 @@ class Hub:
         mailbox = self._mailboxes.get(stream.credentials.device)
         if mailbox is not None and mailbox.stream is stream:
             mailbox.stream = None
-            asyncio.get_running_loop().call_later(self.grace, self._gone, stream.credentials.device, mailbox)
+            grace = 0.0 if isinstance(stream.over, Released) else self.grace
+            asyncio.get_running_loop().call_later(grace, self._gone, stream.credentials.device, mailbox)
 
     def _gone(self, device: str, mailbox: _Mailbox) -> None:
         if mailbox.stream is None and self._mailboxes.get(device) is mailbox:

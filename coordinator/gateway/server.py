@@ -21,14 +21,17 @@ import grpc
 from grpc import StatusCode, aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from packaging.version import InvalidVersion, Version
 
 from adapters.gateway import frames
 from adapters.gateway import gateway_pb2 as pb
 from aggregation.errors import ConfigError, EdgeAdaptError, ProtocolError, TrustError
 from aggregation.pki import Root, certificates
 from aggregation.pki.tls import TlsRole, verify_binding, verify_tls
-from coordinator.gateway.hub import Credentials, Hub, NoAnswer, Stream
+from coordinator.gateway.hub import Credentials, Hub, NoAnswer, Released, Stream
+from coordinator.gateway.pace import Pace, TokenBucket
 
+CLOSING = 2.0  # seconds for the end of the streams
 log = logging.getLogger("edgeadapt.gateway")
 T = TypeVar("T")
 Context: TypeAlias = Any  # grpc.aio.ServicerContext, which has no types
@@ -46,6 +49,10 @@ class GatewayLimits:
         uploading: Bytes of answers that are being received, of all devices.
         devices: Connected at the same time.
         grace: Seconds in which a device whose stream broke may come back.
+        check_ins: A minute, of all devices that are not connected.
+        accepted: Seconds until a device that took part comes back, at least.
+        rejected: Seconds until a device that was not admitted comes back, at least.
+        client_version: Least version of edgeadapt on a device; empty: any.
     """
 
     calls: int = 60
@@ -54,28 +61,10 @@ class GatewayLimits:
     uploading: int = 2**30
     devices: int = 4096
     grace: float = 10.0
-
-
-@dataclass(slots=True)
-class TokenBucket:
-    """Lets ``calls`` calls pass in a row, and regains them evenly in ``seconds``."""
-
-    calls: int
-    seconds: float
-    left: float = field(init=False)
-    at: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.left = float(self.calls)
-
-    def wait(self, now: float) -> float:
-        """Take a call at the time ``now``; 0, or the seconds until there is one."""
-        self.left = min(self.calls, self.left + (now - self.at) * self.calls / self.seconds)
-        self.at = now
-        if self.left < 1.0:
-            return (1.0 - self.left) * self.seconds / self.calls
-        self.left -= 1.0
-        return 0.0
+    check_ins: float = 10_000.0
+    accepted: float = 1.0
+    rejected: float = 10.0
+    client_version: str = ""
 
 
 @dataclass(slots=True)
@@ -89,6 +78,10 @@ class Service:
     _answers: dict[str, tuple[int, asyncio.Timeout]] = field(default_factory=dict)
     _buckets: dict[str, TokenBucket] = field(default_factory=dict)
     _root: tuple[datetime, Root] | None = None
+    _pace: Pace = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._pace = Pace(self.limits.check_ins / 60.0, self.limits.accepted, self.limits.rejected)
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """For gRPC's server."""
@@ -106,11 +99,12 @@ class Service:
         """Send requests to a device until its stream ends."""
         async with _answered(context):
             name, tls_certificate = await self._peer(context)
+            if name not in self.hub.devices:  # a device whose stream broke comes back at once
+                await self._keep_pace(context, name)
             hello = frames.hello(raw)
+            require_version(hello.version, self.limits.client_version)
             credentials = Credentials(name, tls_certificate, hello.certificate, hello.binding)
             self.verify(credentials, datetime.now(UTC))
-            if len(self.hub.devices) >= self.limits.devices and name not in self.hub.devices:
-                await _later(context, StatusCode.RESOURCE_EXHAUSTED, "the gateway is full", 60.0)
             stream = self.hub.open(credentials)
             log.info("%s is connected", name)
             try:
@@ -119,9 +113,29 @@ class Service:
                     asked = await self.hub.next(stream)
                     async with asyncio.timeout(self.limits.transfer):
                         await context.write(asked.message)
+            except Released:
+                context.set_trailing_metadata(self._pace.accept(name, time.monotonic()).metadata())
             finally:
                 self.hub.closed(stream)
                 log.info("%s is disconnected", name)
+
+    async def _keep_pace(self, context: Context, name: str) -> None:
+        """End the call if the device comes before its window, or too many check in, or are connected."""
+        now = time.monotonic()
+        if window := self._pace.early(name, now):
+            reason = "too early: the gateway asked this device to come back later"
+        elif not self._pace.admits(now):
+            reason, window = "too many devices check in", self._pace.reject(name, now)
+        elif len(self.hub.devices) >= self.limits.devices:
+            reason, window = "the gateway is full", self._pace.reject(name, now)
+        else:
+            return
+        await context.abort(StatusCode.RESOURCE_EXHAUSTED, reason, window.metadata())
+
+    def release(self) -> None:
+        """End all streams without an error; the devices come back within their windows."""
+        for stream in self.hub.streams():
+            self.hub.end(stream, Released(f"{stream.credentials.device} took part"))
 
     async def fetch(self, raw: bytes, context: Context) -> None:
         """Send a field of the request under way, from an offset on."""
@@ -222,6 +236,23 @@ class Service:
                 del self._answers[device]
 
 
+def require_version(found: str, least: str) -> None:
+    """Return if a device's version is at least ``least``; an empty one is any.
+
+    The device states it, and could state another: this keeps out devices that would fail, not those that lie.
+
+    Raises:
+        ProtocolError: It is older, or no version.
+    """
+    try:
+        old = Version(found) < Version(least or "0")
+    except InvalidVersion:
+        raise ProtocolError(f"{found!r} is no version", about="hello.version") from None
+    if old:
+        text = f"edgeadapt {found} is older than {least}, the least version of this federation: update it"
+        raise ProtocolError(text, about="gateway.version")
+
+
 async def _body(parts: AsyncIterator[bytes], size: int) -> bytes:
     """The bytes of an answer.
 
@@ -260,7 +291,7 @@ class _answered:  # noqa: N801
             await self._context.abort(StatusCode.PERMISSION_DENIED, str(error))
         elif isinstance(error, ProtocolError):
             log.warning("a call is refused: %s", error)
-            gone = error.about in ("gateway.stream", "gateway.request")
+            gone = error.about in ("gateway.stream", "gateway.request", "gateway.version")
             code = StatusCode.FAILED_PRECONDITION if gone else StatusCode.INVALID_ARGUMENT
             await self._context.abort(code, str(error))
         elif isinstance(error, EdgeAdaptError):
@@ -379,8 +410,16 @@ class Gateway:
         return self._call(asked())
 
     def close(self) -> None:
-        """End all calls and stop listening."""
-        self._call(self._server.stop(grace=0.2))
+        """End all calls and stop listening. The devices that are there come back within their windows."""
+
+        if self._loop.is_closed():
+            return
+
+        async def released() -> None:
+            self._service.release()
+
+        self._call(released())
+        self._call(self._server.stop(grace=CLOSING))
         self._end()
 
     def _end(self) -> None:

@@ -22,7 +22,7 @@ READERS = (
     frames.enrolled,
 )
 VALID = (
-    pb.Hello(certificate=b"c" * 300, binding=bytes(64)).SerializeToString(),
+    pb.Hello(certificate=b"c" * 300, binding=bytes(64), version="1.2").SerializeToString(),
     frames.request_message(7, "plan", {"body": b"b", "adapter": b"a" * 9}, {"adapter": bytes(32)}),
     pb.Range(sha256=bytes(32), offset=5).SerializeToString(),
     next(frames.chunks(b"content", 2)),
@@ -31,6 +31,22 @@ VALID = (
     pb.EnrolRequest(token=b"t", request=b"r", tls_request=b"q").SerializeToString(),
     pb.Enrolled(certificate=b"c", tls_certificate=b"t").SerializeToString(),
 )
+
+
+@given(st.floats(0, frames.LONGEST_WAIT), st.floats(0, 3600))
+def test_a_window_is_read_as_it_is_written_and_is_at_most_a_day(earliest: float, length: float) -> None:
+    written = frames.RetryWindow(earliest, earliest + length)
+    found = frames.retry_window(written.metadata())
+    assert found is not None
+    assert found.earliest == pytest.approx(earliest, abs=1e-3)
+    assert found.latest == pytest.approx(min(earliest + length, frames.LONGEST_WAIT), abs=1e-3)
+
+
+@pytest.mark.parametrize("text", ["", "1", "2-1", "-1-2", "1-", "a-b", "1-2-3", "1 - 2", "9" * 10 + "-1", "1.5-2"])
+def test_what_is_not_a_window_gives_nothing(text: str) -> None:
+    assert frames.retry_window(((frames.RETRY_WINDOW, text),)) is None
+    assert frames.retry_window(None) is None
+    assert frames.retry_window(((frames.RETRY_WINDOW, b"1-2"),)) is None
 
 
 @given(st.binary(max_size=300))

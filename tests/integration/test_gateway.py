@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
+from adapters.gateway.frames import node_of
 from coordinator.authority import AuthorityStore
 from coordinator.gateway.enrolment import EnrolmentServer, EnrolmentService
 from coordinator.gateway.grid import GatewayGrid
 from coordinator.gateway.server import GatewayLimits
 from coordinator.statedir import CoordinatorStateDir
-from tests.support.gateway import HOST, attending, authority_of, free_port, give_tls, server_tls
+from tests.support.gateway import HOST, attending, authority_of, free_port, give_tls, server_tls, wait_until
 from tests.support.trial import AUTHORITY, COORDINATOR, call, make_trial_fleet
 
 ROOT = Path(__file__).parents[2]
@@ -104,6 +105,34 @@ def test_a_device_that_is_killed_while_it_trains_drops_out_and_the_others_finish
         (DEVICES, {"device-03": "plan"}, 2),
     ]
     require_audited(fleet, capsys)
+
+
+def test_an_agent_that_finds_the_gateway_full_comes_back_when_there_is_room(
+    app_fleet_of: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    fleet = app_fleet_of(2, rounds=1)
+    give_tls(fleet)
+    first, second = fleet.nodes.values()
+    limits = GatewayLimits(devices=1, grace=0.1, calls=10_000, rejected=0.2)
+    with caplog.at_level("INFO", "edgeadapt"), gateway(fleet, limits) as grid:
+        with attending(grid.port, [first]):
+            grid.await_devices(1)
+            with attending(grid.port, [second]):
+                wait_until(lambda: any("asks this device to come back" in line for line in caplog.messages))
+                assert [*grid.get_node_ids()] == [node_of(Path(first).name)]
+        with attending(grid.port, [second]):
+            wait_until(lambda: [*grid.get_node_ids()] == [node_of(Path(second).name)])
+    assert not [line for line in caplog.messages if "too early" in line]
+
+
+def test_an_agent_of_a_version_that_is_too_old_ends_with_one_line(app_fleet_of: Callable[..., Any]) -> None:
+    fleet = app_fleet_of(1, rounds=1)
+    give_tls(fleet)
+    (folder,) = fleet.nodes.values()
+    with gateway(fleet, GatewayLimits(client_version="99.1")) as grid, agent_process(grid.port, folder) as agent:
+        _, errors = agent.communicate(timeout=120)
+    assert agent.returncode == 3
+    assert [line for line in errors.splitlines() if "99.1" in line] == errors.splitlines()[-1:]
 
 
 def test_a_fleet_is_enrolled_by_tokens_and_makes_its_rounds_by_commands(

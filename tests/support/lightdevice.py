@@ -29,6 +29,7 @@ class LightDevice:
     name: str
     identity: IdentityKey = field(default_factory=lambda: IdentityKey.generate(SystemEntropy()))
     role: TlsRole = TlsRole.DEVICE
+    version: str = "1.2.3"
 
     def __post_init__(self) -> None:
         now = datetime.now(UTC)
@@ -44,7 +45,7 @@ class LightDevice:
     @property
     def hello(self) -> bytes:
         binding = bind(self.identity, to_der(self.tls_certificate))
-        return bytes(pb.Hello(certificate=self.certificate, binding=binding).SerializeToString())
+        return bytes(pb.Hello(certificate=self.certificate, binding=binding, version=self.version).SerializeToString())
 
     def attend(self, hello: bytes | None = None) -> "Attendance":
         """Open a stream; returns when it is admitted or refused."""

@@ -10,6 +10,7 @@ import resource
 import struct
 import sys
 from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
 
 import grpc
 from grpc import aio
@@ -54,6 +55,7 @@ async def _device(
         hello = pb.Hello(
             certificate=authority.issue(name, identity.public, not_before=begin, not_after=end),
             binding=bind(identity, der),
+            version=version("edgeadapt"),
         )
         credentials = grpc.ssl_channel_credentials(authority.root.to_pem(), key.pem, certificates.to_pem(der))
         channel = aio.secure_channel(f"127.0.0.1:{port}", credentials, [*frames.DEVICE_OPTIONS, OWN_CONNECTION])

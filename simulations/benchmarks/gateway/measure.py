@@ -118,7 +118,7 @@ def _gateway(count: int) -> Iterator[tuple[Transport, float]]:
     dates = {"not_before": now - timedelta(hours=1), "not_after": now + timedelta(hours=1)}
     der = authority.issue_tls("gateway", public, TlsRole.GATEWAY, ("127.0.0.1",), serial=1, **dates)
     tls = ServerTls(key.pem, certificates.to_pem(der), authority.root.to_pem())
-    limits = GatewayLimits(calls=10_000)  # a step after the other, without training
+    limits = GatewayLimits(calls=10_000, check_ins=1e6)  # a step after the other, without training
     grid = GatewayGrid("127.0.0.1:0", tls, lambda at: authority.root, limits)
     command = [sys.executable, "-m", "simulations.benchmarks.gateway.clients", str(grid.port), str(count)]
     before = _resident()

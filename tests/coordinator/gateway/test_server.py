@@ -28,7 +28,7 @@ from coordinator.gateway.server import Gateway
 from tests.coordinator.gateway.conftest import LIMITS, Site
 from tests.support import refused
 from tests.support.gateway import HOST, channel, server_tls, wait_until
-from tests.support.lightdevice import LightDevice
+from tests.support.lightdevice import Attendance, LightDevice
 
 
 def status_of(call: Callable[[], Any]) -> StatusCode:
@@ -308,6 +308,79 @@ def test_a_device_that_calls_too_often_has_to_wait_and_others_do_not(site_of: Ca
     kitchen.status()
 
 
+def window_of(attendance: Attendance) -> frames.RetryWindow:
+    """With which window a device is sent away, by an error that permits another try."""
+    assert attendance.refused()[0] is StatusCode.RESOURCE_EXHAUSTED
+    window = frames.retry_window(attendance.call.trailing_metadata())
+    assert window is not None
+    return window
+
+
+def test_a_device_that_was_sent_away_and_comes_back_too_early_gets_the_rest_of_its_window(
+    site_of: Callable[..., Site],
+) -> None:
+    site = site_of(replace(LIMITS, devices=1, rejected=3600.0))
+    site.device("kitchen").attend()
+    garage, hall = site.device("garage"), site.device("hall")
+    first = window_of(garage.attend())
+    assert 3500 < first.earliest <= 3600.001
+    assert first.latest - first.earliest == pytest.approx(3600, abs=0.002)
+    early = window_of(garage.attend())
+    assert early.earliest < first.earliest
+    assert window_of(hall.attend()).earliest > early.earliest  # another device has a later one
+
+
+def test_check_ins_above_the_target_are_sent_away_with_windows_of_their_own(site_of: Callable[..., Site]) -> None:
+    site = site_of(replace(LIMITS, check_ins=0.1, rejected=1.0))  # one in ten minutes
+    site.device("kitchen").attend()
+    windows = [window_of(site.device(name).attend()) for name in ("garage", "hall")]
+    assert 0 < windows[0].earliest <= 1.001
+    assert windows[1].earliest - windows[0].earliest > 1000  # half of the target is for these
+
+
+def test_a_device_that_is_there_reconnects_at_once_whatever_the_pace(site_of: Callable[..., Site]) -> None:
+    site = site_of(replace(LIMITS, check_ins=0.1, grace=60.0))
+    kitchen = site.device("kitchen")
+    kitchen.attend().cancel()
+    kitchen.attend()
+    assert site.gateway.devices() == ("kitchen",)
+
+
+def test_a_gateway_that_closes_tells_its_devices_when_to_come_back(site_of: Callable[..., Site]) -> None:
+    site = site_of(replace(LIMITS, check_ins=60.0, accepted=5.0))
+    streams = [site.device(name).attend() for name in ("kitchen",)]
+    site.gateway.close()
+    (stream,) = streams
+    assert stream.call.code() is StatusCode.OK
+    window = frames.retry_window(stream.call.trailing_metadata())
+    assert window == frames.RetryWindow(5.0, 10.0)
+
+
+@pytest.mark.parametrize(
+    ("version", "code"),
+    [
+        ("0.9.9", StatusCode.FAILED_PRECONDITION),
+        ("1.2.0.dev3", StatusCode.FAILED_PRECONDITION),
+        ("1.2", None),
+        ("1.10.0", None),
+        ("newest", StatusCode.INVALID_ARGUMENT),
+        ("", StatusCode.INVALID_ARGUMENT),
+        ("1" * 65, StatusCode.INVALID_ARGUMENT),
+    ],
+)
+def test_a_device_of_an_older_version_is_refused_with_the_version_that_it_needs(
+    site_of: Callable[..., Site], version: str, code: StatusCode | None
+) -> None:
+    site = site_of(replace(LIMITS, client_version="1.2"))
+    attendance = site.device("kitchen", version=version).attend()
+    if code is None:
+        assert site.gateway.devices() == ("kitchen",)
+    else:
+        found, reason = attendance.refused()
+        assert found is code
+        assert "1.2" in reason or code is StatusCode.INVALID_ARGUMENT
+
+
 def test_answers_over_the_memory_of_the_gateway_come_later(site_of: Callable[..., Site]) -> None:
     site = site_of(replace(LIMITS, uploading=100))
     kitchen = site.device("kitchen")
@@ -347,12 +420,12 @@ def test_a_device_that_announces_many_answers_uses_up_no_memory_of_others(site_o
 
 
 def test_a_full_gateway_admits_who_is_there_already(site_of: Callable[..., Site]) -> None:
-    site = site_of(replace(LIMITS, devices=1))
+    site = site_of(replace(LIMITS, devices=1, rejected=0.001))
     kitchen, garage = site.device("kitchen"), site.device("garage")
     stream = kitchen.attend()
     assert garage.attend().refused()[0] is StatusCode.RESOURCE_EXHAUSTED
     stream.cancel()
     kitchen.attend().cancel()
-    wait_until(lambda: kitchen.status().devices == 0, 5)
+    wait_until(lambda: kitchen.status().devices == 0)
     garage.attend()
     assert site.gateway.devices() == ("garage",)
