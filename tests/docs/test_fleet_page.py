@@ -1,0 +1,53 @@
+"""The page on a coordinator's machine: a SuperLink and a gateway in one cohort, from an empty folder to a bundle."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coordinator.statedir import CoordinatorStateDir
+from tests.support.gateway import free_port, wait_until
+
+DEVICES = {"attic", "garage", "hall", "kitchen", "office"}
+SUPERNODES = {"attic", "office"}
+
+
+def processes_in(folder: Path) -> list[int]:
+    """Processes that name the folder on their command line or in their environment."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            known = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
+        except OSError:  # another user's, or gone
+            continue
+        if os.fsencode(folder) in known and int(process.name) != os.getpid():
+            found.append(int(process.name))
+    return found
+
+
+@pytest.mark.slow
+def test_the_page_trains_supernodes_and_light_devices_in_one_cohort_and_exports_the_result(
+    reader: Any, blocks: Callable[[str], list[Any]], tiny_base: Any
+) -> None:
+    commands = "\n".join(block.commands for block in blocks("how-to/fleet.md"))
+    for port in ("9443", "9444", "8000", "9101"):
+        commands = commands.replace(port, str(free_port()))
+    try:
+        shown = reader.run(f"BASE='{tiny_base.folder}'\n{commands}")
+        state_dir = CoordinatorStateDir.open(reader.folder / "fleet")
+        records = state_dir.registry.rounds()
+        state_dir.registry.close()
+        assert [record.round for record in records] == [1, 2]
+        for record in records:  # a machine with much other work may lose one device of a round
+            assert {*record.survivors, *record.dropped} == DEVICES
+        made = [record for record in records if record.aborted is None]
+        assert made
+        assert all({*record.survivors} & SUPERNODES and {*record.survivors} - SUPERNODES for record in made)
+        assert f"bundle: global version {len(made)}" in shown
+        wait_until(lambda: not processes_in(reader.folder), seconds=120)
+    finally:
+        for process in processes_in(reader.folder):
+            os.kill(process, signal.SIGKILL)
