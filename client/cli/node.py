@@ -69,9 +69,11 @@ def policy(state_dir: Path, as_json: bool) -> None:
     defaults = PolicySettings().model_dump(mode="json")
     found = conditions(opened, SYSTEM, datetime.now().astimezone())
     eligible = all(condition.met for condition in found)
+    left = max(0.0, limits.maximum_epsilon - spent) if limits.maximum_epsilon else None
     if as_json:
         changed = [key for key in values if values[key] != defaults[key]]
-        account = {"epsilon": spent if math.isfinite(spent) else None, "noisy": ledger.noisy, "bare": ledger.bare}
+        finite = spent if math.isfinite(spent) else None
+        account = {"epsilon": finite, "left": left, "noisy": ledger.noisy, "bare": ledger.bare}
         eligibility = {"eligible": eligible, "conditions": [asdict(condition) for condition in found]}
         shown = {"policy": values, "changed": changed, "privacy": account, "eligibility": eligibility}
         click.echo(json.dumps(shown))
@@ -84,8 +86,7 @@ def policy(state_dir: Path, as_json: bool) -> None:
         click.echo("eligible now" if eligible else "not eligible now")
     for condition in found:
         click.echo(f"{' ' if condition.met else '-'} {condition.name:{WIDTH}} {condition.reading}")
-    left = max(0.0, limits.maximum_epsilon - spent)
-    of = f" of {limits.maximum_epsilon:g}, {left:.2f} left," if limits.maximum_epsilon else ""
+    of = f" of {limits.maximum_epsilon:g}, {left:.2f} left," if left is not None else ""
     bare = f", and {ledger.bare} without noise, which nothing bounds" if ledger.bare else ""
     click.echo(f"spent: epsilon {spent:.2f}{of} for delta {limits.delta:g} by {ledger.noisy} contributions{bare}")
 

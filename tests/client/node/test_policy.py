@@ -159,7 +159,7 @@ def test_the_command_prints_what_is_in_force(tmp_path: Path) -> None:
     shown = json.loads(CliRunner().invoke(device, ["policy", "--state", str(state_dir.folder), "--json"]).output)
     assert shown["changed"] == ["minimum_cohort"]
     assert PolicySettings(**shown["policy"]) == state_dir.settings.policy
-    assert shown["privacy"] == {"epsilon": 0.0, "noisy": 0, "bare": 0}
+    assert shown["privacy"] == {"epsilon": 0.0, "left": None, "noisy": 0, "bare": 0}
 
 
 def test_the_command_prints_what_contributions_may_have_revealed(tmp_path: Path) -> None:
@@ -170,4 +170,4 @@ def test_the_command_prints_what_contributions_may_have_revealed(tmp_path: Path)
     found = (spent + spent).epsilon(1e-6)
     assert f"epsilon {found:.2f} of 8, {8 - found:.2f} left, " in printed
     shown = json.loads(CliRunner().invoke(device, ["policy", "--state", str(state_dir.folder), "--json"]).output)
-    assert shown["privacy"] == {"epsilon": (spent + spent).epsilon(1e-6), "noisy": 2, "bare": 1}
+    assert shown["privacy"] == {"epsilon": found, "left": 8 - found, "noisy": 2, "bare": 1}
