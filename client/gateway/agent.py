@@ -4,8 +4,8 @@ It attends only while its owner's conditions are met (``client.node.eligibility`
 they are not.
 
 The connection is mutual TLS under the pinned authority. Whatever can pass by itself is tried again after a pause that
-grows, or that the gateway names; a refusal ends the agent. An answer that did not reach the gateway is sent again, and
-never made again: the device's state has moved on.
+grows, or that the gateway names; a refusal ends the agent. An answer that did not reach the gateway, or not the
+coordinator, which then asks the same once more, is sent again and never made again: the device's state has moved on.
 """
 
 import hashlib
@@ -60,7 +60,7 @@ class Agent:
     look: float = LOOK
     _stop: threading.Event = field(default_factory=threading.Event)
     _call: grpc.Call | None = None
-    _last: tuple[int, bytes | Refusal] | None = None  # the last request, and its answer
+    _last: tuple[pb.Request, bytes | Refusal] | None = None  # the last request, and its answer
     _answering: bool = False
     _declined: bool = False  # a condition is not met any more
 
@@ -192,9 +192,9 @@ class Agent:
             self._answering = False
 
     def _answer_once(self, channel: grpc.Channel, state_dir: DeviceStateDir, request: pb.Request) -> None:
-        if self._last is None or self._last[0] != request.id:
-            self._last = request.id, self._answer(channel, state_dir, request)
-        number, found = self._last
+        if self._last is None or not _same(self._last[0], request, refused=isinstance(self._last[1], Refusal)):
+            self._last = request, self._answer(channel, state_dir, request)
+        number, found = request.id, self._last[1]
         self._declined = isinstance(found, Refusal) and found.code is RefusalCode.NOT_ELIGIBLE
         try:
             self._transfer(partial(_send, channel, number, found))
@@ -282,3 +282,10 @@ def _send(channel: grpc.Channel, number: int, found: bytes | Refusal) -> None:
 
 def _one_line(error: grpc.RpcError) -> str:
     return " ".join(f"{error.code().name}: {error.details()}".split())[:200]
+
+
+def _same(last: pb.Request, request: pb.Request, *, refused: bool) -> bool:
+    """Whether a request is the last one, or repeats it; what was refused may be answered when it is repeated."""
+    if refused or last.id == request.id:
+        return last.id == request.id
+    return (last.step, last.fields, last.blobs) == (request.step, request.fields, request.blobs)

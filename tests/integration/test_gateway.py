@@ -1,18 +1,22 @@
 """A federation of light devices over real gRPC with mutual TLS on loopback, with the same ServerApp."""
 
+import contextlib
+import copy
 import json
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.app import Message
 
 from adapters.gateway.frames import node_of
+from aggregation.steps import BODY, RECORD
 from coordinator.authority import AuthorityStore
 from coordinator.gateway.enrolment import EnrolmentServer, EnrolmentService
 from coordinator.gateway.grid import GatewayGrid
@@ -74,6 +78,41 @@ def test_light_devices_make_the_rounds_and_the_audit_passes(
         (DEVICES, {}, 2),
     ]
     require_audited(fleet, capsys)
+
+
+class AskingTwice(GatewayGrid):
+    """Asks each device everything twice, as a coordinator to which the first answer was lost."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.first: list[str] = []
+        self.second: list[Message] = []
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        batch = list(messages)
+        self.first += super().push_messages(copy.deepcopy(batch))
+        return super().push_messages(batch)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        found = [*super().pull_messages(message_ids)]
+        self.second += found
+        return found
+
+
+def test_an_agent_that_is_asked_again_answers_as_before(app_fleet_of: Callable[..., Any]) -> None:
+    def bodies(replies: Iterable[Message]) -> list[str]:
+        return sorted(str(reply.content.config_records[RECORD][BODY]) for reply in replies)
+
+    fleet = app_fleet_of(3, rounds=2)
+    give_tls(fleet)
+    state_dir = CoordinatorStateDir.open(fleet.out / "coordinator")
+    grid = AskingTwice(f"{HOST}:0", server_tls(authority_of(fleet)), state_dir.read_root)
+    with contextlib.closing(grid), attending(grid.port, [*fleet.nodes.values()]):
+        grid.await_devices(3)
+        records = fleet.federate(grid)
+        assert [(record.survivors, record.dropped) for record in records] == [(DEVICES, {})] * 2
+        assert bodies(GatewayGrid.pull_messages(grid, grid.first)) == bodies(grid.second)
+    state_dir.registry.close()
 
 
 def test_a_device_that_is_killed_while_it_trains_drops_out_and_the_others_finish(
