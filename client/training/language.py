@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from threading import Lock
 
 import numpy as np
 import torch
@@ -49,10 +50,10 @@ class Encoded:
 
 
 class LanguageTrainer:
-    """A frozen language model with one adapter, and its tokenizer."""
+    """A frozen language model with one adapter, and its tokenizer. Threads may share it: one trains at a time."""
 
     def __init__(self, base: Base, config: PeftConfig) -> None:
-        self.base = base
+        self.base, self._lock = base, Lock()
         with flushed_denormals():
             self.model = causal.build(base, config)
         causal.require_private(self.model)
@@ -82,7 +83,7 @@ class LanguageTrainer:
         """
         if not examples:
             raise DataError("there are no examples to train on; add some", about="examples", value=0)
-        with flushed_denormals():
+        with self._lock, flushed_denormals():
             causal.load(self.model, start)
             encoded = self.encode(examples)
 
@@ -106,10 +107,10 @@ class LanguageTrainer:
             The sums over the examples of the share of learned tokens that are the most probable ones, and of the
             cross-entropy in nats for each byte of the text, at most ``MAX_LOSS``.
         """
-        causal.load(self.model, adapter)
         correct = loss = 0.0
         encoded = sorted(self.encode(examples), key=lambda each: len(each.ids))
-        with torch.inference_mode(), flushed_denormals():
+        with self._lock, torch.inference_mode(), flushed_denormals():
+            causal.load(self.model, adapter)
             for at in range(0, len(encoded), EVALUATION_BATCH):
                 batch = encoded[at : at + EVALUATION_BATCH]
                 logits, targets = self._forward(batch)

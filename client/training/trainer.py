@@ -8,6 +8,7 @@ here.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
+from threading import Lock
 
 import numpy as np
 import torch
@@ -32,10 +33,10 @@ LORA_B = ".lora_B.default"  # ends the path of a layer's B in peft's model
 
 
 class Trainer:
-    """A frozen base with one adapter, and its tokenizer."""
+    """A frozen base with one adapter, and its tokenizer. Threads may share it: one trains or embeds at a time."""
 
     def __init__(self, base: Base, task_labels: int, config: PeftConfig) -> None:
-        self.base = base
+        self.base, self._lock = base, Lock()
         with flushed_denormals():  # torch's threads keep what holds when they start
             self.model: PeftModel = classifier.build(base, task_labels, config)
         # On short texts, without fused kernels, a step of multilingual-e5-small takes a fifth less time.
@@ -73,7 +74,7 @@ class Trainer:
         """
         if not examples:
             raise DataError("there are no examples to train on; add some", about="examples", value=0)
-        with flushed_denormals():
+        with self._lock, flushed_denormals():
             return self._train(start, examples, task, epochs, rng, step)
 
     def _train(
@@ -119,8 +120,8 @@ class Trainer:
         """Logits, shape ``(len(texts), labels)``; ``(0, 0)`` without texts."""
         if not texts:
             return np.zeros((0, 0), np.float32)
-        classifier.load(self.model, adapter)
-        with torch.inference_mode(), flushed_denormals():
+        with self._lock, torch.inference_mode(), flushed_denormals():
+            classifier.load(self.model, adapter)
             return classifier.in_batches(self._forward, self._tokens(texts)).numpy()
 
     def embed(self, texts: Sequence[str], adapter: Tensors | None = None) -> NDArray[np.float32]:
@@ -130,13 +131,13 @@ class Trainer:
             texts: In any number.
             adapter: With which the base embeds them; None: the frozen base alone.
         """
-        if adapter is not None:
-            classifier.load(self.model, adapter)
         base = self.model.get_base_model()
         if not texts:
             return np.zeros((0, base.encoder.config.hidden_size), np.float32)
         alone = self.model.disable_adapter() if adapter is None else nullcontext()
-        with torch.inference_mode(), flushed_denormals(), alone:
+        with self._lock, torch.inference_mode(), flushed_denormals(), alone:
+            if adapter is not None:
+                classifier.load(self.model, adapter)
             return classifier.in_batches(base.embed, self._tokens(texts)).numpy()
 
     def _forward(self, ids: Tensor, mask: Tensor) -> Tensor:

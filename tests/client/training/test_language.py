@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from adapters.parts import PARTS, Part
 from adapters.peftconfig import PeftConfig
 from adapters.task import MAX_LOSS, Task
 from aggregation.errors import ConfigError, DataError
-from client.training.examples import Example, Split, parse_examples, read_examples, write_examples
+from client.training.examples import Example, Score, Split, parse_examples, read_examples, write_examples
 from client.training.language import IGNORED, LanguageTrainer
 from tests.support import refused
 
@@ -51,6 +52,19 @@ def chatty(make_lm: Callable[..., Base]) -> LanguageTrainer:
 
 def rng(seed: int = 3) -> np.random.Generator:
     return np.random.default_rng(seed)
+
+
+def test_threads_that_share_a_trainer_get_what_each_would_get_alone(trainer: LanguageTrainer, start: Tensors) -> None:
+    def outcome(seed: int) -> tuple[Tensors, Score]:
+        adapter = trainer.train(start, TEXTS, TASK, epochs=5, rng=np.random.default_rng(seed))
+        return adapter, trainer.score(adapter, TEXTS)
+
+    alone = [outcome(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = [*pool.map(outcome, range(4))]
+    for (one, score), (other, other_score) in zip(alone, together, strict=True):
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+        assert score == other_score
 
 
 def test_training_lowers_the_loss_of_texts_and_is_the_same_for_a_generator(

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -69,6 +70,20 @@ def test_training_is_the_same_for_a_generator_whatever_was_trained_before(traine
     first = trainer.train(start, EXAMPLES, TASK, epochs=2, rng=rng(1))
     trainer.train(first, EXAMPLES[:3], TASK, epochs=1, rng=rng(9))
     assert same(trainer.train(start, EXAMPLES, TASK, epochs=2, rng=rng(1)), first)
+
+
+def test_threads_that_share_a_trainer_get_what_each_would_get_alone(trainer: Trainer, start: Tensors) -> None:
+    def outcome(seed: int) -> tuple[Tensors, Any, Any]:
+        adapter = trainer.train(start, EXAMPLES, TASK, epochs=20, rng=rng(seed))
+        return adapter, trainer.logits(adapter, TEXTS), trainer.embed(TEXTS, adapter)
+
+    alone = [outcome(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = [*pool.map(outcome, range(4))]
+    for one, other in zip(alone, together, strict=True):
+        assert same(one[0], other[0])
+        assert np.array_equal(one[1], other[1])
+        assert np.array_equal(one[2], other[2])
 
 
 def test_another_generator_visits_the_examples_in_another_order(trainer: Trainer, start: Tensors) -> None:
