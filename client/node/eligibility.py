@@ -96,11 +96,20 @@ def machine_conditions(settings: EligibilitySettings, readings: Readings, now: d
     return found
 
 
-def conditions(state: EligibleState, readings: Readings, now: datetime) -> list[Condition]:
-    """All conditions that are demanded of a device that joins a session; ``now`` is in local time."""
+def conditions(
+    state: EligibleState, readings: Readings, now: datetime, *, count_examples: bool = True
+) -> list[Condition]:
+    """The conditions that are demanded of a device that joins a session.
+
+    Args:
+        state: Of the device.
+        readings: Of the machine.
+        now: In local time.
+        count_examples: Whether ``minimum_examples`` is one of them. Counting takes time that depends on the examples.
+    """
     settings = state.eligibility
     found = machine_conditions(settings, readings, now)
-    if settings.minimum_examples:
+    if settings.minimum_examples and count_examples:
         found.append(
             _read("minimum_examples", lambda: _at_least(_count(state.examples), settings.minimum_examples, " examples"))
         )

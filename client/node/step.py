@@ -5,10 +5,10 @@ because each message may be handled by another process; a simulation keeps it in
 (``client.node.app``) carries the bytes. A refusal is a value. Its reason says what is wrong with the coordinator's
 message; an error in the device's own files is only logged here, and the reason says no more than that there was one.
 
-No answer depends on the device's examples, except for the numbers under the mask. Only an offer, with which they are
-copied, and a plan make the device read them. What a plan asks for is checked before that, and whatever fails afterwards
-gives a contribution of zero (``client.node.training``); the answer leaves at a time that does not show when the device
-was done.
+No answer depends on the device's examples, except for the numbers under the mask, and for whether there are as many as
+the owner demands. Only an offer, with which they are copied, and a plan make the device read them. What a plan asks for
+is checked before that, and whatever fails afterwards gives a contribution of zero (``client.node.training``); the
+answer leaves at a time that does not show when the device was done.
 """
 
 import hashlib
@@ -91,7 +91,8 @@ def answer(
             if BODY not in fields:
                 raise ProtocolError("the message has no body", COORDINATOR, about="message.body")
             if step in JOINS:
-                require(conditions(state_dir, readings, datetime.now().astimezone()))
+                reads = step in READS_EXAMPLES
+                require(conditions(state_dir, readings, datetime.now().astimezone(), count_examples=reads))
             if step is Step.CHECK_IN:
                 return _check_in(state_dir, fields[BODY], node)
             return _transition(state_dir, step, fields, choose, readings)

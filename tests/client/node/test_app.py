@@ -158,6 +158,18 @@ def test_a_device_checks_in_with_proof_of_its_key_and_keeps_its_files_as_they_we
     assert after == before
 
 
+def test_whether_there_are_enough_examples_is_answered_to_an_offer_alone(talk: Talk) -> None:
+    """Its answer leaves at a multiple of a quantum; that to a challenge would show how long counting took."""
+    folder = talk.fleet.out / "devices" / FIRST
+    with (folder / "device.toml").open("a") as file:
+        file.write("[eligibility]\nminimum_examples = 1000\n")
+    challenge = envelope.sign(talk.coordinator.key, Challenge(bytes(32), NODE))
+    assert talk.ask(FIRST, Step.CHECK_IN, challenge)
+    _, offer = talk.offer()
+    assert talk.reply(FIRST, Step.OFFER, {BODY: offer}).error.code == RefusalCode.NOT_ELIGIBLE
+    assert talk.ask("device-01", Step.OFFER, offer)
+
+
 def test_only_a_challenge_of_the_coordinator_for_this_node_is_signed(talk: Talk) -> None:
     key, own = talk.coordinator.key, talk.fleet.state_dir(FIRST).identity
     for about, raw in {
