@@ -12,13 +12,12 @@ import pytest
 
 from client.gateway.agent import Agent
 from client.node.readings import SystemReadings
-from coordinator.gateway.grid import GatewayGrid
 from coordinator.gateway.server import GatewayLimits
-from coordinator.statedir import CoordinatorStateDir
-from tests.support.gateway import HOST, attending, authority_of, give_tls, server_tls, wait_until
+from tests.support.gateway import HOST, attending, gateway, give_tls, wait_until
 from tests.support.machine import Machine
 
 ROOT = Path(__file__).parents[2]
+LIMITS = GatewayLimits(calls=10_000, grace=0.1)
 AGENT = """
 import logging, sys
 from pathlib import Path
@@ -29,19 +28,6 @@ logging.getLogger("edgeadapt").setLevel(logging.INFO)
 folder, address, root = sys.argv[1:]
 Agent(Path(folder), address, SystemReadings(Path(root)), look=0.05).run()
 """
-
-
-@contextmanager
-def gateway(fleet: Any) -> Iterator[GatewayGrid]:
-    state_dir = CoordinatorStateDir.open(fleet.out / "coordinator")
-    grid = GatewayGrid(
-        f"{HOST}:0", server_tls(authority_of(fleet)), state_dir.read_root, GatewayLimits(calls=10_000, grace=0.1)
-    )
-    try:
-        yield grid
-    finally:
-        grid.close()
-        state_dir.registry.close()
 
 
 @contextmanager
@@ -79,7 +65,7 @@ def test_an_agent_waits_says_why_once_comes_and_leaves_as_the_power_does(
     demand(folder, "charging = true\nminimum_battery = 30")
     machine.supply("BAT0", type="Battery", capacity="80")
     machine.supply("AC", type="Mains", online="0")
-    with gateway(fleet) as grid, agent_on(machine, folder, grid.port) as lines:
+    with gateway(fleet, LIMITS) as grid, agent_on(machine, folder, grid.port) as lines:
         wait_until(lambda: lines)
         for charge in range(79, 69, -1):  # the reading changes, and the reason does not
             machine.supply("BAT0", capacity=str(charge))
@@ -122,7 +108,7 @@ def test_a_device_that_is_unplugged_while_it_trains_drops_out_and_comes_back(
     *others, last = fleet.nodes.values()
     demand(last, "charging = true")
     readings = Unplugged()
-    with gateway(fleet) as grid, attending(grid.port, others):
+    with gateway(fleet, LIMITS) as grid, attending(grid.port, others):
         agent = Agent(Path(last), f"{HOST}:{grid.port}", readings, look=3600)
         thread = Thread(target=agent.run)
         thread.start()
@@ -143,7 +129,7 @@ def test_a_device_that_took_part_today_checks_in_to_no_other_session(
     fleet = app_fleet_of(4, rounds=1)
     give_tls(fleet)
     demand([*fleet.nodes.values()][-1], "minimum_separation_hours = 20.0")
-    with gateway(fleet) as grid, attending(grid.port, [*fleet.nodes.values()]):
+    with gateway(fleet, LIMITS) as grid, attending(grid.port, [*fleet.nodes.values()]):
         grid.await_devices(4)
         fleet.federate(grid)
         fleet.configure({"rounds": 2})

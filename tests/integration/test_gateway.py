@@ -22,7 +22,7 @@ from coordinator.gateway.enrolment import EnrolmentServer, EnrolmentService
 from coordinator.gateway.grid import GatewayGrid
 from coordinator.gateway.server import GatewayLimits
 from coordinator.statedir import CoordinatorStateDir
-from tests.support.gateway import HOST, attending, authority_of, free_port, give_tls, server_tls, wait_until
+from tests.support.gateway import HOST, attending, authority_of, free_port, gateway, give_tls, server_tls, wait_until
 from tests.support.trial import AUTHORITY, COORDINATOR, call, make_trial_fleet
 
 ROOT = Path(__file__).parents[2]
@@ -32,17 +32,6 @@ EXAMPLES = """{"text": "switch the lamp on", "label": 0}
 {"text": "make it bright", "label": 0, "split": "validation"}
 """
 DEVICES = ("device-00", "device-01", "device-02")
-
-
-@contextmanager
-def gateway(fleet: Any, limits: GatewayLimits | None = None) -> Iterator[GatewayGrid]:
-    state_dir = CoordinatorStateDir.open(fleet.out / "coordinator")
-    grid = GatewayGrid(f"{HOST}:0", server_tls(authority_of(fleet)), state_dir.read_root, limits)
-    try:
-        yield grid
-    finally:
-        grid.close()
-        state_dir.registry.close()
 
 
 @contextmanager

@@ -16,7 +16,9 @@ from aggregation.pki import Authority, certificates
 from aggregation.pki.tls import TlsKey, TlsRole, read_tls_request
 from client.gateway.agent import Agent
 from client.node.statedir import TLS_CERTIFICATE, TLS_KEY
-from coordinator.gateway.server import ServerTls
+from coordinator.gateway.grid import GatewayGrid
+from coordinator.gateway.server import GatewayLimits, ServerTls
+from coordinator.statedir import CoordinatorStateDir
 
 HOST = "127.0.0.1"
 
@@ -52,6 +54,18 @@ def channel(port: int, key: bytes | None, certificate: bytes | None, authority: 
     """A connection with whatever credentials; the agent's own is made by itself."""
     credentials = grpc.ssl_channel_credentials(authority.root.to_pem(), key, certificate)
     return grpc.secure_channel(f"{HOST}:{port}", credentials, options=frames.DEVICE_OPTIONS)
+
+
+@contextmanager
+def gateway(fleet: Any, limits: GatewayLimits | None = None) -> Iterator[GatewayGrid]:
+    """The grid over a gateway of a fleet's coordinator, at a free port, while the block runs."""
+    state_dir = CoordinatorStateDir.open(fleet.out / "coordinator")
+    grid = GatewayGrid(f"{HOST}:0", server_tls(authority_of(fleet)), state_dir.read_root, limits)
+    try:
+        yield grid
+    finally:
+        grid.close()
+        state_dir.registry.close()
 
 
 @contextmanager
