@@ -31,6 +31,19 @@ def parse_phrases(raw: bytes, path: Path) -> list[tuple[str, str]]:
     return _pairs([line for line in lines if line.strip()], path)
 
 
+def encode_phrases(pairs: Iterable[tuple[str, str]]) -> bytes:
+    """The content of such a file. Law: ``parse_phrases(encode_phrases(pairs), path) == pairs``.
+
+    Args:
+        pairs: Labels and phrases, not empty; each becomes one line, with one space for each run of white space.
+    """
+    return "".join(f"{_line(label)}{TAB}{_line(phrase)}\n" for label, phrase in pairs).encode()
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
 def _pairs(lines: Iterable[str], path: Path) -> list[tuple[str, str]]:
     pairs = []
     for number, line in enumerate(lines, 1):

@@ -9,7 +9,7 @@ from adapters.base import find_base
 from adapters.bundle import PHRASES, TRAINING
 from adapters.keyfiles import read_key
 from adapters.manifest import Task
-from adapters.phrases import read_phrases
+from adapters.phrases import encode_phrases, read_phrases
 from aggregation.errors import ConfigError
 from export.cli.options import FOLDER, PROFILE, from_folder, out_json, print_result, profiled, progress, signed_by
 
@@ -112,8 +112,7 @@ def base(
     with progress(f"exporting {name} as {profile or PROFILE}") as report:
         exported = export_named(name, profile or PROFILE, want, folder_above(out), report, training=training)
     if public:
-        content = "".join(f"{label}\t{phrase}\n" for label, phrase in public)
-        exported = exported.with_file(PHRASES, content.encode())
+        exported = exported.with_file(PHRASES, encode_phrases(public))
     write_bundle(out, exported, [], key=signer, once=True)
     manifest, size = exported.manifest, exported.size
     row = {name: getattr(manifest, name) for name in ("base_digest", "task", "profile", "files", "max_rank")}

@@ -14,10 +14,12 @@ import numpy as np
 
 from adapters import classifier, files, storage
 from adapters.base import Base
+from adapters.bundle import PHRASES
 from adapters.calibration import Labels, confidences, expected_calibration_error, fit
 from adapters.layout import Floats
 from adapters.peft.inputs import AdapterInputs
 from adapters.peft.methods import from_peft_tensors
+from adapters.phrases import encode_phrases
 from aggregation.pki.identity import IdentityKey
 from client.node import statedir as device_files
 from client.training.trainer import load_trainer
@@ -77,7 +79,7 @@ def publish(out: Path, scenario: Scenario, population: Population, base: Base) -
     origin = resolved(from_registry(out / provision.COORDINATOR, None, None), base)
     model = load_trainer(base, len(population.labels), origin.peft_config).model
     profile, slots = Profile(scenario.export.profile), wanted(base, origin).slots
-    exported = export_classifier(with_mean_head(base, slots), base, profile)
+    exported = _with_phrases(export_classifier(with_mean_head(base, slots), base, profile, training=None), population)
     runner = OnnxRunner.open(exported.folder, exported.manifest)
     classifier.load(model, provision.registry(out).tensors(origin.version))
     tests = [example for client in population.clients for example in client.test]
@@ -109,6 +111,12 @@ def publish(out: Path, scenario: Scenario, population: Population, base: Base) -
             if (answers := _plain_answers(client, own[client.name], exported, runner))
         },
     )
+
+
+def _with_phrases(exported: ExportedBase, population: Population) -> ExportedBase:
+    """The base with the population's public texts, which a device rehearses when it learns."""
+    pairs = [(population.labels[one.label], one.text) for one in population.public]
+    return exported.with_file(PHRASES, encode_phrases(pairs)) if pairs else exported
 
 
 def joined(found: Sequence[ExportOutcome]) -> ExportOutcome:

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 import edgeadapt
 from adapters.base import Base, find_base
 from adapters.manifest import PrivacyBound
+from adapters.phrases import read_phrases
 from aggregation.errors import ConfigError
 from client.training.trainer import Trainer
 from coordinator.statedir import CoordinatorStateDir
@@ -44,7 +45,8 @@ def base(tmp_path_factory: pytest.TempPathFactory, make_base: Callable[..., Base
 @pytest.fixture(scope="module")
 def scenario(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("scenario") / "tiny.toml"
-    path.write_text(SCENARIO.format(base=base) + "rounds = 3\naggregation.session_rounds = 2\n")
+    two = SCENARIO.format(base=base).replace("public_phrases = 1", "public_phrases = 2")  # to rehearse, and to test
+    path.write_text(two + "rounds = 3\naggregation.session_rounds = 2\n")
     return path
 
 
@@ -61,10 +63,10 @@ def run(
     """The command line in this process: exit code, standard output, standard error. It traces a base once."""
     export = publish.export_classifier
 
-    def cached(model: SlottedModel, base: Base, profile: Profile) -> object:
+    def cached(model: SlottedModel, base: Base, profile: Profile, **settings: Any) -> object:
         key = (base.digest, model.inputs.names, profile)
         if key not in traced:
-            traced[key] = export(model, base, profile)
+            traced[key] = export(model, base, profile, **settings)
         return traced[key]
 
     monkeypatch.setattr(publish, "export_classifier", cached)
@@ -218,6 +220,20 @@ def test_the_bundles_answer_with_each_adapter(finished: tuple[Path, Result], run
         code, out, _ = run("device", "infer", "--bundle", bundle, *adapter, "turn on the kitchen lights")
         assert code == 0
         assert "%" in out
+
+
+def test_a_device_of_a_run_learns_a_correction_and_rehearses_the_public_phrases(
+    copy: Path, finished: tuple[Path, Result], run: Command
+) -> None:
+    bundle = copy / Path(finished[1]["bundle"]).relative_to(finished[0])
+    phrases = read_phrases(bundle / "base" / "phrases.tsv")
+    label, text = phrases[0]
+    code, out, err = run("device", "infer", "--bundle", bundle, "--teach", label, "--json", text)
+    assert (code, err) == (0, "")
+    learned = json.loads(out)
+    assert (learned["adapter"], learned["taught"][0]["after"]["label"]) == ("personal", label)
+    rehearsed = len({label for label, _ in phrases})  # one of each label; the others are tested
+    assert learned["tested"] == len(phrases) - 1 - rehearsed > 0
 
 
 def test_a_folder_with_a_run_is_not_overwritten(finished: tuple[Path, Result], scenario: Path, run: Command) -> None:

@@ -1,0 +1,20 @@
+"""The file of phrases with their labels: what is written is read."""
+
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapters.phrases import encode_phrases, parse_phrases
+
+TEXT = st.text(min_size=1).filter(lambda text: text.split() and text.isprintable())
+
+
+@given(st.lists(st.tuples(TEXT, TEXT)))
+def test_phrases_are_read_as_they_were_written_apart_from_white_space(pairs: list[tuple[str, str]]) -> None:
+    written = [(" ".join(label.split()), " ".join(phrase.split())) for label, phrase in pairs]
+    assert parse_phrases(encode_phrases(pairs), Path("phrases.tsv")) == written
+
+
+def test_a_text_of_several_lines_becomes_one() -> None:
+    assert encode_phrases([("alt.atheism", "Subject: a\tb\r\n\r\n c\u2028d\x1ce")]) == b"alt.atheism\tSubject: a b c d e\n"
