@@ -17,4 +17,5 @@ def test_phrases_are_read_as_they_were_written_apart_from_white_space(pairs: lis
 
 
 def test_a_text_of_several_lines_becomes_one() -> None:
-    assert encode_phrases([("alt.atheism", "Subject: a\tb\r\n\r\n c\u2028d\x1ce")]) == b"alt.atheism\tSubject: a b c d e\n"
+    text = "Subject: a\tb\r\n\r\n c\u2028d\x1ce"
+    assert encode_phrases([("alt.atheism", text)]) == b"alt.atheism\tSubject: a b c d e\n"
