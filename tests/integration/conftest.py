@@ -66,7 +66,7 @@ class Deployment:
         self._spawn("superlink", ["flower-superlink", *_listed(options), *flags])
         self.wait("the SuperLink listens", lambda: _listens(self.port), seconds=60)
 
-    def add_node(self, name: str, device: Path) -> None:
+    def add_node(self, name: str, device: Path, environment: Mapping[str, str] | None = None) -> None:
         """Register a new key and start a SuperNode with it, for the device with the state directory ``device``."""
         key = ec.generate_private_key(ec.SECP384R1())
         private, public = self.folder / f"{name}.key", self.folder / f"{name}.pub"
@@ -82,7 +82,7 @@ class Deployment:
             "--auth-supernode-private-key": private,
             "--node-config": f'state="{device}"',
         }
-        self._spawn(name, ["flower-supernode", *_listed(options)])
+        self._spawn(name, ["flower-supernode", *_listed(options)], environment=environment)
 
     def wait_for_nodes(self) -> None:
         """Until every node is registered with the SuperLink."""
@@ -161,12 +161,14 @@ class Deployment:
         paths = sorted(self.folder.glob("*.log"))
         return "\n".join(f"== {path.name}\n{path.read_text(errors='replace')[-TAIL:]}" for path in paths)
 
-    def _spawn(self, name: str, command: list[str], *, state_dir: str = "") -> None:
+    def _spawn(
+        self, name: str, command: list[str], *, state_dir: str = "", environment: Mapping[str, str] | None = None
+    ) -> None:
         with (self.folder / f"{name}.log").open("wb") as log:
             self.processes[name] = subprocess.Popen(
                 [command[0] if Path(command[0]).is_absolute() else _script(command[0]), *command[1:]],
                 cwd=ROOT,
-                env=self._environment(state_dir or name),
+                env=self._environment(state_dir or name) | dict(environment or {}),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

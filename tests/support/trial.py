@@ -36,6 +36,7 @@ def make_trial_fleet(
     examples: Mapping[str, Iterable[tuple[str, int, str]]],
     *settings: str,
     rank: int = 8,
+    bundles: Mapping[str, Path] | None = None,
 ) -> None:
     """An authority, a coordinator with version 0, and an enrolled device for each key of ``examples``.
 
@@ -46,6 +47,7 @@ def make_trial_fleet(
         examples: Device → its examples: text, label's number, split.
         settings: Of the federation, as ``KEY=VALUE``.
         rank: Of LoRA.
+        bundles: Device → the bundle with which it trains in place of the base.
     """
     authority, coordinator = folder / AUTHORITY, folder / COORDINATOR
     call("authority", "init", authority, "--unencrypted")
@@ -57,10 +59,11 @@ def make_trial_fleet(
     call("coordinator", "publish", coordinator, "--peft", folder / SEED, "--base", base)
     for device, rows in examples.items():
         state_dir, certificate = folder / device, folder / f"{device}.pem"
+        own = (bundles or {}).get(device, base)
         pinned = ("--authority", authority / "authority.pem", "--coordinator", coordinator / "coordinator.pem")
         limits = ("policy.minimum_cohort=3", "policy.minimum_survivors=2", "policy.answer_quantum_seconds=1")
         trial = [part for limit in limits for part in ("--set", limit)]
-        call("device", "enrol", "--state", state_dir, "--name", device, "--base", base, *pinned, *trial)
+        call("device", "enrol", "--state", state_dir, "--name", device, "--base", own, *pinned, *trial)
         call("authority", "issue", authority, "--request", state_dir / "request.csr", "--out", certificate)
         call("device", "install", "--state", state_dir, "--certificate", certificate)
         lines = [json.dumps({"text": text, "label": label, "split": split}) for text, label, split in rows]
