@@ -17,6 +17,7 @@ from sqlalchemy.engine import URL
 from adapters import storage
 from adapters.keyfiles import MAX_PEM
 from adapters.registryfiles import BLOBS, DATABASE, SIGNING_KEY
+from adapters.registrystores import REGISTRY, RegistrySettings, postgresql_url, shown
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, EdgeAdaptError, of_file
 from aggregation.pki import Root
@@ -38,6 +39,7 @@ LOCK = "run.lock"
 PATIENCE = 2.0  # seconds in which a run takes the lock: whoever looks whether it is held has it for a moment
 TLS_KEY, TLS_REQUEST, TLS_CERTIFICATE = "tls.key", "tls.csr", "tls.pem"  # of the gateway and the SuperLink
 HEADER = b"# The settings of a federation. A run reads them when it starts.\n"
+REGISTRY_HEADER = b"# Where the registry is kept. Every command reads them when it starts.\n"
 SERVICES_HEADER = b"# What 'edgeadapt coordinator up' runs on this machine. It reads them when it starts.\n"
 
 
@@ -60,6 +62,7 @@ class CoordinatorStateDir:
         settings: FederationSettings,
         entropy: Entropy,
         services: ServiceSettings | None = None,
+        stores: RegistrySettings | None = None,
     ) -> Self:
         """Make a new state directory with a new signing key and an empty registry.
 
@@ -69,9 +72,10 @@ class CoordinatorStateDir:
             settings: Of the federation.
             entropy: Draws the key.
             services: What this machine runs for the federation; None if that is not by ``edgeadapt coordinator up``.
+            stores: Where the registry is kept; None: in the directory.
 
         Raises:
-            ConfigError: The folder holds something, or is the working directory.
+            ConfigError: The folder holds something, or is the working directory; or the database has a registry.
             TrustError: ``authority`` is not an authority's certificate.
         """
         with of_file("the authority's certificate"):
@@ -84,7 +88,15 @@ class CoordinatorStateDir:
             storage.replace(stage / SETTINGS, HEADER + settings.to_toml().encode(), storage.PUBLIC)
             if services is not None:
                 storage.replace(stage / SERVICES, SERVICES_HEADER + services.to_toml().encode(), storage.PUBLIC)
-            open_registry(stage, key).close()
+            if stores is not None:
+                storage.replace(stage / REGISTRY, REGISTRY_HEADER + stores.to_toml().encode(), storage.PUBLIC)
+            registry = open_registry(stage, key)
+            try:
+                if not registry.is_empty:
+                    text = f"{shown(registry.engine.url)} has a registry already: name a new database"
+                    raise ConfigError(text, about="database")
+            finally:
+                registry.close()
         return cls.open(folder)
 
     @classmethod
@@ -95,7 +107,8 @@ class CoordinatorStateDir:
             ConfigError: A file is missing or a setting is ill-formed.
             TrustError: The key, or the authority's certificate, is damaged.
         """
-        for name in (SETTINGS, KEY, AUTHORITY, DATABASE):
+        stores = RegistrySettings.of(folder)
+        for name in (SETTINGS, KEY, AUTHORITY, *(() if stores.database else (DATABASE,))):
             if not (folder / name).is_file():
                 raise ConfigError(
                     f"{folder} is not a coordinator's state directory: it has no {name}; "
@@ -176,6 +189,13 @@ class CoordinatorStateDir:
 
 
 def open_registry(folder: Path, key: IdentityKey) -> Registry:
-    """The registry in a coordinator's state directory."""
-    url = URL.create("sqlite", database=str(folder / DATABASE))  # built, not formatted: a folder may have a "?"
-    return Registry.open(url, str(folder / BLOBS), [key.public])
+    """The registry of a coordinator's state directory.
+
+    Raises:
+        ConfigError: As ``RegistrySettings.of``.
+        EdgeAdaptError: As ``Registry.open``.
+    """
+    stores = RegistrySettings.of(folder)
+    own = URL.create("sqlite", database=str(folder / DATABASE))  # built, not formatted: a folder may have a "?"
+    url = postgresql_url(stores.database) if stores.database else own
+    return Registry.open(url, stores.blobs or str(folder / BLOBS), [key.public])

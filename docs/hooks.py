@@ -26,6 +26,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         "keys": lambda _: keys(),
         "federation": lambda _: federation(),
         "services": lambda _: services(),
+        "registry": lambda _: registry(),
         "api": api,
     }
     return MARK.sub(lambda mark: makers[mark[1]](mark[2]), markdown)
@@ -98,6 +99,14 @@ def services() -> str:
     from coordinator.servicesettings import ServiceSettings
 
     return _settings(ServiceSettings)
+
+
+def registry() -> str:
+    """Every key of where a registry is kept."""
+    _importable()
+    from adapters.registrystores import RegistrySettings
+
+    return _settings(RegistrySettings)
 
 
 def _settings(kind: Any) -> str:

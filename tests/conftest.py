@@ -26,6 +26,24 @@ def nothing_verified_before() -> None:
     forget_verified()
 
 
+@pytest.fixture(scope="session")
+def postgresql_server() -> Iterator[Any]:
+    """A PostgreSQL server, whose password is not in the environment."""
+    from tests.support.postgresql import Server
+
+    server = Server.create()
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def postgresql(postgresql_server: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of a new database. The environment has the password."""
+    monkeypatch.setenv("PGPASSWORD", postgresql_server.password)
+    address: str = postgresql_server.url(postgresql_server.database())
+    return address
+
+
 LABELS = ("Light", "Music", "Timer")
 SAID = {
     "Light": ("turn on the light", "kitchen light off", "switch the lamp on", "make it bright", "turn off the lamp"),

@@ -49,23 +49,35 @@ coordinator.add_command(services.stop)
 )
 @click.option("--gateway", default="", metavar="HOST:PORT", help="In services.toml: serve light devices here.")
 @click.option("--superlink", default="", metavar="HOST:PORT", help="In services.toml: run Flower's SuperLink here.")
+@click.option("--database", default="", metavar="URL", help="In registry.toml: PostgreSQL for the registry.")
+@click.option("--blobs", default="", metavar="URL", help="In registry.toml: where adapters are kept.")
 @as_json
 def init(
-    state_dir: Path, authority: Path, overrides: tuple[str, ...], gateway: str, superlink: str, as_json: bool
+    state_dir: Path,
+    authority: Path,
+    overrides: tuple[str, ...],
+    gateway: str,
+    superlink: str,
+    database: str,
+    blobs: str,
+    as_json: bool,
 ) -> None:
     """Make a coordinator in the new folder DIR: a signing key, the pinned authority, settings, an empty registry.
 
     Devices pin DIR/coordinator.pem. DIR/federation.toml has every setting with a comment; edit it before a run.
     DIR/services.toml has those of 'edgeadapt coordinator up'.
+    With --database or --blobs, DIR/registry.toml says where the registry is; neither address has a password or key.
     Compare the fingerprint of the authority with the one that its owner gives you.
 
     \b
     Examples:
       edgeadapt coordinator init fleet --authority authority/authority.pem
+      edgeadapt coordinator init fleet --authority authority.pem --database postgresql://edgeadapt@db.example/fleet
       edgeadapt coordinator init fleet --authority authority.pem --set rounds=20 --set server.optimizer=fedadam
       edgeadapt coordinator init fleet --authority authority.pem --gateway 0.0.0.0:9443 --superlink 0.0.0.0:8000
     """
     from adapters.keyfiles import MAX_PEM
+    from adapters.registrystores import RegistrySettings
     from aggregation.entropy import SystemEntropy
     from coordinator.servicesettings import ServiceSettings
     from coordinator.settings import SETTINGS, FederationSettings
@@ -73,8 +85,10 @@ def init(
 
     settings = FederationSettings.parse(overridden({}, overrides), "--set")
     services = ServiceSettings.parse({"gateway": gateway, "superlink": superlink}, "--gateway and --superlink")
-    pinned = storage.read(authority, MAX_PEM)
-    made = CoordinatorStateDir.create(state_dir, pinned, settings, SystemEntropy(), services)
+    stores = RegistrySettings.parse({"database": database, "blobs": blobs}, "--database and --blobs")
+    stores.require_public("--database and --blobs")
+    pinned, elsewhere = storage.read(authority, MAX_PEM), stores if database or blobs else None
+    made = CoordinatorStateDir.create(state_dir, pinned, settings, SystemEntropy(), services, elsewhere)
     public, key, fingerprint = state_dir / PUBLIC_KEY, made.key.public.key_id, made.root.fingerprint
     if as_json:
         click.echo(

@@ -1,6 +1,6 @@
 """The registry's tables, and a connection whose failures are errors of one line.
 
-SQLite by default; by URL any database that SQLAlchemy supports. ``versions.py`` verifies what the rows hold.
+SQLite by default, PostgreSQL by URL. ``versions.py`` verifies what the rows hold.
 """
 
 from collections.abc import Iterator
@@ -40,6 +40,7 @@ from adapters.registryfiles import (
     VERSION,
     VERSIONS,
 )
+from adapters.registrystores import postgresql_engine, shown
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 
 metadata = MetaData()
@@ -75,7 +76,7 @@ def connect(url: str | URL) -> Engine:
     """
     try:
         parsed = make_url(url)
-        engine = create_engine(parsed)
+        engine = postgresql_engine(parsed) if parsed.get_backend_name() == "postgresql" else create_engine(parsed)
     except (ArgumentError, ImportError) as error:
         raise ConfigError(
             f"the registry's database address is not usable: {_line(error)}", about="database.url"
@@ -90,7 +91,7 @@ def connect(url: str | URL) -> Engine:
 @contextmanager
 def explained(engine: Engine) -> Iterator[None]:
     """Turn a failure of the database into an error of one line. The transaction has been rolled back."""
-    name = f"registry database {engine.url.render_as_string(hide_password=True)}"
+    name = f"registry database {shown(engine.url)}"
     try:
         yield
     except IntegrityError as error:
@@ -104,7 +105,9 @@ def explained(engine: Engine) -> Iterator[None]:
             raise DataError(
                 f"{name} is damaged or not a database ({reason}): restore it from a copy", about="database"
             ) from error
-        raise EdgeAdaptError(f"{name}: {reason}; nothing was changed", about="database") from error
+        # A connection that is lost while it commits does not say whether the server did. A start compares with the log.
+        outcome = "start again" if error.connection_invalidated else "nothing was changed"
+        raise EdgeAdaptError(f"{name}: {reason}; {outcome}", about="database") from error
     except SQLAlchemyError as error:
         raise EdgeAdaptError(f"{name}: {_line(error)}; nothing was changed", about="database") from error
     except UnicodeDecodeError as error:  # sqlite quotes a name that it did not find, and the name is damaged
@@ -113,7 +116,7 @@ def explained(engine: Engine) -> Iterator[None]:
 
 def _claim(connection: Connection) -> None:
     """Create the tables, unless the database is another program's or has another format."""
-    name = connection.engine.url.render_as_string(hide_password=True)
+    name = shown(connection.engine.url)
     tables = inspect(connection).get_table_names()
     if tables and not any(table.startswith(PREFIX) for table in tables):
         raise ConfigError(

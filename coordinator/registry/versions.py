@@ -77,7 +77,7 @@ class Registry:
         """Open a registry, and create an empty one if it is missing.
 
         Args:
-            database_url: SQLAlchemy's, for example ``sqlite:///registry.db``.
+            database_url: SQLAlchemy's, for example ``sqlite:///registry.db``, or as ``postgresql_url`` returns it.
             blob_url: A folder, or any address that fsspec supports.
             trusted: Keys whose manifests are accepted, and which may publish.
 
@@ -89,6 +89,13 @@ class Registry:
     def close(self) -> None:
         """Close the database connections."""
         self.engine.dispose()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has neither a version nor a round, whoever signed them. Raises as ``database.connect``."""
+        tables = database.versions, database.rounds
+        with database.explained(self.engine), self.engine.connect() as connection:
+            return not any(connection.scalar(select(func.count()).select_from(table)) for table in tables)
 
     def publish(self, manifest: VersionManifest, blob: bytes, key: IdentityKey) -> Version:
         """Sign and store version 0, the only one that no round produced.

@@ -12,10 +12,10 @@ import pytest
 REQUIRED = os.environ.get("EDGEADAPT_REQUIRE_BROWSER") == "1"
 
 
-def need(what: Any, how: str) -> None:
+def need(what: Any, how: str, *, required: bool = REQUIRED) -> None:
     """Return if ``what`` is there; else skip or fail, saying ``how`` to get it."""
     if not what:
-        pytest.fail(how) if REQUIRED else pytest.skip(how)
+        pytest.fail(how) if required else pytest.skip(how)
 
 
 def node() -> str:

@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy.engine import URL
 
+from adapters.registrystores import postgresql_url
 from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
 from coordinator.registry import Registry
@@ -16,18 +18,28 @@ def rounds() -> Rounds:
     return Rounds(IdentityKey.generate(SystemEntropy()))
 
 
-@pytest.fixture
-def reopen(tmp_path: Path, rounds: Rounds) -> Iterator[Callable[[], Registry]]:
-    """Opens the registry in ``tmp_path``, as a new process would."""
+def opener(url: str | URL, blobs: Path, rounds: Rounds) -> Iterator[Callable[[], Registry]]:
     opened: list[Registry] = []
 
     def open_registry() -> Registry:
-        opened.append(Registry.open(f"sqlite:///{tmp_path}/registry.db", str(tmp_path / "blobs"), [rounds.key.public]))
+        opened.append(Registry.open(url, str(blobs), [rounds.key.public]))
         return opened[-1]
 
     yield open_registry
     for registry in opened:
         registry.close()
+
+
+@pytest.fixture
+def reopen(tmp_path: Path, rounds: Rounds) -> Iterator[Callable[[], Registry]]:
+    """Opens the registry in ``tmp_path``, as a new process would."""
+    yield from opener(f"sqlite:///{tmp_path}/registry.db", tmp_path / "blobs", rounds)
+
+
+@pytest.fixture
+def reopen_postgresql(tmp_path: Path, rounds: Rounds, postgresql: str) -> Iterator[Callable[[], Registry]]:
+    """The same of a registry in a database of its own, with its blobs in ``tmp_path``."""
+    yield from opener(postgresql_url(postgresql), tmp_path / "blobs", rounds)
 
 
 @pytest.fixture
