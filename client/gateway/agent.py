@@ -216,17 +216,23 @@ class Agent:
         node, opened = frames.node_of(device), partial(DeviceStateDir.open, self.folder)
         return answer(opened, step, fields, node, readings=self.readings)
 
+    def _attends(self) -> bool:
+        return self._call is not None and bool(self._call.is_active())
+
     def _transfer(self, call: Callable[[], T]) -> T:
-        """Call until it succeeds.
+        """Call until it succeeds, while the device attends: a gateway takes no call of another device.
 
         Raises:
-            grpc.RpcError: The gateway refuses, or cannot be reached after ``ATTEMPTS``.
+            grpc.RpcError: The gateway refuses, cannot be reached after ``ATTEMPTS``, or the stream broke as well. The
+                device then connects again, and is asked again what it has not answered.
         """
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return call()
             except grpc.RpcError as error:
-                if error.code() not in PASSING or attempt == ATTEMPTS or self._stop.wait(pause(attempt, error)):
+                if error.code() not in PASSING or attempt == ATTEMPTS or not self._attends():
+                    raise
+                if self._stop.wait(pause(attempt, error)) or not self._attends():
                     raise
         raise AssertionError
 

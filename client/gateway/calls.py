@@ -9,6 +9,7 @@ from adapters.gateway import frames
 from aggregation.errors import EdgeAdaptError, ProtocolError, TrustError
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before another attempt
+GROWTH = 1.5  # of the pauses: a gateway that was away for a time is found again within half of it
 PASSING = {
     StatusCode.UNAVAILABLE,
     StatusCode.RESOURCE_EXHAUSTED,
@@ -20,7 +21,7 @@ PASSING = {
 
 
 def pause(attempt: int, error: grpc.RpcError) -> float:
-    """Seconds before another attempt: what the service says, or up to twice as long each time, at random.
+    """Seconds before another attempt: what the service says, or up to ``GROWTH`` times as long each time, at random.
 
     Args:
         attempt: From 1.
@@ -29,7 +30,7 @@ def pause(attempt: int, error: grpc.RpcError) -> float:
     named = dict(error.trailing_metadata() or ()).get(frames.RETRY_AFTER, "")
     if isinstance(named, str) and named.isdecimal() and len(named) < 8:
         return min(int(named) / 1000, LONGEST_PAUSE)
-    most = min(FIRST_PAUSE * 2.0 ** min(attempt, 16), LONGEST_PAUSE)
+    most = min(FIRST_PAUSE * GROWTH ** min(attempt, 16), LONGEST_PAUSE)
     return most * (0.5 + secrets.randbelow(2**20) / 2**21)  # so that not all devices come back at once
 
 
