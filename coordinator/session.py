@@ -34,6 +34,7 @@ from coordinator.transport import Enough, Reply, Transport
 log = logging.getLogger("edgeadapt.coordinator")
 S = TypeVar("S")
 FIRST_PAUSE = 15.0  # seconds before a second attempt at a session or an exchange
+LOOK = 1.0  # seconds between two looks whether an absent node is back
 Attachments = Mapping[str, Mapping[str, bytes]]  # device → field → what its message carries besides the body
 
 
@@ -189,7 +190,7 @@ def establish(
     """Make a session of ``rounds`` rounds with the devices that can be reached.
 
     If the next round is bound to the survivors of the last sum, the session has all of them. Each attempt waits longer
-    than the one before (``FIRST_PAUSE``): devices that are absent may be back.
+    than the one before (``FIRST_PAUSE``), or until a device that was absent is back.
 
     Args:
         transport: Reaches the devices.
@@ -210,7 +211,7 @@ def establish(
     layout, base = adapter.layout, adapter.manifest.base_digest
     spec_of = partial(settings.session_spec, layout=layout, base_digest=base, rounds=rounds, task=task)
     for attempt in range(1, settings.attempts + 1):
-        root, name = read_root(datetime.now(UTC)), f"{group}-{attempt}"
+        root, name, known = read_root(datetime.now(UTC)), f"{group}-{attempt}", frozenset(transport.nodes())
         present = check_in(key, root, transport, name, last, settings.cohort)
         reason = unmet = last.unmet(present.nodes, root.revoked) if last else ""
         if last is not None and not unmet:
@@ -242,8 +243,17 @@ def establish(
                 return cohort, outcome
         log.warning("session not made, attempt %d of %d: %s", attempt, settings.attempts, reason)
         if attempt < settings.attempts:
-            transport.clock.sleep(pause(attempt, settings.deadline))
+            _await_another(transport, known, pause(attempt, settings.deadline))
     raise EdgeAdaptError(f"no session after {settings.attempts} attempts: {reason}", about="session")
+
+
+def _await_another(transport: Transport, known: frozenset[int], seconds: float) -> None:
+    """Wait until there is a node that is not ``known``, at most ``seconds``."""
+    end = transport.clock.now() + seconds
+    while (left := end - transport.clock.now()) > 0:
+        transport.clock.sleep(min(LOOK, left))
+        if not known.issuperset(transport.nodes()):
+            break
 
 
 def obstacle(session: Established, last: LastSum | None, revoked: RevocationList | None) -> str:

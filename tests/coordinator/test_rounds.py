@@ -212,6 +212,21 @@ def test_too_few_devices_end_the_run_in_one_line_after_its_attempts(
     assert fleet.registry().rounds() == ()
 
 
+class Returning(InProcessGrid):
+    """Most devices are absent in the first seconds."""
+
+    def get_node_ids(self) -> list[int]:
+        return [node for node in super().get_node_ids() if node <= 3 or self.clock.now() >= 4]
+
+
+def test_a_session_is_tried_again_as_soon_as_a_device_that_was_absent_is_back(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(6, rounds=1, attempts=2)
+    grid = fleet.grid(kind=Returning, mean_delay=0.0)
+    (record,) = fleet.federate(grid)
+    assert len(record.survivors) == 6
+    assert 4 <= grid.clock.now() < 15
+
+
 def test_a_second_attempt_at_a_session_meets_other_faults_than_the_first(fleet_of: FleetOf) -> None:
     app = Spoiled(lambda step, group, _: "no" if group == "session-1-1" and step is Step.OFFER else None)
     fleet = fleet_of(5, rounds=1)
