@@ -6,6 +6,7 @@ from lazygroup import LazyGroup
 
 # command → (module, attribute, one line for --help, extra that it needs)
 COMMANDS = {
+    "faults": ("simulations.cli.bench_faults", "faults", "Faults in a fleet's processes, and what they cost.", ""),
     "gateway": ("simulations.cli.bench_gateway", "gateway", "Rounds and load of the gateway for light devices.", ""),
     "ondevice": ("simulations.cli.bench_ondevice", "ondevice", "A language model against torch and llama.cpp.", ""),
     "privacy": ("simulations.cli.bench_privacy", "privacy", "Epsilon against accuracy, and what canaries find.", ""),

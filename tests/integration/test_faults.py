@@ -1,0 +1,53 @@
+"""Faults in the real processes of a fleet: training goes on, nothing is lost or counted twice, the audit passes."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import pytest
+
+from adapters.storage import kill_safe
+from aggregation.steps import Step
+from client.node.statedir import LEDGER
+from simulations.benchmarks.faults import measure
+from simulations.benchmarks.faults.checks import losses
+from simulations.benchmarks.faults.faults import FAULTS
+from simulations.benchmarks.faults.fleet import FaultFleet, running_fleet
+
+pytestmark = pytest.mark.slow
+
+SHOWN: Mapping[str, Sequence[Step]] = {
+    "kill-up": [Step.OFFER],
+    "kill-rounds": [Step.PLAN, Step.UNMASK],
+    "kill-agent": [Step.UNMASK],
+}
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultFleet]:
+    """Devices that attend; each test starts and stops the coordinator."""
+    with kill_safe(), running_fleet(tmp_path_factory.mktemp("faults") / "fleet", measure.DEVICES) as made:
+        for name in made.names:
+            made.network.links[name].delay = measure.DELAY
+            made.attend(name)
+        yield made
+
+
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault.name in SHOWN], ids=lambda fault: fault.name)
+def test_training_goes_on_after_a_fault_and_nothing_is_lost(fleet: FaultFleet, fault: measure.Fault) -> None:
+    rows = measure.inject(fleet, fault, print, SHOWN[fault.name])
+    assert [row.stage for row in rows] == [measure.NAMES[step] for step in SHOWN[fault.name]]
+    assert [row.lost for row in rows] == [()] * len(rows)
+
+
+def test_a_contribution_that_a_ledger_lacks_and_a_record_that_has_changed_are_found(fleet: FaultFleet) -> None:
+    if not fleet.records():
+        fleet.start()
+        fleet.await_version(0, "a round")
+        fleet.stop()
+    records = fleet.records()
+    assert losses(fleet, records) == []
+    ledger = fleet.device(fleet.names[0]) / LEDGER
+    kept = ledger.read_bytes()
+    ledger.unlink()
+    assert [line.split()[0] for line in losses(fleet, records)] == [fleet.names[0]] * 2
+    ledger.write_bytes(kept)
+    assert losses(fleet, (*records, records[0])) == ["finished rounds are not as they were"]
