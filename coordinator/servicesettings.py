@@ -35,6 +35,18 @@ class ServiceSettings(Settings):
         le=3600,
         description="longest pause before a service that ended is started again, in seconds; pauses double from 1 s",
     )
+    look: float = Field(
+        default=10.0,
+        gt=0,
+        le=3600,
+        description="time between two looks whether a service that was ready still answers, in seconds",
+    )
+    failures: int = Field(
+        default=3,
+        ge=1,
+        le=1000,
+        description="looks in a row that a service leaves without an answer before it is killed and started again",
+    )
 
     @model_validator(mode="after")
     def _has_places_to_listen(self) -> Self:

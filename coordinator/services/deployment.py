@@ -29,7 +29,8 @@ from coordinator.statedir import AUTHORITY, TLS_CERTIFICATE, TLS_KEY, Coordinato
 LOCK, RUNNING = "up.lock", "services.json"
 DATABASE, HOME = "superlink.db", "superlink"  # of the SuperLink: its state, and Flower's folder
 EVERYWHERE = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104  # where Flower's own processes reach what listens there
-PROBE = 2.0  # seconds for one look at a port
+PROBE = 2.0  # seconds for one look at a service that begins
+ANSWER = 5.0  # seconds in which a service that was ready must answer, on a machine that has other work
 MAX_RUNNING = 2**16  # bytes
 SLACK = 30.0  # seconds, beyond what services may take to stop
 
@@ -59,7 +60,8 @@ def up(folder: Path, report: Report) -> None:
     with _alone(folder):
         try:
             changed([])
-            supervise(services, Patience(settings.ready, settings.stop, settings.pause), report, changed)
+            patience = Patience(settings.ready, settings.stop, settings.pause, settings.look, settings.failures)
+            supervise(services, patience, report, changed)
         finally:
             _await_rounds(state_dir, settings.stop)
             (folder / RUNNING).unlink(missing_ok=True)
@@ -96,7 +98,8 @@ def services_of(state_dir: CoordinatorStateDir, settings: ServiceSettings) -> tu
         command=tuple(command),
         environment=dict(os.environ),
         address=settings.gateway,
-        is_ready=lambda: not settings.gateway or _listens(_within(settings.gateway)),
+        is_ready=lambda: not settings.gateway or _answers(_within(settings.gateway), PROBE),
+        is_alive=lambda: not settings.gateway or _answers(_within(settings.gateway), ANSWER),
         may_start=lambda: not state_dir.in_use,  # a run may outlive the command that began it
         finishes=True,
         fatal=frozenset({ConfigError.exit_code}),
@@ -184,7 +187,8 @@ def _superlink(folder: Path, address: str) -> ServiceProgram:
         command=("flwr.superlink.cli:flower_superlink", *listed, *flags),
         environment={**os.environ, **own},
         address=address,
-        is_ready=lambda: _is_healthy(_within(address), folder / AUTHORITY),
+        is_ready=lambda: _is_healthy(_within(address), folder / AUTHORITY, PROBE),
+        is_alive=lambda: _is_healthy(_within(address), folder / AUTHORITY, ANSWER),
     )
 
 
@@ -194,21 +198,40 @@ def _within(address: str) -> str:
     return f"{EVERYWHERE.get(host, host)}:{port}"
 
 
-def _listens(address: str) -> bool:
+def _answers(address: str, seconds: float) -> bool:
+    """Whether a TLS server answers a greeting. The kernel accepts connections to a process that hangs.
+
+    The last message of the handshake is not sent: the gateway would note that a peer came without a certificate.
+    Whether the server's own certificate is valid is the devices' question.
+    """
     host, _, port = address.rpartition(":")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    arrived, leaving = ssl.MemoryBIO(), ssl.MemoryBIO()
+    handshake = context.wrap_bio(arrived, leaving)
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE).close()
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=seconds) as connection:
+            while True:
+                try:
+                    handshake.do_handshake()
+                except ssl.SSLWantReadError:
+                    connection.sendall(leaving.read())
+                    arrived.write(piece := connection.recv(MAX_RUNNING))
+                    if not piece:
+                        return False
+                else:
+                    return True
     except OSError:
         return False
-    return True
 
 
-def _is_healthy(address: str, authority: Path) -> bool:
+def _is_healthy(address: str, authority: Path, seconds: float) -> bool:
     """Whether a SuperLink with a certificate of this authority says so."""
     host, _, port = address.rpartition(":")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(authority)
-    connection = http.client.HTTPSConnection(host.strip("[]"), int(port), timeout=PROBE, context=context)
+    connection = http.client.HTTPSConnection(host.strip("[]"), int(port), timeout=seconds, context=context)
     try:
         connection.request("GET", "/health")
         return connection.getresponse().status == http.HTTPStatus.OK

@@ -1,7 +1,8 @@
 """Start services in order, wait until each is ready, restart those that end, and stop them in reverse order.
 
 It knows nothing of coordinators. A service that is not ready holds back the start of those after it; those that run
-already go on, because what they need from it may come back before they notice.
+already go on, because what they need from it may come back before they notice. One that runs and does not answer any
+more is ended and started again as well.
 """
 
 import subprocess
@@ -17,6 +18,7 @@ from aggregation.errors import EdgeAdaptError
 
 LOOK = 0.1  # seconds between two looks at the services
 FIRST_PAUSE = 1.0  # seconds
+HUNG = 2.0  # seconds that a service has to stop if it does not answer: most that hang hear no signal either
 LONGEST_LINE = 4096  # bytes of one line of a service's output; a longer one is cut into several
 
 
@@ -26,6 +28,7 @@ class Happening(Enum):
     STARTED = "started"
     READY = "ready"
     OUTPUT = "output"
+    SILENT = "silent"
     ENDED = "ended"
     STOPPING = "stopping"
     KILLED = "killed"
@@ -55,6 +58,7 @@ class ServiceProgram:
         environment: Of the process.
         address: ``HOST:PORT`` at which it listens; empty if it does not.
         is_ready: Whether it does its work; asked until it does.
+        is_alive: Whether it still answers; asked while it is ready, in the supervisor's only thread.
         may_start: Whether it can be started now; asked until it can.
         finishes: Whether exit code 0 means that its work is done, and with it the supervisor's.
         fatal: Exit codes after which a restart does not help.
@@ -65,6 +69,7 @@ class ServiceProgram:
     environment: Mapping[str, str]
     address: str
     is_ready: Callable[[], bool]
+    is_alive: Callable[[], bool] = lambda: True
     may_start: Callable[[], bool] = lambda: True
     finishes: bool = False
     fatal: frozenset[int] = frozenset()
@@ -72,11 +77,21 @@ class ServiceProgram:
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """Seconds: in which a service must be ready and must stop, and of the longest pause before a restart."""
+    """How long a service is waited for.
+
+    Attributes:
+        ready: Seconds in which it must be ready.
+        stop: Seconds in which it must stop.
+        pause: Seconds of the longest pause before a restart.
+        look: Seconds between two looks whether it is alive.
+        failures: Looks in a row that must fail before it is started again.
+    """
 
     ready: float
     stop: float
     pause: float
+    look: float
+    failures: int
 
 
 class ServiceState(Enum):
@@ -99,6 +114,8 @@ class Supervised:
     restarts: int = 0
     done: bool = False
     _failures: int = 0  # in a row
+    _silent: int = 0  # looks in a row that failed
+    _next_look: float = 0.0
     _since: float = 0.0  # when the process was started
     _not_before: float = 0.0
     _reader: threading.Thread | None = None
@@ -113,22 +130,39 @@ class Supervised:
         elif (code := self.process.poll()) is not None:
             self._ended(code, now)
         elif self.state is ServiceState.STARTING and self.service.is_ready():
-            self.state = ServiceState.READY
+            self.state, self._silent, self._next_look = ServiceState.READY, 0, now + self.patience.look
             self._report(Happening.READY, seconds=round(now - self._since, 1), **self._where())
         elif self.state is ServiceState.STARTING and now - self._since > self.patience.ready:
             self.stop(reason=f"not ready within {self.patience.ready:g} s")
             self._pause(now)
-        elif self.state is ServiceState.READY and now - self._since > self.patience.pause:
-            self._failures = 0
+        elif self.state is ServiceState.READY:
+            if now - self._since > self.patience.pause:
+                self._failures = 0
+            if now >= self._next_look:
+                self._look()
 
-    def stop(self, *, reason: str) -> None:
-        """Ask the process to end, and kill it if it does not in time."""
+    def _look(self) -> None:
+        alive, now = self.service.is_alive(), time.monotonic()
+        self._next_look, self._silent = now + self.patience.look, 0 if alive else self._silent + 1
+        if not alive:
+            self._report(Happening.SILENT, looks=self._silent)
+        if self._silent >= self.patience.failures:
+            self.stop(reason=f"no answer to {self._silent} looks in a row", seconds=HUNG)
+            self._pause(now)
+
+    def stop(self, *, reason: str, seconds: float | None = None) -> None:
+        """Ask the process to end, and kill it if it does not in time.
+
+        Args:
+            reason: For people.
+            seconds: That it has; those of ``patience`` if None or more.
+        """
         if self.process is None:
             return
         self._report(Happening.STOPPING, pid=self.process.pid, reason=reason)
         self.process.terminate()
         try:
-            self.process.wait(self.patience.stop)
+            self.process.wait(min(self.patience.stop, seconds or self.patience.stop))
         except subprocess.TimeoutExpired:
             self.process.kill()
             self._report(Happening.KILLED, pid=self.process.pid)

@@ -18,6 +18,7 @@ SHOWN: Mapping[str, Sequence[Step]] = {
     "kill-up": [Step.OFFER],
     "kill-rounds": [Step.PLAN, Step.UNMASK],
     "kill-agent": [Step.UNMASK],
+    "hang-rounds": [Step.PLAN],
 }
 
 

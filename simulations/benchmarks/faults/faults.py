@@ -133,6 +133,8 @@ FAULTS = (
     Fault("kill-rounds", "kill -9 of the rounds with their gateway", _kill("rounds")),
     Fault("kill-agent", "kill -9 of a device's agent, started again", _kill_agent),
     Fault("hang-agent", "a device's agent hangs", _hang_agent, (Step.PLAN, Step.UNMASK)),
+    Fault("hang-rounds", "the rounds with their gateway hang", _hang("rounds"), (Step.PLAN, Step.UNMASK)),
     Fault("rolling-restart", "stop and start of every process in turn", _rolling_restart, ONE),
     Fault("kill-superlink", "kill -9 of the SuperLink", _kill("superlink"), (Step.PLAN, Step.UNMASK), superlink=True),
+    Fault("hang-superlink", "the SuperLink hangs", _hang("superlink"), ONE, superlink=True),
 )

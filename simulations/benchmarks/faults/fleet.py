@@ -42,7 +42,7 @@ FEDERATION = {
     "aggregation": {"session_rounds": 1},
     "privacy": {"mechanism": "skellam", "noise_multiplier": 1.0},
 }
-SERVICES_OF_A_TEST = {"stop": 20.0, "pause": 4.0}  # seconds: a supervisor that is as patient as one of a small fleet
+SERVICES_OF_A_TEST = {"stop": 20.0, "pause": 4.0, "look": 1.0}  # seconds, of a small fleet: `up` is less patient
 
 
 class Late(Exception):  # noqa: N818

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from tests.support import refused
 from tests.support.gateway import wait_until
 
 ROOT = Path(__file__).resolve().parents[3]
-PATIENT = Patience(ready=600, stop=600, pause=600)
+PATIENT = Patience(ready=600, stop=600, pause=600, look=600, failures=3)
 PROGRAMS = """
 import pathlib, signal, sys, time
 
@@ -28,6 +29,11 @@ def serve(name):
 
 def server(): serve(sys.argv[1])
 def finish(): print("the work is done")
+def beating():
+    while True:
+        pathlib.Path(sys.argv[1]).touch()
+        time.sleep(0.02)
+
 def fail(): print("first line"); sys.exit("it\\x1b[31m failed")
 def refuse(): print("no such setting"); sys.exit(2)
 def fail_twice():
@@ -118,16 +124,66 @@ def test_one_that_is_not_ready_in_time_is_stopped_and_started_again(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        supervise([service("slow", is_ready=lambda: False)], Patience(0.2, 600, 1), report, record.shown.append)
+        supervise(
+            [service("slow", is_ready=lambda: False)], replace(PATIENT, ready=0.2, pause=1), report, record.shown.append
+        )
     reasons = [event.details["reason"] for event in record.events if event.happening is Happening.STOPPING]
     assert reasons[0] == "not ready within 0.2 s"
 
 
 def test_one_that_does_not_stop_is_killed(service: Callable[..., ServiceProgram]) -> None:
     work = service("work", "finish", finishes=True, is_ready=lambda: True)
-    record = run([service("deaf", "deaf"), work], Patience(600, 0.3, 600))
+    record = run([service("deaf", "deaf"), work], replace(PATIENT, stop=0.3))
     assert record.of(Happening.KILLED) == ["deaf"]
     assert record.events[-1].details["code"] == -signal.SIGKILL
+
+
+def test_one_that_hangs_is_killed_after_looks_in_a_row_without_an_answer_and_started_again(
+    service: Callable[..., ServiceProgram], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(supervisor, "HUNG", 0.2)
+    mark, record = tmp_path / "hanging", Recorder()
+
+    def beats() -> bool:
+        """Whether the process writes its mark again; one that is stopped by SIGSTOP does not."""
+        mark.unlink(missing_ok=True)
+        try:
+            wait_until(mark.exists, 2.0)
+        except AssertionError:
+            return False
+        return True
+
+    def report(event: ServiceEvent) -> None:
+        record.events.append(event)
+        if event.happening is Happening.READY and len(record.of(Happening.READY)) == 1:
+            (started,) = [each for each in record.events if each.happening is Happening.STARTED]
+            os.kill(int(started.details["pid"]), signal.SIGSTOP)
+        if len(record.of(Happening.READY)) == 2:
+            raise KeyboardInterrupt
+
+    hanging = service("hanging", "beating", is_ready=beats, is_alive=beats)
+    with pytest.raises(KeyboardInterrupt):
+        supervise([hanging], replace(PATIENT, look=0.05), report, record.shown.append)
+    looks = [event.details["looks"] for event in record.events if event.happening is Happening.SILENT]
+    assert looks == [1, 2, 3]
+    assert record.of(Happening.KILLED) == ["hanging"]
+    reasons = [event.details["reason"] for event in record.events if event.happening is Happening.STOPPING]
+    assert reasons == ["no answer to 3 looks in a row", "all are stopped"]
+    assert record.shown[-1][0]["restarts"] == 1
+
+
+def test_looks_that_fail_now_and_then_end_nothing(service: Callable[..., ServiceProgram]) -> None:
+    looks: list[bool] = []
+
+    def alive() -> bool:
+        looks.append(len(looks) % 3 == 2)
+        return looks[-1]
+
+    work = service("work", "finish", finishes=True, is_ready=lambda: True, may_start=lambda: len(looks) > 12)
+    record = run([service("first", is_alive=alive), work], replace(PATIENT, look=0.01))
+    assert len(record.of(Happening.SILENT)) >= 8
+    assert record.of(Happening.STARTED) == ["first", "work"]
 
 
 def test_an_exit_code_after_which_a_restart_is_useless_ends_all_with_what_was_written(
@@ -150,7 +206,7 @@ def test_services_end_when_the_supervisor_is_killed(tmp_path: Path) -> None:
     script = (
         "import os, sys\nfrom coordinator.services.supervisor import *\n"
         "service = ServiceProgram('held', ('holder:hold', sys.argv[1]), dict(os.environ), '', lambda: True)\n"
-        "supervise([service], Patience(600, 600, 600), lambda event: None, lambda shown: None)\n"
+        "supervise([service], Patience(600, 600, 600, 600, 3), lambda event: None, lambda shown: None)\n"
     )
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
     with subprocess.Popen([sys.executable, "-c", script, str(lock)], env=environment) as process:
