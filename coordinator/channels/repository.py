@@ -151,6 +151,25 @@ class ChannelRepository:
                 return found
         raise ConfigError(f"channel {channel} has no release {number}", about="release", value=number)
 
+    def releases(self, channel: str) -> tuple[Release, ...]:
+        """All releases of a channel, oldest first. Raises as ``release``."""
+        versions = range(1, self._version(channel) + 1)
+        found = (self._release_of(channel, self._load(Targets, channel, version)) for version in versions)
+        return tuple({release.number: release for release in found if release}.values())
+
+    def manifest(self, channel: str, release: Release, name: str) -> AdapterManifest:
+        """Of an adapter in a release of this repository, as it was verified when it was published.
+
+        Raises:
+            DataError, TrustError: It is missing or damaged.
+        """
+        path = manifest_of(name).as_posix()
+        place = self._file(channel, path, release.files[path])
+        try:
+            return AdapterManifest.unverified(storage.read(place, MAX_ENVELOPE))
+        except OSError as error:
+            raise DataError(f"{place} is missing: restore the repository", about=place.name) from error
+
     def publish(self, channel: str, bundle: Path, trusted: Sequence[PublicKey]) -> Published:
         """Make ``bundle`` the next release of ``channel``. Private adapters in it are left out.
 
@@ -171,7 +190,7 @@ class ChannelRepository:
                 raise ConfigError(f"{bundle} has no adapter that is not private: there is nothing to publish")
             if current:
                 for name in shared.keys() & current.adapters.keys():
-                    _require_newer(shared[name], self._manifest(channel, current, name))
+                    _require_newer(shared[name], self.manifest(channel, current, name))
             names = [BASE_MANIFEST, *(BASE / name for name in base.files)]
             names += [path for name in shared for path in (manifest_of(name), adapter_path(name))]
             files = {path.as_posix(): bundle / path for path in names}
@@ -192,7 +211,7 @@ class ChannelRepository:
                 raise ConfigError(f"channel {source} has no release to promote", about="channel", value=source)
             if current:
                 for name in found.adapters.keys() & current.adapters.keys():
-                    _require_newer(self._manifest(source, found, name), self._manifest(channel, current, name))
+                    _require_newer(self.manifest(source, found, name), self.manifest(channel, current, name))
             files = {name: self._file(source, name, digest) for name, digest in found.files.items()}
             return Published(channel, self._add(channel, files, found.adapters))
 
@@ -218,7 +237,7 @@ class ChannelRepository:
                 raise ConfigError(f"release {number} is the current one of channel {channel}", about="release")
             files = {name: self._file(channel, name, digest) for name, digest in old.files.items()}
             again = {
-                name: replace(self._manifest(channel, old, name), version=self._highest(channel, name) + 1)
+                name: replace(self.manifest(channel, old, name), version=self._highest(channel, name) + 1)
                 for name in old.adapters
             }
             signed = {manifest_of(name).as_posix(): one.sign(key) for name, one in again.items()}
@@ -296,18 +315,9 @@ class ChannelRepository:
         folder, _, last = target(channel, name).rpartition("/")
         return self.targets / folder / f"{digest}.{last}"
 
-    def _manifest(self, channel: str, release: Release, name: str) -> AdapterManifest:
-        path = manifest_of(name).as_posix()
-        raw = storage.read(self._file(channel, path, release.files[path]), MAX_ENVELOPE)
-        return AdapterManifest.unverified(raw)
-
     def _highest(self, channel: str, name: str) -> int:
         """The highest version of an adapter in any release of a channel."""
-        releases = (
-            self._release_of(channel, self._load(Targets, channel, version))
-            for version in range(1, self._version(channel) + 1)
-        )
-        return max(release.adapters.get(name, 0) for release in releases if release)
+        return max(release.adapters.get(name, 0) for release in self.releases(channel))
 
     def _add(
         self,

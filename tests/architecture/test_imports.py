@@ -8,7 +8,7 @@ from pathlib import Path
 import grimp
 import pytest
 
-PARTS = ("adapters", "aggregation", "client", "coordinator", "export", "simulations")
+PARTS = ("adapters", "aggregation", "client", "coordinator", "export", "governance", "simulations")
 TOP = "lazygroup"  # outside the packages: what the command line and a package's group of commands share
 DEVICE = ("client.cli", "client.cli.adapters", "client.cli.infer", "client.inference", "client.learning")
 ENROLMENT = (
@@ -19,6 +19,7 @@ ENROLMENT = (
 )
 AUDITOR = ("coordinator.cli.audit", "coordinator.audit.transcripts")
 TRAINING = ("adapters.traininggraph", "client.training.graphtrainer")
+GOVERNANCE = ("governance.cli", "governance.difference", "governance.lineage")
 GATEWAY = ("client.gateway", "client.node.step")
 DISTRIBUTIONS = {  # import package → distribution of another name
     "google": "protobuf",
@@ -64,7 +65,16 @@ def test_the_command_line_loads_no_part_before_it_is_asked_to(root: Path) -> Non
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
     loaded = set(done.stdout.split())
     assert "aggregation.errors" in loaded
-    assert not loaded & {"numpy", "adapters", "client", "coordinator", "export", "simulations", *ABSENT_ON_A_DEVICE}
+    assert not loaded & {
+        "numpy",
+        "adapters",
+        "client",
+        "coordinator",
+        "export",
+        "governance",
+        "simulations",
+        *ABSENT_ON_A_DEVICE,
+    }
 
 
 @pytest.mark.parametrize(
@@ -77,9 +87,20 @@ def test_the_command_line_loads_no_part_before_it_is_asked_to(root: Path) -> Non
         (("client",), "train"),
         (("coordinator",), "coordinator"),
         (("export",), "export"),
+        (GOVERNANCE, None),
         (PARTS, "simulations"),
     ],
-    ids=["bare install", "enrolment", "audit", "training graph", "train", "coordinator", "export", "simulations"],
+    ids=[
+        "bare install",
+        "enrolment",
+        "audit",
+        "training graph",
+        "train",
+        "coordinator",
+        "export",
+        "governance",
+        "simulations",
+    ],
 )
 def test_each_roles_extra_installs_what_the_role_imports(
     graph: grimp.ImportGraph, root: Path, modules: tuple[str, ...], extra: str | None
