@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import click
 
-from aggregation.errors import TrustError
+from aggregation.errors import ConfigError, TrustError
 from coordinator.audit import AuditInput, AuditOptions, Report, formatting
+from coordinator.channels import ActionRecord
+from coordinator.channels.history import RepositoryAudit, audit_repository, is_repository
 
 FOLDER = click.Path(path_type=Path)
 Renderer = Callable[[AuditInput, Mapping[str, Report]], Iterator[str]]
@@ -31,6 +34,12 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
         click.option("--unfinished", is_flag=True, help="Accept that the last session is still under way."),
+        click.option(
+            "--root",
+            type=FOLDER,
+            metavar="FILE",
+            help="Of a repository of channels: a root that you trust. Default: the repository's own.",
+        ),
         click.option(
             "--registry",
             type=FOLDER,
@@ -70,7 +79,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
 
 @click.group("audit", context_settings={"help_option_names": ["-h", "--help"]})
 def audit_command() -> None:
-    """Check from its transcripts that a coordinator followed the protocol."""
+    """Check from its transcripts that a coordinator followed the protocol, and what was done with its releases."""
 
 
 @audit_command.command()
@@ -80,13 +89,20 @@ def verify(path: Path, unfinished: bool, as_json: bool, **options: Any) -> None:
 
     PATH is a session's log, a coordinator's state directory, or the folder of a run.
 
+    Or it is a repository of channels: then its metadata are checked, and the log of every release, promotion, refusal
+    and rollback.
+
     \b
     Examples:
       edgeadapt audit verify runs/demo
+      edgeadapt audit verify releases --root pinned/root.json
       edgeadapt audit verify runs/demo --authority pinned/authority.pem --coordinator pinned/coordinator.pem
       edgeadapt audit verify runs/demo --at 2026-11-25 --revoked runs/demo/revoked.crl
       edgeadapt audit verify transcript/session-000001.log --json
     """
+    if is_repository(path):
+        _audit_repository(path, as_json, options, listed=False)
+        return
     _audit(path, unfinished, as_json, options, formatting.render_findings)
 
 
@@ -96,15 +112,59 @@ def verify(path: Path, unfinished: bool, as_json: bool, **options: Any) -> None:
 def show(path: Path, unfinished: bool, as_json: bool, entries: bool, **options: Any) -> None:
     """List the rounds at PATH: the size of the plan, survivors, dropouts with their step, and the outcome.
 
+    Of a repository of channels, list what was done, with the figures of each promotion's gates.
+
     \b
     Examples:
       edgeadapt audit show runs/demo
+      edgeadapt audit show releases
       edgeadapt audit show transcript/session-000001.log --entries
     """
+    if is_repository(path):
+        _audit_repository(path, as_json, options, listed=True)
+        return
     _audit(path, unfinished, as_json, options, partial(formatting.render_rounds, entries=entries))
 
 
+def _audit_repository(path: Path, as_json: bool, options: dict[str, Any], *, listed: bool) -> None:
+    root = options.pop("root")
+    if given := [name for name, value in options.items() if value is not None]:
+        reason = f"--{given[0]} is for the transcripts of a coordinator, and {path} is a repository of channels"
+        raise ConfigError(reason, about=f"--{given[0]}")
+    found = audit_repository(path, root)
+    if as_json:
+        records = [asdict(record) for record in found.records]
+        row = {"ok": True, "error": None, "pinned": found.pinned, "unread": found.unread, "actions": records}
+        click.echo(json.dumps(row))
+    else:
+        click.echo("\n".join([*(map(_action, found.records) if listed else ()), *_summary(path, found)]))
+
+
+def _action(record: ActionRecord) -> str:
+    """What was done, in one line; the figures of gates follow in lines of their own."""
+    action = record.action
+    words = [f"{record.number:>5}  {record.made}  {action.kind}"]
+    words += [action.subject] if action.subject and action.source is None else []
+    words += [f"{action.source} to {action.subject}"] if action.source else []
+    words += [f"release {action.release}"] if action.release else []
+    words += [f"as {action.again} was"] if action.again else []
+    words += [", ".join(f"{name} {version}" for name, version in sorted((action.adapters or {}).items()))]
+    gates = [f"         {'passed' if each.passed else 'REFUSED'}  {each.gate}: {each.text}" for each in action.gates]
+    return "\n".join([" ".join(words).rstrip(), *gates])
+
+
+def _summary(path: Path, found: RepositoryAudit) -> Iterator[str]:
+    first, last = found.records[0], found.records[-1]
+    yield f"{path}: {len(found.records)} actions from {first.made} to {last.made}, all signed and in order"
+    if not found.pinned:
+        yield "the root is the repository's own: name one that you trust with --root"
+    if found.unread:
+        yield f"not named by the snapshot, and not read: {', '.join(found.unread)}"
+
+
 def _audit(path: Path, unfinished: bool, as_json: bool, options: dict[str, Any], render: Renderer) -> None:
+    if options.pop("root") is not None:
+        raise ConfigError(f"--root is for a repository of channels, which {path} is not", about="--root")
     checked = AuditInput.open(path, AuditOptions(**options))
     reports = checked.audit(unfinished=unfinished)
     failure: TrustError | None = None

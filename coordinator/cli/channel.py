@@ -165,7 +165,7 @@ def show(folder: Path, as_json: bool) -> None:
     """
     opened = _open(folder)
     releases = {each: opened.release(each) for each in opened.channels}
-    roles = list(opened.roles())
+    roles = list(opened.metadata.roles())
     if as_json:
         row = {
             "channels": {each: found and json.loads(found.encode()) for each, found in releases.items()},

@@ -28,7 +28,8 @@ from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustErro
 from aggregation.pki.identity import IdentityKey
 from client.inference.trust import Trust
 from client.updates import ChannelSource, Updated, follow, update
-from coordinator.channels import ChannelRepository
+from coordinator.channels import Action, ChannelRepository
+from coordinator.channels.history import audit_repository
 from edgeadapt import cli
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.exported import ExportedBase
@@ -268,10 +269,10 @@ def test_a_channel_cannot_sign_for_another_one(following: Place, source: Source,
     """A stolen canary key: a file that it signs under the name of stable is not looked at."""
     repository = following.repository
     following.publish(2, source("global", seed=5), exported, channel="canary")
-    signed = repository._load(Targets, "canary")
+    signed = repository.metadata.load(Targets, "canary")
     for path in list(signed.targets):
         signed.targets[path.replace("canary/", "stable/")] = signed.targets[path]
-    repository._commit({"canary": signed})
+    repository.metadata.commit(Action("publish", "canary"), {"canary": signed})
     assert not following.update().changed
     assert following.version() == 1
 
@@ -370,7 +371,7 @@ def test_a_release_names_no_file_outside_of_a_bundle(path: str) -> None:
 
 
 def test_a_key_that_is_kept_elsewhere_is_named(following: Place, source: Source, exported: ExportedBase) -> None:
-    (keys,) = [keys for role, _, _, keys in following.repository.roles() if role == "stable"]
+    (keys,) = [keys for role, _, _, keys in following.repository.metadata.roles() if role == "stable"]
     away = keys[0].rename(following.folder / "away.pem")
     before = sorted(path.name for path in metadata(following).iterdir())
     with pytest.raises(ConfigError, match="bring the key back"):
@@ -411,3 +412,22 @@ def test_the_commands_from_a_repository_to_a_device(
     assert "already there" in run(*words)
     assert json.loads(run(*words, "--json"))["changed"] is False
     assert Metadata.from_file(str(mine / "root.json")).signed.version == 2
+    done = [each["action"] for each in json.loads(run("audit", "verify", mine, "--json"))["actions"]]
+    assert [each["kind"] for each in done] == ["init", "publish", "promote", "rotate", "renew"]
+    assert (done[1]["subject"], done[1]["release"], done[2]["source"]) == ("canary", 1, "canary")
+
+
+def test_a_release_that_was_put_in_the_place_of_the_one_in_the_log(
+    following: Place, source: Source, exported: ExportedBase
+) -> None:
+    """Whoever has the channel's key alone replaces the file of a release: the log states its digest."""
+    following.publish(2, source("global", seed=5), exported)
+    place = following.repository.metadata
+    path = place.path("stable", place.version("stable"))
+    document = Metadata[Targets].from_bytes(path.read_bytes())
+    document.signed.targets["stable/release.json"].hashes["sha256"] = "0" * 64
+    (keyid,) = document.signatures
+    document.sign(place.signers([keyid])[0])
+    path.write_bytes(document.to_bytes())
+    with refused(TrustError, "stable"):
+        audit_repository(following.repository.folder, None)
