@@ -180,28 +180,56 @@ class ChannelRepository:
             release = self._add(Action("publish"), channel, files, {name: one.version for name, one in shared.items()})
             return Published(channel, release, private)
 
-    def promote(self, source: str, channel: str, gates: Sequence[GateResult] = ()) -> Published:
-        """Make the current release of ``source`` the next one of ``channel``.
-
-        Args:
-            source, channel: From and to.
-            gates: What let it pass, for the log.
+    def assemble(self, channel: str, release: Release, bundle: Path) -> None:
+        """Put a release together as the bundle that devices get, in a new folder.
 
         Raises:
-            ConfigError: There is no such channel, ``source`` has no release, or as ``publish``.
+            DataError: A file is missing.
+            OSError: The folder is there already, or cannot be written.
+        """
+        bundle.mkdir()
+        for name, digest in release.files.items():
+            (bundle / name).parent.mkdir(exist_ok=True)
+            place = self._file(channel, name, digest)
+            if not place.is_file():
+                raise DataError(f"{place} is missing: restore the repository", about=place.name)
+            storage.link_or_copy(place, bundle / name)
+
+    def promote(self, source: str, number: int, channel: str, gates: Sequence[GateResult]) -> Published:
+        """Make release ``number`` of ``source``, its current one, the next of ``channel``.
+
+        Args:
+            source, number: The release.
+            channel: To which it goes.
+            gates: What it passed, for the log.
+
+        Raises:
+            ConfigError: There is no such channel, the release is no longer the current one, or as ``publish``.
             DataError, TrustError: The repository is damaged.
             OSError: As ``publish``.
         """
         with self._locked():
             found, current = self.release(source), self.release(channel)
-            if found is None:
-                raise ConfigError(f"channel {source} has no release to promote", about="channel", value=source)
+            if found is None or found.number != number:
+                reason = f"release {number} is not the current one of channel {source}: repeat the promotion"
+                raise ConfigError(reason, about="channel", value=source)
             if current:
                 for name in found.adapters.keys() & current.adapters.keys():
                     _require_newer(self.manifest(source, found, name), self.manifest(channel, current, name))
             files = {name: self._file(source, name, digest) for name, digest in found.files.items()}
             action = Action("promote", source=source, gates=tuple(gates))
             return Published(channel, self._add(action, channel, files, found.adapters))
+
+    def refuse(self, source: str, release: Release, channel: str, gates: Sequence[GateResult]) -> None:
+        """Note in the log that gates did not let a release of ``source`` into ``channel``.
+
+        Raises:
+            ConfigError: The key of snapshot and timestamp is not there.
+        """
+        with self._locked():
+            adapters = dict(release.adapters)
+            action = Action("refuse", channel, source, release.number, adapters=adapters, gates=tuple(gates))
+            self.metadata.commit(action, {})
 
     def roll_back(self, channel: str, number: int, key: IdentityKey) -> Published:
         """Publish an earlier release of a channel again.

@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from adapters import storage
-from adapters.keyfiles import read_key
 from aggregation.entropy import SystemEntropy
 from coordinator.channels import ChannelRepository, Published, pinned_keys
 
@@ -31,9 +30,9 @@ def channel() -> None:
     Example, start to end:
       edgeadapt channel init releases
       edgeadapt channel publish releases canary --bundle runs/demo/bundle
-      edgeadapt channel promote releases canary stable
       edgeadapt channel show releases
-      edgeadapt channel rollback releases stable --to 1 --key vendor.key
+
+    'edgeadapt adapters promote' and 'rollback' decide which release a channel has.
     """
 
 
@@ -71,39 +70,6 @@ def publish(folder: Path, channel: str, bundle: Path, trust: Path | None, as_jso
       edgeadapt channel publish releases stable --bundle bundle --trust vendor.pub.pem
     """
     _print(_open(folder).publish(channel, bundle, pinned_keys(bundle, trust)), as_json)
-
-
-@channel.command(short_help="Make the release of one channel that of another.")
-@repository
-@click.argument("source", metavar="FROM")
-@click.argument("channel", metavar="TO")
-@as_json
-def promote(folder: Path, source: str, channel: str, as_json: bool) -> None:
-    """Make the current release of channel FROM the next one of channel TO.
-
-    \b
-    Example:
-      edgeadapt channel promote releases canary stable
-    """
-    _print(_open(folder).promote(source, channel), as_json)
-
-
-@channel.command(short_help="Publish an earlier release again.")
-@repository
-@name
-@click.option("--to", "number", type=click.IntRange(min=1), required=True, metavar="N", help="Number of the release.")
-@click.option("--key", type=FILE, required=True, metavar="FILE", help="The vendor's key, which signs bundles.")
-@as_json
-def rollback(folder: Path, channel: str, number: int, key: Path, as_json: bool) -> None:
-    """Publish release N of CHANNEL again, its adapters signed under a version above all others.
-
-    Devices never go back to an older version: they get the old content as a new one, with their next update.
-
-    \b
-    Example:
-      edgeadapt channel rollback releases stable --to 3 --key vendor.key
-    """
-    _print(_open(folder).roll_back(channel, number, read_key(key)), as_json)
 
 
 @channel.command(short_help="Add a channel.")

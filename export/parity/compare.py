@@ -299,17 +299,7 @@ def gate(parity: Parity, limits: Limits, *, privacy: PrivacyBound | None = None)
     Raises:
         ParityError: A measure exceeds ``limits`` or is NaN; ``value`` names the fields of ``Parity`` that do.
     """
-    broken = {}
-    if not parity.agreement >= limits.agreement:
-        broken["agreement"] = f"agreement {parity.agreement:.2%}, at least {limits.agreement:.2%}"
-    if not parity.max_abs_diff <= limits.max_abs_diff:
-        broken["max_abs_diff"] = f"largest difference {parity.max_abs_diff:.3g}, at most {limits.max_abs_diff:.3g}"
-    if not parity.perplexity_ratio <= limits.perplexity_ratio:
-        broken["perplexity_ratio"] = (
-            f"perplexity {parity.perplexity_ratio:.3f} times torch's, at most {limits.perplexity_ratio:.3f}"
-        )
-    if not parity.mixed_diff <= MIXED_LIMIT:
-        broken["mixed_diff"] = f"in a mixed batch {parity.mixed_diff:.3g} from the answer alone, at most {MIXED_LIMIT}"
+    broken = too_far(parity, limits)
     if broken:
         remedy = "export with another profile or adapter format"
         if privacy is not None:
@@ -324,6 +314,22 @@ def gate(parity: Parity, limits: Limits, *, privacy: PrivacyBound | None = None)
             about="parity",
             value=tuple(broken),
         )
+
+
+def too_far(parity: Parity, limits: Limits) -> dict[str, str]:
+    """The fields of ``parity`` that exceed ``limits`` or are NaN, each with a reason; empty if the files may ship."""
+    broken = {}
+    if not parity.agreement >= limits.agreement:
+        broken["agreement"] = f"agreement {parity.agreement:.2%}, at least {limits.agreement:.2%}"
+    if not parity.max_abs_diff <= limits.max_abs_diff:
+        broken["max_abs_diff"] = f"largest difference {parity.max_abs_diff:.3g}, at most {limits.max_abs_diff:.3g}"
+    if not parity.perplexity_ratio <= limits.perplexity_ratio:
+        broken["perplexity_ratio"] = (
+            f"perplexity {parity.perplexity_ratio:.3f} times torch's, at most {limits.perplexity_ratio:.3f}"
+        )
+    if not parity.mixed_diff <= MIXED_LIMIT:
+        broken["mixed_diff"] = f"in a mixed batch {parity.mixed_diff:.3g} from the answer alone, at most {MIXED_LIMIT}"
+    return broken
 
 
 def log_softmax(logits: Floats) -> Floats:

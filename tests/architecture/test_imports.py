@@ -19,7 +19,7 @@ ENROLMENT = (
 )
 AUDITOR = ("coordinator.cli.audit", "coordinator.audit.transcripts")
 TRAINING = ("adapters.traininggraph", "client.training.graphtrainer")
-GOVERNANCE = ("governance.cli", "governance.difference", "governance.lineage")
+GOVERNANCE = ("governance.cli.versions", "governance.difference", "governance.lineage")
 GATEWAY = ("client.gateway", "client.node.step")
 DISTRIBUTIONS = {  # import package → distribution of another name
     "google": "protobuf",

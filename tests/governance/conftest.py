@@ -56,17 +56,19 @@ class Vendor:
     exported: ExportedBase
     bundle: Path
 
-    def publish(self, number: int, channel: str = "canary", version: int | None = None) -> None:
-        """Export a version and publish the bundle."""
+    def publish(
+        self, number: int, channel: str = "canary", version: int | None = None, really: int | None = None
+    ) -> None:
+        """Export a version and publish the bundle; ``really``: with the tensors of this one instead."""
         source = AdapterSource(
             "global",
-            self.values[number],
+            self.values[number if really is None else really],
             models.LABELS,
             number + 1 if version is None else version,
             files.sha256(files.encode(self.values[number])),
             peft_config=PeftConfig.lora(rank=4, alpha=8),
         )
-        write_bundle(self.bundle, self.exported, [source], key=self.key)
+        write_bundle(self.bundle, self.exported, [source], key=self.key, form="fp32")
         self.repository.publish(channel, self.bundle, [self.key.public])
 
 

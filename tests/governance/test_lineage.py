@@ -36,7 +36,7 @@ def as_json(*words: object) -> Any:
 
 def test_the_list_has_each_version_with_its_round_and_its_channel(vendor_place: Vendor) -> None:
     vendor_place.publish(1)
-    vendor_place.repository.promote("canary", "stable")
+    vendor_place.repository.promote("canary", 1, "stable", ())
     vendor_place.publish(2)
     state_dir, releases = vendor_place.state_dir, vendor_place.repository.folder
     found = as_json("list", state_dir, "--releases", releases)["versions"]

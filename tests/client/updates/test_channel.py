@@ -133,7 +133,7 @@ def test_a_device_gets_each_release_and_fetches_only_what_is_new(
 def test_a_release_goes_through_the_canary_to_stable(following: Place, source: Source, exported: ExportedBase) -> None:
     following.publish(2, source("global", seed=5), exported, channel="canary")
     assert not following.update().changed
-    following.repository.promote("canary", "stable")
+    following.repository.promote("canary", 1, "stable", ())
     assert following.update().release.number == 2
     assert following.version() == 2
 
@@ -400,7 +400,7 @@ def test_the_commands_from_a_repository_to_a_device(
     mine = tmp_path / "mine"
     run("channel", "init", mine)
     run("channel", "publish", mine, "canary", "--bundle", place.made, "--trust", public)
-    run("channel", "promote", mine, "canary", "stable")
+    ChannelRepository.open(mine, NOW).promote("canary", 1, "stable", ())
     run("channel", "rotate", mine, "stable")
     run("channel", "renew", mine, "--all")
     assert json.loads(run("channel", "show", mine, "--json"))["channels"]["stable"]["number"] == 1

@@ -1,4 +1,7 @@
-"""``edgeadapt adapters``: the versions of a coordinator, where they are from, and where they are."""
+"""``edgeadapt adapters list``, ``show`` and ``diff``: where versions are from, where they are, and what changed.
+
+Every manifest and the chain of round records are verified first; nothing is written.
+"""
 
 import json
 from collections.abc import Callable, Iterator
@@ -36,19 +39,7 @@ def _lineage(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-def adapters() -> None:
-    """Govern the versions of an adapter: DIR is a coordinator's state directory, which is only read.
-
-    Every manifest and the chain of round records are verified first. See docs/how-to/govern-adapters.md.
-
-    \b
-    Example:
-      edgeadapt adapters list fleet --releases releases
-    """
-
-
-@adapters.command("list", short_help="List versions, with their rounds, metrics and channels.")
+@click.command("list")
 @_lineage
 @as_json
 def list_(state_dir: Path, releases: Path | None, trust: Path | None, as_json: bool) -> None:
@@ -78,7 +69,7 @@ def list_(state_dir: Path, releases: Path | None, trust: Path | None, as_json: b
         click.echo("  ".join(cells).rstrip())
 
 
-@adapters.command(short_help="Show what made a version, and where it is.")
+@click.command()
 @_lineage
 @click.argument("version", type=NUMBER, metavar="VERSION")
 @as_json
@@ -94,7 +85,7 @@ def show(state_dir: Path, releases: Path | None, trust: Path | None, version: in
     click.echo(json.dumps(_row(found)) if as_json else "\n".join(_lines(found)))
 
 
-@adapters.command(short_help="Compare two versions, tensor by tensor.")
+@click.command()
 @_lineage
 @click.argument("before", type=NUMBER, metavar="A")
 @click.argument("after", type=NUMBER, metavar="B")

@@ -1,0 +1,30 @@
+"""``edgeadapt adapters``: versions and their releases. A command is imported when it is called."""
+
+import click
+
+from lazygroup import LazyGroup
+
+# command → (module, attribute, one line for --help, extra that it needs)
+COMMANDS = {
+    "diff": ("governance.cli.versions", "diff", "Compare two versions, tensor by tensor.", ""),
+    "gates": ("governance.cli.promotion", "gates", "Write gates.toml: what a promotion demands.", ""),
+    "list": ("governance.cli.versions", "list_", "List versions, with their rounds, metrics and channels.", ""),
+    "promote": ("governance.cli.promotion", "promote", "Give a channel another one's release, if it passes.", ""),
+    "rollback": ("governance.cli.promotion", "rollback", "Publish an earlier release again.", ""),
+    "show": ("governance.cli.versions", "show", "Show what made a version, and where it is.", ""),
+}
+
+
+@click.command("adapters", cls=LazyGroup, table=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
+def adapters() -> None:
+    """Govern the versions of an adapter: DIR is a coordinator's state directory, REPO a repository of channels.
+
+    See docs/how-to/govern-adapters.md.
+
+    \b
+    Example, start to end:
+      edgeadapt adapters list fleet --releases releases
+      edgeadapt adapters gates releases
+      edgeadapt adapters promote releases canary stable
+      edgeadapt adapters rollback releases stable --to 1 --key vendor.key
+    """
