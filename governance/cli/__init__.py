@@ -11,6 +11,7 @@ COMMANDS = {
     "list": ("governance.cli.versions", "list_", "List versions, with their rounds, metrics and channels.", ""),
     "promote": ("governance.cli.promotion", "promote", "Give a channel another one's release, if it passes.", ""),
     "rollback": ("governance.cli.promotion", "rollback", "Publish an earlier release again.", ""),
+    "sbom": ("governance.cli.sbom", "sbom", "Print a version's software bill of materials.", "governance"),
     "show": ("governance.cli.versions", "show", "Show what made a version, and where it is.", ""),
 }
 

@@ -23,7 +23,7 @@ NUMBER = click.IntRange(0, 2**63 - 1)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
-def _lineage(command: Callable[..., None]) -> Callable[..., None]:
+def where(command: Callable[..., None]) -> Callable[..., None]:
     """The options that say where versions and releases are."""
     for option in (
         click.option(
@@ -40,7 +40,7 @@ def _lineage(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @click.command("list")
-@_lineage
+@where
 @as_json
 def list_(state_dir: Path, releases: Path | None, trust: Path | None, as_json: bool) -> None:
     """List the versions of DIR, oldest first: the round, its survivors, metrics, privacy, and the channels.
@@ -50,7 +50,7 @@ def list_(state_dir: Path, releases: Path | None, trust: Path | None, as_json: b
       edgeadapt adapters list fleet
       edgeadapt adapters list runs/demo/coordinator --releases releases --json
     """
-    lineage = _open(state_dir, releases, trust)
+    lineage = open_lineage(state_dir, releases, trust)
     if as_json:
         click.echo(json.dumps({"versions": [_row(each) for each in lineage.versions]}))
         return
@@ -70,7 +70,7 @@ def list_(state_dir: Path, releases: Path | None, trust: Path | None, as_json: b
 
 
 @click.command()
-@_lineage
+@where
 @click.argument("version", type=NUMBER, metavar="VERSION")
 @as_json
 def show(state_dir: Path, releases: Path | None, trust: Path | None, version: int, as_json: bool) -> None:
@@ -81,12 +81,12 @@ def show(state_dir: Path, releases: Path | None, trust: Path | None, version: in
       edgeadapt adapters show fleet 3
       edgeadapt adapters show fleet 3 --releases releases --json
     """
-    found = _open(state_dir, releases, trust).version(version)
+    found = open_lineage(state_dir, releases, trust).version(version)
     click.echo(json.dumps(_row(found)) if as_json else "\n".join(_lines(found)))
 
 
 @click.command()
-@_lineage
+@where
 @click.argument("before", type=NUMBER, metavar="A")
 @click.argument("after", type=NUMBER, metavar="B")
 @as_json
@@ -101,13 +101,14 @@ def diff(state_dir: Path, releases: Path | None, trust: Path | None, before: int
       edgeadapt adapters diff fleet 2 3
       edgeadapt adapters diff fleet 0 3 --json
     """
-    lineage = _open(state_dir, releases, trust)
+    lineage = open_lineage(state_dir, releases, trust)
     old, new = lineage.version(before).manifest, lineage.version(after).manifest
     found = difference(old, new, lineage.registry.tensors(old), lineage.registry.tensors(new))
     click.echo(json.dumps(asdict(found)) if as_json else "\n".join(_changes(found)))
 
 
-def _open(state_dir: Path, releases: Path | None, trust: Path | None) -> Lineage:
+def open_lineage(state_dir: Path, releases: Path | None, trust: Path | None) -> Lineage:
+    """The versions that the options of ``where`` name. Raises as ``Lineage.read``."""
     repository = None if releases is None else ChannelRepository.open(releases, datetime.now(UTC))
     return Lineage.read(state_dir, trust, repository)
 

@@ -42,7 +42,8 @@ def test_the_page_takes_a_version_from_a_round_to_a_channel_and_back(
     reader = Reader(work, program.parent)
     printed = [reader.run(block.commands) for block in blocks_of(ROOT / "docs" / "how-to" / "govern-adapters.md")]
     assert "canary 1" in printed[0]
-    assert printed[2].count("passed  parity of global") == 2  # printed, and in the log
-    assert "stable, release 3: global 4" in printed[3]
+    assert printed[3].count("passed  parity of global") == 2  # printed, and in the log
+    assert (work / "peft-1" / "adapter_model.safetensors").is_file()
+    assert "stable, release 3: global 4" in printed[4]
     kinds = [record.action.kind for record in audit_repository(work / "releases", None).records]
     assert kinds == ["init", "publish", "promote", "publish", "rollback"]
