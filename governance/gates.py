@@ -17,10 +17,9 @@ from adapters.release import Release
 from adapters.storage import read_lines
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from client.inference.session import ClassificationSession
-from coordinator.audit.transcripts import COORDINATOR
 from coordinator.channels import ChannelRepository, GateResult
 from governance.gatesettings import GateName, GateSettings
-from governance.lineage import Lineage, is_from
+from governance.lineage import COORDINATOR, Lineage, is_from
 
 LONGEST = 1000  # characters of a reason, as the log has it
 ROUNDING = 1e-9  # of a share less a margin

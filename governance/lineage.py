@@ -15,8 +15,11 @@ from adapters.manifest import AdapterManifest, VersionManifest
 from adapters.registryfiles import DATABASE, RegistryFiles
 from adapters.roundrecord import RoundRecord
 from aggregation.errors import ConfigError, DataError, TrustError
-from coordinator.audit.transcripts import COORDINATOR
 from coordinator.channels import ChannelRepository
+
+COORDINATOR = (
+    "coordinator.pem"  # in its state directory; ``coordinator.statedir`` has the name too, and needs SQLAlchemy
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,7 @@ class GovernedVersion:
 class Lineage:
     """All versions of a registry, oldest first."""
 
+    state_dir: Path
     registry: RegistryFiles
     versions: tuple[GovernedVersion, ...]
 
@@ -76,7 +80,7 @@ class Lineage:
                 f"{trust} has {len(keys)} keys, and a coordinator has one", about="--trust", value=len(keys)
             )
         registry = RegistryFiles.open(state_dir, keys)
-        manifests, records = _manifests(registry), registry.rounds()
+        manifests, records = _manifests(state_dir, registry), registry.rounds()
         released = None if repository is None else releases_of(repository)
         made = {record.version: record for record in records}
         before: VersionManifest | None = None
@@ -86,13 +90,13 @@ class Lineage:
             follows = manifest.parent == (before and before.sha256)
             recorded = record is None if before is None else record is not None and record.made(manifest)
             if not (follows and recorded):
-                text = f"{registry.folder / DATABASE}: version {manifest.version} is not what a recorded round made"
+                text = f"{state_dir / DATABASE}: version {manifest.version} is not what a recorded round made"
                 reason = f"{text} from the version before it: restore the registry from a copy"
                 raise TrustError(reason, about="record", value=manifest.version)
             places = None if released is None else tuple(each for each in released if is_from(each.adapter, manifest))
             versions.append(GovernedVersion(manifest, keys[0].key_id, record, places))
             before = manifest
-        return cls(registry, tuple(versions))
+        return cls(state_dir, registry, tuple(versions))
 
     def version(self, number: int) -> GovernedVersion:
         """One of the versions.
@@ -101,7 +105,7 @@ class Lineage:
             ConfigError: There is no such version.
         """
         if not 0 <= number < len(self.versions):
-            reason = f"{self.registry.folder} has no version {number}; the newest is {len(self.versions) - 1}"
+            reason = f"{self.state_dir} has no version {number}; the newest is {len(self.versions) - 1}"
             raise ConfigError(reason, about="version", value=number)
         return self.versions[number]
 
@@ -127,7 +131,7 @@ def releases_of(repository: ChannelRepository) -> tuple[ReleasedAdapter, ...]:
     return tuple(found)
 
 
-def _manifests(registry: RegistryFiles) -> Sequence[VersionManifest]:
+def _manifests(state_dir: Path, registry: RegistryFiles) -> Sequence[VersionManifest]:
     """The manifests of all versions, from version 0 on.
 
     Raises:
@@ -137,14 +141,14 @@ def _manifests(registry: RegistryFiles) -> Sequence[VersionManifest]:
     newest = registry.manifest()
     if newest is None:
         raise DataError(
-            f"the registry in {registry.folder} is empty: publish a first adapter with 'edgeadapt coordinator publish'",
+            f"the registry in {state_dir} is empty: publish a first adapter with 'edgeadapt coordinator publish'",
             about="registry",
         )
     found = []
     for number in range(newest.version):
         manifest = registry.manifest(number)
         if manifest is None:
-            text = f"{registry.folder / DATABASE} has no version {number}: restore the registry from a copy"
+            text = f"{state_dir / DATABASE} has no version {number}: restore the registry from a copy"
             raise TrustError(text, about="version", value=number)
         found.append(manifest)
     return [*found, newest]

@@ -15,9 +15,10 @@ from adapters.graphinputs import LORA_A, LORA_B
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey
+from coordinator.statedir import PUBLIC_KEY
 from edgeadapt import cli
 from governance.difference import TensorChange, difference
-from governance.lineage import Lineage
+from governance.lineage import COORDINATOR, Lineage
 from tests.governance.conftest import Vendor, version_of
 from tests.support import refused
 
@@ -89,6 +90,10 @@ def test_a_reviewer_may_name_the_coordinators_key(vendor_place: Vendor, tmp_path
     pinned = tmp_path / "coordinator.pem"
     pinned.write_bytes(vendor_place.coordinator.public.to_pem())
     assert len(as_json("list", vendor_place.state_dir, "--trust", pinned)["versions"]) == 3
+
+
+def test_the_default_key_is_the_one_that_a_coordinator_writes() -> None:
+    assert COORDINATOR == PUBLIC_KEY
 
 
 def test_two_keys_are_no_coordinators(vendor_place: Vendor, tmp_path: Path) -> None:
