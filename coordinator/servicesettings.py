@@ -1,6 +1,8 @@
 """The settings of what ``edgeadapt coordinator up`` runs on this machine, ``services.toml``."""
 
 import re
+from ipaddress import ip_address
+from itertools import combinations
 from typing import Self
 
 from pydantic import Field, model_validator
@@ -11,6 +13,24 @@ SERVICES = "services.toml"  # in the coordinator's state directory
 ADDRESS = r"(\[[0-9a-fA-F:]+\]|[^\s:/\[\]]+):\d{1,5}"
 
 
+def is_address(text: str) -> bool:
+    """Whether ``text`` is HOST:PORT with a port from 1 to 65535.
+
+    >>> is_address("127.0.0.1:9443"), is_address("[::1]:9443"), is_address("localhost"), is_address("host:0")
+    (True, True, False, False)
+    """
+    return bool(re.fullmatch(ADDRESS, text)) and 0 < int(text.rpartition(":")[2]) < 2**16
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine reaches what listens at ``address``, HOST:PORT."""
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 class ServiceSettings(Settings):
     """``services.toml`` in the coordinator's state directory."""
 
@@ -19,6 +39,13 @@ class ServiceSettings(Settings):
     )
     superlink: str = Field(
         default="", description="HOST:PORT at which Flower's SuperLink listens for SuperNodes; empty: it is not run"
+    )
+    dashboard: str = Field(
+        default="",
+        description="HOST:PORT of the page for the operator, with TLS unless it is 127.0.0.1; empty: no page",
+    )
+    channels: str = Field(
+        default="", description="folder of a repository of channels, which the dashboard shows; empty: none"
     )
     ready: float = Field(
         default=120.0,
@@ -50,9 +77,11 @@ class ServiceSettings(Settings):
 
     @model_validator(mode="after")
     def _has_places_to_listen(self) -> Self:
-        for key, address in (("gateway", self.gateway), ("superlink", self.superlink)):
-            if address and (not re.fullmatch(ADDRESS, address) or not 0 < int(address.rpartition(":")[2]) < 2**16):
+        places = {"gateway": self.gateway, "superlink": self.superlink, "dashboard": self.dashboard}
+        for key, address in places.items():
+            if address and not is_address(address):
                 raise ValueError(f"{key} is {address!r}, and not HOST:PORT with a port from 1 to 65535")
-        if self.gateway and self.gateway == self.superlink:
-            raise ValueError(f"gateway and superlink cannot both listen at {self.gateway}")
+        for (one, there), (other, same) in combinations(places.items(), 2):
+            if there and there == same:
+                raise ValueError(f"{one} and {other} cannot both listen at {there}")
         return self

@@ -7,18 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from adapters import storage
 from adapters.manifest import VersionManifest
 from adapters.roundrecord import RoundRecord
-from aggregation import envelope, transcript
-from aggregation.errors import ProtocolError
-from aggregation.messages import Shares
-from aggregation.transcript import Checkpoint, Stage
-from coordinator.audit.transcripts import logs
 from coordinator.services import deployment
+from coordinator.sessionprogress import LogFollower
 from coordinator.statedir import TRANSCRIPT, CoordinatorStateDir
 
 SUSPICIOUS = 0.01  # probability
+HEADING = "round  version  survivors  dropouts  accuracy    loss  seconds"
 
 
 def status_of(state_dir: CoordinatorStateDir) -> dict[str, Any]:
@@ -41,7 +37,7 @@ def status_of(state_dir: CoordinatorStateDir) -> dict[str, Any]:
         "device_rounds": sum(len({*record.survivors, *record.dropped}) for record in rounds),
         "dropouts_by_step": dict(steps),
         "versions": [_version(version.manifest) for version in state_dir.registry.versions()],
-        "rounds": [_round(record) for record in rounds],
+        "rounds": [round_row(record) for record in rounds],
         "farthest": farthest(rounds),
         "last_session": _session(state_dir.folder / TRANSCRIPT),
     }
@@ -69,30 +65,36 @@ def lines_of(status: dict[str, Any]) -> Iterator[str]:
     yield f"rounds {done} of {wanted}, {aborted} aborted{', a run is in progress' if status['running'] else ''}"
     yield f"dropouts {count} of {status['device_rounds']} device-rounds{f': {at}' if at else ''}"
     if session := status["last_session"]:
-        state = "closed" if session["closed"] else "not closed"
+        state, step = "closed" if session["closed"] else "not closed", session["step"]
+        if step and status["running"]:
+            state = f"{step['name']} answered by {step['answered']}"
         yield f"last session {session['log']}: {session['devices']} devices, {session['rounds']} rounds, {state}"
     if status["rounds"]:
         yield ""
-        yield "round  version  survivors  dropouts  accuracy    loss  seconds"
-    for each in status["rounds"]:
-        accuracy, loss = (each["metrics"].get(name) for name in ("accuracy", "loss"))
-        cells = (
-            f"{each['round']:>5}",
-            f"{'-' if each['version'] is None else each['version']:>7}",
-            f"{len(each['survivors']):>9}",
-            f"{len(each['dropped']):>8}",
-            f"{'-' if accuracy is None else format(accuracy, '.3f'):>8}",
-            f"{'-' if loss is None else format(loss, '.3f'):>6}",
-            f"{each['seconds']:>7.1f}",
-        )
-        notes = [f"epsilon {each['epsilon']:.3f}"] if each["epsilon"] is not None else []
-        notes += [f"{name}: {each[name]}" for name in ("aborted", "spoiled") if each[name]]
-        yield "  ".join([*cells, *notes])
+        yield HEADING
+    yield from map(round_line, status["rounds"])
     if status["farthest"]:
         yield ""
         yield "devices whose groups were farthest from the combination, more often than chance (a hint, no proof):"
     for device, each in status["farthest"].items():
         yield f"{device}: {each['farthest']} of {each['rounds']} rounds, which has a chance of {each['chance']:.2g}"
+
+
+def round_line(row: dict[str, Any]) -> str:
+    """A round, as ``round_row`` gives it, under ``HEADING``."""
+    accuracy, loss = (row["metrics"].get(name) for name in ("accuracy", "loss"))
+    cells = (
+        f"{row['round']:>5}",
+        f"{'-' if row['version'] is None else row['version']:>7}",
+        f"{len(row['survivors']):>9}",
+        f"{len(row['dropped']):>8}",
+        f"{'-' if accuracy is None else format(accuracy, '.3f'):>8}",
+        f"{'-' if loss is None else format(loss, '.3f'):>6}",
+        f"{row['seconds']:>7.1f}",
+    )
+    notes = [f"epsilon {row['epsilon']:.3f}"] if row["epsilon"] is not None else []
+    notes += [f"{name}: {row[name]}" for name in ("aborted", "spoiled") if row[name]]
+    return "  ".join([*cells, *notes])
 
 
 def farthest(records: Iterable[RoundRecord]) -> dict[str, dict[str, float]]:
@@ -133,7 +135,8 @@ def _version(manifest: VersionManifest) -> dict[str, Any]:
     }
 
 
-def _round(record: RoundRecord) -> dict[str, Any]:
+def round_row(record: RoundRecord) -> dict[str, Any]:
+    """A round as ``--json`` has it."""
     return {
         "groups": [asdict(group) for group in record.groups],
         "round": record.round,
@@ -151,20 +154,5 @@ def _round(record: RoundRecord) -> dict[str, Any]:
 
 
 def _session(folder: Path) -> dict[str, Any] | None:
-    """The newest session's log, as far as it can be read; ``edgeadapt audit`` verifies it."""
-    paths = logs(folder)
-    if not paths:
-        return None
-    entries = transcript.read(storage.read(paths[-1])).entries
-    stage = None
-    if entries and entries[-1].kind == Checkpoint.TAG:
-        try:
-            stage = Checkpoint.decode(envelope.unverified_body(entries[-1].message)).stage
-        except ProtocolError:
-            stage = None
-    return {
-        "log": paths[-1].name,
-        "devices": sum(entry.kind == Shares.TAG for entry in entries),
-        "rounds": max((entry.round for entry in entries), default=0),
-        "closed": stage is Stage.CLOSED,
-    }
+    found = LogFollower(folder).look()
+    return None if found is None else found.as_json()

@@ -12,7 +12,9 @@ from adapters import storage
 from adapters.settings import overridden
 from aggregation.errors import ConfigError, EdgeAdaptError
 from coordinator.cli import services
+from coordinator.cli.dashboard import dashboard
 from coordinator.cli.options import as_json, directory
+from coordinator.cli.rounds import rounds
 
 if TYPE_CHECKING:
     from coordinator.launch import Connection
@@ -34,11 +36,14 @@ def coordinator() -> None:
       edgeadapt coordinator status fleet
 
     'edgeadapt coordinator up fleet' runs the SuperLink, the gateway and the rounds, and looks after them.
+    'edgeadapt coordinator dashboard fleet' shows them in a browser.
     """
 
 
 coordinator.add_command(services.up)
 coordinator.add_command(services.stop)
+coordinator.add_command(dashboard)
+coordinator.add_command(rounds)
 
 
 @coordinator.command(short_help="Make a coordinator: key, settings, empty registry.")

@@ -22,6 +22,7 @@ from adapters.gateway.frames import node_of
 from aggregation.steps import BODY, RECORD
 from coordinator.gateway.hub import NoAnswer
 from coordinator.gateway.server import Gateway, GatewayLimits, ReadRoot, ServerTls
+from coordinator.gateway.snapshot import GatewaySnapshot, written
 from coordinator.statedir import CoordinatorStateDir
 
 RUN_ID = SERVER_NODE = 1
@@ -50,9 +51,11 @@ def serving(state_dir: CoordinatorStateDir, address: str, *, own_process: bool =
         client_version=own.client_version,
     )
     grid = GatewayGrid(address, tls, state_dir.read_root, limits, own_process=own_process)
-    log.info("listening at %s", f"{address.rpartition(':')[0]}:{grid.port}")
+    listens = f"{address.rpartition(':')[0]}:{grid.port}"
+    log.info("listening at %s", listens)
     try:
-        yield grid
+        with written(state_dir.folder, lambda: grid.snapshot(listens)):
+            yield grid
     finally:
         grid.close()
 
@@ -107,6 +110,10 @@ class GatewayGrid(Grid):
     def port(self) -> int:
         """At which the gateway listens."""
         return self._gateway.port
+
+    def snapshot(self, address: str) -> GatewaySnapshot:
+        """See ``Gateway``."""
+        return self._gateway.snapshot(address)
 
     def close(self) -> None:
         """Stop the gateway."""

@@ -31,12 +31,16 @@ class Released(EdgeAdaptError):  # noqa: N818
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What a device presented, and the gateway verified: two certificates in DER, and the binding of both."""
+    """What a device presented, and the gateway verified: two certificates in DER, and the binding of both.
+
+    ``version``: of edgeadapt, as the device states it.
+    """
 
     device: str
     tls_certificate: bytes = field(repr=False)
     certificate: bytes = field(repr=False)
     binding: bytes = field(repr=False)
+    version: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,8 +31,10 @@ from aggregation.pki import Root, certificates
 from aggregation.pki.tls import TlsRole, verify_binding, verify_tls
 from coordinator.gateway.hub import Credentials, Hub, NoAnswer, Released, Stream
 from coordinator.gateway.pace import Pace, TokenBucket
+from coordinator.gateway.snapshot import GatewaySnapshot
 
 CLOSING = 2.0  # seconds for the end of the streams
+VERSIONS = 32  # in a snapshot; devices state them
 log = logging.getLogger("edgeadapt.gateway")
 T = TypeVar("T")
 Context: TypeAlias = Any  # grpc.aio.ServicerContext, which has no types
@@ -75,6 +78,7 @@ class Service:
     read_root: ReadRoot
     limits: GatewayLimits
     began: float = field(default_factory=time.monotonic)
+    check_ins: Counter[str] = field(default_factory=Counter)  # by outcome, as in ``GatewaySnapshot``
     _answers: dict[str, tuple[int, asyncio.Timeout]] = field(default_factory=dict)
     _buckets: dict[str, TokenBucket] = field(default_factory=dict)
     _root: tuple[datetime, Root] | None = None
@@ -103,7 +107,7 @@ class Service:
                 await self._keep_pace(context, name)
             hello = frames.hello(raw)
             require_version(hello.version, self.limits.client_version)
-            credentials = Credentials(name, tls_certificate, hello.certificate, hello.binding)
+            credentials = Credentials(name, tls_certificate, hello.certificate, hello.binding, hello.version)
             self.verify(credentials, datetime.now(UTC))
             stream = self.hub.open(credentials)
             log.info("%s is connected", name)
@@ -123,13 +127,15 @@ class Service:
         """End the call if the device comes before its window, or too many check in, or are connected."""
         now = time.monotonic()
         if window := self._pace.early(name, now):
-            reason = "too early: the gateway asked this device to come back later"
+            outcome, reason = "early", "too early: the gateway asked this device to come back later"
         elif not self._pace.admits(now):
-            reason, window = "too many devices check in", self._pace.reject(name, now)
+            outcome, reason, window = "paced", "too many devices check in", self._pace.reject(name, now)
         elif len(self.hub.devices) >= self.limits.devices:
-            reason, window = "the gateway is full", self._pace.reject(name, now)
+            outcome, reason, window = "full", "the gateway is full", self._pace.reject(name, now)
         else:
+            self.check_ins["admitted"] += 1
             return
+        self.check_ins[outcome] += 1
         await context.abort(StatusCode.RESOURCE_EXHAUSTED, reason, window.metadata())
 
     def release(self) -> None:
@@ -408,6 +414,17 @@ class Gateway:
             }
 
         return self._call(asked())
+
+    def snapshot(self, address: str) -> GatewaySnapshot:
+        """Its numbers now. ``address``: at which devices reach it."""
+
+        async def counted() -> GatewaySnapshot:
+            hub = self._service.hub
+            versions = Counter(stream.credentials.version for stream in hub.streams())
+            found = dict(versions.most_common(VERSIONS)), dict(self._service.check_ins)
+            return GatewaySnapshot(address, len(hub.devices), hub.requests, *found)
+
+        return self._call(counted())
 
     def close(self) -> None:
         """End all calls and stop listening. The devices that are there come back within their windows."""

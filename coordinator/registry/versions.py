@@ -223,13 +223,13 @@ class Registry:
         """A version's tensors. Raises as ``blob``, and ``DataError`` for tensors that are not of ``layout``."""
         return files.decode(self.blob(number), layout)
 
-    def rounds(self) -> tuple[RoundRecord, ...]:
-        """The records of all rounds, in order.
+    def rounds(self, first: int = 1) -> tuple[RoundRecord, ...]:
+        """The records of all rounds from ``first`` on, in order.
 
         Raises:
             TrustError: A record is missing or was altered.
         """
-        return self._records(1)[0]
+        return self._records(first)[0]
 
     def head(self) -> Head:
         """The newest version and the last round, which agree with each other.

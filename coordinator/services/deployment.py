@@ -23,7 +23,7 @@ from aggregation.errors import ConfigError, EdgeAdaptError
 from aggregation.pki.certificates import to_der
 from aggregation.pki.tls import hosts_of
 from coordinator.services.supervisor import Happening, Patience, Report, ServiceEvent, ServiceProgram, supervise
-from coordinator.servicesettings import SERVICES, ServiceSettings
+from coordinator.servicesettings import SERVICES, ServiceSettings, is_loopback
 from coordinator.statedir import AUTHORITY, TLS_CERTIFICATE, TLS_KEY, CoordinatorStateDir
 
 LOCK, RUNNING = "up.lock", "services.json"
@@ -104,7 +104,7 @@ def services_of(state_dir: CoordinatorStateDir, settings: ServiceSettings) -> tu
         finishes=True,
         fatal=frozenset({ConfigError.exit_code}),
     )
-    return (*services, rounds)
+    return (*services, rounds, *_dashboard(folder, settings))
 
 
 def running(folder: Path) -> dict[str, Any] | None:
@@ -192,6 +192,25 @@ def _superlink(folder: Path, address: str) -> ServiceProgram:
     )
 
 
+def _dashboard(folder: Path, settings: ServiceSettings) -> tuple[ServiceProgram, ...]:
+    """The page for the operator. It is the last, so that nothing waits for it."""
+    if not settings.dashboard:
+        return ()
+    command = ["edgeadapt:main", "coordinator", "dashboard", str(folder), "--listen", settings.dashboard]
+    if settings.channels:
+        command += ["--channels", str(folder / settings.channels)]
+    return (
+        ServiceProgram(
+            name="dashboard",
+            command=tuple(command),
+            environment=dict(os.environ),
+            address=settings.dashboard,
+            is_ready=lambda: _shows(_within(settings.dashboard), PROBE),
+            is_alive=lambda: _shows(_within(settings.dashboard), ANSWER),
+        ),
+    )
+
+
 def _within(address: str) -> str:
     """Where processes of this machine reach what listens at ``address``."""
     host, _, port = address.rpartition(":")
@@ -226,12 +245,23 @@ def _answers(address: str, seconds: float) -> bool:
         return False
 
 
+def _shows(address: str, seconds: float) -> bool:
+    """Whether the dashboard answers: without TLS on a loopback address."""
+    host, _, port = address.rpartition(":")
+    if not is_loopback(address):
+        return _answers(address, seconds)
+    return _says_ok(http.client.HTTPConnection(host.strip("[]"), int(port), timeout=seconds))
+
+
 def _is_healthy(address: str, authority: Path, seconds: float) -> bool:
     """Whether a SuperLink with a certificate of this authority says so."""
     host, _, port = address.rpartition(":")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(authority)
-    connection = http.client.HTTPSConnection(host.strip("[]"), int(port), timeout=seconds, context=context)
+    return _says_ok(http.client.HTTPSConnection(host.strip("[]"), int(port), timeout=seconds, context=context))
+
+
+def _says_ok(connection: http.client.HTTPConnection) -> bool:
     try:
         connection.request("GET", "/health")
         return connection.getresponse().status == http.HTTPStatus.OK

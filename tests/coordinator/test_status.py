@@ -47,7 +47,8 @@ def test_the_status_lists_versions_rounds_dropouts_and_the_last_session(fleet_of
     assert found["dropouts_by_step"] == {"survivors": 1, "unmask": 1, "plan": 1}
     assert found["device_rounds"] == 18
     assert [each["dropped"] for each in found["rounds"]] == [record.dropped for record in records]
-    assert found["last_session"] == {"log": "session-000002.log", "devices": 6, "rounds": 1, "closed": True}
+    session = {"log": "session-000002.log", "devices": 6, "rounds": 1, "step": None, "closed": True}
+    assert found["last_session"] == session
     text = "\n".join(lines_of(found))
     assert "rounds 3 of 3, 0 aborted" in text
     assert "dropouts 3 of 18 device-rounds: 1 at survivors, 1 at unmask, 1 at plan" in text
@@ -66,6 +67,7 @@ def test_a_status_during_a_run_says_so_and_does_not_disturb_it(fleet_of: FleetOf
 
     assert [record.version for record in fleet.federate(fleet.grid(app=look))] == [1, 2]
     assert (found[0]["running"], found[0]["rounds_done"], found[0]["last_session"]["closed"]) == (True, 0, False)
+    assert found[0]["last_session"]["step"] == {"name": "unmask", "answered": 0}
     assert not status(fleet)["running"]
 
 

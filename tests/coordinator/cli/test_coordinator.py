@@ -1,9 +1,11 @@
 """`edgeadapt coordinator` as an operator calls it."""
 
 import json
+import socket
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -114,6 +116,28 @@ def test_status_prints_lines_or_json(fleet_of: FleetOf) -> None:
     assert "rounds 1 of 1, 0 aborted" in call("status", folder).output
     found = json.loads(call("status", folder, "--json").output)
     assert (found["rounds_done"], found["versions"][-1]["version"]) == (1, 1)
+
+
+def test_rounds_are_listed_as_lines_or_as_objects_and_those_that_come_are_followed(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(3, rounds=2)
+    folder, listed = fleet.out / "coordinator", []
+    assert call("rounds", folder).output.count("\n") == 1
+    follow = threading.Thread(target=lambda: listed.append(call("rounds", folder, "--follow", "--json")))
+    follow.start()
+    fleet.federate(fleet.grid())
+    follow.join(60)
+    assert [json.loads(line)["round"] for line in listed[0].output.splitlines()] == [1, 2]
+    lines = call("rounds", folder).output.splitlines()
+    assert [line.split()[:3] for line in lines[1:]] == [["1", "1", "3"], ["2", "2", "3"]]
+
+
+def test_a_dashboard_says_what_is_wrong_before_it_listens(fleet_of: FleetOf, tmp_path: Path) -> None:
+    folder = fleet_of(3).out / "coordinator"
+    refusal(ConfigError, "--listen", "dashboard", folder, "--listen", "nowhere")
+    refusal(ConfigError, "tls.key", "dashboard", folder, "--listen", "0.0.0.0:9500")
+    assert isinstance(call("dashboard", folder, "--channels", tmp_path).exception, ConfigError)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        refusal(ConfigError, "--listen", "dashboard", folder, "--listen", f"127.0.0.1:{taken.getsockname()[1]}")
 
 
 @pytest.mark.parametrize("command", ["status", "run"])

@@ -69,6 +69,26 @@ def test_light_devices_need_no_superlink(state_dir: CoordinatorStateDir) -> None
     assert "--superlink" not in rounds.command
 
 
+def test_the_dashboard_comes_last_and_no_end_of_it_ends_the_rounds(state_dir: CoordinatorStateDir) -> None:
+    places = {"gateway": BOTH["gateway"], "dashboard": "127.0.0.1:9500", "channels": "releases"}
+    *_, rounds, dashboard = services_of(state_dir, ServiceSettings(**places))
+    folder = state_dir.folder.resolve()
+    assert (rounds.name, dashboard.name, dashboard.finishes, dashboard.fatal) == (
+        "rounds",
+        "dashboard",
+        False,
+        frozenset(),
+    )
+    given = (str(folder), "--listen", "127.0.0.1:9500", "--channels", str(folder / "releases"))
+    assert dashboard.command[-5:] == given
+
+
+def test_two_services_cannot_listen_at_one_address() -> None:
+    for one, other in (("gateway", "superlink"), ("gateway", "dashboard"), ("superlink", "dashboard")):
+        with pytest.raises(ValueError, match="cannot both listen"):
+            ServiceSettings(**{one: "127.0.0.1:1", other: "127.0.0.1:1"})
+
+
 def test_a_certificate_for_another_host_is_refused_before_flower_fails(state_dir: CoordinatorStateDir) -> None:
     with refused(ConfigError, TLS_CERTIFICATE, value="localhost"):
         services_of(state_dir, ServiceSettings(superlink="localhost:8000"))

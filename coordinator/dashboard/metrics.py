@@ -1,0 +1,79 @@
+"""The fleet's numbers as Prometheus reads them (text exposition format 0.0.4)."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import generate_latest
+
+PREFIX = "edgeadapt_"
+
+
+class _View:
+    """A collector of one view."""
+
+    def __init__(self, view: dict[str, Any]) -> None:
+        self._view = view
+
+    def collect(self) -> Iterator[Metric]:
+        """See ``prometheus_client.registry.Collector``."""
+        yield from families(self._view)
+
+
+def exposition(view: dict[str, Any]) -> bytes:
+    """The metrics of a view (``Viewer.look``)."""
+    registry = CollectorRegistry()
+    registry.register(_View(view))
+    return generate_latest(registry)
+
+
+def families(view: dict[str, Any]) -> Iterator[Metric]:
+    """Each metric with its values."""
+    aborted = view["rounds_aborted"]
+    ended = {"sum": view["rounds_done"] - aborted, "abort": aborted}
+    yield _counter("rounds", "Rounds that ended, by how they did.", "outcome", ended)
+    yield _gauge("rounds_wanted", "Rounds after which the federation ends.", view["rounds_wanted"])
+    yield _gauge("running", "1 while a run uses the state directory.", int(view["running"]))
+    if view["version"] is not None:
+        yield _gauge("version", "The newest version in the registry.", view["version"])
+    yield _counter("device_rounds", "Rounds of all devices together.", None, {"": view["device_rounds"]})
+    yield _counter("dropouts", "Devices that dropped out of a round, by step.", "step", view["dropouts_by_step"])
+    sizes = {"up": view["bytes_up"], "down": view["bytes_down"]}
+    yield _counter("bytes", "Bytes of the rounds, from devices (up) and to them (down).", "direction", sizes)
+    yield _counter("round_seconds", "Wall time of all rounds.", None, {"": view["seconds"]})
+    yield _gauge("metric", "Means over the survivors of the last round, from its sum.", view["metrics"], "name")
+    if view["epsilon"] is not None:
+        yield _gauge("epsilon", "What all sums so far may have revealed of a device.", view["epsilon"])
+    if view["epsilon_limit"] is not None:
+        yield _gauge("epsilon_limit", "The epsilon at which the federation ends.", view["epsilon_limit"])
+    services = view["services"]
+    up = {each["name"]: int(each["state"] == "ready") for each in services}
+    yield _gauge("service_ready", "1 while a service does its work.", up, "service")
+    restarts = {each["name"]: each["restarts"] for each in services}
+    yield _counter("service_restarts", "Restarts of a service since 'up' began.", "service", restarts)
+    if (session := view["session"]) is not None:
+        yield _gauge("session_devices", "Devices of the newest session.", session["devices"])
+        answered = {session["step"]["name"]: session["step"]["answered"]} if session["step"] else {}
+        yield _gauge("step_answers", "Answers to the step that is under way.", answered, "step")
+    if (gateway := view["gateway"]) is not None:
+        yield _gauge("gateway_devices", "Devices that are connected to the gateway.", gateway["devices"])
+        yield _gauge("gateway_requests", "Requests without an answer yet.", gateway["requests"])
+        yield _gauge("gateway_versions", "Connected devices by version.", gateway["versions"], "version")
+        yield _counter("gateway_check_ins", "Check-ins by outcome.", "outcome", gateway["check_ins"])
+    releases = {name: one["release"] if one else 0 for name, one in view["channels"].items()}
+    yield _gauge("channel_release", "The current release of a channel; 0: none.", releases, "channel")
+
+
+def _gauge(name: str, text: str, value: Any, label: str | None = None) -> Metric:
+    family = GaugeMetricFamily(PREFIX + name, text, labels=[label] if label else [])
+    for key, each in (value if label else {"": value}).items():
+        family.add_metric([key] if label else [], each)
+    return family
+
+
+def _counter(name: str, text: str, label: str | None, values: dict[str, float]) -> Metric:
+    family = CounterMetricFamily(PREFIX + name, text, labels=[label] if label else [])
+    for key, each in values.items():
+        family.add_metric([key] if label else [], each)
+    return family

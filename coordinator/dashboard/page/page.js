@@ -1,0 +1,138 @@
+/* Draws what /events sends. Nothing else is fetched, and every text is set as text. */
+
+const STEPS = ["checkin", "offer", "roster", "plan", "survivors", "unmask"];
+const SVG = "http://www.w3.org/2000/svg";
+const SHOWN = 30; // rounds in the table
+const byId = (id) => document.getElementById(id);
+const dash = (value, digits) => (value === null || value === undefined ? "–" : value.toFixed(digits));
+const total = (counts) => Object.values(counts).reduce((sum, each) => sum + each, 0);
+
+/** An element with attributes and children; a child that is no element becomes a text. */
+function element(name, attributes = {}, ...children) {
+  const made = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.append(...children);
+  return made;
+}
+
+function drawn(name, attributes, ...children) {
+  const made = document.createElementNS(SVG, name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.append(...children);
+  return made;
+}
+
+function fill(table, rows) {
+  const cells = (row) => element("tr", {}, ...row.map((each) => element("td", {}, String(each))));
+  byId(table).tBodies[0].replaceChildren(...rows.map(cells));
+}
+
+function show(section, visible) {
+  byId(section).hidden = !visible;
+}
+
+function tiles(view) {
+  const { session, gateway } = view;
+  const step = session?.step;
+  const running = view.running && session && !session.closed;
+  const found = {
+    Rounds: `${view.rounds_done} of ${view.rounds_wanted}`,
+    "Under way": running && step ? `${step.name}: ${step.answered} of ${session.devices || "?"}` : view.running ? "between rounds" : "no run",
+    Version: view.version ?? "none",
+    Accuracy: dash(view.metrics.accuracy, 3),
+    Epsilon: view.epsilon === null ? "no bound" : `${dash(view.epsilon, 2)}${view.epsilon_limit ? ` of ${view.epsilon_limit}` : ""}`,
+    Dropouts: `${total(view.dropouts_by_step)} of ${view.device_rounds}`,
+    "At the gateway": gateway ? `${gateway.devices} devices` : "–",
+  };
+  byId("tiles").replaceChildren(
+    ...Object.entries(found).map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, String(value)))),
+  );
+}
+
+/** A line through the rounds that have a value; axis labels are the least and largest of them. */
+function line(id, rounds, value) {
+  const points = rounds.map((each) => [each.round, value(each)]).filter(([, y]) => Number.isFinite(y));
+  const [width, height, left, edge] = [600, 180, 44, 14];
+  if (!points.length) return byId(id).replaceChildren();
+  const [first, last] = [points[0][0], points.at(-1)[0]];
+  const low = Math.min(...points.map(([, y]) => y));
+  const high = Math.max(...points.map(([, y]) => y), low + 1e-9);
+  const x = (round) => left + ((width - left - edge) * (round - first)) / Math.max(1, last - first);
+  const y = (number) => height - 24 - ((height - 24 - edge) * (number - low)) / (high - low);
+  const path = points.map(([round, number]) => `${x(round).toFixed(1)},${y(number).toFixed(1)}`).join(" ");
+  const text = (at, down, anchor, content) => drawn("text", { x: at, y: down, "text-anchor": anchor }, content);
+  byId(id).replaceChildren(
+    drawn("line", { x1: left, x2: width - edge, y1: height - 24, y2: height - 24, class: "axis" }),
+    text(left - 6, y(low) + 4, "end", low.toFixed(3)),
+    ...(high - low > 1e-6 ? [text(left - 6, y(high) + 4, "end", high.toFixed(3))] : []),
+    text(left, height - 8, "start", `round ${first}`),
+    ...(last > first ? [text(width - edge, height - 8, "end", `round ${last}`)] : []),
+    drawn("polyline", { points: path, class: "line" }),
+    ...points.map(([round, number]) =>
+      drawn("ellipse", { cx: x(round), cy: y(number), rx: 3, ry: 3, class: "point" }, drawn("title", {}, `round ${round}: ${number.toFixed(3)}`)),
+    ),
+  );
+}
+
+function bars(id, rounds) {
+  const [width, height, left, edge] = [600, 180, 44, 14];
+  const most = Math.max(1, ...rounds.map((each) => total(each.dropouts)));
+  const slot = (width - left - edge) / Math.max(1, rounds.length);
+  const scale = (height - 24 - edge) / most;
+  const parts = rounds.flatMap((each, index) => {
+    let top = height - 24;
+    return STEPS.filter((step) => each.dropouts[step]).map((step) => {
+      const tall = each.dropouts[step] * scale;
+      top -= tall;
+      const place = { x: left + index * slot + slot * 0.1, y: top, width: slot * 0.8, height: tall };
+      return drawn("rect", { ...place, class: `step-${step}` }, drawn("title", {}, `round ${each.round}: ${each.dropouts[step]} at ${step}`));
+    });
+  });
+  const text = drawn("text", { x: left - 6, y: edge + 4, "text-anchor": "end" }, String(most));
+  const axis = drawn("line", { x1: left, x2: width - edge, y1: height - 24, y2: height - 24, class: "axis" });
+  byId(id).replaceChildren(axis, ...(parts.length ? [text] : []), ...parts);
+  const seen = STEPS.filter((step) => rounds.some((each) => each.dropouts[step]));
+  byId("legend").replaceChildren(...(seen.length ? seen.map((step) => element("span", { class: `key step-${step}` }, step)) : [": none"]));
+}
+
+function rows(rounds) {
+  return rounds.slice(-SHOWN).reverse().map((each) => {
+    const { accuracy, loss } = each.metrics;
+    const note = each.reason ? `aborted: ${each.reason}` : each.spoiled ? "counts as zero" : "";
+    const numbers = [dash(accuracy, 3), dash(loss, 3), dash(each.epsilon, 2), dash(each.seconds, 1), Math.round(each.bytes_up / 1000)];
+    return [each.round, each.version ?? "–", each.survivors, total(each.dropouts), ...numbers, note];
+  });
+}
+
+function draw(view) {
+  byId("problem").hidden = !view.error;
+  byId("problem").textContent = view.error ?? "";
+  if (view.error) return;
+  tiles(view);
+  line("accuracy", view.rounds, (each) => each.metrics.accuracy);
+  bars("dropouts", view.rounds);
+  fill("rounds", rows(view.rounds));
+  fill("services", view.services.map((each) => [each.name, each.state, each.address || "–", each.restarts]));
+  show("services-section", view.services.length);
+  const { gateway } = view;
+  fill("versions", Object.entries(gateway?.versions ?? {}));
+  show("versions-section", gateway);
+  const outcomes = Object.entries(gateway?.check_ins ?? {}).map(([name, count]) => `${count} ${name}`);
+  byId("checkins").textContent = outcomes.length ? `Check-ins since the start: ${outcomes.join(", ")}` : "";
+  const released = ([name, one]) =>
+    one ? [name, one.release, one.made, Object.entries(one.adapters).map(([adapter, version]) => `${adapter} ${version}`).join(", ")] : [name, "none", "–", "–"];
+  fill("channels", Object.entries(view.channels).map(released));
+  show("channels-section", Object.keys(view.channels).length);
+}
+
+const events = new EventSource("/events");
+events.addEventListener("open", () => (byId("live").textContent = "live"));
+events.addEventListener("message", ({ data }) => {
+  draw(JSON.parse(data));
+  document.documentElement.dataset.ready = "yes";
+});
+events.addEventListener("error", () => {
+  // The browser connects again by itself, but not after a refusal: then the session is over.
+  if (events.readyState === EventSource.CLOSED) location.assign("/login");
+  else byId("live").textContent = "no connection; what you see is the last state";
+});

@@ -1,0 +1,344 @@
+"""The dashboard as a web application: a page behind a login, its live data, and metrics.
+
+Whoever has the token in ``dashboard.token`` sees the fleet: a person logs in with it, Prometheus sends it as a bearer
+token. Nothing can be changed here. On a loopback address it is served without TLS; on any other one with the TLS
+certificate of the coordinator.
+"""
+
+import asyncio
+import json
+import re
+import secrets
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Collection
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import uvicorn
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from adapters import storage
+from adapters.keyfiles import MAX_PEM
+from aggregation.entropy import Entropy
+from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
+from coordinator.dashboard.metrics import exposition
+from coordinator.servicesettings import is_loopback
+
+TOKEN = "dashboard.token"  # noqa: S105  # in the coordinator's state directory
+COOKIE = "edgeadapt-session"
+PAGE = Path(__file__).parent / "page"
+FILES = {"style.css": "text/css; charset=utf-8", "page.js": "text/javascript; charset=utf-8"}  # without a login
+EVERY = 1.0  # seconds between two looks at the fleet, however many pages are open
+KEEP_ALIVE = 15.0  # seconds between two lines of a stream in which nothing happens
+LOGIN_SECONDS = 12 * 3600.0
+MAX_LOGINS = 64
+MAX_FORM = 4096  # bytes
+PATIENCE = 1.0  # seconds that a wrong token costs; one at a time
+STOPPING = 5  # seconds for open streams to end; they look once a second
+MAX_STREAMS = 32
+LOCAL = ("127.0.0.1", "localhost", "::1")
+HEADERS = (
+    (b"cache-control", b"no-store"),
+    (
+        b"content-security-policy",
+        b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; form-action 'self'; "
+        b"base-uri 'none'; frame-ancestors 'none'",
+    ),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"referrer-policy", b"same-origin"),  # a form of this page keeps its origin
+    (b"x-content-type-options", b"nosniff"),
+)
+Look = Callable[[], dict[str, Any]]
+
+
+def read_token(folder: Path, entropy: Entropy) -> str:
+    """The token of a state directory, which the first call makes.
+
+    Raises:
+        TrustError: The file has no token of at least 128 bits.
+        OSError: It cannot be read or written.
+    """
+    path = folder / TOKEN
+    try:
+        found = storage.read(path, MAX_PEM).decode(errors="replace").strip()
+    except FileNotFoundError:
+        found = entropy.bytes(32).hex()
+        storage.replace(path, found.encode() + b"\n")
+    if not re.fullmatch(r"[A-Za-z0-9._~-]{32,512}", found):
+        raise TrustError(f"{path} has no token: delete it, and a new one is made", about=TOKEN)
+    return found
+
+
+@dataclass(slots=True)
+class Logins:
+    """The token, and the sessions of those who gave it."""
+
+    token: str = field(repr=False)
+    _sessions: dict[str, float] = field(default_factory=dict, repr=False)  # random value of a cookie → until when
+    _one: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def allows(self, request: Request) -> bool:
+        """Whether a request comes from a session, or has the token."""
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer":
+            return self._is_token(given.strip())
+        return self._sessions.get(request.cookies.get(COOKIE, ""), 0.0) > time.monotonic()
+
+    async def open(self, given: str) -> str | None:
+        """A new session for who has the token; None, after a while, for another text."""
+        if not self._is_token(given):
+            async with self._one:
+                await asyncio.sleep(PATIENCE)
+            return None
+        now = time.monotonic()
+        alive = {each: end for each, end in self._sessions.items() if end > now}
+        self._sessions = dict(list(alive.items())[-MAX_LOGINS + 1 :])
+        made = secrets.token_urlsafe(32)
+        self._sessions[made] = now + LOGIN_SECONDS
+        return made
+
+    def close(self, request: Request) -> None:
+        """End the session of a request."""
+        self._sessions.pop(request.cookies.get(COOKIE, ""), None)
+
+    def _is_token(self, given: str) -> bool:
+        return secrets.compare_digest(given.encode(), self.token.encode())
+
+
+@dataclass(slots=True)
+class Feed:
+    """The fleet as JSON, looked at once a second at most."""
+
+    look: Look
+    view: dict[str, Any] = field(default_factory=dict)
+    streams: int = 0
+    over: bool = False  # the streams end
+    _at: float = float("-inf")
+    _one: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def now(self) -> dict[str, Any]:
+        """The view, or ``{"error": …}`` while it cannot be had."""
+        async with self._one:
+            if time.monotonic() - self._at >= EVERY:
+                try:
+                    self.view = await asyncio.to_thread(self.look)
+                except (EdgeAdaptError, OSError) as error:
+                    self.view = {"error": str(error)}
+                self._at = time.monotonic()
+            return self.view
+
+    async def events(self) -> AsyncIterator[str]:
+        """Server-sent events, one for each change."""
+        self.streams += 1
+        last, quiet = None, 0.0
+        try:
+            while not self.over:
+                if (now := json.dumps(await self.now())) != last:
+                    last, quiet = now, 0.0
+                    yield f"data: {now}\n\n"
+                elif quiet >= KEEP_ALIVE:
+                    quiet = 0.0
+                    yield ": nothing new\n\n"
+                await asyncio.sleep(EVERY)
+                quiet += EVERY
+        finally:
+            self.streams -= 1
+
+
+class Guard:
+    """Refuses requests for another host, and adds ``HEADERS`` to every response."""
+
+    def __init__(self, app: ASGIApp, hosts: Collection[str]) -> None:
+        self._app, self._hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+
+        async def sent(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *HEADERS]
+            await send(message)
+
+        if scope["type"] == "http" and _host(Headers(scope=scope)) not in self._hosts:
+            await Response("another host\n", HTTPStatus.MISDIRECTED_REQUEST)(scope, receive, sent)
+        else:
+            await self._app(scope, receive, sent)
+
+
+def _host(headers: Headers) -> str | None:
+    try:
+        return urlsplit(f"//{headers.get('host', '')}").hostname
+    except ValueError:
+        return None
+
+
+def application(look: Look, token: str, hosts: Collection[str], *, secure: bool) -> Starlette:
+    """The web application.
+
+    Args:
+        look: Called for the fleet's view, from a thread, never twice at once.
+        token: That opens it.
+        hosts: By which it may be called: a foreign site whose name resolves to this machine is refused.
+        secure: Whether it is served over TLS.
+    """
+    logins, feed = Logins(token), Feed(look)
+
+    async def page(request: Request) -> Response:
+        return FileResponse(PAGE / "index.html") if logins.allows(request) else _to_login()
+
+    async def static(request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in FILES:
+            return Response(status_code=HTTPStatus.NOT_FOUND)
+        return FileResponse(PAGE / name, media_type=FILES[name])
+
+    async def ask(_: Request) -> Response:
+        return FileResponse(PAGE / "login.html")
+
+    async def log_in(request: Request) -> Response:
+        session = await logins.open(await _given_token(request))
+        if session is None:
+            return FileResponse(PAGE / "refused.html", status_code=HTTPStatus.UNAUTHORIZED)
+        answer = RedirectResponse("/", HTTPStatus.SEE_OTHER)
+        answer.set_cookie(COOKIE, session, int(LOGIN_SECONDS), httponly=True, samesite="strict", secure=secure)
+        return answer
+
+    async def log_out(request: Request) -> Response:
+        logins.close(request)
+        answer = _to_login()
+        answer.delete_cookie(COOKIE, httponly=True, samesite="strict", secure=secure)
+        return answer
+
+    async def view(request: Request) -> Response:
+        if not logins.allows(request):
+            return _refused()
+        found = await feed.now()
+        return JSONResponse(found, HTTPStatus.SERVICE_UNAVAILABLE if "error" in found else HTTPStatus.OK)
+
+    async def events(request: Request) -> Response:
+        if not logins.allows(request):
+            return _refused()
+        if feed.streams >= MAX_STREAMS:
+            return Response("too many pages are open\n", HTTPStatus.SERVICE_UNAVAILABLE)
+        return StreamingResponse(feed.events(), media_type="text/event-stream")
+
+    async def metrics(request: Request) -> Response:
+        if not logins.allows(request):
+            return _refused()
+        found = await feed.now()
+        if "error" in found:
+            return Response(found["error"] + "\n", HTTPStatus.SERVICE_UNAVAILABLE)
+        return Response(exposition(found), media_type=CONTENT_TYPE_LATEST)
+
+    async def health(_: Request) -> Response:
+        return Response("ok\n")
+
+    routes = [
+        Route("/", page),
+        Route("/files/{name}", static),
+        Route("/login", ask),
+        Route("/login", log_in, methods=["POST"]),
+        Route("/logout", log_out, methods=["POST"]),
+        Route("/view.json", view),
+        Route("/events", events),
+        Route("/metrics", metrics),
+        Route("/health", health),
+    ]
+    made = Starlette(routes=routes, middleware=[Middleware(Guard, hosts=hosts)])
+    made.state.feed = feed
+    return made
+
+
+def _to_login() -> Response:
+    return RedirectResponse("/login", HTTPStatus.SEE_OTHER)
+
+
+def _refused() -> Response:
+    return Response("log in\n", HTTPStatus.UNAUTHORIZED, {"www-authenticate": "Bearer"})
+
+
+async def _given_token(request: Request) -> str:
+    """The token of a login form; empty if it has no token, or is too large."""
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_FORM:
+            return ""
+    return parse_qs(body.decode("ascii", "replace")).get("token", [""])[0].strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """Files of the key and the certificate, PEM, and the hosts that it is for."""
+
+    key: Path
+    certificate: Path
+    hosts: tuple[str, ...]
+
+
+def serve(look: Look, token: str, address: str, tls: Tls | None) -> None:
+    """Serve until SIGINT or SIGTERM.
+
+    Args:
+        look: As for ``application``.
+        token: The same.
+        address: ``HOST:PORT``.
+        tls: None: without TLS, on a loopback address.
+
+    Raises:
+        ConfigError: There is no TLS and the address is not a loopback one, or nothing can listen there.
+    """
+    host, _, port = address.rpartition(":")
+    if tls is None and not is_loopback(address):
+        text = f"{host} can be reached from other machines, so it needs TLS: make DIR/tls.pem, or listen at 127.0.0.1"
+        raise ConfigError(text, about="--listen", value=address)
+    app = application(look, token, tls.hosts if tls else LOCAL, secure=tls is not None)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=STOPPING,
+        timeout_keep_alive=30,
+        limit_concurrency=4 * MAX_STREAMS,
+        h11_max_incomplete_event_size=2**14,
+        ssl_keyfile=tls.key if tls else None,
+        ssl_certfile=tls.certificate if tls else None,
+    )
+    with _listening(host.strip("[]"), int(port)) as listening:
+        DashboardServer(config, app.state.feed).run([listening])
+
+
+class DashboardServer(uvicorn.Server):
+    """Ends the streams of pages before it stops."""
+
+    def __init__(self, config: uvicorn.Config, feed: Feed) -> None:
+        super().__init__(config)
+        self._feed = feed
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """End the streams, which uvicorn would otherwise cancel with an error."""
+        self._feed.over = True
+        super().handle_exit(sig, frame)
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        text = f"nothing can listen at {host}:{port} ({error.strerror or error}); choose another address"
+        raise ConfigError(text, about="--listen", value=port) from error

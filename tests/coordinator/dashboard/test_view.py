@@ -1,0 +1,113 @@
+"""What the dashboard shows of a fleet: the numbers of its records, as JSON and as metrics, and nobody's name."""
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from aggregation.entropy import SystemEntropy
+from coordinator.channels import ChannelRepository
+from coordinator.dashboard.metrics import exposition
+from coordinator.dashboard.view import Viewer
+from coordinator.gateway.snapshot import FILE, GatewaySnapshot, read, written
+from coordinator.settings import FederationSettings
+from coordinator.statedir import CoordinatorStateDir
+from tests.support.gateway import wait_until
+
+FleetOf = Callable[..., Any]
+
+
+def metrics(view: dict[str, Any]) -> dict[tuple[str, ...], float]:
+    families = text_string_to_metric_families(exposition(view).decode())
+    samples = (sample for family in families for sample in family.samples)
+    return {(each.name.removeprefix("edgeadapt_"), *each.labels.values()): each.value for each in samples}
+
+
+def test_a_new_coordinator_has_nothing_to_show(fleet_of: FleetOf, tmp_path: Path) -> None:
+    authority = (fleet_of(3).out / "coordinator" / "authority.pem").read_bytes()
+    made = CoordinatorStateDir.create(tmp_path / "new", authority, FederationSettings(rounds=7), SystemEntropy())
+    view = Viewer(made).look()
+    made.registry.close()
+    assert (view["version"], view["rounds"], view["session"], view["gateway"]) == (None, [], None, None)
+    assert metrics(view)["rounds_wanted",] == 7
+
+
+def test_the_rounds_of_a_fleet_are_counted_and_nobody_is_named(fleet_of: FleetOf, tmp_path: Path) -> None:
+    fleet = fleet_of(6, rounds=3, aggregation__session_rounds=2)
+    ChannelRepository.create(tmp_path / "releases", SystemEntropy(), datetime.now(UTC))
+    state_dir = CoordinatorStateDir.open(fleet.out / "coordinator")
+    viewer = Viewer(state_dir, tmp_path / "releases")
+    assert viewer.look()["rounds_done"] == 0
+    records = fleet.federate(fleet.grid(forced_dropouts=1))
+    view = viewer.look()
+    assert [(each["round"], each["version"], each["survivors"]) for each in view["rounds"]] == [
+        (record.round, record.version, len(record.survivors)) for record in records
+    ]
+    assert view["dropouts_by_step"] == {"survivors": 1, "unmask": 1, "plan": 1}
+    assert view["session"] == {
+        "log": "session-000002.log",
+        "devices": 6,
+        "rounds": 1,
+        "step": None,
+        "closed": True,
+    }
+    assert view["channels"] == {"canary": None, "stable": None}
+    shown = json.dumps(view)
+    assert not [name for name in records[0].survivors if name in shown]
+    found = metrics(view)
+    assert found["rounds_total", "sum"] == 3
+    assert found["dropouts_total", "plan"] == 1
+    assert found["bytes_total", "up"] == sum(record.bytes_up for record in records)
+    assert found["metric", "loss"] == records[-1].metrics["loss"]
+    assert found["channel_release", "stable"] == 0
+    assert viewer.look()["rounds"] is view["rounds"]  # nothing new is not read again
+    state_dir.registry.close()
+
+
+def test_the_step_under_way_is_read_from_a_log_that_grows(fleet_of: FleetOf) -> None:
+    from client.node.app import app
+
+    fleet, seen = fleet_of(4, rounds=2), list[dict[str, Any]]()
+    state_dir = CoordinatorStateDir.open(fleet.out / "coordinator")
+    viewer = Viewer(state_dir)
+
+    def look(message: Any, context: Any) -> Any:
+        seen.append(viewer.look())
+        return app(message, context)
+
+    fleet.federate(fleet.grid(app=look))
+    steps = [each["session"]["step"]["name"] for each in seen if each["session"] and each["session"]["step"]]
+    assert set(steps) >= {"roster", "plan", "survivors", "unmask"}
+    assert all(each["running"] for each in seen)
+    whole, afresh = viewer.look(), Viewer(state_dir).look()
+    state_dir.registry.close()
+    assert whole == afresh
+    assert whole["session"]["closed"]
+    assert whole["session"]["rounds"] == 2
+
+
+def test_a_gateway_keeps_its_numbers_in_a_file_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coordinator.gateway.snapshot.EVERY", 0.01)
+    now = [GatewaySnapshot("127.0.0.1:1")]
+    with written(tmp_path, lambda: now[0]):
+        wait_until(lambda: (tmp_path / FILE).exists())
+        now[0] = GatewaySnapshot("127.0.0.1:1", 3, 2, {"0.1.0": 3}, {"admitted": 3})
+        wait_until(lambda: (read(tmp_path) or {})["devices"] == 3)
+        assert read(tmp_path) == {
+            "address": "127.0.0.1:1",
+            "devices": 3,
+            "requests": 2,
+            "versions": {"0.1.0": 3},
+            "check_ins": {"admitted": 3},
+        }
+    assert read(tmp_path) is None
+
+
+def test_a_folder_that_cannot_be_written_ends_no_gateway(tmp_path: Path) -> None:
+    with written(tmp_path / "gone", lambda: GatewaySnapshot("127.0.0.1:1")):
+        pass
+    assert read(tmp_path / "gone") is None
