@@ -205,8 +205,8 @@ def _dashboard(folder: Path, settings: ServiceSettings) -> tuple[ServiceProgram,
             command=tuple(command),
             environment=dict(os.environ),
             address=settings.dashboard,
-            is_ready=lambda: _shows(_within(settings.dashboard), PROBE),
-            is_alive=lambda: _shows(_within(settings.dashboard), ANSWER),
+            is_ready=lambda: _shows(settings.dashboard, PROBE),
+            is_alive=lambda: _shows(settings.dashboard, ANSWER),
         ),
     )
 
@@ -246,10 +246,10 @@ def _answers(address: str, seconds: float) -> bool:
 
 
 def _shows(address: str, seconds: float) -> bool:
-    """Whether the dashboard answers: without TLS on a loopback address."""
-    host, _, port = address.rpartition(":")
+    """Whether the dashboard that listens at ``address`` answers: without TLS on a loopback address."""
     if not is_loopback(address):
-        return _answers(address, seconds)
+        return _answers(_within(address), seconds)
+    host, _, port = address.rpartition(":")
     return _says_ok(http.client.HTTPConnection(host.strip("[]"), int(port), timeout=seconds))
 
 

@@ -1,6 +1,7 @@
 """Which services a state directory has, and that they run once."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from coordinator.services.deployment import LOCK, RUNNING, running, services_of,
 from coordinator.servicesettings import SERVICES, ServiceSettings
 from coordinator.statedir import AUTHORITY, TLS_CERTIFICATE, TLS_KEY, CoordinatorStateDir
 from tests.support import refused
-from tests.support.gateway import authority_of, certify, free_port
+from tests.support.gateway import authority_of, certify, free_port, wait_until
 
 BOTH = {"gateway": "127.0.0.1:9443", "superlink": "127.0.0.1:8000"}
 
@@ -81,6 +82,33 @@ def test_the_dashboard_comes_last_and_no_end_of_it_ends_the_rounds(state_dir: Co
     )
     given = (str(folder), "--listen", "127.0.0.1:9500", "--channels", str(folder / "releases"))
     assert dashboard.command[-5:] == given
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])  # noqa: S104
+def test_a_dashboard_is_ready_with_and_without_tls(
+    state_dir: CoordinatorStateDir, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    """On a loopback address it has none, and on every other one it has."""
+    from coordinator.dashboard.server import DashboardServer, Tls, serve
+
+    address, folder = f"{host}:{free_port()}", state_dir.folder
+    *_, dashboard = services_of(state_dir, ServiceSettings(gateway=BOTH["gateway"], dashboard=address))
+    assert not dashboard.is_ready()
+    tls = None if host == "127.0.0.1" else Tls(folder / TLS_KEY, folder / TLS_CERTIFICATE, (host,))
+    made, original = list[DashboardServer](), DashboardServer.__init__
+
+    def noted(self: DashboardServer, *arguments: Any) -> None:
+        made.append(self)
+        original(self, *arguments)
+
+    monkeypatch.setattr(DashboardServer, "__init__", noted)
+    serving = threading.Thread(target=serve, args=(dict, "a" * 64, address, tls))
+    serving.start()
+    wait_until(dashboard.is_ready)
+    assert dashboard.is_alive()
+    made[0].should_exit = True
+    serving.join()
+    assert not dashboard.is_ready()
 
 
 def test_two_services_cannot_listen_at_one_address() -> None:
