@@ -3,9 +3,11 @@
     STATE/registry.db                  SQLite: for each version its number, its file's digest and its signed manifest;
                                        for each round its number and its signed record
     STATE/blobs/SHA256.safetensors     the adapter of each version, named by its digest
+    STATE/registry.toml                where they are, if not there
 
-``coordinator.registry`` writes these files with SQLAlchemy and fsspec, under the names defined here. The exporter and
-the auditor only read them, which takes no more than the bare install.
+``coordinator.registry`` writes them with SQLAlchemy and fsspec, under the names defined here. The exporter and the
+auditor only read (``adapters.registryreader``), which takes no more than the bare install for files, and for a database
+or a bucket ``adapters.registrystores``.
 """
 
 import hashlib
@@ -16,19 +18,22 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
+from pydantic import Field
 
 from adapters import storage
 from adapters.dsse import MAX_ENVELOPE
 from adapters.layout import Floats, Layout, Tensors
 from adapters.manifest import VersionManifest
 from adapters.roundrecord import RoundRecord, accept_chain
+from adapters.settings import Settings
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import PublicKey
 
 SIGNING_KEY, DATABASE, BLOBS = "signing.pem", "registry.db", "blobs"  # in the coordinator's state directory
+REGISTRY = "registry.toml"  # there too
 FORMAT = 2  # of the database; raised when a table changes in a way that older code would misread
 PREFIX = "edgeadapt_"  # of this program's tables, so that another program's database is recognized
 # Tables; the first has one row and the column FORMAT_COLUMN.
@@ -45,6 +50,52 @@ NOT_TABLES = "SELECT name FROM sqlite_master WHERE sql NOT LIKE 'CREATE TABLE %'
 _LENGTH = 8  # bytes before a safetensors header: its length, little-endian
 
 
+class RegistrySettings(Settings):
+    """``registry.toml`` in the coordinator's state directory."""
+
+    database: str = Field(
+        default="",
+        description="postgresql://USER@HOST/NAME, without a password; PGPASSWORD, PGPASSFILE or ~/.pgpass has it; "
+        "empty: registry.db here",
+    )
+    blobs: str = Field(
+        default="",
+        description="where adapters are kept: s3://BUCKET/PREFIX, without keys, or another URL that fsspec knows; "
+        "empty: blobs here",
+    )
+
+    @classmethod
+    def of(cls, state_dir: Path) -> Self:
+        """Those of a state directory. Without the file, all is there. Raises as ``read``."""
+        return cls.read(state_dir / REGISTRY) if (state_dir / REGISTRY).exists() else cls()
+
+
+class RegistrySource(Protocol):
+    """Where a registry is read from. Nothing that it returns is verified."""
+
+    @property
+    def name(self) -> str:
+        """Of the database, for a message."""
+
+    def rows(self, query: str, values: tuple[int, ...]) -> list[tuple[Any, ...]]:
+        """What a query finds, in a database of this format.
+
+        Raises:
+            ConfigError: The database is of another format.
+            DataError: The database cannot be read.
+        """
+
+    def place(self, digest: str) -> str:
+        """The file with that digest, for a message."""
+
+    def file(self, digest: str, size: int) -> bytes:
+        """The content of that file, empty if it does not have that size.
+
+        Raises:
+            DataError: It is missing.
+        """
+
+
 def blob_name(digest: str) -> str:
     """The file in ``BLOBS`` with the adapter of this SHA-256 (hex)."""
     return f"{digest}.safetensors"
@@ -54,126 +105,42 @@ def require(state_dir: Path) -> None:
     """Return if a coordinator's registry is in the folder.
 
     Raises:
-        ConfigError: It is not.
+        ConfigError: It is not, or as ``RegistrySettings.of``.
     """
-    for name, there in ((DATABASE, (state_dir / DATABASE).is_file()), (BLOBS, (state_dir / BLOBS).is_dir())):
+    elsewhere = RegistrySettings.of(state_dir)
+    found = (DATABASE, elsewhere.database or (state_dir / DATABASE).is_file())
+    for name, there in (found, (BLOBS, elsewhere.blobs or (state_dir / BLOBS).is_dir())):
         if not there:
             text = f"{state_dir} is not a coordinator's state directory: it has no {name}"
             raise ConfigError(text, about=name, value=str(state_dir))
 
 
 @dataclass(frozen=True, slots=True)
-class RegistryFiles:
-    """A registry to read. One coordinator may write to it at the same time."""
+class LocalFiles:
+    """A registry's files: ``registry.db`` in ``folder``, and the folder ``blobs``."""
 
     folder: Path
-    trusted: tuple[PublicKey, ...]
+    blobs: Path
 
-    @classmethod
-    def open(cls, state_dir: Path, trusted: Sequence[PublicKey]) -> Self:
-        """The registry in a coordinator's state directory.
+    @property
+    def name(self) -> str:
+        """Of the database."""
+        return str(self.folder / DATABASE)
 
-        Args:
-            state_dir: The folder.
-            trusted: The keys that may have signed its manifests.
+    def place(self, digest: str) -> str:
+        """Of an adapter's file."""
+        return str(self.blobs / blob_name(digest))
 
-        Raises:
-            ConfigError: As ``require``.
-        """
-        require(state_dir)
-        return cls(state_dir, tuple(trusted))
-
-    def manifest(self, version: int | None = None) -> VersionManifest | None:
-        """The manifest of a version, by default of the newest; None if the registry does not have it.
-
-        Raises:
-            ConfigError: The database is of another format.
-            DataError: The database cannot be read.
-            TrustError: The manifest is damaged, or signed by no trusted key or for another version.
-        """
-        rows = self._rows(_NEWEST, ()) if version is None else self._rows(_BY_VERSION, (version,))
-        if not rows:
-            return None
-        number, digest, raw = rows[0]
+    def file(self, digest: str, size: int) -> bytes:
+        """As ``RegistrySource.file``."""
+        path = self.blobs / blob_name(digest)
         try:
-            if not isinstance(raw, bytes) or len(rows) > 1:
-                raise TrustError("it is not one signed document", about="manifest")
-            found = VersionManifest.accept(raw, self.trusted)
-            if (found.version, found.sha256) != (number, digest):
-                raise TrustError(
-                    f"it is the manifest of version {found.version} ({found.sha256[:12]})", about="manifest"
-                )
-        except TrustError as error:
-            place = f"{self.folder / DATABASE}, manifest of version {number}"
-            raise TrustError(f"{place}: {error}; restore it from a copy", about="manifest", value=number) from None
-        return found
-
-    def recorded(self, version: int | None = None) -> VersionManifest | None:
-        """As ``manifest``, of a version that the record of a round says was made; version 0 is from no round.
-
-        Raises:
-            ConfigError, DataError: As ``manifest``.
-            TrustError: As ``manifest`` and ``rounds``, or the version was published without such a record.
-        """
-        found = self.manifest(version)
-        made = {record.version: record for record in self.rounds()}
-        if found is not None and found.version:
-            record = made.get(found.version)
-            if record is None or not record.made(found):
-                text = (
-                    f"{self.folder / DATABASE}: no round is recorded that made version {found.version} as it is there"
-                )
-                reason = (
-                    f"{text}; check the coordinator with 'edgeadapt audit verify', or restore the registry from a copy"
-                )
-                raise TrustError(reason, about="record", value=found.version)
-        return found
-
-    def rounds(self) -> tuple[RoundRecord, ...]:
-        """The records of all rounds, in order.
-
-        Raises:
-            ConfigError: The database is of another format.
-            DataError: The database cannot be read.
-            TrustError: A record is missing, was altered, or is signed by no trusted key.
-        """
-        return tuple(accept_chain(self._rows(_ROUNDS, ()), self.trusted))
-
-    def blob(self, manifest: VersionManifest) -> bytes:
-        """The file of a version, byte for byte as published.
-
-        Raises:
-            DataError: It is missing.
-            TrustError: It was altered.
-        """
-        path, digest = self.folder / BLOBS / blob_name(manifest.sha256), manifest.sha256
-        try:
-            blob = storage.read(path) if path.stat().st_size == manifest.size else b""
+            return storage.read(path) if path.stat().st_size == size else b""
         except (FileNotFoundError, NotADirectoryError):
             raise DataError(f"{path} is missing: restore it from a copy", about="blob", value=digest) from None
-        if hashlib.sha256(blob).hexdigest() != digest:
-            raise TrustError(f"{path} was altered: restore it from a copy", about="blob", value=digest)
-        return blob
 
-    def tensors(self, manifest: VersionManifest) -> Tensors:
-        """The tensors of a version, finite and of its manifest's layout.
-
-        Raises:
-            DataError: The file is missing or holds no adapter.
-            TrustError: The file was altered, or its layout is not the manifest's.
-        """
-        blob, path = self.blob(manifest), self.folder / BLOBS / blob_name(manifest.sha256)
-        try:
-            tensors = float32_tensors(blob)
-            layout = Layout.of(tensors)
-            layout.check(tensors)
-        except DataError as error:
-            raise DataError(f"{path}: {error}", about="blob", value=manifest.sha256) from None
-        if layout.digest != manifest.layout_digest:
-            raise TrustError(f"{path} does not have the layout of its manifest", about="layout_digest")
-        return tensors
-
-    def _rows(self, query: str, values: tuple[int, ...]) -> list[tuple[Any, ...]]:
+    def rows(self, query: str, values: tuple[int, ...]) -> list[tuple[Any, ...]]:
+        """As ``RegistrySource.rows``."""
         path = self.folder / DATABASE
         try:
             with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
@@ -195,10 +162,132 @@ class RegistryFiles:
             raise DataError(
                 f"{path} is not a registry or is damaged ({error}): restore it from a copy", about=DATABASE
             ) from None
-        if found != (FORMAT,):
-            text = f"{path} has another format than {FORMAT}: read it with the edgeadapt that made it"
-            raise ConfigError(text, about="format", value=found and found[0])
+        require_format(found and found[0], str(path))
         return rows
+
+
+def require_format(found: object, name: str) -> None:
+    """Return if a database is of this format.
+
+    Args:
+        found: Its format.
+        name: Of the database.
+
+    Raises:
+        ConfigError: It is of another one.
+    """
+    if found != FORMAT:
+        text = f"{name} has another format than {FORMAT}: read it with the edgeadapt that made it"
+        raise ConfigError(text, about="format", value=found)
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryFiles:
+    """A registry to read. One coordinator may write to it at the same time."""
+
+    source: RegistrySource
+    trusted: tuple[PublicKey, ...]
+
+    @classmethod
+    def open(cls, state_dir: Path, trusted: Sequence[PublicKey]) -> Self:
+        """The registry whose files are in a coordinator's state directory.
+
+        Args:
+            state_dir: The folder.
+            trusted: The keys that may have signed its manifests.
+
+        Raises:
+            ConfigError: As ``require``.
+        """
+        require(state_dir)
+        return cls(LocalFiles(state_dir, state_dir / BLOBS), tuple(trusted))
+
+    def manifest(self, version: int | None = None) -> VersionManifest | None:
+        """The manifest of a version, by default of the newest; None if the registry does not have it.
+
+        Raises:
+            ConfigError: The database is of another format.
+            DataError: The database cannot be read.
+            TrustError: The manifest is damaged, or signed by no trusted key or for another version.
+        """
+        rows = self.source.rows(_NEWEST, ()) if version is None else self.source.rows(_BY_VERSION, (version,))
+        if not rows:
+            return None
+        number, digest, raw = rows[0]
+        try:
+            if not isinstance(raw, bytes) or len(rows) > 1:
+                raise TrustError("it is not one signed document", about="manifest")
+            found = VersionManifest.accept(raw, self.trusted)
+            if (found.version, found.sha256) != (number, digest):
+                raise TrustError(
+                    f"it is the manifest of version {found.version} ({found.sha256[:12]})", about="manifest"
+                )
+        except TrustError as error:
+            place = f"{self.source.name}, manifest of version {number}"
+            raise TrustError(f"{place}: {error}; restore it from a copy", about="manifest", value=number) from None
+        return found
+
+    def recorded(self, version: int | None = None) -> VersionManifest | None:
+        """As ``manifest``, of a version that the record of a round says was made; version 0 is from no round.
+
+        Raises:
+            ConfigError, DataError: As ``manifest``.
+            TrustError: As ``manifest`` and ``rounds``, or the version was published without such a record.
+        """
+        found = self.manifest(version)
+        made = {record.version: record for record in self.rounds()}
+        if found is not None and found.version:
+            record = made.get(found.version)
+            if record is None or not record.made(found):
+                text = f"{self.source.name}: no round is recorded that made version {found.version} as it is there"
+                reason = (
+                    f"{text}; check the coordinator with 'edgeadapt audit verify', or restore the registry from a copy"
+                )
+                raise TrustError(reason, about="record", value=found.version)
+        return found
+
+    def rounds(self) -> tuple[RoundRecord, ...]:
+        """The records of all rounds, in order.
+
+        Raises:
+            ConfigError: The database is of another format.
+            DataError: The database cannot be read.
+            TrustError: A record is missing, was altered, or is signed by no trusted key.
+        """
+        return tuple(accept_chain(self.source.rows(_ROUNDS, ()), self.trusted))
+
+    def blob(self, manifest: VersionManifest) -> bytes:
+        """The file of a version, byte for byte as published.
+
+        Raises:
+            DataError: It is missing.
+            TrustError: It was altered.
+        """
+        digest = manifest.sha256
+        blob = self.source.file(digest, manifest.size)
+        if hashlib.sha256(blob).hexdigest() != digest:
+            raise TrustError(
+                f"{self.source.place(digest)} was altered: restore it from a copy", about="blob", value=digest
+            )
+        return blob
+
+    def tensors(self, manifest: VersionManifest) -> Tensors:
+        """The tensors of a version, finite and of its manifest's layout.
+
+        Raises:
+            DataError: The file is missing or holds no adapter.
+            TrustError: The file was altered, or its layout is not the manifest's.
+        """
+        blob, path = self.blob(manifest), self.source.place(manifest.sha256)
+        try:
+            tensors = float32_tensors(blob)
+            layout = Layout.of(tensors)
+            layout.check(tensors)
+        except DataError as error:
+            raise DataError(f"{path}: {error}", about="blob", value=manifest.sha256) from None
+        if layout.digest != manifest.layout_digest:
+            raise TrustError(f"{path} does not have the layout of its manifest", about="layout_digest")
+        return tensors
 
 
 def float32_tensors(blob: bytes) -> Tensors:

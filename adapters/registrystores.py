@@ -1,80 +1,51 @@
-"""Where a registry is kept, if not in its state directory: ``registry.toml``, and a PostgreSQL database by URL.
+"""A registry that is not in its state directory: in PostgreSQL by URL, and with its blobs where fsspec finds them.
 
-Neither the file nor a command line has a secret. The password comes from where PostgreSQL's own programs take it, the
-environment (``PGPASSWORD``, ``PGPASSFILE``) or ``~/.pgpass``, and the keys of a bucket from where boto takes them.
-SQLAlchemy, psycopg and fsspec are imported only for such a registry.
+Addresses have no secret. The password comes from where PostgreSQL's own programs take it, the environment
+(``PGPASSWORD``, ``PGPASSFILE``) or ``~/.pgpass``.
 """
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
-from pydantic import Field
+from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
-from adapters.settings import Settings
-from aggregation.errors import ConfigError
+from adapters.blobs import Blobs
+from adapters.dsse import MAX_ENVELOPE
+from adapters.registryfiles import (
+    BLOBS,
+    FORMAT_COLUMN,
+    FORMATS,
+    REGISTRY,
+    LocalFiles,
+    RegistrySettings,
+    blob_name,
+    require_format,
+)
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 
-if TYPE_CHECKING:
-    from sqlalchemy.engine import URL, Engine
-
-REGISTRY = "registry.toml"  # in the coordinator's state directory
 POSTGRESQL = "postgresql://"
 DRIVER = "postgresql+psycopg"
 SECRETS = ("password", "sslpassword")  # keys of a URL
 # Seconds. A server that answers nothing is an error, and a machine that vanished is noticed.
 PATIENCE = {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "tcp_user_timeout": 30_000}
+LONGEST = 60_000  # milliseconds that a query may take
+LARGEST, MOST_ROWS = 2 * MAX_ENVELOPE, 2**20  # bytes of a row, rows
 
 
-class RegistrySettings(Settings):
-    """``registry.toml`` in the coordinator's state directory."""
-
-    database: str = Field(
-        default="",
-        description="postgresql://USER@HOST/NAME, without a password; PGPASSWORD, PGPASSFILE or ~/.pgpass has it; "
-        "empty: registry.db here",
-    )
-    blobs: str = Field(
-        default="",
-        description="where adapters are kept: a URL that fsspec knows, such as s3://BUCKET/PREFIX, without keys; "
-        "empty: blobs here",
-    )
-
-    @classmethod
-    def of(cls, state_dir: Path) -> "RegistrySettings":
-        """Those of a state directory. Without the file, both are there. Raises as ``read`` and ``require_public``."""
-        path = state_dir / REGISTRY
-        found = cls.read(path) if path.exists() else cls()
-        found.require_public(str(path))
-        return found
-
-    def require_public(self, where: str) -> None:
-        """Return if no address has a secret in it. ``where`` names what has the addresses.
-
-        Raises:
-            ConfigError: One has. The error does not show it.
-        """
-        if self.database:
-            postgresql_url(self.database, where)
-        _, scheme, rest = self.blobs.partition("://")
-        if scheme and "@" in rest.partition("/")[0]:
-            reason = f"{where}: blobs has keys in its address: leave them out, and set them as boto takes them"
-            raise ConfigError(reason, about="blobs.url")
-
-
-def postgresql_url(address: str, where: str = "database") -> "URL":
+def postgresql_url(address: str) -> URL:
     """A PostgreSQL database's address, for SQLAlchemy with psycopg.
 
     Args:
         address: As libpq takes it, without a password.
-        where: What has the address, for an error.
 
     Raises:
         ConfigError: It is another address, or has a password, which the error does not show.
     """
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
-
-    form = f"{where}: database must be {POSTGRESQL}USER@HOST/NAME"
+    form = f"{REGISTRY}: database must be {POSTGRESQL}USER@HOST/NAME"
     if not address.startswith(POSTGRESQL):
         raise ConfigError(form, about="database.url")
     try:
@@ -82,14 +53,14 @@ def postgresql_url(address: str, where: str = "database") -> "URL":
     except (ArgumentError, ValueError):
         raise ConfigError(form, about="database.url") from None
     if url.password is not None or any(key in url.query for key in SECRETS):
-        reason = f"{where}: database has a password in its address: leave it out, and set PGPASSWORD or PGPASSFILE"
+        reason = f"{REGISTRY}: database has a password in its address: leave it out, and set PGPASSWORD or PGPASSFILE"
         raise ConfigError(reason, about="database.url")
     if not url.database:
         raise ConfigError(f"{form}: it names no database", about="database.url")
     return url.set(drivername=DRIVER)
 
 
-def postgresql_engine(url: "URL") -> "Engine":
+def postgresql_engine(url: URL) -> Engine:
     """Connections to a PostgreSQL database, which are made when they are needed.
 
     To another machine TLS is required, and its certificate must be for the host and of an authority that the system
@@ -99,8 +70,6 @@ def postgresql_engine(url: "URL") -> "Engine":
     Raises:
         ConfigError: psycopg is not installed.
     """
-    from sqlalchemy import create_engine, event
-
     options: dict[str, Any] = dict(PATIENCE)
     if not _is_local(url) and not {"sslmode", "sslrootcert"} & url.query.keys():
         if "PGSSLMODE" not in os.environ:
@@ -117,13 +86,82 @@ def postgresql_engine(url: "URL") -> "Engine":
     return engine
 
 
-def shown(url: "URL") -> str:
+@dataclass(frozen=True, slots=True)
+class RemoteStores:
+    """A registry to read whose database, blobs or both are not in the state directory.
+
+    Args:
+        local: What is there.
+        engine: Of the database, if that is not.
+        blobs: The blobs, if they are not.
+    """
+
+    local: LocalFiles
+    engine: Engine | None
+    blobs: Blobs | None
+
+    @classmethod
+    def open(cls, state_dir: Path, settings: RegistrySettings) -> Self:
+        """Those of a state directory. Nothing is connected yet. Raises as ``postgresql_url`` and ``Blobs.at``."""
+        engine = postgresql_engine(postgresql_url(settings.database)) if settings.database else None
+        blobs = Blobs.at(settings.blobs) if settings.blobs else None
+        return cls(LocalFiles(state_dir, state_dir / BLOBS), engine, blobs)
+
+    @property
+    def name(self) -> str:
+        """Of the database."""
+        return shown(self.engine.url) if self.engine else self.local.name
+
+    def place(self, digest: str) -> str:
+        """Of an adapter's file."""
+        return f"{self.blobs.name}/{blob_name(digest)}" if self.blobs else self.local.place(digest)
+
+    def file(self, digest: str, size: int) -> bytes:
+        """As ``RegistrySource.file``. Raises EdgeAdaptError if the store cannot be reached."""
+        return self.blobs.read(digest, size) if self.blobs else self.local.file(digest, size)
+
+    def rows(self, query: str, values: tuple[int, ...]) -> list[tuple[Any, ...]]:
+        """As ``RegistrySource.rows``. Raises EdgeAdaptError if the database cannot be reached.
+
+        Whoever owns the database decides what it answers, also without an end: there are limits on time and size.
+        """
+        if self.engine is None:
+            return self.local.rows(query, values)
+        try:
+            with self.engine.connect() as connection:
+                connection = connection.execution_options(postgresql_readonly=True)
+                connection.exec_driver_sql(f"SET LOCAL statement_timeout = {LONGEST}")
+                found = connection.exec_driver_sql(f"SELECT {FORMAT_COLUMN} FROM {FORMATS} LIMIT 1").scalar()  # noqa: S608
+                require_format(found, self.name)
+                rows = list[tuple[Any, ...]]()
+                streamed = connection.execution_options(stream_results=True)
+                for row in streamed.exec_driver_sql(query.replace("?", "%s"), values):
+                    if len(rows) == MOST_ROWS or sum(len(each) for each in row if isinstance(each, bytes)) > LARGEST:
+                        raise DataError(f"{self.name} has more rows or larger ones than a registry", about="database")
+                    rows.append(tuple(row))
+        except DBAPIError as error:
+            reason = " ".join(str(error.orig).split())
+            if error.connection_invalidated or not _answered(error):
+                raise EdgeAdaptError(f"{self.name}: {reason}", about="database") from None
+            raise DataError(f"{self.name} is not a registry or is damaged ({reason})", about="database") from None
+        except SQLAlchemyError as error:
+            reason = " ".join(str(error).split())
+            raise DataError(f"{self.name} is not a registry or is damaged ({reason})", about="database") from None
+        return rows
+
+
+def _answered(error: DBAPIError) -> bool:
+    """Whether the server refused a statement; an error without a code is of the connection."""
+    return getattr(error.orig, "sqlstate", None) is not None
+
+
+def shown(url: URL) -> str:
     """A database's address in a message."""
     text = url.render_as_string(hide_password=True)
     return text.replace(f"{DRIVER}://", POSTGRESQL)
 
 
-def _is_local(url: "URL") -> bool:
+def _is_local(url: URL) -> bool:
     named = url.query.get("host", ())
     hosts = [url.host] if url.host else [named] if isinstance(named, str) else list(named)
     if not hosts:

@@ -16,8 +16,8 @@ from sqlalchemy.engine import URL
 
 from adapters import storage
 from adapters.keyfiles import MAX_PEM
-from adapters.registryfiles import BLOBS, DATABASE, SIGNING_KEY
-from adapters.registrystores import REGISTRY, RegistrySettings, postgresql_url, shown
+from adapters.registryfiles import BLOBS, DATABASE, REGISTRY, SIGNING_KEY, RegistrySettings
+from adapters.registrystores import postgresql_url, shown
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, EdgeAdaptError, of_file
 from aggregation.pki import Root
@@ -192,7 +192,7 @@ def open_registry(folder: Path, key: IdentityKey) -> Registry:
     """The registry of a coordinator's state directory.
 
     Raises:
-        ConfigError: As ``RegistrySettings.of``.
+        ConfigError: As ``RegistrySettings.of`` and ``postgresql_url``.
         EdgeAdaptError: As ``Registry.open``.
     """
     stores = RegistrySettings.of(folder)

@@ -104,7 +104,7 @@ def services() -> str:
 def registry() -> str:
     """Every key of where a registry is kept."""
     _importable()
-    from adapters.registrystores import RegistrySettings
+    from adapters.registryfiles import RegistrySettings
 
     return _settings(RegistrySettings)
 

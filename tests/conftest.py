@@ -44,6 +44,25 @@ def postgresql(postgresql_server: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     return address
 
 
+@pytest.fixture(scope="session")
+def bucket_server() -> Iterator[Any]:
+    """A server of S3's protocol."""
+    from tests.support.bucket import Server
+
+    server = Server.create()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def bucket(bucket_server: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of a new bucket. The environment has the keys, and says where the server is."""
+    for name, value in bucket_server.environment.items():
+        monkeypatch.setenv(name, value)
+    address: str = bucket_server.bucket()
+    return address
+
+
 LABELS = ("Light", "Music", "Timer")
 SAID = {
     "Light": ("turn on the light", "kitchen light off", "switch the lamp on", "make it bright", "turn off the lamp"),

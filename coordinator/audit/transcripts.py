@@ -19,7 +19,8 @@ from typing import Self, TypeVar
 
 from adapters import storage
 from adapters.manifest import VersionManifest
-from adapters.registryfiles import DATABASE, RegistryFiles
+from adapters.registryfiles import DATABASE, REGISTRY, RegistryFiles
+from adapters.registryreader import open_registry_files
 from adapters.roundrecord import RoundRecord
 from aggregation.errors import DataError, TrustError, of_file
 from aggregation.pki import Root
@@ -125,11 +126,12 @@ class AuditInput:
         root = _read(Root.from_pem, options.authority, folder / AUTHORITY, "--authority")
         key = _read(PublicKey.from_pem, options.coordinator, folder / COORDINATOR, "--coordinator")
         pinned = bool(options.authority and options.coordinator)
-        state_dir = options.registry or (folder.parent if (folder.parent / DATABASE).exists() else None)
+        has_registry = any((folder.parent / name).exists() for name in (DATABASE, REGISTRY))
+        state_dir = options.registry or (folder.parent if has_registry else None)
         root = _with_revocations(root, options, folder, state_dir)
         if state_dir is None:
             return cls(paths, root, key, pinned, options.at, None, None, (), complete)
-        registry = RegistryFiles.open(state_dir, [key])
+        registry = open_registry_files(state_dir, [key])
         return cls(paths, root, key, pinned, options.at, registry, *_state(registry), complete)
 
     def audit(self, *, unfinished: bool) -> dict[str, Report]:
@@ -278,7 +280,7 @@ def _state(registry: RegistryFiles) -> tuple[VersionManifest, tuple[RoundRecord,
     except DataError as error:
         raise TrustError(str(error), about=error.about) from None
     if newest is None:
-        raise TrustError(f"{registry.folder / DATABASE} has no adapter: restore it from a copy", about=DATABASE)
+        raise TrustError(f"{registry.source.name} has no adapter: restore it from a copy", about=DATABASE)
     return newest, records
 
 

@@ -82,7 +82,7 @@ def init(
       edgeadapt coordinator init fleet --authority authority.pem --gateway 0.0.0.0:9443 --superlink 0.0.0.0:8000
     """
     from adapters.keyfiles import MAX_PEM
-    from adapters.registrystores import RegistrySettings
+    from adapters.registryfiles import RegistrySettings
     from aggregation.entropy import SystemEntropy
     from coordinator.servicesettings import ServiceSettings
     from coordinator.settings import SETTINGS, FederationSettings
@@ -91,7 +91,6 @@ def init(
     settings = FederationSettings.parse(overridden({}, overrides), "--set")
     services = ServiceSettings.parse({"gateway": gateway, "superlink": superlink}, "--gateway and --superlink")
     stores = RegistrySettings.parse({"database": database, "blobs": blobs}, "--database and --blobs")
-    stores.require_public("--database and --blobs")
     pinned, elsewhere = storage.read(authority, MAX_PEM), stores if database or blobs else None
     made = CoordinatorStateDir.create(state_dir, pinned, settings, SystemEntropy(), services, elsewhere)
     public, key, fingerprint = state_dir / PUBLIC_KEY, made.key.public.key_id, made.root.fingerprint

@@ -3,7 +3,7 @@
 Needs SQLAlchemy and fsspec. An auditor reads the same files without them (``coordinator.audit``).
 """
 
-from coordinator.registry.blobs import Blobs
+from adapters.blobs import Blobs
 from coordinator.registry.versions import Head, Registry, StoredAdapter, Version, state_digest
 
 __all__ = ["Blobs", "Head", "Registry", "StoredAdapter", "Version", "state_digest"]

@@ -16,13 +16,13 @@ from sqlalchemy import Connection, Engine, Row, func, select
 from sqlalchemy.engine import URL
 
 from adapters import files
+from adapters.blobs import Blobs
 from adapters.layout import Layout, Tensors
 from adapters.manifest import VersionManifest
 from adapters.roundrecord import RoundRecord, accept_chain, digest_of
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey, PublicKey
 from coordinator.registry import database
-from coordinator.registry.blobs import Blobs
 
 ONLY_ROW = 1  # of the optimizer's table
 

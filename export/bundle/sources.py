@@ -13,7 +13,8 @@ from adapters.peft.inputs import is_saved
 from adapters.peft.lowrank import trimmed
 from adapters.peft.methods import from_peft_tensors
 from adapters.peftconfig import PeftConfig
-from adapters.registryfiles import SIGNING_KEY, RegistryFiles
+from adapters.registryfiles import SIGNING_KEY
+from adapters.registryreader import open_registry_files
 from aggregation.errors import ConfigError, DataError
 
 TASKS: dict[str, Task] = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation"}  # by peft's task types
@@ -66,7 +67,7 @@ def from_registry(state_dir: Path, version: int | None, trust: Path | None) -> O
     """
     registryfiles.require(state_dir)  # first: without a registry the key is missing too
     trusted = read_public_keys(trust) if trust else (read_key(state_dir / SIGNING_KEY).public,)
-    registry = RegistryFiles.open(state_dir, trusted)
+    registry = open_registry_files(state_dir, trusted)
     found = registry.recorded(version)
     if found is None:
         which = "is empty" if version is None else f"has no version {version}"

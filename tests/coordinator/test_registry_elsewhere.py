@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from adapters.registryfiles import DATABASE
-from adapters.registrystores import REGISTRY, RegistrySettings, postgresql_url
+from adapters.registryfiles import DATABASE, REGISTRY, RegistrySettings
+from adapters.registrystores import postgresql_url
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError
 from coordinator.authority import AuthorityStore
