@@ -12,7 +12,8 @@ from typing import Self
 from adapters import registryfiles
 from adapters.keyfiles import read_public_keys
 from adapters.manifest import AdapterManifest, VersionManifest
-from adapters.registryfiles import DATABASE, RegistryFiles
+from adapters.registryfiles import RegistryFiles
+from adapters.registryreader import open_registry_files
 from adapters.roundrecord import RoundRecord
 from aggregation.errors import ConfigError, DataError, TrustError
 from coordinator.channels import ChannelRepository
@@ -79,7 +80,7 @@ class Lineage:
             raise DataError(
                 f"{trust} has {len(keys)} keys, and a coordinator has one", about="--trust", value=len(keys)
             )
-        registry = RegistryFiles.open(state_dir, keys)
+        registry = open_registry_files(state_dir, keys)
         manifests, records = _manifests(state_dir, registry), registry.rounds()
         released = None if repository is None else releases_of(repository)
         made = {record.version: record for record in records}
@@ -90,7 +91,7 @@ class Lineage:
             follows = manifest.parent == (before and before.sha256)
             recorded = record is None if before is None else record is not None and record.made(manifest)
             if not (follows and recorded):
-                text = f"{state_dir / DATABASE}: version {manifest.version} is not what a recorded round made"
+                text = f"{registry.source.name}: version {manifest.version} is not what a recorded round made"
                 reason = f"{text} from the version before it: restore the registry from a copy"
                 raise TrustError(reason, about="record", value=manifest.version)
             places = None if released is None else tuple(each for each in released if is_from(each.adapter, manifest))
@@ -148,7 +149,7 @@ def _manifests(state_dir: Path, registry: RegistryFiles) -> Sequence[VersionMani
     for number in range(newest.version):
         manifest = registry.manifest(number)
         if manifest is None:
-            text = f"{state_dir / DATABASE} has no version {number}: restore the registry from a copy"
+            text = f"{registry.source.name} has no version {number}: restore the registry from a copy"
             raise TrustError(text, about="version", value=number)
         found.append(manifest)
     return [*found, newest]
