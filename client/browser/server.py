@@ -7,6 +7,8 @@ The page verifies the bundle itself (``page/trust.js``). It trusts its server fo
 for the bundle.
 """
 
+import functools
+import hashlib
 import json
 import re
 import shutil
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from adapters.bundle import BASE_MANIFEST, TRUST, adapter_names
-from adapters.storage import new_folder
+from adapters.storage import file_sha256, new_folder
 from aggregation.errors import ConfigError, DataError
 from client.inference.trust import Trust
 
@@ -38,6 +40,7 @@ VENDOR = {  # a library's file on the page → in node_modules
 }
 BUNDLE_FILE = re.compile(r"bundle/(base|adapters)/[A-Za-z0-9_][A-Za-z0-9_.-]*")
 LISTING = "bundle.json"
+SITE = "site.json"  # path → SHA-256 of every other file: what the service worker keeps
 LOCAL = ("127.0.0.1", "localhost")
 TYPES = {
     ".css": "text/css; charset=utf-8",
@@ -93,6 +96,8 @@ class Site:
         """The file or bytes at ``path``; None if it is not on the list."""
         if path == LISTING:
             return json.dumps({"adapters": adapter_names(self.bundle)}).encode()
+        if path == SITE:
+            return json.dumps({each: self._digest(each) for each in self.paths() if each != SITE}).encode()
         if BUNDLE_FILE.fullmatch(path):
             file = self.bundle / path.removeprefix("bundle/")
             # A symbolic link must not lead out of the bundle.
@@ -102,7 +107,15 @@ class Site:
     def paths(self) -> list[str]:
         """Every path on the list, except the empty one."""
         files = (file.relative_to(self.bundle).as_posix() for file in self.bundle.rglob("*"))
-        return [*self.page, LISTING, *(path for name in files if self.find(path := f"bundle/{name}") is not None)]
+        listed = sorted(path for name in files if self.find(path := f"bundle/{name}") is not None)
+        return [*self.page, LISTING, SITE, *listed]
+
+    def _digest(self, path: str) -> str:
+        found = self.find(path)
+        if isinstance(found, Path):
+            status = found.stat()
+            return _file_digest(found, status.st_mtime_ns, status.st_size)
+        return hashlib.sha256(found or b"").hexdigest()
 
     def export(self, out: Path) -> None:
         """Write all files to ``out``, a folder that any server can serve.
@@ -190,6 +203,11 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {**HEADERS, **more, "Content-Length": str(length)}.items():
             self.send_header(name, value)
         self.end_headers()
+
+
+@functools.lru_cache(maxsize=4096)
+def _file_digest(path: Path, _time: int, _size: int) -> str:
+    return file_sha256(path)
 
 
 def _write(path: Path, found: Path | bytes | None) -> None:

@@ -9,12 +9,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from peft import PeftModel
 
+from adapters.base import Base
+from adapters.manifest import PrivacyBound
+from adapters.peftconfig import PeftConfig
+from aggregation.pki.identity import IdentityKey
 from client.browser.server import LIBRARIES, VENDOR, Site, http_server
+from export.bundle.write import AdapterSource, write_bundle
+from export.onnx.classifier import export_classifier
+from export.onnx.exported import ExportedBase, Profile
 from tests.support import cdp, models, programs
+from tests.support.models import LABELS, draw
 from tests.support.programs import need
 
+CONFIG = PeftConfig.lora(rank=4, alpha=8)
+HEAD = 2e-4  # of the values of ``draw``: so small that 30 steps of a tiny base change answers
 globals().update(models.FIXTURES)
 
 
@@ -62,3 +74,23 @@ def serve(libraries: None) -> Iterator[Serve]:
     for serving in running:
         serving.shutdown()
         serving.server_close()
+
+
+@pytest.fixture(scope="module")
+def trainable(request: Any, model: PeftModel, tiny_base: Base, trace_once: object) -> ExportedBase:
+    return export_classifier(model, tiny_base, getattr(request, "param", Profile.FP32), training=True)
+
+
+@pytest.fixture(scope="module")
+def first(model: PeftModel) -> AdapterSource:
+    """A global adapter whose answers are nearly undecided."""
+    values = {name: value * np.float32(HEAD if "classifier" in name else 1) for name, value in draw(model, 0).items()}
+    return AdapterSource("global", values, LABELS, 3, "c" * 64, None, CONFIG, privacy=PrivacyBound(3.0, 1e-6))
+
+
+@pytest.fixture
+def phone(tmp_path: Path, trainable: ExportedBase, first: AdapterSource, vendor: IdentityKey) -> Path:
+    """A bundle that can learn, with a global adapter."""
+    write_bundle(tmp_path / "bundle", trainable, [first], key=vendor, form="fp32")
+    (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem())
+    return tmp_path / "bundle"

@@ -13,15 +13,11 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
-from peft import PeftModel
 
 from adapters import container, storage
-from adapters.base import Base
 from adapters.bundle import BASE, TRAINING
 from adapters.bundle import PHRASES as PHRASES_FILE
 from adapters.layout import Tensors
-from adapters.manifest import PrivacyBound
-from adapters.peftconfig import PeftConfig
 from aggregation.errors import TrustError
 from aggregation.pki.identity import IdentityKey
 from client.cli import device
@@ -32,17 +28,15 @@ from client.learning.tune import tune
 from client.training.examples import Example
 from client.training.graphtrainer import GraphTrainer
 from export.bundle.write import AdapterSource, write_bundle
-from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
+from tests.browser.conftest import CONFIG
 from tests.browser.test_page import IN_USE, ROWS
 from tests.support.bundles import flip, resign_base
-from tests.support.models import LABELS, PHRASES, draw
+from tests.support.models import LABELS, PHRASES
 
 pytestmark = pytest.mark.slow
 
-CONFIG = PeftConfig.lora(rank=4, alpha=8)
 RESULT = "document.getElementById('teach-result').textContent"
-HEAD = 2e-4  # of the values of ``draw``: so small that 30 steps of a tiny base change answers
 OPEN = """
   const load = (name) => import(`/${name}.js`);
   const [{ Engine }, { HttpSource }] = await Promise.all([load("engine"), load("sources")]);
@@ -70,26 +64,6 @@ TUNED = f"""(async ({{ taught, rehearsed }}) => {{ {OPEN}
 
 
 IN_BOTH = pytest.mark.parametrize("trainable", [Profile.FP32, Profile.NATIVE_INT8], ids=str, indirect=True)
-
-
-@pytest.fixture(scope="module")
-def trainable(request: Any, model: PeftModel, tiny_base: Base, trace_once: object) -> ExportedBase:
-    return export_classifier(model, tiny_base, getattr(request, "param", Profile.FP32), training=True)
-
-
-@pytest.fixture(scope="module")
-def first(model: PeftModel) -> AdapterSource:
-    """A global adapter whose answers are nearly undecided."""
-    values = {name: value * np.float32(HEAD if "classifier" in name else 1) for name, value in draw(model, 0).items()}
-    return AdapterSource("global", values, LABELS, 3, "c" * 64, None, CONFIG, privacy=PrivacyBound(3.0, 1e-6))
-
-
-@pytest.fixture
-def phone(tmp_path: Path, trainable: ExportedBase, first: AdapterSource, vendor: IdentityKey) -> Path:
-    """A bundle that can learn, with a global adapter."""
-    write_bundle(tmp_path / "bundle", trainable, [first], key=vendor, form="fp32")
-    (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem())
-    return tmp_path / "bundle"
 
 
 def native(bundle: Path) -> tuple[GraphTrainer, Tensors]:

@@ -14,8 +14,9 @@ import pytest
 from click.testing import CliRunner
 
 import client.browser.server
+from adapters.files import sha256
 from aggregation.errors import ConfigError, DataError, TrustError
-from client.browser.server import HEADERS, VENDOR, WEB, Site, http_server
+from client.browser.server import HEADERS, PAGE, VENDOR, WEB, Site, http_server
 from client.cli import device
 from tests.support import refused
 
@@ -137,6 +138,14 @@ def test_a_file_is_sent_again_only_if_it_changed(get: Get, bundle: Path) -> None
     assert get("/bundle/base/manifest.json", If_None_Match=tag)[::2] == (200, b"other")
 
 
+def test_the_list_for_the_copy_has_the_digest_of_every_file_as_it_is_now(get: Get, bundle: Path) -> None:
+    for _ in range(2):
+        listed = json.loads(get("/site.json")[2])
+        assert sorted([*listed, "site.json"]) == sorted(Site.of(bundle).paths())
+        assert all(sha256(get(f"/{path}")[2]) == digest for path, digest in listed.items())
+        (bundle / "base" / "manifest.json").write_bytes(b"other")
+
+
 def test_a_head_request_gets_no_body(get: Get, bundle: Path) -> None:
     for path in ("/bundle.json", "/bundle/base/manifest.json"):
         status, headers, body = get(path, "HEAD")
@@ -224,7 +233,7 @@ def test_a_folder_that_is_not_empty_is_not_exported_to(bundle: Path, tmp_path: P
 def test_every_file_that_the_page_asks_for_is_on_the_list(bundle: Path) -> None:
     """Otherwise a renamed module or a missing library would show only in a browser."""
     site = Site.of(bundle)
-    for file in (*WEB.glob("*.js"), *WEB.glob("aggregation/*.js")):
+    for file in (file for pattern in PAGE if pattern.endswith(".js") for file in WEB.glob(pattern)):
         folder = file.parent.relative_to(WEB).as_posix()
         for line in file.read_text().splitlines():
             if " from " in line and (quoted := line.split(" from ")[-1].strip(' ;"')).startswith("."):

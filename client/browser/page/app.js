@@ -5,6 +5,7 @@ import { ChatView } from "./chatview.js";
 import { Client } from "./client.js";
 import { complain, create, element, settle } from "./dom.js";
 import { LearnView } from "./learnview.js";
+import { keepCopy } from "./offline.js";
 import { PhraseView } from "./phraseview.js";
 
 const client = new Client();
@@ -81,6 +82,7 @@ function fact([term, value]) {
 async function begin() {
   try {
     await open({});
+    keepCopy(); // only of what was verified
   } catch (error) {
     show("bad", error.message);
     element("another").open = true; // another bundle, other keys, or the same once more
@@ -94,7 +96,9 @@ async function reopen(options) {
   settle("bundle-error");
   client.stop(); // the text that is being written
   try {
-    await open(await options());
+    const asked = await options();
+    await open(asked);
+    if (!asked.files) keepCopy();
   } catch (error) {
     show(...before);
     complain("bundle-error", error);
