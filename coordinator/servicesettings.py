@@ -8,9 +8,9 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from adapters.settings import Settings
+from coordinator.settings import ADDRESS
 
 SERVICES = "services.toml"  # in the coordinator's state directory
-ADDRESS = r"(\[[0-9a-fA-F:]+\]|[^\s:/\[\]]+):\d{1,5}"
 
 
 def is_address(text: str) -> bool:

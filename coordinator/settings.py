@@ -21,6 +21,7 @@ from coordinator.optimizer import AnalyticHead, FedAdam, FedAvg, FedAvgM, FedYog
 from coordinator.optimizer import Settings as ServerOptimizer
 from coordinator.sessionsettings import Aggregation, PrivacySettings
 
+ADDRESS = r"(\[[0-9a-fA-F:]+\]|[^\s:/\[\]]+):\d{1,5}"  # HOST:PORT
 SETTINGS = "federation.toml"  # in the coordinator's state directory
 
 
@@ -149,6 +150,18 @@ class GatewaySettings(Settings):
         default="",
         pattern=r"^([0-9]{1,6}(\.[0-9]{1,6}){0,3})?$",
         description="least version of edgeadapt on a light device; empty: any",
+    )
+    websocket: str = Field(
+        default="",
+        pattern=rf"^({ADDRESS})?$",
+        description="HOST:PORT at which the gateway serves browsers as well, with TLS unless HOST is loopback; empty: "
+        "none are served",
+    )
+    origins: tuple[str, ...] = Field(
+        default=(),
+        max_length=64,
+        description="origins of pages from which browsers may take part, as https://fleet.example; those of loopback "
+        "always may",
     )
 
 

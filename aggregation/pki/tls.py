@@ -26,6 +26,7 @@ from aggregation.pki.identity import IdentityKey
 from aggregation.pki.requests import parsed
 
 BINDING = "tls-binding"  # the tag of the identity's signature
+CHALLENGE = "websocket-challenge"  # the same where a browser answers a gateway's challenge
 _ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551  # of P-256 (SEC 2, section 2.4.2)
 
 
@@ -205,6 +206,24 @@ def verify_binding(root: Root, tls_certificate: bytes, certificate: bytes, bindi
         text = f"the connection is that of {tls_name}, and the identity that of {name}"
         raise TrustError(text, about="tls.binding", value=name)
     key.verify(BINDING, tls_certificate, binding)
+    return name
+
+
+def verify_challenge(root: Root, challenge: bytes, certificate: bytes, signature: bytes, at: datetime) -> str:
+    """Return the device that signed a challenge of this gateway.
+
+    Args:
+        root: The pinned authority, with its newest revocation list.
+        challenge: The gateway's nonce, and the name of its host, to which the device connected.
+        certificate: Of the device's identity, in DER.
+        signature: Of that identity.
+        at: The present time.
+
+    Raises:
+        TrustError: The certificate is not valid, or the identity did not sign.
+    """
+    name, key = root.verify(certificate, at)
+    key.verify(CHALLENGE, challenge, signature)
     return name
 
 

@@ -19,10 +19,12 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from adapters.gateway.frames import node_of
+from aggregation.errors import EdgeAdaptError
 from aggregation.steps import BODY, RECORD
 from coordinator.gateway.hub import NoAnswer
 from coordinator.gateway.server import Gateway, GatewayLimits, ReadRoot, ServerTls
 from coordinator.gateway.snapshot import GatewaySnapshot, written
+from coordinator.gateway.websocket import BrowserServer, BrowserSettings
 from coordinator.statedir import CoordinatorStateDir
 
 RUN_ID = SERVER_NODE = 1
@@ -50,9 +52,12 @@ def serving(state_dir: CoordinatorStateDir, address: str, *, own_process: bool =
         rejected=own.rejected_seconds,
         client_version=own.client_version,
     )
-    grid = GatewayGrid(address, tls, state_dir.read_root, limits, own_process=own_process)
+    browsers = BrowserSettings(own.websocket, frozenset(own.origins)) if own.websocket else None
+    grid = GatewayGrid(address, tls, state_dir.read_root, limits, own_process=own_process, browsers=browsers)
     listens = f"{address.rpartition(':')[0]}:{grid.port}"
     log.info("listening at %s", listens)
+    if grid.browsers is not None:
+        log.info("listening for browsers at %s", grid.browsers.url)
     try:
         with written(state_dir.folder, lambda: grid.snapshot(listens)):
             yield grid
@@ -92,8 +97,18 @@ class GatewayGrid(Grid):
         limits: GatewayLimits | None = None,
         *,
         own_process: bool = True,
+        browsers: BrowserSettings | None = None,
     ) -> None:
-        """Start a gateway. Arguments and errors as ``Gateway``; ``own_process``: Flower did not start this one."""
+        """Start a gateway.
+
+        Args:
+            address, tls, read_root, limits: As ``Gateway``.
+            own_process: Flower did not start this process.
+            browsers: Where to listen for them; None: nowhere.
+
+        Raises:
+            ConfigError: As ``Gateway`` and ``BrowserServer``.
+        """
         self.clock = ArrivalClock()
         self._run = Run.create_empty(RUN_ID)
         self._numbers = itertools.count(1)
@@ -105,6 +120,11 @@ class GatewayGrid(Grid):
         if own_process:  # Flower's Message reads the identity of the process
             TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SERVER_NODE, 1
         self._gateway = Gateway(address, tls, read_root, self._answered, limits)
+        try:
+            self.browsers = None if browsers is None else BrowserServer(self._gateway, browsers, tls)
+        except EdgeAdaptError:
+            self._gateway.close()
+            raise
 
     @property
     def port(self) -> int:
@@ -117,6 +137,8 @@ class GatewayGrid(Grid):
 
     def close(self) -> None:
         """Stop the gateway."""
+        if self.browsers is not None:
+            self.browsers.close()
         self._gateway.close()
 
     @property

@@ -1,4 +1,4 @@
-"""Who is connected to the gateway, what is asked of whom, and what was answered. No gRPC and no Flower here.
+"""Who is connected to the gateway, what is asked of whom, and what was answered. No transport and no Flower here.
 
 Everything runs on one event loop and takes no lock. A device has one request under way at a time; others wait, up to a
 limit, and none outlives its time. A device whose stream breaks may come back within the grace time: a request that it
@@ -9,8 +9,8 @@ import asyncio
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 
-from adapters.gateway import frames
 from aggregation.errors import EdgeAdaptError, ProtocolError
 
 WAITING = 4  # requests of one device
@@ -29,33 +29,52 @@ class Released(EdgeAdaptError):  # noqa: N818
     """The gateway needs a device no longer. Its stream ends without an error."""
 
 
+class Channel(Enum):
+    """How a device is connected, which decides what its identity signs."""
+
+    GRPC = "gRPC"
+    WEBSOCKET = "WebSocket"
+
+
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What a device presented, and the gateway verified: two certificates in DER, and the binding of both.
+    """What a device presented, and the gateway verified.
 
-    ``version``: of edgeadapt, as the device states it.
+    Attributes:
+        device: Its name.
+        signed: By the identity: the TLS certificate of a gRPC connection in DER, or the challenge of a WebSocket.
+        certificate: Of its identity, in DER.
+        binding: The identity's signature.
+        version: Of edgeadapt, as the device states it.
+        channel: The kind of connection.
     """
 
     device: str
-    tls_certificate: bytes = field(repr=False)
+    signed: bytes = field(repr=False)
     certificate: bytes = field(repr=False)
     binding: bytes = field(repr=False)
     version: str = ""
+    channel: Channel = Channel.GRPC
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Asked:
-    """A request that has no answer yet. ``blobs``: SHA-256 → a field that is fetched."""
+    """A request that has no answer yet. ``digests``: field → SHA-256, for those that a light device fetches."""
 
     id: int
-    message: bytes = field(repr=False)
-    blobs: Mapping[bytes, bytes] = field(repr=False)
+    step: str
+    fields: Mapping[str, bytes] = field(repr=False)
+    digests: Mapping[str, bytes] = field(repr=False)
     timer: asyncio.TimerHandle = field(repr=False)
+
+    def blob(self, sha256: bytes) -> bytes | None:
+        """The field with this digest, if it is one that is fetched."""
+        return next((self.fields[name] for name, digest in self.digests.items() if digest == sha256), None)
 
 
 @dataclass(slots=True, eq=False)
 class Stream:
-    """An open ``Attend`` call of a device. ``sent``: the request under way on it."""
+    """An open ``Attend`` call, or an open WebSocket, of a device. ``sent``: the request under way on it."""
 
     credentials: Credentials
     sent: int | None = None
@@ -143,10 +162,8 @@ class Hub:
         if mailbox is None or len(mailbox.asked) >= WAITING:
             return None
         number = 1 + secrets.randbits(ID_BITS)
-        message = frames.request_message(number, step, fields, digests)
         timer = asyncio.get_running_loop().call_later(seconds, self._expire, mailbox, number)
-        blobs = {digest: fields[name] for name, digest in digests.items()}
-        mailbox.asked[number] = Asked(number, message, blobs, timer)
+        mailbox.asked[number] = Asked(number, step, fields, digests, timer)
         mailbox.changed.set()
         return number
 
@@ -178,7 +195,7 @@ class Hub:
             ProtocolError: No such stream is open.
         """
         mailbox = self._mailboxes.get(device)
-        if mailbox is None or mailbox.stream is None or mailbox.stream.credentials.tls_certificate != tls_certificate:
+        if mailbox is None or mailbox.stream is None or mailbox.stream.credentials.signed != tls_certificate:
             raise ProtocolError(f"{device} is not attending with this certificate", about="gateway.stream")
         return mailbox.stream
 

@@ -26,10 +26,11 @@ from packaging.version import InvalidVersion, Version
 
 from adapters.gateway import frames
 from adapters.gateway import gateway_pb2 as pb
+from adapters.gateway.frames import RetryWindow
 from aggregation.errors import ConfigError, EdgeAdaptError, ProtocolError, TrustError
 from aggregation.pki import Root, certificates
-from aggregation.pki.tls import TlsRole, verify_binding, verify_tls
-from coordinator.gateway.hub import Credentials, Hub, NoAnswer, Released, Stream
+from aggregation.pki.tls import TlsRole, verify_binding, verify_challenge, verify_tls
+from coordinator.gateway.hub import Channel, Credentials, Hub, NoAnswer, Released, Stream
 from coordinator.gateway.pace import Pace, TokenBucket
 from coordinator.gateway.snapshot import GatewaySnapshot
 
@@ -103,8 +104,7 @@ class Service:
         """Send requests to a device until its stream ends."""
         async with _answered(context):
             name, tls_certificate = await self._peer(context)
-            if name not in self.hub.devices:  # a device whose stream broke comes back at once
-                await self._keep_pace(context, name)
+            await self._keep_pace(context, name)
             hello = frames.hello(raw)
             require_version(hello.version, self.limits.client_version)
             credentials = Credentials(name, tls_certificate, hello.certificate, hello.binding, hello.version)
@@ -116,16 +116,23 @@ class Service:
                 while True:
                     asked = await self.hub.next(stream)
                     async with asyncio.timeout(self.limits.transfer):
-                        await context.write(asked.message)
+                        await context.write(frames.request_message(asked.id, asked.step, asked.fields, asked.digests))
             except Released:
-                context.set_trailing_metadata(self._pace.accept(name, time.monotonic()).metadata())
+                context.set_trailing_metadata(self.accepted(name).metadata())
             finally:
                 self.hub.closed(stream)
                 log.info("%s is disconnected", name)
 
     async def _keep_pace(self, context: Context, name: str) -> None:
-        """End the call if the device comes before its window, or too many check in, or are connected."""
+        if found := self.rejected(name):
+            reason, window = found
+            await context.abort(StatusCode.RESOURCE_EXHAUSTED, reason, window.metadata())
+
+    def rejected(self, name: str) -> tuple[str, RetryWindow] | None:
+        """Why a device is not admitted now, and when it comes back: before its window, or too many are there."""
         now = time.monotonic()
+        if name in self.hub.devices:  # a device whose stream broke comes back at once
+            return None
         if window := self._pace.early(name, now):
             outcome, reason = "early", "too early: the gateway asked this device to come back later"
         elif not self._pace.admits(now):
@@ -134,9 +141,18 @@ class Service:
             outcome, reason, window = "full", "the gateway is full", self._pace.reject(name, now)
         else:
             self.check_ins["admitted"] += 1
-            return
+            return None
         self.check_ins[outcome] += 1
-        await context.abort(StatusCode.RESOURCE_EXHAUSTED, reason, window.metadata())
+        return reason, window
+
+    def accepted(self, name: str) -> RetryWindow:
+        """When a device that took part comes back."""
+        return self._pace.accept(name, time.monotonic())
+
+    def count_call(self, name: str) -> float:
+        """Count a call of a device. Returns 0, or the seconds until it may make one."""
+        bucket = self._buckets.setdefault(name, TokenBucket(self.limits.calls, self.limits.seconds))
+        return bucket.wait(time.monotonic())
 
     def release(self) -> None:
         """End all streams without an error; the devices come back within their windows."""
@@ -148,7 +164,7 @@ class Service:
         async with _answered(context):
             stream = await self._stream(context)
             asked_for = frames.byte_range(raw)
-            content = self.hub.under_way(stream).blobs.get(asked_for.sha256)
+            content = self.hub.under_way(stream).blob(asked_for.sha256)
             if content is None:
                 raise ProtocolError("the request under way has no such field", about="range.sha256")
             async with asyncio.timeout(self.limits.transfer):
@@ -164,10 +180,10 @@ class Service:
             if beginning.HasField("reason"):
                 found: bytes | NoAnswer = NoAnswer(beginning.reason.code, beginning.reason.text)
                 await _no_more(parts)
-            elif self._uploading(except_for=stream.credentials.device) + beginning.size > self.limits.uploading:
+            elif not self.has_room(stream.credentials.device, beginning.size):
                 await _later(context, StatusCode.RESOURCE_EXHAUSTED, "too many answers at once", 2.0)
             else:
-                with self._receiving(stream.credentials.device, beginning.size, patience):
+                with self.receiving(stream.credentials.device, beginning.size, patience):
                     found = await _body(parts, beginning.size)
             self.hub.answer(stream, beginning.request, found)
         return bytes(pb.Receipt().SerializeToString())
@@ -186,8 +202,8 @@ class Service:
         Raises:
             TrustError: They are not.
         """
-        root = self.root(at)
-        verify_binding(root, credentials.tls_certificate, credentials.certificate, credentials.binding, at)
+        verified = verify_binding if credentials.channel is Channel.GRPC else verify_challenge
+        verified(self.root(at), credentials.signed, credentials.certificate, credentials.binding, at)
 
     def end_revoked(self, at: datetime) -> None:
         """End the streams of devices whose certificates have expired or were revoked since they connected."""
@@ -217,20 +233,20 @@ class Service:
         at = datetime.now(UTC)
         der = certificates.to_der(pem)
         name = verify_tls(self.root(at), der, TlsRole.DEVICE, at)
-        bucket = self._buckets.setdefault(name, TokenBucket(self.limits.calls, self.limits.seconds))
-        if wait := bucket.wait(time.monotonic()):
+        if wait := self.count_call(name):
             await _later(context, StatusCode.RESOURCE_EXHAUSTED, "too many calls", wait)
         return name, der
 
     async def _stream(self, context: Context) -> Stream:
         return self.hub.stream_of(*await self._peer(context))
 
-    def _uploading(self, except_for: str) -> int:
-        """Bytes of the answers that are being received, of all devices but one."""
-        return sum(size for device, (size, _) in self._answers.items() if device != except_for)
+    def has_room(self, name: str, size: int) -> bool:
+        """Whether an answer of a device can be received now, with those of all others."""
+        others = sum(other for device, (other, _) in self._answers.items() if device != name)
+        return others + size <= self.limits.uploading
 
     @contextmanager
-    def _receiving(self, device: str, size: int, patience: asyncio.Timeout) -> Iterator[None]:
+    def receiving(self, device: str, size: int, patience: asyncio.Timeout) -> Iterator[None]:
         """Count an answer while the block runs. An older one of the device, which may be half open, is out of time."""
         if device in self._answers:
             self._answers[device][1].reschedule(asyncio.get_running_loop().time())
@@ -358,22 +374,22 @@ class Gateway:
             ConfigError: The address is in use or not valid, or the TLS files do not fit together.
         """
         limits = limits or GatewayLimits()
-        self._service = Service(Hub(answered, limits.grace), read_root, limits)
+        self.service = Service(Hub(answered, limits.grace), read_root, limits)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="gateway", daemon=True)
         self._thread.start()
         try:
-            self._server, self.port = self._call(self._serve(address, tls))
+            self._server, self.port = self.call(self._serve(address, tls))
         except RuntimeError as error:
             self._end()
             text = f"the gateway cannot listen at {address}: the port is in use, or the TLS files do not fit together"
             raise ConfigError(text, about="--gateway", value=address) from error
 
     async def _serve(self, address: str, tls: ServerTls) -> tuple[aio.Server, int]:
-        server = aio.server(options=frames.GATEWAY_OPTIONS, maximum_concurrent_rpcs=4 * self._service.limits.devices)
+        server = aio.server(options=frames.GATEWAY_OPTIONS, maximum_concurrent_rpcs=4 * self.service.limits.devices)
         servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-        server.add_generic_rpc_handlers((self._service.handlers(),))
+        server.add_generic_rpc_handlers((self.service.handlers(),))
         reflection.enable_server_reflection((frames.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         port = server.add_secure_port(address, tls.credentials(certified_only=True))
         await server.start()
@@ -384,10 +400,10 @@ class Gateway:
         """The devices that are there now. Those that were revoked meanwhile are disconnected first."""
 
         async def listed() -> tuple[str, ...]:
-            self._service.end_revoked(datetime.now(UTC))
-            return tuple(stream.credentials.device for stream in self._service.hub.streams() if not stream.over)
+            self.service.end_revoked(datetime.now(UTC))
+            return tuple(stream.credentials.device for stream in self.service.hub.streams() if not stream.over)
 
-        return self._call(listed())
+        return self.call(listed())
 
     def ask(self, requests: Mapping[str, tuple[str, Mapping[str, bytes]]], seconds: float) -> dict[str, int | None]:
         """Ask devices.
@@ -407,24 +423,24 @@ class Gateway:
         }
 
         async def asked() -> dict[str, int | None]:
-            hub = self._service.hub
+            hub = self.service.hub
             return {
                 device: hub.ask(device, step, fields, long[device], seconds)
                 for device, (step, fields) in requests.items()
             }
 
-        return self._call(asked())
+        return self.call(asked())
 
     def snapshot(self, address: str) -> GatewaySnapshot:
         """Its numbers now. ``address``: at which devices reach it."""
 
         async def counted() -> GatewaySnapshot:
-            hub = self._service.hub
+            hub = self.service.hub
             versions = Counter(stream.credentials.version for stream in hub.streams())
-            found = dict(versions.most_common(VERSIONS)), dict(self._service.check_ins)
+            found = dict(versions.most_common(VERSIONS)), dict(self.service.check_ins)
             return GatewaySnapshot(address, len(hub.devices), hub.requests, *found)
 
-        return self._call(counted())
+        return self.call(counted())
 
     def close(self) -> None:
         """End all calls and stop listening. The devices that are there come back within their windows."""
@@ -433,16 +449,17 @@ class Gateway:
             return
 
         async def released() -> None:
-            self._service.release()
+            self.service.release()
 
-        self._call(released())
-        self._call(self._server.stop(grace=CLOSING))
+        self.call(released())
+        self.call(self._server.stop(grace=CLOSING))
         self._end()
+
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the gateway's event loop, and return its result."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     def _end(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-
-    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
