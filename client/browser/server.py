@@ -41,6 +41,7 @@ VENDOR = {  # a library's file on the page → in node_modules
 BUNDLE_FILE = re.compile(r"bundle/(base|adapters)/[A-Za-z0-9_][A-Za-z0-9_.-]*")
 LISTING = "bundle.json"
 SITE = "site.json"  # path → SHA-256 of every other file: what the service worker keeps
+GATEWAY = re.compile(r"wss://[A-Za-z0-9.-]+(:[0-9]{1,5})?|ws://(127\.0\.0\.1|localhost):[0-9]{1,5}")
 LOCAL = ("127.0.0.1", "localhost")
 TYPES = {
     ".css": "text/css; charset=utf-8",
@@ -71,12 +72,20 @@ class Site:
 
     page: dict[str, Path]
     bundle: Path
+    gateway: str = ""
 
     @classmethod
-    def of(cls, bundle: Path, trust: Path | None = None) -> Self:
+    def of(cls, bundle: Path, trust: Path | None = None, gateway: str = "") -> Self:
         """The page with one bundle and the keys of ``trust``, by default ``trust.pem`` next to the bundle.
 
+        Args:
+            bundle: Its folder.
+            trust: The pinned keys.
+            gateway: The one address besides its own server that the page may connect to, ``wss://HOST:PORT``, or
+                ``ws://`` on loopback; empty: none.
+
         Raises:
+            ConfigError: ``gateway`` is no such address.
             DataError: There is no bundle.
             TrustError: There are no pinned keys, or they are in the bundle.
             ConfigError: The libraries of the page are not installed.
@@ -90,7 +99,16 @@ class Site:
             reason = f"the libraries of the page are not installed: run npm ci --ignore-scripts --prefix '{WEB}'"
             raise ConfigError(reason, about="node_modules")
         page[TRUST] = trust or bundle.resolve().parent / TRUST
-        return cls(page, bundle.resolve())
+        if gateway and not GATEWAY.fullmatch(gateway):
+            text = f"{gateway} is not the address of a gateway: wss://HOST:PORT, or ws://127.0.0.1:PORT on this machine"
+            raise ConfigError(text, about="--gateway", value=gateway)
+        return cls(page, bundle.resolve(), gateway)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of every answer."""
+        policy = "Content-Security-Policy"
+        return {**HEADERS, policy: _allowing(self.gateway, HEADERS[policy])}
 
     def find(self, path: str) -> Path | bytes | None:
         """The file or bytes at ``path``; None if it is not on the list."""
@@ -102,6 +120,8 @@ class Site:
             file = self.bundle / path.removeprefix("bundle/")
             # A symbolic link must not lead out of the bundle.
             return file if file.is_file() and file.resolve().is_relative_to(self.bundle) else None
+        if self.gateway and path in ("", "index.html"):
+            return _allowing(self.gateway, self.page["index.html"].read_text(encoding="utf-8")).encode()
         return self.page.get(path or "index.html")
 
     def paths(self) -> list[str]:
@@ -167,7 +187,8 @@ class _Handler(BaseHTTPRequestHandler):
         if found is None:
             self._head(HTTPStatus.NOT_FOUND, 0, {})
         elif isinstance(found, bytes):
-            self._head(HTTPStatus.OK, len(found), {"Content-Type": TYPES[".json"]})
+            kind = TYPES[".json" if self.path.partition("?")[0].endswith(".json") else ".html"]
+            self._head(HTTPStatus.OK, len(found), {"Content-Type": kind})
             self._body(found)
         else:
             self._file(found)
@@ -200,9 +221,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _head(self, status: HTTPStatus, length: int, more: dict[str, str]) -> None:
         self.send_response(status)
-        for name, value in {**HEADERS, **more, "Content-Length": str(length)}.items():
+        for name, value in {**self.site.headers, **more, "Content-Length": str(length)}.items():
             self.send_header(name, value)
         self.end_headers()
+
+
+def _allowing(gateway: str, text: str) -> str:
+    """The security policy in a text, with which the page may also connect to a gateway."""
+    own = "default-src 'self'"
+    return text.replace(own, f"{own}; connect-src 'self' {gateway}") if gateway else text
 
 
 @functools.lru_cache(maxsize=4096)

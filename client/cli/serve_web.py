@@ -10,6 +10,9 @@ from client.cli import options
 @click.command("serve-web")
 @options.bundle
 @options.trust
+@click.option(
+    "--gateway", default="", metavar="URL", help="Let the page connect there too: wss://HOST:PORT of a coordinator."
+)
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen on.")
 @click.option("--port", default=8765, show_default=True, type=click.IntRange(0, 65535), help="0: any free port.")
 @click.option(
@@ -19,7 +22,7 @@ from client.cli import options
     metavar="DIR",
     help="Write the page and bundle to DIR; do not serve.",
 )
-def serve_web(bundle: Path, trust: Path | None, host: str, port: int, out: Path | None) -> None:
+def serve_web(bundle: Path, trust: Path | None, gateway: str, host: str, port: int, out: Path | None) -> None:
     """Serve a page that verifies the bundle and runs it in the browser, or export the page to a folder.
 
     The texts that are typed on the page stay in the browser. Browsers verify signatures only on https pages and on
@@ -32,7 +35,7 @@ def serve_web(bundle: Path, trust: Path | None, host: str, port: int, out: Path 
     """
     from client.browser.server import Site, http_server
 
-    site = Site.of(bundle, trust)
+    site = Site.of(bundle, trust, gateway)
     if out is not None:
         site.export(out)
         click.echo(f"wrote {out}")

@@ -8,6 +8,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,25 @@ def test_a_folder_that_is_not_empty_is_not_exported_to(bundle: Path, tmp_path: P
     (out / "mine").unlink()
     Site.of(bundle).export(out)
     assert (out / "index.html").is_file()
+
+
+def test_a_page_may_connect_to_the_one_gateway_that_is_named_and_to_no_other_host(bundle: Path) -> None:
+    policy = "Content-Security-Policy"
+    plain, named = Site.of(bundle), Site.of(bundle, gateway="wss://fleet.example:9445")
+    assert plain.headers == HEADERS
+    assert named.headers[policy].count("connect-src 'self' wss://fleet.example:9445;") == 1
+    page = named.find("index.html")
+    assert isinstance(page, bytes)
+    assert page.count(b"connect-src 'self' wss://fleet.example:9445;") == 1
+    assert page.replace(b" connect-src 'self' wss://fleet.example:9445;", b"") == (WEB / "index.html").read_bytes()
+    for wrong in ("ws://fleet.example:9445", "wss://a; script-src *", "wss://", "https://a", "wss://a/b", "wss://*"):
+        with refused(ConfigError, "--gateway", value=wrong):
+            Site.of(bundle, gateway=wrong)
+
+
+def test_the_page_states_the_version_that_is_installed() -> None:
+    found = (WEB / "aggregation" / "websocket.js").read_text(encoding="utf-8")
+    assert f'const VERSION = "{version("edgeadapt")}";' in found
 
 
 def test_every_file_that_the_page_asks_for_is_on_the_list(bundle: Path) -> None:

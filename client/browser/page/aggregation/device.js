@@ -46,6 +46,11 @@ export class Device {
   sign(kind, value) {
     return m.sign(this.#key, kind, value);
   }
+
+  /** The signature on the gateway's nonce and the name of its host (`verify_challenge` of aggregation/pki/tls.py). */
+  signChallenge(challenge) {
+    return m.signature(this.#key, "websocket-challenge", challenge);
+  }
 }
 
 /** A flag that is taken once: the second attempt is refused. */

@@ -93,11 +93,16 @@ const ENVELOPE = record({
 
 const framed = (tag, body) => concat(FRAME, [tag.length], utf8(tag), body);
 
+/** The signature of `key`, an Ed25519 CryptoKey, on `body` under `tag`. */
+export async function signature(key, tag, body) {
+  return new Uint8Array(await crypto.subtle.sign("Ed25519", key, framed(tag, body)));
+}
+
 /** `value` as it travels, signed with `key`, an Ed25519 CryptoKey. */
 export async function sign(key, kind, value) {
   const body = kind.encode(value);
-  const signature = new Uint8Array(await crypto.subtle.sign("Ed25519", key, framed(kind.tag, body)));
-  return encode(ENVELOPE, { magic: utf8(MAGIC), version: VERSION, tag: kind.tag, body, signature });
+  const signed = await signature(key, kind.tag, body);
+  return encode(ENVELOPE, { magic: utf8(MAGIC), version: VERSION, tag: kind.tag, body, signature: signed });
 }
 
 /** Returns if `signer` (32 bytes) signed `body` under `tag`; else throws ProtocolError. */
