@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters.gateway import frames
+from adapters.gateway import frames, websocket
 from adapters.gateway import gateway_pb2 as pb
 from aggregation.errors import ProtocolError
 from aggregation.steps import Step
@@ -20,6 +20,10 @@ READERS = (
     frames.answer_data,
     frames.enrol_request,
     frames.enrolled,
+    websocket.CHALLENGE.decode,
+    websocket.HELLO.decode,
+    websocket.REQUEST.decode,
+    websocket.ANSWER.decode,
 )
 VALID = (
     pb.Hello(certificate=b"c" * 300, binding=bytes(64), version="1.2").SerializeToString(),
@@ -30,6 +34,11 @@ VALID = (
     *frames.reason_parts(7, 100, "a reason"),
     pb.EnrolRequest(token=b"t", request=b"r", tls_request=b"q").SerializeToString(),
     pb.Enrolled(certificate=b"c", tls_certificate=b"t").SerializeToString(),
+    websocket.CHALLENGE.encode(websocket.Challenge(bytes(32))),
+    websocket.HELLO.encode(websocket.Hello(b"c" * 300, bytes(64), "1.2")),
+    websocket.REQUEST.encode(websocket.Request(7, "plan", {"adapter": b"a" * 9, "body": b"b"})),
+    *websocket.answer_messages(7, b"answer"),
+    websocket.ANSWER.encode(websocket.Answer(7, 0, 100, b"a reason")),
 )
 
 

@@ -15,16 +15,19 @@ from websockets.sync.client import ClientConnection, connect
 from adapters.gateway import frames, websocket
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError
-from aggregation.pki import IdentityKey
+from aggregation.pki import Authority, IdentityKey
 from aggregation.pki.certificates import load
 from aggregation.pki.revocation import Revocation
-from aggregation.pki.tls import CHALLENGE
+from aggregation.pki.tls import CHALLENGE, TlsRole
+from coordinator.gateway.grid import serving
 from coordinator.gateway.hub import NoAnswer
 from coordinator.gateway.server import GatewayLimits
 from coordinator.gateway.websocket import BrowserServer, BrowserSettings
+from coordinator.settings import FederationSettings
+from coordinator.statedir import TLS_CERTIFICATE, TLS_KEY, CoordinatorStateDir
 from tests.coordinator.gateway.conftest import LIMITS, Site
 from tests.support import refused
-from tests.support.gateway import HOST, server_tls, wait_until
+from tests.support.gateway import HOST, certify, server_tls, wait_until
 from tests.support.lightdevice import PATIENCE
 
 QUICK = GatewayLimits(grace=0.3)
@@ -36,7 +39,7 @@ LARGE = bytes(3 * frames.CHUNK + 1)
 class Browser:
     """A page's side of the connection."""
 
-    site: Site
+    authority: Authority
     url: str
     name: str
     version: str = "1.2.3"
@@ -45,7 +48,7 @@ class Browser:
     def __post_init__(self) -> None:
         now, self.identity = datetime.now(UTC), IdentityKey.generate(SystemEntropy())
         dates = {"not_before": now - timedelta(days=1), "not_after": now + timedelta(days=1)}
-        self.certificate = self.site.authority.issue(self.name, self.identity.public, **dates)
+        self.certificate = self.authority.issue(self.name, self.identity.public, **dates)
 
     @contextmanager
     def connected(self, **options: object) -> Iterator[ClientConnection]:
@@ -104,7 +107,7 @@ def start(site_of: Callable[..., Site]) -> Iterator[Start]:
         site = site_of(limits)
         server = BrowserServer(site.gateway, BrowserSettings(f"{HOST}:0", **settings), server_tls(site.authority))  # type: ignore[arg-type]
         running.append(server)
-        return site, lambda name, **changes: Browser(site, server.url, name, **changes)
+        return site, lambda name, **changes: Browser(site.authority, server.url, name, **changes)
 
     yield make
     for server in running:
@@ -303,7 +306,7 @@ def test_off_loopback_it_listens_with_the_gateways_certificate(site_of: Callable
     server = BrowserServer(site.gateway, BrowserSettings("0.0.0.0:0"), server_tls(site.authority))
     try:
         port = server.url.split(":")[2].split("/")[0]
-        tab = Browser(site, f"wss://{HOST}:{port}{websocket.PATH}", "tab")
+        tab = Browser(site.authority, f"wss://{HOST}:{port}{websocket.PATH}", "tab")
         context = ssl.create_default_context(cadata=site.authority.root.to_pem().decode())
         with tab.connected(ssl=context) as connection:
             connection.send(tab.hello(received(connection)))
@@ -319,3 +322,26 @@ def test_a_port_in_use_is_refused_in_one_line(start: Start) -> None:
     address = browser("tab").url.split("/")[2]
     with refused(ConfigError, "gateway.websocket", value=address):
         BrowserServer(site.gateway, BrowserSettings(address), server_tls(site.authority))
+
+
+def test_the_settings_of_a_coordinator_say_where_browsers_are_served_and_from_which_pages(tmp_path: Path) -> None:
+    now = datetime.now(UTC)
+    authority = Authority.create("fleet", SystemEntropy(), now - timedelta(days=1), now + timedelta(days=9))
+    given = {"gateway": {"websocket": f"{HOST}:0", "origins": ["https://fleet.example"]}}
+    settings = FederationSettings.parse(given, "test")
+    state_dir = CoordinatorStateDir.create(tmp_path / "fleet", authority.root.to_pem(), settings, SystemEntropy())
+    key, certificate = certify(authority, "gateway", TlsRole.GATEWAY)
+    (state_dir.folder / TLS_KEY).write_bytes(key)
+    (state_dir.folder / TLS_CERTIFICATE).write_bytes(certificate)
+    with serving(state_dir, f"{HOST}:0", own_process=False) as grid:
+        assert grid.browsers is not None
+        with Browser(authority, grid.browsers.url, "tab", origin="https://fleet.example").attending():
+            grid.await_devices(1)
+            assert list(grid.get_node_ids()) == [frames.node_of("tab")]
+    state_dir.registry.close()
+
+
+@pytest.mark.parametrize("address", ["9445", "127.0.0.1", "http://127.0.0.1:9445", "a b:1", ":9445"])
+def test_an_address_that_is_none_is_refused_before_anything_runs(address: str) -> None:
+    with pytest.raises(ConfigError):
+        FederationSettings.parse({"gateway": {"websocket": address}}, "test")
