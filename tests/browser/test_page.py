@@ -474,6 +474,7 @@ def test_a_server_that_breaks_off_and_a_browser_that_is_offline_have_different_m
     if offline:
         page.call("Page.addScriptToEvaluateOnNewDocument", source=NO_COPIES)
     page.goto(serve(both))
+    page.until("document.getElementById('offline').textContent !== ''")
     (both / "base" / "web.onnx").touch()  # so that the browser asks for its content again
     if offline:
         page.go_offline()
