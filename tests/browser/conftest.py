@@ -27,6 +27,7 @@ from tests.support.programs import need
 
 CONFIG = PeftConfig.lora(rank=4, alpha=8)
 HEAD = 2e-4  # of the values of ``draw``: so small that 30 steps of a tiny base change answers
+NO_COPIES = "Object.defineProperty(navigator, 'serviceWorker', { value: undefined })"  # a browser without them
 globals().update(models.FIXTURES)
 
 
@@ -51,7 +52,9 @@ def chromium(tmp_path_factory: pytest.TempPathFactory, libraries: None) -> Itera
 
 @pytest.fixture
 def page(chromium: Any) -> Iterator[Any]:
+    """A tab that keeps no copy of its page: that takes a second of processor time, and ``test_offline.py`` tests it."""
     tab = cdp.Page(chromium)
+    tab.call("Page.addScriptToEvaluateOnNewDocument", source=NO_COPIES)
     yield tab
     tab.close()
 

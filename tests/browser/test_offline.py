@@ -19,6 +19,7 @@ from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.exported import ExportedBase
 from tests.browser.test_learning import other, taught_in
 from tests.browser.test_page import IN_USE, ask, choose, native, shown
+from tests.support import cdp
 from tests.support.models import PHRASES
 
 pytestmark = pytest.mark.slow
@@ -54,6 +55,13 @@ class Server:
     def stop(self) -> None:
         self.process.kill()
         self.process.wait()
+
+
+@pytest.fixture
+def page(chromium: Any) -> Iterator[Any]:
+    tab = cdp.Page(chromium)
+    yield tab
+    tab.close()
 
 
 @pytest.fixture
