@@ -17,6 +17,7 @@ from aggregation.pki.identity import IdentityKey
 from client.browser.server import Site
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.exported import ExportedBase
+from tests.browser.conftest import NO_COPIES
 from tests.browser.test_learning import other, taught_in
 from tests.browser.test_page import IN_USE, ask, choose, native, shown
 from tests.support import cdp
@@ -113,6 +114,14 @@ def test_without_its_server_a_page_that_was_loaded_answers_switches_learns_and_i
     ask(page, PHRASES[0])
     assert shown(page)[0][0] == label
     assert page.errors() == []
+
+
+def test_a_browser_without_service_workers_opens_the_page_and_says_that_it_keeps_no_copy(
+    page: Any, server: Server
+) -> None:
+    page.call("Page.addScriptToEvaluateOnNewDocument", source=NO_COPIES)
+    assert opened(page, server).startswith("This browser keeps no copy of this page")
+    assert page.state() == "good"
 
 
 def test_a_new_version_replaces_the_copy_and_neither_an_old_nor_an_altered_file_is_accepted(

@@ -342,6 +342,6 @@ def test_the_settings_of_a_coordinator_say_where_browsers_are_served_and_from_wh
 
 
 @pytest.mark.parametrize("address", ["9445", "127.0.0.1", "http://127.0.0.1:9445", "a b:1", ":9445"])
-def test_an_address_that_is_none_is_refused_before_anything_runs(address: str) -> None:
+def test_what_is_no_address_is_refused_before_anything_runs(address: str) -> None:
     with pytest.raises(ConfigError):
         FederationSettings.parse({"gateway": {"websocket": address}}, "test")
