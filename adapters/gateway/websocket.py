@@ -1,9 +1,9 @@
 """The messages between a page in a browser and the gateway over a WebSocket, in the protocol's canonical encoding.
 
-    gateway → page    Challenge
-    page → gateway    Hello
-    gateway → page    ADMITTED, then requests, one at a time
-    page → gateway    for each request an Answer, then its body in messages of at most ``frames.CHUNK`` bytes
+    gateway → page    SocketChallenge
+    page → gateway    SocketHello
+    gateway → page    ADMITTED, then each SocketRequest, one at a time
+    page → gateway    for each a SocketAnswer, then its body in messages of at most ``frames.CHUNK`` bytes
 
 ``client/browser/page/aggregation/websocket.js`` is the page's side.
 """
@@ -25,14 +25,14 @@ _NAME = wire.text(r"[a-z_]{1,32}")  # of a step or a field
 
 
 @dataclass(frozen=True, slots=True)
-class Challenge:
-    """What the device is to sign, together with the host of the gateway (``aggregation.pki.tls.bind_host``)."""
+class SocketChallenge:
+    """What the device is to sign, together with the host of the gateway (``aggregation.pki.tls.verify_challenge``)."""
 
     nonce: Annotated[bytes, wire.fixed(NONCE)]
 
 
 @dataclass(frozen=True, slots=True)
-class Hello:
+class SocketHello:
     """Who the device is: the certificate of its identity, in DER, its answer to the challenge, and its version."""
 
     certificate: Annotated[bytes, wire.blob(MAX_CERTIFICATE)]
@@ -41,7 +41,7 @@ class Hello:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class SocketRequest:
     """A step of the protocol, with all of its fields."""
 
     id: Annotated[int, wire.uint(64)]
@@ -50,7 +50,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class SocketAnswer:
     """How an answer begins: the size of its body, or a code and the reason why it is missing."""
 
     id: Annotated[int, wire.uint(64)]
@@ -65,12 +65,12 @@ class Answer:
             raise ConfigError(f"answer of {self.size} bytes is over the limit", about="answer.size", value=self.size)
 
 
-CHALLENGE, HELLO = wire.record(Challenge), wire.record(Hello)
-REQUEST, ANSWER = wire.record(Request), wire.record(Answer)
+CHALLENGE, HELLO = wire.record(SocketChallenge), wire.record(SocketHello)
+REQUEST, ANSWER = wire.record(SocketRequest), wire.record(SocketAnswer)
 
 
 def answer_messages(number: int, body: bytes) -> Iterator[bytes]:
     """The messages that carry an answer."""
-    yield ANSWER.encode(Answer(number, len(body), 0))
+    yield ANSWER.encode(SocketAnswer(number, len(body), 0))
     for at in range(0, len(body), frames.CHUNK):
         yield body[at : at + frames.CHUNK]

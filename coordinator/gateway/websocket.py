@@ -89,7 +89,7 @@ class BrowserService:
         try:
             async with asyncio.timeout(HANDSHAKE):
                 nonce = SystemEntropy().bytes(websocket.NONCE)
-                await connection.send(websocket.CHALLENGE.encode(websocket.Challenge(nonce)))
+                await connection.send(websocket.CHALLENGE.encode(websocket.SocketChallenge(nonce)))
                 hello = websocket.HELLO.decode(await _received(connection))
         finally:
             self._strangers -= 1
@@ -97,7 +97,8 @@ class BrowserService:
         host = _host(f"//{connection.request.headers['Host']}") if connection.request else ""
         at = datetime.now(UTC)
         device = self.service.root(at).verify(hello.certificate, at)[0]
-        found = Credentials(device, nonce + host.encode(), hello.certificate, hello.binding, hello.version, Channel.WEBSOCKET)
+        proof = nonce + host.encode(), hello.certificate, hello.binding
+        found = Credentials(device, *proof, hello.version, Channel.WEBSOCKET)
         self.service.verify(found, at)
         return found
 
@@ -125,7 +126,7 @@ class BrowserService:
         try:
             while True:
                 asked = await self.service.hub.next(stream)
-                request = websocket.Request(asked.id, asked.step, asked.fields)
+                request = websocket.SocketRequest(asked.id, asked.step, asked.fields)
                 async with asyncio.timeout(self.service.limits.transfer):
                     await connection.send(websocket.REQUEST.encode(request))
         except ConnectionClosed:

@@ -34,11 +34,11 @@ VALID = (
     *frames.reason_parts(7, 100, "a reason"),
     pb.EnrolRequest(token=b"t", request=b"r", tls_request=b"q").SerializeToString(),
     pb.Enrolled(certificate=b"c", tls_certificate=b"t").SerializeToString(),
-    websocket.CHALLENGE.encode(websocket.Challenge(bytes(32))),
-    websocket.HELLO.encode(websocket.Hello(b"c" * 300, bytes(64), "1.2")),
-    websocket.REQUEST.encode(websocket.Request(7, "plan", {"adapter": b"a" * 9, "body": b"b"})),
+    websocket.CHALLENGE.encode(websocket.SocketChallenge(bytes(32))),
+    websocket.HELLO.encode(websocket.SocketHello(b"c" * 300, bytes(64), "1.2")),
+    websocket.REQUEST.encode(websocket.SocketRequest(7, "plan", {"adapter": b"a" * 9, "body": b"b"})),
     *websocket.answer_messages(7, b"answer"),
-    websocket.ANSWER.encode(websocket.Answer(7, 0, 100, b"a reason")),
+    websocket.ANSWER.encode(websocket.SocketAnswer(7, 0, 100, b"a reason")),
 )
 
 

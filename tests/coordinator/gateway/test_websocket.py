@@ -61,7 +61,7 @@ class Browser:
     def hello(self, challenge: bytes, host: str = HOST, key: IdentityKey | None = None) -> bytes:
         nonce = websocket.CHALLENGE.decode(challenge).nonce
         signature = (key or self.identity).sign(CHALLENGE, nonce + host.encode())
-        return websocket.HELLO.encode(websocket.Hello(self.certificate, signature, self.version))
+        return websocket.HELLO.encode(websocket.SocketHello(self.certificate, signature, self.version))
 
     @contextmanager
     def attending(self) -> Iterator[ClientConnection]:
@@ -77,7 +77,7 @@ def received(connection: ClientConnection) -> bytes:
     return raw
 
 
-def request(connection: ClientConnection) -> websocket.Request:
+def request(connection: ClientConnection) -> websocket.SocketRequest:
     return websocket.REQUEST.decode(received(connection))
 
 
@@ -126,7 +126,7 @@ def test_requests_and_answers_of_any_size_pass_and_a_light_device_is_in_the_same
             send(connection, asked.id, body[::-1])
             assert site.answered() == (number, body[::-1])
         number = site.ask("tab")
-        answer = websocket.Answer(request(connection).id, 0, 100, b"not me")
+        answer = websocket.SocketAnswer(request(connection).id, 0, 100, b"not me")
         connection.send(websocket.ANSWER.encode(answer))
         assert site.answered() == (number, NoAnswer(100, "not me"))
         site.ask("phone")
@@ -244,7 +244,7 @@ def test_an_answer_that_has_not_the_size_it_began_with_ends_the_connection(start
     site, browser = start()
     with browser("tab").attending() as connection:
         site.ask("tab")
-        connection.send(websocket.ANSWER.encode(websocket.Answer(request(connection).id, 8, 0)))
+        connection.send(websocket.ANSWER.encode(websocket.SocketAnswer(request(connection).id, 8, 0)))
         for part in parts:
             connection.send(part)
         assert ended(connection)[0] == 1007
@@ -254,7 +254,7 @@ def test_an_answer_over_the_limit_or_with_neither_body_nor_reason_is_refused(sta
     _, browser = start()
     for size, code in ((frames.MAX_ANSWER + 1, 0), (0, 0), (1, 1)):
         with refused(ConfigError, "answer.size" if size > 1 else "answer.reason"):
-            websocket.Answer(1, size, code)
+            websocket.SocketAnswer(1, size, code)
         raw = (1).to_bytes(8, "big") + size.to_bytes(4, "big") + code.to_bytes(2, "big") + bytes(4)
         with browser("tab").attending() as connection:
             connection.send(raw)
@@ -266,7 +266,7 @@ def test_an_answer_that_stalls_ends_the_connection_and_a_void_one_is_dropped(sta
     with browser("tab").attending() as connection:
         send(connection, 12345, b"of no request")
         number = site.ask("tab")
-        connection.send(websocket.ANSWER.encode(websocket.Answer(request(connection).id, 8, 0)))
+        connection.send(websocket.ANSWER.encode(websocket.SocketAnswer(request(connection).id, 8, 0)))
         assert ended(connection) == (1008, "too slow")
     assert site.answered() == (number, NoAnswer(None, "the device disconnected"))
 
@@ -275,11 +275,11 @@ def test_a_device_that_sends_too_much_or_is_too_old_or_too_early_is_sent_away(st
     site, browser = start(GatewayLimits(calls=5, grace=0.1, uploading=100, client_version="1.2"))
     with browser("tab").attending() as connection:
         site.ask("tab")
-        connection.send(websocket.ANSWER.encode(websocket.Answer(request(connection).id, 101, 0)))
+        connection.send(websocket.ANSWER.encode(websocket.SocketAnswer(request(connection).id, 101, 0)))
         assert ended(connection)[0] == 1013
     with browser("busy").attending() as connection:
         for _ in range(9):
-            connection.send(websocket.ANSWER.encode(websocket.Answer(1, 0, 100)))
+            connection.send(websocket.ANSWER.encode(websocket.SocketAnswer(1, 0, 100)))
         assert ended(connection)[0] == 1013
     old = browser("old", version="1.1")
     with old.connected() as connection:
