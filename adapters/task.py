@@ -6,10 +6,12 @@ next adapter from the mean, and its auditor does so again.
 """
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
 from typing import Annotated, ClassVar, Self
 
 import numpy as np
@@ -46,6 +48,21 @@ Sums = Mapping[str, NDArray[np.float64]]  # segment → sum over the survivors, 
 Positive = Annotated[int, Field(gt=0)]
 
 
+class OptimizerName(StrEnum):
+    """What makes a step of a gradient (``client.training.descent``)."""
+
+    ADAMW = "adamw"
+    SGD = "sgd"
+
+
+class Schedule(StrEnum):
+    """How the learning rate falls over the steps of a training."""
+
+    CONSTANT = "constant"
+    LINEAR = "linear"
+    COSINE = "cosine"
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """One round's training, the same for every device of the cohort."""
@@ -56,11 +73,15 @@ class Task:
     labels: tuple[str, ...]
     epochs: Annotated[int, Field(gt=0, le=100)]
     batch_size: Annotated[int, Field(gt=0, le=1024)]
-    learning_rate: Annotated[float, Field(gt=0, le=1)]  # of AdamW
+    learning_rate: Annotated[float, Field(gt=0, le=1)]  # of the first step
     weight_decay: Annotated[float, Field(ge=0, le=1)]
     proximal: Annotated[float, Field(ge=0, le=1000)]  # μ of FedProx: adds μ/2 · ‖w - w₀‖² to the loss
     trained: tuple[Part, ...]  # parts of the adapter; the others stay as they are
     shared: tuple[Part, ...]  # parts whose updates are summed; those of ``trained`` that are not stay on the device
+    optimizer: OptimizerName = OptimizerName.ADAMW
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of SGD
+    schedule: Schedule = Schedule.CONSTANT
+    gradient_norm: Annotated[float, Field(ge=0)] = 0.0  # L2 norm to which a step's gradient is clipped; 0: never
 
     def encode(self) -> bytes:
         """JSON, the same bytes for equal tasks: ``Task.decode(task.encode()) == task``."""
@@ -80,6 +101,8 @@ class Task:
             first = error.errors()[0]
             field = f"task.{'.'.join(map(str, first['loc']))}"
             raise ProtocolError(f"{field}: {first['msg']}", about=field) from error
+        if missing := [each.name for each in fields(cls) if each.name not in json.loads(raw)]:
+            raise ProtocolError(f"task.{missing[0]}: Field required", about=f"task.{missing[0]}")
         if not set(found.trained) & set(found.shared):
             raise ProtocolError("task.shared: no part of the adapter is both trained and shared", about="task.shared")
         for parts in (found.trained, found.shared):
@@ -258,7 +281,7 @@ def weighted_mean(
       rotate the mean.
     - 2 · lr · g / W, where every device trained one step: the first step of AdamW is ±lr in each coordinate, so that
       the sum differs by 2 · lr times multiples of g, the greatest common divisor of the weights. Clipping makes this
-      period shorter.
+      period shorter. A step of SGD is in proportion to the gradient, and has no such period.
 
     The noise (``_width`` times ``dither``) is added to the sum. A rotation of it has the same variance and is nearer to
     a normal distribution, so what ``dither`` says of periods is true of both. With the rounding errors of n survivors,
@@ -304,7 +327,8 @@ def _width(spec: SessionSpec, task: Task, weight: float, survivors: int) -> floa
     the width s · √(3 n / ``UNIFORMS``).
     """
     step = spec.vector.step(spec.vector.segment("delta"))
-    wide, errors = max(step, 2 * task.learning_rate), 3 * survivors / UNIFORMS * step**2
+    period = 2 * task.learning_rate if task.optimizer is OptimizerName.ADAMW else 0.0
+    wide, errors = max(step, period), 3 * survivors / UNIFORMS * step**2
     least = max(1.0, math.sqrt(step**2 + errors) / wide)  # κ
     per_device = (weight or survivors) / least
     covered = survivors if per_device >= survivors else 2.0 ** (math.frexp(per_device)[1] - 1)

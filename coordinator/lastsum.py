@@ -79,7 +79,8 @@ def terms(task: AnyTask, clip_norm: float, weight_cap: int, groups: int) -> dict
     if isinstance(task, AnalyticTask):
         names = ("ridge", "scale", "dimensions")
         return bounds | {f"analytic.{name}": getattr(task, name) for name in names}
-    training = ("epochs", "batch_size", "learning_rate", "weight_decay", "proximal")
+    steps = ("epochs", "batch_size", "optimizer", "learning_rate", "momentum", "schedule", "weight_decay")
+    training = (*steps, "proximal", "gradient_norm")
     parts = {name: ", ".join(part.value for part in getattr(task, name)) for name in ("trained", "shared")}
     method = {f"method, which has as {name}": value for name, value in parts.items()}
     return {f"training.{name}": getattr(task, name) for name in training} | method | bounds

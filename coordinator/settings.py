@@ -10,7 +10,7 @@ from adapters.layout import Layout
 from adapters.manifest import VersionManifest
 from adapters.peftconfig import PeftConfig
 from adapters.settings import Settings
-from adapters.task import Task
+from adapters.task import OptimizerName, Schedule, Task
 from adapters.taskkinds import AnyTask
 from aggregation.errors import ConfigError
 from aggregation.messages import MAX_COHORT
@@ -30,8 +30,22 @@ class Training(Settings):
 
     epochs: int = Field(default=1, ge=1, le=100, description="passes over the device's examples in a round")
     batch_size: int = Field(default=16, ge=1, le=1024, description="examples in a step")
-    learning_rate: float = Field(default=2e-3, gt=0, le=1, description="learning rate of AdamW")
-    weight_decay: float = Field(default=0.0, ge=0, le=1, description="weight decay of AdamW")
+    learning_rate: float = Field(default=2e-3, gt=0, le=1, description="learning rate of the first step")
+    optimizer: Literal["adamw", "sgd"] = Field(
+        default="adamw", description="what makes a step of a gradient: adamw, or sgd"
+    )
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="momentum of sgd, 0 to 1; not used by adamw")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant",
+        description="how the learning rate falls to 0 over the steps of a device in a round: constant (it does not), "
+        "linear or cosine",
+    )
+    weight_decay: float = Field(
+        default=0.0, ge=0, le=1, description="weight decay: decoupled with adamw, in the gradient with sgd"
+    )
+    gradient_norm: float = Field(
+        default=0.0, ge=0, description="largest L2 norm of a step's gradient, to which it is clipped; 0: any"
+    )
     proximal: float = Field(
         default=0.0,
         ge=0,
@@ -319,4 +333,8 @@ class FederationSettings(Settings):
             proximal=training.proximal,
             trained=method.trained(version),
             shared=method.shared,
+            optimizer=OptimizerName(training.optimizer),
+            momentum=training.momentum,
+            schedule=Schedule(training.schedule),
+            gradient_norm=training.gradient_norm,
         )

@@ -129,7 +129,14 @@ class PersonalSettings(Settings):
     )
     share: float = Field(default=0.5, ge=0, le=1, description="interpolate: share of the fine-tuned adapter, 0 to 1")
     epochs: int = Field(default=3, ge=0, le=100, description="passes over the household's own examples")
-    learning_rate: float = Field(default=1e-3, gt=0, le=1, description="learning rate of AdamW in the personal step")
+    learning_rate: float = Field(default=1e-3, gt=0, le=1, description="learning rate of the first step")
+    patience: int = Field(
+        default=0,
+        ge=0,
+        le=100,
+        description="of a classifier: epochs without a lower loss on the validation texts after which training ends, "
+        "with the best adapter until then; 0: never",
+    )
     proximal: float = Field(
         default=0.0,
         ge=0,

@@ -120,6 +120,24 @@ class PolicySettings(Settings):
     maximum_batch_size: int = Field(
         default=TRAINING.maximum_batch_size, ge=1, description="most examples in a step of training"
     )
+    maximum_tokens: int = Field(
+        default=TRAINING.maximum_tokens,
+        ge=1,
+        description="most tokens of one pass over the base, with padding; a larger batch is trained in parts, which "
+        "bounds the memory",
+    )
+    maximum_seconds: float = Field(
+        default=TRAINING.maximum_seconds,
+        ge=0,
+        description="longest training of a round, in seconds: it ends then with what it has; 0: any",
+    )
+    duty_cycle: float = Field(
+        default=TRAINING.duty_cycle,
+        ge=0.01,
+        le=1,
+        description="share of the time in which training computes: it pauses after each step, which saves a battery "
+        "and keeps the device cool",
+    )
     moments: bool = Field(
         default=TRAINING.moments,
         description="contribute the second moments of embeddings to a sum for an analytic head",

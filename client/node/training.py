@@ -36,6 +36,7 @@ from client.training.contribute import (
     noisy_vector,
     require_bounds,
 )
+from client.training.control import TrainingControl
 from client.training.engine import TrainerOf, classifier_trainer, trainer_of
 from client.training.examples import Example, Score, Split, in_split, parse_examples
 from client.training.limits import TrainingLimits
@@ -104,7 +105,7 @@ def train(
             raise ProtocolError("a language model has no analytic head", COORDINATOR, about="task.labels")
         chosen = classifier_trainer(base, labels, config)
         return _sum_moments(chosen, start, task, planned, usable, rounding, snapshot), None
-    return _sum_update(trainer, start, task, planned, usable, rounding, snapshot, kept, step)
+    return _sum_update(trainer, start, task, planned, usable, rounding, snapshot, kept, step, limits.control())
 
 
 def _sum_update(
@@ -117,6 +118,7 @@ def _sum_update(
     snapshot: Snapshot,
     kept: PrivateParts | None,
     step: Callable[[], object],
+    control: TrainingControl,
 ) -> tuple[Ring, PrivateParts | None]:
     """The update of the adapter, which is trained from the device's private parts, and these parts after it."""
     plan, spec, shared = planned.plan, planned.spec, shared_layout(trainer.layout, task)
@@ -132,7 +134,8 @@ def _sum_update(
 
     def trained() -> tuple[Ring, PrivateParts | None]:
         order, examples = snapshot.generator(plan, Draw.ORDER), usable()
-        outcome = _outcome(trainer, start, task, examples, cap=spec.weight_cap, rng=order, step=step)
+        cap = spec.weight_cap
+        outcome = _outcome(trainer, start, task, examples, cap=cap, rng=order, step=step, control=control)
         return encoded(replace(outcome, start=begun)), _to_keep(subject, digest, task, start, outcome.trained)
 
     def untrained() -> tuple[Ring, PrivateParts | None]:
@@ -211,12 +214,13 @@ def _outcome(
     cap: int,
     rng: np.random.Generator,
     step: Callable[[], object],
+    control: TrainingControl,
 ) -> Outcome:
     """Score ``start`` on at most ``cap`` held-out examples, and train it on the others."""
     own = in_split(examples, Split.TRAIN)
     begin = time.perf_counter()
     held_out = trainer.score(start, in_split(examples, Split.VALIDATION)[:cap])
-    trained = trainer.train(start, own, task, epochs=task.epochs, rng=rng, step=step)
+    trained = trainer.train(start, own, task, epochs=task.epochs, rng=rng, step=step, control=control)
     log.info("trained on %d examples", len(own), extra={"training_seconds": time.perf_counter() - begin})
     return Outcome(start, trained, len(own), held_out)
 

@@ -25,3 +25,28 @@ def batches(lengths: Sequence[int], size: int, epochs: int, rng: np.random.Gener
         grouped = shuffled[np.argsort(np.asarray(lengths)[shuffled], kind="stable")]
         epoch = [grouped[start : start + size].tolist() for start in range(0, len(lengths), size)]
         yield from (epoch[i] for i in rng.permutation(len(epoch)))
+
+
+def parts(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """The texts of a batch in runs of at most ``tokens`` tokens with padding, each of one text or more.
+
+    >>> list(parts([2, 3, 9], 6))
+    [[0, 1], [2]]
+
+    Args:
+        lengths: Tokens of each text.
+        tokens: Of a run.
+
+    Yields:
+        The places of a run's texts in the batch. Guarantee: in order, each exactly once.
+    """
+    part: list[int] = []
+    longest = 0
+    for place, length in enumerate(lengths):
+        longest = max(longest, length)
+        if part and longest * (len(part) + 1) > tokens:
+            yield part
+            part, longest = [], length
+        part.append(place)
+    if part:
+        yield part

@@ -1,94 +1,188 @@
-"""AdamW in NumPy, and training with it: what the training of an adapter needs besides gradients.
+"""Optimizers in NumPy, and training with them: what the training of an adapter needs besides gradients.
 
-The rules are those of ``client.training.trainer``, which trains with torch: equal gradients give equal adapters, up to
-rounding.
+Every engine trains with ``descend`` and brings its own gradients: torch's autograd (``trainer``, ``language``), or a
+training graph (``graphtrainer``). So what a task demands, and what the owner of a device limits, is kept in one place,
+and both engines make the same adapter of the same gradients.
 """
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from adapters.layout import Tensors
 from adapters.parts import part_of
-from adapters.task import Task
+from adapters.task import OptimizerName, Schedule, Task
 from aggregation.errors import DataError
+from client.training.control import UNLIMITED, Doubles, TrainingControl, TrainingState
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # torch's defaults, and those of the paper
-Doubles = NDArray[np.float64]
 GradientsOf = Callable[[Tensors, list[int]], tuple[float, Tensors]]
 
 
-@dataclass(slots=True)
-class AdamW:
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2, as torch has it).
+class Optimizer(Protocol):
+    """``AdamW`` or ``SGD``. The buffers are in double precision, in which squares of small gradients are no denormals.
 
-    The moments are in double precision, in which the squares of small gradients are no denormal numbers.
+    Attributes:
+        steps: That were made.
+        buffers: What it keeps between them, by a name of its own.
     """
 
-    learning_rate: float
-    weight_decay: float
-    _steps: int = 0
-    _moments: dict[str, tuple[Doubles, Doubles]] = field(default_factory=dict, repr=False)
+    steps: int
+    buffers: dict[str, Doubles]
 
-    def step(self, parameters: Tensors, gradients: Tensors) -> None:
+    def step(self, parameters: Tensors, gradients: Tensors, factor: float = 1.0) -> None:
         """Replace each parameter that has a gradient; their arrays stay as they are.
 
         Args:
             parameters: By name, float32.
             gradients: Of some of them, the same ones in each step, of the same shapes.
+            factor: Of the learning rate.
         """
-        self._steps += 1
-        first_bias, second_bias = (1 - beta**self._steps for beta in BETAS)
+        ...
+
+
+@dataclass(slots=True)
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2, as torch has it)."""
+
+    learning_rate: float
+    weight_decay: float
+    steps: int = 0
+    buffers: dict[str, Doubles] = field(default_factory=dict, repr=False)
+
+    def step(self, parameters: Tensors, gradients: Tensors, factor: float = 1.0) -> None:
+        """As ``Optimizer.step``."""
+        self.steps += 1
+        first_bias, second_bias = (1 - beta**self.steps for beta in BETAS)
+        rate = factor * self.learning_rate
         for name, found in gradients.items():
             gradient = found.astype(np.float64)
-            first, second = self._moments.get(name, (np.zeros(gradient.shape), np.zeros(gradient.shape)))
+            first, second = (self.buffers.get(f"{name}.{n}", np.zeros(gradient.shape)) for n in ("first", "second"))
             first = BETAS[0] * first + (1 - BETAS[0]) * gradient
             second = BETAS[1] * second + (1 - BETAS[1]) * gradient**2
-            self._moments[name] = first, second
+            self.buffers |= {f"{name}.first": first, f"{name}.second": second}
             change = first / first_bias / (np.sqrt(second / second_bias) + EPSILON)
-            decayed = parameters[name] * (1 - self.learning_rate * self.weight_decay)
-            parameters[name] = (decayed - self.learning_rate * change).astype(np.float32)
+            decayed = parameters[name] * (1 - rate * self.weight_decay)
+            parameters[name] = (decayed - rate * change).astype(np.float32)
+
+
+@dataclass(slots=True)
+class SGD:
+    """Stochastic gradient descent with momentum (Polyak 1964) and weight decay in the gradient, as torch has it."""
+
+    learning_rate: float
+    weight_decay: float
+    momentum: float
+    steps: int = 0
+    buffers: dict[str, Doubles] = field(default_factory=dict, repr=False)
+
+    def step(self, parameters: Tensors, gradients: Tensors, factor: float = 1.0) -> None:
+        """As ``Optimizer.step``."""
+        self.steps += 1
+        for name, found in gradients.items():
+            change = found.astype(np.float64) + self.weight_decay * parameters[name]
+            if self.momentum:
+                change += self.momentum * self.buffers.get(name, np.zeros(change.shape))
+                self.buffers[name] = change
+            parameters[name] = (parameters[name] - factor * self.learning_rate * change).astype(np.float32)
 
 
 def descend(
     start: Tensors,
-    order: Iterable[list[int]],
+    order: Sequence[list[int]],
     gradients_of: GradientsOf,
     task: Task,
     step: Callable[[], object] = lambda: None,
+    *,
+    epochs: int,
+    control: TrainingControl = UNLIMITED,
 ) -> Tensors:
-    """Minimize a loss with AdamW over the parts of an adapter that a task trains.
+    """Minimize a loss over the parts of an adapter that a task trains.
 
     Args:
         start: All tensors of the adapter, and R of Fed-SB if the task trains it.
-        order: Batches, as indices of examples.
+        order: The batches of all epochs, as indices of examples.
         gradients_of: Tensors and batch → its mean loss, and the gradients by at least the trained tensors.
-        task: Learning rate, weight decay, proximal term and parts.
+        task: Optimizer, learning rate and its schedule, weight decay, proximal term, clipping and parts.
         step: Called before each batch; an exception that it raises ends the training.
+        epochs: Passes over the examples in ``order``.
+        control: Limits of this device; what it keeps of a training that was interrupted is continued.
 
     Returns:
-        All tensors, finite.
+        All tensors, finite: the last ones, or with ``control.patience`` those with the least loss on held-out examples.
 
     Raises:
         DataError: The adapter has none of the parts, or a loss or a trained tensor is not finite.
     """
-    values, trained = dict(start), [name for name in start if part_of(name) in task.trained]
+    trained = [name for name in start if part_of(name) in task.trained]
     if not trained:
         raise DataError("the adapter has none of the parts that the task trains", about="task.trained")
-    optimizer = AdamW(task.learning_rate, task.weight_decay)
-    for batch in order:
+    optimizer = optimizer_of(task)
+    checkpoint = control.checkpoint
+    kept = checkpoint.read() if checkpoint else None
+    fits = kept is not None and kept.values.keys() == set(trained)
+    state = kept if kept and fits else TrainingState(0, {name: start[name] for name in trained}, {})
+    optimizer.steps, optimizer.buffers, values = state.steps, dict(state.buffers), start | state.values
+    begun, best, each = control.clock(), state.best, len(order) // max(epochs, 1)
+    for number in range(state.steps, len(order)):
         step()
-        loss, found = gradients_of(values, batch)
-        if not np.isfinite(loss):
-            raise DataError("the training loss is not finite; lower the learning rate", about="training.loss")
-        gradients = {name: found[name] for name in trained}
-        if task.proximal:  # FedProx (Li et al. 2020); Ditto's personal objective is the same (Li et al. 2021)
-            pull = np.float32(task.proximal)
-            gradients = {name: value + pull * (values[name] - start[name]) for name, value in gradients.items()}
-        optimizer.step(values, gradients)
-    return finite(values)
+        if control.clock() - begun >= control.seconds or (best and best.stale >= control.patience > 0):
+            break
+        with control.paced():
+            loss, found = gradients_of(values, order[number])
+            if not np.isfinite(loss):
+                raise DataError("the training loss is not finite; lower the learning rate", about="training.loss")
+            gradients = {name: found[name] for name in trained}
+            if task.proximal:  # FedProx (Li et al. 2020); Ditto's personal objective is the same (Li et al. 2021)
+                pull = np.float32(task.proximal)
+                gradients = {name: value + pull * (values[name] - start[name]) for name, value in gradients.items()}
+            if task.gradient_norm:
+                gradients = clipped(gradients, task.gradient_norm)
+            optimizer.step(values, gradients, schedule(task.schedule, number, len(order)))
+        if control.patience and (number + 1) % each == 0:
+            best = control.judged(best, {name: values[name] for name in trained}, values)
+        if checkpoint and checkpoint.due():
+            now = {name: values[name] for name in trained}
+            checkpoint.write(TrainingState(number + 1, now, optimizer.buffers, best))
+    return finite(values | best.values if best else values)
+
+
+def optimizer_of(task: Task) -> Optimizer:
+    """The optimizer that a task names, before its first step."""
+    if task.optimizer is OptimizerName.SGD:
+        return SGD(task.learning_rate, task.weight_decay, task.momentum)
+    return AdamW(task.learning_rate, task.weight_decay)
+
+
+def schedule(kind: Schedule, number: int, steps: int) -> float:
+    """The factor of the learning rate at a step, from 1 on; transformers' schedules without warm-up.
+
+    >>> [round(schedule(Schedule.LINEAR, n, 4), 2) for n in range(4)]
+    [1.0, 0.75, 0.5, 0.25]
+
+    Args:
+        kind: ``CONSTANT``, ``LINEAR`` to 0, or half a period of a ``COSINE`` to 0 (Loshchilov and Hutter 2017).
+        number: Of the step, from 0 on.
+        steps: Of the whole training.
+    """
+    match kind:
+        case Schedule.CONSTANT:
+            return 1.0
+        case Schedule.LINEAR:
+            return 1 - number / steps
+        case Schedule.COSINE:
+            return 0.5 * (1 + math.cos(math.pi * number / steps))
+
+
+def clipped(gradients: Mapping[str, NDArray[np.float32]], limit: float) -> Tensors:
+    """Gradients whose L2 norm over all of them is at most ``limit`` (Pascanu et al. 2013); torch's, to its 1e-6."""
+    norm = math.sqrt(sum(float(np.square(value, dtype=np.float64).sum()) for value in gradients.values()))
+    factor = np.float32(min(limit / (norm + 1e-6), 1.0))
+    return {name: value * factor for name, value in gradients.items()}
 
 
 def finite(trained: Tensors) -> Tensors:

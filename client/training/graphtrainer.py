@@ -5,7 +5,7 @@ the graph with which the device answers. Of the same batches, both trainers make
 the quantization of the base.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from cachetools import LRUCache, cached
@@ -30,13 +30,13 @@ from adapters.peftconfig import PeftConfig
 from adapters.task import MAX_LOSS, Task
 from adapters.traininggraph import TrainingGraph, batch_of, missing_slots
 from aggregation.errors import ConfigError, DataError
-from client.training.batches import batches
+from client.training.batches import batches, parts
+from client.training.control import TOKENS, UNLIMITED, TrainingControl
 from client.training.denormals import without_denormals
 from client.training.descent import descend
 from client.training.examples import Example, Score
 
 HEAD = ("classifier.bias", "classifier.weight")  # over the mean of the tokens, as federations train it
-TOKENS_AT_ONCE = 512  # of one run of the training graph, which bounds its memory; with MiniLM 0.4 MB a token
 
 
 class GraphTrainer:
@@ -56,7 +56,7 @@ class GraphTrainer:
                 or a file cannot be loaded.
             TrustError: A file of the bundle changed since it was verified.
         """
-        self.base, self._slots = base, base.manifest.slots
+        self.base, self.config, self._slots = base, config, base.manifest.slots
         _check(base, config)
         layers = sorted(name.removesuffix(LORA_A) for name in self._slots if name.endswith(LORA_A))
         adapted = [path for path in layers if _targeted(path, config.target_modules)]
@@ -91,6 +91,7 @@ class GraphTrainer:
         epochs: int,
         rng: np.random.Generator,
         step: Callable[[], object] = lambda: None,
+        control: TrainingControl = UNLIMITED,
     ) -> Tensors:
         """Train for ``epochs`` passes over ``examples``. Arguments, result and errors: as ``Trainer.train``."""
         if not examples:
@@ -99,12 +100,13 @@ class GraphTrainer:
 
         def gradients_of(values: Tensors, batch: list[int]) -> tuple[float, Tensors]:
             shares = [1 / len(batch)] * len(batch)
-            return self._gradients(values, [tokens[i] for i in batch], [labels[i] for i in batch], shares)
+            ids, targets = [tokens[i] for i in batch], [labels[i] for i in batch]
+            return self._gradients(values, ids, targets, shares, control.tokens)
 
-        order = batches([len(ids) for ids in tokens], task.batch_size, epochs, rng)
+        order = list(batches([len(ids) for ids in tokens], task.batch_size, epochs, rng))
         begun = unfolded(start) if Part.R in task.trained else start
         with without_denormals():
-            return descend(begun, order, gradients_of, task, step)
+            return descend(begun, order, gradients_of, task, step, epochs=epochs, control=control)
 
     def gradients(
         self, adapter: Tensors, examples: Sequence[Example], shares: Sequence[float]
@@ -180,14 +182,19 @@ class GraphTrainer:
         return result
 
     def _gradients(
-        self, values: Tensors, tokens: Sequence[list[int]], labels: Sequence[int], shares: Sequence[float]
+        self,
+        values: Tensors,
+        tokens: Sequence[list[int]],
+        labels: Sequence[int],
+        shares: Sequence[float],
+        at_once: int = TOKENS,
     ) -> tuple[float, Tensors]:
         """The loss of a batch, and its gradients by peft's tensors, and by R for those that have one."""
         squares = {name: values[square_name(name)] for name in values if square_name(name) in values and _is_b(name)}
         factors = {name: frozen_factor(name, values[name].shape) for name in squares}
         inputs = self._inputs(values | {name: values[name] + factors[name] @ r for name, r in squares.items()})
         loss, total = 0.0, dict[str, Floats]()
-        for part in _parts(tokens):
+        for part in parts([len(ids) for ids in tokens], at_once):
             batch = batch_of([tokens[i] for i in part], [labels[i] for i in part], [shares[i] for i in part])
             try:
                 some, found = self._training.gradients(batch, inputs)
@@ -270,16 +277,3 @@ def _layout(slots: dict[str, tuple[str, ...]], adapted: Sequence[str], labels: i
 
 def _is_b(name: str) -> bool:
     return part_of(name) is Part.B
-
-
-def _parts(tokens: Sequence[list[int]]) -> Iterator[list[int]]:
-    """The rows of a batch in runs of at most ``TOKENS_AT_ONCE`` tokens with padding, each of one row or more."""
-    part: list[int] = []
-    longest = 0
-    for row, ids in enumerate(tokens):
-        longest = max(longest, len(ids))
-        if part and longest * (len(part) + 1) > TOKENS_AT_ONCE:
-            yield part
-            part, longest = [], len(ids)
-        part.append(row)
-    yield part

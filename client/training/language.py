@@ -5,11 +5,11 @@ in the base's chat template if it has one; only the answer is learned. A text is
 if the base reads fewer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
-from threading import Lock
+from threading import RLock
 
 import numpy as np
 import torch
@@ -24,7 +24,8 @@ from adapters.layout import Layout, Tensors
 from adapters.peftconfig import PeftConfig
 from adapters.task import MAX_LOSS, Task
 from aggregation.errors import ConfigError, DataError
-from client.training.batches import batches
+from client.training.batches import batches, parts
+from client.training.control import UNLIMITED, TrainingControl
 from client.training.descent import finite
 from client.training.examples import Example, Score
 from client.training.trainer import fit, flushed_denormals, squares, values
@@ -53,7 +54,7 @@ class LanguageTrainer:
     """A frozen language model with one adapter, and its tokenizer. Threads may share it: one trains at a time."""
 
     def __init__(self, base: Base, config: PeftConfig) -> None:
-        self.base, self._lock = base, Lock()
+        self.base, self._lock = base, RLock()
         with flushed_denormals():
             self.model = causal.build(base, config)
         causal.require_private(self.model)
@@ -75,10 +76,11 @@ class LanguageTrainer:
         epochs: int,
         rng: np.random.Generator,
         step: Callable[[], object] = lambda: None,
+        control: TrainingControl = UNLIMITED,
     ) -> Tensors:
         """Train for ``epochs`` passes over ``examples``, starting from ``start``.
 
-        The loss is the mean cross-entropy of a batch's learned tokens; the optimizer is AdamW. Arguments, result and
+        The loss is the mean cross-entropy of a batch's learned tokens. Arguments, result and
         errors are those of ``trainer.Trainer.train``; an example has a text and maybe a prompt.
         """
         if not examples:
@@ -87,13 +89,17 @@ class LanguageTrainer:
             causal.load(self.model, start)
             encoded = self.encode(examples)
 
-            def loss(batch: list[int]) -> Tensor:
-                logits, targets = self._forward([encoded[i] for i in batch])
-                return cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+            def losses(batch: list[int]) -> Iterator[Tensor]:
+                learned = sum(int((encoded[i].targets != IGNORED).sum()) for i in batch)
+                for part in parts([len(encoded[i].ids) for i in batch], control.tokens):
+                    logits, targets = self._forward([encoded[batch[i]] for i in part])
+                    flat = logits.flatten(0, 1), targets.flatten()
+                    yield cross_entropy(*flat, ignore_index=IGNORED, reduction="sum") / learned
 
-            order = batches([len(each.ids) for each in encoded], task.batch_size, epochs, rng)
+            order = list(batches([len(each.ids) for each in encoded], task.batch_size, epochs, rng))
             with squares(self.model, task) as extra:
-                fit(self.adapter | extra, order, loss, task, step)
+                now = partial(causal.tensors, self.model)
+                fit(self.adapter | extra, order, losses, task, step, epochs=epochs, control=control, tensors=now)
             return finite(causal.tensors(self.model) | values(extra))
 
     def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:

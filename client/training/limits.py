@@ -5,6 +5,7 @@ can make the loss overflow only on devices that hold a certain phrase. One withi
 device then answers with a contribution of zero (``contribute.Outcome.nothing``).
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from adapters.peftconfig import require_trainable
 from adapters.taskkinds import AnyTask
 from aggregation.errors import ConfigError, ProtocolError
 from aggregation.session import COORDINATOR
+from client.training.control import TOKENS, TrainingControl
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +31,13 @@ class TrainingLimits:
         minimum_labels: Fewest labels of a classifier's task. If it has fewer than the examples, only some devices can
             train, and the sum is over these few alone.
         maximum_labels: Most labels of a task.
-        maximum_learning_rate: Largest learning rate of AdamW.
+        maximum_learning_rate: Largest learning rate.
         maximum_epochs: Most passes over the examples in a round.
-        maximum_batch_size: Most examples in a step, which bounds the memory that training needs.
+        maximum_batch_size: Most examples in a step.
+        maximum_tokens: Most tokens of one pass over the base, with padding, which bounds the memory that training
+            needs: a larger batch is trained in parts.
+        maximum_seconds: Longest training of a round, which ends then with what it has. 0: any.
+        duty_cycle: Share of the time in which training computes, above 0; it pauses after each step.
         moments: Whether to contribute to an analytic head. Whoever knows the sum of second moments can tell rather well
             whether a certain phrase is in it (docs/explanation/threat-model.md).
         answer_quantum_seconds: Offers and plans are answered at a multiple of this time after they arrived. 0: at once.
@@ -46,8 +52,15 @@ class TrainingLimits:
     maximum_learning_rate: float = 0.1
     maximum_epochs: int = 10
     maximum_batch_size: int = 64
+    maximum_tokens: int = TOKENS
+    maximum_seconds: float = 0.0
+    duty_cycle: float = 1.0
     moments: bool = True
     answer_quantum_seconds: float = 60.0
+
+    def control(self) -> TrainingControl:
+        """What these limits let a training do."""
+        return TrainingControl(self.maximum_seconds or math.inf, self.duty_cycle, self.maximum_tokens)
 
     def check(self, task: AnyTask, adapter: Tensors) -> None:
         """Return if the task and the adapter on offer are within these limits.

@@ -6,8 +6,9 @@ often not the best. The personal adapter never leaves it.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from adapters.analytic import ClassifierHead, refit
 from adapters.layout import Layout, Tensors
 from adapters.task import Task
+from client.training.control import UNLIMITED, TrainingControl
 from client.training.examples import Example, Score, Split, in_split
 from client.training.moments import own_moments
 from client.training.protocols import ClassifierTrainer
@@ -70,6 +72,8 @@ class PersonalStep:
         share: Of ``INTERPOLATE``: of the fine-tuned adapter, 0 to 1 (Wortsman et al. 2022, "Robust fine-tuning of
             zero-shot models").
         choice: When another candidate is kept.
+        patience: Epochs without a lower loss on the held-out examples after which training ends, with the best adapter
+            until then (Prechelt 1998, "Early stopping - but when?"); 0: never. Not used without held-out examples.
     """
 
     epochs: int
@@ -77,6 +81,7 @@ class PersonalStep:
     method: PersonalMethod = PersonalMethod.FINE_TUNE
     share: float = 0.5
     choice: Choice = Choice.BEST
+    patience: int = 0
 
 
 def personalize(
@@ -88,6 +93,7 @@ def personalize(
     *,
     rng: np.random.Generator,
     step: Callable[[], object] = lambda: None,
+    control: TrainingControl = UNLIMITED,
 ) -> Personalization:
     """Make a personal adapter from the global one and the training examples, and keep it or another candidate.
 
@@ -99,6 +105,7 @@ def personalize(
         how: The step; fine-tuning for 0 epochs makes nothing, and leaves ``candidates`` to choose from.
         rng: As for ``Trainer.train``.
         step: As for ``Trainer.train``.
+        control: Limits of this device.
 
     Returns:
         With ``Choice.BEST``, the candidate with the most correct answers on the held-out examples, among equals that
@@ -109,10 +116,12 @@ def personalize(
     Raises:
         DataError: As ``Trainer.train`` and ``with_own_head``.
     """
-    adapters = dict(candidates)
+    adapters, held_out = dict(candidates), in_split(examples, Split.VALIDATION)
+    if how.patience and held_out:
+        control = replace(control, patience=how.patience, held_out=lambda found: trainer.score(found, held_out).loss)
     if how.epochs or how.method is not PersonalMethod.FINE_TUNE:
-        adapters[Candidate.PERSONAL] = _personal(trainer, candidates[Candidate.GLOBAL], examples, task, how, rng, step)
-    held_out = in_split(examples, Split.VALIDATION)
+        train = partial(trainer.train, rng=rng, step=step, control=control)
+        adapters[Candidate.PERSONAL] = _personal(trainer, candidates[Candidate.GLOBAL], examples, task, how, train)
     scores = {candidate: trainer.score(adapter, held_out) for candidate, adapter in adapters.items()}
     order = list(Candidate)
     last = max(adapters, key=order.index)
@@ -151,15 +160,14 @@ def _personal(
     examples: Sequence[Example],
     task: Task,
     how: PersonalStep,
-    rng: np.random.Generator,
-    step: Callable[[], object],
+    train: Callable[..., Tensors],
 ) -> Tensors:
     """The personal adapter."""
     if how.method is PersonalMethod.RIDGE:
         return with_own_head(trainer, shared, examples, scale=how.scale)
     tuned = shared
     if how.epochs:
-        tuned = trainer.train(shared, in_split(examples, Split.TRAIN), task, epochs=how.epochs, rng=rng, step=step)
+        tuned = train(shared, in_split(examples, Split.TRAIN), task, epochs=how.epochs)
     match how.method:
         case PersonalMethod.FINE_TUNE:
             return tuned

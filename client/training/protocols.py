@@ -10,6 +10,7 @@ from adapters.base import Base
 from adapters.bundle import VerifiedBase
 from adapters.layout import Layout, Tensors
 from adapters.task import Task
+from client.training.control import UNLIMITED, TrainingControl
 from client.training.examples import Example, Score
 
 FrozenBase = Base | VerifiedBase
@@ -34,6 +35,7 @@ class LocalTrainer(Protocol):
         epochs: int,
         rng: np.random.Generator,
         step: Callable[[], object] = lambda: None,
+        control: TrainingControl = UNLIMITED,
     ) -> Tensors:
         """Train for ``epochs`` passes over ``examples``."""
         ...

@@ -1,14 +1,15 @@
-"""Trains an adapter with AdamW on a device's examples, and scores it on held-out examples.
+"""Trains an adapter on a device's examples, and scores it on held-out examples.
 
 Training is deterministic for given tensors, examples and generator on one machine with one number of threads: the model
 stays in evaluation mode (no dropout), and the generator orders the examples. Rounds, masks and messages are not handled
 here.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache
-from threading import Lock
+from dataclasses import replace
+from functools import lru_cache, partial
+from threading import RLock
 
 import numpy as np
 import torch
@@ -25,8 +26,9 @@ from adapters.parts import Part, part_of
 from adapters.peftconfig import PeftConfig
 from adapters.task import MAX_LOSS, Task
 from aggregation.errors import DataError
-from client.training.batches import batches
-from client.training.descent import finite
+from client.training.batches import batches, parts
+from client.training.control import UNLIMITED, TrainingControl
+from client.training.descent import descend, finite
 from client.training.examples import Example, Score
 
 LORA_B = ".lora_B.default"  # ends the path of a layer's B in peft's model
@@ -36,7 +38,7 @@ class Trainer:
     """A frozen base with one adapter, and its tokenizer. Threads may share it: one trains or embeds at a time."""
 
     def __init__(self, base: Base, task_labels: int, config: PeftConfig) -> None:
-        self.base, self._lock = base, Lock()
+        self.base, self._lock = base, RLock()
         with flushed_denormals():  # torch's threads keep what holds when they start
             self.model: PeftModel = classifier.build(base, task_labels, config)
         # On short texts, without fused kernels, a step of multilingual-e5-small takes a fifth less time.
@@ -54,16 +56,18 @@ class Trainer:
         epochs: int,
         rng: np.random.Generator,
         step: Callable[[], object] = lambda: None,
+        control: TrainingControl = UNLIMITED,
     ) -> Tensors:
-        """Train for ``epochs`` passes over ``examples``, starting from ``start``, with cross-entropy and AdamW.
+        """Train for ``epochs`` passes over ``examples``, starting from ``start``, with cross-entropy.
 
         Args:
             start: Tensors in ``layout``; the caller checks them.
             examples: At least one.
-            task: Batch size, learning rate, weight decay and proximal term; parts that it does not train stay.
+            task: Batch size, optimizer and its settings; parts that it does not train stay.
             epochs: Passes over the examples.
             rng: Draws the order of the examples.
             step: Called before each batch; an exception that it raises ends the training.
+            control: Limits of this device.
 
         Returns:
             Tensors in ``layout``, and R if the task trains it (``adapters.lorasb``), float32 and finite. Guarantee:
@@ -75,7 +79,7 @@ class Trainer:
         if not examples:
             raise DataError("there are no examples to train on; add some", about="examples", value=0)
         with self._lock, flushed_denormals():
-            return self._train(start, examples, task, epochs, rng, step)
+            return self._train(start, examples, task, epochs, rng, step, control)
 
     def _train(
         self,
@@ -85,17 +89,22 @@ class Trainer:
         epochs: int,
         rng: np.random.Generator,
         step: Callable[[], object],
+        control: TrainingControl,
     ) -> Tensors:
         classifier.load(self.model, start)
         tokens = self._tokens([e.text for e in examples])
         labels = torch.tensor([e.label for e in examples])
 
-        def loss(batch: list[int]) -> Tensor:
-            return cross_entropy(self._forward(*classifier.padded([tokens[i] for i in batch])), labels[batch])
+        def losses(batch: list[int]) -> Iterator[Tensor]:
+            for part in parts([len(tokens[i]) for i in batch], control.tokens):
+                rows = [batch[i] for i in part]
+                logits = self._forward(*classifier.padded([tokens[i] for i in rows]))
+                yield cross_entropy(logits, labels[rows], reduction="sum") / len(batch)
 
-        order = batches([len(ids) for ids in tokens], task.batch_size, epochs, rng)
+        order = list(batches([len(ids) for ids in tokens], task.batch_size, epochs, rng))
         with squares(self.model, task) as extra:
-            fit(self.adapter | extra, order, loss, task, step)
+            now = partial(classifier.tensors, self.model)
+            fit(self.adapter | extra, order, losses, task, step, epochs=epochs, control=control, tensors=now)
         return finite(classifier.tensors(self.model) | values(extra))
 
     def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
@@ -151,41 +160,56 @@ class Trainer:
 
 def fit(
     adapter: Mapping[str, nn.Parameter],
-    order: Iterable[list[int]],
-    loss_of: Callable[[list[int]], Tensor],
+    order: Sequence[list[int]],
+    losses_of: Callable[[list[int]], Iterator[Tensor]],
     task: Task,
     step: Callable[[], object],
+    *,
+    epochs: int,
+    control: TrainingControl,
+    tensors: Callable[[], Tensors],
 ) -> None:
-    """Minimize a loss with AdamW over the parts of an adapter that a task trains, in place.
+    """Minimize a loss over the parts of an adapter that a task trains, in place, as ``descent.descend``.
 
     Args:
         adapter: Its parameters, by peft's names.
-        order: Batches, as indices of examples.
-        loss_of: Batch → its mean loss.
-        task: Learning rate, weight decay, proximal term and parts.
-        step: Called before each batch; an exception that it raises ends the training.
+        order, task, step, epochs, control: As of ``descend``.
+        losses_of: Batch → the losses of its parts, which add up to its mean loss.
+        tensors: The adapter of the parameters' values now, as ``control.held_out`` takes it.
 
     Raises:
-        DataError: The adapter has none of the parts, or a loss is not finite.
+        DataError: As ``descend``.
     """
     for name, parameter in adapter.items():
         parameter.requires_grad_(part_of(name) in task.trained)
-    parameters = [parameter for parameter in adapter.values() if parameter.requires_grad]
-    if not parameters:
-        raise DataError("the adapter has none of the parts that the task trains", about="task.trained")
-    anchors = [parameter.detach().clone() for parameter in parameters] if task.proximal else []
-    optimizer = torch.optim.AdamW(parameters, lr=task.learning_rate, weight_decay=task.weight_decay)
-    for batch in order:
-        step()
-        loss = loss_of(batch)
-        if not torch.isfinite(loss):
-            raise DataError("the training loss is not finite; lower the learning rate", about="training.loss")
-        if anchors:  # FedProx (Li et al. 2020); Ditto's personal objective is the same (Li et al. 2021)
-            distance = torch.stack([((p - a) ** 2).sum() for p, a in zip(parameters, anchors, strict=True)]).sum()
-            loss = loss + task.proximal / 2 * distance
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+    trained = {name: parameter for name, parameter in adapter.items() if parameter.requires_grad}
+
+    def gradients_of(now: Tensors, batch: list[int]) -> tuple[float, Tensors]:
+        place(adapter, now)
+        total = 0.0
+        for parameter in trained.values():
+            parameter.grad = torch.zeros_like(parameter)
+        for loss in losses_of(batch):
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        return total, {name: np.array(parameter.grad) for name, parameter in trained.items()}
+
+    def held_out(now: Tensors) -> float:
+        place(adapter, now)
+        try:
+            return control.held_out(tensors()) if control.held_out else 0.0
+        finally:
+            torch.set_flush_denormal(True)  # which scoring ended
+
+    bounded = replace(control, held_out=held_out if control.held_out else None)
+    place(adapter, descend(values(adapter), order, gradients_of, task, step, epochs=epochs, control=bounded))
+
+
+def place(parameters: Mapping[str, nn.Parameter], found: Tensors) -> None:
+    """Set parameters to the values of their names."""
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.from_numpy(found[name]))
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from flwr.clientapp import ClientApp
 from adapters.layout import Layout, Tensors
 from adapters.task import Task
 from client.node.app import STATE, OpenState, register
+from client.training.control import UNLIMITED, TrainingControl
 from client.training.engine import trainer_of
 from client.training.examples import Example, Score
 from client.training.protocols import FrozenBase, LocalTrainer
@@ -52,11 +53,12 @@ class LyingTrainer:
         epochs: int,
         rng: np.random.Generator,
         step: Callable[[], object] = lambda: None,
+        control: TrainingControl = UNLIMITED,
     ) -> Tensors:
         """Tensors that make the update the attacker's."""
         if self.kind != "sign-flip":
             examples = [replace(each, label=len(task.labels) - 1 - each.label) for each in examples]
-        trained = self.trainer.train(start, examples, task, epochs=epochs, rng=rng, step=step)
+        trained = self.trainer.train(start, examples, task, epochs=epochs, rng=rng, step=step, control=control)
         factor = np.float32(FACTORS[self.kind])
         return {name: start.get(name, 0) + factor * (after - start.get(name, 0)) for name, after in trained.items()}
 

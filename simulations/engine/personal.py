@@ -123,7 +123,8 @@ def personal_step(
     candidates = {Candidate.BASE: inputs.seed_adapter, Candidate.GLOBAL: start}
     own = inputs.personal
     fine = replace(inputs.task, learning_rate=rate or own.learning_rate, proximal=own.proximal if not arm else 0.0)
-    how = PersonalStep(own.epochs, inputs.scale, PersonalMethod(own.method), own.share, Choice(own.choice))
+    method, choice = PersonalMethod(own.method), Choice(own.choice)
+    how = PersonalStep(own.epochs, inputs.scale, method, own.share, choice, own.patience)
     order, read = generator(inputs.seed, client, arm), personal_examples(client, examples, inputs)
     return personalize(mine, candidates, read, fine, how, rng=order, step=step)
 

@@ -7,7 +7,7 @@ after a round in which every device trained one step of AdamW; or it is the deno
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -226,6 +226,23 @@ def test_nor_does_it_show_if_the_weights_have_a_common_divisor(divisor: int, mon
     assert shown() > 0.9
     monkeypatch.setattr(task, "_width", lambda *_: 2 * rate)  # of one example, not of a device's
     assert (shown() > 0.05) == (divisor > 1)
+
+
+def test_a_step_of_sgd_has_no_such_period_and_needs_no_wider_noise() -> None:
+    rng, rate, size = np.random.default_rng(1), 0.1, 20_000
+    weights, gradients = np.array([3, 5, 7, 4, 11, 6]), rng.normal(size=(6, size))
+    layout = Layout((TensorSpec("a", (1, size)),))
+    vector = task.contribution_spec(layout, clip_norm=120.0, weight_cap=128, ring_bits=32, max_clients=6)
+    spec = session_spec(6, vector=vector, clip_norm=120.0, weight_cap=128)
+    delta = rotation.rotate(rate * weights @ gradients, rotation.seed(bytes(32)))
+    others = {name: np.zeros(1) for name in ("correct", "loss", "held_out")}
+    sums = {"delta": delta, "weight": np.array([float(weights.sum())]), **others}
+    config, labels = PeftConfig("LORA", 2, 4, ("query",)), ("off", "on")
+    plan = task.Task(config, labels, 1, 16, rate, 0.0, 0.0, PARTS, PARTS, task.OptimizerName.SGD)
+    mean = task.weighted_mean(spec, plan, layout, sums, 6, bytes(32)).astype(np.float64)
+    assert agreement(mean, np.array([weights.sum()]), 2 * rate)[0] < 4.5 / np.sqrt(size)
+    assert task._width(spec, plan, float(weights.sum()), 6) < 0.1 * rate
+    assert task._width(spec, replace(plan, optimizer=task.OptimizerName.ADAMW), float(weights.sum()), 6) > rate
 
 
 # Coordinates that no device changed: the mean is the noise, and nothing else.

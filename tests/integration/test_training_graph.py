@@ -23,6 +23,13 @@ from export.onnx.exported import ExportedBase, Profile
 from export.onnx.slotted import with_mean_head
 from tests.support.errors import refused
 
+SGD = {
+    "training__optimizer": "sgd",
+    "training__learning_rate": 0.1,
+    "training__momentum": 0.9,
+    "training__schedule": "linear",
+    "training__gradient_norm": 1.0,
+}
 Exported = Callable[[Profile], ExportedBase]
 
 
@@ -51,8 +58,8 @@ def last(fleet: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("changes", "solved"),
-    [({}, False), ({"method": "fedsb"}, False), ({"rounds": 1, "analytic__rounds": 1}, True)],
-    ids=["LoRA", "Fed-SB", "analytic head"],
+    [({}, False), (SGD, False), ({"method": "fedsb"}, False), ({"rounds": 1, "analytic__rounds": 1}, True)],
+    ids=["LoRA", "SGD", "Fed-SB", "analytic head"],
 )
 def test_devices_without_torch_make_the_versions_that_torch_makes(
     app_fleet_of: Any, exported: Exported, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], solved: bool

@@ -18,6 +18,7 @@ from client.cli import device
 from client.node.policy import PolicySettings
 from client.node.privacyledger import PrivacyLedger
 from client.node.statedir import DeviceSettings, DeviceStateDir
+from client.training.control import TrainingControl
 from client.training.limits import TrainingLimits
 from tests.support import refused
 
@@ -49,6 +50,9 @@ CHANGED: dict[str, Any] = {
     "maximum_learning_rate": 0.5,
     "maximum_epochs": 3,
     "maximum_batch_size": 8,
+    "maximum_tokens": 256,
+    "maximum_seconds": 90.0,
+    "duty_cycle": 0.25,
     "moments": False,
     "answer_quantum_seconds": 2.5,
 }
@@ -83,6 +87,13 @@ def test_a_limit_in_the_file_is_the_limit_in_force(tmp_path: Path, key: str) -> 
     else:
         sessions = dataclasses.replace(sessions, **{key: expected})
     assert (found.policy(BASE), found.training()) == (sessions, training)
+
+
+def test_the_owners_limits_of_time_memory_and_pauses_bound_a_training(tmp_path: Path) -> None:
+    limits = with_policy(tmp_path, "maximum_seconds = 90\nduty_cycle = 0.25\nmaximum_tokens = 64\n")
+    control = limits.settings.policy.training().control()
+    assert (control.seconds, control.duty_cycle, control.tokens) == (90.0, 0.25, 64)
+    assert TrainingLimits().control() == TrainingControl()
 
 
 def test_a_policy_is_read_back_as_it_was_written(tmp_path: Path) -> None:
@@ -128,6 +139,10 @@ def test_with_a_base_that_is_not_known_a_device_joins_no_session() -> None:
         ("maximum_learning_rate = 0.0\n", "policy.maximum_learning_rate"),
         ("maximum_epochs = 1.5\n", "policy.maximum_epochs"),
         ("maximum_batch_size = 0\n", "policy.maximum_batch_size"),
+        ("maximum_tokens = 0\n", "policy.maximum_tokens"),
+        ("maximum_seconds = -1\n", "policy.maximum_seconds"),
+        ("duty_cycle = 0\n", "policy.duty_cycle"),
+        ("duty_cycle = 1.5\n", "policy.duty_cycle"),
         ("answer_quantum_seconds = -1\n", "policy.answer_quantum_seconds"),
         ("answer_quantum_seconds = 1e9\n", "policy.answer_quantum_seconds"),
     ],

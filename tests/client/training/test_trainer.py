@@ -19,6 +19,7 @@ from adapters.parts import PARTS, Part, part_of
 from adapters.task import MAX_LOSS, Task
 from aggregation.errors import DataError
 from client.training.batches import batches
+from client.training.descent import AdamW
 from client.training.examples import Example, Score, Split
 from client.training.personal import (
     OWN_STRENGTH,
@@ -135,14 +136,13 @@ def test_a_loss_that_is_not_finite_is_refused(trainer: Trainer, start: Tensors) 
 def test_an_adapter_that_is_not_finite_after_the_last_step_is_refused(
     trainer: Trainer, start: Tensors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = torch.optim.AdamW.step
+    step = AdamW.step
 
-    def overflow(self: Any, *args: Any) -> Any:
-        step(self, *args)
-        with torch.no_grad():
-            self.param_groups[0]["params"][0].fill_(float("nan"))
+    def overflow(self: Any, parameters: Tensors, *args: Any) -> None:
+        step(self, parameters, *args)
+        parameters[next(iter(parameters))] *= np.float32("nan")
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
+    monkeypatch.setattr(AdamW, "step", overflow)
     with refused(DataError, "training.adapter"):
         trainer.train(start, EXAMPLES[:4], TASK, epochs=1, rng=rng())
 

@@ -1,0 +1,170 @@
+"""What bounds a training on a device besides its task: time, memory, heat and battery, held-out examples, and kills.
+
+The task is the coordinator's or the personal step's. These limits are the device's, and hold for every engine
+(``descent.descend``).
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters import storage
+from adapters.layout import Tensors
+from aggregation import sealed
+from aggregation.errors import EdgeAdaptError, TrustError
+
+Doubles = NDArray[np.float64]
+TOKENS = 512  # of one pass, which bounds its memory; with MiniLM 0.4 MB a token
+LONGEST_PAUSE = 60.0  # seconds
+MAX_STATE = 2**30  # bytes
+MAGIC = b"edgeadapt/training/1\x00"
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The trained tensors with the least loss on held-out examples, and the epochs since then."""
+
+    loss: float
+    values: Tensors = field(repr=False)
+    stale: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingState:
+    """A training between two steps.
+
+    Attributes:
+        steps: That are done.
+        values: The trained tensors.
+        buffers: Of the optimizer.
+        best: With a patience, after the first epoch.
+    """
+
+    steps: int
+    values: Tensors = field(repr=False)
+    buffers: Mapping[str, Doubles] = field(repr=False)
+    best: Best | None = None
+
+    def encode(self) -> bytes:
+        """A file of NumPy's arrays (npz). Law: ``decode(encode(s))`` is ``s``, to the bit."""
+        best = {} if self.best is None else {f"best/{name}": value for name, value in self.best.values.items()}
+        named = {f"value/{name}": value for name, value in self.values.items()}
+        found: dict[str, Any] = named | best | {f"buffer/{name}": value for name, value in self.buffers.items()}
+        counts = [self.steps, *([] if self.best is None else [self.best.loss, self.best.stale])]
+        file = BytesIO()
+        np.savez(file, **found, counts=np.array(counts, np.float64))
+        return file.getvalue()
+
+    @classmethod
+    def decode(cls, raw: bytes) -> "TrainingState":
+        """What ``encode`` wrote.
+
+        Raises:
+            TrustError: It is something else.
+        """
+        try:
+            with np.load(BytesIO(raw), allow_pickle=False) as file:
+                found = {name: file[name] for name in file.files}
+            steps, *rest = found.pop("counts").tolist()
+            best = Best(rest[0], _under("best/", found), int(rest[1])) if rest else None
+            return cls(int(steps), _under("value/", found), _under("buffer/", found), best)
+        except (BadZipFile, EOFError, KeyError, ValueError, IndexError) as error:
+            raise TrustError("no state of a training", about="training.state") from error
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """Where a training that may be killed keeps its state, encrypted.
+
+    Args:
+        path: Of the file, in a private folder.
+        key: 32 bytes that never leave the device.
+        subject: What the training is of. The state of another one is not continued.
+        every: Seconds between two states.
+    """
+
+    path: Path
+    key: bytes = field(repr=False)
+    subject: bytes
+    every: float = 10.0
+    _written: float = field(default_factory=time.monotonic, repr=False)
+
+    def read(self) -> TrainingState | None:
+        """The state, if there is one of this training; what is damaged, or of another training, is left out."""
+        try:
+            raw = storage.read(self.path, MAX_STATE).removeprefix(MAGIC)
+            return TrainingState.decode(sealed.decrypt(raw, self.key, MAGIC + self.subject))
+        except (EdgeAdaptError, FileNotFoundError):
+            return None
+
+    def due(self) -> bool:
+        """Whether the last state is old enough to be replaced."""
+        return time.monotonic() - self._written >= self.every
+
+    def write(self, state: TrainingState) -> None:
+        """Replace the state. Raises OSError, as where the disk is full."""
+        storage.replace(self.path, MAGIC + sealed.encrypt(state.encode(), self.key, MAGIC + self.subject))
+        self._written = time.monotonic()
+
+    def delete(self) -> None:
+        """Forget the training."""
+        self.path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingControl:
+    """The limits of a training.
+
+    Args:
+        seconds: After which no step begins: the training ends with what it has.
+        duty_cycle: Share of the time in which it computes, above 0: after each step it pauses, so that a battery lasts
+            longer and a device stays cool.
+        tokens: Most tokens of one pass, with padding. A larger batch is run in parts, whose gradients add up to its own
+            (gradient accumulation), so that this bounds memory.
+        patience: Epochs without a lower loss on held-out examples after which the training ends; 0: never.
+        held_out: The loss of an adapter on held-out examples; needed with a patience.
+        checkpoint: Where the state is kept.
+        clock, sleep: Of the machine.
+    """
+
+    seconds: float = math.inf
+    duty_cycle: float = 1.0
+    tokens: int = TOKENS
+    patience: int = 0
+    held_out: Callable[[Tensors], float] | None = None
+    checkpoint: Checkpoint | None = None
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], object] = time.sleep
+
+    @contextmanager
+    def paced(self) -> Iterator[None]:
+        """A step, and the pause after it."""
+        begun = self.clock()
+        yield
+        if self.duty_cycle < 1:
+            self.sleep(min((self.clock() - begun) * (1 / self.duty_cycle - 1), LONGEST_PAUSE))
+
+    def judged(self, best: Best | None, trained: Tensors, whole: Tensors) -> Best | None:
+        """The best tensors after an epoch: these, or the ones before, which are one epoch older now."""
+        if self.held_out is None:
+            return None
+        loss = self.held_out(whole)
+        if best is None or loss < best.loss:
+            return Best(loss, trained)
+        return replace(best, stale=best.stale + 1)
+
+
+UNLIMITED = TrainingControl()
+
+
+def _under(prefix: str, found: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    return {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
