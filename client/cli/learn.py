@@ -78,15 +78,16 @@ def _lines(learned: "Learned") -> list[str]:
     lines = [
         f"{learned.adapter} version {learned.version}: {known} of {len(learned.taught)} learned, "
         f"{learned.steps} steps, {learned.seconds:.1f} s",
-        *map(_change, learned.taught),
+        *map(change, learned.taught),
     ]
     if learned.tested:
         lines.append(f"{len(learned.changed)} of {learned.tested} other known phrases are answered otherwise")
     wrong = (f"  forgotten: {one.label}" if one.after.label != one.label else "" for one in learned.changed)
-    return lines + [f"{_change(one)}{note}" for one, note in zip(learned.changed, wrong, strict=True)]
+    return lines + [f"{change(one)}{note}" for one, note in zip(learned.changed, wrong, strict=True)]
 
 
-def _change(one: "Answers") -> str:
+def change(one: "Answers") -> str:
+    """An answer before and after, with its phrase, as one line."""
     before, after = (f"{answer.label} {answer.probability:.1%}" for answer in (one.before, one.after))
     return f"{before} → {after}  {_line(one.text)}"
 

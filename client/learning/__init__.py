@@ -1,9 +1,9 @@
-"""Learning from a person's corrections, on the device that answers: the private adapter is tuned and used at once.
+"""Learning on the device that answers: from a person's corrections, at once, and from its own examples.
 
 Runs on the bare install, and uses no network.
 """
 
 from client.learning.corrections import Correction
-from client.learning.learner import Answers, Learned, Learner, Undone
+from client.learning.learner import Answers, Learned, Learner, Personalized, Undone
 
-__all__ = ["Answers", "Correction", "Learned", "Learner", "Undone"]
+__all__ = ["Answers", "Correction", "Learned", "Learner", "Personalized", "Undone"]

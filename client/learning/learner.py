@@ -7,26 +7,31 @@
     learned/sealing.key         encrypts the next
     learned/history.sealed      corrections, and the adapters before the last of them (``corrections.LessonHistory``)
     learned/learn.lock          held while a device learns
+    learned/training.sealed     a personal step that was interrupted, which the next one continues
     bundle/adapters/NAME.*      the private adapter: readable by its owner only
 
 Nothing of this leaves the device. Whatever fails, and whenever the process is killed, the adapter in use stays.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from stat import S_IMODE
 
-from adapters import container, storage
+import numpy as np
+
+from adapters import container, jsontext, storage
 from adapters.bundle import PHRASES, TOKENIZER, TRUST, VerifiedAdapter, adapter_names, adapter_path, manifest_path
 from adapters.keyfiles import read_key
 from adapters.layout import Tensors
 from adapters.manifest import AdapterManifest
+from adapters.parts import PARTS
 from adapters.phrases import parse_phrases
 from adapters.quantization import quantize
+from adapters.task import Task
 from aggregation.entropy import Entropy, SystemEntropy
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey, PublicKey
@@ -35,14 +40,19 @@ from client.inference.phrases import PhraseReader
 from client.inference.session import Prediction
 from client.learning.corrections import MAX_AT_ONCE, MAX_FILE, Before, Correction, Lesson, LessonHistory
 from client.learning.tune import probabilities, tune
-from client.training.examples import MAX_TEXT, Example
+from client.training.control import UNLIMITED, Checkpoint, TrainingControl
+from client.training.examples import MAX_TEXT, Example, Split, encode_examples, in_split, read_examples
 from client.training.graphtrainer import GraphTrainer
+from client.training.personal import Candidate, PersonalStep, personalize, rehearsed
 
 LEARNED, KEY, SEALING_KEY, HISTORY, LOCK = "learned", "key.pem", "sealing.key", "history.sealed", "learn.lock"
 PERSONAL = "personal"  # the private adapter that is made of a global one
 MAX_REHEARSED = 32  # phrases
 MAX_TESTED = 32  # phrases
 MAX_HISTORY = 2**30  # bytes
+TRAINING_STATE = "training.sealed"
+PUBLIC_EACH = 4  # public phrases of a label without an example (docs/decisions/0034)
+BATCH_SIZE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +81,31 @@ class Learned:
     steps: int
     seconds: float
     taught: tuple[Answers, ...]
+    changed: tuple[Answers, ...]
+    tested: int
+
+
+@dataclass(frozen=True, slots=True)
+class Personalized:
+    """What a personal step did.
+
+    Attributes:
+        adapter, version: The adapter that is in use now.
+        made: Whether the step made it; else another one answers more of the held-out examples.
+        seconds: Of the step.
+        trained, held_out: Examples; corrections and public phrases are among the first.
+        right: Of the held-out examples, by adapter: ``global``, ``personal``, and ``in use`` before the step.
+        changed: Of the ``tested`` held-out examples and public phrases, those with another answer than before; none if
+            the adapter in use stays.
+    """
+
+    adapter: str
+    version: int
+    made: bool
+    seconds: float
+    trained: int
+    held_out: int
+    right: Mapping[str, int]
     changed: tuple[Answers, ...]
     tested: int
 
@@ -144,25 +179,110 @@ class Learner:
             ConfigError: The bundle has no training graph, or not one for this adapter.
             OSError: The disk is full, for example.
         """
-        labels, manifest = self.adapter.manifest.labels, self.adapter.manifest
+        manifest = self.adapter.manifest
         taught = self._checked(corrections)
-        if manifest.peft_config is None:
-            reason = f"adapter {manifest.name!r} does not state its PEFT config, which training needs: export it again"
-            raise ConfigError(reason, about="adapter-manifest.peft_config")
-        trainer = GraphTrainer(self.library.base, len(labels), manifest.peft_config)
+        trainer = self._trainer(manifest)
         start, begun = trainer.tensors_of(self.adapter.inputs), time.perf_counter()
         rehearsed, tested = self._others({one.text for one in taught})
         tuned = tune(trainer, start, taught, rehearsed)
         seconds = time.perf_counter() - begun
         everything = [*taught, *tested]
-        answers = self._answers(trainer, everything, start, tuned.adapter)
+        answers = self._answers(trainer, manifest, everything, start, tuned.adapter)
         own, others = answers[: len(taught)], answers[len(taught) :]
         if not any(one.after.label == one.label for one in own):
             reason = f"nothing was learned in {tuned.steps} steps; the adapter in use stays: teach other phrases"
             raise DataError(reason, about="corrections")
         changed = tuple(one for one in others if one.before.label != one.after.label)
-        made = self._replace(corrections, trainer.inputs_of(tuned.adapter))
+        made = self._replace(manifest, corrections, trainer.inputs_of(tuned.adapter))
         return Learned(made.name, made.version, tuned.steps, seconds, own, changed, len(others))
+
+    def personalize(
+        self,
+        examples: Path,
+        how: PersonalStep,
+        learning_rate: float,
+        control: TrainingControl = UNLIMITED,
+    ) -> Personalized:
+        """The personal step: a private adapter is made from the global one, and put into use.
+
+        It trains on the device's examples, on what the device was taught, and on public phrases of labels that neither
+        has. An interrupted step of the same arguments is continued. It is not put into use if the global adapter, or
+        the one in use, answers more of the held-out examples.
+
+        Args:
+            examples: The device's examples file.
+            how: The step.
+            learning_rate: Of the first training step.
+            control: Limits of this device; its checkpoint is set here.
+
+        Raises:
+            DataError: An example is not valid, or a loss is not finite.
+            ConfigError: As ``teach``; or the bundle has no global adapter, or several.
+            OSError: The disk is full, for example.
+        """
+        origin, begun = self._global(), time.perf_counter()
+        labels = origin.manifest.labels
+        own = read_examples(examples, len(labels))
+        trainer = self._trainer(origin.manifest)
+        start = trainer.tensors_of(origin.inputs)
+        texts = {one.text for one in own}
+        taught = [
+            Example(one.text, labels.index(one.label))
+            for one in self.history.corrections
+            if one.label in labels and one.text not in texts
+        ]
+        public = [one for one in self._public(labels) if one.text not in texts]
+        settings = [origin.manifest.sha256, learning_rate, *map(str, astuple(how))]
+        subject = sha256(jsontext.encode(settings) + encode_examples([*own, *taught, *public])).digest()
+        rng = np.random.default_rng(list(subject))
+        every = rehearsed([*own, *taught], public, each=PUBLIC_EACH, rng=rng)
+        epochs = max(how.epochs, 1)
+        task = Task(trainer.config, labels, epochs, BATCH_SIZE, learning_rate, 0.0, 0.0, PARTS, PARTS)
+        checkpoint = Checkpoint(self.folder / TRAINING_STATE, self.keys[1], subject)
+        bounded = replace(control, checkpoint=checkpoint)
+        found = personalize(trainer, {Candidate.GLOBAL: start}, every, task, how, rng=rng, control=bounded)
+        held_out = in_split(own, Split.VALIDATION)
+        before, right = start, {candidate.value: int(score.correct) for candidate, score in found.scores.items()}
+        old = self.adapter.manifest
+        if old.parent and (old.peft_config, old.labels) == (origin.manifest.peft_config, labels):
+            before = trainer.tensors_of(self.adapter.inputs)
+            right["in use"] = int(trainer.score(before, held_out).correct)
+        made = found.chosen is Candidate.PERSONAL and right["personal"] >= right.get("in use", 0)
+        others = [*held_out, *(one for one in public if one not in every)][: len(held_out) + MAX_TESTED]
+        answers = self._answers(trainer, origin.manifest, others if made else (), before, found.adapter)
+        used = self._replace(origin.manifest, (), trainer.inputs_of(found.adapter)) if made else old
+        checkpoint.delete()
+        return Personalized(
+            used.name,
+            used.version,
+            made,
+            time.perf_counter() - begun,
+            len(in_split(every, Split.TRAIN)),
+            len(held_out),
+            right,
+            tuple(one for one in answers if one.before.label != one.after.label),
+            len(answers),
+        )
+
+    def _global(self) -> VerifiedAdapter:
+        """The newest global adapter: the one in use, or the only one of the bundle."""
+        if not self.adapter.manifest.parent:
+            return self.adapter
+        names = [name for name in adapter_names(self.library.bundle) if name != self.target]
+        shared = [self.library.trust.adapter(name, self.library.base) for name in names]
+        shared = [one for one in shared if not one.manifest.parent]
+        if len(shared) > 1:
+            shared = [one for one in shared if one.manifest.source == self.adapter.manifest.parent]
+        if len(shared) != 1:
+            reason = f"{self.library.bundle} does not have the global adapter of {self.adapter.manifest.name!r}"
+            raise ConfigError(f"{reason}, or has several: add it", about="adapters", value=len(shared))
+        return shared[0]
+
+    def _trainer(self, manifest: AdapterManifest) -> GraphTrainer:
+        if manifest.peft_config is None:
+            reason = f"adapter {manifest.name!r} does not state its PEFT config, which training needs: export it again"
+            raise ConfigError(reason, about="adapter-manifest.peft_config")
+        return GraphTrainer(self.library.base, len(manifest.labels), manifest.peft_config)
 
     def undo(self) -> Undone:
         """Go back to the adapter before the last lesson.
@@ -204,12 +324,9 @@ class Learner:
 
     def _others(self, taught: set[str]) -> tuple[list[Example], list[Example]]:
         """What is rehearsed while these texts are taught, and what is tested: recent corrections, and other phrases."""
-        labels, base = self.adapter.manifest.labels, self.library.base
-        public = parse_phrases(base.read(PHRASES), base.folder / PHRASES) if PHRASES in base.manifest.files else []
-        corrected = self.history.corrections
+        labels, corrected = self.adapter.manifest.labels, self.history.corrections
         known = taught | {one.text for one in corrected}
-        unknown = [(label, text) for label, text in public if label in labels and text not in known]
-        usable = [Example(text, labels.index(label)) for label, text in _in_lesson_order(unknown, len(corrected))]
+        usable = [one for one in self._public(labels) if one.text not in known]
         one_each = list({example.label: example for example in usable}.values())
         earlier = [
             Example(one.text, labels.index(one.label))
@@ -220,10 +337,25 @@ class Learner:
         rehearsed = [*recent, *one_each][:MAX_REHEARSED]
         return rehearsed, [*recent, *(example for example in usable if example not in rehearsed)][:MAX_TESTED]
 
+    def _public(self, labels: Sequence[str]) -> list[Example]:
+        """The public phrases of the bundle that have one of these labels, in the order of the next lesson."""
+        base = self.library.base
+        public = parse_phrases(base.read(PHRASES), base.folder / PHRASES) if PHRASES in base.manifest.files else []
+        known = [(label, text) for label, text in public if label in labels]
+        ordered = _in_lesson_order(known, len(self.history.corrections))
+        return [Example(text, labels.index(label)) for label, text in ordered]
+
     def _answers(
-        self, trainer: GraphTrainer, examples: Sequence[Example], before: Tensors, after: Tensors
+        self,
+        trainer: GraphTrainer,
+        manifest: AdapterManifest,
+        examples: Sequence[Example],
+        before: Tensors,
+        after: Tensors,
     ) -> tuple[Answers, ...]:
-        labels, temperature = self.adapter.manifest.labels, self.adapter.manifest.temperature
+        if not examples:
+            return ()
+        labels, temperature = manifest.labels, manifest.temperature
         texts = [example.text for example in examples]
         found = [
             [Prediction(labels[int(row.argmax())], float(row.max())) for row in probabilities(logits, temperature)]
@@ -234,20 +366,20 @@ class Learner:
             for one, both in zip(examples, zip(*found, strict=True), strict=True)
         )
 
-    def _replace(self, corrections: Sequence[Correction], inputs: Tensors) -> AdapterManifest:
-        """Put an adapter with these inputs into use, as a lesson that can be undone."""
+    def _replace(self, origin: AdapterManifest, corrections: Sequence[Correction], inputs: Tensors) -> AdapterManifest:
+        """Put an adapter with these inputs, which was made from ``origin``, into use: a lesson that can be undone."""
         old = self.adapter.manifest
         blob = container.pack(quantize(inputs, "fp32"))
         digest = sha256(blob).hexdigest()
         made = replace(
-            old,
+            origin,
             name=self.target,
             sha256=digest,
             size=len(blob),
             format="fp32",
             version=self._next(),
             source=digest,
-            parent=old.parent or old.source,
+            parent=origin.parent or origin.source,
             privacy=None,  # of what a device fitted to its own examples, nothing is bounded
         )
         bundle, before = self.library.bundle, None

@@ -1,0 +1,108 @@
+"""``edgeadapt device personalize``: makes the private adapter of a bundle from the global one and own examples."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from client.cli import options
+from client.cli.learn import change
+
+if TYPE_CHECKING:  # slow to import, and not needed for --help
+    from client.learning import Personalized
+
+METHODS = ("fine-tune", "ridge", "ensemble", "interpolate")  # of client.training.personal.PersonalMethod
+
+
+@click.command()
+@options.bundle
+@click.option("--adapter", "name", metavar="NAME", help="The global adapter to start from, if there are several.")
+@options.trust
+@click.option(
+    "--method",
+    type=click.Choice(METHODS),
+    default=METHODS[0],
+    show_default=True,
+    help="Train all parts; fit the head by a regression alone; both; or go halfway.",
+)
+@click.option("--epochs", type=click.IntRange(1, 100), default=3, show_default=True, help="Passes over the examples.")
+@click.option(
+    "--learning-rate", type=click.FloatRange(0, 1, min_open=True), default=1e-3, show_default=True, help="Of AdamW."
+)
+@click.option(
+    "--scale",
+    type=click.FloatRange(0, min_open=True),
+    default=16.0,
+    show_default=True,
+    help="With ridge or ensemble: the federation's analytic.scale.",
+)
+@click.option(
+    "--patience",
+    type=click.IntRange(0),
+    default=0,
+    metavar="N",
+    help="End after N epochs without a lower loss on the held-out examples, with the best adapter; 0: never.",
+)
+@click.option(
+    "--seconds", type=click.FloatRange(0, min_open=True), metavar="S", help="End after S, with what is learned by then."
+)
+@click.option(
+    "--duty-cycle",
+    type=click.FloatRange(0.01, 1),
+    default=1.0,
+    metavar="SHARE",
+    help="Compute for this share of the time, and pause after each step, to save a battery.",
+)
+@options.as_json
+@click.argument("file", type=options.FILE, metavar="EXAMPLES")
+def personalize(
+    bundle: Path,
+    name: str | None,
+    trust: Path | None,
+    method: str,
+    epochs: int,
+    learning_rate: float,
+    scale: float,
+    patience: int,
+    seconds: float | None,
+    duty_cycle: float,
+    as_json: bool,
+    file: Path,
+) -> None:
+    """Make a private adapter from the newest global adapter of the bundle and the examples in EXAMPLES, a device's
+    examples.jsonl, and put it into use if it answers at least as many of the held-out examples.
+
+    What was taught with `edgeadapt device learn` is trained as well. Nothing leaves the device. After a kill, the same
+    command goes on where it was. `edgeadapt device learn --undo` takes the adapter back.
+
+    Printed are the right answers to the held-out examples, and what is answered otherwise than before.
+
+    \b
+    Examples:
+      edgeadapt device personalize --bundle phone/bundle examples.jsonl
+      edgeadapt device personalize --bundle phone/bundle --method ridge examples.jsonl
+      edgeadapt device personalize --bundle phone/bundle --epochs 20 --patience 2 --duty-cycle 0.3 examples.jsonl
+    """
+    import math
+
+    from client.learning import Learner
+    from client.training.control import TrainingControl
+    from client.training.personal import PersonalMethod, PersonalStep
+
+    how = PersonalStep(epochs, scale, PersonalMethod(method), patience=patience)
+    with Learner.open(bundle, trust, name) as learner:
+        found = learner.personalize(file, how, learning_rate, TrainingControl(seconds or math.inf, duty_cycle))
+    click.echo(json.dumps(asdict(found), ensure_ascii=False) if as_json else "\n".join(_lines(found)))
+
+
+def _lines(found: "Personalized") -> list[str]:
+    state = "is in use" if found.made else "stays in use: it answers more of the held-out examples"
+    lines = [f"{found.adapter} version {found.version} {state}; {found.trained} examples, {found.seconds:.1f} s"]
+    if found.held_out:
+        right = ", ".join(f"{name} {count}" for name, count in found.right.items())
+        lines.append(f"right of {found.held_out} held-out examples: {right}")
+    if found.tested:
+        lines.append(f"{len(found.changed)} of {found.tested} known phrases are answered otherwise")
+    return lines + [change(one) for one in found.changed]

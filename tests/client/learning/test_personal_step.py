@@ -1,0 +1,183 @@
+"""The personal step of a device makes its private adapter of its own examples, or the adapter in use stays."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from adapters.bundle import adapter_names, adapter_path
+from aggregation.errors import ConfigError, DataError
+from client.learning import Learner
+from client.learning.learner import LEARNED
+from client.training.control import Checkpoint
+from client.training.graphtrainer import GraphTrainer
+from client.training.personal import PersonalStep
+from tests.client.learning.test_learner import OTHERS, TAUGHT, answer, drawn, phone, run, teach, trainable
+from tests.support.blocked import without_torch
+from tests.support.bundles import stated
+from tests.support.errors import refused
+from tests.support.models import LABELS
+
+__all__ = ["drawn", "phone", "trainable"]  # fixtures
+
+MINE = [(text, 1) for text in ("play music", "stop the music", "play a song in the kitchen")] + [(TAUGHT, 2)] * 2
+
+
+def examples(folder: Path, rows: list[tuple[str, int]] = MINE, held_out: str = TAUGHT, label: int = 2) -> Path:
+    """A device's examples file."""
+    lines = [{"text": text, "label": number} for text, number in rows]
+    lines.append({"text": held_out, "label": label, "split": "validation"})
+    path = folder / "examples.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def personalized(phone: Path, path: Path, *options: str) -> Result:
+    steps = ("--epochs", "30", "--learning-rate", "0.02")
+    return run("personalize", "--bundle", phone, *steps, *options, "--json", path)
+
+
+@pytest.mark.parametrize("method", ["fine-tune", "ridge"])
+def test_the_personal_step_makes_the_private_adapter_of_the_examples_and_is_undone(phone: Path, method: str) -> None:
+    path, before = examples(phone.parent), answer(phone)
+    done = personalized(phone, path, "--method", method, "--scale", "64")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.output)
+    assert (found["adapter"], found["version"], found["made"], found["held_out"]) == ("personal", 4, True, 1)
+    assert (found["trained"], found["right"]["personal"]) == (5, 1)
+    assert answer(phone) == LABELS[2] != before
+    assert [one["text"] for one in found["changed"]] == [TAUGHT]
+    assert stated(phone, "personal").parent == stated(phone).source
+    with Learner.open(phone) as learner:
+        learner.undo()
+    assert (answer(phone), adapter_names(phone)) == (before, ["global"])
+
+
+def test_a_personal_step_keeps_what_was_taught_and_starts_from_the_global_adapter(phone: Path) -> None:
+    teach(phone, LABELS[3], OTHERS[0])
+    done = personalized(phone, examples(phone.parent))
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.output)
+    assert (found["version"], found["trained"], found["right"]["in use"]) == (5, 6, 0)
+    assert (answer(phone), answer(phone, OTHERS[0])) == (LABELS[2], LABELS[3])
+
+
+def test_an_adapter_in_use_that_answers_more_stays(phone: Path) -> None:
+    label = LABELS.index(answer(phone))
+    before = files(phone)
+    done = personalized(phone, examples(phone.parent, held_out=TAUGHT, label=label))
+    found = json.loads(done.output)
+    assert (found["adapter"], found["made"], found["right"]) == ("global", False, {"global": 1, "personal": 0})
+    assert files(phone) == before
+
+
+def test_a_personal_step_that_was_killed_goes_on_to_the_same_adapter(
+    phone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, whole = examples(phone.parent), Path(shutil.copytree(phone.parent, tmp_path / "whole")) / "bundle"
+    assert personalized(whole, path).exit_code == 0
+    gradients, steps = GraphTrainer._gradients, list[int]()
+
+    def killed(self: GraphTrainer, *rest: object) -> object:
+        steps.append(1)
+        if len(steps) == 12:
+            raise KeyboardInterrupt
+        return gradients(self, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Checkpoint, "due", lambda _: True)
+    monkeypatch.setattr(GraphTrainer, "_gradients", killed)
+    before = files(phone)
+    assert personalized(phone, path).exit_code == 1
+    assert files(phone) == before
+    state = phone.parent / LEARNED / "training.sealed"
+    assert state.stat().st_mode & 0o077 == 0
+    assert personalized(phone, path).exit_code == 0
+    assert len(steps) == 12 + 30 - 11
+    assert not state.exists()
+    assert weights(phone) == weights(whole)
+
+
+def files(bundle: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(bundle.rglob("*")) if path.is_file()}
+
+
+def weights(bundle: Path) -> bytes:
+    return (bundle / adapter_path("personal")).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("lines", "about"),
+    [
+        ("", "examples.split"),
+        ('{"text": "", "label": 1}\n', "example.text"),
+        (json.dumps({"text": "x" * 20_000, "label": 1}) + "\n", "example.text"),
+        (json.dumps({"text": "play music", "label": len(LABELS)}) + "\n", "example.label"),
+        ('{"text": "play music"}\n', "example"),
+        ("\xff", "examples"),
+    ],
+    ids=["empty", "empty text", "too long", "unknown label", "no label", "no UTF-8"],
+)
+def test_examples_that_are_not_valid_are_refused_and_the_adapter_in_use_stays(
+    phone: Path, lines: str, about: str
+) -> None:
+    path = phone.parent / "examples.jsonl"
+    path.write_bytes(lines.encode("latin-1"))
+    before = files(phone)
+    with Learner.open(phone) as learner, refused(DataError, about):
+        learner.personalize(path, PersonalStep(1, 16.0), 0.01)
+    assert files(phone) == before
+
+
+def test_two_trainings_at_once_are_refused(phone: Path) -> None:
+    path = examples(phone.parent)
+    with Learner.open(phone):
+        done = personalized(phone, path)
+    assert done.exit_code == 1
+    assert isinstance(done.exception, ConfigError)
+    assert personalized(phone, path).exit_code == 0
+
+
+def test_a_full_disk_while_a_training_is_kept_leaves_the_adapter_in_use(
+    phone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, before = examples(phone.parent), files(phone)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Checkpoint, "due", lambda _: True)
+    with Learner.open(phone) as learner:
+        monkeypatch.setattr("client.training.control.storage.replace", full)
+        with pytest.raises(OSError, match=r"No space"):
+            learner.personalize(path, PersonalStep(30, 16.0), 0.02)
+    assert files(phone) == before
+
+
+def test_the_personal_step_needs_no_torch(phone: Path) -> None:
+    environment = without_torch(phone.parent / "site") | {"PATH": os.environ["PATH"]}
+    command = [sys.executable, "-m", "edgeadapt", "device", "personalize", "--bundle", str(phone)]
+    options = [
+        "--epochs",
+        "30",
+        "--learning-rate",
+        "0.02",
+        "--seconds",
+        "600",
+        "--patience",
+        "9",
+        "--duty-cycle",
+        "0.9",
+    ]
+    environment["PYTHONPATH"] += os.pathsep + str(Path(__file__).resolve().parents[3])
+    done = subprocess.run(
+        [*command, *options, str(examples(phone.parent))], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("personal version 4 is in use; 5 examples")
+    assert "personalize" in (phone.parent / "site" / "started").read_text()
