@@ -53,9 +53,21 @@ def up(folder: Path, report: Report) -> None:
     services = services_of(state_dir, settings)
     began = datetime.now(UTC).isoformat(timespec="seconds")
 
-    def changed(shown: list[dict[str, str | int | None]]) -> None:
+    saved = True
+
+    def changed(shown: list[dict[str, str | int | None]]) -> bool:
+        """Write what runs. A full disk ends no service: it is tried again, and reported once."""
+        nonlocal saved
         found = {"pid": os.getpid(), "since": began, "services": shown}
-        storage.replace(folder / RUNNING, json.dumps(found).encode(), storage.PUBLIC)
+        try:
+            storage.replace(folder / RUNNING, json.dumps(found).encode(), storage.PUBLIC)
+        except OSError as error:
+            if saved:
+                report(ServiceEvent("up", Happening.UNSAVED, {"file": RUNNING, "text": error.strerror or str(error)}))
+            saved = False
+            return False
+        saved = True
+        return True
 
     with _alone(folder):
         try:

@@ -28,6 +28,7 @@ class Happening(Enum):
     STARTED = "started"
     READY = "ready"
     OUTPUT = "output"
+    UNSAVED = "unsaved"
     SILENT = "silent"
     ENDED = "ended"
     STOPPING = "stopping"
@@ -233,7 +234,7 @@ def supervise(
     services: Sequence[ServiceProgram],
     patience: Patience,
     report: Report,
-    changed: Callable[[list[dict[str, str | int | None]]], None],
+    changed: Callable[[list[dict[str, str | int | None]]], bool],
 ) -> None:
     """Run services until one that ``finishes`` has done its work; whatever ends this, stop them in reverse order.
 
@@ -241,7 +242,7 @@ def supervise(
         services: In the order of their start.
         patience: For each of them.
         report: Called with each event.
-        changed: Called with ``Supervised.snapshot`` of each service when one has changed.
+        changed: Called with ``Supervised.snapshot`` of each service when one has changed; again until it returns True.
 
     Raises:
         EdgeAdaptError: A service ended with an exit code that is ``fatal`` for it.
@@ -254,9 +255,8 @@ def supervise(
             for each in supervised:
                 each.step(may_start=ready)
                 ready = ready and each.state is ServiceState.READY
-            if (now := [each.snapshot() for each in supervised]) != shown:
+            if (now := [each.snapshot() for each in supervised]) != shown and changed(now):
                 shown = now
-                changed(shown)
             time.sleep(LOOK)
     finally:
         for each in reversed(supervised):

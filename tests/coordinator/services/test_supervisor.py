@@ -52,6 +52,10 @@ class Recorder:
         self.events: list[ServiceEvent] = []
         self.shown: list[list[dict[str, str | int | None]]] = []
 
+    def show(self, shown: list[dict[str, str | int | None]]) -> bool:
+        self.shown.append(shown)
+        return True
+
     def of(self, happening: Happening) -> list[str]:
         return [event.service for event in self.events if event.happening is happening]
 
@@ -75,7 +79,7 @@ def service(tmp_path: Path) -> Callable[..., ServiceProgram]:
 
 def run(services: list[ServiceProgram], patience: Patience = PATIENT) -> Recorder:
     record = Recorder()
-    supervise(services, patience, record.events.append, record.shown.append)
+    supervise(services, patience, record.events.append, record.show)
     return record
 
 
@@ -164,13 +168,25 @@ def test_one_that_hangs_is_killed_after_looks_in_a_row_without_an_answer_and_sta
 
     hanging = service("hanging", "beating", is_ready=beats, is_alive=beats)
     with pytest.raises(KeyboardInterrupt):
-        supervise([hanging], replace(PATIENT, look=0.05), report, record.shown.append)
+        supervise([hanging], replace(PATIENT, look=0.05), report, record.show)
     looks = [event.details["looks"] for event in record.events if event.happening is Happening.SILENT]
     assert looks == [1, 2, 3]
     assert record.of(Happening.KILLED) == ["hanging"]
     reasons = [event.details["reason"] for event in record.events if event.happening is Happening.STOPPING]
     assert reasons == ["no answer to 3 looks in a row", "all are stopped"]
     assert record.shown[-1][0]["restarts"] == 1
+
+
+def test_what_could_not_be_shown_is_shown_later_and_ends_nothing(service: Callable[..., ServiceProgram]) -> None:
+    tries = list[object]()
+    work = service("work", "finish", finishes=True, is_ready=lambda: True, may_start=lambda: len(tries) > 3)
+
+    def changed(shown: object) -> bool:
+        tries.append(shown)
+        return len(tries) > 3
+
+    supervise([service("first"), work], PATIENT, lambda event: None, changed)
+    assert len(tries) > 3
 
 
 def test_looks_that_fail_now_and_then_end_nothing(service: Callable[..., ServiceProgram]) -> None:
@@ -192,7 +208,7 @@ def test_an_exit_code_after_which_a_restart_is_useless_ends_all_with_what_was_wr
     record = Recorder()
     work = service("work", "refuse", fatal=frozenset({2}))
     with refused(EdgeAdaptError, "work", value=2) as caught:
-        supervise([service("first"), work], PATIENT, record.events.append, record.shown.append)
+        supervise([service("first"), work], PATIENT, record.events.append, record.show)
     assert "no such setting" in str(caught.value)
     assert record.of(Happening.ENDED) == ["work", "first"]
 
@@ -206,7 +222,7 @@ def test_services_end_when_the_supervisor_is_killed(tmp_path: Path) -> None:
     script = (
         "import os, sys\nfrom coordinator.services.supervisor import *\n"
         "service = ServiceProgram('held', ('holder:hold', sys.argv[1]), dict(os.environ), '', lambda: True)\n"
-        "supervise([service], Patience(600, 600, 600, 600, 3), lambda event: None, lambda shown: None)\n"
+        "supervise([service], Patience(600, 600, 600, 600, 3), lambda event: None, lambda shown: True)\n"
     )
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
     with subprocess.Popen([sys.executable, "-c", script, str(lock)], env=environment) as process:
