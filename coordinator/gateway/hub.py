@@ -209,7 +209,8 @@ class Hub:
         Raises:
             ProtocolError: No request, or another one, is under way.
         """
-        asked = self._mailboxes[stream.credentials.device].asked.get(stream.sent or 0)
+        mailbox = self._mailboxes.get(stream.credentials.device)  # None: it left while its answer was on the way
+        asked = None if mailbox is None else mailbox.asked.get(stream.sent or 0)
         if asked is None or number not in (None, asked.id):
             text = "no such request is under way: it was answered, is void, or is another device's"
             raise ProtocolError(text, about="gateway.request")

@@ -268,6 +268,25 @@ def test_replayed_call(site: Site) -> None:
     assert site.answers.empty()
 
 
+def test_an_answer_of_a_device_that_has_left_meanwhile_is_refused(site_of: Callable[..., Site]) -> None:
+    """The gateway closes while the answer is on the way, as when the coordinator's disk is full."""
+    site = site_of(replace(LIMITS, transfer=60.0, grace=0.0))
+    kitchen = site.device("kitchen")
+    stream = kitchen.attend()
+    number = site.ask("kitchen")
+    assert stream.request().id == number
+
+    def parts() -> Iterator[bytes]:
+        beginning, *rest = frames.answer_parts(number or 0, b"answer")
+        yield beginning
+        stream.cancel()
+        wait_until(lambda: not site.answers.empty())
+        yield from rest
+
+    assert status_of(lambda: kitchen.answer(parts())) is StatusCode.FAILED_PRECONDITION
+    assert site.answered() == (number, NoAnswer(None, "the device disconnected"))
+
+
 def test_slow_client(site: Site) -> None:
     """A device begins an answer and does not go on. It is cut off, and meanwhile others are served."""
     kitchen, garage = site.device("kitchen"), site.device("garage")
