@@ -19,6 +19,11 @@ SHOWN: Mapping[str, Sequence[Step]] = {
     "kill-rounds": [Step.PLAN, Step.UNMASK],
     "kill-agent": [Step.UNMASK],
     "hang-rounds": [Step.PLAN],
+    "cut-message": [Step.PLAN],
+    "half-open": [Step.UNMASK],
+    "disk": [Step.UNMASK],
+    "disk-of-device": [Step.PLAN],
+    "older-version": [Step.PLAN],
 }
 
 

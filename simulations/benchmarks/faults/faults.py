@@ -1,17 +1,22 @@
 """The faults: what each does to the processes of a fleet, and at which steps of a round."""
 
 import os
+import resource
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from aggregation.steps import Step
+from coordinator.services.deployment import running
 from simulations.benchmarks.faults.fleet import FaultFleet, wait_until
 from simulations.benchmarks.faults.network import Damage, Link
 
 LASTS = 3.0  # seconds of a disturbance that passes
 ONE = (Step.PLAN,)
+ANSWERS = (Step.PLAN, Step.UNMASK)
+OLDER = "0.0.1"  # a version below the least one
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +29,7 @@ class Fault:
         inject: Do it while a step is under way; returns when it was over, or when it was done if it does not pass.
         stages: The steps at which it is done.
         superlink: Whether the fleet has Flower's SuperLink.
+        missing: Why it cannot be done on this machine; empty if it can.
     """
 
     name: str
@@ -31,6 +37,7 @@ class Fault:
     inject: Callable[[FaultFleet], float]
     stages: tuple[Step, ...] = tuple(Step)
     superlink: bool = False
+    missing: Callable[[], str] = lambda: ""
 
 
 def victim(fleet: FaultFleet) -> str:
@@ -93,13 +100,20 @@ def _rolling_restart(fleet: FaultFleet) -> float:
     return at
 
 
-def _on_link(disturb: Callable[[FaultFleet, Link], object], *, all_devices: bool = False) -> Callable[..., float]:
+def _on_link(disturb: Callable[[FaultFleet, Link], object]) -> Callable[[FaultFleet], float]:
     def inject(fleet: FaultFleet) -> float:
-        for name in fleet.names if all_devices else [victim(fleet)]:
-            disturb(fleet, fleet.network.links[name])
+        disturb(fleet, fleet.network.links[victim(fleet)])
         return time.monotonic()
 
     return inject
+
+
+def _half_open(fleet: FaultFleet, link: Link) -> None:
+    fleet.network.half_close(link)
+
+
+def _silence(fleet: FaultFleet, link: Link) -> None:
+    fleet.network.silence(link)
 
 
 def _damage(damage: Damage) -> Callable[[FaultFleet, Link], object]:
@@ -117,6 +131,82 @@ def _partition(fleet: FaultFleet) -> float:
     return time.monotonic()
 
 
+def _full_disk(fleet: FaultFleet) -> float:
+    """No file of the coordinator's processes can grow, of those that are started meanwhile neither."""
+    if fleet.up is None:
+        raise AssertionError
+    first = {fleet.up.process.pid, fleet.pid("rounds")}
+    _limit_files(first, 0)
+    time.sleep(LASTS)
+    listed = {each["pid"] for each in (running(fleet.coordinator) or {"services": []})["services"]}
+    _limit_files({*first, *_children(fleet.up.process.pid), *listed} - {None}, resource.RLIM_INFINITY)
+    return time.monotonic()
+
+
+def _full_disk_of_a_device(fleet: FaultFleet) -> float:
+    agent, rounds = {fleet.agents[victim(fleet)].process.pid}, len(fleet.records())
+    _limit_files(agent, 0)
+    wait_until(lambda: len(fleet.records()) > rounds, "a round while a device's disk is full")
+    _limit_files(agent, resource.RLIM_INFINITY)
+    return time.monotonic()
+
+
+def _limit_files(processes: Iterable[int], size: int) -> None:
+    """Let no file that these processes write be longer, as when a disk is full; the error is another one."""
+    for process in processes:
+        try:
+            _, hard = resource.prlimit(process, resource.RLIMIT_FSIZE)
+            resource.prlimit(process, resource.RLIMIT_FSIZE, (size, hard))
+        except ProcessLookupError:  # it has ended meanwhile
+            continue
+
+
+def _children(process: int) -> set[int]:
+    listed = (Path("/proc") / str(process) / "task" / str(process) / "children").read_text(encoding="ascii")
+    return {int(number) for number in listed.split()}
+
+
+def _with(environment: Callable[[FaultFleet], Mapping[str, str]], *, ends: bool = False) -> Callable[..., float]:
+    """Run the victim's agent in another environment for a round, and then again as it was.
+
+    ``ends``: the agent is refused, and ends by itself.
+    """
+
+    def inject(fleet: FaultFleet) -> float:
+        name, rounds = victim(fleet), len(fleet.records())
+        fleet.agents[name].end()
+        fleet.attend(name, environment(fleet))
+        changed = fleet.agents[name]
+        if ends:
+            wait_until(lambda: changed.process.poll() is not None, "the end of an agent that is refused")
+        fleet.await_version(rounds, "a round meanwhile")
+        changed.end()
+        fleet.attend(name)
+        return time.monotonic()
+
+    return inject
+
+
+def _clock(offset: str) -> Callable[[FaultFleet], Mapping[str, str]]:
+    return lambda fleet: {"LD_PRELOAD": _faketime(), "FAKETIME": offset, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+
+
+def _faketime() -> str:
+    return next(map(str, sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))), "")
+
+
+def _no_faketime() -> str:
+    return "" if _faketime() else "no libfaketime on this machine (apt install libfaketime)"
+
+
+def _older(fleet: FaultFleet) -> Mapping[str, str]:
+    """Where Python finds an older version of this distribution first."""
+    folder = fleet.out / "older" / f"edgeadapt-{OLDER}.dist-info"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: edgeadapt\nVersion: {OLDER}\n", encoding="utf-8")
+    return {"PYTHONPATH": os.pathsep.join([str(folder.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])}
+
+
 def _slow(fleet: FaultFleet) -> float:
     links, rounds = fleet.network.links.values(), len(fleet.records())
     usual = {id(link): link.delay for link in links}
@@ -132,9 +222,30 @@ FAULTS = (
     Fault("kill-up", "kill -9 of coordinator up, started again", _kill_up),
     Fault("kill-rounds", "kill -9 of the rounds with their gateway", _kill("rounds")),
     Fault("kill-agent", "kill -9 of a device's agent, started again", _kill_agent),
-    Fault("hang-agent", "a device's agent hangs", _hang_agent, (Step.PLAN, Step.UNMASK)),
-    Fault("hang-rounds", "the rounds with their gateway hang", _hang("rounds"), (Step.PLAN, Step.UNMASK)),
+    Fault("hang-agent", "a device's agent hangs", _hang_agent, ANSWERS),
+    Fault("hang-rounds", "the rounds with their gateway hang", _hang("rounds"), ANSWERS),
     Fault("rolling-restart", "stop and start of every process in turn", _rolling_restart, ONE),
-    Fault("kill-superlink", "kill -9 of the SuperLink", _kill("superlink"), (Step.PLAN, Step.UNMASK), superlink=True),
+    Fault("cut", "a device's connections break", _on_link(lambda fleet, link: fleet.network.cut(link))),
+    Fault("cut-message", "a connection breaks in the middle of an answer", _on_link(_damage(Damage.CUT)), ANSWERS),
+    Fault("duplicate", "bytes of a device arrive twice", _on_link(_damage(Damage.DUPLICATE)), ANSWERS),
+    Fault("reorder", "bytes of a device arrive after later ones", _on_link(_damage(Damage.REORDER)), ANSWERS),
+    Fault("half-open", "only the gateway keeps a connection", _on_link(_half_open), ANSWERS),
+    Fault("silence", "nothing arrives on connections that stay open", _on_link(_silence), ANSWERS),
+    Fault("partition", "no device reaches the gateway for some seconds", _partition, ANSWERS),
+    Fault("slow", "a second of delay each way, for all devices", _slow, ONE),
+    Fault("disk", "no file of the coordinator can grow for some seconds", _full_disk, ANSWERS),
+    Fault("disk-of-device", "no file of a device can grow for a round", _full_disk_of_a_device, ANSWERS),
+    Fault(
+        "clock-ahead",
+        "a device's clock is 400 days ahead for a round",
+        _with(_clock("+400d")),
+        ONE,
+        missing=_no_faketime,
+    ),
+    Fault(
+        "clock-behind", "a device's clock is a day behind for a round", _with(_clock("-1d")), ONE, missing=_no_faketime
+    ),
+    Fault("older-version", "a device has too old a version for a round", _with(_older, ends=True), ONE),
+    Fault("kill-superlink", "kill -9 of the SuperLink", _kill("superlink"), ANSWERS, superlink=True),
     Fault("hang-superlink", "the SuperLink hangs", _hang("superlink"), ONE, superlink=True),
 )

@@ -40,6 +40,7 @@ FEDERATION = {
     "rounds": 10_000,
     "deadline": 60.0,
     "aggregation": {"session_rounds": 1},
+    "gateway": {"client_version": "0.0.2"},
     "privacy": {"mechanism": "skellam", "noise_multiplier": 1.0},
 }
 SERVICES_OF_A_TEST = {"stop": 20.0, "pause": 4.0, "look": 1.0}  # seconds, of a small fleet: `up` is less patient

@@ -74,6 +74,8 @@ def measure(names: Iterable[str], note: Note, stages: Sequence[Step] = tuple(Ste
 
 def inject(fleet: FaultFleet, fault: Fault, note: Note, stages: Sequence[Step]) -> list[FaultOutcome]:
     """One fault at each of its steps; then the coordinator is stopped and everything is compared."""
+    if why := fault.missing():
+        return [FaultOutcome(fault.name, "-", f"not run here: {why}", (), None)]
     before, rows = fleet.records(), list[FaultOutcome]()
     fleet.start()
     for stage in fault.stages:
