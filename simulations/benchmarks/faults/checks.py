@@ -15,9 +15,9 @@ from client.node.statedir import DeviceStateDir
 from coordinator.audit import AuditInput, AuditOptions
 from coordinator.audit.account import Account, logged
 from coordinator.audit.transcripts import logs
-from coordinator.statedir import KEY, TRANSCRIPT
+from coordinator.statedir import KEY, TRANSCRIPT, CoordinatorStateDir
 from coordinator.storedlog import StoredLog
-from simulations.benchmarks.faults.fleet import FaultFleet
+from simulations.benchmarks.faults.fleet import FaultFleet, wait_until
 from simulations.engine import provision
 
 DELTA = 1e-6  # for which epsilons are compared
@@ -25,7 +25,15 @@ TOLERANCE = 1e-9  # relative
 
 
 def losses(fleet: FaultFleet, before: tuple[RoundRecord, ...]) -> list[str]:
-    """What was lost or counted twice since ``before``, one line each; empty: nothing. The coordinator must not run."""
+    """What was lost or counted twice since ``before``, one line each; empty: nothing.
+
+    ``coordinator up`` must not run. A log that a kill left open is closed, as the next start does.
+    """
+    state_dir = CoordinatorStateDir.open(fleet.coordinator)
+    wait_until(lambda: not state_dir.in_use, "the end of a run that a SuperLink started")
+    with state_dir.locked():
+        state_dir.transcripts.finish()
+    state_dir.registry.close()
     return [*_rounds(fleet.records(), before), *_audit(fleet), *_privacy(fleet)]
 
 
