@@ -17,7 +17,8 @@ from adapters.release import Release
 from adapters.storage import read_lines
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from client.inference.session import ClassificationSession
-from coordinator.channels import ChannelRepository, GateResult
+from coordinator.channels.actions import GateResult
+from coordinator.channels.repository import ChannelRepository
 from governance.gatesettings import GateName, GateSettings
 from governance.lineage import COORDINATOR, Lineage, is_from
 

@@ -16,7 +16,7 @@ from adapters.registryfiles import RegistryFiles
 from adapters.registryreader import open_registry_files
 from adapters.roundrecord import RoundRecord
 from aggregation.errors import ConfigError, DataError, TrustError
-from coordinator.channels import ChannelRepository
+from coordinator.channels.repository import ChannelRepository
 
 COORDINATOR = (
     "coordinator.pem"  # in its state directory; ``coordinator.statedir`` has the name too, and needs SQLAlchemy

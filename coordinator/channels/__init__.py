@@ -1,6 +1,5 @@
-"""Channels of releases for devices: a repository of The Update Framework, as static files, with a log."""
+"""Channels of releases for devices: a repository of The Update Framework, as static files, with a log.
 
-from coordinator.channels.actions import Action, ActionRecord, GateResult
-from coordinator.channels.repository import ChannelRepository, Published, pinned_keys
-
-__all__ = ["Action", "ActionRecord", "ChannelRepository", "GateResult", "Published", "pinned_keys"]
+``repository`` makes it, and verifies bundles as a device does. ``history`` audits it and reads neither ``repository``
+nor ONNX Runtime, so nothing is imported here.
+"""

@@ -12,7 +12,7 @@ import click
 
 from aggregation.errors import ConfigError, TrustError
 from coordinator.audit import AuditInput, AuditOptions, Report, formatting
-from coordinator.channels import ActionRecord
+from coordinator.channels.actions import ActionRecord
 from coordinator.channels.history import RepositoryAudit, audit_repository, is_repository
 
 FOLDER = click.Path(path_type=Path)

@@ -8,7 +8,7 @@ import click
 
 from adapters import storage
 from aggregation.entropy import SystemEntropy
-from coordinator.channels import ChannelRepository, Published, pinned_keys
+from coordinator.channels.repository import ChannelRepository, Published, pinned_keys
 
 FOLDER = click.Path(path_type=Path)
 FILE = click.Path(path_type=Path, dir_okay=False)

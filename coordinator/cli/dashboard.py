@@ -31,7 +31,7 @@ def dashboard(state_dir: Path, listen: str, channels: Path | None) -> None:
     from aggregation.entropy import SystemEntropy
     from aggregation.pki.certificates import to_der
     from aggregation.pki.tls import hosts_of
-    from coordinator.channels import ChannelRepository
+    from coordinator.channels.repository import ChannelRepository
     from coordinator.dashboard.server import TOKEN, Tls, read_token, serve
     from coordinator.dashboard.view import Viewer
     from coordinator.servicesettings import is_address, is_loopback

@@ -8,7 +8,7 @@ from typing import Any
 
 from adapters.manifest import VersionManifest
 from adapters.roundrecord import RoundRecord
-from coordinator.channels import ChannelRepository
+from coordinator.channels.repository import ChannelRepository
 from coordinator.gateway import snapshot
 from coordinator.registry import Head
 from coordinator.services import deployment

@@ -14,7 +14,8 @@ from adapters.bundle import TRUST
 from adapters.keyfiles import read_key
 from adapters.settings import overridden
 from aggregation.errors import ConfigError
-from coordinator.channels import ChannelRepository, GateResult, Published
+from coordinator.channels.actions import GateResult
+from coordinator.channels.repository import ChannelRepository, Published
 from governance.gates import AssembledRelease, PromotionTrial, require_passed
 from governance.gatesettings import GATES, HEADER, GateSettings
 

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from adapters.manifest import PrivacyBound, ServerRule
-from coordinator.channels import ChannelRepository
+from coordinator.channels.repository import ChannelRepository
 from governance.difference import TensorChange, VersionDifference, difference
 from governance.lineage import GovernedVersion, Lineage, ReleasedAdapter
 

@@ -79,6 +79,12 @@ def files(path: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("path", PATHS)
+def test_no_conflict_of_a_merge_was_left(path: str) -> None:
+    marks = re.compile(r"^(<{7}|>{7}) ", re.MULTILINE)
+    assert not [str(file) for file in files(ROOT / path) if marks.search(file.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_no_retired_word_is_used(path: str) -> None:
     found = []
     for file in files(ROOT / path):

@@ -10,7 +10,7 @@ from adapters.manifest import AdapterManifest, BaseManifest, Manifest, VersionMa
 from adapters.roundrecord import RoundRecord
 from client.node import statedir as device
 from coordinator import statedir as coordinator
-from coordinator.channels import ActionRecord
+from coordinator.channels.actions import ActionRecord
 
 REFERENCE = Path(__file__).resolve().parents[2] / "docs" / "reference"
 PAGE = "\n".join((REFERENCE / name).read_text(encoding="utf-8") for name in ("bundle-format.md", "file-formats.md"))

@@ -14,7 +14,7 @@ from adapters.manifest import PrivacyBound, VersionManifest
 from adapters.peftconfig import PeftConfig
 from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
-from coordinator.channels import ChannelRepository
+from coordinator.channels.repository import ChannelRepository
 from coordinator.registry import Registry
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.exported import ExportedBase

@@ -14,7 +14,7 @@ from adapters.base import Base
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from aggregation.pki.identity import IdentityKey
-from coordinator.channels import ActionRecord
+from coordinator.channels.actions import ActionRecord
 from coordinator.channels.history import audit_repository
 from edgeadapt import cli
 from governance.gates import AssembledRelease, GateError, read_held_out

@@ -28,8 +28,9 @@ from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustErro
 from aggregation.pki.identity import IdentityKey
 from client.inference.trust import Trust
 from client.updates import ChannelSource, Updated, follow, update
-from coordinator.channels import Action, ChannelRepository
+from coordinator.channels.actions import Action
 from coordinator.channels.history import audit_repository
+from coordinator.channels.repository import ChannelRepository
 from edgeadapt import cli
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.exported import ExportedBase

@@ -19,9 +19,9 @@ from adapters.keyfiles import read_key
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey
-from coordinator.channels import Action, ActionRecord, ChannelRepository
-from coordinator.channels.actions import HEAD, LogHead, action_path, digest_of
+from coordinator.channels.actions import HEAD, Action, ActionRecord, LogHead, action_path, digest_of
 from coordinator.channels.history import audit_repository
+from coordinator.channels.repository import ChannelRepository
 from edgeadapt import cli
 from tests.support import refused
 
@@ -141,7 +141,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from adapters import storage
 from aggregation.entropy import SystemEntropy
-from coordinator.channels import ChannelRepository
+from coordinator.channels.repository import ChannelRepository
 
 replaced, left = storage.replace, int(sys.argv[3])
 

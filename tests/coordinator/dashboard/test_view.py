@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from aggregation.entropy import SystemEntropy
-from coordinator.channels import ChannelRepository
+from coordinator.channels.repository import ChannelRepository
 from coordinator.dashboard.metrics import exposition
 from coordinator.dashboard.view import Viewer
 from coordinator.gateway.snapshot import FILE, GatewaySnapshot, read, written
