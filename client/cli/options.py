@@ -19,6 +19,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path)
 MAX_GUIDE_FILE = 2**18  # bytes; UTF-8 has up to four for a character
 FILE = click.Path(path_type=Path, dir_okay=False)
+FILE_OR_INPUT = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
 
 state_dir = click.option(
     "--state", "state_dir", type=FOLDER, required=True, metavar="DIR", help="The device's state directory."
@@ -101,6 +102,28 @@ def standard_input() -> TextIOWrapper:
     stream = cast(TextIOWrapper, sys.stdin)
     stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     return stream
+
+
+def secret_line(path: Path, limit: int) -> str:
+    """The first line of a file, of a pipe, or of standard input if ``path`` is ``-``.
+
+    A secret comes this way because arguments of a command are shown to every user of the machine.
+
+    Args:
+        path: What to read.
+        limit: Characters, after which the rest of the line is left out.
+
+    Returns:
+        The line. Bytes that are not UTF-8 become surrogates.
+
+    Raises:
+        DataError: Standard input is closed.
+        OSError: The file cannot be read.
+    """
+    if str(path) == "-":
+        return standard_input().readline(limit).rstrip("\n")
+    with path.open(encoding="utf-8", errors="surrogateescape") as file:
+        return file.readline(limit).rstrip("\n")
 
 
 def printable(text: str) -> str:

@@ -61,7 +61,7 @@ def enrol_with(
         raise ConfigError(f"{folder} is enrolled already: choose another --state", about="--state", value=str(folder))
     state_dir, now = DeviceStateDir.open(folder), datetime.now(UTC)
     if (state_dir.root().der, state_dir.coordinator.raw) != (invitation.authority, invitation.coordinator):
-        raise ConfigError(f"{folder} was made for another invitation: choose another --state", about="--token")
+        raise ConfigError(f"{folder} was made for another invitation: choose another --state", about="--token-file")
     tls_key = TlsKey(storage.read(folder / TLS_KEY, LONGEST))
     asked = pb.EnrolRequest(
         token=invitation.secret,

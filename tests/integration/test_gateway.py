@@ -180,9 +180,11 @@ def test_a_fleet_is_enrolled_by_tokens_and_makes_its_rounds_by_commands(
     capsys.readouterr()
     for device in DEVICES:
         call("authority", "invite", authority, "--name", device, "--coordinator", fleet / "coordinator.pem", *places)
-        token = capsys.readouterr().out.strip()
+        token = tmp_path / f"{device}.token"
+        token.write_text(capsys.readouterr().out)
         chosen = [part for limit in limits for part in ("--set", limit)]
-        call("device", "enrol", "--state", tmp_path / device, "--base", tiny_base.folder, "--token", token, *chosen)
+        given = ("--base", tiny_base.folder, "--token-file", token, *chosen)
+        call("device", "enrol", "--state", tmp_path / device, *given)
         capsys.readouterr()
         (tmp_path / device / "examples.jsonl").write_text(EXAMPLES)
     enrolment.close()

@@ -1,11 +1,13 @@
 """Enrolment over a network, with the real service on loopback: a token works once, for one device, for a time."""
 
+import io
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
+import click
 import grpc
 import pytest
 from hypothesis import given
@@ -59,8 +61,14 @@ def issued(store: AuthorityStore) -> list[tuple[str, str]]:
     return [(each.name, each.purpose.value) for each, _ in store.certificates() if each.name != "enrolment"]
 
 
+@pytest.mark.parametrize("from_input", [False, True], ids=["file", "standard input"])
 def test_a_device_enrols_with_a_token_by_commands(
-    store: AuthorityStore, service: EnrolmentServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    store: AuthorityStore,
+    service: EnrolmentServer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    from_input: bool,
 ) -> None:
     (tmp_path / "coordinator.pem").write_bytes(COORDINATOR.to_pem())
     addresses = ("--enrolment", f"{HOST}:{service.port}", "--gateway", "gateway.example:9443")
@@ -75,8 +83,12 @@ def test_a_device_enrols_with_a_token_by_commands(
         *addresses,
     )
     token = capsys.readouterr().out.strip()
-    call("device", "enrol", "--state", tmp_path / "kitchen", "--base", "some_base", "--token", token)
+    (tmp_path / "kitchen.token").write_text(f"{token}\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(f"{token}\n".encode())))
+    source = "-" if from_input else tmp_path / "kitchen.token"
+    call("device", "enrol", "--state", tmp_path / "kitchen", "--base", "some_base", "--token-file", source)
     shown, state_dir = capsys.readouterr().out, DeviceStateDir.open(tmp_path / "kitchen")
+    assert token not in shown
     assert store.root.fingerprint in shown
     assert COORDINATOR.key_id in shown
     assert (state_dir.root(), state_dir.coordinator) == (store.root, COORDINATOR)
@@ -184,7 +196,7 @@ def test_a_token_that_was_not_copied_as_a_whole_is_refused(invite: Invite) -> No
     text = invite().to_text()
     assert read_invitation(f" {text}\n").to_text() == text
     for damaged in ("", text[:-1], text[1:], text[:40] + text[41:], text.replace("edgeadapt1", "edgeadapt2"), "é" * 40):
-        with refused(ConfigError, "--token"):
+        with refused(ConfigError, "--token-file"):
             read_invitation(damaged)
 
 
@@ -201,11 +213,36 @@ def test_a_text_that_is_no_invitation_raises_one_error(text: str) -> None:
         (),
         ("--name", "kitchen"),
         ("--gateway", "a:1", "--name", "kitchen"),
-        ("--token", "edgeadapt1.x", "--name", "kitchen"),
-        ("--token", "edgeadapt1.x"),
+        ("--token-file", "-", "--name", "kitchen"),
+        ("--token-file", "-", "--authority", "authority.pem"),
+        ("--token", "edgeadapt1.x"),  # would be in the list of processes
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options: tuple[str, ...], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError):
+    with pytest.raises((ConfigError, click.NoSuchOption)):
         call("device", "enrol", "--state", tmp_path / "kitchen", "--base", "base", *options)
+    assert not (tmp_path / "kitchen").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"\xff\xfe", b"edgeadapt1.x", b"edgeadapt1." + bytes(2**20)])
+def test_a_file_without_an_invitation_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "token").write_bytes(content)
+    with refused(ConfigError, "--token-file"):
+        call(
+            "device",
+            "enrol",
+            "--state",
+            tmp_path / "kitchen",
+            "--base",
+            "base",
+            "--token-file",
+            tmp_path / "token",
+        )
+    assert not (tmp_path / "kitchen").exists()
+
+
+def test_a_token_file_that_never_ends_or_is_not_there_is_refused(tmp_path: Path) -> None:
+    for source, kind in (("/dev/zero", ConfigError), (tmp_path / "missing", FileNotFoundError)):
+        with pytest.raises(kind):
+            call("device", "enrol", "--state", tmp_path / "kitchen", "--base", "base", "--token-file", source)
     assert not (tmp_path / "kitchen").exists()
