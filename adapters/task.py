@@ -55,7 +55,7 @@ class OptimizerName(StrEnum):
     SGD = "sgd"
 
 
-class Schedule(StrEnum):
+class RateSchedule(StrEnum):
     """How the learning rate falls over the steps of a training."""
 
     CONSTANT = "constant"
@@ -80,7 +80,7 @@ class Task:
     shared: tuple[Part, ...]  # parts whose updates are summed; those of ``trained`` that are not stay on the device
     optimizer: OptimizerName = OptimizerName.ADAMW
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of SGD
-    schedule: Schedule = Schedule.CONSTANT
+    schedule: RateSchedule = RateSchedule.CONSTANT
     gradient_norm: Annotated[float, Field(ge=0)] = 0.0  # L2 norm to which a step's gradient is clipped; 0: never
 
     def encode(self) -> bytes:

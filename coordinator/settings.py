@@ -10,7 +10,7 @@ from adapters.layout import Layout
 from adapters.manifest import VersionManifest
 from adapters.peftconfig import PeftConfig
 from adapters.settings import Settings
-from adapters.task import OptimizerName, Schedule, Task
+from adapters.task import OptimizerName, RateSchedule, Task
 from adapters.taskkinds import AnyTask
 from aggregation.errors import ConfigError
 from aggregation.messages import MAX_COHORT
@@ -335,6 +335,6 @@ class FederationSettings(Settings):
             shared=method.shared,
             optimizer=OptimizerName(training.optimizer),
             momentum=training.momentum,
-            schedule=Schedule(training.schedule),
+            schedule=RateSchedule(training.schedule),
             gradient_norm=training.gradient_norm,
         )

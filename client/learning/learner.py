@@ -40,7 +40,7 @@ from client.inference.phrases import PhraseReader
 from client.inference.session import Prediction
 from client.learning.corrections import MAX_AT_ONCE, MAX_FILE, Before, Correction, Lesson, LessonHistory
 from client.learning.tune import probabilities, tune
-from client.training.control import UNLIMITED, Checkpoint, TrainingControl
+from client.training.control import UNLIMITED, TrainingCheckpoint, TrainingControl
 from client.training.examples import MAX_TEXT, Example, Split, encode_examples, in_split, read_examples
 from client.training.graphtrainer import GraphTrainer
 from client.training.personal import Candidate, PersonalStep, personalize, rehearsed
@@ -238,7 +238,7 @@ class Learner:
         every = rehearsed([*own, *taught], public, each=PUBLIC_EACH, rng=rng)
         epochs = max(how.epochs, 1)
         task = Task(trainer.config, labels, epochs, BATCH_SIZE, learning_rate, 0.0, 0.0, PARTS, PARTS)
-        checkpoint = Checkpoint(self.folder / TRAINING_STATE, self.keys[1], subject)
+        checkpoint = TrainingCheckpoint(self.folder / TRAINING_STATE, self.keys[1], subject)
         bounded = replace(control, checkpoint=checkpoint)
         found = personalize(trainer, {Candidate.GLOBAL: start}, every, task, how, rng=rng, control=bounded)
         held_out = in_split(own, Split.VALIDATION)

@@ -9,15 +9,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters import storage
+from adapters import jsontext, storage
 from adapters.layout import Tensors
 from aggregation import sealed
 from aggregation.errors import EdgeAdaptError, TrustError
@@ -55,14 +53,17 @@ class TrainingState:
     best: Best | None = None
 
     def encode(self) -> bytes:
-        """A file of NumPy's arrays (npz). Law: ``decode(encode(s))`` is ``s``, to the bit."""
+        """The length of a JSON text in 4 bytes, the text, which lists the arrays, and their numbers.
+
+        Law: ``decode(encode(s))`` is ``s``, to the bit.
+        """
         best = {} if self.best is None else {f"best/{name}": value for name, value in self.best.values.items()}
         named = {f"value/{name}": value for name, value in self.values.items()}
         found: dict[str, Any] = named | best | {f"buffer/{name}": value for name, value in self.buffers.items()}
         counts = [self.steps, *([] if self.best is None else [self.best.loss, self.best.stale])]
-        file = BytesIO()
-        np.savez(file, **found, counts=np.array(counts, np.float64))
-        return file.getvalue()
+        found["counts"] = np.array(counts, np.float64)
+        head = jsontext.encode([[name, value.dtype.str, value.shape] for name, value in found.items()])
+        return len(head).to_bytes(4, "big") + head + b"".join(value.tobytes() for value in found.values())
 
     @classmethod
     def decode(cls, raw: bytes) -> "TrainingState":
@@ -72,17 +73,21 @@ class TrainingState:
             TrustError: It is something else.
         """
         try:
-            with np.load(BytesIO(raw), allow_pickle=False) as file:
-                found = {name: file[name] for name in file.files}
+            at = 4 + int.from_bytes(raw[:4], "big")
+            found: dict[str, NDArray[Any]] = {}
+            for name, kind, shape in jsontext.decode(raw[4:at]):
+                value = np.frombuffer(raw, {"<f4": np.float32, "<f8": np.float64}[kind], math.prod(shape), at)
+                found[name] = value.reshape(shape).copy()
+                at += value.nbytes
             steps, *rest = found.pop("counts").tolist()
             best = Best(rest[0], _under("best/", found), int(rest[1])) if rest else None
             return cls(int(steps), _under("value/", found), _under("buffer/", found), best)
-        except (BadZipFile, EOFError, KeyError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError) as error:
             raise TrustError("no state of a training", about="training.state") from error
 
 
 @dataclass(slots=True)
-class Checkpoint:
+class TrainingCheckpoint:
     """Where a training that may be killed keeps its state, encrypted.
 
     Args:
@@ -141,7 +146,7 @@ class TrainingControl:
     tokens: int = TOKENS
     patience: int = 0
     held_out: Callable[[Tensors], float] | None = None
-    checkpoint: Checkpoint | None = None
+    checkpoint: TrainingCheckpoint | None = None
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], object] = time.sleep
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from adapters.layout import Tensors
 from adapters.parts import part_of
-from adapters.task import OptimizerName, Schedule, Task
+from adapters.task import OptimizerName, RateSchedule, Task
 from aggregation.errors import DataError
 from client.training.control import UNLIMITED, Doubles, TrainingControl, TrainingState
 
@@ -158,10 +158,10 @@ def optimizer_of(task: Task) -> Optimizer:
     return AdamW(task.learning_rate, task.weight_decay)
 
 
-def schedule(kind: Schedule, number: int, steps: int) -> float:
+def schedule(kind: RateSchedule, number: int, steps: int) -> float:
     """The factor of the learning rate at a step, from 1 on; transformers' schedules without warm-up.
 
-    >>> [round(schedule(Schedule.LINEAR, n, 4), 2) for n in range(4)]
+    >>> [round(schedule(RateSchedule.LINEAR, n, 4), 2) for n in range(4)]
     [1.0, 0.75, 0.5, 0.25]
 
     Args:
@@ -170,11 +170,11 @@ def schedule(kind: Schedule, number: int, steps: int) -> float:
         steps: Of the whole training.
     """
     match kind:
-        case Schedule.CONSTANT:
+        case RateSchedule.CONSTANT:
             return 1.0
-        case Schedule.LINEAR:
+        case RateSchedule.LINEAR:
             return 1 - number / steps
-        case Schedule.COSINE:
+        case RateSchedule.COSINE:
             return 0.5 * (1 + math.cos(math.pi * number / steps))
 
 

@@ -15,7 +15,7 @@ from adapters.bundle import adapter_names, adapter_path
 from aggregation.errors import ConfigError, DataError
 from client.learning import Learner
 from client.learning.learner import LEARNED
-from client.training.control import Checkpoint
+from client.training.control import TrainingCheckpoint
 from client.training.graphtrainer import GraphTrainer
 from client.training.personal import PersonalStep
 from tests.client.learning.test_learner import OTHERS, TAUGHT, answer, drawn, phone, run, teach, trainable
@@ -90,7 +90,7 @@ def test_a_personal_step_that_was_killed_goes_on_to_the_same_adapter(
             raise KeyboardInterrupt
         return gradients(self, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Checkpoint, "due", lambda _: True)
+    monkeypatch.setattr(TrainingCheckpoint, "due", lambda _: True)
     monkeypatch.setattr(GraphTrainer, "_gradients", killed)
     before = files(phone)
     assert personalized(phone, path).exit_code == 1
@@ -151,7 +151,7 @@ def test_a_full_disk_while_a_training_is_kept_leaves_the_adapter_in_use(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Checkpoint, "due", lambda _: True)
+    monkeypatch.setattr(TrainingCheckpoint, "due", lambda _: True)
     with Learner.open(phone) as learner:
         monkeypatch.setattr("client.training.control.storage.replace", full)
         with pytest.raises(OSError, match=r"No space"):

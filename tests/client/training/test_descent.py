@@ -14,9 +14,9 @@ from transformers import get_scheduler
 from adapters.layout import Tensors
 from adapters.parts import PARTS
 from adapters.peftconfig import PeftConfig
-from adapters.task import OptimizerName, Schedule, Task
+from adapters.task import OptimizerName, RateSchedule, Task
 from aggregation.errors import DataError
-from client.training.control import Checkpoint, TrainingControl, TrainingState
+from client.training.control import TrainingCheckpoint, TrainingControl, TrainingState
 from client.training.descent import clipped, descend, finite
 from tests.support.errors import refused
 
@@ -70,7 +70,7 @@ def distance(left: Tensors, right: Tensors) -> float:
     return max(float(np.abs(left[name] - right[name]).max()) for name in left)
 
 
-@pytest.mark.parametrize("schedule", list(Schedule))
+@pytest.mark.parametrize("schedule", list(RateSchedule))
 @pytest.mark.parametrize(
     "task",
     [
@@ -83,12 +83,12 @@ def distance(left: Tensors, right: Tensors) -> float:
     ],
     ids=["AdamW", "AdamW, proximal", "AdamW, clipped", "SGD", "SGD, momentum, proximal", "SGD, momentum, clipped"],
 )
-def test_a_training_is_that_of_torchs_optimizer_schedule_and_clipping(task: Task, schedule: Schedule) -> None:
+def test_a_training_is_that_of_torchs_optimizer_schedule_and_clipping(task: Task, schedule: RateSchedule) -> None:
     task = replace(task, schedule=schedule)
     found, expected = descend(START, ORDER, gradients_of, task, epochs=4), in_torch(task)
     assert distance(found, expected) < 2e-5
     assert distance(START, expected) > 0.05
-    other = replace(task, schedule=Schedule.COSINE if schedule is Schedule.LINEAR else Schedule.LINEAR)
+    other = replace(task, schedule=RateSchedule.COSINE if schedule is RateSchedule.LINEAR else RateSchedule.LINEAR)
     assert distance(descend(START, ORDER, gradients_of, other, epochs=4), expected) > 1e-4
 
 
@@ -155,9 +155,9 @@ class Killed(BaseException):
     pass
 
 
-def checkpoint(folder: Path, **changes: Any) -> Checkpoint:
+def checkpoint(folder: Path, **changes: Any) -> TrainingCheckpoint:
     settings: dict[str, Any] = {"path": folder / "training.sealed", "key": bytes(32), "subject": b"mine", "every": 0.0}
-    return Checkpoint(**(settings | changes))
+    return TrainingCheckpoint(**(settings | changes))
 
 
 def interrupted(
@@ -175,7 +175,7 @@ def interrupted(
 
 
 @pytest.mark.parametrize("at", [0, 1, 5, 12, 19])
-@pytest.mark.parametrize("task", [replace(ADAMW, schedule=Schedule.COSINE), replace(SGD, momentum=0.8)])
+@pytest.mark.parametrize("task", [replace(ADAMW, schedule=RateSchedule.COSINE), replace(SGD, momentum=0.8)])
 def test_a_training_that_was_killed_goes_on_to_the_same_adapter(tmp_path: Path, task: Task, at: int) -> None:
     task = replace(task, learning_rate=0.01)
     whole = descend(START, ORDER, gradients_of, task, epochs=4)

@@ -15,7 +15,7 @@ from adapters.bundle import TRAINING, Bundle, VerifiedBase
 from adapters.layout import Tensors
 from adapters.parts import PARTS, Part
 from adapters.peftconfig import PeftConfig
-from adapters.task import MAX_LOSS, OptimizerName, Schedule, Task
+from adapters.task import MAX_LOSS, OptimizerName, RateSchedule, Task
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
@@ -108,8 +108,8 @@ def distance(left: Tensors, right: Tensors) -> float:
         replace(TASK, trained=(Part.R, Part.HEAD)),
         replace(TASK, optimizer=OptimizerName.SGD, learning_rate=0.1),
         replace(TASK, optimizer=OptimizerName.SGD, learning_rate=0.1, momentum=0.9, gradient_norm=0.5),
-        replace(TASK, schedule=Schedule.LINEAR),
-        replace(TASK, schedule=Schedule.COSINE, gradient_norm=0.1, learning_rate=0.02),
+        replace(TASK, schedule=RateSchedule.LINEAR),
+        replace(TASK, schedule=RateSchedule.COSINE, gradient_norm=0.1, learning_rate=0.02),
     ],
     ids=[
         "LoRA",
