@@ -2,7 +2,10 @@
 
 It is the file ``CHANNEL/release.json`` among the targets of a repository of The Update Framework (TUF), whose metadata
 sign its digest. The files of the bundle are the other targets of the channel, ``CHANNEL/base/…`` and
-``CHANNEL/adapters/…``. ``coordinator.channels`` makes releases, ``client.updates`` installs them.
+``CHANNEL/adapters/…``. While a release is rolled out in stages (``adapters.rollout``), the one before is there too: its
+list is ``CHANNEL/previous-release.json``, and its files that are not those of the newest are under
+``CHANNEL/previous-base/…`` and ``CHANNEL/previous-adapters/…``. ``coordinator.channels`` makes releases,
+``client.updates`` installs them.
 """
 
 import re
@@ -44,6 +47,11 @@ def check_channel(name: str) -> str:
 def target(channel: str, name: str) -> str:
     """The path of a file of a channel's bundle, or of its release, among the targets."""
     return f"{channel}/{name}"
+
+
+def previous(name: str) -> str:
+    """The name of a file of the previous release, among those of the newest."""
+    return f"previous-{name}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ COORDINATOR = (
 
 @dataclass(frozen=True, slots=True)
 class ReleasedAdapter:
-    """A release of a channel, and one adapter of it; ``current``: it is what the channel offers now."""
+    """A release of a channel, and one adapter of it; ``current``: the channel offers it now."""
 
     channel: str
     release: int
@@ -124,10 +124,12 @@ def releases_of(repository: ChannelRepository) -> tuple[ReleasedAdapter, ...]:
     """
     found = []
     for channel in repository.channels:
-        releases = repository.releases(channel)
+        releases, rollout = repository.releases(channel), repository.rollout(channel)
+        offered = {rollout.previous} if rollout else set()
+        offered |= {releases[-1].number} if releases else set()
         for release in releases:
             adapters = (repository.manifest(channel, release, name) for name in sorted(release.adapters))
-            current = release == releases[-1]
+            current = release.number in offered
             found += [ReleasedAdapter(channel, release.number, release.made, current, each) for each in adapters]
     return tuple(found)
 

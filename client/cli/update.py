@@ -14,15 +14,23 @@ from client.cli import options
 @click.option("--repository", metavar="URL|DIR", help="The repository's public folder. Needed once, with the next two.")
 @click.option("--channel", metavar="NAME", help="The channel to follow, such as stable.")
 @click.option("--root", type=options.FILE, metavar="FILE", help="root.json of the repository, to pin.")
+@click.option("--language", metavar="CODE", help="The device's language, such as de, for rollouts; needed once.")
 @options.as_json
 def update(
-    bundle: Path, trust: Path | None, repository: str | None, channel: str | None, root: Path | None, as_json: bool
+    bundle: Path,
+    trust: Path | None,
+    repository: str | None,
+    channel: str | None,
+    root: Path | None,
+    language: str | None,
+    as_json: bool,
 ) -> None:
-    """Bring the bundle in DIR to the current release of its channel. Private adapters stay.
+    """Bring the bundle in DIR to the release that its channel has for this device. Private adapters stay.
 
     The first call names the repository and pins its root; later calls need the bundle only. Nothing older, expired or
     not signed as the root demands is accepted, and whatever fails, the bundle in use stays. An interrupted update goes
-    on with the files that it has.
+    on with the files that it has. While a release is rolled out to a share of devices, the device itself determines
+    whether it is one of them.
 
     \b
     Examples:
@@ -30,6 +38,7 @@ def update(
         --root root.json
       edgeadapt device update --bundle kitchen/bundle
     """
+    from aggregation.entropy import SystemEntropy
     from client.updates import ChannelSource, follow
     from client.updates import update as bring
 
@@ -42,15 +51,17 @@ def update(
     def note(name: str, size: int) -> None:
         click.echo(f"fetching {name}, {size:,} bytes", err=True)
 
-    found = bring(bundle, trust, note)
+    found = bring(bundle, trust, note, language=language, entropy=SystemEntropy())
     release, source = found.release, found.source
     if as_json:
         row = {"channel": source.channel, "release": release.number, "made": release.made, "changed": found.changed}
         aside = [str(path) for path in found.set_aside]
-        click.echo(json.dumps({**row, "adapters": release.adapters, "bytes": found.fetched, "set_aside": aside}))
+        row |= {"adapters": release.adapters, "bytes": found.fetched, "set_aside": aside}
+        click.echo(json.dumps({**row, "chosen": found.offer.chosen, "why": found.offer.why}))
         return
     adapters = ", ".join(f"{name} {version}" for name, version in sorted(release.adapters.items()))
     state = f"{found.fetched:,} bytes fetched" if found.changed else "already there"
     click.echo(f"{source.channel}, release {release.number} of {release.made}: {adapters}; {state}")
+    click.echo(found.offer.why)
     for path in found.set_aside:
         click.echo(f"set aside {path}: a private adapter for another base")

@@ -6,6 +6,7 @@ the pinned keys of bundles.
     trust.pem               pinned keys of bundles
     updates/source.json     where the repository is, and the channel
     updates/root.json       the pinned root of the repository
+    updates/targeting.json  what staged rollouts go by (``targeting``)
     updates/metadata/       what TUF has accepted so far: from here on nothing older is accepted
     updates/files/          downloads that are not in use yet, by digest
     updates/private/BASE/   private adapters for a base that was replaced
@@ -39,9 +40,12 @@ from tuf.ngclient import FetcherInterface, Updater
 
 from adapters import jsontext, storage
 from adapters.bundle import MAX_BASE_FILE, Bundle, adapter_names, adapter_path, manifest_path
-from adapters.release import MAX_RELEASE, METADATA, RELEASE, TARGETS, Release, check_channel, target
+from adapters.release import MAX_RELEASE, METADATA, RELEASE, TARGETS, Release, check_channel, previous, target
+from adapters.rollout import FLAGS, MAX_FLAGS, Rollout
+from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, DataError, TrustError
 from client.inference.trust import Trust
+from client.updates.targeting import Targeting
 
 UPDATES, FILES, PRIVATE = "updates", "files", "private"
 SOURCE, ROOT = "source.json", "root.json"
@@ -66,14 +70,46 @@ class ChannelSource:
 
 
 @dataclass(frozen=True, slots=True)
+class Offer:
+    """The release that a channel has for this device.
+
+    Args:
+        release: It.
+        rollout: Under way; None if all devices get the newest release.
+        chosen: This device is among those that get the newest.
+    """
+
+    release: Release
+    rollout: Rollout | None = None
+    chosen: bool = True
+
+    @property
+    def why(self) -> str:
+        """Why it is this release, for a person."""
+        if self.rollout is None:
+            return "for all devices"
+        newest = f"release {self.rollout.release} is for {self.rollout}"
+        if self.chosen:
+            return f"{newest}, and this is one of them"
+        if self.release.number == self.rollout.release:
+            return f"{newest}, and this is not one of them, but has it already and does not go back"
+        return f"{newest}, and this is not one of them"
+
+
+@dataclass(frozen=True, slots=True)
 class Updated:
     """What a bundle is now."""
 
     source: ChannelSource
-    release: Release
+    offer: Offer
     changed: bool  # whether it was another release before
     fetched: int = 0  # bytes
     set_aside: tuple[Path, ...] = ()  # private adapters for another base, which the new one cannot use
+
+    @property
+    def release(self) -> Release:
+        """The release."""
+        return self.offer.release
 
 
 def follow(bundle: Path, source: ChannelSource, root: Path) -> None:
@@ -108,13 +144,22 @@ def follow(bundle: Path, source: ChannelSource, root: Path) -> None:
         storage.replace(folder / SOURCE, jsontext.encode(asdict(source)))
 
 
-def update(bundle: Path, trust: Path | None = None, note: Note = lambda name, size: None) -> Updated:
-    """Bring ``bundle`` to the current release of the channel that it follows. Private adapters stay.
+def update(
+    bundle: Path,
+    trust: Path | None = None,
+    note: Note = lambda name, size: None,
+    *,
+    language: str | None = None,
+    entropy: Entropy,
+) -> Updated:
+    """Bring ``bundle`` to the release that the channel has for this device. Private adapters stay.
 
     Args:
         bundle: The folder; it need not exist yet.
         trust: Pinned keys of bundles; by default ``trust.pem`` in the folder that contains the bundle.
         note: Called before a file is fetched.
+        language: Of the device, from now on; for rollouts by language.
+        entropy: For the targeting key.
 
     Raises:
         ConfigError: It follows no channel, the repository cannot be reached or has no release of the channel, or the
@@ -129,15 +174,18 @@ def update(bundle: Path, trust: Path | None = None, note: Note = lambda name, si
         source = _source(folder / SOURCE)
         files = folder / FILES
         files.mkdir(exist_ok=True)
+        if language is not None:
+            Targeting.read(folder, entropy).with_language(language).write(folder)
         updater = _updater(folder, source)
         updater.refresh()
-        release = _release(updater, source, files)
+        offer = _offer(updater, source, folder, place, entropy)
+        release = offer.release
         if _installed(place, release):
-            return Updated(source, release, changed=False)
+            return Updated(source, offer, changed=False)
         fetched = _fetch(updater, source, release, place, files, note)
         aside = _install(place, release, files, Trust.open(place, trust), folder / PRIVATE)
         shutil.rmtree(files, ignore_errors=True)
-        return Updated(source, release, changed=True, fetched=fetched, set_aside=aside)
+        return Updated(source, offer, changed=True, fetched=fetched, set_aside=aside)
 
 
 class _Folder(FetcherInterface):
@@ -222,9 +270,31 @@ def _described(updater: Updater, source: ChannelSource, name: str, limit: int) -
     return found
 
 
-def _release(updater: Updater, source: ChannelSource, files: Path) -> Release:
-    found = _described(updater, source, RELEASE, MAX_RELEASE)
-    return Release.decode(storage.read(Path(updater.download_target(found, str(files / RELEASE))), MAX_RELEASE))
+def _offer(updater: Updater, source: ChannelSource, folder: Path, bundle: Path, entropy: Entropy) -> Offer:
+    """What the channel has for the device with this folder ``updates``."""
+    files = folder / FILES
+    newest = _release(updater, source, files, RELEASE)
+    listed = updater.get_targetinfo(target(source.channel, FLAGS))
+    if listed is None:
+        return Offer(newest)
+    found = _described(updater, source, FLAGS, MAX_FLAGS)
+    rollout = Rollout.decode(storage.read(Path(updater.download_target(found, str(files / FLAGS))), MAX_FLAGS))
+    if rollout.release != newest.number:
+        reason = f"the flags are for release {rollout.release}, and the channel has {newest.number}"
+        raise TrustError(reason, about=FLAGS, value=rollout.release)
+    chosen = Targeting.read(folder, entropy).release(rollout) == newest.number
+    if chosen or _installed(bundle, newest):
+        return Offer(newest, rollout, chosen)
+    before = _release(updater, source, files, previous(RELEASE))
+    if before.number != rollout.previous:
+        reason = f"the flags name the release {rollout.previous} before, and the channel has {before.number} there"
+        raise TrustError(reason, about=FLAGS, value=rollout.previous)
+    return Offer(before, rollout, chosen=False)
+
+
+def _release(updater: Updater, source: ChannelSource, files: Path, name: str) -> Release:
+    found = _described(updater, source, name, MAX_RELEASE)
+    return Release.decode(storage.read(Path(updater.download_target(found, str(files / name))), MAX_RELEASE))
 
 
 def _installed(bundle: Path, release: Release) -> bool:
@@ -239,9 +309,7 @@ def _fetch(updater: Updater, source: ChannelSource, release: Release, bundle: Pa
     """Bring every file of the release into ``files``, under its digest. Returns how many bytes were fetched."""
     fetched = 0
     for name, digest in release.files.items():
-        found = _described(updater, source, name, MAX_BASE_FILE)
-        if found.hashes.get("sha256") != digest:
-            raise TrustError(f"the release and the metadata state different digests of {name}", about=name)
+        found = _file(updater, source, name, digest)
         place = files / digest
         if place.is_file() and storage.file_sha256(place) == digest:  # from an update that was interrupted
             continue
@@ -253,6 +321,16 @@ def _fetch(updater: Updater, source: ChannelSource, release: Release, bundle: Pa
         updater.download_target(found, str(place))
         fetched += found.length
     return fetched
+
+
+def _file(updater: Updater, source: ChannelSource, name: str, digest: str) -> TargetFile:
+    """A file of a release: of the newest, or of the one before where that has another."""
+    for place in (name, previous(name)):
+        if updater.get_targetinfo(target(source.channel, place)) is not None:
+            found = _described(updater, source, place, MAX_BASE_FILE)
+            if found.hashes.get("sha256") == digest:
+                return found
+    raise TrustError(f"the metadata have no {name} with the digest that the release states", about=name)
 
 
 def _install(bundle: Path, release: Release, files: Path, trust: Trust, aside: Path) -> tuple[Path, ...]:

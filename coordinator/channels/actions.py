@@ -20,12 +20,13 @@ from pydantic import ConfigDict, Field
 from tuf.api.metadata import Snapshot
 
 from adapters.manifest import Count, Manifest, Sha256
+from adapters.rollout import Rollout
 from aggregation.errors import DataError
 
 LOG = "log"  # folder
 HEAD = "x-edgeadapt-log"  # field of the snapshot
 # What was done; "refuse" is a promotion that a gate refused.
-Kind = Literal["init", "add", "publish", "promote", "refuse", "rollback", "renew", "rotate"]
+Kind = Literal["init", "add", "publish", "promote", "refuse", "rollout", "rollback", "renew", "rotate"]
 Text = Annotated[str, Field(max_length=1000)]
 Figure = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -59,11 +60,12 @@ class Action:
         kind: The command.
         subject: The channel; of ``rotate`` the role; None if it concerns all.
         source: The channel that a promotion is from.
-        release: Number of the release that it made in ``subject``, or of ``source`` that was refused.
+        release: Number of the release that it made or rolls out in ``subject``, or of ``source`` that was refused.
         sha256: Of that release's file.
         adapters: Of that release: name → version.
         again: The earlier release that a rollback published again.
         gates: Of a promotion, in order.
+        rollout: Who gets the release, if not all devices.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -76,6 +78,7 @@ class Action:
     adapters: dict[Text, Count] | None = None
     again: Count | None = None
     gates: tuple[GateResult, ...] = ()
+    rollout: Rollout | None = None
 
 
 @dataclass(frozen=True, slots=True)

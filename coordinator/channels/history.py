@@ -6,12 +6,14 @@
    signed by a key that a root named for the snapshot.
 4. The records account for every version of the metadata of every role, once and in order: nothing was signed without a
    record, and no record speaks of metadata that do not exist. A root is in force from the next record on.
-5. A record that made a release has the digest that the channel's metadata of that version list.
+5. A record that made a release has the digest that the channel's metadata of that version list. If it states a rollout,
+   they list the flags of that rollout; otherwise none.
 
 Expired metadata are no failure: they say that the repository is not renewed, not that it was altered. A copy of an
 earlier state of everything is consistent with itself: compare the number of actions with the one known before.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -24,6 +26,7 @@ from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
 from adapters import storage
 from adapters.dsse import MAX_ENVELOPE
 from adapters.release import METADATA, RELEASE, target
+from adapters.rollout import FLAGS
 from aggregation.errors import DataError, EdgeAdaptError, TrustError, of_file
 from aggregation.pki.identity import PublicKey
 from coordinator.channels.actions import LOG, ActionRecord, LogHead, action_path, digest_of
@@ -157,15 +160,18 @@ def _require_all(records: Sequence[ActionRecord], versions: dict[str, int]) -> N
 
 
 def _require_release(place: Path, record: ActionRecord) -> None:
-    """Return if the metadata that the record signed list the release that it states."""
+    """Return if the metadata that the record signed list the release and the rollout that it states."""
     channel, action = record.action.subject, record.action
     if action.sha256 is None or action.kind == "refuse" or channel is None:
         return
     version = record.metadata.get(channel, 0)
-    listed = _current(Targets, place, channel, version).signed.targets.get(target(channel, RELEASE))
-    if listed is None or listed.hashes.get("sha256") != action.sha256:
-        reason = f"version {version} of channel {channel} has another release than record {record.number} states"
-        raise TrustError(reason, about=channel, value=record.number)
+    targets = _current(Targets, place, channel, version).signed.targets
+    flags = None if action.rollout is None else hashlib.sha256(action.rollout.encode()).hexdigest()
+    for name, what, digest in ((RELEASE, "release", action.sha256), (FLAGS, "rollout", flags)):
+        listed = targets.get(target(channel, name))
+        if (listed and listed.hashes.get("sha256")) != digest:
+            reason = f"version {version} of channel {channel} has another {what} than record {record.number} states"
+            raise TrustError(reason, about=channel, value=record.number)
 
 
 def _current(kind: Any, place: Path, role: str, version: int) -> Metadata[Any]:

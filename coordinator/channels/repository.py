@@ -6,7 +6,8 @@
     DIR/keys/ID.pem        Ed25519 keys of the roles; those of root and targets belong elsewhere when they are not used
     DIR/public/            what is served: static files, from any web server, object store or folder
         metadata/          N.ROLE.json, and timestamp.json
-        targets/           CHANNEL/DIGEST.release.json, CHANNEL/base/DIGEST.NAME, CHANNEL/adapters/DIGEST.NAME
+        targets/           CHANNEL/DIGEST.release.json, CHANNEL/base/DIGEST.NAME, CHANNEL/adapters/DIGEST.NAME;
+                           of a staged rollout CHANNEL/DIGEST.flags.json, and the release before as CHANNEL/previous-…
 
 The roles: *root* names the keys of the others, *targets* those of the channels, each channel is a delegated role with
 the only right to sign files under its name, and *snapshot* and *timestamp*, which share a key, say which of all these
@@ -29,7 +30,8 @@ from adapters.bundle import manifest_path as manifest_of
 from adapters.dsse import MAX_ENVELOPE
 from adapters.keyfiles import read_public_keys
 from adapters.manifest import AdapterManifest
-from adapters.release import CANARY, MAX_RELEASE, RELEASE, STABLE, TARGETS, Release, check_channel, target
+from adapters.release import CANARY, MAX_RELEASE, RELEASE, STABLE, TARGETS, Release, check_channel, previous, target
+from adapters.rollout import ALL, FLAGS, MAX_FLAGS, Rollout, check_language
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.identity import IdentityKey, PublicKey
@@ -49,11 +51,12 @@ from coordinator.channels.metadata import (
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A new release, and the adapters of the bundle that stayed out because they are private."""
+    """A release, the adapters of the bundle that stayed out because they are private, and who gets it, if not all."""
 
     channel: str
     release: Release
     private: tuple[str, ...] = ()
+    rollout: Rollout | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,16 +198,27 @@ class ChannelRepository:
                 raise DataError(f"{place} is missing: restore the repository", about=place.name)
             storage.link_or_copy(place, bundle / name)
 
-    def promote(self, source: str, number: int, channel: str, gates: Sequence[GateResult]) -> Published:
+    def promote(
+        self,
+        source: str,
+        number: int,
+        channel: str,
+        gates: Sequence[GateResult],
+        *,
+        share: int = ALL,
+        languages: Sequence[str] = (),
+    ) -> Published:
         """Make release ``number`` of ``source``, its current one, the next of ``channel``.
 
         Args:
             source, number: The release.
             channel: To which it goes.
             gates: What it passed, for the log.
+            share, languages: Of the devices that get it, as of a ``Rollout``; the others get the release before.
 
         Raises:
-            ConfigError: There is no such channel, the release is no longer the current one, or as ``publish``.
+            ConfigError: There is no such channel, the release is no longer the current one, or as ``publish``; or a
+                rollout is asked for while another one is under way, or without a release before.
             DataError, TrustError: The repository is damaged.
             OSError: As ``publish``.
         """
@@ -217,8 +231,46 @@ class ChannelRepository:
                 for name in found.adapters.keys() & current.adapters.keys():
                     _require_newer(self.manifest(source, found, name), self.manifest(channel, current, name))
             files = {name: self._file(source, name, digest) for name, digest in found.files.items()}
-            action = Action("promote", source=source, gates=tuple(gates))
-            return Published(channel, self._add(action, channel, files, found.adapters))
+            rollout = self._first_stage(channel, current, share, languages)
+            action = Action("promote", source=source, gates=tuple(gates), rollout=rollout)
+            return Published(channel, self._add(action, channel, files, found.adapters), rollout=rollout)
+
+    def rollout(self, channel: str) -> Rollout | None:
+        """Who gets the current release of a channel; None if all devices do. Raises as ``release``."""
+        listed = self.metadata.load(Targets, channel).targets.get(target(channel, FLAGS))
+        if listed is None:
+            return None
+        return Rollout.decode(storage.read(self._file(channel, FLAGS, listed.hashes["sha256"]), MAX_FLAGS))
+
+    def set_rollout(self, channel: str, share: int, languages: Sequence[str] = ()) -> Published:
+        """Say anew who gets the release that a channel rolls out. Nobody who has it goes back.
+
+        Args:
+            channel: The channel.
+            share, languages: As of a ``Rollout``. With all devices the rollout is complete.
+
+        Raises:
+            ConfigError: There is no such channel, or it rolls nothing out.
+            DataError, TrustError: The repository is damaged.
+            OSError: As ``publish``.
+        """
+        with self._locked():
+            release = self.release(channel)
+            before = self.rollout(channel)
+            if release is None or before is None:
+                reason = f"channel {channel} rolls nothing out: begin with 'edgeadapt adapters promote … --share'"
+                raise ConfigError(reason, about="rollout", value=channel)
+            rollout = _rollout(before.release, before.previous, share, languages)
+            signed = self.metadata.load(Targets, channel)
+            if rollout is None:
+                names = {target(channel, name) for name in (*release.files, RELEASE)}
+                signed.targets = {path: each for path, each in signed.targets.items() if path in names}
+            else:
+                signed.targets[target(channel, FLAGS)] = self._write(channel, FLAGS, rollout.encode())
+            digest = signed.targets[target(channel, RELEASE)].hashes["sha256"]
+            action = Action("rollout", channel, None, release.number, digest, dict(release.adapters), rollout=rollout)
+            self.metadata.commit(action, {channel: signed})
+            return Published(channel, release, rollout=rollout)
 
     def refuse(self, source: str, release: Release, channel: str, gates: Sequence[GateResult]) -> None:
         """Note in the log that gates did not let a release of ``source`` into ``channel``.
@@ -331,6 +383,21 @@ class ChannelRepository:
         """The highest version of an adapter in any release of a channel."""
         return max(release.adapters.get(name, 0) for release in self.releases(channel))
 
+    def _first_stage(
+        self, channel: str, current: Release | None, share: int, languages: Sequence[str]
+    ) -> Rollout | None:
+        """The rollout with which the next release of a channel begins."""
+        number = 0 if current is None else current.number
+        rollout = _rollout(number + 1, number, share, languages)
+        if rollout is not None and current is None:
+            reason = f"channel {channel} has no release that the other devices could have: promote to all first"
+            raise ConfigError(reason, about="rollout", value=channel)
+        if rollout is not None and self.rollout(channel) is not None:
+            reason = f"channel {channel} still rolls out release {number}"
+            remedy = "complete that with 'edgeadapt adapters rollout … --share 100', or roll back"
+            raise ConfigError(f"{reason}: {remedy}", about="rollout", value=channel)
+        return rollout
+
     def _add(
         self,
         action: Action,
@@ -341,7 +408,7 @@ class ChannelRepository:
     ) -> Release:
         """Add files and sign them as the next release; ``instead`` has the content of some of them.
 
-        The log gets ``action`` with the release.
+        The log gets ``action`` with the release. If that has a rollout, the release before stays on offer.
         """
         digests, listed = {}, {}
         for name, path in files.items():
@@ -352,12 +419,24 @@ class ChannelRepository:
         made = self.now.isoformat(timespec="seconds")
         release = Release(last.number + 1 if last else 1, made, digests, dict(adapters))
         listed[target(channel, RELEASE)] = self._write(channel, RELEASE, release.encode())
+        if action.rollout is not None and last is not None:
+            listed |= self._keep(channel, last, digests, action.rollout)
         signed = self.metadata.load(Targets, channel)
         signed.targets = listed
         digest = listed[target(channel, RELEASE)].hashes["sha256"]
         done = replace(action, subject=channel, release=release.number, sha256=digest, adapters=release.adapters)
         self.metadata.commit(done, {channel: signed})
         return release
+
+    def _keep(self, channel: str, last: Release, digests: Mapping[str, str], rollout: Rollout) -> dict[str, TargetFile]:
+        """The targets of a rollout: the flags, and the release before with those of its files that are not in the new
+        one, whose ``digests`` are given.
+        """
+        own = [name for name, digest in last.files.items() if digests.get(name) != digest]
+        stored = [self._store(channel, previous(name), self._file(channel, name, last.files[name])) for name in own]
+        stored.append(self._write(channel, previous(RELEASE), last.encode()))
+        stored.append(self._write(channel, FLAGS, rollout.encode()))
+        return {each.path: each for each in stored}
 
     def _store(self, channel: str, name: str, path: Path) -> TargetFile:
         """Copy a file among the targets, under the digest of what was copied."""
@@ -394,6 +473,18 @@ class ChannelRepository:
 def pinned_keys(bundle: Path, trust: Path | None) -> tuple[PublicKey, ...]:
     """The keys that sign ``bundle``, in ``trust`` or in ``trust.pem`` next to it. Raises as ``read_public_keys``."""
     return read_public_keys(trust or bundle.resolve().parent / TRUST)
+
+
+def _rollout(release: int, before: int, share: int, languages: Sequence[str]) -> Rollout | None:
+    """Who gets ``release``; None if all devices do.
+
+    Raises:
+        ConfigError: The share is no percentage, or a language has no such code.
+    """
+    if not 0 <= share <= ALL:
+        raise ConfigError(f"a share is 0 to {ALL} percent, not {share}", about="share", value=share)
+    found = Rollout(release, before, share, tuple(sorted({check_language(each) for each in languages})))
+    return None if found.is_complete else found
 
 
 def _require_newer(new: AdapterManifest, current: AdapterManifest) -> None:

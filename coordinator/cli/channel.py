@@ -1,6 +1,7 @@
 """``edgeadapt channel``: releases for devices, by channel, in a repository of static files."""
 
 import json
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -131,10 +132,12 @@ def show(folder: Path, as_json: bool) -> None:
     """
     opened = _open(folder)
     releases = {each: opened.release(each) for each in opened.channels}
+    rollouts = {each: opened.rollout(each) for each in opened.channels}
     roles = list(opened.metadata.roles())
     if as_json:
         row = {
             "channels": {each: found and json.loads(found.encode()) for each, found in releases.items()},
+            "rollouts": {each: found and asdict(found) for each, found in rollouts.items()},
             "roles": {
                 role: {
                     "version": version,
@@ -149,6 +152,8 @@ def show(folder: Path, as_json: bool) -> None:
     for each, found in releases.items():
         adapters = ", ".join(f"{key} {version}" for key, version in sorted(found.adapters.items())) if found else ""
         click.echo(f"{each:<12} " + (f"release {found.number} of {found.made}: {adapters}" if found else "no release"))
+        if rollout := rollouts[each]:
+            click.echo(f"{'':<12} for {rollout}; release {rollout.previous} for the others")
     for role, version, expires, keys in roles:
         places = ", ".join(f"{path.name}{'' if path.is_file() else ' (not here)'}" for path in keys)
         late = " EXPIRED" if expires <= _now() else ""

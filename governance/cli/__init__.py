@@ -11,6 +11,7 @@ COMMANDS = {
     "list": ("governance.cli.versions", "list_", "List versions, with their rounds, metrics and channels.", ""),
     "promote": ("governance.cli.promotion", "promote", "Give a channel another one's release, if it passes.", ""),
     "rollback": ("governance.cli.promotion", "rollback", "Publish an earlier release again.", ""),
+    "rollout": ("governance.cli.promotion", "rollout", "Say which devices get the newest release.", ""),
     "sbom": ("governance.cli.sbom", "sbom", "Print a version's software bill of materials.", "governance"),
     "show": ("governance.cli.versions", "show", "Show what made a version, and where it is.", ""),
 }
@@ -26,6 +27,7 @@ def adapters() -> None:
     Example, start to end:
       edgeadapt adapters list fleet --releases releases
       edgeadapt adapters gates releases
-      edgeadapt adapters promote releases canary stable
+      edgeadapt adapters promote releases canary stable --share 10
+      edgeadapt adapters rollout releases stable --share 100
       edgeadapt adapters rollback releases stable --to 1 --key vendor.key
     """

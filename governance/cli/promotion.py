@@ -1,4 +1,4 @@
-"""``edgeadapt adapters gates``, ``promote`` and ``rollback``: which release a channel of a repository has."""
+"""``edgeadapt adapters gates``, ``promote``, ``rollout`` and ``rollback``: which release a channel has."""
 
 import json
 import tempfile
@@ -12,6 +12,7 @@ import click
 from adapters import storage
 from adapters.bundle import TRUST
 from adapters.keyfiles import read_key
+from adapters.rollout import ALL
 from adapters.settings import overridden
 from aggregation.errors import ConfigError
 from coordinator.channels.actions import GateResult
@@ -23,6 +24,13 @@ FOLDER = click.Path(path_type=Path)
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 repository = click.argument("folder", type=FOLDER, metavar="REPO")
+language = click.option(
+    "--language",
+    "languages",
+    multiple=True,
+    metavar="CODE",
+    help="Only devices with this language, such as de; may be repeated.",
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
@@ -52,16 +60,35 @@ def gates(folder: Path, overrides: tuple[str, ...]) -> None:
 @click.option(
     "--trust", type=FILE, metavar="FILE", help="Keys that sign bundles, as devices pin them. Default: REPO/trust.pem."
 )
+@click.option(
+    "--share",
+    type=click.IntRange(0, ALL),
+    default=ALL,
+    metavar="PERCENT",
+    help="Of devices that get the release; the others keep the one before. Default: all.",
+)
+@language
 @as_json
-def promote(folder: Path, source: str, channel: str, trust: Path | None, as_json: bool) -> None:
+def promote(
+    folder: Path,
+    source: str,
+    channel: str,
+    trust: Path | None,
+    share: int,
+    languages: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Make the current release of channel FROM the next one of channel TO, if it passes the gates of REPO/gates.toml.
 
     Both releases are put together and run as on a device. Each gate's figure is printed and signed into the log, also
     of a promotion that is refused, which ends with exit code 6.
 
+    With --share or --language it is rolled out in stages: go on with 'edgeadapt adapters rollout'.
+
     \b
-    Example:
+    Examples:
       edgeadapt adapters promote releases canary stable
+      edgeadapt adapters promote releases canary stable --share 10
     """
     opened = _open(folder)
     if not (folder / GATES).is_file():
@@ -83,7 +110,35 @@ def promote(folder: Path, source: str, channel: str, trust: Path | None, as_json
     if not all(each.passed for each in results):
         opened.refuse(source, release, channel, results)
         require_passed(results, f"release {release.number} of {source}")
-    _print(opened.promote(source, release.number, channel, results), results, as_json)
+    made = opened.promote(source, release.number, channel, results, share=share, languages=languages)
+    _print(made, results, as_json)
+
+
+@click.command()
+@repository
+@click.argument("channel", metavar="CHANNEL")
+@click.option(
+    "--share",
+    type=click.IntRange(0, ALL),
+    default=ALL,
+    metavar="PERCENT",
+    help="Of devices that get the release. Default: all, or all with the languages.",
+)
+@language
+@as_json
+def rollout(folder: Path, channel: str, share: int, languages: tuple[str, ...], as_json: bool) -> None:
+    """Say anew which devices get the release that CHANNEL rolls out. With all devices, the rollout is complete.
+
+    Each device decides for itself, by a random number that never leaves it: one that is in at 10 % is in at 50 %. A
+    device that has the release never goes back when the share shrinks; 'edgeadapt adapters rollback' takes it back.
+
+    \b
+    Examples:
+      edgeadapt adapters rollout releases stable --share 50
+      edgeadapt adapters rollout releases stable --share 20 --language de --language fr
+      edgeadapt adapters rollout releases stable --share 100
+    """
+    _print(_open(folder).set_rollout(channel, share, languages), (), as_json)
 
 
 @click.command()
@@ -112,7 +167,10 @@ def _print(made: Published, results: tuple[GateResult, ...], as_json: bool) -> N
     release = made.release
     if as_json:
         row: dict[str, Any] = {"channel": made.channel, "release": release.number, "adapters": release.adapters}
-        click.echo(json.dumps({**row, "files": release.files, "gates": [asdict(each) for each in results]}))
+        row |= {"files": release.files, "gates": [asdict(each) for each in results]}
+        click.echo(json.dumps({**row, "rollout": made.rollout and asdict(made.rollout)}))
         return
     adapters = ", ".join(f"{name} {version}" for name, version in sorted(release.adapters.items()))
     click.echo(f"{made.channel}, release {release.number}: {adapters}; {len(release.files)} files")
+    if made.rollout is not None:
+        click.echo(f"for {made.rollout}; release {made.rollout.previous} for the others")

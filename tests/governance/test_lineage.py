@@ -72,6 +72,15 @@ def test_a_version_is_found_in_a_release_that_a_rollback_signed_again(vendor_pla
     assert places == [(1, 2, False), (3, 4, True)]
 
 
+def test_both_releases_of_a_rollout_are_on_offer(vendor_place: Vendor) -> None:
+    vendor_place.publish(1, "stable")
+    vendor_place.publish(2)
+    vendor_place.repository.promote("canary", 1, "stable", (), share=10)
+    found = as_json("list", vendor_place.state_dir, "--releases", vendor_place.repository.folder)["versions"]
+    places = [[(p["channel"], p["release"], p["current"]) for p in each["releases"]] for each in found]
+    assert places == [[], [("stable", 1, True)], [("canary", 1, True), ("stable", 2, True)]]
+
+
 def test_show_names_the_signer_and_what_made_a_version(vendor_place: Vendor) -> None:
     found = as_json("show", vendor_place.state_dir, 2)
     assert found["signed_by"] == vendor_place.coordinator.public.key_id

@@ -1,20 +1,14 @@
 """A device follows a channel of a real repository over HTTP; every attack that TUF is for leaves the bundle in use."""
 
 import errno
-import http.server
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from functools import partial
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -26,84 +20,16 @@ from adapters.release import Release
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey
-from client.inference.trust import Trust
-from client.updates import ChannelSource, Updated, follow, update
+from client.updates import ChannelSource, follow
 from coordinator.channels.actions import Action
 from coordinator.channels.history import audit_repository
 from coordinator.channels.repository import ChannelRepository
 from edgeadapt import cli
-from export.bundle.write import AdapterSource, write_bundle
+from export.bundle.write import write_bundle
 from export.onnx.exported import ExportedBase
+from tests.client.updates.conftest import NOW, Place, Source
 from tests.support import refused
 from tests.support.bundles import flip, resign, stated
-
-NOW = datetime.now(UTC)
-Source = Callable[..., AdapterSource]
-
-
-class Handler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing."""
-
-
-@dataclass
-class Place:
-    """A vendor with a repository that is served, and a device that follows its stable channel."""
-
-    folder: Path
-    repository: ChannelRepository
-    address: str
-    vendor: IdentityKey
-    made: Path
-    device: Path
-
-    @property
-    def bundle(self) -> Path:
-        return self.device / "bundle"
-
-    def publish(self, version: int, source: AdapterSource, exported: ExportedBase, channel: str = "stable") -> None:
-        write_bundle(self.made, exported, [source], key=self.vendor)
-        resign(self.made, self.vendor, version=version)
-        self.repository.publish(channel, self.made, [self.vendor.public])
-
-    def follow(self, channel: str = "stable") -> None:
-        (self.folder / "root.json").write_bytes(self.repository.root())
-        follow(self.bundle, ChannelSource(self.address, channel), self.folder / "root.json")
-
-    def update(self) -> Updated:
-        return update(self.bundle)
-
-    def version(self) -> int:
-        """Of the adapter in use, which the device accepts."""
-        trust = Trust.open(self.bundle)
-        return trust.adapter("global", trust.bundle.base()).manifest.version
-
-
-@pytest.fixture
-def place(tmp_path: Path, vendor: IdentityKey, household: IdentityKey) -> Iterator[Place]:
-    repository = ChannelRepository.create(tmp_path / "releases", SystemEntropy(), NOW)
-    server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), partial(Handler, directory=str(tmp_path / "releases" / "public"))
-    )
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    device = tmp_path / "device"
-    device.mkdir()
-    (device / "trust.pem").write_bytes(vendor.public.to_pem() + household.public.to_pem())
-    made = tmp_path / "made" / "bundle"
-    address = f"http://127.0.0.1:{server.server_address[1]}"
-    yield Place(tmp_path, repository, address, vendor, made, device)
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture
-def following(place: Place, source: Source, exported: ExportedBase) -> Place:
-    """The device has release 1, with version 1 of the adapter."""
-    place.publish(1, source("global"), exported)
-    place.follow()
-    assert place.update().changed
-    assert place.version() == 1
-    return place
 
 
 def metadata(place: Place) -> Path:
@@ -194,9 +120,10 @@ def test_an_update_that_was_killed_goes_on_with_what_it_has(
 ) -> None:
     following.publish(2, source("global", seed=5), exported)
     code = (
-        "import os, signal, sys; from pathlib import Path; from client.updates import update;"
-        "seen = [];"
-        "update(Path(sys.argv[1]), None, lambda *file: (seen.append(file), len(seen) == 2 and os.kill(os.getpid(), 9)))"
+        "import os, signal, sys; from pathlib import Path; from aggregation.entropy import SystemEntropy;"
+        "from client.updates import update; seen = [];"
+        "note = lambda *file: (seen.append(file), len(seen) == 2 and os.kill(os.getpid(), 9));"
+        "update(Path(sys.argv[1]), None, note, entropy=SystemEntropy())"
     )
     done = subprocess.run([sys.executable, "-c", code, str(following.bundle)], check=False)
     assert done.returncode == -signal.SIGKILL

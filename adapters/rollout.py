@@ -1,0 +1,113 @@
+"""A staged rollout: which devices of a channel get its newest release, and which one the others get.
+
+It is the file ``CHANNEL/flags.json`` among the targets of a repository, a flag definition of flagd (OpenFeature's
+reference implementation), so that any flagd evaluates it and comes to the same release. The flag ``release-N`` has two
+variants, the numbers of the newest release and of the one before. flagd's operator ``fractional`` puts a device into
+one of 100 parts by a hash of the flag's name and the device's targeting key, and the parts of the newest release come
+first: a device that is in at 10 % is in at 50 %, and another release begins with other devices.
+
+``coordinator.channels`` writes the file, ``client.updates`` evaluates it.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from adapters import jsontext
+from adapters.manifest import Count
+from aggregation.errors import ConfigError, TrustError
+
+FLAGS = "flags.json"
+MAX_FLAGS = 2**14  # bytes
+ALL = 100  # percent
+NEWEST, PREVIOUS = "newest", "previous"  # variants
+LANGUAGE = "language"  # attribute of the evaluation context
+_LANGUAGE = r"^[a-z]{2,3}$"
+Language = Annotated[str, Field(pattern=_LANGUAGE)]  # ISO 639
+
+
+def check_language(name: str) -> str:
+    """``name``, if it is a language's code.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    try:
+        return TypeAdapter(Language).validate_python(name)
+    except ValidationError:
+        reason = f"{name[:40]!r} is no code of a language: use two or three lower-case letters, such as de"
+        raise ConfigError(reason, about=LANGUAGE, value=name) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """Who gets the newest release.
+
+    Args:
+        release: Its number.
+        previous: Number of the release that the others get.
+        share: Percent of devices.
+        languages: Only devices with one of these, of which ``share`` is then a part; empty: all devices.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    release: Count
+    previous: Count
+    share: Annotated[int, Field(ge=0, le=ALL)]
+    languages: Annotated[tuple[Language, ...], Field(max_length=100)] = ()
+
+    @property
+    def flag(self) -> str:
+        """Name of the flag."""
+        return f"release-{self.release}"
+
+    @property
+    def is_complete(self) -> bool:
+        """All devices get the newest release."""
+        return self.share == ALL and not self.languages
+
+    def __str__(self) -> str:
+        """Whom the newest release is for."""
+        return f"{self.share} % of devices" + (f" with language {', '.join(self.languages)}" if self.languages else "")
+
+    def encode(self) -> bytes:
+        """As flagd's flag definition. Equal rollouts give equal bytes."""
+        targeting: dict[str, Any] = {"fractional": [[NEWEST, self.share], [PREVIOUS, ALL - self.share]]}
+        if self.languages:
+            targeting = {"if": [{"in": [{"var": LANGUAGE}, list(self.languages)]}, targeting, PREVIOUS]}
+        flag = {
+            "state": "ENABLED",
+            "variants": {NEWEST: self.release, PREVIOUS: self.previous},
+            "defaultVariant": PREVIOUS,
+            "targeting": targeting,
+        }
+        return jsontext.encode({"$schema": "https://flagd.dev/schema/v0/flags.json", "flags": {self.flag: flag}})
+
+    @classmethod
+    def decode(cls, raw: bytes) -> Self:
+        """Read what ``encode`` wrote, and nothing else: a rule of flagd can take any time to evaluate.
+
+        Raises:
+            TrustError: It is something else.
+        """
+        try:
+            (flag,) = jsontext.decode(raw)["flags"].values()
+            rule, languages = flag["targeting"], []
+            if "if" in rule:
+                condition, rule, _ = rule["if"]
+                languages = condition["in"][1]
+            stated = {
+                "release": flag["variants"][NEWEST],
+                "previous": flag["variants"][PREVIOUS],
+                "share": rule["fractional"][0][1],
+                "languages": languages,
+            }
+            found = jsontext.decode_as(cls, jsontext.encode(stated))
+            if found.encode() != raw:
+                raise ValueError
+        except (ValueError, ValidationError, LookupError, TypeError, AttributeError) as error:
+            reason = "the flags of the rollout are damaged, or of a newer version: update edgeadapt"
+            raise TrustError(reason, about=FLAGS) from error
+        return found
