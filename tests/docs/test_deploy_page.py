@@ -1,0 +1,190 @@
+"""The page on real machines: its commands on loopback, its systemd units, and its files for containers."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import yaml
+
+import edgeadapt
+from adapters.keyfiles import read_public_keys
+from aggregation.entropy import SystemEntropy
+from aggregation.errors import TrustError
+from aggregation.pki.identity import IdentityKey
+from client.node.statedir import DeviceStateDir
+from coordinator.authority import AuthorityStore
+from coordinator.statedir import AUTHORITY, KEY, TLS_KEY, CoordinatorStateDir
+from tests.support.gateway import free_port
+from tests.support.trial import call
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "docs" / "deploy"
+UNITS = sorted((FOLDER / "systemd").iterdir())
+PROGRAM = "/opt/edgeadapt/bin/edgeadapt"
+COMPOSE = yaml.safe_load((FOLDER / "compose.yaml").read_text())
+MANIFESTS = list(yaml.safe_load_all((FOLDER / "kubernetes.yaml").read_text()))
+JOB = next(each for each in MANIFESTS if each["kind"] == "Job")["spec"]["template"]["spec"]
+POD, COORDINATOR = JOB["containers"][0], COMPOSE["services"]["coordinator"]
+
+
+@pytest.fixture(scope="module")
+def page(reader: Any, blocks: Callable[[str], list[Any]], tiny_base: Any) -> Path:
+    """The folder in which the blocks of the page were run."""
+    seed = ("--phrases", reader.folder / "phrases.tsv", "--rank", 2, "--out", reader.folder / "seed")
+    (reader.folder / "phrases.tsv").write_text("light_on\tturn on the light\nlight_off\tturn off the lamp\n")
+    call("export", "seed", "--base", tiny_base.folder, *seed)
+    commands = "\n".join(block.commands for block in blocks("how-to/deploy.md"))
+    for port in ("9443", "9444"):
+        commands = commands.replace(port, str(free_port()))
+    reader.run(f"BASE='{tiny_base.folder}'\n{commands}")
+    return Path(reader.folder)
+
+
+@pytest.mark.slow
+def test_keys_that_were_rotated_are_in_use_and_the_old_ones_are_not(page: Path) -> None:
+    state_dir, authority = CoordinatorStateDir.open(page / "fleet"), AuthorityStore(page / "authority")
+    state_dir.read_tls(datetime.now(UTC))  # the certificate is for the new key
+    assert (page / "restored" / "fleet" / TLS_KEY).read_bytes() != (page / "fleet" / TLS_KEY).read_bytes()
+    revoked = state_dir.read_root(datetime.now(UTC))
+    with pytest.raises(TrustError):
+        revoked.verify(DeviceStateDir.open(page / "kitchen").certificate, datetime.now(UTC))
+    renewed = DeviceStateDir.open(page / "kitchen-2")
+    assert revoked.verify(renewed.certificate, datetime.now(UTC)) == ("kitchen", renewed.identity.public)
+    authority.unlock((page / "passphrase").read_bytes().strip())
+    with pytest.raises(TrustError):
+        authority.unlock(b"a passphrase that nobody guesses")
+    assert len(read_public_keys(page / "trust.pem")) == 2
+    state_dir.registry.close()
+
+
+@pytest.mark.slow
+def test_keys_that_cannot_be_rotated_are_refused(page: Path, tmp_path: Path) -> None:
+    key, authority = tmp_path / "key", tmp_path / "authority"
+    for folder in (key, authority):
+        shutil.copytree(page / "fleet", folder)
+    (key / KEY).write_bytes(IdentityKey.generate(SystemEntropy()).to_pem())
+    with pytest.raises(TrustError):
+        call("coordinator", "up", key)
+    other = AuthorityStore.create(tmp_path / "other", "another", 30, 30, None)
+    (authority / AUTHORITY).write_bytes(other.root.to_pem())
+    with pytest.raises(TrustError):
+        call("coordinator", "up", authority)
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """Each file with the words after the program's name of each command in it."""
+    for unit in UNITS:
+        text = unit.read_text().replace("\\\n", " ")
+        yield from ((unit.name, shlex.split(call)) for call in re.findall(rf"^ExecStart={PROGRAM} (.*)$", text, re.M))
+    yield "Dockerfile", json.loads(re.findall(r"^CMD (.*)$", (FOLDER / "Dockerfile").read_text(), re.M)[0])
+    yield "compose.yaml", COORDINATOR["command"]
+    yield "compose.yaml", COORDINATOR["healthcheck"]["test"][2:]
+    yield "kubernetes.yaml", POD["args"]
+
+
+def parse(words: list[str]) -> None:
+    """Let the program's own parser read a command, with all of its options, and do nothing."""
+    command: click.Command = edgeadapt.cli
+    rest = list(words)
+    while isinstance(command, click.Group):
+        found = command.get_command(click.Context(command), rest.pop(0))
+        assert found is not None, words
+        command = found
+    command.make_context(command.name, rest)
+
+
+@pytest.mark.parametrize(("file", "words"), [pytest.param(*each, id=each[0]) for each in commands()])
+def test_every_command_is_one_of_the_program(file: str, words: list[str]) -> None:
+    parse(words)
+    with pytest.raises(click.UsageError):
+        parse([*words, "--nonsense"])
+
+
+def test_every_unit_that_runs_something_has_a_command() -> None:
+    services = {unit.name for unit in UNITS if unit.suffix == ".service"}
+    assert services == {file for file, _ in commands() if file.endswith(".service")}
+    timed = {unit.stem for unit in UNITS if unit.suffix == ".timer"}
+    assert {f"{name}.service" for name in timed} < services
+
+
+def verify(folder: Path) -> str:
+    """What systemd says of the units in a folder. Of keys that it does not know it says so, and ends with 0."""
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", *map(str, sorted(folder.iterdir()))], capture_output=True, text=True
+    )
+    return f"{done.stderr}{done.returncode or ''}"
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not installed")
+def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
+    for unit in UNITS:
+        (tmp_path / unit.name).write_text(unit.read_text().replace(PROGRAM, sys.executable))
+    assert verify(tmp_path) == ""
+    first = tmp_path / "edgeadapt-agent.service"
+    first.write_text(first.read_text().replace("ProtectSystem", "ProtectSistem"))
+    assert "ProtectSistem" in verify(tmp_path)
+
+
+def test_the_image_is_built_from_what_the_package_consists_of() -> None:
+    given = {line[1:] for line in (FOLDER / "Dockerfile.dockerignore").read_text().splitlines() if line[:1] == "!"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    tools = project["tool"]["setuptools"]
+    packages = {name.rstrip("*") for name in tools["packages"]["find"]["include"]}
+    modules = {f"{name}.py" for name in tools["py-modules"]}
+    assert given == {
+        "pyproject.toml",
+        project["project"]["readme"],
+        *project["project"]["license-files"],
+        *packages,
+        *modules,
+    }
+
+
+def test_containers_have_no_rights_and_get_the_keys_as_files() -> None:
+    assert re.findall(r"^USER (.*)$", (FOLDER / "Dockerfile").read_text(), re.M) == ["10001:10001"]
+    for service in COMPOSE["services"].values():
+        assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
+        assert "privileged" not in service
+    assert JOB["securityContext"]["runAsNonRoot"]
+    assert not JOB["automountServiceAccountToken"]
+    assert POD["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    files = {f"/var/lib/edgeadapt/fleet/{name}" for name in (KEY, TLS_KEY)}
+    assert {secret["target"] for secret in COORDINATOR["secrets"]} == files
+    assert {mount["mountPath"] for mount in POD["volumeMounts"] if "subPath" in mount} == files
+    assert not any("environment" in service or "env_file" in service for service in COMPOSE["services"].values())
+    assert "env" not in POD
+
+
+def compose_is_valid(file: Path) -> bool:
+    checked = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(file)]
+    return subprocess.run(checked, capture_output=True).returncode == 0
+
+
+def test_the_compose_file_is_valid_by_the_schema_of_compose(tmp_path: Path) -> None:
+    pytest.importorskip("check_jsonschema")
+    assert compose_is_valid(FOLDER / "compose.yaml")
+    wrong = (FOLDER / "compose.yaml").read_text().replace("read_only:", "read_onli:")
+    (tmp_path / "compose.yaml").write_text(wrong)
+    assert not compose_is_valid(tmp_path / "compose.yaml")
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda each: each["kind"])
+def test_each_manifest_is_valid_by_the_schemas_of_kubernetes(manifest: dict[str, Any]) -> None:
+    kubernetes = pytest.importorskip("kubernetes_validate")
+    kubernetes.validate(manifest, "1.37", strict=True)
+    with pytest.raises(kubernetes.ValidationError):
+        kubernetes.validate({**manifest, "specs": {}}, "1.37", strict=True)
