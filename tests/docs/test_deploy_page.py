@@ -1,6 +1,7 @@
 """The page on real machines: its commands on loopback, its systemd units, and its files for containers."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -24,7 +25,7 @@ from aggregation.pki.identity import IdentityKey
 from client.node.statedir import DeviceStateDir
 from coordinator.authority import AuthorityStore
 from coordinator.statedir import AUTHORITY, KEY, TLS_KEY, CoordinatorStateDir
-from tests.support.gateway import free_port
+from tests.support.gateway import free_port, wait_until
 from tests.support.trial import call
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,6 +80,43 @@ def test_keys_that_cannot_be_rotated_are_refused(page: Path, tmp_path: Path) -> 
     (authority / AUTHORITY).write_bytes(other.root.to_pem())
     with pytest.raises(TrustError):
         call("coordinator", "up", authority)
+
+
+READ_ONLY = """
+mount --make-rprivate /
+mount --bind "$STATE" "$STATE"
+mount --bind "$TMPDIR" "$TMPDIR"
+awk '{print $5}' /proc/self/mountinfo | while read -r at; do
+  case $at in "$STATE"|"$TMPDIR"|/proc*|/sys*|/dev*) ;; *) mount -o remount,bind,ro "$at" 2>/dev/null || true ;; esac
+done
+if touch "$STATE/../writable" 2>/dev/null; then exit 99; fi
+exec "$@"
+"""  # in a mount namespace of its own: nothing can be written but two folders
+
+
+@pytest.mark.slow
+def test_the_coordinator_runs_on_a_read_only_file_system(page: Path, tmp_path: Path) -> None:
+    namespace = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
+    if subprocess.run([*namespace, "true"], capture_output=True).returncode:
+        pytest.skip("this system lets nobody make a mount namespace")
+    state, scratch, shown = tmp_path / "fleet", tmp_path / "scratch", tmp_path / "shown"
+    shutil.copytree(page / "fleet", state)
+    scratch.mkdir()
+    program = [sys.executable, "-m", "edgeadapt", "coordinator", "up", str(state)]
+    environment = {"STATE": str(state), "TMPDIR": str(scratch), "HOME": "/nonexistent", "PYTHONPATH": str(ROOT)}
+    with shown.open("wb") as file:
+        running = subprocess.Popen(
+            [*namespace, "sh", "-euc", READ_ONLY, "sh", *program],
+            env={**environment, "PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"},
+            cwd=tmp_path,
+            stderr=file,
+        )
+    try:
+        wait_until(lambda: "rounds ready" in shown.read_text() or running.poll() is not None, seconds=120)
+        assert "rounds ready" in shown.read_text(), shown.read_text()
+    finally:
+        running.terminate()
+        running.wait(120)
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:
