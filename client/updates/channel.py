@@ -70,7 +70,7 @@ class ChannelSource:
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
+class ReleaseOffer:
     """The release that a channel has for this device.
 
     Args:
@@ -101,7 +101,7 @@ class Updated:
     """What a bundle is now."""
 
     source: ChannelSource
-    offer: Offer
+    offer: ReleaseOffer
     changed: bool  # whether it was another release before
     fetched: int = 0  # bytes
     set_aside: tuple[Path, ...] = ()  # private adapters for another base, which the new one cannot use
@@ -270,13 +270,13 @@ def _described(updater: Updater, source: ChannelSource, name: str, limit: int) -
     return found
 
 
-def _offer(updater: Updater, source: ChannelSource, folder: Path, bundle: Path, entropy: Entropy) -> Offer:
+def _offer(updater: Updater, source: ChannelSource, folder: Path, bundle: Path, entropy: Entropy) -> ReleaseOffer:
     """What the channel has for the device with this folder ``updates``."""
     files = folder / FILES
     newest = _release(updater, source, files, RELEASE)
     listed = updater.get_targetinfo(target(source.channel, FLAGS))
     if listed is None:
-        return Offer(newest)
+        return ReleaseOffer(newest)
     found = _described(updater, source, FLAGS, MAX_FLAGS)
     rollout = Rollout.decode(storage.read(Path(updater.download_target(found, str(files / FLAGS))), MAX_FLAGS))
     if rollout.release != newest.number:
@@ -284,12 +284,12 @@ def _offer(updater: Updater, source: ChannelSource, folder: Path, bundle: Path, 
         raise TrustError(reason, about=FLAGS, value=rollout.release)
     chosen = Targeting.read(folder, entropy).release(rollout) == newest.number
     if chosen or _installed(bundle, newest):
-        return Offer(newest, rollout, chosen)
+        return ReleaseOffer(newest, rollout, chosen)
     before = _release(updater, source, files, previous(RELEASE))
     if before.number != rollout.previous:
         reason = f"the flags name the release {rollout.previous} before, and the channel has {before.number} there"
         raise TrustError(reason, about=FLAGS, value=rollout.previous)
-    return Offer(before, rollout, chosen=False)
+    return ReleaseOffer(before, rollout, chosen=False)
 
 
 def _release(updater: Updater, source: ChannelSource, files: Path, name: str) -> Release:
