@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from adapters.base import Base
+from adapters.rollout import Rollout
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from aggregation.pki.identity import IdentityKey
@@ -138,6 +139,23 @@ def test_a_release_that_is_worse_than_the_current_one_is_refused_by_name(place: 
     assert found.measured == pytest.approx(right / len(phrases()))
     assert found.limit == pytest.approx(1 - 0.01)
     assert (record.action.release, record.action.adapters) == (2, {"global": 3})
+
+
+def test_a_promotion_to_a_share_of_devices_passes_the_same_gates(place: Place) -> None:
+    place.promote()
+    place.vendor.publish(2)
+    words = ("promote", place.folder, "canary", "stable", "--share", 10, "--language", "de")
+    with pytest.raises(GateError):
+        called(*words)
+    assert place.vendor.repository.rollout("stable") is None
+    place.settings(gates='["size"]')
+    assert "for 10 % of devices with language de; release 1 for the others" in called(*words)
+    found = json.loads(called("rollout", place.folder, "stable", "--share", 20, "--json"))
+    assert found["rollout"] == {"release": 2, "previous": 1, "share": 20, "languages": []}
+    stages = [record.action.rollout for record in audit_repository(place.folder, None).records[-3:]]
+    assert stages == [None, Rollout(2, 1, 10, ("de",)), Rollout(2, 1, 20)]
+    done = CliRunner().invoke(cli, ["adapters", "rollout", str(place.folder), "stable", "--share", "101"])
+    assert (done.exit_code, "--share" in done.output) == (2, True)
 
 
 def test_the_margin_decides(place: Place) -> None:
