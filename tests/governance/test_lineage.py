@@ -10,11 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from sqlalchemy import create_engine, select, text
 
 from adapters.graphinputs import LORA_A, LORA_B
+from adapters.registryfiles import DATABASE, REGISTRY, RegistrySettings
+from adapters.registrystores import postgresql_url
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey
+from coordinator.registry import database
 from coordinator.statedir import PUBLIC_KEY
 from edgeadapt import cli
 from governance.difference import TensorChange, difference
@@ -79,6 +83,25 @@ def test_both_releases_of_a_rollout_are_on_offer(vendor_place: Vendor) -> None:
     found = as_json("list", vendor_place.state_dir, "--releases", vendor_place.repository.folder)["versions"]
     places = [[(p["channel"], p["release"], p["current"]) for p in each["releases"]] for each in found]
     assert places == [[], [("stable", 1, True)], [("canary", 1, True), ("stable", 2, True)]]
+
+
+def test_the_commands_say_the_same_of_a_registry_in_postgresql(vendor_place: Vendor, postgresql: str) -> None:
+    folder = vendor_place.state_dir
+    words = [("list", folder), ("show", folder, 2), ("diff", folder, 0, 2)]
+    before = [as_json(*each) for each in words]
+    components = json.loads(called("sbom", folder, 2))["components"]
+    local, remote = create_engine(f"sqlite:///{folder / DATABASE}"), database.connect(postgresql_url(postgresql))
+    with local.connect() as source, remote.begin() as target:
+        for table in (database.versions, database.rounds):
+            target.execute(table.insert(), [dict(row._mapping) for row in source.execute(select(table))])
+    (folder / DATABASE).unlink()
+    (folder / REGISTRY).write_text(RegistrySettings(database=postgresql).to_toml())
+    assert [as_json(*each) for each in words] == before
+    assert json.loads(called("sbom", folder, 2))["components"] == components
+    with remote.begin() as target:
+        target.execute(text("DELETE FROM edgeadapt_rounds WHERE round = 1"))
+    with refused(TrustError, "record"):
+        called("list", folder)
 
 
 def test_show_names_the_signer_and_what_made_a_version(vendor_place: Vendor) -> None:
