@@ -55,8 +55,6 @@ class TrainingGraph:
         options.intra_op_num_threads = threads
         options.log_severity_level = 4  # errors are raised
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
-        # A processor takes up to a hundred times as long for denormals, so that an adapter could slow down some texts.
-        options.add_session_config_entry("session.set_denormal_as_zero", "1")
         # Folding would store each weight once more: in float, or transposed.
         self._session = ort.InferenceSession(
             model, options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
