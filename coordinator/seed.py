@@ -6,7 +6,7 @@ from adapters import files
 from adapters.graphinputs import layer_of
 from adapters.layout import Layout, Tensors
 from adapters.manifest import VersionManifest
-from adapters.peft import AdapterInputs
+from adapters.peft.inputs import AdapterInputs
 from adapters.peft.methods import from_peft_tensors
 from adapters.peftconfig import PeftConfig, require_trainable
 from aggregation.errors import ConfigError

@@ -5,7 +5,7 @@ the graph with which the device answers. Of the same batches, both trainers make
 the quantization of the base.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 from cachetools import LRUCache, cached
@@ -13,19 +13,24 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from adapters.bundle import MODEL, TOKENIZER, TRAINING, VerifiedBase
-from adapters.classifiergraph import ENCODER, LABELS, MAX_TOKENS, ClassifierGraph, open_session
+from adapters.classifiergraph import ENCODER, MAX_TOKENS, ClassifierGraph, open_session
 from adapters.graphinputs import (
+    INPUT_SCALE,
     LORA_A,
     LORA_B,
-    PEFT_PREFIX,
+    OFFSET,
+    OUTPUT_SCALE,
+    REPLACED,
+    VECTORS,
     from_inputs,
     gradients_of_tensors,
-    input_name,
+    layer_of,
     to_inputs,
 )
-from adapters.layout import Floats, Layout, Tensors, TensorSpec
+from adapters.layout import Floats, Layout, Tensors
 from adapters.lorasb import frozen_factor, square_name, unfolded
 from adapters.parts import Part, part_of
+from adapters.peft.methods import from_peft_tensors, to_peft_tensors
 from adapters.peftconfig import PeftConfig
 from adapters.task import MAX_LOSS, Task
 from adapters.traininggraph import TrainingGraph, batch_of, missing_slots
@@ -36,6 +41,7 @@ from client.training.denormals import without_denormals
 from client.training.descent import descend
 from client.training.examples import Example, Score
 
+VECTORS_OF = {"IA3": OUTPUT_SCALE, "BEFT": OFFSET, "LN_TUNING": REPLACED}  # method → the slots that it fills
 HEAD = ("classifier.bias", "classifier.weight")  # over the mean of the tokens, as federations train it
 
 
@@ -48,7 +54,7 @@ class GraphTrainer:
         Args:
             base: Of a bundle.
             labels: Rows of the head.
-            config: Of the adapters: LoRA at layers that have slots.
+            config: Of the adapters: LoRA, IA3, LN_TUNING or BEFT at layers that have slots.
             threads: For matrix products.
 
         Raises:
@@ -59,10 +65,11 @@ class GraphTrainer:
         self.base, self.config, self._slots = base, config, base.manifest.slots
         _check(base, config)
         layers = sorted(name.removesuffix(LORA_A) for name in self._slots if name.endswith(LORA_A))
-        adapted = [path for path in layers if _targeted(path, config.target_modules)]
-        self._scaling = {path: config.scaling_of(path) for path in adapted}
-        self._empty = _empty(self._slots, [path for path in layers if path not in self._scaling])
-        self.layout = _layout(self._slots, adapted, labels, config)
+        filled = _filled(self._slots, labels, config)
+        self._scaling = {path: config.scaling_of(path) for path in layers if path + LORA_A in filled}
+        self._empty = _empty(self._slots, set(self._slots) - set(filled))
+        zeros = {name: np.zeros(shape, np.float32) for name, shape in filled.items()}
+        self.layout = Layout.of(to_peft_tensors(from_inputs(zeros, self._scaling), config))
         self.hidden = int(self._slots[HEAD[1]][1])
         training = base.read(TRAINING)
         try:
@@ -135,10 +142,10 @@ class GraphTrainer:
             DataError: It is of another layout: of other layers or ranks, or has what is no LoRA.
         """
         given = {name: value for name, value in inputs.items() if value.size}
-        if odd := sorted(set(given) - {input_name(spec.name) for spec in self.layout.tensors}):
+        if odd := sorted(given.keys() & self._empty.keys()):
             reason = f"the adapter changes {odd[0]!r}, which a training graph cannot train with its method"
-            raise DataError(f"{reason}: use an adapter of plain LoRA", about=odd[0])
-        tensors = from_inputs(given, self._scaling)
+            raise DataError(f"{reason}: use an adapter of LoRA, IA3, LN_TUNING or BEFT", about=odd[0])
+        tensors = to_peft_tensors(from_inputs(given, self._scaling), self.config)
         self.layout.check(tensors)
         return tensors
 
@@ -169,7 +176,7 @@ class GraphTrainer:
         if not texts:
             return np.zeros((0, self.hidden), np.float32)
         bias, weight = HEAD
-        inputs = self._inputs(adapter) if adapter is not None else _empty(self._slots, self._paths())
+        inputs = self._inputs(adapter) if adapter is not None else _empty(self._slots, set(self._slots) - set(HEAD))
         identity = {bias: np.zeros(self.hidden, np.float32), weight: np.eye(self.hidden, dtype=np.float32)}
         return self._run(inputs | identity, texts)
 
@@ -204,16 +211,14 @@ class GraphTrainer:
             loss += some
             total = {name: total[name] + value if total else value for name, value in found.items()}
         scaled = {name: value for name, value in total.items() if name not in self._empty}
-        gradients = gradients_of_tensors(scaled, self._scaling)
+        # What a method names otherwise has the numbers of a slot in another shape.
+        gradients = to_peft_tensors(gradients_of_tensors(scaled, self._scaling), self.config)
         return loss, gradients | {square_name(name): factors[name].T @ gradients[name] for name in squares}
 
     def _inputs(self, adapter: Tensors) -> Tensors:
         """The graph inputs of an adapter of this layout."""
         named = {spec.name: adapter[spec.name] for spec in self.layout.tensors}
-        return to_inputs(named, self._scaling) | self._empty
-
-    def _paths(self) -> list[str]:
-        return [name.removesuffix(LORA_A) for name in self._slots if name.endswith(LORA_A)]
+        return to_inputs(from_peft_tensors(named, self.config, {}), self._scaling) | self._empty
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(encoding.ids) for encoding in self._tokenizer.encode_batch(list(texts))]
@@ -237,17 +242,19 @@ def _check(base: VerifiedBase, config: PeftConfig) -> None:
             "base itself and install the extra train",
             about=TRAINING,
         )
-    if config.peft_type != "LORA" or config.use_dora:
+    if config.peft_type not in ("LORA", *VECTORS_OF) or config.use_dora:
         method = "DoRA" if config.use_dora else config.peft_type
         raise ConfigError(
-            f"a training graph trains LoRA, not {method}: install the extra train", about="task.peft_config"
+            f"a training graph trains LoRA, IA3, LN_TUNING and BEFT, not {method}: install the extra train",
+            about="task.peft_config",
         )
     slots = base.manifest.slots
-    trained = {name for name in slots if name.startswith(ENCODER) and name.endswith((LORA_A, LORA_B))} | set(HEAD)
+    ends = (LORA_A, LORA_B, *VECTORS)
+    trained = {name for name in slots if name.startswith(ENCODER) and name.endswith(ends)} | set(HEAD)
     if odd := sorted(trained ^ set(slots)):
         raise ConfigError(
             f"the base in {base.folder} has a slot {odd[0]!r}, which federations do not train: export it with --head "
-            "mean and low-rank slots",
+            "mean, without virtual tokens",
             about=odd[0],
         )
 
@@ -257,22 +264,31 @@ def _targeted(path: str, targets: Sequence[str]) -> bool:
     return any(path == target or path.endswith(f".{target}") for target in targets)
 
 
-def _empty(slots: dict[str, tuple[str, ...]], layers: Sequence[str]) -> Tensors:
-    """Inputs of rank 0 for the layers without an adapter."""
-    found = {path + LORA_A: np.zeros((int(slots[path + LORA_A][0]), 0), np.float32) for path in layers}
-    return found | {path + LORA_B: np.zeros((0, int(slots[path + LORA_B][1])), np.float32) for path in layers}
+def _empty(slots: dict[str, tuple[str, ...]], names: Collection[str]) -> Tensors:
+    """Inputs that change nothing: of rank 0, and vectors that are not given."""
+    shapes = {name: tuple(int(text) if text.isdigit() else 0 for text in slots[name]) for name in sorted(names)}
+    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
 
 
-def _layout(slots: dict[str, tuple[str, ...]], adapted: Sequence[str], labels: int, config: PeftConfig) -> Layout:
-    """The layout of the adapters, in peft's names and shapes."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in adapted:
-        rank = config.rank_of(path)
-        shapes[path + LORA_A] = (rank, int(slots[path + LORA_A][0]))
-        shapes[path + LORA_B] = (int(slots[path + LORA_B][1]), rank)
-    for name in HEAD:
-        shapes[name] = tuple(labels if text == LABELS else int(text) for text in slots[name])
-    return Layout(tuple(TensorSpec(PEFT_PREFIX + name, shapes[name]) for name in sorted(shapes)))
+def _filled(slots: dict[str, tuple[str, ...]], labels: int, config: PeftConfig) -> dict[str, tuple[int, ...]]:
+    """The graph inputs that an adapter fills, and their shapes."""
+
+    def shape(name: str, open_: int) -> tuple[int, ...]:
+        return tuple(int(text) if text.isdigit() else open_ for text in slots[name])
+
+    found = {name: shape(name, labels) for name in HEAD}
+    for name in slots:
+        path = layer_of(name)
+        if name in HEAD or not _targeted(path, config.target_modules):
+            continue
+        if config.peft_type == "LORA" and name.endswith((LORA_A, LORA_B)):
+            found[name] = shape(name, config.rank_of(path))
+        feeds = config.peft_type == "IA3" and _targeted(path, config.feedforward_modules)
+        if name.endswith(INPUT_SCALE if feeds else VECTORS_OF.get(config.peft_type, INPUT_SCALE)) and (
+            feeds or config.peft_type in VECTORS_OF
+        ):
+            found[name] = shape(name, 1)
+    return found
 
 
 def _is_b(name: str) -> bool:

@@ -204,14 +204,37 @@ def _transpose(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) -
 def _gather(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
     """Of one index, such as the first token's: zero for all others."""
     (x, index), axis = node.input, settings(node, axis=0)["axis"]
-    if to.rank(index):
+    known, rank = to.known(index), to.rank(x)
+    single = known is not None and known.shape == (1,)
+    if to.rank(index) and not single:
         raise ConfigError("a look-up of several rows has no derivative here: use another base", about="Gather")
-    rank = to.rank(x)
     size = to.add("Shape", x, start=axis % rank, end=axis % rank + 1)
-    row = to.add("Unsqueeze", index, to.integers(0))
+    row = index if single else to.add("Unsqueeze", index, to.integers(0))
     at = to.add("OneHot", row, to.add("Squeeze", size), to.constant(np.array([0, 1], np.float32)))
     column = to.add("Reshape", at, to.integers(-1, *[1] * (rank - 1 - axis % rank)))
-    return {0: to.add("Mul", to.add("Unsqueeze", gradient, to.integers(axis)), column)}
+    return {0: to.add("Mul", gradient if single else to.add("Unsqueeze", gradient, to.integers(axis)), column)}
+
+
+def _concat(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
+    """The part of the gradient that is where the input is."""
+    axis = settings(node)["axis"] % to.rank(node.output[0])
+    ends, end = [], to.integers(0)
+    for source in node.input:
+        begin, end = end, to.add("Add", end, to.add("Shape", source, start=axis, end=axis + 1))
+        ends.append((begin, end))
+    return {n: to.add("Slice", gradient, *ends[n], to.integers(axis)) for n in wanted}
+
+
+def _pad(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
+    """The gradient without the padding, which is a constant."""
+    x, known = node.input[0], to.known(node.input[1])
+    axes = to.known(node.input[3]) if len(node.input) > 3 else np.arange(to.rank(x))
+    if wanted != {0} or settings(node, mode=b"constant")["mode"] != b"constant" or known is None or axes is None:
+        raise ConfigError("only padding with constants has a derivative here: use another base", about="Pad")
+    axes = axes % to.rank(x)
+    begin = to.integers(*known[: len(axes)].tolist())
+    sizes = to.add("Gather", to.add("Shape", x), to.integers(*axes.tolist()), axis=0)
+    return {0: to.add("Slice", gradient, begin, to.add("Add", begin, sizes), to.integers(*axes.tolist()))}
 
 
 def _gelu(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) -> Gradients:
@@ -269,6 +292,8 @@ RULES: Mapping[str, Rule] = {
     "Expand": _expand,
     "Transpose": _transpose,
     "Gather": _gather,
+    "Concat": _concat,
+    "Pad": _pad,
     "Gelu": _gelu,
     "Identity": _by(lambda to, g, x, y: g),
     "Neg": _by(lambda to, g, x, y: to.add("Neg", g)),

@@ -149,6 +149,8 @@ class _LayerInput(nn.Module):
         Products and sums over no row would do, but onnxruntime-web 1.30 takes them for no result.
         """
         given = self._now(kind)
+        if not torch.compiler.is_exporting():  # torch computes no symbolic operator
+            return torch.cat([given, torch.full((1, given.shape[1]), neutral)])[:1]
         (rows, width), one = given.shape, torch.onnx.ops.symbolic
         padding = (torch.tensor([0, 1]), torch.tensor(neutral), torch.tensor([-2]))  # a row at the end
         both = one("Pad", (given, *padding), dtype=given.dtype, shape=(rows + 1, width))

@@ -24,11 +24,17 @@ from export.onnx.classifier import export_classifier
 from export.onnx.dequantize import dequantized
 from export.onnx.exported import Profile
 from export.onnx.slotted import with_mean_head
+from export.onnx.targets import SlotKind, Slots
 from export.prune import WORDS, frequent_words, prune
 from simulations.data.population import Population
 from simulations.engine.provision import bundle_of, peft_config
 from simulations.scenario import Scenario
 
+KINDS = {  # method → what its adapters bring for a layer
+    "IA3": frozenset({SlotKind.SCALE, SlotKind.INPUT_SCALE}),
+    "BEFT": frozenset({SlotKind.OFFSET}),
+    "LN_TUNING": frozenset({SlotKind.NORMS}),
+}
 CENTERED = "centered"  # folders in that of the run
 DEQUANTIZED = "base"
 
@@ -79,7 +85,8 @@ def device_base(out: Path, scenario: Scenario, base: Base, population: Populatio
 
 def _write(bundle: Path, base: Base, config: PeftConfig, profile: Profile) -> None:
     """A bundle of the base with slots for such adapters and a training graph, and the key that it is signed with."""
-    exported = export_classifier(with_mean_head(base, config.target_modules), base, profile, training=True)
+    slots = Slots(config.target_modules, KINDS.get(config.peft_type, frozenset({SlotKind.LOW_RANK})))
+    exported = export_classifier(with_mean_head(base, slots), base, profile, training=True)
     key = IdentityKey.generate(SystemEntropy())
     bundle.parent.mkdir(exist_ok=True)
     replace(bundle.with_name(TRUST), key.public.to_pem(), PUBLIC)

@@ -9,8 +9,7 @@ from peft import PeftModel
 
 from adapters import classifier
 from adapters.classifier import PhraseClassifier
-from adapters.peft import read_peft
-from adapters.peft.folder import LABELS
+from adapters.peft.folder import LABELS, read_peft
 from adapters.peftconfig import PeftConfig
 from adapters.phrases import read_phrases
 from adapters.pretrained import load

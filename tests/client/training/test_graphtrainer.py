@@ -31,6 +31,7 @@ from export.onnx.classifier import export_classifier
 from export.onnx.dequantize import dequantized
 from export.onnx.exported import Profile
 from export.onnx.slotted import with_mean_head, with_own_head
+from export.onnx.targets import SlotKind, Slots
 from tests.support.errors import refused
 
 LABELS = ("Light", "Music", "Timer")
@@ -130,6 +131,49 @@ def test_an_epoch_makes_the_adapter_that_torch_makes(
     moved = distance({name: expected[name] for name in start}, start) if Part.R not in task.trained else 0.01
     assert distance(found, expected) < 0.002 * moved
     assert moved > 0.003
+
+
+@pytest.fixture(scope="module")
+def vectors(tiny_base: Base, tmp_path_factory: pytest.TempPathFactory) -> VerifiedBase:
+    """A base with slots of every kind that a classifier can train."""
+    kinds = frozenset({SlotKind.LOW_RANK, SlotKind.SCALE, SlotKind.INPUT_SCALE, SlotKind.OFFSET, SlotKind.NORMS})
+    slotted = with_mean_head(tiny_base, Slots(("query", "key", "intermediate.dense"), kinds))
+    made = export_classifier(slotted, tiny_base, Profile.FP32, training=True)
+    return bundled(tmp_path_factory.mktemp("vectors") / "bundle", made)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LORA,
+        PeftConfig("IA3", 0, 0, ("key", "intermediate.dense"), feedforward_modules=("intermediate.dense",)),
+        PeftConfig("BEFT", 0, 0, ("query", "intermediate.dense")),  # key's offset changes no softmax
+        PeftConfig("LN_TUNING", 0, 0, ("LayerNorm",)),
+    ],
+    ids=["LoRA", "IA3", "BEFT", "LN_TUNING"],
+)
+def test_each_method_makes_the_adapter_that_torch_makes(
+    vectors: VerifiedBase, tiny_base: Base, config: PeftConfig
+) -> None:
+    config = replace(config, target_modules=("query", "key")) if config is LORA else config
+    ours, theirs, task = (
+        GraphTrainer(vectors, 3, config),
+        Trainer(tiny_base, 3, config),
+        replace(TASK, peft_config=config),
+    )
+    assert ours.layout == theirs.layout
+    drawn = rng(5)
+    neutral = 1.0 if config.peft_type in ("IA3", "LN_TUNING") else 0.0
+    start = {
+        s.name: (neutral * ("classifier" not in s.name) + 0.2 * drawn.standard_normal(s.shape)).astype(np.float32)
+        for s in ours.layout.tensors
+    }
+    np.testing.assert_allclose(ours.logits(start, TEXTS), theirs.logits(start, TEXTS), atol=1e-5)
+    found, expected = (t.train(start, EXAMPLES, task, epochs=1, rng=rng(1)) for t in (ours, theirs))
+    moved = {name: float(np.abs(expected[name] - start[name]).max()) for name in start}
+    assert min(moved.values()) > 0.003
+    assert distance(found, expected) < 0.002 * max(moved.values())
+    assert distance(ours.tensors_of(ours.inputs_of(found)), found) < 1e-6
 
 
 def test_rank_stabilized_scaling_reaches_the_gradients(opened: Open, tiny_base: Base, start: Tensors) -> None:
@@ -255,7 +299,7 @@ def test_a_long_text_is_truncated(ours: GraphTrainer, start: Tensors) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [PeftConfig("IA3", 0, 0, ("query",)), replace(LORA, use_dora=True)], ids=["IA3", "DoRA"]
+    "config", [PeftConfig("PROMPT_TUNING", 0, 0, (), num_virtual_tokens=2), replace(LORA, use_dora=True)]
 )
 def test_a_method_that_needs_torch_is_refused(opened: Open, config: PeftConfig) -> None:
     with refused(ConfigError, "task.peft_config"):

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from adapters.base import Base
 from adapters.graphinputs import to_inputs
 from adapters.layout import Tensors
-from adapters.peft import AdapterInputs
+from adapters.peft.inputs import AdapterInputs
 from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
 from client.inference.engine import GenerationEngine

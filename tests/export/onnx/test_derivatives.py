@@ -61,6 +61,10 @@ CASES: list[tuple[str, Sequence[tuple[int, ...]], Function]] = [
     ("y = Transpose(a)", (X,), lambda a: a.permute(2, 1, 0)),
     ("y = Gather<axis=1>(a, first)", (X,), lambda a: a[:, 0]),
     ("y = Gather<axis=-1>(a, first)", (X,), lambda a: a[..., 0]),
+    ("y = Gather<axis=-2>(a, middle)", (X,), lambda a: a[..., 1:2, :]),
+    ("y = Concat<axis=1>(a, b)", (X, (2, 5, 4)), lambda a, b: torch.cat([a, b], 1)),
+    ("y = Concat<axis=-1>(b, a, a)", (X, (2, 3, 1)), lambda a, b: torch.cat([b, a, a], -1)),
+    ("y = Pad(a, ends, two, middle)", (X,), lambda a: F.pad(a, (0, 0, 1, 2), value=2.0)),
     ('y = Gelu<approximate="none">(a)', (X,), F.gelu),
     ('y = Gelu<approximate="tanh">(a)', (X,), lambda a: F.gelu(a, approximate="tanh")),
     ("y = Identity(a)", (X,), torch.clone),
@@ -74,7 +78,8 @@ CASES: list[tuple[str, Sequence[tuple[int, ...]], Function]] = [
     ("y = Relu(a)", (X,), torch.relu),
 ]
 CONSTANTS = (
-    "int64[1] middle = {1}, int64[1] last = {-1}, int64[2] pair = {4, 6}, int64[3] triple = {2, 3, 4}, "
+    "int64[1] middle = {1}, int64[2] ends = {1, 2}, int64[1] last = {-1}, int64[2] pair = {4, 6}, "
+    "int64[3] triple = {2, 3, 4}, "
     "int64 first = {0}, float two = {2.0}, float low = {-0.5}, float high = {0.7}"
 )
 
@@ -147,6 +152,7 @@ def test_a_value_that_is_read_twice_adds_both_gradients() -> None:
     [
         ("y = Softplus(a)", "Softplus"),
         ("y = Gather<axis=0>(a, pair)", "Gather"),
+        ('y = Pad<mode="edge">(a, ends, two, middle)', "Pad"),
         ("y = Pow(two, a)", "Pow"),
         ("y = Gemm<alpha=2.0>(a, a)", "Gemm"),
         ("r = ReduceSum<keepdims=0>(a, last) y = MatMul(a, r)", "MatMul"),

@@ -26,7 +26,7 @@ from export.onnx.classifier import export_classifier
 from export.onnx.dequantize import BITS, round_weights
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.peftmodel import SlottedModel, find_adapter_inputs
-from export.onnx.slotted import with_own_head
+from export.onnx.slotted import with_mean_head, with_own_head
 from export.onnx.targets import SlotKind, Slots
 from tests.support.errors import refused
 
@@ -196,11 +196,15 @@ def test_a_base_whose_gradients_are_off_is_exported_without_a_training_graph_by_
     assert not (made.folder / TRAINING).exists()
 
 
-def test_slots_that_have_no_derivative_are_named(tiny_base: Base) -> None:
-    slots = Slots(("query",), frozenset({SlotKind.SCALE}))
-    want = wanted(tiny_base, targets=slots.targets, kinds=[SlotKind.SCALE])
-    with refused(ConfigError, "Gather"):
-        export_named(str(tiny_base.folder), "fp32", want, training=True)
+@pytest.mark.parametrize("profile", training.PROFILES)
+def test_slots_of_every_kind_have_gradients(tiny_base: Base, profile: Profile) -> None:
+    # Biases are left out: that of the pooler, which no answer reads, has no gradient.
+    kinds = frozenset(SlotKind) - {SlotKind.PROMPT, SlotKind.PREFIX, SlotKind.BIASES}
+    slotted = with_mean_head(tiny_base, Slots(("query", "intermediate.dense"), kinds))
+    made = export_classifier(slotted, tiny_base, profile, training=True)  # and holds them to torch's
+    assert not missing_slots(opened(made), made.slots)
+    ends = (".output_scale", ".input_scale", ".output_offset", "LayerNorm.weight.replaced")
+    assert all(any(name.endswith(end) for name in made.slots) for end in ends)
 
 
 def test_the_first_token_as_the_answers_source_has_gradients(tiny_base: Base) -> None:

@@ -14,7 +14,7 @@ from client.training.trainer import Trainer
 from simulations.engine.bases import device_base
 from simulations.engine.personal import OUTCOME, personalize_all
 from simulations.engine.progress import RunProgress
-from simulations.engine.provision import Enrolment, bundle_of
+from simulations.engine.provision import Enrolment, bundle_of, peft_config
 from simulations.scenario import Scenario
 from tests.support.errors import refused
 
@@ -65,9 +65,18 @@ def test_a_profile_without_a_training_graph_is_refused_before_the_rounds(fleet_o
 
 
 def test_a_method_that_needs_torch_is_refused_before_the_rounds(fleet_of: Any, tmp_path: Path, tiny_base: Base) -> None:
-    fleet = fleet_of(3, adapter={"method": "ia3"})
+    fleet = fleet_of(3, adapter={"method": "dora"})
     with refused(ConfigError, "task.peft_config"):
         device_base(tmp_path, with_engine(fleet.scenario), fleet.base, fleet.population)
+
+
+@pytest.mark.parametrize("method", ["ia3", "ln_tuning", "beft"])
+def test_a_bundle_has_the_slots_of_the_method(fleet_of: Any, tmp_path: Path, method: str) -> None:
+    fleet = fleet_of(3, adapter={"method": method})
+    base = device_base(tmp_path, with_engine(fleet.scenario), fleet.base, fleet.population)
+    config, labels = peft_config(fleet.scenario, fleet.base), len(fleet.population.labels)
+    ours, theirs = GraphTrainer(base, labels, config), Trainer(fleet.base, labels, config)
+    assert ours.layout == theirs.layout
 
 
 def test_texts_without_labels_are_refused(fleet_of: Any, tmp_path: Path) -> None:
