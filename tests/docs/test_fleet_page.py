@@ -1,4 +1,4 @@
-"""The page on a coordinator's machine: a SuperLink and a gateway in one cohort, from an empty folder to a bundle."""
+"""The page on a coordinator's machine: SuperNodes and light devices in one cohort, from an empty folder to a device."""
 
 import os
 import signal
@@ -47,6 +47,9 @@ def test_the_page_trains_supernodes_and_light_devices_in_one_cohort_and_exports_
         assert made
         assert all({*record.survivors} & SUPERNODES and {*record.survivors} - SUPERNODES for record in made)
         assert f"bundle: global version {len(made)}" in shown
+        promoted = shown.partition("canary")[2]
+        assert "parity of global" in promoted
+        assert (reader.folder / "phone" / "bundle" / "adapters" / "global.json").is_file()
         wait_until(lambda: not processes_in(reader.folder), seconds=120)
     finally:
         for process in processes_in(reader.folder):
