@@ -25,7 +25,7 @@ from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -206,12 +206,12 @@ def application(look: Look, token: str, hosts: Collection[str], *, secure: bool)
         return FileResponse(PAGE / name, media_type=FILES[name])
 
     async def ask(_: Request) -> Response:
-        return FileResponse(PAGE / "login.html")
+        return _login()
 
     async def log_in(request: Request) -> Response:
         session = await logins.open(await _given_token(request))
         if session is None:
-            return FileResponse(PAGE / "refused.html", status_code=HTTPStatus.UNAUTHORIZED)
+            return _login(refused=True)
         answer = RedirectResponse("/", HTTPStatus.SEE_OTHER)
         answer.set_cookie(COOKIE, session, int(LOGIN_SECONDS), httponly=True, samesite="strict", secure=secure)
         return answer
@@ -260,6 +260,13 @@ def application(look: Look, token: str, hosts: Collection[str], *, secure: bool)
     made = Starlette(routes=routes, middleware=[Middleware(Guard, hosts=hosts)])
     made.state.feed = feed
     return made
+
+
+def _login(*, refused: bool = False) -> Response:
+    text = (PAGE / "login.html").read_text(encoding="utf-8")
+    if refused:
+        text = text.replace("<!-- refused -->", '<p role="alert" class="alert">This is not the token.</p>')
+    return HTMLResponse(text, HTTPStatus.UNAUTHORIZED if refused else HTTPStatus.OK)
 
 
 def _to_login() -> Response:
