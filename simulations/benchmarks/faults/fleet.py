@@ -72,7 +72,8 @@ class Lines:
     def __init__(self, *arguments: object, environment: Mapping[str, str] | None = None) -> None:
         self.lines = list[tuple[float, str]]()
         self._changed = threading.Condition()
-        command = [sys.executable, "-m", "edgeadapt", *map(str, arguments)]
+        # -P: a checkout in the working directory has metadata of its own, which would come before those of PYTHONPATH.
+        command = [sys.executable, "-P", "-m", "edgeadapt", *map(str, arguments)]
         own = {**os.environ, **QUIET, **(environment or {})}
         self.process = subprocess.Popen(  # noqa: S603
             command, env=own, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
