@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adapters import storage
 from aggregation import envelope, transcript
 from aggregation.errors import ProtocolError
 from aggregation.messages import Shares
@@ -79,16 +80,17 @@ class LogFollower:
         """The progress of the newest session; None if there was none.
 
         Raises:
-            OSError: The log cannot be read.
+            DataError: The log is no file, or too large.
+            OSError: It cannot be read.
         """
         if not (paths := logs(self.folder)):
             return None
         newest = paths[-1]
         if self._progress is None or self._progress.log != newest.name or newest.stat().st_size < self._end:
             self._progress, self._end = SessionProgress(newest.name), 0
-        with newest.open("rb") as file:
+        with storage.opened(newest) as (file, size):
             file.seek(self._end)
-            added = file.read()
+            added = file.read(size - self._end)
         reading = transcript.read(added if self._end == 0 else MAGIC + added)
         self._progress.add(reading.entries)
         self._end += reading.end - (len(MAGIC) if self._end else 0)

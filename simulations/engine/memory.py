@@ -33,7 +33,9 @@ CHARACTER = 2  # a text is in the population and in its device's examples
 DEVICE = 60_000  # of a device that was ever asked: keys, certificate, what it knows of log and adapter
 SHARES = 800  # of what two devices share for one round of a session, on both sides and in the coordinator
 FLOAT = 4
-EXPORT = 6  # copies of the base: torch's, those of the graph while it is quantized, and two that answer for the parity
+# Copies of the base: torch's, those of the graph while it is quantized, two that answer for the parity, and those of
+# the training graph while its gradients are compared with torch's.
+EXPORT = 11
 LOGITS = 3  # of a language model: the logits, their logarithms of probabilities, and the gradient
 
 
