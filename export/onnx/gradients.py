@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from adapters.bundle import TRAINING
-from adapters.graphinputs import GIVEN, LORA_A, LORA_B
+from adapters.graphinputs import GIVEN, LORA_A, LORA_B, PROMPT
 from adapters.layout import Floats, Tensors
 from adapters.peft.inputs import LABELS
 from adapters.traininggraph import TrainingBatch, TrainingGraph, batch_of
@@ -23,7 +23,7 @@ from export.onnx.headers import Slots
 from export.onnx.peftmodel import SlottedModel, with_inputs
 
 SHAPES = ((1, 1), (2, 3), (5, 9), (4, 32))  # texts × tokens of the longest
-RANK, COUNT = 3, 5  # of the adapters that are tried: their rank and labels
+RANK, COUNT = 3, 5  # of the adapters that are tried: their rank, as many virtual tokens, and labels
 LIMIT = 1e-4  # of a difference, relative to the largest gradient of its slot and ``SMALL``
 SMALL = 1e-2  # a gradient below it is rounding error in part: that by a query of a text with one token is 0 in truth
 MAX_REASON = 200  # characters of ONNX Runtime's message
@@ -54,6 +54,7 @@ def check_gradients(
         round_weights(model.model, BITS[profile])
     module = with_inputs(model).requires_grad_(False)
     graph = TrainingGraph((folder / TRAINING).read_bytes(), folder)
+    longest -= RANK if PROMPT in slots else 0
     rng, worst = np.random.default_rng(0), 0.0
     for texts, length in SHAPES:
         batch, inputs = _drawn(rng, slots, ids, texts, min(length, longest))
