@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from adapters import dsse, jsontext
+from adapters import dsse, files, jsontext
 from adapters.base import find_base
 from adapters.bundle import Bundle, VerifiedAdapter
 from adapters.graphinputs import layout_of, to_inputs
@@ -328,6 +328,71 @@ def lessons() -> dict[str, Any]:
     return {"steps": steps, "files": [(b64(raw), *pairs(raw)) for raw in PHRASE_FILES], "orders": orders}
 
 
+def tensors_in(raw: bytes) -> dict[str, Any] | None:
+    """The tensors of an adapter file; None if a native device refuses it."""
+    try:
+        return written(dict(sorted(files.decode(raw).items())))
+    except DataError:
+        return None
+
+
+def described(**tensors: Any) -> bytes:
+    """A safetensors file with this header, in which ``data`` is what follows."""
+    data = tensors.pop("data", b"\0" * 16)
+    header = json.dumps(tensors).encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def adapter_files() -> dict[str, Any]:
+    """Adapter files: sound ones, ones that must be refused, and damaged ones with what is read of them natively."""
+    rng, coins = np.random.default_rng(9), random.Random(9)  # noqa: S311  # not a secret
+    tensors = {
+        f"base_model.model.encoder.{number}.query.lora_{kind}.weight": rng.normal(size=shape).astype(np.float32)
+        for number in range(3)
+        for kind, shape in (("A", (2, 5)), ("B", (4, 2)))
+    }
+    tensors |= {"base_model.model.classifier.bias": np.zeros(3, np.float32), "b": np.zeros((0, 3), np.float32)}
+    good = files.encode(tensors)
+    one = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+    refused = (
+        ("an empty file", b"", "adapter"),
+        ("a file of seven bytes", good[:7], "adapter"),
+        ("a file that ends in its header", good[:100], "adapter"),
+        ("a file that ends in its numbers", good[:-1], "adapter"),
+        ("a file with bytes at the end", good + b"\0", "adapter"),
+        ("a header of 2^63 bytes", b"\xff" * 8 + good[8:], "adapter"),
+        ("a header of 16 MiB", (2**24).to_bytes(8, "little") + bytes(2**24), "adapter"),
+        ("a header that is a list", (2).to_bytes(8, "little") + b"[]", "adapter"),
+        ("a file without tensors", described(data=b""), "adapter"),
+        ("metadata that are numbers", described(__metadata__={"a": 1}, a=one), "adapter"),
+        ("half precision", described(a=one | {"dtype": "F16", "shape": [8]}), "a"),
+        ("a type that is no text", described(a=one | {"dtype": 1}), "a"),
+        ("a shape that is too large", described(a=one | {"shape": [5]}), "adapter"),
+        ("a shape that is too small", described(a=one | {"shape": [3]}), "adapter"),
+        ("a shape that wraps around", described(a=one | {"shape": [2**32, 2**32]}), "adapter"),
+        ("a negative shape", described(a=one | {"shape": [-2, -2]}), "adapter"),
+        ("a shape with a fraction", described(a=one | {"shape": [4.0]}), "adapter"),
+        ("three offsets", described(a=one | {"data_offsets": [0, 16, 16]}), "adapter"),
+        ("an offset before the numbers", described(a=one | {"data_offsets": [-16, 0]}), "adapter"),
+        ("an offset behind the numbers", described(a=one | {"data_offsets": [16, 32]}), "adapter"),
+        ("two tensors in one place", described(a=one, b=one), "adapter"),
+        ("a gap", described(a=one, b=one | {"data_offsets": [20, 36]}, data=bytes(36)), "adapter"),
+        ("an infinity", described(a=one, data=np.array([0, 0, 0, np.inf], np.float32).tobytes()), "a"),
+        ("not a number", described(a=one, data=np.array([np.nan, 0, 0, 0], np.float32).tobytes()), "a"),
+    )
+    assert all(tensors_in(raw) is None for _, raw, _ in refused)
+    end = 8 + int.from_bytes(good[:8], "little")
+    damaged = [edited(coins, good) for _ in range(200)]
+    damaged += [good[:at] + bytes([coins.randrange(256)]) + good[at + 1 :] for at in range(8, end, 2)]
+    damaged += [good[:at] + bytes([coins.randrange(256)]) + good[at + 1 :] for at in range(end, len(good), 3)]
+    sound = (good, described(a=one), described(b=one | {"shape": [2, 2]}))
+    return {
+        "sound": [(b64(raw), tensors_in(raw)) for raw in sound],
+        "refused": [(what, b64(raw), about) for what, raw, about in refused],
+        "damaged": [(b64(raw), tensors_in(raw)) for raw in damaged],
+    }
+
+
 def pairs(raw: bytes) -> tuple[Any, str | None]:
     """The labels and phrases of a file, or what its refusal is about."""
     try:
@@ -362,6 +427,7 @@ def made(
                 "readers": readers,
                 "compositions": compositions,
                 "learning": lessons(),
+                "safetensors": adapter_files(),
                 "keys": (stranger.public.to_pem() + vendor.public.to_pem()).decode(),
                 "points": [(spki(raw), verdict(PublicKey, raw)) for raw in points()],
                 "ids": [stranger.public.key_id, vendor.public.key_id],
