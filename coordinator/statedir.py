@@ -196,6 +196,10 @@ def open_registry(folder: Path, key: IdentityKey) -> Registry:
         EdgeAdaptError: As ``Registry.open``.
     """
     stores = RegistrySettings.of(folder)
-    own = URL.create("sqlite", database=str(folder / DATABASE))  # built, not formatted: a folder may have a "?"
-    url = postgresql_url(stores.database) if stores.database else own
+    url = postgresql_url(stores.database) if stores.database else own_database(folder)
     return Registry.open(url, stores.blobs or str(folder / BLOBS), [key.public])
+
+
+def own_database(folder: Path) -> URL:
+    """The address of the registry's database that is in a folder. It is not formatted: a folder may have a "?"."""
+    return URL.create("sqlite", database=str(folder / DATABASE))

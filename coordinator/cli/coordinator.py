@@ -12,6 +12,7 @@ from adapters import storage
 from adapters.settings import overridden
 from aggregation.errors import ConfigError, EdgeAdaptError
 from coordinator.cli import services
+from coordinator.cli.backup import backup, restore
 from coordinator.cli.dashboard import dashboard
 from coordinator.cli.options import as_json, directory
 from coordinator.cli.rounds import rounds
@@ -44,6 +45,8 @@ coordinator.add_command(services.up)
 coordinator.add_command(services.stop)
 coordinator.add_command(dashboard)
 coordinator.add_command(rounds)
+coordinator.add_command(backup)
+coordinator.add_command(restore)
 
 
 @coordinator.command(short_help="Make a coordinator: key, settings, empty registry.")

@@ -10,6 +10,7 @@ from adapters.manifest import AdapterManifest, BaseManifest, Manifest, VersionMa
 from adapters.roundrecord import RoundRecord
 from client.node import statedir as device
 from coordinator import statedir as coordinator
+from coordinator.archive import BackupManifest
 from coordinator.channels.actions import ActionRecord
 
 REFERENCE = Path(__file__).resolve().parents[2] / "docs" / "reference"
@@ -20,6 +21,7 @@ TABLES: dict[str, type[Manifest]] = {
     "### Registry": VersionManifest,
     "### Round record": RoundRecord,
     "### Action record": ActionRecord,
+    "### Backup of a coordinator": BackupManifest,
 }
 
 

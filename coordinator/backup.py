@@ -1,0 +1,300 @@
+"""Copy a coordinator to an archive while it runs, and make a state directory from one (docs/decisions/0067).
+
+The registry is read first, in one transaction, and the logs after it: a log is ahead of the registry by what its
+session did meanwhile, and is cut before the first ending of a round that the copied registry does not know. That is the
+state in which a ``kill -9`` right after the last copied round leaves a coordinator, and a start goes on from there.
+"""
+
+import re
+import shutil
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from adapters import storage
+from adapters.keyfiles import MAX_PEM
+from adapters.registryfiles import BLOBS, DATABASE, REGISTRY, LocalFiles, RegistryFiles, RegistrySettings, blob_name
+from adapters.roundrecord import INTERRUPTED
+from adapters.workfolder import WorkFolder
+from aggregation import envelope
+from aggregation.errors import ConfigError, DataError, TrustError, of_file
+from aggregation.pki.identity import IdentityKey, PublicKey
+from aggregation.pki.revocation import MAX_REVOCATIONS
+from aggregation.transcript import ENTRY, LENGTH, MAGIC, Abort, Checkpoint, Entry, Result
+from coordinator import archive
+from coordinator.archive import ArchiveFile, BackupManifest, Report
+from coordinator.audit import transcripts
+from coordinator.registry import Head, Registry, database
+from coordinator.registry.snapshot import RegistrySnapshot
+from coordinator.servicesettings import SERVICES
+from coordinator.settings import SETTINGS
+from coordinator.statedir import (
+    AUTHORITY,
+    KEY,
+    PUBLIC_KEY,
+    REGISTRY_HEADER,
+    REVOKED,
+    TLS_CERTIFICATE,
+    TLS_KEY,
+    TLS_REQUEST,
+    TRANSCRIPT,
+    CoordinatorStateDir,
+    open_registry,
+    own_database,
+)
+from coordinator.storedlog import StoredLog, require_agreement
+
+SUPERLINK = "superlink.db"  # of Flower's SuperLink: it has the public keys of the SuperNodes
+SECRETS = (KEY, TLS_KEY)
+SETTLED = (AUTHORITY, SETTINGS, SERVICES, TLS_CERTIFICATE, TLS_REQUEST)  # files that no run writes
+MAX_FILE = 2 * MAX_REVOCATIONS  # bytes of a key, certificate, list or file of settings
+_SESSION = (transcripts.AUTHORITY, transcripts.COORDINATOR, transcripts.REVOKED)  # in TRANSCRIPT
+_NAMED = (
+    rf"{BLOBS}/[0-9a-f]{{64}}\.safetensors",
+    rf"{TRANSCRIPT}/session-\d{{6,9}}\.log",
+    rf"{TRANSCRIPT}/{transcripts.VECTORS}/[0-9a-f]{{64}}\.bin",
+)
+_PUBLIC = (*SETTLED, REVOKED, DATABASE, *(f"{TRANSCRIPT}/{name}" for name in _SESSION))
+MODES = {
+    "|".join(map(re.escape, (*SECRETS, SUPERLINK))): storage.PRIVATE,
+    "|".join((*map(re.escape, _PUBLIC), *_NAMED)): storage.PUBLIC,
+}  # names in an archive → permissions
+EMPTY = Head((0, ""), None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Backup:
+    """What was copied, or restored.
+
+    Args:
+        manifest: Of the archive.
+        files: How many it has.
+        size: Their bytes.
+        key_id: Of the coordinator's key.
+    """
+
+    manifest: BackupManifest
+    files: int
+    size: int
+    key_id: str
+
+
+def back_up(
+    state_dir: CoordinatorStateDir, out: Path, *, keys: bool, report: Report = lambda done, total: None
+) -> Backup:
+    """Write an archive of a coordinator, which may run meanwhile.
+
+    Args:
+        state_dir: Of the coordinator.
+        out: The archive. Does not exist; its owner alone can read it.
+        keys: Whether the archive has the signing key and the TLS key.
+        report: Called for each file.
+
+    Raises:
+        ConfigError: ``out`` exists.
+        DataError: A log, a blob or the database cannot be read.
+        TrustError: A log, a version, a record or a blob was altered; or logs and registry contradict each other.
+        OSError: ``out`` cannot be written. Nothing is left of it.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists: name a new file", about=out.name)
+    folder = state_dir.folder
+    snapshot = RegistrySnapshot.read(state_dir.registry.engine)
+    with closing(WorkFolder(out.parent)) as work, _stored(snapshot, work.path, state_dir.registry) as registry:
+        head = _verified(registry)
+        files = [*_logs(folder / TRANSCRIPT, head, state_dir.key)]
+        # Of the two lists the one in the directory is the newer one.
+        names = (*(f"{TRANSCRIPT}/{name}" for name in _SESSION), *SETTLED, REVOKED, *(SECRETS if keys else ()))
+        files += [_small(folder, name) for name in names if (folder / name).is_file()]
+        files += [_file(work.path, DATABASE)]
+        for manifest in (version.manifest for version in registry.versions()):
+            read = partial(registry.blobs.get, manifest.sha256)
+            files.append(ArchiveFile(f"{BLOBS}/{blob_name(manifest.sha256)}", manifest.size, read))
+        vectors = sorted((folder / TRANSCRIPT / transcripts.VECTORS).glob("*.bin"))
+        files += [_file(folder, str(path.relative_to(folder))) for path in vectors]
+        if (folder / SUPERLINK).is_file():
+            _copy_sqlite(folder / SUPERLINK, work.path / SUPERLINK)
+            files.append(_file(work.path, SUPERLINK, storage.PRIVATE))
+        unique = sorted({each.name: each for each in files}.values(), key=lambda each: each.name)
+        found = list[BackupManifest]()
+
+        def manifest_of(sums: str) -> BackupManifest:
+            version = head.newest[0] if snapshot.rows[database.versions.name] else None
+            found.append(BackupManifest(sums, snapshot.digest(), version, head.round.round if head.round else 0))
+            return found[0]
+
+        part = work.path / out.name
+        archive.write(part, unique, manifest_of, state_dir.key, report)
+        part.rename(out)
+        storage.sync(out.parent)
+    return Backup(found[0], len(unique), sum(each.size for each in unique), state_dir.key.public.key_id)
+
+
+def restore(
+    source: Path,
+    folder: Path,
+    *,
+    key: bytes | None = None,
+    trusted: PublicKey | None = None,
+    stores: RegistrySettings | None = None,
+    report: Report = lambda done, total: None,
+) -> Backup:
+    """Make a state directory from an archive. All of it is verified before the directory exists.
+
+    Args:
+        source: The archive.
+        folder: Does not exist, or is empty.
+        key: The signing key, PEM; None: the archive has it.
+        trusted: The coordinator's public key, as devices pin it; None: that of ``key``, or else the archive's own.
+        stores: Where the registry is to be kept; None: in the directory. The database must be empty.
+        report: Called for each file.
+
+    Raises:
+        ConfigError: The folder or the database holds something; or there is no signing key.
+        DataError: It is no backup, or a truncated one.
+        TrustError: It was altered, or is of another coordinator.
+        EdgeAdaptError: A store cannot be reached.
+    """
+    sizes = list[int]()
+
+    def done(size: int, total: int) -> None:
+        sizes.append(size)
+        report(size, total)
+
+    with storage.new_folder(folder, mode=storage.PRIVATE_FOLDER) as stage:
+        given = IdentityKey.from_pem(key) if key is not None else None
+        manifest = archive.extract(source, stage, trusted or (given.public if given else None), MODES, done)
+        if key is not None:
+            storage.replace(stage / KEY, key)
+        public = PublicKey.from_pem((stage / PUBLIC_KEY).read_bytes())
+        if not (stage / KEY).is_file():
+            raise ConfigError(f"{source} has no signing key: name it with --key", about=KEY)
+        with of_file(KEY):
+            signing = IdentityKey.from_pem(storage.read(stage / KEY, MAX_PEM))
+        if signing.public != public:
+            raise TrustError(f"the signing key is not the one of {PUBLIC_KEY}", about=KEY)
+        (stage / BLOBS).mkdir(exist_ok=True)  # a registry without a version has none
+        # As an auditor reads a database that is not trusted: within limits, and nothing but tables.
+        RegistryFiles(LocalFiles(stage, stage / BLOBS), (public,)).rounds()
+        with closing(open_registry(stage, signing)) as registry:
+            head = _verified(registry)
+            snapshot = RegistrySnapshot.read(registry.engine)
+            if snapshot.digest() != manifest.registry:
+                raise TrustError(f"{source}: the registry is not the one that was copied", about=DATABASE)
+            for version in registry.versions():
+                registry.blobs.get(version.manifest.sha256)
+            _require_logs(stage / TRANSCRIPT, head, signing)
+            if stores is not None:
+                _move(stage, registry, snapshot, signing, stores)
+    return Backup(manifest, len(sizes), sum(sizes), public.key_id)
+
+
+def _move(
+    stage: Path, registry: Registry, snapshot: RegistrySnapshot, key: IdentityKey, stores: RegistrySettings
+) -> None:
+    """Put the registry of a directory where ``stores`` say."""
+    storage.replace(stage / REGISTRY, REGISTRY_HEADER + stores.to_toml().encode(), storage.PUBLIC)
+    with closing(open_registry(stage, key)) as elsewhere:
+        if stores.blobs:
+            for version in registry.versions():
+                elsewhere.blobs.put(registry.blobs.get(version.manifest.sha256))
+            shutil.rmtree(stage / BLOBS)
+        if stores.database:  # last: the database takes a registry only once
+            registry.close()
+            (stage / DATABASE).unlink()
+            snapshot.insert(elsewhere.engine)
+
+
+@contextmanager
+def _stored(snapshot: RegistrySnapshot, work: Path, source: Registry) -> Iterator[Registry]:
+    """A registry in SQLite with the rows of a snapshot, and the blobs of the registry that it is from."""
+    engine = database.connect(own_database(work))
+    with closing(Registry(engine, source.blobs, source.trusted)) as registry:
+        snapshot.insert(engine)
+        yield registry
+
+
+def _verified(registry: Registry) -> Head:
+    """The head of a registry, all of which was verified but its blobs; ``EMPTY`` for one without a version."""
+    if not registry.versions() and not registry.rounds():
+        return EMPTY
+    registry.optimizer_state()
+    return registry.head()
+
+
+def _require_logs(folder: Path, head: Head, key: IdentityKey) -> None:
+    """Return if the logs are those of a registry, as at a start of the coordinator."""
+    found = [log for _, log in _read(transcripts.logs(folder), head, key.public) if log is not None and log.entries]
+    require_agreement(found, head, key)
+
+
+def _logs(folder: Path, head: Head, key: IdentityKey) -> Iterator[ArchiveFile]:
+    """The logs as far as a registry knows them."""
+    kept = list[StoredLog]()
+    ended = False
+    for path, log in _read(transcripts.logs(folder), head, key.public):
+        if log is None:  # of a session before the last recorded round; nothing is written to it any more
+            yield _file(folder.parent, f"{TRANSCRIPT}/{path.name}")
+        elif not ended:
+            cut = _cut(log, head)
+            ended = cut.end < log.end
+            if cut.entries:
+                kept.append(cut)
+                yield ArchiveFile(f"{TRANSCRIPT}/{path.name}", cut.end, partial(_beginning, path, cut.end))
+    require_agreement(kept, head, key)
+
+
+def _read(paths: Sequence[Path], head: Head, coordinator: PublicKey) -> list[tuple[Path, StoredLog | None]]:
+    """The logs, in order; None for those before the session of the last recorded round."""
+    found = list[tuple[Path, StoredLog | None]]()
+    reached = False
+    for path in reversed(paths):
+        log = None if reached else StoredLog.read(path, coordinator)
+        reached = reached or (log is not None and head.round is not None and log.offer.hex() == head.round.offer)
+        found.insert(0, (path, log))
+    return found
+
+
+def _cut(log: StoredLog, head: Head) -> StoredLog:
+    """A log up to the first ending of a round that is not recorded. One that was interrupted never is."""
+    after = head.round.entries if head.round is not None and log.offer.hex() == head.round.offer else -1
+    unknown = (entry.index for entry in log.endings if entry.index > after and not _interrupted(entry))
+    entries = log.entries[: next(unknown, len(log.entries))]
+    signed = sum(entry.kind == Checkpoint.TAG for entry in entries)
+    end = len(MAGIC) + sum(LENGTH + len(ENTRY.encode(entry)) for entry in entries)
+    return replace(log, entries=entries, checkpoints=log.checkpoints[:signed], end=end, rest=b"")
+
+
+def _interrupted(ending: Entry) -> bool:
+    return ending.kind != Result.TAG and Abort.decode(envelope.unverified_body(ending.message)).reason == INTERRUPTED
+
+
+def _small(folder: Path, name: str) -> ArchiveFile:
+    """A small file, read once: it may be replaced meanwhile."""
+    content = storage.read(folder / name, MAX_FILE)
+    return ArchiveFile(name, len(content), lambda: content, storage.PRIVATE if name in SECRETS else storage.PUBLIC)
+
+
+def _file(folder: Path, name: str, mode: int = storage.PUBLIC) -> ArchiveFile:
+    path = folder / name
+    return ArchiveFile(name, path.stat().st_size, partial(storage.read, path), mode)
+
+
+def _beginning(path: Path, size: int) -> bytes:
+    with storage.opened(path) as (file, _):
+        return file.read(size)
+
+
+def _copy_sqlite(source: Path, target: Path) -> None:
+    """Copy a database that another program may write to (SQLite's backup interface)."""
+    try:
+        with (
+            closing(sqlite3.connect(f"{source.absolute().as_uri()}?mode=ro", uri=True)) as old,
+            closing(sqlite3.connect(target)) as new,
+        ):
+            old.backup(new)
+    except sqlite3.Error as error:
+        raise DataError(f"{source} cannot be copied ({error})", about=source.name) from None
