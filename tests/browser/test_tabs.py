@@ -49,7 +49,7 @@ TAKE_PART = """(async (given) => {
     return contribution({ delta, examples: 3, score: { correct: 1, loss: 2.5, count: 2 } }, spec, plan.adapter_digest);
   };
   const device = new Device({ ...globalThis.own, ...known });
-  const participant = new Participant(device, train, await nodeOf(given.name));
+  const participant = new Participant(device, train, await nodeOf(given.name), { quantum: 0 });
   globalThis.states = [];
   globalThis.leaving = new AbortController();
   const shown = ({ state, step }) => states.push(step ?? state);

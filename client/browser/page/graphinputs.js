@@ -4,6 +4,7 @@
 
 import { byCodePoint, encode, sha256 } from "./bytes.js";
 import { DataError, quoted } from "./errors.js";
+import { transposed } from "./numbers.js";
 
 const PEFT_PREFIX = "base_model.model.";
 export const LORA_A = ".lora_A.weight";
@@ -54,6 +55,20 @@ function sizeOf(text, size, sizes) {
   if (/^[0-9]+$/.test(text)) return Number(text);
   if (!sizes.has(text)) sizes.set(text, size);
   return sizes.get(text);
+}
+
+/** The tensors of an adapter under peft's names by graph input. LoRA's matrices are transposed; B is not scaled. */
+export function fromPeft(tensors) {
+  const odd = [...tensors.keys()].find((name) => !name.startsWith(PEFT_PREFIX));
+  if (odd !== undefined) throw new DataError(`tensor ${quoted(odd)} has not a name that peft gives`, odd);
+  return new Map([...tensors].map(([name, tensor]) => [name.slice(PEFT_PREFIX.length), turned(name, tensor)]));
+}
+
+/** A tensor as peft has it, from that of `fromPeft`. */
+export const toPeft = (name, tensor) => turned(name, tensor);
+
+function turned(name, { shape, values }) {
+  return isLora(name) && shape.length === 2 ? { shape: shape.toReversed(), values: transposed(values, shape) } : { shape, values };
 }
 
 /** SHA-256 of names and shapes as peft has them, in order (adapters/layout.py). */

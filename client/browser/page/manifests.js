@@ -5,17 +5,17 @@ import { accept, isObject, sign } from "./dsse.js";
 import { signer } from "./keys.js";
 
 const boolean = (value) => typeof value === "boolean";
-const string = (value) => typeof value === "string";
-const oneOf = (...choices) => (value) => choices.includes(value);
+export const string = (value) => typeof value === "string";
+export const oneOf = (...choices) => (value) => choices.includes(value);
 const matching = (pattern) => (value) => string(value) && pattern.test(value);
-const listOf = (check) => (value) => Array.isArray(value) && value.every(check);
+export const listOf = (check) => (value) => Array.isArray(value) && value.every(check);
 const orNull = (check) => (value) => value === null || check(value);
 const mapOf = (key, check) => (value) => isObject(value) && Object.entries(value).every(([k, v]) => key(k) && check(v));
 const sha256 = matching(/^[0-9a-f]{64}$/);
 const count = (value) => Number.isSafeInteger(value) && value >= 0;
 const fileName = matching(/^[A-Za-z0-9_][A-Za-z0-9_.-]*$/); // stays inside its folder
 
-const between = (low, high) => (value) => typeof value === "number" && value >= low && value <= high;
+export const between = (low, high) => (value) => typeof value === "number" && value >= low && value <= high;
 const number = (value) => typeof value === "number" && value >= 0 && value < 2 ** 63;
 const pairOf = (first, second) => (value) => Array.isArray(value) && value.length === 2 && first(value[0]) && second(value[1]);
 const pattern = (value) => string(value) && value.length > 0 && [...value].length <= 512;
@@ -34,6 +34,9 @@ const PEFT_CONFIG = {
   feedforward_modules: listOf(string),
   num_virtual_tokens: count,
 };
+
+/** Whether a value is a PEFT config (adapters/peftconfig.py). */
+export const isPeftConfig = (value) => isObject(value) && !misfit(value, PEFT_CONFIG);
 
 const BASE = {
   base_digest: sha256,
@@ -62,7 +65,7 @@ const ADAPTER = {
   layout_digest: sha256,
   version: count,
   source: sha256,
-  peft_config: orNull((value) => isObject(value) && !misfit(value, PEFT_CONFIG)),
+  peft_config: orNull(isPeftConfig),
   parent: orNull(sha256),
   rank: count,
   labels: listOf(string),
@@ -98,7 +101,7 @@ async function manifest(raw, name, fields, keys) {
 }
 
 /** The field, and the reason, why `body` does not have exactly these fields; or undefined. */
-function misfit(body, fields) {
+export function misfit(body, fields) {
   for (const [name, check] of Object.entries(fields)) {
     if (!Object.hasOwn(body, name)) return [name, "is missing; get a newer bundle"];
     if (!check(body[name])) return [name, "is not what this page can read"];

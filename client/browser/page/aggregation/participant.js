@@ -7,39 +7,68 @@ import { LogState } from "./logstate.js";
 import { COORDINATOR, Plan, Unmask, signedHeader, unverifiedBody } from "./messages.js";
 import { newerThan, readRevocations, requireFresh } from "./revocations.js";
 
-/** `train` makes a device's contribution: (plan, spec) → a ring vector (contribution.js). `node`: Flower's id of this node. */
+const QUANTUM = 60_000; // milliseconds
+const READ_EXAMPLES = ["offer", "plan"]; // steps
+
+/**
+ * A device that answers.
+ *
+ * `train` makes its contribution: (plan, spec, blob) → a ring vector (contribution.js), with the adapter's file. `node`:
+ * Flower's id of this node. `adapter` and `log` are what it remembers of earlier sessions (adapterstate.js, logstate.js), or
+ * null; `keep` stores them after each step, (step, { adapter, log, revocations }), before the answer leaves. Offers and plans
+ * are answered at a multiple of `quantum` milliseconds after they arrived, which hides how long training took; 0: at once.
+ */
 export class Participant {
   #device;
   #train;
   #node;
+  #keep;
+  #quantum;
   #state = null;
-  #adapter = null;
-  #log = null;
+  #adapter;
+  #log;
   #last = Promise.resolve();
 
-  constructor(device, train, node = 0n) {
-    [this.#device, this.#train, this.#node] = [device, train, node];
+  constructor(device, train, node = 0n, { adapter = null, log = null, keep = async () => {}, quantum = QUANTUM } = {}) {
+    [this.#device, this.#train, this.#node, this.#keep, this.#quantum] = [device, train, node, keep, quantum];
+    [this.#adapter, this.#log] = [adapter, log];
   }
 
   /**
-   * The answer to the request `step` (aggregation/steps.py). `fields`: { body, proof, revocations }, as far as there are any.
-   * `at`: now in milliseconds, or null.
+   * The answer to the request `step` (aggregation/steps.py). `fields`: { body, adapter, proof, revocations }, as far as there
+   * are any. `at`: now in milliseconds, or null.
    *
    * Requests are answered one after the other. Throws ProtocolError: refused.
    */
   answer(step, fields, at = Date.now()) {
-    const found = this.#last.then(() => this.#step(step, fields, at));
+    const found = this.#last.then(() => this.#kept(step, fields, at));
     this.#last = found.catch(() => {});
     return found;
   }
 
-  async #step(step, { body, proof, revocations }, at) {
+  async #kept(step, fields, at) {
+    const begun = performance.now();
+    const [known, log] = [this.#adapter, this.#log];
+    try {
+      const answer = await this.#step(step, fields, at);
+      const revocations = this.#device.root.revoked?.der ?? null;
+      await this.#keep(step, { adapter: this.#adapter, log: this.#log, revocations });
+      return answer;
+    } catch (error) {
+      [this.#adapter, this.#log] = [known, log]; // nothing leaves that was not kept; the round is lost
+      throw error;
+    } finally {
+      if (READ_EXAMPLES.includes(step)) await untilMultiple(begun, this.#quantum);
+    }
+  }
+
+  async #step(step, { body, adapter, proof, revocations }, at) {
     if (!body) throw new ProtocolError("the message has no body", "message.body", COORDINATOR);
     const state = this.#state;
     if (step === "checkin") return checkIn(this.#device, body, this.#node, this.#log?.offer ?? null);
     if (step === "offer") return this.#offer(body, proof, revocations, at);
     if (step === "roster" && state?.onRoster) return this.#after(await state.onRoster(this.#device, body));
-    if (step === "plan" && state?.onPlan) return this.#plan(body, proof, at);
+    if (step === "plan" && state?.onPlan) return this.#plan(body, adapter, proof, at);
     if (step === "survivors" && state?.onSurvivors) return this.#survivors(body);
     if (step === "unmask" && state?.onUnmask) return this.#unmask(body);
     const held = state ? `is in the state ${state.constructor.name}` : "has joined no session";
@@ -88,13 +117,13 @@ export class Participant {
     }
   }
 
-  async #plan(body, proof, at) {
+  async #plan(body, blob, proof, at) {
     const planned = await this.#state.onPlan(this.#device, body, at);
     this.#state = planned; // whatever fails from here on, the device can take part in a later round
     const { plan, spec } = planned;
     const log = await this.#afterReceipt(plan, proof);
     const adapter = adapterstate.onPlan(this.#adapter, plan, spec, this.#device.policy.maximum_repeats);
-    const answer = this.#after(await planned.contribute(this.#device, await this.#train(plan, spec)));
+    const answer = this.#after(await planned.contribute(this.#device, await this.#train(plan, spec, blob)));
     this.#adapter = adapter;
     this.#log = log && (await log.contributed(await Plan.digest(plan), signedHeader(answer)));
     return answer;
@@ -123,4 +152,11 @@ export class Participant {
     const serials = new Map([...vectors.keys()].map((device) => [device, ready.serials.get(device)]));
     return adapterstate.onSurvivors(this.#adapter, plan, ready.session.spec, serials, this.#device.root.revoked?.serials ?? new Set());
   }
+}
+
+/** Waits until a multiple of `quantum` milliseconds has passed since `begun`. */
+async function untilMultiple(begun, quantum) {
+  if (!quantum) return;
+  const left = quantum - ((performance.now() - begun) % quantum);
+  await new Promise((resolve) => setTimeout(resolve, left));
 }

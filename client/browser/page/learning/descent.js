@@ -1,6 +1,9 @@
-// AdamW, as client/training/descent.py: equal gradients give equal adapters, up to rounding.
+// Optimizers, and training with them, as client/training/descent.py: equal gradients give equal adapters, up to rounding.
+
+import { DataError } from "../errors.js";
 
 const [BETA_1, BETA_2, EPSILON] = [0.9, 0.999, 1e-8];
+const { fround } = Math;
 
 /** Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2). The moments are in double precision. */
 export class AdamW {
@@ -11,11 +14,15 @@ export class AdamW {
     Object.assign(this, { learningRate, weightDecay });
   }
 
-  /** Change each parameter that has a gradient, in place. Both are Maps of name → Float32Array, of equal lengths. */
-  step(parameters, gradients) {
+  /**
+   * Change each parameter that has a gradient, in place. Both are Maps of name → Float32Array, of equal lengths. `factor`:
+   * of the learning rate.
+   */
+  step(parameters, gradients, factor = 1) {
     this.#steps += 1;
     const [bias1, bias2] = [1 - BETA_1 ** this.#steps, 1 - BETA_2 ** this.#steps];
-    const kept = Math.fround(1 - this.learningRate * this.weightDecay);
+    const rate = factor * this.learningRate;
+    const kept = fround(1 - rate * this.weightDecay);
     for (const [name, gradient] of gradients) {
       const values = parameters.get(name);
       const [first, second] = this.#momentsOf(name, gradient.length);
@@ -23,7 +30,7 @@ export class AdamW {
         first[i] = BETA_1 * first[i] + (1 - BETA_1) * g;
         second[i] = BETA_2 * second[i] + (1 - BETA_2) * g ** 2;
         const change = first[i] / bias1 / (Math.sqrt(second[i] / bias2) + EPSILON);
-        values[i] = Math.fround(values[i] * kept) - this.learningRate * change;
+        values[i] = fround(values[i] * kept) - rate * change;
       });
     }
   }
@@ -33,3 +40,67 @@ export class AdamW {
     return this.#moments.get(name);
   }
 }
+
+/** Stochastic gradient descent with momentum (Polyak 1964) and weight decay in the gradient. */
+export class SGD {
+  #changes = new Map(); // name → the last change
+
+  constructor(learningRate, weightDecay = 0, momentum = 0) {
+    Object.assign(this, { learningRate, weightDecay, momentum });
+  }
+
+  /** As `AdamW.step`. */
+  step(parameters, gradients, factor = 1) {
+    const [rate, decay] = [factor * this.learningRate, fround(this.weightDecay)];
+    for (const [name, gradient] of gradients) {
+      const values = parameters.get(name);
+      const before = this.#changes.get(name) ?? new Float64Array(gradient.length);
+      const change = before.map((last, i) => gradient[i] + fround(decay * values[i]) + this.momentum * last);
+      if (this.momentum) this.#changes.set(name, change);
+      change.forEach((each, i) => (values[i] = values[i] - rate * each));
+    }
+  }
+}
+
+/**
+ * Minimize a loss over the parameters `trained`, a list of names. Returns all values, of which the others are as before.
+ *
+ * `start` is a Map of name → Float32Array, which stays as it is; `order` the batches of all epochs; `gradientsOf` values and
+ * batch → Promise of { loss, gradients }; `task` of a plan (task.js). Throws DataError: a loss or a value is not finite.
+ */
+export async function descend(start, order, gradientsOf, task, trained) {
+  const values = new Map([...start].map(([name, each]) => [name, each.slice()]));
+  const { optimizer: kind, learning_rate: rate, weight_decay: decay } = task;
+  const optimizer = kind === "sgd" ? new SGD(rate, decay, task.momentum) : new AdamW(rate, decay);
+  for (const [number, batch] of order.entries()) {
+    const { loss, gradients: found } = await gradientsOf(values, batch);
+    if (!Number.isFinite(loss)) throw new DataError("the training loss is not finite; lower the learning rate", "training.loss");
+    let gradients = new Map(trained.map((name) => [name, found.get(name)]));
+    if (task.proximal) gradients = pulled(gradients, values, start, fround(task.proximal));
+    if (task.gradient_norm) gradients = clipped(gradients, task.gradient_norm);
+    optimizer.step(values, gradients, schedule(task.schedule, number, order.length));
+  }
+  if ([...values.values()].every((each) => each.every(Number.isFinite))) return values;
+  throw new DataError("the trained adapter is not finite; lower the learning rate", "training.adapter");
+}
+
+/** The factor of the learning rate at a step, from 0 on, of so many: constant, linear to 0, or half a period of a cosine. */
+export function schedule(kind, number, steps) {
+  if (kind === "linear") return 1 - number / steps;
+  return kind === "cosine" ? 0.5 * (1 + Math.cos((Math.PI * number) / steps)) : 1;
+}
+
+/** With FedProx's term (Li et al. 2020). */
+const pulled = (gradients, values, start, pull) =>
+  mapped(gradients, (name, i, g) => g + fround(pull * fround(values.get(name)[i] - start.get(name)[i])));
+
+/** Gradients whose L2 norm over all of them is at most `limit` (Pascanu et al. 2013). */
+export function clipped(gradients, limit) {
+  const squares = [...gradients.values()].map((each) => each.reduce((sum, g) => sum + g * g, 0));
+  const norm = Math.sqrt(squares.reduce((sum, each) => sum + each, 0));
+  const factor = fround(Math.min(limit / (norm + 1e-6), 1));
+  return mapped(gradients, (name, i, g) => g * factor);
+}
+
+const mapped = (gradients, change) =>
+  new Map([...gradients].map(([name, each]) => [name, each.map((g, i) => change(name, i, g))]));

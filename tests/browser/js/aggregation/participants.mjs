@@ -25,7 +25,7 @@ const ACTIONS = {
   async enrol({ device, certificate, root, coordinator, policy }) {
     const own = { ...keys.get(device), certificate: bytes(certificate), coordinator: bytes(coordinator), policy: new Policy(policy) };
     const train = (plan, spec) => encode(spec.vector, values.get(device));
-    participants.set(device, new Participant(new Device({ ...own, root: await Root.open(bytes(root)) }), train));
+    participants.set(device, new Participant(new Device({ ...own, root: await Root.open(bytes(root)) }), train, 0n, { quantum: 0 }));
     return {};
   },
 

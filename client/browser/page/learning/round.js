@@ -1,0 +1,140 @@
+// A tab's contribution to a round, as client/node/training.py: what is on offer is checked first, then it trains.
+//
+// The order of the two keeps a refusal from saying anything about the examples; so whatever fails once the examples matter
+// gives a contribution of zero.
+
+import { COORDINATOR } from "../aggregation/messages.js";
+import { contribution, requireBounds } from "../aggregation/contribution.js";
+import { sha256 } from "../bytes.js";
+import { ConfigError, DataError, ProtocolError } from "../errors.js";
+import { checkSlots, fromPeft, layoutDigest, toPeft } from "../graphinputs.js";
+import { emptyAdapter } from "../runtime.js";
+import { parse } from "../safetensors.js";
+import { batches } from "./batches.js";
+import { descend } from "./descent.js";
+import { LIMITS, checkLimits, decodeTask, partOf } from "./task.js";
+import { GraphTrainer } from "./trainer.js";
+
+const MAX_LOSS = 20; // nats, of one example (adapters/task.py)
+const NOTHING = { correct: 0, loss: 0, count: 0 };
+
+/**
+ * What makes a device's contributions: (plan, spec, blob) → Promise of a ring vector, with the adapter's file.
+ *
+ * `examples` are [{ text, label, split }], where a label is its name or its number, and the split "train" or "validation".
+ * `pause` is awaited between the parts of the work, with { round, step, steps }; what it throws ends it, and is thrown.
+ * The function throws ProtocolError: what is on offer cannot or must not be trained.
+ */
+export function trainerOf(engine, examples, pause = async () => {}, limits = LIMITS) {
+  return async (plan, spec, blob) => {
+    if (!blob || (await sha256(blob)) !== plan.adapter_digest) {
+      refuse("the adapter in the message does not match the digest in the plan", "plan.adapter_digest");
+    }
+    const task = decodeTask(plan.training);
+    const [trainer, inputs] = await opened(engine, task, blob, limits);
+    try {
+      if ((await layoutDigest(inputs)) !== spec.layout_digest) refuse("offer, task and adapter have different layouts", "plan.layout");
+      const start = new Map([...inputs].map(([name, { values }]) => [name, values]));
+      const shared = [...start.keys()].filter((name) => task.shared.includes(partOf(name)));
+      requireBounds(spec, shared.reduce((sum, name) => sum + start.get(name).length, 0));
+      const found = await attempt(() => outcome(trainer, start, task, examples, Number(spec.weight_cap), ends(pause, plan)));
+      const delta = update(start, found?.trained ?? start, shared, inputs);
+      const made = { delta, examples: found?.examples ?? 0, score: found?.score ?? NOTHING };
+      return await contribution(made, spec, plan.adapter_digest);
+    } finally {
+      await trainer.close();
+    }
+  };
+}
+
+function refuse(text, about) {
+  throw new ProtocolError(text, about, COORDINATOR);
+}
+
+/** A trainer for the adapter in `blob`, and the adapter by graph input, in the numbers of peft. */
+async function opened(engine, task, blob, limits) {
+  try {
+    const tensors = parse(blob);
+    checkLimits(task, tensors, limits);
+    const inputs = fromPeft(tensors);
+    const sizes = checkSlots(new Map([...emptyAdapter(engine.base.slots), ...inputs]), engine.base.slots);
+    if (sizes.get("labels") !== task.labels.length) throw new DataError("the head has another number of labels", "task.labels");
+    const manifest = { name: "of the plan", peft_config: task.peft_config };
+    return [await GraphTrainer.open(engine, { manifest, inputs }), inputs];
+  } catch (error) {
+    if (!(error instanceof DataError || error instanceof ConfigError)) throw error;
+    throw new ProtocolError(`adapter and task: ${error.message}`, error.about || "plan.training", COORDINATOR);
+  }
+}
+
+/** What a person's end of the work throws, which is not the fault of an example. */
+class Ended extends Error {}
+
+const ends = (pause, { round }) => async (progress) => {
+  try {
+    await pause({ round, ...progress });
+  } catch (error) {
+    throw new Ended(error.message, { cause: error });
+  }
+};
+
+async function attempt(work) {
+  try {
+    return await work();
+  } catch (error) {
+    if (error instanceof Ended) throw error.cause;
+    console.warn("contributed nothing:", error.about || error.name); // an error's text can quote an example
+    return null;
+  }
+}
+
+/** The score of `start` on at most `cap` held-out examples, and what training on the others makes of it. */
+async function outcome(trainer, start, task, examples, cap, pause) {
+  const target = ({ label }) => (typeof label === "number" ? label : task.labels.indexOf(label));
+  const usable = examples.map((one) => ({ ...one, target: target(one) })).filter((one) => one.target >= 0 && one.target < task.labels.length);
+  const read = (split) => usable.filter((one) => one.split === split).map((one) => ({ ...one, ids: trainer.tokens(one.text) }));
+  const [own, heldOut] = [read("train"), read("validation").slice(0, cap)];
+  if (!own.length) throw new DataError("there are no examples to train on; add some", "examples");
+  const between = () => pause({ step: 0, steps: 0 });
+  const score = scored(await trainer.logits(start, heldOut.map(({ ids }) => ids), between), heldOut);
+  const order = batches(own.map(({ ids }) => ids.length), task.batch_size, task.epochs);
+  const trained = await trainOn(trainer, start, own, task, order, pause);
+  return { trained, examples: own.length, score };
+}
+
+/**
+ * `start` trained on examples, [{ ids, target }], in batches of this order. `pause` is awaited with { step, steps }. Throws as
+ * `descend`.
+ */
+export async function trainOn(trainer, start, examples, task, order, pause = async () => {}) {
+  let step = 0;
+  const gradientsOf = async (values, batch) => {
+    step += 1;
+    const rows = batch.map((i) => ({ ...examples[i], share: 1 / batch.length }));
+    return trainer.gradients(values, rows, () => pause({ step, steps: order.length }));
+  };
+  const trained = [...start.keys()].filter((name) => task.trained.includes(partOf(name)));
+  return descend(start, order, gradientsOf, task, trained);
+}
+
+/** The score of logits on examples with a target: { correct, loss, count }. */
+export function scored(logits, examples) {
+  const sum = (of) => examples.reduce((total, { target }, i) => total + of(Float64Array.from(logits[i]), target), 0);
+  const best = (row) => row.indexOf(Math.max(...row));
+  const loss = (row, target) => {
+    const largest = Math.max(...row);
+    return Math.min(MAX_LOSS, Math.log(row.reduce((total, each) => total + Math.exp(each - largest), 0)) - (row[target] - largest));
+  };
+  return { correct: sum((row, target) => Number(best(row) === target)), loss: sum(loss), count: examples.length };
+}
+
+/** The update of the shared tensors as one vector, in peft's order and shapes. */
+function update(start, trained, shared, inputs) {
+  const parts = shared.map((name) => {
+    const [before, after] = [start, trained].map((of) => toPeft(name, { ...inputs.get(name), values: of.get(name) }).values);
+    return Float64Array.from(after, (value, i) => value - before[i]);
+  });
+  const whole = new Float64Array(parts.reduce((size, part) => size + part.length, 0));
+  parts.reduce((at, part) => (whole.set(part, at), at + part.length), 0);
+  return whole;
+}

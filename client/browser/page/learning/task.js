@@ -1,0 +1,114 @@
+// What a plan asks a device to train, as adapters/task.py, and the limits within which it does, as client/training/limits.py.
+//
+// A tab refuses what it cannot train: the moments of an analytic head, R of Fed-SB, and parts that stay on a device.
+
+import { isObject, parse } from "../dsse.js";
+import { ConfigError, ProtocolError } from "../errors.js";
+import { between, isPeftConfig, listOf, misfit, oneOf, string } from "../manifests.js";
+import { COORDINATOR } from "../aggregation/messages.js";
+
+const [A, B, VECTORS, HEAD, R] = ["A", "B", "vectors", "head", "R"]; // adapters/parts.py
+const parts = listOf(oneOf(A, B, VECTORS, HEAD, R));
+const whole = (low, high) => (value) => Number.isSafeInteger(value) && low <= value && value <= high;
+const TINY = Number.MIN_VALUE;
+
+const TASK = {
+  peft_config: isPeftConfig,
+  labels: listOf(string),
+  epochs: whole(1, 100),
+  batch_size: whole(1, 1024),
+  learning_rate: between(TINY, 1),
+  weight_decay: between(0, 1),
+  proximal: between(0, 1000),
+  trained: parts,
+  shared: parts,
+  optimizer: oneOf("adamw", "sgd"),
+  momentum: between(0, 1 - Number.EPSILON / 2),
+  schedule: oneOf("constant", "linear", "cosine"),
+  gradient_norm: between(0, Number.MAX_VALUE),
+};
+
+export const LIMITS = {
+  maximum_magnitude: 1000,
+  maximum_parameters: 2 ** 24,
+  maximum_scaling: 64,
+  minimum_labels: 2,
+  maximum_labels: 1024,
+  maximum_learning_rate: 0.1,
+  maximum_epochs: 10,
+  maximum_batch_size: 64,
+};
+
+function refuse(text, about) {
+  throw new ProtocolError(text, about, COORDINATOR);
+}
+
+/** The task in a plan. Throws ProtocolError: not a task, or one that a tab cannot train. */
+export function decodeTask(raw) {
+  let found;
+  try {
+    found = parse(raw);
+  } catch {
+    refuse("task: it is not a JSON object", "task");
+  }
+  if (!isObject(found)) refuse("task: it is not a JSON object", "task");
+  if (Object.hasOwn(found, "ridge")) refuse("this device contributes to no analytic head", "task.moments");
+  const [field, why] = misfit(found, TASK) ?? [];
+  if (field) refuse(`task.${field}: it ${why}`, `task.${field}`);
+  const { trained, shared, labels } = found;
+  if (!trained.some((part) => shared.includes(part))) {
+    refuse("task.shared: no part of the adapter is both trained and shared", "task.shared");
+  }
+  if ([...trained, ...shared].includes(R)) refuse("a tab does not train R of Fed-SB", "task.parts");
+  if (trained.some((part) => !shared.includes(part))) refuse("a tab keeps no part of an adapter to itself", "task.shared");
+  if (!labels.length) refuse("a tab trains classifiers, and no language model", "task.labels");
+  return found;
+}
+
+/** Returns if the task and the adapter, a Map of name → { values }, are within `limits`; else throws ProtocolError. */
+export function checkLimits(task, adapter, limits = LIMITS) {
+  const { peft_config: config, labels } = task;
+  checkTrainable(config);
+  if (labels.length < limits.minimum_labels) {
+    refuse(`task.labels ${labels.length} is below this device's minimum of ${limits.minimum_labels}`, "task.labels");
+  }
+  const largest = (values) => values.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+  const tensors = [...adapter.values()];
+  const found = {
+    "adapter.magnitude": Math.max(...tensors.map(({ values }) => largest(values))),
+    "adapter.parameters": tensors.reduce((sum, { values }) => sum + values.length, 0),
+    "task.scaling": config.lora_alpha / (config.use_rslora ? Math.sqrt(config.r) : config.r),
+    "task.labels": labels.length,
+    "task.learning_rate": task.learning_rate,
+    "task.epochs": task.epochs,
+    "task.batch_size": task.batch_size,
+  };
+  for (const [about, value] of Object.entries(found)) {
+    const limit = limits[`maximum_${about.split(".")[1]}`];
+    if (value > limit) refuse(`${about} ${value} is over this device's maximum of ${limit}`, about);
+  }
+}
+
+/** Refuse a method that a tab does not train, as `require_trainable` of adapters/peftconfig.py. Throws ConfigError. */
+function checkTrainable(config) {
+  const { peft_type: method, r, lora_alpha: alpha, target_modules: targets } = config;
+  const rules = {
+    peft_type: method === "LORA",
+    r: r >= 1 && r <= 1024,
+    lora_alpha: Number.isInteger(alpha) && alpha >= 1,
+    target_modules: targets.length > 0,
+    use_dora: !config.use_dora,
+    rank_pattern: !config.rank_pattern.length,
+    alpha_pattern: !config.alpha_pattern.length,
+    feedforward_modules: !config.feedforward_modules.length,
+    num_virtual_tokens: config.num_virtual_tokens === 0,
+  };
+  const odd = Object.keys(rules).find((name) => !rules[name]);
+  if (odd) throw new ConfigError(`${odd} is not that of plain LoRA, which alone a tab trains`, odd);
+}
+
+/** The part of an adapter to which a graph input belongs. */
+export function partOf(name) {
+  if (name.includes(".lora_A.")) return A;
+  return name.includes(".lora_B.") ? B : HEAD;
+}

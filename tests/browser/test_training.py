@@ -1,0 +1,203 @@
+"""A tab trains for a plan what a native device trains: equal batches give equal updates, up to rounding."""
+
+import base64
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adapters import files, jsontext
+from adapters.layout import Tensors
+from adapters.parts import Part
+from adapters.task import OptimizerName, RateSchedule, Task, shared_layout
+from aggregation import rotation
+from aggregation.errors import ProtocolError
+from client.training.batches import batches
+from client.training.contribute import clip
+from client.training.examples import Example
+from client.training.graphtrainer import GraphTrainer
+from tests.browser.conftest import CONFIG
+from tests.browser.test_aggregation import offer_of, session_of
+from tests.browser.test_learning import OPEN, by_input, native, same
+from tests.support.models import LABELS, PHRASES
+
+pytestmark = pytest.mark.slow
+
+EVERY = (Part.A, Part.B, Part.HEAD)
+PLAIN = Task(CONFIG, LABELS, 2, 3, 0.01, 0.01, 0.0, EVERY, EVERY)
+TASKS = (
+    replace(PLAIN, proximal=0.5, gradient_norm=0.2, schedule=RateSchedule.COSINE),
+    replace(PLAIN, optimizer=OptimizerName.SGD, momentum=0.9, schedule=RateSchedule.LINEAR),
+    replace(PLAIN, trained=(Part.B, Part.HEAD)),
+)
+EXAMPLES = [Example(text, number % len(LABELS)) for number, text in enumerate(PHRASES)]
+WAY = 0.002  # as between the two native engines (tests/client/training/test_graphtrainer.py)
+
+TRAINED = f"""(async ({{ task, examples: given, order }}) => {{ {OPEN}
+  const {{ trainOn }} = await load("learning/round");
+  const trainer = await GraphTrainer.open(engine, adapter);
+  const found = await trainOn(trainer, trainer.valuesOf(adapter.inputs), examples(given), task, order);
+  await trainer.close();
+  return all(found);
+}})"""
+ROUND = f"""(async ({{ offer, blob, plan, examples: given }}) => {{ {OPEN}
+  const load_ = (name) => import(`/aggregation/${{name}}.js`);
+  const {{ trainerOf }} = await load("learning/round");
+  const [{{ Offer }}, {{ pack }}] = await Promise.all([load_("messages"), load_("ring")]);
+  const {{ spec }} = Offer.decode(Uint8Array.from(offer));
+  const bytes = (base64) => Uint8Array.from(atob(base64), (sign) => sign.charCodeAt(0));
+  const paused = [];
+  const train = trainerOf(engine, given, async (progress) => paused.push(progress));
+  const asked = {{ round: 1, adapter_digest: plan.adapter, training: bytes(plan.task) }};
+  const vector = await train(asked, spec, bytes(blob));
+  return {{ packed: [...pack(vector, spec.vector.ring_bits)], steps: paused.at(-1)?.steps }};
+}})"""
+
+
+def b64(raw: bytes) -> str:
+    return base64.b64encode(raw).decode()
+
+
+def moved(found: Tensors, start: Tensors) -> float:
+    return max(float(np.abs(found[name] - start[name]).max()) for name in start)
+
+
+def given(task: Task, trainer: GraphTrainer, start: Tensors, examples: list[Example]) -> dict[str, Any]:
+    """A plan with this task, as the tab receives it."""
+    blob, layout = files.encode(start), shared_layout(trainer.layout, task)
+    spec = replace(session_of(layout, 32), layout_digest=trainer.layout.digest)
+    return {
+        "offer": list(bytes.fromhex(offer_of(spec))),
+        "blob": b64(blob),
+        "plan": {"adapter": files.sha256(blob), "task": b64(task.encode())},
+        "examples": [{"text": one.text, "label": one.label, "split": one.split.value} for one in examples],
+    }
+
+
+def test_a_tab_trains_what_a_native_device_trains(page: Any, serve: Callable[[Path], str], phone: Path) -> None:
+    """With the optimizers, schedules, limits and parts of a task, in several batches of a given order."""
+    trainer, start = native(phone)
+    page.goto(serve(phone))
+    lengths = [len(ids) for ids in trainer._tokens(list(PHRASES))]
+    for task in TASKS:
+        order = list(batches(lengths, task.batch_size, task.epochs, np.random.default_rng(1)))
+        expected = trainer.train(start, EXAMPLES, task, epochs=task.epochs, rng=np.random.default_rng(1))
+        asked = {
+            "task": json.loads(task.encode()),
+            "examples": [(one.text, one.label) for one in EXAMPLES],
+            "order": order,
+        }
+        found = page.evaluate(f"{TRAINED}({json.dumps(asked)})")
+        same(found, by_input(trainer, expected), WAY * moved(expected, start))
+
+
+def test_a_tab_contributes_what_a_native_device_contributes_or_nothing(
+    page: Any, serve: Callable[[Path], str], phone: Path
+) -> None:
+    """All examples are in one batch, so that their order makes no difference; only B and the head are shared."""
+    shared = (Part.B, Part.HEAD)
+    task = replace(PLAIN, batch_size=16, trained=shared, shared=shared)
+    trainer, start = native(phone)
+    layout = shared_layout(trainer.layout, task)
+    held = [Example(text, 1) for text in PHRASES[:3]]
+    expected = trainer.train(start, EXAMPLES, task, epochs=task.epochs, rng=np.random.default_rng(1))
+    asked = given(task, trainer, start, EXAMPLES)
+    asked["examples"] += [{"text": one.text, "label": LABELS[one.label], "split": "validation"} for one in held]
+    spec = replace(session_of(layout, 32), layout_digest=trainer.layout.digest)
+
+    def decoded(found: dict[str, Any]) -> dict[str, Any]:
+        return spec.vector.decode(np.frombuffer(bytes(found["packed"]), np.uint32), 1)
+
+    def delta_of(trained: Tensors, weight: int) -> Any:
+        vectors = [layout.flatten(layout.select(one)).astype(np.float64) for one in (trained, start)]
+        delta = clip(vectors[0] - vectors[1], spec.clip_norm) * weight
+        return rotation.rotate(delta, rotation.seed(bytes.fromhex(asked["plan"]["adapter"])))
+
+    page.goto(serve(phone))
+    sums, score = decoded(page.evaluate(f"{ROUND}({json.dumps(asked)})")), trainer.score(start, held)
+    step = spec.vector.step(spec.vector.segment("delta"))
+    length = float(np.linalg.norm(delta_of(expected, 7)))
+    assert float(np.linalg.norm(sums["delta"] - delta_of(expected, 7))) < WAY * length + 1.5 * step * layout.size**0.5
+    assert (sums["weight"][0], sums["correct"][0], sums["held_out"][0]) == (7, score.correct, 3)
+    assert sums["loss"][0] == pytest.approx(score.loss, abs=1e-3)
+    # What fails once the examples matter looks like a device without any.
+    for examples in (
+        [],
+        [{"text": "", "label": 0, "split": "train"}],
+        [{"text": "lock", "label": 9, "split": "train"}],
+    ):
+        sums = decoded(page.evaluate(f"{ROUND}({json.dumps(asked | {'examples': examples})})"))
+        assert np.abs(sums["delta"]).max() <= 1.5 * step
+        assert not any(sums[name][0] for name in ("weight", "correct", "loss", "held_out"))
+
+
+def odd_tasks() -> list[tuple[dict[str, Any], str, bool]]:
+    """Changes of a task, what the refusal is about, and whether a native device refuses them as well."""
+    return [
+        *(({name: 0}, f"task.{name}", True) for name in ("epochs", "batch_size", "learning_rate")),
+        ({"learning_rate": 1.5}, "task.learning_rate", True),
+        ({"momentum": 1}, "task.momentum", True),
+        ({"gradient_norm": -1}, "task.gradient_norm", True),
+        ({"optimizer": "lion"}, "task.optimizer", True),
+        ({"schedule": None}, "task.schedule", True),
+        ({"labels": "Light"}, "task.labels", True),
+        ({"more": 1}, "task.more", True),
+        ({"shared": ["C"]}, "task.shared", True),
+        ({"trained": ["A"], "shared": ["B"]}, "task.shared", True),
+        ({"trained": ["R", "B"], "shared": ["R", "B"]}, "task.parts", True),
+        ({"trained": ["R"], "shared": ["R"]}, "task.parts", False),
+        ({"shared": ["B"]}, "task.shared", False),
+        ({"labels": []}, "task.labels", False),
+        ({"ridge": 1}, "task.moments", True),
+    ]
+
+
+def test_what_a_tab_cannot_or_must_not_train_is_refused_before_an_example_is_read(
+    page: Any, serve: Callable[[Path], str], phone: Path
+) -> None:
+    trainer, start = native(phone)
+    page.goto(serve(phone))
+    sound = given(PLAIN, trainer, start, EXAMPLES)
+    plain = json.loads(PLAIN.encode())
+
+    def refused(about: str, **plan: Any) -> None:
+        asked = sound | {"plan": sound["plan"] | plan, "examples": None}  # reading them would be another error
+        failed = page.error(f"{ROUND}({json.dumps(asked)})")
+        assert (failed["name"], failed["about"], "\n" in failed["message"]) == ("ProtocolError", about, False), failed
+
+    for change, about, natively in odd_tasks():
+        raw = jsontext.encode(plain | change)
+        if natively:
+            with pytest.raises(ProtocolError):
+                Task.decode(raw)
+        refused(about, task=b64(raw))
+    for raw in (b"", b"[]", b"\xff", b'{"epochs":1,"epochs":2}'):
+        refused("task", task=b64(raw))
+    config = asdict(CONFIG)
+    for change, about in (
+        ({"epochs": 11}, "task.epochs"),
+        ({"learning_rate": 0.5}, "task.learning_rate"),
+        ({"labels": ["one"]}, "task.labels"),
+        ({"peft_config": config | {"lora_alpha": 4096}}, "task.scaling"),
+        ({"peft_config": config | {"use_dora": True}}, "use_dora"),
+        ({"peft_config": config | {"rank_pattern": [["(a+)+", 1]]}}, "rank_pattern"),
+        ({"labels": [*LABELS, "Other"]}, "task.labels"),
+    ):
+        refused(about, task=b64(jsontext.encode(plain | change)))
+    refused("plan.adapter_digest", adapter="0" * 64)
+    for blob in (b"", files.encode(start)[:-4]):
+        asked = sound | {"blob": b64(blob), "plan": sound["plan"] | {"adapter": files.sha256(blob)}, "examples": None}
+        assert page.error(f"{ROUND}({json.dumps(asked)})")["about"] == "adapter"
+    huge = {name: value * np.float32(1e6) for name, value in start.items()}
+    assert page.error(f"{ROUND}({json.dumps(given(PLAIN, trainer, huge, []))})")["about"] == "adapter.magnitude"
+    other = session_of(trainer.layout, 32)
+    asked = sound | {"offer": list(bytes.fromhex(offer_of(replace(other, layout_digest="0" * 64)))), "examples": None}
+    assert page.error(f"{ROUND}({json.dumps(asked)})")["about"] == "plan.layout"
+    narrow = replace(shared_layout(trainer.layout, PLAIN), tensors=trainer.layout.tensors[:-1])
+    spec = replace(session_of(narrow, 32), layout_digest=trainer.layout.digest)
+    asked = sound | {"offer": list(bytes.fromhex(offer_of(spec))), "examples": None}
+    assert page.error(f"{ROUND}({json.dumps(asked)})")["about"] == "offer.spec.vector"
