@@ -31,6 +31,13 @@ def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
             default="local",
             help="Where the rounds run: in this process, or on Flower's simulation engine.  [default: local]",
         ),
+        click.option(
+            "--workers",
+            type=click.IntRange(1, 256),
+            default=1,
+            show_default=True,
+            help="Processes that the devices of the rounds share, about one a core; 1 is this process.",
+        ),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table."),
         click.option("--resume", is_flag=True, help="Continue the run in --out, or the newest run in runs/."),
         click.option(
@@ -75,7 +82,7 @@ def simulate(scenario: Path, **options: Any) -> None:
     \b
     Examples:
       edgeadapt simulate households.toml                       # a file, or one that is shipped
-      edgeadapt simulate population.toml                       # 10,000 households in cohorts of 100
+      edgeadapt simulate population.toml --workers 8           # 10,000 households in cohorts of 100
       edgeadapt simulate texts.csv --set data.client=user      # columns text, label, user
       edgeadapt simulate authors.toml --set 'data.files=["texts.jsonl"]' --set data.client=author
       edgeadapt simulate my.toml --set federation.rounds=20 --set 'population.languages=["en","es"]'
@@ -101,7 +108,15 @@ def read_scenario(path: Path, overrides: Sequence[str]) -> Scenario:
     return Scenario.read(SHIPPED / OWN_TEXTS, (f'name="{name}"', texts, *overrides)).located(Path())
 
 
-def _run(path: Path, out: Path | None, resume: bool, as_json: bool, engine: str, overrides: tuple[str, ...]) -> None:
+def _run(
+    path: Path,
+    out: Path | None,
+    resume: bool,
+    as_json: bool,
+    engine: str,
+    workers: int,
+    overrides: tuple[str, ...],
+) -> None:
     scenario = read_scenario(path, overrides)
     # Imported here, so that --help and a wrong key do not wait for torch.
     from adapters.cores import cores
@@ -114,18 +129,20 @@ def _run(path: Path, out: Path | None, resume: bool, as_json: bool, engine: str,
     from simulations.engine.language import run_language_model
     from simulations.engine.memory import available_memory, estimate, require_memory
     from simulations.engine.progress import RunProgress
-    from simulations.engine.run import RunFolder, run
+    from simulations.engine.run import Engine, RunFolder, run
     from simulations.report.formatting import program
     from simulations.report.terminal import print_authors, print_data, print_scenario, print_table
 
     if engine == "ray":
         require_ray()
+        if workers > 1:
+            raise ConfigError("--workers is of the engine local: Ray has as many as there are cores", about="--workers")
         if scenario.attack.kind != "none":
             text = "attackers need the grid of this process: leave out --engine, or set attack.kind to none"
             raise ConfigError(text, about="attack.kind", value=scenario.attack.kind)
     loaded = populate(scenario.data, scenario.population, scenario.seed)
     base, available = unrounded_base(scenario), available_memory()
-    needed = estimate(scenario, loaded.population, base, cores() if engine == "ray" else 0)
+    needed = estimate(scenario, loaded.population, base, cores() if engine == "ray" else workers if workers > 1 else 0)
     require_memory(needed, available)
     out = (out or _newest(scenario) if resume else out or _fresh(scenario)).resolve()
     folder = RunFolder.resume(out, scenario) if resume else RunFolder.start(out, scenario)
@@ -136,12 +153,13 @@ def _run(path: Path, out: Path | None, resume: bool, as_json: bool, engine: str,
         devices, memory = min(group.devices for group in divided), needed.describe(available)
         print_scenario(scenario, out, Console(), clients=clients, devices=devices, groups=groups, memory=memory)
         print_data(summarize(loaded, base), Console())
+    chosen = Engine(workers, ray=engine == "ray")
     try:
         with RunProgress(quiet=as_json) as progress:
             if scenario.data.for_language_model:
-                written = run_language_model(folder, loaded.population, progress, on_ray=engine == "ray")
+                written = run_language_model(folder, loaded.population, progress, chosen)
             else:
-                result = run(folder, loaded.population, progress, on_ray=engine == "ray")
+                result = run(folder, loaded.population, progress, chosen)
     except KeyboardInterrupt:
         click.echo(
             f"The finished parts are kept. To continue, add --out {shlex.quote(str(out))} --resume to the same command",

@@ -2,17 +2,18 @@
 
 The grid delays, reorders and loses messages as a ``FaultModel`` decides. Time is virtual: waiting for a reply costs
 nothing, and a device that answers after the deadline is late. Training takes no virtual time, so a run is the same on
-any machine.
+any machine. A device works on each request that reaches it, in the order in which they were sent, also if its answer
+is late.
 """
 
 import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 
 import numpy as np
 from flwr.app import Context, Message, RecordDict
-from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -120,12 +121,35 @@ class FaultModel:
         return np.random.default_rng([self.seed, int.from_bytes(group.encode(), "big"), step, node])
 
 
+def context_of(node: int, device: str) -> Context:
+    """Flower's context of a node: ``device`` finds the state of its device."""
+    return Context(RUN_ID, node, {STATE: device}, RecordDict(), {})
+
+
+def identify() -> None:
+    """Set the identity of this process, which Flower's Message reads."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SERVER_NODE, 1
+
+
 @dataclass(order=True)
 class _MessageInFlight:
+    """A request under way, and then its reply.
+
+    ``answer``: gives the device's answer, called once; None if the request is lost, or after the call.
+    """
+
     arrives: float
     number: int
-    request: Message = field(compare=False)
+    id: str = field(compare=False)
     outcome: DeliveryOutcome = field(compare=False)
+    answer: Callable[[], Message] | None = field(compare=False)
+    reply: Message | None = field(default=None, compare=False)
+
+    def work(self) -> None:
+        """Let the device work on the request, if it has not."""
+        if self.answer is not None:
+            answered = self.answer()
+            self.answer, self.reply = None, None if self.outcome.reply_lost else answered
 
 
 class InProcessGrid(Grid):
@@ -133,7 +157,7 @@ class InProcessGrid(Grid):
 
     def __init__(
         self,
-        client_app: ClientApp,
+        client_app: Callable[[Message, Context], Message],
         devices: Mapping[int, str],
         faults: FaultModel,
         before: Callable[[Step | None, Sequence[str]], None] = lambda step, devices: None,
@@ -141,7 +165,7 @@ class InProcessGrid(Grid):
         """A grid without messages.
 
         Args:
-            client_app: Answers for every node.
+            client_app: Answers for every node, when its answer is due: a ``ClientApp``.
             devices: Node id (positive) → what finds the state of that node's device: its directory, or its name.
             faults: Of the network.
             before: Called before messages are sent, with their step and the devices that they are for.
@@ -150,15 +174,12 @@ class InProcessGrid(Grid):
         self._app = client_app
         self._faults = faults
         self._devices, self._before = devices, before
-        self._contexts = {
-            node: Context(RUN_ID, node, {STATE: device}, RecordDict(), {}) for node, device in devices.items()
-        }
+        self._contexts = {node: context_of(node, device) for node, device in devices.items()}
         self._numbers = count(1)
         self._in_flight: list[_MessageInFlight] = []  # a heap, by the arrival of the reply
         self._arrived: dict[str, Message] = {}  # replies that have not been pulled, by the id of their request
         self._run = Run.create_empty(RUN_ID)
-        # Flower's Message reads the identity of the process.
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SERVER_NODE, 1
+        identify()
 
     def set_run(self, run: Run) -> None:
         """See ``Grid``."""
@@ -181,39 +202,47 @@ class InProcessGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """See ``Grid``. All messages of a call belong to one group and one step; their outcomes are drawn here."""
-        batch, ids = list(messages), []
+        self.work()
+        batch, ids, under_way = list(messages), [], list[tuple[_MessageInFlight, Message]]()
         outcomes = self._outcomes(batch) if batch else {}
         for message in batch:
             number, outcome = next(self._numbers), outcomes[message.metadata.dst_node_id]
             ids.append(str(number))
             message.metadata.__dict__["_message_id"] = str(number)  # as Flower's own grids do
             arrival = self.clock.now() + outcome.delay
-            heapq.heappush(self._in_flight, _MessageInFlight(arrival, number, message, outcome))
+            under_way.append((_MessageInFlight(arrival, number, str(number), outcome, None), message))
+        for flying, message in sorted(under_way, key=lambda each: each[0]):  # who is needed first works first
+            if not flying.outcome.request_lost:
+                flying.answer = self._begin(message)
+            heapq.heappush(self._in_flight, flying)
         return ids
+
+    def work(self) -> None:
+        """Let the devices work on all requests that they have."""
+        for flying in sorted(self._in_flight):
+            flying.work()
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """See ``Grid``. The devices work here, in the order in which their replies arrive."""
         wanted = set(message_ids)
         while self._in_flight and self._in_flight[0].arrives <= self.clock.now():
-            message = heapq.heappop(self._in_flight)
-            reply = self._deliver(message)
-            if reply is not None:
-                self._arrived[message.request.metadata.message_id] = reply
+            flying = heapq.heappop(self._in_flight)
+            flying.work()
+            if flying.reply is not None:
+                self._arrived[flying.id] = flying.reply
         return [self._arrived.pop(number) for number in list(self._arrived) if number in wanted]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """See ``Grid``."""
         ids = set(self.push_messages(messages))
-        arrivals = [message.arrives for message in self._in_flight if message.request.metadata.message_id in ids]
+        arrivals = [flying.arrives for flying in self._in_flight if flying.id in ids]
         latest = max(arrivals, default=self.clock.now()) - self.clock.now()
         self.clock.sleep(latest if timeout is None else min(latest, timeout))
         return self.pull_messages(ids)
 
-    def _deliver(self, message: _MessageInFlight) -> Message | None:
-        if message.outcome.request_lost:
-            return None
-        reply = self._app(message.request, self._contexts[message.request.metadata.dst_node_id])
-        return None if message.outcome.reply_lost else reply
+    def _begin(self, request: Message) -> Callable[[], Message]:
+        """What gives a device's answer. The device works when it is called."""
+        return partial(self._app, request, self._contexts[request.metadata.dst_node_id])
 
     def _outcomes(self, batch: Sequence[Message]) -> dict[int, DeliveryOutcome]:
         first = batch[0].metadata

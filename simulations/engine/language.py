@@ -23,7 +23,17 @@ from simulations.engine import provision
 from simulations.engine.groups import grouped
 from simulations.engine.personal import generator
 from simulations.engine.progress import RunProgress
-from simulations.engine.run import RESULT, RunFolder, canary_bounds, evaluated_of, federate_groups, logged, prepare
+from simulations.engine.run import (
+    HERE,
+    RESULT,
+    Engine,
+    RunFolder,
+    canary_bounds,
+    evaluated_of,
+    federate_groups,
+    logged,
+    prepare,
+)
 from simulations.report.authors import AuthorResult, LanguageResult
 from simulations.scenario import Scenario
 
@@ -91,7 +101,7 @@ def _part(client: Client, split: Split) -> tuple[Example, ...]:
 
 
 def run_language_model(
-    folder: RunFolder, population: Population, progress: RunProgress, *, on_ray: bool = False
+    folder: RunFolder, population: Population, progress: RunProgress, engine: Engine = HERE
 ) -> LanguageResult:
     """Run the stages that are not finished, and return the result.
 
@@ -99,7 +109,7 @@ def run_language_model(
         folder: Of the run.
         population: The scenario's, without labels.
         progress: Shows the stages.
-        on_ray: As for ``run.federate``.
+        engine: Of the rounds.
 
     Raises:
         EdgeAdaptError: A stage failed; the outcomes of the stages before it stay in the folder.
@@ -110,7 +120,7 @@ def run_language_model(
             base = find_base(scenario.base.model)
             prepare(folder.path, scenario, population, base)
         groups = grouped(population, scenario.groups)
-        federate_groups(folder, population, groups, base, progress, on_ray=on_ray)
+        federate_groups(folder, population, groups, base, progress, engine)
         with folder.timed("personal"):
             clients = _personal_steps(folder, population, base, progress)
         canaries = canary_bounds(folder, groups)

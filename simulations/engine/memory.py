@@ -78,7 +78,7 @@ def estimate(scenario: Scenario, population: Population, base: Base, processes: 
         scenario: Of the run.
         population: The scenario's.
         base: That the run trains on.
-        processes: That Flower's engine starts for the devices; 0: the rounds are in this process.
+        processes: That work for the devices besides this one.
     """
     counts = _Counts.of(scenario, population, base)
     own = [
@@ -90,7 +90,7 @@ def estimate(scenario: Scenario, population: Population, base: Base, processes: 
     rounds = [*own, MemoryPart("a step of training", counts.step, batch), *_session(scenario, counts)]
     if processes:
         each = LIBRARIES + base.weight_bytes + counts.step
-        rounds.append(MemoryPart(f"{processes} processes of Flower's engine", processes * each, "base.model"))
+        rounds.append(MemoryPart(f"{processes} more processes", processes * each, "base.model"))
     if scenario.data.for_language_model:
         return MemoryEstimate("rounds", tuple(rounds))
     at_once = min(cores(), MOST_AT_ONCE)

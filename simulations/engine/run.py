@@ -43,6 +43,7 @@ from simulations.engine.progress import RunProgress
 from simulations.engine.provision import Enrolment
 from simulations.engine.publish import ExportOutcome, joined, publish
 from simulations.engine.trace import Steps, read_trace, trace_digest
+from simulations.engine.workers import Fleet, WorkerGrid, Workers
 from simulations.report.formatting import program
 from simulations.report.page import write_report
 from simulations.report.result import CanaryBounds, ClientResult, GroupResult, ReportedRound, RunResult, joined_rounds
@@ -56,6 +57,22 @@ RESULT = "result.json"
 REPORT = "report.html"
 LOG = "run.log"
 MOST_THREADS = 4  # of torch: one phrase does not keep more busy
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """Where the devices of the rounds work.
+
+    Attributes:
+        workers: Processes; 1: this one.
+        ray: On Flower's simulation engine, which has processes of its own and no faults, not on the in-process grid.
+    """
+
+    workers: int = 1
+    ray: bool = False
+
+
+HERE = Engine()
 
 
 @dataclass(slots=True)
@@ -129,14 +146,14 @@ class RunFolder:
         return RunFolder(path, self.scenario, self.seconds)
 
 
-def run(folder: RunFolder, population: Population, progress: RunProgress, *, on_ray: bool = False) -> RunResult:
+def run(folder: RunFolder, population: Population, progress: RunProgress, engine: Engine = HERE) -> RunResult:
     """Run the stages that are not finished, and return the result.
 
     Args:
         folder: Of the run.
         population: The scenario's.
         progress: Shows the stages.
-        on_ray: As for ``federate``.
+        engine: Of the rounds.
 
     Raises:
         EdgeAdaptError: A stage failed; the outcomes of the stages before it stay in the folder.
@@ -148,7 +165,7 @@ def run(folder: RunFolder, population: Population, progress: RunProgress, *, on_
             base = training_base(folder.path, scenario, population)
             for group in groups:
                 prepare(folder.of(group).path, scenario, group.population, base)
-        federate_groups(folder, population, groups, base, progress, on_ray=on_ray)
+        federate_groups(folder, population, groups, base, progress, engine)
         with folder.timed("personal"):
             chosen = population.sampled(scenario.evaluation.clients, scenario.seed)
             evaluated = [
@@ -238,8 +255,7 @@ def federate_groups(
     groups: Sequence[Group],
     base: Base,
     progress: RunProgress,
-    *,
-    on_ray: bool = False,
+    engine: Engine = HERE,
 ) -> None:
     """The rounds that are left, of one federation after the other.
 
@@ -249,12 +265,12 @@ def federate_groups(
         groups: Of the population.
         base: Of the run.
         progress: Shows the rounds.
-        on_ray: As for ``federate``.
+        engine: Where the devices work.
     """
     trace = folder.scenario.network.trace
     found = read_trace(Path(trace), population.clients) if trace else {}
     for group in groups:
-        federate(folder.of(group), group.population, base, progress, found, on_ray=on_ray)
+        federate(folder.of(group), group.population, base, progress, found, engine)
 
 
 def federate(
@@ -263,8 +279,7 @@ def federate(
     base: Base,
     progress: RunProgress,
     trace: Mapping[str, Steps],
-    *,
-    on_ray: bool = False,
+    engine: Engine,
 ) -> None:
     """The rounds that are left of one fleet, which is prepared: the real ServerApp and ClientApp.
 
@@ -274,7 +289,7 @@ def federate(
         base: Of the run.
         progress: Shows the rounds.
         trace: Client → when its device can be reached, as ``read_trace`` gives it.
-        on_ray: Run them on Flower's simulation engine, which has no faults, instead of the in-process grid.
+        engine: Where the devices work.
     """
     enrolment = Enrolment.of(folder.path, folder.scenario, population, base)
     for client in population.clients:  # a client without data ends the run before the first round
@@ -284,23 +299,32 @@ def federate(
         number: client.name for number, client in enumerate(population.clients, SERVER_NODE + 1) if not client.unseen
     }
     trained_on = device_base(folder.path, folder.scenario, base, population)
-    devices = MemoryDevices(enrolment.state_dir, trained_on)
     liars = attackers(folder.scenario, nodes.values())
-    client_app = LyingApp(folder.scenario.attack.kind, liars, devices.open)
     faults = _faults(folder.scenario, {node: trace[name] for node, name in nodes.items() if name in trace})
-    context = Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {STATE: str(folder.path / provision.COORDINATOR)})
+    coordinator = folder.path / provision.COORDINATOR
+    context = Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {STATE: str(coordinator)})
     trained, done = progress.training_seconds, len(provision.registry(folder.path).rounds())
     try:
         with folder.timed("rounds"), progress.rounds(done, folder.scenario.federation.rounds), kill_safe():
-            if on_ray:
+            if engine.ray:
                 enrolment.enrol(nodes.values())
-                state_dirs = [provision.device_folder(folder.path, name) for name in nodes.values()]
-                federate_on_ray(folder.path / provision.COORDINATOR, state_dirs)
-                return
-            server_app(InProcessGrid(client_app, nodes, faults, devices.before), context)
-            devices.write()
+                federate_on_ray(coordinator, [provision.device_folder(folder.path, name) for name in nodes.values()])
+            elif engine.workers == 1:
+                devices = MemoryDevices(enrolment.state_dir, trained_on)
+                app = LyingApp(folder.scenario.attack.kind, liars, devices.open)
+                _in_rounds(InProcessGrid(app, nodes, faults, devices.before), context, devices)
+            else:
+                fleet = Fleet(folder.path / provision.DEVICES, trained_on, nodes, folder.scenario.attack.kind, liars)
+                with Workers(engine.workers, fleet, enrolment.enrol) as workers:
+                    _in_rounds(WorkerGrid(workers, nodes, faults), context, workers)
     finally:  # like "rounds", also if it is interrupted: the difference of the two is coordination
-        folder.add("training", progress.training_seconds - trained)
+        folder.add("training", (progress.training_seconds - trained) / engine.workers)  # side by side
+
+
+def _in_rounds(grid: InProcessGrid, context: Context, devices: MemoryDevices | Workers) -> None:
+    server_app(grid, context)
+    grid.work()
+    devices.write()
 
 
 def _faults(scenario: Scenario, trace: Mapping[int, Steps]) -> FaultModel:

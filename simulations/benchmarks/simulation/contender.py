@@ -11,19 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.clientapp import ClientApp
 
 from adapters.base import find_base
+from adapters.cores import cores
 from adapters.roundrecord import RoundRecord
 from adapters.storage import kill_safe
-from client.node.app import register
 from client.node.statedir import DeviceStateDir
 from coordinator.app import run
 from coordinator.statedir import CoordinatorStateDir
 from simulations.engine import provision
-from simulations.engine.devices import MemoryDevices
 from simulations.engine.flowerengine import federate_on_ray
-from simulations.engine.grid import SERVER_NODE, FaultModel, InProcessGrid
+from simulations.engine.grid import SERVER_NODE, FaultModel
+from simulations.engine.workers import Fleet, WorkerGrid, Workers
 
 NO_FAULTS = FaultModel(seed=0, message_loss=0.0, mean_delay=1.0)
 ENGINES = ("ours", "flower")
@@ -43,16 +42,12 @@ def measure(engine: str, folder: Path) -> dict[str, Any]:
         federate_on_ray(coordinator, state_dirs, done)
     else:
         base = find_base(DeviceStateDir.open(state_dirs[0]).settings.base)
-        devices = MemoryDevices(lambda name: DeviceStateDir.open(folder / provision.DEVICES / name), base)
-        client_app = ClientApp()
-        register(client_app, devices.open)
         names = dict(enumerate((path.name for path in state_dirs), SERVER_NODE + 1))
-        with kill_safe():
-            for record in run(
-                CoordinatorStateDir.open(coordinator), InProcessGrid(client_app, names, NO_FAULTS, devices.before)
-            ):
+        fleet = Fleet(folder / provision.DEVICES, base, names)
+        with kill_safe(), Workers(cores(), fleet) as workers:
+            for record in run(CoordinatorStateDir.open(coordinator), WorkerGrid(workers, names, NO_FAULTS)):
                 done(record)
-            devices.write()
+            workers.write()
     return {"ends": ends, "survivors": survivors, "seconds": time.perf_counter() - begin}
 
 
