@@ -17,24 +17,28 @@ from numpy.typing import NDArray
 from adapters.layout import Floats, Tensors
 
 TARGETS, SHARES, LOSS = "targets", "shares", "loss"  # of the graph, besides the tokens and the slots
+POSITIONS = "positions"  # of a language model's learned tokens
+LOG_LIKELIHOOD, HITS = "log_likelihood", "hits"  # of each target
 GRADIENT = ".gradient"  # ends the name of the output that holds the gradient by a slot
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingBatch:
-    """Texts with their answers.
+    """Texts with their answers: a label for each text or, of a language model, the learned tokens.
 
     Attributes:
         ids, mask: Token ids and attention mask, shape ``(texts, longest)``.
-        targets: The number of each text's label, shape ``(texts,)``.
-        shares: The factor of each text's cross-entropy in the loss, shape ``(texts,)``; with 1 / texts, a mean. A batch
-            can be run in parts, whose losses and gradients add up to its own.
+        targets: The number of each text's label, shape ``(texts,)``; or each learned token, ``(learned,)``.
+        shares: The factor of each target's cross-entropy in the loss, of the shape of ``targets``; with 1 / targets, a
+            mean. A batch can be run in parts, whose losses and gradients add up to its own.
+        positions: Of a language model: where in ``ids``, flattened, is the token before each target.
     """
 
     ids: NDArray[np.int64]
     mask: NDArray[np.int64]
     targets: NDArray[np.int64]
     shares: Floats
+    positions: NDArray[np.int64] | None = None
 
 
 class TrainingGraph:
@@ -76,11 +80,31 @@ class TrainingGraph:
         Raises:
             Exception: ONNX Runtime does not run it, as for a target that the head has no row for.
         """
-        feeds: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask}
-        feeds |= {TARGETS: batch.targets, SHARES: batch.shares, **inputs}
-        found = dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
-        loss = float(found.pop(LOSS))
-        return loss, {name.removesuffix(GRADIENT): value for name, value in found.items()}
+        names = [LOSS, *(name for name in self._outputs if name.endswith(GRADIENT))]
+        loss, *found = self._session.run(names, _feeds(batch, inputs))
+        return float(loss), {name.removesuffix(GRADIENT): value for name, value in zip(names[1:], found, strict=True)}
+
+    def scores(self, batch: TrainingBatch, inputs: Tensors) -> tuple[Floats, NDArray[np.bool_]]:
+        """The log-likelihood of each target in nats, and whether it is the most likely one. Runs no backward pass.
+
+        Args:
+            batch: At least one text, whose shares do not matter.
+            inputs: As of ``gradients``.
+
+        Raises:
+            Exception: As ``gradients``, or the graph is of a classifier.
+        """
+        options = ort.RunOptions()
+        options.only_execute_path_to_fetches = True
+        nats, hits = self._session.run([LOG_LIKELIHOOD, HITS], _feeds(batch, inputs), options)
+        return nats, hits
+
+
+def _feeds(batch: TrainingBatch, inputs: Tensors) -> dict[str, Any]:
+    tokens: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask}
+    if batch.positions is not None:
+        tokens[POSITIONS] = batch.positions
+    return tokens | {TARGETS: batch.targets, SHARES: batch.shares, **inputs}
 
 
 def batch_of(tokens: Sequence[Sequence[int]], targets: Sequence[int], shares: Sequence[float]) -> TrainingBatch:

@@ -139,11 +139,11 @@ def export_named(
         want: What for.
         where: As ``export_causal`` takes it.
         report: The same; a classifier takes too short for reports.
-        training: As ``export_classifier`` takes it.
+        training: As ``export_classifier`` takes it; None makes none for a language model.
 
     Raises:
-        ConfigError: No such base or profile, no layer of a target's name, a head or a training graph for a language
-            model, or as ``export_classifier``.
+        ConfigError: No such base or profile, no layer of a target's name, a head for a language model, or as
+            ``export_classifier`` and ``export_causal``.
     """
     try:
         chosen = Profile(profile)
@@ -157,12 +157,7 @@ def export_named(
             raise ConfigError(
                 "--head is for a classifier; a language model has its own output layer: leave it out", about="--head"
             )
-        if training:
-            raise ConfigError(
-                "language models have no training graph: a device needs torch to train them; leave out --training",
-                about="--training",
-            )
-        return export_causal(base, want.slots, chosen, max_rank=want.max_rank, where=where, report=report)
+        return export_causal(base, want.slots, chosen, want.max_rank, where, report, training=bool(training))
     if want.head == "own" or (want.head is None and slotted.has_own_head(base)):
         model = slotted.with_own_head(base, want.slots, want.brought)
     else:

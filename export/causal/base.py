@@ -22,13 +22,18 @@ from adapters.workfolder import WorkFolder
 from aggregation.errors import ConfigError
 from export.causal import builder, traced
 from export.causal.sample import Sample, sample_logits
+from export.causal.training import LearnedLogits, trace
 from export.onnx import headers, matmuls, virtualtokens
 from export.onnx.calibrate import SHORT_TEXT, TEXT, TOKENS
+from export.onnx.dequantize import as_stored
 from export.onnx.exported import MAX_RANK, ExportedBase, Profile, Report, counted, metadata, written
+from export.onnx.gradients import check_gradients
+from export.onnx.peftmodel import SlottedModel
 from export.onnx.quantize import quantize
 from export.onnx.targets import Slots, linear_layers, vectors
 from export.onnx.tasks import check_reads_embeddings
 from export.onnx.tensorstore import OnDisk, size_of
+from export.onnx.training import PROFILES, training_graph
 from export.onnx.vectors import insert_vectors, scale_inputs
 
 
@@ -39,6 +44,8 @@ def export_causal(
     max_rank: int = MAX_RANK,
     where: Path | None = None,
     report: Report = lambda *_: None,
+    *,
+    training: bool = False,
 ) -> ExportedBase:
     """Export ``base`` with ``slots`` at its linear layers; takes some seconds.
 
@@ -50,19 +57,30 @@ def export_causal(
         where: The folder that holds the result's files and those that are needed meanwhile, about six bytes a
             parameter; None for the system's folder of temporary files.
         report: Receives how far the export is.
+        training: Whether the result has a training graph, with which devices train adapters. Its gradients are compared
+            with torch's, for which the base has to fit into memory in float32, twice if it is quantized.
 
     Raises:
         ConfigError: The base is an encoder-decoder or cannot be exported, a target names no linear layer, or a layer's
-            MatMul cannot be found in the graph; or virtual tokens are wanted, and the graph has no place for them.
+            MatMul cannot be found in the graph; virtual tokens are wanted, and the graph has no place for them; or it
+            cannot have a training graph (``training_graph``, ``check_gradients``).
     """
     check_decoder(pretrained.configuration(base))
     with closing(WorkFolder(where)) as scratch:
-        return _export(base, Slots.of(slots), profile, max_rank, WorkFolder(where), scratch.path, report)
+        return _export(base, Slots.of(slots), profile, max_rank, WorkFolder(where), scratch.path, report, training)
 
 
 def _export(
-    base: Base, wanted: Slots, profile: Profile, max_rank: int, work: WorkFolder, scratch: Path, report: Report
+    base: Base,
+    wanted: Slots,
+    profile: Profile,
+    max_rank: int,
+    work: WorkFolder,
+    scratch: Path,
+    report: Report,
+    training: bool,
 ) -> ExportedBase:
+    check_trainable(wanted, profile, training)
     store = OnDisk(scratch / "tensors")
     model = pretrained.load(base, AutoModelForCausalLM, offload=scratch / "offload")
     adapted, names = linear_layers(model, wanted.low_rank), vectors(model, wanted)
@@ -89,27 +107,56 @@ def _export(
         inserted |= virtualtokens.insert_prompt(graph, embedding)
     if PREFIX in wanted.virtual:
         inserted |= virtualtokens.insert_prefix(graph)
-    matmuls.merge(graph, store)
+    parts = matmuls.merge(graph, store)
     runtime, opset = headers.requirements(graph)
+    # An adapter of a language model brings its own scaling (AdapterSource.adapter_inputs); 1 leaves B as it is.
+    inputs = AdapterInputs("default", tuple(LoraSlot(path, 1.0) for path in adapted), (), names, virtual=wanted.virtual)
     store.keep([graph])
-    store.reports(counted(report, "writing", size_of(graph)))
+    slotted, backward = None, None
+    if training:
+        report("tracing the training graph", 0, 0)
+        slotted = SlottedModel(pretrained.load(base, AutoModelForCausalLM), inputs)
+        backward = training_graph(trace(slotted, store), profile, store)
+        opset = max(opset, headers.requirements(backward)[1])
+    graphs = [graph] if backward is None else [graph, backward]
+    store.keep(graphs)
+    store.reports(counted(report, "writing", sum(map(size_of, graphs))))
     about = metadata(base, "text-generation", profile, runtime)
+    digests = headers.split(graph, inserted, about, work.path, store, backward, parts) | written(
+        work.path, decoder.files
+    )
+    if slotted is not None:
+        report("comparing gradients with torch", 0, 0)
+        longest = pretrained.configuration(base).max_position_embeddings
+        module = LearnedLogits(as_stored(slotted, profile))
+        check_gradients(work.path, module, inserted, sample.ids[0].tolist(), longest, language=True)
     return ExportedBase(
         base_digest=base.digest,
         task="text-generation",
         profile=profile,
-        # An adapter of a language model brings its own scaling (AdapterSource.adapter_inputs); 1 leaves B as it is.
-        adapter_inputs=AdapterInputs(
-            "default", tuple(LoraSlot(path, 1.0) for path in adapted), (), names, virtual=wanted.virtual
-        ),
+        adapter_inputs=inputs,
         slots=inserted,
         max_rank=max_rank,
         onnxruntime=runtime,
         opset=opset,
         work=work,
         merged=base.merged,
-        digests=headers.split(graph, inserted, about, work.path, store) | written(work.path, decoder.files),
+        digests=digests,
     )
+
+
+def check_trainable(slots: Slots, profile: Profile, training: bool) -> None:
+    """Refuse a training graph where none can be made. Raises ConfigError for its profile or for virtual tokens."""
+    if training and profile not in PROFILES:
+        raise ConfigError(
+            f"devices cannot train a base in {profile.value}: choose the profile {' or '.join(PROFILES)}",
+            about="--training",
+            value=profile.value,
+        )
+    if training and slots.virtual:
+        raise ConfigError(
+            "virtual tokens have no training graph in a language model: leave out --training", about="--training"
+        )
 
 
 def check_decoder(config: Any) -> None:

@@ -50,7 +50,7 @@ TASKS = ("text-classification", "text-generation")
 @click.option(
     "--training/--no-training",
     default=None,
-    help="Of a classifier: with a graph by which devices train adapters without torch. Default: if it can be made.",
+    help="With a graph by which devices train adapters without torch. Default: of a classifier, if it can be made.",
 )
 @click.option(
     "--phrases",

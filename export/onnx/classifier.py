@@ -14,9 +14,10 @@ from adapters.workfolder import WorkFolder
 from aggregation.errors import ConfigError
 from export.onnx import graph, headers, rows
 from export.onnx.calibrate import SHORT_TEXT, TEXT, TOKENS
+from export.onnx.dequantize import as_stored
 from export.onnx.exported import MAX_RANK, ExportedBase, Profile, metadata, written
 from export.onnx.gradients import check_gradients
-from export.onnx.peftmodel import SlottedModel
+from export.onnx.peftmodel import SlottedModel, with_inputs
 from export.onnx.quantize import quantize
 from export.onnx.tasks import check_classifies, check_reads_embeddings, readable_length
 from export.onnx.training import training_graph
@@ -80,7 +81,7 @@ def export_classifier(
     if backward is not None:
         opset = max(opset, headers.requirements(backward)[1])
         try:
-            check_gradients(work.path, slotted, slots, profile, ids, longest)
+            check_gradients(work.path, with_inputs(as_stored(slotted, profile)), slots, ids, longest)
         except ConfigError as error:
             untrainable = _unless(training, error)
             del digests[TRAINING]

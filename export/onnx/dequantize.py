@@ -4,6 +4,7 @@ The rounding of a profile changes the base more than an adapter's rounding chang
 trained on the rounded base compensates for it; docs/decisions/0012 says how to measure the gain.
 """
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from adapters.storage import new_folder
 from aggregation.errors import ConfigError
 from export.onnx.blocks import BLOCK, eight_bits, four_bits
 from export.onnx.exported import Profile
+from export.onnx.peftmodel import SlottedModel
 
 BITS = {Profile.NATIVE_INT8: 8, Profile.NATIVE_INT4: 4}
 
@@ -51,6 +53,15 @@ def dequantized(base: Base, profile: Profile, out: Path, task: Task = "text-clas
             if file.is_file() and file.name not in replaced:
                 shutil.copyfile(file, stage / file.name)
     return find_base(str(out))
+
+
+def as_stored(slotted: SlottedModel, profile: Profile) -> SlottedModel:
+    """A model with the weights that a graph in ``profile`` computes with: a copy, or itself if these are its own."""
+    if profile not in BITS:
+        return slotted
+    model = copy.deepcopy(slotted.model)
+    round_weights(model, BITS[profile])
+    return SlottedModel(model, slotted.inputs)
 
 
 def round_weights(model: nn.Module, bits: int) -> None:

@@ -202,12 +202,16 @@ def _transpose(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) -
 
 
 def _gather(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
-    """Of one index, such as the first token's: zero for all others."""
+    """Of one index, such as the first token's, or of several rows, such as the learned tokens': zero for all others."""
     (x, index), axis = node.input, settings(node, axis=0)["axis"]
     known, rank = to.known(index), to.rank(x)
     single = known is not None and known.shape == (1,)
+    if to.rank(index) == 1 and axis == 0 and not single:
+        nothing = to.add("Expand", to.number(0), to.add("Shape", x))
+        rows = to.add("Unsqueeze", index, to.integers(1))
+        return {0: to.add("ScatterND", nothing, rows, gradient, reduction="add")}
     if to.rank(index) and not single:
-        raise ConfigError("a look-up of several rows has no derivative here: use another base", about="Gather")
+        raise ConfigError("this look-up of several rows has no derivative here: use another base", about="Gather")
     size = to.add("Shape", x, start=axis % rank, end=axis % rank + 1)
     row = index if single else to.add("Unsqueeze", index, to.integers(0))
     at = to.add("OneHot", row, to.add("Squeeze", size), to.constant(np.array([0, 1], np.float32)))
@@ -223,6 +227,22 @@ def _concat(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int])
         begin, end = end, to.add("Add", end, to.add("Shape", source, start=axis, end=axis + 1))
         ends.append((begin, end))
     return {n: to.add("Slice", gradient, *ends[n], to.integers(axis)) for n in wanted}
+
+
+def _slice(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
+    """The gradient with zeros where the slice left something out."""
+    x, y = node.input[0], node.output[0]
+    starts, axes, steps = (to.known(node.input[n]) if len(node.input) > n else None for n in (1, 3, 4))
+    if axes is None or (steps is not None and (steps != 1).any()) or starts is None:
+        raise ConfigError("only a slice of known places has a derivative here: use another base", about="Slice")
+    along = to.integers(*(axes % to.rank(x)).tolist())
+    before, after = (to.add("Gather", to.add("Shape", name), along, axis=0) for name in (x, y))
+    # A start may be negative, or beyond the end.
+    begin = to.constant(starts.astype(np.int64))
+    begin = to.add("Where", to.constant(starts < 0), to.add("Add", begin, before), begin)
+    begin = to.add("Min", to.add("Max", begin, to.integers(0)), before)
+    end = to.add("Sub", to.add("Sub", before, begin), after)
+    return {0: to.add("Pad", gradient, to.add("Concat", begin, end, axis=0), to.number(0), along)}
 
 
 def _pad(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
@@ -294,6 +314,7 @@ RULES: Mapping[str, Rule] = {
     "Gather": _gather,
     "Concat": _concat,
     "Pad": _pad,
+    "Slice": _slice,
     "Gelu": _gelu,
     "Identity": _by(lambda to, g, x, y: g),
     "Neg": _by(lambda to, g, x, y: to.add("Neg", g)),

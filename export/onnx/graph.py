@@ -19,11 +19,12 @@ from torch import nn
 from torch.export import Dim
 
 from adapters.graphinputs import PROMPT
+from adapters.traininggraph import POSITIONS
 from aggregation.errors import ConfigError
 from export.onnx.hollow import Weights
 from export.onnx.matmuls import USUAL_RANK
 from export.onnx.peftmodel import TOKENS, SlottedModel, examples, with_inputs
-from export.onnx.tensorstore import OnDisk
+from export.onnx.tensorstore import MEMORY, OnDisk, TensorStore
 from export.onnx.virtualtokens import accept_rows
 
 OPSET = 20
@@ -62,7 +63,7 @@ def export(
     *,
     inputs: Sequence[str],
     outputs: Sequence[str],
-    store: OnDisk | None = None,
+    store: TensorStore = MEMORY,
     weights: Weights | None = None,
 ) -> onnx.ModelProto:
     """Trace ``module`` with the keyword arguments ``example``.
@@ -73,7 +74,7 @@ def export(
         dynamic: In the structure of ``example``, the dynamic dimensions of each tensor.
         inputs: The names of all tensors of ``example``, in order.
         outputs: The names of the tensors that the module returns.
-        store: Takes the weights; None leaves them in the graph.
+        store: Takes the weights.
         weights: Of a hollow module (``hollow.py``); they are read one by one.
 
     Raises:
@@ -97,7 +98,7 @@ def export(
         reason = " ".join(str(cause).split())
         raise ConfigError(f"torch cannot export this model: {reason[:MAX_REASON]}", about="torch.onnx") from error
     assert program is not None  # noqa: S101  # only the legacy exporter returns None
-    if store is not None:
+    if isinstance(store, OnDisk):
         for value in program.model.graph.initializers.values():
             value.const_value = _stored(value, store, weights or {})
     return _without_metadata(program.model_proto)
@@ -108,7 +109,7 @@ def slots(graph: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
     return {
         value.name: tuple(d.dim_param or str(d.dim_value) for d in value.type.tensor_type.shape.dim)
         for value in graph.graph.input
-        if value.name not in TOKENS
+        if value.name not in (*TOKENS, POSITIONS)
     }
 
 

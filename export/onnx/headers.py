@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,7 @@ def split(
     folder: Path,
     store: TensorStore = MEMORY,
     training: onnx.ModelProto | None = None,
+    parts: Mapping[str, Sequence[int]] = MappingProxyType({}),
 ) -> dict[str, str]:
     """Write the files of ``graph``, which itself loses its weights.
 
@@ -59,6 +61,7 @@ def split(
         store: Where the tensors of ``graph`` are.
         training: Its training graph (``training.training_graph``), if there is one: a third header over the same file,
             which grows by what only this graph has.
+        parts: From ``matmuls.merge``: the rows of tensors that the training graph has one by one.
 
     Returns:
         The SHA-256 of each file, hex, by its name.
@@ -67,7 +70,7 @@ def split(
         OSError: A file cannot be written.
     """
     graphs = [graph] if training is None else [graph, training]
-    digests = {WEIGHTS: _externalize(graphs, folder / WEIGHTS, store)}
+    digests = {WEIGHTS: _externalize(graphs, folder / WEIGHTS, store, parts)}
     for each in graphs:
         each.producer_name, each.producer_version = PRODUCER, version(PRODUCER)
         helper.set_model_props(each, dict(about))
@@ -95,7 +98,9 @@ def _with_defaults(header: onnx.ModelProto, slots: Slots) -> onnx.ModelProto:
     return result
 
 
-def _externalize(graphs: Sequence[onnx.ModelProto], file: Path, store: TensorStore) -> str:
+def _externalize(
+    graphs: Sequence[onnx.ModelProto], file: Path, store: TensorStore, parts: Mapping[str, Sequence[int]]
+) -> str:
     """Move the large tensors out, in their order, each to a page of its own; equal bytes are stored once.
 
     Returns:
@@ -117,6 +122,11 @@ def _externalize(graphs: Sequence[onnx.ModelProto], file: Path, store: TensorSto
                 for part in (padding, content):
                     out.write(part)
                     whole.update(part)
+                start, counts = 0, parts.get(tensor.name, ())
+                for rows in counts:
+                    end = start + rows * (len(content) // sum(counts))
+                    offsets.setdefault(hashlib.sha256(content[start:end]).digest(), offsets[digest] + start)
+                    start = end
             moved = external(tensor.name, values, WEIGHTS, offsets[digest])
             if tensor.HasField("doc_string"):
                 moved.doc_string = tensor.doc_string

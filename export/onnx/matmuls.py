@@ -62,18 +62,22 @@ def normalize(graph: onnx.ModelProto, store: TensorStore = MEMORY) -> None:
 
 def share_embedding(graph: onnx.ModelProto, store: TensorStore = MEMORY) -> None:
     """Let an output layer whose weight is the embedding, transposed, read the embedding, which is then stored once."""
-    values = {tensor.name: tensor for tensor in graph.graph.initializer}
-    embeddings = {node.input[0] for node in graph.graph.node if node.op_type == "Gather" and node.input[0] in values}
     for node in graph.graph.node:
-        if node.op_type != "MatMul" or (weight := values.get(node.input[1])) is None:
+        if node.op_type != "MatMul" or (name := embedding_of(graph.graph, node.input[1], store)) is None:
             continue
-        for name in sorted(embeddings):
-            if _is_transposed(weight, values[name], store):
-                x, output = node.input[0], node.output[0]
-                node.CopyFrom(helper.make_node("FusedMatMul", [x, name], [output], node.name, domain=CONTRIB, transB=1))
-                graph.graph.initializer.remove(weight)
-                import_contrib(graph)
-                break
+        x, weight, output = node.input[0], node.input[1], node.output[0]
+        node.CopyFrom(helper.make_node("FusedMatMul", [x, name], [output], node.name, domain=CONTRIB, transB=1))
+        graph.graph.initializer.remove(next(tensor for tensor in graph.graph.initializer if tensor.name == weight))
+        import_contrib(graph)
+
+
+def embedding_of(graph: onnx.GraphProto, weight: str, store: TensorStore = MEMORY) -> str | None:
+    """The embedding that the stored weight of a MatMul is, transposed; None if it is another weight."""
+    values = {tensor.name: tensor for tensor in graph.initializer}
+    embeddings = {node.input[0] for node in graph.node if node.op_type == "Gather" and node.input[0] in values}
+    stored = values.get(weight)
+    same = (name for name in sorted(embeddings) if stored and _is_transposed(stored, values[name], store))
+    return next(same, None)
 
 
 def find(graph: onnx.ModelProto, weights: Mapping[str, Floats], store: TensorStore = MEMORY) -> dict[str, LayerMatMul]:
@@ -131,12 +135,15 @@ def insert_lora(graph: onnx.ModelProto, layers: Mapping[str, LayerMatMul]) -> di
     return slots
 
 
-def merge(graph: onnx.ModelProto, store: TensorStore = MEMORY) -> None:
+def merge(graph: onnx.ModelProto, store: TensorStore = MEMORY) -> dict[str, list[int]]:
     """Merge the blockwise MatMuls that read the same input with the same settings, in place; every output stays equal.
 
     Queries, keys and values, or the two halves of a gated layer, become one MatMulNBits and a Split. Each MatMul starts
     all threads, which takes a good part of the time of a single token. Blockwise weights are stored row by row, so
     their rows are concatenated and each output keeps its exact value and name.
+
+    Returns:
+        Of each concatenated initializer, the rows of its parts.
     """
     values = {tensor.name: tensor for tensor in graph.graph.initializer}
     groups: dict[object, list[onnx.NodeProto]] = {}
@@ -146,13 +153,16 @@ def merge(graph: onnx.ModelProto, store: TensorStore = MEMORY) -> None:
             groups.setdefault(key, []).append(node)
     merged = {group[0].output[0]: group for group in groups.values() if len(group) > 1}
     removed = {node.output[0] for group in merged.values() for node in group[1:]}
-    nodes = []
+    nodes, parts = [], dict[str, list[int]]()
     for node in graph.graph.node:
         if node.output[0] in merged:
-            nodes.extend(_merged(graph.graph, merged[node.output[0]], values, store))
+            nodes.extend(_merged(graph.graph, group := merged[node.output[0]], values, store))
+            rows = [next(a.i for a in each.attribute if a.name == "N") for each in group]
+            parts |= dict.fromkeys(nodes[-2].input[1:], rows)
         elif node.output[0] not in removed:
             nodes.append(node)
     replace_nodes(graph.graph, nodes)
+    return parts
 
 
 def import_contrib(graph: onnx.ModelProto) -> None:

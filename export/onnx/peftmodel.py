@@ -232,22 +232,26 @@ class SlottedModel:
         inner: nn.Module = copy.deepcopy(model.base_model.model).eval()
         for lora in inputs.loras:
             layer: Any = inner.get_submodule(lora.path)
-            _replace(inner, lora.path, layer.get_base_layer())
+            replace_module(inner, lora.path, layer.get_base_layer())
         for saved in inputs.saved:
             wrapper: Any = inner.get_submodule(saved.path)
-            _replace(inner, saved.path, wrapper.modules_to_save[inputs.adapter])
+            replace_module(inner, saved.path, wrapper.modules_to_save[inputs.adapter])
         return cls(inner, inputs)
 
 
 def with_inputs(slotted: SlottedModel) -> nn.Module:
-    """A copy of the model that takes ``input_ids``, ``attention_mask`` and ``adapter``, the slots' tensors by name."""
-    inner, values, inputs = copy.deepcopy(slotted.model).eval(), _Values(), slotted.inputs
+    """The model as one that takes ``input_ids``, ``attention_mask`` and ``adapter``, the slots' tensors by name.
+
+    It shares the parameters of the model.
+    """
+    shared: dict[int, Any] = {id(parameter): parameter for parameter in slotted.model.parameters()}
+    inner, values, inputs = copy.deepcopy(slotted.model, shared).eval(), _Values(), slotted.inputs
     for path, names in _grouped(inputs, replaced=True).items():
-        _replace(inner, path, _ReplacedInput(inner.get_submodule(path), path, names, values))
+        replace_module(inner, path, _ReplacedInput(inner.get_submodule(path), path, names, values))
     for path, names in _grouped(inputs, replaced=False).items():
-        _replace(inner, path, _LayerInput(inner.get_submodule(path), path, names, values))
+        replace_module(inner, path, _LayerInput(inner.get_submodule(path), path, names, values))
     for saved in inputs.saved:
-        _replace(inner, saved.path, _saved_input(slotted, saved, values))
+        replace_module(inner, saved.path, _saved_input(slotted, saved, values))
     replace_conv1d(inner)
     return _WithInputs(inner, values)
 
@@ -340,11 +344,12 @@ def _saved_input(slotted: SlottedModel, saved: SavedSlot, values: _Values) -> nn
     bias = module.get_submodule(head).bias is not None
     if not head:
         return _HeadInput(saved.path, bias, values)
-    _replace(module, head, _HeadInput(f"{saved.path}.{head}", bias, values))
+    replace_module(module, head, _HeadInput(f"{saved.path}.{head}", bias, values))
     return _SavedInput(module, saved.path, values)
 
 
-def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
+def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module at a path of another one, in place."""
     parent, _, name = path.rpartition(".")
     setattr(root.get_submodule(parent), name, module)
 

@@ -1,6 +1,7 @@
-"""The training graph of a classifier: the loss of a batch, and its gradient by every slot.
+"""The training graph of a base: the loss of a batch, and its gradient by every slot.
 
-It is made of the graph that answers, by ``differentiate``, and reads the same weights: of a quantized base the bytes
+It is made by ``differentiate``, of a classifier's answering graph or of that which ``export.causal.training`` traces,
+and reads the weights of the answering graph: of a quantized base the bytes
 that the device answers with, which it turns into floats block by block. So it adds to a bundle little more than its
 nodes, and an adapter is trained on the base that it will run on (as QLoRA does; Dettmers et al. 2023).
 """
@@ -14,30 +15,33 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from adapters.layout import Floats
-from adapters.traininggraph import LOSS, SHARES, TARGETS
+from adapters.traininggraph import HITS, LOG_LIKELIHOOD, LOSS, POSITIONS, SHARES, TARGETS
 from aggregation.errors import ConfigError
 from export.onnx import graph as tracing
 from export.onnx.blocks import BLOCK, ZERO8, eight_bits, four_bits_exactly
 from export.onnx.differentiate import differentiate
 from export.onnx.exported import Profile
-from export.onnx.matmuls import replace_nodes
+from export.onnx.matmuls import embedding_of, replace_nodes
 from export.onnx.quantize import FLOAT, in_blocks
+from export.onnx.tensorstore import MEMORY, TensorStore
 
 PROFILES = (Profile.FP32, Profile.NATIVE_INT8)  # whose weights a training graph can read
 BLOCKWISE_OPSET = 21  # the first with DequantizeLinear by blocks
 ROWS, COLUMNS = "_in_rows", "_in_columns"  # end the names of a weight: an output of the layer in each
 
 
-def training_graph(traced: onnx.ModelProto, profile: Profile) -> onnx.ModelProto:
-    """The training graph of a traced classifier, with its weights as a profile stores them.
+def training_graph(traced: onnx.ModelProto, profile: Profile, store: TensorStore = MEMORY) -> onnx.ModelProto:
+    """The training graph of a traced base, with its weights as a profile stores them.
 
     Args:
-        traced: From ``graph.trace``.
+        traced: From ``graph.trace``, or from ``export.causal.training.trace``.
         profile: One of ``PROFILES``.
+        store: Where its tensors are.
 
     Returns:
-        A graph with the inputs of ``traced``, ``TARGETS`` and ``SHARES``, and the outputs ``LOSS`` and the gradients.
-        Its weights are byte for byte those of ``quantize(traced, profile)``, which ``headers.split`` stores once.
+        A graph with the inputs of ``traced``, ``TARGETS`` and ``SHARES``, and the outputs ``LOSS`` and the gradients;
+        of a language model also ``LOG_LIKELIHOOD`` and ``HITS``. Its weights are byte for byte those of
+        ``quantize(traced, profile)``, which ``headers.split`` stores once.
 
     Raises:
         ConfigError: The profile is another one, or as ``differentiate``.
@@ -49,10 +53,16 @@ def training_graph(traced: onnx.ModelProto, profile: Profile) -> onnx.ModelProto
             value=profile.value,
         )
     made = differentiate(_with_loss(traced), LOSS, tuple(tracing.slots(traced)))
+    if POSITIONS in {value.name for value in made.graph.input}:
+        made.graph.output.extend(
+            helper.make_tensor_value_info(name, kind, ["learned"])
+            for name, kind in ((LOG_LIKELIHOOD, TensorProto.FLOAT), (HITS, TensorProto.BOOL))
+        )
     if profile is Profile.FP32:
+        _read_embedding(made, store)
         return made
-    made = in_blocks(made, FLOAT, {})  # the embeddings alone
-    _read_blocks(made)
+    made = in_blocks(made, FLOAT, {}, store)  # the embeddings alone
+    _read_blocks(made, store)
     return made
 
 
@@ -75,13 +85,30 @@ def _with_loss(traced: onnx.ModelProto) -> onnx.ModelProto:
             node("Neg", ["total"], [LOSS]),
         ]
     )
-    rows = graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    inputs = {value.name: value for value in graph.input}
+    if POSITIONS in inputs:
+        graph.node.append(node("ArgMax", [logits], ["most_likely"], axis=-1, keepdims=0))
+        graph.node.append(node("Equal", ["most_likely", TARGETS], [HITS]))
+    rows = inputs.get(POSITIONS, graph.input[0]).type.tensor_type.shape.dim[0].dim_param
     for name, kind in ((TARGETS, TensorProto.INT64), (SHARES, TensorProto.FLOAT)):
         graph.input.append(helper.make_tensor_value_info(name, kind, [rows]))
     return made
 
 
-def _read_blocks(graph: onnx.ModelProto) -> None:
+def _read_embedding(graph: onnx.ModelProto, store: TensorStore) -> None:
+    """Let an output layer whose weight is the embedding, transposed, read the embedding, in place."""
+    inner, tied = graph.graph, list[onnx.NodeProto]()
+    for node in inner.node:
+        if node.op_type == "MatMul" and (name := embedding_of(inner, node.input[1], store)) is not None:
+            tied.append(helper.make_node("Transpose", [name], [node.input[1]], node.input[1], perm=[1, 0]))
+    made = {node.output[0] for node in tied}
+    kept = [tensor for tensor in inner.initializer if tensor.name not in made]
+    del inner.initializer[:]
+    inner.initializer.extend(kept)
+    replace_nodes(inner, [*tied, *inner.node])
+
+
+def _read_blocks(graph: onnx.ModelProto, store: TensorStore) -> None:
     """Let the MatMuls of both passes read the weights as ``in_blocks`` stores them in eight bits, in place."""
     inner, nodes, done = graph.graph, list[onnx.NodeProto](), set[str]()
     values = {tensor.name: tensor for tensor in inner.initializer}
@@ -91,7 +118,7 @@ def _read_blocks(graph: onnx.ModelProto) -> None:
     for node in inner.node:
         for name in wanted.intersection(node.input):
             if name not in done:
-                nodes.extend(_floats(inner, name, numpy_helper.to_array(values[name])))
+                nodes.extend(_floats(inner, name, store.array(values[name]), store))
                 done.add(name)
             if node.op_type == "MatMul" and node.input[1] == name:
                 node.input[1] = name + COLUMNS
@@ -103,7 +130,7 @@ def _read_blocks(graph: onnx.ModelProto) -> None:
         entry.version = entry.version if entry.domain else max(entry.version, BLOCKWISE_OPSET)
 
 
-def _floats(graph: onnx.GraphProto, name: str, weight: Floats) -> list[onnx.NodeProto]:
+def _floats(graph: onnx.GraphProto, name: str, weight: Floats, store: TensorStore) -> list[onnx.NodeProto]:
     """The nodes that make a weight of its bytes, once for both passes: as stored, and transposed."""
     exact = four_bits_exactly(weight.T)
     blocks = exact or eight_bits(weight.T)
@@ -116,7 +143,7 @@ def _floats(graph: onnx.GraphProto, name: str, weight: Floats) -> list[onnx.Node
     shape = "shape_{}_{}".format(*blocks.shape)
     stored = parts | {shape: np.array(blocks.shape)}
     present = {tensor.name for tensor in graph.initializer}
-    graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in stored.items() if n not in present)
+    graph.initializer.extend(store.tensor(v, n) for n, v in stored.items() if n not in present)
     blockwise, rows, columns = f"{name}_in_blocks", name + ROWS, name + COLUMNS
     return [
         helper.make_node("DequantizeLinear", list(parts), [blockwise], blockwise, axis=1, block_size=BLOCK),

@@ -62,6 +62,10 @@ CASES: list[tuple[str, Sequence[tuple[int, ...]], Function]] = [
     ("y = Gather<axis=1>(a, first)", (X,), lambda a: a[:, 0]),
     ("y = Gather<axis=-1>(a, first)", (X,), lambda a: a[..., 0]),
     ("y = Gather<axis=-2>(a, middle)", (X,), lambda a: a[..., 1:2, :]),
+    ("y = Gather<axis=0>(a, rows)", (X,), lambda a: a[[1, 0, 1]]),
+    ("y = Slice(a, middle, two_rows, middle)", (X,), lambda a: a[:, 1:2]),
+    ("y = Slice(a, backwards, beyond, ends, ones)", (X,), lambda a: a[:, -2:, -9:]),
+    ("y = Slice(a, middle, beyond_one, last)", (X,), lambda a: a[..., 1:]),
     ("y = Concat<axis=1>(a, b)", (X, (2, 5, 4)), lambda a, b: torch.cat([a, b], 1)),
     ("y = Concat<axis=-1>(b, a, a)", (X, (2, 3, 1)), lambda a, b: torch.cat([b, a, a], -1)),
     ("y = Pad(a, ends, two, middle)", (X,), lambda a: F.pad(a, (0, 0, 1, 2), value=2.0)),
@@ -79,7 +83,8 @@ CASES: list[tuple[str, Sequence[tuple[int, ...]], Function]] = [
 ]
 CONSTANTS = (
     "int64[1] middle = {1}, int64[2] ends = {1, 2}, int64[1] last = {-1}, int64[2] pair = {4, 6}, "
-    "int64[3] triple = {2, 3, 4}, "
+    "int64[3] triple = {2, 3, 4}, int64[3] rows = {1, 0, 1}, int64[1] two_rows = {2}, int64[1] beyond_one = {99}, "
+    "int64[2] backwards = {-2, -9}, int64[2] beyond = {99, 99}, int64[2] ones = {1, 1}, "
     "int64 first = {0}, float two = {2.0}, float low = {-0.5}, float high = {0.7}"
 )
 
@@ -151,7 +156,8 @@ def test_a_value_that_is_read_twice_adds_both_gradients() -> None:
     ("body", "about"),
     [
         ("y = Softplus(a)", "Softplus"),
-        ("y = Gather<axis=0>(a, pair)", "Gather"),
+        ("y = Gather<axis=1>(a, pair)", "Gather"),
+        ("y = Slice(a, middle, ends, ends, ends)", "Slice"),
         ('y = Pad<mode="edge">(a, ends, two, middle)', "Pad"),
         ("y = Pow(two, a)", "Pow"),
         ("y = Gemm<alpha=2.0>(a, a)", "Gemm"),

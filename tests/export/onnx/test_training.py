@@ -19,9 +19,8 @@ from adapters.peftconfig import PeftConfig
 from adapters.traininggraph import TrainingBatch, TrainingGraph, missing_slots
 from aggregation.errors import ConfigError, TrustError
 from aggregation.pki.identity import IdentityKey
-from export.bundle.base import export_named, wanted
 from export.bundle.write import write_bundle
-from export.onnx import derivatives, gradients, graph, training
+from export.onnx import dequantize, derivatives, gradients, graph, training
 from export.onnx.classifier import export_classifier
 from export.onnx.dequantize import BITS, round_weights
 from export.onnx.exported import ExportedBase, Profile
@@ -170,7 +169,7 @@ def test_a_graph_whose_gradients_are_one_percent_off_is_refused(
 def test_a_graph_over_other_weights_is_refused(
     model: PeftModel, tiny_base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gradients, "BITS", {})  # torch keeps the weights in float
+    monkeypatch.setattr(dequantize, "BITS", {})  # torch keeps the weights in float
     with pytest.raises(ConfigError):
         export_classifier(model, tiny_base, Profile.NATIVE_INT8, training=True)
 
@@ -225,9 +224,3 @@ def test_tracing_is_needed_once_for_both_graphs(
     monkeypatch.setattr(graph, "trace", counted)
     export_classifier(model, tiny_base, Profile.FP32, training=True)
     assert len(count) == 1
-
-
-def test_a_language_model_has_none(make_lm: Callable[..., Base]) -> None:
-    base = make_lm("llama")
-    with refused(ConfigError, "--training"):
-        export_named(str(base.folder), "fp32", wanted(base), training=True)

@@ -1,0 +1,154 @@
+"""The training graph of a language model: torch's gradients, over the weights that the device answers with."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from adapters import causal
+from adapters.base import Base
+from adapters.bundle import MODEL, TRAINING, WEIGHTS
+from adapters.graphinputs import to_inputs
+from adapters.layout import Tensors
+from adapters.peftconfig import PeftConfig
+from adapters.traininggraph import TrainingBatch, TrainingGraph, missing_slots
+from aggregation.errors import ConfigError
+from export.bundle.base import export_named, wanted
+from export.causal import export_causal
+from export.onnx import derivatives
+from export.onnx.dequantize import BITS, round_weights
+from export.onnx.exported import ExportedBase, Profile
+from export.onnx.peftmodel import find_adapter_inputs
+from export.onnx.targets import SlotKind, Slots
+from export.onnx.training import PROFILES
+from tests.support.errors import refused
+
+TARGETS = ("q_proj", "v_proj", "down_proj")
+LORA = PeftConfig.lora(rank=3, alpha=6, targets=TARGETS)
+Exported = Callable[[Profile], ExportedBase]
+
+
+@pytest.fixture(scope="module")
+def trained(llama: Base) -> Exported:
+    made = {profile: export_causal(llama, TARGETS, profile, training=True) for profile in PROFILES}
+    return made.__getitem__
+
+
+def opened(exported: ExportedBase) -> TrainingGraph:
+    return TrainingGraph(exported.read(TRAINING), exported.folder)
+
+
+def batch_of(lengths: list[int], seed: int = 0) -> TrainingBatch:
+    """Padded rows, of which the second half of each is learned."""
+    rng, longest = np.random.default_rng(seed), max(lengths)
+    mask = (np.arange(longest) < np.array(lengths)[:, None]).astype(np.int64)
+    ids = rng.integers(3, 90, mask.shape) * mask
+    places = [row * longest + at for row, length in enumerate(lengths) for at in range(length // 2, length)]
+    shares = rng.random(len(places), dtype=np.float32)
+    return TrainingBatch(ids, mask, rng.integers(3, 90, len(places)), shares, np.array(places))
+
+
+def in_torch(base: Base, profile: Profile, batch: TrainingBatch, values: Tensors) -> tuple[float, Tensors, Any]:
+    """Torch's loss, gradients in peft's own model, and scaling."""
+    model = causal.build(base, LORA)
+    if profile in BITS:
+        round_weights(model.get_base_model(), BITS[profile])
+    causal.load(model, values)
+    logits = model(input_ids=torch.from_numpy(batch.ids), attention_mask=torch.from_numpy(batch.mask)).logits
+    learned = logits.flatten(0, 1)[torch.from_numpy(batch.positions)]
+    losses = cross_entropy(learned, torch.from_numpy(batch.targets), reduction="none")
+    loss = (losses * torch.from_numpy(batch.shares)).sum()
+    loss.backward()
+    found = {name.replace(".default", ""): p.grad.numpy() for name, p in model.named_parameters() if p.requires_grad}
+    return float(loss.detach()), found, find_adapter_inputs(model).scaling
+
+
+@pytest.mark.parametrize("lengths", [[1], [2, 1], [9, 4, 7], [33, 40]], ids=str)
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_gradients_are_torchs_for_any_batch_and_length(
+    llama: Base, trained: Exported, profile: Profile, lengths: list[int]
+) -> None:
+    rng, batch = np.random.default_rng(1), batch_of(lengths)
+    shapes = {name: value.shape for name, value in causal.tensors(causal.build(llama, LORA)).items()}
+    values = {name: rng.standard_normal(shape, dtype=np.float32) / 4 for name, shape in shapes.items()}
+    wanted_loss, expected, scaling = in_torch(llama, profile, batch, values)
+    loss, found = opened(trained(profile)).gradients(batch, to_inputs(values, scaling))
+    assert loss == pytest.approx(wanted_loss, rel=1e-4)
+    # What moves an input by so much moves it by the transpose of what peft's tensor moves: B's is scaled once more.
+    for name, value in to_inputs(expected, {path: 1 / factor for path, factor in scaling.items()}).items():
+        np.testing.assert_allclose(found[name], value, rtol=2e-3, atol=3e-5 * max(1.0, float(np.abs(value).max())))
+
+
+def test_a_score_is_that_of_the_logits(llama: Base, trained: Exported) -> None:
+    batch, model = batch_of([9, 4]), causal.build(llama, LORA)
+    graph = opened(trained(Profile.FP32))
+    inputs = to_inputs(causal.tensors(model), find_adapter_inputs(model).scaling)
+    logits = model(input_ids=torch.from_numpy(batch.ids), attention_mask=torch.from_numpy(batch.mask)).logits
+    learned = logits.flatten(0, 1)[torch.from_numpy(batch.positions)].detach()
+    likely = TrainingBatch(batch.ids, batch.mask, learned.argmax(1).numpy(), batch.shares, batch.positions)
+    for each, every in ((batch, False), (likely, True)):
+        nats, hits = graph.scores(each, inputs)
+        expected = cross_entropy(learned, torch.from_numpy(each.targets), reduction="none")
+        np.testing.assert_allclose(-nats, expected, rtol=1e-4)
+        assert hits.all() == every
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_training_graph_reads_the_weights_of_the_answering_graph(trained: Exported, profile: Profile) -> None:
+    made = trained(profile)
+    answers, trains = (onnx.load_from_string(made.read(name)) for name in (MODEL, TRAINING))
+    answering, training = (_places(graph) for graph in (answers, trains))
+    end = max(offset + length for offset, length in answering.values())
+    own = sum(length for offset, length in training.values() if offset >= end)
+    assert (made.folder / WEIGHTS).stat().st_size <= end + 2 * 4096 * (own > 0) * len(training)
+    assert own <= 16 * 1024  # zero points; the weights are 67,712 numbers
+    assert not missing_slots(opened(made), made.slots)
+
+
+def _places(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
+    stated = [{e.key: e.value for e in t.external_data} | {"": t.name} for t in model.graph.initializer]
+    return {e[""]: (int(e["offset"]), int(e["length"])) for e in stated if "offset" in e}
+
+
+def test_a_graph_whose_gradients_are_one_percent_off_is_refused(llama: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = derivatives.RULES["Slice"]
+
+    def off(to: Any, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> dict[int, str]:
+        return {n: to.add("Mul", name, to.number(1.01)) for n, name in right(to, node, gradient, wanted).items()}
+
+    monkeypatch.setattr(derivatives, "RULES", derivatives.RULES | {"Slice": off})
+    with pytest.raises(ConfigError) as caught:
+        export_causal(llama, ("q_proj",), Profile.FP32, training=True)
+    assert "q_proj" in caught.value.about
+
+
+@pytest.mark.parametrize(
+    ("profile", "kinds"),
+    [
+        (Profile.NATIVE_INT4, {SlotKind.LOW_RANK}),
+        (Profile.WEB_INT8, {SlotKind.LOW_RANK}),
+        (Profile.FP32, {SlotKind.LOW_RANK, SlotKind.PROMPT}),
+    ],
+)
+def test_what_has_no_training_graph_is_refused_before_the_export(
+    llama: Base, profile: Profile, kinds: set[SlotKind]
+) -> None:
+    with refused(ConfigError, "--training"):
+        export_causal(llama, Slots(("q_proj",), frozenset(kinds)), profile, training=True)
+
+
+@pytest.mark.slow
+def test_another_family_with_an_output_layer_of_its_own_has_one(make_lm: Callable[..., Base]) -> None:
+    base = make_lm("qwen2", tie_word_embeddings=False)
+    made = export_named(str(base.folder), "native-int8", wanted(base, targets=["q_proj", "down_proj"]), training=True)
+    assert not missing_slots(opened(made), made.slots)
+
+
+def test_an_operator_without_a_derivative_is_refused_by_name(make_lm: Callable[..., Base]) -> None:
+    base = make_lm("gpt2", n_embd=64, n_layer=1, n_head=4, n_positions=64)  # whose queries, keys and values are one
+    with refused(ConfigError, "Split"):
+        export_causal(base, ("c_attn",), Profile.FP32, training=True)
