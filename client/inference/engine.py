@@ -56,7 +56,7 @@ class GenerationEngine:
             ConfigError: onnxruntime-genai is not installed.
             RuntimeError, ValueError, KeyError, TypeError: The base cannot be loaded.
         """
-        self._og = _genai()
+        self._og = genai()
         config = self._og.Config(str(base.folder))
         session = {"intra_op_num_threads": threads, **(options or {})}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
@@ -267,8 +267,8 @@ def _step(live: _Live) -> None:
     live.inner.generate_next_token()
 
 
-def _genai() -> Any:
-    # An extra: a device that only classifies does not install it.
+def genai() -> Any:
+    """onnxruntime-genai, of an extra that a device which only classifies lacks. Raises ConfigError without it."""
     try:
         og = importlib.import_module("onnxruntime_genai")
     except ModuleNotFoundError as error:

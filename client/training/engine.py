@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 from adapters.bundle import VerifiedBase
 from adapters.peftconfig import PeftConfig
-from aggregation.errors import ConfigError
 from client.training.protocols import ClassifierTrainer, FrozenBase, LocalTrainer
 
 TrainerOf = Callable[[FrozenBase, int, PeftConfig], LocalTrainer]  # base, labels, configuration → the trainer
@@ -37,11 +36,9 @@ def classifier_trainer(base: FrozenBase, labels: int, config: PeftConfig) -> Cla
 def language_trainer(base: FrozenBase, config: PeftConfig) -> LocalTrainer:
     """The trainer of a language model. Raises as ``classifier_trainer``."""
     if isinstance(base, VerifiedBase):
-        raise ConfigError(
-            f"{base.folder} has no training graph of a language model: name the base itself, and install the extra "
-            "train",
-            about="base",
-        )
+        from client.training.languagegraph import load_language_graph_trainer
+
+        return load_language_graph_trainer(base, config)
     from client.training.language import load_language_trainer
 
     return load_language_trainer(base, config)

@@ -5,43 +5,30 @@ the graph with which the device answers. Of the same batches, both trainers make
 the quantization of the base.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from cachetools import LRUCache, cached
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from adapters.bundle import MODEL, TOKENIZER, TRAINING, VerifiedBase
+from adapters.bundle import MODEL, TOKENIZER, VerifiedBase
 from adapters.classifiergraph import ENCODER, MAX_TOKENS, ClassifierGraph, open_session
-from adapters.graphinputs import (
-    INPUT_SCALE,
-    LORA_A,
-    LORA_B,
-    OFFSET,
-    OUTPUT_SCALE,
-    REPLACED,
-    VECTORS,
-    from_inputs,
-    gradients_of_tensors,
-    layer_of,
-    to_inputs,
-)
-from adapters.layout import Floats, Layout, Tensors
-from adapters.lorasb import frozen_factor, square_name, unfolded
-from adapters.parts import Part, part_of
-from adapters.peft.methods import from_peft_tensors, to_peft_tensors
+from adapters.graphinputs import LORA_A, LORA_B, VECTORS
+from adapters.layout import Floats, Tensors
+from adapters.lorasb import unfolded
+from adapters.parts import Part
 from adapters.peftconfig import PeftConfig
 from adapters.task import MAX_LOSS, Task
-from adapters.traininggraph import TrainingGraph, batch_of, missing_slots
+from adapters.traininggraph import batch_of
 from aggregation.errors import ConfigError, DataError
 from client.training.batches import batches, parts
 from client.training.control import TOKENS, UNLIMITED, TrainingControl
 from client.training.denormals import without_denormals
 from client.training.descent import descend
 from client.training.examples import Example, Score
+from client.training.slotgraph import SlotGraph, check_method, nothing, unusable
 
-VECTORS_OF = {"IA3": OUTPUT_SCALE, "BEFT": OFFSET, "LN_TUNING": REPLACED}  # method → the slots that it fills
 HEAD = ("classifier.bias", "classifier.weight")  # over the mean of the tokens, as federations train it
 
 
@@ -62,31 +49,23 @@ class GraphTrainer:
                 or a file cannot be loaded.
             TrustError: A file of the bundle changed since it was verified.
         """
-        self.base, self.config, self._slots = base, config, base.manifest.slots
-        _check(base, config)
-        layers = sorted(name.removesuffix(LORA_A) for name in self._slots if name.endswith(LORA_A))
-        filled = _filled(self._slots, labels, config)
-        self._scaling = {path: config.scaling_of(path) for path in layers if path + LORA_A in filled}
-        self._empty = _empty(self._slots, set(self._slots) - set(filled))
-        zeros = {name: np.zeros(shape, np.float32) for name, shape in filled.items()}
-        self.layout = Layout.of(to_peft_tensors(from_inputs(zeros, self._scaling), config))
-        self.hidden = int(self._slots[HEAD[1]][1])
-        training = base.read(TRAINING)
+        check_method(base, config)
+        _check(base)
+        self.base, self.config, slots = base, config, base.manifest.slots
+        self.hidden = int(slots[HEAD[1]][1])
+        head = dict(zip(HEAD, ((labels,), (labels, self.hidden)), strict=True))
+        self._slot_graph = SlotGraph(base, config, head, threads)
+        self.layout = self._slot_graph.layout
         try:
             self._tokenizer = Tokenizer.from_str(base.files[TOKENIZER].decode())
             longest = int((self._tokenizer.truncation or {"max_length": MAX_TOKENS})["max_length"])
             self._tokenizer.enable_truncation(min(MAX_TOKENS, longest))
             self._tokenizer.no_padding()
-            with without_denormals():  # which the threads of the sessions inherit
-                session = open_session(base.files[MODEL], base.folder, self._slots, threads)
-                self._training = TrainingGraph(training, base.folder, threads)
+            with without_denormals():  # which the threads of the session inherit
+                session = open_session(base.files[MODEL], base.folder, slots, threads)
         except Exception as error:  # tokenizers and onnxruntime raise classes without a common base
-            reason = f"the base in {base.folder} cannot be loaded for training: {' '.join(str(error).split())[:200]}"
-            raise ConfigError(reason, about=TRAINING) from error
-        if missing := missing_slots(self._training, self._slots):
-            reason = f"the training graph in {base.folder} has no gradient of {missing[0]!r}: export the base again"
-            raise ConfigError(reason, about=TRAINING, value=missing)
-        self._graph = ClassifierGraph(session, self._slots, base.manifest.independent_rows)
+            raise unusable(base, error) from error
+        self._graph = ClassifierGraph(session, slots, base.manifest.independent_rows)
         base.check()
 
     def train(
@@ -141,17 +120,11 @@ class GraphTrainer:
         Raises:
             DataError: It is of another layout: of other layers or ranks, or has what is no LoRA.
         """
-        given = {name: value for name, value in inputs.items() if value.size}
-        if odd := sorted(given.keys() & self._empty.keys()):
-            reason = f"the adapter changes {odd[0]!r}, which a training graph cannot train with its method"
-            raise DataError(f"{reason}: use an adapter of LoRA, IA3, LN_TUNING or BEFT", about=odd[0])
-        tensors = to_peft_tensors(from_inputs(given, self._scaling), self.config)
-        self.layout.check(tensors)
-        return tensors
+        return self._slot_graph.tensors_of(inputs)
 
     def inputs_of(self, adapter: Tensors) -> Tensors:
         """The graph inputs of an adapter, one for each slot. Law: ``tensors_of(inputs_of(a))`` is ``a``, rounded."""
-        return self._inputs(adapter)
+        return self._slot_graph.inputs_of(adapter)
 
     def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
         """Score an adapter on ``examples``. Arguments and result are those of ``Trainer.score``."""
@@ -166,7 +139,7 @@ class GraphTrainer:
 
     def logits(self, adapter: Tensors, texts: Sequence[str]) -> NDArray[np.float32]:
         """Logits, shape ``(len(texts), labels)``; ``(0, 0)`` without texts."""
-        return self._run(self._inputs(adapter), texts) if texts else np.zeros((0, 0), np.float32)
+        return self._run(self._slot_graph.inputs_of(adapter), texts) if texts else np.zeros((0, 0), np.float32)
 
     def embed(self, texts: Sequence[str], adapter: Tensors | None = None) -> NDArray[np.float32]:
         """Embeddings, shape ``(len(texts), hidden)``. Arguments are those of ``Trainer.embed``.
@@ -175,8 +148,8 @@ class GraphTrainer:
         """
         if not texts:
             return np.zeros((0, self.hidden), np.float32)
-        bias, weight = HEAD
-        inputs = self._inputs(adapter) if adapter is not None else _empty(self._slots, set(self._slots) - set(HEAD))
+        (bias, weight), slots = HEAD, self.base.manifest.slots
+        inputs = self._slot_graph.inputs_of(adapter) if adapter is not None else nothing(slots, set(slots) - set(HEAD))
         identity = {bias: np.zeros(self.hidden, np.float32), weight: np.eye(self.hidden, dtype=np.float32)}
         return self._run(inputs | identity, texts)
 
@@ -196,29 +169,12 @@ class GraphTrainer:
         shares: Sequence[float],
         at_once: int = TOKENS,
     ) -> tuple[float, Tensors]:
-        """The loss of a batch, and its gradients by peft's tensors, and by R for those that have one."""
-        squares = {name: values[square_name(name)] for name in values if square_name(name) in values and _is_b(name)}
-        factors = {name: frozen_factor(name, values[name].shape) for name in squares}
-        inputs = self._inputs(values | {name: values[name] + factors[name] @ r for name, r in squares.items()})
-        loss, total = 0.0, dict[str, Floats]()
-        for part in parts([len(ids) for ids in tokens], at_once):
-            batch = batch_of([tokens[i] for i in part], [labels[i] for i in part], [shares[i] for i in part])
-            try:
-                some, found = self._training.gradients(batch, inputs)
-            except Exception as error:  # onnxruntime raises classes without a common base
-                reason = f"the training graph in {self.base.folder} does not run ({' '.join(str(error).split())[:200]})"
-                raise DataError(f"{reason}: export the base again", about=TRAINING) from error
-            loss += some
-            total = {name: total[name] + value if total else value for name, value in found.items()}
-        scaled = {name: value for name, value in total.items() if name not in self._empty}
-        # What a method names otherwise has the numbers of a slot in another shape.
-        gradients = to_peft_tensors(gradients_of_tensors(scaled, self._scaling), self.config)
-        return loss, gradients | {square_name(name): factors[name].T @ gradients[name] for name in squares}
-
-    def _inputs(self, adapter: Tensors) -> Tensors:
-        """The graph inputs of an adapter of this layout."""
-        named = {spec.name: adapter[spec.name] for spec in self.layout.tensors}
-        return to_inputs(from_peft_tensors(named, self.config, {}), self._scaling) | self._empty
+        """The loss of a batch, and its gradients, as ``SlotGraph.gradients``."""
+        runs = parts([len(ids) for ids in tokens], at_once)
+        batched = (
+            batch_of([tokens[i] for i in run], [labels[i] for i in run], [shares[i] for i in run]) for run in runs
+        )
+        return self._slot_graph.gradients(values, batched)
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(encoding.ids) for encoding in self._tokenizer.encode_batch(list(texts))]
@@ -234,20 +190,8 @@ def load_graph_trainer(base: VerifiedBase, labels: int, config: PeftConfig) -> G
     return GraphTrainer(base, labels, config)
 
 
-def _check(base: VerifiedBase, config: PeftConfig) -> None:
-    """Refuse what cannot be trained with this base."""
-    if TRAINING not in base.manifest.files:
-        raise ConfigError(
-            f"the base in {base.folder} has no training graph: export it with 'export base --training', or name the "
-            "base itself and install the extra train",
-            about=TRAINING,
-        )
-    if config.peft_type not in ("LORA", *VECTORS_OF) or config.use_dora:
-        method = "DoRA" if config.use_dora else config.peft_type
-        raise ConfigError(
-            f"a training graph trains LoRA, IA3, LN_TUNING and BEFT, not {method}: install the extra train",
-            about="task.peft_config",
-        )
+def _check(base: VerifiedBase) -> None:
+    """Refuse a base whose slots are not those of a federation's classifier."""
     slots = base.manifest.slots
     ends = (LORA_A, LORA_B, *VECTORS)
     trained = {name for name in slots if name.startswith(ENCODER) and name.endswith(ends)} | set(HEAD)
@@ -257,39 +201,3 @@ def _check(base: VerifiedBase, config: PeftConfig) -> None:
             "mean, without virtual tokens",
             about=odd[0],
         )
-
-
-def _targeted(path: str, targets: Sequence[str]) -> bool:
-    """Whether peft puts an adapter at a layer: a target is its path, or the end of it."""
-    return any(path == target or path.endswith(f".{target}") for target in targets)
-
-
-def _empty(slots: dict[str, tuple[str, ...]], names: Collection[str]) -> Tensors:
-    """Inputs that change nothing: of rank 0, and vectors that are not given."""
-    shapes = {name: tuple(int(text) if text.isdigit() else 0 for text in slots[name]) for name in sorted(names)}
-    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-
-
-def _filled(slots: dict[str, tuple[str, ...]], labels: int, config: PeftConfig) -> dict[str, tuple[int, ...]]:
-    """The graph inputs that an adapter fills, and their shapes."""
-
-    def shape(name: str, open_: int) -> tuple[int, ...]:
-        return tuple(int(text) if text.isdigit() else open_ for text in slots[name])
-
-    found = {name: shape(name, labels) for name in HEAD}
-    for name in slots:
-        path = layer_of(name)
-        if name in HEAD or not _targeted(path, config.target_modules):
-            continue
-        if config.peft_type == "LORA" and name.endswith((LORA_A, LORA_B)):
-            found[name] = shape(name, config.rank_of(path))
-        feeds = config.peft_type == "IA3" and _targeted(path, config.feedforward_modules)
-        if name.endswith(INPUT_SCALE if feeds else VECTORS_OF.get(config.peft_type, INPUT_SCALE)) and (
-            feeds or config.peft_type in VECTORS_OF
-        ):
-            found[name] = shape(name, 1)
-    return found
-
-
-def _is_b(name: str) -> bool:
-    return part_of(name) is Part.B

@@ -1,19 +1,11 @@
-"""Trains an adapter of a causal language model on a device's texts, and scores it on held-out texts.
-
-A text without a prompt is continued from its first token, which is not learned. A text with one is the answer to it,
-in the base's chat template if it has one; only the answer is learned. A text is cut off at ``MAX_TOKENS``, or earlier
-if the base reads fewer.
-"""
+"""Trains an adapter of a causal language model on a device's texts (``encoding``) with torch, and scores it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import pairwise
 from threading import RLock
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -23,31 +15,15 @@ from adapters.classifier import padded
 from adapters.layout import Layout, Tensors
 from adapters.peftconfig import PeftConfig
 from adapters.task import MAX_LOSS, Task
-from aggregation.errors import ConfigError, DataError
+from aggregation.errors import DataError
 from client.training.batches import batches, parts
 from client.training.control import UNLIMITED, TrainingControl
 from client.training.descent import finite
+from client.training.encoding import IGNORED, Encoded, TextEncoder, learned_tokens
 from client.training.examples import Example, Score
 from client.training.trainer import fit, flushed_denormals, squares, values
 
-MAX_TOKENS = 128  # of a prompt with its text
 EVALUATION_BATCH = 16  # texts
-IGNORED = -100  # the label of a token that is not learned, as torch's cross-entropy has it
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """A text for training.
-
-    Attributes:
-        ids: Of all tokens, shape ``(tokens,)``.
-        targets: The next token at each position, ``IGNORED`` where it is not learned; shape ``(tokens,)``.
-        size: Bytes of the text that the learned tokens stand for, at least 1.
-    """
-
-    ids: Tensor
-    targets: Tensor
-    size: int
 
 
 class LanguageTrainer:
@@ -58,14 +34,14 @@ class LanguageTrainer:
         with flushed_denormals():
             self.model = causal.build(base, config)
         causal.require_private(self.model)
-        self.longest = min(MAX_TOKENS, causal.room(self.model) or MAX_TOKENS)
         self.adapter = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.layout = Layout.of(causal.tensors(self.model))
-        self.tokenizer = Tokenizer.from_file(str(base.folder / "tokenizer.json"))
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        self.template = pretrained.chat_template(base)
-        self.end = pretrained.end_token(self.model)
+        self.encoder = TextEncoder.of(
+            pretrained.tokenizer(base),
+            pretrained.chat_template(base),
+            pretrained.end_token(self.model),
+            causal.room(self.model),
+        )
 
     def train(
         self,
@@ -90,7 +66,7 @@ class LanguageTrainer:
             encoded = self.encode(examples)
 
             def losses(batch: list[int]) -> Iterator[Tensor]:
-                learned = sum(int((encoded[i].targets != IGNORED).sum()) for i in batch)
+                learned = learned_tokens([encoded[i] for i in batch])
                 for part in parts([len(encoded[i].ids) for i in batch], control.tokens):
                     logits, targets = self._forward([encoded[batch[i]] for i in part])
                     flat = logits.flatten(0, 1), targets.flatten()
@@ -128,53 +104,15 @@ class LanguageTrainer:
         return Score(correct, len(examples), loss)
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
-        """Tokens and targets of each example, in order.
-
-        Raises:
-            ConfigError: The chat template does not begin an answer with its prompt.
-            DataError: The prompt leaves no room for a token of the text.
-        """
-        return [self._encode(example) for example in examples]
-
-    def _encode(self, example: Example) -> Encoded:
-        prompt, text, after = self._rendered(example)
-        asked = self.tokenizer.encode(prompt, add_special_tokens=False).ids if prompt else []
-        found = self.tokenizer.encode(text, add_special_tokens=False)
-        closing = self.tokenizer.encode(after, add_special_tokens=False).ids if after else [self.end]
-        ids = [*asked, *found.ids, *closing]
-        first = max(len(asked), 1)  # the first token that is learned
-        if len(ids) <= first or first >= self.longest:
-            raise DataError(
-                f"a prompt leaves no room for its text within {self.longest} tokens", about="example.prompt"
-            )
-        ids = ids[: self.longest]
-        targets = [IGNORED] * len(ids)
-        for at, (_, following) in enumerate(pairwise(ids)):
-            if at + 1 >= first:
-                targets[at] = following
-        # Offsets are in characters of the text, which its first token may begin without being learned.
-        spans = found.offsets[first - len(asked) : len(ids) - len(asked)]
-        size = len(text[spans[0][0] : spans[-1][1]].encode()) if spans else 0
-        return Encoded(torch.tensor(ids), torch.tensor(targets), max(size, 1))
-
-    def _rendered(self, example: Example) -> tuple[str, str, str]:
-        """What comes before the text, the text, and what closes it: the end token where that is empty."""
-        if not example.prompt or self.template is None:
-            return example.prompt, example.text, ""
-        asked = {"role": "user", "content": example.prompt}
-        prompt = self.template([asked], True)
-        whole = self.template([asked, {"role": "assistant", "content": example.text}], False)
-        before, found, after = whole.removeprefix(prompt).partition(example.text)
-        if not whole.startswith(prompt) or before or not found:
-            raise ConfigError("the base's chat template changes a prompt or an answer", about="chat_template")
-        return prompt, example.text, after
+        """Tokens and targets of each example, in order. Raises as ``TextEncoder.encode``."""
+        return [self.encoder.encode(example) for example in examples]
 
     def _forward(self, batch: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
         """Logits, shape ``(batch, longest, vocabulary)``, and targets, ``(batch, longest)``."""
-        ids, mask = padded([each.ids for each in batch])
+        ids, mask = padded([torch.from_numpy(each.ids) for each in batch])
         targets = torch.full_like(ids, IGNORED)
         for row, each in zip(targets, batch, strict=True):
-            row[: len(each.targets)] = each.targets
+            row[: len(each.targets)] = torch.from_numpy(each.targets)
         # Prompt tuning has logits of its virtual tokens as well, before those of a text.
         logits: Tensor = self.model(input_ids=ids, attention_mask=mask).logits[:, -ids.shape[1] :]
         return logits, targets

@@ -17,7 +17,9 @@ FrozenBase = Base | VerifiedBase
 
 
 class LocalTrainer(Protocol):
-    """What trains and scores an adapter: ``trainer.Trainer``, ``language.LanguageTrainer``, ``graphtrainer``."""
+    """What trains and scores an adapter: ``trainer.Trainer``, ``language.LanguageTrainer``, or, without torch, that of
+    ``graphtrainer`` or ``languagegraph``.
+    """
 
     layout: Layout
 

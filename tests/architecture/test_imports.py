@@ -18,7 +18,7 @@ ENROLMENT = (
     "coordinator.authority.store",
 )
 AUDITOR = ("coordinator.cli.audit", "coordinator.audit.transcripts")
-TRAINING = ("adapters.traininggraph", "client.training.graphtrainer")
+TRAINING = ("adapters.traininggraph", "client.training.graphtrainer", "client.training.languagegraph")
 GOVERNANCE = ("governance.cli.versions", "governance.difference", "governance.lineage")
 GATEWAY = ("client.gateway", "client.node.step")
 DISTRIBUTIONS = {  # import package → distribution of another name

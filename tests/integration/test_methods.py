@@ -120,7 +120,7 @@ def test_a_method_of_a_language_model_is_federated_audited_opened_by_peft_and_ex
     origin = from_registry(fleet.out / "coordinator", None, None)
     to_peft(origin.tensors, origin.peft_config, tmp_path / "peft")
     opened = peft.PeftModel.from_pretrained(pretrained.load(llama, AutoModelForCausalLM), tmp_path / "peft").eval()
-    ids = torch.tensor([trainer.tokenizer.encode("abab ab").ids])
+    ids = torch.tensor([trainer.encoder.tokenizer.encode("abab ab").ids])
     causal.load(trainer.model, last)
     with torch.no_grad():
         found, expected = (model(input_ids=ids).logits[:, -ids.shape[1] :] for model in (opened, trainer.model))

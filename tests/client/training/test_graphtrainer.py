@@ -22,7 +22,7 @@ from aggregation.pki.identity import IdentityKey
 from client.training.batches import parts
 from client.training.control import TrainingControl
 from client.training.denormals import flushes, without_denormals
-from client.training.engine import classifier_trainer, language_trainer
+from client.training.engine import classifier_trainer
 from client.training.examples import Example, Score
 from client.training.graphtrainer import GraphTrainer
 from client.training.trainer import Trainer
@@ -327,11 +327,6 @@ def test_a_training_graph_that_changed_after_it_was_verified_is_refused(tiny_bas
         GraphTrainer(base, 3, PeftConfig.lora(2, 4, ("query",)))
 
 
-def test_a_bundle_trains_no_language_model(opened: Open) -> None:
-    with refused(ConfigError, "base"):
-        language_trainer(opened(Profile.FP32), LORA)
-
-
 # Denormal numbers, and what is imported.
 
 
@@ -346,8 +341,9 @@ def test_training_and_scoring_flush_denormal_numbers(
     ours: GraphTrainer, start: Tensors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bool] = []
-    run, logits = ours._training.gradients, ours._graph.mixed
-    monkeypatch.setattr(ours._training, "gradients", lambda *a: (seen.append(flushes()), run(*a))[1])
+    graph = ours._slot_graph.graph
+    run, logits = graph.gradients, ours._graph.mixed
+    monkeypatch.setattr(graph, "gradients", lambda *a: (seen.append(flushes()), run(*a))[1])
     monkeypatch.setattr(ours._graph, "mixed", lambda *a: (seen.append(flushes()), logits(*a))[1])
     ours.train(start, EXAMPLES, TASK, epochs=1, rng=rng())
     ours.score(start, EXAMPLES)

@@ -19,8 +19,9 @@ from adapters.parts import PARTS, Part
 from adapters.peftconfig import PeftConfig
 from adapters.task import MAX_LOSS, Task
 from aggregation.errors import ConfigError, DataError
+from client.training.encoding import IGNORED
 from client.training.examples import Example, Score, Split, parse_examples, read_examples, write_examples
-from client.training.language import IGNORED, LanguageTrainer
+from client.training.language import LanguageTrainer
 from tests.support import refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -81,7 +82,7 @@ def test_training_lowers_the_loss_of_texts_and_is_the_same_for_a_generator(
 
 def test_a_score_is_nats_for_each_byte_of_what_is_learned(trainer: LanguageTrainer, start: Tensors) -> None:
     example = Example("b ä ab")  # the first token, b, is not learned
-    ids = torch.tensor([*trainer.tokenizer.encode(example.text).ids, trainer.end])
+    ids = torch.tensor([*trainer.encoder.tokenizer.encode(example.text).ids, trainer.encoder.end])
     causal.load(trainer.model, start)
     with torch.no_grad():
         logits = trainer.model(input_ids=ids[None]).logits[0]
@@ -100,9 +101,9 @@ def test_rows_of_a_batch_are_scored_as_alone(trainer: LanguageTrainer, start: Te
 
 def test_of_an_answer_to_a_prompt_only_the_answer_is_learned(trainer: LanguageTrainer) -> None:
     (encoded,) = trainer.encode([Example("ab", prompt="ba ba")])
-    asked = len(trainer.tokenizer.encode("ba ba").ids)
-    answer = trainer.tokenizer.encode("ab").ids
-    assert encoded.targets.tolist() == [IGNORED] * (asked - 1) + [*answer, trainer.end, IGNORED]
+    asked = len(trainer.encoder.tokenizer.encode("ba ba").ids)
+    answer = trainer.encoder.tokenizer.encode("ab").ids
+    assert encoded.targets.tolist() == [IGNORED] * (asked - 1) + [*answer, trainer.encoder.end, IGNORED]
     assert encoded.size == 2
 
 
@@ -112,24 +113,26 @@ def test_a_prompt_is_rendered_by_the_chat_template_and_the_turns_end_is_learned(
     assert encoded.ids.tolist() == [
         token
         for part in ("<u>ba</><a>", "ab", "</>")
-        for token in chatty.tokenizer.encode(part, add_special_tokens=False).ids
+        for token in chatty.encoder.tokenizer.encode(part, add_special_tokens=False).ids
     ]
     learned = [target for target in encoded.targets.tolist() if target != IGNORED]
-    assert chatty.tokenizer.decode(learned, skip_special_tokens=False) == "ab</>"
+    assert chatty.encoder.tokenizer.decode(learned, skip_special_tokens=False) == "ab</>"
     assert text.startswith("<u>ba</>")
     (plain,) = chatty.encode([Example("ab")])  # a text to continue is no turn of a chat
-    assert plain.ids.tolist() == [*chatty.tokenizer.encode("ab").ids, chatty.end]
+    assert plain.ids.tolist() == [*chatty.encoder.tokenizer.encode("ab").ids, chatty.encoder.end]
 
 
 def test_a_template_that_changes_answers_is_refused(chatty: LanguageTrainer) -> None:
-    chatty.template = lambda messages, answer: "<u>" if answer else "<u>" + messages[-1]["content"].upper()
+    def loud(messages: list[dict[str, str]], answer: bool) -> str:
+        return "<u>" if answer else "<u>" + messages[-1]["content"].upper()
+
     with refused(ConfigError, "chat_template"):
-        chatty.encode([Example("ab", prompt="ba")])
+        replace(chatty.encoder, template=loud).encode(Example("ab", prompt="ba"))
 
 
 def test_long_texts_are_cut_off_and_a_prompt_without_room_is_refused(trainer: LanguageTrainer, start: Tensors) -> None:
     long, (cut,) = "ab" * 400, trainer.encode([Example("ab" * 400)])
-    assert len(cut.ids) == trainer.longest == 64  # as many as the base reads
+    assert len(cut.ids) == trainer.encoder.longest == 64  # as many as the base reads
     assert cut.size < len(long)
     with refused(DataError, "example.prompt"):
         trainer.score(start, [Example("ab", prompt=long)])

@@ -1,0 +1,105 @@
+"""The examples of a language model as tokens, and which of them are learned: the same for every engine.
+
+A text without a prompt is continued from its first token, which is not learned. A text with one is the answer to it,
+in the base's chat template if it has one; only the answer is learned. A text is cut off at ``MAX_TOKENS``, or earlier
+if the base reads fewer.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from aggregation.errors import ConfigError, DataError
+from client.training.examples import Example
+
+MAX_TOKENS = 128  # of a prompt with its text
+IGNORED = -100  # the label of a token that is not learned, as torch's cross-entropy has it
+Template = Callable[[list[dict[str, str]], bool], str]  # messages, whether an answer shall follow → text
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A text for training.
+
+    Attributes:
+        ids: Of all tokens, shape ``(tokens,)``.
+        targets: The next token at each position, ``IGNORED`` where it is not learned; shape ``(tokens,)``.
+        size: Bytes of the text that the learned tokens stand for, at least 1.
+    """
+
+    ids: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    size: int
+
+    @property
+    def learned(self) -> NDArray[np.int64]:
+        """The positions whose next token is learned."""
+        return np.flatnonzero(self.targets != IGNORED)
+
+
+@dataclass(frozen=True, slots=True)
+class TextEncoder:
+    """What a base's texts become.
+
+    Args:
+        tokenizer: Of the base, without truncation and padding.
+        template: Its chat template; None if it has none.
+        end: The token that ends a text.
+        longest: Tokens of the longest text.
+    """
+
+    tokenizer: Tokenizer
+    template: Template | None
+    end: int
+    longest: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, template: Template | None, end: int, limit: int | None) -> "TextEncoder":
+        """Of a base that reads ``limit`` tokens; None: any number."""
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return cls(tokenizer, template, end, min(MAX_TOKENS, limit or MAX_TOKENS))
+
+    def encode(self, example: Example) -> Encoded:
+        """Tokens and targets of an example.
+
+        Raises:
+            ConfigError: The chat template does not begin an answer with its prompt.
+            DataError: The prompt leaves no room for a token of the text.
+        """
+        prompt, text, after = self._rendered(example)
+        asked = self.tokenizer.encode(prompt, add_special_tokens=False).ids if prompt else []
+        found = self.tokenizer.encode(text, add_special_tokens=False)
+        closing = self.tokenizer.encode(after, add_special_tokens=False).ids if after else [self.end]
+        ids = [*asked, *found.ids, *closing]
+        first = max(len(asked), 1)  # the first token that is learned
+        if len(ids) <= first or first >= self.longest:
+            raise DataError(
+                f"a prompt leaves no room for its text within {self.longest} tokens", about="example.prompt"
+            )
+        ids = ids[: self.longest]
+        targets = [IGNORED] * (first - 1) + ids[first:] + [IGNORED]
+        # Offsets are in characters of the text, which its first token may begin without being learned.
+        spans = found.offsets[first - len(asked) : len(ids) - len(asked)]
+        size = len(text[spans[0][0] : spans[-1][1]].encode()) if spans else 0
+        return Encoded(np.array(ids), np.array(targets), max(size, 1))
+
+    def _rendered(self, example: Example) -> tuple[str, str, str]:
+        """What comes before the text, the text, and what closes it: the end token where that is empty."""
+        if not example.prompt or self.template is None:
+            return example.prompt, example.text, ""
+        asked = {"role": "user", "content": example.prompt}
+        prompt = self.template([asked], True)
+        whole = self.template([asked, {"role": "assistant", "content": example.text}], False)
+        before, found, after = whole.removeprefix(prompt).partition(example.text)
+        if not whole.startswith(prompt) or before or not found:
+            raise ConfigError("the base's chat template changes a prompt or an answer", about="chat_template")
+        return prompt, example.text, after
+
+
+def learned_tokens(encoded: Sequence[Encoded]) -> int:
+    """The number of learned tokens of some texts."""
+    return sum(len(each.learned) for each in encoded)

@@ -1,0 +1,175 @@
+"""A training graph with the adapters that one configuration puts into its slots, under peft's names.
+
+``graphtrainer`` trains a classifier with it, ``languagegraph`` a language model.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from adapters.bundle import TRAINING, VerifiedBase
+from adapters.graphinputs import (
+    INPUT_SCALE,
+    LORA_A,
+    LORA_B,
+    OFFSET,
+    OUTPUT_SCALE,
+    REPLACED,
+    from_inputs,
+    gradients_of_tensors,
+    layer_of,
+    to_inputs,
+)
+from adapters.layout import Floats, Layout, Tensors
+from adapters.lorasb import frozen_factor, square_name
+from adapters.parts import Part, part_of
+from adapters.peft.methods import from_peft_tensors, to_peft_tensors
+from adapters.peftconfig import PeftConfig
+from adapters.traininggraph import TrainingBatch, TrainingGraph, missing_slots
+from aggregation.errors import ConfigError, DataError
+from client.training.denormals import without_denormals
+
+VECTORS_OF = {"IA3": OUTPUT_SCALE, "BEFT": OFFSET, "LN_TUNING": REPLACED}  # method → the slots that it fills
+
+
+class SlotGraph:
+    """The training graph of a verified base, and the slots that adapters of a configuration fill. Holds no adapter."""
+
+    def __init__(self, base: VerifiedBase, config: PeftConfig, head: Mapping[str, Sequence[int]], threads: int) -> None:
+        """Load the graph.
+
+        Args:
+            base: Of a bundle.
+            config: Of the adapters: LoRA, IA3, LN_TUNING or BEFT at layers that have slots.
+            head: Graph inputs of a classifier's head, and their shapes.
+            threads: For matrix products.
+
+        Raises:
+            ConfigError: The base has no training graph, or it cannot be loaded or lacks a gradient; or the method is
+                another one.
+            TrustError: The graph changed since it was verified.
+        """
+        check_method(base, config)
+        self.base, self.config = base, config
+        slots = base.manifest.slots
+        filled = _filled(slots, head, config)
+        layers = sorted(name.removesuffix(LORA_A) for name in slots if name.endswith(LORA_A))
+        self._scaling = {path: config.scaling_of(path) for path in layers if path + LORA_A in filled}
+        self.filled, self.empty = filled, nothing(slots, set(slots) - set(filled))
+        zeros = {name: np.zeros(shape, np.float32) for name, shape in filled.items()}
+        self.layout = Layout.of(to_peft_tensors(from_inputs(zeros, self._scaling), config))
+        content = base.read(TRAINING)
+        try:
+            with without_denormals():  # which the threads of the session inherit
+                self.graph = TrainingGraph(content, base.folder, threads)
+        except Exception as error:  # onnxruntime raises classes without a common base
+            raise unusable(base, error) from error
+        if missing := missing_slots(self.graph, slots):
+            reason = f"the training graph in {base.folder} has no gradient of {missing[0]!r}: export the base again"
+            raise ConfigError(reason, about=TRAINING, value=missing)
+
+    def tensors_of(self, inputs: Tensors) -> Tensors:
+        """The tensors, under peft's names, of an adapter that is given by graph input.
+
+        Raises:
+            DataError: It is of another layout: of other layers or ranks, or has what is no LoRA.
+        """
+        given = {name: value for name, value in inputs.items() if value.size}
+        if odd := sorted(given.keys() & self.empty.keys()):
+            reason = f"the adapter changes {odd[0]!r}, which a training graph cannot train with its method"
+            raise DataError(f"{reason}: use an adapter of LoRA, IA3, LN_TUNING or BEFT", about=odd[0])
+        tensors = to_peft_tensors(from_inputs(given, self._scaling), self.config)
+        self.layout.check(tensors)
+        return tensors
+
+    def inputs_of(self, adapter: Tensors) -> Tensors:
+        """The graph inputs of an adapter, one for each slot. Law: ``tensors_of(inputs_of(a))`` is ``a``, rounded."""
+        named = {spec.name: adapter[spec.name] for spec in self.layout.tensors}
+        return to_inputs(from_peft_tensors(named, self.config, {}), self._scaling) | self.empty
+
+    def gradients(self, values: Tensors, batches: Iterable[TrainingBatch]) -> tuple[float, Tensors]:
+        """The loss of some batches, and its gradients by peft's tensors, and by R for those that have one.
+
+        Raises:
+            DataError: The graph does not run.
+        """
+        squares = {name: values[square_name(name)] for name in values if square_name(name) in values and _is_b(name)}
+        factors = {name: frozen_factor(name, values[name].shape) for name in squares}
+        inputs = self.inputs_of(values | {name: values[name] + factors[name] @ r for name, r in squares.items()})
+        loss, total = 0.0, dict[str, Floats]()
+        for batch in batches:
+            try:
+                some, found = self.graph.gradients(batch, inputs)
+            except Exception as error:  # onnxruntime raises classes without a common base
+                raise self.failed(error) from error
+            loss += some
+            total = {name: total[name] + value if total else value for name, value in found.items()}
+        scaled = {name: value for name, value in total.items() if name not in self.empty}
+        # What a method names otherwise has the numbers of a slot in another shape.
+        gradients = to_peft_tensors(gradients_of_tensors(scaled, self._scaling), self.config)
+        return loss, gradients | {square_name(name): factors[name].T @ gradients[name] for name in squares}
+
+    def failed(self, error: Exception) -> DataError:
+        """What to raise where the graph does not run."""
+        reason = f"the training graph in {self.base.folder} does not run ({' '.join(str(error).split())[:200]})"
+        return DataError(f"{reason}: export the base again", about=TRAINING)
+
+
+def check_method(base: VerifiedBase, config: PeftConfig) -> None:
+    """Refuse a base without a training graph, and a method that none trains. Raises ConfigError."""
+    if TRAINING not in base.manifest.files:
+        raise ConfigError(
+            f"the base in {base.folder} has no training graph: export it with 'export base --training', or name the "
+            "base itself and install the extra train",
+            about=TRAINING,
+        )
+    if config.peft_type not in ("LORA", *VECTORS_OF) or config.use_dora:
+        method = "DoRA" if config.use_dora else config.peft_type
+        raise ConfigError(
+            f"a training graph trains LoRA, IA3, LN_TUNING and BEFT, not {method}: install the extra train",
+            about="task.peft_config",
+        )
+
+
+def unusable(base: VerifiedBase, error: Exception) -> ConfigError:
+    """What to raise where a file of the base cannot be loaded."""
+    reason = f"the base in {base.folder} cannot be loaded for training: {' '.join(str(error).split())[:200]}"
+    return ConfigError(reason, about=TRAINING)
+
+
+def nothing(slots: Mapping[str, Sequence[str]], names: Collection[str]) -> Tensors:
+    """Inputs that change nothing: of rank 0, and vectors that are not given."""
+    shapes = {name: tuple(int(text) if text.isdigit() else 0 for text in slots[name]) for name in sorted(names)}
+    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+
+
+def _targeted(path: str, targets: Sequence[str]) -> bool:
+    """Whether peft puts an adapter at a layer: a target is its path, or the end of it."""
+    return any(path == target or path.endswith(f".{target}") for target in targets)
+
+
+def _filled(
+    slots: Mapping[str, Sequence[str]], head: Mapping[str, Sequence[int]], config: PeftConfig
+) -> dict[str, tuple[int, ...]]:
+    """The graph inputs that an adapter fills, and their shapes."""
+
+    def shape(name: str, open_: int) -> tuple[int, ...]:
+        return tuple(int(text) if text.isdigit() else open_ for text in slots[name])
+
+    found = {name: tuple(given) for name, given in head.items()}
+    for name in slots:
+        path = layer_of(name)
+        if name in head or not _targeted(path, config.target_modules):
+            continue
+        if config.peft_type == "LORA" and name.endswith((LORA_A, LORA_B)):
+            found[name] = shape(name, config.rank_of(path))
+        feeds = config.peft_type == "IA3" and _targeted(path, config.feedforward_modules)
+        if name.endswith(INPUT_SCALE if feeds else VECTORS_OF.get(config.peft_type, INPUT_SCALE)) and (
+            feeds or config.peft_type in VECTORS_OF
+        ):
+            found[name] = shape(name, 1)
+    return found
+
+
+def _is_b(name: str) -> bool:
+    return part_of(name) is Part.B

@@ -1,0 +1,209 @@
+"""A language model is trained without torch to the adapter that torch makes of the same batches."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from adapters.base import Base
+from adapters.bundle import TRAINING, Bundle, VerifiedBase
+from adapters.layout import Tensors
+from adapters.parts import PARTS, Part
+from adapters.peftconfig import PeftConfig
+from adapters.task import OptimizerName, Task
+from aggregation.entropy import SystemEntropy
+from aggregation.errors import ConfigError, DataError, TrustError
+from aggregation.pki.identity import IdentityKey
+from client.training.control import TrainingControl
+from client.training.engine import language_trainer
+from client.training.examples import Example, Score
+from client.training.language import LanguageTrainer
+from client.training.languagegraph import LanguageGraphTrainer
+from export.bundle.write import write_bundle
+from export.causal import export_causal
+from export.onnx.dequantize import dequantized
+from export.onnx.exported import ExportedBase, Profile
+from tests.support.errors import refused
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+LORA = PeftConfig.lora(4, 8, ("q_proj", "v_proj"))
+TASK = Task(LORA, (), 1, 3, 0.02, 0.01, 0.0, PARTS, PARTS)
+EXAMPLES = (
+    *(Example(text) for text in ("abab abab abab", "ba ba ba", "abba", "aabb aabb")),
+    Example("yes", prompt="is it on?"),
+    Example("no, never", prompt="a"),
+)
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ':' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant:' }}{% endif %}"
+)
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="module")
+def chatty(make_lm: Callable[..., Base]) -> Base:
+    base = make_lm()
+    settings = base.folder / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": TEMPLATE}))
+    return base
+
+
+@pytest.fixture(scope="module")
+def exported(chatty: Base) -> ExportedBase:
+    return export_causal(chatty, ("q_proj", "v_proj", "o_proj"), Profile.NATIVE_INT8, training=True)
+
+
+@pytest.fixture(scope="module")
+def key() -> IdentityKey:
+    return IdentityKey.generate(SystemEntropy())
+
+
+@pytest.fixture(scope="module")
+def opened(exported: ExportedBase, key: IdentityKey, tmp_path_factory: pytest.TempPathFactory) -> VerifiedBase:
+    folder = tmp_path_factory.mktemp("bundles") / "bundle"
+    write_bundle(folder, exported, [], key=key)
+    return Bundle(folder, (key.public,)).base()
+
+
+@pytest.fixture(scope="module")
+def ours(opened: VerifiedBase) -> LanguageGraphTrainer:
+    return LanguageGraphTrainer(opened, LORA)
+
+
+@pytest.fixture(scope="module")
+def theirs(chatty: Base, tmp_path_factory: pytest.TempPathFactory) -> LanguageTrainer:
+    """Torch on the weights that the device runs."""
+    rounded = dequantized(chatty, Profile.NATIVE_INT8, tmp_path_factory.mktemp("rounded") / "base", "text-generation")
+    return LanguageTrainer(rounded, LORA)
+
+
+@pytest.fixture(scope="module")
+def start(ours: LanguageGraphTrainer) -> Tensors:
+    drawn = rng(5)
+    return {s.name: (0.2 * drawn.standard_normal(s.shape)).astype(np.float32) for s in ours.layout.tensors}
+
+
+def distance(left: Tensors, right: Tensors) -> float:
+    assert left.keys() == right.keys()
+    return max(float(np.abs(left[name] - right[name]).max()) for name in left)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        TASK,
+        replace(TASK, trained=(Part.B,), proximal=2.0),
+        replace(TASK, trained=(Part.R,), shared=(Part.R,)),
+        replace(TASK, optimizer=OptimizerName.SGD, learning_rate=0.1, momentum=0.9, gradient_norm=0.5),
+    ],
+    ids=["LoRA", "B, proximal", "Fed-SB", "SGD"],
+)
+def test_an_epoch_makes_the_adapter_that_torch_makes(
+    ours: LanguageGraphTrainer, theirs: LanguageTrainer, start: Tensors, task: Task
+) -> None:
+    assert ours.layout == theirs.layout
+    found, expected = (t.train(start, EXAMPLES, task, epochs=1, rng=rng(1)) for t in (ours, theirs))
+    moved = max(float(np.abs(value - start.get(name, 0)).max()) for name, value in expected.items())
+    assert moved > 0.003
+    assert distance(found, expected) < 0.002 * moved
+
+
+def test_scores_are_torchs(ours: LanguageGraphTrainer, theirs: LanguageTrainer, start: Tensors) -> None:
+    for examples in (EXAMPLES, EXAMPLES[4:]):
+        found, expected = ours.score(start, examples), theirs.score(start, examples)
+        assert found.count == expected.count
+        assert found.correct == pytest.approx(expected.correct, abs=1e-6)
+        assert found.loss == pytest.approx(expected.loss, rel=1e-4)
+    assert ours.score(start, ()) == Score(0, 0, 0.0)
+
+
+def test_a_batch_in_parts_makes_the_same_adapter(ours: LanguageGraphTrainer, start: Tensors) -> None:
+    whole = ours.train(start, EXAMPLES, TASK, epochs=1, rng=rng(1))
+    parts = ours.train(start, EXAMPLES, TASK, epochs=1, rng=rng(1), control=TrainingControl(tokens=16))
+    assert 0 < distance(parts, whole) < 1e-5
+
+
+def test_training_lowers_the_loss(ours: LanguageGraphTrainer, start: Tensors) -> None:
+    trained = ours.train(start, EXAMPLES, TASK, epochs=20, rng=rng())
+    assert ours.score(trained, EXAMPLES).loss < 0.7 * ours.score(start, EXAMPLES).loss
+    assert distance(ours.tensors_of(ours.inputs_of(trained)), trained) < 1e-6
+
+
+# Bad input.
+
+
+def test_no_examples_and_a_prompt_without_room_are_refused(ours: LanguageGraphTrainer, start: Tensors) -> None:
+    with refused(DataError, "examples", value=0):
+        ours.train(start, (), TASK, epochs=1, rng=rng())
+    with refused(DataError, "example.prompt"):
+        ours.train(start, [Example("a", prompt="b" * 400)], TASK, epochs=1, rng=rng())
+
+
+def test_a_loss_that_is_not_finite_is_refused(ours: LanguageGraphTrainer, start: Tensors) -> None:
+    broken = {name: np.full_like(value, 3e38) for name, value in start.items()}
+    with refused(DataError, "training.loss"):
+        ours.train(broken, EXAMPLES, TASK, epochs=1, rng=rng())
+
+
+def test_a_method_that_needs_torch_is_refused(opened: VerifiedBase) -> None:
+    with refused(ConfigError, "task.peft_config"):
+        LanguageGraphTrainer(opened, replace(LORA, use_dora=True))
+
+
+def test_a_training_graph_that_changed_after_it_was_verified_is_refused(
+    exported: ExportedBase, key: IdentityKey, tmp_path: Path
+) -> None:
+    write_bundle(tmp_path / "bundle", exported, [], key=key)
+    base = Bundle(tmp_path / "bundle", (key.public,)).base()
+    with (base.folder / TRAINING).open("ab") as file:
+        file.write(b"\0")
+    with refused(TrustError, TRAINING):
+        LanguageGraphTrainer(base, LORA)
+
+
+def test_the_trainer_of_a_bundle_stays_loaded(opened: VerifiedBase) -> None:
+    assert language_trainer(opened, LORA) is language_trainer(replace(opened, files=dict(opened.files)), LORA)
+
+
+BLOCKED = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"accelerate", "flwr", "gguf", "onnx", "peft", "torch", "transformers"}:
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Absent())
+from pathlib import Path
+import numpy as np
+from adapters.bundle import Bundle
+from adapters.keyfiles import read_public_keys
+from adapters.parts import PARTS
+from adapters.peftconfig import PeftConfig
+from adapters.task import Task
+from client.training.engine import language_trainer
+from client.training.examples import Example
+
+config = PeftConfig.lora(2, 4, ("q_proj", "v_proj"))
+trainer = language_trainer(Bundle(Path(sys.argv[1]), read_public_keys(Path(sys.argv[2]))).base(), config)
+start = {s.name: np.full(s.shape, 0.1, np.float32) for s in trainer.layout.tensors}
+task = Task(config, (), 1, 2, 0.01, 0.0, 0.0, PARTS, PARTS)
+examples = [Example("ab ab"), Example("yes", prompt="is it?")]
+trained = trainer.train(start, examples, task, epochs=1, rng=np.random.default_rng(0))
+print(trainer.score(trained, examples).count, any(not np.array_equal(trained[n], start[n]) for n in start))
+"""
+
+
+def test_a_device_trains_a_language_model_without_torch(opened: VerifiedBase, key: IdentityKey, tmp_path: Path) -> None:
+    (tmp_path / "trust.pem").write_bytes(key.public.to_pem())
+    command = [sys.executable, "-c", BLOCKED, str(opened.folder.parent), str(tmp_path / "trust.pem")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == "2 True\n", done.stderr
