@@ -11,7 +11,7 @@ from client.cli import options
 from client.cli.learn import change
 
 if TYPE_CHECKING:  # slow to import, and not needed for --help
-    from client.learning import Personalized
+    from client.learning import LanguagePersonalized, Personalized
 
 METHODS = ("fine-tune", "ridge", "ensemble", "interpolate")  # of client.training.personal.PersonalMethod
 
@@ -25,7 +25,7 @@ METHODS = ("fine-tune", "ridge", "ensemble", "interpolate")  # of client.trainin
     type=click.Choice(METHODS),
     default=METHODS[0],
     show_default=True,
-    help="Train all parts; fit the head by a regression alone; both; or go halfway.",
+    help="Train all parts; fit a classifier's head by a regression alone; both; or go halfway.",
 )
 @click.option("--epochs", type=click.IntRange(1, 100), default=3, show_default=True, help="Passes over the examples.")
 @click.option(
@@ -72,7 +72,8 @@ def personalize(
     file: Path,
 ) -> None:
     """Make a private adapter from the newest global adapter of the bundle and the examples in EXAMPLES, a device's
-    examples.jsonl, and put it into use if it answers at least as many of the held-out examples.
+    examples.jsonl, and put it into use if it answers at least as many of the held-out examples, or of a language model
+    predicts them at least as well.
 
     What was taught with `edgeadapt device learn` is trained as well. Nothing leaves the device. After a kill, the same
     command goes on where it was. `edgeadapt device learn --undo` takes the adapter back.
@@ -87,14 +88,29 @@ def personalize(
     """
     import math
 
-    from client.learning import Learner
+    from client.learning import Learner, personalize_language_model
     from client.training.control import TrainingControl
     from client.training.personal import PersonalMethod, PersonalStep
 
     how = PersonalStep(epochs, scale, PersonalMethod(method), patience=patience)
-    with Learner.open(bundle, trust, name) as learner:
-        found = learner.personalize(file, how, learning_rate, TrainingControl(seconds or math.inf, duty_cycle))
-    click.echo(json.dumps(asdict(found), ensure_ascii=False) if as_json else "\n".join(_lines(found)))
+    control = TrainingControl(seconds or math.inf, duty_cycle)
+    with Learner.open(bundle, trust, name, task=None) as learner:
+        if learner.library.manifest.task == "text-generation":
+            written = personalize_language_model(learner, file, how, learning_rate, control)
+            row, lines = asdict(written), _language_lines(written)
+        else:
+            found = learner.personalize(file, how, learning_rate, control)
+            row, lines = asdict(found), _lines(found)
+    click.echo(json.dumps(row, ensure_ascii=False) if as_json else "\n".join(lines))
+
+
+def _language_lines(found: "LanguagePersonalized") -> list[str]:
+    state = "is in use" if found.made else "stays in use: it predicts the held-out examples better"
+    lines = [f"{found.adapter} version {found.version} {state}; {found.trained} examples, {found.seconds:.1f} s"]
+    if found.held_out:
+        bits = ", ".join(f"{name} {value:.3f}" for name, value in found.bits.items())
+        lines.append(f"bits for each byte of {found.held_out} held-out examples: {bits}")
+    return lines
 
 
 def _lines(found: "Personalized") -> list[str]:

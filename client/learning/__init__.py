@@ -4,6 +4,16 @@ Runs on the bare install, and uses no network.
 """
 
 from client.learning.corrections import Correction
+from client.learning.language import LanguagePersonalized, personalize_language_model
 from client.learning.learner import Answers, Learned, Learner, Personalized, Undone
 
-__all__ = ["Answers", "Correction", "Learned", "Learner", "Personalized", "Undone"]
+__all__ = [
+    "Answers",
+    "Correction",
+    "LanguagePersonalized",
+    "Learned",
+    "Learner",
+    "Personalized",
+    "Undone",
+    "personalize_language_model",
+]

@@ -28,7 +28,9 @@ from adapters.bundle import PHRASES, TOKENIZER, TRUST, VerifiedAdapter, adapter_
 from adapters.keyfiles import read_key
 from adapters.layout import Tensors
 from adapters.manifest import AdapterManifest
+from adapters.manifest import Task as BundleTask
 from adapters.parts import PARTS
+from adapters.peftconfig import PeftConfig
 from adapters.phrases import parse_phrases
 from adapters.quantization import quantize
 from adapters.task import Task
@@ -134,7 +136,12 @@ class Learner:
     @classmethod
     @contextmanager
     def open(
-        cls, bundle: Path, trust: Path | None = None, name: str | None = None, entropy: Entropy | None = None
+        cls,
+        bundle: Path,
+        trust: Path | None = None,
+        name: str | None = None,
+        entropy: Entropy | None = None,
+        task: BundleTask | None = "text-classification",
     ) -> Iterator["Learner"]:
         """Verify a bundle and open what was learned, which no other process can do at the same time.
 
@@ -144,12 +151,13 @@ class Learner:
             name: The adapter that shall learn; by default that in use. One that is not private stays, and a private one
                 is made from it.
             entropy: Draws the keys, the first time.
+            task: That the base must be for; None: any.
 
         Raises:
             TrustError, DataError, ConfigError: As ``Library.open``, ``Library.default`` and ``Trust.adapter``; or
                 another process learns, or what was learned cannot be opened.
         """
-        library = Library.open(bundle, trust, "text-classification")
+        library = Library.open(bundle, trust, task)
         folder = bundle.resolve().parent / LEARNED
         folder.mkdir(mode=storage.PRIVATE_FOLDER, exist_ok=True)
         try:
@@ -193,7 +201,7 @@ class Learner:
             reason = f"nothing was learned in {tuned.steps} steps; the adapter in use stays: teach other phrases"
             raise DataError(reason, about="corrections")
         changed = tuple(one for one in others if one.before.label != one.after.label)
-        made = self._replace(manifest, corrections, trainer.inputs_of(tuned.adapter))
+        made = self.put_into_use(manifest, corrections, trainer.inputs_of(tuned.adapter))
         return Learned(made.name, made.version, tuned.steps, seconds, own, changed, len(others))
 
     def personalize(
@@ -220,7 +228,7 @@ class Learner:
             ConfigError: As ``teach``; or the bundle has no global adapter, or several.
             OSError: The disk is full, for example.
         """
-        origin, begun = self._global(), time.perf_counter()
+        origin, begun = self.global_adapter(), time.perf_counter()
         labels = origin.manifest.labels
         own = read_examples(examples, len(labels))
         trainer = self._trainer(origin.manifest)
@@ -232,8 +240,7 @@ class Learner:
             if one.label in labels and one.text not in texts
         ]
         public = [one for one in self._public(labels) if one.text not in texts]
-        settings = [origin.manifest.sha256, learning_rate, *map(str, astuple(how))]
-        subject = sha256(jsontext.encode(settings) + encode_examples([*own, *taught, *public])).digest()
+        subject = step_digest(origin.manifest, learning_rate, how, [*own, *taught, *public])
         rng = np.random.default_rng(list(subject))
         every = rehearsed([*own, *taught], public, each=PUBLIC_EACH, rng=rng)
         epochs = max(how.epochs, 1)
@@ -250,7 +257,7 @@ class Learner:
         made = found.chosen is Candidate.PERSONAL and right["personal"] >= right.get("in use", 0)
         others = [*held_out, *(one for one in public if one not in every)][: len(held_out) + MAX_TESTED]
         answers = self._answers(trainer, origin.manifest, others if made else (), before, found.adapter)
-        used = self._replace(origin.manifest, (), trainer.inputs_of(found.adapter)) if made else old
+        used = self.put_into_use(origin.manifest, (), trainer.inputs_of(found.adapter)) if made else old
         checkpoint.delete()
         return Personalized(
             used.name,
@@ -264,7 +271,7 @@ class Learner:
             len(answers),
         )
 
-    def _global(self) -> VerifiedAdapter:
+    def global_adapter(self) -> VerifiedAdapter:
         """The newest global adapter: the one in use, or the only one of the bundle."""
         if not self.adapter.manifest.parent:
             return self.adapter
@@ -279,10 +286,7 @@ class Learner:
         return shared[0]
 
     def _trainer(self, manifest: AdapterManifest) -> GraphTrainer:
-        if manifest.peft_config is None:
-            reason = f"adapter {manifest.name!r} does not state its PEFT config, which training needs: export it again"
-            raise ConfigError(reason, about="adapter-manifest.peft_config")
-        return GraphTrainer(self.library.base, len(manifest.labels), manifest.peft_config)
+        return GraphTrainer(self.library.base, len(manifest.labels), stated_config(manifest))
 
     def undo(self) -> Undone:
         """Go back to the adapter before the last lesson.
@@ -366,7 +370,9 @@ class Learner:
             for one, both in zip(examples, zip(*found, strict=True), strict=True)
         )
 
-    def _replace(self, origin: AdapterManifest, corrections: Sequence[Correction], inputs: Tensors) -> AdapterManifest:
+    def put_into_use(
+        self, origin: AdapterManifest, corrections: Sequence[Correction], inputs: Tensors
+    ) -> AdapterManifest:
         """Put an adapter with these inputs, which was made from ``origin``, into use: a lesson that can be undone."""
         old = self.adapter.manifest
         blob = container.pack(quantize(inputs, "fp32"))
@@ -421,6 +427,20 @@ class Learner:
 
     def _trusted(self) -> tuple[PublicKey, ...]:
         return self.library.trust.bundle.trusted
+
+
+def stated_config(manifest: AdapterManifest) -> PeftConfig:
+    """The configuration that an adapter states. Raises ConfigError if it states none."""
+    if manifest.peft_config is None:
+        reason = f"adapter {manifest.name!r} does not state its PEFT config, which training needs: export it again"
+        raise ConfigError(reason, about="adapter-manifest.peft_config")
+    return manifest.peft_config
+
+
+def step_digest(origin: AdapterManifest, learning_rate: float, how: PersonalStep, examples: Sequence[Example]) -> bytes:
+    """What a personal step is of: an interrupted one of the same is continued."""
+    settings = [origin.sha256, learning_rate, *map(str, astuple(how))]
+    return sha256(jsontext.encode(settings) + encode_examples(examples)).digest()
 
 
 def _in_lesson_order(phrases: Sequence[tuple[str, str]], lesson: int) -> list[tuple[str, str]]:

@@ -1,0 +1,179 @@
+"""The personal step of a language model makes its private adapter of a device's texts, without torch."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from adapters.bundle import BASE_MANIFEST, TRAINING, adapter_names
+from adapters.manifest import BaseManifest
+from adapters.peftconfig import PeftConfig
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
+from aggregation.pki.identity import IdentityKey
+from client.inference.library import Library
+from client.learning import Learner, personalize_language_model
+from client.training.personal import PersonalMethod, PersonalStep
+from export.bundle.write import write_bundle
+from export.causal import export_causal
+from export.onnx.exported import ExportedBase, Profile
+from tests.support.blocked import without_torch
+from tests.support.errors import refused
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CONFIG = PeftConfig.lora(rank=4, alpha=8, targets=("q_proj", "v_proj"))
+FINE_TUNE = PersonalStep(8, 16.0)
+
+
+@pytest.fixture(scope="module")
+def trainable(lm_base: Any) -> ExportedBase:
+    return export_causal(lm_base, CONFIG.target_modules, Profile.NATIVE_INT8, training=True)
+
+
+@pytest.fixture
+def talker(tmp_path: Path, trainable: ExportedBase, lm_source: Any, vendor: IdentityKey) -> Path:
+    """A bundle of a language model with a training graph and a global adapter."""
+    folder = tmp_path / "device" / "bundle"
+    write_bundle(folder, trainable, [lm_source(peft_config=CONFIG)], key=vendor)
+    (folder.parent / "trust.pem").write_bytes(vendor.public.to_pem())
+    return folder
+
+
+def texts(folder: Path, held_out: str = "abab abab") -> Path:
+    lines: list[dict[str, str]] = [{"text": text} for text in ("abab abab abab", "abab abab ab", "ab abab")]
+    lines += [{"text": "yes", "prompt": "is it?"}, {"text": held_out, "split": "validation"}]
+    path = folder / "examples.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def contents(bundle: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted((bundle / "adapters").iterdir())}
+
+
+def test_a_command_without_torch_makes_the_private_adapter_which_is_used_and_undone(
+    talker: Path, tmp_path: Path
+) -> None:
+    before = contents(talker)
+    options = ["--epochs", "8", "--learning-rate", "0.02", "--json", str(texts(talker.parent))]
+    command = [sys.executable, "-m", "edgeadapt", "device", "personalize", "--bundle", str(talker), *options]
+    there = os.environ | without_torch(tmp_path / "absent")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=there)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["adapter"], found["version"], found["made"], found["trained"]) == ("personal", 4, True, 4)
+    assert found["bits"]["personal"] < 0.8 * found["bits"]["global"]
+    library = Library.open(talker, None)
+    assert (library.default(), adapter_names(talker)) == ("personal", ["global", "personal"])
+    with Learner.open(talker, task=None) as learner:
+        again = personalize_language_model(learner, texts(talker.parent), FINE_TUNE, 0.02)
+        assert again.bits["in use"] == pytest.approx(found["bits"]["personal"], abs=1e-6)
+    while "personal" in adapter_names(talker):
+        with Learner.open(talker, task=None) as learner:
+            learner.undo()
+    assert contents(talker) == before
+
+
+def test_without_held_out_texts_the_step_is_used(talker: Path) -> None:
+    path = texts(talker.parent)
+    path.write_text('{"text": "ab ab"}\n')
+    with Learner.open(talker, task=None) as learner:
+        found = personalize_language_model(learner, path, PersonalStep(1, 16.0), 0.001)
+    assert (found.adapter, found.made, found.held_out, found.bits) == ("personal", True, 0, {})
+
+
+def test_an_adapter_that_predicts_held_out_texts_better_stays(talker: Path) -> None:
+    before = contents(talker)
+    with Learner.open(talker, task=None) as learner:
+        found = personalize_language_model(learner, texts(talker.parent, "Zq%+7"), FINE_TUNE, 0.09)
+    assert (found.adapter, found.made) == ("global", False)
+    assert found.bits["personal"] > found.bits["global"]
+    assert contents(talker) == before
+
+
+# Bad input: one line, and the adapter in use stays.
+
+
+def test_what_cannot_be_trained_is_refused_and_changes_nothing(talker: Path) -> None:
+    before, path = contents(talker), texts(talker.parent)
+    with Learner.open(talker, task=None) as learner:
+        with refused(ConfigError, "--method"):
+            personalize_language_model(learner, path, PersonalStep(1, 16.0, PersonalMethod.RIDGE), 0.01)
+        with refused(DataError, "training.loss"):
+            personalize_language_model(learner, path, FINE_TUNE, 1e30)
+        path.write_text("")
+        with refused(DataError, "examples.split"):
+            personalize_language_model(learner, path, FINE_TUNE, 0.01)
+    with refused(ConfigError, "base.task"), Learner.open(talker):
+        raise AssertionError
+    assert contents(talker) == before
+
+
+def test_an_altered_training_graph_is_refused(talker: Path) -> None:
+    file, before = talker / "base" / TRAINING, contents(talker)
+    file.write_bytes(file.read_bytes()[:-1])
+    with refused(TrustError, TRAINING), Learner.open(talker, task=None):
+        raise AssertionError
+    assert contents(talker) == before
+
+
+def signed_with(bundle: Path, name: str, content: bytes, vendor: IdentityKey) -> None:
+    """Replace a file of the base, as a vendor who signs a wrong one would."""
+    path = bundle / BASE_MANIFEST
+    manifest = BaseManifest.unverified(path.read_bytes())
+    (bundle / "base" / name).write_bytes(content)
+    path.write_bytes(replace(manifest, files=manifest.files | {name: sha256(content).hexdigest()}).sign(vendor))
+
+
+def without_gradient(model: onnx.ModelProto) -> None:
+    output = next(each for each in model.graph.output if each.name.endswith("v_proj.lora_A.weight.gradient"))
+    model.graph.output.remove(output)
+
+
+def of_another_layout(model: onnx.ModelProto) -> None:
+    for value in model.graph.input:
+        if value.name.endswith("lora_A.weight"):
+            value.type.tensor_type.shape.dim[0].dim_value += 1
+
+
+def of_another_base(model: onnx.ModelProto) -> None:
+    large = [entry for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "offset"]
+    large[-1].value = str(2**40)
+
+
+def with_nan_weights(model: onnx.ModelProto) -> None:
+    scales = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("_scales"))
+    scales.CopyFrom(onnx.numpy_helper.from_array(np.full(tuple(scales.dims), np.nan, np.float32), scales.name))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "about"),
+    [
+        (without_gradient, ConfigError, TRAINING),
+        (of_another_layout, ConfigError, TRAINING),
+        (of_another_base, ConfigError, TRAINING),
+        (with_nan_weights, DataError, "training.loss"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_wrong_training_graph_is_refused_and_the_adapter_in_use_stays(
+    talker: Path,
+    vendor: IdentityKey,
+    change: Callable[[onnx.ModelProto], None],
+    error: type[EdgeAdaptError],
+    about: str,
+) -> None:
+    before, model = contents(talker), onnx.load_from_string((talker / "base" / TRAINING).read_bytes())
+    change(model)
+    signed_with(talker, TRAINING, model.SerializeToString(), vendor)
+    with Learner.open(talker, task=None) as learner, refused(error, about):
+        personalize_language_model(learner, texts(talker.parent), FINE_TUNE, 0.01)
+    assert contents(talker) == before
