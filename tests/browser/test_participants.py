@@ -246,6 +246,24 @@ def test_a_device_in_javascript_refuses_steps_out_of_order_and_repeated_ones(mix
     refuses(fleet, me, Step.PLAN, plans[me], "plan.round")
 
 
+def test_a_device_that_cannot_store_what_it_remembers_answers_no_plan_and_takes_part_in_the_next_round(
+    mixed: Mixed,
+) -> None:
+    fleet = mixed(5, {1})
+    me, session = "device-001", fleet.establish()
+    _, plans = fleet.begin(session)
+    fleet.program.ask("fill", me, full=True)
+    with pytest.raises(RefusedError) as caught:
+        fleet.contribute(me, plans[me])
+    assert (caught.value.name, caught.value.about) == ("ConfigError", "identities")
+    fleet.program.ask("fill", me, full=False)
+    refuses(fleet, me, Step.PLAN, plans[me], "plan.round")  # what it masked for this round is not made again
+    session, result = fleet.round(session, {"input": [me]})
+    fleet.assert_exact(result, set(fleet.devices) - {me})
+    _, result = fleet.round(session)
+    fleet.assert_exact(result, set(fleet.devices))
+
+
 def test_a_device_in_javascript_signs_and_unmasks_one_survivor_set(mixed: Mixed) -> None:
     fleet = mixed(5, {0}, rounds=1)
     me = "device-000"

@@ -1,8 +1,6 @@
-"""A federation over one gateway: light devices in Python, and tabs of Chromium that contribute given updates."""
+"""A federation over one gateway: light devices in Python, and tabs of Chromium, driven by their view."""
 
-import base64
 import contextlib
-import json
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,75 +13,101 @@ from flwr.app import Message
 
 from adapters.gateway.websocket import PATH
 from aggregation.pki import Authority
+from aggregation.pki.certificates import to_pem
 from aggregation.pki.identity import PublicKey
+from aggregation.pki.requests import read_request
 from aggregation.steps import Step
 from client.browser.server import Site, http_server
 from coordinator.gateway.grid import GatewayGrid
 from coordinator.gateway.server import GatewayLimits
 from coordinator.gateway.websocket import BrowserSettings
 from coordinator.statedir import CoordinatorStateDir
-from simulations.engine.provision import AUTHORITY, AUTHORITY_KEY
 from tests.support import cdp
-from tests.support.gateway import HOST, attending, authority_of, give_tls, server_tls
+from tests.support.gateway import HOST, attending, authority_of, give_tls, server_tls, wait_until
 from tests.support.hostile import audit_failures
 
-GENERATE = """(async () => {
-  const pair = await crypto.subtle.generateKey("Ed25519", false, ["sign", "verify"]);
-  const publicKey = new Uint8Array(await crypto.subtle.exportKey("raw", pair.publicKey));
-  globalThis.own = { key: pair.privateKey, publicKey };
-  return btoa(String.fromCharCode(...publicKey));
-})()"""
-TAKE_PART = """(async (given) => {
-  const load = (name) => import(`/aggregation/${name}.js`);
-  const [{ Root }, { Device }, { Policy }] = await Promise.all([load("certificates"), load("device"), load("policy")]);
-  const [{ Participant }, { attend, nodeOf }] = await Promise.all([load("participant"), load("websocket")]);
-  const { contribution, requireBounds } = await load("contribution");
-  const bytes = (base64) => Uint8Array.from(atob(base64), (sign) => sign.charCodeAt(0));
-  const [root, policy] = [await Root.open(bytes(given.root)), new Policy(given.policy)];
-  const known = { root, policy, certificate: bytes(given.certificate), coordinator: bytes(given.coordinator) };
-  const delta = Float64Array.from({ length: given.size }, (_, i) => given.update * Math.sin(i));
-  globalThis.plans = 0;
-  const train = (plan, spec) => {
-    requireBounds(spec, given.size);
-    globalThis.plans++;
-    return contribution({ delta, examples: 3, score: { correct: 1, loss: 2.5, count: 2 } }, spec, plan.adapter_digest);
-  };
-  const device = new Device({ ...globalThis.own, ...known });
-  const participant = new Participant(device, train, await nodeOf(given.name), { quantum: 0 });
+SHOWN = "([...document.querySelectorAll('#participation form')].find((form) => !form.hidden)?.id ?? '')"
+STATE = "document.getElementById('join-state').textContent"
+AWAY = "This browser does not take part now."
+OUTCOMES = "[...document.querySelectorAll('#rounds tr')].map((row) => row.dataset.outcome)"
+CONDITIONS = {"minimum_cohort": 3, "minimum_survivors": 2, "answer-quantum": 0}
+OBSERVE = """(() => {
   globalThis.states = [];
-  globalThis.leaving = new AbortController();
-  const shown = ({ state, step }) => states.push(step ?? state);
-  globalThis.attending = attend({ device, participant, url: given.url, signal: leaving.signal, shown })
-    .then(() => "left", (error) => error.message);
-})"""
+  const shown = document.getElementById("join-state");
+  new MutationObserver(() => states.push(shown.textContent)).observe(shown, { childList: true });
+})()"""
 
 
 @dataclass
 class Tab:
-    """A device in a tab."""
+    """A device in a tab, driven as a person does."""
 
     page: cdp.Page
     name: str
+    folder: Path  # where the browser puts what it saves
 
-    def take_part(self, fleet: Any, page_url: str, gateway: str) -> None:
-        """Certify the device with a key that never leaves the tab, and connect it."""
-        state_dir = fleet.state_dir(self.name)
-        self.page.goto(page_url)
-        key = PublicKey(base64.b64decode(self.page.evaluate(GENERATE)))
-        authority = Authority.from_pem((fleet.out / AUTHORITY / AUTHORITY_KEY).read_bytes())
+    def click(self, name: str) -> None:
+        self.page.evaluate(f"document.getElementById({name!r}).click()")
+
+    def fill(self, **values: object) -> None:
+        for name, value in values.items():
+            self.page.evaluate(f"document.getElementById({name!r}).value = {str(value)!r}")
+
+    def until_shown(self, form: str) -> None:
+        self.page.until(f"{SHOWN} === {form!r} || document.getElementById('join-error').textContent")
+        assert self.page.alert("join-error") == ""
+
+    def refused(self, button: str) -> str:
+        """The line that is shown after a click."""
+        self.click(button)
+        self.page.until("document.getElementById('join-error').textContent")
+        return self.page.alert("join-error")
+
+    def file(self, name: str, content: bytes) -> Path:
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / name).write_bytes(content)
+        return self.folder / name
+
+    def certified(self, authority: Authority, name: str, key: PublicKey) -> Path:
         begin = datetime.now(UTC) - timedelta(hours=1)
-        certificate = authority.issue(self.name, key, not_before=begin, not_after=authority.root.not_after)
-        given = {
-            "name": self.name,
-            "certificate": base64.b64encode(certificate).decode(),
-            "root": base64.b64encode(authority.root.der).decode(),
-            "coordinator": base64.b64encode(state_dir.coordinator.raw).decode(),
-            "policy": {"known_bases": [state_dir.base().digest], "minimum_cohort": 3, "minimum_survivors": 2},
-            "size": fleet.registry().newest_adapter().layout.size,
-            "update": 1e-3,
-            "url": gateway,
-        }
-        self.page.evaluate(f"{TAKE_PART}({json.dumps(given)})")
+        der = authority.issue(name, key, not_before=begin, not_after=authority.root.not_after)
+        return self.file(f"{name}.pem", to_pem(der))
+
+    def enrol(self, fleet: Any, page_url: str) -> None:
+        """Make a key that never leaves the tab, and have it certified; a wrong file is refused, and nothing is lost."""
+        authority, coordinator = authority_of(fleet), fleet.state_dir(self.name).coordinator
+        pins = self.file("authority.pem", authority.root.to_pem()), self.file("coordinator.pem", coordinator.to_pem())
+        self.page.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(self.folder))
+        self.page.goto(page_url)
+        self.until_shown("enrol-form")
+        self.fill(**{"device-name": self.name})
+        self.page.pick("#authority-file", pins[1])
+        self.page.pick("#coordinator-file", pins[1])
+        assert "not one certificate" in self.refused("enrol")
+        self.page.pick("#authority-file", pins[0])
+        self.click("enrol")
+        self.until_shown("certificate-form")
+        request = self.folder / f"{self.name}.csr"
+        wait_until(request.exists)
+        name, key = read_request(request.read_bytes())
+        assert name == self.name
+        self.page.pick("#certificate-file", self.certified(authority, "another", key))
+        assert "another key or name" in self.refused("certificate-install")
+        self.page.goto(page_url)  # the key is kept
+        self.until_shown("certificate-form")
+        self.page.pick("#certificate-file", self.certified(authority, self.name, key))
+        self.click("certificate-install")
+        self.until_shown("join-form")
+        assert coordinator.key_id in self.page.alert("identity")
+
+    def take_part(self, examples: Path) -> None:
+        """Take part with these examples, once there are as many as the conditions demand."""
+        self.page.evaluate(OBSERVE)
+        self.page.pick("#examples-file", examples)
+        self.fill(**CONDITIONS, **{"minimum-examples": 1000})
+        assert "your minimum is 1000" in self.refused("join")
+        self.fill(**{"minimum-examples": 1})
+        self.click("join")
 
 
 class ClosingGrid(GatewayGrid):
@@ -109,12 +133,12 @@ def tabs(chromium: Any) -> Iterator[list[cdp.Page]]:
 
 
 @pytest.fixture
-def page_of(bundle: Path, libraries: None) -> Iterator[Callable[[str], str]]:
+def page_of(phone: Path, libraries: None) -> Iterator[Callable[[str], str]]:
     """Serves a page that may connect to a gateway; returns its URL."""
     running = []
 
     def serve(gateway: str) -> str:
-        running.append(http_server(Site.of(bundle, gateway=gateway), HOST, 0))
+        running.append(http_server(Site.of(phone, gateway=gateway), HOST, 0))
         threading.Thread(target=running[-1].serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         return f"http://{HOST}:{running[-1].server_port}/"
 
@@ -126,9 +150,12 @@ def page_of(bundle: Path, libraries: None) -> Iterator[Callable[[str], str]]:
 
 @pytest.mark.slow
 def test_two_light_devices_and_two_tabs_train_an_adapter_over_one_gateway(
-    fleet_of: Callable[..., Any], page_of: Callable[[str], str], tabs: list[cdp.Page]
+    fleet_of: Callable[..., Any], page_of: Callable[[str], str], tabs: list[cdp.Page], tmp_path: Path
 ) -> None:
-    """In the third round, which is of a second session, one tab is closed after its device has shared its secrets."""
+    """Each trains on its own examples.
+
+    In the third round, which is of a second session, one tab is closed after its device has shared its secrets.
+    """
     fleet = fleet_of(4, rounds=3, aggregation__session_rounds=2)
     give_tls(fleet)
     folders = sorted(map(Path, fleet.nodes.values()))
@@ -142,17 +169,30 @@ def test_two_light_devices_and_two_tabs_train_an_adapter_over_one_gateway(
     assert grid.browsers is not None
     url = page_of(grid.browsers.url.removesuffix(PATH))
     with contextlib.closing(grid), attending(grid.port, folders[:2]):
-        for page, name in zip(tabs, names[2:], strict=True):
-            Tab(page, name).take_part(fleet, url, grid.browsers.url)
+        devices = [Tab(page, name, tmp_path / name) for page, name in zip(tabs, names[2:], strict=True)]
+        for device in devices:
+            device.enrol(fleet, url)
+            device.take_part(fleet.state_dir(device.name).examples)
         grid.await_devices(4)
         records = fleet.federate(grid)
-        assert tabs[0].evaluate("globalThis.plans") == 3
-        assert {step.value for step in Step} <= set(tabs[0].evaluate("globalThis.states"))
     assert [record.version for record in records] == [1, 2, 3]
     assert [record.survivors for record in records] == [tuple(names), tuple(names), tuple(names[:3])]
     assert records[2].dropped == {names[3]: "plan"}
-    tabs[0].until("states.at(-1) === 'away'")
-    tabs[0].evaluate("leaving.abort()")
-    assert tabs[0].evaluate("attending") == "left"
+    stays = devices[0]
+    stays.page.until(f"{STATE} === {AWAY!r}")
+    states = " ".join(stays.page.evaluate("states"))
+    assert all(word in states for word in ("Waiting", "training, step 1 of", "masking", "The run is over"))
+    assert stays.page.alert("join-error") == ""
+    stays.fill(**{"join-when": "open"})
+    stays.click("join")
+    stays.page.until("!document.getElementById('join-leave').disabled")
+    stays.click("join-leave")
+    stays.page.until(f"{STATE} === {AWAY!r}")
+    stays.page.goto(url)
+    stays.until_shown("join-form")
+    assert stays.page.evaluate(OUTCOMES) == ["counted"] * 3
+    stays.click("identity-forget")
+    stays.until_shown("enrol-form")
+    assert stays.page.errors() == []
     assert audit_failures(fleet.out) == set()
     state_dir.registry.close()

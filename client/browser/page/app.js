@@ -1,4 +1,5 @@
-// The page: opens a bundle, and connects its parts (adapterview.js, phraseview.js, learnview.js, chatview.js).
+// The page: opens a bundle, and connects its parts (adapterview.js, phraseview.js, learnview.js, chatview.js,
+// participationview.js).
 
 import { AdapterView } from "./adapterview.js";
 import { ChatView } from "./chatview.js";
@@ -6,6 +7,7 @@ import { Client } from "./client.js";
 import { complain, create, element, settle } from "./dom.js";
 import { LearnView } from "./learnview.js";
 import { keepCopy } from "./offline.js";
+import { ParticipationView } from "./participationview.js";
 import { PhraseView } from "./phraseview.js";
 
 const client = new Client();
@@ -19,6 +21,7 @@ const adapters = new AdapterView(client, {
   },
 });
 const learn = new LearnView(client, (found, name) => adapters.show(found, false, name));
+const participation = new ParticipationView(client);
 let generates = false; // whether the open bundle generates text
 
 const answering = () => (generates ? chat : phrase);
@@ -45,6 +48,7 @@ async function open(options) {
   element("generate").hidden = !generates;
   answering().show(bundle);
   learn.show(bundle);
+  await participation.show(bundle);
   await adapters.show(bundle.adapters, generates);
   show("good", `A pinned key signed the base. Ready after ${((performance.now() - start) / 1000).toFixed(1)} s.`);
 }

@@ -22,6 +22,12 @@ export class Client {
   undo = () => this.#call("undo", {});
   exported = (name) => this.#call("exported", { name });
   reset = () => this.#call("reset", {});
+  identity = () => this.#call("identity", {});
+  enrol = (args) => this.#call("enrol", args);
+  install = (certificate) => this.#call("install", { certificate });
+  forget = () => this.#call("forget", {});
+  takePart = (args, piece) => this.#call("takePart", args, piece);
+  leave = () => this.#worker.postMessage({ method: "leave" });
   stop = () => this.#worker.postMessage({ method: "stop" });
 
   #call(method, args, piece) {

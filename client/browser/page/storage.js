@@ -6,8 +6,9 @@
 import { ConfigError } from "./errors.js";
 
 const DATABASE = "edgeadapt";
-const VERSION = 3;
+const VERSION = 4;
 export const VERSIONS = "versions"; // accepted versions of adapters (seen.js)
+export const IDENTITIES = "identities"; // of this browser as a device (identity.js)
 export const LEARNED = "learned"; // what a person taught (learning/history.js)
 
 /**
@@ -35,7 +36,7 @@ async function opened() {
   const request = indexedDB.open(DATABASE, VERSION);
   request.onupgradeneeded = () => {
     for (const store of request.result.objectStoreNames) request.result.deleteObjectStore(store);
-    for (const store of [VERSIONS, LEARNED]) request.result.createObjectStore(store);
+    for (const store of [VERSIONS, LEARNED, IDENTITIES]) request.result.createObjectStore(store);
   };
   await settled(request, "onsuccess", "onerror", "onblocked");
   return request.result;

@@ -1,12 +1,16 @@
 // Runs the engine in a thread of its own, so that the page stays responsive. Requests are answered one after the other,
-// except `stop`, which ends the text that is being generated, or the lesson.
+// except `stop`, which ends the text that is being generated, or the lesson; and `takePart`, during which others are answered,
+// until `leave` ends it.
 //
 // In:  { id, method, args }     Out: { id, piece }* then { id, result } or { id, error: { name, message, about } }
 
 import { Engine } from "./engine.js";
+import { corrections } from "./learning/history.js";
 import { ConfigError, DataError, EdgeAdaptError } from "./errors.js";
+import { Identity } from "./identity.js";
 import { Learner } from "./learning/learner.js";
 import { MAX_STEPS } from "./learning/tune.js";
+import { forget, takePart } from "./participation.js";
 import { threads } from "./runtime.js";
 import { seeded } from "./sampling.js";
 import { fetched, FolderSource, HttpSource } from "./sources.js";
@@ -16,6 +20,7 @@ const INTERVAL = 100; // milliseconds
 
 let engine; // of the open bundle, if any
 let stopped = false;
+let leaving = new AbortController(); // ends taking part
 let queue = Promise.resolve();
 
 const methods = {
@@ -26,6 +31,7 @@ const methods = {
     const keys = pem ?? new TextDecoder().decode(await fetched(new URL("trust.pem", here), "trust.pem", MAX_KEYS));
     const next = await Engine.open(source, keys, seldom(piece));
     const found = await known(next);
+    leaving.abort();
     await engine?.close();
     engine = next;
     const { task, profile, base_digest: base } = engine.base;
@@ -67,6 +73,36 @@ const methods = {
     return new Learner(opened()).exported(name);
   },
 
+  /** What a person may know of this browser's identity as a device; null without one. */
+  async identity() {
+    return identity().shown();
+  },
+
+  async enrol(given) {
+    await identity().enrol(given);
+    return identity().shown();
+  },
+
+  async install({ certificate }) {
+    await identity().install(certificate);
+    return identity().shown();
+  },
+
+  async forget() {
+    leaving.abort();
+    await forget(identity());
+    return null;
+  },
+
+  /** Take part with `examples` and with what this browser was taught; see participation.js. Its pieces are the progress. */
+  async takePart({ examples, ...options }, piece) {
+    leaving = new AbortController();
+    const taught = corrections(await opened().history.load()).map((one) => ({ ...one, split: "train" }));
+    const given = { engine, identity: identity(), examples: [...taught, ...examples], ...options };
+    await takePart({ ...given, alone, signal: leaving.signal, shown: piece, pause: otherMessages });
+    return identity().shown();
+  },
+
   /** Answer a message of the conversation, or continue a text. */
   async generate({ prompt, chat, seed, ...options }, piece) {
     const start = performance.now();
@@ -93,8 +129,20 @@ const methods = {
 
 self.onmessage = ({ data: { id, method, args } }) => {
   if (method === "stop") stopped = true;
-  else queue = queue.then(() => answer(id, method, args));
+  else if (method === "leave") leaving.abort();
+  else if (method === "takePart") answer(id, method, args);
+  else alone(() => answer(id, method, args));
 };
+
+/** What `work` gives once all work before it is done. */
+function alone(work) {
+  const found = queue.then(work);
+  queue = found.catch(() => {});
+  return found;
+}
+
+/** This browser's identity as a device with the open base. */
+const identity = () => new Identity(opened().base.base_digest);
 
 async function answer(id, method, args) {
   try {

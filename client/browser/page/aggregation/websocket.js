@@ -15,7 +15,7 @@ const HELLO = record({ certificate: blob(MAX_CERTIFICATE), binding: fixed(64), v
 const REQUEST = record({ id: uint64, step: NAME, fields: mapping(NAME, blob(2 ** 32 - 1), 8) });
 const ANSWER = record({ id: uint64, size: uint(32), code: uint(16), reason: blob(400) });
 const [REFUSED, FAILED] = [100, 101]; // client/node/step.py
-const [INVALID, VIOLATION] = [1007, 1008]; // close codes after which the same is refused again
+const [RELEASED, INVALID, VIOLATION] = [1001, 1007, 1008]; // close codes; after the last two the same is refused again
 const CHUNK = 2 ** 18; // bytes
 const [FIRST_PAUSE, LONGEST_PAUSE] = [1000, 60_000]; // milliseconds
 const VERSION = "0.1.0"; // of edgeadapt
@@ -29,8 +29,9 @@ export async function nodeOf(device) {
 /**
  * Answer the requests of the gateway at `url` (wss://, or ws:// on loopback) as `participant` does, until `signal` aborts.
  *
- * `shown` is called with { state: "connecting" | "connected" | "answering" | "away", step, seconds }. Throws ConfigError:
- * the page may not connect there. ProtocolError: the gateway refuses this device, and says why.
+ * `shown` is called with { state: "connecting" | "connected" | "answering" | "failed" | "away", step, error, seconds,
+ * released }, where `error` is a message and `released` says that the run is over. Throws ConfigError: the page may not
+ * connect there. ProtocolError: the gateway refuses this device, and says why.
  */
 export async function attend({ device, participant, url, signal, shown = () => {} }) {
   const answers = new Answers(participant, shown);
@@ -41,7 +42,7 @@ export async function attend({ device, participant, url, signal, shown = () => {
     if (code === INVALID || code === VIOLATION) throw new ProtocolError(`the gateway refuses this device: ${reason}`, "gateway", COORDINATOR);
     attempt = admitted ? 0 : attempt + 1;
     const pause = windowOf(reason) ?? Math.min(FIRST_PAUSE * 2 ** attempt, LONGEST_PAUSE) * (0.5 + Math.random() / 2);
-    shown({ state: "away", seconds: pause / 1000 });
+    shown({ state: "away", seconds: pause / 1000, released: code === RELEASED });
     await waited(pause, signal);
   }
 }
@@ -95,7 +96,7 @@ class Answers {
     if (socket.readyState !== WebSocket.OPEN) return; // it is sent when the gateway asks again
     socket.send(encode(ANSWER, { id: request.id, size: body.length, code, reason: utf8(reason).subarray(0, 400) }));
     for (let at = 0; at < body.length; at += CHUNK) socket.send(body.subarray(at, at + CHUNK));
-    this.shown({ state: "connected" });
+    if (!code) this.shown({ state: "connected" });
   }
 
   async #made(request) {
@@ -106,6 +107,7 @@ class Answers {
     } catch (error) {
       const refused = error instanceof ProtocolError;
       if (!refused) console.error(error);
+      this.shown({ state: "failed", step: request.step, error: error.message });
       const reason = refused ? error.message : "failed on the device"; // of its own errors nothing more leaves it
       return { request, body: new Uint8Array(0), code: refused ? REFUSED : FAILED, reason };
     }

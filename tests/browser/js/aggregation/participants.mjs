@@ -6,6 +6,7 @@ import { Root } from "../../../../client/browser/page/aggregation/certificates.j
 import { encode } from "../../../../client/browser/page/aggregation/contribution.js";
 import { Device } from "../../../../client/browser/page/aggregation/device.js";
 import { Participant } from "../../../../client/browser/page/aggregation/participant.js";
+import { ConfigError } from "../../../../client/browser/page/errors.js";
 import { Policy } from "../../../../client/browser/page/aggregation/policy.js";
 
 const bytes = (base64) => new Uint8Array(Buffer.from(base64, "base64"));
@@ -13,6 +14,7 @@ const base64 = (raw) => Buffer.from(raw).toString("base64");
 const keys = new Map();
 const participants = new Map();
 const values = new Map(); // of the next contribution
+const full = new Map(); // whether a device's storage is
 
 const ACTIONS = {
   /** Makes an identity key that cannot be exported; its public half. */
@@ -25,7 +27,16 @@ const ACTIONS = {
   async enrol({ device, certificate, root, coordinator, policy }) {
     const own = { ...keys.get(device), certificate: bytes(certificate), coordinator: bytes(coordinator), policy: new Policy(policy) };
     const train = (plan, spec) => encode(spec.vector, values.get(device));
-    participants.set(device, new Participant(new Device({ ...own, root: await Root.open(bytes(root)) }), train, 0n, { quantum: 0 }));
+    const keep = async () => {
+      if (full.get(device)) throw new ConfigError("no room", "identities");
+    };
+    const known = new Device({ ...own, root: await Root.open(bytes(root)) });
+    participants.set(device, new Participant(known, train, 0n, { keep, quantum: 0 }));
+    return {};
+  },
+
+  async fill({ device, full: isFull }) {
+    full.set(device, isFull);
     return {};
   },
 

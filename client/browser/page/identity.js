@@ -1,0 +1,87 @@
+// The identity of this browser as a device of a fleet, in IndexedDB: one record for each base, replaced as a whole.
+//
+//   device       name in the certificate
+//   pair         CryptoKeyPair of Ed25519; no script can read its private half
+//   authority    the pinned authority's certificate, DER
+//   coordinator  the pinned coordinator's public key, 32 bytes
+//   request      the certificate request, PEM
+//   certificate  DER; null until it is installed
+//   adapter      what the device remembers of adapters (aggregation/adapterstate.js); null at first
+//   log          what it remembers of the coordinator's log (aggregation/logstate.js); null at first
+//   revocations  the authority's newest revocation list that the device saw, DER; null at first
+//   rounds       [{ at, round, version, outcome }], newest first; `at` in milliseconds
+//
+// Key and states are in one record, because a device with its key and without its states could be asked for a sum twice.
+
+import { Root } from "./aggregation/certificates.js";
+import { certificateIn, request } from "./aggregation/requests.js";
+import { equal, sha256 } from "./bytes.js";
+import { ConfigError, TrustError } from "./errors.js";
+import { pinned, publicKeyOf, signingKey } from "./keys.js";
+import { IDENTITIES, transact } from "./storage.js";
+
+const MAX_ROUNDS = 100; // that are kept
+
+export class Identity {
+  /** `place` names the base. */
+  constructor(place) {
+    this.place = place;
+  }
+
+  /** The record; undefined without one. Throws ConfigError: the browser does not store. */
+  async load() {
+    return transact(IDENTITIES, "readonly", (store) => store.get(this.place));
+  }
+
+  /** Replace the record. Throws ConfigError: it cannot be stored; the one before stays. */
+  async save(record) {
+    const rounds = record.rounds.slice(0, MAX_ROUNDS);
+    await transact(IDENTITIES, "readwrite", (store) => store.put({ ...record, rounds }, this.place));
+  }
+
+  /** Delete the key and all that belongs to it. */
+  async forget() {
+    await transact(IDENTITIES, "readwrite", (store) => store.delete(this.place));
+  }
+
+  /**
+   * Make a key and a request for its certificate, and pin the authority's certificate and the coordinator's key, both PEM.
+   *
+   * Throws ConfigError: there is an identity already, or no device can have the name. TrustError: a file is not sound.
+   */
+  async enrol({ device, authority, coordinator }) {
+    if (await this.load()) throw new ConfigError("this browser has an identity already: forget it first", "identity");
+    const der = certificateIn(authority, "the authority's certificate");
+    await Root.open(der);
+    const [{ raw }, ...more] = await pinned(coordinator, "the coordinator's key");
+    if (more.length) throw new TrustError("the coordinator has one key, and the file has several", "coordinator");
+    const pair = await signingKey();
+    const asked = await request(pair, device);
+    const empty = { certificate: null, adapter: null, log: null, revocations: null, rounds: [] };
+    await this.save({ device, pair, authority: der, coordinator: raw, request: asked, ...empty });
+  }
+
+  /** Install the certificate, PEM, that the authority issued for the request. Throws TrustError, ConfigError. */
+  async install(certificate) {
+    const record = await this.load();
+    if (!record) throw new ConfigError("make a key and a request first", "identity");
+    const der = certificateIn(certificate, "the certificate");
+    const { device, key } = await (await Root.open(record.authority)).verify(der, Date.now());
+    const own = await publicKeyOf(record.pair);
+    if (device !== record.device || !equal(key, own.raw)) {
+      throw new TrustError(`the certificate is for another key or name: have the request of ${record.device} certified`, "certificate");
+    }
+    await this.save({ ...record, certificate: der });
+  }
+
+  /** What a person may know of the record; null without one. */
+  async shown() {
+    const record = await this.load();
+    if (!record) return null;
+    const { device, request: asked, rounds, certificate, authority, coordinator, pair } = record;
+    const root = await Root.open(authority);
+    const [own, coordinators] = [await publicKeyOf(pair), (await sha256(coordinator)).slice(0, 16)];
+    const until = certificate && (await root.verify(certificate)).notAfter;
+    return { device, key: own.id, coordinator: coordinators, authority: await sha256(authority), until, request: asked, rounds };
+  }
+}

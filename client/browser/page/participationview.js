@@ -1,0 +1,194 @@
+// The part of the page in which this browser enrols as a device, takes part in rounds, and says what became of them.
+
+import { complain, create, element, settle } from "./dom.js";
+
+const MAX_EXAMPLES = 2 ** 26; // bytes of a file
+const SPLITS = ["train", "validation", "test"]; // the last one is of simulations
+const LIMITS = ["minimum_cohort", "minimum_survivors"];
+const STATES = {
+  connecting: () => "Connecting to the gateway …",
+  connected: () => "Connected. Waiting for the coordinator …",
+  answering: ({ step }) => STEPS[step],
+  training: ({ round, step, steps }) => `Round ${round}: training${steps ? `, step ${step} of ${steps}` : ""} …`,
+  masking: ({ round }) => `Round ${round}: masking the update …`,
+  away: ({ seconds, released }) => `${released ? "The run is over" : "The connection broke"}; connecting again in ${Math.ceil(seconds)} s.`,
+};
+const STEPS = {
+  checkin: "The coordinator asks who this device is …",
+  offer: "Checking the session that is on offer …",
+  roster: "Sharing the secrets of this session's masks …",
+  plan: "Checking the plan of a round …",
+  survivors: "Checking whose updates are in the sum …",
+  unmask: "Helping to take the masks off the sum …",
+};
+
+export class ParticipationView {
+  #busy = false;
+  #known = null; // the identity
+
+  constructor(client) {
+    Object.assign(this, { client, gateway: gatewayOf(document) });
+    this.#on("enrol-form", "submit", () => this.#enrol());
+    this.#on("certificate-form", "submit", () => this.#install());
+    this.#on("request-file", "click", () => this.#saveRequest());
+    this.#on("join-form", "submit", () => this.#takePart());
+    this.#on("identity-forget", "click", () => this.#forget());
+    element("join-leave").addEventListener("click", () => client.leave());
+  }
+
+  /** Begin with another bundle: the part is there for a classifier, where the page may connect to a gateway. */
+  async show({ task }) {
+    element("participation").hidden = !this.gateway || task !== "text-classification";
+    if (element("participation").hidden) return;
+    settle("join-error");
+    try {
+      this.#identity(await this.client.identity());
+    } catch (error) {
+      complain("join-error", error);
+    }
+  }
+
+  #on(id, event, work) {
+    element(id).addEventListener(event, async (given) => {
+      given.preventDefault();
+      if (this.#busy) return;
+      this.#busy = true;
+      this.#buttons();
+      settle("join-error");
+      try {
+        await work();
+      } catch (error) {
+        complain("join-error", error);
+      } finally {
+        this.#busy = false;
+        this.#buttons();
+      }
+    });
+  }
+
+  #buttons(joined = false) {
+    for (const id of ["enrol", "certificate-install", "join", "identity-forget"]) element(id).disabled = this.#busy;
+    element("join-leave").disabled = !joined;
+  }
+
+  #identity(found) {
+    this.#known = found;
+    const { device, key, coordinator, authority, until, rounds = [] } = found ?? {};
+    const day = until && new Date(until).toISOString().slice(0, 10);
+    const facts = found && [
+      ["Device", device],
+      ["Key", key],
+      ["Coordinator", coordinator],
+      ["Authority", authority],
+      ["Gateway", this.gateway],
+      ["Certificate", day ? `until ${day}` : "not installed yet"],
+    ];
+    element("identity").replaceChildren(...(facts ?? []).map(fact));
+    element("enrol-form").hidden = Boolean(found);
+    element("certificate-form").hidden = !found || Boolean(until);
+    element("join-form").hidden = !until;
+    element("identity-end").hidden = !found;
+    this.#rounds(rounds);
+  }
+
+  #rounds(rounds) {
+    element("rounds").replaceChildren(...rounds.map(row));
+    element("rounds-caption").textContent = rounds.length ? "Rounds that this browser took part in" : "";
+  }
+
+  async #enrol() {
+    const device = element("device-name").value.trim();
+    const [authority, coordinator] = [await text("authority-file"), await text("coordinator-file")];
+    if (!authority || !coordinator) throw new Error("pick the authority's certificate and the coordinator's key");
+    this.#identity(await this.client.enrol({ device, authority, coordinator }));
+    this.#saveRequest();
+  }
+
+  async #install() {
+    const certificate = await text("certificate-file");
+    if (!certificate) throw new Error("pick the certificate that the authority issued");
+    this.#identity(await this.client.install(certificate));
+  }
+
+  #saveRequest() {
+    const { device, request } = this.#known;
+    const link = create("a", "", { href: URL.createObjectURL(new Blob([request])), download: `${device}.csr` });
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // when the browser has read it
+  }
+
+  async #forget() {
+    element("identity-end").open = false;
+    this.#identity(await this.client.forget());
+  }
+
+  async #takePart() {
+    const [file] = element("examples-file").files;
+    if (file?.size > MAX_EXAMPLES) throw new Error(`${file.name} is above the limit of ${MAX_EXAMPLES} bytes`);
+    const examples = file ? parseExamples(await file.text(), file.name) : [];
+    const policy = Object.fromEntries(LIMITS.map((name) => [name, element(name).valueAsNumber]));
+    const options = { policy, minimum: element("minimum-examples").valueAsNumber, once: element("join-when").value === "once" };
+    const quantum = 1000 * element("answer-quantum").valueAsNumber;
+    this.#buttons(true);
+    try {
+      this.#identity(await this.client.takePart({ examples, url: this.gateway, quantum, ...options }, (event) => this.#progress(event)));
+    } finally {
+      element("join-state").textContent = "This browser does not take part now.";
+      element("join-progress").hidden = true;
+    }
+  }
+
+  #progress(event) {
+    const { state, step, steps, rounds, error } = event;
+    if (rounds) this.#rounds(rounds);
+    if (error) complain("join-error", { message: error });
+    if (STATES[state]) element("join-state").textContent = STATES[state](event);
+    const bar = element("join-progress");
+    bar.hidden = state !== "training" || !steps;
+    if (!bar.hidden) bar.value = step / steps;
+  }
+}
+
+/** The one address besides its own server that the page's security policy lets it connect to, as a gateway's; or "". */
+function gatewayOf({ head }) {
+  const policy = head.querySelector("meta[http-equiv=Content-Security-Policy]").content;
+  const address = /connect-src 'self' (wss?:\/\/[^ ;]+)/.exec(policy)?.[1];
+  return address ? `${address}/edgeadapt.gateway.v1/attend` : "";
+}
+
+/**
+ * The examples in a file of JSON lines, [{ text, label, split }], as client/training/examples.py. A label is its number or
+ * its name. Throws Error: a line is not an example; the message does not quote it.
+ */
+export function parseExamples(content, name) {
+  return content.split("\n").flatMap((line, i) => {
+    if (!line.trim()) return [];
+    let found = null;
+    try {
+      found = JSON.parse(line);
+    } catch {
+      // refused below
+    }
+    const { text, label, split = "train" } = found ?? {};
+    const isLabel = typeof label === "string" || (Number.isInteger(label) && label >= 0);
+    if (typeof text === "string" && text.trim() && [...text].length <= 2000 && isLabel && SPLITS.includes(split)) {
+      return [{ text, label, split }];
+    }
+    throw new Error(`line ${i + 1} of ${name} is not an example: {"text": …, "label": …}`);
+  });
+}
+
+const text = async (id) => element(id).files[0]?.text();
+
+function fact([term, value]) {
+  const pair = create("div", "");
+  pair.append(create("dt", term), create("dd", value));
+  return pair;
+}
+
+function row({ at, round, version, outcome }) {
+  const item = create("tr", "");
+  item.append(...[new Date(at).toLocaleString(), `round ${round}, adapter ${version}`, outcome].map((each) => create("td", each)));
+  item.dataset.outcome = outcome;
+  return item;
+}
