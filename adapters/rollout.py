@@ -9,6 +9,7 @@ first: a device that is in at 10 % is in at 50 %, and another release begins wit
 ``coordinator.channels`` writes the file, ``client.updates`` evaluates it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self
 
@@ -57,6 +58,18 @@ class Rollout:
     previous: Count
     share: Annotated[int, Field(ge=0, le=ALL)]
     languages: Annotated[tuple[Language, ...], Field(max_length=100)] = ()
+
+    @classmethod
+    def of(cls, release: int, previous: int, share: int, languages: Sequence[str]) -> Self | None:
+        """Who gets ``release``; None if all devices do.
+
+        Raises:
+            ConfigError: The share is no percentage, or a language has no such code.
+        """
+        if not 0 <= share <= ALL:
+            raise ConfigError(f"a share is 0 to {ALL} percent, not {share}", about="share", value=share)
+        found = cls(release, previous, share, tuple(sorted({check_language(each) for each in languages})))
+        return None if found.is_complete else found
 
     @property
     def flag(self) -> str:

@@ -26,7 +26,9 @@ from aggregation.errors import DataError
 LOG = "log"  # folder
 HEAD = "x-edgeadapt-log"  # field of the snapshot
 # What was done; "refuse" is a promotion that a gate refused.
-Kind = Literal["init", "add", "publish", "promote", "refuse", "rollout", "rollback", "renew", "rotate"]
+Kind = Literal[
+    "init", "add", "protect", "unprotect", "publish", "promote", "refuse", "rollout", "rollback", "renew", "rotate"
+]
 Text = Annotated[str, Field(max_length=1000)]
 Figure = Annotated[float, Field(allow_inf_nan=False)]
 

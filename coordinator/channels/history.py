@@ -8,6 +8,8 @@
    record, and no record speaks of metadata that do not exist. A root is in force from the next record on.
 5. A record that made a release has the digest that the channel's metadata of that version list. If it states a rollout,
    they list the flags of that rollout; otherwise none.
+6. No record made a release of a channel that was protected then, unless by a promotion whose gates all let it pass, or
+   by a rollback. Which channels are protected is what the targets of that time say.
 
 Expired metadata are no failure: they say that the repository is not renewed, not that it was altered. A copy of an
 earlier state of everything is consistent with itself: compare the number of actions with the one known before.
@@ -30,7 +32,7 @@ from adapters.rollout import FLAGS
 from aggregation.errors import DataError, EdgeAdaptError, TrustError, of_file
 from aggregation.pki.identity import PublicKey
 from coordinator.channels.actions import LOG, ActionRecord, LogHead, action_path, digest_of
-from coordinator.channels.metadata import MAX_METADATA, PUBLIC, ROOT, SNAPSHOT, TIMESTAMP, TOP, delegations
+from coordinator.channels.metadata import MAX_METADATA, PUBLIC, ROOT, SNAPSHOT, TIMESTAMP, TOP, delegations, protected
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +42,13 @@ class RepositoryAudit:
     Args:
         records: All of its log, oldest first.
         pinned: The root comes from the auditor, not from the repository.
+        unpromoted: Protected channels → their current release, if that was published before the protection.
         unread: Files in the log that the snapshot does not name: of an action that was killed.
     """
 
     records: tuple[ActionRecord, ...]
     pinned: bool
+    unpromoted: dict[str, int]
     unread: tuple[str, ...]
 
 
@@ -84,9 +88,10 @@ def audit_repository(folder: Path, root: Path | None) -> RepositoryAudit:
     _require_all(records, versions)
     for record in records:
         _require_release(place, record)
+    unpromoted = _require_promoted(place, records, roots)
     named = {action_path(folder, record.number).name for record in records}
     unread = sorted(path.name for path in (folder / LOG).glob("*") if path.name not in named)
-    return RepositoryAudit(records, root is not None, tuple(unread))
+    return RepositoryAudit(records, root is not None, unpromoted, tuple(unread))
 
 
 def _roots(place: Path, pinned: bytes | None) -> list[Metadata[Root]]:
@@ -172,6 +177,32 @@ def _require_release(place: Path, record: ActionRecord) -> None:
         if (listed and listed.hashes.get("sha256")) != digest:
             reason = f"version {version} of channel {channel} has another {what} than record {record.number} states"
             raise TrustError(reason, about=channel, value=record.number)
+
+
+def _require_promoted(place: Path, records: Sequence[ActionRecord], roots: Sequence[Metadata[Root]]) -> dict[str, int]:
+    """Return if only promotions and rollbacks made releases of channels that were protected then.
+
+    Returns:
+        Channels that are protected now → their current release, if no promotion made it.
+    """
+    guarded: frozenset[str] = frozenset()
+    promoted: dict[str, dict[int, bool]] = {}
+    for record in records:
+        if (version := record.metadata.get(TOP)) is not None:
+            top = _current(Targets, place, TOP, version)
+            _signed(roots[record.metadata[ROOT] - 1], TOP, top)
+            guarded = protected(top.signed)
+        action, channel = record.action, record.action.subject
+        if channel is None or action.release is None or action.kind not in ("publish", "promote", "rollback"):
+            continue
+        passed = action.kind == "promote" and bool(action.gates) and all(each.passed for each in action.gates)
+        if channel in guarded and action.kind != "rollback" and not passed:
+            reason = f"release {action.release} of channel {channel} passed no gates, and the channel is protected"
+            raise TrustError(reason, about=channel, value=record.number)
+        known = promoted.setdefault(channel, {})
+        known[action.release] = passed or known.get(action.again or 0, False)
+    newest = {channel: max(known) for channel, known in promoted.items() if channel in guarded}
+    return {channel: number for channel, number in newest.items() if not promoted[channel][number]}
 
 
 def _current(kind: Any, place: Path, role: str, version: int) -> Metadata[Any]:

@@ -27,7 +27,7 @@ from tuf.api.metadata import (
 
 from adapters import storage
 from adapters.keyfiles import read_key
-from adapters.release import METADATA, target
+from adapters.release import METADATA, STABLE, target
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.identity import IdentityKey
@@ -38,6 +38,7 @@ DAYS = {SNAPSHOT: 30, TIMESTAMP: 7}  # for which metadata are valid; a device th
 LONG_DAYS = 365  # of the roles whose keys are offline
 PUBLIC, KEYS = "public", "keys"
 MAX_METADATA = 2**22  # bytes
+PROTECTED = "x-edgeadapt-protected"  # field of a channel in the targets: only promotions make its releases
 S = TypeVar("S", bound=Signed)
 
 
@@ -167,10 +168,11 @@ class RoleMetadata:
         return found
 
     def delegate(self, top: Targets, channel: str, entropy: Entropy) -> Targets:
-        """Give a new channel the right to sign its files; its first, empty metadata."""
+        """Give a new channel the right to sign its files; its first, empty metadata. ``stable`` is protected."""
         key = self.new_key(entropy)
         patterns = [target(channel, pattern) for pattern in ("*", "*/*")]  # a star does not match a slash
-        role = DelegatedRole(channel, [], 1, terminating=True, paths=patterns)
+        fields = {PROTECTED: True} if channel == STABLE else {}
+        role = DelegatedRole(channel, [], 1, terminating=True, paths=patterns, unrecognized_fields=fields)
         found = top.delegations or Delegations({}, {})
         found.roles = {**(found.roles or {}), channel: role}
         top.delegations = found
@@ -181,6 +183,11 @@ class RoleMetadata:
 def delegations(top: Targets) -> Mapping[str, DelegatedRole]:
     """The channels by name."""
     return (top.delegations and top.delegations.roles) or {}
+
+
+def protected(top: Targets) -> frozenset[str]:
+    """The channels whose releases only promotions make."""
+    return frozenset(name for name, role in delegations(top).items() if role.unrecognized_fields.get(PROTECTED) is True)
 
 
 def _signer(key: IdentityKey) -> CryptoSigner:

@@ -15,7 +15,6 @@ are current. Files are written before the metadata that name them, and ``timesta
 leaves the repository of before or that of after.
 """
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,7 +30,7 @@ from adapters.dsse import MAX_ENVELOPE
 from adapters.keyfiles import read_public_keys
 from adapters.manifest import AdapterManifest
 from adapters.release import CANARY, MAX_RELEASE, RELEASE, STABLE, TARGETS, Release, check_channel, previous, target
-from adapters.rollout import ALL, FLAGS, MAX_FLAGS, Rollout, check_language
+from adapters.rollout import ALL, FLAGS, MAX_FLAGS, Rollout
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.identity import IdentityKey, PublicKey
@@ -39,6 +38,7 @@ from coordinator.channels.actions import Action, GateResult
 from coordinator.channels.metadata import (
     KEYS,
     MAX_METADATA,
+    PROTECTED,
     PUBLIC,
     ROOT,
     SNAPSHOT,
@@ -46,7 +46,9 @@ from coordinator.channels.metadata import (
     TOP,
     RoleMetadata,
     delegations,
+    protected,
 )
+from coordinator.channels.targetfiles import TargetFiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ class ChannelRepository:
         names = [check_channel(name) for name in channels]
         with storage.new_folder(folder, mode=storage.PRIVATE_FOLDER) as stage:
             made = cls(stage, now)
-            for part in (made.metadata.place, made.targets, stage / KEYS):
+            for part in (made.metadata.place, made.targets.folder, stage / KEYS):
                 part.mkdir(parents=True)
             root, top, online = Root(consistent_snapshot=True), Targets(), made.metadata.new_key(entropy)
             offline = {role: made.metadata.new_key(entropy) for role in (ROOT, TOP)}
@@ -108,14 +110,19 @@ class ChannelRepository:
         return RoleMetadata(self.folder, self.now)
 
     @property
-    def targets(self) -> Path:
-        """The folder of the files."""
-        return self.folder / PUBLIC / TARGETS
+    def targets(self) -> TargetFiles:
+        """The files of the releases."""
+        return TargetFiles(self.folder / PUBLIC / TARGETS, MAX_BASE_FILE)
 
     @property
     def channels(self) -> tuple[str, ...]:
         """The names of the channels, sorted."""
         return tuple(sorted(delegations(self.metadata.load(Targets, TOP))))
+
+    @property
+    def protected(self) -> frozenset[str]:
+        """The channels whose releases only promotions make. Raises as ``release``."""
+        return protected(self.metadata.load(Targets, TOP))
 
     def root(self) -> bytes:
         """The newest root metadata, which devices pin. Raises as ``release``."""
@@ -150,7 +157,7 @@ class ChannelRepository:
             DataError, TrustError: It is missing or damaged.
         """
         path = manifest_of(name).as_posix()
-        place = self._file(channel, path, release.files[path])
+        place = self.targets.path(channel, path, release.files[path])
         try:
             return AdapterManifest.unverified(storage.read(place, MAX_ENVELOPE))
         except OSError as error:
@@ -160,13 +167,16 @@ class ChannelRepository:
         """Make ``bundle`` the next release of ``channel``. Private adapters in it are left out.
 
         Raises:
-            ConfigError: There is no such channel, the bundle has no adapter to publish, or devices would refuse one:
-                its version is not above that of the current release, and its content is another one.
+            ConfigError: There is no such channel or it is protected, the bundle has no adapter to publish, or devices
+                would refuse one: its version is not above that of the current release, and its content is another one.
             DataError, TrustError: The bundle or the repository is damaged, or none of ``trusted`` signed it.
             OSError: The files cannot be written. The repository is unchanged.
         """
         with self._locked():
             current = self.release(channel)
+            if channel in self.protected:
+                remedy = f"publish to another channel, then 'edgeadapt adapters promote {self.folder} FROM {channel}'"
+                raise ConfigError(f"channel {channel} is protected: {remedy}", about="channel", value=channel)
             checked = Bundle(bundle, tuple(trusted))
             base = checked.base().manifest
             manifests = {name: checked.adapter(name, base).manifest for name in adapter_names(bundle)}
@@ -193,7 +203,7 @@ class ChannelRepository:
         bundle.mkdir()
         for name, digest in release.files.items():
             (bundle / name).parent.mkdir(exist_ok=True)
-            place = self._file(channel, name, digest)
+            place = self.targets.path(channel, name, digest)
             if not place.is_file():
                 raise DataError(f"{place} is missing: restore the repository", about=place.name)
             storage.link_or_copy(place, bundle / name)
@@ -213,12 +223,13 @@ class ChannelRepository:
         Args:
             source, number: The release.
             channel: To which it goes.
-            gates: What it passed, for the log.
+            gates: What was measured, for the log. A protected channel demands some, all passed.
             share, languages: Of the devices that get it, as of a ``Rollout``; the others get the release before.
 
         Raises:
-            ConfigError: There is no such channel, the release is no longer the current one, or as ``publish``; or a
-                rollout is asked for while another one is under way, or without a release before.
+            ConfigError: There is no such channel, the release is no longer the current one, devices would refuse it, or
+                the channel is protected and no gate or not every gate let it pass; or a rollout is asked for while
+                another one is under way, or without a release before.
             DataError, TrustError: The repository is damaged.
             OSError: As ``publish``.
         """
@@ -227,10 +238,13 @@ class ChannelRepository:
             if found is None or found.number != number:
                 reason = f"release {number} is not the current one of channel {source}: repeat the promotion"
                 raise ConfigError(reason, about="channel", value=source)
+            if channel in self.protected and not (gates and all(each.passed for each in gates)):
+                reason = f"channel {channel} is protected, and the release did not pass its gates"
+                raise ConfigError(reason, about="gates", value=channel)
             if current:
                 for name in found.adapters.keys() & current.adapters.keys():
                     _require_newer(self.manifest(source, found, name), self.manifest(channel, current, name))
-            files = {name: self._file(source, name, digest) for name, digest in found.files.items()}
+            files = {name: self.targets.path(source, name, digest) for name, digest in found.files.items()}
             rollout = self._first_stage(channel, current, share, languages)
             action = Action("promote", source=source, gates=tuple(gates), rollout=rollout)
             return Published(channel, self._add(action, channel, files, found.adapters), rollout=rollout)
@@ -240,7 +254,7 @@ class ChannelRepository:
         listed = self.metadata.load(Targets, channel).targets.get(target(channel, FLAGS))
         if listed is None:
             return None
-        return Rollout.decode(storage.read(self._file(channel, FLAGS, listed.hashes["sha256"]), MAX_FLAGS))
+        return Rollout.decode(storage.read(self.targets.path(channel, FLAGS, listed.hashes["sha256"]), MAX_FLAGS))
 
     def set_rollout(self, channel: str, share: int, languages: Sequence[str] = ()) -> Published:
         """Say anew who gets the release that a channel rolls out. Nobody who has it goes back.
@@ -260,13 +274,13 @@ class ChannelRepository:
             if release is None or before is None:
                 reason = f"channel {channel} rolls nothing out: begin with 'edgeadapt adapters promote … --share'"
                 raise ConfigError(reason, about="rollout", value=channel)
-            rollout = _rollout(before.release, before.previous, share, languages)
+            rollout = Rollout.of(before.release, before.previous, share, languages)
             signed = self.metadata.load(Targets, channel)
             if rollout is None:
                 names = {target(channel, name) for name in (*release.files, RELEASE)}
                 signed.targets = {path: each for path, each in signed.targets.items() if path in names}
             else:
-                signed.targets[target(channel, FLAGS)] = self._write(channel, FLAGS, rollout.encode())
+                signed.targets[target(channel, FLAGS)] = self.targets.write(channel, FLAGS, rollout.encode())
             digest = signed.targets[target(channel, RELEASE)].hashes["sha256"]
             action = Action("rollout", channel, None, release.number, digest, dict(release.adapters), rollout=rollout)
             self.metadata.commit(action, {channel: signed})
@@ -303,7 +317,7 @@ class ChannelRepository:
             old, current = self.release(channel, number), self.release(channel)
             if old is None or current is None or old.number == current.number:
                 raise ConfigError(f"release {number} is the current one of channel {channel}", about="release")
-            files = {name: self._file(channel, name, digest) for name, digest in old.files.items()}
+            files = {name: self.targets.path(channel, name, digest) for name, digest in old.files.items()}
             again = {
                 name: replace(self.manifest(channel, old, name), version=self._highest(channel, name) + 1)
                 for name in old.adapters
@@ -321,6 +335,22 @@ class ChannelRepository:
             top = self.metadata.load(Targets, TOP)
             first = self.metadata.delegate(top, channel, entropy)
             self.metadata.commit(Action("add", channel), {channel: first}, top=top)
+
+    def protect(self, channel: str, *, on: bool = True) -> None:
+        """Let only promotions make the releases of a channel, from now on; or, with ``on=False``, publications too.
+
+        Raises:
+            ConfigError: There is no such channel, or the key of targets is not in DIR/keys.
+        """
+        with self._locked():
+            self.release(channel)
+            top = self.metadata.load(Targets, TOP)
+            fields = delegations(top)[channel].unrecognized_fields
+            if on:
+                fields[PROTECTED] = True
+            else:
+                fields.pop(PROTECTED, None)
+            self.metadata.commit(Action("protect" if on else "unprotect", channel), {}, top=top)
 
     def renew(self, *, everything: bool = False) -> None:
         """Sign snapshot and timestamp again, which then are valid for another ``DAYS``. Needs their key alone.
@@ -375,10 +405,6 @@ class ChannelRepository:
         with storage.locked(self.folder / ".lock"):
             yield
 
-    def _file(self, channel: str, name: str, digest: str) -> Path:
-        folder, _, last = target(channel, name).rpartition("/")
-        return self.targets / folder / f"{digest}.{last}"
-
     def _highest(self, channel: str, name: str) -> int:
         """The highest version of an adapter in any release of a channel."""
         return max(release.adapters.get(name, 0) for release in self.releases(channel))
@@ -388,7 +414,7 @@ class ChannelRepository:
     ) -> Rollout | None:
         """The rollout with which the next release of a channel begins."""
         number = 0 if current is None else current.number
-        rollout = _rollout(number + 1, number, share, languages)
+        rollout = Rollout.of(number + 1, number, share, languages)
         if rollout is not None and current is None:
             reason = f"channel {channel} has no release that the other devices could have: promote to all first"
             raise ConfigError(reason, about="rollout", value=channel)
@@ -410,15 +436,15 @@ class ChannelRepository:
 
         The log gets ``action`` with the release. If that has a rollout, the release before stays on offer.
         """
-        digests, listed = {}, {}
+        kept, digests, listed = self.targets, {}, {}
         for name, path in files.items():
             content = (instead or {}).get(name)
-            stored = self._store(channel, name, path) if content is None else self._write(channel, name, content)
+            stored = kept.store(channel, name, path) if content is None else kept.write(channel, name, content)
             digests[name], listed[target(channel, name)] = stored.hashes["sha256"], stored
         last = self.release(channel)
         made = self.now.isoformat(timespec="seconds")
         release = Release(last.number + 1 if last else 1, made, digests, dict(adapters))
-        listed[target(channel, RELEASE)] = self._write(channel, RELEASE, release.encode())
+        listed[target(channel, RELEASE)] = self.targets.write(channel, RELEASE, release.encode())
         if action.rollout is not None and last is not None:
             listed |= self._keep(channel, last, digests, action.rollout)
         signed = self.metadata.load(Targets, channel)
@@ -433,33 +459,11 @@ class ChannelRepository:
         one, whose ``digests`` are given.
         """
         own = [name for name, digest in last.files.items() if digests.get(name) != digest]
-        stored = [self._store(channel, previous(name), self._file(channel, name, last.files[name])) for name in own]
-        stored.append(self._write(channel, previous(RELEASE), last.encode()))
-        stored.append(self._write(channel, FLAGS, rollout.encode()))
+        kept = self.targets
+        stored = [kept.store(channel, previous(name), kept.path(channel, name, last.files[name])) for name in own]
+        stored.append(kept.write(channel, previous(RELEASE), last.encode()))
+        stored.append(kept.write(channel, FLAGS, rollout.encode()))
         return {each.path: each for each in stored}
-
-    def _store(self, channel: str, name: str, path: Path) -> TargetFile:
-        """Copy a file among the targets, under the digest of what was copied."""
-        work = self.targets / ".incoming"
-        shutil.copyfile(path, work)  # a link would change with a file that is written again
-        digest, size = storage.file_sha256(work), work.stat().st_size
-        if size > MAX_BASE_FILE:
-            raise DataError(f"{path} has {size} bytes, more than a bundle's file can have", about=path.name)
-        place = self._file(channel, name, digest)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        work.chmod(storage.PUBLIC)
-        with work.open("r+b") as file:
-            storage.flush(file)
-        work.replace(place)
-        storage.sync(place.parent)
-        return TargetFile(size, {"sha256": digest}, target(channel, name))
-
-    def _write(self, channel: str, name: str, content: bytes) -> TargetFile:
-        described = TargetFile.from_data(target(channel, name), content, ["sha256"])
-        place = self._file(channel, name, described.hashes["sha256"])
-        place.parent.mkdir(parents=True, exist_ok=True)
-        storage.replace(place, content, storage.PUBLIC)
-        return described
 
     # Releases.
 
@@ -467,24 +471,12 @@ class ChannelRepository:
         found = signed.targets.get(target(channel, RELEASE))
         if found is None:
             return None
-        return Release.decode(storage.read(self._file(channel, RELEASE, found.hashes["sha256"]), MAX_RELEASE))
+        return Release.decode(storage.read(self.targets.path(channel, RELEASE, found.hashes["sha256"]), MAX_RELEASE))
 
 
 def pinned_keys(bundle: Path, trust: Path | None) -> tuple[PublicKey, ...]:
     """The keys that sign ``bundle``, in ``trust`` or in ``trust.pem`` next to it. Raises as ``read_public_keys``."""
     return read_public_keys(trust or bundle.resolve().parent / TRUST)
-
-
-def _rollout(release: int, before: int, share: int, languages: Sequence[str]) -> Rollout | None:
-    """Who gets ``release``; None if all devices do.
-
-    Raises:
-        ConfigError: The share is no percentage, or a language has no such code.
-    """
-    if not 0 <= share <= ALL:
-        raise ConfigError(f"a share is 0 to {ALL} percent, not {share}", about="share", value=share)
-    found = Rollout(release, before, share, tuple(sorted({check_language(each) for each in languages})))
-    return None if found.is_complete else found
 
 
 def _require_newer(new: AdapterManifest, current: AdapterManifest) -> None:

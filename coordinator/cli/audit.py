@@ -134,8 +134,8 @@ def _audit_repository(path: Path, as_json: bool, options: dict[str, Any], *, lis
     found = audit_repository(path, root)
     if as_json:
         records = [asdict(record) for record in found.records]
-        row = {"ok": True, "error": None, "pinned": found.pinned, "unread": found.unread, "actions": records}
-        click.echo(json.dumps(row))
+        row = {"ok": True, "error": None, "pinned": found.pinned, "unread": found.unread}
+        click.echo(json.dumps({**row, "unpromoted": found.unpromoted, "actions": records}))
     else:
         click.echo("\n".join([*(map(_action, found.records) if listed else ()), *_summary(path, found)]))
 
@@ -159,6 +159,8 @@ def _summary(path: Path, found: RepositoryAudit) -> Iterator[str]:
     yield f"{path}: {len(found.records)} actions from {first.made} to {last.made}, all signed and in order"
     if not found.pinned:
         yield "the root is the repository's own: name one that you trust with --root"
+    for channel, number in found.unpromoted.items():
+        yield f"channel {channel} is protected, and its release {number} was published before that, without gates"
     if found.unread:
         yield f"not named by the snapshot, and not read: {', '.join(found.unread)}"
 

@@ -63,12 +63,13 @@ def init(folder: Path, names: tuple[str, ...]) -> None:
 def publish(folder: Path, channel: str, bundle: Path, trust: Path | None, as_json: bool) -> None:
     """Verify a bundle, and make it the next release of CHANNEL. Private adapters in it are left out.
 
-    A release that devices would refuse, with an adapter older than that of the current one, is refused here.
+    A release that devices would refuse, with an adapter older than that of the current one, is refused here, and any
+    release of a protected channel, such as stable: for these there is 'edgeadapt adapters promote'.
 
     \b
     Examples:
       edgeadapt channel publish releases canary --bundle runs/demo/bundle
-      edgeadapt channel publish releases stable --bundle bundle --trust vendor.pub.pem
+      edgeadapt channel publish releases canary --bundle bundle --trust vendor.pub.pem
     """
     _print(_open(folder).publish(channel, bundle, pinned_keys(bundle, trust)), as_json)
 
@@ -77,7 +78,7 @@ def publish(folder: Path, channel: str, bundle: Path, trust: Path | None, as_jso
 @repository
 @name
 def add(folder: Path, channel: str) -> None:
-    """Add a channel with a key of its own.
+    """Add a channel with a key of its own. A channel stable is protected from the start.
 
     \b
     Example:
@@ -85,6 +86,36 @@ def add(folder: Path, channel: str) -> None:
     """
     _open(folder).add_channel(channel, SystemEntropy())
     click.echo(f"channel {channel}")
+
+
+@channel.command(short_help="Let only promotions make a channel's releases.")
+@repository
+@name
+def protect(folder: Path, channel: str) -> None:
+    """Let only promotions, which pass gates, make releases of CHANNEL from now on. Needs the key of targets.
+
+    'edgeadapt channel publish' then refuses, and an audit fails where somebody did it all the same.
+
+    \b
+    Example:
+      edgeadapt channel protect releases stable-de
+    """
+    _open(folder).protect(channel)
+    click.echo(f"channel {channel} is protected")
+
+
+@channel.command(short_help="Let publications make a channel's releases too.")
+@repository
+@name
+def unprotect(folder: Path, channel: str) -> None:
+    """Let 'edgeadapt channel publish' make releases of CHANNEL again. Needs the key of targets; the log notes it.
+
+    \b
+    Example:
+      edgeadapt channel unprotect releases stable
+    """
+    _open(folder).protect(channel, on=False)
+    click.echo(f"channel {channel} is not protected")
 
 
 @channel.command(short_help="Sign again what expires soon.")
@@ -137,6 +168,7 @@ def show(folder: Path, as_json: bool) -> None:
     if as_json:
         row = {
             "channels": {each: found and json.loads(found.encode()) for each, found in releases.items()},
+            "protected": sorted(opened.protected),
             "rollouts": {each: found and asdict(found) for each, found in rollouts.items()},
             "roles": {
                 role: {
@@ -151,7 +183,8 @@ def show(folder: Path, as_json: bool) -> None:
         return
     for each, found in releases.items():
         adapters = ", ".join(f"{key} {version}" for key, version in sorted(found.adapters.items())) if found else ""
-        click.echo(f"{each:<12} " + (f"release {found.number} of {found.made}: {adapters}" if found else "no release"))
+        text = f"release {found.number} of {found.made}: {adapters}" if found else "no release"
+        click.echo(f"{each:<12} {text}{'; protected' if each in opened.protected else ''}")
         if rollout := rollouts[each]:
             click.echo(f"{'':<12} for {rollout}; release {rollout.previous} for the others")
     for role, version, expires, keys in roles:

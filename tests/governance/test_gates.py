@@ -13,10 +13,11 @@ from click.testing import CliRunner
 from adapters.base import Base
 from adapters.rollout import Rollout
 from aggregation.entropy import SystemEntropy
-from aggregation.errors import ConfigError, DataError, EdgeAdaptError
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey
-from coordinator.channels.actions import ActionRecord
+from coordinator.channels.actions import ActionRecord, GateResult
 from coordinator.channels.history import audit_repository
+from coordinator.channels.repository import ChannelRepository
 from edgeadapt import cli
 from governance.gates import AssembledRelease, GateError, read_held_out
 from governance.gatesettings import GateSettings
@@ -285,6 +286,53 @@ def test_a_repository_without_gates_promotes_nothing(place: Place) -> None:
         place.promote()
 
 
+def test_a_publication_to_stable_is_refused_and_names_the_promotion(place: Place) -> None:
+    place.promote()
+    vendor = place.vendor
+    words = ("channel", "publish", place.folder, "stable", "--bundle", vendor.bundle, "--trust")
+    done = CliRunner().invoke(cli, [*map(str, words), str(place.folder / "trust.pem")])
+    assert isinstance(done.exception, ConfigError)
+    assert f"edgeadapt adapters promote {place.folder} FROM stable" in str(done.exception)
+    assert "\n" not in str(done.exception)
+    assert [len(vendor.repository.releases(name)) for name in ("canary", "stable")] == [1, 1]
+
+
+@pytest.mark.parametrize("measured", [(), (GateResult("size", False, 2.0, 1.0, "2 bytes"),)])
+def test_a_protected_channel_takes_no_release_that_passed_no_gates(
+    place: Place, measured: tuple[GateResult, ...]
+) -> None:
+    with refused(ConfigError, "gates"):
+        place.vendor.repository.promote("canary", 1, "stable", measured)
+    assert place.vendor.repository.release("stable") is None
+
+
+@pytest.mark.parametrize("kind", ["publish", "promote"])
+def test_an_audit_finds_a_release_of_a_protected_channel_that_passed_no_gates(place: Place, kind: str) -> None:
+    """Who has the keys of the channel and the snapshot, and a program that asks nothing."""
+    bypassed = ChannelRepository.protected
+    try:
+        ChannelRepository.protected = frozenset()  # type: ignore[assignment,method-assign]
+        if kind == "publish":
+            place.vendor.publish(2, "stable")
+        else:
+            place.vendor.repository.promote("canary", 1, "stable", ())
+    finally:
+        ChannelRepository.protected = bypassed  # type: ignore[method-assign]
+    with refused(TrustError, "stable"):
+        audit_repository(place.folder, None)
+
+
+def test_an_audit_names_a_release_from_before_the_protection(place: Place) -> None:
+    repository = place.vendor.repository
+    repository.protect("canary")
+    assert audit_repository(place.folder, None).unpromoted == {"canary": 1}
+    said = CliRunner().invoke(cli, ["audit", "verify", str(place.folder)]).output
+    assert "channel canary is protected, and its release 1 was published before that" in said
+    repository.protect("canary", on=False)
+    place.promote()
+    assert audit_repository(place.folder, None).unpromoted == {}
+
+
 def test_without_pinned_keys_nothing_is_promoted(place: Place) -> None:
     (place.folder / "trust.pem").unlink()
     with refused(ConfigError, "trust.pem"):
@@ -325,7 +373,9 @@ def test_every_key_is_explained_and_the_file_reads_back(tmp_path: Path) -> None:
 
 def test_a_rollback_through_the_command(place: Place, tmp_path: Path) -> None:
     place.promote()
-    place.vendor.publish(2, "stable")
+    place.vendor.publish(2)
+    place.settings("accuracy.margin=1", "language.least=0", gates='["size"]')
+    place.promote()
     (tmp_path / "vendor.key").write_bytes(place.vendor.key.to_pem())
     (tmp_path / "vendor.key").chmod(0o600)
     assert "stable, release 3: global 4" in called(

@@ -40,6 +40,7 @@ def as_json(*words: object) -> Any:
 
 
 def test_the_list_has_each_version_with_its_round_and_its_channel(vendor_place: Vendor) -> None:
+    vendor_place.repository.protect("stable", on=False)
     vendor_place.publish(1)
     vendor_place.repository.promote("canary", 1, "stable", ())
     vendor_place.publish(2)
@@ -68,6 +69,7 @@ def test_the_list_has_each_version_with_its_round_and_its_channel(vendor_place: 
 
 
 def test_a_version_is_found_in_a_release_that_a_rollback_signed_again(vendor_place: Vendor) -> None:
+    vendor_place.repository.protect("stable", on=False)
     vendor_place.publish(1, "stable")
     vendor_place.publish(2, "stable")
     vendor_place.repository.roll_back("stable", 1, vendor_place.key)
@@ -77,6 +79,7 @@ def test_a_version_is_found_in_a_release_that_a_rollback_signed_again(vendor_pla
 
 
 def test_both_releases_of_a_rollout_are_on_offer(vendor_place: Vendor) -> None:
+    vendor_place.repository.protect("stable", on=False)
     vendor_place.publish(1, "stable")
     vendor_place.publish(2)
     vendor_place.repository.promote("canary", 1, "stable", (), share=10)

@@ -32,7 +32,7 @@ def test_the_page_takes_a_version_from_a_round_to_a_channel_and_back(
     (work / "trust.pem").write_bytes(vendor_place.key.public.to_pem())
     (work / "vendor.key").write_bytes(vendor_place.key.to_pem())
     (work / "vendor.key").chmod(PRIVATE)
-    vendor_place.publish(2)
+    vendor_place.publish(1, version=3)
     shutil.copytree(vendor_place.bundle, work / "next" / "bundle")
     shutil.copytree(vendor_place.state_dir, work / "fleet")
     shutil.copytree(tiny_base.folder, work / "base")
@@ -46,4 +46,4 @@ def test_the_page_takes_a_version_from_a_round_to_a_channel_and_back(
     assert (work / "peft-1" / "adapter_model.safetensors").is_file()
     assert "stable, release 3: global 4" in printed[4]
     kinds = [record.action.kind for record in audit_repository(work / "releases", None).records]
-    assert kinds == ["init", "publish", "promote", "publish", "rollback"]
+    assert kinds == ["init", "publish", "promote", "publish", "promote", "rollback"]

@@ -68,6 +68,7 @@ class Place:
 @pytest.fixture
 def place(tmp_path: Path, vendor: IdentityKey, household: IdentityKey) -> Iterator[Place]:
     repository = ChannelRepository.create(tmp_path / "releases", SystemEntropy(), NOW)
+    repository.protect("stable", on=False)
     server = http.server.ThreadingHTTPServer(
         ("127.0.0.1", 0), partial(Handler, directory=str(tmp_path / "releases" / "public"))
     )

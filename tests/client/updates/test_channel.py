@@ -21,7 +21,7 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey
 from client.updates import ChannelSource, follow
-from coordinator.channels.actions import Action
+from coordinator.channels.actions import Action, GateResult
 from coordinator.channels.history import audit_repository
 from coordinator.channels.repository import ChannelRepository
 from edgeadapt import cli
@@ -89,7 +89,7 @@ def test_private_adapters_stay_and_are_never_published(
     resign(following.bundle, following.vendor, "global", version=3)
     found = following.repository.publish("stable", following.bundle, [following.vendor.public, household.public])
     assert found.private == ("anna",)
-    assert not [path for path in following.repository.targets.rglob("*") if "anna" in path.name]
+    assert not [path for path in following.repository.targets.folder.rglob("*") if "anna" in path.name]
 
 
 def test_a_private_adapter_for_another_base_is_set_aside(
@@ -171,19 +171,19 @@ def test_mix_and_match_attack(following: Place, source: Source, exported: Export
 def test_endless_data_attack(following: Place, source: Source, exported: ExportedBase) -> None:
     following.publish(2, source("global", seed=5), exported)
     digest = stated(following.made).sha256
-    (path,) = following.repository.targets.rglob(f"{digest}.*")
+    (path,) = following.repository.targets.folder.rglob(f"{digest}.*")
     path.write_bytes(path.read_bytes() + bytes(2**20))
     stays(following, TrustError, "a file is not what the repository has signed")
 
 
 def test_arbitrary_software_attack(following: Place, source: Source, exported: ExportedBase) -> None:
     following.publish(2, source("global", seed=5), exported)
-    (path,) = following.repository.targets.rglob(f"{stated(following.made).sha256}.*")
+    (path,) = following.repository.targets.folder.rglob(f"{stated(following.made).sha256}.*")
     flip(path, 0.5)
     stays(following, TrustError, "a file is not what the repository has signed")
 
 
-@pytest.mark.parametrize("role", ["timestamp", "2.snapshot", "2.stable"])
+@pytest.mark.parametrize("role", ["timestamp", "3.snapshot", "2.stable"])
 def test_metadata_that_nobody_signed(following: Place, role: str) -> None:
     shutil.rmtree(following.device / "updates" / "metadata")  # a device that has accepted nothing yet
     path = metadata(following) / f"{role}.json"
@@ -328,7 +328,8 @@ def test_the_commands_from_a_repository_to_a_device(
     mine = tmp_path / "mine"
     run("channel", "init", mine)
     run("channel", "publish", mine, "canary", "--bundle", place.made, "--trust", public)
-    ChannelRepository.open(mine, NOW).promote("canary", 1, "stable", ())
+    passed = GateResult("size of global", True, 1.0, 2.0, "1 byte")
+    ChannelRepository.open(mine, NOW).promote("canary", 1, "stable", [passed])
     run("channel", "rotate", mine, "stable")
     run("channel", "renew", mine, "--all")
     assert json.loads(run("channel", "show", mine, "--json"))["channels"]["stable"]["number"] == 1

@@ -161,7 +161,7 @@ def test_each_device_gets_its_release_and_says_why(staged: Place) -> None:
 
 
 def test_only_what_differs_is_kept_of_the_previous_release(staged: Place) -> None:
-    kept = {path.parent.name for path in staged.repository.targets.rglob("*") if "previous" in str(path)}
+    kept = {path.parent.name for path in staged.repository.targets.folder.rglob("*") if "previous" in str(path)}
     assert kept >= {"previous-adapters"}
     assert "previous-base" not in kept
 
@@ -285,7 +285,7 @@ def sign(place: Place, rollout: Rollout | None) -> None:
         raw = rollout.encode()
         described = TargetFile.from_data(name, raw, ["sha256"])
         document.signed.targets[name] = described
-        (repository.targets / "stable" / f"{described.hashes['sha256']}.{FLAGS}").write_bytes(raw)
+        (repository.targets.folder / "stable" / f"{described.hashes['sha256']}.{FLAGS}").write_bytes(raw)
     (keyid,) = document.signatures
     document.sign(metadata.signers([keyid])[0])
     path.write_bytes(document.to_bytes())
@@ -316,7 +316,7 @@ def test_flags_that_name_another_previous_release(staged: Place) -> None:
 
 
 def test_flags_that_were_altered_on_the_way(staged: Place) -> None:
-    (path,) = staged.repository.targets.rglob(f"*.{FLAGS}")
+    (path,) = staged.repository.targets.folder.rglob(f"*.{FLAGS}")
     flip(path, 0.5)
     device = Device.of(staged, "new", IN)
     with refused(TrustError, "repository.file"):

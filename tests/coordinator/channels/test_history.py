@@ -96,6 +96,37 @@ def test_the_log_goes_on_after_each_rotation(folder: Path, role: str) -> None:
     assert [record.action.kind for record in records(folder)[-2:]] == ["rotate", "renew"]
 
 
+def test_stable_is_protected_and_what_changes_that_needs_the_key_of_targets(folder: Path) -> None:
+    assert repository(folder).protected == {"stable"}
+    for word, protected in (("protect", {"stable", "stable-de"}), ("unprotect", {"stable"})):
+        done = CliRunner().invoke(cli, ["channel", word, str(folder), "stable-de"])
+        assert done.exit_code == 0, done.output
+        assert repository(folder).protected == protected
+    repository(folder).rotate("stable", SystemEntropy())
+    repository(folder).rotate("targets", SystemEntropy())
+    assert repository(folder).protected == {"stable"}
+    assert [(each.action.kind, each.action.subject) for each in records(folder)[6:8]] == [
+        ("protect", "stable-de"),
+        ("unprotect", "stable-de"),
+    ]
+    with refused(ConfigError, "channel"):
+        repository(folder).protect("beta")
+    roles = {role: keys for role, _, _, keys in repository(folder).metadata.roles()}
+    roles["targets"][0].unlink()
+    with refused(ConfigError, "keys"):
+        repository(folder).protect("stable", on=False)
+    assert repository(folder).protected == {"stable"}
+
+
+def test_old_targets_that_say_that_a_channel_was_not_protected(folder: Path) -> None:
+    place = repository(folder).metadata
+    (path, *_) = sorted(place.place.glob("*.targets.json"))
+    document = Metadata[Targets].from_bytes(path.read_bytes())
+    document.signed.delegations.roles["stable"].unrecognized_fields.clear()  # type: ignore[union-attr,index]
+    path.write_bytes(document.to_bytes())
+    found(folder, "targets")
+
+
 def test_an_auditor_needs_no_key(folder: Path) -> None:
     shutil.rmtree(folder / "keys")
     assert len(records(folder)) == 6
