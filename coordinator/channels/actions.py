@@ -11,7 +11,9 @@ without the key of the snapshot. The records name all metadata that they signed,
 releases were refused, and why.
 """
 
+import getpass
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
@@ -92,6 +94,7 @@ class ActionRecord(Manifest):
     number: Count  # from 1
     previous: Sha256 | None  # of the signed record before; None for the first
     made: Annotated[str, Field(max_length=40)]  # when, ISO 8601
+    by: Annotated[str, Field(max_length=100)]  # login name of who did it, as the machine states it; empty: not stated
     metadata: dict[Text, Count]  # role → the version that the action signed; of root always, the one then in force
     action: Action
 
@@ -119,6 +122,14 @@ class LogHead:
     def put(self, snapshot: Snapshot) -> None:
         """Name it in a snapshot."""
         snapshot.unrecognized_fields[HEAD] = {"number": self.number, "sha256": self.sha256}
+
+
+def login_name() -> str:
+    """Of whoever runs this process, for ``ActionRecord.by``."""
+    try:
+        return getpass.getuser()[:100]
+    except (KeyError, OSError):  # a container's user without an entry
+        return f"user {os.getuid()}"
 
 
 def action_path(folder: Path, number: int) -> Path:

@@ -44,10 +44,11 @@ S = TypeVar("S", bound=Signed)
 
 @dataclass(frozen=True, slots=True)
 class RoleMetadata:
-    """Of the repository in ``folder``. ``now`` dates what is signed."""
+    """Of the repository in ``folder``. ``now`` dates what is signed, ``by`` is who signs it, for the log."""
 
     folder: Path
     now: datetime
+    by: str = ""
 
     @property
     def place(self) -> Path:
@@ -135,7 +136,7 @@ class RoleMetadata:
         """Write the next record of the log, and name it in ``snapshot``."""
         last = LogHead.of(snapshot)
         made = self.now.isoformat(timespec="seconds")
-        record = ActionRecord(last.number + 1, last.sha256, made, dict(versions), action)
+        record = ActionRecord(last.number + 1, last.sha256, made, self.by, dict(versions), action)
         raw = record.sign(read_key(self.key_file(keys.roles[SNAPSHOT].keyids[0])))
         path = action_path(self.folder, record.number)
         path.parent.mkdir(exist_ok=True)

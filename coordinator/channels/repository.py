@@ -63,14 +63,15 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class ChannelRepository:
-    """A repository in a folder. ``now`` dates what is signed."""
+    """A repository in a folder. ``now`` dates what is signed, ``by`` is who signs it, for the log."""
 
     folder: Path
     now: datetime
+    by: str = ""
 
     @classmethod
     def create(
-        cls, folder: Path, entropy: Entropy, now: datetime, channels: Sequence[str] = (CANARY, STABLE)
+        cls, folder: Path, entropy: Entropy, now: datetime, channels: Sequence[str] = (CANARY, STABLE), *, by: str = ""
     ) -> "ChannelRepository":
         """Make a repository with a key for each role.
 
@@ -80,7 +81,7 @@ class ChannelRepository:
         """
         names = [check_channel(name) for name in channels]
         with storage.new_folder(folder, mode=storage.PRIVATE_FOLDER) as stage:
-            made = cls(stage, now)
+            made = cls(stage, now, by)
             for part in (made.metadata.place, made.targets.folder, stage / KEYS):
                 part.mkdir(parents=True)
             root, top, online = Root(consistent_snapshot=True), Targets(), made.metadata.new_key(entropy)
@@ -90,16 +91,16 @@ class ChannelRepository:
                 root.add_key(key.public_key, role)
             first = {name: made.metadata.delegate(top, name, entropy) for name in names}
             made.metadata.commit(Action("init"), first, root, top)
-        return cls(folder, now)
+        return cls(folder, now, by)
 
     @classmethod
-    def open(cls, folder: Path, now: datetime) -> "ChannelRepository":
+    def open(cls, folder: Path, now: datetime, *, by: str = "") -> "ChannelRepository":
         """Open a repository.
 
         Raises:
             ConfigError: The folder has none.
         """
-        opened = cls(folder, now)
+        opened = cls(folder, now, by)
         if not (opened.metadata.place / "timestamp.json").is_file():
             raise ConfigError(f"{folder} has no repository of channels: make one with 'edgeadapt channel init'")
         return opened
@@ -107,7 +108,7 @@ class ChannelRepository:
     @property
     def metadata(self) -> RoleMetadata:
         """The signed metadata and the keys."""
-        return RoleMetadata(self.folder, self.now)
+        return RoleMetadata(self.folder, self.now, self.by)
 
     @property
     def targets(self) -> TargetFiles:

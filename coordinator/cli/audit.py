@@ -150,6 +150,7 @@ def _action(record: ActionRecord) -> str:
     words += [f"as {action.again} was"] if action.again else []
     words += [", ".join(f"{name} {version}" for name, version in sorted((action.adapters or {}).items()))]
     words += [f"for {action.rollout}"] if action.rollout else []
+    words += [f"by {record.by}"] if record.by else []
     gates = [f"         {'passed' if each.passed else 'REFUSED'}  {each.gate}: {each.text}" for each in action.gates]
     return "\n".join([" ".join(words).rstrip(), *gates])
 

@@ -9,6 +9,7 @@ import click
 
 from adapters import storage
 from aggregation.entropy import SystemEntropy
+from coordinator.channels.actions import login_name
 from coordinator.channels.repository import ChannelRepository, Published, pinned_keys
 
 FOLDER = click.Path(path_type=Path)
@@ -49,7 +50,7 @@ def init(folder: Path, names: tuple[str, ...]) -> None:
       edgeadapt channel init releases --channel stable --channel stable-de
     """
     given = {"channels": names} if names else {}
-    made = ChannelRepository.create(folder, SystemEntropy(), _now(), **given)
+    made = ChannelRepository.create(folder, SystemEntropy(), _now(), **given, by=login_name())
     _write_root(folder, made)
     click.echo(f"channels {', '.join(made.channels)}; serve {folder / 'public'}; devices pin {folder / ROOT}")
 
@@ -194,7 +195,7 @@ def show(folder: Path, as_json: bool) -> None:
 
 
 def _open(folder: Path) -> ChannelRepository:
-    return ChannelRepository.open(folder, _now())
+    return ChannelRepository.open(folder, _now(), by=login_name())
 
 
 def _write_root(folder: Path, opened: ChannelRepository) -> None:

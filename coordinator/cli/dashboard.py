@@ -31,7 +31,7 @@ def dashboard(state_dir: Path, listen: str, channels: Path | None) -> None:
     from aggregation.entropy import SystemEntropy
     from aggregation.pki.certificates import to_der
     from aggregation.pki.tls import hosts_of
-    from coordinator.channels.repository import ChannelRepository
+    from coordinator.dashboard.channels import ChannelsView
     from coordinator.dashboard.server import TOKEN, Tls, read_token, serve
     from coordinator.dashboard.view import Viewer
     from coordinator.servicesettings import is_address, is_loopback
@@ -40,11 +40,12 @@ def dashboard(state_dir: Path, listen: str, channels: Path | None) -> None:
     if not is_address(listen):
         raise ConfigError(f"{listen!r} is not HOST:PORT with a port from 1 to 65535", about="--listen", value=listen)
     opened, tls = CoordinatorStateDir.open(state_dir), None
-    if channels is not None:
-        ChannelRepository.open(channels, datetime.now(UTC))
+    releases = None if channels is None else ChannelsView(channels)
+    if releases is not None:
+        releases.look()
     if not is_loopback(listen):
         _, certificate = opened.read_tls(datetime.now(UTC))
         tls = Tls(state_dir / TLS_KEY, state_dir / TLS_CERTIFICATE, hosts_of(to_der(certificate)))
     token = read_token(state_dir, SystemEntropy())
     click.echo(f"http{'s' if tls else ''}://{listen}/: log in with the token in {state_dir / TOKEN}", err=True)
-    serve(Viewer(opened, channels).look, token, listen, tls)
+    serve(Viewer(opened, releases).look, token, listen, tls)

@@ -63,6 +63,10 @@ def families(view: dict[str, Any]) -> Iterator[Metric]:
         yield _counter("gateway_check_ins", "Check-ins by outcome.", "outcome", gateway["check_ins"])
     releases = {name: one["release"] if one else 0 for name, one in view["channels"].items()}
     yield _gauge("channel_release", "The current release of a channel; 0: none.", releases, "channel")
+    shares = {name: one["share"] for name, one in view["channels"].items() if one}
+    yield _gauge("channel_share", "Percent of devices that the current release is for.", shares, "channel")
+    if view["problem"] is not None or view["channels"]:
+        yield _gauge("channels_verified", "1 while the log of the channels passes its audit.", int(not view["problem"]))
 
 
 def _gauge(name: str, text: str, value: Any, label: str | None = None) -> Metric:

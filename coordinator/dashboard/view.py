@@ -2,13 +2,11 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from adapters.manifest import VersionManifest
 from adapters.roundrecord import RoundRecord
-from coordinator.channels.repository import ChannelRepository
+from coordinator.dashboard.channels import ChannelsView
 from coordinator.gateway import snapshot
 from coordinator.registry import Head
 from coordinator.services import deployment
@@ -24,11 +22,11 @@ class Viewer:
 
     Args:
         state_dir: Of the coordinator.
-        channels: Folder of a repository of channels; None if none is to be shown.
+        channels: A repository of channels; None if none is to be shown.
     """
 
     state_dir: CoordinatorStateDir
-    channels: Path | None = None
+    channels: ChannelsView | None = None
     _follower: LogFollower = field(init=False)
     _head: Head | None = None
     _history: dict[str, Any] = field(default_factory=dict)
@@ -50,7 +48,7 @@ class Viewer:
             "session": None if progress is None else progress.as_json(),
             "gateway": snapshot.read(self.state_dir.folder) if running else None,
             "epsilon_limit": self.state_dir.settings.privacy.epsilon or None,
-            "channels": self._channels(),
+            **({"channels": {}, "problem": None} if self.channels is None else self.channels.look()),
             **self._rounds(),
         }
 
@@ -64,16 +62,6 @@ class Viewer:
             self._history = _history(registry.rounds(), registry.version(head.newest[0]).manifest)
             self._head = head
         return self._history
-
-    def _channels(self) -> dict[str, Any]:
-        if self.channels is None:
-            return {}
-        repository = ChannelRepository.open(self.channels, datetime.now(UTC))
-        found = {name: repository.release(name) for name in repository.channels}
-        return {
-            name: None if one is None else {"release": one.number, "made": one.made, "adapters": one.adapters}
-            for name, one in found.items()
-        }
 
 
 def _history(records: tuple[RoundRecord, ...], newest: VersionManifest | None) -> dict[str, Any]:

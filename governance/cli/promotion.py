@@ -15,7 +15,7 @@ from adapters.keyfiles import read_key
 from adapters.rollout import ALL
 from adapters.settings import overridden
 from aggregation.errors import ConfigError
-from coordinator.channels.actions import GateResult
+from coordinator.channels.actions import GateResult, login_name
 from coordinator.channels.repository import ChannelRepository, Published
 from governance.gates import AssembledRelease, PromotionTrial, require_passed
 from governance.gatesettings import GATES, HEADER, GateSettings
@@ -160,7 +160,7 @@ def rollback(folder: Path, channel: str, number: int, key: Path, as_json: bool) 
 
 
 def _open(folder: Path) -> ChannelRepository:
-    return ChannelRepository.open(folder, datetime.now(UTC))
+    return ChannelRepository.open(folder, datetime.now(UTC), by=login_name())
 
 
 def _print(made: Published, results: tuple[GateResult, ...], as_json: bool) -> None:

@@ -1,15 +1,22 @@
 """The operator's page in a real Chromium, served by the real command, while rounds are made."""
 
+import re
 import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from aggregation.entropy import SystemEntropy
+from aggregation.pki.identity import IdentityKey
+from coordinator.channels.actions import GateResult, action_path
+from coordinator.channels.repository import ChannelRepository
 from coordinator.dashboard.server import TOKEN
 from coordinator.statedir import CoordinatorStateDir
 from tests.support.gateway import HOST, free_port, wait_until
@@ -28,13 +35,25 @@ def answers(url: str) -> bool:
         return False
 
 
-def test_an_operator_logs_in_and_sees_rounds_as_they_end(fleet_of: Callable[..., Any], page: Any) -> None:
-    fleet = fleet_of(5, rounds=3)
-    folder, url = fleet.out / "coordinator", f"http://{HOST}:{free_port()}"
+@contextmanager
+def dashboard(folder: Path, *words: object) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The real command; its address."""
+    url = f"http://{HOST}:{free_port()}"
     command = [sys.executable, "-m", "edgeadapt", "coordinator", "dashboard", str(folder), "--listen", url[7:]]
+    command += map(str, words)
     served = subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, text=True)
     try:
         wait_until(lambda: answers(url) or served.poll() is not None, 120)
+        yield url, served
+    finally:
+        served.kill()
+        served.wait()
+
+
+def test_an_operator_logs_in_and_sees_rounds_as_they_end(fleet_of: Callable[..., Any], page: Any) -> None:
+    fleet = fleet_of(5, rounds=3)
+    folder = fleet.out / "coordinator"
+    with dashboard(folder) as (url, served):
         page.call("Page.navigate", url=url)
         page.until("document.getElementById('token') !== null")
         page.evaluate("document.getElementById('token').value = 'wrong'; document.forms[0].submit()")
@@ -63,6 +82,41 @@ def test_an_operator_logs_in_and_sees_rounds_as_they_end(fleet_of: Callable[...,
         assert said.splitlines()[0] == f"{url}/: log in with the token in {folder / TOKEN}"
         assert len(said.splitlines()) == 2, "an open stream ends without an error"
         page.until("document.getElementById('live').textContent.startsWith('no connection')")
-    finally:
-        served.kill()
-        served.wait()
+
+
+def test_an_operator_sees_a_rollout_its_gates_and_a_log_that_was_altered(
+    fleet_of: Callable[..., Any], page: Any, phone: Path, vendor: IdentityKey, tmp_path: Path
+) -> None:
+    folder = fleet_of(5).out / "coordinator"
+    releases = ChannelRepository.create(
+        tmp_path / "releases", SystemEntropy(), datetime(2026, 11, 27, 9, 30, tzinfo=UTC), by="ada"
+    )
+    made = releases.publish("canary", phone, [vendor.public]).release
+    passed = GateResult("accuracy of global", True, 0.91, 0.9, "0.9100, at least 0.9000: <b>91</b> of 100 right")
+    worse = GateResult("canaries of global", False, 0.5, 1.0, "0.5000, at least 1.0000")
+    releases.promote("canary", 1, "stable", [passed])
+    releases.promote("canary", 1, "stable", [passed], share=10, languages=["de"])
+    releases.refuse("canary", made, "stable", [passed, worse])
+    with dashboard(folder, "--channels", releases.folder) as (url, _):
+        page.call("Page.navigate", url=url)
+        page.until("document.getElementById('token') !== null")
+        token = (folder / TOKEN).read_text().strip()
+        page.evaluate(f"document.getElementById('token').value = {token!r}; document.forms[0].submit()")
+        page.until(READY)
+        (canary, stable) = page.evaluate("[...document.querySelectorAll('#channels tbody tr')].map(r => r.innerText)")
+        assert re.sub(r"\s+", " ", canary) == "canary 1 global 3 all devices 2026-11-27 09:30 ada: published none asked"
+        assert "10 % of devices with language de; release 1 for the others" in stable
+        assert "ada: promoted from canary" in stable
+        assert "release 1 of canary refused, tried by ada" in stable
+        assert "REFUSED canaries of global: 0.5000, at least 1.0000" in stable
+        page.evaluate("document.querySelector('#channels summary').click()")
+        (figure,) = page.evaluate("[...document.querySelectorAll('#channels details li')].map(li => li.innerText)")
+        assert figure == "passed accuracy of global: 0.9100, at least 0.9000: <b>91</b> of 100 right"
+        releases.set_rollout("stable", 50)
+        page.until("document.querySelector('#channels').innerText.includes('50 % of devices; release 1')")
+        action_path(releases.folder, 2).unlink()
+        releases.renew()
+        page.until("!document.getElementById('channels-problem').hidden")
+        assert "2.json" in page.evaluate("document.getElementById('channels-problem').textContent")
+        assert page.evaluate("document.querySelectorAll('#channels tbody tr').length") == 0
+        assert page.errors() == []

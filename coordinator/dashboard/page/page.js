@@ -23,7 +23,7 @@ function drawn(name, attributes, ...children) {
 }
 
 function fill(table, rows) {
-  const cells = (row) => element("tr", {}, ...row.map((each) => element("td", {}, String(each))));
+  const cells = (row) => element("tr", {}, ...row.map((each) => element("td", {}, each instanceof Node ? each : String(each))));
   byId(table).tBodies[0].replaceChildren(...rows.map(cells));
 }
 
@@ -104,6 +104,48 @@ function rows(rounds) {
   });
 }
 
+const minute = (time) => time.slice(0, 16).replace("T", " ");
+
+function audience({ share, languages, previous }) {
+  if (share === 100 && !languages.length) return "all devices";
+  const who = languages.length ? `devices with language ${languages.join(", ")}` : "devices";
+  return `${share} % of ${who}; release ${previous} for the others`;
+}
+
+function origin({ kind, source, again, by }) {
+  const how = kind === "promote" ? `promoted from ${source}` : kind === "rollback" ? `rolled back to ${again}` : "published";
+  return by ? `${by}: ${how}` : how;
+}
+
+/** What the gates measured, to be opened; a refusal since then is shown at once. */
+function gates({ gates, refusal, kind, protected: guarded }) {
+  const items = (list) => element("ul", {}, ...list.map((each) => element("li", {}, `${each.passed ? "passed" : "REFUSED"} ${each.gate}: ${each.text}`)));
+  const found = element("div", {});
+  if (gates.length) found.append(element("details", {}, element("summary", {}, `${gates.filter((each) => each.passed).length} of ${gates.length} passed`), items(gates)));
+  else found.append(guarded && kind === "publish" ? "none: published before it was protected" : "none asked");
+  if (refusal) {
+    const text = `${minute(refusal.since)}: release ${refusal.release} of ${refusal.source} refused${refusal.by ? `, tried by ${refusal.by}` : ""}`;
+    found.append(element("p", { class: "refusal" }, text), items(refusal.gates));
+  }
+  return found;
+}
+
+let shownChannels = "";
+
+function channels({ channels: found, problem }) {
+  show("channels-section", Object.keys(found).length || problem);
+  byId("channels-problem").hidden = !problem;
+  byId("channels-problem").textContent = problem ?? "";
+  if (JSON.stringify(found) === shownChannels) return; // what somebody opened stays open
+  shownChannels = JSON.stringify(found);
+  const row = ([name, one]) => {
+    if (!one) return [name, "none", "–", "–", "–", "–", "–"];
+    const adapters = Object.entries(one.adapters).map(([adapter, version]) => `${adapter} ${version}`).join(", ");
+    return [one.protected ? `${name} (protected)` : name, one.release, adapters, audience(one), minute(one.since), origin(one), gates(one)];
+  };
+  fill("channels", Object.entries(found).map(row));
+}
+
 function draw(view) {
   byId("problem").hidden = !view.error;
   byId("problem").textContent = view.error ?? "";
@@ -119,10 +161,7 @@ function draw(view) {
   show("versions-section", gateway);
   const outcomes = Object.entries(gateway?.check_ins ?? {}).map(([name, count]) => `${count} ${name}`);
   byId("checkins").textContent = outcomes.length ? `Check-ins since the start: ${outcomes.join(", ")}` : "";
-  const released = ([name, one]) =>
-    one ? [name, one.release, one.made, Object.entries(one.adapters).map(([adapter, version]) => `${adapter} ${version}`).join(", ")] : [name, "none", "–", "–"];
-  fill("channels", Object.entries(view.channels).map(released));
-  show("channels-section", Object.keys(view.channels).length);
+  channels(view);
 }
 
 const events = new EventSource("/events");

@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from aggregation.entropy import SystemEntropy
 from coordinator.channels.repository import ChannelRepository
+from coordinator.dashboard.channels import ChannelsView
 from coordinator.dashboard.metrics import exposition
 from coordinator.dashboard.view import Viewer
 from coordinator.gateway.snapshot import FILE, GatewaySnapshot, read, written
@@ -40,7 +41,7 @@ def test_the_rounds_of_a_fleet_are_counted_and_nobody_is_named(fleet_of: FleetOf
     fleet = fleet_of(6, rounds=3, aggregation__session_rounds=2)
     ChannelRepository.create(tmp_path / "releases", SystemEntropy(), datetime.now(UTC))
     state_dir = CoordinatorStateDir.open(fleet.out / "coordinator")
-    viewer = Viewer(state_dir, tmp_path / "releases")
+    viewer = Viewer(state_dir, ChannelsView(tmp_path / "releases"))
     assert viewer.look()["rounds_done"] == 0
     records = fleet.federate(fleet.grid(forced_dropouts=1))
     view = viewer.look()
@@ -64,6 +65,7 @@ def test_the_rounds_of_a_fleet_are_counted_and_nobody_is_named(fleet_of: FleetOf
     assert found["bytes_total", "up"] == sum(record.bytes_up for record in records)
     assert found["metric", "loss"] == records[-1].metrics["loss"]
     assert found["channel_release", "stable"] == 0
+    assert found["channels_verified",] == 1
     assert viewer.look()["rounds"] is view["rounds"]  # nothing new is not read again
     state_dir.registry.close()
 
