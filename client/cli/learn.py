@@ -47,7 +47,7 @@ def learn(bundle: Path, name: str | None, trust: Path | None, undo: bool, as_jso
         return
     from client.learning import Learner
 
-    with Learner.open(bundle, trust, name) as learner:
+    with Learner.open(bundle, trust, name, task=None) as learner:
         undone = learner.undo()
     if as_json:
         click.echo(json.dumps(asdict(undone), ensure_ascii=False))

@@ -25,6 +25,7 @@ from client.training.personal import PersonalMethod, PersonalStep
 from export.bundle.write import write_bundle
 from export.causal import export_causal
 from export.onnx.exported import ExportedBase, Profile
+from tests.client.learning.test_learner import run
 from tests.support.blocked import without_torch
 from tests.support.errors import refused
 
@@ -77,8 +78,8 @@ def test_a_command_without_torch_makes_the_private_adapter_which_is_used_and_und
         again = personalize_language_model(learner, texts(talker.parent), FINE_TUNE, 0.02)
         assert again.bits["in use"] == pytest.approx(found["bits"]["personal"], abs=1e-6)
     while "personal" in adapter_names(talker):
-        with Learner.open(talker, task=None) as learner:
-            learner.undo()
+        undone = run("learn", "--undo", "--bundle", talker)
+        assert undone.exit_code == 0, undone.output
     assert contents(talker) == before
 
 
