@@ -34,11 +34,12 @@ from aggregation.pki.identity import PublicKey
 
 SIGNING_KEY, DATABASE, BLOBS = "signing.pem", "registry.db", "blobs"  # in the coordinator's state directory
 REGISTRY = "registry.toml"  # there too
-FORMAT = 2  # of the database; raised when a table changes in a way that older code would misread
+SCHEMA = "2"  # revision of the tables; ``coordinator.registry.migrations`` brings older ones to it
 PREFIX = "edgeadapt_"  # of this program's tables, so that another program's database is recognized
-# Tables; the first has one row and the column FORMAT_COLUMN.
-FORMATS, VERSIONS, ROUNDS = f"{PREFIX}format", f"{PREFIX}versions", f"{PREFIX}rounds"
-FORMAT_COLUMN, VERSION, SHA256, MANIFEST = "format", "version", "sha256", "manifest"
+# Tables; the first is alembic's, has one row and the column SCHEMA_COLUMN.
+SCHEMAS, VERSIONS, ROUNDS = f"{PREFIX}schema", f"{PREFIX}versions", f"{PREFIX}rounds"
+SCHEMA_COLUMN, VERSION, SHA256, MANIFEST = "version_num", "version", "sha256", "manifest"
+FIRST, FIRST_TABLE = "1", f"{PREFIX}format"  # the revision that had no table of alembic's, and a table of it alone
 ROUND, RECORD = "round", "record"
 
 _SELECT = f"SELECT {VERSION}, {SHA256}, {MANIFEST} FROM {VERSIONS}"  # noqa: S608 - the names above
@@ -78,10 +79,10 @@ class RegistrySource(Protocol):
         """Of the database, for a message."""
 
     def rows(self, query: str, values: tuple[int, ...]) -> list[tuple[Any, ...]]:
-        """What a query finds, in a database of this format.
+        """What a query finds, in a database with this schema.
 
         Raises:
-            ConfigError: The database is of another format.
+            ConfigError: The database has another schema.
             DataError: The database cannot be read.
         """
 
@@ -150,7 +151,11 @@ class LocalFiles:
                 database.set_progress_handler(lambda: True, path.stat().st_size)
                 if other := database.execute(NOT_TABLES).fetchone():
                     raise sqlite3.DatabaseError(f"{other[0]!r} is not a table")
-                found = database.execute(f"SELECT {FORMAT_COLUMN} FROM {FORMATS}").fetchone()  # noqa: S608
+                old = database.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (FIRST_TABLE,)).fetchone()
+                if old is not None:
+                    require_schema(FIRST, str(path))
+                found = database.execute(f"SELECT {SCHEMA_COLUMN} FROM {SCHEMAS}").fetchone()  # noqa: S608
+                require_schema(found and found[0], str(path))
                 rows: list[tuple[Any, ...]] = database.execute(query, values).fetchall()
         except (sqlite3.Error, OverflowError, UnicodeDecodeError) as error:
             if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_READONLY_ROLLBACK:
@@ -162,23 +167,25 @@ class LocalFiles:
             raise DataError(
                 f"{path} is not a registry or is damaged ({error}): restore it from a copy", about=DATABASE
             ) from None
-        require_format(found and found[0], str(path))
         return rows
 
 
-def require_format(found: object, name: str) -> None:
-    """Return if a database is of this format.
+def require_schema(found: object, name: str) -> None:
+    """Return if a database has the schema of this edgeadapt.
 
     Args:
-        found: Its format.
+        found: The revision of its schema.
         name: Of the database.
 
     Raises:
-        ConfigError: It is of another one.
+        ConfigError: It is another one.
     """
-    if found != FORMAT:
-        text = f"{name} has another format than {FORMAT}: read it with the edgeadapt that made it"
-        raise ConfigError(text, about="format", value=found)
+    if found == SCHEMA:
+        return
+    older = isinstance(found, str) and found.isdecimal() and int(found) < int(SCHEMA)
+    remedy = "bring it to that with 'edgeadapt coordinator upgrade'" if older else "update edgeadapt"
+    text = f"{name} has revision {found} of the registry's tables, and this edgeadapt has {SCHEMA}: {remedy}"
+    raise ConfigError(text, about="database.schema", value=found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +213,7 @@ class RegistryFiles:
         """The manifest of a version, by default of the newest; None if the registry does not have it.
 
         Raises:
-            ConfigError: The database is of another format.
+            ConfigError: The database has another schema.
             DataError: The database cannot be read.
             TrustError: The manifest is damaged, or signed by no trusted key or for another version.
         """
@@ -250,7 +257,7 @@ class RegistryFiles:
         """The records of all rounds, in order.
 
         Raises:
-            ConfigError: The database is of another format.
+            ConfigError: The database has another schema.
             DataError: The database cannot be read.
             TrustError: A record is missing, was altered, or is signed by no trusted key.
         """

@@ -17,13 +17,15 @@ from adapters.blobs import Blobs
 from adapters.dsse import MAX_ENVELOPE
 from adapters.registryfiles import (
     BLOBS,
-    FORMAT_COLUMN,
-    FORMATS,
+    FIRST,
+    FIRST_TABLE,
     REGISTRY,
+    SCHEMA_COLUMN,
+    SCHEMAS,
     LocalFiles,
     RegistrySettings,
     blob_name,
-    require_format,
+    require_schema,
 )
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 
@@ -131,8 +133,10 @@ class RemoteStores:
             with self.engine.connect() as connection:
                 connection = connection.execution_options(postgresql_readonly=True)
                 connection.exec_driver_sql(f"SET LOCAL statement_timeout = {LONGEST}")
-                found = connection.exec_driver_sql(f"SELECT {FORMAT_COLUMN} FROM {FORMATS} LIMIT 1").scalar()  # noqa: S608
-                require_format(found, self.name)
+                if connection.exec_driver_sql(f"SELECT to_regclass('{FIRST_TABLE}')").scalar() is not None:
+                    require_schema(FIRST, self.name)
+                found = connection.exec_driver_sql(f"SELECT {SCHEMA_COLUMN} FROM {SCHEMAS} LIMIT 1").scalar()  # noqa: S608
+                require_schema(found, self.name)
                 rows = list[tuple[Any, ...]]()
                 streamed = connection.execution_options(stream_results=True)
                 for row in streamed.exec_driver_sql(query.replace("?", "%s"), values):

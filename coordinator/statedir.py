@@ -178,14 +178,19 @@ class CoordinatorStateDir:
         Raises:
             EdgeAdaptError: Another run holds it.
         """
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(storage.locked(self.folder / LOCK, timeout=PATIENCE))
-            except TimeoutError:
-                raise EdgeAdaptError(
-                    f"another run is using {self.folder}: wait until it ends, or end it", about=LOCK
-                ) from None
+        with run_lock(self.folder):
             yield
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """As ``CoordinatorStateDir.locked``, for a directory that cannot be opened."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(storage.locked(folder / LOCK, timeout=PATIENCE))
+        except TimeoutError:
+            raise EdgeAdaptError(f"another run is using {folder}: wait until it ends, or end it", about=LOCK) from None
+        yield
 
 
 def open_registry(folder: Path, key: IdentityKey) -> Registry:
@@ -196,8 +201,13 @@ def open_registry(folder: Path, key: IdentityKey) -> Registry:
         EdgeAdaptError: As ``Registry.open``.
     """
     stores = RegistrySettings.of(folder)
-    url = postgresql_url(stores.database) if stores.database else own_database(folder)
-    return Registry.open(url, stores.blobs or str(folder / BLOBS), [key.public])
+    return Registry.open(registry_url(folder), stores.blobs or str(folder / BLOBS), [key.public])
+
+
+def registry_url(folder: Path) -> URL:
+    """The address of the database of a state directory. Raises as ``RegistrySettings.of`` and ``postgresql_url``."""
+    stores = RegistrySettings.of(folder)
+    return postgresql_url(stores.database) if stores.database else own_database(folder)
 
 
 def own_database(folder: Path) -> URL:

@@ -16,6 +16,7 @@ from coordinator.cli.backup import backup, restore
 from coordinator.cli.dashboard import dashboard
 from coordinator.cli.options import as_json, directory
 from coordinator.cli.rounds import rounds
+from coordinator.cli.upgrade import upgrade
 
 if TYPE_CHECKING:
     from coordinator.launch import Connection
@@ -47,6 +48,7 @@ coordinator.add_command(dashboard)
 coordinator.add_command(rounds)
 coordinator.add_command(backup)
 coordinator.add_command(restore)
+coordinator.add_command(upgrade)
 
 
 @coordinator.command(short_help="Make a coordinator: key, settings, empty registry.")

@@ -16,6 +16,7 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     MetaData,
+    PrimaryKeyConstraint,
     String,
     Table,
     create_engine,
@@ -27,24 +28,26 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, IntegrityError, SQLAlchemyError
 
 from adapters.registryfiles import (
-    FORMAT,
-    FORMAT_COLUMN,
-    FORMATS,
+    FIRST,
+    FIRST_TABLE,
     MANIFEST,
     NOT_TABLES,
     PREFIX,
     RECORD,
     ROUND,
     ROUNDS,
+    SCHEMA,
+    SCHEMA_COLUMN,
+    SCHEMAS,
     SHA256,
     VERSION,
     VERSIONS,
+    require_schema,
 )
 from adapters.registrystores import postgresql_engine, shown
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 
 metadata = MetaData()
-formats = Table(FORMATS, metadata, Column(FORMAT_COLUMN, Integer, primary_key=True))
 versions = Table(
     VERSIONS,
     metadata,
@@ -64,16 +67,36 @@ optimizer = Table(  # one row
     Column("id", Integer, primary_key=True, autoincrement=False),
     Column("tensors", LargeBinary, nullable=False),  # safetensors; the last round's record has the digest
 )
+# Alembic's own table is in no metadata of a program. A new database gets it with the others, and alembic is not needed.
+schemas = Table(
+    SCHEMAS,
+    MetaData(),
+    Column(SCHEMA_COLUMN, String(32), nullable=False),
+    PrimaryKeyConstraint(SCHEMA_COLUMN, name=f"{SCHEMAS}_pkc"),
+)
 
 
 def connect(url: str | URL) -> Engine:
-    """Open the database, and create the tables that it lacks.
+    """Open the database, and create the tables if it has none.
 
     Raises:
-        ConfigError: The URL is not usable, or the database belongs to another program or another edgeadapt.
+        ConfigError: The URL is not usable, or the database is another program's, or has another schema.
         DataError: The file is not a database, is damaged, or has a view or trigger.
         EdgeAdaptError: The database cannot be reached, created or written to.
     """
+    engine = engine_of(url)
+    with explained(engine), engine.begin() as connection:
+        if revision(connection) is None:
+            metadata.create_all(connection)
+            schemas.create(connection)
+            connection.execute(schemas.insert().values({SCHEMA_COLUMN: SCHEMA}))
+        else:
+            require_schema(revision(connection), shown(engine.url))
+    return engine
+
+
+def engine_of(url: str | URL) -> Engine:
+    """Connections to the database, which are made when they are needed. Raises as ``connect``."""
     try:
         parsed = make_url(url)
         engine = postgresql_engine(parsed) if parsed.get_backend_name() == "postgresql" else create_engine(parsed)
@@ -83,9 +106,25 @@ def connect(url: str | URL) -> Engine:
         ) from error
     if engine.dialect.name == "sqlite":
         _prepare_sqlite(engine, parsed)
-    with explained(engine), engine.begin() as connection:
-        _claim(connection)
     return engine
+
+
+def revision(connection: Connection) -> str | None:
+    """The revision of the database's schema; None for an empty database. Raises as ``connect``."""
+    name = shown(connection.engine.url)
+    tables = inspect(connection).get_table_names()
+    if tables and not any(table.startswith(PREFIX) for table in tables):
+        raise ConfigError(
+            f"{name} is another program's database (it has a table {tables[0]!r}): name a new one", about="database"
+        )
+    if connection.dialect.name == "sqlite" and (other := connection.exec_driver_sql(NOT_TABLES).scalar()):
+        raise DataError(f"{name} is damaged ({other!r} is not a table): restore it from a copy", about="database")
+    if FIRST_TABLE in tables:
+        return FIRST
+    found = connection.scalar(select(schemas.c[SCHEMA_COLUMN])) if SCHEMAS in tables else None
+    if found is None and any(table.startswith(PREFIX) for table in tables):
+        raise DataError(f"{name} is damaged (it has no revision): restore it from a copy", about="database")
+    return found
 
 
 @contextmanager
@@ -112,29 +151,6 @@ def explained(engine: Engine) -> Iterator[None]:
         raise EdgeAdaptError(f"{name}: {_line(error)}; nothing was changed", about="database") from error
     except UnicodeDecodeError as error:  # sqlite quotes a name that it did not find, and the name is damaged
         raise DataError(f"{name} is damaged: restore it from a copy", about="database") from error
-
-
-def _claim(connection: Connection) -> None:
-    """Create the tables, unless the database is another program's or has another format."""
-    name = shown(connection.engine.url)
-    tables = inspect(connection).get_table_names()
-    if tables and not any(table.startswith(PREFIX) for table in tables):
-        raise ConfigError(
-            f"{name} is another program's database (it has a table {tables[0]!r}): name a new one", about="database"
-        )
-    if connection.dialect.name == "sqlite" and (other := connection.exec_driver_sql(NOT_TABLES).scalar()):
-        raise DataError(f"{name} is damaged ({other!r} is not a table): restore it from a copy", about="database")
-    found = connection.scalar(select(formats.c.format)) if formats.name in tables else None
-    if found not in (None, FORMAT):
-        remedy = "update edgeadapt" if found > FORMAT else "an older edgeadapt made it: use that one, or begin anew"
-        raise ConfigError(
-            f"{name} has format {found}, this version of edgeadapt reads {FORMAT}: {remedy}",
-            about="database.format",
-            value=found,
-        )
-    metadata.create_all(connection)
-    if found is None:
-        connection.execute(formats.insert().values(format=FORMAT))
 
 
 def _prepare_sqlite(engine: Engine, url: URL) -> None:

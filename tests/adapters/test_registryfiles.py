@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from adapters import files, registryfiles
 from adapters.layout import Layout, Tensors
 from adapters.manifest import PeftConfig, ServerRule, VersionManifest
-from adapters.registryfiles import BLOBS, DATABASE, FORMAT, RegistryFiles, blob_name, float32_tensors
+from adapters.registryfiles import BLOBS, DATABASE, SCHEMA, RegistryFiles, blob_name, float32_tensors
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
 from coordinator.statedir import open_registry
@@ -177,14 +177,14 @@ def test_a_commit_that_a_kill_interrupted_is_no_damage(
     assert registry.manifest() == manifest(LAST)
 
 
-def test_a_database_of_another_format_is_refused(state_dir: Path, registry: RegistryFiles) -> None:
+def test_a_database_of_another_schema_is_refused(state_dir: Path, registry: RegistryFiles) -> None:
     with database(state_dir) as connection:
-        connection.execute("UPDATE edgeadapt_format SET format = 99")
-    with refused(ConfigError, "format", value=99):
+        connection.execute("UPDATE edgeadapt_schema SET version_num = '99'")
+    with refused(ConfigError, "database.schema", value="99"):
         registry.manifest()
     with database(state_dir) as connection:
-        connection.execute("DELETE FROM edgeadapt_format")
-    with refused(ConfigError, "format", value=None):
+        connection.execute("DELETE FROM edgeadapt_schema")
+    with refused(ConfigError, "database.schema", value=None):
         registry.manifest()
 
 
@@ -194,9 +194,9 @@ def test_a_flipped_bit_anywhere_in_the_database_is_refused_in_one_line_or_change
     (tmp_path / BLOBS).mkdir()
     path, signed = tmp_path / DATABASE, manifest(1).sign(key)
     with database(tmp_path) as connection:  # as few tables as are read, so that every byte can be tried
-        connection.execute("CREATE TABLE edgeadapt_format (format INTEGER PRIMARY KEY)")
+        connection.execute("CREATE TABLE edgeadapt_schema (version_num TEXT PRIMARY KEY)")
         connection.execute("CREATE TABLE edgeadapt_versions (version INTEGER, sha256 TEXT, manifest BLOB)")
-        connection.execute("INSERT INTO edgeadapt_format VALUES (2)")
+        connection.execute("INSERT INTO edgeadapt_schema VALUES ('2')")
         connection.execute("INSERT INTO edgeadapt_versions VALUES (1, ?, ?)", (manifest(1).sha256, signed))
     sound, registry, lines = path.read_bytes(), RegistryFiles.open(tmp_path, [key.public]), []
     start = sound.index(signed)
@@ -257,9 +257,9 @@ def test_two_signed_manifests_of_one_version_are_refused(tmp_path: Path, key: Id
     (tmp_path / BLOBS).mkdir()
     others = [manifest(1), replace(manifest(1), labels=("off", "on"))]
     with database(tmp_path) as connection:
-        connection.execute("CREATE TABLE edgeadapt_format (format INTEGER PRIMARY KEY)")
+        connection.execute("CREATE TABLE edgeadapt_schema (version_num TEXT PRIMARY KEY)")
         connection.execute("CREATE TABLE edgeadapt_versions (version INTEGER, sha256 TEXT, manifest BLOB)")
-        connection.execute("INSERT INTO edgeadapt_format VALUES (?)", (FORMAT,))
+        connection.execute("INSERT INTO edgeadapt_schema VALUES (?)", (SCHEMA,))
         rows = [(each.version, each.sha256, each.sign(key)) for each in others]
         connection.executemany("INSERT INTO edgeadapt_versions VALUES (?, ?, ?)", rows)
     with refused(TrustError, "manifest", value=1):

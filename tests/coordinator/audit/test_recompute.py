@@ -230,11 +230,11 @@ def test_an_adapter_of_the_open_round_of_a_session_under_way_is_not_missed(state
         checked.require(checked.audit(unfinished=True), unfinished=True)
 
 
-def test_a_registry_of_another_format_ends_the_audit(state_dir_of: Callable[[str], Path]) -> None:
+def test_a_registry_of_another_schema_ends_the_audit(state_dir_of: Callable[[str], Path]) -> None:
     state_dir = state_dir_of("digests")
     with database(state_dir) as connection:
-        connection.execute("UPDATE edgeadapt_format SET format = 99")
-    with refused(ConfigError, "format", value=99):
+        connection.execute("UPDATE edgeadapt_schema SET version_num = '99'")
+    with refused(ConfigError, "database.schema", value="99"):
         adapters(state_dir)
 
 

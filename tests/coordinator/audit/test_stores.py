@@ -109,7 +109,7 @@ TAMPERING: dict[str, Callable[[Coordinator], object]] = {
     "no first record": lambda each: each.execute("DELETE FROM edgeadapt_rounds WHERE round = 1"),
     "no newest version": lambda each: each.execute("DELETE FROM edgeadapt_versions WHERE version = 2"),
     "no version": lambda each: each.execute("DELETE FROM edgeadapt_versions"),
-    "another format": lambda each: each.execute("UPDATE edgeadapt_format SET format = 1"),
+    "another format": lambda each: each.execute("UPDATE edgeadapt_schema SET version_num = '1'"),
     "no table": lambda each: each.execute("DROP TABLE edgeadapt_rounds"),
     "an adapter": lambda each: each.replace_blob(each.newest, b"another"),
     "an empty adapter": lambda each: each.replace_blob(each.newest, b""),
@@ -167,7 +167,7 @@ Kept = tuple[dict[Any, list[dict[str, Any]]], str, bytes]
 
 def keep(each: Coordinator) -> Kept:
     """All that an alteration takes from the stores."""
-    tables = database.metadata.sorted_tables
+    tables = (*database.metadata.sorted_tables, database.schemas)
     with each.engine.connect() as connection:
         rows = {table: [dict(row._mapping) for row in connection.execute(select(table))] for table in tables}
     settings = RegistrySettings.of(each.folder)
@@ -176,10 +176,10 @@ def keep(each: Coordinator) -> Kept:
 
 def bring_back(each: Coordinator, kept: Kept) -> None:
     rows, digest, blob = kept
-    database.metadata.drop_all(each.engine)
-    database.metadata.create_all(each.engine)
     with each.engine.begin() as connection:
         for table, found in rows.items():
+            table.drop(connection, checkfirst=True)
+            table.create(connection)
             if found:
                 connection.execute(table.insert(), found)
     each.replace_blob(digest, blob)

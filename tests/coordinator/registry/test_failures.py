@@ -238,20 +238,20 @@ def test_another_programs_database_is_refused_and_not_touched(tmp_path: Path, re
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize(("found", "remedy"), [(99, "update edgeadapt"), (1, "an older edgeadapt made it")])
-def test_a_registry_of_another_format_is_refused_and_not_touched(
-    tmp_path: Path, reopen: Reopen, rounds: Any, found: int, remedy: str
+@pytest.mark.parametrize(("found", "remedy"), [("99", "update edgeadapt"), ("1", "edgeadapt coordinator upgrade")])
+def test_a_registry_of_another_schema_is_refused_and_not_touched(
+    tmp_path: Path, reopen: Reopen, rounds: Any, found: str, remedy: str
 ) -> None:
     registry = reopen()
     rounds.seed(registry)
     registry.close()
     path = tmp_path / "registry.db"
     with sqlite3.connect(path) as connection:
-        connection.execute("UPDATE edgeadapt_format SET format = ?", (found,))
+        connection.execute("UPDATE edgeadapt_schema SET version_num = ?", (found,))
         connection.execute("DROP TABLE edgeadapt_optimizer")
     connection.close()
     before = path.read_bytes()
-    with refused(ConfigError, "database.format", value=found) as caught:
+    with refused(ConfigError, "database.schema", value=found) as caught:
         reopen()
     assert remedy in str(caught.value)
     assert path.read_bytes() == before

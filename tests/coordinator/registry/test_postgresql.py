@@ -181,11 +181,11 @@ def test_another_programs_database_is_refused_and_not_touched(
     assert postgresql_server.run(name, "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'") == "1"
 
 
-@pytest.mark.parametrize(("found", "remedy"), [(99, "update edgeadapt"), (1, "an older edgeadapt made it")])
-def test_a_registry_of_another_format_is_refused(reopen_postgresql: Reopen, found: int, remedy: str) -> None:
+@pytest.mark.parametrize(("found", "remedy"), [("99", "update edgeadapt"), ("1", "edgeadapt coordinator upgrade")])
+def test_a_registry_of_another_schema_is_refused(reopen_postgresql: Reopen, found: str, remedy: str) -> None:
     with reopen_postgresql().engine.begin() as connection:
-        connection.execute(text("UPDATE edgeadapt_format SET format = :found"), {"found": found})
-    with refused(ConfigError, "database.format", value=found) as caught:
+        connection.execute(text("UPDATE edgeadapt_schema SET version_num = :found"), {"found": found})
+    with refused(ConfigError, "database.schema", value=found) as caught:
         reopen_postgresql()
     assert remedy in str(caught.value)
 

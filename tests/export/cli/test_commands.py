@@ -331,12 +331,12 @@ def _manifest(shop: Path) -> VersionManifest:
     return latest.manifest
 
 
-def test_a_registry_that_is_damaged_or_of_another_format_is_refused(export: Run, shop: Path) -> None:
+def test_a_registry_that_is_damaged_or_of_another_schema_is_refused(export: Run, shop: Path) -> None:
     database = shop / "fleet" / "registry.db"
     with sqlite3.connect(database) as connection:
-        connection.execute("UPDATE edgeadapt_format SET format = 99")
+        connection.execute("UPDATE edgeadapt_schema SET version_num = '99'")
     connection.close()
-    export(*add(shop)).refused(2, "format")
+    export(*add(shop)).refused(2, "database.schema")
     database.write_bytes(b"not a database at all" * 100)
     export(*add(shop)).refused(5, "registry.db")
 

@@ -1,0 +1,57 @@
+"""Bring an older registry to the schema of this edgeadapt, with alembic (docs/decisions/0068).
+
+``versions`` has a file for each revision. ``coordinator.registry.database`` describes the newest one, from which a new
+registry is made; a test holds both equal.
+"""
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import Connection
+from sqlalchemy.engine import URL
+
+from adapters.registryfiles import SCHEMA, SCHEMAS, require_schema
+from adapters.registrystores import shown
+from aggregation.errors import ConfigError
+from coordinator.registry import database
+
+CONNECTION = "connection"  # attribute of a configuration, which ``env.py`` reads
+
+
+def upgrade(url: str | URL) -> str:
+    """Bring a registry to the newest revision, all or nothing: a failure leaves it as it was.
+
+    Returns:
+        The revision that it had.
+
+    Raises:
+        ConfigError: It is newer than this edgeadapt, the database has no registry, or as ``database.connect``.
+        DataError, EdgeAdaptError: As ``database.connect``.
+    """
+    engine = database.engine_of(url)
+    try:
+        with database.explained(engine), engine.begin() as connection:
+            found = database.revision(connection)
+            if found is None:
+                raise ConfigError(f"{shown(engine.url)} has no registry", about="database")
+            if found == SCHEMA:
+                return found
+            if not found.isdecimal() or int(found) > int(SCHEMA):
+                require_schema(found, shown(engine.url))
+            config = configuration(connection)
+            if MigrationContext.configure(connection, opts={"version_table": SCHEMAS}).get_current_revision() is None:
+                command.stamp(config, found)
+            command.upgrade(config, "head")
+            return found
+    finally:
+        engine.dispose()
+
+
+def configuration(connection: Connection) -> Config:
+    """Alembic's configuration for a connection, whose transaction has all that is done."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
+    config.attributes[CONNECTION] = connection
+    return config

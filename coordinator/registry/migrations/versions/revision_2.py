@@ -1,0 +1,10 @@
+"""The revision is in alembic's table, and no longer in one of the registry."""
+
+from alembic import op
+
+revision, down_revision = "2", "1"
+
+
+def upgrade() -> None:
+    """Drop the number of the format."""
+    op.drop_table("edgeadapt_format")
