@@ -1,4 +1,5 @@
-"""The kinds of task that a plan can carry: training an adapter (``task``), and fitting its head (``analytic``).
+"""The kinds of task that a plan can carry: training an adapter (``task``), fitting its head (``analytic``), and
+counting the right answers of two releases (``evaluation``).
 
 What every round needs of its task, whichever kind it is: to be read from the plan, the layout of the sums, and the
 check that honest devices can have them.
@@ -7,8 +8,9 @@ check that honest devices can have them.
 import json
 from typing import TypeAlias
 
-from adapters import analytic, noisyhead, noisysum, task
+from adapters import analytic, evaluation, noisyhead, noisysum, task
 from adapters.analytic import AnalyticTask, ClassifierHead
+from adapters.evaluation import EvaluationTask
 from adapters.layout import Layout
 from adapters.noisysum import noisy_spec
 from adapters.task import Sums, Task, contribution_spec, shared_layout
@@ -16,7 +18,7 @@ from aggregation.errors import ConfigError
 from aggregation.spec import SessionSpec
 from aggregation.vector import VectorSpec
 
-AnyTask: TypeAlias = Task | AnalyticTask
+AnyTask: TypeAlias = Task | AnalyticTask | EvaluationTask
 
 
 def decode(raw: bytes) -> AnyTask:
@@ -29,8 +31,10 @@ def decode(raw: bytes) -> AnyTask:
         fields = json.loads(raw)
     except (ValueError, RecursionError):
         fields = None  # refused below
-    is_analytic = isinstance(fields, dict) and "ridge" in fields
-    return AnalyticTask.decode(raw) if is_analytic else Task.decode(raw)
+    names = fields if isinstance(fields, dict) else {}
+    if "ridge" in names:
+        return AnalyticTask.decode(raw)
+    return EvaluationTask.decode(raw) if "newest" in names else Task.decode(raw)
 
 
 def vector_spec(
@@ -48,8 +52,8 @@ def vector_spec(
     Args:
         given: The task.
         layout: Of the adapter.
-        clip_norm: L2 bound on a device's update, in weight units, or on its moments with noise; moments without noise
-            have bounds of their own.
+        clip_norm: L2 bound on a device's update, in weight units, or with noise on its moments or counts, which without
+            noise have bounds of their own.
         weight_cap: Largest weight of one device, in examples.
         ring_bits: Width of an element.
         max_clients: Largest number of contributions in one sum.
@@ -69,6 +73,10 @@ def vector_spec(
             size, bounds = noisyhead.moments_size(head, given), {"ring_bits": ring_bits, "max_clients": max_clients}
             return noisy_spec(noisyhead.MOMENTS, size, clip_norm=clip_norm, noise=noise, **bounds)
         return analytic.moment_spec(head, weight_cap=weight_cap, ring_bits=ring_bits, max_clients=max_clients)
+    if isinstance(given, EvaluationTask):
+        return evaluation.counts_spec(
+            given, clip_norm=clip_norm, noise=noise, ring_bits=ring_bits, max_clients=max_clients
+        )
     return updates_spec(
         shared_layout(layout, given),
         clip_norm=clip_norm,
@@ -107,26 +115,51 @@ def least_ring_bits(
             return analytic.RING_BITS
         size = noisyhead.moments_size(ClassifierHead.of(layout), given)
         return noisysum.least_ring_bits(size, clip_norm=clip_norm, noise=noise, max_clients=max_clients)
+    if isinstance(given, EvaluationTask):
+        if not noise:
+            return max(task.LEAST_RING_BITS, evaluation.exact_ring_bits(given, max_clients))
+        size = evaluation.SIZE
+        return noisysum.least_ring_bits(size, clip_norm=clip_norm, noise=noise, max_clients=max_clients)
     shared = layout if given is None else shared_layout(layout, given)
     if noise:
         return noisysum.least_ring_bits(shared.size, clip_norm=clip_norm, noise=noise, max_clients=max_clients)
     return task.least_ring_bits(shared, clip_norm=clip_norm, weight_cap=weight_cap, max_clients=max_clients)
 
 
-def has_moments(spec: VectorSpec) -> bool:
-    """Whether the sums are those of an ``AnalyticTask``."""
-    return spec.segments[0].name in (analytic.XX, noisyhead.MOMENTS)
+def kind_of(spec: VectorSpec) -> type[AnyTask]:
+    """The kind of task whose sums these are."""
+    first = spec.segments[0].name
+    if first == evaluation.COUNTS:
+        return EvaluationTask
+    return AnalyticTask if first in (analytic.XX, noisyhead.MOMENTS) else Task
+
+
+def metrics_of(spec: SessionSpec, sums: Sums, survivors: int, digest: bytes) -> dict[str, float]:
+    """The metrics of a round, from the sums of its survivors, as they are published.
+
+    Args:
+        spec: Of the session.
+        sums: Decoded, of all survivors.
+        survivors: Their number.
+        digest: SHA-256 of the file of the adapter that the round began with.
+    """
+    if kind_of(spec.vector) is EvaluationTask:
+        return evaluation.evaluated(spec, sums, survivors, digest)
+    return task.metrics_of(sums)
 
 
 def require_reach(spec: SessionSpec, sums: Sums, survivors: int) -> None:
     """Return if honest survivors can have the sum of a round, of whichever kind its task is.
 
     Raises:
-        DataError: As ``task.require_reach``, ``noisysum.require_reach`` and ``analytic.require_moments``.
+        DataError: As ``require_reach`` of ``task`` and ``noisysum``, ``analytic.require_moments`` and
+            ``evaluation.require_counts``.
     """
     if spec.privacy is not None:
         noisysum.require_reach(spec, sums, survivors)
-    elif has_moments(spec.vector):
+    elif kind_of(spec.vector) is AnalyticTask:
         analytic.require_moments(spec, sums, survivors)
+    elif kind_of(spec.vector) is EvaluationTask:
+        evaluation.require_counts(spec, sums, survivors)
     else:
         task.require_reach(spec, sums, survivors)

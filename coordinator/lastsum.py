@@ -14,7 +14,9 @@ from pathlib import Path
 
 from adapters import taskkinds
 from adapters.analytic import AnalyticTask
+from adapters.evaluation import EvaluationTask
 from adapters.roundrecord import RoundRecord
+from adapters.task import Task
 from adapters.taskkinds import AnyTask
 from aggregation import envelope
 from aggregation.messages import Assignment, Offer, Plan, Survivors, Unmask
@@ -38,7 +40,7 @@ class LastSum:
         adapter: SHA-256 of the adapter's file, hex.
         survivors: Whose updates are in it: device → serial of the certificate it had then.
         blamed: Devices whose wrong shares were the reason that there is no result.
-        analytic: Whether it was of an analytic head. Another sum from the adapter is of the same kind.
+        kind: Of its task. Another sum from the adapter is of the same kind.
         dealt: Devices that were dealt into its groups; empty without groups.
         terms: Name of a setting → its value then, from ``terms``; empty for a sum of this run, whose settings stay.
     """
@@ -46,7 +48,7 @@ class LastSum:
     adapter: str
     survivors: Mapping[str, int]
     blamed: frozenset[str] = frozenset()
-    analytic: bool = False
+    kind: type[AnyTask] = Task
     dealt: tuple[str, ...] = ()
     terms: Mapping[str, float | str] = field(default_factory=dict)
 
@@ -79,6 +81,8 @@ def terms(task: AnyTask, clip_norm: float, weight_cap: int, groups: int) -> dict
     if isinstance(task, AnalyticTask):
         names = ("ridge", "scale", "dimensions")
         return bounds | {f"analytic.{name}": getattr(task, name) for name in names}
+    if isinstance(task, EvaluationTask):
+        return bounds | {f"evaluation.{name}": getattr(task, name) for name in ("newest", "previous", "least", "most")}
     steps = ("epochs", "batch_size", "optimizer", "learning_rate", "momentum", "schedule", "weight_decay")
     training = (*steps, "proximal", "gradient_norm")
     parts = {name: ", ".join(part.value for part in getattr(task, name)) for name in ("trained", "shared")}
@@ -113,7 +117,7 @@ def find(folder: Path, coordinator: PublicKey, adapter: str, records: Iterable[R
             then = terms(task, spec.clip_norm, spec.weight_cap, spec.groups)
             blamed = frozenset(record.blamed if record else ())
             dealt = tuple(sorted((*plan.members, *plan.former))) if spec.grouping else ()
-            return LastSum(adapter, survivors, blamed, isinstance(task, AnalyticTask), dealt, then)
+            return LastSum(adapter, survivors, blamed, type(task), dealt, then)
         if any(entry.kind == Result.TAG for entry in log.entries):  # what came before was from older adapters
             return None
     return None

@@ -1,13 +1,14 @@
 """From the sums of a round to the next adapter, whichever kind its task is of: the mean, or with groups the combination
-of their means, and a server optimizer's step; or the head that moments give.
+of their means, and a server optimizer's step; or the head that moments give; or, after an evaluation, the same adapter.
 
 The coordinator makes each adapter with it (``rounds``), and an audit makes it again (``audit.recompute``).
 """
 
 from collections.abc import Sequence
 
-from adapters import analytic, noisyhead
+from adapters import analytic, evaluation, noisyhead
 from adapters.analytic import AnalyticTask
+from adapters.evaluation import EvaluationTask
 from adapters.layout import Floats, Layout, Tensors
 from adapters.lorasb import folded, unfolded
 from adapters.noisysum import noisy_mean
@@ -23,7 +24,7 @@ from coordinator.combination import Combination, combine, distances
 
 def state_size(task: AnyTask, layout: Layout) -> int:
     """Elements of the vector that a server optimizer steps. ``layout``: of the adapter."""
-    return 0 if isinstance(task, AnalyticTask) else shared_layout(layout, task).size
+    return shared_layout(layout, task).size if isinstance(task, Task) else 0
 
 
 def means_of(spec: SessionSpec, task: Task, shared: Layout, sums: Sequence[GroupSum], digest: str) -> list[Floats]:
@@ -53,7 +54,7 @@ def next_adapter(
     Args:
         spec: Of the session.
         task: Of the round's plan.
-        rule: The server optimizer; not used for an analytic head.
+        rule: The server optimizer; used for training only.
         state: Of the optimizer.
         tensors: Of the adapter that the round began with.
         sums: Of the groups, or the one sum of all survivors.
@@ -69,6 +70,8 @@ def next_adapter(
             raise DataError("an analytic head is solved from one sum, and the session has groups", about="task.ridge")
         solved, (one,) = analytic.solved if spec.privacy is None else noisyhead.solved, sums
         return state, solved(spec, task, tensors, one.values, len(one.survivors), bytes.fromhex(digest))
+    if isinstance(task, EvaluationTask):
+        return state, evaluation.renewed(tensors, bytes.fromhex(digest))
     shared = shared_layout(Layout.of(tensors), task)
     means = means_of(spec, task, shared, sums, digest)
     mean = means[0] if combination is None else combine(combination, means)

@@ -120,8 +120,15 @@ class AnalyticHead:
 
 
 @dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Not an optimizer: the adapter of a round that only counts (``adapters.evaluation``). Named here, as the rule of a
+    version. An optimizer's state does not outlive it.
+    """
+
+
+@dataclass(frozen=True, slots=True)
 class Stateless:
-    """FedAvg and an analytic head have no state."""
+    """FedAvg, an analytic head and an evaluation have no state."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,9 +146,10 @@ class Moments:
     second: Floats
 
 
-Settings = FedAvg | FedAvgM | FedAdam | FedYogi | AnalyticHead
+Settings = FedAvg | FedAvgM | FedAdam | FedYogi | AnalyticHead | Evaluation
 State = Stateless | Velocity | Moments
-KINDS: dict[str, type[Settings]] = {kind.__name__: kind for kind in (FedAvg, FedAvgM, FedAdam, FedYogi, AnalyticHead)}
+_KINDS = (FedAvg, FedAvgM, FedAdam, FedYogi, AnalyticHead, Evaluation)
+KINDS: dict[str, type[Settings]] = {kind.__name__: kind for kind in _KINDS}
 
 
 def to_rule(settings: Settings) -> ServerRule:
@@ -173,7 +181,7 @@ def start(settings: Settings, size: int) -> State:
     Moments(first=array([0., 0.], dtype=float32), second=array([0.25, 0.25], dtype=float32))
     """
     match settings:
-        case FedAvg() | AnalyticHead():
+        case FedAvg() | AnalyticHead() | Evaluation():
             return Stateless()
         case FedAvgM():
             return Velocity(np.zeros(size, np.float32))
@@ -271,7 +279,7 @@ def restore(settings: Settings, stored: Mapping[str, Floats], size: int) -> Stat
     Raises:
         ConfigError: The stored state belongs to another optimizer, or to an adapter of another size.
     """
-    if not stored or isinstance(settings, AnalyticHead):
+    if not stored or isinstance(settings, AnalyticHead | Evaluation):
         return start(settings, size)
     kind: type[Velocity | Moments] | None = None
     if not isinstance(settings, FedAvg):

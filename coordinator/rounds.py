@@ -14,13 +14,12 @@ from functools import partial
 from typing import TypeAlias
 
 from adapters import files
-from adapters.analytic import AnalyticTask
 from adapters.cores import cores
 from adapters.layout import Tensors
 from adapters.manifest import PrivacyBound, VersionManifest
 from adapters.roundrecord import GroupRecord, RoundRecord
-from adapters.task import metrics_of
-from adapters.taskkinds import AnyTask, has_moments, require_reach
+from adapters.task import Task
+from adapters.taskkinds import AnyTask, kind_of, metrics_of, require_reach
 from aggregation import groups, server
 from aggregation.errors import ConfigError, DataError, ProtocolError
 from aggregation.groups import GroupSum
@@ -88,15 +87,15 @@ def federate(
             if last is not None and last.adapter != adapter.manifest.sha256:
                 last = None
             # Of all sums from an adapter, the task is the same.
-            fits_head = number > settings.rounds - settings.analytic.rounds if last is None else last.analytic
-            task = settings.analytic_task(adapter.manifest) if fits_head else settings.task(adapter.manifest)
+            kind = settings.kind_of(number) if last is None else last.kind
+            task = settings.task_of(kind, adapter.manifest)
             if last is not None:
                 _require_same_terms(last, task, adapter, settings)
             # Whatever can fail after a sum was unmasked fails before: devices help to few sums from an adapter.
             size = state_size(task, adapter.layout)
             state = optimizer.restore(settings.rule(task), registry.optimizer_state(), size)
             if cohort is None or session is None or _is_over(cohort, session, task, last, read_root):
-                left = settings.rounds - (0 if fits_head else settings.analytic.rounds) - number + 1
+                left = sum(settings.kind_of(each) is kind for each in range(number, settings.rounds + 1))
                 rounds = max(1, min(left, settings.aggregation.session_rounds))
                 cohort, session = make_session(adapter, task, rounds, f"session-{number}", last)
             cohort.dropped.clear()
@@ -105,7 +104,7 @@ def federate(
             dealt = last.dealt if last else session.devices if spec.grouping else ()
             with registry.reserved(adapter.blob, optimizer.to_tensors(state)):
                 outcome = _aggregate(cohort, session, adapter, task.encode(), number, last)
-            last = _last_sum(cohort, adapter, fits_head, outcome, dealt) or last
+            last = _last_sum(cohort, adapter, kind, outcome, dealt) or last
             account = account.after(spec, _named(outcome))
             epsilon = account.epsilon(spec)
             if isinstance(outcome, RoundAborted):
@@ -134,7 +133,7 @@ def _is_over(
     whose certificate was revoked since.
     """
     now = datetime.now(UTC)
-    if has_moments(session.session.spec.vector) != isinstance(task, AnalyticTask):
+    if kind_of(session.session.spec.vector) is not type(task):
         return True
     if session.is_over(now) or obstacle(session, last, cohort.revoked):
         return True
@@ -169,7 +168,7 @@ def _require_same_terms(last: LastSum, task: AnyTask, adapter: StoredAdapter, se
 
 
 def _last_sum(
-    cohort: Cohort, adapter: StoredAdapter, analytic: bool, outcome: Outcome, dealt: tuple[str, ...]
+    cohort: Cohort, adapter: StoredAdapter, kind: type[AnyTask], outcome: Outcome, dealt: tuple[str, ...]
 ) -> LastSum | None:
     """The sum of a round, if it binds devices. The adapter made from a sum may have the same bytes."""
     if isinstance(outcome, RoundAborted):
@@ -179,7 +178,7 @@ def _last_sum(
         survivors, spoilers = outcome[1].survivors, ()
     serials = {name: cohort.serials[name] for name in survivors}
     digest = adapter.manifest.sha256
-    return LastSum(digest, serials, frozenset(spoilers), analytic, dealt) if survivors else None
+    return LastSum(digest, serials, frozenset(spoilers), kind, dealt) if survivors else None
 
 
 def _aggregate(
@@ -329,7 +328,7 @@ def _step(
         spec, task, rule, state, adapter.tensors, sums=sums, combination=how, digest=parent.sha256
     )
     far: tuple[float, ...] = ()
-    if how is not None and not isinstance(task, AnalyticTask):
+    if how is not None and isinstance(task, Task):
         far = distances_of(spec, task, how, adapter.tensors, sums, parent.sha256)
     blob = files.encode(tensors)
     manifest = replace(
@@ -343,7 +342,7 @@ def _step(
         rule=optimizer.to_rule(rule),
         combination=combination.to_rule(how) if how else None,
         survivors=result.survivors,
-        metrics=metrics_of(result.values),
+        metrics=metrics_of(spec, result.values, len(result.survivors), bytes.fromhex(parent.sha256)),
         privacy=_bound(spec, epsilon),
     )
     records = tuple(GroupRecord(each.survivors, distance) for each, distance in zip(sums, far, strict=bool(far)))

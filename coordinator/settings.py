@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from adapters.analytic import AnalyticTask
+from adapters.evaluation import EvaluationTask
 from adapters.layout import Layout
 from adapters.manifest import VersionManifest
 from adapters.peftconfig import PeftConfig
@@ -17,7 +18,7 @@ from aggregation.messages import MAX_COHORT
 from aggregation.privacy.accounting import NOTHING, calibrated
 from aggregation.spec import Adversary, SessionSpec
 from coordinator.methods import METHODS
-from coordinator.optimizer import AnalyticHead, FedAdam, FedAvg, FedAvgM, FedYogi
+from coordinator.optimizer import AnalyticHead, Evaluation, FedAdam, FedAvg, FedAvgM, FedYogi
 from coordinator.optimizer import Settings as ServerOptimizer
 from coordinator.sessionsettings import Aggregation, PrivacySettings
 
@@ -77,6 +78,33 @@ class Analytic(Settings):
     clip_norm: float = Field(
         default=0.2, gt=0, description="with noise: largest L2 norm of the mean moments of a device's embeddings"
     )
+
+
+class EvaluationRounds(Settings):
+    """Rounds that count the right answers of two releases on the devices that have them, after all others."""
+
+    rounds: int = Field(default=0, ge=0, description="how many of the rounds, the last ones, evaluate and do not train")
+    newest: str = Field(
+        default="", pattern="^([0-9a-f]{64})?$", description="SHA-256 of what the adapter of the newest release is"
+    )
+    previous: str = Field(
+        default="", pattern="^([0-9a-f]{64})?$", description="SHA-256 of what the adapter of the release before is"
+    )
+    least: int = Field(default=4, ge=1, le=2**16, description="fewest held-out examples of a device that counts")
+    most: int = Field(
+        default=32,
+        ge=1,
+        le=2**16,
+        description="most held-out examples of a device that count; with noise, fewer need less",
+    )
+
+    @model_validator(mode="after")
+    def _compares_two_releases(self) -> Self:
+        if self.rounds and (not self.newest or not self.previous or self.newest == self.previous):
+            raise ValueError("evaluation.newest and evaluation.previous must name the adapters of two releases")
+        if self.least > self.most:
+            raise ValueError(f"evaluation.least is {self.least}, more than the {self.most} examples that count")
+        return self
 
 
 class Server(Settings):
@@ -199,6 +227,7 @@ class FederationSettings(Settings):
     cohort: CohortSettings = CohortSettings()
     training: Training = Training()
     analytic: Analytic = Analytic()
+    evaluation: EvaluationRounds = EvaluationRounds()
     server: Server = Server()
     aggregation: Aggregation = Aggregation()
     privacy: PrivacySettings = PrivacySettings()
@@ -215,10 +244,11 @@ class FederationSettings(Settings):
 
     @model_validator(mode="after")
     def _has_the_rounds(self) -> Self:
-        if self.analytic.rounds > self.rounds:
-            raise ValueError(
-                f"analytic.rounds is {self.analytic.rounds}, more than the {self.rounds} rounds of the federation"
-            )
+        for name, count in (("analytic", self.analytic.rounds), ("evaluation", self.evaluation.rounds)):
+            if count > self.rounds:
+                raise ValueError(f"{name}.rounds is {count}, more than the {self.rounds} rounds of the federation")
+        if self.training_rounds < 0:
+            raise ValueError(f"analytic.rounds and evaluation.rounds are more than the {self.rounds} rounds")
         return self
 
     @model_validator(mode="after")
@@ -230,6 +260,8 @@ class FederationSettings(Settings):
             raise ValueError('aggregation.groups needs aggregation.adversary = "active": devices sign their groups')
         if self.analytic.rounds:
             raise ValueError("an analytic head is solved from one sum: set analytic.rounds to 0, or groups to 1")
+        if self.evaluation.rounds:
+            raise ValueError("an evaluation is one sum: set evaluation.rounds to 0, or groups to 1")
         if bounds.fewest_devices == MAX_COHORT:
             raise ValueError(f"no cohort has {groups} groups with more than its corrupt devices each: take fewer")
         if (size := self.cohort.size) and size < bounds.fewest_devices:
@@ -246,7 +278,7 @@ class FederationSettings(Settings):
     ) -> SessionSpec:
         """The parameters of a session, as ``Aggregation.spec``; noise is calibrated to all rounds of the federation.
 
-        Rounds that train and rounds that fit a head have the same noise multiplier.
+        Rounds of all kinds have the same noise multiplier.
 
         Raises:
             ConfigError: As ``Aggregation.spec``, or no noise meets the epsilon.
@@ -279,23 +311,68 @@ class FederationSettings(Settings):
 
     def clip_norm(self, task: AnyTask | None) -> float:
         """The L2 bound on what a device contributes to a sum of a task."""
-        noisy_head = self.privacy.noisy and isinstance(task, AnalyticTask)
-        return self.analytic.clip_norm if noisy_head else self.aggregation.clip_norm
+        if self.privacy.noisy and isinstance(task, AnalyticTask):
+            return self.analytic.clip_norm
+        if self.privacy.noisy and isinstance(task, EvaluationTask):
+            return task.norm
+        return self.aggregation.clip_norm
 
     def _kinds(self, task: AnyTask | None) -> list[tuple[AnyTask | None, int]]:
         """Each kind of task of the federation, and its number of rounds; ``task`` is of one of them."""
         if task is None:
             return [(None, self.rounds)]
-        fits = isinstance(task, AnalyticTask)
-        trained = self._training_task(task.peft_config, task.labels, 0) if fits else task
-        fitted = task if fits else self._analytic_task(task.peft_config, task.labels)
-        kinds = (trained, self.training_rounds), (fitted, self.analytic.rounds)
-        return [(kind, count) for kind, count in kinds if count]
+        config, labels = task.peft_config, task.labels
+        found: list[tuple[AnyTask | None, int]] = []
+        if self.training_rounds:
+            found.append(
+                (task if isinstance(task, Task) else self._training_task(config, labels, 0), self.training_rounds)
+            )
+        if self.analytic.rounds:
+            found.append((self._analytic_task(config, labels), self.analytic.rounds))
+        if self.evaluation.rounds:
+            found.append((self._evaluation_task(config, labels), self.evaluation.rounds))
+        return found
 
     @property
     def training_rounds(self) -> int:
         """Rounds in which devices train."""
-        return self.rounds - self.analytic.rounds
+        return self.rounds - self.analytic.rounds - self.evaluation.rounds
+
+    def kind_of(self, number: int) -> type[AnyTask]:
+        """The kind of task of a round, counted from 1: training first, then the head, then evaluation."""
+        if number > self.rounds - self.evaluation.rounds:
+            return EvaluationTask
+        return AnalyticTask if number > self.training_rounds else Task
+
+    def task_of(self, kind: type[AnyTask], manifest: VersionManifest) -> AnyTask:
+        """The task of a round of that kind, of the adapter that ``manifest`` describes. Raises as ``task``."""
+        if kind is EvaluationTask:
+            return self._evaluation_task(manifest.peft_config, manifest.labels)
+        return self.analytic_task(manifest) if kind is AnalyticTask else self.task(manifest)
+
+    def with_evaluation(self, done: int, newest: str, previous: str) -> Self:
+        """The settings with a round that compares two releases, after those that are still to do.
+
+        A comparison that is still to do is replaced.
+
+        Args:
+            done: Rounds that ended.
+            newest, previous: ``AdapterManifest.content`` of their adapters.
+
+        Raises:
+            ConfigError: The federation has groups.
+        """
+        table = self.model_dump(mode="json")
+        waits = self.evaluation.rounds and done < self.rounds
+        table["rounds"] = self.rounds if waits else max(self.rounds, done) + 1
+        table["evaluation"] |= {"newest": newest, "previous": previous}
+        if not waits:
+            table["evaluation"]["rounds"] = 1
+        return self.parse(table, SETTINGS)
+
+    def _evaluation_task(self, config: PeftConfig, labels: tuple[str, ...]) -> EvaluationTask:
+        own = self.evaluation
+        return EvaluationTask(config, labels, own.newest, own.previous, own.least, own.most)
 
     def analytic_task(self, manifest: VersionManifest) -> AnalyticTask:
         """The task of a round that fits the head of the adapter that ``manifest`` describes."""
@@ -307,6 +384,8 @@ class FederationSettings(Settings):
 
     def rule(self, task: AnyTask) -> ServerOptimizer:
         """What makes the next adapter from the sum of a task."""
+        if isinstance(task, EvaluationTask):
+            return Evaluation()
         return AnalyticHead() if isinstance(task, AnalyticTask) else self.server.rule()
 
     def task(self, manifest: VersionManifest) -> Task:

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
-from adapters import files, taskkinds
+from adapters import evaluation, files, taskkinds
 from adapters.analytic import AnalyticTask, ClassifierHead
+from adapters.bundle import VerifiedBase
+from adapters.evaluation import EvaluationTask
 from adapters.layout import Layout, Tensors
 from adapters.lorasb import unfolded
 from adapters.parts import Part
@@ -31,6 +34,7 @@ from client.node.snapshot import Draw, Snapshot
 from client.training.contribute import (
     Outcome,
     contribution,
+    counts_contribution,
     moment_contribution,
     noisy_contribution,
     noisy_vector,
@@ -59,7 +63,8 @@ def train(
     choose: TrainerOf = trainer_of,
     step: Callable[[], object] = lambda: None,
 ) -> tuple[Ring, PrivateParts | None]:
-    """Train the adapter in ``blob`` on the snapshot's examples, or embed them with it for an analytic head.
+    """Train the adapter in ``blob`` on the snapshot's examples, embed them with it for an analytic head, or count the
+    right answers of the release in the device's bundle.
 
     Args:
         base: The frozen base, or that of a bundle with a training graph.
@@ -105,6 +110,10 @@ def train(
             raise ProtocolError("a language model has no analytic head", COORDINATOR, about="task.labels")
         chosen = classifier_trainer(base, labels, config)
         return _sum_moments(chosen, start, task, planned, usable, rounding, snapshot), None
+    if isinstance(task, EvaluationTask):
+        if not labels:
+            raise ProtocolError("a language model gives no right answers", COORDINATOR, about="task.labels")
+        return _sum_counts(base, task, planned, usable, rounding, snapshot), None
     return _sum_update(trainer, start, task, planned, usable, rounding, snapshot, kept, step, limits.control())
 
 
@@ -178,6 +187,37 @@ def _sum_moments(
         return moment_contribution(none, Score(0, 0, 0.0), spec, rounding)
 
     return _or_nothing(embedded, nothing) if spec.privacy is None else _or_nothing(hidden, noise)
+
+
+def _sum_counts(
+    base: FrozenBase,
+    task: EvaluationTask,
+    planned: Planned,
+    usable: Callable[[], tuple[Example, ...]],
+    rounding: np.random.Generator,
+    snapshot: Snapshot,
+) -> Ring:
+    """Right answers and examples of the release that this device has, if it is one of the task's."""
+    plan, spec = planned.plan, planned.spec
+
+    def encoded(counts: NDArray[np.float64]) -> Ring:
+        if spec.privacy is None:
+            return counts_contribution(counts, spec, rounding)
+        adapter, key = bytes.fromhex(plan.adapter_digest), snapshot.key(plan, Draw.NOISE)
+        return noisy_vector(counts, spec, adapter, rounding, key)
+
+    def counted() -> Ring:
+        held_out = in_split(usable(), Split.VALIDATION)[: task.most]
+        if not isinstance(base, VerifiedBase) or len(held_out) < task.least:
+            return nothing()
+        from client.training.evaluate import own_counts  # ONNX Runtime, which only some devices train with
+
+        return encoded(own_counts(base.folder.parent, task, held_out))
+
+    def nothing() -> Ring:
+        return encoded(np.zeros(evaluation.SIZE))
+
+    return _or_nothing(counted, nothing)
 
 
 def _or_nothing(attempt: Callable[[], Made], nothing: Callable[[], Made]) -> Made:

@@ -13,6 +13,7 @@ import numpy as np
 from adapters.analytic import AnalyticTask
 from adapters.layout import Tensors
 from adapters.peftconfig import require_trainable
+from adapters.task import Task
 from adapters.taskkinds import AnyTask
 from aggregation.errors import ConfigError, ProtocolError
 from aggregation.session import COORDINATOR
@@ -93,7 +94,7 @@ class TrainingLimits:
             ("task.virtual_tokens", config.num_virtual_tokens, self.maximum_virtual_tokens),
             ("task.labels", labels, self.maximum_labels),
         )
-        if not isinstance(task, AnalyticTask):
+        if isinstance(task, Task):
             rules += (
                 ("task.learning_rate", task.learning_rate, self.maximum_learning_rate),
                 ("task.epochs", task.epochs, self.maximum_epochs),

@@ -19,19 +19,22 @@ from dataclasses import dataclass, field
 
 from adapters import taskkinds
 from adapters.analytic import AnalyticTask
+from adapters.evaluation import EvaluationTask
 from adapters.layout import Layout
 from adapters.manifest import VersionManifest
 from adapters.registryfiles import RegistryFiles
-from adapters.task import metrics_of
+from adapters.taskkinds import metrics_of
 from aggregation.errors import ConfigError, DataError, ProtocolError, TrustError
 from aggregation.groups import total
 from aggregation.transcript import AdapterId, Place
 from coordinator import combination, optimizer
 from coordinator.audit.findings import Check, Finding, Problem, ProducedAdapter, Report, Status, count
 from coordinator.nextadapter import next_adapter, state_size
-from coordinator.optimizer import AnalyticHead, Stateless
+from coordinator.optimizer import AnalyticHead, Evaluation, Stateless
 
 UNCHANGED = ("base_digest", "layout_digest", "peft_config", "labels")  # fields of a manifest that no round changes
+
+RULES = {AnalyticTask: AnalyticHead, EvaluationTask: Evaluation}  # of tasks that no optimizer steps
 
 # Why the step of an adapter could not be recomputed: for programs → for people.
 REASONS = {
@@ -124,13 +127,14 @@ class Recomputation:
         if not Layout.of(after).digest == layout.digest == produced.spec.layout_digest:
             raise Problem("layout_digest", "the adapter has another layout than the session's offer", place)
         task = taskkinds.decode(produced.training)  # of a plan that ``check`` has read
-        if isinstance(task, AnalyticTask) != isinstance(rule, AnalyticHead):
+        if any(isinstance(task, kind) != isinstance(rule, own) for kind, own in RULES.items()):
             text = f"the manifest of adapter {version} names another rule ({rule}) than its task has"
             raise Problem("manifest.rule", text, place)
         if produced.sums is None:
             return "vectors"
         how = _combination(agreeing, produced)
-        if agreeing.metrics != metrics_of(total(produced.sums)):
+        begun, survivors = bytes.fromhex(start_digest), len(produced.survivors)
+        if agreeing.metrics != metrics_of(produced.spec, total(produced.sums), survivors, begun):
             raise Problem("manifest.metrics", f"the metrics of adapter {version} are not those of the sum", place)
         state = self._state_before(rule, produced, state_size(task, layout))
         if state is None:

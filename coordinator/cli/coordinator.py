@@ -14,6 +14,7 @@ from aggregation.errors import ConfigError, EdgeAdaptError
 from coordinator.cli import services
 from coordinator.cli.backup import backup, restore
 from coordinator.cli.dashboard import dashboard
+from coordinator.cli.evaluate import evaluate
 from coordinator.cli.options import as_json, directory
 from coordinator.cli.rounds import rounds
 from coordinator.cli.upgrade import upgrade
@@ -45,6 +46,7 @@ def coordinator() -> None:
 coordinator.add_command(services.up)
 coordinator.add_command(services.stop)
 coordinator.add_command(dashboard)
+coordinator.add_command(evaluate)
 coordinator.add_command(rounds)
 coordinator.add_command(backup)
 coordinator.add_command(restore)

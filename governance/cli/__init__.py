@@ -13,6 +13,7 @@ COMMANDS = {
     "rollback": ("governance.cli.promotion", "rollback", "Publish an earlier release again.", ""),
     "rollout": ("governance.cli.promotion", "rollout", "Say which devices get the newest release.", ""),
     "sbom": ("governance.cli.sbom", "sbom", "Print a version's software bill of materials.", "governance"),
+    "verdict": ("governance.cli.verdict", "verdict", "Say whether a release that is rolled out is worse.", ""),
     "show": ("governance.cli.versions", "show", "Show what made a version, and where it is.", ""),
 }
 
@@ -28,6 +29,7 @@ def adapters() -> None:
       edgeadapt adapters list fleet --releases releases
       edgeadapt adapters gates releases
       edgeadapt adapters promote releases canary stable --share 10
+      edgeadapt adapters verdict fleet stable --releases releases
       edgeadapt adapters rollout releases stable --share 100
       edgeadapt adapters rollback releases stable --to 1 --key vendor.key
     """

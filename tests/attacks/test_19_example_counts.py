@@ -126,11 +126,8 @@ def denominators(found: Published) -> dict[int, int]:
     return {number: fraction.denominator for number, fraction in fractions.items()}
 
 
-def with_examples(sums: Any) -> dict[str, float]:
-    return {"examples": float(sums["weight"][0]), **METRICS(sums)}
-
-
-METRICS = task.metrics_of
+def with_examples(_: Any, sums: Any, *rest: Any) -> dict[str, float]:
+    return {"examples": float(sums["weight"][0]), **task.metrics_of(sums)}
 
 
 def test_exact_totals_the_plain_mean_and_an_exact_accuracy_reveal_the_counts_of_single_devices(

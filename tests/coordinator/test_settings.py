@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from adapters.analytic import AnalyticTask
+from adapters.evaluation import EvaluationTask
 from adapters.layout import Layout, TensorSpec
 from adapters.parts import PARTS, Part
 from adapters.peftconfig import PeftConfig
@@ -228,3 +229,29 @@ def test_a_cohort_whose_smallest_sum_may_have_no_honest_device_is_refused() -> N
     settings = noisy(1.0).model_copy(update={"aggregation": Aggregation(corrupt_fraction=0.95)})
     with refused(ConfigError, "aggregation.corrupt_fraction"):
         session_of(settings, devices=4)
+
+
+def test_an_evaluation_comes_after_the_rounds_that_are_left_and_replaces_one_that_waits() -> None:
+    before = FederationSettings.parse({"rounds": 5, "analytic": {"rounds": 1}}, "here")
+    added = before.with_evaluation(2, "a" * 64, "b" * 64)
+    assert (added.rounds, added.evaluation.rounds, added.training_rounds) == (6, 1, 4)
+    assert [added.kind_of(number) for number in (4, 5, 6)] == [Task, AnalyticTask, EvaluationTask]
+    other = added.with_evaluation(2, "c" * 64, "a" * 64)
+    assert (other.rounds, other.evaluation.newest) == (6, "c" * 64)
+    assert (added.with_evaluation(6, "c" * 64, "a" * 64).rounds, before.rounds) == (7, 5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rounds": 1, "evaluation": {"rounds": 1}},
+        {"rounds": 1, "evaluation": {"rounds": 1, "newest": "a" * 64, "previous": "a" * 64}},
+        {"rounds": 1, "evaluation": {"rounds": 2, "newest": "a" * 64, "previous": "b" * 64}},
+        {"rounds": 1, "evaluation": {"rounds": 1, "newest": "a", "previous": "b" * 64}},
+        {"rounds": 1, "evaluation": {"least": 9, "most": 8}},
+        {"aggregation": {"groups": 2}, "evaluation": {"rounds": 1, "newest": "a" * 64, "previous": "b" * 64}},
+    ],
+)
+def test_an_evaluation_without_two_releases_or_of_groups_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        FederationSettings.parse(changes, "here")

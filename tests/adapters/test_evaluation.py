@@ -1,0 +1,155 @@
+"""The counts of an evaluation: what a sum may be, and what of it is published."""
+
+import json
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adapters.evaluation import COUNTS, RENEWAL, SIZE, EvaluationTask, evaluated, renewed, require_counts
+from adapters.layout import Layout, Tensors
+from adapters.peftconfig import PeftConfig
+from adapters.task import UNIFORMS
+from adapters.taskkinds import least_ring_bits, vector_spec
+from aggregation.errors import ConfigError, DataError, ProtocolError
+from aggregation.privacy.accounting import Mechanism
+from aggregation.spec import Privacy, SessionSpec
+from client.training.contribute import counts_contribution, noisy_vector
+from tests.support import refused
+from tests.support.fleet import session_spec
+
+TASK = EvaluationTask(PeftConfig("LORA", 2, 4, ("query",)), ("on", "off"), "a" * 64, "b" * 64, 4, 32)
+DEVICES, DIGEST = 60, b"d" * 32
+HEAD: Tensors = {
+    "classifier.weight": np.zeros((2, 5), np.float32),
+    "classifier.bias": np.zeros(2, np.float32),
+    "query.lora_A.weight": np.ones((2, 5), np.float32),
+}
+
+
+def spec_of(noise: float = 0.0, ring_bits: int | None = None) -> SessionSpec:
+    bounds: dict[str, Any] = {"clip_norm": TASK.norm, "weight_cap": 1 if noise else 100, "max_clients": DEVICES}
+    layout = Layout.of(HEAD)
+    bits = ring_bits or least_ring_bits(TASK, layout, **bounds, noise=noise)
+    vector = vector_spec(TASK, layout, ring_bits=bits, noise=noise, **bounds)
+    privacy = Privacy(Mechanism.SKELLAM, 20, 1e-6) if noise else None
+    own = {"vector": vector, "clip_norm": TASK.norm, "weight_cap": bounds["weight_cap"], "privacy": privacy}
+    return session_spec(DEVICES, **own)
+
+
+def sums(*counts: float) -> dict[str, Any]:
+    return {COUNTS: np.array(counts, np.float64)}
+
+
+def counts_of(device: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Of one device: a third of them has the newest release, which is right in a half, and the others in 3 of 4."""
+    return np.array([16.0, 32.0, 0, 0]) if device % 3 == 0 else np.array([0, 0, 24.0, 32.0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "about"),
+    [
+        ({"newest": "a" * 63}, "task.newest"),
+        ({"newest": "b" * 64}, "task.newest"),
+        ({"least": 33}, "task.newest"),
+        ({"least": 0}, "task.least"),
+        ({"most": 2**17}, "task.most"),
+        ({"ridge": 0.1}, "task.ridge"),
+    ],
+)
+def test_a_task_out_of_range_is_refused(changes: dict[str, Any], about: str) -> None:
+    with refused(ProtocolError, about):
+        EvaluationTask.decode(json.dumps({**asdict(TASK), **changes}).encode())
+
+
+def test_the_sum_of_all_devices_is_exact() -> None:
+    spec = spec_of()
+    total = np.zeros(SIZE, np.uint16)
+    for device in range(DEVICES):
+        total += counts_contribution(counts_of(device), spec, np.random.default_rng(device)).astype(np.uint16)
+    found = spec.vector.decode(total, DEVICES)
+    assert found[COUNTS].tolist() == [320.0, 640.0, 960.0, 1280.0]
+    require_counts(spec, found, DEVICES)
+    full = sum(
+        counts_contribution(np.array([32.0, 32, 32, 32]), spec, np.random.default_rng(0)) for _ in range(DEVICES)
+    )
+    assert spec.vector.decode(np.asarray(full), DEVICES)[COUNTS].tolist() == [1920.0] * 4
+
+
+def test_a_ring_that_cannot_count_is_refused() -> None:
+    with refused(ConfigError, "ring_bits"):
+        spec_of(ring_bits=11)
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        (5, 4, 0, 0),  # more right than there are
+        (0, 0, 1, 0),
+        (-1, 4, 0, 0),
+        (1.5, 4, 0, 0),
+        (0, 33, 0, 32),  # of two devices at most 64 together
+    ],
+)
+def test_sums_that_honest_devices_cannot_have_are_refused(counts: tuple[float, ...]) -> None:
+    spec = spec_of()
+    require_counts(spec, sums(0, 32, 32, 32), 2)
+    with refused(DataError, "vector.counts"):
+        require_counts(spec, sums(*counts), 2)
+
+
+def test_without_noise_no_exact_count_is_published() -> None:
+    found = evaluated(spec_of(), sums(320, 640, 961, 1281), DEVICES, DIGEST)
+    assert found == {
+        "deviation": 0.0,
+        "accuracy_newest": 0.5,
+        "examples_newest": 512.0,
+        "accuracy_previous": 0.75,
+        "examples_previous": 1024.0,
+    }
+    assert found == evaluated(spec_of(), sums(321, 643, 960, 1280), DEVICES, DIGEST)
+
+
+def test_a_release_with_few_examples_is_not_published() -> None:
+    assert evaluated(spec_of(), sums(99, 99, 0, 0), DEVICES, DIGEST) == {"deviation": 0.0}
+    assert "accuracy_newest" in evaluated(spec_of(), sums(99, 100, 0, 0), DEVICES, DIGEST)
+
+
+def noisy_metrics(seed: int, noise: float) -> dict[str, float]:
+    spec = spec_of(noise)
+    total = np.zeros(SIZE, np.uint64)
+    for device in range(DEVICES):
+        rng, key = np.random.default_rng([seed, device]), bytes([seed, device]) * 16
+        total += noisy_vector(counts_of(device), spec, DIGEST, rng, key).astype(np.uint64)
+    width = spec.vector.to_ring(np.zeros(1, np.int64)).dtype
+    return evaluated(spec, spec.vector.decode(total.astype(width), DEVICES), DEVICES, DIGEST)
+
+
+def test_with_noise_the_counts_have_the_deviation_that_is_published_and_no_other() -> None:
+    noise = 5.0
+    found = [noisy_metrics(seed, noise) for seed in range(150)]
+    stated = found[0]["deviation"]
+    assert stated == pytest.approx(noise * DEVICES**0.5)
+    errors = np.array(
+        [each["examples_newest"] - 640 for each in found] + [e["examples_previous"] - 1280 for e in found]
+    )
+    # 300 draws: the root mean square is within 20 % of the deviation, except with chances below 1e-5.
+    assert 0.8 * stated < np.sqrt((errors**2).mean()) < 1.2 * stated
+    assert np.mean([each["accuracy_previous"] for each in found]) == pytest.approx(0.75, abs=0.02)
+
+
+def test_the_next_adapter_has_other_bytes_the_same_for_all_sums_and_hardly_moves() -> None:
+    made, again = renewed(HEAD, DIGEST), renewed(HEAD, DIGEST)
+    assert made["classifier.weight"].tobytes() == again["classifier.weight"].tobytes()
+    assert made["classifier.weight"].tobytes() != HEAD["classifier.weight"].tobytes()
+    assert np.abs(made["classifier.weight"]).max() <= RENEWAL * UNIFORMS / 2
+    assert all(made[name] is HEAD[name] for name in HEAD if name != "classifier.weight")
+    assert renewed(HEAD, b"e" * 32)["classifier.weight"].tobytes() != made["classifier.weight"].tobytes()
+    with refused(DataError, "task.head"):
+        renewed({"query.lora_A.weight": HEAD["query.lora_A.weight"]}, DIGEST)
+
+
+def test_a_task_is_read_as_it_was_written() -> None:
+    assert EvaluationTask.decode(TASK.encode()) == TASK
+    assert EvaluationTask.decode(replace(TASK, most=5).encode()).norm == pytest.approx(5 * 2**0.5)
