@@ -53,7 +53,8 @@ def training_graph(traced: onnx.ModelProto, profile: Profile, store: TensorStore
             value=profile.value,
         )
     made = differentiate(_with_loss(traced), LOSS, tuple(tracing.slots(traced)))
-    if POSITIONS in {value.name for value in made.graph.input}:
+    language = POSITIONS in {value.name for value in made.graph.input}
+    if language:
         made.graph.output.extend(
             helper.make_tensor_value_info(name, kind, ["learned"])
             for name, kind in ((LOG_LIKELIHOOD, TensorProto.FLOAT), (HITS, TensorProto.BOOL))
@@ -62,7 +63,7 @@ def training_graph(traced: onnx.ModelProto, profile: Profile, store: TensorStore
         _read_embedding(made, store)
         return made
     made = in_blocks(made, FLOAT, {}, store)  # the embeddings alone
-    _read_blocks(made, store)
+    _read_blocks(made, store, once=not language)
     return made
 
 
@@ -108,8 +109,11 @@ def _read_embedding(graph: onnx.ModelProto, store: TensorStore) -> None:
     replace_nodes(inner, [*tied, *inner.node])
 
 
-def _read_blocks(graph: onnx.ModelProto, store: TensorStore) -> None:
-    """Let the MatMuls of both passes read the weights as ``in_blocks`` stores them in eight bits, in place."""
+def _read_blocks(graph: onnx.ModelProto, store: TensorStore, *, once: bool) -> None:
+    """Let the MatMuls of both passes read the weights as ``in_blocks`` stores them in eight bits, in place.
+
+    ``once``: make floats of a weight once for both passes, in place of twice with half the memory.
+    """
     inner, nodes, done = graph.graph, list[onnx.NodeProto](), set[str]()
     values = {tensor.name: tensor for tensor in inner.initializer}
     wanted = {
@@ -118,7 +122,7 @@ def _read_blocks(graph: onnx.ModelProto, store: TensorStore) -> None:
     for node in inner.node:
         for name in wanted.intersection(node.input):
             if name not in done:
-                nodes.extend(_floats(inner, name, store.array(values[name]), store))
+                nodes.extend(_floats(inner, name, store.array(values[name]), store, once=once))
                 done.add(name)
             if node.op_type == "MatMul" and node.input[1] == name:
                 node.input[1] = name + COLUMNS
@@ -130,8 +134,10 @@ def _read_blocks(graph: onnx.ModelProto, store: TensorStore) -> None:
         entry.version = entry.version if entry.domain else max(entry.version, BLOCKWISE_OPSET)
 
 
-def _floats(graph: onnx.GraphProto, name: str, weight: Floats, store: TensorStore) -> list[onnx.NodeProto]:
-    """The nodes that make a weight of its bytes, once for both passes: as stored, and transposed."""
+def _floats(
+    graph: onnx.GraphProto, name: str, weight: Floats, store: TensorStore, *, once: bool
+) -> list[onnx.NodeProto]:
+    """The nodes that make a weight of its bytes: as stored, and transposed."""
     exact = four_bits_exactly(weight.T)
     blocks = exact or eight_bits(weight.T)
     parts: dict[str, NDArray[Any]] = {
@@ -141,16 +147,15 @@ def _floats(graph: onnx.GraphProto, name: str, weight: Floats, store: TensorStor
     if not exact:
         parts["zero_points_{}_{}".format(*blocks.scales.shape)] = np.full(blocks.scales.shape, ZERO8, np.uint8)
     shape = "shape_{}_{}".format(*blocks.shape)
-    stored = parts | {shape: np.array(blocks.shape)}
+    stored = parts | ({shape: np.array(blocks.shape)} if once else {})
     present = {tensor.name for tensor in graph.initializer}
     graph.initializer.extend(store.tensor(v, n) for n, v in stored.items() if n not in present)
-    blockwise, rows, columns = f"{name}_in_blocks", name + ROWS, name + COLUMNS
-    return [
-        helper.make_node("DequantizeLinear", list(parts), [blockwise], blockwise, axis=1, block_size=BLOCK),
-        # To the shape that it has: ONNX Runtime repeats a DequantizeLinear for each of its readers.
-        helper.make_node("Reshape", [blockwise, shape], [rows], rows),
-        helper.make_node("Transpose", [rows], [columns], columns, perm=[1, 0]),
-    ]
+    rows, columns = name + ROWS, name + COLUMNS
+    blockwise = f"{name}_in_blocks" if once else rows
+    nodes = [helper.make_node("DequantizeLinear", list(parts), [blockwise], blockwise, axis=1, block_size=BLOCK)]
+    if once:  # to the shape that it has: ONNX Runtime repeats a DequantizeLinear for each of its readers
+        nodes.append(helper.make_node("Reshape", [blockwise, shape], [rows], rows))
+    return [*nodes, helper.make_node("Transpose", [rows], [columns], columns, perm=[1, 0])]
 
 
 def _is_weight(tensor: TensorProto | None) -> bool:
