@@ -13,8 +13,8 @@ COMMANDS = {
     "rollback": ("governance.cli.promotion", "rollback", "Publish an earlier release again.", ""),
     "rollout": ("governance.cli.promotion", "rollout", "Say which devices get the newest release.", ""),
     "sbom": ("governance.cli.sbom", "sbom", "Print a version's software bill of materials.", "governance"),
-    "verdict": ("governance.cli.verdict", "verdict", "Say whether a release that is rolled out is worse.", ""),
     "show": ("governance.cli.versions", "show", "Show what made a version, and where it is.", ""),
+    "verdict": ("governance.cli.verdict", "verdict", "Say whether a release that is rolled out is worse.", ""),
 }
 
 
