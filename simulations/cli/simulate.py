@@ -142,7 +142,8 @@ def _run(
             raise ConfigError(text, about="attack.kind", value=scenario.attack.kind)
     loaded = populate(scenario.data, scenario.population, scenario.seed)
     base, available = unrounded_base(scenario), available_memory()
-    needed = estimate(scenario, loaded.population, base, cores() if engine == "ray" else workers if workers > 1 else 0)
+    processes = cores() if engine == "ray" else workers if workers > 1 else 0
+    needed = estimate(scenario, loaded.population, base, processes, forked=engine != "ray")
     require_memory(needed, available)
     out = (out or _newest(scenario) if resume else out or _fresh(scenario)).resolve()
     folder = RunFolder.resume(out, scenario) if resume else RunFolder.start(out, scenario)

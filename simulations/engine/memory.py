@@ -27,6 +27,7 @@ from simulations.scenario import Scenario
 
 MB = 10**6  # bytes
 LIBRARIES = 550 * MB  # torch, transformers, Flower and what reads data, imported
+FORKED = 260 * MB  # of them that a process does not share which is forked from one with them (Linux)
 EXPORTERS = 150 * MB  # what the export imports
 TEXT = 450  # of the objects of a text, without its characters
 CHARACTER = 2  # a text is in the population and in its device's examples
@@ -71,7 +72,9 @@ class MemoryEstimate:
         return f"about {size(self.bytes)} at the peak, in the {self.stage}{here}"
 
 
-def estimate(scenario: Scenario, population: Population, base: Base, processes: int = 0) -> MemoryEstimate:
+def estimate(
+    scenario: Scenario, population: Population, base: Base, processes: int = 0, *, forked: bool = False
+) -> MemoryEstimate:
     """The peak of a run of ``scenario``.
 
     Args:
@@ -79,6 +82,7 @@ def estimate(scenario: Scenario, population: Population, base: Base, processes: 
         population: The scenario's.
         base: That the run trains on.
         processes: That work for the devices besides this one.
+        forked: They are those of ``workers``, which share the libraries' memory; else each imports them.
     """
     counts = _Counts.of(scenario, population, base)
     own = [
@@ -89,7 +93,7 @@ def estimate(scenario: Scenario, population: Population, base: Base, processes: 
     batch = "federation.training.batch_size"
     rounds = [*own, MemoryPart("a step of training", counts.step, batch), *_session(scenario, counts)]
     if processes:
-        each = LIBRARIES + base.weight_bytes + counts.step
+        each = (FORKED if forked else LIBRARIES) + base.weight_bytes + counts.step
         rounds.append(MemoryPart(f"{processes} more processes", processes * each, "base.model"))
     if scenario.data.for_language_model:
         return MemoryEstimate("rounds", tuple(rounds))

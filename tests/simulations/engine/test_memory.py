@@ -89,6 +89,17 @@ def test_a_larger_scenario_takes_more_and_the_part_that_grew_is_named(tiny: str,
     assert wide.largest.key == "federation.training.batch_size"
 
 
+def test_processes_that_are_forked_share_the_libraries_and_others_do_not(tiny: str, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.toml"
+    path.write_text(tiny)
+    scenario = Scenario.read(path, ())
+    loaded, base = populate(scenario.data, scenario.population, scenario.seed), unrounded_base(scenario)
+    forked = [estimate(scenario, loaded.population, base, each, forked=True).bytes for each in (8, 16)]
+    apart = [estimate(scenario, loaded.population, base, each).bytes for each in (8, 16)]
+    assert 8 * 220e6 < forked[1] - forked[0] < 8 * 330e6  # 220 MB of their own were measured
+    assert apart[1] - apart[0] > 8 * 500e6
+
+
 def test_the_largest_part_that_a_key_lowers_is_the_one_that_is_named() -> None:
     parts = MemoryPart("libraries", 2 * GB, ""), MemoryPart("a", GB, "x.a"), MemoryPart("b", GB / 2, "x.b")
     found = MemoryEstimate("rounds", parts)
