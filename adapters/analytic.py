@@ -13,14 +13,14 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, ClassVar, Self
 
 import numpy as np
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
 from adapters import jsontext
 from adapters.layout import Layout, Tensors
 from adapters.peftconfig import PeftConfig
 from adapters.ridge import EmbeddingMoments, cholesky, forward, packed_size, ridge, unpack
-from adapters.task import NORM_ERROR, Sums, dither, metric_segments, noise_key, require_exact, require_weight
-from aggregation.errors import DataError, ProtocolError
+from adapters.task import NORM_ERROR, Sums, decode_as, dither, metric_segments, noise_key, require_exact, require_weight
+from aggregation.errors import DataError
 from aggregation.spec import SessionSpec
 from aggregation.vector import Segment, VectorSpec
 
@@ -66,12 +66,7 @@ class AnalyticTask:
         Raises:
             ProtocolError: A field is missing, unknown or out of range.
         """
-        try:
-            return jsontext.decode_as(cls, raw)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = f"task.{'.'.join(map(str, first['loc']))}"
-            raise ProtocolError(f"{field}: {first['msg']}", about=field) from error
+        return decode_as(cls, raw)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, ClassVar, Self
 
 import numpy as np
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
 from adapters import jsontext
 from adapters.analytic import LARGEST, ClassifierHead
@@ -25,7 +25,7 @@ from adapters.manifest import Sha256
 from adapters.noisysum import noisy_spec
 from adapters.peftconfig import PeftConfig
 from adapters.rollout import NEWEST, PREVIOUS
-from adapters.task import DECIMALS, MINIMUM_HELD_OUT, Sums, dither, require_exact
+from adapters.task import DECIMALS, MINIMUM_HELD_OUT, Sums, decode_as, dither, require_exact
 from aggregation import rotation
 from aggregation.errors import DataError, ProtocolError
 from aggregation.spec import SessionSpec
@@ -70,12 +70,7 @@ class EvaluationTask:
         Raises:
             ProtocolError: A field is missing, unknown or out of range, or no example could count.
         """
-        try:
-            found = jsontext.decode_as(cls, raw)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = f"task.{'.'.join(map(str, first['loc']))}"
-            raise ProtocolError(f"{field}: {first['msg']}", about=field) from error
+        found = decode_as(cls, raw)
         if found.least > found.most or found.newest == found.previous:
             raise ProtocolError("the task compares a release with itself, or on no example", about="task.newest")
         return found

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, ClassVar, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,17 @@ MINIMUM_HELD_OUT = 10**DECIMALS  # examples
 
 Sums = Mapping[str, NDArray[np.float64]]  # segment → sum over the survivors, shape (size,), in the segment's unit
 Positive = Annotated[int, Field(gt=0)]
+T = TypeVar("T")
+
+
+def decode_as(kind: type[T], raw: bytes) -> T:
+    """A task of one kind, from JSON. Raises ProtocolError for the first field that is missing, unknown or refused."""
+    try:
+        return jsontext.decode_as(kind, raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = f"task.{'.'.join(map(str, first['loc']))}"
+        raise ProtocolError(f"{field}: {first['msg']}", about=field) from error
 
 
 class OptimizerName(StrEnum):
@@ -95,12 +106,7 @@ class Task:
             ProtocolError: A field is missing, unknown or out of range, nothing is both trained and shared, or R is not
                 both or is with A or B.
         """
-        try:
-            found = jsontext.decode_as(cls, raw)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = f"task.{'.'.join(map(str, first['loc']))}"
-            raise ProtocolError(f"{field}: {first['msg']}", about=field) from error
+        found = decode_as(cls, raw)
         if missing := [each.name for each in fields(cls) if each.name not in json.loads(raw)]:
             raise ProtocolError(f"task.{missing[0]}: Field required", about=f"task.{missing[0]}")
         if not set(found.trained) & set(found.shared):

@@ -104,9 +104,13 @@ def personalize(
     click.echo(json.dumps(row, ensure_ascii=False) if as_json else "\n".join(lines))
 
 
+def _outcome(found: "Personalized | LanguagePersonalized", better: str) -> str:
+    state = "is in use" if found.made else f"stays in use: it {better}"
+    return f"{found.adapter} version {found.version} {state}; {found.trained} examples, {found.seconds:.1f} s"
+
+
 def _language_lines(found: "LanguagePersonalized") -> list[str]:
-    state = "is in use" if found.made else "stays in use: it predicts the held-out examples better"
-    lines = [f"{found.adapter} version {found.version} {state}; {found.trained} examples, {found.seconds:.1f} s"]
+    lines = [_outcome(found, "predicts the held-out examples better")]
     if found.held_out:
         bits = ", ".join(f"{name} {value:.3f}" for name, value in found.bits.items())
         lines.append(f"bits for each byte of {found.held_out} held-out examples: {bits}")
@@ -114,8 +118,7 @@ def _language_lines(found: "LanguagePersonalized") -> list[str]:
 
 
 def _lines(found: "Personalized") -> list[str]:
-    state = "is in use" if found.made else "stays in use: it answers more of the held-out examples"
-    lines = [f"{found.adapter} version {found.version} {state}; {found.trained} examples, {found.seconds:.1f} s"]
+    lines = [_outcome(found, "answers more of the held-out examples")]
     if found.held_out:
         right = ", ".join(f"{name} {count}" for name, count in found.right.items())
         lines.append(f"right of {found.held_out} held-out examples: {right}")
