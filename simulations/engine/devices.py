@@ -1,7 +1,8 @@
 """The devices of a simulation: the state of each is kept in memory between messages, where the field has files.
 
 Before each session and round, and at the end, a device's state directory gets what its training depends on: its
-training key, and the parts of the adapter that it does not share; its privacy ledger is written whenever it changes.
+training key, and the parts of the adapter that it does not share; and its privacy ledger, if it has spent any privacy.
+How many contributions had no noise is written at the end only, because nothing depends on it.
 What a device holds against a coordinator that lies
 is not written: the state of its session, and what it knows of the log and of the adapter. After a kill it is as a new
 device in this respect. The resumed run begins with another session, as after a restart of the coordinator in the field,
@@ -56,7 +57,7 @@ class MemoryDevice:
         self._training_key = (files.folder / TRAINING_KEY).read_bytes()
         self._private_parts = files.load_private_parts()
         self._privacy_ledger = files.load_privacy_ledger()
-        self._written = self._training_key, self._private_parts
+        self._written = self._training_key, self._private_parts, self._privacy_ledger
         self._log_state: LogState | None = None
         self._adapter_state: AdapterState | None = None
         self._state: ClientState | None = None
@@ -137,22 +138,24 @@ class MemoryDevice:
         return self._privacy_ledger
 
     def save_privacy_ledger(self, ledger: PrivacyLedger) -> None:
-        """See ``DeviceStateDir``; written at once."""
-        self._files.save_privacy_ledger(ledger)
+        """See ``DeviceStateDir``; written later."""
         self._privacy_ledger = ledger
 
     def leave(self) -> None:
         """Leave the session."""
         self._state = self._snapshot = None
 
-    def write(self) -> None:
-        """Write what training depends on and the state directory does not have yet."""
-        key, parts = self._written
+    def write(self, *, end: bool) -> None:
+        """Write what the state directory does not have yet: what training depends on, and at the end everything."""
+        key, parts, ledger = self._written
         if self._training_key != key:
             replace(self._files.folder / TRAINING_KEY, self._training_key)
         if self._private_parts is not parts and self._private_parts is not None:
             self._files.save_private_parts(self._private_parts)
-        self._written = self._training_key, self._private_parts
+        if self._privacy_ledger.spent != ledger.spent or (end and self._privacy_ledger != ledger):
+            self._files.save_privacy_ledger(self._privacy_ledger)
+            ledger = self._privacy_ledger
+        self._written = self._training_key, self._private_parts, ledger
 
 
 @dataclass(slots=True)
@@ -178,12 +181,15 @@ class MemoryDevices:
     def before(self, step: Step | None, names: Sequence[str]) -> None:
         """Prepare for a message of ``step`` to the devices ``names``: see the module."""
         if step in WRITTEN_BEFORE:
-            self.write()
+            self._write(end=False)
         if step is Step.CHECK_IN:
             for name in self._awake.keys() - set(names):
                 self._awake[name].leave()
 
     def write(self) -> None:
-        """Write what the training of each device depends on."""
+        """Write what each device has to keep, at the end."""
+        self._write(end=True)
+
+    def _write(self, *, end: bool) -> None:
         for device in self._awake.values():
-            device.write()
+            device.write(end=end)

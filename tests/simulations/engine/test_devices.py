@@ -12,6 +12,7 @@ from adapters.storage import kill_safe
 from aggregation.errors import TrustError
 from aggregation.steps import Step
 from client.node.app import register
+from client.node.privacyledger import PrivacyLedger
 from simulations.engine.devices import MemoryDevices
 from simulations.engine.grid import SERVER_NODE, FaultModel, InProcessGrid
 from simulations.engine.provision import Enrolment, device_folder
@@ -42,7 +43,7 @@ def federate(fleet: Any, *, stop: tuple[Step, str] | None = None, faults: FaultM
     names = [client.name for client in fleet.population.clients if not client.unseen]
     with kill_safe():
         fleet.federate(InProcessGrid(app, dict(enumerate(names, SERVER_NODE + 1)), faults, devices.before))
-    devices.write()
+        devices.write()
     return devices
 
 
@@ -69,6 +70,7 @@ def test_a_run_in_memory_makes_the_adapters_of_one_on_disk(fleet_of: FleetOf, me
         state, kept = devices.open(Context(1, 2, {"state": name}, None, {})), on_disk.state_dir(name)  # type: ignore[arg-type]
         assert state.load_adapter_state().digest == kept.load_adapter_state().digest
         assert state.load_log_state().version == kept.load_log_state().version
+        assert in_memory.state_dir(name).load_privacy_ledger() == kept.load_privacy_ledger() != PrivacyLedger()
 
 
 def test_a_run_resumed_between_sessions_makes_the_same_adapter(fleet_of: FleetOf) -> None:
@@ -97,6 +99,15 @@ def test_a_run_stopped_anywhere_loses_the_round_under_way_at_most(fleet_of: Flee
     assert [(record.round, record.version, len(record.survivors)) for record in records] == [
         (n, n, 5) for n in (1, 2, 3)
     ]
+
+
+def test_privacy_that_is_spent_is_kept_through_a_stop(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(6, privacy__mechanism="skellam", privacy__noise_multiplier=2.0, aggregation__clip_norm=0.5)
+    with pytest.raises(Stopped):
+        federate(fleet, stop=(Step.PLAN, "3"), faults=CALM)
+    assert {fleet.state_dir(f"device-0{n}").load_privacy_ledger().noisy for n in range(6)} == {2}
+    devices = federate(fleet, faults=CALM)
+    assert devices.open(Context(1, 2, {"state": "device-00"}, None, {})).load_privacy_ledger().noisy == 3  # type: ignore[arg-type]
 
 
 def test_a_device_is_enrolled_with_its_first_message(fleet_of: FleetOf) -> None:
