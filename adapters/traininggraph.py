@@ -59,6 +59,8 @@ class TrainingGraph:
         options.intra_op_num_threads = threads
         options.log_severity_level = 4  # errors are raised
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
+        # A pattern of a shape of batches is one block of memory besides the arena, and batches have many shapes.
+        options.enable_mem_pattern = False
         # Folding would store each weight once more: in float, or transposed.
         self._session = ort.InferenceSession(
             model, options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
