@@ -122,7 +122,9 @@ def _pow(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) ->
     x, exponent = node.input
     if 1 in wanted:
         raise ConfigError("an exponent that is trained has no derivative here: use another base", about="Pow")
-    lower = to.add("Pow", x, to.add("Sub", exponent, to.number(1)))
+    # A power of one is slow, and ONNX Runtime would compute it in the forward pass and keep it.
+    square = (known := to.known(exponent)) is not None and (known == 2).all()
+    lower = x if square else to.add("Pow", x, to.add("Sub", exponent, to.number(1)))
     return {0: to.summed(to.add("Mul", gradient, to.add("Mul", exponent, lower)), x, node.output[0])}
 
 
@@ -219,6 +221,13 @@ def _gather(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int])
     return {0: to.add("Mul", gradient if single else to.add("Unsqueeze", gradient, to.integers(axis)), column)}
 
 
+def _gather_elements(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) -> Gradients:
+    """Zero for all elements that were not looked up."""
+    (x, index), axis = node.input, settings(node, axis=0)["axis"]
+    nothing = to.add("Expand", to.number(0), to.add("Shape", x))
+    return {0: to.add("ScatterElements", nothing, index, gradient, axis=axis, reduction="add")}
+
+
 def _concat(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
     """The part of the gradient that is where the input is."""
     axis = settings(node)["axis"] % to.rank(node.output[0])
@@ -312,6 +321,7 @@ RULES: Mapping[str, Rule] = {
     "Expand": _expand,
     "Transpose": _transpose,
     "Gather": _gather,
+    "GatherElements": _gather_elements,
     "Concat": _concat,
     "Pad": _pad,
     "Slice": _slice,

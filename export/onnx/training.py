@@ -7,6 +7,7 @@ nodes, and an adapter is trained on the base that it will run on (as QLoRA does;
 """
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ def training_graph(traced: onnx.ModelProto, profile: Profile, store: TensorStore
         _read_embedding(made, store)
         return made
     made = in_blocks(made, FLOAT, {}, store)  # the embeddings alone
-    _read_blocks(made, store, once=not language)
+    _read_blocks(made, store, {tracing.ANSWER} if language else None)
     return made
 
 
@@ -71,16 +72,14 @@ def _with_loss(traced: onnx.ModelProto) -> onnx.ModelProto:
     """A copy that also computes the loss: Σ shares · cross-entropy."""
     made, logits = copy.deepcopy(traced), tracing.ANSWER
     graph, node = made.graph, helper.make_node
-    constants = {"last_axis": np.array([-1]), "off_and_on": np.array([0, 1], np.float32)}
+    constants = {"last_axis": np.array([-1])}
     graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
     graph.node.extend(
         [
             node("LogSoftmax", [logits], ["log_probabilities"], axis=-1),
-            node("Shape", [logits], ["labels_shape"], start=-1),
-            node("Squeeze", ["labels_shape"], ["label_count"]),
-            node("OneHot", [TARGETS, "label_count", "off_and_on"], ["wanted"]),
-            node("Mul", ["log_probabilities", "wanted"], ["log_likelihoods"]),
-            node("ReduceSum", ["log_likelihoods", "last_axis"], ["log_likelihood"], keepdims=0),
+            node("Unsqueeze", [TARGETS, "last_axis"], ["target_columns"]),
+            node("GatherElements", ["log_probabilities", "target_columns"], ["log_likelihoods"], axis=-1),
+            node("Squeeze", ["log_likelihoods", "last_axis"], ["log_likelihood"]),
             node("Mul", ["log_likelihood", SHARES], ["shared_out"]),
             node("ReduceSum", ["shared_out"], ["total"], keepdims=0),
             node("Neg", ["total"], [LOSS]),
@@ -109,20 +108,21 @@ def _read_embedding(graph: onnx.ModelProto, store: TensorStore) -> None:
     replace_nodes(inner, [*tied, *inner.node])
 
 
-def _read_blocks(graph: onnx.ModelProto, store: TensorStore, *, once: bool) -> None:
+def _read_blocks(graph: onnx.ModelProto, store: TensorStore, once: Collection[str] | None) -> None:
     """Let the MatMuls of both passes read the weights as ``in_blocks`` stores them in eight bits, in place.
 
-    ``once``: make floats of a weight once for both passes, in place of twice with half the memory.
+    ``once``: the outputs of layers whose weight is made floats once for both passes, which keeps it in memory between
+    them; None: all.
     """
     inner, nodes, done = graph.graph, list[onnx.NodeProto](), set[str]()
     values = {tensor.name: tensor for tensor in inner.initializer}
-    wanted = {
-        node.input[1] for node in inner.node if node.op_type == "MatMul" and _is_weight(values.get(node.input[1]))
-    }
+    layers = [node for node in inner.node if node.op_type == "MatMul" and _is_weight(values.get(node.input[1]))]
+    wanted = {node.input[1] for node in layers}
+    shared = {node.input[1] for node in layers if once is None or node.output[0] in once}
     for node in inner.node:
         for name in wanted.intersection(node.input):
             if name not in done:
-                nodes.extend(_floats(inner, name, store.array(values[name]), store, once=once))
+                nodes.extend(_floats(inner, name, store.array(values[name]), store, once=name in shared))
                 done.add(name)
             if node.op_type == "MatMul" and node.input[1] == name:
                 node.input[1] = name + COLUMNS
@@ -137,7 +137,7 @@ def _read_blocks(graph: onnx.ModelProto, store: TensorStore, *, once: bool) -> N
 def _floats(
     graph: onnx.GraphProto, name: str, weight: Floats, store: TensorStore, *, once: bool
 ) -> list[onnx.NodeProto]:
-    """The nodes that make a weight of its bytes: as stored, and transposed."""
+    """The nodes that make a weight of its bytes: as stored, and transposed; for both passes ``once``, or for each."""
     exact = four_bits_exactly(weight.T)
     blocks = exact or eight_bits(weight.T)
     parts: dict[str, NDArray[Any]] = {
