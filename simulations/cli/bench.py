@@ -13,6 +13,7 @@ COMMANDS = {
     "profile": ("simulations.cli.bench_profile", "profile", "Where a language model's time and memory go.", ""),
     "secagg": ("simulations.cli.bench_secagg", "secagg", "Secure aggregation against Flower's SecAgg+.", ""),
     "simulation": ("simulations.cli.bench_simulation", "simulation", "The engine against Flower's own.", ""),
+    "training": ("simulations.cli.bench_training", "training", "Training without torch, against torch.", ""),
 }
 
 
