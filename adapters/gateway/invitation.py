@@ -1,7 +1,9 @@
 """Invitations: what an owner gives to one device so that it can enrol over a network, as one line of text.
 
 An invitation holds everything that the device pins, so that no first connection has to be trusted, and a secret that
-the authority accepts once. Whoever has an invitation can enrol in the place of its device: it travels like a password.
+the authority accepts once. The secret is the seed of an Ed25519 key, so that the authority records nothing with which
+somebody could enrol, and a page in a browser, which cannot pin the authority's TLS, signs its request instead of
+sending the secret. Whoever has an invitation can enrol in the place of its device: it travels like a password.
 """
 
 import base64
@@ -13,10 +15,11 @@ from adapters.keyfiles import MAX_PEM
 from aggregation import wire
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, ProtocolError, TrustError
-from aggregation.pki import DEVICE_ID, MAX_CERTIFICATE, PublicKey, Root
+from aggregation.pki import DEVICE_ID, MAX_CERTIFICATE, IdentityKey, PublicKey, Root
 from aggregation.pki.identity import KEY
 
 SECRET = 16  # bytes
+ENROLMENT = "enrolment"  # what that key signs: the request for a certificate
 _CHECK = 4  # bytes of a digest, for mistakes in copying
 _ADDRESS = r"[A-Za-z0-9.:_\[\]-]{3,260}"
 _PREFIX = "edgeadapt1."
@@ -45,9 +48,9 @@ class Invitation(NamedTuple):
         return f"Invitation({self.device})"
 
     @property
-    def digest(self) -> str:
-        """By which the authority knows it."""
-        return digest(self.secret)
+    def key(self) -> IdentityKey:
+        """By whose public half the authority knows it."""
+        return key(self.secret)
 
     def to_text(self) -> str:
         """One line without spaces. ``read_invitation`` reads it.
@@ -86,9 +89,9 @@ def new_secret(entropy: Entropy) -> bytes:
     return entropy.bytes(SECRET)
 
 
-def digest(secret: bytes) -> str:
-    """SHA-256 of a secret, hex."""
-    return hashlib.sha256(b"edgeadapt/invitation\x00" + secret).hexdigest()
+def key(secret: bytes) -> IdentityKey:
+    """The key of an invitation: its seed is SHA-256 of the secret after a tag."""
+    return IdentityKey(hashlib.sha256(b"edgeadapt/invitation\x00" + secret).digest())
 
 
 def read_invitation(text: str) -> Invitation:

@@ -5,7 +5,8 @@
     gateway → page    ADMITTED, then each SocketRequest, one at a time
     page → gateway    for each a SocketAnswer, then its body in messages of at most ``frames.CHUNK`` bytes
 
-``client/browser/page/aggregation/websocket.js`` is the page's side.
+``client/browser/page/aggregation/websocket.js`` is the page's side. At the authority's enrolment service there is one
+message each way: a SocketEnrolment, and the certificate (DER); ``client/browser/page/invitation.js`` has that side.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,9 +17,11 @@ from adapters.gateway import frames
 from aggregation import wire
 from aggregation.errors import ConfigError
 from aggregation.pki.certificates import MAX_CERTIFICATE
-from aggregation.pki.identity import SIGNATURE
+from aggregation.pki.identity import KEY, SIGNATURE
+from aggregation.pki.requests import MAX_REQUEST
 
 PATH = "/edgeadapt.gateway.v1/attend"
+ENROLMENT_PATH = "/edgeadapt.gateway.v1/enrol"
 ADMITTED = b""
 NONCE = 32  # bytes
 _NAME = wire.text(r"[a-z_]{1,32}")  # of a step or a field
@@ -65,8 +68,24 @@ class SocketAnswer:
             raise ConfigError(f"answer of {self.size} bytes is over the limit", about="answer.size", value=self.size)
 
 
+@dataclass(frozen=True, slots=True)
+class SocketEnrolment:
+    """What an invited page asks for: a certificate for the key in its request.
+
+    Attributes:
+        invited: The public half of the invitation's key.
+        signature: Of that key, on the request.
+        request: PKCS #10, PEM or DER.
+    """
+
+    invited: Annotated[bytes, wire.fixed(KEY)]
+    signature: Annotated[bytes, wire.fixed(SIGNATURE)]
+    request: Annotated[bytes, wire.blob(MAX_REQUEST)]
+
+
 CHALLENGE, HELLO = wire.record(SocketChallenge), wire.record(SocketHello)
 REQUEST, ANSWER = wire.record(SocketRequest), wire.record(SocketAnswer)
+ENROLMENT = wire.record(SocketEnrolment)
 
 
 def answer_messages(number: int, body: bytes) -> Iterator[bytes]:

@@ -41,7 +41,7 @@ VENDOR = {  # a library's file on the page → in node_modules
 BUNDLE_FILE = re.compile(r"bundle/(base|adapters)/[A-Za-z0-9_][A-Za-z0-9_.-]*")
 LISTING = "bundle.json"
 SITE = "site.json"  # path → SHA-256 of every other file: what the service worker keeps
-GATEWAY = re.compile(r"wss://[A-Za-z0-9.-]+(:[0-9]{1,5})?|ws://(127\.0\.0\.1|localhost):[0-9]{1,5}")
+ADDRESS = re.compile(r"wss://[A-Za-z0-9.-]+(:[0-9]{1,5})?|ws://(127\.0\.0\.1|localhost):[0-9]{1,5}")
 LOCAL = ("127.0.0.1", "localhost")
 TYPES = {
     ".css": "text/css; charset=utf-8",
@@ -73,19 +73,21 @@ class Site:
     page: dict[str, Path]
     bundle: Path
     gateway: str = ""
+    enrolment: str = ""
 
     @classmethod
-    def of(cls, bundle: Path, trust: Path | None = None, gateway: str = "") -> Self:
+    def of(cls, bundle: Path, trust: Path | None = None, gateway: str = "", enrolment: str = "") -> Self:
         """The page with one bundle and the keys of ``trust``, by default ``trust.pem`` next to the bundle.
 
         Args:
             bundle: Its folder.
             trust: The pinned keys.
-            gateway: The one address besides its own server that the page may connect to, ``wss://HOST:PORT``, or
+            gateway: Of a coordinator, to which the page may connect besides its own server: ``wss://HOST:PORT``, or
                 ``ws://`` on loopback; empty: none.
+            enrolment: The same of the authority's enrolment service; with ``gateway`` only.
 
         Raises:
-            ConfigError: ``gateway`` is no such address.
+            ConfigError: ``gateway`` or ``enrolment`` is no such address.
             DataError: There is no bundle.
             TrustError: There are no pinned keys, or they are in the bundle.
             ConfigError: The libraries of the page are not installed.
@@ -99,16 +101,19 @@ class Site:
             reason = f"the libraries of the page are not installed: run npm ci --ignore-scripts --prefix '{WEB}'"
             raise ConfigError(reason, about="node_modules")
         page[TRUST] = trust or bundle.resolve().parent / TRUST
-        if gateway and not GATEWAY.fullmatch(gateway):
-            text = f"{gateway} is not the address of a gateway: wss://HOST:PORT, or ws://127.0.0.1:PORT on this machine"
-            raise ConfigError(text, about="--gateway", value=gateway)
-        return cls(page, bundle.resolve(), gateway)
+        for name, url in (("gateway", gateway), ("enrolment", enrolment)):
+            if url and not ADDRESS.fullmatch(url):
+                text = f"{url} is no address to connect to: wss://HOST:PORT, or ws://127.0.0.1:PORT on this machine"
+                raise ConfigError(text, about=f"--{name}", value=url)
+        if enrolment and not gateway:
+            raise ConfigError("--enrolment goes with --gateway, where the device takes part", about="--enrolment")
+        return cls(page, bundle.resolve(), gateway, enrolment)
 
     @property
     def headers(self) -> dict[str, str]:
         """Of every answer."""
         policy = "Content-Security-Policy"
-        return {**HEADERS, policy: _allowing(self.gateway, HEADERS[policy])}
+        return {**HEADERS, policy: self._allowing(HEADERS[policy])}
 
     def find(self, path: str) -> Path | bytes | None:
         """The file or bytes at ``path``; None if it is not on the list."""
@@ -121,7 +126,7 @@ class Site:
             # A symbolic link must not lead out of the bundle.
             return file if file.is_file() and file.resolve().is_relative_to(self.bundle) else None
         if self.gateway and path in ("", "index.html"):
-            return _allowing(self.gateway, self.page["index.html"].read_text(encoding="utf-8")).encode()
+            return self._allowing(self.page["index.html"].read_text(encoding="utf-8")).encode()
         return self.page.get(path or "index.html")
 
     def paths(self) -> list[str]:
@@ -129,6 +134,11 @@ class Site:
         files = (file.relative_to(self.bundle).as_posix() for file in self.bundle.rglob("*"))
         listed = sorted(path for name in files if self.find(path := f"bundle/{name}") is not None)
         return [*self.page, LISTING, SITE, *listed]
+
+    def _allowing(self, text: str) -> str:
+        """The security policy in a text, with which the page may also connect to the gateway and the authority."""
+        own, addresses = "default-src 'self'", " ".join(filter(None, (self.gateway, self.enrolment)))
+        return text.replace(own, f"{own}; connect-src 'self' {addresses}") if addresses else text
 
     def _digest(self, path: str) -> str:
         found = self.find(path)
@@ -224,12 +234,6 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {**self.site.headers, **more, "Content-Length": str(length)}.items():
             self.send_header(name, value)
         self.end_headers()
-
-
-def _allowing(gateway: str, text: str) -> str:
-    """The security policy in a text, with which the page may also connect to a gateway."""
-    own = "default-src 'self'"
-    return text.replace(own, f"{own}; connect-src 'self' {gateway}") if gateway else text
 
 
 @functools.lru_cache(maxsize=4096)

@@ -13,6 +13,12 @@ from client.cli import options
 @click.option(
     "--gateway", default="", metavar="URL", help="Let the page connect there too: wss://HOST:PORT of a coordinator."
 )
+@click.option(
+    "--enrolment",
+    default="",
+    metavar="URL",
+    help="With --gateway: the same of the authority, for enrolment by a token.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen on.")
 @click.option("--port", default=8765, show_default=True, type=click.IntRange(0, 65535), help="0: any free port.")
 @click.option(
@@ -22,7 +28,9 @@ from client.cli import options
     metavar="DIR",
     help="Write the page and bundle to DIR; do not serve.",
 )
-def serve_web(bundle: Path, trust: Path | None, gateway: str, host: str, port: int, out: Path | None) -> None:
+def serve_web(
+    bundle: Path, trust: Path | None, gateway: str, enrolment: str, host: str, port: int, out: Path | None
+) -> None:
     """Serve a page that verifies the bundle and runs it in the browser, or export the page to a folder.
 
     The texts that are typed on the page stay in the browser. Browsers verify signatures only on https pages and on
@@ -35,7 +43,7 @@ def serve_web(bundle: Path, trust: Path | None, gateway: str, host: str, port: i
     """
     from client.browser.server import Site, http_server
 
-    site = Site.of(bundle, trust, gateway)
+    site = Site.of(bundle, trust, gateway, enrolment)
     if out is not None:
         site.export(out)
         click.echo(f"wrote {out}")

@@ -68,7 +68,7 @@ class ListSigned(_Line):
 
 
 class InvitationIssued(_Line):
-    """A device may enrol over a network until ``expires``. ``token`` is the digest of the secret."""
+    """A device may enrol over a network until ``expires``. ``token``: public half of the invitation's key, hex."""
 
     event: Literal["invited"] = "invited"
     name: str
@@ -77,12 +77,12 @@ class InvitationIssued(_Line):
 
 
 class InvitationUsed(_Line):
-    """The invitation was accepted for these two keys, and is for no others from now on."""
+    """The invitation was accepted for these keys, and is for no others from now on. A page has no TLS key."""
 
     event: Literal["used"] = "used"
     token: Token
     key: str
-    tls_key: str
+    tls_key: str | None
 
 
 Event: TypeAlias = CertificateIssued | CertificateRevoked | ListSigned | InvitationIssued | InvitationUsed

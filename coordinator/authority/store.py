@@ -181,12 +181,12 @@ class AuthorityStore:
         self._add(writer, name, key.key_id, der, purpose)
         return der
 
-    def invite(self, name: str, token: str, hours: float) -> datetime:
+    def invite(self, name: str, invited: PublicKey, hours: float) -> datetime:
         """Let the device ``name`` enrol over a network once; until when.
 
         Args:
             name: That will be certified.
-            token: Digest of the invitation's secret; the secret is not kept.
+            invited: The public half of the invitation's key; the secret is not kept.
             hours: For which the invitation is valid.
 
         Raises:
@@ -196,7 +196,7 @@ class AuthorityStore:
         now, name = self.clock(), require_device_id(name)
         expires = now + timedelta(hours=hours)
         with self._writing() as writer:
-            writer.add(InvitationIssued(at=now, name=name, token=token, expires=expires))
+            writer.add(InvitationIssued(at=now, name=name, token=invited.raw.hex(), expires=expires))
         return expires
 
     def redeem(
@@ -216,16 +216,46 @@ class AuthorityStore:
                 or for another name.
             ConfigError, DataError: As ``issue``.
         """
-        (name, key), (tls_name, tls_key) = read_request(request), read_tls_request(tls_request)
-        token = invitation.digest(secret)
-        with self._writing() as writer:
-            _redeemable(writer.events, token, (name, tls_name), (key.key_id, tls_key.key_id), self.clock())
-            if not any(isinstance(event, InvitationUsed) and event.token == token for event in writer.events):
-                _require_new(writer, name, key, self.clock())
-                writer.add(InvitationUsed(at=self.clock(), token=token, key=key.key_id, tls_key=tls_key.key_id))
+        tls_name, tls_key = read_tls_request(tls_request)
+        with self._redeeming(invitation.key(secret).public, request, (tls_name, tls_key.key_id)) as (writer, name, key):
             der = _certificate(writer.events, key.key_id) or self._issue(writer, authority, name, key, days)
             tls_der = _certificate(writer.events, tls_key.key_id)
             return der, tls_der or self._issue_tls(writer, authority, name, tls_key, TlsRole.DEVICE, (), days)
+
+    def redeem_signed(
+        self, authority: Authority, invited: bytes, signature: bytes, request: bytes, *, days: int
+    ) -> bytes:
+        """Certify the identity of an invited page, DER. For the same key again, the same certificate.
+
+        Args:
+            authority: Unlocked.
+            invited: The public half of the invitation's key, raw.
+            signature: Of that key, on the request: who passes it on can have no other key certified.
+            request: PKCS #10 for the identity.
+            days: For which the certificate is valid.
+
+        Raises:
+            TrustError, ConfigError, DataError: As ``redeem``; or the signature is not valid.
+        """
+        public = PublicKey(invited)
+        public.verify(invitation.ENROLMENT, request, signature)
+        with self._redeeming(public, request, None) as (writer, name, key):
+            return _certificate(writer.events, key.key_id) or self._issue(writer, authority, name, key, days)
+
+    @contextmanager
+    def _redeeming(
+        self, invited: PublicKey, request: bytes, tls: tuple[str, str] | None
+    ) -> Iterator[tuple[RecordWriter, str, PublicKey]]:
+        """Use an invitation for the key of a request, and that of ``tls``: a name and a key id."""
+        name, key = read_request(request)
+        token, tls_key = invited.raw.hex(), tls[1] if tls else None
+        names = (name, tls[0]) if tls else (name,)
+        with self._writing() as writer:
+            _redeemable(writer.events, token, names, (key.key_id, tls_key), self.clock())
+            if not any(isinstance(event, InvitationUsed) and event.token == token for event in writer.events):
+                _require_new(writer, name, key, self.clock())
+                writer.add(InvitationUsed(at=self.clock(), token=token, key=key.key_id, tls_key=tls_key))
+            yield writer, name, key
 
     def _validity(self, authority: Authority, name: str, days: int) -> tuple[datetime, datetime]:
         now = self.clock()
@@ -371,7 +401,7 @@ def _require_new(writer: RecordWriter, name: str, key: PublicKey, now: datetime)
 
 
 def _redeemable(
-    events: Sequence[Event], token: str, names: tuple[str, str], keys: tuple[str, str], now: datetime
+    events: Sequence[Event], token: str, names: Sequence[str], keys: tuple[str, str | None], now: datetime
 ) -> None:
     """Return if an invitation is for these names, and was not used for other keys.
 
@@ -384,8 +414,8 @@ def _redeemable(
     ]
     if not invited or (used and used[0] != keys) or (not used and now > invited[0].expires):
         raise TrustError("the invitation is not valid, has expired, or was used: ask for a new one", about="invitation")
-    if names != (invited[0].name, invited[0].name):
-        text = f"the invitation is for {invited[0].name}, and the requests for {names[0]} and {names[1]}"
+    if set(names) != {invited[0].name}:
+        text = f"the invitation is for {invited[0].name}, and the request for {' and '.join(names)}"
         raise TrustError(text, about="invitation.name", value=names)
 
 

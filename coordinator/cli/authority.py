@@ -133,7 +133,7 @@ def invite(folder: Path, name: str, coordinator: Path, enrolment: str, gateway: 
         key = PublicKey.from_pem(storage.read(coordinator, LONGEST))
     made = Invitation(secret, name, enrolment, gateway, store.root.der, key.raw)
     token = made.to_text()
-    expires = store.invite(name, made.digest, hours)
+    expires = store.invite(name, made.key.public, hours)
     click.echo(f"for {name}, once, until {expires:%Y-%m-%d %H:%M} UTC:", err=True)
     click.echo(token)
 

@@ -1,20 +1,25 @@
-"""The authority's enrolment service: a device with an invitation gets its two certificates.
+"""The authority's enrolment service: a device with an invitation gets its two certificates, a page its one.
 
 It runs where the authority's key is, not where the coordinator is: a coordinator that could enrol devices could fill a
 cohort with its own. It has no state besides the authority's record.
 """
 
+import asyncio
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent import futures
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import grpc
 from grpc import StatusCode
+from websockets.asyncio.server import ServerConnection
+from websockets.exceptions import ConnectionClosed
+from websockets.frames import CloseCode
 
-from adapters.gateway import frames
+from adapters.gateway import frames, websocket
 from adapters.gateway import gateway_pb2 as pb
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, EdgeAdaptError, ProtocolError
@@ -23,16 +28,19 @@ from aggregation.pki.tls import TlsKey, TlsRole, read_tls_request
 from coordinator.authority import AuthorityStore
 from coordinator.gateway.pace import TokenBucket
 from coordinator.gateway.server import ServerTls
+from coordinator.gateway.websocket import BrowserSettings, Endpoint, reason_of, received, url_of
 
 NAME = "enrolment"  # in the service's own certificate
 OWN_DAYS = 30  # of that certificate; a restart makes another one
 THREADS, CALLS = 4, 64
+LARGEST = 2**14  # bytes of a page's message
+T = TypeVar("T")
 log = logging.getLogger("edgeadapt.enrolment")
 
 
 @dataclass(slots=True)
 class EnrolmentService:
-    """The call.
+    """The calls.
 
     Args:
         store: The authority's folder.
@@ -54,9 +62,7 @@ class EnrolmentService:
 
     def enrol(self, raw: bytes, context: grpc.ServicerContext) -> bytes:
         """Certify the keys of a device that has an invitation."""
-        with self._lock:
-            wait = self.bucket.wait(time.monotonic())
-        if wait:
+        if wait := self.wait():
             context.set_trailing_metadata(((frames.RETRY_AFTER, str(int(1000 * wait) + 1)),))
             context.abort(StatusCode.RESOURCE_EXHAUSTED, "too many calls")
         try:
@@ -69,23 +75,50 @@ class EnrolmentService:
         except EdgeAdaptError as error:
             log.warning("an enrolment is refused: %s", error)
             context.abort(StatusCode.PERMISSION_DENIED, str(error))
-        log.info("%s is enrolled", certificates.subject(certificates.load(identity)))
+        _log(identity)
         return bytes(pb.Enrolled(certificate=identity, tls_certificate=tls).SerializeToString())
+
+    def enrol_page(self, raw: bytes) -> bytes:
+        """The certificate of a page that has an invitation, DER.
+
+        Raises:
+            ProtocolError: The bytes are no ``SocketEnrolment``.
+            EdgeAdaptError: As ``AuthorityStore.redeem_signed``.
+        """
+        asked = websocket.ENROLMENT.decode(raw)
+        identity = self.store.redeem_signed(
+            self.authority, asked.invited, asked.signature, asked.request, days=self.days
+        )
+        _log(identity)
+        return identity
+
+    def wait(self) -> float:
+        """Take a call of the bucket; 0, or the seconds until there is one."""
+        with self._lock:
+            return self.bucket.wait(time.monotonic())
+
+
+def _log(certificate: bytes) -> None:
+    loaded = certificates.load(certificate)
+    log.info("%s is enrolled with the key %s", certificates.subject(loaded), certificates.identity(loaded).key_id)
 
 
 class EnrolmentServer:
     """A running service.
 
     Args:
-        service: The call.
-        address: ``HOST:PORT``; port 0 takes any free one.
+        service: The calls.
+        address: ``HOST:PORT`` for gRPC; port 0 takes any free one.
         hosts: Names and addresses at which devices reach it.
+        browsers: Where to listen for pages, if anywhere.
 
     Raises:
-        ConfigError: The address is in use or not valid, or a host is neither a name nor an address.
+        ConfigError: An address is in use or not valid, or a host is neither a name nor an address.
     """
 
-    def __init__(self, service: EnrolmentService, address: str, hosts: Sequence[str]) -> None:
+    def __init__(
+        self, service: EnrolmentService, address: str, hosts: Sequence[str], browsers: BrowserSettings | None = None
+    ) -> None:
         key = TlsKey.generate(SystemEntropy())
         _, public = read_tls_request(key.request(NAME))
         store, authority = service.store, service.authority
@@ -99,8 +132,72 @@ class EnrolmentServer:
         except RuntimeError as error:
             text = f"the enrolment service cannot listen at {address}: the port is in use, or the address not valid"
             raise ConfigError(text, about="--listen", value=address) from error
+        self.pages = PageEnrolmentServer(service, browsers, tls) if browsers else None
         self._server.start()
 
     def close(self) -> None:
         """Stop listening."""
+        if self.pages:
+            self.pages.close()
         self._server.stop(0.2).wait()
+
+
+class PageEnrolmentServer:
+    """The WebSocket of a running service, for pages in a browser: one message each way.
+
+    A close code says what became of it: 1000 the certificate was sent; others as those of the gateway
+    (``coordinator.gateway.websocket``).
+    """
+
+    def __init__(self, service: EnrolmentService, settings: BrowserSettings, tls: ServerTls) -> None:
+        """Start listening.
+
+        Raises:
+            ConfigError: The address is in use or not valid.
+        """
+        self._service = service
+        self._endpoint = Endpoint(websocket.ENROLMENT_PATH, settings, tls)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=NAME, daemon=True)
+        self._thread.start()
+        try:
+            self._server = self._call(self._endpoint.listen(self._attend, LARGEST))
+        except ConfigError:
+            self._end()
+            raise
+        self.url = url_of(self._server, websocket.ENROLMENT_PATH)
+
+    async def _attend(self, connection: ServerConnection) -> None:
+        try:
+            async with self._endpoint.stranger():
+                raw = await received(connection)
+            if self._service.wait():
+                await connection.close(CloseCode.TRY_AGAIN_LATER, "too many calls: try again in a minute")
+                return
+            await connection.send(await asyncio.to_thread(self._service.enrol_page, raw))
+        except ConnectionClosed:
+            pass
+        except TimeoutError:
+            await connection.close(CloseCode.POLICY_VIOLATION, "too slow")
+        except ProtocolError as error:
+            await connection.close(CloseCode.INVALID_DATA, reason_of(error))
+        except EdgeAdaptError as error:
+            log.warning("an enrolment is refused: %s", error)
+            await connection.close(CloseCode.POLICY_VIOLATION, reason_of(error))
+
+    def close(self) -> None:
+        """End all connections, and stop listening."""
+        self._call(self._closed())
+        self._end()
+
+    async def _closed(self) -> None:
+        self._server.close()
+        await self._server.wait_closed()
+
+    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def _end(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()

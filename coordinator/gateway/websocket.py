@@ -13,7 +13,9 @@ import ipaddress
 import logging
 import ssl
 import tempfile
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
@@ -40,27 +42,113 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 log = logging.getLogger("edgeadapt.gateway")
 
 
-@dataclass(slots=True)
-class BrowserService:
-    """What a connection of a page may do. ``hosts``: names of this gateway; ``origins``: of pages elsewhere."""
+@dataclass(frozen=True, slots=True)
+class BrowserSettings:
+    """Where to listen for browsers.
 
-    service: Service
-    hosts: frozenset[str]
-    origins: frozenset[str]
-    _strangers: int = 0
+    Attributes:
+        address: ``HOST:PORT``; without TLS on loopback, else with the gateway's own certificate. Port 0: any free one.
+        origins: Of pages that are not on loopback.
+    """
+
+    address: str
+    origins: frozenset[str] = frozenset()
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Host and port."""
+        host, _, port = self.address.rpartition(":")
+        return host.strip("[]"), port
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine reaches the address."""
+        return _is_loopback(self.place[0])
+
+
+@dataclass(slots=True)
+class Endpoint:
+    """Which connections of pages are opened.
+
+    Args:
+        path: The only one.
+        settings: The address, and the origins of pages elsewhere.
+        tls: Its certificate has the names of this host; on loopback, its names are added.
+    """
+
+    path: str
+    settings: BrowserSettings
+    tls: ServerTls
+    strangers: int = 0  # connections that have not said yet who they are
+    _hosts: frozenset[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        names = frozenset(name.lower() for name in hosts_of(to_der(self.tls.certificate)))
+        self._hosts = names | frozenset(LOOPBACK if self.settings.is_loopback else ())
 
     def check(self, connection: ServerConnection, request: Request) -> Response | None:
         """Refuse a request for another path or host, or of a page of another origin, before it is a WebSocket."""
         origin = request.headers.get("Origin", "")
-        if request.path != websocket.PATH:
+        if request.path != self.path:
             return connection.respond(HTTPStatus.NOT_FOUND, "not found\n")
-        if _host(f"//{request.headers.get('Host', '')}") not in self.hosts:
+        if host_of(f"//{request.headers.get('Host', '')}") not in self._hosts:
             return connection.respond(HTTPStatus.MISDIRECTED_REQUEST, "another host\n")
-        if origin not in self.origins and _host(origin) not in LOOPBACK:
+        if origin not in self.settings.origins and host_of(origin) not in LOOPBACK:
             return connection.respond(HTTPStatus.FORBIDDEN, "another origin\n")
-        if self._strangers >= STRANGERS:
+        if self.strangers >= STRANGERS:
             return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections\n")
         return None
+
+    @asynccontextmanager
+    async def stranger(self) -> AsyncIterator[None]:
+        """Count a connection as a stranger's while the block runs. Raises TimeoutError after ``HANDSHAKE`` seconds."""
+        self.strangers += 1
+        try:
+            async with asyncio.timeout(HANDSHAKE):
+                yield
+        finally:
+            self.strangers -= 1
+
+    async def listen(self, attend: Callable[[ServerConnection], Awaitable[None]], largest: int) -> Server:
+        """A server whose connections ``attend`` serves.
+
+        Args:
+            attend: Serves a connection until it ends.
+            largest: Size of a message that is received, in bytes.
+
+        Raises:
+            ConfigError: The address is in use or not valid.
+        """
+        host, port = self.settings.place
+        try:
+            return await serve(
+                attend,
+                host,
+                int(port),
+                process_request=self.check,
+                ssl=None if self.settings.is_loopback else _context(self.tls),
+                compression=None,
+                open_timeout=HANDSHAKE,
+                ping_interval=30,
+                ping_timeout=20,
+                close_timeout=5,
+                max_size=largest,
+                max_queue=WAITING,
+                server_header=None,
+            )
+        except (OSError, ValueError, OverflowError) as error:
+            text = (
+                f"cannot listen for browsers at {self.settings.address}: the port is in use, or the address not valid"
+            )
+            raise ConfigError(text, about="websocket", value=self.settings.address) from error
+
+
+@dataclass(slots=True)
+class BrowserService:
+    """What a connection of a page may do."""
+
+    service: Service
+    endpoint: Endpoint
 
     async def attend(self, connection: ServerConnection) -> None:
         """Send requests to a device, and take its answers, until the connection ends."""
@@ -76,25 +164,21 @@ class BrowserService:
             await connection.close(CloseCode.POLICY_VIOLATION, "too slow")
         except ProtocolError as error:
             log.warning("a browser is refused: %s", error)
-            await connection.close(CloseCode.INVALID_DATA, _reason(error))
+            await connection.close(CloseCode.INVALID_DATA, reason_of(error))
         except TrustError as error:
             log.warning("a browser is refused: %s", error)
-            await connection.close(CloseCode.POLICY_VIOLATION, _reason(error))
+            await connection.close(CloseCode.POLICY_VIOLATION, reason_of(error))
         except EdgeAdaptError as error:
             log.error("browsers cannot be served: %s", error)
             await connection.close(CloseCode.TRY_AGAIN_LATER, "the gateway cannot serve this connection now")
 
     async def _identified(self, connection: ServerConnection) -> Credentials:
-        self._strangers += 1
-        try:
-            async with asyncio.timeout(HANDSHAKE):
-                nonce = SystemEntropy().bytes(websocket.NONCE)
-                await connection.send(websocket.CHALLENGE.encode(websocket.SocketChallenge(nonce)))
-                hello = websocket.HELLO.decode(await _received(connection))
-        finally:
-            self._strangers -= 1
+        async with self.endpoint.stranger():
+            nonce = SystemEntropy().bytes(websocket.NONCE)
+            await connection.send(websocket.CHALLENGE.encode(websocket.SocketChallenge(nonce)))
+            hello = websocket.HELLO.decode(await received(connection))
         require_version(hello.version, self.service.limits.client_version)
-        host = _host(f"//{connection.request.headers['Host']}") if connection.request else ""
+        host = host_of(f"//{connection.request.headers['Host']}") if connection.request else ""
         at = datetime.now(UTC)
         device = self.service.root(at).verify(hello.certificate, at)[0]
         proof = nonce + host.encode(), hello.certificate, hello.binding
@@ -137,11 +221,11 @@ class BrowserService:
             window = self.service.accepted(stream.credentials.device)
             await connection.close(CloseCode.GOING_AWAY, _text(window))
         except EdgeAdaptError as error:
-            await connection.close(CloseCode.POLICY_VIOLATION, _reason(error))
+            await connection.close(CloseCode.POLICY_VIOLATION, reason_of(error))
 
     async def _answer(self, connection: ServerConnection, stream: Stream) -> None:
         """Take one answer. One that is void is received and dropped."""
-        answer = websocket.ANSWER.decode(await _received(connection))
+        answer = websocket.ANSWER.decode(await received(connection))
         device = stream.credentials.device
         if self.service.count_call(device) or not self.service.has_room(device, answer.size):
             raise EdgeAdaptError("too many calls, or too many answers at once", about="gateway.busy", value=device)
@@ -159,21 +243,22 @@ class BrowserService:
 async def _body(connection: ServerConnection, size: int) -> bytes:
     body = bytearray()
     while len(body) < size:
-        part = await _received(connection)
+        part = await received(connection)
         if not 0 < len(part) <= frames.CHUNK or len(body) + len(part) > size:
             raise ProtocolError(f"the answer has not the {size} bytes that it began with", about="answer.size")
         body += part
     return bytes(body)
 
 
-async def _received(connection: ServerConnection) -> bytes:
+async def received(connection: ServerConnection) -> bytes:
+    """The next message. Raises ProtocolError: it is a text."""
     raw = await connection.recv()
     if isinstance(raw, str):
         raise ProtocolError("a text message, and not a binary one", about="message.encoding")
     return raw
 
 
-def _host(url: str) -> str:
+def host_of(url: str) -> str:
     """The host in a URL, in lower case; empty if it has none, or is no URL."""
     try:
         return urlsplit(url).hostname or ""
@@ -186,21 +271,9 @@ def _text(window: RetryWindow) -> str:
     return text
 
 
-def _reason(error: EdgeAdaptError) -> str:
+def reason_of(error: EdgeAdaptError) -> str:
+    """An error as a close reason."""
     return str(error).encode()[:120].decode(errors="ignore")  # a close reason has at most 123 bytes (RFC 6455)
-
-
-@dataclass(frozen=True, slots=True)
-class BrowserSettings:
-    """Where to listen for browsers.
-
-    Attributes:
-        address: ``HOST:PORT``; without TLS on loopback, else with the gateway's own certificate. Port 0: any free one.
-        origins: Of pages that are not on loopback.
-    """
-
-    address: str
-    origins: frozenset[str] = frozenset()
 
 
 class BrowserServer:
@@ -213,10 +286,9 @@ class BrowserServer:
             ConfigError: The address is in use or not valid.
         """
         self._gateway = gateway
-        self._server = gateway.call(_listen(gateway.service, settings, tls))
-        host, port = self._server.sockets[0].getsockname()[:2]
-        scheme = "ws" if _is_loopback(host) else "wss"
-        self.url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{websocket.PATH}"
+        browsers = BrowserService(gateway.service, Endpoint(websocket.PATH, settings, tls))
+        self._server = gateway.call(browsers.endpoint.listen(browsers.attend, frames.MAX_MESSAGE))
+        self.url = url_of(self._server, websocket.PATH)
 
     def close(self) -> None:
         """End all connections and stop listening. The devices that are there come back within their windows."""
@@ -233,35 +305,11 @@ class BrowserServer:
                 connection.transport.abort()
 
 
-async def _listen(service: Service, settings: BrowserSettings, tls: ServerTls) -> Server:
-    host, _, port = settings.address.rpartition(":")
-    host = host.strip("[]")
-    local = _is_loopback(host)
-    names = frozenset(name.lower() for name in hosts_of(to_der(tls.certificate)))
-    browsers = BrowserService(service, names | frozenset(LOOPBACK if local else ()), settings.origins)
-    try:
-        return await serve(
-            browsers.attend,
-            host,
-            int(port),
-            process_request=browsers.check,
-            ssl=None if local else _context(tls),
-            compression=None,
-            open_timeout=HANDSHAKE,
-            ping_interval=30,
-            ping_timeout=20,
-            close_timeout=5,
-            max_size=frames.MAX_MESSAGE,
-            max_queue=WAITING,
-            server_header=None,
-        )
-    except (OSError, ValueError, OverflowError) as error:
-        why = "the port is in use, or the address not valid"
-        raise ConfigError(
-            f"the gateway cannot listen for browsers at {settings.address}: {why}",
-            about="gateway.websocket",
-            value=settings.address,
-        ) from error
+def url_of(server: Server, path: str) -> str:
+    """At which a server that listens is reached."""
+    host, port = server.sockets[0].getsockname()[:2]
+    scheme = "ws" if _is_loopback(host) else "wss"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{path}"
 
 
 def _is_loopback(host: str) -> bool:

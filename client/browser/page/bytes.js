@@ -25,6 +25,13 @@ export function unbase64(text) {
   return Uint8Array.from(binary, (unit) => unit.charCodeAt(0));
 }
 
+/** Bytes of a base64url text without padding (RFC 4648, section 5). Throws SyntaxError for any other text. */
+export function unbase64url(text) {
+  if (!/^[A-Za-z0-9_-]*$/.test(text)) throw new SyntaxError("a base64url text is needed");
+  const standard = text.replace(/-/g, "+").replace(/_/g, "/");
+  return unbase64(standard + "=".repeat(-standard.length & 3));
+}
+
 /** SHA-256 of bytes, 32 bytes; `sha256` gives it in hexadecimal digits. */
 export const digest = async (bytes) => new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
 

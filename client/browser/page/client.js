@@ -24,6 +24,8 @@ export class Client {
   reset = () => this.#call("reset", {});
   identity = () => this.#call("identity", {});
   enrol = (args) => this.#call("enrol", args);
+  invited = (token) => this.#call("invited", { token });
+  redeem = (token, url) => this.#call("redeem", { token, url });
   install = (certificate) => this.#call("install", { certificate });
   forget = () => this.#call("forget", {});
   takePart = (args, piece) => this.#call("takePart", args, piece);

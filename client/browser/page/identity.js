@@ -17,6 +17,7 @@ import { Root } from "./aggregation/certificates.js";
 import { certificateIn, request } from "./aggregation/requests.js";
 import { equal, sha256 } from "./bytes.js";
 import { ConfigError, TrustError } from "./errors.js";
+import { certified, readInvitation } from "./invitation.js";
 import { pinned, publicKeyOf, signingKey } from "./keys.js";
 import { IDENTITIES, transact } from "./storage.js";
 
@@ -55,17 +56,44 @@ export class Identity {
     await Root.open(der);
     const [{ raw }, ...more] = await pinned(coordinator, "the coordinator's key");
     if (more.length) throw new TrustError("the coordinator has one key, and the file has several", "coordinator");
+    await this.#create(device, der, raw);
+  }
+
+  /**
+   * Enrol with an invitation at the authority's enrolment service: make a key, pin what the invitation names, and install the
+   * certificate; or go on with the key that an earlier call left.
+   *
+   * Throws ConfigError: the token is no invitation, or not for this identity. TrustError: the authority refuses, or answers
+   * with something else than the certificate. EdgeAdaptError: it cannot be reached.
+   */
+  async redeem(token, url) {
+    const invitation = await readInvitation(token);
+    const { device, authority, coordinator } = invitation;
+    const record = (await this.load()) ?? (await this.#create(device, authority, coordinator));
+    if (record.certificate) throw new ConfigError("this browser is enrolled already: forget its identity first", "identity");
+    if (record.device !== device || !equal(record.authority, authority) || !equal(record.coordinator, coordinator)) {
+      throw new ConfigError(`this browser's key is that of ${record.device}, and the token for another device or fleet: forget the key first`, "token");
+    }
+    await this.#install(record, await certified(url, invitation, record.request));
+  }
+
+  async #create(device, authority, coordinator) {
     const pair = await signingKey();
     const asked = await request(pair, device);
     const empty = { certificate: null, adapter: null, log: null, revocations: null, rounds: [] };
-    await this.save({ device, pair, authority: der, coordinator: raw, request: asked, ...empty });
+    const record = { device, pair, authority, coordinator, request: asked, ...empty };
+    await this.save(record);
+    return record;
   }
 
   /** Install the certificate, PEM, that the authority issued for the request. Throws TrustError, ConfigError. */
   async install(certificate) {
     const record = await this.load();
     if (!record) throw new ConfigError("make a key and a request first", "identity");
-    const der = certificateIn(certificate, "the certificate");
+    await this.#install(record, certificateIn(certificate, "the certificate"));
+  }
+
+  async #install(record, der) {
     const { device, key } = await (await Root.open(record.authority)).verify(der, Date.now());
     const own = await publicKeyOf(record.pair);
     if (device !== record.device || !equal(key, own.raw)) {

@@ -27,7 +27,9 @@ export class ParticipationView {
   #known = null; // the identity
 
   constructor(client) {
-    Object.assign(this, { client, gateway: gatewayOf(document) });
+    Object.assign(this, { client, ...addressesOf(document) });
+    element("token").addEventListener("input", () => this.#invited());
+    this.#on("token-form", "submit", () => this.#redeem());
     this.#on("enrol-form", "submit", () => this.#enrol());
     this.#on("certificate-form", "submit", () => this.#install());
     this.#on("request-file", "click", () => this.#saveRequest());
@@ -67,7 +69,7 @@ export class ParticipationView {
   }
 
   #buttons(joined = false) {
-    for (const id of ["enrol", "certificate-install", "join", "identity-forget"]) element(id).disabled = this.#busy;
+    for (const id of ["redeem", "enrol", "certificate-install", "join", "identity-forget"]) element(id).disabled = this.#busy;
     element("join-leave").disabled = !joined;
   }
 
@@ -84,6 +86,7 @@ export class ParticipationView {
       ["Certificate", day ? `until ${day}` : "not installed yet"],
     ];
     element("identity").replaceChildren(...(facts ?? []).map(fact));
+    element("token-form").hidden = !this.enrolment || Boolean(until);
     element("enrol-form").hidden = Boolean(found);
     element("certificate-form").hidden = !found || Boolean(until);
     element("join-form").hidden = !until;
@@ -94,6 +97,30 @@ export class ParticipationView {
   #rounds(rounds) {
     element("rounds").replaceChildren(...rounds.map(row));
     element("rounds-caption").textContent = rounds.length ? "Rounds that this browser took part in" : "";
+  }
+
+  /** Show what a token names, as soon as it is whole. */
+  async #invited() {
+    const token = element("token").value;
+    const found = await this.client.invited(token).catch(() => null);
+    if (token !== element("token").value) return; // another one since
+    const facts = found && [
+      ["Device", found.device],
+      ["Authority", found.authority],
+      ["Coordinator", found.coordinator],
+    ];
+    element("invited").replaceChildren(...(facts ?? []).map(fact));
+  }
+
+  async #redeem() {
+    try {
+      this.#identity(await this.client.redeem(element("token").value, this.enrolment));
+    } catch (error) {
+      this.#identity(await this.client.identity()); // the key is there, for another attempt
+      throw error;
+    }
+    element("token").value = "";
+    element("invited").replaceChildren();
   }
 
   async #enrol() {
@@ -149,11 +176,12 @@ export class ParticipationView {
   }
 }
 
-/** The one address besides its own server that the page's security policy lets it connect to, as a gateway's; or "". */
-function gatewayOf({ head }) {
+/** Where the page's security policy lets it connect besides its own server: { gateway, enrolment }, each a URL or "". */
+function addressesOf({ head }) {
   const policy = head.querySelector("meta[http-equiv=Content-Security-Policy]").content;
-  const address = /connect-src 'self' (wss?:\/\/[^ ;]+)/.exec(policy)?.[1];
-  return address ? `${address}/edgeadapt.gateway.v1/attend` : "";
+  const [gateway, enrolment] = /connect-src 'self' ([^;]+)/.exec(policy)?.[1].trim().split(" ") ?? [];
+  const url = (address, call) => (address ? `${address}/edgeadapt.gateway.v1/${call}` : "");
+  return { gateway: url(gateway, "attend"), enrolment: url(enrolment, "enrol") };
 }
 
 /**

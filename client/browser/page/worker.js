@@ -4,10 +4,12 @@
 //
 // In:  { id, method, args }     Out: { id, piece }* then { id, result } or { id, error: { name, message, about } }
 
+import { sha256 } from "./bytes.js";
 import { Engine } from "./engine.js";
 import { corrections } from "./learning/history.js";
 import { ConfigError, DataError, EdgeAdaptError } from "./errors.js";
 import { Identity } from "./identity.js";
+import { readInvitation } from "./invitation.js";
 import { Learner } from "./learning/learner.js";
 import { MAX_STEPS } from "./learning/tune.js";
 import { forget, takePart } from "./participation.js";
@@ -80,6 +82,17 @@ const methods = {
 
   async enrol(given) {
     await identity().enrol(given);
+    return identity().shown();
+  },
+
+  /** What a person compares before this browser enrols with a token: its device, authority and coordinator. */
+  async invited({ token }) {
+    const { device, authority, coordinator } = await readInvitation(token);
+    return { device, authority: await sha256(authority), coordinator: (await sha256(coordinator)).slice(0, 16) };
+  },
+
+  async redeem({ token, url }) {
+    await identity().redeem(token, url);
     return identity().shown();
   },
 

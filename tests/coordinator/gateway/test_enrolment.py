@@ -3,7 +3,7 @@
 import io
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,18 +12,22 @@ import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
 
-from adapters.gateway import frames
-from adapters.gateway.invitation import Invitation, read_invitation
+from adapters.gateway import frames, websocket
+from adapters.gateway.invitation import ENROLMENT, Invitation, read_invitation
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
 from aggregation.pki import Authority, IdentityKey
+from aggregation.pki.requests import request
 from client.gateway import enrolment as device_side
 from client.gateway.enrolment import enrol_with
 from client.node.statedir import DeviceSettings, DeviceStateDir
 from coordinator.authority import AuthorityStore
 from coordinator.authority.store import utc_now
-from coordinator.gateway.enrolment import EnrolmentServer, EnrolmentService
+from coordinator.gateway.enrolment import EnrolmentServer, EnrolmentService, PageEnrolmentServer
+from coordinator.gateway.websocket import BrowserSettings
 from tests.support import refused
 from tests.support.authority import signer, store
 from tests.support.gateway import HOST
@@ -47,7 +51,7 @@ def invite(store: AuthorityStore, service: EnrolmentServer) -> Invite:
     def made(name: str = "kitchen", hours: float = 1.0) -> Invitation:
         addresses = f"{HOST}:{service.port}", "gateway.example:9443"
         found = Invitation(SystemEntropy().bytes(16), name, *addresses, store.root.der, COORDINATOR.raw)
-        store.invite(name, found.digest, hours)
+        store.invite(name, found.key.public, hours)
         return found
 
     return made
@@ -112,12 +116,12 @@ def test_a_token_that_was_used_is_refused(store: AuthorityStore, invite: Invite,
 def test_a_token_that_has_expired_is_refused(store: AuthorityStore, invite: Invite, tmp_path: Path) -> None:
     invitation = invite()._replace(secret=SystemEntropy().bytes(16))
     earlier = replace(store, clock=lambda: utc_now() - timedelta(hours=2))
-    earlier.invite("kitchen", invitation.digest, 1.9)
+    earlier.invite("kitchen", invitation.key.public, 1.9)
     with refused(TrustError, "gateway"):
         enrol(invitation, tmp_path / "kitchen")
     assert issued(store) == []
     other = invitation._replace(secret=SystemEntropy().bytes(16))
-    earlier.invite("kitchen", other.digest, 2.1)
+    earlier.invite("kitchen", other.key.public, 2.1)
     enrol(other, tmp_path / "kitchen")  # goes on with the keys in the folder
 
 
@@ -246,3 +250,137 @@ def test_a_token_file_that_never_ends_or_is_not_there_is_refused(tmp_path: Path)
         with pytest.raises(kind):
             call("device", "enrol", "--state", tmp_path / "kitchen", "--base", "base", "--token-file", source)
     assert not (tmp_path / "kitchen").exists()
+
+
+@dataclass
+class InvitedPage:
+    """A page's side of an enrolment."""
+
+    url: str
+    invitation: Invitation
+    identity: IdentityKey
+    origin: str | None = "http://127.0.0.1:8765"
+
+    def message(self, **changes: bytes) -> bytes:
+        asked = {"request": request(self.identity, self.invitation.device)} | changes
+        signed = {"invited": self.invitation.key.public.raw} | {
+            "signature": self.invitation.key.sign(ENROLMENT, asked["request"])
+        }
+        return websocket.ENROLMENT.encode(websocket.SocketEnrolment(**{**signed, **asked}))
+
+    def ask(self, message: bytes | str) -> tuple[bytes | None, int, str]:
+        """The certificate, if there is one, the close code and the reason."""
+        certificate = None
+        with connect(self.url, origin=self.origin, compression=None, max_size=None, proxy=None) as connection:  # type: ignore[arg-type]
+            connection.send(message)
+            try:
+                while True:
+                    certificate = connection.recv(60)
+            except ConnectionClosed as closed:
+                code, reason = (closed.rcvd.code, closed.rcvd.reason) if closed.rcvd else (1006, "")
+        assert not isinstance(certificate, str)
+        return certificate, code, reason
+
+
+InvitePage = Callable[..., InvitedPage]
+
+
+@pytest.fixture
+def pages(store: AuthorityStore, signer: Authority) -> Iterator[PageEnrolmentServer]:
+    settings = BrowserSettings(f"{HOST}:0", frozenset({"https://fleet.example"}))
+    server = EnrolmentServer(EnrolmentService(store, signer, 30), f"{HOST}:0", [HOST], settings)
+    assert server.pages
+    yield server.pages
+    server.close()
+
+
+@pytest.fixture
+def invite_page(store: AuthorityStore, pages: PageEnrolmentServer) -> InvitePage:
+    def made(name: str = "tab", ago: float = 0.0) -> InvitedPage:
+        addresses = f"{HOST}:1", f"{HOST}:2"
+        found = Invitation(SystemEntropy().bytes(16), name, *addresses, store.root.der, COORDINATOR.raw)
+        replace(store, clock=lambda: utc_now() - timedelta(hours=ago)).invite(name, found.key.public, 1.0)
+        return InvitedPage(pages.url, found, IdentityKey.generate(SystemEntropy()))
+
+    return made
+
+
+def test_a_page_enrols_once_with_a_token_and_gets_the_same_certificate_again(
+    store: AuthorityStore, invite_page: InvitePage
+) -> None:
+    tab = invite_page()
+    certificate, code, _ = tab.ask(tab.message())
+    assert certificate
+    assert code == 1000
+    assert store.root.verify(certificate, utc_now()) == ("tab", tab.identity.public)
+    assert tab.ask(tab.message())[0] == certificate
+    thief = replace(tab, identity=IdentityKey.generate(SystemEntropy()))
+    assert thief.ask(thief.message())[:2] == (None, 1008)
+    assert issued(store) == [("tab", "identity")]
+
+
+def test_a_page_without_a_valid_token_gets_no_certificate(store: AuthorityStore, invite_page: InvitePage) -> None:
+    tab, other, late = invite_page(), invite_page("other"), invite_page("late", ago=1.1)
+    nobody = replace(tab, invitation=tab.invitation._replace(secret=bytes(16)))
+    for asked in (
+        late.message(),
+        nobody.message(),
+        tab.message(request=request(tab.identity, "other")),
+        tab.message(request=b"no request"),
+        tab.message(signature=other.invitation.key.sign(ENROLMENT, request(tab.identity, "tab"))),
+        tab.message(invited=bytes(32)),
+    ):
+        certificate, code, reason = tab.ask(asked)
+        assert (certificate, code) == (None, 1008)
+        assert reason
+    assert issued(store) == []
+    assert tab.ask(tab.message())[1] == 1000
+
+
+def test_a_service_of_a_thief_that_passes_a_pages_message_on_has_no_other_key_certified(
+    store: AuthorityStore, invite_page: InvitePage
+) -> None:
+    tab, own = invite_page(), IdentityKey.generate(SystemEntropy())
+    seen = websocket.ENROLMENT.decode(tab.message())
+    mixed = replace(seen, request=request(own, "tab"))
+    assert tab.ask(websocket.ENROLMENT.encode(mixed))[:2] == (None, 1008)
+    certificate, _, _ = tab.ask(websocket.ENROLMENT.encode(seen))
+    assert certificate
+    assert store.root.verify(certificate, utc_now())[1] == tab.identity.public
+
+
+def test_malformed_oversized_and_too_many_messages_of_pages_are_refused(invite_page: InvitePage) -> None:
+    tab = invite_page()
+    for message, code in ((b"", 1007), (b"\xff" * 200, 1007), ("text", 1007), (bytes(2**14 + 1), 1009)):
+        assert tab.ask(message)[:2] == (None, code)
+    assert tab.ask(tab.message()[:-1])[:2] == (None, 1007)
+    assert tab.ask(tab.message())[1] == 1000
+    codes = [tab.ask(b"")[1] for _ in range(80)]
+    assert 1013 in codes
+
+
+def test_a_page_of_another_origin_gets_no_connection_to_the_authority(invite_page: InvitePage) -> None:
+    tab = invite_page()
+    for origin in ("https://evil.example", None):
+        with pytest.raises(InvalidStatus) as caught:
+            replace(tab, origin=origin).ask(tab.message())
+        assert caught.value.response.status_code == 403
+    assert replace(tab, origin="https://fleet.example").ask(tab.message())[1] == 1000
+
+
+def test_an_invitation_for_a_page_that_was_used_enrols_no_other_device(
+    store: AuthorityStore, invite: Invite, invite_page: InvitePage, tmp_path: Path
+) -> None:
+    tab = invite_page()
+    assert tab.ask(tab.message())[1] == 1000
+    with refused(TrustError, "gateway"):
+        enrol(tab.invitation._replace(enrolment=invite("another").enrolment), tmp_path / "tab")
+    assert issued(store) == [("tab", "identity")]
+
+
+def test_a_second_service_at_the_address_of_pages_is_refused_in_one_line(
+    store: AuthorityStore, signer: Authority, pages: PageEnrolmentServer
+) -> None:
+    address = pages.url.split("/")[2]
+    with refused(ConfigError, "websocket", value=address):
+        EnrolmentServer(EnrolmentService(store, signer, 30), f"{HOST}:0", [HOST], BrowserSettings(address))

@@ -320,7 +320,7 @@ def test_off_loopback_it_listens_with_the_gateways_certificate(site_of: Callable
 def test_a_port_in_use_is_refused_in_one_line(start: Start) -> None:
     site, browser = start()
     address = browser("tab").url.split("/")[2]
-    with refused(ConfigError, "gateway.websocket", value=address):
+    with refused(ConfigError, "websocket", value=address):
         BrowserServer(site.gateway, BrowserSettings(address), server_tls(site.authority))
 
 

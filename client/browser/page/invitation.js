@@ -1,0 +1,89 @@
+// Invitations (adapters/gateway/invitation.py), and enrolment with one at the authority (coordinator/gateway/enrolment.py).
+//
+// The secret of an invitation stays here: it is the seed of a key that signs the request. Who receives the request instead of
+// the authority can have no other key certified.
+
+import { Root } from "./aggregation/certificates.js";
+import { DEVICE_ID, MAX_CERTIFICATE, signature } from "./aggregation/messages.js";
+import { blob, decode, encode, fixed, record, text } from "./aggregation/wire.js";
+import { concat, digest, encode as utf8, equal, unbase64, unbase64url, unhex } from "./bytes.js";
+import { ConfigError, EdgeAdaptError, ProtocolError, TrustError } from "./errors.js";
+import { requireStrong } from "./keys.js";
+
+const PREFIX = "edgeadapt1.";
+const MAX_TEXT = 2 ** 16; // characters
+const CHECK = 4; // bytes of a digest, for mistakes in copying
+const ADDRESS = text("[A-Za-z0-9.:_\\[\\]-]{3,260}");
+const INVITATION = record({
+  secret: fixed(16),
+  device: text(DEVICE_ID),
+  enrolment: ADDRESS,
+  gateway: ADDRESS,
+  authority: blob(MAX_CERTIFICATE),
+  coordinator: fixed(32),
+});
+const ENROLMENT = record({ invited: fixed(32), signature: fixed(64), request: blob(8192) });
+const PKCS8 = unhex("302e020100300506032b657004220420"); // RFC 8410, section 7: everything before the 32 bytes of the key
+const PATIENCE = 30_000; // milliseconds
+const [INVALID, VIOLATION, LATER] = [1007, 1008, 1013]; // close codes
+
+/** The record in a token. Throws ConfigError: it was not copied as a whole, or is no invitation. */
+export async function readInvitation(token) {
+  const stripped = token.trim();
+  try {
+    if (!stripped.startsWith(PREFIX) || stripped.length > MAX_TEXT) throw new SyntaxError();
+    const raw = unbase64url(stripped.slice(PREFIX.length));
+    const body = raw.slice(0, -CHECK);
+    if (!equal((await digest(body)).slice(0, CHECK), raw.slice(-CHECK))) throw new SyntaxError();
+    const found = decode(INVITATION, body);
+    await Root.open(found.authority);
+    requireStrong(found.coordinator);
+    return found;
+  } catch (error) {
+    if (!(error instanceof EdgeAdaptError || error instanceof SyntaxError)) throw error;
+    throw new ConfigError("the token is not an invitation: copy the whole line that 'edgeadapt authority invite' printed", "token");
+  }
+}
+
+/**
+ * The certificate, DER, that the authority at `url` issues for a request, PEM.
+ *
+ * Throws TrustError: the authority refuses, and says why. EdgeAdaptError: it cannot be reached; the same can be asked again.
+ */
+export async function certified(url, { secret }, request) {
+  const der = unbase64(request.replace(/-----[A-Z ]+-----|\s/g, ""));
+  const { key, invited } = await keyOf(secret);
+  const asked = encode(ENROLMENT, { invited, signature: await signature(key, "enrolment", der), request: der });
+  const { certificate, code, reason } = await exchanged(url, asked);
+  if (certificate) return certificate;
+  if (code === INVALID || code === VIOLATION) throw new TrustError(`the authority refuses: ${reason}`, "enrolment");
+  const why = code === LATER ? reason : "it cannot be reached, or broke off";
+  throw new EdgeAdaptError(`the authority did not certify this device: ${why}; press Enrol again`, "enrolment");
+}
+
+/** The key of an invitation: its seed is SHA-256 of the secret after a tag. */
+async function keyOf(secret) {
+  const seed = await digest(concat(utf8("edgeadapt/invitation\0"), secret));
+  const algorithm = { name: "Ed25519" };
+  const key = await crypto.subtle.importKey("pkcs8", concat(PKCS8, seed), algorithm, true, ["sign"]);
+  const { x } = await crypto.subtle.exportKey("jwk", key); // WebCrypto gives the public half in no other way
+  return { key, invited: unbase64url(x) };
+}
+
+/** One message to the authority, and its answer: { certificate, code, reason }. */
+function exchanged(url, asked) {
+  const socket = new WebSocket(url);
+  socket.binaryType = "arraybuffer";
+  const timer = setTimeout(() => socket.close(), PATIENCE);
+  let certificate = null;
+  socket.onopen = () => socket.send(asked);
+  socket.onmessage = ({ data }) => {
+    certificate = new Uint8Array(data);
+  };
+  return new Promise((resolve) => {
+    socket.onclose = ({ code, reason }) => {
+      clearTimeout(timer);
+      resolve({ certificate, code, reason });
+    };
+  });
+}

@@ -1,0 +1,119 @@
+"""A page enrols with a token, in a real Chromium, at the authority's service, and only with one that is valid."""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.gateway.invitation import Invitation
+from aggregation.entropy import SystemEntropy
+from aggregation.pki import IdentityKey
+from client.browser.server import Site, http_server
+from coordinator.authority import AuthorityStore
+from coordinator.authority.store import utc_now
+from coordinator.gateway.enrolment import EnrolmentServer, EnrolmentService
+from coordinator.gateway.websocket import BrowserSettings
+from tests.support import cdp
+from tests.support.authority import store
+from tests.support.gateway import HOST, free_port
+
+__all__ = ["store"]
+COORDINATOR = IdentityKey(bytes(range(32))).public
+ERROR = "document.getElementById('join-error').textContent"
+SHOWN = "[...document.querySelectorAll('#participation form')].filter((form) => !form.hidden).map((form) => form.id)"
+FACTS = "[...document.querySelectorAll('#invited dd')].map((each) => each.textContent).join(' ')"
+
+
+def invited(store: AuthorityStore, name: str = "tab", ago: float = 0.0) -> Invitation:
+    addresses = f"{HOST}:1", f"{HOST}:2"  # of devices; the page has its own
+    found = Invitation(SystemEntropy().bytes(16), name, *addresses, store.root.der, COORDINATOR.raw)
+    replace(store, clock=lambda: utc_now() - timedelta(hours=ago)).invite(name, found.key.public, 1.0)
+    return found
+
+
+def started(store: AuthorityStore, port: int) -> EnrolmentServer:
+    service = EnrolmentService(store, store.unlock(None), 30)
+    return EnrolmentServer(service, f"{HOST}:0", [HOST], BrowserSettings(f"{HOST}:{port}"))
+
+
+@pytest.fixture
+def port() -> int:
+    return free_port()
+
+
+@pytest.fixture
+def url(phone: Path, libraries: None, port: int) -> Iterator[str]:
+    site = Site.of(phone, gateway=f"ws://{HOST}:{free_port()}", enrolment=f"ws://{HOST}:{port}")
+    serving = http_server(site, HOST, 0)
+    threading.Thread(target=serving.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    yield f"http://{HOST}:{serving.server_port}/"
+    serving.shutdown()
+    serving.server_close()
+
+
+def paste(page: cdp.Page, token: str) -> None:
+    page.evaluate(
+        f"(() => {{ const field = document.getElementById('token'); field.value = {token!r};"
+        " field.dispatchEvent(new Event('input')); })()"
+    )
+
+
+def redeem(page: cdp.Page, token: str) -> str:
+    """The line that is shown, or an empty one when the browser is enrolled."""
+    paste(page, token)
+    page.evaluate("document.getElementById('redeem').click()")
+    page.until(f"{ERROR} || {SHOWN}.includes('join-form')")
+    page.until("!document.getElementById('redeem').disabled")
+    return page.alert("join-error")
+
+
+def key_of(page: cdp.Page) -> str:
+    pairs = (
+        "[...document.querySelectorAll('#identity div')].map(({ children }) => [...children].map((e) => e.innerText))"
+    )
+    return str(dict(page.evaluate(pairs))["Key"])
+
+
+def test_a_page_enrols_with_a_token_and_one_that_is_no_good_loses_nothing(
+    page: Any, store: AuthorityStore, url: str, port: int
+) -> None:
+    tab, late, foreign = invited(store), invited(store, ago=1.1), invited(store)._replace(device="another")
+    token = tab.to_text()
+    page.goto(url)
+    page.until(f"{SHOWN}.includes('token-form')")
+    for text in ("edgeadapt1.", token[:-1], token[:40] + token[41:], f"{token}{'A' * 2**16}", "é" * 40):
+        assert "is not an invitation" in redeem(page, text), text[:60]
+    assert page.evaluate(SHOWN) == ["token-form", "enrol-form"]  # no key was made
+    paste(page, token)
+    page.until(f"{FACTS} !== ''")
+    assert page.evaluate(FACTS) == f"tab {store.root.fingerprint} {COORDINATOR.key_id}"
+    assert "cannot be reached" in redeem(page, token)
+    key = key_of(page)
+    server = started(store, port)
+    try:
+        assert "expired" in redeem(page, late.to_text())
+        assert "another device or fleet" in redeem(page, foreign.to_text())
+        page.goto(url)
+        page.until(f"{SHOWN}.includes('token-form')")
+        assert redeem(page, token) == ""
+        assert page.evaluate(SHOWN) == ["join-form"]
+        assert key_of(page) == key
+        assert (
+            page.evaluate("document.getElementById('token').value + document.getElementById('invited').textContent")
+            == ""
+        )
+        issued = [(each.name, each.key) for each, _ in store.certificates() if each.name != "enrolment"]
+        assert issued == [("tab", key)]
+        page.goto(url)
+        page.until(f"{SHOWN}.includes('join-form')")
+        page.evaluate("document.getElementById('identity-forget').click()")
+        page.until(f"{SHOWN}.includes('enrol-form')")
+        assert "was used" in redeem(page, token)  # a new key, for a token that was used
+        assert len(store.certificates()) == len(issued) + 1
+    finally:
+        server.close()
+    assert page.errors() == []
