@@ -22,6 +22,7 @@ SECRET = 16  # bytes
 ENROLMENT = "enrolment"  # what that key signs: the request for a certificate
 _CHECK = 4  # bytes of a digest, for mistakes in copying
 _ADDRESS = r"[A-Za-z0-9.:_\[\]-]{3,260}"
+_ADDRESSES = rf"{_ADDRESS}(,{_ADDRESS}){{0,7}}"
 _PREFIX = "edgeadapt1."
 
 
@@ -32,7 +33,7 @@ class Invitation(NamedTuple):
         secret: That the authority accepts once.
         device: The name that it will certify.
         enrolment: ``HOST:PORT`` of the authority's enrolment service.
-        gateway: ``HOST:PORT`` of the coordinator's gateway.
+        gateway: ``HOST:PORT`` of the coordinator's gateway; several with commas, to try in turn.
         authority: The authority's certificate, DER.
         coordinator: The coordinator's public key, raw.
     """
@@ -77,7 +78,7 @@ _CODEC = wire.record(
         "secret": wire.fixed(SECRET),
         "device": wire.text(DEVICE_ID),
         "enrolment": wire.text(_ADDRESS),
-        "gateway": wire.text(_ADDRESS),
+        "gateway": wire.text(_ADDRESSES),
         "authority": wire.blob(MAX_CERTIFICATE),
         "coordinator": wire.fixed(KEY),
     },

@@ -13,16 +13,19 @@ from client.cli import options
 
 @click.command()
 @options.state_dir
-@click.option("--gateway", metavar="HOST:PORT", help="Default: 'gateway' in device.toml.")
+@click.option("--gateway", metavar="HOST:PORT", help="Or several, with commas. Default: 'gateway' in device.toml.")
 def agent(state_dir: Path, gateway: str | None) -> None:
     """Wait for the coordinator's requests, train when one asks for it and the policy permits it, and answer.
 
     The device connects to the gateway; nothing connects to the device. It reconnects by itself, and ends when the
     gateway refuses it, or on SIGINT or SIGTERM, after a step that is under way. One agent at a time uses DIR.
 
+    Of several addresses it uses the next one when one cannot be reached, as after a takeover by a second coordinator.
+
     \b
-    Example:
+    Examples:
       edgeadapt device agent --state kitchen --gateway fleet.example:9443
+      edgeadapt device agent --state kitchen --gateway a.fleet.example:9443,b.fleet.example:9443
     """
     from client.gateway.agent import Agent
     from client.node.statedir import DeviceStateDir
@@ -32,7 +35,7 @@ def agent(state_dir: Path, gateway: str | None) -> None:
         raise ConfigError(f"{state_dir} names no gateway: give --gateway HOST:PORT", about="--gateway")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("edgeadapt").setLevel(logging.INFO)
-    running = Agent(state_dir, address)
+    running = Agent(state_dir, tuple(address.split(",")))
 
     def stop(number: int, frame: FrameType | None) -> None:
         running.stop()

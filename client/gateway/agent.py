@@ -3,9 +3,10 @@
 It attends only while its owner's conditions are met (``client.node.eligibility``), and waits without a connection while
 they are not.
 
-The connection is mutual TLS under the pinned authority. Whatever can pass by itself is tried again after a pause that
-grows, or that the gateway names; a refusal ends the agent. An answer that did not reach the gateway, or not the
-coordinator, which then asks the same once more, is sent again and never made again: the device's state has moved on.
+The connection is mutual TLS under the pinned authority. Whatever can pass by itself is tried again, at each address of
+the gateway in turn, and after a pause that grows, or that the gateway names; a refusal ends the agent. An answer that
+did not reach the gateway, or not the coordinator, which then asks the same once more, is sent again and never made
+again: the device's state has moved on.
 """
 
 import hashlib
@@ -49,20 +50,26 @@ class Agent:
 
     Args:
         folder: The device's state directory.
-        address: ``HOST:PORT`` of the gateway.
+        addresses: ``HOST:PORT`` of the gateway; several where another coordinator can take over.
         readings: Of the machine.
         look: Seconds between two looks at the conditions.
     """
 
     folder: Path
-    address: str
+    addresses: tuple[str, ...]
     readings: Readings = field(default_factory=SystemReadings)
     look: float = LOOK
+    _failed: int = 0  # addresses in a row, of the attempts so far
     _stop: threading.Event = field(default_factory=threading.Event)
     _call: grpc.Call | None = None
     _last: tuple[pb.Request, bytes | Refusal] | None = None  # the last request, and its answer
     _answering: bool = False
     _declined: bool = False  # a condition is not met any more
+
+    @property
+    def address(self) -> str:
+        """The one that is tried next, or used."""
+        return self.addresses[self._failed % len(self.addresses)]
 
     def stop(self) -> None:
         """End ``run`` soon; a step that is under way is finished."""
@@ -86,12 +93,12 @@ class Agent:
             raise ConfigError(f"another agent uses {self.folder}: end it first", about=LOCK) from None
 
     def _run(self, state_dir: DeviceStateDir) -> None:
-        attempt = 0
         while self._await_conditions():
             try:
                 with _channel(state_dir, self.address) as channel:
                     requests = self._attend(channel, state_dir)
-                    attempt = 0 if requests.is_active() else attempt
+                    if requests.is_active():  # begin with this address again
+                        self._failed %= len(self.addresses)
                     with self._looking(requests):
                         for raw in requests:
                             self._handle(channel, state_dir, frames.request(raw))
@@ -108,9 +115,13 @@ class Agent:
                     raise refusal(error, "the gateway") from error
                 if self._come_back(error):
                     continue
-                attempt += 1
-                seconds = pause(attempt, error)
-                log.info("no gateway at %s, again in %.1f s: %s", self.address, seconds, _one_line(error))
+                away, reason = self.address, _one_line(error)
+                self._failed += 1
+                if self._failed % len(self.addresses):
+                    log.info("no gateway at %s, trying %s: %s", away, self.address, reason)
+                    continue
+                seconds = pause(self._failed // len(self.addresses), error)
+                log.info("no gateway at %s, again in %.1f s: %s", away, seconds, reason)
                 self._stop.wait(seconds)
 
     def _come_back(self, call: grpc.Call) -> bool:

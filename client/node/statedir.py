@@ -70,7 +70,10 @@ class DeviceSettings(Settings):
 
     base: str = Field(description="frozen base: a folder, a file, an installed package that contains one, or a bundle")
     examples: str = Field(default=EXAMPLES, description="examples file, relative to the state directory")
-    gateway: str = Field(default="", description="HOST:PORT of the coordinator's gateway, for a light device")
+    gateway: str = Field(
+        default="",
+        description="HOST:PORT of the coordinator's gateway, for a light device; several with commas, to try in turn",
+    )
     policy: PolicySettings = PolicySettings()
     eligibility: EligibilitySettings = EligibilitySettings()
 

@@ -113,7 +113,7 @@ def issue(
 @click.option("--name", required=True, metavar="DEVICE", help="Device id, which the certificates will have.")
 @click.option("--coordinator", type=FILE, required=True, metavar="FILE", help="Its public key, which the device pins.")
 @click.option("--enrolment", required=True, metavar="HOST:PORT", help="Where 'edgeadapt authority serve' listens.")
-@click.option("--gateway", required=True, metavar="HOST:PORT", help="The coordinator's gateway.")
+@click.option("--gateway", required=True, metavar="HOST:PORT", help="The coordinator's gateway; several with commas.")
 @click.option(
     "--hours", type=click.FloatRange(0.01, 24 * 90), default=24.0, show_default=True, help="For which it is valid."
 )

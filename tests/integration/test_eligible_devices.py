@@ -26,7 +26,7 @@ from client.node.readings import SystemReadings
 logging.basicConfig(format="%(message)s")
 logging.getLogger("edgeadapt").setLevel(logging.INFO)
 folder, address, root = sys.argv[1:]
-Agent(Path(folder), address, SystemReadings(Path(root)), look=0.05).run()
+Agent(Path(folder), (address,), SystemReadings(Path(root)), look=0.05).run()
 """
 
 
@@ -109,7 +109,7 @@ def test_a_device_that_is_unplugged_while_it_trains_drops_out_and_comes_back(
     demand(last, "charging = true")
     readings = Unplugged()
     with gateway(fleet, LIMITS) as grid, attending(grid.port, others):
-        agent = Agent(Path(last), f"{HOST}:{grid.port}", readings, look=3600)
+        agent = Agent(Path(last), (f"{HOST}:{grid.port}",), readings, look=3600)
         thread = Thread(target=agent.run)
         thread.start()
         grid.await_devices(4)

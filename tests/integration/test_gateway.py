@@ -153,6 +153,23 @@ def test_an_agent_that_finds_the_gateway_full_comes_back_when_there_is_room(
     assert not [line for line in caplog.messages if "too early" in line]
 
 
+def test_an_agent_goes_to_the_next_address_when_a_gateway_is_away_and_back_when_that_one_is(
+    app_fleet_of: Callable[..., Any],
+) -> None:
+    fleet = app_fleet_of(1, rounds=1)
+    give_tls(fleet)
+    (folder,) = fleet.nodes.values()
+    tls, read_root = server_tls(authority_of(fleet)), CoordinatorStateDir.open(fleet.out / "coordinator").read_root
+    ports = free_port(), free_port()
+    with attending(ports, [folder]):
+        for port in (ports[1], ports[0], ports[1]):
+            grid = GatewayGrid(f"{HOST}:{port}", tls, read_root)
+            try:
+                wait_until(grid.get_node_ids)
+            finally:
+                grid.close()
+
+
 def test_an_agent_of_a_version_that_is_too_old_ends_with_one_line(app_fleet_of: Callable[..., Any]) -> None:
     fleet = app_fleet_of(1, rounds=1)
     give_tls(fleet)

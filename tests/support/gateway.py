@@ -69,9 +69,10 @@ def gateway(fleet: Any, limits: GatewayLimits | None = None) -> Iterator[Gateway
 
 
 @contextmanager
-def attending(port: int, folders: Sequence[str | Path]) -> Iterator[list[Agent]]:
-    """The agents of these devices, each in a thread, while the block runs."""
-    agents = [Agent(Path(folder), f"{HOST}:{port}") for folder in folders]
+def attending(port: int | tuple[int, ...], folders: Sequence[str | Path]) -> Iterator[list[Agent]]:
+    """The agents of these devices, each in a thread, while the block runs. ``port``: of the gateway, or several."""
+    addresses = tuple(f"{HOST}:{each}" for each in (port if isinstance(port, tuple) else (port,)))
+    agents = [Agent(Path(folder), addresses) for folder in folders]
     threads = [threading.Thread(target=agent.run) for agent in agents]
     for thread in threads:
         thread.start()

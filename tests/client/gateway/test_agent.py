@@ -55,7 +55,7 @@ def test_a_transfer_is_repeated_only_while_the_device_attends(
     code: StatusCode, looks: int, attempts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "pause", lambda attempt, error: 0.0)
-    agent = Agent(tmp_path, "127.0.0.1:1")
+    agent = Agent(tmp_path, ("127.0.0.1:1",))
     agent._call = Stream(looks)
     calls, call = failing(code)
     with pytest.raises(Failed):
