@@ -34,7 +34,7 @@ from aggregation.pki.identity import PublicKey
 
 SIGNING_KEY, DATABASE, BLOBS = "signing.pem", "registry.db", "blobs"  # in the coordinator's state directory
 REGISTRY = "registry.toml"  # there too
-SCHEMA = "2"  # revision of the tables; ``coordinator.registry.migrations`` brings older ones to it
+SCHEMA = "3"  # revision of the tables; ``coordinator.registry.migrations`` brings older ones to it
 PREFIX = "edgeadapt_"  # of this program's tables, so that another program's database is recognized
 # Tables; the first is alembic's, has one row and the column SCHEMA_COLUMN.
 SCHEMAS, VERSIONS, ROUNDS = f"{PREFIX}schema", f"{PREFIX}versions", f"{PREFIX}rounds"

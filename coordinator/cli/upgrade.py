@@ -14,7 +14,8 @@ from coordinator.cli.options import as_json, directory
 def upgrade(state_dir: Path, as_json: bool) -> None:
     """Bring the registry of the coordinator in DIR, in SQLite or PostgreSQL, to the tables of this edgeadapt.
 
-    One transaction does all of it or nothing. Stop the coordinator and back it up first: an older edgeadapt cannot
+    One transaction does all of it or nothing. In PostgreSQL the transcript is kept as well: call it on the machine that
+    has that. Stop the coordinator and back it up first: an older edgeadapt cannot
     read the registry any more.
 
     \b
@@ -24,11 +25,11 @@ def upgrade(state_dir: Path, as_json: bool) -> None:
     """
     from adapters.registryfiles import SCHEMA, require
     from coordinator.registry import migrations
-    from coordinator.statedir import registry_url, run_lock
+    from coordinator.statedir import TRANSCRIPT, registry_url, run_lock
 
     require(state_dir)
     with run_lock(state_dir):
-        found = migrations.upgrade(registry_url(state_dir))
+        found = migrations.upgrade(registry_url(state_dir), state_dir / TRANSCRIPT)
     if as_json:
         click.echo(json.dumps({"state": str(state_dir), "from": found, "to": SCHEMA}))
         return

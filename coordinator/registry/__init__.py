@@ -4,6 +4,19 @@ Needs SQLAlchemy and fsspec. An auditor reads the same files without them (``coo
 """
 
 from adapters.blobs import Blobs
+from coordinator.registry.lease import Leadership, Lease, leadership
+from coordinator.registry.transcripttable import TranscriptTable
 from coordinator.registry.versions import Head, Registry, StoredAdapter, Version, state_digest
 
-__all__ = ["Blobs", "Head", "Registry", "StoredAdapter", "Version", "state_digest"]
+__all__ = [
+    "Blobs",
+    "Head",
+    "Leadership",
+    "Lease",
+    "Registry",
+    "StoredAdapter",
+    "TranscriptTable",
+    "Version",
+    "leadership",
+    "state_digest",
+]

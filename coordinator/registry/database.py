@@ -12,6 +12,7 @@ from sqlalchemy import (
     BigInteger,
     Column,
     Connection,
+    DateTime,
     Engine,
     Integer,
     LargeBinary,
@@ -19,6 +20,7 @@ from sqlalchemy import (
     PrimaryKeyConstraint,
     String,
     Table,
+    Text,
     create_engine,
     event,
     inspect,
@@ -47,6 +49,7 @@ from adapters.registryfiles import (
 from adapters.registrystores import postgresql_engine, shown
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 
+IDLE = 5000  # milliseconds that a transaction may wait for its next statement
 metadata = MetaData()
 versions = Table(
     VERSIONS,
@@ -66,6 +69,28 @@ optimizer = Table(  # one row
     metadata,
     Column("id", Integer, primary_key=True, autoincrement=False),
     Column("tensors", LargeBinary, nullable=False),  # safetensors; the last round's record has the digest
+)
+# The next three are of a coordinator whose machine may be replaced by another one, in PostgreSQL.
+lease = Table(  # one row
+    f"{PREFIX}lease",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("epoch", BigInteger, nullable=False),  # how often it was taken
+    Column("leader", Text, nullable=False),  # for people
+    Column("ends", DateTime(timezone=True), nullable=False),  # by the server's clock
+)
+transcript = Table(
+    f"{PREFIX}transcript",
+    metadata,
+    Column("session", BigInteger, primary_key=True, autoincrement=False),
+    Column("start", BigInteger, primary_key=True, autoincrement=False),  # of the bytes in the session's log
+    Column("records", LargeBinary, nullable=False),
+)
+revocations = Table(  # one row: the list of the newest session
+    f"{PREFIX}revocations",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("pem", LargeBinary, nullable=False),
 )
 # Alembic's own table is in no metadata of a program. A new database gets it with the others, and alembic is not needed.
 schemas = Table(
@@ -106,6 +131,8 @@ def engine_of(url: str | URL) -> Engine:
         ) from error
     if engine.dialect.name == "sqlite":
         _prepare_sqlite(engine, parsed)
+    else:
+        event.listen(engine, "connect", _end_when_idle)
     return engine
 
 
@@ -173,6 +200,12 @@ def _configure(connection: Any, _: object) -> None:
     # registry stops the coordinator. FULL, the default, does not sync the folder from which the journal was deleted; a
     # journal that reappears is rolled back.
     connection.execute("PRAGMA synchronous = EXTRA")
+
+
+def _end_when_idle(connection: Any, _: object) -> None:
+    # A coordinator that stops within a transaction holds the lease's row, which another one needs to take over.
+    connection.execute(f"SET idle_in_transaction_session_timeout = {IDLE}")
+    connection.commit()
 
 
 def _begin(connection: Connection) -> None:

@@ -5,13 +5,14 @@ Nothing is verified here; ``Registry`` does that when it reads them.
 
 import hashlib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 from sqlalchemy import Engine, Table
 
 from adapters.registrystores import shown
 from aggregation.errors import ConfigError
-from coordinator.registry import database
+from coordinator.registry import database, transcripttable
 
 LENGTH = 8  # bytes before each value that the digest covers
 
@@ -37,8 +38,12 @@ class RegistrySnapshot:
                 }
         return cls(found)
 
-    def insert(self, engine: Engine) -> None:
+    def insert(self, engine: Engine, transcript: Path | None = None) -> None:
         """Put all rows into a registry without any, all or none.
+
+        Args:
+            engine: Of its database.
+            transcript: Folder of the logs, for a database that has these as well.
 
         Raises:
             ConfigError: It has some.
@@ -51,6 +56,8 @@ class RegistrySnapshot:
                     raise ConfigError(text, about="database")
                 if rows := self.rows[table.name]:
                     connection.execute(table.insert(), list(rows))
+            if transcript is not None:
+                transcripttable.insert(connection, transcript)
 
     def digest(self) -> str:
         """SHA-256 (hex) of every value, each after its length, and of the number of rows of each table."""

@@ -7,8 +7,8 @@ the digest of a blob or of the optimizer's state. Deleted last rows are found by
 (``coordinator.transcripts``).
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -23,6 +23,7 @@ from adapters.roundrecord import RoundRecord, accept_chain, digest_of
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey, PublicKey
 from coordinator.registry import database
+from coordinator.registry.lease import require_epoch
 
 ONLY_ROW = 1  # of the optimizer's table
 
@@ -66,11 +67,19 @@ class StoredAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Registry:
-    """Open with ``Registry.open``. One coordinator writes; any number may read."""
+    """Open with ``Registry.open``. One coordinator writes; any number may read.
+
+    Args:
+        engine: Of the database.
+        blobs: The adapters' files.
+        trusted: Keys whose manifests are accepted.
+        epoch: Of the lease under which it is written to; None: nobody has ever led (``coordinator.registry.lease``).
+    """
 
     engine: Engine
     blobs: Blobs
     trusted: tuple[PublicKey, ...]
+    epoch: int | None = None
 
     @classmethod
     def open(cls, database_url: str | URL, blob_url: str, trusted: Sequence[PublicKey]) -> Self:
@@ -112,7 +121,7 @@ class Registry:
                 value=manifest.version,
             )
         version = self._prepare(manifest, blob, key)
-        with database.explained(self.engine), self.engine.begin() as connection:
+        with self._writing() as connection:
             self._insert(connection, version)
         return version
 
@@ -129,7 +138,7 @@ class Registry:
                 about="record.version",
                 value=record.version,
             )
-        with database.explained(self.engine), self.engine.begin() as connection:
+        with self._writing() as connection:
             self._append(connection, record, key)
 
     def commit_round(
@@ -156,7 +165,7 @@ class Registry:
                 f"the record of round {record.round} names another optimizer state", about="record.optimizer"
             )
         version = self._prepare(manifest, blob, key)
-        with database.explained(self.engine), self.engine.begin() as connection:
+        with self._writing() as connection:
             self._insert(connection, version)
             self._append(connection, record, key)
             connection.execute(database.optimizer.delete())
@@ -265,6 +274,18 @@ class Registry:
                 "the stored optimizer state was altered: restore the registry from a copy", about="optimizer"
             )
         return files.decode(raw) if raw else {}
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether coordinators on several machines may use its database."""
+        return self.engine.dialect.name == "postgresql"
+
+    @contextmanager
+    def _writing(self) -> Iterator[Connection]:
+        """A transaction of the coordinator that leads."""
+        with database.explained(self.engine), self.engine.begin() as connection:
+            require_epoch(connection, self.epoch)
+            yield connection
 
     def _newest(self) -> Version:
         version = self.latest()

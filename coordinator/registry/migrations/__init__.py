@@ -15,13 +15,17 @@ from sqlalchemy.engine import URL
 from adapters.registryfiles import SCHEMA, SCHEMAS, require_schema
 from adapters.registrystores import shown
 from aggregation.errors import ConfigError
-from coordinator.registry import database
+from coordinator.registry import database, transcripttable
 
 CONNECTION = "connection"  # attribute of a configuration, which ``env.py`` reads
 
 
-def upgrade(url: str | URL) -> str:
+def upgrade(url: str | URL, transcript: Path | None = None) -> str:
     """Bring a registry to the newest revision, all or nothing: a failure leaves it as it was.
+
+    Args:
+        url: Of the database.
+        transcript: Folder of the logs, which a database in PostgreSQL of revision 2 or older has not.
 
     Returns:
         The revision that it had.
@@ -44,6 +48,8 @@ def upgrade(url: str | URL) -> str:
             if MigrationContext.configure(connection, opts={"version_table": SCHEMAS}).get_current_revision() is None:
                 command.stamp(config, found)
             command.upgrade(config, "head")
+            if transcript is not None and engine.dialect.name == "postgresql":
+                transcripttable.insert(connection, transcript)
             return found
     finally:
         engine.dispose()

@@ -21,7 +21,7 @@ from adapters.registryfiles import DATABASE, SCHEMA, SCHEMAS
 from adapters.registrystores import postgresql_url
 from aggregation.errors import ConfigError, EdgeAdaptError
 from coordinator.cli.coordinator import coordinator
-from coordinator.registry import Registry, database, migrations
+from coordinator.registry import Registry, TranscriptTable, database, migrations
 from coordinator.registry.snapshot import RegistrySnapshot
 from tests.support import refused
 from tests.support.registry import Rounds
@@ -98,12 +98,30 @@ def test_each_revision_becomes_what_a_new_registry_is(
     assert migrations.upgrade(url) == SCHEMA
 
 
+def test_an_upgrade_puts_the_logs_of_a_directory_into_a_database_that_has_none(
+    postgresql: str, rows: RegistrySnapshot, tmp_path: Path
+) -> None:
+    url, transcript = postgresql_url(postgresql), tmp_path / "transcript"
+    transcript.mkdir()
+    files = {"session-000001.log": b"one", "session-000002.log": b"two", "revoked.crl": b"list"}
+    for name, content in files.items():
+        (transcript / name).write_bytes(content)
+    engine = database.engine_of(url)
+    at_revision(engine, "2", rows)
+    assert migrations.upgrade(url, transcript) == "2"
+    assert migrations.upgrade(url, transcript) == SCHEMA
+    TranscriptTable(engine).copy_to(tmp_path / "copy")
+    engine.dispose()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "copy").iterdir()} == files
+
+
 def test_the_comparison_finds_a_difference(url: URL, engine: Engine, rows: RegistrySnapshot) -> None:
     at_revision(engine, "1", rows)
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"version_table": SCHEMAS, "compare_type": True})
-        (difference,) = compare_metadata(context, database.metadata)
-    assert (difference[0], difference[1].name) == ("remove_table", "edgeadapt_format")
+        found = {(kind, table.name) for kind, table in compare_metadata(context, database.metadata)}
+    newer = {("add_table", f"edgeadapt_{name}") for name in ("lease", "transcript", "revocations")}
+    assert found == {("remove_table", "edgeadapt_format"), *newer}
 
 
 def test_the_revisions_are_a_chain_that_ends_with_the_one_that_readers_want() -> None:
@@ -136,7 +154,8 @@ def test_an_upgrade_that_fails_leaves_what_was_there(
 def test_an_older_registry_is_refused_until_it_is_upgraded(app_fleet_of: Callable[..., Any], tmp_path: Path) -> None:
     folder = app_fleet_of(3).out / "coordinator"
     with sqlite3.connect(folder / DATABASE) as connection:
-        connection.execute(f"DROP TABLE {SCHEMAS}")
+        for table in (SCHEMAS, "edgeadapt_lease", "edgeadapt_transcript", "edgeadapt_revocations"):
+            connection.execute(f"DROP TABLE {table}")
         connection.execute("CREATE TABLE edgeadapt_format (format INTEGER PRIMARY KEY NOT NULL)")
         connection.execute("INSERT INTO edgeadapt_format VALUES (2)")
     connection.close()

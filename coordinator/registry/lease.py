@@ -1,0 +1,168 @@
+"""Who of several coordinators with one registry leads: a lease with an epoch (docs/decisions/0074).
+
+The lease is a row of the database, in PostgreSQL only; a registry in SQLite has one machine, and the lock of its state
+directory. Whoever finds the lease over adds one to the epoch and leads. Every transaction that writes locks the row and
+compares the epoch (``require_epoch``, Kleppmann's fencing token), so a leader that was paused while another one took
+over commits nothing. The only clock is the server's.
+"""
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+from sqlalchemy import Connection, Engine, func, select
+from sqlalchemy.dialects.postgresql import insert
+
+from aggregation.errors import EdgeAdaptError
+from coordinator.registry import database
+
+TERM = timedelta(seconds=10)  # that a lease lasts unless it is renewed
+RENEWAL = 2.0  # seconds between two renewals
+LOCKED = 3000  # milliseconds that a statement waits for a lock that another coordinator holds
+ONLY_ROW = 1
+LEASE = "lease"  # what an error is about if another coordinator leads
+log = logging.getLogger("edgeadapt.coordinator")
+
+
+@dataclass(frozen=True, slots=True)
+class Leadership:
+    """What the row says. ``in_force``: the lease has not ended."""
+
+    epoch: int
+    leader: str
+    in_force: bool
+
+
+def leadership(engine: Engine) -> Leadership | None:
+    """Who leads; None if nobody ever did. Raises as ``database.explained``."""
+    table = database.lease
+    query = select(table.c.epoch, table.c.leader, table.c.ends > _now(engine))
+    with database.explained(engine), engine.connect() as connection:
+        row = connection.execute(query).one_or_none()
+    return None if row is None else Leadership(*row)
+
+
+def require_epoch(connection: Connection, epoch: int | None) -> None:
+    """Return if the writer of a transaction still leads, and keep any other from leading until the transaction ends.
+
+    Args:
+        connection: In the transaction.
+        epoch: Of the writer's lease; None: it has none, which is enough until somebody leads.
+
+    Raises:
+        EdgeAdaptError: Another one leads.
+    """
+    table = database.lease
+    found = connection.execute(select(table.c.epoch, table.c.leader).with_for_update()).one_or_none()
+    if (found and found.epoch) != epoch:
+        raise _superseded(epoch, found and found.epoch, found and found.leader)
+
+
+@dataclass(slots=True)
+class Lease:
+    """A lease that this process took. ``epoch``: its own, which marks its transactions."""
+
+    engine: Engine
+    leader: str
+    epoch: int
+    _lost: EdgeAdaptError | None = field(default=None, repr=False)
+
+    @classmethod
+    def take(cls, engine: Engine, leader: str) -> "Lease | Leadership":
+        """Lead, unless another lease is in force.
+
+        Args:
+            engine: Of the registry.
+            leader: Who wants to lead, for people.
+
+        Raises:
+            EdgeAdaptError: As ``database.explained``, also if another coordinator holds the row for too long.
+        """
+        found = leadership(engine)
+        if found is not None and found.in_force:
+            return found
+        table, epoch = database.lease, found.epoch + 1 if found else 1
+        values = {"epoch": epoch, "leader": leader, "ends": func.clock_timestamp() + TERM}
+        free = (table.c.epoch == epoch - 1) & (table.c.ends <= func.clock_timestamp())
+        change = table.update().where(free).values(values).returning(table.c.epoch)
+        first = insert(table).values(id=ONLY_ROW, **values).on_conflict_do_nothing().returning(table.c.epoch)
+        with database.explained(engine), engine.begin() as connection:
+            connection.exec_driver_sql(f"SET LOCAL lock_timeout = {LOCKED}")
+            if connection.execute(change if found else first).one_or_none() is None:  # another one was faster
+                return Leadership(epoch, "another coordinator", in_force=True)
+        return cls(engine, leader, epoch)
+
+    def require(self) -> None:
+        """Return if no renewal has found another leader. Raises EdgeAdaptError."""
+        if self._lost is not None:
+            raise self._lost
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Renew the lease while the block runs, and end it after that."""
+        done = threading.Event()
+        renewing = threading.Thread(target=self._renew_until, args=(done,), name="lease", daemon=True)
+        renewing.start()
+        try:
+            yield
+        finally:
+            done.set()
+            renewing.join()
+            self._end()
+
+    def _renew_until(self, done: threading.Event) -> None:
+        reachable = True
+        while not done.wait(RENEWAL):
+            try:
+                self.renew()
+            except EdgeAdaptError as error:
+                if self._lost is not None:
+                    return
+                if reachable:
+                    log.warning("the lease is not renewed: %s", error)
+                reachable = False
+            else:
+                reachable = True
+
+    def renew(self) -> None:
+        """Let the lease last from now on.
+
+        Raises:
+            EdgeAdaptError: Another one leads, or as ``database.explained``.
+        """
+        try:
+            self._set_end(func.clock_timestamp() + TERM)
+        except EdgeAdaptError as error:
+            self._lost = error if error.about == LEASE else self._lost
+            raise
+
+    def _end(self) -> None:
+        """Let another one lead at once. What fails here ends by itself."""
+        if self._lost is None:
+            try:
+                self._set_end(func.clock_timestamp())
+            except EdgeAdaptError as error:
+                log.warning("the lease ends within %d s: %s", TERM.total_seconds(), error)
+
+    def _set_end(self, ends: object) -> None:
+        table = database.lease
+        with database.explained(self.engine), self.engine.begin() as connection:
+            connection.exec_driver_sql(f"SET LOCAL lock_timeout = {LOCKED}")
+            require_epoch(connection, self.epoch)
+            connection.execute(table.update().values(ends=ends))
+
+
+def _superseded(epoch: int | None, found: int | None, leader: str | None) -> EdgeAdaptError:
+    if epoch is None:
+        text = f"{leader} leads, epoch {found}, or did last: only a coordinator that leads writes to this registry"
+    else:
+        text = f"this coordinator led in epoch {epoch}, and {leader or 'nobody'} has taken over"
+        text += f" in epoch {found}: nothing was changed, and this run ends" if found else ": this run ends"
+    return EdgeAdaptError(text, about=LEASE, value=found)
+
+
+def _now(engine: Engine) -> object:
+    return func.clock_timestamp() if engine.dialect.name == "postgresql" else func.current_timestamp()

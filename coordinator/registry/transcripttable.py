@@ -1,0 +1,133 @@
+"""The transcript in the database of a registry that several machines share (docs/decisions/0074).
+
+There the table is the log, and the files of ``transcript/`` on each machine are a copy of it: a leader appends to the
+table first, in a transaction that its epoch fences, and one that waits copies what was added. So whoever reads
+logs reads files, as with a registry of one machine. Nothing is verified here.
+"""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import Connection, Engine, func, select
+
+from adapters import storage
+from adapters.storage import PUBLIC
+from aggregation.errors import TrustError
+from coordinator.audit.transcripts import REVOKED, log_name, log_number, logs
+from coordinator.registry import database
+from coordinator.registry.lease import require_epoch
+
+LONGEST = 2**24  # bytes of a row
+LOOK = 0.1  # seconds between two looks at a copy that another process makes
+ONLY_ROW = 1  # of the table of revocations
+
+
+@dataclass(frozen=True, slots=True)
+class TranscriptTable:
+    """The logs of all sessions. ``epoch``: as for ``Registry``."""
+
+    engine: Engine
+    epoch: int | None = None
+
+    def append(self, session: int, start: int, records: bytes) -> None:
+        """Add to the log of a session. After the return the records survive a power cut.
+
+        Args:
+            session: Its number, from 1.
+            start: Bytes that the log has.
+            records: What follows.
+
+        Raises:
+            DataError: The log has other records there.
+            EdgeAdaptError: Another coordinator leads, or the database failed.
+        """
+        with database.explained(self.engine), self.engine.begin() as connection:
+            require_epoch(connection, self.epoch)
+            connection.execute(database.transcript.insert(), _rows(session, start, records))
+
+    def set_revocations(self, pem: bytes) -> None:
+        """Keep the revocation list of the newest session. Raises as ``append``."""
+        table = database.revocations
+        with database.explained(self.engine), self.engine.begin() as connection:
+            require_epoch(connection, self.epoch)
+            connection.execute(table.delete())
+            connection.execute(table.insert().values(id=ONLY_ROW, pem=pem))
+
+    def sizes(self) -> dict[int, int]:
+        """Session → bytes of its log. Raises as ``database.explained``."""
+        table = database.transcript
+        query = select(table.c.session, func.sum(func.length(table.c.records))).group_by(table.c.session)
+        with database.explained(self.engine), self.engine.connect() as connection:
+            return {session: int(size) for session, size in connection.execute(query)}
+
+    def await_copy(self, folder: Path, seconds: float) -> None:
+        """Wait, at most so long, until another process has copied what the table has now. Raises as ``sizes``."""
+        wanted, end = self.sizes(), time.monotonic() + seconds
+        while any(_sizes(folder).get(session, 0) < size for session, size in wanted.items()):
+            if time.monotonic() > end:
+                return
+            time.sleep(LOOK)
+
+    def copy_to(self, folder: Path, *, whole: bool = False) -> None:
+        """Add what the files in a folder lack. One process at a time writes to them.
+
+        Args:
+            folder: Made if there is something to copy.
+            whole: Copy the newest file anew: a power cut may have left other bytes in it.
+
+        Raises:
+            TrustError: A file has what the table has not.
+            EdgeAdaptError: As ``database.explained``; or the folder cannot be written to.
+        """
+        with database.explained(self.engine), self.engine.connect() as connection:
+            pem = connection.scalar(select(database.revocations.c.pem))
+        found, here = self.sizes(), _sizes(folder)
+        newest = max(here, default=0)
+        for session, size in here.items():
+            if size > found.get(session, 0) and not (whole and session == newest and session in found):
+                text = f"{folder / log_name(session)} has more than the database: restore both from one copy"
+                raise TrustError(text, about="transcript", value=session)
+        if found:
+            folder.mkdir(parents=True, exist_ok=True)
+        for session in sorted(found):
+            size = 0 if whole and session == newest else here.get(session, 0)
+            if size != found[session]:
+                self._copy(session, size, folder / log_name(session))
+        if pem is not None and (not (folder / REVOKED).exists() or storage.read(folder / REVOKED) != pem):
+            storage.replace(folder / REVOKED, pem, PUBLIC)
+
+    def _copy(self, session: int, size: int, path: Path) -> None:
+        """Let a log have ``size`` bytes, and add what follows them in the table."""
+        table = database.transcript
+        end = table.c.start + func.length(table.c.records)
+        query = select(table.c.start, table.c.records).where(table.c.session == session, end > size)
+        with path.open("ab") as file:
+            os.truncate(path, size)
+            with database.explained(self.engine), self.engine.connect() as connection:
+                rows = connection.execution_options(yield_per=1).execute(query.order_by(table.c.start))
+                for start, records in rows:
+                    file.write(records[size - start :])
+                    size = start + len(records)
+            storage.flush(file)
+
+
+def _sizes(folder: Path) -> dict[int, int]:
+    return {log_number(path): path.stat().st_size for path in logs(folder)}
+
+
+def insert(connection: Connection, folder: Path) -> None:
+    """Put the logs in a folder, and its revocation list, into tables without any. Raises DataError for a large log."""
+    for path in logs(folder):
+        if rows := _rows(log_number(path), 0, storage.read(path)):
+            connection.execute(database.transcript.insert(), rows)
+    if (folder / REVOKED).exists():
+        connection.execute(database.revocations.insert().values(id=ONLY_ROW, pem=storage.read(folder / REVOKED)))
+
+
+def _rows(session: int, start: int, records: bytes) -> list[dict[str, int | bytes]]:
+    return [
+        {"session": session, "start": start + at, "records": records[at : at + LONGEST]}
+        for at in range(0, len(records), LONGEST)
+    ]
