@@ -6,6 +6,7 @@ The grid may be Flower's own or a simulated one.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from adapters.roundrecord import RoundRecord
 from aggregation.errors import ConfigError
 from coordinator.launch import GATEWAY as GATEWAY
 from coordinator.launch import STATE as STATE
+from coordinator.registry import Lease
 from coordinator.rounds import federate
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transport import Clock, SystemClock, Transport
@@ -23,6 +25,7 @@ from coordinator.transport import Clock, SystemClock, Transport
 if TYPE_CHECKING:
     from coordinator.gateway.grid import JoinedGrid
 
+LOOK = 1.0  # seconds between two looks whether another coordinator leads
 log = logging.getLogger("edgeadapt.coordinator")
 app = ServerApp()
 
@@ -38,16 +41,17 @@ def main(grid: Grid, context: Context) -> None:
         )
     state_dir = CoordinatorStateDir.open(Path(folder))
     address = context.run_config.get(GATEWAY)
-    if not isinstance(address, str) or not address:
-        _run(state_dir, grid)
-        return
-    with joined(grid, state_dir, address) as whole:
-        whole.await_devices(state_dir.settings.aggregation.minimum_devices)
-        _run(state_dir, whole)
+    with state_dir.leading() as leader:
+        if not leader.has_rounds_left or not isinstance(address, str) or not address:
+            _run(leader, grid)
+            return
+        with joined(grid, leader, address) as whole:
+            whole.await_devices(state_dir.settings.aggregation.minimum_devices, leader.require_lead)
+            _run(leader, whole)
 
 
 def _run(state_dir: CoordinatorStateDir, grid: Grid) -> None:
-    for record in run(state_dir, grid):
+    for record in lead(state_dir, grid):
         log.info(
             "round %d of %d: %s",
             record.round,
@@ -72,17 +76,48 @@ def run(state_dir: CoordinatorStateDir, grid: Grid) -> Iterator[RoundRecord]:
     Raises:
         EdgeAdaptError: Another run uses the state directory, or as ``federate``.
     """
+    with state_dir.leading() as leader:
+        yield from lead(leader, grid)
+
+
+def lead(leader: CoordinatorStateDir, grid: Grid) -> Iterator[RoundRecord]:
+    """As ``run``, for a state directory from ``CoordinatorStateDir.leading``."""
     # A simulated grid has its own time, which does not wait.
     clock: Clock = getattr(grid, "clock", None) or SystemClock()
-    with state_dir.locked():
-        yield from federate(
-            Transport(grid, clock, state_dir.settings.deadline),
-            state_dir.registry,
-            key=state_dir.key,
-            read_root=state_dir.read_root,
-            settings=state_dir.settings,
-            transcripts=state_dir.transcripts,
-        )
+    if leader.lease is not None:
+        clock = LeaderClock(clock, leader.lease)
+    yield from federate(
+        Transport(grid, clock, leader.settings.deadline),
+        leader.registry,
+        key=leader.key,
+        read_root=leader.read_root,
+        settings=leader.settings,
+        transcripts=leader.transcripts,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LeaderClock:
+    """A clock that ends the run of a coordinator once another one leads. Everything that waits looks at a clock."""
+
+    clock: Clock
+    lease: Lease
+
+    def now(self) -> float:
+        """As the clock. Raises EdgeAdaptError if another coordinator leads."""
+        self.lease.require()
+        return self.clock.now()
+
+    def sleep(self, seconds: float) -> None:
+        """As ``now``, also while it waits."""
+        end = self.now() + seconds
+        while (left := end - self.now()) > 0:
+            self.clock.sleep(min(LOOK, left))
+
+    def wait(self, seconds: float) -> None:
+        """As ``now``."""
+        self.lease.require()
+        self.clock.wait(seconds)
 
 
 def _show_log() -> None:

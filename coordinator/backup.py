@@ -105,7 +105,11 @@ def back_up(
     snapshot = RegistrySnapshot.read(state_dir.registry.engine)
     with closing(WorkFolder(out.parent)) as work, _stored(snapshot, work.path, state_dir.registry) as registry:
         head = _verified(registry)
-        files = [*_logs(folder / TRANSCRIPT, head, state_dir.key)]
+        source = folder
+        if state_dir.transcripts.table is not None:  # the copy of a machine that does not lead may be older
+            source = work.path
+            state_dir.transcripts.table.copy_to(source / TRANSCRIPT)
+        files = [*_logs(source / TRANSCRIPT, head, state_dir.key)]
         # Of the two lists the one in the directory is the newer one.
         names = (*(f"{TRANSCRIPT}/{name}" for name in _SESSION), *SETTLED, REVOKED, *(SECRETS if keys else ()))
         files += [_small(folder, name) for name in names if (folder / name).is_file()]
@@ -205,7 +209,7 @@ def _move(
         if stores.database:  # last: the database takes a registry only once
             registry.close()
             (stage / DATABASE).unlink()
-            snapshot.insert(elsewhere.engine)
+            snapshot.insert(elsewhere.engine, stage / TRANSCRIPT)
 
 
 @contextmanager

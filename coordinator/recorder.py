@@ -1,5 +1,8 @@
 """Writes the log of one session, and keeps the masked vectors where the settings ask for that.
 
+With a registry that machines share, the log is a table of its database, and the file a copy of that: records are
+appended to the table first (``coordinator.registry.transcripttable``).
+
 Records are appended, and synced to the disk before the coordinator sends its next message: that message tells a device
 that its answer arrived, and the device later demands a proof that the log holds the answer.
 
@@ -7,8 +10,9 @@ The end of a round is written to the registry first and to the log second, from 
 leaves a round in the log that is open, and the next start writes its ending (``coordinator.transcripts``).
 """
 
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapters import storage
@@ -19,7 +23,10 @@ from aggregation.messages import MaskedInput, Plan
 from aggregation.pki.identity import IdentityKey
 from aggregation.steps import Step
 from aggregation.transcript import Abort, Checkpoint, Result, Stage, Transcript
-from coordinator.audit.transcripts import vector_path
+from coordinator.audit.transcripts import log_number, vector_path
+from coordinator.registry import TranscriptTable
+
+LONGEST = 1.0  # seconds that records which need not be synced yet wait for those that follow them
 
 
 def ending_of(record: RoundRecord) -> Result | Abort | None:
@@ -34,12 +41,23 @@ def ending_of(record: RoundRecord) -> Result | Abort | None:
 
 @dataclass(slots=True)
 class Recorder:
-    """Writes the log of one session."""
+    """Writes the log of one session.
+
+    Args:
+        path: The file.
+        log: What was written.
+        key: The coordinator's; signs endings and checkpoints.
+        vectors: Folder of the masked vectors; None: they are not kept.
+        table: Where the log is, if machines share it; None: in the file.
+    """
 
     path: Path
     log: Transcript
     key: IdentityKey
     vectors: Path | None = None
+    table: TranscriptTable | None = None
+    _pending: bytes = field(default=b"", repr=False)  # not in the table yet
+    _since: float = field(default=0.0, repr=False)  # when the oldest of them came
 
     def begin(self, plan: Plan) -> None:
         """Begin the round of ``plan``."""
@@ -89,7 +107,19 @@ class Recorder:
         self.write(self.log.checkpoint(self.key, stage), sync=True)
 
     def write(self, records: bytes, *, sync: bool = False) -> None:
-        """Append. After the return the records survive a kill of the process, and with ``sync`` also a power cut."""
+        """Append. After the return the records survive a kill of the process, and with ``sync`` also a power cut.
+
+        For a table, a kill is as a power cut: what need not be synced is sent with what follows, in one transaction.
+        """
+        if self.table is not None:
+            now = time.monotonic()
+            self._since = self._since if self._pending else now
+            self._pending += records
+            if not self._pending or not (sync or now - self._since > LONGEST):
+                return
+            size = self.path.stat().st_size if self.path.exists() else 0
+            self.table.append(log_number(self.path), size, self._pending)
+            records, self._pending = self._pending, b""
         with self.path.open("ab") as file:
             file.write(records)
             if sync:

@@ -2,12 +2,16 @@
 
 It also holds the authority's revocation list, where there is one. The list is read again for each session, so that a
 new one counts without a restart; a list older than that of the last session is refused. One run at a time uses the
-directory: Flower itself would start a second one.
+directory: Flower itself would start a second one. With a registry in PostgreSQL, one run at a time leads, of all
+directories with that registry; the others wait, and keep their copies of the transcript up to date.
 """
 
+import logging
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Self
@@ -25,7 +29,7 @@ from aggregation.pki.certificates import to_der
 from aggregation.pki.identity import IdentityKey
 from aggregation.pki.revocation import MAX_REVOCATIONS
 from aggregation.pki.tls import TlsRole, verify_tls
-from coordinator.registry import Registry
+from coordinator.registry import Leadership, Lease, Registry, TranscriptTable, database, leadership
 from coordinator.servicesettings import SERVICES, ServiceSettings
 from coordinator.settings import SETTINGS, FederationSettings
 from coordinator.transcripts import Transcripts
@@ -36,16 +40,21 @@ AUTHORITY = "authority.pem"
 REVOKED = "revoked.crl"
 TRANSCRIPT = "transcript"
 LOCK = "run.lock"
+LOOK = 1.0  # seconds between two looks whether another coordinator still leads
 PATIENCE = 2.0  # seconds in which a run takes the lock: whoever looks whether it is held has it for a moment
 TLS_KEY, TLS_REQUEST, TLS_CERTIFICATE = "tls.key", "tls.csr", "tls.pem"  # of the gateway and the SuperLink
 HEADER = b"# The settings of a federation. A run reads them when it starts.\n"
+log = logging.getLogger("edgeadapt.coordinator")
 REGISTRY_HEADER = b"# Where the registry is kept. Every command reads them when it starts.\n"
 SERVICES_HEADER = b"# What 'edgeadapt coordinator up' runs on this machine. It reads them when it starts.\n"
 
 
 @dataclass(frozen=True, slots=True)
 class CoordinatorStateDir:
-    """A coordinator's state directory, opened. Functions take the parts that they use, not this."""
+    """A coordinator's state directory, opened. Functions take the parts that they use, not this.
+
+    ``lease``: under which the registry and the transcripts are written to, where machines share them.
+    """
 
     folder: Path
     key: IdentityKey
@@ -53,6 +62,7 @@ class CoordinatorStateDir:
     settings: FederationSettings
     registry: Registry
     transcripts: Transcripts
+    lease: Lease | None = None
 
     @classmethod
     def create(
@@ -122,7 +132,10 @@ class CoordinatorStateDir:
             root = Root.from_pem(storage.read(folder / AUTHORITY, MAX_PEM))
         registry = open_registry(folder, key)
         keep = settings.aggregation.keep_masked_inputs
-        transcripts = Transcripts(folder / TRANSCRIPT, key, root, keep, registry.head)
+        table = TranscriptTable(registry.engine) if registry.is_shared else None
+        transcripts = Transcripts(folder / TRANSCRIPT, key, root, keep, registry.head, table)
+        if table is not None:
+            _update_transcript(folder, table)
         return cls(folder, key, root, settings, registry, transcripts)
 
     def read_root(self, at: datetime) -> Root:
@@ -171,6 +184,74 @@ class CoordinatorStateDir:
         except TimeoutError:
             return True
 
+    @property
+    def name(self) -> str:
+        """By which a message tells who leads."""
+        return f"{socket.gethostname()}:{self.folder.resolve()}"
+
+    @property
+    def has_rounds_left(self) -> bool:
+        """Whether the settings name more rounds than are recorded. Raises as ``Registry.rounds``."""
+        return len(self.registry.rounds()) < self.settings.rounds
+
+    def leadership(self) -> Leadership | None:
+        """Who leads; None if nobody ever did, or the registry is not shared. Raises as ``database.explained``."""
+        return leadership(self.registry.engine) if self.registry.is_shared else None
+
+    def waits(self) -> bool:
+        """Whether another coordinator leads. Raises as ``leadership``."""
+        found = self.leadership()
+        return found is not None and found.in_force and found.leader != self.name
+
+    @contextmanager
+    def leading(self) -> Iterator[Self]:
+        """Hold the directory and, where the registry is shared, its lease, while the block runs; wait for the lease.
+
+        Yields:
+            The directory, with a registry and transcripts that the lease allows to write.
+
+        Raises:
+            EdgeAdaptError: Another run uses the directory, or the lease cannot be taken.
+            TrustError: The files of the transcript have what the database has not.
+        """
+        with self.locked():
+            if not self.registry.is_shared:
+                yield self
+                return
+            lease = self._await_lease()
+            with lease.kept():
+                table = TranscriptTable(self.registry.engine, lease.epoch)
+                _copy_transcript(self.folder, table, whole=True)
+                registry = replace(self.registry, epoch=lease.epoch)
+                transcripts = replace(self.transcripts, table=table)
+                yield replace(self, registry=registry, transcripts=transcripts, lease=lease)
+
+    def require_lead(self) -> None:
+        """Return unless another coordinator has taken the lease. Raises EdgeAdaptError."""
+        if self.lease is not None:
+            self.lease.require()
+
+    def _await_lease(self) -> Lease:
+        said: Leadership | None = None
+        reachable = True
+        while True:
+            try:
+                found = Lease.take(self.registry.engine, self.name)
+                if isinstance(found, Lease):
+                    log.info("leads, epoch %d", found.epoch)
+                    return found
+                if said is None or said.epoch != found.epoch:
+                    log.info("waiting: %s leads, epoch %d", found.leader, found.epoch)
+                said, reachable = found, True
+                _copy_transcript(self.folder, TranscriptTable(self.registry.engine))
+            except EdgeAdaptError as error:
+                if type(error) is not EdgeAdaptError:  # a database that is away for a time
+                    raise
+                if reachable:
+                    log.warning("waiting: %s", error)
+                reachable = False
+            time.sleep(LOOK)
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the directory for a run: two runs would write the same logs and registry.
@@ -191,6 +272,38 @@ def run_lock(folder: Path) -> Iterator[None]:
         except TimeoutError:
             raise EdgeAdaptError(f"another run is using {folder}: wait until it ends, or end it", about=LOCK) from None
         yield
+
+
+def update_transcript(folder: Path) -> None:
+    """Bring the files of the transcript up to date, where the database of a directory's registry has the logs.
+
+    Raises:
+        TrustError: They have what the database has not.
+        EdgeAdaptError: As ``database.connect``.
+    """
+    if RegistrySettings.of(folder).database:
+        engine = database.connect(registry_url(folder))
+        try:
+            _update_transcript(folder, TranscriptTable(engine))
+        finally:
+            engine.dispose()
+
+
+def _update_transcript(folder: Path, table: TranscriptTable) -> None:
+    try:
+        with storage.locked(folder / LOCK, timeout=0):
+            _copy_transcript(folder, table)
+    except TimeoutError:  # a run does it
+        table.await_copy(folder / TRANSCRIPT, PATIENCE + LOOK)
+
+
+def _copy_transcript(folder: Path, table: TranscriptTable, *, whole: bool = False) -> None:
+    """The logs, and the public keys with which they are checked."""
+    transcript = folder / TRANSCRIPT
+    table.copy_to(transcript, whole=whole)
+    for name in (AUTHORITY, PUBLIC_KEY) if transcript.exists() else ():
+        if not (transcript / name).exists() and (folder / name).exists():
+            storage.replace(transcript / name, storage.read(folder / name, MAX_PEM), storage.PUBLIC)
 
 
 def open_registry(folder: Path, key: IdentityKey) -> Registry:

@@ -30,6 +30,7 @@ def status_of(state_dir: CoordinatorStateDir) -> dict[str, Any]:
         "key": state_dir.key.public.key_id,
         "authority": state_dir.root.fingerprint,
         "running": state_dir.in_use,
+        "lease": _lease(state_dir),
         "services": deployment.running(state_dir.folder),
         "rounds_done": len(rounds),
         "rounds_wanted": state_dir.settings.rounds,
@@ -46,6 +47,10 @@ def status_of(state_dir: CoordinatorStateDir) -> dict[str, Any]:
 def lines_of(status: dict[str, Any]) -> Iterator[str]:
     """The same for a reader."""
     yield f"{status['state']}: key {status['key']}, authority {status['authority'][:16]}"
+    if lease := status["lease"]:
+        leads = "leads" if lease["in_force"] else "led last, and nobody leads now"
+        own = " (this directory)" if lease["own"] else ""
+        yield f"{lease['leader']}{own} {leads}, epoch {lease['epoch']}"
     if services := status["services"]:
         yield f"services run since {services['since']}, process {services['pid']}"
         for each in services["services"]:
@@ -62,7 +67,9 @@ def lines_of(status: dict[str, Any]) -> Iterator[str]:
             f"version {version['version']}, of round {version['round']}: {version['bytes']:,} bytes, "
             f"{version['labels']} labels, sha256 {version['sha256'][:16]}"
         )
-    yield f"rounds {done} of {wanted}, {aborted} aborted{', a run is in progress' if status['running'] else ''}"
+    lead = status["lease"] is None or status["lease"]["own"] or not status["lease"]["in_force"]
+    state = "" if not status["running"] else ", a run is in progress" if lead else ", a run waits to take over"
+    yield f"rounds {done} of {wanted}, {aborted} aborted{state}"
     yield f"dropouts {count} of {status['device_rounds']} device-rounds{f': {at}' if at else ''}"
     if session := status["last_session"]:
         state, step = "closed" if session["closed"] else "not closed", session["step"]
@@ -123,6 +130,11 @@ def farthest(records: Iterable[RoundRecord]) -> dict[str, dict[str, float]]:
         for device, chance in sorted(chances.items(), key=lambda item: (item[1], item[0]))
         if chance < SUSPICIOUS
     }
+
+
+def _lease(state_dir: CoordinatorStateDir) -> dict[str, Any] | None:
+    found = state_dir.leadership()
+    return None if found is None else asdict(found) | {"own": found.leader == state_dir.name}
 
 
 def _version(manifest: VersionManifest) -> dict[str, Any]:

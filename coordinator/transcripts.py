@@ -36,7 +36,7 @@ from aggregation.transcript import (
 )
 from coordinator.audit.transcripts import AUTHORITY, COORDINATOR, REVOKED, VECTORS, log_name, log_number, logs
 from coordinator.recorder import Recorder
-from coordinator.registry import Head
+from coordinator.registry import Head, TranscriptTable
 from coordinator.storedlog import StoredLog, altered, require_agreement
 
 logger = logging.getLogger("edgeadapt.coordinator")
@@ -53,6 +53,7 @@ class Transcripts:
         root: The authority that certified the devices.
         keep_vectors: Keep every masked vector too, so that an auditor can recompute the sums.
         head: What the registry knows: its newest adapter and its last round.
+        table: Of a registry that machines share: it has the logs then, and ``folder`` a copy.
         ends: Closed log → what ``_ends`` read from it. It does not change any more.
     """
 
@@ -61,6 +62,7 @@ class Transcripts:
     root: Root
     keep_vectors: bool
     head: Callable[[], Head]
+    table: TranscriptTable | None = None
     ends: dict[Path, tuple[bytes, bytes]] = field(default_factory=dict, repr=False)
 
     def begin(self, offer: bytes, revoked: RevocationList | None = None) -> Recorder:
@@ -76,6 +78,8 @@ class Transcripts:
         self.folder.mkdir(parents=True, exist_ok=True)
         storage.replace(self.folder / AUTHORITY, self.root.to_pem(), PUBLIC)
         if revoked is not None:
+            if self.table is not None:
+                self.table.set_revocations(revoked.to_pem())
             storage.replace(self.folder / REVOKED, revoked.to_pem(), PUBLIC)
         storage.replace(self.folder / COORDINATOR, self.key.public.to_pem(), PUBLIC)
         vectors = self.folder / VECTORS if self.keep_vectors else None
@@ -83,7 +87,8 @@ class Transcripts:
             vectors.mkdir(exist_ok=True)
         newest, previous = self.head().newest, self.finish()
         number = max(map(log_number, logs(self.folder)), default=0) + 1
-        recorder = Recorder(self.folder / log_name(number), Transcript(offer, newest, previous), self.key, vectors)
+        log, path = Transcript(offer, newest, previous), self.folder / log_name(number)
+        recorder = Recorder(path, log, self.key, vectors, self.table)
         recorder.write(MAGIC)
         storage.sync(self.folder)
         return recorder
@@ -137,6 +142,8 @@ class Transcripts:
         held = [log for log in found if log.entries]
         missing = require_agreement(held, head, self.key)
         for log in found:
+            if self.table is not None and (log.rest or not log.entries):  # no kill leaves that in a table
+                raise altered(log.path, "it has an incomplete record")
             if log.rest:
                 log.path.with_suffix(TORN).write_bytes(log.rest)
                 os.truncate(log.path, log.end)
@@ -147,7 +154,7 @@ class Transcripts:
         if held[-1].closed:
             return held[-1].checkpoints[-1].digest()
         previous = held[-2].checkpoints[-1].digest() if len(held) > 1 else NO_SESSION
-        recorder = Recorder(held[-1].path, held[-1].resumed(head.newest, previous), self.key)
+        recorder = Recorder(held[-1].path, held[-1].resumed(head.newest, previous), self.key, table=self.table)
         return recorder.close(head.round if missing else None)
 
     def _since(self, record: RoundRecord | None) -> list[StoredLog]:

@@ -6,6 +6,7 @@ found under that digest is the one that the devices had, whoever keeps the log.
 
 from adapters import storage
 from adapters.evaluation import EvaluationTask, is_evaluation
+from adapters.registryfiles import RegistrySettings
 from adapters.taskkinds import decode
 from aggregation import envelope, transcript
 from aggregation.errors import ProtocolError, TrustError
@@ -40,6 +41,10 @@ def last_evaluation(lineage: Lineage, newest: str, previous: str) -> GovernedVer
 
 
 def _plan(lineage: Lineage, digest: str) -> Plan:
+    if RegistrySettings.of(lineage.state_dir).database:
+        from coordinator.statedir import update_transcript  # takes the extra of such a registry
+
+        update_transcript(lineage.state_dir)
     for path in reversed(logs(lineage.state_dir / TRANSCRIPT)):
         for entry in transcript.read(storage.read(path)).entries:
             if entry.kind != Assignment.TAG:

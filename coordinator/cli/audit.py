@@ -10,11 +10,13 @@ from typing import Any
 
 import click
 
+from adapters.registryfiles import RegistrySettings
 from aggregation.errors import ConfigError, TrustError
 from coordinator.audit import AuditInput, AuditOptions, Report, formatting
 from coordinator.channels.actions import ActionRecord
 from coordinator.channels.history import RepositoryAudit, audit_repository, is_repository
 
+RUN = "coordinator"  # the state directory in the folder of a run
 FOLDER = click.Path(path_type=Path)
 Renderer = Callable[[AuditInput, Mapping[str, Report]], Iterator[str]]
 
@@ -166,10 +168,21 @@ def _summary(path: Path, found: RepositoryAudit) -> Iterator[str]:
         yield f"not named by the snapshot, and not read: {', '.join(found.unread)}"
 
 
+def _update(path: Path) -> None:
+    """Let the logs of a coordinator whose machine may not lead be what its database has."""
+    for folder in (path, path / RUN):
+        if RegistrySettings.of(folder).database:
+            from coordinator.statedir import update_transcript  # takes the extra of such a registry
+
+            update_transcript(folder)
+
+
 def _audit(path: Path, unfinished: bool, as_json: bool, options: dict[str, Any], render: Renderer) -> None:
     if options.pop("root") is not None:
         raise ConfigError(f"--root is for a repository of channels, which {path} is not", about="--root")
+    _update(path)
     checked = AuditInput.open(path, AuditOptions(**options))
+    _update(path)  # the records that were just read may be of rounds that ended since
     reports = checked.audit(unfinished=unfinished)
     failure: TrustError | None = None
     try:

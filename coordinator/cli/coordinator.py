@@ -2,7 +2,7 @@
 
 import json
 import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -215,6 +215,8 @@ def run(
     Ctrl-C ends the display, not the run ('flwr stop' does). With --gateway as well, the run serves light devices and
     SuperNodes in one cohort.
 
+    While another coordinator leads the same registry in PostgreSQL, it waits, and takes over when that one is gone.
+
     After a failure repeat the command: finished rounds are in DIR. To add rounds, raise 'rounds' in
     DIR/federation.toml.
 
@@ -255,14 +257,18 @@ def _serve(state_dir: "CoordinatorStateDir", address: str) -> None:
     """Run the rounds that are left over a gateway in this process."""
     import logging
 
-    from coordinator.app import run
+    from coordinator.app import lead
     from coordinator.gateway.grid import serving
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("edgeadapt").setLevel(logging.INFO)
-    with serving(state_dir, address) as grid:
-        grid.await_devices(state_dir.settings.aggregation.minimum_devices)
-        for record in run(state_dir, grid):
+    with ExitStack() as stack:
+        leader = stack.enter_context(state_dir.leading())
+        if not leader.has_rounds_left:  # another coordinator ran them meanwhile
+            return
+        grid = stack.enter_context(serving(leader, address))
+        grid.await_devices(state_dir.settings.aggregation.minimum_devices, leader.require_lead)
+        for record in lead(leader, grid):
             survivors = record.aborted or f"{len(record.survivors)} survivors, {len(record.dropped)} dropouts"
             click.echo(f"round {record.round} of {state_dir.settings.rounds}: {survivors}", err=True)
 

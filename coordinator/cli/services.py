@@ -23,6 +23,8 @@ def up(state_dir: Path, as_json: bool) -> None:
     SIGTERM or 'edgeadapt coordinator stop' stops them in reverse order; a round that is under way is lost. If this
     process is killed, they end as well. Lines on standard error say what happens and what the services write.
 
+    While another coordinator leads the same registry in PostgreSQL, they wait, and take over when that one is gone.
+
     Both listen with DIR/tls.key and DIR/tls.pem, which must be for the hosts at which devices reach them.
 
     \b

@@ -8,7 +8,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
@@ -146,9 +146,10 @@ class GatewayGrid(Grid):
         """The nodes that were listed so far."""
         return frozenset(self._devices)
 
-    def await_devices(self, count: int) -> None:
-        """Wait until so many devices are connected."""
+    def await_devices(self, count: int, require: Callable[[], object] = lambda: None) -> None:
+        """Wait until so many devices are connected. ``require``: called meanwhile; what it raises ends the wait."""
         while len(self._gateway.devices()) < count:
+            require()
             self.clock.sleep(LOOK)
 
     def set_run(self, run: Run) -> None:
@@ -238,9 +239,10 @@ class JoinedGrid(Grid):
         self._flower, self._light = flower, light
         self.clock = light.clock
 
-    def await_devices(self, count: int) -> None:
-        """Wait until so many SuperNodes and light devices together are there."""
+    def await_devices(self, count: int, require: Callable[[], object] = lambda: None) -> None:
+        """As ``GatewayGrid.await_devices``, for SuperNodes and light devices together."""
         while len([*self.get_node_ids()]) < count:
+            require()
             self.clock.sleep(LOOK_AT_LINK)
 
     def set_run(self, run: Run) -> None:

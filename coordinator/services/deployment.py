@@ -110,8 +110,8 @@ def services_of(state_dir: CoordinatorStateDir, settings: ServiceSettings) -> tu
         command=tuple(command),
         environment=dict(os.environ),
         address=settings.gateway,
-        is_ready=lambda: not settings.gateway or _answers(_within(settings.gateway), PROBE),
-        is_alive=lambda: not settings.gateway or _answers(_within(settings.gateway), ANSWER),
+        is_ready=lambda: not settings.gateway or _serves_or_waits(state_dir, settings.gateway, PROBE),
+        is_alive=lambda: not settings.gateway or _serves_or_waits(state_dir, settings.gateway, ANSWER),
         may_start=lambda: not state_dir.in_use,  # a run may outlive the command that began it
         finishes=True,
         fatal=frozenset({ConfigError.exit_code}),
@@ -254,6 +254,16 @@ def _answers(address: str, seconds: float) -> bool:
                 else:
                     return True
     except OSError:
+        return False
+
+
+def _serves_or_waits(state_dir: CoordinatorStateDir, gateway: str, seconds: float) -> bool:
+    """Whether the gateway answers; or another coordinator leads, and this one has to wait until it listens."""
+    if _answers(_within(gateway), seconds):
+        return True
+    try:
+        return state_dir.waits()
+    except EdgeAdaptError:  # the database is away
         return False
 
 

@@ -38,6 +38,8 @@ def graph() -> grimp.ImportGraph:
     built = grimp.build_graph(*PARTS, include_external_packages=True, cache_dir=None)
     # Only for a registry in a database or a bucket, which takes the extra of either.
     built.remove_import(importer="adapters.registryreader", imported="adapters.registrystores")
+    built.remove_import(importer="coordinator.cli.audit", imported="coordinator.statedir")
+    built.remove_import(importer="governance.evaluations", imported="coordinator.statedir")
     return built
 
 

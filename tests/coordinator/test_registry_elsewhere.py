@@ -11,13 +11,16 @@ from click.testing import CliRunner
 from adapters.registryfiles import DATABASE, REGISTRY, RegistrySettings
 from adapters.registrystores import postgresql_url
 from aggregation.entropy import SystemEntropy
-from aggregation.errors import ConfigError
+from aggregation.errors import ConfigError, EdgeAdaptError
 from coordinator.authority import AuthorityStore
-from coordinator.cli.coordinator import coordinator
+from coordinator.cli.coordinator import _serve, coordinator
+from coordinator.registry import Lease
+from coordinator.services.deployment import _serves_or_waits
 from coordinator.settings import FederationSettings
 from coordinator.statedir import CoordinatorStateDir, open_registry
-from coordinator.status import status_of
+from coordinator.status import lines_of, status_of
 from tests.support import refused
+from tests.support.gateway import HOST, free_port
 from tests.support.postgresql import Server
 
 
@@ -90,6 +93,42 @@ def test_a_new_coordinator_does_not_take_over_the_registry_of_another(
         )
     assert not (tmp_path / "other").exists()
     assert len(CoordinatorStateDir.open(folder).registry.versions()) == 1
+
+
+def test_a_directory_knows_who_leads_and_up_takes_a_run_that_waits_for_one_that_works(
+    app_fleet_of: Callable[..., Any], postgresql: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened = CoordinatorStateDir.open(move(app_fleet_of(3), postgresql))
+    nowhere = f"{HOST}:{free_port()}"
+    assert status_of(opened)["lease"] is None
+    assert not _serves_or_waits(opened, nowhere, 1.0)
+    other = Lease.take(opened.registry.engine, "elsewhere")
+    assert isinstance(other, Lease)
+    assert "elsewhere leads, epoch 1" in lines_of(status_of(opened))
+    assert _serves_or_waits(opened, nowhere, 1.0)
+    with opened.locked():
+        assert "rounds 0 of 3, 0 aborted, a run waits to take over" in lines_of(status_of(opened))
+    with other.kept():
+        pass
+    with caplog.at_level("INFO", "edgeadapt.coordinator"), opened.leading() as leader:
+        assert leader.lease is not None
+        assert f"{opened.name} (this directory) leads, epoch 2" in lines_of(status_of(opened))
+        assert not opened.waits()
+        with refused(EdgeAdaptError, "run.lock"), opened.leading():
+            pass
+    assert caplog.messages == ["leads, epoch 2"]
+    assert f"{opened.name} (this directory) led last, and nobody leads now, epoch 2" in lines_of(status_of(opened))
+
+
+def test_one_that_takes_over_when_all_rounds_are_done_serves_nobody(
+    app_fleet_of: Callable[..., Any], postgresql: str
+) -> None:
+    fleet = app_fleet_of(3, rounds=1)
+    opened = CoordinatorStateDir.open(move(fleet, postgresql))
+    with refused(ConfigError, "tls.key"):
+        _serve(opened, f"{HOST}:{free_port()}")
+    fleet.federate(fleet.grid())
+    _serve(opened, f"{HOST}:{free_port()}")
 
 
 @pytest.fixture
