@@ -18,7 +18,9 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
+from adapters.analytic import ClassifierHead, moment_spec
 from adapters.layout import Layout, TensorSpec
+from adapters.ridge import moments_of
 from adapters.task import contribution_spec
 from aggregation import client, envelope, ring
 from aggregation.envelope import ENVELOPE, Envelope
@@ -33,7 +35,7 @@ from aggregation.transcript import LogState
 from aggregation.vector import Segment, VectorSpec
 from client.node import adapterstate
 from client.node.step import _dealing
-from client.training.contribute import Outcome, contribution
+from client.training.contribute import Outcome, contribution, moment_contribution
 from client.training.examples import Score
 from tests.aggregation.transcript import test_logstate
 from tests.support import programs
@@ -205,6 +207,29 @@ def offer_of(spec: SessionSpec) -> str:
     return Offer(bytes(32), spec, ()).encode().hex()
 
 
+def contributed_moments(rng: np.random.Generator, d: int = 6, k: int = 3) -> dict[str, Any]:
+    """Moments of more examples than the weight cap, and the vector that a native device contributes with them.
+
+    The embeddings have few bits, so that both implementations add them up exactly.
+    """
+    head = ClassifierHead("classifier.weight", "classifier.bias", k, d)
+    vector = moment_spec(head, weight_cap=7, ring_bits=22, max_clients=8)
+    spec = session_spec(8, vector=vector, weight_cap=7)
+    embeddings, labels = np.eye(d)[rng.integers(0, d, 9)] * [[4.0]], rng.integers(0, k, 9)
+    score, drawn = Score(3, 4, 2.5), rng.bytes(32)
+    found = moment_contribution(moments_of(embeddings, labels, k), score, spec, Drawn(drawn))  # type: ignore[arg-type]
+    return {
+        "offer": offer_of(spec),
+        "embeddings": embeddings.tobytes().hex(),
+        "labels": labels.tolist(),
+        "d": d,
+        "k": k,
+        "score": asdict(score),
+        "drawn": drawn.hex(),
+        "packed": ring.pack(found, 22).hex(),
+    }
+
+
 def contributed(rng: np.random.Generator, size: int, bits: int) -> dict[str, Any]:
     """An update within the clip norm, and the vector that a native device contributes with it."""
     layout = Layout((TensorSpec("a", (size,)),))
@@ -251,6 +276,7 @@ def test_a_contribution_is_bit_for_bit_that_of_a_native_device(tmp_path: Path, n
     rng, made = np.random.default_rng(5), tmp_path / "made.json"
     content = {
         "encoded": [encoded(rng, bits, clients) for bits in (12, 16, 19, 24, 32) for clients in (3, 12)],
+        "moments": contributed_moments(rng),
         "contributions": [contributed(rng, size, bits) for size in (1, 7, 64, 1000) for bits in (16, 22)],
         "bounds": bounds(1000),
     }

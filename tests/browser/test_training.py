@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters import files, jsontext
+from adapters import files, jsontext, ridge
+from adapters.analytic import AnalyticTask, ClassifierHead, moment_spec
 from adapters.layout import Tensors
 from adapters.parts import Part
 from adapters.task import OptimizerName, RateSchedule, Task, shared_layout
@@ -20,6 +21,7 @@ from client.training.batches import batches
 from client.training.contribute import clip
 from client.training.examples import Example
 from client.training.graphtrainer import GraphTrainer
+from client.training.moments import own_moments
 from tests.browser.conftest import CONFIG
 from tests.browser.test_aggregation import offer_of, session_of
 from tests.browser.test_learning import OPEN, by_input, native, same
@@ -35,6 +37,7 @@ TASKS = (
     replace(PLAIN, trained=(Part.B, Part.HEAD)),
 )
 EXAMPLES = [Example(text, number % len(LABELS)) for number, text in enumerate(PHRASES)]
+MOMENT = 1e-4  # of an entry of the moments: embeddings of the two runtimes differ by float32 rounding
 WAY = 0.002  # as between the two native engines (tests/client/training/test_graphtrainer.py)
 
 TRAINED = f"""(async ({{ task, examples: given, order }}) => {{ {OPEN}
@@ -44,14 +47,15 @@ TRAINED = f"""(async ({{ task, examples: given, order }}) => {{ {OPEN}
   await trainer.close();
   return all(found);
 }})"""
-ROUND = f"""(async ({{ offer, blob, plan, examples: given }}) => {{ {OPEN}
+ROUND = f"""(async ({{ offer, blob, plan, examples: given, limits = {{}} }}) => {{ {OPEN}
   const load_ = (name) => import(`/aggregation/${{name}}.js`);
   const {{ trainerOf }} = await load("learning/round");
   const [{{ Offer }}, {{ pack }}] = await Promise.all([load_("messages"), load_("ring")]);
   const {{ spec }} = Offer.decode(Uint8Array.from(offer));
   const bytes = (base64) => Uint8Array.from(atob(base64), (sign) => sign.charCodeAt(0));
   const paused = [];
-  const train = trainerOf(engine, given, async (progress) => paused.push(progress));
+  const {{ LIMITS }} = await load("learning/task");
+  const train = trainerOf(engine, given, async (progress) => paused.push(progress), {{ ...LIMITS, ...limits }});
   const asked = {{ round: 1, adapter_digest: plan.adapter, training: bytes(plan.task) }};
   const vector = await train(asked, spec, bytes(blob));
   return {{ packed: [...pack(vector, spec.vector.ring_bits)], steps: paused.at(-1)?.steps }};
@@ -135,6 +139,62 @@ def test_a_tab_contributes_what_a_native_device_contributes_or_nothing(
         assert not any(sums[name][0] for name in ("weight", "correct", "loss", "held_out"))
 
 
+def test_a_tab_contributes_the_moments_of_a_native_device_to_an_analytic_head_or_nothing(
+    page: Any, serve: Callable[[Path], str], phone: Path
+) -> None:
+    trainer, start = native(phone)
+    head, task = ClassifierHead.of(trainer.layout), AnalyticTask(CONFIG, LABELS, 0.01, 16.0)
+    vector = moment_spec(head, weight_cap=7, ring_bits=32, max_clients=8)
+    spec = replace(session_of(trainer.layout, 32), vector=vector)
+    blob = files.encode(start)
+    asked = {
+        "offer": list(bytes.fromhex(offer_of(spec))),
+        "blob": b64(blob),
+        "plan": {"adapter": files.sha256(blob), "task": b64(task.encode())},
+        "examples": [{"text": one.text, "label": one.label, "split": "train"} for one in EXAMPLES]
+        + [{"text": text, "label": LABELS[1], "split": "validation"} for text in PHRASES[:3]],
+    }
+
+    def sums(**changes: Any) -> Any:
+        packed = page.evaluate(f"{ROUND}({json.dumps(asked | changes)})")["packed"]
+        return spec.vector.decode(np.frombuffer(bytes(packed), np.uint32), 1)
+
+    page.goto(serve(phone))
+    share = 7 / len(EXAMPLES) if len(EXAMPLES) > 7 else 1.0
+    found, own = sums(), own_moments(trainer, start, EXAMPLES)
+    score = trainer.score(start, [Example(text, 1) for text in PHRASES[:3]])
+    for name, expected in (("xx", ridge.pack(own.xx)), ("xy", own.xy.ravel())):
+        assert np.abs(found[name] - expected * share).max() < MOMENT, name
+    assert (found["weight"][0], found["correct"][0], found["held_out"][0]) == (7, score.correct, 3)
+    for examples in (
+        [],
+        [{"text": "", "label": 0, "split": "train"}],
+        [{"text": "lock", "label": 9, "split": "train"}],
+    ):
+        assert not any(value.any() for value in sums(examples=examples).values())
+    for plan, about in (
+        ({"dimensions": 8}, "task.dimensions"),
+        ({"ridge": 0}, "task.ridge"),
+        ({"scale": 1001}, "task.scale"),
+        ({"labels": []}, "task.labels"),
+        ({"labels": [*LABELS, "Other"]}, "task.labels"),
+        ({"more": 1}, "task.more"),
+    ):
+        changed = asked["plan"] | {"task": b64(jsontext.encode(json.loads(task.encode()) | plan))}
+        failed = page.error(f"{ROUND}({json.dumps(asked | {'plan': changed, 'examples': None})})")
+        assert (failed["name"], failed["about"]) == ("ProtocolError", about)
+    for changes, about in (
+        ({"limits": {"moments": False}}, "task.moments"),
+        ({"offer": update_offer(trainer)}, "offer.spec.vector"),
+    ):
+        assert page.error(f"{ROUND}({json.dumps(asked | changes | {'examples': None})})")["about"] == about
+
+
+def update_offer(trainer: GraphTrainer) -> list[int]:
+    """An offer of a round of training."""
+    return list(bytes.fromhex(offer_of(session_of(trainer.layout, 32))))
+
+
 def odd_tasks() -> list[tuple[dict[str, Any], str, bool]]:
     """Changes of a task, what the refusal is about, and whether a native device refuses them as well."""
     return [
@@ -152,7 +212,7 @@ def odd_tasks() -> list[tuple[dict[str, Any], str, bool]]:
         ({"trained": ["R"], "shared": ["R"]}, "task.parts", False),
         ({"shared": ["B"]}, "task.shared", False),
         ({"labels": []}, "task.labels", False),
-        ({"ridge": 1}, "task.moments", True),
+        ({"ridge": 1}, "task.scale", True),
     ]
 
 

@@ -13,6 +13,7 @@ import { attend, nodeOf } from "./aggregation/websocket.js";
 import { ConfigError, DataError } from "./errors.js";
 import { publicKeyOf } from "./keys.js";
 import { trainerOf } from "./learning/round.js";
+import { LIMITS } from "./learning/task.js";
 
 const LOCK = "participation";
 const PATIENCE = 10_000; // milliseconds until another tab has left
@@ -21,13 +22,13 @@ const OPEN_ENDED = ["training", "sent"]; // outcomes of a round that has not end
 /**
  * Take part until `signal` aborts; with `once`, until the gateway ends the run.
  *
- * `examples` as for `trainerOf`, and `minimum` their least number; `policy` changes limits of policy.js; `quantum` as of a
+ * `examples` as for `trainerOf`, and `minimum` their least number; `moments` says whether to contribute to an analytic head; `policy` changes limits of policy.js; `quantum` as of a
  * Participant. `alone` runs work while nothing else uses the engine. `shown` is called with { state, round, step, steps, seconds, error, rounds }.
  *
  * Throws ConfigError: not enrolled, or another tab takes part. DataError: too few examples. ProtocolError: the gateway
  * refuses this device.
  */
-export async function takePart({ engine, identity, url, examples, minimum, policy, quantum, once, alone, signal, shown, pause }) {
+export async function takePart({ engine, identity, url, examples, minimum, moments, policy, quantum, once, alone, signal, shown, pause }) {
   const own = examples.filter(({ split }) => split === "train").length;
   if (own < Math.max(1, minimum)) {
     throw new DataError(`there are ${own} examples to train on, and your minimum is ${minimum}: add some, or lower it`, "examples");
@@ -42,7 +43,7 @@ export async function takePart({ engine, identity, url, examples, minimum, polic
       shown({ state: "training", ...progress });
       await pause();
       signal.throwIfAborted();
-    });
+    }, { ...LIMITS, moments });
     const train = async (plan, ...given) => {
       rounds.begin(plan);
       const vector = await alone(() => work(plan, ...given));

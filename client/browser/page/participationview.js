@@ -154,7 +154,8 @@ export class ParticipationView {
     if (file?.size > MAX_EXAMPLES) throw new Error(`${file.name} is above the limit of ${MAX_EXAMPLES} bytes`);
     const examples = file ? parseExamples(await file.text(), file.name) : [];
     const policy = Object.fromEntries(LIMITS.map((name) => [name, element(name).valueAsNumber]));
-    const options = { policy, minimum: element("minimum-examples").valueAsNumber, once: element("join-when").value === "once" };
+    const moments = element("moments").checked;
+    const options = { policy, moments, minimum: element("minimum-examples").valueAsNumber, once: element("join-when").value === "once" };
     const quantum = 1000 * element("answer-quantum").valueAsNumber;
     this.#buttons(true);
     try {

@@ -13,14 +13,20 @@ const SHRINK = 1 - 2 ** -40; // keeps a clipped coordinate within its bound howe
 const COIN_BITS = 23; // of a rounding coin
 const MAX_LOSS = 20; // nats, of one example (adapters/task.py)
 
+/** The segment of updates of `size` numbers, as `requireBounds` takes it. */
+export const updateSegments = ({ clip_norm: norm, weight_cap: cap }, size) => [["delta", size, norm * Number(cap) * peak(size)]];
+
+/** The segments of moments of embeddings of `d` numbers with `k` labels, as `moment_spec` of adapters/analytic.py. */
+export const momentSegments = ({ weight_cap: cap }, d, k) => [["xx", (d * (d + 1)) / 2, Number(cap)], ["xy", d * k, Number(cap)]];
+
 /**
- * Returns if the vector in the offer admits every contribution to a mean of updates of `size` numbers: a tighter bound would
- * tell devices apart by whether they can answer. Throws ProtocolError.
+ * Returns if the vector in the offer is `segments`, [[name, size, bound]], and those of the metrics, so that it admits every
+ * contribution: a tighter bound would tell devices apart by whether they can answer. Throws ProtocolError.
  */
-export function requireBounds(spec, size) {
+export function requireBounds(spec, segments) {
   const cap = Number(spec.weight_cap);
   const counted = [["weight", 1, cap], ["correct", 1, cap], ["loss", 1, MAX_LOSS * cap], ["held_out", 1, cap]];
-  const fair = [["delta", size, spec.clip_norm * cap * peak(size)], ...counted];
+  const fair = [...segments, ...counted];
   const found = spec.vector.segments.map((segment) => [segment.name, segment.size, segment.bound]);
   if (JSON.stringify(found) === JSON.stringify(fair) && maxSteps(spec.vector) >= cap) return;
   const text = "the bounds of the vector in the offer do not follow from its clip norm and weight cap";
@@ -43,13 +49,30 @@ export async function contribution({ delta, examples, score }, spec, adapter, en
   // Uniform over half a step to either side, also where the update is zero (adapters.task.rounding_noise).
   const noisy = rotated.map((x, i) => x + step * (uniform(drawn, 8 * i) - 0.5));
   return encode(spec.vector, {
-    delta: noisy.map((x) => Math.min(segment.bound, Math.max(-segment.bound, x))),
-    weight: Float64Array.of(weight),
-    correct: Float64Array.of(score.correct),
-    loss: Float64Array.of(score.loss),
-    held_out: Float64Array.of(score.count),
+    delta: noisy.map((x) => within(x, segment.bound)),
+    ...counted(weight, score),
   }, entropy);
 }
+
+/**
+ * The moments of a device's examples as ring elements: `xx`, `xy` and `count` as of `momentsOf`. If they are of more examples
+ * than the weight cap, they are scaled down to it. `score` and errors as of `contribution`.
+ */
+export async function momentContribution({ xx, xy, count }, score, spec, entropy = systemEntropy) {
+  const weight = Math.min(count, Number(spec.weight_cap));
+  const share = count ? weight / count : 0;
+  const bounded = (values) => values.map((x) => within(x * share, weight));
+  return encode(spec.vector, { xx: bounded(xx), xy: bounded(xy), ...counted(weight, score) }, entropy);
+}
+
+const within = (x, bound) => Math.min(bound, Math.max(-bound, x));
+
+const counted = (weight, { correct, loss, count }) => ({
+  weight: Float64Array.of(weight),
+  correct: Float64Array.of(correct),
+  loss: Float64Array.of(loss),
+  held_out: Float64Array.of(count),
+});
 
 /** A number in [0, 1) of 53 bits, as NumPy makes it of 64. */
 const uniform = (drawn, at) => Number(drawn.getBigUint64(at, true) >> 11n) * 2 ** -53;

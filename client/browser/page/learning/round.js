@@ -4,7 +4,7 @@
 // gives a contribution of zero.
 
 import { COORDINATOR } from "../aggregation/messages.js";
-import { contribution, requireBounds } from "../aggregation/contribution.js";
+import { contribution, momentContribution, momentSegments, requireBounds, updateSegments } from "../aggregation/contribution.js";
 import { sha256 } from "../bytes.js";
 import { ConfigError, DataError, ProtocolError } from "../errors.js";
 import { checkSlots, fromPeft, layoutDigest, toPeft } from "../graphinputs.js";
@@ -12,6 +12,7 @@ import { emptyAdapter } from "../runtime.js";
 import { parse } from "../safetensors.js";
 import { batches } from "./batches.js";
 import { descend } from "./descent.js";
+import { momentsOf } from "./moments.js";
 import { LIMITS, checkLimits, decodeTask, partOf } from "./task.js";
 import { GraphTrainer } from "./trainer.js";
 
@@ -35,8 +36,9 @@ export function trainerOf(engine, examples, pause = async () => {}, limits = LIM
     try {
       if ((await layoutDigest(inputs)) !== spec.layout_digest) refuse("offer, task and adapter have different layouts", "plan.layout");
       const start = new Map([...inputs].map(([name, { values }]) => [name, values]));
+      if (isAnalytic(task)) return await moments(trainer, start, task, examples, spec, ends(pause, plan));
       const shared = [...start.keys()].filter((name) => task.shared.includes(partOf(name)));
-      requireBounds(spec, shared.reduce((sum, name) => sum + start.get(name).length, 0));
+      requireBounds(spec, updateSegments(spec, shared.reduce((sum, name) => sum + start.get(name).length, 0)));
       const found = await attempt(() => outcome(trainer, start, task, examples, Number(spec.weight_cap), ends(pause, plan)));
       const delta = update(start, found?.trained ?? start, shared, inputs);
       const made = { delta, examples: found?.examples ?? 0, score: found?.score ?? NOTHING };
@@ -60,11 +62,29 @@ async function opened(engine, task, blob, limits) {
     const sizes = checkSlots(new Map([...emptyAdapter(engine.base.slots), ...inputs]), engine.base.slots);
     if (sizes.get("labels") !== task.labels.length) throw new DataError("the head has another number of labels", "task.labels");
     const manifest = { name: "of the plan", peft_config: task.peft_config };
-    return [await GraphTrainer.open(engine, { manifest, inputs }), inputs];
+    const open = isAnalytic(task) ? GraphTrainer.answering : GraphTrainer.open;
+    return [await open(engine, { manifest, inputs }), inputs];
   } catch (error) {
     if (!(error instanceof DataError || error instanceof ConfigError)) throw error;
     throw new ProtocolError(`adapter and task: ${error.message}`, error.about || "plan.training", COORDINATOR);
   }
+}
+
+const isAnalytic = (task) => Object.hasOwn(task, "ridge");
+
+/** The contribution to an analytic head: nothing is trained. */
+async function moments(trainer, start, task, examples, spec, pause) {
+  const [d, k] = [trainer.hidden, task.labels.length];
+  requireBounds(spec, momentSegments(spec, d, k));
+  const found = await attempt(async () => {
+    const [own, heldOut] = usable(trainer, task, examples, Number(spec.weight_cap));
+    const between = () => pause({ step: 0, steps: 0 });
+    const tokens = (of) => of.map(({ ids }) => ids);
+    const score = scored(await trainer.logits(start, tokens(heldOut), between), heldOut);
+    const embeddings = await trainer.embeddings(start, tokens(own), between);
+    return { score, sums: momentsOf(embeddings, own.map(({ target }) => target), d, k) };
+  });
+  return momentContribution(found?.sums ?? momentsOf([], [], d, k), found?.score ?? NOTHING, spec);
 }
 
 /** What a person's end of the work throws, which is not the fault of an example. */
@@ -88,12 +108,17 @@ async function attempt(work) {
   }
 }
 
+/** The examples whose labels the task has, with tokens and target: those to train on, and at most `cap` held-out ones. */
+function usable(trainer, task, examples, cap) {
+  const target = ({ label }) => (typeof label === "number" ? label : task.labels.indexOf(label));
+  const known = examples.map((one) => ({ ...one, target: target(one) })).filter((one) => one.target >= 0 && one.target < task.labels.length);
+  const read = (split) => known.filter((one) => one.split === split).map((one) => ({ ...one, ids: trainer.tokens(one.text) }));
+  return [read("train"), read("validation").slice(0, cap)];
+}
+
 /** The score of `start` on at most `cap` held-out examples, and what training on the others makes of it. */
 async function outcome(trainer, start, task, examples, cap, pause) {
-  const target = ({ label }) => (typeof label === "number" ? label : task.labels.indexOf(label));
-  const usable = examples.map((one) => ({ ...one, target: target(one) })).filter((one) => one.target >= 0 && one.target < task.labels.length);
-  const read = (split) => usable.filter((one) => one.split === split).map((one) => ({ ...one, ids: trainer.tokens(one.text) }));
-  const [own, heldOut] = [read("train"), read("validation").slice(0, cap)];
+  const [own, heldOut] = usable(trainer, task, examples, cap);
   if (!own.length) throw new DataError("there are no examples to train on; add some", "examples");
   const between = () => pause({ step: 0, steps: 0 });
   const score = scored(await trainer.logits(start, heldOut.map(({ ids }) => ids), between), heldOut);

@@ -1,6 +1,6 @@
 // What a plan asks a device to train, as adapters/task.py, and the limits within which it does, as client/training/limits.py.
 //
-// A tab refuses what it cannot train: the moments of an analytic head, R of Fed-SB, and parts that stay on a device.
+// A tab refuses what it cannot train: R of Fed-SB, and parts that stay on a device.
 
 import { isObject, parse } from "../dsse.js";
 import { ConfigError, ProtocolError } from "../errors.js";
@@ -28,6 +28,14 @@ const TASK = {
   gradient_norm: between(0, Number.MAX_VALUE),
 };
 
+const ANALYTIC = {
+  peft_config: isPeftConfig,
+  labels: listOf(string),
+  ridge: between(TINY, 1),
+  scale: between(TINY, 1000),
+  dimensions: whole(0, 2 ** 16),
+};
+
 export const LIMITS = {
   maximum_magnitude: 1000,
   maximum_parameters: 2 ** 24,
@@ -37,13 +45,14 @@ export const LIMITS = {
   maximum_learning_rate: 0.1,
   maximum_epochs: 10,
   maximum_batch_size: 64,
+  moments: true, // whether to contribute to an analytic head
 };
 
 function refuse(text, about) {
   throw new ProtocolError(text, about, COORDINATOR);
 }
 
-/** The task in a plan. Throws ProtocolError: not a task, or one that a tab cannot train. */
+/** The task in a plan, with `ridge` where it is an analytic head (adapters/analytic.py). Throws ProtocolError: not a task, or one that a tab cannot train. */
 export function decodeTask(raw) {
   let found;
   try {
@@ -52,7 +61,7 @@ export function decodeTask(raw) {
     refuse("task: it is not a JSON object", "task");
   }
   if (!isObject(found)) refuse("task: it is not a JSON object", "task");
-  if (Object.hasOwn(found, "ridge")) refuse("this device contributes to no analytic head", "task.moments");
+  if (Object.hasOwn(found, "ridge")) return analyticTask(found);
   const [field, why] = misfit(found, TASK) ?? [];
   if (field) refuse(`task.${field}: it ${why}`, `task.${field}`);
   const { trained, shared, labels } = found;
@@ -65,6 +74,14 @@ export function decodeTask(raw) {
   return found;
 }
 
+function analyticTask(found) {
+  const [field, why] = misfit(found, ANALYTIC) ?? [];
+  if (field) refuse(`task.${field}: it ${why}`, `task.${field}`);
+  if (!found.labels.length) refuse("a language model has no analytic head", "task.labels");
+  if (found.dimensions) refuse("a tab contributes to no analytic head with noise", "task.dimensions");
+  return found;
+}
+
 /** Returns if the task and the adapter, a Map of name → { values }, are within `limits`; else throws ProtocolError. */
 export function checkLimits(task, adapter, limits = LIMITS) {
   const { peft_config: config, labels } = task;
@@ -72,6 +89,7 @@ export function checkLimits(task, adapter, limits = LIMITS) {
   if (labels.length < limits.minimum_labels) {
     refuse(`task.labels ${labels.length} is below this device's minimum of ${limits.minimum_labels}`, "task.labels");
   }
+  if (Object.hasOwn(task, "ridge") && !limits.moments) refuse("this device contributes to no analytic head", "task.moments");
   const largest = (values) => values.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
   const tensors = [...adapter.values()];
   const found = {
@@ -79,7 +97,7 @@ export function checkLimits(task, adapter, limits = LIMITS) {
     "adapter.parameters": tensors.reduce((sum, { values }) => sum + values.length, 0),
     "task.scaling": config.lora_alpha / (config.use_rslora ? Math.sqrt(config.r) : config.r),
     "task.labels": labels.length,
-    "task.learning_rate": task.learning_rate,
+    "task.learning_rate": task.learning_rate, // these three are of no analytic head
     "task.epochs": task.epochs,
     "task.batch_size": task.batch_size,
   };

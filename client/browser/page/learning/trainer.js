@@ -29,11 +29,9 @@ export class GraphTrainer {
    * Throws ConfigError: the bundle has none, or it lacks a gradient; or the base or the method of the adapter is one that
    * cannot be trained here. DataError: the adapter is of another layout than its method says; or as `Trust.file`.
    */
-  static async open(engine, { manifest, inputs }) {
+  static async open(engine, adapter) {
     const { base } = engine;
-    checkBase(base);
-    const scaling = scalings(base, manifest);
-    const shapes = checkedShapes(inputs, scaling, manifest);
+    const { scaling, shapes } = checked(base, adapter);
     const session = await engine.trainingSession();
     const lacking = Object.keys(base.slots).sort(byCodePoint).find((name) => !session.outputNames.includes(name + GRADIENT));
     if (lacking === undefined) return new GraphTrainer(engine, session, shapes, scaling);
@@ -41,9 +39,15 @@ export class GraphTrainer {
     throw new ConfigError(`the training graph has no gradient of ${quoted(lacking)}: export the base again`, TRAINING);
   }
 
+  /** As `open`, without the training graph: what answers and embeds, and has no gradients. Throws as `open`. */
+  static answering(engine, adapter) {
+    const { scaling, shapes } = checked(engine.base, adapter);
+    return new GraphTrainer(engine, null, shapes, scaling);
+  }
+
   /** Free the memory of the training graph. */
   async close() {
-    await this.session.release();
+    await this.session?.release();
   }
 
   /** The tokens of a text. Throws DataError as `Text.tokens`. */
@@ -89,8 +93,28 @@ export class GraphTrainer {
   }
 
   /** The logits of texts, given as tokens: a Float32Array for each. `pause` as in `gradients`. */
-  async logits(values, tokens, pause) {
-    const feeds = runtime.adapterFeeds(this.inputsOf(values));
+  logits(values, tokens, pause) {
+    return this.#answers(this.inputsOf(values), tokens, pause);
+  }
+
+  /** The embeddings of texts, as `logits`: the logits of a head that is the identity. */
+  embeddings(values, tokens, pause) {
+    const inputs = this.inputsOf(values);
+    const [bias, weight] = HEAD;
+    const { hidden } = this;
+    const identity = Float32Array.from({ length: hidden ** 2 }, (_, i) => Number(i % (hidden + 1) === 0));
+    inputs.set(bias, { shape: [hidden], values: new Float32Array(hidden) });
+    return this.#answers(inputs.set(weight, { shape: [hidden, hidden], values: identity }), tokens, pause);
+  }
+
+  /** Numbers of an embedding. */
+  get hidden() {
+    const [bias, weight] = HEAD.map((name) => this.shapes.get(name).reduce((product, size) => product * size, 1));
+    return weight / bias;
+  }
+
+  async #answers(inputs, tokens, pause) {
+    const feeds = runtime.adapterFeeds(inputs);
     const order = byLength(tokens.map((ids, at) => ({ ids, at })));
     const rows = this.engine.base.independent_rows ? MAX_ROWS : 1;
     const found = [];
@@ -137,6 +161,13 @@ export function parts(examples) {
     else found.push([example]);
   }
   return found;
+}
+
+/** The factors and the shapes of an adapter. Throws as `GraphTrainer.open`. */
+function checked(base, { manifest, inputs }) {
+  checkBase(base);
+  const scaling = scalings(base, manifest);
+  return { scaling, shapes: checkedShapes(inputs, scaling, manifest) };
 }
 
 function checkBase({ files, slots }) {

@@ -4,7 +4,8 @@ import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import test from "node:test";
 
-import { clip, contribution, encode, requireBounds } from "../../../../client/browser/page/aggregation/contribution.js";
+import { clip, contribution, encode, momentContribution, momentSegments, requireBounds, updateSegments } from "../../../../client/browser/page/aggregation/contribution.js";
+import { momentsOf } from "../../../../client/browser/page/learning/moments.js";
 import { Offer } from "../../../../client/browser/page/aggregation/messages.js";
 import { pack } from "../../../../client/browser/page/aggregation/ring.js";
 import { peak, rotate, seedOf } from "../../../../client/browser/page/aggregation/rotation.js";
@@ -59,15 +60,36 @@ test("a value that is not finite or beyond its bound, and another layout, are re
 test("a contribution is the native one, with the same randomness", async () => {
   for (const { offer, delta, examples, score, adapter, drawn, packed } of made.contributions) {
     const { spec } = Offer.decode(raw(offer));
-    requireBounds(spec, doubles(delta).length);
+    requireBounds(spec, updateSegments(spec, doubles(delta).length));
     const found = await contribution({ delta: doubles(delta), examples, score }, spec, adapter, given(drawn));
     assert.equal(hex(pack(found, spec.vector.ring_bits)), packed);
   }
 });
 
+test("moments are contributed as the native ones, with the same randomness", () => moments(made.moments));
+
+async function moments({ offer, embeddings, labels, d, k, score, drawn, packed }) {
+  const { spec } = Offer.decode(raw(offer));
+  requireBounds(spec, momentSegments(spec, d, k));
+  assert.throws(() => requireBounds(spec, momentSegments(spec, d, k + 1)), { about: "offer.spec.vector" });
+  const rows = labels.map((_, i) => doubles(embeddings).slice(i * d, (i + 1) * d));
+  const found = await momentContribution(momentsOf(rows, labels, d, k), score, spec, given(drawn));
+  assert.equal(hex(pack(found, spec.vector.ring_bits)), packed);
+}
+
+test("moments of no examples are zero, and an embedding that is not finite is refused", () => {
+  const { xx, xy, count } = momentsOf([], [], 3, 2);
+  assert.deepEqual([[...xx], [...xy], count], [[0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0], 0]);
+  assert.deepEqual([...momentsOf([Float32Array.of(0, 0)], [1], 2, 2).xx], [0, 0, 0]);
+  for (const odd of [NaN, Infinity]) {
+    assert.throws(() => momentsOf([Float32Array.of(odd, 0)], [0], 2, 2), { name: "DataError", about: "embeddings" });
+  }
+});
+
 test("an offer whose bounds do not follow from its clip norm, weight cap and layout is refused", () => {
   for (const { offer, size, fair } of made.bounds) {
-    const check = () => requireBounds(Offer.decode(raw(offer)).spec, size);
+    const { spec } = Offer.decode(raw(offer));
+    const check = () => requireBounds(spec, updateSegments(spec, size));
     if (fair) check();
     else assert.throws(check, { name: "ProtocolError", about: "offer.spec.vector" });
   }
