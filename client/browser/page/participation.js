@@ -61,8 +61,7 @@ export async function takePart({ engine, identity, url, examples, minimum, momen
       if (once && event.released && rounds.any) leaving.abort();
     };
     try {
-      signal.throwIfAborted();
-      await attend({ device, participant, url, signal: leaving.signal, shown: watch });
+      if (!signal.aborted) await attend({ device, participant, url, signal: leaving.signal, shown: watch });
     } finally {
       await rounds.end();
     }
