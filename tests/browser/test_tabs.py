@@ -1,4 +1,4 @@
-"""A federation over one gateway: light devices in Python, and tabs of Chromium, driven by their view."""
+"""A federation of a node on Flower's grid, a light device, and tabs of Chromium, which are driven by their view."""
 
 import contextlib
 import threading
@@ -11,19 +11,20 @@ from typing import Any
 import pytest
 from flwr.app import Message
 
-from adapters.gateway.websocket import PATH
 from aggregation.pki import Authority
 from aggregation.pki.certificates import to_pem
 from aggregation.pki.identity import PublicKey
 from aggregation.pki.requests import read_request
 from aggregation.steps import Step
 from client.browser.server import Site, http_server
-from coordinator.gateway.grid import GatewayGrid
+from coordinator.app import run
+from coordinator.gateway.grid import GatewayGrid, JoinedGrid
 from coordinator.gateway.server import GatewayLimits
 from coordinator.gateway.websocket import BrowserSettings
 from coordinator.statedir import CoordinatorStateDir
 from tests.support import cdp
-from tests.support.gateway import HOST, attending, authority_of, give_tls, server_tls, wait_until
+from tests.support.flowerlink import link_of, living
+from tests.support.gateway import HOST, attending, authority_of, free_port, give_tls, server_tls, wait_until
 from tests.support.hostile import audit_failures
 
 SHOWN = "([...document.querySelectorAll('#participation form')].find((form) => !form.hidden)?.id ?? '')"
@@ -113,14 +114,14 @@ class Tab:
 class ClosingGrid(GatewayGrid):
     """Closes a tab when the plans of the third round are about to be sent."""
 
-    tabs: list[cdp.Page]
+    tab: cdp.Page
     plans = 0
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         batch = list(messages)
         self.plans += batch[0].metadata.message_type == Step.PLAN.message_type
-        if self.plans == 3 and len(self.tabs) == 2:
-            self.tabs.pop().close()
+        if self.plans == 3 and batch[0].metadata.message_type == Step.PLAN.message_type:
+            self.tab.shut()
         return super().push_messages(batch)
 
 
@@ -132,65 +133,76 @@ def tabs(chromium: Any) -> Iterator[list[cdp.Page]]:
         page.close()
 
 
-@pytest.fixture
-def page_of(phone: Path, libraries: None) -> Iterator[Callable[[str], str]]:
-    """Serves a page that may connect to a gateway; returns its URL."""
-    running = []
-
-    def serve(gateway: str) -> str:
-        running.append(http_server(Site.of(phone, gateway=gateway), HOST, 0))
-        threading.Thread(target=running[-1].serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-        return f"http://{HOST}:{running[-1].server_port}/"
-
-    yield serve
-    for serving in running:
-        serving.shutdown()
-        serving.server_close()
+@contextlib.contextmanager
+def served(bundle: Path, gateway: str) -> Iterator[str]:
+    """The URL of a page that may connect to a gateway, while the block runs."""
+    with http_server(Site.of(bundle, gateway=gateway), HOST, 0) as serving:
+        threading.Thread(target=serving.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        try:
+            yield f"http://{HOST}:{serving.server_port}/"
+        finally:
+            serving.shutdown()
 
 
 @pytest.mark.slow
-def test_two_light_devices_and_two_tabs_train_an_adapter_over_one_gateway(
-    fleet_of: Callable[..., Any], page_of: Callable[[str], str], tabs: list[cdp.Page], tmp_path: Path
+def test_a_node_of_flower_a_light_device_and_two_tabs_train_an_adapter_together(
+    fleet_of: Callable[..., Any], phone: Path, libraries: None, tabs: list[cdp.Page], tmp_path: Path
 ) -> None:
     """Each trains on its own examples.
 
-    In the third round, which is of a second session, one tab is closed after its device has shared its secrets.
+    In the third round, which is of a second session, one tab is closed after its device has shared its secrets. It is
+    opened again, as is the other one, without the page's server, and both take part in the next run of the coordinator.
     """
     fleet = fleet_of(4, rounds=3, aggregation__session_rounds=2)
     give_tls(fleet)
     folders = sorted(map(Path, fleet.nodes.values()))
-    names = [folder.name for folder in folders]
-    state_dir = CoordinatorStateDir.open(fleet.out / "coordinator")
-    grid = ClosingGrid(
-        *(f"{HOST}:0", server_tls(authority_of(fleet)), state_dir.read_root, GatewayLimits(grace=1.0)),
-        browsers=BrowserSettings(f"{HOST}:0"),
-    )
-    grid.tabs = tabs
-    assert grid.browsers is not None
-    url = page_of(grid.browsers.url.removesuffix(PATH))
-    with contextlib.closing(grid), attending(grid.port, folders[:2]):
-        devices = [Tab(page, name, tmp_path / name) for page, name in zip(tabs, names[2:], strict=True)]
+    names = tuple(folder.name for folder in folders)
+    state_dir, link, port = CoordinatorStateDir.open(fleet.out / "coordinator"), link_of(1), free_port()
+    devices = [Tab(page, name, tmp_path / name) for page, name in zip(tabs, names[2:], strict=True)]
+
+    @contextlib.contextmanager
+    def cohort(kind: type[GatewayGrid]) -> Iterator[tuple[Any, JoinedGrid]]:
+        """The grids of a run, with the node and the light device on them."""
+        place = f"{HOST}:0", server_tls(authority_of(fleet)), state_dir.read_root, GatewayLimits(grace=1.0)
+        light = kind(*place, own_process=False, browsers=BrowserSettings(f"{HOST}:{port}"))
+        with contextlib.closing(light), living(link, [str(folders[0])]), attending(light.port, folders[1:2]):
+            yield light, JoinedGrid(link.grid, light)
+
+    with served(phone, f"ws://{HOST}:{port}") as url:
+        with cohort(ClosingGrid) as (light, grid):
+            light.tab = tabs[1]
+            for device in devices:
+                device.enrol(fleet, url)
+                device.take_part(fleet.state_dir(device.name).examples)
+            grid.await_devices(4)
+            records = list(run(state_dir, grid))
+        assert [record.version for record in records] == [1, 2, 3]
+        assert [record.survivors for record in records] == [names, names, names[:3]]
+        assert records[2].dropped == {names[3]: "plan"}
+        stays = devices[0]
+        stays.page.until(f"{STATE} === {AWAY!r}")
+        states = " ".join(stays.page.evaluate("states"))
+        assert all(word in states for word in ("Waiting", "training, step 1 of", "masking", "The run is over"))
+        assert stays.page.alert("join-error") == ""
+    tabs[1].open()
+    fleet.configure({"rounds": 4})
+    with cohort(GatewayGrid) as (_, grid):
         for device in devices:
-            device.enrol(fleet, url)
+            device.page.goto(url)
+            device.until_shown("join-form")
             device.take_part(fleet.state_dir(device.name).examples)
         grid.await_devices(4)
-        records = fleet.federate(grid)
-    assert [record.version for record in records] == [1, 2, 3]
-    assert [record.survivors for record in records] == [tuple(names), tuple(names), tuple(names[:3])]
-    assert records[2].dropped == {names[3]: "plan"}
-    stays = devices[0]
-    stays.page.until(f"{STATE} === {AWAY!r}")
-    states = " ".join(stays.page.evaluate("states"))
-    assert all(word in states for word in ("Waiting", "training, step 1 of", "masking", "The run is over"))
-    assert stays.page.alert("join-error") == ""
+        (record,) = run(CoordinatorStateDir.open(fleet.out / "coordinator"), grid)
+    assert (record.version, record.survivors, record.dropped) == (4, names, {})
+    for device, counted in zip(devices, (4, 3), strict=True):
+        device.page.until(f"{STATE} === {AWAY!r}")
+        assert device.page.evaluate(OUTCOMES) == ["counted"] * counted
     stays.fill(**{"join-when": "open"})
     stays.click("join")
     stays.page.until("!document.getElementById('join-leave').disabled")
     stays.click("join-leave")
-    stays.page.until(f"{STATE} === {AWAY!r}")
-    stays.page.goto(url)
-    stays.until_shown("join-form")
-    assert stays.page.evaluate(OUTCOMES) == ["counted"] * 3
+    stays.page.until("!document.getElementById('identity-forget').disabled")
+    assert stays.page.evaluate(STATE) == AWAY
     stays.click("identity-forget")
     stays.until_shown("enrol-form")
     assert stays.page.errors() == []

@@ -98,9 +98,16 @@ class Page:
     def __init__(self, browser: Chromium) -> None:
         self._browser = browser
         self._context = browser.call("Target.createBrowserContext")["browserContextId"]
-        target = browser.call("Target.createTarget", url="about:blank", browserContextId=self._context)["targetId"]
+        self.open()
+
+    def open(self) -> None:
+        """A new tab in the same context: what a person does who closed it."""
+        browser = self._browser
+        self._target = browser.call("Target.createTarget", url="about:blank", browserContextId=self._context)[
+            "targetId"
+        ]
         browser.events.clear()
-        self._session = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = browser.call("Target.attachToTarget", targetId=self._target, flatten=True)["sessionId"]
         for domain in ("Page", "Network", "Runtime", "DOM"):
             self.call(f"{domain}.enable")
         self.call("Target.setAutoAttach", autoAttach=True, waitForDebuggerOnStart=True, flatten=True)
@@ -175,6 +182,10 @@ class Page:
         """The page's uncaught errors."""
         thrown = [event for event in self._browser.events if event["method"] == "Runtime.exceptionThrown"]
         return [event["params"]["exceptionDetails"]["text"] for event in thrown]
+
+    def shut(self) -> None:
+        """Close the tab, not its context: what it stored stays."""
+        self._browser.call("Target.closeTarget", targetId=self._target)
 
     def close(self) -> None:
         self._browser.call("Target.disposeBrowserContext", browserContextId=self._context)

@@ -1,21 +1,19 @@
 """How many exchanges a federation takes on Flower's own grid, counted there, and that none waits for Flower's sleep."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any
 
 import pytest
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Message
 
 from aggregation.steps import Step
-from client.node.app import app as client_app
 from client.node.statedir import SETTINGS
 from coordinator.app import run
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transport import LAST_POLL
+from tests.support.flowerlink import living
 
 FleetOf = Callable[..., Any]
 FLOWERS_SLEEP = 3.0  # seconds between two looks of the SuperLink's grid in ``send_and_receive``
@@ -44,27 +42,6 @@ class Counted:
         if arrived:
             self._last = time.monotonic()
         return arrived
-
-
-@contextmanager
-def living(link: Any, state_dirs: Iterable[str]) -> Iterator[None]:
-    """The link's nodes are devices while the block runs: each answers with the real ClientApp."""
-    over, at = Event(), zip(link.nodes, state_dirs, strict=True)
-    contexts = {node: Context(1, node, {"state": state_dir}, RecordDict(), {}) for node, state_dir in at}
-
-    def live() -> None:
-        while not over.wait(0.005):
-            for node, context in contexts.items():
-                for message in link.received(node):
-                    link.store(client_app(message, context))
-
-    thread = Thread(target=live)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
 
 
 @pytest.mark.parametrize(

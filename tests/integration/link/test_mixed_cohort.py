@@ -6,7 +6,7 @@ from typing import Any
 
 from coordinator.app import joined, run
 from coordinator.statedir import TLS_CERTIFICATE, TLS_KEY, CoordinatorStateDir
-from tests.integration.link.test_exchanges import living
+from tests.support.flowerlink import living
 from tests.support.gateway import HOST, attending, authority_of, free_port, give_tls, server_tls, wait_until
 
 
