@@ -1,5 +1,6 @@
 """The nodes of a backward pass while ``differentiate`` adds them, and what is known of the forward pass's values."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,11 @@ class Backward:
             kind = value.type.tensor_type
             if kind.HasField("shape"):
                 self._dims[value.name] = [_dimension(each) for each in kind.shape.dim]
+        self._first: dict[tuple[int | str, ...], str] = {}
+        for name in (*(value.name for value in graph.input), *(name for node in graph.node for name in node.output)):
+            if self._is_known(name):
+                self._first.setdefault(tuple(self._dims[name]), name)
+        self._shapes: dict[str, str] = {}
 
     def add(self, kind: str, *inputs: str, **settings: Any) -> str:
         """Add a node, and return the name of its output."""
@@ -65,16 +71,51 @@ class Backward:
             raise ConfigError(f"the rank of {name!r} is not known: this base cannot be trained", about=name)
         return len(self._dims[name])
 
+    def shape(self, name: str) -> str:
+        """The shape of a value of the forward pass.
+
+        It is read from the first value that has the same one: who reads the shape of a value keeps the value.
+        """
+        dims = self._dims[name] if self._is_known(name) else None
+        if dims is not None and all(isinstance(each, int) for each in dims):
+            return self.integers(*(int(each) for each in dims))
+        source = name if dims is None else self._first.get(tuple(dims), name)
+        if source not in self._shapes:
+            self._shapes[source] = self.add("Shape", source)
+        return self._shapes[source]
+
+    def size(self, name: str, axis: int) -> str:
+        """One dimension of a value of the forward pass, counted from the front: a vector of one integer."""
+        if isinstance(known := self._dims.get(name, [UNKNOWN] * (axis + 1))[axis], int):
+            return self.integers(known)
+        return self.add("Slice", self.shape(name), self.integers(axis), self.integers(axis + 1), self.integers(0))
+
+    def share(self, part: str, whole: str) -> str:
+        """The elements of one value over those of another one, of which it is a reduction; a scalar in float32."""
+        ours, all_ = (self._dims.get(name, [UNKNOWN]) for name in (part, whole))
+        lost = [each for kept, each in zip(ours, all_, strict=False) if kept != each]
+        if len(ours) == len(all_) and all(isinstance(each, int) for each in lost):
+            return self.number(1 / math.prod(int(each) for each in lost))
+        sizes = (self.add("ReduceProd", self.shape(name), keepdims=0) for name in (part, whole))
+        return self.add("Div", *(self.add("Cast", size, to=TensorProto.FLOAT) for size in sizes))
+
     def summed(self, gradient: str, source: str, result: str) -> str:
         """The gradient by ``source``, which was broadcast to the shape of ``result``: the sum over its copies."""
-        ours, whole = self._dims.get(source), self._dims.get(result)
-        if ours is not None and ours == whole and UNKNOWN not in ours:
-            return gradient
-        return self.summed_to(gradient, source, self.add("Shape", result), self.rank(result))
+        if not (self._is_known(source) and self._is_known(result)):
+            return self.summed_to(gradient, source, self.shape(result), self.rank(result))
+        ours, whole = self._dims[source], self._dims[result]
+        missing = len(whole) - len(ours)
+        pairs = list(zip(ours, whole[missing:], strict=True))
+        if any(own not in (1, each) for own, each in pairs):
+            return self.summed_to(gradient, source, self.shape(result), len(whole))
+        if missing:
+            gradient = self.add("ReduceSum", gradient, self.integers(*range(missing)), keepdims=0)
+        axes = [axis for axis, (own, each) in enumerate(pairs) if own != each]
+        return self.add("ReduceSum", gradient, self.integers(*axes), keepdims=1) if axes else gradient
 
     def summed_to(self, gradient: str, source: str, whole: str, rank: int) -> str:
         """As ``summed``, for a gradient of ``rank`` dimensions whose shape is the value of ``whole``."""
-        missing, shape = rank - self.rank(source), self.add("Shape", source)
+        missing, shape = rank - self.rank(source), self.shape(source)
         padded = self.add("Concat", self.integers(*[1] * missing), shape, axis=0) if missing else shape
         axes = self.add(
             "Squeeze", self.add("NonZero", self.add("Not", self.add("Equal", padded, whole))), self.integers(0)
@@ -87,9 +128,13 @@ class Backward:
         dims = self._dims.get(one, [UNKNOWN])[:-2]
         return dims == self._dims.get(other, [UNKNOWN])[:-2] and UNKNOWN not in dims
 
+    def _is_known(self, name: str) -> bool:
+        """Whether each of its dimensions has a number or a name; equal names are equal numbers."""
+        return UNKNOWN not in self._dims.get(name, [UNKNOWN])
+
     def shaped(self, gradient: str, source: str) -> str:
         """The same numbers in the shape of ``source``."""
-        return self.add("Reshape", gradient, self.add("Shape", source), allowzero=1)
+        return self.add("Reshape", gradient, self.shape(source), allowzero=1)
 
     def swapped(self, name: str, rank: int) -> str:
         """A value with its last two dimensions swapped."""

@@ -99,8 +99,12 @@ def _unbatched(to: Backward, gradient: str, ranks: tuple[int, int], own: int, so
     """The gradient by one factor, summed over the leading dimensions along which it was repeated."""
     if to.same_leading(source, result):
         return gradient
-    leading = to.add("Shape", result, end=-2)
-    whole = to.add("Concat", leading, to.add("Shape", source, start=-2), axis=0)
+    shapes = ((result, 0, -2), (source, -2, 2**31))
+    parts = [
+        to.add("Slice", to.shape(name), to.integers(begin), to.integers(end), to.integers(0))
+        for name, begin, end in shapes
+    ]
+    whole = to.add("Concat", *parts, axis=0)
     return to.summed_to(gradient, source, whole, max(ranks))
 
 
@@ -136,14 +140,12 @@ def _reduced(to: Backward, node: onnx.NodeProto, gradient: str) -> str:
 
 
 def _reduce_sum(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) -> Gradients:
-    return {0: to.add("Expand", _reduced(to, node, gradient), to.add("Shape", node.input[0]))}
+    return {0: to.add("Expand", _reduced(to, node, gradient), to.shape(node.input[0]))}
 
 
 def _reduce_mean(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
-    sizes = (
-        to.add("Cast", to.add("Size", name), to=onnx.TensorProto.FLOAT) for name in (node.output[0], node.input[0])
-    )
-    return _reduce_sum(to, node, to.add("Mul", gradient, to.add("Div", *sizes)), wanted)
+    share = to.share(node.output[0], node.input[0])
+    return _reduce_sum(to, node, to.add("Mul", gradient, share), wanted)
 
 
 def _reduce_l2(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) -> Gradients:
@@ -209,12 +211,12 @@ def _gather(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int])
     known, rank = to.known(index), to.rank(x)
     single = known is not None and known.shape == (1,)
     if to.rank(index) == 1 and axis == 0 and not single:
-        nothing = to.add("Expand", to.number(0), to.add("Shape", x))
+        nothing = to.add("Expand", to.number(0), to.shape(x))
         rows = to.add("Unsqueeze", index, to.integers(1))
         return {0: to.add("ScatterND", nothing, rows, gradient, reduction="add")}
     if to.rank(index) and not single:
         raise ConfigError("this look-up of several rows has no derivative here: use another base", about="Gather")
-    size = to.add("Shape", x, start=axis % rank, end=axis % rank + 1)
+    size = to.size(x, axis % rank)
     row = index if single else to.add("Unsqueeze", index, to.integers(0))
     at = to.add("OneHot", row, to.add("Squeeze", size), to.constant(np.array([0, 1], np.float32)))
     column = to.add("Reshape", at, to.integers(-1, *[1] * (rank - 1 - axis % rank)))
@@ -224,7 +226,7 @@ def _gather(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int])
 def _gather_elements(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) -> Gradients:
     """Zero for all elements that were not looked up."""
     (x, index), axis = node.input, settings(node, axis=0)["axis"]
-    nothing = to.add("Expand", to.number(0), to.add("Shape", x))
+    nothing = to.add("Expand", to.number(0), to.shape(x))
     return {0: to.add("ScatterElements", nothing, index, gradient, axis=axis, reduction="add")}
 
 
@@ -233,7 +235,7 @@ def _concat(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int])
     axis = settings(node)["axis"] % to.rank(node.output[0])
     ends, end = [], to.integers(0)
     for source in node.input:
-        begin, end = end, to.add("Add", end, to.add("Shape", source, start=axis, end=axis + 1))
+        begin, end = end, to.add("Add", end, to.size(source, axis))
         ends.append((begin, end))
     return {n: to.add("Slice", gradient, *ends[n], to.integers(axis)) for n in wanted}
 
@@ -245,7 +247,7 @@ def _slice(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) 
     if axes is None or (steps is not None and (steps != 1).any()) or starts is None:
         raise ConfigError("only a slice of known places has a derivative here: use another base", about="Slice")
     along = to.integers(*(axes % to.rank(x)).tolist())
-    before, after = (to.add("Gather", to.add("Shape", name), along, axis=0) for name in (x, y))
+    before, after = (to.add("Gather", to.shape(name), along, axis=0) for name in (x, y))
     # A start may be negative, or beyond the end.
     begin = to.constant(starts.astype(np.int64))
     begin = to.add("Where", to.constant(starts < 0), to.add("Add", begin, before), begin)
@@ -262,7 +264,7 @@ def _pad(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) ->
         raise ConfigError("only padding with constants has a derivative here: use another base", about="Pad")
     axes = axes % to.rank(x)
     begin = to.integers(*known[: len(axes)].tolist())
-    sizes = to.add("Gather", to.add("Shape", x), to.integers(*axes.tolist()), axis=0)
+    sizes = to.add("Gather", to.shape(x), to.integers(*axes.tolist()), axis=0)
     return {0: to.add("Slice", gradient, begin, to.add("Add", begin, sizes), to.integers(*axes.tolist()))}
 
 
