@@ -22,8 +22,8 @@ class BaseSettings(Settings):
     )
     engine: Literal["torch", "onnx"] = Field(
         default="torch",
-        description="what devices train with: torch, or onnx, the training graph of a bundle in export.profile; of "
-        "classifiers with lora, rslora, ia3, ln_tuning or beft",
+        description="what devices train with: torch, or onnx, the training graph of a bundle in export.profile; with "
+        "lora, rslora, ia3, ln_tuning or beft",
     )
     languages: tuple[str, ...] = Field(
         default=(),

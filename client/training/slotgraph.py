@@ -123,6 +123,11 @@ def check_method(base: VerifiedBase, config: PeftConfig) -> None:
             "base itself and install the extra train",
             about=TRAINING,
         )
+    check_trainable(config)
+
+
+def check_trainable(config: PeftConfig) -> None:
+    """Refuse a method that no training graph trains. Raises ConfigError."""
     if config.peft_type not in ("LORA", *VECTORS_OF) or config.use_dora:
         method = "DoRA" if config.use_dora else config.peft_type
         raise ConfigError(

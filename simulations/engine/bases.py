@@ -13,12 +13,13 @@ from adapters.cache import cached
 from adapters.peftconfig import PeftConfig
 from adapters.storage import PUBLIC, replace
 from aggregation.entropy import SystemEntropy
-from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
 from client.inference.trust import Trust
-from client.training.engine import classifier_trainer
+from client.training.engine import trainer_of
 from client.training.protocols import FrozenBase
+from client.training.slotgraph import check_trainable
 from export.bundle.write import write_bundle
+from export.causal import export_causal
 from export.center import centered
 from export.onnx.classifier import export_classifier
 from export.onnx.dequantize import dequantized
@@ -73,20 +74,22 @@ def device_base(out: Path, scenario: Scenario, base: Base, population: Populatio
     """
     if scenario.base.engine == "torch":
         return base
-    if not population.labels:
-        raise ConfigError("the engine onnx trains classifiers: set base.engine to torch", about="base.engine")
-    config, bundle = peft_config(scenario, base), bundle_of(out)
+    config, bundle, labels = peft_config(scenario, base), bundle_of(out), len(population.labels)
+    check_trainable(config)
     if not bundle.exists():
-        _write(bundle, base, config, Profile(scenario.export.profile))
+        _write(bundle, base, config, Profile(scenario.export.profile), language=not labels)
     verified = Trust.open(bundle).bundle.base()
-    classifier_trainer(verified, len(population.labels), config)  # refuses what the devices would
+    trainer_of(verified, labels, config)  # refuses what the devices would
     return verified
 
 
-def _write(bundle: Path, base: Base, config: PeftConfig, profile: Profile) -> None:
+def _write(bundle: Path, base: Base, config: PeftConfig, profile: Profile, *, language: bool) -> None:
     """A bundle of the base with slots for such adapters and a training graph, and the key that it is signed with."""
     slots = Slots(config.target_modules, KINDS.get(config.peft_type, frozenset({SlotKind.LOW_RANK})))
-    exported = export_classifier(with_mean_head(base, slots), base, profile, training=True)
+    if language:
+        exported = export_causal(base, slots, profile, training=True)
+    else:
+        exported = export_classifier(with_mean_head(base, slots), base, profile, training=True)
     key = IdentityKey.generate(SystemEntropy())
     bundle.parent.mkdir(exist_ok=True)
     replace(bundle.with_name(TRUST), key.public.to_pem(), PUBLIC)

@@ -15,11 +15,13 @@ from adapters.layout import Tensors
 from adapters.parts import PARTS
 from adapters.task import Task
 from client.node import statedir as device_files
+from client.training.engine import language_trainer
 from client.training.examples import Example, Split, in_split
-from client.training.language import LanguageTrainer, load_language_trainer
 from client.training.private import subject_of, with_private
+from client.training.protocols import LocalTrainer
 from simulations.data.population import Client, Population
 from simulations.engine import provision
+from simulations.engine.bases import device_base
 from simulations.engine.groups import grouped
 from simulations.engine.personal import generator
 from simulations.engine.progress import RunProgress
@@ -51,7 +53,7 @@ class LanguageArms:
         seed_adapter: The vendor's adapter, version 0.
     """
 
-    trainer: LanguageTrainer
+    trainer: LocalTrainer
     scenario: Scenario
     task: Task
     seed_adapter: Tensors
@@ -153,7 +155,7 @@ def _personal_steps(
     )
     last = (registry.latest() or registry.version(0)).manifest
     task = replace(scenario.federation.task(last), trained=PARTS, proximal=0.0)
-    trainer = load_language_trainer(base, last.peft_config)
+    trainer = language_trainer(device_base(folder.path, scenario, base, population), last.peft_config)
     arms, shared = LanguageArms(trainer, scenario, task, registry.tensors(0)), registry.tensors(last.version)
     state_dirs, found = provision.open_state_dirs(folder.path, population), []
     with progress.stage("personal step", total=len(population.clients)) as advance:
@@ -181,7 +183,7 @@ def _outcome(arms: LanguageArms, client: Client, shared: Tensors, own: bytes | N
     return AuthorResult(client.name, client.unseen, len(client.train), len(test), loss, choice), kept
 
 
-def bits(trainer: LanguageTrainer, adapter: Tensors, examples: Sequence[Example]) -> float:
+def bits(trainer: LocalTrainer, adapter: Tensors, examples: Sequence[Example]) -> float:
     """The mean loss of some texts, in bits for each byte; NaN without texts."""
     score = trainer.score(adapter, examples)
     return score.loss / score.count / math.log(2) if score.count else math.nan

@@ -77,11 +77,3 @@ def test_a_bundle_has_the_slots_of_the_method(fleet_of: Any, tmp_path: Path, met
     config, labels = peft_config(fleet.scenario, fleet.base), len(fleet.population.labels)
     ours, theirs = GraphTrainer(base, labels, config), Trainer(fleet.base, labels, config)
     assert ours.layout == theirs.layout
-
-
-def test_texts_without_labels_are_refused(fleet_of: Any, tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    fleet = fleet_of(3)
-    with refused(ConfigError, "base.engine"):
-        device_base(tmp_path, with_engine(fleet.scenario), fleet.base, replace(fleet.population, labels=()))

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from adapters.base import Base
 from aggregation.errors import ConfigError
 from client.training.examples import NO_LABEL, Example
-from client.training.language import load_language_trainer
+from client.training.language import LanguageTrainer, load_language_trainer
 from simulations.cli.simulate import simulate
 from simulations.data import populate
 from simulations.engine import provision
@@ -75,6 +75,23 @@ def test_a_run_scores_every_author_and_goes_on_from_its_folder(run: Callable[...
     assert "bits per byte" in shown
     assert "a pretrained language model" in shown
     assert "head" not in shown
+
+
+def test_a_run_trains_with_the_graph_of_a_bundle_to_the_same_losses(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = json.loads(run("--json").output)
+    (tmp_path / "run").rename(tmp_path / "torch")
+    monkeypatch.setattr(LanguageTrainer, "__init__", lambda *_: pytest.fail("torch trained"))
+    ours = json.loads(run("--json", "--set", "base.engine=onnx", "--set", "export.profile=fp32").output)
+    for one, other in zip(ours["clients"], theirs["clients"], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=0.02)
+
+
+def test_a_run_whose_method_needs_torch_is_refused_before_an_export(run: Callable[..., Any], tmp_path: Path) -> None:
+    with refused(ConfigError, "task.peft_config"):
+        run("--set", "base.engine=onnx", "--set", "adapter.method=prompt_tuning", "--set", "adapter.targets=[]")
+    assert not provision.bundle_of(tmp_path / "run").exists()
 
 
 def test_a_run_without_texts_is_refused(tmp_path: Path) -> None:
