@@ -34,6 +34,7 @@ HELP = """\
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @options.sampling
 @click.option("--prompt", metavar="TEXT", help="Answer TEXT and quit.")
+@click.option("--teach", metavar="ANSWER", help="ANSWER is right to --prompt: learn that on this device.")
 @options.as_json
 def chat(
     bundle: Path,
@@ -42,6 +43,7 @@ def chat(
     trust: Path | None,
     system: str | None,
     prompt: str | None,
+    teach: str | None,
     as_json: bool,
     **sampling: Any,
 ) -> None:
@@ -53,15 +55,26 @@ def chat(
     With --json-schema, --regex or --grammar the model can only write what has this form; whether it is right is another
     matter. An answer that --max-tokens cut before its end is an error; --json says "valid": false instead.
 
+    With --teach, the private adapter learns the right answer to --prompt at once (`edgeadapt device learn`).
+
     \b
     Examples:
       edgeadapt device chat --bundle bundle
       edgeadapt device chat --bundle bundle --adapter global:0.5+anna --system "Answer in one sentence."
       edgeadapt device chat --bundle bundle --prompt "Good morning" --temperature 0.7 --seed 1
+      edgeadapt device chat --bundle bundle --prompt "Where is the key?" --teach "Under the mat."
       edgeadapt device chat --bundle bundle --repetition-penalty 1.2 --beams 4 --max-tokens 60
       edgeadapt device chat --bundle bundle --json-schema intents.json --prompt "Turn on the kitchen lights"
       edgeadapt device chat --bundle bundle --regex "[0-9]{1,3} minutes" --prompt "How long do eggs boil?"
     """
+    if teach is not None:
+        if prompt is None or base_only or system is not None:
+            raise click.UsageError("--teach needs --prompt, and excludes --base-only and --system")
+        from client.cli import learn
+        from client.learning import Correction
+
+        learn.teach(bundle, trust, adapter, [Correction(prompt, teach)], as_json)
+        return
     from client.inference.generate import Conversation, Generator
 
     if as_json and prompt is None:

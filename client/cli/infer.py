@@ -92,7 +92,8 @@ def _teach(
 
     if compose is not None or len(names) > 1:
         raise ConfigError("one adapter learns at a time: name it with --adapter, without --compose", about="--teach")
-    teach(bundle, trust, names[0] if names else None, [Correction(text, label) for text in phrases], as_json)
+    corrections = [Correction(text, label) for text in phrases]
+    teach(bundle, trust, names[0] if names else None, corrections, as_json, task="text-classification")
 
 
 def _phrases(texts: Sequence[str]) -> list[str]:

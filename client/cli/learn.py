@@ -12,7 +12,8 @@ from client.cli import options
 from client.cli.options import printable
 
 if TYPE_CHECKING:  # slow to import, and not needed for --help
-    from client.learning import Answers, Correction, Learned
+    from adapters.manifest import Task
+    from client.learning import Answers, Correction, LanguageLearned, Learned
 
 
 @click.command()
@@ -20,30 +21,42 @@ if TYPE_CHECKING:  # slow to import, and not needed for --help
 @click.option("--adapter", "name", metavar="NAME", help="The adapter that learns. Default: the one in use.")
 @options.trust
 @click.option("--undo", is_flag=True, help="Go back to the adapter before the last lesson.")
+@click.option("--compare", type=options.FILE, metavar="EXAMPLES", help="Of a language model: show these texts' bits.")
 @options.as_json
 @click.argument("file", required=False, type=options.FILE, metavar="[FILE]")
-def learn(bundle: Path, name: str | None, trust: Path | None, undo: bool, as_json: bool, file: Path | None) -> None:
+def learn(
+    bundle: Path,
+    name: str | None,
+    trust: Path | None,
+    undo: bool,
+    compare: Path | None,
+    as_json: bool,
+    file: Path | None,
+) -> None:
     """Learn the corrections in FILE, lines of a label, a tab and a phrase: the private adapter of the bundle is tuned
-    on this device, and is in use at once.
+    on this device, and is in use at once. For a language model, lines of an answer, a tab and the prompt.
 
     A bundle without a private adapter gets one, made from the adapter in use. What is learned stays on this device, in
     the folder 'learned' next to the bundle. The base must have a training graph (`edgeadapt export base --training`).
 
-    Printed are the corrections, and which of the other known phrases are answered otherwise than before.
+    Printed are the corrections, and which of the other known phrases are answered otherwise than before. Of a language
+    model: bits for each byte before and after, of the answers, of earlier ones, and of the texts in EXAMPLES, such as
+    a device's examples.jsonl, from which nothing is learned.
 
     \b
     Examples:
       edgeadapt device learn --bundle phone/bundle corrections.tsv
       edgeadapt device infer --bundle phone/bundle --teach HassTurnOn "make it bright in here"
+      edgeadapt device learn --bundle phone/bundle --compare examples.jsonl answers.tsv
       edgeadapt device learn --bundle phone/bundle --undo
     """
-    if undo == (file is not None):
+    if undo == (file is not None) or (undo and compare is not None):
         raise ConfigError("name a FILE of corrections, or --undo what was learned last", about="--undo")
     if file is not None:
         from adapters.phrases import read_phrases
         from client.learning import Correction
 
-        teach(bundle, trust, name, [Correction(text, label) for label, text in read_phrases(file)], as_json)
+        teach(bundle, trust, name, [Correction(text, label) for label, text in read_phrases(file)], as_json, compare)
         return
     from client.learning import Learner
 
@@ -56,13 +69,43 @@ def learn(bundle: Path, name: str | None, trust: Path | None, undo: bool, as_jso
         click.echo("\n".join(f"{one.label}  {_line(one.text)}" for one in undone.corrections))
 
 
-def teach(bundle: Path, trust: Path | None, name: str | None, corrections: "list[Correction]", as_json: bool) -> None:
-    """Learn corrections, and print what that did. Raises as ``Learner.open`` and ``Learner.teach``."""
-    from client.learning import Learner
+def teach(
+    bundle: Path,
+    trust: Path | None,
+    name: str | None,
+    corrections: "list[Correction]",
+    as_json: bool,
+    compare: Path | None = None,
+    task: "Task | None" = None,
+) -> None:
+    """Learn corrections, and print what that did. Raises as ``Learner.open``, ``Learner.teach`` and
+    ``teach_language_model``.
+    """
+    from client.learning import Learner, teach_language_model
+    from client.training.examples import read_examples
 
-    with Learner.open(bundle, trust, name) as learner:
-        learned = learner.teach(corrections)
-    click.echo(json.dumps(_row(learned), ensure_ascii=False) if as_json else "\n".join(_lines(learned)))
+    with Learner.open(bundle, trust, name, task=task) as learner:
+        if learner.library.manifest.task == "text-generation":
+            compared = () if compare is None else read_examples(compare, 0)
+            written = teach_language_model(learner, corrections, compared)
+            row, lines = asdict(written), _language_lines(written)
+        elif compare is not None:
+            raise ConfigError("--compare is for language models: leave it out", about="--compare")
+        else:
+            learned = learner.teach(corrections)
+            row, lines = _row(learned), _lines(learned)
+    click.echo(json.dumps(row, ensure_ascii=False) if as_json else "\n".join(lines))
+
+
+def _language_lines(learned: "LanguageLearned") -> list[str]:
+    known = sum(one.known for one in learned.taught)
+    lines = [
+        f"{learned.adapter} version {learned.version}: {known} of {len(learned.taught)} learned, "
+        f"{learned.steps} steps, {learned.seconds:.1f} s; bits for each byte before → after:"
+    ]
+    for title, texts in (("taught", learned.taught), ("other", learned.others)):
+        lines += [f"{title}  {one.before:.3f} → {one.after:.3f}  {_line(one.text)[:60]}" for one in texts]
+    return lines
 
 
 def _row(learned: "Learned") -> dict[str, Any]:

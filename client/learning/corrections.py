@@ -28,10 +28,12 @@ def _utf8(limit: int) -> Codec[str]:
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """A phrase, and the label that a person gave it. ``repr`` shows neither."""
+    """A phrase, and the label that a person gave it; of a language model a prompt, and its answer. ``repr`` shows
+    neither.
+    """
 
     text: Annotated[str, _utf8(4 * MAX_TEXT)] = field(repr=False)
-    label: Annotated[str, _utf8(2**12)] = field(repr=False)
+    label: Annotated[str, _utf8(4 * MAX_TEXT)] = field(repr=False)
 
 
 _CORRECTIONS = wire.sequence(wire.record(Correction), MAX_CORRECTIONS + MAX_AT_ONCE)

@@ -1,9 +1,9 @@
-"""The personal step of a language model: its private adapter is made of a device's texts, and put into use."""
+"""A language model learns on the device that answers: from corrections, at once, and from the device's own texts."""
 
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +11,24 @@ import numpy as np
 from adapters.layout import Tensors
 from adapters.parts import PARTS
 from adapters.task import Task
-from aggregation.errors import ConfigError
-from client.learning.learner import BATCH_SIZE, TRAINING_STATE, Learner, stated_config, step_digest
+from aggregation.errors import ConfigError, DataError
+from client.learning.corrections import Correction
+from client.learning.learner import (
+    BATCH_SIZE,
+    MAX_REHEARSED,
+    TRAINING_STATE,
+    Learner,
+    check_count,
+    stated_config,
+    step_digest,
+)
+from client.learning.tune import descend_until
 from client.training.control import UNLIMITED, TrainingCheckpoint, TrainingControl
-from client.training.examples import Split, in_split, read_examples
+from client.training.examples import MAX_TEXT, Example, Split, in_split, read_examples
 from client.training.languagegraph import LanguageGraphTrainer
 from client.training.personal import PersonalMethod, PersonalStep
+
+LEARNING_RATE = 0.005  # of a correction, whose few steps have to change several tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +51,96 @@ class LanguagePersonalized:
     trained: int
     held_out: int
     bits: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class TextBits:
+    """A text, and what it costs before and after learning, in bits for each of its bytes.
+
+    Attributes:
+        prompt, text: The text, and what it answers; empty without a prompt.
+        before, after: Bits for each byte.
+        known: Whether each of its tokens is the most likely one after learning: without sampling it is the answer.
+    """
+
+    prompt: str = field(repr=False)
+    text: str = field(repr=False)
+    before: float
+    after: float
+    known: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageLearned:
+    """What learning did to a language model.
+
+    Attributes:
+        adapter, version: The private adapter that is in use now.
+        steps, seconds: Of training.
+        taught: The corrections.
+        others: Earlier corrections, and the texts that were given to be compared.
+    """
+
+    adapter: str
+    version: int
+    steps: int
+    seconds: float
+    taught: tuple[TextBits, ...]
+    others: tuple[TextBits, ...]
+
+
+def teach_language_model(
+    learner: Learner, corrections: Sequence[Correction], compared: Sequence[Example] = ()
+) -> LanguageLearned:
+    """Tune the adapter in use until it answers prompts as taught, and put it into use; earlier ones are rehearsed.
+
+    Args:
+        learner: Opened for any task.
+        corrections: Prompts, and the right answer to each.
+        compared: Texts that are not trained, to see what is forgotten.
+
+    Raises:
+        DataError: A prompt or answer cannot be learned, there are none or too many, none was learned, or a loss is not
+            finite.
+        ConfigError: The bundle has no training graph, or not one for this adapter.
+        OSError: The disk is full, for example.
+    """
+    check_count(corrections)
+    for number, one in enumerate(corrections, 1):
+        for about, text in (("prompt", one.text), ("answer", one.label)):
+            if not 0 < len(text.strip()) <= len(text) <= MAX_TEXT:
+                reason = (
+                    f"correction {number} has {len(text)} characters in its {about}: 1 to {MAX_TEXT} can be learned"
+                )
+                raise DataError(reason, about=about, value=len(text))
+    manifest = learner.adapter.manifest
+    trainer = LanguageGraphTrainer(learner.library.base, stated_config(manifest))
+    start, begun = trainer.tensors_of(learner.adapter.inputs), time.perf_counter()
+    taught, prompts = _examples(corrections), {one.text for one in corrections}
+    earlier = _examples([one for one in learner.history.corrections[::-1] if one.text not in prompts][:MAX_REHEARSED])
+
+    def learned(adapter: Tensors) -> bool:
+        return trainer.score(adapter, taught).correct == len(taught)
+
+    tuned = descend_until(learned, trainer, start, taught, earlier, LEARNING_RATE)
+    seconds = time.perf_counter() - begun
+    found = [_text_bits(trainer, one, start, tuned.adapter) for one in (*taught, *earlier, *compared)]
+    own = tuple(found[: len(taught)])
+    if not any(one.known or one.after < one.before for one in own):
+        reason = f"nothing was learned in {tuned.steps} steps; the adapter in use stays: teach other answers"
+        raise DataError(reason, about="corrections")
+    made = learner.put_into_use(manifest, corrections, trainer.inputs_of(tuned.adapter))
+    return LanguageLearned(made.name, made.version, tuned.steps, seconds, own, tuple(found[len(taught) :]))
+
+
+def _examples(corrections: Sequence[Correction]) -> list[Example]:
+    return [Example(one.label, prompt=one.text) for one in corrections]
+
+
+def _text_bits(trainer: LanguageGraphTrainer, text: Example, before: Tensors, after: Tensors) -> TextBits:
+    old, new = (trainer.score(adapter, [text]) for adapter in (before, after))
+    bits = old.loss / math.log(2), new.loss / math.log(2)
+    return TextBits(text.prompt, text.text, *bits, new.correct == 1)
 
 
 def personalize_language_model(

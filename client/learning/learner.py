@@ -309,11 +309,7 @@ class Learner:
     def _checked(self, corrections: Sequence[Correction]) -> list[Example]:
         """The corrections as examples. Raises DataError as ``teach``."""
         labels = self.adapter.manifest.labels
-        if not 0 < len(corrections) <= MAX_AT_ONCE:
-            reason = f"{len(corrections)} corrections are given: teach 1 to {MAX_AT_ONCE} at once"
-            raise DataError(reason, about="corrections", value=len(corrections))
-        if len({one.text for one in corrections}) < len(corrections):
-            raise DataError("a phrase is given twice: teach it with one label", about="corrections")
+        check_count(corrections)
         reader = PhraseReader.of(self.library.base.files[TOKENIZER])
         for number, one in enumerate(corrections, 1):
             if one.label not in labels:
@@ -427,6 +423,15 @@ class Learner:
 
     def _trusted(self) -> tuple[PublicKey, ...]:
         return self.library.trust.bundle.trusted
+
+
+def check_count(corrections: Sequence[Correction]) -> None:
+    """Refuse no corrections, too many, and two of one phrase. Raises DataError."""
+    if not 0 < len(corrections) <= MAX_AT_ONCE:
+        reason = f"{len(corrections)} corrections are given: teach 1 to {MAX_AT_ONCE} at once"
+        raise DataError(reason, about="corrections", value=len(corrections))
+    if len({one.text for one in corrections}) < len(corrections):
+        raise DataError("a phrase is given twice: teach it with one label or answer", about="corrections")
 
 
 def stated_config(manifest: AdapterManifest) -> PeftConfig:

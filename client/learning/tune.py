@@ -8,6 +8,7 @@ cost time and move what the adapter answers otherwise.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -21,6 +22,16 @@ LEARNING_RATE = 0.002
 SURE = 0.8  # probability of a correction's label at which it counts as learned
 MAX_STEPS = 30
 MAX_SECONDS = 60.0  # after which no further step begins
+
+
+class HasGradients(Protocol):
+    """``GraphTrainer``, or ``LanguageGraphTrainer``."""
+
+    def gradients(
+        self, adapter: Tensors, examples: Sequence[Example], shares: Sequence[float]
+    ) -> tuple[float, Tensors]:
+        """The loss of examples with their shares, and its gradient by each tensor."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +64,29 @@ def tune(
     Raises:
         DataError: The loss or the adapter is not finite, or the training graph does not run.
     """
+
+    def learned(adapter: Tensors) -> bool:
+        return _learned(trainer, adapter, taught)
+
+    return descend_until(learned, trainer, start, taught, rehearsed, LEARNING_RATE, clock)
+
+
+def descend_until(
+    learned: Callable[[Tensors], bool],
+    trainer: HasGradients,
+    start: Tensors,
+    taught: Sequence[Example],
+    rehearsed: Sequence[Example],
+    rate: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> Tuned:
+    """As ``tune`` at a learning ``rate``, until an adapter has ``learned``."""
     examples = [*taught, *rehearsed]
     half = 0.5 if rehearsed else 1.0
     shares = [half / len(group) for group in (taught, rehearsed) for _ in group]
-    values, optimizer, end = dict(start), AdamW(LEARNING_RATE, 0.0), clock() + MAX_SECONDS
+    values, optimizer, end = dict(start), AdamW(rate, 0.0), clock() + MAX_SECONDS
     for step in range(MAX_STEPS):
-        if clock() >= end or _learned(trainer, values, taught):
+        if clock() >= end or learned(values):
             return Tuned(finite(values), step)
         loss, gradients = trainer.gradients(values, examples, shares)
         if not np.isfinite(loss):

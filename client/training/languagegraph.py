@@ -86,7 +86,7 @@ class LanguageGraphTrainer:
 
         def gradients_of(values: Tensors, batch: list[int]) -> tuple[float, Tensors]:
             texts = [encoded[i] for i in batch]
-            runs = _batches(texts, 1 / learned_tokens(texts), control.tokens)
+            runs = _batches(texts, [1 / learned_tokens(texts)] * len(texts), control.tokens)
             return self._slot_graph.gradients(values, (run for _, run in runs))
 
         order = list(batches([len(each.ids) for each in encoded], task.batch_size, epochs, rng))
@@ -94,12 +94,24 @@ class LanguageGraphTrainer:
         with without_denormals():
             return descend(begun, order, gradients_of, task, step, epochs=epochs, control=control)
 
+    def gradients(
+        self, adapter: Tensors, examples: Sequence[Example], shares: Sequence[float]
+    ) -> tuple[float, Tensors]:
+        """The sum of each example's mean cross-entropy a learned token, in nats, times its share, and its gradients.
+
+        Arguments and errors are those of ``GraphTrainer.gradients``.
+        """
+        encoded = [self._encoder.encode(example) for example in examples]
+        of_a_token = [share / len(each.learned) for each, share in zip(encoded, shares, strict=True)]
+        with without_denormals():
+            return self._slot_graph.gradients(adapter, (run for _, run in _batches(encoded, of_a_token, TOKENS)))
+
     def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
         """Score an adapter on ``examples``. Arguments and result are those of ``LanguageTrainer.score``."""
         correct = loss = 0.0
         encoded = sorted(map(self._encoder.encode, examples), key=lambda each: len(each.ids))
         inputs = self._slot_graph.inputs_of(adapter)
-        for texts, batch in _batches(encoded, 0.0, TOKENS):
+        for texts, batch in _batches(encoded, [0.0] * len(encoded), TOKENS):
             try:
                 with without_denormals():
                     nats, hits = self._slot_graph.graph.scores(batch, inputs)
@@ -120,14 +132,17 @@ class LanguageGraphTrainer:
         return self._slot_graph.inputs_of(adapter)
 
 
-def _batches(texts: Sequence[Encoded], share: float, at_once: int) -> Iterator[tuple[list[Encoded], TrainingBatch]]:
-    """Texts in runs of at most ``at_once`` tokens, each learned token with the same share of the loss."""
+def _batches(
+    texts: Sequence[Encoded], shares: Sequence[float], at_once: int
+) -> Iterator[tuple[list[Encoded], TrainingBatch]]:
+    """Texts in runs of at most ``at_once`` tokens. ``shares``: of the loss, of each learned token of a text."""
     for places in parts([len(each.ids) for each in texts], at_once):
         run = [texts[place] for place in places]
         ids, mask = pad([each.ids.tolist() for each in run])
         positions = np.concatenate([each.learned + row * ids.shape[1] for row, each in enumerate(run)])
         targets = np.concatenate([each.targets[each.learned] for each in run])
-        yield run, TrainingBatch(ids, mask, targets, np.full(len(targets), share, np.float32), positions)
+        of_a_token = np.repeat([shares[place] for place in places], [len(each.learned) for each in run])
+        yield run, TrainingBatch(ids, mask, targets, of_a_token.astype(np.float32), positions)
 
 
 def _has_template(base: VerifiedBase) -> bool:

@@ -20,7 +20,7 @@ from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey
 from client.inference.library import Library
-from client.learning import Learner, personalize_language_model
+from client.learning import Correction, Learner, personalize_language_model, teach_language_model
 from client.training.personal import PersonalMethod, PersonalStep
 from export.bundle.write import write_bundle
 from export.causal import export_causal
@@ -100,7 +100,53 @@ def test_an_adapter_that_predicts_held_out_texts_better_stays(talker: Path) -> N
     assert contents(talker) == before
 
 
+def test_a_taught_answer_is_given_from_then_on_and_what_is_forgotten_is_shown(talker: Path) -> None:
+    before, compared = contents(talker), texts(talker.parent)
+    taught = run("chat", "--bundle", talker, "--prompt", "is it?", "--teach", "yes", "--json")
+    assert taught.exit_code == 0, taught.output
+    found = json.loads(taught.stdout)
+    (one,) = found["taught"]
+    assert (one["prompt"], one["text"], one["known"]) == ("is it?", "yes", True)
+    assert one["after"] < one["before"]
+    shown = run("chat", "--bundle", talker, "--prompt", "is it?", "--max-tokens", "8")
+    assert shown.stdout == "yes\n", shown
+    corrections = talker.parent / "corrections.tsv"
+    corrections.write_text("no\tor not?\nabba\tbaab\n")
+    again = run("learn", "--bundle", talker, "--compare", compared, "--json", corrections)
+    assert again.exit_code == 0, again.output
+    later = json.loads(again.stdout)
+    assert [one["text"] for one in later["taught"]] == ["no", "abba"]
+    assert later["others"][0]["text"] == "yes"
+    assert later["others"][0]["before"] == pytest.approx(one["after"], rel=1e-5)
+    assert len(later["others"]) == 1 + 5
+    shown = run("learn", "--bundle", talker, corrections).stdout
+    assert "bits for each byte before → after" in shown
+    assert "taught  " in shown
+    while "personal" in adapter_names(talker):
+        assert run("learn", "--undo", "--bundle", talker).exit_code == 0
+    assert contents(talker) == before
+
+
 # Bad input: one line, and the adapter in use stays.
+
+
+def test_an_answer_that_cannot_be_taught_is_refused_and_changes_nothing(talker: Path) -> None:
+    before = contents(talker)
+    with Learner.open(talker, task=None) as learner:
+        for corrections, about in (
+            ([], "corrections"),
+            ([Correction("a", "b"), Correction("a", "c")], "corrections"),
+            ([Correction("a", "b" * 2001)], "answer"),
+            ([Correction(" ", "b")], "prompt"),
+            ([Correction("ab" * 400, "b")], "example.prompt"),
+        ):
+            with refused(DataError, about):
+                teach_language_model(learner, corrections)
+    error = run("infer", "--bundle", talker, "--teach", "b", "a").exception
+    assert isinstance(error, ConfigError)
+    assert error.about == "base.task"
+    assert run("chat", "--bundle", talker, "--teach", "b").exit_code == 2
+    assert contents(talker) == before
 
 
 def test_what_cannot_be_trained_is_refused_and_changes_nothing(talker: Path) -> None:
