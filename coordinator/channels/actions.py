@@ -24,15 +24,14 @@ from tuf.api.metadata import Snapshot
 from adapters.manifest import Count, Manifest, Sha256
 from adapters.rollout import Rollout
 from aggregation.errors import DataError
+from coordinator.channels.verdict import Figure, JudgedEvaluation
 
 LOG = "log"  # folder
 HEAD = "x-edgeadapt-log"  # field of the snapshot
-# What was done; "refuse" is a promotion that a gate refused.
-Kind = Literal[
-    "init", "add", "protect", "unprotect", "publish", "promote", "refuse", "rollout", "rollback", "renew", "rotate"
-]
+# What was done; "refuse" is a promotion that a gate refused, "evaluate" a verdict after which the release stayed.
+Making = Literal["publish", "promote", "refuse", "rollout", "evaluate", "rollback"]
+Kind = Literal["init", "add", "protect", "unprotect", "renew", "rotate"] | Making
 Text = Annotated[str, Field(max_length=1000)]
-Figure = Annotated[float, Field(allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +69,7 @@ class Action:
         again: The earlier release that a rollback published again.
         gates: Of a promotion, in order.
         rollout: Who gets the release, if not all devices.
+        evaluation: For which a prepared rollback was published, or after which the release stayed.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -83,6 +83,7 @@ class Action:
     again: Count | None = None
     gates: tuple[GateResult, ...] = ()
     rollout: Rollout | None = None
+    evaluation: JudgedEvaluation | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,9 @@
    record, and no record speaks of metadata that do not exist. A root is in force from the next record on.
 5. A record that made a release has the digest that the channel's metadata of that version list. If it states a rollout,
    they list the flags of that rollout; otherwise none.
-6. No record made a release of a channel that was protected then, unless by a promotion whose gates all let it pass, or
+6. The verdict of each evaluation is the one that its figures give. Metadata that were prepared for a rollback are
+   current only by a record with an evaluation that meets the condition which the channel's key signed in them.
+7. No record made a release of a channel that was protected then, unless by a promotion whose gates all let it pass, or
    by a rollback. Which channels are protected is what the targets of that time say.
 
 Expired metadata are no failure: they say that the repository is not renewed, not that it was altered. A copy of an
@@ -33,6 +35,7 @@ from aggregation.errors import DataError, EdgeAdaptError, TrustError, of_file
 from aggregation.pki.identity import PublicKey
 from coordinator.channels.actions import LOG, ActionRecord, LogHead, action_path, digest_of
 from coordinator.channels.metadata import MAX_METADATA, PUBLIC, ROOT, SNAPSHOT, TIMESTAMP, TOP, delegations, protected
+from coordinator.channels.prepared import RollbackCondition
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +182,30 @@ def _require_release(place: Path, record: ActionRecord) -> None:
             raise TrustError(reason, about=channel, value=record.number)
 
 
+def _require_verdict(place: Path, record: ActionRecord, top: Metadata[Targets]) -> None:
+    """Return if a record's evaluation gives its verdict, and meets the condition in the metadata that it made current.
+
+    ``top``: the targets that were in force then.
+    """
+    action = record.action
+    try:
+        if action.evaluation is not None:
+            action.evaluation.require()
+        for role, version in record.metadata.items():
+            if role in (ROOT, TOP, SNAPSHOT, TIMESTAMP):
+                continue
+            _signed(top, role, found := _current(Targets, place, role, version))
+            condition = RollbackCondition.of(found.signed)
+            if condition is None:
+                continue
+            if (action.kind, action.subject, action.again) != ("rollback", role, condition.again):
+                raise TrustError(f"{action.kind} signed metadata that were prepared for a rollback", about="rollback")
+            condition.require(action.evaluation)
+    except (DataError, TrustError) as error:
+        reason = f"record {record.number} of {action.subject or 'all'}: {error}"
+        raise TrustError(reason, about=error.about, value=record.number) from error
+
+
 def _require_promoted(place: Path, records: Sequence[ActionRecord], roots: Sequence[Metadata[Root]]) -> dict[str, int]:
     """Return if only promotions and rollbacks made releases of channels that were protected then.
 
@@ -187,11 +214,15 @@ def _require_promoted(place: Path, records: Sequence[ActionRecord], roots: Seque
     """
     guarded: frozenset[str] = frozenset()
     promoted: dict[str, dict[int, bool]] = {}
+    top: Metadata[Targets] | None = None
     for record in records:
         if (version := record.metadata.get(TOP)) is not None:
             top = _current(Targets, place, TOP, version)
             _signed(roots[record.metadata[ROOT] - 1], TOP, top)
             guarded = protected(top.signed)
+        if top is None:
+            raise TrustError("the log does not begin with the targets", about="log", value=record.number)
+        _require_verdict(place, record, top)
         action, channel = record.action, record.action.subject
         if channel is None or action.release is None or action.kind not in ("publish", "promote", "rollback"):
             continue

@@ -39,6 +39,7 @@ LONG_DAYS = 365  # of the roles whose keys are offline
 PUBLIC, KEYS = "public", "keys"
 MAX_METADATA = 2**22  # bytes
 PROTECTED = "x-edgeadapt-protected"  # field of a channel in the targets: only promotions make its releases
+ROLLBACK = "x-edgeadapt-rollback"  # field of a channel's metadata that were prepared: on what they may be published
 S = TypeVar("S", bound=Signed)
 
 
@@ -97,6 +98,8 @@ class RoleMetadata:
         root: Root | None = None,
         top: Targets | None = None,
         also: Sequence[CryptoSigner] = (),
+        *,
+        prepared: Mapping[str, Metadata[Targets]] | None = None,
     ) -> None:
         """Sign and write the next version of each role that is given, then of snapshot and timestamp.
 
@@ -107,6 +110,7 @@ class RoleMetadata:
             channels: Name → new metadata.
             root, top: The same of root and targets.
             also: Further signers of the root, whose keys it no longer names.
+            prepared: Name → the next version of a channel's metadata, which are signed already.
 
         Raises:
             ConfigError: A key that must sign is not there. Nothing was written.
@@ -118,19 +122,40 @@ class RoleMetadata:
         changed += [*([(TOP, top)] if top else []), *channels.items(), (SNAPSHOT, snapshot), (TIMESTAMP, timestamp)]
         signers = []
         for role, signed in changed:
-            signed.version = self.version(role) + 1
-            signed.expires = self.now.replace(microsecond=0) + timedelta(days=DAYS.get(role, LONG_DAYS))
+            signed.unrecognized_fields.pop(ROLLBACK, None)  # of the version before
+            signed.version, signed.expires = self.version(role) + 1, self._expiry(role)
             if role not in (ROOT, SNAPSHOT, TIMESTAMP):
                 snapshot.meta[f"{role}.json"] = MetaFile(signed.version)
             signers.append(self.signers((delegated[role] if role in delegated else keys.roles[role]).keyids))
+        ready = {} if prepared is None else prepared
+        for role, metadata in ready.items():
+            snapshot.meta[f"{role}.json"] = MetaFile(metadata.signed.version)
         timestamp.snapshot_meta = MetaFile(snapshot.version)
-        versions = {ROOT: self.version(ROOT), **{role: signed.version for role, signed in changed}}
+        versions = {role: metadata.signed.version for role, metadata in ready.items()}
+        versions |= {ROOT: self.version(ROOT), **{role: signed.version for role, signed in changed}}
         self._log(action, snapshot, versions, keys)
+        for role, metadata in ready.items():
+            storage.replace(self.path(role, metadata.signed.version), metadata.to_bytes(), storage.PUBLIC)
         for (role, signed), own in zip(changed, signers, strict=True):  # all keys are there
-            metadata: Metadata[Any] = Metadata(cast(Any, signed))
+            document: Metadata[Any] = Metadata(cast(Any, signed))
             for signer in (*own, *(also if role == ROOT else ())):
-                metadata.sign(signer, append=True)
-            storage.replace(self.path(role, signed.version), metadata.to_bytes(), storage.PUBLIC)
+                document.sign(signer, append=True)
+            storage.replace(self.path(role, signed.version), document.to_bytes(), storage.PUBLIC)
+
+    def prepare(self, channel: str, signed: Targets) -> Metadata[Targets]:
+        """The next version of a channel's metadata, signed by its key, for a later ``commit``.
+
+        Raises:
+            ConfigError: The channel's key is not there.
+        """
+        signed.version, signed.expires = self.version(channel) + 1, self._expiry(channel)
+        document = Metadata(signed)
+        for signer in self.signers(delegations(self.load(Targets, TOP))[channel].keyids):
+            document.sign(signer, append=True)
+        return document
+
+    def _expiry(self, role: str) -> datetime:
+        return self.now.replace(microsecond=0) + timedelta(days=DAYS.get(role, LONG_DAYS))
 
     def _log(self, action: Action, snapshot: Snapshot, versions: Mapping[str, int], keys: Root) -> None:
         """Write the next record of the log, and name it in ``snapshot``."""

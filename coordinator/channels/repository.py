@@ -3,6 +3,7 @@
 ::
 
     DIR/log/N.json         what was done, a signed record for each action (``actions``)
+    DIR/prepared/          rollbacks that are signed and not served (``prepared``)
     DIR/keys/ID.pem        Ed25519 keys of the roles; those of root and targets belong elsewhere when they are not used
     DIR/public/            what is served: static files, from any web server, object store or folder
         metadata/          N.ROLE.json, and timestamp.json
@@ -33,7 +34,7 @@ from adapters.release import CANARY, MAX_RELEASE, RELEASE, STABLE, TARGETS, Rele
 from adapters.rollout import ALL, FLAGS, MAX_FLAGS, Rollout
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, DataError
-from aggregation.pki.identity import IdentityKey, PublicKey
+from aggregation.pki.identity import PublicKey
 from coordinator.channels.actions import Action, GateResult
 from coordinator.channels.metadata import (
     KEYS,
@@ -48,6 +49,7 @@ from coordinator.channels.metadata import (
     delegations,
     protected,
 )
+from coordinator.channels.prepared import PreparedRollbacks
 from coordinator.channels.targetfiles import TargetFiles
 
 
@@ -116,6 +118,11 @@ class ChannelRepository:
         return TargetFiles(self.folder / PUBLIC / TARGETS, MAX_BASE_FILE)
 
     @property
+    def prepared(self) -> PreparedRollbacks:
+        """The rollbacks that are signed and not published."""
+        return PreparedRollbacks(self.metadata, self.targets)
+
+    @property
     def channels(self) -> tuple[str, ...]:
         """The names of the channels, sorted."""
         return tuple(sorted(delegations(self.metadata.load(Targets, TOP))))
@@ -173,7 +180,7 @@ class ChannelRepository:
             DataError, TrustError: The bundle or the repository is damaged, or none of ``trusted`` signed it.
             OSError: The files cannot be written. The repository is unchanged.
         """
-        with self._locked():
+        with self.locked():
             current = self.release(channel)
             if channel in self.protected:
                 remedy = f"publish to another channel, then 'edgeadapt adapters promote {self.folder} FROM {channel}'"
@@ -191,7 +198,8 @@ class ChannelRepository:
             names = [BASE_MANIFEST, *(BASE / name for name in base.files)]
             names += [path for name in shared for path in (manifest_of(name), adapter_path(name))]
             files = {path.as_posix(): bundle / path for path in names}
-            release = self._add(Action("publish"), channel, files, {name: one.version for name, one in shared.items()})
+            versions = {name: one.version for name, one in shared.items()}
+            release = self.add_release(Action("publish"), channel, files, versions)
             return Published(channel, release, private)
 
     def assemble(self, channel: str, release: Release, bundle: Path) -> None:
@@ -234,7 +242,7 @@ class ChannelRepository:
             DataError, TrustError: The repository is damaged.
             OSError: As ``publish``.
         """
-        with self._locked():
+        with self.locked():
             found, current = self.release(source), self.release(channel)
             if found is None or found.number != number:
                 reason = f"release {number} is not the current one of channel {source}: repeat the promotion"
@@ -248,7 +256,7 @@ class ChannelRepository:
             files = {name: self.targets.path(source, name, digest) for name, digest in found.files.items()}
             rollout = self._first_stage(channel, current, share, languages)
             action = Action("promote", source=source, gates=tuple(gates), rollout=rollout)
-            return Published(channel, self._add(action, channel, files, found.adapters), rollout=rollout)
+            return Published(channel, self.add_release(action, channel, files, found.adapters), rollout=rollout)
 
     def rollout(self, channel: str) -> Rollout | None:
         """Who gets the current release of a channel; None if all devices do. Raises as ``release``."""
@@ -257,24 +265,28 @@ class ChannelRepository:
             return None
         return Rollout.decode(storage.read(self.targets.path(channel, FLAGS, listed.hashes["sha256"]), MAX_FLAGS))
 
-    def set_rollout(self, channel: str, share: int, languages: Sequence[str] = ()) -> Published:
+    def set_rollout(self, channel: str, share: int, languages: Sequence[str] = (), *, anew: bool = False) -> Published:
         """Say anew who gets the release that a channel rolls out. Nobody who has it goes back.
+
+        A rollback that is prepared stays so, and ends with the rollout.
 
         Args:
             channel: The channel.
             share, languages: As of a ``Rollout``. With all devices the rollout is complete.
+            anew: The rollback will be prepared anew, so the one that is prepared is not read.
 
         Raises:
             ConfigError: There is no such channel, or it rolls nothing out.
-            DataError, TrustError: The repository is damaged.
+            DataError, TrustError: The repository is damaged, or the prepared rollback.
             OSError: As ``publish``.
         """
-        with self._locked():
+        with self.locked():
             release = self.release(channel)
             before = self.rollout(channel)
             if release is None or before is None:
                 reason = f"channel {channel} rolls nothing out: begin with 'edgeadapt adapters promote … --share'"
                 raise ConfigError(reason, about="rollout", value=channel)
+            ready = None if anew else self.prepared.read(channel)
             rollout = Rollout.of(before.release, before.previous, share, languages)
             signed = self.metadata.load(Targets, channel)
             if rollout is None:
@@ -285,6 +297,10 @@ class ChannelRepository:
             digest = signed.targets[target(channel, RELEASE)].hashes["sha256"]
             action = Action("rollout", channel, None, release.number, digest, dict(release.adapters), rollout=rollout)
             self.metadata.commit(action, {channel: signed})
+            if rollout is None:
+                self.prepared.discard(channel)
+            else:
+                self.prepared.sign_again(channel, ready, release)
             return Published(channel, release, rollout=rollout)
 
     def refuse(self, source: str, release: Release, channel: str, gates: Sequence[GateResult]) -> None:
@@ -293,44 +309,14 @@ class ChannelRepository:
         Raises:
             ConfigError: The key of snapshot and timestamp is not there.
         """
-        with self._locked():
+        with self.locked():
             adapters = dict(release.adapters)
             action = Action("refuse", channel, source, release.number, adapters=adapters, gates=tuple(gates))
             self.metadata.commit(action, {})
 
-    def roll_back(self, channel: str, number: int, key: IdentityKey) -> Published:
-        """Publish an earlier release of a channel again.
-
-        Devices refuse an older version of an adapter than they have had, so the adapters are signed again, under the
-        version after the highest.
-
-        Args:
-            channel: The channel.
-            number: Of the release.
-            key: The vendor's, which devices have pinned for bundles.
-
-        Raises:
-            ConfigError: There is no such channel or release, or it is the current one.
-            DataError, TrustError: The repository is damaged.
-            OSError: As ``publish``.
-        """
-        with self._locked():
-            old, current = self.release(channel, number), self.release(channel)
-            if old is None or current is None or old.number == current.number:
-                raise ConfigError(f"release {number} is the current one of channel {channel}", about="release")
-            files = {name: self.targets.path(channel, name, digest) for name, digest in old.files.items()}
-            again = {
-                name: replace(self.manifest(channel, old, name), version=self._highest(channel, name) + 1)
-                for name in old.adapters
-            }
-            signed = {manifest_of(name).as_posix(): one.sign(key) for name, one in again.items()}
-            versions = {name: one.version for name, one in again.items()}
-            action = Action("rollback", again=number)
-            return Published(channel, self._add(action, channel, files, versions, signed))
-
     def add_channel(self, channel: str, entropy: Entropy) -> None:
         """Add a channel with a key of its own. Raises ConfigError if it exists or cannot have its name."""
-        with self._locked():
+        with self.locked():
             if check_channel(channel) in self.channels:
                 raise ConfigError(f"there is a channel {channel} already", about="channel", value=channel)
             top = self.metadata.load(Targets, TOP)
@@ -343,7 +329,7 @@ class ChannelRepository:
         Raises:
             ConfigError: There is no such channel, or the key of targets is not in DIR/keys.
         """
-        with self._locked():
+        with self.locked():
             self.release(channel)
             top = self.metadata.load(Targets, TOP)
             fields = delegations(top)[channel].unrecognized_fields
@@ -361,11 +347,14 @@ class ChannelRepository:
         Raises:
             ConfigError: A key that must sign is not in DIR/keys.
         """
-        with self._locked():
+        with self.locked():
             if everything:
                 signed = {name: self.metadata.load(Targets, name) for name in self.channels}
                 root, top = self.metadata.load(Root, ROOT), self.metadata.load(Targets, TOP)
+                ready = {name: self.prepared.read(name) for name in signed}
                 self.metadata.commit(Action("renew"), signed, root, top)
+                for name, each in ready.items():
+                    self.prepared.sign_again(name, each, self.release(name))
             else:
                 self.metadata.commit(Action("renew"), {})
 
@@ -377,18 +366,19 @@ class ChannelRepository:
         Raises:
             ConfigError: There is no such role or channel, or a key that must sign is not in DIR/keys.
         """
-        with self._locked():
+        with self.locked():
             if role not in (ROOT, TOP, SNAPSHOT, TIMESTAMP, *self.channels):
                 raise ConfigError(f"there is no role or channel {role!r}", about="role", value=role)
             root, top = self.metadata.load(Root, ROOT), self.metadata.load(Targets, TOP)
             new, action = self.metadata.new_key(entropy), Action("rotate", role)
             roles = (SNAPSHOT, TIMESTAMP) if role in (SNAPSHOT, TIMESTAMP) else (role,)
             if role in self.channels:
-                old = list(delegations(top)[role].keyids)
+                old, ready = list(delegations(top)[role].keyids), self.prepared.read(role)
                 for keyid in old:
                     top.revoke_key(keyid, role)
                 top.add_key(new.public_key, role)
                 self.metadata.commit(action, {role: self.metadata.load(Targets, role)}, top=top)
+                self.prepared.sign_again(role, ready, self.release(role))
             else:
                 signers, old = self.metadata.signers(root.roles[ROOT].keyids), list(root.roles[roles[0]].keyids)
                 for each in roles:
@@ -402,13 +392,10 @@ class ChannelRepository:
     # Files.
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
+        """Nobody else changes the repository while the block runs."""
         with storage.locked(self.folder / ".lock"):
             yield
-
-    def _highest(self, channel: str, name: str) -> int:
-        """The highest version of an adapter in any release of a channel."""
-        return max(release.adapters.get(name, 0) for release in self.releases(channel))
 
     def _first_stage(
         self, channel: str, current: Release | None, share: int, languages: Sequence[str]
@@ -425,7 +412,7 @@ class ChannelRepository:
             raise ConfigError(f"{reason}: {remedy}", about="rollout", value=channel)
         return rollout
 
-    def _add(
+    def add_release(
         self,
         action: Action,
         channel: str,
@@ -453,6 +440,7 @@ class ChannelRepository:
         digest = listed[target(channel, RELEASE)].hashes["sha256"]
         done = replace(action, subject=channel, release=release.number, sha256=digest, adapters=release.adapters)
         self.metadata.commit(done, {channel: signed})
+        self.prepared.discard(channel)  # of the release before
         return release
 
     def _keep(self, channel: str, last: Release, digests: Mapping[str, str], rollout: Rollout) -> dict[str, TargetFile]:

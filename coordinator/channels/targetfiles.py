@@ -23,6 +23,13 @@ class TargetFiles:
         folder, _, last = target(channel, name).rpartition("/")
         return self.folder / folder / f"{digest}.{last}"
 
+    def stored(self, channel: str, name: str, digest: str) -> TargetFile:
+        """A file that is there. Raises DataError if it is not."""
+        place = self.path(channel, name, digest)
+        if not place.is_file():
+            raise DataError(f"{place} is missing: restore the repository", about=place.name)
+        return TargetFile(place.stat().st_size, {"sha256": digest}, target(channel, name))
+
     def store(self, channel: str, name: str, path: Path) -> TargetFile:
         """Copy a file among the targets, under the digest of what was copied.
 

@@ -153,6 +153,7 @@ def _action(record: ActionRecord) -> str:
     words += [", ".join(f"{name} {version}" for name, version in sorted((action.adapters or {}).items()))]
     words += [f"for {action.rollout}"] if action.rollout else []
     words += [f"by {record.by}"] if record.by else []
+    words += [f"after {action.evaluation}"] if action.evaluation else []
     gates = [f"         {'passed' if each.passed else 'REFUSED'}  {each.gate}: {each.text}" for each in action.gates]
     return "\n".join([" ".join(words).rstrip(), *gates])
 
@@ -164,6 +165,11 @@ def _summary(path: Path, found: RepositoryAudit) -> Iterator[str]:
         yield "the root is the repository's own: name one that you trust with --root"
     for channel, number in found.unpromoted.items():
         yield f"channel {channel} is protected, and its release {number} was published before that, without gates"
+    for record in found.records:
+        action = record.action
+        if action.kind == "rollback" and action.evaluation is None:
+            what = f"record {record.number} rolled channel {action.subject} back by hand, to release {action.release}"
+            yield f"{what}: no evaluation asked for it"
     if found.unread:
         yield f"not named by the snapshot, and not read: {', '.join(found.unread)}"
 

@@ -15,8 +15,11 @@ from adapters.keyfiles import read_key
 from adapters.rollout import ALL
 from adapters.settings import overridden
 from aggregation.errors import ConfigError
+from aggregation.pki.identity import IdentityKey
 from coordinator.channels.actions import GateResult, login_name
+from coordinator.channels.prepared import RollbackCondition
 from coordinator.channels.repository import ChannelRepository, Published
+from coordinator.channels.rollback import prepare, require_signer, roll_back
 from governance.gates import AssembledRelease, PromotionTrial, require_passed
 from governance.gatesettings import GATES, HEADER, GateSettings
 
@@ -30,6 +33,13 @@ language = click.option(
     multiple=True,
     metavar="CODE",
     help="Only devices with this language, such as de; may be repeated.",
+)
+vendor_key = click.option(
+    "--key",
+    "key_file",
+    type=FILE,
+    metavar="FILE",
+    help="The vendor's key: sign the rollback now, for 'adapters watch' to publish if the release is worse.",
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
@@ -68,6 +78,7 @@ def gates(folder: Path, overrides: tuple[str, ...]) -> None:
     help="Of devices that get the release; the others keep the one before. Default: all.",
 )
 @language
+@vendor_key
 @as_json
 def promote(
     folder: Path,
@@ -76,6 +87,7 @@ def promote(
     trust: Path | None,
     share: int,
     languages: tuple[str, ...],
+    key_file: Path | None,
     as_json: bool,
 ) -> None:
     """Make the current release of channel FROM the next one of channel TO, if it passes the gates of REPO/gates.toml.
@@ -83,12 +95,13 @@ def promote(
     Both releases are put together and run as on a device. Each gate's figure is printed and signed into the log, also
     of a promotion that is refused, which ends with exit code 6.
 
-    With --share or --language it is rolled out in stages: go on with 'edgeadapt adapters rollout'.
+    With --share or --language it is rolled out in stages: go on with 'edgeadapt adapters rollout'. With --key, the
+    rollback is signed at the same time and kept in REPO/prepared, where 'edgeadapt adapters watch' finds it.
 
     \b
     Examples:
       edgeadapt adapters promote releases canary stable
-      edgeadapt adapters promote releases canary stable --share 10
+      edgeadapt adapters promote releases canary stable --share 10 --key vendor.key
     """
     opened = _open(folder)
     if not (folder / GATES).is_file():
@@ -97,6 +110,11 @@ def promote(
     release, current = opened.release(source), opened.release(channel)
     if release is None:
         raise ConfigError(f"channel {source} has no release to promote", about="channel", value=source)
+    key = None if key_file is None else read_key(key_file)
+    if key is not None:
+        if share == ALL and not languages:
+            raise ConfigError("a rollback is prepared for a rollout in stages: name --share too", about="--key")
+        require_signer(opened, source, release, key.public)
     with tempfile.TemporaryDirectory(prefix=".promotion-", dir=folder) as work:  # there files can be linked
         keys = trust or folder / TRUST
         candidate = AssembledRelease.of(opened, source, release, keys, Path(work) / "candidate")
@@ -111,7 +129,7 @@ def promote(
         opened.refuse(source, release, channel, results)
         require_passed(results, f"release {release.number} of {source}")
     made = opened.promote(source, release.number, channel, results, share=share, languages=languages)
-    _print(made, results, as_json)
+    _print(made, results, as_json, _prepared(opened, channel, key, settings.accuracy.margin))
 
 
 @click.command()
@@ -125,12 +143,16 @@ def promote(
     help="Of devices that get the release. Default: all, or all with the languages.",
 )
 @language
+@vendor_key
 @as_json
-def rollout(folder: Path, channel: str, share: int, languages: tuple[str, ...], as_json: bool) -> None:
+def rollout(
+    folder: Path, channel: str, share: int, languages: tuple[str, ...], key_file: Path | None, as_json: bool
+) -> None:
     """Say anew which devices get the release that CHANNEL rolls out. With all devices, the rollout is complete.
 
     Each device decides for itself, by a random number that never leaves it: one that is in at 10 % is in at 50 %. A
     device that has the release never goes back when the share shrinks; 'edgeadapt adapters rollback' takes it back.
+    A rollback that is prepared is signed again by the channel's key; with --key, one is prepared anew.
 
     \b
     Examples:
@@ -138,7 +160,13 @@ def rollout(folder: Path, channel: str, share: int, languages: tuple[str, ...], 
       edgeadapt adapters rollout releases stable --share 20 --language de --language fr
       edgeadapt adapters rollout releases stable --share 100
     """
-    _print(_open(folder).set_rollout(channel, share, languages), (), as_json)
+    opened, key, margin = _open(folder), None if key_file is None else read_key(key_file), 0.0
+    release = opened.release(channel)
+    if key is not None and release is not None:  # before anything is changed
+        margin = GateSettings.read(folder / GATES).accuracy.margin
+        require_signer(opened, channel, release, key.public)
+    made = opened.set_rollout(channel, share, languages, anew=key is not None)
+    _print(made, (), as_json, _prepared(opened, channel, key, margin))
 
 
 @click.command()
@@ -156,21 +184,35 @@ def rollback(folder: Path, channel: str, number: int, key: Path, as_json: bool) 
     Example:
       edgeadapt adapters rollback releases stable --to 3 --key vendor.key
     """
-    _print(_open(folder).roll_back(channel, number, read_key(key)), (), as_json)
+    _print(roll_back(_open(folder), channel, number, read_key(key)), (), as_json)
 
 
 def _open(folder: Path) -> ChannelRepository:
     return ChannelRepository.open(folder, datetime.now(UTC), by=login_name())
 
 
-def _print(made: Published, results: tuple[GateResult, ...], as_json: bool) -> None:
+def _prepared(
+    opened: ChannelRepository, channel: str, key: IdentityKey | None, margin: float
+) -> RollbackCondition | None:
+    """The condition of the rollback that is prepared for a channel: now, if a key is given."""
+    if key is not None and opened.rollout(channel) is not None:
+        return prepare(opened, channel, key, margin)
+    found = opened.prepared.read(channel)
+    return None if found is None else found[1]
+
+
+def _print(
+    made: Published, results: tuple[GateResult, ...], as_json: bool, ready: RollbackCondition | None = None
+) -> None:
     release = made.release
     if as_json:
         row: dict[str, Any] = {"channel": made.channel, "release": release.number, "adapters": release.adapters}
         row |= {"files": release.files, "gates": [asdict(each) for each in results]}
-        click.echo(json.dumps({**row, "rollout": made.rollout and asdict(made.rollout)}))
+        row |= {"rollout": made.rollout and asdict(made.rollout), "prepared": ready and asdict(ready)}
+        click.echo(json.dumps(row))
         return
     adapters = ", ".join(f"{name} {version}" for name, version in sorted(release.adapters.items()))
     click.echo(f"{made.channel}, release {release.number}: {adapters}; {len(release.files)} files")
     if made.rollout is not None:
         click.echo(f"for {made.rollout}; release {made.rollout.previous} for the others")
+        click.echo(f"rollback to release {ready.again}: prepared" if ready else "rollback: not prepared, name --key")

@@ -10,11 +10,11 @@ import click
 from aggregation.errors import ConfigError, DataError
 from coordinator.channels.comparison import compared
 from coordinator.channels.repository import ChannelRepository
+from coordinator.channels.verdict import verdict as verdict_of
 from governance.evaluations import last_evaluation
 from governance.gates import GateError
 from governance.gatesettings import GATES, GateSettings
 from governance.lineage import Lineage
-from governance.verdict import verdict as verdict_of
 
 FOLDER = click.Path(path_type=Path)
 

@@ -18,6 +18,7 @@ from adapters.registrystores import postgresql_url
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey
+from coordinator.channels.rollback import roll_back
 from coordinator.registry import database
 from coordinator.statedir import PUBLIC_KEY
 from edgeadapt import cli
@@ -72,7 +73,7 @@ def test_a_version_is_found_in_a_release_that_a_rollback_signed_again(vendor_pla
     vendor_place.repository.protect("stable", on=False)
     vendor_place.publish(1, "stable")
     vendor_place.publish(2, "stable")
-    vendor_place.repository.roll_back("stable", 1, vendor_place.key)
+    roll_back(vendor_place.repository, "stable", 1, vendor_place.key)
     found = as_json("show", vendor_place.state_dir, 1, "--releases", vendor_place.repository.folder)
     places = [(each["release"], each["version"], each["current"]) for each in found["releases"]]
     assert places == [(1, 2, False), (3, 4, True)]

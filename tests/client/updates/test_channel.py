@@ -24,6 +24,7 @@ from client.updates import ChannelSource, follow
 from coordinator.channels.actions import Action, GateResult
 from coordinator.channels.history import audit_repository
 from coordinator.channels.repository import ChannelRepository
+from coordinator.channels.rollback import roll_back
 from edgeadapt import cli
 from export.bundle.write import write_bundle
 from export.onnx.exported import ExportedBase
@@ -72,7 +73,7 @@ def test_a_rollback_brings_the_old_content_back_under_a_new_version(
     following.publish(2, source("global", seed=5), exported)
     following.update()
     following.version()  # the device has used it: it would refuse version 1 now
-    following.repository.roll_back("stable", 1, vendor)
+    roll_back(following.repository, "stable", 1, vendor)
     following.update()
     assert following.version() == 3
     assert stated(following.bundle).content == before.content

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from aggregation.errors import DataError
-from governance.verdict import Proportion, difference_interval, verdict
+from coordinator.channels.verdict import Proportion, difference_interval, verdict
 from tests.support import refused
 
 # Newcombe 1998, table II, method 10: right of n, right of n, limits.

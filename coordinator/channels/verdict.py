@@ -10,14 +10,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Annotated, ClassVar, Self
+
+from pydantic import ConfigDict, Field
 
 from adapters.evaluation import ACCURACY, DEVIATION, EXAMPLES
+from adapters.manifest import Count, Sha256
 from adapters.rollout import NEWEST, PREVIOUS
 from adapters.task import DECIMALS
 from aggregation.errors import DataError
 
 CONFIDENCE = 0.95
 ROUNDING = 10.0**-DECIMALS  # of the difference of two accuracies, each of which is off by half of it at most
+TOLERANCE = 1e-9  # between two machines that compute one verdict
+Figure = Annotated[float, Field(allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +78,12 @@ class Verdict:
         margin: How far it may be below, 0 or more.
     """
 
-    difference: float
-    low: float
-    high: float
-    margin: float
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    difference: Figure
+    low: Figure
+    high: Figure
+    margin: Annotated[float, Field(ge=0, le=1)]
 
     @property
     def worse(self) -> bool:
@@ -112,3 +120,51 @@ def verdict(metrics: Mapping[str, float], margin: float) -> Verdict | None:
     one, other = Proportion(newest, examples), Proportion(previous, examples_before)
     low, high = difference_interval(one, other, deviation=deviation)
     return Verdict(newest - previous, low - ROUNDING, high + ROUNDING, margin)
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedEvaluation:
+    """A round of evaluation with its verdict, as the log of a repository has it.
+
+    Args:
+        round: Of the coordinator.
+        version: SHA-256 of the adapter's file that the round made, which its signed manifest names with the metrics.
+        survivors: Number of devices in the sum.
+        adapter: Name of the adapter that was compared.
+        newest, previous: ``AdapterManifest.content`` of it in the two releases.
+        metrics: Of the round.
+        verdict: What they say.
+        worse: As of the verdict.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    round: Count
+    version: Sha256
+    survivors: Count
+    adapter: Annotated[str, Field(max_length=64)]
+    newest: Sha256
+    previous: Sha256
+    metrics: Annotated[dict[Annotated[str, Field(max_length=64)], Figure], Field(max_length=20)]
+    verdict: Verdict
+    worse: bool
+
+    def require(self) -> Self:
+        """Itself, if its verdict is the one that its metrics give.
+
+        Raises:
+            DataError: It is another one, or there can be none.
+        """
+        found = verdict(self.metrics, self.verdict.margin)
+        stated = self.verdict
+        if found is None:
+            raise DataError(f"the figures of round {self.round} give no verdict", about="evaluation", value=self.round)
+        apart = max(abs(getattr(found, name) - getattr(stated, name)) for name in ("difference", "low", "high"))
+        if apart > TOLERANCE or found.worse != self.worse:
+            reason = f"the figures of round {self.round} do not give the stated verdict, but: {found}"
+            raise DataError(reason, about="evaluation", value=self.round)
+        return self
+
+    def __str__(self) -> str:
+        """For a person."""
+        return f"round {self.round}, {self.survivors} survivors: {self.verdict}"
