@@ -1,20 +1,118 @@
-"""The rounds of evaluation of a coordinator: which releases they compared, and what they found.
+"""The rounds of evaluation of a coordinator: which releases they compared, what they found, and what follows from it.
 
 The signed record of a round names its plan by digest, and the log of the session has the plan. So the plan that is
 found under that digest is the one that the devices had, whoever keeps the log.
 """
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
 from adapters import storage
 from adapters.evaluation import EvaluationTask, is_evaluation
 from adapters.registryfiles import RegistrySettings
+from adapters.release import Release
 from adapters.taskkinds import decode
 from aggregation import envelope, transcript
-from aggregation.errors import ProtocolError, TrustError
+from aggregation.errors import ConfigError, ProtocolError, TrustError
 from aggregation.messages import Assignment, Plan
 from coordinator.audit.transcripts import logs
+from coordinator.channels.comparison import compared
+from coordinator.channels.history import audit_repository
+from coordinator.channels.repository import ChannelRepository
+from coordinator.channels.rollback import note_evaluation, publish_prepared
+from coordinator.channels.verdict import JudgedEvaluation, verdict
 from governance.lineage import GovernedVersion, Lineage
 
 TRANSCRIPT = "transcript"  # in a state directory; ``coordinator.statedir`` has the name too, and needs SQLAlchemy
+
+
+class NoVerdictError(ConfigError):
+    """No round of evaluation gives a verdict on the two releases yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class WatchStep:
+    """What a look at a rollout led to.
+
+    Args:
+        outcome: The channel rolls nothing out; there is no verdict yet; the release stays; or it was rolled back.
+        text: For a person.
+        evaluation: With the verdict, if there is one.
+        release: That a rollback made.
+    """
+
+    outcome: Literal["no rollout", "no verdict", "kept", "rolled back"]
+    text: str
+    evaluation: JudgedEvaluation | None = None
+    release: Release | None = None
+
+
+def act(repository: ChannelRepository, state_dir: Path, trust: Path | None, channel: str, adapter: str) -> WatchStep:
+    """Publish the prepared rollback of a channel if the last evaluation found its newest release worse.
+
+    A verdict after which the release stays is noted in the repository's log, once.
+
+    Args:
+        repository: Of the channel. Of its keys, that of snapshot and timestamp is needed.
+        state_dir, trust: Of the coordinator, as of ``Lineage.read``.
+        channel: The channel.
+        adapter: That was compared.
+
+    Raises:
+        ConfigError: A rollout is under way without a prepared rollback, or as ``compared`` and ``publish_prepared``.
+        DataError, TrustError: The registry or the repository is damaged, or does not pass its audit.
+        OSError: As ``publish_prepared``.
+    """
+    if channel in repository.channels and repository.rollout(channel) is None:
+        return WatchStep("no rollout", f"channel {channel} rolls nothing out")
+    newest, previous = compared(repository, channel, adapter)
+    current = repository.release(channel)
+    if current is None:
+        raise ConfigError(f"channel {channel} has no release", about="channel", value=channel)
+    ready = repository.prepared.accept(channel, current)
+    try:
+        found = judge(Lineage.read(state_dir, trust, None), channel, adapter, newest, previous, ready.condition.margin)
+    except NoVerdictError as error:
+        return WatchStep("no verdict", str(error))
+    noted = [record.action.evaluation for record in audit_repository(repository.folder, None).records]
+    if found.worse:
+        made = publish_prepared(repository, channel, found).release
+        text = (
+            f"{found}; channel {channel} is rolled back: release {made.number} is release {ready.condition.again} again"
+        )
+        return WatchStep("rolled back", text, found, made)
+    if found not in noted:
+        note_evaluation(repository, channel, found)
+    return WatchStep("kept", f"{found}; release {current.number} of channel {channel} stays", found)
+
+
+def judge(lineage: Lineage, channel: str, adapter: str, newest: str, previous: str, margin: float) -> JudgedEvaluation:
+    """The verdict of the last round that compared two releases.
+
+    Args:
+        lineage: Of the coordinator.
+        channel: That rolls the newest out.
+        adapter: That is compared.
+        newest, previous: ``AdapterManifest.content`` of it in the two releases.
+        margin: How far the accuracy of the newest may be below.
+
+    Raises:
+        NoVerdictError: No round compared them, or it counted too few examples of one of them.
+        DataError, TrustError: As ``last_evaluation`` and ``verdict``.
+    """
+    found = last_evaluation(lineage, newest, previous)
+    if found is None or found.record is None:
+        add = f"add one with 'edgeadapt coordinator evaluate {lineage.state_dir}', and run it"
+        raise NoVerdictError(f"no round has compared the two releases of {channel}: {add}", about="evaluation")
+    number, metrics = found.record.round, found.manifest.metrics
+    judged = verdict(metrics, margin)
+    if judged is None:
+        reason = f"round {number} counted too few examples of one of the releases: raise the share, or wait"
+        raise NoVerdictError(reason, about="evaluation", value=number)
+    survivors = len(found.manifest.survivors)
+    figures = (adapter, newest, previous, dict(metrics), judged, judged.worse)
+    return JudgedEvaluation(number, found.manifest.sha256, survivors, *figures)
 
 
 def last_evaluation(lineage: Lineage, newest: str, previous: str) -> GovernedVersion | None:

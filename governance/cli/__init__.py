@@ -15,6 +15,7 @@ COMMANDS = {
     "sbom": ("governance.cli.sbom", "sbom", "Print a version's software bill of materials.", "governance"),
     "show": ("governance.cli.versions", "show", "Show what made a version, and where it is.", ""),
     "verdict": ("governance.cli.verdict", "verdict", "Say whether a release that is rolled out is worse.", ""),
+    "watch": ("governance.cli.verdict", "watch", "Roll a channel back when an evaluation demands it.", ""),
 }
 
 
@@ -28,8 +29,8 @@ def adapters() -> None:
     Example, start to end:
       edgeadapt adapters list fleet --releases releases
       edgeadapt adapters gates releases
-      edgeadapt adapters promote releases canary stable --share 10
-      edgeadapt adapters verdict fleet stable --releases releases
+      edgeadapt adapters promote releases canary stable --share 10 --key vendor.key
+      edgeadapt adapters watch fleet stable --releases releases
       edgeadapt adapters rollout releases stable --share 100
       edgeadapt adapters rollback releases stable --to 1 --key vendor.key
     """

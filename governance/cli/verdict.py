@@ -1,32 +1,37 @@
-"""``edgeadapt adapters verdict``: whether the newest release of a rollout is worse than the one before."""
+"""``edgeadapt adapters verdict`` and ``watch``: whether the release of a rollout is worse, and what follows."""
 
 import json
+import time
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
 import click
 
-from aggregation.errors import ConfigError, DataError
+from aggregation.errors import EdgeAdaptError
+from coordinator.channels.actions import login_name
 from coordinator.channels.comparison import compared
 from coordinator.channels.repository import ChannelRepository
-from coordinator.channels.verdict import verdict as verdict_of
-from governance.evaluations import last_evaluation
+from governance.evaluations import act, judge
 from governance.gates import GateError
 from governance.gatesettings import GATES, GateSettings
 from governance.lineage import Lineage
 
 FOLDER = click.Path(path_type=Path)
 
+releases = click.option("--releases", type=FOLDER, required=True, metavar="REPO", help="The repository of channels.")
+trusted = click.option(
+    "--trust", type=FOLDER, metavar="FILE", help="The coordinator's public key, PEM. Default: the one of DIR."
+)
+adapter_name = click.option("--adapter", default="global", show_default=True, metavar="NAME", help="Of both releases.")
+
 
 @click.command()
 @click.argument("state_dir", type=FOLDER, metavar="DIR")
 @click.argument("channel", metavar="CHANNEL")
-@click.option("--releases", type=FOLDER, required=True, metavar="REPO", help="The repository of channels.")
-@click.option(
-    "--trust", type=FOLDER, metavar="FILE", help="The coordinator's public key, PEM. Default: the one of DIR."
-)
-@click.option("--adapter", default="global", show_default=True, metavar="NAME", help="Of both releases.")
+@releases
+@trusted
+@adapter_name
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def verdict(state_dir: Path, channel: str, releases: Path, trust: Path | None, adapter: str, as_json: bool) -> None:
     """Say whether the release that CHANNEL rolls out is worse than the one before, by the last evaluation of DIR.
@@ -39,22 +44,74 @@ def verdict(state_dir: Path, channel: str, releases: Path, trust: Path | None, a
     Example:
       edgeadapt adapters verdict fleet stable --releases releases
     """
-    repository = ChannelRepository.open(releases, datetime.now(UTC))
-    newest, previous = compared(repository, channel, adapter)
+    newest, previous = compared(_open(releases), channel, adapter)
     margin = GateSettings.read(releases / GATES).accuracy.margin
-    found = last_evaluation(Lineage.read(state_dir, trust, None), newest, previous)
-    if found is None or found.record is None:
-        add = f"add one with 'edgeadapt coordinator evaluate {state_dir}', and run it"
-        raise ConfigError(f"no round has compared the two releases of {channel}: {add}", about="evaluation")
-    judged = verdict_of(found.manifest.metrics, margin)
-    if judged is None:
-        reason = f"round {found.record.round} counted too few examples of one of the releases: raise the share, or wait"
-        raise DataError(reason, about="evaluation", value=found.record.round)
+    found = judge(Lineage.read(state_dir, trust, None), channel, adapter, newest, previous, margin)
     if as_json:
-        row = {"round": found.record.round, "metrics": found.manifest.metrics, "worse": judged.worse}
-        click.echo(json.dumps(row | asdict(judged)))
+        row = {"round": found.round, "metrics": found.metrics, "worse": found.worse}
+        click.echo(json.dumps(row | asdict(found.verdict)))
     else:
-        click.echo(f"round {found.record.round}, {len(found.manifest.survivors)} survivors: {judged}")
-    if judged.worse:
+        click.echo(str(found))
+    if found.worse:
         reason = f"the newest release of {channel} is worse than the one before: take it back with "
-        raise GateError(f"{reason}'edgeadapt adapters rollback'", about="evaluation", value=found.record.round)
+        raise GateError(f"{reason}'edgeadapt adapters rollback'", about="evaluation", value=found.round)
+
+
+@click.command()
+@click.argument("state_dir", type=FOLDER, metavar="DIR")
+@click.argument("channel", metavar="CHANNEL")
+@releases
+@trusted
+@adapter_name
+@click.option("--once", is_flag=True, help="Look once, and end.")
+@click.option(
+    "--interval",
+    type=click.FloatRange(min=0.1, max=86_400),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Between two looks.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
+def watch(
+    state_dir: Path,
+    channel: str,
+    releases: Path,
+    trust: Path | None,
+    adapter: str,
+    once: bool,
+    interval: float,
+    as_json: bool,
+) -> None:
+    """Roll CHANNEL back when the last evaluation of DIR finds the release that it rolls out worse than the one before.
+
+    The rollback was signed when the rollout began, by 'edgeadapt adapters promote --key', so this machine needs no key
+    but that of snapshot and timestamp in REPO/keys. Each verdict is signed into the log, from which
+    'edgeadapt audit verify' computes it again. Without --once it goes on, and prints a line when something changes.
+
+    \b
+    Examples:
+      edgeadapt adapters watch fleet stable --releases releases
+      edgeadapt adapters watch fleet stable --releases releases --once --json
+    """
+    last = ""
+    while True:
+        try:
+            step = act(_open(releases), state_dir, trust, channel, adapter)
+            row = {"outcome": step.outcome, "text": step.text, "release": step.release and step.release.number}
+            line = json.dumps(row | {"evaluation": step.evaluation and asdict(step.evaluation)})
+            line, failed = line if as_json else step.text, False
+        except (EdgeAdaptError, OSError) as error:
+            if once or not last:  # it was called wrongly
+                raise
+            line, failed = json.dumps({"error": str(error)}) if as_json else f"edgeadapt: {error}", True
+        if line != last:
+            click.echo(line, err=failed)
+        if once:
+            return
+        last = line
+        time.sleep(interval)
+
+
+def _open(folder: Path) -> ChannelRepository:
+    return ChannelRepository.open(folder, datetime.now(UTC), by=login_name())

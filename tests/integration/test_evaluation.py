@@ -19,7 +19,6 @@ from click.testing import CliRunner
 from adapters.base import Base
 from adapters.evaluation import RENEWAL
 from adapters.rollout import Rollout
-from adapters.storage import PRIVATE
 from adapters.task import UNIFORMS
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, EdgeAdaptError
@@ -32,18 +31,21 @@ from client.updates import ChannelSource, follow, update
 from client.updates.targeting import Targeting
 from coordinator.channels.history import audit_repository
 from coordinator.channels.repository import ChannelRepository
+from coordinator.channels.rollback import prepare
 from edgeadapt import cli
 from export.bundle.sources import Origin, from_registry
 from export.bundle.write import create
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.slotted import with_mean_head
+from governance.evaluations import NoVerdictError
 from governance.gates import GateError
 from governance.gatesettings import GateSettings
 from tests.support import refused
 from tests.support.bundles import stated
 from tests.support.hostile import audit_failures
 
+MARGIN = GateSettings().accuracy.margin
 DEVICES = 8  # with 30 held-out examples each
 NOISY = {"privacy__mechanism": "skellam", "privacy__noise_multiplier": 0.5}
 KEPT = {"aggregation__keep_masked_inputs": True, "aggregation__ring_bits": 32}
@@ -91,6 +93,7 @@ class Channel:
         source = self.repository.release("canary")
         assert source is not None
         self.repository.promote("canary", source.number, "stable", (), share=50)
+        prepare(self.repository, "stable", self.key, MARGIN)
         self.update()
 
     def join(self) -> None:
@@ -139,6 +142,18 @@ class Channel:
     def verdict(self, *options: str) -> str:
         return run("adapters", "verdict", self.fleet.out / "coordinator", "stable", "--releases", self.folder, *options)
 
+    def watch(self) -> Any:
+        """What a look leads to, on a machine with the key of snapshot and timestamp alone."""
+        roles = {role: keys for role, _, _, keys in self.repository.metadata.roles()}
+        elsewhere = [path for path in (self.folder / "keys").iterdir() if path not in roles["snapshot"]]
+        for path in elsewhere:
+            path.rename(self.fleet.out / path.name)
+        options = ("stable", "--releases", self.folder, "--once", "--json")
+        found = json.loads(run("adapters", "watch", self.fleet.out / "coordinator", *options))
+        for path in elsewhere:
+            (self.fleet.out / path.name).rename(path)
+        return found
+
 
 @pytest.fixture
 def channel_of(app_fleet_of: Callable[..., Any], exported: ExportedBase) -> Callable[..., Channel]:
@@ -179,7 +194,7 @@ def test_a_bad_canary_is_found_by_sums_and_taken_back_and_a_good_one_stays(chann
     channel.join()
     channel.promote()
     assert len(channel.having(1)) == len(channel.having(2)) == DEVICES // 2
-    with refused(ConfigError, "evaluation"):
+    with refused(NoVerdictError, "evaluation"):
         channel.verdict()
 
     record = channel.compare()
@@ -200,25 +215,32 @@ def test_a_bad_canary_is_found_by_sums_and_taken_back_and_a_good_one_stays(chann
     with refused(GateError, "evaluation"):
         channel.verdict()
 
-    (channel.folder / "vendor.key").write_bytes(channel.key.to_pem())
-    (channel.folder / "vendor.key").chmod(PRIVATE)
-    run("adapters", "rollback", channel.folder, "stable", "--to", 1, "--key", channel.folder / "vendor.key")
+    done = channel.watch()
+    assert (done["outcome"], done["release"]) == ("rolled back", 3)
     channel.update()
     assert len(channel.having(3)) == DEVICES  # at the next check the release is off every device
     assert {stated(channel.bundle(device)).labels for device in channel.devices} == {good.labels}
     with refused(ConfigError, "rollout"):
         channel.verdict()
+    assert channel.watch()["outcome"] == "no rollout"
 
     channel.publish("canary", louder(good), 4)
     channel.promote()
-    with refused(ConfigError, "evaluation"):  # the one before compared other releases
+    with refused(NoVerdictError, "evaluation"):  # the one before compared other releases
         channel.verdict()
+    assert channel.watch()["outcome"] == "no verdict"
     assert channel.compare().version == 3
     judged = json.loads(channel.verdict("--json"))
     assert not judged["worse"]
     assert judged["metrics"]["accuracy_newest"] > 0.7
+    assert channel.watch()["outcome"] == channel.watch()["outcome"] == "kept"
     assert audit_failures(folder) == set()
-    audit_repository(channel.folder, None)
+    actions = [each.action for each in audit_repository(channel.folder, None).records]
+    judged_actions = [(each.kind, each.release, each.evaluation.worse) for each in actions if each.evaluation]
+    assert judged_actions == [("rollback", 3, True), ("evaluate", 4, False)]
+    channel.repository.prepared.discard("stable")
+    with refused(ConfigError, "prepared"):
+        channel.watch()
 
 
 def test_with_noise_the_counts_are_noisy_the_ledger_has_them_and_devices_with_few_examples_count_nothing(
