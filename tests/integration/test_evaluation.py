@@ -4,37 +4,20 @@ The apps, the repository of channels and the commands are the real ones. The bas
 """
 
 import json
-import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import tomli_w
-from click.testing import CliRunner
 
 from adapters.base import Base
 from adapters.evaluation import RENEWAL
-from adapters.rollout import Rollout
 from adapters.task import UNIFORMS
-from aggregation.entropy import SystemEntropy
-from aggregation.errors import ConfigError, EdgeAdaptError
-from aggregation.pki.identity import IdentityKey
-from client.inference.session import ClassificationSession
+from aggregation.errors import ConfigError
 from client.node.privacyledger import PrivacyLedger
-from client.node.statedir import SETTINGS
 from client.training.examples import Example, Split, in_split, read_examples, write_examples
-from client.updates import ChannelSource, follow, update
-from client.updates.targeting import Targeting
 from coordinator.channels.history import audit_repository
-from coordinator.channels.repository import ChannelRepository
-from coordinator.channels.rollback import prepare
-from edgeadapt import cli
-from export.bundle.sources import Origin, from_registry
-from export.bundle.write import create
+from export.bundle.sources import from_registry
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.slotted import with_mean_head
@@ -44,6 +27,7 @@ from governance.gatesettings import GateSettings
 from tests.support import refused
 from tests.support.bundles import stated
 from tests.support.hostile import audit_failures
+from tests.support.rollout import StagedFleet, louder, permuted, run
 
 MARGIN = GateSettings().accuracy.margin
 DEVICES = 8  # with 30 held-out examples each
@@ -51,88 +35,13 @@ NOISY = {"privacy__mechanism": "skellam", "privacy__noise_multiplier": 0.5}
 KEPT = {"aggregation__keep_masked_inputs": True, "aggregation__ring_bits": 32}
 
 
-def run(*words: object) -> str:
-    done = CliRunner().invoke(cli, [str(word) for word in words])
-    if isinstance(done.exception, EdgeAdaptError):
-        raise done.exception
-    assert done.exit_code == 0, done.output
-    return done.output
-
-
 @pytest.fixture(scope="module")
 def exported(tiny_base: Base) -> ExportedBase:
     return export_classifier(with_mean_head(tiny_base, ["query", "value"]), tiny_base, Profile.FP32, training=True)
 
 
-@dataclass
-class Channel:
-    """A fleet whose devices follow a channel of a repository; every second one is in at a share of 50 %."""
-
-    fleet: Any
-    exported: ExportedBase
-    key: IdentityKey
-    repository: ChannelRepository
-
-    @property
-    def folder(self) -> Path:
-        return self.repository.folder
-
-    @property
-    def devices(self) -> tuple[str, ...]:
-        return tuple(Path(folder).name for folder in self.fleet.nodes.values())
-
-    def bundle(self, device: str) -> Path:
-        return Path(self.fleet.state_dir(device).folder / "channel" / "bundle")
-
-    def publish(self, channel: str, origin: Origin, version: int) -> None:
-        bundle = self.fleet.out / "made" / str(version) / "bundle"
-        create(bundle, self.exported, replace(origin, version=version), name="global", form="int8", key=self.key)
-        self.repository.publish(channel, bundle, [self.key.public])
-
-    def promote(self) -> None:
-        source = self.repository.release("canary")
-        assert source is not None
-        self.repository.promote("canary", source.number, "stable", (), share=50)
-        prepare(self.repository, "stable", self.key, MARGIN)
-        self.update()
-
-    def join(self) -> None:
-        """Let devices follow the channel, and run its bundle."""
-        (self.fleet.out / "root.json").write_bytes(self.repository.root())
-        keys = (f"{number:032x}" for number in range(10**6))
-        for number, device in enumerate(self.devices):
-            folder = self.bundle(device).parent
-            folder.mkdir()
-            (folder / "trust.pem").write_bytes(self.key.public.to_pem())
-            source = ChannelSource(str(self.folder / "public"), "stable")
-            follow(self.bundle(device), source, self.fleet.out / "root.json")
-            stages = [Rollout(release, release - 1, 50) for release in (2, 4)]
-            chosen = (each.release if number % 2 else each.previous for each in stages)
-            wanted = list(chosen)
-            key = next(key for key in keys if [Targeting(key).release(each) for each in stages] == wanted)
-            Targeting(key).write(folder / "updates")
-            file = folder.parent / SETTINGS
-            file.write_text(tomli_w.dumps(tomllib.loads(file.read_text()) | {"base": str(self.bundle(device))}))
-
-    def update(self) -> None:
-        for device in self.devices:
-            update(self.bundle(device), entropy=SystemEntropy())
-
-    def having(self, version: int) -> tuple[str, ...]:
-        return tuple(device for device in self.devices if stated(self.bundle(device)).version == version)
-
-    def right(self, version: int) -> tuple[int, int]:
-        """Right answers and examples of the devices with a version, counted in one place."""
-        labels, found, count = self.fleet.population.labels, 0, 0
-        for device in self.having(version):
-            session = ClassificationSession.open(self.bundle(device))
-            own = read_examples(self.fleet.state_dir(device).examples, len(labels))
-            for each in in_split(own, Split.VALIDATION):
-                found, count = (
-                    found + (session.classify([each.text], "global")[0].label == labels[each.label]),
-                    count + 1,
-                )
-        return found, count
+class Channel(StagedFleet):
+    """That evaluates and watches in this process."""
 
     def compare(self) -> Any:
         """The record of a round of evaluation."""
@@ -144,44 +53,26 @@ class Channel:
 
     def watch(self) -> Any:
         """What a look leads to, on a machine with the key of snapshot and timestamp alone."""
-        roles = {role: keys for role, _, _, keys in self.repository.metadata.roles()}
-        elsewhere = [path for path in (self.folder / "keys").iterdir() if path not in roles["snapshot"]]
-        for path in elsewhere:
-            path.rename(self.fleet.out / path.name)
+        elsewhere = self.keep_only_the_snapshots_key()
         options = ("stable", "--releases", self.folder, "--once", "--json")
-        found = json.loads(run("adapters", "watch", self.fleet.out / "coordinator", *options))
-        for path in elsewhere:
-            (self.fleet.out / path.name).rename(path)
-        return found
+        try:
+            return json.loads(run("adapters", "watch", self.fleet.out / "coordinator", *options))
+        finally:
+            self.give_back(elsewhere)
 
 
 @pytest.fixture
 def channel_of(app_fleet_of: Callable[..., Any], exported: ExportedBase) -> Callable[..., Channel]:
     def make(**settings: Any) -> Channel:
-        fleet, key = app_fleet_of(DEVICES, **KEPT, **settings), IdentityKey.generate(SystemEntropy())
+        fleet = app_fleet_of(DEVICES, **KEPT, **settings)
         for client in fleet.population.clients:
             path = fleet.state_dir(client.name).examples
             own = read_examples(path, len(fleet.population.labels))
             extra = [Example(f"{e.text} {k}", e.label) for k in range(3) for e in in_split(own, Split.TRAIN)]
             write_examples(path, [*own, *extra])
-        repository = ChannelRepository.create(fleet.out / "releases", SystemEntropy(), datetime.now(UTC))
-        repository.protect("stable", on=False)
-        (repository.folder / "gates.toml").write_text(GateSettings().to_toml())
-        return Channel(fleet, exported, key, repository)
+        return Channel.of(fleet, exported)
 
     return make
-
-
-def louder(origin: Origin) -> Origin:
-    """The same answers from other bytes."""
-    head = next(name for name in origin.tensors if name.endswith("classifier.weight"))
-    tensors = origin.tensors | {head: origin.tensors[head] * np.float32(1.5)}
-    return replace(origin, sha256="e" * 64, tensors=tensors)  # which a manifest names as its source
-
-
-def permuted(origin: Origin) -> Origin:
-    """Each label's answer is that of another one."""
-    return replace(louder(origin), labels=(*origin.labels[1:], origin.labels[0]))
 
 
 def test_a_bad_canary_is_found_by_sums_and_taken_back_and_a_good_one_stays(channel_of: Callable[..., Channel]) -> None:
