@@ -22,7 +22,10 @@ def evaluate(state_dir: Path, releases: Path, channel: str, adapter: str, as_jso
 
     In it devices train nothing: each counts the right answers of the release that it has to its own held-out examples,
     and the round sums the counts of the newest release and of the one before, as it would sum updates. The settings in
-    DIR/federation.toml are written anew. 'edgeadapt adapters verdict' reads the result.
+    DIR/federation.toml are written anew. 'edgeadapt adapters verdict' and 'watch' read the result.
+
+    A share at which too few devices are expected to have one of the releases is refused, once it is known how many
+    devices a round has: by cohort.size, or from the rounds before.
 
     \b
     Example:
@@ -30,15 +33,21 @@ def evaluate(state_dir: Path, releases: Path, channel: str, adapter: str, as_jso
     """
     from datetime import UTC, datetime
 
-    from coordinator.channels.comparison import compared
+    from coordinator.channels.comparison import compared, require_both_likely
     from coordinator.channels.repository import ChannelRepository
     from coordinator.settings import SETTINGS
     from coordinator.statedir import HEADER, CoordinatorStateDir
 
     opened = CoordinatorStateDir.open(state_dir)
-    newest, previous = compared(ChannelRepository.open(releases, datetime.now(UTC)), channel, adapter)
+    repository = ChannelRepository.open(releases, datetime.now(UTC))
+    newest, previous = compared(repository, channel, adapter)
     with opened.locked():
-        settings = opened.settings.with_evaluation(len(opened.registry.rounds()), newest, previous)
+        records = opened.registry.rounds()
+        present = (len(record.survivors) + len(record.dropped) for record in records)
+        devices, rollout = opened.settings.cohort.size or max(present, default=0), repository.rollout(channel)
+        if devices and rollout is not None:
+            require_both_likely(rollout, devices)
+        settings = opened.settings.with_evaluation(len(records), newest, previous)
         storage.replace(state_dir / SETTINGS, HEADER + settings.to_toml().encode(), storage.PUBLIC)
     row = {"round": settings.rounds, "newest": newest, "previous": previous}
     line = (

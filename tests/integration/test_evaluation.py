@@ -132,6 +132,9 @@ def test_a_bad_canary_is_found_by_sums_and_taken_back_and_a_good_one_stays(chann
     channel.repository.prepared.discard("stable")
     with refused(ConfigError, "prepared"):
         channel.watch()
+    channel.repository.set_rollout("stable", 10)
+    with refused(ConfigError, "share"):  # less than one of eight devices
+        channel.compare()
 
 
 def test_with_noise_the_counts_are_noisy_the_ledger_has_them_and_devices_with_few_examples_count_nothing(
