@@ -19,9 +19,14 @@ VECTORS = (
     ".beft_bias",
     ".ln_tuning_layers.",
     ".lora_magnitude_vector",
+    *(f".lora_{factor}" for factor in "ABE"),  # of AdaLoRA: LoRA's have a dot after
+    ".hada_",
+    ".vera_lambda_",
     "prompt_embeddings",
     "prompt_encoder.",
 )
+
+FROZEN = ("base_model.vera_A", "base_model.vera_B")
 
 
 class Part(StrEnum):
@@ -29,12 +34,15 @@ class Part(StrEnum):
 
     A = "A"  # of LoRA: from a layer's input to the rank
     B = "B"  # of LoRA: from the rank to the layer's output; zero on day one
-    VECTORS = "vectors"  # of other methods: scales, magnitudes, offsets, parameters of normalizations, virtual tokens
+    # Of other methods: scales, magnitudes, offsets, parameters of normalizations, virtual tokens; and all of AdaLoRA,
+    # LoHa and VeRA, of which no federated method trains a factor apart.
+    VECTORS = "vectors"
     HEAD = "head"  # modules that are trained in full
     R = "R"  # of Fed-SB, between B and A within a round; no adapter's file has it (``adapters.lorasb``)
+    FROZEN = "frozen"  # A and B of VeRA, which all layers share: in an adapter's file, and never trained
 
 
-PARTS = (Part.A, Part.B, Part.VECTORS, Part.HEAD)  # of an adapter's file
+PARTS = (Part.A, Part.B, Part.VECTORS, Part.HEAD)  # of an adapter's file, without what is frozen
 
 
 def part_of(name: str) -> Part:
@@ -52,6 +60,8 @@ def part_of(name: str) -> Part:
         return Part.B
     if ".lora_R." in name:
         return Part.R
+    if name.startswith(FROZEN):
+        return Part.FROZEN
     return Part.VECTORS if any(mark in name for mark in VECTORS) else Part.HEAD
 
 

@@ -5,6 +5,7 @@ expressions for the end of a layer's path, of which the first that matches count
 refused. A property test holds this file to peft itself (``tests/adapters/peft/test_folder.py``).
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -22,23 +23,43 @@ Pattern = Annotated[str, Field(min_length=1, max_length=512)]
 OTHERWISE = re.compile(r"\[[^]]*\[|--|&&|~~|\\[<>]|\\[bB]\{")
 # A coordinator names them, and a device makes room for them before it sees the adapter's layout.
 MAX_RANK = 1024
+MAX_LOHA_RANK = math.isqrt(MAX_RANK)  # a graph has its update as LoRA of the squared rank
 MAX_VIRTUAL_TOKENS = 1024
 V = TypeVar("V")
 
-Method = Literal["LORA", "IA3", "LN_TUNING", "BEFT", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"]  # as peft names them
+# As peft names them.
+Method = Literal[
+    "LORA", "ADALORA", "LOHA", "VERA", "IA3", "LN_TUNING", "BEFT", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"
+]
 # As scenarios and commands name what can be trained from the start: LoRA with each of its scalings is a method there.
-MethodName = Literal["lora", "rslora", "dora", "ia3", "ln_tuning", "beft", "prompt_tuning", "prefix_tuning"]
+MethodName = Literal[
+    "lora",
+    "rslora",
+    "dora",
+    "adalora",
+    "loha",
+    "vera",
+    "ia3",
+    "ln_tuning",
+    "beft",
+    "prompt_tuning",
+    "prefix_tuning",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
     """The method of an adapter, and the layers at which it is, as ``target_modules`` name them.
 
-    ``LORA`` is low-rank adaptation (Hu et al. 2021). The other methods have vectors only, whose values say everything:
-    ``IA3`` scales activations (Liu et al. 2022), ``LN_TUNING`` replaces the parameters of normalizations (Zhao et al.
-    2023), ``BEFT`` adds to biases. ``PROMPT_TUNING`` (Lester et al. 2021) and ``P_TUNING`` (Liu et al. 2021) have
-    embeddings of virtual tokens, ``PREFIX_TUNING`` (Li and Liang 2021) has their keys and values; they are at no layer.
-    For all these, rank and alpha are 0. The fields are those of peft's own configurations.
+    ``LORA`` is low-rank adaptation (Hu et al. 2021). ``ADALORA`` (Zhang et al. 2023), ``LOHA`` (Hyeon-Woo et al. 2022)
+    and ``VERA`` (Kopiczko et al. 2024) have updates of low rank as well (``adapters.peft.lowrank``); ``r`` is AdaLoRA's
+    ``init_r``, ``lora_alpha`` is LoHa's ``alpha``, and VeRA has none.
+
+    The other methods have vectors only, whose values say everything: ``IA3`` scales activations (Liu et al. 2022),
+    ``LN_TUNING`` replaces the parameters of normalizations (Zhao et al. 2023), ``BEFT`` adds to biases.
+    ``PROMPT_TUNING`` (Lester et al. 2021) and ``P_TUNING`` (Liu et al. 2021) have embeddings of virtual tokens,
+    ``PREFIX_TUNING`` (Li and Liang 2021) has their keys and values; they are at no layer. For those without
+    low rank, rank and alpha are 0. The fields are those of peft's own configurations.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -85,6 +106,9 @@ SETTINGS = {field.name for field in fields(PeftConfig)} - {"peft_type"}
 AT_LAYERS, VIRTUAL = frozenset({"target_modules"}), frozenset({"num_virtual_tokens"})
 TRAINABLE: Mapping[Method, frozenset[str]] = {  # method → the settings with which it can be trained
     "LORA": AT_LAYERS | {"r", "lora_alpha", "use_rslora", "use_dora"},
+    "ADALORA": AT_LAYERS | {"r", "lora_alpha"},
+    "LOHA": AT_LAYERS | {"r", "lora_alpha"},
+    "VERA": AT_LAYERS | {"r"},
     "IA3": AT_LAYERS | {"feedforward_modules"},
     "LN_TUNING": AT_LAYERS,
     "BEFT": AT_LAYERS,
@@ -114,12 +138,23 @@ def require_trainable(config: PeftConfig) -> None:
     elif not 1 <= config.num_virtual_tokens <= MAX_VIRTUAL_TOKENS:
         wanted = f"{method} of 1 to {MAX_VIRTUAL_TOKENS} virtual tokens"
         raise _untrainable("num_virtual_tokens", config.num_virtual_tokens, wanted)
-    if method == "LORA" and not 1 <= config.r <= MAX_RANK:
-        raise _untrainable("r", config.r, f"LORA of a rank of 1 to {MAX_RANK}")
-    if method == "LORA" and not (isinstance(config.lora_alpha, int) and config.lora_alpha >= 1):
-        raise _untrainable("lora_alpha", config.lora_alpha, "LORA of a whole alpha of at least 1")
+    largest = MAX_LOHA_RANK if method == "LOHA" else MAX_RANK
+    if "r" in TRAINABLE[method] and not 1 <= config.r <= largest:
+        raise _untrainable("r", config.r, f"{method} of a rank of 1 to {largest}")
+    whole = isinstance(config.lora_alpha, int) and config.lora_alpha >= 1
+    if "lora_alpha" in TRAINABLE[method] and not whole:
+        raise _untrainable("lora_alpha", config.lora_alpha, f"{method} of a whole alpha of at least 1")
     if odd := sorted(set(config.feedforward_modules) - set(config.target_modules)):
         raise _untrainable("feedforward_modules", odd, "IA3 whose feedforward_modules are among its target_modules")
+
+
+def exactly(path: str) -> str:
+    """The pattern that matches ``path`` and nothing else.
+
+    >>> exactly("layers.0.q_proj")
+    '^layers\\\\.0\\\\.q_proj'
+    """
+    return "^" + re.escape(path)
 
 
 def _untrainable(name: str, value: object, wanted: str) -> ConfigError:

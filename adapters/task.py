@@ -103,14 +103,16 @@ class Task:
         """Read a task.
 
         Raises:
-            ProtocolError: A field is missing, unknown or out of range, nothing is both trained and shared, or R is not
-                both or is with A or B.
+            ProtocolError: A field is missing, unknown or out of range, nothing is both trained and shared, R is not
+                both or is with A or B, or a frozen part is either.
         """
         found = decode_as(cls, raw)
         if missing := [each.name for each in fields(cls) if each.name not in json.loads(raw)]:
             raise ProtocolError(f"task.{missing[0]}: Field required", about=f"task.{missing[0]}")
         if not set(found.trained) & set(found.shared):
             raise ProtocolError("task.shared: no part of the adapter is both trained and shared", about="task.shared")
+        if Part.FROZEN in {*found.trained, *found.shared}:
+            raise ProtocolError("task: a frozen part is neither trained nor shared", about="task.parts")
         for parts in (found.trained, found.shared):
             if Part.R in {*found.trained, *found.shared} and (Part.R not in parts or {Part.A, Part.B} & {*parts}):
                 raise ProtocolError("task: R is trained and shared without A and B, or not at all", about="task.parts")

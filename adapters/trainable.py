@@ -21,13 +21,17 @@ from adapters import pretrained
 from adapters.base import Base
 from adapters.graphinputs import PROMPT
 from adapters.layout import Floats, Tensors
-from adapters.peftconfig import Method, MethodName, PeftConfig, require_trainable
+from adapters.parts import Part, part_of
+from adapters.peftconfig import TRAINABLE, Method, MethodName, PeftConfig, require_trainable
 from aggregation.errors import ConfigError
 
 KINDS: Mapping[MethodName, Method] = {
     "lora": "LORA",
     "rslora": "LORA",
     "dora": "LORA",
+    "adalora": "ADALORA",
+    "loha": "LOHA",
+    "vera": "VERA",
     "ia3": "IA3",
     "ln_tuning": "LN_TUNING",
     "beft": "BEFT",
@@ -36,6 +40,9 @@ KINDS: Mapping[MethodName, Method] = {
 }
 NAMED: Mapping[str, Mapping[str, list[str]]] = {  # method → architecture → the modules that peft adapts by default
     "LORA": constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    "ADALORA": constants.TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING,
+    "LOHA": constants.TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING,
+    "VERA": constants.TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING,
     "IA3": constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
     "BEFT": constants.TRANSFORMERS_MODELS_TO_BEFT_TARGET_MODULES_MAPPING,
 }
@@ -80,8 +87,8 @@ def configuration(
     Args:
         base: The base.
         method: Of the adapter.
-        rank: Of LoRA, as alpha.
-        alpha: The factor of the update is alpha / rank, of rsLoRA alpha / sqrt(rank).
+        rank: Of the methods of low rank, as alpha.
+        alpha: The factor of the update is alpha / rank, of rsLoRA alpha / sqrt(rank); VeRA has none.
         targets: Names of the modules that are adapted. None: those that peft names for the base's architecture, or of
             LoRA the first of ``PROJECTIONS`` that the base has; of LayerNorm tuning, all normalizations.
         feedforward: Those of IA³'s targets whose input is scaled. None, without targets: those that peft names.
@@ -91,9 +98,10 @@ def configuration(
         ConfigError: The base cannot be opened, peft names no modules for it, or as ``require_trainable``.
     """
     kind = KINDS[method]
-    fields: dict[str, Any] = {"r": 0, "lora_alpha": 0}
+    reads = TRAINABLE[kind]
+    fields: dict[str, Any] = {"r": rank if "r" in reads else 0, "lora_alpha": alpha if "lora_alpha" in reads else 0}
     if kind == "LORA":
-        fields = {"r": rank, "lora_alpha": alpha, "use_rslora": method == "rslora", "use_dora": method == "dora"}
+        fields |= {"use_rslora": method == "rslora", "use_dora": method == "dora"}
     if kind in ("PROMPT_TUNING", "PREFIX_TUNING"):
         fields["num_virtual_tokens"] = virtual_tokens
     elif not targets:
@@ -149,8 +157,9 @@ def initial(model: PeftModel, generator: torch.Generator) -> Tensors:
     """The adapter on day one: what changes nothing where the method has such values, which then are peft's own.
 
     That is B = 0 and A as its paper draws it, scales of 1, biases of 0, the base's own normalizations and, of DoRA,
-    the norms of its weights. Virtual tokens begin as tokens of the vocabulary, drawn at random: as their embeddings
-    (Lester et al. 2021) or as the keys and values that the base computes for them (Li and Liang 2021).
+    the norms of its weights. AdaLoRA's singular values, one matrix of LoHa's four and VeRA's λ_b are 0, their other
+    matrices as peft draws them, and λ_d is 0.1. Virtual tokens begin as tokens of the vocabulary, drawn at random: as
+    their embeddings (Lester et al. 2021) or as the keys and values that the base computes for them (Li and Liang 2021).
 
     Args:
         model: From ``adapted``.
@@ -159,14 +168,24 @@ def initial(model: PeftModel, generator: torch.Generator) -> Tensors:
     start = tensors(model)
     for name, value in start.items():
         if ".lora_A." in name:
-            bound = 1 / np.sqrt(value.shape[1])
-            draw = torch.rand(value.shape, generator=generator, dtype=torch.float32)
-            start[name] = ((2 * draw - 1) * bound).numpy()
+            start[name] = _uniform(value.shape, 1 / np.sqrt(value.shape[1]), generator)
         elif ".lora_B." in name:
             start[name] = np.zeros_like(value)
+        elif name.endswith((".lora_A", ".lora_B")):  # AdaLoRA's
+            start[name] = (0.02 * torch.randn(value.shape, generator=generator, dtype=torch.float32)).numpy()
+        elif name.endswith((".hada_w1_a", ".hada_w1_b", ".hada_w2_a")):
+            start[name] = _uniform(value.shape, 1 / np.sqrt(value.shape[1]), generator)
+        elif part_of(name) is Part.FROZEN:
+            start[name] = _uniform(value.shape, np.sqrt(6 / value.shape[1]), generator)
         elif name == PROMPT:
             start[name] = _virtual_tokens(model, len(value), generator)
     return start
+
+
+def _uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Floats:
+    """Random numbers from -``bound`` to ``bound``."""
+    draw: Floats = ((2 * torch.rand(shape, generator=generator, dtype=torch.float32) - 1) * bound).numpy()
+    return draw
 
 
 def _virtual_tokens(model: PeftModel, count: int, generator: torch.Generator) -> Floats:
@@ -211,8 +230,8 @@ def _require_kinds(model: nn.Module, config: PeftConfig) -> None:
 
 
 def _is_linear(module: nn.Module, config: PeftConfig) -> bool:
-    """Whether ``module`` is a linear layer, also with transposed weights (of which peft has no BEFT)."""
-    return isinstance(module, nn.Linear if config.peft_type == "BEFT" else nn.Linear | Conv1D)
+    """Whether ``module`` is a linear layer, also with transposed weights (of which peft has no BEFT and no LoHa)."""
+    return isinstance(module, nn.Linear if config.peft_type in ("BEFT", "LOHA") else nn.Linear | Conv1D)
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -238,6 +257,13 @@ def _peft_config(config: PeftConfig, heads: Sequence[str], task: str | None) -> 
             return peft.LNTuningConfig(**common)
         case "BEFT":
             return peft.BeftConfig(**common)
+        case "ADALORA":  # the rank that it begins with is its rank: nothing runs the allocator, so any schedule will do
+            rank = config.r
+            return peft.AdaLoraConfig(init_r=rank, target_r=rank, lora_alpha=config.lora_alpha, total_step=1, **common)
+        case "LOHA":
+            return peft.LoHaConfig(r=config.r, alpha=config.lora_alpha, **common)
+        case "VERA":
+            return peft.VeraConfig(r=config.r, save_projection=True, **common)
         case _:
             scaling = {"lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora}
             return peft.LoraConfig(r=config.r, use_dora=config.use_dora, **scaling, **common)

@@ -7,6 +7,7 @@ from adapters.graphinputs import layer_of
 from adapters.layout import Layout, Tensors
 from adapters.manifest import VersionManifest
 from adapters.peft.inputs import AdapterInputs
+from adapters.peft.lowrank import as_lora
 from adapters.peft.methods import from_peft_tensors
 from adapters.peftconfig import PeftConfig, require_trainable
 from aggregation.errors import ConfigError
@@ -32,7 +33,7 @@ def seed_version(
         DataError: The tensors are not those of the configuration.
     """
     require_trainable(peft_config)
-    inputs = AdapterInputs.of_tensors(peft_config, from_peft_tensors(tensors, peft_config, {}))
+    inputs = AdapterInputs.of_tensors(*as_lora(peft_config, from_peft_tensors(tensors, peft_config, {})))
     heads = {slot.path: {spec.name: spec.shape for spec in slot.parameters} for slot in inputs.saved}
     if labels:
         _require_classifier(inputs, heads, labels)

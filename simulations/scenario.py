@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from adapters.peftconfig import MAX_VIRTUAL_TOKENS, MethodName
+from adapters.peftconfig import MAX_RANK, MAX_VIRTUAL_TOKENS, MethodName
 from adapters.settings import Settings
 from coordinator.settings import FederationSettings
 from simulations.data.households import PopulationSettings
@@ -39,12 +39,20 @@ class AdapterSettings(Settings):
 
     method: MethodName = Field(
         default="lora",
-        description="method of the adapter (docs/reference/methods.md): lora, rslora, dora, ia3, ln_tuning, beft, and "
-        "of a language model prompt_tuning or prefix_tuning",
+        description="method of the adapter (docs/reference/methods.md): lora, rslora, dora, adalora, loha, vera, ia3, "
+        "ln_tuning, beft, and of a language model prompt_tuning or prefix_tuning",
     )
-    rank: int = Field(default=8, ge=1, le=64, description="rank of each LoRA pair; of lora, rslora and dora")
+    rank: int = Field(
+        default=8,
+        ge=1,
+        le=MAX_RANK,
+        description="rank of each update, of lora, rslora, dora, adalora, loha (up to 32) and vera (hundreds)",
+    )
     alpha: int = Field(
-        default=16, ge=1, le=1024, description="LoRA's alpha; the update is scaled by alpha / rank, or alpha / √rank"
+        default=16,
+        ge=1,
+        le=1024,
+        description="scales the update by alpha / rank, of rslora alpha / √rank; of the methods with a rank but vera",
     )
     targets: tuple[str, ...] = Field(
         default=(),

@@ -4,7 +4,6 @@ Each version of peft adds settings. A setting that is unknown here is therefore 
 """
 
 import json
-import re
 from typing import Any
 
 from pydantic import ValidationError
@@ -12,7 +11,7 @@ from pydantic import ValidationError
 from adapters import jsontext
 from adapters.graphinputs import INPUT_SCALE, OFFSET, REPLACED, layer_of
 from adapters.peft.inputs import AdapterInputs
-from adapters.peftconfig import PeftConfig
+from adapters.peftconfig import PeftConfig, exactly
 from aggregation.errors import ConfigError, DataError
 
 # Settings that do not change what the stored tensors compute: where peft looks for layers (the tensors show which it
@@ -68,14 +67,16 @@ MERGED = frozenset(
 # Settings of LoRA without which it cannot be exported, and with which it can be merged.
 MERGEABLE = frozenset({"layer_replication", "target_parameters", "trainable_token_indices"})
 VIRTUAL_TYPES = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # of virtual tokens
-LOW_RANK = ("ADALORA", "LOHA", "VERA")  # methods that become LoRA
+# The settings that state rank and alpha; of the other methods there are none.
+RANKS = {"LORA": ("r", "lora_alpha"), "ADALORA": ("init_r", "lora_alpha"), "LOHA": ("r", "alpha"), "VERA": ("r", "")}
+ALLOCATED = ".lora_E"  # ends the names in AdaLoRA's rank_pattern
 OFF: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
 
 Settings = dict[str, Any]  # the JSON object
 
 
 def config_of(settings: Settings) -> PeftConfig:
-    """The configuration in an ``adapter_config.json``. That of a low-rank method (``lowrank.py``) is LoRA's.
+    """The configuration in an ``adapter_config.json``.
 
     Raises:
         ConfigError: A method or a setting that no graph can express; ``about`` names the setting.
@@ -147,8 +148,8 @@ def settings_of(config: PeftConfig, inputs: AdapterInputs, base: str | None, vir
         "inference_mode": True,
         "modules_to_save": [slot.path for slot in inputs.saved] or None,
     }
-    if config.peft_type == "LORA":
-        return settings | _lora_settings(config, inputs)
+    if config.peft_type in RANKS:
+        return settings | _low_rank_settings(config, inputs)
     if inputs.virtual:
         # Without a task peft would ignore the virtual tokens.
         task = "SEQ_CLS" if inputs.saved else "CAUSAL_LM"
@@ -159,41 +160,42 @@ def settings_of(config: PeftConfig, inputs: AdapterInputs, base: str | None, vir
     return settings
 
 
-def _lora_settings(config: PeftConfig, inputs: AdapterInputs) -> Settings:
+def _low_rank_settings(config: PeftConfig, inputs: AdapterInputs) -> Settings:
     paths = [slot.path for slot in inputs.loras]
     ranks = {path: config.rank_of(path) for path in paths}
     alphas = {path: config.alpha_of(path) for path in paths}
-    return {
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
+    rank, alpha = RANKS[config.peft_type]
+    settings: Settings = {rank: config.r, "target_modules": sorted(ranks)}
+    if config.peft_type == "VERA":
+        return settings | {"save_projection": True}
+    settings |= {alpha: config.lora_alpha}
+    odd = {path: rank for path, rank in ranks.items() if rank != config.r}
+    if config.peft_type == "ADALORA":  # peft wants a schedule of ranks, and does not use it to answer
+        allocated = {path + ALLOCATED: [at < rank for at in range(config.r)] for path, rank in odd.items()}
+        return settings | {"target_r": config.r, "total_step": 1, "rank_pattern": allocated or None}
+    settings |= {
+        "rank_pattern": {exactly(path): rank for path, rank in odd.items()},
+        "alpha_pattern": {exactly(path): alpha for path, alpha in alphas.items() if alpha != config.lora_alpha},
+    }
+    if config.peft_type == "LOHA":
+        return settings
+    return settings | {
         "lora_dropout": 0.0,
         "bias": "all" if any(name.endswith(REPLACED) for name in inputs.vectors) else "none",
         "lora_bias": any(name.endswith(OFFSET) for name in inputs.vectors),
         "use_rslora": config.use_rslora,
-        "target_modules": sorted(ranks),
-        "rank_pattern": {exactly(path): rank for path, rank in ranks.items() if rank != config.r},
-        "alpha_pattern": {exactly(path): alpha for path, alpha in alphas.items() if alpha != config.lora_alpha},
     }
 
 
-def exactly(path: str) -> str:
-    """The pattern that matches ``path`` and nothing else.
-
-    >>> exactly("layers.0.q_proj")
-    '^layers\\\\.0\\\\.q_proj'
-    """
-    return "^" + re.escape(path)
-
-
 def _config(kind: str, settings: Settings) -> PeftConfig:
-    patterns = kind in ("LORA", "LOHA")  # AdaLoRA's are of another form, and its tensors say as much
-    none = None if patterns else 0
+    patterns = kind in ("LORA", "LOHA")
+    rank, alpha = RANKS.get(kind, ("", ""))
     body = {
-        "peft_type": "LORA" if kind in LOW_RANK else kind,
-        "r": settings.get("r", none) if patterns else 0,
-        "lora_alpha": settings.get("alpha" if kind == "LOHA" else "lora_alpha", none) if patterns else 0,
+        "peft_type": kind,
+        "r": settings.get(rank) if rank else 0,
+        "lora_alpha": settings.get(alpha) if alpha else 0,
         "target_modules": _listed(settings, "target_modules"),
-        "rank_pattern": _pairs(settings, "rank_pattern") if patterns else [],
+        "rank_pattern": _pairs(settings, "rank_pattern") if patterns else _allocated(settings, kind),
         "alpha_pattern": _pairs(settings, "alpha_pattern") if patterns else [],
         "use_rslora": settings.get("use_rslora", False) if kind == "LORA" else False,
         "use_dora": settings.get("use_dora", False) if kind == "LORA" else False,
@@ -212,6 +214,15 @@ def _listed(settings: Settings, name: str) -> list[Any]:
     """The names of modules, sorted, or the pattern in their place."""
     found = settings.get(name) or []
     return sorted(found) if isinstance(found, list) else [found]
+
+
+def _allocated(settings: Settings, kind: str) -> list[tuple[str, Any]]:
+    """The ranks that AdaLoRA's allocator left: peft notes which singular values of a layer it kept."""
+    found = _pairs(settings, "rank_pattern") if kind == "ADALORA" else []
+    return [
+        (exactly(name.removesuffix(ALLOCATED)), kept.count(True) if isinstance(kept, list) else kept)
+        for name, kept in found
+    ]
 
 
 def _pairs(settings: Settings, name: str) -> list[tuple[str, Any]]:

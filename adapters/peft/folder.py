@@ -15,7 +15,7 @@ from adapters import files
 from adapters.files import MAX_ADAPTER
 from adapters.graphinputs import input_name, virtual_tokens
 from adapters.layout import Floats, Layout, Tensors
-from adapters.peft.config import LOW_RANK, Settings, config_of, saved_modules, settings_of
+from adapters.peft.config import Settings, config_of, saved_modules, settings_of
 from adapters.peft.dora import magnitudes
 from adapters.peft.inputs import AdapterInputs, in_modules, is_saved, lora_paths
 from adapters.peft.lowrank import SHARED, as_lora
@@ -41,7 +41,6 @@ class PeftFolder:
     sha256: str  # of adapter_model.safetensors
     base: str | None
     task_type: str | None  # such as SEQ_CLS or CAUSAL_LM
-    shares_a: bool  # VeRA: A may have more columns than a layer reads (``lowrank.trimmed``)
     tensors: Tensors = field(repr=False)  # float32, under peft's names; vectors as ``methods`` names them
 
 
@@ -56,10 +55,7 @@ def read_peft(folder: Path) -> PeftFolder:
     config = config_of(settings)
     blob = read(folder / WEIGHTS, MAX_ADAPTER)
     method = settings["peft_type"]
-    tensors = _tensors(blob, method)
-    if method in LOW_RANK:
-        config, tensors = as_lora(method, settings, config, tensors)
-    tensors = from_peft_tensors(tensors, config, settings)
+    tensors = from_peft_tensors(_tensors(blob, method), config, settings)
     _check_saved(tensors, saved_modules(settings))
     count = virtual_tokens({input_name(name): value for name, value in tensors.items()})
     if count != (stated := settings.get("num_virtual_tokens") or 0):
@@ -67,9 +63,9 @@ def read_peft(folder: Path) -> PeftFolder:
             f"the adapter has {count} virtual tokens, but {CONFIG} states {stated!r:.40}", about="num_virtual_tokens"
         )
     _check_magnitudes(tensors, bool(settings.get("use_dora")))
-    AdapterInputs.of_tensors(config, tensors)
+    AdapterInputs.of_tensors(*as_lora(config, tensors))
     base, task = (_text(settings.get(name)) for name in ("base_model_name_or_path", "task_type"))
-    return PeftFolder(config, files.sha256(blob), base, task, method == "VERA", tensors)
+    return PeftFolder(config, files.sha256(blob), base, task, tensors)
 
 
 def read_settings(folder: Path) -> Settings:
@@ -107,7 +103,7 @@ def to_peft(tensors: Tensors, config: PeftConfig, out: Path, base: str | None = 
         DataError: The tensors do not match ``config``, or are not finite.
         OSError: The folder cannot be written; the error names the file.
     """
-    inputs = AdapterInputs.of_tensors(config, tensors)
+    inputs = AdapterInputs.of_tensors(*as_lora(config, tensors))
     count = virtual_tokens({input_name(name): value for name, value in tensors.items()})
     stated = settings_of(config, inputs, base, count) | ({"use_dora": True} if magnitudes(tensors) else {})
     settings = json.dumps(stated, indent=2).encode() + b"\n"

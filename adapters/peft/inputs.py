@@ -15,7 +15,8 @@ from aggregation.errors import DataError
 
 LABELS = "labels"  # the symbolic dimension of a classifier head's rows
 MAGNITUDE = ".lora_magnitude_vector"  # of DoRA, one number for each output of a layer (``dora.py``)
-LORA = ".lora_"  # part of the name of every parameter that peft adds to a layer
+LORA = ".lora_"  # part of the name of every parameter that LoRA and AdaLoRA add to a layer
+ADDED = (LORA, ".hada_", ".vera_")  # likewise, of every method of low rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,7 @@ def lora_paths(names: Iterable[str]) -> set[str]:
 
 def is_saved(name: str) -> bool:
     """Whether a graph input is a parameter of a module in ``modules_to_save``: of no other kind of slot."""
-    return LORA not in name and vector_kind(name) is None and name not in VIRTUAL
+    return not any(mark in name for mark in ADDED) and vector_kind(name) is None and name not in VIRTUAL
 
 
 def in_modules(name: str, saved: Iterable[str]) -> bool:

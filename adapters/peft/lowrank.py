@@ -6,24 +6,22 @@ LoHa        ``ΔW = s (B₁A₁) ∘ (B₂A₂)`` (Hyeon-Woo et al. 2022)       
 VeRA        ``ΔW = diag(b) B diag(d) A`` (Kopiczko et al. 2024)          B and A are shared by all layers
 =========== ============================================================ ==========================================
 
-The factor of each layer is in B, so every layer has the scaling 1. The update is equal up to the rounding of float32.
+They are trained and stored as peft has them, and become LoRA for a graph. The factor of each layer is in B, so every
+layer has the scaling 1. The update is equal up to the rounding of float32.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from adapters.graphinputs import LORA_A, LORA_B, input_name
 from adapters.layout import Floats, Tensors
-from adapters.peft.config import exactly
-from adapters.peftconfig import MAX_RANK, PeftConfig
+from adapters.peftconfig import MAX_RANK, Method, PeftConfig, exactly
 from aggregation.errors import ConfigError, DataError
 
 Pair = tuple[Floats, Floats]  # A of shape (rank, in), B of shape (out, rank)
-Settings = dict[str, Any]  # an ``adapter_config.json``
 SHARED = ("base_model.vera_A", "base_model.vera_B")
-PARTS = {
+PARTS: Mapping[Method, tuple[str, ...]] = {
     "ADALORA": (".lora_A", ".lora_B", ".lora_E"),
     "LOHA": (".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b"),
     "VERA": (".vera_lambda_b", ".vera_lambda_d"),
@@ -31,28 +29,28 @@ PARTS = {
 EPSILON = 1e-5  # that peft adds to AdaLoRA's rank
 
 
-def as_lora(method: str, settings: Settings, config: PeftConfig, tensors: Tensors) -> tuple[PeftConfig, Tensors]:
+def as_lora(config: PeftConfig, tensors: Tensors) -> tuple[PeftConfig, Tensors]:
     """The configuration and tensors of LoRA with the same updates; other tensors keep their names and values.
 
     Args:
-        method: One of ``PARTS``.
-        settings: ``adapter_config.json``.
-        config: The adapter's rank and alpha, with their patterns.
+        config: The adapter's. That of a method which is not one of ``PARTS`` is returned as it is, with ``tensors``.
         tensors: Under peft's names.
 
     Raises:
-        ConfigError: A rank is above ``MAX_RANK``, or the folder lacks what all layers share.
-        DataError: A layer lacks a tensor, or two do not fit together.
+        ConfigError: A rank is above ``MAX_RANK``, rank or alpha is 0, or the adapter lacks what all layers share.
+        DataError: A layer lacks a tensor, two do not fit together, or a rank is not that of the configuration.
     """
-    parts = PARTS[method]
+    method = config.peft_type
+    if (parts := PARTS.get(method)) is None:
+        return config, tensors
     layers = sorted({name.removesuffix(part) for name in tensors for part in parts if name.endswith(part)})
-    convert = _converter(method, settings, config, tensors)
+    convert = _converter(config, tensors)
     result = {n: v for n, v in tensors.items() if not n.endswith(parts) and n not in SHARED}
     ranks: dict[str, int] = {}
     for layer in layers:
         values = [tensors.get(layer + part) for part in parts]
         try:
-            a, b = convert(input_name(layer), *values)
+            own, a, b = convert(input_name(layer), *values)
             fits = a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] > 0
         except (ValueError, IndexError, TypeError, AttributeError):  # of numpy: a value is missing or of another shape
             fits = False
@@ -60,6 +58,12 @@ def as_lora(method: str, settings: Settings, config: PeftConfig, tensors: Tensor
             raise DataError(
                 f"{input_name(layer)!r} does not have tensors of {method} that fit together: the adapter is damaged",
                 about=input_name(layer),
+            )
+        if own != (stated := config.rank_of(input_name(layer))):
+            raise DataError(
+                f"{input_name(layer)!r} has rank {own}, but the adapter's configuration says {stated}",
+                about=input_name(layer),
+                value=own,
             )
         if (rank := a.shape[0]) > MAX_RANK:
             raise ConfigError(
@@ -91,21 +95,22 @@ def plain(ranks: dict[str, int]) -> PeftConfig:
     return PeftConfig("LORA", rank, rank, tuple(ranks), pairs, pairs)
 
 
-def _converter(method: str, settings: Settings, config: PeftConfig, tensors: Tensors) -> Callable[..., Pair]:
-    if method == "LOHA":
-        return lambda path, *parts: _loha(config.scaling_of(path), *parts)
-    if method == "ADALORA":
-        start, alpha = settings.get("init_r"), settings.get("lora_alpha")
-        if not isinstance(start, int) or not isinstance(alpha, int | float) or start < 1 or alpha <= 0:
+def _converter(config: PeftConfig, tensors: Tensors) -> Callable[..., tuple[int, Floats, Floats]]:
+    """Path and tensors of a layer → its own rank, and A and B of LoRA."""
+    if config.peft_type == "LOHA":
+        return lambda path, *parts: (len(parts[1]), *_loha(config.scaling_of(path), *parts))
+    if config.peft_type == "ADALORA":
+        start, alpha = config.r, config.lora_alpha
+        if start < 1 or alpha <= 0:
             raise ConfigError("AdaLoRA needs init_r and lora_alpha above 0", about="lora_alpha", value=alpha)
-        return lambda path, *parts: _adalora(alpha / (start + EPSILON), *parts)
+        return lambda path, *parts: (len(parts[2]), *_adalora(alpha / (start + EPSILON), *parts))
     a, b = (tensors.get(name) for name in SHARED)
-    if settings.get("save_projection") is False or a is None or b is None:
+    if a is None or b is None:
         raise ConfigError(
-            "the folder lacks the matrices that all layers of VeRA share: save the adapter with save_projection=True",
+            "the adapter lacks the matrices that all layers of VeRA share: save it with save_projection=True",
             about="save_projection",
         )
-    return lambda path, *parts: _vera(a, b, *parts)
+    return lambda path, *parts: (len(parts[1]), *_vera(a, b, *parts))
 
 
 def _adalora(factor: float, a: Floats, b: Floats, e: Floats) -> Pair:

@@ -133,8 +133,9 @@ def publish(state_dir: Path, folder: Path, base: str, labels: Path | None, as_js
       edgeadapt coordinator publish fleet --peft my-lora --base ./my-base --labels labels.txt
     """
     from adapters.base import find_base
+    from adapters.graphinputs import input_name
     from adapters.peft.folder import LABELS, read_peft
-    from adapters.peft.inputs import AdapterInputs
+    from adapters.peft.inputs import is_saved
     from adapters.peft.methods import to_peft_tensors
     from adapters.storage import read_lines
     from coordinator.seed import seed_version
@@ -149,7 +150,7 @@ def publish(state_dir: Path, folder: Path, base: str, labels: Path | None, as_js
                 value=latest.manifest.version,
             )
         source, listed = read_peft(folder), labels or folder / LABELS
-        heads = AdapterInputs.of_tensors(source.peft_config, source.tensors).saved
+        heads = any(is_saved(input_name(name)) for name in source.tensors)
         names = read_lines(listed, "label") if labels or heads or listed.exists() else ()
         tensors = to_peft_tensors(source.tensors, source.peft_config)
         manifest, blob = seed_version(tensors, source.peft_config, names, find_base(base).digest)

@@ -10,7 +10,7 @@ from adapters.layout import Tensors
 from adapters.manifest import PrivacyBound, Task
 from adapters.peft.folder import read_peft
 from adapters.peft.inputs import is_saved
-from adapters.peft.lowrank import trimmed
+from adapters.peft.lowrank import as_lora, trimmed
 from adapters.peft.methods import from_peft_tensors
 from adapters.peftconfig import PeftConfig
 from adapters.registryfiles import SIGNING_KEY
@@ -32,8 +32,20 @@ class Origin:
     base: str | None  # the source's name or folder of the base; a hint
     task: Task | None  # what it was trained for, if the source states it
     tensors: Tensors = field(repr=False)  # under peft's names
-    shares_a: bool = False  # as ``PeftFolder`` states it
+    shares_a: bool = False  # VeRA as LoRA: A may have more columns than a layer reads (``lowrank.trimmed``)
     privacy: PrivacyBound | None = None  # of the sums that it was made from, as its version's manifest states it
+
+
+def as_slots(origin: Origin) -> Origin:
+    """``origin`` with LoRA in the place of another method of low rank, as the slots of a base take it.
+
+    Raises:
+        ConfigError, DataError: As ``lowrank.as_lora``.
+    """
+    config, tensors = as_lora(origin.peft_config, origin.tensors)
+    if config is origin.peft_config:
+        return origin
+    return replace(origin, peft_config=config, tensors=tensors, shares_a=origin.peft_config.peft_type == "VERA")
 
 
 def fitted(origin: Origin, base_digest: str, slots: Mapping[str, Sequence[str]]) -> Origin:
@@ -103,4 +115,4 @@ def from_peft(folder: Path, version: int, labels: tuple[str, ...]) -> Origin:
             f"the adapter in {folder} has no head, so labels have no meaning: leave out --labels", about="labels"
         )
     task = TASKS.get(read.task_type or "")
-    return Origin(read.peft_config, labels, version, read.sha256, None, read.base, task, read.tensors, read.shares_a)
+    return Origin(read.peft_config, labels, version, read.sha256, None, read.base, task, read.tensors)

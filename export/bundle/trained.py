@@ -19,16 +19,17 @@ from adapters.peft.inputs import is_saved
 from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError
 from export.bundle.base import usual_task
-from export.bundle.sources import Origin
+from export.bundle.sources import Origin, as_slots
 
 
 def resolved(origin: Origin, base: Base) -> Origin:
-    """``origin`` with what has to be computed with the base's weights: the scales of DoRA (``adapters.peft.dora``).
+    """``origin`` as slots take it, with what the base's weights give: the scales of DoRA (``adapters.peft.dora``).
 
     Raises:
-        ConfigError: The base cannot be opened, or lacks a layer of the adapter.
-        DataError: As ``with_scales``.
+        ConfigError: The base cannot be opened, or lacks a layer of the adapter; or as ``as_slots``.
+        DataError: As ``with_scales`` and ``as_slots``.
     """
+    origin = as_slots(origin)
     if not (layers := magnitudes(origin.tensors)):
         return origin
     task = origin.task or usual_task(base)

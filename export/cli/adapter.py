@@ -15,7 +15,7 @@ from adapters.manifest import BaseManifest, Format
 from adapters.peft.dora import magnitudes
 from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
-from export.bundle.sources import Origin
+from export.bundle.sources import Origin, as_slots
 from export.bundle.write import (
     add,
     check_base,
@@ -137,7 +137,8 @@ def adapter(
 
 
 def _resolved(origin: Origin, base_name: str | None) -> Origin:
-    """``origin`` with what depends on the weights of the base."""
+    """``origin`` as slots take it, with what depends on the weights of the base."""
+    origin = as_slots(origin)
     if not magnitudes(origin.tensors):
         return origin
     if base_name is None:

@@ -22,9 +22,13 @@ from export.cli.options import FOLDER, out_json, print_result, status
 @click.option(
     "--method", type=click.Choice(get_args(MethodName)), default="lora", show_default=True, help="Of the adapter."
 )
-@click.option("--rank", default=8, type=click.IntRange(1, MAX_RANK), show_default=True, help="LoRA's rank.")
+@click.option("--rank", default=8, type=click.IntRange(1, MAX_RANK), show_default=True, help="Of updates of low rank.")
 @click.option(
-    "--alpha", default=16, type=click.IntRange(1), show_default=True, help="The update is scaled by alpha / rank."
+    "--alpha",
+    default=16,
+    type=click.IntRange(1),
+    show_default=True,
+    help="The update is scaled by alpha / rank; vera has none.",
 )
 @click.option(
     "--targets",
@@ -40,7 +44,7 @@ from export.cli.options import FOLDER, out_json, print_result, status
     help="Of prompt_tuning and prefix_tuning.",
 )
 @click.option(
-    "--seed", default=0, type=click.IntRange(0, 2**63 - 1), show_default=True, help="Draws LoRA's A or virtual tokens."
+    "--seed", default=0, type=click.IntRange(0, 2**63 - 1), show_default=True, help="Draws matrices or virtual tokens."
 )
 @click.option("--out", type=FOLDER, required=True, metavar="DIR", help="A new folder, for 'coordinator publish'.")
 @out_json

@@ -15,7 +15,7 @@ from adapters.bundle import Bundle, VerifiedAdapter
 from adapters.manifest import BaseManifest, Task
 from adapters.peft.folder import to_peft
 from aggregation.errors import ConfigError, DataError
-from export.bundle.sources import Origin, fitted
+from export.bundle.sources import Origin, as_slots, fitted
 from export.bundle.trained import bare_model
 from export.parity.compare import OnnxRunner
 
@@ -62,9 +62,8 @@ def open_pair(bundle: Bundle, name: str, base_name: str, origin: Origin) -> Expo
         )
     runner = OnnxRunner.open(verified.folder, manifest)
     verified.check()
-    trained = _trained(
-        base, manifest.task, fitted(origin, manifest.base_digest, manifest.slots), len(adapter.manifest.labels)
-    )
+    origin = fitted(as_slots(origin), manifest.base_digest, manifest.slots)
+    trained = _trained(base, manifest.task, origin, len(adapter.manifest.labels))
     return ExportedPair(manifest, adapter, runner, trained)
 
 

@@ -76,8 +76,9 @@ def publish(out: Path, scenario: Scenario, population: Population, base: Base) -
     Raises:
         ParityError: The answers of the exported pair differ too much from those of torch; no bundle was written.
     """
-    origin = resolved(from_registry(out / provision.COORDINATOR, None, None), base)
-    model = load_trainer(base, len(population.labels), origin.peft_config).model
+    source = from_registry(out / provision.COORDINATOR, None, None)
+    origin = resolved(source, base)
+    model = load_trainer(base, len(population.labels), source.peft_config).model
     profile, slots = Profile(scenario.export.profile), wanted(base, origin).slots
     exported = _with_phrases(export_classifier(with_mean_head(base, slots), base, profile, training=None), population)
     runner = OnnxRunner.open(exported.folder, exported.manifest)
@@ -90,7 +91,7 @@ def publish(out: Path, scenario: Scenario, population: Population, base: Base) -
     key = IdentityKey.from_pem((out / provision.COORDINATOR / coordinator_files.KEY).read_bytes())
     write_bundle(out / BUNDLE, exported, [source_of(GLOBAL, origin)], key=key)
     storage.replace(out / device_files.TRUST, key.public.to_pem(), storage.PUBLIC)
-    own = {client.name: _personal(out, client, origin, base) for client in population.clients}
+    own = {client.name: _personal(out, client, source, base) for client in population.clients}
     personal = [
         _write_device_bundle(out, client, exported, origin, own[client.name], runner) for client in population.clients
     ]

@@ -47,6 +47,9 @@ METHODS: Mapping[MethodName, str] = {
     "lora": "LoRA",
     "rslora": "rsLoRA",
     "dora": "DoRA",
+    "adalora": "AdaLoRA",
+    "loha": "LoHa",
+    "vera": "VeRA",
     "ia3": "IA³",
     "ln_tuning": "LayerNorm tuning",
     "beft": "BEFT",
@@ -105,8 +108,9 @@ def _described(adapter: AdapterSettings) -> str:
     name = METHODS[adapter.method]
     if adapter.method in ("prompt_tuning", "prefix_tuning"):
         return f"{name} with {count(adapter.virtual_tokens, 'virtual token')}"
-    size = f" of rank {adapter.rank}" if adapter.method in ("lora", "rslora", "dora") else ""
-    return f"{name}{size}{' on ' if adapter.targets else ''}{', '.join(adapter.targets)}"
+    size = f" of rank {adapter.rank}" if adapter.method in ("lora", "rslora", "dora", "adalora", "loha", "vera") else ""
+    place = f" on {', '.join(adapter.targets)}" if adapter.targets else ""
+    return f"{name}{size}{place}"
 
 
 def _plan(scenario: Scenario, out: Path, clients: int, devices: int, memory: str, groups: str) -> list[tuple[str, str]]:

@@ -122,11 +122,15 @@ def test_an_unknown_field_or_peft_type_is_refused(change: dict[str, Any]) -> Non
 
 
 IA3 = PeftConfig("IA3", 0, 0, ("key", "dense"), feedforward_modules=("dense",))
+LOHA, VERA = PeftConfig("LOHA", 8, 8, ("query",)), PeftConfig("VERA", 256, 0, ("query",))
 PROMPT = PeftConfig("PROMPT_TUNING", 0, 0, (), num_virtual_tokens=20)
 TRAINABLE = {
     "lora": PLAIN,
     "rslora": replace(PLAIN, use_rslora=True),
     "dora": replace(PLAIN, use_dora=True),
+    "adalora": PeftConfig("ADALORA", 8, 16, ("query",)),
+    "loha": LOHA,
+    "vera": VERA,
     "ia3": IA3,
     "norms": PeftConfig("LN_TUNING", 0, 0, ("LayerNorm",)),
     "beft": PeftConfig("BEFT", 0, 0, ("value",)),
@@ -153,6 +157,12 @@ def test_each_method_can_be_trained_with_the_settings_that_it_reads(name: str) -
         (replace(PLAIN, target_modules=()), "target_modules"),
         (replace(PLAIN, feedforward_modules=("query",)), "feedforward_modules"),
         (replace(PLAIN, num_virtual_tokens=1), "num_virtual_tokens"),
+        (replace(LOHA, r=33), "r"),
+        (replace(LOHA, lora_alpha=0), "lora_alpha"),
+        (replace(LOHA, use_rslora=True), "use_rslora"),
+        (replace(VERA, r=1025), "r"),
+        (replace(VERA, lora_alpha=1), "lora_alpha"),
+        (PeftConfig("ADALORA", 8, 16, ("query",), rank_pattern=(("query", 4),)), "rank_pattern"),
         (replace(IA3, r=2), "r"),
         (replace(IA3, use_dora=True), "use_dora"),
         (replace(IA3, target_modules=()), "target_modules"),

@@ -92,6 +92,8 @@ def test_a_task_is_read_as_it_was_written_and_has_one_form(task: Task) -> None:
         ({"trained": ["head"], "shared": ["R", "head"]}, "parts"),
         ({"trained": ["R", "B"], "shared": ["R"]}, "parts"),
         ({"trained": ["R"], "shared": ["R", "A"]}, "parts"),
+        ({"trained": ["frozen", "head"], "shared": ["head"]}, "parts"),
+        ({"trained": ["head"], "shared": ["frozen", "head"]}, "parts"),
     ],
 )
 def test_a_field_that_is_unknown_or_out_of_range_is_refused_by_name(changes: dict[str, Any], field: str) -> None:

@@ -19,7 +19,7 @@ from transformers import (
 
 from adapters import causal, classifier, pretrained
 from adapters.base import Base
-from adapters.peftconfig import MethodName, PeftConfig
+from adapters.peftconfig import TRAINABLE, MethodName, PeftConfig
 from adapters.trainable import adapted, configuration, initial
 from aggregation.errors import ConfigError
 from tests.support import refused
@@ -36,6 +36,9 @@ IDS = torch.tensor([[5, 6, 7, 8]])
         ("lora", ("query", "value"), ("q_proj", "v_proj")),
         ("rslora", ("query", "value"), ("q_proj", "v_proj")),
         ("dora", ("query", "value"), ("q_proj", "v_proj")),
+        ("adalora", ("query", "value"), ("q_proj", "v_proj")),
+        ("loha", ("query", "value"), ("q_proj", "v_proj")),
+        ("vera", ("query", "value"), ("q_proj", "v_proj")),
         ("ia3", ("key", "value", "output.dense"), ("k_proj", "v_proj", "down_proj")),
         ("ln_tuning", ("LayerNorm",), ("input_layernorm", "norm", "post_attention_layernorm")),
         ("beft", ("value",), ("v_proj",)),
@@ -104,7 +107,7 @@ def test_common_bases_need_no_targets(config: Any, names: tuple[str, ...], tmp_p
     assert configuration(Base(tmp_path, "")).target_modules == names
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "ln_tuning", "beft"])
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "loha", "vera", "ia3", "ln_tuning", "beft"])
 def test_the_first_adapter_changes_nothing(llama: Base, method: MethodName) -> None:
     model = causal.build(llama, configuration(llama, method))
     causal.load(model, initial(model, torch.Generator().manual_seed(1)))
@@ -132,21 +135,27 @@ def test_virtual_tokens_begin_as_tokens_of_the_vocabulary(llama: Base, method: M
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
+def config_at(kind: Any, targets: tuple[str, ...]) -> PeftConfig:
+    """A configuration with these targets, and else one that can be trained."""
+    rank, alpha = (2 if name in TRAINABLE[kind] else 0 for name in ("r", "lora_alpha"))
+    return PeftConfig(kind, rank, alpha, targets)
+
+
 @pytest.mark.parametrize(
     ("kind", "target"),
     [
         *(("LORA", "embed_tokens"), ("IA3", "embed_tokens"), ("BEFT", "embed_tokens"), ("LN_TUNING", "embed_tokens")),
+        *(("ADALORA", "embed_tokens"), ("LOHA", "embed_tokens"), ("VERA", "embed_tokens"), ("VERA", "norm")),
         *(("LORA", "norm"), ("IA3", "mlp"), ("BEFT", "norm"), ("LN_TUNING", "q_proj"), ("LN_TUNING", "layers")),
         *(("IA3", "nothing"), ("LN_TUNING", "")),
     ],
 )
 def test_a_target_of_another_kind_than_the_method_adapts_is_refused(llama: Base, kind: Any, target: str) -> None:
-    rank = 2 if kind == "LORA" else 0
     with refused(ConfigError, "target_modules"):
-        causal.build(llama, PeftConfig(kind, rank, rank, (target,)))
+        causal.build(llama, config_at(kind, (target,)))
 
 
-@pytest.mark.parametrize("method", ["ia3", "beft"])
+@pytest.mark.parametrize("method", ["adalora", "loha", "vera", "ia3", "beft"])
 def test_no_method_adapts_the_layer_with_a_row_for_each_token(make_lm: Any, method: MethodName) -> None:
     base = make_lm(tie_word_embeddings=False)
     model = causal.build(base, configuration(base, method, targets=["q_proj", "lm_head"]))

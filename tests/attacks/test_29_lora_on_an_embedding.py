@@ -13,6 +13,7 @@ import pytest
 from adapters import classifier, files, trainable
 from adapters.layout import Layout, Tensors
 from adapters.manifest import PeftConfig, VersionManifest
+from adapters.peftconfig import TRAINABLE
 from aggregation import rotation
 from aggregation.errors import ConfigError
 from client.training.trainer import load_trainer
@@ -94,9 +95,9 @@ def test_every_device_refuses_to_train_an_embedding(
 
 
 @pytest.mark.parametrize("target", ["word_embeddings", "position_embeddings", "token_type_embeddings"])
-@pytest.mark.parametrize("method", ["LORA", "IA3", "BEFT", "LN_TUNING"])
+@pytest.mark.parametrize("method", ["LORA", "ADALORA", "LOHA", "VERA", "IA3", "BEFT", "LN_TUNING"])
 def test_no_embedding_is_adapted_by_any_method(tiny_base: Any, method: Any, target: str) -> None:
-    rank = RANK if method == "LORA" else 0
+    rank, alpha = (RANK if name in TRAINABLE[method] else 0 for name in ("r", "lora_alpha"))
     others = "LayerNorm" if method == "LN_TUNING" else "query"
     with refused(ConfigError, "target_modules", value=target):
-        classifier.build(tiny_base, 3, PeftConfig(method, rank, rank, (others, target)))
+        classifier.build(tiny_base, 3, PeftConfig(method, rank, alpha, (others, target)))

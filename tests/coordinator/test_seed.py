@@ -68,6 +68,25 @@ def test_the_version_of_another_method_has_the_names_of_peft() -> None:
         seed_version(elsewhere, config, LABELS, "b" * 64)
 
 
+def adalora(*ranks: int) -> Tensors:
+    """An adapter of AdaLoRA whose layers have these ranks."""
+    found = {name: value for name, value in tensors().items() if "lora" not in name}
+    for layer, rank in enumerate(ranks):
+        path = PATH.replace("layer.0", f"layer.{layer}")
+        shapes = {"A": (rank, 5), "B": (5, rank), "E": (rank, 1)}
+        found |= {f"{path}.lora_{part}": np.ones(shape, np.float32) for part, shape in shapes.items()}
+    return found
+
+
+def test_adalora_is_published_with_its_first_rank_in_each_layer() -> None:
+    config = PeftConfig("ADALORA", 3, 4, ("query",))
+    manifest, blob = seed_version(adalora(3, 3), config, LABELS, "b" * 64)
+    assert manifest.peft_config == config
+    assert files.decode(blob).keys() == adalora(3, 3).keys()
+    with refused(DataError, "encoder.layer.1.query", value=2):
+        seed_version(adalora(3, 2), config, LABELS, "b" * 64)
+
+
 def test_virtual_tokens_are_for_a_language_model() -> None:
     config = PeftConfig("PROMPT_TUNING", 0, 0, (), num_virtual_tokens=2)
     found = {"prompt_embeddings": np.ones((2, 5), np.float32)}

@@ -72,7 +72,7 @@ def test_a_stored_scenario_is_read_back_the_same(tmp_path: Path) -> None:
         ("[federation]\ndeadline = inf", "federation.deadline"),
         ("[federation.server]\nlearning_rate = nan", "federation.server.learning_rate"),
         ('[federation.server]\noptimizer = "sgd"', "federation.server.optimizer"),
-        ('[adapter]\nmethod = "loha"', "adapter.method"),
+        ('[adapter]\nmethod = "lokr"', "adapter.method"),
         ("[adapter]\nvirtual_tokens = 0", "adapter.virtual_tokens"),
         ('[adapter]\ntargets = "query"', "adapter.targets"),
         ("[population]\nlanguages = [1]", "population.languages.0"),

@@ -23,7 +23,9 @@ const pattern = (value) => string(value) && value.length > 0 && [...value].lengt
 const ADAPTER_NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$/;
 
 const PEFT_CONFIG = {
-  peft_type: oneOf("LORA", "IA3", "LN_TUNING", "BEFT", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"),
+  peft_type: oneOf(
+    ...["LORA", "ADALORA", "LOHA", "VERA", "IA3", "LN_TUNING", "BEFT", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"],
+  ),
   r: count,
   lora_alpha: number,
   target_modules: listOf(string),

@@ -1,5 +1,6 @@
 """Folders that the real peft writes and reads: the same scaling and outputs, and a refusal of everything else."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import HRAConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, HRAConfig, LoraConfig, PeftModel, get_peft_model, load_peft_weights
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
@@ -23,7 +24,7 @@ from adapters.graphinputs import PREFIX, from_inputs, to_inputs
 from adapters.manifest import Format
 from adapters.peft.folder import CONFIG, WEIGHTS, read_peft, to_peft
 from adapters.peft.inputs import AdapterInputs
-from adapters.peftconfig import PeftConfig
+from adapters.peftconfig import PeftConfig, require_trainable
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from export.bundle.adapter import decode, encode
 from export.onnx.classifier import export_classifier
@@ -163,6 +164,27 @@ def test_a_peft_folder_gives_torchs_answers_in_the_exported_graph(tmp_path: Path
     exported = export_classifier(model, tiny_base, Profile.FP32)
     runner = OnnxRunner.open(exported.folder, exported.manifest)
     assert compare(model, runner, inputs, TEXTS).max_abs_diff < 1e-5
+
+
+def test_the_ranks_that_adalora_allocated_come_back(tmp_path: Path) -> None:
+    """Once its allocator has run, layers have ranks of their own: such an adapter is read, and not trained on."""
+    net = get_peft_model(Net(), AdaLoraConfig(init_r=4, target_r=2, target_modules=["q_proj", "v_proj"], total_step=9))
+    kept = {"layers.0.attn.q_proj.lora_E": [True, False, True, True], "q_proj.lora_E": [False, True, True, False]}
+    net.peft_config["default"].rank_pattern = kept
+    filled(net).save_pretrained(tmp_path / "theirs")
+    read = read_peft(tmp_path / "theirs")
+    paths = ("layers.0.attn.q_proj", "q_proj", "layers.0.attn.v_proj")
+    assert [read.peft_config.rank_of(path) for path in paths] == [3, 2, 4]
+    with refused(ConfigError, "rank_pattern"):
+        require_trainable(read.peft_config)
+    to_peft(read.tensors, read.peft_config, tmp_path / "ours")
+    theirs, ours = (load_peft_weights(str(tmp_path / name)) for name in ("theirs", "ours"))
+    assert theirs.keys() == ours.keys()
+    plain, state = Net(), torch.ones(2, 6)
+    opened = [PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / name) for name in ("theirs", "ours")]
+    for path in paths:
+        found, expected = (model.get_base_model().get_submodule(path)(state) for model in opened)
+        torch.testing.assert_close(found, expected)
 
 
 def test_half_precision_folders_are_read_as_the_same_floats(tmp_path: Path, saved: Path) -> None:

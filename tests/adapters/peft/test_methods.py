@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from peft import PeftType
 
-from adapters.peft.config import HARMLESS, LOW_RANK, MERGED, config_of
+from adapters.peft.config import HARMLESS, MERGED, config_of
 from aggregation.errors import ConfigError, DataError
 from tests.support import refused
 
@@ -44,8 +44,7 @@ def test_the_tables_have_every_type_once() -> None:
 def test_a_type_is_read_or_refused_as_the_page_says(kind: str) -> None:
     settings = {"peft_type": kind, "target_modules": ["query"]} | RANKS.get(kind, {})
     if kind in READ:
-        expected = "LORA" if kind in LOW_RANK else kind
-        assert config_of(settings).peft_type == expected
+        assert config_of(settings).peft_type == kind
     else:
         with refused(ConfigError, "peft_type", value=kind) as caught:
             config_of(settings)

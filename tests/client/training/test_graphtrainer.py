@@ -299,7 +299,15 @@ def test_a_long_text_is_truncated(ours: GraphTrainer, start: Tensors) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [PeftConfig("PROMPT_TUNING", 0, 0, (), num_virtual_tokens=2), replace(LORA, use_dora=True)]
+    "config",
+    [
+        PeftConfig("PROMPT_TUNING", 0, 0, (), num_virtual_tokens=2),
+        replace(LORA, use_dora=True),
+        replace(LORA, peft_type="ADALORA"),
+        replace(LORA, peft_type="LOHA"),
+        replace(LORA, peft_type="VERA", lora_alpha=0),
+    ],
+    ids=lambda config: config.peft_type,
 )
 def test_a_method_that_needs_torch_is_refused(opened: Open, config: PeftConfig) -> None:
     with refused(ConfigError, "task.peft_config"):

@@ -4,13 +4,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from rich.console import Console
 
+from adapters.peftconfig import MethodName
 from simulations.report.result import ARMS, CanaryBounds, RunResult
-from simulations.report.terminal import print_scenario, print_table
+from simulations.report.terminal import METHODS, print_scenario, print_table
 from simulations.scenario import Scenario
 
 
@@ -130,11 +131,16 @@ def test_a_personal_step_that_does_not_choose_names_no_choice(tmp_path: Path) ->
     assert "validation" not in out.getvalue()
 
 
+def test_every_method_has_a_name() -> None:
+    assert METHODS.keys() == set(get_args(MethodName))
+
+
 @pytest.mark.parametrize(
     ("adapter", "line"),
     [
         ({}, "LoRA of rank 8, and a classification head"),
         ({"method": "dora", "rank": 2, "targets": ["key"]}, "DoRA of rank 2 on key, and a classification head"),
+        ({"method": "vera", "rank": 256}, "VeRA of rank 256, and a classification head"),
         ({"method": "ia3"}, "IA³, and a classification head"),
         ({"method": "prompt_tuning", "virtual_tokens": 1}, "prompt tuning with 1 virtual token, and a"),
     ],
