@@ -35,7 +35,7 @@ def require_private(model: PeftModel) -> None:
     than for all others, so that a sum would name them, as it would at the embedding.
 
     Raises:
-        ConfigError: One has.
+        ConfigError: One has, or its bias is trained.
     """
     output = model.get_base_model().get_output_embeddings()
     for path, layer in model.named_modules():
@@ -46,6 +46,12 @@ def require_private(model: PeftModel) -> None:
                 "tokens the examples have; name other layers",
                 about="target_modules",
             )
+    if output is not None and any(value.requires_grad for value in output.parameters()):
+        raise ConfigError(
+            "bias is 'all', and the base's output layer has a bias with a number for each token: it would show which "
+            "tokens the examples have; choose lora_only",
+            about="bias",
+        )
 
 
 def room(model: PeftModel) -> int | None:

@@ -10,6 +10,7 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from adapters.graphinputs import input_name
 from adapters.layout import Layout
 from aggregation.errors import DataError
 
@@ -26,6 +27,7 @@ VECTORS = (
     "prompt_encoder.",
 )
 
+HEAD = "classifier"  # path of the head that devices train
 FROZEN = ("base_model.vera_A", "base_model.vera_B")
 
 
@@ -34,8 +36,8 @@ class Part(StrEnum):
 
     A = "A"  # of LoRA: from a layer's input to the rank
     B = "B"  # of LoRA: from the rank to the layer's output; zero on day one
-    # Of other methods: scales, magnitudes, offsets, parameters of normalizations, virtual tokens; and all of AdaLoRA,
-    # LoHa and VeRA, of which no federated method trains a factor apart.
+    # Of other methods: scales, magnitudes, offsets, parameters of normalizations, biases of the base, virtual tokens;
+    # and all of AdaLoRA, LoHa and VeRA, of which no federated method trains a factor apart.
     VECTORS = "vectors"
     HEAD = "head"  # modules that are trained in full
     R = "R"  # of Fed-SB, between B and A within a round; no adapter's file has it (``adapters.lorasb``)
@@ -62,7 +64,14 @@ def part_of(name: str) -> Part:
         return Part.R
     if name.startswith(FROZEN):
         return Part.FROZEN
+    if is_bias(name):
+        return Part.VECTORS
     return Part.VECTORS if any(mark in name for mark in VECTORS) else Part.HEAD
+
+
+def is_bias(name: str) -> bool:
+    """Whether a tensor is a bias of the base, which PEFT trains in its place with ``bias="all"`` or ``"lora_only"``."""
+    return name.endswith(".bias") and ".lora_B." not in name and not input_name(name).startswith(f"{HEAD}.")
 
 
 def only(layout: Layout, parts: Collection[Part]) -> Layout:

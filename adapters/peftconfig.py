@@ -75,6 +75,8 @@ class PeftConfig:
     use_dora: bool = False  # weights are split into magnitude and direction (Liu et al. 2024)
     feedforward_modules: tuple[str, ...] = ()  # of IA3: those of the targets whose input is scaled, not their output
     num_virtual_tokens: Rank = 0
+    # Which of the base's biases LoRA trains besides (BitFit, Ben Zaken et al. 2022): "all", or those of its targets.
+    bias: Literal["none", "all", "lora_only"] = "none"
 
     @classmethod
     def lora(cls, rank: int = 8, alpha: int = 16, targets: Sequence[str] = ("query", "value")) -> Self:
@@ -103,9 +105,10 @@ class PeftConfig:
 
 
 SETTINGS = {field.name for field in fields(PeftConfig)} - {"peft_type"}
+OFF = (0, (), "none")
 AT_LAYERS, VIRTUAL = frozenset({"target_modules"}), frozenset({"num_virtual_tokens"})
 TRAINABLE: Mapping[Method, frozenset[str]] = {  # method → the settings with which it can be trained
-    "LORA": AT_LAYERS | {"r", "lora_alpha", "use_rslora", "use_dora"},
+    "LORA": AT_LAYERS | {"r", "lora_alpha", "use_rslora", "use_dora", "bias"},
     "ADALORA": AT_LAYERS | {"r", "lora_alpha"},
     "LOHA": AT_LAYERS | {"r", "lora_alpha"},
     "VERA": AT_LAYERS | {"r"},
@@ -130,8 +133,10 @@ def require_trainable(config: PeftConfig) -> None:
     """
     method = config.peft_type
     for name in sorted(SETTINGS - TRAINABLE[method]):  # the same refusal in every process
-        if value := getattr(config, name):
+        if (value := getattr(config, name)) not in OFF:
             raise _untrainable(name, value, f"{method} without {name}")
+    if config.use_dora and config.bias != "none":
+        raise _untrainable("bias", config.bias, "biases with LORA without use_dora")
     if "target_modules" in TRAINABLE[method]:
         if not config.target_modules:
             raise _untrainable("target_modules", (), f"{method} of at least one target module")

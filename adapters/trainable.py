@@ -6,7 +6,7 @@ checked and no others: none makes peft open a file, import a module or draw in w
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import peft
@@ -22,9 +22,12 @@ from adapters.base import Base
 from adapters.graphinputs import PROMPT
 from adapters.layout import Floats, Tensors
 from adapters.parts import Part, part_of
+from adapters.peft.methods import COPIES
 from adapters.peftconfig import TRAINABLE, Method, MethodName, PeftConfig, require_trainable
 from aggregation.errors import ConfigError
 
+# ``client.training.trainer`` puts the base's biases back where it disables an adapter.
+warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias", UserWarning)
 KINDS: Mapping[MethodName, Method] = {
     "lora": "LORA",
     "rslora": "LORA",
@@ -69,7 +72,11 @@ def adapted(model: nn.Module, config: PeftConfig, *, heads: Sequence[str] = (), 
     with warnings.catch_warnings():  # of what peft cannot do with a module, merging for example
         warnings.filterwarnings("ignore", "Detected that the base layer has no bias term", UserWarning)
         warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
-        return get_peft_model(model, _peft_config(config, heads, task)).eval()
+        found = get_peft_model(model, _peft_config(config, heads, task)).eval()
+    for name, value in found.named_parameters():
+        if name.endswith(COPIES):
+            value.requires_grad_(False)
+    return found
 
 
 def configuration(
@@ -81,6 +88,7 @@ def configuration(
     targets: Sequence[str] = (),
     feedforward: Sequence[str] = (),
     virtual_tokens: int = 20,
+    bias: Literal["none", "all", "lora_only"] = "none",
 ) -> PeftConfig:
     """The configuration of an adapter that is trained from the start.
 
@@ -93,6 +101,7 @@ def configuration(
             LoRA the first of ``PROJECTIONS`` that the base has; of LayerNorm tuning, all normalizations.
         feedforward: Those of IA³'s targets whose input is scaled. None, without targets: those that peft names.
         virtual_tokens: Of prompt and prefix tuning.
+        bias: Of LoRA: which of the base's biases are trained besides.
 
     Raises:
         ConfigError: The base cannot be opened, peft names no modules for it, or as ``require_trainable``.
@@ -100,6 +109,7 @@ def configuration(
     kind = KINDS[method]
     reads = TRAINABLE[kind]
     fields: dict[str, Any] = {"r": rank if "r" in reads else 0, "lora_alpha": alpha if "lora_alpha" in reads else 0}
+    fields["bias"] = bias
     if kind == "LORA":
         fields |= {"use_rslora": method == "rslora", "use_dora": method == "dora"}
     if kind in ("PROMPT_TUNING", "PREFIX_TUNING"):
@@ -145,7 +155,8 @@ def _norms(base: Base) -> list[str]:
 def tensors(model: PeftModel) -> Tensors:
     """Copies of the adapter's tensors as float32 arrays, under the names that PEFT saves."""
     state = get_peft_model_state_dict(model)
-    return {name: value.detach().to(torch.float32).numpy().copy() for name, value in state.items()}
+    kept = {name: value for name, value in state.items() if not name.endswith(COPIES)}
+    return {name: value.detach().to(torch.float32).numpy().copy() for name, value in kept.items()}
 
 
 def load(model: PeftModel, adapter: Mapping[str, Floats]) -> None:
@@ -156,10 +167,11 @@ def load(model: PeftModel, adapter: Mapping[str, Floats]) -> None:
 def initial(model: PeftModel, generator: torch.Generator) -> Tensors:
     """The adapter on day one: what changes nothing where the method has such values, which then are peft's own.
 
-    That is B = 0 and A as its paper draws it, scales of 1, biases of 0, the base's own normalizations and, of DoRA,
-    the norms of its weights. AdaLoRA's singular values, one matrix of LoHa's four and VeRA's λ_b are 0, their other
-    matrices as peft draws them, and λ_d is 0.1. Virtual tokens begin as tokens of the vocabulary, drawn at random: as
-    their embeddings (Lester et al. 2021) or as the keys and values that the base computes for them (Li and Liang 2021).
+    That is B = 0 and A as its paper draws it, scales of 1, biases of 0 that are added to the base's, the base's own
+    normalizations and biases where they are replaced and, of DoRA, the norms of its weights. AdaLoRA's singular values,
+    one matrix of LoHa's four and VeRA's λ_b are 0, their other matrices as peft draws them, and λ_d is 0.1. Virtual
+    tokens begin as tokens of the vocabulary, drawn at random: as their embeddings (Lester et al. 2021) or as the keys
+    and values that the base computes for them (Li and Liang 2021).
 
     Args:
         model: From ``adapted``.
@@ -266,4 +278,4 @@ def _peft_config(config: PeftConfig, heads: Sequence[str], task: str | None) -> 
             return peft.VeraConfig(r=config.r, save_projection=True, **common)
         case _:
             scaling = {"lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora}
-            return peft.LoraConfig(r=config.r, use_dora=config.use_dora, **scaling, **common)
+            return peft.LoraConfig(r=config.r, use_dora=config.use_dora, bias=config.bias, **scaling, **common)

@@ -6,13 +6,13 @@ from adapters import files
 from adapters.graphinputs import layer_of
 from adapters.layout import Layout, Tensors
 from adapters.manifest import VersionManifest
+from adapters.parts import HEAD
 from adapters.peft.inputs import AdapterInputs
 from adapters.peft.lowrank import as_lora
 from adapters.peft.methods import from_peft_tensors
 from adapters.peftconfig import PeftConfig, require_trainable
 from aggregation.errors import ConfigError
 
-HEAD = "classifier"  # path of the head that devices train (``adapters.classifier.PhraseClassifier``)
 ENCODER = "encoder."  # begins the path of every layer below it
 PARAMETERS = {"weight", "bias"}
 

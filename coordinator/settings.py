@@ -398,8 +398,8 @@ class FederationSettings(Settings):
 
     def _training_task(self, config: PeftConfig, labels: tuple[str, ...], version: int) -> Task:
         training, method = self.training, METHODS[self.method]
-        if method.splits_factors and (config.peft_type != "LORA" or config.use_dora):
-            kind = "DoRA" if config.use_dora else config.peft_type
+        if method.splits_factors and (config.peft_type != "LORA" or config.use_dora or config.bias != "none"):
+            kind = "DoRA" if config.use_dora else "LoRA with biases" if config.bias != "none" else config.peft_type
             reason = f"method {self.method} trains LoRA's matrices apart from each other, and the adapter is {kind}"
             raise ConfigError(f"{reason}: choose fedit, fedper or head", about="method", value=self.method)
         return Task(

@@ -65,6 +65,11 @@ class AdapterSettings(Settings):
     virtual_tokens: int = Field(
         default=20, ge=1, le=MAX_VIRTUAL_TOKENS, description="virtual tokens of prompt_tuning and prefix_tuning"
     )
+    bias: Literal["none", "all", "lora_only"] = Field(
+        default="none",
+        description="which of the base's biases lora and rslora train besides: none, all, or lora_only (those of the "
+        "adapted modules)",
+    )
     head: Literal["prototypes", "logistic"] = Field(
         default="prototypes",
         description="the vendor's head, from the public phrases: prototypes (each label's mean embedding) or logistic "

@@ -179,9 +179,10 @@ def _low_rank_settings(config: PeftConfig, inputs: AdapterInputs) -> Settings:
     }
     if config.peft_type == "LOHA":
         return settings
+    replaces = any(name.endswith(REPLACED) for name in inputs.vectors)  # also as VeRA, which became LoRA
     return settings | {
         "lora_dropout": 0.0,
-        "bias": "all" if any(name.endswith(REPLACED) for name in inputs.vectors) else "none",
+        "bias": config.bias if config.bias != "none" or not replaces else "all",
         "lora_bias": any(name.endswith(OFFSET) for name in inputs.vectors),
         "use_rslora": config.use_rslora,
     }
@@ -199,6 +200,7 @@ def _config(kind: str, settings: Settings) -> PeftConfig:
         "alpha_pattern": _pairs(settings, "alpha_pattern") if patterns else [],
         "use_rslora": settings.get("use_rslora", False) if kind == "LORA" else False,
         "use_dora": settings.get("use_dora", False) if kind == "LORA" else False,
+        "bias": settings.get("bias", "none") if kind == "LORA" else "none",
         "feedforward_modules": _listed(settings, "feedforward_modules") if kind == "IA3" else [],
         "num_virtual_tokens": settings.get("num_virtual_tokens", 0) if kind in VIRTUAL_TYPES else 0,
     }

@@ -36,6 +36,7 @@ from adapters.graphinputs import (
     vector_site,
 )
 from adapters.layout import Floats, Tensors
+from adapters.parts import HEAD
 from adapters.peft.config import Settings, saved_modules
 from adapters.peft.inputs import in_modules
 from adapters.peftconfig import PeftConfig
@@ -54,13 +55,15 @@ def from_peft_tensors(tensors: Tensors, config: PeftConfig, settings: Settings) 
     Args:
         tensors: Under peft's names. Those of other methods than ``config``'s keep their names.
         config: The adapter's.
-        settings: ``adapter_config.json``: which biases the adapter replaces or brings.
+        settings: ``adapter_config.json``: which biases the adapter replaces or brings. A version in a registry has
+            none; there, the configuration says so.
 
     Raises:
         DataError: A tensor has a shape that its method does not give it, or a name that only a graph's input has.
     """
     found: Tensors = {}
-    bias, saved = settings.get("bias", "none"), saved_modules(settings)
+    bias = settings.get("bias", config.bias)
+    saved = saved_modules(settings) if settings else (HEAD,)
     for name, value in tensors.items():
         if bias == "all" and name.endswith(COPIES):
             continue

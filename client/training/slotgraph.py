@@ -128,8 +128,8 @@ def check_method(base: VerifiedBase, config: PeftConfig) -> None:
 
 def check_trainable(config: PeftConfig) -> None:
     """Refuse a method that no training graph trains. Raises ConfigError."""
-    if config.peft_type not in ("LORA", *VECTORS_OF) or config.use_dora:
-        method = "DoRA" if config.use_dora else config.peft_type
+    if config.peft_type not in ("LORA", *VECTORS_OF) or config.use_dora or config.bias != "none":
+        method = "DoRA" if config.use_dora else "LoRA with biases" if config.bias != "none" else config.peft_type
         raise ConfigError(
             f"a training graph trains LoRA, IA3, LN_TUNING and BEFT, not {method}: install the extra train",
             about="task.peft_config",

@@ -22,7 +22,7 @@ from adapters import classifier
 from adapters.base import Base
 from adapters.layout import Layout, Tensors
 from adapters.lorasb import frozen_factor, square_name
-from adapters.parts import Part, part_of
+from adapters.parts import Part, is_bias, part_of
 from adapters.peftconfig import PeftConfig
 from adapters.task import MAX_LOSS, Task
 from aggregation.errors import DataError
@@ -44,6 +44,7 @@ class Trainer:
         # On short texts, without fused kernels, a step of multilingual-e5-small takes a fifth less time.
         self.model.get_base_model().encoder.set_attn_implementation("eager")
         self.adapter = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self._biases = values({name: p for name, p in self.adapter.items() if is_bias(name)})  # the base's own
         self.layout = Layout.of(classifier.tensors(self.model))
         self.tokenizer = classifier.tokenizer(base, self.model)
 
@@ -147,6 +148,8 @@ class Trainer:
         with self._lock, torch.inference_mode(), flushed_denormals(), alone:
             if adapter is not None:
                 classifier.load(self.model, adapter)
+            else:  # peft leaves trained biases in place where it disables an adapter
+                place({name: self.adapter[name] for name in self._biases}, self._biases)
             return classifier.in_batches(base.embed, self._tokens(texts)).numpy()
 
     def _forward(self, ids: Tensor, mask: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """``edgeadapt export seed``: the first adapter of a federation."""
 
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import click
 
@@ -44,6 +44,13 @@ from export.cli.options import FOLDER, out_json, print_result, status
     help="Of prompt_tuning and prefix_tuning.",
 )
 @click.option(
+    "--bias",
+    type=click.Choice(["none", "all", "lora_only"]),
+    default="none",
+    show_default=True,
+    help="Which of the base's biases lora and rslora train besides.",
+)
+@click.option(
     "--seed", default=0, type=click.IntRange(0, 2**63 - 1), show_default=True, help="Draws matrices or virtual tokens."
 )
 @click.option("--out", type=FOLDER, required=True, metavar="DIR", help="A new folder, for 'coordinator publish'.")
@@ -57,6 +64,7 @@ def seed(
     targets: str | None,
     feedforward: str | None,
     virtual_tokens: int,
+    bias: Literal["none", "all", "lora_only"],
     seed: int,
     out: Path,
     as_json: bool,
@@ -87,6 +95,7 @@ def seed(
         targets=_names(targets),
         feedforward=_names(feedforward),
         virtual_tokens=virtual_tokens,
+        bias=bias,
     )
     with status(f"embedding {len(pairs)} phrases with {name}" if pairs else f"reading {name}"):
         labels = write_seed(base, pairs, config, seed, out)

@@ -20,6 +20,7 @@ from adapters.base import Base
 from adapters.classifier import seed_adapter
 from adapters.layout import Floats, Tensors
 from adapters.manifest import VersionManifest
+from adapters.parts import HEAD
 from adapters.peftconfig import PeftConfig
 from adapters.storage import PRIVATE_FOLDER, replace, staged
 from adapters.trainable import configuration, initial
@@ -35,7 +36,7 @@ from client.training.language import load_language_trainer
 from client.training.limits import TrainingLimits
 from client.training.trainer import load_trainer
 from coordinator.registry import Registry
-from coordinator.seed import HEAD, seed_version
+from coordinator.seed import seed_version
 from coordinator.statedir import KEY, CoordinatorStateDir, open_registry
 from simulations.data.population import Client, Population
 from simulations.engine.heads import logistic_head, with_bias

@@ -110,7 +110,7 @@ def _described(adapter: AdapterSettings) -> str:
         return f"{name} with {count(adapter.virtual_tokens, 'virtual token')}"
     size = f" of rank {adapter.rank}" if adapter.method in ("lora", "rslora", "dora", "adalora", "loha", "vera") else ""
     place = f" on {', '.join(adapter.targets)}" if adapter.targets else ""
-    return f"{name}{size}{place}"
+    return f"{name}{size}{place}" + {"none": "", "all": ", all biases", "lora_only": ", their biases"}[adapter.bias]
 
 
 def _plan(scenario: Scenario, out: Path, clients: int, devices: int, memory: str, groups: str) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from transformers import (
     ModernBertConfig,
     MPNetConfig,
     Phi3Config,
+    PhiConfig,
 )
 
 from adapters import causal, classifier, pretrained
@@ -161,6 +162,20 @@ def test_no_method_adapts_the_layer_with_a_row_for_each_token(make_lm: Any, meth
     model = causal.build(base, configuration(base, method, targets=["q_proj", "lm_head"]))
     with refused(ConfigError, "target_modules"):
         causal.require_private(model)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_the_bias_with_a_number_for_each_token_is_not_trained(bias: Any, tmp_path: Path) -> None:
+    config = PhiConfig(vocab_size=32, pad_token_id=0, **SMALL)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = causal.build(Base(tmp_path, ""), configuration(Base(tmp_path, ""), targets=["q_proj"], bias=bias))
+    trained = {name for name, value in model.named_parameters() if value.requires_grad and "lora_" not in name}
+    if bias == "lora_only":
+        assert trained == {"base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias"}
+        causal.require_private(model)
+    else:
+        with refused(ConfigError, "bias"):
+            causal.require_private(model)
 
 
 def test_virtual_tokens_need_room_for_a_text(llama: Base) -> None:

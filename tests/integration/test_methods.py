@@ -39,6 +39,7 @@ DEVICES = 4
 TEXTS = ["turn on the light", "stop the music"]
 METHODS: dict[str, dict[str, Any]] = {
     "rslora": {"rank": 4},
+    "lora": {"rank": 2, "bias": "all"},
     "dora": {"rank": 2},
     "adalora": {"rank": 4},
     "loha": {"rank": 3},
@@ -95,6 +96,7 @@ def require_recomputed(fleet: Any, rounds: int) -> None:
 
 
 LANGUAGE: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 2, "bias": "lora_only"},
     "dora": {"rank": 2},
     "adalora": {"rank": 4},
     "loha": {"rank": 3},
@@ -109,8 +111,9 @@ LANGUAGE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("method", LANGUAGE)
 def test_a_method_of_a_language_model_is_federated_audited_opened_by_peft_and_exported(
-    one_thread: None, llama: Any, tmp_path: Path, method: str
+    one_thread: None, llama: Any, make_lm: Any, tmp_path: Path, method: str
 ) -> None:
+    llama = make_lm(attention_bias=True) if "bias" in LANGUAGE[method] else llama
     fleet = fleet_of_authors(tmp_path / "fleet", llama, {"method": method, **LANGUAGE[method]})
     fleet.configure({"rounds": 2, "training.epochs": 2})
     records = fleet.federate(fleet.grid())

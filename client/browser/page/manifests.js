@@ -35,6 +35,7 @@ const PEFT_CONFIG = {
   use_dora: boolean,
   feedforward_modules: listOf(string),
   num_virtual_tokens: count,
+  bias: oneOf("none", "all", "lora_only"),
 };
 
 /** Whether a value is a PEFT config (adapters/peftconfig.py). */

@@ -303,6 +303,7 @@ def test_a_long_text_is_truncated(ours: GraphTrainer, start: Tensors) -> None:
     [
         PeftConfig("PROMPT_TUNING", 0, 0, (), num_virtual_tokens=2),
         replace(LORA, use_dora=True),
+        replace(LORA, bias="all"),
         replace(LORA, peft_type="ADALORA"),
         replace(LORA, peft_type="LOHA"),
         replace(LORA, peft_type="VERA", lora_alpha=0),

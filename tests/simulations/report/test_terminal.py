@@ -141,6 +141,7 @@ def test_every_method_has_a_name() -> None:
         ({}, "LoRA of rank 8, and a classification head"),
         ({"method": "dora", "rank": 2, "targets": ["key"]}, "DoRA of rank 2 on key, and a classification head"),
         ({"method": "vera", "rank": 256}, "VeRA of rank 256, and a classification head"),
+        ({"bias": "all"}, "LoRA of rank 8, all biases, and a classification head"),
         ({"method": "ia3"}, "IA³, and a classification head"),
         ({"method": "prompt_tuning", "virtual_tokens": 1}, "prompt tuning with 1 virtual token, and a"),
     ],

@@ -120,6 +120,7 @@ function checkTrainable(config) {
     alpha_pattern: !config.alpha_pattern.length,
     feedforward_modules: !config.feedforward_modules.length,
     num_virtual_tokens: config.num_virtual_tokens === 0,
+    bias: config.bias === "none",
   };
   const odd = Object.keys(rules).find((name) => !rules[name]);
   if (odd) throw new ConfigError(`${odd} is not that of plain LoRA, which alone a tab trains`, odd);
