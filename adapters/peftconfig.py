@@ -135,8 +135,6 @@ def require_trainable(config: PeftConfig) -> None:
     for name in sorted(SETTINGS - TRAINABLE[method]):  # the same refusal in every process
         if (value := getattr(config, name)) not in OFF:
             raise _untrainable(name, value, f"{method} without {name}")
-    if config.use_dora and config.bias != "none":
-        raise _untrainable("bias", config.bias, "biases with LORA without use_dora")
     if "target_modules" in TRAINABLE[method]:
         if not config.target_modules:
             raise _untrainable("target_modules", (), f"{method} of at least one target module")

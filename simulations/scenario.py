@@ -67,8 +67,8 @@ class AdapterSettings(Settings):
     )
     bias: Literal["none", "all", "lora_only"] = Field(
         default="none",
-        description="which of the base's biases lora and rslora train besides: none, all, or lora_only (those of the "
-        "adapted modules)",
+        description="which of the base's biases lora, rslora and dora train besides: none, all, or lora_only (those of "
+        "the adapted modules)",
     )
     head: Literal["prototypes", "logistic"] = Field(
         default="prototypes",

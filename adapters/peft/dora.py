@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from adapters.graphinputs import LORA_A, LORA_B, OFFSET, OUTPUT_SCALE, PEFT_PREFIX, input_name, vector_site
+from adapters.graphinputs import LORA_A, LORA_B, OFFSET, OUTPUT_SCALE, PEFT_PREFIX, REPLACED, input_name, vector_site
 from adapters.layout import Floats, Tensors
 from adapters.peft.inputs import MAGNITUDE
 from adapters.peftconfig import PeftConfig
@@ -50,7 +50,8 @@ def with_scales(
         scale = magnitude / norm
         result[layer + LORA_B] = (scale[:, None] * b).astype(np.float32)
         result[layer + OUTPUT_SCALE] = scale[None].astype(np.float32)
-        if (bias := biases.get(path)) is not None:
+        own = tensors.get(f"{layer}.bias{REPLACED}")  # the adapter's, in the place of the base's
+        if (bias := biases.get(path) if own is None else own[0]) is not None:
             result[layer + OFFSET] = (bias * (1 - scale))[None].astype(np.float32)
     return result
 

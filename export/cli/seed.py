@@ -48,7 +48,7 @@ from export.cli.options import FOLDER, out_json, print_result, status
     type=click.Choice(["none", "all", "lora_only"]),
     default="none",
     show_default=True,
-    help="Which of the base's biases lora and rslora train besides.",
+    help="Which of the base's biases lora, rslora and dora train besides.",
 )
 @click.option(
     "--seed", default=0, type=click.IntRange(0, 2**63 - 1), show_default=True, help="Draws matrices or virtual tokens."

@@ -40,7 +40,7 @@ TEXTS = ["turn on the light", "stop the music"]
 METHODS: dict[str, dict[str, Any]] = {
     "rslora": {"rank": 4},
     "lora": {"rank": 2, "bias": "all"},
-    "dora": {"rank": 2},
+    "dora": {"rank": 2, "bias": "lora_only"},
     "adalora": {"rank": 4},
     "loha": {"rank": 3},
     "vera": {"rank": 24},

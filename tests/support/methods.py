@@ -35,6 +35,7 @@ METHODS: dict[str, PeftConfig] = {
     "bitfit": LoraConfig(r=2, target_modules=["pooler.dense"], bias="all"),
     "lora-only": LoraConfig(r=2, target_modules=TARGETS, bias="lora_only", use_rslora=True),
     "dora": LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, use_dora=True),
+    "dora-bias": LoraConfig(r=2, target_modules=TARGETS, use_dora=True, bias="all"),
     "adalora": AdaLoraConfig(init_r=6, target_r=3, lora_alpha=5, target_modules=TARGETS, total_step=9),
     "loha": LoHaConfig(r=3, alpha=5, target_modules=TARGETS, alpha_pattern={"query": 2}, rank_pattern={"query": 2}),
     "vera": VeraConfig(r=20, target_modules=["query", "attention.output.dense", "intermediate.dense"]),
