@@ -24,7 +24,7 @@ demo: $(STAMP)  ## the main job; options through ARGS, as in: make demo ARGS="--
 # A worker for each core, each on one thread. Tests of one file stay with one worker, which makes their fixtures once.
 WORKERS ?= auto
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q --numprocesses $(WORKERS) --dist loadfile
-PACKAGES := adapters aggregation client coordinator export governance simulations
+PACKAGES := adapters aggregation client coordinator export simulations
 
 # Not where ARGS picks some of the tests.
 COVER := $(if $(ARGS),,--cov=aggregation --cov-report= --cov-fail-under=97)

@@ -23,7 +23,7 @@ from lazygroup import LazyGroup
 
 # command → (module, attribute, one line for --help, extra that it needs)
 COMMANDS = {
-    "adapters": ("governance.cli", "adapters", "Govern versions: where they are from, what changed.", ""),
+    "adapters": ("coordinator.governance.cli", "adapters", "Govern versions: where they are from, what changed.", ""),
     "audit": ("coordinator.cli.audit", "audit_command", "Check from its transcripts what a coordinator did.", ""),
     "authority": ("coordinator.cli", "authority_group", "Enrol devices: certify their keys, revoke them.", ""),
     "base": ("export.cli.bases", "base", "Show which bases there are, and what one can do.", "export"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("adapters", "aggregation", "client", "coordinator", "export", "governance", "simulations")
+PARTS = ("adapters", "aggregation", "client", "coordinator", "export", "simulations")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import grimp
 import pytest
 
-PARTS = ("adapters", "aggregation", "client", "coordinator", "export", "governance", "simulations")
+PARTS = ("adapters", "aggregation", "client", "coordinator", "export", "simulations")
 TOP = "lazygroup"  # outside the packages: what the command line and a package's group of commands share
 DEVICE = ("client.cli", "client.cli.adapters", "client.cli.infer", "client.inference", "client.learning")
 ENROLMENT = (
@@ -19,7 +19,12 @@ ENROLMENT = (
 )
 AUDITOR = ("coordinator.cli.audit", "coordinator.audit.transcripts")
 TRAINING = ("adapters.traininggraph", "client.training.graphtrainer", "client.training.languagegraph")
-GOVERNANCE = ("governance.cli.versions", "governance.difference", "governance.lineage")
+GOVERNANCE = "coordinator.governance"
+COMPARISON = (
+    "coordinator.governance.cli.versions",
+    "coordinator.governance.difference",
+    "coordinator.governance.lineage",
+)
 GATEWAY = ("client.gateway", "client.node.step")
 DISTRIBUTIONS = {  # import package → distribution of another name
     "cyclonedx": "cyclonedx-python-lib",
@@ -39,7 +44,7 @@ def graph() -> grimp.ImportGraph:
     # Only for a registry in a database or a bucket, which takes the extra of either.
     built.remove_import(importer="adapters.registryreader", imported="adapters.registrystores")
     built.remove_import(importer="coordinator.cli.audit", imported="coordinator.statedir")
-    built.remove_import(importer="governance.evaluations", imported="coordinator.statedir")
+    built.remove_import(importer="coordinator.governance.evaluations", imported="coordinator.statedir")
     return built
 
 
@@ -79,7 +84,6 @@ def test_the_command_line_loads_no_part_before_it_is_asked_to(root: Path) -> Non
         "client",
         "coordinator",
         "export",
-        "governance",
         "simulations",
         *ABSENT_ON_A_DEVICE,
     }
@@ -93,11 +97,11 @@ def test_the_command_line_loads_no_part_before_it_is_asked_to(root: Path) -> Non
         (AUDITOR, None),
         (TRAINING, None),
         (("client",), "train"),
-        (("coordinator",), "coordinator"),
+        (("coordinator",), "coordinator"),  # without governance, see below
         (("export",), "export"),
-        (GOVERNANCE, None),
-        (tuple(part for part in PARTS if part != "governance"), "simulations"),
-        (("governance",), "governance"),
+        (COMPARISON, None),
+        (PARTS, "simulations"),
+        ((GOVERNANCE,), "governance"),
     ],
     ids=[
         "bare install",
@@ -117,7 +121,11 @@ def test_each_roles_extra_installs_what_the_role_imports(
 ) -> None:
     needed: set[str] = set()
     for module in modules:
-        needed |= graph.find_upstream_modules(module, as_package=extra is not None)
+        if extra and module != GOVERNANCE:
+            each = {module, *graph.find_descendants(module)} - {GOVERNANCE, *graph.find_descendants(GOVERNANCE)}
+            needed = needed.union(*map(graph.find_upstream_modules, each))
+        else:
+            needed |= graph.find_upstream_modules(module, as_package=extra is not None)
     third_party = {name.partition(".")[0] for name in needed} - {*PARTS, TOP} - set(sys.stdlib_module_names)
     assert third_party
     assert not {DISTRIBUTIONS.get(name, name.replace("_", "-")) for name in third_party} - _declared(root, extra)

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = Path(__file__).with_name("retired_words.md")
 SUFFIXES = {".py", ".md", ".toml", ".js", ".html", ".css", ".yml", ".json", ".svg", ""}
-PACKAGES = ("adapters", "aggregation", "client", "coordinator", "export", "governance", "simulations", "tests")
+PACKAGES = ("adapters", "aggregation", "client", "coordinator", "export", "simulations", "tests")
 PATHS = (
     "README.md",
     "CONTRIBUTING.md",

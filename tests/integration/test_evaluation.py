@@ -17,13 +17,13 @@ from aggregation.errors import ConfigError
 from client.node.privacyledger import PrivacyLedger
 from client.training.examples import Example, Split, in_split, read_examples, write_examples
 from coordinator.channels.history import audit_repository
+from coordinator.governance.evaluations import NoVerdictError
+from coordinator.governance.gates import GateError
+from coordinator.governance.gatesettings import GateSettings
 from export.bundle.sources import from_registry
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.slotted import with_mean_head
-from governance.evaluations import NoVerdictError
-from governance.gates import GateError
-from governance.gatesettings import GateSettings
 from tests.support import refused
 from tests.support.bundles import stated
 from tests.support.hostile import audit_failures

@@ -21,11 +21,11 @@ from client.updates import ChannelSource, follow, update
 from client.updates.targeting import Targeting
 from coordinator.channels.repository import ChannelRepository
 from coordinator.channels.rollback import prepare
+from coordinator.governance.gatesettings import GateSettings
 from edgeadapt import cli
 from export.bundle.sources import Origin
 from export.bundle.write import create
 from export.onnx.exported import ExportedBase
-from governance.gatesettings import GateSettings
 from tests.support.bundles import stated
 
 MARGIN = GateSettings().accuracy.margin

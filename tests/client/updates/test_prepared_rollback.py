@@ -22,9 +22,9 @@ from coordinator.channels.metadata import ROLLBACK
 from coordinator.channels.repository import ChannelRepository
 from coordinator.channels.rollback import note_evaluation, prepare, publish_prepared, roll_back
 from coordinator.channels.verdict import JudgedEvaluation, verdict
+from coordinator.governance.gatesettings import GateSettings
 from edgeadapt import cli
 from export.onnx.exported import ExportedBase
-from governance.gatesettings import GateSettings
 from tests.client.updates.conftest import NOW, Place, Source
 from tests.support import refused
 from tests.support.bundles import stated

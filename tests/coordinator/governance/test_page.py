@@ -9,9 +9,9 @@ import pytest
 from adapters.base import Base
 from adapters.storage import PRIVATE
 from coordinator.channels.history import audit_repository
+from tests.coordinator.governance.conftest import Vendor
+from tests.coordinator.governance.test_gates import Place
 from tests.docs.conftest import ROOT, Reader, blocks_of
-from tests.governance.conftest import Vendor
-from tests.governance.test_gates import Place
 
 
 @pytest.mark.slow

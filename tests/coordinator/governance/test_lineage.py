@@ -19,12 +19,12 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey
 from coordinator.channels.rollback import roll_back
+from coordinator.governance.difference import TensorChange, difference
+from coordinator.governance.lineage import COORDINATOR, Lineage
 from coordinator.registry import database
 from coordinator.statedir import PUBLIC_KEY
 from edgeadapt import cli
-from governance.difference import TensorChange, difference
-from governance.lineage import COORDINATOR, Lineage
-from tests.governance.conftest import Vendor, version_of
+from tests.coordinator.governance.conftest import Vendor, version_of
 from tests.support import refused
 
 

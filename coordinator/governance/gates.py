@@ -19,8 +19,8 @@ from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from client.inference.session import ClassificationSession
 from coordinator.channels.actions import GateResult
 from coordinator.channels.repository import ChannelRepository
-from governance.gatesettings import GateName, GateSettings
-from governance.lineage import COORDINATOR, Lineage, is_from
+from coordinator.governance.gatesettings import GateName, GateSettings
+from coordinator.governance.lineage import COORDINATOR, Lineage, is_from
 
 LONGEST = 1000  # characters of a reason, as the log has it
 ROUNDING = 1e-9  # of a share less a margin

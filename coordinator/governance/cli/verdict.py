@@ -12,10 +12,10 @@ from aggregation.errors import EdgeAdaptError
 from coordinator.channels.actions import login_name
 from coordinator.channels.comparison import compared
 from coordinator.channels.repository import ChannelRepository
-from governance.evaluations import act, judge
-from governance.gates import GateError
-from governance.gatesettings import GATES, GateSettings
-from governance.lineage import Lineage
+from coordinator.governance.evaluations import act, judge
+from coordinator.governance.gates import GateError
+from coordinator.governance.gatesettings import GATES, GateSettings
+from coordinator.governance.lineage import Lineage
 
 FOLDER = click.Path(path_type=Path)
 

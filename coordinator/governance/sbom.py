@@ -18,7 +18,7 @@ from cyclonedx.output.json import JsonV1Dot6
 from packageurl import PackageURL
 from packaging.requirements import Requirement
 
-from governance.lineage import GovernedVersion
+from coordinator.governance.lineage import GovernedVersion
 
 PROGRAM = "edgeadapt"
 MODEL, FILE, LIBRARY = ComponentType.MACHINE_LEARNING_MODEL, ComponentType.FILE, ComponentType.LIBRARY

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from adapters import storage
-from governance.cli.versions import NUMBER, open_lineage, where
+from coordinator.governance.cli.versions import NUMBER, open_lineage, where
 
 
 @click.command()
@@ -26,7 +26,7 @@ def sbom(state_dir: Path, releases: Path | None, trust: Path | None, version: in
       edgeadapt adapters sbom fleet 3
       edgeadapt adapters sbom fleet 3 --releases releases --out adapter-3.cdx.json
     """
-    from governance.sbom import bill_of_materials
+    from coordinator.governance.sbom import bill_of_materials
 
     lineage = open_lineage(state_dir, releases, trust)
     lineage.version(version)

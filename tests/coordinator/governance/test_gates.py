@@ -18,10 +18,10 @@ from aggregation.pki.identity import IdentityKey
 from coordinator.channels.actions import ActionRecord, GateResult
 from coordinator.channels.history import audit_repository
 from coordinator.channels.repository import ChannelRepository
+from coordinator.governance.gates import AssembledRelease, GateError, read_held_out
+from coordinator.governance.gatesettings import GateSettings
 from edgeadapt import cli
-from governance.gates import AssembledRelease, GateError, read_held_out
-from governance.gatesettings import GateSettings
-from tests.governance.conftest import Vendor
+from tests.coordinator.governance.conftest import Vendor
 from tests.support import refused
 from tests.support.bundles import flip
 from tests.support.models import PHRASES

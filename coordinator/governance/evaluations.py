@@ -22,7 +22,7 @@ from coordinator.channels.history import audit_repository
 from coordinator.channels.repository import ChannelRepository
 from coordinator.channels.rollback import note_evaluation, publish_prepared
 from coordinator.channels.verdict import JudgedEvaluation, verdict
-from governance.lineage import GovernedVersion, Lineage
+from coordinator.governance.lineage import GovernedVersion, Lineage
 
 TRANSCRIPT = "transcript"  # in a state directory; ``coordinator.statedir`` has the name too, and needs SQLAlchemy
 

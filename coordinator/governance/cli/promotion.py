@@ -20,8 +20,8 @@ from coordinator.channels.actions import GateResult, login_name
 from coordinator.channels.prepared import RollbackCondition
 from coordinator.channels.repository import ChannelRepository, Published
 from coordinator.channels.rollback import prepare, require_signer, roll_back
-from governance.gates import AssembledRelease, PromotionTrial, require_passed
-from governance.gatesettings import GATES, HEADER, GateSettings
+from coordinator.governance.gates import AssembledRelease, PromotionTrial, require_passed
+from coordinator.governance.gatesettings import GATES, HEADER, GateSettings
 
 FOLDER = click.Path(path_type=Path)
 FILE = click.Path(path_type=Path, dir_okay=False)

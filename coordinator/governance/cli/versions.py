@@ -14,8 +14,8 @@ import click
 
 from adapters.manifest import PrivacyBound, ServerRule
 from coordinator.channels.repository import ChannelRepository
-from governance.difference import TensorChange, VersionDifference, difference
-from governance.lineage import GovernedVersion, Lineage, ReleasedAdapter
+from coordinator.governance.difference import TensorChange, VersionDifference, difference
+from coordinator.governance.lineage import GovernedVersion, Lineage, ReleasedAdapter
 
 FOLDER = click.Path(path_type=Path)
 NUMBER = click.IntRange(0, 2**63 - 1)

@@ -10,9 +10,9 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
 from aggregation.errors import ConfigError
-from governance.lineage import Lineage
-from tests.governance.conftest import Vendor
-from tests.governance.test_lineage import called
+from coordinator.governance.lineage import Lineage
+from tests.coordinator.governance.conftest import Vendor
+from tests.coordinator.governance.test_lineage import called
 from tests.support import refused
 
 
