@@ -32,6 +32,7 @@ MARGIN = GateSettings().accuracy.margin
 
 
 def run(*words: object) -> str:
+    """What a command prints. Raises the error that it ended with."""
     done = CliRunner().invoke(cli, [str(word) for word in words])
     if isinstance(done.exception, EdgeAdaptError):
         raise done.exception

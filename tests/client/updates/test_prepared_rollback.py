@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 from tuf.api.metadata import Metadata, Targets
 
 from aggregation.entropy import SystemEntropy
-from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
+from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
 from coordinator.channels.actions import Action
 from coordinator.channels.comparison import compared
@@ -23,11 +22,11 @@ from coordinator.channels.repository import ChannelRepository
 from coordinator.channels.rollback import note_evaluation, prepare, publish_prepared, roll_back
 from coordinator.channels.verdict import JudgedEvaluation, verdict
 from coordinator.governance.gatesettings import GateSettings
-from edgeadapt import cli
 from export.onnx.exported import ExportedBase
 from tests.client.updates.conftest import NOW, Place, Source
 from tests.support import refused
 from tests.support.bundles import stated
+from tests.support.rollout import run
 
 MARGIN = 0.01
 
@@ -350,14 +349,6 @@ def test_a_verdict_after_which_a_release_stays_is_in_the_log(staged: Place) -> N
 
 
 # --- the commands
-
-
-def run(*words: object) -> str:
-    done = CliRunner().invoke(cli, [str(word) for word in words])
-    if isinstance(done.exception, EdgeAdaptError):
-        raise done.exception
-    assert done.exit_code == 0, done.output
-    return done.output
 
 
 def test_rollout_prepares_it_and_says_so(staged: Place) -> None:

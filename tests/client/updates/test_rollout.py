@@ -10,21 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 from tuf.api.metadata import Metadata, TargetFile, Targets
 
 from adapters.rollout import FLAGS, Rollout
 from aggregation.entropy import SystemEntropy
-from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
+from aggregation.errors import ConfigError, DataError, TrustError
 from client.updates import ChannelSource, Updated, follow, update
 from client.updates.targeting import TARGETING, Targeting
 from coordinator.channels.actions import Action
 from coordinator.channels.history import audit_repository
-from edgeadapt import cli
 from export.onnx.exported import ExportedBase
 from tests.client.updates.conftest import Handler, Place, Source
 from tests.support import refused
 from tests.support.bundles import flip, stated
+from tests.support.rollout import run
 
 KEYS = [hashlib.sha256(str(number).encode()).hexdigest()[:32] for number in range(2000)]
 
@@ -62,14 +61,6 @@ class Device:
     def content(self) -> str:
         """Of the adapter in use."""
         return stated(self.bundle).content
-
-
-def run(*words: object) -> str:
-    done = CliRunner().invoke(cli, [str(word) for word in words])
-    if isinstance(done.exception, EdgeAdaptError):
-        raise done.exception
-    assert done.exit_code == 0, done.output
-    return done.output
 
 
 @pytest.fixture
