@@ -29,7 +29,7 @@ FACTS = "[...document.querySelectorAll('#invited dd')].map((each) => each.textCo
 
 
 def invited(store: AuthorityStore, name: str = "tab", ago: float = 0.0) -> Invitation:
-    addresses = f"{HOST}:1", f"{HOST}:2"  # of devices; the page has its own
+    addresses = f"{HOST}:1", f"{HOST}:2,{HOST}:3"  # of devices; the page has its own
     found = Invitation(SystemEntropy().bytes(16), name, *addresses, store.root.der, COORDINATOR.raw)
     replace(store, clock=lambda: utc_now() - timedelta(hours=ago)).invite(name, found.key.public, 1.0)
     return found

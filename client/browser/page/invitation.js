@@ -13,12 +13,12 @@ import { requireStrong } from "./keys.js";
 const PREFIX = "edgeadapt1.";
 const MAX_TEXT = 2 ** 16; // characters
 const CHECK = 4; // bytes of a digest, for mistakes in copying
-const ADDRESS = text("[A-Za-z0-9.:_\\[\\]-]{3,260}");
+const ADDRESS = "[A-Za-z0-9.:_\\[\\]-]{3,260}";
 const INVITATION = record({
   secret: fixed(16),
   device: text(DEVICE_ID),
-  enrolment: ADDRESS,
-  gateway: ADDRESS,
+  enrolment: text(ADDRESS),
+  gateway: text(`${ADDRESS}(,${ADDRESS}){0,7}`),
   authority: blob(MAX_CERTIFICATE),
   coordinator: fixed(32),
 });
