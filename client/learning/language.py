@@ -117,6 +117,8 @@ def teach_language_model(
     trainer = LanguageGraphTrainer(learner.library.base, stated_config(manifest))
     start, begun = trainer.tensors_of(learner.adapter.inputs), time.perf_counter()
     taught, prompts = _examples(corrections), {one.text for one in corrections}
+    for each in taught:
+        trainer.require_whole(each)
     earlier = _examples([one for one in learner.history.corrections[::-1] if one.text not in prompts][:MAX_REHEARSED])
 
     def learned(adapter: Tensors) -> bool:
@@ -126,7 +128,7 @@ def teach_language_model(
     seconds = time.perf_counter() - begun
     found = [_text_bits(trainer, one, start, tuned.adapter) for one in (*taught, *earlier, *compared)]
     own = tuple(found[: len(taught)])
-    if not any(one.known or one.after < one.before for one in own):
+    if not any(one.known for one in own):
         reason = f"nothing was learned in {tuned.steps} steps; the adapter in use stays: teach other answers"
         raise DataError(reason, about="corrections")
     made = learner.put_into_use(manifest, corrections, trainer.inputs_of(tuned.adapter))
@@ -148,7 +150,8 @@ def personalize_language_model(
 ) -> LanguagePersonalized:
     """The personal step of a language model: the global adapter, fine-tuned on the device's texts, is put into use.
 
-    It is not, if the global adapter, or the one in use, predicts the held-out examples better.
+    Texts are also what the device was taught. The adapter is not put into use, if the global adapter, or the one in
+    use, predicts the held-out examples better.
 
     Args:
         learner: Opened for any task.
@@ -162,11 +165,14 @@ def personalize_language_model(
     origin, begun = learner.global_adapter(), time.perf_counter()
     if how.method is not PersonalMethod.FINE_TUNE:
         raise ConfigError("a language model has no head to fit: leave out --method", about="--method")
-    own = read_examples(examples, 0)
-    training, held_out = in_split(own, Split.TRAIN), in_split(own, Split.VALIDATION)
+    own, taught = read_examples(examples, 0), _examples(learner.history.corrections)
+    training, held_out = [*in_split(own, Split.TRAIN), *taught], in_split(own, Split.VALIDATION)
     config = stated_config(origin.manifest)
     trainer = LanguageGraphTrainer(learner.library.base, config)
-    start, subject = trainer.tensors_of(origin.inputs), step_digest(origin.manifest, learning_rate, how, own)
+    start, subject = (
+        trainer.tensors_of(origin.inputs),
+        step_digest(origin.manifest, learning_rate, how, [*own, *taught]),
+    )
 
     def bits(adapter: Tensors) -> float:
         return trainer.score(adapter, held_out).loss / len(held_out) / math.log(2)

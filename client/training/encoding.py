@@ -28,11 +28,13 @@ class Encoded:
         ids: Of all tokens, shape ``(tokens,)``.
         targets: The next token at each position, ``IGNORED`` where it is not learned; shape ``(tokens,)``.
         size: Bytes of the text that the learned tokens stand for, at least 1.
+        cut: Whether the text went on.
     """
 
     ids: NDArray[np.int64]
     targets: NDArray[np.int64]
     size: int
+    cut: bool
 
     @property
     def learned(self) -> NDArray[np.int64]:
@@ -80,12 +82,12 @@ class TextEncoder:
             raise DataError(
                 f"a prompt leaves no room for its text within {self.longest} tokens", about="example.prompt"
             )
-        ids = ids[: self.longest]
+        ids, cut = ids[: self.longest], len(ids) > self.longest
         targets = [IGNORED] * (first - 1) + ids[first:] + [IGNORED]
         # Offsets are in characters of the text, which its first token may begin without being learned.
         spans = found.offsets[first - len(asked) : len(ids) - len(asked)]
         size = len(text[spans[0][0] : spans[-1][1]].encode()) if spans else 0
-        return Encoded(np.array(ids), np.array(targets), max(size, 1))
+        return Encoded(np.array(ids), np.array(targets), max(size, 1), cut)
 
     def _rendered(self, example: Example) -> tuple[str, str, str]:
         """What comes before the text, the text, and what closes it: the end token where that is empty."""

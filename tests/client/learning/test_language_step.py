@@ -91,6 +91,18 @@ def test_without_held_out_texts_the_step_is_used(talker: Path) -> None:
     assert (found.adapter, found.made, found.held_out, found.bits) == ("personal", True, 0, {})
 
 
+def test_what_was_taught_is_trained_again_by_the_step(talker: Path) -> None:
+    path, taught = texts(talker.parent), Correction("is it so?", "no")
+    path.write_text('{"text": "ab ab"}\n')
+    with Learner.open(talker, task=None) as learner:
+        teach_language_model(learner, [taught])
+    with Learner.open(talker, task=None) as learner:
+        found = personalize_language_model(learner, path, PersonalStep(20, 16.0), 0.02)
+    assert (found.made, found.trained) == (True, 2)
+    with Learner.open(talker, task=None) as learner:
+        assert teach_language_model(learner, [taught]).steps == 0
+
+
 def test_an_adapter_that_predicts_held_out_texts_better_stays(talker: Path) -> None:
     before = contents(talker)
     with Learner.open(talker, task=None) as learner:
@@ -120,7 +132,7 @@ def test_a_taught_answer_is_given_from_then_on_and_what_is_forgotten_is_shown(ta
     assert later["others"][0]["before"] == pytest.approx(one["after"], rel=1e-5)
     assert len(later["others"]) == 1 + 5
     shown = run("learn", "--bundle", talker, corrections).stdout
-    assert "bits for each byte before → after" in shown
+    assert "bits per byte before → after" in shown
     assert "taught  " in shown
     while "personal" in adapter_names(talker):
         assert run("learn", "--undo", "--bundle", talker).exit_code == 0
@@ -137,6 +149,7 @@ def test_an_answer_that_cannot_be_taught_is_refused_and_changes_nothing(talker: 
             ([], "corrections"),
             ([Correction("a", "b"), Correction("a", "c")], "corrections"),
             ([Correction("a", "b" * 2001)], "answer"),
+            ([Correction("a", "Zq%+7 " * 60)], "answer"),  # has more tokens than are read
             ([Correction(" ", "b")], "prompt"),
             ([Correction("ab" * 400, "b")], "example.prompt"),
         ):
