@@ -127,7 +127,7 @@ def _bundle(folder: Path, trust: Path | None) -> Bundle:
 def _run(given: Mapping[str, Any]) -> dict[str, float]:
     """The figures of one process."""
     command = [sys.executable, "-m", __name__, json.dumps({**given, "begun": time.monotonic()})]
-    environment = QUIET | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | os.environ
+    environment = os.environ | QUIET | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)  # noqa: S603
     if not done.stdout:
         raise DataError("the process that trains has ended; its own message is above", about=given["engine"])
