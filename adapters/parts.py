@@ -20,7 +20,7 @@ VECTORS = (
     ".beft_bias",
     ".ln_tuning_layers.",
     ".lora_magnitude_vector",
-    *(f".lora_{factor}" for factor in "ABE"),  # of AdaLoRA: LoRA's have a dot after
+    *(f".lora_{factor}" for factor in "ABE"),  # of AdaLoRA, which are parameters; LoRA's are of modules
     ".hada_",
     ".vera_lambda_",
     "prompt_embeddings",
@@ -52,13 +52,16 @@ def part_of(name: str) -> Part:
 
     >>> part_of("base_model.model.encoder.query.lora_A.weight"), part_of("base_model.model.classifier.bias")
     (<Part.A: 'A'>, <Part.HEAD: 'head'>)
+    >>> part_of("base_model.model.encoder.query.lora_A"), part_of("base_model.model.encoder.query.lora_A.default")
+    (<Part.VECTORS: 'vectors'>, <Part.VECTORS: 'vectors'>)
 
     Args:
         name: As peft names the parameter, in a file or in its model.
     """
-    if ".lora_A." in name:
+    of_module = name.endswith((".weight", ".bias"))
+    if ".lora_A." in name and of_module:
         return Part.A
-    if ".lora_B." in name:
+    if ".lora_B." in name and of_module:
         return Part.B
     if ".lora_R." in name:
         return Part.R

@@ -15,10 +15,11 @@ from adapters import files
 from adapters.files import MAX_ADAPTER
 from adapters.graphinputs import input_name, virtual_tokens
 from adapters.layout import Floats, Layout, Tensors
+from adapters.parts import FROZEN
 from adapters.peft.config import Settings, config_of, saved_modules, settings_of
 from adapters.peft.dora import magnitudes
 from adapters.peft.inputs import AdapterInputs, in_modules, is_saved, lora_paths
-from adapters.peft.lowrank import SHARED, as_lora
+from adapters.peft.lowrank import as_lora
 from adapters.peft.methods import from_peft_tensors, is_peft_name, to_peft_tensors
 from adapters.peftconfig import PeftConfig
 from adapters.storage import new_folder, read, write_files
@@ -131,7 +132,7 @@ def _tensors(blob: bytes, method: str) -> Tensors:
         rows = deserialize(blob)  # type: ignore[no-untyped-call]
     except SafetensorError as error:
         raise DataError(f"{WEIGHTS} is damaged or truncated: {error}", about=WEIGHTS) from error
-    if odd := [(name, row["dtype"]) for name, row in rows if not (is_peft_name(name, method) or name in SHARED)]:
+    if odd := [(name, row["dtype"]) for name, row in rows if not (is_peft_name(name, method) or name in FROZEN)]:
         raise _odd(*odd[0])
     tensors = {name: _floats(name, row["dtype"], row["data"], row["shape"]) for name, row in rows}
     Layout.of(tensors).check(tensors)

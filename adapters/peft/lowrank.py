@@ -16,12 +16,12 @@ import numpy as np
 
 from adapters.graphinputs import LORA_A, LORA_B, input_name
 from adapters.layout import Floats, Tensors
+from adapters.parts import FROZEN
 from adapters.peftconfig import MAX_RANK, Method, PeftConfig, exactly
 from aggregation.errors import ConfigError, DataError
 
 Pair = tuple[Floats, Floats]  # A of shape (rank, in), B of shape (out, rank)
-SHARED = ("base_model.vera_A", "base_model.vera_B")
-PARTS: Mapping[Method, tuple[str, ...]] = {
+FACTORS: Mapping[Method, tuple[str, ...]] = {
     "ADALORA": (".lora_A", ".lora_B", ".lora_E"),
     "LOHA": (".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b"),
     "VERA": (".vera_lambda_b", ".vera_lambda_d"),
@@ -33,7 +33,7 @@ def as_lora(config: PeftConfig, tensors: Tensors) -> tuple[PeftConfig, Tensors]:
     """The configuration and tensors of LoRA with the same updates; other tensors keep their names and values.
 
     Args:
-        config: The adapter's. That of a method which is not one of ``PARTS`` is returned as it is, with ``tensors``.
+        config: The adapter's. That of a method which is not one of ``FACTORS`` is returned as it is, with ``tensors``.
         tensors: Under peft's names.
 
     Raises:
@@ -41,11 +41,11 @@ def as_lora(config: PeftConfig, tensors: Tensors) -> tuple[PeftConfig, Tensors]:
         DataError: A layer lacks a tensor, two do not fit together, or a rank is not that of the configuration.
     """
     method = config.peft_type
-    if (parts := PARTS.get(method)) is None:
+    if (parts := FACTORS.get(method)) is None:
         return config, tensors
     layers = sorted({name.removesuffix(part) for name in tensors for part in parts if name.endswith(part)})
     convert = _converter(config, tensors)
-    result = {n: v for n, v in tensors.items() if not n.endswith(parts) and n not in SHARED}
+    result = {n: v for n, v in tensors.items() if not n.endswith(parts) and n not in FROZEN}
     ranks: dict[str, int] = {}
     for layer in layers:
         values = [tensors.get(layer + part) for part in parts]
@@ -104,7 +104,7 @@ def _converter(config: PeftConfig, tensors: Tensors) -> Callable[..., tuple[int,
         if start < 1 or alpha <= 0:
             raise ConfigError("AdaLoRA needs init_r and lora_alpha above 0", about="lora_alpha", value=alpha)
         return lambda path, *parts: (len(parts[2]), *_adalora(alpha / (start + EPSILON), *parts))
-    a, b = (tensors.get(name) for name in SHARED)
+    a, b = (tensors.get(name) for name in FROZEN)
     if a is None or b is None:
         raise ConfigError(
             "the adapter lacks the matrices that all layers of VeRA share: save it with save_projection=True",
