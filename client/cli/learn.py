@@ -40,7 +40,7 @@ def learn(
     the folder 'learned' next to the bundle. The base must have a training graph (`edgeadapt export base --training`).
 
     Printed are the corrections, and which of the other known phrases are answered otherwise than before. Of a language
-    model: bits for each byte before and after, of the answers, of earlier ones, and of the texts in EXAMPLES, such as
+    model: bits per byte before and after, of the answers, of earlier ones, and of the texts in EXAMPLES, such as
     a device's examples.jsonl, from which nothing is learned.
 
     \b
@@ -66,7 +66,7 @@ def learn(
         click.echo(json.dumps(asdict(undone), ensure_ascii=False))
     else:
         click.echo(f"{undone.adapter} version {undone.version} is in use, without what was learned last:")
-        click.echo("\n".join(f"{one.label}  {_line(one.text)}" for one in undone.corrections))
+        click.echo("\n".join(f"{_line(one.label)}  {_line(one.text)}" for one in undone.corrections))
 
 
 def teach(
@@ -101,7 +101,7 @@ def _language_lines(learned: "LanguageLearned") -> list[str]:
     known = sum(one.known for one in learned.taught)
     lines = [
         f"{learned.adapter} version {learned.version}: {known} of {len(learned.taught)} learned, "
-        f"{learned.steps} steps, {learned.seconds:.1f} s; bits for each byte before → after:"
+        f"{learned.steps} steps, {learned.seconds:.1f} s; bits per byte before → after:"
     ]
     for title, texts in (("taught", learned.taught), ("other", learned.others)):
         lines += [f"{title}  {one.before:.3f} → {one.after:.3f}  {_line(one.text)[:60]}" for one in texts]

@@ -113,7 +113,7 @@ def _language_lines(found: "LanguagePersonalized") -> list[str]:
     lines = [_outcome(found, "predicts the held-out examples better")]
     if found.held_out:
         bits = ", ".join(f"{name} {value:.3f}" for name, value in found.bits.items())
-        lines.append(f"bits for each byte of {found.held_out} held-out examples: {bits}")
+        lines.append(f"bits per byte of {found.held_out} held-out examples: {bits}")
     return lines
 
 

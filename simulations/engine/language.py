@@ -1,6 +1,6 @@
 """One run of a scenario of a language model: the rounds, and what each client's arms make of its test texts.
 
-The rounds are those of a classifier's run. A loss is in bits for each byte of text: a byte is the same in every
+The rounds are those of a classifier's run. A loss is in bits per byte of text: a byte is the same in every
 language and for every tokenizer, and a model that predicts nothing needs about eight.
 """
 
@@ -184,6 +184,6 @@ def _outcome(arms: LanguageArms, client: Client, shared: Tensors, own: bytes | N
 
 
 def bits(trainer: LocalTrainer, adapter: Tensors, examples: Sequence[Example]) -> float:
-    """The mean loss of some texts, in bits for each byte; NaN without texts."""
+    """The mean loss of some texts, in bits per byte; NaN without texts."""
     score = trainer.score(adapter, examples)
     return score.loss / score.count / math.log(2) if score.count else math.nan

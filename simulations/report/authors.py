@@ -1,4 +1,4 @@
-"""The result of a run of a language model: bits for each byte of its clients' test texts. It is computed elsewhere."""
+"""The result of a run of a language model: bits per byte of its clients' test texts. It is computed elsewhere."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from simulations.report.result import ARMS, CanaryBounds
 
 @dataclass(frozen=True, slots=True)
 class AuthorResult:
-    """One client's loss by arm, in bits for each byte of its test texts.
+    """One client's loss by arm, in bits per byte of its test texts.
 
     ``base``: the base as it is. ``local``: trained by the client itself, for the epochs of the rounds and of the
     personal step. ``global``: the last global adapter. ``personal``: the global adapter, fine-tuned in private. Of
@@ -23,7 +23,7 @@ class AuthorResult:
     unseen: bool  # took no part in training
     texts: int  # trained on
     tests: int
-    loss: dict[str, float]  # arm → bits for each byte
+    loss: dict[str, float]  # arm → bits per byte
     choice: str
 
 

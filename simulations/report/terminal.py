@@ -281,7 +281,7 @@ def _parity(parity: dict[str, float | int]) -> str:
 
 
 def print_authors(result: LanguageResult, console: Console) -> None:
-    """Print the closing table of a language model's run: bits for each byte, by client and arm."""
+    """Print the closing table of a language model's run: bits per byte, by client and arm."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
     for title in ("bits per byte", *ARMS, ""):
         table.add_column(title, justify="left" if title in ("bits per byte", "") else "right", no_wrap=True)

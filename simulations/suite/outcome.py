@@ -33,7 +33,7 @@ class Tally:
 
     @property
     def bits(self) -> float:
-        """Mean loss of a language model in bits for each byte; NaN without texts of one."""
+        """Mean loss of a language model in bits per byte; NaN without texts of one."""
         return self.loss / math.log(2) if self.predicted else math.nan
 
 
@@ -78,7 +78,7 @@ class RoundPoint:
     """One round: what the adapter does that it began with, if it is published, and one device's bytes until then."""
 
     round: int
-    value: float | None  # accuracy, or bits for each byte, on the validation texts of its devices
+    value: float | None  # accuracy, or bits per byte, on the validation texts of its devices
     bytes: float
 
 

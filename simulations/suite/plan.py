@@ -154,7 +154,7 @@ Results = Callable[[Trial], Outcome | None]  # what is stored of a trial
 def search(suite: Suite, name: str, results: Results) -> SearchOutcome | None:
     """The outcome of an arm's search; None as long as a trial of it is missing.
 
-    The best candidate has the best mean score on the clients' validation texts, accuracy or bits for each byte, over
+    The best candidate has the best mean score on the clients' validation texts, accuracy or bits per byte, over
     clients and then over seeds; among equals the least loss; among these it is the first.
 
     Raises:

@@ -175,7 +175,7 @@ def _require_pairs(found: Found) -> None:
 def samples_of(found: Found, seeds: Sequence[int], *, unseen: bool) -> list[Values]:
     """For each seed the test scores of some clients, shape ``(arms, clients)``; none if there are no such clients.
 
-    A score is an accuracy, or the negative of a loss in bits for each byte.
+    A score is an accuracy, or the negative of a loss in bits per byte.
 
     Args:
         found: Of every arm.

@@ -1,4 +1,4 @@
-"""A run of a language model: texts without labels become authors, and each arm is scored in bits for each byte."""
+"""A run of a language model: texts without labels become authors, and each arm is scored in bits per byte."""
 
 import json
 import math

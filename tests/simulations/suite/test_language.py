@@ -1,4 +1,4 @@
-"""A suite of a language model: arms in bits for each byte, where less is better."""
+"""A suite of a language model: arms in bits per byte, where less is better."""
 
 import json
 import math
@@ -99,7 +99,7 @@ def test_a_head_on_embeddings_is_no_arm_of_a_language_model(scenario: Scenario, 
 
 @pytest.fixture
 def found(result_of: Callable[..., TrialResult]) -> dict[str, Any]:
-    """Eight clients on one seed, two unseen: local loses 2 to 2.7 bits for each byte, personal half a bit less."""
+    """Eight clients on one seed, two unseen: local loses 2 to 2.7 bits per byte, personal half a bit less."""
 
     def result(bits: float) -> TrialResult:
         made = result_of(*range(8), unseen=2)
