@@ -9,28 +9,13 @@ HERE = "coordinator.governance.cli"
 COMMANDS = {
     "diff": (f"{HERE}.versions", "diff", "Compare two versions, tensor by tensor.", ""),
     "gates": (f"{HERE}.promotion", "gates", "Write gates.toml: what a promotion demands.", ""),
-    "list": (
-        "coordinator.governance.cli.versions",
-        "list_",
-        "List versions, with their rounds, metrics and channels.",
-        "",
-    ),
-    "promote": (
-        "coordinator.governance.cli.promotion",
-        "promote",
-        "Give a channel another one's release, if it passes.",
-        "",
-    ),
+    "list": (f"{HERE}.versions", "list_", "List versions, with their rounds, metrics and channels.", ""),
+    "promote": (f"{HERE}.promotion", "promote", "Give a channel another one's release, if it passes.", ""),
     "rollback": (f"{HERE}.promotion", "rollback", "Publish an earlier release again.", ""),
     "rollout": (f"{HERE}.promotion", "rollout", "Say which devices get the newest release.", ""),
     "sbom": (f"{HERE}.sbom", "sbom", "Print a version's software bill of materials.", "governance"),
     "show": (f"{HERE}.versions", "show", "Show what made a version, and where it is.", ""),
-    "verdict": (
-        "coordinator.governance.cli.verdict",
-        "verdict",
-        "Say whether a release that is rolled out is worse.",
-        "",
-    ),
+    "verdict": (f"{HERE}.verdict", "verdict", "Say whether a release that is rolled out is worse.", ""),
     "watch": (f"{HERE}.verdict", "watch", "Roll a channel back when an evaluation demands it.", ""),
 }
 
