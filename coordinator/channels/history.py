@@ -9,7 +9,8 @@
 5. A record that made a release has the digest that the channel's metadata of that version list. If it states a rollout,
    they list the flags of that rollout; otherwise none.
 6. The verdict of each evaluation is the one that its figures give. Metadata that were prepared for a rollback are
-   current only by a record with an evaluation that meets the condition which the channel's key signed in them.
+   current only by a record with an evaluation that meets the condition which the channel's key signed in them, and
+   that led to no rollback before.
 7. No record made a release of a channel that was protected then, unless by a promotion whose gates all let it pass, or
    by a rollback. Which channels are protected is what the targets of that time say.
 
@@ -36,6 +37,7 @@ from aggregation.pki.identity import PublicKey
 from coordinator.channels.actions import LOG, ActionRecord, LogHead, action_path, digest_of
 from coordinator.channels.metadata import MAX_METADATA, PUBLIC, ROOT, SNAPSHOT, TIMESTAMP, TOP, delegations, protected
 from coordinator.channels.prepared import RollbackCondition
+from coordinator.channels.verdict import JudgedEvaluation
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +94,19 @@ def audit_repository(folder: Path, root: Path | None) -> RepositoryAudit:
     for record in records:
         _require_release(place, record)
     unpromoted = _require_promoted(place, records, roots)
+    _require_used_once(records)
     named = {action_path(folder, record.number).name for record in records}
     unread = sorted(path.name for path in (folder / LOG).glob("*") if path.name not in named)
     return RepositoryAudit(records, root is not None, unpromoted, tuple(unread))
+
+
+def rollback_after(evaluation: JudgedEvaluation, records: Sequence[ActionRecord]) -> ActionRecord | None:
+    """The first rollback that an evaluation led to, among ``records``; None if it led to none."""
+    for record in records:
+        found = record.action.evaluation
+        if record.action.kind == "rollback" and found is not None and found.is_of_round(evaluation):
+            return record
+    return None
 
 
 def _roots(place: Path, pinned: bytes | None) -> list[Metadata[Root]]:
@@ -204,6 +216,17 @@ def _require_verdict(place: Path, record: ActionRecord, top: Metadata[Targets]) 
     except (DataError, TrustError) as error:
         reason = f"record {record.number} of {action.subject or 'all'}: {error}"
         raise TrustError(reason, about=error.about, value=record.number) from error
+
+
+def _require_used_once(records: Sequence[ActionRecord]) -> None:
+    """Return if no evaluation led to two rollbacks: of the second release it said nothing."""
+    for record in records:
+        if record.action.kind != "rollback" or (evaluation := record.action.evaluation) is None:
+            continue
+        first = rollback_after(evaluation, records)
+        if first is not None and first.number != record.number:
+            reason = f"record {record.number} is a rollback for round {evaluation.round}, as record {first.number} was"
+            raise TrustError(reason, about="evaluation", value=record.number)
 
 
 def _require_promoted(place: Path, records: Sequence[ActionRecord], roots: Sequence[Metadata[Root]]) -> dict[str, int]:

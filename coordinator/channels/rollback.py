@@ -12,6 +12,7 @@ from adapters.release import RELEASE, Release, target
 from aggregation.errors import ConfigError, TrustError
 from aggregation.pki.identity import IdentityKey, PublicKey
 from coordinator.channels.actions import Action
+from coordinator.channels.history import audit_repository, rollback_after
 from coordinator.channels.prepared import RollbackCondition
 from coordinator.channels.repository import ChannelRepository, Published
 from coordinator.channels.verdict import JudgedEvaluation
@@ -102,7 +103,8 @@ def publish_prepared(repository: ChannelRepository, channel: str, evaluation: Ju
     Raises:
         ConfigError: There is no such channel or no prepared rollback, or that is out of date; or the key is not there.
         DataError: The repository is damaged, or the figures do not give the verdict.
-        TrustError: The prepared rollback is damaged, or was not prepared for this evaluation.
+        TrustError: The prepared rollback is damaged, or was not prepared for this evaluation; or the evaluation led to
+            a rollback already; or the repository does not pass its audit.
         OSError: The files cannot be written. The repository is unchanged.
     """
     with repository.locked():
@@ -111,6 +113,10 @@ def publish_prepared(repository: ChannelRepository, channel: str, evaluation: Ju
             raise ConfigError(f"channel {channel} has no release", about="channel", value=channel)
         found = repository.prepared.accept(channel, current)
         found.condition.require(evaluation)
+        before = rollback_after(evaluation, audit_repository(repository.folder, None).records)
+        if before is not None:
+            reason = f"round {evaluation.round} led to the rollback of record {before.number} already: evaluate anew"
+            raise TrustError(reason, about="evaluation", value=evaluation.round)
         release = found.release
         for name, content in found.files.items():
             repository.targets.write(channel, name, content)

@@ -165,6 +165,10 @@ class JudgedEvaluation:
             raise DataError(reason, about="evaluation", value=self.round)
         return self
 
+    def is_of_round(self, other: "JudgedEvaluation") -> bool:
+        """Whether both are of one round, with whatever margin."""
+        return (self.round, self.version) == (other.round, other.version)
+
     def __str__(self) -> str:
         """For a person."""
         return f"round {self.round}, {self.survivors} survivors: {self.verdict}"

@@ -18,7 +18,7 @@ from aggregation.errors import ConfigError, ProtocolError, TrustError
 from aggregation.messages import Assignment, Plan
 from coordinator.audit.transcripts import logs
 from coordinator.channels.comparison import compared
-from coordinator.channels.history import audit_repository
+from coordinator.channels.history import audit_repository, rollback_after
 from coordinator.channels.repository import ChannelRepository
 from coordinator.channels.rollback import note_evaluation, publish_prepared
 from coordinator.channels.verdict import JudgedEvaluation, verdict
@@ -51,7 +51,8 @@ class WatchStep:
 def act(repository: ChannelRepository, state_dir: Path, trust: Path | None, channel: str, adapter: str) -> WatchStep:
     """Publish the prepared rollback of a channel if the last evaluation found its newest release worse.
 
-    A verdict after which the release stays is noted in the repository's log, once.
+    A verdict after which the release stays is noted in the repository's log, once. An evaluation that led to a rollback
+    already gives no verdict: the same adapter, promoted again, is compared again.
 
     Args:
         repository: Of the channel. Of its keys, that of snapshot and timestamp is needed.
@@ -75,14 +76,19 @@ def act(repository: ChannelRepository, state_dir: Path, trust: Path | None, chan
         found = judge(Lineage.read(state_dir, trust, None), channel, adapter, newest, previous, ready.condition.margin)
     except NoVerdictError as error:
         return WatchStep("no verdict", str(error))
-    noted = [record.action.evaluation for record in audit_repository(repository.folder, None).records]
+    records = audit_repository(repository.folder, None).records
+    before = rollback_after(found, records)
+    if before is not None:
+        led = f"release {before.action.release} of channel {before.action.subject}"
+        reason = f"the evaluation of round {found.round} led to a rollback already ({led}): {_add_one(state_dir)}"
+        return WatchStep("no verdict", reason)
     if found.worse:
         made = publish_prepared(repository, channel, found).release
         text = (
             f"{found}; channel {channel} is rolled back: release {made.number} is release {ready.condition.again} again"
         )
         return WatchStep("rolled back", text, found, made)
-    if found not in noted:
+    if found not in [record.action.evaluation for record in records]:
         note_evaluation(repository, channel, found)
     return WatchStep("kept", f"{found}; release {current.number} of channel {channel} stays", found)
 
@@ -103,8 +109,8 @@ def judge(lineage: Lineage, channel: str, adapter: str, newest: str, previous: s
     """
     found = last_evaluation(lineage, newest, previous)
     if found is None or found.record is None:
-        add = f"add one with 'edgeadapt coordinator evaluate {lineage.state_dir}', and run it"
-        raise NoVerdictError(f"no round has compared the two releases of {channel}: {add}", about="evaluation")
+        reason = f"no round has compared the two releases of {channel}: {_add_one(lineage.state_dir)}"
+        raise NoVerdictError(reason, about="evaluation")
     number, metrics = found.record.round, found.manifest.metrics
     judged = verdict(metrics, margin)
     if judged is None:
@@ -136,6 +142,10 @@ def last_evaluation(lineage: Lineage, newest: str, previous: str) -> GovernedVer
         if (task.newest, task.previous) == (newest, previous):
             return version
     return None
+
+
+def _add_one(state_dir: Path) -> str:
+    return f"add one with 'edgeadapt coordinator evaluate {state_dir}', and run it"
 
 
 def _plan(lineage: Lineage, digest: str) -> Plan:

@@ -17,6 +17,7 @@ from aggregation.errors import ConfigError
 from client.node.privacyledger import PrivacyLedger
 from client.training.examples import Example, Split, in_split, read_examples, write_examples
 from coordinator.channels.history import audit_repository
+from coordinator.channels.rollback import roll_back
 from coordinator.governance.evaluations import NoVerdictError
 from coordinator.governance.gates import GateError
 from coordinator.governance.gatesettings import GateSettings
@@ -115,7 +116,13 @@ def test_a_bad_canary_is_found_by_sums_and_taken_back_and_a_good_one_stays(chann
         channel.verdict()
     assert channel.watch()["outcome"] == "no rollout"
 
-    channel.publish("canary", louder(good), 4)
+    channel.publish("canary", permuted(good), 4)  # the vendor does not believe it
+    channel.promote()
+    assert channel.watch()["outcome"] == "no verdict"
+    assert len(channel.having(4)) == DEVICES // 2
+    roll_back(channel.repository, "stable", 3, channel.key)
+
+    channel.publish("canary", louder(good), 6)
     channel.promote()
     with refused(NoVerdictError, "evaluation"):  # the one before compared other releases
         channel.verdict()
@@ -128,7 +135,7 @@ def test_a_bad_canary_is_found_by_sums_and_taken_back_and_a_good_one_stays(chann
     assert audit_failures(folder) == set()
     actions = [each.action for each in audit_repository(channel.folder, None).records]
     judged_actions = [(each.kind, each.release, each.evaluation.worse) for each in actions if each.evaluation]
-    assert judged_actions == [("rollback", 3, True), ("evaluate", 4, False)]
+    assert judged_actions == [("rollback", 3, True), ("evaluate", 6, False)]
     channel.repository.prepared.discard("stable")
     with refused(ConfigError, "prepared"):
         channel.watch()

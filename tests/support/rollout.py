@@ -90,7 +90,7 @@ class StagedFleet:
             (folder / "trust.pem").write_bytes(self.key.public.to_pem())
             source = ChannelSource(str(self.folder / "public"), "stable")
             follow(self.bundle(device), source, self.fleet.out / "root.json")
-            stages = [Rollout(release, release - 1, 50) for release in (2, 4)]
+            stages = [Rollout(release, release - 1, 50) for release in (2, 4, 6)]
             chosen = (each.release if number % 2 else each.previous for each in stages)
             wanted = list(chosen)
             key = next(key for key in keys if [Targeting(key).release(each) for each in stages] == wanted)

@@ -123,6 +123,20 @@ def test_after_it_the_channel_goes_on(staged: Place, source: Source, exported: E
     assert ROLLBACK not in staged.repository.metadata.load(Targets, "stable").unrecognized_fields
 
 
+def test_one_evaluation_takes_back_one_release(staged: Place, source: Source, exported: ExportedBase) -> None:
+    judged = evaluation(staged)
+    publish_prepared(staged.repository, "stable", judged)
+    staged.publish(4, source("global", seed=5), exported, channel="canary")  # the same adapter again
+    staged.repository.promote("canary", 2, "stable", (), share=99)
+    prepare(staged.repository, "stable", staged.vendor, MARGIN)
+    assert evaluation(staged) == judged
+    with refused(TrustError, "evaluation"):
+        publish_prepared(staged.repository, "stable", judged)
+    assert staged.repository.prepared.path("stable").exists()
+    assert publish_prepared(staged.repository, "stable", replace(judged, round=4)).release.number == 5
+    audit_repository(staged.repository.folder, None)
+
+
 @pytest.mark.parametrize("what", ["renew", "renew all", "rotate", "rotate snapshot", "rotate targets", "rollout"])
 def test_each_change_prepares_it_anew(staged: Place, what: str) -> None:
     repository = staged.repository
@@ -281,7 +295,7 @@ def test_a_kill_before_the_timestamp_leaves_it_ready(staged: Place, monkeypatch:
 # --- the log and the audit
 
 
-def forged(staged: Place, action: Action) -> None:
+def forged(staged: Place, action: Action, release: int = 3) -> None:
     """What a thief of the snapshot's key does: publish the prepared metadata under a record of his own."""
     repository = staged.repository
     current = repository.release("stable")
@@ -290,7 +304,7 @@ def forged(staged: Place, action: Action) -> None:
     for name, content in ready.files.items():
         repository.targets.write("stable", name, content)
     digest = ready.metadata.signed.targets["stable/release.json"].hashes["sha256"]
-    action = replace(action, subject="stable", release=3, sha256=digest, adapters=dict(ready.release.adapters))
+    action = replace(action, subject="stable", release=release, sha256=digest, adapters=dict(ready.release.adapters))
     repository.metadata.commit(action, {}, prepared={"stable": ready.metadata})
 
 
@@ -299,6 +313,18 @@ def test_a_rollback_without_an_evaluation_is_found(staged: Place) -> None:
     with refused(TrustError, "evaluation"):
         audit_repository(staged.repository.folder, None)
     staged.repository.renew(everything=True)  # also after the channel went on
+    with refused(TrustError, "evaluation"):
+        audit_repository(staged.repository.folder, None)
+
+
+def test_a_second_rollback_for_one_evaluation_is_found(staged: Place, source: Source, exported: ExportedBase) -> None:
+    judged = evaluation(staged)
+    publish_prepared(staged.repository, "stable", judged)
+    staged.publish(4, source("global", seed=5), exported, channel="canary")
+    staged.repository.promote("canary", 2, "stable", (), share=99)
+    prepare(staged.repository, "stable", staged.vendor, MARGIN)
+    audit_repository(staged.repository.folder, None)
+    forged(staged, Action("rollback", again=3, evaluation=judged), release=5)
     with refused(TrustError, "evaluation"):
         audit_repository(staged.repository.folder, None)
 
