@@ -22,6 +22,7 @@ from aggregation.errors import DataError
 
 CONFIDENCE = 0.95
 ROUNDING = 10.0**-DECIMALS  # of the difference of two accuracies, each of which is off by half of it at most
+MOST = 2.0**63  # examples, and deviation of their number; beyond, a square could be no float
 TOLERANCE = 1e-9  # between two machines that compute one verdict
 Figure = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -115,7 +116,8 @@ def verdict(metrics: Mapping[str, float], margin: float) -> Verdict | None:
     newest, examples, previous, examples_before = (metrics[name] for name in names)
     deviation = metrics[DEVIATION]
     shares = all(0 <= each <= 1 for each in (newest, previous))
-    if not (shares and examples >= 1 and examples_before >= 1 and deviation >= 0):
+    counts = all(1 <= each < MOST for each in (examples, examples_before))
+    if not (shares and counts and 0 <= deviation < MOST):
         raise DataError("no evaluation can have these metrics", about="metrics")
     one, other = Proportion(newest, examples), Proportion(previous, examples_before)
     low, high = difference_interval(one, other, deviation=deviation)

@@ -353,6 +353,14 @@ def test_a_verdict_that_its_figures_do_not_give_is_found(staged: Place) -> None:
         audit_repository(staged.repository.folder, None)
 
 
+@pytest.mark.parametrize("figure", ["deviation", "examples_newest", "examples_previous"])
+def test_a_figure_that_no_evaluation_can_have_is_found(staged: Place, figure: str) -> None:
+    judged = evaluation(staged)
+    note_evaluation(staged.repository, "stable", replace(judged, metrics={**judged.metrics, figure: 1e300}))
+    with refused(TrustError, "metrics"):
+        audit_repository(staged.repository.folder, None)
+
+
 def test_an_audit_does_not_take_history_from_which_the_condition_was_taken_out(staged: Place) -> None:
     forged(staged, Action("rollback", again=1))
     metadata = staged.repository.metadata

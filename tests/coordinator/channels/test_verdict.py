@@ -112,6 +112,10 @@ def test_without_figures_of_both_releases_there_is_no_verdict(missing: str) -> N
         METRICS | {"accuracy_newest": 1.5},
         METRICS | {"examples_previous": 0.0},
         METRICS | {"deviation": -1.0},
+        METRICS | {"deviation": 1e300},
+        METRICS | {"deviation": float("nan")},
+        METRICS | {"examples_newest": 1e300},
+        METRICS | {"examples_previous": float("inf")},
     ],
 )
 def test_metrics_of_no_evaluation_are_refused(metrics: dict[str, float]) -> None:
