@@ -7,7 +7,8 @@
 
 They are not served. The metadata carry the condition on which they may be published (``RollbackCondition``), so that
 the channel's key has signed it too: ``publish`` refuses, and an audit finds, what does not meet it. Every change of the
-channel takes the version that they have, and signs them again under the next one.
+channel takes the version that they have, and signs them again under the next one; but another key of the channel never
+signs what the one before had signed.
 """
 
 import shutil
@@ -128,10 +129,12 @@ class PreparedRollbacks:
         self.targets.folder.mkdir(mode=storage.PRIVATE_FOLDER, exist_ok=True)
         storage.replace(self.path(channel), self.metadata.prepare(channel, signed).to_bytes())
 
-    def discard(self, channel: str) -> None:
-        """Delete it, if there is one."""
+    def discard(self, channel: str) -> bool:
+        """Delete it, if there is one. Returns whether there was."""
+        found = self.path(channel).exists()
         self.path(channel).unlink(missing_ok=True)
         shutil.rmtree(self.targets.folder / channel, ignore_errors=True)
+        return found
 
     def read(self, channel: str) -> tuple[Metadata[Targets], RollbackCondition] | None:
         """The metadata and their condition; None if no rollback is prepared.

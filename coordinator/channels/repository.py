@@ -358,10 +358,14 @@ class ChannelRepository:
             else:
                 self.metadata.commit(Action("renew"), {})
 
-    def rotate(self, role: str, entropy: Entropy) -> None:
+    def rotate(self, role: str, entropy: Entropy) -> bool:
         """Replace the key of a role or channel; ``snapshot`` stands for both roles that share a key.
 
-        Devices follow by themselves: a new root is signed by the old key too. The old key's file is deleted.
+        Devices follow by themselves: a new root is signed by the old key too. The old key's file is deleted. A rollback
+        that was prepared with the old key of a channel is discarded: whoever stole that key could have replaced it.
+
+        Returns:
+            Whether a prepared rollback was discarded.
 
         Raises:
             ConfigError: There is no such role or channel, or a key that must sign is not in DIR/keys.
@@ -370,15 +374,15 @@ class ChannelRepository:
             if role not in (ROOT, TOP, SNAPSHOT, TIMESTAMP, *self.channels):
                 raise ConfigError(f"there is no role or channel {role!r}", about="role", value=role)
             root, top = self.metadata.load(Root, ROOT), self.metadata.load(Targets, TOP)
-            new, action = self.metadata.new_key(entropy), Action("rotate", role)
+            new, action, discarded = self.metadata.new_key(entropy), Action("rotate", role), False
             roles = (SNAPSHOT, TIMESTAMP) if role in (SNAPSHOT, TIMESTAMP) else (role,)
             if role in self.channels:
-                old, ready = list(delegations(top)[role].keyids), self.prepared.read(role)
+                old = list(delegations(top)[role].keyids)
                 for keyid in old:
                     top.revoke_key(keyid, role)
                 top.add_key(new.public_key, role)
                 self.metadata.commit(action, {role: self.metadata.load(Targets, role)}, top=top)
-                self.prepared.sign_again(role, ready, self.release(role))
+                discarded = self.prepared.discard(role)
             else:
                 signers, old = self.metadata.signers(root.roles[ROOT].keyids), list(root.roles[roles[0]].keyids)
                 for each in roles:
@@ -388,6 +392,7 @@ class ChannelRepository:
                 self.metadata.commit(action, {}, root, top if role == TOP else None, signers)
             for keyid in old:
                 self.metadata.key_file(keyid).unlink(missing_ok=True)
+            return discarded
 
     # Files.
 

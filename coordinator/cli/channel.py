@@ -143,13 +143,20 @@ def renew(folder: Path, everything: bool) -> None:
 def rotate(folder: Path, role: str) -> None:
     """Replace the key of root, targets, snapshot (with timestamp) or a channel. Devices follow by themselves.
 
+    The new key of a channel does not sign a rollback that is prepared: prepare that anew.
+
     \b
     Example:
       edgeadapt channel rotate releases stable
     """
     opened = _open(folder)
-    opened.rotate(role, SystemEntropy())
+    discarded = opened.rotate(role, SystemEntropy())
     _write_root(folder, opened)
+    if discarded:
+        anew = f"prepare one anew with 'edgeadapt adapters rollout {folder} {role} … --key'"
+        click.echo(
+            f"the rollback of channel {role} that was prepared is discarded, since the old key signed it: {anew}"
+        )
 
 
 @channel.command(short_help="Show channels, releases, roles and keys.")

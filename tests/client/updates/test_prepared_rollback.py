@@ -137,18 +137,36 @@ def test_one_evaluation_takes_back_one_release(staged: Place, source: Source, ex
     audit_repository(staged.repository.folder, None)
 
 
-@pytest.mark.parametrize("what", ["renew", "renew all", "rotate", "rotate snapshot", "rotate targets", "rollout"])
+@pytest.mark.parametrize("what", ["renew", "renew all", "rotate snapshot", "rotate targets", "rollout"])
 def test_each_change_prepares_it_anew(staged: Place, what: str) -> None:
     repository = staged.repository
     if what.startswith("renew"):
         repository.renew(everything="all" in what)
     elif what.startswith("rotate"):
-        repository.rotate(what.partition(" ")[2] or "stable", SystemEntropy())
+        assert not repository.rotate(what.partition(" ")[2], SystemEntropy())
     else:
         repository.set_rollout("stable", 50)
     publish_prepared(only_the_snapshots_key(staged), "stable", evaluation(staged))
     assert staged.update().release.number == 3
     audit_repository(repository.folder, None)
+
+
+def test_a_new_key_of_the_channel_signs_no_rollback_that_a_thief_of_the_old_one_wrote(staged: Place) -> None:
+    repository = staged.repository
+    ready = repository.prepared.read("stable")
+    assert ready is not None
+    signed, condition = ready[0].signed, ready[1]
+    replace(condition, margin=0.0).put(signed)
+    repository.prepared.write("stable", signed)  # with the old key
+    said = run("channel", "rotate", repository.folder, "stable")
+    assert "rollback of channel stable" in said
+    assert "adapters rollout" in said
+    assert repository.prepared.read("stable") is None
+    with refused(ConfigError, "prepared"):
+        publish_prepared(repository, "stable", evaluation(staged, margin=0.0))
+    assert "rollback" not in run("channel", "rotate", repository.folder, "stable")
+    prepare(repository, "stable", staged.vendor, MARGIN)
+    assert publish_prepared(repository, "stable", evaluation(staged)).release.number == 3
 
 
 def test_it_ends_with_the_rollout(staged: Place, source: Source, exported: ExportedBase) -> None:
