@@ -7,12 +7,13 @@ import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 
-from adapters.base import Base, find_base
+from adapters.base import find_base
 from adapters.bundle import Bundle, VerifiedAdapter
-from adapters.manifest import BaseManifest, Task
+from adapters.manifest import BaseManifest
 from adapters.peft.folder import to_peft
 from aggregation.errors import ConfigError, DataError
 from export.bundle.sources import Origin, as_slots, fitted
@@ -62,13 +63,13 @@ def open_pair(bundle: Bundle, name: str, base_name: str, origin: Origin) -> Expo
         )
     runner = OnnxRunner.open(verified.folder, manifest)
     verified.check()
-    origin = fitted(as_slots(origin), manifest.base_digest, manifest.slots)
-    trained = _trained(base, manifest.task, origin, len(adapter.manifest.labels))
-    return ExportedPair(manifest, adapter, runner, trained)
+    exported = fitted(as_slots(origin), manifest.base_digest, manifest.slots)
+    inner = bare_model(base, manifest.task, exported.tensors, len(adapter.manifest.labels))
+    return ExportedPair(manifest, adapter, runner, _trained(inner, origin))
 
 
-def _trained(base: Base, task: Task, origin: Origin, labels: int) -> PeftModel:
-    inner = bare_model(base, task, origin.tensors, labels)
+def _trained(inner: Any, origin: Origin) -> PeftModel:
+    """The adapter as peft has it: the conversion of its method to LoRA is part of what is compared."""
     with tempfile.TemporaryDirectory(prefix="edgeadapt-") as folder:
         to_peft(origin.tensors, origin.peft_config, Path(folder) / "peft")
         with warnings.catch_warnings():  # peft uses a deprecated argument of transformers

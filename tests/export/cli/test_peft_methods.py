@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForSequenceClassification
 
 from adapters.base import Base
+from adapters.peft import lowrank
 from adapters.peft.folder import WEIGHTS
 from adapters.peft.methods import COPIES
 from client.inference.session import ClassificationSession
@@ -123,6 +124,43 @@ def test_a_vector_that_does_not_fit_is_refused(
     done = export("adapter", *made, "--bundle", every_slot / "bundle")
     assert done.code == 5
     assert len(done.err.splitlines()) == 1
+
+
+LOHA = lowrank._loha
+# Method → a function of its conversion to LoRA, and the same with a mistake.
+WRONG: dict[str, tuple[str, Any]] = {
+    "adalora": ("_adalora", lambda factor, a, b, e: (a * e.reshape(-1, 1), b * np.float32(1.5 * factor))),
+    "loha": ("_loha", lambda factor, b1, a1, b2, a2: LOHA(factor, b1, a2, b2, a1)),
+    "vera": ("_vera", lambda a, b, lambda_b, lambda_d: (a * lambda_d[:, None], b[: len(lambda_b)])),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_parity_finds_a_mistake_in_the_conversion_to_lora(
+    export: Run,
+    tmp_path: Path,
+    every_method_base: Base,
+    every_method: Trained,
+    every_slot: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    _, folder = every_method(name)
+    texts = tmp_path / "texts"
+    texts.write_text("\n".join(TEXTS))
+    base = ("--bundle", every_slot / "bundle", "--base", every_method_base.folder, "--peft", folder)
+
+    def parity(adapter: str) -> int:
+        named = ("--name", adapter, "--key", every_slot / "key.pem")
+        done = export("adapter", *base, "--labels", every_slot / "labels", "--format", "fp32", *named)
+        assert done.code == 0, done.err
+        code: int = export("parity", *base, "--name", adapter, "--texts", texts).code
+        return code
+
+    assert parity(f"{name}-right") == 0
+    function, wrong = WRONG[name]
+    monkeypatch.setattr(lowrank, function, wrong)
+    assert parity(f"{name}-wrong") == 6
 
 
 def test_a_long_text_is_cut_to_what_virtual_tokens_leave(
