@@ -282,11 +282,18 @@ def update_transcript(folder: Path) -> None:
         EdgeAdaptError: As ``database.connect``.
     """
     if RegistrySettings.of(folder).database:
-        engine = database.connect(registry_url(folder))
-        try:
-            _update_transcript(folder, TranscriptTable(engine))
-        finally:
-            engine.dispose()
+        with transcript_table(folder) as table:
+            _update_transcript(folder, table)
+
+
+@contextmanager
+def transcript_table(folder: Path) -> Iterator[TranscriptTable]:
+    """The logs in the database of a directory's registry, to be read. Raises EdgeAdaptError as ``database.connect``."""
+    engine = database.connect(registry_url(folder))
+    try:
+        yield TranscriptTable(engine)
+    finally:
+        engine.dispose()
 
 
 def _update_transcript(folder: Path, table: TranscriptTable) -> None:

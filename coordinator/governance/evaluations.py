@@ -4,6 +4,8 @@ The signed record of a round names its plan by digest, and the log of the sessio
 found under that digest is the one that the devices had, whoever keeps the log.
 """
 
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -135,7 +137,7 @@ def last_evaluation(lineage: Lineage, newest: str, previous: str) -> GovernedVer
     for version in reversed(lineage.versions):
         if version.record is None or version.record.plan is None or not is_evaluation(version.manifest.metrics):
             continue
-        task = decode(_plan(lineage, version.record.plan).training)
+        task = decode(find_plan(lineage.state_dir, version.record.plan).training)
         if not isinstance(task, EvaluationTask):
             reason = f"round {version.record.round} has metrics of an evaluation, and its plan is of another kind"
             raise TrustError(reason, about="plan", value=version.record.round)
@@ -148,20 +150,39 @@ def _add_one(state_dir: Path) -> str:
     return f"add one with 'edgeadapt coordinator evaluate {state_dir}', and run it"
 
 
-def _plan(lineage: Lineage, digest: str) -> Plan:
-    if RegistrySettings.of(lineage.state_dir).database:
-        from coordinator.statedir import update_transcript  # takes the extra of such a registry
+def find_plan(state_dir: Path, digest: str) -> Plan:
+    """The plan of a round, from the log of its session.
 
-        update_transcript(lineage.state_dir)
-    for path in reversed(logs(lineage.state_dir / TRANSCRIPT)):
-        for entry in transcript.read(storage.read(path)).entries:
-            if entry.kind != Assignment.TAG:
-                continue
-            try:
-                plan = Assignment.decode(envelope.unverified_body(entry.message)).plan
-            except ProtocolError:  # only the first one of a round is kept complete
-                continue
-            if plan.digest().hex() == digest:
-                return plan
-    reason = f"no log in {lineage.state_dir / TRANSCRIPT} has the plan {digest[:16]}: restore it from a copy"
+    Args:
+        state_dir: Of the coordinator. It is only read: where the database has the logs, its copy of them is not used.
+        digest: Of the plan, hex.
+
+    Raises:
+        DataError: A log is too large.
+        TrustError: No log has it.
+        EdgeAdaptError: The database cannot be reached.
+    """
+    with closing(_newest_logs(state_dir)) as found:
+        for log in found:
+            for entry in transcript.read(log).entries:
+                if entry.kind != Assignment.TAG:
+                    continue
+                try:
+                    plan = Assignment.decode(envelope.unverified_body(entry.message)).plan
+                except ProtocolError:  # only the first one of a round is kept complete
+                    continue
+                if plan.digest().hex() == digest:
+                    return plan
+    reason = f"no log of {state_dir} has the plan {digest[:16]}: restore it from a copy"
     raise TrustError(reason, about="plan", value=digest)
+
+
+def _newest_logs(state_dir: Path) -> Generator[bytes, None, None]:
+    """The logs of all sessions, the newest first."""
+    if not RegistrySettings.of(state_dir).database:
+        yield from (storage.read(path) for path in reversed(logs(state_dir / TRANSCRIPT)))
+        return
+    from coordinator.statedir import transcript_table  # takes the extra of such a registry
+
+    with transcript_table(state_dir) as table:
+        yield from (table.log(session) for session in sorted(table.sizes(), reverse=True))

@@ -13,8 +13,8 @@ from pathlib import Path
 from sqlalchemy import Connection, Engine, func, select
 
 from adapters import storage
-from adapters.storage import PUBLIC
-from aggregation.errors import TrustError
+from adapters.storage import LARGEST, PUBLIC
+from aggregation.errors import DataError, TrustError
 from coordinator.audit.transcripts import REVOKED, log_name, log_number, logs
 from coordinator.registry import database
 from coordinator.registry.lease import require_epoch
@@ -61,6 +61,21 @@ class TranscriptTable:
         query = select(table.c.session, func.sum(func.length(table.c.records))).group_by(table.c.session)
         with database.explained(self.engine), self.engine.connect() as connection:
             return {session: int(size) for session, size in connection.execute(query)}
+
+    def log(self, session: int) -> bytes:
+        """The log of a session.
+
+        Raises:
+            DataError: It is larger than what is read of a file.
+            EdgeAdaptError: As ``database.explained``.
+        """
+        table = database.transcript
+        query = select(table.c.records).where(table.c.session == session).order_by(table.c.start)
+        length = select(func.sum(func.length(table.c.records))).where(table.c.session == session)
+        with database.explained(self.engine), self.engine.connect() as connection:
+            if (size := int(connection.scalar(length) or 0)) > LARGEST:
+                raise DataError(f"the log of session {session} has {size:,} bytes", about="transcript", value=session)
+            return b"".join(connection.scalars(query))
 
     def await_copy(self, folder: Path, seconds: float) -> None:
         """Wait, at most so long, until another process has copied what the table has now. Raises as ``sizes``."""

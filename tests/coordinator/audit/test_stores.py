@@ -15,7 +15,10 @@ from adapters.registryfiles import BLOBS, DATABASE, REGISTRY, RegistrySettings, 
 from adapters.registrystores import postgresql_url
 from aggregation.errors import EdgeAdaptError, TrustError
 from coordinator.audit import AuditInput, AuditOptions
-from coordinator.registry import database
+from coordinator.governance.evaluations import TRANSCRIPT, find_plan
+from coordinator.governance.lineage import Lineage
+from coordinator.registry import database, transcripttable
+from coordinator.statedir import LOCK
 from tests.support import refused
 from tests.support.postgresql import Server
 
@@ -133,6 +136,27 @@ def test_the_verdict_on_each_alteration_is_the_same_wherever_the_registry_is(
         for each, before in kept:
             bring_back(each, before)
     assert remote.verdict() == local.verdict() == sound
+
+
+def test_a_plan_is_found_in_the_database_and_the_state_directory_is_only_read(remote: Coordinator) -> None:
+    logs = remote.folder / TRANSCRIPT
+    with remote.engine.begin() as connection:
+        transcripttable.insert(connection, logs)
+    shutil.rmtree(logs)
+    (remote.folder / LOCK).unlink(missing_ok=True)
+    before = {path: path.stat().st_mtime_ns for path in (remote.folder, *remote.folder.rglob("*"))}
+    records = [each.record for each in Lineage.read(remote.folder, None, None).versions if each.record]
+    assert len(records) == 2
+    for record in records:
+        assert record.plan is not None
+        plan = find_plan(remote.folder, record.plan)
+        assert (plan.round, plan.digest().hex()) == (record.round, record.plan)
+    with refused(TrustError, "plan"):
+        find_plan(remote.folder, "0" * 64)
+    assert {path: path.stat().st_mtime_ns for path in (remote.folder, *remote.folder.rglob("*"))} == before
+    remote.execute("DELETE FROM edgeadapt_transcript")
+    with refused(TrustError, "plan"):
+        find_plan(remote.folder, records[0].plan or "")
 
 
 def test_a_store_that_is_away_is_no_finding(remote: Coordinator, postgresql_server: Server, tmp_path: Path) -> None:
