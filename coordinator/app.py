@@ -18,6 +18,7 @@ from aggregation.errors import ConfigError
 from coordinator.launch import GATEWAY as GATEWAY
 from coordinator.launch import STATE as STATE
 from coordinator.registry import Lease
+from coordinator.registry.lease import LOOK
 from coordinator.rounds import federate
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transport import Clock, SystemClock, Transport
@@ -25,7 +26,6 @@ from coordinator.transport import Clock, SystemClock, Transport
 if TYPE_CHECKING:
     from coordinator.gateway.grid import JoinedGrid
 
-LOOK = 1.0  # seconds between two looks whether another coordinator leads
 log = logging.getLogger("edgeadapt.coordinator")
 app = ServerApp()
 

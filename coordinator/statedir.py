@@ -30,6 +30,7 @@ from aggregation.pki.identity import IdentityKey
 from aggregation.pki.revocation import MAX_REVOCATIONS
 from aggregation.pki.tls import TlsRole, verify_tls
 from coordinator.registry import Leadership, Lease, Registry, TranscriptTable, database, leadership
+from coordinator.registry.lease import LOOK
 from coordinator.servicesettings import SERVICES, ServiceSettings
 from coordinator.settings import SETTINGS, FederationSettings
 from coordinator.transcripts import Transcripts
@@ -40,7 +41,6 @@ AUTHORITY = "authority.pem"
 REVOKED = "revoked.crl"
 TRANSCRIPT = "transcript"
 LOCK = "run.lock"
-LOOK = 1.0  # seconds between two looks whether another coordinator still leads
 PATIENCE = 2.0  # seconds in which a run takes the lock: whoever looks whether it is held has it for a moment
 TLS_KEY, TLS_REQUEST, TLS_CERTIFICATE = "tls.key", "tls.csr", "tls.pem"  # of the gateway and the SuperLink
 HEADER = b"# The settings of a federation. A run reads them when it starts.\n"

@@ -49,6 +49,7 @@ from adapters.registryfiles import (
 from adapters.registrystores import postgresql_engine, shown
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 
+ONLY_ROW = 1  # id in a table of one row
 IDLE = 5000  # milliseconds that a transaction may wait for its next statement
 metadata = MetaData()
 versions = Table(

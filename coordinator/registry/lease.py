@@ -21,8 +21,8 @@ from coordinator.registry import database
 
 TERM = timedelta(seconds=10)  # that a lease lasts unless it is renewed
 RENEWAL = 2.0  # seconds between two renewals
+LOOK = 1.0  # seconds between two looks at who leads
 LOCKED = 3000  # milliseconds that a statement waits for a lock that another coordinator holds
-ONLY_ROW = 1
 LEASE = "lease"  # what an error is about if another coordinator leads
 log = logging.getLogger("edgeadapt.coordinator")
 
@@ -88,7 +88,7 @@ class Lease:
         values = {"epoch": epoch, "leader": leader, "ends": func.clock_timestamp() + TERM}
         free = (table.c.epoch == epoch - 1) & (table.c.ends <= func.clock_timestamp())
         change = table.update().where(free).values(values).returning(table.c.epoch)
-        first = insert(table).values(id=ONLY_ROW, **values).on_conflict_do_nothing().returning(table.c.epoch)
+        first = insert(table).values(id=database.ONLY_ROW, **values).on_conflict_do_nothing().returning(table.c.epoch)
         with database.explained(engine), engine.begin() as connection:
             connection.exec_driver_sql(f"SET LOCAL lock_timeout = {LOCKED}")
             if connection.execute(change if found else first).one_or_none() is None:  # another one was faster

@@ -21,7 +21,6 @@ from coordinator.registry.lease import require_epoch
 
 LONGEST = 2**24  # bytes of a row
 LOOK = 0.1  # seconds between two looks at a copy that another process makes
-ONLY_ROW = 1  # of the table of revocations
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +52,7 @@ class TranscriptTable:
         with database.explained(self.engine), self.engine.begin() as connection:
             require_epoch(connection, self.epoch)
             connection.execute(table.delete())
-            connection.execute(table.insert().values(id=ONLY_ROW, pem=pem))
+            connection.execute(table.insert().values(id=database.ONLY_ROW, pem=pem))
 
     def sizes(self) -> dict[int, int]:
         """Session → bytes of its log. Raises as ``database.explained``."""
@@ -138,7 +137,9 @@ def insert(connection: Connection, folder: Path) -> None:
         if rows := _rows(log_number(path), 0, storage.read(path)):
             connection.execute(database.transcript.insert(), rows)
     if (folder / REVOKED).exists():
-        connection.execute(database.revocations.insert().values(id=ONLY_ROW, pem=storage.read(folder / REVOKED)))
+        connection.execute(
+            database.revocations.insert().values(id=database.ONLY_ROW, pem=storage.read(folder / REVOKED))
+        )
 
 
 def _rows(session: int, start: int, records: bytes) -> list[dict[str, int | bytes]]:

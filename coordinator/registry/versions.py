@@ -25,8 +25,6 @@ from aggregation.pki.identity import IdentityKey, PublicKey
 from coordinator.registry import database
 from coordinator.registry.lease import require_epoch
 
-ONLY_ROW = 1  # of the optimizer's table
-
 
 @dataclass(frozen=True, slots=True)
 class Version:
@@ -169,7 +167,7 @@ class Registry:
             self._insert(connection, version)
             self._append(connection, record, key)
             connection.execute(database.optimizer.delete())
-            connection.execute(database.optimizer.insert().values(id=ONLY_ROW, tensors=state))
+            connection.execute(database.optimizer.insert().values(id=database.ONLY_ROW, tensors=state))
         return version
 
     def reserved(self, blob: bytes, optimizer_state: Tensors) -> AbstractContextManager[None]:
