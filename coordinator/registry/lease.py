@@ -1,9 +1,9 @@
 """Who of several coordinators with one registry leads: a lease with an epoch (docs/decisions/0074).
 
 The lease is a row of the database, in PostgreSQL only; a registry in SQLite has one machine, and the lock of its state
-directory. Whoever finds the lease over adds one to the epoch and leads. Every transaction that writes locks the row and
-compares the epoch (``require_epoch``, Kleppmann's fencing token), so a leader that was paused while another one took
-over commits nothing. The only clock is the server's.
+directory. Whoever finds the lease over adds one to the epoch and leads. Every transaction of a run locks the row and
+compares the epoch (``fenced``, Kleppmann's fencing token), so a leader that was paused while another one took over
+commits nothing. The only clock is the server's.
 """
 
 import logging
@@ -61,6 +61,24 @@ def require_epoch(connection: Connection, epoch: int | None) -> None:
         raise _superseded(epoch, found and found.epoch, found and found.leader)
 
 
+@contextmanager
+def fenced(engine: Engine, epoch: int | None) -> Iterator[Connection]:
+    """A transaction of a writer that leads. The lease lasts from its end on: no renewal passes it, as it has the row.
+
+    Args:
+        engine: Of the registry.
+        epoch: As for ``require_epoch``.
+
+    Raises:
+        EdgeAdaptError: Another one leads, or as ``database.explained``.
+    """
+    with database.explained(engine), engine.begin() as connection:
+        require_epoch(connection, epoch)
+        yield connection
+        if epoch is not None:
+            connection.execute(database.lease.update().values(ends=func.clock_timestamp() + TERM))
+
+
 @dataclass(slots=True)
 class Lease:
     """A lease that this process took. ``epoch``: its own, which marks its transactions."""
@@ -91,9 +109,9 @@ class Lease:
         first = insert(table).values(id=database.ONLY_ROW, **values).on_conflict_do_nothing().returning(table.c.epoch)
         with database.explained(engine), engine.begin() as connection:
             connection.exec_driver_sql(f"SET LOCAL lock_timeout = {LOCKED}")
-            if connection.execute(change if found else first).one_or_none() is None:  # another one was faster
-                return Leadership(epoch, "another coordinator", in_force=True)
-        return cls(engine, leader, epoch)
+            taken = connection.execute(change if found else first).one_or_none() is not None
+        # Otherwise another one was faster, or the leader has just ended a transaction that took long.
+        return cls(engine, leader, epoch) if taken else cls.take(engine, leader)
 
     def require(self) -> None:
         """Return if no renewal has found another leader. Raises EdgeAdaptError."""

@@ -17,7 +17,7 @@ from adapters.storage import LARGEST, PUBLIC
 from aggregation.errors import DataError, TrustError
 from coordinator.audit.transcripts import REVOKED, log_name, log_number, logs
 from coordinator.registry import database
-from coordinator.registry.lease import require_epoch
+from coordinator.registry.lease import fenced
 
 LONGEST = 2**24  # bytes of a row
 LOOK = 0.1  # seconds between two looks at a copy that another process makes
@@ -42,15 +42,13 @@ class TranscriptTable:
             DataError: The log has other records there.
             EdgeAdaptError: Another coordinator leads, or the database failed.
         """
-        with database.explained(self.engine), self.engine.begin() as connection:
-            require_epoch(connection, self.epoch)
+        with fenced(self.engine, self.epoch) as connection:
             connection.execute(database.transcript.insert(), _rows(session, start, records))
 
     def set_revocations(self, pem: bytes) -> None:
         """Keep the revocation list of the newest session. Raises as ``append``."""
         table = database.revocations
-        with database.explained(self.engine), self.engine.begin() as connection:
-            require_epoch(connection, self.epoch)
+        with fenced(self.engine, self.epoch) as connection:
             connection.execute(table.delete())
             connection.execute(table.insert().values(id=database.ONLY_ROW, pem=pem))
 

@@ -7,8 +7,8 @@ the digest of a blob or of the optimizer's state. Deleted last rows are found by
 (``coordinator.transcripts``).
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -23,7 +23,7 @@ from adapters.roundrecord import RoundRecord, accept_chain, digest_of
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey, PublicKey
 from coordinator.registry import database
-from coordinator.registry.lease import require_epoch
+from coordinator.registry.lease import fenced
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ class Registry:
                 value=manifest.version,
             )
         version = self._prepare(manifest, blob, key)
-        with self._writing() as connection:
+        with fenced(self.engine, self.epoch) as connection:
             self._insert(connection, version)
         return version
 
@@ -136,7 +136,7 @@ class Registry:
                 about="record.version",
                 value=record.version,
             )
-        with self._writing() as connection:
+        with fenced(self.engine, self.epoch) as connection:
             self._append(connection, record, key)
 
     def commit_round(
@@ -163,7 +163,7 @@ class Registry:
                 f"the record of round {record.round} names another optimizer state", about="record.optimizer"
             )
         version = self._prepare(manifest, blob, key)
-        with self._writing() as connection:
+        with fenced(self.engine, self.epoch) as connection:
             self._insert(connection, version)
             self._append(connection, record, key)
             connection.execute(database.optimizer.delete())
@@ -277,13 +277,6 @@ class Registry:
     def is_shared(self) -> bool:
         """Whether coordinators on several machines may use its database."""
         return self.engine.dialect.name == "postgresql"
-
-    @contextmanager
-    def _writing(self) -> Iterator[Connection]:
-        """A transaction of the coordinator that leads."""
-        with database.explained(self.engine), self.engine.begin() as connection:
-            require_epoch(connection, self.epoch)
-            yield connection
 
     def _newest(self) -> Version:
         version = self.latest()

@@ -15,6 +15,7 @@ from sqlalchemy import Engine, text
 from aggregation.errors import DataError, EdgeAdaptError, TrustError
 from coordinator.registry import Leadership, Lease, Registry, TranscriptTable, database, leadership, lease
 from tests.support import refused
+from tests.support.gateway import wait_until
 from tests.support.registry import Rounds
 
 Reopen = Callable[[], Registry]
@@ -142,6 +143,31 @@ def test_a_leader_that_stops_in_a_transaction_does_not_hold_the_lease(
         connection.invalidate()
     with refused(EdgeAdaptError, "lease"):
         stopped.renew()
+
+
+def test_a_leader_whose_commit_takes_longer_than_its_lease_still_leads(
+    reopen_postgresql: Reopen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own transaction holds the row, so no renewal passes while it works."""
+    monkeypatch.setattr(lease, "LOCKED", 60_000)
+    monkeypatch.setattr(database, "IDLE", 60_000)
+    own, other, looking = (reopen_postgresql().engine for _ in range(3))
+    first = taken(own, "one")
+    expire(own)
+    found = list[object]()
+    taking = threading.Thread(target=lambda: found.append(Lease.take(other, "two")))
+    waits = text(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    )
+    with (
+        looking.execution_options(isolation_level="AUTOCOMMIT").connect() as connection,
+        lease.fenced(own, first.epoch),
+    ):
+        taking.start()
+        wait_until(lambda: connection.scalar(waits))
+    taking.join()
+    assert found == [Leadership(1, "one", in_force=True)]
+    first.renew()
 
 
 def test_a_copy_of_the_transcript_follows_the_table(shared: Registry, tmp_path: Path) -> None:
