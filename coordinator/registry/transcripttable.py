@@ -39,11 +39,17 @@ class TranscriptTable:
             records: What follows.
 
         Raises:
-            DataError: The log has other records there.
+            DataError: The log has another size.
             EdgeAdaptError: Another coordinator leads, or the database failed.
         """
+        table = database.transcript
+        last = select(table.c.start + func.length(table.c.records)).where(table.c.session == session)
         with fenced(self.engine, self.epoch) as connection:
-            connection.execute(database.transcript.insert(), _rows(session, start, records))
+            size = connection.scalar(last.order_by(table.c.start.desc()).limit(1)) or 0
+            if size != start:
+                text = f"the log of session {session} has {size} bytes, and records for byte {start} came: nothing was"
+                raise DataError(f"{text} changed", about="transcript", value=session)
+            connection.execute(table.insert(), _rows(session, start, records))
 
     def set_revocations(self, pem: bytes) -> None:
         """Keep the revocation list of the newest session. Raises as ``append``."""

@@ -202,8 +202,11 @@ def test_records_are_appended_once_and_large_ones_in_several_rows(
     monkeypatch.setattr("coordinator.registry.transcripttable.LONGEST", 4)
     table = TranscriptTable(shared.engine)
     table.append(1, 0, b"0123456789")
-    with refused(DataError, "database"):
-        table.append(1, 0, b"other")
+    for start in (0, 5, 9, 11, 20):  # also where no row begins
+        with refused(DataError, "transcript", value=1):
+            table.append(1, start, b"other")
+    with refused(DataError, "transcript", value=2):
+        table.append(2, 1, b"other")
     table.copy_to(tmp_path)
     assert (tmp_path / "session-000001.log").read_bytes() == b"0123456789"
 
