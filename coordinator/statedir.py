@@ -233,7 +233,7 @@ class CoordinatorStateDir:
 
     def _await_lease(self) -> Lease:
         said: Leadership | None = None
-        reachable = True
+        reachable, copied = True, False
         while True:
             try:
                 found = Lease.take(self.registry.engine, self.name)
@@ -243,7 +243,8 @@ class CoordinatorStateDir:
                 if said is None or said.epoch != found.epoch:
                     log.info("waiting: %s leads, epoch %d", found.leader, found.epoch)
                 said, reachable = found, True
-                _copy_transcript(self.folder, TranscriptTable(self.registry.engine))
+                _copy_transcript(self.folder, TranscriptTable(self.registry.engine), whole=not copied)
+                copied = True
             except EdgeAdaptError as error:
                 if type(error) is not EdgeAdaptError:  # a database that is away for a time
                     raise

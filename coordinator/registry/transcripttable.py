@@ -91,9 +91,12 @@ class TranscriptTable:
     def copy_to(self, folder: Path, *, whole: bool = False) -> None:
         """Add what the files in a folder lack. One process at a time writes to them.
 
+        A power cut may leave other bytes in the file that was written last. It is copied anew once the table has a
+        later session; an earlier file does not change any more.
+
         Args:
             folder: Made if there is something to copy.
-            whole: Copy the newest file anew: a power cut may have left other bytes in it.
+            whole: Copy the newest file anew in any case.
 
         Raises:
             TrustError: A file has what the table has not.
@@ -110,7 +113,8 @@ class TranscriptTable:
         if found:
             folder.mkdir(parents=True, exist_ok=True)
         for session in sorted(found):
-            size = 0 if whole and session == newest else here.get(session, 0)
+            anew = session == newest and (whole or newest < max(found))
+            size = 0 if anew else here.get(session, 0)
             if size != found[session]:
                 self._copy(session, size, folder / log_name(session))
         if pem is not None and (not (folder / REVOKED).exists() or storage.read(folder / REVOKED) != pem):

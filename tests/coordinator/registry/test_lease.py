@@ -190,10 +190,14 @@ def test_a_copy_of_the_transcript_follows_the_table(shared: Registry, tmp_path: 
         table.copy_to(folder)
     table.copy_to(folder, whole=True)
     assert (folder / "session-000002.log").read_bytes() == b"another"
-    (folder / "session-000003.log").write_bytes(b"of nobody")
-    with refused(TrustError, "transcript", value=3):
+    (folder / "session-000002.log").write_bytes(bytes(7))  # the same, and then another session begins
+    table.append(3, 0, b"later")
+    table.copy_to(folder)
+    assert (folder / "session-000002.log").read_bytes() == b"another"
+    (folder / "session-000004.log").write_bytes(b"of nobody")
+    with refused(TrustError, "transcript", value=4):
         table.copy_to(folder, whole=True)
-    assert (folder / "session-000003.log").read_bytes() == b"of nobody"
+    assert (folder / "session-000004.log").read_bytes() == b"of nobody"
 
 
 def test_records_are_appended_once_and_large_ones_in_several_rows(
