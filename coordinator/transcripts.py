@@ -136,7 +136,11 @@ class Transcripts:
 
         Raises:
             TrustError: A log was altered, or the logs and the registry contradict each other.
+            EdgeAdaptError: Another coordinator leads, or the registry failed.
         """
+        if self.table is not None:
+            self.table.require_lead()  # the files of a former leader lack what the one after it has added
+            self.table.copy_to(self.folder)  # a full disk may have kept a part of what the table has
         head = self.head()
         found = self._since(head.round)
         held = [log for log in found if log.entries]

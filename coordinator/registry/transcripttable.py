@@ -30,6 +30,11 @@ class TranscriptTable:
     engine: Engine
     epoch: int | None = None
 
+    def require_lead(self) -> None:
+        """Return if the coordinator of this epoch leads. Raises EdgeAdaptError, also if the database failed."""
+        with fenced(self.engine, self.epoch):
+            pass
+
     def append(self, session: int, start: int, records: bytes) -> None:
         """Add to the log of a session. After the return the records survive a power cut.
 

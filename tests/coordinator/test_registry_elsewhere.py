@@ -1,23 +1,29 @@
 """A coordinator whose registry is in PostgreSQL: made, run and looked at as every other one."""
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from sqlalchemy import text
 
-from adapters.registryfiles import DATABASE, REGISTRY, RegistrySettings
+from adapters.registryfiles import BLOBS, DATABASE, REGISTRY, RegistrySettings
 from adapters.registrystores import postgresql_url
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, EdgeAdaptError
+from coordinator.app import run
+from coordinator.audit import AuditInput, AuditOptions
+from coordinator.audit.transcripts import log_name, logs
 from coordinator.authority import AuthorityStore
 from coordinator.cli.coordinator import _serve, coordinator
-from coordinator.registry import Lease
+from coordinator.registry import Lease, lease
 from coordinator.services.deployment import _serves_or_waits
 from coordinator.settings import FederationSettings
-from coordinator.statedir import CoordinatorStateDir, open_registry
+from coordinator.statedir import TRANSCRIPT, CoordinatorStateDir, open_registry
 from coordinator.status import lines_of, status_of
 from tests.support import refused
 from tests.support.gateway import HOST, free_port
@@ -118,6 +124,47 @@ def test_a_directory_knows_who_leads_and_up_takes_a_run_that_waits_for_one_that_
             pass
     assert caplog.messages == ["leads, epoch 2"]
     assert f"{opened.name} (this directory) led last, and nobody leads now, epoch 2" in lines_of(status_of(opened))
+
+
+def test_a_leader_that_was_paused_through_rounds_of_another_one_says_who_leads(
+    app_fleet_of: Callable[..., Any], postgresql: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its transcript lacks these rounds, and nothing is damaged."""
+    monkeypatch.setattr(lease, "RENEWAL", 3600.0)
+    fleet = app_fleet_of(3, rounds=3)
+    folder = move(fleet, postgresql)
+    (folder / REGISTRY).write_text(RegistrySettings(database=postgresql, blobs=str(folder / BLOBS)).to_toml())
+    second = Path(shutil.copytree(folder, fleet.out / "second"))
+    opened, other = CoordinatorStateDir.open(folder), CoordinatorStateDir.open(second)
+    paused = run(opened, fleet.grid())
+    assert next(paused).round == 1
+    with opened.registry.engine.begin() as connection:
+        connection.execute(text("UPDATE edgeadapt_lease SET ends = clock_timestamp() - interval '1 s'"))
+    assert [record.round for record in run(other, fleet.grid())] == [2, 3]
+    with refused(EdgeAdaptError, "lease", value=2) as caught:
+        next(paused)
+    assert f"{other.name} has taken over in epoch 2" in str(caught.value)
+    left = dict.fromkeys(logs(folder / TRANSCRIPT))
+    CoordinatorStateDir.open(folder)  # has the rest of the transcript again
+    assert [path.name for path in left] == [log_name(1)]
+    assert [path.name for path in logs(folder / TRANSCRIPT)] == [log_name(1), log_name(2)]
+
+
+def test_a_log_that_a_full_disk_has_cut_is_made_complete_from_the_database(
+    app_fleet_of: Callable[..., Any], postgresql: str
+) -> None:
+    fleet = app_fleet_of(3, rounds=2)
+    folder = move(fleet, postgresql)
+    rounds = run(CoordinatorStateDir.open(folder), fleet.grid())
+    next(rounds)
+    (path,) = logs(folder / TRANSCRIPT)
+    whole = path.read_bytes()
+    os.truncate(path, len(whole) - 7)  # the table took the last record, and the file a part of it
+    rounds.close()  # type: ignore[attr-defined]
+    assert path.read_bytes().startswith(whole)
+    assert len(fleet.federate(fleet.grid())) == 2
+    checked = AuditInput.open(folder, AuditOptions())
+    checked.require(checked.audit(unfinished=False), unfinished=False)
 
 
 def test_one_that_takes_over_when_all_rounds_are_done_serves_nobody(
