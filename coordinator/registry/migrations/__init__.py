@@ -15,6 +15,7 @@ from sqlalchemy.engine import URL
 from adapters.registryfiles import SCHEMA, SCHEMAS, require_schema
 from adapters.registrystores import shown
 from aggregation.errors import ConfigError
+from coordinator.audit.transcripts import logs
 from coordinator.registry import database, transcripttable
 
 CONNECTION = "connection"  # attribute of a configuration, which ``env.py`` reads
@@ -31,7 +32,8 @@ def upgrade(url: str | URL, transcript: Path | None = None) -> str:
         The revision that it had.
 
     Raises:
-        ConfigError: It is newer than this edgeadapt, the database has no registry, or as ``database.connect``.
+        ConfigError: It is newer than this edgeadapt, the database has no registry, the folder has no log of its rounds,
+            or as ``database.connect``.
         DataError, EdgeAdaptError: As ``database.connect``.
     """
     engine = database.engine_of(url)
@@ -49,6 +51,9 @@ def upgrade(url: str | URL, transcript: Path | None = None) -> str:
                 command.stamp(config, found)
             command.upgrade(config, "head")
             if transcript is not None and engine.dialect.name == "postgresql":
+                if not logs(transcript) and connection.execute(database.rounds.select().limit(1)).first() is not None:
+                    text = f"{shown(engine.url)} has rounds, and {transcript} has no log of them: upgrade it on the"
+                    raise ConfigError(f"{text} machine whose coordinator ran them", about="transcript")
                 transcripttable.insert(connection, transcript)
             return found
     finally:

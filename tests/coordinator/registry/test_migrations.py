@@ -108,6 +108,10 @@ def test_an_upgrade_puts_the_logs_of_a_directory_into_a_database_that_has_none(
         (transcript / name).write_bytes(content)
     engine = database.engine_of(url)
     at_revision(engine, "2", rows)
+    with refused(ConfigError, "transcript"):  # on another machine: the log would be lost
+        migrations.upgrade(url, tmp_path / "elsewhere")
+    with engine.connect() as connection:
+        assert database.revision(connection) == "2"
     assert migrations.upgrade(url, transcript) == "2"
     assert migrations.upgrade(url, transcript) == SCHEMA
     TranscriptTable(engine).copy_to(tmp_path / "copy")
