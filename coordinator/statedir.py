@@ -41,6 +41,8 @@ AUTHORITY = "authority.pem"
 REVOKED = "revoked.crl"
 TRANSCRIPT = "transcript"
 LOCK = "run.lock"
+WAITING = "run.waiting"  # touched by a run that waits for the lease
+HUNG = 60.0  # seconds without a touch, which comes each second or after a log was copied
 PATIENCE = 2.0  # seconds in which a run takes the lock: whoever looks whether it is held has it for a moment
 TLS_KEY, TLS_REQUEST, TLS_CERTIFICATE = "tls.key", "tls.csr", "tls.pem"  # of the gateway and the SuperLink
 HEADER = b"# The settings of a federation. A run reads them when it starts.\n"
@@ -199,9 +201,14 @@ class CoordinatorStateDir:
         return leadership(self.registry.engine) if self.registry.is_shared else None
 
     def waits(self) -> bool:
-        """Whether another coordinator leads. Raises as ``leadership``."""
-        found = self.leadership()
-        return found is not None and found.in_force and found.leader != self.name
+        """Whether a run of this directory waits for the lease, and does not hang.
+
+        The database cannot say it: a run that hangs does not wait, and two containers may have one host name.
+        """
+        try:
+            return abs(time.time() - (self.folder / WAITING).stat().st_mtime) < HUNG
+        except FileNotFoundError:
+            return False
 
     @contextmanager
     def leading(self) -> Iterator[Self]:
@@ -218,7 +225,10 @@ class CoordinatorStateDir:
             if not self.registry.is_shared:
                 yield self
                 return
-            lease = self._await_lease()
+            try:
+                lease = self._await_lease()
+            finally:
+                (self.folder / WAITING).unlink(missing_ok=True)
             with lease.kept():
                 table = TranscriptTable(self.registry.engine, lease.epoch)
                 _copy_transcript(self.folder, table, whole=True)
@@ -243,6 +253,7 @@ class CoordinatorStateDir:
                 if said is None or said.epoch != found.epoch:
                     log.info("waiting: %s leads, epoch %d", found.leader, found.epoch)
                 said, reachable = found, True
+                (self.folder / WAITING).touch()
                 _copy_transcript(self.folder, TranscriptTable(self.registry.engine), whole=not copied)
                 copied = True
             except EdgeAdaptError as error:
@@ -251,6 +262,8 @@ class CoordinatorStateDir:
                 if reachable:
                     log.warning("waiting: %s", error)
                 reachable = False
+                if said is not None:
+                    (self.folder / WAITING).touch()
             time.sleep(LOOK)
 
     @contextmanager

@@ -134,7 +134,7 @@ def farthest(records: Iterable[RoundRecord]) -> dict[str, dict[str, float]]:
 
 def _lease(state_dir: CoordinatorStateDir) -> dict[str, Any] | None:
     found = state_dir.leadership()
-    return None if found is None else asdict(found) | {"own": found.leader == state_dir.name}
+    return None if found is None else asdict(found) | {"own": found.leader == state_dir.name and not state_dir.waits()}
 
 
 def _version(manifest: VersionManifest) -> dict[str, Any]:

@@ -258,13 +258,8 @@ def _answers(address: str, seconds: float) -> bool:
 
 
 def _serves_or_waits(state_dir: CoordinatorStateDir, gateway: str, seconds: float) -> bool:
-    """Whether the gateway answers; or another coordinator leads, and this one has to wait until it listens."""
-    if _answers(_within(gateway), seconds):
-        return True
-    try:
-        return state_dir.waits()
-    except EdgeAdaptError:  # the database is away
-        return False
+    """Whether the gateway answers; or another coordinator leads, and this one waits before it listens."""
+    return _answers(_within(gateway), seconds) or state_dir.waits()
 
 
 def _shows(address: str, seconds: float) -> bool:

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,10 @@ from coordinator.cli.coordinator import _serve, coordinator
 from coordinator.registry import Lease, lease
 from coordinator.services.deployment import _serves_or_waits
 from coordinator.settings import FederationSettings
-from coordinator.statedir import TRANSCRIPT, CoordinatorStateDir, open_registry
+from coordinator.statedir import HUNG, TRANSCRIPT, WAITING, CoordinatorStateDir, open_registry
 from coordinator.status import lines_of, status_of
 from tests.support import refused
-from tests.support.gateway import HOST, free_port
+from tests.support.gateway import HOST, free_port, wait_until
 from tests.support.postgresql import Server
 
 
@@ -101,17 +103,46 @@ def test_a_new_coordinator_does_not_take_over_the_registry_of_another(
     assert len(CoordinatorStateDir.open(folder).registry.versions()) == 1
 
 
-def test_a_directory_knows_who_leads_and_up_takes_a_run_that_waits_for_one_that_works(
+def test_up_takes_a_run_that_waits_for_one_that_works_unless_it_hangs(
+    app_fleet_of: Callable[..., Any], postgresql: str
+) -> None:
+    """Also where the leader's name is the same: two containers may have one host name and one folder."""
+    folder = move(app_fleet_of(3), postgresql)
+    opened, nowhere = CoordinatorStateDir.open(folder), f"{HOST}:{free_port()}"
+    leads, done = threading.Event(), threading.Event()
+
+    def lead() -> None:
+        with CoordinatorStateDir.open(folder).leading():
+            leads.set()
+            done.wait(60)
+
+    other = Lease.take(opened.registry.engine, opened.name)
+    assert isinstance(other, Lease)
+    assert not _serves_or_waits(opened, nowhere, 1.0)  # a run that lost the lease, and hangs
+    waiting = threading.Thread(target=lead)
+    with other.kept():
+        waiting.start()
+        wait_until(lambda: _serves_or_waits(opened, nowhere, 1.0))
+        assert "rounds 0 of 3, 0 aborted, a run waits to take over" in lines_of(status_of(opened))
+    assert leads.wait(60)
+    assert not opened.waits()
+    done.set()
+    waiting.join()
+    before = time.time() - HUNG
+    for seconds, waits in ((before + HUNG / 2, True), (before - 1, False)):
+        (folder / WAITING).touch()
+        os.utime(folder / WAITING, (seconds, seconds))
+        assert _serves_or_waits(opened, nowhere, 1.0) == waits
+
+
+def test_a_directory_knows_who_leads(
     app_fleet_of: Callable[..., Any], postgresql: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     opened = CoordinatorStateDir.open(move(app_fleet_of(3), postgresql))
-    nowhere = f"{HOST}:{free_port()}"
     assert status_of(opened)["lease"] is None
-    assert not _serves_or_waits(opened, nowhere, 1.0)
     other = Lease.take(opened.registry.engine, "elsewhere")
     assert isinstance(other, Lease)
     assert "elsewhere leads, epoch 1" in lines_of(status_of(opened))
-    assert _serves_or_waits(opened, nowhere, 1.0)
     with opened.locked():
         assert "rounds 0 of 3, 0 aborted, a run waits to take over" in lines_of(status_of(opened))
     with other.kept():
