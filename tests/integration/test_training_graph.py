@@ -12,6 +12,7 @@ import pytest
 import tomli_w
 
 from adapters.base import Base
+from adapters.layout import Tensors
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import EdgeAdaptError
 from aggregation.pki.identity import IdentityKey
@@ -77,13 +78,19 @@ def test_devices_without_torch_make_the_versions_that_torch_makes(
         assert {len(record.survivors) for record in records} == {6}
         found.append((fleet.registry().tensors(0), last(fleet)))
     (start, expected), (_, tensors) = found
-    moved = max(float(np.abs(expected[name] - start[name]).max()) for name in start)
+    # Rounding coins are drawn anew in each federation, and AdamW makes whole steps of what they do to tiny gradients.
+    # The limit is less than how far away no training would be. A head that is solved anew may hardly move, so what
+    # coins do to it is compared with its size.
+    moved = distance(expected, start)
     assert moved > 1e-3
-    # Rounding coins, and where devices train the order of the examples, are drawn anew in each federation. A head that
-    # is solved anew may hardly move, so what coins do to it is compared with its size.
-    size = max(float(np.abs(expected[name]).max()) for name in start if name.endswith("classifier.weight"))
-    limit = 0.01 * size if solved else moved
-    assert max(float(np.abs(expected[name] - tensors[name]).max()) for name in start) < limit
+    size = sum(float(np.linalg.norm(expected[name])) for name in start if name.endswith("classifier.weight"))
+    limit = 0.01 * size if solved else 0.8 * moved
+    assert distance(expected, tensors) < limit
+
+
+def distance(one: Tensors, other: Tensors) -> float:
+    """Between two adapters, as vectors."""
+    return float(np.sqrt(sum(float(np.square(one[name] - other[name]).sum()) for name in one)))
 
 
 def test_devices_with_a_bundle_that_nobody_they_trust_signed_refuse_to_train(
