@@ -16,7 +16,9 @@ from aggregation.pki.identity import IdentityKey
 from edgeadapt import cli
 from export.bundle.write import write_bundle
 from export.causal import export_causal
+from export.onnx.classifier import export_classifier
 from export.onnx.exported import Profile
+from export.onnx.slotted import with_mean_head
 from simulations.benchmarks import training
 from tests.support import models
 from tests.support.errors import refused
@@ -67,6 +69,16 @@ def test_both_engines_train_the_adapter_and_its_loss_is_the_same(trains: Callabl
         assert all(found[engine][name]["median"] > 0 for name in training.FIGURES)
     assert found["ratios"]["loss"] == pytest.approx(1, abs=0.01)
     assert "peak memory" in training.table(found)
+
+
+@pytest.mark.slow
+def test_a_classifier_is_trained_by_both_engines_too(tiny_base: Base, vendor: IdentityKey, tmp_path: Path) -> None:
+    exported = export_classifier(with_mean_head(tiny_base, ["query", "value"]), tiny_base, Profile.FP32, training=True)
+    write_bundle(tmp_path / "bundle", exported, [], key=vendor)
+    (tmp_path / TRUST).write_bytes(vendor.public.to_pem())
+    found = training.compare(tmp_path / "bundle", None, str(tiny_base.folder), training.QUICK, lambda step: None)
+    assert found["task"] == "text-classification"
+    assert found["ratios"]["loss"] == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.slow
