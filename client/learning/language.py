@@ -55,11 +55,11 @@ class LanguagePersonalized:
 
 @dataclass(frozen=True, slots=True)
 class TextBits:
-    """A text, and what it costs before and after learning, in bits for each of its bytes.
+    """A text, and what it costs before and after learning, in bits per byte.
 
     Attributes:
         prompt, text: The text, and what it answers; empty without a prompt.
-        before, after: Bits for each byte.
+        before, after: Bits per byte.
         known: Whether each of its tokens is the most likely one after learning: without sampling it is the answer.
     """
 
@@ -117,8 +117,10 @@ def teach_language_model(
     trainer = LanguageGraphTrainer(learner.library.base, stated_config(manifest))
     start, begun = trainer.tensors_of(learner.adapter.inputs), time.perf_counter()
     taught, prompts = _examples(corrections), {one.text for one in corrections}
-    for each in taught:
-        trainer.require_whole(each)
+    for number, example in enumerate(taught, 1):
+        if trainer.is_cut(example):
+            reason = f"correction {number} has more tokens than can be learned: teach a shorter answer"
+            raise DataError(reason, about="answer", value=number)
     earlier = _examples([one for one in learner.history.corrections[::-1] if one.text not in prompts][:MAX_REHEARSED])
 
     def learned(adapter: Tensors) -> bool:
@@ -169,10 +171,8 @@ def personalize_language_model(
     training, held_out = [*in_split(own, Split.TRAIN), *taught], in_split(own, Split.VALIDATION)
     config = stated_config(origin.manifest)
     trainer = LanguageGraphTrainer(learner.library.base, config)
-    start, subject = (
-        trainer.tensors_of(origin.inputs),
-        step_digest(origin.manifest, learning_rate, how, [*own, *taught]),
-    )
+    start = trainer.tensors_of(origin.inputs)
+    subject = step_digest(origin.manifest, learning_rate, how, [*own, *taught])
 
     def bits(adapter: Tensors) -> float:
         return trainer.score(adapter, held_out).loss / len(held_out) / math.log(2)

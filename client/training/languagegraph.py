@@ -94,16 +94,9 @@ class LanguageGraphTrainer:
         with without_denormals():
             return descend(begun, order, gradients_of, task, step, epochs=epochs, control=control)
 
-    def require_whole(self, example: Example) -> None:
-        """Return if an example can be learned to its end.
-
-        Raises:
-            DataError: It is cut off, or as ``TextEncoder.encode``.
-        """
-        if self._encoder.encode(example).cut:
-            longest = self._encoder.longest
-            reason = f"a prompt and its answer have more than {longest} tokens: teach a shorter answer"
-            raise DataError(reason, about="answer", value=longest)
+    def is_cut(self, example: Example) -> bool:
+        """Whether an example has more tokens than are learned. Raises as ``TextEncoder.encode``."""
+        return self._encoder.encode(example).cut
 
     def gradients(
         self, adapter: Tensors, examples: Sequence[Example], shares: Sequence[float]
