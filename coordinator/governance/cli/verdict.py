@@ -98,9 +98,13 @@ def watch(
     while True:
         try:
             step = act(_open(releases), state_dir, trust, channel, adapter)
-            row = {"outcome": step.outcome, "text": step.text, "release": step.release and step.release.number}
-            line = json.dumps(row | {"evaluation": step.evaluation and asdict(step.evaluation)})
-            line, failed = line if as_json else step.text, False
+            row = {
+                "outcome": step.outcome,
+                "text": step.text,
+                "release": step.release and step.release.number,
+                "evaluation": step.evaluation and asdict(step.evaluation),
+            }
+            line, failed = json.dumps(row) if as_json else step.text, False
         except (EdgeAdaptError, OSError) as error:
             if once or not last:  # it was called wrongly
                 raise
