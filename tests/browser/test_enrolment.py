@@ -27,6 +27,25 @@ ERROR = "document.getElementById('join-error').textContent"
 SHOWN = "[...document.querySelectorAll('#participation form')].filter((form) => !form.hidden).map((form) => form.id)"
 FACTS = "[...document.querySelectorAll('#invited dd')].map((each) => each.textContent).join(' ')"
 
+OLDER = """(async () => {
+  const { Identity } = await import("/identity.js");
+  const { LEARNED, transact } = await import("/storage.js");
+  const done = (request) => new Promise((resolve, reject) => {
+    [request.onsuccess, request.onerror] = [() => resolve(request.result), () => reject(request.error)];
+  });
+  const request = indexedDB.open("edgeadapt", 1);
+  request.onupgradeneeded = () => request.result.createObjectStore("identities");
+  const older = await done(request);
+  const pair = await crypto.subtle.generateKey("Ed25519", false, ["sign", "verify"]);
+  const store = older.transaction("identities", "readwrite").objectStore("identities");
+  await done(store.put({ device: "tab", pair }, "base"));
+  older.close();
+  const found = await new Identity("base").load();
+  const signed = await crypto.subtle.sign("Ed25519", found.pair.privateKey, new Uint8Array(9));
+  const holds = await crypto.subtle.verify("Ed25519", pair.publicKey, signed, new Uint8Array(9));
+  return [found.device, holds, await transact(LEARNED, "readonly", (store) => store.count())];
+})()"""
+
 
 def invited(store: AuthorityStore, name: str = "tab", ago: float = 0.0) -> Invitation:
     addresses = f"{HOST}:1", f"{HOST}:2,{HOST}:3"  # of devices; the page has its own
@@ -117,3 +136,10 @@ def test_a_page_enrols_with_a_token_and_one_that_is_no_good_loses_nothing(
     finally:
         server.close()
     assert page.errors() == []
+
+
+def test_an_identity_survives_a_newer_version_of_the_database(page: Any, url: str) -> None:
+    """That of an older page had fewer stores."""
+    page.call("Page.navigate", url=f"{url}trust.pem")  # the application itself would open the database first
+    page.until("location.pathname === '/trust.pem' && document.readyState === 'complete'")
+    assert page.evaluate(OLDER) == ["tab", True, 0]

@@ -6,10 +6,11 @@
 import { ConfigError } from "./errors.js";
 
 const DATABASE = "edgeadapt";
-const VERSION = 4;
+const VERSION = 4; // to be raised with each new store
 export const VERSIONS = "versions"; // accepted versions of adapters (seen.js)
 export const IDENTITIES = "identities"; // of this browser as a device (identity.js)
 export const LEARNED = "learned"; // what a person taught (learning/history.js)
+const STORES = [VERSIONS, IDENTITIES, LEARNED];
 
 /**
  * The result of the request that `ask` makes of a store, after its transaction is done.
@@ -35,8 +36,10 @@ export async function transact(store, mode, ask) {
 async function opened() {
   const request = indexedDB.open(DATABASE, VERSION);
   request.onupgradeneeded = () => {
-    for (const store of request.result.objectStoreNames) request.result.deleteObjectStore(store);
-    for (const store of [VERSIONS, LEARNED, IDENTITIES]) request.result.createObjectStore(store);
+    const { result: database } = request;
+    // What is there stays: the key of an identity cannot be made again.
+    const lacking = STORES.filter((store) => !database.objectStoreNames.contains(store));
+    for (const store of lacking) database.createObjectStore(store);
   };
   await settled(request, "onsuccess", "onerror", "onblocked");
   return request.result;
