@@ -2,26 +2,35 @@
 
 import contextlib
 import threading
+import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tomli_w
 from flwr.app import Message
 
+from adapters.evaluation import EvaluationTask
 from aggregation.pki import Authority
 from aggregation.pki.certificates import to_pem
 from aggregation.pki.identity import PublicKey
 from aggregation.pki.requests import read_request
 from aggregation.steps import Step
 from client.browser.server import Site, http_server
+from client.inference.trust import Trust
+from client.node.statedir import SETTINGS
+from client.training.evaluate import own_counts
+from client.training.examples import Split, in_split, read_examples
 from coordinator.app import run
 from coordinator.gateway.grid import GatewayGrid, JoinedGrid
 from coordinator.gateway.server import GatewayLimits
 from coordinator.gateway.websocket import BrowserSettings
 from coordinator.statedir import CoordinatorStateDir
+from tests.browser.conftest import CONFIG
 from tests.support import cdp
 from tests.support.flowerlink import link_of, living
 from tests.support.gateway import HOST, attending, authority_of, free_port, give_tls, server_tls, wait_until
@@ -144,6 +153,23 @@ def served(bundle: Path, gateway: str) -> Iterator[str]:
             serving.shutdown()
 
 
+def give_bundle(folder: Path, bundle: Path) -> None:
+    """Let a Python device answer and train with the bundle that the tabs have."""
+    file = folder / SETTINGS
+    file.write_text(tomli_w.dumps(tomllib.loads(file.read_text()) | {"base": str(bundle)}))
+
+
+def right_answers(fleet: Any, names: Iterable[str], bundle: Path, content: str) -> tuple[float, float]:
+    """Right answers and held-out examples of all these devices, counted in one place."""
+    labels = fleet.population.labels
+    task = EvaluationTask(CONFIG, labels, content, "0" * 64, 1, 2**16)
+    held_out = [
+        in_split(read_examples(fleet.state_dir(name).examples, len(labels)), Split.VALIDATION) for name in names
+    ]
+    right, count, *_ = np.sum([own_counts(bundle, task, each) for each in held_out], axis=0)
+    return float(right), float(count)
+
+
 @pytest.mark.slow
 def test_a_node_of_flower_a_light_device_and_two_tabs_train_an_adapter_together(
     fleet_of: Callable[..., Any], phone: Path, libraries: None, tabs: list[cdp.Page], tmp_path: Path
@@ -151,12 +177,15 @@ def test_a_node_of_flower_a_light_device_and_two_tabs_train_an_adapter_together(
     """Each trains on its own examples.
 
     In the third round, which is of a second session, one tab is closed after its device has shared its secrets. It is
-    opened again, as is the other one, without the page's server, and both take part in the next run of the coordinator.
+    opened again, as is the other one, without the page's server, and both take part in the next run of the coordinator,
+    which ends with an evaluation of the release in their bundle.
     """
     fleet = fleet_of(4, rounds=3, aggregation__session_rounds=2)
     give_tls(fleet)
     folders = sorted(map(Path, fleet.nodes.values()))
     names = tuple(folder.name for folder in folders)
+    for folder in folders[:2]:
+        give_bundle(folder, phone)
     state_dir, link, port = CoordinatorStateDir.open(fleet.out / "coordinator"), link_of(1), free_port()
     devices = [Tab(page, name, tmp_path / name) for page, name in zip(tabs, names[2:], strict=True)]
 
@@ -185,16 +214,21 @@ def test_a_node_of_flower_a_light_device_and_two_tabs_train_an_adapter_together(
         assert all(word in states for word in ("Waiting", "training, step 1 of", "masking", "The run is over"))
         assert stays.page.alert("join-error") == ""
     tabs[1].open()
-    fleet.configure({"rounds": 4})
+    release = Trust.open(phone).bundle.adapter_manifest("global").content
+    compared = {"rounds": 1, "newest": release, "previous": "0" * 64}
+    fleet.configure({"rounds": 5, **{f"evaluation.{name}": value for name, value in compared.items()}})
     with cohort(GatewayGrid) as (_, grid):
         for device in devices:
             device.page.goto(url)
             device.until_shown("join-form")
             device.take_part(fleet.state_dir(device.name).examples)
         grid.await_devices(4)
-        (record,) = run(CoordinatorStateDir.open(fleet.out / "coordinator"), grid)
-    assert (record.version, record.survivors, record.dropped) == (4, names, {})
-    for device, counted in zip(devices, (4, 3), strict=True):
+        records = list(run(CoordinatorStateDir.open(fleet.out / "coordinator"), grid))
+    assert [(each.version, each.survivors, each.dropped) for each in records] == [(4, names, {}), (5, names, {})]
+    right, count = right_answers(fleet, names, phone, release)
+    assert count == 120
+    assert records[1].metrics == {"deviation": 0.0, "accuracy_newest": round(right / count, 2), "examples_newest": 64.0}
+    for device, counted in zip(devices, (5, 4), strict=True):
         device.page.until(f"{STATE} === {AWAY!r}")
         assert device.page.evaluate(OUTCOMES) == ["counted"] * counted
     stays.fill(**{"join-when": "open"})

@@ -12,14 +12,17 @@ import pytest
 
 from adapters import files, jsontext, ridge
 from adapters.analytic import AnalyticTask, ClassifierHead, moment_spec
+from adapters.evaluation import EvaluationTask, counts_spec
 from adapters.layout import Tensors
 from adapters.parts import Part
 from adapters.task import OptimizerName, RateSchedule, Task, shared_layout
 from aggregation import rotation
 from aggregation.errors import ProtocolError
+from client.inference.trust import Trust
 from client.training.batches import batches
 from client.training.contribute import clip
-from client.training.examples import Example
+from client.training.evaluate import own_counts
+from client.training.examples import Example, Split
 from client.training.graphtrainer import GraphTrainer
 from client.training.moments import own_moments
 from tests.browser.conftest import CONFIG
@@ -188,6 +191,77 @@ def test_a_tab_contributes_the_moments_of_a_native_device_to_an_analytic_head_or
         ({"offer": update_offer(trainer)}, "offer.spec.vector"),
     ):
         assert page.error(f"{ROUND}({json.dumps(asked | changes | {'examples': None})})")["about"] == about
+
+
+def test_a_tab_counts_the_right_answers_that_a_native_device_counts_or_none(
+    page: Any, serve: Callable[[Path], str], phone: Path
+) -> None:
+    """Whole numbers, so the vectors are equal. A tab never says which release it has otherwise."""
+    trainer, start = native(phone)
+    content = adapter_content(phone)
+    held = [Example(text, number % len(LABELS), Split.VALIDATION) for number, text in enumerate([*PHRASES, "zzz"])]
+    blob = files.encode(start)
+    newest = EvaluationTask(CONFIG, LABELS, content, "0" * 64, 2, 64)
+    vector = counts_spec(newest, clip_norm=2.0, noise=0.0, ring_bits=16, max_clients=8)
+
+    def both(task: EvaluationTask, given: list[Example]) -> tuple[list[float], dict[str, Any]]:
+        """What the bundle's own answers give, and the question to a tab."""
+        spec = replace(session_of(trainer.layout, 32), vector=vector)
+        asked = {
+            "offer": list(bytes.fromhex(offer_of(spec))),
+            "blob": b64(blob),
+            "plan": {"adapter": files.sha256(blob), "task": b64(task.encode())},
+        }
+        return own_counts(phone, task, given[: task.most]).tolist(), asked_of(asked, given)
+
+    def counted(asked: dict[str, Any]) -> Any:
+        packed = page.evaluate(f"{ROUND}({json.dumps(asked)})")["packed"]
+        return vector.decode(np.frombuffer(bytes(packed), np.uint16), 1)["counts"].tolist()
+
+    page.goto(serve(phone))
+    expected, asked = both(newest, held)
+    assert expected[1] == len(held)
+    assert 0 < expected[0] < expected[1]
+    assert counted(asked) == expected
+    expected, asked = both(newest, 12 * held)
+    assert expected[1] == newest.most  # the first ones
+    assert counted(asked) == expected
+    before = replace(newest, newest="0" * 64, previous=content)
+    expected, asked = both(before, held)
+    assert expected[:2] == [0, 0] != expected[2:]
+    assert counted(asked) == expected
+    for task in (replace(newest, newest="1" * 64), replace(newest, least=len(held) + 1)):  # neither release; too few
+        assert counted(both(task, held)[1]) == [0] * 4
+    _, sound = both(newest, held)
+    for odd in ([replace(one, split=Split.TRAIN) for one in held], [replace(one, text="") for one in held]):
+        assert counted(asked_of(sound, odd)) == [0] * 4
+    for change, about in (
+        ({"labels": []}, "task.labels"),
+        ({"labels": [*LABELS, "Other"]}, "task.labels"),
+        ({"least": 65}, "task.newest"),
+        ({"previous": content}, "task.newest"),
+        ({"newest": "x"}, "task.newest"),
+        ({"most": 2**16 + 1}, "task.most"),
+        ({"most": 63}, "offer.spec.vector"),
+        ({"more": 1}, "task.more"),
+    ):
+        task = b64(jsontext.encode(json.loads(newest.encode()) | change))
+        changed = sound | {
+            "plan": sound["plan"] | {"task": task},
+            "examples": None,
+        }  # reading them would be another error
+        failed = page.error(f"{ROUND}({json.dumps(changed)})")
+        assert (failed["name"], failed["about"]) == ("ProtocolError", about)
+
+
+def adapter_content(bundle: Path) -> str:
+    """What the adapter of a bundle is."""
+    return Trust.open(bundle).bundle.adapter_manifest("global").content
+
+
+def asked_of(asked: dict[str, Any], examples: list[Example]) -> dict[str, Any]:
+    """The same question to a tab with other examples."""
+    return asked | {"examples": [{"text": e.text, "label": e.label, "split": e.split.value} for e in examples]}
 
 
 def update_offer(trainer: GraphTrainer) -> list[int]:

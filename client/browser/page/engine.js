@@ -125,11 +125,11 @@ export class Engine {
 
   /**
    * The `top` most likely labels of a text, most likely first, and the share of its tokens that the base does not know:
-   * { adapter, unknown, labels: [{ label, probability }] }. Throws DataError, ConfigError.
+   * { adapter, unknown, labels: [{ label, probability }] }. `adapter` is one of `loaded`; without it, the one in use answers.
+   * Throws DataError, ConfigError.
    */
-  async rank(text, top) {
+  async rank(text, top, adapter = this.#inUse()) {
     if (this.generation) throw new ConfigError("this base writes text; it has no labels", "base.task");
-    const adapter = this.#inUse();
     const ids = this.text.phrase(text, virtualTokens(adapter.feeds));
     const tokens = { input_ids: runtime.int64(ids), attention_mask: runtime.int64(ids.map(() => 1)) };
     const { logits } = await runtime.run(this.session, { ...tokens, ...adapter.feeds });
@@ -160,16 +160,17 @@ export class Engine {
   }
 
   async #load(parts) {
-    const adapter = parts.length ? await this.#composed(parts) : bare(this.base);
+    const verified = [];
+    for (const { name } of parts) verified.push(await this.verified(name));
+    return this.loaded(parts, verified);
+  }
+
+  /** A composition of verified adapters, ready to answer. Throws as `composition.compose`. */
+  loaded(parts, verified) {
+    const adapter = parts.length ? composition.compose(parts, verified, this.base) : bare(this.base);
     const size = [...adapter.inputs.values()].reduce((sum, { values }) => sum + values.byteLength, 0);
     const names = parts.map(({ name }) => name);
     return { ...adapter, parts: names, inputs: undefined, feeds: runtime.adapterFeeds(adapter.inputs), size };
-  }
-
-  async #composed(parts) {
-    const verified = [];
-    for (const { name } of parts) verified.push(await this.verified(name));
-    return composition.compose(parts, verified, this.base);
   }
 
   /** Forget the adapters that were used longest ago, except the one that was used now. */

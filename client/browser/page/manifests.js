@@ -1,5 +1,6 @@
 // The two signed manifests that a device reads, checked field by field (adapters/manifest.py).
 
+import { encode, sha256 as digest } from "./bytes.js";
 import { ConfigError, TrustError, quoted } from "./errors.js";
 import { accept, isObject, sign } from "./dsse.js";
 import { signer } from "./keys.js";
@@ -11,7 +12,7 @@ const matching = (pattern) => (value) => string(value) && pattern.test(value);
 export const listOf = (check) => (value) => Array.isArray(value) && value.every(check);
 const orNull = (check) => (value) => value === null || check(value);
 const mapOf = (key, check) => (value) => isObject(value) && Object.entries(value).every(([k, v]) => key(k) && check(v));
-const sha256 = matching(/^[0-9a-f]{64}$/);
+export const sha256 = matching(/^[0-9a-f]{64}$/);
 const count = (value) => Number.isSafeInteger(value) && value >= 0;
 const fileName = matching(/^[A-Za-z0-9_][A-Za-z0-9_.-]*$/); // stays inside its folder
 
@@ -92,6 +93,23 @@ export const adapterManifest = (raw, keys) => manifest(raw, "adapter-manifest", 
 
 /** The signed envelope of the manifest of an adapter. `key` is a key pair of `signingKey`. */
 export const signedAdapterManifest = async (body, key) => sign(body, typeOf("adapter-manifest"), await signer(key));
+
+/**
+ * SHA-256 of what an adapter is, whatever its name, version, number format and privacy, as `AdapterManifest.content`; of a
+ * manifest whose alphas are whole numbers, as those of every adapter that a federation trains.
+ */
+export function contentDigest(manifest) {
+  const same = { name: "", version: 0, sha256: "", size: 0, format: "", privacy: null };
+  return digest(encode(canonical({ ...manifest, ...same })));
+}
+
+/** JSON as adapters/jsontext.py writes it, where `temperature` alone is a float. */
+function canonical(value) {
+  if (Array.isArray(value)) return `[${value.map(canonical)}]`;
+  if (!isObject(value)) return JSON.stringify(value);
+  const written = (name) => (name === "temperature" && Number.isInteger(value[name]) ? `${value[name]}.0` : canonical(value[name]));
+  return `{${Object.keys(value).sort().map((name) => `${JSON.stringify(name)}:${written(name)}`)}}`;
+}
 
 const typeOf = (name) => `application/vnd.edgeadapt.${name}.v1+json`;
 

@@ -13,22 +13,31 @@ const SHRINK = 1 - 2 ** -40; // keeps a clipped coordinate within its bound howe
 const COIN_BITS = 23; // of a rounding coin
 const MAX_LOSS = 20; // nats, of one example (adapters/task.py)
 
-/** The segment of updates of `size` numbers, as `requireBounds` takes it. */
-export const updateSegments = ({ clip_norm: norm, weight_cap: cap }, size) => [["delta", size, norm * Number(cap) * peak(size)]];
+/** The segments of an update of `size` numbers, [[name, size, bound]], as `contribution_spec` of adapters/task.py. */
+export const updateSegments = (spec, size) => [["delta", size, spec.clip_norm * Number(spec.weight_cap) * peak(size)], ...metricSegments(spec)];
 
 /** The segments of moments of embeddings of `d` numbers with `k` labels, as `moment_spec` of adapters/analytic.py. */
-export const momentSegments = ({ weight_cap: cap }, d, k) => [["xx", (d * (d + 1)) / 2, Number(cap)], ["xy", d * k, Number(cap)]];
+export function momentSegments(spec, d, k) {
+  const cap = Number(spec.weight_cap);
+  return [["xx", (d * (d + 1)) / 2, cap], ["xy", d * k, cap], ...metricSegments(spec)];
+}
+
+/** The segment of the counts of an evaluation task, as `counts_spec` of adapters/evaluation.py. */
+export const countSegments = ({ most }) => [["counts", 4, most]];
+
+/** The segments of the metrics, as `metric_segments` of adapters/task.py. */
+function metricSegments({ weight_cap: weight }) {
+  const cap = Number(weight);
+  return [["weight", 1, cap], ["correct", 1, cap], ["loss", 1, MAX_LOSS * cap], ["held_out", 1, cap]];
+}
 
 /**
- * Returns if the vector in the offer is `segments`, [[name, size, bound]], and those of the metrics, so that it admits every
- * contribution: a tighter bound would tell devices apart by whether they can answer. Throws ProtocolError.
+ * Returns if the vector in the offer is `fair`, [[name, size, bound]], and counts up to `largest` one by one, so that it admits
+ * every contribution: a tighter bound would tell devices apart by whether they can answer. Throws ProtocolError.
  */
-export function requireBounds(spec, segments) {
-  const cap = Number(spec.weight_cap);
-  const counted = [["weight", 1, cap], ["correct", 1, cap], ["loss", 1, MAX_LOSS * cap], ["held_out", 1, cap]];
-  const fair = [...segments, ...counted];
+export function requireBounds(spec, fair, largest = Number(spec.weight_cap)) {
   const found = spec.vector.segments.map((segment) => [segment.name, segment.size, segment.bound]);
-  if (JSON.stringify(found) === JSON.stringify(fair) && maxSteps(spec.vector) >= cap) return;
+  if (JSON.stringify(found) === JSON.stringify(fair) && maxSteps(spec.vector) >= largest) return;
   const text = "the bounds of the vector in the offer do not follow from its clip norm and weight cap";
   throw new ProtocolError(text, "offer.spec.vector", COORDINATOR);
 }

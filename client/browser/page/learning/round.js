@@ -4,7 +4,7 @@
 // gives a contribution of zero.
 
 import { COORDINATOR } from "../aggregation/messages.js";
-import { contribution, momentContribution, momentSegments, requireBounds, updateSegments } from "../aggregation/contribution.js";
+import { contribution, countSegments, encode, momentContribution, momentSegments, requireBounds, updateSegments } from "../aggregation/contribution.js";
 import { sha256 } from "../bytes.js";
 import { ConfigError, DataError, ProtocolError } from "../errors.js";
 import { checkSlots, fromPeft, layoutDigest, toPeft } from "../graphinputs.js";
@@ -12,8 +12,9 @@ import { emptyAdapter } from "../runtime.js";
 import { parse } from "../safetensors.js";
 import { batches } from "./batches.js";
 import { descend } from "./descent.js";
+import { ownCounts } from "./evaluation.js";
 import { momentsOf } from "./moments.js";
-import { LIMITS, checkLimits, decodeTask, partOf } from "./task.js";
+import { LIMITS, checkLimits, decodeTask, isAnalytic, isEvaluation, partOf } from "./task.js";
 import { GraphTrainer } from "./trainer.js";
 
 const MAX_LOSS = 20; // nats, of one example (adapters/task.py)
@@ -36,6 +37,7 @@ export function trainerOf(engine, examples, pause = async () => {}, limits = LIM
     try {
       if ((await layoutDigest(inputs)) !== spec.layout_digest) refuse("offer, task and adapter have different layouts", "plan.layout");
       const start = new Map([...inputs].map(([name, { values }]) => [name, values]));
+      if (isEvaluation(task)) return await counts(engine, trainer, task, examples, spec, ends(pause, plan));
       if (isAnalytic(task)) return await moments(trainer, start, task, examples, spec, ends(pause, plan));
       const shared = [...start.keys()].filter((name) => task.shared.includes(partOf(name)));
       requireBounds(spec, updateSegments(spec, shared.reduce((sum, name) => sum + start.get(name).length, 0)));
@@ -62,15 +64,13 @@ async function opened(engine, task, blob, limits) {
     const sizes = checkSlots(new Map([...emptyAdapter(engine.base.slots), ...inputs]), engine.base.slots);
     if (sizes.get("labels") !== task.labels.length) throw new DataError("the head has another number of labels", "task.labels");
     const manifest = { name: "of the plan", peft_config: task.peft_config };
-    const open = isAnalytic(task) ? GraphTrainer.answering : GraphTrainer.open;
+    const open = isAnalytic(task) || isEvaluation(task) ? GraphTrainer.answering : GraphTrainer.open;
     return [await open(engine, { manifest, inputs }), inputs];
   } catch (error) {
     if (!(error instanceof DataError || error instanceof ConfigError)) throw error;
     throw new ProtocolError(`adapter and task: ${error.message}`, error.about || "plan.training", COORDINATOR);
   }
 }
-
-const isAnalytic = (task) => Object.hasOwn(task, "ridge");
 
 /** The contribution to an analytic head: nothing is trained. */
 async function moments(trainer, start, task, examples, spec, pause) {
@@ -85,6 +85,16 @@ async function moments(trainer, start, task, examples, spec, pause) {
     return { score, sums: momentsOf(embeddings, own.map(({ target }) => target), d, k) };
   });
   return momentContribution(found?.sums ?? momentsOf([], [], d, k), found?.score ?? NOTHING, spec);
+}
+
+/** The counts of an evaluation: exact, and zeros where the device has neither release, or too few held-out examples. */
+async function counts(engine, trainer, task, examples, spec, pause) {
+  requireBounds(spec, countSegments(task), task.most);
+  const found = await attempt(async () => {
+    const [, heldOut] = usable(trainer, task, examples, task.most);
+    return heldOut.length < task.least ? null : ownCounts(engine, task, heldOut, () => pause({ step: 0, steps: 0 }));
+  });
+  return encode(spec.vector, { counts: found ?? new Float64Array(4) });
 }
 
 /** What a person's end of the work throws, which is not the fault of an example. */

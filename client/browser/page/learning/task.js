@@ -4,7 +4,7 @@
 
 import { isObject, parse } from "../dsse.js";
 import { ConfigError, ProtocolError } from "../errors.js";
-import { between, isPeftConfig, listOf, misfit, oneOf, string } from "../manifests.js";
+import { between, isPeftConfig, listOf, misfit, oneOf, sha256, string } from "../manifests.js";
 import { COORDINATOR } from "../aggregation/messages.js";
 
 const [A, B, VECTORS, HEAD, R] = ["A", "B", "vectors", "head", "R"]; // adapters/parts.py
@@ -36,6 +36,15 @@ const ANALYTIC = {
   dimensions: whole(0, 2 ** 16),
 };
 
+const EVALUATION = {
+  peft_config: isPeftConfig,
+  labels: listOf(string),
+  newest: sha256,
+  previous: sha256,
+  least: whole(1, 2 ** 16),
+  most: whole(1, 2 ** 16),
+};
+
 export const LIMITS = {
   maximum_magnitude: 1000,
   maximum_parameters: 2 ** 24,
@@ -52,7 +61,10 @@ function refuse(text, about) {
   throw new ProtocolError(text, about, COORDINATOR);
 }
 
-/** The task in a plan, with `ridge` where it is an analytic head (adapters/analytic.py). Throws ProtocolError: not a task, or one that a tab cannot train. */
+/**
+ * The task in a plan, of one of the kinds of adapters/taskkinds.py: `isAnalytic` and `isEvaluation` tell which. Throws
+ * ProtocolError: not a task, or one that a tab cannot train.
+ */
 export function decodeTask(raw) {
   let found;
   try {
@@ -61,9 +73,9 @@ export function decodeTask(raw) {
     refuse("task: it is not a JSON object", "task");
   }
   if (!isObject(found)) refuse("task: it is not a JSON object", "task");
-  if (Object.hasOwn(found, "ridge")) return analyticTask(found);
-  const [field, why] = misfit(found, TASK) ?? [];
-  if (field) refuse(`task.${field}: it ${why}`, `task.${field}`);
+  if (isAnalytic(found)) return analyticTask(found);
+  if (isEvaluation(found)) return evaluationTask(found);
+  requireFields(found, TASK);
   const { trained, shared, labels } = found;
   if (!trained.some((part) => shared.includes(part))) {
     refuse("task.shared: no part of the adapter is both trained and shared", "task.shared");
@@ -74,11 +86,30 @@ export function decodeTask(raw) {
   return found;
 }
 
-function analyticTask(found) {
-  const [field, why] = misfit(found, ANALYTIC) ?? [];
+/** Whether a task fits an analytic head (adapters/analytic.py). */
+export const isAnalytic = (task) => Object.hasOwn(task, "ridge");
+
+/** Whether a task counts right answers (adapters/evaluation.py). */
+export const isEvaluation = (task) => Object.hasOwn(task, "newest");
+
+function requireFields(found, fields) {
+  const [field, why] = misfit(found, fields) ?? [];
   if (field) refuse(`task.${field}: it ${why}`, `task.${field}`);
+}
+
+function analyticTask(found) {
+  requireFields(found, ANALYTIC);
   if (!found.labels.length) refuse("a language model has no analytic head", "task.labels");
   if (found.dimensions) refuse("a tab contributes to no analytic head with noise", "task.dimensions");
+  return found;
+}
+
+function evaluationTask(found) {
+  requireFields(found, EVALUATION);
+  if (!found.labels.length) refuse("a language model gives no right answers", "task.labels");
+  if (found.least > found.most || found.newest === found.previous) {
+    refuse("the task compares a release with itself, or on no example", "task.newest");
+  }
   return found;
 }
 
@@ -89,7 +120,7 @@ export function checkLimits(task, adapter, limits = LIMITS) {
   if (labels.length < limits.minimum_labels) {
     refuse(`task.labels ${labels.length} is below this device's minimum of ${limits.minimum_labels}`, "task.labels");
   }
-  if (Object.hasOwn(task, "ridge") && !limits.moments) refuse("this device contributes to no analytic head", "task.moments");
+  if (isAnalytic(task) && !limits.moments) refuse("this device contributes to no analytic head", "task.moments");
   const largest = (values) => values.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
   const tensors = [...adapter.values()];
   const found = {
@@ -97,7 +128,7 @@ export function checkLimits(task, adapter, limits = LIMITS) {
     "adapter.parameters": tensors.reduce((sum, { values }) => sum + values.length, 0),
     "task.scaling": config.lora_alpha / (config.use_rslora ? Math.sqrt(config.r) : config.r),
     "task.labels": labels.length,
-    "task.learning_rate": task.learning_rate, // these three are of no analytic head
+    "task.learning_rate": task.learning_rate, // these three are of training alone
     "task.epochs": task.epochs,
     "task.batch_size": task.batch_size,
   };
