@@ -17,12 +17,13 @@ from adapters.gateway import gateway_pb2 as pb
 from aggregation.errors import ProtocolError
 from aggregation.pki.certificates import MAX_CERTIFICATE, same_name
 from aggregation.pki.identity import SIGNATURE
+from aggregation.pki.requests import MAX_REQUEST
 from aggregation.steps import Step
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Gateway"].full_name
 ENROLMENT = pb.DESCRIPTOR.services_by_name["Enrolment"].full_name
 ATTEND, FETCH, ANSWER, STATUS = (f"/{SERVICE}/{name}" for name in ("Attend", "Fetch", "Answer", "Status"))
-ENROL = f"/{ENROLMENT}/Enrol"
+ENROL, RENEW = (f"/{ENROLMENT}/{name}" for name in ("Enrol", "Renew"))
 
 RETRY_AFTER = "retry-after-ms"  # trailing metadata of an error: when the call may succeed
 RETRY_WINDOW = "retry-window-ms"  # trailing metadata of the end of Attend: FROM-TO, when the device comes back
@@ -215,6 +216,19 @@ def enrol_request(raw: bytes) -> pb.EnrolRequest:
     """
     message = _parse(pb.EnrolRequest, raw)
     _require(bool(message.token and message.request and message.tls_request), "enrol.request")
+    return message
+
+
+def renew_request(raw: bytes) -> pb.RenewRequest:
+    """What a device asks for whose certificates end soon.
+
+    Raises:
+        ProtocolError: The bytes are no ``RenewRequest``, or a part is missing or too long.
+    """
+    message = _parse(pb.RenewRequest, raw)
+    _require(0 < len(message.certificate) <= MAX_CERTIFICATE, "renew.certificate")
+    _require(len(message.signature) == SIGNATURE, "renew.signature")
+    _require(0 < len(message.tls_request) <= MAX_REQUEST, "renew.request")
     return message
 
 

@@ -118,6 +118,16 @@ class EnrolRequest(_message.Message):
     tls_request: bytes
     def __init__(self, token: _Optional[bytes] = ..., request: _Optional[bytes] = ..., tls_request: _Optional[bytes] = ...) -> None: ...
 
+class RenewRequest(_message.Message):
+    __slots__ = ("certificate", "signature", "tls_request")
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    TLS_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    certificate: bytes
+    signature: bytes
+    tls_request: bytes
+    def __init__(self, certificate: _Optional[bytes] = ..., signature: _Optional[bytes] = ..., tls_request: _Optional[bytes] = ...) -> None: ...
+
 class Enrolled(_message.Message):
     __slots__ = ("certificate", "tls_certificate")
     CERTIFICATE_FIELD_NUMBER: _ClassVar[int]

@@ -22,6 +22,7 @@ SECRET = 16  # bytes
 ENROLMENT = "enrolment"  # what that key signs: the request for a certificate
 _CHECK = 4  # bytes of a digest, for mistakes in copying
 _ADDRESS = r"[A-Za-z0-9.:_\[\]-]{3,260}"
+_RENEWAL = rf"({_ADDRESS})?"
 _ADDRESSES = rf"{_ADDRESS}(,{_ADDRESS}){{0,7}}"
 _PREFIX = "edgeadapt1."
 
@@ -36,6 +37,7 @@ class Invitation(NamedTuple):
         gateway: ``HOST:PORT`` of the coordinator's gateway; several with commas, to try in turn.
         authority: The authority's certificate, DER.
         coordinator: The coordinator's public key, raw.
+        renewal: ``HOST:PORT`` at which the service renews certificates; empty if it does not.
     """
 
     secret: bytes
@@ -44,6 +46,7 @@ class Invitation(NamedTuple):
     gateway: str
     authority: bytes
     coordinator: bytes
+    renewal: str = ""
 
     def __repr__(self) -> str:
         return f"Invitation({self.device})"
@@ -81,6 +84,7 @@ _CODEC = wire.record(
         "gateway": wire.text(_ADDRESSES),
         "authority": wire.blob(MAX_CERTIFICATE),
         "coordinator": wire.fixed(KEY),
+        "renewal": wire.text(_RENEWAL),
     },
 )
 

@@ -27,6 +27,7 @@ from aggregation.pki.requests import parsed
 
 BINDING = "tls-binding"  # the tag of the identity's signature
 CHALLENGE = "websocket-challenge"  # the same where a browser answers a gateway's challenge
+RENEWAL = "renewal"  # the same on the request for the next TLS key
 _ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551  # of P-256 (SEC 2, section 2.4.2)
 
 

@@ -1,7 +1,7 @@
 """The agent of a light device: it attends at a gateway, and answers each request with a step of ``client.node.step``.
 
 It attends only while its owner's conditions are met (``client.node.eligibility``), and waits without a connection while
-they are not.
+they are not. Meanwhile it has its certificates renewed before they end (``client.gateway.renewal``).
 
 The connection is mutual TLS under the pinned authority. Whatever can pass by itself is tried again, at each address of
 the gateway in turn, and after a pause that grows, or that the gateway names; a refusal ends the agent. An answer that
@@ -12,6 +12,7 @@ again: the device's state has moved on.
 import hashlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,14 +28,15 @@ from grpc import StatusCode
 from adapters import storage
 from adapters.gateway import frames
 from adapters.gateway import gateway_pb2 as pb
-from aggregation.errors import ConfigError, EdgeAdaptError, ProtocolError, TrustError
+from aggregation.errors import ConfigError, EdgeAdaptError, ProtocolError
 from aggregation.pki.certificates import load, subject, to_der
-from aggregation.pki.tls import TlsKey, bind
+from aggregation.pki.tls import bind
 from aggregation.steps import Step
 from client.gateway.calls import FIRST_PAUSE, PASSING, pause, refusal, until
+from client.gateway.renewal import Renewal, tls_pair
 from client.node.eligibility import LOOK, Condition, conditions, machine_conditions
 from client.node.readings import Readings, SystemReadings
-from client.node.statedir import AUTHORITY, LONGEST, TLS_CERTIFICATE, TLS_KEY, DeviceStateDir
+from client.node.statedir import AUTHORITY, LONGEST, DeviceStateDir
 from client.node.step import Refusal, RefusalCode, answer
 
 TRANSFER = 180.0  # seconds for an answer or a blob
@@ -64,7 +66,11 @@ class Agent:
     _call: grpc.Call | None = None
     _last: tuple[pb.Request, bytes | Refusal] | None = None  # the last request, and its answer
     _answering: bool = False
-    _declined: bool = False  # a condition is not met any more
+    _declined: bool = False  # a condition is not met any more, or the connection's certificate is not the newest
+    _renewal: Renewal = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._renewal = Renewal(self.folder)
 
     @property
     def address(self) -> str:
@@ -82,7 +88,7 @@ class Agent:
 
         Raises:
             ConfigError: Another agent uses the state directory, or it is not one.
-            TrustError: A file of it is missing or damaged.
+            TrustError: A file of it is missing or damaged, or its certificate has expired.
             EdgeAdaptError: The gateway refuses this device.
         """
         state_dir = DeviceStateDir.open(self.folder)
@@ -105,7 +111,8 @@ class Agent:
                             if self._declined:
                                 break
                         else:
-                            self._come_back(requests) or self._stop.wait(FIRST_PAUSE)
+                            if not self._come_back(requests):
+                                self._pause(FIRST_PAUSE)
             except grpc.RpcError as error:
                 if self._stop.is_set():
                     return
@@ -122,7 +129,12 @@ class Agent:
                     continue
                 seconds = pause(self._failed // len(self.addresses), error)
                 log.info("no gateway at %s, again in %.1f s: %s", away, seconds, reason)
-                self._stop.wait(seconds)
+                self._pause(seconds)
+
+    def _pause(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0 and not self._stop.wait(min(left, self.look)):
+            self._renewal.attempt()
 
     def _come_back(self, call: grpc.Call) -> bool:
         """Wait as the gateway asks at the end of a call. Returns False if it does not."""
@@ -131,13 +143,14 @@ class Agent:
             return False
         seconds = max(FIRST_PAUSE, until(window))
         log.info("the gateway at %s asks this device to come back: in %.1f s", self.address, seconds)
-        self._stop.wait(seconds)
+        self._pause(seconds)
         return True
 
     def _await_conditions(self) -> bool:
         """Wait until all conditions are met. Returns False if the agent is to stop."""
         said: tuple[str, ...] = ()
         while not self._stop.is_set():
+            self._renewal.attempt()
             unmet = self._unmet(to_join=True)
             if not unmet:
                 self._declined = False
@@ -164,12 +177,17 @@ class Agent:
 
     @contextmanager
     def _looking(self, call: grpc.Call) -> Iterator[None]:
-        """While the block runs, end ``call`` once a condition is not met, unless a request is being answered."""
+        """While the block runs, end ``call`` once a condition is not met, unless a request is being answered.
+
+        So it does with new certificates: the gateway ends a connection whose certificate has expired.
+        """
         done = threading.Event()
 
         def look() -> None:
+            renewed = False
             while not done.wait(self.look):
-                if not self._answering and self._unmet(to_join=False):
+                renewed = self._renewed() or renewed
+                if not self._answering and (renewed or self._unmet(to_join=False)):
                     self._declined = True
                     call.cancel()
                     return
@@ -182,8 +200,15 @@ class Agent:
             done.set()
             looking.join()
 
+    def _renewed(self) -> bool:
+        """Whether there are new certificates now. One that has expired ends the agent before its next connection."""
+        try:
+            return self._renewal.attempt()
+        except EdgeAdaptError:
+            return False
+
     def _attend(self, channel: grpc.Channel, state_dir: DeviceStateDir) -> Any:
-        own = to_der(storage.read(state_dir.folder / TLS_CERTIFICATE, LONGEST))
+        own = to_der(tls_pair(state_dir.folder)[1])
         binding = bind(state_dir.identity, own)
         hello = pb.Hello(certificate=state_dir.certificate, binding=binding, version=version("edgeadapt"))
         call = channel.unary_stream(frames.ATTEND)(hello.SerializeToString())
@@ -254,16 +279,11 @@ def _channel(state_dir: DeviceStateDir, address: str) -> grpc.Channel:
     Raises:
         TrustError: A file is missing or damaged.
     """
-    folder = state_dir.folder
-    for name in (TLS_KEY, TLS_CERTIFICATE):
-        if not (folder / name).is_file():
-            text = f"{folder} has no {name}: certify this device's TLS key first ('edgeadapt device tls-request')"
-            raise TrustError(text, about=name)
-    key = TlsKey(storage.read(folder / TLS_KEY, LONGEST))
+    key, certificate = tls_pair(state_dir.folder)
     credentials = grpc.ssl_channel_credentials(
-        root_certificates=storage.read(folder / AUTHORITY, LONGEST),
+        root_certificates=storage.read(state_dir.folder / AUTHORITY, LONGEST),
         private_key=key.pem,
-        certificate_chain=storage.read(folder / TLS_CERTIFICATE, LONGEST),
+        certificate_chain=certificate,
     )
     return grpc.secure_channel(address, credentials, options=frames.DEVICE_OPTIONS)
 

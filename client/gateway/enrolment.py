@@ -53,7 +53,11 @@ def enrol_with(
     """
     authority, coordinator = invitation.to_pem()
     if not (folder / TLS_KEY).is_file():
-        settings = settings.model_copy(update={"gateway": settings.gateway or invitation.gateway})
+        addresses = {
+            "gateway": settings.gateway or invitation.gateway,
+            "renewal": settings.renewal or invitation.renewal,
+        }
+        settings = settings.model_copy(update=addresses)
         enrol(
             folder, invitation.device, settings, TrustAnchors(authority, coordinator), entropy, TlsKey.generate(entropy)
         )

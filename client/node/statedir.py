@@ -74,6 +74,10 @@ class DeviceSettings(Settings):
         default="",
         description="HOST:PORT of the coordinator's gateway, for a light device; several with commas, to try in turn",
     )
+    renewal: str = Field(
+        default="",
+        description="HOST:PORT at which the authority renews the certificates of a light device; empty: they end",
+    )
     policy: PolicySettings = PolicySettings()
     eligibility: EligibilitySettings = EligibilitySettings()
 

@@ -25,11 +25,11 @@ from adapters.storage import PRIVATE, PRIVATE_FOLDER, PUBLIC
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, TrustError, of_file
 from aggregation.pki import Authority, Root
-from aggregation.pki.certificates import load, require_device_id, same_name
+from aggregation.pki.certificates import load, require_device_id, same_name, serial
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.pki.requests import read_request
 from aggregation.pki.revocation import MAX_REVOCATIONS, Reason, Revocation
-from aggregation.pki.tls import TlsPublicKey, TlsRole, read_tls_request
+from aggregation.pki.tls import RENEWAL, TlsPublicKey, TlsRole, read_tls_request, verify_tls
 from coordinator.authority.record import (
     AuthorityRecord,
     CertificateIssued,
@@ -45,6 +45,7 @@ from coordinator.authority.record import (
 KEY, CERTIFICATE, REVOKED, RECORD = "authority.key", "authority.pem", "revoked.crl", "record.jsonl"
 SHORTEST_PASSPHRASE = 12  # characters: one guess at PKCS #8 as OpenSSL writes it takes a millisecond
 LIMITS = {KEY: MAX_PEM, CERTIFICATE: MAX_PEM, REVOKED: 2 * MAX_REVOCATIONS, RECORD: 2**28}  # bytes
+ENROL_AGAIN = "enrol this device again, with a token"
 SKEW = timedelta(hours=1)  # by which a device's clock may be behind
 
 
@@ -122,7 +123,7 @@ class AuthorityStore:
             raise TrustError(text, about=KEY)
         return authority
 
-    def issue(self, authority: Authority, name: str, key: PublicKey, days: int) -> bytes:
+    def issue(self, authority: Authority, name: str, key: PublicKey, days: float) -> bytes:
         """Certify that ``key`` is the key of the device ``name``, valid from now on; DER.
 
         Raises:
@@ -133,7 +134,7 @@ class AuthorityStore:
         with self._writing() as writer:
             return self._issue(writer, authority, name, key, days)
 
-    def _issue(self, writer: RecordWriter, authority: Authority, name: str, key: PublicKey, days: int) -> bytes:
+    def _issue(self, writer: RecordWriter, authority: Authority, name: str, key: PublicKey, days: float) -> bytes:
         begin, end = self._validity(authority, require_device_id(name), days)
         _require_new(writer, name, key, self.clock())
         serial = x509.random_serial_number()
@@ -142,7 +143,7 @@ class AuthorityStore:
         return der
 
     def issue_tls(
-        self, authority: Authority, name: str, key: TlsPublicKey, role: TlsRole, hosts: Sequence[str], days: int
+        self, authority: Authority, name: str, key: TlsPublicKey, role: TlsRole, hosts: Sequence[str], days: float
     ) -> bytes:
         """Certify that ``key`` is the TLS key of ``name``, valid from now on; DER.
 
@@ -170,7 +171,7 @@ class AuthorityStore:
         key: TlsPublicKey,
         role: TlsRole,
         hosts: Sequence[str],
-        days: int,
+        days: float,
     ) -> bytes:
         begin, end = self._validity(authority, require_device_id(name), days)
         if role is TlsRole.DEVICE:
@@ -200,7 +201,7 @@ class AuthorityStore:
         return expires
 
     def redeem(
-        self, authority: Authority, secret: bytes, request: bytes, tls_request: bytes, *, days: int
+        self, authority: Authority, secret: bytes, request: bytes, tls_request: bytes, *, days: float
     ) -> tuple[bytes, bytes]:
         """Certify the two keys of an invited device, DER. For the same keys again, the same certificates.
 
@@ -223,7 +224,7 @@ class AuthorityStore:
             return der, tls_der or self._issue_tls(writer, authority, name, tls_key, TlsRole.DEVICE, (), days)
 
     def redeem_signed(
-        self, authority: Authority, invited: bytes, signature: bytes, request: bytes, *, days: int
+        self, authority: Authority, invited: bytes, signature: bytes, request: bytes, *, days: float
     ) -> bytes:
         """Certify the identity of an invited page, DER. For the same key again, the same certificate.
 
@@ -242,6 +243,46 @@ class AuthorityStore:
         with self._redeeming(public, request, None) as (writer, name, key):
             return _certificate(writer.events, key.key_id) or self._issue(writer, authority, name, key, days)
 
+    def renew(
+        self,
+        authority: Authority,
+        tls_certificate: bytes,
+        certificate: bytes,
+        signature: bytes,
+        tls_request: bytes,
+        *,
+        days: float,
+    ) -> tuple[bytes, bytes]:
+        """Certify a device again whose certificates are valid: its identity, which stays, and its next TLS key; DER.
+
+        Args:
+            authority: Unlocked.
+            tls_certificate: Of the device's connection, DER.
+            certificate: Of the device's identity, DER.
+            signature: Of the identity, on ``tls_request``: a copied TLS key alone has no other key certified.
+            tls_request: PKCS #10 for the next TLS key.
+            days: For which the certificates are valid.
+
+        Raises:
+            TrustError: A certificate has expired, was revoked, or is not of this authority; the identity did not sign;
+                or the request is for another name or a revoked key.
+            ConfigError, DataError: As ``issue``.
+        """
+        now, root = self.clock(), authority.root
+        try:
+            name, (device, key) = verify_tls(root, tls_certificate, TlsRole.DEVICE, now), root.verify(certificate, now)
+            key.verify(RENEWAL, tls_request, signature)
+        except TrustError as error:
+            raise TrustError(f"{error}: {ENROL_AGAIN}", about=error.about) from error
+        requested, tls_key = read_tls_request(tls_request)
+        if not name == device == requested:
+            text = f"the connection is that of {name}, the identity that of {device}, and the request for {requested}"
+            raise TrustError(text, about="renewal.name", value=requested)
+        with self._writing() as writer:
+            _require_unrevoked(writer.events, name, (serial(certificate), serial(tls_certificate)), tls_key.key_id)
+            der = self._issue(writer, authority, name, key, days)
+            return der, self._issue_tls(writer, authority, name, tls_key, TlsRole.DEVICE, (), days)
+
     @contextmanager
     def _redeeming(
         self, invited: PublicKey, request: bytes, tls: tuple[str, str] | None
@@ -257,7 +298,7 @@ class AuthorityStore:
                 writer.add(InvitationUsed(at=self.clock(), token=token, key=key.key_id, tls_key=tls_key))
             yield writer, name, key
 
-    def _validity(self, authority: Authority, name: str, days: int) -> tuple[datetime, datetime]:
+    def _validity(self, authority: Authority, name: str, days: float) -> tuple[datetime, datetime]:
         now = self.clock()
         if now + timedelta(days) > authority.root.not_after:
             text = f"the authority itself ends on {authority.root.not_after:%Y-%m-%d}: choose fewer --days for {name}"
@@ -398,6 +439,14 @@ def _require_new(writer: RecordWriter, name: str, key: PublicKey, now: datetime)
         if each.name == name and each.key != key_id and each.serial not in revoked and now <= each.not_after:
             text = f"{name} has a valid certificate with another key ({each.key}): revoke it first"
             raise ConfigError(text, about="name.key", value=each.key)
+
+
+def _require_unrevoked(events: Sequence[Event], name: str, serials: Sequence[int], tls_key: str) -> None:
+    """Return if neither a certificate that a device presents was revoked, nor the TLS key that it asks for."""
+    revoked = _revoked(events)
+    keys = {each.key for each in _issued(events) if each.serial in revoked}
+    if tls_key in keys or any(f"{each:x}" in revoked for each in serials):
+        raise TrustError(f"a certificate of {name} was revoked: {ENROL_AGAIN}", about="renewal.revoked", value=name)
 
 
 def _redeemable(

@@ -114,10 +114,13 @@ def issue(
 @click.option("--coordinator", type=FILE, required=True, metavar="FILE", help="Its public key, which the device pins.")
 @click.option("--enrolment", required=True, metavar="HOST:PORT", help="Where 'edgeadapt authority serve' listens.")
 @click.option("--gateway", required=True, metavar="HOST:PORT", help="The coordinator's gateway; several with commas.")
+@click.option("--renewal", default="", metavar="HOST:PORT", help="Where the service renews certificates, if it does.")
 @click.option(
     "--hours", type=click.FloatRange(0.01, 24 * 90), default=24.0, show_default=True, help="For which it is valid."
 )
-def invite(folder: Path, name: str, coordinator: Path, enrolment: str, gateway: str, hours: float) -> None:
+def invite(
+    folder: Path, name: str, coordinator: Path, enrolment: str, gateway: str, renewal: str, hours: float
+) -> None:
     """Print an invitation: a token with which one device can enrol over a network, once.
 
     Give it to the device's owner only: whoever has it can enrol in the device's place. It needs no passphrase, because
@@ -126,12 +129,12 @@ def invite(folder: Path, name: str, coordinator: Path, enrolment: str, gateway: 
     \b
     Example:
       edgeadapt authority invite authority --name kitchen --coordinator fleet/coordinator.pem \\
-        --enrolment authority.example:9444 --gateway fleet.example:9443
+        --enrolment authority.example:9444 --gateway fleet.example:9443 --renewal authority.example:9447
     """
     store, secret = AuthorityStore(folder), new_secret(SystemEntropy())
     with of_file(coordinator):
         key = PublicKey.from_pem(storage.read(coordinator, LONGEST))
-    made = Invitation(secret, name, enrolment, gateway, store.root.der, key.raw)
+    made = Invitation(secret, name, enrolment, gateway, store.root.der, key.raw, renewal)
     token = made.to_text()
     expires = store.invite(name, made.key.public, hours)
     click.echo(f"for {name}, once, until {expires:%Y-%m-%d %H:%M} UTC:", err=True)

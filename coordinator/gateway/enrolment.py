@@ -1,5 +1,8 @@
 """The authority's enrolment service: a device with an invitation gets its two certificates, a page its one.
 
+A device whose certificates end soon has them renewed, on a port of its own with mutual TLS: gRPC asks for certificates
+on all connections of a port or on none.
+
 It runs where the authority's key is, not where the coordinator is: a coordinator that could enrol devices could fill a
 cohort with its own. It has no state besides the authority's record.
 """
@@ -8,8 +11,9 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from concurrent import futures
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -33,6 +37,7 @@ from coordinator.gateway.websocket import BrowserSettings, Endpoint, reason_of, 
 NAME = "enrolment"  # in the service's own certificate
 OWN_DAYS = 30  # of that certificate; a restart makes another one
 THREADS, CALLS = 4, 64
+RENEWALS, PERIOD = 6, 3600.0  # of one device in a row, and seconds in which it regains them
 LARGEST = 2**14  # bytes of a page's message
 T = TypeVar("T")
 log = logging.getLogger("edgeadapt.enrolment")
@@ -51,32 +56,55 @@ class EnrolmentService:
 
     store: AuthorityStore
     authority: Authority
-    days: int
+    days: float
     bucket: TokenBucket = field(default_factory=lambda: TokenBucket(CALLS, 30.0))
+    _renewals: dict[str, TokenBucket] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """For gRPC's server."""
-        calls = {"Enrol": grpc.unary_unary_rpc_method_handler(self.enrol)}
+        calls = {
+            "Enrol": grpc.unary_unary_rpc_method_handler(self.enrol),
+            "Renew": grpc.unary_unary_rpc_method_handler(self.renew),
+        }
         return grpc.method_handlers_generic_handler(frames.ENROLMENT, calls)
 
     def enrol(self, raw: bytes, context: grpc.ServicerContext) -> bytes:
         """Certify the keys of a device that has an invitation."""
-        if wait := self.wait():
-            context.set_trailing_metadata(((frames.RETRY_AFTER, str(int(1000 * wait) + 1)),))
-            context.abort(StatusCode.RESOURCE_EXHAUSTED, "too many calls")
-        try:
+        self._limit(context, self.wait())
+        with _refusing(context, "an enrolment"):
             asked = frames.enrol_request(raw)
             identity, tls = self.store.redeem(
                 self.authority, asked.token, asked.request, asked.tls_request, days=self.days
             )
-        except ProtocolError as error:
-            context.abort(StatusCode.INVALID_ARGUMENT, str(error))
-        except EdgeAdaptError as error:
-            log.warning("an enrolment is refused: %s", error)
-            context.abort(StatusCode.PERMISSION_DENIED, str(error))
-        _log(identity)
+        _log(identity, "is enrolled")
         return bytes(pb.Enrolled(certificate=identity, tls_certificate=tls).SerializeToString())
+
+    def renew(self, raw: bytes, context: grpc.ServicerContext) -> bytes:
+        """Certify a device again, by the name that the certificate of its connection has."""
+        (pem,) = context.auth_context().get("x509_pem_cert", [b""])
+        if not pem:
+            text = "a renewal takes the device's certificate: call at the address for renewals"
+            context.abort(StatusCode.UNAUTHENTICATED, text)
+        self._limit(context, self.wait())
+        with _refusing(context, "a renewal"):
+            asked, presented = frames.renew_request(raw), certificates.to_der(pem)
+            self._limit(context, self._renewal_wait(certificates.subject(certificates.load(presented))))
+            identity, tls = self.store.renew(
+                self.authority, presented, asked.certificate, asked.signature, asked.tls_request, days=self.days
+            )
+        _log(identity, "is certified again")
+        return bytes(pb.Enrolled(certificate=identity, tls_certificate=tls).SerializeToString())
+
+    def _limit(self, context: grpc.ServicerContext, wait: float) -> None:
+        if wait:
+            context.set_trailing_metadata(((frames.RETRY_AFTER, str(int(1000 * wait) + 1)),))
+            context.abort(StatusCode.RESOURCE_EXHAUSTED, "too many calls")
+
+    def _renewal_wait(self, name: str) -> float:
+        """Take a renewal of a device's bucket; as ``wait``. Only certified devices have one."""
+        with self._lock:
+            return self._renewals.setdefault(name, TokenBucket(RENEWALS, PERIOD)).wait(time.monotonic())
 
     def enrol_page(self, raw: bytes) -> bytes:
         """The certificate of a page that has an invitation, DER.
@@ -89,7 +117,7 @@ class EnrolmentService:
         identity = self.store.redeem_signed(
             self.authority, asked.invited, asked.signature, asked.request, days=self.days
         )
-        _log(identity)
+        _log(identity, "is enrolled")
         return identity
 
     def wait(self) -> float:
@@ -98,9 +126,22 @@ class EnrolmentService:
             return self.bucket.wait(time.monotonic())
 
 
-def _log(certificate: bytes) -> None:
+@contextmanager
+def _refusing(context: grpc.ServicerContext, what: str) -> Iterator[None]:
+    """End a call with the status code that an error means."""
+    try:
+        yield
+    except ProtocolError as error:
+        context.abort(StatusCode.INVALID_ARGUMENT, str(error))
+    except EdgeAdaptError as error:
+        log.warning("%s is refused: %s", what, error)
+        context.abort(StatusCode.PERMISSION_DENIED, str(error))
+
+
+def _log(certificate: bytes, what: str) -> None:
     loaded = certificates.load(certificate)
-    log.info("%s is enrolled with the key %s", certificates.subject(loaded), certificates.identity(loaded).key_id)
+    name, key = certificates.subject(loaded), certificates.identity(loaded)
+    log.info("%s %s with the key %s", name, what, key.key_id)
 
 
 class EnrolmentServer:
@@ -111,13 +152,19 @@ class EnrolmentServer:
         address: ``HOST:PORT`` for gRPC; port 0 takes any free one.
         hosts: Names and addresses at which devices reach it.
         browsers: Where to listen for pages, if anywhere.
+        renewal: ``HOST:PORT`` at which devices renew their certificates, if anywhere.
 
     Raises:
         ConfigError: An address is in use or not valid, or a host is neither a name nor an address.
     """
 
     def __init__(
-        self, service: EnrolmentService, address: str, hosts: Sequence[str], browsers: BrowserSettings | None = None
+        self,
+        service: EnrolmentService,
+        address: str,
+        hosts: Sequence[str],
+        browsers: BrowserSettings | None = None,
+        renewal: str = "",
     ) -> None:
         key = TlsKey.generate(SystemEntropy())
         _, public = read_tls_request(key.request(NAME))
@@ -127,13 +174,17 @@ class EnrolmentServer:
         options = [*frames.GATEWAY_OPTIONS, ("grpc.max_connection_idle_ms", 10_000)]
         self._server = grpc.server(futures.ThreadPoolExecutor(THREADS), options=options, maximum_concurrent_rpcs=CALLS)
         self._server.add_generic_rpc_handlers((service.handlers(),))
-        try:
-            self.port: int = self._server.add_secure_port(address, tls.credentials(certified_only=False))
-        except RuntimeError as error:
-            text = f"the enrolment service cannot listen at {address}: the port is in use, or the address not valid"
-            raise ConfigError(text, about="--listen", value=address) from error
+        self.port = self._listen("--listen", address, tls.credentials(certified_only=False))
+        self.renewal_port = self._listen("--renewal", renewal, tls.credentials(certified_only=True)) if renewal else 0
         self.pages = PageEnrolmentServer(service, browsers, tls) if browsers else None
         self._server.start()
+
+    def _listen(self, option: str, address: str, credentials: grpc.ServerCredentials) -> int:
+        try:
+            return int(self._server.add_secure_port(address, credentials))
+        except RuntimeError as error:
+            text = f"the enrolment service cannot listen at {address}: the port is in use, or the address not valid"
+            raise ConfigError(text, about=option, value=address) from error
 
     def close(self) -> None:
         """Stop listening."""

@@ -19,6 +19,7 @@ READERS = (
     frames.beginning,
     frames.answer_data,
     frames.enrol_request,
+    frames.renew_request,
     frames.enrolled,
     websocket.CHALLENGE.decode,
     websocket.HELLO.decode,

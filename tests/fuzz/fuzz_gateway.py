@@ -38,6 +38,7 @@ READ: tuple[Callable[[bytes], Any], ...] = (
     lambda raw: pb.Chunk(data=frames.chunk(raw)),
     _answer_part,
     frames.enrol_request,
+    frames.renew_request,
     frames.enrolled,
 )
 

@@ -21,6 +21,7 @@ const INVITATION = record({
   gateway: text(`${ADDRESS}(,${ADDRESS}){0,7}`),
   authority: blob(MAX_CERTIFICATE),
   coordinator: fixed(32),
+  renewal: text(`(${ADDRESS})?`),
 });
 const ENROLMENT = record({ invited: fixed(32), signature: fixed(64), request: blob(8192) });
 const PKCS8 = unhex("302e020100300506032b657004220420"); // RFC 8410, section 7: everything before the 32 bytes of the key
