@@ -3,13 +3,14 @@
 It also holds the authority's revocation list, where there is one. The list is read again for each session, so that a
 new one counts without a restart; a list older than that of the last session is refused. One run at a time uses the
 directory: Flower itself would start a second one. With a registry in PostgreSQL, one run at a time leads, of all
-directories with that registry; the others wait, and keep their copies of the transcript up to date.
+directories with that registry; the others wait, and keep their copies of the transcript up to date. Leader and others
+have the newest revocation list that any of them was given.
 """
 
 import logging
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -229,8 +230,9 @@ class CoordinatorStateDir:
                 lease = self._await_lease()
             finally:
                 (self.folder / WAITING).unlink(missing_ok=True)
-            with lease.kept():
-                table = TranscriptTable(self.registry.engine, lease.epoch)
+            table = TranscriptTable(self.registry.engine, lease.epoch)
+            _share_revocations(self.folder, self.root, table)
+            with lease.kept(_sharing(self.folder, self.root, table)):
                 _copy_transcript(self.folder, table, whole=True)
                 registry = replace(self.registry, epoch=lease.epoch)
                 transcripts = replace(self.transcripts, table=table)
@@ -254,7 +256,9 @@ class CoordinatorStateDir:
                     log.info("waiting: %s leads, epoch %d", found.leader, found.epoch)
                 said, reachable = found, True
                 (self.folder / WAITING).touch()
-                _copy_transcript(self.folder, TranscriptTable(self.registry.engine), whole=not copied)
+                table = TranscriptTable(self.registry.engine)
+                _share_revocations(self.folder, self.root, table)
+                _copy_transcript(self.folder, table, whole=not copied)
                 copied = True
             except EdgeAdaptError as error:
                 if type(error) is not EdgeAdaptError:  # a database that is away for a time
@@ -325,6 +329,47 @@ def _copy_transcript(folder: Path, table: TranscriptTable, *, whole: bool = Fals
     for name in (AUTHORITY, PUBLIC_KEY) if transcript.exists() else ():
         if not (transcript / name).exists() and (folder / name).exists():
             storage.replace(transcript / name, storage.read(folder / name, MAX_PEM), storage.PUBLIC)
+
+
+def _share_revocations(folder: Path, root: Root, table: TranscriptTable) -> None:
+    """Let a state directory and the database have the newer of their revocation lists.
+
+    So it is enough to copy a list to one of several machines, and none falls back behind another one.
+
+    Raises:
+        TrustError: A list is not the authority's.
+        EdgeAdaptError: As ``database.connect``.
+    """
+    path, stored = folder / REVOKED, table.revocations()
+    own = storage.read(path, 2 * MAX_REVOCATIONS) if path.exists() else None
+    if own == stored:
+        return
+    with of_file(path):
+        here = root.revocations(own) if own is not None else None
+    with of_file("the revocation list in the database"):
+        there = root.revocations(stored) if stored is not None else None
+    if there is not None and (here is None or there.number > here.number):
+        storage.replace(path, there.to_pem(), storage.PUBLIC)
+        log.info("revocation list %d came from the database", there.number)
+    elif here is not None and (there is None or here.number > there.number):
+        table.offer_revocations(here.to_pem(), stored)
+
+
+def _sharing(folder: Path, root: Root, table: TranscriptTable) -> Callable[[], None]:
+    """As ``_share_revocations``, for a coordinator that leads, and goes on with the list that it has."""
+    said = ""
+
+    def share() -> None:
+        nonlocal said
+        try:
+            _share_revocations(folder, root, table)
+            said = ""
+        except (EdgeAdaptError, OSError) as error:
+            if str(error) != said:
+                said = str(error)
+                log.warning("revocation lists are not shared: %s", said)
+
+    return share
 
 
 def open_registry(folder: Path, key: IdentityKey) -> Registry:

@@ -87,7 +87,7 @@ transcript = Table(
     Column("start", BigInteger, primary_key=True, autoincrement=False),  # of the bytes in the session's log
     Column("records", LargeBinary, nullable=False),
 )
-revocations = Table(  # one row: the list of the newest session
+revocations = Table(  # one row: the newest list that a coordinator has
     f"{PREFIX}revocations",
     metadata,
     Column("id", Integer, primary_key=True, autoincrement=False),

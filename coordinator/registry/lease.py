@@ -8,7 +8,7 @@ commits nothing. The only clock is the server's.
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -119,10 +119,10 @@ class Lease:
             raise self._lost
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Renew the lease while the block runs, and end it after that."""
+    def kept(self, renewed: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Renew the lease while the block runs, and end it after that. ``renewed`` is called after each renewal."""
         done = threading.Event()
-        renewing = threading.Thread(target=self._renew_until, args=(done,), name="lease", daemon=True)
+        renewing = threading.Thread(target=self._renew_until, args=(done, renewed), name="lease", daemon=True)
         renewing.start()
         try:
             yield
@@ -131,7 +131,7 @@ class Lease:
             renewing.join()
             self._end()
 
-    def _renew_until(self, done: threading.Event) -> None:
+    def _renew_until(self, done: threading.Event, renewed: Callable[[], None]) -> None:
         reachable = True
         while not done.wait(RENEWAL):
             try:
@@ -144,6 +144,7 @@ class Lease:
                 reachable = False
             else:
                 reachable = True
+                renewed()
 
     def renew(self) -> None:
         """Let the lease last from now on.

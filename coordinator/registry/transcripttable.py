@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy import Connection, Engine, func, select
+from sqlalchemy.dialects.postgresql import insert as insert_once
 
 from adapters import storage
 from adapters.storage import LARGEST, PUBLIC
@@ -63,6 +64,27 @@ class TranscriptTable:
             connection.execute(table.delete())
             connection.execute(table.insert().values(id=database.ONLY_ROW, pem=pem))
 
+    def revocations(self) -> bytes | None:
+        """The newest revocation list that a coordinator has, PEM, not verified. Raises as ``database.explained``."""
+        with database.explained(self.engine), self.engine.connect() as connection:
+            return connection.scalar(select(database.revocations.c.pem))
+
+    def offer_revocations(self, pem: bytes, seen: bytes | None) -> None:
+        """Keep a list that is newer than ``seen``, unless another one has taken its place meanwhile.
+
+        It takes no lease: the authority signs and numbers lists, so that whoever has the newest may spread it.
+
+        Raises:
+            EdgeAdaptError: As ``database.explained``.
+        """
+        table = database.revocations
+        with database.explained(self.engine), self.engine.begin() as connection:
+            if seen is None:
+                values = {"id": database.ONLY_ROW, "pem": pem}
+                connection.execute(insert_once(table).values(values).on_conflict_do_nothing())
+            else:
+                connection.execute(table.update().where(table.c.pem == seen).values(pem=pem))
+
     def sizes(self) -> dict[int, int]:
         """Session → bytes of its log. Raises as ``database.explained``."""
         table = database.transcript
@@ -107,8 +129,7 @@ class TranscriptTable:
             TrustError: A file has what the table has not.
             EdgeAdaptError: As ``database.explained``; or the folder cannot be written to.
         """
-        with database.explained(self.engine), self.engine.connect() as connection:
-            pem = connection.scalar(select(database.revocations.c.pem))
+        pem = self.revocations()
         found, here = self.sizes(), _sizes(folder)
         newest = max(here, default=0)
         for session, size in here.items():
@@ -122,7 +143,7 @@ class TranscriptTable:
             size = 0 if anew else here.get(session, 0)
             if size != found[session]:
                 self._copy(session, size, folder / log_name(session))
-        if pem is not None and (not (folder / REVOKED).exists() or storage.read(folder / REVOKED) != pem):
+        if found and pem is not None and (not (folder / REVOKED).exists() or storage.read(folder / REVOKED) != pem):
             storage.replace(folder / REVOKED, pem, PUBLIC)
 
     def _copy(self, session: int, size: int, path: Path) -> None:
