@@ -34,7 +34,7 @@ START = """(async () => {
   const first = window.adapter = bundle.adapters[0]?.name ?? '';
   const verified = (await client.use(first)).milliseconds;
   const names = bundle.adapters.map(({ name }) => name);
-  return { opened, verified, threads: bundle.threads, names: names.length ? names : [''] };
+  return { opened, verified, runsOn: bundle.runsOn, names: names.length ? names : [''] };
 })()"""
 SWITCH = """(async () => {
   const [names, times] = [%r, []];
@@ -79,7 +79,7 @@ def _measured(chromium: Chromium, page: Page, url: str, bundle: Path, repeat: in
     found: dict[str, Any] = {
         "task": library.manifest.task,
         "profile": library.manifest.profile,
-        "threads": opened["threads"],
+        "runs on": opened["runsOn"],
         "first start, ms": f"{starts[0]:.0f} ({spent[0]:.0f} of CPU)",
         "second start, ms": f"{starts[1]:.0f} ({spent[1]:.0f} of CPU)",
         "first use of an adapter, ms": round(opened["verified"], 1),

@@ -17,6 +17,10 @@ PATIENCE = 60  # seconds; the machine of a test run may be busy
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--remote-debugging-port=0"),
+    *(
+        "--enable-unsafe-webgpu",
+        "--use-webgpu-adapter=swiftshader",
+    ),  # emulated, so the page uses it only when it is asked to
 )
 
 

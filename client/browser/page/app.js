@@ -10,6 +10,7 @@ import { keepCopy } from "./offline.js";
 import { ParticipationView } from "./participationview.js";
 import { PhraseView } from "./phraseview.js";
 
+const provider = new URLSearchParams(location.search).get("provider") ?? undefined; // ?provider=webgpu or wasm
 const client = new Client();
 const phrase = new PhraseView(client);
 const chat = new ChatView(client, () => adapters.used);
@@ -37,7 +38,7 @@ async function open(options) {
   const start = performance.now();
   let bundle;
   try {
-    bundle = await client.open(options, progress);
+    bundle = await client.open({ ...options, provider }, progress);
   } finally {
     element("progress").hidden = true;
   }
@@ -68,11 +69,11 @@ function progress({ received, total, starting }) {
 
 const megabytes = (bytes) => (bytes / 1e6).toFixed(1);
 
-const facts = ({ task, profile, base, threads, context }) => [
+const facts = ({ task, profile, base, runsOn, context }) => [
   ["Task", task],
   ["Profile", profile],
   ["Base", base.slice(0, 16)],
-  ["Threads", String(threads)],
+  ["Runs on", runsOn],
   ...(context ? [["Context", `${context.toLocaleString("en")} tokens`]] : []),
 ];
 

@@ -5,16 +5,18 @@ import * as composition from "./composition.js";
 import { Conversation } from "./conversation.js";
 import { MAX_ENVELOPE } from "./dsse.js";
 import { ConfigError, DataError, EdgeAdaptError, quoted } from "./errors.js";
-import { Generation } from "./generate.js";
+import { Generation, cacheOutputs } from "./generate.js";
 import { virtualTokens } from "./graphinputs.js";
 import { History } from "./learning/history.js";
+import { choose } from "./provider.js";
 import * as runtime from "./runtime.js";
 import { Text } from "./text.js";
-import { TOKENIZER, TRAINING, Trust, WEIGHTS } from "./trust.js";
+import { MODEL, TOKENIZER, TRAINING, Trust, WEIGHTS } from "./trust.js";
 
 const MAX_LOADED = 32; // adapters held in memory
 const MAX_LOADED_BYTES = 2 ** 28;
 const MAX_LEARNED = 2 ** 26; // bytes of an adapter that is taught
+const PROBES = [16, 3, 100]; // tokens of a text: of graphs, short and long ones take different ways
 export const BARE = ""; // the name of the base without an adapter
 
 export class Engine {
@@ -22,27 +24,26 @@ export class Engine {
   #current;
 
   /** Use `open`, which verifies. */
-  constructor(source, trust, base, session, text, generation) {
-    Object.assign(this, { source, trust, base, session, text, generation });
+  constructor(source, trust, base, text, { session, generation }, runsOn) {
+    Object.assign(this, { source, trust, base, session, text, generation, runsOn });
     this.history = new History(`${trust.seen.keys}/${base.base_digest}`);
     this.conversation = generation && new Conversation(generation);
   }
 
   /**
    * Verify the base of `source` with the keys of `pem`, and load it. No adapter is in use yet. `progress` is called as by
-   * `Trust.base`, and with { starting: true } when the files are verified.
+   * `Trust.base`, and with { starting: true } when the files are verified. `provider` as in `choose`; `runsOn` says which it is.
    *
-   * Throws TrustError: no pinned key signed it. DataError: a file is missing or cannot be loaded.
+   * Throws TrustError: no pinned key signed it. DataError: a file is missing or cannot be loaded. Or as `choose`.
    */
-  static async open(source, pem, progress = () => {}) {
+  static async open(source, pem, progress = () => {}, provider = undefined) {
     const trust = await Trust.open(pem);
     const { manifest: base, files } = await trust.base(source, progress);
     progress({ starting: true });
-    const session = await runtime.open(files);
     try {
       const text = new Text(files.get(TOKENIZER), files.get("tokenizer_config.json"));
-      const generation = base.task === "text-generation" ? new Generation(session, text, files) : null;
-      return new Engine(source, trust, base, session, text, generation);
+      const { opened, runsOn } = await choose((gpu) => loaded(base, files, text, gpu), provider);
+      return new Engine(source, trust, base, text, opened, runsOn);
     } catch (error) {
       if (error instanceof EdgeAdaptError) throw error;
       throw new DataError(`this page cannot read the base's tokenizer or settings: ${error.message}`, TOKENIZER);
@@ -180,6 +181,18 @@ export class Engine {
       this.#loaded.delete(this.#loaded.keys().next().value);
     }
   }
+}
+
+/** A base in memory: { session, generation: null of a classifier, probe: its logits with fixed tokens and a fixed adapter }. */
+async function loaded({ task, slots }, files, text, gpu) {
+  const generates = task === "text-generation";
+  const session = await runtime.open(files, MODEL, { gpu, kept: generates ? cacheOutputs(files) : [] });
+  const generation = generates ? new Generation(session, text, files) : null;
+  const feeds = runtime.adapterFeeds(runtime.probeAdapter(slots));
+  const logits = async (rows) => (await runtime.run(session, { ...runtime.padded(rows), ...feeds })).logits.data;
+  const texts = PROBES.map((length) => Array.from({ length: Math.min(length, text.limit) }, (_, i) => i % 8));
+  const classified = async () => [await logits(texts.slice(0, 2)), await logits(texts)];
+  return { session, generation, probe: generates ? () => generation.probe(feeds) : classified };
 }
 
 const bare = ({ slots }) => ({ name: BARE, labels: [], rank: 0, inputs: runtime.emptyAdapter(slots) });

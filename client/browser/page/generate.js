@@ -14,6 +14,16 @@ import * as runtime from "./runtime.js";
 import { sample } from "./sampling.js";
 import { GENERATION } from "./trust.js";
 
+const PROBE = 256; // tokens, of which a shader's ways for short and for long texts are found out
+
+/** The outputs of a base that are its KV cache, from its verified files. */
+export function cacheOutputs(files) {
+  const { decoder } = JSON.parse(decode(files.get(GENERATION))).model;
+  const { present_key_names: keys, present_value_names: values } = decoder.outputs;
+  const layers = Array.from({ length: decoder.num_hidden_layers }, (_, i) => String(i));
+  return [keys, values].flatMap((pattern) => layers.map((layer) => pattern.replace("%d", layer)));
+}
+
 export class Generation {
   last = null; // of the last text: { finish, tokens, prompt, reused }, the last two in tokens of its prompt
   #read; // { feeds, ids, cache }: what the cache holds, and whose inputs it was read with
@@ -71,7 +81,7 @@ export class Generation {
   async *pieces(prompt, feeds, { maxTokens, temperature = 0, topP = 1, random }) {
     const virtual = virtualTokens(feeds);
     const ids = [...new Array(virtual).fill(prompt[0]), ...prompt];
-    const reused = this.#rewind(ids, feeds);
+    const reused = await this.#rewind(ids, feeds);
     this.last = { finish: "interrupted", tokens: 0, prompt: prompt.length, reused: Math.max(0, reused - virtual) };
     const [generated, decoded] = [[], { text: "" }];
     let next = ids.slice(reused);
@@ -86,22 +96,39 @@ export class Generation {
     this.last.finish = generated.length < maxTokens ? "context" : "length";
   }
 
+  /** The logits after fixed tokens, read at once and then one by one: a Float32Array for each reading. */
+  async probe(feeds) {
+    this.#forget();
+    const found = [];
+    const length = Math.min(PROBE, this.limit - 2);
+    const ids = Array.from({ length }, (_, i) => i % 8); // which every vocabulary has
+    for (const read of [ids.slice(0, 8), ids.slice(8), [1], [2]]) found.push((await this.#logits(read, feeds)).slice());
+    this.#forget();
+    return found;
+  }
+
   #forget() {
     const both = [this.inputs.past_key_names, this.inputs.past_value_names];
     const names = both.flatMap((pattern) => this.layers.map((layer) => pattern.replace("%d", layer)));
     const cache = Object.fromEntries(names.map((name) => [name, runtime.floats(new Float32Array(0), this.empty)]));
-    this.#read = { feeds: null, ids: [], cache };
+    this.#keep({ feeds: null, ids: [], cache });
+  }
+
+  /** Replace what was read. */
+  #keep(read) {
+    for (const tensor of Object.values(this.#read?.cache ?? {})) runtime.release(tensor);
+    this.#read = read;
   }
 
   /** Keep of the cache what a prompt begins with, except its last token, whose logits are needed; return how much. */
-  #rewind(ids, feeds) {
+  async #rewind(ids, feeds) {
     const { feeds: before, ids: read, cache } = this.#read;
     const differs = ids.slice(0, -1).findIndex((id, i) => id !== read[i]);
     const known = feeds !== before ? 0 : differs < 0 ? ids.length - 1 : differs;
     if (!known) this.#forget();
     else if (known < read.length) {
-      const cut = Object.entries(cache).map(([name, tensor]) => [name, runtime.beginning(tensor, known)]);
-      this.#read = { feeds, ids: read.slice(0, known), cache: Object.fromEntries(cut) };
+      const cut = Object.entries(cache).map(async ([name, tensor]) => [name, await runtime.beginning(tensor, known)]);
+      this.#keep({ feeds, ids: read.slice(0, known), cache: Object.fromEntries(await Promise.all(cut)) });
     }
     this.#read.feeds = feeds;
     return known;
@@ -118,7 +145,7 @@ export class Generation {
     };
     const wanted = Object.entries(tokens).filter(([name]) => this.declared.has(name));
     const found = await runtime.run(this.session, { ...Object.fromEntries(wanted), ...cache, ...feeds });
-    this.#read = { feeds, ids: [...read, ...ids], cache: this.#nextCache(found) };
+    this.#keep({ feeds, ids: [...read, ...ids], cache: this.#nextCache(found) });
     const logits = found[this.outputs.logits];
     return logits.data.subarray(logits.data.length - logits.dims.at(-1));
   }

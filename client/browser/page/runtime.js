@@ -1,29 +1,44 @@
 // Runs the frozen base in onnxruntime-web. One graph serves all adapters: an adapter is a set of inputs.
 
 import { DataError } from "./errors.js";
+import { LORA_A, LORA_B, isVirtual, vectorKind } from "./graphinputs.js";
 import { MODEL, TRAINING, WEIGHTS } from "./trust.js";
 import * as ort from "./vendor/onnxruntime-web/ort.wasm.min.mjs";
 
-// Relative to this file, so that the page works below any path. Threads need an isolated page (COOP and COEP headers).
-ort.env.wasm.wasmPaths = new URL("./vendor/onnxruntime-web/", import.meta.url).href;
-ort.env.wasm.numThreads = globalThis.crossOriginIsolated ? Math.min(4, Math.ceil(navigator.hardwareConcurrency / 2)) : 1;
-ort.env.logLevel = "error";
+const onGpu = new WeakSet(); // sessions
+const PROBE_SIZE = 2; // of a free dimension
+
+configured(ort);
 
 /**
- * A session of a graph among the verified files of a base. `options` are onnxruntime-web's. Throws DataError if it cannot
- * load them.
+ * A session of a graph among the verified files of a base, in WebAssembly or, with `gpu`, on WebGPU. The outputs of the names
+ * `kept` stay in the memory of WebGPU. `options` are onnxruntime-web's. Throws DataError if it cannot load them.
  */
-export async function open(files, graph = MODEL, options = {}) {
+export async function open(files, graph = MODEL, { gpu = false, kept = [], ...options } = {}) {
   const weights = files.get(WEIGHTS);
   try {
-    return await ort.InferenceSession.create(files.get(graph), {
-      executionProviders: ["wasm"],
+    // A library of its own: after a failure in WebGPU's, WebAssembly's still works. It needs promises in WebAssembly (JSPI).
+    const library = gpu ? configured(await import("./vendor/onnxruntime-web/ort.jspi.min.mjs")) : ort;
+    const session = await library.InferenceSession.create(files.get(graph), {
+      executionProviders: gpu ? ["webgpu", "wasm"] : ["wasm"],
       externalData: weights ? [{ path: WEIGHTS, data: weights }] : [],
+      ...(gpu ? { preferredOutputLocation: Object.fromEntries(kept.map((name) => [name, "gpu-buffer"])) } : {}),
       ...options,
     });
+    if (gpu) onGpu.add(session);
+    return session;
   } catch (error) {
     throw new DataError(`this page cannot load the base: ${firstLine(error)}`, graph);
   }
+}
+
+function configured(library) {
+  const { env } = library;
+  // Relative to this file, so that the page works below any path. Threads need an isolated page (COOP and COEP headers).
+  env.wasm.wasmPaths = new URL("./vendor/onnxruntime-web/", import.meta.url).href;
+  env.wasm.numThreads = globalThis.crossOriginIsolated ? Math.min(4, Math.ceil(navigator.hardwareConcurrency / 2)) : 1;
+  env.logLevel = "error";
+  return library;
 }
 
 /** A session of the training graph. Folding constants would store each weight once more. */
@@ -33,10 +48,21 @@ export const openTraining = (files) =>
 /** The outputs of a session. Throws DataError if the graph does not run. */
 export async function run(session, feeds) {
   try {
-    return await session.run(feeds);
+    return await session.run(onGpu.has(session) ? withoutRankZero(feeds) : feeds);
   } catch (error) {
-    throw new DataError(`the base does not run: ${firstLine(error)}; export it again`, MODEL);
+    const remedy = onGpu.has(session) ? "open the page with ?provider=wasm" : "export it again";
+    throw new DataError(`the base does not run: ${firstLine(error)}; ${remedy}`, MODEL);
   }
+}
+
+/** Feeds without matrices of rank 0, which WebGPU cannot multiply: a product of rank 1 that is 0 takes their place. */
+function withoutRankZero(feeds) {
+  const isEmpty = ([name, { dims }]) => (name.endsWith(LORA_A) || name.endsWith(LORA_B)) && dims.includes(0);
+  const widened = ([name, { dims }]) => {
+    const shape = dims.map((size) => size || 1);
+    return [name, floats(zeros(shape), shape)];
+  };
+  return { ...feeds, ...Object.fromEntries(Object.entries(feeds).filter(isEmpty).map(widened)) };
 }
 
 /** The tensors of an adapter as graph inputs. */
@@ -50,10 +76,24 @@ export function emptyAdapter(slots) {
   return new Map(Object.entries(slots).map(empty));
 }
 
+/** Inputs of an adapter that fills every slot but those of virtual tokens, the same ones each time. */
+export function probeAdapter(slots) {
+  const sizeOf = (name, text) => (/^[0-9]+$/.test(text) ? Number(text) : isVirtual(name) ? 0 : vectorKind(name) ? 1 : PROBE_SIZE);
+  const probe = ([name, dimensions]) => {
+    const shape = dimensions.map((text) => sizeOf(name, text));
+    const middle = vectorKind(name) ? 1 : 0;
+    return [name, { shape, values: zeros(shape).map((_, i) => middle + Math.sin(i) / 10) }];
+  };
+  return new Map(Object.entries(slots).map(probe));
+}
+
 const zeros = (shape) => new Float32Array(shape.reduce((size, each) => size * each, 1));
 
 /** An int64 tensor, of shape [1, n] if no other is given. */
 export const int64 = (numbers, shape = [1, numbers.length]) => new ort.Tensor("int64", BigInt64Array.from(numbers, BigInt), shape);
+
+/** Free a tensor's memory in WebGPU, if it is there. */
+export const release = (tensor) => tensor.location === "gpu-buffer" && tensor.dispose();
 
 /** The tokens of several texts as graph inputs of shape [texts, longest], padded with 0. */
 export function padded(tokens) {
@@ -64,7 +104,9 @@ export function padded(tokens) {
 }
 
 /** The first `length` tokens of keys or values of a cache, [1, heads, tokens, size]. */
-export function beginning({ data, dims: [, heads, tokens, size] }, length) {
+export async function beginning(tensor, length) {
+  const [, heads, tokens, size] = tensor.dims;
+  const data = await tensor.getData(true);
   const kept = new Float32Array(heads * length * size);
   for (let head = 0; head < heads; head++) {
     const start = head * tokens * size;

@@ -13,7 +13,6 @@ import { readInvitation } from "./invitation.js";
 import { Learner } from "./learning/learner.js";
 import { MAX_STEPS } from "./learning/tune.js";
 import { forget, takePart } from "./participation.js";
-import { threads } from "./runtime.js";
 import { seeded } from "./sampling.js";
 import { fetched, FolderSource, HttpSource } from "./sources.js";
 
@@ -26,19 +25,22 @@ let leaving = new AbortController(); // ends taking part
 let queue = Promise.resolve();
 
 const methods = {
-  /** Open the served bundle or the picked `files`, with the served keys or the picked ones. Its pieces are progress. */
-  async open({ files, pem }, piece) {
+  /**
+   * Open the served bundle or the picked `files`, with the served keys or the picked ones, on a `provider`. Its pieces are
+   * progress.
+   */
+  async open({ files, pem, provider }, piece) {
     const here = new URL("./", self.location.href);
     const source = files ? new FolderSource(files) : new HttpSource(new URL("bundle/", here), new URL("bundle.json", here));
     const keys = pem ?? new TextDecoder().decode(await fetched(new URL("trust.pem", here), "trust.pem", MAX_KEYS));
-    const next = await Engine.open(source, keys, seldom(piece));
+    const next = await Engine.open(source, keys, seldom(piece), provider);
     const found = await known(next);
     leaving.abort();
     await engine?.close();
     engine = next;
     const { task, profile, base_digest: base } = engine.base;
     const { limit: context, chat } = engine.generation ?? {};
-    return { task, profile, base, ...found, threads: threads(), context, chat: Boolean(chat) };
+    return { task, profile, base, ...found, runsOn: engine.runsOn, context, chat: Boolean(chat) };
   },
 
   async use({ name }) {

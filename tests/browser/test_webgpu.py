@@ -1,0 +1,139 @@
+"""The page on WebGPU, which Chromium emulates here: the answers of the native session."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftModel
+
+from adapters.base import Base
+from adapters.manifest import Format
+from aggregation.pki.identity import IdentityKey
+from export.bundle.write import AdapterSource, write_bundle
+from export.onnx.classifier import export_classifier
+from export.onnx.exported import Profile
+from tests.browser.test_classification import PHRASES, native, same
+from tests.browser.test_generation import PROMPT, greedy, ids_of
+
+pytestmark = pytest.mark.slow
+
+EMULATED = "WebGPU (google swiftshader)"
+RUNS_ON = (
+    "[...document.querySelectorAll('#facts dt')].find((term) => term.textContent === 'Runs on').nextSibling.textContent"
+)
+ON_GPU = """
+  const { Client } = await import('/client.js');
+  const client = new Client();
+  const { runsOn } = await client.open({ provider: 'webgpu' });
+  await client.use('global');
+  const found = [];
+"""
+RANK = f"""(async (phrases) => {{ {ON_GPU}
+  for (const phrase of phrases) found.push((await client.rank(phrase, 10)).labels);
+  return {{ runsOn, found }};
+}})"""
+WRITE = f"""(async (prompt) => {{ {ON_GPU}
+  await client.generate({{ prompt, seed: 1, maxTokens: 24 }}, ({{ id }}) => found.push(id));
+  return {{ runsOn, found }};
+}})"""
+CHOOSE = """(async ({ gpu, provider, adapter }) => {
+  const { choose } = await import('/provider.js');
+  const released = [];
+  const info = { vendor: 'acme', architecture: 'x1', isFallbackAdapter: false, ...adapter };
+  Object.defineProperty(navigator, 'gpu', {
+    configurable: true,
+    value: { requestAdapter: async () => (adapter === null ? null : { info }) },
+  });
+  const opened = (name, numbers, milliseconds) => ({
+    session: { release: async () => released.push(name) },
+    probe: async () => {
+      await new Promise((done) => setTimeout(done, milliseconds));
+      return [Float32Array.from(numbers, (number) => number ?? NaN)];
+    },
+  });
+  const { EdgeAdaptError } = await import('/errors.js');
+  const open = async (onGpu) => {
+    if (onGpu && gpu.fails) throw new EdgeAdaptError('out of memory', 'model.onnx');
+    return onGpu ? opened('gpu', gpu.numbers, gpu.milliseconds) : opened('wasm', [1, -20, 3], 100);
+  };
+  const { runsOn } = await choose(open, provider ?? undefined);
+  return { runsOn: runsOn.replace(/, [0-9]+ threads?/, ''), released };
+})"""
+
+
+def test_webgpu_is_chosen_where_it_gives_the_same_numbers_sooner(
+    page: Any, serve: Callable[[Path], str], bundle: Path
+) -> None:
+    page.goto(serve(bundle))
+    same_numbers, nothing = [1.001, -20, 3], None
+    for gpu, adapter, runs_on, released in (
+        ({"numbers": same_numbers, "milliseconds": 0}, {}, "WebGPU (acme x1)", ["wasm"]),
+        ({"numbers": same_numbers, "milliseconds": 1000}, {}, "WebAssembly (WebGPU is slower)", ["gpu"]),
+        ({"numbers": [1.1, -20, 3], "milliseconds": 0}, {}, "WebAssembly (WebGPU gives other numbers)", ["gpu"]),
+        ({"numbers": [nothing, -20, 3], "milliseconds": 0}, {}, "WebAssembly (WebGPU gives other numbers)", ["gpu"]),
+        ({"fails": True}, {}, "WebAssembly (out of memory)", []),
+        ({}, {"isFallbackAdapter": True}, "WebAssembly (WebGPU is emulated here)", []),
+        ({}, None, "WebAssembly (no WebGPU)", []),
+    ):
+        given = json.dumps({"gpu": gpu, "adapter": adapter})
+        assert page.evaluate(f"{CHOOSE}({given})") == {"runsOn": runs_on, "released": released}
+    for gpu, adapter, provider, message in (
+        ({"numbers": [1.1, -20, 3], "milliseconds": 0}, {}, "webgpu", "WebGPU gives other numbers"),
+        ({}, None, "webgpu", "no WebGPU"),
+        ({}, {}, "cuda", "the provider is wasm or webgpu"),
+    ):
+        given = json.dumps({"gpu": gpu, "adapter": adapter, "provider": provider})
+        failed = page.error(f"{CHOOSE}({given})")
+        assert (failed["name"], failed["about"]) == ("ConfigError", "provider")
+        assert message in failed["message"]
+
+
+def test_an_emulated_webgpu_is_used_only_when_the_address_asks_for_it(
+    page: Any, serve: Callable[[Path], str], bundle: Path
+) -> None:
+    url = serve(bundle)
+    page.goto(url)
+    assert page.evaluate(RUNS_ON).endswith("(WebGPU is emulated here)")
+    page.goto(f"{url}?provider=wasm")
+    assert "(" not in page.evaluate(RUNS_ON)
+    page.goto(f"{url}?provider=webgpu")
+    assert page.evaluate(RUNS_ON) == EMULATED
+    page.goto(f"{url}?provider=cuda")
+    assert page.state() == "bad"
+    assert page.status() == "the provider is wasm or webgpu"
+
+
+@pytest.mark.parametrize(("profile", "form"), [(Profile.FP32, "fp32"), (Profile.NATIVE_INT8, "int8")], ids=str)
+def test_a_classifier_answers_as_natively_on_webgpu(
+    page: Any,
+    serve: Callable[[Path], str],
+    bundle: Path,
+    model: PeftModel,
+    tiny_base: Base,
+    source: Callable[..., AdapterSource],
+    vendor: IdentityKey,
+    profile: Profile,
+    form: Format,
+) -> None:
+    write_bundle(bundle, export_classifier(model, tiny_base, profile), [source()], key=vendor, form=form)
+    page.goto(serve(bundle))
+    found = page.evaluate(f"{RANK}({json.dumps(PHRASES)})")
+    assert found["runsOn"] == EMULATED
+    answers = [{row["label"]: row["probability"] for row in ranking} for ranking in found["found"]]
+    same(answers, native(bundle, "global", list(PHRASES)), 1e-4 if profile is Profile.FP32 else 0.03)
+
+
+def test_a_language_model_writes_as_natively_on_webgpu_or_is_refused_there(
+    page: Any, serve: Callable[[Path], str], lm_bundle: Path
+) -> None:
+    page.goto(f"{serve(lm_bundle)}?provider=webgpu")
+    if page.state() == "bad":  # as with SwiftShader, whose attention over more than 33 tokens is wrong
+        assert page.status() == "WebGPU gives other numbers: open the page without ?provider=webgpu"
+        return
+    found = page.evaluate(f"{WRITE}({json.dumps(PROMPT)})")
+    assert found == {
+        "runsOn": EMULATED,
+        "found": greedy(lm_bundle, "global", ids_of(lm_bundle, PROMPT), 24),
+    }
