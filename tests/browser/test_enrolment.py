@@ -46,6 +46,20 @@ OLDER = """(async () => {
   return [found.device, holds, await transact(LEARNED, "readonly", (store) => store.count())];
 })()"""
 
+FORGOTTEN = """(async () => {
+  const [{ Identity }, { EMPTY }, { IDENTITIES, transact }] = await Promise.all(
+    ["identity", "aggregation/privacyledger", "storage"].map((name) => import(`/${name}.js`)),
+  );
+  const put = (record) => transact(IDENTITIES, "readwrite", (store) => store.put(record, "spent"));
+  const identity = new Identity("spent");
+  await put({ device: "tab", pair: {}, privacy: { ...EMPTY, noisy: 3 } });
+  await identity.forget();
+  const left = [await identity.load(), await transact(IDENTITIES, "readonly", (store) => store.get("spent"))];
+  await put({ device: "tab", pair: {}, privacy: { ...EMPTY, settled: null } });
+  const refused = await identity.load().catch(({ name, about }) => [name, about]);
+  return [left[0] === undefined, Object.keys(left[1]), left[1].privacy.noisy, ...refused];
+})()"""
+
 
 def invited(store: AuthorityStore, name: str = "tab", ago: float = 0.0) -> Invitation:
     addresses = f"{HOST}:1", f"{HOST}:2,{HOST}:3"  # of devices; the page has its own
@@ -143,3 +157,8 @@ def test_an_identity_survives_a_newer_version_of_the_database(page: Any, url: st
     page.call("Page.navigate", url=f"{url}trust.pem")  # the application itself would open the database first
     page.until("location.pathname === '/trust.pem' && document.readyState === 'complete'")
     assert page.evaluate(OLDER) == ["tab", True, 0]
+
+
+def test_what_a_browser_revealed_stays_counted_when_its_identity_is_forgotten(page: Any, url: str) -> None:
+    page.goto(url)
+    assert page.evaluate(FORGOTTEN) == [True, ["privacy"], 3, "TrustError", "privacy"]

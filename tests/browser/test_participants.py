@@ -22,6 +22,8 @@ from aggregation.server import AbortReason, Established, RoundAborted
 from aggregation.spec import Adversary, Grouping, Privacy
 from aggregation.steps import Step
 from aggregation.vector import Segment, VectorSpec
+from client.node import privacyledger
+from client.node.privacyledger import PrivacyLedger
 from tests.browser.test_aggregation import JS
 from tests.support import programs
 from tests.support.fleet import BASE, BEGIN, END, Fleet, make_fleet, session_spec, vector_spec
@@ -348,6 +350,52 @@ def test_an_offer_without_a_proof_about_the_log_is_refused(mixed: Mixed) -> None
     refuses(fleet, "device-000", Step.OFFER, offer, "encoding.length", proof=bytes(9))
 
 
+NOISY = VectorSpec((Segment("delta", 7, 4.0, noise=2.0),), 24, 4)
+PRIVATE = {"vector": NOISY, "clip_norm": 4.0, "weight_cap": 1, "privacy": Privacy(Mechanism.SKELLAM, 2, 1e-6)}
+
+
+def account(fleet: MixedFleet, name: str, delta: float) -> tuple[float, int, int]:
+    """Of a device in JavaScript, as it is stored: epsilon, and its contributions with and without noise."""
+    found = fleet.program.ask("ledger", name, delta=delta)
+    return found["epsilon"], found["noisy"], found["bare"]
+
+
+def test_a_device_in_javascript_accounts_for_a_round_before_it_answers_and_refuses_the_one_beyond_its_limit(
+    mixed: Mixed,
+) -> None:
+    native, spec, me = PrivacyLedger(), session_spec(4, **PRIVATE), "device-000"
+    two = spec.spent(4, 1).times(2) + spec.spent(spec.minimum_survivors, 1)
+    limits = {"maximum_epsilon": two.epsilon(1e-6) * (1 - 1e-6)}
+    policy = replace(Policy(), **limits)
+    fleet = mixed(4, {0}, limits, **PRIVATE)
+    session = fleet.establish()
+    for number in (1, 2):
+        state, plans = fleet.begin(session)
+        native = privacyledger.on_plan(native, spec, 4, policy)
+        for name in sorted(plans):
+            state = fleet.accept(state, "on_masked_input", name, fleet.contribute(name, plans[name]))
+        assert account(fleet, me, 1e-6) == (pytest.approx(native.spent.epsilon(1e-6)), number, 0)
+        state, requests = fleet.confirm(*state.close())
+        session, result = fleet.open(state, requests)
+        native = privacyledger.on_survivors(native, spec, 4, 4, policy)
+        assert account(fleet, me, 1e-6) == (pytest.approx(native.spent.epsilon(1e-6)), number, 0)
+        plain = np.sum([fleet.plain[name]["delta"] for name in fleet.devices if name != me], axis=0)
+        added = result.values["delta"] - plain  # by the device in JavaScript alone: those in Python add none here
+        assert 0 < np.abs(added).max() < 2 * spec.clip_norm + 2.0 * 12  # a deviation of 2
+    _, plans = fleet.begin(session)
+    with pytest.raises(RefusedError) as caught:
+        fleet.contribute(me, plans[me])
+    assert (caught.value.name, caught.value.about) == ("ProtocolError", "plan.epsilon")
+    assert account(fleet, me, 1e-6)[1] == 2
+
+
+def test_an_owner_who_demands_noise_joins_no_session_without(mixed: Mixed) -> None:
+    for limits in ({"maximum_epsilon": 1.0}, {"minimum_noise_multiplier": 0.5}):
+        fleet = mixed(4, {0}, limits)
+        _, offer = fleet.offer()
+        refuses(fleet, "device-000", Step.OFFER, offer, "offer.privacy")
+
+
 def test_an_offer_that_breaks_the_policy_is_refused(mixed: Mixed) -> None:
     fleet = mixed(4, {0})
     me = "device-000"
@@ -362,8 +410,5 @@ def test_an_offer_that_breaks_the_policy_is_refused(mixed: Mixed) -> None:
         ({"vector": vector_spec(4, bits=33)}, "offer.ring_bits"),
     ):
         refuses(fleet, me, Step.OFFER, resigned(fleet, Offer, offer, spec=replace(spec, **changes)), about)
-    noisy = VectorSpec((Segment("delta", 7, 4.0, noise=2.0),), 24, 4)
-    private = replace(spec, vector=noisy, weight_cap=1, privacy=Privacy(Mechanism.SKELLAM, 2, 1e-6))
-    refuses(fleet, me, Step.OFFER, resigned(fleet, Offer, offer, spec=private), "offer.privacy")
     stranger = replace(fleet, key=fleet.devices["device-001"].identity)
     refuses(fleet, me, Step.OFFER, resigned(stranger, Offer, offer), "signature")

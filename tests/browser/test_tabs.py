@@ -41,6 +41,11 @@ STATE = "document.getElementById('join-state').textContent"
 AWAY = "This browser does not take part now."
 OUTCOMES = "[...document.querySelectorAll('#rounds tr')].map((row) => row.dataset.outcome)"
 CONDITIONS = {"minimum_cohort": 3, "minimum_survivors": 2, "answer-quantum": 0}
+SPENT = (
+    "[...document.querySelectorAll('#identity div')].find((each) => each.innerText.includes('Privacy'))"
+    ".querySelector('dd').innerText"
+)
+LIMITED = {"maximum_epsilon": 90, "minimum_noise_multiplier": 0.2}
 OBSERVE = """(() => {
   globalThis.states = [];
   const shown = document.getElementById("join-state");
@@ -110,11 +115,11 @@ class Tab:
         self.until_shown("join-form")
         assert coordinator.key_id in self.page.alert("identity")
 
-    def take_part(self, examples: Path) -> None:
+    def take_part(self, examples: Path, **conditions: float) -> None:
         """Take part with these examples, once there are as many as the conditions demand."""
         self.page.evaluate(OBSERVE)
         self.page.pick("#examples-file", examples)
-        self.fill(**CONDITIONS, **{"minimum-examples": 1000})
+        self.fill(**CONDITIONS, **conditions, **{"minimum-examples": 1000})
         assert "your minimum is 1000" in self.refused("join")
         self.fill(**{"minimum-examples": 1})
         self.click("join")
@@ -174,13 +179,15 @@ def right_answers(fleet: Any, names: Iterable[str], bundle: Path, content: str) 
 def test_a_node_of_flower_a_light_device_and_two_tabs_train_an_adapter_together(
     fleet_of: Callable[..., Any], phone: Path, libraries: None, tabs: list[cdp.Page], tmp_path: Path
 ) -> None:
-    """Each trains on its own examples.
+    """Each trains on its own examples, and adds noise to its update in the first run.
 
     In the third round, which is of a second session, one tab is closed after its device has shared its secrets. It is
     opened again, as is the other one, without the page's server, and both take part in the next run of the coordinator,
     which ends with an evaluation of the release in their bundle.
     """
-    fleet = fleet_of(4, rounds=3, aggregation__session_rounds=2)
+    fleet = fleet_of(
+        4, rounds=3, aggregation__session_rounds=2, privacy__mechanism="skellam", privacy__noise_multiplier=1.0
+    )
     give_tls(fleet)
     folders = sorted(map(Path, fleet.nodes.values()))
     names = tuple(folder.name for folder in folders)
@@ -202,7 +209,7 @@ def test_a_node_of_flower_a_light_device_and_two_tabs_train_an_adapter_together(
             light.tab = tabs[1]
             for device in devices:
                 device.enrol(fleet, url)
-                device.take_part(fleet.state_dir(device.name).examples)
+                device.take_part(fleet.state_dir(device.name).examples, **LIMITED)
             grid.await_devices(4)
             records = list(run(state_dir, grid))
         assert [record.version for record in records] == [1, 2, 3]
@@ -213,10 +220,20 @@ def test_a_node_of_flower_a_light_device_and_two_tabs_train_an_adapter_together(
         states = " ".join(stays.page.evaluate("states"))
         assert all(word in states for word in ("Waiting", "training, step 1 of", "masking", "The run is over"))
         assert stays.page.alert("join-error") == ""
+        ledger = fleet.state_dir(names[0]).load_privacy_ledger()
+        epsilon = f"{ledger.spent.epsilon(1e-6):.2f}"
+        assert stays.page.evaluate(SPENT) == f"epsilon {epsilon} for delta 0.000001 by 3 contributions with noise"
     tabs[1].open()
     release = Trust.open(phone).bundle.adapter_manifest("global").content
     compared = {"rounds": 1, "newest": release, "previous": "0" * 64}
-    fleet.configure({"rounds": 5, **{f"evaluation.{name}": value for name, value in compared.items()}})
+    fleet.configure(
+        {
+            "rounds": 5,
+            "privacy.mechanism": "none",
+            "privacy.noise_multiplier": 0.0,
+            **{f"evaluation.{name}": value for name, value in compared.items()},
+        }
+    )
     with cohort(GatewayGrid) as (_, grid):
         for device in devices:
             device.page.goto(url)
@@ -231,6 +248,7 @@ def test_a_node_of_flower_a_light_device_and_two_tabs_train_an_adapter_together(
     for device, counted in zip(devices, (5, 4), strict=True):
         device.page.until(f"{STATE} === {AWAY!r}")
         assert device.page.evaluate(OUTCOMES) == ["counted"] * counted
+    assert stays.page.evaluate(SPENT).endswith("by 3 contributions with noise; 2 without noise, which nothing bounds")
     stays.fill(**{"join-when": "open"})
     stays.click("join")
     stays.page.until("!document.getElementById('join-leave').disabled")

@@ -176,7 +176,7 @@ def test_a_tab_contributes_the_moments_of_a_native_device_to_an_analytic_head_or
     ):
         assert not any(value.any() for value in sums(examples=examples).values())
     for plan, about in (
-        ({"dimensions": 8}, "task.dimensions"),
+        ({"dimensions": 8}, "offer.spec.vector"),
         ({"ridge": 0}, "task.ridge"),
         ({"scale": 1001}, "task.scale"),
         ({"labels": []}, "task.labels"),

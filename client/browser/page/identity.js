@@ -9,11 +9,16 @@
 //   adapter      what the device remembers of adapters (aggregation/adapterstate.js); null at first
 //   log          what it remembers of the coordinator's log (aggregation/logstate.js); null at first
 //   revocations  the authority's newest revocation list that the device saw, DER; null at first
+//   privacy      what its contributions may have revealed (aggregation/privacyledger.js)
 //   rounds       [{ at, round, version, outcome }], newest first; `at` in milliseconds
 //
-// Key and states are in one record, because a device with its key and without its states could be asked for a sum twice.
+// Key and states are in one record, because a device with its key and without its states could be asked for a sum twice. What was
+// revealed stays revealed: when the identity is forgotten, `privacy` stays as the only field.
 
+import { epsilonOf } from "./aggregation/accounting.js";
 import { Root } from "./aggregation/certificates.js";
+import { Policy } from "./aggregation/policy.js";
+import { EMPTY, requireLedger, spent } from "./aggregation/privacyledger.js";
 import { certificateIn, request } from "./aggregation/requests.js";
 import { equal, sha256 } from "./bytes.js";
 import { ConfigError, TrustError } from "./errors.js";
@@ -22,6 +27,7 @@ import { pinned, publicKeyOf, signingKey } from "./keys.js";
 import { IDENTITIES, transact } from "./storage.js";
 
 const MAX_ROUNDS = 100; // that are kept
+const FRESH = { certificate: null, adapter: null, log: null, revocations: null, privacy: EMPTY, rounds: [] };
 
 export class Identity {
   /** `place` names the base. */
@@ -29,9 +35,17 @@ export class Identity {
     this.place = place;
   }
 
-  /** The record; undefined without one. Throws ConfigError: the browser does not store. */
+  /** The record; undefined without one. Throws ConfigError: the browser does not store. TrustError: it is damaged. */
   async load() {
-    return transact(IDENTITIES, "readonly", (store) => store.get(this.place));
+    const found = await this.#stored();
+    return found.pair && { ...FRESH, ...found };
+  }
+
+  /** What is stored, of which an older page wrote fewer fields. */
+  async #stored() {
+    const found = (await transact(IDENTITIES, "readonly", (store) => store.get(this.place))) ?? {};
+    requireLedger(found.privacy ?? EMPTY);
+    return found;
   }
 
   /** Replace the record. Throws ConfigError: it cannot be stored; the one before stays. */
@@ -40,9 +54,10 @@ export class Identity {
     await transact(IDENTITIES, "readwrite", (store) => store.put({ ...record, rounds }, this.place));
   }
 
-  /** Delete the key and all that belongs to it. */
+  /** Delete the key and all that belongs to it, except the account of what was revealed. */
   async forget() {
-    await transact(IDENTITIES, "readwrite", (store) => store.delete(this.place));
+    const { privacy = EMPTY } = await this.#stored();
+    await transact(IDENTITIES, "readwrite", (store) => store.put({ privacy }, this.place));
   }
 
   /**
@@ -80,8 +95,7 @@ export class Identity {
   async #create(device, authority, coordinator) {
     const pair = await signingKey();
     const asked = await request(pair, device);
-    const empty = { certificate: null, adapter: null, log: null, revocations: null, rounds: [] };
-    const record = { device, pair, authority, coordinator, request: asked, ...empty };
+    const record = { ...FRESH, ...(await this.#stored()), device, pair, authority, coordinator, request: asked };
     await this.save(record);
     return record;
   }
@@ -106,10 +120,13 @@ export class Identity {
   async shown() {
     const record = await this.load();
     if (!record) return null;
-    const { device, request: asked, rounds, certificate, authority, coordinator, pair } = record;
+    const { device, request: asked, rounds, certificate, authority, coordinator, pair, privacy } = record;
     const root = await Root.open(authority);
     const [own, coordinators] = [await publicKeyOf(pair), (await sha256(coordinator)).slice(0, 16)];
     const until = certificate && (await root.verify(certificate)).notAfter;
-    return { device, key: own.id, coordinator: coordinators, authority: await sha256(authority), until, request: asked, rounds };
+    const { delta } = new Policy();
+    const account = { epsilon: epsilonOf(spent(privacy), delta), delta, noisy: privacy.noisy, bare: privacy.bare };
+    const facts = { device, key: own.id, coordinator: coordinators, authority: await sha256(authority), until };
+    return { ...facts, request: asked, rounds, privacy: account };
   }
 }

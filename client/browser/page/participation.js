@@ -50,8 +50,8 @@ export async function takePart({ engine, identity, url, examples, minimum, momen
       shown({ state: "masking", round: plan.round });
       return vector;
     };
-    const { adapter, log } = record;
-    const known = { adapter, log: log && new LogState(log), quantum, keep: (step, states) => rounds.keep(step, states) };
+    const { adapter, log, privacy } = record;
+    const known = { adapter, log: log && new LogState(log), privacy, quantum, keep: (step, states) => rounds.keep(step, states) };
     const participant = new Participant(device, train, await nodeOf(record.device), known);
     const leaving = new AbortController();
     signal.addEventListener("abort", () => leaving.abort());
@@ -108,12 +108,12 @@ class Rounds {
   }
 
   /** Store the states after a step, and what became of the round. Throws ConfigError: there is no room for it. */
-  keep(step, { adapter, log, revocations }) {
+  keep(step, { log, ...states }) {
     const outcome = { plan: "sent", unmask: "counted" }[step];
     return this.#save(() => {
       const [current, ...others] = this.#record.rounds;
       const rounds = outcome && current ? [{ ...current, outcome }, ...others] : this.#record.rounds;
-      return { ...this.#record, adapter, log: log && { ...log }, revocations, rounds };
+      return { ...this.#record, ...states, log: log && { ...log }, rounds };
     });
   }
 

@@ -4,7 +4,7 @@ import { complain, create, element, settle } from "./dom.js";
 
 const MAX_EXAMPLES = 2 ** 26; // bytes of a file
 const SPLITS = ["train", "validation", "test"]; // the last one is of simulations
-const LIMITS = ["minimum_cohort", "minimum_survivors"];
+const LIMITS = ["minimum_cohort", "minimum_survivors", "minimum_noise_multiplier", "maximum_epsilon"];
 const STATES = {
   connecting: () => "Connecting to the gateway …",
   connected: () => "Connected. Waiting for the coordinator …",
@@ -75,7 +75,7 @@ export class ParticipationView {
 
   #identity(found) {
     this.#known = found;
-    const { device, key, coordinator, authority, until, rounds = [] } = found ?? {};
+    const { device, key, coordinator, authority, until, privacy, rounds = [] } = found ?? {};
     const day = until && new Date(until).toISOString().slice(0, 10);
     const facts = found && [
       ["Device", device],
@@ -84,6 +84,7 @@ export class ParticipationView {
       ["Authority", authority],
       ["Gateway", this.gateway],
       ["Certificate", day ? `until ${day}` : "not installed yet"],
+      ["Privacy spent", spentOf(privacy)],
     ];
     element("identity").replaceChildren(...(facts ?? []).map(fact));
     element("token-form").hidden = !this.enrolment || Boolean(until);
@@ -208,6 +209,11 @@ export function parseExamples(content, name) {
 }
 
 const text = async (id) => element(id).files[0]?.text();
+
+function spentOf({ epsilon, delta, noisy, bare }) {
+  const hidden = `epsilon ${epsilon.toFixed(2)} for delta ${delta} by ${noisy} contributions with noise`;
+  return bare ? `${hidden}; ${bare} without noise, which nothing bounds` : hidden;
+}
 
 function fact([term, value]) {
   const pair = create("div", "");

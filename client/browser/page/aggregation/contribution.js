@@ -3,27 +3,39 @@
 
 import { unhex } from "../bytes.js";
 import { DataError, ProtocolError } from "../errors.js";
-import { keystream, systemEntropy } from "./masks.js";
+import { KEY, derivedEntropy, keystream, systemEntropy } from "./masks.js";
 import { COORDINATOR } from "./messages.js";
+import { draw } from "./noise.js";
 import { arrayType } from "./ring.js";
 import { peak, rotate, seedOf } from "./rotation.js";
+import { roundWithin } from "./rounding.js";
 import { maxSteps, sizeOf, stepOf } from "./spec.js";
 
 const SHRINK = 1 - 2 ** -40; // keeps a clipped coordinate within its bound however the division rounds
 const COIN_BITS = 23; // of a rounding coin
 const MAX_LOSS = 20; // nats, of one example (adapters/task.py)
 
-/** The segments of an update of `size` numbers, [[name, size, bound]], as `contribution_spec` of adapters/task.py. */
-export const updateSegments = (spec, size) => [["delta", size, spec.clip_norm * Number(spec.weight_cap) * peak(size)], ...metricSegments(spec)];
+/** The segments of an update of `size` numbers, [[name, size, bound]], as `updates_spec` of adapters/taskkinds.py. */
+export function updateSegments(spec, size) {
+  if (spec.privacy) return noisySegments("delta", size, spec);
+  return [["delta", size, spec.clip_norm * Number(spec.weight_cap) * peak(size)], ...metricSegments(spec)];
+}
 
-/** The segments of moments of embeddings of `d` numbers with `k` labels, as `moment_spec` of adapters/analytic.py. */
-export function momentSegments(spec, d, k) {
+/**
+ * The segments of moments of embeddings of `d` numbers with `k` labels, as `vector_spec` of adapters/taskkinds.py. With noise, `kept`
+ * numbers of each embedding count.
+ */
+export function momentSegments(spec, d, k, kept) {
+  if (spec.privacy) return noisySegments("moments", (kept * (kept + 1)) / 2 + kept * k, spec);
   const cap = Number(spec.weight_cap);
   return [["xx", (d * (d + 1)) / 2, cap], ["xy", d * k, cap], ...metricSegments(spec)];
 }
 
 /** The segment of the counts of an evaluation task, as `counts_spec` of adapters/evaluation.py. */
-export const countSegments = ({ most }) => [["counts", 4, most]];
+export const countSegments = (spec, { most }) => (spec.privacy ? noisySegments("counts", 4, spec) : [["counts", 4, most]]);
+
+/** The one segment of a vector with noise, as `noisy_spec` of adapters/noisysum.py. */
+const noisySegments = (name, size, { clip_norm: norm }) => [[name, size, norm * peak(size)]];
 
 /** The segments of the metrics, as `metric_segments` of adapters/task.py. */
 function metricSegments({ weight_cap: weight }) {
@@ -32,12 +44,12 @@ function metricSegments({ weight_cap: weight }) {
 }
 
 /**
- * Returns if the vector in the offer is `fair`, [[name, size, bound]], and counts up to `largest` one by one, so that it admits
- * every contribution: a tighter bound would tell devices apart by whether they can answer. Throws ProtocolError.
+ * Returns if the vector in the offer is `fair`, [[name, size, bound]], and without noise counts up to `largest` one by one, so that it
+ * admits every contribution: a tighter bound would tell devices apart by whether they can answer. Throws ProtocolError.
  */
 export function requireBounds(spec, fair, largest = Number(spec.weight_cap)) {
   const found = spec.vector.segments.map((segment) => [segment.name, segment.size, segment.bound]);
-  if (JSON.stringify(found) === JSON.stringify(fair) && maxSteps(spec.vector) >= largest) return;
+  if (JSON.stringify(found) === JSON.stringify(fair) && (spec.privacy || maxSteps(spec.vector) >= largest)) return;
   const text = "the bounds of the vector in the offer do not follow from its clip norm and weight cap";
   throw new ProtocolError(text, "offer.spec.vector", COORDINATOR);
 }
@@ -61,6 +73,29 @@ export async function contribution({ delta, examples, score }, spec, adapter, en
     delta: noisy.map((x) => within(x, segment.bound)),
     ...counted(weight, score),
   }, entropy);
+}
+
+/**
+ * The contribution of a device to a sum with noise, as `noisy_vector` of client/training/contribute.py.
+ *
+ * `vector`, a Float64Array, is clipped, rotated, and rounded until its norm is within that for which the session accounts; noise is
+ * then added to whole numbers, so that the guarantee does not depend on how floating point rounds. `entropy` draws the rounding coins
+ * and then the key of the noise. `adapter` and errors as of `contribution`.
+ */
+export async function noisyContribution(vector, spec, adapter, entropy = systemEntropy) {
+  const [segment] = spec.vector.segments;
+  const step = stepOf(spec.vector, segment);
+  const rotated = await rotate(clip(vector, spec.clip_norm), await seedOf(unhex(adapter)));
+  const steps = rotated.map((x) => within(x, segment.bound) / step);
+  const found = await roundWithin(steps, spec.clip_norm / step, async () => {
+    const drawn = new DataView((await entropy(8 * steps.length)).buffer);
+    return steps.map((x, i) => Math.floor(x + uniform(drawn, 8 * i)));
+  });
+  const raw = await entropy(KEY);
+  const key = await crypto.subtle.importKey("raw", raw, "AES-CTR", false, ["encrypt"]);
+  raw.fill(0);
+  const noise = await draw(spec.privacy.mechanism, (segment.noise / step) ** 2, segment.size, derivedEntropy(key));
+  return arrayType(spec.vector.ring_bits).from(found, (x, i) => x + noise[i]); // negative numbers in two's complement
 }
 
 /**

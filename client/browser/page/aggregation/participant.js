@@ -5,6 +5,7 @@ import * as adapterstate from "./adapterstate.js";
 import { checkIn, join } from "./device.js";
 import { LogState } from "./logstate.js";
 import { COORDINATOR, Plan, Unmask, signedHeader, unverifiedBody } from "./messages.js";
+import * as privacyledger from "./privacyledger.js";
 import { newerThan, readRevocations, requireFresh } from "./revocations.js";
 
 const QUANTUM = 60_000; // milliseconds
@@ -15,8 +16,8 @@ const READ_EXAMPLES = ["offer", "plan"]; // steps
  *
  * `train` makes its contribution: (plan, spec, blob) → a ring vector (contribution.js), with the adapter's file. `node`:
  * Flower's id of this node. `adapter` and `log` are what it remembers of earlier sessions (adapterstate.js, logstate.js), or
- * null; `keep` stores them after each step, (step, { adapter, log, revocations }), before the answer leaves. Offers and plans
- * are answered at a multiple of `quantum` milliseconds after they arrived, which hides how long training took; 0: at once.
+ * null, and `privacy` is its account (privacyledger.js); `keep` stores them after each step, (step, { adapter, log, privacy,
+ * revocations }), before the answer leaves. Offers and plans are answered at a multiple of `quantum` milliseconds after they arrived, which hides how long training took; 0: at once.
  */
 export class Participant {
   #device;
@@ -25,13 +26,12 @@ export class Participant {
   #keep;
   #quantum;
   #state = null;
-  #adapter;
-  #log;
+  #known; // { adapter, log, privacy }
   #last = Promise.resolve();
 
-  constructor(device, train, node = 0n, { adapter = null, log = null, keep = async () => {}, quantum = QUANTUM } = {}) {
+  constructor(device, train, node = 0n, { adapter = null, log = null, privacy = privacyledger.EMPTY, keep = async () => {}, quantum = QUANTUM } = {}) {
     [this.#device, this.#train, this.#node, this.#keep, this.#quantum] = [device, train, node, keep, quantum];
-    [this.#adapter, this.#log] = [adapter, log];
+    this.#known = { adapter, log, privacy };
   }
 
   /**
@@ -48,14 +48,14 @@ export class Participant {
 
   async #kept(step, fields, at) {
     const begun = performance.now();
-    const [known, log] = [this.#adapter, this.#log];
+    const known = this.#known;
     try {
       const answer = await this.#step(step, fields, at);
       const revocations = this.#device.root.revoked?.der ?? null;
-      await this.#keep(step, { adapter: this.#adapter, log: this.#log, revocations });
+      await this.#keep(step, { ...this.#known, revocations });
       return answer;
     } catch (error) {
-      [this.#adapter, this.#log] = [known, log]; // nothing leaves that was not kept; the round is lost
+      this.#known = known; // nothing leaves that was not kept; the round is lost
       throw error;
     } finally {
       if (READ_EXAMPLES.includes(step)) await untilMultiple(begun, this.#quantum);
@@ -65,7 +65,7 @@ export class Participant {
   async #step(step, { body, adapter, proof, revocations }, at) {
     if (!body) throw new ProtocolError("the message has no body", "message.body", COORDINATOR);
     const state = this.#state;
-    if (step === "checkin") return checkIn(this.#device, body, this.#node, this.#log?.offer ?? null);
+    if (step === "checkin") return checkIn(this.#device, body, this.#node, this.#known.log?.offer ?? null);
     if (step === "offer") return this.#offer(body, proof, revocations, at);
     if (step === "roster" && state?.onRoster) return this.#after(await state.onRoster(this.#device, body));
     if (step === "plan" && state?.onPlan) return this.#plan(body, adapter, proof, at);
@@ -80,12 +80,16 @@ export class Participant {
     return answer;
   }
 
+  #remember(changes) {
+    this.#known = { ...this.#known, ...changes };
+  }
+
   async #offer(body, proof, revocations, at) {
     if (revocations) await this.#install(revocations);
     const { root, policy } = this.#device;
     if (at !== null) requireFresh(root.revoked, policy.revocation_days, at);
     const joined = await join(this.#device, body, undefined, at);
-    this.#log = await this.#afterOffer(joined[0], proof);
+    this.#remember({ log: await this.#afterOffer(joined[0], proof) });
     return this.#after(joined);
   }
 
@@ -94,7 +98,8 @@ export class Participant {
     const { policy, coordinator } = this.#device;
     if (!policy.demand_proofs) return null;
     if (!proof) throw new ProtocolError("the message has no proof about the log", "message.proof", COORDINATOR);
-    return this.#log ? this.#log.onSessionChainProof(coordinator, proof, offer) : LogState.initial(coordinator, proof, offer, me);
+    const { log } = this.#known;
+    return log ? log.onSessionChainProof(coordinator, proof, offer) : LogState.initial(coordinator, proof, offer, me);
   }
 
   /** Verifies the log: this device's messages of its last round are in it, and its newest adapter is the plan's. */
@@ -102,7 +107,7 @@ export class Participant {
     const { policy, coordinator } = this.#device;
     if (!policy.demand_proofs) return null;
     if (!proof) throw new ProtocolError("the message has no proof about the log", "message.proof", COORDINATOR);
-    const after = await this.#log.onReceipt(coordinator, proof);
+    const after = await this.#known.log.onReceipt(coordinator, proof);
     after.requireNewest(plan);
     return after;
   }
@@ -120,12 +125,13 @@ export class Participant {
   async #plan(body, blob, proof, at) {
     const planned = await this.#state.onPlan(this.#device, body, at);
     this.#state = planned; // whatever fails from here on, the device can take part in a later round
-    const { plan, spec } = planned;
+    const { plan, spec, ready } = planned;
+    const { policy } = this.#device;
     const log = await this.#afterReceipt(plan, proof);
-    const adapter = adapterstate.onPlan(this.#adapter, plan, spec, this.#device.policy.maximum_repeats);
+    const adapter = adapterstate.onPlan(this.#known.adapter, plan, spec, policy.maximum_repeats);
+    const privacy = privacyledger.onPlan(this.#known.privacy, spec, ready.serials.size, policy);
     const answer = this.#after(await planned.contribute(this.#device, await this.#train(plan, spec, blob)));
-    this.#adapter = adapter;
-    this.#log = log && (await log.contributed(await Plan.digest(plan), signedHeader(answer)));
+    this.#remember({ adapter, privacy, log: log && (await log.contributed(await Plan.digest(plan), signedHeader(answer))) });
     return answer;
   }
 
@@ -134,8 +140,9 @@ export class Participant {
     const [confirmed, answer] = await state.onSurvivors(this.#device, body);
     // It signs for no sum for which it would reveal no shares. With groups, others then count on its signature.
     const bound = this.#afterSum(state, confirmed.survivors);
-    if (state.ready.session.spec.grouping) this.#adapter = bound;
-    this.#log = this.#log && (await this.#log.onSurvivors(confirmed.survivors.vectors.keys(), answer));
+    if (state.ready.session.spec.grouping) this.#remember({ adapter: bound });
+    const { log } = this.#known;
+    this.#remember({ log: log && (await log.onSurvivors(confirmed.survivors.vectors.keys(), answer)) });
     return this.#after([confirmed, answer]);
   }
 
@@ -143,14 +150,19 @@ export class Participant {
     const state = this.#state;
     const after = await state.onUnmask(this.#device, body);
     const { survivors } = Unmask.decode(unverifiedBody(body));
-    if (!state.ready.session.spec.grouping) this.#adapter = this.#afterSum(state, survivors);
-    this.#log = this.#log && (await this.#log.onSurvivors(survivors.vectors.keys()));
+    const { session: { spec }, serials } = state.ready;
+    if (!spec.grouping) this.#remember({ adapter: this.#afterSum(state, survivors) });
+    const { log, privacy } = this.#known;
+    this.#remember({
+      log: log && (await log.onSurvivors(survivors.vectors.keys())),
+      privacy: privacyledger.onSurvivors(privacy, spec, serials.size, survivors.vectors.size, this.#device.policy),
+    });
     return this.#after(after);
   }
 
   #afterSum({ ready, plan }, { vectors }) {
     const serials = new Map([...vectors.keys()].map((device) => [device, ready.serials.get(device)]));
-    return adapterstate.onSurvivors(this.#adapter, plan, ready.session.spec, serials, this.#device.root.revoked?.serials ?? new Set());
+    return adapterstate.onSurvivors(this.#known.adapter, plan, ready.session.spec, serials, this.#device.root.revoked?.serials ?? new Set());
   }
 }
 

@@ -1,12 +1,11 @@
 // What a device requires of an offer before it takes part, as aggregation/policy.py, with the same defaults.
 //
-// Two things are stricter here: rings have at most 32 bits, and no session with noise is joined
-// (docs/decisions/0048-device-in-javascript.md).
+// One thing is stricter here: rings have at most 32 bits (docs/decisions/0048-device-in-javascript.md).
 
 import { ConfigError, ProtocolError } from "../errors.js";
 import { COMPLETE_UP_TO, GRINDING, SIGMA, countOf, isSecure, leftOver } from "./graph.js";
 import { COORDINATOR } from "./messages.js";
-import { ACTIVE, quorumOf, smallestSum } from "./spec.js";
+import { ACTIVE, noiseMultiplier, quorumOf, smallestSum } from "./spec.js";
 
 const DEFAULTS = {
   known_bases: [], // SHA-256 of the frozen bases that this device holds, in hex
@@ -20,6 +19,9 @@ const DEFAULTS = {
   maximum_weight: 65_536,
   maximum_rounds: 64,
   maximum_repeats: 3, // sums from an adapter after the first one
+  minimum_noise_multiplier: 0, // of the smallest sum, in clip norms; above 0, a session must have noise
+  maximum_epsilon: 0, // that all contributions together may reveal, for `delta`; above 0, a session must have noise; 0: no limit
+  delta: 1e-6,
   demand_proofs: true, // whether to take part again only if the coordinator proves what its log holds
   revocation_days: 0, // greatest age of the authority's revocation list; 0: no list is required
 };
@@ -41,6 +43,9 @@ export class Policy {
       maximum_ring_bits: [high <= 32, "32 or less"],
       maximum_repeats: [0 <= this.maximum_repeats && this.maximum_repeats <= 15, "between 0 and 15"],
       revocation_days: [this.revocation_days >= 0, "0 or more"],
+      minimum_noise_multiplier: [0 <= this.minimum_noise_multiplier && this.minimum_noise_multiplier < Infinity, "a number from 0 on"],
+      maximum_epsilon: [0 <= this.maximum_epsilon && this.maximum_epsilon < Infinity, "a number from 0 on"],
+      delta: [0 < this.delta && this.delta < 1, "between 0 and 1"],
     };
     for (const name of Object.keys(given)) {
       if (!(name in DEFAULTS)) throw new ConfigError(`${name} is not a limit of a policy`, `policy.${name}`);
@@ -102,7 +107,17 @@ export class Policy {
       [this.known_bases.includes(base), "base_digest", `base ${base.slice(0, 12)} is not on this device`],
       [weight <= this.maximum_weight, "weight_cap", `weight cap ${weight} is over ${own(this.maximum_weight)}`],
       [rounds <= this.maximum_rounds, "rounds", `session of ${rounds} rounds is over ${own(this.maximum_rounds)}`],
-      [spec.privacy === null, "privacy", "this device cannot add the noise that the session demands; a native device can"],
+      ...this.#noiseRules(spec, corrupt),
+    ];
+  }
+
+  #noiseRules(spec, corrupt) {
+    const [found, least] = [noiseMultiplier(spec, corrupt), this.minimum_noise_multiplier];
+    const demanded = least > 0 || this.maximum_epsilon > 0;
+    const little = `noise multiplier ${found}, without ${corrupt} corrupt devices, is below this device's ${least}`;
+    return [
+      [spec.privacy !== null || !demanded, "privacy", "the session adds no noise to its sums, and this device's policy demands it"],
+      [found >= least, "noise_multiplier", little],
     ];
   }
 }

@@ -1,14 +1,16 @@
 // The parameters of a session, as aggregation/spec.py and aggregation/vector.py. Contradictions are refused on reading.
-//
-// What noise in a segment implies is not checked: policy.js refuses every session with noise.
 
 import { ConfigError } from "../errors.js";
+import { spentOn } from "./accounting.js";
+import { DISCRETE_GAUSSIAN, MAX_DEVIATION, SKELLAM, reach } from "./noise.js";
+import { normSquared } from "./rounding.js";
 import { choice, optional, real, record, sequence, text, uint, uint64 } from "./wire.js";
 
 export const MAX_ROUNDS = 1024;
 const MAX_SIZE = 2 ** 27; // elements
 const MAX_CLIENTS = 2 ** 20;
 const MAX_SEGMENTS = 4096;
+const WRAP_BITS = 40; // noise takes a sum beyond its reach with a probability of at most 2^-WRAP_BITS
 const [SMALLEST, LARGEST] = [2 ** -100, 2 ** 100]; // bounds of a segment
 const U32 = uint(32);
 export const HEX = text("[0-9a-f]{64}");
@@ -35,9 +37,10 @@ const VECTOR = record({ segments: sequence(SEGMENT, MAX_SEGMENTS), ring_bits: ui
   if (maxSteps(vector) < 1) {
     throw new ConfigError(`a ring of ${bits} bits cannot hold a sum of ${clients} clients`, "vector.ring_bits");
   }
+  for (const segment of segments) stepOf(vector, segment);
 });
 
-const PRIVACY = record({ mechanism: choice("skellam", "discrete-gaussian"), honest: U32, delta: real }, ({ delta }) => {
+const PRIVACY = record({ mechanism: choice(SKELLAM, DISCRETE_GAUSSIAN), honest: U32, delta: real }, ({ delta }) => {
   if (!(0 < delta && delta < 1)) throw new ConfigError(`${delta} is not between 0 and 1`, "spec.privacy.delta");
 });
 
@@ -82,11 +85,28 @@ export const SESSION_SPEC = record(
     if (grouping !== null && grouping.count * grouping.minimum > clients) {
       throw new ConfigError(`so many groups do not fit max_clients ${clients}`, "spec.grouping.count");
     }
-    if (spec.privacy === null && spec.vector.segments.some(({ noise }) => noise)) {
-      throw new ConfigError("the vector has noise, and no mechanism is named", "spec.privacy");
-    }
+    requireNoise(spec);
   },
 );
+
+/** Returns if all of the vector has noise, and it is accounted for, or none of it. */
+function requireNoise(spec) {
+  const { privacy, weight_cap: cap, minimum_survivors: least } = spec;
+  const { segments } = spec.vector;
+  const noisy = segments.filter(({ noise }) => noise);
+  if (privacy === null) {
+    if (noisy.length) throw new ConfigError("the vector has noise, and no mechanism is named", "spec.privacy");
+    return;
+  }
+  if (noisy.length !== 1 || segments.length !== 1 || cap !== 1n) {
+    throw new ConfigError("with noise, a vector consists of one segment, which has noise, and the weight cap is 1", "spec.privacy");
+  }
+  if (!(1 <= privacy.honest && privacy.honest <= smallestSum(spec))) {
+    const text = `is not between 1 and ${smallestSum(spec)}, the smallest sum`;
+    throw new ConfigError(`privacy.honest ${privacy.honest} ${text}`, "spec.privacy.honest");
+  }
+  spentIn(spec, least);
+}
 
 function require(value, what, rules) {
   for (const [name, [holds, expected]] of Object.entries(rules)) {
@@ -102,6 +122,35 @@ export function quorumOf(spec) {
 /** Fewest contributions in a sum. */
 export const smallestSum = ({ grouping, minimum_survivors: least }) => grouping?.minimum ?? least;
 
+/** How many devices add the noise of a sum over so many `survivors` that the account counts on, if `corrupt` may add none. */
+export function honestIn(spec, survivors, corrupt = 0) {
+  const assumed = spec.privacy ? smallestSum(spec) - spec.privacy.honest : 0;
+  return (spec.grouping ? smallestSum(spec) : survivors) - Math.max(corrupt, assumed);
+}
+
+/** The standard deviation of the noise in the smallest sum over the clip norm; 0 without noise. */
+export function noiseMultiplier(spec, corrupt = 0) {
+  if (spec.privacy === null) return 0;
+  const honest = Math.max(0, honestIn(spec, spec.minimum_survivors, corrupt));
+  return (spec.vector.segments[0].noise * Math.sqrt(honest)) / spec.clip_norm;
+}
+
+/**
+ * What a round reveals of one device in a session with noise (accounting.js); arguments as of `honestIn`. With groups, each sum
+ * counts as the smallest. Throws ConfigError: no honest device is left, or a number is out of range.
+ */
+export function spentIn(spec, survivors, corrupt = 0) {
+  const [segment] = spec.vector.segments;
+  const step = stepOf(spec.vector, segment);
+  return spentOn({
+    mechanism: spec.privacy.mechanism,
+    size: segment.size,
+    norm_squared: normSquared(spec.clip_norm / step, segment.size),
+    variance: (segment.noise / step) ** 2,
+    honest: honestIn(spec, survivors, corrupt),
+  });
+}
+
 /** Number of elements of all segments of a vector. */
 export const sizeOf = ({ segments }) => segments.reduce((sum, { size }) => sum + size, 0);
 
@@ -111,11 +160,28 @@ export function maxSteps({ ring_bits: bits, max_clients: clients }) {
   return most < 2n ** 40n ? Number(most) : 2 ** 40;
 }
 
-/** Resolution of a segment without noise: the finest power of two with which `maxSteps` of them reach its bound. */
-export function stepOf(vector, { bound }) {
+/**
+ * Resolution of a segment: the finest power of two with which `maxSteps` of them reach its bound. With noise, the finest one with
+ * which the sum of all values and their noise is below half the ring, and the noise of one device has at most `MAX_DEVIATION` steps.
+ * Throws ConfigError: the noise does not fit the ring.
+ */
+export function stepOf(vector, segment) {
+  const { bound, noise } = segment;
   const largest = Math.max(bound, Math.fround(bound)); // float32 values that are clipped to the bound are within it
+  if (noise) return noisyStep(vector, segment, largest);
   const step = powerBelow(largest / maxSteps(vector));
   return Math.ceil(largest / step) <= maxSteps(vector) ? step : 2 * step;
+}
+
+function noisyStep({ ring_bits: bits, max_clients: clients }, { size, noise }, largest) {
+  const odds = Math.LN2 * (WRAP_BITS + 1) + Math.log(size); // either side of each element
+  const half = 2 ** (bits - 1) - 1;
+  for (let step = powerBelow(Math.max(noise / MAX_DEVIATION, largest / 2 ** 40)); step <= largest; step *= 2) {
+    const most = clients * Math.ceil(largest / step) + Math.floor(reach(clients * (noise / step) ** 2, odds));
+    if (noise <= MAX_DEVIATION * step && most <= half) return step;
+  }
+  const text = `a ring of ${bits} bits cannot hold the sum of ${clients} clients with noise of ${noise}: use more bits`;
+  throw new ConfigError(text, "vector.ring_bits");
 }
 
 /** The greatest power of two that is not above `x`, a normal number. */

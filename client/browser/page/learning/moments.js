@@ -1,5 +1,7 @@
-// The moments of a device's own examples, which it contributes to an analytic head, as adapters/ridge.py.
+// The moments of a device's own examples, which it contributes to an analytic head, as adapters/ridge.py and adapters/noisyhead.py.
 
+import { rotate, seedOf } from "../aggregation/rotation.js";
+import { unhex } from "../bytes.js";
 import { DataError } from "../errors.js";
 
 /**
@@ -9,16 +11,34 @@ import { DataError } from "../errors.js";
  * `k`. `xx` is the upper triangle of Σ x xᵀ, row by row, and `xy` is Σ x yᵀ of d rows and k columns; both Float64Array, no
  * number above the count of examples. Throws DataError: a number is not finite.
  */
-export function momentsOf(embeddings, labels, d, k) {
+export const momentsOf = (embeddings, labels, d, k) => momentsOfRows(embeddings.map(unit), labels, d, k);
+
+/**
+ * The mean moments of examples in a session with noise, before they are clipped: those of the first `kept` coordinates of rotated
+ * embeddings, the entries of Σ x xᵀ off the diagonal times √2; zeros without examples. `adapter`: the digest of its file, hex; the
+ * rest and errors as of `momentsOf`.
+ */
+export async function projectedMoments(embeddings, labels, kept, k, adapter) {
+  const seed = await seedOf(unhex(adapter));
+  const rows = [];
+  for (const row of embeddings) rows.push((await rotate(unit(row), seed)).subarray(0, kept));
+  const { xx, xy, count } = momentsOfRows(rows, labels, kept, k);
+  for (let i = 0, at = 0; i < kept; i++) {
+    at++; // the diagonal
+    for (let j = i + 1; j < kept; j++) xx[at++] *= Math.SQRT2;
+  }
+  return Float64Array.from([...xx, ...xy], (x) => (count ? x / count : x));
+}
+
+function momentsOfRows(rows, labels, d, k) {
   const [xx, xy] = [new Float64Array((d * (d + 1)) / 2), new Float64Array(d * k)];
-  embeddings.forEach((row, example) => {
-    const x = unit(row);
+  rows.forEach((x, example) => {
     for (let i = 0, at = 0; i < d; i++) {
       for (let j = i; j < d; j++) xx[at++] += x[i] * x[j];
       xy[i * k + labels[example]] += x[i];
     }
   });
-  const count = embeddings.length;
+  const count = rows.length;
   const clipped = (values) => values.map((x) => Math.min(count, Math.max(-count, x))); // a sum of equal rows could be past it
   return { xx: clipped(xx), xy: clipped(xy), count };
 }

@@ -4,7 +4,16 @@
 // gives a contribution of zero.
 
 import { COORDINATOR } from "../aggregation/messages.js";
-import { contribution, countSegments, encode, momentContribution, momentSegments, requireBounds, updateSegments } from "../aggregation/contribution.js";
+import {
+  contribution,
+  countSegments,
+  encode,
+  momentContribution,
+  momentSegments,
+  noisyContribution,
+  requireBounds,
+  updateSegments,
+} from "../aggregation/contribution.js";
 import { sha256 } from "../bytes.js";
 import { ConfigError, DataError, ProtocolError } from "../errors.js";
 import { checkSlots, fromPeft, layoutDigest, toPeft } from "../graphinputs.js";
@@ -13,7 +22,7 @@ import { parse } from "../safetensors.js";
 import { batches } from "./batches.js";
 import { descend } from "./descent.js";
 import { ownCounts } from "./evaluation.js";
-import { momentsOf } from "./moments.js";
+import { momentsOf, projectedMoments } from "./moments.js";
 import { LIMITS, checkLimits, decodeTask, isAnalytic, isEvaluation, partOf } from "./task.js";
 import { GraphTrainer } from "./trainer.js";
 
@@ -37,12 +46,13 @@ export function trainerOf(engine, examples, pause = async () => {}, limits = LIM
     try {
       if ((await layoutDigest(inputs)) !== spec.layout_digest) refuse("offer, task and adapter have different layouts", "plan.layout");
       const start = new Map([...inputs].map(([name, { values }]) => [name, values]));
-      if (isEvaluation(task)) return await counts(engine, trainer, task, examples, spec, ends(pause, plan));
-      if (isAnalytic(task)) return await moments(trainer, start, task, examples, spec, ends(pause, plan));
+      if (isEvaluation(task)) return await counts(engine, trainer, task, examples, plan, spec, ends(pause, plan));
+      if (isAnalytic(task)) return await moments(trainer, start, task, examples, plan, spec, ends(pause, plan));
       const shared = [...start.keys()].filter((name) => task.shared.includes(partOf(name)));
       requireBounds(spec, updateSegments(spec, shared.reduce((sum, name) => sum + start.get(name).length, 0)));
       const found = await attempt(() => outcome(trainer, start, task, examples, Number(spec.weight_cap), ends(pause, plan)));
       const delta = update(start, found?.trained ?? start, shared, inputs);
+      if (spec.privacy) return await noisyContribution(delta, spec, plan.adapter_digest);
       const made = { delta, examples: found?.examples ?? 0, score: found?.score ?? NOTHING };
       return await contribution(made, spec, plan.adapter_digest);
     } finally {
@@ -73,28 +83,37 @@ async function opened(engine, task, blob, limits) {
 }
 
 /** The contribution to an analytic head: nothing is trained. */
-async function moments(trainer, start, task, examples, spec, pause) {
-  const [d, k] = [trainer.hidden, task.labels.length];
-  requireBounds(spec, momentSegments(spec, d, k));
+async function moments(trainer, start, task, examples, plan, spec, pause) {
+  const [d, k, kept] = [trainer.hidden, task.labels.length, Math.min(task.dimensions, trainer.hidden)];
+  if (Boolean(spec.privacy) !== Boolean(kept)) refuse(`an analytic head of ${kept} dimensions does not go with this session`, "offer.spec.vector");
+  requireBounds(spec, momentSegments(spec, d, k, kept));
+  const between = () => pause({ step: 0, steps: 0 });
+  const tokens = (of) => of.map(({ ids }) => ids);
+  const targets = (of) => of.map(({ target }) => target);
+  if (spec.privacy) {
+    const vector = await attempt(async () => {
+      const [own] = usable(trainer, task, examples, 0);
+      return projectedMoments(await trainer.embeddings(start, tokens(own), between), targets(own), kept, k, plan.adapter_digest);
+    });
+    return noisyContribution(vector ?? new Float64Array(spec.vector.segments[0].size), spec, plan.adapter_digest);
+  }
   const found = await attempt(async () => {
     const [own, heldOut] = usable(trainer, task, examples, Number(spec.weight_cap));
-    const between = () => pause({ step: 0, steps: 0 });
-    const tokens = (of) => of.map(({ ids }) => ids);
     const score = scored(await trainer.logits(start, tokens(heldOut), between), heldOut);
-    const embeddings = await trainer.embeddings(start, tokens(own), between);
-    return { score, sums: momentsOf(embeddings, own.map(({ target }) => target), d, k) };
+    return { score, sums: momentsOf(await trainer.embeddings(start, tokens(own), between), targets(own), d, k) };
   });
   return momentContribution(found?.sums ?? momentsOf([], [], d, k), found?.score ?? NOTHING, spec);
 }
 
-/** The counts of an evaluation: exact, and zeros where the device has neither release, or too few held-out examples. */
-async function counts(engine, trainer, task, examples, spec, pause) {
-  requireBounds(spec, countSegments(task), task.most);
+/** The counts of an evaluation: zeros where the device has neither release, or too few held-out examples. */
+async function counts(engine, trainer, task, examples, plan, spec, pause) {
+  requireBounds(spec, countSegments(spec, task), task.most);
   const found = await attempt(async () => {
     const [, heldOut] = usable(trainer, task, examples, task.most);
     return heldOut.length < task.least ? null : ownCounts(engine, task, heldOut, () => pause({ step: 0, steps: 0 }));
   });
-  return encode(spec.vector, { counts: found ?? new Float64Array(4) });
+  const counted = found ?? new Float64Array(4);
+  return spec.privacy ? noisyContribution(counted, spec, plan.adapter_digest) : encode(spec.vector, { counts: counted });
 }
 
 /** What a person's end of the work throws, which is not the fault of an example. */

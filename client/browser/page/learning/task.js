@@ -100,7 +100,6 @@ function requireFields(found, fields) {
 function analyticTask(found) {
   requireFields(found, ANALYTIC);
   if (!found.labels.length) refuse("a language model has no analytic head", "task.labels");
-  if (found.dimensions) refuse("a tab contributes to no analytic head with noise", "task.dimensions");
   return found;
 }
 

@@ -3,9 +3,11 @@
 import { createInterface } from "node:readline";
 
 import { Root } from "../../../../client/browser/page/aggregation/certificates.js";
-import { encode } from "../../../../client/browser/page/aggregation/contribution.js";
+import { epsilonOf } from "../../../../client/browser/page/aggregation/accounting.js";
+import { encode, noisyContribution } from "../../../../client/browser/page/aggregation/contribution.js";
 import { Device } from "../../../../client/browser/page/aggregation/device.js";
 import { Participant } from "../../../../client/browser/page/aggregation/participant.js";
+import { spent } from "../../../../client/browser/page/aggregation/privacyledger.js";
 import { ConfigError } from "../../../../client/browser/page/errors.js";
 import { Policy } from "../../../../client/browser/page/aggregation/policy.js";
 
@@ -14,6 +16,7 @@ const base64 = (raw) => Buffer.from(raw).toString("base64");
 const keys = new Map();
 const participants = new Map();
 const values = new Map(); // of the next contribution
+const ledgers = new Map(); // as they were stored last
 const full = new Map(); // whether a device's storage is
 
 const ACTIONS = {
@@ -26,9 +29,13 @@ const ACTIONS = {
 
   async enrol({ device, certificate, root, coordinator, policy }) {
     const own = { ...keys.get(device), certificate: bytes(certificate), coordinator: bytes(coordinator), policy: new Policy(policy) };
-    const train = (plan, spec) => encode(spec.vector, values.get(device));
-    const keep = async () => {
+    const train = (plan, spec) => {
+      const own = values.get(device);
+      return spec.privacy ? noisyContribution(own.delta, spec, plan.adapter_digest) : encode(spec.vector, own);
+    };
+    const keep = async (step, { privacy }) => {
       if (full.get(device)) throw new ConfigError("no room", "identities");
+      ledgers.set(device, privacy);
     };
     const known = new Device({ ...own, root: await Root.open(bytes(root)) });
     participants.set(device, new Participant(known, train, 0n, { keep, quantum: 0 }));
@@ -38,6 +45,11 @@ const ACTIONS = {
   async fill({ device, full: isFull }) {
     full.set(device, isFull);
     return {};
+  },
+
+  async ledger({ device, delta }) {
+    const { noisy, bare } = ledgers.get(device);
+    return { epsilon: epsilonOf(spent(ledgers.get(device)), delta), noisy, bare };
   },
 
   async train({ device, values: given }) {
