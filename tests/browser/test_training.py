@@ -14,7 +14,7 @@ from adapters import files, jsontext, ridge
 from adapters.analytic import AnalyticTask, ClassifierHead, moment_spec
 from adapters.evaluation import EvaluationTask, counts_spec
 from adapters.layout import Tensors
-from adapters.parts import Part
+from adapters.parts import Part, part_of
 from adapters.task import OptimizerName, RateSchedule, Task, shared_layout
 from aggregation import rotation
 from aggregation.errors import ProtocolError
@@ -50,7 +50,7 @@ TRAINED = f"""(async ({{ task, examples: given, order }}) => {{ {OPEN}
   await trainer.close();
   return all(found);
 }})"""
-ROUND = f"""(async ({{ offer, blob, plan, examples: given, limits = {{}} }}) => {{ {OPEN}
+ROUND = f"""(async ({{ offer, blob, plan, examples: given, limits = {{}}, kept = null, rounds = 1 }}) => {{ {OPEN}
   const load_ = (name) => import(`/aggregation/${{name}}.js`);
   const {{ trainerOf }} = await load("learning/round");
   const [{{ Offer }}, {{ pack }}] = await Promise.all([load_("messages"), load_("ring")]);
@@ -60,8 +60,14 @@ ROUND = f"""(async ({{ offer, blob, plan, examples: given, limits = {{}} }}) => 
   const {{ LIMITS }} = await load("learning/task");
   const train = trainerOf(engine, given, async (progress) => paused.push(progress), {{ ...LIMITS, ...limits }});
   const asked = {{ round: 1, adapter_digest: plan.adapter, training: bytes(plan.task) }};
-  const vector = await train(asked, spec, bytes(blob));
-  return {{ packed: [...pack(vector, spec.vector.ring_bits)], steps: paused.at(-1)?.steps }};
+  if (kept) kept.values = new Map(Object.entries(kept.values).map(([name, each]) => [name, Float32Array.from(each)]));
+  let vector;
+  for (let round = 0; round < rounds; round++) {{
+    const made = await train(asked, spec, bytes(blob), kept);
+    [vector, kept] = [made.vector, made.parts ?? kept];
+  }}
+  const own = kept && all(kept.values);
+  return {{ packed: [...pack(vector, spec.vector.ring_bits)], steps: paused.at(-1)?.steps, own }};
 }})"""
 
 
@@ -140,6 +146,45 @@ def test_a_tab_contributes_what_a_native_device_contributes_or_nothing(
         sums = decoded(page.evaluate(f"{ROUND}({json.dumps(asked | {'examples': examples})})"))
         assert np.abs(sums["delta"]).max() <= 1.5 * step
         assert not any(sums[name][0] for name in ("weight", "correct", "loss", "held_out"))
+
+
+def test_a_tab_goes_on_from_the_parts_that_it_keeps_to_itself_as_a_native_device(
+    page: Any, serve: Callable[[Path], str], phone: Path
+) -> None:
+    """The head stays on the device, as with FedPer: the second round is trained with the head of the first one."""
+    shared, head = (Part.A, Part.B), {"classifier.bias", "classifier.weight"}
+    task = replace(PLAIN, batch_size=16, shared=shared)
+    trainer, start = native(phone)
+    layout = shared_layout(trainer.layout, task)
+
+    def trained(begun: Tensors) -> Tensors:
+        return trainer.train(begun, EXAMPLES, task, epochs=task.epochs, rng=np.random.default_rng(1))
+
+    first = trained(start)
+    private = {name: value for name, value in first.items() if part_of(name) is Part.HEAD}
+    second = trained(start | private)
+    asked = given(task, trainer, start, EXAMPLES)
+    spec = replace(session_of(layout, 32), layout_digest=trainer.layout.digest)
+    page.goto(serve(phone))
+
+    def found(**changes: Any) -> tuple[Any, Tensors]:
+        """The update and the head that the tab keeps."""
+        answer = page.evaluate(f"{ROUND}({json.dumps(asked | changes)})")
+        sums = spec.vector.decode(np.frombuffer(bytes(answer["packed"]), np.uint32), 1)
+        assert set(answer["own"]) == head
+        return sums["delta"], answer["own"]
+
+    foreign = {"subject": "another base", "values": {name: [9.0] for name in head}}
+    step = spec.vector.step(spec.vector.segment("delta"))
+    for expected, changes in ((first, {}), (first, {"kept": foreign}), (second, {"rounds": 2})):
+        delta, own = found(**changes)
+        same(own, {name: by_input(trainer, expected)[name] for name in head}, WAY * moved(expected, start))
+        vectors = [layout.flatten(layout.select(one)).astype(np.float64) for one in (expected, start)]
+        moves = clip(vectors[0] - vectors[1], spec.clip_norm) * 7
+        moves = rotation.rotate(moves, rotation.seed(bytes.fromhex(asked["plan"]["adapter"])))
+        assert float(np.linalg.norm(delta - moves)) < WAY * np.linalg.norm(moves) + 1.5 * step * layout.size**0.5
+    _, own = found(examples=[])  # nothing was trained, and the head of the adapter on offer is the first one to keep
+    same(own, {name: by_input(trainer, start)[name] for name in head}, 1e-6)
 
 
 def test_a_tab_contributes_the_moments_of_a_native_device_to_an_analytic_head_or_nothing(
@@ -284,7 +329,6 @@ def odd_tasks() -> list[tuple[dict[str, Any], str, bool]]:
         ({"trained": ["A"], "shared": ["B"]}, "task.shared", True),
         ({"trained": ["R", "B"], "shared": ["R", "B"]}, "task.parts", True),
         ({"trained": ["R"], "shared": ["R"]}, "task.parts", False),
-        ({"shared": ["B"]}, "task.shared", False),
         ({"labels": []}, "task.labels", False),
         ({"ridge": 1}, "task.scale", True),
     ]

@@ -10,6 +10,7 @@
 //   log          what it remembers of the coordinator's log (aggregation/logstate.js); null at first
 //   revocations  the authority's newest revocation list that the device saw, DER; null at first
 //   privacy      what its contributions may have revealed (aggregation/privacyledger.js)
+//   parts        of an adapter that it trains and does not share (learning/round.js); null at first
 //   rounds       [{ at, round, version, outcome }], newest first; `at` in milliseconds
 //
 // Key and states are in one record, because a device with its key and without its states could be asked for a sum twice. What was
@@ -27,7 +28,7 @@ import { pinned, publicKeyOf, signingKey } from "./keys.js";
 import { IDENTITIES, transact } from "./storage.js";
 
 const MAX_ROUNDS = 100; // that are kept
-const FRESH = { certificate: null, adapter: null, log: null, revocations: null, privacy: EMPTY, rounds: [] };
+const FRESH = { certificate: null, adapter: null, log: null, revocations: null, privacy: EMPTY, parts: null, rounds: [] };
 
 export class Identity {
   /** `place` names the base. */

@@ -46,12 +46,12 @@ export async function takePart({ engine, identity, url, examples, minimum, momen
     }, { ...LIMITS, moments });
     const train = async (plan, ...given) => {
       rounds.begin(plan);
-      const vector = await alone(() => work(plan, ...given));
+      const made = await alone(() => work(plan, ...given));
       shown({ state: "masking", round: plan.round });
-      return vector;
+      return made;
     };
-    const { adapter, log, privacy } = record;
-    const known = { adapter, log: log && new LogState(log), privacy, quantum, keep: (step, states) => rounds.keep(step, states) };
+    const { adapter, log, privacy, parts } = record;
+    const known = { adapter, log: log && new LogState(log), privacy, parts, quantum, keep: (step, states) => rounds.keep(step, states) };
     const participant = new Participant(device, train, await nodeOf(record.device), known);
     const leaving = new AbortController();
     signal.addEventListener("abort", () => leaving.abort());

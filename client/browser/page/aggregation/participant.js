@@ -14,10 +14,10 @@ const READ_EXAMPLES = ["offer", "plan"]; // steps
 /**
  * A device that answers.
  *
- * `train` makes its contribution: (plan, spec, blob) → a ring vector (contribution.js), with the adapter's file. `node`:
- * Flower's id of this node. `adapter` and `log` are what it remembers of earlier sessions (adapterstate.js, logstate.js), or
- * null, and `privacy` is its account (privacyledger.js); `keep` stores them after each step, (step, { adapter, log, privacy,
- * revocations }), before the answer leaves. Offers and plans are answered at a multiple of `quantum` milliseconds after they arrived, which hides how long training took; 0: at once.
+ * `train` makes its contribution: (plan, spec, blob, parts) → { vector, parts } (learning/round.js), with the adapter's file and
+ * what the device keeps to itself of an adapter, or null. `node`: Flower's id of this node. `adapter` and `log` are what it
+ * remembers of earlier sessions (adapterstate.js, logstate.js), or null, and `privacy` is its account (privacyledger.js); `keep`
+ * stores them after each step, (step, { adapter, log, privacy, parts, revocations }), before the answer leaves. Offers and plans are answered at a multiple of `quantum` milliseconds after they arrived, which hides how long training took; 0: at once.
  */
 export class Participant {
   #device;
@@ -26,12 +26,12 @@ export class Participant {
   #keep;
   #quantum;
   #state = null;
-  #known; // { adapter, log, privacy }
+  #known; // { adapter, log, privacy, parts }
   #last = Promise.resolve();
 
-  constructor(device, train, node = 0n, { adapter = null, log = null, privacy = privacyledger.EMPTY, keep = async () => {}, quantum = QUANTUM } = {}) {
+  constructor(device, train, node = 0n, { keep = async () => {}, quantum = QUANTUM, ...known } = {}) {
     [this.#device, this.#train, this.#node, this.#keep, this.#quantum] = [device, train, node, keep, quantum];
-    this.#known = { adapter, log, privacy };
+    this.#known = { adapter: null, log: null, privacy: privacyledger.EMPTY, parts: null, ...known };
   }
 
   /**
@@ -130,7 +130,9 @@ export class Participant {
     const log = await this.#afterReceipt(plan, proof);
     const adapter = adapterstate.onPlan(this.#known.adapter, plan, spec, policy.maximum_repeats);
     const privacy = privacyledger.onPlan(this.#known.privacy, spec, ready.serials.size, policy);
-    const answer = this.#after(await planned.contribute(this.#device, await this.#train(plan, spec, blob)));
+    const { vector, parts } = await this.#train(plan, spec, blob, this.#known.parts);
+    const answer = this.#after(await planned.contribute(this.#device, vector));
+    if (parts) this.#remember({ parts });
     this.#remember({ adapter, privacy, log: log && (await log.contributed(await Plan.digest(plan), signedHeader(answer))) });
     return answer;
   }

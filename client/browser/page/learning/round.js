@@ -23,21 +23,24 @@ import { batches } from "./batches.js";
 import { descend } from "./descent.js";
 import { ownCounts } from "./evaluation.js";
 import { momentsOf, projectedMoments } from "./moments.js";
-import { LIMITS, checkLimits, decodeTask, isAnalytic, isEvaluation, partOf } from "./task.js";
+import { LIMITS, checkLimits, decodeTask, isAnalytic, isEvaluation, isPrivate, partOf } from "./task.js";
 import { GraphTrainer } from "./trainer.js";
 
 const MAX_LOSS = 20; // nats, of one example (adapters/task.py)
 const NOTHING = { correct: 0, loss: 0, count: 0 };
 
 /**
- * What makes a device's contributions: (plan, spec, blob) → Promise of a ring vector, with the adapter's file.
+ * What makes a device's contributions: (plan, spec, blob, kept) → Promise of { vector, parts }, with the adapter's file.
+ *
+ * `kept` are the parts of an adapter that this device trained and did not share, { subject, values }, or null: the training goes
+ * on from them. `parts` are those to keep after it, or null if the round has none.
  *
  * `examples` are [{ text, label, split }], where a label is its name or its number, and the split "train" or "validation".
  * `pause` is awaited between the parts of the work, with { round, step, steps }; what it throws ends it, and is thrown.
  * The function throws ProtocolError: what is on offer cannot or must not be trained.
  */
 export function trainerOf(engine, examples, pause = async () => {}, limits = LIMITS) {
-  return async (plan, spec, blob) => {
+  return async (plan, spec, blob, kept = null) => {
     if (!blob || (await sha256(blob)) !== plan.adapter_digest) {
       refuse("the adapter in the message does not match the digest in the plan", "plan.adapter_digest");
     }
@@ -46,20 +49,29 @@ export function trainerOf(engine, examples, pause = async () => {}, limits = LIM
     try {
       if ((await layoutDigest(inputs)) !== spec.layout_digest) refuse("offer, task and adapter have different layouts", "plan.layout");
       const start = new Map([...inputs].map(([name, { values }]) => [name, values]));
-      if (isEvaluation(task)) return await counts(engine, trainer, task, examples, plan, spec, ends(pause, plan));
-      if (isAnalytic(task)) return await moments(trainer, start, task, examples, plan, spec, ends(pause, plan));
+      // Of all devices on one scale, so without private parts.
+      if (isEvaluation(task)) return { vector: await counts(engine, trainer, task, examples, plan, spec, ends(pause, plan)), parts: null };
+      if (isAnalytic(task)) return { vector: await moments(trainer, start, task, examples, plan, spec, ends(pause, plan)), parts: null };
       const shared = [...start.keys()].filter((name) => task.shared.includes(partOf(name)));
       requireBounds(spec, updateSegments(spec, shared.reduce((sum, name) => sum + start.get(name).length, 0)));
-      const found = await attempt(() => outcome(trainer, start, task, examples, Number(spec.weight_cap), ends(pause, plan)));
-      const delta = update(start, found?.trained ?? start, shared, inputs);
-      if (spec.privacy) return await noisyContribution(delta, spec, plan.adapter_digest);
+      const subject = subjectOf(spec, task);
+      const begun = kept?.subject === subject ? new Map([...start, ...kept.values]) : start;
+      const found = await attempt(() => outcome(trainer, begun, task, examples, Number(spec.weight_cap), ends(pause, plan)));
+      const trained = found?.trained ?? begun;
+      const delta = update(begun, trained, shared, inputs);
+      const values = new Map([...trained].filter(([name]) => isPrivate(task, partOf(name))));
+      const parts = values.size ? { subject, values } : null;
+      if (spec.privacy) return { vector: await noisyContribution(delta, spec, plan.adapter_digest), parts };
       const made = { delta, examples: found?.examples ?? 0, score: found?.score ?? NOTHING };
-      return await contribution(made, spec, plan.adapter_digest);
+      return { vector: await contribution(made, spec, plan.adapter_digest), parts };
     } finally {
       await trainer.close();
     }
   };
 }
+
+/** What private parts belong to: the base, and the method, labels and layout of the adapter. */
+const subjectOf = ({ base_digest: base, layout_digest: layout }, { peft_config: config, labels }) => JSON.stringify([base, config, labels, layout]);
 
 function refuse(text, about) {
   throw new ProtocolError(text, about, COORDINATOR);

@@ -1,6 +1,6 @@
 // What a plan asks a device to train, as adapters/task.py, and the limits within which it does, as client/training/limits.py.
 //
-// A tab refuses what it cannot train: R of Fed-SB, and parts that stay on a device.
+// A tab refuses what it cannot train: R of Fed-SB.
 
 import { isObject, parse } from "../dsse.js";
 import { ConfigError, ProtocolError } from "../errors.js";
@@ -81,7 +81,6 @@ export function decodeTask(raw) {
     refuse("task.shared: no part of the adapter is both trained and shared", "task.shared");
   }
   if ([...trained, ...shared].includes(R)) refuse("a tab does not train R of Fed-SB", "task.parts");
-  if (trained.some((part) => !shared.includes(part))) refuse("a tab keeps no part of an adapter to itself", "task.shared");
   if (!labels.length) refuse("a tab trains classifiers, and no language model", "task.labels");
   return found;
 }
@@ -155,6 +154,9 @@ function checkTrainable(config) {
   const odd = Object.keys(rules).find((name) => !rules[name]);
   if (odd) throw new ConfigError(`${odd} is not that of plain LoRA, which alone a tab trains`, odd);
 }
+
+/** Whether a part is trained and stays on the device. */
+export const isPrivate = ({ trained, shared }, part) => trained.includes(part) && !shared.includes(part);
 
 /** The part of an adapter to which a graph input belongs. */
 export function partOf(name) {

@@ -29,9 +29,10 @@ const ACTIONS = {
 
   async enrol({ device, certificate, root, coordinator, policy }) {
     const own = { ...keys.get(device), certificate: bytes(certificate), coordinator: bytes(coordinator), policy: new Policy(policy) };
-    const train = (plan, spec) => {
+    const train = async (plan, spec) => {
       const own = values.get(device);
-      return spec.privacy ? noisyContribution(own.delta, spec, plan.adapter_digest) : encode(spec.vector, own);
+      const noisy = () => noisyContribution(own.delta, spec, plan.adapter_digest);
+      return { vector: await (spec.privacy ? noisy() : encode(spec.vector, own)), parts: null };
     };
     const keep = async (step, { privacy }) => {
       if (full.get(device)) throw new ConfigError("no room", "identities");
