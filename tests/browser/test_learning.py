@@ -75,7 +75,8 @@ def native(bundle: Path) -> tuple[GraphTrainer, Tensors]:
 def by_input(trainer: GraphTrainer, tensors: Tensors) -> Tensors:
     """Tensors under peft's names as the page has them: transposed, without the scaling."""
     return {
-        name.removeprefix("base_model.model."): value.T if "lora" in name else value for name, value in tensors.items()
+        name.removeprefix("base_model.model."): value if "lora_R" in name or "lora" not in name else value.T
+        for name, value in tensors.items()
     }
 
 

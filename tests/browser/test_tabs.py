@@ -45,6 +45,12 @@ SPENT = (
     "[...document.querySelectorAll('#identity div')].find((each) => each.innerText.includes('Privacy'))"
     ".querySelector('dd').innerText"
 )
+NOISY = {"privacy__mechanism": "skellam", "privacy__noise_multiplier": 1.0}
+KEPT = """(async () => {
+  const { IDENTITIES, transact } = await import("/storage.js");
+  const [{ parts }] = await transact(IDENTITIES, "readonly", (store) => store.getAll());
+  return [...parts.values.keys()].sort();
+})()"""  # names of the tensors that a tab does not share
 LIMITED = {"maximum_epsilon": 90, "minimum_noise_multiplier": 0.2}
 OBSERVE = """(() => {
   globalThis.states = [];
@@ -179,15 +185,14 @@ def right_answers(fleet: Any, names: Iterable[str], bundle: Path, content: str) 
 def test_a_node_of_flower_a_light_device_and_two_tabs_train_an_adapter_together(
     fleet_of: Callable[..., Any], phone: Path, libraries: None, tabs: list[cdp.Page], tmp_path: Path
 ) -> None:
-    """Each trains on its own examples, and adds noise to its update in the first run.
+    """Each trains on its own examples. In the first run heads stay on the devices, and updates have noise; the second
+    run sums R of Fed-SB.
 
     In the third round, which is of a second session, one tab is closed after its device has shared its secrets. It is
     opened again, as is the other one, without the page's server, and both take part in the next run of the coordinator,
     which ends with an evaluation of the release in their bundle.
     """
-    fleet = fleet_of(
-        4, rounds=3, aggregation__session_rounds=2, privacy__mechanism="skellam", privacy__noise_multiplier=1.0
-    )
+    fleet = fleet_of(4, rounds=3, aggregation__session_rounds=2, method="fedper", **NOISY)
     give_tls(fleet)
     folders = sorted(map(Path, fleet.nodes.values()))
     names = tuple(folder.name for folder in folders)
@@ -220,6 +225,7 @@ def test_a_node_of_flower_a_light_device_and_two_tabs_train_an_adapter_together(
         states = " ".join(stays.page.evaluate("states"))
         assert all(word in states for word in ("Waiting", "training, step 1 of", "masking", "The run is over"))
         assert stays.page.alert("join-error") == ""
+        assert stays.page.evaluate(KEPT) == ["classifier.bias", "classifier.weight"]
         ledger = fleet.state_dir(names[0]).load_privacy_ledger()
         epsilon = f"{ledger.spent.epsilon(1e-6):.2f}"
         assert stays.page.evaluate(SPENT) == f"epsilon {epsilon} for delta 0.000001 by 3 contributions with noise"
@@ -229,6 +235,7 @@ def test_a_node_of_flower_a_light_device_and_two_tabs_train_an_adapter_together(
     fleet.configure(
         {
             "rounds": 5,
+            "method": "fedsb",
             "privacy.mechanism": "none",
             "privacy.noise_multiplier": 0.0,
             **{f"evaluation.{name}": value for name, value in compared.items()},

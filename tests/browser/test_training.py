@@ -14,6 +14,7 @@ from adapters import files, jsontext, ridge
 from adapters.analytic import AnalyticTask, ClassifierHead, moment_spec
 from adapters.evaluation import EvaluationTask, counts_spec
 from adapters.layout import Tensors
+from adapters.lorasb import unfolded
 from adapters.parts import Part, part_of
 from adapters.task import OptimizerName, RateSchedule, Task, shared_layout
 from aggregation import rotation
@@ -38,15 +39,18 @@ TASKS = (
     replace(PLAIN, proximal=0.5, gradient_norm=0.2, schedule=RateSchedule.COSINE),
     replace(PLAIN, optimizer=OptimizerName.SGD, momentum=0.9, schedule=RateSchedule.LINEAR),
     replace(PLAIN, trained=(Part.B, Part.HEAD)),
+    replace(PLAIN, trained=(Part.R, Part.HEAD), shared=(Part.R, Part.HEAD), proximal=0.5),
 )
 EXAMPLES = [Example(text, number % len(LABELS)) for number, text in enumerate(PHRASES)]
 MOMENT = 1e-4  # of an entry of the moments: embeddings of the two runtimes differ by float32 rounding
 WAY = 0.002  # as between the two native engines (tests/client/training/test_graphtrainer.py)
 
 TRAINED = f"""(async ({{ task, examples: given, order }}) => {{ {OPEN}
-  const {{ trainOn }} = await load("learning/round");
+  const [{{ trainOn }}, {{ unfolded }}] = await Promise.all([load("learning/round"), load("learning/fedsb")]);
   const trainer = await GraphTrainer.open(engine, adapter);
-  const found = await trainOn(trainer, trainer.valuesOf(adapter.inputs), examples(given), task, order);
+  const start = trainer.valuesOf(adapter.inputs);
+  const begun = task.shared.includes("R") ? unfolded(start, trainer.shapes) : start;
+  const found = await trainOn(trainer, begun, examples(given), task, order);
   await trainer.close();
   return all(found);
 }})"""
@@ -99,21 +103,29 @@ def test_a_tab_trains_what_a_native_device_trains(page: Any, serve: Callable[[Pa
     for task in TASKS:
         order = list(batches(lengths, task.batch_size, task.epochs, np.random.default_rng(1)))
         expected = trainer.train(start, EXAMPLES, task, epochs=task.epochs, rng=np.random.default_rng(1))
+        begun = unfolded(start) if Part.R in task.trained else start
         asked = {
             "task": json.loads(task.encode()),
             "examples": [(one.text, one.label) for one in EXAMPLES],
             "order": order,
         }
         found = page.evaluate(f"{TRAINED}({json.dumps(asked)})")
-        same(found, by_input(trainer, expected), WAY * moved(expected, start))
+        way = moved(expected, begun)
+        same(found, by_input(trainer, expected), WAY * way)
+        assert way > 0
 
 
 def test_a_tab_contributes_what_a_native_device_contributes_or_nothing(
     page: Any, serve: Callable[[Path], str], phone: Path
 ) -> None:
-    """All examples are in one batch, so that their order makes no difference; only B and the head are shared."""
-    shared = (Part.B, Part.HEAD)
-    task = replace(PLAIN, batch_size=16, trained=shared, shared=shared)
+    """All examples are in one batch, so that their order makes no difference; a layer shares only B, or R of Fed-SB."""
+    page.goto(serve(phone))
+    for part in (Part.R, Part.B):
+        shared = (part, Part.HEAD)
+        contributes_as_natively(page, phone, replace(PLAIN, batch_size=16, trained=shared, shared=shared))
+
+
+def contributes_as_natively(page: Any, phone: Path, task: Task) -> None:
     trainer, start = native(phone)
     layout = shared_layout(trainer.layout, task)
     held = [Example(text, 1) for text in PHRASES[:3]]
@@ -126,11 +138,10 @@ def test_a_tab_contributes_what_a_native_device_contributes_or_nothing(
         return spec.vector.decode(np.frombuffer(bytes(found["packed"]), np.uint32), 1)
 
     def delta_of(trained: Tensors, weight: int) -> Any:
-        vectors = [layout.flatten(layout.select(one)).astype(np.float64) for one in (trained, start)]
+        vectors = [layout.flatten(layout.select(one)).astype(np.float64) for one in (trained, unfolded(start))]
         delta = clip(vectors[0] - vectors[1], spec.clip_norm) * weight
         return rotation.rotate(delta, rotation.seed(bytes.fromhex(asked["plan"]["adapter"])))
 
-    page.goto(serve(phone))
     sums, score = decoded(page.evaluate(f"{ROUND}({json.dumps(asked)})")), trainer.score(start, held)
     step = spec.vector.step(spec.vector.segment("delta"))
     length = float(np.linalg.norm(delta_of(expected, 7)))
@@ -328,7 +339,8 @@ def odd_tasks() -> list[tuple[dict[str, Any], str, bool]]:
         ({"shared": ["C"]}, "task.shared", True),
         ({"trained": ["A"], "shared": ["B"]}, "task.shared", True),
         ({"trained": ["R", "B"], "shared": ["R", "B"]}, "task.parts", True),
-        ({"trained": ["R"], "shared": ["R"]}, "task.parts", False),
+        ({"trained": ["R", "head"], "shared": ["head"]}, "task.parts", True),
+        ({"trained": ["R", "head"], "shared": ["R", "A"]}, "task.parts", True),
         ({"labels": []}, "task.labels", False),
         ({"ridge": 1}, "task.scale", True),
     ]

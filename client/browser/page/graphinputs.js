@@ -6,7 +6,7 @@ import { byCodePoint, encode, sha256 } from "./bytes.js";
 import { DataError, quoted } from "./errors.js";
 import { transposed } from "./numbers.js";
 
-const PEFT_PREFIX = "base_model.model.";
+export const PEFT_PREFIX = "base_model.model.";
 export const LORA_A = ".lora_A.weight";
 export const LORA_B = ".lora_B.weight";
 export const SCALES = [".output_scale", ".input_scale"];

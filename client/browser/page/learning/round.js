@@ -22,8 +22,9 @@ import { parse } from "../safetensors.js";
 import { batches } from "./batches.js";
 import { descend } from "./descent.js";
 import { ownCounts } from "./evaluation.js";
+import { unfolded } from "./fedsb.js";
 import { momentsOf, projectedMoments } from "./moments.js";
-import { LIMITS, checkLimits, decodeTask, isAnalytic, isEvaluation, isPrivate, partOf } from "./task.js";
+import { LIMITS, R, checkLimits, decodeTask, isAnalytic, isEvaluation, isPrivate, partOf } from "./task.js";
 import { GraphTrainer } from "./trainer.js";
 
 const MAX_LOSS = 20; // nats, of one example (adapters/task.py)
@@ -52,10 +53,11 @@ export function trainerOf(engine, examples, pause = async () => {}, limits = LIM
       // Of all devices on one scale, so without private parts.
       if (isEvaluation(task)) return { vector: await counts(engine, trainer, task, examples, plan, spec, ends(pause, plan)), parts: null };
       if (isAnalytic(task)) return { vector: await moments(trainer, start, task, examples, plan, spec, ends(pause, plan)), parts: null };
-      const shared = [...start.keys()].filter((name) => task.shared.includes(partOf(name)));
-      requireBounds(spec, updateSegments(spec, shared.reduce((sum, name) => sum + start.get(name).length, 0)));
+      const whole = task.shared.includes(R) ? withSquares(start, trainer.shapes) : start;
+      const shared = [...whole.keys()].filter((name) => task.shared.includes(partOf(name)));
+      requireBounds(spec, updateSegments(spec, shared.reduce((sum, name) => sum + whole.get(name).length, 0)));
       const subject = subjectOf(spec, task);
-      const begun = kept?.subject === subject ? new Map([...start, ...kept.values]) : start;
+      const begun = kept?.subject === subject ? new Map([...whole, ...kept.values]) : whole;
       const found = await attempt(() => outcome(trainer, begun, task, examples, Number(spec.weight_cap), ends(pause, plan)));
       const trained = found?.trained ?? begun;
       const delta = update(begun, trained, shared, inputs);
@@ -68,6 +70,15 @@ export function trainerOf(engine, examples, pause = async () => {}, limits = LIM
       await trainer.close();
     }
   };
+}
+
+/** The adapter in a round of Fed-SB. */
+function withSquares(start, shapes) {
+  try {
+    return unfolded(start, shapes);
+  } catch (error) {
+    throw error instanceof DataError ? ProtocolError.of(error, COORDINATOR) : error;
+  }
 }
 
 /** What private parts belong to: the base, and the method, labels and layout of the adapter. */

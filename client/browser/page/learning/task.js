@@ -1,13 +1,11 @@
 // What a plan asks a device to train, as adapters/task.py, and the limits within which it does, as client/training/limits.py.
-//
-// A tab refuses what it cannot train: R of Fed-SB.
 
 import { isObject, parse } from "../dsse.js";
 import { ConfigError, ProtocolError } from "../errors.js";
 import { between, isPeftConfig, listOf, misfit, oneOf, sha256, string } from "../manifests.js";
 import { COORDINATOR } from "../aggregation/messages.js";
 
-const [A, B, VECTORS, HEAD, R] = ["A", "B", "vectors", "head", "R"]; // adapters/parts.py
+export const [A, B, VECTORS, HEAD, R] = ["A", "B", "vectors", "head", "R"]; // adapters/parts.py
 const parts = listOf(oneOf(A, B, VECTORS, HEAD, R));
 const whole = (low, high) => (value) => Number.isSafeInteger(value) && low <= value && value <= high;
 const TINY = Number.MIN_VALUE;
@@ -80,7 +78,10 @@ export function decodeTask(raw) {
   if (!trained.some((part) => shared.includes(part))) {
     refuse("task.shared: no part of the adapter is both trained and shared", "task.shared");
   }
-  if ([...trained, ...shared].includes(R)) refuse("a tab does not train R of Fed-SB", "task.parts");
+  const withR = [trained, shared].filter((parts) => parts.includes(R));
+  if (withR.length === 1 || withR.some((parts) => parts.includes(A) || parts.includes(B))) {
+    refuse("R is trained and shared without A and B, or not at all", "task.parts");
+  }
   if (!labels.length) refuse("a tab trains classifiers, and no language model", "task.labels");
   return found;
 }
@@ -160,6 +161,6 @@ export const isPrivate = ({ trained, shared }, part) => trained.includes(part) &
 
 /** The part of an adapter to which a graph input belongs. */
 export function partOf(name) {
-  if (name.includes(".lora_A.")) return A;
-  return name.includes(".lora_B.") ? B : HEAD;
+  const [, factor] = /\.lora_([ABR])\./.exec(name) ?? [];
+  return { A, B, R }[factor] ?? HEAD;
 }

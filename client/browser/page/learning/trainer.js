@@ -9,6 +9,7 @@ import { ConfigError, DataError, EdgeAdaptError, quoted } from "../errors.js";
 import { LORA_A, LORA_B } from "../graphinputs.js";
 import * as runtime from "../runtime.js";
 import { TRAINING } from "../trust.js";
+import { folded, frozenFactors, hasSquares, squareGradients } from "./fedsb.js";
 
 const ENCODER = "encoder."; // begins the path of everything below the head
 const HEAD = ["classifier.bias", "classifier.weight"]; // over the mean of the tokens, as federations train it
@@ -18,6 +19,8 @@ const TOKENS_AT_ONCE = 512; // of one run of the training graph, which bounds it
 const MAX_ROWS = 16; // of one run of the answering graph
 
 export class GraphTrainer {
+  #factors; // of Fed-SB
+
   /** Use `open`. */
   constructor(engine, session, shapes, scaling) {
     Object.assign(this, { engine, session, shapes, scaling });
@@ -72,12 +75,13 @@ export class GraphTrainer {
   /**
    * The sum of each example's cross-entropy in nats times its share, and the gradient by each value: { loss, gradients }.
    *
-   * `examples` are [{ ids, target, share }]: tokens, the number of the label, and the factor in the loss. `pause` is awaited
+   * `values` may have R of Fed-SB. `examples` are [{ ids, target, share }]: tokens, the number of the label, and the factor in the loss. `pause` is awaited
    * before each run of the graph; what it throws ends the computation. Throws DataError: the graph does not run.
    */
   async gradients(values, examples, pause) {
-    const feeds = runtime.adapterFeeds(this.inputsOf(values));
-    const sums = new Map([...values].map(([name, { length }]) => [name, new Float32Array(length)]));
+    const factors = hasSquares(values) ? (this.#factors ??= await frozenFactors(this.shapes)) : new Map();
+    const feeds = runtime.adapterFeeds(this.inputsOf(folded(values, factors)));
+    const sums = new Map([...this.shapes.keys()].map((name) => [name, new Float32Array(values.get(name).length)]));
     let loss = 0;
     for (const part of parts(byLength(examples))) {
       await pause();
@@ -89,7 +93,7 @@ export class GraphTrainer {
       }
     }
     const gradients = new Map([...sums].map(([name, sum]) => [name, scaled(sum, this.#factor(name))]));
-    return { loss, gradients };
+    return { loss, gradients: new Map([...gradients, ...squareGradients(gradients, factors)]) };
   }
 
   /** The logits of texts, given as tokens: a Float32Array for each. `pause` as in `gradients`. */
