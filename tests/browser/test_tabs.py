@@ -15,6 +15,8 @@ import tomli_w
 from flwr.app import Message
 
 from adapters.evaluation import EvaluationTask
+from adapters.gateway.invitation import Invitation
+from aggregation.entropy import SystemEntropy
 from aggregation.pki import Authority
 from aggregation.pki.certificates import to_pem
 from aggregation.pki.identity import PublicKey
@@ -26,6 +28,9 @@ from client.node.statedir import SETTINGS
 from client.training.evaluate import own_counts
 from client.training.examples import Split, in_split, read_examples
 from coordinator.app import run
+from coordinator.authority import AuthorityStore
+from coordinator.authority.store import CERTIFICATE, KEY, RECORD
+from coordinator.gateway.enrolment import EnrolmentServer, EnrolmentService
 from coordinator.gateway.grid import GatewayGrid, JoinedGrid
 from coordinator.gateway.server import GatewayLimits
 from coordinator.gateway.websocket import BrowserSettings
@@ -66,6 +71,7 @@ class Tab:
     page: cdp.Page
     name: str
     folder: Path  # where the browser puts what it saves
+    url: str  # of its page
 
     def click(self, name: str) -> None:
         self.page.evaluate(f"document.getElementById({name!r}).click()")
@@ -94,12 +100,23 @@ class Tab:
         der = authority.issue(name, key, not_before=begin, not_after=authority.root.not_after)
         return self.file(f"{name}.pem", to_pem(der))
 
-    def enrol(self, fleet: Any, page_url: str) -> None:
+    def redeem(self, fleet: Any, store: AuthorityStore) -> None:
+        """Enrol with a token, which works once."""
+        self.page.goto(self.url)
+        self.until_shown("token-form")
+        anchors = store.root.der, fleet.state_dir(self.name).coordinator.raw
+        invitation = Invitation(SystemEntropy().bytes(16), self.name, f"{HOST}:1", f"{HOST}:2", *anchors)
+        store.invite(self.name, invitation.key.public, 1.0)
+        self.fill(token=invitation.to_text())
+        self.click("redeem")
+        self.until_shown("join-form")
+
+    def enrol(self, fleet: Any) -> None:
         """Make a key that never leaves the tab, and have it certified; a wrong file is refused, and nothing is lost."""
         authority, coordinator = authority_of(fleet), fleet.state_dir(self.name).coordinator
         pins = self.file("authority.pem", authority.root.to_pem()), self.file("coordinator.pem", coordinator.to_pem())
         self.page.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(self.folder))
-        self.page.goto(page_url)
+        self.page.goto(self.url)
         self.until_shown("enrol-form")
         self.fill(**{"device-name": self.name})
         self.page.pick("#authority-file", pins[1])
@@ -114,7 +131,7 @@ class Tab:
         assert name == self.name
         self.page.pick("#certificate-file", self.certified(authority, "another", key))
         assert "another key or name" in self.refused("certificate-install")
-        self.page.goto(page_url)  # the key is kept
+        self.page.goto(self.url)  # the key is kept
         self.until_shown("certificate-form")
         self.page.pick("#certificate-file", self.certified(authority, self.name, key))
         self.click("certificate-install")
@@ -154,14 +171,27 @@ def tabs(chromium: Any) -> Iterator[list[cdp.Page]]:
 
 
 @contextlib.contextmanager
-def served(bundle: Path, gateway: str) -> Iterator[str]:
-    """The URL of a page that may connect to a gateway, while the block runs."""
-    with http_server(Site.of(bundle, gateway=gateway), HOST, 0) as serving:
+def served(bundle: Path, **addresses: str) -> Iterator[str]:
+    """The URL of a page that may connect to a gateway, and to an enrolment service, while the block runs."""
+    with http_server(Site.of(bundle, **addresses), HOST, 0) as serving:
         threading.Thread(target=serving.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         try:
             yield f"http://{HOST}:{serving.server_port}/"
         finally:
             serving.shutdown()
+
+
+@contextlib.contextmanager
+def enrolling(folder: Path, authority: Authority, port: int) -> Iterator[AuthorityStore]:
+    """An authority with a record of its own, whose service listens for pages while the block runs."""
+    folder.mkdir()
+    for name, content in ((KEY, authority.key.to_pem(None)), (CERTIFICATE, authority.root.to_pem()), (RECORD, b"")):
+        (folder / name).write_bytes(content)
+    store = AuthorityStore(folder)
+    store.sign_list(authority, 30)
+    service = EnrolmentService(store, authority, 30)
+    with contextlib.closing(EnrolmentServer(service, f"{HOST}:0", [HOST], BrowserSettings(f"{HOST}:{port}"))):
+        yield store
 
 
 def give_bundle(folder: Path, bundle: Path) -> None:
@@ -185,8 +215,8 @@ def right_answers(fleet: Any, names: Iterable[str], bundle: Path, content: str) 
 def test_a_node_of_flower_a_light_device_and_two_tabs_train_an_adapter_together(
     fleet_of: Callable[..., Any], phone: Path, libraries: None, tabs: list[cdp.Page], tmp_path: Path
 ) -> None:
-    """Each trains on its own examples. In the first run heads stay on the devices, and updates have noise; the second
-    run sums R of Fed-SB.
+    """Each trains on its own examples. One tab enrols with a request, the other one with a token. In the first run the
+    heads stay on the devices, and updates have noise; the second run sums R of Fed-SB.
 
     In the third round, which is of a second session, one tab is closed after its device has shared its secrets. It is
     opened again, as is the other one, without the page's server, and both take part in the next run of the coordinator,
@@ -199,7 +229,7 @@ def test_a_node_of_flower_a_light_device_and_two_tabs_train_an_adapter_together(
     for folder in folders[:2]:
         give_bundle(folder, phone)
     state_dir, link, port = CoordinatorStateDir.open(fleet.out / "coordinator"), link_of(1), free_port()
-    devices = [Tab(page, name, tmp_path / name) for page, name in zip(tabs, names[2:], strict=True)]
+    enrolment = free_port()
 
     @contextlib.contextmanager
     def cohort(kind: type[GatewayGrid]) -> Iterator[tuple[Any, JoinedGrid]]:
@@ -209,11 +239,21 @@ def test_a_node_of_flower_a_light_device_and_two_tabs_train_an_adapter_together(
         with contextlib.closing(light), living(link, [str(folders[0])]), attending(light.port, folders[1:2]):
             yield light, JoinedGrid(link.grid, light)
 
-    with served(phone, f"ws://{HOST}:{port}") as url:
+    gateway, service = f"ws://{HOST}:{port}", f"ws://{HOST}:{enrolment}"
+    with (
+        served(phone, gateway=gateway) as url,
+        served(phone, gateway=gateway, enrolment=service) as with_token,
+        enrolling(tmp_path / "authority", authority_of(fleet), enrolment) as store,
+    ):
+        devices = [
+            Tab(page, name, tmp_path / name, url)
+            for page, name, url in zip(tabs, names[2:], (url, with_token), strict=True)
+        ]
         with cohort(ClosingGrid) as (light, grid):
             light.tab = tabs[1]
+            devices[0].enrol(fleet)
+            devices[1].redeem(fleet, store)
             for device in devices:
-                device.enrol(fleet, url)
                 device.take_part(fleet.state_dir(device.name).examples, **LIMITED)
             grid.await_devices(4)
             records = list(run(state_dir, grid))
@@ -243,7 +283,7 @@ def test_a_node_of_flower_a_light_device_and_two_tabs_train_an_adapter_together(
     )
     with cohort(GatewayGrid) as (_, grid):
         for device in devices:
-            device.page.goto(url)
+            device.page.goto(device.url)
             device.until_shown("join-form")
             device.take_part(fleet.state_dir(device.name).examples)
         grid.await_devices(4)
