@@ -20,6 +20,8 @@ TARGETS, SHARES, LOSS = "targets", "shares", "loss"  # of the graph, besides the
 POSITIONS = "positions"  # of a language model's learned tokens
 LOG_LIKELIHOOD, HITS = "log_likelihood", "hits"  # of each target
 GRADIENT = ".gradient"  # ends the name of the output that holds the gradient by a slot
+# End the names of outputs of a layer that has slots for DoRA: ``‖W + A B‖`` of each output's weights, and its own bias.
+WEIGHT_NORM, OWN_BIAS = ".weight_norm", ".own_bias"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +68,18 @@ class TrainingGraph:
             model, options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
         )
         self._outputs = [output.name for output in self._session.get_outputs()]
+        self._run = ort.RunOptions()
+        self._run.only_execute_path_to_fetches = True
 
     @property
     def slots(self) -> tuple[str, ...]:
         """The slots by which it has gradients."""
-        return tuple(name.removesuffix(GRADIENT) for name in self._outputs if name.endswith(GRADIENT))
+        return self._named(GRADIENT)
+
+    @property
+    def normed(self) -> tuple[str, ...]:
+        """The layers of which it has the norms of the weights."""
+        return self._named(WEIGHT_NORM)
 
     def gradients(self, batch: TrainingBatch, inputs: Tensors) -> tuple[float, Tensors]:
         """The loss of a batch in nats, and its gradient by each slot, of the shape of the slot's input.
@@ -83,7 +92,7 @@ class TrainingGraph:
             Exception: ONNX Runtime does not run it, as for a target that the head has no row for.
         """
         names = [LOSS, *(name for name in self._outputs if name.endswith(GRADIENT))]
-        loss, *found = self._session.run(names, _feeds(batch, inputs))
+        loss, *found = self._session.run(names, _feeds(batch, inputs), self._run)
         return float(loss), {name.removesuffix(GRADIENT): value for name, value in zip(names[1:], found, strict=True)}
 
     def scores(self, batch: TrainingBatch, inputs: Tensors) -> tuple[Floats, NDArray[np.bool_]]:
@@ -96,10 +105,37 @@ class TrainingGraph:
         Raises:
             Exception: As ``gradients``, or the graph is of a classifier.
         """
-        options = ort.RunOptions()
-        options.only_execute_path_to_fetches = True
-        nats, hits = self._session.run([LOG_LIKELIHOOD, HITS], _feeds(batch, inputs), options)
+        nats, hits = self._session.run([LOG_LIKELIHOOD, HITS], _feeds(batch, inputs), self._run)
         return nats, hits
+
+    def weight_norms(self, inputs: Tensors, layers: Sequence[str]) -> dict[str, Floats]:
+        """The norm of each output's weights with the update, ``‖W + A B‖``, shape ``(out,)``, by layer.
+
+        Args:
+            inputs: A and B of these layers, by slot.
+            layers: Some of ``normed``.
+
+        Raises:
+            Exception: As ``gradients``.
+        """
+        return self._of_layers(layers, WEIGHT_NORM, inputs)
+
+    def own_biases(self) -> dict[str, Floats]:
+        """The base's bias of each of the layers in ``normed`` that has one. Raises as ``gradients``."""
+        return self._of_layers(self._named(OWN_BIAS), OWN_BIAS, {})
+
+    def _named(self, ending: str) -> tuple[str, ...]:
+        return tuple(name.removesuffix(ending) for name in self._outputs if name.endswith(ending))
+
+    def _of_layers(self, layers: Sequence[str], ending: str, inputs: Tensors) -> dict[str, Floats]:
+        """Outputs that depend on no text; ONNX Runtime wants all inputs all the same."""
+        kinds = {"tensor(int64)": np.int64, "tensor(float)": np.float32}
+        feeds = {
+            each.name: np.zeros([size if isinstance(size, int) else 1 for size in each.shape], kinds[each.type])
+            for each in self._session.get_inputs()
+        }
+        found = self._session.run([path + ending for path in layers], feeds | inputs, self._run) if layers else []
+        return dict(zip(layers, found, strict=True))
 
 
 def _feeds(batch: TrainingBatch, inputs: Tensors) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class LanguageGraphTrainer:
 
         Args:
             base: Of a bundle.
-            config: Of the adapters: LoRA, IA3, LN_TUNING or BEFT at layers that have slots.
+            config: Of the adapters: LoRA, DoRA, IA3, LN_TUNING or BEFT at layers that have slots.
             threads: For matrix products.
 
         Raises:

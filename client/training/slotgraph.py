@@ -3,7 +3,9 @@
 ``graphtrainer`` trains a classifier with it, ``languagegraph`` a language model.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from adapters.graphinputs import (
     LORA_B,
     OFFSET,
     OUTPUT_SCALE,
+    PEFT_PREFIX,
     REPLACED,
     from_inputs,
     gradients_of_tensors,
@@ -23,12 +26,15 @@ from adapters.graphinputs import (
 from adapters.layout import Floats, Layout, Tensors
 from adapters.lorasb import frozen_factor, square_name
 from adapters.parts import Part, part_of
+from adapters.peft.dora import NormsOf, gradients_of_magnitudes, magnitudes, with_magnitudes, with_scales
 from adapters.peft.methods import from_peft_tensors, to_peft_tensors
 from adapters.peftconfig import PeftConfig
 from adapters.traininggraph import TrainingBatch, TrainingGraph, missing_slots
 from aggregation.errors import ConfigError, DataError
 from client.training.denormals import without_denormals
 
+V = TypeVar("V")
+METHODS = "LoRA, DoRA, IA3, LN_TUNING or BEFT"
 VECTORS_OF = {"IA3": OUTPUT_SCALE, "BEFT": OFFSET, "LN_TUNING": REPLACED}  # method → the slots that it fills
 
 
@@ -40,7 +46,7 @@ class SlotGraph:
 
         Args:
             base: Of a bundle.
-            config: Of the adapters: LoRA, IA3, LN_TUNING or BEFT at layers that have slots.
+            config: Of the adapters: LoRA, DoRA, IA3, LN_TUNING or BEFT at layers that have slots.
             head: Graph inputs of a classifier's head, and their shapes.
             threads: For matrix products.
 
@@ -51,14 +57,7 @@ class SlotGraph:
         """
         check_method(base, config)
         self.base, self.config = base, config
-        slots = base.manifest.slots
-        filled = _filled(slots, head, config)
-        layers = sorted(name.removesuffix(LORA_A) for name in slots if name.endswith(LORA_A))
-        self._scaling = {path: config.scaling_of(path) for path in layers if path + LORA_A in filled}
-        self.filled, self.empty = filled, nothing(slots, set(slots) - set(filled))
-        zeros = {name: np.zeros(shape, np.float32) for name, shape in filled.items()}
-        self.layout = Layout.of(to_peft_tensors(from_inputs(zeros, self._scaling), config))
-        content = base.read(TRAINING)
+        slots, content = base.manifest.slots, base.read(TRAINING)
         try:
             with without_denormals():  # which the threads of the session inherit
                 self.graph = TrainingGraph(content, base.folder, threads)
@@ -67,6 +66,21 @@ class SlotGraph:
         if missing := missing_slots(self.graph, slots):
             reason = f"the training graph in {base.folder} has no gradient of {missing[0]!r}: export the base again"
             raise ConfigError(reason, about=TRAINING, value=missing)
+        filled = _filled(slots, head, config)
+        layers = sorted(name.removesuffix(LORA_A) for name in filled if name.endswith(LORA_A))
+        self._scaling = {path: config.scaling_of(path) for path in layers}
+        self._biases: dict[str, Floats] = {}
+        if config.use_dora:
+            self._biases = {
+                path: bias for path, bias in self._of_graph(self.graph.own_biases).items() if path in layers
+            }
+            filled |= _filled_by_dora(base, layers, self._biases)
+            if odd := sorted(set(layers) - set(self.graph.normed)):
+                reason = f"the training graph in {base.folder} has no norm of {odd[0]!r}: export the base again"
+                raise ConfigError(reason, about=TRAINING, value=odd)
+        self.filled, self.empty = filled, nothing(slots, set(slots) - set(filled))
+        zeros = {name: np.zeros(shape, np.float32) for name, shape in filled.items()}
+        self.layout = Layout.of(self._of_inputs(zeros))
 
     def tensors_of(self, inputs: Tensors) -> Tensors:
         """The tensors, under peft's names, of an adapter that is given by graph input.
@@ -77,15 +91,14 @@ class SlotGraph:
         given = {name: value for name, value in inputs.items() if value.size}
         if odd := sorted(given.keys() & self.empty.keys()):
             reason = f"the adapter changes {odd[0]!r}, which a training graph cannot train with its method"
-            raise DataError(f"{reason}: use an adapter of LoRA, IA3, LN_TUNING or BEFT", about=odd[0])
-        tensors = to_peft_tensors(from_inputs(given, self._scaling), self.config)
+            raise DataError(f"{reason}: use an adapter of {METHODS}", about=odd[0])
+        tensors = self._of_inputs(given)
         self.layout.check(tensors)
         return tensors
 
     def inputs_of(self, adapter: Tensors) -> Tensors:
         """The graph inputs of an adapter, one for each slot. Law: ``tensors_of(inputs_of(a))`` is ``a``, rounded."""
-        named = {spec.name: adapter[spec.name] for spec in self.layout.tensors}
-        return to_inputs(from_peft_tensors(named, self.config, {}), self._scaling) | self.empty
+        return self._inputs(self._tensors(adapter), self._weight_norms)
 
     def gradients(self, values: Tensors, batches: Iterable[TrainingBatch]) -> tuple[float, Tensors]:
         """The loss of some batches, and its gradients by peft's tensors, and by R for those that have one.
@@ -95,19 +108,45 @@ class SlotGraph:
         """
         squares = {name: values[square_name(name)] for name in values if square_name(name) in values and _is_b(name)}
         factors = {name: frozen_factor(name, values[name].shape) for name in squares}
-        inputs = self.inputs_of(values | {name: values[name] + factors[name] @ r for name, r in squares.items()})
+        tensors = self._tensors(values | {name: values[name] + factors[name] @ r for name, r in squares.items()})
+        norms = self._weight_norms(tensors, magnitudes(tensors))
+        inputs = self._inputs(tensors, lambda *_: norms)
         loss, total = 0.0, dict[str, Floats]()
         for batch in batches:
-            try:
-                some, found = self.graph.gradients(batch, inputs)
-            except Exception as error:  # onnxruntime raises classes without a common base
-                raise self.failed(error) from error
+            some, found = self._of_graph(partial(self.graph.gradients, batch, inputs))
             loss += some
             total = {name: total[name] + value if total else value for name, value in found.items()}
         scaled = {name: value for name, value in total.items() if name not in self.empty}
         # What a method names otherwise has the numbers of a slot in another shape.
-        gradients = to_peft_tensors(gradients_of_tensors(scaled, self._scaling), self.config)
+        found = gradients_of_magnitudes(gradients_of_tensors(scaled, self._scaling), tensors, norms, self._biases)
+        gradients = to_peft_tensors(found, self.config)
         return loss, gradients | {square_name(name): factors[name].T @ gradients[name] for name in squares}
+
+    def _of_inputs(self, inputs: Tensors) -> Tensors:
+        """The tensors under peft's names. Law: it is the inverse of ``_inputs``, without what is empty."""
+        tensors = with_magnitudes(from_inputs(inputs, self._scaling), self.config, self._weight_norms)
+        return to_peft_tensors(tensors, self.config)
+
+    def _tensors(self, adapter: Tensors) -> Tensors:
+        """Tensors with peft's own of another method than LoRA named and shaped as graphs have them."""
+        named = {spec.name: adapter[spec.name] for spec in self.layout.tensors}
+        return from_peft_tensors(named, self.config, {})
+
+    def _inputs(self, tensors: Tensors, norms_of: NormsOf) -> Tensors:
+        return to_inputs(with_scales(tensors, norms_of, self._biases), self._scaling) | self.empty
+
+    def _weight_norms(self, tensors: Tensors, layers: Sequence[str]) -> dict[str, Floats]:
+        """As ``adapters.peft.dora.weight_norms``, of the weights that the graph computes with."""
+        names = (PEFT_PREFIX + path + kind for path in layers for kind in (LORA_A, LORA_B))
+        pairs = to_inputs({name: tensors[name] for name in names}, self._scaling)
+        return self._of_graph(lambda: self.graph.weight_norms(pairs, layers))
+
+    def _of_graph(self, run: Callable[[], V]) -> V:
+        try:
+            with without_denormals():
+                return run()
+        except Exception as error:  # onnxruntime raises classes without a common base
+            raise self.failed(error) from error
 
     def failed(self, error: Exception) -> DataError:
         """What to raise where the graph does not run."""
@@ -128,10 +167,10 @@ def check_method(base: VerifiedBase, config: PeftConfig) -> None:
 
 def check_trainable(config: PeftConfig) -> None:
     """Refuse a method that no training graph trains. Raises ConfigError."""
-    if config.peft_type not in ("LORA", *VECTORS_OF) or config.use_dora or config.bias != "none":
-        method = "DoRA" if config.use_dora else "LoRA with biases" if config.bias != "none" else config.peft_type
+    if config.peft_type not in ("LORA", *VECTORS_OF) or config.bias != "none":
+        method = "LoRA with biases" if config.bias != "none" else config.peft_type
         raise ConfigError(
-            f"a training graph trains LoRA, IA3, LN_TUNING and BEFT, not {method}: install the extra train",
+            f"a training graph trains {METHODS}, not {method}: install the extra train",
             about="task.peft_config",
         )
 
@@ -174,6 +213,20 @@ def _filled(
         ):
             found[name] = shape(name, 1)
     return found
+
+
+def _filled_by_dora(base: VerifiedBase, layers: Sequence[str], biases: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """The scales and offsets of DoRA, and their shapes. Raises ConfigError if the base has no slot for one."""
+    slots = base.manifest.slots
+    names = [path + OUTPUT_SCALE for path in layers] + [path + OFFSET for path in layers if path in biases]
+    if missing := sorted(set(names) - set(slots)):
+        raise ConfigError(
+            f"the base in {base.folder} has no slot {missing[0]!r}, which DoRA needs: export it with "
+            "--slots low-rank,scale,offset",
+            about="--slots",
+            value=missing,
+        )
+    return {name: (1, int(slots[name][1])) for name in names}
 
 
 def _is_b(name: str) -> bool:

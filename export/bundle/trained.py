@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -14,7 +15,7 @@ from adapters.classifiergraph import ENCODER
 from adapters.graphinputs import input_name
 from adapters.layout import Floats, Tensors
 from adapters.manifest import Task
-from adapters.peft.dora import magnitudes, scaled_layers, with_magnitudes, with_scales
+from adapters.peft.dora import magnitudes, scaled_layers, weight_norms, with_magnitudes, with_scales
 from adapters.peft.inputs import is_saved
 from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError
@@ -34,7 +35,8 @@ def resolved(origin: Origin, base: Base) -> Origin:
         return origin
     task = origin.task or usual_task(base)
     weights, biases = _layers(base, task, origin.tensors, max(2, len(origin.labels)), layers)
-    return replace(origin, tensors=with_scales(origin.tensors, origin.peft_config, weights, biases))
+    norms_of = partial(weight_norms, config=origin.peft_config, weights=weights)
+    return replace(origin, tensors=with_scales(origin.tensors, norms_of, biases))
 
 
 def as_trained(tensors: Tensors, config: PeftConfig, base: Base, task: Task, labels: int) -> Tensors:
@@ -44,7 +46,7 @@ def as_trained(tensors: Tensors, config: PeftConfig, base: Base, task: Task, lab
         ConfigError, DataError: As ``resolved``.
     """
     weights, _ = _layers(base, task, tensors, labels, scaled_layers(tensors, config))
-    return with_magnitudes(tensors, config, weights)
+    return with_magnitudes(tensors, config, partial(weight_norms, config=config, weights=weights))
 
 
 def _layers(

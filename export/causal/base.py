@@ -116,7 +116,7 @@ def _export(
     if training:
         report("tracing the training graph", 0, 0)
         slotted = SlottedModel(pretrained.load(base, AutoModelForCausalLM), inputs)
-        backward = training_graph(trace(slotted, store), profile, store)
+        backward = training_graph(trace(slotted, store), slotted, profile, store)
         opset = max(opset, headers.requirements(backward)[1])
     graphs = [graph] if backward is None else [graph, backward]
     store.keep(graphs)

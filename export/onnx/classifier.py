@@ -67,7 +67,7 @@ def export_classifier(
     untrainable, backward = "", None
     if training is not False:
         try:
-            backward = training_graph(plain, profile)
+            backward = training_graph(plain, slotted, profile)
         except ConfigError as error:
             untrainable = _unless(training, error)
     traced = quantize(plain, profile, ids)

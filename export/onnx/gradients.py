@@ -5,18 +5,20 @@ Every slot is compared, for batches of several shapes with rows of different len
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
 from adapters.bundle import TRAINING
-from adapters.graphinputs import GIVEN, LORA_A, LORA_B, PROMPT
+from adapters.graphinputs import GIVEN, LORA_A, LORA_B, OUTPUT_SCALE, PROMPT
 from adapters.layout import Floats, Tensors
 from adapters.peft.inputs import LABELS
-from adapters.traininggraph import TrainingBatch, TrainingGraph, batch_of
+from adapters.traininggraph import OWN_BIAS, WEIGHT_NORM, TrainingBatch, TrainingGraph, batch_of
 from aggregation.errors import ConfigError
 from export.onnx.headers import Slots
+from export.onnx.peftmodel import LayerInput, ReplacedInput
 
 SHAPES = ((1, 1), (2, 3), (5, 9), (4, 32))  # texts × tokens of the longest
 RANK, COUNT = 3, 5  # of the adapters that are tried: their rank, as many virtual tokens, and labels
@@ -58,11 +60,14 @@ def check_gradients(
         expected = _in_torch(module, batch, inputs)
         try:
             loss, found = graph.gradients(batch, inputs)
+            norms = graph.weight_norms(inputs, graph.normed)
+            biases = graph.own_biases()
         except Exception as error:  # onnxruntime raises classes without a common base
             reason = " ".join(str(error).split())[:MAX_REASON]
             raise ConfigError(f"the training graph does not run: {reason}", about="training") from error
-        both = found | {"loss": np.array(loss)}
-        for name, wanted in expected.items():
+        both = found | {"loss": np.array(loss)} | {path + WEIGHT_NORM: value for path, value in norms.items()}
+        both |= {path + OWN_BIAS: value for path, value in biases.items()}
+        for name, wanted in (expected | _for_dora(module, inputs)).items():
             if not wanted.size:
                 continue
             difference = float(np.abs(both[name] - wanted).max()) / (float(np.abs(wanted).max()) + SMALL)
@@ -86,6 +91,20 @@ def _in_torch(module: torch.nn.Module, batch: TrainingBatch, inputs: Tensors) ->
     loss = (losses * torch.from_numpy(batch.shares)).sum()
     gradients = torch.autograd.grad(loss, list(adapter.values()))
     return {"loss": loss.detach().numpy()} | {n: g.numpy() for n, g in zip(adapter, gradients, strict=True)}
+
+
+def _for_dora(module: torch.nn.Module, inputs: Tensors) -> Tensors:
+    """The norms of the weights with an update, and the biases, of the layers with slots for DoRA."""
+    found: dict[str, Floats] = {}
+    for layer in module.modules():
+        if not (isinstance(layer, LayerInput) and {LORA_A, OUTPUT_SCALE} <= layer.kinds):
+            continue
+        base: Any = layer.base.module if isinstance(layer.base, ReplacedInput) else layer.base
+        update = inputs[layer.path + LORA_A] @ inputs[layer.path + LORA_B]
+        found[layer.path + WEIGHT_NORM] = np.linalg.norm(base.weight.detach().numpy() + update.T, axis=1)
+        if base.bias is not None:
+            found[layer.path + OWN_BIAS] = base.bias.detach().numpy()
+    return found
 
 
 def _drawn(

@@ -207,7 +207,7 @@ def _linear(node: onnx.NodeProto, weight: str) -> list[onnx.NodeProto]:
 def _is_transposed(weight: TensorProto, embedding: TensorProto, store: TensorStore) -> bool:
     if list(weight.dims) != list(embedding.dims)[::-1]:
         return False
-    return _equal(store.array(weight).T, store.array(embedding))
+    return equal(store.array(weight).T, store.array(embedding))
 
 
 def _weight_name(node: onnx.NodeProto) -> str:
@@ -218,10 +218,10 @@ def _has_weight(node: onnx.NodeProto, stored: TensorProto, weight: Floats, store
     expected = weight if node.op_type == "FusedMatMul" else weight.T
     if tuple(stored.dims) != expected.shape:
         return False
-    return _equal(store.array(stored), expected)
+    return equal(store.array(stored), expected)
 
 
-def _equal(one: Floats, other: Floats) -> bool:
+def equal(one: Floats, other: Floats) -> bool:
     """Compare two matrices of one shape some rows at a time: most differ in the first ones."""
     starts = range(0, len(one), ROWS)
     return all(np.array_equal(one[start : start + ROWS], other[start : start + ROWS]) for start in starts)

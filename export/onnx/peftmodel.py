@@ -37,7 +37,7 @@ from adapters.graphinputs import (
     layer_of,
     vector_site,
 )
-from adapters.layout import TensorSpec
+from adapters.layout import Floats, TensorSpec
 from adapters.peft.inputs import LABELS, AdapterInputs, LoraSlot, SavedSlot
 from adapters.pretrained import is_linear
 from aggregation.errors import ConfigError
@@ -115,7 +115,7 @@ class _Values:
         self.now: dict[str, Tensor] = {}
 
 
-class _LayerInput(nn.Module):
+class LayerInput(nn.Module):
     """``y = base(x * input_scale) * output_scale + (x @ A) @ B + offset``, of which a layer has some. To be traced."""
 
     def __init__(self, base: nn.Module, path: str, names: set[str], values: _Values) -> None:
@@ -157,7 +157,7 @@ class _LayerInput(nn.Module):
         return one("Gather", (both, torch.tensor([0])), {"axis": -2}, dtype=given.dtype, shape=(1, width))
 
 
-class _ReplacedInput(nn.Module):
+class ReplacedInput(nn.Module):
     """A module some of whose vectors an adapter may replace: the first row of what it gives and of the base's own."""
 
     def __init__(self, module: nn.Module, path: str, names: set[str], values: _Values) -> None:
@@ -247,9 +247,9 @@ def with_inputs(slotted: SlottedModel) -> nn.Module:
     shared: dict[int, Any] = {id(parameter): parameter for parameter in slotted.model.parameters()}
     inner, values, inputs = copy.deepcopy(slotted.model, shared).eval(), _Values(), slotted.inputs
     for path, names in _grouped(inputs, replaced=True).items():
-        replace_module(inner, path, _ReplacedInput(inner.get_submodule(path), path, names, values))
+        replace_module(inner, path, ReplacedInput(inner.get_submodule(path), path, names, values))
     for path, names in _grouped(inputs, replaced=False).items():
-        replace_module(inner, path, _LayerInput(inner.get_submodule(path), path, names, values))
+        replace_module(inner, path, LayerInput(inner.get_submodule(path), path, names, values))
     for saved in inputs.saved:
         replace_module(inner, saved.path, _saved_input(slotted, saved, values))
     replace_conv1d(inner)
@@ -297,6 +297,12 @@ def weight_shape(layer: nn.Module) -> tuple[int, int]:
     """The outputs and inputs of a linear layer."""
     first, second = layer.get_parameter("weight").shape
     return (int(second), int(first)) if type(layer) is Conv1D else (int(first), int(second))
+
+
+def layer_weight(layer: nn.Module) -> Floats:
+    """The weight of a linear layer, ``(out, in)``."""
+    weight: Floats = layer.get_parameter("weight").detach().numpy()
+    return weight.T if type(layer) is Conv1D else weight
 
 
 def vector_width(model: nn.Module, name: str) -> int:

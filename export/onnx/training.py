@@ -15,14 +15,16 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from adapters.graphinputs import LORA_A, LORA_B, OUTPUT_SCALE
 from adapters.layout import Floats
-from adapters.traininggraph import HITS, LOG_LIKELIHOOD, LOSS, POSITIONS, SHARES, TARGETS
+from adapters.traininggraph import HITS, LOG_LIKELIHOOD, LOSS, OWN_BIAS, POSITIONS, SHARES, TARGETS, WEIGHT_NORM
 from aggregation.errors import ConfigError
 from export.onnx import graph as tracing
 from export.onnx.blocks import BLOCK, ZERO8, eight_bits, four_bits_exactly
 from export.onnx.differentiate import differentiate
 from export.onnx.exported import Profile
-from export.onnx.matmuls import embedding_of, replace_nodes
+from export.onnx.matmuls import embedding_of, equal, replace_nodes
+from export.onnx.peftmodel import SlottedModel, layer_weight, weight_shape
 from export.onnx.quantize import FLOAT, in_blocks
 from export.onnx.tensorstore import MEMORY, TensorStore
 
@@ -31,21 +33,25 @@ BLOCKWISE_OPSET = 21  # the first with DequantizeLinear by blocks
 ROWS, COLUMNS = "_in_rows", "_in_columns"  # end the names of a weight: an output of the layer in each
 
 
-def training_graph(traced: onnx.ModelProto, profile: Profile, store: TensorStore = MEMORY) -> onnx.ModelProto:
+def training_graph(
+    traced: onnx.ModelProto, slotted: SlottedModel, profile: Profile, store: TensorStore = MEMORY
+) -> onnx.ModelProto:
     """The training graph of a traced base, with its weights as a profile stores them.
 
     Args:
         traced: From ``graph.trace``, or from ``export.causal.training.trace``.
+        slotted: What was traced.
         profile: One of ``PROFILES``.
         store: Where its tensors are.
 
     Returns:
         A graph with the inputs of ``traced``, ``TARGETS`` and ``SHARES``, and the outputs ``LOSS`` and the gradients;
-        of a language model also ``LOG_LIKELIHOOD`` and ``HITS``. Its weights are byte for byte those of
+        of a language model also ``LOG_LIKELIHOOD`` and ``HITS``, and of layers with slots for DoRA ``WEIGHT_NORM``
+        and ``OWN_BIAS``. Its weights are byte for byte those of
         ``quantize(traced, profile)``, which ``headers.split`` stores once.
 
     Raises:
-        ConfigError: The profile is another one, or as ``differentiate``.
+        ConfigError: The profile is another one, the graph lacks the weight of a layer, or as ``differentiate``.
     """
     if profile not in PROFILES:
         raise ConfigError(
@@ -60,6 +66,7 @@ def training_graph(traced: onnx.ModelProto, profile: Profile, store: TensorStore
             helper.make_tensor_value_info(name, kind, ["learned"])
             for name, kind in ((LOG_LIKELIHOOD, TensorProto.FLOAT), (HITS, TensorProto.BOOL))
         )
+    _add_norms(made, slotted, store)
     if profile is Profile.FP32:
         _read_embedding(made, store)
         return made
@@ -93,6 +100,49 @@ def _with_loss(traced: onnx.ModelProto) -> onnx.ModelProto:
     for name, kind in ((TARGETS, TensorProto.INT64), (SHARES, TensorProto.FLOAT)):
         graph.input.append(helper.make_tensor_value_info(name, kind, [rows]))
     return made
+
+
+def _add_norms(graph: onnx.ModelProto, slotted: SlottedModel, store: TensorStore) -> None:
+    """Add what DoRA needs of the base's weights (``adapters.peft.dora``), in place: their norms, and the biases."""
+    inner, node = graph.graph, helper.make_node
+    names = {value.name for value in inner.input}
+    layers = [
+        path for name in names if name.endswith(LORA_A) and (path := name.removesuffix(LORA_A)) + OUTPUT_SCALE in names
+    ]
+    if layers:
+        inner.initializer.append(numpy_helper.from_array(np.array([1]), "norm_axes"))
+    for path in sorted(layers):
+        layer = slotted.model.get_submodule(path)
+        weight, out = layer_weight(layer), weight_shape(layer)[0]
+        stored, transposed = _stored_weight(inner, path, weight, store)
+        rows, update, norm = stored, f"{path}.update", path + WEIGHT_NORM
+        if transposed:
+            rows = f"{path}.rows"
+            inner.node.append(node("Transpose", [stored], [rows], rows, perm=[1, 0]))
+        inner.node.extend(
+            [
+                node("MatMul", [path + LORA_A, path + LORA_B], [f"{update}_columns"], f"{update}_columns"),
+                node("Transpose", [f"{update}_columns"], [update], update, perm=[1, 0]),
+                node("Add", [rows, update], [f"{path}.updated"], f"{path}.updated"),
+                node("ReduceL2", [f"{path}.updated", "norm_axes"], [norm], norm, keepdims=0),
+            ]
+        )
+        inner.output.append(helper.make_tensor_value_info(norm, TensorProto.FLOAT, [out]))
+        if (bias := getattr(layer, "bias", None)) is not None:
+            name = path + OWN_BIAS
+            inner.initializer.append(store.tensor(bias.detach().numpy(), f"{name}.stored"))
+            inner.node.append(node("Identity", [f"{name}.stored"], [name], name))
+            inner.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [out]))
+
+
+def _stored_weight(graph: onnx.GraphProto, path: str, weight: Floats, store: TensorStore) -> tuple[str, bool]:
+    """The initializer that is a layer's weight, ``(out, in)``, and whether it is transposed. Raises ConfigError."""
+    for tensor in graph.initializer:
+        for values, transposed in ((weight.T, True), (weight, False)):
+            fits = tensor.data_type == TensorProto.FLOAT and tuple(tensor.dims) == values.shape
+            if fits and equal(store.array(tensor), values):
+                return tensor.name, transposed
+    raise ConfigError(f"{path}: the training graph does not have its weight: export without --training", about=path)
 
 
 def _read_embedding(graph: onnx.ModelProto, store: TensorStore) -> None:

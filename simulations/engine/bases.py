@@ -36,6 +36,7 @@ KINDS = {  # method → what its adapters bring for a layer
     "BEFT": frozenset({SlotKind.OFFSET}),
     "LN_TUNING": frozenset({SlotKind.NORMS}),
 }
+DORA = frozenset({SlotKind.LOW_RANK, SlotKind.SCALE, SlotKind.OFFSET})
 CENTERED = "centered"  # folders in that of the run
 DEQUANTIZED = "base"
 
@@ -85,7 +86,8 @@ def device_base(out: Path, scenario: Scenario, base: Base, population: Populatio
 
 def _write(bundle: Path, base: Base, config: PeftConfig, profile: Profile, *, language: bool) -> None:
     """A bundle of the base with slots for such adapters and a training graph, and the key that it is signed with."""
-    slots = Slots(config.target_modules, KINDS.get(config.peft_type, frozenset({SlotKind.LOW_RANK})))
+    kinds = DORA if config.use_dora else KINDS.get(config.peft_type, frozenset({SlotKind.LOW_RANK}))
+    slots = Slots(config.target_modules, kinds)
     if language:
         exported = export_causal(base, slots, profile, training=True)
     else:

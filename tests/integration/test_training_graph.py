@@ -22,6 +22,7 @@ from export.bundle.write import write_bundle
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.slotted import with_mean_head
+from export.onnx.targets import SlotKind, Slots
 from tests.support.errors import refused
 
 SGD = {
@@ -36,7 +37,8 @@ Exported = Callable[[Profile], ExportedBase]
 
 @pytest.fixture(scope="module")
 def exported(tiny_base: Base) -> Exported:
-    slotted = with_mean_head(tiny_base, ["query", "value"])
+    kinds = frozenset({SlotKind.LOW_RANK, SlotKind.SCALE, SlotKind.OFFSET})
+    slotted = with_mean_head(tiny_base, Slots(("query", "value"), kinds))
     made = {p: export_classifier(slotted, tiny_base, p, training=True) for p in (Profile.FP32, Profile.NATIVE_INT8)}
     return made.__getitem__
 
@@ -59,8 +61,14 @@ def last(fleet: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("changes", "solved"),
-    [({}, False), (SGD, False), ({"method": "fedsb"}, False), ({"rounds": 1, "analytic__rounds": 1}, True)],
-    ids=["LoRA", "SGD", "Fed-SB", "analytic head"],
+    [
+        ({}, False),
+        ({"adapter": {"method": "dora"}}, False),
+        (SGD, False),
+        ({"method": "fedsb"}, False),
+        ({"rounds": 1, "analytic__rounds": 1}, True),
+    ],
+    ids=["LoRA", "DoRA", "SGD", "Fed-SB", "analytic head"],
 )
 def test_devices_without_torch_make_the_versions_that_torch_makes(
     app_fleet_of: Any, exported: Exported, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], solved: bool

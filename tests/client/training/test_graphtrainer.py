@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from adapters.base import Base
+from adapters.base import Base, find_base
 from adapters.bundle import TRAINING, Bundle, VerifiedBase
 from adapters.layout import Tensors
-from adapters.parts import PARTS, Part
+from adapters.parts import PARTS, Part, part_of
 from adapters.peftconfig import PeftConfig
 from adapters.task import MAX_LOSS, OptimizerName, RateSchedule, Task
 from aggregation.entropy import SystemEntropy
@@ -134,11 +135,22 @@ def test_an_epoch_makes_the_adapter_that_torch_makes(
 
 
 @pytest.fixture(scope="module")
-def vectors(tiny_base: Base, tmp_path_factory: pytest.TempPathFactory) -> VerifiedBase:
+def biased(make_base: Callable[..., Base], tmp_path_factory: pytest.TempPathFactory) -> Base:
+    """A base whose biases are not zeros."""
+    folder, drawn = make_base(tmp_path_factory.mktemp("biased")).folder, rng(3)
+    values = load_file(folder / "model.safetensors")
+    moved = {name: value + 0.2 * drawn.standard_normal(value.shape, np.float32) for name, value in values.items()}
+    changed = {name: moved[name] if name.endswith(".bias") else value for name, value in values.items()}
+    save_file(changed, folder / "model.safetensors", {"format": "pt"})
+    return find_base(str(folder))
+
+
+@pytest.fixture(scope="module")
+def vectors(biased: Base, tmp_path_factory: pytest.TempPathFactory) -> VerifiedBase:
     """A base with slots of every kind that a classifier can train."""
     kinds = frozenset({SlotKind.LOW_RANK, SlotKind.SCALE, SlotKind.INPUT_SCALE, SlotKind.OFFSET, SlotKind.NORMS})
-    slotted = with_mean_head(tiny_base, Slots(("query", "key", "intermediate.dense"), kinds))
-    made = export_classifier(slotted, tiny_base, Profile.FP32, training=True)
+    slotted = with_mean_head(biased, Slots(("query", "key", "intermediate.dense"), kinds))
+    made = export_classifier(slotted, biased, Profile.FP32, training=True)
     return bundled(tmp_path_factory.mktemp("vectors") / "bundle", made)
 
 
@@ -146,26 +158,27 @@ def vectors(tiny_base: Base, tmp_path_factory: pytest.TempPathFactory) -> Verifi
     "config",
     [
         LORA,
+        replace(LORA, use_dora=True),
         PeftConfig("IA3", 0, 0, ("key", "intermediate.dense"), feedforward_modules=("intermediate.dense",)),
         PeftConfig("BEFT", 0, 0, ("query", "intermediate.dense")),  # key's offset changes no softmax
         PeftConfig("LN_TUNING", 0, 0, ("LayerNorm",)),
     ],
-    ids=["LoRA", "IA3", "BEFT", "LN_TUNING"],
+    ids=["LoRA", "DoRA", "IA3", "BEFT", "LN_TUNING"],
 )
 def test_each_method_makes_the_adapter_that_torch_makes(
-    vectors: VerifiedBase, tiny_base: Base, config: PeftConfig
+    vectors: VerifiedBase, biased: Base, config: PeftConfig
 ) -> None:
-    config = replace(config, target_modules=("query", "key")) if config is LORA else config
+    config = replace(config, target_modules=("query", "key")) if config.peft_type == "LORA" else config
     ours, theirs, task = (
         GraphTrainer(vectors, 3, config),
-        Trainer(tiny_base, 3, config),
+        Trainer(biased, 3, config),
         replace(TASK, peft_config=config),
     )
     assert ours.layout == theirs.layout
     drawn = rng(5)
-    neutral = 1.0 if config.peft_type in ("IA3", "LN_TUNING") else 0.0
+    neutral = 1.0 if config.peft_type in ("IA3", "LN_TUNING") or config.use_dora else 0.0
     start = {
-        s.name: (neutral * ("classifier" not in s.name) + 0.2 * drawn.standard_normal(s.shape)).astype(np.float32)
+        s.name: (neutral * (part_of(s.name) is Part.VECTORS) + 0.2 * drawn.standard_normal(s.shape)).astype(np.float32)
         for s in ours.layout.tensors
     }
     np.testing.assert_allclose(ours.logits(start, TEXTS), theirs.logits(start, TEXTS), atol=1e-5)
@@ -302,7 +315,6 @@ def test_a_long_text_is_truncated(ours: GraphTrainer, start: Tensors) -> None:
     "config",
     [
         PeftConfig("PROMPT_TUNING", 0, 0, (), num_virtual_tokens=2),
-        replace(LORA, use_dora=True),
         replace(LORA, bias="all"),
         replace(LORA, peft_type="ADALORA"),
         replace(LORA, peft_type="LOHA"),
@@ -313,6 +325,20 @@ def test_a_long_text_is_truncated(ours: GraphTrainer, start: Tensors) -> None:
 def test_a_method_that_needs_torch_is_refused(opened: Open, config: PeftConfig) -> None:
     with refused(ConfigError, "task.peft_config"):
         GraphTrainer(opened(Profile.FP32), 3, config)
+
+
+def test_a_base_without_the_slots_of_dora_is_refused_by_the_first_that_lacks(opened: Open) -> None:
+    with refused(ConfigError, "--slots"):
+        GraphTrainer(opened(Profile.FP32), 3, replace(LORA, use_dora=True))
+
+
+def test_weights_without_a_norm_are_refused(vectors: VerifiedBase, biased: Base) -> None:
+    """An update that takes an output's weights away leaves no direction."""
+    config = replace(LORA, target_modules=("query",), use_dora=True)
+    ours = GraphTrainer(vectors, 3, config)
+    start = {s.name: np.full(s.shape, np.nan if "lora_A" in s.name else 1.0, np.float32) for s in ours.layout.tensors}
+    with refused(DataError, "encoder.encoder.layer.0.attention.self.query"):
+        ours.train(start, EXAMPLES, replace(TASK, peft_config=config), epochs=1, rng=rng())
 
 
 def test_a_bundle_without_a_training_graph_is_refused(tiny_base: Base, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from export.bundle.write import write_bundle
 from export.causal import export_causal
 from export.onnx.dequantize import dequantized
 from export.onnx.exported import ExportedBase, Profile
+from export.onnx.targets import SlotKind, Slots
 from tests.support.errors import refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,7 +59,9 @@ def chatty(make_lm: Callable[..., Base]) -> Base:
 
 @pytest.fixture(scope="module")
 def exported(chatty: Base) -> ExportedBase:
-    return export_causal(chatty, ("q_proj", "v_proj", "o_proj"), Profile.NATIVE_INT8, training=True)
+    kinds = frozenset({SlotKind.LOW_RANK, SlotKind.SCALE, SlotKind.OFFSET})
+    slots = Slots(("q_proj", "v_proj", "o_proj"), kinds)
+    return export_causal(chatty, slots, Profile.NATIVE_INT8, training=True)
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +82,13 @@ def ours(opened: VerifiedBase) -> LanguageGraphTrainer:
 
 
 @pytest.fixture(scope="module")
-def theirs(chatty: Base, tmp_path_factory: pytest.TempPathFactory) -> LanguageTrainer:
-    """Torch on the weights that the device runs."""
-    rounded = dequantized(chatty, Profile.NATIVE_INT8, tmp_path_factory.mktemp("rounded") / "base", "text-generation")
+def rounded(chatty: Base, tmp_path_factory: pytest.TempPathFactory) -> Base:
+    """The weights that the device runs."""
+    return dequantized(chatty, Profile.NATIVE_INT8, tmp_path_factory.mktemp("rounded") / "base", "text-generation")
+
+
+@pytest.fixture(scope="module")
+def theirs(rounded: Base) -> LanguageTrainer:
     return LanguageTrainer(rounded, LORA)
 
 
@@ -112,6 +119,21 @@ def test_an_epoch_makes_the_adapter_that_torch_makes(
     assert ours.layout == theirs.layout
     found, expected = (t.train(start, EXAMPLES, task, epochs=1, rng=rng(1)) for t in (ours, theirs))
     moved = max(float(np.abs(value - start.get(name, 0)).max()) for name, value in expected.items())
+    assert moved > 0.003
+    assert distance(found, expected) < 0.002 * moved
+
+
+def test_an_epoch_of_dora_makes_the_adapter_that_torch_makes(opened: VerifiedBase, rounded: Base) -> None:
+    config = replace(LORA, use_dora=True)
+    both, drawn = (LanguageGraphTrainer(opened, config), LanguageTrainer(rounded, config)), rng(5)
+    assert both[0].layout == both[1].layout
+    start = {
+        spec.name: (("magnitude" in spec.name) + 0.2 * drawn.standard_normal(spec.shape)).astype(np.float32)
+        for spec in both[0].layout.tensors
+    }
+    task = replace(TASK, peft_config=config)
+    found, expected = (t.train(start, EXAMPLES, task, epochs=1, rng=rng(1)) for t in both)
+    moved = max(float(np.abs(value - start[name]).max()) for name, value in expected.items() if "magnitude" in name)
     assert moved > 0.003
     assert distance(found, expected) < 0.002 * moved
 
@@ -155,7 +177,7 @@ def test_a_loss_that_is_not_finite_is_refused(ours: LanguageGraphTrainer, start:
 
 def test_a_method_that_needs_torch_is_refused(opened: VerifiedBase) -> None:
     with refused(ConfigError, "task.peft_config"):
-        LanguageGraphTrainer(opened, replace(LORA, use_dora=True))
+        LanguageGraphTrainer(opened, replace(LORA, bias="all"))
 
 
 def test_a_training_graph_that_changed_after_it_was_verified_is_refused(

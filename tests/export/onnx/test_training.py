@@ -24,7 +24,7 @@ from export.onnx import dequantize, derivatives, gradients, graph, training
 from export.onnx.classifier import export_classifier
 from export.onnx.dequantize import BITS, round_weights
 from export.onnx.exported import ExportedBase, Profile
-from export.onnx.peftmodel import SlottedModel, find_adapter_inputs
+from export.onnx.peftmodel import SlottedModel, find_adapter_inputs, layer_weight
 from export.onnx.slotted import with_mean_head, with_own_head
 from export.onnx.targets import SlotKind, Slots
 from tests.support.errors import refused
@@ -204,6 +204,14 @@ def test_slots_of_every_kind_have_gradients(tiny_base: Base, profile: Profile) -
     assert not missing_slots(opened(made), made.slots)
     ends = (".output_scale", ".input_scale", ".output_offset", "LayerNorm.weight.replaced")
     assert all(any(name.endswith(end) for name in made.slots) for end in ends)
+
+
+def test_a_norm_of_other_weights_is_refused(tiny_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    slotted = with_mean_head(tiny_base, Slots(("query",), frozenset({SlotKind.LOW_RANK, SlotKind.SCALE})))
+    other = slotted.model.get_submodule("encoder.encoder.layer.0.attention.self.key")
+    monkeypatch.setattr(training, "layer_weight", lambda _: layer_weight(other))
+    with refused(ConfigError, "encoder.encoder.layer.0.attention.self.query.weight_norm"):
+        export_classifier(slotted, tiny_base, Profile.FP32, training=True)
 
 
 def test_the_first_token_as_the_answers_source_has_gradients(tiny_base: Base) -> None:

@@ -65,12 +65,12 @@ def test_a_profile_without_a_training_graph_is_refused_before_the_rounds(fleet_o
 
 
 def test_a_method_that_needs_torch_is_refused_before_the_rounds(fleet_of: Any, tmp_path: Path, tiny_base: Base) -> None:
-    fleet = fleet_of(3, adapter={"method": "dora"})
+    fleet = fleet_of(3, adapter={"method": "adalora"})
     with refused(ConfigError, "task.peft_config"):
         device_base(tmp_path, with_engine(fleet.scenario), fleet.base, fleet.population)
 
 
-@pytest.mark.parametrize("method", ["ia3", "ln_tuning", "beft"])
+@pytest.mark.parametrize("method", ["dora", "ia3", "ln_tuning", "beft"])
 def test_a_bundle_has_the_slots_of_the_method(fleet_of: Any, tmp_path: Path, method: str) -> None:
     fleet = fleet_of(3, adapter={"method": method})
     base = device_base(tmp_path, with_engine(fleet.scenario), fleet.base, fleet.population)
