@@ -10,12 +10,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, shape_inference
+from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from adapters.traininggraph import GRADIENT
 from aggregation.errors import ConfigError
 from export.onnx.backward import Backward
 from export.onnx.derivatives import CONSTANT, rule_of
+from export.onnx.matmuls import replace_nodes
 
 
 def differentiate(graph: onnx.ModelProto, value: str, by: Sequence[str]) -> onnx.ModelProto:
@@ -35,6 +36,7 @@ def differentiate(graph: onnx.ModelProto, value: str, by: Sequence[str]) -> onnx
     """
     result = shape_inference.infer_shapes(graph, data_prop=True)
     inner = result.graph
+    _slice(inner)
     found, to = _gradients(inner, value, by)
     if missing := [name for name in by if name not in found]:
         raise ConfigError(f"the answer does not depend on {missing[0]!r}, so it has no gradient", about=missing[0])
@@ -48,6 +50,26 @@ def differentiate(graph: onnx.ModelProto, value: str, by: Sequence[str]) -> onnx
     del inner.output[:], inner.value_info[:]
     inner.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in outputs)
     return result
+
+
+def _slice(graph: onnx.GraphProto) -> None:
+    """Put slices in the place of each split into parts of inferred sizes, in place: a rule is of one output."""
+    dims = {value.name: value.type.tensor_type.shape.dim for value in graph.value_info}
+    nodes = list[onnx.NodeProto]()
+    for node in graph.node:
+        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+        known = node.op_type == "Split" and all(name in dims for name in node.output)
+        sizes = [dims[name][axis].dim_value for name in node.output] if known else []
+        if not all(sizes) or not sizes:
+            nodes.append(node)
+            continue
+        for output, end, size in zip(node.output, np.cumsum(sizes), sizes, strict=True):
+            places = {"start": end - size, "end": end, "axis": axis}
+            names = [f"{output}_{name}" for name in places]
+            values = (np.array([place], np.int64) for place in places.values())
+            graph.initializer.extend(map(numpy_helper.from_array, values, names))
+            nodes.append(helper.make_node("Slice", [node.input[0], *names], [output], output))
+    replace_nodes(graph, nodes)
 
 
 def _gradients(graph: onnx.GraphProto, value: str, by: Sequence[str]) -> tuple[dict[str, str], Backward]:
