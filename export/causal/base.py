@@ -33,7 +33,7 @@ from export.onnx.quantize import quantize
 from export.onnx.targets import Slots, linear_layers, vectors
 from export.onnx.tasks import check_reads_embeddings
 from export.onnx.tensorstore import OnDisk, size_of
-from export.onnx.training import PROFILES, training_graph
+from export.onnx.training import training_graph
 from export.onnx.vectors import insert_vectors, scale_inputs
 
 
@@ -80,7 +80,7 @@ def _export(
     report: Report,
     training: bool,
 ) -> ExportedBase:
-    check_trainable(wanted, profile, training)
+    check_trainable(wanted, training)
     store = OnDisk(scratch / "tensors")
     model = pretrained.load(base, AutoModelForCausalLM, offload=scratch / "offload")
     adapted, names = linear_layers(model, wanted.low_rank), vectors(model, wanted)
@@ -112,11 +112,12 @@ def _export(
     # An adapter of a language model brings its own scaling (AdapterSource.adapter_inputs); 1 leaves B as it is.
     inputs = AdapterInputs("default", tuple(LoraSlot(path, 1.0) for path in adapted), (), names, virtual=wanted.virtual)
     store.keep([graph])
-    slotted, backward = None, None
+    stored, backward = None, None
     if training:
         report("tracing the training graph", 0, 0)
         slotted = SlottedModel(pretrained.load(base, AutoModelForCausalLM), inputs)
-        backward = training_graph(trace(slotted, store), slotted, profile, store)
+        backward = training_graph(trace(slotted, store), slotted, graph, profile, store)
+        stored = as_stored(slotted, profile, graph, store)
         opset = max(opset, headers.requirements(backward)[1])
     graphs = [graph] if backward is None else [graph, backward]
     store.keep(graphs)
@@ -125,10 +126,10 @@ def _export(
     digests = headers.split(graph, inserted, about, work.path, store, backward, parts) | written(
         work.path, decoder.files
     )
-    if slotted is not None:
+    if stored is not None:
         report("comparing gradients with torch", 0, 0)
         longest = pretrained.configuration(base).max_position_embeddings
-        module = LearnedLogits(as_stored(slotted, profile))
+        module = LearnedLogits(stored)
         check_gradients(work.path, module, inserted, sample.ids[0].tolist(), longest, language=True)
     return ExportedBase(
         base_digest=base.digest,
@@ -145,14 +146,8 @@ def _export(
     )
 
 
-def check_trainable(slots: Slots, profile: Profile, training: bool) -> None:
-    """Refuse a training graph where none can be made. Raises ConfigError for its profile or for virtual tokens."""
-    if training and profile not in PROFILES:
-        raise ConfigError(
-            f"devices cannot train a base in {profile.value}: choose the profile {' or '.join(PROFILES)}",
-            about="--training",
-            value=profile.value,
-        )
+def check_trainable(slots: Slots, training: bool) -> None:
+    """Refuse a training graph where none can be made. Raises ConfigError for virtual tokens."""
     if training and slots.virtual:
         raise ConfigError(
             "virtual tokens have no training graph in a language model: leave out --training", about="--training"

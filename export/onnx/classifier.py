@@ -64,14 +64,15 @@ def export_classifier(
     tokenizer.enable_truncation(longest)
     ids = tokenizer.encode(TEXT).ids[:TOKENS]
     plain = graph.trace(slotted)
-    untrainable, backward = "", None
-    if training is not False:
-        try:
-            backward = training_graph(plain, slotted, profile)
-        except ConfigError as error:
-            untrainable = _unless(training, error)
     traced = quantize(plain, profile, ids)
     checker.check_model(traced)
+    untrainable, backward, stored = "", None, slotted
+    if training is not False:
+        try:
+            backward = training_graph(plain, slotted, traced, profile)
+            stored = as_stored(slotted, profile, traced)
+        except ConfigError as error:
+            untrainable = _unless(training, error)
     slots = graph.slots(traced)
     runtime, opset = headers.requirements(traced)
     work, about = WorkFolder(where), metadata(base, "text-classification", profile, runtime)
@@ -81,7 +82,7 @@ def export_classifier(
     if backward is not None:
         opset = max(opset, headers.requirements(backward)[1])
         try:
-            check_gradients(work.path, with_inputs(as_stored(slotted, profile)), slots, ids, longest)
+            check_gradients(work.path, with_inputs(stored), slots, ids, longest)
         except ConfigError as error:
             untrainable = _unless(training, error)
             del digests[TRAINING]

@@ -6,20 +6,28 @@ trained on the rounded base compensates for it; docs/decisions/0012 says how to 
 
 import copy
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
+import numpy as np
+import onnx
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from adapters import pretrained
 from adapters.base import INDEX, Base, find_base
+from adapters.layout import Floats
 from adapters.manifest import Task
+from adapters.pretrained import is_linear
 from adapters.storage import new_folder
 from aggregation.errors import ConfigError
-from export.onnx.blocks import BLOCK, eight_bits, four_bits
+from export.onnx.blocks import BLOCK, eight_bits, four_bits, four_bits_exactly
 from export.onnx.exported import Profile
-from export.onnx.peftmodel import SlottedModel
+from export.onnx.peftmodel import SlottedModel, layer_weight
+from export.onnx.storedweights import in_integers, integer_weights
+from export.onnx.tensorstore import MEMORY, TensorStore
 
 BITS = {Profile.NATIVE_INT8: 8, Profile.NATIVE_INT4: 4}
 
@@ -55,13 +63,41 @@ def dequantized(base: Base, profile: Profile, out: Path, task: Task = "text-clas
     return find_base(str(out))
 
 
-def as_stored(slotted: SlottedModel, profile: Profile) -> SlottedModel:
-    """A model with the weights that a graph in ``profile`` computes with: a copy, or itself if these are its own."""
-    if profile not in BITS:
+def as_stored(
+    slotted: SlottedModel, profile: Profile, answering: onnx.ModelProto, store: TensorStore = MEMORY
+) -> SlottedModel:
+    """A model with the weights that a graph in ``profile`` computes with: a copy, or itself if these are its own.
+
+    Args:
+        slotted: The model.
+        profile: Of the graph.
+        answering: The graph, of which ``web-int8`` says which weights are integers.
+        store: Where its tensors are.
+    """
+    if profile is Profile.FP32:
         return slotted
     model = copy.deepcopy(slotted.model)
-    round_weights(model, BITS[profile])
+    if profile is Profile.WEB_INT8:
+        round_integers(model, integer_weights(answering, store))
+    else:
+        round_weights(model, BITS[profile])
     return SlottedModel(model, slotted.inputs)
+
+
+def round_integers(model: nn.Module, integers: Collection[str]) -> None:
+    """Round as ``quantize.in_integers``, in place. A weight that is also an embedding becomes another one than that."""
+    for module in model.modules():
+        if is_linear(module):
+            weight: Floats = layer_weight(module).T
+            if weight.shape[0] % BLOCK == 0 and (found := in_integers(weight, integers)) is not None:
+                rounded = found[0] * found[1]
+                rows = rounded if type(module) is Conv1D else rounded.T
+                module.weight = nn.Parameter(torch.from_numpy(np.ascontiguousarray(rows)), requires_grad=False)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.weight.shape[1] % BLOCK == 0:
+            table = module.weight.detach().numpy()
+            blocks = four_bits_exactly(table) or eight_bits(table)
+            module.weight = nn.Parameter(torch.from_numpy(blocks.values), requires_grad=False)
 
 
 def round_weights(model: nn.Module, bits: int) -> None:
@@ -70,14 +106,14 @@ def round_weights(model: nn.Module, bits: int) -> None:
     Weights whose width is not divisible by a block stay as they are.
     """
     done: set[int] = set()  # tied weights are one tensor under two names
-    kinds: list[tuple[type[nn.Embedding | nn.Linear], int]] = [(nn.Embedding, 8), (nn.Linear, bits)]
-    for module_type, chosen in kinds:
-        for module in model.modules():
-            if not isinstance(module, module_type):
-                continue
-            weight: torch.Tensor = module.weight.detach()
-            if weight.data_ptr() in done or weight.shape[1] % BLOCK:
-                continue
-            done.add(weight.data_ptr())
-            blocks = (eight_bits if chosen == 8 else four_bits)(weight.numpy())
-            weight.copy_(torch.from_numpy(blocks.values))
+    for module in sorted(model.modules(), key=lambda module: not isinstance(module, nn.Embedding)):
+        embedding, turned = isinstance(module, nn.Embedding), type(module) is Conv1D
+        if not (embedding or turned or isinstance(module, nn.Linear)):
+            continue
+        weight: torch.Tensor = module.get_parameter("weight").detach()
+        rows = weight.numpy().T if turned else weight.numpy()
+        if weight.data_ptr() in done or rows.shape[1] % BLOCK:
+            continue
+        done.add(weight.data_ptr())
+        blocks = four_bits_exactly(rows) or (eight_bits if embedding or bits == 8 else four_bits)(rows)
+        weight.copy_(torch.from_numpy(blocks.values.T if turned else blocks.values))

@@ -128,6 +128,7 @@ def _externalize(
                     offsets.setdefault(hashlib.sha256(content[start:end]).digest(), offsets[digest] + start)
                     start = end
             moved = external(tensor.name, values, WEIGHTS, offsets[digest])
+            moved.data_type, moved.dims[:] = tensor.data_type, tensor.dims
             if tensor.HasField("doc_string"):
                 moved.doc_string = tensor.doc_string
             tensor.CopyFrom(moved)

@@ -5,7 +5,7 @@ mapped when it is read, and written as soon as it is computed.
 """
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ class TensorStore(Protocol):
     folder: Path | None  # of the external data
 
     def array(self, tensor: TensorProto) -> NDArray[Any]:
-        """The values of a tensor, not to be written to."""
+        """The values of a tensor, not to be written to; of one in four bits its bytes."""
 
     def tensor(self, values: NDArray[Any], name: str) -> TensorProto:
         """A tensor with these values."""
@@ -80,6 +80,8 @@ class OnDisk:
             return _held(tensor)
         stated = {entry.key: entry.value for entry in tensor.external_data}
         kind, shape = helper.tensor_dtype_to_np_dtype(tensor.data_type), tuple(tensor.dims)
+        if tensor.data_type == TensorProto.UINT4:
+            kind, shape = np.dtype(np.uint8), (int(stated["length"]),)
         self._report(int(stated.get("length", "0")))
         if 0 in shape:
             return np.zeros(shape, kind)
@@ -122,7 +124,16 @@ def external(name: str, values: NDArray[Any], file: str, offset: int = 0) -> Ten
     return tensor
 
 
+def in_four_bits(tensor: TensorProto, shape: Sequence[int]) -> TensorProto:
+    """A tensor of bytes as one of unsigned four bits, two in a byte, in place. ``shape``: of the numbers."""
+    tensor.data_type = TensorProto.UINT4
+    tensor.dims[:] = shape
+    return tensor
+
+
 def _held(tensor: TensorProto) -> NDArray[Any]:
+    if tensor.data_type == TensorProto.UINT4:
+        return np.frombuffer(tensor.raw_data, np.uint8)
     values: NDArray[Any] = numpy_helper.to_array(tensor)
     return values
 

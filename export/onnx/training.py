@@ -7,12 +7,9 @@ nodes, and an adapter is trained on the base that it will run on (as QLoRA does;
 """
 
 import copy
-from collections.abc import Collection
-from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from adapters.graphinputs import LORA_A, LORA_B, OUTPUT_SCALE
@@ -20,45 +17,40 @@ from adapters.layout import Floats
 from adapters.traininggraph import HITS, LOG_LIKELIHOOD, LOSS, OWN_BIAS, POSITIONS, SHARES, TARGETS, WEIGHT_NORM
 from aggregation.errors import ConfigError
 from export.onnx import graph as tracing
-from export.onnx.blocks import BLOCK, ZERO8, eight_bits, four_bits_exactly
 from export.onnx.differentiate import differentiate
 from export.onnx.exported import Profile
 from export.onnx.matmuls import embedding_of, equal, replace_nodes
 from export.onnx.peftmodel import SlottedModel, layer_weight, weight_shape
 from export.onnx.quantize import FLOAT, in_blocks
+from export.onnx.storedweights import FormOf, forms_of, read_stored
 from export.onnx.tensorstore import MEMORY, TensorStore
-
-PROFILES = (Profile.FP32, Profile.NATIVE_INT8)  # whose weights a training graph can read
-BLOCKWISE_OPSET = 21  # the first with DequantizeLinear by blocks
-ROWS, COLUMNS = "_in_rows", "_in_columns"  # end the names of a weight: an output of the layer in each
 
 
 def training_graph(
-    traced: onnx.ModelProto, slotted: SlottedModel, profile: Profile, store: TensorStore = MEMORY
+    traced: onnx.ModelProto,
+    slotted: SlottedModel,
+    answering: onnx.ModelProto,
+    profile: Profile,
+    store: TensorStore = MEMORY,
 ) -> onnx.ModelProto:
     """The training graph of a traced base, with its weights as a profile stores them.
 
     Args:
         traced: From ``graph.trace``, or from ``export.causal.training.trace``.
         slotted: What was traced.
-        profile: One of ``PROFILES``.
-        store: Where its tensors are.
+        answering: The graph with which devices answer, in ``profile``.
+        profile: How it stores its weights.
+        store: Where the tensors of both are.
 
     Returns:
         A graph with the inputs of ``traced``, ``TARGETS`` and ``SHARES``, and the outputs ``LOSS`` and the gradients;
         of a language model also ``LOG_LIKELIHOOD`` and ``HITS``, and of layers with slots for DoRA ``WEIGHT_NORM``
         and ``OWN_BIAS``. Its weights are byte for byte those of
-        ``quantize(traced, profile)``, which ``headers.split`` stores once.
+        ``answering``, which ``headers.split`` stores once.
 
     Raises:
-        ConfigError: The profile is another one, the graph lacks the weight of a layer, or as ``differentiate``.
+        ConfigError: The graph lacks the weight of a layer, or as ``differentiate``.
     """
-    if profile not in PROFILES:
-        raise ConfigError(
-            f"devices cannot train a base in {profile.value}: choose the profile {' or '.join(PROFILES)}",
-            about="--training",
-            value=profile.value,
-        )
     made = differentiate(_with_loss(traced), LOSS, tuple(tracing.slots(traced)))
     language = POSITIONS in {value.name for value in made.graph.input}
     if language:
@@ -67,11 +59,12 @@ def training_graph(
             for name, kind in ((LOG_LIKELIHOOD, TensorProto.FLOAT), (HITS, TensorProto.BOOL))
         )
     _add_norms(made, slotted, store)
+    form_of = forms_of(made, answering, profile, store)
+    _read_embedding(made, form_of, store)
     if profile is Profile.FP32:
-        _read_embedding(made, store)
         return made
     made = in_blocks(made, FLOAT, {}, store)  # the embeddings alone
-    _read_blocks(made, store, {tracing.ANSWER} if language else None)
+    read_stored(made, form_of, store, {tracing.ANSWER} if language else None)
     return made
 
 
@@ -145,71 +138,17 @@ def _stored_weight(graph: onnx.GraphProto, path: str, weight: Floats, store: Ten
     raise ConfigError(f"{path}: the training graph does not have its weight: export without --training", about=path)
 
 
-def _read_embedding(graph: onnx.ModelProto, store: TensorStore) -> None:
-    """Let an output layer whose weight is the embedding, transposed, read the embedding, in place."""
+def _read_embedding(graph: onnx.ModelProto, form_of: FormOf, store: TensorStore) -> None:
+    """Let an output layer in float whose weight is the embedding, transposed, read the embedding, in place."""
     inner, tied = graph.graph, list[onnx.NodeProto]()
+    values = {tensor.name: tensor for tensor in inner.initializer}
     for node in inner.node:
-        if node.op_type == "MatMul" and (name := embedding_of(inner, node.input[1], store)) is not None:
+        if node.op_type != "MatMul" or (name := embedding_of(inner, node.input[1], store)) is None:
+            continue
+        if form_of(node.input[1], store.array(values[node.input[1]])) is None:
             tied.append(helper.make_node("Transpose", [name], [node.input[1]], node.input[1], perm=[1, 0]))
     made = {node.output[0] for node in tied}
     kept = [tensor for tensor in inner.initializer if tensor.name not in made]
     del inner.initializer[:]
     inner.initializer.extend(kept)
     replace_nodes(inner, [*tied, *inner.node])
-
-
-def _read_blocks(graph: onnx.ModelProto, store: TensorStore, once: Collection[str] | None) -> None:
-    """Let the MatMuls of both passes read the weights as ``in_blocks`` stores them in eight bits, in place.
-
-    ``once``: the outputs of layers whose weight is made floats once for both passes, which keeps it in memory between
-    them; None: all.
-    """
-    inner, nodes, done = graph.graph, list[onnx.NodeProto](), set[str]()
-    values = {tensor.name: tensor for tensor in inner.initializer}
-    layers = [node for node in inner.node if node.op_type == "MatMul" and _is_weight(values.get(node.input[1]))]
-    wanted = {node.input[1] for node in layers}
-    shared = {node.input[1] for node in layers if once is None or node.output[0] in once}
-    for node in inner.node:
-        for name in wanted.intersection(node.input):
-            if name not in done:
-                nodes.extend(_floats(inner, name, store.array(values[name]), store, once=name in shared))
-                done.add(name)
-            if node.op_type == "MatMul" and node.input[1] == name:
-                node.input[1] = name + COLUMNS
-            elif node.op_type == "Transpose":  # of the backward pass, which reads the rows as they are stored
-                node.CopyFrom(helper.make_node("Identity", [name + ROWS], list(node.output), node.name))
-        nodes.append(node)
-    replace_nodes(inner, nodes)
-    for entry in graph.opset_import:
-        entry.version = entry.version if entry.domain else max(entry.version, BLOCKWISE_OPSET)
-
-
-def _floats(
-    graph: onnx.GraphProto, name: str, weight: Floats, store: TensorStore, *, once: bool
-) -> list[onnx.NodeProto]:
-    """The nodes that make a weight of its bytes: as stored, and transposed; for both passes ``once``, or for each."""
-    exact = four_bits_exactly(weight.T)
-    blocks = exact or eight_bits(weight.T)
-    parts: dict[str, NDArray[Any]] = {
-        name + "_codes": exact.steps if exact else blocks.codes,
-        name + "_scales": blocks.scales,
-    }
-    if not exact:
-        parts["zero_points_{}_{}".format(*blocks.scales.shape)] = np.full(blocks.scales.shape, ZERO8, np.uint8)
-    shape = "shape_{}_{}".format(*blocks.shape)
-    stored = parts | ({shape: np.array(blocks.shape)} if once else {})
-    present = {tensor.name for tensor in graph.initializer}
-    graph.initializer.extend(store.tensor(v, n) for n, v in stored.items() if n not in present)
-    rows, columns = name + ROWS, name + COLUMNS
-    blockwise = f"{name}_in_blocks" if once else rows
-    nodes = [helper.make_node("DequantizeLinear", list(parts), [blockwise], blockwise, axis=1, block_size=BLOCK)]
-    if once:  # to the shape that it has: ONNX Runtime repeats a DequantizeLinear for each of its readers
-        nodes.append(helper.make_node("Reshape", [blockwise, shape], [rows], rows))
-    return [*nodes, helper.make_node("Transpose", [rows], [columns], columns, perm=[1, 0])]
-
-
-def _is_weight(tensor: TensorProto | None) -> bool:
-    """Whether a MatMul multiplies with it, and its input has whole blocks."""
-    if tensor is None or tensor.data_type != TensorProto.FLOAT:
-        return False
-    return len(tensor.dims) == 2 and tensor.dims[0] % BLOCK == 0

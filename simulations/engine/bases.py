@@ -71,7 +71,7 @@ def device_base(out: Path, scenario: Scenario, base: Base, population: Populatio
     """What the devices of the run in ``out`` train on: the base itself, or that of a bundle that is made once.
 
     Raises:
-        ConfigError: The profile has no training graph, or the engine trains no such adapter.
+        ConfigError: The base has no training graph, or the engine trains no such adapter.
     """
     if scenario.base.engine == "torch":
         return base

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from adapters import causal
 from adapters.base import Base
-from adapters.bundle import MODEL, TRAINING, WEIGHTS
+from adapters.bundle import TRAINING
 from adapters.graphinputs import to_inputs
 from adapters.layout import Tensors
 from adapters.peftconfig import PeftConfig
@@ -20,12 +20,11 @@ from aggregation.errors import ConfigError
 from export.bundle.base import export_named, wanted
 from export.causal import export_causal
 from export.onnx import derivatives
-from export.onnx.dequantize import BITS, round_weights
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.peftmodel import find_adapter_inputs
 from export.onnx.targets import SlotKind, Slots
-from export.onnx.training import PROFILES
 from tests.support.errors import refused
+from tests.support.training import check_shared_weights, round_as
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 LORA = PeftConfig.lora(rank=3, alpha=6, targets=TARGETS)
@@ -34,7 +33,7 @@ Exported = Callable[[Profile], ExportedBase]
 
 @pytest.fixture(scope="module")
 def trained(llama: Base) -> Exported:
-    made = {profile: export_causal(llama, TARGETS, profile, training=True) for profile in PROFILES}
+    made = {profile: export_causal(llama, TARGETS, profile, training=True) for profile in Profile}
     return made.__getitem__
 
 
@@ -52,11 +51,10 @@ def batch_of(lengths: list[int], seed: int = 0) -> TrainingBatch:
     return TrainingBatch(ids, mask, rng.integers(3, 90, len(places)), shares, np.array(places))
 
 
-def in_torch(base: Base, profile: Profile, batch: TrainingBatch, values: Tensors) -> tuple[float, Tensors, Any]:
+def in_torch(base: Base, exported: ExportedBase, batch: TrainingBatch, values: Tensors) -> tuple[float, Tensors, Any]:
     """Torch's loss, gradients in peft's own model, and scaling."""
     model = causal.build(base, LORA)
-    if profile in BITS:
-        round_weights(model.get_base_model(), BITS[profile])
+    round_as(exported, model.get_base_model())
     causal.load(model, values)
     logits = model(input_ids=torch.from_numpy(batch.ids), attention_mask=torch.from_numpy(batch.mask)).logits
     learned = logits.flatten(0, 1)[torch.from_numpy(batch.positions)]
@@ -68,14 +66,14 @@ def in_torch(base: Base, profile: Profile, batch: TrainingBatch, values: Tensors
 
 
 @pytest.mark.parametrize("lengths", [[1], [2, 1], [9, 4, 7], [33, 40]], ids=str)
-@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("profile", Profile)
 def test_the_gradients_are_torchs_for_any_batch_and_length(
     llama: Base, trained: Exported, profile: Profile, lengths: list[int]
 ) -> None:
     rng, batch = np.random.default_rng(1), batch_of(lengths)
     shapes = {name: value.shape for name, value in causal.tensors(causal.build(llama, LORA)).items()}
     values = {name: rng.standard_normal(shape, dtype=np.float32) / 4 for name, shape in shapes.items()}
-    wanted_loss, expected, scaling = in_torch(llama, profile, batch, values)
+    wanted_loss, expected, scaling = in_torch(llama, trained(profile), batch, values)
     loss, found = opened(trained(profile)).gradients(batch, to_inputs(values, scaling))
     assert loss == pytest.approx(wanted_loss, rel=1e-4)
     # What moves an input by so much moves it by the transpose of what peft's tensor moves: B's is scaled once more.
@@ -97,21 +95,10 @@ def test_a_score_is_that_of_the_logits(llama: Base, trained: Exported) -> None:
         assert hits.all() == every
 
 
-@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("profile", Profile)
 def test_the_training_graph_reads_the_weights_of_the_answering_graph(trained: Exported, profile: Profile) -> None:
-    made = trained(profile)
-    answers, trains = (onnx.load_from_string(made.read(name)) for name in (MODEL, TRAINING))
-    answering, training = (_places(graph) for graph in (answers, trains))
-    end = max(offset + length for offset, length in answering.values())
-    own = sum(length for offset, length in training.values() if offset >= end)
-    assert (made.folder / WEIGHTS).stat().st_size <= end + 2 * 4096 * (own > 0) * len(training)
-    assert own <= 16 * 1024  # zero points; the weights are 67,712 numbers
-    assert not missing_slots(opened(made), made.slots)
-
-
-def _places(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
-    stated = [{e.key: e.value for e in t.external_data} | {"": t.name} for t in model.graph.initializer]
-    return {e[""]: (int(e["offset"]), int(e["length"])) for e in stated if "offset" in e}
+    check_shared_weights(trained(profile), 16 * 1024)  # zero points; the weights are 67,712 numbers
+    assert not missing_slots(opened(trained(profile)), trained(profile).slots)
 
 
 def test_a_graph_whose_gradients_are_one_percent_off_is_refused(llama: Base, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,19 +113,10 @@ def test_a_graph_whose_gradients_are_one_percent_off_is_refused(llama: Base, mon
     assert "q_proj" in caught.value.about
 
 
-@pytest.mark.parametrize(
-    ("profile", "kinds"),
-    [
-        (Profile.NATIVE_INT4, {SlotKind.LOW_RANK}),
-        (Profile.WEB_INT8, {SlotKind.LOW_RANK}),
-        (Profile.FP32, {SlotKind.LOW_RANK, SlotKind.PROMPT}),
-    ],
-)
-def test_what_has_no_training_graph_is_refused_before_the_export(
-    llama: Base, profile: Profile, kinds: set[SlotKind]
-) -> None:
+def test_virtual_tokens_have_no_training_graph_and_are_refused_before_the_export(llama: Base) -> None:
+    kinds = frozenset({SlotKind.LOW_RANK, SlotKind.PROMPT})
     with refused(ConfigError, "--training"):
-        export_causal(llama, Slots(("q_proj",), frozenset(kinds)), profile, training=True)
+        export_causal(llama, Slots(("q_proj",), kinds), Profile.FP32, training=True)
 
 
 @pytest.mark.slow
@@ -148,7 +126,10 @@ def test_another_family_with_an_output_layer_of_its_own_has_one(make_lm: Callabl
     assert not missing_slots(opened(made), made.slots)
 
 
-def test_queries_keys_and_values_of_one_matrix_have_gradients(make_lm: Callable[..., Base]) -> None:
+@pytest.mark.parametrize("profile", [Profile.FP32, Profile.NATIVE_INT8])
+def test_queries_keys_and_values_of_one_matrix_have_gradients(make_lm: Callable[..., Base], profile: Profile) -> None:
     base = make_lm("gpt2", n_embd=64, n_layer=1, n_head=4, n_positions=64)
-    made = export_causal(base, ("c_attn", "mlp.c_proj"), Profile.FP32, training=True)  # holds them to torch's
+    kinds = frozenset({SlotKind.LOW_RANK, SlotKind.SCALE, SlotKind.OFFSET})
+    made = export_causal(base, Slots(("c_attn", "mlp.c_proj"), kinds), profile, training=True)  # holds them to torch's
     assert not missing_slots(opened(made), made.slots)
+    check_shared_weights(made, 16 * 1024)

@@ -57,13 +57,6 @@ def test_a_bundle_is_made_once_and_makes_every_clients_arms_without_torch(
     assert set(outcome["accuracy"]) == {"base", "local", "global", "personal"}
 
 
-def test_a_profile_without_a_training_graph_is_refused_before_the_rounds(fleet_of: Any, tmp_path: Path) -> None:
-    fleet = fleet_of(3)
-    with refused(ConfigError, "--training"):
-        device_base(tmp_path, with_engine(fleet.scenario, profile="native-int4"), fleet.base, fleet.population)
-    assert not bundle_of(tmp_path).exists()
-
-
 def test_a_method_that_needs_torch_is_refused_before_the_rounds(fleet_of: Any, tmp_path: Path, tiny_base: Base) -> None:
     fleet = fleet_of(3, adapter={"method": "adalora"})
     with refused(ConfigError, "task.peft_config"):
