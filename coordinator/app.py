@@ -15,6 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from adapters.roundrecord import RoundRecord
 from aggregation.errors import ConfigError
+from coordinator import traces
 from coordinator.launch import GATEWAY as GATEWAY
 from coordinator.launch import STATE as STATE
 from coordinator.registry import Lease
@@ -41,7 +42,7 @@ def main(grid: Grid, context: Context) -> None:
         )
     state_dir = CoordinatorStateDir.open(Path(folder))
     address = context.run_config.get(GATEWAY)
-    with state_dir.leading() as leader:
+    with traces.exporting(traces.COORDINATOR), state_dir.leading() as leader:
         if not leader.has_rounds_left or not isinstance(address, str) or not address:
             _run(leader, grid)
             return

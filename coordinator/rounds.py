@@ -30,7 +30,7 @@ from aggregation.server import AbortReason, Collecting, Confirming, Established,
 from aggregation.spec import SessionSpec
 from aggregation.steps import ADAPTER, Step
 from aggregation.transcript import receipts
-from coordinator import combination, lastsum, optimizer
+from coordinator import combination, lastsum, optimizer, traces
 from coordinator.audit.account import Account, logged
 from coordinator.audit.transcripts import logs
 from coordinator.lastsum import LastSum, names
@@ -77,6 +77,7 @@ def federate(
     )
     cohort: Cohort | None = None
     session: Established | None = None
+    lifetime = traces.NO_SPAN  # of the session
     transcripts.finish()  # before a device is asked: what a kill left is repaired, and other damage refused
     try:
         last = lastsum.find(transcripts.folder, key.public, registry.head().newest[1], registry.rounds())
@@ -97,27 +98,48 @@ def federate(
             if cohort is None or session is None or _is_over(cohort, session, task, last, read_root):
                 left = sum(settings.kind_of(each) is kind for each in range(number, settings.rounds + 1))
                 rounds = max(1, min(left, settings.aggregation.session_rounds))
-                cohort, session = make_session(adapter, task, rounds, f"session-{number}", last)
-            cohort.dropped.clear()
-            spec = session.session.spec
-            _require_budget(account, session, settings)
-            dealt = last.dealt if last else session.devices if spec.grouping else ()
-            with registry.reserved(adapter.blob, optimizer.to_tensors(state)):
-                outcome = _aggregate(cohort, session, adapter, task.encode(), number, last)
-            last = _last_sum(cohort, adapter, kind, outcome, dealt) or last
-            account = account.after(spec, _named(outcome))
-            epsilon = account.epsilon(spec)
-            if isinstance(outcome, RoundAborted):
-                session, made = _after_abort(outcome, last, transport), None
-            else:
-                session, made = outcome[0], _step(cohort, adapter, task, state, outcome, number, settings, epsilon)
-            seconds = time.perf_counter() - begin
-            record = _record(cohort, registry.head(), outcome, made, seconds=seconds, epsilon=epsilon)
-            _commit(registry, record, made, key)
-            cohort.recorder.end(record)  # after the registry: a start after a kill writes it from the record
+                lifetime.end()
+                lifetime = traces.begin("session", first_round=number, rounds=rounds)
+                with traces.span("establish", within=lifetime):
+                    cohort, session = make_session(adapter, task, rounds, f"session-{number}", last)
+                lifetime.set(devices=len(session.devices))
+            with traces.span("round", within=lifetime, round=number, devices=len(session.devices)) as span:
+                cohort.dropped.clear()
+                spec = session.session.spec
+                _require_budget(account, session, settings)
+                dealt = last.dealt if last else session.devices if spec.grouping else ()
+                with registry.reserved(adapter.blob, optimizer.to_tensors(state)):
+                    outcome = _aggregate(cohort, session, adapter, task.encode(), number, last)
+                last = _last_sum(cohort, adapter, kind, outcome, dealt) or last
+                account = account.after(spec, _named(outcome))
+                epsilon = account.epsilon(spec)
+                if isinstance(outcome, RoundAborted):
+                    session, made = _after_abort(outcome, last, transport), None
+                else:
+                    session, made = outcome[0], _step(cohort, adapter, task, state, outcome, number, settings, epsilon)
+                seconds = time.perf_counter() - begin
+                record = _record(cohort, registry.head(), outcome, made, seconds=seconds, epsilon=epsilon)
+                _commit(registry, record, made, key)
+                cohort.recorder.end(record)  # after the registry: a start after a kill writes it from the record
+                _measure(span, record)
             yield record
     finally:
+        lifetime.end()
         transcripts.finish()
+
+
+def _measure(span: traces.Span, record: RoundRecord) -> None:
+    """Describe a round's span by what its record says of all devices together."""
+    found = {"survivors": len(record.survivors), "dropouts": len(record.dropped)}
+    span.set(
+        outcome="sum" if record.version else "abort", **found, bytes_up=record.bytes_up, bytes_down=record.bytes_down
+    )
+    if record.version is not None:
+        span.set(version=record.version)
+    if record.epsilon is not None:
+        span.set(epsilon=record.epsilon)
+    if record.reason is not None:
+        span.fail(record.reason)
 
 
 def _is_over(
@@ -241,7 +263,8 @@ def _aggregate(
         awaits=_responses,
         needed=min(least, len(bodies)),
     )
-    unmasked = unmasking.close(cores(), cohort.corrupt)
+    with traces.span("sum"):
+        unmasked = unmasking.close(cores(), cohort.corrupt)
     return unmasked if isinstance(unmasked, RoundAborted) else within_reach(*unmasked)
 
 
@@ -324,13 +347,14 @@ def _step(
     parent, plan = adapter.manifest, cohort.recorder.log.plan or b""
     session, result = outcome
     rule, spec, how, sums = settings.rule(task), session.session.spec, settings.aggregation.combination, result.sums
-    state, tensors = next_adapter(
-        spec, task, rule, state, adapter.tensors, sums=sums, combination=how, digest=parent.sha256
-    )
     far: tuple[float, ...] = ()
-    if how is not None and isinstance(task, Task):
-        far = distances_of(spec, task, how, adapter.tensors, sums, parent.sha256)
-    blob = files.encode(tensors)
+    with traces.span("combine"):
+        state, tensors = next_adapter(
+            spec, task, rule, state, adapter.tensors, sums=sums, combination=how, digest=parent.sha256
+        )
+        if how is not None and isinstance(task, Task):
+            far = distances_of(spec, task, how, adapter.tensors, sums, parent.sha256)
+        blob = files.encode(tensors)
     manifest = replace(
         parent,
         version=parent.version + 1,
@@ -429,8 +453,9 @@ def _commit(registry: Registry, record: RoundRecord, made: _NextAdapter | None, 
     if record.spoiled:
         what = "a sum of round" if record.groups else "round"
         log.warning("%s %d counts as zero, for a device lied: %s", what, record.round, record.spoiled)
-    if made is None:
-        log.warning("round %d aborted: %s", record.round, record.aborted)
-        registry.record_round(record, key)
-    else:
-        registry.commit_round(record, made.manifest, made.blob, made.state, key)
+    with traces.span("commit"):
+        if made is None:
+            log.warning("round %d aborted: %s", record.round, record.aborted)
+            registry.record_round(record, key)
+        else:
+            registry.commit_round(record, made.manifest, made.blob, made.state, key)

@@ -23,6 +23,7 @@ from aggregation.pki.revocation import RevocationList
 from aggregation.server import Established, Offering, RoundAborted, Sharing
 from aggregation.spec import SessionSpec
 from aggregation.steps import PROOF, REVOCATIONS, Step
+from coordinator import traces
 from coordinator.checkin import CheckedIn, check_in
 from coordinator.lastsum import LastSum, names, serials
 from coordinator.recorder import Recorder
@@ -100,12 +101,30 @@ class Cohort:
         Returns:
             The state after the last answer, to be closed by the caller.
         """
+        with traces.span(step.value, asked=len(bodies)) as span:
+            state = self._exchange(state, accept, step, bodies, group, extra or {}, check, awaits, needed)
+            span.set(answered=sum(device not in self.dropped for device in bodies))
+        return state
+
+    def _exchange(
+        self,
+        state: S,
+        accept: Callable[[S, str, Any], S],
+        step: Step,
+        bodies: Mapping[str, bytes],
+        group: str,
+        extra: Attachments,
+        check: Callable[[str, bytes], Any] | None,
+        awaits: Callable[[S, Collection[str]], bool],
+        needed: int,
+    ) -> S:
+        """As ``exchange``."""
         self.recorder.sent(step, bodies)
         left = dict(bodies)
         for attempt in range(1, self.attempts + 1):
             again = group if attempt == 1 else f"{group}-{attempt}"
             enough = Enough(self.settings.fewest(len(left), needed), self.settings.grace)
-            state, silent = self._ask(state, accept, step, left, again, extra or {}, check, enough)
+            state, silent = self._ask(state, accept, step, left, again, extra, check, enough)
             if not silent or attempt == self.attempts or not awaits(state, silent):
                 break
             log.warning("waiting for %s at %s: too few devices have answered", names(silent), step.value)
@@ -212,7 +231,9 @@ def establish(
     spec_of = partial(settings.session_spec, layout=layout, base_digest=base, rounds=rounds, task=task)
     for attempt in range(1, settings.attempts + 1):
         root, name, known = read_root(datetime.now(UTC)), f"{group}-{attempt}", frozenset(transport.nodes())
-        present = check_in(key, root, transport, name, last, settings.cohort)
+        with traces.span(Step.CHECK_IN.value, listed=len(known), attempt=attempt) as span:
+            present = check_in(key, root, transport, name, last, settings.cohort)
+            span.set(answered=len(present.nodes))
         reason = unmet = last.unmet(present.nodes, root.revoked) if last else ""
         if last is not None and not unmet:
             present = _around(last, present, lambda count: spec_of(count).minimum_survivors, settings.cohort.size)

@@ -258,12 +258,14 @@ def _serve(state_dir: "CoordinatorStateDir", address: str) -> None:
     """Run the rounds that are left over a gateway in this process."""
     import logging
 
+    from coordinator import traces
     from coordinator.app import lead
     from coordinator.gateway.grid import serving
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("edgeadapt").setLevel(logging.INFO)
     with ExitStack() as stack:
+        stack.enter_context(traces.exporting(traces.COORDINATOR))
         leader = stack.enter_context(state_dir.leading())
         if not leader.has_rounds_left:  # another coordinator ran them meanwhile
             return

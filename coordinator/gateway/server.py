@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mappin
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, NoReturn, TypeAlias, TypeVar
+from typing import Any, NoReturn, Self, TypeAlias, TypeVar
 
 import grpc
 from grpc import StatusCode, aio
@@ -30,6 +30,7 @@ from adapters.gateway.frames import RetryWindow
 from aggregation.errors import ConfigError, EdgeAdaptError, ProtocolError, TrustError
 from aggregation.pki import Root, certificates
 from aggregation.pki.tls import TlsRole, verify_binding, verify_challenge, verify_tls
+from coordinator import traces
 from coordinator.gateway.hub import Channel, Credentials, Hub, NoAnswer, Released, Stream
 from coordinator.gateway.pace import Pace, TokenBucket
 from coordinator.gateway.snapshot import GatewaySnapshot
@@ -80,6 +81,7 @@ class Service:
     limits: GatewayLimits
     began: float = field(default_factory=time.monotonic)
     check_ins: Counter[str] = field(default_factory=Counter)  # by outcome, as in ``GatewaySnapshot``
+    asked_by: traces.Span = traces.NO_SPAN  # the step whose requests were sent last; calls of devices are parts of it
     _answers: dict[str, tuple[int, asyncio.Timeout]] = field(default_factory=dict)
     _buckets: dict[str, TokenBucket] = field(default_factory=dict)
     _root: tuple[datetime, Root] | None = None
@@ -102,7 +104,7 @@ class Service:
 
     async def attend(self, raw: bytes, context: Context) -> None:
         """Send requests to a device until its stream ends."""
-        async with _answered(context):
+        async with _Call(context, "Attend") as call:
             name, tls_certificate = await self._peer(context)
             await self._keep_pace(context, name)
             hello = frames.hello(raw)
@@ -113,6 +115,7 @@ class Service:
             log.info("%s is connected", name)
             try:
                 await context.send_initial_metadata(())  # the device is admitted
+                call.end()
                 while True:
                     asked = await self.hub.next(stream)
                     async with asyncio.timeout(self.limits.transfer):
@@ -161,7 +164,7 @@ class Service:
 
     async def fetch(self, raw: bytes, context: Context) -> None:
         """Send a field of the request under way, from an offset on."""
-        async with _answered(context):
+        async with _Call(context, "Fetch", self.asked_by):
             stream = await self._stream(context)
             asked_for = frames.byte_range(raw)
             content = self.hub.under_way(stream).blob(asked_for.sha256)
@@ -173,7 +176,7 @@ class Service:
 
     async def answer(self, parts: AsyncIterator[bytes], context: Context) -> bytes:
         """Take the answer to the request under way."""
-        async with _answered(context), asyncio.timeout(self.limits.transfer) as patience:
+        async with _Call(context, "Answer", self.asked_by), asyncio.timeout(self.limits.transfer) as patience:
             stream = await self._stream(context)
             beginning = frames.beginning(await anext(parts, b""))
             self.hub.under_way(stream, beginning.request)
@@ -190,7 +193,7 @@ class Service:
 
     async def status(self, raw: bytes, context: Context) -> bytes:
         """How much there is to do."""
-        async with _answered(context):
+        async with _Call(context, "Status"):
             await self._peer(context)
         seconds = int(time.monotonic() - self.began)
         reply = pb.StatusReply(devices=len(self.hub.devices), requests=self.hub.requests, seconds=seconds)
@@ -296,16 +299,29 @@ async def _no_more(parts: AsyncIterator[bytes]) -> None:
         raise ProtocolError("nothing may follow a reason", about="answer.reason")
 
 
-class _answered:  # noqa: N801
-    """Ends a call with the status code that its error means."""
+class _Call:
+    """Ends a call with the status code that its error means, and measures it: not for how long a device attends."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, method: str, within: traces.Span | None = None) -> None:
         self._context = context
+        self._span = traces.begin(f"{frames.SERVICE}/{method}", within=within)
 
-    async def __aenter__(self) -> None:
-        return None
+    def end(self) -> None:
+        """What is measured is over."""
+        self._span.end()
+
+    async def __aenter__(self) -> Self:
+        return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        try:
+            await self._abort(error)
+        finally:
+            if code := self._context.code():  # a number
+                self._span.fail(next((each.name for each in StatusCode if each.value[0] == code), str(code)))
+            self._span.end()
+
+    async def _abort(self, error: BaseException | None) -> None:
         if isinstance(error, TimeoutError):
             await self._context.abort(StatusCode.DEADLINE_EXCEEDED, "too slow: the transfer took longer than allowed")
         elif isinstance(error, TrustError):
@@ -422,8 +438,10 @@ class Gateway:
             for device, (_, fields) in requests.items()
         }
 
+        step = traces.current()
+
         async def asked() -> dict[str, int | None]:
-            hub = self.service.hub
+            hub, self.service.asked_by = self.service.hub, step
             return {
                 device: hub.ask(device, step, fields, long[device], seconds)
                 for device, (step, fields) in requests.items()

@@ -45,6 +45,8 @@ def graph() -> grimp.ImportGraph:
     built.remove_import(importer="adapters.registryreader", imported="adapters.registrystores")
     built.remove_import(importer="coordinator.cli.audit", imported="coordinator.statedir")
     built.remove_import(importer="coordinator.governance.evaluations", imported="coordinator.statedir")
+    # Only for traces, which take the extra of that name.
+    built.remove_import(importer="coordinator.traceexport", imported="opentelemetry")
     return built
 
 
