@@ -17,6 +17,7 @@ from adapters.release import Release
 from adapters.storage import read_lines
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from client.inference.session import ClassificationSession
+from coordinator import traces
 from coordinator.channels.actions import GateResult
 from coordinator.channels.repository import ChannelRepository
 from coordinator.governance.gatesettings import GateName, GateSettings
@@ -124,7 +125,13 @@ class PromotionTrial:
 
     def results(self) -> tuple[GateResult, ...]:
         """Run the gates, in the order of the settings."""
-        return tuple(result for gate in self.settings.gates for result in self._run(gate))
+        found: list[GateResult] = []
+        for gate in self.settings.gates:
+            with traces.span("gate", gate=gate) as span:
+                results = [*self._run(gate)]
+                span.set(passed=all(each.passed for each in results))
+            found += results
+        return tuple(found)
 
     def _run(self, gate: GateName) -> Results:
         try:

@@ -16,6 +16,7 @@ from adapters.rollout import ALL
 from adapters.settings import overridden
 from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
+from coordinator import traces
 from coordinator.channels.actions import GateResult, login_name
 from coordinator.channels.prepared import RollbackCondition
 from coordinator.channels.repository import ChannelRepository, Published
@@ -115,20 +116,23 @@ def promote(
         if share == ALL and not languages:
             raise ConfigError("a rollback is prepared for a rollout in stages: name --share too", about="--key")
         require_signer(opened, source, release, key.public)
-    with tempfile.TemporaryDirectory(prefix=".promotion-", dir=folder) as work:  # there files can be linked
-        keys = trust or folder / TRUST
-        candidate = AssembledRelease.of(opened, source, release, keys, Path(work) / "candidate")
-        before = (
-            None if current is None else AssembledRelease.of(opened, channel, current, keys, Path(work) / "current")
-        )
-        results = PromotionTrial(settings, folder, candidate, before).results()
-    if not as_json:
-        for each in results:
-            click.echo(f"{'passed' if each.passed else 'REFUSED'}  {each.gate}: {each.text}")
-    if not all(each.passed for each in results):
-        opened.refuse(source, release, channel, results)
-        require_passed(results, f"release {release.number} of {source}")
-    made = opened.promote(source, release.number, channel, results, share=share, languages=languages)
+    about: dict[str, Any] = {"source": source, "channel": channel, "release": release.number, "share": share}
+    with traces.exporting(traces.GOVERNANCE), traces.span("promotion", **about):
+        with tempfile.TemporaryDirectory(prefix=".promotion-", dir=folder) as work:  # there files can be linked
+            keys = trust or folder / TRUST
+            candidate = AssembledRelease.of(opened, source, release, keys, Path(work) / "candidate")
+            before = (
+                None if current is None else AssembledRelease.of(opened, channel, current, keys, Path(work) / "current")
+            )
+            results = PromotionTrial(settings, folder, candidate, before).results()
+        if not as_json:
+            for each in results:
+                click.echo(f"{'passed' if each.passed else 'REFUSED'}  {each.gate}: {each.text}")
+        if not all(each.passed for each in results):
+            opened.refuse(source, release, channel, results)
+            require_passed(results, f"release {release.number} of {source}")
+        with traces.span("publish"):
+            made = opened.promote(source, release.number, channel, results, share=share, languages=languages)
     _print(made, results, as_json, _prepared(opened, channel, key, settings.accuracy.margin))
 
 
@@ -184,7 +188,10 @@ def rollback(folder: Path, channel: str, number: int, key: Path, as_json: bool) 
     Example:
       edgeadapt adapters rollback releases stable --to 3 --key vendor.key
     """
-    _print(roll_back(_open(folder), channel, number, read_key(key)), (), as_json)
+    opened, vendor = _open(folder), read_key(key)
+    with traces.exporting(traces.GOVERNANCE), traces.span("rollback", channel=channel, again=number):
+        made = roll_back(opened, channel, number, vendor)
+    _print(made, (), as_json)
 
 
 def _open(folder: Path) -> ChannelRepository:

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from aggregation.errors import EdgeAdaptError
+from coordinator import traces
 from coordinator.channels.actions import login_name
 from coordinator.channels.comparison import compared
 from coordinator.channels.repository import ChannelRepository
@@ -94,10 +95,27 @@ def watch(
       edgeadapt adapters watch fleet stable --releases releases
       edgeadapt adapters watch fleet stable --releases releases --once --json
     """
+    with traces.exporting(traces.GOVERNANCE):
+        _watch(state_dir, channel, releases, trust, adapter, once=once, interval=interval, as_json=as_json)
+
+
+def _watch(
+    state_dir: Path,
+    channel: str,
+    releases: Path,
+    trust: Path | None,
+    adapter: str,
+    *,
+    once: bool,
+    interval: float,
+    as_json: bool,
+) -> None:
     last = ""
     while True:
         try:
-            step = act(_open(releases), state_dir, trust, channel, adapter)
+            with traces.span("watch", channel=channel) as span:
+                step = act(_open(releases), state_dir, trust, channel, adapter)
+                span.set(outcome=step.outcome)
             row = {
                 "outcome": step.outcome,
                 "text": step.text,

@@ -25,6 +25,7 @@ from tests.coordinator.governance.conftest import Vendor
 from tests.support import refused
 from tests.support.bundles import flip
 from tests.support.models import PHRASES
+from tests.support.otlp import attributes, receiving
 
 LANGUAGES = ("en", "de")
 WORDS = ("kitchen", "light", "door", "music", "timer", "open")
@@ -390,3 +391,21 @@ def test_held_out_phrases_are_read_by_line(tmp_path: Path) -> None:
     with refused(DataError, "x.tsv") as error:
         read_held_out(tmp_path / "x.tsv")
     assert "turn on" not in str(error.value)
+
+
+def test_a_promotion_is_a_trace_with_a_span_for_each_gate(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    with receiving() as receiver:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.url)
+        place.promote()
+    promotion, *parts = receiver.spans()
+    assert promotion.name == "promotion"
+    assert attributes(promotion)["edgeadapt.channel"] == "stable"
+    assert {span.parent_span_id for span in parts} == {promotion.span_id}
+    gates = [attributes(span) for span in parts if span.name == "gate"]
+    assert [(each["edgeadapt.gate"], each["edgeadapt.passed"]) for each in gates] == [
+        ("size", True),
+        ("accuracy", True),
+        ("language", True),
+        ("canaries", True),
+    ]
+    assert [span.name for span in parts if span.name != "gate"] == ["publish"]
