@@ -30,7 +30,7 @@ def status_of(state_dir: CoordinatorStateDir) -> dict[str, Any]:
         "key": state_dir.key.public.key_id,
         "authority": state_dir.root.fingerprint,
         "running": state_dir.in_use,
-        "lease": _lease(state_dir),
+        "lease": lease_of(state_dir),
         "services": deployment.running(state_dir.folder),
         "rounds_done": len(rounds),
         "rounds_wanted": state_dir.settings.rounds,
@@ -132,7 +132,8 @@ def farthest(records: Iterable[RoundRecord]) -> dict[str, dict[str, float]]:
     }
 
 
-def _lease(state_dir: CoordinatorStateDir) -> dict[str, Any] | None:
+def lease_of(state_dir: CoordinatorStateDir) -> dict[str, Any] | None:
+    """Who leads, of several coordinators with one registry; None where nobody ever did. Raises as ``leadership``."""
     found = state_dir.leadership()
     return None if found is None else asdict(found) | {"own": found.leader == state_dir.name and not state_dir.waits()}
 

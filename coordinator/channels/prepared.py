@@ -172,6 +172,13 @@ class PreparedRollbacks:
         else:
             self.discard(channel)
 
+    def state(self, channel: str, current: Release) -> tuple[RollbackCondition | None, str]:
+        """The condition of a rollback that can be published now; or None, and why there is none."""
+        try:
+            return self.accept(channel, current).condition, ""
+        except (ConfigError, TrustError) as error:
+            return None, str(error)
+
     def accept(self, channel: str, current: Release) -> PreparedRollback:
         """The prepared rollback of a channel with the release ``current``, verified.
 

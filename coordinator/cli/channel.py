@@ -165,6 +165,8 @@ def rotate(folder: Path, role: str) -> None:
 def show(folder: Path, as_json: bool) -> None:
     """Show what each channel has, when each role's metadata expire, and which keys are here.
 
+    Of a rollout it says for whom it is, and whether its rollback is prepared.
+
     \b
     Example:
       edgeadapt channel show releases
@@ -172,12 +174,18 @@ def show(folder: Path, as_json: bool) -> None:
     opened = _open(folder)
     releases = {each: opened.release(each) for each in opened.channels}
     rollouts = {each: opened.rollout(each) for each in opened.channels}
+    staged = {each: found for each, found in releases.items() if found and rollouts[each]}
+    prepared = {each: opened.prepared.state(each, found) for each, found in staged.items()}
     roles = list(opened.metadata.roles())
     if as_json:
         row = {
             "channels": {each: found and json.loads(found.encode()) for each, found in releases.items()},
             "protected": sorted(opened.protected),
             "rollouts": {each: found and asdict(found) for each, found in rollouts.items()},
+            "prepared": {
+                each: {"condition": ready and asdict(ready), "problem": problem or None}
+                for each, (ready, problem) in prepared.items()
+            },
             "roles": {
                 role: {
                     "version": version,
@@ -195,6 +203,8 @@ def show(folder: Path, as_json: bool) -> None:
         click.echo(f"{each:<12} {text}{'; protected' if each in opened.protected else ''}")
         if rollout := rollouts[each]:
             click.echo(f"{'':<12} for {rollout}; release {rollout.previous} for the others")
+            ready, problem = prepared[each]
+            click.echo(f"{'':<12} {f'rollback to release {ready.again}: prepared' if ready else problem}")
     for role, version, expires, keys in roles:
         places = ", ".join(f"{path.name}{'' if path.is_file() else ' (not here)'}" for path in keys)
         late = " EXPIRED" if expires <= _now() else ""

@@ -1,4 +1,7 @@
-"""What the signed log of a repository of channels says of each channel: its release, who gets it, how it was made."""
+"""What the signed log of a repository of channels says of each channel: its release, who gets it, how it was made.
+
+The rollback that is prepared for a rollout is not in the log, and is looked at itself.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +29,7 @@ class ChannelsView:
     """
 
     folder: Path
-    _timestamp: bytes = b""
+    _seen: tuple[bytes, ...] = ()
     _found: dict[str, Any] | None = None
 
     def look(self) -> dict[str, Any]:
@@ -37,9 +40,12 @@ class ChannelsView:
             OSError: It cannot be read.
         """
         opened = ChannelRepository.open(self.folder, datetime.now(UTC))
-        timestamp = storage.read(opened.metadata.place / "timestamp.json", MAX_METADATA)
-        if self._found is None or timestamp != self._timestamp:  # each action signs a new one
-            self._found, self._timestamp = self._read(opened), timestamp
+        timestamp = opened.metadata.place / "timestamp.json"  # each action signs a new one
+        ready = [opened.prepared.path(name) for name in opened.channels]  # and preparing a rollback does not
+        paths = [timestamp, *(path for path in ready if path.exists())]
+        seen = tuple(storage.read(path, MAX_METADATA) for path in paths)
+        if self._found is None or seen != self._seen:
+            self._found, self._seen = self._read(opened), seen
         return self._found
 
     def _read(self, opened: ChannelRepository) -> dict[str, Any]:
@@ -49,6 +55,12 @@ class ChannelsView:
             return {"channels": {}, "problem": str(error)}
         protected = opened.protected
         rows = {name: _row(records, name, name in protected) for name in opened.channels}
+        for name, row in rows.items():
+            current = opened.release(name)
+            if row is not None and row["previous"] is not None and current is not None:
+                condition, problem = opened.prepared.state(name, current)
+                row["prepared"] = condition and {"again": condition.again, "margin": condition.margin}
+                row["unprepared"] = problem
         return {"channels": rows, "problem": None}
 
 
@@ -61,6 +73,7 @@ def _row(records: Sequence[ActionRecord], channel: str, protected: bool) -> dict
     later = [record for record in own if record.number > made.number]
     staged = next((record for record in reversed(later) if record.action.kind == "rollout"), made)
     refusal = next((record for record in reversed(later) if record.action.kind == "refuse"), None)
+    judged = next((record for record in reversed([made, *later]) if record.action.evaluation), None)
     action, rollout = made.action, staged.action.rollout
     return {
         "release": action.release,
@@ -75,6 +88,9 @@ def _row(records: Sequence[ActionRecord], channel: str, protected: bool) -> dict
         "languages": [] if rollout is None else list(rollout.languages),
         "previous": None if rollout is None else rollout.previous,
         "share_since": staged.made,
+        "evaluation": None if judged is None else _evaluation(judged),
+        "prepared": None,
+        "unprepared": "",
         "gates": [asdict(each) for each in action.gates],
         "refusal": None
         if refusal is None
@@ -86,3 +102,11 @@ def _row(records: Sequence[ActionRecord], channel: str, protected: bool) -> dict
             "gates": [asdict(each) for each in refusal.action.gates if not each.passed],
         },
     }
+
+
+def _evaluation(record: ActionRecord) -> dict[str, Any] | None:
+    """The verdict in a record: after which the release stayed, or for which the one before was published again."""
+    found = record.action.evaluation
+    if found is None:
+        return None
+    return {"round": found.round, "worse": found.worse, "text": str(found.verdict), "since": record.made}

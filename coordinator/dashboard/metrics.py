@@ -35,6 +35,10 @@ def families(view: dict[str, Any]) -> Iterator[Metric]:
     yield _counter("rounds", "Rounds that ended, by how they did.", "outcome", ended)
     yield _gauge("rounds_wanted", "Rounds after which the federation ends.", view["rounds_wanted"])
     yield _gauge("running", "1 while a run uses the state directory.", int(view["running"]))
+    if (lease := view["lease"]) is not None:
+        yield _gauge("lease_epoch", "How often a coordinator of this registry began to lead.", lease["epoch"])
+        leads = int(lease["own"] and lease["in_force"])
+        yield _gauge("leads", "1 while the coordinator of this state directory leads.", leads)
     if view["version"] is not None:
         yield _gauge("version", "The newest version in the registry.", view["version"])
     yield _counter("device_rounds", "Rounds of all devices together.", None, {"": view["device_rounds"]})
@@ -65,6 +69,12 @@ def families(view: dict[str, Any]) -> Iterator[Metric]:
     yield _gauge("channel_release", "The current release of a channel; 0: none.", releases, "channel")
     shares = {name: one["share"] for name, one in view["channels"].items() if one}
     yield _gauge("channel_share", "Percent of devices that the current release is for.", shares, "channel")
+    staged = {name: one for name, one in view["channels"].items() if one and one["previous"] is not None}
+    ready = {name: int(one["prepared"] is not None) for name, one in staged.items()}
+    yield _gauge("channel_rollback_prepared", "1 if a rollout can be rolled back by itself.", ready, "channel")
+    judged = {name: one["evaluation"] for name, one in view["channels"].items() if one and one["evaluation"]}
+    worse = {name: int(found["worse"]) for name, found in judged.items()}
+    yield _gauge("channel_worse", "1 if the last evaluation found the newest release worse.", worse, "channel")
     if view["problem"] is not None or view["channels"]:
         yield _gauge("channels_verified", "1 while the log of the channels passes its audit.", int(not view["problem"]))
 

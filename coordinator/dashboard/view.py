@@ -12,6 +12,7 @@ from coordinator.registry import Head
 from coordinator.services import deployment
 from coordinator.sessionprogress import LogFollower
 from coordinator.statedir import TRANSCRIPT, CoordinatorStateDir
+from coordinator.status import lease_of
 
 LISTED = 200  # rounds at most, the last ones
 
@@ -43,6 +44,7 @@ class Viewer:
         running, progress = self.state_dir.in_use, self._follower.look()
         return {
             "running": running,
+            "lease": lease_of(self.state_dir),
             "rounds_wanted": self.state_dir.settings.rounds,
             "services": (deployment.running(self.state_dir.folder) or {"services": []})["services"],
             "session": None if progress is None else progress.as_json(),

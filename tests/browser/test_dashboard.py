@@ -17,6 +17,8 @@ from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
 from coordinator.channels.actions import GateResult, action_path
 from coordinator.channels.repository import ChannelRepository
+from coordinator.channels.rollback import note_evaluation, prepare
+from coordinator.channels.verdict import JudgedEvaluation, verdict
 from coordinator.dashboard.server import TOKEN
 from coordinator.statedir import CoordinatorStateDir
 from tests.support.gateway import HOST, free_port, wait_until
@@ -96,6 +98,13 @@ def test_an_operator_sees_a_rollout_its_gates_and_a_log_that_was_altered(
     worse = GateResult("canaries of global", False, 0.5, 1.0, "0.5000, at least 1.0000")
     releases.promote("canary", 1, "stable", [passed])
     releases.promote("canary", 1, "stable", [passed], share=10, languages=["de"])
+    prepare(releases, "stable", vendor, 0.01)
+    figures = {"deviation": 0.0, "accuracy_newest": 0.9, "examples_newest": 128.0}
+    figures |= {"accuracy_previous": 0.88, "examples_previous": 128.0}
+    judged = verdict(figures, 0.01)
+    assert judged is not None
+    found = JudgedEvaluation(7, "a" * 64, 12, "global", "b" * 64, "c" * 64, figures, judged, worse=False)
+    note_evaluation(releases, "stable", found)
     releases.refuse("canary", made, "stable", [passed, worse])
     with dashboard(folder, "--channels", releases.folder) as (url, _):
         page.call("Page.navigate", url=url)
@@ -104,7 +113,10 @@ def test_an_operator_sees_a_rollout_its_gates_and_a_log_that_was_altered(
         page.evaluate(f"document.getElementById('token').value = {token!r}; document.forms[0].submit()")
         page.until(READY)
         (canary, stable) = page.evaluate("[...document.querySelectorAll('#channels tbody tr')].map(r => r.innerText)")
-        assert re.sub(r"\s+", " ", canary) == "canary 1 global 3 all devices 2026-11-27 09:30 ada: published none asked"
+        seen = re.sub(r"\s+", " ", canary)
+        assert seen == "canary 1 global 3 all devices 2026-11-27 09:30 ada: published none asked none"
+        assert "round 7: not shown to be worse: accuracy +0.0200" in stable
+        assert "rollback to release 1 prepared" in stable
         assert "10 % of devices with language de; release 1 for the others" in stable
         assert "ada: promoted from canary" in stable
         assert "release 1 of canary refused, tried by ada" in stable

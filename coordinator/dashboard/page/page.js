@@ -32,7 +32,7 @@ function show(section, visible) {
 }
 
 function tiles(view) {
-  const { session, gateway } = view;
+  const { session, gateway, lease } = view;
   const step = session?.step;
   const running = view.running && session && !session.closed;
   const found = {
@@ -43,6 +43,7 @@ function tiles(view) {
     Epsilon: view.epsilon === null ? "no bound" : `${dash(view.epsilon, 2)}${view.epsilon_limit ? ` of ${view.epsilon_limit}` : ""}`,
     Dropouts: `${total(view.dropouts_by_step)} of ${view.device_rounds}`,
     "At the gateway": gateway ? `${gateway.devices} devices` : "–",
+    ...(lease && { Leader: `${lease.in_force ? lease.leader : "nobody"}${lease.own ? " (here)" : ""}, epoch ${lease.epoch}` }),
   };
   byId("tiles").replaceChildren(
     ...Object.entries(found).map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, String(value)))),
@@ -117,6 +118,16 @@ function origin({ kind, source, again, by }) {
   return by ? `${by}: ${how}` : how;
 }
 
+/** What the last evaluation found, and whether a worse release is taken back by itself. */
+function evaluation({ evaluation: found, prepared, unprepared, previous }) {
+  const made = element("div", {});
+  if (found) {
+    made.append(element("p", { class: found.worse ? "bad" : "" }, `round ${found.round}: ${found.text}`));
+  } else made.append("none");
+  if (previous !== null) made.append(element("p", { class: prepared ? "" : "bad" }, prepared ? `rollback to release ${prepared.again} prepared` : unprepared));
+  return made;
+}
+
 /** What the gates measured, to be opened; a refusal since then is shown at once. */
 function gates({ gates, refusal, kind, protected: guarded }) {
   const items = (list) => element("ul", {}, ...list.map((each) => element("li", {}, `${each.passed ? "passed" : "REFUSED"} ${each.gate}: ${each.text}`)));
@@ -139,9 +150,9 @@ function channels({ channels: found, problem }) {
   if (JSON.stringify(found) === shownChannels) return; // what somebody opened stays open
   shownChannels = JSON.stringify(found);
   const row = ([name, one]) => {
-    if (!one) return [name, "none", "–", "–", "–", "–", "–"];
+    if (!one) return [name, "none", "–", "–", "–", "–", "–", "–"];
     const adapters = Object.entries(one.adapters).map(([adapter, version]) => `${adapter} ${version}`).join(", ");
-    return [one.protected ? `${name} (protected)` : name, one.release, adapters, audience(one), minute(one.since), origin(one), gates(one)];
+    return [one.protected ? `${name} (protected)` : name, one.release, adapters, audience(one), minute(one.since), origin(one), gates(one), evaluation(one)];
   };
   fill("channels", Object.entries(found).map(row));
 }

@@ -21,6 +21,7 @@ from coordinator.channels.metadata import ROLLBACK
 from coordinator.channels.repository import ChannelRepository
 from coordinator.channels.rollback import note_evaluation, prepare, publish_prepared, roll_back
 from coordinator.channels.verdict import JudgedEvaluation, verdict
+from coordinator.dashboard.channels import ChannelsView
 from coordinator.governance.gatesettings import GateSettings
 from export.onnx.exported import ExportedBase
 from tests.client.updates.conftest import NOW, Place, Source
@@ -98,6 +99,41 @@ def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 # --- what it does
+
+
+def test_the_dashboard_and_show_say_whether_a_rollback_is_prepared_and_what_an_evaluation_found(staged: Place) -> None:
+    def shown() -> dict[str, Any]:
+        row = view.look()["channels"]["stable"]
+        assert isinstance(row, dict)
+        return row
+
+    def listed() -> dict[str, Any]:
+        row = json.loads(run("channel", "show", folder, "--json"))["prepared"]["stable"]
+        assert isinstance(row, dict)
+        return row
+
+    folder, view = staged.repository.folder, ChannelsView(staged.repository.folder)
+    assert shown()["prepared"] == {"again": 1, "margin": MARGIN}
+    assert shown()["evaluation"] is None
+    assert listed()["condition"]["again"] == 1
+    assert "rollback to release 1: prepared" in run("channel", "show", folder)
+
+    path = staged.repository.prepared.path("stable")
+    kept = path.read_bytes()
+    path.unlink()
+    assert (shown()["prepared"], listed()["condition"]) == (None, None)
+    assert "adapters rollout" in shown()["unprepared"]
+    assert "adapters rollout" in run("channel", "show", folder)
+    path.write_bytes(kept.replace(b'"margin', b'"Margin', 1))
+    assert shown()["unprepared"].startswith(str(path))
+    path.write_bytes(kept)
+
+    note_evaluation(staged.repository, "stable", evaluation(staged, right=0.8))
+    found = shown()["evaluation"]
+    assert (found["round"], found["worse"]) == (3, False)
+    assert found["text"].startswith("not shown to be worse")
+    publish_prepared(staged.repository, "stable", evaluation(staged))
+    assert (shown()["kind"], shown()["evaluation"]["worse"], shown()["prepared"]) == ("rollback", True, None)
 
 
 def test_the_snapshots_key_alone_takes_a_release_back_and_devices_have_the_one_before_at_their_next_check(

@@ -35,6 +35,11 @@ def test_a_new_coordinator_has_nothing_to_show(fleet_of: FleetOf, tmp_path: Path
     made.registry.close()
     assert (view["version"], view["rounds"], view["session"], view["gateway"]) == (None, [], None, None)
     assert metrics(view)["rounds_wanted",] == 7
+    assert view["lease"] is None
+    lease = {"epoch": 3, "leader": "east", "in_force": True, "own": True}
+    assert metrics(view | {"lease": lease})["leads",] == 1
+    assert metrics(view | {"lease": lease | {"own": False}})["leads",] == 0
+    assert metrics(view | {"lease": lease})["lease_epoch",] == 3
 
 
 def test_the_rounds_of_a_fleet_are_counted_and_nobody_is_named(fleet_of: FleetOf, tmp_path: Path) -> None:
