@@ -1,6 +1,7 @@
 """The state of a federation, read from the coordinator's state directory: versions, rounds, dropouts, last session."""
 
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -14,7 +15,16 @@ from coordinator.sessionprogress import LogFollower
 from coordinator.statedir import TRANSCRIPT, CoordinatorStateDir
 
 SUSPICIOUS = 0.01  # probability
-HEADING = "round  version  survivors  dropouts  accuracy    loss  seconds"
+GAP = "  "
+COLUMNS = {  # of the table of rounds: name → its heading, which is as wide as the cells
+    "round": "round",
+    "version": "version",
+    "survivors": "survivors",
+    "dropouts": "dropouts",
+    "accuracy": "accuracy",
+    "loss": "  loss",
+    "seconds": "seconds",
+}
 
 
 def status_of(state_dir: CoordinatorStateDir) -> dict[str, Any]:
@@ -78,8 +88,9 @@ def lines_of(status: dict[str, Any]) -> Iterator[str]:
         yield f"last session {session['log']}: {session['devices']} devices, {session['rounds']} rounds, {state}"
     if status["rounds"]:
         yield ""
-        yield HEADING
-    yield from map(round_line, status["rounds"])
+        yield heading()
+    for row in status["rounds"]:
+        yield from round_lines(row)
     if status["farthest"]:
         yield ""
         yield "devices whose groups were farthest from the combination, more often than chance (a hint, no proof):"
@@ -87,21 +98,46 @@ def lines_of(status: dict[str, Any]) -> Iterator[str]:
         yield f"{device}: {each['farthest']} of {each['rounds']} rounds, which has a chance of {each['chance']:.2g}"
 
 
-def round_line(row: dict[str, Any]) -> str:
-    """A round, as ``round_row`` gives it, under ``HEADING``."""
+def heading(width: int = 0) -> str:
+    """The heading of ``round_lines``; ``width`` as there."""
+    return GAP.join(COLUMNS[name] for name in _columns(width))
+
+
+def round_lines(row: dict[str, Any], width: int = 0) -> list[str]:
+    """A round, as ``round_row`` gives it, under ``heading``.
+
+    Args:
+        row: Of the round.
+        width: Of the terminal; 0: all is on one line. The columns that do not fit are left out, and notes that do not
+            fit follow on lines of their own.
+    """
     accuracy, loss = (row["metrics"].get(name) for name in ("accuracy", "loss"))
-    cells = (
-        f"{row['round']:>5}",
-        f"{'-' if row['version'] is None else row['version']:>7}",
-        f"{len(row['survivors']):>9}",
-        f"{len(row['dropped']):>8}",
-        f"{'-' if accuracy is None else format(accuracy, '.3f'):>8}",
-        f"{'-' if loss is None else format(loss, '.3f'):>6}",
-        f"{row['seconds']:>7.1f}",
-    )
+    cells = {
+        "round": str(row["round"]),
+        "version": "-" if row["version"] is None else str(row["version"]),
+        "survivors": str(len(row["survivors"])),
+        "dropouts": str(len(row["dropped"])),
+        "accuracy": "-" if accuracy is None else format(accuracy, ".3f"),
+        "loss": "-" if loss is None else format(loss, ".3f"),
+        "seconds": format(row["seconds"], ".1f"),
+    }
+    line = GAP.join(cells[name].rjust(len(COLUMNS[name])) for name in _columns(width))
     notes = [f"epsilon {row['epsilon']:.3f}"] if row["epsilon"] is not None else []
     notes += [f"{name}: {row[name]}" for name in ("aborted", "spoiled") if row[name]]
-    return "  ".join([*cells, *notes])
+    whole = GAP.join([line, *notes])
+    if not width or len(whole) <= width:
+        return [whole]
+    indent = " " * len(COLUMNS["round"]) + GAP
+    return [line, *textwrap.wrap(GAP.join(notes), max(width, 20), initial_indent=indent, subsequent_indent=indent)]
+
+
+def _columns(width: int) -> list[str]:
+    """Those that a terminal of this width has room for; ``0``: all."""
+    chosen = list(COLUMNS)
+    for name in ("loss", "version", "seconds", "dropouts"):
+        if width and len(GAP.join(COLUMNS[each] for each in chosen)) > width:
+            chosen.remove(name)
+    return chosen
 
 
 def farthest(records: Iterable[RoundRecord]) -> dict[str, dict[str, float]]:

@@ -1,10 +1,12 @@
 """``edgeadapt coordinator rounds``: each round, and with ``--follow`` those to come."""
 
 import json
+import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
@@ -33,30 +35,56 @@ def rounds(state_dir: Path, follow: bool, as_json: bool) -> None:
     """
     from coordinator.sessionprogress import LogFollower
     from coordinator.statedir import TRANSCRIPT, CoordinatorStateDir
-    from coordinator.status import HEADING, round_line, round_row
+    from coordinator.status import heading, round_lines, round_row
 
     opened, shown = CoordinatorStateDir.open(state_dir), 0
-    follower, live = LogFollower(state_dir / TRANSCRIPT), follow and sys.stderr.isatty()
+    follower, live = LogFollower(state_dir / TRANSCRIPT), _LiveLine(follow and sys.stderr.isatty())
     if not as_json:
-        click.echo(HEADING)
-    while True:
-        new = opened.registry.rounds(shown + 1)
-        if live and new:
-            click.echo("\r\x1b[K", nl=False, err=True)
-        for record in new:
-            row = round_row(record)
-            click.echo(json.dumps(row) if as_json else round_line(row))
-        shown += len(new)
-        if not follow or shown >= opened.settings.rounds:
+        click.echo(heading(_width(sys.stdout)))
+    try:
+        while True:
+            for record in opened.registry.rounds(shown + 1):
+                live.show("")
+                row = round_row(record)
+                lines = [json.dumps(row)] if as_json else round_lines(row, _width(sys.stdout))
+                click.echo("\n".join(lines))
+                shown += 1
+            if not follow or shown >= opened.settings.rounds:
+                return
+            live.show(_under_way(shown + 1, follower.look()))
+            time.sleep(LOOK)
+    finally:
+        live.show("")
+
+
+@dataclass(slots=True)
+class _LiveLine:
+    """The last line of a terminal, which is replaced; nothing elsewhere."""
+
+    on: bool
+    _shown: str = ""
+
+    def show(self, text: str) -> None:
+        """Replace it. What does not fit is cut off: of a line that the terminal has wrapped, only the end is erased."""
+        if not self.on:
             return
-        if live and (progress := follower.look()) is not None:
-            _show(shown + 1, progress)
-        time.sleep(LOOK)
+        text = text[: max(_width(sys.stderr) - 1, 0)]
+        if text != self._shown:
+            click.echo(f"\r\x1b[K{text}", nl=False, err=True)
+            self._shown = text
 
 
-def _show(number: int, progress: "SessionProgress") -> None:
-    """Replace the last line of the terminal by what is under way."""
-    step = progress.step
+def _width(file: TextIO) -> int:
+    """Columns of the terminal that a stream is; 0: it is none."""
+    try:
+        return os.get_terminal_size(file.fileno()).columns
+    except (OSError, ValueError):
+        return 0
+
+
+def _under_way(number: int, progress: "SessionProgress | None") -> str:
+    """The step of a round, shorter than 40 columns up to 999 devices."""
+    if progress is None or progress.step is None:
+        return f"round {number}: waiting"
     devices = f"{progress.answered} of {progress.devices or '?'} devices"
-    text = "" if step is None else f"round {number}, {step.value}: {devices}"
-    click.echo(f"\r\x1b[K{text}", nl=False, err=True)
+    return f"round {number}, {progress.step.value}: {devices}"
