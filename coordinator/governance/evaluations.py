@@ -4,7 +4,7 @@ The signed record of a round names its plan by digest, and the log of the sessio
 found under that digest is the one that the devices had, whoever keeps the log.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from aggregation import envelope, transcript
 from aggregation.errors import ConfigError, ProtocolError, TrustError
 from aggregation.messages import Assignment, Plan
 from coordinator.audit.transcripts import logs
+from coordinator.channels.actions import ActionRecord
 from coordinator.channels.comparison import compared
 from coordinator.channels.history import audit_repository, rollback_after
 from coordinator.channels.repository import ChannelRepository
@@ -74,16 +75,12 @@ def act(repository: ChannelRepository, state_dir: Path, trust: Path | None, chan
     if current is None:
         raise ConfigError(f"channel {channel} has no release", about="channel", value=channel)
     ready = repository.prepared.accept(channel, current)
+    records = audit_repository(repository.folder, None).records
+    lineage = Lineage.read(state_dir, trust, None)
     try:
-        found = judge(Lineage.read(state_dir, trust, None), channel, adapter, newest, previous, ready.condition.margin)
+        found = judge(lineage, channel, adapter, newest, previous, ready.condition.margin, records)
     except NoVerdictError as error:
         return WatchStep("no verdict", str(error))
-    records = audit_repository(repository.folder, None).records
-    before = rollback_after(found, records)
-    if before is not None:
-        led = f"release {before.action.release} of channel {before.action.subject}"
-        reason = f"the evaluation of round {found.round} led to a rollback already ({led}): {_add_one(state_dir)}"
-        return WatchStep("no verdict", reason)
     if found.worse:
         made = publish_prepared(repository, channel, found).release
         text = (
@@ -95,8 +92,16 @@ def act(repository: ChannelRepository, state_dir: Path, trust: Path | None, chan
     return WatchStep("kept", f"{found}; release {current.number} of channel {channel} stays", found)
 
 
-def judge(lineage: Lineage, channel: str, adapter: str, newest: str, previous: str, margin: float) -> JudgedEvaluation:
-    """The verdict of the last round that compared two releases.
+def judge(
+    lineage: Lineage,
+    channel: str,
+    adapter: str,
+    newest: str,
+    previous: str,
+    margin: float,
+    records: Sequence[ActionRecord],
+) -> JudgedEvaluation:
+    """The verdict of the last round that compared two releases, unless it led to a rollback already.
 
     Args:
         lineage: Of the coordinator.
@@ -104,9 +109,11 @@ def judge(lineage: Lineage, channel: str, adapter: str, newest: str, previous: s
         adapter: That is compared.
         newest, previous: ``AdapterManifest.content`` of it in the two releases.
         margin: How far the accuracy of the newest may be below.
+        records: Of the repository's log, verified.
 
     Raises:
-        NoVerdictError: No round compared them, or it counted too few examples of one of them.
+        NoVerdictError: No round compared them, or it counted too few examples of one of them; or that release was taken
+            back for it, and is compared again where it was promoted again.
         DataError, TrustError: As ``last_evaluation`` and ``verdict``.
     """
     found = last_evaluation(lineage, newest, previous)
@@ -120,7 +127,12 @@ def judge(lineage: Lineage, channel: str, adapter: str, newest: str, previous: s
         raise NoVerdictError(reason, about="evaluation", value=number)
     survivors = len(found.manifest.survivors)
     figures = (adapter, newest, previous, dict(metrics), judged, judged.worse)
-    return JudgedEvaluation(number, found.manifest.sha256, survivors, *figures)
+    evaluation = JudgedEvaluation(number, found.manifest.sha256, survivors, *figures)
+    if (before := rollback_after(evaluation, records)) is not None:
+        led = f"release {before.action.release} of channel {before.action.subject}"
+        reason = f"the evaluation of round {number} led to a rollback already ({led}): {_add_one(lineage.state_dir)}"
+        raise NoVerdictError(reason, about="evaluation", value=number)
+    return evaluation
 
 
 def last_evaluation(lineage: Lineage, newest: str, previous: str) -> GovernedVersion | None:

@@ -119,6 +119,8 @@ def test_a_bad_canary_is_found_by_sums_and_taken_back_and_a_good_one_stays(chann
     channel.publish("canary", permuted(good), 4)  # the vendor does not believe it
     channel.promote()
     assert channel.watch()["outcome"] == "no verdict"
+    with refused(NoVerdictError, "evaluation"):  # the command agrees with what watches
+        channel.verdict()
     assert len(channel.having(4)) == DEVICES // 2
     roll_back(channel.repository, "stable", 3, channel.key)
 

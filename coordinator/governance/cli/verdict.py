@@ -12,6 +12,7 @@ from aggregation.errors import EdgeAdaptError
 from coordinator import traces
 from coordinator.channels.actions import login_name
 from coordinator.channels.comparison import compared
+from coordinator.channels.history import audit_repository
 from coordinator.channels.repository import ChannelRepository
 from coordinator.governance.evaluations import act, judge
 from coordinator.governance.gates import GateError
@@ -39,7 +40,8 @@ def verdict(state_dir: Path, channel: str, releases: Path, trust: Path | None, a
 
     The evaluation is a round that 'edgeadapt coordinator evaluate' adds. The release is worse if its accuracy is below
     by more than accuracy.margin of REPO/gates.toml with 95 % confidence; then the exit code is 6, and
-    'edgeadapt adapters rollback' takes the release back.
+    'edgeadapt adapters rollback' takes the release back. An evaluation for which a release was taken back already gives
+    no verdict on another one.
 
     \b
     Example:
@@ -47,7 +49,8 @@ def verdict(state_dir: Path, channel: str, releases: Path, trust: Path | None, a
     """
     newest, previous = compared(_open(releases), channel, adapter)
     margin = GateSettings.read(releases / GATES).accuracy.margin
-    found = judge(Lineage.read(state_dir, trust, None), channel, adapter, newest, previous, margin)
+    lineage, records = Lineage.read(state_dir, trust, None), audit_repository(releases, None).records
+    found = judge(lineage, channel, adapter, newest, previous, margin, records)
     if as_json:
         row = {"round": found.round, "metrics": found.metrics, "worse": found.worse}
         click.echo(json.dumps(row | asdict(found.verdict)))
