@@ -210,8 +210,9 @@ def _sum_counts(
         held_out = in_split(usable(), Split.VALIDATION)[: task.most]
         if not isinstance(base, VerifiedBase) or len(held_out) < task.least:
             return nothing()
-        from client.training.evaluate import own_counts  # ONNX Runtime, which only some devices train with
+        from client.training.evaluate import own_counts, require_hidden  # ONNX Runtime: only some devices train with it
 
+        require_hidden(base.folder.parent, len(plan.members))
         return encoded(own_counts(base.folder.parent, task, held_out))
 
     def nothing() -> Ring:

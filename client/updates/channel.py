@@ -7,6 +7,7 @@ the pinned keys of bundles.
     updates/source.json     where the repository is, and the channel
     updates/root.json       the pinned root of the repository
     updates/targeting.json  what staged rollouts go by (``targeting``)
+    updates/rollout.json    the flags of the channel at the last update, if it rolled a release out
     updates/metadata/       what TUF has accepted so far: from here on nothing older is accepted
     updates/files/          downloads that are not in use yet, by digest
     updates/private/BASE/   private adapters for a base that was replaced
@@ -48,7 +49,7 @@ from client.inference.trust import Trust
 from client.updates.targeting import Targeting
 
 UPDATES, FILES, PRIVATE = "updates", "files", "private"
-SOURCE, ROOT = "source.json", "root.json"
+SOURCE, ROOT, ROLLOUT = "source.json", "root.json", "rollout.json"
 MAX_ROOT = 512_000  # bytes, as TUF's client has it
 MAX_SOURCE = 2**12  # bytes
 CHUNK = 2**16  # bytes
@@ -181,11 +182,30 @@ def update(
         offer = _offer(updater, source, folder, place, entropy)
         release = offer.release
         if _installed(place, release):
+            _note_rollout(folder, offer.rollout)
             return Updated(source, offer, changed=False)
         fetched = _fetch(updater, source, release, place, files, note)
         aside = _install(place, release, files, Trust.open(place, trust), folder / PRIVATE)
+        _note_rollout(folder, offer.rollout)
         shutil.rmtree(files, ignore_errors=True)
         return Updated(source, offer, changed=True, fetched=fetched, set_aside=aside)
+
+
+def last_rollout(bundle: Path) -> Rollout | None:
+    """The rollout of the channel that ``bundle`` follows, as it was at the last update; None if there was none.
+
+    Raises:
+        TrustError: The note of it is damaged.
+    """
+    path = bundle.resolve().parent / UPDATES / ROLLOUT
+    return Rollout.decode(storage.read(path, MAX_FLAGS)) if path.is_file() else None
+
+
+def _note_rollout(folder: Path, rollout: Rollout | None) -> None:
+    if rollout is None:
+        (folder / ROLLOUT).unlink(missing_ok=True)
+    else:
+        storage.replace(folder / ROLLOUT, rollout.encode())
 
 
 class _Folder(FetcherInterface):

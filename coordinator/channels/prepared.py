@@ -173,7 +173,7 @@ class PreparedRollbacks:
             self.discard(channel)
 
     def state(self, channel: str, current: Release) -> tuple[RollbackCondition | None, str]:
-        """The condition of a rollback that can be published now; or None, and why there is none."""
+        """The condition of a rollback that can be published now; or None, and the reason."""
         try:
             return self.accept(channel, current).condition, ""
         except (ConfigError, TrustError) as error:

@@ -33,7 +33,7 @@ def evaluate(state_dir: Path, releases: Path, channel: str, adapter: str, as_jso
     """
     from datetime import UTC, datetime
 
-    from coordinator.channels.comparison import compared, require_both_likely
+    from coordinator.channels.comparison import compared
     from coordinator.channels.repository import ChannelRepository
     from coordinator.settings import SETTINGS
     from coordinator.statedir import HEADER, CoordinatorStateDir
@@ -46,7 +46,7 @@ def evaluate(state_dir: Path, releases: Path, channel: str, adapter: str, as_jso
         present = (len(record.survivors) + len(record.dropped) for record in records)
         devices, rollout = opened.settings.cohort.size or max(present, default=0), repository.rollout(channel)
         if devices and rollout is not None:
-            require_both_likely(rollout, devices)
+            rollout.require_both_likely(devices)
         settings = opened.settings.with_evaluation(len(records), newest, previous)
         storage.replace(state_dir / SETTINGS, HEADER + settings.to_toml().encode(), storage.PUBLIC)
     row = {"round": settings.rounds, "newest": newest, "previous": previous}

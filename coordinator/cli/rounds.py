@@ -75,7 +75,7 @@ class _LiveLine:
 
 
 def _width(file: TextIO) -> int:
-    """Columns of the terminal that a stream is; 0: it is none."""
+    """Columns of the terminal that a stream writes to; 0 without one."""
     try:
         return os.get_terminal_size(file.fileno()).columns
     except (OSError, ValueError):

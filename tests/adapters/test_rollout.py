@@ -85,3 +85,20 @@ def test_a_truncated_definition_is_refused() -> None:
 def test_what_is_no_language(code: str) -> None:
     with refused(ConfigError, "language"):
         check_language(code)
+
+
+@pytest.mark.parametrize(
+    ("share", "devices", "languages"),
+    [(50, 8, ()), (10, 40, ()), (90, 40, ()), (50, 4, ()), (1, 400, ()), (100, 40, ("de",)), (96, 40, ("de",))],
+)
+def test_a_share_at_which_both_are_likely(share: int, devices: int, languages: tuple[str, ...]) -> None:
+    Rollout(2, 1, share, languages).require_both_likely(devices)
+
+
+@pytest.mark.parametrize(
+    ("share", "devices", "languages"),
+    [(49, 8, ()), (51, 8, ()), (9, 40, ()), (91, 40, ()), (0, 1000, ()), (25, 4, ()), (9, 40, ("de",))],
+)
+def test_a_share_at_which_one_is_not(share: int, devices: int, languages: tuple[str, ...]) -> None:
+    with refused(ConfigError, "share", value=share):
+        Rollout(2, 1, share, languages).require_both_likely(devices)

@@ -16,6 +16,7 @@ from flwr.app import Message
 
 from adapters.evaluation import EvaluationTask
 from adapters.gateway.invitation import Invitation
+from adapters.rollout import Rollout
 from aggregation.entropy import SystemEntropy
 from aggregation.pki import Authority
 from aggregation.pki.certificates import to_pem
@@ -27,6 +28,7 @@ from client.inference.trust import Trust
 from client.node.statedir import SETTINGS
 from client.training.evaluate import own_counts
 from client.training.examples import Split, in_split, read_examples
+from client.updates.channel import ROLLOUT, UPDATES
 from coordinator.app import run
 from coordinator.authority import AuthorityStore
 from coordinator.authority.store import CERTIFICATE, KEY, RECORD
@@ -195,7 +197,10 @@ def enrolling(folder: Path, authority: Authority, port: int) -> Iterator[Authori
 
 
 def give_bundle(folder: Path, bundle: Path) -> None:
-    """Let a Python device answer and train with the bundle that the tabs have."""
+    """Let a Python device answer and train with the bundle that the tabs have, at a share of one half."""
+    note = bundle.parent / UPDATES / ROLLOUT
+    note.parent.mkdir(exist_ok=True)
+    note.write_bytes(Rollout(2, 1, 50).encode())
     file = folder / SETTINGS
     file.write_text(tomli_w.dumps(tomllib.loads(file.read_text()) | {"base": str(bundle)}))
 
