@@ -53,7 +53,7 @@ function tiles(view) {
 /** A line through the rounds that have a value; axis labels are the least and largest of them. */
 function line(id, rounds, value) {
   const points = rounds.map((each) => [each.round, value(each)]).filter(([, y]) => Number.isFinite(y));
-  const [width, height, left, edge] = [600, 180, 44, 14];
+  const [width, height, left, edge] = [600, 180, 52, 14];
   if (!points.length) return byId(id).replaceChildren();
   const [first, last] = [points[0][0], points.at(-1)[0]];
   const low = Math.min(...points.map(([, y]) => y));
@@ -76,7 +76,7 @@ function line(id, rounds, value) {
 }
 
 function bars(id, rounds) {
-  const [width, height, left, edge] = [600, 180, 44, 14];
+  const [width, height, left, edge] = [600, 180, 52, 14];
   const most = Math.max(1, ...rounds.map((each) => total(each.dropouts)));
   const slot = (width - left - edge) / Math.max(1, rounds.length);
   const scale = (height - 24 - edge) / most;
