@@ -43,23 +43,34 @@ async def serve(port: int, count: int, authority: Authority) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def enrolled(name: str, authority: Authority) -> tuple[bytes, grpc.ChannelCredentials]:
+    """A new device: what it says to a gateway, and the TLS credentials of its connection."""
+    identity, key, now = IdentityKey.generate(SystemEntropy()), TlsKey.generate(SystemEntropy()), datetime.now(UTC)
+    _, public = read_tls_request(key.request(name))
+    begin, end = now - timedelta(hours=1), now + timedelta(hours=1)
+    serial = int.from_bytes(SystemEntropy().bytes(8), "big") + 1
+    der = authority.issue_tls(name, public, TlsRole.DEVICE, not_before=begin, not_after=end, serial=serial)
+    hello = pb.Hello(
+        certificate=authority.issue(name, identity.public, not_before=begin, not_after=end),
+        binding=bind(identity, der),
+        version=version("edgeadapt"),
+    )
+    credentials = grpc.ssl_channel_credentials(authority.root.to_pem(), key.pem, certificates.to_pem(der))
+    return hello.SerializeToString(), credentials
+
+
+def connection(port: int, credentials: grpc.ChannelCredentials) -> aio.Channel:
+    """A connection of its own, with a TLS handshake of its own."""
+    return aio.secure_channel(f"127.0.0.1:{port}", credentials, [*frames.DEVICE_OPTIONS, OWN_CONNECTION])
+
+
 async def _device(
     port: int, name: str, authority: Authority, gate: asyncio.Semaphore, connected: asyncio.Event
 ) -> None:
     async with gate:
-        identity, key, now = IdentityKey.generate(SystemEntropy()), TlsKey.generate(SystemEntropy()), datetime.now(UTC)
-        _, public = read_tls_request(key.request(name))
-        begin, end = now - timedelta(hours=1), now + timedelta(hours=1)
-        serial = int.from_bytes(SystemEntropy().bytes(8), "big") + 1
-        der = authority.issue_tls(name, public, TlsRole.DEVICE, not_before=begin, not_after=end, serial=serial)
-        hello = pb.Hello(
-            certificate=authority.issue(name, identity.public, not_before=begin, not_after=end),
-            binding=bind(identity, der),
-            version=version("edgeadapt"),
-        )
-        credentials = grpc.ssl_channel_credentials(authority.root.to_pem(), key.pem, certificates.to_pem(der))
-        channel = aio.secure_channel(f"127.0.0.1:{port}", credentials, [*frames.DEVICE_OPTIONS, OWN_CONNECTION])
-        stream = channel.unary_stream(frames.ATTEND)(hello.SerializeToString())
+        hello, credentials = enrolled(name, authority)
+        channel = connection(port, credentials)
+        stream = channel.unary_stream(frames.ATTEND)(hello)
         await stream.initial_metadata()
         connected.set()
     async with channel:

@@ -4,6 +4,7 @@ The gateway and the coordinator's transport are those of a run; the devices are 
 (``clients``). Both processes share this machine, so that the devices' work on TLS is in the times.
 """
 
+import json
 import os
 import statistics
 import subprocess
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from aggregation.entropy import SystemEntropy
 from aggregation.pki import Authority, certificates
@@ -50,6 +51,19 @@ class Load:
     devices: int
     check_ins: int
     pulls: int
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """Check-ins at a rate.
+
+    Attributes:
+        rate: A minute.
+        seconds: That they last.
+    """
+
+    rate: float
+    seconds: float
 
 
 FULL = Load(cohort=10, work=0.2, repeats=10, devices=2000, check_ins=1000, pulls=200)
@@ -108,9 +122,8 @@ def _ask(
 
 
 @contextmanager
-def _gateway(count: int) -> Iterator[tuple[Transport, float]]:
-    """A gateway to which so many devices are connected, and the bytes of memory that they take here."""
-    allow_connections(count)
+def _serving() -> Iterator[tuple[GatewayGrid, Authority]]:
+    """A gateway, and the authority of its devices."""
     now = datetime.now(UTC)
     authority = Authority.create("bench", SystemEntropy(), now - timedelta(hours=1), now + timedelta(hours=2))
     key = TlsKey.generate(SystemEntropy())
@@ -118,22 +131,86 @@ def _gateway(count: int) -> Iterator[tuple[Transport, float]]:
     dates = {"not_before": now - timedelta(hours=1), "not_after": now + timedelta(hours=1)}
     der = authority.issue_tls("gateway", public, TlsRole.GATEWAY, ("127.0.0.1",), serial=1, **dates)
     tls = ServerTls(key.pem, certificates.to_pem(der), authority.root.to_pem())
-    limits = GatewayLimits(calls=10_000, check_ins=1e6)  # a step after the other, without training
+    # Devices ask a step after the other, without training, and come again without a pause.
+    limits = GatewayLimits(calls=10_000, check_ins=1e6, grace=0.0)
     grid = GatewayGrid("127.0.0.1:0", tls, lambda at: authority.root, limits)
-    command = [sys.executable, "-m", "simulations.benchmarks.gateway.clients", str(grid.port), str(count)]
-    before = _resident()
     try:
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as clients:  # noqa: S603
-            if clients.stdin is None or clients.stdout is None:
-                raise AssertionError
-            clients.stdin.write(authority.to_pem() + b"\n")
-            clients.stdin.flush()
-            if clients.stdout.readline() != b"connected\n":
-                raise AssertionError("the devices could not connect")
-            yield Transport(grid, grid.clock, DEADLINE), _resident() - before
-            clients.stdin.close()
+        yield grid, authority
     finally:
         grid.close()
+
+
+@contextmanager
+def _clients(module: str, authority: Authority, *arguments: object) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """A process of devices, after its first line: its standard input and output."""
+    command = [sys.executable, "-m", f"simulations.benchmarks.gateway.{module}", *map(str, arguments)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as clients:  # noqa: S603
+        if clients.stdin is None or clients.stdout is None:
+            raise AssertionError
+        clients.stdin.write(authority.to_pem() + b"\n")
+        clients.stdin.flush()
+        if not clients.stdout.readline():
+            raise AssertionError("the devices could not connect")
+        yield clients.stdin, clients.stdout
+        clients.stdin.close()
+
+
+@contextmanager
+def _gateway(count: int) -> Iterator[tuple[Transport, float]]:
+    """A gateway to which so many devices are connected, and the bytes of memory that they take here."""
+    allow_connections(count)
+    with _serving() as (grid, authority):
+        before = _resident()
+        with _clients("clients", authority, grid.port, count):
+            yield Transport(grid, grid.clock, DEADLINE), _resident() - before
+
+
+def measure_arrivals(arrivals: Arrivals, note: Note) -> dict[str, Any]:
+    """Let devices check in at a rate, each over a new connection; times in milliseconds."""
+    before, rate = os.getloadavg()[0], arrivals.rate / 60.0
+    with _serving() as (grid, authority):
+        note("devices are made")
+        with _clients("arrivals", authority, grid.port, rate, arrivals.seconds) as (asked, answered):
+            note(f"{arrivals.rate:.0f} check-ins a minute for {arrivals.seconds:.0f} s")
+            begin = time.process_time()
+            asked.write(b"\n")
+            asked.flush()
+            found = json.loads(answered.readline())
+            own = time.process_time() - begin
+            refused = {name: count for name, count in grid.snapshot("").check_ins.items() if name != "admitted"}
+    times, elapsed = found["milliseconds"], found["seconds"]
+    cuts = statistics.quantiles(times, n=100, method="inclusive")
+    return {
+        "arrivals": asdict(arrivals),
+        "admitted": len(times),
+        "errors": found["errors"] | refused,
+        "admitted_a_minute": 60.0 * len(times) / elapsed,
+        "p50_ms": cuts[49],
+        "p99_ms": cuts[98],
+        "last_ms": max(times),
+        "cores": os.cpu_count(),
+        "gateway_cores": own / elapsed,
+        "device_cores": found["cpu_seconds"] / elapsed,
+        "load_average": [before, os.getloadavg()[0]],
+    }
+
+
+def arrivals_table(found: Mapping[str, Any]) -> str:
+    """The figures for a reader."""
+    asked, (before, after) = found["arrivals"], found["load_average"]
+    used, devices = found["gateway_cores"] + found["device_cores"], found["device_cores"]
+    failed = ", ".join(f"{count} {name}" for name, count in found["errors"].items()) or "none"
+    return "\n".join(
+        [
+            f"{asked['rate']:.0f} check-ins a minute for {asked['seconds']:.0f} s, each over a new connection with TLS",
+            f"  admitted   {found['admitted']}, {found['admitted_a_minute']:.0f} a minute; failed: {failed}",
+            f"  until then p50 {found['p50_ms']:.0f} ms, p99 {found['p99_ms']:.0f} ms, last {found['last_ms']:.0f} ms",
+            f"  cores      gateway {found['gateway_cores']:.2f}, devices {devices:.2f} ({devices / used:.0%} of what "
+            f"both used), of {found['cores']}",
+            "",
+            f"load average {before:.1f} before, {after:.1f} after; gateway and devices share this machine",
+        ]
+    )
 
 
 def _resident() -> float:

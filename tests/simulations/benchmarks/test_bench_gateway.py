@@ -22,3 +22,13 @@ def test_the_quick_run_reaches_every_device_and_prints_its_figures() -> None:
     assert found["check_in"]["p50_ms"] <= found["check_in"]["p99_ms"] <= found["check_in"]["last_ms"]
     shown = measure.table(found)
     assert f"{load.devices} of {load.devices} devices connected" in shown
+
+
+def test_every_check_in_at_a_rate_is_admitted_and_the_cores_are_counted() -> None:
+    done = CliRunner().invoke(edgeadapt.cli, ["bench", "gateway", "--quick", "--check-ins", "600", "--json"])
+    found = json.loads(done.stdout)
+    assert (found["admitted"], found["errors"]) == (20, {})
+    assert 0 < found["p50_ms"] <= found["p99_ms"] <= found["last_ms"]
+    assert found["gateway_cores"] > 0
+    assert found["device_cores"] > 0
+    assert "600 check-ins a minute" in measure.arrivals_table(found)
