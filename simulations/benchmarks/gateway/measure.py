@@ -191,6 +191,8 @@ def measure_arrivals(arrivals: Arrivals, note: Note) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "gateway_cores": own / elapsed,
         "device_cores": found["cpu_seconds"] / elapsed,
+        "gateway_cpu_ms": 1e3 * own / len(times),
+        "device_cpu_ms": 1e3 * found["cpu_seconds"] / len(times),
         "load_average": [before, os.getloadavg()[0]],
     }
 
@@ -207,6 +209,8 @@ def arrivals_table(found: Mapping[str, Any]) -> str:
             f"  until then p50 {found['p50_ms']:.0f} ms, p99 {found['p99_ms']:.0f} ms, last {found['last_ms']:.0f} ms",
             f"  cores      gateway {found['gateway_cores']:.2f}, devices {devices:.2f} ({devices / used:.0%} of what "
             f"both used), of {found['cores']}",
+            f"  a check-in takes {found['gateway_cpu_ms']:.1f} ms of a core at the gateway, and "
+            f"{found['device_cpu_ms']:.1f} ms at the device",
             "",
             f"load average {before:.1f} before, {after:.1f} after; gateway and devices share this machine",
         ]
