@@ -451,7 +451,8 @@ def step_digest(origin: AdapterManifest, learning_rate: float, how: PersonalStep
 def _in_lesson_order(phrases: Sequence[tuple[str, str]], lesson: int) -> list[tuple[str, str]]:
     """Labels and phrases in the order of a lesson, which is another one for each number.
 
-    A generator's order would be NumPy's own; digests give the same one in the browser (``page/learning/learner.js``).
+    A generator's order would be NumPy's own; digests give the same one in the browser
+    (``page/learning/classifier.js``).
     """
     return sorted(phrases, key=lambda pair: sha256("\t".join([str(lesson), *pair]).encode()).digest())
 

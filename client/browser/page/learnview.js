@@ -78,8 +78,7 @@ export class LearnView {
     const correction = { text: element("phrase").value, label: element("teach-label").value };
     const done = await this.client.teach(this.#inUse.name, [correction], progress);
     await this.#use(done, done.adapter);
-    const known = done.taught.filter((one) => one.after.label === one.label).length;
-    const learned = `${done.adapter} version ${done.version}: ${known} of ${done.taught.length} learned`;
+    const learned = `${done.adapter} version ${done.version}: ${done.known} of ${done.taught.length} learned`;
     const others = done.tested ? ` ${done.changed.length} of ${done.tested} other known phrases are answered otherwise.` : "";
     this.#result(`${learned}, ${done.steps} steps, ${done.seconds.toFixed(1)} s.${others}`, done.changed);
   }

@@ -8,7 +8,7 @@ import { bytes, made } from "./made.mjs";
 
 const { steps, files, orders } = made.learning;
 const { parsePhrases } = await import(new URL("learning/phrases.js", `file://${process.env.EDGEADAPT_SITE}/`));
-const { inLessonOrder } = await import(new URL("learning/learner.js", `file://${process.env.EDGEADAPT_SITE}/`));
+const { inLessonOrder } = await import(new URL("learning/classifier.js", `file://${process.env.EDGEADAPT_SITE}/`));
 const floats = (base64) => new Float32Array(bytes(base64).buffer);
 
 test("AdamW takes the steps that the native one takes, with and without weight decay", () => {

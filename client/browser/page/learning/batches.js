@@ -16,6 +16,23 @@ export function batches(lengths, size, epochs, permuted = permutation) {
   return Array.from({ length: epochs }, epoch).flat();
 }
 
+/** The texts of a batch, given by their lengths, in runs of at most `tokens` tokens with padding, each of one or more. */
+export function parts(lengths, tokens) {
+  const found = [];
+  let longest = 0;
+  for (const [i, length] of lengths.entries()) {
+    longest = Math.max(longest, length);
+    const run = found.at(-1);
+    if (run && longest * (run.length + 1) <= tokens) {
+      run.push(i);
+    } else {
+      found.push([i]);
+      longest = length;
+    }
+  }
+  return found;
+}
+
 /** A random permutation of 0 to n - 1 (Fisher and Yates), each as likely as any other. */
 export function permutation(n) {
   const found = Array.from({ length: n }, (_, i) => i);

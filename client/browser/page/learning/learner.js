@@ -1,22 +1,18 @@
 // Tunes the private adapter of a bundle to a person's corrections, puts it into use, and takes it back, as
-// client/learning/learner.py. It is kept in this browser (history.js), and leaves it only if the person exports it.
+// client/learning/learner.py: classifier.js tunes, this file keeps the result. It is kept in this browser
+// (history.js), and leaves it only if the person exports it.
 
-import { byCodePoint, encode, sha256 } from "../bytes.js";
+import { encode, sha256 } from "../bytes.js";
 import { pack } from "../container.js";
 import { ConfigError, DataError, TrustError, quoted } from "../errors.js";
 import { publicKeyOf, signingKey, toPem } from "../keys.js";
 import { adapterManifest, signedAdapterManifest } from "../manifests.js";
-import { PHRASES } from "../trust.js";
+import { teachClassifier } from "./classifier.js";
 import { corrections as corrected, withLesson, withoutLesson } from "./history.js";
-import { parsePhrases } from "./phrases.js";
-import { GraphTrainer } from "./trainer.js";
-import { probabilities, tune } from "./tune.js";
 
 const PERSONAL = "personal"; // the private adapter that is made of a global one
 const MAX_AT_ONCE = 64; // corrections
 const MAX_TEXT = 2000; // characters of one
-const MAX_REHEARSED = 32; // phrases
-const MAX_TESTED = 32; // phrases
 const LOCK = "learn.lock";
 
 export class Learner {
@@ -26,11 +22,11 @@ export class Learner {
 
   /**
    * Tune the adapter `name` until it answers corrections, [{ text, label }], as taught, and keep the result, as the private
-   * adapter that it is or as a new one. `pause` is awaited between the parts of the work, with the number of steps so far;
-   * what it throws ends the lesson, and the adapter in use stays, as after every error.
+   * adapter that it is or as a new one. `pause` is awaited
+   * between the parts of the work, with the number of steps so far; what it throws ends the lesson, and the adapter in use
+   * stays, as after every error.
    *
-   * Returns { adapter, version, steps, seconds, taught, changed, tested }: the corrections, and those of the tested other
-   * phrases that are answered otherwise, each { text, label, before, after } with the answers { label, probability }.
+   * Returns { adapter, version } with what `teachClassifier` gives, without the inputs.
    *
    * Throws DataError: a text or label cannot be learned, or none was. ConfigError: the bundle or the adapter cannot be
    * trained, another tab is learning, or the result cannot be stored. TrustError: a file is not what was signed.
@@ -43,38 +39,15 @@ export class Learner {
       if (target !== name && (await engine.adapterNames()).includes(target)) {
         throw new ConfigError(`there is a private adapter already: use ${quoted(target)}, and teach that`, "adapter");
       }
-      checkTaught(corrections, adapter.manifest.labels);
-      const trainer = await GraphTrainer.open(engine, adapter);
-      try {
-        return await this.#learned(record, { adapter, target, corrections, trainer, pause });
-      } finally {
-        await trainer.close();
+      checkTaught(corrections);
+      const { inputs, ...found } = await teachClassifier(engine, adapter, corrections, corrected(record), pause);
+      if (!found.known) {
+        const reason = `nothing was learned in ${found.steps} steps; the adapter in use stays: teach something else`;
+        throw new DataError(reason, "corrections");
       }
+      const version = await this.#keep(record, { manifest: adapter.manifest, target, corrections, inputs });
+      return { adapter: target, version, ...found };
     });
-  }
-
-  async #learned(record, { adapter, target, corrections, trainer, pause }) {
-    const { manifest, inputs } = adapter;
-    const example = ({ text, label }) => ({ text, label, ids: trainer.tokens(text), target: manifest.labels.indexOf(label) });
-    for (const { text } of corrections) this.engine.text.phrase(text); // refuses one without a known token
-    const taught = corrections.map(example);
-    const others = await this.#others(corrected(record), corrections, manifest.labels);
-    const [rehearsed, tested] = [others.rehearsed.map(example), others.tested.map(example)];
-    const [start, begun] = [trainer.valuesOf(inputs), performance.now()];
-    const { values, steps } = await tune(trainer, start, taught, rehearsed, pause);
-    const seconds = (performance.now() - begun) / 1000;
-    const asked = [...taught, ...tested].map(({ ids }) => ids);
-    const answers = async (of) => predictions(await trainer.logits(of, asked, () => pause(steps)), manifest);
-    const [before, after] = [await answers(start), await answers(values)];
-    const found = [...taught, ...tested].map(({ text, label }, i) => ({ text, label, before: before[i], after: after[i] }));
-    const [own, rest] = [found.slice(0, taught.length), found.slice(taught.length)];
-    if (!own.some((one) => one.after.label === one.label)) {
-      const reason = `nothing was learned in ${steps} steps; the adapter in use stays: teach other phrases`;
-      throw new DataError(reason, "corrections");
-    }
-    const version = await this.#keep(record, { manifest, target, corrections, inputs: trainer.inputsOf(values) });
-    const changed = rest.filter((one) => one.before.label !== one.after.label);
-    return { adapter: target, version, steps, seconds, taught: own, changed, tested: rest.length };
   }
 
   /**
@@ -108,24 +81,6 @@ export class Learner {
     const [manifest, blob] = [await history.read(`adapters/${name}.json`), await history.read(`adapters/${name}.onnx_adapter`)];
     const [key] = await history.keys();
     return { manifest, blob, pem: encode(toPem(key)) };
-  }
-
-  /** What is rehearsed while corrections are taught, and what is tested: recent corrections, and public phrases. */
-  async #others(earlier, taught, labels) {
-    const usable = ({ text, label }) => labels.includes(label) && !taught.some((one) => one.text === text);
-    const known = new Set(earlier.map(({ text }) => text));
-    const phrases = (await this.#phrases()).filter((one) => usable(one) && !known.has(one.text));
-    const ordered = await inLessonOrder(phrases, earlier.length);
-    const oneEach = [...new Map(ordered.map((one) => [one.label, one])).values()];
-    const recent = earlier.filter(usable).reverse().slice(0, MAX_REHEARSED / 2);
-    const rehearsed = [...recent, ...oneEach].slice(0, MAX_REHEARSED);
-    const isRehearsed = ({ text, label }) => rehearsed.some((one) => one.text === text && one.label === label);
-    return { rehearsed, tested: [...recent, ...ordered.filter((one) => !isRehearsed(one))].slice(0, MAX_TESTED) };
-  }
-
-  async #phrases() {
-    const { base, source, trust } = this.engine;
-    return Object.hasOwn(base.files, PHRASES) ? parsePhrases(await trust.file(source, base, PHRASES), PHRASES) : [];
   }
 
   /** Keep an adapter with these inputs as the result of a lesson; returns its version. */
@@ -170,29 +125,15 @@ export class Learner {
   }
 }
 
-function checkTaught(corrections, labels) {
+function checkTaught(corrections) {
   if (!corrections.length || corrections.length > MAX_AT_ONCE) {
     throw new DataError(`${corrections.length} corrections are given: teach 1 to ${MAX_AT_ONCE} at once`, "corrections");
   }
   if (new Set(corrections.map(({ text }) => text)).size < corrections.length) {
-    throw new DataError("a phrase is given twice: teach it with one label", "corrections");
+    throw new DataError("a phrase is given twice: teach it with one label or answer", "corrections");
   }
-  for (const { text, label } of corrections) {
-    if (!labels.includes(label)) throw new DataError(`the adapter lacks the label ${quoted(label, 40)}: choose another`, "label");
-    if ([...text].length > MAX_TEXT) throw new DataError(`the phrase is above the limit of ${MAX_TEXT} characters: shorten it`, "text");
+  for (const one of corrections) {
+    const long = ["text", "label"].find((part) => [...one[part]].length > MAX_TEXT);
+    if (long) throw new DataError(`the correction is above the limit of ${MAX_TEXT} characters: shorten it`, long);
   }
 }
-
-/** Phrases in the order of a lesson, which is another one for each number: by digest, as natively. */
-export async function inLessonOrder(phrases, lesson) {
-  const digests = await Promise.all(phrases.map(({ label, text }) => sha256(encode([lesson, label, text].join("\t")))));
-  const order = phrases.map((_, i) => i).sort((left, right) => byCodePoint(digests[left], digests[right]) || left - right);
-  return order.map((i) => phrases[i]);
-}
-
-const predictions = (logits, { labels, temperature }) =>
-  logits.map((row) => {
-    const found = probabilities(row, temperature);
-    const best = found.indexOf(Math.max(...found));
-    return { label: labels[best], probability: found[best] };
-  });

@@ -96,9 +96,9 @@ async function opened(engine, task, blob, limits) {
     const inputs = fromPeft(tensors);
     const sizes = checkSlots(new Map([...emptyAdapter(engine.base.slots), ...inputs]), engine.base.slots);
     if (sizes.get("labels") !== task.labels.length) throw new DataError("the head has another number of labels", "task.labels");
-    const manifest = { name: "of the plan", peft_config: task.peft_config };
-    const open = isAnalytic(task) || isEvaluation(task) ? GraphTrainer.answering : GraphTrainer.open;
-    return [await open(engine, { manifest, inputs }), inputs];
+    const adapter = { manifest: { name: "of the plan", peft_config: task.peft_config }, inputs };
+    const answers = isAnalytic(task) || isEvaluation(task);
+    return [answers ? GraphTrainer.answering(engine, adapter) : await GraphTrainer.open(engine, adapter), inputs];
   } catch (error) {
     if (!(error instanceof DataError || error instanceof ConfigError)) throw error;
     throw new ProtocolError(`adapter and task: ${error.message}`, error.about || "plan.training", COORDINATOR);

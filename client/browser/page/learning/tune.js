@@ -10,22 +10,42 @@ export const MAX_STEPS = 30;
 const MAX_SECONDS = 60; // after which no further step begins
 
 /**
- * Train `start` on all examples at once: { values, steps }.
+ * Train `start` on all examples at once, until each correction has its label with probability `SURE`: { values, steps }.
  *
  * `trainer` has `gradients` and `logits` of a `GraphTrainer`. `taught` and `rehearsed` are [{ ids, target }], at least one
- * taught. `pause` is awaited between the parts of the work, with the number of steps so far; what it throws ends the
- * training. Throws DataError: the loss or the adapter is not finite, or the training graph does not run.
+ * taught. `pause` and errors are those of `descendUntil`.
  */
-export async function tune(trainer, start, taught, rehearsed, pause, clock = () => performance.now() / 1000) {
+export function tune(trainer, start, taught, rehearsed, pause, clock) {
+  const examples = withShares(taught, rehearsed);
+  const isLearned = async (values, between) => {
+    const found = await trainer.logits(values, taught.map(({ ids }) => ids), between);
+    return taught.every(({ target }, i) => probabilities(found[i], 1)[target] >= SURE);
+  };
+  const gradientsOf = (values, between) => trainer.gradients(values, examples, between);
+  return descendUntil(isLearned, gradientsOf, start, LEARNING_RATE, pause, clock);
+}
+
+/** Examples with their factors in the loss: half of it is that of the corrections. */
+export function withShares(taught, rehearsed) {
   const half = rehearsed.length ? 0.5 : 1;
-  const examples = [taught, rehearsed].flatMap((group) => group.map((one) => ({ ...one, share: half / group.length })));
+  return [taught, rehearsed].flatMap((group) => group.map((one) => ({ ...one, share: half / group.length })));
+}
+
+/**
+ * Train `start` at a learning rate until `isLearned`, `MAX_STEPS` or `MAX_SECONDS`: { values, steps }.
+ *
+ * Of values and a pause between runs, `isLearned` gives whether they are learned, and `gradientsOf`, which is called after it
+ * with the same ones, { loss, gradients }. `pause` is awaited between the parts of the work, with the number of steps so far;
+ * what it throws ends the training. Throws DataError: the loss or the adapter is not finite, or the training graph does not
+ * run.
+ */
+export async function descendUntil(isLearned, gradientsOf, start, rate, pause, clock = () => performance.now() / 1000) {
   const values = new Map([...start].map(([name, each]) => [name, each.slice()]));
-  const [optimizer, end] = [new AdamW(LEARNING_RATE), clock() + MAX_SECONDS];
+  const [optimizer, end] = [new AdamW(rate), clock() + MAX_SECONDS];
   for (let steps = 0; ; steps++) {
     const between = () => pause(steps);
-    const over = steps === MAX_STEPS || clock() >= end;
-    if (over || (await learned(trainer, values, taught, between))) return { values: finite(values), steps };
-    const { loss, gradients } = await trainer.gradients(values, examples, between);
+    if ((await isLearned(values, between)) || steps === MAX_STEPS || clock() >= end) return { values: finite(values), steps };
+    const { loss, gradients } = await gradientsOf(values, between);
     if (!Number.isFinite(loss)) {
       const reason = "the training loss is not finite: the base or the adapter in use is damaged; copy the bundle again";
       throw new DataError(reason, "training.loss");
@@ -40,11 +60,6 @@ export function probabilities(logits, temperature) {
   const exponentials = Array.from(logits, (logit) => Math.exp((logit - largest) / temperature));
   const sum = exponentials.reduce((a, b) => a + b, 0);
   return exponentials.map((value) => value / sum);
-}
-
-async function learned(trainer, values, taught, pause) {
-  const found = await trainer.logits(values, taught.map(({ ids }) => ids), pause);
-  return taught.every(({ target }, i) => probabilities(found[i], 1)[target] >= SURE);
 }
 
 function finite(values) {

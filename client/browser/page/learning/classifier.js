@@ -1,0 +1,81 @@
+// What a classifier learns from corrections, and which other phrases it then answers otherwise.
+
+import { byCodePoint, encode, sha256 } from "../bytes.js";
+import { DataError, quoted } from "../errors.js";
+import { PHRASES } from "../trust.js";
+import { parsePhrases } from "./phrases.js";
+import { GraphTrainer } from "./trainer.js";
+import { probabilities, tune } from "./tune.js";
+
+const MAX_REHEARSED = 32; // phrases
+const MAX_TESTED = 32; // phrases
+
+/**
+ * Tune an adapter of an open bundle to corrections, [{ text, label }]; `earlier` are those of other lessons, the oldest first.
+ *
+ * Returns { inputs, steps, seconds, known, taught, changed, tested }: the adapter's graph inputs, how many corrections are
+ * answered as taught, the corrections, and those of the tested other phrases that are answered otherwise, each { text, label,
+ * before, after } with the answers { label, probability }. `pause` and errors are those of `Learner.teach`.
+ */
+export async function teachClassifier(engine, adapter, corrections, earlier, pause) {
+  const { labels } = adapter.manifest;
+  for (const { label } of corrections) {
+    if (!labels.includes(label)) throw new DataError(`the adapter lacks the label ${quoted(label, 40)}: choose another`, "label");
+  }
+  const trainer = await GraphTrainer.open(engine, adapter);
+  try {
+    return await lesson(engine, trainer, adapter, corrections, earlier, pause);
+  } finally {
+    await trainer.close();
+  }
+}
+
+async function lesson(engine, trainer, { manifest, inputs }, corrections, earlier, pause) {
+  const example = ({ text, label }) => ({ text, label, ids: trainer.tokens(text), target: manifest.labels.indexOf(label) });
+  for (const { text } of corrections) engine.text.phrase(text); // refuses one without a known token
+  const taught = corrections.map(example);
+  const others = await othersOf(engine, earlier, corrections, manifest.labels);
+  const [rehearsed, tested] = [others.rehearsed.map(example), others.tested.map(example)];
+  const [start, begun] = [trainer.valuesOf(inputs), performance.now()];
+  const { values, steps } = await tune(trainer, start, taught, rehearsed, pause);
+  const seconds = (performance.now() - begun) / 1000;
+  const asked = [...taught, ...tested].map(({ ids }) => ids);
+  const answers = async (of) => predictions(await trainer.logits(of, asked, () => pause(steps)), manifest);
+  const [before, after] = [await answers(start), await answers(values)];
+  const found = [...taught, ...tested].map(({ text, label }, i) => ({ text, label, before: before[i], after: after[i] }));
+  const [own, rest] = [found.slice(0, taught.length), found.slice(taught.length)];
+  const known = own.filter((one) => one.after.label === one.label).length;
+  const changed = rest.filter((one) => one.before.label !== one.after.label);
+  return { inputs: trainer.inputsOf(values), steps, seconds, known, taught: own, changed, tested: rest.length };
+}
+
+/** What is rehearsed while corrections are taught, and what is tested: recent corrections, and public phrases. */
+async function othersOf(engine, earlier, taught, labels) {
+  const usable = ({ text, label }) => labels.includes(label) && !taught.some((one) => one.text === text);
+  const known = new Set(earlier.map(({ text }) => text));
+  const phrases = (await publicPhrases(engine)).filter((one) => usable(one) && !known.has(one.text));
+  const ordered = await inLessonOrder(phrases, earlier.length);
+  const oneEach = [...new Map(ordered.map((one) => [one.label, one])).values()];
+  const recent = earlier.filter(usable).reverse().slice(0, MAX_REHEARSED / 2);
+  const rehearsed = [...recent, ...oneEach].slice(0, MAX_REHEARSED);
+  const isRehearsed = ({ text, label }) => rehearsed.some((one) => one.text === text && one.label === label);
+  return { rehearsed, tested: [...recent, ...ordered.filter((one) => !isRehearsed(one))].slice(0, MAX_TESTED) };
+}
+
+async function publicPhrases({ base, source, trust }) {
+  return Object.hasOwn(base.files, PHRASES) ? parsePhrases(await trust.file(source, base, PHRASES), PHRASES) : [];
+}
+
+/** Phrases in the order of a lesson, which is another one for each number: by digest, as natively. */
+export async function inLessonOrder(phrases, lesson) {
+  const digests = await Promise.all(phrases.map(({ label, text }) => sha256(encode([lesson, label, text].join("\t")))));
+  const order = phrases.map((_, i) => i).sort((left, right) => byCodePoint(digests[left], digests[right]) || left - right);
+  return order.map((i) => phrases[i]);
+}
+
+const predictions = (logits, { labels, temperature }) =>
+  logits.map((row) => {
+    const found = probabilities(row, temperature);
+    const best = found.indexOf(Math.max(...found));
+    return { label: labels[best], probability: found[best] };
+  });
