@@ -46,7 +46,7 @@ SWITCH = """(async () => {
 @click.command()
 @click.option("--repeat", default=21, type=click.IntRange(1, 1000), show_default=True)
 @click.option("--tokens", default=48, type=click.IntRange(2, 1000), show_default=True, help="Of a generated text.")
-@click.option("--teach", "taught", nargs=2, metavar="LABEL PHRASE", help="Also teach the page this.")
+@click.option("--teach", "taught", nargs=2, metavar="LABEL PHRASE", help="Also teach this, or ANSWER PROMPT.")
 @click.option("--json", "as_json", is_flag=True)
 @click.argument("bundle", type=click.Path(path_type=Path))
 def measure(repeat: int, tokens: int, taught: tuple[str, str] | None, as_json: bool, bundle: Path) -> None:
@@ -127,9 +127,14 @@ def _lesson(chromium: Chromium, page: Page, label: str, phrase: str) -> dict[str
     used, start = chromium.cpu_seconds(), time.perf_counter()
     learned = page.evaluate(f"client.teach(adapter, {given})")
     seconds = time.perf_counter() - start
-    return {
+    found = {
         "a lesson, steps": learned["steps"],
         "a lesson, s": f"{seconds:.1f} ({chromium.cpu_seconds() - used:.1f} of CPU)",
+        "then the page's peak memory, MiB": chromium.peak_mebibytes(),
+    }
+    if "tested" not in learned:
+        return found
+    return found | {
         "tested phrases with another answer": f"{len(learned['changed'])} of {learned['tested']}",
     }
 

@@ -75,6 +75,19 @@ class Chromium:
 
     def cpu_seconds(self) -> float:
         """Processor time that the browser and all its processes have used; Linux only."""
+        return sum(self._ticks().values()) / os.sysconf("SC_CLK_TCK")
+
+    def peak_mebibytes(self) -> int:
+        """The most memory that one of its processes had, such as that of a page; Linux only."""
+        peaks = [0]
+        for pid in self._ticks():
+            with contextlib.suppress(OSError):
+                status = Path(f"/proc/{pid}/status").read_text()
+                peaks += [int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")]
+        return max(peaks) // 1024
+
+    def _ticks(self) -> dict[int, int]:
+        """The browser's processes, and the processor time of each."""
         found = {}  # process → (parent, ticks)
         for path in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):
@@ -83,7 +96,7 @@ class Chromium:
         ours = {self._process.pid}
         while more := {pid for pid, (parent, _) in found.items() if parent in ours} - ours:
             ours |= more
-        return sum(found[pid][1] for pid in ours & found.keys()) / os.sysconf("SC_CLK_TCK")
+        return {pid: found[pid][1] for pid in ours & found.keys()}
 
     def close(self) -> None:
         with contextlib.suppress(Exception):
