@@ -13,9 +13,9 @@ export class ChatView {
   #busy = false;
   #messages = []; // the elements of the messages that are in the conversation
 
-  /** `adapter` returns the name of the adapter in use. */
-  constructor(client, adapter) {
-    Object.assign(this, { client, adapter });
+  /** `adapter` returns the name of the adapter in use; `correct` is called with a message and its answer that is not right. */
+  constructor(client, adapter, correct) {
+    Object.assign(this, { client, adapter, correct });
     const form = element("generate-form");
     submitOnCtrlEnter(form);
     form.addEventListener("submit", (event) => {
@@ -29,9 +29,9 @@ export class ChatView {
     element("chat").addEventListener("change", () => this.#restart());
   }
 
-  /** Begin with another bundle: { chat, context }. */
-  show({ chat, context }) {
-    this.context = context;
+  /** Begin with another bundle: { chat, context, trainable }. */
+  show({ chat, context, trainable }) {
+    Object.assign(this, { context, trainable, formats: chat });
     element("chat").checked = chat;
     element("chat-choice").hidden = !chat;
     element("max-tokens").max = Math.max(1, context - 1);
@@ -96,10 +96,19 @@ export class ChatView {
     const [, answer] = pair;
     const empty = !answer.querySelector("p").textContent.trim();
     const lost = chat && empty ? " An empty answer and its message are not part of the conversation." : "";
-    this.#scrolled(() => answer.append(create("small", `${speed(done)}.${lost}`)));
+    const shown = [create("small", `${speed(done)}.${lost}`)];
+    // A lesson formats a message as a chat does, if the model has a format.
+    if (this.trainable && chat === this.formats) shown.push(this.#button(...pair));
+    this.#scrolled(() => answer.append(...shown));
     if (!chat) return;
     if (!empty) this.#messages.push(...pair);
     this.#markForgotten(done.remembered);
+  }
+
+  #button(...pair) {
+    const button = create("button", "Correct this answer", { type: "button" });
+    button.addEventListener("click", () => this.correct(...pair.map((each) => each.querySelector("p").textContent)));
+    return button;
   }
 
   /** A line above the first message that the model still reads, if it no longer reads all. */

@@ -94,6 +94,11 @@ export class Engine {
     }
   }
 
+  /** Whether the bundle has a training graph. */
+  get trainable() {
+    return Object.hasOwn(this.base.files, TRAINING);
+  }
+
   /** A session of the training graph, whose files are read and verified again. Throws as `Trust.file`, `runtime.open`. */
   async trainingSession() {
     const names = [TRAINING, WEIGHTS].filter((name) => Object.hasOwn(this.base.files, name));

@@ -37,6 +37,7 @@ export class Generation {
     this.layers = Array.from({ length: decoder.num_hidden_layers }, (_, i) => String(i));
     this.empty = [1, decoder.num_key_value_heads, 0, decoder.head_size];
     this.ends = new Set([model.eos_token_id].flat());
+    this.vocabulary = model.vocab_size;
     this.chat = chatTemplate(files.get("tokenizer_config.json"), files.get("chat_template.jinja"));
     this.declared = new Set(session.inputNames);
     this.#forget();

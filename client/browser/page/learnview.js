@@ -1,5 +1,5 @@
-// The part of the page in which a person teaches the right answer to a phrase, takes a lesson back, and saves the private
-// adapter to files.
+// The part of the page in which a person teaches the right answer to a phrase or a message, takes a lesson back, and saves
+// the private adapter to files.
 
 import { complain, create, element, settle } from "./dom.js";
 
@@ -9,6 +9,8 @@ export class LearnView {
   #inUse; // { name, parts }
   #busy = false;
   #lessons = 0; // that can be undone
+  #writes = false; // whether the bundle's model writes answers
+  #message = null; // that the answer to teach is for, of a model that writes
 
   /** `taught` is called with the adapters after a lesson, and the name of the one to use. */
   constructor(client, taught) {
@@ -23,10 +25,31 @@ export class LearnView {
   }
 
   /** Begin with another bundle. */
-  show({ adapters, lessons, learned }) {
+  show({ task, trainable, adapters, lessons, learned }) {
+    this.#writes = task === "text-generation";
+    element("learn").hidden = !trainable;
+    element("teach-label-field").hidden = element("teach-label").disabled = this.#writes;
     this.#know(adapters, lessons, learned);
+    this.#ask(null, "");
     this.#result("", []);
     settle("teach-error");
+  }
+
+  /** Ask for the right answer to a message, in place of the one that was given. */
+  correct(message, given) {
+    this.#ask(message, given);
+    element("teach-answer").select();
+    element("teach-answer").focus();
+  }
+
+  #ask(message, given) {
+    this.#message = message;
+    const asks = message !== null;
+    element("teach-how").hidden = !this.#writes || asks;
+    element("teach-answer-field").hidden = element("teach-answer").disabled = !asks;
+    element("teach-message").textContent = message ?? "";
+    element("teach-answer").value = given;
+    this.#buttons();
   }
 
   /** Offer the labels of what is in use now: { name, parts }. */
@@ -49,7 +72,7 @@ export class LearnView {
   }
 
   #buttons() {
-    element("teach").disabled = this.#busy;
+    element("teach").disabled = this.#busy || (this.#writes && this.#message === null);
     element("teach-cancel").disabled = !this.#busy;
     element("teach-undo").disabled = this.#busy || !this.#lessons;
   }
@@ -75,12 +98,17 @@ export class LearnView {
     if (this.#inUse?.parts.length !== 1 || this.#inUse.parts[0].weight !== 1) {
       throw new Error("one adapter learns at a time: use one alone");
     }
-    const correction = { text: element("phrase").value, label: element("teach-label").value };
-    const done = await this.client.teach(this.#inUse.name, [correction], progress);
+    const done = await this.client.teach(this.#inUse.name, [this.#correction()], progress);
     await this.#use(done, done.adapter);
     const learned = `${done.adapter} version ${done.version}: ${done.known} of ${done.taught.length} learned`;
-    const others = done.tested ? ` ${done.changed.length} of ${done.tested} other known phrases are answered otherwise.` : "";
-    this.#result(`${learned}, ${done.steps} steps, ${done.seconds.toFixed(1)} s.${others}`, done.changed);
+    const [others, rows] = this.#writes ? forgotten(done) : otherwise(done);
+    this.#ask(null, "");
+    this.#result(`${learned}, ${done.steps} steps, ${done.seconds.toFixed(1)} s.${others}`, rows);
+  }
+
+  #correction() {
+    if (!this.#writes) return { text: element("phrase").value, label: element("teach-label").value };
+    return { text: this.#message, label: element("teach-answer").value.trim() };
   }
 
   async #undo() {
@@ -105,9 +133,9 @@ export class LearnView {
     await this.taught(adapters, name);
   }
 
-  #result(text, changed) {
+  #result(text, rows) {
     element("teach-result").textContent = text;
-    element("teach-changed").replaceChildren(...changed.map(row));
+    element("teach-changed").replaceChildren(...rows.map((row) => create("li", row)));
   }
 }
 
@@ -118,8 +146,18 @@ function progress({ steps, most }) {
   element("teach-result").textContent = `Learning: step ${steps + 1} of at most ${most} …`;
 }
 
-function row({ text, label, before, after }) {
-  const answer = (found) => `${found.label} ${(100 * found.probability).toFixed(1)} %`;
-  const forgotten = after.label === label ? "" : `; forgotten: ${label}`;
-  return create("li", `“${text}”: ${answer(before)} → ${answer(after)}${forgotten}`);
+/** What a classifier answers otherwise after a lesson: a sentence, and a row for each phrase. */
+function otherwise({ changed, tested }) {
+  const answer = ({ label, probability }) => `${label} ${(100 * probability).toFixed(1)} %`;
+  const row = ({ text, label, before, after }) => {
+    const wrong = after.label === label ? "" : `; forgotten: ${label}`;
+    return `“${text}”: ${answer(before)} → ${answer(after)}${wrong}`;
+  };
+  return [tested ? ` ${changed.length} of ${tested} other known phrases are answered otherwise.` : "", changed.map(row)];
+}
+
+/** What answers cost a language model before and after a lesson: those that were taught, and those of earlier lessons. */
+function forgotten({ taught, others }) {
+  const row = ({ label, before, after }) => `${before.toFixed(3)} → ${after.toFixed(3)} “${label}”`;
+  return [" Bits per byte before → after:", [...taught.map(row), ...others.map((one) => `${row(one)}, taught earlier`)]];
 }

@@ -40,7 +40,8 @@ const methods = {
     engine = next;
     const { task, profile, base_digest: base } = engine.base;
     const { limit: context, chat } = engine.generation ?? {};
-    return { task, profile, base, ...found, runsOn: engine.runsOn, context, chat: Boolean(chat) };
+    const { trainable, runsOn } = engine;
+    return { task, profile, base, ...found, trainable, runsOn, context, chat: Boolean(chat) };
   },
 
   async use({ name }) {

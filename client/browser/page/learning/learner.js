@@ -1,5 +1,5 @@
 // Tunes the private adapter of a bundle to a person's corrections, puts it into use, and takes it back, as
-// client/learning/learner.py: classifier.js tunes, this file keeps the result. It is kept in this browser
+// client/learning/learner.py: classifier.js and language.js tune, this file keeps the result. It is kept in this browser
 // (history.js), and leaves it only if the person exports it.
 
 import { encode, sha256 } from "../bytes.js";
@@ -9,6 +9,7 @@ import { publicKeyOf, signingKey, toPem } from "../keys.js";
 import { adapterManifest, signedAdapterManifest } from "../manifests.js";
 import { teachClassifier } from "./classifier.js";
 import { corrections as corrected, withLesson, withoutLesson } from "./history.js";
+import { teachLanguageModel } from "./language.js";
 
 const PERSONAL = "personal"; // the private adapter that is made of a global one
 const MAX_AT_ONCE = 64; // corrections
@@ -22,11 +23,11 @@ export class Learner {
 
   /**
    * Tune the adapter `name` until it answers corrections, [{ text, label }], as taught, and keep the result, as the private
-   * adapter that it is or as a new one. `pause` is awaited
+   * adapter that it is or as a new one. Of a language model, `text` is a prompt, and `label` its answer. `pause` is awaited
    * between the parts of the work, with the number of steps so far; what it throws ends the lesson, and the adapter in use
    * stays, as after every error.
    *
-   * Returns { adapter, version } with what `teachClassifier` gives, without the inputs.
+   * Returns { adapter, version } with what `teachClassifier` or `teachLanguageModel` gives, without the inputs.
    *
    * Throws DataError: a text or label cannot be learned, or none was. ConfigError: the bundle or the adapter cannot be
    * trained, another tab is learning, or the result cannot be stored. TrustError: a file is not what was signed.
@@ -40,7 +41,8 @@ export class Learner {
         throw new ConfigError(`there is a private adapter already: use ${quoted(target)}, and teach that`, "adapter");
       }
       checkTaught(corrections);
-      const { inputs, ...found } = await teachClassifier(engine, adapter, corrections, corrected(record), pause);
+      const tuned = engine.generation ? teachLanguageModel : teachClassifier;
+      const { inputs, ...found } = await tuned(engine, adapter, corrections, corrected(record), pause);
       if (!found.known) {
         const reason = `nothing was learned in ${found.steps} steps; the adapter in use stays: teach something else`;
         throw new DataError(reason, "corrections");

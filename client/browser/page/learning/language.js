@@ -1,0 +1,52 @@
+// What a language model learns from corrections, and what it forgets, as client/learning/language.py.
+
+import { DataError } from "../errors.js";
+import { encoded } from "./encoding.js";
+import { LanguageGraphTrainer } from "./languagegraph.js";
+import { descendUntil, withShares } from "./tune.js";
+
+const LEARNING_RATE = 0.005; // of a correction, whose few steps have to change several tokens
+const MAX_REHEARSED = 32; // earlier corrections
+
+/**
+ * Tune an adapter of an open bundle until it answers prompts as taught: corrections are [{ text, label }], where `label` is
+ * the answer to the prompt `text`; `earlier`, those of other lessons, the oldest first, are rehearsed.
+ *
+ * Returns { inputs, steps, seconds, known, taught, others }: the adapter's graph inputs, how many corrections are learned,
+ * the corrections, and the earlier ones, each { text, label, before, after } with bits for each byte of the answer. `pause` and errors are
+ * those of `Learner.teach`.
+ */
+export async function teachLanguageModel(engine, adapter, corrections, earlier, pause) {
+  const { generation, text } = engine;
+  for (const one of corrections) [one.text, one.label].forEach((message) => text.message(message));
+  const prompts = new Set(corrections.map((one) => one.text));
+  const rehearsed = earlier.filter((one) => !prompts.has(one.text)).reverse().slice(0, MAX_REHEARSED);
+  const example = (one) => ({ ...one, ...encoded({ prompt: one.text, answer: one.label }, generation) });
+  const examples = withShares(corrections.map(example), rehearsed.map(example));
+  if (examples.slice(0, corrections.length).some(({ cut }) => cut)) {
+    throw new DataError("the answer has more tokens than can be learned: teach a shorter one", "label");
+  }
+  const trainer = await LanguageGraphTrainer.open(engine, adapter);
+  try {
+    return await lesson(trainer, adapter, examples, corrections.length, pause);
+  } finally {
+    await trainer.close();
+  }
+}
+
+async function lesson(trainer, { inputs }, examples, count, pause) {
+  const [start, begun] = [trainer.valuesOf(inputs), performance.now()];
+  let before, found;
+  const isLearned = async (values, between) => {
+    found = await trainer.gradients(values, examples, between); // a run that gives gradients also says what is answered
+    before ??= found.scores;
+    return found.scores.slice(0, count).every(({ known }) => known);
+  };
+  const { values, steps } = await descendUntil(isLearned, () => found, start, LEARNING_RATE, pause);
+  const seconds = (performance.now() - begun) / 1000;
+  const after = found.scores;
+  const bits = ({ text, label }, i) => ({ text, label, before: before[i].bits, after: after[i].bits });
+  const [taught, others] = [examples.slice(0, count), examples.slice(count)].map((group, at) => group.map((one, i) => bits(one, at * count + i)));
+  const known = after.slice(0, count).filter((one) => one.known).length;
+  return { inputs: trainer.inputsOf(values), steps, seconds, known, taught, others };
+}

@@ -1,0 +1,312 @@
+"""A tab teaches a language model what the native device teaches it: the same correction gives the same adapter."""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+
+from adapters import storage
+from adapters.bundle import BASE, TRAINING
+from adapters.layout import Tensors
+from adapters.peftconfig import PeftConfig
+from aggregation.pki.identity import IdentityKey
+from client.cli import device
+from client.inference.library import Library
+from client.learning.language import LEARNING_RATE
+from client.learning.tune import MAX_STEPS, descend_until
+from client.training.examples import Example
+from client.training.languagegraph import LanguageGraphTrainer
+from export.bundle.write import AdapterSource, write_bundle
+from export.causal import export_causal
+from export.onnx.exported import ExportedBase, Profile
+from tests.browser.test_learning import IN_USE, by_input, same
+from tests.support.bundles import flip, resign_base
+
+pytestmark = pytest.mark.slow
+
+LORA = PeftConfig.lora(rank=4, alpha=8, targets=("q_proj", "v_proj"))
+IN_BOTH = pytest.mark.parametrize("talking", [Profile.FP32, Profile.NATIVE_INT8], ids=str, indirect=True)
+PROMPT, ANSWER = "is it?", "yes"
+SMALL = np.float32(0.2)
+OPEN = """
+  const load = (name) => import(`/${name}.js`);
+  const [{ Engine }, { HttpSource }] = await Promise.all([load("engine"), load("sources")]);
+  const { Learner } = await load("learning/learner");
+  const here = new URL("/", location.href);
+  const source = new HttpSource(new URL("bundle/", here), new URL("bundle.json", here));
+  const engine = await Engine.open(source, await (await fetch("/trust.pem")).text());
+  const written = (values) => btoa(Array.from(new Uint8Array(values.buffer), (b) => String.fromCharCode(b)).join(""));
+  const all = (map) => Object.fromEntries([...map].map(([name, values]) => [name, written(values)]));
+"""
+GRADIENTS = f"""(async (given) => {{ {OPEN}
+  const {{ LanguageGraphTrainer }} = await load("learning/languagegraph");
+  const {{ encoded }} = await load("learning/encoding");
+  const adapter = await engine.verified("global");
+  const trainer = await LanguageGraphTrainer.open(engine, adapter);
+  const example = ([prompt, answer, share]) => ({{ ...encoded({{ prompt, answer }}, engine.generation), share }});
+  const examples = given.map(example);
+  const found = await trainer.gradients(trainer.valuesOf(adapter.inputs), examples, async () => {{}});
+  return {{ examples, loss: found.loss, scores: found.scores, gradients: all(found.gradients) }};
+}})"""
+TUNED = f"""(async (given) => {{ {OPEN}
+  const {{ teachLanguageModel }} = await load("learning/language");
+  const {{ LanguageGraphTrainer }} = await load("learning/languagegraph");
+  const adapter = await engine.verified("global");
+  const found = await teachLanguageModel(engine, adapter, given.corrections, given.earlier, async () => {{}});
+  const trainer = await LanguageGraphTrainer.open(engine, adapter);
+  return {{ ...found, values: all(trainer.valuesOf(found.inputs)), inputs: null }};
+}})"""
+HANGING = f"""(async (given) => {{ {OPEN}
+  const pause = (steps) => (steps < 1 ? undefined : (globalThis.reached = true, new Promise(() => {{}})));
+  new Learner(engine).teach("global", given, pause);
+  return true;
+}})"""
+CALL = """(async (given) => {
+  const { Client } = await import("/client.js");
+  const client = new Client();
+  await client.open();
+  const done = client.teach("global", given.corrections);
+  if (given.stop) client.stop();
+  await done;
+})"""
+
+
+@pytest.fixture(scope="module")
+def exports(lm_base: Any) -> Callable[[Profile], ExportedBase]:
+    return cache(lambda profile: export_causal(lm_base, LORA.target_modules, profile, training=True))
+
+
+@pytest.fixture
+def talking(request: Any, exports: Callable[[Profile], ExportedBase]) -> ExportedBase:
+    return exports(getattr(request, "param", Profile.FP32))
+
+
+@pytest.fixture
+def talker(tmp_path: Path, talking: ExportedBase, lm_source: Callable[..., AdapterSource], vendor: IdentityKey) -> Path:
+    """A bundle of a language model that can learn, with a global adapter, whose small values keep rounding small."""
+    source = lm_source(peft_config=LORA)
+    small = replace(source, tensors={name: SMALL * value for name, value in source.tensors.items()})
+    write_bundle(tmp_path / "bundle", talking, [small], key=vendor, form="fp32")
+    (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem())
+    return tmp_path / "bundle"
+
+
+def native(bundle: Path, name: str) -> tuple[LanguageGraphTrainer, Tensors]:
+    library = Library.open(bundle, None)
+    trainer = LanguageGraphTrainer(library.base, LORA)
+    return trainer, trainer.tensors_of(library.trust.adapter(name, library.base).inputs)
+
+
+def given(*corrections: tuple[str, str], **more: Any) -> str:
+    return json.dumps(more | {"corrections": [{"text": text, "label": label} for text, label in corrections]})
+
+
+@IN_BOTH
+def test_tokens_learned_places_losses_and_gradients_are_those_of_the_native_device(
+    page: Any, serve: Callable[[Path], str], talker: Path
+) -> None:
+    """In several runs of the graph, of texts of several lengths; one is longer than what is learned."""
+    pairs = [("is it?", "yes"), ("a", "no, never"), ("where is\nthe key?", "under the mat " * 4), ("why", "ab" * 80)]
+    shares = [1 / (2 + number) for number in range(3 * len(pairs))]
+    examples = [Example(answer, prompt=prompt) for prompt, answer in 3 * pairs]
+    trainer, start = native(talker, "global")
+    page.goto(serve(talker))
+    sent = [(*pair, share) for pair, share in zip(3 * pairs, shares, strict=True)]
+    found = page.evaluate(f"{GRADIENTS}({json.dumps(sent)})")
+    for (_, answer), theirs, example in zip(3 * pairs, found["examples"], examples, strict=True):
+        ours = trainer._encoder.encode(example)
+        assert theirs["ids"] == ours.ids.tolist()
+        assert list(range(theirs["first"] - 1, len(theirs["ids"]) - 1)) == ours.learned.tolist()
+        assert (theirs["cut"], theirs["size"]) == (ours.cut, ours.size if not ours.cut else len(answer))
+    loss, gradients = trainer.gradients(start, examples, shares)
+    assert found["loss"] == pytest.approx(loss, rel=1e-5)
+    largest = max(float(np.abs(gradient).max()) for gradient in gradients.values())
+    same(found["gradients"], by_input(trainer, gradients), 1e-5 * largest)
+    expected = [trainer.score(start, [one]) for one in examples]
+    assert [one["known"] for one in found["scores"]] == [one.correct == 1 for one in expected]
+
+
+@IN_BOTH
+def test_the_same_corrections_tune_the_same_adapter_and_show_the_same_bits(
+    page: Any, serve: Callable[[Path], str], talker: Path
+) -> None:
+    """One of two corrections that were taught earlier is rehearsed: the other one is corrected again."""
+    taught, earlier = [("or not?", "no"), (PROMPT, ANSWER)], [("who?", "me"), (PROMPT, "maybe")]
+    trainer, start = native(talker, "global")
+    ours = [[Example(answer, prompt=prompt) for prompt, answer in pairs] for pairs in (taught, earlier[:1])]
+
+    def learned(adapter: Tensors) -> bool:
+        return trainer.score(adapter, ours[0]).correct == len(taught)
+
+    expected = descend_until(learned, trainer, start, *ours, LEARNING_RATE)
+    page.goto(serve(talker))
+    pairs = {"earlier": [{"text": text, "label": label} for text, label in earlier]}
+    found = page.evaluate(f"{TUNED}({given(*taught, **pairs)})")
+    assert MAX_STEPS > found["steps"] == expected.steps > 1
+    assert found["known"] == len(taught)
+    same(found["values"], by_input(trainer, expected.adapter), 1e-4)
+    for kind, examples in zip(("taught", "others"), ours, strict=True):
+        assert [(one["text"], one["label"]) for one in found[kind]] == [(one.prompt, one.text) for one in examples]
+        for when, adapter in (("before", start), ("after", expected.adapter)):
+            nats = [trainer.score(adapter, [one]).loss for one in examples]
+            assert [one[when] * math.log(2) for one in found[kind]] == pytest.approx(nats, rel=1e-3)
+
+
+# --- the page: correcting an answer, undoing, keeping and saving
+
+
+def sent(page: Any, text: str) -> str:
+    """Send a message as a person does; returns the answer, or what is wrong."""
+    page.evaluate("document.getElementById('max-tokens').value = '8'")
+    page.evaluate(f"document.getElementById('prompt').value = {text!r}")
+    page.evaluate("document.getElementById('generate-form').requestSubmit()")
+    page.until("!document.getElementById('generate-button').disabled")
+    assert page.alert("generate-error") == ""
+    return str(page.evaluate("document.querySelector('#transcript li:last-of-type p').textContent"))
+
+
+def corrected(page: Any, answer: str) -> dict[str, Any]:
+    """Correct the last answer as a person does; returns what the page shows, and which adapter is in use."""
+    page.evaluate("document.querySelector('#transcript li:last-of-type button').click()")
+    page.evaluate(f"document.getElementById('teach-answer').value = {answer!r}")
+    page.evaluate("document.getElementById('teach-form').requestSubmit()")
+    page.until("document.getElementById('teach-cancel').disabled")
+    return shown(page)
+
+
+def shown(page: Any) -> dict[str, Any]:
+    rows = "[...document.querySelectorAll('#teach-changed li')].map((each) => each.textContent)"
+    result = page.evaluate("document.getElementById('teach-result').textContent")
+    return {
+        **{"result": result, "rows": page.evaluate(rows)},
+        **{"error": page.alert("teach-error"), "in use": page.evaluate(IN_USE)},
+    }
+
+
+def test_a_corrected_answer_is_given_from_then_on_also_after_a_reload_and_natively_and_is_undone(
+    page: Any, serve: Callable[[Path], str], talker: Path, tmp_path: Path
+) -> None:
+    url, saved = serve(talker), tmp_path / "saved"
+    page.goto(url)
+    first = sent(page, PROMPT)
+    assert first != ANSWER
+    found = corrected(page, f" {ANSWER}\n")
+    assert found["error"] == ""
+    assert found["result"].startswith("personal version 4: 1 of 1 learned, ")
+    assert [row.endswith(f"“{ANSWER}”") for row in found["rows"]] == [True]
+    assert found["in use"].startswith("In use: personal,")
+    assert all(one.startswith(url) for one in page.requests()), "nothing leaves the page's origin"
+    page.evaluate("document.getElementById('new-chat').click()")
+    assert sent(page, PROMPT) == ANSWER
+    page.goto(url)
+    assert sent(page, PROMPT) == ANSWER
+    files = save(page, saved)
+    for name in files[:2]:
+        shutil.copyfile(saved / name, talker / "adapters" / name)
+    with (tmp_path / "trust.pem").open("ab") as pinned:
+        pinned.write((saved / files[2]).read_bytes())
+    arguments = ["chat", "--bundle", str(talker), "--prompt", PROMPT, "--max-tokens", "8"]
+    assert CliRunner().invoke(device, arguments, catch_exceptions=False).output == f"{ANSWER}\n"
+    page.evaluate("document.getElementById('teach-undo').click()")
+    page.until("document.getElementById('teach-result').textContent.startsWith('Undone: ')")
+    page.evaluate("document.getElementById('new-chat').click()")
+    assert sent(page, PROMPT) == first
+    assert page.errors() == []
+
+
+def save(page: Any, folder: Path) -> list[str]:
+    """Save the private adapter to files; returns their names."""
+    page.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+    page.evaluate("document.getElementById('teach-files').click()")
+    names, end = ["personal.json", "personal.onnx_adapter", "personal.pem"], time.monotonic() + 60
+    while sorted(path.name for path in folder.glob("*")) != names and time.monotonic() < end:
+        time.sleep(0.05)
+    assert sorted(path.name for path in folder.glob("*")) == names
+    return names
+
+
+# --- what must not change the adapter in use
+
+
+def test_a_closed_tab_a_cancel_and_wrong_input_leave_the_adapter_in_use(
+    page: Any, serve: Callable[[Path], str], talker: Path
+) -> None:
+    url = serve(talker)
+    page.goto(url)
+    first = sent(page, PROMPT)
+    page.evaluate(f"{HANGING}({json.dumps([{'text': PROMPT, 'label': ANSWER}])})")
+    page.until("globalThis.reached === true")
+    assert "another tab is learning with this bundle" in corrected(page, ANSWER)["error"]
+    page.goto(url)
+    for corrections, more, about in (
+        ([], {}, "corrections"),
+        ([(PROMPT, ANSWER)] * 2, {}, "corrections"),
+        ([(PROMPT, "b" * 2001)], {}, "label"),
+        ([(PROMPT, "Zq%+7 " * 60)], {}, "label"),  # has more tokens than are read
+        ([(PROMPT, " ")], {}, "text"),
+        ([("ab" * 400, "b")], {}, "text"),  # leaves no room for an answer
+        ([(PROMPT, "<|im_end|>")], {}, "message"),
+        ([(PROMPT, ANSWER)], {"stop": True}, "stop"),
+    ):
+        failed = page.error(f"{CALL}({given(*corrections, **more)})")
+        assert (failed["about"], "\n" in failed["message"]) == (about, False), failed
+    page.goto(url)
+    assert page.evaluate(IN_USE).startswith("In use: global,")
+    assert sent(page, PROMPT) == first
+    assert corrected(page, ANSWER)["in use"].startswith("In use: personal,")
+
+
+def without_gradient(model: onnx.ModelProto) -> None:
+    output = next(each for each in model.graph.output if each.name.endswith("v_proj.lora_A.weight.gradient"))
+    model.graph.output.remove(output)
+
+
+def of_another_layout(model: onnx.ModelProto) -> None:
+    for value in model.graph.input:
+        if value.name.endswith("lora_A.weight"):
+            value.type.tensor_type.shape.dim[0].dim_value += 1
+
+
+def test_a_training_graph_that_is_altered_or_of_another_layout_or_absent_gets_one_line_or_no_button(
+    page: Any,
+    serve: Callable[[Path], str],
+    talker: Path,
+    talking: ExportedBase,
+    lm_exported: ExportedBase,
+    lm_source: Callable[..., AdapterSource],
+    vendor: IdentityKey,
+    tmp_path: Path,
+) -> None:
+    graph = talker / BASE / TRAINING
+    original = graph.read_bytes()
+    url = serve(talker)
+    page.goto(url)
+    first = sent(page, PROMPT)
+    flip(graph, 0.5)
+    assert f"base/{TRAINING} does not match the digest in its manifest" in corrected(page, ANSWER)["error"]
+    for change, said in ((without_gradient, "has no gradient of"), (of_another_layout, "")):
+        model = onnx.load_from_string(original)
+        change(model)
+        graph.write_bytes(model.SerializeToString())
+        resign_base(talker, vendor, files=talking.digests | {TRAINING: storage.file_sha256(graph)})
+        page.goto(url)
+        assert sent(page, PROMPT) == first
+        found = corrected(page, ANSWER)
+        assert said in found["error"] != ""
+        assert "\n" not in found["error"]
+        assert found["in use"].startswith("In use: global,")
+    write_bundle(tmp_path / "plain", lm_exported, [lm_source(peft_config=LORA)], key=vendor, form="fp32")
+    page.goto(serve(tmp_path / "plain"))
+    assert sent(page, PROMPT)
+    assert page.evaluate("document.querySelector('#transcript button')") is None
+    assert page.evaluate("document.getElementById('learn').hidden") is True
