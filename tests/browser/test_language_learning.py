@@ -15,21 +15,28 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from adapters import storage
+from adapters import jsontext, storage
 from adapters.bundle import BASE, TRAINING
 from adapters.layout import Tensors
+from adapters.parts import Part
 from adapters.peftconfig import PeftConfig
+from adapters.task import Task
+from aggregation import rotation
 from aggregation.pki.identity import IdentityKey
 from client.cli import device
 from client.inference.library import Library
 from client.learning.language import LEARNING_RATE
 from client.learning.tune import MAX_STEPS, descend_until
+from client.training.contribute import clip
 from client.training.examples import Example
 from client.training.languagegraph import LanguageGraphTrainer
 from export.bundle.write import AdapterSource, write_bundle
 from export.causal import export_causal
 from export.onnx.exported import ExportedBase, Profile
+from tests.browser.test_aggregation import session_of
 from tests.browser.test_learning import IN_USE, by_input, same
+from tests.browser.test_training import ROUND, WAY, b64
+from tests.browser.test_training import given as planned
 from tests.support.bundles import flip, resign_base
 
 pytestmark = pytest.mark.slow
@@ -53,7 +60,7 @@ GRADIENTS = f"""(async (given) => {{ {OPEN}
   const {{ encoded }} = await load("learning/encoding");
   const adapter = await engine.verified("global");
   const trainer = await LanguageGraphTrainer.open(engine, adapter);
-  const example = ([prompt, answer, share]) => ({{ ...encoded({{ prompt, answer }}, engine.generation), share }});
+  const example = ([prompt, answer, share]) => ({{ ...encoded({{ prompt, text: answer }}, engine.generation), share }});
   const examples = given.map(example);
   const found = await trainer.gradients(trainer.valuesOf(adapter.inputs), examples, async () => {{}});
   return {{ examples, loss: found.loss, scores: found.scores, gradients: all(found.gradients) }};
@@ -117,23 +124,25 @@ def test_tokens_learned_places_losses_and_gradients_are_those_of_the_native_devi
 ) -> None:
     """In several runs of the graph, of texts of several lengths; one is longer than what is learned."""
     pairs = [("is it?", "yes"), ("a", "no, never"), ("where is\nthe key?", "under the mat " * 4), ("why", "ab" * 80)]
+    pairs += [("", "abab abab"), ("", "ab" * 80)]
     shares = [1 / (2 + number) for number in range(3 * len(pairs))]
     examples = [Example(answer, prompt=prompt) for prompt, answer in 3 * pairs]
     trainer, start = native(talker, "global")
     page.goto(serve(talker))
     sent = [(*pair, share) for pair, share in zip(3 * pairs, shares, strict=True)]
     found = page.evaluate(f"{GRADIENTS}({json.dumps(sent)})")
-    for (_, answer), theirs, example in zip(3 * pairs, found["examples"], examples, strict=True):
+    for theirs, example in zip(found["examples"], examples, strict=True):
         ours = trainer._encoder.encode(example)
         assert theirs["ids"] == ours.ids.tolist()
         assert list(range(theirs["first"] - 1, len(theirs["ids"]) - 1)) == ours.learned.tolist()
-        assert (theirs["cut"], theirs["size"]) == (ours.cut, ours.size if not ours.cut else len(answer))
+        assert (theirs["cut"], theirs["size"]) == (ours.cut, ours.size)
     loss, gradients = trainer.gradients(start, examples, shares)
     assert found["loss"] == pytest.approx(loss, rel=1e-5)
     largest = max(float(np.abs(gradient).max()) for gradient in gradients.values())
     same(found["gradients"], by_input(trainer, gradients), 1e-5 * largest)
     expected = [trainer.score(start, [one]) for one in examples]
-    assert [one["known"] for one in found["scores"]] == [one.correct == 1 for one in expected]
+    assert [one["hits"] for one in found["scores"]] == pytest.approx([one.correct for one in expected])
+    assert [one["nats"] for one in found["scores"]] == pytest.approx([one.loss for one in expected], rel=1e-5)
 
 
 @IN_BOTH
@@ -160,6 +169,43 @@ def test_the_same_corrections_tune_the_same_adapter_and_show_the_same_bits(
         for when, adapter in (("before", start), ("after", expected.adapter)):
             nats = [trainer.score(adapter, [one]).loss for one in examples]
             assert [one[when] * math.log(2) for one in found[kind]] == pytest.approx(nats, rel=1e-3)
+
+
+def test_a_tab_contributes_to_a_round_what_a_native_device_contributes_or_nothing(
+    page: Any, serve: Callable[[Path], str], talker: Path
+) -> None:
+    """All texts are in one batch, so that their order makes no difference."""
+    parts = (Part.A, Part.B)
+    task = Task(LORA, (), 3, 16, 0.005, 0.01, 0.0, parts, parts)
+    trainer, start = native(talker, "global")
+    own = [*(Example(text) for text in ("abab abab", "ba ba", "abba")), Example(ANSWER, prompt=PROMPT)]
+    held = [Example("abab ab"), Example("no, never", prompt="a")]
+    expected = trainer.train(start, own, task, epochs=task.epochs, rng=np.random.default_rng(1))
+    sent = [(one, "train") for one in own] + [(one, "validation") for one in held]
+    rows = [{"text": one.text, "prompt": one.prompt, "split": split} for one, split in sent]
+    asked = planned(task, trainer, start, []) | {"examples": rows}
+    spec = replace(session_of(trainer.layout, 32), layout_digest=trainer.layout.digest)
+
+    def sums(**changes: Any) -> Any:
+        packed = page.evaluate(f"{ROUND}({json.dumps(asked | changes)})")["packed"]
+        return spec.vector.decode(np.frombuffer(bytes(packed), np.uint32), 1)
+
+    page.goto(serve(talker))
+    found, score = sums(), trainer.score(start, held)
+    before, after = (trainer.layout.flatten(one).astype(np.float64) for one in (start, expected))
+    delta = clip(after - before, spec.clip_norm) * len(own)
+    delta = rotation.rotate(delta, rotation.seed(bytes.fromhex(asked["plan"]["adapter"])))
+    step = spec.vector.step(spec.vector.segment("delta"))
+    away = float(np.linalg.norm(found["delta"] - delta))
+    assert away < WAY * float(np.linalg.norm(delta)) + 1.5 * step * trainer.layout.size**0.5
+    assert (found["weight"][0], found["held_out"][0]) == (len(own), len(held))
+    assert (found["correct"][0], found["loss"][0]) == pytest.approx((score.correct, score.loss), abs=1e-3)
+    for examples in ([], [{"text": "b", "prompt": "ab" * 400, "split": "train"}]):
+        assert sums(examples=examples)["weight"][0] == 0
+    for change, about in (({"labels": ["a", "b"]}, "task.labels"), ({"learning_rate": 0.5}, "task.learning_rate")):
+        plan = asked["plan"] | {"task": b64(jsontext.encode(json.loads(task.encode()) | change))}
+        failed = page.error(f"{ROUND}({json.dumps(asked | {'plan': plan, 'examples': None})})")
+        assert (failed["name"], failed["about"]) == ("ProtocolError", about)
 
 
 # --- the page: correcting an answer, undoing, keeping and saving

@@ -25,6 +25,7 @@ from client.training.contribute import clip
 from client.training.evaluate import own_counts
 from client.training.examples import Example, Split
 from client.training.graphtrainer import GraphTrainer
+from client.training.languagegraph import LanguageGraphTrainer
 from client.training.moments import own_moments
 from tests.browser.conftest import CONFIG
 from tests.browser.test_aggregation import offer_of, session_of
@@ -83,7 +84,9 @@ def moved(found: Tensors, start: Tensors) -> float:
     return max(float(np.abs(found[name] - start[name]).max()) for name in start)
 
 
-def given(task: Task, trainer: GraphTrainer, start: Tensors, examples: list[Example]) -> dict[str, Any]:
+def given(
+    task: Task, trainer: GraphTrainer | LanguageGraphTrainer, start: Tensors, examples: list[Example]
+) -> dict[str, Any]:
     """A plan with this task, as the tab receives it."""
     blob, layout = files.encode(start), shared_layout(trainer.layout, task)
     spec = replace(session_of(layout, 32), layout_digest=trainer.layout.digest)

@@ -38,9 +38,10 @@ export class ParticipationView {
     element("join-leave").addEventListener("click", () => client.leave());
   }
 
-  /** Begin with another bundle: the part is there for a classifier, where the page may connect to a gateway. */
-  async show({ task }) {
-    element("participation").hidden = !this.gateway || task !== "text-classification";
+  /** Begin with another bundle: the part is there where the page may connect to a gateway, and the bundle can be trained. */
+  async show({ task, trainable }) {
+    this.writes = task === "text-generation";
+    element("participation").hidden = !this.gateway || !trainable;
     if (element("participation").hidden) return;
     settle("join-error");
     try {
@@ -153,7 +154,7 @@ export class ParticipationView {
   async #takePart() {
     const [file] = element("examples-file").files;
     if (file?.size > MAX_EXAMPLES) throw new Error(`${file.name} is above the limit of ${MAX_EXAMPLES} bytes`);
-    const examples = file ? parseExamples(await file.text(), file.name) : [];
+    const examples = file ? parseExamples(await file.text(), file.name, this.writes) : [];
     const policy = Object.fromEntries(LIMITS.map((name) => [name, element(name).valueAsNumber]));
     const moments = element("moments").checked;
     const options = { policy, moments, minimum: element("minimum-examples").valueAsNumber, once: element("join-when").value === "once" };
@@ -188,9 +189,10 @@ function addressesOf({ head }) {
 
 /**
  * The examples in a file of JSON lines, [{ text, label, split }], as client/training/examples.py. A label is its number or
- * its name. Throws Error: a line is not an example; the message does not quote it.
+ * its name. With `writes`, those of a language model, [{ text, prompt, split }]. Throws Error: a line is not an example; the
+ * message does not quote it.
  */
-export function parseExamples(content, name) {
+export function parseExamples(content, name, writes) {
   return content.split("\n").flatMap((line, i) => {
     if (!line.trim()) return [];
     let found = null;
@@ -199,12 +201,13 @@ export function parseExamples(content, name) {
     } catch {
       // refused below
     }
-    const { text, label, split = "train" } = found ?? {};
+    const { text, label, prompt = "", split = "train" } = found ?? {};
+    const isText = (value) => typeof value === "string" && value.isWellFormed() && [...value].length <= 2000;
     const isLabel = typeof label === "string" || (Number.isInteger(label) && label >= 0);
-    if (typeof text === "string" && text.trim() && [...text].length <= 2000 && isLabel && SPLITS.includes(split)) {
-      return [{ text, label, split }];
+    if (isText(text) && text.trim() && (writes ? isText(prompt) : isLabel) && SPLITS.includes(split)) {
+      return [writes ? { text, prompt, split } : { text, label, split }];
     }
-    throw new Error(`line ${i + 1} of ${name} is not an example: {"text": …, "label": …}`);
+    throw new Error(`line ${i + 1} of ${name} is not an example: {"text": …${writes ? "" : ', "label": …'}}`);
   });
 }
 

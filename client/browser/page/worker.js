@@ -113,7 +113,9 @@ const methods = {
   /** Take part with `examples` and with what this browser was taught; see participation.js. Its pieces are the progress. */
   async takePart({ examples, ...options }, piece) {
     leaving = new AbortController();
-    const taught = corrections(await opened().history.load()).map((one) => ({ ...one, split: "train" }));
+    const { history, generation } = opened();
+    const example = ({ text, label }) => (generation ? { text: label, prompt: text } : { text, label });
+    const taught = corrections(await history.load()).map((one) => ({ ...example(one), split: "train" }));
     const given = { engine, identity: identity(), examples: [...taught, ...examples], ...options };
     await takePart({ ...given, alone, signal: leaving.signal, shown: piece, pause: otherMessages });
     return identity().shown();

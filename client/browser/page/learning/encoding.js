@@ -3,32 +3,37 @@
 import { encode } from "../bytes.js";
 import { ConfigError, DataError } from "../errors.js";
 
-const MAX_TOKENS = 128; // of a prompt with its answer
+const MAX_TOKENS = 128; // of a prompt with its text
 
 /**
- * A prompt and its answer as tokens, in the model's chat template if it has one: { ids, first, size, cut }. Only the answer is
- * learned: the tokens from place `first` on. `size`: its bytes; `cut`: whether it has more tokens than are learned.
+ * A text as tokens, or a prompt and the text that answers it, in the model's chat template if it has one: { ids, first, size,
+ * cut }. Learned are the tokens from place `first` on: all but the first one, or those of an answer. `size`: the bytes that
+ * they stand for, at least 1; `cut`: whether the text has more tokens than are learned.
  *
  * Throws ConfigError: the chat template does not begin an answer with its prompt. DataError: the prompt leaves no room.
  */
-export function encoded({ prompt, answer }, { text, chat, limit, ends }) {
-  const [before, after] = rendered(prompt, answer, chat);
-  const asked = text.formatted(before);
-  const closing = after ? text.formatted(after) : [ends.values().next().value];
-  const ids = [...asked, ...text.formatted(answer), ...closing];
+export function encoded({ text, prompt = "" }, { text: tokenizer, chat, limit, ends }) {
+  const [before, after] = rendered(text, prompt, chat);
+  const [asked, own] = [before ? tokenizer.formatted(before) : [], tokenizer.formatted(text)];
+  const closing = after ? tokenizer.formatted(after) : [ends.values().next().value];
+  const ids = [...asked, ...own, ...closing];
   const [first, longest] = [Math.max(asked.length, 1), Math.min(MAX_TOKENS, limit)];
   if (ids.length <= first || first >= longest) {
-    throw new DataError(`the message leaves no room for its answer within ${longest} tokens: shorten it`, "text");
+    throw new DataError(`the prompt leaves no room for its text within ${longest} tokens: shorten it`, "text");
   }
-  return { ids: ids.slice(0, longest), first, size: encode(answer).length, cut: ids.length > longest };
+  const bytes = (tokens) => (tokens.length ? encode(tokenizer.decoded(tokens)).length : 0);
+  const kept = longest - asked.length;
+  const end = kept < own.length ? bytes(own.slice(0, kept)) : encode(text).length;
+  const size = Math.max(end - bytes(own.slice(0, first - asked.length)), 1);
+  return { ids: ids.slice(0, longest), first, size, cut: ids.length > longest };
 }
 
-/** What comes before an answer, and what closes it: nothing without a template. */
-function rendered(prompt, answer, chat) {
-  if (!chat) return [prompt, ""];
+/** What comes before a text, and what closes it: nothing without a template. */
+function rendered(text, prompt, chat) {
+  if (!prompt || !chat) return [prompt, ""];
   const asked = { role: "user", content: prompt };
   const before = chat([asked]);
-  const whole = chat([asked, { role: "assistant", content: answer }], false);
-  if (whole.startsWith(before + answer)) return [before, whole.slice(before.length + answer.length)];
-  throw new ConfigError("the base's chat template changes a message or an answer", "chat_template");
+  const whole = chat([asked, { role: "assistant", content: text }], false);
+  if (whole.startsWith(before + text)) return [before, whole.slice(before.length + text.length)];
+  throw new ConfigError("the base's chat template changes a prompt or a text", "chat_template");
 }

@@ -17,11 +17,10 @@ const MAX_REHEARSED = 32; // earlier corrections
  * those of `Learner.teach`.
  */
 export async function teachLanguageModel(engine, adapter, corrections, earlier, pause) {
-  const { generation, text } = engine;
-  for (const one of corrections) [one.text, one.label].forEach((message) => text.message(message));
+  for (const one of corrections) [one.text, one.label].forEach((message) => engine.text.message(message));
   const prompts = new Set(corrections.map((one) => one.text));
   const rehearsed = earlier.filter((one) => !prompts.has(one.text)).reverse().slice(0, MAX_REHEARSED);
-  const example = (one) => ({ ...one, ...encoded({ prompt: one.text, answer: one.label }, generation) });
+  const example = (one) => ({ ...one, ...encoded({ prompt: one.text, text: one.label }, engine.generation) });
   const examples = withShares(corrections.map(example), rehearsed.map(example));
   if (examples.slice(0, corrections.length).some(({ cut }) => cut)) {
     throw new DataError("the answer has more tokens than can be learned: teach a shorter one", "label");
@@ -40,13 +39,16 @@ async function lesson(trainer, { inputs }, examples, count, pause) {
   const isLearned = async (values, between) => {
     found = await trainer.gradients(values, examples, between); // a run that gives gradients also says what is answered
     before ??= found.scores;
-    return found.scores.slice(0, count).every(({ known }) => known);
+    return found.scores.slice(0, count).every(isKnown);
   };
   const { values, steps } = await descendUntil(isLearned, () => found, start, LEARNING_RATE, pause);
   const seconds = (performance.now() - begun) / 1000;
   const after = found.scores;
-  const bits = ({ text, label }, i) => ({ text, label, before: before[i].bits, after: after[i].bits });
+  const bits = ({ text, label }, i) => ({ text, label, before: before[i].nats / Math.LN2, after: after[i].nats / Math.LN2 });
   const [taught, others] = [examples.slice(0, count), examples.slice(count)].map((group, at) => group.map((one, i) => bits(one, at * count + i)));
-  const known = after.slice(0, count).filter((one) => one.known).length;
+  const known = after.slice(0, count).filter(isKnown).length;
   return { inputs: trainer.inputsOf(values), steps, seconds, known, taught, others };
 }
+
+/** Whether a text is the answer without sampling, by its score. */
+const isKnown = ({ hits }) => hits === 1;

@@ -3,6 +3,7 @@
 import { ConfigError, quoted } from "../errors.js";
 import * as runtime from "../runtime.js";
 import { parts } from "./batches.js";
+import { encoded } from "./encoding.js";
 import { SlotGraph, TOKENS_AT_ONCE } from "./slotgraph.js";
 
 const MAX_LOSS = 20; // nats for each byte of a text (adapters/task.py)
@@ -18,10 +19,31 @@ export class LanguageGraphTrainer extends SlotGraph {
     throw new ConfigError(`${reason}; use one of other layers`, "target_modules");
   }
 
+  /** The tokens of an example, { text, prompt }, as `encoded`. */
+  encode(example) {
+    return encoded(example, this.engine.generation);
+  }
+
+  /** A batch with its factors in the loss, which is the mean of its learned tokens. */
+  shares(batch) {
+    const total = batch.reduce((sum, example) => sum + learned(example), 0);
+    return batch.map((example) => ({ ...example, share: learned(example) / total }));
+  }
+
+  /**
+   * The score of values on examples: { correct, loss, count }, the sums of the share of learned tokens that are the most likely
+   * ones, and of nats for each byte. `pause` as in `gradients`.
+   */
+  async score(values, examples, pause) {
+    const { scores } = await this.gradients(values, examples.map((one) => ({ ...one, share: 0 })), pause);
+    const sum = (of) => scores.reduce((total, each) => total + of(each), 0);
+    return { correct: sum(({ hits }) => hits), loss: sum(({ nats }) => nats), count: examples.length };
+  }
+
   /**
    * The sum of each example's mean cross-entropy a learned token, in nats, times its share, and the gradient by each value:
-   * { loss, gradients, scores }. The scores, one for each example, are { bits, known }: bits for each byte of its answer, and
-   * whether each learned token is the most likely one, so that without sampling it is the answer.
+   * { loss, gradients, scores }. The scores, one for each example, are { nats, hits }: nats for each byte, and the share of
+   * learned tokens that are the most likely ones; with 1, the text is the answer without sampling.
    *
    * `examples` are [{ ids, first, size, share }] (`encoded`). `pause` and errors are those of `summed`.
    */
@@ -50,11 +72,11 @@ function batchOf(run) {
   };
 }
 
-function scores(run, { log_likelihood: nats, hits }) {
+function scores(run, { log_likelihood: likelihood, hits }) {
   let at = 0;
   return run.map((example) => {
     const [begin, end] = [at, (at += learned(example))];
-    const loss = -nats.data.subarray(begin, end).reduce((sum, each) => sum + each, 0) / example.size;
-    return { bits: Math.min(loss, MAX_LOSS) / Math.LN2, known: hits.data.subarray(begin, end).every(Boolean) };
+    const sum = (values) => values.subarray(begin, end).reduce((total, each) => total + each, 0);
+    return { nats: Math.min(-sum(likelihood.data) / example.size, MAX_LOSS), hits: sum(hits.data) / learned(example) };
   });
 }

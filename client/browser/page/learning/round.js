@@ -23,11 +23,11 @@ import { batches } from "./batches.js";
 import { descend } from "./descent.js";
 import { ownCounts } from "./evaluation.js";
 import { unfolded } from "./fedsb.js";
+import { LanguageGraphTrainer } from "./languagegraph.js";
 import { momentsOf, projectedMoments } from "./moments.js";
 import { LIMITS, R, checkLimits, decodeTask, isAnalytic, isEvaluation, isPrivate, partOf } from "./task.js";
 import { GraphTrainer } from "./trainer.js";
 
-const MAX_LOSS = 20; // nats, of one example (adapters/task.py)
 const NOTHING = { correct: 0, loss: 0, count: 0 };
 
 /**
@@ -36,7 +36,8 @@ const NOTHING = { correct: 0, loss: 0, count: 0 };
  * `kept` are the parts of an adapter that this device trained and did not share, { subject, values }, or null: the training goes
  * on from them. `parts` are those to keep after it, or null if the round has none.
  *
- * `examples` are [{ text, label, split }], where a label is its name or its number, and the split "train" or "validation".
+ * `examples` are [{ text, label, split }], where a label is its name or its number, and the split "train" or "validation"; of a
+ * language model [{ text, prompt, split }].
  * `pause` is awaited between the parts of the work, with { round, step, steps }; what it throws ends it, and is thrown.
  * The function throws ProtocolError: what is on offer cannot or must not be trained.
  */
@@ -95,10 +96,12 @@ async function opened(engine, task, blob, limits) {
     checkLimits(task, tensors, limits);
     const inputs = fromPeft(tensors);
     const sizes = checkSlots(new Map([...emptyAdapter(engine.base.slots), ...inputs]), engine.base.slots);
-    if (sizes.get("labels") !== task.labels.length) throw new DataError("the head has another number of labels", "task.labels");
+    const labels = engine.generation ? 0 : sizes.get("labels"); // of a language model there are none
+    if (labels !== task.labels.length) throw new DataError("the base has another number of labels", "task.labels");
     const adapter = { manifest: { name: "of the plan", peft_config: task.peft_config }, inputs };
     const answers = isAnalytic(task) || isEvaluation(task);
-    return [answers ? GraphTrainer.answering(engine, adapter) : await GraphTrainer.open(engine, adapter), inputs];
+    const kind = engine.generation ? LanguageGraphTrainer : GraphTrainer;
+    return [answers ? GraphTrainer.answering(engine, adapter) : await kind.open(engine, adapter), inputs];
   } catch (error) {
     if (!(error instanceof DataError || error instanceof ConfigError)) throw error;
     throw new ProtocolError(`adapter and task: ${error.message}`, error.about || "plan.training", COORDINATOR);
@@ -122,7 +125,7 @@ async function moments(trainer, start, task, examples, plan, spec, pause) {
   }
   const found = await attempt(async () => {
     const [own, heldOut] = usable(trainer, task, examples, Number(spec.weight_cap));
-    const score = scored(await trainer.logits(start, tokens(heldOut), between), heldOut);
+    const score = await trainer.score(start, heldOut, between);
     return { score, sums: momentsOf(await trainer.embeddings(start, tokens(own), between), targets(own), d, k) };
   });
   return momentContribution(found?.sums ?? momentsOf([], [], d, k), found?.score ?? NOTHING, spec);
@@ -160,11 +163,15 @@ async function attempt(work) {
   }
 }
 
-/** The examples whose labels the task has, with tokens and target: those to train on, and at most `cap` held-out ones. */
-function usable(trainer, task, examples, cap) {
-  const target = ({ label }) => (typeof label === "number" ? label : task.labels.indexOf(label));
-  const known = examples.map((one) => ({ ...one, target: target(one) })).filter((one) => one.target >= 0 && one.target < task.labels.length);
-  const read = (split) => known.filter((one) => one.split === split).map((one) => ({ ...one, ids: trainer.tokens(one.text) }));
+/**
+ * The examples whose labels the task has, or all of a language model's, with tokens and target: those to train on, and at most
+ * `cap` held-out ones.
+ */
+function usable(trainer, { labels }, examples, cap) {
+  const target = ({ label }) => (typeof label === "number" ? label : labels.indexOf(label));
+  const isKnown = (one) => !labels.length || (one.target >= 0 && one.target < labels.length);
+  const known = examples.map((one) => ({ ...one, target: target(one) })).filter(isKnown);
+  const read = (split) => known.filter((one) => one.split === split).map((one) => ({ ...one, ...trainer.encode(one) }));
   return [read("train"), read("validation").slice(0, cap)];
 }
 
@@ -173,36 +180,25 @@ async function outcome(trainer, start, task, examples, cap, pause) {
   const [own, heldOut] = usable(trainer, task, examples, cap);
   if (!own.length) throw new DataError("there are no examples to train on; add some", "examples");
   const between = () => pause({ step: 0, steps: 0 });
-  const score = scored(await trainer.logits(start, heldOut.map(({ ids }) => ids), between), heldOut);
+  const score = await trainer.score(start, heldOut, between);
   const order = batches(own.map(({ ids }) => ids.length), task.batch_size, task.epochs);
   const trained = await trainOn(trainer, start, own, task, order, pause);
   return { trained, examples: own.length, score };
 }
 
 /**
- * `start` trained on examples, [{ ids, target }], in batches of this order. `pause` is awaited with { step, steps }. Throws as
+ * `start` trained on examples, as the trainer encodes them, in batches of this order. `pause` is awaited with { step, steps }. Throws as
  * `descend`.
  */
 export async function trainOn(trainer, start, examples, task, order, pause = async () => {}) {
   let step = 0;
   const gradientsOf = async (values, batch) => {
     step += 1;
-    const rows = batch.map((i) => ({ ...examples[i], share: 1 / batch.length }));
+    const rows = trainer.shares(batch.map((i) => examples[i]));
     return trainer.gradients(values, rows, () => pause({ step, steps: order.length }));
   };
   const trained = [...start.keys()].filter((name) => task.trained.includes(partOf(name)));
   return descend(start, order, gradientsOf, task, trained);
-}
-
-/** The score of logits on examples with a target: { correct, loss, count }. */
-export function scored(logits, examples) {
-  const sum = (of) => examples.reduce((total, { target }, i) => total + of(Float64Array.from(logits[i]), target), 0);
-  const best = (row) => row.indexOf(Math.max(...row));
-  const loss = (row, target) => {
-    const largest = Math.max(...row);
-    return Math.min(MAX_LOSS, Math.log(row.reduce((total, each) => total + Math.exp(each - largest), 0)) - (row[target] - largest));
-  };
-  return { correct: sum((row, target) => Number(best(row) === target)), loss: sum(loss), count: examples.length };
 }
 
 /** The update of the shared tensors as one vector, in peft's order and shapes. */

@@ -74,7 +74,7 @@ export function decodeTask(raw) {
   if (isAnalytic(found)) return analyticTask(found);
   if (isEvaluation(found)) return evaluationTask(found);
   requireFields(found, TASK);
-  const { trained, shared, labels } = found;
+  const { trained, shared } = found;
   if (!trained.some((part) => shared.includes(part))) {
     refuse("task.shared: no part of the adapter is both trained and shared", "task.shared");
   }
@@ -82,7 +82,6 @@ export function decodeTask(raw) {
   if (withR.length === 1 || withR.some((parts) => parts.includes(A) || parts.includes(B))) {
     refuse("R is trained and shared without A and B, or not at all", "task.parts");
   }
-  if (!labels.length) refuse("a tab trains classifiers, and no language model", "task.labels");
   return found;
 }
 
@@ -116,7 +115,7 @@ function evaluationTask(found) {
 export function checkLimits(task, adapter, limits = LIMITS) {
   const { peft_config: config, labels } = task;
   checkTrainable(config);
-  if (labels.length < limits.minimum_labels) {
+  if (labels.length && labels.length < limits.minimum_labels) {
     refuse(`task.labels ${labels.length} is below this device's minimum of ${limits.minimum_labels}`, "task.labels");
   }
   if (isAnalytic(task) && !limits.moments) refuse("this device contributes to no analytic head", "task.moments");

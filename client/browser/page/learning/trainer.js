@@ -10,6 +10,7 @@ import { SlotGraph, TOKENS_AT_ONCE } from "./slotgraph.js";
 const ENCODER = "encoder."; // begins the path of everything below the head
 const HEAD = ["classifier.bias", "classifier.weight"]; // over the mean of the tokens, as federations train it
 const MAX_TOKENS = 128; // of a text
+const MAX_LOSS = 20; // nats, of one example (adapters/task.py)
 const MAX_ROWS = 16; // of one run of the answering graph
 
 export class GraphTrainer extends SlotGraph {
@@ -33,6 +34,24 @@ export class GraphTrainer extends SlotGraph {
   /** The tokens of a text. Throws DataError as `Text.tokens`. */
   tokens(text) {
     return this.engine.text.tokens(text, MAX_TOKENS);
+  }
+
+  /** The tokens of an example: { ids }. Throws as `tokens`. */
+  encode({ text }) {
+    return { ids: this.tokens(text) };
+  }
+
+  /** A batch with its factors in the loss, which is the mean of its examples. */
+  shares(batch) {
+    return batch.map((example) => ({ ...example, share: 1 / batch.length }));
+  }
+
+  /** The score of values on examples with a target: { correct, loss, count }, the loss in nats. `pause` as in `gradients`. */
+  async score(values, examples, pause) {
+    const logits = await this.logits(values, examples.map(({ ids }) => ids), pause);
+    const sum = (of) => examples.reduce((total, { target }, i) => total + of(Float64Array.from(logits[i]), target), 0);
+    const isBest = (row, target) => Number(row.indexOf(Math.max(...row)) === target);
+    return { correct: sum(isBest), loss: sum(crossEntropy), count: examples.length };
   }
 
   /**
@@ -83,6 +102,12 @@ export class GraphTrainer extends SlotGraph {
     }
     return found;
   }
+}
+
+function crossEntropy(logits, target) {
+  const largest = Math.max(...logits);
+  const sum = logits.reduce((total, each) => total + Math.exp(each - largest), 0);
+  return Math.min(MAX_LOSS, Math.log(sum) - (logits[target] - largest));
 }
 
 const byLength = (examples) => examples.toSorted((left, right) => left.ids.length - right.ids.length);
