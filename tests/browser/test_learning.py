@@ -43,7 +43,8 @@ OPEN = """
   const [{ GraphTrainer }, { tune }] = await Promise.all([load("learning/trainer"), load("learning/tune")]);
   const here = new URL("/", location.href);
   const source = new HttpSource(new URL("bundle/", here), new URL("bundle.json", here));
-  const engine = await Engine.open(source, await (await fetch("/trust.pem")).text());
+  const provider = new URLSearchParams(location.search).get("provider") ?? undefined;
+  const engine = await Engine.open(source, await (await fetch("/trust.pem")).text(), () => {}, provider);
   const adapter = await engine.trust.adapter(source, engine.base, "global");
   const written = (values) => btoa(Array.from(new Uint8Array(values.buffer), (b) => String.fromCharCode(b)).join(""));
   const all = (map) => Object.fromEntries([...map].map(([name, values]) => [name, written(values)]));
@@ -87,9 +88,15 @@ def same(found: dict[str, str], expected: Tensors, within: float) -> None:
         np.testing.assert_allclose(value, expected[name].ravel(), rtol=0, atol=within, err_msg=name)
 
 
-@IN_BOTH
+@pytest.mark.parametrize(
+    ("trainable", "provider"),
+    [(profile, "wasm") for profile in (Profile.FP32, Profile.NATIVE_INT8, Profile.WEB_INT8)]
+    + [(profile, "webgpu") for profile in (Profile.FP32, Profile.NATIVE_INT8)],
+    ids=str,
+    indirect=["trainable"],
+)
 def test_the_gradients_of_a_batch_are_those_of_the_native_device(
-    page: Any, serve: Callable[[Path], str], phone: Path
+    page: Any, serve: Callable[[Path], str], phone: Path, provider: str
 ) -> None:
     """In several runs of the graph, since the texts have more tokens than one takes."""
     texts = [*PHRASES, *(f"{text} and {other}" for text in PHRASES for other in PHRASES)]
@@ -97,7 +104,7 @@ def test_the_gradients_of_a_batch_are_those_of_the_native_device(
     shares = [1 / (2 + number) for number in range(len(texts))]
     trainer, start = native(phone)
     loss, gradients = trainer.gradients(start, examples, shares)
-    page.goto(serve(phone))
+    page.goto(f"{serve(phone)}?provider={provider}")
     given = [(one.text, one.label, share) for one, share in zip(examples, shares, strict=True)]
     found = page.evaluate(f"{GRADIENTS}({json.dumps(given)})")
     assert found["loss"] == pytest.approx(loss, abs=1e-5)

@@ -8,7 +8,7 @@ import { ConfigError, DataError, EdgeAdaptError, quoted } from "./errors.js";
 import { Generation, cacheOutputs } from "./generate.js";
 import { virtualTokens } from "./graphinputs.js";
 import { History } from "./learning/history.js";
-import { choose } from "./provider.js";
+import { choose, fixedTexts } from "./provider.js";
 import * as runtime from "./runtime.js";
 import { Text } from "./text.js";
 import { MODEL, TOKENIZER, TRAINING, Trust, WEIGHTS } from "./trust.js";
@@ -16,16 +16,16 @@ import { MODEL, TOKENIZER, TRAINING, Trust, WEIGHTS } from "./trust.js";
 const MAX_LOADED = 32; // adapters held in memory
 const MAX_LOADED_BYTES = 2 ** 28;
 const MAX_LEARNED = 2 ** 26; // bytes of an adapter that is taught
-const PROBES = [16, 3, 100]; // tokens of a text: of graphs, short and long ones take different ways
 export const BARE = ""; // the name of the base without an adapter
 
 export class Engine {
   #loaded = new Map(); // name → { name, parts, labels, rank, temperature, feeds, size }, most recently used last
   #current;
+  #trainsOnGpu; // once it is chosen
 
   /** Use `open`, which verifies. */
-  constructor(source, trust, base, text, { session, generation }, runsOn) {
-    Object.assign(this, { source, trust, base, session, text, generation, runsOn });
+  constructor(source, trust, base, text, { opened: { session, generation }, runsOn }, provider) {
+    Object.assign(this, { source, trust, base, session, text, generation, runsOn, provider });
     this.history = new History(`${trust.seen.keys}/${base.base_digest}`);
     this.conversation = generation && new Conversation(generation);
   }
@@ -42,8 +42,8 @@ export class Engine {
     progress({ starting: true });
     try {
       const text = new Text(files.get(TOKENIZER), files.get("tokenizer_config.json"));
-      const { opened, runsOn } = await choose((gpu) => loaded(base, files, text, gpu), provider);
-      return new Engine(source, trust, base, text, opened, runsOn);
+      const chosen = await choose((gpu) => loaded(base, files, text, gpu), provider);
+      return new Engine(source, trust, base, text, chosen, provider);
     } catch (error) {
       if (error instanceof EdgeAdaptError) throw error;
       throw new DataError(`this page cannot read the base's tokenizer or settings: ${error.message}`, TOKENIZER);
@@ -99,11 +99,28 @@ export class Engine {
     return Object.hasOwn(this.base.files, TRAINING);
   }
 
-  /** A session of the training graph, whose files are read and verified again. Throws as `Trust.file`, `runtime.open`. */
-  async trainingSession() {
+  /**
+   * What `open(session)` makes of a session of the training graph, whose files are read and verified again: { session, probe, … }
+   * as `choose` takes it, which chooses where the first of them runs, and all after it. Throws as `Trust.file`, `runtime.open`,
+   * `choose`; what `open` throws releases the session.
+   */
+  async training(open) {
     const names = [TRAINING, WEIGHTS].filter((name) => Object.hasOwn(this.base.files, name));
     const read = async (name) => [name, await this.trust.file(this.source, this.base, name)];
-    return runtime.openTraining(new Map(await Promise.all(names.map(read))));
+    const files = new Map(await Promise.all(names.map(read)));
+    const opened = async (gpu) => {
+      const session = await runtime.openTraining(files, gpu);
+      try {
+        return open(session);
+      } catch (error) {
+        await session.release();
+        throw error;
+      }
+    };
+    if (this.#trainsOnGpu !== undefined) return opened(this.#trainsOnGpu);
+    const found = await choose(opened, this.provider);
+    this.#trainsOnGpu = found.gpu;
+    return found.opened;
   }
 
   /** Free the memory of the session. */
@@ -195,7 +212,7 @@ async function loaded({ task, slots }, files, text, gpu) {
   const generation = generates ? new Generation(session, text, files) : null;
   const feeds = runtime.adapterFeeds(runtime.probeAdapter(slots));
   const logits = async (rows) => (await runtime.run(session, { ...runtime.padded(rows), ...feeds })).logits.data;
-  const texts = PROBES.map((length) => Array.from({ length: Math.min(length, text.limit) }, (_, i) => i % 8));
+  const texts = fixedTexts(text.limit);
   const classified = async () => [await logits(texts.slice(0, 2)), await logits(texts)];
   return { session, generation, probe: generates ? () => generation.probe(feeds) : classified };
 }

@@ -3,11 +3,14 @@
 import { ConfigError, EdgeAdaptError } from "./errors.js";
 import { threads } from "./runtime.js";
 
-const TOLERANCE = 1e-3; // of the largest number
+const TOLERANCE = 1e-3; // of the largest number of an array
 const RUNS = 3; // of a probe by the clock, of which the fastest counts
 
+/** Fixed texts as tokens, which every vocabulary has; short and long ones take different ways through a graph. */
+export const fixedTexts = (limit) => [16, 3, 100].map((length) => Array.from({ length: Math.min(length, limit) }, (_, i) => i % 8));
+
 /**
- * What `open` gives for the provider that is chosen, and where that runs: { opened, runsOn }.
+ * What `open` gives for the provider that is chosen, whether that is WebGPU, and where it runs in words: { opened, gpu, runsOn }.
  *
  * `open(gpu)` resolves to { session, probe, … }; `probe()` to arrays of numbers that both providers must agree on. `provider` is
  * "wasm", "webgpu", or undefined for a choice. What is not chosen is released.
@@ -17,12 +20,13 @@ const RUNS = 3; // of a probe by the clock, of which the fastest counts
 export async function choose(open, provider) {
   if (![undefined, "wasm", "webgpu"].includes(provider)) throw new ConfigError("the provider is wasm or webgpu", "provider");
   const native = await open(false);
-  const inWasm = (why) => ({ opened: native, runsOn: `WebAssembly, ${threads()} thread${threads() > 1 ? "s" : ""}${why && ` (${why})`}` });
+  const shown = `WebAssembly, ${threads()} thread${threads() > 1 ? "s" : ""}`;
+  const inWasm = (why) => ({ opened: native, gpu: false, runsOn: why ? `${shown} (${why})` : shown });
   if (provider === "wasm") return inWasm("");
   try {
-    const { opened, runsOn } = await onGpu(open, native, provider !== undefined);
+    const found = await onGpu(open, native, provider !== undefined);
     await native.session.release();
-    return { opened, runsOn };
+    return found;
   } catch (error) {
     if (!(error instanceof EdgeAdaptError)) throw error;
     if (provider === undefined) return inWasm(error.message);
@@ -40,7 +44,7 @@ async function onGpu(open, native, named) {
     const found = await timed(opened.probe);
     if (!agree(found.numbers, expected.numbers)) throw new ConfigError("WebGPU gives other numbers", "provider");
     if (found.milliseconds > expected.milliseconds && !named) throw new ConfigError("WebGPU is slower", "provider");
-    return { opened, runsOn: `WebGPU (${[vendor, architecture].filter(Boolean).join(" ") || "unnamed"})` };
+    return { opened, gpu: true, runsOn: `WebGPU (${[vendor, architecture].filter(Boolean).join(" ") || "unnamed"})` };
   } catch (error) {
     await opened.session.release();
     throw error;
@@ -66,7 +70,8 @@ async function timed(probe) {
   return { numbers, milliseconds: Math.min(...times) };
 }
 
-function agree(found, expected) {
-  const largest = expected.reduce((most, numbers) => numbers.reduce((a, b) => Math.max(a, Math.abs(b)), most), 0);
-  return expected.every((numbers, row) => numbers.every((number, i) => Math.abs(found[row][i] - number) <= TOLERANCE * largest));
-}
+const agree = (found, expected) =>
+  expected.every((numbers, row) => {
+    const largest = numbers.reduce((most, number) => Math.max(most, Math.abs(number)), 0);
+    return numbers.every((number, i) => Math.abs(found[row][i] - number) <= TOLERANCE * largest);
+  });

@@ -42,8 +42,8 @@ function configured(library) {
 }
 
 /** A session of the training graph. Folding constants would store each weight once more. */
-export const openTraining = (files) =>
-  open(files, TRAINING, { extra: { optimization: { disable_specified_optimizers: "ConstantFolding" } } });
+export const openTraining = (files, gpu) =>
+  open(files, TRAINING, { gpu, extra: { optimization: { disable_specified_optimizers: "ConstantFolding" } } });
 
 /** The outputs of a session. Throws DataError if the graph does not run. */
 export async function run(session, feeds) {

@@ -1,6 +1,7 @@
 // Gradients of a language model's adapter from the training graph of its bundle, as client/training/languagegraph.py.
 
 import { ConfigError, quoted } from "../errors.js";
+import { fixedTexts } from "../provider.js";
 import * as runtime from "../runtime.js";
 import { parts } from "./batches.js";
 import { encoded } from "./encoding.js";
@@ -38,6 +39,10 @@ export class LanguageGraphTrainer extends SlotGraph {
     const { scores } = await this.gradients(values, examples.map((one) => ({ ...one, share: 0 })), pause);
     const sum = (of) => scores.reduce((total, each) => total + of(each), 0);
     return { correct: sum(({ hits }) => hits), loss: sum(({ nats }) => nats), count: examples.length };
+  }
+
+  probes() {
+    return fixedTexts(this.engine.generation.limit).map((ids) => ({ ids, first: 2, size: ids.length - 2, share: 0.5 }));
   }
 
   /**

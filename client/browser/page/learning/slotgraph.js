@@ -36,11 +36,21 @@ export class SlotGraph {
   static async open(engine, adapter) {
     const { base } = engine;
     const { scaling, shapes } = this.checked(base, adapter);
-    const session = await engine.trainingSession();
-    const lacking = Object.keys(base.slots).sort(byCodePoint).find((name) => !session.outputNames.includes(name + GRADIENT));
-    if (lacking === undefined) return new this(engine, session, shapes, scaling);
-    await session.release();
-    throw new ConfigError(`the training graph has no gradient of ${quoted(lacking)}: export the base again`, TRAINING);
+    const { trainer } = await engine.training((session) => {
+      const lacking = Object.keys(base.slots).sort(byCodePoint).find((name) => !session.outputNames.includes(name + GRADIENT));
+      if (lacking !== undefined) {
+        throw new ConfigError(`the training graph has no gradient of ${quoted(lacking)}: export the base again`, TRAINING);
+      }
+      const trainer = new this(engine, session, shapes, scaling);
+      return { session, trainer, probe: () => trainer.probe(adapter.inputs) };
+    });
+    return trainer;
+  }
+
+  /** The loss and the gradients of fixed examples at an adapter's graph inputs: arrays of numbers, as `choose` takes them. */
+  async probe(inputs) {
+    const { loss, gradients } = await this.gradients(this.valuesOf(inputs), this.probes(), async () => {});
+    return [[loss], ...gradients.values()];
   }
 
   /** The factors and the shapes of an adapter. Throws as `open`. */

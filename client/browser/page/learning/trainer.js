@@ -3,6 +3,7 @@
 import { byCodePoint } from "../bytes.js";
 import { ConfigError, quoted } from "../errors.js";
 import { LORA_A, LORA_B } from "../graphinputs.js";
+import { fixedTexts } from "../provider.js";
 import * as runtime from "../runtime.js";
 import { parts } from "./batches.js";
 import { SlotGraph, TOKENS_AT_ONCE } from "./slotgraph.js";
@@ -29,6 +30,10 @@ export class GraphTrainer extends SlotGraph {
   static answering(engine, adapter) {
     const { scaling, shapes } = this.checked(engine.base, adapter);
     return new this(engine, null, shapes, scaling);
+  }
+
+  probes() {
+    return fixedTexts(this.engine.text.limit).map((ids) => ({ ids, target: 0, share: 0.5 }));
   }
 
   /** The tokens of a text. Throws DataError as `Text.tokens`. */
