@@ -221,6 +221,12 @@ def sent(page: Any, text: str) -> str:
     return str(page.evaluate("document.querySelector('#transcript li:last-of-type p').textContent"))
 
 
+def begin_again(page: Any) -> None:
+    """Begin a new conversation as a person does."""
+    page.evaluate("document.getElementById('new-chat').click()")
+    page.until("document.getElementById('transcript').children.length === 0")
+
+
 def corrected(page: Any, answer: str) -> dict[str, Any]:
     """Correct the last answer as a person does; returns what the page shows, and which adapter is in use."""
     page.evaluate("document.querySelector('#transcript li:last-of-type button').click()")
@@ -252,7 +258,7 @@ def test_a_corrected_answer_is_given_from_then_on_also_after_a_reload_and_native
     assert [row.endswith(f"“{ANSWER}”") for row in found["rows"]] == [True]
     assert found["in use"].startswith("In use: personal,")
     assert all(one.startswith(url) for one in page.requests()), "nothing leaves the page's origin"
-    page.evaluate("document.getElementById('new-chat').click()")
+    begin_again(page)
     assert sent(page, PROMPT) == ANSWER
     page.goto(url)
     assert sent(page, PROMPT) == ANSWER
@@ -265,7 +271,7 @@ def test_a_corrected_answer_is_given_from_then_on_also_after_a_reload_and_native
     assert CliRunner().invoke(device, arguments, catch_exceptions=False).output == f"{ANSWER}\n"
     page.evaluate("document.getElementById('teach-undo').click()")
     page.until("document.getElementById('teach-result').textContent.startsWith('Undone: ')")
-    page.evaluate("document.getElementById('new-chat').click()")
+    begin_again(page)
     assert sent(page, PROMPT) == first
     assert page.errors() == []
 
