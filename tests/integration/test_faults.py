@@ -1,6 +1,7 @@
 """Faults in the real processes of a fleet: training goes on, nothing is lost or counted twice, the audit passes."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from simulations.benchmarks.faults import measure
 from simulations.benchmarks.faults.checks import losses
 from simulations.benchmarks.faults.faults import FAULTS
 from simulations.benchmarks.faults.fleet import FaultFleet, running_fleet
+from simulations.benchmarks.faults.smalldisk import empty, fill, refused, small_disk
 
 pytestmark = pytest.mark.slow
 
@@ -22,6 +24,7 @@ SHOWN: Mapping[str, Sequence[Step]] = {
     "cut-message": [Step.PLAN],
     "half-open": [Step.UNMASK],
     "disk": [Step.UNMASK],
+    "disk-full": [Step.UNMASK],
     "disk-of-device": [Step.PLAN],
     "older-version": [Step.PLAN],
 }
@@ -39,6 +42,8 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultFleet]:
 
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault.name in SHOWN], ids=lambda fault: fault.name)
 def test_training_goes_on_after_a_fault_and_nothing_is_lost(fleet: FaultFleet, fault: measure.Fault) -> None:
+    if why := fault.missing():
+        pytest.skip(why)
     rows = measure.inject(fleet, fault, print, SHOWN[fault.name])
     assert [row.stage for row in rows] == [measure.NAMES[step] for step in SHOWN[fault.name]]
     assert [row.lost for row in rows] == [()] * len(rows)
@@ -57,3 +62,21 @@ def test_a_contribution_that_a_ledger_lacks_and_a_record_that_has_changed_are_fo
     assert [line.split()[0] for line in losses(fleet, records)] == [fleet.names[0]] * 2
     ledger.write_bytes(kept)
     assert losses(fleet, (*records, records[0])) == ["finished rounds are not as they were"]
+
+
+@pytest.mark.skipif(bool(refused()), reason="mount is refused")
+def test_a_small_disk_is_full_to_the_last_byte_and_gives_back_the_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    folder.mkdir()
+    (folder / "kept").write_bytes(b"before")
+    with small_disk(folder):
+        fill(folder)
+        for write in (b"x", bytes(2**20)):
+            with pytest.raises(OSError, match="No space left"):
+                (folder / "more").write_bytes(write)
+        empty(folder)
+        (folder / "kept").write_bytes(b"after")
+        (folder / "more").unlink()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"kept": b"after"}
+    assert not folder.is_mount()
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]

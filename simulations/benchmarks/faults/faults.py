@@ -5,6 +5,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from aggregation.steps import Step
 from coordinator.services.deployment import running
 from simulations.benchmarks.faults.fleet import FaultFleet, wait_until
 from simulations.benchmarks.faults.network import Damage, Link
+from simulations.benchmarks.faults.smalldisk import empty, fill, refused, small_disk
 
 LASTS = 3.0  # seconds of a disturbance that passes
 ONE = (Step.PLAN,)
@@ -30,6 +32,7 @@ class Fault:
         stages: The steps at which it is done.
         superlink: Whether the fleet has Flower's SuperLink.
         missing: Why it cannot be done on this machine; empty if it can.
+        setting: What holds while the coordinator runs for it.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Fault:
     stages: tuple[Step, ...] = tuple(Step)
     superlink: bool = False
     missing: Callable[[], str] = lambda: ""
+    setting: Callable[[FaultFleet], AbstractContextManager[None]] = lambda fleet: nullcontext()
 
 
 def victim(fleet: FaultFleet) -> str:
@@ -128,6 +132,14 @@ def _partition(fleet: FaultFleet) -> float:
     time.sleep(LASTS)
     for link in links:
         link.refused = False
+    return time.monotonic()
+
+
+def _disk_runs_full(fleet: FaultFleet) -> float:
+    """Not a byte more can be written to the coordinator's state directory, by whomever."""
+    fill(fleet.coordinator)
+    time.sleep(LASTS)
+    empty(fleet.coordinator)
     return time.monotonic()
 
 
@@ -234,6 +246,14 @@ FAULTS = (
     Fault("partition", "no device reaches the gateway for some seconds", _partition, ANSWERS),
     Fault("slow", "a second of delay each way, for all devices", _slow, ONE),
     Fault("disk", "no file of the coordinator can grow for some seconds", _full_disk, ANSWERS),
+    Fault(
+        "disk-full",
+        "the disk of the coordinator is full for some seconds",
+        _disk_runs_full,
+        ANSWERS,
+        missing=refused,
+        setting=lambda fleet: small_disk(fleet.coordinator),
+    ),
     Fault("disk-of-device", "no file of a device can grow for a round", _full_disk_of_a_device, ANSWERS),
     Fault(
         "clock-ahead",

@@ -76,16 +76,20 @@ def inject(fleet: FaultFleet, fault: Fault, note: Note, stages: Sequence[Step]) 
     """One fault at each of its steps; then the coordinator is stopped and everything is compared."""
     if why := fault.missing():
         return [FaultOutcome(fault.name, "-", f"not run here: {why}", (), None)]
+    with fault.setting(fleet):
+        return _inject_all(fleet, fault, note, [stage for stage in fault.stages if stage in stages])
+
+
+def _inject_all(fleet: FaultFleet, fault: Fault, note: Note, stages: Sequence[Step]) -> list[FaultOutcome]:
     before, rows = fleet.records(), list[FaultOutcome]()
     fleet.start()
-    for stage in fault.stages:
-        if stage in stages:
-            note(f"{fault.what}, at {NAMES[stage]}")
-            try:
-                rows.append(_inject(fleet, fault, stage))
-            except Late as error:
-                rows.append(FaultOutcome(fault.name, NAMES[stage], "training does not go on", (str(error),), None))
-                break
+    for stage in stages:
+        note(f"{fault.what}, at {NAMES[stage]}")
+        try:
+            rows.append(_inject(fleet, fault, stage))
+        except Late as error:
+            rows.append(FaultOutcome(fault.name, NAMES[stage], "training does not go on", (str(error),), None))
+            break
     fleet.stop()
     lost = losses(fleet, before)
     return [FaultOutcome(row.fault, row.stage, row.happened, (*row.lost, *lost), row.seconds) for row in rows]
