@@ -6,7 +6,8 @@
     page → gateway    for each a SocketAnswer, then its body in messages of at most ``frames.CHUNK`` bytes
 
 ``client/browser/page/aggregation/websocket.js`` is the page's side. At the authority's enrolment service there is one
-message each way: a SocketEnrolment, and the certificate (DER); ``client/browser/page/invitation.js`` has that side.
+message each way: a SocketEnrolment or a SocketRenewal, and the certificate (DER). That side is in
+``client/browser/page/invitation.js``.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ from aggregation.pki.requests import MAX_REQUEST
 
 PATH = "/edgeadapt.gateway.v1/attend"
 ENROLMENT_PATH = "/edgeadapt.gateway.v1/enrol"
+RENEWAL_PATH = "/edgeadapt.gateway.v1/renew"
 ADMITTED = b""
 NONCE = 32  # bytes
 _NAME = wire.text(r"[a-z_]{1,32}")  # of a step or a field
@@ -83,9 +85,22 @@ class SocketEnrolment:
     request: Annotated[bytes, wire.blob(MAX_REQUEST)]
 
 
+@dataclass(frozen=True, slots=True)
+class SocketRenewal:
+    """What a page asks for whose certificate ends soon: a newer one for the same key.
+
+    Attributes:
+        certificate: Of its identity, DER.
+        signature: Of that identity, on the certificate.
+    """
+
+    certificate: Annotated[bytes, wire.blob(MAX_CERTIFICATE)]
+    signature: Annotated[bytes, wire.fixed(SIGNATURE)]
+
+
 CHALLENGE, HELLO = wire.record(SocketChallenge), wire.record(SocketHello)
 REQUEST, ANSWER = wire.record(SocketRequest), wire.record(SocketAnswer)
-ENROLMENT = wire.record(SocketEnrolment)
+ENROLMENT, RENEWAL = wire.record(SocketEnrolment), wire.record(SocketRenewal)
 
 
 def answer_messages(number: int, body: bytes) -> Iterator[bytes]:

@@ -22,12 +22,12 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, TrustError
 from aggregation.pki.certificates import Root, is_authority, is_device_id, load, require_device_id, subject
-from aggregation.pki.identity import IdentityKey
+from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.pki.requests import parsed
 
 BINDING = "tls-binding"  # the tag of the identity's signature
 CHALLENGE = "websocket-challenge"  # the same where a browser answers a gateway's challenge
-RENEWAL = "renewal"  # the same on the request for the next TLS key
+RENEWAL = "renewal"  # the same on the request for the next TLS key; of a page, which has none, on its certificate
 _ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551  # of P-256 (SEC 2, section 2.4.2)
 
 
@@ -226,6 +226,23 @@ def verify_challenge(root: Root, challenge: bytes, certificate: bytes, signature
     name, key = root.verify(certificate, at)
     key.verify(CHALLENGE, challenge, signature)
     return name
+
+
+def verify_page_renewal(root: Root, certificate: bytes, signature: bytes, at: datetime) -> tuple[str, PublicKey]:
+    """Return name and key of the page that wants a newer certificate for its identity.
+
+    Args:
+        root: The authority.
+        certificate: Of the identity, in DER.
+        signature: Of the identity, on ``certificate``.
+        at: The present time.
+
+    Raises:
+        TrustError: The certificate is not valid, or the identity did not sign.
+    """
+    name, key = root.verify(certificate, at)
+    key.verify(RENEWAL, certificate, signature)
+    return name, key
 
 
 def _public(key: ec.EllipticCurvePublicKey) -> TlsPublicKey:

@@ -29,7 +29,7 @@ from aggregation.pki.certificates import load, require_device_id, same_name, ser
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.pki.requests import read_request
 from aggregation.pki.revocation import MAX_REVOCATIONS, Reason, Revocation
-from aggregation.pki.tls import RENEWAL, TlsPublicKey, TlsRole, read_tls_request, verify_tls
+from aggregation.pki.tls import RENEWAL, TlsPublicKey, TlsRole, read_tls_request, verify_page_renewal, verify_tls
 from coordinator.authority.record import (
     AuthorityRecord,
     CertificateIssued,
@@ -283,6 +283,32 @@ class AuthorityStore:
             der = self._issue(writer, authority, name, key, days)
             return der, self._issue_tls(writer, authority, name, tls_key, TlsRole.DEVICE, (), days)
 
+    def renew_page(
+        self, authority: Authority, certificate: bytes, signature: bytes, *, days: float, admit: Callable[[str], None]
+    ) -> bytes:
+        """Certify the identity of a page again, whose certificate is valid; DER. It has no TLS key.
+
+        Args:
+            authority: Unlocked.
+            certificate: Of the page's identity, DER.
+            signature: Of the identity, on ``certificate``.
+            days: For which the new one is valid.
+            admit: Called with the page's name once it has proved it; may raise.
+
+        Raises:
+            TrustError: The certificate has expired, was revoked, or is not of this authority; or the identity did not
+                sign.
+            ConfigError, DataError: As ``issue``.
+        """
+        try:
+            name, key = verify_page_renewal(authority.root, certificate, signature, self.clock())
+        except TrustError as error:
+            raise TrustError(f"{error}: {ENROL_AGAIN}", about=error.about) from error
+        admit(name)
+        with self._writing() as writer:
+            _require_unrevoked(writer.events, name, (serial(certificate),))
+            return self._issue(writer, authority, name, key, days)
+
     @contextmanager
     def _redeeming(
         self, invited: PublicKey, request: bytes, tls: tuple[str, str] | None
@@ -441,7 +467,7 @@ def _require_new(writer: RecordWriter, name: str, key: PublicKey, now: datetime)
             raise ConfigError(text, about="name.key", value=each.key)
 
 
-def _require_unrevoked(events: Sequence[Event], name: str, serials: Sequence[int], tls_key: str) -> None:
+def _require_unrevoked(events: Sequence[Event], name: str, serials: Sequence[int], tls_key: str = "") -> None:
     """Return if neither a certificate that a device presents was revoked, nor the TLS key that it asks for."""
     revoked = _revoked(events)
     keys = {each.key for each in _issued(events) if each.serial in revoked}

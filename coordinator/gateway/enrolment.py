@@ -120,6 +120,24 @@ class EnrolmentService:
         _log(identity, "is enrolled")
         return identity
 
+    def renew_page(self, raw: bytes) -> bytes:
+        """The newer certificate of a page, DER.
+
+        Raises:
+            ProtocolError: The bytes are no ``SocketRenewal``.
+            EdgeAdaptError: The page has renewed too often; or as ``AuthorityStore.renew_page``.
+        """
+        asked = websocket.RENEWAL.decode(raw)
+        identity = self.store.renew_page(
+            self.authority, asked.certificate, asked.signature, days=self.days, admit=self._admit
+        )
+        _log(identity, "is certified again")
+        return identity
+
+    def _admit(self, name: str) -> None:
+        if self._renewal_wait(name):
+            raise EdgeAdaptError(f"{name} has renewed its certificate too often: try again in an hour", about="renewal")
+
     def wait(self) -> float:
         """Take a call of the bucket; 0, or the seconds until there is one."""
         with self._lock:
@@ -207,7 +225,7 @@ class PageEnrolmentServer:
             ConfigError: The address is in use or not valid.
         """
         self._service = service
-        self._endpoint = Endpoint(websocket.ENROLMENT_PATH, settings, tls)
+        self._endpoint = Endpoint((websocket.ENROLMENT_PATH, websocket.RENEWAL_PATH), settings, tls)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=NAME, daemon=True)
         self._thread.start()
@@ -225,7 +243,9 @@ class PageEnrolmentServer:
             if self._service.wait():
                 await connection.close(CloseCode.TRY_AGAIN_LATER, "too many calls: try again in a minute")
                 return
-            await connection.send(await asyncio.to_thread(self._service.enrol_page, raw))
+            renews = connection.request is not None and connection.request.path == websocket.RENEWAL_PATH
+            certify = self._service.renew_page if renews else self._service.enrol_page
+            await connection.send(await asyncio.to_thread(certify, raw))
         except ConnectionClosed:
             pass
         except TimeoutError:
@@ -233,7 +253,7 @@ class PageEnrolmentServer:
         except ProtocolError as error:
             await connection.close(CloseCode.INVALID_DATA, reason_of(error))
         except EdgeAdaptError as error:
-            log.warning("an enrolment is refused: %s", error)
+            log.warning("a page is refused: %s", error)
             await connection.close(CloseCode.POLICY_VIOLATION, reason_of(error))
 
     def close(self) -> None:

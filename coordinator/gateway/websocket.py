@@ -71,12 +71,12 @@ class Endpoint:
     """Which connections of pages are opened.
 
     Args:
-        path: The only one.
+        paths: The only ones.
         settings: The address, and the origins of pages elsewhere.
         tls: Its certificate has the names of this host; on loopback, its names are added.
     """
 
-    path: str
+    paths: tuple[str, ...]
     settings: BrowserSettings
     tls: ServerTls
     strangers: int = 0  # connections that have not said yet who they are
@@ -89,7 +89,7 @@ class Endpoint:
     def check(self, connection: ServerConnection, request: Request) -> Response | None:
         """Refuse a request for another path or host, or of a page of another origin, before it is a WebSocket."""
         origin = request.headers.get("Origin", "")
-        if request.path != self.path:
+        if request.path not in self.paths:
             return connection.respond(HTTPStatus.NOT_FOUND, "not found\n")
         if host_of(f"//{request.headers.get('Host', '')}") not in self._hosts:
             return connection.respond(HTTPStatus.MISDIRECTED_REQUEST, "another host\n")
@@ -286,7 +286,7 @@ class BrowserServer:
             ConfigError: The address is in use or not valid.
         """
         self._gateway = gateway
-        browsers = BrowserService(gateway.service, Endpoint(websocket.PATH, settings, tls))
+        browsers = BrowserService(gateway.service, Endpoint((websocket.PATH,), settings, tls))
         self._server = gateway.call(browsers.endpoint.listen(browsers.attend, frames.MAX_MESSAGE))
         self.url = url_of(self._server, websocket.PATH)
 

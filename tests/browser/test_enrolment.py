@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from coordinator.gateway.enrolment import EnrolmentServer, EnrolmentService
 from coordinator.gateway.websocket import BrowserSettings
 from tests.support import cdp
 from tests.support.authority import store
-from tests.support.gateway import HOST, free_port
+from tests.support.gateway import HOST, free_port, wait_until
 
 __all__ = ["store"]
 COORDINATOR = IdentityKey(bytes(range(32))).public
+SHORT = 20 / 1440  # days: less than a third of a validity that began an hour before
+FACT = "document.getElementById('identity').textContent"
 ERROR = "document.getElementById('join-error').textContent"
 SHOWN = "[...document.querySelectorAll('#participation form')].filter((form) => !form.hidden).map((form) => form.id)"
 FACTS = "[...document.querySelectorAll('#invited dd')].map((each) => each.textContent).join(' ')"
@@ -150,6 +152,34 @@ def test_a_page_enrols_with_a_token_and_one_that_is_no_good_loses_nothing(
     finally:
         server.close()
     assert page.errors() == []
+
+
+def test_a_page_renews_its_certificate_at_a_visit_when_it_ends_soon_and_keeps_its_key(
+    page: Any, store: AuthorityStore, url: str, port: int
+) -> None:
+    service = EnrolmentService(store, store.unlock(None), SHORT)
+    server = EnrolmentServer(service, f"{HOST}:0", [HOST], BrowserSettings(f"{HOST}:{port}"))
+    try:
+        page.goto(url)
+        page.until(f"{SHOWN}.includes('token-form')")
+        assert redeem(page, invited(store).to_text()) == ""
+        key, soon = key_of(page), until(store)
+        service.days = 30
+        page.goto(url)
+        wait_until(lambda: until(store) > soon + timedelta(days=29), 120.0)
+        page.until(f"{FACT}.includes('{until(store):%Y-%m-%d}') && {SHOWN}.includes('join-form')")
+        assert key_of(page) == key
+        assert page.alert("join-error") == ""
+        page.goto(url)  # and not again
+        page.until(f"{SHOWN}.includes('join-form')")
+        assert sum(each.name == "tab" for each, _ in store.certificates()) == 2
+    finally:
+        server.close()
+    assert page.errors() == []
+
+
+def until(store: AuthorityStore) -> datetime:
+    return [each.not_after for each, _ in store.certificates() if each.name == "tab"][-1]
 
 
 def test_an_identity_survives_a_newer_version_of_the_database(page: Any, url: str) -> None:

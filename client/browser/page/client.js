@@ -26,6 +26,7 @@ export class Client {
   enrol = (args) => this.#call("enrol", args);
   invited = (token) => this.#call("invited", { token });
   redeem = (token, url) => this.#call("redeem", { token, url });
+  renew = (url) => this.#call("renew", { url });
   install = (certificate) => this.#call("install", { certificate });
   forget = () => this.#call("forget", {});
   takePart = (args, piece) => this.#call("takePart", args, piece);

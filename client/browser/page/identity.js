@@ -23,11 +23,12 @@ import { EMPTY, requireLedger, spent } from "./aggregation/privacyledger.js";
 import { certificateIn, request } from "./aggregation/requests.js";
 import { equal, sha256 } from "./bytes.js";
 import { ConfigError, TrustError } from "./errors.js";
-import { certified, readInvitation } from "./invitation.js";
+import { certified, readInvitation, renewed } from "./invitation.js";
 import { pinned, publicKeyOf, signingKey } from "./keys.js";
 import { IDENTITIES, transact } from "./storage.js";
 
 const MAX_ROUNDS = 100; // that are kept
+const LEFT = 1 / 3; // of its validity: a certificate that has less left is renewed
 const FRESH = { certificate: null, adapter: null, log: null, revocations: null, privacy: EMPTY, parts: null, rounds: [] };
 
 export class Identity {
@@ -106,6 +107,21 @@ export class Identity {
     const record = await this.load();
     if (!record) throw new ConfigError("make a key and a request first", "identity");
     await this.#install(record, certificateIn(certificate, "the certificate"));
+  }
+
+  /**
+   * Have the certificate renewed at the authority's enrolment service, if it ends soon. No tab may take part meanwhile.
+   *
+   * Throws TrustError: it has expired, or the authority refuses. EdgeAdaptError: the authority cannot be reached. The old one stays.
+   */
+  async renew(url) {
+    const record = await this.load();
+    if (!record?.certificate) return;
+    const { certificate, authority, pair } = record;
+    const { notBefore, notAfter } = await (await Root.open(authority)).verify(certificate);
+    if (Date.now() > notAfter) throw new TrustError("the certificate has expired: forget this identity, and enrol with a new token", "certificate.validity");
+    if (notAfter - Date.now() > LEFT * (notAfter - notBefore)) return;
+    await this.#install(record, await renewed(url, { certificate, key: pair.privateKey }));
   }
 
   async #install(record, der) {

@@ -1,4 +1,5 @@
-// Invitations (adapters/gateway/invitation.py), and enrolment with one at the authority (coordinator/gateway/enrolment.py).
+// Invitations (adapters/gateway/invitation.py), and enrolment with one at the authority, and renewal
+// (coordinator/gateway/enrolment.py).
 //
 // The secret of an invitation stays here: it is the seed of a key that signs the request. Who receives the request instead of
 // the authority can have no other key certified.
@@ -24,6 +25,7 @@ const INVITATION = record({
   renewal: text(`(${ADDRESS})?`),
 });
 const ENROLMENT = record({ invited: fixed(32), signature: fixed(64), request: blob(8192) });
+const RENEWAL = record({ certificate: blob(MAX_CERTIFICATE), signature: fixed(64) });
 const PKCS8 = unhex("302e020100300506032b657004220420"); // RFC 8410, section 7: everything before the 32 bytes of the key
 const PATIENCE = 30_000; // milliseconds
 const [INVALID, VIOLATION, LATER] = [1007, 1008, 1013]; // close codes
@@ -55,11 +57,20 @@ export async function certified(url, { secret }, request) {
   const der = unbase64(request.replace(/-----[A-Z ]+-----|\s/g, ""));
   const { key, invited } = await keyOf(secret);
   const asked = encode(ENROLMENT, { invited, signature: await signature(key, "enrolment", der), request: der });
-  const { certificate, code, reason } = await exchanged(url, asked);
+  return answered(await exchanged(url, asked), "press Enrol again");
+}
+
+/** A newer certificate for the same key, DER. `url` of the enrolment service, `key` that of the identity. Throws as `certified`. */
+export async function renewed(url, { certificate, key }) {
+  const asked = encode(RENEWAL, { certificate, signature: await signature(key, "renewal", certificate) });
+  return answered(await exchanged(url.replace(/enrol$/, "renew"), asked), "it is asked again at the next visit");
+}
+
+function answered({ certificate, code, reason }, next) {
   if (certificate) return certificate;
   if (code === INVALID || code === VIOLATION) throw new TrustError(`the authority refuses: ${reason}`, "enrolment");
   const why = code === LATER ? reason : "it cannot be reached, or broke off";
-  throw new EdgeAdaptError(`the authority did not certify this device: ${why}; press Enrol again`, "enrolment");
+  throw new EdgeAdaptError(`the authority did not certify this device: ${why}; ${next}`, "enrolment");
 }
 
 /** The key of an invitation: its seed is SHA-256 of the secret after a tag. */

@@ -86,6 +86,11 @@ export async function forget(identity) {
   }
 }
 
+/** Renew the certificate of an identity at `url` if it ends soon, unless a tab takes part with it now. Throws as `Identity.renew`. */
+export async function renew(identity, url) {
+  await navigator.locks.request(lockOf(identity), { ifAvailable: true }, (lock) => lock && identity.renew(url));
+}
+
 const lockOf = ({ place }) => `edgeadapt/${LOCK}/${place}`;
 
 /** The rounds of a record, and the states in it. */

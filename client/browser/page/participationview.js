@@ -46,6 +46,7 @@ export class ParticipationView {
     settle("join-error");
     try {
       this.#identity(await this.client.identity());
+      if (this.enrolment) this.#identity(await this.client.renew(this.enrolment));
     } catch (error) {
       complain("join-error", error);
     }

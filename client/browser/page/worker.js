@@ -12,7 +12,7 @@ import { Identity } from "./identity.js";
 import { readInvitation } from "./invitation.js";
 import { Learner } from "./learning/learner.js";
 import { MAX_STEPS } from "./learning/tune.js";
-import { forget, takePart } from "./participation.js";
+import { forget, renew, takePart } from "./participation.js";
 import { seeded } from "./sampling.js";
 import { fetched, FolderSource, HttpSource } from "./sources.js";
 
@@ -96,6 +96,11 @@ const methods = {
 
   async redeem({ token, url }) {
     await identity().redeem(token, url);
+    return identity().shown();
+  },
+
+  async renew({ url }) {
+    await renew(identity(), url);
     return identity().shown();
   },
 

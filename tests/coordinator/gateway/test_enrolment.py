@@ -19,14 +19,15 @@ from adapters.gateway import frames, websocket
 from adapters.gateway.invitation import ENROLMENT, Invitation, read_invitation
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
-from aggregation.pki import Authority, IdentityKey
+from aggregation.pki import Authority, IdentityKey, Reason
 from aggregation.pki.requests import request
+from aggregation.pki.tls import RENEWAL
 from client.gateway import enrolment as device_side
 from client.gateway.enrolment import enrol_with
 from client.node.statedir import DeviceSettings, DeviceStateDir
 from coordinator.authority import AuthorityStore
 from coordinator.authority.store import utc_now
-from coordinator.gateway.enrolment import EnrolmentServer, EnrolmentService, PageEnrolmentServer
+from coordinator.gateway.enrolment import RENEWALS, EnrolmentServer, EnrolmentService, PageEnrolmentServer
 from coordinator.gateway.websocket import BrowserSettings
 from tests.support import refused
 from tests.support.authority import signer, store
@@ -347,6 +348,53 @@ def test_a_service_of_a_thief_that_passes_a_pages_message_on_has_no_other_key_ce
     certificate, _, _ = tab.ask(websocket.ENROLMENT.encode(seen))
     assert certificate
     assert store.root.verify(certificate, utc_now())[1] == tab.identity.public
+
+
+def renewal(certificate: bytes, signer: IdentityKey) -> bytes:
+    asked = websocket.SocketRenewal(certificate, signer.sign(RENEWAL, certificate))
+    return websocket.RENEWAL.encode(asked)
+
+
+def renewing(tab: InvitedPage) -> InvitedPage:
+    """The same page, at the address for renewals."""
+    return replace(tab, url=tab.url.replace(websocket.ENROLMENT_PATH, websocket.RENEWAL_PATH))
+
+
+def test_a_page_renews_its_certificate_for_the_same_key_until_it_has_expired_or_is_revoked(
+    store: AuthorityStore, signer: Authority, invite_page: InvitePage
+) -> None:
+    tab = invite_page()
+    first, _, _ = tab.ask(tab.message())
+    assert first
+    second, code, _ = renewing(tab).ask(renewal(first, tab.identity))
+    assert second
+    assert code == 1000
+    assert second != first
+    assert store.root.verify(second, utc_now()) == ("tab", tab.identity.public)
+    earlier = replace(store, clock=lambda: utc_now() - timedelta(days=2))
+    expired = earlier.issue(signer, "tab", tab.identity.public, 1)
+    foreign = AuthorityStore.create(store.folder.with_name("other"), "fleet", 3650, 30, None)
+    unknown = foreign.issue(foreign.unlock(None), "tab", tab.identity.public, 1)
+    thief = IdentityKey.generate(SystemEntropy())
+    for message in (renewal(expired, tab.identity), renewal(unknown, tab.identity), renewal(second, thief)):
+        certificate, code, reason = renewing(tab).ask(message)
+        assert (certificate, code) == (None, 1008)
+        assert "enrol this device again, with a token" in reason
+    store.revoke(signer, "tab", Reason.KEY_COMPROMISE, 30)
+    certificate, code, reason = renewing(tab).ask(renewal(second, tab.identity))
+    assert (certificate, code) == (None, 1008)
+    assert "revoked" in reason
+    for message in (b"", tab.message(), renewal(first, tab.identity)[:-1]):
+        assert renewing(tab).ask(message)[:2] == (None, 1007)
+
+
+def test_a_page_that_renews_without_end_is_refused_and_another_one_is_not(invite_page: InvitePage) -> None:
+    tab, other = invite_page(), invite_page("other")
+    certificates = [each.ask(each.message())[0] for each in (tab, other)]
+    assert all(certificates)
+    codes = [renewing(tab).ask(renewal(certificates[0] or b"", tab.identity))[1] for _ in range(RENEWALS + 1)]
+    assert codes == [1000] * RENEWALS + [1008]
+    assert renewing(other).ask(renewal(certificates[1] or b"", other.identity))[1] == 1000
 
 
 def test_malformed_oversized_and_too_many_messages_of_pages_are_refused(invite_page: InvitePage) -> None:

@@ -176,7 +176,7 @@ export class Root {
   }
 
   /**
-   * What this authority certified: { device, key, serial, notAfter }. `at`: also require validity at this time.
+   * What this authority certified: { device, key, serial, notBefore, notAfter }. `at`: also require validity at this time.
    *
    * Throws TrustError: not a certificate of this authority for a device, revoked, or not valid at `at`.
    */
@@ -197,6 +197,7 @@ export class Root {
         throw new TrustError(`certificate of ${holder} is not valid at ${new Date(at).toISOString()}`, "certificate.validity");
       }
     }
-    return { device, key, serial: certificate.serial, notAfter: certificate.notAfter };
+    const { serial, notBefore, notAfter } = certificate;
+    return { device, key, serial, notBefore, notAfter };
   }
 }
