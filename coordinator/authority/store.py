@@ -25,7 +25,7 @@ from adapters.storage import PRIVATE, PRIVATE_FOLDER, PUBLIC
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, TrustError, of_file
 from aggregation.pki import Authority, Root
-from aggregation.pki.certificates import load, require_device_id, same_name, serial
+from aggregation.pki.certificates import load, require_device_id, serial
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.pki.requests import read_request
 from aggregation.pki.revocation import MAX_REVOCATIONS, Reason, Revocation
@@ -41,11 +41,21 @@ from coordinator.authority.record import (
     Purpose,
     RecordWriter,
 )
+from coordinator.authority.rules import (
+    ENROL_AGAIN,
+    certificate_of,
+    count_lists,
+    issued_in,
+    require_device,
+    require_new,
+    require_redeemable,
+    require_unrevoked,
+    revoked_in,
+)
 
 KEY, CERTIFICATE, REVOKED, RECORD = "authority.key", "authority.pem", "revoked.crl", "record.jsonl"
 SHORTEST_PASSPHRASE = 12  # characters: one guess at PKCS #8 as OpenSSL writes it takes a millisecond
 LIMITS = {KEY: MAX_PEM, CERTIFICATE: MAX_PEM, REVOKED: 2 * MAX_REVOCATIONS, RECORD: 2**28}  # bytes
-ENROL_AGAIN = "enrol this device again, with a token"
 SKEW = timedelta(hours=1)  # by which a device's clock may be behind
 
 
@@ -136,7 +146,7 @@ class AuthorityStore:
 
     def _issue(self, writer: RecordWriter, authority: Authority, name: str, key: PublicKey, days: float) -> bytes:
         begin, end = self._validity(authority, require_device_id(name), days)
-        _require_new(writer, name, key, self.clock())
+        require_new(writer, name, key, self.clock())
         serial = x509.random_serial_number()
         der = authority.issue(name, key, not_before=begin, not_after=end, serial=serial)
         self._add(writer, name, key.key_id, der, Purpose.IDENTITY)
@@ -175,7 +185,7 @@ class AuthorityStore:
     ) -> bytes:
         begin, end = self._validity(authority, require_device_id(name), days)
         if role is TlsRole.DEVICE:
-            _require_device(writer, name, self.clock())
+            require_device(writer, name, self.clock())
         serial = x509.random_serial_number()
         der = authority.issue_tls(name, key, role, hosts, not_before=begin, not_after=end, serial=serial)
         purpose = Purpose.DEVICE_TLS if role is TlsRole.DEVICE else Purpose.GATEWAY_TLS
@@ -219,8 +229,8 @@ class AuthorityStore:
         """
         tls_name, tls_key = read_tls_request(tls_request)
         with self._redeeming(invitation.key(secret).public, request, (tls_name, tls_key.key_id)) as (writer, name, key):
-            der = _certificate(writer.events, key.key_id) or self._issue(writer, authority, name, key, days)
-            tls_der = _certificate(writer.events, tls_key.key_id)
+            der = certificate_of(writer.events, key.key_id) or self._issue(writer, authority, name, key, days)
+            tls_der = certificate_of(writer.events, tls_key.key_id)
             return der, tls_der or self._issue_tls(writer, authority, name, tls_key, TlsRole.DEVICE, (), days)
 
     def redeem_signed(
@@ -241,7 +251,7 @@ class AuthorityStore:
         public = PublicKey(invited)
         public.verify(invitation.ENROLMENT, request, signature)
         with self._redeeming(public, request, None) as (writer, name, key):
-            return _certificate(writer.events, key.key_id) or self._issue(writer, authority, name, key, days)
+            return certificate_of(writer.events, key.key_id) or self._issue(writer, authority, name, key, days)
 
     def renew(
         self,
@@ -279,7 +289,7 @@ class AuthorityStore:
             text = f"the connection is that of {name}, the identity that of {device}, and the request for {requested}"
             raise TrustError(text, about="renewal.name", value=requested)
         with self._writing() as writer:
-            _require_unrevoked(writer.events, name, (serial(certificate), serial(tls_certificate)), tls_key.key_id)
+            require_unrevoked(writer.events, name, (serial(certificate), serial(tls_certificate)), tls_key.key_id)
             der = self._issue(writer, authority, name, key, days)
             return der, self._issue_tls(writer, authority, name, tls_key, TlsRole.DEVICE, (), days)
 
@@ -306,7 +316,7 @@ class AuthorityStore:
             raise TrustError(f"{error}: {ENROL_AGAIN}", about=error.about) from error
         admit(name)
         with self._writing() as writer:
-            _require_unrevoked(writer.events, name, (serial(certificate),))
+            require_unrevoked(writer.events, name, (serial(certificate),))
             return self._issue(writer, authority, name, key, days)
 
     @contextmanager
@@ -318,9 +328,9 @@ class AuthorityStore:
         token, tls_key = invited.raw.hex(), tls[1] if tls else None
         names = (name, tls[0]) if tls else (name,)
         with self._writing() as writer:
-            _redeemable(writer.events, token, names, (key.key_id, tls_key), self.clock())
+            require_redeemable(writer.events, token, names, (key.key_id, tls_key), self.clock())
             if not any(isinstance(event, InvitationUsed) and event.token == token for event in writer.events):
-                _require_new(writer, name, key, self.clock())
+                require_new(writer, name, key, self.clock())
                 writer.add(InvitationUsed(at=self.clock(), token=token, key=key.key_id, tls_key=tls_key))
             yield writer, name, key
 
@@ -363,14 +373,14 @@ class AuthorityStore:
             DataError: As ``issue``.
         """
         with self._writing() as writer:
-            issued, serial = _issued(writer.events), which.lower().replace(":", "").removeprefix("0x")
+            issued, serial = issued_in(writer.events), which.lower().replace(":", "").removeprefix("0x")
             found = [each for each in issued if each.name == which] or [
                 each for each in issued if each.serial == serial
             ]
             if not found:
                 text = f"there is no certificate with the name or serial {which}: 'edgeadapt authority list' shows all"
                 raise ConfigError(text, about="certificate", value=which)
-            before = _revoked(writer.events)
+            before = revoked_in(writer.events)
             new = tuple(each for each in found if each.serial not in before)
             for each in new:
                 writer.add(CertificateRevoked(at=self.clock(), serial=each.serial, reason=reason))
@@ -388,9 +398,9 @@ class AuthorityStore:
 
     def _sign_list(self, writer: RecordWriter, authority: Authority, days: int) -> int:
         now = self.clock()
-        number = _lists(writer.events) + 1
+        number = count_lists(writer.events) + 1
         revoked = {
-            int(serial, 16): Revocation(each.at, each.reason) for serial, each in _revoked(writer.events).items()
+            int(serial, 16): Revocation(each.at, each.reason) for serial, each in revoked_in(writer.events).items()
         }
         signed = authority.revocations(number, revoked, now, now + timedelta(days))
         # First the record: a kill in between leaves a number without a list, and no number with two lists.
@@ -406,14 +416,14 @@ class AuthorityStore:
             DataError: The record is damaged.
         """
         events, now = self._record().read(), self.clock()
-        revoked = _revoked(events)
+        revoked = revoked_in(events)
 
         def status(each: CertificateIssued) -> str:
             if each.serial in revoked:
                 return f"revoked ({revoked[each.serial].reason.value})"
             return "valid" if now <= each.not_after else "expired"
 
-        return tuple((each, status(each)) for each in _issued(events))
+        return tuple((each, status(each)) for each in issued_in(events))
 
     @contextmanager
     def _writing(self) -> Iterator[RecordWriter]:
@@ -431,8 +441,8 @@ class AuthorityStore:
             newest = self.root.revocations(self._read(REVOKED))
         except (ConfigError, TrustError):  # missing or damaged: the next list replaces it
             return
-        known = {int(serial, 16) for serial in _revoked(events)}
-        if newest.number > _lists(events) or newest.revoked.keys() - known:
+        known = {int(serial, 16) for serial in revoked_in(events)}
+        if newest.number > count_lists(events) or newest.revoked.keys() - known:
             text = f"{self.folder / RECORD} lacks lines that {REVOKED} depends on: restore it from a backup"
             raise DataError(text, about=RECORD)
 
@@ -446,77 +456,3 @@ class AuthorityStore:
         except (FileNotFoundError, NotADirectoryError):
             text = f"{self.folder} is not an authority's folder: it has no {name}"
             raise ConfigError(text, about=name, value=str(self.folder)) from None
-
-
-def _require_new(writer: RecordWriter, name: str, key: PublicKey, now: datetime) -> None:
-    revoked, key_id = _revoked(writer.events), key.key_id
-    for each in _issued(writer.events):
-        if each.purpose is not Purpose.IDENTITY:
-            continue
-        if each.key == key_id and each.serial in revoked:
-            text = f"the key {key_id} was revoked: generate a new one on the device"
-            raise ConfigError(text, about="key.revoked", value=key_id)
-        if each.key == key_id and each.name != name:
-            text = f"the key {key_id} is that of {each.name}: generate a new one on {name}"
-            raise ConfigError(text, about="key.name", value=each.name)
-        if each.name != name and same_name(each.name) == same_name(name):
-            text = f"{name} differs from {each.name} in upper and lower case only: choose another name"
-            raise ConfigError(text, about="name.case", value=each.name)
-        if each.name == name and each.key != key_id and each.serial not in revoked and now <= each.not_after:
-            text = f"{name} has a valid certificate with another key ({each.key}): revoke it first"
-            raise ConfigError(text, about="name.key", value=each.key)
-
-
-def _require_unrevoked(events: Sequence[Event], name: str, serials: Sequence[int], tls_key: str = "") -> None:
-    """Return if neither a certificate that a device presents was revoked, nor the TLS key that it asks for."""
-    revoked = _revoked(events)
-    keys = {each.key for each in _issued(events) if each.serial in revoked}
-    if tls_key in keys or any(f"{each:x}" in revoked for each in serials):
-        raise TrustError(f"a certificate of {name} was revoked: {ENROL_AGAIN}", about="renewal.revoked", value=name)
-
-
-def _redeemable(
-    events: Sequence[Event], token: str, names: Sequence[str], keys: tuple[str, str | None], now: datetime
-) -> None:
-    """Return if an invitation is for these names, and was not used for other keys.
-
-    Raises:
-        TrustError: It is not; the text does not say whether such an invitation exists.
-    """
-    invited = [event for event in events if isinstance(event, InvitationIssued) and event.token == token]
-    used = [
-        (event.key, event.tls_key) for event in events if isinstance(event, InvitationUsed) and event.token == token
-    ]
-    if not invited or (used and used[0] != keys) or (not used and now > invited[0].expires):
-        raise TrustError("the invitation is not valid, has expired, or was used: ask for a new one", about="invitation")
-    if set(names) != {invited[0].name}:
-        text = f"the invitation is for {invited[0].name}, and the request for {' and '.join(names)}"
-        raise TrustError(text, about="invitation.name", value=names)
-
-
-def _certificate(events: Sequence[Event], key_id: str) -> bytes | None:
-    """The certificate of a key, if it has one that is not revoked."""
-    revoked = _revoked(events)
-    found = [each for each in _issued(events) if each.key == key_id and each.serial not in revoked]
-    return base64.b64decode(found[-1].certificate) if found else None
-
-
-def _require_device(writer: RecordWriter, name: str, now: datetime) -> None:
-    revoked = _revoked(writer.events)
-    for each in _issued(writer.events):
-        valid = each.purpose is Purpose.IDENTITY and each.serial not in revoked and now <= each.not_after
-        if valid and each.name == name:
-            return
-    raise ConfigError(f"{name} has no valid certificate: certify its identity first", about="name", value=name)
-
-
-def _issued(events: Sequence[Event]) -> list[CertificateIssued]:
-    return [event for event in events if isinstance(event, CertificateIssued)]
-
-
-def _revoked(events: Sequence[Event]) -> dict[str, CertificateRevoked]:
-    return {event.serial: event for event in events if isinstance(event, CertificateRevoked)}
-
-
-def _lists(events: Sequence[Event]) -> int:
-    return sum(isinstance(event, ListSigned) for event in events)

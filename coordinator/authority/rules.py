@@ -1,0 +1,100 @@
+"""What the authority's record allows: which names and keys, which invitations, which renewals."""
+
+import base64
+from collections.abc import Sequence
+from datetime import datetime
+
+from aggregation.errors import ConfigError, TrustError
+from aggregation.pki.certificates import same_name
+from aggregation.pki.identity import PublicKey
+from coordinator.authority.record import (
+    CertificateIssued,
+    CertificateRevoked,
+    Event,
+    InvitationIssued,
+    InvitationUsed,
+    ListSigned,
+    Purpose,
+    RecordWriter,
+)
+
+ENROL_AGAIN = "enrol this device again, with a token"
+
+
+def require_new(writer: RecordWriter, name: str, key: PublicKey, now: datetime) -> None:
+    """Return if a key may be certified under a name: neither is another device's, and neither was revoked."""
+    revoked, key_id = revoked_in(writer.events), key.key_id
+    for each in issued_in(writer.events):
+        if each.purpose is not Purpose.IDENTITY:
+            continue
+        if each.key == key_id and each.serial in revoked:
+            text = f"the key {key_id} was revoked: generate a new one on the device"
+            raise ConfigError(text, about="key.revoked", value=key_id)
+        if each.key == key_id and each.name != name:
+            text = f"the key {key_id} is that of {each.name}: generate a new one on {name}"
+            raise ConfigError(text, about="key.name", value=each.name)
+        if each.name != name and same_name(each.name) == same_name(name):
+            text = f"{name} differs from {each.name} in upper and lower case only: choose another name"
+            raise ConfigError(text, about="name.case", value=each.name)
+        if each.name == name and each.key != key_id and each.serial not in revoked and now <= each.not_after:
+            text = f"{name} has a valid certificate with another key ({each.key}): revoke it first"
+            raise ConfigError(text, about="name.key", value=each.key)
+
+
+def require_unrevoked(events: Sequence[Event], name: str, serials: Sequence[int], tls_key: str = "") -> None:
+    """Return if neither a certificate that a device presents was revoked, nor the TLS key that it asks for."""
+    revoked = revoked_in(events)
+    keys = {each.key for each in issued_in(events) if each.serial in revoked}
+    if tls_key in keys or any(f"{each:x}" in revoked for each in serials):
+        raise TrustError(f"a certificate of {name} was revoked: {ENROL_AGAIN}", about="renewal.revoked", value=name)
+
+
+def require_redeemable(
+    events: Sequence[Event], token: str, names: Sequence[str], keys: tuple[str, str | None], now: datetime
+) -> None:
+    """Return if an invitation is for these names, and was not used for other keys.
+
+    Raises:
+        TrustError: It is not; the text does not say whether such an invitation exists.
+    """
+    invited = [event for event in events if isinstance(event, InvitationIssued) and event.token == token]
+    used = [
+        (event.key, event.tls_key) for event in events if isinstance(event, InvitationUsed) and event.token == token
+    ]
+    if not invited or (used and used[0] != keys) or (not used and now > invited[0].expires):
+        raise TrustError("the invitation is not valid, has expired, or was used: ask for a new one", about="invitation")
+    if set(names) != {invited[0].name}:
+        text = f"the invitation is for {invited[0].name}, and the request for {' and '.join(names)}"
+        raise TrustError(text, about="invitation.name", value=names)
+
+
+def certificate_of(events: Sequence[Event], key_id: str) -> bytes | None:
+    """The certificate of a key, if it has one that is not revoked."""
+    revoked = revoked_in(events)
+    found = [each for each in issued_in(events) if each.key == key_id and each.serial not in revoked]
+    return base64.b64decode(found[-1].certificate) if found else None
+
+
+def require_device(writer: RecordWriter, name: str, now: datetime) -> None:
+    """Return if a name has a valid certificate of its identity."""
+    revoked = revoked_in(writer.events)
+    for each in issued_in(writer.events):
+        valid = each.purpose is Purpose.IDENTITY and each.serial not in revoked and now <= each.not_after
+        if valid and each.name == name:
+            return
+    raise ConfigError(f"{name} has no valid certificate: certify its identity first", about="name", value=name)
+
+
+def issued_in(events: Sequence[Event]) -> list[CertificateIssued]:
+    """The certificates, in order."""
+    return [event for event in events if isinstance(event, CertificateIssued)]
+
+
+def revoked_in(events: Sequence[Event]) -> dict[str, CertificateRevoked]:
+    """The revocations, by serial number."""
+    return {event.serial: event for event in events if isinstance(event, CertificateRevoked)}
+
+
+def count_lists(events: Sequence[Event]) -> int:
+    """How many revocation lists were signed."""
+    return sum(isinstance(event, ListSigned) for event in events)
