@@ -53,7 +53,7 @@ proto: $(STAMP)  ## the code that is generated from the gateway's .proto; it is 
 	$(PY) -m grpc_tools.protoc -I. --python_out=. --pyi_out=. adapters/gateway/gateway.proto
 
 docs: $(STAMP)  ## the documents as a site, in build/site; a warning is an error
-	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 web: $(WEB)  ## the libraries of the page that runs a bundle in a browser; without them its tests are skipped
 

@@ -159,7 +159,8 @@ def personalize_language_model(
         learner: Opened for any task.
         examples: The device's examples file.
         how: The step, whose method is fine-tuning.
-        learning_rate, control: As of ``Learner.personalize``.
+        learning_rate: As of ``Learner.personalize``.
+        control: As of ``Learner.personalize``.
 
     Raises:
         DataError, ConfigError, OSError: As ``Learner.personalize``.

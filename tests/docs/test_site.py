@@ -50,10 +50,11 @@ def test_every_mark_of_a_page_is_replaced(hooks: ModuleType) -> None:
 
 @pytest.mark.slow
 def test_the_site_is_built_without_a_warning_and_fetches_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    # Not --quiet, with which mkdocs counts no warning, and --strict lets all of them pass.
+    assert done.returncode == 0, [line for line in (done.stdout + done.stderr).splitlines() if "INFO" not in line]
     pages = list(tmp_path.rglob("*.html"))
     assert len(pages) > 20
     for page in pages:
