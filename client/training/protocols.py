@@ -50,6 +50,10 @@ class LocalTrainer(Protocol):
 class ClassifierTrainer(LocalTrainer, Protocol):
     """What trains an adapter of a classifier: ``trainer.Trainer`` or ``graphtrainer.GraphTrainer``."""
 
+    def __hash__(self) -> int:
+        """By identity: what was computed with a trainer can be kept by it."""
+        ...
+
     def logits(self, adapter: Tensors, texts: Sequence[str]) -> NDArray[np.float32]:
         """Logits, shape ``(len(texts), labels)``."""
         ...

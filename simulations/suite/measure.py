@@ -27,14 +27,13 @@ from adapters.lorasb import folded
 from adapters.parts import Part
 from adapters.task import MAX_LOSS
 from client.node.statedir import DeviceStateDir
+from client.training.engine import classifier_trainer, language_trainer
 from client.training.examples import Example, Split, in_split
-from client.training.language import LanguageTrainer, load_language_trainer
-from client.training.protocols import LocalTrainer
-from client.training.trainer import Trainer, load_trainer
+from client.training.protocols import ClassifierTrainer, FrozenBase, LocalTrainer
 from simulations.data import populate
 from simulations.data.population import Client, LabelledText, Population
 from simulations.engine import provision
-from simulations.engine.bases import training_base
+from simulations.engine.bases import device_base, training_base
 from simulations.engine.groups import fleet_folders, grouped
 from simulations.engine.heads import logistic_head, ridge_head, with_bias
 from simulations.engine.language import LanguageArms
@@ -97,7 +96,8 @@ def compute(trial: Trial, store: Store, notify: Notify) -> TrialResult:
     manifest, blob = provision.first_adapter(scenario, population, base)
     inputs = ArmInputs.of(scenario, manifest, files.decode(blob), population)
     of_task: type[_Classifier | _Language] = _Language if scenario.data.for_language_model else _Classifier
-    task, spent = of_task(base, scenario, population, inputs), _Spent()
+    trained = _device_base(store, scenario, population, base)
+    task, spent = of_task(trained, scenario, population, inputs), _Spent()
     if isinstance(task, _Classifier) and trial.kind.of_embeddings:
         models = _heads(trial, _embeddings(task.mine), population, spent)
     else:
@@ -116,9 +116,9 @@ def compute(trial: Trial, store: Store, notify: Notify) -> TrialResult:
 class _Classifier:
     """What a client makes of a classifier's adapter."""
 
-    def __init__(self, base: Base, scenario: Scenario, population: Population, inputs: ArmInputs) -> None:
+    def __init__(self, base: FrozenBase, scenario: Scenario, population: Population, inputs: ArmInputs) -> None:
         self.inputs = inputs
-        self.mine = load_trainer(base, len(population.labels), inputs.task.peft_config)
+        self.mine = classifier_trainer(base, len(population.labels), inputs.task.peft_config)
 
     def local(self, client: Client) -> Tensors:
         """The adapter that the client trains by itself."""
@@ -137,8 +137,8 @@ class _Classifier:
 class _Language:
     """What a client makes of a language model's adapter; as ``_Classifier``."""
 
-    def __init__(self, base: Base, scenario: Scenario, population: Population, inputs: ArmInputs) -> None:
-        self.inputs, self.mine = inputs, load_language_trainer(base, inputs.task.peft_config)
+    def __init__(self, base: FrozenBase, scenario: Scenario, population: Population, inputs: ArmInputs) -> None:
+        self.inputs, self.mine = inputs, language_trainer(base, inputs.task.peft_config)
         self._arms = LanguageArms(self.mine, scenario, inputs.task, inputs.seed_adapter)
 
     def local(self, client: Client) -> Tensors:
@@ -210,7 +210,7 @@ def _pooled(mine: LocalTrainer, population: Population, inputs: ArmInputs) -> Te
 class _Embeddings:
     """Embeddings by the frozen base, each computed once for all candidates and arms."""
 
-    def __init__(self, mine: Trainer) -> None:
+    def __init__(self, mine: ClassifierTrainer) -> None:
         self._mine = mine
         self._kept: dict[str, tuple[Floats, float]] = {}  # text → embedding, and the processor time that it took
 
@@ -228,7 +228,7 @@ class _Embeddings:
 
 
 @lru_cache(maxsize=1)
-def _embeddings(mine: Trainer) -> _Embeddings:
+def _embeddings(mine: ClassifierTrainer) -> _Embeddings:
     return _Embeddings(mine)
 
 
@@ -275,7 +275,7 @@ def _answered(answers: Answers, parts: Parts) -> list[Tally]:
     ]
 
 
-def _predicted(mine: LanguageTrainer, adapter: Tensors, part: Sequence[LabelledText]) -> Tally:
+def _predicted(mine: LocalTrainer, adapter: Tensors, part: Sequence[LabelledText]) -> Tally:
     found = mine.score(adapter, [Example(text.text, text.label, Split.TEST, text.prompt) for text in part])
     return Tally("", found.loss / found.count if found.count else 0.0, found.count)
 
@@ -403,6 +403,17 @@ def _base(store: Store, scenario: Scenario) -> Base:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         return training_base(folder, scenario, _population(scenario))
+
+
+def _device_base(store: Store, scenario: Scenario, population: Population, base: Base) -> FrozenBase:
+    """What the clients of a trial train on; a bundle is shared by all trials that need the same."""
+    if scenario.base.engine == "torch":
+        return base
+    needs = scenario.model_dump(mode="json", include={"seed", "population", "data", "base", "export", "adapter"})
+    folder = store.path / BASES / digest_of(needs)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        return device_base(folder, scenario, base, population)
 
 
 def _cpu() -> float:

@@ -47,6 +47,18 @@ def population(scenario: Scenario) -> Population:
     return populate(scenario.data, scenario.population, scenario.seed).population
 
 
+def test_every_arm_trains_with_the_engine_of_its_scenario(
+    computed: dict[Kind, TrialResult], scenario: Scenario, tmp_path: Path
+) -> None:
+    onnx = scenario.model_copy(update={"base": scenario.base.model_copy(update={"engine": "onnx"})})
+    store = Store(tmp_path)
+    compute_rounds(Trial(Kind.GLOBAL, onnx), store, lambda _: None)
+    for kind in Kind:
+        found, expected = compute(Trial(kind, onnx), store, lambda _: None).clients, computed[kind].clients
+        differences = [abs(one.test.loss - other.test.loss) for one, other in zip(found, expected, strict=True)]
+        assert 0 < np.median(differences) < 0.1, kind  # of weights in eight bits, which torch does not have
+
+
 def test_a_trial_gives_the_accuracies_of_a_run(
     computed: dict[Kind, TrialResult], store: Store, scenario: Scenario, population: Population, tmp_path: Path
 ) -> None:
