@@ -123,8 +123,9 @@ export class Engine {
     return found.opened;
   }
 
-  /** Free the memory of the session. */
+  /** Free the memory of the session, and of what it read. */
   async close() {
+    this.generation?.close();
     await this.session.release();
   }
 

@@ -108,6 +108,11 @@ export class Generation {
     return found;
   }
 
+  /** Free the memory of what was read. */
+  close() {
+    this.#keep(null);
+  }
+
   #forget() {
     const both = [this.inputs.past_key_names, this.inputs.past_value_names];
     const names = both.flatMap((pattern) => this.layers.map((layer) => pattern.replace("%d", layer)));

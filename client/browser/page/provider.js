@@ -1,6 +1,6 @@
 // Chooses where a graph runs: on WebGPU, if that gives the numbers of WebAssembly and gives them sooner; else in WebAssembly.
 
-import { ConfigError, EdgeAdaptError } from "./errors.js";
+import { ConfigError } from "./errors.js";
 import { threads } from "./runtime.js";
 
 const TOLERANCE = 1e-3; // of the largest number of an array
@@ -23,16 +23,17 @@ export async function choose(open, provider) {
   const shown = `WebAssembly, ${threads()} thread${threads() > 1 ? "s" : ""}`;
   const inWasm = (why) => ({ opened: native, gpu: false, runsOn: why ? `${shown} (${why})` : shown });
   if (provider === "wasm") return inWasm("");
+  let found;
   try {
-    const found = await onGpu(open, native, provider !== undefined);
-    await native.session.release();
-    return found;
+    found = await onGpu(open, native, provider !== undefined);
   } catch (error) {
-    if (!(error instanceof EdgeAdaptError)) throw error;
-    if (provider === undefined) return inWasm(error.message);
+    const why = String(error?.message ?? error).split("\n")[0]; // of any class: it may come from a driver
+    if (provider === undefined) return inWasm(why);
     await native.session.release();
-    throw new ConfigError(`${error.message}: open the page without ?provider=webgpu`, "provider");
+    throw new ConfigError(`${why}: open the page without ?provider=webgpu`, "provider");
   }
+  await native.session.release();
+  return found;
 }
 
 async function onGpu(open, native, named) {
