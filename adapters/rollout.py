@@ -89,18 +89,21 @@ class Rollout:
     def require_both_likely(self, devices: int) -> None:
         """Return if each release is expected on as many devices as a sum must have, so that no count is that of a few.
 
-        Devices draw by themselves whether they are in, so nobody can count them. Of a rollout by language it is not
-        known how many have the language, and the newest release is expected on the whole share at most.
+        Devices draw by themselves whether they are in, so nobody can count them.
 
         Args:
             devices: Of a round of evaluation.
 
         Raises:
-            ConfigError: One release is expected on fewer devices.
+            ConfigError: One release is expected on fewer devices, or the rollout is by language: nobody knows how many
+                devices have one.
         """
+        if self.languages:
+            reason = "a rollout by language may be for a single device: evaluate one by share alone"
+            raise ConfigError(reason, about="languages", value=self.languages)
         needed, newest = graph.demanded(devices), devices * self.share / ALL
         for what, expected, change in ((NEWEST, newest, "raise"), (PREVIOUS, devices - newest, "lower")):
-            if expected < needed and not (what == PREVIOUS and self.languages):
+            if expected < needed:
                 reason = f"at a share of {self.share} % about {expected:g} of {devices} devices have the {what} release"
                 remedy = f"{needed} are needed, so that its counts are not those of a few: {change} the share"
                 raise ConfigError(f"{reason}, and {remedy}", about="share", value=self.share)
