@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from aggregation.entropy import SystemEntropy
+from aggregation.errors import DataError
 from aggregation.pki import Authority, certificates
 from aggregation.pki.tls import TlsKey, TlsRole, read_tls_request
 from aggregation.steps import ADAPTER, Step
@@ -168,6 +169,7 @@ def _gateway(count: int) -> Iterator[tuple[Transport, float]]:
 def measure_arrivals(arrivals: Arrivals, note: Note) -> dict[str, Any]:
     """Let devices check in at a rate, each over a new connection; times in milliseconds."""
     before, rate = os.getloadavg()[0], arrivals.rate / 60.0
+    allow_connections(int(rate * arrivals.seconds))
     with _serving() as (grid, authority):
         note("devices are made")
         with _clients("arrivals", authority, grid.port, rate, arrivals.seconds) as (asked, answered):
@@ -175,15 +177,20 @@ def measure_arrivals(arrivals: Arrivals, note: Note) -> dict[str, Any]:
             begin = time.process_time()
             asked.write(b"\n")
             asked.flush()
-            found = json.loads(answered.readline())
+            line = answered.readline()
             own = time.process_time() - begin
-            refused = {name: count for name, count in grid.snapshot("").check_ins.items() if name != "admitted"}
-    times, elapsed = found["milliseconds"], found["seconds"]
+    found = json.loads(line or b'{"milliseconds": [], "errors": {"the devices ended": 1}}')
+    if len(times := found["milliseconds"]) < 2:
+        failed = ", ".join(f"{count} {name}" for name, count in found["errors"].items())
+        raise DataError(
+            f"{len(times)} check-ins were admitted ({failed}): there is nothing to measure", about="admitted"
+        )
+    elapsed = found["seconds"]
     cuts = statistics.quantiles(times, n=100, method="inclusive")
     return {
         "arrivals": asdict(arrivals),
         "admitted": len(times),
-        "errors": found["errors"] | refused,
+        "errors": found["errors"],
         "admitted_a_minute": 60.0 * len(times) / elapsed,
         "p50_ms": cuts[49],
         "p99_ms": cuts[98],
