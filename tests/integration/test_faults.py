@@ -64,8 +64,9 @@ def test_a_contribution_that_a_ledger_lacks_and_a_record_that_has_changed_are_fo
     assert losses(fleet, (*records, records[0])) == ["finished rounds are not as they were"]
 
 
-@pytest.mark.skipif(bool(refused()), reason="mount is refused")
 def test_a_small_disk_is_full_to_the_last_byte_and_gives_back_the_folder(tmp_path: Path) -> None:
+    if why := refused():
+        pytest.skip(why)
     folder = tmp_path / "state"
     folder.mkdir()
     (folder / "kept").write_bytes(b"before")
@@ -77,6 +78,9 @@ def test_a_small_disk_is_full_to_the_last_byte_and_gives_back_the_folder(tmp_pat
         empty(folder)
         (folder / "kept").write_bytes(b"after")
         (folder / "more").unlink()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"kept": b"after"}
+    with pytest.raises(KeyError), small_disk(folder):
+        raise KeyError
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"kept": b"after"}
     assert not folder.is_mount()
     assert [path.name for path in tmp_path.iterdir()] == ["state"]

@@ -83,14 +83,16 @@ def inject(fleet: FaultFleet, fault: Fault, note: Note, stages: Sequence[Step]) 
 def _inject_all(fleet: FaultFleet, fault: Fault, note: Note, stages: Sequence[Step]) -> list[FaultOutcome]:
     before, rows = fleet.records(), list[FaultOutcome]()
     fleet.start()
-    for stage in stages:
-        note(f"{fault.what}, at {NAMES[stage]}")
-        try:
-            rows.append(_inject(fleet, fault, stage))
-        except Late as error:
-            rows.append(FaultOutcome(fault.name, NAMES[stage], "training does not go on", (str(error),), None))
-            break
-    fleet.stop()
+    try:
+        for stage in stages:
+            note(f"{fault.what}, at {NAMES[stage]}")
+            try:
+                rows.append(_inject(fleet, fault, stage))
+            except Late as error:
+                rows.append(FaultOutcome(fault.name, NAMES[stage], "training does not go on", (str(error),), None))
+                break
+    finally:  # whose disk is taken away then
+        fleet.stop()
     lost = losses(fleet, before)
     return [FaultOutcome(row.fault, row.stage, row.happened, (*row.lost, *lost), row.seconds) for row in rows]
 

@@ -34,16 +34,22 @@ def small_disk(folder: Path) -> Iterator[None]:
     aside = folder.with_name(f"{folder.name}.aside")
     folder.rename(aside)
     folder.mkdir(mode=0o700)
-    _mount(folder)
+    try:
+        _mount(folder)
+    except (OSError, subprocess.CalledProcessError):
+        folder.rmdir()
+        aside.rename(folder)
+        raise
     try:
         shutil.copytree(aside, folder, dirs_exist_ok=True)
         shutil.rmtree(aside)
         yield
-        shutil.copytree(folder, aside)
     finally:
+        if not aside.exists():
+            shutil.copytree(folder, aside)
         _unmount(folder)
-    folder.rmdir()
-    aside.rename(folder)
+        folder.rmdir()
+        aside.rename(folder)
 
 
 def fill(folder: Path) -> None:
