@@ -68,8 +68,6 @@ class TrainingGraph:
             model, options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
         )
         self._outputs = [output.name for output in self._session.get_outputs()]
-        self._run = ort.RunOptions()
-        self._run.only_execute_path_to_fetches = True
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -92,11 +90,13 @@ class TrainingGraph:
             Exception: ONNX Runtime does not run it, as for a target that the head has no row for.
         """
         names = [LOSS, *(name for name in self._outputs if name.endswith(GRADIENT))]
-        loss, *found = self._session.run(names, _feeds(batch, inputs), self._run)
+        loss, *found = self._session.run(names, _feeds(batch, inputs))
         return float(loss), {name.removesuffix(GRADIENT): value for name, value in zip(names[1:], found, strict=True)}
 
     def scores(self, batch: TrainingBatch, inputs: Tensors) -> tuple[Floats, NDArray[np.bool_]]:
-        """The log-likelihood of each target in nats, and whether it is the most likely one. Runs no backward pass.
+        """The log-likelihood of each target in nats, and whether it is the most likely one.
+
+        ONNX Runtime runs the whole graph, the backward pass too, whatever outputs are asked for.
 
         Args:
             batch: At least one text, whose shares do not matter.
@@ -105,7 +105,7 @@ class TrainingGraph:
         Raises:
             Exception: As ``gradients``, or the graph is of a classifier.
         """
-        nats, hits = self._session.run([LOG_LIKELIHOOD, HITS], _feeds(batch, inputs), self._run)
+        nats, hits = self._session.run([LOG_LIKELIHOOD, HITS], _feeds(batch, inputs))
         return nats, hits
 
     def weight_norms(self, inputs: Tensors, layers: Sequence[str]) -> dict[str, Floats]:
@@ -134,7 +134,7 @@ class TrainingGraph:
             each.name: np.zeros([size if isinstance(size, int) else 1 for size in each.shape], kinds[each.type])
             for each in self._session.get_inputs()
         }
-        found = self._session.run([path + ending for path in layers], feeds | inputs, self._run) if layers else []
+        found = self._session.run([path + ending for path in layers], feeds | inputs) if layers else []
         return dict(zip(layers, found, strict=True))
 
 

@@ -71,7 +71,7 @@ def forms_of(graph: onnx.ModelProto, answering: onnx.ModelProto, profile: Profil
         if profile is Profile.WEB_INT8:
             if (found := in_integers(weight, integers)) is not None:
                 return Stored(found[0], found[0].shape, found[1], block=0)
-            return Stored(exact.steps, exact.shape, exact.scales) if exact else None
+            return Stored(exact.steps, exact.shape, exact.scales) if exact and name not in embeddings else None
         if exact:
             return _four_bits(exact)
         if profile is Profile.NATIVE_INT4 and name not in embeddings:

@@ -130,8 +130,9 @@ def _add_norms(graph: onnx.ModelProto, slotted: SlottedModel, store: TensorStore
 
 def _stored_weight(graph: onnx.GraphProto, path: str, weight: Floats, store: TensorStore) -> tuple[str, bool]:
     """The initializer that is a layer's weight, ``(out, in)``, and whether it is transposed. Raises ConfigError."""
-    for tensor in graph.initializer:
-        for values, transposed in ((weight.T, True), (weight, False)):
+    # A MatMul's own weight first: the embedding of a tied output layer has the same values, not the stored bytes.
+    for values, transposed in ((weight.T, True), (weight, False)):
+        for tensor in graph.initializer:
             fits = tensor.data_type == TensorProto.FLOAT and tuple(tensor.dims) == values.shape
             if fits and equal(store.array(tensor), values):
                 return tensor.name, transposed

@@ -97,7 +97,7 @@ def test_a_score_is_that_of_the_logits(llama: Base, trained: Exported) -> None:
 
 @pytest.mark.parametrize("profile", Profile)
 def test_the_training_graph_reads_the_weights_of_the_answering_graph(trained: Exported, profile: Profile) -> None:
-    check_shared_weights(trained(profile), 16 * 1024)  # zero points; the weights are 67,712 numbers
+    check_shared_weights(trained(profile), 0)
     assert not missing_slots(opened(trained(profile)), trained(profile).slots)
 
 
@@ -117,6 +117,14 @@ def test_virtual_tokens_have_no_training_graph_and_are_refused_before_the_export
     kinds = frozenset({SlotKind.LOW_RANK, SlotKind.PROMPT})
     with refused(ConfigError, "--training"):
         export_causal(llama, Slots(("q_proj",), kinds), Profile.FP32, training=True)
+
+
+@pytest.mark.parametrize("profile", [Profile.NATIVE_INT8, Profile.WEB_INT8])
+def test_a_tied_output_layer_has_the_norms_of_its_stored_bytes(make_lm: Callable[..., Base], profile: Profile) -> None:
+    kinds = frozenset({SlotKind.LOW_RANK, SlotKind.SCALE, SlotKind.OFFSET})
+    base = make_lm("llama", tie_word_embeddings=True)
+    made = export_causal(base, Slots(("q_proj", "lm_head"), kinds), profile, training=True)  # holds norms to torch's
+    assert "lm_head" in opened(made).normed
 
 
 @pytest.mark.slow
