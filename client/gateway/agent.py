@@ -201,10 +201,10 @@ class Agent:
             looking.join()
 
     def _renewed(self) -> bool:
-        """Whether there are new certificates now. One that has expired ends the agent before its next connection."""
+        """Whether there are new certificates now. A failure that stays ends the agent before its next connection."""
         try:
             return self._renewal.attempt()
-        except EdgeAdaptError:
+        except (EdgeAdaptError, OSError):
             return False
 
     def _attend(self, channel: grpc.Channel, state_dir: DeviceStateDir) -> Any:

@@ -8,6 +8,7 @@ each other.
 
 import logging
 import secrets
+import threading
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -132,6 +133,8 @@ def _call(address: str, credentials: grpc.ChannelCredentials, asked: bytes) -> b
 class Renewal:
     """When an agent renews the certificates of its device. What fails is tried again later, with the old ones.
 
+    Threads may attempt it at once: one renews, and the others then find nothing due.
+
     Args:
         folder: The device's state directory. ``renewal`` in its settings names the authority's service.
         entropy: Draws the TLS keys.
@@ -141,13 +144,19 @@ class Renewal:
     entropy: Entropy = field(default_factory=SystemEntropy)
     _failed: int = 0
     _next: float = 0.0  # by the monotonic clock
+    _lock: threading.Lock = field(default_factory=threading.Lock)  # two renewals would overwrite each other's next key
 
     def attempt(self) -> bool:
         """Renew the certificates if that is due. Returns whether there are new ones.
 
         Raises:
             TrustError: A certificate has expired, or a file is missing or damaged.
+            OSError: A file cannot be read.
         """
+        with self._lock:
+            return self._attempt()
+
+    def _attempt(self) -> bool:
         try:
             state_dir = DeviceStateDir.open(self.folder)
         except EdgeAdaptError:  # its owner is changing device.toml; the agent's conditions say so

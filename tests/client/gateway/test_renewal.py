@@ -4,7 +4,10 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,6 +25,8 @@ from aggregation.errors import EdgeAdaptError, TrustError
 from aggregation.pki import Authority, IdentityKey, Reason
 from aggregation.pki.certificates import load, serial, subject, to_der
 from aggregation.pki.tls import RENEWAL, TlsKey, TlsRole, verify_tls
+from client.gateway import renewal as device_side
+from client.gateway.agent import Agent
 from client.gateway.enrolment import enrol_with
 from client.gateway.renewal import NEXT_TLS_KEY, Renewal, renew, tls_pair, validity
 from client.node.statedir import TLS_CERTIFICATE, TLS_KEY, DeviceSettings, DeviceStateDir
@@ -116,6 +121,37 @@ def test_certificates_are_due_in_the_last_third_of_their_validity_and_refused_af
     with refused(TrustError, "certificate.validity") as caught:
         validity(state_dir, now + timedelta(days=31))
     assert "enrol this device again" in str(caught.value)
+
+
+def test_two_threads_renew_once_and_the_pair_works(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An agent pauses in one thread, while another looks at its conditions."""
+    state_dir, both, calls = site.enrolled(), threading.Barrier(2), []
+    genuine = device_side._call
+
+    def met(*given: Any) -> bytes:
+        calls.append(given)
+        with suppress(threading.BrokenBarrierError):  # the other one renews nothing
+            both.wait(1.0)
+        return genuine(*given)
+
+    monkeypatch.setattr(device_side, "_call", met)
+    agent = Renewal(state_dir.folder)
+    with ThreadPoolExecutor(2) as threads:
+        found = [each.result() for each in [threads.submit(agent.attempt) for _ in range(2)]]
+    assert sorted(found) == [False, True]
+    assert len(calls) == 1
+    assert tls_pair(state_dir.folder)[0].pem == files(state_dir.folder)[TLS_KEY]
+    assert not validity(state_dir, utc_now())[0]
+
+
+def test_a_disk_that_fails_for_a_moment_does_not_end_the_look_at_the_conditions(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = Agent(site.enrolled().folder, ())
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_file", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        assert not agent._renewed()
+    assert agent._renewed()
 
 
 @pytest.mark.slow
