@@ -262,6 +262,7 @@ class AuthorityStore:
         tls_request: bytes,
         *,
         days: float,
+        admit: Callable[[str], None],
     ) -> tuple[bytes, bytes]:
         """Certify a device again whose certificates are valid: its identity, which stays, and its next TLS key; DER.
 
@@ -272,6 +273,7 @@ class AuthorityStore:
             signature: Of the identity, on ``tls_request``: a copied TLS key alone has no other key certified.
             tls_request: PKCS #10 for the next TLS key.
             days: For which the certificates are valid.
+            admit: Called with the device's name once it has proved it; may raise.
 
         Raises:
             TrustError: A certificate has expired, was revoked, or is not of this authority; the identity did not sign;
@@ -288,6 +290,7 @@ class AuthorityStore:
         if not name == device == requested:
             text = f"the connection is that of {name}, the identity that of {device}, and the request for {requested}"
             raise TrustError(text, about="renewal.name", value=requested)
+        admit(name)
         with self._writing() as writer:
             require_unrevoked(writer.events, name, (serial(certificate), serial(tls_certificate)), tls_key.key_id)
             der = self._issue(writer, authority, name, key, days)

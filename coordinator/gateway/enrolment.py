@@ -1,7 +1,8 @@
 """The authority's enrolment service: a device with an invitation gets its two certificates, a page its one.
 
 A device whose certificates end soon has them renewed, on a port of its own with mutual TLS: gRPC asks for certificates
-on all connections of a port or on none.
+on all connections of a port or on none. Each address has its own threads and its own limit of calls: whoever floods one
+that takes no certificate does not keep devices from renewing theirs.
 
 It runs where the authority's key is, not where the coordinator is: a coordinator that could enrol devices could fill a
 cohort with its own. It has no state besides the authority's record.
@@ -9,12 +10,14 @@ cohort with its own. It has no state besides the authority's record.
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import Coroutine, Iterator, Sequence
 from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, TypeVar
 
 import grpc
@@ -36,11 +39,28 @@ from coordinator.gateway.websocket import BrowserSettings, Endpoint, reason_of, 
 
 NAME = "enrolment"  # in the service's own certificate
 OWN_DAYS = 30  # of that certificate; a restart makes another one
-THREADS, CALLS = 4, 64
+THREADS, CALLS, REGAINED = 4, 64, 30.0  # of an address: threads, calls in a row, and seconds in which it regains them
 RENEWALS, PERIOD = 6, 3600.0  # of one device in a row, and seconds in which it regains them
 LARGEST = 2**14  # bytes of a page's message
 T = TypeVar("T")
 log = logging.getLogger("edgeadapt.enrolment")
+
+
+class Address(Enum):
+    """Where the service listens. The value is the option of ``edgeadapt authority serve``."""
+
+    ENROLMENT = "--listen"
+    RENEWAL = "--renewal"
+    PAGES = "--websocket"
+
+
+class TooManyCallsError(EdgeAdaptError):
+    """The same call may succeed after ``wait`` seconds."""
+
+    def __init__(self, wait: float, who: str = "") -> None:
+        minutes = math.ceil(wait / 60)
+        super().__init__(f"too many calls{who and f' of {who}'}: try again in {minutes} min", about="calls")
+        self.wait = wait
 
 
 @dataclass(slots=True)
@@ -51,28 +71,28 @@ class EnrolmentService:
         store: The authority's folder.
         authority: Unlocked.
         days: For which certificates are valid.
-        bucket: Limits the calls of all devices together.
     """
 
     store: AuthorityStore
     authority: Authority
     days: float
-    bucket: TokenBucket = field(default_factory=lambda: TokenBucket(CALLS, 30.0))
+    _calls: dict[Address, TokenBucket] = field(
+        default_factory=lambda: {address: TokenBucket(CALLS, REGAINED) for address in Address}
+    )
     _renewals: dict[str, TokenBucket] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def handlers(self) -> grpc.GenericRpcHandler:
-        """For gRPC's server."""
-        calls = {
-            "Enrol": grpc.unary_unary_rpc_method_handler(self.enrol),
-            "Renew": grpc.unary_unary_rpc_method_handler(self.renew),
-        }
+    def handlers(self, address: Address) -> grpc.GenericRpcHandler:
+        """For gRPC's server at an address. A renewal is refused at the one for enrolments, and says where to call."""
+        calls = {"Renew": grpc.unary_unary_rpc_method_handler(self.renew)}
+        if address is Address.ENROLMENT:
+            calls["Enrol"] = grpc.unary_unary_rpc_method_handler(self.enrol)
         return grpc.method_handlers_generic_handler(frames.ENROLMENT, calls)
 
     def enrol(self, raw: bytes, context: grpc.ServicerContext) -> bytes:
         """Certify the keys of a device that has an invitation."""
-        self._limit(context, self.wait())
         with _refusing(context, "an enrolment"):
+            self.count(Address.ENROLMENT)
             asked = frames.enrol_request(raw)
             identity, tls = self.store.redeem(
                 self.authority, asked.token, asked.request, asked.tls_request, days=self.days
@@ -86,25 +106,20 @@ class EnrolmentService:
         if not pem:
             text = "a renewal takes the device's certificate: call at the address for renewals"
             context.abort(StatusCode.UNAUTHENTICATED, text)
-        self._limit(context, self.wait())
         with _refusing(context, "a renewal"):
+            self.count(Address.RENEWAL)
             asked, presented = frames.renew_request(raw), certificates.to_der(pem)
-            self._limit(context, self._renewal_wait(certificates.subject(certificates.load(presented))))
             identity, tls = self.store.renew(
-                self.authority, presented, asked.certificate, asked.signature, asked.tls_request, days=self.days
+                self.authority,
+                presented,
+                asked.certificate,
+                asked.signature,
+                asked.tls_request,
+                days=self.days,
+                admit=self._admit,
             )
         _log(identity, "is certified again")
         return bytes(pb.Enrolled(certificate=identity, tls_certificate=tls).SerializeToString())
-
-    def _limit(self, context: grpc.ServicerContext, wait: float) -> None:
-        if wait:
-            context.set_trailing_metadata(((frames.RETRY_AFTER, str(int(1000 * wait) + 1)),))
-            context.abort(StatusCode.RESOURCE_EXHAUSTED, "too many calls")
-
-    def _renewal_wait(self, name: str) -> float:
-        """Take a renewal of a device's bucket; as ``wait``. Only certified devices have one."""
-        with self._lock:
-            return self._renewals.setdefault(name, TokenBucket(RENEWALS, PERIOD)).wait(time.monotonic())
 
     def enrol_page(self, raw: bytes) -> bytes:
         """The certificate of a page that has an invitation, DER.
@@ -125,7 +140,8 @@ class EnrolmentService:
 
         Raises:
             ProtocolError: The bytes are no ``SocketRenewal``.
-            EdgeAdaptError: The page has renewed too often; or as ``AuthorityStore.renew_page``.
+            TooManyCallsError: The page has renewed too often.
+            EdgeAdaptError: As ``AuthorityStore.renew_page``.
         """
         asked = websocket.RENEWAL.decode(raw)
         identity = self.store.renew_page(
@@ -134,14 +150,23 @@ class EnrolmentService:
         _log(identity, "is certified again")
         return identity
 
-    def _admit(self, name: str) -> None:
-        if self._renewal_wait(name):
-            raise EdgeAdaptError(f"{name} has renewed its certificate too often: try again in an hour", about="renewal")
+    def count(self, address: Address) -> None:
+        """Count a call at an address.
 
-    def wait(self) -> float:
-        """Take a call of the bucket; 0, or the seconds until there is one."""
+        Raises:
+            TooManyCallsError: There were too many of all devices together.
+        """
+        self._take(self._calls[address])
+
+    def _admit(self, name: str) -> None:
+        """Count a renewal of a device, which has proved its name: nobody else uses up what it may."""
+        self._take(self._renewals.setdefault(name, TokenBucket(RENEWALS, PERIOD)), name)
+
+    def _take(self, bucket: TokenBucket, who: str = "") -> None:
         with self._lock:
-            return self.bucket.wait(time.monotonic())
+            wait = bucket.wait(time.monotonic())
+        if wait:
+            raise TooManyCallsError(wait, who)
 
 
 @contextmanager
@@ -151,6 +176,9 @@ def _refusing(context: grpc.ServicerContext, what: str) -> Iterator[None]:
         yield
     except ProtocolError as error:
         context.abort(StatusCode.INVALID_ARGUMENT, str(error))
+    except TooManyCallsError as error:
+        context.set_trailing_metadata(((frames.RETRY_AFTER, str(int(1000 * error.wait) + 1)),))
+        context.abort(StatusCode.RESOURCE_EXHAUSTED, str(error))
     except EdgeAdaptError as error:
         log.warning("%s is refused: %s", what, error)
         context.abort(StatusCode.PERMISSION_DENIED, str(error))
@@ -189,26 +217,30 @@ class EnrolmentServer:
         store, authority = service.store, service.authority
         der = store.issue_tls(authority, NAME, public, TlsRole.GATEWAY, hosts, OWN_DAYS)
         tls = ServerTls(key.pem, certificates.to_pem(der), authority.root.to_pem())
-        options = [*frames.GATEWAY_OPTIONS, ("grpc.max_connection_idle_ms", 10_000)]
-        self._server = grpc.server(futures.ThreadPoolExecutor(THREADS), options=options, maximum_concurrent_rpcs=CALLS)
-        self._server.add_generic_rpc_handlers((service.handlers(),))
-        self.port = self._listen("--listen", address, tls.credentials(certified_only=False))
-        self.renewal_port = self._listen("--renewal", renewal, tls.credentials(certified_only=True)) if renewal else 0
+        self._servers: list[grpc.Server] = []
+        self.port = self._listen(service, Address.ENROLMENT, address, tls)
+        self.renewal_port = self._listen(service, Address.RENEWAL, renewal, tls) if renewal else 0
         self.pages = PageEnrolmentServer(service, browsers, tls) if browsers else None
-        self._server.start()
+        for server in self._servers:
+            server.start()
 
-    def _listen(self, option: str, address: str, credentials: grpc.ServerCredentials) -> int:
+    def _listen(self, service: EnrolmentService, at: Address, address: str, tls: ServerTls) -> int:
+        options = [*frames.GATEWAY_OPTIONS, ("grpc.max_connection_idle_ms", 10_000)]
+        server = grpc.server(futures.ThreadPoolExecutor(THREADS), options=options, maximum_concurrent_rpcs=CALLS)
+        server.add_generic_rpc_handlers((service.handlers(at),))
+        self._servers.append(server)
         try:
-            return int(self._server.add_secure_port(address, credentials))
+            return int(server.add_secure_port(address, tls.credentials(certified_only=at is Address.RENEWAL)))
         except RuntimeError as error:
             text = f"the enrolment service cannot listen at {address}: the port is in use, or the address not valid"
-            raise ConfigError(text, about=option, value=address) from error
+            raise ConfigError(text, about=at.value, value=address) from error
 
     def close(self) -> None:
         """Stop listening."""
         if self.pages:
             self.pages.close()
-        self._server.stop(0.2).wait()
+        for stopped in [server.stop(0.2) for server in self._servers]:
+            stopped.wait()
 
 
 class PageEnrolmentServer:
@@ -240,9 +272,7 @@ class PageEnrolmentServer:
         try:
             async with self._endpoint.stranger():
                 raw = await received(connection)
-            if self._service.wait():
-                await connection.close(CloseCode.TRY_AGAIN_LATER, "too many calls: try again in a minute")
-                return
+            self._service.count(Address.PAGES)
             renews = connection.request is not None and connection.request.path == websocket.RENEWAL_PATH
             certify = self._service.renew_page if renews else self._service.enrol_page
             await connection.send(await asyncio.to_thread(certify, raw))
@@ -252,6 +282,8 @@ class PageEnrolmentServer:
             await connection.close(CloseCode.POLICY_VIOLATION, "too slow")
         except ProtocolError as error:
             await connection.close(CloseCode.INVALID_DATA, reason_of(error))
+        except TooManyCallsError as error:
+            await connection.close(CloseCode.TRY_AGAIN_LATER, reason_of(error))
         except EdgeAdaptError as error:
             log.warning("a page is refused: %s", error)
             await connection.close(CloseCode.POLICY_VIOLATION, reason_of(error))

@@ -32,7 +32,7 @@ from client.gateway.renewal import NEXT_TLS_KEY, Renewal, renew, tls_pair, valid
 from client.node.statedir import TLS_CERTIFICATE, TLS_KEY, DeviceSettings, DeviceStateDir
 from coordinator.authority import AuthorityStore
 from coordinator.authority.store import utc_now
-from coordinator.gateway.enrolment import RENEWALS, EnrolmentServer, EnrolmentService
+from coordinator.gateway.enrolment import CALLS, RENEWALS, THREADS, EnrolmentServer, EnrolmentService
 from coordinator.gateway.server import Gateway
 from tests.support import refused
 from tests.support.authority import signer, store
@@ -275,6 +275,40 @@ def test_a_device_that_renews_without_end_has_to_wait(site: Site) -> None:
         renew(state_dir, site.address, ENTROPY)
     assert "too many calls" in str(caught.value)
     renew(other, site.address, ENTROPY)
+
+
+def test_a_copied_tls_key_does_not_use_up_the_renewals_of_its_device(site: Site) -> None:
+    state_dir, thief = site.enrolled(), IdentityKey.generate(ENTROPY)
+    key, certificate = tls_pair(state_dir.folder)
+    with channel(site.server.renewal_port, key.pem, certificate, site.service.authority) as connection:
+        raw = asked(state_dir, TlsKey.generate(ENTROPY), "kitchen", thief)
+        for _ in range(RENEWALS + 1):
+            code, _ = status_of(lambda: connection.unary_unary(frames.RENEW)(raw, timeout=60))
+            assert code is grpc.StatusCode.PERMISSION_DENIED
+    assert Renewal(state_dir.folder).attempt()
+
+
+def test_a_flood_of_enrolments_keeps_no_device_from_renewing(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    kitchen, garage, over, genuine = site.enrolled(), site.enrolled("garage"), threading.Event(), frames.enrol_request
+
+    def slow(raw: bytes) -> pb.EnrolRequest:
+        over.wait(120)
+        return genuine(raw)
+
+    with channel(site.server.port, None, None, site.service.authority) as connection:
+        call = connection.unary_unary(frames.ENROL)
+        with monkeypatch.context() as patch:
+            patch.setattr(frames, "enrol_request", slow)
+            busy = [call.future(b"", timeout=120) for _ in range(2 * THREADS)]
+            try:
+                assert Renewal(kitchen.folder).attempt()
+            finally:
+                over.set()
+            for each in busy:
+                assert each.code() is grpc.StatusCode.INVALID_ARGUMENT
+        codes = {status_of(lambda: call(b"", timeout=60))[0] for _ in range(2 * CALLS)}
+    assert grpc.StatusCode.RESOURCE_EXHAUSTED in codes
+    assert Renewal(garage.folder).attempt()
 
 
 def test_a_full_disk_leaves_the_old_pair(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
