@@ -142,12 +142,11 @@ class AuthorityStore:
             DataError: The record is damaged or lacks lines.
         """
         with self._writing() as writer:
-            return self._issue(writer, authority, name, key, days)
+            return self._issue(writer, authority, name, key, self._end(authority, name, days))
 
-    def _issue(self, writer: RecordWriter, authority: Authority, name: str, key: PublicKey, days: float) -> bytes:
-        begin, end = self._validity(authority, require_device_id(name), days)
+    def _issue(self, writer: RecordWriter, authority: Authority, name: str, key: PublicKey, end: datetime) -> bytes:
         require_new(writer, name, key, self.clock())
-        serial = x509.random_serial_number()
+        begin, serial = self.clock() - SKEW, x509.random_serial_number()
         der = authority.issue(name, key, not_before=begin, not_after=end, serial=serial)
         self._add(writer, name, key.key_id, der, Purpose.IDENTITY)
         return der
@@ -171,7 +170,7 @@ class AuthorityStore:
             DataError: The record is damaged or lacks lines.
         """
         with self._writing() as writer:
-            return self._issue_tls(writer, authority, name, key, role, hosts, days)
+            return self._issue_tls(writer, authority, name, key, role, hosts, self._end(authority, name, days))
 
     def _issue_tls(
         self,
@@ -181,12 +180,11 @@ class AuthorityStore:
         key: TlsPublicKey,
         role: TlsRole,
         hosts: Sequence[str],
-        days: float,
+        end: datetime,
     ) -> bytes:
-        begin, end = self._validity(authority, require_device_id(name), days)
         if role is TlsRole.DEVICE:
             require_device(writer, name, self.clock())
-        serial = x509.random_serial_number()
+        begin, serial = self.clock() - SKEW, x509.random_serial_number()
         der = authority.issue_tls(name, key, role, hosts, not_before=begin, not_after=end, serial=serial)
         purpose = Purpose.DEVICE_TLS if role is TlsRole.DEVICE else Purpose.GATEWAY_TLS
         self._add(writer, name, key.key_id, der, purpose)
@@ -229,9 +227,12 @@ class AuthorityStore:
         """
         tls_name, tls_key = read_tls_request(tls_request)
         with self._redeeming(invitation.key(secret).public, request, (tls_name, tls_key.key_id)) as (writer, name, key):
-            der = certificate_of(writer.events, key.key_id) or self._issue(writer, authority, name, key, days)
-            tls_der = certificate_of(writer.events, tls_key.key_id)
-            return der, tls_der or self._issue_tls(writer, authority, name, tls_key, TlsRole.DEVICE, (), days)
+            der, tls_der = (certificate_of(writer.events, each.key_id) for each in (key, tls_key))
+            if not (der and tls_der):
+                end = self._end(authority, name, days)
+                der = der or self._issue(writer, authority, name, key, end)
+                tls_der = tls_der or self._issue_tls(writer, authority, name, tls_key, TlsRole.DEVICE, (), end)
+            return der, tls_der
 
     def redeem_signed(
         self, authority: Authority, invited: bytes, signature: bytes, request: bytes, *, days: float
@@ -251,7 +252,8 @@ class AuthorityStore:
         public = PublicKey(invited)
         public.verify(invitation.ENROLMENT, request, signature)
         with self._redeeming(public, request, None) as (writer, name, key):
-            return certificate_of(writer.events, key.key_id) or self._issue(writer, authority, name, key, days)
+            found = certificate_of(writer.events, key.key_id)
+            return found or self._issue(writer, authority, name, key, self._end(authority, name, days))
 
     def renew(
         self,
@@ -272,7 +274,7 @@ class AuthorityStore:
             certificate: Of the device's identity, DER.
             signature: Of the identity, on ``tls_request``: a copied TLS key alone has no other key certified.
             tls_request: PKCS #10 for the next TLS key.
-            days: For which the certificates are valid.
+            days: For which the certificates are valid, or until the authority ends.
             admit: Called with the device's name once it has proved it; may raise.
 
         Raises:
@@ -293,8 +295,9 @@ class AuthorityStore:
         admit(name)
         with self._writing() as writer:
             require_unrevoked(writer.events, name, (serial(certificate), serial(tls_certificate)), tls_key.key_id)
-            der = self._issue(writer, authority, name, key, days)
-            return der, self._issue_tls(writer, authority, name, tls_key, TlsRole.DEVICE, (), days)
+            end = self._renewed_end(authority, days)
+            der = self._issue(writer, authority, name, key, end)
+            return der, self._issue_tls(writer, authority, name, tls_key, TlsRole.DEVICE, (), end)
 
     def renew_page(
         self, authority: Authority, certificate: bytes, signature: bytes, *, days: float, admit: Callable[[str], None]
@@ -305,7 +308,7 @@ class AuthorityStore:
             authority: Unlocked.
             certificate: Of the page's identity, DER.
             signature: Of the identity, on ``certificate``.
-            days: For which the new one is valid.
+            days: For which the new one is valid, or until the authority ends.
             admit: Called with the page's name once it has proved it; may raise.
 
         Raises:
@@ -320,7 +323,7 @@ class AuthorityStore:
         admit(name)
         with self._writing() as writer:
             require_unrevoked(writer.events, name, (serial(certificate),))
-            return self._issue(writer, authority, name, key, days)
+            return self._issue(writer, authority, name, key, self._renewed_end(authority, days))
 
     @contextmanager
     def _redeeming(
@@ -337,12 +340,16 @@ class AuthorityStore:
                 writer.add(InvitationUsed(at=self.clock(), token=token, key=key.key_id, tls_key=tls_key))
             yield writer, name, key
 
-    def _validity(self, authority: Authority, name: str, days: float) -> tuple[datetime, datetime]:
-        now = self.clock()
-        if now + timedelta(days) > authority.root.not_after:
+    def _end(self, authority: Authority, name: str, days: float) -> datetime:
+        end, name = self.clock() + timedelta(days), require_device_id(name)
+        if end > authority.root.not_after:
             text = f"the authority itself ends on {authority.root.not_after:%Y-%m-%d}: choose fewer --days for {name}"
             raise ConfigError(text, about="--days", value=days)
-        return now - SKEW, now + timedelta(days)
+        return end
+
+    def _renewed_end(self, authority: Authority, days: float) -> datetime:
+        """Nobody is there to choose fewer days: the last certificate of a device ends with its authority."""
+        return min(self.clock() + timedelta(days), authority.root.not_after)
 
     def _add(self, writer: RecordWriter, name: str, key_id: str, der: bytes, purpose: Purpose) -> None:
         certificate = load(der)
