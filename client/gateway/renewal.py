@@ -10,6 +10,7 @@ import logging
 import secrets
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -94,8 +95,7 @@ def renew(state_dir: DeviceStateDir, address: str, entropy: Entropy) -> datetime
     """
     folder, now, device = state_dir.folder, datetime.now(UTC), subject(load(state_dir.certificate))
     tls_key, tls_certificate = tls_pair(folder)
-    following = TlsKey.generate(entropy)
-    storage.replace(folder / NEXT_TLS_KEY, following.pem)
+    following = _next_key(folder, entropy)
     request = following.request(device)
     asked = pb.RenewRequest(
         certificate=state_dir.certificate,
@@ -116,6 +116,16 @@ def renew(state_dir: DeviceStateDir, address: str, entropy: Entropy) -> datetime
         storage.replace(folder / TLS_CERTIFICATE, to_pem(found.tls_certificate))
     (folder / NEXT_TLS_KEY).replace(folder / TLS_KEY)
     return end
+
+
+def _next_key(folder: Path, entropy: Entropy) -> TlsKey:
+    """The next TLS key: that of an earlier attempt, whose answer may not have arrived, or a new one."""
+    path = folder / NEXT_TLS_KEY
+    with suppress(FileNotFoundError, EdgeAdaptError):  # a damaged one is replaced
+        return TlsKey(storage.read(path, LONGEST))
+    key = TlsKey.generate(entropy)
+    storage.replace(path, key.pem)
+    return key
 
 
 def _call(address: str, credentials: grpc.ChannelCredentials, asked: bytes) -> bytes:

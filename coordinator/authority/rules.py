@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from aggregation.errors import ConfigError, TrustError
-from aggregation.pki.certificates import same_name
+from aggregation.pki.certificates import load, same_name
 from aggregation.pki.identity import PublicKey
 from coordinator.authority.record import (
     CertificateIssued,
@@ -18,6 +18,8 @@ from coordinator.authority.record import (
     RecordWriter,
 )
 
+RENEWABLE = 1 / 2  # of its validity: a certificate that has less left is renewed. Devices ask at 1/3; clocks differ
+MOST_TLS = 8  # TLS certificates of a device that are valid at once, as after it lost its next key or was restored
 ENROL_AGAIN = "enrol this device again, with a token"
 
 
@@ -49,6 +51,35 @@ def require_unrevoked(events: Sequence[Event], name: str, serials: Sequence[int]
         raise TrustError(f"a certificate of {name} was revoked: {ENROL_AGAIN}", about="renewal.revoked", value=name)
 
 
+def is_renewable(begin: datetime, end: datetime, now: datetime) -> bool:
+    """Whether a certificate with this validity may be renewed."""
+    return end - now < RENEWABLE * (end - begin)
+
+
+def require_tls_renewable(events: Sequence[Event], name: str, presented: Sequence[bytes], now: datetime) -> None:
+    """Return if a device may have another TLS key certified: the record, and what is to be revoked, stay small.
+
+    Raises:
+        TrustError: No certificate that it presents, in DER, ends soon, or it has too many.
+    """
+    loaded = [load(each) for each in presented]
+    validities = [(each.not_valid_before_utc, each.not_valid_after_utc) for each in loaded]
+    if not any(is_renewable(begin, end, now) for begin, end in validities):
+        first = min(end - RENEWABLE * (end - begin) for begin, end in validities)
+        text = f"the certificates of {name} can be renewed from {first:%Y-%m-%d %H:%M} UTC on, and it is {now:%F %R}"
+        raise TrustError(text, about="renewal.due", value=name)
+    revoked = revoked_in(events)
+    valid = [
+        each
+        for each in issued_in(events)
+        if (each.name, each.purpose) == (name, Purpose.DEVICE_TLS) and each.serial not in revoked
+        if now <= each.not_after
+    ]
+    if len(valid) >= MOST_TLS:
+        text = f"{name} has {len(valid)} valid TLS certificates, and no more are made: {ENROL_AGAIN}"
+        raise TrustError(text, about="renewal.count", value=name)
+
+
 def require_redeemable(
     events: Sequence[Event], token: str, names: Sequence[str], keys: tuple[str, str | None], now: datetime
 ) -> None:
@@ -73,6 +104,22 @@ def certificate_of(events: Sequence[Event], key_id: str) -> bytes | None:
     revoked = revoked_in(events)
     found = [each for each in issued_in(events) if each.key == key_id and each.serial not in revoked]
     return base64.b64decode(found[-1].certificate) if found else None
+
+
+def lasting_certificate_of(
+    events: Sequence[Event], name: str, key_id: str, now: datetime, end: datetime
+) -> bytes | None:
+    """The certificate of a device's key, DER, if it does not end soon, or no sooner than a new one, at ``end``.
+
+    So an answer that did not arrive is given once more, and the record does not grow, however often a device asks.
+    """
+    revoked = revoked_in(events)
+    for each in issued_in(events):
+        if (each.name, each.key) != (name, key_id) or each.serial in revoked:
+            continue
+        if each.not_after >= end or not is_renewable(each.not_before, each.not_after, now):
+            return base64.b64decode(each.certificate)
+    return None
 
 
 def require_device(writer: RecordWriter, name: str, now: datetime) -> None:

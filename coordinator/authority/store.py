@@ -46,9 +46,11 @@ from coordinator.authority.rules import (
     certificate_of,
     count_lists,
     issued_in,
+    lasting_certificate_of,
     require_device,
     require_new,
     require_redeemable,
+    require_tls_renewable,
     require_unrevoked,
     revoked_in,
 )
@@ -266,7 +268,9 @@ class AuthorityStore:
         days: float,
         admit: Callable[[str], None],
     ) -> tuple[bytes, bytes]:
-        """Certify a device again whose certificates are valid: its identity, which stays, and its next TLS key; DER.
+        """Certify a device again whose certificates end soon: its identity, which stays, and its next TLS key; DER.
+
+        For the same TLS key again, the same certificates.
 
         Args:
             authority: Unlocked.
@@ -279,7 +283,7 @@ class AuthorityStore:
 
         Raises:
             TrustError: A certificate has expired, was revoked, or is not of this authority; the identity did not sign;
-                or the request is for another name or a revoked key.
+                the request is for another name or a revoked key; or as ``require_tls_renewable``.
             ConfigError, DataError: As ``issue``.
         """
         now, root = self.clock(), authority.root
@@ -296,13 +300,18 @@ class AuthorityStore:
         with self._writing() as writer:
             require_unrevoked(writer.events, name, (serial(certificate), serial(tls_certificate)), tls_key.key_id)
             end = self._renewed_end(authority, days)
-            der = self._issue(writer, authority, name, key, end)
-            return der, self._issue_tls(writer, authority, name, tls_key, TlsRole.DEVICE, (), end)
+            found = lasting_certificate_of(writer.events, name, tls_key.key_id, now, end)
+            if not found:
+                require_tls_renewable(writer.events, name, (certificate, tls_certificate), now)
+            der = self._renew(writer, authority, name, key, end)
+            return der, found or self._issue_tls(writer, authority, name, tls_key, TlsRole.DEVICE, (), end)
 
     def renew_page(
         self, authority: Authority, certificate: bytes, signature: bytes, *, days: float, admit: Callable[[str], None]
     ) -> bytes:
         """Certify the identity of a page again, whose certificate is valid; DER. It has no TLS key.
+
+        Its newest certificate is returned as long as that does not end soon.
 
         Args:
             authority: Unlocked.
@@ -323,7 +332,13 @@ class AuthorityStore:
         admit(name)
         with self._writing() as writer:
             require_unrevoked(writer.events, name, (serial(certificate),))
-            return self._issue(writer, authority, name, key, self._renewed_end(authority, days))
+            return self._renew(writer, authority, name, key, self._renewed_end(authority, days))
+
+    def _renew(self, writer: RecordWriter, authority: Authority, name: str, key: PublicKey, end: datetime) -> bytes:
+        """The certificate of an identity that the record has, or a new one if that ends soon."""
+        require_new(writer, name, key, self.clock())
+        found = lasting_certificate_of(writer.events, name, key.key_id, self.clock(), end)
+        return found or self._issue(writer, authority, name, key, end)
 
     @contextmanager
     def _redeeming(

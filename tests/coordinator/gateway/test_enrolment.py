@@ -361,26 +361,33 @@ def renewing(tab: InvitedPage) -> InvitedPage:
 
 
 def test_a_page_renews_its_certificate_for_the_same_key_until_it_has_expired_or_is_revoked(
-    store: AuthorityStore, signer: Authority, invite_page: InvitePage
+    store: AuthorityStore, signer: Authority, pages: PageEnrolmentServer, invite_page: InvitePage
 ) -> None:
     tab = invite_page()
+    fresh, _, _ = tab.ask(tab.message())
+    assert fresh
+    assert renewing(tab).ask(renewal(fresh, tab.identity))[0] == fresh  # it does not end soon
+    tab = invite_page("phone")
+    pages._service.days = 20 / 1440  # less than a third of a validity that began an hour before
     first, _, _ = tab.ask(tab.message())
+    pages._service.days = 30
     assert first
     second, code, _ = renewing(tab).ask(renewal(first, tab.identity))
     assert second
     assert code == 1000
     assert second != first
-    assert store.root.verify(second, utc_now()) == ("tab", tab.identity.public)
+    assert store.root.verify(second, utc_now()) == ("phone", tab.identity.public)
+    assert renewing(tab).ask(renewal(first, tab.identity))[0] == second  # as when the answer did not arrive
     earlier = replace(store, clock=lambda: utc_now() - timedelta(days=2))
-    expired = earlier.issue(signer, "tab", tab.identity.public, 1)
+    expired = earlier.issue(signer, "phone", tab.identity.public, 1)
     foreign = AuthorityStore.create(store.folder.with_name("other"), "fleet", 3650, 30, None)
-    unknown = foreign.issue(foreign.unlock(None), "tab", tab.identity.public, 1)
+    unknown = foreign.issue(foreign.unlock(None), "phone", tab.identity.public, 1)
     thief = IdentityKey.generate(SystemEntropy())
     for message in (renewal(expired, tab.identity), renewal(unknown, tab.identity), renewal(second, thief)):
         certificate, code, reason = renewing(tab).ask(message)
         assert (certificate, code) == (None, 1008)
         assert "enrol this device again, with a token" in reason
-    store.revoke(signer, "tab", Reason.KEY_COMPROMISE, 30)
+    store.revoke(signer, "phone", Reason.KEY_COMPROMISE, 30)
     certificate, code, reason = renewing(tab).ask(renewal(second, tab.identity))
     assert (certificate, code) == (None, 1008)
     assert "revoked" in reason
