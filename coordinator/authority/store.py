@@ -395,6 +395,7 @@ class AuthorityStore:
 
         Raises:
             ConfigError: There is no such certificate.
+            TrustError: The list would be too long for its readers. Nothing is revoked.
             DataError: As ``issue``.
         """
         with self._writing() as writer:
@@ -407,9 +408,8 @@ class AuthorityStore:
                 raise ConfigError(text, about="certificate", value=which)
             before = revoked_in(writer.events)
             new = tuple(each for each in found if each.serial not in before)
-            for each in new:
-                writer.add(CertificateRevoked(at=self.clock(), serial=each.serial, reason=reason))
-            self._sign_list(writer, authority, list_days)
+            lines = [CertificateRevoked(at=self.clock(), serial=each.serial, reason=reason) for each in new]
+            self._sign_list(writer, authority, list_days, lines)
         return new
 
     def sign_list(self, authority: Authority, days: int) -> int:
@@ -421,14 +421,22 @@ class AuthorityStore:
         with self._writing() as writer:
             return self._sign_list(writer, authority, days)
 
-    def _sign_list(self, writer: RecordWriter, authority: Authority, days: int) -> int:
+    def _sign_list(
+        self, writer: RecordWriter, authority: Authority, days: int, new: Sequence[CertificateRevoked] = ()
+    ) -> int:
         now = self.clock()
         number = count_lists(writer.events) + 1
         revoked = {
-            int(serial, 16): Revocation(each.at, each.reason) for serial, each in revoked_in(writer.events).items()
+            int(serial, 16): Revocation(each.at, each.reason)
+            for serial, each in revoked_in([*writer.events, *new]).items()
         }
         signed = authority.revocations(number, revoked, now, now + timedelta(days))
+        self.root.revocations(
+            signed.to_pem()
+        )  # before the record has a line: a list that nobody reads would be the last
         # First the record: a kill in between leaves a number without a list, and no number with two lists.
+        for each in new:
+            writer.add(each)
         writer.add(ListSigned(at=now, number=number, next_update=signed.next_update))
         storage.replace(self.folder / REVOKED, signed.to_pem(), PUBLIC)
         return number

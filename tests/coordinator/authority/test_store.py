@@ -11,7 +11,7 @@ import pytest
 
 from adapters import storage
 from aggregation.errors import ConfigError, DataError, TrustError
-from aggregation.pki import Authority
+from aggregation.pki import Authority, revocation
 from aggregation.pki.revocation import Reason
 from coordinator.authority import AuthorityStore
 from tests.support import refused
@@ -191,6 +191,22 @@ def test_a_certificate_that_was_never_issued_cannot_be_revoked(store: AuthorityS
     with refused(ConfigError, "certificate", value="attic"):
         store.revoke(signer, "attic", Reason.UNSPECIFIED, 30)
     assert newest_list(store).number == 1
+
+
+def test_a_list_too_long_for_its_readers_revokes_nothing_and_leaves_the_authority_able_to_sign(
+    store: AuthorityStore, signer: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = new_key()
+    for _ in range(20):
+        store.issue(signer, "kitchen", mine.public, 10)
+    serial = store.certificates()[0][0].serial
+    monkeypatch.setattr(revocation, "MAX_REVOCATIONS", 300)
+    with refused(TrustError, "revocations.size"):
+        store.revoke(signer, "kitchen", Reason.UNSPECIFIED, 30)
+    assert {status for _, status in store.certificates()} == {"valid"}
+    assert store.sign_list(signer, 30) == 2
+    assert [each.serial for each in store.revoke(signer, serial, Reason.UNSPECIFIED, 30)] == [serial]
+    assert len(newest_list(store).revoked) == 1
 
 
 def test_a_new_list_has_a_higher_number_and_the_same_revocations(store: AuthorityStore, signer: Authority) -> None:
