@@ -252,6 +252,37 @@ def test_a_tab_contributes_the_moments_of_a_native_device_to_an_analytic_head_or
         assert page.error(f"{ROUND}({json.dumps(asked | changes | {'examples': None})})")["about"] == about
 
 
+def test_a_tab_whose_score_is_not_finite_contributes_nothing_to_updates_and_moments(
+    page: Any, serve: Callable[[Path], str], phone: Path
+) -> None:
+    """What overflows on the held-out text alone: a device that failed would tell the coordinator something of it."""
+    trainer, start = native(phone)
+    weight, bias = (next(name for name in start if name.endswith(f"classifier.{part}")) for part in ("weight", "bias"))
+    rows = dict(zip(PHRASES, trainer.embed(list(PHRASES), start), strict=True))
+    held, own, at = max(
+        ((held, own, at) for held in rows for own in rows for at in range(len(rows[own]))),
+        key=lambda each: rows[each[0]][each[2]] if rows[each[1]][each[2]] < 0 else 0.0,
+    )
+    assert rows[held][at] > 0.1
+    steep = {key: np.zeros_like(value) if "classifier" in key else value for key, value in start.items()}
+    steep[weight][0, at] = steep[bias][0] = 3.3e38
+    examples = [Example(own, 1), Example(held, 1, Split.VALIDATION)]
+    updates = given(replace(PLAIN, batch_size=16), trainer, steep, examples)
+    vectors = {"updates": session_of(trainer.layout, 32).vector}
+    vectors["moments"] = moment_spec(ClassifierHead.of(trainer.layout), weight_cap=7, ring_bits=32, max_clients=8)
+    spec = replace(session_of(trainer.layout, 32), vector=vectors["moments"])
+    task = b64(AnalyticTask(CONFIG, LABELS, 0.01, 16.0).encode())
+    changes = {"offer": list(bytes.fromhex(offer_of(spec))), "plan": updates["plan"] | {"task": task}}
+    page.goto(serve(phone))
+    for kind, asked in (("updates", updates), ("moments", updates | changes)):
+        for split, weight in ((Split.TRAIN, 1), (Split.VALIDATION, 0)):  # without the held-out text all is finite
+            texts = [one for one in asked["examples"] if split is Split.VALIDATION or one["split"] == split.value]
+            limits = {"maximum_magnitude": 3.4e38}  # an owner's
+            answer = page.evaluate(f"{ROUND}({json.dumps(asked | {'examples': texts, 'limits': limits})})")
+            found = vectors[kind].decode(np.frombuffer(bytes(answer["packed"]), np.uint32), 1)
+            assert [found[each][0] for each in ("weight", "held_out", "loss")] == [weight, 0, 0], kind
+
+
 def test_a_tab_counts_the_right_answers_that_a_native_device_counts_or_none(
     page: Any, serve: Callable[[Path], str], phone: Path
 ) -> None:

@@ -59,14 +59,18 @@ export function trainerOf(engine, examples, pause = async () => {}, limits = LIM
       requireBounds(spec, updateSegments(spec, shared.reduce((sum, name) => sum + whole.get(name).length, 0)));
       const subject = subjectOf(spec, task);
       const begun = kept?.subject === subject ? new Map([...whole, ...kept.values]) : whole;
-      const found = await attempt(() => outcome(trainer, begun, task, examples, Number(spec.weight_cap), ends(pause, plan)));
-      const trained = found?.trained ?? begun;
-      const delta = update(begun, trained, shared, inputs);
-      const values = new Map([...trained].filter(([name]) => isPrivate(task, partOf(name))));
-      const parts = values.size ? { subject, values } : null;
-      if (spec.privacy) return { vector: await noisyContribution(delta, spec, plan.adapter_digest), parts };
-      const made = { delta, examples: found?.examples ?? 0, score: found?.score ?? NOTHING };
-      return { vector: await contribution(made, spec, plan.adapter_digest), parts };
+      const made = async ({ trained, ...found }) => {
+        const delta = update(begun, trained, shared, inputs);
+        const values = new Map([...trained].filter(([name]) => isPrivate(task, partOf(name))));
+        const parts = values.size ? { subject, values } : null;
+        if (spec.privacy) return { vector: await noisyContribution(delta, spec, plan.adapter_digest), parts };
+        return { vector: await contribution({ delta, ...found }, spec, plan.adapter_digest), parts };
+      };
+      const cap = Number(spec.weight_cap);
+      return await orNothing(
+        async () => made(await outcome(trainer, begun, task, examples, cap, ends(pause, plan))),
+        () => made({ trained: begun, examples: 0, score: NOTHING }),
+      );
     } finally {
       await trainer.close();
     }
@@ -117,29 +121,37 @@ async function moments(trainer, start, task, examples, plan, spec, pause) {
   const tokens = (of) => of.map(({ ids }) => ids);
   const targets = (of) => of.map(({ target }) => target);
   if (spec.privacy) {
-    const vector = await attempt(async () => {
-      const [own] = usable(trainer, task, examples, 0);
-      return projectedMoments(await trainer.embeddings(start, tokens(own), between), targets(own), kept, k, plan.adapter_digest);
-    });
-    return noisyContribution(vector ?? new Float64Array(spec.vector.segments[0].size), spec, plan.adapter_digest);
+    const noisy = (vector) => noisyContribution(vector, spec, plan.adapter_digest);
+    return orNothing(
+      async () => {
+        const [own] = usable(trainer, task, examples, 0);
+        const embeddings = await trainer.embeddings(start, tokens(own), between);
+        return noisy(await projectedMoments(embeddings, targets(own), kept, k, plan.adapter_digest));
+      },
+      () => noisy(new Float64Array(spec.vector.segments[0].size)),
+    );
   }
-  const found = await attempt(async () => {
-    const [own, heldOut] = usable(trainer, task, examples, Number(spec.weight_cap));
-    const score = await trainer.score(start, heldOut, between);
-    return { score, sums: momentsOf(await trainer.embeddings(start, tokens(own), between), targets(own), d, k) };
-  });
-  return momentContribution(found?.sums ?? momentsOf([], [], d, k), found?.score ?? NOTHING, spec);
+  return orNothing(
+    async () => {
+      const [own, heldOut] = usable(trainer, task, examples, Number(spec.weight_cap));
+      const score = await trainer.score(start, heldOut, between);
+      const sums = momentsOf(await trainer.embeddings(start, tokens(own), between), targets(own), d, k);
+      return momentContribution(sums, score, spec);
+    },
+    () => momentContribution(momentsOf([], [], d, k), NOTHING, spec),
+  );
 }
 
 /** The counts of an evaluation: zeros where the device has neither release, or too few held-out examples. */
 async function counts(engine, trainer, task, examples, plan, spec, pause) {
   requireBounds(spec, countSegments(spec, task), task.most);
-  const found = await attempt(async () => {
+  const encoded = (counts) => (spec.privacy ? noisyContribution(counts, spec, plan.adapter_digest) : encode(spec.vector, { counts }));
+  const nothing = () => encoded(new Float64Array(4));
+  return orNothing(async () => {
     const [, heldOut] = usable(trainer, task, examples, task.most);
-    return heldOut.length < task.least ? null : ownCounts(engine, task, heldOut, () => pause({ step: 0, steps: 0 }));
-  });
-  const counted = found ?? new Float64Array(4);
-  return spec.privacy ? noisyContribution(counted, spec, plan.adapter_digest) : encode(spec.vector, { counts: counted });
+    if (heldOut.length < task.least) return nothing();
+    return encoded(await ownCounts(engine, task, heldOut, () => pause({ step: 0, steps: 0 })));
+  }, nothing);
 }
 
 /** What a person's end of the work throws, which is not the fault of an example. */
@@ -153,13 +165,14 @@ const ends = (pause, { round }) => async (progress) => {
   }
 };
 
-async function attempt(work) {
+/** What `attempt` makes of the examples, encoded; what `nothing` makes without them, if anything fails. */
+async function orNothing(attempt, nothing) {
   try {
-    return await work();
+    return await attempt();
   } catch (error) {
     if (error instanceof Ended) throw error.cause;
     console.warn("contributed nothing:", error.about || error.name); // an error's text can quote an example
-    return null;
+    return nothing();
   }
 }
 
