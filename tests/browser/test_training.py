@@ -19,6 +19,8 @@ from adapters.parts import Part, part_of
 from adapters.task import OptimizerName, RateSchedule, Task, shared_layout
 from aggregation import rotation
 from aggregation.errors import ProtocolError
+from aggregation.privacy.accounting import Mechanism
+from aggregation.spec import Privacy, SessionSpec
 from client.inference.trust import Trust
 from client.training.batches import batches
 from client.training.contribute import clip
@@ -286,17 +288,23 @@ def test_a_tab_whose_score_is_not_finite_contributes_nothing_to_updates_and_mome
 def test_a_tab_counts_the_right_answers_that_a_native_device_counts_or_none(
     page: Any, serve: Callable[[Path], str], phone: Path
 ) -> None:
-    """Whole numbers, so the vectors are equal. A tab never says which release it has otherwise."""
+    """In a session with noise, here with so little that counts can be read. Without noise a tab, which follows no
+    channel and so knows no share, never says which release it has."""
     trainer, start = native(phone)
     content = adapter_content(phone)
     held = [Example(text, number % len(LABELS), Split.VALIDATION) for number, text in enumerate([*PHRASES, "zzz"])]
     blob = files.encode(start)
     newest = EvaluationTask(CONFIG, LABELS, content, "0" * 64, 2, 64)
-    vector = counts_spec(newest, clip_norm=2.0, noise=0.0, ring_bits=16, max_clients=8)
+    norm, bare = 128.0, session_of(trainer.layout, 32)  # a norm above that of all examples
+    bare = replace(bare, vector=counts_spec(newest, clip_norm=norm, noise=0.0, ring_bits=16, max_clients=8))
+    vector = counts_spec(newest, clip_norm=norm, noise=2**-10, ring_bits=32, max_clients=8)
+    privacy = Privacy(Mechanism.SKELLAM, bare.minimum_survivors, 1e-6)
+    noisy = replace(bare, vector=vector, clip_norm=norm, weight_cap=1, privacy=privacy)
 
-    def both(task: EvaluationTask, given: list[Example]) -> tuple[list[float], dict[str, Any]]:
+    def both(
+        task: EvaluationTask, given: list[Example], spec: SessionSpec = noisy
+    ) -> tuple[list[float], dict[str, Any]]:
         """What the bundle's own answers give, and the question to a tab."""
-        spec = replace(session_of(trainer.layout, 32), vector=vector)
         asked = {
             "offer": list(bytes.fromhex(offer_of(spec))),
             "blob": b64(blob),
@@ -306,7 +314,8 @@ def test_a_tab_counts_the_right_answers_that_a_native_device_counts_or_none(
 
     def counted(asked: dict[str, Any]) -> Any:
         packed = page.evaluate(f"{ROUND}({json.dumps(asked)})")["packed"]
-        return vector.decode(np.frombuffer(bytes(packed), np.uint16), 1)["counts"].tolist()
+        sums = vector.decode(np.frombuffer(bytes(packed), np.uint32), 1)["counts"]
+        return np.rint(rotation.rotate_back(sums, rotation.seed(bytes.fromhex(files.sha256(blob))))).tolist()
 
     page.goto(serve(phone))
     expected, asked = both(newest, held)
@@ -325,6 +334,8 @@ def test_a_tab_counts_the_right_answers_that_a_native_device_counts_or_none(
     _, sound = both(newest, held)
     for odd in ([replace(one, split=Split.TRAIN) for one in held], [replace(one, text="") for one in held]):
         assert counted(asked_of(sound, odd)) == [0] * 4
+    _, sound = both(newest, held, bare)
+    assert not any(page.evaluate(f"{ROUND}({json.dumps(sound)})")["packed"])
     for change, about in (
         ({"labels": []}, "task.labels"),
         ({"labels": [*LABELS, "Other"]}, "task.labels"),

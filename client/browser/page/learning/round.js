@@ -142,11 +142,15 @@ async function moments(trainer, start, task, examples, plan, spec, pause) {
   );
 }
 
-/** The counts of an evaluation: zeros where the device has neither release, or too few held-out examples. */
+/**
+ * The counts of an evaluation: zeros where the device has neither release, or too few held-out examples. A tab follows no channel, so
+ * it cannot tell whether only few devices have its release; without noise, the sum could then be its own counts, and it gives zeros.
+ */
 async function counts(engine, trainer, task, examples, plan, spec, pause) {
   requireBounds(spec, countSegments(spec, task), task.most);
   const encoded = (counts) => (spec.privacy ? noisyContribution(counts, spec, plan.adapter_digest) : encode(spec.vector, { counts }));
   const nothing = () => encoded(new Float64Array(4));
+  if (!spec.privacy) return nothing();
   return orNothing(async () => {
     const [, heldOut] = usable(trainer, task, examples, task.most);
     if (heldOut.length < task.least) return nothing();
