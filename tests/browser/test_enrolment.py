@@ -48,18 +48,46 @@ OLDER = """(async () => {
   return [found.device, holds, await transact(LEARNED, "readonly", (store) => store.count())];
 })()"""
 
-FORGOTTEN = """(async () => {
-  const [{ Identity }, { EMPTY }, { IDENTITIES, transact }] = await Promise.all(
-    ["identity", "aggregation/privacyledger", "storage"].map((name) => import(`/${name}.js`)),
+ACCOUNTS = """(async () => {
+  const modules = ["identity", "aggregation/privacyledger", "aggregation/accounting", "storage", "participation"];
+  const [{ Identity }, { EMPTY }, { NOTHING }, { IDENTITIES, transact }, { takePart }] = await Promise.all(
+    modules.map((name) => import(`/${name}.js`)),
   );
-  const put = (record) => transact(IDENTITIES, "readwrite", (store) => store.put(record, "spent"));
-  const identity = new Identity("spent");
-  await put({ device: "tab", pair: {}, privacy: { ...EMPTY, noisy: 3 } });
-  await identity.forget();
-  const left = [await identity.load(), await transact(IDENTITIES, "readonly", (store) => store.get("spent"))];
-  await put({ device: "tab", pair: {}, privacy: { ...EMPTY, settled: null } });
-  const refused = await identity.load().catch(({ name, about }) => [name, about]);
-  return [left[0] === undefined, Object.keys(left[1]), left[1].privacy.noisy, ...refused];
+  const put = (record, key) => transact(IDENTITIES, "readwrite", (store) => store.put(record, key));
+  const stored = (key) => transact(IDENTITIES, "readonly", (store) => store.get(key));
+  const spent = (each, noisy) => ({ ...EMPTY, settled: { curve: NOTHING.curve.map(() => each), draws: noisy }, noisy });
+  const [one, other] = [new Identity("one"), new Identity("other")];
+  await put({ device: "tab", pair: {}, privacy: spent(0.25, 3) }, "one"); // of an older page
+  await put({ device: "tab", pair: {}, privacy: spent(0.5, 2) }, "other");
+  await put({ privacy: spent(1, 4) }, "forgotten");
+  const found = {};
+  await Promise.all([one.load(), other.load(), one.load()]);
+  const { privacy, ...record } = await other.load();
+  found.added = [privacy.noisy, privacy.settled.draws, ...new Set(privacy.settled.curve)];
+  const left = [(await stored("one")).privacy, (await stored("other")).privacy, await stored("forgotten")];
+  found.left = left.map((each) => each === undefined);
+  await other.save({ ...record, privacy: { ...privacy, noisy: 10 }, maximum_epsilon: 2.5 });
+  const seen = await one.load();
+  found.saved = [seen.privacy.noisy, seen.maximum_epsilon];
+  await other.forget();
+  await one.forget();
+  found.forgotten = [await one.load(), await other.load()].map((each) => each === undefined);
+  await put({ device: "tab", pair: {} }, "one");
+  found.kept = [(await one.load()).privacy.noisy, (await one.load()).maximum_epsilon];
+  const refused = ({ name, about }) => [name, about];
+  const asked = { identity: other, examples: [{ text: "", label: "", split: "train" }], minimum: 1 };
+  found.another = await navigator.locks.request("edgeadapt/participation", () => takePart(asked).catch(refused));
+  found.damaged = [];
+  const keys = await transact(IDENTITIES, "readonly", (store) => store.getAllKeys());
+  const account = keys.find((key) => key !== "one");
+  for (const damage of [{ privacy: { ...privacy, settled: null } }, { maximum_epsilon: NaN }]) {
+    await put({ privacy, maximum_epsilon: 1, ...damage }, account);
+    found.damaged.push(await one.load().catch(refused));
+  }
+  await put({ privacy, maximum_epsilon: 1 }, account);
+  await put({ device: "tab", pair: {}, privacy: { ...privacy, noisy: -1 } }, "one");
+  found.damaged.push(await one.load().catch(refused));
+  return found;
 })()"""
 
 
@@ -106,6 +134,18 @@ def redeem(page: cdp.Page, token: str) -> str:
     return page.alert("join-error")
 
 
+def limits_stay(page: cdp.Page, url: str, examples: Path) -> None:
+    """The limit on privacy is that of the visit before."""
+    examples.write_text('{"text": "lock", "label": 0}')
+    page.pick("#examples-file", examples)
+    page.evaluate("document.getElementById('maximum_epsilon').value = 2.5")
+    page.evaluate("document.getElementById('join').click()")
+    page.until("document.getElementById('join-state').textContent.includes('connecting again')")
+    page.goto(url)
+    page.until(f"{SHOWN}.includes('join-form')")
+    assert page.evaluate("document.getElementById('maximum_epsilon').valueAsNumber") == 2.5
+
+
 def key_of(page: cdp.Page) -> str:
     pairs = (
         "[...document.querySelectorAll('#identity div')].map(({ children }) => [...children].map((e) => e.innerText))"
@@ -114,7 +154,7 @@ def key_of(page: cdp.Page) -> str:
 
 
 def test_a_page_enrols_with_a_token_and_one_that_is_no_good_loses_nothing(
-    page: Any, store: AuthorityStore, url: str, port: int
+    page: Any, store: AuthorityStore, url: str, port: int, phone: Path
 ) -> None:
     tab, late, foreign = invited(store), invited(store, ago=1.1), invited(store)._replace(device="another")
     token = tab.to_text()
@@ -143,8 +183,7 @@ def test_a_page_enrols_with_a_token_and_one_that_is_no_good_loses_nothing(
         )
         issued = [(each.name, each.key) for each, _ in store.certificates() if each.name != "enrolment"]
         assert issued == [("tab", key)]
-        page.goto(url)
-        page.until(f"{SHOWN}.includes('join-form')")
+        limits_stay(page, url, phone.parent / "examples.jsonl")
         page.evaluate("document.getElementById('identity-forget').click()")
         page.until(f"{SHOWN}.includes('enrol-form')")
         assert "was used" in redeem(page, token)  # a new key, for a token that was used
@@ -189,6 +228,17 @@ def test_an_identity_survives_a_newer_version_of_the_database(page: Any, url: st
     assert page.evaluate(OLDER) == ["tab", True, 0]
 
 
-def test_what_a_browser_revealed_stays_counted_when_its_identity_is_forgotten(page: Any, url: str) -> None:
+def test_what_a_browser_revealed_stays_counted_for_every_base_and_when_an_identity_is_forgotten(
+    page: Any, url: str
+) -> None:
+    """Also what an older page counted with each base: it is added up once. A damaged account begins no new one."""
     page.goto(url)
-    assert page.evaluate(FORGOTTEN) == [True, ["privacy"], 3, "TrustError", "privacy"]
+    assert page.evaluate(ACCOUNTS) == {
+        "added": [9, 9, 1.75],
+        "left": [True, True, True],
+        "saved": [10, 2.5],
+        "forgotten": [True, True],
+        "kept": [10, 2.5],
+        "another": ["ConfigError", "participation"],
+        "damaged": [["TrustError", "privacy"]] * 3,
+    }

@@ -55,7 +55,7 @@ SPENT = (
 NOISY = {"privacy__mechanism": "skellam", "privacy__noise_multiplier": 1.0}
 KEPT = """(async () => {
   const { IDENTITIES, transact } = await import("/storage.js");
-  const [{ parts }] = await transact(IDENTITIES, "readonly", (store) => store.getAll());
+  const { parts } = (await transact(IDENTITIES, "readonly", (store) => store.getAll())).find((one) => one.parts);
   return [...parts.values.keys()].sort();
 })()"""  # names of the tensors that a tab does not share
 LIMITED = {"maximum_epsilon": 90, "minimum_noise_multiplier": 0.2}
@@ -297,7 +297,9 @@ def test_a_node_of_flower_a_light_device_and_two_tabs_train_an_adapter_together(
         for device in devices:
             device.page.goto(device.url)
             device.until_shown("join-form")
-            device.take_part(fleet.state_dir(device.name).examples)
+            shown = device.page.evaluate("document.getElementById('maximum_epsilon').value")
+            assert shown == str(LIMITED["maximum_epsilon"])  # of the visit before
+            device.take_part(fleet.state_dir(device.name).examples, maximum_epsilon=0)
         grid.await_devices(4)
         records = list(run(CoordinatorStateDir.open(fleet.out / "coordinator"), grid))
     assert [(each.version, each.survivors, each.dropped) for each in records] == [(4, names, {}), (5, names, {})]

@@ -1,4 +1,5 @@
-// The identity of this browser as a device of a fleet, in IndexedDB: one record for each base, replaced as a whole.
+// The identity of this browser as a device of a fleet, in IndexedDB: one record for each base, and one account of all of them.
+// A record is replaced as a whole:
 //
 //   device       name in the certificate
 //   pair         CryptoKeyPair of Ed25519; no script can read its private half
@@ -9,17 +10,19 @@
 //   adapter      what the device remembers of adapters (aggregation/adapterstate.js); null at first
 //   log          what it remembers of the coordinator's log (aggregation/logstate.js); null at first
 //   revocations  the authority's newest revocation list that the device saw, DER; null at first
-//   privacy      what its contributions may have revealed (aggregation/privacyledger.js)
 //   parts        of an adapter that it trains and does not share (learning/round.js); null at first
 //   rounds       [{ at, round, version, outcome }], newest first; `at` in milliseconds
 //
 // Key and states are in one record, because a device with its key and without its states could be asked for a sum twice. What was
-// revealed stays revealed: when the identity is forgotten, `privacy` stays as the only field.
+// revealed stays revealed, of whichever base: the account stays when an identity is forgotten, and another base begins no new one.
+//
+//   privacy          what the contributions of this browser may have revealed (aggregation/privacyledger.js)
+//   maximum_epsilon  the limit on it that its person set last; 0: none
 
 import { epsilonOf } from "./aggregation/accounting.js";
 import { Root } from "./aggregation/certificates.js";
 import { Policy } from "./aggregation/policy.js";
-import { EMPTY, requireLedger, spent } from "./aggregation/privacyledger.js";
+import { EMPTY, joined, requireLedger, spent } from "./aggregation/privacyledger.js";
 import { certificateIn, request } from "./aggregation/requests.js";
 import { equal, sha256 } from "./bytes.js";
 import { ConfigError, TrustError } from "./errors.js";
@@ -29,7 +32,9 @@ import { IDENTITIES, transact } from "./storage.js";
 
 const MAX_ROUNDS = 100; // that are kept
 const LEFT = 1 / 3; // of its validity: a certificate that has less left is renewed
-const FRESH = { certificate: null, adapter: null, log: null, revocations: null, privacy: EMPTY, parts: null, rounds: [] };
+const FRESH = { certificate: null, adapter: null, log: null, revocations: null, parts: null, rounds: [] };
+const ACCOUNT = "account"; // its key; those of the records are digests
+const UNSPENT = { privacy: EMPTY, maximum_epsilon: 0 };
 
 export class Identity {
   /** `place` names the base. */
@@ -37,29 +42,53 @@ export class Identity {
     this.place = place;
   }
 
-  /** The record; undefined without one. Throws ConfigError: the browser does not store. TrustError: it is damaged. */
+  /**
+   * The record, with the fields of the account; undefined without one. Throws ConfigError: the browser does not store. TrustError:
+   * the account is damaged.
+   */
   async load() {
-    const found = await this.#stored();
-    return found.pair && { ...FRESH, ...found };
+    const account = await this.#account();
+    const found = await transact(IDENTITIES, "readonly", (store) => store.get(this.place));
+    return found && { ...FRESH, ...found, ...account }; // an older page wrote fewer fields
   }
 
-  /** What is stored, of which an older page wrote fewer fields. */
-  async #stored() {
-    const found = (await transact(IDENTITIES, "readonly", (store) => store.get(this.place))) ?? {};
-    requireLedger(found.privacy ?? EMPTY);
-    return found;
+  /** The account, to which is added, once, what an older page kept with each base. Throws as `load`. */
+  async #account() {
+    const found = {};
+    await transact(IDENTITIES, "readwrite", (store) => {
+      const [keys, values] = [store.getAllKeys(), store.getAll()];
+      values.onsuccess = () => {
+        const stored = new Map(keys.result.map((key, i) => [key, values.result[i]]));
+        try {
+          found.account = carried(stored, store);
+        } catch (error) {
+          found.error = error;
+        }
+      };
+      return values;
+    });
+    if (found.error) throw found.error;
+    return found.account;
   }
 
-  /** Replace the record. Throws ConfigError: it cannot be stored; the one before stays. */
-  async save(record) {
+  /** Replace the record and the account together. Throws ConfigError: they cannot be stored; those before stay. */
+  async save({ privacy, maximum_epsilon, ...record }) {
     const rounds = record.rounds.slice(0, MAX_ROUNDS);
-    await transact(IDENTITIES, "readwrite", (store) => store.put({ ...record, rounds }, this.place));
+    await transact(IDENTITIES, "readwrite", (store) => {
+      store.put({ privacy, maximum_epsilon }, ACCOUNT);
+      return store.put({ ...record, rounds }, this.place);
+    });
   }
 
-  /** Delete the key and all that belongs to it, except the account of what was revealed. */
+  /** Replace the record, and not the account, which another tab may be writing. Throws as `save`. */
+  async #put({ privacy: _, maximum_epsilon: __, ...record }) {
+    await transact(IDENTITIES, "readwrite", (store) => store.put(record, this.place));
+  }
+
+  /** Delete the key and all that belongs to it. The account of what was revealed stays. */
   async forget() {
-    const { privacy = EMPTY } = await this.#stored();
-    await transact(IDENTITIES, "readwrite", (store) => store.put({ privacy }, this.place));
+    await this.#account();
+    await transact(IDENTITIES, "readwrite", (store) => store.delete(this.place));
   }
 
   /**
@@ -97,8 +126,8 @@ export class Identity {
   async #create(device, authority, coordinator) {
     const pair = await signingKey();
     const asked = await request(pair, device);
-    const record = { ...FRESH, ...(await this.#stored()), device, pair, authority, coordinator, request: asked };
-    await this.save(record);
+    const record = { ...FRESH, device, pair, authority, coordinator, request: asked };
+    await this.#put(record);
     return record;
   }
 
@@ -130,20 +159,36 @@ export class Identity {
     if (device !== record.device || !equal(key, own.raw)) {
       throw new TrustError(`the certificate is for another key or name: have the request of ${record.device} certified`, "certificate");
     }
-    await this.save({ ...record, certificate: der });
+    await this.#put({ ...record, certificate: der });
   }
 
   /** What a person may know of the record; null without one. */
   async shown() {
     const record = await this.load();
     if (!record) return null;
-    const { device, request: asked, rounds, certificate, authority, coordinator, pair, privacy } = record;
+    const { device, request: asked, rounds, certificate, authority, coordinator, pair, privacy, maximum_epsilon: limit } = record;
     const root = await Root.open(authority);
     const [own, coordinators] = [await publicKeyOf(pair), (await sha256(coordinator)).slice(0, 16)];
     const until = certificate && (await root.verify(certificate)).notAfter;
     const { delta } = new Policy();
-    const account = { epsilon: epsilonOf(spent(privacy), delta), delta, noisy: privacy.noisy, bare: privacy.bare };
+    const account = { epsilon: epsilonOf(spent(privacy), delta), delta, noisy: privacy.noisy, bare: privacy.bare, limit };
     const facts = { device, key: own.id, coordinator: coordinators, authority: await sha256(authority), until };
     return { ...facts, request: asked, rounds, privacy: account };
   }
+}
+
+/** The account in what is `stored`, { key: record }, together with those in single records, which are put into it and removed there. */
+function carried(stored, store) {
+  const own = stored.get(ACCOUNT) ?? UNSPENT;
+  const { maximum_epsilon: limit } = own;
+  if (!(0 <= limit && limit < Infinity)) throw new TrustError("the limit on the privacy to spend is damaged; clear the page's data to start anew", "privacy");
+  const older = [...stored].filter(([key, { privacy }]) => key !== ACCOUNT && privacy !== undefined);
+  const privacy = older.reduce((sum, [, each]) => joined(sum, requireLedger(each.privacy)), requireLedger(own.privacy));
+  if (!older.length) return own;
+  store.put({ ...own, privacy }, ACCOUNT);
+  for (const [key, { privacy: _, ...record }] of older) {
+    if (record.pair) store.put(record, key);
+    else store.delete(key); // of a forgotten identity
+  }
+  return { ...own, privacy };
 }

@@ -15,7 +15,8 @@ import { publicKeyOf } from "./keys.js";
 import { trainerOf } from "./learning/round.js";
 import { LIMITS } from "./learning/task.js";
 
-const LOCK = "participation";
+const LOCK = "edgeadapt/participation"; // one for all bases, as the account is
+const ANOTHER = "another tab takes part: close it first";
 const PATIENCE = 10_000; // milliseconds until another tab has left
 const OPEN_ENDED = ["training", "sent"]; // outcomes of a round that has not ended
 
@@ -33,12 +34,14 @@ export async function takePart({ engine, identity, url, examples, minimum, momen
   if (own < Math.max(1, minimum)) {
     throw new DataError(`there are ${own} examples to train on, and your minimum is ${minimum}: add some, or lower it`, "examples");
   }
-  return navigator.locks.request(lockOf(identity), { ifAvailable: true }, async (lock) => {
-    if (!lock) throw new ConfigError("another tab takes part with this identity: close it first", LOCK);
-    const record = await identity.load();
-    if (!record?.certificate) throw new ConfigError("this browser is not enrolled: install its certificate first", "identity");
+  return navigator.locks.request(LOCK, { ifAvailable: true }, async (lock) => {
+    if (!lock) throw new ConfigError(ANOTHER, "participation");
+    const known = await identity.load();
+    if (!known?.certificate) throw new ConfigError("this browser is not enrolled: install its certificate first", "identity");
+    const device = await deviceOf(known, engine, policy);
+    const record = { ...known, maximum_epsilon: device.policy.maximum_epsilon };
+    await identity.save(record); // the limit holds from now on, also at the next visit
     const rounds = new Rounds(identity, record, shown);
-    const device = await deviceOf(record, engine, policy);
     const work = trainerOf(engine, examples, async (progress) => {
       shown({ state: "training", ...progress });
       await pause();
@@ -51,8 +54,8 @@ export async function takePart({ engine, identity, url, examples, minimum, momen
       return made;
     };
     const { adapter, log, privacy, parts } = record;
-    const known = { adapter, log: log && new LogState(log), privacy, parts, quantum, keep: (step, states) => rounds.keep(step, states) };
-    const participant = new Participant(device, train, await nodeOf(record.device), known);
+    const states = { adapter, log: log && new LogState(log), privacy, parts, quantum, keep: (step, changed) => rounds.keep(step, changed) };
+    const participant = new Participant(device, train, await nodeOf(record.device), states);
     const leaving = new AbortController();
     signal.addEventListener("abort", () => leaving.abort());
     const watch = (event) => {
@@ -79,19 +82,17 @@ async function deviceOf({ pair, authority, coordinator, certificate, revocations
 /** Delete an identity, when no tab takes part with it any more. Throws ConfigError: another tab does. */
 export async function forget(identity) {
   try {
-    await navigator.locks.request(lockOf(identity), { signal: AbortSignal.timeout(PATIENCE) }, () => identity.forget());
+    await navigator.locks.request(LOCK, { signal: AbortSignal.timeout(PATIENCE) }, () => identity.forget());
   } catch (error) {
     if (error.name !== "TimeoutError") throw error;
-    throw new ConfigError("another tab takes part with this identity: close it first", LOCK);
+    throw new ConfigError(ANOTHER, "participation");
   }
 }
 
 /** Renew the certificate of an identity at `url` if it ends soon, unless a tab takes part with it now. Throws as `Identity.renew`. */
 export async function renew(identity, url) {
-  await navigator.locks.request(lockOf(identity), { ifAvailable: true }, (lock) => lock && identity.renew(url));
+  await navigator.locks.request(LOCK, { ifAvailable: true }, (lock) => lock && identity.renew(url));
 }
-
-const lockOf = ({ place }) => `edgeadapt/${LOCK}/${place}`;
 
 /** The rounds of a record, and the states in it. */
 class Rounds {

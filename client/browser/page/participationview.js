@@ -76,6 +76,7 @@ export class ParticipationView {
   }
 
   #identity(found) {
+    if (found && !this.#known) element("maximum_epsilon").value = found.privacy.limit; // set at an earlier visit
     this.#known = found;
     const { device, key, coordinator, authority, until, privacy, rounds = [] } = found ?? {};
     const day = until && new Date(until).toISOString().slice(0, 10);
