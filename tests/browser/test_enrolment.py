@@ -1,5 +1,7 @@
 """A page enrols with a token, in a real Chromium, at the authority's service, and only with one that is valid."""
 
+import contextlib
+import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -214,6 +216,79 @@ def test_a_page_renews_its_certificate_at_a_visit_when_it_ends_soon_and_keeps_it
         assert sum(each.name == "tab" for each, _ in store.certificates()) == 2
     finally:
         server.close()
+    assert page.errors() == []
+
+
+class Relay:
+    """Accepts connections to an enrolment service at once, and passes on nothing until it is opened."""
+
+    def __init__(self, port: int, service: int) -> None:
+        self._service, self._opened = service, threading.Event()
+        self._listener = socket.create_server((HOST, port))
+        self.accepted: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                connection, _ = self._listener.accept()
+                self.accepted.append(connection)
+                threading.Thread(target=self._relay, args=(connection,), daemon=True).start()
+
+    def _relay(self, near: socket.socket) -> None:
+        self._opened.wait()
+        with contextlib.suppress(OSError), socket.create_connection((HOST, self._service)) as far:
+            threading.Thread(target=pass_on, args=(far, near), daemon=True).start()
+            pass_on(near, far)
+
+    def open(self) -> None:
+        self._opened.set()
+
+    def is_held(self) -> bool:
+        """Whether a page still waits for an answer."""
+        connection = self.accepted[-1]
+        connection.setblocking(False)
+        try:
+            connection.recv(1, socket.MSG_PEEK)
+            return bool(connection.recv(2**16)) and self.is_held()
+        except BlockingIOError:
+            return True
+
+    def close(self) -> None:
+        self._listener.close()
+        for connection in self.accepted:
+            connection.close()
+
+
+def pass_on(source: socket.socket, sink: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while chunk := source.recv(2**16):
+            sink.sendall(chunk)
+        sink.shutdown(socket.SHUT_WR)
+
+
+def test_a_page_is_ready_and_answers_while_an_authority_says_nothing(
+    page: Any, store: AuthorityStore, url: str, port: int
+) -> None:
+    service = EnrolmentService(store, store.unlock(None), SHORT)
+    server = EnrolmentServer(service, f"{HOST}:0", [HOST], BrowserSettings(f"{HOST}:{port}"))
+    try:
+        page.goto(url)
+        page.until(f"{SHOWN}.includes('token-form')")
+        assert redeem(page, invited(store).to_text()) == ""
+    finally:
+        server.close()
+    silent = Relay(port, 0)
+    try:
+        page.goto(url)
+        wait_until(lambda: bool(silent.accepted))
+        page.evaluate("document.getElementById('phrase').value = 'lock the door'")
+        page.evaluate("document.getElementById('phrase').form.requestSubmit()")
+        page.until("document.getElementById('answers').textContent.includes('%')")
+        assert page.state() == "good"
+        assert silent.is_held()
+    finally:
+        silent.close()
     assert page.errors() == []
 
 

@@ -85,6 +85,20 @@ export class Identity {
     await transact(IDENTITIES, "readwrite", (store) => store.put(record, this.place));
   }
 
+  /** Whether `change` made another record of the one that is stored now, in the same transaction. Throws as `save`. */
+  async #change(change) {
+    let next;
+    await transact(IDENTITIES, "readwrite", (store) => {
+      const request = store.get(this.place);
+      request.onsuccess = () => {
+        next = change(request.result);
+        if (next) store.put(next, this.place);
+      };
+      return request;
+    });
+    return Boolean(next);
+  }
+
   /** Delete the key and all that belongs to it. The account of what was revealed stays. */
   async forget() {
     await this.#account();
@@ -139,27 +153,36 @@ export class Identity {
   }
 
   /**
-   * Have the certificate renewed at the authority's enrolment service, if it ends soon. No tab may take part meanwhile.
+   * A newer certificate from the authority's enrolment service, if this one ends soon, for `renew`: { record, der }; else null.
    *
-   * Throws TrustError: it has expired, or the authority refuses. EdgeAdaptError: the authority cannot be reached. The old one stays.
+   * Throws TrustError: it has expired, or the authority refuses. EdgeAdaptError: the authority cannot be reached.
    */
-  async renew(url) {
+  async renewal(url) {
     const record = await this.load();
-    if (!record?.certificate) return;
+    if (!record?.certificate) return null;
     const { certificate, authority, pair } = record;
     const { notBefore, notAfter } = await (await Root.open(authority)).verify(certificate);
     if (Date.now() > notAfter) throw new TrustError("the certificate has expired: forget this identity, and enrol with a new token", "certificate.validity");
-    if (notAfter - Date.now() > LEFT * (notAfter - notBefore)) return;
-    await this.#install(record, await renewed(url, { certificate, key: pair.privateKey }));
+    if (notAfter - Date.now() > LEFT * (notAfter - notBefore)) return null;
+    return { record, der: await renewed(url, { certificate, key: pair.privateKey }) };
   }
 
+  /** Whether the newer certificate took the place of the one in `record`, which may be gone. No tab may take part meanwhile. */
+  renew({ record, der }) {
+    return this.#install(record, der);
+  }
+
+  /** Whether the certificate was put in place of that of `record`; not if another tab changed the identity meanwhile. */
   async #install(record, der) {
     const { device, key } = await (await Root.open(record.authority)).verify(der, Date.now());
     const own = await publicKeyOf(record.pair);
     if (device !== record.device || !equal(key, own.raw)) {
       throw new TrustError(`the certificate is for another key or name: have the request of ${record.device} certified`, "certificate");
     }
-    await this.#put({ ...record, certificate: der });
+    return this.#change((now) => {
+      const isSame = now && now.request === record.request && String(now.certificate ?? null) === String(record.certificate);
+      return isSame && { ...now, certificate: der };
+    });
   }
 
   /** What a person may know of the record; null without one. */

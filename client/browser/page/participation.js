@@ -89,9 +89,14 @@ export async function forget(identity) {
   }
 }
 
-/** Renew the certificate of an identity at `url` if it ends soon, unless a tab takes part with it now. Throws as `Identity.renew`. */
+/**
+ * Whether the certificate of an identity was renewed at `url`: it is asked for if it ends soon and no tab takes part. Taking part can
+ * begin meanwhile, because the authority may be slow; the newer certificate is then left. Throws as `Identity.renewal`.
+ */
 export async function renew(identity, url) {
-  await navigator.locks.request(LOCK, { ifAvailable: true }, (lock) => lock && identity.renew(url));
+  const { held } = await navigator.locks.query();
+  const found = held.some(({ name }) => name === LOCK) ? null : await identity.renewal(url);
+  return Boolean(found) && navigator.locks.request(LOCK, { ifAvailable: true }, (lock) => lock !== null && identity.renew(found));
 }
 
 /** The rounds of a record, and the states in it. */

@@ -24,6 +24,7 @@ const STEPS = {
 
 export class ParticipationView {
   #busy = false;
+  #bundles = 0; // that were shown
   #known = null; // the identity
 
   constructor(client) {
@@ -40,15 +41,29 @@ export class ParticipationView {
 
   /** Begin with another bundle: the part is there where the page may connect to a gateway, and the bundle can be trained. */
   async show({ task, trainable }) {
+    this.#bundles += 1;
     this.writes = task === "text-generation";
     element("participation").hidden = !this.gateway || !trainable;
     if (element("participation").hidden) return;
     settle("join-error");
     try {
       this.#identity(await this.client.identity());
-      if (this.enrolment) this.#identity(await this.client.renew(this.enrolment));
+      if (this.enrolment) this.#renew(); // the page does not wait for the authority
     } catch (error) {
       complain("join-error", error);
+    }
+  }
+
+  /** Renew a certificate that ends soon. What comes of it is shown, unless the person did something else meanwhile. */
+  async #renew() {
+    const [bundle, known] = [this.#bundles, this.#known];
+    const isLate = () => this.#busy || bundle !== this.#bundles || known !== this.#known;
+    try {
+      if (!(await this.client.renew(this.enrolment)) || isLate()) return;
+      const found = await this.client.identity();
+      if (!isLate()) this.#identity(found);
+    } catch (error) {
+      if (!isLate()) complain("join-error", error);
     }
   }
 

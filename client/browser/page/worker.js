@@ -1,6 +1,6 @@
 // Runs the engine in a thread of its own, so that the page stays responsive. Requests are answered one after the other,
-// except `stop`, which ends the text that is being generated, or the lesson; and `takePart`, during which others are answered,
-// until `leave` ends it.
+// except `stop`, which ends the text that is being generated, or the lesson; and two during which others are answered: `renew`, which
+// waits for the authority, and `takePart`, until `leave` ends it.
 //
 // In:  { id, method, args }     Out: { id, piece }* then { id, result } or { id, error: { name, message, about } }
 
@@ -99,9 +99,9 @@ const methods = {
     return identity().shown();
   },
 
+  /** Whether the certificate was renewed. */
   async renew({ url }) {
-    await renew(identity(), url);
-    return identity().shown();
+    return renew(identity(), url);
   },
 
   async install({ certificate }) {
@@ -153,7 +153,7 @@ const methods = {
 self.onmessage = ({ data: { id, method, args } }) => {
   if (method === "stop") stopped = true;
   else if (method === "leave") leaving.abort();
-  else if (method === "takePart") answer(id, method, args);
+  else if (method === "takePart" || method === "renew") answer(id, method, args);
   else alone(() => answer(id, method, args));
 };
 
