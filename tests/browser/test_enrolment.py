@@ -219,6 +219,51 @@ def test_a_page_renews_its_certificate_at_a_visit_when_it_ends_soon_and_keeps_it
     assert page.errors() == []
 
 
+REDEEM = """(async (place, token, url) => {
+  const { Identity } = await import("/identity.js");
+  const refused = ({ name, about }) => [name, about];
+  globalThis.redeemed = new Identity(place).redeem(token, url).then(() => "installed", refused);
+})"""
+CHANGE = """(async (place, changes) => {
+  const { IDENTITIES, transact } = await import("/storage.js");
+  const record = await transact(IDENTITIES, "readonly", (store) => store.get(place));
+  await transact(IDENTITIES, "readwrite", (store) => store.put({ ...record, ...changes }, place));
+})"""
+REDEEMED = """(async (place) => {
+  const { IDENTITIES, transact } = await import("/storage.js");
+  const result = await redeemed;
+  const { rounds, certificate } = await transact(IDENTITIES, "readonly", (store) => store.get(place));
+  return [result, rounds, certificate.length > 1];
+})"""
+
+
+def test_a_certificate_that_arrives_late_overwrites_nothing_of_another_tab(
+    page: Any, store: AuthorityStore, url: str, port: int
+) -> None:
+    behind = free_port()
+    server, relay = started(store, behind), Relay(port, behind)
+    try:
+        page.goto(url)
+        for count, (place, change, expected) in enumerate(
+            (
+                ("tab", "{ rounds: [7] }", ["installed", [7], True]),
+                ("second", "{ certificate: Uint8Array.of(1) }", [["ConfigError", "identity"], [], False]),
+            ),
+            1,
+        ):
+            relay.hold()
+            service = f"ws://{HOST}:{port}/edgeadapt.gateway.v1/enrol"
+            page.evaluate(f"{REDEEM}({place!r}, {invited(store, place).to_text()!r}, {service!r})")
+            wait_until(lambda count=count: len(relay.accepted) == count)  # type: ignore[misc]
+            page.evaluate(f"{CHANGE}({place!r}, {change})")
+            relay.open()
+            assert page.evaluate(f"{REDEEMED}({place!r})") == expected
+    finally:
+        relay.close()
+        server.close()
+    assert page.errors() == []
+
+
 class Relay:
     """Accepts connections to an enrolment service at once, and passes on nothing until it is opened."""
 
@@ -243,6 +288,10 @@ class Relay:
 
     def open(self) -> None:
         self._opened.set()
+
+    def hold(self) -> None:
+        """Pass on nothing of later connections."""
+        self._opened.clear()
 
     def is_held(self) -> bool:
         """Whether a page still waits for an answer."""

@@ -34,6 +34,8 @@ const MAX_ROUNDS = 100; // that are kept
 const LEFT = 1 / 3; // of its validity: a certificate that has less left is renewed
 const FRESH = { certificate: null, adapter: null, log: null, revocations: null, parts: null, rounds: [] };
 const ACCOUNT = "account"; // its key; those of the records are digests
+const CHANGED = "another tab changed this browser's identity meanwhile: load the page again";
+const ENROLLED = "this browser is enrolled already: forget its identity first";
 const UNSPENT = { privacy: EMPTY, maximum_epsilon: 0 };
 
 export class Identity {
@@ -78,11 +80,6 @@ export class Identity {
       store.put({ privacy, maximum_epsilon }, ACCOUNT);
       return store.put({ ...record, rounds }, this.place);
     });
-  }
-
-  /** Replace the record, and not the account, which another tab may be writing. Throws as `save`. */
-  async #put({ privacy: _, maximum_epsilon: __, ...record }) {
-    await transact(IDENTITIES, "readwrite", (store) => store.put(record, this.place));
   }
 
   /** Whether `change` made another record of the one that is stored now, in the same transaction. Throws as `save`. */
@@ -130,18 +127,18 @@ export class Identity {
     const invitation = await readInvitation(token);
     const { device, authority, coordinator } = invitation;
     const record = (await this.load()) ?? (await this.#create(device, authority, coordinator));
-    if (record.certificate) throw new ConfigError("this browser is enrolled already: forget its identity first", "identity");
+    if (record.certificate) throw new ConfigError(ENROLLED, "identity");
     if (record.device !== device || !equal(record.authority, authority) || !equal(record.coordinator, coordinator)) {
       throw new ConfigError(`this browser's key is that of ${record.device}, and the token for another device or fleet: forget the key first`, "token");
     }
-    await this.#install(record, await certified(url, invitation, record.request));
+    if (!(await this.#install(record, await certified(url, invitation, record.request)))) throw new ConfigError(CHANGED, "identity");
   }
 
   async #create(device, authority, coordinator) {
     const pair = await signingKey();
     const asked = await request(pair, device);
     const record = { ...FRESH, device, pair, authority, coordinator, request: asked };
-    await this.#put(record);
+    if (!(await this.#change((now) => !now && record))) throw new ConfigError(CHANGED, "identity");
     return record;
   }
 
@@ -149,7 +146,8 @@ export class Identity {
   async install(certificate) {
     const record = await this.load();
     if (!record) throw new ConfigError("make a key and a request first", "identity");
-    await this.#install(record, certificateIn(certificate, "the certificate"));
+    if (record.certificate) throw new ConfigError(ENROLLED, "identity");
+    if (!(await this.#install(record, certificateIn(certificate, "the certificate")))) throw new ConfigError(CHANGED, "identity");
   }
 
   /**
