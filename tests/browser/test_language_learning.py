@@ -227,11 +227,16 @@ def begin_again(page: Any) -> None:
     page.until("document.getElementById('transcript').children.length === 0")
 
 
-def corrected(page: Any, answer: str) -> dict[str, Any]:
-    """Correct the last answer as a person does; returns what the page shows, and which adapter is in use."""
-    page.evaluate("document.querySelector('#transcript li:last-of-type button').click()")
-    page.evaluate(f"document.getElementById('teach-answer').value = {answer!r}")
-    page.evaluate("document.getElementById('teach-form').requestSubmit()")
+def corrected(page: Any, answer: str, meanwhile: str = "") -> dict[str, Any]:
+    """Correct the last answer as a person does, who maybe begins another correction during the lesson; returns what the
+    page shows, and which adapter is in use."""
+
+    def begin(text: str) -> str:
+        click = "document.querySelector('#transcript li:last-of-type button').click()"
+        return f"{click}; document.getElementById('teach-answer').value = {text!r};"
+
+    then = begin(meanwhile) if meanwhile else ""
+    page.evaluate(f"{begin(answer)} document.getElementById('teach-form').requestSubmit(); {then}")
     page.until("document.getElementById('teach-cancel').disabled")
     return shown(page)
 
@@ -252,8 +257,11 @@ def test_a_corrected_answer_is_given_from_then_on_also_after_a_reload_and_native
     page.goto(url)
     first = sent(page, PROMPT)
     assert first != ANSWER
-    found = corrected(page, f" {ANSWER}\n")
+    found = corrected(page, f" {ANSWER}\n", meanwhile="The next one")
     assert found["error"] == ""
+    assert page.evaluate("document.getElementById('teach-answer').value") == "The next one"
+    assert page.evaluate("document.getElementById('teach-message').textContent") == PROMPT
+    assert not page.evaluate("document.getElementById('teach').disabled")
     assert found["result"].startswith("personal version 4: 1 of 1 learned, ")
     assert [row.endswith(f"“{ANSWER}”") for row in found["rows"]] == [True]
     assert found["in use"].startswith("In use: personal,")

@@ -10,7 +10,7 @@ export class LearnView {
   #busy = false;
   #lessons = 0; // that can be undone
   #writes = false; // whether the bundle's model writes answers
-  #message = null; // that the answer to teach is for, of a model that writes
+  #asked = null; // { message }, that the answer to teach is for, of a model that writes
 
   /** `taught` is called with the adapters after a lesson, and the name of the one to use. */
   constructor(client, taught) {
@@ -43,8 +43,8 @@ export class LearnView {
   }
 
   #ask(message, given) {
-    this.#message = message;
     const asks = message !== null;
+    this.#asked = asks ? { message } : null;
     element("teach-how").hidden = !this.#writes || asks;
     element("teach-answer-field").hidden = element("teach-answer").disabled = !asks;
     element("teach-message").textContent = message ?? "";
@@ -72,7 +72,7 @@ export class LearnView {
   }
 
   #buttons() {
-    element("teach").disabled = this.#busy || (this.#writes && this.#message === null);
+    element("teach").disabled = this.#busy || (this.#writes && !this.#asked);
     element("teach-cancel").disabled = !this.#busy;
     element("teach-undo").disabled = this.#busy || !this.#lessons;
   }
@@ -98,17 +98,18 @@ export class LearnView {
     if (this.#inUse?.parts.length !== 1 || this.#inUse.parts[0].weight !== 1) {
       throw new Error("one adapter learns at a time: use one alone");
     }
+    const asked = this.#asked;
     const done = await this.client.teach(this.#inUse.name, [this.#correction()], progress);
     await this.#use(done, done.adapter);
     const learned = `${done.adapter} version ${done.version}: ${done.known} of ${done.taught.length} learned`;
     const [others, rows] = this.#writes ? forgotten(done) : otherwise(done);
-    this.#ask(null, "");
+    if (asked === this.#asked) this.#ask(null, ""); // else a person writes the next one already
     this.#result(`${learned}, ${done.steps} steps, ${done.seconds.toFixed(1)} s.${others}`, rows);
   }
 
   #correction() {
     if (!this.#writes) return { text: element("phrase").value, label: element("teach-label").value };
-    return { text: this.#message, label: element("teach-answer").value.trim() };
+    return { text: this.#asked.message, label: element("teach-answer").value.trim() };
   }
 
   async #undo() {
