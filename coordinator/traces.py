@@ -120,9 +120,9 @@ def is_wanted() -> bool:
         return False
     if exporter != "otlp":
         raise ConfigError(f"OTEL_TRACES_EXPORTER is {exporter}: choose otlp or none", about="OTEL_TRACES_EXPORTER")
-    for protocol in PROTOCOLS:
-        if (found := os.environ.get(protocol) or PROTOCOL) != PROTOCOL:
-            raise ConfigError(f"{protocol} is {found}: choose {PROTOCOL}", about=protocol, value=found)
+    protocol = next((each for each in PROTOCOLS if os.environ.get(each)), None)  # the special one goes first
+    if protocol is not None and (found := os.environ[protocol]) != PROTOCOL:
+        raise ConfigError(f"{protocol} is {found}: choose {PROTOCOL}", about=protocol, value=found)
     try:
         url = urlsplit(os.environ[name])
         known = url.scheme in ("http", "https") and url.hostname is not None and url.port != 0

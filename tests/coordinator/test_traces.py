@@ -14,7 +14,7 @@ import pytest
 from aggregation.errors import ConfigError, EdgeAdaptError
 from coordinator import traces
 from coordinator.statedir import CoordinatorStateDir
-from coordinator.traces import NO_SPAN
+from coordinator.traces import NO_SPAN, PROTOCOL, PROTOCOLS
 from tests.support.gateway import attending, free_port, gateway, give_tls
 from tests.support.otlp import attributes, receiving
 
@@ -141,6 +141,7 @@ def test_off_there_is_one_span_for_all() -> None:
         {ENDPOINT: "https://user:password@collector.example"},
         {ENDPOINT: "https://[collector"},
         {ENDPOINT: "https://collector.example", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"},
+        {ENDPOINT: "https://collector.example", **dict(zip(PROTOCOLS, ("grpc", PROTOCOL), strict=True))},
         {ENDPOINT: "https://collector.example", "OTEL_TRACES_EXPORTER": "zipkin"},
         {ENDPOINT: "https://collector.example", "OTEL_BSP_MAX_QUEUE_SIZE": "0"},
     ],
@@ -154,6 +155,12 @@ def test_variables_that_cannot_be_used_are_refused_in_one_line(
         pass
     assert "\n" not in str(refused.value)
     assert "password@" not in str(refused.value)
+
+
+def test_the_protocol_of_traces_goes_before_that_of_all_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in zip((ENDPOINT, *PROTOCOLS), ("https://collector.example", PROTOCOL, "grpc"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert traces.is_wanted()
 
 
 def test_without_the_extra_one_line_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
