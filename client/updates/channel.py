@@ -185,8 +185,9 @@ def update(
             _note_rollout(folder, offer.rollout)
             return Updated(source, offer, changed=False)
         fetched = _fetch(updater, source, release, place, files, note)
-        aside = _install(place, release, files, Trust.open(place, trust), folder / PRIVATE)
+        # First the note: with an older one, a kill in between would let the new release be counted by another share.
         _note_rollout(folder, offer.rollout)
+        aside = _install(place, release, files, Trust.open(place, trust), folder / PRIVATE)
         shutil.rmtree(files, ignore_errors=True)
         return Updated(source, offer, changed=True, fetched=fetched, set_aside=aside)
 

@@ -15,7 +15,7 @@ from tuf.api.metadata import Metadata, TargetFile, Targets
 from adapters.rollout import FLAGS, Rollout
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, TrustError
-from client.updates import ChannelSource, Updated, follow, update
+from client.updates import ChannelSource, Updated, channel, follow, last_rollout, update
 from client.updates.targeting import TARGETING, Targeting
 from coordinator.channels.actions import Action
 from coordinator.channels.history import audit_repository
@@ -241,6 +241,22 @@ def test_the_key_is_made_once_and_never_sent(staged: Place, monkeypatch: pytest.
     other = Device.of(staged, "another")
     other.update()
     assert other.targeting.read_bytes() != first
+
+
+def test_a_release_is_never_in_use_with_an_older_note_of_the_rollout(
+    staged: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*given: Any) -> None:
+        install(*given)
+        raise KeyboardInterrupt
+
+    device, install = Device.of(staged, "new", IN), channel._install
+    with monkeypatch.context() as patch:
+        patch.setattr(channel, "_install", killed)
+        with pytest.raises(KeyboardInterrupt):
+            device.update()
+    assert stated(device.bundle).version == 2
+    assert last_rollout(device.bundle) == Rollout(2, 1, 50)
 
 
 def test_a_device_makes_no_key_before_a_rollout(canary: Place) -> None:
