@@ -246,6 +246,8 @@ class CoordinatorStateDir:
     def _await_lease(self) -> Lease:
         said: Leadership | None = None
         reachable, copied = True, False
+        table = TranscriptTable(self.registry.engine)
+        share = _sharing(self.folder, self.root, table)  # a list may be half copied: it is looked at again
         while True:
             try:
                 found = Lease.take(self.registry.engine, self.name)
@@ -256,8 +258,7 @@ class CoordinatorStateDir:
                     log.info("waiting: %s leads, epoch %d", found.leader, found.epoch)
                 said, reachable = found, True
                 (self.folder / WAITING).touch()
-                table = TranscriptTable(self.registry.engine)
-                _share_revocations(self.folder, self.root, table)
+                share()
                 _copy_transcript(self.folder, table, whole=not copied)
                 copied = True
             except EdgeAdaptError as error:
@@ -356,7 +357,7 @@ def _share_revocations(folder: Path, root: Root, table: TranscriptTable) -> None
 
 
 def _sharing(folder: Path, root: Root, table: TranscriptTable) -> Callable[[], None]:
-    """As ``_share_revocations``, for a coordinator that leads, and goes on with the list that it has."""
+    """As ``_share_revocations``, for a coordinator that leads or waits, and goes on with the list that it has."""
     said = ""
 
     def share() -> None:

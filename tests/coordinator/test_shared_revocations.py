@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from grpc import StatusCode
 
+from adapters import storage
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import TrustError
 from aggregation.pki import Authority
@@ -37,6 +38,13 @@ def number_at(folder: Path) -> int:
     """Of the list in force; 0 without one."""
     found = CoordinatorStateDir.open(folder).read_root(datetime.now(UTC)).revoked
     return found.number if found else 0
+
+
+def warned(caplog: pytest.LogCaptureFixture, of: str) -> bool:
+    """Whether lists were not shared because of this one; in one line."""
+    found = [record.getMessage() for record in caplog.records if "are not shared" in record.getMessage()]
+    assert not any("\n" in text for text in found)
+    return any(of in text for text in found)
 
 
 @pytest.fixture
@@ -119,31 +127,54 @@ def test_the_gateway_of_a_coordinator_that_takes_over_refuses_a_device_that_the_
         gateway.close()
 
 
-def test_a_list_of_another_authority_is_refused_and_goes_no_further(pair: Pair) -> None:
+def test_a_list_of_another_authority_is_refused_and_goes_no_further(
+    pair: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
     authority, first, second = pair
     now = datetime.now(UTC)
     foreign = Authority.create("other", SystemEntropy(), now - timedelta(days=1), now + timedelta(days=9))
+    errors, ended = list[Exception](), threading.Event()
     (first / REVOKED).write_bytes(signed(authority, 1))
-    with leading(first) as leads:
+    with leading(first, done=ended) as leads:
         assert leads.wait(120)
         wait_until(lambda: number_at(second) == 0 and number_at(first) == 1, 60)
-        (second / REVOKED).write_bytes(signed(foreign, 9))
-        errors = list[Exception]()
-        with leading(second, errors):
+        storage.replace(second / REVOKED, signed(foreign, 9))
+        with leading(second, errors) as other:
+            try:
+                wait_until(lambda: warned(caplog, str(second / REVOKED)), 120)
+                # What somebody with access to the database writes there is refused as well.
+                table = TranscriptTable(CoordinatorStateDir.open(first).registry.engine)
+                table.offer_revocations(signed(foreign, 9), table.revocations())
+                (second / REVOKED).unlink()
+                wait_until(lambda: warned(caplog, "the revocation list in the database"), 120)
+            finally:
+                ended.set()
             wait_until(lambda: errors, 120)
-        assert REVOKED in str(errors[0])
-        assert "\n" not in str(errors[0])
-        # What somebody with access to the database writes there is refused as well.
-        table = TranscriptTable(CoordinatorStateDir.open(first).registry.engine)
-        table.offer_revocations(signed(foreign, 9), table.revocations())
-        (second / REVOKED).unlink()
-        errors.clear()
-        with leading(second, errors):
-            wait_until(lambda: errors, 120)
+            assert not other.is_set()
         assert "the revocation list in the database" in str(errors[0])
         assert number_at(first) == 1
-    with refused(TrustError, "revocations.signature"), CoordinatorStateDir.open(first).leading():
-        pass
+        assert not (second / REVOKED).exists()
+    for folder in (first, second):
+        with refused(TrustError, "revocations.signature"), CoordinatorStateDir.open(folder).leading():
+            pass
+
+
+def test_a_list_that_is_half_copied_ends_no_coordinator_that_waits(
+    pair: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    authority, first, second = pair
+    whole, ended = signed(authority, 1), threading.Event()
+    with leading(first, done=ended) as leads:
+        assert leads.wait(120)
+        with leading(second) as other:
+            try:
+                storage.replace(second / REVOKED, whole[:100])
+                wait_until(lambda: warned(caplog, str(second / REVOKED)), 120)
+                storage.replace(second / REVOKED, whole)
+                wait_until(lambda: number_at(first) == 1, 120)
+            finally:
+                ended.set()
+            assert other.wait(120)
 
 
 def test_of_two_lists_that_are_offered_at_once_the_one_that_saw_the_other_last_stays(pair: Pair) -> None:
