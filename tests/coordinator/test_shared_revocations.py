@@ -88,11 +88,11 @@ def test_a_list_that_only_the_waiting_coordinator_was_given_is_in_force_at_the_l
     with leading(first, done=ended) as leads:
         assert leads.wait(120)
         with leading(second) as other:
-            (second / REVOKED).write_bytes(signed(authority, 1))
+            storage.replace(second / REVOKED, signed(authority, 1))
             wait_until(lambda: number_at(first) == 1, 120)
-            (first / REVOKED).write_bytes(signed(authority, 2))
+            storage.replace(first / REVOKED, signed(authority, 2))
             wait_until(lambda: number_at(second) == 2, 120)
-            (first / REVOKED).write_bytes(signed(authority, 1))  # an older one comes to nothing
+            storage.replace(first / REVOKED, signed(authority, 1))  # an older one comes to nothing
             wait_until(lambda: authority.root.revocations((first / REVOKED).read_bytes()).number == 2, 120)
             assert not other.is_set()
             ended.set()
