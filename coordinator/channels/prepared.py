@@ -140,14 +140,21 @@ class PreparedRollbacks:
         """The metadata and their condition; None if no rollback is prepared.
 
         Raises:
+            ConfigError: They cannot be read.
             TrustError: They are damaged, of another channel, or not signed by the channel's key.
         """
         path = self.path(channel)
-        if not path.exists():
-            return None
         anew = "delete it, and prepare the rollback anew with 'edgeadapt adapters rollout … --key'"
         try:
-            found: Metadata[Targets] = Metadata.from_bytes(storage.read(path, MAX_METADATA))
+            raw = storage.read(path, MAX_METADATA)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}", about=PREPARED, value=channel) from error
+        except DataError as error:
+            raise TrustError(f"{error}; {anew}", about=PREPARED, value=channel) from error
+        try:
+            found: Metadata[Targets] = Metadata.from_bytes(raw)
             if not isinstance(found.signed, Targets):
                 raise TrustError(f"{path} is of another role: {anew}", about=PREPARED)
             self.metadata.load(Targets, TOP).verify_delegate(channel, found.signed_bytes, found.signatures)
@@ -173,17 +180,17 @@ class PreparedRollbacks:
             self.discard(channel)
 
     def state(self, channel: str, current: Release) -> tuple[RollbackCondition | None, str]:
-        """The condition of a rollback that can be published now; or None, and the reason."""
+        """The condition of a rollback that can be published now; or None, and the reason, also if it cannot be read."""
         try:
             return self.accept(channel, current).condition, ""
-        except (ConfigError, TrustError) as error:
+        except (ConfigError, DataError, TrustError, OSError) as error:
             return None, str(error)
 
     def accept(self, channel: str, current: Release) -> PreparedRollback:
         """The prepared rollback of a channel with the release ``current``, verified.
 
         Raises:
-            ConfigError: No rollback is prepared, or it is out of date.
+            ConfigError: No rollback is prepared, or it is out of date or cannot be read.
             TrustError: As ``read``; or a file is missing or altered.
         """
         anew = "prepare it with 'edgeadapt adapters rollout … --key'"

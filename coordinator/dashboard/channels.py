@@ -11,7 +11,7 @@ from typing import Any
 
 from adapters import storage
 from adapters.rollout import ALL
-from aggregation.errors import TrustError
+from aggregation.errors import DataError, TrustError
 from coordinator.channels.actions import ActionRecord
 from coordinator.channels.history import audit_repository
 from coordinator.channels.metadata import MAX_METADATA
@@ -42,8 +42,7 @@ class ChannelsView:
         opened = ChannelRepository.open(self.folder, datetime.now(UTC))
         timestamp = opened.metadata.place / "timestamp.json"  # each action signs a new one
         ready = [opened.prepared.path(name) for name in opened.channels]  # and preparing a rollback does not
-        paths = [timestamp, *(path for path in ready if path.exists())]
-        seen = tuple(storage.read(path, MAX_METADATA) for path in paths)
+        seen = (storage.read(timestamp, MAX_METADATA), *map(_content, ready))
         if self._found is None or seen != self._seen:
             self._found, self._seen = self._read(opened), seen
         return self._found
@@ -62,6 +61,16 @@ class ChannelsView:
                 row["prepared"] = condition and {"again": condition.again, "margin": condition.margin}
                 row["unprepared"] = problem
         return {"channels": rows, "problem": None}
+
+
+def _content(path: Path) -> bytes:
+    """Of a file that may be missing; or why it cannot be read, of which ``PreparedRollbacks.state`` makes a reason."""
+    try:
+        return storage.read(path, MAX_METADATA)
+    except FileNotFoundError:
+        return b""
+    except (OSError, DataError) as error:
+        return str(error).encode()
 
 
 def _row(records: Sequence[ActionRecord], channel: str, protected: bool) -> dict[str, Any] | None:

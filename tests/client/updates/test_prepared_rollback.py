@@ -17,7 +17,7 @@ from aggregation.pki.identity import IdentityKey
 from coordinator.channels.actions import Action
 from coordinator.channels.comparison import compared
 from coordinator.channels.history import audit_repository
-from coordinator.channels.metadata import ROLLBACK
+from coordinator.channels.metadata import MAX_METADATA, ROLLBACK
 from coordinator.channels.repository import ChannelRepository
 from coordinator.channels.rollback import note_evaluation, prepare, publish_prepared, roll_back
 from coordinator.channels.verdict import JudgedEvaluation, verdict
@@ -126,7 +126,14 @@ def test_the_dashboard_and_show_say_whether_a_rollback_is_prepared_and_what_an_e
     assert "adapters rollout" in run("channel", "show", folder)
     path.write_bytes(kept.replace(b'"margin', b'"Margin', 1))
     assert shown()["unprepared"].startswith(str(path))
+    path.write_bytes(bytes(MAX_METADATA + 1))
+    assert shown()["unprepared"].startswith(str(path))
+    path.unlink()
+    path.mkdir()  # a file that this user may not read gives such an error as well
+    assert shown()["unprepared"] == f"cannot read {path}: Is a directory"
+    path.rmdir()
     path.write_bytes(kept)
+    assert shown()["prepared"] == {"again": 1, "margin": MARGIN}
 
     note_evaluation(staged.repository, "stable", evaluation(staged, right=0.8))
     found = shown()["evaluation"]
