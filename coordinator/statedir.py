@@ -231,8 +231,8 @@ class CoordinatorStateDir:
             finally:
                 (self.folder / WAITING).unlink(missing_ok=True)
             table = TranscriptTable(self.registry.engine, lease.epoch)
-            _share_revocations(self.folder, self.root, table)
             with lease.kept(_sharing(self.folder, self.root, table)):
+                _share_revocations(self.folder, self.root, table)
                 _copy_transcript(self.folder, table, whole=True)
                 registry = replace(self.registry, epoch=lease.epoch)
                 transcripts = replace(self.transcripts, table=table)

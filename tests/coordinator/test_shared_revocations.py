@@ -157,6 +157,7 @@ def test_a_list_of_another_authority_is_refused_and_goes_no_further(
     for folder in (first, second):
         with refused(TrustError, "revocations.signature"), CoordinatorStateDir.open(folder).leading():
             pass
+        assert not CoordinatorStateDir.open(folder).leadership().in_force  # another one need not wait for its end
 
 
 def test_a_list_that_is_half_copied_ends_no_coordinator_that_waits(
