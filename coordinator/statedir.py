@@ -1,8 +1,8 @@
 """The coordinator's state directory: its signing key, the authority that it pins, settings, registry and transcripts.
 
 It also holds the authority's revocation list, where there is one. The list is read again for each session, so that a
-new one counts without a restart; a list older than that of the last session is refused. One run at a time uses the
-directory: Flower itself would start a second one. With a registry in PostgreSQL, one run at a time leads, of all
+new one counts without a restart; a list older than that of the last session counts for nothing. One run at a time uses
+the directory: Flower itself would start a second one. With a registry in PostgreSQL, one run at a time leads, of all
 directories with that registry; the others wait, and keep their copies of the transcript up to date. Leader and others
 have the newest revocation list that any of them was given.
 """
@@ -148,16 +148,18 @@ class CoordinatorStateDir:
             at: Now.
 
         Raises:
-            TrustError: A list is not the authority's, is older than that of the last session, or has expired.
+            TrustError: A list is not the authority's, there are two with one number, or the newest has expired.
         """
-        root = self.root
+        newest = None
         for path in (self.folder / TRANSCRIPT / REVOKED, self.folder / REVOKED):
             if path.exists():
                 with of_file(path):
-                    root = root.with_revocations(storage.read(path, 2 * MAX_REVOCATIONS))
-        if root.revoked is not None:
-            root.revoked.require_fresh(at)
-        return root
+                    found = self.root.revocations(storage.read(path, 2 * MAX_REVOCATIONS))
+                    if newest is None or found.number >= newest.number:
+                        newest = found.newer_than(newest)
+        if newest is not None:
+            newest.require_fresh(at)
+        return replace(self.root, revoked=newest)
 
     def read_tls(self, at: datetime) -> tuple[bytes, bytes]:
         """The TLS key of what listens on this machine, and its certificate, both PEM.

@@ -17,7 +17,7 @@ from adapters import storage
 from adapters.roundrecord import RoundRecord
 from adapters.storage import PUBLIC
 from aggregation import envelope, transcript
-from aggregation.errors import EdgeAdaptError, ProtocolError
+from aggregation.errors import EdgeAdaptError, ProtocolError, TrustError
 from aggregation.messages import Offer
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey
@@ -79,7 +79,7 @@ class Transcripts:
         storage.replace(self.folder / AUTHORITY, self.root.to_pem(), PUBLIC)
         if revoked is not None:
             if self.table is not None:
-                self.table.set_revocations(revoked.to_pem())
+                self._offer(self.table, revoked)
             storage.replace(self.folder / REVOKED, revoked.to_pem(), PUBLIC)
         storage.replace(self.folder / COORDINATOR, self.key.public.to_pem(), PUBLIC)
         vectors = self.folder / VECTORS if self.keep_vectors else None
@@ -92,6 +92,18 @@ class Transcripts:
         recorder.write(MAGIC)
         storage.sync(self.folder)
         return recorder
+
+    def _offer(self, table: TranscriptTable, listed: RevocationList) -> None:
+        """Let the table have a list, unless it has a newer one that another coordinator was given meanwhile."""
+        while (stored := table.revocations()) is None or self._number(stored) < listed.number:
+            table.offer_revocations(listed.to_pem(), stored)
+
+    def _number(self, stored: bytes) -> int:
+        """Of a list in the table; -1 for what the authority did not sign."""
+        try:
+            return self.root.revocations(stored).number
+        except TrustError:
+            return -1
 
     def session_chain_proofs(self, recorder: Recorder, last_offers: Mapping[str, bytes]) -> dict[str, bytes]:
         """For each device the proof that the new session continues the log of the session that the device joined last.

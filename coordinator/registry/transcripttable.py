@@ -57,13 +57,6 @@ class TranscriptTable:
                 raise DataError(f"{text} changed", about="transcript", value=session)
             connection.execute(table.insert(), _rows(session, start, records))
 
-    def set_revocations(self, pem: bytes) -> None:
-        """Keep the revocation list of the newest session. Raises as ``append``."""
-        table = database.revocations
-        with fenced(self.engine, self.epoch) as connection:
-            connection.execute(table.delete())
-            connection.execute(table.insert().values(id=database.ONLY_ROW, pem=pem))
-
     def revocations(self) -> bytes | None:
         """The newest revocation list that a coordinator has, PEM, not verified. Raises as ``database.explained``."""
         with database.explained(self.engine), self.engine.connect() as connection:

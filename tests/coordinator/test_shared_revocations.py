@@ -19,7 +19,7 @@ from aggregation.pki.certificates import serial
 from aggregation.pki.revocation import Revocation
 from coordinator.gateway.server import Gateway
 from coordinator.registry import TranscriptTable, lease
-from coordinator.statedir import REVOKED, CoordinatorStateDir
+from coordinator.statedir import REVOKED, TRANSCRIPT, CoordinatorStateDir
 from tests.coordinator.test_registry_elsewhere import move
 from tests.support import refused
 from tests.support.gateway import HOST, authority_of, server_tls, wait_until
@@ -188,3 +188,22 @@ def test_of_two_lists_that_are_offered_at_once_the_one_that_saw_the_other_last_s
     table.offer_revocations(lists[2], lists[0])
     table.offer_revocations(lists[1], lists[0])
     assert table.revocations() == lists[2]
+
+
+def test_a_session_that_begins_lowers_no_list_that_another_coordinator_was_given_meanwhile(pair: Pair) -> None:
+    authority, first, _ = pair
+    older, newer = signed(authority, 7), signed(authority, 8)
+    now = datetime.now(UTC)
+    foreign = signed(Authority.create("other", SystemEntropy(), now - timedelta(days=1), now + timedelta(days=9)), 9)
+    storage.replace(first / REVOKED, older)
+    opened = CoordinatorStateDir.open(first)
+    table, listed = TranscriptTable(opened.registry.engine), authority.root.revocations(older)
+    for before, after in ((older, older), (foreign, older), (newer, newer)):
+        table.offer_revocations(before, table.revocations())
+        opened.transcripts.begin(bytes(32), listed)
+        assert table.revocations() == after
+        opened.transcripts.finish()
+    storage.replace(first / TRANSCRIPT / REVOKED, newer)
+    assert number_at(first) == 8  # of two lists the newer one, wherever it is
+    storage.replace(first / REVOKED, signed(authority, 9))
+    assert number_at(first) == 9

@@ -87,7 +87,6 @@ def test_a_former_leader_commits_nothing_and_learns_who_leads(
         lambda: old.record_round(rounds.aborted(2), rounds.key),
         lambda: rounds.commit(shared, 2),  # has no lease at all
         lambda: logs.append(1, 5, b"more"),
-        lambda: logs.set_revocations(b"list"),
         first.renew,
     ]
     for write in writes:
@@ -176,7 +175,7 @@ def test_a_copy_of_the_transcript_follows_the_table(shared: Registry, tmp_path: 
     assert not folder.exists()
     table.append(1, 0, b"first")
     table.append(1, 5, b", second")
-    table.set_revocations(b"list")
+    table.offer_revocations(b"list", None)
     table.copy_to(folder)
     table.append(1, 13, b", third")
     table.append(2, 0, b"another")
