@@ -212,7 +212,7 @@ def _sum_counts(
             return nothing()
         from client.training.evaluate import own_counts, require_hidden  # ONNX Runtime: only some devices train with it
 
-        require_hidden(base.folder.parent, len(plan.members))
+        require_hidden(base.folder.parent, task, len(plan.members))
         return encoded(own_counts(base.folder.parent, task, held_out))
 
     def nothing() -> Ring:

@@ -7,7 +7,7 @@ the pinned keys of bundles.
     updates/source.json     where the repository is, and the channel
     updates/root.json       the pinned root of the repository
     updates/targeting.json  what staged rollouts go by (``targeting``)
-    updates/rollout.json    the flags of the channel at the last update, if it rolled a release out
+    updates/rollout.json    the rollout of the channel at the last update, if there was one (``rolloutnote``)
     updates/metadata/       what TUF has accepted so far: from here on nothing older is accepted
     updates/files/          downloads that are not in use yet, by digest
     updates/private/BASE/   private adapters for a base that was replaced
@@ -19,7 +19,7 @@ then held to the rules of every bundle (``client.inference.trust``). Whatever fa
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,15 +41,18 @@ from tuf.ngclient import FetcherInterface, Updater
 
 from adapters import jsontext, storage
 from adapters.bundle import MAX_BASE_FILE, Bundle, adapter_names, adapter_path, manifest_path
+from adapters.dsse import MAX_ENVELOPE
+from adapters.manifest import AdapterManifest
 from adapters.release import MAX_RELEASE, METADATA, RELEASE, TARGETS, Release, check_channel, previous, target
 from adapters.rollout import FLAGS, MAX_FLAGS, Rollout
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, DataError, TrustError
 from client.inference.trust import Trust
+from client.updates.rolloutnote import RolloutNote
 from client.updates.targeting import Targeting
 
 UPDATES, FILES, PRIVATE = "updates", "files", "private"
-SOURCE, ROOT, ROLLOUT = "source.json", "root.json", "rollout.json"
+SOURCE, ROOT = "source.json", "root.json"
 MAX_ROOT = 512_000  # bytes, as TUF's client has it
 MAX_SOURCE = 2**12  # bytes
 CHUNK = 2**16  # bytes
@@ -179,34 +182,27 @@ def update(
             Targeting.read(folder, entropy).with_language(language).write(folder)
         updater = _updater(folder, source)
         updater.refresh()
-        offer = _offer(updater, source, folder, place, entropy)
-        release = offer.release
-        if _installed(place, release):
-            _note_rollout(folder, offer.rollout)
-            return Updated(source, offer, changed=False)
-        fetched = _fetch(updater, source, release, place, files, note)
+        offer, both = _offer(updater, source, folder, place, entropy)
+        release, changed = offer.release, not _installed(place, offer.release)
+        fetched = _fetch(updater, source, release.files, place, files, note) if changed else 0
+        for manifests in _manifests(both):  # too small to be shown
+            fetched += _fetch(updater, source, manifests, place, files, lambda name, size: None)
         # First the note: with an older one, a kill in between would let the new release be counted by another share.
-        _note_rollout(folder, offer.rollout)
+        RolloutNote.write(folder, _noted(offer.rollout, both, files))
+        if not changed:
+            return Updated(source, offer, changed=False, fetched=fetched)
         aside = _install(place, release, files, Trust.open(place, trust), folder / PRIVATE)
         shutil.rmtree(files, ignore_errors=True)
         return Updated(source, offer, changed=True, fetched=fetched, set_aside=aside)
 
 
-def last_rollout(bundle: Path) -> Rollout | None:
+def last_rollout(bundle: Path) -> RolloutNote | None:
     """The rollout of the channel that ``bundle`` follows, as it was at the last update; None if there was none.
 
     Raises:
         TrustError: The note of it is damaged.
     """
-    path = bundle.resolve().parent / UPDATES / ROLLOUT
-    return Rollout.decode(storage.read(path, MAX_FLAGS)) if path.is_file() else None
-
-
-def _note_rollout(folder: Path, rollout: Rollout | None) -> None:
-    if rollout is None:
-        (folder / ROLLOUT).unlink(missing_ok=True)
-    else:
-        storage.replace(folder / ROLLOUT, rollout.encode())
+    return RolloutNote.read(bundle.resolve().parent / UPDATES)
 
 
 class _Folder(FetcherInterface):
@@ -291,26 +287,27 @@ def _described(updater: Updater, source: ChannelSource, name: str, limit: int) -
     return found
 
 
-def _offer(updater: Updater, source: ChannelSource, folder: Path, bundle: Path, entropy: Entropy) -> ReleaseOffer:
-    """What the channel has for the device with this folder ``updates``."""
+def _offer(
+    updater: Updater, source: ChannelSource, folder: Path, bundle: Path, entropy: Entropy
+) -> tuple[ReleaseOffer, tuple[Release, ...]]:
+    """What the channel has for the device with this folder ``updates``; and the releases of a rollout, newest first."""
     files = folder / FILES
     newest = _release(updater, source, files, RELEASE)
     listed = updater.get_targetinfo(target(source.channel, FLAGS))
     if listed is None:
-        return ReleaseOffer(newest)
+        return ReleaseOffer(newest), ()
     found = _described(updater, source, FLAGS, MAX_FLAGS)
     rollout = Rollout.decode(storage.read(Path(updater.download_target(found, str(files / FLAGS))), MAX_FLAGS))
     if rollout.release != newest.number:
         reason = f"the flags are for release {rollout.release}, and the channel has {newest.number}"
         raise TrustError(reason, about=FLAGS, value=rollout.release)
     chosen = Targeting.read(folder, entropy).release(rollout) == newest.number
-    if chosen or _installed(bundle, newest):
-        return ReleaseOffer(newest, rollout, chosen)
     before = _release(updater, source, files, previous(RELEASE))
     if before.number != rollout.previous:
         reason = f"the flags name the release {rollout.previous} before, and the channel has {before.number} there"
         raise TrustError(reason, about=FLAGS, value=rollout.previous)
-    return ReleaseOffer(before, rollout, chosen=False)
+    gets = newest if chosen or _installed(bundle, newest) else before
+    return ReleaseOffer(gets, rollout, chosen), (newest, before)
 
 
 def _release(updater: Updater, source: ChannelSource, files: Path, name: str) -> Release:
@@ -326,10 +323,30 @@ def _installed(bundle: Path, release: Release) -> bool:
     )
 
 
-def _fetch(updater: Updater, source: ChannelSource, release: Release, bundle: Path, files: Path, note: Note) -> int:
-    """Bring every file of the release into ``files``, under its digest. Returns how many bytes were fetched."""
+def _manifests(releases: Sequence[Release]) -> list[dict[str, str]]:
+    """For each release the manifests of the adapters that all of them have: file → digest, in one order."""
+    paths = [manifest_path(name).as_posix() for name in sorted({name for each in releases for name in each.adapters})]
+    shared = [path for path in paths if all(path in each.files for each in releases)]
+    return [{path: each.files[path] for path in shared} for each in releases]
+
+
+def _noted(rollout: Rollout | None, releases: Sequence[Release], files: Path) -> RolloutNote | None:
+    """What is to be noted of a rollout, whose manifests are in ``files``. Raises DataError, TrustError."""
+    if rollout is None:
+        return None
+    newest, before = (
+        [AdapterManifest.unverified(storage.read(files / digest, MAX_ENVELOPE)) for digest in each.values()]
+        for each in _manifests(releases)
+    )
+    return RolloutNote(rollout, {one.name: (one.content, two.content) for one, two in zip(newest, before, strict=True)})
+
+
+def _fetch(
+    updater: Updater, source: ChannelSource, wanted: Mapping[str, str], bundle: Path, files: Path, note: Note
+) -> int:
+    """Bring files of a release (name → digest) into ``files``, by digest. Returns how many bytes were fetched."""
     fetched = 0
-    for name, digest in release.files.items():
+    for name, digest in wanted.items():
         found = _file(updater, source, name, digest)
         place = files / digest
         if place.is_file() and storage.file_sha256(place) == digest:  # from an update that was interrupted

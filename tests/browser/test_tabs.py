@@ -28,7 +28,8 @@ from client.inference.trust import Trust
 from client.node.statedir import SETTINGS
 from client.training.evaluate import own_counts
 from client.training.examples import Split, in_split, read_examples
-from client.updates.channel import ROLLOUT, UPDATES
+from client.updates.channel import UPDATES
+from client.updates.rolloutnote import RolloutNote
 from coordinator.app import run
 from coordinator.authority import AuthorityStore
 from coordinator.authority.store import CERTIFICATE, KEY, RECORD
@@ -198,9 +199,9 @@ def enrolling(folder: Path, authority: Authority, port: int) -> Iterator[Authori
 
 def give_bundle(folder: Path, bundle: Path) -> None:
     """Let a Python device answer and train with the bundle that the tabs have, at a share of one half."""
-    note = bundle.parent / UPDATES / ROLLOUT
-    note.parent.mkdir(exist_ok=True)
-    note.write_bytes(Rollout(2, 1, 50).encode())
+    note, content = bundle.parent / UPDATES, Trust.open(bundle).bundle.adapter_manifest("global").content
+    note.mkdir(exist_ok=True)
+    RolloutNote.write(note, RolloutNote(Rollout(2, 1, 50), {"global": (content, "0" * 64)}))
     file = folder / SETTINGS
     file.write_text(tomli_w.dumps(tomllib.loads(file.read_text()) | {"base": str(bundle)}))
 
