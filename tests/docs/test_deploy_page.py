@@ -19,12 +19,13 @@ import yaml
 
 import edgeadapt
 from adapters.keyfiles import read_public_keys
+from adapters.registryfiles import BLOBS, DATABASE
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import TrustError
 from aggregation.pki.identity import IdentityKey
 from client.node.statedir import DeviceStateDir
 from coordinator.authority import AuthorityStore
-from coordinator.statedir import AUTHORITY, KEY, TLS_KEY, CoordinatorStateDir
+from coordinator.statedir import AUTHORITY, KEY, PUBLIC_KEY, TLS_KEY, TRANSCRIPT, CoordinatorStateDir
 from tests.support.gateway import free_port, wait_until
 from tests.support.trial import call
 
@@ -153,6 +154,19 @@ def test_every_unit_that_runs_something_has_a_command() -> None:
     assert services == {file for file, _ in commands() if file.endswith(".service")}
     timed = {unit.stem for unit in UNITS if unit.suffix == ".timer"}
     assert {f"{name}.service" for name in timed} < services
+
+
+def test_the_user_of_the_watch_is_given_what_it_reads_and_no_key() -> None:
+    units = {name: (FOLDER / "systemd" / f"edgeadapt-{name}.service").read_text() for name in ("watch", "coordinator")}
+    user, owner = (re.findall(r"^User=(.*)$", units[name], re.M)[0] for name in ("watch", "coordinator"))
+    assert user != owner
+    page = (ROOT / "docs" / "how-to" / "deploy.md").read_text()
+    given = [line.split() for line in re.findall(r"^\$ setfacl (.*)$", page, re.M)]
+    assert all(
+        part.split(":")[-2] == user for words in given for rule in words if ":" in rule for part in rule.split(",")
+    )
+    files = {word for words in given for word in words if "/" in word}
+    assert files == {f"fleet/{name}" for name in (PUBLIC_KEY, DATABASE, BLOBS, TRANSCRIPT)}
 
 
 def verify(folder: Path) -> str:
