@@ -1,4 +1,4 @@
-"""What a device notes of its channel's rollout at each update, and goes by when it is asked to count right answers."""
+"""What a device notes of its channel's rollout at each update, and checks before it counts right answers."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
