@@ -102,37 +102,21 @@ class Cohort:
             The state after the last answer, to be closed by the caller.
         """
         with traces.span(step.value, asked=len(bodies)) as span:
-            state = self._exchange(state, accept, step, bodies, group, extra or {}, check, awaits, needed)
+            self.recorder.sent(step, bodies)
+            left = dict(bodies)
+            for attempt in range(1, self.attempts + 1):
+                again = group if attempt == 1 else f"{group}-{attempt}"
+                enough = Enough(self.settings.fewest(len(left), needed), self.settings.grace)
+                state, silent = self._ask(state, accept, step, left, again, extra or {}, check, enough)
+                if not silent or attempt == self.attempts or not awaits(state, silent):
+                    break
+                log.warning("waiting for %s at %s: too few devices have answered", names(silent), step.value)
+                self.transport.clock.sleep(pause(attempt, self.transport.deadline))
+                waited = self._not_revoked(silent)
+                if not awaits(state, waited):
+                    break
+                left = {device: bodies[device] for device in waited}
             span.set(answered=sum(device not in self.dropped for device in bodies))
-        return state
-
-    def _exchange(
-        self,
-        state: S,
-        accept: Callable[[S, str, Any], S],
-        step: Step,
-        bodies: Mapping[str, bytes],
-        group: str,
-        extra: Attachments,
-        check: Callable[[str, bytes], Any] | None,
-        awaits: Callable[[S, Collection[str]], bool],
-        needed: int,
-    ) -> S:
-        """As ``exchange``."""
-        self.recorder.sent(step, bodies)
-        left = dict(bodies)
-        for attempt in range(1, self.attempts + 1):
-            again = group if attempt == 1 else f"{group}-{attempt}"
-            enough = Enough(self.settings.fewest(len(left), needed), self.settings.grace)
-            state, silent = self._ask(state, accept, step, left, again, extra, check, enough)
-            if not silent or attempt == self.attempts or not awaits(state, silent):
-                break
-            log.warning("waiting for %s at %s: too few devices have answered", names(silent), step.value)
-            self.transport.clock.sleep(pause(attempt, self.transport.deadline))
-            waited = self._not_revoked(silent)
-            if not awaits(state, waited):
-                break
-            left = {device: bodies[device] for device in waited}
         return state
 
     def _not_revoked(self, devices: Collection[str]) -> list[str]:
