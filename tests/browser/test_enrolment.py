@@ -100,8 +100,8 @@ def invited(store: AuthorityStore, name: str = "tab", ago: float = 0.0) -> Invit
     return found
 
 
-def started(store: AuthorityStore, port: int) -> EnrolmentServer:
-    service = EnrolmentService(store, store.unlock(None), 30)
+def started(store: AuthorityStore, port: int, days: float = 30) -> EnrolmentServer:
+    service = EnrolmentService(store, store.unlock(None), days)
     return EnrolmentServer(service, f"{HOST}:0", [HOST], BrowserSettings(f"{HOST}:{port}"))
 
 
@@ -198,14 +198,16 @@ def test_a_page_enrols_with_a_token_and_one_that_is_no_good_loses_nothing(
 def test_a_page_renews_its_certificate_at_a_visit_when_it_ends_soon_and_keeps_its_key(
     page: Any, store: AuthorityStore, url: str, port: int
 ) -> None:
-    service = EnrolmentService(store, store.unlock(None), SHORT)
-    server = EnrolmentServer(service, f"{HOST}:0", [HOST], BrowserSettings(f"{HOST}:{port}"))
+    server = started(store, port, SHORT)
     try:
         page.goto(url)
         page.until(f"{SHOWN}.includes('token-form')")
         assert redeem(page, invited(store).to_text()) == ""
         key, soon = key_of(page), until(store)
-        service.days = 30
+    finally:
+        server.close()
+    server = started(store, port)
+    try:
         page.goto(url)
         wait_until(lambda: until(store) > soon + timedelta(days=29), 120.0)
         page.until(f"{FACT}.includes('{until(store):%Y-%m-%d}') && {SHOWN}.includes('join-form')")
@@ -319,8 +321,7 @@ def pass_on(source: socket.socket, sink: socket.socket) -> None:
 def test_a_page_is_ready_and_answers_while_an_authority_says_nothing(
     page: Any, store: AuthorityStore, url: str, port: int
 ) -> None:
-    service = EnrolmentService(store, store.unlock(None), SHORT)
-    server = EnrolmentServer(service, f"{HOST}:0", [HOST], BrowserSettings(f"{HOST}:{port}"))
+    server = started(store, port, SHORT)
     try:
         page.goto(url)
         page.until(f"{SHOWN}.includes('token-form')")

@@ -99,43 +99,29 @@ def watch(
       edgeadapt adapters watch fleet stable --releases releases --once --json
     """
     with traces.exporting(traces.GOVERNANCE):
-        _watch(state_dir, channel, releases, trust, adapter, once=once, interval=interval, as_json=as_json)
-
-
-def _watch(
-    state_dir: Path,
-    channel: str,
-    releases: Path,
-    trust: Path | None,
-    adapter: str,
-    *,
-    once: bool,
-    interval: float,
-    as_json: bool,
-) -> None:
-    last = ""
-    while True:
-        try:
-            with traces.span("watch", channel=channel) as span:
-                step = act(_open(releases), state_dir, trust, channel, adapter)
-                span.set(outcome=step.outcome)
-            row = {
-                "outcome": step.outcome,
-                "text": step.text,
-                "release": step.release and step.release.number,
-                "evaluation": step.evaluation and asdict(step.evaluation),
-            }
-            line, failed = json.dumps(row) if as_json else step.text, False
-        except (EdgeAdaptError, OSError) as error:
-            if once or not last:  # it was called wrongly
-                raise
-            line, failed = json.dumps({"error": str(error)}) if as_json else f"edgeadapt: {error}", True
-        if line != last:
-            click.echo(line, err=failed)
-        if once:
-            return
-        last = line
-        time.sleep(interval)
+        last = ""
+        while True:
+            try:
+                with traces.span("watch", channel=channel) as span:
+                    step = act(_open(releases), state_dir, trust, channel, adapter)
+                    span.set(outcome=step.outcome)
+                row = {
+                    "outcome": step.outcome,
+                    "text": step.text,
+                    "release": step.release and step.release.number,
+                    "evaluation": step.evaluation and asdict(step.evaluation),
+                }
+                line, failed = json.dumps(row) if as_json else step.text, False
+            except (EdgeAdaptError, OSError) as error:
+                if once or not last:  # it was called wrongly
+                    raise
+                line, failed = json.dumps({"error": str(error)}) if as_json else f"edgeadapt: {error}", True
+            if line != last:
+                click.echo(line, err=failed)
+            if once:
+                return
+            last = line
+            time.sleep(interval)
 
 
 def _open(folder: Path) -> ChannelRepository:
