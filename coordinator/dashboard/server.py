@@ -315,6 +315,7 @@ def serve(look: Look, token: str, address: str, tls: Tls | None) -> None:
     app = application(look, token, tls.hosts if tls else LOCAL, secure=tls is not None)
     config = uvicorn.Config(
         app,
+        log_config=None,  # logging is the process's: dictConfig would close the handlers of everything else in it
         log_level="warning",
         access_log=False,
         server_header=False,

@@ -1,6 +1,7 @@
 """`edgeadapt coordinator` as an operator calls it."""
 
 import json
+import logging
 import socket
 import stat
 import subprocess
@@ -138,6 +139,16 @@ def test_a_dashboard_says_what_is_wrong_before_it_listens(fleet_of: FleetOf, tmp
     assert isinstance(call("dashboard", folder, "--channels", tmp_path).exception, ConfigError)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         refusal(ConfigError, "--listen", "dashboard", folder, "--listen", f"127.0.0.1:{taken.getsockname()[1]}")
+
+
+def test_a_dashboard_closes_no_log_handler_of_its_process(fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+    handler = logging.NullHandler()
+    monkeypatch.setattr(handler, "close", lambda: closed.append("closed"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        refusal(ConfigError, "--listen", "dashboard", fleet_of(3).out / "coordinator", "--listen", address)
+    assert not closed
 
 
 @pytest.mark.parametrize("command", ["status", "run"])
