@@ -59,6 +59,15 @@ def page(chromium: Any) -> Iterator[Any]:
     tab.close()
 
 
+@pytest.fixture
+def tabs(chromium: Any) -> Iterator[list[cdp.Page]]:
+    """Two tabs, each with its own storage; they keep a copy of their page."""
+    pages = [cdp.Page(chromium), cdp.Page(chromium)]
+    yield pages
+    for page in pages:
+        page.close()
+
+
 Serve = Callable[[Path], str]
 
 
