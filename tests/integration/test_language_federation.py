@@ -14,6 +14,7 @@ import torch
 from adapters import causal
 from aggregation.pki.identity import IdentityKey
 from client.inference.generate import Generator, SamplingParams
+from client.node.statedir import SETTINGS
 from client.training.examples import Split, in_split, read_examples
 from client.training.language import load_language_trainer
 from client.training.languagegraph import LanguageGraphTrainer
@@ -54,6 +55,12 @@ def fleet_of_authors(out: Path, base: Any, adapter: dict[str, Any]) -> TinyFleet
     return made
 
 
+def train_with_bundle(folder: Path, bundle: Path) -> None:
+    """Let a device train with the training graph of a bundle, in place of its base in torch."""
+    settings = folder / SETTINGS
+    settings.write_text(tomli_w.dumps(tomllib.loads(settings.read_text()) | {"base": str(bundle)}))
+
+
 @pytest.fixture
 def fleet(tmp_path: Path, llama: Any, one_thread: None) -> TinyFleet:
     return fleet_of_authors(tmp_path / "fleet", llama, {"rank": 4})
@@ -86,9 +93,7 @@ def test_devices_with_a_bundle_train_a_language_model_with_its_training_graph(
     (bundle.parent / "trust.pem").write_bytes(vendor.public.to_pem())
     light = ("device-01", "device-03")
     for name in light:
-        settings = provision.device_folder(fleet.out, name) / "device.toml"
-        stated = tomllib.loads(settings.read_text()) | {"base": str(bundle)}
-        settings.write_text(tomli_w.dumps(stated))
+        train_with_bundle(provision.device_folder(fleet.out, name), bundle)
     train = LanguageGraphTrainer.train
 
     def counted(self: LanguageGraphTrainer, *rest: Any, **named: Any) -> Any:
