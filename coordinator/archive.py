@@ -36,12 +36,15 @@ Report = Callable[[int, int], object]  # bytes done since the last call, of how 
 
 @dataclass(frozen=True, slots=True)
 class BackupManifest(Manifest):
-    """What a backup holds. ``version`` and ``round`` are the newest; ``registry``: ``RegistrySnapshot.digest``."""
+    """What a backup holds. ``version`` and ``round`` are the newest.
+
+    ``registry``: ``RegistrySnapshot.digest``; None for a standby, whose registry stays where ``registry.toml`` says.
+    """
 
     NAME: ClassVar[str] = "coordinator-backup"
 
     files: Sha256  # of SHA256SUMS
-    registry: Sha256
+    registry: Sha256 | None
     version: Count | None
     round: Count  # 0 before the first
 

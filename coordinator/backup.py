@@ -3,12 +3,14 @@
 The registry is read first, in one transaction, and the logs after it: a log is ahead of the registry by what its
 session did meanwhile, and is cut before the first ending of a round that the copied registry does not know. That is the
 state in which a ``kill -9`` right after the last copied round leaves a coordinator, and a start goes on from there.
+
+An archive for a standby, which shares the database and the place of the adapters, has what is in neither.
 """
 
 import re
 import shutil
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +19,7 @@ from pathlib import Path
 from adapters import storage
 from adapters.keyfiles import MAX_PEM
 from adapters.registryfiles import BLOBS, DATABASE, REGISTRY, LocalFiles, RegistryFiles, RegistrySettings, blob_name
+from adapters.registrystores import shown
 from adapters.roundrecord import INTERRUPTED
 from adapters.workfolder import WorkFolder
 from aggregation import envelope
@@ -57,7 +60,7 @@ _NAMED = (
     rf"{TRANSCRIPT}/session-\d{{6,9}}\.log",
     rf"{TRANSCRIPT}/{transcripts.VECTORS}/[0-9a-f]{{64}}\.bin",
 )
-_PUBLIC = (*SETTLED, REVOKED, DATABASE, *(f"{TRANSCRIPT}/{name}" for name in _SESSION))
+_PUBLIC = (*SETTLED, REVOKED, REGISTRY, DATABASE, *(f"{TRANSCRIPT}/{name}" for name in _SESSION))
 MODES = {
     "|".join(map(re.escape, (*SECRETS, SUPERLINK))): storage.PRIVATE,
     "|".join((*map(re.escape, _PUBLIC), *_NAMED)): storage.PUBLIC,
@@ -123,18 +126,70 @@ def back_up(
             _copy_sqlite(folder / SUPERLINK, work.path / SUPERLINK)
             files.append(_file(work.path, SUPERLINK, storage.PRIVATE))
         unique = sorted({each.name: each for each in files}.values(), key=lambda each: each.name)
-        found = list[BackupManifest]()
+        version = head.newest[0] if snapshot.rows[database.versions.name] else None
+        manifest_of = partial(
+            BackupManifest, registry=snapshot.digest(), version=version, round=head.round.round if head.round else 0
+        )
+        return _write(out, work.path, unique, manifest_of, state_dir.key, report)
 
-        def manifest_of(sums: str) -> BackupManifest:
-            version = head.newest[0] if snapshot.rows[database.versions.name] else None
-            found.append(BackupManifest(sums, snapshot.digest(), version, head.round.round if head.round else 0))
-            return found[0]
 
-        part = work.path / out.name
-        archive.write(part, unique, manifest_of, state_dir.key, report)
-        part.rename(out)
-        storage.sync(out.parent)
-    return Backup(found[0], len(unique), sum(each.size for each in unique), state_dir.key.public.key_id)
+def back_up_for_standby(
+    state_dir: CoordinatorStateDir, out: Path, *, keys: bool, report: Report = lambda done, total: None
+) -> Backup:
+    """Write an archive for a second machine that shares the registry: settings, certificates, and keys if asked for.
+
+    Args:
+        state_dir, out, keys, report: As ``back_up``.
+
+    Raises:
+        ConfigError: ``out`` exists, or the registry is where no other machine reaches it.
+        TrustError: A version or a record was altered.
+        EdgeAdaptError: The database cannot be reached.
+        OSError: ``out`` cannot be written. Nothing is left of it.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists: name a new file", about=out.name)
+    _require_shared(RegistrySettings.of(state_dir.folder), state_dir.folder)
+    head, latest = _verified(state_dir.registry), state_dir.registry.latest()
+    names = (*SETTLED, REGISTRY, REVOKED, *(SECRETS if keys else ()))
+    files = [_small(state_dir.folder, name) for name in sorted(names) if (state_dir.folder / name).is_file()]
+    version = None if latest is None else latest.manifest.version
+    manifest_of = partial(BackupManifest, registry=None, version=version, round=head.round.round if head.round else 0)
+    with closing(WorkFolder(out.parent)) as work:
+        return _write(out, work.path, files, manifest_of, state_dir.key, report)
+
+
+def _write(
+    out: Path,
+    work: Path,
+    files: Sequence[ArchiveFile],
+    manifest: Callable[[str], BackupManifest],
+    key: IdentityKey,
+    report: Report,
+) -> Backup:
+    """Write an archive under its name when it is complete. ``manifest``: as for ``archive.write``."""
+    found = list[BackupManifest]()
+
+    def manifest_of(sums: str) -> BackupManifest:
+        found.append(manifest(sums))
+        return found[0]
+
+    part = work / out.name
+    archive.write(part, files, manifest_of, key, report)
+    part.rename(out)
+    storage.sync(out.parent)
+    return Backup(found[0], len(files), sum(each.size for each in files), key.public.key_id)
+
+
+def _require_shared(stores: RegistrySettings, folder: Path) -> None:
+    """Return if another machine reaches the registry of a state directory."""
+    if not stores.database:
+        text = f"the registry of {folder} is SQLite, which machines cannot share: move it to PostgreSQL, with"
+        raise ConfigError(f"{text} 'edgeadapt coordinator backup' and 'restore --database'", about=REGISTRY)
+    if "://" not in stores.blobs and not Path(stores.blobs).is_absolute():
+        place = stores.blobs or BLOBS
+        text = f"the adapters are in {place} of this machine: move them to a bucket, or to a folder that both mount"
+        raise ConfigError(f"{text}, named in {REGISTRY} with its whole path", about="blobs", value=place)
 
 
 def restore(
@@ -148,6 +203,9 @@ def restore(
 ) -> Backup:
     """Make a state directory from an archive. All of it is verified before the directory exists.
 
+    One for a standby names a database, to which this machine's password goes: only the key that devices pin, or the
+    signing key, tells whose database that is.
+
     Args:
         source: The archive.
         folder: Does not exist, or is empty.
@@ -157,8 +215,9 @@ def restore(
         report: Called for each file.
 
     Raises:
-        ConfigError: The folder or the database holds something; or there is no signing key.
-        DataError: It is no backup, or a truncated one.
+        ConfigError: The folder or the database holds something; there is no signing key; or the archive is for a
+            standby, and ``stores`` is given, or neither ``key`` nor ``trusted``.
+        DataError: It is no backup, or a truncated one; or the database of a standby is not the one that it was for.
         TrustError: It was altered, or is of another coordinator.
         EdgeAdaptError: A store cannot be reached.
     """
@@ -180,6 +239,17 @@ def restore(
             signing = IdentityKey.from_pem(storage.read(stage / KEY, MAX_PEM))
         if signing.public != public:
             raise TrustError(f"the signing key is not the one of {PUBLIC_KEY}", about=KEY)
+        if (stage / REGISTRY).exists() != (manifest.registry is None):
+            raise DataError(f"{source} is neither a backup nor for a standby", about=REGISTRY)
+        if manifest.registry is None:
+            if trusted is None and given is None:
+                text = f"{source} names a database: name the coordinator's public key with --coordinator"
+                raise ConfigError(f"{text}, so that no other one gets this machine's password", about="--coordinator")
+            if stores is not None:
+                text = f"{source} is for a standby, whose registry stays where it is: leave out --database and --blobs"
+                raise ConfigError(text, about="--database")
+            _require_registry(stage, signing, manifest)
+            return Backup(manifest, len(sizes), sum(sizes), public.key_id)
         (stage / BLOBS).mkdir(exist_ok=True)  # a registry without a version has none
         # As an auditor reads a database that is not trusted: within limits, and nothing but tables.
         RegistryFiles(LocalFiles(stage, stage / BLOBS), (public,)).rounds()
@@ -194,6 +264,20 @@ def restore(
             if stores is not None:
                 _move(stage, registry, snapshot, signing, stores)
     return Backup(manifest, len(sizes), sum(sizes), public.key_id)
+
+
+def _require_registry(stage: Path, key: IdentityKey, manifest: BackupManifest) -> None:
+    """Return if a standby reaches the registry that its archive is for, and the newest adapter."""
+    _require_shared(RegistrySettings.of(stage), stage)
+    with closing(open_registry(stage, key)) as registry:
+        _verified(registry)
+        latest = registry.latest()
+        if manifest.version is not None and (latest is None or latest.manifest.version < manifest.version):
+            place = shown(registry.engine.url)
+            text = f"{place} has no version {manifest.version}: it is not the database that the archive is for"
+            raise DataError(text, about="database", value=place)
+        if latest is not None:
+            registry.newest_adapter()
 
 
 def _move(

@@ -23,8 +23,11 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @directory
 @click.option("--out", type=FILE, required=True, metavar="FILE", help="The archive; a new file.")
 @click.option("--keys", is_flag=True, help="With signing.pem and tls.key: keep the archive as safe as them.")
+@click.option(
+    "--standby", is_flag=True, help="For a second machine with the same registry: settings and certificates alone."
+)
 @as_json
-def backup(state_dir: Path, out: Path, keys: bool, as_json: bool) -> None:
+def backup(state_dir: Path, out: Path, keys: bool, standby: bool, as_json: bool) -> None:
     """Copy the coordinator in DIR to a tar archive: registry, adapters, logs, settings, certificates.
 
     It may run meanwhile. The copy is of the last round that is done; logs are cut where the registry ends. A registry
@@ -32,17 +35,21 @@ def backup(state_dir: Path, out: Path, keys: bool, as_json: bool) -> None:
 
     DIR signs the archive's manifest. Its owner alone can read the archive, and without --keys it has no secret.
 
+    With --standby the archive makes a second coordinator, which waits and takes over when the first one is gone. Both
+    share the registry in PostgreSQL, and a bucket or mounted folder with the adapters.
+
     \b
     Examples:
       edgeadapt coordinator backup fleet --out fleet-monday.tar
       edgeadapt coordinator backup fleet --out /media/safe/fleet.tar --keys
+      edgeadapt coordinator backup fleet --out standby.tar --standby --keys
     """
-    from coordinator.backup import back_up
+    from coordinator.backup import back_up, back_up_for_standby
     from coordinator.statedir import CoordinatorStateDir
 
     opened = CoordinatorStateDir.open(state_dir)
     with _progress(f"copying {state_dir}") as report:
-        made = back_up(opened, out, keys=keys, report=report)
+        made = (back_up_for_standby if standby else back_up)(opened, out, keys=keys, report=report)
     _print(made, "archive", out, as_json)
 
 
@@ -74,9 +81,13 @@ def restore(
     The registry is as it was, whatever database it was in, and the digest of it that is printed is the one that
     'backup' printed. Run one coordinator only: the old one must not run any more.
 
+    An archive of 'backup --standby' needs --coordinator or --key. Both coordinators may run then, and one of them
+    leads. This machine must reach the database, and PGPASSFILE or ~/.pgpass have its password.
+
     \b
     Examples:
       edgeadapt coordinator restore fleet --archive fleet-monday.tar --key signing.pem
+      edgeadapt coordinator restore fleet --archive standby.tar --coordinator coordinator.pem
       edgeadapt coordinator restore fleet --archive fleet.tar --database postgresql://edgeadapt@db.example/fleet
     """
     from adapters.keyfiles import MAX_PEM
@@ -110,7 +121,8 @@ def _print(made: "Backup", what: str, place: Path, as_json: bool) -> None:
         return
     version = "no version" if newest.version is None else f"version {newest.version}"
     click.echo(f"{place}: {version}, round {newest.round}, {made.files} files, {made.size:,} bytes")
-    click.echo(f"registry     {newest.registry}")
+    if newest.registry is not None:
+        click.echo(f"registry     {newest.registry}")
     click.echo(f"coordinator  {made.key_id}")
 
 

@@ -1,6 +1,7 @@
 """A coordinator is copied while it runs, and restored on an empty machine with the same registry and a sound log."""
 
 import json
+import re
 import shutil
 import stat
 import tarfile
@@ -262,3 +263,81 @@ def test_a_registry_moves_between_postgresql_and_files(
     assert not (tmp_path / "local" / REGISTRY).exists()
     assert digest_of(tmp_path / "local") == copied["registry"]
     assert audited(tmp_path / "local", unfinished=False) == 2
+
+
+@pytest.fixture
+def leader(fleet: Path, tmp_path: Path, postgresql: str) -> Path:
+    """The state directory of that coordinator with its registry in PostgreSQL, and its adapters in a shared folder."""
+    assert call("tls-request", fleet).exit_code == 0
+    made("backup", fleet, "--out", tmp_path / "copy.tar", "--keys")
+    stores = ("--database", postgresql, "--blobs", tmp_path / "shared")
+    made("restore", tmp_path / "leader", "--archive", tmp_path / "copy.tar", *stores)
+    return tmp_path / "leader"
+
+
+def test_a_standby_has_all_that_its_leader_has_and_no_registry_of_its_own(leader: Path, tmp_path: Path) -> None:
+    archive, standby, pinned = tmp_path / "standby.tar", tmp_path / "standby", leader / PUBLIC_KEY
+    copied = made("backup", leader, "--out", archive, "--standby", "--keys")
+    assert (copied["version"], copied["round"], copied["registry"]) == (2, 2, None)
+    assert stat.S_IMODE(archive.stat().st_mode) == 0o600
+    with tarfile.open(archive) as listed:
+        assert not [name for name in listed.getnames() if name.startswith(("registry.db", "blobs", "transcript"))]
+    restored = made("restore", standby, "--archive", archive, "--coordinator", pinned)
+    assert {**copied, "state": restored["state"]} == {**restored, "archive": copied["archive"]}
+    assert stat.S_IMODE(standby.stat().st_mode) == 0o700
+    assert [stat.S_IMODE((standby / name).stat().st_mode) for name in (KEY, TLS_KEY)] == [0o600, 0o600]
+    assert digest_of(standby) == digest_of(leader)
+    assert audited(standby, unfinished=False) == 2  # the log came from the database
+    again = made("backup", standby, "--out", tmp_path / "again.tar", "--standby", "--keys")
+    assert {**again, "archive": copied["archive"]} == copied
+    assert (tmp_path / "again.tar").read_bytes() == archive.read_bytes()
+    refusal(ConfigError, standby.name, "restore", standby, "--archive", archive, "--coordinator", pinned)
+    refusal(ConfigError, archive.name, "backup", leader, "--out", archive, "--standby")
+
+
+def test_a_standby_without_keys_gets_them_in_another_way(leader: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "standby.tar"
+    made("backup", leader, "--out", archive, "--standby")
+    assert b"PRIVATE" not in archive.read_bytes()
+    refusal(
+        ConfigError, KEY, "restore", tmp_path / "standby", "--archive", archive, "--coordinator", leader / PUBLIC_KEY
+    )
+    made("restore", tmp_path / "standby", "--archive", archive, "--key", leader / KEY)
+    assert digest_of(tmp_path / "standby") == digest_of(leader)
+    assert not (tmp_path / "standby" / TLS_KEY).exists()
+
+
+def test_a_registry_that_no_other_machine_reaches_gets_no_standby(leader: Path, fleet: Path, tmp_path: Path) -> None:
+    archive, stores = tmp_path / "standby.tar", RegistrySettings.of(leader)
+    refusal(ConfigError, REGISTRY, "backup", fleet, "--out", archive, "--standby", "--keys")
+    for blobs in ("", "shared"):
+        (leader / REGISTRY).write_text(RegistrySettings(database=stores.database, blobs=blobs).to_toml())
+        refusal(ConfigError, "blobs", "backup", leader, "--out", archive, "--standby", "--keys")
+    assert not archive.exists()
+
+
+def test_a_standby_trusts_no_archive_by_itself_and_no_other_database(
+    leader: Path, tmp_path: Path, postgresql_server: Any, postgresql: str
+) -> None:
+    archive, standby, pinned = tmp_path / "standby.tar", tmp_path / "standby", leader / PUBLIC_KEY
+    made("backup", leader, "--out", archive, "--standby", "--keys")
+    restore = ("restore", standby, "--archive", archive)
+    refusal(ConfigError, "--coordinator", *restore)
+    refusal(ConfigError, "--database", *restore, "--coordinator", pinned, "--blobs", tmp_path / "own")
+    other = tmp_path / "other.pem"
+    other.write_bytes(IdentityKey.generate(SystemEntropy()).public.to_pem())
+    refusal(TrustError, PUBLIC_KEY, *restore, "--coordinator", other)
+    raw = archive.read_bytes()
+    for size in (0, 1, 511, 2000, len(raw) - 1):
+        (tmp_path / "damaged.tar").write_bytes(raw[:size])
+        refusal(DataError, "damaged.tar", "restore", standby, "--archive", tmp_path / "damaged.tar")
+    at = raw.index(b"postgresql://")
+    (tmp_path / "damaged.tar").write_bytes(raw[:at] + b"P" + raw[at + 1 :])
+    refusal(TrustError, REGISTRY, "restore", standby, "--archive", tmp_path / "damaged.tar", "--coordinator", pinned)
+
+    (name,) = re.findall(r"/(registry\d+)\?", postgresql)
+    for table in ("versions", "rounds", "optimizer"):  # another database under that address
+        postgresql_server.run(name, f"TRUNCATE edgeadapt_{table}")
+    refusal(DataError, "database", *restore, "--coordinator", pinned)
+    assert not standby.exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

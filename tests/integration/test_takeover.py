@@ -21,7 +21,7 @@ from adapters.registryfiles import BLOBS, DATABASE, REGISTRY, RegistrySettings
 from adapters.registrystores import postgresql_url
 from coordinator.registry import Leadership, Registry, database, leadership
 from coordinator.servicesettings import SERVICES, ServiceSettings
-from coordinator.statedir import CoordinatorStateDir, open_registry
+from coordinator.statedir import PUBLIC_KEY, CoordinatorStateDir, open_registry
 from tests.integration.test_coordinator_up import coordinator_of, going_up
 from tests.support.gateway import HOST, attending, free_port, wait_until
 from tests.support.postgresql import Server
@@ -102,9 +102,12 @@ def shared_by_three(fleet: Any, address: str) -> dict[Path, int]:
     registry = open_registry(folder, opened.key)
     registry.publish(first.manifest, first.blob, opened.key)
     registry.close()
-    return {folder: port} | {
-        Path(shutil.copytree(folder, fleet.out / name)): free_port() for name in ("second", "third")
-    }
+    archive, pinned = fleet.out / "standby.tar", folder / PUBLIC_KEY
+    call("coordinator", "backup", folder, "--out", archive, "--standby", "--keys")
+    others = {fleet.out / name: free_port() for name in ("second", "third")}
+    for other in others:
+        call("coordinator", "restore", other, "--archive", archive, "--coordinator", pinned)
+    return {folder: port} | others
 
 
 def test_another_coordinator_takes_over_when_the_leader_is_killed_or_stopped_or_the_database_restarts(
