@@ -22,6 +22,7 @@ COMMANDS = {
         "",
     ),
     "policy": ("client.cli.node", "policy", "Print the device's policy.", ""),
+    "renew": ("client.cli.renew", "renew", "Have the device's certificates renewed.", "gateway"),
     "serve-web": ("client.cli.serve_web", "serve_web", "Serve a page that runs a bundle in the browser.", ""),
     "update": ("client.cli.update", "update", "Bring a bundle to the release of its channel.", ""),
 }

@@ -36,12 +36,11 @@ from client.gateway.calls import FIRST_PAUSE, PASSING, pause, refusal, until
 from client.gateway.renewal import Renewal, tls_pair
 from client.node.eligibility import LOOK, Condition, conditions, machine_conditions
 from client.node.readings import Readings, SystemReadings
-from client.node.statedir import AUTHORITY, LONGEST, DeviceStateDir
+from client.node.statedir import AGENT_LOCK, AUTHORITY, LONGEST, DeviceStateDir
 from client.node.step import Refusal, RefusalCode, answer
 
 TRANSFER = 180.0  # seconds for an answer or a blob
 ATTEMPTS = 6  # at a transfer; the request is void soon after
-LOCK = "agent.lock"
 log = logging.getLogger("edgeadapt.agent")
 T = TypeVar("T")
 
@@ -93,10 +92,10 @@ class Agent:
         """
         state_dir = DeviceStateDir.open(self.folder)
         try:
-            with storage.locked(self.folder / LOCK, timeout=0):
+            with storage.locked(self.folder / AGENT_LOCK, timeout=0):
                 self._run(state_dir)
         except TimeoutError:
-            raise ConfigError(f"another agent uses {self.folder}: end it first", about=LOCK) from None
+            raise ConfigError(f"another agent uses {self.folder}: end it first", about=AGENT_LOCK) from None
 
     def _run(self, state_dir: DeviceStateDir) -> None:
         while self._await_conditions():

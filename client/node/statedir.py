@@ -40,6 +40,7 @@ from client.node.snapshot import Snapshot, session_secret
 from client.training.protocols import FrozenBase
 
 SETTINGS = "device.toml"
+AGENT_LOCK = "agent.lock"  # held by an agent, and while its certificates are renewed without one
 IDENTITY = "identity.pem"
 CERTIFICATE = "certificate.der"
 AUTHORITY = "authority.pem"

@@ -1,5 +1,6 @@
 """A device's certificates are renewed over mutual TLS at the real service, and a kill leaves a pair that works."""
 
+import json
 import logging
 import multiprocessing
 import os
@@ -15,21 +16,23 @@ from typing import Any
 
 import grpc
 import pytest
+from click.testing import CliRunner
 
 from adapters import storage
 from adapters.gateway import frames
 from adapters.gateway import gateway_pb2 as pb
 from adapters.gateway.invitation import Invitation
 from aggregation.entropy import SystemEntropy
-from aggregation.errors import EdgeAdaptError, TrustError
+from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
 from aggregation.pki import Authority, IdentityKey, Reason
 from aggregation.pki.certificates import load, serial, subject, to_der
 from aggregation.pki.tls import RENEWAL, TlsKey, TlsRole, verify_tls
+from client.cli import device
 from client.gateway import renewal as device_side
 from client.gateway.agent import Agent
 from client.gateway.enrolment import enrol_with
 from client.gateway.renewal import NEXT_TLS_KEY, Renewal, renew, tls_pair, validity
-from client.node.statedir import TLS_CERTIFICATE, TLS_KEY, DeviceSettings, DeviceStateDir
+from client.node.statedir import AGENT_LOCK, TLS_CERTIFICATE, TLS_KEY, DeviceSettings, DeviceStateDir
 from coordinator.authority import AuthorityStore
 from coordinator.authority.store import utc_now
 from coordinator.gateway.enrolment import CALLS, RENEWALS, THREADS, EnrolmentServer, EnrolmentService
@@ -121,6 +124,60 @@ def test_certificates_are_due_in_the_last_third_of_their_validity_and_refused_af
     with refused(TrustError, "certificate.validity") as caught:
         validity(state_dir, now + timedelta(days=31))
     assert "enrol this device again" in str(caught.value)
+
+
+def command(*arguments: object) -> Any:
+    return CliRunner().invoke(device, ["renew", *map(str, arguments)])
+
+
+def test_the_command_renews_what_is_due_and_nothing_else(site: Site) -> None:
+    state_dir = site.enrolled()
+    before, identity = tls_pair(state_dir.folder), state_dir.identity.public
+    done = command("--state", state_dir.folder, "--json")
+    assert done.exception is None, done.exception
+    end = min(ends(state_dir))
+    assert json.loads(done.stdout) == {"device": "kitchen", "renewed": True, "until": end.isoformat()}
+    assert end > utc_now() + timedelta(days=29)
+    assert tls_pair(state_dir.folder)[0] != before[0]
+    assert DeviceStateDir.open(state_dir.folder).identity.public == identity
+    kept, issued = files(state_dir.folder), site.issued("kitchen")
+    again = command("--state", state_dir.folder)
+    assert (
+        again.stdout
+        == f"kitchen: certificates valid until {end:%F}, not renewed before the last third of their validity\n"
+    )
+    assert (files(state_dir.folder), site.issued("kitchen")) == (kept, issued)
+
+
+def test_the_command_refuses_in_one_line_and_changes_nothing(site: Site) -> None:
+    state_dir = site.enrolled()
+    settings = state_dir.folder / "device.toml"
+    text = settings.read_text()
+
+    def line(kind: type[EdgeAdaptError], about: str, *arguments: object) -> str:
+        before = files(state_dir.folder)
+        error = command("--state", state_dir.folder, *arguments).exception
+        assert (type(error), error.about) == (kind, about), error
+        assert "\n" not in str(error)
+        assert before.items() <= files(state_dir.folder).items()
+        return str(error)
+
+    settings.write_text(text.replace(site.address, ""))
+    assert "give --renewal" in line(ConfigError, "--renewal")
+    assert "cannot be reached" in line(EdgeAdaptError, "renewal", "--renewal", f"{HOST}:1")
+    settings.write_text(text)
+    with storage.locked(state_dir.folder / AGENT_LOCK):
+        assert "an agent uses" in line(ConfigError, AGENT_LOCK)
+    site.store.revoke(site.service.authority, "kitchen", Reason.KEY_COMPROMISE, 30)
+    assert "was revoked: enrol this device again" in line(TrustError, "gateway")
+    certificate = (state_dir.folder / TLS_CERTIFICATE).read_bytes()
+    for damaged in (b"", certificate[:100], b"\xff" * 2**17):
+        (state_dir.folder / TLS_CERTIFICATE).write_bytes(damaged)
+        error = command("--state", state_dir.folder).exception
+        assert isinstance(error, EdgeAdaptError), error
+        assert "\n" not in str(error)
+    (state_dir.folder / TLS_CERTIFICATE).unlink()
+    line(TrustError, TLS_CERTIFICATE)
 
 
 def test_two_threads_renew_once_and_the_pair_works(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,53 @@
+"""``edgeadapt device renew``: have a device's certificates renewed where no agent does it."""
+
+import json
+from pathlib import Path
+
+import click
+
+from adapters import storage
+from aggregation.errors import ConfigError
+from client.cli import options
+
+
+@click.command()
+@options.state_dir
+@click.option("--renewal", metavar="HOST:PORT", help="Of the authority's service. Default: 'renewal' in device.toml.")
+@options.as_json
+def renew(state_dir: Path, renewal: str | None, as_json: bool) -> None:
+    """Have the certificates of this device renewed, if they are in the last third of their validity.
+
+    An agent does so by itself: this is for a device whose agent does not run for weeks. The identity stays, and the TLS
+    key is a new one. If the authority refuses or cannot be reached, everything stays as it is.
+
+    \b
+    Examples:
+      edgeadapt device renew --state kitchen
+      edgeadapt device renew --state kitchen --renewal authority.example:9447 --json
+    """
+    from datetime import UTC, datetime
+
+    from aggregation.entropy import SystemEntropy
+    from aggregation.pki.certificates import load, subject
+    from client.gateway import renewal as service
+    from client.node.statedir import AGENT_LOCK, DeviceStateDir
+
+    opened = DeviceStateDir.open(state_dir)
+    address = renewal or opened.settings.renewal
+    if not address:
+        text = f"{state_dir} names no service that renews certificates: give --renewal HOST:PORT"
+        raise ConfigError(text, about="--renewal")
+    try:
+        with storage.locked(state_dir / AGENT_LOCK, timeout=0):
+            due, end = service.validity(opened, datetime.now(UTC))
+            if due:
+                end = service.renew(opened, address, SystemEntropy())
+    except TimeoutError:
+        text = f"an agent uses {state_dir}, and renews the certificates by itself: nothing was changed"
+        raise ConfigError(text, about=AGENT_LOCK) from None
+    device = subject(load(opened.certificate))
+    if as_json:
+        click.echo(json.dumps({"device": device, "renewed": due, "until": end.isoformat()}))
+        return
+    changed = "renewed, with a new TLS key" if due else "not renewed before the last third of their validity"
+    click.echo(f"{device}: certificates valid until {end:%Y-%m-%d}, {changed}")
