@@ -1,8 +1,8 @@
 """The authority's enrolment service: a device with an invitation gets its two certificates, a page its one.
 
 A device whose certificates end soon has them renewed, on a port of its own with mutual TLS: gRPC asks for certificates
-on all connections of a port or on none. Each address has its own threads and its own limit of calls: whoever floods one
-that takes no certificate does not keep devices from renewing theirs.
+on all connections of a port or on none. Each address of gRPC has its own threads, and each kind of call its own limit:
+whoever floods one that takes no certificate does not keep devices and pages from renewing theirs.
 
 It runs where the authority's key is, not where the coordinator is: a coordinator that could enrol devices could fill a
 cohort with its own. It has no state besides the authority's record.
@@ -39,7 +39,8 @@ from coordinator.gateway.websocket import BrowserSettings, Endpoint, reason_of, 
 
 NAME = "enrolment"  # in the service's own certificate
 OWN_DAYS = 30  # of that certificate; a restart makes another one
-THREADS, CALLS, REGAINED = 4, 64, 30.0  # of an address: threads, calls in a row, and seconds in which it regains them
+THREADS = 4  # of an address
+CALLS, REGAINED = 64, 30.0  # of a kind: calls in a row, and seconds in which all are regained
 RENEWALS, PERIOD = 6, 3600.0  # of one device in a row, and seconds in which it regains them
 LARGEST = 2**14  # bytes of a page's message
 T = TypeVar("T")
@@ -47,11 +48,19 @@ log = logging.getLogger("edgeadapt.enrolment")
 
 
 class Address(Enum):
-    """Where the service listens. The value is the option of ``edgeadapt authority serve``."""
+    """Where the service listens for gRPC. The value is the option of ``edgeadapt authority serve``."""
 
     ENROLMENT = "--listen"
     RENEWAL = "--renewal"
-    PAGES = "--websocket"
+
+
+class CallKind(Enum):
+    """What is counted apart: a flood of one kind uses up no call of another."""
+
+    ENROLMENT = "enrolment"
+    RENEWAL = "renewal"
+    PAGE_ENROLMENT = "enrolment of a page"
+    PAGE_RENEWAL = "renewal of a page"
 
 
 class TooManyCallsError(EdgeAdaptError):
@@ -76,8 +85,8 @@ class EnrolmentService:
     store: AuthorityStore
     authority: Authority
     days: float
-    _calls: dict[Address, TokenBucket] = field(
-        default_factory=lambda: {address: TokenBucket(CALLS, REGAINED) for address in Address}
+    _calls: dict[CallKind, TokenBucket] = field(
+        default_factory=lambda: {kind: TokenBucket(CALLS, REGAINED) for kind in CallKind}
     )
     _renewals: dict[str, TokenBucket] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -92,7 +101,7 @@ class EnrolmentService:
     def enrol(self, raw: bytes, context: grpc.ServicerContext) -> bytes:
         """Certify the keys of a device that has an invitation."""
         with _refusing(context, "an enrolment"):
-            self.count(Address.ENROLMENT)
+            self.count(CallKind.ENROLMENT)
             asked = frames.enrol_request(raw)
             identity, tls = self.store.redeem(
                 self.authority, asked.token, asked.request, asked.tls_request, days=self.days
@@ -107,7 +116,7 @@ class EnrolmentService:
             text = "a renewal takes the device's certificate: call at the address for renewals"
             context.abort(StatusCode.UNAUTHENTICATED, text)
         with _refusing(context, "a renewal"):
-            self.count(Address.RENEWAL)
+            self.count(CallKind.RENEWAL)
             asked, presented = frames.renew_request(raw), certificates.to_der(pem)
             identity, tls = self.store.renew(
                 self.authority,
@@ -126,8 +135,10 @@ class EnrolmentService:
 
         Raises:
             ProtocolError: The bytes are no ``SocketEnrolment``.
+            TooManyCallsError: As ``count``.
             EdgeAdaptError: As ``AuthorityStore.redeem_signed``.
         """
+        self.count(CallKind.PAGE_ENROLMENT)
         asked = websocket.ENROLMENT.decode(raw)
         identity = self.store.redeem_signed(
             self.authority, asked.invited, asked.signature, asked.request, days=self.days
@@ -140,9 +151,10 @@ class EnrolmentService:
 
         Raises:
             ProtocolError: The bytes are no ``SocketRenewal``.
-            TooManyCallsError: The page has renewed too often.
+            TooManyCallsError: The page has renewed too often, or as ``count``.
             EdgeAdaptError: As ``AuthorityStore.renew_page``.
         """
+        self.count(CallKind.PAGE_RENEWAL)
         asked = websocket.RENEWAL.decode(raw)
         identity = self.store.renew_page(
             self.authority, asked.certificate, asked.signature, days=self.days, admit=self._admit
@@ -150,13 +162,13 @@ class EnrolmentService:
         _log(identity, "is certified again")
         return identity
 
-    def count(self, address: Address) -> None:
-        """Count a call at an address.
+    def count(self, kind: CallKind) -> None:
+        """Count a call.
 
         Raises:
-            TooManyCallsError: There were too many of all devices together.
+            TooManyCallsError: There were too many of its kind, of all devices together.
         """
-        self._take(self._calls[address])
+        self._take(self._calls[kind])
 
     def _admit(self, name: str) -> None:
         """Count a renewal of a device, which has proved its name: nobody else uses up what it may."""
@@ -270,9 +282,8 @@ class PageEnrolmentServer:
 
     async def _attend(self, connection: ServerConnection) -> None:
         try:
-            async with self._endpoint.stranger():
+            async with self._endpoint.stranger(connection):
                 raw = await received(connection)
-            self._service.count(Address.PAGES)
             renews = connection.request is not None and connection.request.path == websocket.RENEWAL_PATH
             certify = self._service.renew_page if renews else self._service.enrol_page
             await connection.send(await asyncio.to_thread(certify, raw))

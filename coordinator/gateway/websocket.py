@@ -13,6 +13,7 @@ import ipaddress
 import logging
 import ssl
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ from coordinator.gateway.hub import Channel, Credentials, NoAnswer, Released, St
 from coordinator.gateway.server import CLOSING, Gateway, ServerTls, Service, require_version
 
 HANDSHAKE = 10.0  # seconds for TLS and HTTP, and again for the answer to the challenge
-STRANGERS = 256  # connections that have not answered the challenge yet
+STRANGERS = 256  # connections at a path that have not answered the challenge yet, or sent their message
 WAITING = 8  # messages of a device that are kept while one is handled
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 log = logging.getLogger("edgeadapt.gateway")
@@ -79,7 +80,7 @@ class Endpoint:
     paths: tuple[str, ...]
     settings: BrowserSettings
     tls: ServerTls
-    strangers: int = 0  # connections that have not said yet who they are
+    _strangers: Counter[str] = field(default_factory=Counter)  # by path: those who have not said yet who they are
     _hosts: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -95,19 +96,20 @@ class Endpoint:
             return connection.respond(HTTPStatus.MISDIRECTED_REQUEST, "another host\n")
         if origin not in self.settings.origins and host_of(origin) not in LOOPBACK:
             return connection.respond(HTTPStatus.FORBIDDEN, "another origin\n")
-        if self.strangers >= STRANGERS:
+        if self._strangers[request.path] >= STRANGERS:
             return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections\n")
         return None
 
     @asynccontextmanager
-    async def stranger(self) -> AsyncIterator[None]:
+    async def stranger(self, connection: ServerConnection) -> AsyncIterator[None]:
         """Count a connection as a stranger's while the block runs. Raises TimeoutError after ``HANDSHAKE`` seconds."""
-        self.strangers += 1
+        path = connection.request.path if connection.request else ""
+        self._strangers[path] += 1
         try:
             async with asyncio.timeout(HANDSHAKE):
                 yield
         finally:
-            self.strangers -= 1
+            self._strangers[path] -= 1
 
     async def listen(self, attend: Callable[[ServerConnection], Awaitable[None]], largest: int) -> Server:
         """A server whose connections ``attend`` serves.
@@ -173,7 +175,7 @@ class BrowserService:
             await connection.close(CloseCode.TRY_AGAIN_LATER, "the gateway cannot serve this connection now")
 
     async def _identified(self, connection: ServerConnection) -> Credentials:
-        async with self.endpoint.stranger():
+        async with self.endpoint.stranger(connection):
             nonce = SystemEntropy().bytes(websocket.NONCE)
             await connection.send(websocket.CHALLENGE.encode(websocket.SocketChallenge(nonce)))
             hello = websocket.HELLO.decode(await received(connection))

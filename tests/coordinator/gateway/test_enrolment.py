@@ -3,6 +3,7 @@
 import io
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +28,15 @@ from client.gateway.enrolment import enrol_with
 from client.node.statedir import DeviceSettings, DeviceStateDir
 from coordinator.authority import AuthorityStore
 from coordinator.authority.store import utc_now
-from coordinator.gateway.enrolment import RENEWALS, EnrolmentServer, EnrolmentService, PageEnrolmentServer
+from coordinator.gateway import websocket as sockets
+from coordinator.gateway.enrolment import (
+    RENEWALS,
+    CallKind,
+    EnrolmentServer,
+    EnrolmentService,
+    PageEnrolmentServer,
+)
+from coordinator.gateway.pace import TokenBucket
 from coordinator.gateway.websocket import BrowserSettings
 from tests.support import refused
 from tests.support.authority import signer, store
@@ -412,6 +421,42 @@ def test_malformed_oversized_and_too_many_messages_of_pages_are_refused(invite_p
     assert tab.ask(tab.message())[1] == 1000
     codes = [tab.ask(b"")[1] for _ in range(80)]
     assert 1013 in codes
+
+
+@pytest.mark.parametrize("flooded", [websocket.ENROLMENT_PATH, websocket.RENEWAL_PATH])
+def test_pages_that_enrol_and_pages_that_renew_use_up_no_call_of_each_other(
+    pages: PageEnrolmentServer, invite_page: InvitePage, monkeypatch: pytest.MonkeyPatch, flooded: str
+) -> None:
+    tab, other = invite_page(), invite_page("other")
+    certificate = tab.ask(tab.message())[0] or b""
+    monkeypatch.setattr(pages._service, "_calls", {kind: TokenBucket(4, 1e9) for kind in CallKind})
+    flood = replace(tab, url=tab.url.replace(websocket.ENROLMENT_PATH, flooded))
+    assert [flood.ask(b"")[1] for _ in range(6)] == 4 * [1007] + 2 * [1013]
+    enrols = flooded == websocket.ENROLMENT_PATH
+    assert other.ask(other.message())[1] == (1013 if enrols else 1000)
+    assert renewing(tab).ask(renewal(certificate, tab.identity))[1] == (1000 if enrols else 1013)
+
+
+@pytest.mark.parametrize("flooded", [websocket.ENROLMENT_PATH, websocket.RENEWAL_PATH])
+def test_silent_connections_to_enrol_and_to_renew_do_not_take_each_others_room(
+    invite_page: InvitePage, monkeypatch: pytest.MonkeyPatch, flooded: str
+) -> None:
+    monkeypatch.setattr(sockets, "STRANGERS", 2)
+    monkeypatch.setattr(sockets, "HANDSHAKE", 300.0)
+    tab = invite_page()
+    certificate = tab.ask(tab.message())[0] or b""
+    silent = tab.url.replace(websocket.ENROLMENT_PATH, flooded)
+    with ExitStack() as stack:
+        for _ in range(2):
+            stack.enter_context(connect(silent, origin=tab.origin, compression=None, proxy=None))  # type: ignore[arg-type]
+        ways = {
+            websocket.ENROLMENT_PATH: lambda: tab.ask(tab.message())[1],
+            websocket.RENEWAL_PATH: lambda: renewing(tab).ask(renewal(certificate, tab.identity))[1],
+        }
+        with pytest.raises(InvalidStatus) as caught:
+            ways.pop(flooded)()
+        assert caught.value.response.status_code == 503
+        assert [way() for way in ways.values()] == [1000]
 
 
 def test_a_page_of_another_origin_gets_no_connection_to_the_authority(invite_page: InvitePage) -> None:
