@@ -33,6 +33,7 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, EdgeAdaptError, ProtocolError, TrustError
 from aggregation.pki.certificates import to_der
 from aggregation.pki.tls import hosts_of
+from coordinator import traces
 from coordinator.gateway.hub import Channel, Credentials, NoAnswer, Released, Stream
 from coordinator.gateway.server import CLOSING, Gateway, ServerTls, Service, require_version
 
@@ -154,25 +155,33 @@ class BrowserService:
 
     async def attend(self, connection: ServerConnection) -> None:
         """Send requests to a device, and take its answers, until the connection ends."""
+        call = traces.begin(f"{frames.SERVICE}/Attend", protocol=Channel.WEBSOCKET.value)
+
+        async def refuse(code: CloseCode, reason: str) -> None:
+            call.fail(code.name)
+            await connection.close(code, reason)
+
         try:
             credentials = await self._identified(connection)
             if (window := self._too_early(credentials.device)) is not None:
-                await connection.close(CloseCode.TRY_AGAIN_LATER, _text(window))
+                await refuse(CloseCode.TRY_AGAIN_LATER, _text(window))
                 return
-            await self._exchange(connection, credentials)
+            await self._exchange(connection, credentials, call)
         except ConnectionClosed:
-            pass
+            call.fail(CloseCode.ABNORMAL_CLOSURE.name)
         except TimeoutError:
-            await connection.close(CloseCode.POLICY_VIOLATION, "too slow")
+            await refuse(CloseCode.POLICY_VIOLATION, "too slow")
         except ProtocolError as error:
             log.warning("a browser is refused: %s", error)
-            await connection.close(CloseCode.INVALID_DATA, reason_of(error))
+            await refuse(CloseCode.INVALID_DATA, reason_of(error))
         except TrustError as error:
             log.warning("a browser is refused: %s", error)
-            await connection.close(CloseCode.POLICY_VIOLATION, reason_of(error))
+            await refuse(CloseCode.POLICY_VIOLATION, reason_of(error))
         except EdgeAdaptError as error:
             log.error("browsers cannot be served: %s", error)
-            await connection.close(CloseCode.TRY_AGAIN_LATER, "the gateway cannot serve this connection now")
+            await refuse(CloseCode.TRY_AGAIN_LATER, "the gateway cannot serve this connection now")
+        finally:
+            call.end()
 
     async def _identified(self, connection: ServerConnection) -> Credentials:
         async with self.endpoint.stranger(connection):
@@ -194,12 +203,13 @@ class BrowserService:
         rejected = self.service.rejected(device)
         return None if rejected is None else rejected[1]
 
-    async def _exchange(self, connection: ServerConnection, credentials: Credentials) -> None:
+    async def _exchange(self, connection: ServerConnection, credentials: Credentials, call: traces.Span) -> None:
         stream = self.service.hub.open(credentials)
         log.info("%s is connected by a browser", credentials.device)
         sending = asyncio.create_task(self._send(connection, stream))
         try:
             await connection.send(websocket.ADMITTED)
+            call.end()  # for how long a device stays is not measured
             while True:
                 await self._answer(connection, stream)
         finally:
@@ -227,19 +237,23 @@ class BrowserService:
 
     async def _answer(self, connection: ServerConnection, stream: Stream) -> None:
         """Take one answer. One that is void is received and dropped."""
-        answer = websocket.ANSWER.decode(await received(connection))
-        device = stream.credentials.device
-        if self.service.count_call(device) or not self.service.has_room(device, answer.size):
-            raise EdgeAdaptError("too many calls, or too many answers at once", about="gateway.busy", value=device)
-        found: bytes | NoAnswer = NoAnswer(answer.code, answer.reason.decode(errors="replace"))
-        if answer.size:
-            async with asyncio.timeout(self.service.limits.transfer) as patience:
-                with self.service.receiving(device, answer.size, patience):
-                    found = await _body(connection, answer.size)
-        try:
-            self.service.hub.answer(stream, answer.id, found)
-        except ProtocolError as error:
-            log.warning("an answer of %s is dropped: %s", device, error)
+        raw = await received(connection)
+        name = f"{frames.SERVICE}/Answer"
+        with traces.span(name, within=self.service.asked_by, protocol=Channel.WEBSOCKET.value) as call:
+            answer = websocket.ANSWER.decode(raw)
+            device = stream.credentials.device
+            if self.service.count_call(device) or not self.service.has_room(device, answer.size):
+                raise EdgeAdaptError("too many calls, or too many answers at once", about="gateway.busy", value=device)
+            found: bytes | NoAnswer = NoAnswer(answer.code, answer.reason.decode(errors="replace"))
+            if answer.size:
+                async with asyncio.timeout(self.service.limits.transfer) as patience:
+                    with self.service.receiving(device, answer.size, patience):
+                        found = await _body(connection, answer.size)
+            try:
+                self.service.hub.answer(stream, answer.id, found)
+            except ProtocolError as error:
+                call.fail(type(error).__name__)
+                log.warning("an answer of %s is dropped: %s", device, error)
 
 
 async def _body(connection: ServerConnection, size: int) -> bytes:

@@ -1,5 +1,6 @@
 """The gateway for browsers, over a real WebSocket on loopback: who is let in, what passes, and what is refused."""
 
+import asyncio
 import socket
 import ssl
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from aggregation.pki import Authority, IdentityKey
 from aggregation.pki.certificates import load
 from aggregation.pki.revocation import Revocation
 from aggregation.pki.tls import CHALLENGE, TlsRole
+from coordinator import traces
 from coordinator.gateway.grid import serving
 from coordinator.gateway.hub import NoAnswer
 from coordinator.gateway.server import GatewayLimits
@@ -29,6 +31,7 @@ from tests.coordinator.gateway.conftest import LIMITS, Site
 from tests.support import refused
 from tests.support.gateway import HOST, certify, server_tls, wait_until
 from tests.support.lightdevice import PATIENCE
+from tests.support.otlp import attributes, receiving
 
 QUICK = GatewayLimits(grace=0.3)
 PAGE = "http://127.0.0.1:8765"
@@ -345,3 +348,34 @@ def test_the_settings_of_a_coordinator_say_where_browsers_are_served_and_from_wh
 def test_what_is_no_address_is_refused_before_anything_runs(address: str) -> None:
     with pytest.raises(ConfigError):
         FederationSettings.parse({"gateway": {"websocket": address}}, "test")
+
+
+def test_calls_of_browsers_are_spans_of_the_step_and_name_no_device(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, browser = start()
+    tab, thief = browser("kitchen-tab"), IdentityKey.generate(SystemEntropy())
+
+    async def served() -> int:
+        return sum("conn_handler" in repr(task.get_coro()) for task in asyncio.all_tasks())
+
+    with receiving() as receiver:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.url)
+        with traces.exporting("edgeadapt-test"):
+            with tab.connected() as connection:
+                connection.send(tab.hello(received(connection), key=thief))
+                assert ended(connection)[0] == 1008
+            with tab.attending() as connection:
+                with traces.span("plan"):
+                    assert site.ask("kitchen-tab") is not None
+                send(connection, request(connection).id, b"answer")
+                assert site.answered()[1] == b"answer"
+            wait_until(lambda: site.gateway.call(served()) == 0)
+    unknown, admitted, plan, answer = receiver.spans()
+    attend = f"{frames.SERVICE}/Attend"
+    assert [each.name for each in receiver.spans()] == [attend, attend, "plan", f"{frames.SERVICE}/Answer"]
+    assert (answer.parent_span_id, answer.trace_id) == (plan.span_id, plan.trace_id)
+    assert not admitted.parent_span_id
+    assert attributes(admitted) == attributes(answer) == {"edgeadapt.protocol": "WebSocket"}
+    assert attributes(unknown) == {"edgeadapt.protocol": "WebSocket", "error.type": "POLICY_VIOLATION"}
+    assert b"kitchen" not in b"".join(receiver.bodies)
