@@ -22,6 +22,7 @@ from adapters.layout import Floats, Tensors
 from adapters.manifest import VersionManifest
 from adapters.parts import HEAD
 from adapters.peftconfig import PeftConfig
+from adapters.registryfiles import RegistrySettings
 from adapters.storage import PRIVATE_FOLDER, replace, staged
 from adapters.trainable import configuration, initial
 from aggregation import graph
@@ -65,8 +66,13 @@ def bundle_of(out: Path) -> Path:
     return out / "training" / "bundle"
 
 
-def provision(out: Path, scenario: Scenario, population: Population, base: Base) -> None:
-    """Create authority and coordinator of the fleet under ``out``; ``Enrolment`` creates the devices."""
+def provision(
+    out: Path, scenario: Scenario, population: Population, base: Base, stores: RegistrySettings | None = None
+) -> None:
+    """Create authority and coordinator of the fleet under ``out``; ``Enrolment`` creates the devices.
+
+    ``stores``: where the registry is kept; None: in the coordinator's state directory.
+    """
     entropy, now = SystemEntropy(), datetime.now(UTC)
     authority = Authority.create("edgeadapt simulation", entropy, now - timedelta(hours=1), now + LIFETIME)
     (out / AUTHORITY).mkdir(parents=True)
@@ -75,7 +81,8 @@ def provision(out: Path, scenario: Scenario, population: Population, base: Base)
     if federation.cohort.seed == "random":
         cohort = federation.cohort.model_copy(update={"seed": scenario.seed})
         federation = federation.model_copy(update={"cohort": cohort})
-    coordinator = CoordinatorStateDir.create(out / COORDINATOR, authority.root.to_pem(), federation, entropy)
+    root = authority.root.to_pem()
+    coordinator = CoordinatorStateDir.create(out / COORDINATOR, root, federation, entropy, stores=stores)
     coordinator.registry.publish(*first_adapter(scenario, population, base), coordinator.key)
     coordinator.registry.close()
 

@@ -8,11 +8,14 @@ import pytest
 from adapters.storage import kill_safe
 from aggregation.steps import Step
 from client.node.statedir import LEDGER
-from simulations.benchmarks.faults import measure
+from simulations.benchmarks.faults import measure, postgresql
 from simulations.benchmarks.faults.checks import losses
 from simulations.benchmarks.faults.faults import FAULTS
 from simulations.benchmarks.faults.fleet import FaultFleet, running_fleet
+from simulations.benchmarks.faults.postgresql import missing
 from simulations.benchmarks.faults.smalldisk import empty, fill, refused, small_disk
+from tests.support.postgresql import REQUIRED
+from tests.support.programs import need
 
 pytestmark = pytest.mark.slow
 
@@ -34,9 +37,7 @@ SHOWN: Mapping[str, Sequence[Step]] = {
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultFleet]:
     """Devices that attend; each test starts and stops the coordinator."""
     with kill_safe(), running_fleet(tmp_path_factory.mktemp("faults") / "fleet", measure.DEVICES) as made:
-        for name in made.names:
-            made.network.links[name].delay = measure.DELAY
-            made.attend(name)
+        measure.attend(made)
         yield made
 
 
@@ -47,6 +48,25 @@ def test_training_goes_on_after_a_fault_and_nothing_is_lost(fleet: FaultFleet, f
     rows = measure.inject(fleet, fault, print, SHOWN[fault.name])
     assert [row.stage for row in rows] == [measure.NAMES[step] for step in SHOWN[fault.name]]
     assert [row.lost for row in rows] == [()] * len(rows)
+
+
+def test_another_coordinator_takes_over_from_a_leader_that_is_killed_and_nothing_is_lost(tmp_path: Path) -> None:
+    need(not missing(), missing(), required=REQUIRED)
+    (fault,) = [fault for fault in FAULTS if fault.name == "kill-leader"]
+    with kill_safe(), running_fleet(tmp_path / "fleet", measure.DEVICES, fault.shape) as fleet:
+        measure.attend(fleet)
+        rows = measure.inject(fleet, fault, print, [Step.UNMASK])
+    assert [(row.stage, row.lost) for row in rows] == [("reveal", ())]
+
+
+def test_a_fault_that_needs_what_is_not_installed_is_named_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgresql, "PROGRAMS", tmp_path)
+    (row,) = measure.measure(["kill-leader"], print)
+    assert (row.stage, row.lost, row.seconds) == ("-", (), None)
+    assert "apt install postgresql" in row.happened
+    assert len(measure.table([row]).split("\n\n")[0].splitlines()) == 2  # the head, and this one
 
 
 def test_a_contribution_that_a_ledger_lacks_and_a_record_that_has_changed_are_found(fleet: FaultFleet) -> None:

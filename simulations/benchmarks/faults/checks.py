@@ -6,18 +6,19 @@ that was spent unrecorded.
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 from adapters.roundrecord import RoundRecord
 from aggregation.errors import EdgeAdaptError
 from aggregation.messages import MaskedInput
-from aggregation.pki.identity import IdentityKey
 from client.node.statedir import DeviceStateDir
 from coordinator.audit import AuditInput, AuditOptions
 from coordinator.audit.account import Account, logged
 from coordinator.audit.transcripts import logs
-from coordinator.statedir import KEY, TRANSCRIPT, CoordinatorStateDir
+from coordinator.statedir import TRANSCRIPT, CoordinatorStateDir
 from coordinator.storedlog import StoredLog
-from simulations.benchmarks.faults.fleet import FaultFleet, wait_until
+from simulations.benchmarks.faults.fleet import FaultFleet
+from simulations.benchmarks.faults.processes import wait_until
 from simulations.engine import provision
 
 DELTA = 1e-6  # for which epsilons are compared
@@ -29,12 +30,19 @@ def losses(fleet: FaultFleet, before: tuple[RoundRecord, ...]) -> list[str]:
 
     ``coordinator up`` must not run. A log that a kill left open is closed, as the next start does.
     """
-    state_dir = CoordinatorStateDir.open(fleet.coordinator)
+    found = [*_rounds(fleet.records(), before)]
+    for machine in fleet.machines:
+        state_dir = CoordinatorStateDir.open(machine.folder)
+        _close_log(state_dir)
+        state_dir.registry.close()
+        found += [*_audit(fleet, machine.folder), *_privacy(fleet, machine.folder)]
+    return found
+
+
+def _close_log(state_dir: CoordinatorStateDir) -> None:
     wait_until(lambda: not state_dir.in_use, "the end of a run that a SuperLink started")
-    with state_dir.locked():
-        state_dir.transcripts.finish()
-    state_dir.registry.close()
-    return [*_rounds(fleet.records(), before), *_audit(fleet), *_privacy(fleet)]
+    with state_dir.leading() as leader:
+        leader.transcripts.finish()
 
 
 def _rounds(records: tuple[RoundRecord, ...], before: tuple[RoundRecord, ...]) -> Iterator[str]:
@@ -47,20 +55,19 @@ def _rounds(records: tuple[RoundRecord, ...], before: tuple[RoundRecord, ...]) -
         yield "a version is missing, or was made twice"
 
 
-def _audit(fleet: FaultFleet) -> Iterator[str]:
+def _audit(fleet: FaultFleet, folder: Path) -> Iterator[str]:
     authority = fleet.out / provision.AUTHORITY / provision.AUTHORITY_KEY
     try:
-        checked = AuditInput.open(fleet.coordinator, AuditOptions(authority=authority))
+        checked = AuditInput.open(folder, AuditOptions(authority=authority))
         checked.require(checked.audit(unfinished=False), unfinished=False)
     except EdgeAdaptError as error:
-        yield f"the audit fails: {error}"
+        yield f"the audit of {folder.name} fails: {error}"
 
 
-def _privacy(fleet: FaultFleet) -> Iterator[str]:
-    key = IdentityKey.from_pem((fleet.coordinator / KEY).read_bytes()).public
+def _privacy(fleet: FaultFleet, folder: Path) -> Iterator[str]:
     account, sent = Account(), Counter[str]()
-    for path in logs(fleet.coordinator / TRANSCRIPT):
-        entries = StoredLog.read(path, key).entries
+    for path in logs(folder / TRANSCRIPT):
+        entries = StoredLog.read(path, fleet.key.public).entries
         account = logged(account, entries)
         sent.update(entry.peer for entry in entries if entry.kind == MaskedInput.TAG)
     for name in fleet.names:

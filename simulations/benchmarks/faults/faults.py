@@ -11,13 +11,16 @@ from pathlib import Path
 
 from aggregation.steps import Step
 from coordinator.services.deployment import running
-from simulations.benchmarks.faults.fleet import FaultFleet, wait_until
+from simulations.benchmarks.faults.fleet import LIGHT, FaultFleet, FleetShape
 from simulations.benchmarks.faults.network import Damage, Link
+from simulations.benchmarks.faults.postgresql import missing
+from simulations.benchmarks.faults.processes import children, wait_until
 from simulations.benchmarks.faults.smalldisk import empty, fill, refused, small_disk
 
 LASTS = 3.0  # seconds of a disturbance that passes
 ONE = (Step.PLAN,)
 ANSWERS = (Step.PLAN, Step.UNMASK)
+SUPERLINK, SHARED = FleetShape(superlink=True), FleetShape(coordinators=2)
 OLDER = "0.0.1"  # a version below the least one
 
 
@@ -30,7 +33,7 @@ class Fault:
         what: For people.
         inject: Do it while a step is under way; returns when it was over, or when it was done if it does not pass.
         stages: The steps at which it is done.
-        superlink: Whether the fleet has Flower's SuperLink.
+        shape: What the fleet has.
         missing: Why it cannot be done on this machine; empty if it can.
         setting: What holds while the coordinator runs for it.
     """
@@ -39,7 +42,7 @@ class Fault:
     what: str
     inject: Callable[[FaultFleet], float]
     stages: tuple[Step, ...] = tuple(Step)
-    superlink: bool = False
+    shape: FleetShape = LIGHT
     missing: Callable[[], str] = lambda: ""
     setting: Callable[[FaultFleet], AbstractContextManager[None]] = lambda fleet: nullcontext()
 
@@ -51,7 +54,7 @@ def victim(fleet: FaultFleet) -> str:
 
 def _kill(service: str) -> Callable[[FaultFleet], float]:
     def inject(fleet: FaultFleet) -> float:
-        os.kill(fleet.pid(service), signal.SIGKILL)
+        os.kill(fleet.first.pid(service), signal.SIGKILL)
         return time.monotonic()
 
     return inject
@@ -59,18 +62,16 @@ def _kill(service: str) -> Callable[[FaultFleet], float]:
 
 def _hang(service: str) -> Callable[[FaultFleet], float]:
     def inject(fleet: FaultFleet) -> float:
-        os.kill(fleet.pid(service), signal.SIGSTOP)
+        os.kill(fleet.first.pid(service), signal.SIGSTOP)
         return time.monotonic()
 
     return inject
 
 
 def _kill_up(fleet: FaultFleet) -> float:
-    if fleet.up is None:
-        raise AssertionError
-    fleet.up.process.kill()
     at = time.monotonic()
-    fleet.up.end()
+    if fleet.first.up is not None:
+        fleet.first.up.end()
     fleet.start()
     return at
 
@@ -106,18 +107,18 @@ def _rolling_restart(fleet: FaultFleet) -> float:
 
 def _on_link(disturb: Callable[[FaultFleet, Link], object]) -> Callable[[FaultFleet], float]:
     def inject(fleet: FaultFleet) -> float:
-        disturb(fleet, fleet.network.links[victim(fleet)])
+        disturb(fleet, fleet.first.network.links[victim(fleet)])
         return time.monotonic()
 
     return inject
 
 
 def _half_open(fleet: FaultFleet, link: Link) -> None:
-    fleet.network.half_close(link)
+    fleet.first.network.half_close(link)
 
 
 def _silence(fleet: FaultFleet, link: Link) -> None:
-    fleet.network.silence(link)
+    fleet.first.network.silence(link)
 
 
 def _damage(damage: Damage) -> Callable[[FaultFleet, Link], object]:
@@ -125,10 +126,10 @@ def _damage(damage: Damage) -> Callable[[FaultFleet, Link], object]:
 
 
 def _partition(fleet: FaultFleet) -> float:
-    links = fleet.network.links.values()
+    links = fleet.first.network.links.values()
     for link in links:
         link.refused = True
-        fleet.network.cut(link)
+        fleet.first.network.cut(link)
     time.sleep(LASTS)
     for link in links:
         link.refused = False
@@ -137,21 +138,22 @@ def _partition(fleet: FaultFleet) -> float:
 
 def _disk_runs_full(fleet: FaultFleet) -> float:
     """Not a byte more can be written to the coordinator's state directory, by whomever."""
-    fill(fleet.coordinator)
+    fill(fleet.first.folder)
     time.sleep(LASTS)
-    empty(fleet.coordinator)
+    empty(fleet.first.folder)
     return time.monotonic()
 
 
 def _full_disk(fleet: FaultFleet) -> float:
     """No file of the coordinator's processes can grow, of those that are started meanwhile neither."""
-    if fleet.up is None:
+    up = fleet.first.up
+    if up is None:
         raise AssertionError
-    first = {fleet.up.process.pid, fleet.pid("rounds")}
+    first = {up.process.pid, fleet.first.pid("rounds")}
     _limit_files(first, 0)
     time.sleep(LASTS)
-    listed = {each["pid"] for each in (running(fleet.coordinator) or {"services": []})["services"]}
-    _limit_files({*first, *_children(fleet.up.process.pid), *listed} - {None}, resource.RLIM_INFINITY)
+    listed = {each["pid"] for each in (running(fleet.first.folder) or {"services": []})["services"]}
+    _limit_files({*first, *children(up.process.pid), *listed} - {None}, resource.RLIM_INFINITY)
     return time.monotonic()
 
 
@@ -171,11 +173,6 @@ def _limit_files(processes: Iterable[int], size: int) -> None:
             resource.prlimit(process, resource.RLIMIT_FSIZE, (size, hard))
         except ProcessLookupError:  # it has ended meanwhile
             continue
-
-
-def _children(process: int) -> set[int]:
-    listed = (Path("/proc") / str(process) / "task" / str(process) / "children").read_text(encoding="ascii")
-    return {int(number) for number in listed.split()}
 
 
 def _with(environment: Callable[[FaultFleet], Mapping[str, str]], *, ends: bool = False) -> Callable[..., float]:
@@ -220,13 +217,50 @@ def _older(fleet: FaultFleet) -> Mapping[str, str]:
 
 
 def _slow(fleet: FaultFleet) -> float:
-    links, rounds = fleet.network.links.values(), len(fleet.records())
+    links, rounds = fleet.first.network.links.values(), len(fleet.records())
     usual = {id(link): link.delay for link in links}
     for link in links:
         link.delay, link.back = 1.0, 1.0
     wait_until(lambda: len(fleet.records()) > rounds, "a round over a slow network")
     for link in links:
         link.delay, link.back = usual[id(link)], 0.0
+    return time.monotonic()
+
+
+def _kill_leader(fleet: FaultFleet) -> float:
+    epoch, machine = fleet.leading()
+    machine.kill()
+    at = time.monotonic()
+    _await_takeover(fleet, epoch)
+    machine.start()
+    return at
+
+
+def _hang_leader(fleet: FaultFleet) -> float:
+    """It goes on after the first version that another one has made, and must not have written since."""
+    epoch, machine = fleet.leading()
+    machine.signal(signal.SIGSTOP)
+    at = time.monotonic()
+    _await_takeover(fleet, epoch)
+    fleet.await_version(len(fleet.records()), "a round under another coordinator")
+    machine.signal(signal.SIGCONT)
+    return at
+
+
+def _await_takeover(fleet: FaultFleet, epoch: int) -> None:
+    wait_until(lambda: fleet.leading()[0] > epoch, "another coordinator that leads")
+
+
+def _kill_database(fleet: FaultFleet) -> float:
+    fleet.database.kill()
+    fleet.database.start()
+    return time.monotonic()
+
+
+def _restart_database(fleet: FaultFleet) -> float:
+    fleet.database.stop()
+    time.sleep(LASTS)
+    fleet.database.start()
     return time.monotonic()
 
 
@@ -237,7 +271,7 @@ FAULTS = (
     Fault("hang-agent", "a device's agent hangs", _hang_agent, ANSWERS),
     Fault("hang-rounds", "the rounds with their gateway hang", _hang("rounds"), ANSWERS),
     Fault("rolling-restart", "stop and start of every process in turn", _rolling_restart, ONE),
-    Fault("cut", "a device's connections break", _on_link(lambda fleet, link: fleet.network.cut(link))),
+    Fault("cut", "a device's connections break", _on_link(lambda fleet, link: fleet.first.network.cut(link))),
     Fault("cut-message", "a connection breaks in the middle of an answer", _on_link(_damage(Damage.CUT)), ANSWERS),
     Fault("duplicate", "bytes of a device arrive twice", _on_link(_damage(Damage.DUPLICATE)), ANSWERS),
     Fault("reorder", "bytes of a device arrive after later ones", _on_link(_damage(Damage.REORDER)), ANSWERS),
@@ -252,7 +286,7 @@ FAULTS = (
         _disk_runs_full,
         ANSWERS,
         missing=refused,
-        setting=lambda fleet: small_disk(fleet.coordinator),
+        setting=lambda fleet: small_disk(fleet.first.folder),
     ),
     Fault("disk-of-device", "no file of a device can grow for a round", _full_disk_of_a_device, ANSWERS),
     Fault(
@@ -266,6 +300,16 @@ FAULTS = (
         "clock-behind", "a device's clock is a day behind for a round", _with(_clock("-1d")), ONE, missing=_no_faketime
     ),
     Fault("older-version", "a device has too old a version for a round", _with(_older, ends=True), ONE),
-    Fault("kill-superlink", "kill -9 of the SuperLink", _kill("superlink"), ANSWERS, superlink=True),
-    Fault("hang-superlink", "the SuperLink hangs", _hang("superlink"), ONE, superlink=True),
+    Fault("kill-superlink", "kill -9 of the SuperLink", _kill("superlink"), ANSWERS, SUPERLINK),
+    Fault("hang-superlink", "the SuperLink hangs", _hang("superlink"), ONE, SUPERLINK),
+    Fault(
+        "kill-leader",
+        "kill -9 of the coordinator that leads; another one waits",
+        _kill_leader,
+        shape=SHARED,
+        missing=missing,
+    ),
+    Fault("hang-leader", "the coordinator that leads hangs; another one waits", _hang_leader, ONE, SHARED, missing),
+    Fault("kill-database", "kill -9 of the database, started again", _kill_database, shape=SHARED, missing=missing),
+    Fault("restart-database", "the database is away for some seconds", _restart_database, ANSWERS, SHARED, missing),
 )

@@ -18,7 +18,8 @@ from adapters.storage import kill_safe
 from aggregation.steps import Step
 from simulations.benchmarks.faults.checks import losses
 from simulations.benchmarks.faults.faults import FAULTS, Fault, victim
-from simulations.benchmarks.faults.fleet import FaultFleet, Late, running_fleet, wait_until
+from simulations.benchmarks.faults.fleet import FaultFleet, running_fleet
+from simulations.benchmarks.faults.processes import Late, wait_until
 from simulations.benchmarks.timing import Note
 
 DEVICES = 4  # one may drop out
@@ -55,27 +56,36 @@ class FaultOutcome:
 def measure(names: Iterable[str], note: Note, stages: Sequence[Step] = tuple(Step)) -> list[FaultOutcome]:
     """Inject these faults, at those of their steps that are in ``stages``."""
     chosen, rows = [each for each in FAULTS if each.name in {*names}], list[FaultOutcome]()
-    for superlink in (False, True):
-        some = [each for each in chosen if each.superlink == superlink]
+    for shape in dict.fromkeys(each.shape for each in chosen):
+        some = list[Fault]()
+        for fault in (each for each in chosen if each.shape == shape):
+            if why := fault.missing():
+                rows.append(FaultOutcome(fault.name, "-", f"not run here: {why}", (), None))
+            else:
+                some.append(fault)
         if not some:
             continue
         with ExitStack() as stack:
             out = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "fleet"
             note("a fleet is made")
             with kill_safe():
-                fleet = stack.enter_context(running_fleet(out, DEVICES, superlink=superlink))
-            for name in fleet.names:
-                fleet.network.links[name].delay = DELAY
-                fleet.attend(name)
+                fleet = stack.enter_context(running_fleet(out, DEVICES, shape))
+            attend(fleet)
             for fault in some:
                 rows += inject(fleet, fault, note, stages)
     return rows
 
 
+def attend(fleet: FaultFleet) -> None:
+    """Start the agents of all devices, each behind a link that delays what it sends."""
+    for name in fleet.names:
+        for machine in fleet.machines:
+            machine.network.links[name].delay = DELAY
+        fleet.attend(name)
+
+
 def inject(fleet: FaultFleet, fault: Fault, note: Note, stages: Sequence[Step]) -> list[FaultOutcome]:
     """One fault at each of its steps; then the coordinator is stopped and everything is compared."""
-    if why := fault.missing():
-        return [FaultOutcome(fault.name, "-", f"not run here: {why}", (), None)]
     with fault.setting(fleet):
         return _inject_all(fleet, fault, note, [stage for stage in fault.stages if stage in stages])
 
