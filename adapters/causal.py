@@ -14,7 +14,7 @@ from adapters.peftconfig import PeftConfig
 from adapters.trainable import adapted, initial, load, tensors
 from aggregation.errors import ConfigError
 
-__all__ = ["LORA", "build", "initial", "load", "require_private", "room", "tensors"]
+__all__ = ["LORA", "build", "initial", "load", "require_private", "tensors"]
 
 LORA = PeftConfig.lora(targets=("q_proj", "v_proj"))
 
@@ -52,20 +52,3 @@ def require_private(model: PeftModel) -> None:
             "tokens the examples have; choose lora_only",
             about="bias",
         )
-
-
-def room(model: PeftModel) -> int | None:
-    """The tokens of the longest text that the base reads after the adapter's virtual tokens; None if nothing limits it.
-
-    Raises:
-        ConfigError: It reads fewer than two.
-    """
-    count = getattr(model.active_peft_config, "num_virtual_tokens", None) or 0
-    limit = getattr(model.get_base_model().config, "max_position_embeddings", None)
-    if limit is not None and limit - count < 2:
-        raise ConfigError(
-            f"the base reads {limit} tokens, which leaves no room for a text after {count} virtual tokens: take fewer",
-            about="num_virtual_tokens",
-            value=count,
-        )
-    return None if limit is None else limit - count

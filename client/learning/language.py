@@ -29,6 +29,7 @@ from client.training.languagegraph import LanguageGraphTrainer
 from client.training.personal import PersonalMethod, PersonalStep
 
 LEARNING_RATE = 0.005  # of a correction, whose few steps have to change several tokens
+VIRTUAL_RATE = 0.1  # the same of virtual tokens, which are few numbers (Lester et al. 2021 train prompts at 0.3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +127,8 @@ def teach_language_model(
     def learned(adapter: Tensors) -> bool:
         return trainer.score(adapter, taught).correct == len(taught)
 
-    tuned = descend_until(learned, trainer, start, taught, earlier, LEARNING_RATE)
+    rate = VIRTUAL_RATE if trainer.config.num_virtual_tokens else LEARNING_RATE
+    tuned = descend_until(learned, trainer, start, taught, earlier, rate)
     seconds = time.perf_counter() - begun
     found = [_text_bits(trainer, one, start, tuned.adapter) for one in (*taught, *earlier, *compared)]
     own = tuple(found[: len(taught)])

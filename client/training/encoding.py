@@ -59,11 +59,24 @@ class TextEncoder:
     longest: int
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, template: Template | None, end: int, limit: int | None) -> "TextEncoder":
-        """Of a base that reads ``limit`` tokens; None: any number."""
+    def of(
+        cls, tokenizer: Tokenizer, template: Template | None, end: int, limit: int | None, virtual: int
+    ) -> "TextEncoder":
+        """Of a base that reads ``limit`` tokens, or any number, of which the first ``virtual`` are an adapter's.
+
+        Raises:
+            ConfigError: These leave no room for two tokens of a text.
+        """
+        if limit is not None and limit - virtual < 2:
+            raise ConfigError(
+                f"the base reads {limit} tokens, which leaves no room for a text after {virtual} virtual tokens: take "
+                "fewer",
+                about="num_virtual_tokens",
+                value=virtual,
+            )
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        return cls(tokenizer, template, end, min(MAX_TOKENS, limit or MAX_TOKENS))
+        return cls(tokenizer, template, end, MAX_TOKENS if limit is None else min(MAX_TOKENS, limit - virtual))
 
     def encode(self, example: Example) -> Encoded:
         """Tokens and targets of an example.

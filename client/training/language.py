@@ -40,7 +40,8 @@ class LanguageTrainer:
             pretrained.tokenizer(base),
             pretrained.chat_template(base),
             pretrained.end_token(self.model),
-            causal.room(self.model),
+            getattr(self.model.get_base_model().config, "max_position_embeddings", None),
+            config.num_virtual_tokens,
         )
 
     def train(
@@ -63,11 +64,11 @@ class LanguageTrainer:
             raise DataError("there are no examples to train on; add some", about="examples", value=0)
         with self._lock, flushed_denormals():
             causal.load(self.model, start)
-            encoded = self.encode(examples)
+            encoded, virtual = self.encode(examples), task.peft_config.num_virtual_tokens
 
             def losses(batch: list[int]) -> Iterator[Tensor]:
                 learned = learned_tokens([encoded[i] for i in batch])
-                for part in parts([len(encoded[i].ids) for i in batch], control.tokens):
+                for part in parts([len(encoded[i].ids) + virtual for i in batch], control.tokens):
                     logits, targets = self._forward([encoded[batch[i]] for i in part])
                     flat = logits.flatten(0, 1), targets.flatten()
                     yield cross_entropy(*flat, ignore_index=IGNORED, reduction="sum") / learned

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from adapters.bundle import GENERATION, TOKENIZER, VerifiedBase
 from adapters.classifiergraph import pad
+from adapters.graphinputs import VIRTUAL
 from adapters.layout import Tensors
 from adapters.lorasb import unfolded
 from adapters.parts import Part
@@ -41,11 +42,12 @@ class LanguageGraphTrainer:
 
         Args:
             base: Of a bundle.
-            config: Of the adapters: LoRA, DoRA, IA3, LN_TUNING or BEFT at layers that have slots.
+            config: Of the adapters: as ``SlotGraph`` takes it.
             threads: For matrix products.
 
         Raises:
-            ConfigError: The base has no training graph, or no slot for the method; or a file cannot be loaded.
+            ConfigError: The base has no training graph, or no slot for the method; its virtual tokens leave no room for
+                a text; or a file cannot be loaded.
             TrustError: A file of the bundle changed since it was verified.
         """
         self.base, self.config = base, config
@@ -58,14 +60,15 @@ class LanguageGraphTrainer:
             first_end = int(end[0] if isinstance(end, list) else end)
         except Exception as error:  # tokenizers raises classes without a common base
             raise unusable(base, error) from error
-        if rows := [name for name, shape in self._slot_graph.filled.items() if vocabulary in shape]:
+        at_layers = {name: shape for name, shape in self._slot_graph.filled.items() if name not in VIRTUAL}
+        if rows := [name for name, shape in at_layers.items() if vocabulary in shape]:
             raise ConfigError(
                 f"{rows[0]} has a row for each token: an adapter of it would show which tokens the examples have; name "
                 "other layers",
                 about="target_modules",
             )
         template = _template(base) if _has_template(base) else None
-        self._encoder = TextEncoder.of(tokenizer, template, first_end, context)
+        self._encoder = TextEncoder.of(tokenizer, template, first_end, context, config.num_virtual_tokens)
         base.check()
 
     def train(
@@ -86,7 +89,7 @@ class LanguageGraphTrainer:
 
         def gradients_of(values: Tensors, batch: list[int]) -> tuple[float, Tensors]:
             texts = [encoded[i] for i in batch]
-            runs = _batches(texts, [1 / learned_tokens(texts)] * len(texts), control.tokens)
+            runs = self._batches(texts, [1 / learned_tokens(texts)] * len(texts), control.tokens)
             return self._slot_graph.gradients(values, (run for _, run in runs))
 
         order = list(batches([len(each.ids) for each in encoded], task.batch_size, epochs, rng))
@@ -108,14 +111,14 @@ class LanguageGraphTrainer:
         encoded = [self._encoder.encode(example) for example in examples]
         of_a_token = [share / len(each.learned) for each, share in zip(encoded, shares, strict=True)]
         with without_denormals():
-            return self._slot_graph.gradients(adapter, (run for _, run in _batches(encoded, of_a_token, TOKENS)))
+            return self._slot_graph.gradients(adapter, (run for _, run in self._batches(encoded, of_a_token)))
 
     def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
         """Score an adapter on ``examples``. Arguments and result are those of ``LanguageTrainer.score``."""
         correct = loss = 0.0
         encoded = sorted(map(self._encoder.encode, examples), key=lambda each: len(each.ids))
         inputs = self._slot_graph.inputs_of(adapter)
-        for texts, batch in _batches(encoded, [0.0] * len(encoded), TOKENS):
+        for texts, batch in self._batches(encoded, [0.0] * len(encoded)):
             try:
                 with without_denormals():
                     nats, hits = self._slot_graph.graph.scores(batch, inputs)
@@ -135,18 +138,17 @@ class LanguageGraphTrainer:
         """The graph inputs of an adapter, one for each slot."""
         return self._slot_graph.inputs_of(adapter)
 
-
-def _batches(
-    texts: Sequence[Encoded], shares: Sequence[float], at_once: int
-) -> Iterator[tuple[list[Encoded], TrainingBatch]]:
-    """Texts in runs of at most ``at_once`` tokens. ``shares``: of the loss, of each learned token of a text."""
-    for places in parts([len(each.ids) for each in texts], at_once):
-        run = [texts[place] for place in places]
-        ids, mask = pad([each.ids.tolist() for each in run])
-        positions = np.concatenate([each.learned + row * ids.shape[1] for row, each in enumerate(run)])
-        targets = np.concatenate([each.targets[each.learned] for each in run])
-        of_a_token = np.repeat([shares[place] for place in places], [len(each.learned) for each in run])
-        yield run, TrainingBatch(ids, mask, targets, of_a_token.astype(np.float32), positions)
+    def _batches(
+        self, texts: Sequence[Encoded], shares: Sequence[float], at_once: int = TOKENS
+    ) -> Iterator[tuple[list[Encoded], TrainingBatch]]:
+        """Texts in runs of at most ``at_once`` tokens. ``shares``: of the loss, of each learned token of a text."""
+        for places in parts([len(each.ids) + self.config.num_virtual_tokens for each in texts], at_once):
+            run = [texts[place] for place in places]
+            ids, mask = pad([each.ids.tolist() for each in run])
+            positions = np.concatenate([each.learned + row * ids.shape[1] for row, each in enumerate(run)])
+            targets = np.concatenate([each.targets[each.learned] for each in run])
+            of_a_token = np.repeat([shares[place] for place in places], [len(each.learned) for each in run])
+            yield run, TrainingBatch(ids, mask, targets, of_a_token.astype(np.float32), positions)
 
 
 def _has_template(base: VerifiedBase) -> bool:

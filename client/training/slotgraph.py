@@ -17,6 +17,7 @@ from adapters.graphinputs import (
     OFFSET,
     OUTPUT_SCALE,
     PEFT_PREFIX,
+    PREFIX,
     REPLACED,
     from_inputs,
     gradients_of_tensors,
@@ -27,14 +28,14 @@ from adapters.layout import Floats, Layout, Tensors
 from adapters.lorasb import frozen_factor, square_name
 from adapters.parts import Part, part_of
 from adapters.peft.dora import NormsOf, gradients_of_magnitudes, magnitudes, with_magnitudes, with_scales
-from adapters.peft.methods import from_peft_tensors, to_peft_tensors
+from adapters.peft.methods import VIRTUAL_TOKENS, from_peft_tensors, to_peft_tensors
 from adapters.peftconfig import PeftConfig
 from adapters.traininggraph import TrainingBatch, TrainingGraph, missing_slots
 from aggregation.errors import ConfigError, DataError
 from client.training.denormals import without_denormals
 
 V = TypeVar("V")
-METHODS = "LoRA, DoRA, IA3, LN_TUNING or BEFT"
+METHODS = "LoRA, DoRA, IA3, LN_TUNING, BEFT or virtual tokens"
 VECTORS_OF = {"IA3": OUTPUT_SCALE, "BEFT": OFFSET, "LN_TUNING": REPLACED}  # method → the slots that it fills
 
 
@@ -46,7 +47,7 @@ class SlotGraph:
 
         Args:
             base: Of a bundle.
-            config: Of the adapters: LoRA, DoRA, IA3, LN_TUNING or BEFT at layers that have slots.
+            config: Of the adapters: LoRA, DoRA, IA3, LN_TUNING or BEFT at layers that have slots, or virtual tokens.
             head: Graph inputs of a classifier's head, and their shapes.
             threads: For matrix products.
 
@@ -66,7 +67,7 @@ class SlotGraph:
         if missing := missing_slots(self.graph, slots):
             reason = f"the training graph in {base.folder} has no gradient of {missing[0]!r}: export the base again"
             raise ConfigError(reason, about=TRAINING, value=missing)
-        filled = _filled(slots, head, config)
+        filled = _filled(base, head, config)
         layers = sorted(name.removesuffix(LORA_A) for name in filled if name.endswith(LORA_A))
         self._scaling = {path: config.scaling_of(path) for path in layers}
         self._biases: dict[str, Floats] = {}
@@ -167,7 +168,7 @@ def check_method(base: VerifiedBase, config: PeftConfig) -> None:
 
 def check_trainable(config: PeftConfig) -> None:
     """Refuse a method that no training graph trains. Raises ConfigError."""
-    if config.peft_type not in ("LORA", *VECTORS_OF) or config.bias != "none":
+    if config.peft_type not in ("LORA", *VECTORS_OF, *VIRTUAL_TOKENS) or config.bias != "none":
         method = "LoRA with biases" if config.bias != "none" else config.peft_type
         raise ConfigError(
             f"a training graph trains {METHODS}, not {method}: install the extra train",
@@ -192,15 +193,23 @@ def _targeted(path: str, targets: Sequence[str]) -> bool:
     return any(path == target or path.endswith(f".{target}") for target in targets)
 
 
-def _filled(
-    slots: Mapping[str, Sequence[str]], head: Mapping[str, Sequence[int]], config: PeftConfig
-) -> dict[str, tuple[int, ...]]:
-    """The graph inputs that an adapter fills, and their shapes."""
+def _filled(base: VerifiedBase, head: Mapping[str, Sequence[int]], config: PeftConfig) -> dict[str, tuple[int, ...]]:
+    """The graph inputs that an adapter fills, and their shapes. Raises ConfigError if virtual tokens have no slot."""
+    slots = base.manifest.slots
 
     def shape(name: str, open_: int) -> tuple[int, ...]:
         return tuple(int(text) if text.isdigit() else open_ for text in slots[name])
 
     found = {name: tuple(given) for name, given in head.items()}
+    if name := VIRTUAL_TOKENS.get(config.peft_type):
+        if name not in slots:
+            raise ConfigError(
+                f"the base in {base.folder} has no slot {name!r}, which {config.peft_type} needs: export it with "
+                f"--slots {'prefix' if name == PREFIX else 'prompt'}",
+                about="--slots",
+                value=name,
+            )
+        found[name] = shape(name, config.num_virtual_tokens)
     for name in slots:
         path = layer_of(name)
         if name in head or not _targeted(path, config.target_modules):

@@ -80,7 +80,6 @@ def _export(
     report: Report,
     training: bool,
 ) -> ExportedBase:
-    check_trainable(wanted, training)
     store = OnDisk(scratch / "tensors")
     model = pretrained.load(base, AutoModelForCausalLM, offload=scratch / "offload")
     adapted, names = linear_layers(model, wanted.low_rank), vectors(model, wanted)
@@ -144,14 +143,6 @@ def _export(
         merged=base.merged,
         digests=digests,
     )
-
-
-def check_trainable(slots: Slots, training: bool) -> None:
-    """Refuse a training graph where none can be made. Raises ConfigError for virtual tokens."""
-    if training and slots.virtual:
-        raise ConfigError(
-            "virtual tokens have no training graph in a language model: leave out --training", about="--training"
-        )
 
 
 def check_decoder(config: Any) -> None:

@@ -78,7 +78,7 @@ def build(base: Base, sample: Sample, store: OnDisk, report: Report = lambda *_:
     """
     model = pretrained.load(base, AutoModelForCausalLM, offload=store.place.parent / "traced")
     sizes = tasks.sizes(model.config)
-    cache = _cache(model, sizes)
+    cache = cache_of(model, sizes)
     files = _files(base, model.config, sizes, cache, model.generation_config.eos_token_id)
     model.set_experts_implementation("batched_mm")  # the one form of a mixture of experts that torch can trace
     report("tracing the graph", 0, 0)
@@ -94,8 +94,12 @@ def build(base: Base, sample: Sample, store: OnDisk, report: Report = lambda *_:
     return DecoderGraph(traced, files)
 
 
-def _cache(model: Any, sizes: tasks.Sizes) -> KeyValueCache:
-    """The shape of the KV cache, read from a run, because no configuration states it for every family."""
+def cache_of(model: Any, sizes: tasks.Sizes) -> KeyValueCache:
+    """The shape of the KV cache, read from a run, because no configuration states it for every family.
+
+    Raises:
+        ConfigError: It is not equal keys and values in each layer.
+    """
     keyword = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     try:
         with torch.no_grad():

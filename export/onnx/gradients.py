@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from adapters.bundle import TRAINING
-from adapters.graphinputs import GIVEN, LORA_A, LORA_B, OUTPUT_SCALE, PROMPT
+from adapters.graphinputs import GIVEN, LORA_A, LORA_B, OUTPUT_SCALE, VIRTUAL
 from adapters.layout import Floats, Tensors
 from adapters.peft.inputs import LABELS
 from adapters.traininggraph import OWN_BIAS, WEIGHT_NORM, TrainingBatch, TrainingGraph, batch_of
@@ -51,10 +51,12 @@ def check_gradients(
     """
     module.requires_grad_(False)
     graph = TrainingGraph((folder / TRAINING).read_bytes(), folder)
-    longest -= RANK if PROMPT in slots else 0
+    virtual = slots.keys() & VIRTUAL.keys()
+    count = min(RANK, (longest - 1) // len(virtual)) if virtual else 0
+    longest -= count * len(virtual)
     rng, worst, limit = np.random.default_rng(0), 0.0, LANGUAGE_LIMIT if language else LIMIT
     for texts, length in SHAPES:
-        batch, inputs = _drawn(rng, slots, ids, texts, min(length, longest))
+        batch, inputs = _drawn(rng, slots, ids, texts, min(length, longest), count)
         if language:
             batch = _learned(rng, batch, ids)
         expected = _in_torch(module, batch, inputs)
@@ -108,7 +110,7 @@ def _for_dora(module: torch.nn.Module, inputs: Tensors) -> Tensors:
 
 
 def _drawn(
-    rng: np.random.Generator, slots: Slots, ids: Sequence[int], texts: int, longest: int
+    rng: np.random.Generator, slots: Slots, ids: Sequence[int], texts: int, longest: int, virtual: int
 ) -> tuple[TrainingBatch, Tensors]:
     """A batch with rows of different lengths and shares, and an adapter whose updates are as large as what it reads."""
     lengths = rng.permutation([max(1, longest - 2 * row) for row in range(texts)])
@@ -118,7 +120,7 @@ def _drawn(
     )
     inputs: dict[str, Floats] = {}
     for name, dimensions in slots.items():
-        shape = [_size(text, texts) for text in dimensions]
+        shape = [_size(text, texts, virtual) for text in dimensions]
         width = shape[0] if name.endswith((LORA_A, LORA_B)) else shape[-1]
         inputs[name] = (rng.standard_normal(shape) / np.sqrt(width)).astype(np.float32)
     return batch, inputs
@@ -132,8 +134,10 @@ def _learned(rng: np.random.Generator, batch: TrainingBatch, ids: Sequence[int])
     return TrainingBatch(batch.ids, batch.mask, rng.choice(ids, len(positions)), shares, positions)
 
 
-def _size(text: str, texts: int) -> int:
-    """Of a dimension; a vector is there in batches of several texts, and not in others."""
+def _size(text: str, texts: int, virtual: int) -> int:
+    """Of a dimension; vectors and virtual tokens are there in batches of several texts, and not in others."""
     if text.startswith(GIVEN):
         return min(texts - 1, 1)
+    if text in VIRTUAL.values():
+        return virtual if texts > 1 else 0
     return int(text) if text.isdigit() else COUNT if text == LABELS else RANK

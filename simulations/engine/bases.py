@@ -31,10 +31,12 @@ from simulations.data.population import Population
 from simulations.engine.provision import bundle_of, peft_config
 from simulations.scenario import Scenario
 
-KINDS = {  # method → what its adapters bring for a layer
+KINDS = {  # method → what its adapters bring
     "IA3": frozenset({SlotKind.SCALE, SlotKind.INPUT_SCALE}),
     "BEFT": frozenset({SlotKind.OFFSET}),
     "LN_TUNING": frozenset({SlotKind.NORMS}),
+    "PROMPT_TUNING": frozenset({SlotKind.PROMPT}),
+    "PREFIX_TUNING": frozenset({SlotKind.PREFIX}),
 }
 DORA = frozenset({SlotKind.LOW_RANK, SlotKind.SCALE, SlotKind.OFFSET})
 CENTERED = "centered"  # folders in that of the run

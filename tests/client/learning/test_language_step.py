@@ -22,10 +22,13 @@ from aggregation.pki.identity import IdentityKey
 from client.inference.library import Library
 from client.learning import Correction, Learner, personalize_language_model, teach_language_model
 from client.training.personal import PersonalMethod, PersonalStep
-from export.bundle.write import write_bundle
+from export.bundle.sources import from_peft
+from export.bundle.write import add, write_bundle
 from export.causal import export_causal
 from export.onnx.exported import ExportedBase, Profile
+from export.onnx.targets import SlotKind, Slots
 from tests.client.learning.test_learner import run
+from tests.support import virtual
 from tests.support.blocked import without_torch
 from tests.support.errors import refused
 
@@ -37,6 +40,12 @@ FINE_TUNE = PersonalStep(8, 16.0)
 @pytest.fixture(scope="module")
 def trainable(lm_base: Any) -> ExportedBase:
     return export_causal(lm_base, CONFIG.target_modules, Profile.NATIVE_INT8, training=True)
+
+
+@pytest.fixture(scope="module")
+def virtual_trainable(lm_base: Any) -> ExportedBase:
+    kinds = frozenset({SlotKind.PROMPT, SlotKind.PREFIX})
+    return export_causal(lm_base, Slots((), kinds), Profile.FP32, training=True)
 
 
 @pytest.fixture
@@ -137,6 +146,21 @@ def test_a_taught_answer_is_given_from_then_on_and_what_is_forgotten_is_shown(ta
     while "personal" in adapter_names(talker):
         assert run("learn", "--undo", "--bundle", talker).exit_code == 0
     assert contents(talker) == before
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_virtual_tokens_are_taught_and_answer_from_then_on(
+    lm_base: Any, virtual_trainable: ExportedBase, tmp_path: Path, vendor: IdentityKey, method: str
+) -> None:
+    bundle = tmp_path / "device" / "bundle"
+    write_bundle(bundle, virtual_trainable, [], key=vendor)
+    (bundle.parent / "trust.pem").write_bytes(vendor.public.to_pem())
+    virtual.trained(lm_base, method, tmp_path / "peft")
+    add(bundle, from_peft(tmp_path / "peft", 1, ()), name="global", form="fp32", key=vendor)
+    taught = run("chat", "--bundle", bundle, "--prompt", "is it?", "--teach", "yes", "--json")
+    assert taught.exit_code == 0, taught.output
+    assert json.loads(taught.stdout)["taught"][0]["known"]
+    assert run("chat", "--bundle", bundle, "--prompt", "is it?", "--max-tokens", "8").stdout == "yes\n"
 
 
 # Bad input: one line, and the adapter in use stays.

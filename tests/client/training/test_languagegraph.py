@@ -14,7 +14,7 @@ from adapters.base import Base
 from adapters.bundle import TRAINING, Bundle, VerifiedBase
 from adapters.layout import Tensors
 from adapters.parts import PARTS, Part
-from adapters.peftconfig import PeftConfig
+from adapters.peftconfig import Method, PeftConfig
 from adapters.task import OptimizerName, Task
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, TrustError
@@ -138,6 +138,62 @@ def test_an_epoch_of_dora_makes_the_adapter_that_torch_makes(opened: VerifiedBas
     assert distance(found, expected) < 0.002 * moved
 
 
+@pytest.fixture(scope="module")
+def with_virtual_tokens(llama: Base, key: IdentityKey, tmp_path_factory: pytest.TempPathFactory) -> VerifiedBase:
+    kinds = frozenset({SlotKind.LOW_RANK, SlotKind.PROMPT, SlotKind.PREFIX})
+    exported = export_causal(llama, Slots(("q_proj",), kinds), Profile.FP32, training=True)
+    folder = tmp_path_factory.mktemp("virtual") / "bundle"
+    write_bundle(folder, exported, [], key=key)
+    return Bundle(folder, (key.public,)).base()
+
+
+@pytest.mark.parametrize("method", ["PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"])
+def test_an_epoch_of_virtual_tokens_makes_those_that_torch_makes(
+    with_virtual_tokens: VerifiedBase, llama: Base, method: Method
+) -> None:
+    config = PeftConfig(method, 0, 0, (), num_virtual_tokens=3)
+    both, drawn = (LanguageGraphTrainer(with_virtual_tokens, config), LanguageTrainer(llama, config)), rng(5)
+    assert both[0].layout == both[1].layout
+    start = {s.name: (0.2 * drawn.standard_normal(s.shape)).astype(np.float32) for s in both[0].layout.tensors}
+    task = replace(TASK, peft_config=config)
+    found, expected = (t.train(start, EXAMPLES, task, epochs=1, rng=rng(1)) for t in both)
+    moved = distance(expected, start)
+    assert moved > 0.003
+    assert distance(found, expected) < 0.002 * moved
+    scores = [t.score(expected, EXAMPLES) for t in both]
+    assert scores[0].loss == pytest.approx(scores[1].loss, rel=1e-4)
+    assert distance(both[0].tensors_of(both[0].inputs_of(found)), found) < 1e-6
+
+
+def test_an_epoch_of_lora_is_the_same_with_slots_for_virtual_tokens(
+    with_virtual_tokens: VerifiedBase, llama: Base
+) -> None:
+    config, drawn = PeftConfig.lora(4, 8, ("q_proj",)), rng(5)
+    both = LanguageGraphTrainer(with_virtual_tokens, config), LanguageTrainer(llama, config)
+    start = {s.name: (0.2 * drawn.standard_normal(s.shape)).astype(np.float32) for s in both[0].layout.tensors}
+    task = replace(TASK, peft_config=config)
+    found, expected = (t.train(start, EXAMPLES, task, epochs=1, rng=rng(1)) for t in both)
+    assert distance(found, expected) < 0.002 * distance(expected, start)
+
+
+def test_virtual_tokens_without_a_slot_or_without_room_for_a_text_are_refused(
+    opened: VerifiedBase, with_virtual_tokens: VerifiedBase
+) -> None:
+    config = PeftConfig("PREFIX_TUNING", 0, 0, (), num_virtual_tokens=3)
+    with refused(ConfigError, "--slots", value="prefix_key_values"):
+        LanguageGraphTrainer(opened, config)
+    with refused(ConfigError, "num_virtual_tokens", value=600):
+        LanguageGraphTrainer(with_virtual_tokens, replace(config, num_virtual_tokens=600))
+
+
+def test_virtual_tokens_of_another_number_are_refused(with_virtual_tokens: VerifiedBase) -> None:
+    config = PeftConfig("PROMPT_TUNING", 0, 0, (), num_virtual_tokens=3)
+    trainer = LanguageGraphTrainer(with_virtual_tokens, config)
+    inputs = trainer.inputs_of({s.name: np.zeros(s.shape, np.float32) for s in trainer.layout.tensors})
+    with refused(DataError, "prompt_embeddings"):
+        trainer.tensors_of(inputs | {"prompt_embeddings": inputs["prompt_embeddings"][:2]})
+
+
 def test_scores_are_torchs(ours: LanguageGraphTrainer, theirs: LanguageTrainer, start: Tensors) -> None:
     for examples in (EXAMPLES, EXAMPLES[4:]):
         found, expected = ours.score(start, examples), theirs.score(start, examples)
@@ -209,7 +265,7 @@ import numpy as np
 from adapters.bundle import Bundle
 from adapters.keyfiles import read_public_keys
 from adapters.parts import PARTS
-from adapters.peftconfig import PeftConfig
+from adapters.peftconfig import Method, PeftConfig
 from adapters.task import Task
 from client.training.engine import language_trainer
 from client.training.examples import Example

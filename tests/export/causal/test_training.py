@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from adapters import causal
 from adapters.base import Base
 from adapters.bundle import TRAINING
-from adapters.graphinputs import to_inputs
+from adapters.graphinputs import PREFIX, PROMPT, to_inputs
 from adapters.layout import Tensors
 from adapters.peftconfig import PeftConfig
 from adapters.traininggraph import TrainingBatch, TrainingGraph, missing_slots
@@ -113,10 +113,25 @@ def test_a_graph_whose_gradients_are_one_percent_off_is_refused(llama: Base, mon
     assert "q_proj" in caught.value.about
 
 
-def test_virtual_tokens_have_no_training_graph_and_are_refused_before_the_export(llama: Base) -> None:
-    kinds = frozenset({SlotKind.LOW_RANK, SlotKind.PROMPT})
-    with refused(ConfigError, "--training"):
-        export_causal(llama, Slots(("q_proj",), kinds), Profile.FP32, training=True)
+def test_gradients_of_virtual_tokens_that_are_one_percent_off_are_refused(
+    llama: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = derivatives.RULES["Expand"]
+
+    def off(to: Any, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> dict[int, str]:
+        return {n: to.add("Mul", name, to.number(1.01)) for n, name in right(to, node, gradient, wanted).items()}
+
+    monkeypatch.setattr(derivatives, "RULES", derivatives.RULES | {"Expand": off})
+    for kind, name in ((SlotKind.PROMPT, PROMPT), (SlotKind.PREFIX, PREFIX)):
+        with refused(ConfigError, name):
+            export_causal(llama, Slots((), frozenset({kind})), Profile.FP32, training=True)
+
+
+def test_a_base_with_few_positions_has_gradients_of_virtual_tokens(make_lm: Callable[..., Base]) -> None:
+    base = make_lm("gpt2", n_embd=64, n_layer=1, n_head=4, n_positions=5)
+    kinds = frozenset({SlotKind.LOW_RANK, SlotKind.PROMPT, SlotKind.PREFIX})
+    made = export_causal(base, Slots(("c_attn",), kinds), Profile.NATIVE_INT8, training=True)  # holds them to torch's
+    assert not missing_slots(opened(made), made.slots)
 
 
 @pytest.mark.parametrize("profile", [Profile.NATIVE_INT8, Profile.WEB_INT8])

@@ -38,6 +38,14 @@ def texts(tmp_path: Path) -> Path:
     return tmp_path / "texts.jsonl"
 
 
+VIRTUAL = ("--set", "adapter.virtual_tokens=3", "--set", "adapter.targets=[]")
+METHODS = {
+    "lora": (),
+    "prompt_tuning": ("--set", "adapter.method=prompt_tuning", *VIRTUAL),
+    "prefix_tuning": ("--set", "adapter.method=prefix_tuning", *VIRTUAL),
+}
+
+
 @pytest.fixture
 def run(texts: Path, llama: Base, tmp_path: Path) -> Callable[..., Any]:
     def made(*more: str) -> Any:
@@ -77,20 +85,22 @@ def test_a_run_scores_every_author_and_goes_on_from_its_folder(run: Callable[...
     assert "head" not in shown
 
 
+@pytest.mark.parametrize("method", METHODS)
 def test_a_run_trains_with_the_graph_of_a_bundle_to_the_same_losses(
-    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    theirs = json.loads(run("--json").output)
+    theirs = json.loads(run("--json", *METHODS[method]).output)
     (tmp_path / "run").rename(tmp_path / "torch")
     monkeypatch.setattr(LanguageTrainer, "__init__", lambda *_: pytest.fail("torch trained"))
-    ours = json.loads(run("--json", "--set", "base.engine=onnx", "--set", "export.profile=fp32").output)
+    graph = ("--set", "base.engine=onnx", "--set", "export.profile=fp32")
+    ours = json.loads(run("--json", *METHODS[method], *graph).output)
     for one, other in zip(ours["clients"], theirs["clients"], strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=0.02)
 
 
 def test_a_run_whose_method_needs_torch_is_refused_before_an_export(run: Callable[..., Any], tmp_path: Path) -> None:
     with refused(ConfigError, "task.peft_config"):
-        run("--set", "base.engine=onnx", "--set", "adapter.method=prompt_tuning", "--set", "adapter.targets=[]")
+        run("--set", "base.engine=onnx", "--set", "adapter.method=vera", "--set", "adapter.targets=[]")
     assert not provision.bundle_of(tmp_path / "run").exists()
 
 
