@@ -62,7 +62,7 @@ GRADIENTS = f"""(async (given) => {{ {OPEN}
   const trainer = await LanguageGraphTrainer.open(engine, adapter);
   const example = ([prompt, answer, share]) => ({{ ...encoded({{ prompt, text: answer }}, engine.generation), share }});
   const examples = given.map(example);
-  const found = await trainer.gradients(trainer.valuesOf(adapter.inputs), examples, async () => {{}});
+  const found = await trainer.gradients(await trainer.valuesOf(adapter.inputs), examples, async () => {{}});
   return {{ examples, loss: found.loss, scores: found.scores, gradients: all(found.gradients) }};
 }})"""
 TUNED = f"""(async (given) => {{ {OPEN}
@@ -71,7 +71,7 @@ TUNED = f"""(async (given) => {{ {OPEN}
   const adapter = await engine.verified("global");
   const found = await teachLanguageModel(engine, adapter, given.corrections, given.earlier, async () => {{}});
   const trainer = await LanguageGraphTrainer.open(engine, adapter);
-  return {{ ...found, values: all(trainer.valuesOf(found.inputs)), inputs: null }};
+  return {{ ...found, values: all(await trainer.valuesOf(found.inputs)), inputs: null }};
 }})"""
 HANGING = f"""(async (given) => {{ {OPEN}
   const pause = (steps) => (steps < 1 ? undefined : (globalThis.reached = true, new Promise(() => {{}})));

@@ -29,7 +29,6 @@ from client.training.examples import Example
 from client.training.graphtrainer import GraphTrainer
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.exported import ExportedBase, Profile
-from tests.browser.conftest import CONFIG
 from tests.browser.test_page import IN_USE, ROWS
 from tests.support.bundles import flip, resign_base
 from tests.support.models import LABELS, PHRASES
@@ -52,13 +51,13 @@ OPEN = """
 """
 GRADIENTS = f"""(async (given) => {{ {OPEN}
   const trainer = await GraphTrainer.open(engine, adapter);
-  const values = trainer.valuesOf(adapter.inputs);
+  const values = await trainer.valuesOf(adapter.inputs);
   const {{ loss, gradients }} = await trainer.gradients(values, examples(given), async () => {{}});
   return {{ loss, gradients: all(gradients) }};
 }})"""
 TUNED = f"""(async ({{ taught, rehearsed }}) => {{ {OPEN}
   const trainer = await GraphTrainer.open(engine, adapter);
-  const start = trainer.valuesOf(adapter.inputs);
+  const start = await trainer.valuesOf(adapter.inputs);
   const found = await tune(trainer, start, examples(taught), examples(rehearsed), async () => {{}});
   return {{ steps: found.steps, values: all(found.values) }};
 }})"""
@@ -69,8 +68,10 @@ IN_BOTH = pytest.mark.parametrize("trainable", [Profile.FP32, Profile.NATIVE_INT
 
 def native(bundle: Path) -> tuple[GraphTrainer, Tensors]:
     library = Library.open(bundle, None)
-    trainer = GraphTrainer(library.base, len(LABELS), CONFIG)
-    return trainer, trainer.tensors_of(library.trust.adapter("global", library.base).inputs)
+    adapter = library.trust.adapter("global", library.base)
+    assert adapter.manifest.peft_config is not None
+    trainer = GraphTrainer(library.base, len(LABELS), adapter.manifest.peft_config)
+    return trainer, trainer.tensors_of(adapter.inputs)
 
 
 def by_input(trainer: GraphTrainer, tensors: Tensors) -> Tensors:

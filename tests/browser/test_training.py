@@ -51,7 +51,7 @@ WAY = 0.002  # as between the two native engines (tests/client/training/test_gra
 TRAINED = f"""(async ({{ task, examples: given, order }}) => {{ {OPEN}
   const [{{ trainOn }}, {{ unfolded }}] = await Promise.all([load("learning/round"), load("learning/fedsb")]);
   const trainer = await GraphTrainer.open(engine, adapter);
-  const start = trainer.valuesOf(adapter.inputs);
+  const start = await trainer.valuesOf(adapter.inputs);
   const begun = task.shared.includes("R") ? unfolded(start, trainer.shapes) : start;
   const found = await trainOn(trainer, begun, examples(given), task, order);
   await trainer.close();
@@ -418,7 +418,6 @@ def test_what_a_tab_cannot_or_must_not_train_is_refused_before_an_example_is_rea
         ({"learning_rate": 0.5}, "task.learning_rate"),
         ({"labels": ["one"]}, "task.labels"),
         ({"peft_config": config | {"lora_alpha": 4096}}, "task.scaling"),
-        ({"peft_config": config | {"use_dora": True}}, "use_dora"),
         ({"peft_config": config | {"rank_pattern": [["(a+)+", 1]]}}, "rank_pattern"),
         ({"labels": [*LABELS, "Other"]}, "task.labels"),
     ):

@@ -7,6 +7,7 @@ with a tokenizer like those of real bases; the language models, of several archi
 import copy
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -18,6 +19,7 @@ import onnx
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -75,6 +77,16 @@ def draw(model: PeftModel, seed: int, size: float = 0.3) -> Tensors:
         name: (rng.standard_normal(value.shape) * (3.0 if "classifier" in name else size)).astype(np.float32)
         for name, value in tensors(model).items()
     }
+
+
+def with_biases(base: Base, folder: Path) -> Base:
+    """A copy of a base in ``folder``, whose biases are not zeros."""
+    shutil.copytree(base.folder, folder, dirs_exist_ok=True)
+    values, drawn = load_file(folder / "model.safetensors"), np.random.default_rng(3)
+    moved = {name: value + 0.2 * drawn.standard_normal(value.shape, np.float32) for name, value in values.items()}
+    changed = {name: moved[name] if name.endswith(".bias") else value for name, value in values.items()}
+    save_file(changed, folder / "model.safetensors", {"format": "pt"})
+    return find_base(str(folder))
 
 
 @pytest.fixture(scope="session")

@@ -111,7 +111,7 @@ export class Engine {
     const opened = async (gpu) => {
       const session = await runtime.openTraining(files, gpu);
       try {
-        return open(session);
+        return await open(session);
       } catch (error) {
         await session.release();
         throw error;

@@ -9,9 +9,11 @@ import { transposed } from "./numbers.js";
 export const PEFT_PREFIX = "base_model.model.";
 export const LORA_A = ".lora_A.weight";
 export const LORA_B = ".lora_B.weight";
-export const SCALES = [".output_scale", ".input_scale"];
+export const OUTPUT_SCALE = ".output_scale";
+export const SCALES = [OUTPUT_SCALE, ".input_scale"];
+export const OFFSET = ".output_offset";
 export const REPLACED = ".replaced";
-const VECTORS = [...SCALES, ".output_offset", REPLACED];
+const VECTORS = [...SCALES, OFFSET, REPLACED];
 const GIVEN = "given_"; // prefix of the dimension of a vector: 1, or 0 for an adapter that lacks it
 
 // Graph inputs with a row for each virtual token: embeddings, or keys and values of every layer.

@@ -45,10 +45,10 @@ function configured(library) {
 export const openTraining = (files, gpu) =>
   open(files, TRAINING, { gpu, extra: { optimization: { disable_specified_optimizers: "ConstantFolding" } } });
 
-/** The outputs of a session. Throws DataError if the graph does not run. */
-export async function run(session, feeds) {
+/** The outputs of a session, or those of the names `outputs`. Throws DataError if the graph does not run. */
+export async function run(session, feeds, outputs = undefined) {
   try {
-    return await session.run(onGpu.has(session) ? withoutRankZero(feeds) : feeds);
+    return await session.run(onGpu.has(session) ? withoutRankZero(feeds) : feeds, outputs);
   } catch (error) {
     const remedy = onGpu.has(session) ? "open the page with ?provider=wasm" : "export it again";
     throw new DataError(`the base does not run: ${firstLine(error)}; ${remedy}`, MODEL);
@@ -88,6 +88,15 @@ export function probeAdapter(slots) {
 }
 
 const zeros = (shape) => new Float32Array(shape.reduce((size, each) => size * each, 1));
+
+/** Zeros for each input of a session, with a size of 1 where any will do. */
+export const zeroFeeds = (session) =>
+  Object.fromEntries(
+    session.inputMetadata.map(({ name, type, shape }) => {
+      const sizes = shape.map((size) => (typeof size === "number" ? size : 1));
+      return [name, type === "int64" ? int64([...zeros(sizes)], sizes) : floats(zeros(sizes), sizes)];
+    }),
+  );
 
 /** An int64 tensor, of shape [1, n] if no other is given. */
 export const int64 = (numbers, shape = [1, numbers.length]) => new ort.Tensor("int64", BigInt64Array.from(numbers, BigInt), shape);

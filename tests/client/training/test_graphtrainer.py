@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
-from adapters.base import Base, find_base
+from adapters.base import Base
 from adapters.bundle import TRAINING, Bundle, VerifiedBase
 from adapters.layout import Tensors
 from adapters.parts import PARTS, Part, part_of
@@ -34,6 +33,7 @@ from export.onnx.exported import Profile
 from export.onnx.slotted import with_mean_head, with_own_head
 from export.onnx.targets import SlotKind, Slots
 from tests.support.errors import refused
+from tests.support.models import with_biases
 
 LABELS = ("Light", "Music", "Timer")
 LORA = PeftConfig.lora(2, 4)
@@ -136,13 +136,7 @@ def test_an_epoch_makes_the_adapter_that_torch_makes(
 
 @pytest.fixture(scope="module")
 def biased(make_base: Callable[..., Base], tmp_path_factory: pytest.TempPathFactory) -> Base:
-    """A base whose biases are not zeros."""
-    folder, drawn = make_base(tmp_path_factory.mktemp("biased")).folder, rng(3)
-    values = load_file(folder / "model.safetensors")
-    moved = {name: value + 0.2 * drawn.standard_normal(value.shape, np.float32) for name, value in values.items()}
-    changed = {name: moved[name] if name.endswith(".bias") else value for name, value in values.items()}
-    save_file(changed, folder / "model.safetensors", {"format": "pt"})
-    return find_base(str(folder))
+    return with_biases(make_base(tmp_path_factory.mktemp("base")), tmp_path_factory.mktemp("biased"))
 
 
 @pytest.fixture(scope="module")

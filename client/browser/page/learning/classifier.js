@@ -36,7 +36,7 @@ async function lesson(engine, trainer, { manifest, inputs }, corrections, earlie
   const taught = corrections.map(example);
   const others = await othersOf(engine, earlier, corrections, manifest.labels);
   const [rehearsed, tested] = [others.rehearsed.map(example), others.tested.map(example)];
-  const [start, begun] = [trainer.valuesOf(inputs), performance.now()];
+  const [start, begun] = [await trainer.valuesOf(inputs), performance.now()];
   const { values, steps } = await tune(trainer, start, taught, rehearsed, pause);
   const seconds = (performance.now() - begun) / 1000;
   const asked = [...taught, ...tested].map(({ ids }) => ids);
@@ -46,7 +46,7 @@ async function lesson(engine, trainer, { manifest, inputs }, corrections, earlie
   const [own, rest] = [found.slice(0, taught.length), found.slice(taught.length)];
   const known = own.filter((one) => one.after.label === one.label).length;
   const changed = rest.filter((one) => one.before.label !== one.after.label);
-  return { inputs: trainer.inputsOf(values), steps, seconds, known, taught: own, changed, tested: rest.length };
+  return { inputs: await trainer.inputsOf(values), steps, seconds, known, taught: own, changed, tested: rest.length };
 }
 
 /** What is rehearsed while corrections are taught, and what is tested: recent corrections, and public phrases. */

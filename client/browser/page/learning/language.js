@@ -34,7 +34,7 @@ export async function teachLanguageModel(engine, adapter, corrections, earlier, 
 }
 
 async function lesson(trainer, { inputs }, examples, count, pause) {
-  const [start, begun] = [trainer.valuesOf(inputs), performance.now()];
+  const [start, begun] = [await trainer.valuesOf(inputs), performance.now()];
   let before, found;
   const isLearned = async (values, between) => {
     found = await trainer.gradients(values, examples, between); // a run that gives gradients also says what is answered
@@ -47,7 +47,7 @@ async function lesson(trainer, { inputs }, examples, count, pause) {
   const bits = ({ text, label }, i) => ({ text, label, before: before[i].nats / Math.LN2, after: after[i].nats / Math.LN2 });
   const [taught, others] = [examples.slice(0, count), examples.slice(count)].map((group, at) => group.map((one, i) => bits(one, at * count + i)));
   const known = after.slice(0, count).filter(isKnown).length;
-  return { inputs: trainer.inputsOf(values), steps, seconds, known, taught, others };
+  return { inputs: await trainer.inputsOf(values), steps, seconds, known, taught, others };
 }
 
 /** Whether a text is the answer without sampling, by its score. */

@@ -21,6 +21,7 @@ import { emptyAdapter } from "../runtime.js";
 import { parse } from "../safetensors.js";
 import { batches } from "./batches.js";
 import { descend } from "./descent.js";
+import { asSlots } from "./dora.js";
 import { ownCounts } from "./evaluation.js";
 import { unfolded } from "./fedsb.js";
 import { LanguageGraphTrainer } from "./languagegraph.js";
@@ -99,11 +100,12 @@ async function opened(engine, task, blob, limits) {
     const tensors = parse(blob);
     checkLimits(task, tensors, limits);
     const inputs = fromPeft(tensors);
-    const sizes = checkSlots(new Map([...emptyAdapter(engine.base.slots), ...inputs]), engine.base.slots);
+    const sizes = checkSlots(new Map([...emptyAdapter(engine.base.slots), ...asSlots(inputs)]), engine.base.slots);
     const labels = engine.generation ? 0 : sizes.get("labels"); // of a language model there are none
     if (labels !== task.labels.length) throw new DataError("the base has another number of labels", "task.labels");
     const adapter = { manifest: { name: "of the plan", peft_config: task.peft_config }, inputs };
-    const answers = isAnalytic(task) || isEvaluation(task);
+    // The slots of DoRA are made of its numbers by the training graph.
+    const answers = isEvaluation(task) || (isAnalytic(task) && !task.peft_config.use_dora);
     const kind = engine.generation ? LanguageGraphTrainer : GraphTrainer;
     return [answers ? GraphTrainer.answering(engine, adapter) : await kind.open(engine, adapter), inputs];
   } catch (error) {

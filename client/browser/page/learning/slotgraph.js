@@ -3,21 +3,25 @@
 //
 // An adapter that is trained is a Map of graph input → Float32Array. B is divided by the scaling that the input contains:
 // these are the numbers of peft, which the optimizer steps. peft's matrices are the transposed ones, which makes no
-// difference to it.
+// difference to it. An adapter of DoRA has magnitudes (dora.js).
 
 import { byCodePoint } from "../bytes.js";
 import { ConfigError, DataError, EdgeAdaptError, quoted } from "../errors.js";
-import { LORA_A, LORA_B } from "../graphinputs.js";
+import { LORA_A, LORA_B, OFFSET, OUTPUT_SCALE } from "../graphinputs.js";
 import * as runtime from "../runtime.js";
 import { TRAINING } from "../trust.js";
+import { MAGNITUDE, asValues, gradientsOfMagnitudes, magnitudes, withMagnitudes, withScales } from "./dora.js";
 import { folded, frozenFactors, hasSquares, squareGradients } from "./fedsb.js";
 
 const GRADIENT = ".gradient"; // ends the name of the output that holds the gradient by a slot
+// End the names of outputs of a layer that has slots for DoRA: the norm of each output's weights with the update, and its own bias.
+const [WEIGHT_NORM, OWN_BIAS] = [".weight_norm", ".own_bias"];
 export const TOKENS_AT_ONCE = 512; // of one run of the training graph, which bounds its memory
 
 export class SlotGraph {
   static head = []; // graph inputs that every adapter fills
   #factors; // of Fed-SB
+  #biases = new Map(); // of the layers of DoRA that have one
 
   /** Use `open`. */
   constructor(engine, session, shapes, scaling) {
@@ -28,28 +32,30 @@ export class SlotGraph {
   static checkBase(_base) {}
 
   /**
-   * Load the training graph of an open bundle, for the adapter { manifest, inputs }.
+   * Load the training graph of an open bundle, for the adapter { manifest, inputs }, whose inputs are those of slots or values.
    *
-   * Throws ConfigError: the bundle has none, or it lacks a gradient; or the base or the method of the adapter is one that
+   * Throws ConfigError: the bundle has none, or it lacks an output; or the base or the method of the adapter is one that
    * cannot be trained here. DataError: the adapter is of another layout than its method says; or as `Trust.file`.
    */
   static async open(engine, adapter) {
     const { base } = engine;
     const { scaling, shapes } = this.checked(base, adapter);
-    const { trainer } = await engine.training((session) => {
+    const { trainer } = await engine.training(async (session) => {
       const lacking = Object.keys(base.slots).sort(byCodePoint).find((name) => !session.outputNames.includes(name + GRADIENT));
       if (lacking !== undefined) {
         throw new ConfigError(`the training graph has no gradient of ${quoted(lacking)}: export the base again`, TRAINING);
       }
       const trainer = new this(engine, session, shapes, scaling);
+      await trainer.#prepareDora();
       return { session, trainer, probe: () => trainer.probe(adapter.inputs) };
     });
     return trainer;
   }
 
-  /** The loss and the gradients of fixed examples at an adapter's graph inputs: arrays of numbers, as `choose` takes them. */
+  /** Loss and gradients of fixed examples at an adapter's numbers, with magnitudes of 1: arrays as `choose` takes them. */
   async probe(inputs) {
-    const { loss, gradients } = await this.gradients(this.valuesOf(inputs), this.probes(), async () => {});
+    const values = new Map([...this.shapes].map(([name, [size]]) => [name, inputs.get(name)?.values ?? new Float32Array(size).fill(1)]));
+    const { loss, gradients } = await this.gradients(values, this.probes(), async () => {});
     return [[loss], ...gradients.values()];
   }
 
@@ -63,34 +69,89 @@ export class SlotGraph {
     return { scaling, shapes: checkedShapes(inputs, scaling, this.head, manifest) };
   }
 
+  /** Read what the slots of DoRA need. Throws ConfigError: the base or its training graph was not made for that. */
+  async #prepareDora() {
+    const layers = magnitudes(this.shapes);
+    const has = (path, ending) => this.session.outputNames.includes(path + ending);
+    const biased = layers.filter((path) => has(path, OWN_BIAS));
+    const needed = [...layers.map((path) => path + OUTPUT_SCALE), ...biased.map((path) => path + OFFSET)];
+    const missing = needed.find((name) => !Object.hasOwn(this.engine.base.slots, name));
+    if (missing) {
+      const remedy = "export it with --slots low-rank,scale,offset";
+      throw new ConfigError(`the base has no slot ${quoted(missing)}, which DoRA needs: ${remedy}`, missing);
+    }
+    const odd = layers.find((path) => !has(path, WEIGHT_NORM));
+    if (odd) throw new ConfigError(`the training graph has no norm of ${quoted(odd)}: export the base again`, TRAINING);
+    if (biased.length) this.#biases = await this.#ofLayers(biased, OWN_BIAS);
+  }
+
   /** Free the memory of the training graph. */
   async close() {
     await this.session?.release();
   }
 
-  /** The values to train, from an adapter's graph inputs. */
-  valuesOf(inputs) {
-    return new Map([...this.shapes.keys()].map((name) => [name, scaled(inputs.get(name).values, 1 / this.#factor(name))]));
+  /** The values to train, from an adapter's graph inputs. Throws as `inputsOf`. */
+  async valuesOf(inputs) {
+    const given = new Map([...this.#filled()].map(([name]) => [name, scaled(inputs.get(name).values, 1 / this.#factor(name))]));
+    return withMagnitudes(given, (values, layers) => this.#norms(values, layers));
   }
 
-  /** The graph inputs, one for each slot, of values: `valuesOf(inputsOf(values))` are the values, rounded. */
-  inputsOf(values) {
-    const inputs = runtime.emptyAdapter(this.engine.base.slots);
-    for (const [name, shape] of this.shapes) {
-      inputs.set(name, { shape, values: scaled(values.get(name), this.#factor(name)) });
+  /**
+   * The graph inputs, one for each slot, of values: `valuesOf(inputsOf(values))` are the values, rounded. Throws DataError: the training
+   * graph does not run, or with the adapter an output of a layer has no weights.
+   */
+  async inputsOf(values) {
+    return this.#inputs(values, await this.#norms(values, magnitudes(values)));
+  }
+
+  #inputs(values, norms) {
+    const [inputs, slots] = [runtime.emptyAdapter(this.engine.base.slots), withScales(values, norms, this.#biases)];
+    for (const [name, shape] of this.#filled()) {
+      inputs.set(name, { shape, values: scaled(slots.get(name), this.#factor(name)) });
     }
     return inputs;
+  }
+
+  /** The slots that an adapter fills, and their shapes: Map of name → shape. */
+  #filled() {
+    const slots = ([name, shape]) => {
+      if (!name.endsWith(MAGNITUDE)) return [[name, shape]];
+      const path = name.slice(0, -MAGNITUDE.length);
+      return [OUTPUT_SCALE, ...(this.#biases.has(path) ? [OFFSET] : [])].map((ending) => [path + ending, [1, ...shape]]);
+    };
+    return new Map([...this.shapes].flatMap(slots));
+  }
+
+  /** ‖W + s B A‖ of each output of layers: Map of path → Float32Array. Throws as `inputsOf`. */
+  async #norms(values, layers) {
+    if (!layers.length) return new Map();
+    const pair = (name) => [name, { shape: this.shapes.get(name), values: scaled(values.get(name), this.#factor(name)) }];
+    const pairs = new Map(layers.flatMap((path) => [path + LORA_A, path + LORA_B]).map(pair));
+    const norms = await this.#ofLayers(layers, WEIGHT_NORM, runtime.adapterFeeds(pairs));
+    const odd = layers.find((path) => !norms.get(path).every((norm) => norm > 0));
+    if (odd) throw new DataError(`${quoted(odd)}: with this adapter, an output of the layer has no weights`, odd);
+    return norms;
+  }
+
+  /** Outputs of layers that depend on no text; ONNX Runtime wants all inputs all the same. */
+  async #ofLayers(layers, ending, feeds = {}) {
+    const outputs = layers.map((path) => path + ending);
+    const found = await this.#run({ ...runtime.zeroFeeds(this.session), ...feeds }, outputs);
+    return new Map(layers.map((path) => [path, found[path + ending].data]));
   }
 
   /**
    * The loss of batches, which are graph inputs besides the slots, and the gradient by each value: { loss, gradients,
    * outputs }, the last of each run, without its gradients. `pause` is awaited before each run of the graph; what it throws
-   * ends the computation. `values` may have R of Fed-SB. Throws DataError: the graph does not run.
+   * ends the computation. `values` may have R of Fed-SB. Throws as `inputsOf`.
    */
   async summed(values, batches, pause) {
     const factors = hasSquares(values) ? (this.#factors ??= await frozenFactors(this.shapes)) : new Map();
-    const feeds = runtime.adapterFeeds(this.inputsOf(folded(values, factors)));
-    const sums = new Map([...this.shapes.keys()].map((name) => [name, new Float32Array(values.get(name).length)]));
+    const whole = folded(values, factors);
+    const norms = await this.#norms(whole, magnitudes(whole));
+    const inputs = this.#inputs(whole, norms);
+    const feeds = runtime.adapterFeeds(inputs);
+    const sums = new Map([...this.#filled().keys()].map((name) => [name, new Float32Array(inputs.get(name).values.length)]));
     const outputs = [];
     let loss = 0;
     for (const batch of batches) {
@@ -103,13 +164,14 @@ export class SlotGraph {
       }
       outputs.push(Object.fromEntries(Object.entries(found).filter(([name]) => !name.endsWith(GRADIENT))));
     }
-    const gradients = new Map([...sums].map(([name, sum]) => [name, scaled(sum, this.#factor(name))]));
+    const bySlot = new Map([...sums].map(([name, sum]) => [name, scaled(sum, this.#factor(name))]));
+    const gradients = gradientsOfMagnitudes(bySlot, whole, norms, this.#biases);
     return { loss, gradients: new Map([...gradients, ...squareGradients(gradients, factors)]), outputs };
   }
 
-  async #run(feeds) {
+  async #run(feeds, outputs) {
     try {
-      return await runtime.run(this.session, feeds);
+      return await runtime.run(this.session, feeds, outputs);
     } catch (error) {
       if (!(error instanceof EdgeAdaptError)) throw error;
       throw new DataError(`the training graph does not run: ${error.message}`, TRAINING);
@@ -130,7 +192,7 @@ function scalings({ slots }, { name, peft_config: config }) {
     throw new ConfigError(`adapter ${quoted(name)} ${why}`, "adapter-manifest.peft_config");
   };
   if (!config) refuse("does not state its PEFT config, which training needs: export it again");
-  if (config.peft_type !== "LORA" || config.use_dora) refuse("is of a method that the page does not train: use plain LoRA");
+  if (config.peft_type !== "LORA") refuse("is of a method that the page does not train: use LoRA or DoRA");
   // A pattern is a regular expression, which could take forever.
   if (config.rank_pattern.length || config.alpha_pattern.length) refuse("has ranks by pattern, which the page does not train");
   if (config.r < 1) refuse("has rank 0: export it again");
@@ -141,12 +203,15 @@ function scalings({ slots }, { name, peft_config: config }) {
   return new Map(layers.filter(targeted).map((path) => [path, scaling]));
 }
 
-/** The shape of each tensor that is trained, by graph input. Throws DataError: the adapter has others. */
-function checkedShapes(inputs, scaling, head, { name, peft_config: { r } }) {
-  const trained = new Set([...head, ...[...scaling.keys()].flatMap((path) => [path + LORA_A, path + LORA_B])]);
-  const given = [...inputs].filter(([, { values }]) => values.length).map(([slot]) => slot);
-  const odd = given.find((slot) => !trained.has(slot)) ?? [...trained].find((slot) => !fits(slot, inputs.get(slot)?.shape, r));
-  if (odd === undefined) return new Map([...trained].sort(byCodePoint).map((slot) => [slot, inputs.get(slot).shape]));
+/** The shape of each tensor that is trained, by its name among values. Throws DataError: the adapter has others. */
+function checkedShapes(inputs, scaling, head, { name, peft_config: { r, use_dora: dora } }) {
+  const layers = [...scaling.keys()];
+  const kinds = [LORA_A, LORA_B, ...(dora ? [MAGNITUDE] : [])];
+  const trained = new Set([...head, ...layers.flatMap((path) => kinds.map((kind) => path + kind))]);
+  const tensors = dora ? asValues(inputs, layers) : inputs;
+  const given = [...tensors].filter(([, { values }]) => values.length).map(([slot]) => slot);
+  const odd = given.find((slot) => !trained.has(slot)) ?? [...trained].find((slot) => !fits(slot, tensors.get(slot)?.shape, r));
+  if (odd === undefined) return new Map([...trained].sort(byCodePoint).map((slot) => [slot, tensors.get(slot).shape]));
   throw new DataError(`adapter ${quoted(name)} has not the tensor ${quoted(odd)} that its PEFT config says: export it again`, odd);
 }
 

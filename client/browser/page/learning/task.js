@@ -4,6 +4,7 @@ import { isObject, parse } from "../dsse.js";
 import { ConfigError, ProtocolError } from "../errors.js";
 import { between, isPeftConfig, listOf, misfit, oneOf, sha256, string } from "../manifests.js";
 import { COORDINATOR } from "../aggregation/messages.js";
+import { MAGNITUDE } from "./dora.js";
 
 export const [A, B, VECTORS, HEAD, R] = ["A", "B", "vectors", "head", "R"]; // adapters/parts.py
 const parts = listOf(oneOf(A, B, VECTORS, HEAD, R));
@@ -144,7 +145,6 @@ function checkTrainable(config) {
     r: r >= 1 && r <= 1024,
     lora_alpha: Number.isInteger(alpha) && alpha >= 1,
     target_modules: targets.length > 0,
-    use_dora: !config.use_dora,
     rank_pattern: !config.rank_pattern.length,
     alpha_pattern: !config.alpha_pattern.length,
     feedforward_modules: !config.feedforward_modules.length,
@@ -152,7 +152,7 @@ function checkTrainable(config) {
     bias: config.bias === "none",
   };
   const odd = Object.keys(rules).find((name) => !rules[name]);
-  if (odd) throw new ConfigError(`${odd} is not that of plain LoRA, which alone a tab trains`, odd);
+  if (odd) throw new ConfigError(`${odd} is not that of LoRA or DoRA, which alone a tab trains`, odd);
 }
 
 /** Whether a part is trained and stays on the device. */
@@ -160,6 +160,7 @@ export const isPrivate = ({ trained, shared }, part) => trained.includes(part) &
 
 /** The part of an adapter to which a graph input belongs. */
 export function partOf(name) {
+  if (name.endsWith(MAGNITUDE)) return VECTORS;
   const [, factor] = /\.lora_([ABR])\./.exec(name) ?? [];
   return { A, B, R }[factor] ?? HEAD;
 }

@@ -2,7 +2,7 @@
 
 import { byCodePoint } from "../bytes.js";
 import { ConfigError, quoted } from "../errors.js";
-import { LORA_A, LORA_B } from "../graphinputs.js";
+import { LORA_A, LORA_B, vectorKind } from "../graphinputs.js";
 import { fixedTexts } from "../provider.js";
 import * as runtime from "../runtime.js";
 import { parts } from "./batches.js";
@@ -18,11 +18,11 @@ export class GraphTrainer extends SlotGraph {
   static head = HEAD;
 
   static checkBase({ slots }) {
-    const isTrained = (name) => HEAD.includes(name) || (name.startsWith(ENCODER) && isLora(name));
+    const isTrained = (name) => HEAD.includes(name) || (name.startsWith(ENCODER) && (isLora(name) || vectorKind(name)));
     const odd = [...Object.keys(slots).filter((name) => !isTrained(name)), ...HEAD.filter((name) => !Object.hasOwn(slots, name))];
     if (!odd.length) return;
     const [first] = odd.sort(byCodePoint);
-    const remedy = "export it with --head mean and low-rank slots";
+    const remedy = "export it with --head mean, without virtual tokens";
     throw new ConfigError(`the base has a slot ${quoted(first)}, which federations do not train: ${remedy}`, first);
   }
 
@@ -73,13 +73,13 @@ export class GraphTrainer extends SlotGraph {
   }
 
   /** The logits of texts, given as tokens: a Float32Array for each. `pause` as in `gradients`. */
-  logits(values, tokens, pause) {
-    return this.#answers(this.inputsOf(values), tokens, pause);
+  async logits(values, tokens, pause) {
+    return this.#answers(await this.inputsOf(values), tokens, pause);
   }
 
   /** The embeddings of texts, as `logits`: the logits of a head that is the identity. */
-  embeddings(values, tokens, pause) {
-    const inputs = this.inputsOf(values);
+  async embeddings(values, tokens, pause) {
+    const inputs = await this.inputsOf(values);
     const [bias, weight] = HEAD;
     const { hidden } = this;
     const identity = Float32Array.from({ length: hidden ** 2 }, (_, i) => Number(i % (hidden + 1) === 0));

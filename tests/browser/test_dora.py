@@ -1,0 +1,204 @@
+"""A tab trains an adapter of DoRA as the native device does: by its magnitudes too, and with the same norms."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from adapters import causal, classifier, storage
+from adapters.base import Base
+from adapters.bundle import BASE, TRAINING
+from adapters.graphinputs import OFFSET, OUTPUT_SCALE
+from adapters.layout import Tensors
+from adapters.manifest import Task as BundleTask
+from adapters.parts import Part, part_of
+from adapters.peft.inputs import AdapterInputs
+from adapters.peftconfig import PeftConfig
+from aggregation.pki.identity import IdentityKey
+from client.inference.library import Library
+from client.inference.session import ClassificationSession
+from client.learning import Correction, Learner
+from client.learning.language import LEARNING_RATE
+from client.learning.tune import descend_until
+from client.training.examples import Example
+from client.training.languagegraph import LanguageGraphTrainer
+from export.bundle.sources import Origin
+from export.bundle.trained import resolved
+from export.bundle.write import AdapterSource, write_bundle
+from export.causal import export_causal
+from export.onnx.classifier import export_classifier
+from export.onnx.exported import ExportedBase, Profile
+from export.onnx.slotted import with_mean_head
+from export.onnx.targets import SlotKind, Slots
+from tests.browser.test_language_learning import TUNED as TUNED_LANGUAGE
+from tests.browser.test_language_learning import given as corrections
+from tests.browser.test_learning import GRADIENTS, OPEN, answers, by_input, native, other, same, taught_in
+from tests.browser.test_training import EXAMPLES, PLAIN, contributes_as_natively
+from tests.support.bundles import resign_base
+from tests.support.models import LABELS, PHRASES, draw, with_biases
+
+pytestmark = pytest.mark.slow
+
+DORA = replace(PeftConfig.lora(rank=4, alpha=8), use_dora=True)
+LANGUAGE = replace(DORA, target_modules=("q_proj", "v_proj"))
+KINDS = frozenset({SlotKind.LOW_RANK, SlotKind.SCALE, SlotKind.OFFSET})
+PARTS = (Part.A, Part.B, Part.VECTORS, Part.HEAD)
+ROUND_TRIP = f"""(async () => {{ {OPEN}
+  const trainer = await GraphTrainer.open(engine, adapter);
+  const values = await trainer.valuesOf(adapter.inputs);
+  return [all(values), all(await trainer.valuesOf(await trainer.inputsOf(values)))];
+}})()"""
+WITHOUT_SLOT = f"""(async (slot) => {{ {OPEN}
+  delete engine.base.slots[slot];
+  await GraphTrainer.open(engine, adapter);
+}})"""
+WITHOUT_NORM = f"""(async () => {{ {OPEN}
+  const trainer = await GraphTrainer.open(engine, adapter);
+  const values = await trainer.valuesOf(adapter.inputs);
+  for (const [name, each] of values) if (name.includes("lora_A")) each.fill(NaN);
+  await trainer.inputsOf(values);
+}})()"""
+
+
+def source(base: Base, config: PeftConfig, task: BundleTask, drawn: Tensors, labels: tuple[str, ...]) -> AdapterSource:
+    """A global adapter with magnitudes around 1."""
+    values = {
+        name: value + np.float32(part_of(name) is Part.VECTORS)
+        if "classifier" not in name
+        else value * np.float32(2e-3)
+        for name, value in drawn.items()
+    }
+    origin = Origin(config, labels, 3, "c" * 64, base.digest, None, task, values)
+    tensors = resolved(origin, base).tensors
+    inputs = AdapterInputs.of_tensors(config, tensors)
+    return AdapterSource("global", tensors, labels, 3, "c" * 64, None, config, adapter_inputs=inputs)
+
+
+@pytest.fixture(scope="module")
+def biased(tiny_base: Base, tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return with_biases(tiny_base, tmp_path_factory.mktemp("biased"))
+
+
+@pytest.fixture(scope="module")
+def trainable(biased: Base) -> ExportedBase:
+    slotted = with_mean_head(biased, Slots(("query", "value"), KINDS))
+    return export_classifier(slotted, biased, Profile.NATIVE_INT8, training=True)
+
+
+@pytest.fixture(scope="module")
+def first(biased: Base) -> AdapterSource:
+    drawn = draw(classifier.build(biased, len(LABELS), DORA), 0)
+    return source(biased, DORA, "text-classification", drawn, LABELS)
+
+
+@pytest.fixture(scope="module")
+def talking(lm_base: Base) -> tuple[ExportedBase, AdapterSource]:
+    exported = export_causal(lm_base, Slots(LANGUAGE.target_modules, KINDS), Profile.FP32, training=True)
+    rng = np.random.default_rng(1)
+    tensors = causal.tensors(causal.build(lm_base, LANGUAGE))
+    drawn = {name: (0.1 * rng.standard_normal(value.shape)).astype(np.float32) for name, value in tensors.items()}
+    return exported, source(lm_base, LANGUAGE, "text-generation", drawn, ())
+
+
+def test_gradients_and_values_are_those_of_the_native_device(
+    page: Any, serve: Callable[[Path], str], phone: Path
+) -> None:
+    """Of magnitudes too, over layers with biases; values that are put into slots are read from them again."""
+    trainer, start = native(phone)
+    shares = [1 / (2 + number) for number in range(len(EXAMPLES))]
+    loss, gradients = trainer.gradients(start, EXAMPLES, shares)
+    by_magnitude = [value for name, value in gradients.items() if part_of(name) is Part.VECTORS]
+    assert len(by_magnitude) == 4
+    assert min(float(np.abs(value).max()) for value in by_magnitude) > 1e-5
+    page.goto(serve(phone))
+    given = [(one.text, one.label, share) for one, share in zip(EXAMPLES, shares, strict=True)]
+    found = page.evaluate(f"{GRADIENTS}({json.dumps(given)})")
+    assert found["loss"] == pytest.approx(loss, abs=1e-5)
+    largest = max(float(np.abs(value).max()) for value in gradients.values())
+    same(found["gradients"], by_input(trainer, gradients), 1e-5 * largest)
+    for values in page.evaluate(ROUND_TRIP):
+        same(values, by_input(trainer, start), 1e-5)
+
+
+def test_a_lesson_gives_the_adapter_and_the_answers_of_the_native_device(
+    page: Any, serve: Callable[[Path], str], phone: Path
+) -> None:
+    label = other(phone)
+    page.goto(serve(phone))
+    found = taught_in(page, PHRASES[0], label)
+    assert found["error"] == ""
+    with Learner.open(phone) as learner:
+        before = learner.adapter.inputs
+        learned = learner.teach([Correction(PHRASES[0], label)])
+    with Learner.open(phone) as learner:
+        scales = {name: value for name, value in learner.adapter.inputs.items() if name.endswith(OUTPUT_SCALE)}
+    assert all(np.abs(value - before[name]).max() > 1e-4 for name, value in scales.items())
+    assert found["shown"].startswith(f"personal version 4: 1 of 1 learned, {learned.steps} steps")
+    session = ClassificationSession.open(phone)
+    for text in PHRASES:
+        expected = session.rank([text], "personal", len(LABELS))[0]
+        assert answers(page, text) == [(one.label, pytest.approx(one.probability, abs=0.03)) for one in expected]
+
+
+def test_a_tab_contributes_to_a_round_what_a_native_device_contributes_or_nothing(
+    page: Any, serve: Callable[[Path], str], phone: Path
+) -> None:
+    page.goto(serve(phone))
+    task = replace(PLAIN, peft_config=DORA, batch_size=16, trained=PARTS, shared=PARTS)
+    contributes_as_natively(page, phone, task)
+
+
+def test_a_language_model_is_corrected_as_natively(
+    page: Any,
+    serve: Callable[[Path], str],
+    talking: tuple[ExportedBase, AdapterSource],
+    vendor: IdentityKey,
+    tmp_path: Path,
+) -> None:
+    exported, adapter = talking
+    write_bundle(tmp_path / "bundle", exported, [adapter], key=vendor, form="fp32")
+    (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem())
+    library = Library.open(tmp_path / "bundle", None)
+    trainer = LanguageGraphTrainer(library.base, LANGUAGE)
+    start = trainer.tensors_of(library.trust.adapter("global", library.base).inputs)
+    taught = [Example("yes", prompt="is it?")]
+
+    def learned(values: Tensors) -> bool:
+        return trainer.score(values, taught).correct == 1
+
+    expected = descend_until(learned, trainer, start, taught, [], LEARNING_RATE)
+    page.goto(serve(tmp_path / "bundle"))
+    found = page.evaluate(f"{TUNED_LANGUAGE}({corrections(('is it?', 'yes'), earlier=[])})")
+    assert (found["steps"], found["known"]) == (expected.steps, 1)
+    assert expected.steps > 1
+    magnitudes = [name for name in start if part_of(name) is Part.VECTORS]
+    assert all(np.abs(expected.adapter[name] - start[name]).max() > 1e-3 for name in magnitudes)
+    same(found["values"], by_input(trainer, expected.adapter), 1e-4)
+
+
+def test_a_base_that_was_not_made_for_dora_and_weights_without_a_norm_get_one_line(
+    page: Any, serve: Callable[[Path], str], phone: Path, trainable: ExportedBase, vendor: IdentityKey
+) -> None:
+    url = serve(phone)
+    page.goto(url)
+    for ending in (OUTPUT_SCALE, OFFSET):
+        slot = next(name for name in sorted(trainable.slots) if name.endswith(ending))
+        failed = page.error(f"{WITHOUT_SLOT}({json.dumps(slot)})")
+        assert (failed["name"], failed["about"]) == ("ConfigError", slot)
+        assert "export it with --slots low-rank,scale,offset" in failed["message"]
+    failed = page.error(WITHOUT_NORM)
+    assert (failed["name"], failed["about"]) == ("DataError", "encoder.encoder.layer.0.attention.self.query")
+    graph = phone / BASE / TRAINING
+    model = onnx.load_from_string(graph.read_bytes())
+    model.graph.output.remove(next(each for each in model.graph.output if each.name.endswith(".weight_norm")))
+    graph.write_bytes(model.SerializeToString())
+    resign_base(phone, vendor, files=trainable.digests | {TRAINING: storage.file_sha256(graph)})
+    page.goto(url)
+    shown = taught_in(page, PHRASES[0], other(phone))
+    assert "has no norm of" in shown["error"]
+    assert shown["in use"].startswith("In use: global,")
