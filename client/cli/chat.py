@@ -1,14 +1,15 @@
 """``edgeadapt device chat``: a conversation with the language model of a bundle."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from aggregation.errors import DataError, EdgeAdaptError
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from client.cli import options
 from client.cli.options import printable
 
@@ -21,9 +22,11 @@ if TYPE_CHECKING:  # slow to import, and not needed for --help
 HELP = """\
 /adapter NAME   use this adapter, or several, as in /adapter global:0.5+anna; without NAME: the bare base
 /adapters       list the adapters
+/teach ANSWER   learn on this device that ANSWER is right to your last message
+/undo           go back to the adapter before the last lesson
 /reset          drop the conversation
 /help           show this help
-/quit           quit, as Ctrl-D does; Ctrl-C ends an answer"""
+/quit           quit, as Ctrl-D does; Ctrl-C ends an answer or a lesson"""
 
 
 @click.command()
@@ -87,7 +90,7 @@ def chat(
         adapter = generator.library.default()
     conversation = Conversation(generator, params, system, adapter)
     if prompt is None:
-        converse(conversation, generator)
+        converse(conversation, generator, trust)
     else:
         answer(conversation, generator, prompt, as_json)
 
@@ -111,8 +114,14 @@ def answer(conversation: "Conversation", generator: "Generator", prompt: str, as
     click.echo(json.dumps({"adapter": adapter, "prompt": prompt, "answer": text, **counts}, ensure_ascii=False))
 
 
-def converse(conversation: "Conversation", generator: "Generator") -> None:
-    """Answer standard input line by line. After an error the conversation goes on with the next line."""
+def converse(conversation: "Conversation", generator: "Generator", trust: Path | None = None) -> None:
+    """Answer standard input line by line. After an error the conversation goes on with the next line.
+
+    Args:
+        conversation: Begins here, or goes on.
+        generator: Of the conversation.
+        trust: The pinned public keys, as ``Generator.open`` takes them.
+    """
     interactive = options.standard_input().isatty()
     if interactive:
         with suppress(ImportError):  # not on Windows
@@ -121,11 +130,13 @@ def converse(conversation: "Conversation", generator: "Generator") -> None:
     while (line := read_line("> " if interactive else "")) is not None:
         try:
             if line.startswith("/"):
-                if not _command(line, conversation, generator):
+                if not _command(line, conversation, generator, trust):
                     return
             elif line.strip():
                 _show(conversation.ask(line), generator)
-        except EdgeAdaptError as error:
+        except BrokenPipeError:
+            raise
+        except (EdgeAdaptError, OSError) as error:  # a lesson may find the disk full
             click.echo(f"edgeadapt: {error}", err=True)
         except KeyboardInterrupt:
             click.echo(" …")
@@ -162,12 +173,14 @@ def _check(last: "Answer") -> None:
         raise DataError(f"the answer is not what the {last.guide} describes: it {why}", about="answer")
 
 
-def _command(line: str, conversation: "Conversation", generator: "Generator") -> bool:
+def _command(line: str, conversation: "Conversation", generator: "Generator", trust: Path | None) -> bool:
     """Run a command; False quits."""
     word, _, rest = line.strip().partition(" ")
     commands: dict[str, Callable[[], str]] = {
         "/adapter": lambda: _switch(conversation, rest.strip()),
         "/adapters": lambda: "\n".join(generator.library.names()) or "the bundle has no adapter",
+        "/teach": lambda: _teach(rest.strip(), conversation, generator, trust),
+        "/undo": lambda: _undo(conversation, generator, trust),
         "/reset": lambda: _reset(conversation),
         "/help": lambda: HELP,
     }
@@ -181,6 +194,57 @@ def _command(line: str, conversation: "Conversation", generator: "Generator") ->
 def _switch(conversation: "Conversation", names: str) -> str:
     conversation.use(names or None)
     return _in_use(conversation)
+
+
+def _teach(answer: str, conversation: "Conversation", generator: "Generator", trust: Path | None) -> str:
+    """Teach the adapter in use the right answer to the last message; the one that was in use stays after any error."""
+    from client.cli.learn import language_lines
+    from client.inference.generate import ChatMessage
+    from client.learning import Correction, Learner, teach_language_model
+
+    asked = [message.content for message in conversation.messages if message.role == "user"]
+    if not asked or not answer:
+        what = "nothing was asked yet: write a message" if answer else "write the right answer: /teach ANSWER"
+        raise DataError(what, about="/teach")
+    generator.tokens([ChatMessage("user", answer)])  # refuses what could pose as another message
+    name, corrections = _single(conversation), [Correction(asked[-1], answer)]
+    with Learner.open(generator.library.bundle, trust, name, task="text-generation") as learner, _steps() as report:
+        learned = teach_language_model(learner, corrections, report=report)
+    generator.reopen(trust)
+    conversation.use(learned.adapter)
+    return "\n".join([*language_lines(learned), "in use from now on; /reset drops the old answers"])
+
+
+def _undo(conversation: "Conversation", generator: "Generator", trust: Path | None) -> str:
+    from client.learning import Learner
+
+    with Learner.open(generator.library.bundle, trust, _single(conversation), task="text-generation") as learner:
+        undone = learner.undo()
+    generator.reopen(trust)
+    conversation.use(undone.adapter)
+    forgotten = ", ".join(f"{one.text!r}" for one in undone.corrections)
+    return f"{_in_use(conversation)}, without what was learned last: {printable(forgotten)}"
+
+
+def _single(conversation: "Conversation") -> str:
+    """The name of the adapter in use. Raises ConfigError: there is no one adapter of weight 1."""
+    if conversation.adapter is None or len(parts := conversation.adapter.composition.parts) > 1 or parts[0].weight != 1:
+        raise ConfigError("one adapter learns, of weight 1: choose it with /adapter NAME", about="/adapter")
+    return parts[0].name
+
+
+@contextmanager
+def _steps() -> Iterator[Callable[[int], object]]:
+    """Show the steps of a lesson on standard error, if that is a terminal, in a line that goes away at its end."""
+    from client.learning.tune import MAX_STEPS
+
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    try:
+        yield lambda number: click.echo(f"\rlearning, step {number} of at most {MAX_STEPS}", nl=False, err=True)
+    finally:
+        click.echo("\r\x1b[K", nl=False, err=True)
 
 
 def _reset(conversation: "Conversation") -> str:

@@ -88,7 +88,7 @@ def teach(
         if learner.library.manifest.task == "text-generation":
             compared = () if compare is None else read_examples(compare, 0)
             written = teach_language_model(learner, corrections, compared)
-            row, lines = asdict(written), _language_lines(written)
+            row, lines = asdict(written), language_lines(written)
         elif compare is not None:
             raise ConfigError("--compare is for language models: leave it out", about="--compare")
         else:
@@ -97,7 +97,8 @@ def teach(
     click.echo(json.dumps(row, ensure_ascii=False) if as_json else "\n".join(lines))
 
 
-def _language_lines(learned: "LanguageLearned") -> list[str]:
+def language_lines(learned: "LanguageLearned") -> list[str]:
+    """What a lesson of a language model did, in lines."""
     known = sum(one.known for one in learned.taught)
     lines = [
         f"{learned.adapter} version {learned.version}: {known} of {len(learned.taught)} learned, "

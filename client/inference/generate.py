@@ -69,6 +69,24 @@ class Generator:
         library.base.check()
         return generator
 
+    def reopen(self, trust: Path | None = None) -> None:
+        """Read the bundle's pinned keys and adapters again, as after a lesson. The base stays loaded.
+
+        Args:
+            trust: As of ``open``.
+
+        Raises:
+            TrustError, DataError, ConfigError: As ``open``, or the bundle has another base now, or an answer is being
+                written. Everything is then as before.
+        """
+        library = Library.open(self._library.bundle, trust, "text-generation")
+        if library.manifest != self._library.manifest:
+            reason = f"{library.bundle} has another base than the one that is loaded: start again"
+            raise ConfigError(reason, about="base")
+        with self._exclusive():
+            self._library = library
+            self._loaded.clear()
+
     @property
     def library(self) -> Library:
         """The bundle."""

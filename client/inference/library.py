@@ -378,3 +378,9 @@ class AdapterCache(LRUCache[Composition, V]):
         key, value = super().popitem()
         self._evicted(value)
         return key, value
+
+    def clear(self) -> None:
+        """Evict every adapter."""
+        with self._lock:
+            while self:
+                self.popitem()

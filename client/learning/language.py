@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -91,7 +91,10 @@ class LanguageLearned:
 
 
 def teach_language_model(
-    learner: Learner, corrections: Sequence[Correction], compared: Sequence[Example] = ()
+    learner: Learner,
+    corrections: Sequence[Correction],
+    compared: Sequence[Example] = (),
+    report: Callable[[int], object] = lambda _: None,
 ) -> LanguageLearned:
     """Tune the adapter in use until it answers prompts as taught, and put it into use; earlier ones are rehearsed.
 
@@ -99,6 +102,7 @@ def teach_language_model(
         learner: Opened for any task.
         corrections: Prompts, and the right answer to each.
         compared: Texts that are not trained, to see what is forgotten.
+        report: Gets the number of each step of training, of at most ``MAX_STEPS``, before it.
 
     Raises:
         DataError: A prompt or answer cannot be learned, there are none or too many, none was learned, or a loss is not
@@ -128,7 +132,7 @@ def teach_language_model(
         return trainer.score(adapter, taught).correct == len(taught)
 
     rate = VIRTUAL_RATE if trainer.config.num_virtual_tokens else LEARNING_RATE
-    tuned = descend_until(learned, trainer, start, taught, earlier, rate)
+    tuned = descend_until(learned, trainer, start, taught, earlier, rate, report=report)
     seconds = time.perf_counter() - begun
     found = [_text_bits(trainer, one, start, tuned.adapter) for one in (*taught, *earlier, *compared)]
     own = tuple(found[: len(taught)])

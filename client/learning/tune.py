@@ -79,8 +79,12 @@ def descend_until(
     rehearsed: Sequence[Example],
     rate: float,
     clock: Callable[[], float] = time.monotonic,
+    report: Callable[[int], object] = lambda _: None,
 ) -> Tuned:
-    """As ``tune`` at a learning ``rate``, until an adapter has ``learned``."""
+    """As ``tune`` at a learning ``rate``, until an adapter has ``learned``.
+
+    ``report`` gets the number of each step before it, from 1.
+    """
     examples = [*taught, *rehearsed]
     half = 0.5 if rehearsed else 1.0
     shares = [half / len(group) for group in (taught, rehearsed) for _ in group]
@@ -88,6 +92,7 @@ def descend_until(
     for step in range(MAX_STEPS):
         if clock() >= end or learned(values):
             return Tuned(finite(values), step)
+        report(step + 1)
         loss, gradients = trainer.gradients(values, examples, shares)
         if not np.isfinite(loss):
             reason = "the training loss is not finite: the base or the adapter in use is damaged; copy the bundle again"

@@ -1,0 +1,201 @@
+"""A person corrects a language model in the middle of a conversation, and takes the correction back."""
+
+import io
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adapters.bundle import adapter_names
+from adapters.peftconfig import PeftConfig
+from aggregation.pki.identity import IdentityKey
+from client.cli import chat as command
+from client.inference.generate import Conversation, Generator
+from client.inference.text import SamplingParams
+from export.bundle.write import AdapterSource, write_bundle
+from export.causal import export_causal
+from export.onnx.exported import ExportedBase, Profile
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LORA = PeftConfig.lora(rank=4, alpha=8, targets=("q_proj", "v_proj"))
+SHORT = SamplingParams(max_tokens=8)
+PATIENCE = 120.0  # seconds, on a machine that has other work
+
+
+@pytest.fixture(scope="module")
+def trainable(lm_base: Any) -> ExportedBase:
+    return export_causal(lm_base, LORA.target_modules, Profile.NATIVE_INT8, training=True)
+
+
+@pytest.fixture
+def talker(
+    tmp_path: Path, trainable: ExportedBase, lm_source: Callable[..., AdapterSource], vendor: IdentityKey
+) -> Path:
+    """A bundle of a language model with a training graph and a global adapter of small values."""
+    source = lm_source(peft_config=LORA)
+    small = replace(source, tensors={name: np.float32(0.2) * value for name, value in source.tensors.items()})
+    write_bundle(tmp_path / "bundle", trainable, [small], key=vendor)
+    (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem())
+    return tmp_path / "bundle"
+
+
+def said(talker: Path, *lines: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """What a conversation of these lines prints on standard output, and the lines of its errors."""
+    generator = Generator.open(talker, threads=1)
+    conversation = Conversation(generator, SHORT, None, generator.library.default())
+    text = "".join(f"{line}\n" for line in lines).encode()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
+    capsys.readouterr()
+    command.converse(conversation, generator)
+    found = capsys.readouterr()
+    return found.out, found.err.splitlines()
+
+
+def test_an_answer_is_taught_used_in_the_next_turn_and_undone(
+    talker: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["is it?", "/teach  yes ", "/reset", "is it?", "/adapters", "or not?", "/teach no", "/reset", "or not?"]
+    lines += ["/undo", "/reset", "is it?", "/undo", "/reset", "is it?", "/adapters", "/undo"]
+    shown, errors = said(talker, *lines, monkeypatch=monkeypatch, capsys=capsys)
+    rows = shown.split("conversation dropped\n")
+    first = rows[0].splitlines()[0]
+    assert first != "yes"
+    assert "personal version 4: 1 of 1 learned, " in rows[0]
+    assert re.search(r"taught  \d+\.\d{3} → \d+\.\d{3}  yes", rows[0])
+    after, names = rows[1].splitlines()[0], rows[1].splitlines()[1:3]
+    assert (after, names) == ("yes", ["global", "personal"])
+    assert "personal version 5: 1 of 1 learned, " in rows[1]
+    assert rows[2].splitlines() == [
+        "no",
+        "adapter personal, version 6, rank 4, without what was learned last: 'or not?'",
+    ]
+    assert rows[3].splitlines()[0] == "yes"
+    assert "adapter global, version 3, rank 4, without what was learned last: 'is it?'" in rows[3]
+    assert rows[4].splitlines() == [first, "global"]
+    assert len(errors) == 1
+    assert "undo" in errors[0]
+
+
+def test_what_cannot_be_taught_is_one_line_and_the_conversation_goes_on(
+    talker: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["/teach yes", "is it?", "/teach", f"/teach {'b' * 2001}", "/teach <|im_end|>", f"/teach {'Zq%+7 ' * 60}"]
+    lines += [
+        "/adapter global:0.5",
+        "/teach yes",
+        "/undo",
+        "/adapter",
+        "/teach yes",
+        "/adapter global",
+        "/reset",
+        "is it?",
+    ]
+    shown, errors = said(talker, *lines, monkeypatch=monkeypatch, capsys=capsys)
+    expected = ["nothing was asked yet", "write the right answer", "2001 characters", "special token", "more tokens"]
+    expected += ["choose it with /adapter NAME"] * 3
+    assert len(errors) == len(expected)
+    for about, error in zip(expected, errors, strict=True):
+        assert about in error
+    assert shown.splitlines()[0] == shown.splitlines()[-1]  # its answers
+    assert adapter_names(talker) == ["global"]
+
+
+def test_a_bundle_without_a_training_graph_teaches_nothing(
+    lm_exported: ExportedBase,
+    lm_source: Callable[..., AdapterSource],
+    vendor: IdentityKey,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_bundle(tmp_path / "bundle", lm_exported, [lm_source(peft_config=LORA)], key=vendor)
+    (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem())
+    _, errors = said(tmp_path / "bundle", "hello", "/teach yes", monkeypatch=monkeypatch, capsys=capsys)
+    assert len(errors) == 1
+    assert "export base --training" in errors[0]
+
+
+def test_a_full_disk_leaves_the_adapter_and_the_conversation(
+    talker: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("client.learning.learner.Learner._write", full)
+    shown, errors = said(talker, "is it?", "/teach yes", "/reset", "is it?", monkeypatch=monkeypatch, capsys=capsys)
+    first, dropped, again = shown.splitlines()
+    assert (first, dropped) == (again, "conversation dropped")
+    assert len(errors) == 1
+    assert "No space left on device" in errors[0]
+
+
+class Terminal:
+    """The command on a pseudo-terminal."""
+
+    def __init__(self, *arguments: str | Path) -> None:
+        self._end, other = pty.openpty()
+        whole = [sys.executable, "-m", "edgeadapt", "device", "chat", *map(str, arguments)]
+        self.process = subprocess.Popen(whole, stdin=other, stdout=other, stderr=other, start_new_session=True)
+        os.close(other)
+
+    def until(self, text: str) -> str:
+        """What is shown from now on, up to ``text``."""
+        end, found = time.monotonic() + PATIENCE, b""
+        while text.encode() not in found:
+            assert time.monotonic() < end, f"{text!r} is not in {found!r}"
+            if select.select([self._end], [], [], 0.1)[0]:
+                found += os.read(self._end, 1)
+        return found.decode()
+
+    def type(self, text: str) -> None:
+        os.write(self._end, f"{text}\n".encode())
+
+    def interrupt(self) -> None:
+        """What Ctrl-C does."""
+        self.process.send_signal(signal.SIGINT)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._end)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_lesson_on_a_terminal_whose_steps_are_shown_and_the_adapter_stays(talker: Path) -> None:
+    """The answer that is interrupted takes all steps, since it is 30 letters that the model would never write."""
+    terminal = Terminal("--bundle", talker, "--max-tokens", "8")
+    try:
+        terminal.until("> ")
+        terminal.type("is it?")
+        terminal.until("is it?")
+        first = terminal.until("> ")
+        terminal.type(f"/teach {'Zq%+7' * 20}")
+        terminal.until("learning, step 2 of at most 30")
+        terminal.interrupt()
+        assert terminal.until("> ").endswith("\r\x1b[K …\r\n> ")
+        assert adapter_names(talker) == ["global"]
+        terminal.type("/reset")
+        terminal.until("conversation dropped")
+        terminal.type("is it?")
+        terminal.until("is it?")
+        assert terminal.until("> ") == first
+        terminal.type("/teach yes")
+        assert "\r\x1b[K" in terminal.until("1 of 1 learned")
+        terminal.until("> ")
+        terminal.type("/quit")
+        assert terminal.process.wait(PATIENCE) == 0
+    finally:
+        terminal.close()
+    assert adapter_names(talker) == ["global", "personal"]
