@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from adapters.graphinputs import LORA_A, LORA_B, input_name
+from adapters.graphinputs import LORA_A, LORA_B, PEFT_PREFIX, input_name
 from adapters.layout import Floats, Tensors
 from adapters.parts import FROZEN
 from adapters.peftconfig import MAX_RANK, Method, PeftConfig, exactly
@@ -77,6 +77,50 @@ def as_lora(config: PeftConfig, tensors: Tensors) -> tuple[PeftConfig, Tensors]:
     return plain(ranks), result
 
 
+def factor_shapes(config: PeftConfig, sizes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of an adapter of one of ``FACTORS``, under peft's names.
+
+    Args:
+        config: The adapter's.
+        sizes: Inputs and outputs of each layer, by its path.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for path, (width, out) in sizes.items():
+        rank = config.rank_of(path)
+        a, b = (rank, width), (out, rank)
+        shapes = {"ADALORA": (a, b, (rank, 1)), "LOHA": (b, a, b, a), "VERA": ((out,), (rank,))}[config.peft_type]
+        found |= zip((PEFT_PREFIX + path + part for part in FACTORS[config.peft_type]), shapes, strict=True)
+    if config.peft_type == "VERA":
+        widest, most = map(max, zip(*sizes.values(), strict=True))
+        found |= zip(FROZEN, ((config.r, widest), (most, config.r)), strict=True)
+    return found
+
+
+def gradients_of_factors(gradients: Tensors, config: PeftConfig, tensors: Tensors) -> Tensors:
+    """The gradients by peft's own tensors, from those by what ``as_lora`` makes of them; what is frozen has none.
+
+    Args:
+        gradients: By LoRA's matrices and whatever else an adapter has, under peft's names.
+        config, tensors: As ``as_lora`` was given them.
+    """
+    if (parts := FACTORS.get(config.peft_type)) is None:
+        return gradients
+    result = {name: value for name, value in gradients.items() if not name.endswith((LORA_A, LORA_B))}
+    for layer in (name.removesuffix(LORA_A) for name in gradients if name.endswith(LORA_A)):
+        by_a, by_b = gradients[layer + LORA_A], gradients[layer + LORA_B]
+        values = [tensors[layer + part] for part in parts]
+        match config.peft_type:
+            case "ADALORA":
+                found = _by_adalora(config.lora_alpha / (config.r + EPSILON), by_a, by_b, *values)
+            case "LOHA":
+                found = _by_loha(config.scaling_of(input_name(layer)), by_a, by_b, *values)
+            case _:
+                a, b = (tensors[name] for name in FROZEN)
+                found = (by_b * b[: len(by_b)]).sum(axis=1), (by_a * a[:, : by_a.shape[1]]).sum(axis=1)
+        result |= zip((layer + part for part in parts), found, strict=True)
+    return result
+
+
 def trimmed(tensors: Tensors, slots: Mapping[str, Sequence[str]]) -> Tensors:
     """The tensors of an adapter whose layers share A (VeRA), without the columns of A that a layer does not read.
 
@@ -115,6 +159,24 @@ def _converter(config: PeftConfig, tensors: Tensors) -> Callable[..., tuple[int,
 
 def _adalora(factor: float, a: Floats, b: Floats, e: Floats) -> Pair:
     return a * e.reshape(-1, 1), b * np.float32(factor)
+
+
+def _by_adalora(factor: float, by_a: Floats, by_b: Floats, a: Floats, b: Floats, e: Floats) -> tuple[Floats, ...]:
+    return by_a * e, by_b * np.float32(factor), (by_a * a).sum(axis=1, keepdims=True)
+
+
+def _by_loha(
+    factor: float, by_a: Floats, by_b: Floats, b1: Floats, a1: Floats, b2: Floats, a2: Floats
+) -> tuple[Floats, ...]:
+    """Of products of rows and of columns, as ``_loha`` makes them."""
+    rows = by_a.reshape(len(a1), len(a2), -1)
+    columns = by_b.reshape(-1, len(a1), len(a2)) * np.float32(factor)
+    return (
+        (columns * b2[:, None]).sum(axis=2),
+        (rows * a2).sum(axis=1),
+        (columns * b1[:, :, None]).sum(axis=1),
+        (rows * a1[:, None]).sum(axis=0),
+    )
 
 
 def _loha(factor: float, b1: Floats, a1: Floats, b2: Floats, a2: Floats) -> Pair:

@@ -41,7 +41,7 @@ class GraphTrainer:
         Args:
             base: Of a bundle.
             labels: Rows of the head.
-            config: Of the adapters: LoRA, DoRA, IA3, LN_TUNING or BEFT at layers that have slots.
+            config: Of the adapters: as ``SlotGraph`` takes it.
             threads: For matrix products.
 
         Raises:

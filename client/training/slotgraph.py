@@ -28,6 +28,7 @@ from adapters.layout import Floats, Layout, Tensors
 from adapters.lorasb import frozen_factor, square_name
 from adapters.parts import Part, part_of
 from adapters.peft.dora import NormsOf, gradients_of_magnitudes, magnitudes, with_magnitudes, with_scales
+from adapters.peft.lowrank import FACTORS, as_lora, factor_shapes, gradients_of_factors, trimmed
 from adapters.peft.methods import VIRTUAL_TOKENS, from_peft_tensors, to_peft_tensors
 from adapters.peftconfig import PeftConfig
 from adapters.traininggraph import TrainingBatch, TrainingGraph, missing_slots
@@ -35,7 +36,6 @@ from aggregation.errors import ConfigError, DataError
 from client.training.denormals import without_denormals
 
 V = TypeVar("V")
-METHODS = "LoRA, DoRA, IA3, LN_TUNING, BEFT or virtual tokens"
 VECTORS_OF = {"IA3": OUTPUT_SCALE, "BEFT": OFFSET, "LN_TUNING": REPLACED}  # method → the slots that it fills
 
 
@@ -47,13 +47,13 @@ class SlotGraph:
 
         Args:
             base: Of a bundle.
-            config: Of the adapters: LoRA, DoRA, IA3, LN_TUNING or BEFT at layers that have slots, or virtual tokens.
+            config: Of the adapters: of a method for which the base has slots, without biases of the base.
             head: Graph inputs of a classifier's head, and their shapes.
             threads: For matrix products.
 
         Raises:
-            ConfigError: The base has no training graph, or it cannot be loaded or lacks a gradient; or the method is
-                another one.
+            ConfigError: The base has no training graph, or it cannot be loaded or lacks a gradient; or the base has no
+                slot for the method, or biases shall be trained.
             TrustError: The graph changed since it was verified.
         """
         check_method(base, config)
@@ -69,7 +69,8 @@ class SlotGraph:
             raise ConfigError(reason, about=TRAINING, value=missing)
         filled = _filled(base, head, config)
         layers = sorted(name.removesuffix(LORA_A) for name in filled if name.endswith(LORA_A))
-        self._scaling = {path: config.scaling_of(path) for path in layers}
+        factors = config.peft_type in FACTORS  # whose scaling ``as_lora`` puts into B
+        self._scaling = {path: 1.0 if factors else config.scaling_of(path) for path in layers}
         self._biases: dict[str, Floats] = {}
         if config.use_dora:
             self._biases = {
@@ -81,7 +82,12 @@ class SlotGraph:
                 raise ConfigError(reason, about=TRAINING, value=odd)
         self.filled, self.empty = filled, nothing(slots, set(slots) - set(filled))
         zeros = {name: np.zeros(shape, np.float32) for name, shape in filled.items()}
-        self.layout = Layout.of(self._of_inputs(zeros))
+        if factors:
+            sizes = {path: (filled[path + LORA_A][0], filled[path + LORA_B][1]) for path in layers}
+            shapes = factor_shapes(config, sizes) | {PEFT_PREFIX + name: shape for name, shape in head.items()}
+            self.layout = Layout.of({name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
+        else:
+            self.layout = Layout.of(self._of_inputs(zeros))
 
     def tensors_of(self, inputs: Tensors) -> Tensors:
         """The tensors, under peft's names, of an adapter that is given by graph input.
@@ -91,8 +97,8 @@ class SlotGraph:
         """
         given = {name: value for name, value in inputs.items() if value.size}
         if odd := sorted(given.keys() & self.empty.keys()):
-            reason = f"the adapter changes {odd[0]!r}, which a training graph cannot train with its method"
-            raise DataError(f"{reason}: use an adapter of {METHODS}", about=odd[0])
+            reason = f"the adapter changes {odd[0]!r}, which its method does not train: export it again"
+            raise DataError(reason, about=odd[0])
         tensors = self._of_inputs(given)
         self.layout.check(tensors)
         return tensors
@@ -109,7 +115,8 @@ class SlotGraph:
         """
         squares = {name: values[square_name(name)] for name in values if square_name(name) in values and _is_b(name)}
         factors = {name: frozen_factor(name, values[name].shape) for name in squares}
-        tensors = self._tensors(values | {name: values[name] + factors[name] @ r for name, r in squares.items()})
+        own = values | {name: values[name] + factors[name] @ r for name, r in squares.items()}
+        tensors = self._tensors(own)
         norms = self._weight_norms(tensors, magnitudes(tensors))
         inputs = self._inputs(tensors, lambda *_: norms)
         loss, total = 0.0, dict[str, Floats]()
@@ -120,7 +127,7 @@ class SlotGraph:
         scaled = {name: value for name, value in total.items() if name not in self.empty}
         # What a method names otherwise has the numbers of a slot in another shape.
         found = gradients_of_magnitudes(gradients_of_tensors(scaled, self._scaling), tensors, norms, self._biases)
-        gradients = to_peft_tensors(found, self.config)
+        gradients = gradients_of_factors(to_peft_tensors(found, self.config), self.config, own)
         return loss, gradients | {square_name(name): factors[name].T @ gradients[name] for name in squares}
 
     def _of_inputs(self, inputs: Tensors) -> Tensors:
@@ -131,7 +138,8 @@ class SlotGraph:
     def _tensors(self, adapter: Tensors) -> Tensors:
         """Tensors with peft's own of another method than LoRA named and shaped as graphs have them."""
         named = {spec.name: adapter[spec.name] for spec in self.layout.tensors}
-        return from_peft_tensors(named, self.config, {})
+        found = as_lora(self.config, from_peft_tensors(named, self.config, {}))[1]
+        return trimmed(found, self.base.manifest.slots) if self.config.peft_type == "VERA" else found
 
     def _inputs(self, tensors: Tensors, norms_of: NormsOf) -> Tensors:
         return to_inputs(with_scales(tensors, norms_of, self._biases), self._scaling) | self.empty
@@ -167,11 +175,11 @@ def check_method(base: VerifiedBase, config: PeftConfig) -> None:
 
 
 def check_trainable(config: PeftConfig) -> None:
-    """Refuse a method that no training graph trains. Raises ConfigError."""
-    if config.peft_type not in ("LORA", *VECTORS_OF, *VIRTUAL_TOKENS) or config.bias != "none":
-        method = "LoRA with biases" if config.bias != "none" else config.peft_type
+    """Refuse what no training graph trains: biases of the base with LoRA. Raises ConfigError."""
+    if config.bias != "none":
         raise ConfigError(
-            f"a training graph trains {METHODS}, not {method}: install the extra train",
+            f"a training graph trains no biases with LoRA, bias is {config.bias!r}: set it to 'none', or add to biases "
+            "with BEFT, or install the extra train",
             about="task.peft_config",
         )
 
@@ -194,7 +202,7 @@ def _targeted(path: str, targets: Sequence[str]) -> bool:
 
 
 def _filled(base: VerifiedBase, head: Mapping[str, Sequence[int]], config: PeftConfig) -> dict[str, tuple[int, ...]]:
-    """The graph inputs that an adapter fills, and their shapes. Raises ConfigError if virtual tokens have no slot."""
+    """The graph inputs that an adapter fills, and their shapes. Raises ConfigError if one has no slot."""
     slots = base.manifest.slots
 
     def shape(name: str, open_: int) -> tuple[int, ...]:
@@ -203,19 +211,15 @@ def _filled(base: VerifiedBase, head: Mapping[str, Sequence[int]], config: PeftC
     found = {name: tuple(given) for name, given in head.items()}
     if name := VIRTUAL_TOKENS.get(config.peft_type):
         if name not in slots:
-            raise ConfigError(
-                f"the base in {base.folder} has no slot {name!r}, which {config.peft_type} needs: export it with "
-                f"--slots {'prefix' if name == PREFIX else 'prompt'}",
-                about="--slots",
-                value=name,
-            )
+            raise _missing(base, name, config.peft_type, "prefix" if name == PREFIX else "prompt")
         found[name] = shape(name, config.num_virtual_tokens)
     for name in slots:
         path = layer_of(name)
         if name in head or not _targeted(path, config.target_modules):
             continue
-        if config.peft_type == "LORA" and name.endswith((LORA_A, LORA_B)):
-            found[name] = shape(name, config.rank_of(path))
+        if config.peft_type in ("LORA", *FACTORS) and name.endswith((LORA_A, LORA_B)):
+            rank = config.rank_of(path)
+            found[name] = shape(name, rank**2 if config.peft_type == "LOHA" else rank)
         feeds = config.peft_type == "IA3" and _targeted(path, config.feedforward_modules)
         if name.endswith(INPUT_SCALE if feeds else VECTORS_OF.get(config.peft_type, INPUT_SCALE)) and (
             feeds or config.peft_type in VECTORS_OF
@@ -229,13 +233,13 @@ def _filled_by_dora(base: VerifiedBase, layers: Sequence[str], biases: Collectio
     slots = base.manifest.slots
     names = [path + OUTPUT_SCALE for path in layers] + [path + OFFSET for path in layers if path in biases]
     if missing := sorted(set(names) - set(slots)):
-        raise ConfigError(
-            f"the base in {base.folder} has no slot {missing[0]!r}, which DoRA needs: export it with "
-            "--slots low-rank,scale,offset",
-            about="--slots",
-            value=missing,
-        )
+        raise _missing(base, missing[0], "DoRA", "low-rank,scale,offset")
     return {name: (1, int(slots[name][1])) for name in names}
+
+
+def _missing(base: VerifiedBase, slot: str, needs: str, kinds: str) -> ConfigError:
+    reason = f"the base in {base.folder} has no slot {slot!r}, which {needs} needs: export it with --slots {kinds}"
+    return ConfigError(reason, about="--slots", value=slot)
 
 
 def _is_b(name: str) -> bool:

@@ -58,14 +58,14 @@ def test_a_bundle_is_made_once_and_makes_every_clients_arms_without_torch(
 
 
 def test_a_method_that_needs_torch_is_refused_before_the_rounds(fleet_of: Any, tmp_path: Path, tiny_base: Base) -> None:
-    fleet = fleet_of(3, adapter={"method": "adalora"})
+    fleet = fleet_of(3, adapter={"bias": "lora_only"})
     with refused(ConfigError, "task.peft_config"):
         device_base(tmp_path, with_engine(fleet.scenario), fleet.base, fleet.population)
 
 
-@pytest.mark.parametrize("method", ["dora", "ia3", "ln_tuning", "beft"])
+@pytest.mark.parametrize("method", ["dora", "ia3", "ln_tuning", "beft", "loha"])
 def test_a_bundle_has_the_slots_of_the_method(fleet_of: Any, tmp_path: Path, method: str) -> None:
-    fleet = fleet_of(3, adapter={"method": method})
+    fleet = fleet_of(3, adapter={"method": method, "rank": 4})
     base = device_base(tmp_path, with_engine(fleet.scenario), fleet.base, fleet.population)
     config, labels = peft_config(fleet.scenario, fleet.base), len(fleet.population.labels)
     ours, theirs = GraphTrainer(base, labels, config), Trainer(fleet.base, labels, config)

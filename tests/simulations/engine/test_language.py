@@ -100,7 +100,7 @@ def test_a_run_trains_with_the_graph_of_a_bundle_to_the_same_losses(
 
 def test_a_run_whose_method_needs_torch_is_refused_before_an_export(run: Callable[..., Any], tmp_path: Path) -> None:
     with refused(ConfigError, "task.peft_config"):
-        run("--set", "base.engine=onnx", "--set", "adapter.method=vera", "--set", "adapter.targets=[]")
+        run("--set", "base.engine=onnx", "--set", "adapter.bias=lora_only")
     assert not provision.bundle_of(tmp_path / "run").exists()
 
 
