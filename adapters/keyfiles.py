@@ -1,14 +1,19 @@
-"""Ed25519 keys in files: signing keys, which are never replaced, and lists of trusted public keys, all in PEM form."""
+"""Keys in files, all in PEM form: Ed25519 signing keys, which are never replaced, lists of trusted public keys, and the
+TLS key of a state directory with its certificate, which both are replaced."""
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from adapters.storage import PRIVATE, PUBLIC, create, read
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, TrustError, of_file
+from aggregation.pki.certificates import load, to_der
 from aggregation.pki.identity import IdentityKey, PublicKey
+from aggregation.pki.tls import TlsKey
 
 MAX_PEM = 2**16  # bytes
+TLS_KEY, NEXT_TLS_KEY, TLS_CERTIFICATE = "tls.key", "next.tls.key", "tls.pem"  # in a state directory
 # Stricter than RFC 7468, which permits text before a key: two readers of the file must see the same keys.
 _BLOCK = re.compile(rb"-----BEGIN PUBLIC KEY-----[A-Za-z0-9+/=\s]*-----END PUBLIC KEY-----")
 
@@ -57,6 +62,34 @@ def read_public_keys(path: Path) -> tuple[PublicKey, ...]:
         raise TrustError(f"{path} is not a list of public keys in PEM form", about=path.name)
     with of_file(path):
         return tuple(PublicKey.from_pem(block + b"\n") for block in blocks)
+
+
+def tls_pair(folder: Path, remedy: str) -> tuple[TlsKey, bytes]:
+    """The TLS key in a state directory and its certificate, PEM, which belong to each other.
+
+    The next key is in a file of its own until the certificate for it has replaced the old one; the key that belongs to
+    the certificate is then the right one. So a kill at any instant leaves a pair.
+
+    Args:
+        folder: The state directory, which has ``TLS_CERTIFICATE``.
+        remedy: What to do if they do not belong to each other.
+
+    Raises:
+        TrustError: A file is damaged, or no key belongs to the certificate.
+    """
+    certificate = read(folder / TLS_CERTIFICATE, MAX_PEM)
+    with of_file(folder / TLS_CERTIFICATE):
+        certified = load(to_der(certificate)).public_key()
+    for name in (TLS_KEY, NEXT_TLS_KEY):
+        if (folder / name).is_file():
+            with of_file(folder / name):
+                key = TlsKey(read(folder / name, MAX_PEM))
+            if key.public() == certified:
+                if name == NEXT_TLS_KEY:
+                    with suppress(OSError):  # as in a container, where the old key is a file of its own
+                        (folder / NEXT_TLS_KEY).replace(folder / TLS_KEY)
+                return key, certificate
+    raise TrustError(f"{folder / TLS_CERTIFICATE} is not for the key in {TLS_KEY}: {remedy}", about=TLS_KEY)
 
 
 def _read(path: Path, remedy: str) -> bytes:

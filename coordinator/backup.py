@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from adapters import storage
-from adapters.keyfiles import MAX_PEM
+from adapters.keyfiles import MAX_PEM, NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
 from adapters.registryfiles import BLOBS, DATABASE, REGISTRY, LocalFiles, RegistryFiles, RegistrySettings, blob_name
 from adapters.registrystores import shown
 from adapters.roundrecord import INTERRUPTED
@@ -40,8 +40,6 @@ from coordinator.statedir import (
     PUBLIC_KEY,
     REGISTRY_HEADER,
     REVOKED,
-    TLS_CERTIFICATE,
-    TLS_KEY,
     TLS_REQUEST,
     TRANSCRIPT,
     CoordinatorStateDir,
@@ -51,7 +49,7 @@ from coordinator.statedir import (
 from coordinator.storedlog import StoredLog, require_agreement
 
 SUPERLINK = "superlink.db"  # of Flower's SuperLink: it has the public keys of the SuperNodes
-SECRETS = (KEY, TLS_KEY)
+SECRETS = (KEY, TLS_KEY, NEXT_TLS_KEY)
 SETTLED = (AUTHORITY, SETTINGS, SERVICES, TLS_CERTIFICATE, TLS_REQUEST)  # files that no run writes
 MAX_FILE = 2 * MAX_REVOCATIONS  # bytes of a key, certificate, list or file of settings
 _SESSION = (transcripts.AUTHORITY, transcripts.COORDINATOR, transcripts.REVOKED)  # in TRANSCRIPT

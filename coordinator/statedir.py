@@ -11,7 +11,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Self
 from sqlalchemy.engine import URL
 
 from adapters import storage
-from adapters.keyfiles import MAX_PEM
+from adapters.keyfiles import MAX_PEM, NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY, tls_pair
 from adapters.registryfiles import BLOBS, DATABASE, REGISTRY, SIGNING_KEY, RegistrySettings
 from adapters.registrystores import postgresql_url, shown
 from aggregation.entropy import Entropy
@@ -29,7 +29,7 @@ from aggregation.pki import Root
 from aggregation.pki.certificates import to_der
 from aggregation.pki.identity import IdentityKey
 from aggregation.pki.revocation import MAX_REVOCATIONS
-from aggregation.pki.tls import TlsRole, verify_tls
+from aggregation.pki.tls import TlsKey, TlsRole, verify_tls
 from coordinator.registry import Leadership, Lease, Registry, TranscriptTable, database, leadership
 from coordinator.registry.lease import LOOK
 from coordinator.servicesettings import SERVICES, ServiceSettings
@@ -45,7 +45,7 @@ LOCK = "run.lock"
 WAITING = "run.waiting"  # touched by a run that waits for the lease
 HUNG = 60.0  # seconds without a touch, which comes each second or after a log was copied
 PATIENCE = 2.0  # seconds in which a run takes the lock: whoever looks whether it is held has it for a moment
-TLS_KEY, TLS_REQUEST, TLS_CERTIFICATE = "tls.key", "tls.csr", "tls.pem"  # of the gateway and the SuperLink
+TLS_REQUEST = "tls.csr"  # for the key of the gateway and the SuperLink
 HEADER = b"# The settings of a federation. A run reads them when it starts.\n"
 log = logging.getLogger("edgeadapt.coordinator")
 REGISTRY_HEADER = b"# Where the registry is kept. Every command reads them when it starts.\n"
@@ -171,14 +171,31 @@ class CoordinatorStateDir:
             ConfigError: The directory has none.
             TrustError: The certificate is not one of the pinned authority for a gateway.
         """
-        for name in (TLS_KEY, TLS_CERTIFICATE):
-            if not (self.folder / name).is_file():
+        for name, others in ((TLS_KEY, NEXT_TLS_KEY), (TLS_CERTIFICATE, TLS_CERTIFICATE)):
+            if not ((self.folder / name).is_file() or (self.folder / others).is_file()):
                 text = f"{self.folder} has no {name}: make a key with 'edgeadapt coordinator tls-request', and let the"
                 raise ConfigError(f"{text} authority certify it", about=name)
-        key, certificate = (storage.read(self.folder / name, MAX_PEM) for name in (TLS_KEY, TLS_CERTIFICATE))
+        key, certificate = tls_pair(self.folder, f"let the authority certify {TLS_REQUEST}")
         with of_file(self.folder / TLS_CERTIFICATE):
             verify_tls(self.read_root(at), to_der(certificate), TlsRole.GATEWAY, at)
-        return key, certificate
+        return key.pem, certificate
+
+    def request_tls(self, name: str, entropy: Entropy) -> None:
+        """Make the next TLS key, and the request for its certificate; a next key without one is replaced.
+
+        The key in use stays until the certificate of the next one is there, so what runs goes on.
+
+        Raises:
+            ConfigError: No gateway can have this name.
+        """
+        key = TlsKey.generate(entropy)
+        request = key.request(name)
+        certified = (self.folder / TLS_CERTIFICATE).exists()
+        if certified:
+            with suppress(EdgeAdaptError):  # the next key may be in use by now, as its certificate has come
+                tls_pair(self.folder, "")
+        storage.replace(self.folder / (NEXT_TLS_KEY if certified else TLS_KEY), key.pem)
+        storage.replace(self.folder / TLS_REQUEST, request, storage.PUBLIC)
 
     @property
     def in_use(self) -> bool:

@@ -5,11 +5,13 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from adapters.manifest import VersionManifest
 from adapters.roundrecord import RoundRecord
+from coordinator.expiry import expiries
 from coordinator.services import deployment
 from coordinator.sessionprogress import LogFollower
 from coordinator.statedir import TRANSCRIPT, CoordinatorStateDir
@@ -42,6 +44,7 @@ def status_of(state_dir: CoordinatorStateDir) -> dict[str, Any]:
         "running": state_dir.in_use,
         "lease": lease_of(state_dir),
         "services": deployment.running(state_dir.folder),
+        "expiries": expiries(state_dir.folder, datetime.now(UTC)),
         "rounds_done": len(rounds),
         "rounds_wanted": state_dir.settings.rounds,
         "rounds_aborted": sum(record.aborted is not None for record in rounds),
@@ -61,6 +64,7 @@ def lines_of(status: dict[str, Any]) -> Iterator[str]:
         leads = "leads" if lease["in_force"] else "led last, and nobody leads now"
         own = " (this directory)" if lease["own"] else ""
         yield f"{lease['leader']}{own} {leads}, epoch {lease['epoch']}"
+    yield from (each["warning"] for each in status["expiries"].values() if each["warning"])
     if services := status["services"]:
         yield f"services run since {services['since']}, process {services['pid']}"
         for each in services["services"]:

@@ -15,13 +15,14 @@ from adapters import storage
 from adapters.gateway import frames
 from adapters.gateway import gateway_pb2 as pb
 from adapters.gateway.invitation import Invitation
+from adapters.keyfiles import TLS_CERTIFICATE, TLS_KEY
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, EdgeAdaptError, TrustError, of_file
 from aggregation.pki.certificates import load, to_pem
 from aggregation.pki.tls import TlsKey, TlsRole, verify_tls
 from client.gateway.calls import PASSING, pause, refusal
 from client.node.enrolment import REQUEST, TrustAnchors, enrol, install_certificate
-from client.node.statedir import CERTIFICATE, LONGEST, TLS_CERTIFICATE, TLS_KEY, DeviceSettings, DeviceStateDir
+from client.node.statedir import CERTIFICATE, LONGEST, DeviceSettings, DeviceStateDir
 
 ATTEMPTS = 4
 PATIENCE = 30.0  # seconds for a call

@@ -1,9 +1,7 @@
 """A device's certificates are renewed before they end: the identity stays, and the TLS key is a new one each time.
 
 The authority's service asks for the device's TLS certificate, and for the identity's signature on the request. The next
-TLS key is in a file of its own until the certificate for it has replaced the old one; the key that belongs to the
-certificate is then the right one (``tls_pair``). So a kill at any instant leaves a key and a certificate that belong to
-each other.
+TLS key is in a file of its own until the certificate for it has replaced the old one (``keyfiles.tls_pair``).
 """
 
 import logging
@@ -17,19 +15,19 @@ from pathlib import Path
 
 import grpc
 
-from adapters import storage
+from adapters import keyfiles, storage
 from adapters.gateway import frames
 from adapters.gateway import gateway_pb2 as pb
+from adapters.keyfiles import NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
 from aggregation.entropy import Entropy, SystemEntropy
 from aggregation.errors import EdgeAdaptError, TrustError, of_file
 from aggregation.pki.certificates import load, subject, to_der, to_pem
 from aggregation.pki.tls import RENEWAL, TlsKey, TlsRole, verify_tls
 from client.gateway.calls import PASSING, refusal
 from client.node.enrolment import install_certificate
-from client.node.statedir import AUTHORITY, LONGEST, TLS_CERTIFICATE, TLS_KEY, DeviceStateDir
+from client.node.statedir import AUTHORITY, LONGEST, DeviceStateDir
 
 ENROL_AGAIN = "enrol this device again, with a token ('edgeadapt device enrol')"
-NEXT_TLS_KEY = "next.tls.key"
 LEFT = 1 / 3  # of its validity: a certificate that has less left is renewed
 PATIENCE = 10.0  # seconds for the call
 FIRST_PAUSE, LONGEST_PAUSE = 60.0, 3600.0  # seconds before another attempt
@@ -46,18 +44,7 @@ def tls_pair(folder: Path) -> tuple[TlsKey, bytes]:
         if not (folder / name).is_file():
             text = f"{folder} has no {name}: certify this device's TLS key first ('edgeadapt device enrol')"
             raise TrustError(text, about=name)
-    certificate = storage.read(folder / TLS_CERTIFICATE, LONGEST)
-    with of_file(folder / TLS_CERTIFICATE):
-        certified = load(to_der(certificate)).public_key()
-    for name in (TLS_KEY, NEXT_TLS_KEY):
-        if (folder / name).is_file():
-            with of_file(folder / name):
-                key = TlsKey(storage.read(folder / name, LONGEST))
-            if key.public() == certified:
-                if name == NEXT_TLS_KEY:  # the process was killed before it could do this
-                    (folder / NEXT_TLS_KEY).replace(folder / TLS_KEY)
-                return key, certificate
-    raise TrustError(f"{folder / TLS_CERTIFICATE} is not for the key in {TLS_KEY}: {ENROL_AGAIN}", about=TLS_KEY)
+    return keyfiles.tls_pair(folder, ENROL_AGAIN)
 
 
 def validity(state_dir: DeviceStateDir, now: datetime) -> tuple[bool, datetime]:

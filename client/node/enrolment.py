@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from adapters.keyfiles import TLS_KEY
 from adapters.storage import PRIVATE_FOLDER, new_folder, replace
 from aggregation.entropy import Entropy
 from aggregation.errors import TrustError, of_file
 from aggregation.pki import Root, certificates, requests
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.pki.tls import TlsKey
-from client.node.statedir import AUTHORITY, CERTIFICATE, COORDINATOR, TLS_KEY, TRUST, DeviceSettings, DeviceStateDir
+from client.node.statedir import AUTHORITY, CERTIFICATE, COORDINATOR, TRUST, DeviceSettings, DeviceStateDir
 
 REQUEST = "request.csr"
 

@@ -163,15 +163,17 @@ def publish(state_dir: Path, folder: Path, base: str, labels: Path | None, as_js
     click.echo(json.dumps({**row, "labels": list(names)}) if as_json else line)
 
 
-@coordinator.command("tls-request", short_help="Make the gateway's TLS key, and a request for the authority.")
+@coordinator.command("tls-request", short_help="Make the gateway's next TLS key, and a request.")
 @directory
 @click.option(
     "--name", default="gateway", show_default=True, metavar="NAME", help="Of the gateway, in its certificate."
 )
 def tls_request(state_dir: Path, name: str) -> None:
-    """Make the gateway's TLS key in DIR, and DIR/tls.csr, a request for the authority. An old key is replaced.
+    """Make the gateway's next TLS key in DIR, and DIR/tls.csr, a request for the authority.
 
-    The authority certifies the key for the names at which devices reach the gateway. Its certificate is DIR/tls.pem.
+    The authority certifies the key for the names at which devices reach the gateway. Its certificate is DIR/tls.pem,
+    with which the key is used; until then the old one is. A gateway that runs takes both for connections that begin
+    then; a SuperLink takes them when 'up' is started again.
 
     \b
     Example:
@@ -179,14 +181,9 @@ def tls_request(state_dir: Path, name: str) -> None:
       edgeadapt authority issue-tls authority --request fleet/tls.csr --host fleet.example --out fleet/tls.pem
     """
     from aggregation.entropy import SystemEntropy
-    from aggregation.pki.tls import TlsKey
-    from coordinator.statedir import TLS_KEY, TLS_REQUEST, CoordinatorStateDir
+    from coordinator.statedir import TLS_REQUEST, CoordinatorStateDir
 
-    opened, key = CoordinatorStateDir.open(state_dir), TlsKey.generate(SystemEntropy())
-    request = key.request(name)
-    with opened.locked():
-        storage.replace(state_dir / TLS_KEY, key.pem)
-        storage.replace(state_dir / TLS_REQUEST, request, storage.PUBLIC)
+    CoordinatorStateDir.open(state_dir).request_tls(name, SystemEntropy())
     click.echo(f"send {state_dir / TLS_REQUEST} to the authority")
 
 

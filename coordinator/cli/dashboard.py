@@ -26,16 +26,13 @@ def dashboard(state_dir: Path, listen: str, channels: Path | None) -> None:
       edgeadapt coordinator dashboard fleet
       edgeadapt coordinator dashboard fleet --listen fleet.example:9500 --channels releases
     """
-    from datetime import UTC, datetime
-
     from aggregation.entropy import SystemEntropy
-    from aggregation.pki.certificates import to_der
-    from aggregation.pki.tls import hosts_of
     from coordinator.dashboard.channels import ChannelsView
-    from coordinator.dashboard.server import TOKEN, Tls, read_token, serve
+    from coordinator.dashboard.server import TOKEN, read_token, serve
     from coordinator.dashboard.view import Viewer
+    from coordinator.servertls import TlsFiles
     from coordinator.servicesettings import is_address, is_loopback
-    from coordinator.statedir import TLS_CERTIFICATE, TLS_KEY, CoordinatorStateDir
+    from coordinator.statedir import CoordinatorStateDir
 
     if not is_address(listen):
         raise ConfigError(f"{listen!r} is not HOST:PORT with a port from 1 to 65535", about="--listen", value=listen)
@@ -44,8 +41,7 @@ def dashboard(state_dir: Path, listen: str, channels: Path | None) -> None:
     if releases is not None:
         releases.look()
     if not is_loopback(listen):
-        _, certificate = opened.read_tls(datetime.now(UTC))
-        tls = Tls(state_dir / TLS_KEY, state_dir / TLS_CERTIFICATE, hosts_of(to_der(certificate)))
+        tls = TlsFiles(opened)
     token = read_token(state_dir, SystemEntropy())
     click.echo(f"http{'s' if tls else ''}://{listen}/: log in with the token in {state_dir / TOKEN}", err=True)
     serve(Viewer(opened, releases).look, token, listen, tls)

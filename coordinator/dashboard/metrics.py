@@ -1,6 +1,7 @@
 """The fleet's numbers as Prometheus reads them (text exposition format 0.0.4)."""
 
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -39,6 +40,9 @@ def families(view: dict[str, Any]) -> Iterator[Metric]:
         yield _gauge("lease_epoch", "How often a coordinator of this registry began to lead.", lease["epoch"])
         leads = int(lease["own"] and lease["in_force"])
         yield _gauge("leads", "1 while the coordinator of this state directory leads.", leads)
+    ends = {name: each["until"] for name, each in view["expiries"].items() if each["until"]}
+    times = {name: datetime.fromisoformat(until).timestamp() for name, until in ends.items()}
+    yield _gauge("expiry_timestamp_seconds", "When a certificate or revocation list ends.", times, "file")
     if view["version"] is not None:
         yield _gauge("version", "The newest version in the registry.", view["version"])
     yield _counter("device_rounds", "Rounds of all devices together.", None, {"": view["device_rounds"]})

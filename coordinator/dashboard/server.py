@@ -33,7 +33,10 @@ from adapters import storage
 from adapters.keyfiles import MAX_PEM
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
+from aggregation.pki.certificates import to_der
+from aggregation.pki.tls import hosts_of
 from coordinator.dashboard.metrics import exposition
+from coordinator.servertls import TlsSource, context
 from coordinator.servicesettings import is_loopback
 
 TOKEN = "dashboard.token"  # noqa: S105  # in the coordinator's state directory
@@ -287,16 +290,7 @@ async def _given_token(request: Request) -> str:
     return parse_qs(body.decode("ascii", "replace")).get("token", [""])[0].strip()
 
 
-@dataclass(frozen=True, slots=True)
-class Tls:
-    """Files of the key and the certificate, PEM, and the hosts that it is for."""
-
-    key: Path
-    certificate: Path
-    hosts: tuple[str, ...]
-
-
-def serve(look: Look, token: str, address: str, tls: Tls | None) -> None:
+def serve(look: Look, token: str, address: str, tls: TlsSource | None) -> None:
     """Serve until SIGINT or SIGTERM.
 
     Args:
@@ -312,7 +306,8 @@ def serve(look: Look, token: str, address: str, tls: Tls | None) -> None:
     if tls is None and not is_loopback(address):
         text = f"{host} can be reached from other machines, so it needs TLS: make DIR/tls.pem, or listen at 127.0.0.1"
         raise ConfigError(text, about="--listen", value=address)
-    app = application(look, token, tls.hosts if tls else LOCAL, secure=tls is not None)
+    hosts = hosts_of(to_der(tls.newest().certificate)) if tls else LOCAL
+    app = application(look, token, hosts, secure=tls is not None)
     config = uvicorn.Config(
         app,
         log_config=None,  # logging is the process's: dictConfig would close the handlers of everything else in it
@@ -323,9 +318,9 @@ def serve(look: Look, token: str, address: str, tls: Tls | None) -> None:
         timeout_keep_alive=30,
         limit_concurrency=4 * MAX_STREAMS,
         h11_max_incomplete_event_size=2**14,
-        ssl_keyfile=tls.key if tls else None,
-        ssl_certfile=tls.certificate if tls else None,
     )
+    config.load()
+    config.ssl = None if tls is None else context(tls)
     with _listening(host.strip("[]"), int(port)) as listening:
         DashboardServer(config, app.state.feed).run([listening])
 

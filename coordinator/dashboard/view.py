@@ -2,11 +2,13 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from adapters.manifest import VersionManifest
 from adapters.roundrecord import RoundRecord
 from coordinator.dashboard.channels import ChannelsView
+from coordinator.expiry import expiries
 from coordinator.gateway import snapshot
 from coordinator.registry import Head
 from coordinator.services import deployment
@@ -45,6 +47,7 @@ class Viewer:
         return {
             "running": running,
             "lease": lease_of(self.state_dir),
+            "expiries": expiries(self.state_dir.folder, datetime.now(UTC)),
             "rounds_wanted": self.state_dir.settings.rounds,
             "services": (deployment.running(self.state_dir.folder) or {"services": []})["services"],
             "session": None if progress is None else progress.as_json(),

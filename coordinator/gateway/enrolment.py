@@ -34,8 +34,8 @@ from aggregation.pki import Authority, certificates
 from aggregation.pki.tls import TlsKey, TlsRole, read_tls_request
 from coordinator.authority import AuthorityStore
 from coordinator.gateway.pace import TokenBucket
-from coordinator.gateway.server import ServerTls
 from coordinator.gateway.websocket import BrowserSettings, Endpoint, reason_of, received, url_of
+from coordinator.servertls import ServerTls, credentials
 
 NAME = "enrolment"  # in the service's own certificate
 OWN_DAYS = 30  # of that certificate; a restart makes another one
@@ -242,7 +242,7 @@ class EnrolmentServer:
         server.add_generic_rpc_handlers((service.handlers(at),))
         self._servers.append(server)
         try:
-            return int(server.add_secure_port(address, tls.credentials(certified_only=at is Address.RENEWAL)))
+            return int(server.add_secure_port(address, credentials(tls, certified_only=at is Address.RENEWAL)))
         except RuntimeError as error:
             text = f"the enrolment service cannot listen at {address}: the port is in use, or the address not valid"
             raise ConfigError(text, about=at.value, value=address) from error

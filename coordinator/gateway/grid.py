@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
@@ -22,9 +21,10 @@ from adapters.gateway.frames import node_of
 from aggregation.errors import EdgeAdaptError
 from aggregation.steps import BODY, RECORD
 from coordinator.gateway.hub import NoAnswer
-from coordinator.gateway.server import Gateway, GatewayLimits, ReadRoot, ServerTls
+from coordinator.gateway.server import Gateway, GatewayLimits, ReadRoot
 from coordinator.gateway.snapshot import GatewaySnapshot, written
 from coordinator.gateway.websocket import BrowserServer, BrowserSettings
+from coordinator.servertls import TlsFiles, TlsSource
 from coordinator.statedir import CoordinatorStateDir
 
 RUN_ID = SERVER_NODE = 1
@@ -44,8 +44,7 @@ def serving(state_dir: CoordinatorStateDir, address: str, *, own_process: bool =
     Raises:
         ConfigError, TrustError: As ``CoordinatorStateDir.read_tls`` and ``Gateway``.
     """
-    key, certificate = state_dir.read_tls(datetime.now(UTC))
-    own, tls = state_dir.settings.gateway, ServerTls(key, certificate, state_dir.root.to_pem())
+    own, tls = state_dir.settings.gateway, TlsFiles(state_dir)
     limits = GatewayLimits(
         check_ins=own.check_ins_per_minute,
         accepted=own.accepted_seconds,
@@ -92,7 +91,7 @@ class GatewayGrid(Grid):
     def __init__(
         self,
         address: str,
-        tls: ServerTls,
+        tls: TlsSource,
         read_root: ReadRoot,
         limits: GatewayLimits | None = None,
         *,

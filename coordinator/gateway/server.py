@@ -34,6 +34,7 @@ from coordinator import traces
 from coordinator.gateway.hub import Channel, Credentials, Hub, NoAnswer, Released, Stream
 from coordinator.gateway.pace import Pace, TokenBucket
 from coordinator.gateway.snapshot import GatewaySnapshot
+from coordinator.servertls import TlsSource, credentials
 
 CLOSING = 2.0  # seconds for the end of the streams
 VERSIONS = 32  # in a snapshot; devices state them
@@ -343,20 +344,6 @@ async def _later(context: Context, code: StatusCode, reason: str, seconds: float
     raise AssertionError
 
 
-@dataclass(frozen=True, slots=True)
-class ServerTls:
-    """The gateway's P-256 key and its certificate, both PEM, and the pinned authority's certificate."""
-
-    key: bytes = field(repr=False)
-    certificate: bytes
-    authority: bytes
-
-    def credentials(self, *, certified_only: bool) -> grpc.ServerCredentials:
-        """For a port, on which every peer must have a certificate of the authority if ``certified_only``."""
-        pairs, root = [(self.key, self.certificate)], self.authority if certified_only else None
-        return grpc.ssl_server_credentials(pairs, root_certificates=root, require_client_auth=certified_only)
-
-
 class _Digests(dict[int, bytes]):
     """SHA-256 of fields that are alive meanwhile; the same object is hashed once, because all devices get it."""
 
@@ -372,7 +359,7 @@ class Gateway:
     def __init__(
         self,
         address: str,
-        tls: ServerTls,
+        tls: TlsSource,
         read_root: ReadRoot,
         answered: Callable[[int, bytes | NoAnswer], None],
         limits: GatewayLimits | None = None,
@@ -401,13 +388,13 @@ class Gateway:
             text = f"the gateway cannot listen at {address}: the port is in use, or the TLS files do not fit together"
             raise ConfigError(text, about="--gateway", value=address) from error
 
-    async def _serve(self, address: str, tls: ServerTls) -> tuple[aio.Server, int]:
+    async def _serve(self, address: str, tls: TlsSource) -> tuple[aio.Server, int]:
         server = aio.server(options=frames.GATEWAY_OPTIONS, maximum_concurrent_rpcs=4 * self.service.limits.devices)
         servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
         server.add_generic_rpc_handlers((self.service.handlers(),))
         reflection.enable_server_reflection((frames.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-        port = server.add_secure_port(address, tls.credentials(certified_only=True))
+        port = server.add_secure_port(address, credentials(tls, certified_only=True))
         await server.start()
         await servicer.set(frames.SERVICE, health_pb2.HealthCheckResponse.SERVING)
         return server, port

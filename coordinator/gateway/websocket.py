@@ -11,15 +11,12 @@ are no message; 1008 refused; 1013 try again later. The reason has the window in
 import asyncio
 import ipaddress
 import logging
-import ssl
-import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http import HTTPStatus
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from websockets.asyncio.server import Server, ServerConnection, serve
@@ -35,7 +32,8 @@ from aggregation.pki.certificates import to_der
 from aggregation.pki.tls import hosts_of
 from coordinator import traces
 from coordinator.gateway.hub import Channel, Credentials, NoAnswer, Released, Stream
-from coordinator.gateway.server import CLOSING, Gateway, ServerTls, Service, require_version
+from coordinator.gateway.server import CLOSING, Gateway, Service, require_version
+from coordinator.servertls import TlsSource, context
 
 HANDSHAKE = 10.0  # seconds for TLS and HTTP, and again for the answer to the challenge
 STRANGERS = 256  # connections at a path that have not answered the challenge yet, or sent their message
@@ -80,26 +78,25 @@ class Endpoint:
 
     paths: tuple[str, ...]
     settings: BrowserSettings
-    tls: ServerTls
+    tls: TlsSource
     _strangers: Counter[str] = field(default_factory=Counter)  # by path: those who have not said yet who they are
-    _hosts: frozenset[str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        names = frozenset(name.lower() for name in hosts_of(to_der(self.tls.certificate)))
-        self._hosts = names | frozenset(LOOPBACK if self.settings.is_loopback else ())
 
     def check(self, connection: ServerConnection, request: Request) -> Response | None:
         """Refuse a request for another path or host, or of a page of another origin, before it is a WebSocket."""
         origin = request.headers.get("Origin", "")
         if request.path not in self.paths:
             return connection.respond(HTTPStatus.NOT_FOUND, "not found\n")
-        if host_of(f"//{request.headers.get('Host', '')}") not in self._hosts:
+        if host_of(f"//{request.headers.get('Host', '')}") not in self._hosts():
             return connection.respond(HTTPStatus.MISDIRECTED_REQUEST, "another host\n")
         if origin not in self.settings.origins and host_of(origin) not in LOOPBACK:
             return connection.respond(HTTPStatus.FORBIDDEN, "another origin\n")
         if self._strangers[request.path] >= STRANGERS:
             return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections\n")
         return None
+
+    def _hosts(self) -> frozenset[str]:
+        names = frozenset(name.lower() for name in hosts_of(to_der(self.tls.newest().certificate)))
+        return names | frozenset(LOOPBACK if self.settings.is_loopback else ())
 
     @asynccontextmanager
     async def stranger(self, connection: ServerConnection) -> AsyncIterator[None]:
@@ -129,7 +126,7 @@ class Endpoint:
                 host,
                 int(port),
                 process_request=self.check,
-                ssl=None if self.settings.is_loopback else _context(self.tls),
+                ssl=None if self.settings.is_loopback else context(self.tls),
                 compression=None,
                 open_timeout=HANDSHAKE,
                 ping_interval=30,
@@ -295,7 +292,7 @@ def reason_of(error: EdgeAdaptError) -> str:
 class BrowserServer:
     """The WebSockets of a running gateway, which must be closed before it."""
 
-    def __init__(self, gateway: Gateway, settings: BrowserSettings, tls: ServerTls) -> None:
+    def __init__(self, gateway: Gateway, settings: BrowserSettings, tls: TlsSource) -> None:
         """Start listening.
 
         Raises:
@@ -333,13 +330,3 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _context(tls: ServerTls) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    with tempfile.NamedTemporaryFile() as file:  # the standard library reads keys from files only; this one is private
-        file.write(tls.key + b"\n" + tls.certificate)
-        file.flush()
-        context.load_cert_chain(Path(file.name))
-    return context

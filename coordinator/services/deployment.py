@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from adapters import jsontext, storage
+from adapters.keyfiles import TLS_CERTIFICATE, TLS_KEY
 from aggregation.errors import ConfigError, EdgeAdaptError
 from aggregation.pki.certificates import to_der
 from aggregation.pki.tls import hosts_of
 from coordinator.services.supervisor import Happening, Patience, Report, ServiceEvent, ServiceProgram, supervise
 from coordinator.servicesettings import SERVICES, ServiceSettings, is_loopback
-from coordinator.statedir import AUTHORITY, TLS_CERTIFICATE, TLS_KEY, CoordinatorStateDir
+from coordinator.statedir import AUTHORITY, CoordinatorStateDir
 
 LOCK, RUNNING = "up.lock", "services.json"
 DATABASE, HOME = "superlink.db", "superlink"  # of the SuperLink: its state, and Flower's folder

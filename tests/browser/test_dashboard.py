@@ -7,21 +7,23 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from adapters.keyfiles import TLS_CERTIFICATE
 from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
+from aggregation.pki.tls import TlsRole
 from coordinator.channels.actions import GateResult, action_path
 from coordinator.channels.repository import ChannelRepository
 from coordinator.channels.rollback import note_evaluation, prepare
 from coordinator.channels.verdict import JudgedEvaluation, verdict
 from coordinator.dashboard.server import TOKEN
 from coordinator.statedir import CoordinatorStateDir
-from tests.support.gateway import HOST, free_port, wait_until
+from tests.support.gateway import HOST, authority_of, certify, free_port, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -55,6 +57,9 @@ def dashboard(folder: Path, *words: object) -> Iterator[tuple[str, subprocess.Po
 def test_an_operator_logs_in_and_sees_rounds_as_they_end(fleet_of: Callable[..., Any], page: Any) -> None:
     fleet = fleet_of(5, rounds=3)
     folder = fleet.out / "coordinator"
+    soon = datetime.now(UTC) + timedelta(hours=5)
+    _, certificate = certify(authority_of(fleet), "gateway", TlsRole.GATEWAY, not_after=soon)
+    (folder / TLS_CERTIFICATE).write_bytes(certificate)
     with dashboard(folder) as (url, served):
         page.call("Page.navigate", url=url)
         page.until("document.getElementById('token') !== null")
@@ -64,6 +69,8 @@ def test_an_operator_logs_in_and_sees_rounds_as_they_end(fleet_of: Callable[...,
         page.evaluate(f"document.getElementById('token').value = {token!r}; document.forms[0].submit()")
         page.until(READY)
         assert page.evaluate(ROWS) == 0
+        ending = page.evaluate("document.getElementById('expiries').innerText")
+        assert ending.startswith(f"tls.pem ends on {soon:%F}, in 0 days: renew it")
         page.evaluate("window.opened = true")
         fleet.federate(fleet.grid(forced_dropouts=1))
         page.until(f"{ROWS} === 3")

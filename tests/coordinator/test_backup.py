@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from adapters.keyfiles import NEXT_TLS_KEY, TLS_KEY
 from adapters.registryfiles import BLOBS, DATABASE, REGISTRY, RegistrySettings
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
@@ -22,7 +23,7 @@ from coordinator.cli.coordinator import coordinator
 from coordinator.recorder import Recorder
 from coordinator.registry import Registry
 from coordinator.registry.snapshot import RegistrySnapshot
-from coordinator.statedir import KEY, PUBLIC_KEY, TLS_KEY, CoordinatorStateDir
+from coordinator.statedir import KEY, PUBLIC_KEY, CoordinatorStateDir
 
 
 def call(*arguments: object) -> Result:
@@ -75,6 +76,7 @@ def fleet(kept: Path, app_fleet_of: Callable[..., Any], tmp_path: Path) -> Path:
 
 def test_a_restored_coordinator_is_the_one_that_was_copied(fleet: Path, tmp_path: Path) -> None:
     assert call("tls-request", fleet).exit_code == 0
+    shutil.copy(fleet / TLS_KEY, fleet / NEXT_TLS_KEY)
     copied = made("backup", fleet, "--out", tmp_path / "copy.tar", "--keys")
     assert stat.S_IMODE((tmp_path / "copy.tar").stat().st_mode) == 0o600
     restored = made("restore", tmp_path / "other", "--archive", tmp_path / "copy.tar")
@@ -83,7 +85,7 @@ def test_a_restored_coordinator_is_the_one_that_was_copied(fleet: Path, tmp_path
     assert digest_of(tmp_path / "other") == digest_of(fleet)
     assert audited(tmp_path / "other", unfinished=False) == 2
     assert stat.S_IMODE((tmp_path / "other").stat().st_mode) == 0o700
-    for name in (KEY, TLS_KEY):
+    for name in (KEY, TLS_KEY, NEXT_TLS_KEY):
         assert stat.S_IMODE((tmp_path / "other" / name).stat().st_mode) == 0o600
     left = {str(path.relative_to(fleet)) for path in fleet.rglob("*") if path.is_file()} - {DATABASE, "run.lock"}
     assert [name for name in left if (tmp_path / "other" / name).read_bytes() != (fleet / name).read_bytes()] == []

@@ -18,14 +18,14 @@ import pytest
 import yaml
 
 import edgeadapt
-from adapters.keyfiles import read_public_keys
+from adapters.keyfiles import TLS_KEY, read_public_keys
 from adapters.registryfiles import BLOBS, DATABASE
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import TrustError
 from aggregation.pki.identity import IdentityKey
 from client.node.statedir import DeviceStateDir
 from coordinator.authority import AuthorityStore
-from coordinator.statedir import AUTHORITY, KEY, PUBLIC_KEY, TLS_KEY, TRANSCRIPT, CoordinatorStateDir
+from coordinator.statedir import AUTHORITY, KEY, PUBLIC_KEY, TRANSCRIPT, CoordinatorStateDir
 from tests.support.gateway import free_port, wait_until
 from tests.support.trial import call
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
+from adapters.keyfiles import TLS_CERTIFICATE, TLS_KEY
 from coordinator.services.deployment import running
 from coordinator.servicesettings import SERVICES, ServiceSettings
-from coordinator.statedir import TLS_CERTIFICATE, TLS_KEY, CoordinatorStateDir
+from coordinator.statedir import CoordinatorStateDir
 from tests.support.gateway import HOST, attending, authority_of, free_port, give_tls, server_tls, wait_until
 from tests.support.trial import call
 

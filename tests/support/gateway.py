@@ -11,13 +11,14 @@ from typing import Any
 import grpc
 
 from adapters.gateway import frames
+from adapters.keyfiles import TLS_CERTIFICATE, TLS_KEY
 from aggregation.entropy import SystemEntropy
 from aggregation.pki import Authority, certificates
 from aggregation.pki.tls import TlsKey, TlsRole, read_tls_request
 from client.gateway.agent import Agent
-from client.node.statedir import TLS_CERTIFICATE, TLS_KEY
 from coordinator.gateway.grid import GatewayGrid
-from coordinator.gateway.server import GatewayLimits, ServerTls
+from coordinator.gateway.server import GatewayLimits
+from coordinator.servertls import ServerTls
 from coordinator.statedir import CoordinatorStateDir
 
 HOST = "127.0.0.1"

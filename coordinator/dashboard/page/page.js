@@ -161,6 +161,9 @@ function draw(view) {
   byId("problem").hidden = !view.error;
   byId("problem").textContent = view.error ?? "";
   if (view.error) return;
+  const ending = Object.values(view.expiries).flatMap(({ warning }) => warning ?? []);
+  byId("expiries").hidden = !ending.length;
+  byId("expiries").textContent = ending.join("; ");
   tiles(view);
   line("accuracy", view.rounds, (each) => each.metrics.accuracy);
   bars("dropouts", view.rounds);

@@ -14,13 +14,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from adapters.keyfiles import TLS_CERTIFICATE, TLS_KEY
 from adapters.registryfiles import RegistrySettings
 from adapters.roundrecord import RoundRecord
 from aggregation.entropy import SystemEntropy
 from aggregation.pki import Authority, certificates
 from aggregation.pki.identity import IdentityKey
 from aggregation.pki.tls import TlsKey, TlsRole, read_tls_request
-from client.node.statedir import TLS_CERTIFICATE, TLS_KEY
 from coordinator.registry import Registry, leadership
 from coordinator.services.deployment import running
 from coordinator.servicesettings import SERVICES, ServiceSettings

@@ -23,7 +23,8 @@ from aggregation.pki import Authority, certificates
 from aggregation.pki.tls import TlsKey, TlsRole, read_tls_request
 from aggregation.steps import ADAPTER, Step
 from coordinator.gateway.grid import GatewayGrid
-from coordinator.gateway.server import GatewayLimits, ServerTls
+from coordinator.gateway.server import GatewayLimits
+from coordinator.servertls import ServerTls
 from coordinator.transport import Transport
 from simulations.benchmarks.gateway.clients import WORK, allow_connections
 from simulations.benchmarks.timing import Note

@@ -22,6 +22,7 @@ from adapters import storage
 from adapters.gateway import frames
 from adapters.gateway import gateway_pb2 as pb
 from adapters.gateway.invitation import Invitation
+from adapters.keyfiles import NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
 from aggregation.pki import Authority, IdentityKey, Reason
@@ -31,8 +32,8 @@ from client.cli import device
 from client.gateway import renewal as device_side
 from client.gateway.agent import Agent
 from client.gateway.enrolment import enrol_with
-from client.gateway.renewal import NEXT_TLS_KEY, Renewal, renew, tls_pair, validity
-from client.node.statedir import AGENT_LOCK, TLS_CERTIFICATE, TLS_KEY, DeviceSettings, DeviceStateDir
+from client.gateway.renewal import Renewal, renew, tls_pair, validity
+from client.node.statedir import AGENT_LOCK, DeviceSettings, DeviceStateDir
 from coordinator.authority import AuthorityStore
 from coordinator.authority.store import utc_now
 from coordinator.gateway.enrolment import CALLS, RENEWALS, THREADS, EnrolmentServer, EnrolmentService

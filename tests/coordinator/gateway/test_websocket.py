@@ -14,6 +14,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from adapters.gateway import frames, websocket
+from adapters.keyfiles import TLS_CERTIFICATE, TLS_KEY
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError
 from aggregation.pki import Authority, IdentityKey
@@ -26,7 +27,7 @@ from coordinator.gateway.hub import NoAnswer
 from coordinator.gateway.server import GatewayLimits
 from coordinator.gateway.websocket import BrowserServer, BrowserSettings
 from coordinator.settings import FederationSettings
-from coordinator.statedir import TLS_CERTIFICATE, TLS_KEY, CoordinatorStateDir
+from coordinator.statedir import CoordinatorStateDir
 from tests.coordinator.gateway.conftest import LIMITS, Site
 from tests.support import refused
 from tests.support.gateway import HOST, certify, server_tls, wait_until

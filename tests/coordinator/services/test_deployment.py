@@ -10,13 +10,14 @@ import pytest
 from click.testing import CliRunner
 
 from adapters import storage
+from adapters.keyfiles import TLS_CERTIFICATE, TLS_KEY
 from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
 from aggregation.pki.tls import TlsRole
 from coordinator.cli.coordinator import coordinator
 from coordinator.services import deployment
 from coordinator.services.deployment import LOCK, RUNNING, running, services_of, stop, up
 from coordinator.servicesettings import SERVICES, ServiceSettings
-from coordinator.statedir import AUTHORITY, TLS_CERTIFICATE, TLS_KEY, CoordinatorStateDir
+from coordinator.statedir import AUTHORITY, CoordinatorStateDir
 from tests.support import refused
 from tests.support.gateway import authority_of, certify, free_port, wait_until
 
@@ -89,12 +90,13 @@ def test_a_dashboard_is_ready_with_and_without_tls(
     state_dir: CoordinatorStateDir, monkeypatch: pytest.MonkeyPatch, host: str
 ) -> None:
     """On a loopback address it has none, and on every other one it has."""
-    from coordinator.dashboard.server import DashboardServer, Tls, serve
+    from coordinator.dashboard.server import DashboardServer, serve
+    from coordinator.servertls import TlsFiles
 
-    address, folder = f"{host}:{free_port()}", state_dir.folder
+    address = f"{host}:{free_port()}"
     *_, dashboard = services_of(state_dir, ServiceSettings(gateway=BOTH["gateway"], dashboard=address))
     assert not dashboard.is_ready()
-    tls = None if host == "127.0.0.1" else Tls(folder / TLS_KEY, folder / TLS_CERTIFICATE, (host,))
+    tls = None if host == "127.0.0.1" else TlsFiles(state_dir)
     made, original = list[DashboardServer](), DashboardServer.__init__
 
     def noted(self: DashboardServer, *arguments: Any) -> None:

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from adapters.keyfiles import TLS_CERTIFICATE, TLS_KEY
 from coordinator.app import joined, run
-from coordinator.statedir import TLS_CERTIFICATE, TLS_KEY, CoordinatorStateDir
+from coordinator.statedir import CoordinatorStateDir
 from tests.support.flowerlink import living
 from tests.support.gateway import HOST, attending, authority_of, free_port, give_tls, server_tls, wait_until
 

@@ -1,0 +1,151 @@
+"""The TLS of what listens on the coordinator's machine, through a renewal without a restart.
+
+``tls-request`` writes the next key, and the authority's certificate for it replaces the old one whenever it arrives.
+What listens looks at the files as a connection begins. Connections that exist stay as they are; files that cannot be
+used are reported once, and the pair before them stays in use.
+"""
+
+import logging
+import ssl
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
+
+import grpc
+
+from adapters.keyfiles import NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
+from aggregation.errors import EdgeAdaptError
+from aggregation.pki.certificates import to_der
+from coordinator.expiry import validity, warning
+from coordinator.statedir import CoordinatorStateDir
+
+LOOK = 1.0  # seconds between two looks at the files
+log = logging.getLogger("edgeadapt.coordinator")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerTls:
+    """A P-256 key and its certificate for a gateway, both PEM, and the pinned authority's certificate."""
+
+    key: bytes = field(repr=False)
+    certificate: bytes
+    authority: bytes
+
+    def newest(self) -> "ServerTls":
+        """See ``TlsSource``."""
+        return self
+
+
+class TlsSource(Protocol):
+    """``ServerTls`` itself, or the ``TlsFiles`` of a state directory."""
+
+    def newest(self) -> ServerTls:
+        """The key and the certificate for a connection that begins now. Called from any thread; does not fail."""
+
+
+class TlsFiles:
+    """Those of a coordinator's state directory, read again when they have changed."""
+
+    def __init__(self, state_dir: CoordinatorStateDir) -> None:
+        """Read them. Raises as ``CoordinatorStateDir.read_tls``."""
+        self._state_dir = state_dir
+        self._lock = threading.Lock()
+        self._seen = self._stamp()
+        self._tls = self._read()
+        self._next = time.monotonic() + LOOK
+        self._problem = self._warned = ""
+        self._warn()
+
+    def newest(self) -> ServerTls:
+        """See ``TlsSource``."""
+        with self._lock:
+            if time.monotonic() >= self._next:
+                self._look()
+                self._next = time.monotonic() + LOOK
+            return self._tls
+
+    def _look(self) -> None:
+        try:
+            if (stamp := self._stamp()) != self._seen:
+                found = self._read()
+                if found != self._tls:
+                    log.info("%s was replaced: connections that begin now have the new one", TLS_CERTIFICATE)
+                    self._tls = found
+                self._seen, self._problem = stamp, ""
+        except (EdgeAdaptError, OSError) as error:  # it may be half copied: it is looked at again
+            if str(error) != self._problem:
+                self._problem = str(error)
+                log.warning("the new TLS files are not used: %s", self._problem)
+        self._warn()
+
+    def _warn(self) -> None:
+        """Say once a day that the certificate ends soon."""
+        now = datetime.now(UTC)
+        text = warning(TLS_CERTIFICATE, *validity(to_der(self._tls.certificate)), now)
+        if text and text != self._warned:
+            log.warning("%s", text)
+        self._warned = text
+
+    def _read(self) -> ServerTls:
+        key, certificate = self._state_dir.read_tls(datetime.now(UTC))
+        return ServerTls(key, certificate, self._state_dir.root.to_pem())
+
+    def _stamp(self) -> tuple[tuple[int, int, int] | None, ...]:
+        return tuple(_stamp(self._state_dir.folder / name) for name in (TLS_CERTIFICATE, TLS_KEY, NEXT_TLS_KEY))
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def credentials(source: TlsSource, *, certified_only: bool) -> grpc.ServerCredentials:
+    """For a port of gRPC, on which every peer must have a certificate of the authority if ``certified_only``."""
+    last = source.newest()
+
+    def configuration() -> grpc.ServerCertificateConfiguration:
+        root = last.authority if certified_only else None
+        return grpc.ssl_server_certificate_configuration([(last.key, last.certificate)], root_certificates=root)
+
+    def changed() -> grpc.ServerCertificateConfiguration | None:
+        """Called by gRPC before each handshake; None: nothing has changed."""
+        nonlocal last
+        if (found := source.newest()) == last:
+            return None
+        last = found
+        return configuration()
+
+    return grpc.dynamic_ssl_server_credentials(configuration(), changed, require_client_authentication=certified_only)
+
+
+def context(source: TlsSource) -> ssl.SSLContext:
+    """For a server of asyncio."""
+    last = source.newest()
+    listening = current = _context(last)
+
+    def follow(connection: ssl.SSLObject, host: str | None, given: ssl.SSLContext) -> None:
+        """Called by OpenSSL in each handshake, whether a name is asked for or not."""
+        nonlocal last, current
+        if (found := source.newest()) != last:
+            last, current = found, _context(found)
+        connection.context = current
+
+    listening.sni_callback = follow
+    return listening
+
+
+def _context(tls: ServerTls) -> ssl.SSLContext:
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    made.minimum_version = ssl.TLSVersion.TLSv1_2
+    with tempfile.NamedTemporaryFile() as file:  # the standard library reads keys from files only; this one is private
+        file.write(tls.key + b"\n" + tls.certificate)
+        file.flush()
+        made.load_cert_chain(Path(file.name))
+    return made

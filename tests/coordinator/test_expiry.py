@@ -1,0 +1,82 @@
+"""What ends in a coordinator's state directory is shown in time: by the status, the page's view and the metrics."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from adapters.keyfiles import TLS_CERTIFICATE, TLS_KEY
+from aggregation.entropy import SystemEntropy
+from aggregation.pki import Authority
+from aggregation.pki.tls import TlsRole
+from coordinator.authority import AuthorityStore
+from coordinator.cli.coordinator import coordinator
+from coordinator.dashboard.metrics import exposition
+from coordinator.dashboard.view import Viewer
+from coordinator.expiry import expiries
+from coordinator.settings import FederationSettings
+from coordinator.statedir import REVOKED, CoordinatorStateDir
+from tests.support.authority import signer, store
+from tests.support.gateway import certify
+
+__all__ = ["signer", "store"]
+NOW = datetime.now(UTC).replace(microsecond=0)
+
+
+@pytest.fixture
+def state_dir(store: AuthorityStore, tmp_path: Path) -> CoordinatorStateDir:
+    folder, pinned = tmp_path / "fleet", store.root.to_pem()
+    return CoordinatorStateDir.create(folder, pinned, FederationSettings(), SystemEntropy())
+
+
+def give(folder: Path, signer: Authority, before: float, after: float) -> None:
+    """TLS files whose validity began so many days ago and ends in so many; and such a revocation list."""
+    begin, end = NOW - timedelta(days=before), NOW + timedelta(days=after)
+    key, certificate = certify(signer, "gateway", TlsRole.GATEWAY, not_before=begin, not_after=end)
+    (folder / TLS_KEY).write_bytes(key)
+    (folder / TLS_CERTIFICATE).write_bytes(certificate)
+    (folder / REVOKED).write_bytes(signer.revocations(7, {}, begin, end).to_pem())
+
+
+def warnings(folder: Path) -> list[str | None]:
+    found = expiries(folder, NOW)
+    assert list(found) == [TLS_CERTIFICATE, REVOKED]
+    return [each["warning"] for each in found.values()]
+
+
+def test_only_what_has_less_than_a_third_left_is_warned_of(state_dir: CoordinatorStateDir, signer: Authority) -> None:
+    folder = state_dir.folder
+    assert expiries(folder, NOW) == {}
+    give(folder, signer, 59, 31)
+    assert warnings(folder) == [None, None]
+    give(folder, signer, 61, 29)
+    assert [str(each).partition(":")[0] for each in warnings(folder)] == [
+        f"{name} ends on {NOW + timedelta(days=29):%F}, in 29 days" for name in (TLS_CERTIFICATE, REVOKED)
+    ]
+    give(folder, signer, 90, -1)
+    assert all(f"ended on {NOW - timedelta(days=1):%F}" in str(each) for each in warnings(folder))
+    for content in (b"", b"-----BEGIN X509 CRL-----\n", b"\xff" * 2**22):
+        for name in (TLS_CERTIFICATE, REVOKED):
+            (folder / name).write_bytes(content)
+        assert all("cannot be read" in str(each) and "\n" not in str(each) for each in warnings(folder))
+
+
+def test_the_status_the_page_and_the_metrics_show_it(state_dir: CoordinatorStateDir, signer: Authority) -> None:
+    give(state_dir.folder, signer, 61, 29)
+    shown = CliRunner().invoke(coordinator, ["status", str(state_dir.folder)]).stdout
+    assert "\ntls.pem ends on" in shown
+    assert "'edgeadapt coordinator tls-request'" in shown
+    assert "\nrevoked.crl ends on" in shown
+    found = json.loads(CliRunner().invoke(coordinator, ["status", str(state_dir.folder), "--json"]).stdout)["expiries"]
+    assert datetime.fromisoformat(found[TLS_CERTIFICATE]["until"]) == NOW + timedelta(days=29)
+    view = Viewer(state_dir).look()
+    assert view["expiries"] == found
+    ends = (NOW + timedelta(days=29)).timestamp()
+    lines = exposition(view).decode().splitlines()
+    values = [float(line.split()[1]) for line in lines if line.startswith("edgeadapt_expiry_timestamp_seconds{")]
+    assert values == [ends, ends]
+    give(state_dir.folder, signer, 1, 89)
+    assert "ends on" not in CliRunner().invoke(coordinator, ["status", str(state_dir.folder)]).stdout
+    state_dir.registry.close()

@@ -1,0 +1,207 @@
+"""The gateway's TLS key is renewed by the commands while it serves: nobody is disconnected, and no bad file counts."""
+
+import asyncio
+import logging
+import ssl
+import stat
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from adapters.keyfiles import NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
+from aggregation.entropy import SystemEntropy
+from aggregation.errors import ConfigError, TrustError
+from aggregation.pki import Authority
+from aggregation.pki.certificates import serial, to_der
+from aggregation.pki.tls import TlsRole
+from coordinator import servertls
+from coordinator.authority import AuthorityStore
+from coordinator.cli.coordinator import coordinator
+from coordinator.gateway.grid import serving
+from coordinator.gateway.websocket import BrowserSettings, Endpoint
+from coordinator.servertls import ServerTls, TlsFiles, context
+from coordinator.settings import FederationSettings
+from coordinator.statedir import TLS_REQUEST, CoordinatorStateDir
+from tests.support import refused
+from tests.support.authority import signer, store
+from tests.support.gateway import HOST, certify
+from tests.support.lightdevice import LightDevice
+from tests.support.trial import call
+
+__all__ = ["signer", "store"]
+
+
+@pytest.fixture
+def state_dir(store: AuthorityStore, tmp_path: Path) -> CoordinatorStateDir:
+    """Of a coordinator with a certified TLS key."""
+    settings, pinned = FederationSettings(), store.root.to_pem()
+    made = CoordinatorStateDir.create(tmp_path / "fleet", pinned, settings, SystemEntropy())
+    renew(made, store)
+    return made
+
+
+def request(state_dir: CoordinatorStateDir) -> None:
+    done = CliRunner().invoke(coordinator, ["tls-request", str(state_dir.folder)])
+    assert done.exception is None, done.exception
+
+
+def certified(state_dir: CoordinatorStateDir, store: AuthorityStore) -> bytes:
+    """The certificate for the newest request, PEM."""
+    out = store.folder / "issued.pem"
+    given = ("--request", state_dir.folder / TLS_REQUEST, "--host", HOST, "--out", out)
+    call("authority", "issue-tls", store.folder, *given)
+    return out.read_bytes()
+
+
+def copy(state_dir: CoordinatorStateDir, content: bytes) -> None:
+    """As ``cp`` does, which replaces no file as a whole."""
+    with (state_dir.folder / TLS_CERTIFICATE).open("wb") as file:
+        file.write(content)
+
+
+def renew(state_dir: CoordinatorStateDir, store: AuthorityStore) -> bytes:
+    request(state_dir)
+    found = certified(state_dir, store)
+    copy(state_dir, found)
+    return found
+
+
+def presented(port: int) -> int:
+    """The serial number of the certificate that a connection gets which begins now."""
+    return serial(to_der(ssl.get_server_certificate((HOST, port), timeout=60).encode()))
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    found = [record.getMessage() for record in caplog.records if record.name == "edgeadapt.coordinator"]
+    assert not any("\n" in text for text in found)
+    return found
+
+
+def test_a_gateway_that_serves_takes_the_new_key_and_disconnects_nobody(
+    state_dir: CoordinatorStateDir,
+    store: AuthorityStore,
+    signer: Authority,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(servertls, "LOOK", 0.0)
+    old = (state_dir.folder / TLS_CERTIFICATE).read_bytes()
+    with (
+        caplog.at_level(logging.INFO, "edgeadapt.coordinator"),
+        state_dir.locked(),
+        serving(state_dir, f"{HOST}:0", own_process=False) as grid,
+    ):
+        kitchen = LightDevice(grid.port, signer, "kitchen")
+        stream = kitchen.attend()
+        request(state_dir)
+        assert presented(grid.port) == serial(to_der(old))
+        new = certified(state_dir, store)
+        _, other = certify(signer, "gateway", TlsRole.GATEWAY)
+        for useless in (b"", new[: len(new) // 2], other, b"\xff" * 2**18):
+            copy(state_dir, useless)
+            assert presented(grid.port) == serial(to_der(old))
+        assert len(lines(caplog)) == 3  # an empty one and a half one are one problem
+        assert all("not used" in each for each in lines(caplog))
+        copy(state_dir, new)
+        assert presented(grid.port) == serial(to_der(new))
+        garage = LightDevice(grid.port, signer, "garage")
+        streams = {"kitchen": stream, "garage": garage.attend()}
+        grid._gateway.ask({name: ("offer", {"body": b"body"}) for name in streams}, 60.0)
+        for each in streams.values():
+            assert each.request().step == "offer"
+        assert kitchen.status().devices == 2  # on the connection that began with the old one
+        for device in (kitchen, garage):
+            streams[device.name].cancel()
+            device.close()
+    assert len(lines(caplog)) == 4
+    assert not (state_dir.folder / NEXT_TLS_KEY).exists()
+    assert stat.S_IMODE((state_dir.folder / TLS_KEY).stat().st_mode) == 0o600
+
+
+def test_a_server_of_asyncio_takes_the_new_key_and_its_hosts(
+    state_dir: CoordinatorStateDir, store: AuthorityStore
+) -> None:
+    """As the WebSocket and the dashboard do; this client asks for no name."""
+    pairs = [ServerTls(*state_dir.read_tls(datetime.now(UTC)), store.root.to_pem())]
+
+    class Source:
+        def newest(self) -> ServerTls:
+            return pairs[-1]
+
+    async def seen() -> list[int]:
+        server = await asyncio.start_server(lambda _, writer: writer.close(), HOST, 0, ssl=context(Source()))
+        port, found = server.sockets[0].getsockname()[1], list[int]()
+        found.append(await asyncio.to_thread(presented, port))
+        renew(state_dir, store)
+        pairs.append(ServerTls(*state_dir.read_tls(datetime.now(UTC)), store.root.to_pem()))
+        found.append(await asyncio.to_thread(presented, port))
+        server.close()
+        return found
+
+    assert asyncio.run(seen()) == [serial(to_der(each.certificate)) for each in pairs]
+    endpoint = Endpoint(("/",), BrowserSettings("0.0.0.0:0"), Source())
+    assert endpoint._hosts() == {HOST}
+    out = store.folder / "issued.pem"
+    given = ("--request", state_dir.folder / TLS_REQUEST, "--host", "Fleet.Example", "--out", out)
+    call("authority", "issue-tls", store.folder, *given)
+    pairs.append(ServerTls(pairs[-1].key, out.read_bytes(), pairs[-1].authority))
+    assert endpoint._hosts() == {"fleet.example"}
+
+
+def test_the_key_in_use_stays_until_the_certificate_of_the_next_one_is_there(
+    state_dir: CoordinatorStateDir, store: AuthorityStore
+) -> None:
+    now, pair = datetime.now(UTC), state_dir.read_tls(datetime.now(UTC))
+    request(state_dir)
+    request(state_dir)  # the next one is replaced, and not the one in use
+    assert state_dir.read_tls(now) == pair
+    copy(state_dir, certified(state_dir, store))
+    following = (state_dir.folder / NEXT_TLS_KEY).read_bytes()
+    request(state_dir)  # before anything has looked: the certified key is kept
+    assert state_dir.read_tls(now)[0] == following == (state_dir.folder / TLS_KEY).read_bytes()
+    assert (state_dir.folder / NEXT_TLS_KEY).exists()
+    (state_dir.folder / NEXT_TLS_KEY).write_bytes(b"")
+    assert state_dir.read_tls(now)[0] == following
+    (state_dir.folder / TLS_KEY).write_bytes(pair[0])
+    with refused(TrustError, "key.pem"):
+        state_dir.read_tls(now)
+    (state_dir.folder / NEXT_TLS_KEY).unlink()
+    with refused(TrustError, TLS_KEY) as caught:
+        state_dir.read_tls(now)
+    assert TLS_REQUEST in str(caught.value)
+    (state_dir.folder / TLS_KEY).unlink()
+    with refused(ConfigError, TLS_KEY):
+        state_dir.read_tls(now)
+
+
+def test_a_key_that_cannot_be_renamed_is_used(
+    state_dir: CoordinatorStateDir, store: AuthorityStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container, where the old key is mounted as a file."""
+    renew(state_dir, store)
+    following = (state_dir.folder / NEXT_TLS_KEY).read_bytes()
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(16, "Device or resource busy")))
+    for _ in range(2):
+        assert state_dir.read_tls(datetime.now(UTC))[0] == following
+
+
+def test_a_certificate_that_ends_soon_is_reported_once_a_day(
+    state_dir: CoordinatorStateDir,
+    signer: Authority,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(servertls, "LOOK", 0.0)
+    now = datetime.now(UTC)
+    dates = {"not_before": now - timedelta(days=80), "not_after": now + timedelta(days=9.5)}
+    key, certificate = certify(signer, "gateway", TlsRole.GATEWAY, **dates)
+    (state_dir.folder / TLS_KEY).write_bytes(key)
+    copy(state_dir, certificate)
+    with caplog.at_level(logging.WARNING, "edgeadapt.coordinator"):
+        files = TlsFiles(state_dir)
+        for _ in range(3):
+            assert files.newest().key == key
+    (line,) = lines(caplog)
+    assert line.startswith(f"tls.pem ends on {dates['not_after']:%F}, in 9 days: renew it with")
