@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Self
 
@@ -157,6 +158,8 @@ class CoordinatorStateDir:
                     found = self.root.revocations(storage.read(path, 2 * MAX_REVOCATIONS))
                     if newest is None or found.number >= newest.number:
                         newest = found.newer_than(newest)
+                    else:
+                        _warn_of_older(path, found.number, newest.number)
         if newest is not None:
             newest.require_fresh(at)
         return replace(self.root, revoked=newest)
@@ -299,6 +302,14 @@ class CoordinatorStateDir:
         """
         with run_lock(self.folder):
             yield
+
+
+@cache
+def _warn_of_older(path: Path, number: int, newer: int) -> None:
+    """Once for each: a gateway reads the lists every second."""
+    log.warning(
+        "%s is list %d, and list %d is in force, which was applied before: copy the newest", path, number, newer
+    )
 
 
 @contextmanager

@@ -123,7 +123,7 @@ class Authority:
 
         Args:
             number: Above that of every earlier list.
-            revoked: Serial → revocation: all of them, not only new ones.
+            revoked: Serial → revocation: all that a reader could still rely on, not only new ones.
             this_update: Now.
             next_update: Until when the list is valid.
 

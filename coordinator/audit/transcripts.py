@@ -189,8 +189,9 @@ def _with_revocations(root: Root, options: AuditOptions, folder: Path, state_dir
     directory under a higher number shows that the auditor's is old: it lacks the revocations in between.
 
     Raises:
-        TrustError: A list is damaged, or the auditor's is older than one of the coordinator, or had expired before the
-            time of the sessions. A list that was signed later is not refused: it has the earlier revocations too.
+        TrustError: A list is damaged, or the auditor's is older than one of the coordinator and than the time of the
+            sessions, or had expired before that. One that was signed later is not refused: it has the earlier
+            revocations too, but of certificates that expired before it was signed.
     """
     stored = [(None, folder / REVOKED), *([(state_dir / REVOKED,) * 2] if state_dir else [])]
     lists = [_read(root.revocations, given, path, "--revoked") for given, path in stored if path.exists()]
@@ -198,8 +199,9 @@ def _with_revocations(root: Root, options: AuditOptions, folder: Path, state_dir
         return root
     crl = _read(root.revocations, options.revoked, options.revoked, "--revoked")
     with of_file(options.revoked):
-        for known in lists:
-            crl.newer_than(known)
+        if options.at is None or crl.this_update < options.at:  # one that was signed since has all until then
+            for known in lists:
+                crl.newer_than(known)
         _require_in_force(crl, options.at)
     return replace(root, revoked=_as_of(crl, options.at))
 

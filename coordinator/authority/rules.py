@@ -7,6 +7,7 @@ from datetime import datetime
 from aggregation.errors import ConfigError, TrustError
 from aggregation.pki.certificates import load, same_name
 from aggregation.pki.identity import PublicKey
+from aggregation.pki.revocation import AHEAD
 from coordinator.authority.record import (
     CertificateIssued,
     CertificateRevoked,
@@ -140,6 +141,23 @@ def issued_in(events: Sequence[Event]) -> list[CertificateIssued]:
 def revoked_in(events: Sequence[Event]) -> dict[str, CertificateRevoked]:
     """The revocations, by serial number."""
     return {event.serial: event for event in events if isinstance(event, CertificateRevoked)}
+
+
+def to_list(events: Sequence[Event]) -> dict[str, CertificateRevoked]:
+    """The revocations that the next list has, by serial number.
+
+    One of a certificate that has expired is on one more list, which was signed after that, and then on none (RFC 5280,
+    section 3.3): lists stay as short as the fleet is large. That list is signed a day later at least. By the clock of
+    whoever accepts a list (``RevocationList.require_fresh``), what it lacks has expired as well.
+    """
+    ends = {each.serial: each.not_after for each in issued_in(events)}
+    found = dict[str, CertificateRevoked]()
+    for event in events:
+        if isinstance(event, CertificateRevoked):
+            found[event.serial] = event
+        elif isinstance(event, ListSigned):
+            found = {serial: each for serial, each in found.items() if event.at - AHEAD <= ends[serial]}
+    return found
 
 
 def count_lists(events: Sequence[Event]) -> int:

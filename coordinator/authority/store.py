@@ -53,6 +53,7 @@ from coordinator.authority.rules import (
     require_tls_renewable,
     require_unrevoked,
     revoked_in,
+    to_list,
 )
 
 KEY, CERTIFICATE, REVOKED, RECORD = "authority.key", "authority.pem", "revoked.crl", "record.jsonl"
@@ -382,7 +383,7 @@ class AuthorityStore:
         )
 
     def revoke(self, authority: Authority, which: str, reason: Reason, list_days: int) -> tuple[CertificateIssued, ...]:
-        """Revoke the certificates of a device, or the one with a serial, and sign a new list with all revocations.
+        """Revoke the certificates of a device, or the one with a serial, and sign a new list (``rules.to_list``).
 
         Args:
             authority: Unlocked.
@@ -413,7 +414,7 @@ class AuthorityStore:
         return new
 
     def sign_list(self, authority: Authority, days: int) -> int:
-        """Sign a revocation list with all revocations so far, valid for ``days``; its number.
+        """Sign a revocation list (``rules.to_list``), valid for ``days``; its number.
 
         Raises:
             DataError: As ``issue``.
@@ -426,10 +427,8 @@ class AuthorityStore:
     ) -> int:
         now = self.clock()
         number = count_lists(writer.events) + 1
-        revoked = {
-            int(serial, 16): Revocation(each.at, each.reason)
-            for serial, each in revoked_in([*writer.events, *new]).items()
-        }
+        listed = to_list([*writer.events, *new])
+        revoked = {int(serial, 16): Revocation(each.at, each.reason) for serial, each in listed.items()}
         signed = authority.revocations(number, revoked, now, now + timedelta(days))
         self.root.revocations(
             signed.to_pem()

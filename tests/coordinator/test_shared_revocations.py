@@ -47,6 +47,26 @@ def warned(caplog: pytest.LogCaptureFixture, of: str) -> bool:
     return any(of in text for text in found)
 
 
+def test_an_older_list_that_is_copied_over_a_newer_one_is_reported_once(
+    fleet_of: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    fleet = fleet_of(3)
+    folder = fleet.out / "coordinator"
+    opened, authority = CoordinatorStateDir.open(folder), authority_of(fleet)
+    (folder / TRANSCRIPT).mkdir(exist_ok=True)
+    newest = signed(authority, 7, 1)
+    (folder / TRANSCRIPT / REVOKED).write_bytes(newest)
+    for number in (7, 6, 6, 5):
+        (folder / REVOKED).write_bytes(newest if number == 7 else signed(authority, number))
+        found = opened.read_root(datetime.now(UTC)).revoked
+        assert found is not None
+        assert found.number == 7
+    opened.registry.close()
+    lines = [record.getMessage() for record in caplog.records if record.name == "edgeadapt.coordinator"]
+    assert [line.partition(",")[0] for line in lines] == [f"{folder / REVOKED} is list {number}" for number in (6, 5)]
+    assert not any("\n" in line for line in lines)
+
+
 @pytest.fixture
 def pair(app_fleet_of: Callable[..., Any], postgresql: str, monkeypatch: pytest.MonkeyPatch) -> Pair:
     """The fleet, and the state directories of two machines."""

@@ -219,6 +219,34 @@ def test_a_new_list_has_a_higher_number_and_the_same_revocations(store: Authorit
     assert after.next_update - after.this_update == timedelta(days=60)
 
 
+def test_a_certificate_that_has_expired_leaves_the_list_after_one_more(
+    store: AuthorityStore, signer: Authority
+) -> None:
+    """RFC 5280, section 3.3; a day later, for readers whose clock is behind."""
+    mine = new_key()
+    store.issue(signer, "kitchen", mine.public, 10)
+    store.issue(signer, "garage", new_key().public, 100)
+    for name in ("kitchen", "garage"):
+        store.revoke(signer, name, Reason.KEY_COMPROMISE, 30)
+    kitchen, garage = (each for each, _ in store.certificates())
+
+    def listed(days: float) -> list[bool]:
+        """Whether each is on a list that is signed so many days after the first one has ended."""
+        later = replace(store, clock=lambda: kitchen.not_after + timedelta(days))
+        number = later.sign_list(signer, 30)
+        newest = newest_list(store)
+        assert newest.number == number
+        assert not newest.revoked or newest.revoked[int(garage.serial, 16)].reason is Reason.KEY_COMPROMISE
+        return [int(each.serial, 16) in newest.revoked for each in (kitchen, garage)]
+
+    assert [listed(days) for days in (-1, 0, 0.9, 1)] == [[True, True]] * 4
+    assert [listed(days) for days in (1.1, 1.2, 50)] == [[True, True], [False, True], [False, True]]
+    status = {each.name: status for each, status in replace(store, clock=lambda: kitchen.not_after).certificates()}
+    assert status["kitchen"] == "revoked (keyCompromise)"
+    with refused(ConfigError, "key.revoked"):
+        store.issue(signer, "kitchen", mine.public, 10)
+
+
 def test_a_kill_between_record_and_list_uses_no_number_twice(
     store: AuthorityStore, signer: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:

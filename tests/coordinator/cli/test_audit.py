@@ -228,6 +228,32 @@ def test_an_older_revocation_list_than_one_of_the_coordinator_does_not_hide_a_re
     assert run("verify", folder, "--revoked", listed)[0] == 0
 
 
+def test_a_list_from_which_expired_certificates_have_gone_does_not_speak_for_them(
+    run: Run, folder: Path, logged: LoggedSession
+) -> None:
+    """The authority leaves them out in time. The list of that time still counts, whatever newer ones there are."""
+    authority = logged.fleet.authority
+    loaded = [x509.load_der_x509_certificate(each.certificate) for each in logged.fleet.devices.values()]
+    end = max(each.not_valid_after_utc for each in loaded)
+    begin = max(each.not_valid_before_utc for each in loaded)
+    at, month = begin + (end - begin) / 2, dt.timedelta(days=30)
+    revoked = {loaded[2].serial_number: Revocation(begin)}
+    old = authority.revocations(3, revoked, at, at + month)
+    new = authority.revocations(9, {}, end + month, end + 2 * month)
+    listed = folder.parents[1] / "given.crl"
+    (folder / "revoked.crl").write_bytes(new.to_pem())
+    listed.write_bytes(new.to_pem())
+    code, out, _ = run("verify", folder, "--revoked", listed, "--at", f"{at:%Y-%m-%dT%H:%M:%S}")
+    assert code == 0
+    assert f"whether one of {len(loaded)} was revoked, which ended before that list" in " ".join(out.split())
+    listed.write_bytes(old.to_pem())
+    code, _, err = run("verify", folder, "--revoked", listed, "--at", f"{at:%Y-%m-%dT%H:%M:%S}")
+    assert (code, "is revoked" in err) == (4, True)
+    later = at + dt.timedelta(days=1)
+    with refused(TrustError, "revocations.number", value=3):
+        AuditInput.open(folder, AuditOptions(revoked=listed, at=later))
+
+
 @pytest.mark.parametrize(("at", "code"), [("2026-05-01", 0), ("2026-09-01T00:00:00", 0), ("2026-09-01", 4)])
 def test_a_revocation_list_that_had_expired_by_the_time_of_the_sessions_says_nothing(
     run: Run, folder: Path, logged: LoggedSession, monkeypatch: pytest.MonkeyPatch, at: str, code: int
