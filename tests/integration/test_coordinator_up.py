@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from adapters.keyfiles import TLS_CERTIFICATE, TLS_KEY
-from coordinator.services.deployment import running
+from coordinator.services.deployment import RUNNING, running
 from coordinator.servicesettings import SERVICES, ServiceSettings
-from coordinator.statedir import CoordinatorStateDir
+from coordinator.statedir import PUBLIC_KEY, CoordinatorStateDir
 from tests.support.gateway import HOST, attending, authority_of, free_port, give_tls, server_tls, wait_until
 from tests.support.trial import call
 
@@ -90,9 +90,10 @@ def test_rounds_that_are_killed_go_on_from_the_last_one_and_up_ends_when_all_are
 ) -> None:
     fleet = app_fleet_of(3, rounds=20)
     folder, port = coordinator_of(fleet)
-    state_dir = CoordinatorStateDir.open(folder)
+    state_dir, archive, restored = CoordinatorStateDir.open(folder), fleet.out / "during.tar", fleet.out / "restored"
     with going_up(folder) as up, attending(port, [*fleet.nodes.values()]):
         wait_until(lambda: state_dir.registry.rounds() or up.process.poll() is not None, LONG)
+        call("coordinator", "backup", folder, "--out", archive, "--keys")  # of what other processes write to
         os.kill(up.pid(), signal.SIGKILL)
         assert up.wait() == 0, up.other
     records = state_dir.registry.rounds()
@@ -106,6 +107,18 @@ def test_rounds_that_are_killed_go_on_from_the_last_one_and_up_ends_when_all_are
     assert running(folder) is None
     capsys.readouterr()
     call("audit", "verify", folder, "--authority", fleet.out / "authority" / "authority.pem", "--json")
+    assert json.loads(capsys.readouterr().out)["ok"]
+
+    call("coordinator", "restore", restored, "--archive", archive, "--coordinator", folder / PUBLIC_KEY)
+    assert not (restored / RUNNING).exists()
+    copied = CoordinatorStateDir.open(restored)
+    early = copied.registry.rounds()
+    copied.registry.close()
+    assert 0 < len(early) <= len(records)
+    assert early == records[: len(early)]
+    capsys.readouterr()
+    pinned = fleet.out / "authority" / "authority.pem"
+    call("audit", "verify", restored, "--authority", pinned, "--unfinished", "--json")
     assert json.loads(capsys.readouterr().out)["ok"]
 
 
