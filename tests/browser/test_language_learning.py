@@ -69,7 +69,8 @@ TUNED = f"""(async (given) => {{ {OPEN}
   const {{ teachLanguageModel }} = await load("learning/language");
   const {{ LanguageGraphTrainer }} = await load("learning/languagegraph");
   const adapter = await engine.verified("global");
-  const found = await teachLanguageModel(engine, adapter, given.corrections, given.earlier, async () => {{}});
+  const pause = async () => {{}};
+  const found = await teachLanguageModel(engine, adapter, given.corrections, given.earlier, pause, given.compared);
   const trainer = await LanguageGraphTrainer.open(engine, adapter);
   return {{ ...found, values: all(await trainer.valuesOf(found.inputs)), inputs: null }};
 }})"""
@@ -149,7 +150,9 @@ def test_tokens_learned_places_losses_and_gradients_are_those_of_the_native_devi
 def test_the_same_corrections_tune_the_same_adapter_and_show_the_same_bits(
     page: Any, serve: Callable[[Path], str], talker: Path
 ) -> None:
-    """One of two corrections that were taught earlier is rehearsed: the other one is corrected again."""
+    """One of two corrections that were taught earlier is rehearsed: the other one is corrected again. Of the texts that
+    are compared, which take several runs of the graph, nothing is learned.
+    """
     taught, earlier = [("or not?", "no"), (PROMPT, ANSWER)], [("who?", "me"), (PROMPT, "maybe")]
     trainer, start = native(talker, "global")
     ours = [[Example(answer, prompt=prompt) for prompt, answer in pairs] for pairs in (taught, earlier[:1])]
@@ -158,14 +161,18 @@ def test_the_same_corrections_tune_the_same_adapter_and_show_the_same_bits(
         return trainer.score(adapter, ours[0]).correct == len(taught)
 
     expected = descend_until(learned, trainer, start, *ours, LEARNING_RATE)
+    compared = [Example("abab abab"), Example("no, never", prompt="a"), *(Example("ab" * 80) for _ in range(5))]
     page.goto(serve(talker))
     pairs = {"earlier": [{"text": text, "label": label} for text, label in earlier]}
-    found = page.evaluate(f"{TUNED}({given(*taught, **pairs)})")
+    texts = {"compared": [{"text": one.text, "prompt": one.prompt} for one in compared]}
+    found = page.evaluate(f"{TUNED}({given(*taught, **pairs, **texts)})")
     assert MAX_STEPS > found["steps"] == expected.steps > 1
     assert found["known"] == len(taught)
     same(found["values"], by_input(trainer, expected.adapter), 1e-4)
-    for kind, examples in zip(("taught", "others"), ours, strict=True):
-        assert [(one["text"], one["label"]) for one in found[kind]] == [(one.prompt, one.text) for one in examples]
+    assert [(one["prompt"], one["text"]) for one in found["compared"]] == [(one.prompt, one.text) for one in compared]
+    for kind, examples in zip(("taught", "others", "compared"), [*ours, compared], strict=True):
+        if kind != "compared":
+            assert [(one["text"], one["label"]) for one in found[kind]] == [(one.prompt, one.text) for one in examples]
         for when, adapter in (("before", start), ("after", expected.adapter)):
             nats = [trainer.score(adapter, [one]).loss for one in examples]
             assert [one[when] * math.log(2) for one in found[kind]] == pytest.approx(nats, rel=1e-3)
@@ -257,13 +264,25 @@ def test_a_corrected_answer_is_given_from_then_on_also_after_a_reload_and_native
     page.goto(url)
     first = sent(page, PROMPT)
     assert first != ANSWER
+    texts = tmp_path / "texts.jsonl"
+    long = json.dumps({"text": "b", "prompt": "ab" * 400})
+    for line, said in (('{"label": 1}', "line 1 of texts.jsonl is not an example"), (long, "shorten it")):
+        texts.write_text(line)
+        page.pick("#teach-compare", texts)
+        refused = corrected(page, ANSWER)
+        assert said in refused["error"]
+        assert refused["in use"].startswith("In use: global,")
+    texts.write_text('{"text": "abab abab"}\n{"text": "never", "prompt": "a", "split": "validation"}\n')
+    page.pick("#teach-compare", texts)
     found = corrected(page, f" {ANSWER}\n", meanwhile="The next one")
     assert found["error"] == ""
     assert page.evaluate("document.getElementById('teach-answer').value") == "The next one"
     assert page.evaluate("document.getElementById('teach-message').textContent") == PROMPT
     assert not page.evaluate("document.getElementById('teach').disabled")
     assert found["result"].startswith("personal version 4: 1 of 1 learned, ")
-    assert [row.endswith(f"“{ANSWER}”") for row in found["rows"]] == [True]
+    assert "2 texts to compare: " in found["result"]
+    ends = (f"“{ANSWER}”", "“abab abab”, compared", "“never”, compared")
+    assert [row.endswith(end) for row, end in zip(found["rows"], ends, strict=True)] == [True] * 3
     assert found["in use"].startswith("In use: personal,")
     assert all(one.startswith(url) for one in page.requests()), "nothing leaves the page's origin"
     begin_again(page)

@@ -18,7 +18,7 @@ export class Client {
   use = (name) => this.#call("use", { name });
   rank = (text, top) => this.#call("rank", { text, top });
   generate = (args, piece) => this.#call("generate", args, piece);
-  teach = (name, corrections, piece) => this.#call("teach", { name, corrections }, piece);
+  teach = (name, corrections, compared = [], piece) => this.#call("teach", { name, corrections, compared }, piece);
   undo = () => this.#call("undo", {});
   exported = (name) => this.#call("exported", { name });
   reset = () => this.#call("reset", {});

@@ -2,6 +2,7 @@
 // the private adapter to files.
 
 import { complain, create, element, settle } from "./dom.js";
+import { readExamples } from "./examples.js";
 
 export class LearnView {
   #labels = new Map(); // name of an adapter → its labels
@@ -29,6 +30,8 @@ export class LearnView {
     this.#writes = task === "text-generation";
     element("learn").hidden = !trainable;
     element("teach-label-field").hidden = element("teach-label").disabled = this.#writes;
+    element("teach-compare-field").hidden = !this.#writes;
+    element("teach-compare").value = "";
     this.#know(adapters, lessons, learned);
     this.#ask(null, "");
     this.#result("", []);
@@ -98,8 +101,9 @@ export class LearnView {
     if (this.#inUse?.parts.length !== 1 || this.#inUse.parts[0].weight !== 1) {
       throw new Error("one adapter learns at a time: use one alone");
     }
-    const asked = this.#asked;
-    const done = await this.client.teach(this.#inUse.name, [this.#correction()], progress);
+    const [{ name }, asked, correction] = [this.#inUse, this.#asked, this.#correction()]; // a person may go on during the lesson
+    const compared = this.#writes ? await readExamples(element("teach-compare").files[0], true) : [];
+    const done = await this.client.teach(name, [correction], compared, progress);
     await this.#use(done, done.adapter);
     const learned = `${done.adapter} version ${done.version}: ${done.known} of ${done.taught.length} learned`;
     const [others, rows] = this.#writes ? forgotten(done) : otherwise(done);
@@ -157,8 +161,11 @@ function otherwise({ changed, tested }) {
   return [tested ? ` ${changed.length} of ${tested} other known phrases are answered otherwise.` : "", changed.map(row)];
 }
 
-/** What answers cost a language model before and after a lesson: those that were taught, and those of earlier lessons. */
-function forgotten({ taught, others }) {
-  const row = ({ label, before, after }) => `${before.toFixed(3)} → ${after.toFixed(3)} “${label}”`;
-  return [" Bits per byte before → after:", [...taught.map(row), ...others.map((one) => `${row(one)}, taught earlier`)]];
+/** What texts cost a language model before and after a lesson: answers that were taught, now and earlier, and those to compare. */
+function forgotten({ taught, others, compared }) {
+  const row = ({ label, text, before, after }) => `${before.toFixed(3)} → ${after.toFixed(3)} “${label ?? text}”`;
+  const mean = (when) => (compared.reduce((sum, one) => sum + one[when], 0) / compared.length).toFixed(3);
+  const some = compared.length ? ` ${compared.length} texts to compare: ${mean("before")} → ${mean("after")} on average.` : "";
+  const rows = [...taught.map(row), ...others.map((one) => `${row(one)}, taught earlier`)];
+  return [`${some} Bits per byte before → after:`, [...rows, ...compared.map((one) => `${row(one)}, compared`)]];
 }

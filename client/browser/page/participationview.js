@@ -1,9 +1,8 @@
 // The part of the page in which this browser enrols as a device, takes part in rounds, and says what became of them.
 
 import { complain, create, element, settle } from "./dom.js";
+import { readExamples } from "./examples.js";
 
-const MAX_EXAMPLES = 2 ** 26; // bytes of a file
-const SPLITS = ["train", "validation", "test"]; // the last one is of simulations
 const LIMITS = ["minimum_cohort", "minimum_survivors", "minimum_noise_multiplier", "maximum_epsilon"];
 const STATES = {
   connecting: () => "Connecting to the gateway …",
@@ -169,9 +168,7 @@ export class ParticipationView {
   }
 
   async #takePart() {
-    const [file] = element("examples-file").files;
-    if (file?.size > MAX_EXAMPLES) throw new Error(`${file.name} is above the limit of ${MAX_EXAMPLES} bytes`);
-    const examples = file ? parseExamples(await file.text(), file.name, this.writes) : [];
+    const examples = await readExamples(element("examples-file").files[0], this.writes);
     const policy = Object.fromEntries(LIMITS.map((name) => [name, element(name).valueAsNumber]));
     const moments = element("moments").checked;
     const options = { policy, moments, minimum: element("minimum-examples").valueAsNumber, once: element("join-when").value === "once" };
@@ -202,30 +199,6 @@ function addressesOf({ head }) {
   const [gateway, enrolment] = /connect-src 'self' ([^;]+)/.exec(policy)?.[1].trim().split(" ") ?? [];
   const url = (address, call) => (address ? `${address}/edgeadapt.gateway.v1/${call}` : "");
   return { gateway: url(gateway, "attend"), enrolment: url(enrolment, "enrol") };
-}
-
-/**
- * The examples in a file of JSON lines, [{ text, label, split }], as client/training/examples.py. A label is its number or
- * its name. With `writes`, those of a language model, [{ text, prompt, split }]. Throws Error: a line is not an example; the
- * message does not quote it.
- */
-export function parseExamples(content, name, writes) {
-  return content.split("\n").flatMap((line, i) => {
-    if (!line.trim()) return [];
-    let found = null;
-    try {
-      found = JSON.parse(line);
-    } catch {
-      // refused below
-    }
-    const { text, label, prompt = "", split = "train" } = found ?? {};
-    const isText = (value) => typeof value === "string" && value.isWellFormed() && [...value].length <= 2000;
-    const isLabel = typeof label === "string" || (Number.isInteger(label) && label >= 0);
-    if (isText(text) && text.trim() && (writes ? isText(prompt) : isLabel) && SPLITS.includes(split)) {
-      return [writes ? { text, prompt, split } : { text, label, split }];
-    }
-    throw new Error(`line ${i + 1} of ${name} is not an example: {"text": …${writes ? "" : ', "label": …'}}`);
-  });
 }
 
 const text = async (id) => element(id).files[0]?.text();

@@ -57,14 +57,14 @@ const methods = {
   },
 
   /** Teach the adapter `name` corrections; see `Learner.teach`. Its pieces are { steps, most }. */
-  async teach({ name, corrections }, piece) {
+  async teach({ name, corrections, compared }, piece) {
     stopped = false;
     const pause = async (steps) => {
       piece({ steps, most: MAX_STEPS });
       await otherMessages();
       if (stopped) throw new DataError("the lesson was canceled; the adapter in use stays", "stop");
     };
-    const learned = await new Learner(opened()).teach(name, corrections, pause);
+    const learned = await new Learner(opened()).teach(name, corrections, pause, compared);
     return { ...learned, ...(await known()) };
   },
 

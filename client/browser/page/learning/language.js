@@ -10,13 +10,13 @@ const MAX_REHEARSED = 32; // earlier corrections
 
 /**
  * Tune an adapter of an open bundle until it answers prompts as taught: corrections are [{ text, label }], where `label` is
- * the answer to the prompt `text`; `earlier`, those of other lessons, the oldest first, are rehearsed.
+ * the answer to the prompt `text`; `earlier`, those of other lessons, the oldest first, are rehearsed. Of the texts `compared`, [{ text, prompt }], nothing is learned.
  *
- * Returns { inputs, steps, seconds, known, taught, others }: the adapter's graph inputs, how many corrections are learned,
- * the corrections, and the earlier ones, each { text, label, before, after } with bits for each byte of the answer. `pause` and errors are
+ * Returns { inputs, steps, seconds, known, taught, others, compared }: the adapter's graph inputs, how many corrections are learned,
+ * the corrections, and the earlier ones, each { text, label, before, after } with bits for each byte of the answer, as the texts compared. `pause` and errors are
  * those of `Learner.teach`.
  */
-export async function teachLanguageModel(engine, adapter, corrections, earlier, pause) {
+export async function teachLanguageModel(engine, adapter, corrections, earlier, pause, compared = []) {
   for (const one of corrections) [one.text, one.label].forEach((message) => engine.text.message(message));
   const prompts = new Set(corrections.map((one) => one.text));
   const rehearsed = earlier.filter((one) => !prompts.has(one.text)).reverse().slice(0, MAX_REHEARSED);
@@ -25,15 +25,16 @@ export async function teachLanguageModel(engine, adapter, corrections, earlier, 
   if (examples.slice(0, corrections.length).some(({ cut }) => cut)) {
     throw new DataError("the answer has more tokens than can be learned: teach a shorter one", "label");
   }
+  const read = compared.map((one) => ({ ...one, ...encoded(one, engine.generation), share: 0 }));
   const trainer = await LanguageGraphTrainer.open(engine, adapter);
   try {
-    return await lesson(trainer, adapter, examples, corrections.length, pause);
+    return await lesson(trainer, adapter, examples, corrections.length, read, pause);
   } finally {
     await trainer.close();
   }
 }
 
-async function lesson(trainer, { inputs }, examples, count, pause) {
+async function lesson(trainer, { inputs }, examples, count, compared, pause) {
   const [start, begun] = [await trainer.valuesOf(inputs), performance.now()];
   let before, found;
   const isLearned = async (values, between) => {
@@ -44,10 +45,14 @@ async function lesson(trainer, { inputs }, examples, count, pause) {
   const { values, steps } = await descendUntil(isLearned, () => found, start, LEARNING_RATE, pause);
   const seconds = (performance.now() - begun) / 1000;
   const after = found.scores;
-  const bits = ({ text, label }, i) => ({ text, label, before: before[i].nats / Math.LN2, after: after[i].nats / Math.LN2 });
+  const scores = async (of) => (compared.length ? (await trainer.gradients(of, compared, () => pause(steps))).scores : []);
+  const [old, now] = [await scores(start), await scores(values)];
+  const cost = (of, i) => of[i].nats / Math.LN2;
+  const bits = ({ text, label }, i) => ({ text, label, before: cost(before, i), after: cost(after, i) });
+  const rest = compared.map(({ text, prompt }, i) => ({ text, prompt, before: cost(old, i), after: cost(now, i) }));
   const [taught, others] = [examples.slice(0, count), examples.slice(count)].map((group, at) => group.map((one, i) => bits(one, at * count + i)));
   const known = after.slice(0, count).filter(isKnown).length;
-  return { inputs: await trainer.inputsOf(values), steps, seconds, known, taught, others };
+  return { inputs: await trainer.inputsOf(values), steps, seconds, known, taught, others, compared: rest };
 }
 
 /** Whether a text is the answer without sampling, by its score. */

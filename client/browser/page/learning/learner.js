@@ -25,14 +25,14 @@ export class Learner {
    * Tune the adapter `name` until it answers corrections, [{ text, label }], as taught, and keep the result, as the private
    * adapter that it is or as a new one. Of a language model, `text` is a prompt, and `label` its answer. `pause` is awaited
    * between the parts of the work, with the number of steps so far; what it throws ends the lesson, and the adapter in use
-   * stays, as after every error.
+   * stays, as after every error. `compared` are texts, [{ text, prompt }], to see what a language model forgets.
    *
    * Returns { adapter, version } with what `teachClassifier` or `teachLanguageModel` gives, without the inputs.
    *
    * Throws DataError: a text or label cannot be learned, or none was. ConfigError: the bundle or the adapter cannot be
    * trained, another tab is learning, or the result cannot be stored. TrustError: a file is not what was signed.
    */
-  async teach(name, corrections, pause = async () => {}) {
+  async teach(name, corrections, pause = async () => {}, compared = []) {
     return this.#alone(async (record) => {
       const { engine } = this;
       const adapter = await engine.verified(name);
@@ -42,7 +42,7 @@ export class Learner {
       }
       checkTaught(corrections);
       const tuned = engine.generation ? teachLanguageModel : teachClassifier;
-      const { inputs, ...found } = await tuned(engine, adapter, corrections, corrected(record), pause);
+      const { inputs, ...found } = await tuned(engine, adapter, corrections, corrected(record), pause, compared);
       if (!found.known) {
         const reason = `nothing was learned in ${found.steps} steps; the adapter in use stays: teach something else`;
         throw new DataError(reason, "corrections");
