@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
 from adapters.bundle import TRAINING
-from adapters.graphinputs import GIVEN, LORA_A, LORA_B, OUTPUT_SCALE, VIRTUAL
+from adapters.graphinputs import GIVEN, LORA_A, LORA_B, OUTPUT_SCALE, PREFIX, PROMPT, VIRTUAL
 from adapters.layout import Floats, Tensors
 from adapters.peft.inputs import LABELS
 from adapters.traininggraph import OWN_BIAS, WEIGHT_NORM, TrainingBatch, TrainingGraph, batch_of
@@ -57,6 +58,8 @@ def check_gradients(
     rng, worst, limit = np.random.default_rng(0), 0.0, LANGUAGE_LIMIT if language else LIMIT
     for texts, length in SHAPES:
         batch, inputs = _drawn(rng, slots, ids, texts, min(length, longest), count)
+        if PROMPT in slots:
+            inputs[PROMPT] = _embedded(module, rng.choice(ids, len(inputs[PROMPT])))
         if language:
             batch = _learned(rng, batch, ids)
         expected = _in_torch(module, batch, inputs)
@@ -121,9 +124,18 @@ def _drawn(
     inputs: dict[str, Floats] = {}
     for name, dimensions in slots.items():
         shape = [_size(text, texts, virtual) for text in dimensions]
-        width = shape[0] if name.endswith((LORA_A, LORA_B)) else shape[-1]
+        # Keys and values are about 1; among much smaller ones, a short text would multiply what torch rounds off.
+        width = 1 if name == PREFIX else shape[0] if name.endswith((LORA_A, LORA_B)) else shape[-1]
         inputs[name] = (rng.standard_normal(shape) / np.sqrt(width)).astype(np.float32)
     return batch, inputs
+
+
+def _embedded(module: Any, ids: NDArray[np.int64]) -> Floats:
+    """The embeddings of tokens, as which prompts begin. Smaller ones, normalized, multiply what torch rounds off."""
+    inner = getattr(module, "model", module).inner
+    with torch.no_grad():
+        rows: Floats = inner.get_input_embeddings()(torch.from_numpy(ids)).numpy()
+    return rows
 
 
 def _learned(rng: np.random.Generator, batch: TrainingBatch, ids: Sequence[int]) -> TrainingBatch:
