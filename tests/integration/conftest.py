@@ -23,8 +23,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from simulations.benchmarks.faults import supernodes
+from simulations.benchmarks.faults.processes import HOST, free_port, processes_of
+
 ROOT = Path(__file__).resolve().parents[2]
-HOST = "127.0.0.1"
 TAIL = 4000  # characters of each log that a failure shows
 LINK = "test"  # the SuperLink's name in Flower's configuration
 SETTINGS = {
@@ -44,7 +46,7 @@ class Deployment:
     """A SuperLink, its SuperNodes, and Flower's command line for them."""
 
     folder: Path
-    port: int = field(default_factory=lambda: _free_port())
+    port: int = field(default_factory=free_port)
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def start(self) -> None:
@@ -68,26 +70,14 @@ class Deployment:
 
     def add_node(self, name: str, device: Path, environment: Mapping[str, str] | None = None) -> None:
         """Register a new key and start a SuperNode with it, for the device with the state directory ``device``."""
-        key = ec.generate_private_key(ec.SECP384R1())
-        private, public = self.folder / f"{name}.key", self.folder / f"{name}.pub"
-        openssh, plain = serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
-        private.write_bytes(key.private_bytes(serialization.Encoding.PEM, openssh, plain))
-        ssh = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-        public.write_bytes(key.public_key().public_bytes(*ssh))
-        self.flwr("supernode", "register", str(public), LINK, "--name", name)
-        options = {
-            "--superlink": f"{HOST}:{self.port}",
-            "--port": _free_port(),
-            "--root-certificates": self.folder / "ca.pem",
-            "--auth-supernode-private-key": private,
-            "--node-config": f'state="{device}"',
-        }
-        self._spawn(name, ["flower-supernode", *_listed(options)], environment=environment)
+        private, address, root = self.folder / f"{name}.key", f"{HOST}:{self.port}", self.folder / "ca.pem"
+        supernodes.register(supernodes.write_key(private), address, root)
+        self._spawn(name, supernodes.command(address, root, private, device), environment=environment)
 
     def wait_for_nodes(self) -> None:
         """Until every node is registered with the SuperLink."""
         nodes = [name for name in self.processes if name != "superlink"]
-        self.wait("the nodes are online", lambda: all("SuperNode ID" in self.log(n) for n in nodes), seconds=90)
+        self.wait("the nodes are online", lambda: all(supernodes.ONLINE in self.log(n) for n in nodes), seconds=90)
 
     def flwr(self, *arguments: str, seconds: float = 60) -> str:
         """What ``flwr`` prints."""
@@ -149,7 +139,7 @@ class Deployment:
         for name in list(self.processes):
             self.stop(name)
         # Flower starts some of its children in sessions of their own; their Flower home identifies them.
-        for process_id in _processes_of(self.folder):
+        for process_id in processes_of(self.folder):
             os.kill(process_id, signal.SIGKILL)
 
     def log(self, name: str) -> str:
@@ -211,27 +201,10 @@ def _script(name: str) -> str:
     return str(Path(sysconfig.get_path("scripts")) / name)
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind((HOST, 0))
-        return int(listener.getsockname()[1])
-
-
 def _listens(port: int) -> bool:
     with socket.socket() as caller:
         caller.settimeout(1)
         return caller.connect_ex((HOST, port)) == 0
-
-
-def _processes_of(folder: Path) -> list[int]:
-    mark, found = f"FLWR_HOME={folder}/".encode(), []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark in (process / "environ").read_bytes():
-                found.append(int(process.name))
-        except OSError:  # another user's, or gone
-            continue
-    return found
 
 
 def _certify(folder: Path) -> None:

@@ -78,9 +78,8 @@ def _kill_up(fleet: FaultFleet) -> float:
 
 def _kill_agent(fleet: FaultFleet) -> float:
     name = victim(fleet)
-    fleet.agents[name].process.kill()
+    fleet.kill_device(name)
     at = time.monotonic()
-    fleet.agents[name].end()
     fleet.attend(name)
     return at
 
@@ -236,6 +235,17 @@ def _kill_leader(fleet: FaultFleet) -> float:
     return at
 
 
+def _kill_leading_machine(fleet: FaultFleet) -> float:
+    """The SuperLink's address moves to the machine that takes over."""
+    epoch, machine = fleet.leading()
+    machine.kill()
+    at = time.monotonic()
+    _await_takeover(fleet, epoch)
+    fleet.lead_supernodes_to(fleet.leading()[1])
+    machine.start()
+    return at
+
+
 def _hang_leader(fleet: FaultFleet) -> float:
     """It goes on after the first version that another one has made, and must not have written since."""
     epoch, machine = fleet.leading()
@@ -308,6 +318,14 @@ FAULTS = (
         _kill_leader,
         shape=SHARED,
         missing=missing,
+    ),
+    Fault(
+        "kill-leading-machine",
+        "kill -9 of all that serves SuperNodes on the machine that leads; another one waits",
+        _kill_leading_machine,
+        ONE,
+        FleetShape(coordinators=2, superlink=True, supernodes=1),
+        missing,
     ),
     Fault("hang-leader", "the coordinator that leads hangs; another one waits", _hang_leader, ONE, SHARED, missing),
     Fault("kill-database", "kill -9 of the database, started again", _kill_database, shape=SHARED, missing=missing),

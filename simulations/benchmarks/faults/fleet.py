@@ -7,8 +7,9 @@ each device keeps a privacy ledger, and a session is one round, so that each rou
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,13 +22,15 @@ from aggregation.entropy import SystemEntropy
 from aggregation.pki import Authority, certificates
 from aggregation.pki.identity import IdentityKey
 from aggregation.pki.tls import TlsKey, TlsRole, read_tls_request
+from aggregation.steps import Step
 from coordinator.registry import Registry, leadership
-from coordinator.services.deployment import running
+from coordinator.services.deployment import HOME, running
 from coordinator.servicesettings import SERVICES, ServiceSettings
-from coordinator.statedir import KEY, open_registry
+from coordinator.statedir import AUTHORITY, KEY, open_registry
+from simulations.benchmarks.faults import supernodes
 from simulations.benchmarks.faults.network import Network
 from simulations.benchmarks.faults.postgresql import PostgresServer
-from simulations.benchmarks.faults.processes import HOST, Lines, free_port, wait_until
+from simulations.benchmarks.faults.processes import HOST, Lines, edgeadapt, free_port, processes_of, wait_until
 from simulations.benchmarks.simulation.fleets import population, tiny_base
 from simulations.engine import provision
 from simulations.engine.bases import device_base
@@ -41,6 +44,8 @@ FEDERATION = {
     "gateway": {"client_version": "0.0.2"},
     "privacy": {"mechanism": "skellam", "noise_multiplier": 1.0},
 }
+SLOW = {"deadline": 120.0}  # a SuperNode starts a process for each step
+SUPERNODES = "supernodes"  # their link
 SERVICES_OF_A_TEST = {"stop": 20.0, "pause": 4.0, "look": 1.0}  # seconds, of a small fleet: `up` is less patient
 
 
@@ -51,10 +56,12 @@ class FleetShape:
     Attributes:
         coordinators: One leads, and the others wait; several have their registry in one PostgreSQL.
         superlink: Whether Flower's SuperLink runs as well, which then starts the rounds.
+        supernodes: Devices, of all, that are SuperNodes of it, with keys that are registered there.
     """
 
     coordinators: int = 1
     superlink: bool = False
+    supernodes: int = 0
 
 
 LIGHT = FleetShape()
@@ -66,11 +73,12 @@ class CoordinatorMachine:
 
     folder: Path
     network: Network
+    superlink: str = ""  # HOST:PORT
     up: Lines | None = None
 
     def start(self) -> None:
         """Start ``coordinator up``."""
-        self.up = Lines("coordinator", "up", self.folder, "--json")
+        self.up = Lines(edgeadapt("coordinator", "up", self.folder, "--json"))
 
     def stop(self) -> None:
         """End ``coordinator up`` in order."""
@@ -81,8 +89,10 @@ class CoordinatorMachine:
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to every process: to the services first, so that none of them is asked to end."""
         listed = (running(self.folder) or {"services": []})["services"]
-        for process in (*(each["pid"] for each in listed if each["pid"]), *([self.up.process.pid] if self.up else ())):
-            os.kill(process, number)
+        services = {each["pid"] for each in listed if each["pid"]} | {*processes_of(self.folder / HOME)}
+        for process in (*services, *([self.up.process.pid] if self.up else ())):
+            with suppress(ProcessLookupError):
+                os.kill(process, number)
 
     def kill(self) -> None:
         """End every process by ``kill -9``."""
@@ -90,6 +100,11 @@ class CoordinatorMachine:
         if self.up is not None:
             self.up.end()
             self.up = None
+
+    def is_ready(self, service: str) -> bool:
+        """Whether a service does its work."""
+        listed = (running(self.folder) or {"services": []})["services"]
+        return any((each["name"], each["state"]) == (service, "ready") for each in listed)
 
     def pid(self, service: str) -> int:
         """The process of a service, once there is one. Raises ``Late``."""
@@ -106,13 +121,19 @@ class CoordinatorMachine:
 class FaultFleet:
     """The fleet's folder, its processes, and what its records say.
 
-    ``server``: has the registry, where there are several coordinators.
+    Attributes:
+        server: Has the registry, where there are several coordinators.
+        supernodes: The devices that are SuperNodes; the others are light.
+        front: The address at which SuperNodes reach the SuperLink of the machine that leads, as a virtual one does.
     """
 
     out: Path
     names: tuple[str, ...]
     machines: tuple[CoordinatorMachine, ...]
     server: PostgresServer | None = None
+    supernodes: tuple[str, ...] = ()
+    front: Network | None = None
+    closing: threading.Event = field(default_factory=threading.Event)
     agents: dict[str, Lines] = field(default_factory=dict)
 
     @property
@@ -132,8 +153,11 @@ class FaultFleet:
         return provision.device_folder(self.out, name)
 
     def start(self) -> None:
-        """Start every ``coordinator up``."""
-        for machine in self.machines:
+        """Start every ``coordinator up``; of several, the first one leads. Raises ``Late``."""
+        self.first.start()
+        if others := self.machines[1:]:
+            wait_until(lambda: self.leading()[1] is self.first, "the first coordinator leads")
+        for machine in others:
             machine.start()
 
     def stop(self) -> None:
@@ -142,20 +166,65 @@ class FaultFleet:
             machine.stop()
 
     def attend(self, name: str, environment: Mapping[str, str] | None = None) -> None:
-        """Start a device's agent."""
+        """Start a device's agent, or its SuperNode."""
+        if name in self.supernodes:
+            address = f"{HOST}:{self.front.links[SUPERNODES].port}" if self.front else self.first.superlink
+            root = self.first.folder / AUTHORITY
+            command = supernodes.command(address, root, self.node_key(name), self.device(name))
+            self.agents[name] = Lines(command, supernodes.environment(self.node_home(name)))
+            return
         gateways = ",".join(f"{HOST}:{machine.network.links[name].port}" for machine in self.machines)
         place = ("--state", self.device(name), "--gateway", gateways)
-        self.agents[name] = Lines("device", "agent", *place, environment=environment)
+        self.agents[name] = Lines(edgeadapt("device", "agent", *place), environment)
+
+    def node_key(self, name: str) -> Path:
+        """The key of a SuperNode."""
+        return self.out / f"{name}.key"
+
+    def node_home(self, name: str) -> Path:
+        """Flower's own folder of a SuperNode."""
+        return self.out / f"{name}-home"
+
+    def kill_device(self, name: str) -> None:
+        """End a device's processes by ``kill -9``."""
+        for process in processes_of(self.node_home(name)):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        self.agents[name].end()
+
+    def keep_supernodes(self) -> None:
+        """Start SuperNodes that have ended again, each second, as systemd does, until the fleet is closed.
+
+        One ends when a SuperLink does not let it in: as it is not known there, or was a minute ago under the same key.
+        """
+        while not self.closing.wait(1.0):
+            for name in self.supernodes:
+                if name in self.agents and self.agents[name].process.poll() is not None:
+                    self.attend(name)
+
+    def await_step(self, name: str, step: Step) -> None:
+        """Wait until a device has got the next message of a step, and has not answered yet. Raises ``Late``."""
+        agent, light = self.agents[name], f"answering {step.value}"
+        agent.next(f"Receiving: {step.message_type} " if name in self.supernodes else light, since=len(agent.lines))
 
     def close(self) -> None:
         """End every process."""
-        for agent in self.agents.values():
-            agent.end()
+        self.closing.set()
+        for name in self.agents:
+            self.kill_device(name)
         for machine in self.machines:
             if machine.up is not None:
                 machine.signal(signal.SIGCONT)
                 machine.stop()
             machine.network.close()
+        if self.front is not None:
+            self.front.close()
+
+    def lead_supernodes_to(self, machine: CoordinatorMachine) -> None:
+        """Let the address of the SuperLink be that of another machine."""
+        if self.front is not None:
+            self.front.gateway = int(machine.superlink.rpartition(":")[2])
+            self.front.cut(self.front.links[SUPERNODES])
 
     def records(self) -> tuple[RoundRecord, ...]:
         """Of all rounds so far."""
@@ -163,12 +232,10 @@ class FaultFleet:
             return registry.rounds()
 
     def leading(self) -> tuple[int, CoordinatorMachine]:
-        """The epoch, and the machine that leads, or did last. Raises ``Late``: none did."""
+        """The epoch, and the machine that leads, once one does. Raises ``Late``."""
         with self._registry() as registry:
-            wait_until(lambda: leadership(registry.engine), "a coordinator that leads")
-            found = leadership(registry.engine)
-        if found is None:
-            raise AssertionError
+            while (found := leadership(registry.engine)) is None or not found.in_force:
+                wait_until(lambda: _in_force(registry), "a coordinator that leads")
         (machine,) = (each for each in self.machines if found.leader.endswith(f":{each.folder.resolve()}"))
         return found.epoch, machine
 
@@ -195,6 +262,11 @@ class FaultFleet:
         return len(self.records())
 
 
+def _in_force(registry: Registry) -> bool:
+    found = leadership(registry.engine)
+    return found is not None and found.in_force
+
+
 @contextmanager
 def running_fleet(out: Path, devices: int, shape: FleetShape = LIGHT) -> Iterator[FaultFleet]:
     """Make a fleet in the folder ``out``; at the end of the block, end its processes.
@@ -211,16 +283,34 @@ def running_fleet(out: Path, devices: int, shape: FleetShape = LIGHT) -> Iterato
             if server is None
             else RegistrySettings(database=server.url(server.database()), blobs=str(out / "blobs"))
         )
-        names = _provision(out, devices, stores)
+        names = _provision(out, devices, stores, SLOW if shape.supernodes else {})
         _give_tls(out, names)
         folder = out / provision.COORDINATOR
         copies = [out / f"{provision.COORDINATOR}-{number}" for number in range(2, shape.coordinators + 1)]
         for copy in copies:
             shutil.copytree(folder, copy)
         machines = [_machine(each, names, shape) for each in (folder, *copies)]
-        fleet = FaultFleet(out, names, tuple(machines), server)
+        fleet = FaultFleet(out, names, tuple(machines), server, names[: shape.supernodes])
+        if shape.supernodes and copies:
+            fleet.front = Network(HOST, int(fleet.first.superlink.rpartition(":")[2]), (SUPERNODES,))
         stack.callback(fleet.close)
+        _register(fleet)
+        keeper = threading.Thread(target=fleet.keep_supernodes, daemon=True)
+        keeper.start()
+        stack.callback(keeper.join)
+        stack.callback(fleet.closing.set)
         yield fleet
+
+
+def _register(fleet: FaultFleet) -> None:
+    """Make a key for each SuperNode, and register it at every SuperLink."""
+    keys = [supernodes.write_key(fleet.node_key(name)) for name in fleet.supernodes]
+    for machine in fleet.machines if keys else ():
+        machine.start()
+        wait_until(lambda: machine.is_ready("superlink"), "a SuperLink that answers")  # noqa: B023
+        for key in keys:
+            supernodes.register(key, machine.superlink, machine.folder / AUTHORITY)
+        machine.stop()
 
 
 @contextmanager
@@ -240,15 +330,22 @@ def _server() -> Iterator[PostgresServer]:
 def _machine(folder: Path, names: tuple[str, ...], shape: FleetShape) -> CoordinatorMachine:
     port = free_port()
     settings: dict[str, Any] = {"gateway": f"{HOST}:{port}", **SERVICES_OF_A_TEST}
-    settings |= {"superlink": f"{HOST}:{free_port()}"} if shape.superlink else {}
+    superlink = f"{HOST}:{free_port()}" if shape.superlink else ""
+    settings |= {"superlink": superlink} if superlink else {}
     (folder / SERVICES).write_text(ServiceSettings(**settings).to_toml(), encoding="utf-8")
-    return CoordinatorMachine(folder, Network(HOST, port, names))
+    return CoordinatorMachine(folder, Network(HOST, port, names), superlink)
 
 
-def _provision(out: Path, devices: int, stores: RegistrySettings | None) -> tuple[str, ...]:
+def _provision(
+    out: Path, devices: int, stores: RegistrySettings | None, federation: Mapping[str, Any]
+) -> tuple[str, ...]:
     base, people = tiny_base(out / "base"), population(devices)
     scenario = Scenario.parse(
-        {"base": {"model": str(base.folder), "engine": "onnx"}, "adapter": {"rank": 2}, "federation": FEDERATION},
+        {
+            "base": {"model": str(base.folder), "engine": "onnx"},
+            "adapter": {"rank": 2},
+            "federation": {**FEDERATION, **federation},
+        },
         "bench faults",
     )
     provision.provision(out, scenario, people, base, stores)

@@ -109,8 +109,7 @@ def _inject_all(fleet: FaultFleet, fault: Fault, note: Note, stages: Sequence[St
 
 def _inject(fleet: FaultFleet, fault: Fault, stage: Step) -> FaultOutcome:
     _await_all(fleet)
-    agent = fleet.agents[victim(fleet)]
-    agent.next(f"answering {stage.value}", since=len(agent.lines))
+    fleet.await_step(victim(fleet), stage)
     rounds = len(fleet.records())
     begin = fault.inject(fleet)
     after = fleet.await_version(rounds, "a round after the fault")

@@ -86,7 +86,7 @@ class Network:
 
     def __init__(self, host: str, gateway: int, devices: Iterable[str]) -> None:
         """Listen for each device at a port of its own."""
-        self._host, self._gateway = host, gateway
+        self._host, self.gateway = host, gateway  # a port, which may be set from any thread
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="network", daemon=True)
         self._thread.start()
@@ -108,7 +108,7 @@ class Network:
         try:
             if link.refused:
                 raise ConnectionRefusedError
-            back, gateway = await asyncio.open_connection(self._host, self._gateway)
+            back, gateway = await asyncio.open_connection(self._host, self.gateway)
         except OSError:
             writer.transport.abort()
             return

@@ -1,4 +1,4 @@
-"""Processes of `edgeadapt` and what they write, and how long is waited for them."""
+"""Processes of a fleet and what they write, and how long is waited for them."""
 
 import os
 import signal
@@ -7,11 +7,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 HOST = "127.0.0.1"
-PATIENCE = 300.0  # seconds for anything to happen, on a machine that has other work
+PATIENCE = 600.0  # seconds for anything to happen, on a machine that has other work
 LOOK = 0.1  # seconds
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1"}
 
@@ -36,14 +36,18 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-class Lines:
-    """A process of `edgeadapt`, and the lines that it writes to standard error, with the time of each."""
+def edgeadapt(*arguments: object) -> list[str]:
+    """The command `edgeadapt` with arguments."""
+    # -P: a checkout in the working directory has metadata of its own, which would come before those of PYTHONPATH.
+    return [sys.executable, "-P", "-m", "edgeadapt", *map(str, arguments)]
 
-    def __init__(self, *arguments: object, environment: Mapping[str, str] | None = None) -> None:
+
+class Lines:
+    """A process, and the lines that it writes to standard error, with the time of each."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
         self.lines = list[tuple[float, str]]()
         self._changed = threading.Condition()
-        # -P: a checkout in the working directory has metadata of its own, which would come before those of PYTHONPATH.
-        command = [sys.executable, "-P", "-m", "edgeadapt", *map(str, arguments)]
         own = {**os.environ, **QUIET, **(environment or {})}
         self.process = subprocess.Popen(  # noqa: S603
             command, env=own, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -81,3 +85,16 @@ def children(process: int) -> set[int]:
     """The processes that a process has started, and that have not ended."""
     listed = (Path("/proc") / str(process) / "task" / str(process) / "children").read_text(encoding="ascii")
     return {int(number) for number in listed.split()}
+
+
+def processes_of(home: Path) -> list[int]:
+    """The processes whose Flower home is ``home`` or in it: Flower starts some of them in sessions of their own."""
+    mark, found = f"FLWR_HOME={home}".encode(), []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            entries = (process / "environ").read_bytes().split(b"\0")
+        except OSError:  # another user's, or gone
+            continue
+        if any(entry == mark or entry.startswith(mark + b"/") for entry in entries):
+            found.append(int(process.name))
+    return found
