@@ -20,6 +20,7 @@ from simulations.benchmarks.faults.smalldisk import empty, fill, refused, small_
 LASTS = 3.0  # seconds of a disturbance that passes
 ONE = (Step.PLAN,)
 ANSWERS = (Step.PLAN, Step.UNMASK)
+MIXED = FleetShape(superlink=True, supernodes=1)
 SUPERLINK, SHARED = FleetShape(superlink=True), FleetShape(coordinators=2)
 OLDER = "0.0.1"  # a version below the least one
 
@@ -82,6 +83,12 @@ def _kill_agent(fleet: FaultFleet) -> float:
     at = time.monotonic()
     fleet.attend(name)
     return at
+
+
+def _kill_supernode(fleet: FaultFleet) -> float:
+    """``FaultFleet.keep_supernodes`` starts it again."""
+    fleet.kill_device(victim(fleet))
+    return time.monotonic()
 
 
 def _hang_agent(fleet: FaultFleet) -> float:
@@ -312,6 +319,7 @@ FAULTS = (
     Fault("older-version", "a device has too old a version for a round", _with(_older, ends=True), ONE),
     Fault("kill-superlink", "kill -9 of the SuperLink", _kill("superlink"), ANSWERS, SUPERLINK),
     Fault("hang-superlink", "the SuperLink hangs", _hang("superlink"), ONE, SUPERLINK),
+    Fault("kill-supernode", "kill -9 of a SuperNode, started again", _kill_supernode, ANSWERS, MIXED),
     Fault(
         "kill-leader",
         "kill -9 of the coordinator that leads; another one waits",
