@@ -199,14 +199,12 @@ def _switch(conversation: "Conversation", names: str) -> str:
 def _teach(answer: str, conversation: "Conversation", generator: "Generator", trust: Path | None) -> str:
     """Teach the adapter in use the right answer to the last message; the one that was in use stays after any error."""
     from client.cli.learn import language_lines
-    from client.inference.generate import ChatMessage
     from client.learning import Correction, Learner, teach_language_model
 
     asked = [message.content for message in conversation.messages if message.role == "user"]
     if not asked or not answer:
         what = "nothing was asked yet: write a message" if answer else "write the right answer: /teach ANSWER"
         raise DataError(what, about="/teach")
-    generator.tokens([ChatMessage("user", answer)])  # refuses what could pose as another message
     name, corrections = _single(conversation), [Correction(asked[-1], answer)]
     with Learner.open(generator.library.bundle, trust, name, task="text-generation") as learner, _steps() as report:
         learned = teach_language_model(learner, corrections, report=report)

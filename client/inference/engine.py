@@ -24,7 +24,7 @@ from adapters.bundle import GENERATION, TOKENIZER, VerifiedBase
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from client.inference.hugepages import collapse_in_background
 from client.inference.library import Adapter
-from client.inference.text import SamplingParams, first_line
+from client.inference.text import SamplingParams, first_line, special_tokens
 
 GROWTH = 256  # tokens; the KV cache grows in steps, so that a few more messages fit without a new one
 PIECE = 64  # tokens of a prompt that are read at once; with SmolLM2, longer pieces are no faster
@@ -69,7 +69,7 @@ class GenerationEngine:
         self.context = int(stated["context_length"])
         self.vocabulary = int(stated["vocab_size"])
         self.ends = frozenset(map(int, self._tokenizer.eos_token_ids))
-        self.special_tokens = _special_tokens(base.files[TOKENIZER])
+        self.special_tokens = special_tokens(base.files[TOKENIZER])
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text."""
@@ -276,12 +276,6 @@ def genai() -> Any:
         raise ConfigError(reason, about="onnxruntime-genai") from error
     og.disable_telemetry_events()
     return og
-
-
-def _special_tokens(tokenizer: bytes) -> tuple[str, ...]:
-    """The special tokens. The tokenizer recognizes them in any text, so a message with one could pose as another."""
-    added = json.loads(tokenizer).get("added_tokens", [])
-    return tuple(sorted(token["content"] for token in added if token.get("special") and token["content"]))
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -16,7 +16,7 @@ from aggregation.errors import ConfigError, DataError
 from client.inference.engine import GenerationEngine
 from client.inference.library import Adapter, AdapterCache, Composition, Library, Named
 from client.inference.session import MAX_LOADED, MAX_LOADED_BYTES
-from client.inference.text import Answer, Finish, SamplingParams, StopFilter, checked, first_line
+from client.inference.text import Answer, Finish, SamplingParams, StopFilter, checked, first_line, require_plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,10 +146,7 @@ class Generator:
             ConfigError: The model has no chat template, or the template does not accept these messages.
         """
         for message in messages:
-            content = checked(message.content)
-            if token := next((token for token in self._engine.special_tokens if token in content), None):
-                reason = f"a message contains {token!r}, a special token of the model; remove it"
-                raise DataError(reason, about="message", value=token)
+            require_plain(checked(message.content), self._engine.special_tokens, "message")
         listed = [{"role": message.role, "content": message.content} for message in messages]
         return self._engine.encode(self._engine.apply_chat_template(listed))
 

@@ -1,6 +1,8 @@
 """Text of a language model or classifier: which texts are accepted, how an answer is sampled, and where it ends."""
 
+import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -33,6 +35,28 @@ def checked(text: str) -> str:
     except UnicodeEncodeError as error:
         raise DataError("the text is not valid Unicode; give it in UTF-8", about="text") from error
     return text
+
+
+def special_tokens(tokenizer: bytes) -> tuple[str, ...]:
+    """The special tokens of a model, as its ``tokenizer.json`` states them."""
+    added = json.loads(tokenizer).get("added_tokens", [])
+    return tuple(sorted(token["content"] for token in added if token.get("special") and token["content"]))
+
+
+def require_plain(text: str, special: Sequence[str], about: str) -> None:
+    """Return if a text has no special token: a tokenizer recognizes them in any text, which could pose as another.
+
+    Args:
+        text: The text.
+        special: As ``special_tokens``.
+        about: What the text is.
+
+    Raises:
+        DataError: It has one.
+    """
+    if token := next((token for token in special if token in text), None):
+        reason = f"the {about} contains {token!r}, a special token of the model; remove it"
+        raise DataError(reason, about=about, value=token)
 
 
 def first_line(error: Exception) -> str:

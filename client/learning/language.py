@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+from adapters.bundle import TOKENIZER
 from adapters.layout import Tensors
 from adapters.parts import PARTS
 from adapters.task import Task
 from aggregation.errors import ConfigError, DataError
+from client.inference.text import require_plain, special_tokens
 from client.learning.corrections import Correction
 from client.learning.learner import (
     BATCH_SIZE,
@@ -111,6 +113,7 @@ def teach_language_model(
         OSError: The disk is full, for example.
     """
     check_count(corrections)
+    special = special_tokens(learner.library.base.files[TOKENIZER])
     for number, one in enumerate(corrections, 1):
         for about, text in (("prompt", one.text), ("answer", one.label)):
             if not 0 < len(text.strip()) <= len(text) <= MAX_TEXT:
@@ -118,6 +121,7 @@ def teach_language_model(
                     f"correction {number} has {len(text)} characters in its {about}: 1 to {MAX_TEXT} can be learned"
                 )
                 raise DataError(reason, about=about, value=len(text))
+            require_plain(text, special, about)
     manifest = learner.adapter.manifest
     trainer = LanguageGraphTrainer(learner.library.base, stated_config(manifest))
     start, begun = trainer.tensors_of(learner.adapter.inputs), time.perf_counter()
