@@ -60,7 +60,7 @@ class CertificateRevoked(_Line):
 
 
 class ListSigned(_Line):
-    """A revocation list was signed, with all revocations so far."""
+    """A revocation list was signed, with what ``rules.listed_revocations`` returned."""
 
     event: Literal["list"] = "list"
     number: int

@@ -143,20 +143,22 @@ def revoked_in(events: Sequence[Event]) -> dict[str, CertificateRevoked]:
     return {event.serial: event for event in events if isinstance(event, CertificateRevoked)}
 
 
-def to_list(events: Sequence[Event]) -> dict[str, CertificateRevoked]:
-    """The revocations that the next list has, by serial number.
+def listed_revocations(events: Sequence[Event], now: datetime) -> dict[str, CertificateRevoked]:
+    """The revocations that a list signed now has, by serial number.
 
     One of a certificate that has expired is on one more list, which was signed after that, and then on none (RFC 5280,
     section 3.3): lists stay as short as the fleet is large. That list is signed a day later at least. By the clock of
-    whoever accepts a list (``RevocationList.require_fresh``), what it lacks has expired as well.
+    whoever accepts a list (``RevocationList.require_fresh``), what it lacks has expired as well. A list with a later
+    time than ``now`` was signed by a clock that ran ahead, and shows nothing.
     """
     ends = {each.serial: each.not_after for each in issued_in(events)}
     found = dict[str, CertificateRevoked]()
     for event in events:
         if isinstance(event, CertificateRevoked):
             found[event.serial] = event
-        elif isinstance(event, ListSigned):
-            found = {serial: each for serial, each in found.items() if event.at - AHEAD <= ends[serial]}
+        elif isinstance(event, ListSigned) and event.at <= now:
+            until = event.at - AHEAD
+            found = {serial: each for serial, each in found.items() if serial not in ends or until <= ends[serial]}
     return found
 
 

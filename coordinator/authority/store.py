@@ -47,13 +47,13 @@ from coordinator.authority.rules import (
     count_lists,
     issued_in,
     lasting_certificate_of,
+    listed_revocations,
     require_device,
     require_new,
     require_redeemable,
     require_tls_renewable,
     require_unrevoked,
     revoked_in,
-    to_list,
 )
 
 KEY, CERTIFICATE, REVOKED, RECORD = "authority.key", "authority.pem", "revoked.crl", "record.jsonl"
@@ -383,7 +383,7 @@ class AuthorityStore:
         )
 
     def revoke(self, authority: Authority, which: str, reason: Reason, list_days: int) -> tuple[CertificateIssued, ...]:
-        """Revoke the certificates of a device, or the one with a serial, and sign a new list (``rules.to_list``).
+        """Revoke the certificates of a device, or the one with a serial, and sign a new list, as ``sign_list`` does.
 
         Args:
             authority: Unlocked.
@@ -414,7 +414,7 @@ class AuthorityStore:
         return new
 
     def sign_list(self, authority: Authority, days: int) -> int:
-        """Sign a revocation list (``rules.to_list``), valid for ``days``; its number.
+        """Sign a revocation list (``rules.listed_revocations``), valid for ``days``; its number.
 
         Raises:
             DataError: As ``issue``.
@@ -427,7 +427,7 @@ class AuthorityStore:
     ) -> int:
         now = self.clock()
         number = count_lists(writer.events) + 1
-        listed = to_list([*writer.events, *new])
+        listed = listed_revocations([*writer.events, *new], now)
         revoked = {int(serial, 16): Revocation(each.at, each.reason) for serial, each in listed.items()}
         signed = authority.revocations(number, revoked, now, now + timedelta(days))
         self.root.revocations(

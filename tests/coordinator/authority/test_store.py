@@ -14,6 +14,7 @@ from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki import Authority, revocation
 from aggregation.pki.revocation import Reason
 from coordinator.authority import AuthorityStore
+from coordinator.authority.record import CertificateRevoked
 from tests.support import refused
 from tests.support.authority import PASSPHRASE, new_key, newest_list
 
@@ -245,6 +246,36 @@ def test_a_certificate_that_has_expired_leaves_the_list_after_one_more(
     assert status["kitchen"] == "revoked (keyCompromise)"
     with refused(ConfigError, "key.revoked"):
         store.issue(signer, "kitchen", mine.public, 10)
+
+
+def test_a_clock_that_ran_ahead_takes_no_revocation_off_later_lists(store: AuthorityStore, signer: Authority) -> None:
+    """A reader refuses a list dated in the future, and the ones after it must have what it lacked."""
+    begin = store.clock()
+    store.issue(signer, "kitchen", new_key().public, 100)
+    store.revoke(signer, "kitchen", Reason.KEY_COMPROMISE, 30)
+    revoked = newest_list(store).revoked
+
+    def listed(days: float) -> object:
+        """What a list has that is signed so many days from now."""
+        later = replace(store, clock=lambda: begin + timedelta(days))
+        later.sign_list(signer, 30)
+        return newest_list(store).revoked
+
+    assert [listed(days) for days in (365, 366)] == [revoked, {}]
+    with refused(TrustError, "revocations.this-update"):
+        newest_list(store).require_fresh(store.clock())
+    assert [listed(days) for days in (0, 1, 50, 101, 101.1)] == [revoked] * 5
+    assert listed(101.2) == {}
+
+
+def test_a_revocation_of_a_certificate_that_the_record_lacks_stays_on_the_list(
+    store: AuthorityStore, signer: Authority
+) -> None:
+    revoked = CertificateRevoked(at=store.clock(), serial="ab", reason=Reason.SUPERSEDED)
+    with (store.folder / "record.jsonl").open("a") as record:
+        record.write(revoked.model_dump_json() + "\n")
+    assert [store.sign_list(signer, 30) for _ in range(2)] == [2, 3]
+    assert list(newest_list(store).revoked) == [0xAB]
 
 
 def test_a_kill_between_record_and_list_uses_no_number_twice(
