@@ -190,8 +190,8 @@ def _with_revocations(root: Root, options: AuditOptions, folder: Path, state_dir
 
     Raises:
         TrustError: A list is damaged, or the auditor's is older than one of the coordinator and than the time of the
-            sessions, or had expired before that. One that was signed later is not refused: it has the earlier
-            revocations too, but of certificates that expired before it was signed.
+            sessions, or had expired before that, or differs from one with its number. One that was signed later is not
+            refused: it has the earlier revocations too, but of certificates that expired before it was signed.
     """
     stored = [(None, folder / REVOKED), *([(state_dir / REVOKED,) * 2] if state_dir else [])]
     lists = [_read(root.revocations, given, path, "--revoked") for given, path in stored if path.exists()]
@@ -199,8 +199,9 @@ def _with_revocations(root: Root, options: AuditOptions, folder: Path, state_dir
         return root
     crl = _read(root.revocations, options.revoked, options.revoked, "--revoked")
     with of_file(options.revoked):
-        if options.at is None or crl.this_update < options.at:  # one that was signed since has all until then
-            for known in lists:
+        for known in lists:
+            # One that was signed since has all until then. Two under one number are a mistake whenever that was.
+            if options.at is None or crl.this_update < options.at or crl.number == known.number:
                 crl.newer_than(known)
         _require_in_force(crl, options.at)
     return replace(root, revoked=_as_of(crl, options.at))

@@ -254,6 +254,21 @@ def test_a_list_from_which_expired_certificates_have_gone_does_not_speak_for_the
         AuditInput.open(folder, AuditOptions(revoked=listed, at=later))
 
 
+@pytest.mark.parametrize("at", [None, dt.datetime(2026, 5, 1, tzinfo=dt.UTC), dt.datetime(2026, 7, 1, tzinfo=dt.UTC)])
+def test_two_different_lists_under_one_number_are_refused_at_any_time(
+    folder: Path, logged: LoggedSession, at: dt.datetime | None
+) -> None:
+    day, end = dt.datetime(2026, 6, 1, tzinfo=dt.UTC), dt.datetime(2026, 9, 1, tzinfo=dt.UTC)
+    one, other = (logged.fleet.authority.revocations(3, some, day, end) for some in ({}, {7: Revocation(day)}))
+    listed = folder.parents[1] / "given.crl"
+    listed.write_bytes(one.to_pem())
+    (folder / "revoked.crl").write_bytes(other.to_pem())
+    with refused(TrustError, "revocations.number", value=3):
+        AuditInput.open(folder, AuditOptions(revoked=listed, at=at))
+    (folder / "revoked.crl").write_bytes(one.to_pem())
+    AuditInput.open(folder, AuditOptions(revoked=listed, at=at))
+
+
 @pytest.mark.parametrize(("at", "code"), [("2026-05-01", 0), ("2026-09-01T00:00:00", 0), ("2026-09-01", 4)])
 def test_a_revocation_list_that_had_expired_by_the_time_of_the_sessions_says_nothing(
     run: Run, folder: Path, logged: LoggedSession, monkeypatch: pytest.MonkeyPatch, at: str, code: int
