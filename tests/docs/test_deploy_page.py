@@ -16,6 +16,8 @@ from typing import Any
 import click
 import pytest
 import yaml
+from flwr.common.config import parse_config_args
+from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
 
 import edgeadapt
 from adapters.keyfiles import TLS_KEY, read_public_keys
@@ -151,9 +153,23 @@ def test_every_command_is_one_of_the_program(file: str, words: list[str]) -> Non
 
 def test_every_unit_that_runs_something_has_a_command() -> None:
     services = {unit.name for unit in UNITS if unit.suffix == ".service"}
-    assert services == {file for file, _ in commands() if file.endswith(".service")}
+    found = {file for file, _ in commands() if file.endswith(".service")}
+    assert services == found | {"edgeadapt-supernode.service"}
     timed = {unit.stem for unit in UNITS if unit.suffix == ".timer"}
     assert {f"{name}.service" for name in timed} < services
+
+
+def test_the_unit_of_a_supernode_starts_flowers_program_with_the_device() -> None:
+    text = (FOLDER / "systemd" / "edgeadapt-supernode.service").read_text().replace("\\\n", " ")
+    words = shlex.split(re.findall(r"^ExecStart=/opt/edgeadapt/bin/flower-supernode (.*)$", text, re.M)[0])
+    given = _parse_args_run_supernode().parse_args(words)
+    assert not given.insecure
+    assert parse_config_args([given.node_config]) == {"state": "/var/lib/edgeadapt/device"}
+    assert set(re.findall(r"FLWR_\w+=1|FLWR_TELEMETRY_ENABLED=0", text)) == {
+        "FLWR_TELEMETRY_ENABLED=0",
+        "FLWR_DISABLE_UPDATE_CHECK=1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1",
+    }
 
 
 def test_the_user_of_the_watch_is_given_what_it_reads_and_no_key() -> None:
@@ -180,7 +196,7 @@ def verify(folder: Path) -> str:
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not installed")
 def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
     for unit in UNITS:
-        (tmp_path / unit.name).write_text(unit.read_text().replace(PROGRAM, sys.executable))
+        (tmp_path / unit.name).write_text(re.sub(r"/opt/edgeadapt/bin/\S+", sys.executable, unit.read_text()))
     assert verify(tmp_path) == ""
     first = tmp_path / "edgeadapt-agent.service"
     first.write_text(first.read_text().replace("ProtectSystem", "ProtectSistem"))
