@@ -2,18 +2,21 @@
 TLS key of a state directory with its certificate, which both are replaced."""
 
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from adapters.storage import PRIVATE, PUBLIC, create, read
+from adapters.storage import PRIVATE, PUBLIC, create, locked, read
 from aggregation.entropy import Entropy
-from aggregation.errors import ConfigError, TrustError, of_file
+from aggregation.errors import ConfigError, EdgeAdaptError, TrustError, of_file
 from aggregation.pki.certificates import load, to_der
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.pki.tls import TlsKey
 
 MAX_PEM = 2**16  # bytes
 TLS_KEY, NEXT_TLS_KEY, TLS_CERTIFICATE = "tls.key", "next.tls.key", "tls.pem"  # in a state directory
+TLS_LOCK = "tls.lock"  # held while one of the two keys is replaced
+PATIENCE = 10.0  # seconds for that lock
 # Stricter than RFC 7468, which permits text before a key: two readers of the file must see the same keys.
 _BLOCK = re.compile(rb"-----BEGIN PUBLIC KEY-----[A-Za-z0-9+/=\s]*-----END PUBLIC KEY-----")
 
@@ -77,19 +80,71 @@ def tls_pair(folder: Path, remedy: str) -> tuple[TlsKey, bytes]:
     Raises:
         TrustError: A file is damaged, or no key belongs to the certificate.
     """
+    name, key, certificate = _certified(folder)
+    if name != TLS_KEY:  # the next one; or none, as another process may just have renamed that
+        with suppress(OSError), locked(folder / TLS_LOCK, timeout=PATIENCE):  # a folder that cannot be written
+            name, key, certificate = _renamed(folder)
+    if key is None:
+        raise TrustError(f"{folder / TLS_CERTIFICATE} is not for the key in {TLS_KEY}: {remedy}", about=TLS_KEY)
+    return key, certificate
+
+
+def tls_key_path(folder: Path) -> Path:
+    """Where the key is that ``tls_pair`` found. Raises as it."""
+    return folder / (_certified(folder)[0] or TLS_KEY)
+
+
+@contextmanager
+def next_tls_key(folder: Path) -> Iterator[Path]:
+    """Where to write the next TLS key of a state directory while the block runs, in which nobody else replaces a key.
+
+    Raises:
+        ConfigError: The key there is in use, and could not be renamed.
+        TimeoutError: Another process replaces a key, and does not end.
+    """
+    with locked(folder / TLS_LOCK, timeout=PATIENCE):
+        if not (folder / TLS_CERTIFICATE).exists():
+            yield folder / TLS_KEY
+            return
+        used = ""
+        with suppress(EdgeAdaptError):  # a damaged certificate is for no key
+            used, _, _ = _renamed(folder)
+        if used == NEXT_TLS_KEY:
+            text = f"the key in use is {folder / NEXT_TLS_KEY}: put it in the place of {TLS_KEY} first"
+            raise ConfigError(f"{text}, or the next one would replace it", about=NEXT_TLS_KEY)
+        yield folder / NEXT_TLS_KEY
+
+
+def _renamed(folder: Path) -> tuple[str, TlsKey | None, bytes]:
+    """As ``_certified``, after the next key has got its name if it is the right one; under the lock."""
+    name, key, certificate = _certified(folder)
+    if name == NEXT_TLS_KEY:
+        with suppress(OSError):  # as in a container, where the old key is a file of its own
+            (folder / NEXT_TLS_KEY).replace(folder / TLS_KEY)
+            name = TLS_KEY
+    return name, key, certificate
+
+
+def _certified(folder: Path) -> tuple[str, TlsKey | None, bytes]:
+    """Name and content of the file with the certified key, and the certificate; no name if there is no such file."""
     certificate = read(folder / TLS_CERTIFICATE, MAX_PEM)
     with of_file(folder / TLS_CERTIFICATE):
         certified = load(to_der(certificate)).public_key()
+    damaged = None
     for name in (TLS_KEY, NEXT_TLS_KEY):
-        if (folder / name).is_file():
+        try:
             with of_file(folder / name):
                 key = TlsKey(read(folder / name, MAX_PEM))
-            if key.public() == certified:
-                if name == NEXT_TLS_KEY:
-                    with suppress(OSError):  # as in a container, where the old key is a file of its own
-                        (folder / NEXT_TLS_KEY).replace(folder / TLS_KEY)
-                return key, certificate
-    raise TrustError(f"{folder / TLS_CERTIFICATE} is not for the key in {TLS_KEY}: {remedy}", about=TLS_KEY)
+        except (FileNotFoundError, IsADirectoryError):
+            continue
+        except EdgeAdaptError as error:
+            damaged = damaged or error
+            continue
+        if key.public() == certified:
+            return name, key, certificate
+    if damaged is not None:
+        raise damaged
+    return "", None, certificate
 
 
 def _read(path: Path, remedy: str) -> bytes:

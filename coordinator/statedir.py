@@ -11,7 +11,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
@@ -21,7 +21,7 @@ from typing import Self
 from sqlalchemy.engine import URL
 
 from adapters import storage
-from adapters.keyfiles import MAX_PEM, NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY, tls_pair
+from adapters.keyfiles import MAX_PEM, NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY, next_tls_key, tls_pair
 from adapters.registryfiles import BLOBS, DATABASE, REGISTRY, SIGNING_KEY, RegistrySettings
 from adapters.registrystores import postgresql_url, shown
 from aggregation.entropy import Entropy
@@ -189,16 +189,13 @@ class CoordinatorStateDir:
         The key in use stays until the certificate of the next one is there, so what runs goes on.
 
         Raises:
-            ConfigError: No gateway can have this name.
+            ConfigError: No gateway can have this name, or the key that would be replaced is in use.
         """
         key = TlsKey.generate(entropy)
         request = key.request(name)
-        certified = (self.folder / TLS_CERTIFICATE).exists()
-        if certified:
-            with suppress(EdgeAdaptError):  # the next key may be in use by now, as its certificate has come
-                tls_pair(self.folder, "")
-        storage.replace(self.folder / (NEXT_TLS_KEY if certified else TLS_KEY), key.pem)
-        storage.replace(self.folder / TLS_REQUEST, request, storage.PUBLIC)
+        with next_tls_key(self.folder) as path:
+            storage.replace(path, key.pem)
+            storage.replace(self.folder / TLS_REQUEST, request, storage.PUBLIC)
 
     @property
     def in_use(self) -> bool:

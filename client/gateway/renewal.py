@@ -101,7 +101,7 @@ def renew(state_dir: DeviceStateDir, address: str, entropy: Entropy) -> datetime
             raise TrustError(f"the authority certified {named}, not {device}", about="certificate.common-name")
         _, end = install_certificate(state_dir, found.certificate, now)
         storage.replace(folder / TLS_CERTIFICATE, to_pem(found.tls_certificate))
-    (folder / NEXT_TLS_KEY).replace(folder / TLS_KEY)
+    tls_pair(folder)  # the next key becomes the one in use
     return end
 
 

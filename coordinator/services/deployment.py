@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters import jsontext, storage
-from adapters.keyfiles import TLS_CERTIFICATE, TLS_KEY
+from adapters.keyfiles import TLS_CERTIFICATE, tls_key_path
 from aggregation.errors import ConfigError, EdgeAdaptError
 from aggregation.pki.certificates import to_der
 from aggregation.pki.tls import hosts_of
@@ -186,7 +186,7 @@ def _superlink(folder: Path, address: str) -> ServiceProgram:
         "--port": port,
         "--database": folder / DATABASE,
         "--ssl-certfile": folder / TLS_CERTIFICATE,
-        "--ssl-keyfile": folder / TLS_KEY,
+        "--ssl-keyfile": tls_key_path(folder),
         "--ssl-ca-certfile": folder / AUTHORITY,
     }
     listed = [str(part) for option in options.items() for part in option]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from adapters.keyfiles import NEXT_TLS_KEY, TLS_KEY
+from adapters.keyfiles import NEXT_TLS_KEY, TLS_KEY, TLS_LOCK
 from adapters.registryfiles import BLOBS, DATABASE, REGISTRY, RegistrySettings
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
@@ -87,7 +87,8 @@ def test_a_restored_coordinator_is_the_one_that_was_copied(fleet: Path, tmp_path
     assert stat.S_IMODE((tmp_path / "other").stat().st_mode) == 0o700
     for name in (KEY, TLS_KEY, NEXT_TLS_KEY):
         assert stat.S_IMODE((tmp_path / "other" / name).stat().st_mode) == 0o600
-    left = {str(path.relative_to(fleet)) for path in fleet.rglob("*") if path.is_file()} - {DATABASE, "run.lock"}
+    left = {str(path.relative_to(fleet)) for path in fleet.rglob("*") if path.is_file()}
+    left -= {DATABASE, "run.lock", TLS_LOCK}
     assert [name for name in left if (tmp_path / "other" / name).read_bytes() != (fleet / name).read_bytes()] == []
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 

@@ -4,12 +4,14 @@ import asyncio
 import logging
 import ssl
 import stat
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from adapters import keyfiles
 from adapters.keyfiles import NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, TrustError
@@ -176,15 +178,74 @@ def test_the_key_in_use_stays_until_the_certificate_of_the_next_one_is_there(
         state_dir.read_tls(now)
 
 
-def test_a_key_that_cannot_be_renamed_is_used(
+def test_a_key_that_cannot_be_renamed_is_used_and_never_replaced(
     state_dir: CoordinatorStateDir, store: AuthorityStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a container, where the old key is mounted as a file."""
     renew(state_dir, store)
-    following = (state_dir.folder / NEXT_TLS_KEY).read_bytes()
-    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(16, "Device or resource busy")))
+    following, genuine = (state_dir.folder / NEXT_TLS_KEY).read_bytes(), Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        if Path(target).name == TLS_KEY:
+            raise OSError(16, "Device or resource busy")
+        return genuine(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
     for _ in range(2):
         assert state_dir.read_tls(datetime.now(UTC))[0] == following
+    asked = (state_dir.folder / TLS_REQUEST).read_bytes()
+    for old in (None, b""):
+        if old is not None:
+            (state_dir.folder / TLS_KEY).write_bytes(old)
+        done = CliRunner().invoke(coordinator, ["tls-request", str(state_dir.folder)])
+        assert isinstance(done.exception, ConfigError)
+        assert f"{NEXT_TLS_KEY}: put it in the place of {TLS_KEY} first" in str(done.exception)
+        assert state_dir.read_tls(datetime.now(UTC))[0] == following
+        assert (state_dir.folder / TLS_REQUEST).read_bytes() == asked
+    (state_dir.folder / TLS_KEY).write_bytes(following)
+    request(state_dir)
+    assert state_dir.read_tls(datetime.now(UTC))[0] == following
+    copy(state_dir, certified(state_dir, store))
+    assert state_dir.read_tls(datetime.now(UTC))[0] == (state_dir.folder / NEXT_TLS_KEY).read_bytes() != following
+
+
+def test_a_request_while_the_certified_key_is_renamed_loses_no_key(
+    state_dir: CoordinatorStateDir, store: AuthorityStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renew(state_dir, store)
+    following, genuine, met = (state_dir.folder / NEXT_TLS_KEY).read_bytes(), Path.replace, []
+
+    def replace(self: Path, target: Path) -> Path:
+        if self.name == NEXT_TLS_KEY and not met:
+            met.append(target)
+            with suppress(TimeoutError):  # it has to wait until the key is renamed
+                state_dir.request_tls("gateway", SystemEntropy())
+        return genuine(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    monkeypatch.setattr(keyfiles, "PATIENCE", 0.0, raising=False)
+    for _ in range(2):
+        assert state_dir.read_tls(datetime.now(UTC))[0] == following
+    assert met
+
+
+def test_two_that_read_at_once_find_the_key(
+    state_dir: CoordinatorStateDir, store: AuthorityStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One has looked at the old key, and not at the next one, when the other renames that."""
+    renew(state_dir, store)
+    following, genuine, met = (state_dir.folder / NEXT_TLS_KEY).read_bytes(), keyfiles.read, []
+
+    def read(path: Path, limit: int) -> bytes:
+        found = genuine(path, limit)
+        if path.name == TLS_KEY and not met:
+            met.append(path)
+            state_dir.read_tls(datetime.now(UTC))
+        return found
+
+    monkeypatch.setattr(keyfiles, "read", read)
+    assert state_dir.read_tls(datetime.now(UTC))[0] == following
+    assert not (state_dir.folder / NEXT_TLS_KEY).exists()
 
 
 def test_a_certificate_that_ends_soon_is_reported_once_a_day(

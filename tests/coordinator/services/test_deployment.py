@@ -10,9 +10,10 @@ import pytest
 from click.testing import CliRunner
 
 from adapters import storage
-from adapters.keyfiles import TLS_CERTIFICATE, TLS_KEY
+from adapters.keyfiles import NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
+from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
-from aggregation.pki.tls import TlsRole
+from aggregation.pki.tls import TlsKey, TlsRole
 from coordinator.cli.coordinator import coordinator
 from coordinator.services import deployment
 from coordinator.services.deployment import LOCK, RUNNING, running, services_of, stop, up
@@ -51,6 +52,21 @@ def test_the_superlink_comes_before_the_rounds_that_use_it(state_dir: Coordinato
     assert Path(superlink.environment["FLWR_HOME"]).parent == folder
     given = ("--superlink", BOTH["superlink"], "--root-certificates", str(folder / AUTHORITY))
     assert rounds.command[-6:] == (*given, "--gateway", BOTH["gateway"])
+
+
+def test_the_superlink_has_the_key_in_use_where_it_could_not_be_renamed(
+    state_dir: CoordinatorStateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container, where the old key is mounted as a file, and after the renewal is there."""
+    folder = state_dir.folder.resolve()
+    (folder / TLS_KEY).rename(folder / NEXT_TLS_KEY)
+    (folder / TLS_KEY).write_bytes(TlsKey.generate(SystemEntropy()).pem)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(16, "Device or resource busy")))
+        superlink, _ = services_of(state_dir, ServiceSettings(**BOTH))
+        assert superlink.command[superlink.command.index("--ssl-keyfile") + 1] == str(folder / NEXT_TLS_KEY)
+    superlink, _ = services_of(state_dir, ServiceSettings(**BOTH))
+    assert superlink.command[superlink.command.index("--ssl-keyfile") + 1] == str(folder / TLS_KEY)
 
 
 def test_telemetry_stays_off_where_the_environment_turns_it_on(
