@@ -123,7 +123,7 @@ class GraphTrainer:
         return self._slot_graph.tensors_of(inputs)
 
     def inputs_of(self, adapter: Tensors) -> Tensors:
-        """The graph inputs of an adapter, one for each slot. Law: ``tensors_of(inputs_of(a))`` is ``a``, rounded."""
+        """The graph inputs of an adapter, one for each slot. Law: as of ``SlotGraph.inputs_of``."""
         return self._slot_graph.inputs_of(adapter)
 
     def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:

@@ -37,6 +37,7 @@ from client.training.denormals import without_denormals
 
 V = TypeVar("V")
 VECTORS_OF = {"IA3": OUTPUT_SCALE, "BEFT": OFFSET, "LN_TUNING": REPLACED}  # method → the slots that it fills
+KINDS = {LORA_A: "low-rank", OUTPUT_SCALE: "scale", INPUT_SCALE: "input-scale", OFFSET: "offset", REPLACED: "norms"}
 
 
 class SlotGraph:
@@ -104,7 +105,10 @@ class SlotGraph:
         return tensors
 
     def inputs_of(self, adapter: Tensors) -> Tensors:
-        """The graph inputs of an adapter, one for each slot. Law: ``tensors_of(inputs_of(a))`` is ``a``, rounded."""
+        """The graph inputs of an adapter, one for each slot.
+
+        Law: ``tensors_of(inputs_of(a))`` is ``a``, rounded, but of the methods in ``FACTORS``, whose inputs are LoRA's.
+        """
         return self._inputs(self._tensors(adapter), self._weight_norms)
 
     def gradients(self, values: Tensors, batches: Iterable[TrainingBatch]) -> tuple[float, Tensors]:
@@ -202,7 +206,7 @@ def _targeted(path: str, targets: Sequence[str]) -> bool:
 
 
 def _filled(base: VerifiedBase, head: Mapping[str, Sequence[int]], config: PeftConfig) -> dict[str, tuple[int, ...]]:
-    """The graph inputs that an adapter fills, and their shapes. Raises ConfigError if one has no slot."""
+    """The graph inputs that an adapter fills, and their shapes. Raises ConfigError if a target fills none."""
     slots = base.manifest.slots
 
     def shape(name: str, open_: int) -> tuple[int, ...]:
@@ -225,6 +229,12 @@ def _filled(base: VerifiedBase, head: Mapping[str, Sequence[int]], config: PeftC
             feeds or config.peft_type in VECTORS_OF
         ):
             found[name] = shape(name, 1)
+    adapted = {layer_of(name) for name in found if name not in head}
+    for target in config.target_modules:
+        if not any(_targeted(path, (target,)) for path in adapted):
+            feeds = target in config.feedforward_modules
+            kind = KINDS[INPUT_SCALE if feeds else VECTORS_OF.get(config.peft_type, LORA_A)]
+            raise _missing(base, target, config.peft_type, f"{kind} at such layers", f"{kind} slot at")
     return found
 
 
@@ -237,8 +247,8 @@ def _filled_by_dora(base: VerifiedBase, layers: Sequence[str], biases: Collectio
     return {name: (1, int(slots[name][1])) for name in names}
 
 
-def _missing(base: VerifiedBase, slot: str, needs: str, kinds: str) -> ConfigError:
-    reason = f"the base in {base.folder} has no slot {slot!r}, which {needs} needs: export it with --slots {kinds}"
+def _missing(base: VerifiedBase, slot: str, needs: str, kinds: str, of: str = "slot") -> ConfigError:
+    reason = f"the base in {base.folder} has no {of} {slot!r}, which {needs} needs: export it with --slots {kinds}"
     return ConfigError(reason, about="--slots", value=slot)
 
 

@@ -320,6 +320,26 @@ def test_a_base_without_the_slots_of_a_method_is_refused_by_the_first_that_lacks
             GraphTrainer(opened(Profile.FP32), 3, config)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        PeftConfig.lora(2, 4, ("query", "output.dense")),
+        PeftConfig.lora(2, 4, ("nothing",)),
+        replace(PeftConfig.lora(2, 4, ("nothing",)), use_dora=True),
+        *(PeftConfig(method, 2, 4 * (method != "VERA"), ("nothing",)) for method in ("ADALORA", "LOHA", "VERA")),
+        PeftConfig("VERA", 2, 0, ("query", "output.dense")),
+        PeftConfig("IA3", 0, 0, ("key", "nothing")),
+        PeftConfig("IA3", 0, 0, ("key", "nothing"), feedforward_modules=("nothing",)),
+        PeftConfig("BEFT", 0, 0, ("query", "nothing")),
+        PeftConfig("LN_TUNING", 0, 0, ("LayerNorm", "nothing")),
+    ],
+    ids=lambda config: f"{config.peft_type} {' '.join(config.target_modules)}",
+)
+def test_a_target_that_fills_no_slot_is_refused(vectors: VerifiedBase, config: PeftConfig) -> None:
+    with refused(ConfigError, "--slots", value=config.target_modules[-1]):
+        GraphTrainer(vectors, 3, config)
+
+
 def test_weights_without_a_norm_are_refused(vectors: VerifiedBase, biased: Base) -> None:
     """An update that takes an output's weights away leaves no direction."""
     config = replace(LORA, target_modules=("query",), use_dora=True)

@@ -186,6 +186,29 @@ def test_virtual_tokens_without_a_slot_or_without_room_for_a_text_are_refused(
         LanguageGraphTrainer(with_virtual_tokens, replace(config, num_virtual_tokens=600))
 
 
+@pytest.mark.parametrize("method", ["LORA", "ADALORA", "LOHA", "VERA", "IA3", "BEFT"])
+def test_a_target_that_fills_no_slot_is_refused(opened: VerifiedBase, method: Method) -> None:
+    rank = 0 if method in ("IA3", "BEFT") else 2
+    for targets in (("nothing",), ("q_proj", "nothing")):
+        with refused(ConfigError, "--slots", value="nothing"):
+            LanguageGraphTrainer(opened, PeftConfig(method, rank, rank * (method != "VERA"), targets))
+
+
+@pytest.mark.parametrize("method", ["ADALORA", "LOHA", "VERA"])
+def test_an_epoch_of_factors_makes_the_adapter_that_torch_makes(
+    opened: VerifiedBase, rounded: Base, method: Method
+) -> None:
+    config = PeftConfig(method, *((24, 0) if method == "VERA" else (3, 5)), ("q_proj", "v_proj"))
+    both, drawn = (LanguageGraphTrainer(opened, config), LanguageTrainer(rounded, config)), rng(5)
+    assert both[0].layout == both[1].layout
+    start = {s.name: (0.2 * drawn.standard_normal(s.shape)).astype(np.float32) for s in both[0].layout.tensors}
+    task = replace(TASK, peft_config=config)
+    found, expected = (t.train(start, EXAMPLES, task, epochs=1, rng=rng(1)) for t in both)
+    moved = distance(expected, start)
+    assert moved > 0.003
+    assert distance(found, expected) < 0.002 * moved
+
+
 def test_virtual_tokens_of_another_number_are_refused(with_virtual_tokens: VerifiedBase) -> None:
     config = PeftConfig("PROMPT_TUNING", 0, 0, (), num_virtual_tokens=3)
     trainer = LanguageGraphTrainer(with_virtual_tokens, config)
