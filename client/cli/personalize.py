@@ -29,7 +29,10 @@ METHODS = ("fine-tune", "ridge", "ensemble", "interpolate")  # of client.trainin
 )
 @click.option("--epochs", type=click.IntRange(1, 100), default=3, show_default=True, help="Passes over the examples.")
 @click.option(
-    "--learning-rate", type=click.FloatRange(0, 1, min_open=True), default=1e-3, show_default=True, help="Of AdamW."
+    "--learning-rate",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="RATE",
+    help="Of AdamW. Default: 0.001, and 0.1 of virtual tokens.",
 )
 @click.option(
     "--scale",
@@ -63,7 +66,7 @@ def personalize(
     trust: Path | None,
     method: str,
     epochs: int,
-    learning_rate: float,
+    learning_rate: float | None,
     scale: float,
     patience: int,
     seconds: float | None,

@@ -11,6 +11,7 @@ import numpy as np
 from adapters.bundle import TOKENIZER
 from adapters.layout import Tensors
 from adapters.parts import PARTS
+from adapters.peftconfig import PeftConfig
 from adapters.task import Task
 from aggregation.errors import ConfigError, DataError
 from client.inference.text import require_plain, special_tokens
@@ -18,6 +19,7 @@ from client.learning.corrections import Correction
 from client.learning.learner import (
     BATCH_SIZE,
     MAX_REHEARSED,
+    PERSONAL_RATE,
     TRAINING_STATE,
     Learner,
     check_count,
@@ -31,7 +33,7 @@ from client.training.languagegraph import LanguageGraphTrainer
 from client.training.personal import PersonalMethod, PersonalStep
 
 LEARNING_RATE = 0.005  # of a correction, whose few steps have to change several tokens
-VIRTUAL_RATE = 0.1  # the same of virtual tokens, which are few numbers (Lester et al. 2021 train prompts at 0.3)
+VIRTUAL_RATE = 0.1  # of virtual tokens, which are few numbers (Lester et al. 2021 train prompts at 0.3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +137,7 @@ def teach_language_model(
     def learned(adapter: Tensors) -> bool:
         return trainer.score(adapter, taught).correct == len(taught)
 
-    rate = VIRTUAL_RATE if trainer.config.num_virtual_tokens else LEARNING_RATE
-    tuned = descend_until(learned, trainer, start, taught, earlier, rate, report=report)
+    tuned = descend_until(learned, trainer, start, taught, earlier, _rate(trainer.config, LEARNING_RATE), report=report)
     seconds = time.perf_counter() - begun
     found = [_text_bits(trainer, one, start, tuned.adapter) for one in (*taught, *earlier, *compared)]
     own = tuple(found[: len(taught)])
@@ -145,6 +146,11 @@ def teach_language_model(
         raise DataError(reason, about="corrections")
     made = learner.put_into_use(manifest, corrections, trainer.inputs_of(tuned.adapter))
     return LanguageLearned(made.name, made.version, tuned.steps, seconds, own, tuple(found[len(taught) :]))
+
+
+def _rate(config: PeftConfig, usual: float) -> float:
+    """The learning rate of an adapter, where none is named."""
+    return VIRTUAL_RATE if config.num_virtual_tokens else usual
 
 
 def _examples(corrections: Sequence[Correction]) -> list[Example]:
@@ -158,7 +164,11 @@ def _text_bits(trainer: LanguageGraphTrainer, text: Example, before: Tensors, af
 
 
 def personalize_language_model(
-    learner: Learner, examples: Path, how: PersonalStep, learning_rate: float, control: TrainingControl = UNLIMITED
+    learner: Learner,
+    examples: Path,
+    how: PersonalStep,
+    learning_rate: float | None,
+    control: TrainingControl = UNLIMITED,
 ) -> LanguagePersonalized:
     """The personal step of a language model: the global adapter, fine-tuned on the device's texts, is put into use.
 
@@ -169,7 +179,7 @@ def personalize_language_model(
         learner: Opened for any task.
         examples: The device's examples file.
         how: The step, whose method is fine-tuning.
-        learning_rate: As of ``Learner.personalize``.
+        learning_rate: As of ``Learner.personalize``; None: ``VIRTUAL_RATE`` for virtual tokens, else ``PERSONAL_RATE``.
         control: As of ``Learner.personalize``.
 
     Raises:
@@ -182,8 +192,8 @@ def personalize_language_model(
     training, held_out = [*in_split(own, Split.TRAIN), *taught], in_split(own, Split.VALIDATION)
     config = stated_config(origin.manifest)
     trainer = LanguageGraphTrainer(learner.library.base, config)
-    start = trainer.tensors_of(origin.inputs)
-    subject = step_digest(origin.manifest, learning_rate, how, [*own, *taught])
+    start, rate = trainer.tensors_of(origin.inputs), learning_rate or _rate(config, PERSONAL_RATE)
+    subject = step_digest(origin.manifest, rate, how, [*own, *taught])
 
     def bits(adapter: Tensors) -> float:
         return trainer.score(adapter, held_out).loss / len(held_out) / math.log(2)
@@ -192,7 +202,7 @@ def personalize_language_model(
     bounded = replace(control, checkpoint=checkpoint)
     if how.patience and held_out:
         bounded = replace(bounded, patience=how.patience, held_out=bits)
-    task = Task(config, (), how.epochs, BATCH_SIZE, learning_rate, 0.0, 0.0, PARTS, PARTS)
+    task = Task(config, (), how.epochs, BATCH_SIZE, rate, 0.0, 0.0, PARTS, PARTS)
     rng = np.random.default_rng(list(subject))
     tuned = trainer.train(start, training, task, epochs=how.epochs, rng=rng, control=bounded)
     candidates, old = {"global": start, "personal": tuned}, learner.adapter.manifest

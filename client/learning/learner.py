@@ -55,6 +55,7 @@ MAX_HISTORY = 2**30  # bytes
 TRAINING_STATE = "training.sealed"
 PUBLIC_EACH = 4  # public phrases of a label without an example (docs/decisions/0034)
 BATCH_SIZE = 16
+PERSONAL_RATE = 1e-3  # of a personal step
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +209,7 @@ class Learner:
         self,
         examples: Path,
         how: PersonalStep,
-        learning_rate: float,
+        learning_rate: float | None,
         control: TrainingControl = UNLIMITED,
     ) -> Personalized:
         """The personal step: a private adapter is made from the global one, and put into use.
@@ -220,7 +221,7 @@ class Learner:
         Args:
             examples: The device's examples file.
             how: The step.
-            learning_rate: Of the first training step.
+            learning_rate: Of the first training step; None: ``PERSONAL_RATE``.
             control: Limits of this device; its checkpoint is set here.
 
         Raises:
@@ -240,11 +241,12 @@ class Learner:
             if one.label in labels and one.text not in texts
         ]
         public = [one for one in self._public(labels) if one.text not in texts]
-        subject = step_digest(origin.manifest, learning_rate, how, [*own, *taught, *public])
+        rate = learning_rate or PERSONAL_RATE
+        subject = step_digest(origin.manifest, rate, how, [*own, *taught, *public])
         rng = np.random.default_rng(list(subject))
         every = rehearsed([*own, *taught], public, each=PUBLIC_EACH, rng=rng)
         epochs = max(how.epochs, 1)
-        task = Task(trainer.config, labels, epochs, BATCH_SIZE, learning_rate, 0.0, 0.0, PARTS, PARTS)
+        task = Task(trainer.config, labels, epochs, BATCH_SIZE, rate, 0.0, 0.0, PARTS, PARTS)
         checkpoint = TrainingCheckpoint(self.folder / TRAINING_STATE, self.keys[1], subject)
         bounded = replace(control, checkpoint=checkpoint)
         found = personalize(trainer, {Candidate.GLOBAL: start}, every, task, how, rng=rng, control=bounded)

@@ -148,19 +148,35 @@ def test_a_taught_answer_is_given_from_then_on_and_what_is_forgotten_is_shown(ta
     assert contents(talker) == before
 
 
-@pytest.mark.parametrize("method", ["prompt", "prefix"])
-def test_virtual_tokens_are_taught_and_answer_from_then_on(
-    lm_base: Any, virtual_trainable: ExportedBase, tmp_path: Path, vendor: IdentityKey, method: str
-) -> None:
+@pytest.fixture(params=["prompt", "p-tuning", "prefix"])
+def virtual_talker(
+    request: pytest.FixtureRequest, lm_base: Any, virtual_trainable: ExportedBase, tmp_path: Path, vendor: IdentityKey
+) -> Path:
+    """A bundle with a training graph and a global adapter of virtual tokens."""
     bundle = tmp_path / "device" / "bundle"
     write_bundle(bundle, virtual_trainable, [], key=vendor)
     (bundle.parent / "trust.pem").write_bytes(vendor.public.to_pem())
-    virtual.trained(lm_base, method, tmp_path / "peft")
+    config = virtual.METHODS[request.param]()
+    config.num_virtual_tokens = 5
+    virtual.trained(lm_base, request.param, tmp_path / "peft", config)
     add(bundle, from_peft(tmp_path / "peft", 1, ()), name="global", form="fp32", key=vendor)
-    taught = run("chat", "--bundle", bundle, "--prompt", "is it?", "--teach", "yes", "--json")
+    return bundle
+
+
+@pytest.mark.parametrize("virtual_talker", ["prompt", "prefix"], indirect=True)
+def test_virtual_tokens_are_taught_and_answer_from_then_on(virtual_talker: Path) -> None:
+    taught = run("chat", "--bundle", virtual_talker, "--prompt", "is it?", "--teach", "yes", "--json")
     assert taught.exit_code == 0, taught.output
     assert json.loads(taught.stdout)["taught"][0]["known"]
-    assert run("chat", "--bundle", bundle, "--prompt", "is it?", "--max-tokens", "8").stdout == "yes\n"
+    assert run("chat", "--bundle", virtual_talker, "--prompt", "is it?", "--max-tokens", "8").stdout == "yes\n"
+
+
+def test_the_personal_step_of_virtual_tokens_has_a_rate_at_which_they_learn(virtual_talker: Path) -> None:
+    path = texts(virtual_talker.parent)
+    done = run("personalize", "--bundle", virtual_talker, "--epochs", "8", "--json", path)
+    assert done.exit_code == 0, done.output
+    bits = json.loads(done.stdout)["bits"]
+    assert bits["personal"] < 0.8 * bits["global"]
 
 
 # Bad input: one line, and the adapter in use stays.
