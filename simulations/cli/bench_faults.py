@@ -22,9 +22,10 @@ def faults(names: tuple[str, ...], steps: tuple[str, ...], as_json: bool) -> Non
     """Kill, hang and disturb the processes of a fleet on this machine, and print what each fault has cost.
 
     'coordinator up' and four 'device agent' run on loopback, with a tiny base and noise; for takeovers there are two
-    'coordinator up' with their registry in a PostgreSQL server that is started here. After the faults of a kind,
-    the coordinator is stopped, and records, versions, privacy ledgers and the audit are compared: what was lost or
-    counted twice is in the table, and the command exits with 1. It takes some minutes.
+    'coordinator up' with their registry in a PostgreSQL server that is started here, and for some faults Flower's
+    SuperLinks and a SuperNode in place of an agent. After the faults of a kind, the coordinator is stopped, and
+    records, versions, privacy ledgers and the audit are compared: what was lost or counted twice is in the table, and
+    the command exits with 1. It takes many minutes; one with a SuperNode some.
 
     \b
     Examples:

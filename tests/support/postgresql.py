@@ -10,7 +10,7 @@ REQUIRED = os.environ.get("EDGEADAPT_REQUIRE_POSTGRESQL") == "1"
 
 
 class Server(postgresql.PostgresServer):
-    """As there."""
+    """A server that skips the test where this machine has no program for it."""
 
     @classmethod
     def create(cls) -> Self:

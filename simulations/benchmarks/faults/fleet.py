@@ -89,7 +89,7 @@ class CoordinatorMachine:
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to every process: to the services first, so that none of them is asked to end."""
         listed = (running(self.folder) or {"services": []})["services"]
-        services = {each["pid"] for each in listed if each["pid"]} | {*processes_of(self.folder / HOME)}
+        services = {each["pid"] for each in listed if each["pid"]} | {*processes_of(self.folder.resolve() / HOME)}
         for process in (*services, *([self.up.process.pid] if self.up else ())):
             with suppress(ProcessLookupError):
                 os.kill(process, number)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from adapters.roundrecord import RoundRecord
 from adapters.storage import kill_safe
+from aggregation.errors import EdgeAdaptError
 from aggregation.steps import Step
 from simulations.benchmarks.faults.checks import losses
 from simulations.benchmarks.faults.faults import FAULTS, Fault, victim
@@ -65,14 +66,18 @@ def measure(names: Iterable[str], note: Note, stages: Sequence[Step] = tuple(Ste
                 some.append(fault)
         if not some:
             continue
-        with ExitStack() as stack:
-            out = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "fleet"
-            note("a fleet is made")
-            with kill_safe():
-                fleet = stack.enter_context(running_fleet(out, DEVICES, shape))
-            attend(fleet)
-            for fault in some:
-                rows += inject(fleet, fault, note, stages)
+        try:
+            with ExitStack() as stack:
+                out = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "fleet"
+                note("a fleet is made")
+                with kill_safe():
+                    fleet = stack.enter_context(running_fleet(out, DEVICES, shape))
+                attend(fleet)
+                while some:
+                    rows += inject(fleet, some[0], note, stages)
+                    del some[0]
+        except (Late, EdgeAdaptError) as error:
+            rows += [FaultOutcome(fault.name, "-", "the fleet does not run", (str(error),), None) for fault in some]
     return rows
 
 
@@ -98,7 +103,7 @@ def _inject_all(fleet: FaultFleet, fault: Fault, note: Note, stages: Sequence[St
             note(f"{fault.what}, at {NAMES[stage]}")
             try:
                 rows.append(_inject(fleet, fault, stage))
-            except Late as error:
+            except (Late, EdgeAdaptError) as error:
                 rows.append(FaultOutcome(fault.name, NAMES[stage], "training does not go on", (str(error),), None))
                 break
     finally:  # whose disk is taken away then

@@ -56,17 +56,28 @@ class PostgresServer:
         if found is None:
             raise EdgeAdaptError(missing(), about="postgresql")
         server = cls(found, Path(tempfile.mkdtemp(prefix="pg-")), secrets.token_hex(16))
-        shutil.chown(server.folder, server.owner, server.owner)
-        secret = server.folder / "password"
-        secret.write_text(server.password, encoding="ascii")
-        options = ["--auth=scram-sha-256", f"--username={USER}", f"--pwfile={secret}", "--no-sync", "--encoding=UTF8"]
-        command = [str(server.bin / "initdb"), f"--pgdata={server.data}", "--locale=C", *options]
-        shutil.chown(secret, server.owner, server.owner)
-        subprocess.run(  # noqa: S603
-            command, check=True, capture_output=True, user=server.owner, group=server.owner, cwd="/"
-        )
-        server.start()
+        try:
+            server.initialize()
+            server.start()
+        except BaseException:
+            server.remove()
+            raise
         return server
+
+    def initialize(self) -> None:
+        """Make the cluster. Raises EdgeAdaptError: ``initdb`` fails."""
+        shutil.chown(self.folder, self.owner, self.owner)
+        secret = self.folder / "password"
+        secret.write_text(self.password, encoding="ascii")
+        shutil.chown(secret, self.owner, self.owner)
+        options = ["--auth=scram-sha-256", f"--username={USER}", f"--pwfile={secret}", "--no-sync", "--encoding=UTF8"]
+        command = [str(self.bin / "initdb"), f"--pgdata={self.data}", "--locale=C", *options]
+        done = subprocess.run(  # noqa: S603
+            command, check=False, capture_output=True, text=True, user=self.owner, group=self.owner, cwd="/"
+        )
+        secret.unlink()
+        if done.returncode:
+            raise EdgeAdaptError(f"initdb fails: {_last_line(done.stderr)}", about="postgresql")
 
     @property
     def owner(self) -> str | int:
@@ -90,7 +101,9 @@ class PostgresServer:
         ready, end = [str(self.bin / "pg_isready"), "-h", str(self.folder)], time.monotonic() + DEADLINE
         while subprocess.run(ready, check=False, capture_output=True).returncode:  # noqa: S603
             if self.process.poll() is not None or time.monotonic() > end:
-                raise EdgeAdaptError((self.folder / "log").read_text(errors="replace"), about="postgresql")
+                self.kill()
+                last = _last_line((self.folder / "log").read_text(errors="replace"))
+                raise EdgeAdaptError(f"the server does not start: {last}", about="postgresql")
             time.sleep(0.05)
 
     def stop(self, how: int = signal.SIGINT) -> None:
@@ -101,13 +114,13 @@ class PostgresServer:
 
     def kill(self) -> None:
         """End every process of the server by ``kill -9``."""
-        if self.process is not None:
+        if self.process is not None and self.process.poll() is None:
             sessions = children(self.process.pid)
             self.process.kill()
             for each in sessions:
                 with suppress(ProcessLookupError):  # it noticed that the first one is gone
                     os.kill(each, signal.SIGKILL)
-            self.process.wait(DEADLINE)
+            self.process.wait()
 
     def url(self, database: str) -> str:
         """The address of a database, without the password."""
@@ -131,3 +144,7 @@ class PostgresServer:
         if self.process is not None and self.process.poll() is None:
             self.stop(signal.SIGQUIT)
         shutil.rmtree(self.folder)
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it says nothing")
