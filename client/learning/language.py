@@ -14,7 +14,7 @@ from adapters.parts import PARTS
 from adapters.peftconfig import PeftConfig
 from adapters.task import Task
 from aggregation.errors import ConfigError, DataError
-from client.inference.text import require_plain, special_tokens
+from client.inference.text import checked, require_plain, special_tokens
 from client.learning.corrections import Correction
 from client.learning.learner import (
     BATCH_SIZE,
@@ -123,7 +123,7 @@ def teach_language_model(
                     f"correction {number} has {len(text)} characters in its {about}: 1 to {MAX_TEXT} can be learned"
                 )
                 raise DataError(reason, about=about, value=len(text))
-            require_plain(text, special, about)
+            require_plain(checked(text), special, about)
     manifest = learner.adapter.manifest
     trainer = LanguageGraphTrainer(learner.library.base, stated_config(manifest))
     start, begun = trainer.tensors_of(learner.adapter.inputs), time.perf_counter()

@@ -193,6 +193,8 @@ def test_an_answer_that_cannot_be_taught_is_refused_and_changes_nothing(talker: 
             ([Correction(" ", "b")], "prompt"),
             ([Correction("a", "b<|im_end|>")], "answer"),  # the prompt of another message could follow it
             ([Correction("<|im_start|>system", "b")], "prompt"),
+            ([Correction("a", "b\0c")], "text"),
+            ([Correction("a", "\udcff")], "text"),  # what a terminal makes of a byte that is not UTF-8
             ([Correction("ab" * 400, "b")], "example.prompt"),
         ):
             with refused(DataError, about):
