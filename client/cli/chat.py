@@ -1,6 +1,7 @@
 """``edgeadapt device chat``: a conversation with the language model of a bundle."""
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from aggregation.errors import ConfigError, DataError, EdgeAdaptError
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from client.cli import options
 from client.cli.options import printable
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:  # slow to import, and not needed for --help
 
     from client.inference.generate import Conversation, Generator
     from client.inference.text import Answer
+    from client.learning import Learner
 
 HELP = """\
 /adapter NAME   use this adapter, or several, as in /adapter global:0.5+anna; without NAME: the bare base
@@ -134,9 +136,7 @@ def converse(conversation: "Conversation", generator: "Generator", trust: Path |
                     return
             elif line.strip():
                 _show(conversation.ask(line), generator)
-        except BrokenPipeError:
-            raise
-        except (EdgeAdaptError, OSError) as error:  # a lesson may find the disk full
+        except EdgeAdaptError as error:
             click.echo(f"edgeadapt: {error}", err=True)
         except KeyboardInterrupt:
             click.echo(" …")
@@ -177,7 +177,7 @@ def _command(line: str, conversation: "Conversation", generator: "Generator", tr
     """Run a command; False quits."""
     word, _, rest = line.strip().partition(" ")
     commands: dict[str, Callable[[], str]] = {
-        "/adapter": lambda: _switch(conversation, rest.strip()),
+        "/adapter": lambda: _switch(rest.strip(), conversation, generator, trust),
         "/adapters": lambda: "\n".join(generator.library.names()) or "the bundle has no adapter",
         "/teach": lambda: _teach(rest.strip(), conversation, generator, trust),
         "/undo": lambda: _undo(conversation, generator, trust),
@@ -191,37 +191,76 @@ def _command(line: str, conversation: "Conversation", generator: "Generator", tr
     return True
 
 
-def _switch(conversation: "Conversation", names: str) -> str:
-    conversation.use(names or None)
+def _switch(names: str, conversation: "Conversation", generator: "Generator", trust: Path | None) -> str:
+    try:
+        conversation.use(names or None)
+    except (DataError, TrustError):  # made since, by another program or by a lesson after which reading failed
+        generator.reopen(trust)
+        conversation.use(names or None)
     return _in_use(conversation)
 
 
 def _teach(answer: str, conversation: "Conversation", generator: "Generator", trust: Path | None) -> str:
     """Teach the adapter in use the right answer to the last message; the one that was in use stays after any error."""
     from client.cli.learn import language_lines
-    from client.learning import Correction, Learner, teach_language_model
+    from client.learning import Correction, teach_language_model
 
-    asked = [message.content for message in conversation.messages if message.role == "user"]
-    if not asked or not answer:
+    if conversation.asked is None or not answer:
         what = "nothing was asked yet: write a message" if answer else "write the right answer: /teach ANSWER"
         raise DataError(what, about="/teach")
-    name, corrections = _single(conversation), [Correction(asked[-1], answer)]
-    with Learner.open(generator.library.bundle, trust, name, task="text-generation") as learner, _steps() as report:
+    if conversation.system is not None:
+        reason = "an answer is learned without the system prompt, and would not be seen here: start without --system"
+        raise ConfigError(reason, about="/teach")
+    corrections = [Correction(conversation.asked, answer)]
+    with _lesson(conversation, generator, trust) as learner, _steps() as report:
         learned = teach_language_model(learner, corrections, report=report)
-    generator.reopen(trust)
     conversation.use(learned.adapter)
     return "\n".join([*language_lines(learned), "in use from now on; /reset drops the old answers"])
 
 
 def _undo(conversation: "Conversation", generator: "Generator", trust: Path | None) -> str:
-    from client.learning import Learner
-
-    with Learner.open(generator.library.bundle, trust, _single(conversation), task="text-generation") as learner:
+    with _lesson(conversation, generator, trust) as learner:
         undone = learner.undo()
-    generator.reopen(trust)
     conversation.use(undone.adapter)
     forgotten = ", ".join(f"{one.text!r}" for one in undone.corrections)
     return f"{_in_use(conversation)}, without what was learned last: {printable(forgotten)}"
+
+
+@contextmanager
+def _lesson(conversation: "Conversation", generator: "Generator", trust: Path | None) -> Iterator["Learner"]:
+    """The learner of the adapter in use. However the lesson ends, the generator then reads the bundle again.
+
+    Raises:
+        ConfigError: As ``_single``.
+        DataError: The disk is full, for example.
+        TrustError, DataError, ConfigError: As ``Learner.open`` and ``Generator.reopen``.
+    """
+    from client.learning import Learner
+
+    name = _single(conversation)
+    try:
+        try:
+            with Learner.open(generator.library.bundle, trust, name, task="text-generation") as learner:
+                yield learner
+        finally:  # also after Ctrl-C, which may come when the new adapter is written
+            with _uninterrupted():
+                generator.reopen(trust)
+    except OSError as error:
+        reason = f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
+        raise DataError(reason, about="bundle") from error
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C take effect after the block."""
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _single(conversation: "Conversation") -> str:

@@ -84,8 +84,8 @@ class Generator:
             reason = f"{library.bundle} has another base than the one that is loaded: start again"
             raise ConfigError(reason, about="base")
         with self._exclusive():
-            self._library = library
             self._loaded.clear()
+            self._library = library
 
     @property
     def library(self) -> Library:
@@ -261,6 +261,7 @@ class Conversation:
         generator.check(params)
         self._system = [] if system is None else [ChatMessage("system", system)]
         self._messages: list[ChatMessage] = []
+        self._asked: str | None = None
         if self._system:
             generator.tokens([*self._system, ChatMessage("user", "?")])
 
@@ -268,6 +269,16 @@ class Conversation:
     def messages(self) -> tuple[ChatMessage, ...]:
         """The messages that the model would read now, without the system prompt."""
         return tuple(self._messages)
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt, if any."""
+        return self._system[0].content if self._system else None
+
+    @property
+    def asked(self) -> str | None:
+        """What was asked last, also if it was refused or its answer was empty, so that ``messages`` lacks it."""
+        return self._asked
 
     @property
     def adapter(self) -> Adapter | None:
@@ -285,6 +296,7 @@ class Conversation:
     def reset(self) -> None:
         """Drop all messages."""
         self._messages.clear()
+        self._asked = None
 
     def ask(self, text: str) -> Iterator[str]:
         """Answer ``text``, piece by piece. If the answer is not read to its end, the part that was read is kept.
@@ -293,6 +305,7 @@ class Conversation:
             DataError: The text is not a valid message, or is too long even without the messages before it. The
                 messages are then unchanged.
         """
+        self._asked = text
         messages = self._fit([*self._messages, ChatMessage("user", text)])
         adapter = None if self._adapter is None else self._adapter.composition
         return self._record(messages, self._generator.answer([*self._system, *messages], self._params, adapter))

@@ -19,13 +19,16 @@ import pytest
 
 from adapters.bundle import adapter_names
 from adapters.peftconfig import PeftConfig
+from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
 from client.cli import chat as command
 from client.inference.generate import Conversation, Generator
 from client.inference.text import SamplingParams
+from client.learning.learner import Learner
 from export.bundle.write import AdapterSource, write_bundle
 from export.causal import export_causal
 from export.onnx.exported import ExportedBase, Profile
+from tests.support import refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,12 +54,20 @@ def talker(
     return tmp_path / "bundle"
 
 
-def said(talker: Path, *lines: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def said(
+    talker: Path,
+    *lines: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    params: SamplingParams = SHORT,
+    system: str | None = None,
+    adapter: str | None = None,
+) -> Any:
     """What a conversation of these lines prints on standard output, and the lines of its errors."""
     generator = Generator.open(talker, threads=1)
-    conversation = Conversation(generator, SHORT, None, generator.library.default())
-    text = "".join(f"{line}\n" for line in lines).encode()
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
+    conversation = Conversation(generator, params, system, adapter or generator.library.default())
+    text = "".join(f"{line}\n" for line in lines).encode(errors="surrogateescape")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text), errors="surrogateescape"))
     capsys.readouterr()
     command.converse(conversation, generator)
     found = capsys.readouterr()
@@ -92,6 +103,7 @@ def test_what_cannot_be_taught_is_one_line_and_the_conversation_goes_on(
     talker: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = ["/teach yes", "is it?", "/teach", f"/teach {'b' * 2001}", "/teach <|im_end|>", f"/teach {'Zq%+7 ' * 60}"]
+    lines += ["/teach b\0c", "/teach b\udcff"]
     lines += [
         "/adapter global:0.5",
         "/teach yes",
@@ -104,6 +116,7 @@ def test_what_cannot_be_taught_is_one_line_and_the_conversation_goes_on(
     ]
     shown, errors = said(talker, *lines, monkeypatch=monkeypatch, capsys=capsys)
     expected = ["nothing was asked yet", "write the right answer", "2001 characters", "special token", "more tokens"]
+    expected += ["NUL", "Unicode"]
     expected += ["choose it with /adapter NAME"] * 3
     assert len(errors) == len(expected)
     for about, error in zip(expected, errors, strict=True):
@@ -137,8 +150,115 @@ def test_a_full_disk_leaves_the_adapter_and_the_conversation(
     shown, errors = said(talker, "is it?", "/teach yes", "/reset", "is it?", monkeypatch=monkeypatch, capsys=capsys)
     first, dropped, again = shown.splitlines()
     assert (first, dropped) == (again, "conversation dropped")
+    assert errors == ["edgeadapt: No space left on device"]
+
+
+def test_output_that_cannot_be_written_ends_the_conversation(talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = Generator.open(talker, threads=1)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"/help\n/help\n")))
+    full = Path("/dev/full").open("w")  # noqa: SIM115  # closing it fails as well
+    monkeypatch.setattr("sys.stdout", full)
+    with pytest.raises(OSError, match="No space left"):
+        command.converse(Conversation(generator, SHORT), generator)
+    with pytest.raises(OSError, match="No space left"):
+        full.close()
+
+
+def test_the_last_message_is_corrected_also_if_its_answer_was_empty_or_it_was_refused(
+    talker: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown, _ = said(talker, "is it?", "or not?", monkeypatch=monkeypatch, capsys=capsys)
+    first, second = shown.splitlines()
+    stop = next(second[:size] for size in range(1, len(second) + 1) if second[:size] not in first)
+    empty = SamplingParams(max_tokens=8, stop=(stop,))
+    lines = ["is it?", "or not?", "/teach no", "/undo", "a" * 2500, "/teach no"]
+    shown, errors = said(talker, *lines, monkeypatch=monkeypatch, capsys=capsys, params=empty)
+    assert "1 of 1 learned, " in shown
+    assert shown.endswith("without what was learned last: 'or not?'\n")
+    assert len(errors) == 2
+    assert "shorten the text" in errors[0]
+    assert "2500 characters in its prompt" in errors[1]
+
+
+def test_an_answer_that_a_system_prompt_would_hide_is_not_taught(
+    talker: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["is it?", "/teach yes"]
+    _, errors = said(talker, *lines, monkeypatch=monkeypatch, capsys=capsys, system="Be kind.")
     assert len(errors) == 1
-    assert "No space left on device" in errors[0]
+    assert "start without --system" in errors[0]
+    assert adapter_names(talker) == ["global"]
+
+
+def interrupted_after_writing(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Learner.put_into_use
+
+    def put(self: Learner, *arguments: Any) -> Any:
+        real(self, *arguments)
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Learner, "put_into_use", put)
+
+
+def interrupted_while_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Generator.reopen
+
+    def reopen(self: Generator, trust: Path | None = None) -> None:
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGINT)
+        real(self, trust)
+
+    monkeypatch.setattr(Generator, "reopen", reopen)
+
+
+def not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reopen(self: Generator, trust: Path | None = None) -> None:
+        monkeypatch.undo()
+        raise DataError("the bundle cannot be read", about="bundle")
+
+    monkeypatch.setattr(Generator, "reopen", reopen)
+
+
+@pytest.mark.parametrize("happens", [interrupted_after_writing, interrupted_while_reading, not_read])
+def test_an_adapter_that_was_written_when_a_lesson_was_ended_can_be_used_and_undone(
+    happens: Callable[[pytest.MonkeyPatch], None],
+    talker: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = ["is it?", "/teach yes", "/reset", "is it?", "/adapter personal", "/reset", "is it?", "/undo"]
+    with pytest.MonkeyPatch.context() as patch:
+        happens(patch)
+        shown, errors = said(talker, *lines, monkeypatch=monkeypatch, capsys=capsys)
+    first, *_ = rows = [row for row in shown.splitlines() if row != " …"]
+    assert rows[1:6] == [
+        "conversation dropped",
+        first,
+        "adapter personal, version 4, rank 4",
+        "conversation dropped",
+        "yes",
+    ]
+    assert rows[6].startswith("adapter global, version 3")
+    assert errors == (["edgeadapt: the bundle cannot be read"] if happens is not_read else [])
+
+
+def test_a_bundle_that_cannot_be_read_again_leaves_everything_as_it_was(talker: Path) -> None:
+    generator = Generator.open(talker, threads=1)
+    library, adapter = generator.library, generator.load("global")
+    answer = generator.complete("is it?", SHORT, "global")
+    next(answer)
+    with refused(ConfigError, "answer"):
+        generator.reopen()
+    rest = "".join(answer)
+    pinned = (talker.parent / "trust.pem").read_bytes()
+    (talker.parent / "trust.pem").unlink()
+    with refused(TrustError, "trust.pem"):
+        generator.reopen()
+    assert (generator.library, generator.load("global")) == (library, adapter)
+    (talker.parent / "trust.pem").write_bytes(pinned)
+    generator.reopen()
+    assert "".join(generator.complete("is it?", SHORT, "global")).endswith(rest)
 
 
 class Terminal:
@@ -174,17 +294,22 @@ class Terminal:
 
 @pytest.mark.slow
 def test_ctrl_c_ends_a_lesson_on_a_terminal_whose_steps_are_shown_and_the_adapter_stays(talker: Path) -> None:
-    """The answer that is interrupted takes all steps, since it is 30 letters that the model would never write."""
+    """The answer that is interrupted takes all steps, since the model would never write it; on a machine that has other
+    work they may have ended all the same, and it is taught again.
+    """
     terminal = Terminal("--bundle", talker, "--max-tokens", "8")
     try:
         terminal.until("> ")
         terminal.type("is it?")
         terminal.until("is it?")
         first = terminal.until("> ")
-        terminal.type(f"/teach {'Zq%+7' * 20}")
-        terminal.until("learning, step 2 of at most 30")
-        terminal.interrupt()
-        assert terminal.until("> ").endswith("\r\x1b[K …\r\n> ")
+        for _ in range(20):
+            terminal.type(f"/teach {'Zq%+7' * 20}")
+            terminal.until("learning, step 2 of at most 30")
+            terminal.interrupt()
+            if "nothing was learned" not in (ended := terminal.until("> ")):
+                break
+        assert ended.endswith("\r\x1b[K …\r\n> ")
         assert adapter_names(talker) == ["global"]
         terminal.type("/reset")
         terminal.until("conversation dropped")
