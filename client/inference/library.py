@@ -300,15 +300,18 @@ class Library:
         """The adapters in the bundle, by file name; not verified."""
         return adapter_names(self.bundle)
 
-    def default(self) -> str:
+    def default(self, without: str | None = None) -> str:
         """The adapter to use if none is named: the personal one, else the global one, else the only one.
+
+        Args:
+            without: Choose as if this adapter were not there.
 
         Raises:
             ConfigError: The choice is not unique; the message lists the candidates.
             DataError: The bundle has no adapter.
             TrustError: No pinned key signed a manifest.
         """
-        names = self.names()
+        names = [name for name in self.names() if name != without]
         personal = [name for name in names if self.trust.bundle.adapter_manifest(name).parent is not None]
         for candidates in (personal, [name for name in names if name == GLOBAL], names):
             if len(candidates) == 1:

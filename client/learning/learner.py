@@ -166,7 +166,9 @@ class Learner:
                 adapter = library.trust.adapter(name or library.default(), library.base)
                 target = adapter.manifest.name if adapter.manifest.parent else PERSONAL
                 if target != adapter.manifest.name and target in adapter_names(bundle):
-                    reason = f"{bundle} has a private adapter already: teach that with --adapter {target}"
+                    reason = (
+                        f"{bundle} has a private adapter already: choose {target} in place of {adapter.manifest.name}"
+                    )
                     raise ConfigError(reason, about="--adapter", value=name)
                 keys = _keys(folder, entropy or SystemEntropy())
                 history = _history(folder / HISTORY, keys[1]).current(adapter.manifest.sha256)
@@ -295,18 +297,27 @@ class Learner:
 
         Raises:
             DataError: The adapter in use was not learned here, or no lesson is left.
+            TrustError, DataError, ConfigError: The adapter before it is not in the bundle any more, and there is no
+                other (``Library.default``).
             OSError: As ``teach``.
         """
         lesson, history = self.history.undone()
         if lesson.before is None:
+            used = self._shared(lesson.used)  # before anything is removed: there may be none
             self._write({}, removed=self.target)
-            used = self.library.trust.bundle.adapter_manifest(self.library.default())
         else:
             manifest = AdapterManifest.accept(lesson.before.manifest, (*self._trusted(), self.keys[0].public))
             used = replace(manifest, version=self._next())
             self._install(used, lesson.before.blob)
         self._save(history)
         return Undone(used.name, used.version, lesson.corrections)
+
+    def _shared(self, digest: str) -> AdapterManifest:
+        """The adapter with this SHA-256, else the one to use in place of the private one."""
+        manifest_of = self.library.trust.bundle.adapter_manifest
+        shared = [manifest_of(name) for name in self.library.names() if name != self.target]
+        found = [one for one in shared if one.sha256 == digest]
+        return found[0] if found else manifest_of(self.library.default(without=self.target))
 
     def _checked(self, corrections: Sequence[Correction]) -> list[Example]:
         """The corrections as examples. Raises DataError as ``teach``."""

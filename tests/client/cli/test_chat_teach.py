@@ -180,6 +180,47 @@ def test_the_last_message_is_corrected_also_if_its_answer_was_empty_or_it_was_re
     assert "2500 characters in its prompt" in errors[1]
 
 
+@pytest.mark.parametrize("names", [("global", "kitchen"), ("kitchen", "office")], ids="+".join)
+def test_undo_goes_back_to_the_adapter_that_was_taught_and_not_to_another(
+    names: tuple[str, str],
+    tmp_path: Path,
+    trainable: ExportedBase,
+    lm_source: Callable[..., AdapterSource],
+    vendor: IdentityKey,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = lm_source(peft_config=LORA)
+    small = [
+        replace(
+            source, name=name, tensors={key: np.float32(0.1 * size) * value for key, value in source.tensors.items()}
+        )
+        for size, name in enumerate(names, 1)
+    ]
+    bundle = tmp_path / "bundle"
+    write_bundle(bundle, trainable, small, key=vendor)
+    (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem())
+    lines = [
+        "is it?",
+        "/teach yes",
+        "/adapter kitchen",
+        "/undo",
+        "/adapter personal",
+        "/undo",
+        "/reset",
+        "is it?",
+        "/undo",
+    ]
+    shown, errors = said(bundle, *lines, monkeypatch=monkeypatch, capsys=capsys, adapter="kitchen")
+    rows = shown.splitlines()
+    assert "adapter kitchen, version 3, rank 4, without what was learned last: 'is it?'" in rows
+    assert rows[0] == rows[-1]  # its answers
+    assert len(errors) == 2
+    assert "choose personal in place of kitchen" in errors[0]
+    assert "nothing to undo" in errors[1]
+    assert adapter_names(bundle) == sorted(names)
+
+
 def test_an_answer_that_a_system_prompt_would_hide_is_not_taught(
     talker: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
