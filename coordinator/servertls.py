@@ -12,6 +12,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +21,7 @@ import grpc
 from adapters.keyfiles import NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
 from aggregation.errors import EdgeAdaptError
 from aggregation.pki.certificates import to_der
+from aggregation.pki.tls import hosts_of
 from coordinator.expiry import validity, warning
 from coordinator.statedir import CoordinatorStateDir
 
@@ -35,9 +37,20 @@ class ServerTls:
     certificate: bytes
     authority: bytes
 
+    @property
+    def hosts(self) -> frozenset[str]:
+        """Names and addresses in the certificate, in lower case."""
+        return _hosts(self.certificate)
+
     def newest(self) -> "ServerTls":
         """See ``TlsSource``."""
         return self
+
+
+@lru_cache(maxsize=8)
+def _hosts(certificate: bytes) -> frozenset[str]:
+    """Kept, as each request of a browser asks."""
+    return frozenset(name.lower() for name in hosts_of(to_der(certificate)))
 
 
 class TlsSource(Protocol):

@@ -33,8 +33,6 @@ from adapters import storage
 from adapters.keyfiles import MAX_PEM
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
-from aggregation.pki.certificates import to_der
-from aggregation.pki.tls import hosts_of
 from coordinator.dashboard.metrics import exposition
 from coordinator.servertls import TlsSource, context
 from coordinator.servicesettings import is_loopback
@@ -164,7 +162,7 @@ class Feed:
 class Guard:
     """Refuses requests for another host, and adds ``HEADERS`` to every response."""
 
-    def __init__(self, app: ASGIApp, hosts: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, hosts: Callable[[], Collection[str]]) -> None:
         self._app, self._hosts = app, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -175,7 +173,7 @@ class Guard:
                 message["headers"] = [*message["headers"], *HEADERS]
             await send(message)
 
-        if scope["type"] == "http" and _host(Headers(scope=scope)) not in self._hosts:
+        if scope["type"] == "http" and _host(Headers(scope=scope)) not in self._hosts():
             await Response("another host\n", HTTPStatus.MISDIRECTED_REQUEST)(scope, receive, sent)
         else:
             await self._app(scope, receive, sent)
@@ -188,13 +186,13 @@ def _host(headers: Headers) -> str | None:
         return None
 
 
-def application(look: Look, token: str, hosts: Collection[str], *, secure: bool) -> Starlette:
+def application(look: Look, token: str, hosts: Callable[[], Collection[str]], *, secure: bool) -> Starlette:
     """The web application.
 
     Args:
         look: Called for the fleet's view, from a thread, never twice at once.
         token: That opens it.
-        hosts: By which it may be called: a foreign site whose name resolves to this machine is refused.
+        hosts: By which it may be called now: a foreign site whose name resolves to this machine is refused.
         secure: Whether it is served over TLS.
     """
     logins, feed = Logins(token), Feed(look)
@@ -306,8 +304,7 @@ def serve(look: Look, token: str, address: str, tls: TlsSource | None) -> None:
     if tls is None and not is_loopback(address):
         text = f"{host} can be reached from other machines, so it needs TLS: make DIR/tls.pem, or listen at 127.0.0.1"
         raise ConfigError(text, about="--listen", value=address)
-    hosts = hosts_of(to_der(tls.newest().certificate)) if tls else LOCAL
-    app = application(look, token, hosts, secure=tls is not None)
+    app = application(look, token, lambda: tls.newest().hosts if tls else LOCAL, secure=tls is not None)
     config = uvicorn.Config(
         app,
         log_config=None,  # logging is the process's: dictConfig would close the handlers of everything else in it

@@ -28,8 +28,6 @@ from adapters.gateway import frames, websocket
 from adapters.gateway.frames import RetryWindow
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, EdgeAdaptError, ProtocolError, TrustError
-from aggregation.pki.certificates import to_der
-from aggregation.pki.tls import hosts_of
 from coordinator import traces
 from coordinator.gateway.hub import Channel, Credentials, NoAnswer, Released, Stream
 from coordinator.gateway.server import CLOSING, Gateway, Service, require_version
@@ -95,8 +93,7 @@ class Endpoint:
         return None
 
     def _hosts(self) -> frozenset[str]:
-        names = frozenset(name.lower() for name in hosts_of(to_der(self.tls.newest().certificate)))
-        return names | frozenset(LOOPBACK if self.settings.is_loopback else ())
+        return self.tls.newest().hosts | frozenset(LOOPBACK if self.settings.is_loopback else ())
 
     @asynccontextmanager
     async def stranger(self, connection: ServerConnection) -> AsyncIterator[None]:

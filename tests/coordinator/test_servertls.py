@@ -6,7 +6,9 @@ import ssl
 import stat
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from http.client import HTTPSConnection
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from click.testing import CliRunner
@@ -21,6 +23,7 @@ from aggregation.pki.tls import TlsRole
 from coordinator import servertls
 from coordinator.authority import AuthorityStore
 from coordinator.cli.coordinator import coordinator
+from coordinator.dashboard.server import DashboardServer, serve
 from coordinator.gateway.grid import serving
 from coordinator.gateway.websocket import BrowserSettings, Endpoint
 from coordinator.servertls import ServerTls, TlsFiles, context
@@ -28,7 +31,7 @@ from coordinator.settings import FederationSettings
 from coordinator.statedir import TLS_REQUEST, CoordinatorStateDir
 from tests.support import refused
 from tests.support.authority import signer, store
-from tests.support.gateway import HOST, certify
+from tests.support.gateway import HOST, certify, free_port, wait_until
 from tests.support.lightdevice import LightDevice
 from tests.support.trial import call
 
@@ -49,10 +52,10 @@ def request(state_dir: CoordinatorStateDir) -> None:
     assert done.exception is None, done.exception
 
 
-def certified(state_dir: CoordinatorStateDir, store: AuthorityStore) -> bytes:
+def certified(state_dir: CoordinatorStateDir, store: AuthorityStore, host: str = HOST) -> bytes:
     """The certificate for the newest request, PEM."""
     out = store.folder / "issued.pem"
-    given = ("--request", state_dir.folder / TLS_REQUEST, "--host", HOST, "--out", out)
+    given = ("--request", state_dir.folder / TLS_REQUEST, "--host", host, "--out", out)
     call("authority", "issue-tls", store.folder, *given)
     return out.read_bytes()
 
@@ -145,11 +148,35 @@ def test_a_server_of_asyncio_takes_the_new_key_and_its_hosts(
     assert asyncio.run(seen()) == [serial(to_der(each.certificate)) for each in pairs]
     endpoint = Endpoint(("/",), BrowserSettings("0.0.0.0:0"), Source())
     assert endpoint._hosts() == {HOST}
-    out = store.folder / "issued.pem"
-    given = ("--request", state_dir.folder / TLS_REQUEST, "--host", "Fleet.Example", "--out", out)
-    call("authority", "issue-tls", store.folder, *given)
-    pairs.append(ServerTls(pairs[-1].key, out.read_bytes(), pairs[-1].authority))
+    pairs.append(ServerTls(pairs[-1].key, certified(state_dir, store, "Fleet.Example"), pairs[-1].authority))
     assert endpoint._hosts() == {"fleet.example"}
+
+
+def test_the_dashboard_answers_for_the_hosts_of_the_new_certificate(
+    state_dir: CoordinatorStateDir, store: AuthorityStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servertls, "LOOK", 0.0)
+    port, made, begin = free_port(), list[DashboardServer](), DashboardServer.__init__
+    monkeypatch.setattr(DashboardServer, "__init__", lambda self, *given: made.append(self) or begin(self, *given))
+    serving = Thread(target=serve, args=(dict, "t" * 40, f"{HOST}:{port}", TlsFiles(state_dir)), daemon=True)
+    serving.start()
+    wait_until(lambda: made and made[0].started, 120.0)
+
+    def statuses() -> list[int]:
+        found = []
+        for host in (HOST, "fleet.example"):
+            connection = HTTPSConnection(HOST, port, context=ssl._create_unverified_context(), timeout=60)  # noqa: S323
+            connection.request("GET", "/health", headers={"Host": f"{host}:{port}"})
+            found.append(connection.getresponse().status)
+            connection.close()
+        return found
+
+    assert statuses() == [200, 421]
+    request(state_dir)
+    copy(state_dir, certified(state_dir, store, "Fleet.Example"))
+    assert statuses() == [421, 200]
+    made[0].should_exit = True
+    serving.join(120)
 
 
 def test_the_key_in_use_stays_until_the_certificate_of_the_next_one_is_there(

@@ -22,7 +22,7 @@ VIEW: dict[str, Any] = {"rounds_done": 3}
 @pytest.fixture
 def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
     monkeypatch.setattr(server, "PATIENCE", 0.0)
-    app = application(lambda: VIEW, SECRET, ["127.0.0.1"], secure=False)
+    app = application(lambda: VIEW, SECRET, lambda: ["127.0.0.1"], secure=False)
     with TestClient(app, base_url="http://127.0.0.1", follow_redirects=False) as client:
         yield client
 
@@ -63,7 +63,7 @@ def test_another_token_or_form_is_refused_without_a_session(client: TestClient, 
 
 
 def test_a_session_over_tls_has_a_secure_cookie() -> None:
-    app = application(lambda: VIEW, SECRET, ["fleet.example"], secure=True)
+    app = application(lambda: VIEW, SECRET, lambda: ["fleet.example"], secure=True)
     with TestClient(app, base_url="https://fleet.example", follow_redirects=False) as client:
         assert "Secure" in log_in(client).headers["set-cookie"]
 
@@ -99,7 +99,7 @@ def test_what_cannot_be_read_is_said_and_the_next_look_may_succeed(monkeypatch: 
             raise TrustError("a record was altered", about="record")
         return VIEW
 
-    app = application(look, SECRET, ["127.0.0.1"], secure=False)
+    app = application(look, SECRET, lambda: ["127.0.0.1"], secure=False)
     with TestClient(app, base_url="http://127.0.0.1", headers={"authorization": f"Bearer {SECRET}"}) as client:
         answer = client.get("/metrics")
         assert (answer.status_code, answer.text) == (503, "a record was altered\n")
