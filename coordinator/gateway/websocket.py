@@ -161,8 +161,9 @@ class BrowserService:
                 await refuse(CloseCode.TRY_AGAIN_LATER, _text(window))
                 return
             await self._exchange(connection, credentials, call)
-        except ConnectionClosed:
-            call.fail(CloseCode.ABNORMAL_CLOSURE.name)
+        except ConnectionClosed as error:
+            if (failure := failure_of(error)) is not None:
+                call.fail(failure)
         except TimeoutError:
             await refuse(CloseCode.POLICY_VIOLATION, "too slow")
         except ProtocolError as error:
@@ -266,6 +267,14 @@ async def received(connection: ServerConnection) -> bytes:
     if isinstance(raw, str):
         raise ProtocolError("a text message, and not a binary one", about="message.encoding")
     return raw
+
+
+def failure_of(error: ConnectionClosed) -> str | None:
+    """The name of the code with which a peer closed a connection; None if it did so in order."""
+    code = CloseCode.ABNORMAL_CLOSURE if error.rcvd is None else error.rcvd.code
+    if code in (CloseCode.NORMAL_CLOSURE, CloseCode.GOING_AWAY):
+        return None
+    return CloseCode(code).name if code in set(CloseCode) else "OTHER"  # private codes are many
 
 
 def host_of(url: str) -> str:

@@ -358,7 +358,7 @@ def test_calls_of_browsers_are_spans_of_the_step_and_name_no_device(
     tab, thief = browser("kitchen-tab"), IdentityKey.generate(SystemEntropy())
 
     async def served() -> int:
-        return sum("conn_handler" in repr(task.get_coro()) for task in asyncio.all_tasks())
+        return sum("protocol_handler" in repr(task.get_coro()) for task in asyncio.all_tasks())
 
     with receiving() as receiver:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.url)
@@ -366,17 +366,26 @@ def test_calls_of_browsers_are_spans_of_the_step_and_name_no_device(
             with tab.connected() as connection:
                 connection.send(tab.hello(received(connection), key=thief))
                 assert ended(connection)[0] == 1008
+            with tab.connected() as connection:
+                received(connection)
+                connection.close(1001)
+            with tab.connected() as connection:
+                received(connection)
+                connection.close(4321)
             with tab.attending() as connection:
+                assert site.gateway.call(served()) > 0
                 with traces.span("plan"):
                     assert site.ask("kitchen-tab") is not None
                 send(connection, request(connection).id, b"answer")
                 assert site.answered()[1] == b"answer"
             wait_until(lambda: site.gateway.call(served()) == 0)
-    unknown, admitted, plan, answer = receiver.spans()
+    unknown, gone, other, admitted, plan, answer = receiver.spans()
     attend = f"{frames.SERVICE}/Attend"
-    assert [each.name for each in receiver.spans()] == [attend, attend, "plan", f"{frames.SERVICE}/Answer"]
+    assert [each.name for each in receiver.spans()] == [*4 * [attend], "plan", f"{frames.SERVICE}/Answer"]
     assert (answer.parent_span_id, answer.trace_id) == (plan.span_id, plan.trace_id)
     assert not admitted.parent_span_id
     assert attributes(admitted) == attributes(answer) == {"edgeadapt.protocol": "WebSocket"}
-    assert attributes(unknown) == {"edgeadapt.protocol": "WebSocket", "error.type": "POLICY_VIOLATION"}
+    assert attributes(gone) == attributes(admitted)
+    for failed, code in ((unknown, "POLICY_VIOLATION"), (other, "OTHER")):
+        assert attributes(failed) == {"edgeadapt.protocol": "WebSocket", "error.type": code}
     assert b"kitchen" not in b"".join(receiver.bodies)
