@@ -18,7 +18,7 @@ def renew(state_dir: Path, renewal: str | None, as_json: bool) -> None:
     """Have the certificates of this device renewed, if they are in the last third of their validity.
 
     An agent does so by itself: this is for a device whose agent does not run for weeks. The identity stays, and the TLS
-    key is a new one. If the authority refuses or cannot be reached, everything stays as it is.
+    key is a new one. If the authority refuses or cannot be reached, certificates and key stay in use.
 
     \b
     Examples:
@@ -43,7 +43,7 @@ def renew(state_dir: Path, renewal: str | None, as_json: bool) -> None:
             if due:
                 end = service.renew(opened, address, SystemEntropy())
     except TimeoutError:
-        text = f"an agent uses {state_dir}, and renews the certificates by itself: nothing was changed"
+        text = f"an agent, or another 'device renew', uses {state_dir} and renews the certificates: nothing was changed"
         raise ConfigError(text, about=AGENT_LOCK) from None
     device = subject(load(opened.certificate))
     if as_json:

@@ -168,7 +168,7 @@ def test_the_command_refuses_in_one_line_and_changes_nothing(site: Site) -> None
     assert "cannot be reached" in line(EdgeAdaptError, "renewal", "--renewal", f"{HOST}:1")
     settings.write_text(text)
     with storage.locked(state_dir.folder / AGENT_LOCK):
-        assert "an agent uses" in line(ConfigError, AGENT_LOCK)
+        assert "an agent, or another" in line(ConfigError, AGENT_LOCK)
     site.store.revoke(site.service.authority, "kitchen", Reason.KEY_COMPROMISE, 30)
     assert "was revoked: enrol this device again" in line(TrustError, "gateway")
     certificate = (state_dir.folder / TLS_CERTIFICATE).read_bytes()
