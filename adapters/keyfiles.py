@@ -67,7 +67,7 @@ def read_public_keys(path: Path) -> tuple[PublicKey, ...]:
         return tuple(PublicKey.from_pem(block + b"\n") for block in blocks)
 
 
-def tls_pair(folder: Path, remedy: str) -> tuple[TlsKey, bytes]:
+def tls_pair(folder: Path, remedy: str, *, rename: bool = True) -> tuple[TlsKey, bytes]:
     """The TLS key in a state directory and its certificate, PEM, which belong to each other.
 
     The next key is in a file of its own until the certificate for it has replaced the old one; the key that belongs to
@@ -76,6 +76,7 @@ def tls_pair(folder: Path, remedy: str) -> tuple[TlsKey, bytes]:
     Args:
         folder: The state directory, which has ``TLS_CERTIFICATE``.
         remedy: What to do if they do not belong to each other.
+        rename: Let the next key have the name of the one in use once it is.
 
     Raises:
         TrustError: A file is damaged, or no key belongs to the certificate.
@@ -83,7 +84,7 @@ def tls_pair(folder: Path, remedy: str) -> tuple[TlsKey, bytes]:
     name, key, certificate = _certified(folder)
     if name != TLS_KEY:  # the next one; or none, as another process may just have renamed that
         with suppress(OSError), locked(folder / TLS_LOCK, timeout=PATIENCE):  # a folder that cannot be written
-            name, key, certificate = _renamed(folder)
+            name, key, certificate = (_renamed if rename else _certified)(folder)
     if key is None:
         raise TrustError(f"{folder / TLS_CERTIFICATE} is not for the key in {TLS_KEY}: {remedy}", about=TLS_KEY)
     return key, certificate

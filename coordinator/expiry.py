@@ -4,39 +4,63 @@ Both are to be replaced in the last third of their validity, as an agent has the
 Nothing is verified here: what uses the files does that.
 """
 
-from datetime import datetime, timedelta
+import logging
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from cryptography import x509
 
 from adapters import storage
-from adapters.keyfiles import MAX_PEM, TLS_CERTIFICATE
-from aggregation.errors import EdgeAdaptError, TrustError
+from adapters.keyfiles import MAX_PEM, TLS_CERTIFICATE, tls_pair
+from aggregation.errors import EdgeAdaptError, TrustError, of_file
 from aggregation.pki.certificates import load, to_der
 from aggregation.pki.revocation import MAX_REVOCATIONS
-from coordinator.statedir import REVOKED
+from coordinator.statedir import REVOKED, TLS_REQUEST, TRANSCRIPT
 
+EVERY = 3600.0  # seconds between two looks of a process that goes on
 LEFT = 1 / 3  # of its validity: what has less left is to be replaced
 REMEDY = {
     TLS_CERTIFICATE: "renew it with 'edgeadapt coordinator tls-request' and 'edgeadapt authority issue-tls'",
     REVOKED: "let the authority sign a new list ('edgeadapt authority crl'), and copy it",
 }
 Validity = tuple[datetime, datetime]
+log = logging.getLogger("edgeadapt.coordinator")
 
 
 def expiries(folder: Path, now: datetime) -> dict[str, dict[str, Any]]:
     """Of the files in a state directory that end: name → ``until``, and ``warning``, None if there is nothing to do."""
     found = {}
-    for name, limit, read in ((TLS_CERTIFICATE, MAX_PEM, _of_certificate), (REVOKED, 2 * MAX_REVOCATIONS, _of_list)):
-        if (folder / name).exists():
-            try:
-                span = read(storage.read(folder / name, limit))
-                until, text = span[1].isoformat(), warning(name, *span, now)
-            except (EdgeAdaptError, OSError) as error:
-                until, text = None, f"{name} cannot be read: {error}"
-            found[name] = {"until": until, "warning": text or None}
+    for name, read in ((TLS_CERTIFICATE, _of_certificate), (REVOKED, _of_newest_list)):
+        try:
+            if (span := read(folder)) is None:
+                continue
+            until, text = span[1].isoformat(), warning(name, *span, now) or _mismatch(name, folder)
+        except (EdgeAdaptError, OSError) as error:
+            until, text = None, f"{name} cannot be read: {error}"
+        found[name] = {"until": until, "warning": text or None}
     return found
+
+
+@dataclass(slots=True)
+class ExpiryLog:
+    """Says in the log what the warnings of ``expiries`` say, each once a day."""
+
+    folder: Path
+    _said: dict[str, str | None] = field(default_factory=dict)
+    _next: float = 0.0  # by the monotonic clock
+
+    def look(self) -> None:
+        """To be called again and again."""
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + EVERY
+        for name, each in expiries(self.folder, datetime.now(UTC)).items():
+            if each["warning"] and each["warning"] != self._said.get(name):  # the days left are in it
+                log.warning("%s", each["warning"])
+            self._said[name] = each["warning"]
 
 
 def warning(name: str, begin: datetime, end: datetime, now: datetime) -> str:
@@ -63,16 +87,38 @@ def validity(der: bytes) -> Validity:
     return certificate.not_valid_before_utc, certificate.not_valid_after_utc
 
 
-def _of_certificate(raw: bytes) -> Validity:
-    return validity(to_der(raw))
+def _of_certificate(folder: Path) -> Validity | None:
+    path = folder / TLS_CERTIFICATE
+    return validity(to_der(storage.read(path, MAX_PEM))) if path.exists() else None
 
 
-def _of_list(raw: bytes) -> Validity:
+def _mismatch(name: str, folder: Path) -> str:
+    """What a start would refuse a certificate for; empty if its key is there."""
+    try:
+        if name == TLS_CERTIFICATE:
+            tls_pair(folder, f"let the authority certify {TLS_REQUEST}", rename=False)
+    except (EdgeAdaptError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def _of_newest_list(folder: Path) -> Validity | None:
+    """Of the list that ``CoordinatorStateDir.read_root`` takes: this directory's, or that of the last session."""
+    found = []
+    for path in (folder / TRANSCRIPT / REVOKED, folder / REVOKED):
+        if path.exists():
+            with of_file(path):
+                found.append(_of_list(storage.read(path, 2 * MAX_REVOCATIONS)))
+    return max(found)[1] if found else None
+
+
+def _of_list(raw: bytes) -> tuple[int, Validity]:
+    """Number and validity."""
     try:
         listed = x509.load_pem_x509_crl(raw) if raw.lstrip().startswith(b"-----") else x509.load_der_x509_crl(raw)
-        end = listed.next_update_utc
-    except (ValueError, x509.InvalidVersion):
+        number, end = listed.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number, listed.next_update_utc
+    except (ValueError, x509.InvalidVersion, x509.ExtensionNotFound):
         end = None
     if end is None:
         raise TrustError("not a revocation list that says until when it is valid", about="revocations")
-    return listed.last_update_utc, end
+    return number, (listed.last_update_utc, end)

@@ -22,7 +22,6 @@ from adapters.keyfiles import NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
 from aggregation.errors import EdgeAdaptError
 from aggregation.pki.certificates import to_der
 from aggregation.pki.tls import hosts_of
-from coordinator.expiry import validity, warning
 from coordinator.statedir import CoordinatorStateDir
 
 LOOK = 1.0  # seconds between two looks at the files
@@ -70,8 +69,7 @@ class TlsFiles:
         self._seen = self._stamp()
         self._tls = self._read()
         self._next = time.monotonic() + LOOK
-        self._problem = self._warned = ""
-        self._warn()
+        self._problem = ""
 
     def newest(self) -> ServerTls:
         """See ``TlsSource``."""
@@ -93,15 +91,6 @@ class TlsFiles:
             if str(error) != self._problem:
                 self._problem = str(error)
                 log.warning("the new TLS files are not used: %s", self._problem)
-        self._warn()
-
-    def _warn(self) -> None:
-        """Say once a day that the certificate ends soon."""
-        now = datetime.now(UTC)
-        text = warning(TLS_CERTIFICATE, *validity(to_der(self._tls.certificate)), now)
-        if text and text != self._warned:
-            log.warning("%s", text)
-        self._warned = text
 
     def _read(self) -> ServerTls:
         key, certificate = self._state_dir.read_tls(datetime.now(UTC))

@@ -20,6 +20,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from adapters.gateway.frames import node_of
 from aggregation.errors import EdgeAdaptError
 from aggregation.steps import BODY, RECORD
+from coordinator.expiry import ExpiryLog
 from coordinator.gateway.hub import NoAnswer
 from coordinator.gateway.server import Gateway, GatewayLimits, ReadRoot
 from coordinator.gateway.snapshot import GatewaySnapshot, written
@@ -57,8 +58,15 @@ def serving(state_dir: CoordinatorStateDir, address: str, *, own_process: bool =
     log.info("listening at %s", listens)
     if grid.browsers is not None:
         log.info("listening for browsers at %s", grid.browsers.url)
+    ends = ExpiryLog(state_dir.folder)
+
+    def snapshot() -> GatewaySnapshot:
+        """Called each second."""
+        ends.look()
+        return grid.snapshot(listens)
+
     try:
-        with written(state_dir.folder, lambda: grid.snapshot(listens)):
+        with written(state_dir.folder, snapshot):
             yield grid
     finally:
         grid.close()

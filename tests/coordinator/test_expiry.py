@@ -1,25 +1,30 @@
 """What ends in a coordinator's state directory is shown in time: by the status, the page's view and the metrics."""
 
 import json
+import logging
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from adapters.keyfiles import TLS_CERTIFICATE, TLS_KEY
+from adapters.keyfiles import NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
 from aggregation.entropy import SystemEntropy
+from aggregation.errors import TrustError
 from aggregation.pki import Authority
-from aggregation.pki.tls import TlsRole
+from aggregation.pki.tls import TlsKey, TlsRole
+from coordinator import expiry
 from coordinator.authority import AuthorityStore
 from coordinator.cli.coordinator import coordinator
 from coordinator.dashboard.metrics import exposition
 from coordinator.dashboard.view import Viewer
 from coordinator.expiry import expiries
+from coordinator.gateway.grid import serving
 from coordinator.settings import FederationSettings
-from coordinator.statedir import REVOKED, CoordinatorStateDir
+from coordinator.statedir import REVOKED, TRANSCRIPT, CoordinatorStateDir
+from tests.support import refused
 from tests.support.authority import signer, store
-from tests.support.gateway import certify
+from tests.support.gateway import certify, wait_until
 
 __all__ = ["signer", "store"]
 NOW = datetime.now(UTC).replace(microsecond=0)
@@ -80,3 +85,55 @@ def test_the_status_the_page_and_the_metrics_show_it(state_dir: CoordinatorState
     give(state_dir.folder, signer, 1, 89)
     assert "ends on" not in CliRunner().invoke(coordinator, ["status", str(state_dir.folder)]).stdout
     state_dir.registry.close()
+
+
+def test_the_log_of_a_gateway_says_it_once_a_day_though_nobody_connects(
+    state_dir: CoordinatorStateDir, signer: Authority, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    give(state_dir.folder, signer, 61, 29.5)
+    monkeypatch.setattr(expiry, "EVERY", 0.0)
+    looks: list[object] = []
+    genuine = expiry.expiries
+    monkeypatch.setattr(expiry, "expiries", lambda *given: looks.append(given) or genuine(*given))
+    with (
+        caplog.at_level(logging.WARNING, "edgeadapt.coordinator"),
+        state_dir.locked(),
+        serving(state_dir, "127.0.0.1:0", own_process=False),
+    ):
+        wait_until(lambda: len(looks) > 1, 120.0)
+    lines = [record.getMessage() for record in caplog.records if record.name == "edgeadapt.coordinator"]
+    assert [line.partition(":")[0] for line in lines] == [
+        f"{name} ends on {NOW + timedelta(days=29.5):%F}, in 29 days" for name in (TLS_CERTIFICATE, REVOKED)
+    ]
+
+
+def test_the_list_is_the_one_that_a_session_takes(state_dir: CoordinatorStateDir, signer: Authority) -> None:
+    kept = state_dir.folder / TRANSCRIPT / REVOKED
+    kept.parent.mkdir(exist_ok=True)
+    for number, days in ((9, 1), (6, 80)):
+        begin, end = NOW - timedelta(days=29), NOW + timedelta(days=days)
+        kept.write_bytes(signer.revocations(number, {}, begin, end).to_pem())
+        give(state_dir.folder, signer, 61, 60)  # its list has number 7
+        newest = state_dir.read_root(NOW).revoked
+        assert newest is not None
+        found = expiries(state_dir.folder, NOW)[REVOKED]
+        assert datetime.fromisoformat(found["until"]) == newest.next_update
+        assert (found["warning"] is None) == (number == 6)
+        (state_dir.folder / REVOKED).unlink()
+        assert datetime.fromisoformat(expiries(state_dir.folder, NOW)[REVOKED]["until"]) == end
+
+
+def test_a_certificate_for_another_key_is_warned_of_and_nothing_is_renamed(
+    state_dir: CoordinatorStateDir, signer: Authority
+) -> None:
+    give(state_dir.folder, signer, 1, 89)
+    (state_dir.folder / TLS_KEY).rename(state_dir.folder / NEXT_TLS_KEY)
+    (state_dir.folder / TLS_KEY).write_bytes(TlsKey.generate(SystemEntropy()).pem)
+    assert warnings(state_dir.folder) == [None, None]
+    assert (state_dir.folder / NEXT_TLS_KEY).exists()
+    (state_dir.folder / NEXT_TLS_KEY).unlink()
+    text, _ = warnings(state_dir.folder)
+    with refused(TrustError, TLS_KEY) as caught:
+        state_dir.read_tls(NOW)
+    assert text == str(caught.value)
+    assert str(text) in CliRunner().invoke(coordinator, ["status", str(state_dir.folder)]).stdout

@@ -5,7 +5,7 @@ import logging
 import ssl
 import stat
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from http.client import HTTPSConnection
 from pathlib import Path
 from threading import Thread
@@ -273,23 +273,3 @@ def test_two_that_read_at_once_find_the_key(
     monkeypatch.setattr(keyfiles, "read", read)
     assert state_dir.read_tls(datetime.now(UTC))[0] == following
     assert not (state_dir.folder / NEXT_TLS_KEY).exists()
-
-
-def test_a_certificate_that_ends_soon_is_reported_once_a_day(
-    state_dir: CoordinatorStateDir,
-    signer: Authority,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setattr(servertls, "LOOK", 0.0)
-    now = datetime.now(UTC)
-    dates = {"not_before": now - timedelta(days=80), "not_after": now + timedelta(days=9.5)}
-    key, certificate = certify(signer, "gateway", TlsRole.GATEWAY, **dates)
-    (state_dir.folder / TLS_KEY).write_bytes(key)
-    copy(state_dir, certificate)
-    with caplog.at_level(logging.WARNING, "edgeadapt.coordinator"):
-        files = TlsFiles(state_dir)
-        for _ in range(3):
-            assert files.newest().key == key
-    (line,) = lines(caplog)
-    assert line.startswith(f"tls.pem ends on {dates['not_after']:%F}, in 9 days: renew it with")
