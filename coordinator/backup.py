@@ -91,7 +91,7 @@ def back_up(
     Args:
         state_dir: Of the coordinator.
         out: The archive. Does not exist; its owner alone can read it.
-        keys: Whether the archive has the signing key and the TLS key.
+        keys: Whether the archive has the signing key, the TLS key and the next TLS key.
         report: Called for each file.
 
     Raises:

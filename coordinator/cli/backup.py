@@ -22,7 +22,9 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @click.command(short_help="Copy the coordinator to a file, while it runs.")
 @directory
 @click.option("--out", type=FILE, required=True, metavar="FILE", help="The archive; a new file.")
-@click.option("--keys", is_flag=True, help="With signing.pem and tls.key: keep the archive as safe as them.")
+@click.option(
+    "--keys", is_flag=True, help="With signing.pem, tls.key and next.tls.key: keep the archive as safe as them."
+)
 @click.option(
     "--standby", is_flag=True, help="For a second machine with the same registry: settings and certificates alone."
 )
