@@ -73,7 +73,7 @@ def postgresql_engine(url: URL) -> Engine:
         ConfigError: psycopg is not installed.
     """
     options: dict[str, Any] = dict(PATIENCE)
-    if not _is_local(url) and not {"sslmode", "sslrootcert"} & url.query.keys():
+    if not is_local(url) and not {"sslmode", "sslrootcert"} & url.query.keys():
         if "PGSSLMODE" not in os.environ:
             options["sslmode"] = "verify-full"
         if "PGSSLROOTCERT" not in os.environ:
@@ -165,7 +165,8 @@ def shown(url: URL) -> str:
     return text.replace(f"{DRIVER}://", POSTGRESQL)
 
 
-def _is_local(url: URL) -> bool:
+def is_local(url: URL) -> bool:
+    """Whether a database's address is of this machine: a socket in the file system, or the loopback interface."""
     named = url.query.get("host", ())
     hosts = [url.host] if url.host else [named] if isinstance(named, str) else list(named)
     if not hosts:

@@ -17,8 +17,10 @@ from functools import partial
 from pathlib import Path
 
 from adapters import storage
+from adapters.blobs import OBJECT_STORES
 from adapters.keyfiles import MAX_PEM, NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
 from adapters.registryfiles import BLOBS, DATABASE, REGISTRY, LocalFiles, RegistryFiles, RegistrySettings, blob_name
+from adapters.registryreader import open_registry_files
 from adapters.registrystores import shown
 from adapters.roundrecord import INTERRUPTED
 from adapters.workfolder import WorkFolder
@@ -30,7 +32,7 @@ from aggregation.transcript import ENTRY, LENGTH, MAGIC, Abort, Checkpoint, Entr
 from coordinator import archive
 from coordinator.archive import ArchiveFile, BackupManifest, Report
 from coordinator.audit import transcripts
-from coordinator.registry import Head, Registry, database
+from coordinator.registry import Blobs, Head, Registry, database
 from coordinator.registry.snapshot import RegistrySnapshot
 from coordinator.servicesettings import SERVICES
 from coordinator.settings import SETTINGS
@@ -45,6 +47,7 @@ from coordinator.statedir import (
     CoordinatorStateDir,
     open_registry,
     own_database,
+    registry_url,
 )
 from coordinator.storedlog import StoredLog, require_agreement
 
@@ -184,9 +187,10 @@ def _require_shared(stores: RegistrySettings, folder: Path) -> None:
     if not stores.database:
         text = f"the registry of {folder} is SQLite, which machines cannot share: move it to PostgreSQL, with"
         raise ConfigError(f"{text} 'edgeadapt coordinator backup' and 'restore --database'", about=REGISTRY)
-    if "://" not in stores.blobs and not Path(stores.blobs).is_absolute():
+    scheme, named, _ = stores.blobs.partition("://")
+    if not (named and scheme in OBJECT_STORES) and not Path(stores.blobs).is_absolute():
         place = stores.blobs or BLOBS
-        text = f"the adapters are in {place} of this machine: move them to a bucket, or to a folder that both mount"
+        text = f"the adapters are in {place}, of this machine alone: move them to a bucket or a folder that both mount"
         raise ConfigError(f"{text}, named in {REGISTRY} with its whole path", about="blobs", value=place)
 
 
@@ -239,35 +243,45 @@ def restore(
             raise TrustError(f"the signing key is not the one of {PUBLIC_KEY}", about=KEY)
         if (stage / REGISTRY).exists() != (manifest.registry is None):
             raise DataError(f"{source} is neither a backup nor for a standby", about=REGISTRY)
-        if manifest.registry is None:
-            if trusted is None and given is None:
-                text = f"{source} names a database: name the coordinator's public key with --coordinator"
-                raise ConfigError(f"{text}, so that no other one gets this machine's password", about="--coordinator")
-            if stores is not None:
-                text = f"{source} is for a standby, whose registry stays where it is: leave out --database and --blobs"
-                raise ConfigError(text, about="--database")
+        if manifest.registry is not None:
+            _restore_registry(source, stage, signing, manifest, stores)
+        elif trusted is None and given is None:
+            text = f"{source} names a database: name the coordinator's public key with --coordinator"
+            raise ConfigError(f"{text}, so that no other one gets this machine's password", about="--coordinator")
+        elif stores is not None:
+            text = f"{source} is for a standby, whose registry stays where it is: leave out --database and --blobs"
+            raise ConfigError(text, about="--database")
+        else:
             _require_registry(stage, signing, manifest)
-            return Backup(manifest, len(sizes), sum(sizes), public.key_id)
-        (stage / BLOBS).mkdir(exist_ok=True)  # a registry without a version has none
-        # As an auditor reads a database that is not trusted: within limits, and nothing but tables.
-        RegistryFiles(LocalFiles(stage, stage / BLOBS), (public,)).rounds()
-        with closing(open_registry(stage, signing)) as registry:
-            head = _verified(registry)
-            snapshot = RegistrySnapshot.read(registry.engine)
-            if snapshot.digest() != manifest.registry:
-                raise TrustError(f"{source}: the registry is not the one that was copied", about=DATABASE)
-            for version in registry.versions():
-                registry.blobs.get(version.manifest.sha256)
-            _require_logs(stage / TRANSCRIPT, head, signing)
-            if stores is not None:
-                _move(stage, registry, snapshot, signing, stores)
     return Backup(manifest, len(sizes), sum(sizes), public.key_id)
 
 
-def _require_registry(stage: Path, key: IdentityKey, manifest: BackupManifest) -> None:
-    """Return if a standby reaches the registry that its archive is for, and the newest adapter."""
-    _require_shared(RegistrySettings.of(stage), stage)
+def _restore_registry(
+    source: Path, stage: Path, key: IdentityKey, manifest: BackupManifest, stores: RegistrySettings | None
+) -> None:
+    """Verify the registry and the logs of an archive, and put the registry where ``stores`` say."""
+    (stage / BLOBS).mkdir(exist_ok=True)  # a registry without a version has none
+    # As an auditor reads a database that is not trusted: within limits, and nothing but tables.
+    RegistryFiles(LocalFiles(stage, stage / BLOBS), (key.public,)).rounds()
     with closing(open_registry(stage, key)) as registry:
+        head = _verified(registry)
+        snapshot = RegistrySnapshot.read(registry.engine)
+        if snapshot.digest() != manifest.registry:
+            raise TrustError(f"{source}: the registry is not the one that was copied", about=DATABASE)
+        for version in registry.versions():
+            registry.blobs.get(version.manifest.sha256)
+        _require_logs(stage / TRANSCRIPT, head, key)
+        if stores is not None:
+            _move(stage, registry, snapshot, key, stores)
+
+
+def _require_registry(stage: Path, key: IdentityKey, manifest: BackupManifest) -> None:
+    """Return if a standby reaches the registry that its archive is for, and the newest adapter. Creates nothing."""
+    stores = RegistrySettings.of(stage)
+    _require_shared(stores, stage)
+    open_registry_files(stage, (key.public,)).rounds()  # within limits; a database without tables stays without
+    engine, blobs = database.engine_of(registry_url(stage)), Blobs.at(stores.blobs)
+    with closing(Registry(engine, blobs, (key.public,))) as registry:
         _verified(registry)
         latest = registry.latest()
         if manifest.version is not None and (latest is None or latest.manifest.version < manifest.version):
@@ -275,7 +289,13 @@ def _require_registry(stage: Path, key: IdentityKey, manifest: BackupManifest) -
             text = f"{place} has no version {manifest.version}: it is not the database that the archive is for"
             raise DataError(text, about="database", value=place)
         if latest is not None:
-            registry.newest_adapter()
+            try:
+                blobs.get(latest.manifest.sha256)
+            except DataError:
+                text = (
+                    f"{blobs.name} does not have the newest adapter: is the folder mounted, or the bucket another one?"
+                )
+                raise DataError(text, about="blobs", value=blobs.name) from None
 
 
 def _move(

@@ -46,6 +46,7 @@ def backup(state_dir: Path, out: Path, keys: bool, standby: bool, as_json: bool)
       edgeadapt coordinator backup fleet --out /media/safe/fleet.tar --keys
       edgeadapt coordinator backup fleet --out standby.tar --standby --keys
     """
+    from adapters.registrystores import is_local, shown
     from coordinator.backup import back_up, back_up_for_standby
     from coordinator.statedir import CoordinatorStateDir
 
@@ -53,6 +54,10 @@ def backup(state_dir: Path, out: Path, keys: bool, standby: bool, as_json: bool)
     with _progress(f"copying {state_dir}") as report:
         made = (back_up_for_standby if standby else back_up)(opened, out, keys=keys, report=report)
     _print(made, "archive", out, as_json)
+    if standby and is_local(url := opened.registry.engine.url):  # a proxy on both machines, or a mistake
+        click.echo(
+            f"{shown(url)} is an address of this machine: the other one must reach that database by it", err=True
+        )
 
 
 @click.command(short_help="Make a state directory from a backup.")

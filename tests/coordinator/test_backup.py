@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 
 from adapters.keyfiles import NEXT_TLS_KEY, TLS_KEY, TLS_LOCK
 from adapters.registryfiles import BLOBS, DATABASE, REGISTRY, RegistrySettings
+from adapters.registrystores import is_local, postgresql_url
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey
@@ -313,7 +314,7 @@ def test_a_standby_without_keys_gets_them_in_another_way(leader: Path, tmp_path:
 def test_a_registry_that_no_other_machine_reaches_gets_no_standby(leader: Path, fleet: Path, tmp_path: Path) -> None:
     archive, stores = tmp_path / "standby.tar", RegistrySettings.of(leader)
     refusal(ConfigError, REGISTRY, "backup", fleet, "--out", archive, "--standby", "--keys")
-    for blobs in ("", "shared"):
+    for blobs in ("", "shared", "s3", "file://shared", "memory://shared", "local://shared", "file:///shared"):
         (leader / REGISTRY).write_text(RegistrySettings(database=stores.database, blobs=blobs).to_toml())
         refusal(ConfigError, "blobs", "backup", leader, "--out", archive, "--standby", "--keys")
     assert not archive.exists()
@@ -342,5 +343,33 @@ def test_a_standby_trusts_no_archive_by_itself_and_no_other_database(
     for table in ("versions", "rounds", "optimizer"):  # another database under that address
         postgresql_server.run(name, f"TRUNCATE edgeadapt_{table}")
     refusal(DataError, "database", *restore, "--coordinator", pinned)
+    postgresql_server.run(name, "DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+    refusal(DataError, "database", *restore, "--coordinator", pinned)
+    assert postgresql_server.run(name, "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'") == "0"
     assert not standby.exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("mounted", [False, True], ids=["no folder", "an empty folder"])
+def test_a_standby_without_the_shared_folder_says_so_and_makes_none(
+    leader: Path, tmp_path: Path, mounted: bool
+) -> None:
+    archive, standby, shared = tmp_path / "standby.tar", tmp_path / "standby", tmp_path / "shared"
+    made("backup", leader, "--out", archive, "--standby", "--keys")
+    shared.rename(tmp_path / "away")
+    if mounted:
+        shared.mkdir()
+    restore = ("restore", standby, "--archive", archive, "--coordinator", leader / PUBLIC_KEY)
+    refusal(DataError, "blobs", *restore)
+    assert "is the folder mounted" in str(call(*restore).exception)
+    assert (shared.exists(), standby.exists()) == (mounted, False)
+    assert not mounted or not [*shared.iterdir()]
+
+
+def test_a_database_at_an_address_of_this_machine_is_named_in_one_line(leader: Path, tmp_path: Path) -> None:
+    """It may be a proxy, on both machines."""
+    assert "of this machine" not in call("backup", leader, "--out", tmp_path / "copy-2.tar").stderr
+    done = call("backup", leader, "--out", tmp_path / "standby.tar", "--standby")
+    assert [line for line in done.stderr.splitlines() if "postgresql://" in line and "of this machine" in line]
+    assert is_local(postgresql_url("postgresql://fleet@localhost/fleet"))
+    assert not is_local(postgresql_url("postgresql://fleet@db.example/fleet"))
