@@ -178,13 +178,6 @@ def test_the_bias_with_a_number_for_each_token_is_not_trained(bias: Any, tmp_pat
             causal.require_private(model)
 
 
-def test_virtual_tokens_need_room_for_a_text(llama: Base) -> None:
-    model = causal.build(llama, configuration(llama, "prompt_tuning", virtual_tokens=62))
-    assert causal.room(model) == 2
-    with refused(ConfigError, "num_virtual_tokens", value=63):
-        causal.room(causal.build(llama, configuration(llama, "prompt_tuning", virtual_tokens=63)))
-
-
 def test_a_classifier_has_no_virtual_tokens(tiny_base: Base) -> None:
     with refused(ConfigError, "num_virtual_tokens"):
         classifier.build(tiny_base, 2, configuration(tiny_base, "prompt_tuning"))

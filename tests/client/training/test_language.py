@@ -141,6 +141,13 @@ def test_long_texts_are_cut_off_and_a_prompt_without_room_is_refused(trainer: La
     assert trainer.score(start, []).count == 0
 
 
+def test_virtual_tokens_need_room_for_a_text(llama: Base) -> None:
+    prompt = PeftConfig("PROMPT_TUNING", 0, 0, (), num_virtual_tokens=62)
+    assert LanguageTrainer(llama, prompt).encoder.longest == 2
+    with refused(ConfigError, "num_virtual_tokens", value=63):
+        LanguageTrainer(llama, replace(prompt, num_virtual_tokens=63))
+
+
 def test_no_example_weighs_more_than_the_bound_of_its_metric(trainer: LanguageTrainer, start: Tensors) -> None:
     loud = {name: np.full_like(value, 50.0) for name, value in start.items()}
     assert trainer.score(loud, TEXTS).loss <= MAX_LOSS * len(TEXTS)
