@@ -125,11 +125,12 @@ def _export(
     digests = headers.split(graph, inserted, about, work.path, store, backward, parts) | written(
         work.path, decoder.files
     )
+    difference: float | None = None
     if stored is not None:
         report("comparing gradients with torch", 0, 0)
         longest = pretrained.configuration(base).max_position_embeddings
         module = LearnedLogits(stored)
-        check_gradients(work.path, module, inserted, sample.ids[0].tolist(), longest, language=True)
+        difference = check_gradients(work.path, module, inserted, sample.ids[0].tolist(), longest, language=True)
     return ExportedBase(
         base_digest=base.digest,
         task="text-generation",
@@ -142,6 +143,7 @@ def _export(
         work=work,
         merged=base.merged,
         digests=digests,
+        gradients=difference,
     )
 
 

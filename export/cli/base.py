@@ -116,15 +116,16 @@ def base(
     write_bundle(out, exported, [], key=signer, once=True)
     manifest, size = exported.manifest, exported.size
     row = {name: getattr(manifest, name) for name in ("base_digest", "task", "profile", "files", "max_rank")}
-    trainable = TRAINING in manifest.files
+    trainable, difference = TRAINING in manifest.files, exported.gradients
     lines = [
         f"{out}: base {manifest.base_digest[:12]}, {manifest.profile}, {len(manifest.slots)} slots, {size:,} bytes"
-        + (", devices can train it" if trainable else "")
+        + (f", devices can train it (gradients {difference:.2g} from torch)" if difference is not None else "")
     ]
     if exported.untrainable:
         lines.append(f"devices cannot train it without torch: {exported.untrainable}")
     print_result(
-        {"bundle": str(out), **row, "slots": len(manifest.slots), "bytes": size, "training": trainable},
+        {"bundle": str(out), **row, "slots": len(manifest.slots), "bytes": size, "training": trainable}
+        | {"gradients": difference},
         "\n".join(lines),
         as_json,
     )

@@ -76,13 +76,14 @@ def export_classifier(
     slots = graph.slots(traced)
     runtime, opset = headers.requirements(traced)
     work, about = WorkFolder(where), metadata(base, "text-classification", profile, runtime)
+    difference: float | None = None
     digests = headers.split(traced, slots, about, work.path, training=backward) | written(
         work.path, {TOKENIZER: str(tokenizer.to_str()).encode()}
     )
     if backward is not None:
         opset = max(opset, headers.requirements(backward)[1])
         try:
-            check_gradients(work.path, with_inputs(stored), slots, ids, longest)
+            difference = check_gradients(work.path, with_inputs(stored), slots, ids, longest)
         except ConfigError as error:
             untrainable = _unless(training, error)
             del digests[TRAINING]
@@ -101,6 +102,7 @@ def export_classifier(
         independent_rows=rows.independent_rows(work.path, slots, ids, longest),
         merged=base.merged,
         untrainable=untrainable,
+        gradients=difference,
     )
 
 

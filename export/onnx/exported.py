@@ -77,6 +77,7 @@ class ExportedBase:
     independent_rows: bool = False  # of a classifier: measured (``rows.py``)
     merged: Mapping[str, str] = field(default_factory=dict)  # as ``Base.merged``
     untrainable: str = ""  # why it has no training graph, if one was tried
+    gradients: float | None = None  # of its training graph: the largest difference from torch's (``check_gradients``)
 
     @property
     def folder(self) -> Path:

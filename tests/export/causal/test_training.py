@@ -19,7 +19,7 @@ from adapters.traininggraph import TrainingBatch, TrainingGraph, missing_slots
 from aggregation.errors import ConfigError
 from export.bundle.base import export_named, wanted
 from export.causal import export_causal
-from export.onnx import derivatives
+from export.onnx import derivatives, gradients
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.peftmodel import find_adapter_inputs
 from export.onnx.targets import SlotKind, Slots
@@ -125,6 +125,26 @@ def test_gradients_of_virtual_tokens_that_are_one_percent_off_are_refused(
     for kind, name in ((SlotKind.PROMPT, PROMPT), (SlotKind.PREFIX, PREFIX)):
         with refused(ConfigError, name):
             export_causal(llama, Slots((), frozenset({kind})), Profile.FP32, training=True)
+
+
+def test_virtual_tokens_are_compared_at_the_size_that_they_have_in_use(
+    llama: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared, run = list[Tensors](), gradients.TrainingGraph.gradients
+
+    def kept(graph: TrainingGraph, batch: TrainingBatch, inputs: Tensors) -> tuple[float, Tensors]:
+        compared.append(inputs)
+        return run(graph, batch, inputs)
+
+    monkeypatch.setattr(gradients.TrainingGraph, "gradients", kept)
+    slots = Slots(("q_proj",), frozenset({SlotKind.LOW_RANK, SlotKind.PROMPT, SlotKind.PREFIX}))
+    exported = export_causal(llama, slots, Profile.FP32, training=True)
+    assert 0 < (exported.gradients or 0) <= gradients.LANGUAGE_LIMIT
+    table = causal.build(llama, LORA).get_input_embeddings().weight.detach().numpy()
+    prompts = [inputs[PROMPT] for inputs in compared if inputs[PROMPT].size]
+    assert len(prompts) > 1
+    assert all((table == row).all(axis=1).any() for prompt in prompts for row in prompt)
+    assert np.concatenate([inputs[PREFIX].ravel() for inputs in compared]).std() == pytest.approx(1, abs=0.1)
 
 
 def test_a_base_with_few_positions_has_gradients_of_virtual_tokens(make_lm: Callable[..., Base]) -> None:
