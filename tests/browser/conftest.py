@@ -4,6 +4,7 @@ The browser is found as ``chromium`` on the path. Without it, or without the pag
 skipped; with EDGEADAPT_REQUIRE_BROWSER=1, as in CI, they fail.
 """
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,10 +63,8 @@ def page(chromium: Any) -> Iterator[Any]:
 @pytest.fixture
 def tabs(chromium: Any) -> Iterator[list[cdp.Page]]:
     """Two tabs, each with its own storage; they keep a copy of their page."""
-    pages = [cdp.Page(chromium), cdp.Page(chromium)]
-    yield pages
-    for page in pages:
-        page.close()
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(contextlib.closing(cdp.Page(chromium))) for _ in range(2)]
 
 
 Serve = Callable[[Path], str]

@@ -130,17 +130,20 @@ class MixedFleet:
         place = f"{HOST}:0", server_tls(authority), state_dir.read_root, GatewayLimits(grace=1.0)
         light = kind(*place, own_process=False, browsers=BrowserSettings(f"{HOST}:{self.port}"))
         node, device = self.folders[:2]
-        with contextlib.closing(light), living(self.link, [str(node)]), attending(light.port, [device]):
+        with (
+            contextlib.closing(state_dir.registry),
+            contextlib.closing(light),
+            living(self.link, [str(node)]),
+            attending(light.port, [device]),
+        ):
             yield light, JoinedGrid(self.link.grid, light)
-        state_dir.registry.close()
 
     def run(self, grid: JoinedGrid) -> list[Any]:
         """The records of the rounds that are still to do, which begin when all four are there."""
         grid.await_devices(4)
         state_dir = CoordinatorStateDir.open(self.fleet.out / "coordinator")
-        records = list(run(state_dir, grid))
-        state_dir.registry.close()
-        return records
+        with contextlib.closing(state_dir.registry):
+            return list(run(state_dir, grid))
 
 
 @pytest.mark.slow
