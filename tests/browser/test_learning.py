@@ -61,7 +61,20 @@ TUNED = f"""(async ({{ taught, rehearsed }}) => {{ {OPEN}
   const found = await tune(trainer, start, examples(taught), examples(rehearsed), async () => {{}});
   return {{ steps: found.steps, values: all(found.values) }};
 }})"""
-
+PROBED = f"""(async () => {{ {OPEN}
+  const training = engine.training.bind(engine);
+  let probe;
+  engine.training = (open) => training(async (session) => {{
+    const found = await open(session);
+    probe = found.probe;
+    return found;
+  }});
+  const trainer = await GraphTrainer.open(engine, adapter);
+  const values = await trainer.valuesOf(adapter.inputs);
+  const {{ loss, gradients }} = await trainer.gradients(values, trainer.probes(), async () => {{}});
+  const numbers = (arrays) => arrays.map((each) => [...each]);
+  return {{ probed: numbers(await probe()), expected: numbers([[loss], ...gradients.values()]) }};
+}})()"""  # what WebGPU is compared with: the numbers of a lesson
 
 IN_BOTH = pytest.mark.parametrize("trainable", [Profile.FP32, Profile.NATIVE_INT8], ids=str, indirect=True)
 
@@ -110,6 +123,20 @@ def test_the_gradients_of_a_batch_are_those_of_the_native_device(
     found = page.evaluate(f"{GRADIENTS}({json.dumps(given)})")
     assert found["loss"] == pytest.approx(loss, abs=1e-5)
     same(found["gradients"], by_input(trainer, gradients), 1e-5)
+
+
+def test_a_probe_is_of_the_values_that_a_lesson_begins_with(
+    page: Any, serve: Callable[[Path], str], phone: Path
+) -> None:
+    page.goto(serve(phone))
+    probed_at_values(page)
+
+
+def probed_at_values(page: Any) -> None:
+    found = page.evaluate(PROBED)
+    assert len(found["expected"]) > 2
+    for ours, theirs in zip(found["expected"], found["probed"], strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-6, abs=1e-9)
 
 
 @IN_BOTH

@@ -10,8 +10,10 @@ import { SlotGraph, TOKENS_AT_ONCE } from "./slotgraph.js";
 const MAX_LOSS = 20; // nats for each byte of a text (adapters/task.py)
 
 export class LanguageGraphTrainer extends SlotGraph {
-  static async open(engine, adapter) {
-    const trainer = await super.open(engine, adapter);
+  static scores = ["log_likelihood", "hits"];
+
+  static async open(engine, adapter, start) {
+    const trainer = await super.open(engine, adapter, start);
     const { vocabulary } = engine.generation;
     const [row] = [...trainer.shapes].find(([, shape]) => shape.includes(vocabulary)) ?? [];
     if (row === undefined) return trainer;

@@ -51,7 +51,7 @@ export function trainerOf(engine, examples, pause = async () => {}, limits = LIM
     const [trainer, inputs] = await opened(engine, task, blob, limits);
     try {
       if ((await layoutDigest(inputs)) !== spec.layout_digest) refuse("offer, task and adapter have different layouts", "plan.layout");
-      const start = new Map([...inputs].map(([name, { values }]) => [name, values]));
+      const start = valuesOf(inputs);
       // Of all devices on one scale, so without private parts.
       if (isEvaluation(task)) return { vector: await counts(engine, trainer, task, examples, plan, spec, ends(pause, plan)), parts: null };
       if (isAnalytic(task)) return { vector: await moments(trainer, start, task, examples, plan, spec, ends(pause, plan)), parts: null };
@@ -77,6 +77,8 @@ export function trainerOf(engine, examples, pause = async () => {}, limits = LIM
     }
   };
 }
+
+const valuesOf = (inputs) => new Map([...inputs].map(([name, { values }]) => [name, values]));
 
 /** The adapter in a round of Fed-SB. */
 function withSquares(start, shapes) {
@@ -107,7 +109,7 @@ async function opened(engine, task, blob, limits) {
     // The slots of DoRA are made of its numbers by the training graph.
     const answers = isEvaluation(task) || (isAnalytic(task) && !task.peft_config.use_dora);
     const kind = engine.generation ? LanguageGraphTrainer : GraphTrainer;
-    return [answers ? GraphTrainer.answering(engine, adapter) : await kind.open(engine, adapter), inputs];
+    return [answers ? GraphTrainer.answering(engine, adapter) : await kind.open(engine, adapter, valuesOf(inputs)), inputs];
   } catch (error) {
     if (!(error instanceof DataError || error instanceof ConfigError)) throw error;
     throw new ProtocolError(`adapter and task: ${error.message}`, error.about || "plan.training", COORDINATOR);

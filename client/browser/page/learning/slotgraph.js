@@ -20,6 +20,7 @@ export const TOKENS_AT_ONCE = 512; // of one run of the training graph, which bo
 
 export class SlotGraph {
   static head = []; // graph inputs that every adapter fills
+  static scores = []; // outputs of the training graph, besides the loss and the gradients, that are read
   #factors; // of Fed-SB
   #biases = new Map(); // of the layers of DoRA that have one
 
@@ -32,12 +33,13 @@ export class SlotGraph {
   static checkBase(_base) {}
 
   /**
-   * Load the training graph of an open bundle, for the adapter { manifest, inputs }, whose inputs are those of slots or values.
+   * Load the training graph of an open bundle, for the adapter { manifest, inputs }: inputs of slots or, with `start`, tensors of
+   * values, which are `start`.
    *
    * Throws ConfigError: the bundle has none, or it lacks an output; or the base or the method of the adapter is one that
    * cannot be trained here. DataError: the adapter is of another layout than its method says; or as `Trust.file`.
    */
-  static async open(engine, adapter) {
+  static async open(engine, adapter, start = null) {
     const { base } = engine;
     const { scaling, shapes } = this.checked(base, adapter);
     const { trainer } = await engine.training(async (session) => {
@@ -47,14 +49,13 @@ export class SlotGraph {
       }
       const trainer = new this(engine, session, shapes, scaling);
       await trainer.#prepareDora();
-      return { session, trainer, probe: () => trainer.probe(adapter.inputs) };
+      return { session, trainer, probe: async () => trainer.probe(start ?? (await trainer.valuesOf(adapter.inputs))) };
     });
     return trainer;
   }
 
-  /** Loss and gradients of fixed examples at an adapter's numbers, with magnitudes of 1: arrays as `choose` takes them. */
-  async probe(inputs) {
-    const values = new Map([...this.shapes].map(([name, [size]]) => [name, inputs.get(name)?.values ?? new Float32Array(size).fill(1)]));
+  /** Loss and gradients of fixed examples at these values: arrays as `choose` takes them. */
+  async probe(values) {
     const { loss, gradients } = await this.gradients(values, this.probes(), async () => {});
     return [[loss], ...gradients.values()];
   }
@@ -142,7 +143,7 @@ export class SlotGraph {
 
   /**
    * The loss of batches, which are graph inputs besides the slots, and the gradient by each value: { loss, gradients,
-   * outputs }, the last of each run, without its gradients. `pause` is awaited before each run of the graph; what it throws
+   * outputs }, the last of each run, of which those in `scores`. `pause` is awaited before each run of the graph; what it throws
    * ends the computation. `values` may have R of Fed-SB. Throws as `inputsOf`.
    */
   async summed(values, batches, pause) {
@@ -152,17 +153,19 @@ export class SlotGraph {
     const inputs = this.#inputs(whole, norms);
     const feeds = runtime.adapterFeeds(inputs);
     const sums = new Map([...this.#filled().keys()].map((name) => [name, new Float32Array(inputs.get(name).values.length)]));
+    const { scores } = this.constructor;
+    const wanted = ["loss", ...[...sums.keys()].map((name) => name + GRADIENT), ...scores];
     const outputs = [];
     let loss = 0;
     for (const batch of batches) {
       await pause();
-      const found = await this.#run({ ...batch, ...feeds });
+      const found = await this.#run({ ...batch, ...feeds }, wanted);
       loss += found.loss.data[0];
       for (const [name, sum] of sums) {
         const gradient = found[name + GRADIENT].data;
         for (let i = 0; i < sum.length; i++) sum[i] += gradient[i];
       }
-      outputs.push(Object.fromEntries(Object.entries(found).filter(([name]) => !name.endsWith(GRADIENT))));
+      outputs.push(Object.fromEntries(scores.map((name) => [name, found[name]])));
     }
     const bySlot = new Map([...sums].map(([name, sum]) => [name, scaled(sum, this.#factor(name))]));
     const gradients = gradientsOfMagnitudes(bySlot, whole, norms, this.#biases);
