@@ -74,10 +74,26 @@ TUNED = f"""(async (given) => {{ {OPEN}
   const trainer = await LanguageGraphTrainer.open(engine, adapter);
   return {{ ...found, values: all(await trainer.valuesOf(found.inputs)), inputs: null }};
 }})"""
+OBSERVE = """(() => {
+  globalThis.seen = [];
+  const result = document.getElementById("teach-result");
+  new MutationObserver(() => seen.push(result.textContent)).observe(result, { childList: true });
+})()"""
 HANGING = f"""(async (given) => {{ {OPEN}
   const pause = (steps) => (steps < 1 ? undefined : (globalThis.reached = true, new Promise(() => {{}})));
   new Learner(engine).teach("global", given, pause);
   return true;
+}})"""
+COMPARED = f"""(async (given) => {{ {OPEN}
+  const seen = [];
+  const pause = async (steps, comparing) => {{
+    if (!comparing) return;
+    seen.push(comparing);
+    if (given.stop) throw new Error("stop");
+  }};
+  const taught = new Learner(engine).teach(given.name ?? "global", given.corrections, pause, given.compared);
+  const found = await taught.catch(({{ about }}) => ({{ about }}));
+  return {{ ...found, seen, names: await engine.adapterNames() }};
 }})"""
 CALL = """(async (given) => {
   const { Client } = await import("/client.js");
@@ -181,10 +197,13 @@ def test_the_same_corrections_tune_the_same_adapter_and_show_the_same_bits(
 def test_a_tab_contributes_to_a_round_what_a_native_device_contributes_or_nothing(
     page: Any, serve: Callable[[Path], str], talker: Path
 ) -> None:
+    page.goto(serve(talker))
+    contributes_as_natively(page, *native(talker, "global"), (Part.A, Part.B))
+
+
+def contributes_as_natively(page: Any, trainer: LanguageGraphTrainer, start: Tensors, parts: tuple[Part, ...]) -> None:
     """All texts are in one batch, so that their order makes no difference."""
-    parts = (Part.A, Part.B)
-    task = Task(LORA, (), 3, 16, 0.005, 0.01, 0.0, parts, parts)
-    trainer, start = native(talker, "global")
+    task = Task(trainer.config, (), 3, 16, 0.005, 0.01, 0.0, parts, parts)
     own = [*(Example(text) for text in ("abab abab", "ba ba", "abba")), Example(ANSWER, prompt=PROMPT)]
     held = [Example("abab ab"), Example("no, never", prompt="a")]
     expected = trainer.train(start, own, task, epochs=task.epochs, rng=np.random.default_rng(1))
@@ -197,7 +216,6 @@ def test_a_tab_contributes_to_a_round_what_a_native_device_contributes_or_nothin
         packed = page.evaluate(f"{ROUND}({json.dumps(asked | changes)})")["packed"]
         return spec.vector.decode(np.frombuffer(bytes(packed), np.uint32), 1)
 
-    page.goto(serve(talker))
     found, score = sums(), trainer.score(start, held)
     before, after = (trainer.layout.flatten(one).astype(np.float64) for one in (start, expected))
     delta = clip(after - before, spec.clip_norm) * len(own)
@@ -207,7 +225,12 @@ def test_a_tab_contributes_to_a_round_what_a_native_device_contributes_or_nothin
     assert away < WAY * float(np.linalg.norm(delta)) + 1.5 * step * trainer.layout.size**0.5
     assert (found["weight"][0], found["held_out"][0]) == (len(own), len(held))
     assert (found["correct"][0], found["loss"][0]) == pytest.approx((score.correct, score.loss), abs=1e-3)
-    for examples in ([], [{"text": "b", "prompt": "ab" * 400, "split": "train"}]):
+    train = {"split": "train"}
+    for examples in (
+        [],
+        [{"text": "b", "prompt": "ab" * 400} | train],
+        [{"text": "a<|im_end|>", "prompt": ""} | train],
+    ):
         assert sums(examples=examples)["weight"][0] == 0
     for change, about in (({"labels": ["a", "b"]}, "task.labels"), ({"learning_rate": 0.5}, "task.learning_rate")):
         plan = asked["plan"] | {"task": b64(jsontext.encode(json.loads(task.encode()) | change))}
@@ -265,14 +288,17 @@ def test_a_corrected_answer_is_given_from_then_on_also_after_a_reload_and_native
     first = sent(page, PROMPT)
     assert first != ANSWER
     texts = tmp_path / "texts.jsonl"
-    long = json.dumps({"text": "b", "prompt": "ab" * 400})
-    for line, said in (('{"label": 1}', "line 1 of texts.jsonl is not an example"), (long, "shorten it")):
+    long = '{"text": "fine"}\n' + json.dumps({"text": "b", "prompt": "ab" * 400})
+    number = "texts.jsonl: text 2 to compare: the prompt leaves no room"
+    for line, said in (('{"label": 1}', "line 1 of texts.jsonl is not an example"), (long, number)):
         texts.write_text(line)
         page.pick("#teach-compare", texts)
         refused = corrected(page, ANSWER)
         assert said in refused["error"]
         assert refused["in use"].startswith("In use: global,")
-    texts.write_text('{"text": "abab abab"}\n{"text": "never", "prompt": "a", "split": "validation"}\n')
+    rows = [{"text": "abab\nabab"}, {"text": "never", "prompt": "a", "split": "validation"}, {"text": "ab" * 60}]
+    texts.write_text("\n".join(map(json.dumps, rows)))
+    page.evaluate(OBSERVE)
     page.pick("#teach-compare", texts)
     found = corrected(page, f" {ANSWER}\n", meanwhile="The next one")
     assert found["error"] == ""
@@ -280,9 +306,12 @@ def test_a_corrected_answer_is_given_from_then_on_also_after_a_reload_and_native
     assert page.evaluate("document.getElementById('teach-message').textContent") == PROMPT
     assert not page.evaluate("document.getElementById('teach').disabled")
     assert found["result"].startswith("personal version 4: 1 of 1 learned, ")
-    assert "2 texts to compare: " in found["result"]
-    ends = (f"“{ANSWER}”", "“abab abab”, compared", "“never”, compared")
-    assert [row.endswith(end) for row, end in zip(found["rows"], ends, strict=True)] == [True] * 3
+    assert "3 texts to compare: " in found["result"]
+    ends = (f"“{ANSWER}”", "“abab abab”, compared", "“never”, compared", f" “{'ab' * 30}”, compared")
+    assert [row.endswith(end) for row, end in zip(found["rows"], ends, strict=True)] == [True] * len(ends)
+    said = page.evaluate("seen")
+    assert "Comparing: part 1 of 2 …" in said
+    assert not any(f"step {MAX_STEPS + 1} of" in each for each in said)
     assert found["in use"].startswith("In use: personal,")
     assert all(one.startswith(url) for one in page.requests()), "nothing leaves the page's origin"
     begin_again(page)
@@ -301,6 +330,22 @@ def test_a_corrected_answer_is_given_from_then_on_also_after_a_reload_and_native
     begin_again(page)
     assert sent(page, PROMPT) == first
     assert page.errors() == []
+
+
+def test_texts_are_compared_after_something_was_learned_and_a_person_may_end_that(
+    page: Any, serve: Callable[[Path], str], talker: Path
+) -> None:
+    compared = {"compared": [{"text": "ab" * 80, "prompt": ""}] * 5}
+    page.goto(serve(talker))
+    nothing = page.evaluate(f"{COMPARED}({given((PROMPT, 'Zq%+7' * 15), **compared)})")
+    assert (nothing["about"], nothing["seen"], nothing["names"]) == ("corrections", [], ["global"])
+    ended = page.evaluate(f"{COMPARED}({given((PROMPT, ANSWER), stop=True, **compared)})")
+    assert (ended["known"], ended["compared"], ended["names"]) == (1, None, ["global", "personal"])
+    whole = page.evaluate(f"{COMPARED}({given(('or not?', 'no'), name='personal', **compared)})")
+    parts = len(whole["seen"])
+    assert parts > 2
+    assert whole["seen"] == [{"part": 1 + number, "of": parts} for number in range(parts)]
+    assert len(whole["compared"]) == 5
 
 
 def save(page: Any, folder: Path) -> list[str]:

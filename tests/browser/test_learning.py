@@ -286,7 +286,7 @@ CALL = """(async (given) => {
   const { Client } = await import("/client.js");
   const client = new Client();
   await client.open();
-  const done = client.teach(given.name ?? "global", given.corrections);
+  const done = client.teach(given.name ?? "global", given.corrections, given.compared);
   if (given.stop) client.stop();
   await done;
 })"""
@@ -328,6 +328,7 @@ def test_wrong_input_is_refused_with_one_line_and_a_lesson_can_be_canceled(
     page.goto(url)
     for corrections, more, about in (
         ([], {}, "corrections"),
+        ([(text, label)], {"compared": [{"text": "what a language model forgets"}]}, "compared"),
         ([(text, label)] * 2, {}, "corrections"),
         ([(str(number), label) for number in range(65)], {}, "corrections"),
         ([(text, "Nothing")], {}, "label"),

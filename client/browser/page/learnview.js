@@ -4,6 +4,8 @@
 import { complain, create, element, settle } from "./dom.js";
 import { readExamples } from "./examples.js";
 
+const MAX_SHOWN = 60; // characters of a text, as `edgeadapt device learn` prints
+
 export class LearnView {
   #labels = new Map(); // name of an adapter → its labels
   #learned = new Set(); // the names of adapters that were learned in this browser
@@ -102,8 +104,10 @@ export class LearnView {
       throw new Error("one adapter learns at a time: use one alone");
     }
     const [{ name }, asked, correction] = [this.#inUse, this.#asked, this.#correction()]; // a person may go on during the lesson
-    const compared = this.#writes ? await readExamples(element("teach-compare").files[0], true) : [];
-    const done = await this.client.teach(name, [correction], compared, progress);
+    const [file] = this.#writes ? element("teach-compare").files : [];
+    const done = await this.client.teach(name, [correction], await readExamples(file, true), progress).catch((error) => {
+      throw error.about === "compared" ? new Error(`${file.name}: ${error.message}`) : error;
+    });
     await this.#use(done, done.adapter);
     const learned = `${done.adapter} version ${done.version}: ${done.known} of ${done.taught.length} learned`;
     const [others, rows] = this.#writes ? forgotten(done) : otherwise(done);
@@ -144,11 +148,12 @@ export class LearnView {
   }
 }
 
-function progress({ steps, most }) {
+function progress({ steps, most, comparing }) {
   const bar = element("teach-progress");
   bar.hidden = false;
-  bar.value = steps / most;
-  element("teach-result").textContent = `Learning: step ${steps + 1} of at most ${most} …`;
+  bar.value = comparing ? comparing.part / comparing.of : steps / most;
+  const learning = `Learning: step ${steps + 1} of at most ${most} …`;
+  element("teach-result").textContent = comparing ? `Comparing: part ${comparing.part} of ${comparing.of} …` : learning;
 }
 
 /** What a classifier answers otherwise after a lesson: a sentence, and a row for each phrase. */
@@ -161,11 +166,15 @@ function otherwise({ changed, tested }) {
   return [tested ? ` ${changed.length} of ${tested} other known phrases are answered otherwise.` : "", changed.map(row)];
 }
 
+/** A text in one line, cut off. */
+const short = (text) => [...text.trim().replace(/\s+/g, " ")].slice(0, MAX_SHOWN).join("");
+
 /** What texts cost a language model before and after a lesson: answers that were taught, now and earlier, and those to compare. */
 function forgotten({ taught, others, compared }) {
-  const row = ({ label, text, before, after }) => `${before.toFixed(3)} → ${after.toFixed(3)} “${label ?? text}”`;
+  const row = ({ label, text, before, after }) => `${before.toFixed(3)} → ${after.toFixed(3)} “${short(label ?? text)}”`;
   const mean = (when) => (compared.reduce((sum, one) => sum + one[when], 0) / compared.length).toFixed(3);
-  const some = compared.length ? ` ${compared.length} texts to compare: ${mean("before")} → ${mean("after")} on average.` : "";
+  const some = compared?.length ? ` ${compared.length} texts to compare: ${mean("before")} → ${mean("after")} on average.` : "";
+  const ended = compared ? "" : " The comparison was canceled.";
   const rows = [...taught.map(row), ...others.map((one) => `${row(one)}, taught earlier`)];
-  return [`${some} Bits per byte before → after:`, [...rows, ...compared.map((one) => `${row(one)}, compared`)]];
+  return [`${some}${ended} Bits per byte before → after:`, [...rows, ...(compared ?? []).map((one) => `${row(one)}, compared`)]];
 }

@@ -86,9 +86,14 @@ export class Text {
 
   /** A user's message. Throws as `phrase`, or if a special token in it could pose as another message. */
   message(text) {
-    const token = this.specialTokens.find((each) => checked(text).includes(each));
-    if (token) throw new DataError(`a message contains ${quoted(token)}, a special token of the model; remove it`, "message");
-    return checked(text);
+    this.requirePlain(checked(text), "message");
+    return text;
+  }
+
+  /** Return if a text, which is a `what`, has no special token. Throws DataError. */
+  requirePlain(text, what) {
+    const token = this.specialTokens.find((each) => text.includes(each));
+    if (token) throw new DataError(`a ${what} contains ${quoted(token)}, a special token of the model; remove it`, what);
   }
 
   /** The text of `ids`, without a character at the end that is not complete yet. */

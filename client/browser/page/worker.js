@@ -56,11 +56,11 @@ const methods = {
     return { ...found, milliseconds: performance.now() - start };
   },
 
-  /** Teach the adapter `name` corrections; see `Learner.teach`. Its pieces are { steps, most }. */
+  /** Teach the adapter `name` corrections; see `Learner.teach`. Its pieces are { steps, most, comparing }. */
   async teach({ name, corrections, compared }, piece) {
     stopped = false;
-    const pause = async (steps) => {
-      piece({ steps, most: MAX_STEPS });
+    const pause = async (steps, comparing) => {
+      piece({ steps, most: MAX_STEPS, comparing });
       await otherMessages();
       if (stopped) throw new DataError("the lesson was canceled; the adapter in use stays", "stop");
     };

@@ -23,14 +23,17 @@ export class Learner {
 
   /**
    * Tune the adapter `name` until it answers corrections, [{ text, label }], as taught, and keep the result, as the private
-   * adapter that it is or as a new one. Of a language model, `text` is a prompt, and `label` its answer. `pause` is awaited
-   * between the parts of the work, with the number of steps so far; what it throws ends the lesson, and the adapter in use
-   * stays, as after every error. `compared` are texts, [{ text, prompt }], to see what a language model forgets.
+   * adapter that it is or as a new one. Of a language model, `text` is a prompt, and `label` its answer. `compared` are texts,
+   * [{ text, prompt }], to see what a language model forgets.
+   *
+   * `pause` is awaited between the parts of the work, with the number of steps so far, and while texts are compared with
+   * { part, of } too. What it throws ends the lesson, and the adapter in use stays, as after every error; while texts are
+   * compared it ends the comparison alone.
    *
    * Returns { adapter, version } with what `teachClassifier` or `teachLanguageModel` gives, without the inputs.
    *
    * Throws DataError: a text or label cannot be learned, or none was. ConfigError: the bundle or the adapter cannot be
-   * trained, another tab is learning, or the result cannot be stored. TrustError: a file is not what was signed.
+   * trained, a classifier has texts to compare, another tab is learning, or the result cannot be stored. TrustError: a file is not what was signed.
    */
   async teach(name, corrections, pause = async () => {}, compared = []) {
     return this.#alone(async (record) => {
@@ -41,6 +44,7 @@ export class Learner {
         throw new ConfigError(`there is a private adapter already: use ${quoted(target)}, and teach that`, "adapter");
       }
       checkTaught(corrections);
+      if (compared.length && !engine.generation) throw new ConfigError("texts are compared of a language model: leave them out", "compared");
       const tuned = engine.generation ? teachLanguageModel : teachClassifier;
       const { inputs, ...found } = await tuned(engine, adapter, corrections, corrected(record), pause, compared);
       if (!found.known) {
