@@ -36,9 +36,25 @@ from export.onnx.exported import ExportedBase, Profile
 from export.onnx.slotted import with_mean_head
 from export.onnx.targets import SlotKind, Slots
 from tests.browser.test_language_learning import TUNED as TUNED_LANGUAGE
+from tests.browser.test_language_learning import contributes_as_natively as texts_contribute_as_natively
 from tests.browser.test_language_learning import given as corrections
-from tests.browser.test_learning import GRADIENTS, OPEN, answers, by_input, native, other, same, taught_in
-from tests.browser.test_training import EXAMPLES, PLAIN, contributes_as_natively
+from tests.browser.test_learning import (
+    GRADIENTS,
+    OPEN,
+    answers,
+    by_input,
+    native,
+    other,
+    probed_at_values,
+    same,
+    taught_in,
+)
+from tests.browser.test_training import (
+    EXAMPLES,
+    PLAIN,
+    contributes_as_natively,
+    contributes_moments_as_natively,
+)
 from tests.support.bundles import resign_base
 from tests.support.models import LABELS, PHRASES, draw, with_biases
 
@@ -53,6 +69,15 @@ ROUND_TRIP = f"""(async () => {{ {OPEN}
   const values = await trainer.valuesOf(adapter.inputs);
   return [all(values), all(await trainer.valuesOf(await trainer.inputsOf(values)))];
 }})()"""
+OUTPUTS = f"""(async () => {{ {OPEN}
+  const {{ LanguageGraphTrainer }} = await load("learning/languagegraph");
+  const trainer = await LanguageGraphTrainer.open(engine, adapter);
+  const summed = trainer.summed.bind(trainer);
+  let kept;
+  trainer.summed = async (...given) => (kept = await summed(...given));
+  await trainer.gradients(await trainer.valuesOf(adapter.inputs), trainer.probes(), async () => {{}});
+  return Object.keys(kept.outputs[0]).sort();
+}})()"""  # what is kept of each run of the graph
 WITHOUT_SLOT = f"""(async (slot) => {{ {OPEN}
   delete engine.base.slots[slot];
   await GraphTrainer.open(engine, adapter);
@@ -125,6 +150,13 @@ def test_gradients_and_values_are_those_of_the_native_device(
         same(values, by_input(trainer, start), 1e-5)
 
 
+def test_a_probe_is_of_the_values_that_a_lesson_begins_with(
+    page: Any, serve: Callable[[Path], str], phone: Path
+) -> None:
+    page.goto(serve(phone))
+    probed_at_values(page)
+
+
 def test_a_lesson_gives_the_adapter_and_the_answers_of_the_native_device(
     page: Any, serve: Callable[[Path], str], phone: Path
 ) -> None:
@@ -153,7 +185,19 @@ def test_a_tab_contributes_to_a_round_what_a_native_device_contributes_or_nothin
     contributes_as_natively(page, phone, task)
 
 
-def test_a_language_model_is_corrected_as_natively(
+def test_a_tab_contributes_the_moments_of_a_native_device_to_an_analytic_head(
+    page: Any, serve: Callable[[Path], str], biased: Base, first: AdapterSource, vendor: IdentityKey, tmp_path: Path
+) -> None:
+    """In float: rounded weights of the two runtimes give embeddings that differ by more than float32."""
+    slotted = with_mean_head(biased, Slots(("query", "value"), KINDS))
+    exported = export_classifier(slotted, biased, Profile.FP32, training=True)
+    write_bundle(tmp_path / "bundle", exported, [first], key=vendor, form="fp32")
+    (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem())
+    page.goto(serve(tmp_path / "bundle"))
+    contributes_moments_as_natively(page, tmp_path / "bundle")
+
+
+def test_a_language_model_is_corrected_and_trained_as_natively(
     page: Any,
     serve: Callable[[Path], str],
     talking: tuple[ExportedBase, AdapterSource],
@@ -179,6 +223,8 @@ def test_a_language_model_is_corrected_as_natively(
     magnitudes = [name for name in start if part_of(name) is Part.VECTORS]
     assert all(np.abs(expected.adapter[name] - start[name]).max() > 1e-3 for name in magnitudes)
     same(found["values"], by_input(trainer, expected.adapter), 1e-4)
+    assert page.evaluate(OUTPUTS) == ["hits", "log_likelihood"]
+    texts_contribute_as_natively(page, trainer, start, (Part.A, Part.B, Part.VECTORS))
 
 
 def test_a_base_that_was_not_made_for_dora_and_weights_without_a_norm_get_one_line(

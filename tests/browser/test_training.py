@@ -206,8 +206,13 @@ def test_a_tab_goes_on_from_the_parts_that_it_keeps_to_itself_as_a_native_device
 def test_a_tab_contributes_the_moments_of_a_native_device_to_an_analytic_head_or_nothing(
     page: Any, serve: Callable[[Path], str], phone: Path
 ) -> None:
+    page.goto(serve(phone))
+    contributes_moments_as_natively(page, phone)
+
+
+def contributes_moments_as_natively(page: Any, phone: Path) -> None:
     trainer, start = native(phone)
-    head, task = ClassifierHead.of(trainer.layout), AnalyticTask(CONFIG, LABELS, 0.01, 16.0)
+    head, task = ClassifierHead.of(trainer.layout), AnalyticTask(trainer.config, LABELS, 0.01, 16.0)
     vector = moment_spec(head, weight_cap=7, ring_bits=32, max_clients=8)
     spec = replace(session_of(trainer.layout, 32), vector=vector)
     blob = files.encode(start)
@@ -223,7 +228,6 @@ def test_a_tab_contributes_the_moments_of_a_native_device_to_an_analytic_head_or
         packed = page.evaluate(f"{ROUND}({json.dumps(asked | changes)})")["packed"]
         return spec.vector.decode(np.frombuffer(bytes(packed), np.uint32), 1)
 
-    page.goto(serve(phone))
     share = 7 / len(EXAMPLES) if len(EXAMPLES) > 7 else 1.0
     found, own = sums(), own_moments(trainer, start, EXAMPLES)
     score = trainer.score(start, [Example(text, 1) for text in PHRASES[:3]])
