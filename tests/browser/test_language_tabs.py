@@ -8,19 +8,26 @@ import pytest
 
 from aggregation.pki.identity import IdentityKey
 from client.inference.generate import Generator, SamplingParams
+from client.training.examples import Split, in_split, read_examples
+from client.training.language import load_language_trainer
+from client.training.languagegraph import LanguageGraphTrainer
 from export.bundle.write import write_bundle
 from export.causal import export_causal
 from export.onnx.exported import Profile
-from tests.integration.test_coordinator_up import LONG, coordinator_of, going_up
-from tests.integration.test_language_federation import command, fleet_of_authors, train_with_bundle
+from simulations.engine import provision
+from tests.conftest import TinyFleet
 from tests.support import cdp
+from tests.support.authors import AUTHORS, fleet_of_authors, train_with_bundle
 from tests.support.gateway import HOST, attending, free_port, wait_until
 from tests.support.tabs import AWAY, OUTCOMES, STATE, Tab, served
 from tests.support.trial import call
+from tests.support.up import LONG, coordinator_of, going_up
 
 pytestmark = pytest.mark.slow
 
 ROUNDS = 2
+ROUNDING = 6e-3  # nats, of a loss as it is published
+HELD_OUT = 26  # examples of each device: four devices have the hundred without which no loss is published
 WRITTEN = """(async (prompt) => {
   const { Client } = await import("/client.js");
   const client = new Client();
@@ -41,15 +48,48 @@ def bundle(tmp_path: Path, llama: Any, vendor: IdentityKey) -> Path:
     return tmp_path / "bundle"
 
 
+def repeat_held_out(examples: Path) -> None:
+    lines = examples.read_text().splitlines()
+    held_out = [line for line in lines if Split.VALIDATION.value in line]
+    more = [held_out[number % len(held_out)] for number in range(HELD_OUT - len(held_out))]
+    examples.write_text("\n".join([*lines, *more]) + "\n")
+
+
+def held_out_loss(fleet: TinyFleet, version: int) -> float:
+    """The mean of all devices' held-out examples with a version of the adapter."""
+    trainer = load_language_trainer(fleet.base, provision.peft_config(fleet.scenario, fleet.base))
+    adapter = fleet.registry().tensors(version)
+    examples = [read_examples(fleet.state_dir(name).examples, 0) for name in AUTHORS]
+    held_out = [one for each in examples for one in in_split(each, Split.VALIDATION)]
+    return trainer.score(adapter, held_out).loss / (HELD_OUT * len(AUTHORS))
+
+
 def test_two_tabs_train_a_language_model_with_native_devices_and_use_what_is_published(
-    tmp_path: Path, bundle: Path, llama: Any, one_thread: None, libraries: None, tabs: list[cdp.Page], capsys: Any
+    tmp_path: Path,
+    bundle: Path,
+    llama: Any,
+    one_thread: None,
+    libraries: None,
+    tabs: list[cdp.Page],
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The coordinator is ``edgeadapt coordinator up``. One native device trains with torch, the other one with the
-    bundle's training graph, as the tabs do.
+    bundle's training graph, as the tabs do. A device that fails to train adds no loss, and of less
+    than all four, none is published.
     """
+    graphs, train = list[Path](), LanguageGraphTrainer.train
+
+    def counted(self: LanguageGraphTrainer, *rest: Any, **named: Any) -> Any:
+        graphs.append(self.base.folder)
+        return train(self, *rest, **named)
+
+    monkeypatch.setattr(LanguageGraphTrainer, "train", counted)
     fleet = fleet_of_authors(tmp_path / "fleet", llama, {"rank": 4})
     port = free_port()
     fleet.configure({"rounds": ROUNDS, "gateway.websocket": f"{HOST}:{port}", "aggregation.minimum_devices": 4})
+    for name in AUTHORS:
+        repeat_held_out(fleet.state_dir(name).examples)
     folder, light = coordinator_of(fleet)
     native, names = sorted(fleet.nodes.values())[:2], tuple(sorted(Path(each).name for each in fleet.nodes.values()))
     train_with_bundle(Path(native[1]), bundle)
@@ -64,6 +104,9 @@ def test_two_tabs_train_a_language_model_with_native_devices_and_use_what_is_pub
                 assert up.wait() == 0, up.other
         records = fleet.registry().rounds()
         assert [(each.version, each.survivors, each.dropped) for each in records] == [(1, names, {}), (2, names, {})]
+        assert graphs == [bundle / "base"] * ROUNDS
+        for record in records:
+            assert record.metrics["loss"] == pytest.approx(held_out_loss(fleet, record.version - 1), abs=ROUNDING)
         for device in devices:
             device.page.until(f"{STATE} === {AWAY!r}")
             assert device.page.evaluate(OUTCOMES) == ["counted"] * ROUNDS
@@ -71,19 +114,9 @@ def test_two_tabs_train_a_language_model_with_native_devices_and_use_what_is_pub
         call("audit", "verify", folder, "--authority", fleet.out / "authority" / "authority.pem", "--json")
         assert json.loads(capsys.readouterr().out)["ok"]
         key = tmp_path / "publisher.pem"
-        command("export", "key", str(key))
-        command(
-            "export",
-            "adapter",
-            "--registry",
-            str(folder),
-            "--format",
-            "fp32",
-            "--bundle",
-            str(bundle),
-            "--key",
-            str(key),
-        )
+        call("export", "key", key)
+        where = ("--registry", folder, "--bundle", bundle)
+        call("export", "adapter", *where, "--format", "fp32", "--key", key)
         with (tmp_path / "trust.pem").open("ab") as pins:
             pins.write((tmp_path / "publisher.pub.pem").read_bytes())
         page = devices[0].page

@@ -2,19 +2,16 @@
 
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import tomli_w
 import torch
 
 from adapters import causal
 from aggregation.pki.identity import IdentityKey
 from client.inference.generate import Generator, SamplingParams
-from client.node.statedir import SETTINGS
 from client.training.examples import Split, in_split, read_examples
 from client.training.language import load_language_trainer
 from client.training.languagegraph import LanguageGraphTrainer
@@ -22,43 +19,14 @@ from coordinator.audit import AuditInput, AuditOptions, Status
 from export.bundle.write import write_bundle
 from export.causal import export_causal
 from export.onnx.exported import Profile
-from simulations.data.population import Client, LabelledText, Population
 from simulations.engine import provision
-from simulations.engine.grid import SERVER_NODE
-from simulations.scenario import Scenario
 from tests.conftest import TinyFleet
+from tests.support.authors import AUTHORS, fleet_of_authors, train_with_bundle
 from tests.support.models import llama, make_lm, vendor
 
 __all__ = ["llama", "make_lm", "vendor"]  # fixtures
 
 ROOT = Path(__file__).resolve().parents[2]
-AUTHORS = {"device-00": "abab ab", "device-01": "aab aab", "device-02": "ab abb", "device-03": "abba ab"}
-
-
-def texts(words: str, count: int) -> tuple[LabelledText, ...]:
-    return tuple(LabelledText(f"{words} " * (2 + number % 3), -1, "g") for number in range(count))
-
-
-def fleet_of_authors(out: Path, base: Any, adapter: dict[str, Any]) -> TinyFleet:
-    """A device for each author, and a coordinator whose first version is of this ``[adapter]``."""
-    clients = tuple(Client(name, "", False, texts(said, 6), texts(said, 2), ()) for name, said in AUTHORS.items())
-    population = Population((), (), clients)
-    settings = {"name": "authors", "base": {"model": str(base.folder)}, "adapter": adapter}
-    scenario = Scenario.parse(settings, "test")
-    made = TinyFleet(out, scenario, population, base)
-    provision.provision(made.out, scenario, population, base)
-    provision.Enrolment.of(made.out, scenario, population, base).enrol(client.name for client in population.clients)
-    made.configure({"rounds": 3, "training.learning_rate": 0.02, "training.epochs": 4})
-    made.configure({"aggregation.keep_masked_inputs": True})
-    folders = [str(provision.device_folder(made.out, name)) for name in AUTHORS]
-    made.nodes = dict(enumerate(folders, SERVER_NODE + 1))
-    return made
-
-
-def train_with_bundle(folder: Path, bundle: Path) -> None:
-    """Let a device train with the training graph of a bundle, in place of its base in torch."""
-    settings = folder / SETTINGS
-    settings.write_text(tomli_w.dumps(tomllib.loads(settings.read_text()) | {"base": str(bundle)}))
 
 
 @pytest.fixture

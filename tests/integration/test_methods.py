@@ -29,7 +29,7 @@ from export.onnx.exported import Profile
 from export.onnx.slotted import with_mean_head
 from export.parity import compare
 from export.parity.compare import OnnxRunner
-from tests.integration.test_language_federation import AUTHORS, fleet_of_authors, texts
+from tests.support.authors import AUTHORS, fleet_of_authors, texts
 from tests.support.models import llama, make_lm
 
 __all__ = ["llama", "make_lm"]  # fixtures

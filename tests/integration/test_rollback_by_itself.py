@@ -23,10 +23,10 @@ from export.bundle.sources import from_registry
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import Profile
 from export.onnx.slotted import with_mean_head
-from tests.integration.test_coordinator_up import coordinator_of, going_up
 from tests.support.gateway import HOST, wait_until
 from tests.support.hostile import audit_failures
 from tests.support.rollout import StagedFleet, louder, permuted, run
+from tests.support.up import coordinator_of, going_up
 
 pytestmark = pytest.mark.slow
 

@@ -22,10 +22,10 @@ from adapters.registrystores import postgresql_url
 from coordinator.registry import Leadership, Registry, database, leadership
 from coordinator.servicesettings import SERVICES, ServiceSettings
 from coordinator.statedir import PUBLIC_KEY, CoordinatorStateDir, open_registry
-from tests.integration.test_coordinator_up import coordinator_of, going_up
 from tests.support.gateway import HOST, attending, free_port, wait_until
 from tests.support.postgresql import Server
 from tests.support.trial import call
+from tests.support.up import coordinator_of, going_up
 
 pytestmark = pytest.mark.slow
 
