@@ -74,6 +74,7 @@ def seeds() -> Iterator[bytes]:
         next(frames.chunks(b"content", 2)),
         next(frames.answer_parts(7, b"answer")),
         pb.EnrolRequest(token=b"t", request=b"r", tls_request=b"q").SerializeToString(),
+        pb.RenewRequest(certificate=b"c", signature=bytes(64), tls_request=b"q").SerializeToString(),
         pb.Enrolled(certificate=b"c", tls_certificate=b"t").SerializeToString(),
         b"1000-2000",
     )
