@@ -354,6 +354,7 @@ def test_ctrl_c_ends_a_lesson_on_a_terminal_whose_steps_are_shown_and_the_adapte
         assert adapter_names(talker) == ["global"]
         terminal.type("/reset")
         terminal.until("conversation dropped")
+        terminal.until("> ")
         terminal.type("is it?")
         terminal.until("is it?")
         assert terminal.until("> ") == first
