@@ -32,6 +32,7 @@ from client.training.examples import MAX_TEXT, Example, Split, in_split, read_ex
 from client.training.languagegraph import LanguageGraphTrainer
 from client.training.personal import PersonalMethod, PersonalStep
 
+LIKELY = 0.5  # probability of each token of an answer at which training ends: the answering graph rounds otherwise
 LEARNING_RATE = 0.005  # of a correction, whose few steps have to change several tokens
 VIRTUAL_RATE = 0.1  # of virtual tokens, which are few numbers (Lester et al. 2021 train prompts at 0.3)
 
@@ -135,7 +136,7 @@ def teach_language_model(
     earlier = _examples([one for one in learner.history.corrections[::-1] if one.text not in prompts][:MAX_REHEARSED])
 
     def learned(adapter: Tensors) -> bool:
-        return trainer.score(adapter, taught).correct == len(taught)
+        return trainer.least_probability(adapter, taught) >= LIKELY
 
     tuned = descend_until(learned, trainer, start, taught, earlier, _rate(trainer.config, LEARNING_RATE), report=report)
     seconds = time.perf_counter() - begun

@@ -5,18 +5,20 @@ trainers make the same adapter, up to rounding and the quantization of the base.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 from cachetools import LRUCache, cached
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from adapters.bundle import GENERATION, TOKENIZER, VerifiedBase
 from adapters.classifiergraph import pad
 from adapters.graphinputs import VIRTUAL
-from adapters.layout import Tensors
+from adapters.layout import Floats, Tensors
 from adapters.lorasb import unfolded
 from adapters.parts import Part
 from adapters.peftconfig import PeftConfig
@@ -116,6 +118,19 @@ class LanguageGraphTrainer:
     def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
         """Score an adapter on ``examples``. Arguments and result are those of ``LanguageTrainer.score``."""
         correct = loss = 0.0
+        for text, nats, hits in self._scored(adapter, examples):
+            correct += float(hits.mean())
+            loss += min(-float(nats.sum(dtype=np.float64)) / text.size, MAX_LOSS)
+        return Score(correct, len(examples), loss)
+
+    def least_probability(self, adapter: Tensors, examples: Sequence[Example]) -> float:
+        """The lowest probability of a learned token of ``examples``, of which there is one. Raises as ``score``."""
+        return math.exp(min(float(nats.min()) for _, nats, _ in self._scored(adapter, examples)))
+
+    def _scored(
+        self, adapter: Tensors, examples: Sequence[Example]
+    ) -> Iterator[tuple[Encoded, Floats, NDArray[np.bool_]]]:
+        """The examples by length, each with the log-likelihood of its learned tokens and which are the most likely."""
         encoded = sorted(map(self._encoder.encode, examples), key=lambda each: len(each.ids))
         inputs = self._slot_graph.inputs_of(adapter)
         for texts, batch in self._batches(encoded, [0.0] * len(encoded)):
@@ -125,10 +140,7 @@ class LanguageGraphTrainer:
             except Exception as error:  # onnxruntime raises classes without a common base
                 raise self._slot_graph.failed(error) from error
             ends = np.cumsum([len(each.learned) for each in texts])[:-1]
-            for each, own, right in zip(texts, np.split(nats, ends), np.split(hits, ends), strict=True):
-                correct += float(right.mean())
-                loss += min(-float(own.sum(dtype=np.float64)) / each.size, MAX_LOSS)
-        return Score(correct, len(examples), loss)
+            yield from zip(texts, np.split(nats, ends), np.split(hits, ends), strict=True)
 
     def tensors_of(self, inputs: Tensors) -> Tensors:
         """The tensors, under peft's names, of an adapter that is given by graph input (``SlotGraph.tensors_of``)."""

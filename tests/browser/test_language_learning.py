@@ -25,7 +25,7 @@ from aggregation import rotation
 from aggregation.pki.identity import IdentityKey
 from client.cli import device
 from client.inference.library import Library
-from client.learning.language import LEARNING_RATE
+from client.learning.language import LEARNING_RATE, LIKELY
 from client.learning.tune import MAX_STEPS, descend_until
 from client.training.contribute import clip
 from client.training.examples import Example
@@ -169,12 +169,12 @@ def test_the_same_corrections_tune_the_same_adapter_and_show_the_same_bits(
     """One of two corrections that were taught earlier is rehearsed: the other one is corrected again. Of the texts that
     are compared, which take several runs of the graph, nothing is learned.
     """
-    taught, earlier = [("or not?", "no"), (PROMPT, ANSWER)], [("who?", "me"), (PROMPT, "maybe")]
+    taught, earlier = [("or not?", ANSWER), (PROMPT, ANSWER)], [("who?", "me"), (PROMPT, "maybe")]
     trainer, start = native(talker, "global")
     ours = [[Example(answer, prompt=prompt) for prompt, answer in pairs] for pairs in (taught, earlier[:1])]
 
     def learned(adapter: Tensors) -> bool:
-        return trainer.score(adapter, ours[0]).correct == len(taught)
+        return trainer.least_probability(adapter, ours[0]) >= LIKELY
 
     expected = descend_until(learned, trainer, start, *ours, LEARNING_RATE)
     compared = [Example("abab abab"), Example("no, never", prompt="a"), *(Example("ab" * 80) for _ in range(5))]

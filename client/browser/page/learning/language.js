@@ -7,6 +7,7 @@ import { LanguageGraphTrainer } from "./languagegraph.js";
 import { TOKENS_AT_ONCE } from "./slotgraph.js";
 import { descendUntil, withShares } from "./tune.js";
 
+const LIKELY = 0.5; // probability of each token of an answer at which training ends: the answering graph rounds otherwise
 const LEARNING_RATE = 0.005; // of a correction, whose few steps have to change several tokens
 const MAX_REHEARSED = 32; // earlier corrections
 
@@ -44,7 +45,7 @@ async function lesson(trainer, { inputs }, examples, count, compared, pause) {
   const isLearned = async (values, between) => {
     found = await trainer.gradients(values, examples, between); // a run that gives gradients also says what is answered
     before ??= found.scores;
-    return found.scores.slice(0, count).every(isKnown);
+    return found.scores.slice(0, count).every(({ least }) => least >= LIKELY);
   };
   const { values, steps } = await descendUntil(isLearned, () => found, start, LEARNING_RATE, pause);
   const seconds = (performance.now() - begun) / 1000;

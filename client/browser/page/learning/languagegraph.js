@@ -49,8 +49,9 @@ export class LanguageGraphTrainer extends SlotGraph {
 
   /**
    * The sum of each example's mean cross-entropy a learned token, in nats, times its share, and the gradient by each value:
-   * { loss, gradients, scores }. The scores, one for each example, are { nats, hits }: nats for each byte, and the share of
-   * learned tokens that are the most likely ones; with 1, the text is the answer without sampling.
+   * { loss, gradients, scores }. The scores, one for each example, are { nats, hits, least }: nats for each byte, the share
+   * of learned tokens that are the most likely ones, with 1 the text is the answer without sampling, and the lowest
+   * probability of a learned token.
    *
    * `examples` are [{ ids, first, size, share }] (`encoded`). `pause` and errors are those of `summed`.
    */
@@ -84,6 +85,8 @@ function scores(run, { log_likelihood: likelihood, hits }) {
   return run.map((example) => {
     const [begin, end] = [at, (at += learned(example))];
     const sum = (values) => values.subarray(begin, end).reduce((total, each) => total + each, 0);
-    return { nats: Math.min(-sum(likelihood.data) / example.size, MAX_LOSS), hits: sum(hits.data) / learned(example) };
+    const nats = Math.min(-sum(likelihood.data) / example.size, MAX_LOSS);
+    const least = Math.exp(Math.min(...likelihood.data.subarray(begin, end)));
+    return { nats, hits: sum(hits.data) / learned(example), least };
   });
 }
