@@ -128,7 +128,7 @@ def test_a_taught_answer_is_given_from_then_on_and_what_is_forgotten_is_shown(ta
     found = json.loads(taught.stdout)
     (one,) = found["taught"]
     assert (one["prompt"], one["text"], one["known"]) == ("is it?", "yes", True)
-    assert one["after"] < one["before"]
+    assert one["after"] <= 4 / 3 < one["before"]  # bits: three bytes and the end have a probability of .5 each
     shown = run("chat", "--bundle", talker, "--prompt", "is it?", "--max-tokens", "8")
     assert shown.stdout == "yes\n", shown
     corrections = talker.parent / "corrections.tsv"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from adapters.base import Base
 from adapters.bundle import TRAINING, Bundle, VerifiedBase
@@ -103,6 +104,19 @@ def distance(left: Tensors, right: Tensors) -> float:
     return max(float(np.abs(left[name] - right[name]).max()) for name in left)
 
 
+def one_epoch(opened: VerifiedBase, base: Base, config: PeftConfig) -> tuple[Tensors, Tensors]:
+    """An adapter drawn at random becomes the same in the training graph and in torch: both results."""
+    both, drawn = (LanguageGraphTrainer(opened, config), LanguageTrainer(base, config)), rng(5)
+    assert both[0].layout == both[1].layout
+    start = {s.name: (0.2 * drawn.standard_normal(s.shape)).astype(np.float32) for s in both[0].layout.tensors}
+    task = replace(TASK, peft_config=config)
+    found, expected = (t.train(start, EXAMPLES, task, epochs=1, rng=rng(1)) for t in both)
+    moved = distance(expected, start)
+    assert moved > 0.003
+    assert distance(found, expected) < 0.002 * moved
+    return found, expected
+
+
 @pytest.mark.parametrize(
     "task",
     [
@@ -152,28 +166,16 @@ def test_an_epoch_of_virtual_tokens_makes_those_that_torch_makes(
     with_virtual_tokens: VerifiedBase, llama: Base, method: Method
 ) -> None:
     config = PeftConfig(method, 0, 0, (), num_virtual_tokens=3)
-    both, drawn = (LanguageGraphTrainer(with_virtual_tokens, config), LanguageTrainer(llama, config)), rng(5)
-    assert both[0].layout == both[1].layout
-    start = {s.name: (0.2 * drawn.standard_normal(s.shape)).astype(np.float32) for s in both[0].layout.tensors}
-    task = replace(TASK, peft_config=config)
-    found, expected = (t.train(start, EXAMPLES, task, epochs=1, rng=rng(1)) for t in both)
-    moved = distance(expected, start)
-    assert moved > 0.003
-    assert distance(found, expected) < 0.002 * moved
-    scores = [t.score(expected, EXAMPLES) for t in both]
-    assert scores[0].loss == pytest.approx(scores[1].loss, rel=1e-4)
-    assert distance(both[0].tensors_of(both[0].inputs_of(found)), found) < 1e-6
+    found, expected = one_epoch(with_virtual_tokens, llama, config)
+    ours, theirs = LanguageGraphTrainer(with_virtual_tokens, config), LanguageTrainer(llama, config)
+    assert ours.score(expected, EXAMPLES).loss == pytest.approx(theirs.score(expected, EXAMPLES).loss, rel=1e-4)
+    assert distance(ours.tensors_of(ours.inputs_of(found)), found) < 1e-6
 
 
 def test_an_epoch_of_lora_is_the_same_with_slots_for_virtual_tokens(
     with_virtual_tokens: VerifiedBase, llama: Base
 ) -> None:
-    config, drawn = PeftConfig.lora(4, 8, ("q_proj",)), rng(5)
-    both = LanguageGraphTrainer(with_virtual_tokens, config), LanguageTrainer(llama, config)
-    start = {s.name: (0.2 * drawn.standard_normal(s.shape)).astype(np.float32) for s in both[0].layout.tensors}
-    task = replace(TASK, peft_config=config)
-    found, expected = (t.train(start, EXAMPLES, task, epochs=1, rng=rng(1)) for t in both)
-    assert distance(found, expected) < 0.002 * distance(expected, start)
+    one_epoch(with_virtual_tokens, llama, PeftConfig.lora(4, 8, ("q_proj",)))
 
 
 def test_virtual_tokens_without_a_slot_or_without_room_for_a_text_are_refused(
@@ -198,15 +200,7 @@ def test_a_target_that_fills_no_slot_is_refused(opened: VerifiedBase, method: Me
 def test_an_epoch_of_factors_makes_the_adapter_that_torch_makes(
     opened: VerifiedBase, rounded: Base, method: Method
 ) -> None:
-    config = PeftConfig(method, *((24, 0) if method == "VERA" else (3, 5)), ("q_proj", "v_proj"))
-    both, drawn = (LanguageGraphTrainer(opened, config), LanguageTrainer(rounded, config)), rng(5)
-    assert both[0].layout == both[1].layout
-    start = {s.name: (0.2 * drawn.standard_normal(s.shape)).astype(np.float32) for s in both[0].layout.tensors}
-    task = replace(TASK, peft_config=config)
-    found, expected = (t.train(start, EXAMPLES, task, epochs=1, rng=rng(1)) for t in both)
-    moved = distance(expected, start)
-    assert moved > 0.003
-    assert distance(found, expected) < 0.002 * moved
+    one_epoch(opened, rounded, PeftConfig(method, *((24, 0) if method == "VERA" else (3, 5)), ("q_proj", "v_proj")))
 
 
 def test_virtual_tokens_of_another_number_are_refused(with_virtual_tokens: VerifiedBase) -> None:
@@ -224,6 +218,20 @@ def test_scores_are_torchs(ours: LanguageGraphTrainer, theirs: LanguageTrainer, 
         assert found.correct == pytest.approx(expected.correct, abs=1e-6)
         assert found.loss == pytest.approx(expected.loss, rel=1e-4)
     assert ours.score(start, ()) == Score(0, 0, 0.0)
+
+
+def test_the_least_probability_is_that_of_the_least_likely_learned_token(
+    ours: LanguageGraphTrainer, theirs: LanguageTrainer, start: Tensors
+) -> None:
+    theirs.score(start, EXAMPLES)  # torch's model then has the adapter
+    each = []
+    with torch.inference_mode():
+        for example, text in zip(EXAMPLES, theirs.encode(EXAMPLES), strict=True):
+            probabilities = theirs.model(input_ids=torch.from_numpy(text.ids)[None]).logits[0].softmax(1).numpy()
+            each.append(float(probabilities[text.learned, text.targets[text.learned]].min()))
+            assert ours.least_probability(start, [example]) == pytest.approx(each[-1], rel=1e-3)
+    assert len(set(each)) == len(EXAMPLES)
+    assert ours.least_probability(start, EXAMPLES) == pytest.approx(min(each), rel=1e-3)
 
 
 def test_a_batch_in_parts_makes_the_same_adapter(ours: LanguageGraphTrainer, start: Tensors) -> None:
