@@ -122,13 +122,7 @@ class CoordinatorStateDir:
             TrustError: The key, or the authority's certificate, is damaged.
         """
         stores = RegistrySettings.of(folder)
-        for name in (SETTINGS, KEY, AUTHORITY, *(() if stores.database else (DATABASE,))):
-            if not (folder / name).is_file():
-                raise ConfigError(
-                    f"{folder} is not a coordinator's state directory: it has no {name}; "
-                    "make one with 'edgeadapt coordinator init'",
-                    about=name,
-                )
+        require(folder, SETTINGS, KEY, AUTHORITY, *(() if stores.database else (DATABASE,)))
         settings = FederationSettings.read(folder / SETTINGS)
         with of_file(folder / KEY):
             key = IdentityKey.from_pem(storage.read(folder / KEY, MAX_PEM))
@@ -398,6 +392,18 @@ def _sharing(folder: Path, root: Root, table: TranscriptTable) -> Callable[[], N
                 log.warning("revocation lists are not shared: %s", said)
 
     return share
+
+
+def require(folder: Path, *names: str) -> None:
+    """Refuse a folder that lacks a file of a coordinator's state directory.
+
+    Raises:
+        ConfigError: It does.
+    """
+    for name in names:
+        if not (folder / name).is_file():
+            text = f"{folder} is not a coordinator's state directory: it has no {name}"
+            raise ConfigError(f"{text}; make one with 'edgeadapt coordinator init'", about=name)
 
 
 def open_registry(folder: Path, key: IdentityKey) -> Registry:

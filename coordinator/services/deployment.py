@@ -25,7 +25,8 @@ from aggregation.pki.certificates import to_der
 from aggregation.pki.tls import hosts_of
 from coordinator.services.supervisor import Happening, Patience, Report, ServiceEvent, ServiceProgram, supervise
 from coordinator.servicesettings import SERVICES, ServiceSettings, is_loopback
-from coordinator.statedir import AUTHORITY, CoordinatorStateDir
+from coordinator.settings import SETTINGS
+from coordinator.statedir import AUTHORITY, CoordinatorStateDir, require
 
 LOCK, RUNNING = "up.lock", "services.json"
 DATABASE, HOME = "superlink.db", "superlink"  # of the SuperLink: its state, and Flower's folder
@@ -59,7 +60,7 @@ def up(folder: Path, report: Report) -> None:
     def changed(shown: list[dict[str, str | int | None]]) -> bool:
         """Write what runs. A full disk ends no service: it is tried again, and reported once."""
         nonlocal saved
-        found = {"pid": os.getpid(), "since": began, "services": shown}
+        found = {"pid": os.getpid(), "since": began, "stop": settings.stop, "services": shown}
         try:
             storage.replace(folder / RUNNING, json.dumps(found).encode(), storage.PUBLIC)
         except OSError as error:
@@ -71,6 +72,7 @@ def up(folder: Path, report: Report) -> None:
         return True
 
     with _alone(folder):
+        (folder / RUNNING).unlink(missing_ok=True)  # of one that was killed: on a full disk it would stay
         try:
             changed([])
             patience = Patience(settings.ready, settings.stop, settings.pause, settings.look, settings.failures)
@@ -131,32 +133,31 @@ def running(folder: Path) -> dict[str, Any] | None:
         try:
             found: dict[str, Any] = jsontext.decode(storage.read(folder / RUNNING, MAX_RUNNING))
         except FileNotFoundError:  # it has just begun, or is about to end
-            return {"pid": None, "since": None, "services": []}
+            return {"pid": None, "since": None, "stop": 0.0, "services": []}
         return found
 
 
 def stop(folder: Path) -> bool:
     """Ask ``up`` to stop its services, and wait until it has. Returns whether it ran.
 
+    It reads neither settings nor registry, so that what stopped the fleet's work does not keep it from being stopped.
+
     Raises:
-        ConfigError: As ``CoordinatorStateDir.open``.
+        ConfigError: ``folder`` is not a coordinator's state directory.
         EdgeAdaptError: It did not stop in time.
     """
-    CoordinatorStateDir.open(folder).registry.close()
-    settings = ServiceSettings.read(folder / SERVICES)
-    found = running(folder)
-    if found is None:
-        return False
-    if found["pid"] is not None:
-        with suppress(ProcessLookupError):  # it has just ended
-            os.kill(found["pid"], signal.SIGTERM)
-    end = time.monotonic() + SLACK + settings.stop * (len(found["services"]) + 1)
-    while running(folder) is not None:
+    require(folder, SETTINGS)
+    asked, end = None, time.monotonic() + SLACK
+    while (found := running(folder)) is not None and (asked is None or found["pid"] in (asked, None)):
+        if asked is None and found["pid"] is not None:
+            asked, end = found["pid"], time.monotonic() + SLACK + found["stop"] * (len(found["services"]) + 1)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(asked, signal.SIGTERM)
         if time.monotonic() > end:
-            text = f"the process {found['pid']}, which runs the services of {folder}, did not stop in time"
-            raise EdgeAdaptError(text, about=LOCK, value=found["pid"])
+            text = f"process {asked or 'unknown'}, which runs the services of {folder}, did not stop in time"
+            raise EdgeAdaptError(text, about=LOCK, value=asked)
         time.sleep(PROBE / 10)
-    return True
+    return asked is not None
 
 
 @contextmanager

@@ -1,6 +1,11 @@
 """Which services a state directory has, and that they run once."""
 
+import errno
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +16,7 @@ from click.testing import CliRunner
 
 from adapters import storage
 from adapters.keyfiles import NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
+from adapters.registryfiles import REGISTRY
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
 from aggregation.pki.tls import TlsKey, TlsRole
@@ -18,10 +24,12 @@ from coordinator.cli.coordinator import coordinator
 from coordinator.services import deployment
 from coordinator.services.deployment import LOCK, RUNNING, running, services_of, stop, up
 from coordinator.servicesettings import SERVICES, ServiceSettings
+from coordinator.settings import SETTINGS
 from coordinator.statedir import AUTHORITY, CoordinatorStateDir
 from tests.support import refused
 from tests.support.gateway import authority_of, certify, free_port, wait_until
 
+ROOT = Path(__file__).parents[3]
 BOTH = {"gateway": "127.0.0.1:9443", "superlink": "127.0.0.1:8000"}
 
 
@@ -211,6 +219,50 @@ def test_what_a_killed_up_has_written_does_not_count(state_dir: CoordinatorState
     (folder / LOCK).touch()
     assert running(folder) is None
     assert not stop(folder)  # and process 1 is not asked to end
+
+
+def test_on_a_full_disk_up_does_not_leave_the_process_of_one_that_was_killed(
+    state_dir: CoordinatorStateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write(state_dir.folder, gateway=f"127.0.0.1:{free_port()}")
+    (state_dir.folder / RUNNING).write_text(json.dumps({"pid": 1, "since": "now", "stop": 1.0, "services": []}))
+    found = []
+    monkeypatch.setattr(storage, "replace", full)
+    monkeypatch.setattr(deployment, "supervise", lambda *_: found.append(running(state_dir.folder)))
+    up(state_dir.folder, lambda event: None)
+    assert [each["pid"] for each in found if each] == [None]  # and 'stop' would not ask process 1 to end
+
+
+def test_a_fleet_is_stopped_whatever_its_settings_are_now(state_dir: CoordinatorStateDir) -> None:
+    folder = state_dir.folder
+    for name in (SETTINGS, SERVICES, REGISTRY):
+        (folder / name).write_text("edited = and not TOML\n")
+    found = {"pid": 0, "since": "now", "stop": 1.0, "services": []}
+    program = f"""
+import json, os, signal
+from pathlib import Path
+from adapters import storage
+folder = Path({str(folder)!r})
+with storage.locked(folder / {LOCK!r}):
+    storage.replace(folder / {RUNNING!r}, json.dumps({found!r} | {{"pid": os.getpid()}}).encode())
+    signal.pause()
+"""
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT) as process:
+        try:
+            wait_until(lambda: bool((running(folder) or found)["pid"]), seconds=60)
+            result = CliRunner().invoke(coordinator, ["stop", str(folder)])
+            assert (result.exit_code, result.output) == (0, "stopped\n")
+            assert process.wait(60) == -signal.SIGTERM
+        finally:
+            process.kill()
+
+
+def test_stop_refuses_a_folder_that_is_not_a_coordinators(tmp_path: Path) -> None:
+    with refused(ConfigError, SETTINGS):
+        stop(tmp_path)
 
 
 def test_stop_and_status_of_what_does_not_run(state_dir: CoordinatorStateDir) -> None:
