@@ -30,13 +30,13 @@ METHODS = ("fine-tune", "ridge", "ensemble", "interpolate")  # of client.trainin
 @click.option("--epochs", type=click.IntRange(1, 100), default=3, show_default=True, help="Passes over the examples.")
 @click.option(
     "--learning-rate",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=options.FiniteRange(0, 1, min_open=True),
     metavar="RATE",
     help="Of AdamW. Default: 0.001, and 0.1 of virtual tokens.",
 )
 @click.option(
     "--scale",
-    type=click.FloatRange(0, min_open=True),
+    type=options.FiniteRange(0, 1000, min_open=True),
     default=16.0,
     show_default=True,
     help="With ridge or ensemble: the federation's analytic.scale.",
@@ -49,11 +49,14 @@ METHODS = ("fine-tune", "ridge", "ensemble", "interpolate")  # of client.trainin
     help="End after N epochs without a lower loss on the held-out examples, with the best adapter; 0: never.",
 )
 @click.option(
-    "--seconds", type=click.FloatRange(0, min_open=True), metavar="S", help="End after S, with what is learned by then."
+    "--seconds",
+    type=options.FiniteRange(0, min_open=True),
+    metavar="S",
+    help="End after S, with what is learned by then.",
 )
 @click.option(
     "--duty-cycle",
-    type=click.FloatRange(0.01, 1),
+    type=options.FiniteRange(0.01, 1),
     default=1.0,
     metavar="SHARE",
     help="Compute for this share of the time, and pause after each step, to save a battery.",

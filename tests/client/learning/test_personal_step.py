@@ -134,6 +134,14 @@ def test_examples_that_are_not_valid_are_refused_and_the_adapter_in_use_stays(
     assert files(phone) == before
 
 
+@pytest.mark.parametrize("option", ["--learning-rate", "--seconds", "--duty-cycle", "--scale"])
+@pytest.mark.parametrize("number", ["nan", "inf", "-1"])
+def test_an_option_that_is_no_finite_number_of_its_range_is_refused(phone: Path, option: str, number: str) -> None:
+    done = run("personalize", "--bundle", phone, option, number, examples(phone.parent))
+    assert (done.exit_code, option in done.output) == (2, True), done.output
+    assert adapter_names(phone) == ["global"]
+
+
 def test_two_trainings_at_once_are_refused(phone: Path) -> None:
     path = examples(phone.parent)
     with Learner.open(phone):
