@@ -92,11 +92,12 @@ def read_lines(path: Path, what: str) -> tuple[str, ...]:
         DataError: It is not UTF-8, too large, has no line, or is a device or a pipe.
     """
     try:
-        rows = tuple(line.strip() for line in read(path, LONGEST_LIST).decode().splitlines() if line.strip())
+        text = read(path, LONGEST_LIST).decode()
     except FileNotFoundError as error:
         raise ConfigError(f"there is no file {path}", about=path.name) from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8", about=path.name) from error
+    rows = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not rows:
         raise DataError(f"{path} is empty: it must hold one {what} a line", about=path.name)
     return rows
@@ -270,9 +271,19 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def link_files(source: Path, target: Path) -> None:
-    """Hard-link every file of ``source`` under ``target``; copy where the file system has no hard links."""
+    """Hard-link every file of ``source`` under ``target``; copy where the file system has no hard links.
+
+    Raises:
+        OSError: A file cannot be copied, as on a full disk. The error is the first one.
+    """
     if source.is_dir():
-        shutil.copytree(source, target, copy_function=link_or_copy, dirs_exist_ok=True)
+        # Not shutil.copytree, whose error lists every file that could not be copied.
+        for folder, _, names in os.walk(source, topdown=False, onerror=_raise, followlinks=True):
+            into = target / Path(folder).relative_to(source)
+            into.mkdir(parents=True, exist_ok=True)
+            for name in names:
+                link_or_copy(Path(folder) / name, into / name)
+            shutil.copymode(folder, into)
 
 
 def link_or_copy(old: str | Path, new: str | Path) -> None:
@@ -281,6 +292,10 @@ def link_or_copy(old: str | Path, new: str | Path) -> None:
         os.link(old, new)
     except OSError:
         shutil.copyfile(old, new)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _previous(out: Path) -> Path:

@@ -236,3 +236,20 @@ def test_a_linked_copy_shares_no_file_with_its_source_once_it_is_written(tmp_pat
     storage.write_files(tmp_path / "b", {"sub/file": b"new"})
     assert content(tmp_path / "a") == {"sub/file": b"old", "other": b"same"}
     assert content(tmp_path / "b") == {"sub/file": b"new", "other": b"same"}
+
+
+def test_a_copy_without_hard_links_that_fills_the_disk_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write_files(tmp_path / "a", {"sub/one": b"1", "sub/two": b"2", "three": b"3"})
+    (tmp_path / "a" / "sub").chmod(0o700)
+    monkeypatch.setattr(os, "link", lambda *_: full(0))
+    storage.link_files(tmp_path / "a", tmp_path / "b")
+    assert content(tmp_path / "b") == content(tmp_path / "a")
+    assert (tmp_path / "b" / "sub").stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr("adapters.storage.shutil.copyfile", lambda *_: full(0))
+    with pytest.raises(OSError, match="No space") as caught:
+        storage.link_files(tmp_path / "a", tmp_path / "c")
+    assert caught.value.strerror == "No space left on device"
+    storage.link_files(tmp_path / "none", tmp_path / "d")
+    assert not (tmp_path / "d").exists()
