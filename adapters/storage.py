@@ -81,7 +81,7 @@ def opened(path: Path, limit: int = LARGEST) -> Iterator[tuple[BinaryIO, int]]:
 
 
 def read_lines(path: Path, what: str) -> tuple[str, ...]:
-    """The lines of a UTF-8 file that are not blank.
+    """The lines of a UTF-8 file that are not blank, without the byte order mark that editors of Windows write.
 
     Args:
         path: The file.
@@ -92,7 +92,7 @@ def read_lines(path: Path, what: str) -> tuple[str, ...]:
         DataError: It is not UTF-8, too large, has no line, or is a device or a pipe.
     """
     try:
-        text = read(path, LONGEST_LIST).decode()
+        text = read(path, LONGEST_LIST).decode("utf-8-sig")
     except FileNotFoundError as error:
         raise ConfigError(f"there is no file {path}", about=path.name) from error
     except UnicodeDecodeError as error:

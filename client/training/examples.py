@@ -110,8 +110,8 @@ def parse_examples(raw: bytes, path: Path, labels: int | None = None) -> tuple[E
     """The examples in the content of a file.
 
     Args:
-        raw: JSON lines with ``text``, ``label`` and, optionally, ``split`` (default ``train``), in UTF-8. For a
-            language model with ``text`` and, optionally, ``prompt`` and ``split``.
+        raw: JSON lines with ``text``, ``label`` and, optionally, ``split`` (default ``train``), in UTF-8, also
+            after a byte order mark. For a language model with ``text`` and, optionally, ``prompt`` and ``split``.
         path: Of the file, for messages.
         labels: The number of labels; every example's label must be below it. None: any label is accepted. 0: for a
             language model, a label is neither needed nor read.
@@ -121,7 +121,7 @@ def parse_examples(raw: bytes, path: Path, labels: int | None = None) -> tuple[E
     """
     try:
         # Not splitlines: JSON strings may contain U+2028 and other line separators.
-        lines = raw.decode().split("\n")
+        lines = raw.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError:
         # From None: the decoder's error contains the text.
         raise DataError(f"{path} is not UTF-8; convert it", about="examples") from None

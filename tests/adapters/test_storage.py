@@ -88,6 +88,11 @@ def test_a_pipe_and_a_device_are_not_read(tmp_path: Path) -> None:
         storage.read(tmp_path)
 
 
+def test_lines_are_read_without_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "labels").write_bytes(b"\xef\xbb\xbfLight\r\n\r\nLock\r\n")
+    assert storage.read_lines(tmp_path / "labels", "label") == ("Light", "Lock")
+
+
 def test_a_file_above_the_limit_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"12345")
     assert storage.read(tmp_path / "file", 5) == b"12345"

@@ -67,6 +67,12 @@ def test_empty_lines_and_windows_line_ends_are_skipped(tmp_path: Path) -> None:
     assert [example.label for example in read_examples(path, 2)] == [1, 0]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "e"
+    path.write_bytes(b"\xef\xbb\xbf" + line().encode())
+    assert len(read_examples(path, 2)) == 1
+
+
 def test_the_file_is_readable_by_its_owner_only_and_replaced_whole(tmp_path: Path) -> None:
     path = tmp_path / "new" / "examples.jsonl"
     write_examples(path, [TRAIN])
