@@ -194,7 +194,7 @@ class Learner:
         taught = self._checked(corrections)
         trainer = self._trainer(manifest)
         start, begun = trainer.tensors_of(self.adapter.inputs), time.perf_counter()
-        rehearsed, tested = self._others({one.text for one in taught})
+        rehearsed, tested = self._others(trainer, taught)
         tuned = tune(trainer, start, taught, rehearsed)
         seconds = time.perf_counter() - begun
         everything = [*taught, *tested]
@@ -236,13 +236,8 @@ class Learner:
         own = read_examples(examples, len(labels))
         trainer = self._trainer(origin.manifest)
         start = trainer.tensors_of(origin.inputs)
-        texts = {one.text for one in own}
-        taught = [
-            Example(one.text, labels.index(one.label))
-            for one in self.history.corrections
-            if one.label in labels and one.text not in texts
-        ]
-        public = [one for one in self._public(labels) if one.text not in texts]
+        taught = trainer.unlike(_labelled(self.history.corrections[::-1], labels), own)[::-1]
+        public = trainer.unlike(self._public(labels), [*own, *taught])
         rate = learning_rate or PERSONAL_RATE
         subject = step_digest(origin.manifest, rate, how, [*own, *taught, *public])
         rng = np.random.default_rng(list(subject))
@@ -323,7 +318,7 @@ class Learner:
         """The corrections as examples. Raises DataError as ``teach``."""
         labels = self.adapter.manifest.labels
         check_count(corrections)
-        reader = PhraseReader.of(self.library.base.files[TOKENIZER])
+        reader, read = PhraseReader.of(self.library.base.files[TOKENIZER]), dict[tuple[int, ...], str]()
         for number, one in enumerate(corrections, 1):
             if one.label not in labels:
                 known = ", ".join(labels[:40])
@@ -332,21 +327,17 @@ class Learner:
             if len(one.text) > MAX_TEXT:
                 reason = f"phrase {number} has {len(one.text)} characters, above the limit of {MAX_TEXT}: shorten it"
                 raise DataError(reason, about="text", value=len(one.text))
-            reader.tokens(one.text)
-        return [Example(one.text, labels.index(one.label)) for one in corrections]
+            if read.setdefault(tuple(reader.tokens(one.text)), one.label) != one.label:
+                reason = f"phrase {number} is to the model one that has another label: teach it with one label"
+                raise DataError(reason, about="corrections", value=number)
+        return _labelled(corrections, labels)
 
-    def _others(self, taught: set[str]) -> tuple[list[Example], list[Example]]:
-        """What is rehearsed while these texts are taught, and what is tested: recent corrections, and other phrases."""
+    def _others(self, trainer: GraphTrainer, taught: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+        """What is rehearsed while this is taught, and what is tested: recent corrections, and other phrases."""
         labels, corrected = self.adapter.manifest.labels, self.history.corrections
-        known = taught | {one.text for one in corrected}
-        usable = [one for one in self._public(labels) if one.text not in known]
+        recent = trainer.unlike(_labelled(corrected[::-1], labels), taught)[: MAX_REHEARSED // 2]
+        usable = trainer.unlike(self._public(labels), [*taught, *(Example(one.text) for one in corrected)])
         one_each = list({example.label: example for example in usable}.values())
-        earlier = [
-            Example(one.text, labels.index(one.label))
-            for one in corrected[::-1]
-            if one.label in labels and one.text not in taught
-        ]
-        recent = earlier[: MAX_REHEARSED // 2]
         rehearsed = [*recent, *one_each][:MAX_REHEARSED]
         return rehearsed, [*recent, *(example for example in usable if example not in rehearsed)][:MAX_TESTED]
 
@@ -436,6 +427,11 @@ class Learner:
 
     def _trusted(self) -> tuple[PublicKey, ...]:
         return self.library.trust.bundle.trusted
+
+
+def _labelled(corrections: Sequence[Correction], labels: Sequence[str]) -> list[Example]:
+    """The corrections with one of these labels, as examples."""
+    return [Example(one.text, labels.index(one.label)) for one in corrections if one.label in labels]
 
 
 def check_count(corrections: Sequence[Correction]) -> None:

@@ -126,6 +126,18 @@ class GraphTrainer:
         """The graph inputs of an adapter, one for each slot. Law: as of ``SlotGraph.inputs_of``."""
         return self._slot_graph.inputs_of(adapter)
 
+    def unlike(self, examples: Sequence[Example], others: Sequence[Example]) -> list[Example]:
+        """Those examples that the model reads as other tokens than each of ``others``, and than each example before.
+
+        Texts that differ in capital letters or spaces are one text to many a tokenizer.
+        """
+        read, found = set(map(tuple, self._tokens([other.text for other in others]))), []
+        for example, ids in zip(examples, self._tokens([example.text for example in examples]), strict=True):
+            if tuple(ids) not in read:
+                read.add(tuple(ids))
+                found.append(example)
+        return found
+
     def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
         """Score an adapter on ``examples``. Arguments and result are those of ``Trainer.score``."""
         if not examples:

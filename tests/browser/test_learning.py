@@ -214,6 +214,16 @@ def test_a_lesson_gives_the_adapter_and_the_answers_of_the_native_device_and_is_
         assert answers(page, text) == [(one.label, pytest.approx(one.probability, abs=0.03)) for one in expected]
 
 
+def test_a_correction_replaces_an_earlier_one_that_the_model_reads_as_the_same_phrase(
+    page: Any, serve: Callable[[Path], str], phone: Path
+) -> None:
+    first = ClassificationSession.open(phone).classify([PHRASES[0]], "global")[0].label
+    page.goto(serve(phone))
+    taught_in(page, PHRASES[0], other(phone))
+    found = taught_in(page, PHRASES[0].upper(), first)
+    assert (found["error"], answers(page, PHRASES[0])[0][0]) == ("", first)
+
+
 def test_lessons_are_undone_one_after_the_other(page: Any, serve: Callable[[Path], str], phone: Path) -> None:
     before = [one.label for one in ClassificationSession.open(phone).classify(PHRASES[:2], "global")]
     page.goto(serve(phone))

@@ -188,6 +188,22 @@ def test_earlier_corrections_are_rehearsed_and_not_unlearned(phone: Path) -> Non
     assert answer(phone) == first
 
 
+def test_a_correction_replaces_an_earlier_one_that_the_model_reads_as_the_same_phrase(phone: Path) -> None:
+    first, second, *_ = (label for label in LABELS if label != answer(phone))
+    teach(phone, first)
+    learned = teach(phone, second, f"  {TAUGHT.title()}")
+    assert (answer(phone), learned.tested) == (second, 0)
+    learned = teach(phone, first, OTHERS[0])
+    assert (answer(phone), learned.tested) == (second, 1)
+
+
+def test_two_labels_for_one_phrase_to_the_model_are_refused(phone: Path) -> None:
+    with Learner.open(phone) as learner, refused(DataError, "corrections"):
+        learner.teach([Correction(TAUGHT, LABELS[0]), Correction(TAUGHT.upper(), LABELS[1])])
+    with Learner.open(phone) as learner:
+        assert len(learner.teach([Correction(TAUGHT, LABELS[0]), Correction(TAUGHT.upper(), LABELS[0])]).taught) == 2
+
+
 def test_public_phrases_of_the_bundle_are_rehearsed_and_those_answered_otherwise_are_shown(
     phone: Path, trainable: ExportedBase, vendor: IdentityKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:

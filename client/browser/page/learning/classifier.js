@@ -34,7 +34,7 @@ async function lesson(engine, trainer, { manifest, inputs }, corrections, earlie
   const example = ({ text, label }) => ({ text, label, ids: trainer.tokens(text), target: manifest.labels.indexOf(label) });
   for (const { text } of corrections) engine.text.phrase(text); // refuses one without a known token
   const taught = corrections.map(example);
-  const others = await othersOf(engine, earlier, corrections, manifest.labels);
+  const others = await othersOf(engine, trainer, earlier, corrections, manifest.labels);
   const [rehearsed, tested] = [others.rehearsed.map(example), others.tested.map(example)];
   const [start, begun] = [await trainer.valuesOf(inputs), performance.now()];
   const { values, steps } = await tune(trainer, start, taught, rehearsed, pause);
@@ -50,16 +50,15 @@ async function lesson(engine, trainer, { manifest, inputs }, corrections, earlie
 }
 
 /** What is rehearsed while corrections are taught, and what is tested: recent corrections, and public phrases. */
-async function othersOf(engine, earlier, taught, labels) {
-  const usable = ({ text, label }) => labels.includes(label) && !taught.some((one) => one.text === text);
-  const known = new Set(earlier.map(({ text }) => text));
-  const phrases = (await publicPhrases(engine)).filter((one) => usable(one) && !known.has(one.text));
-  const ordered = await inLessonOrder(phrases, earlier.length);
-  const oneEach = [...new Map(ordered.map((one) => [one.label, one])).values()];
-  const recent = earlier.filter(usable).reverse().slice(0, MAX_REHEARSED / 2);
+async function othersOf(engine, trainer, earlier, taught, labels) {
+  const isUsable = ({ label }) => labels.includes(label);
+  const recent = trainer.unlike(earlier.filter(isUsable).reverse(), taught).slice(0, MAX_REHEARSED / 2);
+  const ordered = await inLessonOrder((await publicPhrases(engine)).filter(isUsable), earlier.length);
+  const phrases = trainer.unlike(ordered, [...taught, ...earlier]);
+  const oneEach = [...new Map(phrases.map((one) => [one.label, one])).values()];
   const rehearsed = [...recent, ...oneEach].slice(0, MAX_REHEARSED);
   const isRehearsed = ({ text, label }) => rehearsed.some((one) => one.text === text && one.label === label);
-  return { rehearsed, tested: [...recent, ...ordered.filter((one) => !isRehearsed(one))].slice(0, MAX_TESTED) };
+  return { rehearsed, tested: [...recent, ...phrases.filter((one) => !isRehearsed(one))].slice(0, MAX_TESTED) };
 }
 
 async function publicPhrases({ base, source, trust }) {

@@ -41,6 +41,15 @@ export class GraphTrainer extends SlotGraph {
     return this.engine.text.tokens(text, MAX_TOKENS);
   }
 
+  /** Those of examples, [{ text }], that the model reads as other tokens than each of `others`, and than each before. Throws as `tokens`. */
+  unlike(examples, others) {
+    const read = new Set(others.map(({ text }) => this.tokens(text).join()));
+    return examples.filter(({ text }) => {
+      const ids = this.tokens(text).join();
+      return !read.has(ids) && read.add(ids);
+    });
+  }
+
   /** The tokens of an example: { ids }. Throws as `tokens`. */
   encode({ text }) {
     return { ids: this.tokens(text) };
