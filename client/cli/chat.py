@@ -223,7 +223,8 @@ def _undo(conversation: "Conversation", generator: "Generator", trust: Path | No
         undone = learner.undo()
     conversation.use(undone.adapter)
     forgotten = ", ".join(f"{one.text!r}" for one in undone.corrections)
-    return f"{_in_use(conversation)}, without what was learned last: {printable(forgotten)}"
+    what = f"what was learned last: {printable(forgotten)}" if forgotten else "the last personal step"
+    return f"{_in_use(conversation)}, without {what}"
 
 
 @contextmanager

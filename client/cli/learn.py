@@ -65,8 +65,10 @@ def learn(
     if as_json:
         click.echo(json.dumps(asdict(undone), ensure_ascii=False))
     else:
-        click.echo(f"{undone.adapter} version {undone.version} is in use, without what was learned last:")
-        click.echo("\n".join(f"{_line(one.label)}  {_line(one.text)}" for one in undone.corrections))
+        what = "what was learned last:" if undone.corrections else "the last personal step"
+        click.echo(f"{undone.adapter} version {undone.version} is in use, without {what}")
+        for one in undone.corrections:
+            click.echo(f"{_line(one.label)}  {_line(one.text)}")
 
 
 def teach(
