@@ -32,13 +32,19 @@ def roll_back(repository: ChannelRepository, channel: str, number: int, key: Ide
 
     Raises:
         ConfigError: There is no such channel or release, or it is the current one.
-        DataError, TrustError: The repository is damaged.
+        DataError: The repository is damaged.
+        TrustError: The same; or ``key`` signed neither the release nor the current one, so that devices would refuse
+            what it signs.
         OSError: As ``ChannelRepository.publish``.
     """
     with repository.locked():
         old, current = repository.release(channel, number), repository.release(channel)
         if old is None or current is None or old.number == current.number:
             raise ConfigError(f"release {number} is the current one of channel {channel}", about="release")
+        try:
+            require_signer(repository, channel, current, key.public)
+        except TrustError:  # devices may refuse the current one for its signature
+            require_signer(repository, channel, old, key.public)
         files = {name: repository.targets.path(channel, name, digest) for name, digest in old.files.items()}
         signed, versions = _signed_again(repository, channel, old, key)
         action = Action("rollback", again=number)

@@ -18,6 +18,7 @@ from aggregation.pki.identity import IdentityKey
 from coordinator.channels.actions import ActionRecord, GateResult
 from coordinator.channels.history import audit_repository
 from coordinator.channels.repository import ChannelRepository
+from coordinator.channels.rollback import roll_back
 from coordinator.governance.gates import AssembledRelease, GateError, read_held_out
 from coordinator.governance.gatesettings import GateSettings
 from edgeadapt import cli
@@ -384,6 +385,18 @@ def test_a_rollback_through_the_command(place: Place, tmp_path: Path) -> None:
     )
     action = audit_repository(place.folder, None).records[-1].action
     assert (action.kind, action.release, action.again) == ("rollback", 3, 1)
+
+
+def test_a_rollback_that_devices_would_refuse_is_not_published(place: Place) -> None:
+    place.promote()
+    place.vendor.publish(2)
+    place.settings("accuracy.margin=1", "language.least=0", gates='["size"]')
+    place.promote()
+    with refused(TrustError, "--key"):
+        roll_back(place.vendor.repository, "stable", 1, IdentityKey.generate(SystemEntropy()))
+    current = place.vendor.repository.release("stable")
+    assert current is not None
+    assert current.number == 2
 
 
 def test_held_out_phrases_are_read_by_line(tmp_path: Path) -> None:
