@@ -8,11 +8,12 @@ def compared(repository: ChannelRepository, channel: str, name: str) -> tuple[st
     """``AdapterManifest.content`` of an adapter in the release that a channel rolls out, and in the one before.
 
     Raises:
-        ConfigError: The channel rolls nothing out, or the adapter is not in both releases or is the same in both.
+        ConfigError: There is no such channel, it rolls nothing out, or the adapter is not in both releases or is the
+            same in both.
         DataError, TrustError: The repository is damaged.
     """
-    rollout = repository.rollout(channel) if channel in repository.channels else None
-    if rollout is None:
+    current, rollout = repository.release(channel), repository.rollout(channel)
+    if current is None or rollout is None:
         reason = f"channel {channel} rolls nothing out: begin with 'edgeadapt adapters promote … --share'"
         raise ConfigError(reason, about="rollout", value=channel)
     both = [repository.release(channel, number) for number in (rollout.release, rollout.previous)]

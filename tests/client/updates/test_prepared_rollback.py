@@ -338,6 +338,11 @@ def test_without_a_rollout_there_is_nothing_to_prepare(staged: Place) -> None:
         prepare(staged.repository, "canary", staged.vendor, MARGIN)
 
 
+def test_a_channel_that_does_not_exist_is_named(staged: Place) -> None:
+    with refused(ConfigError, "channel"):
+        compared(staged.repository, "stabel", "global")
+
+
 def test_a_kill_before_the_timestamp_leaves_it_ready(staged: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     judged = evaluation(staged)
     with monkeypatch.context() as patch:
