@@ -109,6 +109,8 @@ def promote(
         raise ConfigError(f"{folder} has no {GATES}: write one with 'edgeadapt adapters gates {folder}'", about=GATES)
     settings = GateSettings.read(folder / GATES)
     release, current = opened.release(source), opened.release(channel)
+    if source == channel:
+        raise ConfigError(f"FROM and TO are both {channel}: name two channels", about="channel", value=channel)
     if release is None:
         raise ConfigError(f"channel {source} has no release to promote", about="channel", value=source)
     key = None if key_file is None else read_key(key_file)

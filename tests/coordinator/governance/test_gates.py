@@ -399,6 +399,12 @@ def test_a_rollback_that_devices_would_refuse_is_not_published(place: Place) -> 
     assert current.number == 2
 
 
+def test_a_channel_is_not_promoted_to_itself(place: Place) -> None:
+    place.promote()
+    with refused(ConfigError, "channel"):
+        called("promote", place.folder, "stable", "stable")
+
+
 def test_held_out_phrases_are_read_by_line(tmp_path: Path) -> None:
     (tmp_path / "x.tsv").write_text("Light\tturn on\ten\nLight\tmach an\n")
     with refused(DataError, "x.tsv") as error:
