@@ -119,10 +119,9 @@ def teach_language_model(
     special = special_tokens(learner.library.base.files[TOKENIZER])
     for number, one in enumerate(corrections, 1):
         for about, text in (("prompt", one.text), ("answer", one.label)):
-            if not 0 < len(text.strip()) <= len(text) <= MAX_TEXT:
-                reason = (
-                    f"correction {number} has {len(text)} characters in its {about}: 1 to {MAX_TEXT} can be learned"
-                )
+            if not text.strip() or len(text) > MAX_TEXT:
+                size = f"has {len(text)} characters" if text.strip() else "is empty"
+                reason = f"the {about} of correction {number} {size}: 1 to {MAX_TEXT} can be learned"
                 raise DataError(reason, about=about, value=len(text))
             require_plain(checked(text), special, about)
     manifest = learner.adapter.manifest
