@@ -11,6 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from io import TextIOWrapper
 from types import FrameType
@@ -160,7 +161,8 @@ def _unraisable(report: Callable[[Any], object], dropped: Any) -> None:
 def _fail(message: str, code: int) -> None:
     line = " ".join(message.split())
     if "--json" in sys.argv:
-        print(json.dumps({"error": line}))
+        with suppress(OSError):  # it may be the output that failed: a full disk, a pipe that was closed
+            print(json.dumps({"error": line}), flush=True)
     print(f"{PROGRAM}: {line}", file=sys.stderr)
     sys.exit(code)
 

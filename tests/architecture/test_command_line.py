@@ -128,6 +128,19 @@ def test_a_folder_whose_name_is_no_text_is_printed_with_its_bytes_escaped(
     assert "fleet\\udcff/authority.pem" in out
 
 
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no full disk to write to")
+@pytest.mark.parametrize(
+    "words", [["base", "list"], ["device", "adapters", "--bundle", "nowhere"]], ids=["result", "error"]
+)
+def test_an_output_that_cannot_be_written_is_one_line(words: list[str]) -> None:
+    with pathlib.Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "edgeadapt", *words, "--json"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode != 0
+    assert done.stderr.startswith("edgeadapt: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
 def test_too_little_memory_is_said_in_one_line(run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
     def exhausted(**_options: object) -> None:
         raise MemoryError
