@@ -19,8 +19,9 @@ from adapters import files
 from adapters.blobs import Blobs
 from adapters.layout import Layout, Tensors
 from adapters.manifest import VersionManifest
+from adapters.registrystores import shown
 from adapters.roundrecord import RoundRecord, accept_chain, digest_of
-from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError, of_file
 from aggregation.pki.identity import IdentityKey, PublicKey
 from coordinator.registry import database
 from coordinator.registry.lease import fenced
@@ -352,7 +353,8 @@ class Registry:
     def _verified(self, row: Row[Any]) -> Version:
         if not isinstance(row.manifest, bytes):
             raise TrustError(f"version {row.version} of the registry has no signed manifest", about="manifest")
-        manifest = VersionManifest.accept(row.manifest, self.trusted)
+        with of_file(f"version {row.version} of {shown(self.engine.url)}"):
+            manifest = VersionManifest.accept(row.manifest, self.trusted)
         if (manifest.version, manifest.sha256) != (row.version, row.sha256):
             raise TrustError(
                 f"version {row.version} of the registry holds the manifest of another version", about="manifest"

@@ -280,7 +280,7 @@ def test_a_manifest_by_an_untrusted_key_is_detected_on_reading(registry: Registr
     rounds.seed(registry)
     forged = rounds.manifest(0).sign(IdentityKey.generate(SystemEntropy()))
     execute(registry, "UPDATE edgeadapt_versions SET manifest = :raw", raw=forged)
-    with pytest.raises(TrustError):
+    with pytest.raises(TrustError, match="version 0 of sqlite"):  # which of all signed files it is
         registry.latest()
 
 
