@@ -21,9 +21,8 @@ from aggregation.pki.identity import KEY
 SECRET = 16  # bytes
 ENROLMENT = "enrolment"  # what that key signs: the request for a certificate
 _CHECK = 4  # bytes of a digest, for mistakes in copying
-_ADDRESS = r"[A-Za-z0-9.:_\[\]-]{3,260}"
-_RENEWAL = rf"({_ADDRESS})?"
-_ADDRESSES = rf"{_ADDRESS}(,{_ADDRESS}){{0,7}}"
+ADDRESS = r"(\[[0-9a-fA-F:.]{2,45}\]|[A-Za-z0-9._-]{1,253}):[0-9]{1,5}"  # HOST:PORT, to which a device connects
+ADDRESSES = rf"{ADDRESS}(,{ADDRESS}){{0,7}}"
 _PREFIX = "edgeadapt1."
 
 
@@ -62,12 +61,11 @@ class Invitation(NamedTuple):
         Raises:
             ConfigError: An address or the name is not valid.
         """
-        body = _CODEC.encode(self)
         try:
-            _CODEC.decode(body)
-        except ProtocolError as error:
-            text = f"{error}: addresses are HOST:PORT, and {self.device[:64]!r} must be a device id"
-            raise ConfigError(text, about="invitation") from None
+            body = _CODEC.encode(self)
+        except ConfigError as error:
+            text = f"{error.value!r} is neither an address, HOST:PORT, nor the name of a device"
+            raise ConfigError(text, about="invitation", value=error.value) from None
         return _PREFIX + base64.urlsafe_b64encode(body + _check(body)).rstrip(b"=").decode()
 
     def to_pem(self) -> tuple[bytes, bytes]:
@@ -80,11 +78,11 @@ _CODEC = wire.record(
     {
         "secret": wire.fixed(SECRET),
         "device": wire.text(DEVICE_ID),
-        "enrolment": wire.text(_ADDRESS),
-        "gateway": wire.text(_ADDRESSES),
+        "enrolment": wire.text(ADDRESS),
+        "gateway": wire.text(ADDRESSES),
         "authority": wire.blob(MAX_CERTIFICATE),
         "coordinator": wire.fixed(KEY),
-        "renewal": wire.text(_RENEWAL),
+        "renewal": wire.text(rf"({ADDRESS})?"),
     },
 )
 

@@ -1,6 +1,7 @@
 """``edgeadapt device agent``: take part in a federation through the coordinator's gateway."""
 
 import logging
+import re
 import signal
 from pathlib import Path
 from types import FrameType
@@ -27,12 +28,15 @@ def agent(state_dir: Path, gateway: str | None) -> None:
       edgeadapt device agent --state kitchen --gateway fleet.example:9443
       edgeadapt device agent --state kitchen --gateway a.fleet.example:9443,b.fleet.example:9443
     """
+    from adapters.gateway.invitation import ADDRESSES
     from client.gateway.agent import Agent
     from client.node.statedir import DeviceStateDir
 
     address = gateway or DeviceStateDir.open(state_dir).settings.gateway
     if not address:
         raise ConfigError(f"{state_dir} names no gateway: give --gateway HOST:PORT", about="--gateway")
+    if not re.fullmatch(ADDRESSES, address):
+        raise ConfigError(f"--gateway is {address!r}, and not HOST:PORT, or several with commas", about="--gateway")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("edgeadapt").setLevel(logging.INFO)
     running = Agent(state_dir, tuple(address.split(",")))

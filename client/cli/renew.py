@@ -1,6 +1,7 @@
 """``edgeadapt device renew``: have a device's certificates renewed where no agent does it."""
 
 import json
+import re
 from pathlib import Path
 
 import click
@@ -27,6 +28,7 @@ def renew(state_dir: Path, renewal: str | None, as_json: bool) -> None:
     """
     from datetime import UTC, datetime
 
+    from adapters.gateway.invitation import ADDRESS
     from aggregation.entropy import SystemEntropy
     from aggregation.pki.certificates import load, subject
     from client.gateway import renewal as service
@@ -37,6 +39,8 @@ def renew(state_dir: Path, renewal: str | None, as_json: bool) -> None:
     if not address:
         text = f"{state_dir} names no service that renews certificates: give --renewal HOST:PORT"
         raise ConfigError(text, about="--renewal")
+    if not re.fullmatch(ADDRESS, address):
+        raise ConfigError(f"--renewal is {address!r}, and not HOST:PORT", about="--renewal")
     try:
         with storage.locked(state_dir / AGENT_LOCK, timeout=0):
             due, end = service.validity(opened, datetime.now(UTC))

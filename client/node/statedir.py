@@ -6,6 +6,7 @@ revocation list are replaced in the same way; none of them is secret. What a ses
 (``snapshot``), and so are the parts of an adapter that are not shared (``privateparts``).
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 import tomli_w
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from adapters.base import find_base
 from adapters.bundle import BASE_MANIFEST
+from adapters.gateway.invitation import ADDRESS, ADDRESSES
 from adapters.settings import Settings
 from adapters.storage import locked, read, replace
 from aggregation import sealed, transcript
@@ -79,6 +81,13 @@ class DeviceSettings(Settings):
     )
     policy: PolicySettings = PolicySettings()
     eligibility: EligibilitySettings = EligibilitySettings()
+
+    @field_validator("gateway", "renewal")
+    @classmethod
+    def _is_address(cls, value: str, info: ValidationInfo) -> str:
+        if value and not re.fullmatch(ADDRESSES if info.field_name == "gateway" else ADDRESS, value):
+            raise ValueError(f"{value!r} is not HOST:PORT")
+        return value
 
     @classmethod
     def read(cls, path: Path, overrides: Sequence[str] = ()) -> Self:

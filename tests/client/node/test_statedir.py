@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, TrustError
 from aggregation.pki.identity import IdentityKey
+from client.cli import device
 from client.node import statedir
 from client.node.policy import PolicySettings
 from client.node.statedir import DeviceSettings, DeviceStateDir
@@ -67,6 +69,9 @@ def test_a_base_of_any_name_is_read_back_as_it_was_written(tmp_path: Path, base:
         ('base = "x"\n[policy]\nminimum_cohort = 2\n', "policy.minimum_cohort"),
         ('base = "x"\n[policy]\nminimum_cohort = "8"\n', "policy.minimum_cohort"),
         ('base = "x"\n[policy]\nminimum_cohort = true\n', "policy.minimum_cohort"),
+        ('base = "x"\ngateway = "fleet.example"\n', "gateway"),
+        ('base = "x"\ngateway = "a:1,"\n', "gateway"),
+        ('base = "x"\nrenewal = "a:1,b:1"\n', "renewal"),
         ("base = x\n", "device.toml"),
         ("base = 'x'\n\udcff", "device.toml"),
     ],
@@ -75,6 +80,19 @@ def test_wrong_settings_are_refused_by_key(folder: Path, content: str, about: st
     (folder / "device.toml").write_bytes(content.encode(errors="surrogateescape"))
     with refused(ConfigError, about):
         DeviceStateDir.open(folder)
+
+
+@pytest.mark.parametrize("gateway", ["127.0.0.1:9443", "[::1]:9443", "a.fleet.example:9443,b.fleet.example:9443"])
+def test_addresses_of_a_gateway_are_accepted(folder: Path, gateway: str) -> None:
+    (folder / "device.toml").write_text(f'base = "x"\ngateway = "{gateway}"\n')
+    assert DeviceStateDir.open(folder).settings.gateway == gateway
+
+
+@pytest.mark.parametrize(("command", "option"), [("agent", "--gateway"), ("renew", "--renewal")])
+def test_an_address_without_a_port_is_refused_before_anything_connects(folder: Path, command: str, option: str) -> None:
+    done = CliRunner().invoke(device, [command, "--state", str(folder), option, "fleet.example"])
+    assert isinstance(done.exception, ConfigError)
+    assert done.exception.about == option
 
 
 def test_an_error_in_the_settings_names_file_and_key(folder: Path) -> None:

@@ -214,6 +214,14 @@ def test_a_token_that_was_not_copied_as_a_whole_is_refused(invite: Invite) -> No
             read_invitation(damaged)
 
 
+@pytest.mark.parametrize(
+    ("enrolment", "gateway"), [("fleet.example", "a:1"), ("a:1", "fleet.example"), ("a:1", ",a:1"), ("[::1]", "a:1")]
+)
+def test_no_token_is_made_for_an_address_without_a_port(invite: Invite, enrolment: str, gateway: str) -> None:
+    with refused(ConfigError, "invitation"):
+        invite()._replace(enrolment=enrolment, gateway=gateway).to_text()
+
+
 @given(st.text(max_size=60))
 def test_a_text_that_is_no_invitation_raises_one_error(text: str) -> None:
     for given_text in (text, f"edgeadapt1.{text}"):
