@@ -166,15 +166,16 @@ class CoordinatorStateDir:
 
         Raises:
             ConfigError: The directory has none.
-            TrustError: The certificate is not one of the pinned authority for a gateway.
+            TrustError: The certificate is not one of the pinned authority for a gateway; or as ``read_root``.
         """
         for name, others in ((TLS_KEY, NEXT_TLS_KEY), (TLS_CERTIFICATE, TLS_CERTIFICATE)):
             if not ((self.folder / name).is_file() or (self.folder / others).is_file()):
                 text = f"{self.folder} has no {name}: make a key with 'edgeadapt coordinator tls-request', and let the"
                 raise ConfigError(f"{text} authority certify it", about=name)
         key, certificate = tls_pair(self.folder, f"let the authority certify {TLS_REQUEST}")
+        root = self.read_root(at)
         with of_file(self.folder / TLS_CERTIFICATE):
-            verify_tls(self.read_root(at), to_der(certificate), TlsRole.GATEWAY, at)
+            verify_tls(root, to_der(certificate), TlsRole.GATEWAY, at)
         return key.pem, certificate
 
     def request_tls(self, name: str, entropy: Entropy) -> None:
