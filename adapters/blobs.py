@@ -37,6 +37,7 @@ class Blobs:
         Raises:
             ConfigError: fsspec has no file system of that kind, its package is not installed, or the address has a
                 secret, which the error does not show.
+            EdgeAdaptError: It cannot be reached.
         """
         scheme, _, rest = url.partition("://")
         if rest and "@" in rest.partition("/")[0]:
@@ -51,6 +52,8 @@ class Blobs:
             raise ConfigError(
                 f"the blob store's address is not usable: {error}", about="blobs.url", value=url
             ) from error
+        except OSError as error:  # some file systems connect at once
+            raise EdgeAdaptError(f"blob store {url} cannot be opened: {error}", about="blobs.url", value=url) from error
         return cls(fs, root.rstrip("/") or root)
 
     @classmethod

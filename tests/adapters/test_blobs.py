@@ -124,3 +124,10 @@ def cutting() -> Iterator[int]:
         threading.Thread(target=serve, daemon=True).start()
         yield listener.getsockname()[1]
         listener.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_store_that_connects_at_once_and_cannot_be_reached_is_named() -> None:
+    url = f"ftp://{HOST}:{free_port()}/fleet"
+    with refused(EdgeAdaptError, "blobs.url", value=url) as caught:
+        Blobs.at(url)
+    assert url in str(caught.value)
