@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 from aggregation.errors import EdgeAdaptError
-from lazygroup import LazyGroup
+from commandline import LazyGroup
 
 # command → (module, attribute, one line for --help, extra that it needs)
 COMMANDS = {

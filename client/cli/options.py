@@ -1,6 +1,5 @@
 """Options, input and output that several commands of a device share."""
 
-import math
 import sys
 import unicodedata
 from collections.abc import Callable
@@ -17,18 +16,6 @@ if TYPE_CHECKING:
     from client.inference.text import SamplingParams
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-class FiniteRange(click.FloatRange):
-    """A number of a range. click's own accepts NaN, which is neither below a bound nor above it."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """As of any type of an option: the number, or click.BadParameter."""
-        number: float = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{number} is not a finite number.", param, ctx)
-        return number
-
 
 FOLDER = click.Path(path_type=Path)
 MAX_GUIDE_FILE = 2**18  # bytes; UTF-8 has up to four for a character

@@ -9,6 +9,7 @@ import click
 
 from client.cli import options
 from client.cli.learn import change
+from commandline import FiniteRange
 
 if TYPE_CHECKING:  # slow to import, and not needed for --help
     from client.learning import LanguagePersonalized, Personalized
@@ -30,13 +31,13 @@ METHODS = ("fine-tune", "ridge", "ensemble", "interpolate")  # of client.trainin
 @click.option("--epochs", type=click.IntRange(1, 100), default=3, show_default=True, help="Passes over the examples.")
 @click.option(
     "--learning-rate",
-    type=options.FiniteRange(0, 1, min_open=True),
+    type=FiniteRange(0, 1, min_open=True),
     metavar="RATE",
     help="Of AdamW. Default: 0.001, and 0.1 of virtual tokens.",
 )
 @click.option(
     "--scale",
-    type=options.FiniteRange(0, 1000, min_open=True),
+    type=FiniteRange(0, 1000, min_open=True),
     default=16.0,
     show_default=True,
     help="With ridge or ensemble: the federation's analytic.scale.",
@@ -50,13 +51,13 @@ METHODS = ("fine-tune", "ridge", "ensemble", "interpolate")  # of client.trainin
 )
 @click.option(
     "--seconds",
-    type=options.FiniteRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     metavar="S",
     help="End after S, with what is learned by then.",
 )
 @click.option(
     "--duty-cycle",
-    type=options.FiniteRange(0.01, 1),
+    type=FiniteRange(0.01, 1),
     default=1.0,
     metavar="SHARE",
     help="Compute for this share of the time, and pause after each step, to save a battery.",

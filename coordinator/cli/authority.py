@@ -14,6 +14,7 @@ from aggregation.pki import Authority, certificates, requests
 from aggregation.pki.identity import PublicKey
 from aggregation.pki.revocation import Reason
 from aggregation.pki.tls import TlsRole, read_tls_request
+from commandline import FiniteRange
 from coordinator.authority import AuthorityStore, CertificateIssued
 from coordinator.authority.store import CERTIFICATE, KEY, REVOKED, SHORTEST_PASSPHRASE
 
@@ -116,7 +117,7 @@ def issue(
 @click.option("--gateway", required=True, metavar="HOST:PORT", help="The coordinator's gateway; several with commas.")
 @click.option("--renewal", default="", metavar="HOST:PORT", help="Where the service renews certificates, if it does.")
 @click.option(
-    "--hours", type=click.FloatRange(0.01, 24 * 90), default=24.0, show_default=True, help="For which it is valid."
+    "--hours", type=FiniteRange(0.01, 24 * 90), default=24.0, show_default=True, help="For which it is valid."
 )
 def invite(
     folder: Path, name: str, coordinator: Path, enrolment: str, gateway: str, renewal: str, hours: float

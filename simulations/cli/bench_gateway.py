@@ -5,6 +5,8 @@ import sys
 
 import click
 
+from commandline import FiniteRange
+
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
@@ -12,7 +14,7 @@ import click
 @click.option(
     "--check-ins",
     "rate",
-    type=click.FloatRange(min=60, max=1e6),
+    type=FiniteRange(min=60, max=1e6),
     metavar="N",
     help="Only this: let devices check in N times a minute, each over a new connection, for a minute.",
 )

@@ -7,12 +7,14 @@ from tempfile import TemporaryDirectory
 
 import click
 
+from commandline import FiniteRange
+
 
 @click.command()
 @click.argument("scenario", type=click.Path(path_type=Path), default="privacy.toml")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A key of the scenario; may be repeated.")
 @click.option(
-    "--epsilon", type=click.FloatRange(0), multiple=True, help="A row; may be repeated; 0: none.  [default: 0 16 … 1]"
+    "--epsilon", type=FiniteRange(0), multiple=True, help="A row; may be repeated; 0: none.  [default: 0 16 … 1]"
 )
 @click.option(
     "--canaries", type=click.IntRange(2), default=1000, show_default=True, help="Canaries of a row, at least."

@@ -33,7 +33,7 @@ def root() -> Path:
 def sources() -> tuple[Source, ...]:
     """Everything that is installed."""
     files = [file for part in PARTS for file in sorted((ROOT / part).rglob("*.py"))]
-    return tuple(map(_read, [ROOT / "edgeadapt.py", ROOT / "lazygroup.py", *files]))
+    return tuple(map(_read, [ROOT / "edgeadapt.py", ROOT / "commandline.py", *files]))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import grimp
 import pytest
 
 PARTS = ("adapters", "aggregation", "client", "coordinator", "export", "simulations")
-TOP = "lazygroup"  # outside the packages: what the command line and a package's group of commands share
+TOP = "commandline"  # outside the packages: what the command line and a package's group of commands share
 DEVICE = ("client.cli", "client.cli.adapters", "client.cli.infer", "client.inference", "client.learning")
 ENROLMENT = (
     "client.cli.node",

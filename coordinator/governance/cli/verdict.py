@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from aggregation.errors import EdgeAdaptError
+from commandline import FiniteRange
 from coordinator import traces
 from coordinator.channels.actions import login_name
 from coordinator.channels.comparison import compared
@@ -70,7 +71,7 @@ def verdict(state_dir: Path, channel: str, releases: Path, trust: Path | None, a
 @click.option("--once", is_flag=True, help="Look once, and end.")
 @click.option(
     "--interval",
-    type=click.FloatRange(min=0.1, max=86_400),
+    type=FiniteRange(min=0.1, max=86_400),
     default=60.0,
     show_default=True,
     metavar="SECONDS",

@@ -1,9 +1,7 @@
-"""A group of commands that imports a command only when it is called or its help is requested.
-
-So a command starts without the libraries of the others, and a command whose extra is not installed names the extra.
-"""
+"""What the command line and the commands of every package share."""
 
 import importlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +11,11 @@ Row = tuple[str, str, str, str]  # module, attribute, one line for --help, extra
 
 
 class LazyGroup(click.Group):
-    """``click.command(cls=LazyGroup, table={command: row})``."""
+    """A group of commands that imports a command only when it is called or its help is requested.
+
+    So a command starts without the libraries of the others, and a command whose extra is not installed names the
+    extra: ``click.command(cls=LazyGroup, table={command: row})``.
+    """
 
     def __init__(self, *args: Any, table: Mapping[str, Row], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -63,3 +65,14 @@ class LazyGroup(click.Group):
         """The lines of the table, so that ``--help`` imports no command."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, row[2]) for name, row in self._table.items()])
+
+
+class FiniteRange(click.FloatRange):
+    """A number of a range. click's own accepts NaN, which is neither below a bound nor above it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """As of any type of an option: the number, or click.BadParameter."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number.", param, ctx)
+        return number
