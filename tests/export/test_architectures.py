@@ -9,7 +9,7 @@ import copy
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -177,6 +177,9 @@ def exported_with(export: Callable[[frozenset[SlotKind]], ExportedBase]) -> tupl
         return export(frozenset(KINDS)), []
     except ConfigError:
         export(frozenset({SlotKind.LOW_RANK}))
+        refused = [kind for kind in AFTER_VIRTUAL if not _exports(export, kind)]
+        with suppress(ConfigError):  # seldom others: a trace for each of these takes seconds
+            return export(frozenset(KINDS).difference(refused)), refused
         refused = [kind for kind in KINDS if not _exports(export, kind)]
         if not refused:
             raise
