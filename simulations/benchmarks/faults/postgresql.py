@@ -71,10 +71,8 @@ class PostgresServer:
         secret.write_text(self.password, encoding="ascii")
         shutil.chown(secret, self.owner, self.owner)
         options = ["--auth=scram-sha-256", f"--username={USER}", f"--pwfile={secret}", "--no-sync", "--encoding=UTF8"]
-        command = [str(self.bin / "initdb"), f"--pgdata={self.data}", "--locale=C", *options]
-        done = subprocess.run(  # noqa: S603
-            command, check=False, capture_output=True, text=True, user=self.owner, group=self.owner, cwd="/"
-        )
+        command = [*self._as_owner, str(self.bin / "initdb"), f"--pgdata={self.data}", "--locale=C", *options]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, cwd="/")  # noqa: S603
         secret.unlink()
         if done.returncode:
             raise EdgeAdaptError(f"initdb fails: {_last_line(done.stderr)}", about="postgresql")
@@ -85,6 +83,15 @@ class PostgresServer:
         return "postgres" if os.getuid() == 0 else os.getuid()
 
     @property
+    def _as_owner(self) -> list[str]:
+        """What a command begins with that runs as the owner.
+
+        With ``user`` and ``group``, ``subprocess`` would fork, and a fork runs handlers of gRPC, which can end it.
+        """
+        who = [f"--reuid={self.owner}", f"--regid={self.owner}", "--init-groups"]
+        return ["setpriv", *who] if os.getuid() == 0 else []
+
+    @property
     def data(self) -> Path:
         """The cluster's own folder."""
         return self.folder / "data"
@@ -93,11 +100,10 @@ class PostgresServer:
         """Run the server, and wait until it takes connections. Raises EdgeAdaptError: it does not."""
         # No sync to the disk: processes are killed here, not the machine.
         settings = ["listen_addresses=", f"unix_socket_directories={self.folder}", "fsync=off", "max_connections=40"]
-        command = [str(self.bin / "postgres"), "-D", str(self.data), *(each for s in settings for each in ("-c", s))]
+        command = [*self._as_owner, str(self.bin / "postgres"), "-D", str(self.data)]
+        command += [each for setting in settings for each in ("-c", setting)]
         with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(  # noqa: S603
-                command, stdout=log, stderr=log, user=self.owner, group=self.owner, cwd="/"
-            )
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd="/")  # noqa: S603
         ready, end = [str(self.bin / "pg_isready"), "-h", str(self.folder)], time.monotonic() + DEADLINE
         while subprocess.run(ready, check=False, capture_output=True).returncode:  # noqa: S603
             if self.process.poll() is not None or time.monotonic() > end:
