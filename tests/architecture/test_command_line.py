@@ -61,6 +61,19 @@ def test_help_has_an_example_of_the_command_and_a_word_on_each_option(path: Path
     assert [option.name for option in options if not option.help] == []
 
 
+def test_no_option_is_a_range_that_admits_nan() -> None:
+    ranges = [
+        (path, each)
+        for path, command in ALL.items()
+        for each in command.params
+        if isinstance(each.type, click.FloatRange)
+    ]
+    assert ranges
+    for path, option in ranges:
+        with pytest.raises(click.BadParameter):
+            option.type.convert("nan", option, click.Context(ALL[path]))
+
+
 @pytest.mark.parametrize("path", GROUPS, ids=lambda path: " ".join(path) or "edgeadapt")
 def test_a_group_without_a_command_lists_its_commands_each_in_a_whole_line(
     path: Path, run: Callable[..., Outcome]
