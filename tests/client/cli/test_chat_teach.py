@@ -177,7 +177,7 @@ def test_the_last_message_is_corrected_also_if_its_answer_was_empty_or_it_was_re
     assert shown.endswith("without what was learned last: 'or not?'\n")
     assert len(errors) == 2
     assert "shorten the text" in errors[0]
-    assert "2500 characters in its prompt" in errors[1]
+    assert "the prompt of correction 1 has 2500 characters" in errors[1]
 
 
 @pytest.mark.parametrize("names", [("global", "kitchen"), ("kitchen", "office")], ids="+".join)
