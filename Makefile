@@ -26,8 +26,8 @@ WORKERS ?= auto
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q --numprocesses $(WORKERS) --dist loadfile
 PACKAGES := adapters aggregation client coordinator export simulations
 
-# The tests of the protocol core must cover it; not where ARGS picks some of the tests. Measuring coverage takes as long
-# again as a test that traces a model, so the others run without it.
+# The protocol core's own tests must cover it, unless ARGS picks some. The others run without coverage, which nearly
+# doubles the time of a test that traces a model.
 CORE := tests/aggregation tests/properties tests/vectors
 
 test: lint docs doctest  ## lint, the site of the documents, then every test; the protocol core must be covered
