@@ -59,6 +59,18 @@ def decode_as(kind: type[T], raw: bytes) -> T:
         raise ProtocolError(f"{field}: {first['msg']}", about=field) from error
 
 
+UNSTABLE = "the learning rate times the proximal weight and the weight decay together must be below 1"
+
+
+def is_stable(learning_rate: float, proximal: float, weight_decay: float) -> bool:
+    """Whether the terms that pull an adapter to its start and to zero shrink its distance in a step of SGD.
+
+    From 1 on a step reaches past what it is pulled to, and from 2 on each distance is greater than the one before, so
+    that how far a device gets says how many steps it makes.
+    """
+    return learning_rate * (proximal + weight_decay) < 1
+
+
 class OptimizerName(StrEnum):
     """What makes a step of a gradient (``client.training.descent``)."""
 
@@ -103,12 +115,14 @@ class Task:
         """Read a task.
 
         Raises:
-            ProtocolError: A field is missing, unknown or out of range, nothing is both trained and shared, R is not
-                both or is with A or B, or a frozen part is either.
+            ProtocolError: A field is missing, unknown or out of range, training is not stable, nothing is both trained
+                and shared, R is not both or is with A or B, or a frozen part is either.
         """
         found = decode_as(cls, raw)
         if missing := [each.name for each in fields(cls) if each.name not in json.loads(raw)]:
             raise ProtocolError(f"task.{missing[0]}: Field required", about=f"task.{missing[0]}")
+        if not is_stable(found.learning_rate, found.proximal, found.weight_decay):
+            raise ProtocolError(f"task.proximal: {UNSTABLE}", about="task.proximal", value=found.proximal)
         if not set(found.trained) & set(found.shared):
             raise ProtocolError("task.shared: no part of the adapter is both trained and shared", about="task.shared")
         if Part.FROZEN in {*found.trained, *found.shared}:

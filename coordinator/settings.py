@@ -11,7 +11,7 @@ from adapters.layout import Layout
 from adapters.manifest import VersionManifest
 from adapters.peftconfig import PeftConfig
 from adapters.settings import Settings
-from adapters.task import OptimizerName, RateSchedule, Task
+from adapters.task import UNSTABLE, OptimizerName, RateSchedule, Task, is_stable
 from adapters.taskkinds import AnyTask
 from aggregation.errors import ConfigError
 from aggregation.messages import MAX_COHORT
@@ -54,6 +54,12 @@ class Training(Settings):
         description="weight of FedProx's term in the loss: half of it times the squared distance from the global "
         "adapter",
     )
+
+    @model_validator(mode="after")
+    def _is_stable(self) -> Self:
+        if not is_stable(self.learning_rate, self.proximal, self.weight_decay):
+            raise ValueError(f"training.proximal is {self.proximal:g}: {UNSTABLE}")
+        return self
 
 
 class Analytic(Settings):

@@ -1,25 +1,23 @@
 """The ``[policy]`` table of ``device.toml``: the limits within which a device accepts an offer and trains.
 
-Each key is a limit of ``aggregation.policy`` or of ``client.training.limits``, with its default. Reading refuses
+Each key is a limit of ``client.training.limits``, or of ``aggregation.policy`` with its default. Reading refuses
 unknown keys, and limits that protect nobody.
 """
 
-from dataclasses import fields
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from adapters.settings import Settings
 from aggregation.errors import ConfigError
 from aggregation.policy import MAX_REPEATS, Policy
 from aggregation.spec import Adversary
 from client.training.limits import TrainingLimits
 
-SAFE, TRAINING = Policy(), TrainingLimits()
+SAFE = Policy()
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class PolicySettings(Settings):
+class PolicySettings(TrainingLimits):
     """``[policy]``. The defaults are safe; docs/reference/device-policy.md says what weaker values cost."""
 
     known_bases: list[_Digest] = Field(
@@ -93,62 +91,6 @@ class PolicySettings(Settings):
         description="greatest age of the authority's revocation list, in days; 0: no list is demanded, and an existing "
         "one is used until it expires",
     )
-    maximum_magnitude: float = Field(
-        default=TRAINING.maximum_magnitude, gt=0, description="largest absolute value in an adapter to train"
-    )
-    maximum_parameters: int = Field(
-        default=TRAINING.maximum_parameters, ge=1, description="most numbers in an adapter to train"
-    )
-    maximum_scaling: float = Field(
-        default=TRAINING.maximum_scaling,
-        gt=0,
-        description="largest factor of a LoRA update (alpha / rank)",
-    )
-    maximum_virtual_tokens: int = Field(
-        default=TRAINING.maximum_virtual_tokens, ge=0, description="most virtual tokens before a text"
-    )
-    minimum_labels: int = Field(
-        default=TRAINING.minimum_labels, ge=2, description="fewest labels of a task: as many as the examples can have"
-    )
-    maximum_labels: int = Field(default=TRAINING.maximum_labels, ge=2, description="most labels of a task")
-    maximum_learning_rate: float = Field(
-        default=TRAINING.maximum_learning_rate, gt=0, description="largest learning rate of a task"
-    )
-    maximum_epochs: int = Field(
-        default=TRAINING.maximum_epochs, ge=1, description="most passes over the examples in a round"
-    )
-    maximum_batch_size: int = Field(
-        default=TRAINING.maximum_batch_size, ge=1, description="most examples in a step of training"
-    )
-    maximum_tokens: int = Field(
-        default=TRAINING.maximum_tokens,
-        ge=1,
-        description="most tokens of one pass over the base, with padding; a larger batch is trained in parts, which "
-        "bounds the memory",
-    )
-    maximum_seconds: float = Field(
-        default=TRAINING.maximum_seconds,
-        ge=0,
-        description="longest training of a round, in seconds: it ends then with what it has; 0: any",
-    )
-    duty_cycle: float = Field(
-        default=TRAINING.duty_cycle,
-        ge=0.01,
-        le=1,
-        description="share of the time in which training computes: it pauses after each step, which saves a battery "
-        "and keeps the device cool",
-    )
-    moments: bool = Field(
-        default=TRAINING.moments,
-        description="contribute the second moments of embeddings to a sum for an analytic head",
-    )
-    answer_quantum_seconds: float = Field(
-        default=TRAINING.answer_quantum_seconds,
-        ge=0,
-        le=86_400,
-        description="offers and plans are answered at a multiple of this time after they arrived, in seconds; 0: at "
-        "once. The multiple still shows coarsely how long training took, unless this is above the longest",
-    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -166,13 +108,5 @@ class PolicySettings(Settings):
         """
         bases = {base_digest} & set(self.known_bases) if self.known_bases else {base_digest}
         adversaries = frozenset(Adversary(name) for name in self.adversaries)
-        limits = self.model_dump(exclude={"known_bases", "adversaries", *_names(TrainingLimits)})
+        limits = self.model_dump(exclude={"known_bases", "adversaries", *TrainingLimits.model_fields})
         return Policy(known_bases=frozenset(bases), adversaries=adversaries, **limits)
-
-    def training(self) -> TrainingLimits:
-        """The limits of what the device trains."""
-        return TrainingLimits(**self.model_dump(include=_names(TrainingLimits)))
-
-
-def _names(limits: type) -> set[str]:
-    return {field.name for field in fields(limits)}

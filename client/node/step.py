@@ -7,8 +7,8 @@ message; an error in the device's own files is only logged here, and the reason 
 
 No answer depends on the device's examples, except for the numbers under the mask, and for whether there are as many as
 the owner demands. Only an offer, with which they are copied, and a plan make the device read them. What a plan asks for
-is checked before that, and whatever fails afterwards gives a contribution of zero (``client.node.training``); the
-answer leaves at a time that does not show when the device was done.
+is checked before that, and whatever fails afterwards gives an update of zero (``client.node.training``); the answer
+leaves at a time that does not show when the device was done.
 """
 
 import hashlib
@@ -183,13 +183,12 @@ def _transition(
         ledger = privacyledger.on_plan(
             state_dir.load_privacy_ledger(), planned.spec, len(planned.ready.serials), device.policy
         )
-        limits = state_dir.policy.training()
         kept = state_dir.load_private_parts()
         blob = fields.get(ADAPTER, b"")
         # Nothing is saved if the device stops here: it has answered no plan, and its keys masked nothing.
         look = _eligible(state_dir, readings)
         look()
-        vector, parts = train(base, planned, blob, snapshot, state_dir.examples, limits, kept, choose, look)
+        vector, parts = train(base, planned, blob, snapshot, state_dir.examples, state_dir.policy, kept, choose, look)
         after, answer = planned.contribute(device, vector, cores())
         state_dir.save_privacy_ledger(ledger)  # first: whatever is interrupted after this counts as spent
         if parts is not None:

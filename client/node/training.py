@@ -4,6 +4,7 @@ The order of the two keeps a refusal from saying anything about the examples.
 """
 
 import logging
+import math
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -78,8 +79,9 @@ def train(
         step: Called before each batch; ``EligibilityError`` from it ends the training.
 
     Returns:
-        The contribution, which is zero with weight zero if anything fails once the examples matter; and the private
-        parts to keep, None if there are none.
+        The contribution; and the private parts to keep, None if there are none. What fails once the examples matter
+        counts as an update of zero, of examples that were answered wrongly: the weight is that of the examples all the
+        same, so that no failure shows in another device's share of the sum.
 
     Raises:
         ProtocolError: What is on offer cannot or must not be trained. This is known before an example is read.
@@ -102,19 +104,20 @@ def train(
     require_bounds(spec, trainer.layout, task)
     rounding = snapshot.generator(plan, Draw.ROUNDING)
 
+    if not task.labels and not isinstance(task, Task):
+        reason = "a language model has no analytic head, and gives no right answers"
+        raise ProtocolError(reason, COORDINATOR, about="task.labels")
+
     def usable() -> tuple[Example, ...]:
         return _usable(parse_examples(snapshot.examples, path, None if task.labels else 0), task)
 
+    examples = _or_else(usable, lambda: ())  # none in a file that cannot be read
     if isinstance(task, AnalyticTask):  # of all devices in one space of embeddings, so without private parts
-        if not labels:
-            raise ProtocolError("a language model has no analytic head", COORDINATOR, about="task.labels")
         chosen = classifier_trainer(base, labels, config)
-        return _sum_moments(chosen, start, task, planned, usable, rounding, snapshot), None
+        return _sum_moments(chosen, start, task, planned, examples, rounding, snapshot), None
     if isinstance(task, EvaluationTask):
-        if not labels:
-            raise ProtocolError("a language model gives no right answers", COORDINATOR, about="task.labels")
-        return _sum_counts(base, task, planned, usable, rounding, snapshot), None
-    return _sum_update(trainer, start, task, planned, usable, rounding, snapshot, kept, step, limits.control())
+        return _sum_counts(base, task, planned, examples, rounding, snapshot), None
+    return _sum_update(trainer, start, task, planned, examples, rounding, snapshot, kept, step, limits.control())
 
 
 def _sum_update(
@@ -122,7 +125,7 @@ def _sum_update(
     start: Tensors,
     task: Task,
     planned: Planned,
-    usable: Callable[[], tuple[Example, ...]],
+    examples: Sequence[Example],
     rounding: np.random.Generator,
     snapshot: Snapshot,
     kept: PrivateParts | None,
@@ -142,15 +145,15 @@ def _sum_update(
         return noisy_contribution(outcome, shared, spec, adapter, rounding, snapshot.key(plan, Draw.NOISE))
 
     def trained() -> tuple[Ring, PrivateParts | None]:
-        order, examples = snapshot.generator(plan, Draw.ORDER), usable()
-        cap = spec.weight_cap
+        order, cap = snapshot.generator(plan, Draw.ORDER), spec.weight_cap
         outcome = _outcome(trainer, start, task, examples, cap=cap, rng=order, step=step, control=control)
         return encoded(replace(outcome, start=begun)), _to_keep(subject, digest, task, start, outcome.trained)
 
     def untrained() -> tuple[Ring, PrivateParts | None]:
-        return encoded(Outcome.nothing(begun)), _to_keep(subject, digest, task, start, start)
+        own, held_out = _counted(examples, spec.weight_cap)
+        return encoded(Outcome.untrained(begun, len(own), len(held_out))), _to_keep(subject, digest, task, start, start)
 
-    return _or_nothing(trained, untrained)
+    return _or_else(trained, untrained)
 
 
 def _sum_moments(
@@ -158,7 +161,7 @@ def _sum_moments(
     adapter: Tensors,
     task: AnalyticTask,
     planned: Planned,
-    usable: Callable[[], tuple[Example, ...]],
+    examples: Sequence[Example],
     rounding: np.random.Generator,
     snapshot: Snapshot,
 ) -> Ring:
@@ -167,33 +170,34 @@ def _sum_moments(
     digest = bytes.fromhex(plan.adapter_digest)
 
     def hidden() -> Ring:
-        vector = own_projected_moments(trainer, adapter, usable(), task, digest)
+        vector = own_projected_moments(trainer, adapter, examples, task, digest)
         return noisy_vector(vector, spec, digest, rounding, snapshot.key(plan, Draw.NOISE))
 
     def noise() -> Ring:
         zeros = np.zeros(spec.vector.size)
         return noisy_vector(zeros, spec, digest, rounding, snapshot.key(plan, Draw.NOISE))
 
+    own, held_out = _counted(examples, spec.weight_cap)
+
     def embedded() -> Ring:
-        examples, begin = usable(), time.perf_counter()
-        held_out = trainer.score(adapter, in_split(examples, Split.VALIDATION)[: spec.weight_cap])
-        found = own_moments(trainer, adapter, examples)
+        begin = time.perf_counter()
+        found, score = own_moments(trainer, adapter, examples), _score(trainer, adapter, held_out)
         log.info("embedded %d examples", found.weight, extra={"training_seconds": time.perf_counter() - begin})
-        return moment_contribution(found, held_out, spec, rounding)
+        return moment_contribution(found, score, spec, rounding)
 
     def nothing() -> Ring:
-        head = ClassifierHead.of(trainer.layout)
-        none = moments_of(np.zeros((0, head.hidden)), np.zeros(0, np.int64), head.labels)
-        return moment_contribution(none, Score(0, 0, 0.0), spec, rounding)
+        head, labels = ClassifierHead.of(trainer.layout), np.array([example.label for example in own], np.int64)
+        none = moments_of(np.zeros((len(own), head.hidden)), labels, head.labels)
+        return moment_contribution(none, Score.worst(len(held_out)), spec, rounding)
 
-    return _or_nothing(embedded, nothing) if spec.privacy is None else _or_nothing(hidden, noise)
+    return _or_else(embedded, nothing) if spec.privacy is None else _or_else(hidden, noise)
 
 
 def _sum_counts(
     base: FrozenBase,
     task: EvaluationTask,
     planned: Planned,
-    usable: Callable[[], tuple[Example, ...]],
+    examples: Sequence[Example],
     rounding: np.random.Generator,
     snapshot: Snapshot,
 ) -> Ring:
@@ -207,7 +211,7 @@ def _sum_counts(
         return noisy_vector(counts, spec, adapter, rounding, key)
 
     def counted() -> Ring:
-        held_out = in_split(usable(), Split.VALIDATION)[: task.most]
+        held_out = in_split(examples, Split.VALIDATION)[: task.most]
         if not isinstance(base, VerifiedBase) or len(held_out) < task.least:
             return nothing()
         from client.training.evaluate import own_counts, require_hidden  # ONNX Runtime: only some devices train with it
@@ -218,11 +222,11 @@ def _sum_counts(
     def nothing() -> Ring:
         return encoded(np.zeros(evaluation.SIZE))
 
-    return _or_nothing(counted, nothing)
+    return _or_else(counted, nothing)
 
 
-def _or_nothing(attempt: Callable[[], Made], nothing: Callable[[], Made]) -> Made:
-    """What ``attempt`` makes of the examples; what ``nothing`` makes without them, if anything fails."""
+def _or_else(attempt: Callable[[], Made], otherwise: Callable[[], Made]) -> Made:
+    """What ``attempt`` makes of the examples; what ``otherwise`` makes, if anything fails."""
     try:
         return attempt()
     except (KeyboardInterrupt, SystemExit, EligibilityError):
@@ -230,7 +234,7 @@ def _or_nothing(attempt: Callable[[], Made], nothing: Callable[[], Made]) -> Mad
     except BaseException as error:  # the tokenizer is in Rust, whose panics are no Exception
         about = error.about if isinstance(error, EdgeAdaptError) else type(error).__name__
         log.warning("contributed nothing: %s", _unquoted(error), extra={"about": about})
-        return nothing()
+        return otherwise()
 
 
 def _to_keep(subject: bytes, plan: bytes, task: Task, start: Tensors, trained: Tensors) -> PrivateParts | None:
@@ -246,6 +250,17 @@ def _usable(examples: Sequence[Example], task: AnyTask) -> tuple[Example, ...]:
     return usable
 
 
+def _counted(examples: Sequence[Example], cap: int) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """The examples to train on, and at most ``cap`` of those that are held out."""
+    return in_split(examples, Split.TRAIN), in_split(examples, Split.VALIDATION)[:cap]
+
+
+def _score(trainer: LocalTrainer, adapter: Tensors, held_out: Sequence[Example]) -> Score:
+    """The score of an adapter; where a loss is not a number, the worst."""
+    found = trainer.score(adapter, held_out)
+    return found if math.isfinite(found.loss) else Score.worst(found.count)
+
+
 def _outcome(
     trainer: LocalTrainer,
     start: Tensors,
@@ -258,12 +273,16 @@ def _outcome(
     control: TrainingControl,
 ) -> Outcome:
     """Score ``start`` on at most ``cap`` held-out examples, and train it on the others."""
-    own = in_split(examples, Split.TRAIN)
+    own, held_out = _counted(examples, cap)
     begin = time.perf_counter()
-    held_out = trainer.score(start, in_split(examples, Split.VALIDATION)[:cap])
-    trained = trainer.train(start, own, task, epochs=task.epochs, rng=rng, step=step, control=control)
+    score = _or_else(lambda: _score(trainer, start, held_out), lambda: Score.worst(len(held_out)))
+
+    def trained() -> Tensors:
+        return trainer.train(start, own, task, epochs=task.epochs, rng=rng, step=step, control=control)
+
+    after = _or_else(trained, lambda: start) if own else start
     log.info("trained on %d examples", len(own), extra={"training_seconds": time.perf_counter() - begin})
-    return Outcome(start, trained, len(own), held_out)
+    return Outcome(start, after, len(own), score)
 
 
 def _unquoted(error: BaseException) -> str:

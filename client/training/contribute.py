@@ -37,9 +37,12 @@ class Outcome:
     held_out: Score  # of ``start`` on the device's held-out examples
 
     @classmethod
-    def nothing(cls, start: Tensors) -> Self:
-        """The outcome of a device that could not train: its contribution is zero, with weight zero."""
-        return cls(start, start, 0, Score(0, 0, 0.0))
+    def untrained(cls, start: Tensors, examples: int, held_out: int) -> Self:
+        """The outcome of a device that could not train: an update of zero, with the weight of its examples.
+
+        With weight zero, whatever made other devices fail would show how much this one counts.
+        """
+        return cls(start, start, examples, Score.worst(held_out))
 
 
 def require_bounds(spec: SessionSpec, layout: Layout, task: AnyTask) -> None:

@@ -133,6 +133,9 @@ class TrainingControl:
         seconds: After which no step begins: the training ends with what it has.
         duty_cycle: Share of the time in which it computes, above 0: after each step it pauses, so that a battery lasts
             longer and a device stays cool.
+        gradient_norm: Largest L2 norm of a step's gradient, to which it is clipped.
+        unfailing: Whether a gradient that is not finite counts as zero, as in a round, which no example may end. On a
+            device of one's own it is an error, which says that the learning rate is too high.
         tokens: Most tokens of one pass, with padding. A larger batch is run in parts, whose gradients add up to its own
             (gradient accumulation), so that this bounds memory.
         patience: Epochs without a lower loss on held-out examples after which the training ends; 0: never.
@@ -143,6 +146,8 @@ class TrainingControl:
 
     seconds: float = math.inf
     duty_cycle: float = 1.0
+    gradient_norm: float = math.inf
+    unfailing: bool = False
     tokens: int = TOKENS
     patience: int = 0
     held_out: Callable[[Tensors], float] | None = None
@@ -163,6 +168,7 @@ class TrainingControl:
         if self.held_out is None:
             return None
         loss = self.held_out(whole)
+        loss = math.inf if math.isnan(loss) else loss
         if best is None or loss < best.loss:
             return Best(loss, trained)
         return replace(best, stale=best.stale + 1)

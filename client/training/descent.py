@@ -5,6 +5,7 @@ training graph (``graphtrainer``). So what a task demands, and what the owner of
 and both engines make the same adapter of the same gradients.
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,10 @@ from adapters.task import OptimizerName, RateSchedule, Task
 from aggregation.errors import DataError
 from client.training.control import UNLIMITED, Doubles, TrainingControl, TrainingState
 
+log = logging.getLogger("edgeadapt.device")
+
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # torch's defaults, and those of the paper
+DISTANCE = np.float32(1000.0)  # in weight units: the farthest that training takes a number from its start
 GradientsOf = Callable[[Tensors, list[int]], tuple[float, Tensors]]
 
 
@@ -72,10 +76,9 @@ class AdamW:
 
 @dataclass(slots=True)
 class SGD:
-    """Stochastic gradient descent with momentum (Polyak 1964) and weight decay in the gradient, as torch has it."""
+    """Stochastic gradient descent with momentum (Polyak 1964), as torch has it without weight decay."""
 
     learning_rate: float
-    weight_decay: float
     momentum: float
     steps: int = 0
     buffers: dict[str, Doubles] = field(default_factory=dict, repr=False)
@@ -84,7 +87,7 @@ class SGD:
         """As ``Optimizer.step``."""
         self.steps += 1
         for name, found in gradients.items():
-            change = found.astype(np.float64) + self.weight_decay * parameters[name]
+            change = found.astype(np.float64)
             if self.momentum:
                 change += self.momentum * self.buffers.get(name, np.zeros(change.shape))
                 self.buffers[name] = change
@@ -103,8 +106,14 @@ def descend(
 ) -> Tensors:
     """Minimize a loss over the parts of an adapter that a task trains.
 
+    Guarantee: a trained number is finite and at most ``DISTANCE`` from its start. With ``control.unfailing`` this holds
+    for every task, adapter and example: if training could fail for some of them, a coordinator would choose a task with
+    which the updates of all devices but one are missing in the sum. The proximal term and SGD's weight decay are added
+    to a gradient before it is clipped. So a step of SGD has at most the length rate · norm / (1 - momentum), with the
+    norm of ``control``, and one of AdamW moves a number by some three times the rate.
+
     Args:
-        start: All tensors of the adapter, and R of Fed-SB if the task trains it.
+        start: All tensors of the adapter, finite, and R of Fed-SB if the task trains it.
         order: The batches of all epochs, as indices of examples.
         gradients_of: Tensors and batch → its mean loss, and the gradients by at least the trained tensors.
         task: Optimizer, learning rate and its schedule, weight decay, proximal term, clipping and parts.
@@ -116,7 +125,7 @@ def descend(
         All tensors, finite: the last ones, or with ``control.patience`` those with the least loss on held-out examples.
 
     Raises:
-        DataError: The adapter has none of the parts, or a loss or a trained tensor is not finite.
+        DataError: The adapter has none of the parts, or a loss or gradient is not finite.
     """
     trained = [name for name in start if part_of(name) in task.trained]
     if not trained:
@@ -128,33 +137,49 @@ def descend(
     state = kept if kept and fits else TrainingState(0, {name: start[name] for name in trained}, {})
     optimizer.steps, optimizer.buffers, values = state.steps, dict(state.buffers), start | state.values
     begun, best, each = control.clock(), state.best, len(order) // max(epochs, 1)
+    limit, odd = min(task.gradient_norm or math.inf, control.gradient_norm), 0
     for number in range(state.steps, len(order)):
         step()
         if control.clock() - begun >= control.seconds or (best and best.stale >= control.patience > 0):
             break
         with control.paced():
             loss, found = gradients_of(values, order[number])
-            if not np.isfinite(loss):
-                raise DataError("the training loss is not finite; lower the learning rate", about="training.loss")
-            gradients = {name: found[name] for name in trained}
-            if task.proximal:  # FedProx (Li et al. 2020); Ditto's personal objective is the same (Li et al. 2021)
-                pull = np.float32(task.proximal)
-                gradients = {name: value + pull * (values[name] - start[name]) for name, value in gradients.items()}
-            if task.gradient_norm:
-                gradients = clipped(gradients, task.gradient_norm)
-            optimizer.step(values, gradients, schedule(task.schedule, number, len(order)))
+            if not (np.isfinite(loss) and all(np.isfinite(found[name]).all() for name in trained)):
+                if not control.unfailing:
+                    raise DataError("the training loss is not finite; lower the learning rate", about="training.loss")
+                found, odd = {name: np.zeros_like(start[name]) for name in trained}, odd + 1
+            gradients = regularized({name: found[name] for name in trained}, values, start, task)
+            with np.errstate(over="ignore"):
+                optimizer.step(values, clipped(gradients, limit), schedule(task.schedule, number, len(order)))
+            values |= {n: np.clip(values[n], start[n] - DISTANCE, start[n] + DISTANCE) for n in trained}
         if control.patience and (number + 1) % each == 0:
             best = control.judged(best, {name: values[name] for name in trained}, values)
         if checkpoint and checkpoint.due():
             now = {name: values[name] for name in trained}
             checkpoint.write(TrainingState(number + 1, now, optimizer.buffers, best))
-    return finite(values | best.values if best else values)
+    if odd:
+        log.warning("%d of %d gradients were not finite and count as zero: lower the learning rate", odd, len(order))
+    return values | best.values if best else values
+
+
+def regularized(gradients: Tensors, values: Tensors, start: Tensors, task: Task) -> Tensors:
+    """Gradients with those of the task's proximal term and, with SGD, of its weight decay.
+
+    The proximal term is FedProx's (Li et al. 2020); Ditto's personal objective is the same (Li et al. 2021).
+    """
+    if not task.proximal and not task.weight_decay:
+        return gradients
+    pull = np.float32(task.proximal)
+    decay = np.float32(task.weight_decay if task.optimizer is OptimizerName.SGD else 0.0)
+    return {
+        name: value + pull * (values[name] - start[name]) + decay * values[name] for name, value in gradients.items()
+    }
 
 
 def optimizer_of(task: Task) -> Optimizer:
     """The optimizer that a task names, before its first step."""
     if task.optimizer is OptimizerName.SGD:
-        return SGD(task.learning_rate, task.weight_decay, task.momentum)
+        return SGD(task.learning_rate, task.momentum)
     return AdamW(task.learning_rate, task.weight_decay)
 
 
@@ -180,13 +205,15 @@ def schedule(kind: RateSchedule, number: int, steps: int) -> float:
 
 def clipped(gradients: Mapping[str, NDArray[np.float32]], limit: float) -> Tensors:
     """Gradients whose L2 norm over all of them is at most ``limit`` (Pascanu et al. 2013); torch's, to its 1e-6."""
+    if limit == math.inf:
+        return dict(gradients)
     norm = math.sqrt(sum(float(np.square(value, dtype=np.float64).sum()) for value in gradients.values()))
     factor = np.float32(min(limit / (norm + 1e-6), 1.0))
     return {name: value * factor for name, value in gradients.items()}
 
 
 def finite(trained: Tensors) -> Tensors:
-    """Return the tensors that a training made. After its last step, no loss shows whether they are finite.
+    """Check that the tensors which a lesson made are finite, and return them.
 
     Raises:
         DataError: One holds NaN or infinity.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.storage import read, replace
+from adapters.task import MAX_LOSS
 from aggregation.errors import DataError
 
 MAX_TEXT = 2_000  # characters
@@ -60,6 +61,11 @@ class Score:
     correct: float  # examples whose most probable label is right
     count: int
     loss: float  # sum of the examples' cross-entropies in nats, each at most ``adapters.task.MAX_LOSS``
+
+    @classmethod
+    def worst(cls, count: int) -> "Score":
+        """The score where no answer could be computed: all of them wrong."""
+        return cls(0, count, MAX_LOSS * count)
 
     @property
     def accuracy(self) -> float:

@@ -18,7 +18,6 @@ from adapters.task import MAX_LOSS, Task
 from aggregation.errors import DataError
 from client.training.batches import batches, parts
 from client.training.control import UNLIMITED, TrainingControl
-from client.training.descent import finite
 from client.training.encoding import IGNORED, Encoded, TextEncoder, learned_tokens
 from client.training.examples import Example, Score
 from client.training.trainer import fit, flushed_denormals, squares, values
@@ -77,7 +76,7 @@ class LanguageTrainer:
             with squares(self.model, task) as extra:
                 now = partial(causal.tensors, self.model)
                 fit(self.adapter | extra, order, losses, task, step, epochs=epochs, control=control, tensors=now)
-            return finite(causal.tensors(self.model) | values(extra))
+            return causal.tensors(self.model) | values(extra)
 
     def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
         """Score an adapter on ``examples``; all zeros if there are none.

@@ -1,106 +1,142 @@
-"""The limits of what a device trains for a coordinator.
+"""The limits of what a device trains for a coordinator: one table for every number that a coordinator chooses.
 
-They are checked before an example is read, so that a refusal says nothing about examples. An adapter with huge numbers
-can make the loss overflow only on devices that hold a certain phrase. One within the limits might still do so; the
-device then answers with a contribution of zero (``contribute.Outcome.nothing``).
+A key bounds what its name says: ``maximum_learning_rate`` and ``minimum_batch_size`` bound ``task.learning_rate`` and
+``task.batch_size``. A number of a task without a limit is refused, so that a new one cannot pass unbounded. The limits
+are checked before an example is read, so that a refusal says nothing about examples.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 
 import numpy as np
+from pydantic import Field
 
 from adapters.analytic import AnalyticTask
+from adapters.evaluation import EvaluationTask
 from adapters.layout import Tensors
 from adapters.peftconfig import require_trainable
-from adapters.task import Task
+from adapters.settings import Settings
 from adapters.taskkinds import AnyTask
 from aggregation.errors import ConfigError, ProtocolError
 from aggregation.session import COORDINATOR
 from client.training.control import TOKENS, TrainingControl
 
+# The numbers of a task that need no limit of the owner, and why.
+NEED_NO_LIMIT: Mapping[tuple[type[AnyTask], str], str] = {
+    (AnalyticTask, "ridge"): "used by the coordinator, on the sum: no contribution depends on it",
+    (AnalyticTask, "scale"): "used by the coordinator, on the sum: no contribution depends on it",
+    (AnalyticTask, "dimensions"): "1 to the size of an embedding with noise, 0 without: the session says which",
+    (EvaluationTask, "least"): "1 to 65536",
+    (EvaluationTask, "most"): "1 to 65536: a device counts its first examples up to it",
+}
 
-@dataclass(frozen=True, slots=True)
-class TrainingLimits:
-    """Limits on the training of this device. They belong to its owner; the defaults are far above usual values.
 
-    Args:
-        maximum_magnitude: Largest absolute value in an adapter.
-        maximum_parameters: Most numbers in an adapter, which bounds what training and masking cost.
-        maximum_scaling: Largest factor of a LoRA update, ``alpha / rank`` of plain LoRA.
-        maximum_virtual_tokens: Most virtual tokens before a text, each of which takes the time of a token.
-        minimum_labels: Fewest labels of a classifier's task. If it has fewer than the examples, only some devices can
-            train, and the sum is over these few alone.
-        maximum_labels: Most labels of a task.
-        maximum_learning_rate: Largest learning rate.
-        maximum_epochs: Most passes over the examples in a round.
-        maximum_batch_size: Most examples in a step.
-        maximum_tokens: Most tokens of one pass over the base, with padding, which bounds the memory that training
-            needs: a larger batch is trained in parts.
-        maximum_seconds: Longest training of a round, which ends then with what it has. 0: any.
-        duty_cycle: Share of the time in which training computes, above 0; it pauses after each step.
-        moments: Whether to contribute to an analytic head. Whoever knows the sum of second moments can tell rather well
-            whether a certain phrase is in it (docs/explanation/threat-model.md).
-        answer_quantum_seconds: Offers and plans are answered at a multiple of this time after they arrived. 0: at once.
-    """
+class TrainingLimits(Settings):
+    """Limits on the training of this device. They belong to its owner; the defaults are far above usual values."""
 
-    maximum_magnitude: float = 1000.0
-    maximum_parameters: int = 2**24  # 64 MiB of float32
-    maximum_scaling: float = 64.0
-    maximum_virtual_tokens: int = 128
-    minimum_labels: int = 2
-    maximum_labels: int = 1024
-    maximum_learning_rate: float = 0.1
-    maximum_epochs: int = 10
-    maximum_batch_size: int = 64
-    maximum_tokens: int = TOKENS
-    maximum_seconds: float = 0.0
-    duty_cycle: float = 1.0
-    moments: bool = True
-    answer_quantum_seconds: float = 60.0
+    maximum_magnitude: float = Field(default=1000.0, gt=0, description="largest absolute value in an adapter to train")
+    maximum_parameters: int = Field(default=2**24, ge=1, description="most numbers in an adapter to train")
+    maximum_scaling: float = Field(default=64.0, gt=0, description="largest factor of a LoRA update (alpha / rank)")
+    maximum_virtual_tokens: int = Field(default=128, ge=0, description="most virtual tokens before a text")
+    minimum_labels: int = Field(
+        default=2, ge=2, description="fewest labels of a task: as many as the examples can have"
+    )
+    maximum_labels: int = Field(default=1024, ge=2, description="most labels of a task")
+    maximum_learning_rate: float = Field(default=0.1, gt=0, description="largest learning rate of a task")
+    maximum_weight_decay: float = Field(default=0.1, ge=0, description="largest weight decay of a task")
+    maximum_momentum: float = Field(default=0.99, ge=0, lt=1, description="largest momentum of a task")
+    maximum_proximal: float = Field(default=10.0, ge=0, description="largest weight of a task's proximal term")
+    maximum_gradient_norm: float = Field(
+        default=10.0,
+        gt=0,
+        description="largest L2 norm of a step's gradient, with the proximal term and the weight decay of sgd: a "
+        "longer one is clipped to it, whatever the task says",
+    )
+    maximum_epochs: int = Field(default=10, ge=1, description="most passes over the examples in a round")
+    minimum_batch_size: int = Field(default=2, ge=1, description="fewest examples in a step of training")
+    maximum_batch_size: int = Field(default=64, ge=1, description="most examples in a step of training")
+    maximum_tokens: int = Field(
+        default=TOKENS,
+        ge=1,
+        description="most tokens of one pass over the base, with padding; a larger batch is trained in parts, which "
+        "bounds the memory",
+    )
+    maximum_seconds: float = Field(
+        default=0.0,
+        ge=0,
+        description="longest training of a round, in seconds: it ends then with what it has; 0: any",
+    )
+    duty_cycle: float = Field(
+        default=1.0,
+        ge=0.01,
+        le=1,
+        description="share of the time in which training computes: it pauses after each step, which saves a battery "
+        "and keeps the device cool",
+    )
+    moments: bool = Field(
+        default=True, description="contribute the second moments of embeddings to a sum for an analytic head"
+    )
+    answer_quantum_seconds: float = Field(
+        default=60.0,
+        ge=0,
+        le=86_400,
+        description="offers and plans are answered at a multiple of this time after they arrived, in seconds; 0: at "
+        "once. The multiple still shows coarsely how long training took, unless this is above the longest",
+    )
 
     def control(self) -> TrainingControl:
         """What these limits let a training do."""
-        return TrainingControl(self.maximum_seconds or math.inf, self.duty_cycle, self.maximum_tokens)
+        seconds = self.maximum_seconds or math.inf
+        return TrainingControl(seconds, self.duty_cycle, self.maximum_gradient_norm, True, self.maximum_tokens)
 
     def check(self, task: AnyTask, adapter: Tensors) -> None:
-        """Return if the task and the adapter on offer are within these limits.
+        """Check that the task and the adapter on offer are within these limits.
 
         Args:
             task: As decoded.
             adapter: Finite tensors.
 
         Raises:
-            ProtocolError: A value is outside its limit, no adapter of the configuration can be trained, or the task is
-                an analytic head and the owner contributes to none.
+            ProtocolError: A value is outside its limit or has none, no adapter of the configuration can be trained, or
+                the task is an analytic head and the owner contributes to none.
         """
-        config = task.peft_config
         try:
-            require_trainable(config)
+            require_trainable(task.peft_config)
         except ConfigError as error:
             raise ProtocolError.of(error, COORDINATOR) from None
-        labels = len(task.labels)
-        if 0 < labels < self.minimum_labels:  # a language model has none
-            reason = f"task.labels {labels} is below this device's minimum of {self.minimum_labels}"
-            raise ProtocolError(reason, COORDINATOR, about="task.labels", value=labels)
         if isinstance(task, AnalyticTask) and not self.moments:
             reason = "this device contributes to no analytic head"
             raise ProtocolError(reason, COORDINATOR, about="task.moments")
-        magnitude = max((float(np.abs(tensor).max(initial=0)) for tensor in adapter.values()), default=0.0)
-        rules: tuple[tuple[str, float, float], ...] = (
-            ("adapter.magnitude", magnitude, self.maximum_magnitude),
-            ("adapter.parameters", sum(tensor.size for tensor in adapter.values()), self.maximum_parameters),
-            ("task.scaling", config.scaling_of("") if config.r else 0.0, self.maximum_scaling),
-            ("task.virtual_tokens", config.num_virtual_tokens, self.maximum_virtual_tokens),
-            ("task.labels", labels, self.maximum_labels),
-        )
-        if isinstance(task, Task):
-            rules += (
-                ("task.learning_rate", task.learning_rate, self.maximum_learning_rate),
-                ("task.epochs", task.epochs, self.maximum_epochs),
-                ("task.batch_size", task.batch_size, self.maximum_batch_size),
-            )
-        for about, value, limit in rules:
-            if value > limit:
-                reason = f"{about} {value:g} is over this device's maximum of {limit:g}"
-                raise ProtocolError(reason, COORDINATOR, about=about, value=value)
+        for about, value in (*_numbers_of(adapter), *_numbers_in(task)):
+            self._check_number(about, value)
+
+    def _check_number(self, about: str, value: float) -> None:
+        name = about.partition(".")[2]
+        low, high = (getattr(self, f"{side}_{name}", None) for side in ("minimum", "maximum"))
+        reason = f"{about} {value:g} has no limit on this device" if low is None and high is None else ""
+        if low is not None and value < low:
+            reason = f"{about} {value:g} is below this device's minimum of {low:g}"
+        # A larger norm than the device's own is not the one that it clips to.
+        if high is not None and value > high and name != "gradient_norm":
+            reason = f"{about} {value:g} is over this device's maximum of {high:g}"
+        if reason:
+            raise ProtocolError(reason, COORDINATOR, about=about, value=value)
+
+
+def _numbers_of(adapter: Tensors) -> Iterator[tuple[str, float]]:
+    yield "adapter.magnitude", max((float(np.abs(tensor).max(initial=0)) for tensor in adapter.values()), default=0.0)
+    yield "adapter.parameters", sum(tensor.size for tensor in adapter.values())
+
+
+def _numbers_in(task: AnyTask) -> Iterator[tuple[str, float]]:
+    """Every number that a coordinator chooses with a task, by name, but for those that need no limit."""
+    config = task.peft_config
+    yield "task.scaling", config.scaling_of("") if config.r else 0.0
+    yield "task.virtual_tokens", config.num_virtual_tokens
+    if task.labels:  # a language model has none
+        yield "task.labels", len(task.labels)
+    for field in fields(task):
+        value = getattr(task, field.name)
+        if isinstance(value, int | float) and (type(task), field.name) not in NEED_NO_LIMIT:
+            yield f"task.{field.name}", value

@@ -6,7 +6,7 @@ import numpy as np
 
 from adapters import noisyhead
 from adapters.analytic import AnalyticTask, ClassifierHead
-from adapters.layout import Layout, Tensors
+from adapters.layout import Floats, Layout, Tensors
 from adapters.ridge import EmbeddingMoments, Vector, moments_of
 from client.training.examples import Example, Split, in_split
 from client.training.protocols import ClassifierTrainer
@@ -21,12 +21,11 @@ def own_moments(trainer: ClassifierTrainer, adapter: Tensors, examples: Sequence
         examples: Of the device, all splits; those for training may be none.
 
     Raises:
-        DataError: The adapter has no such head, or an embedding is not finite.
+        DataError: The adapter has no such head.
     """
     own = in_split(examples, Split.TRAIN)
-    embeddings = trainer.embed([example.text for example in own], adapter)
     labels = np.array([example.label for example in own], np.int64)
-    return moments_of(embeddings, labels, ClassifierHead.of(Layout.of(adapter)).labels)
+    return moments_of(_embedded(trainer, adapter, own), labels, ClassifierHead.of(Layout.of(adapter)).labels)
 
 
 def own_projected_moments(
@@ -41,5 +40,11 @@ def own_projected_moments(
     """
     own = in_split(examples, Split.TRAIN)
     head = ClassifierHead.of(Layout.of(adapter))
-    embeddings = trainer.embed([example.text for example in own], adapter)
+    embeddings = _embedded(trainer, adapter, own)
     return noisyhead.contributed(embeddings, np.array([example.label for example in own], np.int64), head, task, digest)
+
+
+def _embedded(trainer: ClassifierTrainer, adapter: Tensors, examples: Sequence[Example]) -> Floats:
+    """Embeddings, shape ``(len(examples), hidden)``; zeros for an example that overflows, which counts all the same."""
+    found = trainer.embed([example.text for example in examples], adapter)
+    return np.where(np.isfinite(found).all(axis=1, keepdims=True), found, np.float32(0))

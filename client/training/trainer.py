@@ -28,7 +28,7 @@ from adapters.task import MAX_LOSS, Task
 from aggregation.errors import DataError
 from client.training.batches import batches, parts
 from client.training.control import UNLIMITED, TrainingControl
-from client.training.descent import descend, finite
+from client.training.descent import descend
 from client.training.examples import Example, Score
 
 LORA_B = ".lora_B.default"  # ends the path of a layer's B in peft's model
@@ -75,7 +75,7 @@ class Trainer:
             equal arguments give equal tensors, whatever was trained before, and the base does not change.
 
         Raises:
-            DataError: There are no examples, or the loss or a tensor is not finite.
+            DataError: There are no examples.
         """
         if not examples:
             raise DataError("there are no examples to train on; add some", about="examples", value=0)
@@ -106,7 +106,7 @@ class Trainer:
         with squares(self.model, task) as extra:
             now = partial(classifier.tensors, self.model)
             fit(self.adapter | extra, order, losses, task, step, epochs=epochs, control=control, tensors=now)
-        return finite(classifier.tensors(self.model) | values(extra))
+        return classifier.tensors(self.model) | values(extra)
 
     def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
         """Score an adapter on ``examples``; all zeros if there are none.

@@ -227,5 +227,10 @@ def _training_limits(scenario: Scenario, labels: int) -> dict[str, Any]:
         "maximum_learning_rate": training.learning_rate,
         "maximum_epochs": training.epochs,
         "maximum_batch_size": training.batch_size,
+        "maximum_weight_decay": training.weight_decay,
+        "maximum_momentum": training.momentum,
+        "maximum_proximal": training.proximal,
     }
-    return {name: max(value, getattr(default, name)) for name, value in needed.items()} | {"answer_quantum_seconds": 0}
+    limits = {name: max(value, getattr(default, name)) for name, value in needed.items()}
+    fewest = min(training.batch_size, default.minimum_batch_size)
+    return limits | {"minimum_batch_size": fewest, "answer_quantum_seconds": 0}

@@ -27,12 +27,13 @@ from adapters.layout import Layout, Tensors
 from adapters.task import weighted_mean
 from aggregation import rotation
 from aggregation.client import Masked
+from aggregation.errors import DataError
 from aggregation.steps import BODY, RECORD, Step
 from client.node.app import app
 from client.node.statedir import DeviceStateDir
 from client.node.step import READS_EXAMPLES
 from client.training.contribute import Outcome, contribution
-from client.training.examples import Example, Split, parse_examples, read_file, write_examples
+from client.training.examples import Example, Score, Split, parse_examples, read_file, write_examples
 from client.training.trainer import Trainer
 from coordinator.audit import audit
 from coordinator.audit.transcripts import logs
@@ -129,9 +130,25 @@ def set_policy(fleet: Any, **changes: float) -> None:
         path.write_text(tomli_w.dumps(table))
 
 
-def failing(start: Tensors) -> Outcome:
-    """In place of ``Outcome.nothing``: answer with the error that made it necessary."""
-    raise
+def answer_with_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let devices answer with the error where examples are unusable, or where a number overflows for one of them."""
+    train = Trainer.train
+
+    def finite(self: Trainer, adapter: Tensors, examples: Any) -> None:
+        if not np.isfinite(self.logits(adapter, [example.text for example in examples])).all():
+            raise DataError("a number is not finite")
+
+    def raising(self: Trainer, start: Tensors, examples: Any, *rest: Any, **named: Any) -> Tensors:
+        finite(self, start, examples)
+        return train(self, start, examples, *rest, **named)
+
+    def scored(trainer: Any, adapter: Tensors, held_out: Any) -> Score:
+        finite(trainer, adapter, held_out)
+        return Score(0, len(held_out), 0.0)
+
+    monkeypatch.setattr(Trainer, "train", raising)
+    monkeypatch.setattr("client.node.training._score", scored)
+    monkeypatch.setattr("client.node.training._or_else", lambda attempt, otherwise: attempt())
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -154,7 +171,7 @@ def test_if_they_answered_with_their_error_the_coordinator_would_read_a_bit_of_e
 ) -> None:
     fleet, observer = hostile_fleet(app_fleet_of, **ATTACKS[attack]), Observer()
     set_policy(fleet, maximum_magnitude=NO_LIMIT)
-    monkeypatch.setattr(Outcome, "nothing", failing)
+    answer_with_errors(monkeypatch)
     labels = ATTACKS[attack]["labels"]
     monkeypatch.setattr("client.node.training.parse_examples", lambda raw, path, _: parse_examples(raw, path, labels))
     (record,) = fleet.federate(fleet.grid(app=observer))
@@ -168,7 +185,7 @@ def test_an_adapter_of_huge_numbers_is_refused_by_every_device(
     app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, attack: str
 ) -> None:
     fleet, observer = hostile_fleet(app_fleet_of, **ATTACKS[attack]), Observer()
-    monkeypatch.setattr(Outcome, "nothing", failing)  # not needed here
+    answer_with_errors(monkeypatch)  # none is needed here
     fleet.federate(fleet.grid(app=observer))
     ((answer, reason, _),) = set(observer.seen.values())
     assert answer == "refused"

@@ -16,7 +16,7 @@ from adapters.evaluation import EvaluationTask, counts_spec
 from adapters.layout import Tensors
 from adapters.lorasb import unfolded
 from adapters.parts import Part, part_of
-from adapters.task import OptimizerName, RateSchedule, Task, shared_layout
+from adapters.task import MAX_LOSS, OptimizerName, RateSchedule, Task, shared_layout
 from aggregation import rotation
 from aggregation.errors import ProtocolError
 from aggregation.privacy.accounting import Mechanism
@@ -40,7 +40,7 @@ EVERY = (Part.A, Part.B, Part.HEAD)
 PLAIN = Task(CONFIG, LABELS, 2, 3, 0.01, 0.01, 0.0, EVERY, EVERY)
 TASKS = (
     replace(PLAIN, proximal=0.5, gradient_norm=0.2, schedule=RateSchedule.COSINE),
-    replace(PLAIN, optimizer=OptimizerName.SGD, momentum=0.9, schedule=RateSchedule.LINEAR),
+    replace(PLAIN, optimizer=OptimizerName.SGD, momentum=0.9, schedule=RateSchedule.LINEAR, gradient_norm=0.1),
     replace(PLAIN, trained=(Part.B, Part.HEAD)),
     replace(PLAIN, trained=(Part.R, Part.HEAD), shared=(Part.R, Part.HEAD), proximal=0.5),
 )
@@ -258,7 +258,7 @@ def contributes_moments_as_natively(page: Any, phone: Path) -> None:
         assert page.error(f"{ROUND}({json.dumps(asked | changes | {'examples': None})})")["about"] == about
 
 
-def test_a_tab_whose_score_is_not_finite_contributes_nothing_to_updates_and_moments(
+def test_a_tab_whose_score_is_not_finite_counts_its_examples_as_wrong(
     page: Any, serve: Callable[[Path], str], phone: Path
 ) -> None:
     """What overflows on the held-out text alone: a device that failed would tell the coordinator something of it."""
@@ -281,12 +281,13 @@ def test_a_tab_whose_score_is_not_finite_contributes_nothing_to_updates_and_mome
     changes = {"offer": list(bytes.fromhex(offer_of(spec))), "plan": updates["plan"] | {"task": task}}
     page.goto(serve(phone))
     for kind, asked in (("updates", updates), ("moments", updates | changes)):
-        for split, weight in ((Split.TRAIN, 1), (Split.VALIDATION, 0)):  # without the held-out text all is finite
+        for split, held_out in ((Split.TRAIN, 0), (Split.VALIDATION, 1)):  # without the held-out text all is finite
             texts = [one for one in asked["examples"] if split is Split.VALIDATION or one["split"] == split.value]
             limits = {"maximum_magnitude": 3.4e38}  # an owner's
             answer = page.evaluate(f"{ROUND}({json.dumps(asked | {'examples': texts, 'limits': limits})})")
             found = vectors[kind].decode(np.frombuffer(bytes(answer["packed"]), np.uint32), 1)
-            assert [found[each][0] for each in ("weight", "held_out", "loss")] == [weight, 0, 0], kind
+            assert [found[each][0] for each in ("weight", "correct", "held_out")] == [1, 0, held_out], kind
+            assert found["loss"][0] == pytest.approx(MAX_LOSS * held_out, abs=1e-3), kind
 
 
 def test_a_tab_counts_the_right_answers_that_a_native_device_counts_or_none(
@@ -380,6 +381,7 @@ def odd_tasks() -> list[tuple[dict[str, Any], str, bool]]:
         *(({name: 0}, f"task.{name}", True) for name in ("epochs", "batch_size", "learning_rate")),
         ({"learning_rate": 1.5}, "task.learning_rate", True),
         ({"momentum": 1}, "task.momentum", True),
+        ({"proximal": 1000, "learning_rate": 0.1}, "task.proximal", True),
         ({"gradient_norm": -1}, "task.gradient_norm", True),
         ({"optimizer": "lion"}, "task.optimizer", True),
         ({"schedule": None}, "task.schedule", True),
@@ -420,6 +422,10 @@ def test_what_a_tab_cannot_or_must_not_train_is_refused_before_an_example_is_rea
     for change, about in (
         ({"epochs": 11}, "task.epochs"),
         ({"learning_rate": 0.5}, "task.learning_rate"),
+        ({"batch_size": 1}, "task.batch_size"),
+        ({"weight_decay": 0.2}, "task.weight_decay"),
+        ({"optimizer": "sgd", "momentum": 0.999}, "task.momentum"),
+        ({"proximal": 11}, "task.proximal"),
         ({"labels": ["one"]}, "task.labels"),
         ({"peft_config": config | {"lora_alpha": 4096}}, "task.scaling"),
         ({"peft_config": config | {"rank_pattern": [["(a+)+", 1]]}}, "rank_pattern"),

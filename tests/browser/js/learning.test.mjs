@@ -3,7 +3,7 @@ import test from "node:test";
 
 import { pack, parse } from "../../../client/browser/page/container.js";
 import { restore } from "../../../client/browser/page/quantization.js";
-import { AdamW } from "../../../client/browser/page/learning/descent.js";
+import { AdamW, descend } from "../../../client/browser/page/learning/descent.js";
 import { bytes, made } from "./made.mjs";
 
 const { steps, files, orders } = made.learning;
@@ -47,3 +47,33 @@ for (const [form, { file }] of Object.entries(made.adapters)) {
     assert.deepEqual(restore(parse(pack(inputs)), "fp32"), new Map([...inputs].sort(([a], [b]) => (a < b ? -1 : 1))));
   });
 }
+
+const PLAIN = { optimizer: "sgd", learning_rate: 1, momentum: 0.9, weight_decay: 0, proximal: 0, gradient_norm: 0, schedule: "constant" };
+const descended = (gradient, task = {}, control = {}, loss = 0) => {
+  const gradientsOf = async (values, batch) => ({ loss, gradients: new Map([["w", gradient(batch)]]) });
+  return descend(new Map([["w", Float32Array.of(1, -2)]]), [[0], [1], [2]], gradientsOf, { ...PLAIN, ...task }, ["w"], control);
+};
+
+test("in a round a gradient that is not finite counts as zero; else it is an error", async () => {
+  const odd = ([batch]) => Float32Array.of(batch === 1 ? NaN : 0.5, 0.25);
+  const zero = ([batch]) => (batch === 1 ? Float32Array.of(0, 0) : Float32Array.of(0.5, 0.25));
+  assert.deepEqual(await descended(odd, {}, { unfailing: true }), await descended(zero));
+  await assert.rejects(descended(odd), { about: "training.loss" });
+  await assert.rejects(descended(zero, {}, {}, NaN), { about: "training.loss" });
+});
+
+test("whatever the gradients, a trained value is finite and near its start", async () => {
+  for (const optimizer of ["sgd", "adamw"]) {
+    for (const value of [NaN, Infinity, 3e38, -3e38]) {
+      const found = await descended(() => Float32Array.of(value, -value), { optimizer }, { unfailing: true }, NaN);
+      assert.ok(found.get("w").every((each) => Math.abs(each) <= 1002), `${optimizer} ${value}: ${found.get("w")}`);
+    }
+  }
+});
+
+test("the weight decay of SGD is in the gradient that is clipped, and the device's norm clips what the task does not", async () => {
+  const still = await descended(() => Float32Array.of(0, 0), { weight_decay: 0.5, gradient_norm: 1e-9 });
+  assert.ok(still.get("w").every((each, i) => Math.abs(each - [1, -2][i]) < 1e-6));
+  const steep = () => Float32Array.of(3, 4);
+  assert.deepEqual(await descended(steep, {}, { norm: 1 }), await descended(steep, { gradient_norm: 1 }));
+});

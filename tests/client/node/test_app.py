@@ -18,7 +18,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from adapters import files, storage
-from adapters.layout import Layout, Tensors
+from adapters.layout import Layout
 from aggregation import checks, envelope, server
 from aggregation.entropy import SystemEntropy
 from aggregation.messages import Challenge, Survivors
@@ -30,7 +30,6 @@ from client.node.snapshot import Draw, Snapshot
 from client.node.statedir import LOCK, DeviceStateDir
 from client.node.statedir import STATE as STATE_FILE
 from client.node.step import RefusalCode
-from client.training.contribute import Outcome
 from coordinator import sessionsettings
 from coordinator.statedir import CoordinatorStateDir
 
@@ -317,18 +316,13 @@ def test_bounds_that_tell_devices_apart_are_refused_by_every_device(
     for device, body in plans.items():
         talk.refused(device, Step.PLAN, {BODY: body, ADAPTER: talk.adapter}, "offer.spec.vector")
     monkeypatch.setattr("client.node.training.require_bounds", lambda *given: None)
-    monkeypatch.setattr(Outcome, "nothing", failing)  # the second check
+    monkeypatch.setattr("client.node.training._or_else", lambda attempt, otherwise: attempt())  # the second check
     refused = {
         device: talk.reply(device, Step.PLAN, {BODY: body, ADAPTER: talk.adapter}).has_error()
         for device, body in plans.items()
     }
     assert any(refused.values()) is (name != "delta")  # an update is clipped to its bound
     assert name != "weight" or refused == {device: number > 1 for number, device in enumerate(sorted(plans))}
-
-
-def failing(start: Tensors) -> Outcome:
-    """In place of ``Outcome.nothing``: answer with the error that made it necessary."""
-    raise
 
 
 def test_a_coordinator_with_another_key_is_refused(talk: Talk, fleet_of: Callable[..., Any]) -> None:

@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from aggregation.errors import ConfigError
+from adapters.analytic import AnalyticTask
+from adapters.evaluation import EvaluationTask
+from adapters.parts import PARTS
+from adapters.peftconfig import PeftConfig
+from adapters.task import Task
+from adapters.taskkinds import AnyTask
+from aggregation.errors import ConfigError, ProtocolError
 from aggregation.pki.identity import IdentityKey
 from aggregation.policy import Policy
 from aggregation.privacy.accounting import Mechanism, NoisySum, Spent
@@ -19,7 +25,7 @@ from client.node.policy import PolicySettings
 from client.node.privacyledger import PrivacyLedger
 from client.node.statedir import DeviceSettings, DeviceStateDir
 from client.training.control import TrainingControl
-from client.training.limits import TrainingLimits
+from client.training.limits import NEED_NO_LIMIT, TrainingLimits
 from tests.support import refused
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "reference" / "device-policy.md"
@@ -48,7 +54,12 @@ CHANGED: dict[str, Any] = {
     "minimum_labels": 29,
     "maximum_labels": 60,
     "maximum_learning_rate": 0.5,
+    "maximum_weight_decay": 0.3,
+    "maximum_momentum": 0.5,
+    "maximum_proximal": 2.0,
+    "maximum_gradient_norm": 1.0,
     "maximum_epochs": 3,
+    "minimum_batch_size": 4,
     "maximum_batch_size": 8,
     "maximum_tokens": 256,
     "maximum_seconds": 90.0,
@@ -70,30 +81,28 @@ def with_policy(folder: Path, table: str) -> DeviceStateDir:
 
 
 def test_every_limit_of_the_core_can_be_set_and_its_default_is_the_cores() -> None:
-    limits = [field.name for limits in (Policy, TrainingLimits) for field in dataclasses.fields(limits)]
+    limits = [*TrainingLimits.model_fields, *(field.name for field in dataclasses.fields(Policy))]
     assert sorted(PolicySettings.model_fields) == sorted(limits) == sorted(CHANGED)
     assert PolicySettings().policy(BASE) == Policy(known_bases=frozenset({BASE}))
-    assert PolicySettings().training() == TrainingLimits()
 
 
 @pytest.mark.parametrize("key", CHANGED)
 def test_a_limit_in_the_file_is_the_limit_in_force(tmp_path: Path, key: str) -> None:
-    sessions, training = Policy(known_bases=frozenset({BASE})), TrainingLimits()
-    value = CHANGED[key]
+    sessions, value = Policy(known_bases=frozenset({BASE})), CHANGED[key]
     found = with_policy(tmp_path, f"{key} = {json.dumps(value)}\n").settings.policy
     expected = {"known_bases": frozenset({BASE}), "adversaries": frozenset(Adversary)}.get(key, value)
-    if hasattr(training, key):
-        training = dataclasses.replace(training, **{key: expected})
-    else:
+    if hasattr(sessions, key):
         sessions = dataclasses.replace(sessions, **{key: expected})
-    assert (found.policy(BASE), found.training()) == (sessions, training)
+    else:
+        assert getattr(found, key) == expected
+    assert found.policy(BASE) == sessions
 
 
 def test_the_owners_limits_of_time_memory_and_pauses_bound_a_training(tmp_path: Path) -> None:
     limits = with_policy(tmp_path, "maximum_seconds = 90\nduty_cycle = 0.25\nmaximum_tokens = 64\n")
-    control = limits.settings.policy.training().control()
+    control = limits.settings.policy.control()
     assert (control.seconds, control.duty_cycle, control.tokens) == (90.0, 0.25, 64)
-    assert TrainingLimits().control() == TrainingControl()
+    assert TrainingLimits().control() == TrainingControl(gradient_norm=10.0, unfailing=True)
 
 
 def test_a_policy_is_read_back_as_it_was_written(tmp_path: Path) -> None:
@@ -137,6 +146,11 @@ def test_with_a_base_that_is_not_known_a_device_joins_no_session() -> None:
         ("minimum_labels = 1\n", "policy.minimum_labels"),
         ("maximum_labels = 1\n", "policy.maximum_labels"),
         ("maximum_learning_rate = 0.0\n", "policy.maximum_learning_rate"),
+        ("maximum_weight_decay = -1.0\n", "policy.maximum_weight_decay"),
+        ("maximum_momentum = 1.0\n", "policy.maximum_momentum"),
+        ("maximum_proximal = nan\n", "policy.maximum_proximal"),
+        ("maximum_gradient_norm = 0.0\n", "policy.maximum_gradient_norm"),
+        ("minimum_batch_size = 0\n", "policy.minimum_batch_size"),
         ("maximum_epochs = 1.5\n", "policy.maximum_epochs"),
         ("maximum_batch_size = 0\n", "policy.maximum_batch_size"),
         ("maximum_tokens = 0\n", "policy.maximum_tokens"),
@@ -163,12 +177,47 @@ def test_the_document_lists_every_key_with_its_default_and_meaning() -> None:
         assert meaning == field.description, name
 
 
+# What bounds each key of a task.
+
+KINDS: dict[type[AnyTask], str] = {Task: "training", AnalyticTask: "analytic head", EvaluationTask: "evaluation"}
+TASKS = (
+    Task(PeftConfig.lora(2, 4), ("a", "b"), 1, 4, 0.01, 0.0, 0.0, PARTS, PARTS),
+    AnalyticTask(PeftConfig.lora(2, 4), ("a", "b"), 1e-3, 16.0),
+    EvaluationTask(PeftConfig.lora(2, 4), ("a", "b"), "a" * 64, "b" * 64, 4, 32),
+)
+
+
+def test_the_document_names_the_bound_of_every_key_of_every_task() -> None:
+    """A key without a bound does not pass: it has no row, and a number without a limit is refused by every device."""
+    section = DOCUMENT.read_text().partition("## What bounds each key of a task")[2].partition("## ")[0]
+    rows = dict(re.findall(r"^\| (.+?) \| (.+?) \|$", section, re.MULTILINE))
+    for task in TASKS:
+        for field in dataclasses.fields(task):
+            key, number = field.name, isinstance(getattr(task, field.name), int | float)
+            bound = rows.pop(f"{KINDS[type(task)]}: `{key}`")
+            limits = [
+                f"{side}_{key}" for side in ("minimum", "maximum") if f"{side}_{key}" in PolicySettings.model_fields
+            ]
+            assert all(f"`{limit}`" in bound for limit in limits), key
+            assert limits or not number or NEED_NO_LIMIT[type(task), key] == bound, key
+            assert set(re.findall(r"`((?:min|max)imum_\w+)`", bound)) <= set(PolicySettings.model_fields), key
+    assert set(rows) == {"key", "---"}
+
+
+def test_a_number_of_a_task_without_a_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    TrainingLimits().check(TASKS[1], {})
+    monkeypatch.setattr("client.training.limits.NEED_NO_LIMIT", {})
+    for task, about in ((TASKS[1], "task.ridge"), (TASKS[2], "task.least")):
+        with refused(ProtocolError, about, peer="coordinator"):
+            TrainingLimits().check(task, {})
+
+
 def test_the_command_prints_what_is_in_force(tmp_path: Path) -> None:
     state_dir = with_policy(tmp_path, "minimum_cohort = 20\n")
     printed = CliRunner().invoke(device, ["policy", "--state", str(state_dir.folder)])
     assert printed.exit_code == 0, printed.exception
     lines = [line for line in printed.output.splitlines() if not line.startswith("    ")]
-    assert lines[1].split() == ["*", "minimum_cohort", "20"]
+    assert ["*", "minimum_cohort", "20"] in [line.split() for line in lines]
     assert [line.split()[0] for line in lines].count("*") == 1
     assert len(lines) == len(CHANGED) + 1
     shown = json.loads(CliRunner().invoke(device, ["policy", "--state", str(state_dir.folder), "--json"]).output)

@@ -13,7 +13,6 @@ from adapters.peftconfig import PeftConfig
 from aggregation.steps import ADAPTER, BODY, Step
 from client.node.statedir import SETTINGS
 from client.training.control import TrainingControl
-from client.training.limits import TrainingLimits
 from client.training.trainer import Trainer
 from tests.client.node.test_app import DEVICES, FIRST, PHRASE, Talk, talk
 
@@ -80,7 +79,7 @@ def test_an_exception_in_training_is_answered_and_its_text_is_not_logged(
 
 def test_a_round_is_trained_within_the_owners_limits(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
     with (talk.fleet.state_dir(FIRST).folder / SETTINGS).open("a") as settings:  # its last table is the policy
-        settings.write("maximum_seconds = 90\nduty_cycle = 0.5\nmaximum_tokens = 7\n")
+        settings.write("maximum_seconds = 90\nduty_cycle = 0.5\nmaximum_tokens = 7\nmaximum_gradient_norm = 3\n")
     train, seen = Trainer.train, list[TrainingControl]()
 
     def watched(self: Trainer, *rest: Any, control: TrainingControl, **named: Any) -> Any:
@@ -90,7 +89,7 @@ def test_a_round_is_trained_within_the_owners_limits(talk: Talk, monkeypatch: py
     monkeypatch.setattr(Trainer, "train", watched)
     _, plans = talk.plan(talk.established())
     talk.ask(FIRST, Step.PLAN, plans[FIRST], adapter=talk.adapter)
-    assert seen == [TrainingControl(90.0, 0.5, 7)]
+    assert seen == [TrainingControl(90.0, 0.5, 3.0, True, 7)]
 
 
 @pytest.mark.parametrize(
@@ -99,6 +98,11 @@ def test_a_round_is_trained_within_the_owners_limits(talk: Talk, monkeypatch: py
         ("task.learning_rate", {"learning_rate": 0.2}),
         ("task.epochs", {"epochs": 11}),
         ("task.batch_size", {"batch_size": 65}),
+        ("task.batch_size", {"batch_size": 1}),
+        ("task.weight_decay", {"weight_decay": 0.2}),
+        ("task.momentum", {"momentum": 0.999}),
+        ("task.proximal", {"proximal": 11.0}),
+        ("task.proximal", {"proximal": 9.95, "weight_decay": 0.1, "learning_rate": 0.1}),
         ("task.labels", {"labels": tuple(map(str, range(1025)))}),
         ("task.scaling", {"peft_config": PeftConfig("LORA", 2, 130, ("query", "value"))}),
         ("task.scaling", {"peft_config": PeftConfig("LORA", 4, 130, ("query", "value"), use_rslora=True)}),
@@ -162,7 +166,7 @@ def test_an_adapter_of_more_numbers_than_the_owner_allows_is_refused_before_an_e
 ) -> None:
     monkeypatch.setattr("client.node.training.parse_examples", lambda *_: pytest.fail("an example was read"))
     tensors = talk.coordinator.registry.tensors(0)
-    limits = TrainingLimits(maximum_parameters=sum(tensor.size for tensor in tensors.values()) - 1)
-    monkeypatch.setattr("client.node.policy.PolicySettings.training", lambda policy: limits)
+    with (talk.fleet.state_dir(FIRST).folder / SETTINGS).open("a") as settings:
+        settings.write(f"maximum_parameters = {sum(tensor.size for tensor in tensors.values()) - 1}\n")
     _, plans = talk.plan(talk.established())
     talk.refused(FIRST, Step.PLAN, {BODY: plans[FIRST], ADAPTER: talk.adapter}, "adapter.parameters")

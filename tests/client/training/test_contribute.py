@@ -170,10 +170,12 @@ def test_only_the_bounds_that_follow_from_clip_norm_and_weight_cap_are_accepted(
         require_bounds(replace(spec_of(), weight_cap=2**32), LAYOUT, TASK)
 
 
-def test_a_device_that_could_not_train_counts_nothing_and_its_update_is_only_rounding_noise() -> None:
+def test_the_update_of_a_device_that_could_not_train_is_only_rounding_noise_and_its_examples_count() -> None:
     spec = spec_of()
-    found = [sent(Outcome.nothing(START), spec, seed) for seed in range(100)]
-    assert not any(values[name].any() for values in found for name in ("weight", "correct", "loss", "held_out"))
+    found = [sent(Outcome.untrained(START, 5, 3), spec, seed) for seed in range(100)]
+    counts = [[float(values[name][0]) for name in ("weight", "correct", "held_out")] for values in found]
+    assert counts == [[5, 0, 3]] * 100
+    assert all(abs(values["loss"][0] - 3 * MAX_LOSS) < step(spec, "loss") for values in found)
     assert set(np.unique([values["delta"] for values in found]) / step(spec, "delta")) == {-1.0, 0.0, 1.0}
 
 

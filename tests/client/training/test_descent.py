@@ -14,10 +14,10 @@ from transformers import get_scheduler
 from adapters.layout import Tensors
 from adapters.parts import PARTS
 from adapters.peftconfig import PeftConfig
-from adapters.task import OptimizerName, RateSchedule, Task
+from adapters.task import OptimizerName, RateSchedule, Task, is_stable
 from aggregation.errors import DataError
 from client.training.control import TrainingCheckpoint, TrainingControl, TrainingState
-from client.training.descent import clipped, descend, finite
+from client.training.descent import DISTANCE, clipped, descend, finite
 from tests.support.errors import refused
 
 ADAMW = Task(PeftConfig.lora(2, 4), ("off", "on"), 1, 1, 0.05, 0.1, 0.0, PARTS, PARTS)
@@ -26,6 +26,7 @@ NAMES = ("x.lora_A.weight", "x.lora_B.weight", "classifier.weight")
 START = {name: np.random.default_rng(n).normal(size=(3, 4)).astype(np.float32) for n, name in enumerate(NAMES)}
 TARGETS = np.random.default_rng(9).normal(size=(5, 3, 4)).astype(np.float32)  # of five examples
 ORDER = [[n % 5] for n in range(20)]  # four epochs
+UNFAILING = TrainingControl(unfailing=True)  # as in a round
 
 
 def loss_of(values: dict[str, Any], batch: list[int], library: Any) -> Any:
@@ -45,12 +46,11 @@ def gradients_of(values: Tensors, batch: list[int]) -> tuple[float, Tensors]:
 def in_torch(task: Task) -> Tensors:
     """The same training with torch's optimizers, transformers' schedules and torch's clipping."""
     values = {name: torch.from_numpy(value.copy()).requires_grad_() for name, value in START.items()}
-    settings = {"lr": task.learning_rate, "weight_decay": task.weight_decay}
     made: Any
     if task.optimizer is OptimizerName.SGD:
-        made = torch.optim.SGD(list(values.values()), momentum=task.momentum, **settings)
+        made = torch.optim.SGD(list(values.values()), lr=task.learning_rate, momentum=task.momentum)
     else:
-        made = torch.optim.AdamW(list(values.values()), **settings)
+        made = torch.optim.AdamW(list(values.values()), lr=task.learning_rate, weight_decay=task.weight_decay)
     rates = get_scheduler(task.schedule.value, made, num_warmup_steps=0, num_training_steps=len(ORDER))
     for batch in ORDER:
         made.zero_grad()
@@ -58,6 +58,8 @@ def in_torch(task: Task) -> Tensors:
         if task.proximal:
             away = sum(((values[name] - torch.from_numpy(START[name])) ** 2).sum() for name in NAMES)
             loss = loss + task.proximal / 2 * away
+        if task.optimizer is OptimizerName.SGD:  # so that the clipped gradient has it
+            loss = loss + task.weight_decay / 2 * sum((value**2).sum() for value in values.values())
         loss.backward()
         if task.gradient_norm:
             torch.nn.utils.clip_grad_norm_(values.values(), task.gradient_norm)
@@ -90,6 +92,19 @@ def test_a_training_is_that_of_torchs_optimizer_schedule_and_clipping(task: Task
     assert distance(START, expected) > 0.05
     other = replace(task, schedule=RateSchedule.COSINE if schedule is RateSchedule.LINEAR else RateSchedule.LINEAR)
     assert distance(descend(START, ORDER, gradients_of, other, epochs=4), expected) > 1e-4
+
+
+def test_the_devices_limit_clips_a_gradient_that_the_task_does_not() -> None:
+    task = replace(SGD, learning_rate=0.05, weight_decay=0.0)
+    own = descend(START, ORDER, gradients_of, task, epochs=4, control=TrainingControl(gradient_norm=1.0))
+    assert distance(own, descend(START, ORDER, gradients_of, replace(task, gradient_norm=1.0), epochs=4)) == 0
+    assert distance(own, descend(START, ORDER, gradients_of, task, epochs=4)) > 0.1
+
+
+def test_weight_decay_is_in_the_gradient_that_is_clipped() -> None:
+    """Else a tiny limit leaves nothing of the examples, and a number decays by what it is."""
+    task = replace(SGD, learning_rate=1.0, weight_decay=0.5, gradient_norm=1e-9)
+    assert distance(descend(START, ORDER, gradients_of, task, epochs=4), START) < 1e-6
 
 
 def test_clipping_leaves_a_small_gradient_and_shortens_a_large_one() -> None:
@@ -244,6 +259,58 @@ def test_a_tensor_that_is_not_finite_is_refused() -> None:
         finite({"a": np.float32([1, np.nan])})
 
 
-def test_a_loss_that_is_not_finite_is_refused() -> None:
+def test_a_loss_that_is_not_finite_is_refused_outside_of_a_round() -> None:
     with refused(DataError, "training.loss"):
         descend(START, ORDER, lambda values, batch: (math.nan, {}), ADAMW, epochs=4)
+
+
+# In a round training cannot fail (tests/attacks/test_40_training_that_fails.py).
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf, 3e38])
+@pytest.mark.parametrize("task", [ADAMW, replace(SGD, learning_rate=1.0, momentum=0.9)], ids=["AdamW", "SGD"])
+def test_whatever_the_gradients_a_trained_adapter_is_finite_and_near_its_start(task: Task, odd: float) -> None:
+    found = descend(
+        START,
+        ORDER,
+        lambda values, batch: (odd, {n: np.full_like(START[n], odd) for n in NAMES}),
+        task,
+        epochs=4,
+        control=UNFAILING,
+    )
+    assert all(np.isfinite(value).all() for value in found.values())
+    assert distance(found, START) <= 1.01 * DISTANCE
+
+
+def test_a_gradient_that_is_not_finite_counts_as_zero(caplog: pytest.LogCaptureFixture) -> None:
+    def sometimes(values: Tensors, batch: list[int]) -> tuple[float, Tensors]:
+        loss, found = gradients_of(values, batch)
+        return (math.nan, {**found, NAMES[0]: found[NAMES[0]] * np.float32("nan")}) if batch == [3] else (loss, found)
+
+    def zero(values: Tensors, batch: list[int]) -> tuple[float, Tensors]:
+        loss, found = gradients_of(values, batch)
+        return loss, {name: np.zeros_like(value) if batch == [3] else value for name, value in found.items()}
+
+    found = descend(START, ORDER, sometimes, SGD, epochs=4, control=UNFAILING)
+    assert distance(found, descend(START, ORDER, zero, SGD, epochs=4)) == 0
+    assert "4 of 20 gradients were not finite" in caplog.text
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_stable_task_shrinks_the_distance_and_an_unstable_one_grows_with_the_steps(momentum: float) -> None:
+    """The gradient is that of the proximal term alone, and the start of the training is off by one."""
+
+    def moved(proximal: float, steps: int) -> float:
+        task = replace(SGD, learning_rate=0.1, weight_decay=0.0, momentum=momentum, proximal=proximal)
+        first = iter([np.float32(1.0)])
+
+        def gradients(values: Tensors, batch: list[int]) -> tuple[float, Tensors]:
+            push = next(first, np.float32(0))
+            return 0.0, {name: np.full_like(value, push) for name, value in values.items()}
+
+        return distance(descend(START, [[0]] * steps, gradients, task, epochs=1), START)
+
+    assert is_stable(0.1, 9.9, 0.0)
+    assert moved(9.9, 200) < 0.11
+    assert not is_stable(0.1, 60.0, 0.0)
+    assert moved(60.0, 5) > 10 * moved(60.0, 2)

@@ -66,7 +66,7 @@ def test_without_its_noise_a_contribution_is_within_its_sensitivity(seed: int, l
 
 def test_a_device_that_could_not_train_contributes_the_noise_alone() -> None:
     spec = spec_of()
-    assert steps_of(spec, Outcome.nothing(START)).tolist() == drawn(spec).tolist()
+    assert steps_of(spec, Outcome.untrained(START, 5, 3)).tolist() == drawn(spec).tolist()
 
 
 def test_the_noise_follows_from_its_key_alone() -> None:
@@ -141,7 +141,7 @@ def test_the_mean_is_that_of_all_survivors_also_of_those_without_examples() -> N
     (segment,) = spec.vector.segments
     delta = np.random.default_rng(0).standard_normal(LAYOUT.size)
     delta *= CLIP / np.linalg.norm(delta)
-    outcomes = [outcome_of(delta)] * 6 + [Outcome.nothing(START)] * 6
+    outcomes = [outcome_of(delta)] * 6 + [Outcome.untrained(START, 5, 3)] * 6
     total = sum(steps_of(spec, each, key=bytes([k]) * 32, seed=k) for k, each in enumerate(outcomes))
     sums = {"delta": total * spec.vector.step(segment)}
     mean = noisy_mean(spec, TASK, LAYOUT, sums, CLIENTS, ADAPTER)

@@ -19,7 +19,6 @@ from adapters.parts import PARTS, Part, part_of
 from adapters.task import MAX_LOSS, Task
 from aggregation.errors import DataError
 from client.training.batches import batches
-from client.training.descent import AdamW
 from client.training.examples import Example, Score, Split
 from client.training.personal import (
     OWN_STRENGTH,
@@ -131,20 +130,6 @@ def test_a_loss_that_is_not_finite_is_refused(trainer: Trainer, start: Tensors) 
     broken = {name: np.full_like(value, 3e38) for name, value in start.items()}
     with refused(DataError, "training.loss"):
         trainer.train(broken, EXAMPLES, TASK, epochs=1, rng=rng())
-
-
-def test_an_adapter_that_is_not_finite_after_the_last_step_is_refused(
-    trainer: Trainer, start: Tensors, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step = AdamW.step
-
-    def overflow(self: Any, parameters: Tensors, *args: Any) -> None:
-        step(self, parameters, *args)
-        parameters[next(iter(parameters))] *= np.float32("nan")
-
-    monkeypatch.setattr(AdamW, "step", overflow)
-    with refused(DataError, "training.adapter"):
-        trainer.train(start, EXAMPLES[:4], TASK, epochs=1, rng=rng())
 
 
 def test_a_phrase_scores_the_same_alone_and_in_a_batch_with_a_longer_one(trainer: Trainer, start: Tensors) -> None:

@@ -3,6 +3,7 @@
 import { DataError } from "../errors.js";
 
 const [BETA_1, BETA_2, EPSILON] = [0.9, 0.999, 1e-8];
+const DISTANCE = 1000; // in weight units: the farthest that training takes a number from its start
 const { fround } = Math;
 
 /** Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2). The moments are in double precision. */
@@ -41,21 +42,21 @@ export class AdamW {
   }
 }
 
-/** Stochastic gradient descent with momentum (Polyak 1964) and weight decay in the gradient. */
+/** Stochastic gradient descent with momentum (Polyak 1964). */
 export class SGD {
   #changes = new Map(); // name → the last change
 
-  constructor(learningRate, weightDecay = 0, momentum = 0) {
-    Object.assign(this, { learningRate, weightDecay, momentum });
+  constructor(learningRate, momentum = 0) {
+    Object.assign(this, { learningRate, momentum });
   }
 
   /** As `AdamW.step`. */
   step(parameters, gradients, factor = 1) {
-    const [rate, decay] = [factor * this.learningRate, fround(this.weightDecay)];
+    const rate = factor * this.learningRate;
     for (const [name, gradient] of gradients) {
       const values = parameters.get(name);
       const before = this.#changes.get(name) ?? new Float64Array(gradient.length);
-      const change = before.map((last, i) => gradient[i] + fround(decay * values[i]) + this.momentum * last);
+      const change = before.map((last, i) => gradient[i] + this.momentum * last);
       if (this.momentum) this.#changes.set(name, change);
       change.forEach((each, i) => (values[i] = values[i] - rate * each));
     }
@@ -63,25 +64,33 @@ export class SGD {
 }
 
 /**
- * Minimize a loss over the parameters `trained`, a list of names. Returns all values, of which the others are as before.
+ * Minimize a loss over the parameters `trained`, a list of names. Returns all values, of which the others are as before; each is
+ * finite and at most DISTANCE from its start.
  *
  * `start` is a Map of name → Float32Array, which stays as it is; `order` the batches of all epochs; `gradientsOf` values and
- * batch → Promise of { loss, gradients }; `task` of a plan (task.js). Throws DataError: a loss or a value is not finite.
+ * batch → Promise of { loss, gradients }; `task` of a plan (task.js). A gradient is clipped to `norm`. One that is not finite counts
+ * as zero if `unfailing`, as in a round (client/training/descent.py says why); else it throws a DataError.
  */
-export async function descend(start, order, gradientsOf, task, trained) {
+export async function descend(start, order, gradientsOf, task, trained, { norm = Infinity, unfailing = false } = {}) {
   const values = new Map([...start].map(([name, each]) => [name, each.slice()]));
   const { optimizer: kind, learning_rate: rate, weight_decay: decay } = task;
-  const optimizer = kind === "sgd" ? new SGD(rate, decay, task.momentum) : new AdamW(rate, decay);
+  const optimizer = kind === "sgd" ? new SGD(rate, task.momentum) : new AdamW(rate, decay);
+  const limit = Math.min(task.gradient_norm || Infinity, norm);
   for (const [number, batch] of order.entries()) {
     const { loss, gradients: found } = await gradientsOf(values, batch);
-    if (!Number.isFinite(loss)) throw new DataError("the training loss is not finite; lower the learning rate", "training.loss");
-    let gradients = new Map(trained.map((name) => [name, found.get(name)]));
-    if (task.proximal) gradients = pulled(gradients, values, start, fround(task.proximal));
-    if (task.gradient_norm) gradients = clipped(gradients, task.gradient_norm);
-    optimizer.step(values, gradients, schedule(task.schedule, number, order.length));
+    const isFinite = Number.isFinite(loss) && trained.every((name) => found.get(name).every(Number.isFinite));
+    if (!isFinite && !unfailing) throw new DataError("the training loss is not finite; lower the learning rate", "training.loss");
+    const gradients = trained.map((name) => [name, isFinite ? found.get(name) : new Float32Array(start.get(name).length)]);
+    const regular = regularized(new Map(gradients), values, start, task);
+    optimizer.step(values, clipped(regular, limit), schedule(task.schedule, number, order.length));
+    for (const name of trained) near(values.get(name), start.get(name));
   }
-  if ([...values.values()].every((each) => each.every(Number.isFinite))) return values;
-  throw new DataError("the trained adapter is not finite; lower the learning rate", "training.adapter");
+  return values;
+}
+
+/** Keep each value within DISTANCE of its start, in place. */
+function near(values, start) {
+  start.forEach((from, i) => (values[i] = Math.min(Math.max(values[i], fround(from - DISTANCE)), fround(from + DISTANCE))));
 }
 
 /** The factor of the learning rate at a step, from 0 on, of so many: constant, linear to 0, or half a period of a cosine. */
@@ -90,12 +99,20 @@ export function schedule(kind, number, steps) {
   return kind === "cosine" ? 0.5 * (1 + Math.cos((Math.PI * number) / steps)) : 1;
 }
 
-/** With FedProx's term (Li et al. 2020). */
-const pulled = (gradients, values, start, pull) =>
-  mapped(gradients, (name, i, g) => g + fround(pull * fround(values.get(name)[i] - start.get(name)[i])));
+/** With FedProx's term (Li et al. 2020) and the weight decay of SGD. */
+function regularized(gradients, values, start, { optimizer, proximal, weight_decay: decay }) {
+  const pull = fround(proximal);
+  const shrink = optimizer === "sgd" ? fround(decay) : 0;
+  if (!pull && !shrink) return gradients;
+  return mapped(gradients, (name, i, g) => {
+    const value = values.get(name)[i];
+    return fround(g + fround(pull * fround(value - start.get(name)[i]))) + fround(shrink * value);
+  });
+}
 
 /** Gradients whose L2 norm over all of them is at most `limit` (Pascanu et al. 2013). */
 export function clipped(gradients, limit) {
+  if (limit === Infinity) return gradients;
   const squares = [...gradients.values()].map((each) => each.reduce((sum, g) => sum + g * g, 0));
   const norm = Math.sqrt(squares.reduce((sum, each) => sum + each, 0));
   const factor = fround(Math.min(limit / (norm + 1e-6), 1));

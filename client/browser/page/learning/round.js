@@ -1,7 +1,7 @@
 // A tab's contribution to a round, as client/node/training.py: what is on offer is checked first, then it trains.
 //
-// The order of the two keeps a refusal from saying anything about the examples; so whatever fails once the examples matter
-// gives a contribution of zero.
+// The order of the two keeps a refusal from saying anything about the examples; so what fails once the examples matter counts as an
+// update of zero, with the weight of the examples.
 
 import { COORDINATOR } from "../aggregation/messages.js";
 import {
@@ -29,7 +29,8 @@ import { momentsOf, projectedMoments } from "./moments.js";
 import { LIMITS, R, checkLimits, decodeTask, isAnalytic, isEvaluation, isPrivate, partOf } from "./task.js";
 import { GraphTrainer } from "./trainer.js";
 
-const NOTHING = { correct: 0, loss: 0, count: 0 };
+const MAX_LOSS = 20; // nats, of one example (adapters/task.py)
+const between = (pause) => () => pause({ step: 0, steps: 0 });
 
 /**
  * What makes a device's contributions: (plan, spec, blob, kept) → Promise of { vector, parts }, with the adapter's file.
@@ -67,11 +68,13 @@ export function trainerOf(engine, examples, pause = async () => {}, limits = LIM
         if (spec.privacy) return { vector: await noisyContribution(delta, spec, plan.adapter_digest), parts };
         return { vector: await contribution({ delta, ...found }, spec, plan.adapter_digest), parts };
       };
-      const cap = Number(spec.weight_cap);
-      return await orNothing(
-        async () => made(await outcome(trainer, begun, task, examples, cap, ends(pause, plan))),
-        () => made({ trained: begun, examples: 0, score: NOTHING }),
+      const own = usable(trainer, task, examples, Number(spec.weight_cap));
+      return await orElse(
+        async () => made(await outcome(trainer, begun, task, own, limits, ends(pause, plan))),
+        () => made({ trained: begun, examples: own.train.length, score: worst(own.heldOut) }),
       );
+    } catch (error) {
+      throw error instanceof Ended ? error.cause : error;
     } finally {
       await trainer.close();
     }
@@ -121,28 +124,23 @@ async function moments(trainer, start, task, examples, plan, spec, pause) {
   const [d, k, kept] = [trainer.hidden, task.labels.length, Math.min(task.dimensions, trainer.hidden)];
   if (Boolean(spec.privacy) !== Boolean(kept)) refuse(`an analytic head of ${kept} dimensions does not go with this session`, "offer.spec.vector");
   requireBounds(spec, momentSegments(spec, d, k, kept));
-  const between = () => pause({ step: 0, steps: 0 });
-  const tokens = (of) => of.map(({ ids }) => ids);
-  const targets = (of) => of.map(({ target }) => target);
+  const { train, heldOut } = usable(trainer, task, examples, Number(spec.weight_cap));
+  const targets = train.map(({ target }) => target);
+  const zeros = new Float64Array(d);
+  const embedded = async () => {
+    const found = await trainer.embeddings(start, train.map(({ ids }) => ids), between(pause));
+    return found.map((row) => (row.every(Number.isFinite) ? row : zeros)); // one that overflows counts all the same
+  };
   if (spec.privacy) {
     const noisy = (vector) => noisyContribution(vector, spec, plan.adapter_digest);
-    return orNothing(
-      async () => {
-        const [own] = usable(trainer, task, examples, 0);
-        const embeddings = await trainer.embeddings(start, tokens(own), between);
-        return noisy(await projectedMoments(embeddings, targets(own), kept, k, plan.adapter_digest));
-      },
+    return orElse(
+      async () => noisy(await projectedMoments(await embedded(), targets, kept, k, plan.adapter_digest)),
       () => noisy(new Float64Array(spec.vector.segments[0].size)),
     );
   }
-  return orNothing(
-    async () => {
-      const [own, heldOut] = usable(trainer, task, examples, Number(spec.weight_cap));
-      const score = await trainer.score(start, heldOut, between);
-      const sums = momentsOf(await trainer.embeddings(start, tokens(own), between), targets(own), d, k);
-      return momentContribution(sums, score, spec);
-    },
-    () => momentContribution(momentsOf([], [], d, k), NOTHING, spec),
+  return orElse(
+    async () => momentContribution(momentsOf(await embedded(), targets, d, k), await scored(trainer, start, heldOut, pause), spec),
+    () => momentContribution(momentsOf(train.map(() => zeros), targets, d, k), worst(heldOut), spec),
   );
 }
 
@@ -155,10 +153,10 @@ async function counts(engine, trainer, task, examples, plan, spec, pause) {
   const encoded = (counts) => (spec.privacy ? noisyContribution(counts, spec, plan.adapter_digest) : encode(spec.vector, { counts }));
   const nothing = () => encoded(new Float64Array(4));
   if (!spec.privacy) return nothing();
-  return orNothing(async () => {
-    const [, heldOut] = usable(trainer, task, examples, task.most);
+  return orElse(async () => {
+    const { heldOut } = usable(trainer, task, examples, task.most);
     if (heldOut.length < task.least) return nothing();
-    return encoded(await ownCounts(engine, task, heldOut, () => pause({ step: 0, steps: 0 })));
+    return encoded(await ownCounts(engine, task, heldOut, between(pause)));
   }, nothing);
 }
 
@@ -173,45 +171,62 @@ const ends = (pause, { round }) => async (progress) => {
   }
 };
 
-/** What `attempt` makes of the examples, encoded; what `nothing` makes without them, if anything fails. */
-async function orNothing(attempt, nothing) {
+/** What `attempt` makes of the examples, encoded; what `otherwise` makes, if anything fails. */
+async function orElse(attempt, otherwise) {
   try {
     return await attempt();
   } catch (error) {
-    if (error instanceof Ended) throw error.cause;
-    console.warn("contributed nothing:", error.about || error.name); // an error's text can quote an example
-    return nothing();
+    if (error instanceof Ended) throw error;
+    warn(error);
+    return otherwise();
   }
 }
 
+const warn = (error) => console.warn("contributed nothing:", error.about || error.name); // an error's text can quote an example
+
 /**
- * The examples whose labels the task has, or all of a language model's, with tokens and target: those to train on, and at most
- * `cap` held-out ones.
+ * The examples whose labels the task has, or all of a language model's, with tokens and target: { train, heldOut }, at most `cap` held
+ * out. Those that the base cannot read are left out.
  */
 function usable(trainer, { labels }, examples, cap) {
   const target = ({ label }) => (typeof label === "number" ? label : labels.indexOf(label));
   const isKnown = (one) => !labels.length || (one.target >= 0 && one.target < labels.length);
   const known = examples.map((one) => ({ ...one, target: target(one) })).filter(isKnown);
-  const read = (split) => known.filter((one) => one.split === split).map((one) => ({ ...one, ...trainer.encode(one) }));
-  return [read("train"), read("validation").slice(0, cap)];
+  const encoded = (one) => {
+    try {
+      return [{ ...one, ...trainer.encode(one) }];
+    } catch (error) {
+      warn(error);
+      return [];
+    }
+  };
+  const read = (split) => known.filter((one) => one.split === split).flatMap(encoded);
+  return { train: read("train"), heldOut: read("validation").slice(0, cap) };
 }
 
-/** The score of `start` on at most `cap` held-out examples, and what training on the others makes of it. */
-async function outcome(trainer, start, task, examples, cap, pause) {
-  const [own, heldOut] = usable(trainer, task, examples, cap);
-  if (!own.length) throw new DataError("there are no examples to train on; add some", "examples");
-  const between = () => pause({ step: 0, steps: 0 });
-  const score = await trainer.score(start, heldOut, between);
-  const order = batches(own.map(({ ids }) => ids.length), task.batch_size, task.epochs);
-  const trained = await trainOn(trainer, start, own, task, order, pause);
-  return { trained, examples: own.length, score };
+/** The score of `start` on the held-out examples, and what training on the others makes of it. */
+async function outcome(trainer, start, task, { train, heldOut }, limits, pause) {
+  const score = await scored(trainer, start, heldOut, pause);
+  const order = batches(train.map(({ ids }) => ids.length), task.batch_size, task.epochs);
+  const control = { norm: limits.maximum_gradient_norm, unfailing: true };
+  const trained = await orElse(() => trainOn(trainer, start, train, task, order, pause, control), () => start);
+  return { trained, examples: train.length, score };
 }
+
+/** The score of values; the worst where it cannot be computed. */
+async function scored(trainer, values, examples, pause) {
+  const found = await orElse(() => trainer.score(values, examples, between(pause)), () => worst(examples));
+  return Number.isFinite(found.loss) ? found : worst(examples);
+}
+
+/** The score where no answer could be computed: all of them wrong. */
+const worst = ({ length }) => ({ correct: 0, loss: MAX_LOSS * length, count: length });
 
 /**
- * `start` trained on examples, as the trainer encodes them, in batches of this order. `pause` is awaited with { step, steps }. Throws as
- * `descend`.
+ * `start` trained on examples, as the trainer encodes them, in batches of this order. `pause` is awaited with { step, steps }; `control`
+ * and errors as of `descend`.
  */
-export async function trainOn(trainer, start, examples, task, order, pause = async () => {}) {
+export async function trainOn(trainer, start, examples, task, order, pause = async () => {}, control = {}) {
   let step = 0;
   const gradientsOf = async (values, batch) => {
     step += 1;
@@ -219,7 +234,7 @@ export async function trainOn(trainer, start, examples, task, order, pause = asy
     return trainer.gradients(values, rows, () => pause({ step, steps: order.length }));
   };
   const trained = [...start.keys()].filter((name) => task.trained.includes(partOf(name)));
-  return descend(start, order, gradientsOf, task, trained);
+  return descend(start, order, gradientsOf, task, trained, control);
 }
 
 /** The update of the shared tensors as one vector, in peft's order and shapes. */

@@ -51,7 +51,12 @@ export const LIMITS = {
   minimum_labels: 2,
   maximum_labels: 1024,
   maximum_learning_rate: 0.1,
+  maximum_weight_decay: 0.1,
+  maximum_momentum: 0.99,
+  maximum_proximal: 10,
+  maximum_gradient_norm: 10,
   maximum_epochs: 10,
+  minimum_batch_size: 2,
   maximum_batch_size: 64,
   moments: true, // whether to contribute to an analytic head
 };
@@ -76,6 +81,10 @@ export function decodeTask(raw) {
   if (isEvaluation(found)) return evaluationTask(found);
   requireFields(found, TASK);
   const { trained, shared } = found;
+  if (!(found.learning_rate * (found.proximal + found.weight_decay) < 1)) {
+    const text = "the learning rate times the proximal weight and the weight decay together must be below 1";
+    refuse(`task.proximal: ${text}`, "task.proximal");
+  }
   if (!trained.some((part) => shared.includes(part))) {
     refuse("task.shared: no part of the adapter is both trained and shared", "task.shared");
   }
@@ -116,9 +125,6 @@ function evaluationTask(found) {
 export function checkLimits(task, adapter, limits = LIMITS) {
   const { peft_config: config, labels } = task;
   checkTrainable(config);
-  if (labels.length && labels.length < limits.minimum_labels) {
-    refuse(`task.labels ${labels.length} is below this device's minimum of ${limits.minimum_labels}`, "task.labels");
-  }
   if (isAnalytic(task) && !limits.moments) refuse("this device contributes to no analytic head", "task.moments");
   const largest = (values) => values.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
   const tensors = [...adapter.values()];
@@ -126,15 +132,25 @@ export function checkLimits(task, adapter, limits = LIMITS) {
     "adapter.magnitude": Math.max(...tensors.map(({ values }) => largest(values))),
     "adapter.parameters": tensors.reduce((sum, { values }) => sum + values.length, 0),
     "task.scaling": config.lora_alpha / (config.use_rslora ? Math.sqrt(config.r) : config.r),
-    "task.labels": labels.length,
-    "task.learning_rate": task.learning_rate, // these three are of training alone
-    "task.epochs": task.epochs,
-    "task.batch_size": task.batch_size,
+    ...(labels.length ? { "task.labels": labels.length } : {}), // a language model has none
+    ...Object.fromEntries(numbersIn(task).map((name) => [`task.${name}`, task[name]])),
   };
-  for (const [about, value] of Object.entries(found)) {
-    const limit = limits[`maximum_${about.split(".")[1]}`];
-    if (value > limit) refuse(`${about} ${value} is over this device's maximum of ${limit}`, about);
-  }
+  for (const [about, value] of Object.entries(found)) checkNumber(about, value, limits);
+}
+
+/** The numbers that a coordinator chooses with a task, but for those that need no limit (client/training/limits.py). */
+function numbersIn(task) {
+  const free = isAnalytic(task) ? ["ridge", "scale", "dimensions"] : isEvaluation(task) ? ["least", "most"] : [];
+  return Object.keys(task).filter((name) => typeof task[name] === "number" && !free.includes(name));
+}
+
+function checkNumber(about, value, limits) {
+  const [, name] = about.split(".");
+  const [low, high] = [limits[`minimum_${name}`], limits[`maximum_${name}`]];
+  if (low === undefined && high === undefined) refuse(`${about} ${value} has no limit on this device`, about);
+  if (value < low) refuse(`${about} ${value} is below this device's minimum of ${low}`, about);
+  // A larger norm than the device's own is not the one that it clips to.
+  if (value > high && name !== "gradient_norm") refuse(`${about} ${value} is over this device's maximum of ${high}`, about);
 }
 
 /** Refuse a method that a tab does not train, as `require_trainable` of adapters/peftconfig.py. Throws ConfigError. */
