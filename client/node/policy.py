@@ -1,7 +1,7 @@
 """The ``[policy]`` table of ``device.toml``: the limits within which a device accepts an offer and trains.
 
-Each key is a limit of ``client.training.limits``, or of ``aggregation.policy`` with its default. Reading refuses
-unknown keys, and limits that protect nobody.
+Each key is a limit of ``adapters.tasklimits`` or ``client.training.limits``, or of ``aggregation.policy`` with its
+default. Reading refuses unknown keys, and limits that protect nobody.
 """
 
 from typing import Annotated, Literal, Self

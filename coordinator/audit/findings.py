@@ -27,6 +27,7 @@ class Check(Enum):
     PARTICIPATION = "participation"
     REPEATS = "repeats"  # over all sessions that are audited
     PRIVACY = "privacy"  # likewise
+    WEAKNESSES = "weaknesses"  # likewise; several findings, one for each warning
     ADAPTERS = "adapters"  # needs the registry; a transcript alone does not have the adapters
 
 
@@ -168,7 +169,7 @@ class Report:
     """The outcome of the audit of one session.
 
     Args:
-        findings: One for each check, in order.
+        findings: One for each check, in order; of ``Check.WEAKNESSES`` one for each warning.
         rounds: As far as the log could be followed.
         dropouts_by_step: Step → devices that dropped out before the first round.
         participation: Device → rounds whose sum contains its update.

@@ -32,6 +32,7 @@ from coordinator.audit.findings import Check, Finding, Report, Status
 from coordinator.audit.recompute import Recomputation
 from coordinator.audit.records import require_logged, require_published
 from coordinator.audit.repeats import RepeatedSums
+from coordinator.audit.weaknesses import Weaknesses
 
 AUTHORITY, COORDINATOR, REVOKED, VECTORS = "authority.pem", "coordinator.pem", "revoked.crl", "vectors"
 PLACES = (".", "transcript", "coordinator/transcript")  # in a folder of transcripts, a state directory, a run
@@ -143,12 +144,13 @@ class AuditInput:
         """
         vectors = partial(_vector, self.paths[0].parent / VECTORS)
         recomputation = Recomputation(self.registry) if self.registry else None
-        reports, sums, spent = dict[str, Report](), RepeatedSums(), Account()
+        reports, sums, spent, weaknesses = dict[str, Report](), RepeatedSums(), Account(), Weaknesses()
         for path in self.paths:
             accepted = unfinished and path == self.paths[-1]
             report = audit(storage.read(path), self.root, self.coordinator, vectors, at=self.at, unfinished=accepted)
             repeats, adapters = _repeats(path.name, report, sums), _adapters(report, recomputation, self.published)
             spent, report = audited(spent, replace(report, findings=(*report.findings, repeats)))
+            report = replace(report, findings=(*report.findings, *weaknesses.check(report)))
             produced = tuple(replace(each, sums=None) for each in report.produced)  # the sums take memory
             reports[path.name] = replace(report, findings=(*report.findings, adapters), produced=produced)
         return reports

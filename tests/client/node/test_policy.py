@@ -15,6 +15,7 @@ from adapters.parts import PARTS
 from adapters.peftconfig import PeftConfig
 from adapters.task import Task
 from adapters.taskkinds import AnyTask
+from adapters.tasklimits import NEED_NO_LIMIT
 from aggregation.errors import ConfigError, ProtocolError
 from aggregation.pki.identity import IdentityKey
 from aggregation.policy import Policy
@@ -25,7 +26,7 @@ from client.node.policy import PolicySettings
 from client.node.privacyledger import PrivacyLedger
 from client.node.statedir import DeviceSettings, DeviceStateDir
 from client.training.control import TrainingControl
-from client.training.limits import NEED_NO_LIMIT, TrainingLimits
+from client.training.limits import TrainingLimits
 from tests.support import refused
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "reference" / "device-policy.md"
@@ -206,7 +207,7 @@ def test_the_document_names_the_bound_of_every_key_of_every_task() -> None:
 
 def test_a_number_of_a_task_without_a_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     TrainingLimits().check(TASKS[1], {})
-    monkeypatch.setattr("client.training.limits.NEED_NO_LIMIT", {})
+    monkeypatch.setattr("adapters.tasklimits.NEED_NO_LIMIT", {})
     for task, about in ((TASKS[1], "task.ridge"), (TASKS[2], "task.least")):
         with refused(ProtocolError, about, peer="coordinator"):
             TrainingLimits().check(task, {})
