@@ -92,7 +92,7 @@ def _numbers_of(adapter: Tensors) -> Iterator[tuple[str, float]]:
 
 
 def _numbers_in(task: AnyTask) -> Iterator[tuple[str, float]]:
-    """Every number that a coordinator chooses with a task, by name, but for those that need no limit."""
+    """Every number that a coordinator chooses with a task, by name, except those that need no limit."""
     config = task.peft_config
     yield "task.scaling", config.scaling_of("") if config.r else 0.0
     yield "task.virtual_tokens", config.num_virtual_tokens

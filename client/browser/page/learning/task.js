@@ -138,7 +138,7 @@ export function checkLimits(task, adapter, limits = LIMITS) {
   for (const [about, value] of Object.entries(found)) checkNumber(about, value, limits);
 }
 
-/** The numbers that a coordinator chooses with a task, but for those that need no limit (adapters/tasklimits.py). */
+/** The numbers that a coordinator chooses with a task, except those that need no limit (adapters/tasklimits.py). */
 function numbersIn(task) {
   const free = isAnalytic(task) ? ["ridge", "scale", "dimensions"] : isEvaluation(task) ? ["least", "most"] : [];
   return Object.keys(task).filter((name) => typeof task[name] === "number" && !free.includes(name));
