@@ -178,8 +178,8 @@ class TinyFleet:
 
     def grid(self, *, app: Any = None, kind: type | None = None, **faults: Any) -> Any:
         """A grid over all devices, without faults except those that are given."""
-        from client.node.app import app as client_app
         from simulations.engine.grid import FaultModel, InProcessGrid
+        from tests.support.seededapp import app as client_app
 
         model = FaultModel(**{"seed": self.scenario.seed, "message_loss": 0.0, "mean_delay": 1.0, **faults})
         return (kind or InProcessGrid)(app or client_app, self.nodes, model)

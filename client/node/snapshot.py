@@ -5,9 +5,10 @@ directory is rolled back therefore answers a plan again byte for byte as before,
 between, or not at all: training depends on nothing but the snapshot, the plan and the adapter, and a snapshot opens
 only for the session in which it was taken.
 
-The secret orders the examples, rounds the update and draws its noise. The coordinator knows all else that training
-depends on, and would otherwise make the other devices repeat their updates, and subtract two sums that differ by one
-device.
+The secret is drawn from the operating system for each session, so that a copy of the state directory from before the
+session does not give it. It orders the examples, rounds the update and draws its noise. The coordinator knows all else
+that training depends on, and would otherwise make the other devices repeat their updates, and subtract two sums that
+differ by one device.
 """
 
 import hashlib
@@ -80,8 +81,3 @@ class Snapshot:
 
 _CODEC: Codec[Snapshot] = wire.record(Snapshot)
 _TRAINED: Codec[Plan] = wire.record(Plan, {k: codec for k, codec in wire.annotated(Plan).items() if k != "former"})
-
-
-def session_secret(secret: bytes) -> tuple[bytes, bytes]:
-    """The secret of the next session, and the device's secret after it; neither gives the other, nor an earlier one."""
-    return derive(secret, b"edgeadapt/session-training/1"), derive(secret, b"edgeadapt/next-training/1")

@@ -9,7 +9,7 @@ revocation list are replaced in the same way; none of them is secret. What a ses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -25,8 +25,9 @@ from adapters.settings import Settings
 from adapters.storage import locked, read, replace
 from aggregation import sealed, transcript
 from aggregation.client import Device
-from aggregation.entropy import Entropy
+from aggregation.entropy import Entropy, SystemEntropy
 from aggregation.errors import ConfigError, DataError, ProtocolError, TrustError, of_file
+from aggregation.masks import KEY
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.sealed import ClientState
@@ -38,7 +39,7 @@ from client.node.eligibility import EligibilitySettings
 from client.node.policy import PolicySettings
 from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
-from client.node.snapshot import Snapshot, session_secret
+from client.node.snapshot import Snapshot
 from client.training.protocols import FrozenBase
 
 SETTINGS = "device.toml"
@@ -51,7 +52,6 @@ EXAMPLES = "examples.jsonl"
 TRUST = "trust.pem"
 PERSONAL = "personal.safetensors"
 SEALING_KEY = "sealing.key"
-TRAINING_KEY = "training.key"
 STATE = "session.sealed"
 SNAPSHOT = "examples.sealed"
 LOG_STATE = "log.state"
@@ -100,10 +100,17 @@ class DeviceSettings(Settings):
 
 @dataclass(frozen=True, slots=True)
 class DeviceStateDir:
-    """An open state directory. It keeps nothing in memory: open it for every message."""
+    """An open state directory. It keeps nothing in memory: open it for every message.
+
+    Args:
+        folder: The directory.
+        settings: The owner's.
+        entropy: Draws the secret of each session.
+    """
 
     folder: Path
     settings: DeviceSettings
+    entropy: Entropy = field(default_factory=SystemEntropy, repr=False, compare=False)
 
     @classmethod
     def create(
@@ -121,13 +128,12 @@ class DeviceStateDir:
             settings: Only values that differ from their defaults are written.
             identity: The device's key; the authority certifies its public key.
             trust: ``AUTHORITY``, ``COORDINATOR`` and, once issued, ``CERTIFICATE`` → the files' bytes.
-            entropy: Draws the sealing key and the training key.
+            entropy: Draws the sealing key.
         """
         folder.mkdir(parents=True, exist_ok=True)
         toml = tomli_w.dumps(settings.model_dump(mode="json", exclude_defaults=True))
         files = {SETTINGS: toml.encode(), IDENTITY: identity.to_pem(), **trust}
-        files |= {SEALING_KEY: entropy.bytes(32), TRAINING_KEY: entropy.bytes(32)}
-        for name, content in files.items():
+        for name, content in (files | {SEALING_KEY: entropy.bytes(32)}).items():
             replace(folder / name, content)
         return cls.open(folder)
 
@@ -242,9 +248,8 @@ class DeviceStateDir:
             examples: Content of the examples file.
             share_key: As for ``Snapshot.seal``.
         """
-        secret, following = session_secret(self._read(TRAINING_KEY))
-        replace(self.folder / TRAINING_KEY, following)
-        replace(self.folder / SNAPSHOT, Snapshot(secret, examples).seal(self._read(SEALING_KEY), share_key))
+        snapshot = Snapshot(self.entropy.bytes(KEY), examples)
+        replace(self.folder / SNAPSHOT, snapshot.seal(self._read(SEALING_KEY), share_key))
 
     def load_snapshot(self, share_key: bytes) -> Snapshot:
         """What this device trains on in the session that it joined with ``share_key``.

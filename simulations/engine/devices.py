@@ -1,7 +1,7 @@
 """The devices of a simulation: the state of each is kept in memory between messages, where the field has files.
 
 Before each session and round, and at the end, a device's state directory gets what its training depends on: its
-training key, and the parts of the adapter that it does not share; and its privacy ledger, if it has spent any privacy.
+seed, and the parts of the adapter that it does not share; and its privacy ledger, if it has spent any privacy.
 How many contributions had no noise is written at the end only, because nothing depends on it.
 What a device holds against a coordinator that lies
 is not written: the state of its session, and what it knows of the log and of the adapter. After a kill it is as a new
@@ -23,6 +23,7 @@ from adapters.storage import replace
 from aggregation import sealed
 from aggregation.client import Device
 from aggregation.errors import TrustError
+from aggregation.masks import KEY
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.sealed import ClientState
@@ -34,9 +35,10 @@ from client.node.eligibility import EligibilitySettings
 from client.node.policy import PolicySettings
 from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
-from client.node.snapshot import Snapshot, session_secret
-from client.node.statedir import SNAPSHOT, TRAINING_KEY, DeviceStateDir
+from client.node.snapshot import Snapshot
+from client.node.statedir import SNAPSHOT, DeviceStateDir
 from client.training.protocols import FrozenBase
+from simulations.engine.seeded import SEED, SeededEntropy
 
 WRITTEN_BEFORE = (Step.CHECK_IN, Step.PLAN)  # a session and a round begin
 
@@ -54,10 +56,10 @@ class MemoryDevice:
         self.coordinator: PublicKey = files.coordinator
         self._root = files.root()
         self._device = files.device(base.digest)
-        self._training_key = (files.folder / TRAINING_KEY).read_bytes()
+        self._entropy = SeededEntropy((files.folder / SEED).read_bytes())
         self._private_parts = files.load_private_parts()
         self._privacy_ledger = files.load_privacy_ledger()
-        self._written = self._training_key, self._private_parts, self._privacy_ledger
+        self._written = self._entropy.key, self._private_parts, self._privacy_ledger
         self._log_state: LogState | None = None
         self._adapter_state: AdapterState | None = None
         self._state: ClientState | None = None
@@ -95,8 +97,7 @@ class MemoryDevice:
 
     def take_snapshot(self, examples: bytes, share_key: bytes) -> None:
         """See ``DeviceStateDir``."""
-        secret, self._training_key = session_secret(self._training_key)
-        self._snapshot = share_key, Snapshot(secret, examples)
+        self._snapshot = share_key, Snapshot(self._entropy.bytes(KEY), examples)
 
     def load_snapshot(self, share_key: bytes) -> Snapshot:
         """See ``DeviceStateDir``."""
@@ -148,14 +149,14 @@ class MemoryDevice:
     def write(self, *, end: bool) -> None:
         """Write what the state directory does not have yet: what training depends on, and at the end everything."""
         key, parts, ledger = self._written
-        if self._training_key != key:
-            replace(self._files.folder / TRAINING_KEY, self._training_key)
+        if self._entropy.key != key:
+            replace(self._files.folder / SEED, self._entropy.key)
         if self._private_parts is not parts and self._private_parts is not None:
             self._files.save_private_parts(self._private_parts)
         if self._privacy_ledger.spent != ledger.spent or (end and self._privacy_ledger != ledger):
             self._files.save_privacy_ledger(self._privacy_ledger)
             ledger = self._privacy_ledger
-        self._written = self._training_key, self._private_parts, ledger
+        self._written = self._entropy.key, self._private_parts, ledger
 
 
 @dataclass(slots=True)

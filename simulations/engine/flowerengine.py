@@ -25,6 +25,7 @@ from client.node.app import register
 from client.node.statedir import DeviceStateDir
 from coordinator.app import run
 from coordinator.statedir import CoordinatorStateDir
+from simulations.engine.seeded import open_state_dir
 
 CLUSTER = "RAY_ADDRESS"  # environment variable of Ray: the cluster to use; without it one is started here
 PARTITION = "partition-id"  # Flower's number of a simulated node, from 0
@@ -86,4 +87,4 @@ def federate_on_ray(
 
 
 def _open(state_dirs: Sequence[str], context: Context) -> DeviceStateDir:
-    return DeviceStateDir.open(Path(state_dirs[int(context.node_config[PARTITION])]))
+    return open_state_dir(Path(state_dirs[int(context.node_config[PARTITION])]))

@@ -1,8 +1,8 @@
 """Make a fleet: an authority, a coordinator with a first adapter, and a device for every client.
 
 The steps are those of a fleet in the field, in one process: each device creates its key, the authority certifies it,
-and the device pins the authority and the coordinator. The apps get nothing but the state directories. One secret of a
-device follows from the scenario's seed: the one that orders its examples, so that a run can be repeated.
+and the device pins the authority and the coordinator. The apps get nothing but the state directories. A simulated
+device orders its examples by the scenario's seed, so that a run can be repeated (``seeded``).
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from aggregation.pki import Authority
 from aggregation.pki.identity import IdentityKey
 from client.node.enrolment import TrustAnchors, enrol, install_certificate
 from client.node.policy import SAFE, PolicySettings
-from client.node.statedir import TRAINING_KEY, DeviceSettings, DeviceStateDir
+from client.node.statedir import DeviceSettings, DeviceStateDir
 from client.training.examples import Example, Split, write_examples
 from client.training.language import load_language_trainer
 from client.training.limits import TrainingLimits
@@ -41,6 +41,7 @@ from coordinator.seed import seed_version
 from coordinator.statedir import KEY, CoordinatorStateDir, open_registry
 from simulations.data.population import Client, Population
 from simulations.engine.heads import logistic_head, with_bias
+from simulations.engine.seeded import SEED
 from simulations.scenario import Scenario
 
 AUTHORITY = "authority"
@@ -146,7 +147,7 @@ class Enrolment:
         state_dir = DeviceStateDir(folder, self.settings)
         install_certificate(state_dir, certificate, now)
         write_examples(state_dir.examples, examples_of(client))
-        replace(folder / TRAINING_KEY, hashlib.sha256(f"{self.seed}/{client.name}".encode()).digest())
+        replace(folder / SEED, hashlib.sha256(f"{self.seed}/{client.name}".encode()).digest())
 
 
 def _policy(scenario: Scenario, population: Population) -> PolicySettings:

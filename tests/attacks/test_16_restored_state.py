@@ -25,7 +25,7 @@ from aggregation.steps import BODY, RECORD, Step
 from client.node import app as device_app
 from client.node import step as device_step
 from client.node.snapshot import Snapshot
-from client.node.statedir import EXAMPLES, SNAPSHOT, TRAINING_KEY, DeviceStateDir
+from client.node.statedir import EXAMPLES, SNAPSHOT, DeviceStateDir
 from client.training.examples import Example, write_examples
 from tests.support.hostile import audit_failures
 
@@ -148,7 +148,7 @@ def test_without_the_snapshot_the_difference_of_two_answers_is_that_of_two_updat
     assert not audit_failures(attack.out)
 
 
-@pytest.mark.parametrize("names", [(SNAPSHOT,), (SNAPSHOT, TRAINING_KEY, EXAMPLES)], ids=len)
+@pytest.mark.parametrize("names", [(SNAPSHOT,), (SNAPSHOT, EXAMPLES)], ids=len)
 def test_the_snapshot_of_another_session_is_refused_before_anything_is_answered(
     attack: Rewinding, names: tuple[str, ...]
 ) -> None:

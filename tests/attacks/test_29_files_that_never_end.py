@@ -242,7 +242,6 @@ def test_a_command_that_opens_what_it_finds_never_ends(fleet: Path, monkeypatch:
     [
         ("certificate.der", False),
         ("sealing.key", False),
-        ("training.key", False),
         ("adapter.state", False),
         ("session.sealed", True),  # replaced by the new session
         ("examples.jsonl", True),  # with nothing: no answer depends on examples

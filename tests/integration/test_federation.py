@@ -26,7 +26,6 @@ from aggregation import envelope, ring
 from aggregation.messages import MaskedInput
 from aggregation.steps import ADAPTER, BODY, PROOF, RECORD, Step
 from client.node.app import STATE
-from client.node.app import app as client_app
 from client.node.snapshot import Draw, Snapshot
 from client.training.contribute import clip
 from client.training.examples import Split, in_split, read_examples
@@ -35,6 +34,7 @@ from coordinator import optimizer
 from coordinator.sessionsettings import Aggregation
 from coordinator.settings import FederationSettings
 from simulations.engine import provision as provisioned
+from tests.support.seededapp import app as client_app
 
 ROOT = Path(__file__).resolve().parents[2]
 FleetOf = Callable[..., Any]

@@ -47,7 +47,7 @@ def test_a_state_directory_opens_with_the_settings_it_was_created_with(folder: P
 def test_every_file_of_a_state_directory_is_readable_by_its_owner_only(folder: Path) -> None:
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
     assert set(modes.values()) == {0o600}
-    assert len(modes) == 7
+    assert len(modes) == 6
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

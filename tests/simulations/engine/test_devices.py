@@ -63,7 +63,7 @@ def test_a_run_in_memory_makes_the_adapters_of_one_on_disk(fleet_of: FleetOf, me
     assert [record.dropped for record in in_memory.registry().rounds()] == [record.dropped for record in records]
     for name in (client.name for client in in_memory.population.clients if not client.unseen):
         here, there = (device_folder(fleet.out, name) for fleet in (in_memory, on_disk))
-        assert (here / "training.key").read_bytes() == (there / "training.key").read_bytes()
+        assert (here / "simulation.seed").read_bytes() == (there / "simulation.seed").read_bytes()
         mine, theirs = (fleet.state_dir(name).load_private_parts() for fleet in (in_memory, on_disk))
         assert (mine and mine.after) == (theirs and theirs.after)
         assert (mine is None) == (method == "fedit")

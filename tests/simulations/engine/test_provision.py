@@ -90,7 +90,7 @@ def test_the_seed_determines_the_seed_adapter_the_order_of_training_and_no_other
     assert digests[0] == digests[1] != digests[2]
     for name in ("coordinator/signing.pem", "devices/device-00/identity.pem", "devices/device-00/sealing.key"):
         assert len({(fleet.out / name).read_bytes() for fleet in fleets}) == 3
-    keys = [[(fleet.out / f"devices/device-0{n}/training.key").read_bytes() for n in range(3)] for fleet in fleets]
+    keys = [[(fleet.out / f"devices/device-0{n}/simulation.seed").read_bytes() for n in range(3)] for fleet in fleets]
     assert keys[0] == keys[1]
     assert len({*keys[0], *keys[2]}) == 6
 

@@ -57,7 +57,7 @@ def outcome(fleet: Any) -> list[Any]:
     return [
         [version.manifest.sha256 for version in fleet.registry().versions()],
         [record.dropped for record in fleet.registry().rounds()],
-        [(device.folder / "training.key").read_bytes() for device in devices],
+        [(device.folder / "simulation.seed").read_bytes() for device in devices],
         [parts and parts.after for parts in (device.load_private_parts() for device in devices)],
     ]
 
