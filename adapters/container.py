@@ -59,10 +59,13 @@ def _read(blob: bytes) -> Stored:
     if (place := root(FORMAT_VERSION)) is None or _number(blob, "<i", place) != FORMAT:
         raise ValueError("it is of another version of the format")
     found: Stored = {}
+    left = len(blob)
     for at in _elements(blob, root(PARAMETERS), 4):
         name, value = _tensor(blob, _fields(blob, at + _number(blob, "<I", at)))
         if name in found:
             raise ValueError("it names a tensor twice")
+        if (left := left - value.nbytes) < 0:
+            raise ValueError("two tensors share their bytes")
         found[name] = value
     return found
 

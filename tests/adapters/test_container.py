@@ -7,6 +7,7 @@ import numpy as np
 from adapters import container
 from aggregation.errors import DataError
 from tests.support import refused
+from tests.support.limits import limited
 
 
 def test_unpacked_tensors_own_their_memory() -> None:
@@ -24,3 +25,27 @@ def test_a_shape_that_no_memory_has_is_refused() -> None:
     assert blob.count(dimension) == 1
     with refused(DataError, ".onnx_adapter"):
         container.unpack(blob.replace(dimension, too_large))
+
+
+def shared(size: int, others: int) -> bytes:
+    """A file of which ``others`` tensors refer to the shape and the bytes of one of ``size`` numbers."""
+    one = container.pack({f"t{n:04}": np.zeros(1 if n else size, np.int8) for n in range(others + 1)})
+    blob = bytearray(one)
+    root = container._fields(one, container._number(one, "<I", 0))
+    places = container._elements(one, root(container.PARAMETERS), 4)
+    first, *rest = (container._fields(one, at + container._number(one, "<I", at)) for at in places)
+    for fields in rest:
+        for field in (container.DIMENSIONS, container.RAW_DATA):
+            origin, place = first(field), fields(field)
+            assert origin is not None
+            assert place is not None
+            struct.pack_into("<I", blob, place, origin + container._number(one, "<I", origin) - place)
+    return bytes(blob)
+
+
+def test_tensors_that_share_their_bytes_are_refused_before_they_are_copied() -> None:
+    """300 kB would be 200 MB."""
+    blob = shared(200_000, 1000)
+    assert len(blob) < 300_000
+    with limited(5, 2**26), refused(DataError, ".onnx_adapter"):
+        container.unpack(blob)

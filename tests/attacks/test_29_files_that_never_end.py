@@ -5,12 +5,8 @@ a pipe is waited for, ``/dev/zero`` fills the memory. Every command ends in time
 """
 
 import os
-import resource
 import shutil
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +18,12 @@ from client.node.app import app as client_app
 from coordinator.app import run
 from coordinator.statedir import CoordinatorStateDir
 from simulations.engine.grid import SERVER_NODE, FaultModel, InProcessGrid
+from tests.support.limits import TooLate, limited
 from tests.support.trial import call, make_trial_fleet
 
 PHRASES = [("Light", "turn on the light"), ("Music", "play music"), ("Timer", "set a timer")]
 EXAMPLES = [("switch the lamp on", 0, "train"), ("play the song", 1, "train"), ("make it bright", 0, "validation")]
 DEVICES = ("attic", "garage", "hall", "kitchen")
-SECONDS = 20  # for a command on a busy machine; none that reads a pipe ever ends
-MEMORY = 2**29  # bytes that a command may take more
 SPARSE = 3 * 2**30  # bytes, of which the disk holds none
 
 # command, with paths in a fleet → the files that it reads
@@ -185,29 +180,6 @@ def fleet(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     shutil.copytree(template, made)
     monkeypatch.chdir(made)
     return made
-
-
-class TooLate(BaseException):
-    """The command did not end."""
-
-
-@contextmanager
-def limited(seconds: int = SECONDS) -> Iterator[None]:
-    """The block ends within ``seconds`` and takes at most ``MEMORY`` more bytes of addresses."""
-
-    def late(*_: object) -> None:
-        raise TooLate
-
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    before, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, handler)
 
 
 @pytest.mark.parametrize(("command", "file", "kind"), CASES)

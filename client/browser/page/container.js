@@ -30,9 +30,12 @@ export function parse(file) {
   if (root.scalar(ADAPTER.formatVersion) !== FORMAT) throw damaged("it is of another version of the format");
   const places = vector(view, root.reference(ADAPTER.parameters), 4, MAX_PARAMETERS);
   const found = new Map();
+  let left = file.length;
   for (let i = 0; i < places.length; i++) {
     const [name, tensor] = parameter(view, file, table(view, follow(view, places.start + 4 * i)));
     if (found.has(name)) throw damaged("it names a tensor twice");
+    left -= tensor.bytes.length;
+    if (left < 0) throw damaged("two tensors share their bytes");
     found.set(name, tensor);
   }
   return found;

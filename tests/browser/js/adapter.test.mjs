@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import test from "node:test";
 
-import { parse } from "../../../client/browser/page/container.js";
+import { pack, parse } from "../../../client/browser/page/container.js";
 import { DataError } from "../../../client/browser/page/errors.js";
 import { checkSlots, layoutDigest } from "../../../client/browser/page/graphinputs.js";
 import { restore } from "../../../client/browser/page/quantization.js";
@@ -52,6 +52,17 @@ test("an offset at every place of a file may be anything", () => {
       }
     }
   }
+});
+
+test("tensors that share their bytes are refused", () => {
+  const file = pack(new Map([["a", { shape: [1000], values: new Float32Array(1000) }], ["b", { shape: [1], values: new Float32Array(1) }]]));
+  assert.deepEqual([...parse(file).keys()], ["a", "b"]);
+  const view = new DataView(file.buffer);
+  const follow = (at) => at + view.getUint32(at, true);
+  const places = follow(follow(0) + 16);
+  const [a, b] = [follow(places + 4), follow(places + 8)];
+  for (const field of [8, 16]) view.setUint32(b + field, follow(a + field) - (b + field), true); // shape and bytes; it wraps
+  assert.throws(() => parse(file), DataError);
 });
 
 test("a file that begins otherwise, is empty, or is cut is refused", () => {

@@ -39,6 +39,8 @@ function read(view, file) {
     require(!found.has(name), "container", "a name occurs twice");
     found.set(name, tensor(view, file, parameter));
   }
+  const total = [...found.values()].reduce((sum, { bytes }) => sum + bytes.length, 0);
+  require(total <= file.length, "container", "two tensors share their bytes");
   return found;
 }
 
