@@ -10,6 +10,8 @@ activations to 8 bits, and makes each unknown character a token, where a run of 
 
 import itertools
 import json
+import math
+import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -27,6 +29,7 @@ VERSION = 1
 BLOCK = 32  # weights under one scale
 FLOAT32, Q4_0 = 0, 1  # kinds of tensors
 LARGEST = 2**31  # bytes of a file; multilingual-e5-small has 72 million
+MAX_CHARACTERS = 9_999  # that are replaced, in one class of a regular expression; multilingual-e5-small has 4,837
 EMBEDDINGS = {"word": "word_embeddings", "pos": "position_embeddings", "type": "token_type_embeddings"}
 LAYER_PARTS = {
     "q": "attention.self.query",
@@ -103,7 +106,8 @@ def _config(reader: _Reader) -> dict[str, Any]:
     width, layers, heads, inner, words, positions, types = sizes = reader.numbers("7i")
     epsilon, block = reader.numbers("fi")
     whole = min(sizes) > 0 and not (width % heads or width % BLOCK or inner % BLOCK)
-    if not whole or layers * width > len(reader.data) or block != BLOCK or not 0 < epsilon < 1:
+    # A layer has four matrices of width², each number of which takes more than half a byte.
+    if not whole or 2 * layers * width**2 > len(reader.data) or block != BLOCK or not 0 < epsilon < 1:
         raise reader.unsound(f"sizes {sizes}, blocks of {block} and epsilon {epsilon} make no model")
     return {
         "architectures": ["BertModel"],
@@ -139,6 +143,8 @@ def _tokenizer(reader: _Reader, config: dict[str, Any]) -> tuple[Tokenizer, dict
         raise reader.unsound("a token is not UTF-8") from error
     if len({*words}) < count:
         raise reader.unsound("two tokens are equal")
+    if odd := next((words[number] for number in (bos, eos) if re.search(r"[\s:$]", words[number])), None):
+        raise reader.unsound(f"{odd[:80]!r} cannot begin or end a text")
     config |= {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
     tokenizer = Tokenizer(models.Unigram(list(zip(words, scores.tolist(), strict=True)), unk, byte_fallback=False))
     found = _replacements(reader)
@@ -169,15 +175,19 @@ def _tokenizer(reader: _Reader, config: dict[str, Any]) -> tuple[Tokenizer, dict
 
 def _replacements(reader: _Reader) -> dict[str, str]:
     count, size = reader.numbers("iI")
+    if count > MAX_CHARACTERS:
+        raise reader.unsound(f"it replaces {count} characters")
     table = _Reader(reader.name, reader.take(size))
     found: dict[str, str] = {}
     try:
         for _ in range(count):
             character, length = table.numbers("IB")
             found[chr(character)] = "".join(map(chr, table.numbers(f"{length}I")))
-        "".join([*found, *found.values()]).encode()
+        every = "".join([*found, *found.values()]).encode()
     except (ValueError, OverflowError) as error:
         raise reader.unsound("its table of characters is damaged") from error
+    if 0 in every or not any(found.values()):
+        raise reader.unsound("its table of characters replaces none, or has a NUL")
     return found
 
 
@@ -223,16 +233,18 @@ def character_map(replacements: Mapping[str, str]) -> bytes:
 
 def _weights(reader: _Reader, config: dict[str, Any]) -> Iterator[tuple[str, Floats]]:
     shapes = _shapes(config)
+    left = len(reader.data)  # tensors share no bytes
     (count,) = reader.numbers("i")
     for _ in range(count):
         (length,) = reader.numbers("H")
-        given = reader.take(length).decode("utf-8", "replace")
+        given = reader.take(length).decode("utf-8", "replace")[:80]
         kind, values, offset, size = reader.numbers("BIQQ")
         if (name := _name(given)) not in shapes:
             raise ConfigError(f"{reader.name} has a tensor {given!r}, which cannot be converted", about=given)
         shape, data = shapes.pop(name), reader.data[offset : offset + size]
         expected = values * 4 if kind == FLOAT32 else values // BLOCK * 18
-        if kind not in (FLOAT32, Q4_0) or values != np.prod(shape) or not size == expected == len(data):
+        left -= size
+        if kind not in (FLOAT32, Q4_0) or values != math.prod(shape) or not size == expected == len(data) or left < 0:
             raise reader.unsound(f"tensor {given!r} does not have {shape} values of a known kind")
         value = np.frombuffer(data, "<f4") if kind == FLOAT32 else _dequantized(data)
         if not np.isfinite(value).all():

@@ -24,6 +24,7 @@ from adapters.base import find_base
 from adapters.e5base import EMBEDDINGS, LAYER_PARTS, character_map, convert
 from aggregation.errors import ConfigError, DataError
 from tests.support import refused
+from tests.support.limits import limited
 
 WIDTH, HEADS, INNER, ROWS, POSITIONS = 64, 2, 128, 40, 32
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -200,6 +201,13 @@ def test_the_character_map_is_read_as_it_was_meant(replaced: dict[str, str]) -> 
         ({"words": [*WORDS, "a"]}, DataError, "tiny.bin"),
         ({"words": [*WORDS, ""]}, DataError, "tiny.bin"),
         ({"unk": 99}, DataError, "tiny.bin"),
+        ({"words": ["<s:", *WORDS[1:]]}, DataError, "tiny.bin"),
+        ({"words": ["$A", *WORDS[1:]]}, DataError, "tiny.bin"),
+        ({"replaced": {}}, DataError, "tiny.bin"),
+        ({"replaced": {"\x02": ""}}, DataError, "tiny.bin"),
+        ({"replaced": {"\0": "a"}}, DataError, "tiny.bin"),
+        ({"replaced": {"\n": "a\0b"}}, DataError, "tiny.bin"),
+        ({"replaced": {chr(0x4E00 + n): "a" for n in range(10_000)}}, DataError, "tiny.bin"),
         ({"tensors": {"l0.q.w": np.zeros((WIDTH, INNER), np.float32) + 1}}, DataError, "tiny.bin"),
         ({"tensors": {"l0.q.b": np.full(WIDTH, np.nan, np.float32)}}, DataError, "tiny.bin"),
         ({"tensors": {"l0.q.b": None}}, DataError, "tiny.bin"),
@@ -213,6 +221,23 @@ def test_what_cannot_be_right_is_refused(
     with refused(error, about):
         convert(write(**changes), out)
     assert list(out.iterdir()) == []
+
+
+def test_more_layers_than_there_are_bytes_for_are_refused_before_they_are_listed(write: Writer, out: Path) -> None:
+    file = write(sizes=(32, 100_000, 2, 32, ROWS, POSITIONS, 2), words=[*WORDS, "a" * 2**22])
+    with limited(10, 2**26), refused(DataError, "tiny.bin"):
+        convert(file, out)
+
+
+def test_tensors_that_share_their_bytes_are_refused(write: Writer, out: Path) -> None:
+    file = write(layers=2)
+    raw, name = bytearray(file.read_bytes()), b"\x07\x00l0.fi.w"
+    begins = [raw.index(name.replace(b"l0.fi", part)) + len(name) for part in (b"l0.fi", b"l1.fi", b"l0.fo", b"l1.fo")]
+    for other in begins[1:]:
+        raw[other + 5 : other + 13] = raw[begins[0] + 5 : begins[0] + 13]  # the offset
+    file.write_bytes(raw[: -3 * INNER * WIDTH // 32 * 18 // 2])
+    with refused(DataError, "tiny.bin"):
+        convert(file, out)
 
 
 def test_a_file_that_is_cut_anywhere_is_refused(write: Writer, out: Path) -> None:
