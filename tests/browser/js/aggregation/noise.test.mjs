@@ -133,6 +133,18 @@ test(`${made.ledgers.length} ledgers have the native verdicts`, () => {
   }
 });
 
+test("a copy of the account, as of a copied profile, spends the limit anew, and no time of a clock is in it", () => {
+  const cohort = 8;
+  const spec = made.ledgers[0].events.map(({ offer }) => Offer.decode(raw(offer)).spec).find(({ privacy }) => privacy);
+  const once = new Policy({ known_bases: [spec.base_digest] });
+  const cost = epsilonOf(privacyledger.spent(privacyledger.onPlan(privacyledger.EMPTY, spec, cohort, once)), once.delta);
+  const limited = { corrupt_fraction: once.corrupt_fraction, maximum_epsilon: 1.01 * cost, delta: once.delta };
+  const accounts = [privacyledger.EMPTY, structuredClone(privacyledger.EMPTY)];
+  const after = accounts.map((known) => privacyledger.onPlan(known, spec, cohort, limited));
+  assert.deepEqual(after[0], after[1]);
+  for (const known of after) assert.throws(() => privacyledger.onPlan(known, spec, cohort, limited), { about: "plan.epsilon" });
+});
+
 test("a damaged ledger is refused", () => {
   const { EMPTY } = privacyledger;
   const short = { curve: [0], draws: 0 };
