@@ -93,6 +93,10 @@ class DeviceState(Protocol):
         """Fix what this device trains on in the session that it joins with the public key ``share_key``."""
         ...
 
+    def save_snapshot(self, snapshot: Snapshot, share_key: bytes) -> None:
+        """Replace it."""
+        ...
+
     def load_snapshot(self, share_key: bytes) -> Snapshot:
         """What this device trains on in the session that it joined with ``share_key``."""
         ...

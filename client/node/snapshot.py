@@ -8,7 +8,7 @@ only for the session in which it was taken.
 The secret is drawn from the operating system for each session, so that a copy of the state directory from before the
 session does not give it. It orders the examples, rounds the update and draws its noise. The coordinator knows all else
 that training depends on, and would otherwise make the other devices repeat their updates, and subtract two sums that
-differ by one device.
+differ by one device. It is replaced after each round, so that the state directory gives nothing of a finished one.
 """
 
 import hashlib
@@ -19,12 +19,13 @@ from typing import Annotated
 import numpy as np
 
 from aggregation import sealed, wire
+from aggregation.errors import TrustError
 from aggregation.masks import KEY, derive
-from aggregation.messages import DIGEST, Plan
+from aggregation.messages import DIGEST, Plan, Uint32
 from aggregation.wire import Codec
 from client.training.examples import MAX_FILE
 
-_MAGIC = b"edgeadapt/snapshot/1\x00"
+_MAGIC = b"edgeadapt/snapshot/2\x00"
 
 
 class Draw(Enum):
@@ -37,13 +38,19 @@ class Draw(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A device's training inputs for one session. ``examples`` is the content of the examples file; b"" if unreadable.
+    """A device's training inputs for the rounds of a session that are still to come.
 
     Law: ``open(seal(s, k, j), k, j) == s``.
+
+    Args:
+        secret: Of the round ``first`` and of all later ones.
+        examples: Content of the examples file; b"" if it could not be read.
+        first: The first round that is still to come.
     """
 
     secret: Annotated[bytes, wire.fixed(KEY)] = field(repr=False)
     examples: Annotated[bytes, wire.blob(MAX_FILE)] = field(repr=False)
+    first: Uint32 = 1
 
     def seal(self, key: bytes, share_key: bytes) -> bytes:
         """Encrypt the snapshot.
@@ -63,8 +70,21 @@ class Snapshot:
         """
         return sealed.open_record(_CODEC, raw, key, _MAGIC, share_key)
 
+    def since(self, round_: int) -> "Snapshot":
+        """The snapshot for a round and later ones; the secrets of earlier rounds do not follow from it.
+
+        Raises:
+            TrustError: The round is over.
+        """
+        if round_ < self.first:
+            raise TrustError(f"the secret of round {round_} of this session is deleted", about="snapshot.round")
+        secret = self.secret
+        for _ in range(self.first, round_):
+            secret = derive(secret, b"edgeadapt/next-round/1")
+        return replace(self, secret=secret, first=round_)
+
     def key(self, plan: Plan, draw: Draw) -> bytes:
-        """The secret (32 bytes) of one draw in one round.
+        """The secret (32 bytes) of one draw in one round. Raises as ``since``.
 
         Guarantee: it is the same for the same plan, whatever its former members, and unrelated to that of any other
         plan or session.
@@ -72,7 +92,7 @@ class Snapshot:
         # Without the context, which begins with fresh bytes of the coordinator: the secret already belongs to one
         # session, and runs with given secrets can be repeated. Groups make no difference to what a device trains.
         digest = hashlib.sha256(b"plan\x00" + _TRAINED.encode(replace(plan, context=bytes(DIGEST)))).digest()
-        return derive(self.secret, b"edgeadapt/training/1", draw.value.encode(), digest)
+        return derive(self.since(plan.round).secret, b"edgeadapt/training/1", draw.value.encode(), digest)
 
     def generator(self, plan: Plan, draw: Draw) -> np.random.Generator:
         """The generator of one draw in one round, from its ``key``."""

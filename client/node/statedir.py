@@ -248,7 +248,10 @@ class DeviceStateDir:
             examples: Content of the examples file.
             share_key: As for ``Snapshot.seal``.
         """
-        snapshot = Snapshot(self.entropy.bytes(KEY), examples)
+        self.save_snapshot(Snapshot(self.entropy.bytes(KEY), examples), share_key)
+
+    def save_snapshot(self, snapshot: Snapshot, share_key: bytes) -> None:
+        """Seal a snapshot, and replace the old one atomically. ``share_key``: as for ``Snapshot.seal``."""
         replace(self.folder / SNAPSHOT, snapshot.seal(self._read(SEALING_KEY), share_key))
 
     def load_snapshot(self, share_key: bytes) -> Snapshot:

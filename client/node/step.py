@@ -179,7 +179,7 @@ def _transition(
         adapter_state = adapterstate.on_plan(
             state_dir.load_adapter_state(), planned.plan, planned.spec, device.policy.maximum_repeats
         )
-        snapshot = state_dir.load_snapshot(planned.ready.session.peers[planned.ready.me].share_key)
+        snapshot = state_dir.load_snapshot(_share_key(planned.ready))
         ledger = privacyledger.on_plan(
             state_dir.load_privacy_ledger(), planned.spec, len(planned.ready.serials), device.policy
         )
@@ -213,8 +213,8 @@ def _transition(
         held = "has joined no session" if state is None else f"is in the state {type(state).__name__}"
         raise ProtocolError(f"unexpected {step.value}: this device {held}", COORDINATOR, about="step", value=step.value)
     state_dir.save_state(after)
-    if isinstance(after, Masked) and not after.ready.secrets:  # of later rounds
-        state_dir.delete_snapshot()
+    if isinstance(after, Masked):
+        _forget_round(state_dir, after)
     if step is not Step.ROSTER:
         state_dir.save_log_state(log_state)
     return answer
@@ -270,6 +270,19 @@ def _after_unmasking(
     return privacyledger.on_survivors(
         known, ready.session.spec, len(ready.serials), len(survivors.vectors), device.policy
     )
+
+
+def _share_key(ready: Ready) -> bytes:
+    return ready.session.peers[ready.me].share_key
+
+
+def _forget_round(state_dir: DeviceState, masked: Masked) -> None:
+    """Keep nothing of what was drawn in the round, and the snapshot for later rounds only if there are any."""
+    if masked.ready.secrets:
+        key = _share_key(masked.ready)
+        state_dir.save_snapshot(state_dir.load_snapshot(key).since(masked.plan.round + 1), key)
+    else:
+        state_dir.delete_snapshot()
 
 
 def _proof(fields: Mapping[str, bytes]) -> bytes:

@@ -97,7 +97,11 @@ class MemoryDevice:
 
     def take_snapshot(self, examples: bytes, share_key: bytes) -> None:
         """See ``DeviceStateDir``."""
-        self._snapshot = share_key, Snapshot(self._entropy.bytes(KEY), examples)
+        self.save_snapshot(Snapshot(self._entropy.bytes(KEY), examples), share_key)
+
+    def save_snapshot(self, snapshot: Snapshot, share_key: bytes) -> None:
+        """Keep it in memory."""
+        self._snapshot = share_key, snapshot
 
     def load_snapshot(self, share_key: bytes) -> Snapshot:
         """See ``DeviceStateDir``."""

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
 from aggregation.client import Planned
+from aggregation.errors import TrustError
 from aggregation.privacy import noise, rounding
 from aggregation.ring import Ring
 from client.node import step as device_step
@@ -23,6 +25,7 @@ from client.node.app import STATE, register
 from client.node.snapshot import Draw, Snapshot
 from client.node.statedir import DeviceStateDir
 from simulations.engine import seeded
+from tests.support import refused
 
 FleetOf = Callable[..., Any]
 Open = Callable[[Path], DeviceStateDir]
@@ -108,3 +111,43 @@ def test_secrets_that_follow_from_the_state_directory_give_the_sums_without_thei
     """As it was, and as it is in a simulation."""
     for left, bound in left_of_the_sums(app_fleet_of, seeded.open_state_dir, monkeypatch):
         assert left <= bound
+
+
+def copied_between_rounds(app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch) -> tuple[Snapshot, list[Planned]]:
+    """What a device trains with by a copy from between two rounds of a session, and what it accepted in both."""
+    fleet = app_fleet_of(5, rounds=2, aggregation__session_rounds=2)
+    attack, copies = Sums(DeviceStateDir.open, monkeypatch), fleet.out / "copies"
+
+    def app(message: Message, context: Context) -> Message:
+        if len(attack.rounds) == 1 and message.metadata.group_id == "2" and not copies.exists():
+            shutil.copytree(fleet.out / "devices", copies)
+        return attack.app(message, context)
+
+    fleet.federate(fleet.grid(app=app))
+    copy = DeviceStateDir.open(copies / "device-00")
+    ready: Any = copy.load_state()
+    return copy.load_snapshot(ready.session.peers["device-00"].share_key), [planned for planned, _ in attack.rounds]
+
+
+def test_a_copy_from_between_two_rounds_gives_nothing_of_the_first(
+    app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot, (first, second) = copied_between_rounds(app_fleet_of, monkeypatch)
+    with refused(TrustError, "snapshot.round"):
+        snapshot.key(first.plan, Draw.NOISE)
+    assert snapshot.key(second.plan, Draw.NOISE)
+
+
+def test_a_secret_that_is_kept_for_a_whole_session_gives_its_first_round(
+    app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used, key = list[bytes](), Snapshot.key
+
+    def noted(snapshot: Snapshot, plan: Any, draw: Draw) -> bytes:
+        used.append(key(snapshot, plan, draw))
+        return used[-1]
+
+    monkeypatch.setattr(Snapshot, "since", lambda snapshot, round_: snapshot)
+    monkeypatch.setattr(Snapshot, "key", noted)
+    snapshot, (first, _) = copied_between_rounds(app_fleet_of, monkeypatch)
+    assert key(snapshot, first.plan, Draw.ORDER) in used

@@ -76,6 +76,19 @@ def test_equal_plans_draw_the_same_and_any_other_plan_or_secret_draws_something_
     assert len(set(draws)) == len(draws)
 
 
+def test_a_round_draws_the_same_from_every_snapshot_that_is_not_of_a_later_one() -> None:
+    plans = [replace(PLAN, round=number) for number in (1, 2, 3, 4)]
+    keys = [SNAP.key(plan, Draw.NOISE) for plan in plans]
+    assert len({*keys}) == 4
+    later = SNAP.since(2).since(3)
+    assert later == SNAP.since(3)
+    assert [later.key(plan, Draw.NOISE) for plan in plans[2:]] == keys[2:]
+    assert SNAP.secret not in (SNAP.since(2).secret, later.secret)
+    for plan in plans[:2]:
+        with refused(TrustError, "snapshot.round"):
+            later.key(plan, Draw.NOISE)
+
+
 def test_each_session_has_a_secret_of_its_own_and_a_copy_of_the_device_has_another(
     state_dir: DeviceStateDir, tmp_path: Path
 ) -> None:
