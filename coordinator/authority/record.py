@@ -103,6 +103,16 @@ class AuthorityRecord:
         """
         return self._events(read(self.path))
 
+    @property
+    def state(self) -> tuple[int, int]:
+        """Size and time of the file: they change with each event."""
+        found = self.path.stat()
+        return found.st_size, found.st_mtime_ns
+
+    def invitations(self) -> frozenset[str]:
+        """The tokens of all invitations: also of those that have expired or were used. Raises as ``read``."""
+        return frozenset(event.token for event in self.read() if isinstance(event, InvitationIssued))
+
     @contextmanager
     def writing(self) -> Iterator["RecordWriter"]:
         """Hold the record's lock, and yield a writer that has the events so far.

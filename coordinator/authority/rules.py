@@ -22,6 +22,7 @@ from coordinator.authority.record import (
 RENEWABLE = 1 / 2  # of its validity: a certificate that has less left is renewed. Devices ask at 1/3; clocks differ
 MOST_TLS = 8  # TLS certificates of a device that are valid at once, as after it lost its next key or was restored
 ENROL_AGAIN = "enrol this device again, with a token"
+NOT_REDEEMABLE = "the invitation is not valid, has expired, or was used: ask for a new one"
 
 
 def require_new(writer: RecordWriter, name: str, key: PublicKey, now: datetime) -> None:
@@ -94,7 +95,7 @@ def require_redeemable(
         (event.key, event.tls_key) for event in events if isinstance(event, InvitationUsed) and event.token == token
     ]
     if not invited or (used and used[0] != keys) or (not used and now > invited[0].expires):
-        raise TrustError("the invitation is not valid, has expired, or was used: ask for a new one", about="invitation")
+        raise TrustError(NOT_REDEEMABLE, about="invitation")
     if set(names) != {invited[0].name}:
         text = f"the invitation is for {invited[0].name}, and the request for {' and '.join(names)}"
         raise TrustError(text, about="invitation.name", value=names)

@@ -212,7 +212,14 @@ class AuthorityStore:
         return expires
 
     def redeem(
-        self, authority: Authority, secret: bytes, request: bytes, tls_request: bytes, *, days: float
+        self,
+        authority: Authority,
+        secret: bytes,
+        request: bytes,
+        tls_request: bytes,
+        *,
+        days: float,
+        admit: Callable[[str], None],
     ) -> tuple[bytes, bytes]:
         """Certify the two keys of an invited device, DER. For the same keys again, the same certificates.
 
@@ -222,6 +229,7 @@ class AuthorityStore:
             request: PKCS #10 for the identity.
             tls_request: PKCS #10 for the TLS key.
             days: For which the certificates are valid.
+            admit: Called with the public half of the invitation's key, in hex, before the record is locked; may raise.
 
         Raises:
             TrustError: The invitation is unknown, has expired, or was used for other keys; or a request is not valid,
@@ -229,7 +237,8 @@ class AuthorityStore:
             ConfigError, DataError: As ``issue``.
         """
         tls_name, tls_key = read_tls_request(tls_request)
-        with self._redeeming(invitation.key(secret).public, request, (tls_name, tls_key.key_id)) as (writer, name, key):
+        public, tls = invitation.key(secret).public, (tls_name, tls_key.key_id)
+        with self._redeeming(public, request, tls, admit) as (writer, name, key):
             der, tls_der = (certificate_of(writer.events, each.key_id) for each in (key, tls_key))
             if not (der and tls_der):
                 end = self._end(authority, name, days)
@@ -238,7 +247,14 @@ class AuthorityStore:
             return der, tls_der
 
     def redeem_signed(
-        self, authority: Authority, invited: bytes, signature: bytes, request: bytes, *, days: float
+        self,
+        authority: Authority,
+        invited: bytes,
+        signature: bytes,
+        request: bytes,
+        *,
+        days: float,
+        admit: Callable[[str], None],
     ) -> bytes:
         """Certify the identity of an invited page, DER. For the same key again, the same certificate.
 
@@ -248,13 +264,14 @@ class AuthorityStore:
             signature: Of that key, on the request: who passes it on can have no other key certified.
             request: PKCS #10 for the identity.
             days: For which the certificate is valid.
+            admit: As for ``redeem``, once the signature was verified.
 
         Raises:
             TrustError, ConfigError, DataError: As ``redeem``; or the signature is not valid.
         """
         public = PublicKey(invited)
         public.verify(invitation.ENROLMENT, request, signature)
-        with self._redeeming(public, request, None) as (writer, name, key):
+        with self._redeeming(public, request, None, admit) as (writer, name, key):
             found = certificate_of(writer.events, key.key_id)
             return found or self._issue(writer, authority, name, key, self._end(authority, name, days))
 
@@ -343,12 +360,13 @@ class AuthorityStore:
 
     @contextmanager
     def _redeeming(
-        self, invited: PublicKey, request: bytes, tls: tuple[str, str] | None
+        self, invited: PublicKey, request: bytes, tls: tuple[str, str] | None, admit: Callable[[str], None]
     ) -> Iterator[tuple[RecordWriter, str, PublicKey]]:
         """Use an invitation for the key of a request, and that of ``tls``: a name and a key id."""
         name, key = read_request(request)
         token, tls_key = invited.raw.hex(), tls[1] if tls else None
         names = (name, tls[0]) if tls else (name,)
+        admit(token)
         with self._writing() as writer:
             require_redeemable(writer.events, token, names, (key.key_id, tls_key), self.clock())
             if not any(isinstance(event, InvitationUsed) and event.token == token for event in writer.events):

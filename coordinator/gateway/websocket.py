@@ -11,9 +11,7 @@ are no message; 1008 refused; 1013 try again later. The reason has the window in
 import asyncio
 import ipaddress
 import logging
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -30,11 +28,10 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, EdgeAdaptError, ProtocolError, TrustError
 from coordinator import traces
 from coordinator.gateway.hub import Channel, Credentials, NoAnswer, Released, Stream
+from coordinator.gateway.places import PROOF, Entrance
 from coordinator.gateway.server import CLOSING, Gateway, Service, require_version
 from coordinator.servertls import TlsSource, context
 
-HANDSHAKE = 10.0  # seconds for TLS and HTTP, and again for the answer to the challenge
-STRANGERS = 256  # connections at a path that have not answered the challenge yet, or sent their message
 WAITING = 8  # messages of a device that are kept while one is handled
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 log = logging.getLogger("edgeadapt.gateway")
@@ -77,7 +74,7 @@ class Endpoint:
     paths: tuple[str, ...]
     settings: BrowserSettings
     tls: TlsSource
-    _strangers: Counter[str] = field(default_factory=Counter)  # by path: those who have not said yet who they are
+    entrance: Entrance = field(init=False)
 
     def check(self, connection: ServerConnection, request: Request) -> Response | None:
         """Refuse a request for another path or host, or of a page of another origin, before it is a WebSocket."""
@@ -88,26 +85,13 @@ class Endpoint:
             return connection.respond(HTTPStatus.MISDIRECTED_REQUEST, "another host\n")
         if origin not in self.settings.origins and host_of(origin) not in LOOPBACK:
             return connection.respond(HTTPStatus.FORBIDDEN, "another origin\n")
-        if self._strangers[request.path] >= STRANGERS:
-            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections\n")
         return None
 
     def _hosts(self) -> frozenset[str]:
         return self.tls.newest().hosts | frozenset(LOOPBACK if self.settings.is_loopback else ())
 
-    @asynccontextmanager
-    async def stranger(self, connection: ServerConnection) -> AsyncIterator[None]:
-        """Count a connection as a stranger's while the block runs. Raises TimeoutError after ``HANDSHAKE`` seconds."""
-        path = connection.request.path if connection.request else ""
-        self._strangers[path] += 1
-        try:
-            async with asyncio.timeout(HANDSHAKE):
-                yield
-        finally:
-            self._strangers[path] -= 1
-
     async def listen(self, attend: Callable[[ServerConnection], Awaitable[None]], largest: int) -> Server:
-        """A server whose connections ``attend`` serves.
+        """A server whose connections ``attend`` serves. Each holds a place of ``entrance`` until it is proved.
 
         Args:
             attend: Serves a connection until it ends.
@@ -118,14 +102,14 @@ class Endpoint:
         """
         host, port = self.settings.place
         try:
+            self.entrance = Entrance.listening(host, int(port))
             return await serve(
                 attend,
-                host,
-                int(port),
+                sock=self.entrance,
                 process_request=self.check,
                 ssl=None if self.settings.is_loopback else context(self.tls),
                 compression=None,
-                open_timeout=HANDSHAKE,
+                open_timeout=PROOF,
                 ping_interval=30,
                 ping_timeout=20,
                 close_timeout=5,
@@ -179,10 +163,9 @@ class BrowserService:
             call.end()
 
     async def _identified(self, connection: ServerConnection) -> Credentials:
-        async with self.endpoint.stranger(connection):
-            nonce = SystemEntropy().bytes(websocket.NONCE)
-            await connection.send(websocket.CHALLENGE.encode(websocket.SocketChallenge(nonce)))
-            hello = websocket.HELLO.decode(await received(connection))
+        nonce = SystemEntropy().bytes(websocket.NONCE)
+        await connection.send(websocket.CHALLENGE.encode(websocket.SocketChallenge(nonce)))
+        hello = websocket.HELLO.decode(await received(connection))
         require_version(hello.version, self.service.limits.client_version)
         host = host_of(f"//{connection.request.headers['Host']}") if connection.request else ""
         at = datetime.now(UTC)
@@ -190,6 +173,7 @@ class BrowserService:
         proof = nonce + host.encode(), hello.certificate, hello.binding
         found = Credentials(device, *proof, hello.version, Channel.WEBSOCKET)
         self.service.verify(found, at)
+        self.endpoint.entrance.prove(connection.remote_address)
         return found
 
     def _too_early(self, device: str) -> RetryWindow | None:

@@ -36,7 +36,7 @@ from client.gateway.renewal import Renewal, renew, tls_pair, validity
 from client.node.statedir import AGENT_LOCK, DeviceSettings, DeviceStateDir
 from coordinator.authority import AuthorityStore
 from coordinator.authority.store import utc_now
-from coordinator.gateway.enrolment import CALLS, RENEWALS, THREADS, EnrolmentServer, EnrolmentService
+from coordinator.gateway.enrolment import ATTEMPTS, REFUSALS, THREADS, EnrolmentServer, EnrolmentService
 from coordinator.gateway.server import Gateway
 from tests.support import refused
 from tests.support.authority import signer, store
@@ -329,7 +329,7 @@ def test_a_device_that_renews_without_end_has_to_wait(site: Site) -> None:
     state_dir, other = site.enrolled(), site.enrolled("garage")
     renew(state_dir, site.address, ENTROPY)
     issued = site.issued("kitchen")
-    for _ in range(RENEWALS - 1):
+    for _ in range(ATTEMPTS - 1):
         with refused(TrustError, "gateway") as early:
             renew(state_dir, site.address, ENTROPY)
         assert "can be renewed from" in str(early.value)
@@ -345,7 +345,7 @@ def test_a_copied_tls_key_does_not_use_up_the_renewals_of_its_device(site: Site)
     key, certificate = tls_pair(state_dir.folder)
     with channel(site.server.renewal_port, key.pem, certificate, site.service.authority) as connection:
         raw = asked(state_dir, TlsKey.generate(ENTROPY), "kitchen", thief)
-        for _ in range(RENEWALS + 1):
+        for _ in range(ATTEMPTS + 1):
             code, _ = status_of(lambda: connection.unary_unary(frames.RENEW)(raw, timeout=60))
             assert code is grpc.StatusCode.PERMISSION_DENIED
     assert Renewal(state_dir.folder).attempt()
@@ -369,7 +369,7 @@ def test_a_flood_of_enrolments_keeps_no_device_from_renewing(site: Site, monkeyp
                 over.set()
             for each in busy:
                 assert each.code() is grpc.StatusCode.INVALID_ARGUMENT
-        codes = {status_of(lambda: call(b"", timeout=60))[0] for _ in range(2 * CALLS)}
+        codes = {status_of(lambda: call(b"", timeout=60))[0] for _ in range(2 * REFUSALS)}
     assert grpc.StatusCode.RESOURCE_EXHAUSTED in codes
     assert Renewal(garage.folder).attempt()
 

@@ -3,7 +3,6 @@
 import io
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -28,15 +27,8 @@ from client.gateway.enrolment import enrol_with
 from client.node.statedir import DeviceSettings, DeviceStateDir
 from coordinator.authority import AuthorityStore
 from coordinator.authority.store import utc_now
-from coordinator.gateway import websocket as sockets
-from coordinator.gateway.enrolment import (
-    RENEWALS,
-    CallKind,
-    EnrolmentServer,
-    EnrolmentService,
-    PageEnrolmentServer,
-)
-from coordinator.gateway.pace import TokenBucket
+from coordinator.gateway.enrolment import ATTEMPTS, PAGES, EnrolmentServer, EnrolmentService, Pages
+from coordinator.gateway.places import RefusalRates
 from coordinator.gateway.websocket import BrowserSettings
 from tests.support import refused
 from tests.support.authority import signer, store
@@ -304,7 +296,7 @@ InvitePage = Callable[..., InvitedPage]
 
 
 @pytest.fixture
-def pages(store: AuthorityStore, signer: Authority) -> Iterator[PageEnrolmentServer]:
+def pages(store: AuthorityStore, signer: Authority) -> Iterator[Pages]:
     settings = BrowserSettings(f"{HOST}:0", frozenset({"https://fleet.example"}))
     server = EnrolmentServer(EnrolmentService(store, signer, 30), f"{HOST}:0", [HOST], settings)
     assert server.pages
@@ -313,7 +305,7 @@ def pages(store: AuthorityStore, signer: Authority) -> Iterator[PageEnrolmentSer
 
 
 @pytest.fixture
-def invite_page(store: AuthorityStore, pages: PageEnrolmentServer) -> InvitePage:
+def invite_page(store: AuthorityStore, pages: Pages) -> InvitePage:
     def made(name: str = "tab", ago: float = 0.0) -> InvitedPage:
         addresses = f"{HOST}:1", f"{HOST}:2"
         found = Invitation(SystemEntropy().bytes(16), name, *addresses, store.root.der, COORDINATOR.raw)
@@ -378,16 +370,16 @@ def renewing(tab: InvitedPage) -> InvitedPage:
 
 
 def test_a_page_renews_its_certificate_for_the_same_key_until_it_has_expired_or_is_revoked(
-    store: AuthorityStore, signer: Authority, pages: PageEnrolmentServer, invite_page: InvitePage
+    store: AuthorityStore, signer: Authority, pages: Pages, invite_page: InvitePage
 ) -> None:
     tab = invite_page()
     fresh, _, _ = tab.ask(tab.message())
     assert fresh
     assert renewing(tab).ask(renewal(fresh, tab.identity))[0] == fresh  # it does not end soon
     tab = invite_page("phone")
-    pages._service.days = 20 / 1440  # less than a third of a validity that began an hour before
+    pages.service.days = 20 / 1440  # less than a third of a validity that began an hour before
     first, _, _ = tab.ask(tab.message())
-    pages._service.days = 30
+    pages.service.days = 30
     assert first
     second, code, _ = renewing(tab).ask(renewal(first, tab.identity))
     assert second
@@ -416,8 +408,8 @@ def test_a_page_that_renews_without_end_is_refused_and_another_one_is_not(invite
     tab, other = invite_page(), invite_page("other")
     certificates = [each.ask(each.message())[0] for each in (tab, other)]
     assert all(certificates)
-    codes = [renewing(tab).ask(renewal(certificates[0] or b"", tab.identity))[1] for _ in range(RENEWALS + 1)]
-    assert codes == [1000] * RENEWALS + [1013]  # which a page takes for no refusal
+    codes = [renewing(tab).ask(renewal(certificates[0] or b"", tab.identity))[1] for _ in range(ATTEMPTS + 1)]
+    assert codes == [1000] * ATTEMPTS + [1013]  # which a page takes for no refusal
     assert renewing(other).ask(renewal(certificates[1] or b"", other.identity))[1] == 1000
 
 
@@ -431,40 +423,26 @@ def test_malformed_oversized_and_too_many_messages_of_pages_are_refused(invite_p
     assert 1013 in codes
 
 
-@pytest.mark.parametrize("flooded", [websocket.ENROLMENT_PATH, websocket.RENEWAL_PATH])
-def test_pages_that_enrol_and_pages_that_renew_use_up_no_call_of_each_other(
-    pages: PageEnrolmentServer, invite_page: InvitePage, monkeypatch: pytest.MonkeyPatch, flooded: str
+@pytest.mark.parametrize("flooded", PAGES)
+def test_a_network_that_is_refused_too_often_is_told_so_and_its_valid_pages_are_served(
+    pages: Pages, invite_page: InvitePage, monkeypatch: pytest.MonkeyPatch, flooded: str
 ) -> None:
     tab, other = invite_page(), invite_page("other")
     certificate = tab.ask(tab.message())[0] or b""
-    monkeypatch.setattr(pages._service, "_calls", {kind: TokenBucket(4, 1e9) for kind in CallKind})
+    monkeypatch.setattr(pages.service, "_refusals", RefusalRates(4, 1e9))
     flood = replace(tab, url=tab.url.replace(websocket.ENROLMENT_PATH, flooded))
     assert [flood.ask(b"")[1] for _ in range(6)] == 4 * [1007] + 2 * [1013]
-    enrols = flooded == websocket.ENROLMENT_PATH
-    assert other.ask(other.message())[1] == (1013 if enrols else 1000)
-    assert renewing(tab).ask(renewal(certificate, tab.identity))[1] == (1000 if enrols else 1013)
+    assert other.ask(other.message())[1] == 1000
+    assert renewing(tab).ask(renewal(certificate, tab.identity))[1] == 1000
 
 
-@pytest.mark.parametrize("flooded", [websocket.ENROLMENT_PATH, websocket.RENEWAL_PATH])
-def test_silent_connections_to_enrol_and_to_renew_do_not_take_each_others_room(
-    invite_page: InvitePage, monkeypatch: pytest.MonkeyPatch, flooded: str
+def test_an_invitation_that_is_presented_without_end_has_to_wait_and_another_one_does_not(
+    invite_page: InvitePage,
 ) -> None:
-    monkeypatch.setattr(sockets, "STRANGERS", 2)
-    monkeypatch.setattr(sockets, "HANDSHAKE", 300.0)
-    tab = invite_page()
-    certificate = tab.ask(tab.message())[0] or b""
-    silent = tab.url.replace(websocket.ENROLMENT_PATH, flooded)
-    with ExitStack() as stack:
-        for _ in range(2):
-            stack.enter_context(connect(silent, origin=tab.origin, compression=None, proxy=None))  # type: ignore[arg-type]
-        ways = {
-            websocket.ENROLMENT_PATH: lambda: tab.ask(tab.message())[1],
-            websocket.RENEWAL_PATH: lambda: renewing(tab).ask(renewal(certificate, tab.identity))[1],
-        }
-        with pytest.raises(InvalidStatus) as caught:
-            ways.pop(flooded)()
-        assert caught.value.response.status_code == 503
-        assert [way() for way in ways.values()] == [1000]
+    tab, other = invite_page(), invite_page("other")
+    codes = [tab.ask(tab.message())[1] for _ in range(ATTEMPTS + 1)]
+    assert codes == [1000] * ATTEMPTS + [1013]
+    assert other.ask(other.message())[1] == 1000
 
 
 def test_a_page_of_another_origin_gets_no_connection_to_the_authority(invite_page: InvitePage) -> None:
@@ -487,7 +465,7 @@ def test_an_invitation_for_a_page_that_was_used_enrols_no_other_device(
 
 
 def test_a_second_service_at_the_address_of_pages_is_refused_in_one_line(
-    store: AuthorityStore, signer: Authority, pages: PageEnrolmentServer
+    store: AuthorityStore, signer: Authority, pages: Pages
 ) -> None:
     address = pages.url.split("/")[2]
     with refused(ConfigError, "websocket", value=address):

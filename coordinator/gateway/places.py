@@ -1,0 +1,170 @@
+"""What peers that have not proved who they are may cost: places for their connections, and a rate of refusals.
+
+Silence costs its sender nothing, so an unproven connection holds one of few places, for a time. When all are taken,
+whoever connects next takes that of the oldest peer of the network that holds most. A peer of a network that holds as
+many as any other takes only one that is ``YOUNG`` seconds old: of devices that all come at once, the first are served.
+So nobody is kept out by places that are held. It takes a flood of ``PLACES`` connections in ``YOUNG`` seconds, which
+come from the own network, or from as many others.
+
+A network is an IPv4 address or the /64 of an IPv6 address. All peers behind a NAT or a reverse proxy are one network.
+Everything runs on one event loop and takes no lock.
+"""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from ipaddress import IPv6Address, ip_address, ip_network
+from typing import Any, Self
+
+from coordinator.gateway.pace import FORGET, TokenBucket
+
+PLACES = 512  # of an address at which a service listens
+YOUNG = 5.0  # seconds that a peer has, if its network does not hold more than that of the next one
+PROOF = 10.0  # seconds from the first packet to the proof: TLS, HTTP and the first message
+
+
+def network_of(host: str) -> str:
+    """The network of a host; a text that is no address is its own.
+
+    >>> network_of("192.0.2.7"), network_of("2001:db8::1:2:3:4"), network_of("::ffff:192.0.2.7"), network_of("unix")
+    ('192.0.2.7', '2001:db8::/64', '192.0.2.7', 'unix')
+    """
+    try:
+        address = ip_address(host.partition("%")[0])
+    except ValueError:
+        return host
+    if isinstance(address, IPv6Address):
+        mapped = address.ipv4_mapped
+        return str(mapped or ip_network((int(address) >> 64 << 64, 64)))
+    return str(address)
+
+
+@dataclass(slots=True, eq=False)
+class Place:
+    """A place that is held. ``end``: called once, if its time is over or another peer needs the place."""
+
+    network: str
+    end: Callable[[], None]
+    since: float
+    timer: asyncio.TimerHandle = field(init=False)
+
+
+@dataclass(slots=True)
+class Places:
+    """The places of an address, each for ``PROOF`` seconds at most."""
+
+    total: int = PLACES
+    _held: dict[str, list[Place]] = field(default_factory=dict)  # by network, oldest first
+
+    def take(self, host: str, end: Callable[[], None]) -> Place:
+        """Take a place. If all are taken another one ends, or this one at once."""
+        loop = asyncio.get_running_loop()
+        place = Place(network_of(host), end, loop.time())
+        place.timer = loop.call_later(PROOF, self._end, place)
+        own = self._held.setdefault(place.network, [])
+        own.append(place)
+        if sum(map(len, self._held.values())) > self.total:
+            fullest = max(self._held.values(), key=len)
+            yields = len(fullest) > len(own) or place.since - fullest[0].since >= YOUNG
+            self._end(fullest[0] if yields else place)
+        return place
+
+    def leave(self, place: Place) -> None:
+        """Give a place back. A second call changes nothing."""
+        place.timer.cancel()
+        held = self._held.get(place.network, [])
+        if place in held:
+            held.remove(place)
+        if not held:
+            self._held.pop(place.network, None)
+
+    def _end(self, place: Place) -> None:
+        self.leave(place)
+        place.end()
+
+    @asynccontextmanager
+    async def held(self, host: str) -> AsyncIterator[None]:
+        """Hold a place while the block runs. Raises TimeoutError if the place ends."""
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(None) as patience:
+            place = self.take(host, lambda: patience.reschedule(loop.time()))
+            try:
+                yield
+            finally:
+                self.leave(place)
+
+
+class _Peer(socket.socket):
+    """An accepted connection. ``closed`` is called when it closes."""
+
+    closed: Callable[[], None]
+
+    def close(self) -> None:
+        self.closed()
+        super().close()
+
+    def end(self) -> None:
+        """End the connection, whatever it is doing: its reader sees the end of the stream."""
+        with suppress(OSError):
+            self.shutdown(socket.SHUT_RDWR)
+
+
+class Entrance(socket.socket):
+    """A listening socket for an event loop. Each connection holds a place until it is proved, or closes."""
+
+    places: Places
+    _peers: dict[tuple[str, int], tuple[_Peer, Place]]
+
+    @classmethod
+    def listening(cls, host: str, port: int) -> Self:
+        """Listen at an address.
+
+        Raises:
+            OSError, OverflowError: The address is in use or not valid.
+        """
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        made = cls(fileno=socket.create_server((host, port), family=family).detach())
+        made.places, made._peers = Places(), {}
+        return made
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """The next connection, which has a place now. The event loop calls this before TLS."""
+        accepted, address = super().accept()
+        peer, name = _Peer(fileno=accepted.detach()), address[:2]
+        place = self.places.take(address[0], peer.end)
+        self._peers[name] = peer, place
+        peer.closed = partial(self._leave, name, peer)
+        return peer, address
+
+    def prove(self, address: tuple[str, int]) -> None:
+        """Give back the place of the peer at an address: it has proved who it is, and stays."""
+        if entry := self._peers.pop(address[:2], None):
+            self.places.leave(entry[1])
+
+    def is_proved(self, address: tuple[str, int]) -> bool:
+        """Whether the peer at an address holds no place."""
+        return address[:2] not in self._peers
+
+    def _leave(self, name: tuple[str, int], peer: _Peer) -> None:
+        if self._peers.get(name, (None,))[0] is peer:
+            self.prove(name)
+
+
+@dataclass(slots=True)
+class RefusalRates:
+    """How often the peers of a network may be wrong: ``calls`` times in a row, which are regained in ``seconds``."""
+
+    calls: float
+    seconds: float
+    _buckets: dict[str, TokenBucket] = field(default_factory=dict)
+    _forget: int = FORGET
+
+    def wait(self, host: str, now: float) -> float:
+        """Count a refusal at the time ``now``; 0, or the seconds until the network may be wrong again."""
+        if len(self._buckets) >= self._forget:
+            self._buckets = {each: kept for each, kept in self._buckets.items() if now - kept.at < self.seconds}
+            self._forget = max(FORGET, 2 * len(self._buckets))
+        return self._buckets.setdefault(network_of(host), TokenBucket(self.calls, self.seconds)).wait(now)
