@@ -3,15 +3,19 @@
 Whoever has the token in ``dashboard.token`` sees the fleet: a person logs in with it, Prometheus sends it as a bearer
 token. Nothing can be changed here. On a loopback address it is served without TLS; on any other one with the TLS
 certificate of the coordinator.
+
+A connection holds one of few places until a request on it has the token or a session (``coordinator.gateway.places``).
+Until then each serves one request. The right token is accepted at once, unless somebody of the same network has just
+sent a wrong one: texts of a network are compared one at a time, and each wrong one takes ``PATIENCE`` seconds.
 """
 
 import asyncio
 import json
 import re
 import secrets
-import socket
 import time
 from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
@@ -34,6 +38,7 @@ from adapters.keyfiles import MAX_PEM
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
 from coordinator.dashboard.metrics import exposition
+from coordinator.gateway.places import Entrance, network_of
 from coordinator.servertls import TlsSource, context
 from coordinator.servicesettings import is_loopback
 
@@ -46,7 +51,7 @@ KEEP_ALIVE = 15.0  # seconds between two lines of a stream in which nothing happ
 LOGIN_SECONDS = 12 * 3600.0
 MAX_LOGINS = 64
 MAX_FORM = 4096  # bytes
-PATIENCE = 1.0  # seconds that a wrong token costs; one at a time
+PATIENCE = 1.0  # seconds that a wrong token costs its network; one at a time
 STOPPING = 5  # seconds for open streams to end; they look once a second
 MAX_STREAMS = 32
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -62,6 +67,7 @@ HEADERS = (
     (b"referrer-policy", b"same-origin"),  # a form of this page keeps its origin
     (b"x-content-type-options", b"nosniff"),
 )
+CLOSE = b"connection", b"close"
 Look = Callable[[], dict[str, Any]]
 
 
@@ -85,24 +91,28 @@ def read_token(folder: Path, entropy: Entropy) -> str:
 
 @dataclass(slots=True)
 class Logins:
-    """The token, and the sessions of those who gave it."""
+    """The token, and the sessions of those who gave it. ``entrance``: where requests come from; None in a process."""
 
     token: str = field(repr=False)
+    entrance: Entrance | None = None
     _sessions: dict[str, float] = field(default_factory=dict, repr=False)  # random value of a cookie → until when
-    _one: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _turns: dict[str, list[asyncio.Future[None]]] = field(default_factory=dict)  # by network: those who wait
 
-    def allows(self, request: Request) -> bool:
-        """Whether a request comes from a session, or has the token."""
+    async def allows(self, request: Request) -> bool:
+        """Whether a request comes from a session, or has the token; a wrong token is refused after a while."""
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer":
-            return self._is_token(given.strip())
+        allowed = await self._is_token(request, given.strip()) if scheme.lower() == "bearer" else self.is_open(request)
+        if allowed and self.entrance and request.client:
+            self.entrance.prove(request.client)
+        return allowed
+
+    def is_open(self, request: Request) -> bool:
+        """Whether the session of a request is open now. One with a bearer token has none."""
         return self._sessions.get(request.cookies.get(COOKIE, ""), 0.0) > time.monotonic()
 
-    async def open(self, given: str) -> str | None:
+    async def open(self, request: Request, given: str) -> str | None:
         """A new session for who has the token; None, after a while, for another text."""
-        if not self._is_token(given):
-            async with self._one:
-                await asyncio.sleep(PATIENCE)
+        if not await self._is_token(request, given):
             return None
         now = time.monotonic()
         alive = {each: end for each, end in self._sessions.items() if end > now}
@@ -115,8 +125,33 @@ class Logins:
         """End the session of a request."""
         self._sessions.pop(request.cookies.get(COOKIE, ""), None)
 
-    def _is_token(self, given: str) -> bool:
-        return secrets.compare_digest(given.encode(), self.token.encode())
+    async def _is_token(self, request: Request, given: str) -> bool:
+        """Compare a text with the token, in its turn. Who has hung up before that has guessed nothing."""
+        network = network_of(request.client.host if request.client else "")
+        async with self._turn(network):
+            if await request.is_disconnected():
+                return False
+            if secrets.compare_digest(given.encode(), self.token.encode()):
+                return True
+            await asyncio.sleep(PATIENCE)
+            return False
+
+    @asynccontextmanager
+    async def _turn(self, network: str) -> AsyncIterator[None]:
+        """Let one request of a network go on at a time, whichever: an order could keep others from theirs."""
+        if network in self._turns:
+            mine = asyncio.get_running_loop().create_future()
+            self._turns[network].append(mine)
+            await mine
+        else:
+            self._turns[network] = []
+        try:
+            yield
+        finally:
+            waiting = [each for each in self._turns.pop(network) if not each.done()]
+            if waiting:
+                waiting.pop(secrets.randbelow(len(waiting))).set_result(None)
+                self._turns[network] = waiting
 
 
 @dataclass(slots=True)
@@ -141,12 +176,12 @@ class Feed:
                 self._at = time.monotonic()
             return self.view
 
-    async def events(self) -> AsyncIterator[str]:
-        """Server-sent events, one for each change."""
+    async def events(self, allowed: Callable[[], bool]) -> AsyncIterator[str]:
+        """Server-sent events, one for each change, as long as whoever reads them is allowed to."""
         self.streams += 1
         last, quiet = None, 0.0
         try:
-            while not self.over:
+            while allowed() and not self.over:
                 if (now := json.dumps(await self.now())) != last:
                     last, quiet = now, 0.0
                     yield f"data: {now}\n\n"
@@ -160,17 +195,18 @@ class Feed:
 
 
 class Guard:
-    """Refuses requests for another host, and adds ``HEADERS`` to every response."""
+    """Refuses requests for another host, and adds ``HEADERS`` to every response; one to a stranger is the last."""
 
-    def __init__(self, app: ASGIApp, hosts: Callable[[], Collection[str]]) -> None:
-        self._app, self._hosts = app, hosts
+    def __init__(self, app: ASGIApp, hosts: Callable[[], Collection[str]], entrance: Entrance | None) -> None:
+        self._app, self._hosts, self._entrance = app, hosts, entrance
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
 
         async def sent(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *HEADERS]
+                stranger = self._entrance and not self._entrance.is_proved(scope["client"])
+                message["headers"] = [*message["headers"], *HEADERS, *([CLOSE] if stranger else [])]
             await send(message)
 
         if scope["type"] == "http" and _host(Headers(scope=scope)) not in self._hosts():
@@ -186,7 +222,9 @@ def _host(headers: Headers) -> str | None:
         return None
 
 
-def application(look: Look, token: str, hosts: Callable[[], Collection[str]], *, secure: bool) -> Starlette:
+def application(
+    look: Look, token: str, hosts: Callable[[], Collection[str]], *, secure: bool, entrance: Entrance | None = None
+) -> Starlette:
     """The web application.
 
     Args:
@@ -194,11 +232,12 @@ def application(look: Look, token: str, hosts: Callable[[], Collection[str]], *,
         token: That opens it.
         hosts: By which it may be called now: a foreign site whose name resolves to this machine is refused.
         secure: Whether it is served over TLS.
+        entrance: At which it listens; None if it is called within a process.
     """
-    logins, feed = Logins(token), Feed(look)
+    logins, feed = Logins(token, entrance), Feed(look)
 
     async def page(request: Request) -> Response:
-        return FileResponse(PAGE / "index.html") if logins.allows(request) else _to_login()
+        return FileResponse(PAGE / "index.html") if await logins.allows(request) else _to_login()
 
     async def static(request: Request) -> Response:
         name = request.path_params["name"]
@@ -210,7 +249,7 @@ def application(look: Look, token: str, hosts: Callable[[], Collection[str]], *,
         return _login()
 
     async def log_in(request: Request) -> Response:
-        session = await logins.open(await _given_token(request))
+        session = await logins.open(request, await _given_token(request))
         if session is None:
             return _login(refused=True)
         answer = RedirectResponse("/", HTTPStatus.SEE_OTHER)
@@ -224,20 +263,22 @@ def application(look: Look, token: str, hosts: Callable[[], Collection[str]], *,
         return answer
 
     async def view(request: Request) -> Response:
-        if not logins.allows(request):
+        if not await logins.allows(request):
             return _refused()
         found = await feed.now()
         return JSONResponse(found, HTTPStatus.SERVICE_UNAVAILABLE if "error" in found else HTTPStatus.OK)
 
     async def events(request: Request) -> Response:
-        if not logins.allows(request):
+        if not await logins.allows(request):
             return _refused()
         if feed.streams >= MAX_STREAMS:
             return Response("too many pages are open\n", HTTPStatus.SERVICE_UNAVAILABLE)
-        return StreamingResponse(feed.events(), media_type="text/event-stream")
+        has_session = logins.is_open(request)
+        allowed = lambda: logins.is_open(request) or not has_session  # noqa: E731
+        return StreamingResponse(feed.events(allowed), media_type="text/event-stream")
 
     async def metrics(request: Request) -> Response:
-        if not logins.allows(request):
+        if not await logins.allows(request):
             return _refused()
         found = await feed.now()
         if "error" in found:
@@ -258,7 +299,7 @@ def application(look: Look, token: str, hosts: Callable[[], Collection[str]], *,
         Route("/metrics", metrics),
         Route("/health", health),
     ]
-    made = Starlette(routes=routes, middleware=[Middleware(Guard, hosts=hosts)])
+    made = Starlette(routes=routes, middleware=[Middleware(Guard, hosts=hosts, entrance=entrance)])
     made.state.feed = feed
     return made
 
@@ -304,22 +345,26 @@ def serve(look: Look, token: str, address: str, tls: TlsSource | None) -> None:
     if tls is None and not is_loopback(address):
         text = f"{host} can be reached from other machines, so it needs TLS: make DIR/tls.pem, or listen at 127.0.0.1"
         raise ConfigError(text, about="--listen", value=address)
-    app = application(look, token, lambda: tls.newest().hosts if tls else LOCAL, secure=tls is not None)
-    config = uvicorn.Config(
-        app,
-        log_config=None,  # logging is the process's: dictConfig would close the handlers of everything else in it
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=STOPPING,
-        timeout_keep_alive=30,
-        limit_concurrency=4 * MAX_STREAMS,
-        h11_max_incomplete_event_size=2**14,
-    )
-    config.load()
-    config.ssl = None if tls is None else context(tls)
-    with _listening(host.strip("[]"), int(port)) as listening:
-        DashboardServer(config, app.state.feed).run([listening])
+    with _listening(host.strip("[]"), int(port)) as entrance:
+        hosts = lambda: tls.newest().hosts if tls else LOCAL  # noqa: E731
+        app = application(look, token, hosts, secure=tls is not None, entrance=entrance)
+        config = uvicorn.Config(
+            app,
+            loop="asyncio",  # uvloop accepts connections itself, past the places of the entrance
+            http="h11",  # the other parser has no limit on headers
+            ws="none",
+            proxy_headers=False,  # who is on this machine could claim any address
+            log_config=None,  # logging is the process's: dictConfig would close the handlers of everything else in it
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=STOPPING,
+            timeout_keep_alive=30,
+            h11_max_incomplete_event_size=2**14,
+        )
+        config.load()
+        config.ssl = None if tls is None else context(tls)
+        DashboardServer(config, app.state.feed).run([entrance])
 
 
 class DashboardServer(uvicorn.Server):
@@ -335,10 +380,9 @@ class DashboardServer(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def _listening(host: str, port: int) -> socket.socket:
+def _listening(host: str, port: int) -> Entrance:
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family)
+        return Entrance.listening(host, port)
     except OSError as error:
         text = f"nothing can listen at {host}:{port} ({error.strerror or error}); choose another address"
         raise ConfigError(text, about="--listen", value=port) from error

@@ -45,7 +45,6 @@ from coordinator.servertls import ServerTls, credentials
 NAME = "enrolment"  # in the service's own certificate
 OWN_DAYS = 30  # of that certificate; a restart makes another one
 THREADS = 4  # of an address of gRPC
-REFUSALS, REGAINED = 64, 30.0  # of a network in a row, and seconds in which it regains them
 ATTEMPTS, PERIOD = 6, 3600.0  # of a device or an invitation in a row, and seconds in which they are regained
 LARGEST = 2**14  # bytes of a page's message; a device sends two requests
 PAGES = websocket.ENROLMENT_PATH, websocket.RENEWAL_PATH
@@ -84,7 +83,7 @@ class EnrolmentService:
     authority: Authority
     days: float
     _proved: dict[str, TokenBucket] = field(default_factory=dict)  # by device or invitation
-    _refusals: RefusalRates = field(default_factory=lambda: RefusalRates(REFUSALS, REGAINED))
+    _refusals: RefusalRates = field(default_factory=RefusalRates)
     _invitations: tuple[tuple[int, int], frozenset[str]] = (0, 0), frozenset()  # state of the record, and those in it
     _lock: threading.Lock = field(default_factory=threading.Lock)
 

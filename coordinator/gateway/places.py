@@ -23,6 +23,7 @@ from coordinator.gateway.pace import FORGET, TokenBucket
 
 PLACES = 512  # of an address at which a service listens
 YOUNG = 5.0  # seconds that a peer has, if its network does not hold more than that of the next one
+REFUSALS, REGAINED = 64, 30.0  # of a network in a row, and seconds in which it regains them
 PROOF = 10.0  # seconds from the first packet to the proof: TLS, HTTP and the first message
 
 
@@ -157,8 +158,8 @@ class Entrance(socket.socket):
 class RefusalRates:
     """How often the peers of a network may be wrong: ``calls`` times in a row, which are regained in ``seconds``."""
 
-    calls: float
-    seconds: float
+    calls: float = REFUSALS
+    seconds: float = REGAINED
     _buckets: dict[str, TokenBucket] = field(default_factory=dict)
     _forget: int = FORGET
 

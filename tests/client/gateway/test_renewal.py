@@ -36,7 +36,8 @@ from client.gateway.renewal import Renewal, renew, tls_pair, validity
 from client.node.statedir import AGENT_LOCK, DeviceSettings, DeviceStateDir
 from coordinator.authority import AuthorityStore
 from coordinator.authority.store import utc_now
-from coordinator.gateway.enrolment import ATTEMPTS, REFUSALS, THREADS, EnrolmentServer, EnrolmentService
+from coordinator.gateway.enrolment import ATTEMPTS, THREADS, EnrolmentServer, EnrolmentService
+from coordinator.gateway.places import REFUSALS
 from coordinator.gateway.server import Gateway
 from tests.support import refused
 from tests.support.authority import signer, store

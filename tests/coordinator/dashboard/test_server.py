@@ -117,7 +117,7 @@ def test_a_stream_sends_changes_only_and_all_pages_share_one_look(monkeypatch: p
 
     async def heard(feed: Feed) -> list[str]:
         found = []
-        async for event in feed.events():
+        async for event in feed.events(lambda: True):
             if event.startswith("data"):
                 found.append(event)
             elif len(found) == 3:
