@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mappin
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, NoReturn, Self, TypeAlias, TypeVar
+from typing import Any, Self, TypeVar
 
 import grpc
 from grpc import StatusCode, aio
@@ -31,6 +31,7 @@ from aggregation.errors import ConfigError, EdgeAdaptError, ProtocolError, Trust
 from aggregation.pki import Root, certificates
 from aggregation.pki.tls import TlsRole, verify_binding, verify_challenge, verify_tls
 from coordinator import traces
+from coordinator.gateway.admission import Admission, Context, later
 from coordinator.gateway.hub import Channel, Credentials, Hub, NoAnswer, Released, Stream
 from coordinator.gateway.pace import Pace, TokenBucket
 from coordinator.gateway.snapshot import GatewaySnapshot
@@ -40,7 +41,6 @@ CLOSING = 2.0  # seconds for the end of the streams
 VERSIONS = 32  # in a snapshot; devices state them
 log = logging.getLogger("edgeadapt.gateway")
 T = TypeVar("T")
-Context: TypeAlias = Any  # grpc.aio.ServicerContext, which has no types
 ReadRoot = Callable[[datetime], Root]
 
 
@@ -153,9 +153,9 @@ class Service:
         """When a device that took part comes back."""
         return self._pace.accept(name, time.monotonic())
 
-    def count_call(self, name: str) -> float:
-        """Count a call of a device. Returns 0, or the seconds until it may make one."""
-        bucket = self._buckets.setdefault(name, TokenBucket(self.limits.calls, self.limits.seconds))
+    def count_call(self, caller: str) -> float:
+        """Count a call of a device, or with a TLS certificate. Returns 0, or the seconds until it may make one."""
+        bucket = self._buckets.setdefault(caller, TokenBucket(self.limits.calls, self.limits.seconds))
         return bucket.wait(time.monotonic())
 
     def release(self) -> None:
@@ -185,7 +185,7 @@ class Service:
                 found: bytes | NoAnswer = NoAnswer(beginning.reason.code, beginning.reason.text)
                 await _no_more(parts)
             elif not self.has_room(stream.credentials.device, beginning.size):
-                await _later(context, StatusCode.RESOURCE_EXHAUSTED, "too many answers at once", 2.0)
+                await later(context, StatusCode.RESOURCE_EXHAUSTED, "too many answers at once", 2.0)
             else:
                 with self.receiving(stream.credentials.device, beginning.size, patience):
                     found = await _body(parts, beginning.size)
@@ -232,14 +232,13 @@ class Service:
         return self._root[1]
 
     async def _peer(self, context: Context) -> tuple[str, bytes]:
-        """The device that the TLS certificate of a call names, and the certificate in DER; counts the call."""
+        """The device that the TLS certificate of a call names, and the certificate in DER; counts the call first."""
         (pem,) = context.auth_context().get("x509_pem_cert", [b""])
         at = datetime.now(UTC)
         der = certificates.to_der(pem)
-        name = verify_tls(self.root(at), der, TlsRole.DEVICE, at)
-        if wait := self.count_call(name):
-            await _later(context, StatusCode.RESOURCE_EXHAUSTED, "too many calls", wait)
-        return name, der
+        if wait := self.count_call(hashlib.sha256(der).hexdigest()):  # by name, a revoked one would use up the new one
+            await later(context, StatusCode.RESOURCE_EXHAUSTED, "too many calls", wait)
+        return verify_tls(self.root(at), der, TlsRole.DEVICE, at), der
 
     async def _stream(self, context: Context) -> Stream:
         return self.hub.stream_of(*await self._peer(context))
@@ -335,13 +334,7 @@ class _Call:
             await self._context.abort(code, str(error))
         elif isinstance(error, EdgeAdaptError):
             log.error("calls cannot be served: %s", error)
-            await _later(self._context, StatusCode.UNAVAILABLE, "the gateway cannot serve this call now", 60.0)
-
-
-async def _later(context: Context, code: StatusCode, reason: str, seconds: float) -> NoReturn:
-    """End a call with an error after which it may succeed, in so many seconds."""
-    await context.abort(code, reason, ((frames.RETRY_AFTER, str(int(1000 * seconds) + 1)),))
-    raise AssertionError
+            await later(self._context, StatusCode.UNAVAILABLE, "the gateway cannot serve this call now", 60.0)
 
 
 class _Digests(dict[int, bytes]):
@@ -389,7 +382,8 @@ class Gateway:
             raise ConfigError(text, about="--gateway", value=address) from error
 
     async def _serve(self, address: str, tls: TlsSource) -> tuple[aio.Server, int]:
-        server = aio.server(options=frames.GATEWAY_OPTIONS, maximum_concurrent_rpcs=4 * self.service.limits.devices)
+        calls = 4 * self.service.limits.devices
+        server = aio.server(interceptors=(Admission(),), options=frames.GATEWAY_OPTIONS, maximum_concurrent_rpcs=calls)
         servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
         server.add_generic_rpc_handlers((self.service.handlers(),))

@@ -11,6 +11,7 @@ are no message; 1008 refused; 1013 try again later. The reason has the window in
 import asyncio
 import ipaddress
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -28,7 +29,7 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, EdgeAdaptError, ProtocolError, TrustError
 from coordinator import traces
 from coordinator.gateway.hub import Channel, Credentials, NoAnswer, Released, Stream
-from coordinator.gateway.places import PROOF, Entrance
+from coordinator.gateway.places import PROOF, Entrance, RefusalRates
 from coordinator.gateway.server import CLOSING, Gateway, Service, require_version
 from coordinator.servertls import TlsSource, context
 
@@ -130,6 +131,7 @@ class BrowserService:
 
     service: Service
     endpoint: Endpoint
+    _refusals: RefusalRates = field(default_factory=RefusalRates)
 
     async def attend(self, connection: ServerConnection) -> None:
         """Send requests to a device, and take its answers, until the connection ends."""
@@ -150,12 +152,11 @@ class BrowserService:
                 call.fail(failure)
         except TimeoutError:
             await refuse(CloseCode.POLICY_VIOLATION, "too slow")
-        except ProtocolError as error:
-            log.warning("a browser is refused: %s", error)
-            await refuse(CloseCode.INVALID_DATA, reason_of(error))
-        except TrustError as error:
-            log.warning("a browser is refused: %s", error)
-            await refuse(CloseCode.POLICY_VIOLATION, reason_of(error))
+        except (ProtocolError, TrustError) as error:
+            if not self._refusals.wait(connection.remote_address[0], time.monotonic()):  # else it would fill the log
+                log.warning("a browser is refused: %s", error)
+            code = CloseCode.INVALID_DATA if isinstance(error, ProtocolError) else CloseCode.POLICY_VIOLATION
+            await refuse(code, reason_of(error))
         except EdgeAdaptError as error:
             log.error("browsers cannot be served: %s", error)
             await refuse(CloseCode.TRY_AGAIN_LATER, "the gateway cannot serve this connection now")
