@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeAlias
 
 from cryptography import x509
 
@@ -59,6 +59,7 @@ from coordinator.authority.rules import (
 KEY, CERTIFICATE, REVOKED, RECORD = "authority.key", "authority.pem", "revoked.crl", "record.jsonl"
 SHORTEST_PASSPHRASE = 12  # characters: one guess at PKCS #8 as OpenSSL writes it takes a millisecond
 LIMITS = {KEY: MAX_PEM, CERTIFICATE: MAX_PEM, REVOKED: 2 * MAX_REVOCATIONS, RECORD: 2**28}  # bytes
+Admit: TypeAlias = Callable[[str], None]  # counts a call of whoever has proved this; may raise
 SKEW = timedelta(hours=1)  # by which a device's clock may be behind
 
 
@@ -212,14 +213,7 @@ class AuthorityStore:
         return expires
 
     def redeem(
-        self,
-        authority: Authority,
-        secret: bytes,
-        request: bytes,
-        tls_request: bytes,
-        *,
-        days: float,
-        admit: Callable[[str], None],
+        self, authority: Authority, secret: bytes, request: bytes, tls_request: bytes, *, days: float, admit: Admit
     ) -> tuple[bytes, bytes]:
         """Certify the two keys of an invited device, DER. For the same keys again, the same certificates.
 
@@ -247,14 +241,7 @@ class AuthorityStore:
             return der, tls_der
 
     def redeem_signed(
-        self,
-        authority: Authority,
-        invited: bytes,
-        signature: bytes,
-        request: bytes,
-        *,
-        days: float,
-        admit: Callable[[str], None],
+        self, authority: Authority, invited: bytes, signature: bytes, request: bytes, *, days: float, admit: Admit
     ) -> bytes:
         """Certify the identity of an invited page, DER. For the same key again, the same certificate.
 
@@ -284,7 +271,7 @@ class AuthorityStore:
         tls_request: bytes,
         *,
         days: float,
-        admit: Callable[[str], None],
+        admit: Admit,
     ) -> tuple[bytes, bytes]:
         """Certify a device again whose certificates end soon: its identity, which stays, and its next TLS key; DER.
 
@@ -325,7 +312,7 @@ class AuthorityStore:
             return der, found or self._issue_tls(writer, authority, name, tls_key, TlsRole.DEVICE, (), end)
 
     def renew_page(
-        self, authority: Authority, certificate: bytes, signature: bytes, *, days: float, admit: Callable[[str], None]
+        self, authority: Authority, certificate: bytes, signature: bytes, *, days: float, admit: Admit
     ) -> bytes:
         """Certify the identity of a page again, whose certificate is valid; DER. It has no TLS key.
 
@@ -360,7 +347,7 @@ class AuthorityStore:
 
     @contextmanager
     def _redeeming(
-        self, invited: PublicKey, request: bytes, tls: tuple[str, str] | None, admit: Callable[[str], None]
+        self, invited: PublicKey, request: bytes, tls: tuple[str, str] | None, admit: Admit
     ) -> Iterator[tuple[RecordWriter, str, PublicKey]]:
         """Use an invitation for the key of a request, and that of ``tls``: a name and a key id."""
         name, key = read_request(request)

@@ -278,7 +278,7 @@ class EnrolmentServer:
         browsers: BrowserSettings | None = None,
         renewal: str = "",
     ) -> None:
-        self.pages: Pages | None = None
+        self.pages: PageEnrolment | None = None
         key = TlsKey.generate(SystemEntropy())
         _, public = read_tls_request(key.request(NAME))
         store, authority = service.store, service.authority
@@ -291,7 +291,7 @@ class EnrolmentServer:
         try:
             self.port = self._call(self._listen(service, Address.ENROLMENT, address, tls))
             self.renewal_port = self._call(self._listen(service, Address.RENEWAL, renewal, tls)) if renewal else 0
-            self.pages = Pages(service, Endpoint(PAGES, browsers, tls)) if browsers else None
+            self.pages = PageEnrolment(service, Endpoint(PAGES, browsers, tls)) if browsers else None
             if self.pages:
                 self._call(self.pages.listen())
         except ConfigError:
@@ -328,7 +328,7 @@ class EnrolmentServer:
 
 
 @dataclass(slots=True)
-class Pages:
+class PageEnrolment:
     """The WebSocket of a running service, for pages in a browser: one message each way.
 
     A close code says what became of it: 1000 the certificate was sent; others as those of the gateway

@@ -44,7 +44,7 @@ def network_of(host: str) -> str:
 
 
 @dataclass(slots=True, eq=False)
-class Place:
+class HeldPlace:
     """A place that is held. ``end``: called once, if its time is over or another peer needs the place."""
 
     network: str
@@ -58,12 +58,12 @@ class Places:
     """The places of an address, each for ``PROOF`` seconds at most."""
 
     total: int = PLACES
-    _held: dict[str, list[Place]] = field(default_factory=dict)  # by network, oldest first
+    _held: dict[str, list[HeldPlace]] = field(default_factory=dict)  # by network, oldest first
 
-    def take(self, host: str, end: Callable[[], None]) -> Place:
+    def take(self, host: str, end: Callable[[], None]) -> HeldPlace:
         """Take a place. If all are taken another one ends, or this one at once."""
         loop = asyncio.get_running_loop()
-        place = Place(network_of(host), end, loop.time())
+        place = HeldPlace(network_of(host), end, loop.time())
         place.timer = loop.call_later(PROOF, self._end, place)
         own = self._held.setdefault(place.network, [])
         own.append(place)
@@ -73,7 +73,7 @@ class Places:
             self._end(fullest[0] if yields else place)
         return place
 
-    def leave(self, place: Place) -> None:
+    def leave(self, place: HeldPlace) -> None:
         """Give a place back. A second call changes nothing."""
         place.timer.cancel()
         held = self._held.get(place.network, [])
@@ -82,7 +82,7 @@ class Places:
         if not held:
             self._held.pop(place.network, None)
 
-    def _end(self, place: Place) -> None:
+    def _end(self, place: HeldPlace) -> None:
         self.leave(place)
         place.end()
 
@@ -117,7 +117,7 @@ class Entrance(socket.socket):
     """A listening socket for an event loop. Each connection holds a place until it is proved, or closes."""
 
     places: Places
-    _peers: dict[tuple[str, int], tuple[_Peer, Place]]
+    _peers: dict[tuple[str, int], tuple[_Peer, HeldPlace]]
 
     @classmethod
     def listening(cls, host: str, port: int) -> Self:

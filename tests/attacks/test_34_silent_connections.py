@@ -29,7 +29,7 @@ from coordinator.authority import AuthorityStore
 from coordinator.authority.record import AuthorityRecord
 from coordinator.gateway import places
 from coordinator.gateway.enrolment import THREADS, EnrolmentServer, EnrolmentService, TooManyCallsError
-from coordinator.gateway.places import PLACES, REFUSALS, Place, Places, network_of
+from coordinator.gateway.places import PLACES, REFUSALS, HeldPlace, Places, network_of
 from tests.coordinator.gateway.conftest import site_of
 from tests.coordinator.gateway.test_enrolment import Invite, enrol, invite, service
 from tests.coordinator.gateway.test_websocket import PAGE, Browser, Start, received, start
@@ -48,9 +48,9 @@ UPGRADE = (
 ).encode()
 
 
-def newest_loses(self: Places, host: str, end: Callable[[], None]) -> Place:
+def newest_loses(self: Places, host: str, end: Callable[[], None]) -> HeldPlace:
     """What holds without the rule: who comes first keeps the place, and who comes next is refused."""
-    place = Place(network_of(host), end, 0.0)
+    place = HeldPlace(network_of(host), end, 0.0)
     place.timer = asyncio.get_running_loop().call_later(places.PROOF, self._end, place)
     held = self._held.setdefault(place.network, [])
     held.append(place)

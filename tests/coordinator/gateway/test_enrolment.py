@@ -27,7 +27,7 @@ from client.gateway.enrolment import enrol_with
 from client.node.statedir import DeviceSettings, DeviceStateDir
 from coordinator.authority import AuthorityStore
 from coordinator.authority.store import utc_now
-from coordinator.gateway.enrolment import ATTEMPTS, PAGES, EnrolmentServer, EnrolmentService, Pages
+from coordinator.gateway.enrolment import ATTEMPTS, PAGES, EnrolmentServer, EnrolmentService, PageEnrolment
 from coordinator.gateway.places import RefusalRates
 from coordinator.gateway.websocket import BrowserSettings
 from tests.support import refused
@@ -296,7 +296,7 @@ InvitePage = Callable[..., InvitedPage]
 
 
 @pytest.fixture
-def pages(store: AuthorityStore, signer: Authority) -> Iterator[Pages]:
+def pages(store: AuthorityStore, signer: Authority) -> Iterator[PageEnrolment]:
     settings = BrowserSettings(f"{HOST}:0", frozenset({"https://fleet.example"}))
     server = EnrolmentServer(EnrolmentService(store, signer, 30), f"{HOST}:0", [HOST], settings)
     assert server.pages
@@ -305,7 +305,7 @@ def pages(store: AuthorityStore, signer: Authority) -> Iterator[Pages]:
 
 
 @pytest.fixture
-def invite_page(store: AuthorityStore, pages: Pages) -> InvitePage:
+def invite_page(store: AuthorityStore, pages: PageEnrolment) -> InvitePage:
     def made(name: str = "tab", ago: float = 0.0) -> InvitedPage:
         addresses = f"{HOST}:1", f"{HOST}:2"
         found = Invitation(SystemEntropy().bytes(16), name, *addresses, store.root.der, COORDINATOR.raw)
@@ -370,7 +370,7 @@ def renewing(tab: InvitedPage) -> InvitedPage:
 
 
 def test_a_page_renews_its_certificate_for_the_same_key_until_it_has_expired_or_is_revoked(
-    store: AuthorityStore, signer: Authority, pages: Pages, invite_page: InvitePage
+    store: AuthorityStore, signer: Authority, pages: PageEnrolment, invite_page: InvitePage
 ) -> None:
     tab = invite_page()
     fresh, _, _ = tab.ask(tab.message())
@@ -424,8 +424,8 @@ def test_malformed_oversized_and_too_many_messages_of_pages_are_refused(invite_p
 
 
 @pytest.mark.parametrize("flooded", PAGES)
-def test_a_network_that_is_refused_too_often_is_told_so_and_its_valid_pages_are_served(
-    pages: Pages, invite_page: InvitePage, monkeypatch: pytest.MonkeyPatch, flooded: str
+def test_a_network_that_is_refused_too_often_has_to_wait_and_its_valid_pages_are_served(
+    pages: PageEnrolment, invite_page: InvitePage, monkeypatch: pytest.MonkeyPatch, flooded: str
 ) -> None:
     tab, other = invite_page(), invite_page("other")
     certificate = tab.ask(tab.message())[0] or b""
@@ -465,7 +465,7 @@ def test_an_invitation_for_a_page_that_was_used_enrols_no_other_device(
 
 
 def test_a_second_service_at_the_address_of_pages_is_refused_in_one_line(
-    store: AuthorityStore, signer: Authority, pages: Pages
+    store: AuthorityStore, signer: Authority, pages: PageEnrolment
 ) -> None:
     address = pages.url.split("/")[2]
     with refused(ConfigError, "websocket", value=address):
