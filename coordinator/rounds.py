@@ -30,7 +30,7 @@ from aggregation.server import AbortReason, Collecting, Confirming, Established,
 from aggregation.spec import SessionSpec
 from aggregation.steps import ADAPTER, Step
 from aggregation.transcript import receipts
-from coordinator import combination, lastsum, optimizer, traces
+from coordinator import combination, lastsum, optimizer, privateparts, traces
 from coordinator.audit.account import Account, logged
 from coordinator.audit.transcripts import logs
 from coordinator.lastsum import LastSum, names
@@ -67,7 +67,8 @@ def federate(
         transcripts: Where each session's log is written.
 
     Raises:
-        ConfigError: A setting differs from that of a sum without a result, or the optimizer from that of the registry.
+        ConfigError: A setting differs from that of a sum without a result, or the optimizer from that of the registry;
+            or the method shares what devices keep to themselves.
         EdgeAdaptError: The registry is empty or failed or has no space, or no session could be made in
             ``settings.attempts`` attempts.
         TrustError: The registry or a log was altered, or they contradict each other.
@@ -81,6 +82,7 @@ def federate(
     transcripts.finish()  # before a device is asked: what a kill left is repaired, and other damage refused
     try:
         last = lastsum.find(transcripts.folder, key.public, registry.head().newest[1], registry.rounds())
+        _check_unshared(registry, settings, transcripts, key)
         account = _account(transcripts, key) if settings.privacy.noisy else Account()
         for number in range(len(registry.rounds()) + 1, settings.rounds + 1):
             begin = time.perf_counter()
@@ -375,6 +377,20 @@ def _step(
 
 def _bound(spec: SessionSpec, epsilon: float | None) -> PrivacyBound | None:
     return None if spec.privacy is None or epsilon is None else PrivacyBound(epsilon, spec.privacy.delta)
+
+
+def _check_unshared(
+    registry: Registry, settings: FederationSettings, transcripts: Transcripts, key: IdentityKey
+) -> None:
+    """Check that the rounds of training that are still to do share no part that devices keep to themselves.
+
+    Raises:
+        ConfigError, TrustError: As ``privateparts.check_unshared``.
+    """
+    adapter = registry.newest_adapter()
+    if settings.training_rounds > len(registry.rounds()):
+        task = settings.task(adapter.manifest)
+        privateparts.check_unshared(transcripts.folder, key.public, task, adapter.layout)
 
 
 def _account(transcripts: Transcripts, key: IdentityKey) -> Account:
