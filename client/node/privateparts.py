@@ -2,24 +2,36 @@
 
 They begin as in the first adapter that the device trains, and go on from round to round and from session to session. A
 device that is asked for a plan again must answer as before: the difference of two answers under the same masks is that
-of two updates. So the device keeps what the last plan started from, too. The file is encrypted.
+of two updates. So the device keeps what the last plan started from, too.
+
+A part that was private once, on a frozen base, stays private: the device refuses every plan that shares it, whatever
+the labels and the layout are and whoever asks. It remembers such parts in the same file as their numbers, so that no
+kill leaves the ones without the others, and nothing but the owner's ``edgeadapt device forget`` deletes either. The
+file is encrypted.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from adapters.parts import Part, changed_by
+from adapters.task import Task
 from aggregation import sealed, wire
+from aggregation.errors import ProtocolError
 from aggregation.messages import Digest
+from aggregation.session import COORDINATOR
 from aggregation.wire import Codec
 
 MAX_BYTES = 2**28  # of the tensors, as a file
-_MAGIC = b"edgeadapt/private-parts/1\x00"
+MAX_EVER = 2**16  # bases times their parts
+_MAGIC = b"edgeadapt/private-parts/2\x00"
 _BLOB = wire.blob(MAX_BYTES)
+_EVER = wire.sequence(wire.text(f"[0-9a-f]{{64}}/({'|'.join(Part)})"), MAX_EVER)
 
 
 @dataclass(frozen=True, slots=True)
 class PrivateParts:
-    """The private parts before and after the last plan for which the device trained some.
+    """The private parts before and after the last plan for which the device trained some, and which ever were.
 
     Law: ``open(seal(p, k), k) == p``.
 
@@ -27,12 +39,14 @@ class PrivateParts:
         subject: What they belong to (``client.training.private.subject_of``).
         plan: Digest of the plan.
         before, after: Safetensors files.
+        ever: See ``ever_private``.
     """
 
     subject: Digest
     plan: Digest
     before: Annotated[bytes, _BLOB] = field(repr=False)
     after: Annotated[bytes, _BLOB] = field(repr=False)
+    ever: Annotated[tuple[str, ...], _EVER]
 
     def seal(self, key: bytes) -> bytes:
         """Encrypt them. ``key``: the device's sealing key."""
@@ -60,3 +74,36 @@ class PrivateParts:
 
 
 _CODEC: Codec[PrivateParts] = wire.record(PrivateParts)
+
+
+def ever_private(known: PrivateParts | None, base: str, parts: Iterable[Part]) -> tuple[str, ...]:
+    """Each part that was private in a plan so far, after the digest of its base and a slash, in order.
+
+    Args:
+        known: What the device keeps before a plan; None if nothing.
+        base: Digest of the frozen base, hex.
+        parts: That are private in the plan.
+    """
+    return tuple(sorted({f"{base}/{part}" for part in parts}.union(known.ever if known else ())))
+
+
+def check_unshared(known: PrivateParts | None, base: str, task: Task) -> None:
+    """Check that a task shares no part that this device ever trained and kept to itself on the base.
+
+    Args:
+        known: What the device keeps; None if nothing.
+        base: Digest of the frozen base, hex.
+        task: Of the plan. Whether it trains what it shares makes no difference.
+
+    Raises:
+        ProtocolError: It shares one.
+    """
+    if refused := sorted(changed_by(task.shared) & private_on(known, base)):
+        text = f"task.shared: this device keeps the part {refused[0]} to itself, because it trained it without sharing "
+        text += "it: take a method that does not share it, or ask the owner to run 'edgeadapt device forget'"
+        raise ProtocolError(text, COORDINATOR, about="task.shared", value=refused[0])
+
+
+def private_on(known: PrivateParts | None, base: str) -> frozenset[Part]:
+    """The parts that the device ever trained and kept to itself on the base with this digest."""
+    return frozenset(part for part in Part if known and f"{base}/{part}" in known.ever)

@@ -21,7 +21,7 @@ from adapters.bundle import VerifiedBase
 from adapters.evaluation import EvaluationTask
 from adapters.layout import Layout, Tensors
 from adapters.lorasb import unfolded
-from adapters.parts import Part
+from adapters.parts import Part, part_of
 from adapters.ridge import moments_of
 from adapters.task import Task, shared_layout
 from adapters.taskkinds import AnyTask
@@ -30,7 +30,7 @@ from aggregation.errors import ConfigError, DataError, EdgeAdaptError, ProtocolE
 from aggregation.ring import Ring
 from aggregation.session import COORDINATOR
 from client.node.eligibility import EligibilityError
-from client.node.privateparts import PrivateParts
+from client.node.privateparts import PrivateParts, check_unshared, ever_private
 from client.node.snapshot import Draw, Snapshot
 from client.training.contribute import (
     Outcome,
@@ -46,7 +46,7 @@ from client.training.engine import TrainerOf, classifier_trainer, trainer_of
 from client.training.examples import Example, Score, Split, in_split, parse_examples
 from client.training.limits import TrainingLimits
 from client.training.moments import own_moments, own_projected_moments
-from client.training.private import private_file, subject_of, with_private
+from client.training.private import private_of, subject_of, with_private
 from client.training.protocols import ClassifierTrainer, FrozenBase, LocalTrainer
 
 log = logging.getLogger("edgeadapt.device")
@@ -104,7 +104,9 @@ def train(
     require_bounds(spec, trainer.layout, task)
     rounding = snapshot.generator(plan, Draw.ROUNDING)
 
-    if not task.labels and not isinstance(task, Task):
+    if isinstance(task, Task):
+        check_unshared(kept, spec.base_digest, task)
+    elif not task.labels:
         reason = "a language model has no analytic head, and gives no right answers"
         raise ProtocolError(reason, COORDINATOR, about="task.labels")
 
@@ -136,7 +138,7 @@ def _sum_update(
     plan, spec, shared = planned.plan, planned.spec, shared_layout(trainer.layout, task)
     subject, digest = subject_of(spec.base_digest, task, trainer.layout), plan.digest()
     adapter = bytes.fromhex(plan.adapter_digest)
-    start = with_private(start, kept.start(subject, digest) if kept else None)
+    start = with_private(start, kept.start(subject, digest) if kept else None, task)
     begun = unfolded(start) if Part.R in task.shared else start
 
     def encoded(outcome: Outcome) -> Ring:
@@ -144,14 +146,20 @@ def _sum_update(
             return contribution(outcome, shared, spec, adapter, rounding)
         return noisy_contribution(outcome, shared, spec, adapter, rounding, snapshot.key(plan, Draw.NOISE))
 
+    def after(trained: Tensors) -> PrivateParts | None:
+        if not (own := private_of(start, task)):
+            return None
+        ever = ever_private(kept, spec.base_digest, map(part_of, own))
+        return PrivateParts(subject, digest, files.encode(own), files.encode(private_of(trained, task)), ever)
+
     def trained() -> tuple[Ring, PrivateParts | None]:
         order, cap = snapshot.generator(plan, Draw.ORDER), spec.weight_cap
         outcome = _outcome(trainer, start, task, examples, cap=cap, rng=order, step=step, control=control)
-        return encoded(replace(outcome, start=begun)), _to_keep(subject, digest, task, start, outcome.trained)
+        return encoded(replace(outcome, start=begun)), after(outcome.trained)
 
     def untrained() -> tuple[Ring, PrivateParts | None]:
         own, held_out = _counted(examples, spec.weight_cap)
-        return encoded(Outcome.untrained(begun, len(own), len(held_out))), _to_keep(subject, digest, task, start, start)
+        return encoded(Outcome.untrained(begun, len(own), len(held_out))), after(start)
 
     return _or_else(trained, untrained)
 
@@ -235,11 +243,6 @@ def _or_else(attempt: Callable[[], Made], otherwise: Callable[[], Made]) -> Made
         about = error.about if isinstance(error, EdgeAdaptError) else type(error).__name__
         log.warning("contributed nothing: %s", _unquoted(error), extra={"about": about})
         return otherwise()
-
-
-def _to_keep(subject: bytes, plan: bytes, task: Task, start: Tensors, trained: Tensors) -> PrivateParts | None:
-    before, after = private_file(start, task), private_file(trained, task)
-    return PrivateParts(subject, plan, before, after) if before and after else None
 
 
 def _usable(examples: Sequence[Example], task: AnyTask) -> tuple[Example, ...]:

@@ -24,17 +24,17 @@ def subject_of(base: str, task: Task, layout: Layout) -> bytes:
     return hashlib.sha256(jsontext.encode(named)).digest()
 
 
-def with_private(adapter: Tensors, own: bytes | None) -> Tensors:
-    """The adapter with the private parts of this device.
+def with_private(adapter: Tensors, own: bytes | None, task: Task) -> Tensors:
+    """The adapter with the parts of this device that are private in the task, whatever else its file has.
 
     Args:
         adapter: As on offer.
-        own: Their safetensors file; None if the device has none.
+        own: Safetensors file of parts that the device kept to itself; None if it has none.
+        task: Of the plan. The numbers of a part that it shares come from ``adapter`` alone.
     """
-    return adapter if own is None else adapter | files.decode(own)
+    return adapter if own is None else adapter | private_of(files.decode(own), task)
 
 
-def private_file(tensors: Tensors, task: Task) -> bytes | None:
-    """Those tensors that the task trains and does not share, as a file; None if there are none."""
-    found = {name: value for name, value in tensors.items() if part_of(name) in task.private}
-    return files.encode(found) if found else None
+def private_of(tensors: Tensors, task: Task) -> Tensors:
+    """Those tensors that the task trains and does not share."""
+    return {name: value for name, value in tensors.items() if part_of(name) in task.private}

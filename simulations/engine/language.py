@@ -177,7 +177,7 @@ def _personal_steps(
 def _outcome(arms: LanguageArms, client: Client, shared: Tensors, own: bytes | None) -> tuple[AuthorResult, Tensors]:
     """A client's result, and the adapter that it keeps. ``own``: its private parts, if it has some."""
     test = _part(client, Split.TEST)
-    choice, kept = arms.personal(client, with_private(shared, own))
+    choice, kept = arms.personal(client, with_private(shared, own, arms.task))
     adapters = {"base": arms.seed_adapter, "local": arms.local(client), "global": shared, "personal": kept}
     loss = {arm: bits(arms.trainer, adapter, test) for arm, adapter in adapters.items()}
     return AuthorResult(client.name, client.unseen, len(client.train), len(test), loss, choice), kept

@@ -140,7 +140,7 @@ def after_the_rounds(
 ) -> Tensors:
     """The global adapter with the parts of it that the device has trained and not shared."""
     subject, parts = subject_of(mine.base.digest, inputs.task, mine.layout), state_dir.load_private_parts()
-    return with_private(global_adapter, parts.start(subject) if parts else None)
+    return with_private(global_adapter, parts.start(subject) if parts else None, inputs.task)
 
 
 def local_arm(
