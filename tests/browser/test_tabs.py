@@ -45,8 +45,8 @@ NOISY = {"privacy__mechanism": "skellam", "privacy__noise_multiplier": 1.0}
 KEPT = """(async () => {
   const { IDENTITIES, transact } = await import("/storage.js");
   const { parts } = (await transact(IDENTITIES, "readonly", (store) => store.getAll())).find((one) => one.parts);
-  return [...parts.values.keys()].sort();
-})()"""  # names of the tensors that a tab does not share
+  return [[...parts.values.keys()].sort(), parts.ever];
+})()"""  # names of the tensors that a tab does not share, and the parts that it never will
 LIMITED = {"maximum_epsilon": 90, "minimum_noise_multiplier": 0.2}
 
 
@@ -150,22 +150,22 @@ class MixedFleet:
 def test_a_node_of_flower_a_light_device_and_two_tabs_train_an_adapter_together(
     fleet_of: Callable[..., Any], phone: Path, libraries: None, tabs: list[cdp.Page], tmp_path: Path
 ) -> None:
-    """Each trains on its own examples. One tab enrols with a request, the other one with a token. In the first run the
-    heads stay on the devices, and updates have noise; the second run sums R of Fed-SB.
+    """Each trains on its own examples. One tab enrols with a request, the other one with a token. The first run sums R
+    of Fed-SB, and updates have noise; in the second run the heads stay on the devices.
 
     In the third round, which is of a second session, one tab is closed after its device has shared its secrets. It is
     opened again, as is the other one, without the page's server, and both take part in the next run of the coordinator,
     which ends with an evaluation of the release in their bundle: without noise, the tabs count nothing.
     """
-    fleet = fleet_of(4, rounds=3, aggregation__session_rounds=2, method="fedper", **NOISY)
+    fleet = fleet_of(4, rounds=3, aggregation__session_rounds=2, method="fedsb", **NOISY)
     give_tls(fleet)
     mixed = MixedFleet(fleet, phone)
     for folder in mixed.folders[:2]:
         give_bundle(folder, phone)
     stays, closed = enrol_and_train_with_noise(mixed, tabs, tmp_path)
-    kept_and_spent(stays, mixed)
+    shown_and_spent(stays, mixed)
     closed.page.open()
-    train_squares_and_evaluate(mixed, [stays, closed])
+    keep_heads_and_evaluate(mixed, [stays, closed])
     leave_and_forget(stays)
     assert audit_failures(fleet.out) == set()
 
@@ -196,20 +196,19 @@ def enrol_and_train_with_noise(mixed: MixedFleet, tabs: list[cdp.Page], tmp_path
     return devices
 
 
-def kept_and_spent(tab: Tab, mixed: MixedFleet) -> None:
-    """The tab says what it did; it kept its own head, and accounts for what it revealed as a native device does."""
+def shown_and_spent(tab: Tab, mixed: MixedFleet) -> None:
+    """The tab says what it did, and accounts for what it revealed as a native device does."""
     tab.page.until(f"{STATE} === {AWAY!r}")
     states = " ".join(tab.page.evaluate("states"))
     assert all(word in states for word in ("Waiting", "training, step 1 of", "masking", "The run is over"))
     assert tab.page.alert("join-error") == ""
-    assert tab.page.evaluate(KEPT) == ["classifier.bias", "classifier.weight"]
     ledger = mixed.fleet.state_dir(mixed.names[0]).load_privacy_ledger()
     epsilon = f"{ledger.spent.epsilon(1e-6):.2f}"
     assert tab.page.evaluate(SPENT) == f"epsilon {epsilon} for delta 0.000001 by 3 contributions with noise"
 
 
-def train_squares_and_evaluate(mixed: MixedFleet, devices: list[Tab]) -> None:
-    """The second run, of a round of Fed-SB and an evaluation, without the page's server."""
+def keep_heads_and_evaluate(mixed: MixedFleet, devices: list[Tab]) -> None:
+    """The second run, of a round of FedPer and an evaluation, without the page's server."""
     fleet, names = mixed.fleet, mixed.names
     for name in names[:2]:
         double_held_out(mixed.examples(name))
@@ -217,7 +216,7 @@ def train_squares_and_evaluate(mixed: MixedFleet, devices: list[Tab]) -> None:
     compared = {"rounds": 1, "newest": release, "previous": "0" * 64, "most": 60}
     evaluation = {f"evaluation.{name}": value for name, value in compared.items()}
     silent = {"privacy.mechanism": "none", "privacy.noise_multiplier": 0.0}
-    fleet.configure({"rounds": 5, "method": "fedsb"} | silent | evaluation)
+    fleet.configure({"rounds": 5, "method": "fedper"} | silent | evaluation)
     with mixed.cohort(GatewayGrid) as (_, grid):
         for device in devices:
             device.page.goto(device.url)
@@ -233,6 +232,7 @@ def train_squares_and_evaluate(mixed: MixedFleet, devices: list[Tab]) -> None:
     for device, counted in zip(devices, (5, 4), strict=True):
         device.page.until(f"{STATE} === {AWAY!r}")
         assert device.page.evaluate(OUTCOMES) == ["counted"] * counted
+        assert device.page.evaluate(KEPT) == [["classifier.bias", "classifier.weight"], ["head"]]
     spent = devices[0].page.evaluate(SPENT)
     assert spent.endswith("by 3 contributions with noise; 2 without noise, which nothing bounds")
 

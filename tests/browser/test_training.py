@@ -433,6 +433,8 @@ def test_what_a_tab_cannot_or_must_not_train_is_refused_before_an_example_is_rea
     ):
         refused(about, task=b64(jsontext.encode(plain | change)))
     refused("plan.adapter_digest", adapter="0" * 64)
+    kept = {"subject": "of another task", "values": {}, "ever": ["head"]}
+    assert page.error(f"{ROUND}({json.dumps(sound | {'kept': kept, 'examples': None})})")["about"] == "task.shared"
     for blob in (b"", files.encode(start)[:-4]):
         asked = sound | {"blob": b64(blob), "plan": sound["plan"] | {"adapter": files.sha256(blob)}, "examples": None}
         assert page.error(f"{ROUND}({json.dumps(asked)})")["about"] == "adapter"

@@ -26,7 +26,8 @@ import { ownCounts } from "./evaluation.js";
 import { unfolded } from "./fedsb.js";
 import { LanguageGraphTrainer } from "./languagegraph.js";
 import { momentsOf, projectedMoments } from "./moments.js";
-import { LIMITS, R, checkLimits, decodeTask, isAnalytic, isEvaluation, isPrivate, partOf } from "./task.js";
+import { checkUnshared, subjectOf, toKeep, withPrivate } from "./private.js";
+import { LIMITS, R, checkLimits, decodeTask, isAnalytic, isEvaluation, partOf } from "./task.js";
 import { GraphTrainer } from "./trainer.js";
 
 const MAX_LOSS = 20; // nats, of one example (adapters/task.py)
@@ -35,8 +36,8 @@ const between = (pause) => () => pause({ step: 0, steps: 0 });
 /**
  * What makes a device's contributions: (plan, spec, blob, kept) → Promise of { vector, parts }, with the adapter's file.
  *
- * `kept` are the parts of an adapter that this device trained and did not share, { subject, values }, or null: the training goes
- * on from them. `parts` are those to keep after it, or null if the round has none.
+ * `kept` are the parts of an adapter that this device trained and did not share (private.js), or null: the training goes on from
+ * them. `parts` are those to keep after it, or null if the round has none.
  *
  * `examples` are [{ text, label, split }], where a label is its name or its number, and the split "train" or "validation"; of a
  * language model [{ text, prompt, split }].
@@ -59,12 +60,12 @@ export function trainerOf(engine, examples, pause = async () => {}, limits = LIM
       const whole = task.shared.includes(R) ? withSquares(start, trainer.shapes) : start;
       const shared = [...whole.keys()].filter((name) => task.shared.includes(partOf(name)));
       requireBounds(spec, updateSegments(spec, shared.reduce((sum, name) => sum + whole.get(name).length, 0)));
+      checkUnshared(kept, task);
       const subject = subjectOf(spec, task);
-      const begun = kept?.subject === subject ? new Map([...whole, ...kept.values]) : whole;
+      const begun = withPrivate(whole, kept, subject, task);
       const made = async ({ trained, ...found }) => {
         const delta = update(begun, trained, shared, inputs);
-        const values = new Map([...trained].filter(([name]) => isPrivate(task, partOf(name))));
-        const parts = values.size ? { subject, values } : null;
+        const parts = toKeep(kept, subject, trained, task);
         if (spec.privacy) return { vector: await noisyContribution(delta, spec, plan.adapter_digest), parts };
         return { vector: await contribution({ delta, ...found }, spec, plan.adapter_digest), parts };
       };
@@ -91,9 +92,6 @@ function withSquares(start, shapes) {
     throw error instanceof DataError ? ProtocolError.of(error, COORDINATOR) : error;
   }
 }
-
-/** What private parts belong to: the base, and the method, labels and layout of the adapter. */
-const subjectOf = ({ base_digest: base, layout_digest: layout }, { peft_config: config, labels }) => JSON.stringify([base, config, labels, layout]);
 
 function refuse(text, about) {
   throw new ProtocolError(text, about, COORDINATOR);

@@ -171,9 +171,6 @@ function checkTrainable(config) {
   if (odd) throw new ConfigError(`${odd} is not that of LoRA or DoRA, which alone a tab trains`, odd);
 }
 
-/** Whether a part is trained and stays on the device. */
-export const isPrivate = ({ trained, shared }, part) => trained.includes(part) && !shared.includes(part);
-
 /** The part of an adapter to which a graph input belongs. */
 export function partOf(name) {
   if (name.endsWith(MAGNITUDE)) return VECTORS;
