@@ -13,7 +13,10 @@ from aggregation.errors import ConfigError, of_file
 from client.cli import options
 
 WIDTH = 18
-FORGETTING = "The coordinator can then show this device a different past, and repeat rounds that it took part in."
+FORGETTING = (
+    "The coordinator can then show this device a different past, and repeat rounds that it took part in. Parts of an "
+    "adapter that the device trained and kept to itself are deleted, and may be shared later."
+)
 
 
 @click.command()
@@ -95,10 +98,12 @@ def policy(state_dir: Path, as_json: bool) -> None:
 @options.state_dir
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def forget(state_dir: Path, yes: bool) -> None:
-    """Leave the session, and delete what this device remembers of the coordinator: its log, and the last adapter.
+    """Leave the session, and delete what this device remembers of the coordinator: its log, the last adapter, and the
+    parts of adapters that it trained without sharing them.
 
     For a coordinator that lost its transcripts or its newest adapters, or whose rounds failed too often while they were
-    unmasked: the device refuses its offers or plans, because they contradict what it remembers.
+    unmasked: the device refuses its offers or plans, because they contradict what it remembers. Or to share such parts
+    from then on, trained anew.
 
     \b
     Example:
