@@ -17,7 +17,6 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from adapters import jsontext
 from adapters.manifest import Count
-from aggregation import graph
 from aggregation.errors import ConfigError, TrustError
 
 FLAGS = "flags.json"
@@ -85,28 +84,6 @@ class Rollout:
     def __str__(self) -> str:
         """Whom the newest release is for."""
         return f"{self.share} % of devices" + (f" with language {', '.join(self.languages)}" if self.languages else "")
-
-    def require_both_likely(self, devices: int) -> None:
-        """Return if each release is expected on as many devices as a sum must have, so that no count is that of a few.
-
-        Devices draw by themselves whether they are in, so nobody can count them.
-
-        Args:
-            devices: Of a round of evaluation.
-
-        Raises:
-            ConfigError: One release is expected on fewer devices, or the rollout is by language: nobody knows how many
-                devices have one.
-        """
-        if self.languages:
-            reason = "a rollout by language may be for a single device: evaluate one by share alone"
-            raise ConfigError(reason, about="languages", value=self.languages)
-        needed, newest = graph.demanded(devices), devices * self.share / ALL
-        for what, expected, change in ((NEWEST, newest, "raise"), (PREVIOUS, devices - newest, "lower")):
-            if expected < needed:
-                reason = f"at a share of {self.share} % about {expected:g} of {devices} devices have the {what} release"
-                remedy = f"{needed} are needed, so that its counts are not those of a few: {change} the share"
-                raise ConfigError(f"{reason}, and {remedy}", about="share", value=self.share)
 
     def encode(self) -> bytes:
         """As flagd's flag definition. Equal rollouts give equal bytes."""

@@ -15,7 +15,7 @@ from adapters.layout import Layout
 from adapters.noisysum import noisy_spec
 from adapters.task import Sums, Task, contribution_spec, shared_layout
 from aggregation.errors import ConfigError
-from aggregation.spec import SessionSpec
+from aggregation.spec import COUNTS, SessionSpec
 from aggregation.vector import VectorSpec
 
 AnyTask: TypeAlias = Task | AnalyticTask | EvaluationTask
@@ -52,8 +52,8 @@ def vector_spec(
     Args:
         given: The task.
         layout: Of the adapter.
-        clip_norm: L2 bound on a device's update, in weight units, or with noise on its moments or counts, which without
-            noise have bounds of their own.
+        clip_norm: L2 bound on a device's update, in weight units, on its counts, or with noise on its moments, which
+            without noise have bounds of their own.
         weight_cap: Largest weight of one device, in examples.
         ring_bits: Width of an element.
         max_clients: Largest number of contributions in one sum.
@@ -61,7 +61,7 @@ def vector_spec(
 
     Raises:
         ConfigError: The ring cannot hold the sums, or cannot count examples one by one; or the task of an analytic head
-            names dimensions and there is no noise, or the other way round.
+            names dimensions and there is no noise, or the other way round, or is an evaluation without noise.
         DataError: The adapter has none of the parts that the task shares, or no head.
     """
     if isinstance(given, AnalyticTask):
@@ -74,9 +74,7 @@ def vector_spec(
             return noisy_spec(noisyhead.MOMENTS, size, clip_norm=clip_norm, noise=noise, **bounds)
         return analytic.moment_spec(head, weight_cap=weight_cap, ring_bits=ring_bits, max_clients=max_clients)
     if isinstance(given, EvaluationTask):
-        return evaluation.counts_spec(
-            given, clip_norm=clip_norm, noise=noise, ring_bits=ring_bits, max_clients=max_clients
-        )
+        return evaluation.counts_spec(clip_norm=clip_norm, noise=noise, ring_bits=ring_bits, max_clients=max_clients)
     return updates_spec(
         shared_layout(layout, given),
         clip_norm=clip_norm,
@@ -116,8 +114,6 @@ def least_ring_bits(
         size = noisyhead.moments_size(ClassifierHead.of(layout), given)
         return noisysum.least_ring_bits(size, clip_norm=clip_norm, noise=noise, max_clients=max_clients)
     if isinstance(given, EvaluationTask):
-        if not noise:
-            return max(task.LEAST_RING_BITS, evaluation.exact_ring_bits(given, max_clients))
         size = evaluation.SIZE
         return noisysum.least_ring_bits(size, clip_norm=clip_norm, noise=noise, max_clients=max_clients)
     shared = layout if given is None else shared_layout(layout, given)
@@ -129,7 +125,7 @@ def least_ring_bits(
 def kind_of(spec: VectorSpec) -> type[AnyTask]:
     """The kind of task whose sums these are."""
     first = spec.segments[0].name
-    if first == evaluation.COUNTS:
+    if first == COUNTS:
         return EvaluationTask
     return AnalyticTask if first in (analytic.XX, noisyhead.MOMENTS) else Task
 
@@ -152,14 +148,11 @@ def require_reach(spec: SessionSpec, sums: Sums, survivors: int) -> None:
     """Return if honest survivors can have the sum of a round, of whichever kind its task is.
 
     Raises:
-        DataError: As ``require_reach`` of ``task`` and ``noisysum``, ``analytic.require_moments`` and
-            ``evaluation.require_counts``.
+        DataError: As ``require_reach`` of ``task`` and ``noisysum``, and ``analytic.require_moments``.
     """
     if spec.privacy is not None:
         noisysum.require_reach(spec, sums, survivors)
     elif kind_of(spec.vector) is AnalyticTask:
         analytic.require_moments(spec, sums, survivors)
-    elif kind_of(spec.vector) is EvaluationTask:
-        evaluation.require_counts(spec, sums, survivors)
     else:
         task.require_reach(spec, sums, survivors)

@@ -26,7 +26,6 @@ NEED_NO_LIMIT: Mapping[tuple[type[AnyTask], str], str] = {
     (AnalyticTask, "ridge"): "used by the coordinator, on the sum: no contribution depends on it",
     (AnalyticTask, "scale"): "used by the coordinator, on the sum: no contribution depends on it",
     (AnalyticTask, "dimensions"): "1 to the size of an embedding with noise, 0 without: the session says which",
-    (EvaluationTask, "least"): "1 to 65536",
     (EvaluationTask, "most"): "1 to 65536: a device counts its first examples up to it",
 }
 

@@ -11,7 +11,7 @@ from aggregation import graph
 from aggregation.errors import ConfigError, ProtocolError, TrustError
 from aggregation.pki.revocation import RevocationList
 from aggregation.session import COORDINATOR
-from aggregation.spec import CORRUPT_FRACTION, Adversary, SessionSpec
+from aggregation.spec import CORRUPT_FRACTION, COUNTS, Adversary, SessionSpec
 
 MAX_REPEATS = 15
 _Rule = tuple[bool, str, object, str]  # whether it holds, the field it is about, that field's value, and the refusal
@@ -39,6 +39,8 @@ class Policy:
             All are over the same devices (``client.node.adapterstate``).
         minimum_noise_multiplier: Least noise of a sum: the standard deviation of that of its honest devices in the
             smallest sum of a round, in clip norms. Above 0, a session must have noise.
+        minimum_evaluation_noise: The same of a session that counts right answers, above 0: a device does not know how
+            many others have its release, so that an exact sum could be its own counts.
         maximum_epsilon: Most that all contributions of this device together may reveal, for ``delta``
             (``client.node.privacyledger``). Above 0, a session must have noise; 0: no limit.
         delta: The probability for which ``maximum_epsilon`` is stated.
@@ -62,6 +64,7 @@ class Policy:
     maximum_rounds: int = 64
     maximum_repeats: int = 3
     minimum_noise_multiplier: float = 0.0
+    minimum_evaluation_noise: float = 1.0
     maximum_epsilon: float = 0.0
     delta: float = 1e-6
     demand_proofs: bool = True
@@ -78,6 +81,7 @@ class Policy:
             ("maximum_repeats", 0 <= self.maximum_repeats <= MAX_REPEATS, f"between 0 and {MAX_REPEATS}"),
             ("revocation_days", self.revocation_days >= 0, "0 or more"),
             ("minimum_noise_multiplier", 0 <= self.minimum_noise_multiplier < math.inf, "a number from 0 on"),
+            ("minimum_evaluation_noise", 0 < self.minimum_evaluation_noise < math.inf, "a number above 0"),
             ("maximum_epsilon", 0 <= self.maximum_epsilon < math.inf, "a number from 0 on"),
             ("delta", 0 < self.delta < 1, "between 0 and 1"),
         )
@@ -183,7 +187,8 @@ class Policy:
         )
 
     def _noise_rules(self, spec: SessionSpec, corrupt: int) -> tuple[_Rule, ...]:
-        found, least = spec.noise_multiplier(corrupt), self.minimum_noise_multiplier
+        counts = self.minimum_evaluation_noise if spec.vector.segments[0].name == COUNTS else 0.0
+        found, least = spec.noise_multiplier(corrupt), max(self.minimum_noise_multiplier, counts)
         demanded = least > 0 or self.maximum_epsilon > 0
         bare = "the session adds no noise to its sums, and this device's policy demands it"
         little = f"noise multiplier {found:.3g}, without {corrupt} corrupt devices, is below this device's {least:g}"

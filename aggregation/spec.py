@@ -44,6 +44,9 @@ def default_threshold(devices: int) -> int:
     return graph.least_threshold(devices, CORRUPT_FRACTION)
 
 
+COUNTS = "counts"  # segment of the right answers that an evaluation counts; a device demands noise in it (``policy``)
+
+
 @dataclass(frozen=True, slots=True)
 class Privacy:
     """Differential privacy of a session: each device adds noise to its vector, as much as the segment says.

@@ -82,7 +82,7 @@ def terms(task: AnyTask, clip_norm: float, weight_cap: int, groups: int) -> dict
         names = ("ridge", "scale", "dimensions")
         return bounds | {f"analytic.{name}": getattr(task, name) for name in names}
     if isinstance(task, EvaluationTask):
-        return bounds | {f"evaluation.{name}": getattr(task, name) for name in ("newest", "previous", "least", "most")}
+        return bounds | {f"evaluation.{name}": getattr(task, name) for name in ("newest", "previous", "most")}
     steps = ("epochs", "batch_size", "optimizer", "learning_rate", "momentum", "schedule", "weight_decay")
     training = (*steps, "proximal", "gradient_norm")
     parts = {name: ", ".join(part.value for part in getattr(task, name)) for name in ("trained", "shared")}

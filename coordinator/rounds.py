@@ -83,7 +83,7 @@ def federate(
     try:
         last = lastsum.find(transcripts.folder, key.public, registry.head().newest[1], registry.rounds())
         _check_unshared(registry, settings, transcripts, key)
-        account = _account(transcripts, key) if settings.privacy.noisy else Account()
+        account = _account(transcripts, key) if settings.has_noise else Account()
         for number in range(len(registry.rounds()) + 1, settings.rounds + 1):
             begin = time.perf_counter()
             adapter = registry.newest_adapter()
@@ -183,7 +183,7 @@ def _require_same_terms(last: LastSum, task: AnyTask, adapter: StoredAdapter, se
         ConfigError: A setting has changed.
     """
     bounds = settings.aggregation
-    now = lastsum.terms(task, settings.clip_norm(task), settings.weight_cap, bounds.groups)
+    now = lastsum.terms(task, settings.clip_norm(task), settings.weight_cap(task), bounds.groups)
     for name, before in last.terms.items():
         if now[name] != before:
             text = f"{name} is {now[name]}, and the last sum from adapter {adapter.manifest.version}, with {before}, "

@@ -96,20 +96,24 @@ class EvaluationRounds(Settings):
     previous: str = Field(
         default="", pattern="^([0-9a-f]{64})?$", description="SHA-256 of what the adapter of the release before is"
     )
-    least: int = Field(default=4, ge=1, le=2**16, description="fewest held-out examples of a device that counts")
     most: int = Field(
         default=32,
         ge=1,
         le=2**16,
-        description="most held-out examples of a device that count; with noise, fewer need less",
+        description="most held-out examples of a device that count; the noise is in proportion to it",
+    )
+    noise_multiplier: float = Field(
+        default=1.1,
+        gt=0,
+        le=1000,
+        description="standard deviation of the noise in the counts, as privacy.noise_multiplier, also in a federation "
+        "without noise; in one that has more, that",
     )
 
     @model_validator(mode="after")
     def _compares_two_releases(self) -> Self:
         if self.rounds and (not self.newest or not self.previous or self.newest == self.previous):
             raise ValueError("evaluation.newest and evaluation.previous must name the adapters of two releases")
-        if self.least > self.most:
-            raise ValueError(f"evaluation.least is {self.least}, more than the {self.most} examples that count")
         return self
 
 
@@ -275,16 +279,26 @@ class FederationSettings(Settings):
         return self
 
     @property
-    def weight_cap(self) -> int:
-        """Largest weight of one device in a session."""
-        return 1 if self.privacy.noisy else self.aggregation.weight_cap
+    def has_noise(self) -> bool:
+        """Whether some rounds have noise: all, or those of evaluation."""
+        return self.privacy.noisy or self.evaluation.rounds > 0
+
+    def weight_cap(self, task: AnyTask | None) -> int:
+        """Largest weight of one device in a session of a task."""
+        return 1 if self._privacy(task).noisy else self.aggregation.weight_cap
+
+    def _privacy(self, task: AnyTask | None) -> PrivacySettings:
+        """The noise of a session of a task."""
+        if self.privacy.noisy or not isinstance(task, EvaluationTask):
+            return self.privacy
+        return PrivacySettings(mechanism="skellam", noise_multiplier=self.evaluation.noise_multiplier)
 
     def session_spec(
         self, devices: int, layout: Layout, base_digest: str, rounds: int, task: AnyTask | None = None
     ) -> SessionSpec:
         """The parameters of a session, as ``Aggregation.spec``; noise is calibrated to all rounds of the federation.
 
-        Rounds of all kinds have the same noise multiplier.
+        Rounds of all kinds have the same noise multiplier, and those of evaluation at least their own.
 
         Raises:
             ConfigError: As ``Aggregation.spec``, or no noise meets the epsilon.
@@ -292,6 +306,8 @@ class FederationSettings(Settings):
         privacy = self.privacy
 
         def build(of: AnyTask | None, multiplier: float) -> SessionSpec:
+            if isinstance(of, EvaluationTask):
+                multiplier = max(multiplier, self.evaluation.noise_multiplier)
             return self.aggregation.spec(
                 devices,
                 layout,
@@ -299,7 +315,7 @@ class FederationSettings(Settings):
                 rounds,
                 of,
                 clip_norm=self.clip_norm(of),
-                privacy=privacy,
+                privacy=self._privacy(of),
                 noise_multiplier=multiplier,
             )
 
@@ -319,7 +335,7 @@ class FederationSettings(Settings):
         """The L2 bound on what a device contributes to a sum of a task."""
         if self.privacy.noisy and isinstance(task, AnalyticTask):
             return self.analytic.clip_norm
-        if self.privacy.noisy and isinstance(task, EvaluationTask):
+        if isinstance(task, EvaluationTask):
             return task.norm
         return self.aggregation.clip_norm
 
@@ -378,7 +394,7 @@ class FederationSettings(Settings):
 
     def _evaluation_task(self, config: PeftConfig, labels: tuple[str, ...]) -> EvaluationTask:
         own = self.evaluation
-        return EvaluationTask(config, labels, own.newest, own.previous, own.least, own.most)
+        return EvaluationTask(config, labels, own.newest, own.previous, own.most)
 
     def analytic_task(self, manifest: VersionManifest) -> AnalyticTask:
         """The task of a round that fits the head of the adapter that ``manifest`` describes."""

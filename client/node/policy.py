@@ -72,6 +72,13 @@ class PolicySettings(TrainingLimits):
         description="least noise of a session: its standard deviation in the smallest sum of a round, from honest "
         "devices, in clip norms; above 0, sessions without noise are refused",
     )
+    minimum_evaluation_noise: float = Field(
+        default=SAFE.minimum_evaluation_noise,
+        gt=0,
+        le=1000,
+        description="least noise of a session that counts the right answers of releases, as minimum_noise_multiplier: "
+        "nobody can tell a device how many others have its release, so that an exact sum could be its own counts",
+    )
     maximum_epsilon: float = Field(
         default=SAFE.maximum_epsilon,
         ge=0,

@@ -9,7 +9,6 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.evaluation import COUNTS
 from adapters.layout import Layout, Tensors
 from adapters.ridge import EmbeddingMoments, pack
 from adapters.task import rounding_noise
@@ -182,20 +181,6 @@ def moment_contribution(found: EmbeddingMoments, held_out: Score, spec: SessionS
         "xy": np.clip(found.xy.ravel() * share, -weight, weight),
     }
     return spec.vector.encode(values | _counted(weight, held_out), rng)
-
-
-def counts_contribution(counts: Vector, spec: SessionSpec, rng: np.random.Generator) -> Ring:
-    """Encode the counts of an evaluation as the vector that is masked and summed; exact.
-
-    Args:
-        counts: Whole numbers, shape ``(evaluation.SIZE,)``.
-        spec: Of the session, from the offer that the device accepted; without noise.
-        rng: As of ``VectorSpec.encode``.
-
-    Raises:
-        DataError: A count is above its bound.
-    """
-    return spec.vector.encode({COUNTS: counts}, rng)
 
 
 def _counted(weight: float, held_out: Score) -> dict[str, Vector]:

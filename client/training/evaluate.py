@@ -8,36 +8,9 @@ from numpy.typing import NDArray
 
 from adapters.bundle import adapter_names
 from adapters.evaluation import SIZE, EvaluationTask
-from aggregation.errors import ConfigError
 from client.inference.session import ClassificationSession
 from client.inference.trust import Trust
 from client.training.examples import Example
-from client.updates import last_rollout
-
-
-def require_hidden(bundle: Path, task: EvaluationTask, devices: int) -> None:
-    """Return if as many devices are expected to have each of the two releases as a sum must have.
-
-    The coordinator chooses when devices count, and what. So each asks by itself, by the rollout that it verified at its
-    last update, whether its counts would be among those of enough others. Only stale devices have an older release.
-
-    Args:
-        bundle: As of ``own_counts``.
-        task: Of the round.
-        devices: Of the round.
-
-    Raises:
-        ConfigError: The channel of the bundle rolled nothing out then, or other releases than those of the task, or one
-            of them is expected on fewer.
-        TrustError: The note of the rollout is damaged.
-    """
-    if (note := last_rollout(bundle)) is None:
-        reason = "the channel of this device rolled nothing out at its last update, so its release may be that of few"
-        raise ConfigError(reason, about="rollout")
-    if (task.newest, task.previous) not in note.adapters.values():
-        reason = "the round compares other releases than this device's channel rolled out at its last update, which may"
-        raise ConfigError(f"{reason} be those of few", about="rollout")
-    note.rollout.require_both_likely(devices)
 
 
 def own_counts(bundle: Path, task: EvaluationTask, examples: Sequence[Example]) -> NDArray[np.float64]:

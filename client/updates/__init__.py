@@ -1,5 +1,5 @@
 """A bundle that follows a channel: fetched by The Update Framework, verified, replaced whole."""
 
-from client.updates.channel import ChannelSource, Updated, follow, last_rollout, update
+from client.updates.channel import ChannelSource, Updated, follow, update
 
-__all__ = ["ChannelSource", "Updated", "follow", "last_rollout", "update"]
+__all__ = ["ChannelSource", "Updated", "follow", "update"]

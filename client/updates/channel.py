@@ -7,7 +7,6 @@ the pinned keys of bundles.
     updates/source.json     where the repository is, and the channel
     updates/root.json       the pinned root of the repository
     updates/targeting.json  what staged rollouts go by (``targeting``)
-    updates/rollout.json    the rollout of the channel at the last update, if there was one (``rolloutnote``)
     updates/metadata/       what TUF has accepted so far: from here on nothing older is accepted
     updates/files/          downloads that are not in use yet, by digest
     updates/private/BASE/   private adapters for a base that was replaced
@@ -19,7 +18,7 @@ then held to the rules of every bundle (``client.inference.trust``). Whatever fa
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,14 +40,11 @@ from tuf.ngclient import FetcherInterface, Updater
 
 from adapters import jsontext, storage
 from adapters.bundle import MAX_BASE_FILE, Bundle, adapter_names, adapter_path, manifest_path
-from adapters.dsse import MAX_ENVELOPE
-from adapters.manifest import AdapterManifest
 from adapters.release import MAX_RELEASE, METADATA, RELEASE, TARGETS, Release, check_channel, previous, target
 from adapters.rollout import FLAGS, MAX_FLAGS, Rollout
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, DataError, TrustError
 from client.inference.trust import Trust
-from client.updates.rolloutnote import RolloutNote
 from client.updates.targeting import Targeting
 
 UPDATES, FILES, PRIVATE = "updates", "files", "private"
@@ -182,27 +178,14 @@ def update(
             Targeting.read(folder, entropy).with_language(language).write(folder)
         updater = _updater(folder, source)
         updater.refresh()
-        offer, both = _offer(updater, source, folder, place, entropy)
-        release, changed = offer.release, not _installed(place, offer.release)
-        fetched = _fetch(updater, source, release.files, place, files, note) if changed else 0
-        for manifests in _manifests(both):  # too small to be shown
-            fetched += _fetch(updater, source, manifests, place, files, lambda name, size: None)
-        # First the note: with an older one, a kill in between would let the new release be counted by another share.
-        RolloutNote.write(folder, _noted(offer.rollout, both, files))
-        if not changed:
-            return Updated(source, offer, changed=False, fetched=fetched)
+        offer = _offer(updater, source, folder, place, entropy)
+        release = offer.release
+        if _installed(place, release):
+            return Updated(source, offer, changed=False)
+        fetched = _fetch(updater, source, release.files, place, files, note)
         aside = _install(place, release, files, Trust.open(place, trust), folder / PRIVATE)
         shutil.rmtree(files, ignore_errors=True)
         return Updated(source, offer, changed=True, fetched=fetched, set_aside=aside)
-
-
-def last_rollout(bundle: Path) -> RolloutNote | None:
-    """The rollout of the channel that ``bundle`` follows, as it was at the last update; None if there was none.
-
-    Raises:
-        TrustError: The note of it is damaged.
-    """
-    return RolloutNote.read(bundle.resolve().parent / UPDATES)
 
 
 class _Folder(FetcherInterface):
@@ -287,15 +270,13 @@ def _described(updater: Updater, source: ChannelSource, name: str, limit: int) -
     return found
 
 
-def _offer(
-    updater: Updater, source: ChannelSource, folder: Path, bundle: Path, entropy: Entropy
-) -> tuple[ReleaseOffer, tuple[Release, ...]]:
-    """What the channel has for the device with this folder ``updates``; and the releases of a rollout, newest first."""
+def _offer(updater: Updater, source: ChannelSource, folder: Path, bundle: Path, entropy: Entropy) -> ReleaseOffer:
+    """What the channel has for the device with this folder ``updates``."""
     files = folder / FILES
     newest = _release(updater, source, files, RELEASE)
     listed = updater.get_targetinfo(target(source.channel, FLAGS))
     if listed is None:
-        return ReleaseOffer(newest), ()
+        return ReleaseOffer(newest)
     found = _described(updater, source, FLAGS, MAX_FLAGS)
     rollout = Rollout.decode(storage.read(Path(updater.download_target(found, str(files / FLAGS))), MAX_FLAGS))
     if rollout.release != newest.number:
@@ -307,7 +288,7 @@ def _offer(
         reason = f"the flags name the release {rollout.previous} before, and the channel has {before.number} there"
         raise TrustError(reason, about=FLAGS, value=rollout.previous)
     gets = newest if chosen or _installed(bundle, newest) else before
-    return ReleaseOffer(gets, rollout, chosen), (newest, before)
+    return ReleaseOffer(gets, rollout, chosen)
 
 
 def _release(updater: Updater, source: ChannelSource, files: Path, name: str) -> Release:
@@ -321,24 +302,6 @@ def _installed(bundle: Path, release: Release) -> bool:
         (bundle / name).is_file() and storage.file_sha256(bundle / name) == digest
         for name, digest in release.files.items()
     )
-
-
-def _manifests(releases: Sequence[Release]) -> list[dict[str, str]]:
-    """For each release the manifests of the adapters that all of them have: file → digest, in one order."""
-    paths = [manifest_path(name).as_posix() for name in sorted({name for each in releases for name in each.adapters})]
-    shared = [path for path in paths if all(path in each.files for each in releases)]
-    return [{path: each.files[path] for path in shared} for each in releases]
-
-
-def _noted(rollout: Rollout | None, releases: Sequence[Release], files: Path) -> RolloutNote | None:
-    """What is to be noted of a rollout, whose manifests are in ``files``. Raises DataError, TrustError."""
-    if rollout is None:
-        return None
-    newest, before = (
-        [AdapterManifest.unverified(storage.read(files / digest, MAX_ENVELOPE)) for digest in each.values()]
-        for each in _manifests(releases)
-    )
-    return RolloutNote(rollout, {one.name: (one.content, two.content) for one, two in zip(newest, before, strict=True)})
 
 
 def _fetch(

@@ -24,8 +24,8 @@ def evaluate(state_dir: Path, releases: Path, channel: str, adapter: str, as_jso
     and the round sums the counts of the newest release and of the one before, as it would sum updates. The settings in
     DIR/federation.toml are written anew. 'edgeadapt adapters verdict' and 'watch' read the result.
 
-    A share at which too few devices are expected to have one of the releases is refused, once it is known how many
-    devices a round has: by cohort.size, or from the rounds before.
+    The counts have the noise of evaluation.noise_multiplier, or that of the federation if it is more. What the accuracy
+    of a release is off by depends on how many devices have it: an evaluation needs a few dozen of each.
 
     \b
     Example:
@@ -42,12 +42,7 @@ def evaluate(state_dir: Path, releases: Path, channel: str, adapter: str, as_jso
     repository = ChannelRepository.open(releases, datetime.now(UTC))
     newest, previous = compared(repository, channel, adapter)
     with opened.locked():
-        records = opened.registry.rounds()
-        present = (len(record.survivors) + len(record.dropped) for record in records)
-        devices, rollout = opened.settings.cohort.size or max(present, default=0), repository.rollout(channel)
-        if devices and rollout is not None:
-            rollout.require_both_likely(devices)
-        settings = opened.settings.with_evaluation(len(records), newest, previous)
+        settings = opened.settings.with_evaluation(len(opened.registry.rounds()), newest, previous)
         storage.replace(state_dir / SETTINGS, HEADER + settings.to_toml().encode(), storage.PUBLIC)
     row = {"round": settings.rounds, "newest": newest, "previous": previous}
     line = (

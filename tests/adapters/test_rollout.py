@@ -85,20 +85,3 @@ def test_a_truncated_definition_is_refused() -> None:
 def test_what_is_no_language(code: str) -> None:
     with refused(ConfigError, "language"):
         check_language(code)
-
-
-@pytest.mark.parametrize(("share", "devices"), [(50, 8), (10, 40), (90, 40), (50, 4), (1, 400)])
-def test_a_share_at_which_both_are_likely(share: int, devices: int) -> None:
-    Rollout(2, 1, share).require_both_likely(devices)
-
-
-@pytest.mark.parametrize(("share", "devices"), [(49, 8), (51, 8), (9, 40), (91, 40), (0, 1000), (25, 4)])
-def test_a_share_at_which_one_is_not(share: int, devices: int) -> None:
-    with refused(ConfigError, "share", value=share):
-        Rollout(2, 1, share).require_both_likely(devices)
-
-
-@pytest.mark.parametrize("share", [50, 100])
-def test_a_language_that_one_device_may_have(share: int) -> None:
-    with refused(ConfigError, "languages"):
-        Rollout(2, 1, share, ("mt",)).require_both_likely(40)

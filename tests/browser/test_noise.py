@@ -21,7 +21,8 @@ from aggregation.messages import Offer
 from aggregation.policy import Policy
 from aggregation.privacy.accounting import Mechanism
 from aggregation.privacy.noise import MAX_DEVIATION, Table, draw, table
-from aggregation.spec import Grouping, Privacy, SessionSpec
+from aggregation.spec import COUNTS, Grouping, Privacy, SessionSpec
+from aggregation.vector import Segment, VectorSpec
 from client.node import privacyledger
 from client.node.privacyledger import PrivacyLedger
 from client.training.contribute import noisy_vector
@@ -175,12 +176,16 @@ def finite(epsilon: float) -> float | None:
 
 def policies() -> Iterator[dict[str, Any]]:
     """What an owner demands of noise, and whether a session has it."""
-    for spec in (noisy_session(100, 24), session_spec(8)):
+    exact = session_spec(8, vector=VectorSpec((Segment(COUNTS, 4, 32.0),), 24, 8))
+    counted = (noisy_session(4, 24, noise, name=COUNTS) for noise in (0.2, 0.9, 1.3))
+    for spec in (noisy_session(100, 24), session_spec(8), exact, *counted):
         multiplier = spec.noise_multiplier(1)
         for limits in (
             {},
             {"minimum_noise_multiplier": multiplier * (1 - 1e-9)},
             {"minimum_noise_multiplier": multiplier + 1e-9},
+            {"minimum_evaluation_noise": max(multiplier, 0.1) * (1 - 1e-9)},
+            {"minimum_evaluation_noise": multiplier + 1e-9},
             {"maximum_epsilon": 1.0},
         ):
             given = {"known_bases": [BASE], "minimum_cohort": 8} | limits

@@ -25,7 +25,7 @@ from export.onnx.exported import Profile
 from export.onnx.slotted import with_mean_head
 from tests.support.gateway import HOST, wait_until
 from tests.support.hostile import audit_failures
-from tests.support.rollout import StagedFleet, louder, permuted, run
+from tests.support.rollout import NOISE, StagedFleet, louder, permuted, run
 from tests.support.up import coordinator_of, going_up
 
 pytestmark = pytest.mark.slow
@@ -109,6 +109,7 @@ def test_a_bad_canary_is_off_every_device_at_its_next_check_without_a_person_and
 ) -> None:
     exported = export_classifier(with_mean_head(tiny_base, ["query", "value"]), tiny_base, Profile.FP32, training=True)
     together = {"aggregation__ring_bits": 32, "aggregation__minimum_devices": DEVICES, "evaluation__most": HELD_OUT}
+    together |= {"evaluation__noise_multiplier": NOISE}
     made = app_fleet_of(DEVICES, rounds=1, analytic__rounds=1, **together)
     made.federate(made.grid())
     for client in made.population.clients:

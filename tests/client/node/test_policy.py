@@ -44,6 +44,7 @@ CHANGED: dict[str, Any] = {
     "maximum_rounds": 4,
     "maximum_repeats": 0,
     "minimum_noise_multiplier": 0.5,
+    "minimum_evaluation_noise": 2.0,
     "maximum_epsilon": 8.0,
     "delta": 1e-9,
     "demand_proofs": False,
@@ -184,7 +185,7 @@ KINDS: dict[type[AnyTask], str] = {Task: "training", AnalyticTask: "analytic hea
 TASKS = (
     Task(PeftConfig.lora(2, 4), ("a", "b"), 1, 4, 0.01, 0.0, 0.0, PARTS, PARTS),
     AnalyticTask(PeftConfig.lora(2, 4), ("a", "b"), 1e-3, 16.0),
-    EvaluationTask(PeftConfig.lora(2, 4), ("a", "b"), "a" * 64, "b" * 64, 4, 32),
+    EvaluationTask(PeftConfig.lora(2, 4), ("a", "b"), "a" * 64, "b" * 64, 32),
 )
 
 
@@ -208,7 +209,7 @@ def test_the_document_names_the_bound_of_every_key_of_every_task() -> None:
 def test_a_number_of_a_task_without_a_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     TrainingLimits().check(TASKS[1], {})
     monkeypatch.setattr("adapters.tasklimits.NEED_NO_LIMIT", {})
-    for task, about in ((TASKS[1], "task.ridge"), (TASKS[2], "task.least")):
+    for task, about in ((TASKS[1], "task.ridge"), (TASKS[2], "task.most")):
         with refused(ProtocolError, about, peer="coordinator"):
             TrainingLimits().check(task, {})
 

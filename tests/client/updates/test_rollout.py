@@ -4,7 +4,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,10 @@ from typing import Any
 import pytest
 from tuf.api.metadata import Metadata, TargetFile, Targets
 
-from adapters.evaluation import EvaluationTask
-from adapters.peftconfig import PeftConfig
 from adapters.rollout import FLAGS, Rollout
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, TrustError
-from client.training.evaluate import require_hidden
-from client.updates import ChannelSource, Updated, channel, follow, last_rollout, update
-from client.updates.rolloutnote import MAX_NOTE, ROLLOUT
+from client.updates import ChannelSource, Updated, follow, update
 from client.updates.targeting import TARGETING, Targeting
 from coordinator.channels.actions import Action
 from coordinator.channels.history import audit_repository
@@ -245,44 +241,6 @@ def test_the_key_is_made_once_and_never_sent(staged: Place, monkeypatch: pytest.
     other = Device.of(staged, "another")
     other.update()
     assert other.targeting.read_bytes() != first
-
-
-def test_a_release_is_never_in_use_with_an_older_note_of_the_rollout(
-    staged: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed(*given: Any) -> None:
-        install(*given)
-        raise KeyboardInterrupt
-
-    device, install = Device.of(staged, "new", IN), channel._install
-    with monkeypatch.context() as patch:
-        patch.setattr(channel, "_install", killed)
-        with pytest.raises(KeyboardInterrupt):
-            device.update()
-    assert stated(device.bundle).version == 2
-    note = last_rollout(device.bundle)
-    assert note is not None
-    assert note.rollout == Rollout(2, 1, 50)
-
-
-def test_a_device_counts_for_the_two_releases_of_the_rollout_only(staged: Place) -> None:
-    """The coordinator may name an older release, which only a few stale devices have."""
-    one, other = Device.of(staged, "one", IN), Device.of(staged, "other", OUT)
-    one.update()
-    other.update()
-    task = EvaluationTask(PeftConfig("LORA", 2, 4, ("query",)), ("a", "b"), one.content, other.content, 1, 100)
-    for device in (one, other):
-        for _ in range(2):
-            require_hidden(device.bundle, task, 8)
-            for wrong in ({"newest": "0" * 64}, {"previous": "0" * 64}):
-                with refused(ConfigError, "rollout"):
-                    require_hidden(device.bundle, replace(task, **wrong), 8)
-            assert not device.update().changed
-    note = one.bundle.parent / "updates" / ROLLOUT
-    for damaged in (b"", b"{}", note.read_bytes()[:-1], bytes(MAX_NOTE + 1)):
-        note.write_bytes(damaged)
-        with refused(TrustError, ROLLOUT):
-            require_hidden(one.bundle, task, 8)
 
 
 def test_a_device_makes_no_key_before_a_rollout(canary: Place) -> None:

@@ -9,7 +9,7 @@ import { draw } from "./noise.js";
 import { arrayType } from "./ring.js";
 import { peak, rotate, seedOf } from "./rotation.js";
 import { roundWithin } from "./rounding.js";
-import { maxSteps, sizeOf, stepOf } from "./spec.js";
+import { COUNTS, maxSteps, sizeOf, stepOf } from "./spec.js";
 
 const SHRINK = 1 - 2 ** -40; // keeps a clipped coordinate within its bound however the division rounds
 const COIN_BITS = 23; // of a rounding coin
@@ -31,8 +31,8 @@ export function momentSegments(spec, d, k, kept) {
   return [["xx", (d * (d + 1)) / 2, cap], ["xy", d * k, cap], ...metricSegments(spec)];
 }
 
-/** The segment of the counts of an evaluation task, as `counts_spec` of adapters/evaluation.py. */
-export const countSegments = (spec, { most }) => (spec.privacy ? noisySegments("counts", 4, spec) : [["counts", 4, most]]);
+/** The segment of the counts of an evaluation, as `counts_spec` of adapters/evaluation.py. */
+export const countSegments = (spec) => noisySegments(COUNTS, 4, spec);
 
 /** The one segment of a vector with noise, as `noisy_spec` of adapters/noisysum.py. */
 const noisySegments = (name, size, { clip_norm: norm }) => [[name, size, norm * peak(size)]];
@@ -44,12 +44,12 @@ function metricSegments({ weight_cap: weight }) {
 }
 
 /**
- * Returns if the vector in the offer is `fair`, [[name, size, bound]], and without noise counts up to `largest` one by one, so that it
- * admits every contribution: a tighter bound would tell devices apart by whether they can answer. Throws ProtocolError.
+ * Returns if the vector in the offer is `fair`, [[name, size, bound]], and without noise counts up to the weight cap one by one, so that
+ * it admits every contribution: a tighter bound would tell devices apart by whether they can answer. Throws ProtocolError.
  */
-export function requireBounds(spec, fair, largest = Number(spec.weight_cap)) {
+export function requireBounds(spec, fair) {
   const found = spec.vector.segments.map((segment) => [segment.name, segment.size, segment.bound]);
-  if (JSON.stringify(found) === JSON.stringify(fair) && (spec.privacy || maxSteps(spec.vector) >= largest)) return;
+  if (JSON.stringify(found) === JSON.stringify(fair) && (spec.privacy || maxSteps(spec.vector) >= Number(spec.weight_cap))) return;
   const text = "the bounds of the vector in the offer do not follow from its clip norm and weight cap";
   throw new ProtocolError(text, "offer.spec.vector", COORDINATOR);
 }

@@ -5,7 +5,7 @@
 import { ConfigError, ProtocolError } from "../errors.js";
 import { COMPLETE_UP_TO, GRINDING, SIGMA, countOf, isSecure, leftOver } from "./graph.js";
 import { COORDINATOR } from "./messages.js";
-import { ACTIVE, noiseMultiplier, quorumOf, smallestSum } from "./spec.js";
+import { ACTIVE, COUNTS, noiseMultiplier, quorumOf, smallestSum } from "./spec.js";
 
 const DEFAULTS = {
   known_bases: [], // SHA-256 of the frozen bases that this device holds, in hex
@@ -20,6 +20,7 @@ const DEFAULTS = {
   maximum_rounds: 64,
   maximum_repeats: 3, // sums from an adapter after the first one
   minimum_noise_multiplier: 0, // of the smallest sum, in clip norms; above 0, a session must have noise
+  minimum_evaluation_noise: 1, // the same of a session that counts right answers, above 0
   maximum_epsilon: 0, // that all contributions together may reveal, for `delta`; above 0, a session must have noise; 0: no limit
   delta: 1e-6,
   demand_proofs: true, // whether to take part again only if the coordinator proves what its log holds
@@ -44,6 +45,7 @@ export class Policy {
       maximum_repeats: [0 <= this.maximum_repeats && this.maximum_repeats <= 15, "between 0 and 15"],
       revocation_days: [this.revocation_days >= 0, "0 or more"],
       minimum_noise_multiplier: [0 <= this.minimum_noise_multiplier && this.minimum_noise_multiplier < Infinity, "a number from 0 on"],
+      minimum_evaluation_noise: [0 < this.minimum_evaluation_noise && this.minimum_evaluation_noise < Infinity, "a number above 0"],
       maximum_epsilon: [0 <= this.maximum_epsilon && this.maximum_epsilon < Infinity, "a number from 0 on"],
       delta: [0 < this.delta && this.delta < 1, "between 0 and 1"],
     };
@@ -112,7 +114,8 @@ export class Policy {
   }
 
   #noiseRules(spec, corrupt) {
-    const [found, least] = [noiseMultiplier(spec, corrupt), this.minimum_noise_multiplier];
+    const counts = spec.vector.segments[0].name === COUNTS ? this.minimum_evaluation_noise : 0;
+    const [found, least] = [noiseMultiplier(spec, corrupt), Math.max(this.minimum_noise_multiplier, counts)];
     const demanded = least > 0 || this.maximum_epsilon > 0;
     const little = `noise multiplier ${found}, without ${corrupt} corrupt devices, is below this device's ${least}`;
     return [

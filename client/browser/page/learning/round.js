@@ -7,7 +7,6 @@ import { COORDINATOR } from "../aggregation/messages.js";
 import {
   contribution,
   countSegments,
-  encode,
   momentContribution,
   momentSegments,
   noisyContribution,
@@ -142,20 +141,18 @@ async function moments(trainer, start, task, examples, plan, spec, pause) {
   );
 }
 
-/**
- * The counts of an evaluation: zeros where the device has neither release, or too few held-out examples. A tab follows no channel, so
- * it cannot tell whether only few devices have its release; without noise, the sum could then be its own counts, and it gives zeros.
- */
+/** The counts of an evaluation, with noise: zeros where the device has neither release. */
 async function counts(engine, trainer, task, examples, plan, spec, pause) {
-  requireBounds(spec, countSegments(spec, task), task.most);
-  const encoded = (counts) => (spec.privacy ? noisyContribution(counts, spec, plan.adapter_digest) : encode(spec.vector, { counts }));
-  const nothing = () => encoded(new Float64Array(4));
-  if (!spec.privacy) return nothing();
-  return orElse(async () => {
-    const { heldOut } = usable(trainer, task, examples, task.most);
-    if (heldOut.length < task.least) return nothing();
-    return encoded(await ownCounts(engine, task, heldOut, between(pause)));
-  }, nothing);
+  if (!spec.privacy) refuse("right answers are not summed without noise", "offer.spec.vector");
+  requireBounds(spec, countSegments(spec));
+  const encoded = (counts) => noisyContribution(counts, spec, plan.adapter_digest);
+  return orElse(
+    async () => {
+      const { heldOut } = usable(trainer, task, examples, task.most);
+      return encoded(await ownCounts(engine, task, heldOut, between(pause)));
+    },
+    () => encoded(new Float64Array(4)),
+  );
 }
 
 /** What a person's end of the work throws, which is not the fault of an example. */

@@ -40,7 +40,6 @@ const EVALUATION = {
   labels: listOf(string),
   newest: sha256,
   previous: sha256,
-  least: whole(1, 2 ** 16),
   most: whole(1, 2 ** 16),
 };
 
@@ -115,9 +114,7 @@ function analyticTask(found) {
 function evaluationTask(found) {
   requireFields(found, EVALUATION);
   if (!found.labels.length) refuse("a language model gives no right answers", "task.labels");
-  if (found.least > found.most || found.newest === found.previous) {
-    refuse("the task compares a release with itself, or on no example", "task.newest");
-  }
+  if (found.newest === found.previous) refuse("the task compares a release with itself", "task.newest");
   return found;
 }
 
@@ -140,7 +137,7 @@ export function checkLimits(task, adapter, limits = LIMITS) {
 
 /** The numbers that a coordinator chooses with a task, except those that need no limit (adapters/tasklimits.py). */
 function numbersIn(task) {
-  const free = isAnalytic(task) ? ["ridge", "scale", "dimensions"] : isEvaluation(task) ? ["least", "most"] : [];
+  const free = isAnalytic(task) ? ["ridge", "scale", "dimensions"] : isEvaluation(task) ? ["most"] : [];
   return Object.keys(task).filter((name) => typeof task[name] === "number" && !free.includes(name));
 }
 
