@@ -20,6 +20,7 @@ from client.node.policy import PolicySettings
 from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
 from client.node.snapshot import Snapshot
+from client.node.tasklabels import TaskLabels
 from client.training.protocols import FrozenBase
 
 
@@ -119,6 +120,14 @@ class DeviceState(Protocol):
 
     def save_adapter_state(self, state: AdapterState) -> None:
         """Replace the adapter state."""
+        ...
+
+    def load_task_labels(self) -> TaskLabels | None:
+        """The labels of the tasks before; None before the first plan."""
+        ...
+
+    def save_task_labels(self, labels: TaskLabels) -> None:
+        """Replace them."""
         ...
 
     def load_private_parts(self) -> PrivateParts | None:

@@ -1,9 +1,9 @@
 """A device's state directory: identity, trust anchors, settings, examples and session state.
 
 Every file is readable by its owner only. The state of a session is encrypted at rest, and replaced atomically *before*
-an answer leaves the device: a device that restarts never answers a step twice. Log state, adapter state and the newest
-revocation list are replaced in the same way; none of them is secret. What a session trains on is encrypted as well
-(``snapshot``), and so are the parts of an adapter that are not shared (``privateparts``).
+an answer leaves the device: a device that restarts never answers a step twice. Log state, adapter state, labels and the
+newest revocation list are replaced in the same way; none of them is secret. What a session trains on is encrypted as
+well (``snapshot``), and so are the parts of an adapter that are not shared (``privateparts``).
 """
 
 import re
@@ -40,6 +40,7 @@ from client.node.policy import PolicySettings
 from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
 from client.node.snapshot import Snapshot
+from client.node.tasklabels import TASK_LABELS, TaskLabels
 from client.training.protocols import FrozenBase
 
 SETTINGS = "device.toml"
@@ -56,6 +57,7 @@ STATE = "session.sealed"
 SNAPSHOT = "examples.sealed"
 LOG_STATE = "log.state"
 ADAPTERS = "adapter.state"
+LABELS = "labels.state"
 PRIVATE = "private.sealed"
 LEDGER = "privacy.sealed"
 REVOKED = "revoked.crl"
@@ -297,6 +299,18 @@ class DeviceStateDir:
         """Replace the adapter state atomically."""
         replace(self.folder / ADAPTERS, ADAPTER_STATE.encode(state))
 
+    def load_task_labels(self) -> TaskLabels | None:
+        """The labels of the tasks before; None before the first plan.
+
+        Raises:
+            TrustError: The file is damaged.
+        """
+        return self._decode(TASK_LABELS, LABELS)
+
+    def save_task_labels(self, labels: TaskLabels) -> None:
+        """Replace them atomically."""
+        replace(self.folder / LABELS, TASK_LABELS.encode(labels))
+
     def load_private_parts(self) -> PrivateParts | None:
         """The parts of the adapter that this device trains and does not share; None if there are none.
 
@@ -327,7 +341,7 @@ class DeviceStateDir:
 
     def forget(self) -> None:
         """Leave the session, and delete what this device remembers of the coordinator; its privacy ledger stays."""
-        for name in (STATE, SNAPSHOT, LOG_STATE, ADAPTERS, PRIVATE):
+        for name in (STATE, SNAPSHOT, LOG_STATE, ADAPTERS, LABELS, PRIVATE):
             (self.folder / name).unlink(missing_ok=True)
 
     def _decode(self, codec: Codec[Read], name: str) -> Read | None:

@@ -30,7 +30,7 @@ from aggregation.sealed import ClientState
 from aggregation.session import COORDINATOR
 from aggregation.steps import ADAPTER, BODY, PROOF, REVOCATIONS, Step
 from aggregation.transcript import LogState, logged_part
-from client.node import adapterstate, privacyledger
+from client.node import adapterstate, privacyledger, tasklabels
 from client.node.adapterstate import AdapterState
 from client.node.devicestate import DeviceState
 from client.node.eligibility import LOOK, EligibilityError, conditions, machine_conditions, require
@@ -179,6 +179,7 @@ def _transition(
         adapter_state = adapterstate.on_plan(
             state_dir.load_adapter_state(), planned.plan, planned.spec, device.policy.maximum_repeats
         )
+        labels = tasklabels.on_plan(state_dir.load_task_labels(), base, planned.plan)
         snapshot = state_dir.load_snapshot(_share_key(planned.ready))
         ledger = privacyledger.on_plan(
             state_dir.load_privacy_ledger(), planned.spec, len(planned.ready.serials), device.policy
@@ -194,6 +195,7 @@ def _transition(
         if parts is not None:
             state_dir.save_private_parts(parts)
         state_dir.save_adapter_state(adapter_state)
+        state_dir.save_task_labels(labels)
         log_state = log_state and log_state.contributed(planned.plan.digest(), logged_part(step, answer))
     elif step is Step.SURVIVORS and isinstance(state, Masked):
         after, answer = state.on_survivors(device, body)

@@ -37,6 +37,7 @@ from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
 from client.node.snapshot import Snapshot
 from client.node.statedir import SNAPSHOT, DeviceStateDir
+from client.node.tasklabels import TaskLabels
 from client.training.protocols import FrozenBase
 from simulations.engine.seeded import SEED, SeededEntropy
 
@@ -62,6 +63,7 @@ class MemoryDevice:
         self._written = self._entropy.key, self._private_parts, self._privacy_ledger
         self._log_state: LogState | None = None
         self._adapter_state: AdapterState | None = None
+        self._task_labels: TaskLabels | None = None
         self._state: ClientState | None = None
         self._snapshot: tuple[bytes, Snapshot] | None = None
 
@@ -129,6 +131,14 @@ class MemoryDevice:
     def save_adapter_state(self, state: AdapterState) -> None:
         """See ``DeviceStateDir``; in memory only."""
         self._adapter_state = state
+
+    def load_task_labels(self) -> TaskLabels | None:
+        """See ``DeviceStateDir``."""
+        return self._task_labels
+
+    def save_task_labels(self, labels: TaskLabels) -> None:
+        """See ``DeviceStateDir``; in memory only."""
+        self._task_labels = labels
 
     def load_private_parts(self) -> PrivateParts | None:
         """See ``DeviceStateDir``."""

@@ -32,6 +32,7 @@ from aggregation.steps import BODY, RECORD, Step
 from client.node.app import app
 from client.node.statedir import DeviceStateDir
 from client.node.step import READS_EXAMPLES
+from client.node.tasklabels import TaskLabels
 from client.training.contribute import Outcome, contribution
 from client.training.examples import Example, Score, Split, parse_examples, read_file, write_examples
 from client.training.trainer import Trainer
@@ -239,6 +240,18 @@ def test_a_device_whose_owner_states_the_number_of_labels_refuses_that_task(app_
     ((answer, reason, _),) = set(observer.seen.values())
     assert answer == "refused"
     assert "task.labels" in reason
+
+
+def test_devices_that_trained_a_task_with_the_labels_of_the_others_refuse_that_task(app_fleet_of: FleetOf) -> None:
+    fleet, observer = isolating_fleet(app_fleet_of), Observer()
+    for name in DEVICES:
+        base = fleet.state_dir(name).base().digest
+        fleet.state_dir(name).save_task_labels(TaskLabels.of(base, ("label 0", "label 1", "label 2")))
+    (record,) = fleet.federate(fleet.grid(app=observer))
+    assert record.version is None
+    ((answer, reason, _),) = set(observer.seen.values())
+    assert answer == "refused"
+    assert "label 2 of the task is missing, and that of the tasks before is 'label 2'" in reason
 
 
 # How long an answer takes.

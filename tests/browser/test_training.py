@@ -58,7 +58,9 @@ TRAINED = f"""(async ({{ task, examples: given, order }}) => {{ {OPEN}
   await trainer.close();
   return all(found);
 }})"""
-ROUND = f"""(async ({{ offer, blob, plan, examples: given, limits = {{}}, kept = null, rounds = 1 }}) => {{ {OPEN}
+ROUND = f"""(async ({{ offer, blob, plan, examples: given, unchecked, limits = {{}}, kept = null, rounds = 1 }}) => {{
+  {OPEN}
+  if (unchecked) engine.trust.adapterManifest = async () => ({{ parent: null, labels: unchecked }});
   const load_ = (name) => import(`/aggregation/${{name}}.js`);
   const {{ trainerOf }} = await load("learning/round");
   const [{{ Offer }}, {{ pack }}] = await Promise.all([load_("messages"), load_("ring")]);
@@ -356,6 +358,49 @@ def test_a_tab_counts_the_right_answers_that_a_native_device_counts_or_none(
         }  # reading them would be another error
         failed = page.error(f"{ROUND}({json.dumps(changed)})")
         assert (failed["name"], failed["about"]) == ("ProtocolError", about)
+
+
+NAMED = [{"text": text, "label": LABELS[number % 3], "split": "train"} for number, text in enumerate(PHRASES)]
+"""Examples as a person teaches them: with the names of labels."""
+
+
+@pytest.mark.parametrize("real", LABELS[:3])
+def test_without_the_check_a_task_whose_labels_are_one_real_one_and_others_counts_the_examples_of_that_one(
+    page: Any, serve: Callable[[Path], str], phone: Path, real: str
+) -> None:
+    trainer, start = native(phone)
+    labels = (real, "x1", "x2", "x3")
+    task = replace(PLAIN, labels=labels, batch_size=16)
+    asked = given(task, trainer, start, []) | {"examples": NAMED, "unchecked": labels}
+    page.goto(serve(phone))
+    packed = page.evaluate(f"{ROUND}({json.dumps(asked)})")["packed"]
+    spec = session_of(shared_layout(trainer.layout, task), 32)
+    weight = spec.vector.decode(np.frombuffer(bytes(packed), np.uint32), 1)["weight"][0]
+    assert weight == sum(one["label"] == real for one in NAMED)
+
+
+@pytest.mark.parametrize(
+    ("labels", "number"),
+    [
+        ((LABELS[1], "x1", "x2", "x3"), 0),
+        ((LABELS[0], "x1", "x2", "x3"), 1),
+        ((LABELS[1], LABELS[0], *LABELS[2:]), 0),
+        (LABELS[:2], 2),
+        ((*LABELS, "more"), 4),
+    ],
+)
+def test_a_tab_trains_no_task_with_other_labels_than_those_of_its_bundle(
+    page: Any, serve: Callable[[Path], str], phone: Path, labels: tuple[str, ...], number: int
+) -> None:
+    trainer, start = native(phone)
+    task = replace(PLAIN, labels=labels)
+    asked = given(task, trainer, start, []) | {"examples": None}  # reading them would be another error
+    page.goto(serve(phone))
+    failed = page.error(f"{ROUND}({json.dumps(asked)})")
+    assert (failed["name"], failed["about"]) == ("ProtocolError", "task.labels")
+    found, own = (repr(all[number]) if number < len(all) else "missing" for all in (labels, LABELS))
+    expected = f"label {number} of the task is {found}, and that of this device's signed bundle is {own}"
+    assert expected in failed["message"]
 
 
 def adapter_content(bundle: Path) -> str:

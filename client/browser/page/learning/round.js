@@ -26,7 +26,7 @@ import { unfolded } from "./fedsb.js";
 import { LanguageGraphTrainer } from "./languagegraph.js";
 import { momentsOf, projectedMoments } from "./moments.js";
 import { checkUnshared, subjectOf, toKeep, withPrivate } from "./private.js";
-import { LIMITS, R, checkLimits, decodeTask, isAnalytic, isEvaluation, partOf } from "./task.js";
+import { LIMITS, R, checkLimits, decodeTask, isAnalytic, isEvaluation, partOf, requireLabels } from "./task.js";
 import { GraphTrainer } from "./trainer.js";
 
 const MAX_LOSS = 20; // nats, of one example (adapters/task.py)
@@ -96,11 +96,19 @@ function refuse(text, about) {
   throw new ProtocolError(text, about, COORDINATOR);
 }
 
+/** The labels of each adapter in the bundle that was not made on this device. */
+async function signedLabels({ source, trust }) {
+  const manifests = [];
+  for (const name of await source.adapterNames()) manifests.push(await trust.adapterManifest(source, name));
+  return manifests.filter(({ parent }) => parent === null).map(({ labels }) => labels);
+}
+
 /** A trainer for the adapter in `blob`, and the adapter by graph input, in the numbers of peft. */
 async function opened(engine, task, blob, limits) {
   try {
     const tensors = parse(blob);
     checkLimits(task, tensors, limits);
+    if (!engine.generation) requireLabels(task.labels, await signedLabels(engine));
     const inputs = fromPeft(tensors);
     const sizes = checkSlots(new Map([...emptyAdapter(engine.base.slots), ...asSlots(inputs)]), engine.base.slots);
     const labels = engine.generation ? 0 : sizes.get("labels"); // of a language model there are none

@@ -1,7 +1,7 @@
 // What a plan asks a device to train, as adapters/task.py, and the limits within which it does, as client/training/limits.py.
 
 import { isObject, parse } from "../dsse.js";
-import { ConfigError, ProtocolError } from "../errors.js";
+import { ConfigError, ProtocolError, quoted } from "../errors.js";
 import { between, isPeftConfig, listOf, misfit, oneOf, sha256, string } from "../manifests.js";
 import { COORDINATOR } from "../aggregation/messages.js";
 import { MAGNITUDE } from "./dora.js";
@@ -116,6 +116,21 @@ function evaluationTask(found) {
   if (!found.labels.length) refuse("a language model gives no right answers", "task.labels");
   if (found.newest === found.previous) refuse("the task compares a release with itself", "task.newest");
   return found;
+}
+
+/**
+ * Returns if the labels of a task, in their order, are those of an adapter in the device's signed bundle, whose labels are `signed`; else
+ * throws ProtocolError. They say which examples count, so a coordinator does not choose them (client/node/tasklabels.py).
+ */
+export function requireLabels(labels, signed) {
+  const isSame = (own) => own.length === labels.length && own.every((label, i) => label === labels[i]);
+  if (signed.some(isSame)) return;
+  if (!signed.length) refuse("task.labels: this device's bundle has no adapter, and so no labels: get one with an adapter", "task.labels");
+  const [own] = signed;
+  const number = [...own, ...labels].findIndex((_, i) => own[i] !== labels[i]);
+  const [found, expected] = [labels, own].map((all) => (number < all.length ? quoted(all[number], 40) : "missing"));
+  const remedy = "train with the labels of the release, or update the bundle";
+  refuse(`task.labels: label ${number} of the task is ${found}, and that of this device's signed bundle is ${expected}: ${remedy}`, "task.labels");
 }
 
 /** Returns if the task and the adapter, a Map of name → { values }, are within `limits`; else throws ProtocolError. */
