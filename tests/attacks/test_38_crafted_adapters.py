@@ -271,3 +271,25 @@ def test_an_adapter_of_ordinary_numbers_made_by_ordinary_training_is_a_trap_too(
         shown = seen(lora, task, outcomes(lora, start, task, homes(others, text, seed), seed), seed)
         read += likeliest_text(lora, shown.by_name(shown.total)) == text.split()
     assert read >= 4
+
+
+# All examples at once
+
+
+@pytest.mark.parametrize(("rank", "shown"), [(16, True), (2, False)])
+def test_an_adapter_that_changes_nothing_shows_the_words_of_all_devices_if_its_rank_is_high(
+    tiny_base: Any, rank: int, shown: bool
+) -> None:
+    """The rows of A's update in the first layer are more than the words: 32 of the queries and values, or four."""
+    config, rng = PeftConfig.lora(rank, rank), np.random.default_rng(1)
+    trainer = Trainer(tiny_base, LABELS, config)
+    head = rng.standard_normal((LABELS, 32), np.float32)
+    start = with_random_b(seeded(trainer)) | {WEIGHT: 16 * head / np.linalg.norm(head, axis=1, keepdims=True)}
+    task = task_of(config, (Part.A, Part.B), learning_rate=0.05)
+    LIMITS.check(task, start)
+    texts = [" ".join(rng.choice(WORDS, 2)) for _ in range(DEVICES)]
+    devices = [[Example(text, int(rng.integers(LABELS)))] for text in texts]
+    found = seen(trainer, task, outcomes(trainer, start, task, devices))
+    read = words_by_place(trainer, found.by_name(found.total), least=1e-5)[1:3]
+    have = {word for text in texts for word in text.split()}
+    assert ({word for words in read for word in words} == have) == shown

@@ -160,10 +160,13 @@ def directions(update: Tensors) -> tuple[Vector, Vector]:
     return sizes, found
 
 
-def words_by_place(trainer: Trainer, update: Tensors, longest: int = 10) -> list[list[str]]:
-    """The words of the texts that moved A in the first layer, at each of the places; none if too many texts did."""
+def words_by_place(trainer: Trainer, update: Tensors, least: float = 1e-3, longest: int = 10) -> list[list[str]]:
+    """The words of the texts that moved A in the first layer, at each of the places; none if too many texts did.
+
+    A direction counts if its size is above ``least`` of the greatest.
+    """
     sizes, found = directions(update)
-    rank = int((sizes > 1e-3 * sizes[0]).sum())
+    rank = int((sizes > least * sizes[0]).sum())
     if rank == len(sizes):
         return [[] for _ in range(longest)]
     outside = 1 - ((inputs(trainer, longest) @ found[:rank].T) ** 2).sum(2)
