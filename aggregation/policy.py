@@ -37,6 +37,8 @@ class Policy:
         maximum_rounds: Most rounds in a session.
         maximum_repeats: Most sums from an adapter for which the device reveals shares after the first one.
             All are over the same devices (``client.node.adapterstate``).
+        minimum_movement: How far an adapter has to be from those of earlier sums without noise, for a sum over other
+            devices: as a share of the longest step of training (``adapters.movement``).
         minimum_noise_multiplier: Least noise of a sum: the standard deviation of that of its honest devices in the
             smallest sum of a round, in clip norms. Above 0, a session must have noise.
         minimum_evaluation_noise: The same of a session that counts right answers, above 0: a device does not know how
@@ -63,6 +65,7 @@ class Policy:
     maximum_weight: int = 65_536
     maximum_rounds: int = 64
     maximum_repeats: int = 3
+    minimum_movement: float = 0.02
     minimum_noise_multiplier: float = 0.0
     minimum_evaluation_noise: float = 1.0
     maximum_epsilon: float = 0.0
@@ -79,6 +82,7 @@ class Policy:
             ("minimum_ring_bits", 1 <= low <= high, f"between 1 and maximum_ring_bits {high}"),
             ("maximum_ring_bits", high <= 64, "64 or less"),
             ("maximum_repeats", 0 <= self.maximum_repeats <= MAX_REPEATS, f"between 0 and {MAX_REPEATS}"),
+            ("minimum_movement", 0 <= self.minimum_movement < math.inf, "a number from 0 on"),
             ("revocation_days", self.revocation_days >= 0, "0 or more"),
             ("minimum_noise_multiplier", 0 <= self.minimum_noise_multiplier < math.inf, "a number from 0 on"),
             ("minimum_evaluation_noise", 0 < self.minimum_evaluation_noise < math.inf, "a number above 0"),

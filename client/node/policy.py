@@ -65,6 +65,13 @@ class PolicySettings(TrainingLimits):
         description="most sums from an adapter for which the device reveals shares after the first one; all are over "
         "the same devices, less those that were revoked since",
     )
+    minimum_movement: float = Field(
+        default=SAFE.minimum_movement,
+        ge=0,
+        le=1000,
+        description="without noise: distance of an adapter from those of earlier sums below which the device helps to "
+        "a sum over the same devices only, as a share of the longest step that the task's optimizer can make",
+    )
     minimum_noise_multiplier: float = Field(
         default=SAFE.minimum_noise_multiplier,
         ge=0,

@@ -43,6 +43,7 @@ CHANGED: dict[str, Any] = {
     "maximum_weight": 100,
     "maximum_rounds": 4,
     "maximum_repeats": 0,
+    "minimum_movement": 0.5,
     "minimum_noise_multiplier": 0.5,
     "minimum_evaluation_noise": 2.0,
     "maximum_epsilon": 8.0,

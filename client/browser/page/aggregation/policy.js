@@ -19,6 +19,7 @@ const DEFAULTS = {
   maximum_weight: 65_536,
   maximum_rounds: 64,
   maximum_repeats: 3, // sums from an adapter after the first one
+  minimum_movement: 0.02, // of an adapter since a sum without noise over other devices, as a share of the longest step of training
   minimum_noise_multiplier: 0, // of the smallest sum, in clip norms; above 0, a session must have noise
   minimum_evaluation_noise: 1, // the same of a session that counts right answers, above 0
   maximum_epsilon: 0, // that all contributions together may reveal, for `delta`; above 0, a session must have noise; 0: no limit
@@ -44,6 +45,7 @@ export class Policy {
       maximum_ring_bits: [high <= 32, "32 or less"],
       maximum_repeats: [0 <= this.maximum_repeats && this.maximum_repeats <= 15, "between 0 and 15"],
       revocation_days: [this.revocation_days >= 0, "0 or more"],
+      minimum_movement: [0 <= this.minimum_movement && this.minimum_movement < Infinity, "a number from 0 on"],
       minimum_noise_multiplier: [0 <= this.minimum_noise_multiplier && this.minimum_noise_multiplier < Infinity, "a number from 0 on"],
       minimum_evaluation_noise: [0 < this.minimum_evaluation_noise && this.minimum_evaluation_noise < Infinity, "a number above 0"],
       maximum_epsilon: [0 <= this.maximum_epsilon && this.maximum_epsilon < Infinity, "a number from 0 on"],
