@@ -42,6 +42,7 @@ class LastSum:
         blamed: Devices whose wrong shares were the reason that there is no result.
         kind: Of its task. Another sum from the adapter is of the same kind.
         dealt: Devices that were dealt into its groups; empty without groups.
+        still: Whether it made a version, from which the newest one hardly differs (``stillness``).
         terms: Name of a setting → its value then, from ``terms``; empty for a sum of this run, whose settings stay.
     """
 
@@ -50,6 +51,7 @@ class LastSum:
     blamed: frozenset[str] = frozenset()
     kind: type[AnyTask] = Task
     dealt: tuple[str, ...] = ()
+    still: bool = False
     terms: Mapping[str, float | str] = field(default_factory=dict)
 
     def unmet(self, devices: Collection[str], revoked: RevocationList | None) -> str:
@@ -117,7 +119,7 @@ def find(folder: Path, coordinator: PublicKey, adapter: str, records: Iterable[R
             then = terms(task, spec.clip_norm, spec.weight_cap, spec.groups)
             blamed = frozenset(record.blamed if record else ())
             dealt = tuple(sorted((*plan.members, *plan.former))) if spec.grouping else ()
-            return LastSum(adapter, survivors, blamed, type(task), dealt, then)
+            return LastSum(adapter, survivors, blamed, type(task), dealt, terms=then)
         if any(entry.kind == Result.TAG for entry in log.entries):  # what came before was from older adapters
             return None
     return None

@@ -30,7 +30,7 @@ from aggregation.server import AbortReason, Collecting, Confirming, Established,
 from aggregation.spec import SessionSpec
 from aggregation.steps import ADAPTER, Step
 from aggregation.transcript import receipts
-from coordinator import combination, lastsum, optimizer, privateparts, traces
+from coordinator import combination, lastsum, optimizer, privateparts, stillness, traces
 from coordinator.audit.account import Account, logged
 from coordinator.audit.transcripts import logs
 from coordinator.lastsum import LastSum, names
@@ -81,18 +81,21 @@ def federate(
     lifetime = traces.NO_SPAN  # of the session
     transcripts.finish()  # before a device is asked: what a kill left is repaired, and other damage refused
     try:
-        last = lastsum.find(transcripts.folder, key.public, registry.head().newest[1], registry.rounds())
+        last = _found(transcripts, registry, key)
         _check_unshared(registry, settings, transcripts, key)
         account = _account(transcripts, key) if settings.has_noise else Account()
         for number in range(len(registry.rounds()) + 1, settings.rounds + 1):
             begin = time.perf_counter()
             adapter = registry.newest_adapter()
-            if last is not None and last.adapter != adapter.manifest.sha256:
-                last = None
+            if cohort is None:
+                stillness.warn(adapter, settings)
             # Of all sums from an adapter, the task is the same.
-            kind = settings.kind_of(number) if last is None else last.kind
+            repeats = last is not None and last.adapter == adapter.manifest.sha256
+            kind = last.kind if last is not None and repeats else settings.kind_of(number)
             task = settings.task_of(kind, adapter.manifest)
-            if last is not None:
+            if last is not None and not repeats:
+                last = stillness.bound(last, registry, adapter, task, settings)
+            if last is not None and last.kind is kind:
                 _require_same_terms(last, task, adapter, settings)
             # Whatever can fail after a sum was unmasked fails before: devices help to few sums from an adapter.
             size = state_size(task, adapter.layout)
@@ -176,6 +179,14 @@ def _after_abort(aborted: RoundAborted, last: LastSum | None, transport: Transpo
     return session if server.too_few(session.session.spec, len(session.devices) - 1, "devices", None) is None else None
 
 
+def _found(transcripts: Transcripts, registry: Registry, key: IdentityKey) -> LastSum | None:
+    """The last sum from the newest adapter, or else that which made it."""
+    number, digest = registry.head().newest
+    parent, records = registry.version(number).manifest.parent, registry.rounds()
+    found = lastsum.find(transcripts.folder, key.public, digest, records)
+    return found or (lastsum.find(transcripts.folder, key.public, parent, records) if parent else None)
+
+
 def _require_same_terms(last: LastSum, task: AnyTask, adapter: StoredAdapter, settings: FederationSettings) -> None:
     """Return if devices would have the task of the last sum: they help to no other sum from its adapter.
 
@@ -186,8 +197,11 @@ def _require_same_terms(last: LastSum, task: AnyTask, adapter: StoredAdapter, se
     now = lastsum.terms(task, settings.clip_norm(task), settings.weight_cap(task), bounds.groups)
     for name, before in last.terms.items():
         if now[name] != before:
-            text = f"{name} is {now[name]}, and the last sum from adapter {adapter.manifest.version}, with {before}, "
-            text += f"has no result: set it back to {before} until a round has made the next adapter"
+            why, until = "has no result", "made the next adapter"
+            if last.still:
+                why, until = "hardly moved the adapter", "moved it"
+            text = f"{name} is {now[name]}, and the last sum before adapter {adapter.manifest.version}, with {before}, "
+            text += f"{why}: set it back to {before} until a round has {until}"
             raise ConfigError(text, about=name, value=now[name])
 
 
