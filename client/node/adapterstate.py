@@ -139,12 +139,17 @@ def on_survivors(
         text = f"adapter {plan.adapter_version} of the sum is not the one that this device trained from last"
         raise ProtocolError(text, COORDINATOR, about="survivors.adapter", value=plan.adapter_version)
     if known.sums:
-        added = survivors.keys() - known.survivors.keys()
-        lacking = {name for name in known.survivors.keys() - survivors.keys() if known.survivors[name] not in revoked}
+        added, lacking = differing(known.survivors, survivors, revoked)
         if added or lacking:
             text = (
-                f"the last sum from adapter {plan.adapter_version} was over other devices: this one has {len(added)} "
-                f"more, and lacks {len(lacking)} whose certificates are not revoked"
+                f"the last sum from adapter {plan.adapter_version} was over other devices: this one has {added} "
+                f"more, and lacks {lacking} whose certificates are not revoked"
             )
-            raise ProtocolError(text, COORDINATOR, about="survivors.repeat", value=len(added | lacking))
+            raise ProtocolError(text, COORDINATOR, about="survivors.repeat", value=added + lacking)
     return replace(known, sums=known.sums + 1, survivors=survivors, dealt=dealt(plan, spec))
+
+
+def differing(before: Mapping[str, int], survivors: Mapping[str, int], revoked: Container[int]) -> tuple[int, int]:
+    """How many devices a sum has more than the one before, and how many it lacks that were not revoked since."""
+    lacking = [name for name in before.keys() - survivors.keys() if before[name] not in revoked]
+    return len(survivors.keys() - before.keys()), len(lacking)

@@ -20,6 +20,7 @@ from client.node.policy import PolicySettings
 from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
 from client.node.snapshot import Snapshot
+from client.node.sumhistory import SumHistory
 from client.node.tasklabels import TaskLabels
 from client.training.protocols import FrozenBase
 
@@ -128,6 +129,14 @@ class DeviceState(Protocol):
 
     def save_task_labels(self, labels: TaskLabels) -> None:
         """Replace them."""
+        ...
+
+    def load_sum_history(self) -> SumHistory | None:
+        """The sums without noise to which this device helped; None before its first plan."""
+        ...
+
+    def save_sum_history(self, history: SumHistory) -> None:
+        """Replace it."""
         ...
 
     def load_private_parts(self) -> PrivateParts | None:

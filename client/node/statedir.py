@@ -40,6 +40,7 @@ from client.node.policy import PolicySettings
 from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
 from client.node.snapshot import Snapshot
+from client.node.sumhistory import SumHistory
 from client.node.tasklabels import TASK_LABELS, TaskLabels
 from client.training.protocols import FrozenBase
 
@@ -60,10 +61,12 @@ ADAPTERS = "adapter.state"
 LABELS = "labels.state"
 PRIVATE = "private.sealed"
 LEDGER = "privacy.sealed"
+SUMS = "sums.sealed"
 REVOKED = "revoked.crl"
 LOCK = "session.lock"
 LONGEST = 2**21  # bytes of a file other than those below: a revocation list in PEM form is the largest
-LONGEST_STATE = 2**30  # bytes of a session's state, of the examples that it trains on, or of the adapter state
+LONGEST_STATE = 2**30  # bytes of a session's state, of the examples that it trains on, or of what is known of adapters
+LARGE = (STATE, SNAPSHOT, ADAPTERS, PRIVATE, SUMS)
 
 Read = TypeVar("Read")
 
@@ -311,6 +314,20 @@ class DeviceStateDir:
         """Replace them atomically."""
         replace(self.folder / LABELS, TASK_LABELS.encode(labels))
 
+    def load_sum_history(self) -> SumHistory | None:
+        """The sums without noise to which this device helped; None before its first plan.
+
+        Raises:
+            TrustError: The file was altered.
+        """
+        if not (self.folder / SUMS).exists():
+            return None
+        return self._parse(partial(SumHistory.open, key=self._read(SEALING_KEY)), SUMS)
+
+    def save_sum_history(self, history: SumHistory) -> None:
+        """Seal it, and replace the old one atomically."""
+        replace(self.folder / SUMS, history.seal(self._read(SEALING_KEY)))
+
     def load_private_parts(self) -> PrivateParts | None:
         """The parts of the adapter that this device trains and does not share; None if there are none.
 
@@ -341,7 +358,7 @@ class DeviceStateDir:
 
     def forget(self) -> None:
         """Leave the session, and delete what this device remembers of the coordinator; its privacy ledger stays."""
-        for name in (STATE, SNAPSHOT, LOG_STATE, ADAPTERS, LABELS, PRIVATE):
+        for name in (STATE, SNAPSHOT, LOG_STATE, ADAPTERS, LABELS, SUMS, PRIVATE):
             (self.folder / name).unlink(missing_ok=True)
 
     def _decode(self, codec: Codec[Read], name: str) -> Read | None:
@@ -359,7 +376,7 @@ class DeviceStateDir:
 
     def _read(self, name: str) -> bytes:
         try:
-            return read(self.folder / name, LONGEST_STATE if name in (STATE, SNAPSHOT, ADAPTERS, PRIVATE) else LONGEST)
+            return read(self.folder / name, LONGEST_STATE if name in LARGE else LONGEST)
         except DataError as error:  # a device, a pipe, or too large; no error about examples
             raise TrustError(str(error), about=error.about, value=error.value) from error
         except FileNotFoundError as error:

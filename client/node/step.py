@@ -30,13 +30,14 @@ from aggregation.sealed import ClientState
 from aggregation.session import COORDINATOR
 from aggregation.steps import ADAPTER, BODY, PROOF, REVOCATIONS, Step
 from aggregation.transcript import LogState, logged_part
-from client.node import adapterstate, privacyledger, tasklabels
+from client.node import adapterstate, privacyledger, sumhistory, tasklabels
 from client.node.adapterstate import AdapterState
 from client.node.devicestate import DeviceState
 from client.node.eligibility import LOOK, EligibilityError, conditions, machine_conditions, require
 from client.node.privacyledger import PrivacyLedger
 from client.node.readings import SYSTEM, Readings
-from client.node.training import train
+from client.node.sumhistory import SumHistory
+from client.node.training import adapter_of, train
 from client.training.engine import TrainerOf, trainer_of
 from client.training.examples import read_file
 
@@ -186,6 +187,7 @@ def _transition(
         )
         kept = state_dir.load_private_parts()
         blob = fields.get(ADAPTER, b"")
+        history = _after_plan(state_dir, device, planned, blob)
         # Nothing is saved if the device stops here: it has answered no plan, and its keys masked nothing.
         look = _eligible(state_dir, readings)
         look()
@@ -194,7 +196,7 @@ def _transition(
         state_dir.save_privacy_ledger(ledger)  # first: whatever is interrupted after this counts as spent
         if parts is not None:
             state_dir.save_private_parts(parts)
-        state_dir.save_adapter_state(adapter_state)
+        _save_bound(state_dir, adapter_state, history)
         state_dir.save_task_labels(labels)
         log_state = log_state and log_state.contributed(planned.plan.digest(), logged_part(step, answer))
     elif step is Step.SURVIVORS and isinstance(state, Masked):
@@ -202,13 +204,13 @@ def _transition(
         # It signs for no sum for which it would reveal no shares. With groups, others then count on its signature.
         bound = _after_sum(state_dir, device, state, after.survivors)
         if state.ready.session.spec.grouping:
-            state_dir.save_adapter_state(bound)
+            _save_bound(state_dir, *bound)
         log_state = log_state and log_state.on_survivors(after.survivors.vectors, answer)
     elif step is Step.UNMASK and isinstance(state, Masked | Confirmed):
         after, answer = state.on_unmask(device, body)
         survivors = Unmask.decode(envelope.unverified_body(body)).survivors
         if not state.ready.session.spec.grouping:
-            state_dir.save_adapter_state(_after_sum(state_dir, device, state, survivors))
+            _save_bound(state_dir, *_after_sum(state_dir, device, state, survivors))
         state_dir.save_privacy_ledger(_after_unmasking(state_dir, device, state, survivors))
         log_state = log_state and log_state.on_survivors(survivors.vectors)
     else:
@@ -257,11 +259,32 @@ def _after_receipt(
     return after
 
 
-def _after_sum(state_dir: DeviceState, device: Device, state: Masked | Confirmed, survivors: Survivors) -> AdapterState:
-    """Verify that the sum over ``survivors`` is over the same devices as earlier ones; the adapter state after it."""
+def _after_plan(state_dir: DeviceState, device: Device, planned: Planned, blob: bytes) -> SumHistory:
+    """Verify that the adapter of a plan is far enough from those of earlier sums; the history after it."""
+    known, adapter = state_dir.load_sum_history(), adapter_of(planned.plan, blob)
+    known = known or SumHistory.new(SystemEntropy())
+    return sumhistory.on_plan(known, planned.plan, planned.spec, adapter, device.policy.minimum_movement)
+
+
+def _after_sum(
+    state_dir: DeviceState, device: Device, state: Masked | Confirmed, survivors: Survivors
+) -> tuple[AdapterState, SumHistory | None]:
+    """Verify that the sum over ``survivors`` is over the devices of earlier ones from the same adapter, or a near one.
+
+    Returns:
+        What to save before the device helps to it.
+    """
     serials = {name: state.ready.serials[name] for name in survivors.vectors}
-    revoked, spec = device.root.revoked.revoked if device.root.revoked else (), state.ready.session.spec
-    return adapterstate.on_survivors(state_dir.load_adapter_state(), state.plan, spec, serials, revoked)
+    given = state.plan, state.ready.session.spec, serials, device.root.revoked.revoked if device.root.revoked else ()
+    bound = adapterstate.on_survivors(state_dir.load_adapter_state(), *given)
+    return bound, sumhistory.on_survivors(state_dir.load_sum_history(), *given)
+
+
+def _save_bound(state_dir: DeviceState, adapter_state: AdapterState, history: SumHistory | None) -> None:
+    """Replace what binds the device to survivors. After a kill between the two, it is bound and has not answered."""
+    if history is not None:
+        state_dir.save_sum_history(history)
+    state_dir.save_adapter_state(adapter_state)
 
 
 def _after_unmasking(

@@ -27,6 +27,7 @@ from adapters.task import Task, shared_layout
 from adapters.taskkinds import AnyTask
 from aggregation.client import Planned
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, ProtocolError
+from aggregation.messages import Plan
 from aggregation.ring import Ring
 from aggregation.session import COORDINATOR
 from client.node.eligibility import EligibilityError
@@ -87,12 +88,8 @@ def train(
         EligibilityError: From ``step``.
     """
     plan, spec = planned.plan, planned.spec
-    if files.sha256(blob) != plan.adapter_digest:
-        reason = "the adapter in the message does not match the digest in the plan"
-        raise ProtocolError(reason, COORDINATOR, about="plan.adapter_digest")
-    task = taskkinds.decode(plan.training)
+    task, start = taskkinds.decode(plan.training), adapter_of(plan, blob)
     try:
-        start = files.decode(blob)
         limits.check(task, start)
         config, labels = task.peft_config, len(task.labels)
         trainer = choose(base, labels, config)
@@ -119,6 +116,21 @@ def train(
     if isinstance(task, EvaluationTask):
         return _sum_counts(base, task, planned, examples, rounding, snapshot), None
     return _sum_update(trainer, start, task, planned, examples, rounding, snapshot, kept, step, limits.control())
+
+
+def adapter_of(plan: Plan, blob: bytes) -> Tensors:
+    """The adapter of a plan, from its file.
+
+    Raises:
+        ProtocolError: The file is not the plan's, or damaged.
+    """
+    if files.sha256(blob) != plan.adapter_digest:
+        reason = "the adapter in the message does not match the digest in the plan"
+        raise ProtocolError(reason, COORDINATOR, about="plan.adapter_digest")
+    try:
+        return files.decode(blob)
+    except DataError as error:
+        raise ProtocolError(f"adapter: {error}", COORDINATOR, about=error.about) from error
 
 
 def _sum_update(

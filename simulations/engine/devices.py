@@ -3,10 +3,9 @@
 Before each session and round, and at the end, a device's state directory gets what its training depends on: its
 seed, and the parts of the adapter that it does not share; and its privacy ledger, if it has spent any privacy.
 How many contributions had no noise is written at the end only, because nothing depends on it.
-What a device holds against a coordinator that lies
-is not written: the state of its session, and what it knows of the log and of the adapter. After a kill it is as a new
-device in this respect. The resumed run begins with another session, as after a restart of the coordinator in the field,
-so that a kill loses the round under way.
+What a device holds against a coordinator that lies is not written: the state of its session, and what it knows of the
+log, the adapter and the sums. After a kill it is as a new device in this respect. The resumed run begins with another
+session, as after a restart of the coordinator in the field, so that a kill loses the round under way.
 
 A state directory is made when its device gets its first message. A device that is not asked at the begin of a session
 leaves the session before, which takes the most memory.
@@ -37,6 +36,7 @@ from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
 from client.node.snapshot import Snapshot
 from client.node.statedir import SNAPSHOT, DeviceStateDir
+from client.node.sumhistory import SumHistory
 from client.node.tasklabels import TaskLabels
 from client.training.protocols import FrozenBase
 from simulations.engine.seeded import SEED, SeededEntropy
@@ -64,6 +64,7 @@ class MemoryDevice:
         self._log_state: LogState | None = None
         self._adapter_state: AdapterState | None = None
         self._task_labels: TaskLabels | None = None
+        self._sum_history: SumHistory | None = None
         self._state: ClientState | None = None
         self._snapshot: tuple[bytes, Snapshot] | None = None
 
@@ -139,6 +140,14 @@ class MemoryDevice:
     def save_task_labels(self, labels: TaskLabels) -> None:
         """See ``DeviceStateDir``; in memory only."""
         self._task_labels = labels
+
+    def load_sum_history(self) -> SumHistory | None:
+        """See ``DeviceStateDir``."""
+        return self._sum_history
+
+    def save_sum_history(self, history: SumHistory) -> None:
+        """See ``DeviceStateDir``; in memory only."""
+        self._sum_history = history
 
     def load_private_parts(self) -> PrivateParts | None:
         """See ``DeviceStateDir``."""

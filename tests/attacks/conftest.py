@@ -1,6 +1,7 @@
 """A malicious coordinator: it has the small fleet, everything that its devices send, and its own arithmetic."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,10 +16,21 @@ from aggregation.messages import Message, Plan, Survivors, UnmaskResponse
 from aggregation.policy import Policy
 from aggregation.recovery import Recovery
 from aggregation.spec import Adversary
+from client.node import sumhistory
+from coordinator import stillness
 from tests.support.fleet import entropy, fleet_of, spec_of, vector_of
 
 __all__ = ["entropy", "fleet_of", "spec_of", "vector_of"]
 VICTIM = "device-002"
+
+
+@pytest.fixture
+def by_bytes_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices tell adapters apart by their bytes and not by the distance between them, which is another check; and the
+    coordinator keeps no cohort because of it.
+    """
+    monkeypatch.setattr(sumhistory, "_separation", lambda *_: math.inf)
+    monkeypatch.setattr(stillness, "bound", lambda *_: None)
 
 
 @dataclass(slots=True)

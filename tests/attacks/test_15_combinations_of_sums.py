@@ -35,6 +35,7 @@ from tests.support.subtracting import Subtracting, any_set, fleet_without_proofs
 
 __all__ = ["refusals"]
 FleetOf = Callable[..., Any]
+pytestmark = pytest.mark.usefixtures("by_bytes_only")
 
 
 class Family(NamedTuple):

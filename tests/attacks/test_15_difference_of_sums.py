@@ -23,6 +23,7 @@ from coordinator.registry import Registry, StoredAdapter
 from tests.support.subtracting import DEVICES, VICTIM, Subtracting, any_set, fleet_without_proofs
 
 FleetOf = Callable[..., Any]
+pytestmark = pytest.mark.usefixtures("by_bytes_only")
 
 
 def known_order(snapshot: Snapshot, plan: Plan, draw: Draw) -> np.random.Generator:

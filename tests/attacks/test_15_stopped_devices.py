@@ -17,7 +17,7 @@ from aggregation import envelope
 from aggregation.messages import Assignment, Plan
 from aggregation.spec import SessionSpec
 from aggregation.steps import ADAPTER, BODY, RECORD, Step
-from client.node import adapterstate
+from client.node import adapterstate, sumhistory
 from client.node import app as device_app
 from client.node.adapterstate import AdapterState
 from client.node.statedir import DeviceStateDir
@@ -27,6 +27,7 @@ from tests.support.subtracting import Subtracting, fleet_without_proofs
 
 __all__ = ["refusals"]
 FleetOf = Callable[..., Any]
+pytestmark = pytest.mark.usefixtures("by_bytes_only")
 on_survivors = adapterstate.on_survivors
 
 
@@ -99,6 +100,7 @@ def test_otherwise_the_difference_is_the_update_of_the_victim(
     app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adapterstate, "on_survivors", forgetting)
+    monkeypatch.setattr(sumhistory, "on_survivors", lambda known, *_: known)
     attack = attacked(app_fleet_of, monkeypatch)
     assert len(attack.sums) == 2
     assert attack.relative_error() < 1e-4

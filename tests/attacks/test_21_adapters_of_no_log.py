@@ -32,6 +32,7 @@ from tests.support import refused
 from tests.support.hostile import continues_from_anything
 
 FleetOf = Callable[..., Any]
+pytestmark = pytest.mark.usefixtures("by_bytes_only")
 ATTACKED = 3  # the round whose plan has the adapter
 newest_adapter, head = Registry.newest_adapter, Registry.head
 

@@ -37,6 +37,7 @@ from coordinator.statedir import CoordinatorStateDir
 from tests.support.hostile import plans_for_anyone
 from tests.support.subtracting import any_set
 
+pytestmark = pytest.mark.usefixtures("by_bytes_only")
 FleetOf = Callable[..., Any]
 Run = Callable[[Path], tuple[int, dict[str, Any], str]]
 DEVICES, VICTIM = 5, "device-02"

@@ -36,7 +36,7 @@ class Subtracting:
     ) -> None:
         self.withheld = withheld
         self.sums: list[Ring] = []
-        self.deltas: list[NDArray[np.float64]] = []  # of the sums, in weight units
+        self.deltas: list[NDArray[np.float64]] = []  # of the sums: their first segments, in weight units
         self.vectors: dict[tuple[str, int], Ring] = {}  # device and round → what it sent under the mask, for comparison
         self.steps: dict[int, float] = {}  # round → step of its updates, in weight units
         self.device, self.bits, self.delta = "", 0, slice(0)
@@ -55,7 +55,7 @@ class Subtracting:
             if isinstance(closed, RoundAborted):
                 return closed
             self.sums.append(state.survivor_set.totals[0].copy())
-            self.deltas.append(closed[1].values["delta"])
+            self.deltas.append(closed[1].values[state.survivor_set.session.spec.vector.segments[0].name])
             if len(self.sums) in aborted:
                 return RoundAborted(AbortReason.TOO_FEW, "as the coordinator says", closed[0])
             return closed

@@ -1,0 +1,246 @@
+"""What a device remembers of the sums without noise for which it revealed shares: from which adapters, over whom.
+
+Two sums from adapters that hardly differ are as two from one adapter: over different devices, their difference is what
+a few of them contributed. So without noise an adapter that is less than ``adapters.movement.least_movement`` from
+another one counts as the same. A device helps to a sum from it only over the devices of the last one, less those whose
+certificates were revoked since, with the same task, clip norm and weight cap; and to none if the sum from the other one
+was over devices before those. Every such adapter is remembered, so that small steps do not add up to a large one, and
+none returns. There is no limit on sums over the same devices: such a sum moves the adapter, and more of them free it.
+
+Updates and second moments are compared with each other as well, because sums of both say how many held-out examples
+the adapter answers rightly. Evaluations are compared by their releases. With noise, the privacy ledger counts.
+
+With groups a device helps to no sum from such an adapter, whose bytes give other groups. Equal bytes are subject to
+``adapterstate`` besides.
+
+What the device refuses follows from what the coordinator sent and from a secret key of the sketches. The file is
+encrypted.
+"""
+
+import hashlib
+from collections.abc import Container, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from typing import Annotated
+
+from adapters import jsontext, taskkinds
+from adapters.analytic import AnalyticTask
+from adapters.evaluation import EvaluationTask
+from adapters.layout import Tensors
+from adapters.movement import influencing, least_movement
+from adapters.parts import Part
+from adapters.taskkinds import AnyTask
+from aggregation import sealed, wire
+from aggregation.entropy import Entropy
+from aggregation.errors import ProtocolError
+from aggregation.messages import SERIALS, Digest, Plan
+from aggregation.session import COORDINATOR
+from aggregation.spec import SessionSpec
+from aggregation.wire import Codec
+from client.node.adapterstate import EARLIER, differing, terms
+from client.node.sketch import SIZE, separation, sketch
+
+_MAGIC = b"edgeadapt/sum-history/1\x00"
+
+
+class Kind(StrEnum):
+    """What is summed."""
+
+    UPDATES = "updates"
+    MOMENTS = "moments"
+    COUNTS = "counts"
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """What the contributions to a sum followed from.
+
+    Args:
+        kind: Of the sum.
+        adapter: SHA-256 of its file.
+        form: Digest of layout, method and labels, or of the releases of an evaluation.
+        terms: See ``adapterstate.terms``.
+        sketch: Of the adapter.
+    """
+
+    kind: Annotated[Kind, wire.choice(Kind)]
+    adapter: Digest
+    form: Digest
+    terms: Digest
+    sketch: Annotated[bytes, wire.blob(SIZE)] = field(repr=False)
+
+
+_POINT: Codec[Point] = wire.record(Point)
+_POINTS = wire.sequence(_POINT, EARLIER)
+
+
+@dataclass(frozen=True, slots=True)
+class SameDevices:
+    """The last sums of a kind, all over the same devices.
+
+    Args:
+        kind: Of the sums.
+        survivors: Device → serial of the certificate that it had in the last of them.
+        points: Of these sums, the oldest first.
+    """
+
+    kind: Annotated[Kind, wire.choice(Kind)]
+    survivors: Annotated[Mapping[str, int], SERIALS]
+    points: Annotated[tuple[Point, ...], _POINTS]
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """The round without noise that the device trained for last.
+
+    Args:
+        point: Of its sum.
+        bound: The kinds of earlier sums over whose devices this one has to be.
+        movement: Distance to the nearest adapter of them, weight units.
+        least: What it is compared with.
+    """
+
+    point: Annotated[Point, _POINT]
+    bound: Annotated[tuple[Kind, ...], wire.sequence(wire.choice(Kind), len(Kind))]
+    movement: Annotated[float, wire.real]
+    least: Annotated[float, wire.real]
+
+
+@dataclass(frozen=True, slots=True)
+class SumHistory:
+    """The sums without noise to which a device helped.
+
+    Law: ``open(seal(h, k), k) == h``.
+
+    Args:
+        key: Of the sketches.
+        last: The last sums of each kind.
+        earlier: Of the last ``EARLIER`` sums that were over other devices than these, the oldest first.
+        round: The one under way.
+    """
+
+    key: Annotated[bytes, wire.fixed(32)] = field(repr=False)
+    last: Annotated[tuple[SameDevices, ...], wire.sequence(wire.record(SameDevices), len(Kind))] = ()
+    earlier: Annotated[tuple[Point, ...], _POINTS] = ()
+    round: Annotated[Round | None, wire.optional(wire.record(Round))] = None
+
+    @classmethod
+    def new(cls, entropy: Entropy) -> "SumHistory":
+        """That of a device before its first round. ``entropy`` draws the key."""
+        return cls(entropy.bytes(32))
+
+    def seal(self, key: bytes) -> bytes:
+        """Encrypt it. ``key``: the device's sealing key."""
+        return sealed.seal_record(_CODEC, self, key, _MAGIC)
+
+    @classmethod
+    def open(cls, raw: bytes, key: bytes) -> "SumHistory":
+        """Decrypt it.
+
+        Raises:
+            TrustError: It was altered, or sealed with another key.
+        """
+        return sealed.open_record(_CODEC, raw, key, _MAGIC)
+
+
+_CODEC: Codec[SumHistory] = wire.record(SumHistory)
+
+
+def on_plan(known: SumHistory, plan: Plan, spec: SessionSpec, adapter: Tensors, share: float) -> SumHistory:
+    """The history to save before the contribution to a round leaves.
+
+    Args:
+        known: The device's.
+        plan: As accepted.
+        spec: Of the session; with noise, nothing changes.
+        adapter: Of the plan.
+        share: As of ``least_movement``.
+
+    Raises:
+        ProtocolError: The adapter is too near to one from which there was a sum over earlier devices, on other terms,
+            or in other groups.
+    """
+    if spec.privacy is not None:
+        return known
+    task, version = taskkinds.decode(plan.training), plan.adapter_version
+    now = _point(known, plan, spec, task, adapter)
+    least = least_movement(task, spec.clip_norm, spec.vector.segments[0].size, share)
+    for each in known.earlier:
+        if (far := _separation(each, now, task)) < least:
+            text = f"adapter {version} is {far:.1g} from an earlier one, less than {least:.1g}, and the sum from that "
+            raise _refused(f"{text}was over other devices", "plan.movement", version)
+    bound, movement = list[Kind](), least
+    for sums in known.last:
+        near = {each: far for each in sums.points if (far := _separation(each, now, task)) < least}
+        if near:
+            bound.append(sums.kind)
+            movement = min(movement, *near.values())
+        for each in near:
+            if each.kind is now.kind and each.terms != now.terms:
+                text = f"adapter {version} has moved by {near[each]:.1g} since it was trained with other settings, "
+                raise _refused(f"{text}clip norm or weight cap, less than {least:.1g}", "plan.terms", version)
+            if spec.grouping and each.adapter != now.adapter:
+                text = f"adapter {version} has moved by {near[each]:.1g} since the last sum, less than {least:.1g}"
+                raise _refused(f"{text}, and has other groups", "plan.groups", version)
+    return replace(known, round=Round(now, tuple(bound), movement, least))
+
+
+def on_survivors(
+    known: SumHistory | None, plan: Plan, spec: SessionSpec, survivors: Mapping[str, int], revoked: Container[int]
+) -> SumHistory | None:
+    """The history after the device reveals shares for a sum or, with groups, signs its survivor set.
+
+    Args:
+        known: The device's.
+        plan: Of the round.
+        spec: Of the session; with noise, nothing changes.
+        survivors, revoked: As of ``adapterstate.on_survivors``.
+
+    Raises:
+        ProtocolError: The device trained for another plan since, or the adapter is near to one from which the last sum
+            was over other devices.
+    """
+    if spec.privacy is not None:
+        return known
+    if known is None or (now := known.round) is None or now.point.adapter.hex() != plan.adapter_digest:
+        text = f"adapter {plan.adapter_version} of the sum is not the one that this device trained from last"
+        raise _refused(text, "survivors.adapter", plan.adapter_version)
+    for sums in known.last:
+        if sums.kind in now.bound and (changed := sum(differing(sums.survivors, survivors, revoked))):
+            text = f"adapter {plan.adapter_version} has moved by {now.movement:.1g} since a sum over other devices, "
+            text += f"less than {now.least:.1g}, and this sum differs in {changed}: without noise it has to have the "
+            text += "same ones; keep the cohort, raise server.learning_rate, or set privacy.epsilon"
+            raise _refused(text, "survivors.movement", changed)
+    others = tuple(sums for sums in known.last if sums.kind is not now.point.kind)
+    before = next((sums for sums in known.last if sums.kind is now.point.kind), None)
+    if before is None or any(differing(before.survivors, survivors, revoked)):
+        earlier = (*known.earlier, *(before.points if before else ()))[-EARLIER:]
+        return replace(known, last=(*others, SameDevices(now.point.kind, survivors, (now.point,))), earlier=earlier)
+    points = before.points if now.point in before.points else (*before.points, now.point)[-EARLIER:]
+    return replace(known, last=(*others, SameDevices(now.point.kind, survivors, points)))
+
+
+def _point(known: SumHistory, plan: Plan, spec: SessionSpec, task: AnyTask, adapter: Tensors) -> Point:
+    digest, now = bytes.fromhex(plan.adapter_digest), terms(plan, spec)
+    if isinstance(task, EvaluationTask):
+        form = hashlib.sha256("".join(sorted((task.newest, task.previous))).encode()).digest()
+        return Point(Kind.COUNTS, digest, form, now, b"")
+    form = hashlib.sha256(jsontext.encode([spec.layout_digest, asdict(task.peft_config), list(task.labels)])).digest()
+    kind = Kind.MOMENTS if isinstance(task, AnalyticTask) else Kind.UPDATES
+    return Point(kind, digest, form, now, sketch(adapter, known.key))
+
+
+def _separation(before: Point, now: Point, task: AnyTask) -> float:
+    """The distance between the adapters of two sums; 0 if they cannot be compared, and infinite if they need not be."""
+    if Kind.COUNTS in (before.kind, now.kind):
+        return 0.0 if (before.kind, before.form) == (now.kind, now.form) else float("inf")
+    if before.form != now.form:
+        return 0.0
+    parts = influencing(task)
+    if now.kind is Kind.MOMENTS and before.kind is Kind.UPDATES:  # the score, which both have, depends on the head
+        parts |= {Part.HEAD}
+    return separation(before.sketch, now.sketch, parts)
+
+
+def _refused(text: str, about: str, value: int) -> ProtocolError:
+    return ProtocolError(text, COORDINATOR, about=about, value=value)
