@@ -32,7 +32,7 @@ import { IDENTITIES, transact } from "./storage.js";
 
 const MAX_ROUNDS = 100; // that are kept
 const LEFT = 1 / 3; // of its validity: a certificate that has less left is renewed
-const FRESH = { certificate: null, adapter: null, log: null, revocations: null, parts: null, rounds: [] };
+const FRESH = { certificate: null, adapter: null, sums: null, log: null, revocations: null, parts: null, rounds: [] };
 const ACCOUNT = "account"; // its key; those of the records are digests
 const CHANGED = "another tab changed this browser's identity meanwhile: load the page again";
 const ENROLLED = "this browser is enrolled already: forget its identity first";

@@ -53,8 +53,8 @@ export async function takePart({ engine, identity, url, examples, minimum, momen
       shown({ state: "masking", round: plan.round });
       return made;
     };
-    const { adapter, log, privacy, parts } = record;
-    const states = { adapter, log: log && new LogState(log), privacy, parts, quantum, keep: (step, changed) => rounds.keep(step, changed) };
+    const { adapter, sums, log, privacy, parts } = record;
+    const states = { adapter, sums: sums ?? null, log: log && new LogState(log), privacy, parts, quantum, keep: (step, changed) => rounds.keep(step, changed) };
     const participant = new Participant(device, train, await nodeOf(record.device), states);
     const leaving = new AbortController();
     signal.addEventListener("abort", () => leaving.abort());

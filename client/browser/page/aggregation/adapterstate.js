@@ -5,7 +5,7 @@ import { hex } from "../bytes.js";
 import { ProtocolError } from "../errors.js";
 import { COORDINATOR } from "./messages.js";
 
-const EARLIER = 1024; // adapters
+export const EARLIER = 1024; // adapters
 
 function refuse(text, about) {
   throw new ProtocolError(text, about, COORDINATOR);
@@ -19,8 +19,7 @@ function refuse(text, about) {
  */
 export function onPlan(known, plan, spec, repeats) {
   const { adapter_version: version, adapter_digest: digest } = plan;
-  // What the coordinator chose of an update besides the adapter.
-  const terms = `${spec.clip_norm}/${spec.weight_cap}/${hex(plan.training)}`;
+  const terms = termsOf(plan, spec);
   const fresh = { version, digest, terms, sums: 0, survivors: new Map(), dealt: "", earlier: [] };
   if (known === null) return fresh;
   if (version < known.version) {
@@ -48,6 +47,16 @@ export function onPlan(known, plan, spec, repeats) {
   return { ...known, version, terms };
 }
 
+/** What the coordinator chose of an update besides the adapter. */
+export const termsOf = ({ training }, { clip_norm: clip, weight_cap: cap }) => `${clip}/${cap}/${hex(training)}`;
+
+/** How many devices a sum has more than the one before, and how many it lacks that were not revoked since: Maps of name → serial. */
+export function differing(before, survivors, revoked) {
+  const added = [...survivors.keys()].filter((name) => !before.has(name));
+  const lacking = [...before].filter(([name, serial]) => !survivors.has(name) && !revoked.has(serial));
+  return [added.length, lacking.length];
+}
+
 /** What the groups of a plan follow from, besides the adapter; empty without groups. */
 function dealt({ members, former }, { grouping }) {
   return grouping ? `${grouping.count}/${[...new Set([...members, ...former])].sort()}` : "";
@@ -62,10 +71,9 @@ export function onSurvivors(known, plan, spec, survivors, revoked) {
   if (known?.digest !== plan.adapter_digest) {
     refuse(`adapter ${plan.adapter_version} of the sum is not the one that this device trained from last`, "survivors.adapter");
   }
-  const added = [...survivors.keys()].filter((name) => !known.survivors.has(name));
-  const lacking = [...known.survivors].filter(([name, serial]) => !survivors.has(name) && !revoked.has(serial));
-  if (known.sums && added.length + lacking.length) {
-    const text = `this one has ${added.length} more, and lacks ${lacking.length} whose certificates are not revoked`;
+  const [added, lacking] = differing(known.survivors, survivors, revoked);
+  if (known.sums && added + lacking) {
+    const text = `this one has ${added} more, and lacks ${lacking} whose certificates are not revoked`;
     refuse(`the last sum from adapter ${plan.adapter_version} was over other devices: ${text}`, "survivors.repeat");
   }
   return { ...known, sums: known.sums + 1, survivors, dealt: dealt(plan, spec) };

@@ -6,6 +6,7 @@ import { checkIn, join } from "./device.js";
 import { LogState } from "./logstate.js";
 import { COORDINATOR, Plan, Unmask, signedHeader, unverifiedBody } from "./messages.js";
 import * as privacyledger from "./privacyledger.js";
+import * as sumhistory from "./sumhistory.js";
 import { newerThan, readRevocations, requireFresh } from "./revocations.js";
 
 const QUANTUM = 60_000; // milliseconds
@@ -15,9 +16,9 @@ const READ_EXAMPLES = ["offer", "plan"]; // steps
  * A device that answers.
  *
  * `train` makes its contribution: (plan, spec, blob, parts) → { vector, parts } (learning/round.js), with the adapter's file and
- * what the device keeps to itself of an adapter, or null. `node`: Flower's id of this node. `adapter` and `log` are what it
- * remembers of earlier sessions (adapterstate.js, logstate.js), or null, and `privacy` is its account (privacyledger.js); `keep`
- * stores them after each step, (step, { adapter, log, privacy, parts, revocations }), before the answer leaves. Offers and plans are answered at a multiple of `quantum` milliseconds after they arrived, which hides how long training took; 0: at once.
+ * what the device keeps to itself of an adapter, or null. `node`: Flower's id of this node. `adapter`, `sums` and `log`
+ * are what it remembers of earlier sessions (adapterstate.js, sumhistory.js, logstate.js), or null, and `privacy` is its account
+ * (privacyledger.js); `keep` stores them after each step, (step, { adapter, sums, log, privacy, parts, revocations }), before the answer leaves. Offers and plans are answered at a multiple of `quantum` milliseconds after they arrived, which hides how long training took; 0: at once.
  */
 export class Participant {
   #device;
@@ -26,12 +27,12 @@ export class Participant {
   #keep;
   #quantum;
   #state = null;
-  #known; // { adapter, log, privacy, parts }
+  #known; // { adapter, sums, log, privacy, parts }
   #last = Promise.resolve();
 
   constructor(device, train, node = 0n, { keep = async () => {}, quantum = QUANTUM, ...known } = {}) {
     [this.#device, this.#train, this.#node, this.#keep, this.#quantum] = [device, train, node, keep, quantum];
-    this.#known = { adapter: null, log: null, privacy: privacyledger.EMPTY, parts: null, ...known };
+    this.#known = { adapter: null, sums: null, log: null, privacy: privacyledger.EMPTY, parts: null, ...known };
   }
 
   /**
@@ -129,11 +130,12 @@ export class Participant {
     const { policy } = this.#device;
     const log = await this.#afterReceipt(plan, proof);
     const adapter = adapterstate.onPlan(this.#known.adapter, plan, spec, policy.maximum_repeats);
+    const sums = await sumhistory.onPlan(this.#known.sums, plan, spec, blob, policy.minimum_movement);
     const privacy = privacyledger.onPlan(this.#known.privacy, spec, ready.serials.size, policy);
     const { vector, parts } = await this.#train(plan, spec, blob, this.#known.parts);
     const answer = this.#after(await planned.contribute(this.#device, vector));
     if (parts) this.#remember({ parts });
-    this.#remember({ adapter, privacy, log: log && (await log.contributed(await Plan.digest(plan), signedHeader(answer))) });
+    this.#remember({ adapter, sums, privacy, log: log && (await log.contributed(await Plan.digest(plan), signedHeader(answer))) });
     return answer;
   }
 
@@ -142,7 +144,7 @@ export class Participant {
     const [confirmed, answer] = await state.onSurvivors(this.#device, body);
     // It signs for no sum for which it would reveal no shares. With groups, others then count on its signature.
     const bound = this.#afterSum(state, confirmed.survivors);
-    if (state.ready.session.spec.grouping) this.#remember({ adapter: bound });
+    if (state.ready.session.spec.grouping) this.#remember(bound);
     const { log } = this.#known;
     this.#remember({ log: log && (await log.onSurvivors(confirmed.survivors.vectors.keys(), answer)) });
     return this.#after([confirmed, answer]);
@@ -153,7 +155,7 @@ export class Participant {
     const after = await state.onUnmask(this.#device, body);
     const { survivors } = Unmask.decode(unverifiedBody(body));
     const { session: { spec }, serials } = state.ready;
-    if (!spec.grouping) this.#remember({ adapter: this.#afterSum(state, survivors) });
+    if (!spec.grouping) this.#remember(this.#afterSum(state, survivors));
     const { log, privacy } = this.#known;
     this.#remember({
       log: log && (await log.onSurvivors(survivors.vectors.keys())),
@@ -164,7 +166,8 @@ export class Participant {
 
   #afterSum({ ready, plan }, { vectors }) {
     const serials = new Map([...vectors.keys()].map((device) => [device, ready.serials.get(device)]));
-    return adapterstate.onSurvivors(this.#known.adapter, plan, ready.session.spec, serials, this.#device.root.revoked?.serials ?? new Set());
+    const given = [plan, ready.session.spec, serials, this.#device.root.revoked?.serials ?? new Set()];
+    return { adapter: adapterstate.onSurvivors(this.#known.adapter, ...given), sums: sumhistory.onSurvivors(this.#known.sums, ...given) };
   }
 }
 

@@ -13,11 +13,9 @@ import {
   requireBounds,
   updateSegments,
 } from "../aggregation/contribution.js";
-import { sha256 } from "../bytes.js";
 import { ConfigError, DataError, ProtocolError } from "../errors.js";
 import { checkSlots, fromPeft, layoutDigest, toPeft } from "../graphinputs.js";
 import { emptyAdapter } from "../runtime.js";
-import { parse } from "../safetensors.js";
 import { batches } from "./batches.js";
 import { descend } from "./descent.js";
 import { asSlots } from "./dora.js";
@@ -26,7 +24,7 @@ import { unfolded } from "./fedsb.js";
 import { LanguageGraphTrainer } from "./languagegraph.js";
 import { momentsOf, projectedMoments } from "./moments.js";
 import { checkUnshared, subjectOf, toKeep, withPrivate } from "./private.js";
-import { LIMITS, R, checkLimits, decodeTask, isAnalytic, isEvaluation, partOf, requireLabels } from "./task.js";
+import { LIMITS, R, adapterOf, checkLimits, decodeTask, isAnalytic, isEvaluation, partOf, requireLabels } from "./task.js";
 import { GraphTrainer } from "./trainer.js";
 
 const MAX_LOSS = 20; // nats, of one example (adapters/task.py)
@@ -45,11 +43,8 @@ const between = (pause) => () => pause({ step: 0, steps: 0 });
  */
 export function trainerOf(engine, examples, pause = async () => {}, limits = LIMITS) {
   return async (plan, spec, blob, kept = null) => {
-    if (!blob || (await sha256(blob)) !== plan.adapter_digest) {
-      refuse("the adapter in the message does not match the digest in the plan", "plan.adapter_digest");
-    }
-    const task = decodeTask(plan.training);
-    const [trainer, inputs] = await opened(engine, task, blob, limits);
+    const [task, adapter] = [decodeTask(plan.training), await adapterOf(plan, blob)];
+    const [trainer, inputs] = await opened(engine, task, adapter, limits);
     try {
       if ((await layoutDigest(inputs)) !== spec.layout_digest) refuse("offer, task and adapter have different layouts", "plan.layout");
       const start = valuesOf(inputs);
@@ -103,10 +98,9 @@ async function signedLabels({ source, trust }) {
   return manifests.filter(({ parent }) => parent === null).map(({ labels }) => labels);
 }
 
-/** A trainer for the adapter in `blob`, and the adapter by graph input, in the numbers of peft. */
-async function opened(engine, task, blob, limits) {
+/** A trainer for an adapter, and the adapter by graph input, in the numbers of peft. */
+async function opened(engine, task, tensors, limits) {
   try {
-    const tensors = parse(blob);
     checkLimits(task, tensors, limits);
     if (!engine.generation) requireLabels(task.labels, await signedLabels(engine));
     const inputs = fromPeft(tensors);

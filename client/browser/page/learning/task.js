@@ -1,9 +1,11 @@
 // What a plan asks a device to train, as adapters/task.py, and the limits within which it does, as client/training/limits.py.
 
+import { sha256 as digestOf } from "../bytes.js";
 import { isObject, parse } from "../dsse.js";
-import { ConfigError, ProtocolError, quoted } from "../errors.js";
+import { ConfigError, DataError, ProtocolError, quoted } from "../errors.js";
 import { between, isPeftConfig, listOf, misfit, oneOf, sha256, string } from "../manifests.js";
 import { COORDINATOR } from "../aggregation/messages.js";
+import { parse as tensorsOf } from "../safetensors.js";
 import { MAGNITUDE } from "./dora.js";
 
 export const [A, B, VECTORS, HEAD, R] = ["A", "B", "vectors", "head", "R"]; // adapters/parts.py
@@ -92,6 +94,18 @@ export function decodeTask(raw) {
     refuse("R is trained and shared without A and B, or not at all", "task.parts");
   }
   return found;
+}
+
+/** The adapter of a plan, from its file. Throws ProtocolError: the file is not the plan's, or damaged. */
+export async function adapterOf({ adapter_digest: digest }, blob) {
+  if (!blob || (await digestOf(blob)) !== digest) {
+    refuse("the adapter in the message does not match the digest in the plan", "plan.adapter_digest");
+  }
+  try {
+    return tensorsOf(blob);
+  } catch (error) {
+    throw error instanceof DataError ? ProtocolError.of(error, COORDINATOR) : error;
+  }
 }
 
 /** Whether a task fits an analytic head (adapters/analytic.py). */
