@@ -148,10 +148,16 @@ def test_forced_dropouts_come_at_a_step_that_varies(fleet_of: FleetOf) -> None:
     assert steps == [{"survivors"}, {"unmask"}, {"plan"}]
 
 
-def test_federated_training_lowers_the_loss(fleet_of: FleetOf) -> None:
-    fleet = fleet_of(6, rounds=5)
+# Bounds of the demo's updates would let the noise of a round be longer than the tiny fleet's updates.
+TRAINING = {"aggregation__clip_norm": 2.0, "aggregation__weight_cap": 32, "training__epochs": 2}
+
+
+@pytest.mark.parametrize(("learning_rate", "learns"), [(0.01, True), (1e-6, False)])
+def test_federated_training_lowers_the_loss(fleet_of: FleetOf, learning_rate: float, learns: bool) -> None:
+    """To 0.24 to 0.45 of the first with the instruction sets and seeds that were tried; without learning, to 0.97."""
+    fleet = fleet_of(6, rounds=5, training__learning_rate=learning_rate, **TRAINING)
     losses = [record.metrics["loss"] for record in fleet.federate(fleet.grid(forced_dropouts=1))]
-    assert losses[-1] < 0.7 * losses[0]
+    assert (losses[-1] < 0.6 * losses[0]) is learns
 
 
 def test_two_runs_of_a_seed_make_the_same_adapters_under_other_masks(fleet_of: FleetOf) -> None:
