@@ -10,29 +10,25 @@ import math
 from collections.abc import Collection
 
 from adapters.analytic import AnalyticTask
-from adapters.evaluation import EvaluationTask
 from adapters.layout import Tensors
 from adapters.parts import Part, part_of
-from adapters.task import OptimizerName
-from adapters.taskkinds import AnyTask
+from adapters.task import OptimizerName, Task
 
 LEAST_STEP = 0.1  # L2 norm, weight units
 
 
-def influencing(task: AnyTask) -> frozenset[Part]:
+def influencing(task: Task | AnalyticTask) -> frozenset[Part]:
     """The parts of an adapter on which a device's contribution to a task depends.
 
     Also those that a round does not train, as A in a round of B. A part that stays on the devices takes the place of
-    the adapter's; embeddings need no head; and an evaluation counts answers of releases, whatever the adapter is.
+    the adapter's, and embeddings need no head.
     """
-    if isinstance(task, EvaluationTask):
-        return frozenset()
     if isinstance(task, AnalyticTask):
         return frozenset(Part) - {Part.HEAD}
     return frozenset(Part) - task.private
 
 
-def least_movement(task: AnyTask, clip_norm: float, size: int, share: float) -> float:
+def least_movement(task: Task | AnalyticTask, clip_norm: float, size: int, share: float) -> float:
     """The distance below which two adapters count as one: L2 norm over the parts of ``influencing``, weight units.
 
     Args:
@@ -42,7 +38,7 @@ def least_movement(task: AnyTask, clip_norm: float, size: int, share: float) -> 
         share: Of a long step of the task's optimizer, within the clip norm: AdamW's longest, and that of SGD whose
             gradients have the norm 1 or the task's ``gradient_norm``.
     """
-    if isinstance(task, AnalyticTask | EvaluationTask):
+    if isinstance(task, AnalyticTask):
         return share * LEAST_STEP
     if task.optimizer is OptimizerName.ADAMW:
         step = task.learning_rate * math.sqrt(size)

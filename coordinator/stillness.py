@@ -9,13 +9,14 @@ import math
 from collections.abc import Collection
 from dataclasses import replace
 
+from adapters.analytic import AnalyticTask
 from adapters.evaluation import EvaluationTask
 from adapters.movement import distance, influencing, least_movement
 from adapters.parts import Part
 from adapters.task import Task
 from adapters.taskkinds import AnyTask
 from aggregation.policy import Policy
-from coordinator.lastsum import LastSum, terms
+from coordinator.lastsum import LastSum
 from coordinator.nextadapter import state_size
 from coordinator.optimizer import FedAdam, FedAvg, FedAvgM
 from coordinator.registry import Registry, StoredAdapter
@@ -43,15 +44,12 @@ def bound(
         TrustError: The registry was altered.
     """
     kinds = {last.kind, type(task)}
-    if settings.privacy.noisy or settings.aggregation.groups > 1 or (EvaluationTask in kinds and len(kinds) > 1):
+    if settings.privacy.noisy or settings.aggregation.groups > 1 or isinstance(task, EvaluationTask):
         return None
-    if isinstance(task, EvaluationTask):
-        now = terms(task, settings.clip_norm(task), settings.weight_cap, settings.aggregation.groups)
-        names = [name for name in ("evaluation.newest", "evaluation.previous") if name in last.terms]
-        same = all(now[name] == last.terms[name] for name in names)
-    else:
-        parts = influencing(task) | ({Part.HEAD} if len(kinds) > 1 else frozenset())
-        same = _stands_still(registry, adapter, parts, MARGIN * _least(adapter, task, settings))
+    parts = influencing(task) | ({Part.HEAD} if len(kinds) > 1 else frozenset())
+    same = EvaluationTask not in kinds and _stands_still(
+        registry, adapter, parts, MARGIN * _least(adapter, task, settings)
+    )
     return replace(last, still=True) if same else None
 
 
@@ -81,7 +79,7 @@ def warn(adapter: StoredAdapter, settings: FederationSettings) -> None:
         log.warning(text, settings.server.learning_rate, farthest, least)
 
 
-def _least(adapter: StoredAdapter, task: AnyTask, settings: FederationSettings) -> float:
+def _least(adapter: StoredAdapter, task: Task | AnalyticTask, settings: FederationSettings) -> float:
     return least_movement(task, settings.clip_norm(task), state_size(task, adapter.layout), SHARE)
 
 

@@ -8,7 +8,7 @@ was over devices before those. Every such adapter is remembered, so that small s
 none returns. There is no limit on sums over the same devices: such a sum moves the adapter, and more of them free it.
 
 Updates and second moments are compared with each other as well, because sums of both say how many held-out examples
-the adapter answers rightly. Evaluations are compared by their releases. With noise, the privacy ledger counts.
+the adapter answers rightly. With noise, as of every evaluation, the privacy ledger counts.
 
 With groups a device helps to no sum from such an adapter, whose bytes give other groups. Equal bytes are subject to
 ``adapterstate`` besides.
@@ -29,7 +29,7 @@ from adapters.evaluation import EvaluationTask
 from adapters.layout import Tensors
 from adapters.movement import influencing, least_movement
 from adapters.parts import Part
-from adapters.taskkinds import AnyTask
+from adapters.task import Task
 from aggregation import sealed, wire
 from aggregation.entropy import Entropy
 from aggregation.errors import ProtocolError
@@ -48,7 +48,6 @@ class Kind(StrEnum):
 
     UPDATES = "updates"
     MOMENTS = "moments"
-    COUNTS = "counts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,7 @@ class Point:
     Args:
         kind: Of the sum.
         adapter: SHA-256 of its file.
-        form: Digest of layout, method and labels, or of the releases of an evaluation.
+        form: Digest of layout, method and labels.
         terms: See ``adapterstate.terms``.
         sketch: Of the adapter.
     """
@@ -163,6 +162,8 @@ def on_plan(known: SumHistory, plan: Plan, spec: SessionSpec, adapter: Tensors, 
     if spec.privacy is not None:
         return known
     task, version = taskkinds.decode(plan.training), plan.adapter_version
+    if isinstance(task, EvaluationTask):
+        raise _refused("right answers are not summed without noise", "offer.spec.vector", version)
     now = _point(known, plan, spec, task, adapter)
     least = least_movement(task, spec.clip_norm, spec.vector.segments[0].size, share)
     for each in known.earlier:
@@ -220,20 +221,15 @@ def on_survivors(
     return replace(known, last=(*others, SameDevices(now.point.kind, survivors, points)))
 
 
-def _point(known: SumHistory, plan: Plan, spec: SessionSpec, task: AnyTask, adapter: Tensors) -> Point:
+def _point(known: SumHistory, plan: Plan, spec: SessionSpec, task: Task | AnalyticTask, adapter: Tensors) -> Point:
     digest, now = bytes.fromhex(plan.adapter_digest), terms(plan, spec)
-    if isinstance(task, EvaluationTask):
-        form = hashlib.sha256("".join(sorted((task.newest, task.previous))).encode()).digest()
-        return Point(Kind.COUNTS, digest, form, now, b"")
     form = hashlib.sha256(jsontext.encode([spec.layout_digest, asdict(task.peft_config), list(task.labels)])).digest()
     kind = Kind.MOMENTS if isinstance(task, AnalyticTask) else Kind.UPDATES
     return Point(kind, digest, form, now, sketch(adapter, known.key))
 
 
-def _separation(before: Point, now: Point, task: AnyTask) -> float:
-    """The distance between the adapters of two sums; 0 if they cannot be compared, and infinite if they need not be."""
-    if Kind.COUNTS in (before.kind, now.kind):
-        return 0.0 if (before.kind, before.form) == (now.kind, now.form) else float("inf")
+def _separation(before: Point, now: Point, task: Task | AnalyticTask) -> float:
+    """The distance between the adapters of two sums; 0 if they cannot be compared."""
     if before.form != now.form:
         return 0.0
     parts = influencing(task)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from adapters import files
 from aggregation import envelope
-from aggregation.messages import Offer, Roster, Survivors, Unmask
+from aggregation.messages import Assignment, Offer, Roster, Survivors, Unmask
 from aggregation.pki import Revocation
 from aggregation.pki.certificates import serial
 from aggregation.pki.identity import PublicKey
@@ -25,6 +26,7 @@ from aggregation.vector import Segment, VectorSpec
 from client.node import privacyledger
 from client.node.privacyledger import PrivacyLedger
 from tests.browser.test_aggregation import JS
+from tests.client.node.test_sumhistory import TASK, adapter
 from tests.support import programs
 from tests.support.fleet import BASE, BEGIN, END, Fleet, make_fleet, session_spec, vector_spec
 
@@ -36,6 +38,7 @@ POLICY = {
     "minimum_ring_bits": 8,
 }
 ASKS = {"on_survivors": Step.SURVIVORS, "on_unmask": Step.UNMASK}
+BLOBS = {files.sha256(blob): blob for blob in (files.encode(adapter(number)) for number in range(8))}  # far apart
 
 
 class RefusedError(Exception):
@@ -91,9 +94,9 @@ class MixedFleet(Fleet):
 
     def begin(self, session: Established, cohort: Collection[str] | None = None) -> Any:
         """The plan of a round from an adapter of its own: devices help to sums from one adapter over one set."""
-        digest = f"{session.last_round:064x}"
+        digest = list(BLOBS)[session.last_round]
         return session.plan(
-            adapter_version=1 + session.last_round, adapter_digest=digest, training=b"settings", cohort=cohort
+            adapter_version=1 + session.last_round, adapter_digest=digest, training=TASK.encode(), cohort=cohort
         )
 
     def join(self, name: str, offer: bytes) -> bytes:
@@ -107,7 +110,8 @@ class MixedFleet(Fleet):
             return Fleet.contribute(self, name, plan)
         values = {segment: numbers.tolist() for segment, numbers in self.values(name).items()}
         self.program.ask("train", name, values=values)
-        return self._asked(name, Step.PLAN, plan)
+        digest = Assignment.decode(envelope.unverified_body(plan)).plan.adapter_digest
+        return self._asked(name, Step.PLAN, plan, adapter=BLOBS[digest])
 
     def answer(self, method: str, name: str, body: bytes) -> bytes:
         if name in self.scripted:
@@ -127,8 +131,8 @@ class MixedFleet(Fleet):
             plain = np.sum([self.plain[name][segment.name] for name in survivors], axis=0)
             assert np.array_equal(result.values[segment.name], plain)
 
-    def _asked(self, name: str, step: Step, body: bytes) -> bytes:
-        answer: bytes = self.program.answer(name, step, body)
+    def _asked(self, name: str, step: Step, body: bytes, **fields: bytes) -> bytes:
+        answer: bytes = self.program.answer(name, step, body, **fields)
         return answer
 
 
@@ -295,10 +299,10 @@ def test_a_device_in_javascript_helps_to_sums_from_one_adapter_over_one_set(mixe
     me = "device-000"
     session, result = fleet.round(fleet.establish())
     fleet.assert_exact(result, set(fleet.devices))
-    same = {"adapter_version": 1, "adapter_digest": "0" * 64, "cohort": None}
+    same = {"adapter_version": 1, "adapter_digest": next(iter(BLOBS)), "cohort": None}
     _, plans = session.plan(**same, training=b"other settings")
     refuses(fleet, me, Step.PLAN, plans[me], "plan.terms")
-    state, plans = replace(session, last_round=session.last_round + 1).plan(**same, training=b"settings")
+    state, plans = replace(session, last_round=session.last_round + 1).plan(**same, training=TASK.encode())
     for name in sorted(set(plans) - {"device-001"}):
         state = fleet.accept(state, "on_masked_input", name, fleet.contribute(name, plans[name]))
     _, bodies = state.close()

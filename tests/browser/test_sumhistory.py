@@ -16,7 +16,7 @@ from client.node import sumhistory
 from client.node.sketch import sketch
 from client.node.sumhistory import SumHistory
 from tests.browser.test_aggregation import offer_of, run
-from tests.client.node.test_sumhistory import ALL, COUNTS, LEAST, MOMENTS, OTHERS, SPEC, TASK, adapter, moved
+from tests.client.node.test_sumhistory import ALL, LEAST, MOMENTS, OTHERS, SPEC, TASK, adapter, moved
 from tests.support import programs
 
 
@@ -31,8 +31,7 @@ ADAPTERS = [
     *(moved(each, LEAST / 5, part) for each in FAR for part in ("", "lora_A")),
     moved(FAR[0], 9.0, "head"),
 ]
-TASKS = [TASK, TASK, TASK, MOMENTS, COUNTS, replace(COUNTS, previous="ef" * 32), replace(TASK, epochs=2)]
-TASKS += [replace(TASK, labels=("b", "a"))]
+TASKS = [TASK, TASK, TASK, MOMENTS, replace(TASK, epochs=2), replace(TASK, labels=("b", "a"))]
 SPECS = [SPEC, SPEC, SPEC, SPEC, replace(SPEC, grouping=Grouping(2, 8))]
 SURVIVORS = [ALL, ALL, OTHERS, {name: ALL[name] for name in list(ALL)[1:15]}]
 

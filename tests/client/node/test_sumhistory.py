@@ -31,7 +31,6 @@ from tests.support.fleet import session_spec
 CONFIG = PeftConfig("LORA", 4, 8, ("query",))
 TASK = Task(CONFIG, ("a", "b"), 1, 16, 0.01, 0.0, 0.0, PARTS, PARTS)
 MOMENTS = AnalyticTask(CONFIG, ("a", "b"), 1e-3, 16.0)
-COUNTS = EvaluationTask(CONFIG, ("a", "b"), "ab" * 32, "cd" * 32, 1, 8)
 SPEC = session_spec(20)
 ALL = {f"device-{number:02d}": 100 + number for number in range(20)}
 OTHERS = {name: serial for name, serial in ALL.items() if name != "device-00"}
@@ -176,19 +175,9 @@ def test_the_score_of_an_adapter_is_in_sums_of_updates_and_of_moments() -> None:
         device.sum(moved(first, 1.0, "classifier"), OTHERS, task=other)
 
 
-def test_an_evaluation_of_the_same_releases_is_over_the_same_devices_whatever_the_adapter_is() -> None:
-    device = Federation()
-    device.sum(adapter(), task=COUNTS)
-    swapped = replace(COUNTS, newest=COUNTS.previous, previous=COUNTS.newest, least=2)
-    device.sum(adapter(1), task=COUNTS)
-    with refuses("survivors.movement"):
-        device.sum(adapter(2), OTHERS, task=COUNTS)
-    with refuses("plan.terms"):
-        device.plan(adapter(2), swapped)
-    device.sum(adapter(2), OTHERS)  # of training
-    device.sum(adapter(3), OTHERS, task=replace(COUNTS, previous="ef" * 32))
-    with refuses("plan.movement"):
-        device.plan(adapter(4), COUNTS)
+def test_right_answers_are_summed_with_noise_only() -> None:
+    with refuses("offer.spec.vector"):
+        Federation().plan(adapter(), EvaluationTask(CONFIG, ("a", "b"), "ab" * 32, "cd" * 32, 8))
 
 
 def test_a_sum_from_a_near_adapter_is_on_the_same_terms_and_without_groups() -> None:
@@ -247,10 +236,10 @@ def test_the_history_survives_a_restart_and_shows_a_change(tmp_path: Path) -> No
     device = Federation()
     for number in range(3):
         device.sum(adapter(number), ALL if number % 2 else OTHERS)
-        device.sum(adapter(number + 9), task=COUNTS)
+        device.sum(adapter(number + 9), task=MOMENTS)
     state_dir.save_sum_history(device.known)
     assert DeviceStateDir.open(tmp_path).load_sum_history() == device.known
-    assert {sums.kind for sums in device.known.last} == {Kind.UPDATES, Kind.COUNTS}
+    assert {sums.kind for sums in device.known.last} == {Kind.UPDATES, Kind.MOMENTS}
     assert len(device.known.earlier) == 2
     path = tmp_path / SUMS
     path.write_bytes(path.read_bytes()[:-1] + b"\x00")

@@ -3,7 +3,8 @@
 
 import { concat, digest, encode, hex } from "../bytes.js";
 import { ProtocolError } from "../errors.js";
-import { A, B, HEAD, R, VECTORS, adapterOf, decodeTask, isAnalytic, isEvaluation, isPrivate, partOf } from "../learning/task.js";
+import { isPrivate } from "../learning/private.js";
+import { A, B, HEAD, R, VECTORS, adapterOf, decodeTask, isAnalytic, partOf } from "../learning/task.js";
 import { EARLIER, differing, termsOf } from "./adapterstate.js";
 import { keystream } from "./masks.js";
 import { COORDINATOR } from "./messages.js";
@@ -11,7 +12,7 @@ import { COORDINATOR } from "./messages.js";
 const BUCKETS = 32;
 const PARTS = [A, B, VECTORS, HEAD, R, "frozen"];
 const LEAST_STEP = 0.1; // L2 norm, weight units
-const [UPDATES, MOMENTS, COUNTS] = ["updates", "moments", "counts"]; // kinds of sums
+const [UPDATES, MOMENTS] = ["updates", "moments"]; // kinds of sums
 
 function refuse(text, about) {
   throw new ProtocolError(text, about, COORDINATOR);
@@ -43,7 +44,7 @@ export function separation(one, other, parts) {
 
 /** The distance below which two adapters count as one, as `least_movement` of adapters/movement.py; `size`: of an update. */
 export function leastMovement(task, clipNorm, size, share) {
-  if (isAnalytic(task) || isEvaluation(task)) return share * LEAST_STEP;
+  if (isAnalytic(task)) return share * LEAST_STEP;
   const { optimizer, learning_rate: rate, gradient_norm: limit, momentum } = task;
   const step = optimizer === "adamw" ? rate * Math.sqrt(size) : (rate * Math.min(limit || 1, 1)) / (1 - momentum);
   return share * Math.max(Math.min(clipNorm, step), LEAST_STEP);
@@ -110,15 +111,13 @@ export function onSurvivors(known, plan, spec, survivors, revoked) {
 
 /** What the contributions to a sum follow from. */
 async function pointOf(key, plan, spec, task, adapter) {
-  const made = { adapter: plan.adapter_digest, terms: termsOf(plan, spec) };
-  if (isEvaluation(task)) return { ...made, kind: COUNTS, form: `${[task.newest, task.previous].sort()}`, sketch: null };
+  const kind = isAnalytic(task) ? MOMENTS : UPDATES;
   const form = JSON.stringify([spec.layout_digest, task.peft_config, task.labels]);
-  return { ...made, kind: isAnalytic(task) ? MOMENTS : UPDATES, form, sketch: await sketch(adapter, key) };
+  return { kind, adapter: plan.adapter_digest, terms: termsOf(plan, spec), form, sketch: await sketch(adapter, key) };
 }
 
-/** The distance between the adapters of two sums; 0 if they cannot be compared, and infinite if they need not be. */
+/** The distance between the adapters of two sums; 0 if they cannot be compared. */
 function distance(before, now, task) {
-  if ([before.kind, now.kind].includes(COUNTS)) return before.kind === now.kind && before.form === now.form ? 0 : Infinity;
   if (before.form !== now.form) return 0;
   // The score of both kinds depends on the head; embeddings do not.
   const influences = (part) => (now.kind === MOMENTS ? part !== HEAD || before.kind === UPDATES : !isPrivate(task, part));

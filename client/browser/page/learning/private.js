@@ -10,7 +10,7 @@ import { B, R, partOf } from "./task.js";
 /** What private parts belong to: the base, and the method, labels and layout of the adapter. */
 export const subjectOf = ({ base_digest: base, layout_digest: layout }, { peft_config: config, labels }) => JSON.stringify([base, config, labels, layout]);
 
-const isPrivate = ({ trained, shared }, part) => trained.includes(part) && !shared.includes(part);
+export const isPrivate = ({ trained, shared }, part) => trained.includes(part) && !shared.includes(part);
 const privateOf = (values, task) => [...values].filter(([name]) => isPrivate(task, partOf(name)));
 
 /** The values, with those of the parts that are private in the task as `kept` has them. */
