@@ -22,10 +22,13 @@ from adapters.analytic import AnalyticTask
 from adapters.evaluation import EvaluationTask
 from adapters.layout import Layout
 from adapters.manifest import VersionManifest
+from adapters.movement import distance, influencing, least_movement
 from adapters.registryfiles import RegistryFiles
+from adapters.task import Task
 from adapters.taskkinds import metrics_of
 from aggregation.errors import ConfigError, DataError, ProtocolError, TrustError
 from aggregation.groups import total
+from aggregation.policy import Policy
 from aggregation.transcript import AdapterId, Place
 from coordinator import combination, optimizer
 from coordinator.audit.findings import Check, Finding, Problem, ProducedAdapter, Report, Status, count
@@ -50,11 +53,13 @@ class Recomputation:
     Args:
         registry: Where the adapters were published.
         state: The version that was recomputed last, and the optimizer's state after it.
+        still: Of the session that was checked last: each round of training that hardly moved its adapter, and how far.
     """
 
     registry: RegistryFiles
     state: tuple[int, optimizer.State] | None = field(default=None, repr=False)
     rules: set[optimizer.Settings] = field(default_factory=set)
+    still: dict[int, str] = field(default_factory=dict)
 
     def check(self, report: Report) -> Finding:
         """The adapters of one session: the one that it started from, and those that it made.
@@ -66,6 +71,7 @@ class Recomputation:
         """
         reasons: list[str] = []
         self.rules.clear()
+        self.still.clear()
         place: Place | None = None
         try:
             if report.start is not None:
@@ -130,6 +136,8 @@ class Recomputation:
         if any(isinstance(task, kind) != isinstance(rule, own) for kind, own in RULES.items()):
             text = f"the manifest of adapter {version} names another rule ({rule}) than its task has"
             raise Problem("manifest.rule", text, place)
+        if isinstance(task, Task) and produced.spec.privacy is None:
+            self._measure(produced, task, distance(before, after, influencing(task)))
         if produced.sums is None:
             return "vectors"
         how = _combination(agreeing, produced)
@@ -148,6 +156,13 @@ class Recomputation:
         self.state = version, after_state
         self.rules.add(rule)
         return ""
+
+    def _measure(self, produced: ProducedAdapter, task: Task, moved: float) -> None:
+        """Note the round if a device with the default policy takes both of its adapters for the same one."""
+        spec = produced.spec
+        least = least_movement(task, spec.clip_norm, spec.vector.segments[0].size, Policy().minimum_movement)
+        if moved < least:
+            self.still[produced.place.round] = f"by {moved:.2g}, less than {least:.2g}"
 
     def _state_before(self, rule: optimizer.Settings, produced: ProducedAdapter, size: int) -> optimizer.State | None:
         """The optimizer's state before a step, if it is known."""

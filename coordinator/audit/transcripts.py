@@ -150,7 +150,8 @@ class AuditInput:
             report = audit(storage.read(path), self.root, self.coordinator, vectors, at=self.at, unfinished=accepted)
             repeats, adapters = _repeats(path.name, report, sums), _adapters(report, recomputation, self.published)
             spent, report = audited(spent, replace(report, findings=(*report.findings, repeats)))
-            report = replace(report, findings=(*report.findings, *weaknesses.check(report)))
+            still = recomputation.still if recomputation else {}
+            report = replace(report, findings=(*report.findings, *weaknesses.check(report, still)))
             produced = tuple(replace(each, sums=None) for each in report.produced)  # the sums take memory
             reports[path.name] = replace(report, findings=(*report.findings, adapters), produced=produced)
         return reports

@@ -1,11 +1,12 @@
 """What no rule of the protocol forbids, and yet shows more of a few devices than an auditor would expect.
 
 Each is a warning with a code of its own: what a device with the default policy refuses, a part of an adapter that was
-private and is shared, and a round whose survivors have far fewer examples than those of the others.
+private and is shared, a round whose survivors have far fewer examples than those of the others, and one that hardly
+moved its adapter, so that the next sum is as a second one from the same adapter.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -34,12 +35,22 @@ class Weaknesses:
     private: dict[str, set[Part]] = field(default_factory=lambda: defaultdict(set))
     weights: list[float] = field(default_factory=list)
 
-    def check(self, report: Report) -> tuple[Finding, ...]:
-        """The warnings of one session; one finding that says that there are none, if so."""
+    def check(self, report: Report, still: Mapping[int, str]) -> tuple[Finding, ...]:
+        """The warnings of one session; one finding that says that there are none, if so.
+
+        Args:
+            report: Of the session.
+            still: See ``Recomputation``; empty without the adapters.
+        """
         if report.failed or report.spec is None:
             return (Finding(Check.WEAKNESSES, Status.NOT_REACHED, ""),)
         found = dict[str, str]()
-        for about, text in (*_offered(report, report.spec), *self._asked(report), *self._weighed(report.produced)):
+        for about, text in (
+            *_offered(report, report.spec),
+            *self._asked(report),
+            *self._weighed(report.produced),
+            *_stood(still),
+        ):
             found.setdefault(about, text)  # the first round of each code: what it repeats is the same
         if found:
             return tuple(Finding(Check.WEAKNESSES, Status.WARNING, text, about=about) for about, text in found.items())
@@ -79,3 +90,9 @@ def _offered(report: Report, spec: SessionSpec) -> Iterator[tuple[str, str]]:
         Policy(known_bases=frozenset({report.base})).check(spec, len(report.participation))
     except ProtocolError as error:
         yield error.about, f"a device with the default policy refuses the offer ({error})"
+
+
+def _stood(still: Mapping[int, str]) -> Iterator[tuple[str, str]]:
+    for number, moved in still.items():
+        text = f"round {number} moved its adapter {moved}: a sum over other devices after it shows their difference"
+        yield "adapter.movement", text

@@ -21,10 +21,10 @@ def audited(fleet: Any) -> list[Report]:
     return list(AuditInput.open(fleet.out / "coordinator", AuditOptions()).audit(unfinished=False).values())
 
 
-def warnings(*reports: Report) -> list[str]:
+def warnings(*reports: Report, still: dict[int, str] | None = None) -> list[str]:
     """The codes of the warnings in sessions that follow each other."""
     weaknesses = Weaknesses()
-    found = [finding for report in reports for finding in weaknesses.check(report)]
+    found = [finding for report in reports for finding in weaknesses.check(report, still or {})]
     assert {finding.check for finding in found} == {Check.WEAKNESSES}
     assert all((finding.status is Status.WARNING) == bool(finding.about) for finding in found)
     return [finding.about for finding in found if finding.about]
@@ -84,3 +84,11 @@ def test_a_round_of_far_fewer_examples_than_usual_is_named(sound: Report) -> Non
     assert warnings(weighing(sound, 80.0, 40.0, 160.0, 21.0)) == []
     assert warnings(weighing(sound, 80.0, 80.0, 16.0)) == ["round.weight"]
     assert warnings(weighing(sound, 80.0, 80.0), weighing(sound, 8.0)) == ["round.weight"]
+
+
+def test_a_round_that_hardly_moves_its_adapter_is_named(app_fleet_of: FleetOf) -> None:
+    fleet = app_fleet_of(8, rounds=2, server__learning_rate=1e-6)
+    fleet.federate(fleet.grid())
+    found = [finding for report in audited(fleet) for finding in report.findings if finding.check is Check.WEAKNESSES]
+    assert [(finding.status, finding.about) for finding in found] == [(Status.WARNING, "adapter.movement")]
+    assert "round 1 moved its adapter by" in found[0].text
