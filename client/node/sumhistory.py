@@ -43,7 +43,7 @@ from client.node.sketch import SIZE, separation, sketch
 _MAGIC = b"edgeadapt/sum-history/1\x00"
 
 
-class Kind(StrEnum):
+class SumKind(StrEnum):
     """What is summed."""
 
     UPDATES = "updates"
@@ -62,7 +62,7 @@ class Point:
         sketch: Of the adapter.
     """
 
-    kind: Annotated[Kind, wire.choice(Kind)]
+    kind: Annotated[SumKind, wire.choice(SumKind)]
     adapter: Digest
     form: Digest
     terms: Digest
@@ -83,13 +83,13 @@ class SameDevices:
         points: Of these sums, the oldest first.
     """
 
-    kind: Annotated[Kind, wire.choice(Kind)]
+    kind: Annotated[SumKind, wire.choice(SumKind)]
     survivors: Annotated[Mapping[str, int], SERIALS]
     points: Annotated[tuple[Point, ...], _POINTS]
 
 
 @dataclass(frozen=True, slots=True)
-class Round:
+class PlannedSum:
     """The round without noise that the device trained for last.
 
     Args:
@@ -100,7 +100,7 @@ class Round:
     """
 
     point: Annotated[Point, _POINT]
-    bound: Annotated[tuple[Kind, ...], wire.sequence(wire.choice(Kind), len(Kind))]
+    bound: Annotated[tuple[SumKind, ...], wire.sequence(wire.choice(SumKind), len(SumKind))]
     movement: Annotated[float, wire.real]
     least: Annotated[float, wire.real]
 
@@ -119,9 +119,9 @@ class SumHistory:
     """
 
     key: Annotated[bytes, wire.fixed(32)] = field(repr=False)
-    last: Annotated[tuple[SameDevices, ...], wire.sequence(wire.record(SameDevices), len(Kind))] = ()
+    last: Annotated[tuple[SameDevices, ...], wire.sequence(wire.record(SameDevices), len(SumKind))] = ()
     earlier: Annotated[tuple[Point, ...], _POINTS] = ()
-    round: Annotated[Round | None, wire.optional(wire.record(Round))] = None
+    round: Annotated[PlannedSum | None, wire.optional(wire.record(PlannedSum))] = None
 
     @classmethod
     def new(cls, entropy: Entropy) -> "SumHistory":
@@ -170,7 +170,7 @@ def on_plan(known: SumHistory, plan: Plan, spec: SessionSpec, adapter: Tensors, 
         if (far := _separation(each, now, task)) < least:
             text = f"adapter {version} is {far:.1g} from an earlier one, less than {least:.1g}, and the sum from that "
             raise _refused(f"{text}was over other devices", "plan.movement", version)
-    bound, movement = list[Kind](), least
+    bound, movement = list[SumKind](), least
     for sums in known.last:
         near = {each: far for each in sums.points if (far := _separation(each, now, task)) < least}
         if near:
@@ -183,7 +183,7 @@ def on_plan(known: SumHistory, plan: Plan, spec: SessionSpec, adapter: Tensors, 
             if spec.grouping and each.adapter != now.adapter:
                 text = f"adapter {version} has moved by {near[each]:.1g} since the last sum, less than {least:.1g}"
                 raise _refused(f"{text}, and has other groups", "plan.groups", version)
-    return replace(known, round=Round(now, tuple(bound), movement, least))
+    return replace(known, round=PlannedSum(now, tuple(bound), movement, least))
 
 
 def on_survivors(
@@ -224,7 +224,7 @@ def on_survivors(
 def _point(known: SumHistory, plan: Plan, spec: SessionSpec, task: Task | AnalyticTask, adapter: Tensors) -> Point:
     digest, now = bytes.fromhex(plan.adapter_digest), terms(plan, spec)
     form = hashlib.sha256(jsontext.encode([spec.layout_digest, asdict(task.peft_config), list(task.labels)])).digest()
-    kind = Kind.MOMENTS if isinstance(task, AnalyticTask) else Kind.UPDATES
+    kind = SumKind.MOMENTS if isinstance(task, AnalyticTask) else SumKind.UPDATES
     return Point(kind, digest, form, now, sketch(adapter, known.key))
 
 
@@ -233,7 +233,9 @@ def _separation(before: Point, now: Point, task: Task | AnalyticTask) -> float:
     if before.form != now.form:
         return 0.0
     parts = influencing(task)
-    if now.kind is Kind.MOMENTS and before.kind is Kind.UPDATES:  # the score, which both have, depends on the head
+    if (
+        now.kind is SumKind.MOMENTS and before.kind is SumKind.UPDATES
+    ):  # the score, which both have, depends on the head
         parts |= {Part.HEAD}
     return separation(before.sketch, now.sketch, parts)
 

@@ -24,7 +24,7 @@ from aggregation.spec import Grouping, Privacy, SessionSpec
 from client.node import sumhistory
 from client.node.sketch import BUCKETS, separation, sketch
 from client.node.statedir import SUMS, DeviceSettings, DeviceStateDir
-from client.node.sumhistory import Kind, SumHistory
+from client.node.sumhistory import SumHistory, SumKind
 from tests.support import refused
 from tests.support.fleet import session_spec
 
@@ -239,7 +239,7 @@ def test_the_history_survives_a_restart_and_shows_a_change(tmp_path: Path) -> No
         device.sum(adapter(number + 9), task=MOMENTS)
     state_dir.save_sum_history(device.known)
     assert DeviceStateDir.open(tmp_path).load_sum_history() == device.known
-    assert {sums.kind for sums in device.known.last} == {Kind.UPDATES, Kind.MOMENTS}
+    assert {sums.kind for sums in device.known.last} == {SumKind.UPDATES, SumKind.MOMENTS}
     assert len(device.known.earlier) == 2
     path = tmp_path / SUMS
     path.write_bytes(path.read_bytes()[:-1] + b"\x00")
