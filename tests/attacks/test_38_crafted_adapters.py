@@ -91,7 +91,7 @@ def split(trainer: Trainer, found: Trap) -> tuple[list[str], list[str]]:
     return [t for t, h in zip(texts, held, strict=True) if h], [t for t, h in zip(texts, held, strict=True) if not h]
 
 
-def homes(others: Sequence[str], secret: str, seed: int) -> list[list[Example]]:
+def examples_of(others: Sequence[str], secret: str, seed: int) -> list[list[Example]]:
     """The examples of all devices, of which one has the secret text."""
     rng = np.random.default_rng(seed)
     texts = list(rng.choice(np.array(others), DEVICES * EXAMPLES))
@@ -113,7 +113,7 @@ def test_the_words_of_one_example_are_read_in_order_from_the_sum_and_from_what_i
     task = task_of(LORA, (Part.A, Part.B), **STEPS[steps])
     LIMITS.check(task, trapped.adapter)
     for seed, secret in enumerate(through[:2]):
-        shown = seen(lora, task, outcomes(lora, trapped.adapter, task, homes(ordinary, secret, seed), seed), seed)
+        shown = seen(lora, task, outcomes(lora, trapped.adapter, task, examples_of(ordinary, secret, seed), seed), seed)
         assert read_alone(lora, secret, shown.by_name(shown.total))
         assert read_alone(lora, secret, shown.by_name(shown.mean))
 
@@ -138,7 +138,7 @@ CANDIDATES = 12
 def test_one_example_is_found_among_candidates_by_the_update_of(
     tiny_base: Any, trapped: Trap, through: list[str], ordinary: list[str], form: str
 ) -> None:
-    """Also with AdamW, and, but for the head's few numbers, from what is published, which has noise for this rate."""
+    """Also with AdamW, and from what is published, except for the few numbers of a head: it has noise of this rate."""
     given, part = FORMS[form]
     config = configuration(tiny_base, **given)
     trainer, candidates = Trainer(tiny_base, LABELS, config), through[:CANDIDATES]
@@ -150,7 +150,7 @@ def test_one_example_is_found_among_candidates_by_the_update_of(
     known = updates(trainer, task, from_each)
     for seed in range(2):
         which = int(np.random.default_rng(seed).integers(CANDIDATES))
-        devices = outcomes(trainer, start, task, homes(ordinary, candidates[which], seed), seed)
+        devices = outcomes(trainer, start, task, examples_of(ordinary, candidates[which], seed), seed)
         shown = seen(trainer, task, devices, seed)
         assert likeliest(known, shown.layout, shown.total) == which
         assert part is Part.HEAD or likeliest(known, shown.layout, shown.mean) == which
@@ -219,7 +219,7 @@ def with_noise(epsilon: float) -> FederationSettings:
     return FederationSettings.model_validate({"rounds": 1, "privacy": noise, "aggregation": {"clip_norm": 1.0}})
 
 
-TRIALS = 72
+TRIALS = 48
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ TRIALS = 72
     [
         (EXACT, TRIALS, TRIALS),
         (with_noise(8.0), 0, TRIALS // 3),
-        (with_noise(1.0), 0, TRIALS // CANDIDATES + 9),  # three deviations above chance
+        (with_noise(1.0), 0, TRIALS // CANDIDATES + 6),  # three deviations above chance
     ],
     ids=["without noise", "epsilon 8", "epsilon 1"],
 )
@@ -237,7 +237,7 @@ def test_noise_hides_which_of_the_candidates_the_example_is(
     """With epsilon 1 nothing is left; with 8, which promises little against a guess, most is hidden."""
     task, candidates = task_of(LORA, (Part.A, Part.B), learning_rate=0.1), through[:CANDIDATES]
     from_each = outcomes(lora, trapped.adapter, task, [[Example(text, 1)] for text in candidates])
-    others = outcomes(lora, trapped.adapter, task, homes(ordinary, ordinary[0], 0))[1:]
+    others = outcomes(lora, trapped.adapter, task, examples_of(ordinary, ordinary[0], 0))[1:]
     known, hits = updates(lora, task, from_each), 0
     for trial in range(TRIALS):
         which = trial % CANDIDATES
@@ -268,7 +268,7 @@ def test_an_adapter_of_ordinary_numbers_made_by_ordinary_training_is_a_trap_too(
     others = [text for text in texts if word not in text.split()]
     task, read = task_of(LORA, (Part.A, Part.B)), 0
     for seed, text in enumerate(secret):
-        shown = seen(lora, task, outcomes(lora, start, task, homes(others, text, seed), seed), seed)
+        shown = seen(lora, task, outcomes(lora, start, task, examples_of(others, text, seed), seed), seed)
         read += likeliest_text(lora, shown.by_name(shown.total)) == text.split()
     assert read >= 4
 
