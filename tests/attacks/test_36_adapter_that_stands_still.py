@@ -1,6 +1,6 @@
 """Two sums from adapters that hardly differ, with and without a device: their difference is that device's update.
 
-The coordinator follows the protocol in every round, but for withholding a plan from the victim. Its settings make the
+The coordinator follows the protocol in every round, except for withholding a plan from the victim. Its settings make the
 adapter of the next round one with other bytes and the same gradients. An audit finds nothing. Relatives: an adapter
 that comes back near an old one, and rounds of second moments, for which the head makes no difference. The devices run
 the real ClientApp; the coordinator does not keep the cohort, as an honest one does after such a round.
