@@ -1,7 +1,7 @@
 """Two sums from adapters that hardly differ, with and without a device: their difference is that device's update.
 
-The coordinator follows the protocol in every round, except for withholding a plan from the victim. Its settings make the
-adapter of the next round one with other bytes and the same gradients. An audit finds nothing. Relatives: an adapter
+The coordinator follows the protocol in every round, except that it withholds a plan from the victim. Its settings make
+the adapter of the next round one with other bytes and the same gradients. Relatives: an adapter
 that comes back near an old one, and rounds of second moments, for which the head makes no difference. The devices run
 the real ClientApp; the coordinator does not keep the cohort, as an honest one does after such a round.
 """
