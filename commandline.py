@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+PACKAGES = ("adapters", "aggregation", "client", "coordinator", "export", "simulations")  # of edgeadapt
 Row = tuple[str, str, str, str]  # module, attribute, one line for --help, extra that it needs
 
 
@@ -54,8 +55,11 @@ class LazyGroup(click.Group):
             raise
 
     def _explain(self, name: str, error: ModuleNotFoundError) -> None:
-        module, _, _, extra = self._table[name]
+        module, _, _, extra = self._table.get(name, ("", "", "", ""))
         package = (error.name or "").partition(".")[0]
+        if "." in (error.name or "") and package in PACKAGES:
+            hidden = f"a folder {package!r} hides that of edgeadapt"
+            raise click.ClickException(f"{hidden}: run the command in another folder, or rename it") from error
         if extra and package != module.partition(".")[0]:
             raise click.ClickException(
                 f"'{name}' needs {package}, which is not installed: pip install 'edgeadapt[{extra}]'"

@@ -132,6 +132,18 @@ def test_on_the_bare_install_a_command_names_the_extra_that_it_needs(
     assert re.fullmatch(rf"edgeadapt: '\w+' needs \w+, which .*: pip install 'edgeadapt\[{extra}\]'\n", done.stderr)
 
 
+def test_a_folder_that_hides_a_package_is_named(tmp_path: pathlib.Path, root: pathlib.Path) -> None:
+    """As on an install from a wheel: the finder of an editable one looks for each module by itself."""
+    (tmp_path / "client").mkdir()
+    (tmp_path / "client" / "__init__.py").touch()
+    wheel = "import sys; sys.meta_path[:] = [each for each in sys.meta_path if 'Editable' not in repr(each)]"
+    script = f"{wheel}; import edgeadapt; sys.argv = ['edgeadapt', 'device', 'infer']; edgeadapt.main()"
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    line = "edgeadapt: a folder 'client' hides that of edgeadapt: run the command in another folder, or rename it\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", line)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a file's name is always text")
 def test_a_folder_whose_name_is_no_text_is_printed_with_its_bytes_escaped(
     run: Callable[..., Outcome], tmp_path: pathlib.Path
