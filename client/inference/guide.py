@@ -28,8 +28,8 @@ class Guide:
     onnxruntime-genai reads ``source`` when an answer begins; ``GenerationEngine.check`` reads it before.
 
     Raises:
-        ConfigError: ``source`` is empty, above ``MAX_GUIDE`` characters, has a NUL or is not Unicode, or a schema is
-            not JSON.
+        ConfigError: ``source`` is empty, above ``MAX_GUIDE`` characters, has a NUL or is not Unicode, a regular
+            expression ends in a single backslash, or a schema is not JSON.
     """
 
     kind: GuideKind
@@ -42,6 +42,8 @@ class Guide:
         if "\0" in self.source or any("\ud800" <= char <= "\udfff" for char in self.source):
             # C libraries would read it up to the NUL only.
             raise ConfigError(f"the {self} contains a character that is not text; remove it", about="guide")
+        if self.kind is GuideKind.REGEX and (len(self.source) - len(self.source.rstrip("\\"))) % 2:
+            raise ConfigError(f"the {self} ends in a single backslash; write two for one", about="guide")
         if self.kind is GuideKind.JSON_SCHEMA and not parses(self.source):
             raise ConfigError(f"the {self} is not JSON; correct it", about="guide")
 

@@ -151,9 +151,11 @@ def test_a_guide_that_the_model_cannot_go_on_by_ends_the_answer_in_a_line(genera
         (GuideKind.REGEX, ""),
         (GuideKind.REGEX, "a\0b"),
         (GuideKind.REGEX, "\ud800"),
+        (GuideKind.REGEX, "\\"),
+        (GuideKind.REGEX, "a\\\\\\"),
         (GuideKind.GRAMMAR, " " * (MAX_GUIDE + 1)),
     ],
-    ids=["empty", "not JSON", "NaN", "open", "empty expression", "NUL", "surrogate", "long"],
+    ids=["empty", "not JSON", "NaN", "open", "empty expression", "NUL", "surrogate", "one backslash", "three", "long"],
 )
 def test_a_source_that_is_no_text_or_no_json_is_refused(kind: GuideKind, source: str) -> None:
     with refused(ConfigError, "guide"):
