@@ -45,7 +45,7 @@ def infer(
 ) -> None:
     """Print the intent of each TEXT and its probability; '-' reads standard input, one phrase a line.
 
-    A TEXT of which the model knows no part, such as an emoji, has no intent: "unknown text".
+    A TEXT that is empty or of which the model knows no part, such as an emoji, has no intent: "unknown text".
 
     Probabilities are calibrated if the adapter was exported with --calibrate; --json states its temperature, which is 1
     if it was not.
@@ -103,6 +103,8 @@ def _phrases(texts: Sequence[str]) -> list[str]:
         phrases += [line for line in lines if line or text != "-"]
     if not phrases:
         raise DataError("standard input contains no phrase; write one a line", about="stdin")
+    if not any(phrase.strip() for phrase in phrases):
+        raise DataError("the text is empty; give a phrase", about="text")
     return phrases
 
 
@@ -116,7 +118,7 @@ def _classify(library: "Library", names: Sequence[str], phrases: list[str], top:
 def _ranked(session: "ClassificationSession", name: str, phrases: list[str], top: int) -> dict[str, Any]:
     adapter, answers = session.load(name), []
     for text in phrases:
-        share = session.unknown_share(text)
+        share = session.unknown_share(text) if text.strip() else 1.0
         best = session.rank([text], adapter.composition, top)[0] if share < 1 else []
         intents = [{"intent": one.label, "probability": round(one.probability, 6)} for one in best]
         answers.append({"text": text, "unknown": round(share, 3), "intents": intents})

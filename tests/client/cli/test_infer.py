@@ -70,7 +70,7 @@ def test_phrases_are_read_from_standard_input(bundle: Path) -> None:
     assert all(len(answer["intents"]) == 2 for answer in result["answers"])
 
 
-@pytest.mark.parametrize("text", ["😀", "１２３", "😀 ✨", "\u200b"])
+@pytest.mark.parametrize("text", ["😀", "１２３", "😀 ✨", "\u200b", "", " "])
 def test_a_text_of_unknown_tokens_only_has_no_intent_and_the_others_are_answered(bundle: Path, text: str) -> None:
     (result,) = adapters("infer", "--bundle", bundle, "--json", text, "lock the door", "lock the 😀 door")
     unknown, known, partly = result["answers"]
