@@ -188,6 +188,18 @@ def _require_own_file(lock: Path) -> None:
         raise ConfigError(f"{lock} is a link, a folder or a device in the place of a lock: remove it", about=lock.name)
 
 
+def real(path: Path) -> Path:
+    """The full path without symbolic links, whether or not something is there.
+
+    Raises:
+        DataError: The links lead in a circle.
+    """
+    try:
+        return path.resolve()
+    except RuntimeError as error:  # until Python 3.12
+        raise DataError(f"{path} is a symbolic link that leads to itself: remove it", about=path.name) from error
+
+
 @contextmanager
 def locked_folder(out: Path) -> Iterator[Path]:
     """Hold the lock of the folder ``out``, and yield its full path.
@@ -198,7 +210,7 @@ def locked_folder(out: Path) -> Iterator[Path]:
         ConfigError: No lock file can be created there.
         OSError: The folder above cannot be read.
     """
-    out = out.resolve()
+    out = real(out)
     above = next(folder for folder in out.parents if folder.exists())
     with ExitStack() as stack:
         try:
@@ -212,7 +224,7 @@ def locked_folder(out: Path) -> Iterator[Path]:
 
 def restore(out: Path) -> None:
     """Bring back the folder ``out`` if a kill left it as ``.NAME.previous``. Raises as ``locked_folder``."""
-    if not out.exists() and _previous(out.resolve()).exists():
+    if not out.exists() and _previous(real(out)).exists():
         with locked_folder(out):
             pass
 
@@ -249,7 +261,7 @@ def new_folder(out: Path, *, mode: int = PUBLIC_FOLDER) -> Iterator[Path]:
         ConfigError: ``out`` exists and is not an empty folder, or is the working directory.
         OSError: The folder cannot be written. ``out`` is unchanged.
     """
-    place = out.resolve()  # where a link leads
+    place = real(out)  # where a link leads
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise ConfigError(f"{out} exists and is not an empty folder: name a new one", about=place.name)
     if place == Path.cwd():  # it is replaced by another folder, and a shell would stay in the deleted one

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from adapters.bundle import BASE_MANIFEST, TRUST, adapter_names
-from adapters.storage import file_sha256, new_folder
+from adapters.storage import file_sha256, new_folder, real
 from aggregation.errors import ConfigError, DataError
 from client.inference.trust import Trust
 
@@ -103,14 +103,14 @@ class Site:
         if any(not path.is_file() for path in page.values()):
             reason = f"the libraries of the page are not installed: run npm ci --ignore-scripts --prefix '{WEB}'"
             raise ConfigError(reason, about="node_modules")
-        page[TRUST] = trust or bundle.resolve().parent / TRUST
+        page[TRUST] = trust or real(bundle).parent / TRUST
         for name, url in (("gateway", gateway), ("enrolment", enrolment)):
             if url and not ADDRESS.fullmatch(url):
                 text = f"{url} is no address to connect to: wss://HOST:PORT, or ws://127.0.0.1:PORT on this machine"
                 raise ConfigError(text, about=f"--{name}", value=url)
         if enrolment and not gateway:
             raise ConfigError("--enrolment goes with --gateway, where the device takes part", about="--enrolment")
-        return cls(page, bundle.resolve(), gateway, enrolment)
+        return cls(page, real(bundle), gateway, enrolment)
 
     @property
     def headers(self) -> dict[str, str]:

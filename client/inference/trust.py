@@ -15,6 +15,7 @@ from typing import Self
 
 from adapters.bundle import TRUST, Bundle, VerifiedAdapter, VerifiedBase
 from adapters.keyfiles import read_public_keys
+from adapters.storage import real
 from aggregation.errors import TrustError
 from client.inference.seen import SeenVersions
 
@@ -33,9 +34,9 @@ class Trust:
         Raises:
             TrustError: There is no such file, it is inside the bundle, or it does not hold public keys only.
         """
-        folder = folder.resolve()
+        folder = real(folder)
         file = folder.parent / TRUST if pinned is None else pinned.absolute()
-        if file.resolve().is_relative_to(folder):
+        if real(file).is_relative_to(folder):
             raise TrustError(
                 f"{file} is inside the bundle, which cannot vouch for itself: pin the keys elsewhere", about=TRUST
             )

@@ -159,7 +159,7 @@ class Learner:
                 another process learns, or what was learned cannot be opened.
         """
         library = Library.open(bundle, trust, task)
-        folder = bundle.resolve().parent / LEARNED
+        folder = storage.real(bundle).parent / LEARNED
         folder.mkdir(mode=storage.PRIVATE_FOLDER, exist_ok=True)
         try:
             with storage.locked(folder / LOCK, timeout=0):
@@ -172,7 +172,7 @@ class Learner:
                     raise ConfigError(reason, about="--adapter", value=name)
                 keys = _keys(folder, entropy or SystemEntropy())
                 history = _history(folder / HISTORY, keys[1]).current(adapter.manifest.sha256)
-                pinned = trust or bundle.resolve().parent / TRUST
+                pinned = trust or storage.real(bundle).parent / TRUST
                 yield cls(library, adapter, target, keys, pinned, folder, history)
         except TimeoutError as error:
             reason = f"another program is learning with {bundle}: try again when it has ended"

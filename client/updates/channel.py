@@ -127,7 +127,7 @@ def follow(bundle: Path, source: ChannelSource, root: Path) -> None:
     if parts.scheme not in ("http", "https") and not Path(source.repository).is_dir():
         reason = f"{source.repository[:200]} is neither an address (http, https) nor a folder"
         raise ConfigError(reason, about="repository", value=source.repository)
-    folder = bundle.resolve().parent / UPDATES
+    folder = storage.real(bundle).parent / UPDATES
     raw = _required(root, MAX_ROOT)
     try:
         Metadata[Root].from_bytes(raw).verify_delegate(Root.type, Metadata[Root].from_bytes(raw))
@@ -167,7 +167,7 @@ def update(
         DataError: The bundle or a file of the release is damaged.
         TrustError: The repository or the release breaks a rule. The bundle in use stays.
     """
-    folder = bundle.resolve().parent / UPDATES
+    folder = storage.real(bundle).parent / UPDATES
     if not (folder / SOURCE).is_file():
         raise ConfigError(f"{bundle} follows no channel yet: name --repository, --channel and --root once")
     with storage.locked(folder / ".lock"), storage.locked_folder(bundle) as place, _said():

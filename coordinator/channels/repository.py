@@ -470,7 +470,7 @@ class ChannelRepository:
 
 def pinned_keys(bundle: Path, trust: Path | None) -> tuple[PublicKey, ...]:
     """The keys that sign ``bundle``, in ``trust`` or in ``trust.pem`` next to it. Raises as ``read_public_keys``."""
-    return read_public_keys(trust or bundle.resolve().parent / TRUST)
+    return read_public_keys(trust or storage.real(bundle).parent / TRUST)
 
 
 def _require_newer(new: AdapterManifest, current: AdapterManifest) -> None:

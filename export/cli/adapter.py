@@ -13,6 +13,7 @@ from adapters.calibration import BINS, FOLDS, Calibration
 from adapters.keyfiles import read_key, read_public_keys
 from adapters.manifest import BaseManifest, Format
 from adapters.peft.dora import magnitudes
+from adapters.storage import real
 from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
 from export.bundle.sources import Origin, as_slots
@@ -165,7 +166,7 @@ def _exported(bundle: Path, base_name: str, profile: str, origin: Origin) -> "Ex
 
 def _base(bundle: Path, signer: IdentityKey) -> VerifiedBase:
     """The base in a bundle, which the key that signs the adapter or one in ``trust.pem`` signed."""
-    pinned = bundle.resolve().parent / TRUST
+    pinned = real(bundle).parent / TRUST
     return Bundle(bundle, (signer.public, *(read_public_keys(pinned) if pinned.exists() else ()))).base()
 
 

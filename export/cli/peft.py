@@ -12,6 +12,7 @@ from adapters.manifest import BaseManifest
 from adapters.peft.dora import scaled_layers
 from adapters.peft.folder import to_peft
 from adapters.peftconfig import PeftConfig
+from adapters.storage import real
 from aggregation.errors import ConfigError
 from export.bundle.adapter import unfolded
 from export.cli.options import FOLDER, from_registry, origin_of, out_json, pinned, print_result, which
@@ -52,7 +53,7 @@ def peft(
             raise ConfigError(
                 "--version is for a registry; a bundle holds one version of each adapter", about="--version"
             )
-        read = Bundle(bundle, read_public_keys(trust or bundle.resolve().parent / TRUST))
+        read = Bundle(bundle, read_public_keys(trust or real(bundle).parent / TRUST))
         manifest = read.base_manifest()
         adapter = read.adapter(name, manifest)
         tensors, config = unfolded(adapter)

@@ -41,6 +41,12 @@ def test_keys_inside_the_bundle_vouch_for_nothing(bundle: Path, vendor: Identity
             accept(bundle, pinned=pinned)
 
 
+def test_a_link_that_leads_to_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "bundle").symlink_to("bundle")
+    with pytest.raises((DataError, TrustError)):  # from Python 3.13 on, such a link is a path like others
+        Trust.open(tmp_path / "bundle")
+
+
 def test_a_link_into_the_bundle_vouches_for_nothing(bundle: Path, vendor: IdentityKey) -> None:
     (bundle / "keys").write_bytes(vendor.public.to_pem())
     (bundle.parent / "trust.pem").unlink()
