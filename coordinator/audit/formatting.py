@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from adapters import storage
+from aggregation.errors import TrustError
 from aggregation.transcript import read
 from coordinator.audit.findings import Finding, Report, Status, count
 from coordinator.audit.transcripts import AuditInput
@@ -14,14 +15,23 @@ from coordinator.audit.transcripts import AuditInput
 MARK, INDENT, WIDTH = 13, 30, 90  # columns: of a finding's status, before its text, of its text
 
 
-def render_findings(checked: AuditInput, reports: Mapping[str, Report]) -> Iterator[str]:
-    """Lines: the checks of each session, their number by status, and the keys that they relied on."""
+def render_findings(checked: AuditInput, reports: Mapping[str, Report], failure: TrustError | None) -> Iterator[str]:
+    """Lines: the checks of each session, their number by status, and the keys that they relied on.
+
+    Args:
+        checked: What was audited.
+        reports: Of the sessions.
+        failure: Why they do not pass. It has a row of its own if no check of a session failed, as where one is missing.
+    """
     for name, report in reports.items():
         size = ((len(report.participation), "device"), (len(report.rounds), "round"), (report.entries, "message"))
         yield f"{name}  {', '.join(count(*each) for each in size)}"
         yield from (_line(finding) for finding in report.findings)
         yield ""
     findings = [finding.status for report in reports.values() for finding in report.findings]
+    if failure is not None and Status.FAIL not in findings:
+        findings.append(Status.FAIL)
+        yield from ("all sessions", _row(Status.FAIL, "sessions", str(failure)), "")
     counts = ((status, findings.count(status)) for status in Status)
     yield f"checks: {', '.join(f'{number} {status.value}' for status, number in counts if number)}"
     source = "you named" if checked.pinned else "are in the transcript: compare them with those that devices pin"
@@ -45,12 +55,18 @@ def _printable(name: str) -> str:
 
 
 def _line(finding: Finding) -> str:
-    text = click.wrap_text(finding.text, width=WIDTH).replace("\n", "\n" + " " * INDENT)
-    return f"  {finding.status.value:{MARK}}{finding.check.value:{INDENT - MARK - 2}}{text}".rstrip()
+    return _row(finding.status, finding.check.value, finding.text)
 
 
-def render_rounds(checked: AuditInput, reports: Mapping[str, Report], *, entries: bool) -> Iterator[str]:
-    """Lines: the rounds of each session, and with ``entries`` every message in its log."""
+def _row(status: Status, name: str, text: str) -> str:
+    wrapped = click.wrap_text(text, width=WIDTH).replace("\n", "\n" + " " * INDENT)
+    return f"  {status.value:{MARK}}{name:{INDENT - MARK - 2}}{wrapped}".rstrip()
+
+
+def render_rounds(
+    checked: AuditInput, reports: Mapping[str, Report], failure: TrustError | None, *, entries: bool
+) -> Iterator[str]:
+    """Lines: the rounds of each session, and with ``entries`` every message in its log; the rest as before."""
     for path, (name, report) in zip(checked.paths, reports.items(), strict=True):
         yield name
         if report.dropouts_by_step:
@@ -66,6 +82,8 @@ def render_rounds(checked: AuditInput, reports: Mapping[str, Report], *, entries
         yield f"  results that contain a device: {', '.join(often)}"
         for entry in read(storage.read(path)).entries if entries else ():
             yield f"  {entry.place}: {len(entry.message):,} bytes"
+    if failure is not None:
+        yield f"{Status.FAIL.value}: {failure}"
 
 
 def _dropouts(by_step: Mapping[str, tuple[str, ...]]) -> str:

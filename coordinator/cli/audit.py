@@ -18,7 +18,7 @@ from coordinator.channels.history import RepositoryAudit, audit_repository, is_r
 
 RUN = "coordinator"  # the state directory in the folder of a run
 FOLDER = click.Path(path_type=Path)
-Renderer = Callable[[AuditInput, Mapping[str, Report]], Iterator[str]]
+Renderer = Callable[[AuditInput, Mapping[str, Report], TrustError | None], Iterator[str]]
 
 
 class _Moment(click.DateTime):
@@ -199,7 +199,7 @@ def _audit(path: Path, unfinished: bool, as_json: bool, options: dict[str, Any],
         outcome = {"ok": failure is None, "error": failure and str(failure)}
         click.echo(json.dumps({**formatting.as_json(checked, reports), **outcome}))
     else:
-        click.echo("\n".join(render(checked, reports)))
+        click.echo("\n".join(render(checked, reports, failure)))
     if failure and as_json:  # standard output already has it, in its one object
         click.echo(f"edgeadapt: {failure}", err=True)
         click.get_current_context().exit(failure.exit_code)
