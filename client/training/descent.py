@@ -106,11 +106,11 @@ def descend(
 ) -> Tensors:
     """Minimize a loss over the parts of an adapter that a task trains.
 
-    Guarantee: a trained number is finite and at most ``DISTANCE`` from its start. With ``control.unfailing`` this holds
-    for every task, adapter and example: if training could fail for some of them, a coordinator would choose a task with
-    which the updates of all devices but one are missing in the sum. The proximal term and SGD's weight decay are added
-    to a gradient before it is clipped. So a step of SGD has at most the length rate · norm / (1 - momentum), with the
-    norm of ``control``, and one of AdamW moves a number by some three times the rate.
+    Guarantee: with ``control.unfailing`` it ends for every task, adapter and example, and a trained number is finite
+    and at most ``DISTANCE`` from its start. If training could fail for some examples, a coordinator would choose a task
+    with which the updates of all devices but one are missing in the sum. The proximal term and SGD's weight decay are
+    added to a gradient before it is clipped. So a step of SGD has at most the length rate · norm / (1 - momentum), with
+    the norm of ``control``, and one of AdamW moves a number by some three times the rate.
 
     Args:
         start: All tensors of the adapter, finite, and R of Fed-SB if the task trains it.
@@ -125,7 +125,7 @@ def descend(
         All tensors, finite: the last ones, or with ``control.patience`` those with the least loss on held-out examples.
 
     Raises:
-        DataError: The adapter has none of the parts, or a loss or gradient is not finite.
+        DataError: The adapter has none of the parts, or a loss, gradient or trained tensor is not finite.
     """
     trained = [name for name in start if part_of(name) in task.trained]
     if not trained:
@@ -151,7 +151,8 @@ def descend(
             gradients = regularized({name: found[name] for name in trained}, values, start, task)
             with np.errstate(over="ignore"):
                 optimizer.step(values, clipped(gradients, limit), schedule(task.schedule, number, len(order)))
-            values |= {n: np.clip(values[n], start[n] - DISTANCE, start[n] + DISTANCE) for n in trained}
+            if control.unfailing:
+                values |= {n: np.clip(values[n], start[n] - DISTANCE, start[n] + DISTANCE) for n in trained}
         if control.patience and (number + 1) % each == 0:
             best = control.judged(best, {name: values[name] for name in trained}, values)
         if checkpoint and checkpoint.due():
@@ -159,7 +160,7 @@ def descend(
             checkpoint.write(TrainingState(number + 1, now, optimizer.buffers, best))
     if odd:
         log.warning("%d of %d gradients were not finite and count as zero: lower the learning rate", odd, len(order))
-    return values | best.values if best else values
+    return finite(values | best.values if best else values)
 
 
 def regularized(gradients: Tensors, values: Tensors, start: Tensors, task: Task) -> Tensors:
@@ -213,7 +214,7 @@ def clipped(gradients: Mapping[str, NDArray[np.float32]], limit: float) -> Tenso
 
 
 def finite(trained: Tensors) -> Tensors:
-    """Check that the tensors which a lesson made are finite, and return them.
+    """Check that trained tensors are finite, and return them. After the last step, no loss shows it.
 
     Raises:
         DataError: One holds NaN or infinity.

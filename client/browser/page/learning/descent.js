@@ -64,12 +64,12 @@ export class SGD {
 }
 
 /**
- * Minimize a loss over the parameters `trained`, a list of names. Returns all values, of which the others are as before; each is
- * finite and at most DISTANCE from its start.
+ * Minimize a loss over the parameters `trained`, a list of names. Returns all values, of which the others are as before.
  *
  * `start` is a Map of name → Float32Array, which stays as it is; `order` the batches of all epochs; `gradientsOf` values and
  * batch → Promise of { loss, gradients }; `task` of a plan (task.js). A gradient is clipped to `norm`. One that is not finite counts
- * as zero if `unfailing`, as in a round (client/training/descent.py says why); else it throws a DataError.
+ * as zero if `unfailing`, and no value gets farther than DISTANCE from its start, as in a round (client/training/descent.py says
+ * why); else it throws a DataError.
  */
 export async function descend(start, order, gradientsOf, task, trained, { norm = Infinity, unfailing = false } = {}) {
   const values = new Map([...start].map(([name, each]) => [name, each.slice()]));
@@ -83,9 +83,10 @@ export async function descend(start, order, gradientsOf, task, trained, { norm =
     const gradients = trained.map((name) => [name, isFinite ? found.get(name) : new Float32Array(start.get(name).length)]);
     const regular = regularized(new Map(gradients), values, start, task);
     optimizer.step(values, clipped(regular, limit), schedule(task.schedule, number, order.length));
-    for (const name of trained) near(values.get(name), start.get(name));
+    if (unfailing) for (const name of trained) near(values.get(name), start.get(name));
   }
-  return values;
+  if ([...values.values()].every((each) => each.every(Number.isFinite))) return values;
+  throw new DataError("the trained adapter is not finite; lower the learning rate", "training.adapter");
 }
 
 /** Keep each value within DISTANCE of its start, in place. */
