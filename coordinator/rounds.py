@@ -82,13 +82,15 @@ def federate(
     transcripts.finish()  # before a device is asked: what a kill left is repaired, and other damage refused
     try:
         last = _found(transcripts, registry, key)
-        _check_unshared(registry, settings, transcripts, key)
         account = _account(transcripts, key) if settings.has_noise else Account()
         for number in range(len(registry.rounds()) + 1, settings.rounds + 1):
             begin = time.perf_counter()
             adapter = registry.newest_adapter()
             if cohort is None:
                 stillness.warn(adapter, settings)
+                if settings.training_rounds >= number:
+                    trained = settings.task(adapter.manifest)
+                    privateparts.check_unshared(transcripts.folder, key.public, trained, adapter.layout)
             # Of all sums from an adapter, the task is the same.
             repeats = last is not None and last.adapter == adapter.manifest.sha256
             kind = last.kind if last is not None and repeats else settings.kind_of(number)
@@ -391,20 +393,6 @@ def _step(
 
 def _bound(spec: SessionSpec, epsilon: float | None) -> PrivacyBound | None:
     return None if spec.privacy is None or epsilon is None else PrivacyBound(epsilon, spec.privacy.delta)
-
-
-def _check_unshared(
-    registry: Registry, settings: FederationSettings, transcripts: Transcripts, key: IdentityKey
-) -> None:
-    """Check that the rounds of training that are still to do share no part that devices keep to themselves.
-
-    Raises:
-        ConfigError, TrustError: As ``privateparts.check_unshared``.
-    """
-    adapter = registry.newest_adapter()
-    if settings.training_rounds > len(registry.rounds()):
-        task = settings.task(adapter.manifest)
-        privateparts.check_unshared(transcripts.folder, key.public, task, adapter.layout)
 
 
 def _account(transcripts: Transcripts, key: IdentityKey) -> Account:
