@@ -29,6 +29,7 @@ from client.node.app import STATE
 from client.node.snapshot import Draw, Snapshot
 from client.training.contribute import clip
 from client.training.examples import Split, in_split, read_examples
+from client.training.limits import TrainingLimits
 from client.training.trainer import load_trainer
 from coordinator import optimizer
 from coordinator.sessionsettings import Aggregation
@@ -92,7 +93,8 @@ def plain_mean(fleet: Any, start: Tensors, version: int, survivors: tuple[str, .
     total, weights = np.zeros(mine.layout.size), 0
     for device in survivors:
         examples = in_split(read_examples(fleet.state_dir(device).examples, len(plan.labels)), Split.TRAIN)
-        trained = mine.train(start, examples, plan, epochs=plan.epochs, rng=orders.found[device, version])
+        rng, control = orders.found[device, version], TrainingLimits().control()
+        trained = mine.train(start, examples, plan, epochs=plan.epochs, rng=rng, control=control)
         delta = mine.layout.flatten(trained).astype(np.float64) - mine.layout.flatten(start)
         weight = min(len(examples), settings.aggregation.weight_cap)
         total += weight * clip(delta, settings.aggregation.clip_norm)
