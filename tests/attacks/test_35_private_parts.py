@@ -28,7 +28,9 @@ from aggregation.sealed import ClientState
 from aggregation.steps import Step
 from client.node import app as device_app
 from client.node.statedir import DeviceStateDir
+from client.training.control import TrainingControl
 from client.training.examples import parse_examples
+from client.training.limits import TrainingLimits
 from tests.attacks.test_14_answers_that_depend_on_data import Observer
 from tests.support.hostile import plans_anything
 from tests.support.subtracting import DEVICES, VICTIM, Subtracting, fleet_without_proofs
@@ -91,6 +93,7 @@ def error_of_the_head(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> float:
     """
     plans_anything(monkeypatch)
     monkeypatch.setattr("adapters.tasklimits.TaskLimits._check_number", lambda *given: None)  # owners who permit any
+    monkeypatch.setattr(TrainingLimits, "control", lambda limits: TrainingControl(unfailing=True))
     coordinator = Summing(monkeypatch, withheld=WITHHELD)
     for rounds, decay in ((3, DECAY), (5, 0.0)):
         training = {"epochs": 1, "learning_rate": RATE, "weight_decay": decay}

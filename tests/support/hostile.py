@@ -51,7 +51,7 @@ def audit_failures(path: Path, at: datetime | None = None) -> set[str]:
 
 def plans_anything(patch: pytest.MonkeyPatch) -> None:
     """Let the coordinator share what its devices keep to themselves, as an honest one does not ask them to."""
-    patch.setattr(rounds, "_check_unshared", lambda *given: None)
+    patch.setattr("coordinator.privateparts.check_unshared", lambda *given: None)
 
 
 def plans_for_anyone(patch: pytest.MonkeyPatch) -> None:
