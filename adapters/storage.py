@@ -192,7 +192,7 @@ def real(path: Path) -> Path:
     """The full path without symbolic links, whether or not something is there.
 
     Raises:
-        DataError: The links lead in a circle.
+        DataError: A link leads back to itself.
     """
     try:
         return path.resolve()
