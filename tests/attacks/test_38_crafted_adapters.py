@@ -53,7 +53,7 @@ STEPS: dict[str, dict[str, Any]] = {
 }
 ADAMW = {"optimizer": OptimizerName.ADAMW}
 FALLING = ADAMW | {"schedule": RateSchedule.LINEAR}
-LIMITS = TrainingLimits(minimum_batch_size=1)  # an owner's; two examples in a step are read as well
+LIMITS = TrainingLimits(minimum_batch_size=1)  # of an owner who permits steps of one example
 Vector = NDArray[np.float64]
 
 
