@@ -230,6 +230,15 @@ def _gather_elements(to: Backward, node: onnx.NodeProto, gradient: str, _: set[i
     return {0: to.add("ScatterElements", nothing, index, gradient, axis=axis, reduction="add")}
 
 
+def _gather_nd(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) -> Gradients:
+    """Zero for all slices that were not looked up, such as the states of all tokens but a text's last."""
+    x, index = node.input
+    if settings(node, batch_dims=0)["batch_dims"]:
+        raise ConfigError("a look-up within rows has no derivative here: use another base", about="GatherND")
+    nothing = to.add("Expand", to.number(0), to.shape(x))
+    return {0: to.add("ScatterND", nothing, index, gradient, reduction="add")}
+
+
 def _concat(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
     """The part of the gradient that is where the input is."""
     axis = settings(node)["axis"] % to.rank(node.output[0])
@@ -324,6 +333,7 @@ RULES: Mapping[str, Rule] = {
     "Transpose": _transpose,
     "Gather": _gather,
     "GatherElements": _gather_elements,
+    "GatherND": _gather_nd,
     "Concat": _concat,
     "Pad": _pad,
     "Slice": _slice,

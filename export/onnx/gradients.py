@@ -4,6 +4,7 @@ Every slot is compared, for batches of several shapes with rows of different len
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,7 @@ def check_gradients(
         batch, inputs = _drawn(rng, slots, ids, texts, min(length, longest), count)
         if PROMPT in slots:
             inputs[PROMPT] = _embedded(module, rng.choice(ids, len(inputs[PROMPT])))
-        if language:
-            batch = _learned(rng, batch, ids)
+        batch = _learned(rng, batch, ids) if language else _labelled(rng, batch, module, inputs)
         expected = _in_torch(module, batch, inputs)
         try:
             loss, found = graph.gradients(batch, inputs)
@@ -118,9 +118,7 @@ def _drawn(
     """A batch with rows of different lengths and shares, and an adapter whose updates are as large as what it reads."""
     lengths = rng.permutation([max(1, longest - 2 * row) for row in range(texts)])
     shares = rng.random(texts) / texts
-    batch = batch_of(
-        [rng.choice(ids, n).tolist() for n in lengths], rng.integers(0, COUNT, texts).tolist(), shares.tolist()
-    )
+    batch = batch_of([rng.choice(ids, n).tolist() for n in lengths], [0] * texts, shares.tolist())
     inputs: dict[str, Floats] = {}
     for name, dimensions in slots.items():
         shape = [_size(text, texts, virtual) for text in dimensions]
@@ -136,6 +134,19 @@ def _embedded(module: Any, ids: NDArray[np.int64]) -> Floats:
     with torch.no_grad():
         rows: Floats = inner.get_input_embeddings()(torch.from_numpy(ids)).numpy()
     return rows
+
+
+def _labelled(
+    rng: np.random.Generator, batch: TrainingBatch, module: torch.nn.Module, inputs: Tensors
+) -> TrainingBatch:
+    """The same texts, each with one of the labels that a classifier has with this adapter."""
+    with torch.no_grad():
+        logits = module(
+            torch.from_numpy(batch.ids),
+            torch.from_numpy(batch.mask),
+            {n: torch.from_numpy(v) for n, v in inputs.items()},
+        )
+    return replace(batch, targets=rng.integers(0, logits.shape[1], len(batch.targets)))
 
 
 def _learned(rng: np.random.Generator, batch: TrainingBatch, ids: Sequence[int]) -> TrainingBatch:

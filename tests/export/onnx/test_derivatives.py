@@ -69,6 +69,7 @@ CASES: list[tuple[str, Sequence[tuple[int, ...]], Function]] = [
         ((3, 4),),
         lambda a: a.gather(-1, torch.tensor([[3, 3], [0, 1], [2, 0]])),
     ),
+    ("y = GatherND(a, places)", (X,), lambda a: a[[1, 0, 1], [2, 0, 2]]),
     ("y = Slice(a, middle, two_rows, middle)", (X,), lambda a: a[:, 1:2]),
     ("y = Slice(a, backwards, beyond, ends, ones)", (X,), lambda a: a[:, -2:, -9:]),
     ("y = Slice(a, middle, beyond_one, last)", (X,), lambda a: a[..., 1:]),
@@ -91,7 +92,7 @@ CONSTANTS = (
     "int64[1] middle = {1}, int64[2] ends = {1, 2}, int64[1] last = {-1}, int64[2] pair = {4, 6}, "
     "int64[3] triple = {2, 3, 4}, int64[3] rows = {1, 0, 1}, int64[1] two_rows = {2}, int64[1] beyond_one = {99}, "
     "int64[2] backwards = {-2, -9}, int64[2] beyond = {99, 99}, int64[2] ones = {1, 1}, "
-    "int64[3,2] columns = {3, 3, 0, 1, 2, 0}, "
+    "int64[3,2] columns = {3, 3, 0, 1, 2, 0}, int64[3,2] places = {1, 2, 0, 0, 1, 2}, "
     "int64 first = {0}, float two = {2.0}, float three = {3.0}, float low = {-0.5}, float high = {0.7}"
 )
 
