@@ -6,7 +6,7 @@ trained on the rounded base compensates for it; docs/decisions/0012 says how to 
 
 import copy
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Set
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from aggregation.errors import ConfigError
 from export.onnx.blocks import BLOCK, eight_bits, four_bits, four_bits_exactly
 from export.onnx.exported import Profile
 from export.onnx.peftmodel import SlottedModel, layer_weight
-from export.onnx.storedweights import in_integers, integer_weights
+from export.onnx.storedweights import float_weights, in_integers, integer_weights, is_among
 from export.onnx.tensorstore import MEMORY, TensorStore
 
 BITS = {Profile.NATIVE_INT8: 8, Profile.NATIVE_INT4: 4}
@@ -71,7 +71,7 @@ def as_stored(
     Args:
         slotted: The model.
         profile: Of the graph.
-        answering: The graph, of which ``web-int8`` says which weights are integers.
+        answering: The graph, which says which weights are integers or floats.
         store: Where its tensors are.
     """
     if profile is Profile.FP32:
@@ -80,7 +80,7 @@ def as_stored(
     if profile is Profile.WEB_INT8:
         round_integers(model, integer_weights(answering, store))
     else:
-        round_weights(model, BITS[profile])
+        round_weights(model, BITS[profile], float_weights(answering, store))
     return SlottedModel(model, slotted.inputs)
 
 
@@ -100,10 +100,10 @@ def round_integers(model: nn.Module, integers: Collection[str]) -> None:
             module.weight = nn.Parameter(torch.from_numpy(blocks.values), requires_grad=False)
 
 
-def round_weights(model: nn.Module, bits: int) -> None:
+def round_weights(model: nn.Module, bits: int, floats: Set[str] = frozenset()) -> None:
     """Round as ``quantize.in_blocks``, in place: embeddings, also as output layers, in eight bits, others in ``bits``.
 
-    Weights whose width is not divisible by a block stay as they are.
+    Weights whose width is not divisible by a block stay as they are, as do those among ``floats`` (``float_weights``).
     """
     done: set[int] = set()  # tied weights are one tensor under two names
     for module in sorted(model.modules(), key=lambda module: not isinstance(module, nn.Embedding)):
@@ -115,5 +115,7 @@ def round_weights(model: nn.Module, bits: int) -> None:
         if weight.data_ptr() in done or rows.shape[1] % BLOCK:
             continue
         done.add(weight.data_ptr())
+        if is_among(rows, floats):
+            continue
         blocks = four_bits_exactly(rows) or (eight_bits if embedding or bits == 8 else four_bits)(rows)
         weight.copy_(torch.from_numpy(blocks.values.T if turned else blocks.values))

@@ -4,7 +4,7 @@ Each form is what one ``DequantizeLinear`` reads, so the file of weights has no 
 bits with residuals (``blocks.py``), these are the last blocks of its rows, and are added to the others.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,6 +88,17 @@ def integer_weights(answering: onnx.ModelProto, store: TensorStore) -> set[str]:
     return {_digest(store.array(tensor)) for tensor in answering.graph.initializer if tensor.name in names}
 
 
+def float_weights(answering: onnx.ModelProto, store: TensorStore) -> set[str]:
+    """The SHA-256, hex, of each matrix that a graph has in floats, such as that of a Gemm."""
+    matrices = (t for t in answering.graph.initializer if t.data_type == TensorProto.FLOAT and len(t.dims) == 2)
+    return {_digest(store.array(tensor)) for tensor in matrices}
+
+
+def is_among(weight: Floats, digests: Set[str]) -> bool:
+    """Whether a weight, or its transpose, is among ``float_weights``."""
+    return not digests.isdisjoint((_digest(weight), _digest(weight.T)))
+
+
 def in_integers(weight: Floats, integers: Collection[str]) -> tuple[NDArray[np.int8], Floats] | None:
     """Codes and scales of a weight ``(in, out)``, if it is among ``integer_weights``."""
     if not integers:
@@ -108,7 +119,12 @@ def read_stored(graph: onnx.ModelProto, form_of: FormOf, store: TensorStore, onc
     """
     inner, nodes = graph.graph, list[onnx.NodeProto]()
     values = {tensor.name: tensor for tensor in inner.initializer}
-    layers = [node for node in inner.node if node.op_type == "MatMul" and _is_weight(values.get(node.input[1]))]
+    floats = {name for node in inner.node if node.op_type == "Gemm" for name in node.input}  # also of the answers
+    layers = [
+        node
+        for node in inner.node
+        if node.op_type == "MatMul" and node.input[1] not in floats and _is_weight(values.get(node.input[1]))
+    ]
     shared = {node.input[1] for node in layers if once is None or node.output[0] in once}
     wanted, done = {node.input[1] for node in layers}, set[str]()
     for node in inner.node:
