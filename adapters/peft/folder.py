@@ -5,7 +5,7 @@ Reading needs neither torch, peft nor pickle: the files are ``adapter_config.jso
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from safetensors import SafetensorError, deserialize
 
 from adapters import files
 from adapters.files import MAX_ADAPTER
-from adapters.graphinputs import input_name, virtual_tokens
+from adapters.graphinputs import INPUT_SCALE, input_name, layer_of, virtual_tokens
 from adapters.layout import Floats, Layout, Tensors
 from adapters.parts import FROZEN
 from adapters.peft.config import Settings, config_of, saved_modules, settings_of
@@ -31,6 +31,7 @@ MAX_CONFIG = 2**20  # bytes
 MAX_NAME = 512  # characters of a tensor's name
 EMBEDDING = ".lora_embedding_"  # part of the names of LoRA tensors on an embedding
 BF16 = "BF16"
+CHOOSING = ("exclude_modules", "layers_to_transform")  # settings that choose among the layers of target_modules
 TYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64, BF16: np.uint16}
 
 
@@ -64,7 +65,9 @@ def read_peft(folder: Path) -> PeftFolder:
             f"the adapter has {count} virtual tokens, but {CONFIG} states {stated!r:.40}", about="num_virtual_tokens"
         )
     _check_magnitudes(tensors, bool(settings.get("use_dora")))
-    AdapterInputs.of_tensors(*as_lora(config, tensors))
+    inputs = AdapterInputs.of_tensors(*as_lora(config, tensors))
+    if not isinstance(settings.get("target_modules"), list) or any(map(settings.get, CHOOSING)):
+        config = _with_paths(config, inputs)
     base, task = (_text(settings.get(name)) for name in ("base_model_name_or_path", "task_type"))
     return PeftFolder(config, files.sha256(blob), base, task, tensors)
 
@@ -111,6 +114,14 @@ def to_peft(tensors: Tensors, config: PeftConfig, out: Path, base: str | None = 
     contents = {CONFIG: settings, WEIGHTS: files.encode(to_peft_tensors(tensors, config))}
     with new_folder(out) as stage:
         write_files(stage, contents)
+
+
+def _with_paths(config: PeftConfig, inputs: AdapterInputs) -> PeftConfig:
+    """The configuration with the layers of the adapter by their paths, which need no pattern to be found again."""
+    scaled = {layer_of(name) for name in inputs.vectors if name.endswith(INPUT_SCALE)}
+    feedforward = tuple(sorted(scaled)) if config.feedforward_modules else ()
+    paths = {slot.path for slot in inputs.loras} or set(map(layer_of, inputs.vectors))
+    return replace(config, target_modules=tuple(sorted(paths)), feedforward_modules=feedforward)
 
 
 def _text(value: object) -> str | None:
