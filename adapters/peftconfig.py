@@ -151,6 +151,16 @@ def require_trainable(config: PeftConfig) -> None:
         raise _untrainable("feedforward_modules", odd, "IA3 whose feedforward_modules are among its target_modules")
 
 
+def require_gradients(config: PeftConfig) -> None:
+    """Refuse what no training graph trains: biases of the base with LoRA. Raises ConfigError."""
+    if config.bias != "none":
+        raise ConfigError(
+            f"a training graph trains no biases with LoRA, bias is {config.bias!r}: set it to 'none', or add to biases "
+            "with BEFT, or install the extra train",
+            about="task.peft_config",
+        )
+
+
 def exactly(path: str) -> str:
     """The pattern that matches ``path`` and nothing else.
 

@@ -14,10 +14,10 @@ from tokenizers import Tokenizer
 
 from adapters.bundle import MODEL, TOKENIZER, VerifiedBase
 from adapters.classifiergraph import ENCODER, MAX_TOKENS, ClassifierGraph, open_session
-from adapters.graphinputs import LORA_A, LORA_B, VECTORS
 from adapters.layout import Floats, Tensors
 from adapters.lorasb import unfolded
 from adapters.parts import Part
+from adapters.peft.inputs import LABELS, is_saved
 from adapters.peftconfig import PeftConfig
 from adapters.task import MAX_LOSS, Task
 from adapters.traininggraph import batch_of
@@ -29,7 +29,7 @@ from client.training.descent import descend
 from client.training.examples import Example, Score
 from client.training.slotgraph import SlotGraph, check_method, nothing, unusable
 
-HEAD = ("classifier.bias", "classifier.weight")  # over the mean of the tokens, as federations train it
+MEAN_HEAD = ("classifier.bias", "classifier.weight")  # over the mean of the tokens, as federations train it
 
 
 class GraphTrainer:
@@ -40,20 +40,21 @@ class GraphTrainer:
 
         Args:
             base: Of a bundle.
-            labels: Rows of the head.
+            labels: Rows of the head, which may be the base's own or one over the mean of its tokens.
             config: Of the adapters: as ``SlotGraph`` takes it.
             threads: For matrix products.
 
         Raises:
-            ConfigError: The base has no training graph, another head than federations train, or no slot for the method;
-                or a file cannot be loaded.
+            ConfigError: The base has no training graph, or no slot for the method; or a file cannot be loaded.
             TrustError: A file of the bundle changed since it was verified.
         """
         check_method(base, config)
-        _check(base)
         self.base, self.config, slots = base, config, base.manifest.slots
-        self.hidden = int(slots[HEAD[1]][1])
-        head = dict(zip(HEAD, ((labels,), (labels, self.hidden)), strict=True))
+        head = {
+            name: tuple(labels if size == LABELS else int(size) for size in shape)
+            for name, shape in slots.items()
+            if is_saved(name)
+        }
         self._slot_graph = SlotGraph(base, config, head, threads)
         self.layout = self._slot_graph.layout
         try:
@@ -157,12 +158,18 @@ class GraphTrainer:
         """Embeddings, shape ``(len(texts), hidden)``. Arguments are those of ``Trainer.embed``.
 
         They are the logits of a head that is the identity.
+
+        Raises:
+            ConfigError: As ``require_mean_head``.
         """
+        require_mean_head(self.base)
+        (bias, weight), slots = MEAN_HEAD, self.base.manifest.slots
+        hidden = int(slots[weight][1])
         if not texts:
-            return np.zeros((0, self.hidden), np.float32)
-        (bias, weight), slots = HEAD, self.base.manifest.slots
-        inputs = self._slot_graph.inputs_of(adapter) if adapter is not None else nothing(slots, set(slots) - set(HEAD))
-        identity = {bias: np.zeros(self.hidden, np.float32), weight: np.eye(self.hidden, dtype=np.float32)}
+            return np.zeros((0, hidden), np.float32)
+        empty = nothing(slots, set(slots) - set(MEAN_HEAD))
+        inputs = self._slot_graph.inputs_of(adapter) if adapter is not None else empty
+        identity = {bias: np.zeros(hidden, np.float32), weight: np.eye(hidden, dtype=np.float32)}
         return self._run(inputs | identity, texts)
 
     def _run(self, inputs: Tensors, texts: Sequence[str]) -> Floats:
@@ -198,18 +205,27 @@ def _key(base: VerifiedBase, labels: int, config: PeftConfig) -> object:
 
 @cached(LRUCache(maxsize=2), key=_key)
 def load_graph_trainer(base: VerifiedBase, labels: int, config: PeftConfig) -> GraphTrainer:
-    """A trainer that stays loaded for the next message."""
+    """A trainer of a federation's classifier, which stays loaded for the next message.
+
+    Raises:
+        ConfigError, TrustError: As ``require_mean_head`` and ``GraphTrainer``.
+    """
+    require_mean_head(base)
     return GraphTrainer(base, labels, config)
 
 
-def _check(base: VerifiedBase) -> None:
-    """Refuse a base whose slots are not those of a federation's classifier."""
-    slots = base.manifest.slots
-    ends = (LORA_A, LORA_B, *VECTORS)
-    trained = {name for name in slots if name.startswith(ENCODER) and name.endswith(ends)} | set(HEAD)
-    if odd := sorted(trained ^ set(slots)):
+def require_mean_head(base: VerifiedBase) -> None:
+    """Refuse a base with another head than one over the mean of its tokens, or with virtual tokens.
+
+    Federations train such a head, and it alone has embeddings. Raises ConfigError.
+    """
+    saved = {name for name in base.manifest.slots if is_saved(name)}
+    odd = sorted(saved ^ set(MEAN_HEAD)) + sorted(
+        name for name in base.manifest.slots if name not in saved and not name.startswith(ENCODER)
+    )
+    if odd:
         raise ConfigError(
-            f"the base in {base.folder} has a slot {odd[0]!r}, which federations do not train: export it with --head "
-            "mean, without virtual tokens",
+            f"the base in {base.folder} has a slot {odd[0]!r}, which is not of a head over the mean of the tokens: "
+            "export it with --head mean, without virtual tokens",
             about=odd[0],
         )

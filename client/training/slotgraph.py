@@ -30,7 +30,7 @@ from adapters.parts import Part, part_of
 from adapters.peft.dora import NormsOf, gradients_of_magnitudes, magnitudes, with_magnitudes, with_scales
 from adapters.peft.lowrank import FACTORS, as_lora, factor_shapes, gradients_of_factors, trimmed
 from adapters.peft.methods import VIRTUAL_TOKENS, from_peft_tensors, to_peft_tensors
-from adapters.peftconfig import PeftConfig
+from adapters.peftconfig import PeftConfig, require_gradients
 from adapters.traininggraph import TrainingBatch, TrainingGraph, missing_slots
 from aggregation.errors import ConfigError, DataError
 from client.training.denormals import without_denormals
@@ -175,17 +175,7 @@ def check_method(base: VerifiedBase, config: PeftConfig) -> None:
             "base itself and install the extra train",
             about=TRAINING,
         )
-    check_trainable(config)
-
-
-def check_trainable(config: PeftConfig) -> None:
-    """Refuse what no training graph trains: biases of the base with LoRA. Raises ConfigError."""
-    if config.bias != "none":
-        raise ConfigError(
-            f"a training graph trains no biases with LoRA, bias is {config.bias!r}: set it to 'none', or add to biases "
-            "with BEFT, or install the extra train",
-            about="task.peft_config",
-        )
+    require_gradients(config)
 
 
 def unusable(base: VerifiedBase, error: Exception) -> ConfigError:

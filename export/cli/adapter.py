@@ -33,6 +33,7 @@ from export.cli.options import (
     PROFILE,
     from_folder,
     from_registry,
+    learning,
     origin_of,
     out_json,
     pinned,
@@ -106,13 +107,14 @@ def adapter(
     """
     signer = read_key(key_file)
     origin = _resolved(origin_of(registry, peft_folder, version, trust, labels), base_name)
-    examples = _examples(held_out, origin)
+    examples, trains = _examples(held_out, origin), ""
     if base_name is None and profile is not None:
         raise ConfigError(
             "--profile is for --base; the base in the bundle has its own: leave it out", about="--profile"
         )
     if base_name is not None and stated_manifest(bundle) is None:
         exported = _exported(bundle, base_name, profile or PROFILE, origin)
+        trains = learning(exported, origin.peft_config)
         found = _calibrated(exported.folder, exported.manifest, origin, form, examples)
         temperature = found.temperature if found else 1.0
         manifest = create(bundle, exported, origin, name=name, form=form, key=signer, temperature=temperature)
@@ -130,7 +132,7 @@ def adapter(
         _warn(bundle, name, origin, temperature)
         manifest = add(bundle, origin, name=name, form=form, key=signer, temperature=temperature)
     row = {"bundle": str(bundle), **asdict(manifest)}
-    line = f"{bundle}: {name} version {manifest.version}, {form}, rank {manifest.rank}, {manifest.size:,} bytes"
+    line = f"{bundle}: {name} version {manifest.version}, {form}, rank {manifest.rank}, {manifest.size:,} bytes{trains}"
     if found:
         row["calibration"] = asdict(found)
         line = f"{line}\n{_summary(found)}"

@@ -11,7 +11,17 @@ from adapters.keyfiles import read_key
 from adapters.manifest import Task
 from adapters.phrases import encode_phrases, read_phrases
 from aggregation.errors import ConfigError
-from export.cli.options import FOLDER, PROFILE, from_folder, out_json, print_result, profiled, progress, signed_by
+from export.cli.options import (
+    FOLDER,
+    PROFILE,
+    from_folder,
+    learning,
+    out_json,
+    print_result,
+    profiled,
+    progress,
+    signed_by,
+)
 
 TASKS = ("text-classification", "text-generation")
 
@@ -117,15 +127,10 @@ def base(
     manifest, size = exported.manifest, exported.size
     row = {name: getattr(manifest, name) for name in ("base_digest", "task", "profile", "files", "max_rank")}
     trainable, difference = TRAINING in manifest.files, exported.gradients
-    lines = [
-        f"{out}: base {manifest.base_digest[:12]}, {manifest.profile}, {len(manifest.slots)} slots, {size:,} bytes"
-        + (f", devices can train it (gradients {difference:.2g} from torch)" if difference is not None else "")
-    ]
-    if exported.untrainable:
-        lines.append(f"devices cannot train it without torch: {exported.untrainable}")
+    line = f"{out}: base {manifest.base_digest[:12]}, {manifest.profile}, {len(manifest.slots)} slots, {size:,} bytes"
     print_result(
         {"bundle": str(out), **row, "slots": len(manifest.slots), "bytes": size, "training": trainable}
         | {"gradients": difference},
-        "\n".join(lines),
+        line + learning(exported, origin.peft_config if origin else None),
         as_json,
     )

@@ -19,10 +19,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from adapters.peftconfig import PeftConfig, require_gradients
 from adapters.storage import read_lines
 from aggregation.errors import ConfigError
 from export.bundle import sources
-from export.onnx.exported import Report
+from export.onnx.exported import ExportedBase, Report
 
 FOLDER = click.Path(path_type=Path)
 
@@ -110,6 +111,20 @@ def progress(label: str) -> Iterator[Report]:
     with display:
         report("reading", 0, 0)
         yield report
+
+
+def learning(exported: ExportedBase, config: PeftConfig | None) -> str:
+    """What follows a line about an exported base: whether devices can train it, or the adapter that it is for."""
+    reason = exported.untrainable
+    if config is not None and exported.gradients is not None:
+        try:
+            require_gradients(config)
+        except ConfigError as error:
+            reason = str(error)
+    if reason:
+        return f"\ndevices cannot train it without torch: {reason}"
+    difference = exported.gradients
+    return "" if difference is None else f", devices can train it (gradients {difference:.2g} from torch)"
 
 
 def print_result(row: dict[str, Any], line: str, as_json: bool) -> None:

@@ -10,14 +10,13 @@ from pathlib import Path
 from adapters.base import Base, find_base
 from adapters.bundle import TRUST
 from adapters.cache import cached
-from adapters.peftconfig import PeftConfig
+from adapters.peftconfig import PeftConfig, require_gradients
 from adapters.storage import PUBLIC, replace
 from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
 from client.inference.trust import Trust
 from client.training.engine import trainer_of
 from client.training.protocols import FrozenBase
-from client.training.slotgraph import check_trainable
 from export.bundle.write import write_bundle
 from export.causal import export_causal
 from export.center import centered
@@ -78,7 +77,7 @@ def device_base(out: Path, scenario: Scenario, base: Base, population: Populatio
     if scenario.base.engine == "torch":
         return base
     config, bundle, labels = peft_config(scenario, base), bundle_of(out), len(population.labels)
-    check_trainable(config)
+    require_gradients(config)
     if not bundle.exists():
         _write(bundle, base, config, Profile(scenario.export.profile), language=not labels)
     verified = Trust.open(bundle).bundle.base()

@@ -27,6 +27,9 @@ export const virtualTokens = (feeds) => VIRTUAL.reduce((sum, name) => sum + (fee
 /** The kind of vector that a graph input takes, a scale, an offset or a replaced parameter; undefined for any other. */
 export const vectorKind = (name) => VECTORS.find((kind) => name.endsWith(kind));
 
+/** Whether a graph input is a parameter of a classifier's head, or of another module that adapters bring whole. */
+export const isHead = (name) => !isLora(name) && !vectorKind(name) && !isVirtual(name);
+
 /**
  * Refuse tensors that do not fill exactly the slots of a graph; return the size that each free dimension takes.
  *

@@ -25,7 +25,7 @@ from client.training.control import TrainingControl
 from client.training.denormals import flushes, without_denormals
 from client.training.engine import classifier_trainer
 from client.training.examples import Example, Score
-from client.training.graphtrainer import GraphTrainer
+from client.training.graphtrainer import GraphTrainer, load_graph_trainer
 from client.training.trainer import Trainer
 from export.bundle.write import write_bundle
 from export.onnx.classifier import export_classifier
@@ -355,10 +355,21 @@ def test_a_bundle_without_a_training_graph_is_refused(tiny_base: Base, tmp_path:
         GraphTrainer(bundled(tmp_path / "b", export_classifier(model, tiny_base, Profile.FP32)), 3, LORA)
 
 
-def test_a_base_with_its_own_head_is_refused(tiny_base: Base, tmp_path: Path) -> None:
-    made = export_classifier(with_own_head(tiny_base, ["query"]), tiny_base, Profile.FP32, training=True)
-    with refused(ConfigError, next(name for name in sorted(made.slots) if "query" in name)):
-        GraphTrainer(bundled(tmp_path / "b", made), 3, LORA)
+def test_a_base_with_its_own_head_is_trained_and_has_no_embeddings_and_no_federation(
+    tiny_base: Base, tmp_path: Path
+) -> None:
+    made = export_classifier(with_own_head(tiny_base, ["query", "value"]), tiny_base, Profile.FP32, training=True)
+    base = bundled(tmp_path / "b", made)
+    ours = GraphTrainer(base, 3, LORA)
+    start = {spec.name: np.full(spec.shape, 0.01, np.float32) for spec in ours.layout.tensors}
+    first, gradients = ours.gradients(start, EXAMPLES, [1 / len(EXAMPLES)] * len(EXAMPLES))
+    step = {name: value - np.float32(0.1) * gradients[name] for name, value in start.items()}
+    assert ours.gradients(step, EXAMPLES, [1 / len(EXAMPLES)] * len(EXAMPLES))[0] < first
+    odd = next(name for name in sorted(made.slots) if not name.startswith(("encoder.", "classifier.")))
+    with refused(ConfigError, odd):
+        ours.embed(["a"])
+    with refused(ConfigError, odd):
+        load_graph_trainer(base, 3, LORA)
 
 
 def test_a_training_graph_that_changed_after_it_was_verified_is_refused(tiny_base: Base, tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from adapters.base import Base
 from adapters.bundle import BASE_MANIFEST
 from adapters.graphinputs import LORA_A
 from adapters.manifest import BaseManifest
+from client.learning.corrections import Correction
+from client.learning.learner import Learner
 from tests.support.models import LABELS
 from tests.support.recipes import SIZES, TEXTS, bare, by_torch, infer, trained
 
@@ -53,6 +55,9 @@ def test_an_adapter_on_a_bare_encoder_brings_its_head(
     (tmp_path / "texts").write_text("\n".join(TEXTS))
     gate = ("parity", "--bundle", bundle, "--base", base.folder, "--peft", tmp_path / "lora")
     assert export(*gate, "--texts", tmp_path / "texts").code == 0
+    with Learner.open(bundle) as learner:
+        taught = learner.teach([Correction(TEXTS[0], LABELS[-1])]).taught
+    assert [answer.after.label for answer in taught] == [LABELS[-1]]
 
 
 def test_a_bare_encoder_that_lacks_more_than_the_adapter_brings_is_refused(

@@ -25,7 +25,7 @@ import { LanguageGraphTrainer } from "./languagegraph.js";
 import { momentsOf, projectedMoments } from "./moments.js";
 import { checkUnshared, subjectOf, toKeep, withPrivate } from "./private.js";
 import { LIMITS, R, adapterOf, checkLimits, decodeTask, isAnalytic, isEvaluation, partOf, requireLabels } from "./task.js";
-import { GraphTrainer } from "./trainer.js";
+import { GraphTrainer, requireMeanHead } from "./trainer.js";
 
 const MAX_LOSS = 20; // nats, of one example (adapters/task.py)
 const between = (pause) => () => pause({ step: 0, steps: 0 });
@@ -102,7 +102,10 @@ async function signedLabels({ source, trust }) {
 async function opened(engine, task, tensors, limits) {
   try {
     checkLimits(task, tensors, limits);
-    if (!engine.generation) requireLabels(task.labels, await signedLabels(engine));
+    if (!engine.generation) {
+      requireMeanHead(engine.base);
+      requireLabels(task.labels, await signedLabels(engine));
+    }
     const inputs = fromPeft(tensors);
     const sizes = checkSlots(new Map([...emptyAdapter(engine.base.slots), ...asSlots(inputs)]), engine.base.slots);
     const labels = engine.generation ? 0 : sizes.get("labels"); // of a language model there are none

@@ -19,7 +19,6 @@ const [WEIGHT_NORM, OWN_BIAS] = [".weight_norm", ".own_bias"];
 export const TOKENS_AT_ONCE = 512; // of one run of the training graph, which bounds its memory
 
 export class SlotGraph {
-  static head = []; // graph inputs that every adapter fills
   static scores = []; // outputs of the training graph, besides the loss and the gradients, that are read
   #factors; // of Fed-SB
   #biases = new Map(); // of the layers of DoRA that have one
@@ -29,15 +28,17 @@ export class SlotGraph {
     Object.assign(this, { engine, session, shapes, scaling });
   }
 
-  /** Throws ConfigError: the base has slots that are not trained. */
-  static checkBase(_base) {}
+  /** The graph inputs that every adapter fills. */
+  static head(_base) {
+    return [];
+  }
 
   /**
    * Load the training graph of an open bundle, for the adapter { manifest, inputs }: inputs of slots or, with `start`, tensors of
    * values, which are `start`.
    *
-   * Throws ConfigError: the bundle has none, or it lacks an output; or the base or the method of the adapter is one that
-   * cannot be trained here. DataError: the adapter is of another layout than its method says; or as `Trust.file`.
+   * Throws ConfigError: the bundle has none, or it lacks an output; or the method of the adapter is one that cannot be trained
+   * here. DataError: the adapter is of another layout than its method says; or as `Trust.file`.
    */
   static async open(engine, adapter, start = null) {
     const { base } = engine;
@@ -65,9 +66,8 @@ export class SlotGraph {
     if (!Object.hasOwn(base.files, TRAINING)) {
       throw new ConfigError("the base has no training graph: export it with 'export base --training'", TRAINING);
     }
-    this.checkBase(base);
     const scaling = scalings(base, manifest);
-    return { scaling, shapes: checkedShapes(inputs, scaling, this.head, manifest) };
+    return { scaling, shapes: checkedShapes(inputs, scaling, this.head(base), manifest) };
   }
 
   /** Read what the slots of DoRA need. Throws ConfigError: the base or its training graph was not made for that. */

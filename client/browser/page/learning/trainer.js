@@ -2,28 +2,34 @@
 
 import { byCodePoint } from "../bytes.js";
 import { ConfigError, quoted } from "../errors.js";
-import { LORA_A, LORA_B, vectorKind } from "../graphinputs.js";
+import { isHead } from "../graphinputs.js";
 import { fixedTexts } from "../provider.js";
 import * as runtime from "../runtime.js";
 import { parts } from "./batches.js";
 import { SlotGraph, TOKENS_AT_ONCE } from "./slotgraph.js";
 
 const ENCODER = "encoder."; // begins the path of everything below the head
-const HEAD = ["classifier.bias", "classifier.weight"]; // over the mean of the tokens, as federations train it
+const MEAN_HEAD = ["classifier.bias", "classifier.weight"]; // over the mean of the tokens, as federations train it
 const MAX_TOKENS = 128; // of a text
 const MAX_LOSS = 20; // nats, of one example (adapters/task.py)
 const MAX_ROWS = 16; // of one run of the answering graph
 
-export class GraphTrainer extends SlotGraph {
-  static head = HEAD;
+/**
+ * Refuse a base with another head than one over the mean of the tokens, or with virtual tokens: federations train such a head, and it
+ * alone has embeddings. Throws ConfigError.
+ */
+export function requireMeanHead({ slots }) {
+  const isOdd = (name) => (isHead(name) ? !MEAN_HEAD.includes(name) : !name.startsWith(ENCODER));
+  const odd = [...Object.keys(slots).filter(isOdd), ...MEAN_HEAD.filter((name) => !Object.hasOwn(slots, name))];
+  if (!odd.length) return;
+  const [first] = odd.sort(byCodePoint);
+  const remedy = "export it with --head mean, without virtual tokens";
+  throw new ConfigError(`the base has a slot ${quoted(first)}, which is not of a head over the mean of the tokens: ${remedy}`, first);
+}
 
-  static checkBase({ slots }) {
-    const isTrained = (name) => HEAD.includes(name) || (name.startsWith(ENCODER) && (isLora(name) || vectorKind(name)));
-    const odd = [...Object.keys(slots).filter((name) => !isTrained(name)), ...HEAD.filter((name) => !Object.hasOwn(slots, name))];
-    if (!odd.length) return;
-    const [first] = odd.sort(byCodePoint);
-    const remedy = "export it with --head mean, without virtual tokens";
-    throw new ConfigError(`the base has a slot ${quoted(first)}, which federations do not train: ${remedy}`, first);
+export class GraphTrainer extends SlotGraph {
+  static head({ slots }) {
+    return Object.keys(slots).filter(isHead);
   }
 
   /** As `open`, without the training graph: what answers and embeds, and has no gradients. Throws as `open`. */
@@ -89,7 +95,7 @@ export class GraphTrainer extends SlotGraph {
   /** The embeddings of texts, as `logits`: the logits of a head that is the identity. */
   async embeddings(values, tokens, pause) {
     const inputs = await this.inputsOf(values);
-    const [bias, weight] = HEAD;
+    const [bias, weight] = MEAN_HEAD;
     const { hidden } = this;
     const identity = Float32Array.from({ length: hidden ** 2 }, (_, i) => Number(i % (hidden + 1) === 0));
     inputs.set(bias, { shape: [hidden], values: new Float32Array(hidden) });
@@ -98,7 +104,7 @@ export class GraphTrainer extends SlotGraph {
 
   /** Numbers of an embedding. */
   get hidden() {
-    const [bias, weight] = HEAD.map((name) => this.shapes.get(name).reduce((product, size) => product * size, 1));
+    const [bias, weight] = MEAN_HEAD.map((name) => this.shapes.get(name).reduce((product, size) => product * size, 1));
     return weight / bias;
   }
 
@@ -130,5 +136,3 @@ const targets = (run) => ({
   targets: runtime.int64(run.map(({ target }) => target), [run.length]),
   shares: runtime.floats(Float32Array.from(run, ({ share }) => share), [run.length]),
 });
-
-const isLora = (name) => name.endsWith(LORA_A) || name.endsWith(LORA_B);
