@@ -1,4 +1,4 @@
-# make demo | test | fast | doctest | lint | proto | docs | web | clean. The first run sets up .venv; later ones need no network.
+# make demo | test | exhaustive | fast | doctest | lint | proto | docs | web | clean. The first run sets up .venv; later ones need no network.
 # Tools run as `python -m …`: a console script's first line breaks in a checkout path that has spaces or is long.
 
 PYTHON ?= python3
@@ -15,7 +15,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TRANSFORMERS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test fast doctest lint proto docs web setup install clean
+.PHONY: demo test fast exhaustive doctest lint proto docs web setup install clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)  ## the main job; options through ARGS, as in: make demo ARGS="--out runs/mine"
@@ -23,7 +23,7 @@ demo: $(STAMP)  ## the main job; options through ARGS, as in: make demo ARGS="--
 
 # A worker for each core, each on one thread. Tests of one file stay with one worker, which makes their fixtures once.
 WORKERS ?= auto
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q --numprocesses $(WORKERS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q --numprocesses $(WORKERS) --dist loadfile --durations 30 --durations-min 5
 PACKAGES := adapters aggregation client coordinator export simulations
 
 # The protocol core's own tests must cover it, unless ARGS picks some. The others run without coverage, which nearly
@@ -37,6 +37,11 @@ ifeq ($(ARGS),)
 else
 	$(PYTEST) $(ARGS)
 endif
+
+EXHAUSTIVE := $(PY) -m tests.support.exhaustive
+exhaustive: $(STAMP)  ## all cases of the matrices of which `test` runs a few, in the files of FILES or in all
+	$(PYTEST) --exhaustive -m exhaustive $(or $(FILES),$(shell $(EXHAUSTIVE) all))
+	$(EXHAUSTIVE) passed $(FILES)
 
 fast: $(STAMP)  ## the tests that are not marked slow
 	$(PYTEST) -m "not slow" $(ARGS)

@@ -4,6 +4,7 @@ Torch and Flower are imported by what uses them, so that other tests do not wait
 """
 
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,32 @@ from tests.support.verified import forget_verified
 # How long an example takes says how busy the machine is, not whether the code is right.
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
+LONG = 60  # seconds, of a run of which the time of each folder is shown
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="run the cases that are left to `make exhaustive` too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--exhaustive"):
+        return
+    left = [item for item in items if item.get_closest_marker("exhaustive")]
+    items[:] = [item for item in items if item not in left]
+    config.hook.pytest_deselected(items=left)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The time of each folder of tests, in seconds of a worker."""
+    spent = Counter[str]()
+    reports = [each for found in terminalreporter.stats.values() for each in found]
+    for report in reports:
+        if isinstance(report, pytest.TestReport):
+            spent[report.nodeid.split("::")[0].split("/")[1]] += report.duration
+    if sum(spent.values()) > LONG:
+        terminalreporter.section("seconds of a worker, by folder")
+        for folder, seconds in spent.most_common():
+            terminalreporter.write_line(f"{seconds:6.0f}  {folder}")
 
 
 @pytest.fixture(autouse=True)

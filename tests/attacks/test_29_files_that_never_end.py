@@ -136,7 +136,7 @@ CASES = [
         file,
         kind,
         id=f"{command.replace('/', ' ')}: {Path(file).name}: {kind.__name__}",
-        marks=() if kind in (pipe, sparse) else pytest.mark.slow,
+        marks=() if kind in (pipe, sparse) else pytest.mark.exhaustive,
     )
     for command, files in COMMANDS.items()
     for file in files

@@ -36,6 +36,7 @@ from export.onnx.exported import ExportedBase, Profile
 from export.onnx.peftmodel import replace_conv1d
 from export.onnx.slotted import with_own_head
 from export.onnx.targets import ALL, SlotKind, Slots
+from tests.support.exhaustive import few
 from tests.support.processor import saturates
 from tests.support.slotkinds import KINDS, TOKENS, by_torch, drawn
 
@@ -304,13 +305,13 @@ def generated(base: Base, runner: Any) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", GENERATION)
+@pytest.mark.parametrize("kind", few(GENERATION, "llama", "gemma3_text"))  # builder and traced path
 def test_a_language_model_is_exported_as_the_page_says(make_lm: Callable[..., Base], runner: Any, kind: str) -> None:
     assert generated(make_lm(kind, **GENERATION[kind]), runner) == rows("Language models")[kind]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", CLASSIFICATION)
+@pytest.mark.parametrize("kind", few(CLASSIFICATION, "distilbert", "llama"))
 def test_a_classifier_is_exported_as_the_page_says(tmp_path: Path, tiny_base: Base, runner: Any, kind: str) -> None:
     model = AutoModelForSequenceClassification.from_config(
         AutoConfig.for_model(kind, vocab_size=75, num_labels=3, **CLASSIFICATION[kind])

@@ -22,7 +22,7 @@ LLAMA = SIZES | {"num_key_value_heads": 2}
 RECIPES: list[Any] = [  # architecture, its configuration, and what differs in the LoraConfig of a SEQ_CLS adapter
     ("bert", SIZES, {"target_modules": ["query", "value"]}),
     *(
-        pytest.param(recipe, marks=pytest.mark.slow)
+        pytest.param(recipe, marks=pytest.mark.exhaustive)
         for recipe in [
             ("bert", SIZES, {"target_modules": "all-linear", "alpha_pattern": {r"layer\.1.*dense": 20}}),
             ("distilbert", DISTILBERT, {"target_modules": ["q_lin", "v_lin"]}),

@@ -1,0 +1,73 @@
+"""What `make exhaustive` runs: all cases of the matrices of which `make test` runs a few.
+
+CI runs it again for a file of tests whose sources changed: ``exhaustive.json`` has the digest for which it last passed.
+
+    python -m tests.support.exhaustive changed          # the files whose sources changed, one a line
+    python -m tests.support.exhaustive passed FILE…     # note the sources for which they passed
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PASSED = ROOT / "tests" / "exhaustive.json"
+SOURCES = {  # file of tests → what its cases depend on, besides itself
+    "tests/attacks/test_29_files_that_never_end.py": (
+        *("edgeadapt.py", "adapters", "client/cli", "client/inference", "client/node"),
+        *("coordinator/audit", "coordinator/authority", "coordinator/cli", "export/bundle", "export/cli"),
+    ),
+    "tests/export/cli/test_peft_recipes.py": ("adapters", "client/learning", "client/training", "export"),
+    "tests/export/test_architectures.py": ("adapters", "export", "docs/reference/architectures.md"),
+    "tests/integration/test_faults.py": (
+        *("adapters/gateway", "aggregation", "client/gateway", "client/node"),
+        *("coordinator", "simulations/benchmarks/faults"),
+    ),
+}
+VERSIONS = "pyproject.toml"
+
+
+def few(cases: Iterable[Any], *kept: Any) -> list[Any]:
+    """Cases of a matrix, of which those not ``kept`` are left to `make exhaustive`."""
+    return [case if case in kept else pytest.param(case, marks=pytest.mark.exhaustive) for case in cases]
+
+
+def digest(file: str) -> str:
+    """SHA-256, hex, of the paths and the contents of a file of tests and its sources."""
+    found = sha256()
+    for path in sorted({*_files(ROOT / file), *_files(ROOT / VERSIONS), *_all(SOURCES[file])}):
+        found.update(f"{path.relative_to(ROOT).as_posix()}\0{sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return found.hexdigest()
+
+
+def changed() -> list[str]:
+    """The files of tests whose sources are not those for which all their cases last passed."""
+    passed = json.loads(PASSED.read_text()) if PASSED.exists() else {}
+    return [file for file in SOURCES if passed.get(file) != digest(file)]
+
+
+def note(files: Iterable[str]) -> None:
+    """Note the sources for which all cases of files passed."""
+    passed = json.loads(PASSED.read_text()) if PASSED.exists() else {}
+    passed |= {file: digest(file) for file in files}
+    PASSED.write_text(json.dumps(passed, indent=2, sort_keys=True) + "\n")
+
+
+def _all(folders: Iterable[str]) -> Iterator[Path]:
+    return (file for folder in folders for file in _files(ROOT / folder))
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(path.rglob("*.py"))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "passed":
+        note(sys.argv[2:] or SOURCES)
+    else:
+        print(*(SOURCES if sys.argv[1] == "all" else changed()), sep="\n")
