@@ -1,4 +1,4 @@
-# make demo | test | exhaustive | fast | doctest | lint | proto | docs | web | clean. The first run sets up .venv; later ones need no network.
+# make demo | test | exhaustive | bench | fast | doctest | lint | proto | docs | web | clean. The first run sets up .venv; later ones need no network.
 # Tools run as `python -m …`: a console script's first line breaks in a checkout path that has spaces or is long.
 
 PYTHON ?= python3
@@ -15,7 +15,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TRANSFORMERS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test fast exhaustive doctest lint proto docs web setup install clean
+.PHONY: demo test fast exhaustive bench doctest lint proto docs web setup install clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)  ## the main job; options through ARGS, as in: make demo ARGS="--out runs/mine"
@@ -24,7 +24,7 @@ demo: $(STAMP)  ## the main job; options through ARGS, as in: make demo ARGS="--
 # A worker for each core, each on one thread. Tests of one file stay with one worker, which makes their fixtures once.
 WORKERS ?= auto
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q --numprocesses $(WORKERS) --dist loadfile --durations 30 --durations-min 5
-PACKAGES := adapters aggregation client coordinator export simulations
+PACKAGES := adapters aggregation benchmarks client coordinator export simulations
 
 # The protocol core's own tests must cover it, unless ARGS picks some. The others run without coverage, which nearly
 # doubles the time of a test that traces a model.
@@ -43,11 +43,14 @@ exhaustive: $(STAMP)  ## all cases of the matrices of which `test` runs a few, i
 	$(PYTEST) --exhaustive -m exhaustive $(or $(FILES),$(shell $(EXHAUSTIVE) all))
 	$(EXHAUSTIVE) passed $(FILES)
 
+bench: $(STAMP)  ## a benchmark against a named peer, as in: make bench ARGS="secagg --quick"
+	@$(PY) -m benchmarks $(ARGS)
+
 fast: $(STAMP)  ## the tests that are not marked slow
 	$(PYTEST) -m "not slow" $(ARGS)
 
 # The one module that needs a package which is not installed: llama-cpp-python.
-PEER := simulations/benchmarks/ondevice/peer.py
+PEER := benchmarks/ondevice/peer.py
 # Alembic runs it; it cannot be imported.
 ALEMBIC := coordinator/registry/migrations/env.py
 

@@ -28,7 +28,6 @@ COMMANDS = {
     "audit": ("coordinator.cli.audit", "audit_command", "Check from its transcripts what a coordinator did.", ""),
     "authority": ("coordinator.cli", "authority_group", "Enrol devices: certify their keys, revoke them.", ""),
     "base": ("export.cli.bases", "base", "Show which bases there are, and what one can do.", "export"),
-    "bench": ("simulations.cli.bench", "bench", "Measure secure aggregation and models on devices.", "simulations"),
     "channel": ("coordinator.cli.channel", "channel", "Publish bundles to devices by channel.", ""),
     "coordinator": ("coordinator.cli.coordinator", "coordinator", "Make a coordinator, run its rounds.", "coordinator"),
     "data": ("simulations.cli.data", "data", "Look at the texts of a simulation.", "simulations"),
@@ -84,8 +83,8 @@ def cli() -> None:
     """
 
 
-def main() -> None:
-    """Run the command line. An error is one line on standard error and the exit code of its class."""
+def main(command: click.Command | None = None, program: str = PROGRAM) -> None:
+    """Run a command line. An error is one line on standard error and the exit code of its class."""
     for name, value in OFFLINE.items():
         os.environ.setdefault(name, value)
     if isinstance(sys.stdout, TextIOWrapper):
@@ -98,7 +97,7 @@ def main() -> None:
     report = sys.unraisablehook
     sys.unraisablehook = partial(_unraisable, report)
     try:
-        sys.exit(cli(prog_name=PROGRAM, standalone_mode=False))
+        sys.exit((command or cli)(prog_name=program, standalone_mode=False))
     except EdgeAdaptError as error:
         _fail(str(error), error.exit_code)
     except click.exceptions.Exit as error:
@@ -107,8 +106,8 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx else PROGRAM
-        _fail(f"{error.format_message().rstrip('.')}; see '{command} --help'", error.exit_code)
+        called = error.ctx.command_path if error.ctx else program
+        _fail(f"{error.format_message().rstrip('.')}; see '{called} --help'", error.exit_code)
     except click.ClickException as error:
         _fail(error.format_message(), error.exit_code)
     except (KeyboardInterrupt, click.Abort):

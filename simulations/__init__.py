@@ -1,1 +1,1 @@
-"""Simulated federations: populations, the in-process grid, scenarios, reports and benchmarks."""
+"""Simulated federations: populations, the in-process grid, scenarios and reports."""

@@ -38,5 +38,7 @@ def sources() -> tuple[Source, ...]:
 
 @pytest.fixture(scope="session")
 def all_sources(sources: tuple[Source, ...]) -> tuple[Source, ...]:
-    """Everything that is installed, and the tests."""
-    return sources + tuple(_read(file) for file in sorted((ROOT / "tests").rglob("*.py")))
+    """Everything that is installed, the benchmarks and the tests."""
+    return sources + tuple(
+        _read(file) for part in ("benchmarks", "tests") for file in sorted((ROOT / part).rglob("*.py"))
+    )

@@ -112,7 +112,6 @@ def test_a_wrong_call_is_json_too_where_json_is_asked_for(run: Callable[..., Out
 @pytest.mark.parametrize(
     ("words", "extra"),
     [
-        (("bench", "secagg"), "simulations"),
         (("demo",), "simulations"),
         (("export", "adapter", "--peft", "p", "--bundle", "b", "--key", "key.pem"), "export"),
         (("export", "base", "--base", "p", "--out", "b", "--key", "key.pem"), "export"),

@@ -14,6 +14,7 @@ import click
 import pytest
 
 import edgeadapt
+from benchmarks.__main__ import bench
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -78,7 +79,7 @@ def calls(text: str) -> list[list[str]]:
     """The words of every call of the program, in code blocks and in back quotes."""
     text = re.sub(r"\\\n\s*", "", text)
     blocks = re.findall(r"^ *```[^\n]*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
-    called = r"(?:\S*python3? -m )?edgeadapt (\w[^`\n|#&;]*)"
+    called = r"(?:\S*python3? -m )?(?:edgeadapt |(?<= -m )(?=benchmarks ))(\w[^`\n|#&;]*)"
     found = [
         call for block in blocks for call in re.findall(rf"(?:^ *\$? *|&& |; do |; then |\$\(){called}", block, re.M)
     ]
@@ -88,8 +89,8 @@ def calls(text: str) -> list[list[str]]:
 
 def unknown(words: list[str]) -> str:
     """What of a call is no command or no option of it; nothing where all is well."""
-    command: click.Command = edgeadapt.cli
-    rest = list(words)
+    command: click.Command = bench if words[:1] == ["benchmarks"] else edgeadapt.cli
+    rest = words[1:] if command is bench else list(words)
     while isinstance(command, click.Group) and rest and not rest[0].startswith("-"):
         name = rest.pop(0)
         found = command.get_command(click.Context(command), name)
@@ -107,8 +108,9 @@ def test_every_call_of_the_program_in_a_document_is_one(path: Path) -> None:
 
 def test_an_unknown_call_is_found() -> None:
     block = "```\n$ edgeadapt device infer \\\n  --bundel b x\nedgeadapt nonsense --json\n```"
-    text = f"{block}\nSee `edgeadapt audit verify RUN --json`, `edgeadapt export --help`."
-    assert [unknown(words) for words in calls(text)] == ["--bundel", "nonsense", "", ""]
+    bench = "```\n$ python -m benchmarks secagg --quik\n```"
+    text = f"{block}\n{bench}\nSee `edgeadapt audit verify RUN --json`, `edgeadapt export --help`."
+    assert [unknown(words) for words in calls(text)] == ["--bundel", "nonsense", "--quik", "", ""]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)

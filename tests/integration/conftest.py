@@ -23,8 +23,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from simulations.benchmarks.faults import supernodes
-from simulations.benchmarks.faults.processes import HOST, free_port, processes_of
+from benchmarks.faults import supernodes
+from benchmarks.faults.processes import HOST, free_port, processes_of
 
 ROOT = Path(__file__).resolve().parents[2]
 TAIL = 4000  # characters of each log that a failure shows

@@ -7,13 +7,13 @@ import pytest
 
 from adapters.storage import kill_safe
 from aggregation.steps import Step
+from benchmarks.faults import measure, postgresql
+from benchmarks.faults.checks import losses
+from benchmarks.faults.faults import FAULTS
+from benchmarks.faults.fleet import FaultFleet, running_fleet
+from benchmarks.faults.postgresql import missing
+from benchmarks.faults.smalldisk import empty, fill, refused, small_disk
 from client.node.statedir import LEDGER
-from simulations.benchmarks.faults import measure, postgresql
-from simulations.benchmarks.faults.checks import losses
-from simulations.benchmarks.faults.faults import FAULTS
-from simulations.benchmarks.faults.fleet import FaultFleet, running_fleet
-from simulations.benchmarks.faults.postgresql import missing
-from simulations.benchmarks.faults.smalldisk import empty, fill, refused, small_disk
 from tests.support.exhaustive import few
 from tests.support.postgresql import REQUIRED
 from tests.support.programs import need

@@ -26,7 +26,7 @@ SOURCES = {  # file of tests → what its cases depend on, besides itself
     "tests/export/test_architectures.py": ("adapters", "export", "docs/reference/architectures.md"),
     "tests/integration/test_faults.py": (
         *("adapters/gateway", "aggregation", "client/gateway", "client/node"),
-        *("coordinator", "simulations/benchmarks/faults"),
+        *("coordinator", "benchmarks/faults"),
     ),
 }
 VERSIONS = "pyproject.toml"

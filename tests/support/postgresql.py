@@ -3,7 +3,7 @@
 import os
 from typing import Self
 
-from simulations.benchmarks.faults import postgresql
+from benchmarks.faults import postgresql
 from tests.support.programs import need
 
 REQUIRED = os.environ.get("EDGEADAPT_REQUIRE_POSTGRESQL") == "1"

@@ -1,0 +1,165 @@
+"""Inject faults into a running fleet, one after the other, and say what each has cost.
+
+A link between a device and the gateway delays what the device sends, so that a step is still under way when the fault
+comes: the device's log says that it answers, and the answer is not there yet.
+"""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from adapters.roundrecord import RoundRecord
+from adapters.storage import kill_safe
+from aggregation.errors import EdgeAdaptError
+from aggregation.steps import Step
+from benchmarks.faults.checks import losses
+from benchmarks.faults.faults import FAULTS, Fault, victim
+from benchmarks.faults.fleet import FaultFleet, running_fleet
+from benchmarks.faults.processes import Late, wait_until
+from benchmarks.timing import Note
+
+DEVICES = 4  # one may drop out
+DELAY = 0.3  # seconds that what a device sends takes to the gateway
+NAMES = {
+    Step.CHECK_IN: "check-in",
+    Step.OFFER: "join",
+    Step.ROSTER: "shares",
+    Step.PLAN: "masked input",
+    Step.SURVIVORS: "consistency",
+    Step.UNMASK: "reveal",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class FaultOutcome:
+    """What a fault at a step has cost.
+
+    Attributes:
+        fault: Its name.
+        stage: The step of the round under way.
+        happened: To that round.
+        lost: One line for each loss; empty: nothing.
+        seconds: From the end of the fault to the next version of the adapter.
+    """
+
+    fault: str
+    stage: str
+    happened: str
+    lost: tuple[str, ...]
+    seconds: float | None
+
+
+def measure(names: Iterable[str], note: Note, stages: Sequence[Step] = tuple(Step)) -> list[FaultOutcome]:
+    """Inject these faults, at those of their steps that are in ``stages``."""
+    chosen, rows = [each for each in FAULTS if each.name in {*names}], list[FaultOutcome]()
+    for shape in dict.fromkeys(each.shape for each in chosen):
+        some = list[Fault]()
+        for fault in (each for each in chosen if each.shape == shape):
+            if why := fault.missing():
+                rows.append(FaultOutcome(fault.name, "-", f"not run here: {why}", (), None))
+            else:
+                some.append(fault)
+        if not some:
+            continue
+        try:
+            with ExitStack() as stack:
+                out = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "fleet"
+                note("a fleet is made")
+                with kill_safe():
+                    fleet = stack.enter_context(running_fleet(out, DEVICES, shape))
+                attend(fleet)
+                while some:
+                    rows += inject(fleet, some[0], note, stages)
+                    del some[0]
+        except (Late, EdgeAdaptError) as error:
+            rows += [FaultOutcome(fault.name, "-", "the fleet does not run", (str(error),), None) for fault in some]
+    return rows
+
+
+def attend(fleet: FaultFleet) -> None:
+    """Start the agents of all devices, each behind a link that delays what it sends."""
+    for name in fleet.names:
+        for machine in fleet.machines:
+            machine.network.links[name].delay = DELAY
+        fleet.attend(name)
+
+
+def inject(fleet: FaultFleet, fault: Fault, note: Note, stages: Sequence[Step]) -> list[FaultOutcome]:
+    """One fault at each of its steps; then the coordinator is stopped and everything is compared."""
+    with fault.setting(fleet):
+        return _inject_all(fleet, fault, note, [stage for stage in fault.stages if stage in stages])
+
+
+def _inject_all(fleet: FaultFleet, fault: Fault, note: Note, stages: Sequence[Step]) -> list[FaultOutcome]:
+    before, rows = fleet.records(), list[FaultOutcome]()
+    fleet.start()
+    try:
+        for stage in stages:
+            note(f"{fault.what}, at {NAMES[stage]}")
+            try:
+                rows.append(_inject(fleet, fault, stage))
+            except (Late, EdgeAdaptError) as error:
+                rows.append(FaultOutcome(fault.name, NAMES[stage], "training does not go on", (str(error),), None))
+                break
+    finally:  # whose disk is taken away then
+        fleet.stop()
+    lost = losses(fleet, before)
+    return [FaultOutcome(row.fault, row.stage, row.happened, (*row.lost, *lost), row.seconds) for row in rows]
+
+
+def _inject(fleet: FaultFleet, fault: Fault, stage: Step) -> FaultOutcome:
+    _await_all(fleet)
+    fleet.await_step(victim(fleet), stage)
+    rounds = len(fleet.records())
+    begin = fault.inject(fleet)
+    after = fleet.await_version(rounds, "a round after the fault")
+    seconds = time.monotonic() - begin
+    happened = _story(fleet.records()[rounds:after])
+    _await_all(fleet)  # the device that was disturbed is back
+    return FaultOutcome(fault.name, NAMES[stage], happened, (), round(max(0.0, seconds), 1))
+
+
+def _await_all(fleet: FaultFleet) -> None:
+    """Wait until a round from now on has all devices, and another one begins."""
+    seen = len(fleet.records())
+
+    def complete() -> bool:
+        return any(
+            len(record.survivors) == len(fleet.names) and not record.dropped for record in fleet.records()[seen:]
+        )
+
+    wait_until(complete, "a round with all devices")
+
+
+def _story(records: Sequence[RoundRecord]) -> str:
+    """What became of the rounds up to the next version."""
+    parts = [f"aborted: {record.aborted}" for record in records if record.aborted]
+    made = next(record for record in records if record.version is not None)
+    parts.append(f"{len(made.survivors)} devices in the next version")
+    return "; ".join([*parts, *(f"one dropped out at {step}" for step in made.dropped.values())])
+
+
+def as_json(rows: Sequence[FaultOutcome]) -> str:
+    """One object."""
+    return json.dumps({"rows": [asdict(row) for row in rows], "load_average": os.getloadavg()[0]})
+
+
+def table(rows: Sequence[FaultOutcome]) -> str:
+    """For a reader."""
+    cells = [("fault", "at", "lost", "seconds", "what happened"), *map(_cells, rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(4)]
+    lines = [
+        "  ".join([*(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)), row[4]]) for row in cells
+    ]
+    load = f"seconds from the end of the fault to the next version; load average {os.getloadavg()[0]:.1f}"
+    return "\n".join([*lines, "", load])
+
+
+def _cells(row: FaultOutcome) -> tuple[str, ...]:
+    seconds = "-" if row.seconds is None else f"{row.seconds:.1f}"
+    return row.fault, row.stage, "; ".join(row.lost) or "nothing", seconds, row.happened

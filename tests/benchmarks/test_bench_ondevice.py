@@ -1,0 +1,432 @@
+"""`python -m benchmarks ondevice` on a tiny Llama: its figures, goals, tables, processes, and the peer's adapter."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from adapters import causal
+from adapters.base import Base, find_base
+from aggregation.errors import ConfigError, DataError
+from benchmarks.__main__ import bench
+from benchmarks.ondevice import compare, goals, inputs, report
+from benchmarks.ondevice.compare import Speeds, race, ratios
+from benchmarks.ondevice.eager import TorchEngine
+from benchmarks.ondevice.inputs import TokenWindows
+from benchmarks.ondevice.process import PEER, TORCH, Completion, Contender, ContenderSpec, loss
+from export.onnx.exported import Profile
+from tests.support import refused
+
+VOCABULARY = 96
+HEADS, KV_HEADS = 4, 2
+RECIPE = inputs.Recipe(rank=4, alpha=8, steps=2, windows=2, rate=0.05)
+WORK = compare.OnDeviceWorkload(rounds=2, prompt=12, tokens=6, eager=2, windows=2, threads=1, starts=2, tenants=(1, 3))
+needs_peer = pytest.mark.skipif(not compare.has_peer(), reason="llama.cpp is not installed: pip install '.[bench]'")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    """Two layers of Llama with seeded weights."""
+    folder = tmp_path_factory.mktemp("tiny")
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS, max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=1,
+        eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    model, generator = LlamaForCausalLM(config), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            noise = 0.2 * torch.randn(value.shape, generator=generator)
+            value.copy_(noise + 1 if "norm" in name else noise)
+    model.save_pretrained(folder)
+    words = {"<start>": 1, "<end>": 2, "<unused>": 0} | {chr(33 + i): 3 + i for i in range(VOCABULARY - 3)}
+    tokenizer = Tokenizer(models.BPE(words, []))  # the only kind that onnxruntime-genai supports
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<start>", "eos_token": "<end>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return find_base(str(folder))
+
+
+@pytest.fixture(scope="module")
+def text() -> TokenWindows:
+    rng = np.random.default_rng(3)
+    return TokenWindows(rng.integers(3, VOCABULARY, (4, 64)), rng.integers(3, VOCABULARY, (2, 64)))
+
+
+@pytest.fixture(scope="module")
+def gguf(tiny: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base as the peer reads it, in float32."""
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    _write_base(path, load_file(tiny.folder / "model.safetensors"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny: Base, text: TokenWindows, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGEADAPT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return inputs.trained(tiny, RECIPE, text.train, lambda: None)
+
+
+def _write_base(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    gguf = pytest.importorskip("gguf")
+    from benchmarks.ondevice.ggufadapter import rotary_order
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(128)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(128)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(16)
+    writer.add_vocab_size(VOCABULARY)
+    writer.add_tokenizer_model("no_vocab")
+    names = {
+        "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    }  # fmt: skip
+    for name, value in tensors.items():
+        if name.startswith("model.layers."):
+            number, module = name.removeprefix("model.layers.").removesuffix(".weight").split(".", 1)
+            heads = {"self_attn.q_proj": HEADS, "self_attn.k_proj": KV_HEADS}.get(module)
+            value = rotary_order(value, heads) if heads else value
+            name = f"blk.{number}.{names[module]}.weight"
+        else:
+            name = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}[name]
+        writer.add_tensor(name, np.ascontiguousarray(value, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def found(
+    tiny: Base, text: TokenWindows, gguf: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """A run on the tiny base, with llama.cpp if it is installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGEADAPT_CACHE", str(adapter.parents[1]))
+        steps: list[str] = []
+        folder = tmp_path_factory.mktemp("files")
+        result = compare.on_base(tiny, gguf, text, [Profile.FP32], WORK, folder, steps.append, RECIPE)
+    assert {"export: fp32", "cold start 2 of 2: fp32", "perplexity: torch, base", "round 2 of 2: fp32"} <= set(steps)
+    return json.loads(json.dumps(result))  # type: ignore[no-any-return]
+
+
+def test_the_json_has_the_documented_keys_for_every_contender(found: dict[str, Any]) -> None:
+    names = {"fp32", TORCH, *([PEER] if compare.has_peer() else [])}
+    for what in ("decode", "prefill"):
+        assert set(found[what]) == names
+        assert all(set(speeds) == {"base", "adapter"} and min(speeds.values()) > 0 for speeds in found[what].values())
+    assert set(found["swap_ms"]) == set(found["perplexity"]) == set(found["cold_start_s"]) == names
+    assert set(found["sizes"]["fp32"]) == {"base", "int8", "fp32", "fp16", "int4"}
+    if sys.platform == "linux":
+        assert (found["tenants"]["profile"], list(found["tenants"]["tenants"])) == ("fp32", ["1", "3"])
+    assert found["sizes"]["fp32"]["int8"] < found["sizes"]["fp32"]["fp16"] < found["sizes"]["fp32"]["fp32"]
+
+
+def test_ours_has_the_perplexity_of_torch_with_and_without_the_adapter(found: dict[str, Any]) -> None:
+    torchs, ours = found["perplexity"][TORCH], found["perplexity"]["fp32"]
+    assert torchs["fp32"] != pytest.approx(torchs["base"], rel=1e-3)  # the adapter changes it
+    assert ours["base"] == pytest.approx(torchs["base"], rel=1e-4)
+    assert ours["fp32"] == pytest.approx(torchs["fp32"], rel=1e-4)
+    assert ours["int8"] == pytest.approx(torchs["fp32"], rel=1e-2)
+
+
+@needs_peer
+def test_the_peer_runs_the_same_base_and_the_same_adapter(found: dict[str, Any]) -> None:
+    torchs, peers = found["perplexity"][TORCH], found["perplexity"][PEER]
+    assert peers["base"] == pytest.approx(torchs["base"], rel=1e-3)
+    assert peers["fp32"] == pytest.approx(torchs["fp32"], rel=1e-3)
+
+
+@needs_peer
+def test_the_peer_needs_the_rows_of_its_adapter_in_its_own_order(
+    tiny: Base, text: TokenWindows, gguf: Path, adapter: Path, tmp_path: Path
+) -> None:
+    from benchmarks.ondevice.ggufadapter import write_gguf
+    from benchmarks.ondevice.peer import LlamaCppEngine
+
+    tensors = {name: 8 * value for name, value in load_file(adapter).items() if ".lora_B." in name}
+    tensors = load_file(adapter) | tensors
+    write_gguf(tmp_path / "right.gguf", tensors, alpha=RECIPE.alpha, heads=HEADS, kv_heads=KV_HEADS)
+    write_gguf(tmp_path / "wrong.gguf", tensors, alpha=RECIPE.alpha, heads=1, kv_heads=1)
+    files = [tmp_path / "right.gguf", tmp_path / "wrong.gguf"]
+    peer, ids = LlamaCppEngine(gguf, threads=1, context=64, adapters=files), text.test[0, :32].tolist()
+    model = causal.build(tiny, RECIPE.lora)
+    causal.load(model, tensors)
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([ids])).logits[0].numpy()
+    peer.use(0)
+    np.testing.assert_allclose(peer.logits(ids), expected, atol=0.03)  # the peer's cache is in half precision
+    peer.use(1)
+    assert np.abs(peer.logits(ids) - expected).max() > 0.3
+
+
+@needs_peer
+def test_the_peer_continues_a_prompt_as_torch_does(tiny: Base, text: TokenWindows, gguf: Path) -> None:
+    from benchmarks.ondevice.peer import LlamaCppEngine
+
+    peer, torchs = (
+        LlamaCppEngine(gguf, threads=1, context=32),
+        TorchEngine(str(tiny.folder), threads=1, lora=RECIPE.lora),
+    )
+    completions = []
+    for engine in (peer, torchs):
+        engine.prefill(text.prompt(16))
+        completions.append([engine.step() for _ in range(8)])
+    assert completions[0] == completions[1]
+
+
+def test_a_tensor_without_a_name_in_llama_cpp_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    from benchmarks.ondevice.ggufadapter import write_gguf
+
+    odd = {"base_model.model.lm_head.lora_A.weight": np.zeros((2, 4), np.float32)}
+    with refused(DataError, "tensors", value="lm_head.lora_A.weight"):
+        write_gguf(tmp_path / "odd.gguf", odd, alpha=1, heads=1, kv_heads=1)
+
+
+def test_rotary_order_interleaves_the_halves_of_each_head() -> None:
+    from benchmarks.ondevice.ggufadapter import rotary_order
+
+    rows = np.arange(8.0, dtype=np.float32)[:, None]
+    assert rotary_order(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_training_again_uses_the_cached_adapter_and_another_recipe_makes_another(
+    tiny: Base, text: TokenWindows, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEADAPT_CACHE", str(adapter.parents[1]))
+    steps: list[int] = []
+    assert inputs.trained(tiny, RECIPE, text.train, lambda: steps.append(1)) == adapter
+    assert not steps
+    other = inputs.Recipe(rank=4, alpha=8, steps=1, windows=2)
+    assert inputs.trained(tiny, other, text.train, lambda: steps.append(1)) != adapter
+    assert len(steps) == 1
+
+
+def test_the_loss_is_the_cross_entropy_of_torch() -> None:
+    scores = np.random.default_rng(0).standard_normal((5, 7)).astype(np.float32)
+
+    class Fixed:
+        def logits(self, tokens: Any) -> Any:
+            return scores
+
+    row = [0, 3, 6, 2, 1]
+    total, count = loss(Fixed(), [row])  # type: ignore[arg-type]
+    expected = torch.nn.functional.cross_entropy(torch.from_numpy(scores[:-1]), torch.tensor(row[1:]), reduction="sum")
+    assert (count, total) == (4, pytest.approx(float(expected), rel=1e-6))
+
+
+def test_a_ratio_compares_within_rounds_so_a_slow_round_does_not_change_it() -> None:
+    assert ratios([10, 20, 5], [5, 10, 2.5]) == [2, 2, 2]
+    assert Speeds(base=[100, 10], adapter=[95, 9.5]).cost == pytest.approx(0.05)
+
+
+class FakeContender:
+    """A contender that reports times without running."""
+
+    def __init__(self, name: str, log: list[tuple[str, int | None]]) -> None:
+        self.spec, self.log = ContenderSpec(name, "", (), 3, 1, 8, 1, 1, ()), log
+
+    def use(self, adapter: int | None) -> float:
+        self.log.append((self.spec.name, adapter))
+        return 0.5
+
+    def complete(self, prompt: Any, count: int) -> Completion:
+        return Completion(0.5, [0.1, 9.0, 0.1], [7] * count)
+
+
+def test_the_order_changes_every_round_and_the_first_round_only_warms_up() -> None:
+    log: list[tuple[str, int | None]] = []
+    fakes: Any = [FakeContender("a", log), FakeContender("b", log)]
+    steps: list[str] = []
+    results = race(fakes, [1, 2], 2, steps.append)
+    assert steps[:3] == ["warm-up: a", "warm-up: b", "round 1 of 2: b"]
+    assert [name for name, _ in log] == ["a", "a", "b", "b", "b", "b", "a", "a", "a", "a", "b", "b"]
+    assert [arm for _, arm in log[:6]] == [0, None, 0, None, None, 0]
+    assert results["a"].decode.base == [10, 10]  # of the median token: the one of nine seconds does not count
+    assert results["a"].prefill.adapter == [4, 4]
+    assert results["a"].swap == [0.5, 0.5]
+
+
+def test_a_contender_that_cannot_load_is_refused(tmp_path: Path) -> None:
+    spec = ContenderSpec("fp32", str(tmp_path / "none"), (), 1, 1, 8, 1, 1, ())
+    with refused(DataError, "fp32"):
+        Contender(spec, [1])
+
+
+def test_a_process_ends_with_its_input() -> None:
+    done = subprocess.run([sys.executable, "-m", "benchmarks.ondevice.process"], input="", text=True, timeout=60)
+    assert done.returncode == 0
+
+
+PAGES = {"rss": 105 * 10**6, "shared": 40 * 10**6, "private": 65 * 10**6}
+
+
+def _result(
+    decode: dict[str, float], *, perplexity: float = 20.0, size: int = 100, memory: float = 1e8, start: float = 0.5
+) -> dict[str, Any]:
+    """A run of two profiles against a peer with 100 tokens per second, perplexity 20 and 100 bytes."""
+    names = {"native-int4": decode["native-int4"], "native-int8": decode["native-int8"], PEER: 100.0, TORCH: 5.0}
+    speeds = {name: {"base": speed, "adapter": speed} for name, speed in names.items()}
+    to_peer = {name: {"base": speed / 100, "adapter": speed / 100} for name, speed in names.items()}
+    forms = dict.fromkeys(("int8", "fp32", "fp16", "int4"), 20.0)
+    perplexities = {"native-int4": forms | {"int8": perplexity}, "native-int8": forms}
+    bytes_of = {"int8": 25, "fp32": 100, "fp16": 50, "int4": 15}
+    each = dict.fromkeys(names, 0.5)
+    found: dict[str, Any] = {
+        "rounds": 1, "threads": 2, "prompt_tokens": 8, "generated_tokens": 8, "load_average": [1.0, 2.0],
+        "sizes": {"native-int4": {"base": size} | bytes_of, "native-int8": {"base": 150} | bytes_of,
+                  PEER: {"base": 100, "fp32": 100}},
+        "perplexity": perplexities | {PEER: {"base": 40.0, "fp32": 20.0}, TORCH: {"base": 40.0, "fp32": 20.0}},
+        "swap_ms": each, "cold_start_s": each, "cold_start_s_spread": {name: [0.4, 0.6] for name in names},
+        "cold_adapter_ms": each, "minilm_ms": {"ms": 3.0},
+        "swap_ms_spread": {name: [0.4, 0.6] for name in names}, "peak_memory_bytes": dict.fromkeys(names, 10**8),
+        "tenants": {
+            "profile": "native-int4", "tenants": {"1": PAGES, "100": PAGES | {"rss": 303 * 10**6}},
+            "bytes_per_tenant": 2 * 10**6, "adapter_bytes": 1_900_000,
+        },
+    }  # fmt: skip
+    found["peak_memory_bytes"] |= {"native-int4": memory}
+    found["cold_start_s"] = each | {"native-int4": start}
+    for what in ("decode", "prefill"):
+        found |= {what: speeds, f"{what}_ratio": to_peer, f"{what}_cost": dict.fromkeys(names, 0.01)}
+        found[f"{what}_ratio_quartiles"] = {
+            name: {arm: (0.99 * value, 1.01 * value) for arm, value in arms.items()} for name, arms in to_peer.items()
+        }
+        found[f"{what}_spread"] = {name: {"base": [1.0, 9.0], "adapter": [1.0, 9.0]} for name in names}
+    return found
+
+
+def test_the_profile_of_the_goals_is_the_fastest_that_is_comparable_to_the_peer() -> None:
+    fast = {"native-int4": 120.0, "native-int8": 130.0}
+    assert goals.chosen(_result(fast)) == "native-int4"  # the other has 1.5 times the bytes
+    assert goals.chosen(_result(fast, perplexity=21.0)) == "native-int8"  # none is comparable
+
+
+@pytest.mark.parametrize(
+    ("change", "missed"),
+    [
+        ({}, None),
+        ({"perplexity": 20.5}, "perplexity with adapter / llama.cpp"),
+        ({"size": 120}, "bytes of the base / llama.cpp"),
+        ({"decode": {"native-int4": 121.0, "native-int8": 50.0}}, "decode / llama.cpp, lower quartile"),
+        ({"memory": 1.3e8}, "peak memory / llama.cpp"),
+        ({"start": 0.6}, "cold start / llama.cpp"),
+    ],
+    ids=["none", "perplexity", "bytes", "decode", "memory", "start"],
+)
+def test_a_missed_goal_is_reported_as_not_reached(change: dict[str, Any], missed: str | None) -> None:
+    result = _result(**({"decode": {"native-int4": 125.0, "native-int8": 50.0}} | change))
+    rows = {row["goal"]: row["reached"] for row in goals.judged(result)["goals"]}
+    assert rows.get(missed or "", False) is False
+    assert all(rows.values()) is (missed is None)
+    assert ("not reached" in report.table(goals.judged(result))) is (missed is not None)
+
+
+def test_without_a_peer_the_goals_relative_to_it_are_left_out() -> None:
+    result = _result({"native-int4": 125.0, "native-int8": 50.0})
+    for key, values in result.items():
+        if isinstance(values, dict):
+            values.pop(PEER, None)
+        if key.endswith("_ratio"):
+            result[key] = {}
+    judged = goals.judged(result)
+    assert not [row for row in judged["goals"] if "llama.cpp" in row["goal"]]
+    assert "/ peer" not in report.table(judged)
+
+
+def test_the_table_has_the_memory_of_a_tenant_where_the_system_reports_it() -> None:
+    result = goals.judged(_result({"native-int4": 125.0, "native-int8": 50.0}))
+    assert "each further tenant 2.00 MB, its tensors in float32 1.90 MB" in report.table(result)
+    assert "each further tenant" not in report.table(result | {"tenants": None})
+
+
+def test_equally_good_profiles_are_distinguished_by_the_legend() -> None:
+    axes = report.figure(_result({"native-int4": 101.0, "native-int8": 101.0})).axes[2]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["native-int4", "native-int8", PEER, TORCH]
+    assert len({tuple(points.get_facecolor()[0]) for points in axes.collections}) == 4
+
+
+def test_json_and_picture_are_written_and_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    result = goals.judged(_result({"native-int4": 125.0, "native-int8": 50.0}))
+    report.make_folder(tmp_path / "new")
+    report.keep(result, tmp_path / "new")
+    assert json.loads((tmp_path / "new" / report.RESULT).read_text())["goals_profile"] == "native-int4"
+    assert (tmp_path / "new" / report.PICTURE).read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "file").write_text("")
+    with refused(DataError, "--out", value=str(tmp_path / "file" / "new")):
+        report.make_folder(tmp_path / "file" / "new")
+    with refused(DataError, "--out", value=str(tmp_path / "missing")) as caught:
+        report.keep(result, tmp_path / "missing")
+    assert str(caught.value).endswith("missing: No such file or directory; choose another --out")
+
+
+def test_an_unknown_profile_is_refused_with_the_known_ones() -> None:
+    assert compare.profiles(None) == list(Profile)
+    assert compare.profiles("fp32, native-int8") == [Profile.FP32, Profile.NATIVE_INT8]
+    with refused(ConfigError, "--profiles", value="int3") as caught:
+        compare.profiles("fp32,int3")
+    assert str(caught.value).startswith("--profiles 'int3' is unknown: choose from fp32, ")
+
+
+def test_without_the_peer_a_line_names_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "has_peer", lambda: False)
+    monkeypatch.setattr(compare, "compare", lambda *given: _stop())
+    result = CliRunner().invoke(bench, ["ondevice", "--quick"])
+    assert "pip install 'edgeadapt[bench]'" in result.stderr
+    assert isinstance(result.exception, ConfigError)
+
+
+def _stop() -> None:
+    raise ConfigError("far enough")
+
+
+def test_help_imports_no_framework() -> None:
+    script = "import sys; from benchmarks.__main__ import bench; bench(['ondevice', '--help'], standalone_mode=False); "
+    script += "print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "native-int4" in done.stdout
+    assert not {"torch", "onnxruntime", "llama_cpp", "transformers"} & set(done.stderr.split())
+
+
+def test_warnings_of_a_contenders_libraries_are_not_shown(
+    tiny: Base, adapter: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    spec = ContenderSpec(TORCH, str(tiny.folder), (str(adapter),), 1, 1, 16, RECIPE.rank, RECIPE.alpha, RECIPE.targets)
+    with Contender(spec, [1, 2]):
+        pass
+    assert capfd.readouterr().err == ""
+
+
+def test_an_interrupt_kills_the_processes_of_the_contenders(tiny: Base, adapter: Path) -> None:
+    spec = ContenderSpec(TORCH, str(tiny.folder), (str(adapter),), 1, 1, 16, RECIPE.rank, RECIPE.alpha, RECIPE.targets)
+
+    def interrupted() -> None:
+        with Contender(spec, [1, 2]) as contender:
+            processes.append(contender.process)
+            raise KeyboardInterrupt
+
+    processes: list[Any] = []
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert processes[0].returncode == -signal.SIGKILL

@@ -1,0 +1,209 @@
+"""`python -m benchmarks secagg` at a tiny size: its JSON, table, picture, and what its two sides time."""
+
+import dataclasses
+import io
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from flwr.common import bytes_to_ndarray
+
+from adapters.cores import cores
+from aggregation.errors import DataError
+from benchmarks.__main__ import bench
+from benchmarks.secagg import compare, ours, peer, report
+from benchmarks.secagg.compare import QUICK, dropouts, growth, memory
+from benchmarks.timing import Note
+from tests.support import refused
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    picture = tmp_path_factory.mktemp("bench") / "sweep.png"
+    result = CliRunner().invoke(bench, ["secagg", "--quick", "--json", "--repeats", "1", "--out", str(picture)])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout), picture
+
+
+def test_the_json_has_medians_ratios_and_bytes_of_both_sides(ran: tuple[dict[str, Any], Path]) -> None:
+    found, _ = ran
+    assert set(found["server"]) == {"0", "0.1", "0.3"}
+    for pair in (found["client"], found["upload"], found["shares"], *found["server"].values()):
+        assert pair["ratio"] == pytest.approx(pair["peer_ms"] / pair["ours_ms"])
+        assert pair["ours"]["ms"] == pair["ours_ms"]
+        low, high = pair["ours"]["quartiles_ms"]
+        assert pair["ours"]["min_ms"] <= low <= pair["ours_ms"] <= high <= pair["ours"]["max_ms"]
+    assert 0 < found["bytes"]["ours"] < 1.02 * found["bytes"]["peer"]
+    assert 0 < found["mask_fraction_of_limit"] <= found["mask_fraction_of_ctr_mode"] * 1.000001
+
+
+def test_the_json_has_the_times_on_one_core_next_to_those_on_every_core(ran: tuple[dict[str, Any], Path]) -> None:
+    found, _ = ran
+    assert found["threads"] == cores()
+    for pair in (found["client"], found["upload"], *found["server"].values()):
+        one_core = pair["ours_on_one_core"]
+        assert pair["one_core_ratio"] == pytest.approx(pair["peer_ms"] / one_core["ms"])
+        assert pair["cpu_ratio"] == pytest.approx(pair["peer"]["cpu_ms"] / one_core["cpu_ms"])
+        assert one_core["ms"] != pair["ours_ms"]
+
+
+def test_the_sweeps_are_fitted_and_drawn(ran: tuple[dict[str, Any], Path]) -> None:
+    found, picture = ran
+    assert set(found["sweep"]) == {"devices", "elements"}
+    for line in found["sweep"].values():
+        assert set(line["growth"]) == {"shares", "client", "server"}
+    assert picture.read_bytes().startswith(PNG)
+
+
+def test_the_large_round_and_the_memory_are_measured(ran: tuple[dict[str, Any], Path]) -> None:
+    found, _ = ran
+    assert 0 < found["large"]["server_receive_s"] < found["large"]["server_s"]
+    assert (found["large"]["devices"], found["large"]["neighbors"], found["large"]["dropouts"]) == (30, 29, 0.1)
+    assert 2 < found["memory"]["client_vectors"] <= found["memory"]["both_vectors"]
+
+
+def test_memory_does_not_grow_with_the_uploads_that_come() -> None:
+    work = dataclasses.replace(QUICK, elements=300_000)
+    peak = memory(work, lambda what: None)
+    assert peak["client_vectors"] < 3 + 2**22 / (2 * work.elements)
+    assert peak["both_vectors"] < peak["client_vectors"] + 1.1 < peak["uploads"]  # the server adds its sum only
+
+
+def test_growth_is_the_exponent_of_a_power_law() -> None:
+    line = growth((1, 10, 100), [{"server": 3.0 * x**1.5} for x in (1, 10, 100)])
+    assert line["growth"]["server"] == pytest.approx(1.5)
+
+
+def test_the_table_has_a_row_for_each_comparison_and_states_the_threads(ran: tuple[dict[str, Any], Path]) -> None:
+    lines = report.table(ran[0]).splitlines()
+    assert [line[:30].rstrip() for line in lines[1:5]] == [
+        "client: shares",
+        "client: encode + mask",
+        "client: rotate + encode + mask",
+        "client: whole upload",
+    ]
+    assert sum(line.startswith("server:") for line in lines) == 6
+    assert sum("one core" in line for line in lines[:-11]) == 6
+    assert [line[:20] for line in lines[5:8]] == [
+        "server: 0% dropouts ",
+        "server: 10% dropouts",
+        "server: 30% dropouts",
+    ]
+    assert "20 devices, 2000 elements, 10 neighbors." in lines
+    assert f"Ours masks in {cores()} thread{'s' * (cores() > 1)}; in the rows of one core, in one." in lines
+
+
+def test_a_missing_folder_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "compare", lambda *_: pytest.fail("measured"))
+    arguments = ["secagg", "--quick", "--out", str(tmp_path / "missing" / "x.png")]
+    with refused(DataError, "--out", value=arguments[-1]):
+        CliRunner().invoke(bench, arguments, standalone_mode=False, catch_exceptions=False)
+
+
+def test_ctrl_c_ends_it_without_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(peer, "unmask", interrupt)
+    picture = tmp_path / "x.png"
+    result = CliRunner().invoke(bench, ["secagg", "--quick", "--out", str(picture)])
+    assert result.exit_code == 1
+    assert result.output.strip() == "Aborted!"
+    assert not picture.exists()
+
+
+class Screen(io.StringIO):
+    """A standard error that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("screen", [Screen(), io.StringIO()], ids=["terminal", "pipe"])
+def test_the_current_step_is_shown_on_a_terminal_and_only_there(
+    screen: io.StringIO, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measured(work: object, note: Note) -> dict[str, Any]:
+        note("a step that is measured")
+        until = time.monotonic() + (5 if screen.isatty() else 0.3)
+        while "a step that is measured" not in screen.getvalue() and time.monotonic() < until:
+            time.sleep(0.05)
+        return {}
+
+    monkeypatch.setattr(compare, "compare", measured)
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich would take the pipe for a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    bench(["secagg", "--quick", "--json", "--no-sweep"], standalone_mode=False)
+    assert ("a step that is measured" in screen.getvalue()) is screen.isatty()
+    assert (screen.getvalue() == "") is not screen.isatty()
+    assert capsys.readouterr().out == "{}\n"
+
+
+def test_each_step_is_announced() -> None:
+    steps: list[str] = []
+    work = dataclasses.replace(QUICK, repeats=1)
+    for part in (compare.compare, compare.large, memory, compare.sweep):
+        part(work, steps.append)
+    assert [step.partition(";")[0] for step in steps] == [
+        "setting up both sides",
+        "client: shares, encode and mask, rotation, whole upload",
+        "masks against AES and an addition",
+        "uploads of every device",
+        "server: 0% dropouts",
+        "server: 10% dropouts",
+        "server: 30% dropouts",
+        "30 devices with 1000 elements",
+        "memory",
+        "sweep: 10 devices",
+        "sweep: 12 devices",
+        "sweep: 1000 elements",
+        "sweep: 2000 elements",
+    ]
+
+
+def test_the_timed_vector_of_the_peer_is_the_one_that_its_client_sends() -> None:
+    theirs, values = peer.make(12, 4, 4), np.random.default_rng(1).uniform(-1, 1, 500)
+    sent = bytes_to_ndarray(theirs.upload(0, values)).astype(np.int64)
+    difference = (theirs.masked(0, values)[1] - sent) % peer.MODULUS
+    assert set(difference.tolist()) <= {0, 1, peer.MODULUS - 1}  # both round at random
+
+
+def test_the_timed_vector_of_ours_is_the_one_that_a_device_sends() -> None:
+    fleet = ours.make(12, 4, 4, 500)
+    begun, name = fleet.begin(), next(iter(fleet.devices))
+    values = {"delta": np.random.default_rng(1).uniform(-1, 1, 500)}
+    body = fleet.upload(fleet.planned(name, begun.plan), values, np.random.default_rng(2))
+    masked = fleet.masked(fleet.planned(name, begun.plan), values, np.random.default_rng(2))
+    assert body.startswith(masked.tobytes())
+
+
+def test_a_picture_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    line = {"at": [1, 2], "cpu_ms": {"client": [1.0, 2.0]}, "growth": {"client": 1.0}}
+    missing = tmp_path / "missing" / "x.png"
+    with refused(DataError, "--out", value=str(missing)) as caught:
+        report.draw({"devices": line, "elements": line}, missing)
+    assert str(caught.value) == f"cannot write {missing}: No such file or directory; choose another --out"
+
+
+def test_the_timed_round_gives_the_right_sum() -> None:
+    fleet = ours.make(20, 10, 7, 100)
+    begun, rng = fleet.begin(), np.random.default_rng(1)
+    values = {name: {"delta": rng.uniform(-1, 1, 100)} for name in fleet.devices}
+    bodies = {name: fleet.upload(fleet.planned(name, begun.plan), values[name], rng) for name in fleet.devices}
+    absent = dropouts(fleet.order, 0.3)
+    assert len(absent) == 6
+    result = ours.unmask(ours.Uploads(fleet, begun, bodies).without(absent).until_unmask())
+    plain = np.sum([values[name]["delta"] for name in result.survivors], axis=0)
+    assert result.dropped == tuple(sorted(absent))
+    step = fleet.session.spec.vector.step(fleet.session.spec.vector.segment("delta"))
+    assert np.abs(result.values["delta"] - plain).max() < step * len(result.survivors)

@@ -1,0 +1,92 @@
+"""``benchmarks training``: both engines train the same adapter of a tiny base, and the table has what they took."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from adapters.base import Base
+from adapters.bundle import TRUST
+from aggregation.errors import ConfigError, DataError
+from aggregation.pki.identity import IdentityKey
+from benchmarks import training
+from benchmarks.__main__ import bench
+from export.bundle.write import write_bundle
+from export.causal import export_causal
+from export.onnx.classifier import export_classifier
+from export.onnx.exported import Profile
+from export.onnx.slotted import with_mean_head
+from tests.support import models
+from tests.support.errors import refused
+
+globals().update(models.FIXTURES)
+
+
+@pytest.fixture(scope="module")
+def trains(llama: Base, vendor: IdentityKey, tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
+    """A bundle of the tiny language model, with a training graph or without one."""
+
+    def make(graph: bool) -> Path:
+        folder = tmp_path_factory.mktemp("trains")
+        exported = export_causal(llama, ("q_proj", "v_proj"), Profile.NATIVE_INT8, training=graph)
+        write_bundle(folder / "bundle", exported, [], key=vendor)
+        (folder / TRUST).write_bytes(vendor.public.to_pem())
+        return folder / "bundle"
+
+    return make
+
+
+def side(value: float) -> dict[str, dict[str, float]]:
+    return {name: {"median": value, "min": value / 2, "max": value * 2} for name in training.FIGURES}
+
+
+def test_the_table_has_medians_spread_and_ratio() -> None:
+    found = {"work": {"texts": 24, "words": 48, "batch": 4, "rank": 8, "repeats": 3}, "task": "text-generation"}
+    found |= {"profile": "native-int8", "onnx": side(3 * 2**20), "torch": side(4 * 2**20)}
+    text = training.table(found | {"ratios": {"memory": 0.75}})
+    row = next(line for line in text.splitlines() if line.startswith("peak memory"))
+    assert row.split() == ["peak", "memory,", "MiB", "3", "(1.5–6)", "4", "(2–8)", "0.750"]
+    assert "3 runs of each engine" in text
+
+
+def test_the_process_that_trains_with_a_graph_imports_no_torch() -> None:
+    code = "import sys, benchmarks.training; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+def test_both_engines_train_the_adapter_and_its_loss_is_the_same(trains: Callable[[bool], Path], llama: Base) -> None:
+    given = ["training", "--bundle", str(trains(True)), "--base", str(llama.folder), "--quick", "--json"]
+    result = CliRunner().invoke(bench, given)
+    assert result.exception is None, result.output
+    found = json.loads(result.stdout)
+    assert found["task"] == "text-generation"
+    for engine in training.ENGINES:
+        assert all(found[engine][name]["median"] > 0 for name in training.FIGURES)
+    assert found["ratios"]["loss"] == pytest.approx(1, abs=0.01)
+    assert "peak memory" in training.table(found)
+
+
+@pytest.mark.slow
+def test_a_classifier_is_trained_by_both_engines_too(tiny_base: Base, vendor: IdentityKey, tmp_path: Path) -> None:
+    exported = export_classifier(with_mean_head(tiny_base, ["query", "value"]), tiny_base, Profile.FP32, training=True)
+    write_bundle(tmp_path / "bundle", exported, [], key=vendor)
+    (tmp_path / TRUST).write_bytes(vendor.public.to_pem())
+    found = training.compare(tmp_path / "bundle", None, str(tiny_base.folder), training.QUICK, lambda step: None)
+    assert found["task"] == "text-classification"
+    assert found["ratios"]["loss"] == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.slow
+def test_what_cannot_be_compared_is_refused_in_one_line(
+    trains: Callable[[bool], Path], llama: Base, tiny_base: Base
+) -> None:
+    bundle = trains(False)
+    with refused(ConfigError, "--base"):
+        training.compare(bundle, None, str(tiny_base.folder), training.QUICK, lambda step: None)
+    with pytest.raises(DataError, match=r"onnx: .* has no training graph"):
+        training.compare(bundle, None, str(llama.folder), training.QUICK, lambda step: None)

@@ -1,0 +1,72 @@
+"""Another tenant takes the memory of its adapter, and a second process shares the base."""
+
+import json
+import mmap
+import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aggregation.errors import ConfigError
+from aggregation.pki.identity import IdentityKey
+from benchmarks.ondevice import memory
+from client.inference.library import Library
+from export.bundle.write import write_bundle
+from export.onnx.exported import ExportedBase
+from tests.support import models, refused
+
+globals().update(models.FIXTURES)
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /proc/PID/smaps_rollup")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bundle", "lm_bundle"])
+def test_a_tenant_takes_about_the_memory_of_its_adapter(request: pytest.FixtureRequest, kind: str) -> None:
+    found: Any = json.loads(json.dumps(memory.measure(request.getfixturevalue(kind), counts=(1, 100))))
+    assert list(found["tenants"]) == ["1", "100"]
+    assert len(found["processes"]) == 2
+    # Besides the tensors, of some kilobytes, there are their names, shapes and the signed manifest.
+    assert 0.8 * found["adapter_bytes"] < found["bytes_per_tenant"] < found["adapter_bytes"] + 40_000
+    for pages in (*found["tenants"].values(), *found["processes"]):
+        assert 0 < pages["private"] <= pages["pss"] <= pages["rss"]
+        assert pages["rss"] == pytest.approx(pages["shared"] + pages["private"], rel=0.05)
+
+
+@pytest.mark.slow
+def test_quantized_embeddings_are_mapped_and_not_copied(
+    tmp_path: Path, exported_int8: ExportedBase, source: Any, vendor: IdentityKey
+) -> None:
+    write_bundle(tmp_path / "bundle", exported_int8, [source()], key=vendor)
+    (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem())
+    for pages in memory.measure(tmp_path / "bundle", counts=(1,))["mapped"]:
+        assert pages["rss"] == pages["shared"] > 0  # both processes look the same pages up
+
+
+def test_a_mapping_is_found_by_the_name_of_its_file(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(bytes(2**20))
+    (tmp_path / "other-weights").write_bytes(bytes(2**21))
+    with ExitStack() as stack:
+        for name in ("weights", "other-weights"):
+            file = stack.enter_context((tmp_path / name).open("rb"))
+            mapped = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            assert sum(mapped[:: mmap.PAGESIZE]) == 0  # touches every page
+        found = memory.Pages.mapping(os.getpid(), "weights")
+        assert found.rss == found.shared + found.private == 2**20
+        assert memory.Pages.mapping(os.getpid(), "no-such-file").rss == 0
+
+
+def test_without_smaps_rollup_memory_is_not_measured() -> None:
+    with refused(ConfigError, "smaps_rollup"):
+        memory.Pages.of(2**31 - 1)
+
+
+def test_the_temporary_bundle_is_removed(bundle: Path, tmp_path: Path) -> None:
+    with memory.with_tenants(Library.open(bundle, None), "global", 3) as copy:
+        library = Library.open(copy, None)
+        assert library.names() == ["tenant-0", "tenant-1", "tenant-2"]
+        assert {library.trust.adapter(n, library.base).manifest.rank for n in library.names()} == {4}
+    assert not copy.exists()
