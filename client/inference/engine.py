@@ -24,7 +24,7 @@ from adapters.bundle import GENERATION, TOKENIZER, VerifiedBase
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from client.inference.hugepages import collapse_in_background
 from client.inference.library import Adapter
-from client.inference.text import SamplingParams, first_line, special_tokens
+from client.inference.text import Detokenizer, SamplingParams, TextDecoder, first_line, special_tokens
 
 GROWTH = 256  # tokens; the KV cache grows in steps, so that a few more messages fit without a new one
 PIECE = 64  # tokens of a prompt that are read at once; with SmolLM2, longer pieces are no faster
@@ -70,14 +70,15 @@ class GenerationEngine:
         self.vocabulary = int(stated["vocab_size"])
         self.ends = frozenset(map(int, self._tokenizer.eos_token_ids))
         self.special_tokens = special_tokens(base.files[TOKENIZER])
+        self._detokenizer = Detokenizer(base.files[TOKENIZER])
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text."""
         return [int(token) for token in self._tokenizer.encode(text)]
 
-    def decoder(self) -> Any:
-        """A stream whose ``decode`` takes tokens one by one and returns text; a character may need several tokens."""
-        return self._tokenizer.create_stream()
+    def decoder(self) -> TextDecoder:
+        """Of one answer."""
+        return TextDecoder(self._detokenizer)
 
     def apply_chat_template(self, messages: Sequence[dict[str, str]]) -> str:
         """A conversation, formatted by the model's chat template, up to where the answer begins.

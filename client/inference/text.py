@@ -2,10 +2,12 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
+
+from tokenizers import Tokenizer
 
 from aggregation.errors import ConfigError, DataError
 from client.inference.guide import Guide
@@ -154,6 +156,57 @@ class Answer:
     def valid(self) -> bool:
         """Whether it has the form of its guide: one that was cut has not, and without a guide any has."""
         return self.guide is None or (self.finish is Finish.END and self.guide.holds(self.text))
+
+
+class Detokenizer:
+    """The texts of a model's tokens, by the decoder of its tokenizer.json."""
+
+    def __init__(self, tokenizer: bytes) -> None:
+        """Read a tokenizer.json. Raises what the tokenizers library and ``json`` raise."""
+        stated = json.loads(tokenizer)
+        vocabulary, added = stated["model"]["vocab"], stated.get("added_tokens", [])
+        self.pieces = (
+            {token: piece for piece, token in vocabulary.items()}
+            if isinstance(vocabulary, dict)
+            else {token: piece for token, (piece, _) in enumerate(vocabulary)}  # of a Unigram model
+        )
+        self.pieces |= {token["id"]: "" if token["special"] else token["content"] for token in added}
+        # The library's whole tokenizer would take some 30 MB with SmolLM2's vocabulary.
+        bare = stated | {
+            "model": {"type": "BPE", "vocab": {}, "merges": []},
+            "added_tokens": [],
+            "post_processor": None,
+        }
+        decoder = Tokenizer.from_str(json.dumps(bare)).decoder
+        self.decode: Callable[[list[str]], str] = decoder.decode if decoder else " ".join
+
+
+class TextDecoder:
+    """The text of tokens that come one by one, without a character at its end that is not complete yet.
+
+    Law: with a byte-level tokenizer, the pieces together are what the tokenizers library decodes at once, without ``�``
+    at the end. Bytes that are not a character become ``�``, and the letters after them stay. With byte fallback, the
+    library makes ``�`` also of the characters right before such bytes, which here were already emitted.
+    """
+
+    def __init__(self, detokenizer: Detokenizer) -> None:
+        """Begin after a point: a decoder may strip the beginning of a text, and an answer is not one."""
+        self._texts = detokenizer
+        self._pieces = ["."]
+        self._before = self._written = 1  # of the pieces and of the letters, those that were emitted
+
+    def decode(self, token: int) -> str:
+        """Take the next token; return the text that it completes. Special tokens have none."""
+        if not (piece := self._texts.pieces.get(token, "")):
+            return ""
+        self._pieces.append(piece)
+        text = self._texts.decode(self._pieces)
+        completed = text.rstrip("\ufffd")[self._written :]
+        self._written += len(completed)
+        if completed and self._written == len(text):  # of what was emitted, only the last pieces may matter from here
+            del self._pieces[: self._before]
+            self._before, self._written = len(self._pieces), len(self._texts.decode(self._pieces))
+        return completed
 
 
 @dataclass(slots=True)

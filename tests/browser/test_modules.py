@@ -32,6 +32,7 @@ from aggregation.pki.identity import IdentityKey, PublicKey
 from client.browser.server import Site
 from client.inference.library import Composition, compose
 from client.inference.phrases import PhraseReader
+from client.inference.text import Detokenizer, TextDecoder
 from client.inference.trust import Trust
 from client.learning.learner import _in_lesson_order
 from client.training.descent import AdamW
@@ -39,7 +40,7 @@ from export.bundle import adapter
 from export.bundle.write import AdapterSource, add_adapter
 from export.onnx.exported import ExportedBase
 from tests.support.programs import other_reader
-from tests.support.tokenizers import TOKENIZERS, UNREADABLE
+from tests.support.tokenizers import TOKENIZERS, UNREADABLE, WRITERS
 from tests.vectors.make_bundle import in_hex
 
 FORMATS: tuple[Format, ...] = ("fp32", "fp16", "int8", "int4")
@@ -297,6 +298,20 @@ def readers() -> dict[str, Any]:
     return tiny | {"real": native_reader(real, 256, PHRASES)}
 
 
+def decoders() -> dict[str, Any]:
+    """Tokens of a text and, of a byte-level tokenizer, random ones, each with the text that it completes natively."""
+    rng, found = random.Random(7), {}  # noqa: S311  # not a secret
+    for name, build in WRITERS.items():
+        tokenizer, rows = build(), []
+        texts = [tokenizer.encode("Tür 🙂 はい a\ufffd on" + name).ids]
+        drawn = [[rng.randrange(300) for _ in range(12)] for _ in range(200)] if name == "all bytes" else []
+        for tokens in texts + drawn:
+            decoder = TextDecoder(Detokenizer(tokenizer.to_str().encode()))
+            rows.append((tokens, [decoder.decode(token) for token in tokens]))
+        found[name] = {"tokenizer": b64(tokenizer.to_str().encode()), "rows": rows}
+    return found
+
+
 PHRASE_FILES = (
     *(
         b"Light\tturn on\n",
@@ -425,6 +440,7 @@ def made(
                 ],
                 "body": BODY,
                 "readers": readers,
+                "decoders": decoders(),
                 "compositions": compositions,
                 "learning": lessons(),
                 "safetensors": adapter_files(),

@@ -1,6 +1,6 @@
 """Tiny tokenizers of the kinds that bases use, and texts that some of them cannot read."""
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 UNREADABLE = (
@@ -59,3 +59,43 @@ def byte_level() -> Tokenizer:
 
 
 TOKENIZERS = {"wordpiece": wordpiece, "unigram": unigram, "byte-level": byte_level}
+
+
+ENDS = ["</s>"]
+SPOKEN = ("turn on the light", "mach das Licht über der Tür an", "🙂 はい 🙁 いいえ はい はい")
+
+
+def all_bytes() -> Tokenizer:
+    """As GPT-2's, with a token for each byte, and longer ones of which some end inside a character."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=ENDS, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(SPOKEN, trainer)
+    return tokenizer
+
+
+def byte_fallback() -> Tokenizer:
+    """As Llama 2's: letters, and a token for each byte of other ones. Its decoder strips a space at the beginning."""
+    pieces = [
+        *ENDS,
+        "<unk>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *'▁abcdefghijklmnopqrstuvwxyz,.:{}"は',
+        "▁o",
+        "▁on",
+    ]
+    merges = [("▁", "o"), ("▁o", "n")]
+    model = models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True)  # noqa: S106
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([*ENDS, "<unk>"])
+    return tokenizer
+
+
+WRITERS = {"all bytes": all_bytes, "byte fallback": byte_fallback}
+"""Of language models that can write any text."""

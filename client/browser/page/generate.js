@@ -84,7 +84,7 @@ export class Generation {
     const ids = [...new Array(virtual).fill(prompt[0]), ...prompt];
     const reused = await this.#rewind(ids, feeds);
     this.last = { finish: "interrupted", tokens: 0, prompt: prompt.length, reused: Math.max(0, reused - virtual) };
-    const [generated, decoded] = [[], { text: "" }];
+    const [generated, decoded] = [[], this.text.decoder()];
     let next = ids.slice(reused);
     while (generated.length < maxTokens && ids.length + generated.length < this.limit) {
       const id = sample(await this.#logits(next, feeds), { temperature, topP, random });
@@ -92,7 +92,7 @@ export class Generation {
       generated.push(id);
       next = [id];
       this.last.tokens += 1;
-      yield { id, text: this.#piece(generated, decoded) };
+      yield { id, text: decoded(id) };
     }
     this.last.finish = generated.length < maxTokens ? "context" : "length";
   }
@@ -165,12 +165,5 @@ export class Generation {
       this.layers.map((layer) => [past.replace("%d", layer), found[present.replace("%d", layer)]]),
     );
     return Object.fromEntries(entries);
-  }
-
-  #piece(ids, decoded) {
-    const text = this.text.decoded(ids);
-    const piece = text.slice(decoded.text.length);
-    decoded.text = text;
-    return piece;
   }
 }

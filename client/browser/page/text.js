@@ -5,7 +5,7 @@ import { DataError, quoted } from "./errors.js";
 import { Tokenizer } from "./vendor/tokenizers/tokenizers.min.mjs";
 
 const MAX_TEXT = 2 ** 16; // characters, as client/inference/text.py
-const REPLACEMENT = "\ufffd"; // the text of the first bytes of a character
+const BEGUN = /\ufffd+$/; // the text of the first bytes of a character
 const WHITE_SPACE = ["▁", "Ġ"]; // tokens that SentencePiece and byte-level BPE write for it
 const BLANK = /[\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]/; // as Python's str.strip
 
@@ -96,10 +96,22 @@ export class Text {
     if (token) throw new DataError(`a ${what} contains ${quoted(token)}, a special token of the model; remove it`, what);
   }
 
-  /** The text of `ids`, without a character at the end that is not complete yet. */
+  /** The text of `ids`, without a character at the end that is not complete yet. Bytes that are no character are "\ufffd". */
   decoded(ids) {
     const text = this.tokenizer.decode(ids, { skip_special_tokens: true, clean_up_tokenization_spaces: false });
-    return text.endsWith(REPLACEMENT) ? text.slice(0, text.indexOf(REPLACEMENT)) : text;
+    return text.replace(BEGUN, "");
+  }
+
+  /** A function that takes the tokens of an answer one by one, and returns the text that each completes. */
+  decoder() {
+    const ids = this.formatted("."); // a decoder may strip the beginning of a text, and an answer is not one
+    let written = this.decoded(ids).length;
+    return (id) => {
+      ids.push(id);
+      const piece = this.decoded(ids).slice(written);
+      written += piece.length;
+      return piece;
+    };
   }
 }
 

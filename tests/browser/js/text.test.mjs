@@ -37,7 +37,14 @@ test("what has no answer is refused", () => {
   }
 });
 
-test("a character that has only begun is held back", () => {
-  const begun = { decode: () => "done \ufffd" };
-  assert.equal(Text.prototype.decoded.call({ tokenizer: begun }, []), "done ");
+for (const [name, { tokenizer, rows }] of Object.entries(made.decoders)) {
+  test(`each token completes the text that it completes natively, with a tokenizer of ${name}`, () => {
+    const reader = new Text(bytes(tokenizer));
+    for (const [tokens, pieces] of rows) assert.deepEqual(tokens.map(reader.decoder()), pieces, String(tokens));
+  });
+}
+
+test("only the character at the end that has begun is held back", () => {
+  const begun = { decode: () => "a\ufffdb \ufffd\ufffd" };
+  assert.equal(Text.prototype.decoded.call({ tokenizer: begun }, []), "a\ufffdb ");
 });

@@ -7,8 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aggregation.errors import ConfigError, DataError
-from client.inference.text import MAX_STOP, MAX_TEXT, SamplingParams, StopFilter, checked
+from client.inference.text import (
+    MAX_STOP,
+    MAX_TEXT,
+    Detokenizer,
+    SamplingParams,
+    StopFilter,
+    TextDecoder,
+    checked,
+)
 from tests.support import refused
+from tests.support.tokenizers import WRITERS
 
 
 def streamed(text: str, strings: tuple[str, ...], cuts: list[int]) -> tuple[str, str | None]:
@@ -97,3 +106,36 @@ def test_a_stop_string_of_a_wrong_length_is_refused(stop: str) -> None:
 def test_a_text_that_no_model_can_read_is_refused(text: str, value: object) -> None:
     with refused(DataError, "text", value=value):
         checked(text)
+
+
+WRITER = {name: build() for name, build in WRITERS.items()}
+DECODING = {name: Detokenizer(tokenizer.to_str().encode()) for name, tokenizer in WRITER.items()}
+TOKENS = st.lists(st.integers(0, 299), max_size=12)
+
+
+def decoded(name: str, tokens: list[int]) -> list[str]:
+    decoder = TextDecoder(DECODING[name])
+    return [decoder.decode(token) for token in tokens]
+
+
+@given(tokens=TOKENS)
+def test_tokens_one_by_one_have_the_text_that_the_tokenizers_library_decodes_at_once(tokens: list[int]) -> None:
+    assert "".join(decoded("all bytes", tokens)) == WRITER["all bytes"].decode(tokens).rstrip("\ufffd")
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@given(text=st.text(st.characters(codec="utf-8", exclude_characters="\ufffd▁")))
+def test_any_text_comes_back_from_its_tokens(name: str, text: str) -> None:
+    tokens = WRITER[name].encode(text).ids
+    assert "".join(decoded(name, tokens)) == (text if name == "all bytes" or not text else " " + text)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@given(mixed=st.lists(st.one_of(st.sampled_from("abc"), st.integers(0xAE, 0xFF)), max_size=12))
+def test_bytes_that_are_not_a_character_take_no_letter_away(name: str, mixed: list[str | int]) -> None:
+    byte = "<0x{:02X}>" if name == "byte fallback" else "{:c}"  # GPT-2's alphabet has these bytes as they are
+    pieces = [each if isinstance(each, str) else byte.format(each) for each in mixed]
+    tokens = [token for piece in pieces if (token := WRITER[name].token_to_id(piece)) is not None]
+    assert len(tokens) == len(mixed)
+    text = "".join(decoded(name, tokens))
+    assert "".join(char for char in text if char.isascii()) == "".join(each for each in mixed if isinstance(each, str))
