@@ -8,9 +8,7 @@ A prompt is read in pieces, because the graph returns the logits of every token 
 with SmolLM2's vocabulary.
 """
 
-import importlib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ import onnxruntime as ort
 
 from adapters.bundle import GENERATION, TOKENIZER, VerifiedBase
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
+from client.inference.guide import Guide, GuidedAnswer, GuideFollower, required
 from client.inference.hugepages import collapse_in_background
 from client.inference.library import Adapter
 from client.inference.text import Detokenizer, SamplingParams, TextDecoder, first_line, special_tokens
@@ -39,6 +38,7 @@ class _Live:
     adapter: str | None  # by name
     capacity: int  # tokens
     tokens: list[int]
+    guided: GuidedAnswer | None = None
 
 
 class GenerationEngine:
@@ -69,8 +69,10 @@ class GenerationEngine:
         self.context = int(stated["context_length"])
         self.vocabulary = int(stated["vocab_size"])
         self.ends = frozenset(map(int, self._tokenizer.eos_token_ids))
-        self.special_tokens = special_tokens(base.files[TOKENIZER])
-        self._detokenizer = Detokenizer(base.files[TOKENIZER])
+        self._tokenizer_file = base.files[TOKENIZER]
+        self.special_tokens = special_tokens(self._tokenizer_file)
+        self._detokenizer = Detokenizer(self._tokenizer_file)
+        self._follower: GuideFollower | None = None
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text."""
@@ -146,7 +148,9 @@ class GenerationEngine:
             ConfigError: As ``check``.
             RuntimeError: The graph does not run.
         """
+        guided = self._guided(params.guide)
         live, known = self._usable(params, adapter, min(self.context, len(prompt) + params.max_tokens)), 0
+        live.guided = guided
         if live.adapter == adapter:
             # Without the last tokens: the last sampled one is not in the cache, and the prompt's last must be read anew
             # for its logits.
@@ -163,7 +167,7 @@ class GenerationEngine:
         """Sample the tokens that follow the prompt, up to ``max_tokens`` or the end of the context.
 
         Raises:
-            DataError: A token has no finite probability.
+            DataError: A token has no finite probability, or the guide allows none.
             RuntimeError: The graph does not run.
         """
         live = self._live
@@ -177,6 +181,8 @@ class GenerationEngine:
             _step(live)
             token = int(live.inner.get_next_tokens()[0])
             live.tokens.append(token)
+            if live.guided is not None:
+                live.guided.append(token)
             yield token
 
     def _search(self, live: _Live, limit: int) -> Iterator[int]:
@@ -191,13 +197,20 @@ class GenerationEngine:
             yield next(iter(self.ends))  # onnxruntime-genai leaves it out
 
     def check(self, params: SamplingParams) -> None:
-        """Return if the guide of ``params``, if any, can be followed. The first one takes seconds, others far less.
+        """Return if the guide of ``params``, if any, can be followed. The first one takes up to a second.
 
         Raises:
-            ConfigError: onnxruntime-genai cannot read it, or was built without llguidance.
+            ConfigError: As ``GuideFollower`` and its ``begin``.
         """
-        if params.guide is not None:
-            self._new(params, 1)
+        self._guided(params.guide)
+
+    def _guided(self, guide: Guide | None) -> GuidedAnswer | None:
+        """An answer without any token, if there is a guide. Raises as ``check``."""
+        if guide is None:
+            return None
+        if self._follower is None:
+            self._follower = GuideFollower(self._tokenizer_file, self.vocabulary, self.ends)
+        return self._follower.begin(guide)
 
     def inner(self, params: SamplingParams, adapter: str | None) -> Any:
         """onnxruntime-genai's generator, with this adapter, for ``params.max_tokens`` in all: to time single tokens.
@@ -239,19 +252,10 @@ class GenerationEngine:
         return self._live
 
     def _new(self, params: SamplingParams, capacity: int) -> Any:
-        """A generator of onnxruntime-genai. Raises as ``check``."""
+        """A generator of onnxruntime-genai."""
         inner = self._og.GeneratorParams(self._model)
         inner.set_search_options(max_length=capacity, **params.search_options(self.vocabulary))
-        if (guide := params.guide) is None:
-            return self._og.Generator(self._model, inner)
-        try:
-            inner.set_guidance(guide.kind.value, guide.source)
-            return self._og.Generator(self._model, inner)
-        except RuntimeError as error:
-            # What is wrong may be in any line before llguidance's backtrace.
-            why = " ".join(re.split("<backtrace>|<state>", str(error))[0].split())[:200]
-            reason = f"the {guide} cannot be followed ({why}); correct or simplify it"
-            raise ConfigError(reason, about="guide") from error
+        return self._og.Generator(self._model, inner)
 
 
 def append(inner: Any, tokens: Sequence[int], size: int = PIECE) -> None:
@@ -262,19 +266,19 @@ def append(inner: Any, tokens: Sequence[int], size: int = PIECE) -> None:
 
 def _step(live: _Live) -> None:
     """Write the next token, of each beam. Raises as ``GenerationEngine.draw``."""
-    if not np.isfinite(live.inner.get_logits()).all():
+    logits = live.inner.get_logits()
+    if not np.isfinite(logits).all():
         reason = "the answer is not finite: the adapter's values are too large for this base; use another one"
         raise DataError(reason, about="logits", value=live.adapter)
+    if live.guided is not None:
+        logits[..., ~live.guided.allowed()] = -np.inf
+        live.inner.set_logits(logits)
     live.inner.generate_next_token()
 
 
 def genai() -> Any:
-    """onnxruntime-genai, of an extra that a device which only classifies lacks. Raises ConfigError without it."""
-    try:
-        og = importlib.import_module("onnxruntime_genai")
-    except ModuleNotFoundError as error:
-        reason = "onnxruntime-genai is not installed; install it with: pip install 'edgeadapt[generate]'"
-        raise ConfigError(reason, about="onnxruntime-genai") from error
+    """onnxruntime-genai. Raises as ``required``."""
+    og = required("onnxruntime_genai")
     og.disable_telemetry_events()
     return og
 

@@ -215,9 +215,6 @@ class Generator:
             raise
         except RuntimeError as error:  # of onnxruntime-genai
             engine.forget()
-            if params.guide is not None:
-                reason = f"the model cannot go on by the {params.guide} ({first_line(error)}); simplify it"
-                raise DataError(reason, about="guide") from error
             reason = f"the model does not run with this adapter: {first_line(error)}"
             raise DataError(reason, about="adapter") from error
         except BaseException:

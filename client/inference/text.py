@@ -117,10 +117,9 @@ class SamplingParams:
     def reusable(self) -> bool:
         """Whether one generator of onnxruntime-genai can write several such answers.
 
-        A seed fixes its random numbers from the start, beams have a KV cache each, and a guide is left where an
-        interrupted answer was.
+        A seed fixes its random numbers from the start, and beams have a KV cache each.
         """
-        return self.seed is None and self.beams == 1 and self.guide is None
+        return self.seed is None and self.beams == 1
 
     def search_options(self, vocabulary: int) -> dict[str, Any]:
         """The parameters for onnxruntime-genai, which refuses a ``top_k`` above the size of the vocabulary."""

@@ -2,16 +2,19 @@
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from aggregation.errors import ConfigError, DataError
 from client.inference.generate import Conversation, Generator
-from client.inference.guide import MAX_GUIDE, Guide, GuideKind
-from client.inference.text import Answer, Finish, SamplingParams
+from client.inference.guide import MAX_GUIDE, Guide, GuideFollower, GuideKind
+from client.inference.text import Answer, Detokenizer, Finish, SamplingParams, TextDecoder
 from tests.support import refused
+from tests.support.tokenizers import TOKENIZERS, WRITERS
 
 PROMPT = "turn on the light"
 ROOMS = ("kitchen", "hall")
@@ -103,6 +106,54 @@ def test_a_conversation_is_guided_turn_by_turn(generator: Generator) -> None:
     for count in (2, 4):
         assert "".join(conversation.ask("hello")) in ("yes!", "no!")
         assert len(conversation.messages) == count
+    assert generator.last is not None
+    assert generator.last.reused_tokens > 0
+
+
+ANYTHING = {
+    "emoji with the same first bytes": (GuideKind.REGEX, "(🙂|🙁)", "🙂|🙁"),
+    "letters with the same first byte": (GuideKind.REGEX, "T(ü|ö)r/(はい|いいえ)", "T(ü|ö)r/(はい|いいえ)"),
+    "range": (GuideKind.REGEX, "[あ-ん]{4}", "[あ-ん]{4}"),
+    "joined emoji": (GuideKind.REGEX, "👨\u200d👩\u200d(👧|👦)", "👨\u200d👩\u200d(👧|👦)"),
+    "digits": (GuideKind.REGEX, r"\d{3}[\d.]", "[0-9]{3}[0-9.]"),
+    "words": (GuideKind.REGEX, r"\w{8}", "[^\ufffd]{8}"),  # Python and Rust differ in what a word is
+    "escaped slash": (GuideKind.REGEX, r"a\/ü/\\", r"a/ü/\\"),
+    "enum": (GuideKind.JSON_SCHEMA, '{"enum": ["🙂", "🙁", "はい", "いいえ"]}', '"(🙂|🙁|はい|いいえ)"'),
+    "escaped enum": (GuideKind.JSON_SCHEMA, '{"enum": ["\\ud83d\\ude42", "\\ud83d\\ude41"]}', '"(🙂|🙁)"'),
+    "text": (GuideKind.JSON_SCHEMA, '{"type": "string", "maxLength": 4}', '".*"'),
+    "grammar": (GuideKind.GRAMMAR, 'start: face " " face\nface: "🙂" | "🙁"', "[🙂🙁] [🙂🙁]"),
+}
+
+
+@pytest.mark.parametrize("name", ANYTHING)
+@pytest.mark.parametrize("writer", WRITERS)
+def test_whichever_allowed_tokens_are_taken_the_text_has_the_form_to_the_last_byte(writer: str, name: str) -> None:
+    kind, source, matches = ANYTHING[name]
+    tokenizer = WRITERS[writer]()
+    end, size = tokenizer.token_to_id("</s>"), tokenizer.get_vocab_size()
+    guide, follower = Guide(kind, source), GuideFollower(tokenizer.to_str().encode(), size, [end])
+    rng, texts = np.random.default_rng(1), set()
+    for _ in range(20):
+        answer, decoder, text = follower.begin(guide), TextDecoder(Detokenizer(tokenizer.to_str().encode())), ""
+        while (token := int(rng.choice(answer.allowed().nonzero()[0]))) != end:
+            answer.append(token)
+            text += decoder.decode(token)
+        assert re.fullmatch(matches, text), text
+        assert guide.holds(text)
+        texts.add(text)
+    assert len(texts) > 1 or name == "escaped slash"
+
+
+def test_a_tokenizer_that_does_not_state_the_bytes_of_its_tokens_is_refused() -> None:
+    with refused(ConfigError, "guide"):
+        GuideFollower(TOKENIZERS["unigram"]().to_str().encode(), 30, [2])
+
+
+def test_without_llguidance_the_error_names_the_extra(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with refused(ConfigError, "llguidance") as caught:
+        generator.check(guided(GuideKind.REGEX, "a"))
+    assert "pip install 'edgeadapt[generate]'" in str(caught.value)
 
 
 BAD = {
@@ -116,6 +167,8 @@ BAD = {
     "open group": (GuideKind.REGEX, "(("),
     "look-ahead": (GuideKind.REGEX, "(?=x)a"),
     "letter that no token has": (GuideKind.REGEX, "ü"),
+    "such a letter later on": (GuideKind.REGEX, "aü"),
+    "such a letter in JSON": (GuideKind.JSON_SCHEMA, r'{"enum": ["k\u00fcche"]}'),
     "unknown rule": (GuideKind.GRAMMAR, 'start: "a" | b'),
 }
 
@@ -135,7 +188,7 @@ def test_a_guide_that_cannot_be_followed_is_refused_in_a_line_before_the_first_q
 
 
 def test_a_guide_that_the_model_cannot_go_on_by_ends_the_answer_in_a_line(generator: Generator) -> None:
-    pieces = generator.complete(PROMPT, guided(GuideKind.REGEX, "aü"))
+    pieces = generator.complete(PROMPT, guided(GuideKind.REGEX, r"a\x{fc}"))
     assert next(pieces) == "a"
     with refused(DataError, "guide"):
         next(pieces)

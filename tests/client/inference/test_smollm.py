@@ -1,6 +1,7 @@
 """A real language model, from its package to a conversation: quantized, signed, verified and loaded."""
 
 import json
+import re
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -97,6 +98,15 @@ def test_voice_commands_are_answered_as_json_of_their_schema(smollm: Path) -> No
         assert set(answer["slots"]) <= {"room", "minutes"}
         assert len(answer["slots"].get("room", "")) <= 20
         assert 1 <= answer["slots"].get("minutes", 1) <= 999
+
+
+@pytest.mark.parametrize("source", ["(🙂|🙁)", "(はい|いいえ)", r"[0-9]{2} 分", "T(ü|ö)r"])
+def test_an_answer_may_have_letters_of_several_tokens(smollm: Path, source: str) -> None:
+    generator = Generator.open(smollm, threads=1)
+    params = SamplingParams(max_tokens=24, guide=Guide(GuideKind.REGEX, source))
+    assert re.fullmatch(source, "".join(Conversation(generator, params).ask("Are you happy?")))
+    assert generator.last is not None
+    assert generator.last.valid
 
 
 def test_a_switch_takes_less_than_a_millisecond_until_the_first_token_is_read(smollm: Path) -> None:
