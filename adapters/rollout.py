@@ -1,14 +1,15 @@
 """A staged rollout: which devices of a channel get its newest release, and which one the others get.
 
-It is the file ``CHANNEL/flags.json`` among the targets of a repository, a flag definition of flagd (OpenFeature's
-reference implementation), so that any flagd evaluates it and comes to the same release. The flag ``release-N`` has two
-variants, the numbers of the newest release and of the one before. flagd's operator ``fractional`` puts a device into
-one of 100 parts by a hash of the flag's name and the device's targeting key, and the parts of the newest release come
-first: a device that is in at 10 % is in at 50 %, and another release begins with other devices.
+It is the file ``CHANNEL/flags.json`` among the targets of a repository, a flag definition of flagd, so that any flagd
+evaluates it and comes to the same release (its operator ``fractional``). The flag ``release-N`` has two variants, the
+numbers of the newest release and of the one before. A device is in one of 100 parts by a hash of the flag's name and
+its targeting key, and the parts of the newest release come first: a device that is in at 10 % is in at 50 %, and
+another release begins with other devices.
 
-``coordinator.channels`` writes the file, ``client.updates`` evaluates it.
+``coordinator.channels`` writes the file, ``client.updates`` reads it.
 """
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self
@@ -81,6 +82,18 @@ class Rollout:
         """All devices get the newest release."""
         return self.share == ALL and not self.languages
 
+    def release_for(self, key: str, language: str | None) -> int:
+        """Number of the release that a device gets.
+
+        Args:
+            key: Its targeting key.
+            language: Its language's code.
+        """
+        if self.languages and language not in self.languages:
+            return self.previous
+        part = murmur3(b"\x82" + _cbor(self.flag) + _cbor(key)) * ALL >> 32
+        return self.release if part < self.share else self.previous
+
     def __str__(self) -> str:
         """Whom the newest release is for."""
         return f"{self.share} % of devices" + (f" with language {', '.join(self.languages)}" if self.languages else "")
@@ -124,3 +137,28 @@ class Rollout:
             reason = "the flags of the rollout are damaged, or of a newer version: update edgeadapt"
             raise TrustError(reason, about=FLAGS) from error
         return found
+
+
+def _cbor(text: str) -> bytes:
+    """Text of at most 255 bytes in CBOR (RFC 8949, section 3.1)."""
+    raw = text.encode()
+    return (bytes([0x60 + len(raw)]) if len(raw) < 24 else bytes([0x78, len(raw)])) + raw
+
+
+def murmur3(data: bytes) -> int:
+    """MurmurHash3_x86_32 (Appleby) with the seed 0. Not for secrets.
+
+    >>> hex(murmur3(b"The quick brown fox jumps over the lazy dog"))
+    '0x2e4ff723'
+    """
+    state, mask = 0, 2**32 - 1
+    padded = data + bytes(-len(data) % 4)
+    for number, (word,) in enumerate(struct.iter_unpack("<I", padded)):
+        word = word * 0xCC9E2D51 & mask
+        state ^= (word << 15 | word >> 17) * 0x1B873593 & mask
+        if 4 * number + 4 <= len(data):  # the rest is not mixed
+            state = ((state << 13 | state >> 19) & mask) * 5 + 0xE6546B64 & mask
+    state ^= len(data)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        state = (state ^ state >> shift) * factor & mask
+    return state ^ state >> 16

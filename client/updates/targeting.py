@@ -1,12 +1,11 @@
-"""Decide on the device whether it gets the newest release of a rollout, through OpenFeature's SDK.
+"""What decides on the device whether it gets the newest release of a rollout.
 
 ::
 
     updates/targeting.json     the targeting key, a random number that the device makes once, and its language
 
-The key is an input of the decision and nothing else, and it never leaves the device. The flags come from the signed
-repository (``adapters.rollout``), and flagd's evaluator reads them without a network. Who serves the files sees which
-of them a device fetches, as for every release.
+The key is an input of the decision and nothing else, and it never leaves the device. The rule comes from the signed
+repository (``adapters.rollout``). Who serves the files sees which of them a device fetches, as for every release.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -16,14 +15,13 @@ from typing import Annotated, ClassVar, Self
 from pydantic import ConfigDict, Field, ValidationError
 
 from adapters import jsontext, storage
-from adapters.rollout import LANGUAGE, Language, Rollout, check_language
+from adapters.rollout import Language, Rollout, check_language
 from aggregation.entropy import Entropy
-from aggregation.errors import DataError, TrustError
+from aggregation.errors import DataError
 
 TARGETING = "targeting.json"
 MAX_TARGETING = 2**10  # bytes
 KEY = 16  # bytes
-DOMAIN = "edgeadapt"  # of this program's provider, among others in the process
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +63,5 @@ class Targeting:
         storage.replace(folder / TARGETING, jsontext.encode(asdict(self)))
 
     def release(self, rollout: Rollout) -> int:
-        """Number of the release that this device gets.
-
-        Raises:
-            TrustError: The flags cannot be evaluated.
-        """
-        from openfeature import api  # here, since most updates have no rollout
-        from openfeature.evaluation_context import EvaluationContext
-
-        from client.updates.flagprovider import SignedFlagProvider
-
-        api.set_provider_and_wait(SignedFlagProvider(rollout.encode()), DOMAIN)
-        context = EvaluationContext(self.key, {} if self.language is None else {LANGUAGE: self.language})
-        found = api.get_client(DOMAIN).get_integer_details(rollout.flag, rollout.previous, context)
-        if found.error_code is not None:
-            raise TrustError(f"the rollout cannot be evaluated: {found.error_code}", about="rollout")
-        number: int = found.value
-        return number
+        """Number of the release that this device gets."""
+        return rollout.release_for(self.key, self.language)

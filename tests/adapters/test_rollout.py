@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters.rollout import MAX_FLAGS, Rollout, check_language
+from adapters.rollout import MAX_FLAGS, Rollout, check_language, murmur3
 from aggregation.errors import ConfigError, TrustError
 from tests.support import refused
 
@@ -85,3 +85,27 @@ def test_a_truncated_definition_is_refused() -> None:
 def test_what_is_no_language(code: str) -> None:
     with refused(ConfigError, "language"):
         check_language(code)
+
+
+@pytest.mark.parametrize(
+    ("release", "key", "part"),
+    [  # of openfeature-flagd-core 2.0
+        (2, "d98d70924ee7056ad79057eac5b6b4b4", 41),
+        (3, "2cc5122d216268c31bf323d2c820aebb", 74),
+        (1000, "046683030c70392f26c7e7737bcaeec8", 43),
+        (2, "bb6a7d0aa52ba096a1c18721cd9789c1", 84),
+        (3, "fb2c9cbbb6b7cebf504dd39a72efebb8", 37),
+        (12, "4fd0471c8977ada99acc4ebb8ebbb94a", 44),
+    ],
+)
+def test_a_device_is_in_the_part_that_flagd_puts_it_into(release: int, key: str, part: int) -> None:
+    assert Rollout(release, 1, part).release_for(key, None) == 1
+    assert Rollout(release, 1, part + 1).release_for(key, None) == release
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [(b"", 0), (b"a", 0x3C2569B2), (b"hello", 0x248BFA47), (b"hello, world", 0x149BBB7F)],  # published by smhasher
+)
+def test_the_hash_is_murmur3(data: bytes, expected: int) -> None:
+    assert murmur3(data) == expected

@@ -32,7 +32,6 @@ DISTRIBUTIONS = {  # import package → distribution of another name
     "grpc": "grpcio",
     "grpc_health": "grpcio-health-checking",
     "grpc_reflection": "grpcio-reflection",
-    "openfeature": "openfeature-sdk",
     "packageurl": "packageurl-python",
 }
 ABSENT_ON_A_DEVICE = {"flwr", "fsspec", "onnx", "peft", "safetensors", "sqlalchemy", "torch", "transformers"}

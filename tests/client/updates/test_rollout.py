@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -87,32 +86,6 @@ OUT = next(key for key in KEYS if Targeting(key).release(Rollout(2, 1, 50)) == 1
 
 
 # --- who is in
-
-
-def murmur3(data: bytes) -> int:
-    """MurmurHash3_x86_32 with seed 0 (Appleby), as flagd's specification of ``fractional`` demands."""
-    state, mask = 0, 2**32 - 1
-    padded = data + bytes(-len(data) % 4)
-    for number, (word,) in enumerate(struct.iter_unpack("<I", padded)):
-        word = word * 0xCC9E2D51 & mask
-        word = (word << 15 | word >> 17) * 0x1B873593 & mask
-        state ^= word
-        if 4 * number + 4 <= len(data):
-            state = ((state << 13 | state >> 19) & mask) * 5 + 0xE6546B64 & mask
-    state ^= len(data)
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        state = (state ^ state >> shift) * factor & mask
-    return state ^ state >> 16
-
-
-def test_the_bucket_is_that_of_flagds_specification() -> None:
-    """By code that shares nothing with flagd: CBOR of [flag, key], its hash, a hundredth of the range."""
-    flag = b"release-2"
-    for key in KEYS[:300]:
-        encoded = b"\x82" + bytes([0x60 + len(flag)]) + flag + b"\x78\x20" + key.encode()
-        bucket = murmur3(encoded) * 100 >> 32
-        assert Targeting(key).release(Rollout(2, 1, bucket)) == 1
-        assert Targeting(key).release(Rollout(2, 1, bucket + 1)) == 2
 
 
 def test_a_device_that_is_in_stays_in_as_the_share_grows() -> None:
