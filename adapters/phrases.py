@@ -6,7 +6,7 @@ A message names the line, and not the phrase: what a device is taught is private
 from collections.abc import Iterable
 from pathlib import Path
 
-from adapters.storage import read_lines
+from adapters.storage import LONGEST_LIST, read_lines
 from aggregation.errors import DataError
 
 TAB = "\t"
@@ -24,6 +24,9 @@ def read_phrases(path: Path) -> list[tuple[str, str]]:
 
 def parse_phrases(raw: bytes, path: Path) -> list[tuple[str, str]]:
     """The labels and phrases in the content of such a file. Raises DataError as ``read_phrases``; there may be none."""
+    if len(raw) > LONGEST_LIST:
+        reason = f"{path} has {len(raw)} bytes, above the limit of {LONGEST_LIST}: use a bundle with fewer phrases"
+        raise DataError(reason, about=path.name, value=len(raw))
     try:
         lines = raw.decode().splitlines()
     except UnicodeDecodeError as error:
