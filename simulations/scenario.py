@@ -161,7 +161,8 @@ class PersonalSettings(Settings):
         ge=0,
         le=1000,
         description="public texts that a classifier rehearses in the personal steps of both arms: so many of each "
-        "label of which the client has no example, and which it would unlearn",
+        "label, those in the client's words first; of up to two others of a label, a client's own adapter must answer "
+        "as many right as the one from which it was made",
     )
 
     @property

@@ -125,7 +125,8 @@ def _language_lines(found: "LanguagePersonalized") -> list[str]:
 
 
 def _lines(found: "Personalized") -> list[str]:
-    lines = [_outcome(found, "answers more of the held-out examples")]
+    better = "answers more of the held-out examples" if "personal" in found.right else "forgets fewer public phrases"
+    lines = [_outcome(found, better)]
     if found.held_out:
         right = ", ".join(f"{name} {count}" for name, count in found.right.items())
         lines.append(f"right of {found.held_out} held-out examples: {right}")

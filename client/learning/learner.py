@@ -45,7 +45,7 @@ from client.learning.tune import probabilities, tune
 from client.training.control import UNLIMITED, TrainingCheckpoint, TrainingControl
 from client.training.examples import MAX_TEXT, Example, Split, encode_examples, in_split, read_examples
 from client.training.graphtrainer import GraphTrainer
-from client.training.personal import Candidate, PersonalStep, personalize, rehearsed
+from client.training.personal import Candidate, PersonalStep, in_own_words, personalize, rehearsal
 
 LEARNED, KEY, SEALING_KEY, HISTORY, LOCK = "learned", "key.pem", "sealing.key", "history.sealed", "learn.lock"
 PERSONAL = "personal"  # the private adapter that is made of a global one
@@ -53,7 +53,7 @@ MAX_REHEARSED = 32  # phrases
 MAX_TESTED = 32  # phrases
 MAX_HISTORY = 2**30  # bytes
 TRAINING_STATE = "training.sealed"
-PUBLIC_EACH = 4  # public phrases of a label without an example (docs/decisions/0034)
+PUBLIC_EACH = 2  # public phrases of a label that a personal step rehearses (docs/decisions/0034)
 BATCH_SIZE = 16
 PERSONAL_RATE = 1e-3  # of a personal step
 
@@ -97,9 +97,10 @@ class Personalized:
         made: Whether the step made it; else another one answers more of the held-out examples.
         seconds: Of the step.
         trained, held_out: Examples; corrections and public phrases are among the first.
-        right: Of the held-out examples, by adapter: ``global``, ``personal``, and ``in use`` before the step.
-        changed: Of the ``tested`` held-out examples and public phrases, those with another answer than before; none if
-            the adapter in use stays.
+        right: Of the held-out examples, by adapter: ``global``, ``in use`` before the step, and ``personal``, unless
+            each personal adapter answers fewer public phrases right than the global one.
+        changed: Of the ``tested`` held-out examples and counted public phrases, those with another answer than before;
+            none if the adapter in use stays.
     """
 
     adapter: str
@@ -181,8 +182,8 @@ class Learner:
     def teach(self, corrections: Sequence[Correction]) -> Learned:
         """Tune the adapter in use until it answers corrections as taught, and put it into use.
 
-        It rehearses recent corrections, and a phrase for each label of the public ones that the bundle has; it tests
-        recent corrections, and public phrases that are not rehearsed.
+        It rehearses recent corrections, and of the public phrases that the bundle has one for each label, that in the
+        words of all corrections; it tests recent corrections, and public phrases that are not rehearsed.
 
         Raises:
             DataError: A text or label cannot be learned, there are none or too many, none was learned, or a loss is not
@@ -216,9 +217,10 @@ class Learner:
     ) -> Personalized:
         """The personal step: a private adapter is made from the global one, and put into use.
 
-        It trains on the device's examples, on what the device was taught, and on public phrases of labels that neither
-        has. An interrupted step of the same arguments is continued. It is not put into use if the global adapter, or
-        the one in use, answers more of the held-out examples.
+        It trains on the device's examples, on what the device was taught, and on public phrases (``rehearsal``). An
+        interrupted step of the same arguments is continued. The result answers as many other public phrases right as
+        the global adapter (``client.training.personal.personalize``). It is not put into use if there is no such
+        adapter, or if the global adapter, or the one in use, answers more of the held-out examples.
 
         Args:
             examples: The device's examples file.
@@ -237,16 +239,18 @@ class Learner:
         trainer = self._trainer(origin.manifest)
         start = trainer.tensors_of(origin.inputs)
         taught = trainer.unlike(_labelled(self.history.corrections[::-1], labels), own)[::-1]
-        public = trainer.unlike(self._public(labels), [*own, *taught])
+        public = self._public(labels)
         rate = learning_rate or PERSONAL_RATE
         subject = step_digest(origin.manifest, rate, how, [*own, *taught, *public])
         rng = np.random.default_rng(list(subject))
-        every = rehearsed([*own, *taught], public, each=PUBLIC_EACH, rng=rng)
+        chosen = rehearsal(trainer, [*own, *taught], public, PUBLIC_EACH)
+        every, plain = [*own, *taught, *chosen.trained], chosen.counted
         epochs = max(how.epochs, 1)
         task = Task(trainer.config, labels, epochs, BATCH_SIZE, rate, 0.0, 0.0, PARTS, PARTS)
         checkpoint = TrainingCheckpoint(self.folder / TRAINING_STATE, self.keys[1], subject)
         bounded = replace(control, checkpoint=checkpoint)
-        found = personalize(trainer, {Candidate.GLOBAL: start}, every, task, how, rng=rng, control=bounded)
+        shared = {Candidate.GLOBAL: start}
+        found = personalize(trainer, shared, every, task, how, rng=rng, plain=plain, control=bounded)
         held_out = in_split(own, Split.VALIDATION)
         before, right = start, {candidate.value: int(score.correct) for candidate, score in found.scores.items()}
         old = self.adapter.manifest
@@ -254,7 +258,7 @@ class Learner:
             before = trainer.tensors_of(self.adapter.inputs)
             right["in use"] = int(trainer.score(before, held_out).correct)
         made = found.chosen is Candidate.PERSONAL and right["personal"] >= right.get("in use", 0)
-        others = [*held_out, *(one for one in public if one not in every)][: len(held_out) + MAX_TESTED]
+        others = [*held_out, *plain[:MAX_TESTED]]
         answers = self._answers(trainer, origin.manifest, others if made else (), before, found.adapter)
         used = self.put_into_use(origin.manifest, (), trainer.inputs_of(found.adapter)) if made else old
         checkpoint.delete()
@@ -336,8 +340,10 @@ class Learner:
         """What is rehearsed while this is taught, and what is tested: recent corrections, and other phrases."""
         labels, corrected = self.adapter.manifest.labels, self.history.corrections
         recent = trainer.unlike(_labelled(corrected[::-1], labels), taught)[: MAX_REHEARSED // 2]
-        usable = trainer.unlike(self._public(labels), [*taught, *(Example(one.text) for one in corrected)])
-        one_each = list({example.label: example for example in usable}.values())
+        every = [*taught, *(Example(one.text) for one in corrected)]
+        usable = trainer.unlike(self._public(labels), every)
+        nearest = in_own_words(trainer, usable, every)
+        one_each = list({one.label: one for one in (*usable, *reversed(nearest))}.values())
         rehearsed = [*recent, *one_each][:MAX_REHEARSED]
         return rehearsed, [*recent, *(example for example in usable if example not in rehearsed)][:MAX_TESTED]
 

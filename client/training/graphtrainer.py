@@ -83,7 +83,7 @@ class GraphTrainer:
         """Train for ``epochs`` passes over ``examples``. Arguments, result and errors: as ``Trainer.train``."""
         if not examples:
             raise DataError("there are no examples to train on; add some", about="examples", value=0)
-        tokens, labels = self._tokens([e.text for e in examples]), [e.label for e in examples]
+        tokens, labels = self.tokens([e.text for e in examples]), [e.label for e in examples]
 
         def gradients_of(values: Tensors, batch: list[int]) -> tuple[float, Tensors]:
             shares = [1 / len(batch)] * len(batch)
@@ -108,7 +108,7 @@ class GraphTrainer:
         Raises:
             DataError: The training graph does not run.
         """
-        tokens = self._tokens([example.text for example in examples])
+        tokens = self.tokens([example.text for example in examples])
         order = sorted(range(len(tokens)), key=lambda text: len(tokens[text]))
         with without_denormals():
             return self._gradients(
@@ -132,8 +132,8 @@ class GraphTrainer:
 
         Texts that differ in capital letters or spaces are one text to many a tokenizer.
         """
-        read, found = set(map(tuple, self._tokens([other.text for other in others]))), []
-        for example, ids in zip(examples, self._tokens([example.text for example in examples]), strict=True):
+        read, found = set(map(tuple, self.tokens([other.text for other in others]))), []
+        for example, ids in zip(examples, self.tokens([example.text for example in examples]), strict=True):
             if tuple(ids) not in read:
                 read.add(tuple(ids))
                 found.append(example)
@@ -173,7 +173,7 @@ class GraphTrainer:
         return self._run(inputs | identity, texts)
 
     def _run(self, inputs: Tensors, texts: Sequence[str]) -> Floats:
-        tokens = self._tokens(texts)
+        tokens = self.tokens(texts)
         order = sorted(range(len(tokens)), key=lambda text: len(tokens[text]))  # texts of a run need little padding
         with without_denormals():
             rows = self._graph.mixed([tokens[text] for text in order], [inputs] * len(order))
@@ -195,7 +195,8 @@ class GraphTrainer:
         )
         return self._slot_graph.gradients(values, batched)
 
-    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each text."""
         return [list(encoding.ids) for encoding in self._tokenizer.encode_batch(list(texts))]
 
 

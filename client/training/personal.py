@@ -1,7 +1,7 @@
 """The personal adapter: made on the device from the global adapter, and kept unless another one is better.
 
 The device decides with its own held-out examples, which are few: among three candidates the best on some 18 phrases is
-often not the best. The personal adapter never leaves it.
+often not the best. Public texts, some rehearsed and some counted, bound what it forgets. It never leaves the device.
 """
 
 import math
@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,14 @@ class Candidate(Enum):
     BASE = "base"
     GLOBAL = "global"
     PERSONAL = "personal"
+
+
+@dataclass(frozen=True, slots=True)
+class Rehearsal:
+    """Public examples: those on which a personal adapter is trained too, and those by which its forgetting counts."""
+
+    trained: Sequence[Example]
+    counted: Sequence[Example]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +101,7 @@ def personalize(
     how: PersonalStep,
     *,
     rng: np.random.Generator,
+    plain: Sequence[Example] = (),
     step: Callable[[], object] = lambda: None,
     control: TrainingControl = UNLIMITED,
 ) -> Personalization:
@@ -104,6 +114,9 @@ def personalize(
         task: How to train.
         how: The step; fine-tuning for 0 epochs makes nothing, and leaves ``candidates`` to choose from.
         rng: As for ``Trainer.train``.
+        plain: Public texts of which the personal adapter must answer as many right as the global one
+            (``rehearsal``). One that does not is moved towards the global adapter, in quarters of the way, until it
+            does; it is no candidate if only the global adapter does.
         step: As for ``Trainer.train``.
         control: Limits of this device.
 
@@ -121,7 +134,10 @@ def personalize(
         control = replace(control, patience=how.patience, held_out=lambda found: trainer.score(found, held_out).loss)
     if how.epochs or how.method is not PersonalMethod.FINE_TUNE:
         train = partial(trainer.train, rng=rng, step=step, control=control)
-        adapters[Candidate.PERSONAL] = _personal(trainer, candidates[Candidate.GLOBAL], examples, task, how, train)
+        shared = candidates[Candidate.GLOBAL]
+        own = _personal(trainer, shared, examples, task, how, train)
+        if (kept := _remembering(trainer, shared, own, plain)) is not None:
+            adapters[Candidate.PERSONAL] = kept
     scores = {candidate: trainer.score(adapter, held_out) for candidate, adapter in adapters.items()}
     order = list(Candidate)
     last = max(adapters, key=order.index)
@@ -134,24 +150,40 @@ def personalize(
     return Personalization(chosen, adapters[chosen], scores)
 
 
-def rehearsed(
-    examples: Sequence[Example], public: Sequence[Example], *, each: int, rng: np.random.Generator
-) -> list[Example]:
-    """The examples, and public ones of the labels that they lack, so that training does not unlearn these labels.
+def rehearsal(
+    trainer: ClassifierTrainer, examples: Sequence[Example], public: Sequence[Example], each: int
+) -> Rehearsal:
+    """Choose public examples to rehearse, so that training does not unlearn them, and others to count.
 
     Rehearsal (Robins 1995, "Catastrophic forgetting, rehearsal and pseudorehearsal").
 
     Args:
-        examples: Of the device, all splits.
-        public: Training examples, of any labels.
-        each: Of each label without a training example so many are added, or as many as there are.
-        rng: Draws them.
+        trainer: Of the frozen base, which reads the texts.
+        examples: Of the device, all splits. Public examples that the model reads as one of these are left out.
+        public: Training examples, of any labels and languages.
+        each: Of each label so many are rehearsed, those in the device's words (``in_own_words``), and of the others the
+            first and the last are counted: one in its languages, and one in another, if there are any. 0: none.
     """
-    own, found = {example.label for example in in_split(examples, Split.TRAIN)}, list(examples)
-    for label in sorted({example.label for example in public} - own):
-        some = [example for example in public if example.label == label]
-        found += [some[i] for i in rng.permutation(len(some))[:each]]
-    return found
+    read = set(map(tuple, trainer.tokens([example.text for example in examples])))
+    ordered = in_own_words(trainer, public, in_split(examples, Split.TRAIN))
+    texts = zip(ordered, trainer.tokens([example.text for example in ordered]), strict=True)
+    unlike = [example for example, ids in texts if tuple(ids) not in read]
+    labels = sorted({example.label for example in unlike}) if each else []
+    by_label = [[example for example in unlike if example.label == label] for label in labels]
+    others = [some[each:] for some in by_label]
+    counted = [some[0] for some in others if some] + [some[-1] for some in others if len(some) > 1]
+    return Rehearsal([example for some in by_label for example in some[:each]], counted)
+
+
+def in_own_words(trainer: ClassifierTrainer, examples: Sequence[Example], own: Sequence[Example]) -> list[Example]:
+    """Sort examples by the share of their tokens that a device's own examples have, the largest first.
+
+    So those in the languages of the device come first, and nobody says which these are.
+    """
+    known = {token for ids in trainer.tokens([example.text for example in own]) for token in ids}
+    texts = trainer.tokens([example.text for example in examples])
+    shares = [sum(token in known for token in ids) / max(len(ids), 1) for ids in texts]
+    return [examples[i] for i in sorted(range(len(examples)), key=lambda i: -shares[i])]
 
 
 def _personal(
@@ -174,8 +206,20 @@ def _personal(
         case PersonalMethod.ENSEMBLE:
             return with_both_heads(trainer, tuned, shared, examples, scale=how.scale)
         case PersonalMethod.INTERPOLATE:
-            own, others = np.float32(how.share), np.float32(1 - how.share)
-            return {name: own * tuned[name] + others * shared[name] for name in shared}
+            return _between(shared, tuned, how.share)
+
+
+def _between(shared: Tensors, own: Tensors, share: float) -> Tensors:
+    return {name: np.float32(share) * own[name] + np.float32(1 - share) * shared[name] for name in shared}
+
+
+def _remembering(trainer: ClassifierTrainer, shared: Tensors, own: Tensors, plain: Sequence[Example]) -> Tensors | None:
+    """The personal adapter, or the first on the way to the shared one that answers as many texts right as that."""
+    if not plain:
+        return own
+    least = trainer.score(shared, plain).correct
+    nearer = (_between(shared, own, share) for share in (0.75, 0.5, 0.25))
+    return next((found for found in chain([own], nearer) if trainer.score(found, plain).correct >= least), None)
 
 
 def better_by_chance(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:

@@ -54,6 +54,10 @@ class ClassifierTrainer(LocalTrainer, Protocol):
         """By identity: what was computed with a trainer can be kept by it."""
         ...
 
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each text."""
+        ...
+
     def logits(self, adapter: Tensors, texts: Sequence[str]) -> NDArray[np.float32]:
         """Logits, shape ``(len(texts), labels)``."""
         ...

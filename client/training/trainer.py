@@ -152,13 +152,17 @@ class Trainer:
                 place({name: self.adapter[name] for name in self._biases}, self._biases)
             return classifier.in_batches(base.embed, self._tokens(texts)).numpy()
 
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each text."""
+        return [list(encoding.ids) for encoding in self.tokenizer.encode_batch(list(texts))]
+
     def _forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Logits, shape ``(texts, labels)``, of token ids of shape ``(texts, longest)``."""
         logits: Tensor = self.model(input_ids=ids, attention_mask=mask)
         return logits
 
     def _tokens(self, texts: Sequence[str]) -> list[Tensor]:
-        return [torch.tensor(encoding.ids) for encoding in self.tokenizer.encode_batch(list(texts))]
+        return [torch.tensor(ids) for ids in self.tokens(texts)]
 
 
 def fit(

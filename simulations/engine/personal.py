@@ -38,7 +38,7 @@ from client.training.personal import (
     PersonalMethod,
     PersonalStep,
     personalize,
-    rehearsed,
+    rehearsal,
 )
 from client.training.private import subject_of, with_private
 from client.training.protocols import ClassifierTrainer, FrozenBase, LocalTrainer
@@ -125,14 +125,9 @@ def personal_step(
     fine = replace(inputs.task, learning_rate=rate or own.learning_rate, proximal=own.proximal if not arm else 0.0)
     method, choice = PersonalMethod(own.method), Choice(own.choice)
     how = PersonalStep(own.epochs, inputs.scale, method, own.share, choice, own.patience)
-    order, read = generator(inputs.seed, client, arm), personal_examples(client, examples, inputs)
-    return personalize(mine, candidates, read, fine, how, rng=order, step=step)
-
-
-def personal_examples(client: str, examples: Sequence[Example], inputs: ArmInputs) -> Sequence[Example]:
-    """What the personal steps of a client's arms read: its examples, and the public ones that the scenario adds."""
-    draws = generator(inputs.seed, client, "/public")
-    return rehearsed(examples, inputs.public, each=inputs.personal.public, rng=draws)
+    order, public = generator(inputs.seed, client, arm), rehearsal(mine, examples, inputs.public, own.public)
+    read = [*examples, *public.trained]
+    return personalize(mine, candidates, read, fine, how, rng=order, plain=public.counted, step=step)
 
 
 def after_the_rounds(

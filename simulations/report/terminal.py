@@ -149,7 +149,7 @@ def _personal(scenario: Scenario) -> list[str]:
     tuned = [f"{count(step.epochs, 'epoch')} at {rate:g}" for rate in rates]
     of_local, of_personal = ["a ridge head"] * 2 if step.method == "ridge" else tuned
     shared = {
-        "rehearse": f"rehearse {count(step.public, 'public phrase')} of each label they lack",
+        "rehearse": f"rehearse {count(step.public, 'public phrase')} of each label",
         "ensemble": "the trained head and a ridge head, added",
         "interpolate": f"{100 * step.share:g} % of the way from the adapter before",
         "best": f"the best candidate on own validation {texts}",

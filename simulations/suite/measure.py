@@ -29,6 +29,7 @@ from adapters.task import MAX_LOSS
 from client.node.statedir import DeviceStateDir
 from client.training.engine import classifier_trainer, language_trainer
 from client.training.examples import Example, Split, in_split
+from client.training.personal import rehearsal
 from client.training.protocols import ClassifierTrainer, FrozenBase, LocalTrainer
 from simulations.data import populate
 from simulations.data.population import Client, LabelledText, Population
@@ -42,7 +43,6 @@ from simulations.engine.personal import (
     after_the_rounds,
     generator,
     local_arm,
-    personal_examples,
     personal_step,
 )
 from simulations.engine.progress import RunProgress
@@ -110,7 +110,7 @@ def compute(trial: Trial, store: Store, notify: Notify) -> TrialResult:
             model = models(client)
         scores.append(ClientScore(client.name, client.unseen, *model((client.validation, client.test, asked))))
     error = _error(trial, task.mine, population, store) if trial.kind is Kind.GLOBAL else None
-    return replace(_result(trial, population, inputs, scores, store, spent), aggregation_error=error)
+    return replace(_result(trial, population, task, scores, store, spent), aggregation_error=error)
 
 
 class _Classifier:
@@ -129,6 +129,11 @@ class _Classifier:
         examples = provision.examples_of(client)
         return personal_step(self.mine, client.name, examples, start, self.inputs, arm=arm).adapter
 
+    def trained(self, client: Client) -> int:
+        """The examples that the client's personal step trains on."""
+        public = rehearsal(self.mine, provision.examples_of(client), self.inputs.public, self.inputs.personal.public)
+        return len(client.train) + len(public.trained)
+
     def model(self, adapter: Tensors) -> Model:
         """The adapter's answers, tallied."""
         return partial(_answered, partial(self.mine.logits, adapter))
@@ -146,6 +151,9 @@ class _Language:
 
     def personal(self, client: Client, start: Tensors, arm: str = "") -> Tensors:
         return self._arms.personal(client, start, arm)[1]
+
+    def trained(self, client: Client) -> int:
+        return len(client.train)
 
     def model(self, adapter: Tensors) -> Model:
         return lambda parts: [_predicted(self.mine, adapter, part) for part in parts]
@@ -291,12 +299,12 @@ def _tally(logits: Floats, labels: NDArray[np.int64]) -> Tally:
 def _result(
     trial: Trial,
     population: Population,
-    inputs: ArmInputs,
+    task: _Classifier | _Language,
     scores: Sequence[ClientScore],
     store: Store,
     spent: _Spent,
 ) -> TrialResult:
-    epochs, steps = _trained(trial, population, inputs)
+    epochs, steps = _trained(trial, population, task)
     points: tuple[RoundPoint, ...] = ()
     down, up, cpu = 0.0, 0.0, spent.seconds
     if trial.kind.federated:
@@ -319,7 +327,7 @@ def _value(metrics: Mapping[str, float], scenario: Scenario) -> float | None:
     return metrics["loss"] / math.log(2) if "loss" in metrics else None
 
 
-def _trained(trial: Trial, population: Population, inputs: ArmInputs) -> tuple[int, int]:
+def _trained(trial: Trial, population: Population, task: _Classifier | _Language) -> tuple[int, int]:
     """Epochs of a client that is not unseen, and optimizer steps of all clients, dropouts not subtracted.
 
     After the rounds, only the clients that are evaluated train.
@@ -330,7 +338,7 @@ def _trained(trial: Trial, population: Population, inputs: ArmInputs) -> tuple[i
     seen = [len(client.train) for client in population.clients if not client.unseen]
     evaluated = _evaluated(trial, population)
     everyone = [len(client.train) for client in evaluated]
-    read = [len(in_split(personal_examples(c.name, provision.examples_of(c), inputs), Split.TRAIN)) for c in evaluated]
+    read = [task.trained(client) for client in evaluated]
 
     def steps(counts: Sequence[int], epochs: int) -> int:
         return epochs * sum(-(-count // size) for count in counts)

@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -36,6 +36,9 @@ from client.inference.text import Detokenizer, TextDecoder
 from client.inference.trust import Trust
 from client.learning.learner import _in_lesson_order
 from client.training.descent import AdamW
+from client.training.examples import Example
+from client.training.personal import in_own_words
+from client.training.protocols import ClassifierTrainer
 from export.bundle import adapter
 from export.bundle.write import AdapterSource, add_adapter
 from export.onnx.exported import ExportedBase
@@ -340,7 +343,31 @@ def lessons() -> dict[str, Any]:
         steps.append(row | {"gradients": [b64(each.tobytes()) for each in gradients], "after": after})
     phrases = [("Light", text) for text in PHRASES] + [("Größe", "a"), ("Light", "a"), ("Light", "a")]
     orders = [(lesson, phrases, _in_lesson_order(phrases, lesson)) for lesson in (0, 1, 512)]
-    return {"steps": steps, "files": [(b64(raw), *pairs(raw)) for raw in PHRASE_FILES], "orders": orders}
+    return {
+        "steps": steps,
+        "files": [(b64(raw), *pairs(raw)) for raw in PHRASE_FILES],
+        "orders": orders,
+        "nearest": nearest(),
+    }
+
+
+class Letters:
+    """A trainer whose tokens are letters."""
+
+    def tokens(self, texts: list[str]) -> list[list[int]]:
+        return [list(map(ord, text)) for text in texts]
+
+
+def nearest() -> list[Any]:
+    """Phrases of a device, public ones, and these in the device's words first."""
+    cases = (
+        ("das Licht", ["the lights", "das Haus", "x", "", "Licht", "das"]),
+        ("", ["b", "a"]),
+        ("ab", ["bc", "ad", "ab"]),
+    )
+    own = [([Example(text)], [Example(other) for other in others]) for text, others in cases]
+    found = [in_own_words(cast(ClassifierTrainer, Letters()), others, mine) for mine, others in own]
+    return [(text, others, [one.text for one in row]) for (text, others), row in zip(cases, found, strict=True)]
 
 
 def tensors_in(raw: bytes) -> dict[str, Any] | None:

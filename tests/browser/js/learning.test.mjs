@@ -6,9 +6,9 @@ import { restore } from "../../../client/browser/page/quantization.js";
 import { AdamW, descend } from "../../../client/browser/page/learning/descent.js";
 import { bytes, made } from "./made.mjs";
 
-const { steps, files, orders } = made.learning;
+const { steps, files, orders, nearest } = made.learning;
 const { parsePhrases } = await import(new URL("learning/phrases.js", `file://${process.env.EDGEADAPT_SITE}/`));
-const { inLessonOrder } = await import(new URL("learning/classifier.js", `file://${process.env.EDGEADAPT_SITE}/`));
+const { inLessonOrder, inOwnWords } = await import(new URL("learning/classifier.js", `file://${process.env.EDGEADAPT_SITE}/`));
 const floats = (base64) => new Float32Array(bytes(base64).buffer);
 
 test("AdamW takes the steps that the native one takes, with and without weight decay", () => {
@@ -38,6 +38,14 @@ test("a lesson has its phrases in the order that the native one has", async () =
   for (const [lesson, phrases, expected] of orders) {
     const found = await inLessonOrder(phrases.map(([label, text]) => ({ label, text })), lesson);
     assert.deepEqual(found.map(({ label, text }) => [label, text]), expected);
+  }
+});
+
+test("public phrases in a device's own words come first, as natively", () => {
+  const letters = { tokens: (text) => [...text].map((letter) => letter.codePointAt(0)) };
+  for (const [own, phrases, expected] of nearest) {
+    const found = inOwnWords(letters, phrases.map((text) => ({ text })), [{ text: own }]);
+    assert.deepEqual(found.map(({ text }) => text), expected);
   }
 });
 

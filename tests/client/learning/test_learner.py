@@ -207,7 +207,7 @@ def test_two_labels_for_one_phrase_to_the_model_are_refused(phone: Path) -> None
 def test_public_phrases_of_the_bundle_are_rehearsed_and_those_answered_otherwise_are_shown(
     phone: Path, trainable: ExportedBase, vendor: IdentityKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("client.learning.tune.LEARNING_RATE", 0.05)  # so much that other answers change
+    monkeypatch.setattr("client.learning.tune.LEARNING_RATE", 0.2)  # so much that other answers change
     content = "".join(f"{answer(phone, text)}\t{text}\n" for text in (*OTHERS, "unlock", "play music on"))
     content += "Unknown\tsome label that this adapter lacks\n"
     (phone / BASE / PHRASES).write_text(content)

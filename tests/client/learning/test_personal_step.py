@@ -11,16 +11,19 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from adapters.bundle import adapter_names, adapter_path
-from aggregation.errors import ConfigError, DataError
+from adapters import storage
+from adapters.bundle import BASE, PHRASES, adapter_names, adapter_path
+from aggregation.errors import ConfigError, DataError, TrustError
+from aggregation.pki.identity import IdentityKey
 from client.learning import Learner
 from client.learning.learner import LEARNED
 from client.training.control import TrainingCheckpoint
 from client.training.graphtrainer import GraphTrainer
 from client.training.personal import PersonalStep
+from export.onnx.exported import ExportedBase
 from tests.client.learning.test_learner import OTHERS, TAUGHT, answer, drawn, phone, run, teach, trainable
 from tests.support.blocked import without_torch
-from tests.support.bundles import stated
+from tests.support.bundles import resign_base, stated
 from tests.support.errors import refused
 from tests.support.models import LABELS
 
@@ -189,3 +192,50 @@ def test_the_personal_step_needs_no_torch(phone: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("personal version 4 is in use; 5 examples")
     assert "personalize" in (phone.parent / "site" / "started").read_text()
+
+
+def with_phrases(phone: Path, trainable: ExportedBase, vendor: IdentityKey, content: bytes) -> None:
+    """Put public phrases into the bundle, signed by the vendor."""
+    (phone / BASE / PHRASES).write_bytes(content)
+    digest = storage.file_sha256(phone / BASE / PHRASES)
+    resign_base(phone, vendor, files={**trainable.digests, PHRASES: digest})
+
+
+def test_a_personal_step_forgets_no_more_public_phrases_than_the_global_adapter_answers_wrong(
+    phone: Path, trainable: ExportedBase, vendor: IdentityKey
+) -> None:
+    """Of each label two phrases are rehearsed and two counted. The device's examples give all of them one label."""
+    texts = [f"{text} {number}" for text in OTHERS for number in ("now", "please", "again", "today", "soon")]
+    before = {text: answer(phone, text) for text in texts}
+    mine = [(text, 2) for text in OTHERS]
+    with_phrases(phone, trainable, vendor, "".join(f"{label}\t{text}\n" for text, label in before.items()).encode())
+    found = json.loads(personalized(phone, examples(phone.parent, mine)).output)
+    labels = {label: [*before.values()].count(label) for label in before.values()}
+    assert found["trained"] == len(mine) + sum(min(2, count) for count in labels.values())
+    assert not before.keys() & {one["text"] for one in found["changed"]}
+
+
+@pytest.mark.parametrize(
+    ("content", "about"),
+    [(b"Light\tturn on\nLight turn off\n", PHRASES), (b"Light\t\xff\n", PHRASES), (b"Light\t" + b"x" * 2**24, PHRASES)],
+    ids=["no tab", "no UTF-8", "too long"],
+)
+def test_signed_phrases_that_cannot_be_read_are_refused_in_one_line_and_the_adapter_in_use_stays(
+    phone: Path, trainable: ExportedBase, vendor: IdentityKey, content: bytes, about: str
+) -> None:
+    with_phrases(phone, trainable, vendor, content)
+    before = adapter_names(phone)
+    for done in (
+        personalized(phone, examples(phone.parent)),
+        run("infer", "--bundle", phone, "--teach", "Light", TAUGHT),
+    ):
+        assert isinstance(done.exception, DataError)
+        assert (done.exception.about, "\n" in str(done.exception)) == (about, False)
+    assert adapter_names(phone) == before
+
+
+def test_truncated_phrases_are_refused(phone: Path, trainable: ExportedBase, vendor: IdentityKey) -> None:
+    with_phrases(phone, trainable, vendor, b"Light\tturn on\nMusic\tplay music\n")
+    (phone / BASE / PHRASES).write_bytes(b"Light\tturn on\nMus")
+    with refused(TrustError, PHRASES), Learner.open(phone):
+        pass

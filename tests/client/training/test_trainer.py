@@ -28,7 +28,6 @@ from client.training.personal import (
     PersonalStep,
     better_by_chance,
     personalize,
-    rehearsed,
     with_both_heads,
     with_own_head,
 )
@@ -369,34 +368,6 @@ def test_only_the_parts_of_the_task_are_trained(trainer: Trainer, start: Tensors
 def test_an_adapter_without_the_parts_of_the_task_is_refused(trainer: Trainer, start: Tensors) -> None:
     with refused(DataError, "task.trained"):
         trainer.train(start, EXAMPLES, replace(TASK, trained=(Part.VECTORS,)), epochs=1, rng=rng())
-
-
-PUBLIC = tuple(Example(f"public {label} {number}", label) for number in range(5) for label in range(3))
-
-
-def test_a_device_rehearses_so_many_public_examples_of_each_label_that_it_lacks() -> None:
-    """A label that it only validates on is one that it lacks."""
-    own = [Example("play music", 1), Example("turn on the light", 0, Split.VALIDATION)]
-    found = rehearsed(own, PUBLIC, each=2, rng=rng())
-    assert found[:2] == own
-    assert [example.label for example in found[2:]] == [0, 0, 2, 2]
-    assert set(found[2:]) < set(PUBLIC)
-    draws = [{*rehearsed(own, PUBLIC, each=2, rng=rng(seed))} for seed in range(5)]
-    assert any(draw != draws[0] for draw in draws)
-    assert {*rehearsed(own, PUBLIC, each=9, rng=rng())} == {*own, *(one for one in PUBLIC if one.label != 1)}
-    assert rehearsed(own, PUBLIC, each=0, rng=rng()) == own
-
-
-def test_rehearsal_keeps_what_a_device_never_says(trainer: Trainer, start: Tensors) -> None:
-    """The personal adapter forgets a label without an example, unless it rehearses public ones of it."""
-    begin = trainer.train(start, EXAMPLES, TASK, epochs=12, rng=rng())
-    lost = [example for example in EXAMPLES if example.label == 2]
-    own, public = [example for example in EXAMPLES if example.label != 2], [Example("set timers", 2)]
-    forgot, kept = (
-        trainer.train(begin, rehearsed(own, public, each=each, rng=rng()), TASK, epochs=12, rng=rng())
-        for each in (0, 1)
-    )
-    assert trainer.score(kept, lost).loss < 0.5 * trainer.score(forgot, lost).loss
 
 
 def test_the_proximal_term_keeps_the_adapter_near_its_start(trainer: Trainer, start: Tensors) -> None:

@@ -83,7 +83,7 @@ def test_before_the_run_base_languages_and_arms_are_printed(tmp_path: Path) -> N
         "base       some_?encoder, ",
         "local     own data only: 14 epochs at 0.01, then 5 epochs at 0.003",
         "personal  global, then 5 epochs at 0.003 on own data",
-        "local, personal: rehearse 4 public phrases of each label they lack",
+        "local, personal: rehearse 4 public phrases of each label",
         f"folder     {tmp_path}",
     ):
         assert line in text

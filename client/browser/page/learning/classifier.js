@@ -54,11 +54,21 @@ async function othersOf(engine, trainer, earlier, taught, labels) {
   const isUsable = ({ label }) => labels.includes(label);
   const recent = trainer.unlike(earlier.filter(isUsable).reverse(), taught).slice(0, MAX_REHEARSED / 2);
   const ordered = await inLessonOrder((await publicPhrases(engine)).filter(isUsable), earlier.length);
-  const phrases = trainer.unlike(ordered, [...taught, ...earlier]);
-  const oneEach = [...new Map(phrases.map((one) => [one.label, one])).values()];
+  const corrections = [...taught, ...earlier];
+  const phrases = trainer.unlike(ordered, corrections);
+  const nearestLast = inOwnWords(trainer, phrases, corrections).reverse();
+  const oneEach = [...new Map([...phrases, ...nearestLast].map((one) => [one.label, one])).values()];
   const rehearsed = [...recent, ...oneEach].slice(0, MAX_REHEARSED);
   const isRehearsed = ({ text, label }) => rehearsed.some((one) => one.text === text && one.label === label);
   return { rehearsed, tested: [...recent, ...phrases.filter((one) => !isRehearsed(one))].slice(0, MAX_TESTED) };
+}
+
+/** Phrases by the share of their tokens that a device's own ones have, the largest first: those in its languages, as natively. */
+export function inOwnWords(trainer, phrases, own) {
+  const known = new Set(own.flatMap(({ text }) => trainer.tokens(text)));
+  const share = (ids) => ids.filter((id) => known.has(id)).length / Math.max(ids.length, 1);
+  const rated = phrases.map((phrase) => ({ phrase, share: share(trainer.tokens(phrase.text)) }));
+  return rated.sort((left, right) => right.share - left.share).map(({ phrase }) => phrase);
 }
 
 async function publicPhrases({ base, source, trust }) {
