@@ -92,7 +92,7 @@ class ArmInputs:
             personal=scenario.personal,
             scale=federation.analytic.scale,
             local_rates=scenario.local_rates,
-            public=provision.public_examples(population),
+            public=provision.public_examples(provision.released_texts(population)),
             seed=scenario.seed,
         )
 

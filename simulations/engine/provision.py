@@ -39,7 +39,8 @@ from client.training.trainer import load_trainer
 from coordinator.registry import Registry
 from coordinator.seed import seed_version
 from coordinator.statedir import KEY, CoordinatorStateDir, open_registry
-from simulations.data.population import Client, Population
+from simulations.data.households import released_phrases
+from simulations.data.population import Client, LabelledText, Population
 from simulations.engine.heads import logistic_head, with_bias
 from simulations.engine.seeded import SEED
 from simulations.scenario import Scenario
@@ -199,9 +200,24 @@ def examples_of(client: Client) -> list[Example]:
     ]
 
 
-def public_examples(population: Population) -> list[Example]:
-    """The public texts of a population as training examples."""
-    return [Example(text.text, text.label, Split.TRAIN) for text in population.public]
+def public_examples(public: Sequence[LabelledText]) -> list[Example]:
+    """Public texts as training examples."""
+    return [Example(text.text, text.label, Split.TRAIN) for text in public]
+
+
+def released_texts(population: Population) -> list[LabelledText]:
+    """The public texts that a release carries: the population's, and plain phrases in the languages of its clients."""
+    numbers, languages = (
+        {label: i for i, label in enumerate(population.labels)},
+        {c.language for c in population.clients},
+    )
+    return [*population.public] + [
+        LabelledText(text, numbers[intent], f"{code}/plain")
+        for code in sorted(languages & released_phrases().keys())
+        for intent, texts in released_phrases()[code].items()
+        for text in texts
+        if intent in numbers
+    ]
 
 
 def open_state_dirs(out: Path, population: Population) -> dict[str, DeviceStateDir]:

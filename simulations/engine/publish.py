@@ -115,8 +115,8 @@ def publish(out: Path, scenario: Scenario, population: Population, base: Base) -
 
 
 def _with_phrases(exported: ExportedBase, population: Population) -> ExportedBase:
-    """The base with the population's public texts, which a device rehearses when it learns."""
-    pairs = [(population.labels[one.label], one.text) for one in population.public]
+    """The base with the public texts of the release, which a device rehearses when it learns."""
+    pairs = [(population.labels[one.label], one.text) for one in provision.released_texts(population)]
     return exported.with_file(PHRASES, encode_phrases(pairs)) if pairs else exported
 
 

@@ -248,7 +248,7 @@ def _heads(trial: Trial, kept: _Embeddings, population: Population, spent: _Spen
 def _head(trial: Trial, embeddings: _Embeddings, population: Population, spent: "_Spent", client: Client) -> Answers:
     """A head that is fitted to the client's training texts and the public texts."""
     settings, train = trial.scenario.head, _train(client)
-    texts = [*train, *provision.public_examples(population)]
+    texts = [*train, *provision.public_examples(population.public)]
     before = _cpu()
     found, took = embeddings.of([text.text for text in texts])
     spent.seconds += took - (_cpu() - before)  # as if nothing had been kept

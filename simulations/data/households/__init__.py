@@ -5,8 +5,8 @@ seed give the same population on any machine (``Population.digest``). How a devi
 and is scored by them is decided elsewhere.
 """
 
-from simulations.data.households.plain import plain_phrases
+from simulations.data.households.plain import plain_phrases, released_phrases
 from simulations.data.households.sampling import sample_population
 from simulations.data.households.settings import PopulationSettings
 
-__all__ = ["PopulationSettings", "plain_phrases", "sample_population"]
+__all__ = ["PopulationSettings", "plain_phrases", "released_phrases", "sample_population"]

@@ -6,17 +6,19 @@ import subprocess
 import sys
 from collections import Counter
 from itertools import chain
+from unicodedata import combining, normalize
 
 import numpy as np
 import pydantic
 import pytest
 
 from aggregation.errors import ConfigError
-from simulations.data.households import PopulationSettings, sample_population
+from simulations.data.households import PopulationSettings, plain_phrases, released_phrases, sample_population
 from simulations.data.households.sampling import spoken
 from simulations.data.households.speech import parse
 from simulations.data.households.templates import hassil_module
 from simulations.data.population import Client, LabelledText, Population
+from simulations.engine.provision import released_texts
 from tests.support import refused
 
 SMALL = PopulationSettings(households=4, utterances_min=20, utterances_max=30, test_utterances=10)
@@ -245,3 +247,30 @@ def test_every_setting_has_a_description() -> None:
 
 def test_at_least_one_household_is_unseen() -> None:
     assert PopulationSettings(households=4, unseen=0.01).unseen_count == 1
+
+
+def test_a_release_has_three_plain_phrases_of_each_label_in_each_language_apart_from_those_that_measure() -> None:
+    population, released = sample_population(PopulationSettings(), 0), released_phrases()
+    assert released.keys() == plain_phrases().keys() == {client.language for client in population.clients}
+    measured = {spoken(text) for phrases in plain_phrases().values() for text in phrases.values()}
+    for by_intent in released.values():
+        assert by_intent.keys() == set(population.labels)
+        texts = [spoken(text) for texts in by_intent.values() for text in texts]
+        assert len(texts) == len({*texts} - measured) == 3 * len(population.labels)
+
+
+def test_a_release_carries_the_plain_phrases_of_the_languages_and_labels_of_its_population() -> None:
+    population = sample_population(PopulationSettings(households=4, languages=("fr", "es"), unseen=0.3), 0)
+    texts = released_texts(population)
+    assert texts[: len(population.public)] == [*population.public]
+    added = {(population.labels[text.label], text.text) for text in texts[len(population.public) :]}
+    french = released_phrases()["fr"]
+    assert added == {(label, text) for label in population.labels if label in french for text in french[label]}
+
+
+@pytest.mark.parametrize(("language", "letters"), [("de", "äöü"), ("fr", "àéèê")])
+def test_released_phrases_have_accents_and_no_word_stands_with_them_and_without(language: str, letters: str) -> None:
+    words = {word for texts in released_phrases()[language].values() for text in texts for word in spoken(text).split()}
+    assert set(letters) <= set("".join(words))
+    bare = {word: "".join(c for c in normalize("NFD", word) if not combining(c)) for word in words}
+    assert not words & {plain for word, plain in bare.items() if word != plain}
