@@ -238,5 +238,4 @@ def _moments(sums: Sums) -> EmbeddingMoments:
 
 
 def _dimension(size: int) -> int:
-    """The inverse of ``packed_size``."""
     return (math.isqrt(8 * size + 1) - 1) // 2

@@ -153,7 +153,6 @@ class Blobs:
 
     @property
     def name(self) -> str:
-        """For a message."""
         return str(self.fs.unstrip_protocol(self.root))
 
     @property

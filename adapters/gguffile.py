@@ -49,8 +49,6 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """An open file."""
-
     settings: dict[str, Any]
     tensors: tuple[GgufTensor, ...]
     data: NDArray[np.uint8] = field(repr=False)
@@ -72,7 +70,6 @@ class GgufFile:
             raise DataError(f"{path} is not a sound GGUF file: {error}", about=path.name) from error
 
     def floats(self, tensor: GgufTensor) -> Floats:
-        """The values of a tensor."""
         rows = self.data[tensor.start : tensor.start + tensor.size].reshape(*tensor.shape[:-1], -1)
         return np.ascontiguousarray(dequantize(rows, tensor.kind), np.float32)
 

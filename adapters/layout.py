@@ -51,7 +51,6 @@ class Layout:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Floats]) -> Self:
-        """The layout that ``tensors`` have."""
         return cls(tuple(TensorSpec(name, tuple(tensors[name].shape)) for name in sorted(tensors)))
 
     @property

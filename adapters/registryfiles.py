@@ -125,15 +125,12 @@ class LocalFiles:
 
     @property
     def name(self) -> str:
-        """Of the database."""
         return str(self.folder / DATABASE)
 
     def place(self, digest: str) -> str:
-        """Of an adapter's file."""
         return str(self.blobs / blob_name(digest))
 
     def file(self, digest: str, size: int) -> bytes:
-        """As ``RegistrySource.file``."""
         path = self.blobs / blob_name(digest)
         try:
             return storage.read(path) if path.stat().st_size == size else b""
@@ -141,7 +138,6 @@ class LocalFiles:
             raise DataError(f"{path} is missing: restore it from a copy", about="blob", value=digest) from None
 
     def rows(self, query: str, values: tuple[int, ...]) -> list[tuple[Any, ...]]:
-        """As ``RegistrySource.rows``."""
         path = self.folder / DATABASE
         try:
             with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:

@@ -111,11 +111,9 @@ class RemoteStores:
 
     @property
     def name(self) -> str:
-        """Of the database."""
         return shown(self.engine.url) if self.engine else self.local.name
 
     def place(self, digest: str) -> str:
-        """Of an adapter's file."""
         return f"{self.blobs.name}/{blob_name(digest)}" if self.blobs else self.local.place(digest)
 
     def file(self, digest: str, size: int) -> bytes:

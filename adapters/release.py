@@ -66,7 +66,6 @@ class Release:
     adapters: Annotated[dict[Annotated[str, Field(max_length=64)], Count], Field(max_length=100)]  # name → version
 
     def encode(self) -> bytes:
-        """As JSON."""
         return jsontext.encode(asdict(self))
 
     @classmethod

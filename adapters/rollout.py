@@ -74,7 +74,6 @@ class Rollout:
 
     @property
     def flag(self) -> str:
-        """Name of the flag."""
         return f"release-{self.release}"
 
     @property

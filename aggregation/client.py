@@ -265,7 +265,6 @@ class Planned:
 
     @property
     def spec(self) -> SessionSpec:
-        """The session's parameters."""
         return self.ready.session.spec
 
     def on_plan(self, device: Device, plan: bytes, at: datetime | None = None) -> "Planned":

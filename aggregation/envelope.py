@@ -27,8 +27,6 @@ _LENGTH = 4  # bytes of a header's length
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """A message as it travels."""
-
     magic: Annotated[bytes, wire.fixed(len(MAGIC))]
     version: Annotated[int, wire.uint(8)]
     tag: Annotated[str, wire.text(r"[a-z-]{1,32}")]

@@ -45,7 +45,6 @@ class GroupSum:
 
     @classmethod
     def of(cls, spec: SessionSpec, survivors: tuple[str, ...], total: Ring) -> "GroupSum":
-        """Decode an unmasked ``total``."""
         try:
             return cls(survivors, spec.vector.decode(total, len(survivors)))
         except DataError as error:

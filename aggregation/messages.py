@@ -86,7 +86,6 @@ class Message(_Digested):
 
     @classmethod
     def codec(cls) -> Codec[Self]:
-        """The codec of this message."""
         if cls not in _CODECS:
             _CODECS[cls] = wire.record(cls)
         return _CODECS[cls]

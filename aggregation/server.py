@@ -252,7 +252,6 @@ class Established:
 
     @property
     def rounds_left(self) -> int:
-        """Rounds that may still begin."""
         return self.session.spec.rounds - self.last_round
 
     def is_over(self, at: datetime | None) -> bool:
@@ -389,7 +388,6 @@ class SurvivorSet:
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """The survivors, in ascending order."""
         return tuple(sorted(self.survivors.vectors))
 
     @property

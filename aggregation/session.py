@@ -64,7 +64,6 @@ class Session:
         return tuple(other for other in among if other in neighbors)
 
     def positions(self, devices: Iterable[str]) -> list[int]:
-        """The x-coordinates of ``devices``."""
         return [self.peers[device].position for device in devices]
 
     def mask_keys(self, devices: Iterable[str], round_: int) -> dict[str, bytes]:

@@ -180,12 +180,10 @@ class SessionSpec:
 
     @property
     def groups(self) -> int:
-        """Sums of a round."""
         return self.grouping.count if self.grouping else 1
 
     @property
     def smallest_sum(self) -> int:
-        """Fewest contributions in a sum."""
         return self.grouping.minimum if self.grouping else self.minimum_survivors
 
     def noise_multiplier(self, corrupt: int = 0) -> float:

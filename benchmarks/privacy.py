@@ -165,7 +165,6 @@ def _row(epsilon: float, spec: SessionSpec, accuracy: tuple[float, float, float]
 
 
 def table(found: dict[str, object]) -> str:
-    """The rows as text."""
     rows = [PrivacyRow(**row) for row in found["rows"]]  # type: ignore[attr-defined]
     vendor = found["vendor"]
     lines = [

@@ -48,17 +48,14 @@ class Timing:
 
     @property
     def ms(self) -> float:
-        """Median wall-clock time."""
         return statistics.median(self.wall)
 
     @property
     def cpu_ms(self) -> float:
-        """Median CPU time."""
         return statistics.median(self.cpu)
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """``quartiles`` of the wall-clock time."""
         return quartiles(self.wall)
 
     def __add__(self, other: "Timing") -> "Timing":

@@ -91,7 +91,6 @@ def compare(bundle: Path, trust: Path | None, base: str, work: TrainingWorkload,
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """Format what ``compare`` returns."""
     rows = (
         ("tokens a second", "tokens_per_second", 1.0),
         ("tokens a second of CPU time", "tokens_per_cpu_second", 1.0),
@@ -125,7 +124,6 @@ def _bundle(folder: Path, trust: Path | None) -> Bundle:
 
 
 def _run(given: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of one process."""
     command = [sys.executable, "-m", __name__, json.dumps({**given, "begun": time.monotonic()})]
     environment = os.environ | QUIET | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)  # noqa: S603

@@ -116,7 +116,6 @@ class LeaderClock:
             self.clock.sleep(min(LOOK, left))
 
     def wait(self, seconds: float) -> None:
-        """As ``now``."""
         self.lease.require()
         self.clock.wait(seconds)
 

@@ -169,7 +169,6 @@ class _ArchiveReader:
         return content
 
     def end(self) -> None:
-        """Return if nothing follows."""
         if self._read(len(END)) != END or self.file.read(1):
             raise self.altered("its end")
 

@@ -113,7 +113,6 @@ def _of_newest_list(folder: Path) -> Validity | None:
 
 
 def _of_list(raw: bytes) -> tuple[int, Validity]:
-    """Number and validity."""
     try:
         listed = x509.load_pem_x509_crl(raw) if raw.lstrip().startswith(b"-----") else x509.load_der_x509_crl(raw)
         number, end = listed.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number, listed.next_update_utc

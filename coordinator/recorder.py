@@ -60,7 +60,6 @@ class Recorder:
     _since: float = field(default=0.0, repr=False)  # when the oldest of them came
 
     def begin(self, plan: Plan) -> None:
-        """Begin the round of ``plan``."""
         self.log.begin(plan)
 
     def sent(self, step: Step, bodies: Mapping[str, bytes]) -> None:
@@ -103,7 +102,6 @@ class Recorder:
         return Checkpoint.decode(envelope.unverified_body(last)).digest()
 
     def checkpoint(self, stage: Stage = Stage.OPEN) -> None:
-        """Sign the log so far."""
         self.write(self.log.checkpoint(self.key, stage), sync=True)
 
     def write(self, records: bytes, *, sync: bool = False) -> None:

@@ -42,7 +42,6 @@ class ServerTls:
         return _hosts(self.certificate)
 
     def newest(self) -> "ServerTls":
-        """See ``TlsSource``."""
         return self
 
 
@@ -72,7 +71,6 @@ class TlsFiles:
         self._problem = ""
 
     def newest(self) -> ServerTls:
-        """See ``TlsSource``."""
         with self._lock:
             if time.monotonic() >= self._next:
                 self._look()
@@ -128,7 +126,6 @@ def credentials(source: TlsSource, *, certified_only: bool) -> grpc.ServerCreden
 
 
 def context(source: TlsSource) -> ssl.SSLContext:
-    """For a server of asyncio."""
     last = source.newest()
     listening = current = _context(last)
 

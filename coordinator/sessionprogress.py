@@ -42,7 +42,6 @@ class SessionProgress:
     closed: bool = False
 
     def as_json(self) -> dict[str, Any]:
-        """For ``--json`` and the dashboard."""
         step = None if self.step is None else {"name": self.step.value, "answered": self.answered}
         return {
             "log": self.log,

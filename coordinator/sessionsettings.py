@@ -54,7 +54,6 @@ class PrivacySettings(Settings):
 
     @property
     def noisy(self) -> bool:
-        """Whether sums have noise."""
         return self.mechanism != "none"
 
 

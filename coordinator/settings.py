@@ -357,7 +357,6 @@ class FederationSettings(Settings):
 
     @property
     def training_rounds(self) -> int:
-        """Rounds in which devices train."""
         return self.rounds - self.analytic.rounds - self.evaluation.rounds
 
     def kind_of(self, number: int) -> type[AnyTask]:

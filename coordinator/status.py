@@ -58,7 +58,6 @@ def status_of(state_dir: CoordinatorStateDir) -> dict[str, Any]:
 
 
 def lines_of(status: dict[str, Any]) -> Iterator[str]:
-    """The same for a reader."""
     yield f"{status['state']}: key {status['key']}, authority {status['authority'][:16]}"
     if lease := status["lease"]:
         leads = "leads" if lease["in_force"] else "led last, and nobody leads now"

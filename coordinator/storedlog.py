@@ -103,7 +103,6 @@ class StoredLog:
 
     @property
     def closed(self) -> bool:
-        """Whether no entry may follow."""
         return bool(self.checkpoints) and self.checkpoints[-1].stage is Stage.CLOSED
 
     @property
@@ -113,7 +112,6 @@ class StoredLog:
 
     @property
     def endings(self) -> tuple[Entry, ...]:
-        """Of its rounds."""
         return tuple(entry for entry in self.entries if entry.kind in (Result.TAG, Abort.TAG))
 
     def resumed(self, newest: AdapterId, previous: bytes) -> Transcript:

@@ -28,22 +28,17 @@ log = logging.getLogger("edgeadapt.traces")
 
 @dataclass(frozen=True, slots=True)
 class RecordedSpan:
-    """A span of OpenTelemetry."""
-
     span: trace.Span
 
     def set(self, **attributes: Value) -> None:
-        """See ``traces.Span``."""
         self.span.set_attributes(_named(attributes))
 
     def fail(self, kind: str) -> None:
-        """See ``traces.Span``."""
         if self.span.is_recording():
             self.span.set_attribute("error.type", kind)
             self.span.set_status(Status(StatusCode.ERROR))
 
     def end(self) -> None:
-        """See ``traces.Span``."""
         if self.span.is_recording():
             self.span.end()
 
@@ -92,13 +87,11 @@ class Tracing:
         ending.join(FLUSH)
 
     def begin(self, name: str, within: object, attributes: Mapping[str, Value]) -> RecordedSpan:
-        """See ``traces.begin``."""
         around = trace.set_span_in_context(within.span) if isinstance(within, RecordedSpan) else None
         return RecordedSpan(self.tracer.start_span(name, around, attributes=_named(attributes)))
 
     @contextmanager
     def span(self, name: str, within: object, attributes: Mapping[str, Value]) -> Iterator[RecordedSpan]:
-        """See ``traces.span``."""
         begun = self.begin(name, within, attributes)
         try:
             # Neither the text of an error nor its traceback: they may name a device.
@@ -111,7 +104,6 @@ class Tracing:
             begun.end()
 
     def current(self) -> RecordedSpan:
-        """See ``traces.current``."""
         return RecordedSpan(trace.get_current_span())
 
 

@@ -27,8 +27,7 @@ PROTOCOL = "http/protobuf"
 class Span(Protocol):
     """What is measured: ``traceexport.RecordedSpan``, or ``NO_SPAN``, which nobody records."""
 
-    def set(self, **attributes: "Value") -> None:
-        """Add attributes."""
+    def set(self, **attributes: "Value") -> None: ...
 
     def fail(self, kind: str) -> None:
         """Note that it failed, and how: a closed choice, such as a reason or the type of an error."""

@@ -43,14 +43,11 @@ class Clock(Protocol):
 
 
 class SystemClock:
-    """The machine's monotonic clock."""
-
     def now(self) -> float:
         """Seconds since some fixed point."""
         return time.monotonic()
 
     def sleep(self, seconds: float) -> None:
-        """Wait."""
         time.sleep(seconds)
 
     def wait(self, seconds: float) -> None:

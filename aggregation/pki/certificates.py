@@ -134,7 +134,6 @@ def identity(certificate: x509.Certificate) -> PublicKey:
 
 
 def to_pem(der: bytes) -> bytes:
-    """A certificate in PEM."""
     return x509.load_der_x509_certificate(der).public_bytes(serialization.Encoding.PEM)
 
 
@@ -225,7 +224,6 @@ class Root:
 
     @property
     def key(self) -> PublicKey:
-        """The authority's own key."""
         return identity(load(self.der))
 
     @property

@@ -74,7 +74,6 @@ class PublicKey:
             raise TrustError(text, about="signature", value=tag) from None
 
     def to_pem(self) -> bytes:
-        """SubjectPublicKeyInfo in PEM."""
         return Ed25519PublicKey.from_public_bytes(self.raw).public_bytes(
             serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
         )
@@ -116,7 +115,6 @@ class IdentityKey:
 
     @property
     def public(self) -> PublicKey:
-        """The public half."""
         return PublicKey(self._key.public_key().public_bytes_raw())
 
     def sign(self, tag: str, body: bytes) -> bytes:

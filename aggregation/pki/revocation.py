@@ -104,7 +104,6 @@ class RevocationList:
         )
 
     def to_pem(self) -> bytes:
-        """This list in PEM."""
         return x509.load_der_x509_crl(self.der).public_bytes(serialization.Encoding.PEM)
 
     def newer_than(self, seen: "RevocationList | None") -> "RevocationList":

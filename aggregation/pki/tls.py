@@ -39,7 +39,6 @@ class TlsRole(Enum):
 
     @property
     def usage(self) -> x509.ObjectIdentifier:
-        """The extended key usage."""
         return ExtendedKeyUsageOID.CLIENT_AUTH if self is TlsRole.DEVICE else ExtendedKeyUsageOID.SERVER_AUTH
 
 
@@ -75,7 +74,6 @@ class TlsKey:
         return signed.public_bytes(serialization.Encoding.PEM)
 
     def public(self) -> ec.EllipticCurvePublicKey:
-        """The public half."""
         return self._private().public_key()
 
     def _private(self) -> ec.EllipticCurvePrivateKey:

@@ -100,7 +100,6 @@ class Result(Message):
 
     @property
     def produced(self) -> AdapterId:
-        """The new adapter."""
         return self.version, self.adapter
 
 
@@ -145,5 +144,4 @@ class Checkpoint(Message):
 
     @property
     def newest(self) -> AdapterId:
-        """The newest adapter."""
         return self.version, self.adapter

@@ -72,7 +72,6 @@ class Transcript:
 
     @property
     def newest(self) -> AdapterId:
-        """The newest adapter."""
         return self.produced or self.start
 
     def begin(self, plan: Plan) -> None:

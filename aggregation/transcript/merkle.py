@@ -44,7 +44,6 @@ class Tree:
 
     @property
     def size(self) -> int:
-        """Number of leaves."""
         return len(self._levels[0])
 
     def append(self, entry: bytes) -> None:

@@ -86,7 +86,6 @@ def _kill_agent(fleet: FaultFleet) -> float:
 
 
 def _kill_supernode(fleet: FaultFleet) -> float:
-    """``FaultFleet.keep_supernodes`` starts it again."""
     fleet.kill_device(victim(fleet))
     return time.monotonic()
 

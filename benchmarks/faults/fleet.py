@@ -77,11 +77,9 @@ class CoordinatorMachine:
     up: Lines | None = None
 
     def start(self) -> None:
-        """Start ``coordinator up``."""
         self.up = Lines(edgeadapt("coordinator", "up", self.folder, "--json"))
 
     def stop(self) -> None:
-        """End ``coordinator up`` in order."""
         if self.up is not None:
             self.up.end(signal.SIGTERM)
             self.up = None
@@ -149,7 +147,6 @@ class FaultFleet:
         return self.server
 
     def device(self, name: str) -> Path:
-        """A device's state directory."""
         return provision.device_folder(self.out, name)
 
     def start(self) -> None:
@@ -161,7 +158,6 @@ class FaultFleet:
             machine.start()
 
     def stop(self) -> None:
-        """End every ``coordinator up`` in order."""
         for machine in self.machines:
             machine.stop()
 
@@ -178,7 +174,6 @@ class FaultFleet:
         self.agents[name] = Lines(edgeadapt("device", "agent", *place), environment)
 
     def node_key(self, name: str) -> Path:
-        """The key of a SuperNode."""
         return self.out / f"{name}.key"
 
     def node_home(self, name: str) -> Path:
@@ -208,7 +203,6 @@ class FaultFleet:
         agent.next(f"Receiving: {step.message_type} " if name in self.supernodes else light, since=len(agent.lines))
 
     def close(self) -> None:
-        """End every process."""
         self.closing.set()
         for name in self.agents:
             self.kill_device(name)
@@ -227,7 +221,6 @@ class FaultFleet:
             self.front.cut(self.front.links[SUPERNODES])
 
     def records(self) -> tuple[RoundRecord, ...]:
-        """Of all rounds so far."""
         with self._registry() as registry:
             return registry.rounds()
 
@@ -249,7 +242,6 @@ class FaultFleet:
 
     @property
     def key(self) -> IdentityKey:
-        """With which the coordinator signs."""
         return IdentityKey.from_pem((self.first.folder / KEY).read_bytes())
 
     def await_version(self, after: int, what: str) -> int:

@@ -145,12 +145,10 @@ def _story(records: Sequence[RoundRecord]) -> str:
 
 
 def as_json(rows: Sequence[FaultOutcome]) -> str:
-    """One object."""
     return json.dumps({"rows": [asdict(row) for row in rows], "load_average": os.getloadavg()[0]})
 
 
 def table(rows: Sequence[FaultOutcome]) -> str:
-    """For a reader."""
     cells = [("fault", "at", "lost", "seconds", "what happened"), *map(_cells, rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(4)]
     lines = [

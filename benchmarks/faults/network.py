@@ -52,7 +52,6 @@ class Carried:
     dead: bool = False
 
     async def up(self, reader: asyncio.StreamReader) -> None:
-        """Carry what the device sends."""
         held = b""
         while piece := await reader.read(PIECE):
             await asyncio.sleep(self.link.delay)
@@ -69,14 +68,12 @@ class Carried:
                 held = b""
 
     async def down(self, reader: asyncio.StreamReader) -> None:
-        """Carry what the gateway sends."""
         while piece := await reader.read(PIECE):
             await asyncio.sleep(self.link.back)
             if not self.dead:
                 self.device.write(piece)
 
     def abort(self) -> None:
-        """Break both sides at once."""
         for side in (self.device, self.gateway):
             side.transport.abort()
 
@@ -151,7 +148,6 @@ class Network:
         self._call(done())
 
     def close(self) -> None:
-        """Break everything and stop listening."""
 
         async def closed() -> None:
             for server in self._servers:

@@ -93,7 +93,6 @@ class PostgresServer:
 
     @property
     def data(self) -> Path:
-        """The cluster's own folder."""
         return self.folder / "data"
 
     def start(self) -> None:

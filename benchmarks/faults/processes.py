@@ -37,7 +37,6 @@ def free_port() -> int:
 
 
 def edgeadapt(*arguments: object) -> list[str]:
-    """The command `edgeadapt` with arguments."""
     # -P: a checkout in the working directory has metadata of its own, which would come before those of PYTHONPATH.
     return [sys.executable, "-P", "-m", "edgeadapt", *map(str, arguments)]
 

@@ -66,7 +66,6 @@ def fill(folder: Path) -> None:
 
 
 def empty(folder: Path) -> None:
-    """Make room again."""
     (folder / FILLER).unlink()
 
 

@@ -206,7 +206,6 @@ def measure_arrivals(arrivals: Arrivals, note: Note) -> dict[str, Any]:
 
 
 def arrivals_table(found: Mapping[str, Any]) -> str:
-    """The figures for a reader."""
     asked, (before, after) = found["arrivals"], found["load_average"]
     used, devices = found["gateway_cores"] + found["device_cores"], found["device_cores"]
     failed = ", ".join(f"{count} {name}" for name, count in found["errors"].items()) or "none"
@@ -236,7 +235,6 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """The figures for a reader."""
     load, (before, after) = found["load"], found["load_average"]
     connected = f"{found['connected']} of {load['devices']} devices connected in {found['connect_seconds']:.1f} s"
     asked = {"check_in": "check-ins", "pull": f"adapters of {ADAPTER_BYTES / 1e3:.0f} kB"}

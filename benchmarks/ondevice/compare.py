@@ -46,8 +46,6 @@ PHRASE = "turn on the lights in the kitchen"
 
 @dataclass(frozen=True, slots=True)
 class OnDeviceWorkload:
-    """The size of the work."""
-
     rounds: int = 7
     prompt: int = 128  # tokens
     tokens: int = 128  # generated after a prompt
@@ -193,11 +191,9 @@ class Speeds:
         return 1 - statistics.median(ratios(self.adapter, self.base))
 
     def to_json(self) -> dict[str, float]:
-        """Medians."""
         return {arm: statistics.median(getattr(self, arm)) for arm in ARMS}
 
     def spread(self) -> dict[str, list[float]]:
-        """Smallest and largest."""
         return {arm: [min(getattr(self, arm)), max(getattr(self, arm))] for arm in ARMS}
 
 

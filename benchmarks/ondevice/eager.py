@@ -26,26 +26,22 @@ class TorchEngine:
         self.use(None)
 
     def use(self, adapter: int | None) -> None:
-        """As ``ContenderEngine.use``."""
         self._model.base_model.disable_adapter_layers()
         if adapter is not None:
             causal.load(self._model, self._adapters[adapter])
             self._model.base_model.enable_adapter_layers()
 
     def prefill(self, tokens: Sequence[int]) -> None:
-        """As ``ContenderEngine.prefill``."""
         self._past = None
         self._read(tokens)
 
     def step(self) -> int:
-        """As ``ContenderEngine.step``."""
         read = self._next
         self._read([read])
         return read
 
     @torch.inference_mode()
     def logits(self, tokens: Sequence[int]) -> Floats:
-        """As ``ContenderEngine.logits``."""
         logits: Floats = self._model(input_ids=torch.tensor([tokens])).logits[0].numpy()
         return logits
 

@@ -93,7 +93,6 @@ class Recipe:
 
     @property
     def lora(self) -> PeftConfig:
-        """The adapter's configuration."""
         return PeftConfig.lora(self.rank, self.alpha, self.targets)
 
     def key(self, base: Base, windows: Tokens) -> str:

@@ -39,20 +39,17 @@ class BundleEngine:
         self._inner = self._engine.inner(self._options, None if adapter is None else self._loaded[adapter])
 
     def prefill(self, tokens: Sequence[int]) -> None:
-        """As ``ContenderEngine.prefill``."""
         self._rewind()
         append(self._inner, tokens)
         self._inner.generate_next_token()  # selects only: the logits are there
 
     def step(self) -> int:
-        """As ``ContenderEngine.step``."""
         self._engine.use_huge_pages()
         read = int(self._inner.get_next_tokens()[0])
         self._inner.generate_next_token()
         return read
 
     def logits(self, tokens: Sequence[int]) -> Floats:
-        """As ``ContenderEngine.logits``."""
         self._rewind()
         append(self._inner, tokens, len(tokens))  # at once: only the logits of the last piece are kept
         logits: Floats = np.asarray(self._inner.get_output("logits"), np.float32).reshape(len(tokens), -1)

@@ -26,8 +26,6 @@ def _quiet(level: int, text: bytes, data: object) -> None:
 
 
 class LlamaCppEngine:
-    """A model in llama.cpp."""
-
     def __init__(self, model: Path, *, threads: int, context: int, adapters: Sequence[Path] = ()) -> None:
         """Load a model and its adapters.
 
@@ -51,25 +49,21 @@ class LlamaCppEngine:
         self._next = 0
 
     def use(self, adapter: int | None) -> None:
-        """As ``ContenderEngine.use``."""
         chosen: list[Any] = [] if adapter is None else [self._adapters[adapter]]
         handles = (llama_cpp.llama_adapter_lora_p_ctypes * len(chosen))(*chosen)
         scales = (ctypes.c_float * len(chosen))(*(1.0 for _ in chosen))
         llama_cpp.llama_set_adapters_lora(self._context, handles, len(chosen), scales)
 
     def prefill(self, tokens: Sequence[int]) -> None:
-        """As ``ContenderEngine.prefill``."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), False)
         self._read(tokens)
 
     def step(self) -> int:
-        """As ``ContenderEngine.step``."""
         read = self._next
         self._read([read])
         return read
 
     def logits(self, tokens: Sequence[int]) -> Floats:
-        """As ``ContenderEngine.logits``."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), False)
         batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
         batch.n_tokens = len(tokens)

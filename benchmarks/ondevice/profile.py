@@ -109,7 +109,6 @@ def _is_adapters(name: str) -> bool:
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """Format what ``profile`` returns."""
     lines = [f"{'start':44}{'wall ms':>9}{'CPU ms':>9}{'resident MB':>13}"]
     for stage in found["stages"]:
         times = f"{1e3 * stage['seconds']:9.0f}{1e3 * stage['cpu']:9.0f}{stage['resident'] / 1e6:13.0f}"
@@ -129,14 +128,11 @@ def table(found: Mapping[str, Any]) -> str:
 
 @dataclass(slots=True)
 class _Clock:
-    """Collects stages."""
-
     begun: float  # of time.monotonic, which all processes of a machine share
     cpu: float = 0.0
     stages: list[StartStage] = field(default_factory=list)
 
     def mark(self, name: str) -> None:
-        """End a stage."""
         now, busy = time.monotonic(), time.process_time()
         self.stages.append(StartStage(name, now - self.begun, busy - self.cpu, resident("VmRSS")))
         self.begun, self.cpu = now, busy

@@ -48,7 +48,6 @@ class EdgeAdaptFleet:
 
     @property
     def session(self) -> Session:
-        """The public side."""
         return self.established.session
 
     @property

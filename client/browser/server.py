@@ -114,7 +114,6 @@ class Site:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Of every answer."""
         policy = "Content-Security-Policy"
         return {**HEADERS, policy: self._allowing(HEADERS[policy])}
 

@@ -174,7 +174,6 @@ def _check(last: "Answer") -> None:
 
 
 def _command(line: str, conversation: "Conversation", generator: "Generator", trust: Path | None) -> bool:
-    """Run a command; False quits."""
     word, _, rest = line.strip().partition(" ")
     commands: dict[str, Callable[[], str]] = {
         "/adapter": lambda: _switch(rest.strip(), conversation, generator, trust),

@@ -75,11 +75,9 @@ class GenerationEngine:
         self._follower: GuideFollower | None = None
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text."""
         return [int(token) for token in self._tokenizer.encode(text)]
 
     def decoder(self) -> TextDecoder:
-        """Of one answer."""
         return TextDecoder(self._detokenizer)
 
     def apply_chat_template(self, messages: Sequence[dict[str, str]]) -> str:
@@ -125,7 +123,6 @@ class GenerationEngine:
                 raise
 
     def unload(self, name: str) -> None:
-        """Release an adapter's tensors."""
         self.forget()  # the generator may use the adapter
         self._adapters.unload(name)
 
@@ -252,7 +249,6 @@ class GenerationEngine:
         return self._live
 
     def _new(self, params: SamplingParams, capacity: int) -> Any:
-        """A generator of onnxruntime-genai."""
         inner = self._og.GeneratorParams(self._model)
         inner.set_search_options(max_length=capacity, **params.search_options(self.vocabulary))
         return self._og.Generator(self._model, inner)

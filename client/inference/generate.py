@@ -21,8 +21,6 @@ from client.inference.text import Answer, Finish, SamplingParams, StopFilter, ch
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """A message of a conversation."""
-
     role: str  # "system", "user" or "assistant"
     content: str
 
@@ -31,7 +29,6 @@ class Generator:
     """The language model of a bundle. Each call names its adapter; without one, the bare base answers."""
 
     def __init__(self, library: Library, engine: GenerationEngine, loaded: int, loaded_bytes: int) -> None:
-        """Use ``open`` or ``of``."""
         self._library, self._engine = library, engine
         self._loaded = AdapterCache[Adapter](
             loaded, loaded_bytes, lambda adapter: adapter.nbytes, lambda adapter: engine.unload(adapter.name)
@@ -89,7 +86,6 @@ class Generator:
 
     @property
     def library(self) -> Library:
-        """The bundle."""
         return self._library
 
     @property
@@ -99,7 +95,6 @@ class Generator:
 
     @property
     def last(self) -> Answer | None:
-        """The last answer that ended."""
         return self._last
 
     def load(self, adapter: Named) -> Adapter:
@@ -269,7 +264,6 @@ class Conversation:
 
     @property
     def system(self) -> str | None:
-        """The system prompt, if any."""
         return self._system[0].content if self._system else None
 
     @property
@@ -291,7 +285,6 @@ class Conversation:
         self._adapter = None if adapter is None else self._generator.load(adapter)
 
     def reset(self) -> None:
-        """Drop all messages."""
         self._messages.clear()
         self._asked = None
 

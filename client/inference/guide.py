@@ -133,7 +133,6 @@ class GuidedAnswer:
     """The tokens of an answer so far, and those that may follow."""
 
     def __init__(self, guide: Guide, state: Any) -> None:
-        """Use ``GuideFollower.begin``."""
         self._guide, self._state = guide, state
 
     def allowed(self) -> NDArray[np.bool_]:

@@ -151,14 +151,12 @@ class Adapter:
 
     @classmethod
     def of(cls, composition: Composition, manifests: tuple[AdapterManifest, ...], inputs: Tensors) -> Self:
-        """The adapter with these inputs."""
         rank = max((value.shape[1] for name, value in inputs.items() if name.endswith(LORA_A)), default=0)
         nbytes = sum(value.nbytes for value in inputs.values())
         return cls(composition, manifests, rank, virtual_tokens(inputs), nbytes, inputs)
 
     @property
     def name(self) -> str:
-        """The composition in writing."""
         return str(self.composition)
 
     @property
@@ -293,7 +291,6 @@ class Library:
 
     @property
     def manifest(self) -> BaseManifest:
-        """The base's."""
         return self.base.manifest
 
     def names(self) -> list[str]:
@@ -383,7 +380,6 @@ class AdapterCache(LRUCache[Composition, V]):
         return key, value
 
     def clear(self) -> None:
-        """Evict every adapter."""
         with self._lock:
             while self:
                 self.popitem()

@@ -15,7 +15,6 @@ class PhraseReader:
     """The tokenizer of a base, and which of its tokens say nothing."""
 
     def __init__(self, tokenizer: Tokenizer, unknown: int | None, special: frozenset[int]) -> None:
-        """Use ``of``."""
         self._tokenizer, self._unknown, self._special = tokenizer, unknown, special
 
     @classmethod

@@ -46,7 +46,6 @@ class ClassificationSession:
     """
 
     def __init__(self, library: Library, threads: int, loaded: AdapterCache[_Loaded]) -> None:
-        """Use ``open`` or ``of``."""
         self._library, self._loaded = library, loaded
         self._reader = PhraseReader.of(library.base.files[TOKENIZER])
         base, manifest = library.base, library.manifest
@@ -95,7 +94,6 @@ class ClassificationSession:
 
     @property
     def library(self) -> Library:
-        """The bundle."""
         return self._library
 
     def load(self, adapter: Named) -> Adapter:

@@ -132,8 +132,6 @@ class SamplingParams:
 
 
 class Finish(StrEnum):
-    """Why an answer ended."""
-
     END = "end"  # the model ended it
     STOP = "stop"  # a stop string
     LENGTH = "length"  # ``max_tokens``, or the end of the context
@@ -142,8 +140,6 @@ class Finish(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer that has ended."""
-
     text: str
     finish: Finish
     tokens: int

@@ -25,8 +25,6 @@ MAX_SECONDS = 60.0  # after which no further step begins
 
 
 class HasGradients(Protocol):
-    """``GraphTrainer``, or ``LanguageGraphTrainer``."""
-
     def gradients(
         self, adapter: Tensors, examples: Sequence[Example], shares: Sequence[float]
     ) -> tuple[float, Tensors]:

@@ -52,14 +52,10 @@ class EligibleState(Protocol):
     """What the conditions need of a device's state."""
 
     @property
-    def eligibility(self) -> EligibilitySettings:
-        """The owner's conditions."""
-        ...
+    def eligibility(self) -> EligibilitySettings: ...
 
     @property
-    def examples(self) -> Path:
-        """The examples file."""
-        ...
+    def examples(self) -> Path: ...
 
     @property
     def last_round(self) -> datetime | None:

@@ -149,12 +149,10 @@ class DeviceStateDir:
 
     @property
     def policy(self) -> PolicySettings:
-        """The owner's limits."""
         return self.settings.policy
 
     @property
     def eligibility(self) -> EligibilitySettings:
-        """When the device takes part."""
         return self.settings.eligibility
 
     @property
@@ -167,12 +165,10 @@ class DeviceStateDir:
 
     @property
     def examples(self) -> Path:
-        """The examples file."""
         return self.folder / self.settings.examples
 
     @property
     def certificate(self) -> bytes:
-        """The device's certificate, DER."""
         return self._read(CERTIFICATE)
 
     @property
@@ -182,7 +178,6 @@ class DeviceStateDir:
 
     @property
     def identity(self) -> IdentityKey:
-        """The device's key."""
         return self._parse(IdentityKey.from_pem, IDENTITY)
 
     def base(self) -> FrozenBase:
@@ -299,7 +294,6 @@ class DeviceStateDir:
         return self._decode(ADAPTER_STATE, ADAPTERS)
 
     def save_adapter_state(self, state: AdapterState) -> None:
-        """Replace the adapter state atomically."""
         replace(self.folder / ADAPTERS, ADAPTER_STATE.encode(state))
 
     def load_task_labels(self) -> TaskLabels | None:
@@ -311,7 +305,6 @@ class DeviceStateDir:
         return self._decode(TASK_LABELS, LABELS)
 
     def save_task_labels(self, labels: TaskLabels) -> None:
-        """Replace them atomically."""
         replace(self.folder / LABELS, TASK_LABELS.encode(labels))
 
     def load_sum_history(self) -> SumHistory | None:

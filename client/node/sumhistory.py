@@ -44,8 +44,6 @@ _MAGIC = b"edgeadapt/sum-history/1\x00"
 
 
 class SumKind(StrEnum):
-    """What is summed."""
-
     UPDATES = "updates"
     MOMENTS = "moments"
 

@@ -37,7 +37,6 @@ class TaskLabels:
 
     @classmethod
     def of(cls, base: str, labels: Sequence[str]) -> "TaskLabels":
-        """From the labels themselves."""
         return cls(base, jsontext.encode(list(labels)))
 
     @property

@@ -184,7 +184,6 @@ def moment_contribution(found: EmbeddingMoments, held_out: Score, spec: SessionS
 
 
 def _counted(weight: float, held_out: Score) -> dict[str, Vector]:
-    """The values of ``task.metric_segments``."""
     counted = {"weight": weight, "correct": held_out.correct, "loss": held_out.loss, "held_out": held_out.count}
     return {name: np.array([float(value)]) for name, value in counted.items()}
 

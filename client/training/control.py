@@ -121,7 +121,6 @@ class TrainingCheckpoint:
         self._written = time.monotonic()
 
     def delete(self) -> None:
-        """Forget the training."""
         self.path.unlink(missing_ok=True)
 
 

@@ -59,7 +59,6 @@ class AdamW:
     buffers: dict[str, Doubles] = field(default_factory=dict, repr=False)
 
     def step(self, parameters: Tensors, gradients: Tensors, factor: float = 1.0) -> None:
-        """As ``Optimizer.step``."""
         self.steps += 1
         first_bias, second_bias = (1 - beta**self.steps for beta in BETAS)
         rate = factor * self.learning_rate
@@ -84,7 +83,6 @@ class SGD:
     buffers: dict[str, Doubles] = field(default_factory=dict, repr=False)
 
     def step(self, parameters: Tensors, gradients: Tensors, factor: float = 1.0) -> None:
-        """As ``Optimizer.step``."""
         self.steps += 1
         for name, found in gradients.items():
             change = found.astype(np.float64)

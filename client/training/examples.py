@@ -69,7 +69,6 @@ class Score:
 
     @property
     def accuracy(self) -> float:
-        """``correct / count``; NaN without examples."""
         return self.correct / self.count if self.count else float("nan")
 
 

@@ -196,7 +196,6 @@ class GraphTrainer:
         return self._slot_graph.gradients(values, batched)
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each text."""
         return [list(encoding.ids) for encoding in self._tokenizer.encode_batch(list(texts))]
 
 

@@ -194,7 +194,6 @@ def _personal(
     how: PersonalStep,
     train: Callable[..., Tensors],
 ) -> Tensors:
-    """The personal adapter."""
     if how.method is PersonalMethod.RIDGE:
         return with_own_head(trainer, shared, examples, scale=how.scale)
     tuned = shared

@@ -24,9 +24,7 @@ class LocalTrainer(Protocol):
     layout: Layout
 
     @property
-    def base(self) -> FrozenBase:
-        """What it trains on."""
-        ...
+    def base(self) -> FrozenBase: ...
 
     def train(
         self,
@@ -54,9 +52,7 @@ class ClassifierTrainer(LocalTrainer, Protocol):
         """By identity: what was computed with a trainer can be kept by it."""
         ...
 
-    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each text."""
-        ...
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]: ...
 
     def logits(self, adapter: Tensors, texts: Sequence[str]) -> NDArray[np.float32]:
         """Logits, shape ``(len(texts), labels)``."""

@@ -153,7 +153,6 @@ class Trainer:
             return classifier.in_batches(base.embed, self._tokens(texts)).numpy()
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each text."""
         return [list(encoding.ids) for encoding in self.tokenizer.encode_batch(list(texts))]
 
     def _forward(self, ids: Tensor, mask: Tensor) -> Tensor:

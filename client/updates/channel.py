@@ -98,8 +98,6 @@ class ReleaseOffer:
 
 @dataclass(frozen=True, slots=True)
 class Updated:
-    """What a bundle is now."""
-
     source: ChannelSource
     offer: ReleaseOffer
     changed: bool  # whether it was another release before
@@ -108,7 +106,6 @@ class Updated:
 
     @property
     def release(self) -> Release:
-        """The release."""
         return self.offer.release
 
 
@@ -189,8 +186,6 @@ def update(
 
 
 class _Folder(FetcherInterface):
-    """Fetches from a local folder."""
-
     def _fetch(self, url: str) -> Iterator[bytes]:
         try:
             file = Path(url).open("rb")  # noqa: SIM115  # closed by ``read``
@@ -207,7 +202,6 @@ class _Folder(FetcherInterface):
 
 @contextmanager
 def _said() -> Iterator[None]:
-    """TUF's errors as this project's."""
     try:
         yield
     except ExpiredMetadataError as error:

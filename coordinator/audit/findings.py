@@ -32,8 +32,6 @@ class Check(Enum):
 
 
 class Status(Enum):
-    """How a check ended."""
-
     PASS = "pass"  # noqa: S105 - not a password
     FAIL = "FAIL"
     WARNING = "warning"  # nothing broke a rule; an auditor should know of it all the same

@@ -91,7 +91,6 @@ def _dropouts(by_step: Mapping[str, tuple[str, ...]]) -> str:
 
 
 def as_json(checked: AuditInput, reports: Mapping[str, Report]) -> dict[str, Any]:
-    """The same, to be serialized."""
     return {
         "keys": {**checked.fingerprints, "pinned": checked.pinned},
         "complete": checked.complete,

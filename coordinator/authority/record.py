@@ -91,8 +91,6 @@ _EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="e
 
 @dataclass(frozen=True, slots=True)
 class AuthorityRecord:
-    """The file at ``path``."""
-
     path: Path
 
     def read(self) -> tuple[Event, ...]:

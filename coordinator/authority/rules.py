@@ -135,12 +135,10 @@ def require_device(writer: RecordWriter, name: str, now: datetime) -> None:
 
 
 def issued_in(events: Sequence[Event]) -> list[CertificateIssued]:
-    """The certificates, in order."""
     return [event for event in events if isinstance(event, CertificateIssued)]
 
 
 def revoked_in(events: Sequence[Event]) -> dict[str, CertificateRevoked]:
-    """The revocations, by serial number."""
     return {event.serial: event for event in events if isinstance(event, CertificateRevoked)}
 
 

@@ -121,7 +121,6 @@ class LogHead:
         raise DataError(f"{HEAD} of the snapshot is damaged: restore the repository", about=HEAD)
 
     def put(self, snapshot: Snapshot) -> None:
-        """Name it in a snapshot."""
         snapshot.unrecognized_fields[HEAD] = {"number": self.number, "sha256": self.sha256}
 
 
@@ -134,7 +133,6 @@ def login_name() -> str:
 
 
 def action_path(folder: Path, number: int) -> Path:
-    """The file of a record."""
     return folder / LOG / f"{number}.json"
 
 

@@ -53,7 +53,6 @@ class RoleMetadata:
 
     @property
     def place(self) -> Path:
-        """The folder of the metadata."""
         return self.folder / PUBLIC / METADATA
 
     def path(self, role: str, version: int) -> Path:
@@ -207,7 +206,6 @@ class RoleMetadata:
 
 
 def delegations(top: Targets) -> Mapping[str, DelegatedRole]:
-    """The channels by name."""
     return (top.delegations and top.delegations.roles) or {}
 
 

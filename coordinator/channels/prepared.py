@@ -112,11 +112,9 @@ class PreparedRollbacks:
 
     @property
     def targets(self) -> TargetFiles:
-        """The files that are new."""
         return TargetFiles(self.metadata.folder / PREPARED, MAX_RELEASE)
 
     def path(self, channel: str) -> Path:
-        """Of the metadata."""
         return self.metadata.folder / PREPARED / f"{channel}.json"
 
     def write(self, channel: str, signed: Targets) -> None:

@@ -114,7 +114,6 @@ class ChannelRepository:
 
     @property
     def targets(self) -> TargetFiles:
-        """The files of the releases."""
         return TargetFiles(self.folder / PUBLIC / TARGETS, MAX_BASE_FILE)
 
     @property

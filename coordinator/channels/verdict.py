@@ -92,7 +92,6 @@ class Verdict:
         return self.high < -self.margin
 
     def __str__(self) -> str:
-        """For a person."""
         what = "worse" if self.worse else "not shown to be worse"
         limits = f"{self.low:+.4f} to {self.high:+.4f}, margin {self.margin:g}"
         return f"{what}: accuracy {self.difference:+.4f} ({limits})"
@@ -172,5 +171,4 @@ class JudgedEvaluation:
         return (self.round, self.version) == (other.round, other.version)
 
     def __str__(self) -> str:
-        """For a person."""
         return f"round {self.round}, {self.survivors} survivors: {self.verdict}"

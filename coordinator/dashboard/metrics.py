@@ -12,13 +12,10 @@ PREFIX = "edgeadapt_"
 
 
 class _View:
-    """A collector of one view."""
-
     def __init__(self, view: dict[str, Any]) -> None:
         self._view = view
 
     def collect(self) -> Iterator[Metric]:
-        """See ``prometheus_client.registry.Collector``."""
         yield from families(self._view)
 
 
@@ -30,7 +27,6 @@ def exposition(view: dict[str, Any]) -> bytes:
 
 
 def families(view: dict[str, Any]) -> Iterator[Metric]:
-    """Each metric with its values."""
     aborted = view["rounds_aborted"]
     ended = {"sum": view["rounds_done"] - aborted, "abort": aborted}
     yield _counter("rounds", "Rounds that ended, by how they did.", "outcome", ended)

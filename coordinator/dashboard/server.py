@@ -201,7 +201,6 @@ class Guard:
         self._app, self._hosts, self._entrance = app, hosts, entrance
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI."""
 
         async def sent(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -61,7 +61,6 @@ def serving(state_dir: CoordinatorStateDir, address: str, *, own_process: bool =
     ends = ExpiryLog(state_dir.folder)
 
     def snapshot() -> GatewaySnapshot:
-        """Called each second."""
         ends.look()
         return grid.snapshot(listens)
 
@@ -83,7 +82,6 @@ class ArrivalClock:
         return time.monotonic()
 
     def sleep(self, seconds: float) -> None:
-        """Wait, whatever arrives."""
         time.sleep(seconds)
 
     def wait(self, seconds: float) -> None:
@@ -135,15 +133,12 @@ class GatewayGrid(Grid):
 
     @property
     def port(self) -> int:
-        """At which the gateway listens."""
         return self._gateway.port
 
     def snapshot(self, address: str) -> GatewaySnapshot:
-        """See ``Gateway``."""
         return self._gateway.snapshot(address)
 
     def close(self) -> None:
-        """Stop the gateway."""
         if self.browsers is not None:
             self.browsers.close()
         self._gateway.close()
@@ -160,18 +155,15 @@ class GatewayGrid(Grid):
             self.clock.sleep(LOOK)
 
     def set_run(self, run: Run) -> None:
-        """See ``Grid``."""
         self._run = run
 
     @property
     def run(self) -> Run:
-        """See ``Grid``."""
         return self._run
 
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
-        """See ``Grid``."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
@@ -208,12 +200,10 @@ class GatewayGrid(Grid):
         return pushed
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """See ``Grid``."""
         with self._lock:
             return [self._replies.pop(number)[1] for number in message_ids if number in self._replies]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """See ``Grid``."""
         return exchange(self, self.clock, messages, timeout)
 
     def _answered(self, number: int, answer: bytes | NoAnswer) -> None:
@@ -242,7 +232,6 @@ class JoinedGrid(Grid):
     """
 
     def __init__(self, flower: Grid, light: GatewayGrid) -> None:
-        """Neither grid is closed here."""
         self._flower, self._light = flower, light
         self.clock = light.clock
 
@@ -253,18 +242,15 @@ class JoinedGrid(Grid):
             self.clock.sleep(LOOK_AT_LINK)
 
     def set_run(self, run: Run) -> None:
-        """See ``Grid``."""
         self._flower.set_run(run)
 
     @property
     def run(self) -> Run:
-        """See ``Grid``."""
         return self._flower.run
 
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
-        """See ``Grid``."""
         return self._flower.create_message(content, message_type, dst_node_id, group_id, ttl)
 
     def get_node_ids(self) -> Iterable[int]:
@@ -273,7 +259,6 @@ class JoinedGrid(Grid):
         return [*flower, *(node for node in self._light.get_node_ids() if node not in flower)]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """See ``Grid``."""
         batch, light = list(messages), self._light.known
         ours = [message for message in batch if message.metadata.dst_node_id in light]
         others = [message for message in batch if message.metadata.dst_node_id not in light]
@@ -281,14 +266,12 @@ class JoinedGrid(Grid):
         return [*pushed, *(self._flower.push_messages(others) if others else ())]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """See ``Grid``."""
         ids = list(message_ids)
         others = [number for number in ids if not number.startswith(PREFIX)]
         found = [*self._light.pull_messages(number for number in ids if number.startswith(PREFIX))]
         return [*found, *(self._flower.pull_messages(others) if others else ())]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """See ``Grid``."""
         return exchange(self, self.clock, messages, timeout)
 
 

@@ -114,7 +114,6 @@ class Hub:
         return sum(len(mailbox.asked) for mailbox in self._mailboxes.values())
 
     def streams(self) -> Iterator[Stream]:
-        """The open streams."""
         yield from [mailbox.stream for mailbox in self._mailboxes.values() if mailbox.stream is not None]
 
     def open(self, credentials: Credentials) -> Stream:

@@ -92,7 +92,6 @@ class Service:
         self._pace = Pace(self.limits.check_ins / 60.0, self.limits.accepted, self.limits.rejected)
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """For gRPC's server."""
         return grpc.method_handlers_generic_handler(
             frames.SERVICE,
             {
@@ -307,7 +306,6 @@ class _Call:
         self._span = traces.begin(f"{frames.SERVICE}/{method}", within=within)
 
     def end(self) -> None:
-        """What is measured is over."""
         self._span.end()
 
     async def __aenter__(self) -> Self:

@@ -52,7 +52,6 @@ class BrowserSettings:
 
     @property
     def place(self) -> tuple[str, str]:
-        """Host and port."""
         host, _, port = self.address.rpartition(":")
         return host.strip("[]"), port
 

@@ -29,8 +29,6 @@ Results = Iterator[GateResult]
 
 
 class GateError(EdgeAdaptError):
-    """A gate refused a promotion."""
-
     exit_code = 6
 
 
@@ -143,7 +141,6 @@ class PromotionTrial:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The adapters of the candidate."""
         return tuple(sorted(self.candidate.release.adapters))
 
     def path(self, key: str, value: str) -> Path:

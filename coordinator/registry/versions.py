@@ -60,7 +60,6 @@ class StoredAdapter:
 
     @property
     def layout(self) -> Layout:
-        """Of the tensors."""
         return Layout.of(self.tensors)
 
 
@@ -95,7 +94,6 @@ class Registry:
         return cls(database.connect(database_url), Blobs.open(blob_url), tuple(trusted))
 
     def close(self) -> None:
-        """Close the database connections."""
         self.engine.dispose()
 
     @property

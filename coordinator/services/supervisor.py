@@ -23,8 +23,6 @@ LONGEST_LINE = 4096  # bytes of one line of a service's output; a longer one is 
 
 
 class Happening(Enum):
-    """What an event reports."""
-
     STARTED = "started"
     READY = "ready"
     OUTPUT = "output"
@@ -96,8 +94,6 @@ class Patience:
 
 
 class ServiceState(Enum):
-    """What a service is doing."""
-
     WAITING = "waiting"
     STARTING = "starting"
     READY = "ready"
@@ -170,7 +166,6 @@ class Supervised:
         self._close(self.process.wait())
 
     def snapshot(self) -> dict[str, str | int | None]:
-        """What ``edgeadapt coordinator status`` shows of it."""
         return {
             "name": self.service.name,
             "state": self.state.value,

@@ -53,7 +53,6 @@ class Backward:
         return self.constant(np.float32(value))
 
     def integers(self, *values: int) -> str:
-        """A vector of integers."""
         return self.constant(np.array(values, np.int64))
 
     def known(self, name: str) -> NDArray[Any] | None:

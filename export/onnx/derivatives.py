@@ -305,7 +305,6 @@ def _one_minus(to: Backward, value: str) -> str:
 
 
 def settings(node: onnx.NodeProto, **defaults: Any) -> dict[str, Any]:
-    """The attributes of a node."""
     return defaults | {each.name: helper.get_attribute_value(each) for each in node.attribute}
 
 

@@ -115,5 +115,4 @@ class ExportedBase:
         return replace(self, digests={**self.digests, **written(self.folder, {name: content})})
 
     def read(self, name: str) -> bytes:
-        """The content of a file."""
         return (self.folder / name).read_bytes()

@@ -19,8 +19,6 @@ OFFSETS = 8  # positions that a family may reserve; RoBERTa's numbering begins a
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """The sizes of a decoder."""
-
     layers: int
     heads: int  # of queries; keys and values may have fewer
     hidden: int

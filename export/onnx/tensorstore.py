@@ -25,24 +25,19 @@ class TensorStore(Protocol):
     def array(self, tensor: TensorProto) -> NDArray[Any]:
         """The values of a tensor, not to be written to; of one in four bits its bytes."""
 
-    def tensor(self, values: NDArray[Any], name: str) -> TensorProto:
-        """A tensor with these values."""
+    def tensor(self, values: NDArray[Any], name: str) -> TensorProto: ...
 
     def keep(self, graphs: Iterable[onnx.ModelProto]) -> None:
         """Forget every tensor that none of these graphs has."""
 
 
 class InMemory:
-    """Tensors within the graph."""
-
     folder: Path | None = None
 
     def array(self, tensor: TensorProto) -> NDArray[Any]:
-        """As ``TensorStore``."""
         return _held(tensor)
 
     def tensor(self, values: NDArray[Any], name: str) -> TensorProto:
-        """As ``TensorStore``."""
         return numpy_helper.from_array(values, name)
 
     def keep(self, graphs: Iterable[onnx.ModelProto]) -> None:

@@ -132,7 +132,6 @@ class Parity:
         return math.exp(self.loss - self.torch_loss)
 
     def __str__(self) -> str:
-        """One line for a person."""
         if self.loss is None or self.torch_loss is None:
             rest = (
                 f"largest difference of a probability {self.max_abs_diff:.2g}, in a mixed batch {self.mixed_diff:.2g}"

@@ -47,7 +47,6 @@ class DataSummary:
         return float(np.mean([client.unknown for client in self.clients]))
 
     def to_json(self) -> dict[str, Any]:
-        """The object that ``edgeadapt data show --json`` prints."""
         return {**asdict(self), "unknown": self.unknown}
 
 

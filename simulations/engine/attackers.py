@@ -41,7 +41,6 @@ class LyingTrainer:
 
     @property
     def base(self) -> FrozenBase:
-        """What it trains on."""
         return self.trainer.base
 
     def train(

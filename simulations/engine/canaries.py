@@ -58,7 +58,6 @@ class Guesses:
 
     @property
     def correct(self) -> int:
-        """Canaries that were guessed right."""
         return self.inside - self.missed + self.outside - self.mistaken
 
     def __add__(self, other: "Guesses") -> "Guesses":

@@ -69,7 +69,6 @@ class MemoryDevice:
         self._snapshot: tuple[bytes, Snapshot] | None = None
 
     def base(self) -> FrozenBase:
-        """The frozen base."""
         return self._base
 
     def device(self, base_digest: str) -> Device:
@@ -77,11 +76,9 @@ class MemoryDevice:
         return self._device
 
     def root(self) -> Root:
-        """See ``DeviceStateDir``."""
         return self._root
 
     def revoke(self, raw: bytes) -> None:
-        """See ``DeviceStateDir``."""
         self._files.revoke(raw)
         self._root, self._device = self._files.root(), self._files.device(self._base.digest)
 
@@ -91,82 +88,63 @@ class MemoryDevice:
         yield
 
     def load_state(self) -> ClientState | None:
-        """See ``DeviceStateDir``."""
         return sealed.reopened(self._state) if self._state else None
 
     def save_state(self, state: ClientState) -> None:
-        """Keep it in memory."""
         self._state = state
 
     def take_snapshot(self, examples: bytes, share_key: bytes) -> None:
-        """See ``DeviceStateDir``."""
         self.save_snapshot(Snapshot(self._entropy.bytes(KEY), examples), share_key)
 
     def save_snapshot(self, snapshot: Snapshot, share_key: bytes) -> None:
-        """Keep it in memory."""
         self._snapshot = share_key, snapshot
 
     def load_snapshot(self, share_key: bytes) -> Snapshot:
-        """See ``DeviceStateDir``."""
         if self._snapshot is None or self._snapshot[0] != share_key:
             text = f"{self._files.folder} has no snapshot of this session: this device takes part from the next one on"
             raise TrustError(text, about=SNAPSHOT)
         return self._snapshot[1]
 
     def delete_snapshot(self) -> None:
-        """See ``DeviceStateDir``."""
         self._snapshot = None
 
     def load_log_state(self) -> LogState | None:
-        """See ``DeviceStateDir``."""
         return self._log_state
 
     def save_log_state(self, log_state: LogState | None) -> None:
-        """See ``DeviceStateDir``; in memory only."""
         self._log_state = log_state
 
     def load_adapter_state(self) -> AdapterState | None:
-        """See ``DeviceStateDir``."""
         return self._adapter_state
 
     def save_adapter_state(self, state: AdapterState) -> None:
-        """See ``DeviceStateDir``; in memory only."""
         self._adapter_state = state
 
     def load_task_labels(self) -> TaskLabels | None:
-        """See ``DeviceStateDir``."""
         return self._task_labels
 
     def save_task_labels(self, labels: TaskLabels) -> None:
-        """See ``DeviceStateDir``; in memory only."""
         self._task_labels = labels
 
     def load_sum_history(self) -> SumHistory | None:
-        """See ``DeviceStateDir``."""
         return self._sum_history
 
     def save_sum_history(self, history: SumHistory) -> None:
-        """See ``DeviceStateDir``; in memory only."""
         self._sum_history = history
 
     def load_private_parts(self) -> PrivateParts | None:
-        """See ``DeviceStateDir``."""
         return self._private_parts
 
     def save_private_parts(self, parts: PrivateParts) -> None:
-        """See ``DeviceStateDir``; written later."""
         self._private_parts = parts
 
     def load_privacy_ledger(self) -> PrivacyLedger:
-        """See ``DeviceStateDir``."""
         return self._privacy_ledger
 
     def save_privacy_ledger(self, ledger: PrivacyLedger) -> None:
-        """See ``DeviceStateDir``; written later."""
         self._privacy_ledger = ledger
 
     def leave(self) -> None:
-        """Leave the session."""
         self._state = self._snapshot = None
 
     def write(self, *, end: bool) -> None:
@@ -196,7 +174,6 @@ class MemoryDevices:
     _awake: dict[str, MemoryDevice] = field(default_factory=dict)
 
     def open(self, context: Context) -> MemoryDevice:
-        """The device at a node."""
         name = str(context.node_config[STATE])
         if name not in self._awake:
             self._awake[name] = MemoryDevice(self.state_dir(name), self.base)

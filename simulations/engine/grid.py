@@ -182,22 +182,18 @@ class InProcessGrid(Grid):
         identify()
 
     def set_run(self, run: Run) -> None:
-        """See ``Grid``."""
         self._run = run
 
     @property
     def run(self) -> Run:
-        """See ``Grid``."""
         return self._run
 
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
-        """See ``Grid``."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """See ``Grid``."""
         return list(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -233,7 +229,6 @@ class InProcessGrid(Grid):
         return [self._arrived.pop(number) for number in list(self._arrived) if number in wanted]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """See ``Grid``."""
         ids = set(self.push_messages(messages))
         arrivals = [flying.arrives for flying in self._in_flight if flying.id in ids]
         latest = max(arrivals, default=self.clock.now()) - self.clock.now()

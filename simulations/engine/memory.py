@@ -58,7 +58,6 @@ class MemoryEstimate:
 
     @property
     def bytes(self) -> float:
-        """Of all parts."""
         return sum(part.bytes for part in self.parts)
 
     @property

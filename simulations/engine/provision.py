@@ -201,7 +201,6 @@ def examples_of(client: Client) -> list[Example]:
 
 
 def public_examples(public: Sequence[LabelledText]) -> list[Example]:
-    """Public texts as training examples."""
     return [Example(text.text, text.label, Split.TRAIN) for text in public]
 
 

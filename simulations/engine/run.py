@@ -192,7 +192,7 @@ class _RunLog(logging.FileHandler):
     """A log that loses a line if the disk is full; the run then ends with its own error, not with a traceback."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Ignore it."""
+        ...
 
 
 @contextmanager

@@ -111,12 +111,10 @@ class Workers:
         return self._worker_of[request.metadata.dst_node_id].call(_Answering.answer, request)
 
     def before(self, step: Step | None, names: Sequence[str]) -> None:
-        """As ``MemoryDevices.before``."""
         self._prepare(names)
         self._all(_Answering.before, step, names)
 
     def write(self) -> None:
-        """As ``MemoryDevices.write``."""
         self._all(_Answering.write)
 
     def _all(self, what: Callable[..., Any], *given: object) -> None:

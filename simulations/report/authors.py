@@ -44,7 +44,6 @@ class LanguageResult:
     canaries: CanaryBounds | None = None  # as of ``RunResult``
 
     def to_json(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
         return {"loss": {arm: summary(self.clients, arm) for arm in ARMS}, **asdict(self)}
 
 

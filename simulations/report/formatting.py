@@ -137,7 +137,6 @@ class TrafficMeans:
 
     @classmethod
     def of(cls, result: RunResult) -> "TrafficMeans":
-        """The traffic of a run."""
         done, model = [r for r in result.rounds if not r.aborted], float(result.base["bytes"])
         if not done:
             return cls(math.nan, math.nan, model)

@@ -36,7 +36,6 @@ def write_report(result: RunResult, path: Path, program: str = "edgeadapt") -> N
 
 
 def page(result: RunResult, program: str = "edgeadapt") -> str:
-    """The page as text."""
     return template("report.html").render(
         run=result,
         headline=formatting.headline(result),

@@ -86,8 +86,6 @@ class CanaryBounds:
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """Everything that a run reports."""
-
     scenario: str
     seed: int
     population: int  # clients in all
@@ -115,7 +113,6 @@ class RunResult:
         return known[-1] if known else None
 
     def to_json(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
         return {
             "accuracy": {arm: summary(self.clients, arm) for arm in ARMS},
             "device_rounds": device_rounds(self.rounds),

@@ -45,7 +45,6 @@ def spreads(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Spread]]:
 
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:
-    """The table in Markdown."""
     head = f"| {count(len(results), 'seed')}: mean (lowest – highest) | mean | 10th percentile | worst | unseen |"
     rows = [
         f"| {arm} | {' | '.join(_cell(figures[name]) for name in FIGURES)} |"

@@ -135,7 +135,6 @@ class _Classifier:
         return len(client.train) + len(public.trained)
 
     def model(self, adapter: Tensors) -> Model:
-        """The adapter's answers, tallied."""
         return partial(_answered, partial(self.mine.logits, adapter))
 
 
@@ -160,8 +159,6 @@ class _Language:
 
 
 class _Spent:
-    """The processor time of training."""
-
     def __init__(self) -> None:
         self.seconds = 0.0
 

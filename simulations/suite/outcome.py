@@ -23,7 +23,6 @@ class Tally:
 
     @property
     def count(self) -> int:
-        """Texts."""
         return len(self.right) or self.predicted
 
     @property

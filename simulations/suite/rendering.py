@@ -22,7 +22,6 @@ CHANCE = 0.05
 
 
 def metric_of(summary: SuiteSummary) -> Metric:
-    """What the suite compares."""
     return METRICS[summary.metric]
 
 
@@ -127,7 +126,6 @@ def to_target(summary: SuiteSummary) -> str:
 
 
 def markdown(summary: SuiteSummary) -> str:
-    """The whole report in Markdown."""
     metric = metric_of(summary)
     parts = [
         f"# {summary.name}",

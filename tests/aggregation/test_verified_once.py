@@ -54,7 +54,6 @@ def test_signatures_verified_in_a_round_grow_with_the_devices_and_not_with_their
 def test_without_keeping_what_was_verified_they_grow_with_the_square(
     fleet_of: FleetOf, verified: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The test above can fail."""
     for module, name in ((checks, "_roster"), (checks, "_signed"), (envelope, "_opened_once")):
         monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
     counts = []

@@ -31,7 +31,6 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def sources() -> tuple[Source, ...]:
-    """Everything that is installed."""
     files = [file for part in PARTS for file in sorted((ROOT / part).rglob("*.py"))]
     return tuple(map(_read, [ROOT / "edgeadapt.py", ROOT / "commandline.py", *files]))
 

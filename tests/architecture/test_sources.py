@@ -110,5 +110,4 @@ def dotted(node: ast.AST) -> str:
 
 
 def last(name: str) -> str:
-    """The ``c`` of ``a.b.c``."""
     return name.rpartition(".")[2]

@@ -30,8 +30,7 @@ def joins(log_state: LogState, raw: bytes, offer: bytes) -> bool:
     return True
 
 
-def no_check(*_: object) -> None:
-    """Stands in for a check."""
+def no_check(*_: object) -> None: ...
 
 
 def test_a_log_rewritten_before_the_checkpoint_that_a_device_saw_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,6 @@ class Observer:
         return reply
 
     def bits(self) -> dict[str, bool]:
-        """Who refused."""
         return {name: seen[0] == "refused" for name, seen in self.seen.items()}
 
 
@@ -323,7 +322,6 @@ def test_an_answer_that_leaves_at_once_shows_how_many_examples_a_device_has(
 def test_a_device_that_fails_after_training_says_so_at_the_same_time(
     app_fleet_of: FleetOf, clock: VirtualClock, monkeypatch: pytest.MonkeyPatch, delayed: bool
 ) -> None:
-    """Its disk is full."""
     if not delayed:
         monkeypatch.setattr("client.node.step._delayed", lambda *given: nullcontext())
     fleet, save = busy_fleet(app_fleet_of), DeviceStateDir.save_state

@@ -44,7 +44,6 @@ DAY = timedelta(days=1)
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check is removed."""
     monkeypatch.setattr(identity, "_SMALL_ORDER", frozenset())
 
 

@@ -187,6 +187,5 @@ def _ends(stream: socket.socket, after: int = 50) -> bool:
 
 
 def partial_config(**changes: Any) -> Any:
-    """uvicorn's settings with others."""
     genuine = uvicorn.Config
     return lambda *given, **settings: genuine(*given, **{**settings, **changes})

@@ -69,7 +69,6 @@ def begins(call: Any) -> bool:
 
 
 async def passing(self: Admission, continuation: Callable[..., Any], details: Any) -> Any:
-    """What holds without the rule."""
     return await continuation(details)
 
 

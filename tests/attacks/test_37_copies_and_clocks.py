@@ -49,7 +49,6 @@ def limit(folder: Path, epsilon: float) -> None:
 
 
 def cost(app_fleet_of: FleetOf) -> float:
-    """The epsilon of one contribution."""
     fleet = app_fleet_of(8, rounds=1, **NOISE)
     fleet.federate(fleet.grid())
     return float(fleet.state_dir(VICTIM).load_privacy_ledger().spent.epsilon(1e-6))

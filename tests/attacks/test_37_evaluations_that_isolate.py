@@ -68,7 +68,6 @@ class HostileFleet(StagedFleet):
                 update(self.bundle(device), entropy=SystemEntropy())
 
     def demand(self, **policy: float) -> None:
-        """Set the owners' policies."""
         for device in self.devices:
             file = self.fleet.state_dir(device).folder / SETTINGS
             settings = tomllib.loads(file.read_text())

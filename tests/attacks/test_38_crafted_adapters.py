@@ -58,8 +58,7 @@ Vector = NDArray[np.float64]
 
 
 @pytest.fixture(autouse=True)
-def alone(one_thread: None) -> None:
-    """Torch has one thread."""
+def alone(one_thread: None) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +73,11 @@ def trapped(lora: Trainer) -> Trap:
 
 @pytest.fixture(scope="module")
 def through(lora: Trainer, trapped: Trap) -> list[str]:
-    """Texts that move the adapter."""
     return split(lora, trapped)[0]
 
 
 @pytest.fixture(scope="module")
 def ordinary(lora: Trainer, trapped: Trap) -> list[str]:
-    """Texts that do not."""
     return split(lora, trapped)[1]
 
 

@@ -130,7 +130,6 @@ def test_if_training_could_fail_the_sum_would_be_the_update_of_the_device_with_t
 
 
 def test_a_device_that_fails_counts_like_all_others(app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever makes it fail."""
     train = Trainer.train
 
     def sometimes(self: Trainer, start: Any, examples: Any, *rest: Any, **named: Any) -> Any:

@@ -60,7 +60,6 @@ class Accuracy:
     browser: float
 
     def lines(self) -> str:
-        """For a person."""
         rows = [f"torch      {self.torch:.4f} of {self.count} phrases"]
         for name, share in (("native", self.native), ("Chromium", self.browser)):
             rows.append(f"{name:<10} {share:.4f} in {self.profile}, {100 * (share - self.torch):+.2f} points")

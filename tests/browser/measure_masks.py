@@ -41,7 +41,6 @@ def native(elements: int, neighbors: int, repeats: int) -> Times:
 
 
 def main() -> None:
-    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--elements", type=int, default=85_000)
     parser.add_argument("--neighbors", type=int, default=12)

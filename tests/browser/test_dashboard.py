@@ -41,7 +41,6 @@ def answers(url: str) -> bool:
 
 @contextmanager
 def dashboard(folder: Path, *words: object) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """The real command; its address."""
     url = f"http://{HOST}:{free_port()}"
     command = [sys.executable, "-m", "edgeadapt", "coordinator", "dashboard", str(folder), "--listen", url[7:]]
     command += map(str, words)

@@ -170,7 +170,6 @@ def judged(offer: bytes) -> dict[str, Any]:
 
 
 def finite(epsilon: float) -> float | None:
-    """As JSON has it."""
     return epsilon if math.isfinite(epsilon) else None
 
 

@@ -57,7 +57,6 @@ class Program:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, action: str, device: str, **given: Any) -> dict[str, Any]:
-        """The answer to a request."""
         process = self._process
         assert process.stdin
         assert process.stdout

@@ -47,8 +47,6 @@ def transcripts(tmp_path: Path) -> Transcripts:
 
 @dataclass
 class Known:
-    """What the registry knows."""
-
     head: Head = Head(SEED, None, None)  # noqa: RUF009  # frozen
 
     def __call__(self) -> Head:

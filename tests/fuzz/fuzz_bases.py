@@ -91,7 +91,6 @@ def some_gguf(rng: random.Random) -> bytes:
 
 
 def some_value(rng: random.Random) -> gguf.Value | None:
-    """A setting of any type."""
     kind = rng.choice([*gguf.TYPES, "raw", "none"])
     if kind == "none":
         return None
@@ -137,7 +136,6 @@ def changed(rng: random.Random, raw: bytes) -> bytes:
 
 
 def some_input(rng: random.Random, known: list[bytes]) -> bytes:
-    """An input of any format."""
     return some_gguf(rng) if rng.random() < 0.3 else changed(rng, rng.choice(known))
 
 
@@ -163,7 +161,6 @@ def at_random(seconds: float) -> None:
 
 
 def main() -> None:
-    """Fuzz until stopped."""
     arguments = sys.argv[1:]
     if arguments[:1] == ["--seconds"]:
         at_random(float(arguments[1]))

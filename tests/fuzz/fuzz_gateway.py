@@ -84,7 +84,6 @@ def seeds() -> Iterator[bytes]:
 
 
 def main() -> None:
-    """Fuzz until stopped."""
     if sys.argv[1:2] == ["--seed"]:
         folder = Path(sys.argv[2])
         folder.mkdir(parents=True, exist_ok=True)

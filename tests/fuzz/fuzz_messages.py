@@ -94,7 +94,6 @@ def seed(folder: Path) -> None:
 
 
 def main() -> None:
-    """Fuzz until stopped."""
     if sys.argv[1:2] == ["--seed"]:
         seed(Path(sys.argv[2]))
         return

@@ -80,7 +80,6 @@ class Deployment:
         self.wait("the nodes are online", lambda: all(supernodes.ONLINE in self.log(n) for n in nodes), seconds=90)
 
     def flwr(self, *arguments: str, seconds: float = 60) -> str:
-        """What ``flwr`` prints."""
         done = subprocess.run(
             [_script("flwr"), *arguments],
             env=self._environment("cli"),
@@ -109,7 +108,6 @@ class Deployment:
         return self.log(run)
 
     def statuses(self) -> list[str]:
-        """Flower's status of each run."""
         listed = self.flwr("list", LINK, "--format", "json")
         return [run["status"] for run in json.loads(listed[listed.index("{") :])["runs"]]
 
@@ -133,7 +131,6 @@ class Deployment:
             process.wait()
 
     def close(self) -> None:
-        """End every process."""
         for process in self.processes.values():
             process.terminate()
         for name in list(self.processes):
@@ -143,7 +140,6 @@ class Deployment:
             os.kill(process_id, signal.SIGKILL)
 
     def log(self, name: str) -> str:
-        """What a process has written."""
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
     def logs(self) -> str:
@@ -178,7 +174,6 @@ class Deployment:
 
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Deployment]:
-    """A running SuperLink without nodes."""
     if " " in sys.prefix:
         # It joins the folders of its database's versions by spaces, and makes no table where one has a space itself.
         pytest.skip("Flower's SuperLink cannot set up its database from an environment whose path has a space")

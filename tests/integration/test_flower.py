@@ -46,8 +46,6 @@ RUN = 330  # seconds, on two busy cores; about 60 on idle ones
 
 @dataclass(frozen=True)
 class Outcome:
-    """What both runs left."""
-
     state_dir: CoordinatorStateDir
     logs: tuple[str, str]
     statuses: list[str]

@@ -97,7 +97,6 @@ def test_devices_without_torch_make_the_versions_that_torch_makes(
 
 
 def distance(one: Tensors, other: Tensors) -> float:
-    """Between two adapters, as vectors."""
     return float(np.sqrt(sum(float(np.square(one[name] - other[name]).sum()) for name in one)))
 
 

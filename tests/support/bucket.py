@@ -19,14 +19,11 @@ SECRET = "not-shown-anywhere"  # noqa: S105
 
 @dataclass
 class Server:
-    """At ``port`` of this machine."""
-
     port: int
     process: "subprocess.Popen[bytes]"
 
     @classmethod
     def create(cls) -> "Server":
-        """A server that answers."""
         port = free_port()
         command = [sys.executable, "-m", "moto.server", "--host", HOST, "--port", str(port)]
         quiet = subprocess.DEVNULL

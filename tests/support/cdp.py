@@ -196,7 +196,6 @@ class Page:
         return [event["params"]["request"]["url"] for event in events]
 
     def errors(self) -> list[str]:
-        """The page's uncaught errors."""
         thrown = [event for event in self._browser.events if event["method"] == "Runtime.exceptionThrown"]
         return [event["params"]["exceptionDetails"]["text"] for event in thrown]
 

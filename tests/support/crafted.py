@@ -111,7 +111,6 @@ class Trap:
     threshold: float
 
     def holds(self, trainer: Trainer, texts: Sequence[str]) -> NDArray[np.bool_]:
-        """Which texts move the adapter."""
         found: NDArray[np.bool_] = trainer.embed(texts, self.adapter) @ self.direction > self.threshold
         return found
 

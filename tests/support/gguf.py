@@ -37,7 +37,6 @@ def value_of(kind: str, value: Any) -> bytes:
 
 
 def settings() -> dict[str, Value]:
-    """Those of a tiny Llama."""
     return {
         "general.architecture": ("text", "llama"),
         "llama.context_length": ("u32", 64),

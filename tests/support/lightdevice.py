@@ -96,7 +96,6 @@ class Attendance:
         return self.requests.get(timeout=seconds)
 
     def refused(self) -> tuple[grpc.StatusCode, str]:
-        """How the stream ended."""
         self._thread.join(PATIENCE)
         assert self.error is not None
         return self.error.code(), self.error.details()

@@ -76,7 +76,6 @@ class LoggedSession:
         return self
 
     def receipt(self) -> bytes:
-        """The receipt for ``ME``."""
         return transcript.receipts(self.log, [ME])[ME]
 
     def close(self) -> bytes:
@@ -86,7 +85,6 @@ class LoggedSession:
 
     @property
     def end(self) -> bytes:
-        """Digest of the last checkpoint."""
         return digest(self.log.checkpoints[max(self.log.checkpoints)])
 
 

@@ -173,14 +173,12 @@ def bundle(tmp_path: Path, exported: ExportedBase, source: Source, vendor: Ident
 
 @pytest.fixture
 def with_anna(bundle: Path, exported: ExportedBase, source: Source, household: IdentityKey) -> Path:
-    """``bundle`` with a personal adapter."""
     add_adapter(bundle, exported.adapter_inputs, source("anna", seed=7, parent="a" * 64), key=household)
     return bundle
 
 
 @pytest.fixture
 def add(bundle: Path, exported: ExportedBase, household: IdentityKey) -> Callable[[AdapterSource], None]:
-    """Adds an adapter to ``bundle``."""
     return lambda source: add_adapter(bundle, exported.adapter_inputs, source, key=household)
 
 
@@ -322,7 +320,6 @@ def engine(lm_bundle: Path) -> GenerationEngine:
 
 @pytest.fixture
 def generator(lm_bundle: Path, engine: GenerationEngine) -> Generator:
-    """Runs on ``engine``."""
     return Generator(Library.open(lm_bundle, None), engine, loaded=8, loaded_bytes=2**20)
 
 

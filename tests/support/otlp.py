@@ -10,8 +10,6 @@ from typing import Any
 
 @dataclass
 class Receiver:
-    """What has arrived."""
-
     url: str
     bodies: list[bytes] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
@@ -24,7 +22,6 @@ class Receiver:
         return sorted(found, key=lambda span: span.start_time_unix_nano)
 
     def services(self) -> set[str]:
-        """``service.name`` of the processes."""
         found = (one for each in self._resources() for one in each.resource.attributes)
         return {one.value.string_value for one in found if one.key == "service.name"}
 

@@ -14,6 +14,5 @@ class Server(postgresql.PostgresServer):
 
     @classmethod
     def create(cls) -> Self:
-        """A new cluster, started."""
         need(postgresql.programs(), "no PostgreSQL server: apt install postgresql", required=REQUIRED)
         return super().create()

@@ -19,7 +19,6 @@ def need(what: Any, how: str, *, required: bool = REQUIRED) -> None:
 
 
 def node() -> str:
-    """The path of Node."""
     program = shutil.which("node")
     need(program, "no node on the path: apt install nodejs")
     return str(program)

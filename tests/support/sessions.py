@@ -107,11 +107,9 @@ class LoggedSession:
         return log, raw
 
     def rewritten(self, change: Change = lambda entries: entries, **names: bytes) -> bytes:
-        """As ``signed_anew``, the file only."""
         return self.signed_anew(change, **names)[1]
 
     def without(self, *dropped: Entry) -> bytes:
-        """The log without some entries."""
         return self.rewritten(lambda entries: [entry for entry in entries if entry not in dropped])
 
     def replaced(self, old: Entry, *new: Entry) -> bytes:
@@ -121,7 +119,6 @@ class LoggedSession:
         )
 
     def find(self, kind: type[Message], round_: int = 0, peer: str | None = None) -> Entry:
-        """The first such entry."""
         return next(
             entry
             for entry in self.entries

@@ -102,5 +102,4 @@ def fleet_without_proofs(app_fleet_of: FleetOf, devices: int = DEVICES, **settin
 def any_set(
     known: AdapterState, plan: Plan, spec: SessionSpec, survivors: Mapping[str, int], revoked: Container[int]
 ) -> AdapterState:
-    """``adapterstate.on_survivors`` without a comparison."""
     return replace(known, sums=known.sums + 1, survivors=survivors)

@@ -54,7 +54,6 @@ def trained(base: Base, name: str, folder: Path, config: PeftConfig | None = Non
 
 
 def opened(base: Base, folder: Path) -> PeftModel:
-    """What peft opens."""
     return PeftModel.from_pretrained(pretrained.load(base, AutoModelForCausalLM), folder).eval()
 
 

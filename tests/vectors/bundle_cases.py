@@ -103,7 +103,6 @@ class Made:
         return self.with_blob(container.pack({n: v for n, v in stored.items() if n != left_out}), **fields)
 
     def keys(self) -> Iterator[Case]:
-        """Pinned keys."""
         strong = [VENDOR.public.raw, OWNER.public.raw]
         weak = [y.to_bytes(32, "little") for y in (0, 1, FIELD - 1, ORDER_8, FIELD - ORDER_8, 1 + 2**255)]
         second = [y.to_bytes(32, "little") for y in (FIELD, FIELD + 1, 2**255 - 1)]
@@ -139,7 +138,6 @@ class Made:
         )
 
     def envelopes(self) -> Iterator[Case]:
-        """Envelopes of the adapter manifest."""
         document = json.loads(self.text)
         payload, kind, (signature,) = document["payload"], document["payloadType"], document["signatures"]
         sig = base64.b64decode(signature["sig"])
@@ -214,7 +212,6 @@ class Made:
         yield case("escapes in an envelope", None, {MANIFEST: self.text.replace("payloadType", "payload\\u0054ype")})
 
     def manifests(self) -> Iterator[Case]:
-        """Signed payloads of manifests."""
         for name, change in (
             ("a payload that is not JSON", lambda raw: raw[:-1]),
             ("a payload that is an array", lambda raw: b"[" + raw + b"]"),
@@ -269,7 +266,6 @@ class Made:
         yield case("a payload with white space, escapes and another order", None, {MANIFEST: signed(spaced, ADAPTER)})
 
     def base(self) -> Iterator[Case]:
-        """The files of the base."""
         files = dict(self.base_body["files"])
         for name in ("model.onnx", "tokenizer.json"):
             listed = {each: digest for each, digest in files.items() if each != name}
@@ -289,7 +285,6 @@ class Made:
         yield case("a byte after tokenizer.json", "digest", {path: {"hex": raw.hex() + "0a"}})
 
     def adapters(self) -> Iterator[Case]:
-        """Which adapter, and its file."""
         flipped = bytearray(self.blob)
         flipped[len(flipped) // 2] ^= 1
         for name in ("", "../int8", ".int8", "int8\n", "a" * 65):
@@ -417,7 +412,6 @@ class Made:
         yield case("labels of 256 characters and of any script", None, self.with_fields(labels=long))
 
     def seen(self) -> Iterator[Case]:
-        """Versions that were accepted before."""
         base, path = self.body["base_digest"], "trust.seen.json"
         own = {"content": _content(self.body), "version": 7}
         other = {"content": "ab" * 32, "version": 7}

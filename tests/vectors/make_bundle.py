@@ -117,7 +117,6 @@ def _layer(x: str, path: str) -> Iterator[onnx.NodeProto]:
 
 
 def tokenizer() -> bytes:
-    """A tokenizer of whole words."""
     special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
     words = {word: number for number, word in enumerate((*special, *WORDS))}
     made = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))  # noqa: S106  # no password
@@ -130,7 +129,6 @@ def tokenizer() -> bytes:
 
 
 def exported() -> ExportedBase:
-    """The base."""
     made, work = graph(), WorkFolder()
     runtime, opset = headers.requirements(made)
     digests = headers.split(made, SLOTS, {"task": "text-classification"}, work.path)
@@ -151,7 +149,6 @@ def exported() -> ExportedBase:
 
 
 def tensors() -> Tensors:
-    """The adapter, under peft's names."""
     shapes: dict[str, tuple[int, ...]] = {
         QUERY + LORA_A: (RANKS[QUERY], WIDTH),
         QUERY + LORA_B: (WIDTH, RANKS[QUERY]),

@@ -114,7 +114,6 @@ def open_lineage(state_dir: Path, releases: Path | None, trust: Path | None) -> 
 
 
 def _row(version: GovernedVersion) -> dict[str, Any]:
-    """The object that ``show --json`` prints."""
     record, manifest = version.record, asdict(version.manifest)
     return {
         **manifest,

@@ -71,7 +71,6 @@ class HouseholdNames:
 
 
 def draw_names(words: Words, rng: np.random.Generator) -> HouseholdNames:
-    """The names of one household."""
     people = _some(words.people, _PEOPLE, rng)
 
     def named(names: tuple[str, ...], count: int) -> tuple[str, ...]:

@@ -28,7 +28,6 @@ def one_sum(variance: float, norm_squared: int, *, honest: int = 1, size: int = 
 
 
 def skellam_log_pmf(variance: float, last: int) -> NDArray[np.float64]:
-    """Of -last…last."""
     return np.log(ive(np.abs(np.arange(-last, last + 1)), variance))
 
 

@@ -24,7 +24,6 @@ ALARM = 1e-9
 
 
 def pmf(mechanism: Mechanism, variance: float, last: int) -> NDArray[np.float64]:
-    """Probabilities of -last…last."""
     k = np.arange(-last, last + 1)
     found = ive(np.abs(k), variance) if mechanism is SKELLAM else np.exp(-(k**2) / (2 * variance))
     return np.asarray(found / found.sum())
@@ -121,8 +120,6 @@ def test_the_largest_table_agrees_with_the_probabilities_of_scipy() -> None:
 
 
 class Words(Keystream):
-    """A stream of given words."""
-
     def __init__(self, *words: int) -> None:
         self.words = list(words)
 

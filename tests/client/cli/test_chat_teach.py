@@ -303,8 +303,6 @@ def test_a_bundle_that_cannot_be_read_again_leaves_everything_as_it_was(talker: 
 
 
 class Terminal:
-    """The command on a pseudo-terminal."""
-
     def __init__(self, *arguments: str | Path) -> None:
         self._end, other = pty.openpty()
         whole = [sys.executable, "-m", "edgeadapt", "device", "chat", *map(str, arguments)]
@@ -324,7 +322,6 @@ class Terminal:
         os.write(self._end, f"{text}\n".encode())
 
     def interrupt(self) -> None:
-        """What Ctrl-C does."""
         self.process.send_signal(signal.SIGINT)
 
     def close(self) -> None:

@@ -18,7 +18,6 @@ Done = subprocess.CompletedProcess[str]
 
 
 def run(*arguments: str | Path, stdin: str | bytes = "") -> Result:
-    """The command in this process."""
     return CliRunner().invoke(device, list(map(str, arguments)), input=stdin)
 
 

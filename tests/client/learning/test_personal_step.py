@@ -33,7 +33,6 @@ MINE = [(text, 1) for text in ("play music", "stop the music", "play a song in t
 
 
 def examples(folder: Path, rows: list[tuple[str, int]] = MINE, held_out: str = TAUGHT, label: int = 2) -> Path:
-    """A device's examples file."""
     lines = [{"text": text, "label": number} for text, number in rows]
     lines.append({"text": held_out, "label": label, "split": "validation"})
     path = folder / "examples.jsonl"

@@ -60,7 +60,6 @@ class Talk:
         return app(message(step, record), Context(1, NODE, {STATE: state_dir}, RecordDict(), {}))
 
     def ask(self, device: str, step: Step, body: bytes, **extra: bytes) -> bytes:
-        """The body of the answer."""
         reply = self.reply(device, step, {BODY: body, **extra})
         assert not reply.has_error(), reply.error
         answer = reply.content.config_records[RECORD][BODY]

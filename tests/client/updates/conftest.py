@@ -28,8 +28,7 @@ Source = Callable[..., AdapterSource]
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing."""
+    def log_message(self, format: str, *args: Any) -> None: ...
 
 
 @dataclass

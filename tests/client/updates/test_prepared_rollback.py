@@ -62,14 +62,12 @@ def place_in(folder: Path, vendor: IdentityKey) -> Place:
 
 @pytest.fixture
 def staged(made: Place, tmp_path: Path) -> Place:
-    """A copy of that."""
     copied = place_in(Path(shutil.copytree(made.folder, tmp_path / "place")), made.vendor)
     copied.follow()
     return copied
 
 
 def evaluation(place: Place, right: float = 0.2, before: float = 0.8, **changes: Any) -> JudgedEvaluation:
-    """A round with these accuracies."""
     newest, previous = compared(place.repository, "stable", "global")
     metrics = {"deviation": 0.0, "accuracy_newest": right, "examples_newest": 128.0}
     metrics |= {"accuracy_previous": before, "examples_previous": 128.0}

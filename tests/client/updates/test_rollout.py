@@ -58,7 +58,6 @@ class Device:
 
     @property
     def content(self) -> str:
-        """Of the adapter in use."""
         return stated(self.bundle).content
 
 

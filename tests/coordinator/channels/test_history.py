@@ -55,7 +55,6 @@ def records(folder: Path) -> tuple[ActionRecord, ...]:
 
 
 def found(folder: Path, about: str) -> None:
-    """The audit finds it."""
     with refused(TrustError, about):
         audit_repository(folder, None)
 

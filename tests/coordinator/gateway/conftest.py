@@ -40,7 +40,6 @@ class Site:
 
 @pytest.fixture
 def site_of() -> Iterator[Callable[..., Site]]:
-    """Make a gateway with limits."""
     sites = []
 
     def make(limits: GatewayLimits = LIMITS) -> Site:

@@ -33,7 +33,6 @@ WORDS = ("kitchen", "light", "door", "music", "timer", "open")
 
 
 def phrases() -> list[str]:
-    """Held-out phrases, each different."""
     return [f"{phrase} {word}" for phrase in PHRASES for word in WORDS]
 
 
@@ -95,7 +94,6 @@ def called(*words: object) -> str:
 
 
 def names(record: ActionRecord) -> list[str]:
-    """Of the gates that refused."""
     return [each.gate for each in record.action.gates if not each.passed]
 
 

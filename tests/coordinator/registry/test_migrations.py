@@ -54,7 +54,6 @@ def at_revision(engine: Engine, revision: str, rows: RegistrySnapshot) -> None:
 
 
 def schema(engine: Engine) -> list[str]:
-    """Each column, key and constraint."""
     found = MetaData()
     found.reflect(engine)
     return sorted(

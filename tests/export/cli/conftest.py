@@ -15,8 +15,6 @@ from aggregation.errors import EdgeAdaptError
 
 @dataclass(frozen=True)
 class Done:
-    """How a command ended."""
-
     code: int
     out: str
     err: str
@@ -35,7 +33,6 @@ class Done:
 
 @pytest.fixture
 def export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    """``edgeadapt export`` with these arguments."""
     cli = edgeadapt.cli
 
     def run(*arguments: str | Path) -> Done:

@@ -60,7 +60,6 @@ def _called(handler: Callable[..., Any], state: Any, task: Any, request: Any) ->
 
 
 def packed(kind: str, child: str, body: bytes) -> bytes:
-    """An object as it travels."""
     return f"{kind} {child} {len(body)}".encode() + b"\x00" + body
 
 

@@ -35,7 +35,6 @@ def trainer(tiny_base: Any) -> Trainer:
 
 
 def trained(trainer: Any, start: Tensors, examples: tuple[Example, ...] = EXAMPLES) -> Any:
-    """The update, as one vector."""
     after = trainer.train(start, examples, TASK, epochs=2, rng=np.random.default_rng(3))
     return trainer.layout.flatten(after).astype(np.float64) - trainer.layout.flatten(start)
 

@@ -67,7 +67,6 @@ class Screen:
         self.display = made[0]
 
     def line(self) -> str:
-        """The live line."""
         out = StringIO()
         Console(file=out, width=100).print(self.display.get_renderable())
         return out.getvalue()

@@ -7,7 +7,6 @@ revision, down_revision = "1", None
 
 
 def upgrade() -> None:
-    """Create the tables."""
     op.create_table("edgeadapt_format", sa.Column("format", sa.Integer, primary_key=True))
     op.create_table(
         "edgeadapt_versions",

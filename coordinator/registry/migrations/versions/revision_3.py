@@ -7,7 +7,6 @@ revision, down_revision = "3", "2"
 
 
 def upgrade() -> None:
-    """Create the tables."""
     op.create_table(
         "edgeadapt_lease",
         sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
