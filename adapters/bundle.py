@@ -251,7 +251,8 @@ class Bundle:
         manifest, path = self.adapter_manifest(name), self.folder / adapter_path(name)
         if manifest.base_digest != base.base_digest:
             raise TrustError(
-                f"adapter {name!r} was made for another base: get one for {base.base_digest[:12]}",
+                f"adapter {name!r} was made for another base: get one for {base.base_digest[:12]}, or open the bundle "
+                "again if its base was replaced",
                 about="adapter-manifest.base_digest",
                 value=manifest.base_digest,
             )

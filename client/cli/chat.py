@@ -1,7 +1,6 @@
 """``edgeadapt device chat``: a conversation with the language model of a bundle."""
 
 import json
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from client.cli import options
 from client.cli.options import printable
 
@@ -176,7 +175,7 @@ def _check(last: "Answer") -> None:
 def _command(line: str, conversation: "Conversation", generator: "Generator", trust: Path | None) -> bool:
     word, _, rest = line.strip().partition(" ")
     commands: dict[str, Callable[[], str]] = {
-        "/adapter": lambda: _switch(rest.strip(), conversation, generator, trust),
+        "/adapter": lambda: _switch(rest.strip(), conversation),
         "/adapters": lambda: "\n".join(generator.library.names()) or "the bundle has no adapter",
         "/teach": lambda: _teach(rest.strip(), conversation, generator, trust),
         "/undo": lambda: _undo(conversation, generator, trust),
@@ -190,12 +189,8 @@ def _command(line: str, conversation: "Conversation", generator: "Generator", tr
     return True
 
 
-def _switch(names: str, conversation: "Conversation", generator: "Generator", trust: Path | None) -> str:
-    try:
-        conversation.use(names or None)
-    except (DataError, TrustError):  # made since, by another program or by a lesson after which reading failed
-        generator.reopen(trust)
-        conversation.use(names or None)
+def _switch(names: str, conversation: "Conversation") -> str:
+    conversation.use(names or None)
     return _in_use(conversation)
 
 
@@ -228,39 +223,22 @@ def _undo(conversation: "Conversation", generator: "Generator", trust: Path | No
 
 @contextmanager
 def _lesson(conversation: "Conversation", generator: "Generator", trust: Path | None) -> Iterator["Learner"]:
-    """The learner of the adapter in use. However the lesson ends, the generator then reads the bundle again.
+    """The learner of the adapter in use.
 
     Raises:
         ConfigError: As ``_single``.
         DataError: The disk is full, for example.
-        TrustError, DataError, ConfigError: As ``Learner.open`` and ``Generator.reopen``.
+        TrustError, DataError, ConfigError: As ``Learner.open``.
     """
     from client.learning import Learner
 
     name = _single(conversation)
     try:
-        try:
-            with Learner.open(generator.library.bundle, trust, name, task="text-generation") as learner:
-                yield learner
-        finally:  # also after Ctrl-C, which may come when the new adapter is written
-            with _uninterrupted():
-                generator.reopen(trust)
+        with Learner.open(generator.library.bundle, trust, name, task="text-generation") as learner:
+            yield learner
     except OSError as error:
         reason = f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
         raise DataError(reason, about="bundle") from error
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Let Ctrl-C take effect after the block."""
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if came:
-            signal.raise_signal(signal.SIGINT)
 
 
 def _single(conversation: "Conversation") -> str:

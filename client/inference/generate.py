@@ -26,12 +26,19 @@ class ChatMessage:
 
 
 class Generator:
-    """The language model of a bundle. Each call names its adapter; without one, the bare base answers."""
+    """The language model of a bundle. Each call names its adapter; without one, the bare base answers.
+
+    An adapter that a lesson or an update replaced is loaded again.
+    """
 
     def __init__(self, library: Library, engine: GenerationEngine, loaded: int, loaded_bytes: int) -> None:
         self._library, self._engine = library, engine
         self._loaded = AdapterCache[Adapter](
-            loaded, loaded_bytes, lambda adapter: adapter.nbytes, lambda adapter: engine.unload(adapter.name)
+            loaded,
+            loaded_bytes,
+            lambda adapter: adapter.nbytes,
+            library.is_current,
+            lambda adapter: engine.unload(adapter.name),
         )
         self._busy = Lock()
         self._last: Answer | None = None
@@ -65,24 +72,6 @@ class Generator:
             raise DataError(reason, about=MODEL) from error
         library.base.check()
         return generator
-
-    def reopen(self, trust: Path | None = None) -> None:
-        """Read the bundle's pinned keys and adapters again, as after a lesson. The base stays loaded.
-
-        Args:
-            trust: As of ``open``.
-
-        Raises:
-            TrustError, DataError, ConfigError: As ``open``, or the bundle has another base now, or an answer is being
-                written. Everything is then as before.
-        """
-        library = Library.open(self._library.bundle, trust, "text-generation")
-        if library.manifest != self._library.manifest:
-            reason = f"{library.bundle} has another base than the one that is loaded: start again"
-            raise ConfigError(reason, about="base")
-        with self._exclusive():
-            self._loaded.clear()
-            self._library = library
 
     @property
     def library(self) -> Library:

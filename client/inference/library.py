@@ -18,7 +18,7 @@ averaged, if their shapes and, for a head, the labels agree (docs/decisions/0013
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import RLock
 from typing import Any, Self, TypeVar, Union
@@ -27,7 +27,7 @@ import numpy as np
 import onnxruntime as ort
 from cachetools import LRUCache
 
-from adapters.bundle import VerifiedAdapter, VerifiedBase, adapter_names
+from adapters.bundle import VerifiedAdapter, VerifiedBase, adapter_names, manifest_path
 from adapters.graphinputs import (
     LORA_A,
     LORA_B,
@@ -53,6 +53,7 @@ OTHER_COMMAND: dict[Task, str] = {
     "text-generation": "it writes text: use `edgeadapt device chat`",
 }
 V = TypeVar("V")
+Files = tuple[tuple[int, int, int], ...]  # inode, size and time of writing (ns) of each part's manifest
 Named = Union[str, Sequence[str], "Composition"]  # how a call names an adapter: ``Composition.of`` reads it
 
 
@@ -148,6 +149,7 @@ class Adapter:
     virtual_tokens: int  # before each text
     nbytes: int  # of ``inputs``
     inputs: Tensors = field(repr=False)  # by graph input
+    read: Files = field(default=(), repr=False, compare=False)  # what ``Library.load`` read
 
     @classmethod
     def of(cls, composition: Composition, manifests: tuple[AdapterManifest, ...], inputs: Tensors) -> Self:
@@ -320,8 +322,19 @@ class Library:
 
     def load(self, composition: Composition) -> Adapter:
         """Verify each part of ``composition``, and compose them. Raises as ``Trust.adapter`` and ``compose``."""
+        read = self._files(composition)
         verified = [self.trust.adapter(part.name, self.base) for part in composition.parts]
-        return compose(composition, verified, self.manifest)
+        return replace(compose(composition, verified, self.manifest), read=read)
+
+    def is_current(self, adapter: Adapter) -> bool:
+        """Whether the bundle has the files from which an adapter was loaded; a lesson or an update replaces them."""
+        # A bundle that is being replaced is not there for an instant.
+        return self._files(adapter.composition) == adapter.read or not self.bundle.exists()
+
+    def _files(self, composition: Composition) -> Files:
+        paths = [self.bundle / manifest_path(part.name) for part in composition.parts]
+        found = [path.stat() for path in paths if path.exists()]
+        return tuple((one.st_ino, one.st_size, one.st_mtime_ns) for one in found)
 
 
 def _check_runtime(bundle: Path, base: BaseManifest) -> None:
@@ -337,13 +350,18 @@ def _check_runtime(bundle: Path, base: BaseManifest) -> None:
 
 
 class AdapterCache(LRUCache[Composition, V]):
-    """The adapters that were used last, limited in number and in bytes. Threads may share it.
+    """The adapters that were used last and are current, limited in number and in bytes. Threads may share it.
 
     An adapter of more than ``nbytes`` counts as ``nbytes``: it must run, so it is held, but alone.
     """
 
     def __init__(
-        self, count: int, nbytes: int, sizeof: Callable[[V], int], evicted: Callable[[V], Any] = lambda _: None
+        self,
+        count: int,
+        nbytes: int,
+        sizeof: Callable[[V], int],
+        is_current: Callable[[V], bool],
+        evicted: Callable[[V], Any] = lambda _: None,
     ) -> None:
         """Start empty.
 
@@ -351,7 +369,8 @@ class AdapterCache(LRUCache[Composition, V]):
             count: The most adapters to hold.
             nbytes: The most bytes to hold.
             sizeof: The bytes of an adapter.
-            evicted: Called with each adapter that makes room for another.
+            is_current: Whether an adapter may still be used.
+            evicted: Called with each adapter that is not held any more.
 
         Raises:
             ConfigError: A limit is below 1.
@@ -360,12 +379,15 @@ class AdapterCache(LRUCache[Composition, V]):
             if limit < 1:
                 raise ConfigError(f"{about} {limit} is below 1: no adapter could be held", about=about, value=limit)
         super().__init__(nbytes, lambda value: min(sizeof(value), nbytes))
-        self._count, self._evicted, self._lock = count, evicted, RLock()
+        self._count, self._is_current, self._evicted, self._lock = count, is_current, evicted, RLock()
 
     def get(self, key: Composition) -> V | None:  # type: ignore[override]
-        """The adapter, which counts as used now; None if it is not held."""
+        """The adapter, which counts as used now; None if it is not held, or not current."""
         with self._lock:
-            return super().get(key)
+            if (value := super().get(key)) is not None and not self._is_current(value):
+                self._evicted(self.pop(key))
+                return None
+            return value
 
     def __setitem__(self, key: Composition, value: V) -> None:
         with self._lock:
@@ -378,8 +400,3 @@ class AdapterCache(LRUCache[Composition, V]):
         key, value = super().popitem()
         self._evicted(value)
         return key, value
-
-    def clear(self) -> None:
-        with self._lock:
-            while self:
-                self.popitem()

@@ -39,7 +39,8 @@ class _Loaded:
 
 
 class ClassificationSession:
-    """An ONNX Runtime session with the base of a bundle. Each call names its adapter, so that threads may share it.
+    """An ONNX Runtime session with the base of a bundle. Each call names its adapter, so that threads may share it, and
+    answers with what the bundle has under that name now, as after a lesson.
 
     ``rank`` and ``classify`` run one text at a time: an answer depends neither on the other texts nor on padding,
     whatever the quantization of the base. ``rank_mixed`` runs a batch.
@@ -83,7 +84,9 @@ class ClassificationSession:
         cls, library: Library, threads: int = 1, loaded: int = MAX_LOADED, loaded_bytes: int = MAX_LOADED_BYTES
     ) -> Self:
         """Load a verified base. Arguments and errors as ``open``."""
-        cache = AdapterCache[_Loaded](loaded, loaded_bytes, lambda held: held.adapter.nbytes)
+        cache = AdapterCache[_Loaded](
+            loaded, loaded_bytes, lambda held: held.adapter.nbytes, lambda held: library.is_current(held.adapter)
+        )
         try:
             session = cls(library, threads, cache)
         except Exception as error:  # tokenizers and onnxruntime raise classes without a common base

@@ -22,14 +22,14 @@ from client.inference.seen import SeenVersions
 
 @dataclass(frozen=True, slots=True)
 class Trust:
-    """A bundle with the device's pinned keys, and the versions that the device has accepted."""
+    """A bundle, the device's pinned keys, which a lesson adds to, and the versions that the device has accepted."""
 
-    bundle: Bundle
-    seen: SeenVersions
+    folder: Path
+    pinned: Path
 
     @classmethod
     def open(cls, folder: Path, pinned: Path | None = None) -> Self:
-        """Read the keys in ``pinned``, by default in ``trust.pem`` in the folder that holds the bundle ``folder``.
+        """Take the keys in ``pinned``, by default in ``trust.pem`` in the folder that holds the bundle ``folder``.
 
         Raises:
             TrustError: There is no such file, it is inside the bundle, or it does not hold public keys only.
@@ -40,10 +40,23 @@ class Trust:
             raise TrustError(
                 f"{file} is inside the bundle, which cannot vouch for itself: pin the keys elsewhere", about=TRUST
             )
+        trust = cls(folder, file)
+        trust.bundle  # noqa: B018  # refuses a file without keys
+        return trust
+
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle with the keys that are pinned now. Raises TrustError as ``open``."""
+        file = self.pinned
         if not file.is_file():
             what = f"{file} is not a regular file" if file.exists() else f"no pinned keys at {file}"
             raise TrustError(f"{what}: put the vendor's public key there, or name it with --trust", about=TRUST)
-        return cls(Bundle(folder, read_public_keys(file)), SeenVersions(file.with_suffix(".seen.json")))
+        return Bundle(self.folder, read_public_keys(file))
+
+    @property
+    def seen(self) -> SeenVersions:
+        """The versions that the device has accepted."""
+        return SeenVersions(self.pinned.with_suffix(".seen.json"))
 
     def adapter(self, name: str, base: VerifiedBase) -> VerifiedAdapter:
         """An adapter for ``base``; its version is noted.

@@ -6,18 +6,23 @@ written before the bundle: after a kill between the two, the last lesson made no
 ``LessonHistory.current`` finds.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Self
 
+from adapters import storage
 from aggregation import sealed, wire
-from aggregation.errors import DataError
+from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.wire import Codec
 from client.training.examples import MAX_TEXT
 
 MAX_LESSONS = 8  # that can be undone
 MAX_CORRECTIONS = 512  # that are kept; the oldest are dropped
 MAX_AT_ONCE = 64
+MAX_HISTORY = 2**30  # bytes
 MAX_FILE = 2**26  # bytes of an adapter before a lesson
+HISTORY = "history.sealed"
 _MAGIC = b"edgeadapt/learned/1\x00"
 
 
@@ -113,6 +118,17 @@ class LessonHistory:
             raise DataError("there is nothing to undo: the adapter in use was not learned here", about="--undo")
         return self.lessons[-1], replace(self, lessons=self.lessons[:-1])
 
+    @classmethod
+    def read(cls, path: Path, key: bytes) -> "LessonHistory":
+        """The history in a file, or an empty one without it. Raises TrustError as ``open``."""
+        if not path.exists():
+            return cls()
+        try:
+            return cls.open(storage.read(path, MAX_HISTORY), key)
+        except (TrustError, ConfigError, DataError) as error:
+            reason = f"{path} is damaged or was sealed with another key ({error}): delete {path.parent} to start again"
+            raise TrustError(reason, about=HISTORY) from error
+
     def seal(self, key: bytes) -> bytes:
         """Encrypt it. ``key``: 32 bytes that never leave the device."""
         return sealed.seal_record(_CODEC, self, key, _MAGIC)
@@ -125,6 +141,15 @@ class LessonHistory:
             TrustError: It was altered, or sealed with another key.
         """
         return sealed.open_record(_CODEC, raw, key, _MAGIC)
+
+
+def check_count(corrections: Sequence[Correction]) -> None:
+    """Refuse no corrections, too many, and two of one phrase. Raises DataError."""
+    if not 0 < len(corrections) <= MAX_AT_ONCE:
+        reason = f"{len(corrections)} corrections are given: teach 1 to {MAX_AT_ONCE} at once"
+        raise DataError(reason, about="corrections", value=len(corrections))
+    if len({one.text for one in corrections}) < len(corrections):
+        raise DataError("a phrase is given twice: teach it with one label or answer", about="corrections")
 
 
 _CODEC: Codec[LessonHistory] = wire.record(LessonHistory)

@@ -15,14 +15,13 @@ from adapters.peftconfig import PeftConfig
 from adapters.task import Task
 from aggregation.errors import ConfigError, DataError
 from client.inference.text import checked, require_plain, special_tokens
-from client.learning.corrections import Correction
+from client.learning.corrections import Correction, check_count
 from client.learning.learner import (
     BATCH_SIZE,
     MAX_REHEARSED,
     PERSONAL_RATE,
     TRAINING_STATE,
     Learner,
-    check_count,
     stated_config,
     step_digest,
 )
@@ -125,7 +124,7 @@ def teach_language_model(
                 raise DataError(reason, about=about, value=len(text))
             require_plain(checked(text), special, about)
     manifest = learner.adapter.manifest
-    trainer = LanguageGraphTrainer(learner.library.base, stated_config(manifest))
+    trainer = LanguageGraphTrainer(learner.base, stated_config(manifest))
     start, begun = trainer.tensors_of(learner.adapter.inputs), time.perf_counter()
     taught, prompts = _examples(corrections), {one.text for one in corrections}
     for number, example in enumerate(taught, 1):
@@ -191,7 +190,7 @@ def personalize_language_model(
     own, taught = read_examples(examples, 0), _examples(learner.history.corrections)
     training, held_out = [*in_split(own, Split.TRAIN), *taught], in_split(own, Split.VALIDATION)
     config = stated_config(origin.manifest)
-    trainer = LanguageGraphTrainer(learner.library.base, config)
+    trainer = LanguageGraphTrainer(learner.base, config)
     start, rate = trainer.tensors_of(origin.inputs), learning_rate or _rate(config, PERSONAL_RATE)
     subject = step_digest(origin.manifest, rate, how, [*own, *taught])
 

@@ -24,7 +24,15 @@ from stat import S_IMODE
 import numpy as np
 
 from adapters import container, jsontext, storage
-from adapters.bundle import PHRASES, TOKENIZER, TRUST, VerifiedAdapter, adapter_names, adapter_path, manifest_path
+from adapters.bundle import (
+    PHRASES,
+    TOKENIZER,
+    VerifiedAdapter,
+    VerifiedBase,
+    adapter_names,
+    adapter_path,
+    manifest_path,
+)
 from adapters.keyfiles import read_key
 from adapters.layout import Tensors
 from adapters.manifest import AdapterManifest
@@ -35,23 +43,22 @@ from adapters.phrases import parse_phrases
 from adapters.quantization import quantize
 from adapters.task import Task
 from aggregation.entropy import Entropy, SystemEntropy
-from aggregation.errors import ConfigError, DataError, TrustError
+from aggregation.errors import ConfigError, DataError
 from aggregation.pki.identity import IdentityKey, PublicKey
 from client.inference.library import Library
 from client.inference.phrases import PhraseReader
 from client.inference.session import Prediction
-from client.learning.corrections import MAX_AT_ONCE, MAX_FILE, Before, Correction, Lesson, LessonHistory
+from client.learning.corrections import HISTORY, MAX_FILE, Before, Correction, Lesson, LessonHistory, check_count
 from client.learning.tune import probabilities, tune
 from client.training.control import UNLIMITED, TrainingCheckpoint, TrainingControl
 from client.training.examples import MAX_TEXT, Example, Split, encode_examples, in_split, read_examples
 from client.training.graphtrainer import GraphTrainer
 from client.training.personal import Candidate, PersonalStep, in_own_words, personalize, rehearsal
 
-LEARNED, KEY, SEALING_KEY, HISTORY, LOCK = "learned", "key.pem", "sealing.key", "history.sealed", "learn.lock"
+LEARNED, KEY, SEALING_KEY, LOCK = "learned", "key.pem", "sealing.key", "learn.lock"
 PERSONAL = "personal"  # the private adapter that is made of a global one
 MAX_REHEARSED = 32  # phrases
 MAX_TESTED = 32  # phrases
-MAX_HISTORY = 2**30  # bytes
 TRAINING_STATE = "training.sealed"
 PUBLIC_EACH = 2  # public phrases of a label that a personal step rehearses (docs/decisions/0034)
 BATCH_SIZE = 16
@@ -123,17 +130,17 @@ class Undone:
     corrections: tuple[Correction, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Learner:
-    """A bundle and what the device has learned; hold it by ``open``."""
+    """A bundle and what the device has learned; hold it by ``open``. It gives several lessons, one after the other."""
 
     library: Library
     adapter: VerifiedAdapter  # in use
     target: str  # the private adapter that is written
     keys: tuple[IdentityKey, bytes] = field(repr=False)  # signing, sealing
-    trust: Path
     folder: Path
     history: LessonHistory
+    relinked: bool = False  # whether the files of the base were linked anew since they were hashed
 
     @classmethod
     @contextmanager
@@ -172,9 +179,8 @@ class Learner:
                     )
                     raise ConfigError(reason, about="--adapter", value=name)
                 keys = _keys(folder, entropy or SystemEntropy())
-                history = _history(folder / HISTORY, keys[1]).current(adapter.manifest.sha256)
-                pinned = trust or storage.real(bundle).parent / TRUST
-                yield cls(library, adapter, target, keys, pinned, folder, history)
+                history = LessonHistory.read(folder / HISTORY, keys[1]).current(adapter.manifest.sha256)
+                yield cls(library, adapter, target, keys, folder, history)
         except TimeoutError as error:
             reason = f"another program is learning with {bundle}: try again when it has ended"
             raise ConfigError(reason, about=LOCK) from error
@@ -198,8 +204,7 @@ class Learner:
         rehearsed, tested = self._others(trainer, taught)
         tuned = tune(trainer, start, taught, rehearsed)
         seconds = time.perf_counter() - begun
-        everything = [*taught, *tested]
-        answers = self._answers(trainer, manifest, everything, start, tuned.adapter)
+        answers = self._answers(trainer, manifest, [*taught, *tested], start, tuned.adapter)
         own, others = answers[: len(taught)], answers[len(taught) :]
         if not any(one.after.label == one.label for one in own):
             reason = f"nothing was learned in {tuned.steps} steps; the adapter in use stays: teach other phrases"
@@ -288,8 +293,19 @@ class Learner:
             raise ConfigError(f"{reason}, or has several: add it", about="adapters", value=len(shared))
         return shared[0]
 
+    @property
+    def base(self) -> VerifiedBase:
+        """The base to train with, verified again after a lesson, which links its files anew.
+
+        Raises:
+            TrustError, DataError: As ``Bundle.base``.
+        """
+        if self.relinked:
+            self.library, self.relinked = replace(self.library, base=self.library.trust.bundle.base()), False
+        return self.library.base
+
     def _trainer(self, manifest: AdapterManifest) -> GraphTrainer:
-        return GraphTrainer(self.library.base, len(manifest.labels), stated_config(manifest))
+        return GraphTrainer(self.base, len(manifest.labels), stated_config(manifest))
 
     def undo(self) -> Undone:
         """Go back to the adapter before the last lesson.
@@ -309,6 +325,7 @@ class Learner:
             used = replace(manifest, version=self._next())
             self._install(used, lesson.before.blob)
         self._save(history)
+        self._use(used.name)
         return Undone(used.name, used.version, lesson.corrections)
 
     def _shared(self, digest: str) -> AdapterManifest:
@@ -372,8 +389,7 @@ class Learner:
             for logits in (trainer.logits(adapter, texts) for adapter in (before, after))
         ]
         return tuple(
-            Answers(one.text, labels[one.label], *both)
-            for one, both in zip(examples, zip(*found, strict=True), strict=True)
+            Answers(one.text, labels[one.label], old, new) for one, old, new in zip(examples, *found, strict=True)
         )
 
     def put_into_use(
@@ -401,7 +417,14 @@ class Learner:
         lesson = Lesson(tuple(corrections), digest, old.sha256, before)
         self._save(self.history.then(lesson))  # first: a lesson that made no adapter is found and left out
         self._install(made, blob)
+        self._use(made.name)
         return made
+
+    def _use(self, name: str) -> None:
+        """Go on with the adapter that was put into use."""
+        self.adapter = self.library.trust.adapter(name, self.library.base)
+        history = LessonHistory.read(self.folder / HISTORY, self.keys[1])
+        self.history = history.current(self.adapter.manifest.sha256)
 
     def _next(self) -> int:
         seen = self.library.trust.seen.highest(self.library.manifest.base_digest, self.target)
@@ -414,8 +437,9 @@ class Learner:
         """Put an adapter into the bundle, signed with the device's key, which is pinned first."""
         key = self.keys[0]
         if key.public not in self._trusted():
-            pinned = storage.read(self.trust).rstrip() + b"\n" + key.public.to_pem()
-            storage.replace(self.trust, pinned, S_IMODE(self.trust.stat().st_mode))
+            file = self.library.trust.pinned
+            pinned = storage.read(file).rstrip() + b"\n" + key.public.to_pem()
+            storage.replace(file, pinned, S_IMODE(file.stat().st_mode))
         files = {manifest_path(manifest.name): manifest.sign(key), adapter_path(manifest.name): blob}
         self._write({path.as_posix(): content for path, content in files.items()})
 
@@ -430,6 +454,7 @@ class Learner:
                     (stage / name).chmod(storage.PRIVATE)
                 for path in (manifest_path(removed), adapter_path(removed)) if removed else ():
                     (stage / path).unlink()
+                self.relinked = True
 
     def _trusted(self) -> tuple[PublicKey, ...]:
         return self.library.trust.bundle.trusted
@@ -438,15 +463,6 @@ class Learner:
 def _labelled(corrections: Sequence[Correction], labels: Sequence[str]) -> list[Example]:
     """The corrections with one of these labels, as examples."""
     return [Example(one.text, labels.index(one.label)) for one in corrections if one.label in labels]
-
-
-def check_count(corrections: Sequence[Correction]) -> None:
-    """Refuse no corrections, too many, and two of one phrase. Raises DataError."""
-    if not 0 < len(corrections) <= MAX_AT_ONCE:
-        reason = f"{len(corrections)} corrections are given: teach 1 to {MAX_AT_ONCE} at once"
-        raise DataError(reason, about="corrections", value=len(corrections))
-    if len({one.text for one in corrections}) < len(corrections):
-        raise DataError("a phrase is given twice: teach it with one label or answer", about="corrections")
 
 
 def stated_config(manifest: AdapterManifest) -> PeftConfig:
@@ -479,13 +495,3 @@ def _keys(folder: Path, entropy: Entropy) -> tuple[IdentityKey, bytes]:
     if not (folder / SEALING_KEY).exists():
         storage.replace(folder / SEALING_KEY, entropy.bytes(32))
     return read_key(folder / KEY), storage.read(folder / SEALING_KEY, 2**10)
-
-
-def _history(path: Path, key: bytes) -> LessonHistory:
-    if not path.exists():
-        return LessonHistory()
-    try:
-        return LessonHistory.open(storage.read(path, MAX_HISTORY), key)
-    except (TrustError, ConfigError, DataError) as error:
-        reason = f"{path} is damaged or was sealed with another key ({error}): delete {path.parent} to start anew"
-        raise TrustError(reason, about=HISTORY) from error

@@ -19,16 +19,14 @@ import pytest
 
 from adapters.bundle import adapter_names
 from adapters.peftconfig import PeftConfig
-from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
 from client.cli import chat as command
-from client.inference.generate import Conversation, Generator
+from client.inference.generate import ChatMessage, Conversation, Generator
 from client.inference.text import SamplingParams
-from client.learning.learner import Learner
+from client.learning import Correction, Learner, teach_language_model
 from export.bundle.write import AdapterSource, write_bundle
 from export.causal import export_causal
 from export.onnx.exported import ExportedBase, Profile
-from tests.support import refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -242,35 +240,12 @@ def interrupted_after_writing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Learner, "put_into_use", put)
 
 
-def interrupted_while_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Generator.reopen
-
-    def reopen(self: Generator, trust: Path | None = None) -> None:
-        monkeypatch.undo()
-        signal.raise_signal(signal.SIGINT)
-        real(self, trust)
-
-    monkeypatch.setattr(Generator, "reopen", reopen)
-
-
-def not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    def reopen(self: Generator, trust: Path | None = None) -> None:
-        monkeypatch.undo()
-        raise DataError("the bundle cannot be read", about="bundle")
-
-    monkeypatch.setattr(Generator, "reopen", reopen)
-
-
-@pytest.mark.parametrize("happens", [interrupted_after_writing, interrupted_while_reading, not_read])
 def test_an_adapter_that_was_written_when_a_lesson_was_ended_can_be_used_and_undone(
-    happens: Callable[[pytest.MonkeyPatch], None],
-    talker: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    talker: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = ["is it?", "/teach yes", "/reset", "is it?", "/adapter personal", "/reset", "is it?", "/undo"]
     with pytest.MonkeyPatch.context() as patch:
-        happens(patch)
+        interrupted_after_writing(patch)
         shown, errors = said(talker, *lines, monkeypatch=monkeypatch, capsys=capsys)
     first, *_ = rows = [row for row in shown.splitlines() if row != " …"]
     assert rows[1:6] == [
@@ -281,25 +256,23 @@ def test_an_adapter_that_was_written_when_a_lesson_was_ended_can_be_used_and_und
         "yes",
     ]
     assert rows[6].startswith("adapter global, version 3")
-    assert errors == (["edgeadapt: the bundle cannot be read"] if happens is not_read else [])
+    assert errors == []
 
 
-def test_a_bundle_that_cannot_be_read_again_leaves_everything_as_it_was(talker: Path) -> None:
+def test_an_open_generator_answers_with_the_adapter_that_a_lesson_made(talker: Path) -> None:
     generator = Generator.open(talker, threads=1)
-    library, adapter = generator.library, generator.load("global")
-    answer = generator.complete("is it?", SHORT, "global")
-    next(answer)
-    with refused(ConfigError, "answer"):
-        generator.reopen()
-    rest = "".join(answer)
-    pinned = (talker.parent / "trust.pem").read_bytes()
-    (talker.parent / "trust.pem").unlink()
-    with refused(TrustError, "trust.pem"):
-        generator.reopen()
-    assert (generator.library, generator.load("global")) == (library, adapter)
-    (talker.parent / "trust.pem").write_bytes(pinned)
-    generator.reopen()
-    assert "".join(generator.complete("is it?", SHORT, "global")).endswith(rest)
+
+    def answer(name: str) -> str:
+        return "".join(generator.answer([ChatMessage("user", "is it?")], SHORT, name))
+
+    before = answer("global")
+    with Learner.open(talker, task=None) as learner:
+        for label in ("yes", "no"):
+            teach_language_model(learner, [Correction("is it?", label)])
+            assert answer("personal") == label
+        learner.undo()
+        assert answer("personal") == "yes"
+    assert answer("global") == before
 
 
 class Terminal:

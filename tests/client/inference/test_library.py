@@ -256,7 +256,7 @@ class Entry:
 
 
 def cache_of(count: int, nbytes: int, evicted: Callable[[Entry], object] = lambda _: None) -> AdapterCache[Entry]:
-    return AdapterCache[Entry](count, nbytes, lambda entry: entry.nbytes, evicted)
+    return AdapterCache[Entry](count, nbytes, lambda entry: entry.nbytes, lambda _: True, evicted)
 
 
 def named(name: str) -> Composition:
