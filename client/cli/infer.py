@@ -47,6 +47,9 @@ def infer(
 
     A TEXT that is empty or of which the model knows no part, such as an emoji, has no intent: "unknown text".
 
+    The end of a TEXT that is longer than the model reads is left out: a line on standard error says so, and "unread" in
+    JSON how many tokens.
+
     Probabilities are calibrated if the adapter was exported with --calibrate; --json states its temperature, which is 1
     if it was not.
 
@@ -75,6 +78,10 @@ def infer(
         answers, lines = _continue(library, adapters, phrases, max_tokens), _continuations
     else:
         answers, lines = _classify(library, adapters, phrases, top), _table
+        if not as_json:
+            unread = {answer["text"]: answer["unread"] for result in answers for answer in result["answers"]}
+            for text, count in unread.items():
+                options.warn_of_unread(text, count)
     click.echo(json.dumps({"adapters": answers}, ensure_ascii=False) if as_json else "\n".join(lines(answers)))
 
 
@@ -121,7 +128,8 @@ def _ranked(session: "ClassificationSession", name: str, phrases: list[str], top
         share = session.unknown_share(text) if text.strip() else 1.0
         best = session.rank([text], adapter.composition, top)[0] if share < 1 else []
         intents = [{"intent": one.label, "probability": round(one.probability, 6)} for one in best]
-        answers.append({"text": text, "unknown": round(share, 3), "intents": intents})
+        unread = session.unread(text, adapter.composition) if best else 0
+        answers.append({"text": text, "unknown": round(share, 3), "unread": unread, "intents": intents})
     used = {"adapter": adapter.name, "version": adapter.version, "temperature": adapter.temperature}
     return {**used, "answers": answers}
 

@@ -96,6 +96,8 @@ def teach(
         else:
             learned = learner.teach(corrections)
             row, lines = _row(learned), _lines(learned)
+            for one in () if as_json else learned.taught:
+                options.warn_of_unread(one.text, one.unread)
     click.echo(json.dumps(row, ensure_ascii=False) if as_json else "\n".join(lines))
 
 

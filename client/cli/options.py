@@ -32,6 +32,13 @@ trust = click.option(
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
+def warn_of_unread(text: str, unread: int) -> None:
+    """Print a line on standard error if the model leaves out tokens at the end of a text."""
+    if unread:
+        start = " ".join(printable(text[:40]).split())
+        click.echo(f"edgeadapt: the last {unread} tokens of {start!r} … are not read: shorten the text", err=True)
+
+
 def sampling(command: F) -> F:
     """Add an option for each field of ``client.inference.SamplingParams``; ``params_of`` reads them."""
     for option in (

@@ -1,6 +1,7 @@
 """Reads phrases as the tokens of a classifier, and refuses those that say nothing to it."""
 
 import json
+import math
 from typing import Self
 
 from tokenizers import Encoding, Tokenizer
@@ -51,6 +52,22 @@ class PhraseReader:
             raise DataError(f"{reason} {limit}; use another adapter", about="adapter", value=virtual_tokens)
         end = text[-1] + 1
         return ids[: end - surplus] + ids[end:]
+
+    def unread(self, text: str, virtual_tokens: int = 0, most: float = math.inf) -> int:
+        """How many tokens at the end of a text are beyond the model's limit.
+
+        Args:
+            text: The text.
+            virtual_tokens: As of ``tokens``.
+            most: A limit below the model's, as in training.
+
+        Raises:
+            DataError: The text is not valid (``text.checked``).
+        """
+        encoding = self._tokenizer.encode(checked(text))
+        size = len(encoding.ids) + sum(part.special_tokens_mask.count(0) for part in encoding.overflowing)
+        limit = (self._tokenizer.truncation or {}).get("max_length", math.inf)
+        return int(max(0, size + virtual_tokens - min(limit, most)))
 
     def unknown_share(self, text: str) -> float:
         """The share of a text's tokens that the tokenizer does not know, 0 to 1; a text without any token has 1.

@@ -172,6 +172,15 @@ class ClassificationSession:
         """
         return self._reader.unknown_share(text)
 
+    def unread(self, text: str, adapter: Named) -> int:
+        """How many tokens at the end of a text an adapter's answer leaves out (``PhraseReader.unread``).
+
+        Raises:
+            DataError: The text is not valid (``text.checked``).
+            TrustError, DataError, ConfigError: As ``load``.
+        """
+        return self._reader.unread(text, self.load(adapter).virtual_tokens)
+
     @contextmanager
     def _running(self) -> Iterator[None]:
         try:

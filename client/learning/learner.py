@@ -33,6 +33,7 @@ from adapters.bundle import (
     adapter_path,
     manifest_path,
 )
+from adapters.classifiergraph import MAX_TOKENS
 from adapters.keyfiles import read_key
 from adapters.layout import Tensors
 from adapters.manifest import AdapterManifest
@@ -67,12 +68,17 @@ PERSONAL_RATE = 1e-3  # of a personal step
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """The answers to a phrase before and after learning, and its label."""
+    """The answers to a phrase before and after learning, and its label.
+
+    Attributes:
+        unread: Of the phrase's tokens, those at its end that are not trained on.
+    """
 
     text: str = field(repr=False)
     label: str
     before: Prediction
     after: Prediction
+    unread: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,6 +388,7 @@ class Learner:
     ) -> tuple[Answers, ...]:
         if not examples:
             return ()
+        reader = PhraseReader.of(self.library.base.files[TOKENIZER])
         labels, temperature = manifest.labels, manifest.temperature
         texts = [example.text for example in examples]
         found = [
@@ -389,7 +396,8 @@ class Learner:
             for logits in (trainer.logits(adapter, texts) for adapter in (before, after))
         ]
         return tuple(
-            Answers(one.text, labels[one.label], old, new) for one, old, new in zip(examples, *found, strict=True)
+            Answers(one.text, labels[one.label], old, new, reader.unread(one.text, most=MAX_TOKENS))
+            for one, old, new in zip(examples, *found, strict=True)
         )
 
     def put_into_use(

@@ -289,7 +289,11 @@ def native_reader(tokenizer: Tokenizer, limit: int, texts: tuple[str, ...]) -> d
     tokenizer.enable_truncation(limit)
     tokenizer.no_padding()
     reader = PhraseReader.of(raw := tokenizer.to_str().encode())
-    found = [(text, tried(reader.tokens, text), tried(reader.unknown_share, text)) for text in texts]
+
+    def unread(text: str) -> int:
+        return reader.unread(text, most=limit - 4)
+
+    found = [tuple(tried(read, text) for read in (str, reader.tokens, reader.unknown_share, unread)) for text in texts]
     return {"tokenizer": b64(raw), "texts": found}
 
 

@@ -273,9 +273,10 @@ def test_a_text_above_the_models_limit_is_truncated_as_natively(
     page: Any, serve: Callable[[Path], str], both: Path
 ) -> None:
     page.goto(serve(both))
-    phrase = "turn on the kitchen lights " * 20
+    phrase = "turn on the kitchen lights " * 200  # 5,400 characters
     ask(page, phrase)
     assert shown(page) == native(both, "anna", phrase)
+    assert f" {ClassificationSession.open(both).unread(phrase, 'anna')} tokens of" in page.evaluate(CAPTION)
 
 
 def test_text_of_other_scripts_and_unusual_spaces_is_read_as_natively(

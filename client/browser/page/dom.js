@@ -23,6 +23,9 @@ export function settle(id, field) {
   field?.removeAttribute("aria-invalid");
 }
 
+/** A sentence on the tokens at the end of a phrase that are not read; empty if all are. */
+export const leftOut = (unread) => (unread ? ` The last ${unread} tokens of the phrase are not read: shorten it.` : "");
+
 /** Submit `form` on Ctrl+Enter and, on a Mac, Cmd+Enter in any of its fields. */
 export function submitOnCtrlEnter(form) {
   form.addEventListener("keydown", (event) => {

@@ -148,17 +148,18 @@ export class Engine {
   }
 
   /**
-   * The `top` most likely labels of a text, most likely first, and the share of its tokens that the base does not know:
-   * { adapter, unknown, labels: [{ label, probability }] }. `adapter` is one of `loaded`; without it, the one in use answers.
-   * Throws DataError, ConfigError.
+   * The `top` most likely labels of a text, most likely first, the share of its tokens that the base does not know, and how
+   * many at its end are not read: { adapter, unknown, unread, labels: [{ label, probability }] }. `adapter` is one of `loaded`;
+   * without it, the one in use answers. Throws DataError, ConfigError.
    */
   async rank(text, top, adapter = this.#inUse()) {
     if (this.generation) throw new ConfigError("this base writes text; it has no labels", "base.task");
-    const ids = this.text.phrase(text, virtualTokens(adapter.feeds));
+    const virtual = virtualTokens(adapter.feeds);
+    const ids = this.text.phrase(text, virtual);
     const tokens = { input_ids: runtime.int64(ids), attention_mask: runtime.int64(ids.map(() => 1)) };
     const { logits } = await runtime.run(this.session, { ...tokens, ...adapter.feeds });
     const labels = best(softmax(logits.data, adapter), adapter.labels, top);
-    return { adapter: adapter.name, unknown: this.text.unknownShare(text), labels };
+    return { adapter: adapter.name, unknown: this.text.unknownShare(text), unread: this.text.unread(text, virtual), labels };
   }
 
   /** Continue a text; see `Generation.pieces`. Throws DataError, ConfigError. */

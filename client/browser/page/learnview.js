@@ -1,7 +1,7 @@
 // The part of the page in which a person teaches the right answer to a phrase or a message, takes a lesson back, and saves
 // the private adapter to files.
 
-import { complain, create, element, settle } from "./dom.js";
+import { complain, create, element, leftOut, settle } from "./dom.js";
 import { readExamples } from "./examples.js";
 
 const MAX_SHOWN = 60; // characters of a text, as `edgeadapt device learn` prints
@@ -157,13 +157,14 @@ function progress({ steps, most, comparing }) {
 }
 
 /** What a classifier answers otherwise after a lesson: a sentence, and a row for each phrase. */
-function otherwise({ changed, tested }) {
+function otherwise({ changed, tested, taught: [{ unread }] }) {
   const answer = ({ label, probability }) => `${label} ${(100 * probability).toFixed(1)} %`;
   const row = ({ text, label, before, after }) => {
     const wrong = after.label === label ? "" : `; forgotten: ${label}`;
     return `“${text}”: ${answer(before)} → ${answer(after)}${wrong}`;
   };
-  return [tested ? ` ${changed.length} of ${tested} other known phrases are answered otherwise.` : "", changed.map(row)];
+  const others = tested ? ` ${changed.length} of ${tested} other known phrases are answered otherwise.` : "";
+  return [others + leftOut(unread), changed.map(row)];
 }
 
 /** A text in one line, cut off. */

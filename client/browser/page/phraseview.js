@@ -1,6 +1,6 @@
 // The part of the page that classifies a phrase and shows the most likely intents.
 
-import { breakable, complain, create, element, settle, submitOnCtrlEnter } from "./dom.js";
+import { breakable, complain, create, element, leftOut, settle, submitOnCtrlEnter } from "./dom.js";
 
 const TOP = 5;
 
@@ -64,9 +64,9 @@ export class PhraseView {
   }
 }
 
-function caption(text, { adapter, milliseconds, unknown }) {
+function caption(text, { adapter, milliseconds, unknown, unread }) {
   const share = unknown ? `, ${(100 * unknown).toFixed(0)} % of its tokens unknown to the base` : "";
-  return `“${text}” with ${adapter}, ${milliseconds.toFixed(1)} ms${share}`;
+  return `“${text}” with ${adapter}, ${milliseconds.toFixed(1)} ms${share}.${leftOut(unread)}`;
 }
 
 function row({ label, probability }) {

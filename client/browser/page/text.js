@@ -50,6 +50,11 @@ export class Text {
     return this.#read(text).unknown;
   }
 
+  /** How many tokens at the end of a text are beyond the model's limit, or beyond `most`. Throws as `phrase`. */
+  unread(text, virtual = 0, most = Infinity) {
+    return this.#read(text, virtual, most).unread;
+  }
+
   #read(text, virtual = 0, limit = Infinity) {
     const plain = this.#encode(checked(text), false);
     const all = this.#encode(text, true).map(([id]) => id);
@@ -64,6 +69,7 @@ export class Text {
     const unknown = counted.filter(([id]) => id === this.unknown).length;
     return {
       ids: [...all.slice(0, before), ...kept.map(([id]) => id), ...all.slice(before + plain.length)],
+      unread: plain.length - kept.length,
       unknown: counted.length ? unknown / counted.length : 1,
     };
   }

@@ -23,9 +23,11 @@ for (const [name, { tokenizer, texts }] of Object.entries(made.readers)) {
     const reader = new Text(bytes(tokenizer));
     assert.ok(texts.some(([, ids]) => ids.length === reader.limit), "one is cut");
     assert.ok(texts.some(([, ids]) => ids === "text.tokens"), "one is refused");
-    for (const [text, ids, share] of texts) {
+    assert.ok(texts.some(([, , , unread]) => unread > 4));
+    for (const [text, ids, share, unread] of texts) {
       assert.deepEqual(tried(() => reader.phrase(text)), ids, JSON.stringify(text));
       assert.deepEqual(tried(() => reader.unknownShare(text)), share, JSON.stringify(text));
+      assert.deepEqual(tried(() => reader.unread(text, 0, reader.limit - 4)), unread, JSON.stringify(text));
     }
   });
 }

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from adapters.bundle import BASE, TOKENIZER
 from aggregation.errors import EdgeAdaptError
 from aggregation.pki.identity import IdentityKey
 from client.cli import device
@@ -79,6 +80,17 @@ def test_a_text_of_unknown_tokens_only_has_no_intent_and_the_others_are_answered
     found = lines("infer", "--bundle", bundle, text, "lock the 😀 door")
     assert found[0][:2] == ["unknown", "text"]
     assert found[1][2:4] == ["(25%", "unknown)"]
+
+
+def test_the_end_of_a_text_that_is_not_read_is_stated(bundle: Path) -> None:
+    limit = json.loads((bundle / BASE / TOKENIZER).read_text())["truncation"]["max_length"]
+    texts = ["lock " * size for size in (limit - 2, limit - 1, 1000)]
+    (result,) = adapters("infer", "--bundle", bundle, "--json", *texts)
+    assert [answer["unread"] for answer in result["answers"]] == [0, 1, 1000 + 2 - limit]
+    done = run("infer", "--bundle", bundle, *texts)
+    for count, line in zip((1, 1002 - limit), done.stderr.splitlines(), strict=True):
+        assert f"the last {count} tokens of 'lock lock" in line
+    assert len(done.stdout.splitlines()) == 3
 
 
 def test_several_adapters_answer_as_one(with_anna: Path) -> None:

@@ -176,8 +176,6 @@ def test_one_learner_gives_and_takes_back_several_lessons(phone: Path) -> None:
         assert answer(phone) == first
         assert [one.text for one in learner.undo().corrections] == [TAUGHT]
         assert (answer(phone), adapter_names(phone)) == (before, ["global"])
-        with refused(DataError, "--undo"):
-            learner.undo()
         assert learner.teach([Correction(TAUGHT, first)]).version == 7
         assert answer(phone) == first
 
@@ -308,6 +306,15 @@ def test_the_commands_teach_list_and_undo(phone: Path, tmp_path: Path) -> None:
         "global version 3 is in use, without what was learned last:",
         f"{label}  {TAUGHT}",
     ]
+
+
+def test_the_end_of_a_phrase_that_is_not_trained_on_is_stated(phone: Path) -> None:
+    text, label = "lock the door " * 100, other(phone)
+    unread = ClassificationSession.open(phone).unread(text, "global")
+    done = run("infer", "--bundle", phone, "--teach", label, text)
+    assert (done.exit_code, done.stderr.count(f"the last {unread} tokens of 'lock the door ")) == (0, 1)
+    found = json.loads(run("infer", "--bundle", phone, "--teach", other(phone, "unlock"), "--json", "unlock").stdout)
+    assert found["taught"][0]["unread"] == 0
 
 
 @pytest.mark.parametrize(

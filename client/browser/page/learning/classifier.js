@@ -15,7 +15,8 @@ const MAX_TESTED = 32; // phrases
  *
  * Returns { inputs, steps, seconds, known, taught, changed, tested }: the adapter's graph inputs, how many corrections are
  * answered as taught, the corrections, and those of the tested other phrases that are answered otherwise, each { text, label,
- * before, after } with the answers { label, probability }. `pause` and errors are those of `Learner.teach`.
+ * before, after, unread } with the answers { label, probability } and how many tokens at the end of the text are not trained on.
+ * `pause` and errors are those of `Learner.teach`.
  */
 export async function teachClassifier(engine, adapter, corrections, earlier, pause) {
   const { labels } = adapter.manifest;
@@ -42,7 +43,9 @@ async function lesson(engine, trainer, { manifest, inputs }, corrections, earlie
   const asked = [...taught, ...tested].map(({ ids }) => ids);
   const answers = async (of) => predictions(await trainer.logits(of, asked, () => pause(steps)), manifest);
   const [before, after] = [await answers(start), await answers(values)];
-  const found = [...taught, ...tested].map(({ text, label }, i) => ({ text, label, before: before[i], after: after[i] }));
+  const found = [...taught, ...tested].map(({ text, label }, i) => {
+    return { text, label, before: before[i], after: after[i], unread: trainer.unread(text) };
+  });
   const [own, rest] = [found.slice(0, taught.length), found.slice(taught.length)];
   const known = own.filter((one) => one.after.label === one.label).length;
   const changed = rest.filter((one) => one.before.label !== one.after.label);

@@ -47,6 +47,11 @@ export class GraphTrainer extends SlotGraph {
     return this.engine.text.tokens(text, MAX_TOKENS);
   }
 
+  /** How many tokens at the end of a text are not trained on. Throws as `tokens`. */
+  unread(text) {
+    return this.engine.text.unread(text, 0, MAX_TOKENS);
+  }
+
   /** Those of examples, [{ text }], that the model reads as other tokens than each of `others`, and than each before. Throws as `tokens`. */
   unlike(examples, others) {
     const read = new Set(others.map(({ text }) => this.tokens(text).join()));
