@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model
+from peft import __version__ as peft_version
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ from adapters.base import INDEX, MERGED_ADAPTERS, Base, find_base
 from adapters.classifiergraph import ENCODER
 from adapters.graphinputs import PEFT_PREFIX, input_name
 from adapters.manifest import Task
-from adapters.peft.config import MERGED, Settings, saved_modules
+from adapters.peft.config import MERGED, Settings, check_numbers, saved_modules
 from adapters.peft.folder import WEIGHTS, read_settings
 from adapters.peft.inputs import in_modules
 from adapters.storage import file_sha256, new_folder
@@ -80,6 +81,13 @@ def merge(base: Base, folder: Path, out: Path) -> Merge:
             about="peft_type",
             value=kind,
         )
+    if kind not in PeftType.__members__:
+        raise ConfigError(
+            f"the installed peft {peft_version} does not know adapters of the type {kind}: pip install -U peft",
+            about="peft",
+            value=peft_version,
+        )
+    check_numbers(settings)
     if settings.get("megatron_config"):  # peft would import a module that the file names
         raise ConfigError("the adapter is for Megatron, which is not supported", about="megatron_config")
     shapes = _shapes(folder / WEIGHTS)

@@ -70,6 +70,8 @@ VIRTUAL_TYPES = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # of virtual tok
 # The settings that state rank and alpha; of the other methods there are none.
 RANKS = {"LORA": ("r", "lora_alpha"), "ADALORA": ("init_r", "lora_alpha"), "LOHA": ("r", "alpha"), "VERA": ("r", "")}
 ALLOCATED = ".lora_E"  # ends the names in AdaLoRA's rank_pattern
+MAX_NUMBER = 2**31  # of rank and alpha; no layer is as wide
+REMEDY = "correct it, or save the adapter again with peft"
 OFF: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
 
 Settings = dict[str, Any]  # the JSON object
@@ -84,10 +86,9 @@ def config_of(settings: Settings) -> PeftConfig:
     """
     kind = str(settings.get("peft_type"))
     if kind not in HARMLESS:
-        remedy = "merge it into its base with 'edgeadapt base merge'"
+        remedy = "merge it into its base with 'edgeadapt base merge'" if kind in MERGED else "train another"
         raise ConfigError(
-            f"the adapter is of the type {kind[:40]!r}, and only {', '.join(HARMLESS)} can be exported"
-            + (f"; {remedy}" if kind in MERGED else ""),
+            f"adapters of the type {kind[:40]!r} have no place in a graph, which takes {', '.join(HARMLESS)}: {remedy}",
             about="peft_type",
             value=kind,
         )
@@ -119,6 +120,23 @@ def config_of(settings: Settings) -> PeftConfig:
                 value=value,
             )
     return _config(kind, settings)
+
+
+def check_numbers(settings: Settings) -> None:
+    """Check that rank and alpha are numbers with which an adapter of low rank answers; other methods have neither.
+
+    Raises:
+        DataError: One of them is missing, not a number, not above 0, or absurdly large.
+    """
+    rank, alpha = RANKS.get(str(settings.get("peft_type")), ("", ""))
+    for name, types, what in ((rank, (int,), "a whole number"), (alpha, (int, float), "a number")):
+        value: Any = settings.get(name)
+        if name and not (type(value) in types and 0 < value < MAX_NUMBER):  # false for NaN too
+            raise DataError(
+                f"{name} in adapter_config.json is {value!r:.40}, not {what} above 0 and below {MAX_NUMBER}: {REMEDY}",
+                about=name,
+                value=value,
+            )
 
 
 def saved_modules(settings: Settings) -> tuple[str, ...]:
@@ -189,6 +207,7 @@ def _low_rank_settings(config: PeftConfig, inputs: AdapterInputs) -> Settings:
 
 
 def _config(kind: str, settings: Settings) -> PeftConfig:
+    check_numbers(settings)
     patterns = kind in ("LORA", "LOHA")
     rank, alpha = RANKS.get(kind, ("", ""))
     body = {
@@ -206,16 +225,17 @@ def _config(kind: str, settings: Settings) -> PeftConfig:
     }
     try:
         return jsontext.decode_as(PeftConfig, json.dumps(body))
-    except (ValidationError, TypeError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
-        field = ".".join(map(str, first["loc"]))
-        raise DataError(f"adapter_config.json: {field}: {first['msg']}", about=field.partition(".")[0]) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = str(first["loc"][0])
+        reason = f"{field} in adapter_config.json has {first['input']!r:.40}, which cannot be used ({first['msg']})"
+        raise DataError(f"{reason}: {REMEDY}", about=field) from error
 
 
 def _listed(settings: Settings, name: str) -> list[Any]:
     """The names of modules, sorted, or the pattern in their place."""
     found = settings.get(name) or []
-    return sorted(found) if isinstance(found, list) else [found]
+    return sorted(found, key=str) if isinstance(found, list) else [found]
 
 
 def _allocated(settings: Settings, kind: str) -> list[tuple[str, Any]]:

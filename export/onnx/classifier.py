@@ -117,7 +117,7 @@ def _limit(base: Base, tokenizer: Tokenizer, model: nn.Module) -> int:
     """The tokens of the longest text that the model reads."""
     config = pretrained.configuration(base)
     positions = getattr(config, "max_position_embeddings", None)  # transformers maps each family's own name to it
-    limits = [n for n in (positions, (tokenizer.truncation or {}).get("max_length")) if n]
+    limits = [n for n in (positions, (tokenizer.truncation or {}).get("max_length")) if n and n > 0]
     if not limits:
         raise ConfigError(
             f"neither config.json nor tokenizer.json in {base.folder} limits the length of a text; state "

@@ -96,7 +96,10 @@ def export(
     except torch.onnx.OnnxExporterError as error:
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split())
-        raise ConfigError(f"torch cannot export this model: {reason[:MAX_REASON]}", about="torch.onnx") from error
+        raise ConfigError(
+            f"torch cannot export this model, use a base of another architecture ({reason[:MAX_REASON]})",
+            about="torch.onnx",
+        ) from error
     assert program is not None  # noqa: S101  # only the legacy exporter returns None
     if isinstance(store, OnDisk):
         for value in program.model.graph.initializers.values():

@@ -125,7 +125,8 @@ def linear_layers(model: nn.Module, targets: Sequence[str], heads: Sequence[str]
     matched = {target: _matched(target, model, modules, linear, heads) for target in targets}
     if missing := [target for target, paths in matched.items() if not paths]:
         raise ConfigError(
-            f"the base has no layer named {summary(missing)}; it has {pretrained.layer_names(model)}",
+            f"the base has no layer named {', '.join(missing)}: choose --targets among "
+            f"{pretrained.layer_names(model)}, or use a base of another architecture",
             about="--targets",
             value=missing,
         )

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,28 @@ def test_other_types_are_refused_by_name(llama: Base, tmp_path: Path, kind: str)
     adapted(llama, configured("LORA"), tmp_path / "peft")
     (tmp_path / "peft" / CONFIG).write_text(json.dumps({"peft_type": kind}))
     with refused(ConfigError, "peft_type", value=kind):
+        merge(llama, tmp_path / "peft", tmp_path / "out")
+
+
+def test_a_type_that_the_installed_peft_lacks_is_refused_with_its_version(
+    llama: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted(llama, configured("LORA"), tmp_path / "peft")
+    (tmp_path / "peft" / CONFIG).write_text(json.dumps({"peft_type": "FROD"}))
+    older = Enum("PeftType", {name: name for name in peft.PeftType.__members__ if name != "FROD"})
+    monkeypatch.setattr("export.merge.PeftType", older)
+    with refused(ConfigError, "peft", value=peft.__version__):
+        merge(llama, tmp_path / "peft", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("name", "value"), [("lora_alpha", "8"), ("r", 10**30)])
+def test_numbers_that_peft_cannot_use_are_refused_by_name(
+    llama: Base, tmp_path: Path, name: str, value: object
+) -> None:
+    adapted(llama, configured("LORA"), tmp_path / "peft")
+    settings = json.loads((tmp_path / "peft" / CONFIG).read_text())
+    (tmp_path / "peft" / CONFIG).write_text(json.dumps(settings | {name: value}))
+    with refused(DataError, name, value=value):
         merge(llama, tmp_path / "peft", tmp_path / "out")
 
 

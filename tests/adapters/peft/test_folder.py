@@ -241,14 +241,17 @@ def test_the_line_names_setting_value_and_remedy(saved: Path) -> None:
     ("changes", "about"),
     [
         ({"r": "three"}, "r"),
-        ({"r": -3}, "r"),
-        ({"lora_alpha": None}, "lora_alpha"),
-        ({"lora_alpha": float("nan")}, "lora_alpha"),
+        *(({"r": value}, "r") for value in (-3, 0, 1.5, True, 10**30)),
+        *(({"lora_alpha": value}, "lora_alpha") for value in (None, "8", [8], True, 0, -4, 1e300, 10**40)),
+        *(({"lora_alpha": float(value)}, "lora_alpha") for value in ("nan", "inf")),
+        ({"rank_pattern": {"q_proj": 10**30}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": float("nan")}}, "alpha_pattern"),
         ({"r": 5}, "layers.0.attn.q_proj"),
         ({"rank_pattern": {"q_proj": 2}}, "layers.0.attn.q_proj"),
         ({"rank_pattern": ["q_proj"]}, "rank_pattern"),
         ({"alpha_pattern": {"(": 2}}, "pattern"),
         ({"alpha_pattern": {"q" * 600: 2}}, "alpha_pattern"),
+        ({"target_modules": [1, "q_proj"]}, "target_modules"),
         ({"modules_to_save": "score"}, "modules_to_save"),
         ({"modules_to_save": [1]}, "modules_to_save"),
     ],
@@ -257,8 +260,10 @@ def test_a_configuration_that_is_damaged_or_of_other_tensors_is_refused(
     saved: Path, changes: dict[str, Any], about: str
 ) -> None:
     _configure(saved, changes)
-    with refused(DataError, about):
+    with refused(DataError, about) as caught:
         read_peft(saved)
+    if about in changes and "modules" not in about:
+        assert str(caught.value).startswith(f"{about} in adapter_config.json ")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 One layer each, because a trace takes seconds; the tiny base has two.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,19 @@ def test_a_model_that_reads_far_fewer_tokens_than_it_states_is_refused() -> None
     assert tasks.readable_length(short, [5, 6], 12) == 9
     with refused(ConfigError, "max_position_embeddings", value=20):
         tasks.readable_length(short, [5, 6], 20)
+
+
+def test_xlnet_is_refused_by_what_it_lacks(make_family: MakeFamily) -> None:
+    base = make_family("xlnet", {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16})  # states -1 positions
+    with refused(ConfigError, "--targets", value=["query"]):
+        with_mean_head(base, ("query",))
+    model, tokenizer = with_mean_head(base, ("layer_1",)), base.folder / "tokenizer.json"
+    with refused(ConfigError, "max_position_embeddings", value=None):
+        export_classifier(model, base, Profile.FP32)
+    truncation = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
+    tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text()) | {"truncation": truncation}))
+    with refused(ConfigError, "torch.onnx"):
+        export_classifier(model, base, Profile.FP32)
 
 
 @pytest.mark.slow
