@@ -227,10 +227,16 @@ def test_parity_passes_for_an_fp32_adapter_and_exits_with_6_for_an_int4_one(
     assert (found["agreement"], found["count"], found["texts"], found["profile"]) == (1.0, *2 * [len(TEXTS)], "fp32")
     assert found["max_abs_diff"] < 1e-5
     assert found["loss"] is None
+    assert found["passed"] is None
+    assert "no verdict" in done.err
+    (shop / "many").write_text("\n".join(f"{text} {number}" for text in TEXTS for number in range(20)))
+    done = export(*command[:-1], shop / "many", "--registry", shop / "fleet", "--json")
+    assert (done.code, done.json()["count"], done.json()["passed"], "no verdict" in done.err) == (0, 100, True, False)
     assert export(*add(shop), "--format", "int4").code == 0
     done = export(*command, "--registry", shop / "fleet", "--json")
-    # Four bits differ by more than the limits of an fp32 base allow: the gate can fail.
+    # Four bits differ by more than the limits of an fp32 base allow in a single answer, which more cannot mend.
     assert done.code == 6
+    assert '"passed": false' in done.out
     assert done.error.about == "parity"
     export(*command, "--registry", shop / "fleet", "--version", "0").refused(5, "source")
 
