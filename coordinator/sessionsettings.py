@@ -148,10 +148,10 @@ class Aggregation(Settings):
             noise_multiplier: Of such a session: see ``PrivacySettings``.
 
         Raises:
-            ConfigError: No ring can hold the sum of so many devices, or as ``masking_graph`` and ``_survivors``.
+            ConfigError: No ring can hold the sum of so many devices, or as ``masking_graph`` and ``survivors``.
         """
         chosen = self.masking_graph(devices)
-        survivors, grouping = self._survivors(devices, chosen), self.grouping(devices)
+        survivors, grouping = self.survivors(devices, chosen), self.grouping(devices)
         smallest = grouping.minimum if grouping else survivors
         honest = smallest - graph.count_of(devices, self.corrupt_fraction)
         noisy = privacy is not None and privacy.noisy
@@ -219,8 +219,8 @@ class Aggregation(Settings):
         counts = range(self.minimum_devices, MAX_COHORT)
         return next((n for n in counts if self.groups == 1 or self._group_minimum(n) <= n // self.groups), MAX_COHORT)
 
-    def _survivors(self, devices: int, chosen: GraphParameters) -> int:
-        """Fewest survivors of a round in a cohort of ``devices``.
+    def survivors(self, devices: int, chosen: GraphParameters) -> int:
+        """Fewest survivors of a round in a cohort of ``devices`` with the masking graph ``chosen``.
 
         Raises:
             ConfigError: Sums over all devices on this graph could be combined to a few devices.

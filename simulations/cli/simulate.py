@@ -129,7 +129,7 @@ def _run(
     from simulations.engine.language import run_language_model
     from simulations.engine.memory import available_memory, estimate, require_memory
     from simulations.engine.progress import RunProgress
-    from simulations.engine.run import Engine, RunFolder, run
+    from simulations.engine.run import Engine, RunFolder, abort_warning, run
     from simulations.report.formatting import program
     from simulations.report.terminal import print_authors, print_data, print_scenario, print_table
 
@@ -145,13 +145,16 @@ def _run(
     processes = cores() if engine == "ray" else workers if workers > 1 else 0
     needed = estimate(scenario, loaded.population, base, processes, forked=engine != "ray")
     require_memory(needed, available)
+    divided = grouped(loaded.population, scenario.groups)
+    devices = min(group.devices for group in divided)
+    if warning := abort_warning(scenario, devices):
+        click.echo(f"edgeadapt: {warning}", err=True)
     out = (out or _newest(scenario) if resume else out or _fresh(scenario)).resolve()
     folder = RunFolder.resume(out, scenario) if resume else RunFolder.start(out, scenario)
     if not as_json:
         clients = len(loaded.population.clients)
-        divided = grouped(loaded.population, scenario.groups)
         groups = describe_groups(divided) if scenario.groups.by != "none" else ""
-        devices, memory = min(group.devices for group in divided), needed.describe(available)
+        memory = needed.describe(available)
         print_scenario(scenario, out, Console(), clients=clients, devices=devices, groups=groups, memory=memory)
         print_data(summarize(loaded, base), Console())
     chosen = Engine(workers, ray=engine == "ray")

@@ -9,7 +9,7 @@ is late.
 import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from itertools import count
 
 import numpy as np
@@ -17,6 +17,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+from numpy.typing import NDArray
 
 from aggregation.steps import Step
 from client.node.app import STATE
@@ -79,6 +80,17 @@ class FaultModel:
     steps: tuple[Step, ...] = ROUND_STEPS
     availability: tuple[float, ...] = ()
     trace: Mapping[int, Steps] = field(default_factory=dict)
+
+    def dropout_probabilities(self, devices: int) -> NDArray[np.float64]:
+        """The probability that 0, 1, ... of so many devices drop out of a round for good, shape ``(devices + 1,)``.
+
+        A device whose request is lost is asked again, one whose reply is lost is not. A forced dropout is either, with
+        equal probability, at one step; messages are lost at any.
+        """
+        chance = 1 - (1 - self.message_loss) ** len(self.steps)
+        forced = min(self.forced_dropouts, devices)
+        chances = [(1 + chance) / 2] * forced + [chance] * (devices - forced)
+        return reduce(np.convolve, (np.array([1 - each, each]) for each in chances), np.ones(1))
 
     def outcomes(self, group: str, step: Step | None, nodes: Sequence[int]) -> dict[int, DeliveryOutcome]:
         """The outcome of one message to each of ``nodes``.

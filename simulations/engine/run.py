@@ -327,6 +327,21 @@ def _in_rounds(grid: InProcessGrid, context: Context, devices: MemoryDevices | W
     devices.write()
 
 
+def abort_warning(scenario: Scenario, devices: int) -> str:
+    """A line on a run of which most rounds must abort, in a federation of so many devices; empty of any other."""
+    settings, faults = scenario.federation.aggregation, _faults(scenario, {})
+    cohort = min(devices, scenario.federation.cohort.size or devices)
+    needed = settings.survivors(cohort, settings.masking_graph(cohort))
+    aborted = float(faults.dropout_probabilities(cohort)[cohort - needed + 1 :].sum())
+    if aborted < 0.5:
+        return ""
+    key = "forced_dropouts" if faults.forced_dropouts else "message_loss"
+    return (
+        f"about {aborted:.0%} of the rounds will abort: {needed} of {cohort} devices must finish each, and "
+        f"network.{key} is {getattr(faults, key)}: lower it, or take more devices"
+    )
+
+
 def _faults(scenario: Scenario, trace: Mapping[int, Steps]) -> FaultModel:
     """The faults of the in-process grid. ``trace``: node → when it can be reached."""
     network = scenario.network

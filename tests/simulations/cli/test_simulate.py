@@ -157,6 +157,20 @@ def test_a_trace_is_read_next_to_the_scenario_and_a_wrong_one_ends_the_run_befor
     assert f"{trace}, line 2" in _one_line(err)
 
 
+@pytest.mark.parametrize(
+    ("keys", "share"), [((), 0.5), (("network.forced_dropouts=2",), 0.75), (("network.forced_dropouts=0",), None)]
+)
+def test_a_run_of_which_most_rounds_would_abort_says_so_before_it_starts(
+    scenario: Path, tmp_path: Path, run: Command, keys: tuple[str, ...], share: float | None
+) -> None:
+    (tmp_path / "run").write_text("a file, at which the run ends")
+    chosen = ("population.households=4", *keys)  # one of them is unseen
+    _, _, err = run(
+        "simulate", scenario, "--out", tmp_path / "run", *(word for key in chosen for word in ("--set", key))
+    )
+    assert (f"about {share:.0%} of the rounds will abort: 3 of 3" in err) if share else "abort" not in err
+
+
 def test_one_evaluated_client_is_too_few(scenario: Path, tmp_path: Path, run: Command) -> None:
     code, _, err = run("simulate", scenario, "--out", tmp_path / "run", "--set", "evaluation.clients=1")
     assert code != 0

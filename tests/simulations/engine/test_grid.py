@@ -132,6 +132,20 @@ def test_forced_dropouts_are_at_most_all_devices_and_none_during_the_setup_of_a_
     assert not any(lost(outcome) for outcome in faults.outcomes("session-1-1", Step.OFFER, NODES).values())
 
 
+@pytest.mark.parametrize(("forced", "loss"), [(0, 0.0), (1, 0.0), (2, 0.05), (99, 0.0)])
+def test_the_probability_of_dropouts_is_the_frequency_of_outcomes(forced: int, loss: float) -> None:
+    faults = FaultModel(seed=1, message_loss=loss, mean_delay=1.0, forced_dropouts=forced)
+    expected, rounds = faults.dropout_probabilities(4), 1000
+    counts = np.zeros(5)
+    for number in range(rounds):
+        outcomes = [faults.outcomes(str(number), step, NODES[:4]) for step in ROUND_STEPS]
+        counts[
+            sum(any(each[node].reply_lost and not each[node].request_lost for each in outcomes) for node in NODES[:4])
+        ] += 1
+    assert expected.sum() == pytest.approx(1)
+    assert np.abs(counts / rounds - expected).max() < 4 * np.sqrt(0.25 / rounds)  # standard errors
+
+
 # Flower's contract.
 
 
