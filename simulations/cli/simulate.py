@@ -119,7 +119,6 @@ def _run(
 ) -> None:
     scenario = read_scenario(path, overrides)
     # Imported here, so that --help and a wrong key do not wait for torch.
-    from adapters.cores import cores
     from simulations.data import populate
     from simulations.data.summary import summarize
     from simulations.engine.bases import unrounded_base
@@ -127,7 +126,6 @@ def _run(
     from simulations.engine.groups import describe as describe_groups
     from simulations.engine.groups import grouped
     from simulations.engine.language import run_language_model
-    from simulations.engine.memory import available_memory, estimate, require_memory
     from simulations.engine.progress import RunProgress
     from simulations.engine.run import Engine, RunFolder, abort_warning, run
     from simulations.report.formatting import program
@@ -141,10 +139,7 @@ def _run(
             text = "attackers need the grid of this process: leave out --engine, or set attack.kind to none"
             raise ConfigError(text, about="attack.kind", value=scenario.attack.kind)
     loaded = populate(scenario.data, scenario.population, scenario.seed)
-    base, available = unrounded_base(scenario), available_memory()
-    processes = cores() if engine == "ray" else workers if workers > 1 else 0
-    needed = estimate(scenario, loaded.population, base, processes, forked=engine != "ray")
-    require_memory(needed, available)
+    base = unrounded_base(scenario)
     divided = grouped(loaded.population, scenario.groups)
     devices = min(group.devices for group in divided)
     if warning := abort_warning(scenario, devices):
@@ -154,8 +149,7 @@ def _run(
     if not as_json:
         clients = len(loaded.population.clients)
         groups = describe_groups(divided) if scenario.groups.by != "none" else ""
-        memory = needed.describe(available)
-        print_scenario(scenario, out, Console(), clients=clients, devices=devices, groups=groups, memory=memory)
+        print_scenario(scenario, out, Console(), clients=clients, devices=devices, groups=groups)
         print_data(summarize(loaded, base), Console())
     chosen = Engine(workers, ray=engine == "ray")
     try:

@@ -60,7 +60,7 @@ LABEL = 11  # columns
 
 
 def print_scenario(
-    scenario: Scenario, out: Path, console: Console, *, clients: int, devices: int, memory: str, groups: str = ""
+    scenario: Scenario, out: Path, console: Console, *, clients: int, devices: int, groups: str = ""
 ) -> None:
     """Print what the base, the languages and the arms are, before the run starts.
 
@@ -69,12 +69,11 @@ def print_scenario(
         out: The folder of the run.
         clients: Of the population.
         devices: That take part in training, in the smallest federation.
-        memory: What the run takes, in words.
         groups: That have an adapter of their own, in words; empty if all clients share one.
         console: Where to print; without color if it is not a terminal.
     """
     console.print(Text(f"Scenario {scenario.name}, seed {scenario.seed}", style="bold"))
-    _print_lines(_plan(scenario, out, clients, devices, memory, groups), console)
+    _print_lines(_plan(scenario, out, clients, devices, groups), console)
 
 
 def print_data(summary: DataSummary, console: Console) -> None:
@@ -113,7 +112,7 @@ def _described(adapter: AdapterSettings) -> str:
     return f"{name}{size}{place}" + {"none": "", "all": ", all biases", "lora_only": ", their biases"}[adapter.bias]
 
 
-def _plan(scenario: Scenario, out: Path, clients: int, devices: int, memory: str, groups: str) -> list[tuple[str, str]]:
+def _plan(scenario: Scenario, out: Path, clients: int, devices: int, groups: str) -> list[tuple[str, str]]:
     adapter, federation = scenario.adapter, scenario.federation
     training, fitted = federation.training, federation.analytic.rounds
     adversary = federation.aggregation.adversary
@@ -135,7 +134,6 @@ def _plan(scenario: Scenario, out: Path, clients: int, devices: int, memory: str
         *(("", line) for line in _personal(scenario)),
         *([("evaluated", f"{most} of {clients} clients, chosen by the seed")] if clients > most else []),
         *([("groups", groups)] if groups else []),
-        ("memory", memory),
         ("folder", str(out)),
     ]
 

@@ -23,7 +23,12 @@ SOURCES = {  # file of tests → what its cases depend on, besides itself
         *("coordinator/audit", "coordinator/authority", "coordinator/cli", "export/bundle", "export/cli"),
     ),
     "tests/export/cli/test_peft_recipes.py": ("adapters", "client/learning", "client/training", "export"),
-    "tests/export/test_architectures.py": ("adapters", "export", "docs/reference/architectures.md"),
+    "tests/export/test_architectures.py": (
+        "adapters",
+        "export/causal",
+        "export/onnx",
+        "docs/reference/architectures.md",
+    ),
     "tests/integration/test_faults.py": (
         *("adapters/gateway", "aggregation", "client/gateway", "client/node"),
         *("coordinator", "benchmarks/faults"),

@@ -77,7 +77,7 @@ def test_before_the_run_base_languages_and_arms_are_printed(tmp_path: Path) -> N
         },
         "mine",
     )
-    print_scenario(scenario, tmp_path, Console(file=out, width=80), clients=15, devices=12, memory="about 1.2 GB")
+    print_scenario(scenario, tmp_path, Console(file=out, width=80), clients=15, devices=12)
     text = out.getvalue()
     for line in (
         "base       some_?encoder, ",
@@ -108,7 +108,7 @@ def test_before_the_run_the_personal_step_is_named(tmp_path: Path, personal: dic
     out = StringIO()
     federation = {"rounds": 5, "training": {"learning_rate": 0.01}, "analytic": {"rounds": 1}}
     scenario = Scenario.parse({"federation": federation, "personal": personal}, "mine")
-    print_scenario(scenario, tmp_path, Console(file=out, width=80), clients=6, devices=5, memory="little")
+    print_scenario(scenario, tmp_path, Console(file=out, width=80), clients=6, devices=5)
     text = out.getvalue()
     for line in ("4 of 1 epoch at learning rate 0.01", "then 1 of the analytic head", *lines):
         assert line in text
@@ -119,7 +119,7 @@ def test_the_price_of_groups_is_that_of_the_devices_that_take_part(tmp_path: Pat
     out = StringIO()
     privacy = {"mechanism": "skellam", "epsilon": 8.0}
     scenario = Scenario.parse({"federation": {"aggregation": {"groups": 3}, "privacy": privacy}}, "mine")
-    print_scenario(scenario, tmp_path, Console(file=out, width=80), clients=25, devices=20, memory="little")
+    print_scenario(scenario, tmp_path, Console(file=out, width=80), clients=25, devices=20)
     text = "of 20 devices, one hides in a sum of 6 instead of 20, never of fewer than 6, and the mean has about 1.7 ×"
     assert text in out.getvalue()
 
@@ -127,7 +127,7 @@ def test_the_price_of_groups_is_that_of_the_devices_that_take_part(tmp_path: Pat
 def test_a_personal_step_that_does_not_choose_names_no_choice(tmp_path: Path) -> None:
     out = StringIO()
     scenario = Scenario.parse({"personal": {"choice": "never"}}, "mine")
-    print_scenario(scenario, tmp_path, Console(file=out, width=80), clients=6, devices=5, memory="little")
+    print_scenario(scenario, tmp_path, Console(file=out, width=80), clients=6, devices=5)
     assert "validation" not in out.getvalue()
 
 
@@ -150,7 +150,7 @@ def test_every_method_has_a_name() -> None:
 def test_the_adapter_is_named_with_its_size(tmp_path: Path, adapter: dict[str, Any], line: str) -> None:
     out = StringIO()
     scenario = Scenario.parse({"name": "mine", "adapter": adapter}, "mine")
-    print_scenario(scenario, tmp_path, Console(file=out, width=80), clients=15, devices=12, memory="about 1.2 GB")
+    print_scenario(scenario, tmp_path, Console(file=out, width=80), clients=15, devices=12)
     assert f"adapter    {line}" in out.getvalue()
 
 
