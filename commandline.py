@@ -2,12 +2,17 @@
 
 import importlib
 import math
-from collections.abc import Mapping
-from typing import Any
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from threading import Event, Thread
+from typing import IO, Any
 
 import click
 
 PACKAGES = ("adapters", "aggregation", "client", "coordinator", "export", "simulations")  # of edgeadapt
+PERIOD = 10.0  # seconds between two lines of progress
 Row = tuple[str, str, str, str]  # module, attribute, one line for --help, extra that it needs
 
 
@@ -80,3 +85,49 @@ class FiniteRange(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{number} is not a finite number.", param, ctx)
         return number
+
+
+@contextmanager
+def plain_progress(now: Callable[[], str], file: IO[str], *, shown: bool = True) -> Iterator[None]:
+    """Print what is being done, every ``PERIOD`` seconds of the block, where no terminal shows it.
+
+    Args:
+        now: What is being done, in a few words; called by another thread.
+        file: A pipe or a file, usually standard error.
+        shown: Whether to print anything.
+    """
+    began, ended = time.monotonic(), Event()
+
+    def speak() -> None:
+        while not ended.wait(PERIOD):
+            print(f"{now()} ({time.monotonic() - began:.0f} s)", file=file, flush=True)
+
+    speaker = Thread(target=speak, daemon=True)
+    if shown:
+        speaker.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if shown:
+            speaker.join()
+
+
+@contextmanager
+def status(label: str) -> Iterator[Callable[[str], None]]:
+    """Show on standard error what is being done: ``label``, until the yielded function is called with another text.
+
+    A terminal has a spinner, anything else a line every ``PERIOD`` seconds.
+    """
+    from rich.console import Console  # which the bare install lacks
+
+    # FORCE_COLOR makes rich take a pipe for a terminal. The file is fixed now: torch's is redirected while it traces.
+    console, texts = Console(file=sys.stderr, force_terminal=sys.stderr.isatty()), [label]
+    plain = plain_progress(lambda: texts[0], console.file, shown=not console.is_terminal)
+    with console.status(label) as display, plain:
+
+        def update(text: str) -> None:
+            texts[0] = text
+            display.update(text)
+
+        yield update

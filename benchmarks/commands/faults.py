@@ -1,11 +1,10 @@
 """The command `python -m benchmarks faults`."""
 
-import sys
-
 import click
 
 from aggregation.errors import EdgeAdaptError
 from aggregation.steps import Step
+from commandline import status
 
 
 @click.command()
@@ -33,8 +32,6 @@ def faults(names: tuple[str, ...], steps: tuple[str, ...], as_json: bool) -> Non
       python -m benchmarks faults --fault kill-rounds --step plan --step unmask
       python -m benchmarks faults --json
     """
-    from rich.console import Console
-
     from benchmarks.faults import measure as run
     from benchmarks.faults.faults import FAULTS
 
@@ -44,8 +41,8 @@ def faults(names: tuple[str, ...], steps: tuple[str, ...], as_json: bool) -> Non
             raise click.BadParameter(
                 f"there is no fault {name!r}: take one of {', '.join(known)}", param_hint="--fault"
             )
-    with Console(stderr=True, force_terminal=sys.stderr.isatty()).status("") as status:
-        rows = run.measure(names or known, status.update, [Step(step) for step in steps] or [*Step])
+    with status("measuring") as show:
+        rows = run.measure(names or known, show, [Step(step) for step in steps] or [*Step])
     click.echo(run.as_json(rows) if as_json else run.table(rows))
     if lost := sum(bool(row.lost) for row in rows):
         raise EdgeAdaptError(f"{lost} of {len(rows)} faults lost something", about="faults")

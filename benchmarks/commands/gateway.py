@@ -1,11 +1,10 @@
 """The command `python -m benchmarks gateway`."""
 
 import json
-import sys
 
 import click
 
-from commandline import FiniteRange
+from commandline import FiniteRange, status
 
 
 @click.command()
@@ -32,14 +31,12 @@ def gateway(as_json: bool, quick: bool, rate: float | None) -> None:
       python -m benchmarks gateway --check-ins 10000
       python -m benchmarks gateway --json
     """
-    from rich.console import Console
-
     from benchmarks.gateway import measure as run
 
-    with Console(stderr=True, force_terminal=sys.stderr.isatty()).status("") as status:
+    with status("measuring") as show:
         if rate is None:
-            found, table = run.measure(run.QUICK if quick else run.FULL, status.update), run.table
+            found, table = run.measure(run.QUICK if quick else run.FULL, show), run.table
         else:
             arrivals = run.Arrivals(rate, 2.0 if quick else 60.0)
-            found, table = run.measure_arrivals(arrivals, status.update), run.arrivals_table
+            found, table = run.measure_arrivals(arrivals, show), run.arrivals_table
     click.echo(json.dumps(found) if as_json else table(found))

@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import click
+
+from commandline import status
 
 
 @click.command()
@@ -29,8 +30,6 @@ def ondevice(
       python -m benchmarks ondevice --json --profiles native-int4 --rounds 15
     """
     # Imported here, so that --help does not wait for torch.
-    from rich.console import Console
-
     from benchmarks.ondevice import compare as run
     from benchmarks.ondevice import report
 
@@ -40,9 +39,8 @@ def ondevice(
         report.make_folder(out)
     if not run.has_peer():
         click.echo(f"  {run.INSTALL}", err=True)
-    # FORCE_COLOR makes rich take a pipe for a terminal.
-    with Console(stderr=True, force_terminal=sys.stderr.isatty()).status("") as status:
-        found = run.compare(wanted, work, status.update)
+    with status("measuring") as show:
+        found = run.compare(wanted, work, show)
     if out:
         report.keep(found, out)
     click.echo(json.dumps(found) if as_json else report.table(found))

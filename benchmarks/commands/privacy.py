@@ -1,13 +1,12 @@
 """The command `python -m benchmarks privacy`."""
 
 import json
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import click
 
-from commandline import FiniteRange
+from commandline import FiniteRange, status
 
 
 @click.command()
@@ -36,12 +35,10 @@ def privacy(
       python -m benchmarks privacy --set population.households=30 --epsilon 8 --canaries 50
     """
     # Imported here, so that --help does not wait for torch.
-    from rich.console import Console
-
     from benchmarks import privacy as run
     from simulations.cli.simulate import read_scenario
 
     chosen = read_scenario(scenario, overrides)
-    with TemporaryDirectory() as out, Console(stderr=True, force_terminal=sys.stderr.isatty()).status("") as status:
-        found = run.curve(chosen, epsilon or run.FULL, Path(out), status.update, canaries=canaries)
+    with TemporaryDirectory() as out, status("measuring") as show:
+        found = run.curve(chosen, epsilon or run.FULL, Path(out), show, canaries=canaries)
     click.echo(json.dumps(found) if as_json else run.table(found))

@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from aggregation.errors import DataError
+from commandline import status
 
 
 @click.command()
@@ -33,19 +33,16 @@ def secagg(as_json: bool, out: Path | None, quick: bool, repeats: int | None, no
             f"cannot write {out}: {out.parent} is not a folder; choose another --out", about="--out", value=str(out)
         )
     # Imported here, so that --help does not wait for Flower.
-    from rich.console import Console
-
     from benchmarks.secagg import compare as run
     from benchmarks.secagg import report
 
     work = run.QUICK if quick else run.SecAggWorkload()
     work = dataclasses.replace(work, repeats=repeats or work.repeats)
-    # FORCE_COLOR makes rich take a pipe for a terminal.
-    with Console(stderr=True, force_terminal=sys.stderr.isatty()).status("") as status:
-        found: dict[str, Any] = run.compare(work, status.update)
+    with status("measuring") as show:
+        found: dict[str, Any] = run.compare(work, show)
         if out or not no_sweep:
             for part in (run.large, run.memory, run.sweep):
-                found[part.__name__] = part(work, status.update)
+                found[part.__name__] = part(work, show)
     if out:
         report.draw(found["sweep"], out)
     click.echo(json.dumps(found) if as_json else report.table(found))

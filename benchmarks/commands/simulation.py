@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
-import sys
 
 import click
+
+from commandline import status
 
 
 @click.command()
@@ -23,14 +24,11 @@ def simulation(as_json: bool, quick: bool, repeats: int | None) -> None:
       python -m benchmarks simulation --json --repeats 5
     """
     # Imported here, so that --help does not wait for Flower and torch.
-    from rich.console import Console
-
     from benchmarks.simulation import compare as run
     from benchmarks.simulation import report
 
     work = run.QUICK if quick else run.FULL
     work = dataclasses.replace(work, repeats=repeats or work.repeats)
-    # FORCE_COLOR makes rich take a pipe for a terminal.
-    with Console(stderr=True, force_terminal=sys.stderr.isatty()).status("") as status:
-        found = run.compare(work, status.update)
+    with status("measuring") as show:
+        found = run.compare(work, show)
     click.echo(json.dumps(found) if as_json else report.table(found))

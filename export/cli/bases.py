@@ -10,7 +10,8 @@ import click
 from adapters.base import PACKAGES, Base, Package, find_base, in_package
 from adapters.storage import read_lines
 from aggregation.errors import ConfigError
-from export.cli.options import FOLDER, out_json, print_result, status
+from commandline import status
+from export.cli.options import FOLDER, out_json, print_result
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

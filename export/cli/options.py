@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from rich.progress import (
 from adapters.peftconfig import PeftConfig, require_gradients
 from adapters.storage import read_lines
 from aggregation.errors import ConfigError
+from commandline import plain_progress
 from export.bundle import sources
 from export.onnx.exported import ExportedBase, Report
 
@@ -76,27 +77,23 @@ def origin_of(
     return sources.from_registry(registry, version, trust)
 
 
-def status(label: str) -> AbstractContextManager[object]:
-    """Show ``label`` and a spinner on standard error while the block runs, if that is a terminal."""
-    # FORCE_COLOR makes rich take a pipe for a terminal. The file is fixed now: torch's is redirected while it traces.
-    return Console(file=sys.stderr, force_terminal=sys.stderr.isatty()).status(label)
-
-
 @contextmanager
 def progress(label: str) -> Iterator[Report]:
-    """Show how far an export is on standard error, if that is a terminal: what it does, and when that will be done."""
+    """Show how far an export is on standard error: what it does, and on a terminal when that will be done."""
+    # As in ``commandline.status``.
+    console = Console(file=sys.stderr, force_terminal=sys.stderr.isatty())
     display = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
         BarColumn(20),
         TaskProgressColumn(),
         TimeRemainingColumn(),
-        console=Console(file=sys.stderr, force_terminal=sys.stderr.isatty()),  # as in ``status``
+        console=console,
         speed_estimate_period=WHOLE_STAGE,
         transient=True,
         redirect_stdout=False,
         redirect_stderr=False,
-        disable=not sys.stderr.isatty(),
+        disable=not console.is_terminal,
     )
     shown: dict[str, TaskID] = {}
 
@@ -108,7 +105,13 @@ def progress(label: str) -> Iterator[Report]:
             shown[stage] = display.add_task(f"{label}: {stage}", total=total or None)
         display.update(shown[stage], completed=done, total=total or None)
 
-    with display:
+    def now() -> str:
+        return " ".join(
+            f"{task.description} {f'{task.completed:.0f} of {task.total:.0f}' if task.total else ''}".rstrip()
+            for task in display.tasks
+        )
+
+    with display, plain_progress(now, console.file, shown=display.disable):
         report("reading", 0, 0)
         yield report
 

@@ -8,7 +8,8 @@ import click
 from adapters.base import find_base
 from adapters.peftconfig import MAX_RANK, MAX_VIRTUAL_TOKENS, MethodName
 from adapters.phrases import read_phrases
-from export.cli.options import FOLDER, out_json, print_result, status
+from commandline import status
+from export.cli.options import FOLDER, out_json, print_result
 
 
 @click.command()

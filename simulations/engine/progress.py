@@ -1,4 +1,4 @@
-"""What a run shows while it works: one live line on a terminal, nothing elsewhere.
+"""What a run shows while it works: one live line on a terminal, now and then a plain one elsewhere.
 
 The display listens to the log records of the coordinator and the devices; neither of them knows about it.
 """
@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.text import Text
 
 from adapters.roundrecord import RoundRecord
+from commandline import plain_progress
 from simulations.report.formatting import count, duration, printable, share, size
 
 LEVELS = {"edgeadapt.coordinator": logging.DEBUG, "edgeadapt.device": logging.INFO}
@@ -27,7 +28,7 @@ class RunProgress:
 
     Args:
         quiet: Show nothing; only listen.
-        console: Where to show it, by default standard error. What is not a terminal is shown nothing.
+        console: Where to show it, by default standard error.
         clock: Seconds, monotonic.
         notify: Called with what is done at the moment, in a few words.
 
@@ -60,6 +61,7 @@ class RunProgress:
             transient=True,
             redirect_stdout=False,  # it may be a pipe that waits for JSON
         )
+        self._plain = plain_progress(self._now, console.file, shown=not quiet and not shown)
         self._clock, self._notify = clock, notify
         self._listener = _Listener(self._take)
         self._levels: dict[str, int] = {}
@@ -73,12 +75,14 @@ class RunProgress:
             logger.setLevel(min(level, logger.getEffectiveLevel()))
             logger.addHandler(self._listener)
         self._display.start()
+        self._plain.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
+            self._plain.__exit__(None, None, None)
             self._display.stop()  # shows the cursor again
         finally:
             for name, level in self._levels.items():
@@ -121,6 +125,10 @@ class RunProgress:
             where = _where(task.description, int(task.completed) + 1, task.total)
             self._notify(where)
             self._display.update(task.id, advance=1, where=where, note="")
+
+    def _now(self) -> str:
+        words = [word for task in self._display.tasks for word in task.fields.values() if word]
+        return ", ".join(words) or "running"
 
     def _take(self, extra: Mapping[str, Any]) -> None:
         self.training_seconds += extra.get("training_seconds", 0.0)

@@ -1,17 +1,33 @@
-"""What a person sees while a command takes long: a status on a terminal, nothing on a pipe."""
+"""What a person sees while a command takes long: a status on a terminal, a plain line now and then on a pipe."""
 
 import io
 import sys
+from queue import Queue
 
 import pytest
 
-from export.cli.options import progress, status
+from commandline import status
+from export.cli.options import progress
 from export.onnx.exported import counted
 
 
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+class Pipe(io.StringIO):
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: Queue[str] = Queue()
+
+    def write(self, text: str) -> int:
+        self.written.put(text)
+        return super().write(text)
+
+    def until(self, text: str) -> None:
+        while self.written.get(timeout=60) != text:
+            pass
 
 
 @pytest.fixture(params=["1", None], ids=["FORCE_COLOR", "default"], autouse=True)
@@ -21,11 +37,20 @@ def _color(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setenv("FORCE_COLOR", request.param)
 
 
-def test_a_pipe_gets_no_status(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stderr", pipe := io.StringIO())
-    with status("exporting"):
+def test_a_pipe_gets_plain_lines_of_what_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", pipe := Pipe())
+    with status("merging"):
         pass
-    assert pipe.getvalue() == ""
+    assert pipe.getvalue() == ""  # it was short
+    monkeypatch.setattr("commandline.PERIOD", 0.01)
+    with status("merging") as show:
+        pipe.until("merging (0 s)")
+        show("comparing")
+        pipe.until("comparing (0 s)")
+    with progress("exporting") as report:
+        pipe.until("exporting: reading (0 s)")
+        counted(report, "quantizing", 400)(100)
+        pipe.until("exporting: quantizing 100 of 400 (0 s)")
 
 
 def test_a_terminal_shows_the_status_and_is_left_at_the_start_of_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

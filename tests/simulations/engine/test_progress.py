@@ -1,4 +1,4 @@
-"""What a run shows while it works: a live line and finished lines on a terminal, nothing elsewhere."""
+"""What a run shows while it works: a live line and finished lines on a terminal, plain lines elsewhere."""
 
 import logging
 import re
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from io import StringIO
+from queue import Queue
 from typing import Any
 
 import pytest
@@ -114,7 +115,7 @@ def test_a_terminal_is_shown_rounds_and_stages(result: RunResult) -> None:
 
 
 @pytest.mark.parametrize("quiet", [True, False])
-def test_quiet_or_without_a_terminal_nothing_is_printed_and_training_is_counted(result: RunResult, quiet: bool) -> None:
+def test_quiet_or_in_a_short_run_without_a_terminal_nothing_is_printed(result: RunResult, quiet: bool) -> None:
     out = Terminal() if quiet else StringIO()
     progress = RunProgress(quiet=quiet, console=console(out))
     with levels_as_they_were():
@@ -123,7 +124,30 @@ def test_quiet_or_without_a_terminal_nothing_is_printed_and_training_is_counted(
     assert progress.training_seconds == pytest.approx(15.0)
 
 
-def test_a_pipe_is_shown_nothing_even_if_color_is_forced(
+def test_a_pipe_is_shown_a_plain_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("commandline.PERIOD", 0.01)
+    lines: Queue[str] = Queue()
+
+    class Pipe(StringIO):
+        def write(self, text: str) -> int:
+            lines.put(text)
+            return len(text)
+
+    def until(text: str) -> None:
+        while not re.fullmatch(rf"{text} \(\d+ s\)", lines.get(timeout=60)):
+            pass
+
+    with levels_as_they_were(), RunProgress(console=console(Pipe())) as progress:
+        with progress.rounds(0, 10):
+            until("round 1 of 10")
+            answer("plan", 7)
+            until("round 1 of 10, plan: 7 answered")
+        with progress.stage("personal step", total=15) as advance:
+            advance()
+            until("personal step 2 of 15")
+
+
+def test_a_pipe_is_shown_no_live_line_even_if_color_is_forced(
     result: RunResult, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
