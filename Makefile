@@ -1,4 +1,4 @@
-# make demo | test | exhaustive | bench | fast | doctest | lint | proto | docs | web | clean. The first run sets up .venv; later ones need no network.
+# make demo | test | exhaustive | bench | fast | doctest | lint | proto | docs | web | wheel | clean. The first run sets up .venv; later ones need no network.
 # Tools run as `python -m …`: a console script's first line breaks in a checkout path that has spaces or is long.
 
 PYTHON ?= python3
@@ -15,7 +15,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TRANSFORMERS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test fast exhaustive bench doctest lint proto docs web setup install clean
+.PHONY: demo test fast exhaustive bench doctest lint proto docs web wheel setup install clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)  ## the main job; options through ARGS, as in: make demo ARGS="--out runs/mine"
@@ -76,6 +76,9 @@ $(WEB): client/browser/page/package-lock.json
 	@command -v npm >/dev/null || { echo "edgeadapt: npm not found: install it (Debian: apt install npm)" >&2; exit 1; }
 	@npm ci --ignore-scripts --no-audit --no-fund --no-update-notifier --loglevel=error --prefix client/browser/page
 	@touch $@
+
+wheel: $(STAMP) $(WEB)  ## dist/edgeadapt-*.whl with the page and its libraries
+	@$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
 
 setup: $(STAMP)
 

@@ -26,21 +26,9 @@ from client.inference.trust import Trust
 
 WEB = Path(__file__).parent / "page"
 LIBRARIES = WEB / "node_modules"
-PAGE = ("*.html", "*.css", "*.js", "*.svg", "aggregation/*.js", "learning/*.js")
-VENDOR = {  # a library's file on the page → in node_modules
-    "vendor/jinja/LICENSE": "@huggingface/jinja/LICENSE",
-    "vendor/jinja/index.js": "@huggingface/jinja/dist/index.js",
-    "vendor/noble-ed25519/index.js": "@noble/ed25519/index.js",
-    "vendor/noble-ed25519/LICENSE": "@noble/ed25519/LICENSE",
-    "vendor/onnxruntime-web/ort-wasm-simd-threaded.jspi.mjs": "onnxruntime-web/dist/ort-wasm-simd-threaded.jspi.mjs",
-    "vendor/onnxruntime-web/ort-wasm-simd-threaded.jspi.wasm": "onnxruntime-web/dist/ort-wasm-simd-threaded.jspi.wasm",
-    "vendor/onnxruntime-web/ort-wasm-simd-threaded.mjs": "onnxruntime-web/dist/ort-wasm-simd-threaded.mjs",
-    "vendor/onnxruntime-web/ort-wasm-simd-threaded.wasm": "onnxruntime-web/dist/ort-wasm-simd-threaded.wasm",
-    "vendor/onnxruntime-web/ort.jspi.min.mjs": "onnxruntime-web/dist/ort.jspi.min.mjs",
-    "vendor/onnxruntime-web/ort.wasm.min.mjs": "onnxruntime-web/dist/ort.wasm.min.mjs",
-    "vendor/tokenizers/LICENSE": "@huggingface/tokenizers/LICENSE",
-    "vendor/tokenizers/tokenizers.min.mjs": "@huggingface/tokenizers/dist/tokenizers.min.mjs",
-}
+PAGE = ("*.html", "*.css", "*.js", "*.svg", "*.LICENSE", "aggregation/*.js", "learning/*.js")
+# A library's file on the page → in node_modules. The build (setup.py) reads the same file.
+VENDOR: dict[str, str] = json.loads(Path(__file__).with_name("vendor.json").read_bytes())
 BUNDLE_FILE = re.compile(r"bundle/(base|adapters)/[A-Za-z0-9_][A-Za-z0-9_.-]*")
 LISTING = "bundle.json"
 SITE = "site.json"  # path → SHA-256 of every other file: what the service worker keeps
@@ -93,7 +81,7 @@ class Site:
             ConfigError: ``gateway`` or ``enrolment`` is no such address.
             DataError: There is no bundle.
             TrustError: There are no pinned keys, or they are in the bundle.
-            ConfigError: The libraries of the page are not installed.
+            ConfigError: The page or its libraries are not installed.
         """
         if not (bundle / BASE_MANIFEST).is_file():
             raise DataError(f"{bundle} is not a bundle: it has no base", about="bundle", value=str(bundle))
@@ -102,6 +90,8 @@ class Site:
         page |= {name: LIBRARIES / path for name, path in VENDOR.items()}
         if any(not path.is_file() for path in page.values()):
             reason = f"the libraries of the page are not installed: run npm ci --ignore-scripts --prefix '{WEB}'"
+            if not (WEB / "package-lock.json").is_file():
+                reason = "edgeadapt was built without its page: run 'make wheel' in a checkout, and install dist/*.whl"
             raise ConfigError(reason, about="node_modules")
         page[TRUST] = trust or real(bundle).parent / TRUST
         for name, url in (("gateway", gateway), ("enrolment", enrolment)):

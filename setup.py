@@ -1,0 +1,36 @@
+"""Puts the browser page and its libraries into the wheel; everything else is in pyproject.toml.
+
+The libraries are the files of ``client/browser/vendor.json`` in the page's ``node_modules``, where ``make web`` puts
+them. Without them the wheel has no page, and the build says so.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+BROWSER = Path("client/browser")
+PAGE = ["*.html", "*.css", "*.js", "*.svg", "*.LICENSE", "aggregation/*.js", "learning/*.js"]  # as in server.py
+MISSING = "edgeadapt: this build has no browser page, because its libraries are missing: run make web, and build again"
+
+
+class BuildPy(build_py):
+    """Adds to the data of the package ``client.browser`` what its server serves."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        libraries = [f"node_modules/{path}" for path in json.loads((BROWSER / "vendor.json").read_bytes()).values()]
+        self.complete = all((BROWSER / "page" / path).is_file() for path in libraries)
+        if self.complete:
+            added = [f"page/{path}" for path in (*PAGE, *libraries)]
+            self.package_data = {**self.package_data, "client.browser": ["vendor.json", *added]}
+
+    def run(self) -> None:
+        super().run()
+        if not (self.complete or self.editable_mode):
+            print(MISSING, file=sys.stderr)
+
+
+setup(cmdclass={"build_py": BuildPy})
