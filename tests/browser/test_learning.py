@@ -385,3 +385,20 @@ def test_a_bundle_or_an_adapter_that_cannot_be_trained_is_refused_with_the_remed
     write_bundle(phone, trainable, [replace(first, peft_config=None)], key=vendor)
     page.goto(serve(phone))
     assert "does not state its PEFT config" in taught_in(page, PHRASES[0], LABELS[0])["error"]
+
+
+def test_file_fields_stay_in_their_section_on_a_narrow_phone(page: Any, serve: Callable[[Path], str], phone: Path) -> None:
+    page.call("Emulation.setDeviceMetricsOverride", width=320, height=640, deviceScaleFactor=2, mobile=True)
+    page.goto(serve(phone))
+    found = page.evaluate("""(() => {
+      for (const each of document.querySelectorAll('[hidden]')) each.hidden = false;
+      for (const each of document.querySelectorAll('details')) each.open = true;
+      const right = (each) => each.getBoundingClientRect().right;
+      return [...document.querySelectorAll('input[type="file"]')].map((field) => {
+        const section = field.closest('section');
+        return [field.id, right(field) - right(section) + parseFloat(getComputedStyle(section).paddingRight)];
+      });
+    })()""")
+    assert len(found) == 7
+    assert {name: over for name, over in found if over > 0} == {}
+    assert page.evaluate("document.documentElement.scrollWidth") <= 320
