@@ -387,7 +387,9 @@ def test_a_bundle_or_an_adapter_that_cannot_be_trained_is_refused_with_the_remed
     assert "does not state its PEFT config" in taught_in(page, PHRASES[0], LABELS[0])["error"]
 
 
-def test_file_fields_stay_in_their_section_on_a_narrow_phone(page: Any, serve: Callable[[Path], str], phone: Path) -> None:
+def test_file_fields_stay_in_their_section_on_a_narrow_phone(
+    page: Any, serve: Callable[[Path], str], phone: Path
+) -> None:
     page.call("Emulation.setDeviceMetricsOverride", width=320, height=640, deviceScaleFactor=2, mobile=True)
     page.goto(serve(phone))
     found = page.evaluate("""(() => {
