@@ -20,6 +20,7 @@ from adapters.manifest import PrivacyBound, VersionManifest
 from adapters.roundrecord import GroupRecord, RoundRecord
 from adapters.task import Task
 from adapters.taskkinds import AnyTask, kind_of, metrics_of, require_reach
+from adapters.tasklimits import TaskLimits
 from aggregation import groups, server
 from aggregation.errors import ConfigError, DataError, ProtocolError
 from aggregation.groups import GroupSum
@@ -95,6 +96,8 @@ def federate(
             repeats = last is not None and last.adapter == adapter.manifest.sha256
             kind = last.kind if last is not None and repeats else settings.kind_of(number)
             task = settings.task_of(kind, adapter.manifest)
+            if cohort is None:
+                _warn_of_limits(task)
             if last is not None and not repeats:
                 last = stillness.bound(last, registry, adapter, task, settings)
             if last is not None and last.kind is kind:
@@ -462,6 +465,14 @@ def _record(
         epsilon=epsilon,
         metrics=made.manifest.metrics if made else {},
     )
+
+
+def _warn_of_limits(task: AnyTask) -> None:
+    """Tell the operator if devices whose owners left the limits as they are will refuse the task."""
+    try:
+        TaskLimits().check(task, {})
+    except ProtocolError as error:
+        log.warning("devices with the default policy refuse these rounds (%s): change the setting, or theirs", error)
 
 
 def _commit(registry: Registry, record: RoundRecord, made: _NextAdapter | None, key: IdentityKey) -> None:

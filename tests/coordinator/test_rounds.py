@@ -99,6 +99,17 @@ def test_a_round_that_failed_while_it_was_unmasked_is_repeated_over_the_same_dev
     assert repeated.version == 1
 
 
+def test_the_operator_is_told_before_the_rounds_what_default_policies_refuse(
+    fleet_of: FleetOf, caplog: pytest.LogCaptureFixture
+) -> None:
+    fleet = fleet_of(6, rounds=2, training__epochs=11)
+    with caplog.at_level(logging.WARNING, "edgeadapt.coordinator"):
+        records = fleet.federate(fleet.grid())
+    assert all(record.aborted for record in records)
+    (warned,) = [entry.message for entry in caplog.records if "default policy" in entry.message]
+    assert "task.epochs 11 is over this device's maximum of 10" in warned
+
+
 def test_a_version_names_its_round_and_its_parent(fleet_of: FleetOf) -> None:
     fleet = fleet_of(5, rounds=2)
     records = fleet.federate(fleet.grid())
