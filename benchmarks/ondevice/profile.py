@@ -4,6 +4,8 @@ A process of its own opens a bundle as `edgeadapt device chat` does and writes t
 and writes as many in ONNX Runtime's profiler, which takes about as long for a node as a small node itself: what the
 cheapest kind of operator takes is subtracted from the time of each node. So an operator that does nothing counts as
 nothing, and what is left of a token's time, measured without the profiler, is not attributed.
+
+Another process does the same with onnxruntime-genai alone, without signatures and adapters: what the library takes.
 """
 
 import json
@@ -60,13 +62,22 @@ def profile(bundle: Path, trust: Path | None, adapter: str | None, tokens: int, 
     Returns:
         ``stages`` (``StartStage``) in order; ``operators`` (``OperatorTime``), slowest first; seconds per token:
         ``token_s``, ``token_cpu_s``, in the profiler ``profiled_s``, and of that outside of the graph ``outside_s``;
-        ``session_s`` to load the graph, and ``weights_bytes`` that it then holds.
+        ``session_s`` to load the graph, and ``weights_bytes`` that it then holds; ``library``, the ``StartStage`` of
+        onnxruntime-genai alone to its first token.
 
     Raises:
         DataError: The bundle cannot be used; the message is the client's own.
     """
+    from adapters.bundle import BASE  # here, so that the processes that are measured do not import it first
+
     given = {"bundle": str(bundle), "trust": trust and str(trust), "adapter": adapter, "tokens": tokens}
-    command = [sys.executable, "-m", __name__, json.dumps(given | {"threads": threads, "begun": time.monotonic()})]
+    found = _in_process(given | {"threads": threads})
+    return found | {"library": _in_process({"library": str(bundle / BASE), "threads": threads})}
+
+
+def _in_process(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``main`` prints in a new process. Raises as ``profile``."""
+    command = [sys.executable, "-m", __name__, json.dumps({**given, "begun": time.monotonic()})]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=QUIET | os.environ, check=False)  # noqa: S603
     if not done.stdout:
         raise DataError("the process that was measured has ended; its own message is above", about="bundle")
@@ -113,6 +124,9 @@ def table(found: Mapping[str, Any]) -> str:
     for stage in found["stages"]:
         times = f"{1e3 * stage['seconds']:9.0f}{1e3 * stage['cpu']:9.0f}{stage['resident'] / 1e6:13.0f}"
         lines.append(f"{stage['name']:44}{times}")
+    library = found["library"]
+    times = f"{1e3 * library['seconds']:9.0f}{1e3 * library['cpu']:9.0f}{library['resident'] / 1e6:13.0f}"
+    lines.append(f"{library['name']:44}{times}")
     lines += ["", f"{'one token':44}{'nodes':>9}{'ms':>9}{'share':>13}"]
     whole, rest = found["token_s"], found["token_s"]
     for one in [*found["operators"], {"name": "outside of the graph", "nodes": "", "seconds": found["outside_s"]}]:
@@ -203,10 +217,34 @@ def _measured(
     }
 
 
+def _library(folder: str, threads: int, begun: float) -> dict[str, Any]:
+    """onnxruntime-genai alone, from the start of its process to a token after ``PROMPT``."""
+    clock = _Clock(begun)
+    import numpy as np
+    import onnxruntime_genai as og
+
+    og.disable_telemetry_events()
+    config = og.Config(folder)
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+    model = og.Model(config)
+    prompt = og.Tokenizer(model).encode(TEXT)[:PROMPT]
+    params = og.GeneratorParams(model)
+    params.set_search_options(max_length=len(prompt) + 1)
+    generator = og.Generator(model, params)
+    generator.append_tokens(np.array(prompt, np.int32))
+    generator.generate_next_token()
+    clock.mark(f"onnxruntime-genai alone, to a token after {len(prompt)}")
+    return asdict(clock.stages[0])
+
+
 def main() -> None:
     """Measure, and print one JSON object."""
+    given = json.loads(sys.argv[1])
+    if "library" in given:
+        print(json.dumps(_library(given["library"], given["threads"], given["begun"])))
+        return
     try:
-        found = _measured(**json.loads(sys.argv[1]))
+        found = _measured(**given)
     except EdgeAdaptError as error:
         found = {"error": str(error), "about": error.about}
     print(json.dumps(found))

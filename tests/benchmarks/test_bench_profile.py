@@ -56,6 +56,7 @@ def test_the_stages_of_a_start_and_the_operators_of_a_token_are_shown(lm_bundle:
     assert nodes["MatMul, of the adapter"] == 2 * nodes["Add, of the adapter"] > 0
     assert sum(name.endswith(", of the logits") for name in nodes) == 1
     assert found["token_s"] > 0 < found["profiled_s"]
+    assert 0 < found["library"]["resident"] < found["stages"][-1]["resident"]
     shown = CliRunner().invoke(bench, given).stdout
     assert "GroupQueryAttention" in shown
     assert "not attributed" in shown
