@@ -161,7 +161,7 @@ def _table(adapters: list[dict[str, Any]]) -> list[str]:
     """A line for each answer: intent, probability, unknown tokens, and the adapter and phrase if there are several."""
     cells = [
         (
-            intent["intent"] if intent else "unknown text",
+            options.words(intent["intent"]) if intent else "unknown text",
             f"{intent['probability']:6.1%}" if intent else "",
             f"({answer['unknown']:.0%} unknown)" if intent and answer["unknown"] else "",
             result["adapter"] if len(adapters) > 1 else "",

@@ -1,7 +1,7 @@
 """``edgeadapt device learn``: teaches the private adapter of a bundle what a person corrects, or takes it back."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +94,9 @@ def teach(
         elif compare is not None:
             raise ConfigError("--compare is for language models: leave it out", about="--compare")
         else:
-            learned = learner.teach(corrections)
+            labels = learner.adapter.manifest.labels
+            meant = {options.words(label): label for label in labels} | {label: label for label in labels}
+            learned = learner.teach([replace(one, label=meant.get(one.label, one.label)) for one in corrections])
             row, lines = _row(learned), _lines(learned)
             for one in () if as_json else learned.taught:
                 options.warn_of_unread(one.text, one.unread)
@@ -106,7 +108,7 @@ def language_lines(learned: "LanguageLearned") -> list[str]:
     known = sum(one.known for one in learned.taught)
     lines = [
         f"{learned.adapter} version {learned.version}: {known} of {len(learned.taught)} learned, "
-        f"{learned.steps} steps, {learned.seconds:.1f} s; bits per byte before → after:"
+        f"{learned.steps} steps; bits per byte before → after:"
     ]
     for title, texts in (("taught", learned.taught), ("other", learned.others)):
         lines += [f"{title}  {one.before:.3f} → {one.after:.3f}  {_line(one.text)[:60]}" for one in texts]
@@ -124,19 +126,20 @@ def _row(learned: "Learned") -> dict[str, Any]:
 def _lines(learned: "Learned") -> list[str]:
     known = sum(one.after.label == one.label for one in learned.taught)
     lines = [
-        f"{learned.adapter} version {learned.version}: {known} of {len(learned.taught)} learned, "
-        f"{learned.steps} steps, {learned.seconds:.1f} s",
+        f"{learned.adapter} version {learned.version}: {known} of {len(learned.taught)} learned, {learned.steps} steps",
         *map(change, learned.taught),
     ]
     if learned.tested:
         lines.append(f"{len(learned.changed)} of {learned.tested} other known phrases are answered otherwise")
-    wrong = (f"  forgotten: {one.label}" if one.after.label != one.label else "" for one in learned.changed)
+    wrong = (
+        f"  forgotten: {options.words(one.label)}" if one.after.label != one.label else "" for one in learned.changed
+    )
     return lines + [f"{change(one)}{note}" for one, note in zip(learned.changed, wrong, strict=True)]
 
 
 def change(one: "Answers") -> str:
     """An answer before and after, with its phrase, as one line."""
-    before, after = (f"{answer.label} {answer.probability:.1%}" for answer in (one.before, one.after))
+    before, after = (f"{options.words(answer.label)} {answer.probability:.1%}" for answer in (one.before, one.after))
     return f"{before} → {after}  {_line(one.text)}"
 
 

@@ -32,6 +32,11 @@ trust = click.option(
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
+def words(label: str) -> str:
+    """A label as a person reads it."""
+    return printable(label.replace("_", " ").strip() or label)
+
+
 def warn_of_unread(text: str, unread: int) -> None:
     """Print a line on standard error if the model leaves out tokens at the end of a text."""
     if unread:

@@ -113,7 +113,7 @@ def personalize(
 
 def _outcome(found: "Personalized | LanguagePersonalized", better: str) -> str:
     state = "is in use" if found.made else f"stays in use: it {better}"
-    return f"{found.adapter} version {found.version} {state}; {found.trained} examples, {found.seconds:.1f} s"
+    return f"{found.adapter} version {found.version} {state}; {found.trained} examples"
 
 
 def _language_lines(found: "LanguagePersonalized") -> list[str]:

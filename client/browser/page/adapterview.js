@@ -91,7 +91,8 @@ export class AdapterView {
       done = await this.client.use(text);
       this.#used = done;
       settle("adapter-error"); // of a choice before this one
-      element("in-use").textContent = `${inUse(done)} (switched in ${done.milliseconds.toFixed(2)} ms)`;
+      const title = `switched in ${done.milliseconds.toFixed(2)} ms`;
+      Object.assign(element("in-use"), { textContent: inUse(done), title });
     } catch (error) {
       complain("adapter-error", { message: this.#used ? `${error.message}. ${inUse(this.#used)}.` : error.message });
     }

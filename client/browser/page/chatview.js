@@ -96,7 +96,8 @@ export class ChatView {
     const [, answer] = pair;
     const empty = !answer.querySelector("p").textContent.trim();
     const lost = chat && empty ? " An empty answer and its message are not part of the conversation." : "";
-    const shown = [create("small", `${speed(done)}.${lost}`)];
+    const count = done.tokens === 1 ? "1 token" : `${done.tokens} tokens`;
+    const shown = [create("small", `${count}${ENDS[done.finish] ?? ""}.${lost}`, { title: speed(done) })];
     // A lesson formats a message as a chat does, if the model has a format.
     if (this.trainable && chat === this.formats) shown.push(this.#button(...pair));
     this.#scrolled(() => answer.append(...shown));
@@ -152,9 +153,8 @@ function message(role, name, text) {
   return entry;
 }
 
-function speed({ tokens, prompt, reused, first, milliseconds, finish }) {
+function speed({ tokens, prompt, reused, first, milliseconds }) {
   const rate = tokens > 1 ? `, then ${((1000 * (tokens - 1)) / (milliseconds - first)).toFixed(1)} tokens/s` : "";
   const cached = reused ? `, ${reused} of ${prompt} tokens before it from the cache` : "";
-  const count = tokens === 1 ? "1 token" : `${tokens} tokens`;
-  return `${count}${ENDS[finish] ?? ""}: the first after ${first.toFixed(0)} ms${rate}${cached}`;
+  return `the first token after ${first.toFixed(0)} ms${rate}${cached}`;
 }

@@ -37,6 +37,9 @@ export function submitOnCtrlEnter(form) {
 
 const WORDS = /(?<=\p{Ll}|\d)(?=\p{Lu})|(?<=\p{Lu})(?=\p{Lu}\p{Ll})|(?<=[_\-./:])(?=[^_\-./:])/u;
 
-/** A label that may be broken between its words, as HassTurn|On and light_|turn_|on: its text, and <wbr> elements. */
+/** A label as a person reads it. */
+export const words = (label) => label.replaceAll("_", " ").trim() || label;
+
+/** A label that may be broken between its words, as HassTurn|On and light-|turn-|on: its text, and <wbr> elements. */
 export const breakable = (label) =>
   label.split(WORDS).flatMap((word, i) => (i ? [document.createElement("wbr"), word] : [word]));

@@ -1,7 +1,7 @@
 // The part of the page in which a person teaches the right answer to a phrase or a message, takes a lesson back, and saves
 // the private adapter to files.
 
-import { complain, create, element, leftOut, settle } from "./dom.js";
+import { complain, create, element, leftOut, settle, words } from "./dom.js";
 import { readExamples } from "./examples.js";
 
 const MAX_SHOWN = 60; // characters of a text, as `edgeadapt device learn` prints
@@ -63,7 +63,7 @@ export class LearnView {
     const labels = this.#labels.get(inUse?.parts[0]?.name) ?? [];
     const shown = [...element("teach-label").options].map(({ value }) => value);
     if (String(shown) !== String(["", ...labels])) {
-      const options = labels.map((label) => create("option", label, { value: label }));
+      const options = labels.map((label) => create("option", words(label), { value: label }));
       element("teach-label").replaceChildren(create("option", "Choose …", { value: "" }), ...options);
     }
     element("teach-save").hidden = !this.#learned.has(inUse?.name);
@@ -112,7 +112,7 @@ export class LearnView {
     const learned = `${done.adapter} version ${done.version}: ${done.known} of ${done.taught.length} learned`;
     const [others, rows] = this.#writes ? forgotten(done) : otherwise(done);
     if (asked === this.#asked) this.#ask(null, ""); // else a person writes the next one already
-    this.#result(`${learned}, ${done.steps} steps, ${done.seconds.toFixed(1)} s.${others}`, rows);
+    this.#result(`${learned}, ${done.steps} steps.${others}`, rows, `${done.seconds.toFixed(1)} s`);
   }
 
   #correction() {
@@ -123,7 +123,7 @@ export class LearnView {
   async #undo() {
     const done = await this.client.undo();
     await this.#use(done, done.adapter ?? undefined);
-    this.#result(`Undone: ${done.corrections.map(({ text, label }) => `“${text}” as ${label}`).join(", ")}`, []);
+    this.#result(`Undone: ${done.corrections.map(({ text, label }) => `“${text}” as ${this.#writes ? label : words(label)}`).join(", ")}`, []);
   }
 
   async #save() {
@@ -142,8 +142,8 @@ export class LearnView {
     await this.taught(adapters, name);
   }
 
-  #result(text, rows) {
-    element("teach-result").textContent = text;
+  #result(text, rows, title = "") {
+    Object.assign(element("teach-result"), { textContent: text, title });
     element("teach-changed").replaceChildren(...rows.map((row) => create("li", row)));
   }
 }
@@ -158,9 +158,9 @@ function progress({ steps, most, comparing }) {
 
 /** What a classifier answers otherwise after a lesson: a sentence, and a row for each phrase. */
 function otherwise({ changed, tested, taught: [{ unread }] }) {
-  const answer = ({ label, probability }) => `${label} ${(100 * probability).toFixed(1)} %`;
+  const answer = ({ label, probability }) => `${words(label)} ${(100 * probability).toFixed(1)} %`;
   const row = ({ text, label, before, after }) => {
-    const wrong = after.label === label ? "" : `; forgotten: ${label}`;
+    const wrong = after.label === label ? "" : `; forgotten: ${words(label)}`;
     return `“${text}”: ${answer(before)} → ${answer(after)}${wrong}`;
   };
   const others = tested ? ` ${changed.length} of ${tested} other known phrases are answered otherwise.` : "";

@@ -1,6 +1,6 @@
 // The part of the page that classifies a phrase and shows the most likely intents.
 
-import { breakable, complain, create, element, leftOut, settle, submitOnCtrlEnter } from "./dom.js";
+import { breakable, complain, create, element, leftOut, settle, submitOnCtrlEnter, words } from "./dom.js";
 
 const TOP = 5;
 
@@ -50,7 +50,7 @@ export class PhraseView {
     settle("phrase-error", field);
     try {
       const found = await this.client.rank(text, TOP);
-      if (number === this.#asked) this.#answer(caption(text, found), found.labels);
+      if (number === this.#asked) this.#answer(caption(text, found), found.labels, `${found.milliseconds.toFixed(1)} ms`);
     } catch (error) {
       if (number !== this.#asked) return;
       this.#answer("", []);
@@ -58,23 +58,24 @@ export class PhraseView {
     }
   }
 
-  #answer(text, labels) {
-    element("answer-caption").textContent = text;
+  #answer(text, labels, title = "") {
+    Object.assign(element("answer-caption"), { textContent: text, title });
     element("answers").replaceChildren(...labels.map(row));
   }
 }
 
-function caption(text, { adapter, milliseconds, unknown, unread }) {
+function caption(text, { adapter, unknown, unread }) {
   const share = unknown ? `, ${(100 * unknown).toFixed(0)} % of its tokens unknown to the base` : "";
-  return `“${text}” with ${adapter}, ${milliseconds.toFixed(1)} ms${share}.${leftOut(unread)}`;
+  return `“${text}” with ${adapter}${share}.${leftOut(unread)}`;
 }
 
 function row({ label, probability }) {
+  const shown = words(label);
   const meter = create("meter", "", { min: 0, max: 1, value: probability });
-  meter.setAttribute("aria-label", label);
+  meter.setAttribute("aria-label", shown);
   const percent = `${(100 * probability).toFixed(1)} %`;
   const cells = [create("th", "", { scope: "row" }), create("td", ""), create("td", percent)];
-  cells[0].append(...breakable(label));
+  cells[0].append(...breakable(shown));
   cells[1].append(meter);
   const row = create("tr", "");
   row.dataset.probability = probability;

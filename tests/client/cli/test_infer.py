@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from adapters.bundle import BASE, TOKENIZER
 from aggregation.errors import EdgeAdaptError
 from aggregation.pki.identity import IdentityKey
 from client.cli import device
+from export.bundle.write import AdapterSource, write_bundle
+from export.onnx.exported import ExportedBase
 from tests.support.bundles import resign
 
 Done = subprocess.CompletedProcess[str]
@@ -91,6 +95,18 @@ def test_the_end_of_a_text_that_is_not_read_is_stated(bundle: Path) -> None:
     for count, line in zip((1, 1002 - limit), done.stderr.splitlines(), strict=True):
         assert f"the last {count} tokens of 'lock lock" in line
     assert len(done.stdout.splitlines()) == 3
+
+
+def test_a_person_sees_labels_as_words_and_a_program_as_they_are(
+    bundle: Path, exported: ExportedBase, source: Callable[..., AdapterSource], vendor: IdentityKey
+) -> None:
+    names = ("light_on", "LABEL_0", "_", "Timer")
+    write_bundle(bundle, exported, [replace(source(), labels=names, version=9)], key=vendor)
+    result = run("infer", "--bundle", bundle, "--top", "4", "unlock")
+    shown = {line.rpartition("  ")[0].strip() for line in result.output.splitlines()}
+    assert shown == {"light on", "LABEL 0", "_", "Timer"}
+    (found,) = adapters("infer", "--bundle", bundle, "--top", "4", "--json", "unlock")
+    assert {one["intent"] for one in found["answers"][0]["intents"]} == set(names)
 
 
 def test_several_adapters_answer_as_one(with_anna: Path) -> None:

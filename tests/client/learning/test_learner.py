@@ -165,49 +165,6 @@ def test_each_lesson_is_undone_to_the_very_adapter_before(phone: Path) -> None:
     assert answer(phone) == first
 
 
-def test_one_learner_gives_and_takes_back_several_lessons(phone: Path) -> None:
-    before = answer(phone)
-    first, second = other(phone), other(phone, OTHERS[0])
-    with Learner.open(phone) as learner:
-        learner.teach([Correction(TAUGHT, first)])
-        learner.teach([Correction(OTHERS[0], second)])
-        assert (answer(phone), answer(phone, OTHERS[0])) == (first, second)
-        assert [one.text for one in learner.undo().corrections] == [OTHERS[0]]
-        assert answer(phone) == first
-        assert [one.text for one in learner.undo().corrections] == [TAUGHT]
-        assert (answer(phone), adapter_names(phone)) == (before, ["global"])
-        assert learner.teach([Correction(TAUGHT, first)]).version == 7
-        assert answer(phone) == first
-
-
-def test_a_base_that_was_altered_after_a_lesson_is_refused_by_the_next(phone: Path) -> None:
-    label = other(phone)
-    with Learner.open(phone) as learner:
-        learner.teach([Correction(TAUGHT, label)])
-        flip(phone / BASE / TRAINING, 0.5)
-        with refused(TrustError, TRAINING):
-            learner.teach([Correction(OTHERS[0], label)])
-
-
-def test_an_open_session_answers_as_taught_and_as_before_after_undoing(phone: Path) -> None:
-    session = ClassificationSession.open(phone)
-
-    def found() -> str:
-        return session.classify([TAUGHT], session.library.default())[0].label
-
-    before = found()
-    first, second, *_ = (label for label in LABELS if label != before)
-    for label in (first, second):
-        teach(phone, label)
-        assert found() == label
-    for label in (first, before):
-        with Learner.open(phone) as learner:
-            learner.undo()
-        assert found() == label
-    with refused(DataError, "personal.json"):
-        session.classify([TAUGHT], "personal")
-
-
 def test_only_the_last_lessons_can_be_undone_and_all_corrections_are_kept(
     phone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,15 +263,6 @@ def test_the_commands_teach_list_and_undo(phone: Path, tmp_path: Path) -> None:
         "global version 3 is in use, without what was learned last:",
         f"{label}  {TAUGHT}",
     ]
-
-
-def test_the_end_of_a_phrase_that_is_not_trained_on_is_stated(phone: Path) -> None:
-    text, label = "lock the door " * 100, other(phone)
-    unread = ClassificationSession.open(phone).unread(text, "global")
-    done = run("infer", "--bundle", phone, "--teach", label, text)
-    assert (done.exit_code, done.stderr.count(f"the last {unread} tokens of 'lock the door ")) == (0, 1)
-    found = json.loads(run("infer", "--bundle", phone, "--teach", other(phone, "unlock"), "--json", "unlock").stdout)
-    assert found["taught"][0]["unread"] == 0
 
 
 @pytest.mark.parametrize(
