@@ -45,7 +45,6 @@ COMMANDS = {
         "Plan a federation's noise and its epsilon.",
         "coordinator",
     ),
-    "seeds": ("simulations.cli.seeds", "seeds", "Compare finished runs of one scenario.", "simulations"),
     "simulate": (
         "simulations.cli.simulate",
         "simulate",

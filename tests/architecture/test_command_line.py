@@ -104,7 +104,7 @@ def test_a_wrong_call_ends_in_one_line_that_names_the_help(words: Path, run: Cal
 
 
 def test_a_wrong_call_is_json_too_where_json_is_asked_for(run: Callable[..., Outcome]) -> None:
-    code, out, err = run("seeds", "--json")
+    code, out, err = run("audit", "verify", "--json")
     assert code == 2
     assert json.loads(out) == {"error": err.removeprefix("edgeadapt: ").rstrip("\n")}
 
