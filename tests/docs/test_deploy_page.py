@@ -211,6 +211,7 @@ def test_the_image_is_built_from_what_the_package_consists_of() -> None:
     modules = {f"{name}.py" for name in tools["py-modules"]}
     assert given == {
         "pyproject.toml",
+        "setup.py",
         project["project"]["readme"],
         *project["project"]["license-files"],
         *packages,
