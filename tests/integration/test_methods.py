@@ -121,7 +121,7 @@ def test_a_method_of_a_language_model_is_federated_audited_opened_by_peft_and_ex
 ) -> None:
     llama = make_lm(attention_bias=True) if "bias" in LANGUAGE[method] else llama
     fleet = fleet_of_authors(tmp_path / "fleet", llama, {"method": method, **LANGUAGE[method]})
-    fleet.configure({"rounds": 2, "training.epochs": 2})
+    fleet.configure({"rounds": 2, "training.learning_rate": 0.05})
     records = fleet.federate(fleet.grid())
     assert [record.version for record in records] == [1, 2]
     require_recomputed(fleet, 2)
@@ -131,7 +131,7 @@ def test_a_method_of_a_language_model_is_federated_audited_opened_by_peft_and_ex
     trainer = load_language_trainer(llama, config)
     assert trainer.layout == Layout.of(last)
     held_out = [Example(text.text, -1, Split.VALIDATION) for words in AUTHORS.values() for text in texts(words, 3)]
-    assert trainer.score(last, held_out).loss < trainer.score(before, held_out).loss
+    assert trainer.score(last, held_out).loss < 0.9 * trainer.score(before, held_out).loss  # .77 with vera, the slowest
 
     origin = from_registry(fleet.out / "coordinator", None, None)
     to_peft(origin.tensors, origin.peft_config, tmp_path / "peft")
