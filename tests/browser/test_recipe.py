@@ -40,9 +40,10 @@ def test_what_trainer_made_of_a_csv_file_learns_a_correction_in_a_browser_and_na
     shutil.copytree(work / "bundle", phone)
     shutil.copy(work / "trust.pem", phone.parent)
     page.goto(serve(phone))
+    assert page.state() == "good", page.status()
     found = taught_in(page, CORRECTED, LABEL)
     assert found["error"] == ""
-    assert found["in use"].startswith("In use: personal,")
+    assert found["in use"].startswith("In use: personal,"), page.alert("adapter-error")
     reader.run(teaches)
     expected = ClassificationSession.open(work / "bundle").rank([CORRECTED], "personal", len(LABELS))[0]
     assert expected[0].label == LABEL
