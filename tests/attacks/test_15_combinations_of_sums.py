@@ -129,7 +129,7 @@ def test_otherwise_a_combination_leaves_few_devices_and_the_audit_names_the_sums
 
     printed = CliRunner().invoke(audit_command, ["verify", str(fleet.out), "--json"])
     assert printed.exit_code == 0, printed.output
-    sessions = json.loads(printed.output)["sessions"]
+    sessions = json.loads(printed.stdout)["sessions"]
     checks = [check for each in sessions for check in each["checks"] if check["check"] == "repeats"]
     assert {check["status"] for check in checks} == {"warning"}
     assert checks[-1]["about"] == "round.repeated"
@@ -182,7 +182,7 @@ def test_a_threshold_with_which_they_may_have_none_is_refused(
     app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, refusals: list[str]
 ) -> None:
     monkeypatch.setattr(graph, "least_threshold", graph.quorum)
-    monkeypatch.setattr(Aggregation, "_survivors", lambda settings, devices, chosen: chosen.threshold)
+    monkeypatch.setattr(Aggregation, "survivors", lambda settings, devices, chosen: chosen.threshold)
     with pytest.raises(EdgeAdaptError):  # no session
         divided(app_fleet_of, monkeypatch, threshold=5)
     assert {*refusals} == {"offer.combined"}

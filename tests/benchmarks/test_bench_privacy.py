@@ -22,7 +22,7 @@ def run(tiny_base: Any, *options: str) -> Any:
 
 
 def test_each_row_states_its_noise_its_accuracy_and_what_canaries_find(tiny_base: Any) -> None:
-    found = json.loads(run(tiny_base, "--epsilon", "0", "--epsilon", "8", "--epsilon", "1", "--json").output)
+    found = json.loads(run(tiny_base, "--epsilon", "0", "--epsilon", "8", "--epsilon", "1", "--json").stdout)
     bare, weak, strong = found["rows"]
     assert found["devices"] == 24
     assert (bare["epsilon"], bare["account"], bare["multiplier"]) == (None, None, 0)

@@ -265,7 +265,7 @@ def test_saved_files_answer_on_a_native_device_and_open_in_onnxruntime(
     with (tmp_path / "trust.pem").open("ab") as pinned:
         pinned.write((saved / "personal.pem").read_bytes())
     done = CliRunner().invoke(device, arguments, catch_exceptions=False)
-    (answer,) = json.loads(done.output)["adapters"][0]["answers"]
+    (answer,) = json.loads(done.stdout)["adapters"][0]["answers"]
     assert answer["intents"] == [{"intent": label, "probability": pytest.approx(shown[0][1], abs=0.03)}]
     stored = ort.AdapterFormat.read_adapter(str(saved / names[1])).get_parameters()
     for name, value in container.unpack((saved / names[1]).read_bytes()).items():

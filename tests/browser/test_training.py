@@ -107,7 +107,7 @@ def test_a_tab_trains_what_a_native_device_trains(page: Any, serve: Callable[[Pa
     """With the optimizers, schedules, limits and parts of a task, in several batches of a given order."""
     trainer, start = native(phone)
     page.goto(serve(phone))
-    lengths = [len(ids) for ids in trainer._tokens(list(PHRASES))]
+    lengths = [len(ids) for ids in trainer.tokens(list(PHRASES))]
     for task in TASKS:
         order = list(batches(lengths, task.batch_size, task.epochs, np.random.default_rng(1)))
         expected = trainer.train(start, EXAMPLES, task, epochs=task.epochs, rng=np.random.default_rng(1))

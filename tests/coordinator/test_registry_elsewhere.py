@@ -69,7 +69,7 @@ def test_init_makes_the_tables_and_keeps_the_password_out_of_the_directory(
 ) -> None:
     arguments = ["init", str(tmp_path / "fleet"), "--authority", str(authority_pem), "--database", postgresql, "--json"]
     done = CliRunner().invoke(coordinator, arguments, catch_exceptions=False)
-    assert json.loads(done.output)["state"] == str(tmp_path / "fleet")
+    assert json.loads(done.stdout)["state"] == str(tmp_path / "fleet")
     assert RegistrySettings.of(tmp_path / "fleet").database == postgresql
     held = b"".join(path.read_bytes() for path in (tmp_path / "fleet").rglob("*") if path.is_file())
     assert postgresql_server.password.encode() not in held

@@ -281,7 +281,7 @@ def test_a_classifier_without_a_head_is_refused(tiny_base: Base, tmp_path: Path)
 def test_the_command_merges_and_says_what(llama: Base, tmp_path: Path) -> None:
     adapted(llama, configured("LOKR"), tmp_path / "peft")
     words = ["base", "merge", llama.folder, "--peft", tmp_path / "peft", "--out", tmp_path / "out", "--json"]
-    row = json.loads(CliRunner().invoke(CLI, list(map(str, words)), catch_exceptions=False).output)
+    row = json.loads(CliRunner().invoke(CLI, list(map(str, words)), catch_exceptions=False).stdout)
     assert row["digest"] == find_base(str(tmp_path / "out")).digest
     assert (row["peft_type"], row["head"]) == ("LOKR", None)
     assert row["adapter"] == hashlib.sha256((tmp_path / "peft" / WEIGHTS).read_bytes()).hexdigest()

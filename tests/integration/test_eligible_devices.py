@@ -77,7 +77,7 @@ def test_an_agent_waits_says_why_once_comes_and_leaves_as_the_power_does(
         machine.supply("BAT0", capacity="90")
         wait_until(lambda: [*grid.get_node_ids()])
         machine.supply("AC", online="0")
-        wait_until(lambda: not [*grid.get_node_ids()])
+        wait_until(lambda: sum("not eligible" in line for line in lines) == 4 and not [*grid.get_node_ids()])
         machine.supply("AC", online="1")
         wait_until(lambda: [*grid.get_node_ids()])
     battery = "minimum_battery: 20 %, and at least 30 are demanded"

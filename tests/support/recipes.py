@@ -57,7 +57,7 @@ def infer(bundle: Path, *texts: str) -> list[dict[str, float]]:
     """What the command of a device answers: the probability of each label, for each text."""
     words = ["device", "infer", "--bundle", str(bundle), "--json", "--top", str(len(LABELS)), *texts]
     done = CliRunner().invoke(CLI, words, catch_exceptions=False)
-    answers = json.loads(done.output)["adapters"][0]["answers"]
+    answers = json.loads(done.stdout)["adapters"][0]["answers"]
     return [{found["intent"]: found["probability"] for found in answer["intents"]} for answer in answers]
 
 

@@ -131,7 +131,7 @@ def test_infer_continues_a_text_with_each_adapter(lm_bundle: Path, generator: Ge
     expected = "".join(generator.complete("turn on", SHORT, "global"))
     infer = ["infer", "--bundle", str(lm_bundle), "--max-tokens", "10"]
     assert CliRunner().invoke(device, [*infer, "--adapter", "global", "turn on"]).output == f"turn on{expected}\n"
-    (result,) = json.loads(CliRunner().invoke(device, [*infer, "--json", "turn on"]).output)["adapters"]
+    (result,) = json.loads(CliRunner().invoke(device, [*infer, "--json", "turn on"]).stdout)["adapters"]
     assert result["adapter"] == "anna"
     assert result["answers"][0]["continuation"] not in ("", expected)
 

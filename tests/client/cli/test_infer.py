@@ -37,7 +37,7 @@ def adapters(*arguments: str | Path, stdin: str = "") -> Any:
     """The adapters in the JSON that the command prints."""
     result = run(*arguments, stdin=stdin)
     assert result.exit_code == 0, (result.output, result.exception)
-    return json.loads(result.output)["adapters"]
+    return json.loads(result.stdout)["adapters"]
 
 
 def about(result: Result) -> str:

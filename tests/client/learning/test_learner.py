@@ -250,14 +250,14 @@ def test_the_commands_teach_list_and_undo(phone: Path, tmp_path: Path) -> None:
     label = other(phone)
     taught = run("infer", "--bundle", phone, "--teach", label, "--json", TAUGHT)
     assert taught.exit_code == 0, (taught.output, taught.exception)
-    found = json.loads(taught.output)
+    found = json.loads(taught.stdout)
     assert (found["adapter"], found["taught"][0]["after"]["label"]) == ("personal", label)
     (tmp_path / "more.tsv").write_text(f"{other(phone, OTHERS[0])}\t{OTHERS[0]}\n")
     shown = run("learn", "--bundle", phone, tmp_path / "more.tsv").output.splitlines()
     assert shown[0].startswith("personal version 5: 1 of 1 learned, ")
     assert shown[1].endswith(OTHERS[0])
     assert shown[2].endswith("of 1 other known phrases are answered otherwise")
-    undone = json.loads(run("learn", "--bundle", phone, "--undo", "--json").output)
+    undone = json.loads(run("learn", "--bundle", phone, "--undo", "--json").stdout)
     assert (undone["adapter"], undone["version"], undone["corrections"][0]["text"]) == ("personal", 6, OTHERS[0])
     assert run("learn", "--bundle", phone, "--undo").output.splitlines() == [
         "global version 3 is in use, without what was learned last:",

@@ -50,7 +50,7 @@ def test_the_personal_step_makes_the_private_adapter_of_the_examples_and_is_undo
     path, before = examples(phone.parent), answer(phone)
     done = personalized(phone, path, "--method", method, "--scale", "64")
     assert done.exit_code == 0, done.output
-    found = json.loads(done.output)
+    found = json.loads(done.stdout)
     assert (found["adapter"], found["version"], found["made"], found["held_out"]) == ("personal", 4, True, 1)
     assert (found["trained"], found["right"]["personal"]) == (5, 1)
     assert answer(phone) == LABELS[2] != before
@@ -65,7 +65,7 @@ def test_a_personal_step_keeps_what_was_taught_and_starts_from_the_global_adapte
     teach(phone, LABELS[3], OTHERS[0])
     done = personalized(phone, examples(phone.parent))
     assert done.exit_code == 0, done.output
-    found = json.loads(done.output)
+    found = json.loads(done.stdout)
     assert (found["version"], found["trained"], found["right"]["in use"]) == (5, 6, 0)
     assert (answer(phone), answer(phone, OTHERS[0])) == (LABELS[2], LABELS[3])
 
@@ -74,7 +74,7 @@ def test_an_adapter_in_use_that_answers_more_stays(phone: Path) -> None:
     label = LABELS.index(answer(phone))
     before = files(phone)
     done = personalized(phone, examples(phone.parent, held_out=TAUGHT, label=label))
-    found = json.loads(done.output)
+    found = json.loads(done.stdout)
     assert (found["adapter"], found["made"], found["right"]) == ("global", False, {"global": 1, "personal": 0})
     assert files(phone) == before
 
@@ -208,7 +208,7 @@ def test_a_personal_step_forgets_no_more_public_phrases_than_the_global_adapter_
     before = {text: answer(phone, text) for text in texts}
     mine = [(text, 2) for text in OTHERS]
     with_phrases(phone, trainable, vendor, "".join(f"{label}\t{text}\n" for text, label in before.items()).encode())
-    found = json.loads(personalized(phone, examples(phone.parent, mine)).output)
+    found = json.loads(personalized(phone, examples(phone.parent, mine)).stdout)
     labels = {label: [*before.values()].count(label) for label in before.values()}
     assert found["trained"] == len(mine) + sum(min(2, count) for count in labels.values())
     assert not before.keys() & {one["text"] for one in found["changed"]}

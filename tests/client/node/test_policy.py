@@ -223,7 +223,7 @@ def test_the_command_prints_what_is_in_force(tmp_path: Path) -> None:
     assert ["*", "minimum_cohort", "20"] in [line.split() for line in lines]
     assert [line.split()[0] for line in lines].count("*") == 1
     assert len(lines) == len(CHANGED) + 1
-    shown = json.loads(CliRunner().invoke(device, ["policy", "--state", str(state_dir.folder), "--json"]).output)
+    shown = json.loads(CliRunner().invoke(device, ["policy", "--state", str(state_dir.folder), "--json"]).stdout)
     assert shown["changed"] == ["minimum_cohort"]
     assert PolicySettings(**shown["policy"]) == state_dir.settings.policy
     assert shown["privacy"] == {"epsilon": 0.0, "left": None, "noisy": 0, "bare": 0}
@@ -236,5 +236,5 @@ def test_the_command_prints_what_contributions_may_have_revealed(tmp_path: Path)
     printed = CliRunner().invoke(device, ["policy", "--state", str(state_dir.folder)]).output.splitlines()[-1]
     found = (spent + spent).epsilon(1e-6)
     assert f"epsilon {found:.2f} of 8, {8 - found:.2f} left, " in printed
-    shown = json.loads(CliRunner().invoke(device, ["policy", "--state", str(state_dir.folder), "--json"]).output)
+    shown = json.loads(CliRunner().invoke(device, ["policy", "--state", str(state_dir.folder), "--json"]).stdout)
     assert shown["privacy"] == {"epsilon": found, "left": 8 - found, "noisy": 2, "bare": 1}

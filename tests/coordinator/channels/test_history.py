@@ -148,7 +148,7 @@ def test_verify_and_show_print_it(folder: Path) -> None:
     shown = CliRunner().invoke(cli, ["audit", "show", str(folder)]).output
     assert "    4  2026-11-27T12:00:00+00:00  rotate snapshot\n" in shown
     assert "--root" in shown
-    row = json.loads(CliRunner().invoke(cli, ["audit", "verify", str(folder), "--json"]).output)
+    row = json.loads(CliRunner().invoke(cli, ["audit", "verify", str(folder), "--json"]).stdout)
     assert (row["ok"], row["pinned"], len(row["actions"])) == (True, False, 6)
 
 

@@ -71,7 +71,7 @@ def test_only_the_owner_can_read_the_key(tmp_path: Path, authority: Path) -> Non
 
 
 def test_init_answers_in_json(tmp_path: Path, authority: Path) -> None:
-    found = json.loads(call("init", tmp_path / "fleet", "--authority", authority, "--json").output)
+    found = json.loads(call("init", tmp_path / "fleet", "--authority", authority, "--json").stdout)
     opened = CoordinatorStateDir.open(tmp_path / "fleet")
     assert found == {
         "state": str(tmp_path / "fleet"),
@@ -115,7 +115,7 @@ def test_status_prints_lines_or_json(fleet_of: FleetOf) -> None:
     fleet.federate(fleet.grid())
     folder = fleet.out / "coordinator"
     assert "rounds 1 of 1, 0 aborted" in call("status", folder).output
-    found = json.loads(call("status", folder, "--json").output)
+    found = json.loads(call("status", folder, "--json").stdout)
     assert (found["rounds_done"], found["versions"][-1]["version"]) == (1, 1)
 
 
@@ -265,7 +265,7 @@ def test_publish_puts_the_adapter_into_the_registry_as_version_0(
 ) -> None:
     folder = tmp_path / "fleet"
     call("init", folder, "--authority", authority)
-    found = json.loads(call("publish", folder, "--peft", seed, "--base", tiny_base.folder, "--json").output)
+    found = json.loads(call("publish", folder, "--peft", seed, "--base", tiny_base.folder, "--json").stdout)
     opened = CoordinatorStateDir.open(folder)
     adapter = opened.registry.newest_adapter()
     assert (adapter.manifest.version, adapter.manifest.labels) == (0, ("on", "off"))

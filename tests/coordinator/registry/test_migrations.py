@@ -170,7 +170,7 @@ def test_an_older_registry_is_refused_until_it_is_upgraded(app_fleet_of: Callabl
         adapters.registryreader.open_registry_files(folder, []).rounds()
     assert (folder / DATABASE).read_bytes() == before
     done = CliRunner().invoke(coordinator, ["upgrade", str(folder), "--json"])
-    assert json.loads(done.output) == {"state": str(folder), "from": "1", "to": SCHEMA}
+    assert json.loads(done.stdout) == {"state": str(folder), "from": "1", "to": SCHEMA}
     assert CliRunner().invoke(coordinator, ["status", str(folder)]).exit_code == 0
 
 

@@ -269,5 +269,5 @@ def test_stop_and_status_of_what_does_not_run(state_dir: CoordinatorStateDir) ->
     write(state_dir.folder, **BOTH)
     result = CliRunner().invoke(coordinator, ["stop", str(state_dir.folder)])
     assert (result.exit_code, result.output) == (0, f"no services of {state_dir.folder} run\n")
-    found = json.loads(CliRunner().invoke(coordinator, ["status", str(state_dir.folder), "--json"]).output)
+    found = json.loads(CliRunner().invoke(coordinator, ["status", str(state_dir.folder), "--json"]).stdout)
     assert found["services"] is None

@@ -19,7 +19,7 @@ from tests.support import refused
 def run(*arguments: str) -> str:
     result = CliRunner().invoke(base, arguments, catch_exceptions=False)
     assert result.exit_code == 0
-    return result.output
+    return result.stdout
 
 
 def test_every_known_package_is_listed_installed_or_not(monkeypatch: pytest.MonkeyPatch) -> None:

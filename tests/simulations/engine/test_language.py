@@ -68,7 +68,7 @@ def run(texts: Path, llama: Base, tmp_path: Path) -> Callable[..., Any]:
 
 
 def test_a_run_scores_every_author_and_goes_on_from_its_folder(run: Callable[..., Any], tmp_path: Path) -> None:
-    done = json.loads(run("--json").output)
+    done = json.loads(run("--json").stdout)
     assert {client["name"] for client in done["clients"]} == set(WORDS)
     assert sum(client["unseen"] for client in done["clients"]) == 1
     assert done["adapter"]["version"] == 2
@@ -76,7 +76,7 @@ def test_a_run_scores_every_author_and_goes_on_from_its_folder(run: Callable[...
         assert client["loss"]["personal"] < client["loss"]["base"]
         assert all(0 < loss < 20 for loss in client["loss"].values())
     assert done["loss"]["global"]["mean"] < done["loss"]["base"]["mean"]
-    again = json.loads(run("--json", "--resume").output)
+    again = json.loads(run("--json", "--resume").stdout)
     assert again["clients"] == done["clients"]
     assert json.loads((tmp_path / "run" / "result.json").read_text())["clients"] == done["clients"]
     shown = run("--resume").output
@@ -89,11 +89,11 @@ def test_a_run_scores_every_author_and_goes_on_from_its_folder(run: Callable[...
 def test_a_run_trains_with_the_graph_of_a_bundle_to_the_same_losses(
     run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    theirs = json.loads(run("--json", *METHODS[method]).output)
+    theirs = json.loads(run("--json", *METHODS[method]).stdout)
     (tmp_path / "run").rename(tmp_path / "torch")
     monkeypatch.setattr(LanguageTrainer, "__init__", lambda *_: pytest.fail("torch trained"))
     graph = ("--set", "base.engine=onnx", "--set", "export.profile=fp32")
-    ours = json.loads(run("--json", *METHODS[method], *graph).output)
+    ours = json.loads(run("--json", *METHODS[method], *graph).stdout)
     for one, other in zip(ours["clients"], theirs["clients"], strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=0.02)
 
