@@ -8,6 +8,7 @@ CI runs it again for a file of tests whose sources changed: ``exhaustive.json`` 
 
 import json
 import sys
+import tomllib
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -34,7 +35,6 @@ SOURCES = {  # file of tests → what its cases depend on, besides itself
         *("coordinator", "benchmarks/faults"),
     ),
 }
-VERSIONS = "pyproject.toml"
 
 
 def few(cases: Iterable[Any], *kept: Any) -> list[Any]:
@@ -43,9 +43,10 @@ def few(cases: Iterable[Any], *kept: Any) -> list[Any]:
 
 
 def digest(file: str) -> str:
-    """SHA-256, hex, of the paths and the contents of a file of tests and its sources."""
-    found = sha256()
-    for path in sorted({*_files(ROOT / file), *_files(ROOT / VERSIONS), *_all(SOURCES[file])}):
+    """SHA-256, hex, of the paths and the contents of a file of tests and its sources, and of what the project needs."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found = sha256(json.dumps([project["dependencies"], project["optional-dependencies"]]).encode())
+    for path in sorted({*_files(ROOT / file), *_all(SOURCES[file])}):
         found.update(f"{path.relative_to(ROOT).as_posix()}\0{sha256(path.read_bytes()).hexdigest()}\n".encode())
     return found.hexdigest()
 
