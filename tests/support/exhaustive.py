@@ -2,7 +2,8 @@
 
 CI runs it again for a file of tests whose sources changed: ``exhaustive.json`` has the digest for which it last passed.
 
-    python -m tests.support.exhaustive changed          # the files whose sources changed, one a line
+    python -m tests.support.exhaustive all              # the files of tests, one a line
+    python -m tests.support.exhaustive changed          # those whose sources changed
     python -m tests.support.exhaustive passed FILE…     # note the sources for which they passed
 """
 
