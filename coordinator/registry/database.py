@@ -50,7 +50,6 @@ from adapters.registrystores import postgresql_engine, shown
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 
 ONLY_ROW = 1  # id in a table of one row
-IDLE = 5000  # milliseconds that a transaction may wait for its next statement
 metadata = MetaData()
 versions = Table(
     VERSIONS,
@@ -132,8 +131,6 @@ def engine_of(url: str | URL) -> Engine:
         ) from error
     if engine.dialect.name == "sqlite":
         _prepare_sqlite(engine, parsed)
-    else:
-        event.listen(engine, "connect", _end_when_idle)
     return engine
 
 
@@ -201,12 +198,6 @@ def _configure(connection: Any, _: object) -> None:
     # registry stops the coordinator. FULL, the default, does not sync the folder from which the journal was deleted; a
     # journal that reappears is rolled back.
     connection.execute("PRAGMA synchronous = EXTRA")
-
-
-def _end_when_idle(connection: Any, _: object) -> None:
-    # A coordinator that stops within a transaction holds the lease's row, which another one needs to take over.
-    connection.execute(f"SET idle_in_transaction_session_timeout = {IDLE}")
-    connection.commit()
 
 
 def _begin(connection: Connection) -> None:

@@ -22,6 +22,7 @@ from coordinator.registry import database
 TERM = timedelta(seconds=10)  # that a lease lasts unless it is renewed
 RENEWAL = 2.0  # seconds between two renewals
 LOOK = 1.0  # seconds between two looks at who leads
+IDLE = 5000  # milliseconds that a transaction with the lease's row may wait for its next statement
 LOCKED = 3000  # milliseconds that a statement waits for a lock that another coordinator holds
 LEASE = "lease"  # what an error is about if another coordinator leads
 log = logging.getLogger("edgeadapt.coordinator")
@@ -56,6 +57,7 @@ def require_epoch(connection: Connection, epoch: int | None) -> None:
         EdgeAdaptError: Another one leads.
     """
     table = database.lease
+    _end_when_idle(connection)
     found = connection.execute(select(table.c.epoch, table.c.leader).with_for_update()).one_or_none()
     if (found and found.epoch) != epoch:
         raise _superseded(epoch, found and found.epoch, found and found.leader)
@@ -109,6 +111,7 @@ class Lease:
         first = insert(table).values(id=database.ONLY_ROW, **values).on_conflict_do_nothing().returning(table.c.epoch)
         with database.explained(engine), engine.begin() as connection:
             connection.exec_driver_sql(f"SET LOCAL lock_timeout = {LOCKED}")
+            _end_when_idle(connection)
             taken = connection.execute(change if found else first).one_or_none() is not None
         # Otherwise another one was faster, or the leader has just ended a transaction that took long.
         return cls(engine, leader, epoch) if taken else cls.take(engine, leader)
@@ -172,6 +175,13 @@ class Lease:
             connection.exec_driver_sql(f"SET LOCAL lock_timeout = {LOCKED}")
             require_epoch(connection, self.epoch)
             connection.execute(table.update().values(ends=ends))
+
+
+def _end_when_idle(connection: Connection) -> None:
+    # A coordinator that stops within a transaction would keep the row, which another one needs to take over. Readers
+    # hold nothing, and a slow machine must not end their transactions.
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(f"SET LOCAL idle_in_transaction_session_timeout = {IDLE}")
 
 
 def _superseded(epoch: int | None, found: int | None, leader: str | None) -> EdgeAdaptError:

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Engine, text
 
 from aggregation.errors import DataError, EdgeAdaptError, TrustError
-from coordinator.registry import Leadership, Lease, Registry, TranscriptTable, database, leadership, lease
+from coordinator.registry import Leadership, Lease, Registry, TranscriptTable, leadership, lease
 from tests.support import refused
 from tests.support.gateway import wait_until
 from tests.support.registry import Rounds
@@ -127,7 +127,7 @@ def test_a_lease_is_renewed_while_its_leader_works_and_ends_with_it(
 def test_a_leader_that_stops_in_a_transaction_does_not_hold_the_lease(
     shared: Registry, reopen_postgresql: Reopen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "IDLE", 200)
+    monkeypatch.setattr(lease, "IDLE", 200)
     stopped = taken(reopen_postgresql().engine, "one")
     with stopped.engine.connect() as connection:
         connection.begin()
@@ -144,12 +144,21 @@ def test_a_leader_that_stops_in_a_transaction_does_not_hold_the_lease(
         stopped.renew()
 
 
+def test_a_transaction_that_only_reads_may_be_idle(shared: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "IDLE", 200)
+    taken(shared.engine, "one")
+    with shared.engine.connect() as connection:
+        assert connection.scalar(text("SHOW idle_in_transaction_session_timeout")) == "0"
+        lease.require_epoch(connection, 1)
+        assert connection.scalar(text("SHOW idle_in_transaction_session_timeout")) == "200ms"
+
+
 def test_a_leader_whose_commit_takes_longer_than_its_lease_still_leads(
     reopen_postgresql: Reopen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own transaction holds the row, so no renewal passes while it works."""
     monkeypatch.setattr(lease, "LOCKED", 60_000)
-    monkeypatch.setattr(database, "IDLE", 60_000)
+    monkeypatch.setattr(lease, "IDLE", 60_000)
     own, other, looking = (reopen_postgresql().engine for _ in range(3))
     first = taken(own, "one")
     expire(own)
