@@ -14,6 +14,7 @@ import hypothesis
 import pytest
 import tomli_w
 
+from tests.support.traces import keep_traces
 from tests.support.verified import forget_verified
 
 # How long an example takes says how busy the machine is, not whether the code is right.
@@ -32,6 +33,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left = [item for item in items if item.get_closest_marker("exhaustive")]
     items[:] = [item for item in items if item not in left]
     config.hook.pytest_deselected(items=left)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    keep_traces()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

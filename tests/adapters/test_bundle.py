@@ -23,7 +23,7 @@ from tests.support import models, refused
 from tests.support.bundles import LENGTHS, flip, resign, resign_base, resign_file
 
 tiny_base, model, source, bundle = models.tiny_base, models.model, models.source, models.bundle
-exported, trace_once = models.exported, models.trace_once
+exported = models.exported
 vendor, household = models.vendor, models.household
 
 Source = Callable[..., AdapterSource]

@@ -88,7 +88,7 @@ def serve(libraries: None) -> Iterator[Serve]:
 
 
 @pytest.fixture(scope="module")
-def trainable(request: Any, model: PeftModel, tiny_base: Base, trace_once: object) -> ExportedBase:
+def trainable(request: Any, model: PeftModel, tiny_base: Base) -> ExportedBase:
     return export_classifier(model, tiny_base, getattr(request, "param", Profile.FP32), training=True)
 
 

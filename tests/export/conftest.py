@@ -15,7 +15,7 @@ from tests.support import models
 from tests.support.headers import check_headers
 
 tiny_base, model, source, bundle = models.tiny_base, models.model, models.source, models.bundle
-exported, exported_int8, trace_once = models.exported, models.exported_int8, models.trace_once
+exported, exported_int8 = models.exported, models.exported_int8
 vendor, household = models.vendor, models.household
 make_lm, llama, drawn = models.make_lm, models.llama, models.drawn
 

@@ -24,6 +24,7 @@ SOURCES = {  # file of tests → what its cases depend on, besides itself
         *("edgeadapt.py", "adapters", "client/cli", "client/inference", "client/node"),
         *("coordinator/audit", "coordinator/authority", "coordinator/cli", "export/bundle", "export/cli"),
     ),
+    "tests/export/causal/test_traced.py": ("adapters", "export/causal", "export/onnx"),
     "tests/export/cli/test_peft_recipes.py": ("adapters", "client/learning", "client/training", "export"),
     "tests/export/test_architectures.py": (
         "adapters",

@@ -4,18 +4,16 @@ A conftest takes all of them, ``globals().update(models.FIXTURES)``, because the
 with a tokenizer like those of real bases; the language models, of several architectures, read single letters.
 """
 
-import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from peft import PeftModel
@@ -27,7 +25,6 @@ from adapters import causal
 from adapters.base import Base, find_base
 from adapters.classifier import build, load, tensors
 from adapters.layout import Tensors
-from adapters.peft.inputs import in_modules
 from adapters.peftconfig import PeftConfig
 from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
@@ -36,10 +33,9 @@ from client.inference.generate import Generator
 from client.inference.library import Library
 from export.bundle.write import AdapterSource, add_adapter, write_bundle
 from export.causal import export_causal
-from export.onnx import graph
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
-from export.onnx.peftmodel import SlottedModel, find_adapter_inputs
+from export.onnx.peftmodel import find_adapter_inputs
 
 LABELS = ("Light", "Lock", "Music", "Timer")
 WORDS = (
@@ -102,38 +98,13 @@ def model(tiny_base: Base) -> PeftModel:
     return built
 
 
-@pytest.fixture(scope="session", autouse=True)
-def trace_once() -> Iterator[Callable[..., onnx.ModelProto]]:
-    """Keeps each traced graph: tracing takes seconds, and the graph depends on the base and its slots alone.
-
-    The value is the real ``graph.trace``.
-    """
-    trace, traced = graph.trace, dict[str, onnx.ModelProto]()
-
-    def cached(slotted: SlottedModel) -> onnx.ModelProto:
-        inputs = slotted.inputs
-        names = [*(slot.path for slot in (*inputs.loras, *inputs.saved)), *inputs.vectors, *inputs.virtual]
-        key = hashlib.sha256(repr(names).encode())
-        key.update(repr(sorted({str(getattr(part, "config", "")) for part in slotted.model.modules()})).encode())
-        for name, value in slotted.model.state_dict().items():
-            if not in_modules(name, [slot.path for slot in inputs.saved]):
-                key.update(name.encode() + value.numpy().tobytes())
-        if key.hexdigest() not in traced:
-            traced[key.hexdigest()] = trace(slotted)
-        return copy.deepcopy(traced[key.hexdigest()])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graph, "trace", cached)
-        yield trace
-
-
 @pytest.fixture(scope="session")
-def exported(model: PeftModel, tiny_base: Base, trace_once: object) -> ExportedBase:
+def exported(model: PeftModel, tiny_base: Base) -> ExportedBase:
     return export_classifier(model, tiny_base, Profile.FP32)
 
 
 @pytest.fixture(scope="session")
-def exported_int8(model: PeftModel, tiny_base: Base, trace_once: object) -> ExportedBase:
+def exported_int8(model: PeftModel, tiny_base: Base) -> ExportedBase:
     return export_classifier(model, tiny_base, Profile.NATIVE_INT8)
 
 

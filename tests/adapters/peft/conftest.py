@@ -2,4 +2,4 @@
 
 from tests.support import models
 
-tiny_base, model, exported, trace_once = models.tiny_base, models.model, models.exported, models.trace_once
+tiny_base, model, exported = models.tiny_base, models.model, models.exported

@@ -52,7 +52,7 @@ OTHERS = ("lock the door", "play music", "set a timer for ten minutes", "is the 
 
 
 @pytest.fixture(scope="module")
-def trainable(model: PeftModel, tiny_base: Base, trace_once: object) -> ExportedBase:
+def trainable(model: PeftModel, tiny_base: Base) -> ExportedBase:
     return export_classifier(model, tiny_base, Profile.FP32, training=True)
 
 

@@ -1,11 +1,10 @@
 """Decoders on the traced path give torch's logits, and onnxruntime-genai runs them.
 
-A trace takes seconds: each base is traced once, and all bases except GPT-2 have one layer.
+A trace takes seconds: all bases except GPT-2 have one layer.
 """
 
-import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from numpy.typing import NDArray
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
@@ -41,38 +39,20 @@ from export.onnx.exported import ExportedBase, Profile
 from export.onnx.peftmodel import find_adapter_inputs
 from export.onnx.tensorstore import OnDisk
 from tests.support import refused
+from tests.support.traces import traced_anew
 
 GPT2 = ("c_attn", "c_proj", "c_fc")
 NEOX = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 OPT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 ONE = {"num_hidden_layers": 1}
+EXHAUSTIVE = pytest.mark.exhaustive
 Case = tuple[str, dict[str, Any], tuple[str, ...]]
 CASES: list[Any] = [
     ("gpt2", {}, GPT2),
-    pytest.param(("gpt_neox", ONE | {"num_key_value_heads": 4}, NEOX), marks=pytest.mark.slow),
-    pytest.param(("opt", ONE | {"ffn_dim": 96, "word_embed_proj_dim": 64}, OPT), marks=pytest.mark.slow),
-    pytest.param(("bloom", ONE, NEOX), marks=pytest.mark.slow),
+    pytest.param(("gpt_neox", ONE | {"num_key_value_heads": 4}, NEOX), marks=EXHAUSTIVE),
+    pytest.param(("opt", ONE | {"ffn_dim": 96, "word_embed_proj_dim": 64}, OPT), marks=EXHAUSTIVE),
+    pytest.param(("bloom", ONE, NEOX), marks=EXHAUSTIVE),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _traced_once() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        build, made = traced.build, dict[str, tuple[builder.DecoderGraph, dict[str, NDArray[Any]]]]()
-
-        def once(base: Base, sample: Sample, store: OnDisk, *_: object) -> builder.DecoderGraph:
-            if base.digest not in made:
-                decoder = build(base, sample, store)
-                stored = decoder.graph.graph.initializer
-                made[base.digest] = decoder, {tensor.name: np.array(store.array(tensor)) for tensor in stored}
-            decoder, values = made[base.digest]
-            graph = copy.deepcopy(decoder.graph)
-            del graph.graph.initializer[:]
-            graph.graph.initializer.extend(store.tensor(value, name) for name, value in values.items())
-            return replace(decoder, graph=graph)
-
-        patch.setattr(traced, "build", once)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -173,13 +153,12 @@ def test_an_embedding_that_is_also_the_output_layer_is_stored_once(gpt2: tuple[B
     assert [list(t.dims) for t in native.graph.initializer if 98 in t.dims] == [[98, 64]]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_same_base_exports_to_the_same_bytes_without_any_path(gpt2: tuple[Base, ExportedBase]) -> None:
     base, exported = gpt2
-    again = export_causal(Base(base.folder, "0" * 64), GPT2, Profile.FP32)  # another digest: it is traced again
-    assert set(again.digests) == set(exported.digests)
-    for name in again.digests:
-        assert again.read(name).replace(b"0" * 64, base.digest.encode()) == exported.read(name)
+    with traced_anew():
+        again = export_causal(base, GPT2, Profile.FP32)
+    assert again.digests == exported.digests
     for name in exported.digests:
         blob = exported.read(name)
         for trace in (b"site-packages", b".py", b"/tmp/", str(base.folder).encode()):
@@ -235,7 +214,7 @@ def continued(model: PeftModel, engine: GenerationEngine, prompt: str) -> str:
     return "".join(decoder.decode(token) for token in sequence[len(tokens) :])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_sliding_window_that_the_builder_leaves_out_is_kept(
     make_lm: Any, runner: Any, torch_logits: Any, builder_errors: list[str]
 ) -> None:
@@ -266,11 +245,14 @@ def builder_errors(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return errors
 
 
-WRONG_ON_THE_BUILDER_PATH: list[tuple[str, dict[str, Any]]] = [
-    ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
+WRONG_ON_THE_BUILDER_PATH: list[Any] = [
     ("llama", {"head_dim": 20, "hidden_size": 60}),  # ONNX Runtime's attention takes multiples of 8 only
-    ("llama", {"intermediate_size": 98}),  # equal to the vocabulary: the builder mistakes a gate for the output layer
-    ("olmo", {}),  # its norms have no weights
+    pytest.param(
+        *("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}), marks=EXHAUSTIVE
+    ),
+    # Equal to the vocabulary: the builder mistakes a gate for the output layer.
+    pytest.param("llama", {"intermediate_size": 98}, marks=EXHAUSTIVE),
+    pytest.param("olmo", {}, marks=EXHAUSTIVE),  # its norms have no weights
 ]
 
 
@@ -302,7 +284,7 @@ def _longrope(long: float) -> dict[str, Any]:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_longrope_is_exact_past_its_original_length(make_lm: Any, runner: Any, torch_logits: Any) -> None:
     base, tokens = make_lm("llama", **ONE, **_longrope(3.0)), ids(1, 100)
     side, model = runner(export_causal(base, ("q_proj",), Profile.FP32)), _torch(base)
@@ -319,7 +301,7 @@ def test_longrope_is_exact_past_its_original_length(make_lm: Any, runner: Any, t
     np.testing.assert_allclose(side.logits(tokens, {}, 70), expected, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_graph_without_the_factors_of_long_texts_is_refused(make_lm: Any, tmp_path: Path) -> None:
     without, model = make_lm("llama", **ONE, **_longrope(1.0)), _torch(make_lm("llama", **ONE, **_longrope(3.0)))
     sample = sample_logits(model, pretrained.tokenizer(without))
@@ -332,7 +314,7 @@ def test_a_graph_without_the_factors_of_long_texts_is_refused(make_lm: Any, tmp_
         builder.build(again, model.config, sample, OnDisk(tmp_path / "three"))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ["gpt2", "olmo"])  # Conv1D and Linear
 def test_weights_that_are_not_in_memory_while_torch_traces_give_the_same_graph(
     make_lm: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
@@ -343,8 +325,7 @@ def test_weights_that_are_not_in_memory_while_torch_traces_give_the_same_graph(
         monkeypatch.setattr(hollow, "SMALL", small)
         monkeypatch.setattr(segments, "LIMIT", limit)
         store = OnDisk(tmp_path / str(small))
-        # A digest of its own, so that it is traced again.
-        made = traced.build(Base(base.folder, f"{kind} {small}"), sample, store).graph
+        made = traced.build(base, sample, store).graph
         expected.append({tensor.name: np.array(store.array(tensor)) for tensor in made.graph.initializer})
     assert expected[0].keys() == expected[1].keys()
     for name, value in expected[0].items():
@@ -359,7 +340,7 @@ def test_a_window_as_long_as_the_longest_text_takes_the_builder_path(
     assert json.loads(files["genai_config.json"])["model"]["type"] == "mistral"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_rows_with_their_own_adapters_in_a_layer_that_flattens_the_batch_are_an_error(
     made: Any, drawn: Any, runner: Any
 ) -> None:
@@ -372,7 +353,7 @@ def test_rows_with_their_own_adapters_in_a_layer_that_flattens_the_batch_are_an_
         runner(exported).logits(ids(2, 5), both)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("profile", [Profile.NATIVE_INT8, Profile.NATIVE_INT4])
 def test_layers_that_flatten_the_batch_are_quantized_too(
     made: Any, runner: Any, torch_logits: Any, profile: Profile

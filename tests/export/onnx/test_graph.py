@@ -27,6 +27,7 @@ from export.onnx.peftmodel import SlottedModel, find_adapter_inputs
 from export.onnx.quantize import quantize
 from export.parity.compare import OnnxRunner
 from tests.support import models
+from tests.support.traces import traced_anew
 
 Ints = NDArray[np.int64]
 VOCABULARY = 60
@@ -158,11 +159,9 @@ def test_each_layer_has_its_own_symbolic_rank_and_the_head_a_symbolic_number_of_
     assert exported.slots["classifier.bias"] == ("labels",)
 
 
-def test_the_same_base_exports_to_the_same_bytes_whatever_the_adapter(
-    tiny_base: Base, exported: ExportedBase, trace_once: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(graph, "trace", trace_once)  # traced a second time
-    again = export_classifier(build(tiny_base, 4, PeftConfig.lora(rank=4, alpha=8)), tiny_base, Profile.FP32)
+def test_the_same_base_exports_to_the_same_bytes_whatever_the_adapter(tiny_base: Base, exported: ExportedBase) -> None:
+    with traced_anew():
+        again = export_classifier(build(tiny_base, 4, PeftConfig.lora(rank=4, alpha=8)), tiny_base, Profile.FP32)
     assert again.digests == exported.digests
 
 

@@ -33,7 +33,7 @@ Exported = Callable[[Profile], ExportedBase]
 
 
 @pytest.fixture(scope="module")
-def trained(model: PeftModel, tiny_base: Base, trace_once: object) -> Exported:
+def trained(model: PeftModel, tiny_base: Base) -> Exported:
     made = {profile: export_classifier(model, tiny_base, profile, training=True) for profile in Profile}
     return made.__getitem__
 
@@ -157,7 +157,7 @@ def test_a_graph_whose_gradients_are_one_percent_off_is_refused(
 
 @pytest.mark.parametrize("profile", [Profile.NATIVE_INT8, Profile.NATIVE_INT4, Profile.WEB_INT8])
 def test_a_graph_over_other_weights_is_refused(
-    model: PeftModel, tiny_base: Base, trace_once: object, monkeypatch: pytest.MonkeyPatch, profile: Profile
+    model: PeftModel, tiny_base: Base, monkeypatch: pytest.MonkeyPatch, profile: Profile
 ) -> None:
     monkeypatch.setattr(classifier, "as_stored", lambda slotted, *_: slotted)  # torch keeps the weights in float
     with pytest.raises(ConfigError):
