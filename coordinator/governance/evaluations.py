@@ -104,12 +104,10 @@ def judge(
     """The verdict of the last round that compared two releases, unless it led to a rollback already.
 
     Args:
-        lineage: Of the coordinator.
         channel: That rolls the newest out.
         adapter: That is compared.
         newest, previous: ``AdapterManifest.content`` of it in the two releases.
         margin: How far the accuracy of the newest may be below.
-        records: Of the repository's log, verified.
 
     Raises:
         NoVerdictError: No round compared them, or it counted too few examples of one of them; or that release was taken
@@ -139,7 +137,6 @@ def last_evaluation(lineage: Lineage, newest: str, previous: str) -> GovernedVer
     """The version of the last round that compared two adapters; None if there was none.
 
     Args:
-        lineage: Of a coordinator.
         newest, previous: ``AdapterManifest.content`` of them.
 
     Raises:
@@ -167,7 +164,6 @@ def find_plan(state_dir: Path, digest: str) -> Plan:
 
     Args:
         state_dir: Of the coordinator. It is only read: where the database has the logs, its copy of them is not used.
-        digest: Of the plan, hex.
 
     Raises:
         DataError: A log is too large.

@@ -34,8 +34,7 @@ from coordinator import recorder
 from coordinator.audit import Check, Finding, Recomputation, Status, recompute, rules
 from coordinator.audit.transcripts import logs
 from coordinator.registry import Registry
-from coordinator.sessionsettings import Aggregation
-from coordinator.settings import FederationSettings
+from coordinator.settings import Aggregation, FederationSettings
 from coordinator.statedir import CoordinatorStateDir
 from tests.support import refused
 from tests.support.hostile import continues_from_anything
