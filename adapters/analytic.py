@@ -154,8 +154,8 @@ class AnalyticTask(RoundTask):
     def next_adapter(self, summed: SummedRound, step: ServerStep) -> tuple[optimizer.State, Tensors]:
         if len(summed.groups) != 1:
             raise DataError("an analytic head is solved from one sum, and the session has groups", about="task.ridge")
-        solve, (one,) = solved if summed.spec.privacy is None else noisy_solved, summed.groups
-        tensors = solve(summed.spec, self, summed.tensors, one.values, len(one.survivors), summed.digest)
+        solve, (total,) = solved if summed.spec.privacy is None else noisy_solved, summed.groups
+        tensors = solve(summed.spec, self, summed.tensors, total.values, len(total.survivors), summed.digest)
         return step.state, tensors
 
 

@@ -107,13 +107,13 @@ class _Run:
                 ended = current.aggregate(session, self.last)
             self.last = current.last_sum(ended, dealt) or self.last
             self.account = self.account.after(spec, _named(ended))
-            epsilon, made = self.account.epsilon(spec), None
+            epsilon, stepped = self.account.epsilon(spec), None
             if isinstance(ended, RoundAborted):
                 self.session = self._after_abort(ended)
             else:
                 self.session = ended.session
-                made = current.step(ended, ServerStep(rule, state, settings.aggregation.combination), epsilon)
-            outcome = RoundOutcome(current, ended, made, epsilon, time.perf_counter() - begin)
+                stepped = current.step(ended, ServerStep(rule, state, settings.aggregation.combination), epsilon)
+            outcome = RoundOutcome(current, ended, stepped, epsilon, time.perf_counter() - begin)
             record = outcome.commit()
             cohort.recorder.end(record)  # after the registry: a start after a kill writes it from the record
             _measure(span, record)
@@ -305,36 +305,36 @@ class RoundOutcome:
 
     Args:
         ended: Its sum, or why there is none.
-        made: The next adapter, if there is a sum.
+        stepped: The next adapter, if there is a sum.
         epsilon: That all sums so far have revealed of the device that spent most.
         seconds: That it took.
     """
 
     of: _Round
     ended: Summed | RoundAborted
-    made: NextAdapter | None
+    stepped: NextAdapter | None
     epsilon: float | None
     seconds: float
 
     def commit(self) -> RoundRecord:
         """Store the record, with the adapter that the round made, and tell the operator what went wrong."""
-        leader, made, record = self.of.cohort.leader, self.made, self.record()
+        leader, stepped, record = self.of.cohort.leader, self.stepped, self.record()
         for device in record.blamed:
             log.warning("%s dealt or revealed a wrong share: let the authority revoke its certificate", device)
         if record.spoiled:
             what = "a sum of round" if record.groups else "round"
             log.warning("%s %d counts as zero, for a device lied: %s", what, record.round, record.spoiled)
         with traces.span("commit"):
-            if made is None:
+            if stepped is None:
                 log.warning("round %d aborted: %s", record.round, record.aborted)
                 leader.registry.record_round(record, leader.key)
             else:
-                leader.registry.commit_round(record, made.manifest, made.blob, made.state, leader.key)
+                leader.registry.commit_round(record, stepped.manifest, stepped.blob, stepped.state, leader.key)
         return record
 
     def record(self) -> RoundRecord:
         """The record of the round, whose ending the log does not have yet."""
-        cohort, made, head = self.of.cohort, self.made, self.of.cohort.leader.registry.head()
+        cohort, stepped, head = self.of.cohort, self.stepped, self.of.cohort.leader.registry.head()
         log, last, carried = cohort.recorder.synced(), head.round, cohort.transport.take_carried()
         abort, result = (self.ended, None) if isinstance(self.ended, RoundAborted) else (None, self.ended.result)
         unchanged = last.optimizer if last else None
@@ -346,21 +346,21 @@ class RoundOutcome:
             entries=log.tree.size,
             root=log.tree.root().hex(),
             survivors=result.survivors if result else (),
-            groups=made.groups if made else (),
+            groups=stepped.groups if stepped else (),
             dropped=dict(cohort.dropped),
             blamed=abort.blamed if abort else result.blamed if result else (),
             reason=abort.reason.value if abort else None,
             aborted=abort.detail if abort else None,
             spoiled=groups.spoiled(result.sums) if result else None,
             sum=result.digest.hex() if result else None,
-            version=made.manifest.version if made else None,
-            adapter=made.manifest.sha256 if made else None,
-            optimizer=state_digest(made.state) if made else unchanged,
+            version=stepped.manifest.version if stepped else None,
+            adapter=stepped.manifest.sha256 if stepped else None,
+            optimizer=state_digest(stepped.state) if stepped else unchanged,
             bytes_up=carried.up,
             bytes_down=carried.down,
             seconds=self.seconds,
             epsilon=self.epsilon,
-            metrics=made.manifest.metrics if made else {},
+            metrics=stepped.manifest.metrics if stepped else {},
         )
 
 

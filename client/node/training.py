@@ -190,9 +190,9 @@ class LocalRound:
 
     def embedded(self) -> NDArray[np.floating]:
         begin = time.perf_counter()
-        found = embedded(self._classifier, self.start, self.own)
+        embeddings = embedded(self._classifier, self.start, self.own)
         log.info("embedded %d examples", len(self.own), extra={"training_seconds": time.perf_counter() - begin})
-        return found
+        return embeddings
 
     def labels(self) -> NDArray[np.int64]:
         return np.array([example.label for example in self.own], np.int64)
@@ -259,8 +259,8 @@ def _usable(examples: Sequence[Example], task: RoundTask) -> tuple[Example, ...]
 
 def _score(trainer: LocalTrainer, adapter: Tensors, held_out: Sequence[Example]) -> Score:
     """The score of an adapter; where a loss is not a number, the worst."""
-    found = trainer.score(adapter, held_out)
-    return found if math.isfinite(found.loss) else Score.worst(found.count)
+    score = trainer.score(adapter, held_out)
+    return score if math.isfinite(score.loss) else Score.worst(score.count)
 
 
 def _unquoted(error: BaseException) -> str:

@@ -14,7 +14,6 @@ from adapters import storage
 from adapters.evaluation import EvaluationTask, is_evaluation
 from adapters.registryfiles import RegistrySettings
 from adapters.release import Release
-from adapters.taskkinds import decode
 from aggregation import envelope, transcript
 from aggregation.errors import ConfigError, ProtocolError, TrustError
 from aggregation.messages import Assignment, Plan
@@ -146,10 +145,12 @@ def last_evaluation(lineage: Lineage, newest: str, previous: str) -> GovernedVer
     for version in reversed(lineage.versions):
         if version.record is None or version.record.plan is None or not is_evaluation(version.manifest.metrics):
             continue
-        task = decode(find_plan(lineage.state_dir, version.record.plan).training)
-        if not isinstance(task, EvaluationTask):
+        plan = find_plan(lineage.state_dir, version.record.plan)
+        try:
+            task = EvaluationTask.decode(plan.training)
+        except ProtocolError:
             reason = f"round {version.record.round} has metrics of an evaluation, and its plan is of another kind"
-            raise TrustError(reason, about="plan", value=version.record.round)
+            raise TrustError(reason, about="plan", value=version.record.round) from None
         if (task.newest, task.previous) == (newest, previous):
             return version
     return None
