@@ -207,6 +207,7 @@ class RoundTask(ABC):
 
         Args:
             size: Numbers in an update.
+            share: Part of a long step of the task's optimizer.
         """
         return share * LEAST_STEP
 
