@@ -14,95 +14,139 @@ gives it other bytes (``renewed``).
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Self
 
 import numpy as np
-from pydantic import ConfigDict, Field
+from pydantic import Field, model_validator
 
-from adapters import jsontext
+from adapters import optimizer
 from adapters.analytic import LARGEST, ClassifierHead
 from adapters.layout import Layout, Tensors
 from adapters.manifest import Sha256
-from adapters.noisysum import noisy_spec
 from adapters.peftconfig import PeftConfig
 from adapters.rollout import NEWEST, PREVIOUS
-from adapters.task import DECIMALS, MINIMUM_HELD_OUT, Sums, decode_as, dither
+from adapters.roundtask import DeviceRound, KindSettings, RoundOf, RoundTask, ServerStep, SummedRound
+from adapters.sums import DECIMALS, MINIMUM_HELD_OUT, Bounds, Sums, Vector, dither, noisy_vector
 from aggregation import rotation
-from aggregation.errors import ConfigError, ProtocolError
+from aggregation.errors import ConfigError, DataError, ProtocolError
+from aggregation.ring import Ring
 from aggregation.spec import COUNTS, SessionSpec
 from aggregation.vector import VectorSpec
 
 SIZE = 4  # of ``COUNTS``: right answers and examples of the newest release, then of the one before
 RENEWAL = 2.0**-16  # width of the noise in the head's weights, whose logits are about 1 to 16
 ACCURACY, EXAMPLES, DEVIATION = "accuracy", "examples", "deviation"  # metrics, the first two of each release
+NO_NOISE = "right answers are not summed without noise: set evaluation.noise_multiplier"
+
+Most = Annotated[int, Field(ge=1, le=2**16)]
 
 
 @dataclass(frozen=True, slots=True)
-class EvaluationTask:
-    """One round of evaluation, the same for every device of the cohort.
+class EvaluationTask(RoundTask):
+    """One round of evaluation.
 
     Args:
-        peft_config: Of the adapter in the plan.
-        labels: Of both releases, in the order of the devices' examples.
         newest: ``AdapterManifest.content`` of the adapter in the newest release.
         previous: The same of the release before.
         most: Most held-out examples of a device that count: its first ones.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    RULE: ClassVar[optimizer.Settings | None] = optimizer.Evaluation()
+    SEGMENT: ClassVar[str] = COUNTS
+    EXACT_SEGMENT: ClassVar[str | None] = None
+    EXACT: ClassVar[str | None] = None
+    NEED_NO_LIMIT: ClassVar[dict[str, str]] = {"most": "1 to 65536: a device counts its first examples up to it"}
 
     peft_config: PeftConfig
     labels: tuple[str, ...]
     newest: Sha256
     previous: Sha256
-    most: Annotated[int, Field(ge=1, le=2**16)]
+    most: Most
 
-    def encode(self) -> bytes:
-        """JSON, the same bytes for equal tasks: ``EvaluationTask.decode(task.encode()) == task``."""
-        return jsontext.encode(asdict(self))
+    def check(self) -> None:
+        RoundTask.check(self)
+        if self.newest == self.previous:
+            raise ProtocolError("the task compares a release with itself", about="task.newest")
+
+    def terms(self) -> dict[str, float | str]:
+        return {f"evaluation.{name}": getattr(self, name) for name in ("newest", "previous", "most")}
+
+    def noisy_size(self, layout: Layout) -> int:
+        return SIZE
+
+    def exact_vector(self, layout: Layout, bounds: Bounds) -> VectorSpec:
+        raise ConfigError(NO_NOISE, about="noise")
+
+    def exact_ring_bits(self, layout: Layout, bounds: Bounds) -> int:
+        raise ConfigError(NO_NOISE, about="noise")
 
     @classmethod
-    def decode(cls, raw: bytes) -> Self:
-        """Read a task.
+    def check_exact(cls, spec: SessionSpec, values: Sums, survivors: int) -> None:
+        raise DataError(NO_NOISE, about="vector.counts")
 
-        Raises:
-            ProtocolError: A field is missing, unknown or out of range, or both releases are the same.
-        """
-        found = decode_as(cls, raw)
-        if found.newest == found.previous:
-            raise ProtocolError("the task compares a release with itself", about="task.newest")
-        return found
+    def contribute(self, device: DeviceRound) -> Ring:
+        """Right answers and examples of the release that this device has, if it is one of the task's."""
 
-    @property
-    def norm(self) -> float:
-        """Largest L2 norm of a contribution: all of ``most`` examples right."""
+        def encoded(counts: Vector) -> Ring:
+            return noisy_vector(counts, device.spec, device.digest, device.rounding, device.noise_key())
+
+        return device.attempt(lambda: encoded(device.right_answers(self)), lambda: encoded(np.zeros(SIZE)))
+
+    def next_adapter(self, summed: SummedRound, step: ServerStep) -> tuple[optimizer.State, Tensors]:
+        return step.state, renewed(summed.tensors, summed.digest)
+
+    def metrics(self, spec: SessionSpec, values: Sums, survivors: int, digest: bytes) -> dict[str, float]:
+        """As ``evaluated``."""
+        return evaluated(spec, values, survivors, digest)
+
+
+class EvaluationRounds(KindSettings):
+    """Rounds that count the right answers of two releases on the devices that have them, after all others."""
+
+    KIND: ClassVar[type[RoundTask]] = EvaluationTask
+
+    rounds: int = Field(default=0, ge=0, description="how many of the rounds, the last ones, evaluate and do not train")
+    newest: str = Field(
+        default="", pattern="^([0-9a-f]{64})?$", description="SHA-256 of what the adapter of the newest release is"
+    )
+    previous: str = Field(
+        default="", pattern="^([0-9a-f]{64})?$", description="SHA-256 of what the adapter of the release before is"
+    )
+    most: Most = Field(
+        default=32,
+        description="most held-out examples of a device that count; the noise is in proportion to it",
+    )
+    noise_multiplier: float = Field(
+        default=1.1,
+        gt=0,
+        le=1000,
+        description="standard deviation of the noise in the counts, as privacy.noise_multiplier, also in a federation "
+        "without noise; in one that has more, that",
+    )
+
+    @model_validator(mode="after")
+    def _compares_two_releases(self) -> Self:
+        if self.rounds and (not self.newest or not self.previous or self.newest == self.previous):
+            raise ValueError("evaluation.newest and evaluation.previous must name the adapters of two releases")
+        return self
+
+    def task(self, of: RoundOf) -> EvaluationTask:
+        return EvaluationTask(of.peft_config, of.labels, self.newest, self.previous, self.most)
+
+    def bound(self, clip_norm: float, noisy: bool) -> float:
+        """All of ``most`` examples right."""
         return math.sqrt(2.0) * self.most
 
-
-def counts_spec(*, clip_norm: float, noise: float, ring_bits: int, max_clients: int) -> VectorSpec:
-    """The sum of a round: the counts, with noise.
-
-    Args:
-        clip_norm: L2 bound on a contribution: ``EvaluationTask.norm``.
-        noise: Standard deviation of one device's noise on each count, in examples.
-        ring_bits, max_clients: As of ``VectorSpec``.
-
-    Raises:
-        ConfigError: There is no noise, or the ring cannot hold the sum of so many devices.
-    """
-    if not noise:
-        raise ConfigError("right answers are not summed without noise: set evaluation.noise_multiplier", about="noise")
-    return noisy_spec(COUNTS, SIZE, clip_norm=clip_norm, noise=noise, ring_bits=ring_bits, max_clients=max_clients)
+    def multiplier(self, federation: float) -> float:
+        return max(federation, self.noise_multiplier)
 
 
 def evaluated(spec: SessionSpec, sums: Sums, survivors: int, digest: bytes) -> dict[str, float]:
     """The metrics of a round, as they are published.
 
     Args:
-        spec: Of the session, which has noise.
         sums: Decoded, of all survivors.
-        survivors: Their number.
         digest: SHA-256 of the adapter's file, which seeds the rotation of the sums.
 
     Returns:
@@ -133,7 +177,6 @@ def renewed(tensors: Tensors, digest: bytes) -> Tensors:
     small numbers by trial.
 
     Args:
-        tensors: Of the adapter of the round.
         digest: SHA-256 of its file.
 
     Returns:

@@ -122,7 +122,7 @@ class Manifest:
 class ServerRule:
     """A rule that made a version, the server optimizer or the combination of groups: its name, and its numbers by name.
 
-    ``coordinator.optimizer`` and ``coordinator.combination`` have the rules.
+    ``adapters.optimizer`` and ``adapters.combination`` have the rules.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")

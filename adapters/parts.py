@@ -47,11 +47,6 @@ class Part(StrEnum):
 PARTS = (Part.A, Part.B, Part.VECTORS, Part.HEAD)  # of an adapter's file, without what is frozen
 
 
-def changed_by(shared: Collection[Part]) -> frozenset[Part]:
-    """The parts of an adapter's file that a sum over the updates of ``shared`` changes: that of R is added to B."""
-    return frozenset(Part.B if part is Part.R else part for part in shared)
-
-
 def part_of(name: str) -> Part:
     """The part to which a tensor belongs.
 

@@ -1,74 +1,70 @@
-"""One round's training task, the layout of a device's contribution, and the mean of a round.
+"""A round of training: devices train the adapter, and the mean of their updates is the server's next step.
 
-The coordinator signs the task as part of its plan, in which it is opaque to the protocol. The segments of the
-contribution are the sums that are aggregated under the masks. ``client/training`` trains; ``coordinator/`` computes the
-next adapter from the mean, and its auditor does so again.
+The coordinator signs the task as part of its plan, in which it is opaque to the protocol. The engine of a device trains
+(``client/training``); ``coordinator/`` steps the mean, and an audit does so again.
 """
 
-import hashlib
-import json
 import math
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Annotated, ClassVar, Self, TypeVar
+from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field, model_validator
 
-from adapters import jsontext
-from adapters.layout import Layout
-from adapters.lorasb import with_squares
+from adapters.combination import combine, distances
+from adapters.layout import Floats, Layout, Tensors
+from adapters.lorasb import folded, unfolded, with_squares
+from adapters.optimizer import LARGEST, State, advance
 from adapters.parts import Part, mask, only
 from adapters.peftconfig import PeftConfig
+from adapters.roundtask import (
+    LEAST_STEP,
+    DeviceRound,
+    KindSettings,
+    Outcome,
+    RoundOf,
+    RoundTask,
+    ServerStep,
+    SummedRound,
+)
+from adapters.sums import DECIMALS as DECIMALS
+from adapters.sums import (
+    LEAST_RING_BITS,
+    NORM_ERROR,
+    UNIFORMS,
+    Bounds,
+    Sums,
+    Vector,
+    check_noisy,
+    clip,
+    counted,
+    dither,
+    metric_segments,
+    noise_key,
+    noisy_vector,
+    require_exact,
+    require_weight,
+)
+from adapters.sums import MAX_LOSS as MAX_LOSS
 from aggregation import rotation
 from aggregation.errors import ConfigError, DataError, ProtocolError
-from aggregation.keystream import Keystream
-from aggregation.ring import MAX_BITS
+from aggregation.ring import MAX_BITS, Ring
 from aggregation.spec import SessionSpec
 from aggregation.vector import Segment, VectorSpec
 
-MAX_LOSS = 20.0  # nats; a device's loss is clipped to it, so that the metric has a bound
-
-NORM_ERROR = 2.0**-20  # relative: a norm of 2^27 numbers in float64 is off by less than 2^-26
-LEAST_RING_BITS = 16  # two bytes in memory and on the wire
 RESOLUTION = 1 / 8  # norm of one step in every coordinate of the mean, in clip norms, at most
-
-UNIFORMS = 8  # numbers in the noise of one coordinate of the mean
-
-# Published with the survivors' names, an exact count of examples is an equation, and rounds have different survivors:
-# the equations give the counts of single devices. So no count is published, nor the exact accuracy, a fraction whose
-# denominator is such a count. To two decimals, an accuracy excludes no denominator from 100 on, but many below.
-DECIMALS = 2
-MINIMUM_HELD_OUT = 10**DECIMALS  # examples
-
-Sums = Mapping[str, NDArray[np.float64]]  # segment → sum over the survivors, shape (size,), in the segment's unit
-Positive = Annotated[int, Field(gt=0)]
-T = TypeVar("T")
-
-
-def decode_as(kind: type[T], raw: bytes) -> T:
-    """A task of one kind, from JSON. Raises ProtocolError for the first field that is missing, unknown or refused."""
-    try:
-        return jsontext.decode_as(kind, raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = f"task.{'.'.join(map(str, first['loc']))}"
-        raise ProtocolError(f"{field}: {first['msg']}", about=field) from error
-
-
 UNSTABLE = "the learning rate times the proximal weight and the weight decay together must be below 1"
 
-
-def is_stable(learning_rate: float, proximal: float, weight_decay: float) -> bool:
-    """Whether the terms that pull an adapter to its start and to zero shrink its distance in a step of SGD.
-
-    From 1 on a step reaches past what it is pulled to, and from 2 on each distance is greater than the one before, so
-    that how far a device gets says how many steps it makes.
-    """
-    return learning_rate * (proximal + weight_decay) < 1
+Epochs = Annotated[int, Field(gt=0, le=100)]
+BatchSize = Annotated[int, Field(gt=0, le=1024)]
+LearningRate = Annotated[float, Field(gt=0, le=1)]
+WeightDecay = Annotated[float, Field(ge=0, le=1)]
+Proximal = Annotated[float, Field(ge=0, le=1000)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+GradientNorm = Annotated[float, Field(ge=0)]
 
 
 class OptimizerName(StrEnum):
@@ -86,64 +82,187 @@ class RateSchedule(StrEnum):
     COSINE = "cosine"
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
-    """One round's training, the same for every device of the cohort."""
+def is_stable(learning_rate: float, proximal: float, weight_decay: float) -> bool:
+    """Whether the terms that pull an adapter to its start and to zero shrink its distance in a step of SGD.
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    From 1 on a step reaches past what it is pulled to, and from 2 on each distance is greater than the one before, so
+    that how far a device gets says how many steps it makes.
+    """
+    return learning_rate * (proximal + weight_decay) < 1
+
+
+@dataclass(frozen=True, slots=True)
+class Task(RoundTask):
+    """One round of training.
+
+    Args:
+        proximal: μ of FedProx, which adds μ/2 · ‖w - w₀‖² to the loss.
+        trained: Parts of the adapter; the others stay as they are.
+        shared: Parts whose updates are summed; those of ``trained`` that are not stay on the device.
+        gradient_norm: L2 norm to which a step's gradient is clipped; 0: never.
+    """
+
+    SEGMENT: ClassVar[str] = "delta"
+    EXACT_SEGMENT: ClassVar[str | None] = "delta"
+    EXACT: ClassVar[str | None] = "updates"
+    NEEDS_LABELS: ClassVar[bool] = False
 
     peft_config: PeftConfig
     labels: tuple[str, ...]
-    epochs: Annotated[int, Field(gt=0, le=100)]
-    batch_size: Annotated[int, Field(gt=0, le=1024)]
-    learning_rate: Annotated[float, Field(gt=0, le=1)]  # of the first step
-    weight_decay: Annotated[float, Field(ge=0, le=1)]
-    proximal: Annotated[float, Field(ge=0, le=1000)]  # μ of FedProx: adds μ/2 · ‖w - w₀‖² to the loss
-    trained: tuple[Part, ...]  # parts of the adapter; the others stay as they are
-    shared: tuple[Part, ...]  # parts whose updates are summed; those of ``trained`` that are not stay on the device
+    epochs: Epochs
+    batch_size: BatchSize
+    learning_rate: LearningRate
+    weight_decay: WeightDecay
+    proximal: Proximal
+    trained: tuple[Part, ...]
+    shared: tuple[Part, ...]
     optimizer: OptimizerName = OptimizerName.ADAMW
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of SGD
+    momentum: Momentum = 0.0
     schedule: RateSchedule = RateSchedule.CONSTANT
-    gradient_norm: Annotated[float, Field(ge=0)] = 0.0  # L2 norm to which a step's gradient is clipped; 0: never
+    gradient_norm: GradientNorm = 0.0
 
-    def encode(self) -> bytes:
-        """JSON, the same bytes for equal tasks: ``Task.decode(task.encode()) == task``."""
-        return jsontext.encode(asdict(self))
-
-    @classmethod
-    def decode(cls, raw: bytes) -> Self:
-        """Read a task.
-
-        Raises:
-            ProtocolError: A field is missing, unknown or out of range, training is not stable, nothing is both trained
-                and shared, R is not both or is with A or B, or a frozen part is either.
+    def check(self) -> None:
+        """Check that training is stable, something is both trained and shared, R is both, without A and B, or neither,
+        and a frozen part is neither. Raises ProtocolError.
         """
-        found = decode_as(cls, raw)
-        if missing := [each.name for each in fields(cls) if each.name not in json.loads(raw)]:
-            raise ProtocolError(f"task.{missing[0]}: Field required", about=f"task.{missing[0]}")
-        if not is_stable(found.learning_rate, found.proximal, found.weight_decay):
-            raise ProtocolError(f"task.proximal: {UNSTABLE}", about="task.proximal", value=found.proximal)
-        if not set(found.trained) & set(found.shared):
+        if not is_stable(self.learning_rate, self.proximal, self.weight_decay):
+            raise ProtocolError(f"task.proximal: {UNSTABLE}", about="task.proximal", value=self.proximal)
+        if not set(self.trained) & set(self.shared):
             raise ProtocolError("task.shared: no part of the adapter is both trained and shared", about="task.shared")
-        if Part.FROZEN in {*found.trained, *found.shared}:
+        if Part.FROZEN in {*self.trained, *self.shared}:
             raise ProtocolError("task: a frozen part is neither trained nor shared", about="task.parts")
-        for parts in (found.trained, found.shared):
-            if Part.R in {*found.trained, *found.shared} and (Part.R not in parts or {Part.A, Part.B} & {*parts}):
+        for parts in (self.trained, self.shared):
+            if Part.R in {*self.trained, *self.shared} and (Part.R not in parts or {Part.A, Part.B} & {*parts}):
                 raise ProtocolError("task: R is trained and shared without A and B, or not at all", about="task.parts")
-        return found
+
+    def terms(self) -> dict[str, float | str]:
+        names = ("epochs", "batch_size", "optimizer", "learning_rate", "momentum", "schedule", "weight_decay")
+        numbers = {f"training.{name}": getattr(self, name) for name in (*names, "proximal", "gradient_norm")}
+        parts = {name: ", ".join(part.value for part in getattr(self, name)) for name in ("trained", "shared")}
+        return numbers | {f"method, which has as {name}": value for name, value in parts.items()}
 
     @property
     def private(self) -> frozenset[Part]:
-        """The parts that are trained and stay on the device."""
         return frozenset(self.trained) - frozenset(self.shared)
+
+    @property
+    def changes(self) -> frozenset[Part]:
+        """R of Fed-SB is added to B."""
+        return frozenset(Part.B if part is Part.R else part for part in self.shared)
+
+    def influencing(self) -> frozenset[Part]:
+        """Also the parts that a round does not train, as A in a round of B. A part that stays on the devices takes the
+        place of the adapter's.
+        """
+        return frozenset(Part) - self.private
+
+    def least_movement(self, clip_norm: float, size: int, share: float) -> float:
+        """Relative to AdamW's longest step, or that of SGD whose gradients have the norm 1 or ``gradient_norm``, within
+        the clip norm. A step longer than ``LEAST_STEP`` raises what is demanded: an honest adapter then moves farther.
+        """
+        if self.optimizer is OptimizerName.ADAMW:
+            step = self.learning_rate * math.sqrt(size)
+        else:
+            step = self.learning_rate * min(self.gradient_norm or 1.0, 1.0) / (1 - self.momentum)
+        return share * max(min(clip_norm, step), LEAST_STEP)
+
+    def noisy_size(self, layout: Layout) -> int:
+        return shared_layout(layout, self).size
+
+    def exact_vector(self, layout: Layout, bounds: Bounds) -> VectorSpec:
+        return contribution_spec(shared_layout(layout, self), bounds)
+
+    def exact_ring_bits(self, layout: Layout, bounds: Bounds) -> int:
+        return least_ring_bits(shared_layout(layout, self), bounds)
+
+    @classmethod
+    def check_exact(cls, spec: SessionSpec, values: Sums, survivors: int) -> None:
+        require_reach(spec, values, survivors)
+
+    def contribute(self, device: DeviceRound) -> Ring:
+        shared = shared_layout(device.layout, self)
+
+        def encoded(outcome: Outcome) -> Ring:
+            if Part.R in self.shared:
+                outcome = replace(outcome, start=unfolded(outcome.start))
+            if device.spec.privacy is None:
+                return contribution(outcome, shared, device.spec, device.digest, device.rounding)
+            update = update_of(outcome, shared)
+            return noisy_vector(update, device.spec, device.digest, device.rounding, device.noise_key())
+
+        return device.attempt(lambda: encoded(device.updated(self)), lambda: encoded(device.unchanged(self)))
+
+    def state_size(self, layout: Layout) -> int:
+        return shared_layout(layout, self).size
+
+    def next_adapter(self, summed: SummedRound, step: ServerStep) -> tuple[State, Tensors]:
+        shared, means = self._means(summed)
+        mean = means[0] if step.combination is None else combine(step.combination, means)
+        begin = unfolded(summed.tensors) if Part.R in self.shared else summed.tensors
+        state, after = advance(step.rule, step.state, begin, shared, mean)
+        return state, folded(after, LARGEST)
+
+    def distances(self, summed: SummedRound, step: ServerStep) -> tuple[float, ...]:
+        if step.combination is None:
+            return ()
+        _, means = self._means(summed)
+        return distances(means, combine(step.combination, means))
+
+    def _means(self, summed: SummedRound) -> tuple[Layout, list[Floats]]:
+        """The layout of what is summed, and the mean update of each group."""
+        spec, shared = summed.spec, shared_layout(Layout.of(summed.tensors), self)
+        mean_of = weighted_mean if spec.privacy is None else noisy_mean
+        digest, sums = summed.digest, summed.groups
+        return shared, [mean_of(spec, self, shared, each.values, len(each.survivors), digest) for each in sums]
+
+
+class Training(KindSettings):
+    """Training on a device, in one round."""
+
+    KIND: ClassVar[type[RoundTask]] = Task
+
+    epochs: Epochs = Field(default=1, description="passes over the device's examples in a round")
+    batch_size: BatchSize = Field(default=16, description="examples in a step")
+    learning_rate: LearningRate = Field(default=2e-3, description="learning rate of the first step")
+    optimizer: Literal["adamw", "sgd"] = Field(
+        default="adamw", description="what makes a step of a gradient: adamw, or sgd"
+    )
+    momentum: Momentum = Field(default=0.0, description="momentum of sgd, 0 to 1; not used by adamw")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant",
+        description="how the learning rate falls to 0 over the steps of a device in a round: constant (it does not), "
+        "linear or cosine",
+    )
+    weight_decay: WeightDecay = Field(
+        default=0.0, description="weight decay: decoupled with adamw, in the gradient with sgd"
+    )
+    gradient_norm: GradientNorm = Field(
+        default=0.0, description="largest L2 norm of a step's gradient, to which it is clipped; 0: any"
+    )
+    proximal: Proximal = Field(
+        default=0.0,
+        description="weight of FedProx's term in the loss: half of it times the squared distance from the global "
+        "adapter",
+    )
+
+    @model_validator(mode="after")
+    def _is_stable(self) -> Self:
+        if not is_stable(self.learning_rate, self.proximal, self.weight_decay):
+            raise ValueError(f"training.proximal is {self.proximal:g}: {UNSTABLE}")
+        return self
+
+    def task(self, of: RoundOf) -> Task:
+        config, method = of.peft_config, of.method
+        if method.splits_factors and (config.peft_type != "LORA" or config.use_dora or config.bias != "none"):
+            kind = "DoRA" if config.use_dora else "LoRA with biases" if config.bias != "none" else config.peft_type
+            reason = f"method {method.name} trains LoRA's matrices apart from each other, and the adapter is {kind}"
+            raise ConfigError(f"{reason}: choose fedit, fedper or head", about="method", value=method.name)
+        own = self.model_dump() | {"optimizer": OptimizerName(self.optimizer), "schedule": RateSchedule(self.schedule)}
+        return Task(config, of.labels, trained=method.trained(of.version), shared=method.shared, **own)
 
 
 def shared_layout(layout: Layout, task: Task) -> Layout:
     """The tensors whose updates are summed; in a round of Fed-SB, R of each LoRA layer is one of them.
-
-    Args:
-        layout: Of the adapter.
-        task: Of the round.
 
     Raises:
         DataError: The adapter has no part that is both trained and shared, or as ``with_squares``.
@@ -153,9 +272,7 @@ def shared_layout(layout: Layout, task: Task) -> Layout:
     return only(layout, task.shared)
 
 
-def contribution_spec(
-    layout: Layout, *, clip_norm: float, weight_cap: int, ring_bits: int, max_clients: int
-) -> VectorSpec:
+def contribution_spec(layout: Layout, bounds: Bounds) -> VectorSpec:
     """The sums of one round: the weighted delta, the weights and the metrics, each with its own bound.
 
     A device's weight is its number of examples, at most ``weight_cap``. ``delta`` is the clipped delta times the
@@ -166,14 +283,12 @@ def contribution_spec(
     Raises:
         ConfigError: The ring cannot hold the sum of so many devices, or cannot count their examples one by one.
     """
-    segments = (
-        Segment("delta", layout.size, clip_norm * weight_cap * rotation.peak(layout.size)),
-        *metric_segments(weight_cap),
-    )
-    return require_exact(VectorSpec(segments, ring_bits, max_clients), weight_cap)
+    cap = bounds.weight_cap
+    delta = Segment("delta", layout.size, bounds.clip_norm * cap * rotation.peak(layout.size))
+    return require_exact(VectorSpec((delta, *metric_segments(cap)), bounds.ring_bits, bounds.max_clients), cap)
 
 
-def least_ring_bits(layout: Layout, *, clip_norm: float, weight_cap: int, max_clients: int) -> int:
+def least_ring_bits(layout: Layout, bounds: Bounds) -> int:
     """The least ring for ``contribution_spec``, from ``LEAST_RING_BITS`` on, with a fine enough step.
 
     It counts examples one by one, and s · √d / n is at most ``RESOLUTION`` times the clip norm, with the step s, d
@@ -182,49 +297,54 @@ def least_ring_bits(layout: Layout, *, clip_norm: float, weight_cap: int, max_cl
     Raises:
         ConfigError: No ring can.
     """
+    clients = bounds.max_clients
     for bits in range(LEAST_RING_BITS, MAX_BITS):
         with suppress(ConfigError):
-            spec = contribution_spec(
-                layout, clip_norm=clip_norm, weight_cap=weight_cap, ring_bits=bits, max_clients=max_clients
-            )
-            noise = spec.step(spec.segment("delta")) * math.sqrt(layout.size) / max_clients
-            if noise <= RESOLUTION * clip_norm:
+            spec = contribution_spec(layout, replace(bounds, ring_bits=bits))
+            if spec.step(spec.segment("delta")) * math.sqrt(layout.size) / clients <= RESOLUTION * bounds.clip_norm:
                 return bits
-    raise ConfigError(
-        f"no ring can hold the sum of {max_clients} updates of {weight_cap} examples with the clip norm {clip_norm}",
-        about="clip_norm",
-        value=clip_norm,
-    )
+    text = f"no ring can hold the sum of {clients} updates of {bounds.weight_cap} examples with the clip norm "
+    raise ConfigError(f"{text}{bounds.clip_norm}", about="clip_norm", value=bounds.clip_norm)
 
 
-def metric_segments(weight_cap: int) -> tuple[Segment, ...]:
-    """The sums of every round: the weight, and what ``metrics_of`` publishes of the adapter that it began with."""
-    return (
-        Segment("weight", 1, float(weight_cap)),
-        Segment("correct", 1, float(weight_cap)),
-        Segment("loss", 1, MAX_LOSS * weight_cap),
-        Segment("held_out", 1, float(weight_cap)),
-    )
+def contribution(outcome: Outcome, layout: Layout, spec: SessionSpec, adapter: bytes, rng: np.random.Generator) -> Ring:
+    """Encode the outcome of a round as the vector that is masked and summed.
 
+    Args:
+        outcome: Finite tensors, those of ``layout`` and maybe others, which stay on the device.
+        adapter: SHA-256 of the adapter's file; the seed of the rotation follows from it.
 
-def require_exact(spec: VectorSpec, weight_cap: int) -> VectorSpec:
-    """Return the spec if it counts examples one by one: sums are divided by weights, which must be exact.
+    Returns:
+        Ring elements, shape ``(spec.vector.size,)``. Decoded with the segments of ``spec.vector``, in weight units:
+        ``delta`` is ``clip(trained - start, clip_norm) * weight``, rotated; ``weight`` is the number of examples, at
+        most ``spec.weight_cap``; ``correct``, ``loss`` and ``held_out`` are the score of ``start``. Guarantee: each
+        value is off by less than one step of its segment, without bias; a coordinate of ``delta`` by less than 1.5
+        steps with a variance of a quarter of a squared step (``rounding_noise``), or more if it is beyond its
+        bound, with a probability of at most 2^-40 for all coordinates (``rotation.peak``).
 
     Raises:
-        ConfigError: A step of the weight is above one.
+        DataError: A tensor has another layout, NaN or infinity, or a metric is outside its bound.
     """
-    if spec.max_steps < weight_cap:
-        raise ConfigError(
-            f"a ring of {spec.ring_bits} bits cannot count {weight_cap} examples of each of {spec.max_clients} devices:"
-            " take more bits or a lower weight cap",
-            about="ring_bits",
-            value=spec.ring_bits,
-        )
-    return spec
+    weight, segment = min(outcome.examples, spec.weight_cap), spec.vector.segment("delta")
+    delta = clip(update_of(outcome, layout), spec.clip_norm) * weight
+    rotated = rotation.rotate(delta, rotation.seed(adapter))
+    rotated += rounding_noise(spec.vector.step(segment), delta.size, rng)
+    values = {"delta": np.clip(rotated, -segment.bound, segment.bound)}
+    return spec.vector.encode(values | counted(weight, outcome.held_out), rng)
+
+
+def update_of(outcome: Outcome, layout: Layout) -> Vector:
+    """What a device's training changed of the shared tensors, whose ``layout`` this is, before it is clipped.
+
+    Raises:
+        DataError: A tensor has another layout, NaN or infinity.
+    """
+    trained, start = (layout.flatten(layout.select(tensors)) for tensors in (outcome.trained, outcome.start))
+    return trained.astype(np.float64) - start
 
 
 def require_reach(spec: SessionSpec, sums: Sums, survivors: int) -> None:
-    """Return if honest survivors can have the sum of a round: else a device lied. Which one, nobody can tell.
+    """Check that honest survivors can have the sum of a round: else a device lied. Which one, nobody can tell.
 
     With W the total weight, n survivors, and s the step of the d coordinates of ``delta``:
 
@@ -235,11 +355,6 @@ def require_reach(spec: SessionSpec, sums: Sums, survivors: int) -> None:
     Guarantee: a sum of honest contributions is refused with a probability of at most 2^-40. The mean of a sum that is
     not refused has at most the norm ``clip_norm`` + ``rounding_norm`` / W, or 0 if W = 0, whoever lied;
     ``weighted_mean`` adds its noise.
-
-    Args:
-        spec: Of the session.
-        sums: Decoded.
-        survivors: Their number.
 
     Raises:
         DataError: Honest survivors cannot have it. The text names no number of the sum, because it is published.
@@ -278,19 +393,6 @@ def rounding_noise(step: float, size: int, rng: np.random.Generator) -> NDArray[
     return step * (rng.random(size) - 0.5)
 
 
-def require_weight(spec: SessionSpec, sums: Sums, survivors: int) -> float:
-    """The total weight, if honest survivors can have it: a whole number between 0 and ``weight_cap`` for each.
-
-    Raises:
-        DataError: They cannot.
-    """
-    weight = float(sums["weight"][0])
-    if not (weight.is_integer() and 0 <= weight <= spec.weight_cap * survivors):
-        text = f"the examples of the survivors are not a whole number between 0 and {spec.weight_cap} for each"
-        raise DataError(text, about="vector.weight")
-    return weight
-
-
 def weighted_mean(
     spec: SessionSpec, task: Task, layout: Layout, sums: Sums, survivors: int, adapter: bytes
 ) -> NDArray[np.float32]:
@@ -321,9 +423,6 @@ def weighted_mean(
     the noise of many such rounds grows with the root of their number, because each begins with another adapter.
 
     Args:
-        spec, sums, survivors: As of ``require_reach``.
-        task: Of the round's plan.
-        layout: Of the shared tensors.
         adapter: SHA-256 of the adapter from which they trained.
 
     Raises:
@@ -337,6 +436,29 @@ def weighted_mean(
     noise = _width(spec, task, weight, survivors) * dither(noise_key(spec, sums, adapter), delta.size)
     update = rotation.rotate_back(delta, rotation.seed(adapter)) if weight else np.zeros(delta.size)
     mean = ((update + noise) / (weight or survivors)).astype(np.float32)
+    return np.where(mask(layout, task.trained), mean, np.float32(0))
+
+
+def noisy_mean(
+    spec: SessionSpec, task: Task, layout: Layout, sums: Sums, survivors: int, adapter: bytes
+) -> NDArray[np.float32]:
+    """The mean of the survivors' deltas and noise; zero in the parts that the task does not train.
+
+    Noise of the width of a step is added, as in ``weighted_mean``: the next adapter has other bytes than the last
+    one also if the sum counts as zero. Arguments as of ``weighted_mean``.
+
+    Raises:
+        DataError: As ``check_noisy``, or the sum has another size than the shared tensors.
+    """
+    check_noisy(spec, sums, survivors)
+    (segment,) = spec.vector.segments
+    found = sums[segment.name]
+    if found.shape != (layout.size,):
+        text = f"the sum is of {found.size} numbers, and the shared tensors have {layout.size}"
+        raise DataError(text, about="shape", value=found.size)
+    update = rotation.rotate_back(found, rotation.seed(adapter))
+    update += spec.vector.step(segment) * dither(noise_key(spec, sums, adapter), found.size)
+    mean = (update / survivors).astype(np.float32)
     return np.where(mask(layout, task.trained), mean, np.float32(0))
 
 
@@ -355,47 +477,3 @@ def _width(spec: SessionSpec, task: Task, weight: float, survivors: int) -> floa
     per_device = (weight or survivors) / least
     covered = survivors if per_device >= survivors else 2.0 ** (math.frexp(per_device)[1] - 1)
     return math.sqrt((wide * (weight or survivors) / covered) ** 2 - (errors if weight else 0.0))
-
-
-def metrics_of(sums: Sums) -> dict[str, float]:
-    """The metrics of a round, from the sums of its survivors, as they are published.
-
-    Returns:
-        ``accuracy`` (a share) and ``loss`` (nats): means over the held-out examples, of the adapter that the round
-        began with, to ``DECIMALS``. Empty if there are fewer than ``MINIMUM_HELD_OUT``, if honest survivors cannot have
-        these sums, or if the sums have noise and no metrics.
-    """
-    if "held_out" not in sums:
-        return {}
-    correct, held_out, loss = (float(sums[name][0]) for name in ("correct", "held_out", "loss"))
-    if not (held_out >= MINIMUM_HELD_OUT and 0 <= correct <= held_out):
-        return {}
-    mean_loss = min(max(loss / held_out, 0.0), MAX_LOSS)  # rounding, or a device that lies
-    return {"accuracy": round(correct / held_out, DECIMALS), "loss": round(mean_loss, DECIMALS)}
-
-
-def noise_key(spec: SessionSpec, sums: Sums, adapter: bytes) -> bytes:
-    """The key of a round's noise, which whoever knows the sums can compute, and nobody else.
-
-    Args:
-        spec, sums: Of the round.
-        adapter: SHA-256 of the adapter that it began with.
-    """
-    key = hashlib.sha256(b"edgeadapt/dither/1\x00" + adapter)
-    for segment in spec.vector.segments:
-        key.update(sums[segment.name].astype("<f8").tobytes())
-    return key.digest()
-
-
-def dither(key: bytes, size: int) -> NDArray[np.float64]:
-    """Noise of shape ``(size,)`` and width 1: sums of ``UNIFORMS`` numbers that are uniform over (-1/2, 1/2).
-
-    One uniform number removes a period of the width from the distribution of a coordinate, each further one from a
-    further derivative (Wannamaker et al. 2000, "A Theory of Nonsubtractive Dither"). Of any shorter period, a share of
-    at most 6e-6 is left: the eighth power of sin(πx) / πx for x > 1. The bits are the same on every machine.
-    """
-    stream, total, drawn = Keystream(key), np.zeros(size, np.int64), np.empty(size, "<i4")
-    for _ in range(UNIFORMS):
-        stream.read_into(drawn.data.cast("B"))
-        total += drawn
-    return total.astype(np.float64) * 2.0**-32

@@ -2,32 +2,22 @@
 
 They belong to the device's owner (``client.training.limits``), and an audit names what the defaults refuse. A key
 bounds what its name says: ``maximum_learning_rate`` and ``minimum_batch_size`` bound ``task.learning_rate`` and
-``task.batch_size``. A number of a task without a limit is refused, so that a new one cannot pass unbounded. The limits
+``task.batch_size``. A number of a task without a limit is refused, so that a new one cannot pass unbounded, unless its
+kind says why it needs none (``RoundTask.NEED_NO_LIMIT``). The limits
 are checked before an example is read, so that a refusal says nothing about examples.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from collections.abc import Iterator
 
 import numpy as np
 from pydantic import Field
 
-from adapters.analytic import AnalyticTask
-from adapters.evaluation import EvaluationTask
 from adapters.layout import Tensors
 from adapters.peftconfig import require_trainable
+from adapters.roundtask import RoundTask
 from adapters.settings import Settings
-from adapters.taskkinds import AnyTask
 from aggregation.errors import ConfigError, ProtocolError
 from aggregation.session import COORDINATOR
-
-# The numbers of a task that need no limit of the owner, and why.
-NEED_NO_LIMIT: Mapping[tuple[type[AnyTask], str], str] = {
-    (AnalyticTask, "ridge"): "used by the coordinator, on the sum: no contribution depends on it",
-    (AnalyticTask, "scale"): "used by the coordinator, on the sum: no contribution depends on it",
-    (AnalyticTask, "dimensions"): "1 to the size of an embedding with noise, 0 without: the session says which",
-    (EvaluationTask, "most"): "1 to 65536: a device counts its first examples up to it",
-}
 
 
 class TaskLimits(Settings):
@@ -55,11 +45,10 @@ class TaskLimits(Settings):
     minimum_batch_size: int = Field(default=2, ge=1, description="fewest examples in a step of training")
     maximum_batch_size: int = Field(default=64, ge=1, description="most examples in a step of training")
 
-    def check(self, task: AnyTask, adapter: Tensors) -> None:
+    def check(self, task: RoundTask, adapter: Tensors) -> None:
         """Check that the task and the adapter on offer are within these limits.
 
         Args:
-            task: As decoded.
             adapter: Finite tensors.
 
         Raises:
@@ -90,14 +79,12 @@ def _numbers_of(adapter: Tensors) -> Iterator[tuple[str, float]]:
     yield "adapter.parameters", sum(tensor.size for tensor in adapter.values())
 
 
-def _numbers_in(task: AnyTask) -> Iterator[tuple[str, float]]:
+def _numbers_in(task: RoundTask) -> Iterator[tuple[str, float]]:
     """Every number that a coordinator chooses with a task, by name, except those that need no limit."""
     config = task.peft_config
     yield "task.scaling", config.scaling_of("") if config.r else 0.0
     yield "task.virtual_tokens", config.num_virtual_tokens
     if task.labels:  # a language model has none
         yield "task.labels", len(task.labels)
-    for field in fields(task):
-        value = getattr(task, field.name)
-        if isinstance(value, int | float) and (type(task), field.name) not in NEED_NO_LIMIT:
-            yield f"task.{field.name}", value
+    for name, value in task.numbers().items():
+        yield f"task.{name}", value

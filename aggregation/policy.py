@@ -4,8 +4,10 @@ The defaults are the secure ones. The coordinator cannot change them; each weake
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Annotated, get_type_hints
 
 from aggregation import graph
 from aggregation.errors import ConfigError, ProtocolError, TrustError
@@ -18,81 +20,140 @@ _Rule = tuple[bool, str, object, str]  # whether it holds, the field it is about
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
-    """Limits on the sessions that this device joins.
+class Limit:
+    """What a field of ``Policy`` means to an owner, and its range.
 
     Args:
-        known_bases: SHA-256 of the frozen bases that this device holds, in hex. Empty: it joins no session.
-        minimum_cohort: Smallest cohort, in devices.
-        minimum_survivors: Fewest honest devices, this one included, in a sum: the session's own minimum of survivors,
-            or with groups that of a group, less all corrupt devices of the cohort. And fewest in a linear combination
-            of sums from one adapter.
-        minimum_ring_bits: Fewest bits of a ring element.
-        maximum_ring_bits: Most bits of a ring element.
-        adversaries: Adversary models that this device accepts.
-        corrupt_fraction: Fraction of the cohort that may collude with the coordinator; threshold and graph must
-            withstand it.
-        complete_up_to: Largest cohort in which every device must be every other's neighbor.
-        maximum_weight: Largest weight cap, in examples.
-        maximum_rounds: Most rounds in a session.
-        maximum_repeats: Most sums from an adapter for which the device reveals shares after the first one.
-            All are over the same devices (``client.node.adapterstate``).
-        minimum_movement: How far an adapter has to be from those of earlier sums without noise, for a sum over other
-            devices: as a share of the longest step of training (``adapters.movement``).
-        minimum_noise_multiplier: Least noise of a sum: the standard deviation of that of its honest devices in the
-            smallest sum of a round, in clip norms. Above 0, a session must have noise.
-        minimum_evaluation_noise: The same of a session that counts right answers, above 0: a device does not know how
-            many others have its release, so that an exact sum could be its own counts.
-        maximum_epsilon: Most that all contributions of this device together may reveal, for ``delta``
-            (``client.node.privacyledger``). Above 0, a session must have noise; 0: no limit.
-        delta: The probability for which ``maximum_epsilon`` is stated.
-        demand_proofs: Whether to take part again only if the coordinator proves what its log holds (``transcript``).
-        revocation_days: Greatest age of the authority's revocation list, in days. 0: no list is required, and a list
-            that the device has is valid until its own end.
+        meaning: For the owner, in ``device.toml`` and its document.
+        ge, gt, le, lt: Bounds of the field.
+    """
+
+    meaning: str
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+
+    def admits(self, value: float) -> bool:
+        """Whether a number, which is finite, is within the range."""
+        low = (self.ge is None or value >= self.ge) and (self.gt is None or value > self.gt)
+        high = (self.le is None or value <= self.le) and (self.lt is None or value < self.lt)
+        return low and high and math.isfinite(value)
+
+    def __str__(self) -> str:
+        bounds = {">=": self.ge, ">": self.gt, "<=": self.le, "<": self.lt}
+        return " and ".join(f"{sign} {bound:g}" for sign, bound in bounds.items() if bound is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Limits on the sessions that this device joins.
 
     Raises:
         ConfigError: A value is out of range.
     """
 
-    known_bases: frozenset[str] = frozenset()
-    minimum_cohort: int = 8
-    minimum_survivors: int = graph.MINIMUM_SURVIVORS
-    minimum_ring_bits: int = 16
-    maximum_ring_bits: int = 64
-    adversaries: frozenset[Adversary] = frozenset({Adversary.ACTIVE})
-    corrupt_fraction: float = CORRUPT_FRACTION
-    complete_up_to: int = graph.COMPLETE_UP_TO
-    maximum_weight: int = 65_536
-    maximum_rounds: int = 64
-    maximum_repeats: int = 3
-    minimum_movement: float = 0.02
-    minimum_noise_multiplier: float = 0.0
-    minimum_evaluation_noise: float = 1.0
-    maximum_epsilon: float = 0.0
-    delta: float = 1e-6
-    demand_proofs: bool = True
-    revocation_days: int = 0
+    known_bases: Annotated[
+        frozenset[str],
+        Limit("SHA-256 of the frozen bases to train on, in hex; if empty, the one that this device has"),
+    ] = frozenset()
+    minimum_cohort: Annotated[int, Limit("fewest devices in a cohort", ge=3)] = 8  # two show each the other's part
+    minimum_survivors: Annotated[
+        int,
+        Limit(
+            "fewest honest devices in a sum, this one included: the session's minimum of survivors, less the corrupt "
+            "devices of the cohort; and fewest in a combination of sums from one adapter",
+            ge=2,
+        ),
+    ] = graph.MINIMUM_SURVIVORS
+    minimum_ring_bits: Annotated[int, Limit("fewest bits of an element of the masked vector", ge=1, le=64)] = 16
+    maximum_ring_bits: Annotated[int, Limit("most bits of an element of the masked vector", ge=1, le=64)] = 64
+    adversaries: Annotated[
+        frozenset[Adversary],
+        Limit(
+            'adversary models that a session may assume: "active", a coordinator that may send anything, or also '
+            '"honest-but-curious", one that follows the protocol'
+        ),
+    ] = frozenset({Adversary.ACTIVE})
+    corrupt_fraction: Annotated[
+        float,
+        Limit("fraction of the cohort that may collude with the coordinator; a session must withstand it", ge=0, lt=1),
+    ] = CORRUPT_FRACTION
+    complete_up_to: Annotated[int, Limit("largest cohort, in devices, that must use the complete graph", ge=3)] = (
+        graph.COMPLETE_UP_TO
+    )
+    maximum_weight: Annotated[int, Limit("largest weight of one device in the mean, in examples", ge=1)] = 65_536
+    maximum_rounds: Annotated[int, Limit("most rounds in a session", ge=1)] = 64
+    maximum_repeats: Annotated[
+        int,
+        Limit(
+            "most sums from an adapter for which the device reveals shares after the first one; all are over the same "
+            "devices, less those that were revoked since",
+            ge=0,
+            le=MAX_REPEATS,
+        ),
+    ] = 3
+    minimum_movement: Annotated[
+        float,
+        Limit(
+            "without noise: distance of an adapter from those of earlier sums below which the device helps to a sum "
+            "over the same devices only, as a share of the longest step that the task's optimizer can make",
+            ge=0,
+            le=1000,
+        ),
+    ] = 0.02
+    minimum_noise_multiplier: Annotated[
+        float,
+        Limit(
+            "least noise of a session: its standard deviation in the smallest sum of a round, from honest devices, in "
+            "clip norms; above 0, sessions without noise are refused",
+            ge=0,
+            le=1000,
+        ),
+    ] = 0.0
+    minimum_evaluation_noise: Annotated[
+        float,
+        Limit(
+            "least noise of a session that counts the right answers of releases, as minimum_noise_multiplier: nobody "
+            "can tell a device how many others have its release, so that an exact sum could be its own counts",
+            gt=0,
+            le=1000,
+        ),
+    ] = 1.0
+    maximum_epsilon: Annotated[
+        float,
+        Limit(
+            "most that all contributions of this device together may reveal, as the epsilon of differential privacy "
+            "for delta; above 0, sessions without noise are refused, and so is a plan that exceeds it; 0: no limit",
+            ge=0,
+        ),
+    ] = 0.0
+    delta: Annotated[float, Limit("probability for which maximum_epsilon is stated", gt=0, lt=1)] = 1e-6
+    demand_proofs: Annotated[
+        bool,
+        Limit(
+            "take part again only if the coordinator proves that its log extends what this device saw and contains "
+            "what it did"
+        ),
+    ] = True
+    revocation_days: Annotated[
+        int,
+        Limit(
+            "greatest age of the authority's revocation list, in days; 0: no list is demanded, and an existing one is "
+            "used until it expires",
+            ge=0,
+            le=36_500,
+        ),
+    ] = 0
 
     def __post_init__(self) -> None:
-        low, high = self.minimum_ring_bits, self.maximum_ring_bits
-        ranges = (
-            ("minimum_cohort", self.minimum_cohort >= 3, "3 or more: a sum of two shows each the other's part"),
-            ("minimum_survivors", self.minimum_survivors >= 2, "2 or more: a sum of one honest device shows its part"),
-            ("corrupt_fraction", 0 <= self.corrupt_fraction < 1, "in [0, 1)"),
-            ("minimum_ring_bits", 1 <= low <= high, f"between 1 and maximum_ring_bits {high}"),
-            ("maximum_ring_bits", high <= 64, "64 or less"),
-            ("maximum_repeats", 0 <= self.maximum_repeats <= MAX_REPEATS, f"between 0 and {MAX_REPEATS}"),
-            ("minimum_movement", 0 <= self.minimum_movement < math.inf, "a number from 0 on"),
-            ("revocation_days", self.revocation_days >= 0, "0 or more"),
-            ("minimum_noise_multiplier", 0 <= self.minimum_noise_multiplier < math.inf, "a number from 0 on"),
-            ("minimum_evaluation_noise", 0 < self.minimum_evaluation_noise < math.inf, "a number above 0"),
-            ("maximum_epsilon", 0 <= self.maximum_epsilon < math.inf, "a number from 0 on"),
-            ("delta", 0 < self.delta < 1, "between 0 and 1"),
-        )
-        for name, holds, expected in ranges:
-            if not holds:
-                value = getattr(self, name)
-                raise ConfigError(f"{name} {value} is not {expected}", about=f"policy.{name}", value=value)
+        for name, limit in LIMITS.items():
+            value = getattr(self, name)
+            if isinstance(value, int | float) and not limit.admits(value):
+                raise ConfigError(f"{name} {value} is not {limit}", about=f"policy.{name}", value=value)
+        if self.minimum_ring_bits > self.maximum_ring_bits:
+            text = f"minimum_ring_bits {self.minimum_ring_bits} is above maximum_ring_bits {self.maximum_ring_bits}"
+            raise ConfigError(text, about="policy.minimum_ring_bits", value=self.minimum_ring_bits)
         honest = self.minimum_cohort - graph.count_of(self.minimum_cohort, self.corrupt_fraction)
         if honest < self.minimum_survivors:
             raise ConfigError(
@@ -200,6 +261,11 @@ class Policy:
             (spec.privacy is not None or not demanded, "privacy", None, bare),
             (found >= least, "noise_multiplier", found, little),
         )
+
+
+LIMITS: Mapping[str, Limit] = {
+    name: hint.__metadata__[0] for name, hint in get_type_hints(Policy, include_extras=True).items()
+}
 
 
 def _require(what: str, rules: tuple[_Rule, ...]) -> None:

@@ -13,18 +13,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters import files, noisyhead, ridge
-from adapters.analytic import AnalyticTask, ClassifierHead
+from adapters import files, ridge
+from adapters.analytic import AnalyticTask, ClassifierHead, contributed, moment_contribution
+from adapters.federatedmethods import METHODS
 from adapters.layout import Layout, Tensors
+from adapters.optimizer import AnalyticHead, Stateless
 from adapters.ridge import Matrix
+from adapters.roundtask import RoundOf, ServerStep, SummedRound
+from adapters.sums import noisy_vector
 from aggregation.groups import GroupSum
 from aggregation.ring import dtype, packed_size
 from aggregation.spec import SessionSpec
-from client.training.contribute import moment_contribution, noisy_vector
 from client.training.examples import Score
 from client.training.trainer import load_trainer
-from coordinator.nextadapter import next_adapter
-from coordinator.optimizer import AnalyticHead, Stateless
 from coordinator.settings import FederationSettings
 from simulations.data import populate
 from simulations.data.population import Client, LabelledText
@@ -97,7 +98,8 @@ def curve(
     for epsilon in epsilons:
         notify(f"epsilon {epsilon:g}" if epsilon else "no noise")
         settings = _settings(scenario.federation, epsilon)
-        task = settings.analytic_task(manifest)
+        of = RoundOf(manifest.peft_config, manifest.labels, 0, METHODS[settings.method], settings.privacy.noisy)
+        task = settings.analytic.task(of)
         spec = settings.session_spec(len(devices), layout, base.digest, 1, task)
         after = _fitted(spec, task, tensors, manifest.sha256, devices)
         rows.append(_row(epsilon, spec, _accuracy(after, tests), canaries))
@@ -132,13 +134,11 @@ def _fitted(
             mine = ridge.moments_of(embeddings, labels, head.labels)
             total += moment_contribution(mine, Score(0, 0, 0.0), spec, rng)
         else:
-            vector = noisyhead.contributed(embeddings, labels, head, task, bytes.fromhex(digest))
+            vector = contributed(embeddings, labels, head, task, bytes.fromhex(digest))
             total += noisy_vector(vector, spec, bytes.fromhex(digest), rng, os.urandom(32))
     sums = [GroupSum.of(spec, tuple(map(str, range(len(devices)))), total)]
-    _, after = next_adapter(
-        spec, task, AnalyticHead(), Stateless(), tensors, sums=sums, combination=None, digest=digest
-    )
-    return after
+    summed = SummedRound(spec, tensors, bytes.fromhex(digest), sums)
+    return task.next_adapter(summed, ServerStep(AnalyticHead(), Stateless()))[1]
 
 
 def _accuracy(

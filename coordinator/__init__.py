@@ -5,7 +5,6 @@ Nothing is exported here, because an auditor and an authority import this packag
     rounds.federate              the rounds over a transport; needs the extra ``coordinator``
     statedir.CoordinatorStateDir the state directory: key, pinned authority, settings, registry, transcripts
     settings.FederationSettings  ``federation.toml``
-    optimizer.FedAvg, .FedAdam   the server's step
     registry                     versions and records of rounds
     audit                        checks a transcript; bare install
     authority                    certifies and revokes devices; bare install

@@ -87,14 +87,7 @@ def lead(leader: CoordinatorStateDir, grid: Grid) -> Iterator[RoundRecord]:
     clock: Clock = getattr(grid, "clock", None) or SystemClock()
     if leader.lease is not None:
         clock = LeaderClock(clock, leader.lease)
-    yield from federate(
-        Transport(grid, clock, leader.settings.deadline),
-        leader.registry,
-        key=leader.key,
-        read_root=leader.read_root,
-        settings=leader.settings,
-        transcripts=leader.transcripts,
-    )
+    yield from federate(leader, Transport(grid, clock, leader.settings.deadline))
 
 
 @dataclass(frozen=True, slots=True)

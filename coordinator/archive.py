@@ -70,9 +70,7 @@ def write(
 
     Args:
         out: Does not exist; a part of it is left where the disk is full.
-        files: What it holds.
         manifest: Digest of SHA256SUMS → the manifest.
-        key: Signs the manifest.
         report: Called for each file when it was hashed, and when it was written.
 
     Raises:
@@ -104,11 +102,9 @@ def extract(
     """Write the files of an archive to a folder, each after its digest was found to be the one that was signed.
 
     Args:
-        archive: The file.
         folder: Empty.
         trusted: The coordinator's key; None: the one in the archive, which then proves only that nothing is damaged.
         modes: Regular expression of a name → permissions. A file with another name is refused.
-        report: Called for each file.
 
     Raises:
         DataError: It is no archive of a coordinator, or it is truncated.

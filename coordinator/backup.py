@@ -74,10 +74,7 @@ class Backup:
     """What was copied, or restored.
 
     Args:
-        manifest: Of the archive.
         files: How many it has.
-        size: Their bytes.
-        key_id: Of the coordinator's key.
     """
 
     manifest: BackupManifest
@@ -92,10 +89,8 @@ def back_up(
     """Write an archive of a coordinator, which may run meanwhile.
 
     Args:
-        state_dir: Of the coordinator.
         out: The archive. Does not exist; its owner alone can read it.
         keys: Whether the archive has the signing key, the TLS key and the next TLS key.
-        report: Called for each file.
 
     Raises:
         ConfigError: ``out`` exists.
@@ -209,12 +204,10 @@ def restore(
     signing key, tells whose database that is.
 
     Args:
-        source: The archive.
         folder: Does not exist, or is empty.
         key: The signing key, PEM; None: the archive has it.
         trusted: The coordinator's public key, as devices pin it; None: that of ``key``, or else the archive's own.
         stores: Where the registry is to be kept; None: in the directory. The database must be empty.
-        report: Called for each file.
 
     Raises:
         ConfigError: The folder or the database holds something; there is no signing key; or the archive is for a

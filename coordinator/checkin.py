@@ -59,9 +59,6 @@ def check_in(
 
     Args:
         key: The coordinator's signing key, for the challenges.
-        root: The authority with its revocation list.
-        transport: Reaches the nodes.
-        group: Flower's group id.
         last: The last sum from the adapter, if there is one.
         cohort: Its size, and how it is chosen.
 
@@ -104,7 +101,6 @@ def choose(nodes: Sequence[int], cohort: CohortSettings, group: str) -> tuple[in
 
     Args:
         nodes: All that there are, in ascending order.
-        cohort: The settings.
         group: Of the session; with a seed, it and the nodes determine the choice.
     """
     count = min(math.ceil(cohort.size * cohort.over_selection), len(nodes))

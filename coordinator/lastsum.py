@@ -6,19 +6,22 @@ devices had been asked to unmask its sum, every later round from that adapter is
 come before such a round was recorded: the log has the request before any device can have it.
 
 With groups, devices are bound as soon as they sign a survivor set, and later rounds have the same groups.
+
+What earlier rounds left on the devices binds later ones as well: no later round may share it (``check_unshared``).
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapters import taskkinds
-from adapters.analytic import AnalyticTask
-from adapters.evaluation import EvaluationTask
+from adapters.layout import Layout
+from adapters.parts import part_of
 from adapters.roundrecord import RoundRecord
+from adapters.roundtask import RoundTask
 from adapters.task import Task
-from adapters.taskkinds import AnyTask
 from aggregation import envelope
+from aggregation.errors import ConfigError
 from aggregation.messages import Assignment, Offer, Plan, Survivors, Unmask
 from aggregation.pki.certificates import load, serial, subject
 from aggregation.pki.identity import PublicKey
@@ -49,7 +52,7 @@ class LastSum:
     adapter: str
     survivors: Mapping[str, int]
     blamed: frozenset[str] = frozenset()
-    kind: type[AnyTask] = Task
+    kind: type[RoundTask] = Task
     dealt: tuple[str, ...] = ()
     still: bool = False
     terms: Mapping[str, float | str] = field(default_factory=dict)
@@ -58,7 +61,6 @@ class LastSum:
         """What another sum over the same devices lacks, and what ends that; empty if nothing.
 
         Args:
-            devices: That can take part.
             revoked: The revocation list that their session applies. Who is in it is not in another sum.
         """
         listed = revoked.revoked if revoked else {}
@@ -76,20 +78,11 @@ def names(devices: Sequence[str]) -> str:
     return ", ".join(devices[:NAMED]) + (f" and {len(devices) - NAMED} more" if len(devices) > NAMED else "")
 
 
-def terms(task: AnyTask, clip_norm: float, weight_cap: int, groups: int) -> dict[str, float | str]:
+def terms(task: RoundTask, clip_norm: float, weight_cap: int, groups: int) -> dict[str, float | str]:
     """The settings on which devices train for all sums from an adapter alike (``client.node.adapterstate``)."""
     bounds: dict[str, float | str] = {"aggregation.clip_norm": clip_norm, "aggregation.weight_cap": weight_cap}
     bounds["aggregation.groups"] = groups
-    if isinstance(task, AnalyticTask):
-        names = ("ridge", "scale", "dimensions")
-        return bounds | {f"analytic.{name}": getattr(task, name) for name in names}
-    if isinstance(task, EvaluationTask):
-        return bounds | {f"evaluation.{name}": getattr(task, name) for name in ("newest", "previous", "most")}
-    steps = ("epochs", "batch_size", "optimizer", "learning_rate", "momentum", "schedule", "weight_decay")
-    training = (*steps, "proximal", "gradient_norm")
-    parts = {name: ", ".join(part.value for part in getattr(task, name)) for name in ("trained", "shared")}
-    method = {f"method, which has as {name}": value for name, value in parts.items()}
-    return {f"training.{name}": getattr(task, name) for name in training} | method | bounds
+    return task.terms() | bounds
 
 
 def serials(certificates: Iterable[bytes]) -> dict[str, int]:
@@ -101,10 +94,7 @@ def find(folder: Path, coordinator: PublicKey, adapter: str, records: Iterable[R
     """The last sum from ``adapter``, from the logs that a coordinator left; None if none could be unmasked.
 
     Args:
-        folder: Of the transcripts.
-        coordinator: Whose logs they are.
         adapter: SHA-256 of the newest adapter's file, hex.
-        records: Of all rounds.
 
     Raises:
         TrustError: A log was altered.
@@ -144,3 +134,35 @@ def _in_log(entries: Iterable[Entry], adapter: str) -> tuple[Plan, SessionSpec, 
         elif entry.kind == Survivors.TAG and plan and spec and spec.grouping and plan.adapter_digest == adapter:
             found = plan, spec, {device: certified[device] for device in Survivors.decode(body).vectors}
     return found
+
+
+def check_unshared(folder: Path, coordinator: PublicKey, task: RoundTask, layout: Layout) -> None:
+    """Check that a task shares no part that a plan before it had devices train and keep to themselves.
+
+    Logs are read from the newest one back, to a plan that shared as much: it passed this check.
+
+    Args:
+        layout: Of the adapter. A part without a tensor is neither shared nor kept.
+
+    Raises:
+        ConfigError: It shares one.
+        TrustError: A log was altered.
+    """
+    shared = task.changes & {part_of(spec.name) for spec in layout.tensors}
+    for path in reversed(logs(folder)):
+        for earlier in reversed([*_tasks(StoredLog.read(path, coordinator).entries)]):
+            if kept := sorted(shared & earlier.private):
+                text = f"the method shares the part {kept[0]}, which devices kept to themselves in an earlier round, "
+                text += "and so they refuse it: set a method that does not share it, or begin a new federation"
+                raise ConfigError(text, about="method", value=kept[0])
+            if shared <= earlier.changes:
+                return
+
+
+def _tasks(entries: Iterable[Entry]) -> Iterator[RoundTask]:
+    """The tasks of a log's rounds, in order."""
+    number = 0
+    for entry in entries:
+        if entry.kind == Assignment.TAG and entry.round > number:  # the first one of a round is complete
+            number = entry.round
+            yield taskkinds.decode(Assignment.decode(envelope.unverified_body(entry.message)).plan.training)

@@ -40,7 +40,6 @@ class Connection:
         """Submit a run for the coordinator's state directory. Returns Flower's id of it.
 
         Args:
-            state_dir: Of the coordinator.
             gateway: ``HOST:PORT`` at which the run listens for light devices as well.
 
         Raises:

@@ -44,8 +44,6 @@ class Recorder:
     """Writes the log of one session.
 
     Args:
-        path: The file.
-        log: What was written.
         key: The coordinator's; signs endings and checkpoints.
         vectors: Folder of the masked vectors; None: they are not kept.
         table: Where the log is, if machines share it; None: in the file.

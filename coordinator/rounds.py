@@ -1,71 +1,51 @@
 """The rounds of a federation: drive the protocol core over a transport, step the adapter, commit each round.
 
-``aggregation.server`` decides which step is legal, ``coordinator.optimizer`` what the next adapter is. This file holds
-the order of the steps. A device that answers wrongly, late or not at all drops out of the round and is asked again in
-the next one.
+``aggregation.server`` decides which step is legal, the kind of round (``adapters.roundtask``) what the next adapter is.
+This file holds the order of the steps. A device that answers wrongly, late or not at all drops out of the round and is
+asked again in the next one.
 """
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import partial
-from typing import TypeAlias
 
-from adapters import files
+from adapters import combination, files, optimizer
 from adapters.cores import cores
 from adapters.layout import Tensors
 from adapters.manifest import PrivacyBound, VersionManifest
 from adapters.roundrecord import GroupRecord, RoundRecord
-from adapters.task import Task
-from adapters.taskkinds import AnyTask, kind_of, metrics_of, require_reach
+from adapters.roundtask import RoundTask, ServerStep, SummedRound
+from adapters.taskkinds import kind_of
 from adapters.tasklimits import TaskLimits
 from aggregation import groups, server
 from aggregation.errors import ConfigError, DataError, ProtocolError
 from aggregation.groups import GroupSum
 from aggregation.messages import Plan
-from aggregation.pki import Root
-from aggregation.pki.identity import IdentityKey
 from aggregation.server import AbortReason, Collecting, Confirming, Established, RoundAborted, RoundResult, Unmasking
 from aggregation.spec import SessionSpec
 from aggregation.steps import ADAPTER, Step
 from aggregation.transcript import receipts
-from coordinator import combination, lastsum, optimizer, privateparts, stillness, traces
+from coordinator import lastsum, stillness, traces
 from coordinator.audit.account import Account, logged
 from coordinator.audit.transcripts import logs
 from coordinator.lastsum import LastSum, names
-from coordinator.nextadapter import distances_of, next_adapter, state_size
-from coordinator.registry import Head, Registry, StoredAdapter, state_digest
-from coordinator.session import Cohort, attachments, establish, obstacle
-from coordinator.settings import FederationSettings
+from coordinator.registry import StoredAdapter, state_digest
+from coordinator.session import Cohort, Exchange, SessionRequest, attachments, establish, obstacle
+from coordinator.statedir import CoordinatorStateDir
 from coordinator.storedlog import StoredLog
-from coordinator.transcripts import Transcripts
 from coordinator.transport import Transport
 
 log = logging.getLogger("edgeadapt.coordinator")
 SLACK = 2.0**-30  # relative: as many rounds as the noise is calibrated to are within the epsilon, however it rounds
-Outcome: TypeAlias = tuple[Established, RoundResult] | RoundAborted
 
 
-def federate(
-    transport: Transport,
-    registry: Registry,
-    *,
-    key: IdentityKey,
-    read_root: Callable[[datetime], Root],
-    settings: FederationSettings,
-    transcripts: Transcripts,
-) -> Iterator[RoundRecord]:
+def federate(leader: CoordinatorStateDir, transport: Transport) -> Iterator[RoundRecord]:
     """Run the rounds that are still to do, and yield the record of each one once it is committed.
 
     Args:
-        transport: Reaches the devices.
-        registry: Holds the adapter; its records say which rounds are done.
-        key: The coordinator's signing key.
-        read_root: Now → the authority with its newest revocation list, read again for each session.
-        settings: Of the federation.
-        transcripts: Where each session's log is written.
+        leader: The coordinator. Its records say which rounds are done; the revocation list is read for each session.
 
     Raises:
         ConfigError: A setting differs from that of a sum without a result, or the optimizer from that of the registry;
@@ -74,68 +54,314 @@ def federate(
             ``settings.attempts`` attempts.
         TrustError: The registry or a log was altered, or they contradict each other.
     """
-    make_session = partial(
-        establish, transport, key=key, read_root=read_root, settings=settings, transcripts=transcripts
-    )
+    leader.transcripts.finish()  # before a device is asked: what a kill left is repaired, and other damage refused
+    run = _Run(leader, transport)
+    try:
+        run.last = _found(leader)
+        if leader.settings.has_noise:
+            run.account = _account(leader)
+        for number in range(len(leader.registry.rounds()) + 1, leader.settings.rounds + 1):
+            yield run.round(number)
+    finally:
+        run.lifetime.end()
+        leader.transcripts.finish()
+
+
+@dataclass(slots=True)
+class _Run:
+    """The rounds of a run.
+
+    Args:
+        last: The last sum that binds devices.
+        account: What sums have revealed so far.
+        cohort, session: Of the last round; None before the first, and ``session`` where the next round needs another.
+        lifetime: The span of the session.
+    """
+
+    leader: CoordinatorStateDir
+    transport: Transport
+    last: LastSum | None = None
+    account: Account = field(default_factory=Account)
     cohort: Cohort | None = None
     session: Established | None = None
-    lifetime = traces.NO_SPAN  # of the session
-    transcripts.finish()  # before a device is asked: what a kill left is repaired, and other damage refused
-    try:
-        last = _found(transcripts, registry, key)
-        account = _account(transcripts, key) if settings.has_noise else Account()
-        for number in range(len(registry.rounds()) + 1, settings.rounds + 1):
-            begin = time.perf_counter()
-            adapter = registry.newest_adapter()
-            if cohort is None:
-                stillness.warn(adapter, settings)
-                if settings.training_rounds >= number:
-                    trained = settings.task(adapter.manifest)
-                    privateparts.check_unshared(transcripts.folder, key.public, trained, adapter.layout)
-            # Of all sums from an adapter, the task is the same.
-            repeats = last is not None and last.adapter == adapter.manifest.sha256
-            kind = last.kind if last is not None and repeats else settings.kind_of(number)
-            task = settings.task_of(kind, adapter.manifest)
-            if cohort is None:
-                _warn_of_limits(task)
-            if last is not None and not repeats:
-                last = stillness.bound(last, registry, adapter, task, settings)
-            if last is not None and last.kind is kind:
-                _require_same_terms(last, task, adapter, settings)
-            # Whatever can fail after a sum was unmasked fails before: devices help to few sums from an adapter.
-            size = state_size(task, adapter.layout)
-            state = optimizer.restore(settings.rule(task), registry.optimizer_state(), size)
-            if cohort is None or session is None or _is_over(cohort, session, task, last, read_root):
-                left = sum(settings.kind_of(each) is kind for each in range(number, settings.rounds + 1))
-                rounds = max(1, min(left, settings.aggregation.session_rounds))
-                lifetime.end()
-                lifetime = traces.begin("session", first_round=number, rounds=rounds)
-                with traces.span("establish", within=lifetime):
-                    cohort, session = make_session(adapter, task, rounds, f"session-{number}", last)
-                lifetime.set(devices=len(session.devices))
-            with traces.span("round", within=lifetime, round=number, devices=len(session.devices)) as span:
-                cohort.dropped.clear()
-                spec = session.session.spec
-                _require_budget(account, session, settings)
-                dealt = last.dealt if last else session.devices if spec.grouping else ()
-                with registry.reserved(adapter.blob, optimizer.to_tensors(state)):
-                    outcome = _aggregate(cohort, session, adapter, task.encode(), number, last)
-                last = _last_sum(cohort, adapter, kind, outcome, dealt) or last
-                account = account.after(spec, _named(outcome))
-                epsilon = account.epsilon(spec)
-                if isinstance(outcome, RoundAborted):
-                    session, made = _after_abort(outcome, last, transport), None
-                else:
-                    session, made = outcome[0], _step(cohort, adapter, task, state, outcome, number, settings, epsilon)
-                seconds = time.perf_counter() - begin
-                record = _record(cohort, registry.head(), outcome, made, seconds=seconds, epsilon=epsilon)
-                _commit(registry, record, made, key)
-                cohort.recorder.end(record)  # after the registry: a start after a kill writes it from the record
-                _measure(span, record)
-            yield record
-    finally:
-        lifetime.end()
-        transcripts.finish()
+    lifetime: traces.Span = traces.NO_SPAN
+
+    def round(self, number: int) -> RoundRecord:
+        """Run one round, and commit it."""
+        begin, registry, settings = time.perf_counter(), self.leader.registry, self.leader.settings
+        adapter = registry.newest_adapter()
+        if self.cohort is None:
+            self._check(number, adapter)
+        task = self._task(number, adapter)
+        # Whatever can fail after a sum was unmasked fails before: devices help to few sums from an adapter.
+        rule = settings.rule(task)
+        state = optimizer.restore(rule, registry.optimizer_state(), task.state_size(adapter.layout))
+        cohort, session = self._devices(number, adapter, task)
+        current = _Round(cohort, number, adapter, task)
+        with traces.span("round", within=self.lifetime, round=number, devices=len(session.devices)) as span:
+            cohort.dropped.clear()
+            spec = session.session.spec
+            _require_budget(self.account, session, self.leader)
+            dealt = self.last.dealt if self.last else session.devices if spec.grouping else ()
+            with registry.reserved(adapter.blob, optimizer.to_tensors(state)):
+                ended = current.aggregate(session, self.last)
+            self.last = current.last_sum(ended, dealt) or self.last
+            self.account = self.account.after(spec, _named(ended))
+            epsilon, stepped = self.account.epsilon(spec), None
+            if isinstance(ended, RoundAborted):
+                self.session = self._after_abort(ended)
+            else:
+                self.session = ended.session
+                stepped = current.step(ended, ServerStep(rule, state, settings.aggregation.combination), epsilon)
+            outcome = RoundOutcome(current, ended, stepped, epsilon, time.perf_counter() - begin)
+            record = outcome.commit()
+            cohort.recorder.end(record)  # after the registry: a start after a kill writes it from the record
+            _measure(span, record)
+        return record
+
+    def _check(self, number: int, adapter: StoredAdapter) -> None:
+        """Check before the first session what devices would refuse for good, and warn of what hardly moves them."""
+        leader = self.leader
+        stillness.warn(adapter, leader.settings)
+        if leader.settings.training_rounds >= number:
+            trained = leader.settings.task(adapter.manifest)
+            lastsum.check_unshared(leader.transcripts.folder, leader.key.public, trained, adapter.layout)
+
+    def _task(self, number: int, adapter: StoredAdapter) -> RoundTask:
+        """The task of a round. Of all sums from an adapter, the task is the same."""
+        settings, last = self.leader.settings, self.last
+        repeats = last is not None and last.adapter == adapter.manifest.sha256
+        kind = last.kind if last is not None and repeats else settings.kind_of(number)
+        task = settings.task_of(kind, adapter.manifest)
+        if self.cohort is None:
+            _warn_of_limits(task)
+        if last is not None and not repeats:
+            self.last = last = stillness.bound(last, self.leader.registry, adapter, task, settings)
+        if last is not None and last.kind is kind:
+            _require_same_terms(last, task, adapter, self.leader)
+        return task
+
+    def _devices(self, number: int, adapter: StoredAdapter, task: RoundTask) -> tuple[Cohort, Established]:
+        """The devices and the session of the round: those of the last one, or others where that is over."""
+        settings, kind = self.leader.settings, type(task)
+        if self.cohort is None or self.session is None or self._is_over(self.cohort, self.session, kind):
+            left = sum(settings.kind_of(each) is kind for each in range(number, settings.rounds + 1))
+            rounds = max(1, min(left, settings.aggregation.session_rounds))
+            self.lifetime.end()
+            self.lifetime = traces.begin("session", first_round=number, rounds=rounds)
+            with traces.span("establish", within=self.lifetime):
+                wanted = SessionRequest(adapter, task, rounds, f"session-{number}", self.last)
+                self.cohort, self.session = establish(self.leader, self.transport, wanted)
+            self.lifetime.set(devices=len(self.session.devices))
+        return self.cohort, self.session
+
+    def _is_over(self, cohort: Cohort, session: Established, kind: type[RoundTask]) -> bool:
+        """Whether the next round needs another session, as for a task with other sums.
+
+        A survivor of the last sum that is not in this one can only join another, and only another one leaves out a
+        survivor whose certificate was revoked since.
+        """
+        now = datetime.now(UTC)
+        if kind_of(session.session.spec.vector) is not kind:
+            return True
+        if session.is_over(now) or obstacle(session, self.last, cohort.revoked):
+            return True
+        return self.last is not None and self.leader.read_root(now).revoked != cohort.revoked
+
+    def _after_abort(self, aborted: RoundAborted) -> Established | None:
+        """The session of the next round; None if another one is better.
+
+        One that lost so many devices while it was made that each round needs all of the others is given up, if there
+        are more. Where the next round is bound to the survivors of a sum, other devices do not help.
+        """
+        session = aborted.session
+        if session is None or self.last is not None or len(session.devices) >= len(self.transport.nodes()):
+            return session
+        few = server.too_few(session.session.spec, len(session.devices) - 1, "devices", None)
+        return session if few is None else None
+
+
+@dataclass(frozen=True, slots=True)
+class Summed:
+    """A round that has a sum, and the session after it."""
+
+    session: Established
+    result: RoundResult
+
+
+@dataclass(frozen=True, slots=True)
+class NextAdapter:
+    """What the server's step made of a sum: the next adapter, and the optimizer's state after it."""
+
+    manifest: VersionManifest
+    blob: bytes
+    state: Tensors
+    groups: tuple[GroupRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """A round under way."""
+
+    cohort: Cohort
+    number: int
+    adapter: StoredAdapter
+    task: RoundTask
+
+    def aggregate(self, session: Established, last: LastSum | None) -> Summed | RoundAborted:
+        """Steps 5–8 of the protocol: from the plan to the sum of the survivors, and the session after it.
+
+        ``last``: plan for the survivors of this sum, and name no others as survivors: devices would refuse.
+        """
+        manifest, group = self.adapter.manifest, str(self.number)
+        planned = session.plan(
+            adapter_version=manifest.version,
+            adapter_digest=manifest.sha256,
+            training=self.task.encode(),
+            cohort=last.survivors if last else None,
+            dealt=last.dealt if last else (),
+            at=datetime.now(UTC),
+        )
+        if isinstance(planned, RoundAborted):
+            return planned
+        state, plans = planned
+        self.cohort.recorder.begin(state.plan)
+        extra = attachments(receipts(self.cohort.recorder.log, plans), {ADAPTER: self.adapter.blob})
+
+        spec = session.session.spec
+        least = len(plans) if last else _needed(spec, state.plan, max(spec.threshold, spec.minimum_survivors))
+
+        def inputs(state: Collecting, silent: Collection[str]) -> bool:
+            few = not _enough(spec, state.plan, state.vectors, least)
+            return few and _enough(spec, state.plan, {*state.vectors, *silent}, least)
+
+        asked = Exchange(Step.PLAN, Collecting.add, plans, extra, state.check, inputs, least)
+        collecting = self.cohort.exchange(state, asked, group)
+        dropped = [device for device in collecting.plan.members if device not in collecting.vectors]
+        if last is not None and dropped:
+            text = f"no update of {names(dropped)}, and devices help to another sum with all of the last one only"
+            return RoundAborted(AbortReason.TOO_FEW, text, collecting.established)
+        collected = collecting.close()
+        if isinstance(collected, RoundAborted):
+            return collected
+        confirming, bodies = collected
+        if isinstance(confirming, Confirming):
+            needed = max(least, _needed(spec, state.plan, spec.quorum))
+            signing = Exchange(
+                Step.SURVIVORS, Confirming.on_consistency_signature, bodies, awaits=_signatures, needed=needed
+            )
+            confirmed = self.cohort.exchange(confirming, signing, group).close()
+            if isinstance(confirmed, RoundAborted):
+                return confirmed
+            confirming, bodies = confirmed
+        needed = min(least, len(bodies))
+        revealing = Exchange(Step.UNMASK, Unmasking.on_unmask_response, bodies, awaits=_responses, needed=needed)
+        unmasking = self.cohort.exchange(confirming, revealing, group)
+        with traces.span("sum"):
+            unmasked = unmasking.close(cores(), self.cohort.corrupt)
+        return unmasked if isinstance(unmasked, RoundAborted) else within_reach(*unmasked)
+
+    def last_sum(self, ended: Summed | RoundAborted, dealt: tuple[str, ...]) -> LastSum | None:
+        """The sum of the round, if it binds devices. The adapter made from a sum may have the same bytes."""
+        if isinstance(ended, RoundAborted):
+            survivors = ended.unmasked
+            spoilers = ended.blamed if ended.reason is AbortReason.UNRECOVERABLE else ()
+        else:
+            survivors, spoilers = ended.result.survivors, ()
+        serials = {name: self.cohort.serials[name] for name in survivors}
+        digest = self.adapter.manifest.sha256
+        return LastSum(digest, serials, frozenset(spoilers), type(self.task), dealt) if survivors else None
+
+    def step(self, ended: Summed, how: ServerStep, epsilon: float | None) -> NextAdapter:
+        """From the sum to the next adapter."""
+        parent, plan, result = self.adapter.manifest, self.cohort.recorder.log.plan or b"", ended.result
+        spec, survivors = ended.session.session.spec, result.survivors
+        with traces.span("combine"):
+            summed = SummedRound(spec, self.adapter.tensors, bytes.fromhex(parent.sha256), result.sums)
+            state, tensors = self.task.next_adapter(summed, how)
+            far = self.task.distances(summed, how)
+            blob = files.encode(tensors)
+        manifest = replace(
+            parent,
+            version=parent.version + 1,
+            sha256=files.sha256(blob),
+            size=len(blob),
+            parent=parent.sha256,
+            round=self.number,
+            plan=plan.hex(),
+            rule=optimizer.to_rule(how.rule),
+            combination=combination.to_rule(how.combination) if how.combination else None,
+            survivors=survivors,
+            metrics=self.task.metrics(spec, result.values, len(survivors), summed.digest),
+            privacy=PrivacyBound(epsilon, spec.privacy.delta) if spec.privacy and epsilon is not None else None,
+        )
+        records = (GroupRecord(each.survivors, distance) for each, distance in zip(result.sums, far, strict=bool(far)))
+        return NextAdapter(manifest, blob, optimizer.to_tensors(state), tuple(records))
+
+
+@dataclass(frozen=True, slots=True)
+class RoundOutcome:
+    """How a round ended.
+
+    Args:
+        ended: Its sum, or why there is none.
+        stepped: The next adapter, if there is a sum.
+        epsilon: That all sums so far have revealed of the device that spent most.
+        seconds: That it took.
+    """
+
+    of: _Round
+    ended: Summed | RoundAborted
+    stepped: NextAdapter | None
+    epsilon: float | None
+    seconds: float
+
+    def commit(self) -> RoundRecord:
+        """Store the record, with the adapter that the round made, and tell the operator what went wrong."""
+        leader, stepped, record = self.of.cohort.leader, self.stepped, self.record()
+        for device in record.blamed:
+            log.warning("%s dealt or revealed a wrong share: let the authority revoke its certificate", device)
+        if record.spoiled:
+            what = "a sum of round" if record.groups else "round"
+            log.warning("%s %d counts as zero, for a device lied: %s", what, record.round, record.spoiled)
+        with traces.span("commit"):
+            if stepped is None:
+                log.warning("round %d aborted: %s", record.round, record.aborted)
+                leader.registry.record_round(record, leader.key)
+            else:
+                leader.registry.commit_round(record, stepped.manifest, stepped.blob, stepped.state, leader.key)
+        return record
+
+    def record(self) -> RoundRecord:
+        """The record of the round, whose ending the log does not have yet."""
+        cohort, stepped, head = self.of.cohort, self.stepped, self.of.cohort.leader.registry.head()
+        log, last, carried = cohort.recorder.synced(), head.round, cohort.transport.take_carried()
+        abort, result = (self.ended, None) if isinstance(self.ended, RoundAborted) else (None, self.ended.result)
+        unchanged = last.optimizer if last else None
+        return RoundRecord(
+            round=last.round + 1 if last else 1,
+            previous=head.digest,
+            offer=log.offer.hex(),
+            plan=log.plan.hex() if log.plan else None,
+            entries=log.tree.size,
+            root=log.tree.root().hex(),
+            survivors=result.survivors if result else (),
+            groups=stepped.groups if stepped else (),
+            dropped=dict(cohort.dropped),
+            blamed=abort.blamed if abort else result.blamed if result else (),
+            reason=abort.reason.value if abort else None,
+            aborted=abort.detail if abort else None,
+            spoiled=groups.spoiled(result.sums) if result else None,
+            sum=result.digest.hex() if result else None,
+            version=stepped.manifest.version if stepped else None,
+            adapter=stepped.manifest.sha256 if stepped else None,
+            optimizer=state_digest(stepped.state) if stepped else unchanged,
+            bytes_up=carried.up,
+            bytes_down=carried.down,
+            seconds=self.seconds,
+            epsilon=self.epsilon,
+            metrics=stepped.manifest.metrics if stepped else {},
+        )
 
 
 def _measure(span: traces.Span, record: RoundRecord) -> None:
@@ -152,52 +378,22 @@ def _measure(span: traces.Span, record: RoundRecord) -> None:
         span.fail(record.reason)
 
 
-def _is_over(
-    cohort: Cohort,
-    session: Established,
-    task: AnyTask,
-    last: LastSum | None,
-    read_root: Callable[[datetime], Root],
-) -> bool:
-    """Whether the next round needs another session, as for a task with other sums.
-
-    A survivor of the last sum that is not in this one can only join another, and only another one leaves out a survivor
-    whose certificate was revoked since.
-    """
-    now = datetime.now(UTC)
-    if kind_of(session.session.spec.vector) is not type(task):
-        return True
-    if session.is_over(now) or obstacle(session, last, cohort.revoked):
-        return True
-    return last is not None and read_root(now).revoked != cohort.revoked
-
-
-def _after_abort(aborted: RoundAborted, last: LastSum | None, transport: Transport) -> Established | None:
-    """The session of the next round; None if another one is better.
-
-    One that lost so many devices while it was made that each round needs all of the others is given up, if there are
-    more. Where the next round is bound to the survivors of a sum, other devices do not help.
-    """
-    session = aborted.session
-    if session is None or last is not None or len(session.devices) >= len(transport.nodes()):
-        return session
-    return session if server.too_few(session.session.spec, len(session.devices) - 1, "devices", None) is None else None
-
-
-def _found(transcripts: Transcripts, registry: Registry, key: IdentityKey) -> LastSum | None:
+def _found(leader: CoordinatorStateDir) -> LastSum | None:
     """The last sum from the newest adapter, or else that which made it."""
+    registry, folder, key = leader.registry, leader.transcripts.folder, leader.key.public
     number, digest = registry.head().newest
     parent, records = registry.version(number).manifest.parent, registry.rounds()
-    found = lastsum.find(transcripts.folder, key.public, digest, records)
-    return found or (lastsum.find(transcripts.folder, key.public, parent, records) if parent else None)
+    found = lastsum.find(folder, key, digest, records)
+    return found or (lastsum.find(folder, key, parent, records) if parent else None)
 
 
-def _require_same_terms(last: LastSum, task: AnyTask, adapter: StoredAdapter, settings: FederationSettings) -> None:
-    """Return if devices would have the task of the last sum: they help to no other sum from its adapter.
+def _require_same_terms(last: LastSum, task: RoundTask, adapter: StoredAdapter, leader: CoordinatorStateDir) -> None:
+    """Check that devices would have the task of the last sum: they help to no other sum from its adapter.
 
     Raises:
         ConfigError: A setting has changed.
     """
+    settings = leader.settings
     bounds = settings.aggregation
     now = lastsum.terms(task, settings.clip_norm(task), settings.weight_cap(task), bounds.groups)
     for name, before in last.terms.items():
@@ -208,85 +404,6 @@ def _require_same_terms(last: LastSum, task: AnyTask, adapter: StoredAdapter, se
             text = f"{name} is {now[name]}, and the last sum before adapter {adapter.manifest.version}, with {before}, "
             text += f"{why}: set it back to {before} until a round has {until}"
             raise ConfigError(text, about=name, value=now[name])
-
-
-def _last_sum(
-    cohort: Cohort, adapter: StoredAdapter, kind: type[AnyTask], outcome: Outcome, dealt: tuple[str, ...]
-) -> LastSum | None:
-    """The sum of a round, if it binds devices. The adapter made from a sum may have the same bytes."""
-    if isinstance(outcome, RoundAborted):
-        survivors = outcome.unmasked
-        spoilers = outcome.blamed if outcome.reason is AbortReason.UNRECOVERABLE else ()
-    else:
-        survivors, spoilers = outcome[1].survivors, ()
-    serials = {name: cohort.serials[name] for name in survivors}
-    digest = adapter.manifest.sha256
-    return LastSum(digest, serials, frozenset(spoilers), kind, dealt) if survivors else None
-
-
-def _aggregate(
-    cohort: Cohort, session: Established, adapter: StoredAdapter, task: bytes, number: int, last: LastSum | None
-) -> Outcome:
-    """Steps 5–8 of the protocol: from the plan to the sum of the survivors, and the session after it.
-
-    ``last``: plan for the survivors of this sum, and name no others as survivors: devices would refuse.
-    """
-    manifest, group = adapter.manifest, str(number)
-    planned = session.plan(
-        adapter_version=manifest.version,
-        adapter_digest=manifest.sha256,
-        training=task,
-        cohort=last.survivors if last else None,
-        dealt=last.dealt if last else (),
-        at=datetime.now(UTC),
-    )
-    if isinstance(planned, RoundAborted):
-        return planned
-    state, plans = planned
-    cohort.recorder.begin(state.plan)
-    extra = attachments(receipts(cohort.recorder.log, plans), {ADAPTER: adapter.blob})
-
-    spec = session.session.spec
-    least = len(plans) if last else _needed(spec, state.plan, max(spec.threshold, spec.minimum_survivors))
-
-    def inputs(state: Collecting, silent: Collection[str]) -> bool:
-        few = not _enough(spec, state.plan, state.vectors, least)
-        return few and _enough(spec, state.plan, {*state.vectors, *silent}, least)
-
-    collecting = cohort.exchange(state, Collecting.add, Step.PLAN, plans, group, extra, state.check, inputs, least)
-    dropped = [device for device in collecting.plan.members if device not in collecting.vectors]
-    if last is not None and dropped:
-        text = f"no update of {names(dropped)}, and devices help to another sum with all of the last one only"
-        return RoundAborted(AbortReason.TOO_FEW, text, collecting.established)
-    collected = collecting.close()
-    if isinstance(collected, RoundAborted):
-        return collected
-    confirming, bodies = collected
-    if isinstance(confirming, Confirming):
-        confirmed = cohort.exchange(
-            confirming,
-            Confirming.on_consistency_signature,
-            Step.SURVIVORS,
-            bodies,
-            group,
-            awaits=_signatures,
-            needed=max(least, _needed(spec, state.plan, spec.quorum)),
-        ).close()
-        if isinstance(confirmed, RoundAborted):
-            return confirmed
-        confirming, bodies = confirmed
-    unmasking = cohort.exchange(
-        confirming,
-        Unmasking.on_unmask_response,
-        Step.UNMASK,
-        bodies,
-        group,
-        awaits=_responses,
-        needed=min(least, len(bodies)),
-    )
-    with traces.span("sum"):
-        unmasked = unmasking.close(cores(), cohort.corrupt)
-    return unmasked if isinstance(unmasked, RoundAborted) else within_reach(*unmasked)
 
 
 def _signatures(state: Confirming, silent: Collection[str]) -> bool:
@@ -324,8 +441,8 @@ def _responses(state: Unmasking, silent: Collection[str]) -> bool:
     return fewest(state.responses) < session.spec.threshold <= fewest({*state.responses, *silent})
 
 
-def within_reach(session: Established, result: RoundResult) -> tuple[Established, RoundResult]:
-    """Take a sum that honest survivors cannot have (``require_reach``) for zero, as if nobody had examples.
+def within_reach(session: Established, result: RoundResult) -> Summed:
+    """Take a sum that honest survivors cannot have (``RoundTask.check_sum``) for zero, as if nobody had examples.
 
     A device lied, and nobody can tell which. If the round had no result, devices would help to a few more sums from the
     adapter only, all with the liar: it could use them up. So a next version is made, which has nothing of the sum.
@@ -333,91 +450,37 @@ def within_reach(session: Established, result: RoundResult) -> tuple[Established
     Survivors may have weight 0, and so may all of them: a device without usable examples answers as every other one.
     """
     spec = session.session.spec
-    return session, replace(result, sums=tuple(_within_reach(spec, each) for each in result.sums))
+    return Summed(session, replace(result, sums=tuple(_within_reach(spec, each) for each in result.sums)))
 
 
 def _within_reach(spec: SessionSpec, found: GroupSum) -> GroupSum:
     try:
-        require_reach(spec, found.values, len(found.survivors))
+        kind_of(spec.vector).check_sum(spec, found.values, len(found.survivors))
     except DataError as error:
         return GroupSum(found.survivors, spec.vector.zeros(), found.spoiled or str(error))
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class _NextAdapter:
-    """What the server's step made of a sum: the next adapter, and the optimizer's state after it."""
-
-    manifest: VersionManifest
-    blob: bytes
-    state: Tensors
-    groups: tuple[GroupRecord, ...]
-
-
-def _step(
-    cohort: Cohort,
-    adapter: StoredAdapter,
-    task: AnyTask,
-    state: optimizer.State,
-    outcome: tuple[Established, RoundResult],
-    number: int,
-    settings: FederationSettings,
-    epsilon: float | None,
-) -> _NextAdapter:
-    """From the sum to the next adapter."""
-    parent, plan = adapter.manifest, cohort.recorder.log.plan or b""
-    session, result = outcome
-    rule, spec, how, sums = settings.rule(task), session.session.spec, settings.aggregation.combination, result.sums
-    far: tuple[float, ...] = ()
-    with traces.span("combine"):
-        state, tensors = next_adapter(
-            spec, task, rule, state, adapter.tensors, sums=sums, combination=how, digest=parent.sha256
-        )
-        if how is not None and isinstance(task, Task):
-            far = distances_of(spec, task, how, adapter.tensors, sums, parent.sha256)
-        blob = files.encode(tensors)
-    manifest = replace(
-        parent,
-        version=parent.version + 1,
-        sha256=files.sha256(blob),
-        size=len(blob),
-        parent=parent.sha256,
-        round=number,
-        plan=plan.hex(),
-        rule=optimizer.to_rule(rule),
-        combination=combination.to_rule(how) if how else None,
-        survivors=result.survivors,
-        metrics=metrics_of(spec, result.values, len(result.survivors), bytes.fromhex(parent.sha256)),
-        privacy=_bound(spec, epsilon),
-    )
-    records = tuple(GroupRecord(each.survivors, distance) for each, distance in zip(sums, far, strict=bool(far)))
-    return _NextAdapter(manifest, blob, optimizer.to_tensors(state), records)
-
-
-def _bound(spec: SessionSpec, epsilon: float | None) -> PrivacyBound | None:
-    return None if spec.privacy is None or epsilon is None else PrivacyBound(epsilon, spec.privacy.delta)
-
-
-def _account(transcripts: Transcripts, key: IdentityKey) -> Account:
+def _account(leader: CoordinatorStateDir) -> Account:
     """What sums have revealed so far, also those of rounds that a kill interrupted, which have no record."""
     account = Account()
-    for path in logs(transcripts.folder):
-        account = logged(account, StoredLog.read(path, key.public).entries)
+    for path in logs(leader.transcripts.folder):
+        account = logged(account, StoredLog.read(path, leader.key.public).entries)
     return account
 
 
-def _named(outcome: Outcome) -> tuple[str, ...]:
+def _named(ended: Summed | RoundAborted) -> tuple[str, ...]:
     """The survivors that were named to devices."""
-    return outcome.named if isinstance(outcome, RoundAborted) else outcome[1].survivors
+    return ended.named if isinstance(ended, RoundAborted) else ended.result.survivors
 
 
-def _require_budget(account: Account, session: Established, settings: FederationSettings) -> None:
-    """Return if the smallest sum of a session may still be revealed. Repeats and aborted rounds count too.
+def _require_budget(account: Account, session: Established, leader: CoordinatorStateDir) -> None:
+    """Check that the smallest sum of a session may still be revealed. Repeats and aborted rounds count too.
 
     Raises:
         ConfigError: It would take the account beyond the epsilon of the settings.
     """
-    limit, spec = settings.privacy.epsilon, session.session.spec
+    limit, spec = leader.settings.privacy.epsilon, session.session.spec
     if not limit:
         return
     epsilon = account.epsilon_of_next(spec, session.devices)
@@ -427,64 +490,9 @@ def _require_budget(account: Account, session: Established, settings: Federation
         raise ConfigError(text, about="privacy.epsilon", value=limit)
 
 
-def _record(
-    cohort: Cohort,
-    head: Head,
-    outcome: Outcome,
-    made: _NextAdapter | None,
-    *,
-    seconds: float,
-    epsilon: float | None,
-) -> RoundRecord:
-    """The record of the round under way, whose ending the log does not have yet."""
-    log, last, carried = cohort.recorder.synced(), head.round, cohort.transport.take_carried()
-    ended = outcome if isinstance(outcome, RoundAborted) else outcome[1]
-    abort, result = (ended, None) if isinstance(ended, RoundAborted) else (None, ended)
-    unchanged = last.optimizer if last else None
-    return RoundRecord(
-        round=last.round + 1 if last else 1,
-        previous=head.digest,
-        offer=log.offer.hex(),
-        plan=log.plan.hex() if log.plan else None,
-        entries=log.tree.size,
-        root=log.tree.root().hex(),
-        survivors=result.survivors if result else (),
-        groups=made.groups if made else (),
-        dropped=dict(cohort.dropped),
-        blamed=ended.blamed,
-        reason=abort.reason.value if abort else None,
-        aborted=abort.detail if abort else None,
-        spoiled=groups.spoiled(result.sums) if result else None,
-        sum=result.digest.hex() if result else None,
-        version=made.manifest.version if made else None,
-        adapter=made.manifest.sha256 if made else None,
-        optimizer=state_digest(made.state) if made else unchanged,
-        bytes_up=carried.up,
-        bytes_down=carried.down,
-        seconds=seconds,
-        epsilon=epsilon,
-        metrics=made.manifest.metrics if made else {},
-    )
-
-
-def _warn_of_limits(task: AnyTask) -> None:
+def _warn_of_limits(task: RoundTask) -> None:
     """Tell the operator if devices whose owners left the limits as they are will refuse the task."""
     try:
         TaskLimits().check(task, {})
     except ProtocolError as error:
         log.warning("devices with the default policy refuse these rounds (%s): change the setting, or theirs", error)
-
-
-def _commit(registry: Registry, record: RoundRecord, made: _NextAdapter | None, key: IdentityKey) -> None:
-    """Store how the round ended, with the adapter that it made, and tell the operator what went wrong."""
-    for device in record.blamed:
-        log.warning("%s dealt or revealed a wrong share: let the authority revoke its certificate", device)
-    if record.spoiled:
-        what = "a sum of round" if record.groups else "round"
-        log.warning("%s %d counts as zero, for a device lied: %s", what, record.round, record.spoiled)
-    with traces.span("commit"):
-        if made is None:
-            log.warning("round %d aborted: %s", record.round, record.aborted)
-            registry.record_round(record, key)
-        else:
-            registry.commit_round(record, made.manifest, made.blob, made.state, key)

@@ -24,9 +24,7 @@ def seed_version(
 
     Args:
         tensors: Of an adapter of ``adapters.classifier.PhraseClassifier``, or of a language model, under peft's names.
-        peft_config: Of the adapter.
         labels: Of the head's rows, in order; none for a language model.
-        base_digest: Of the frozen base that the adapter is for.
 
     Raises:
         ConfigError: Devices cannot train such an adapter, or the labels are not those of the head.
@@ -70,9 +68,7 @@ def _require_classifier(
     """Return if devices can train the adapter, and its head has these labels.
 
     Args:
-        inputs: The adapter's.
         heads: Path of a module that is trained in full → its parameters' shapes.
-        labels: Of the head's rows, in order.
 
     Raises:
         ConfigError: As ``seed_version``.

@@ -7,18 +7,17 @@ continues with the session.
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from adapters.cores import ahead, cores
-from adapters.taskkinds import AnyTask
+from adapters.roundtask import RoundTask
 from aggregation import graph, groups, server
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import EdgeAdaptError, ProtocolError
 from aggregation.pki import Root
-from aggregation.pki.identity import IdentityKey
 from aggregation.pki.revocation import RevocationList
 from aggregation.server import Established, Offering, RoundAborted, Sharing
 from aggregation.spec import SessionSpec
@@ -28,15 +27,36 @@ from coordinator.checkin import CheckedIn, check_in
 from coordinator.lastsum import LastSum, names, serials
 from coordinator.recorder import Recorder
 from coordinator.registry import StoredAdapter
-from coordinator.settings import CohortSettings, FederationSettings
-from coordinator.transcripts import Transcripts
+from coordinator.statedir import CoordinatorStateDir
 from coordinator.transport import Enough, Reply, Transport
 
 log = logging.getLogger("edgeadapt.coordinator")
 S = TypeVar("S")
 FIRST_PAUSE = 15.0  # seconds before a second attempt at a session or an exchange
-LOOK = 1.0  # seconds between two looks whether an absent node is back
+LOOK = 1.0  # seconds between two polls whether an absent node is back
 Attachments = Mapping[str, Mapping[str, bytes]]  # device → field → what its message carries besides the body
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange(Generic[S]):
+    """One message to each device, and what is made of the answers.
+
+    Args:
+        accept: (state, device, answer or what ``check`` made of it) → next state; raises ``ProtocolError``.
+        check: (device, answer) → what ``accept`` takes; raises ``ProtocolError``. For long answers: it runs on all
+            cores, while other answers arrive and are accepted.
+        awaits: (state, devices of which nothing was heard) → whether the step after this one needs their answers and
+            could follow with them.
+        needed: Fewest answers that the step after this one needs.
+    """
+
+    step: Step
+    accept: Callable[[S, str, Any], S]
+    bodies: Mapping[str, bytes]
+    extra: Attachments = field(default_factory=dict)
+    check: Callable[[str, bytes], Any] | None = None
+    awaits: Callable[[S, Collection[str]], bool] = lambda state, silent: False
+    needed: int = 0
 
 
 @dataclass(slots=True)
@@ -44,122 +64,86 @@ class Cohort:
     """The devices of a session, and how to reach them. What is asked and answered goes into the session's log.
 
     Args:
-        transport: Reaches the nodes.
         nodes: Device → Flower node.
-        recorder: Writes the log.
-        attempts: At an exchange in which too few devices answer.
-        settings: How long an exchange waits for the slowest.
-        corrupt: How many of the devices may be corrupt.
         serials: Device → serial of its certificate.
         revoked: The revocation list that the session applies.
-        read_root: Now → the authority with its newest revocation list.
         dropped: Device → the step at which it dropped out of the round under way, or of the making of the session.
     """
 
+    leader: CoordinatorStateDir
     transport: Transport
     nodes: Mapping[str, int]
     recorder: Recorder
-    attempts: int
-    settings: CohortSettings
-    corrupt: int
     serials: Mapping[str, int]
     revoked: RevocationList | None
-    read_root: Callable[[datetime], Root]
     dropped: dict[str, str] = field(default_factory=dict)
 
-    def exchange(
-        self,
-        state: S,
-        accept: Callable[[S, str, Any], S],
-        step: Step,
-        bodies: Mapping[str, bytes],
-        group: str,
-        extra: Attachments | None = None,
-        check: Callable[[str, bytes], Any] | None = None,
-        awaits: Callable[[S, Collection[str]], bool] = lambda state, silent: False,
-        needed: int = 0,
-    ) -> S:
-        """Send each device its message, and let the state ``accept`` each answer in the order of arrival.
+    @property
+    def corrupt(self) -> int:
+        """How many of the devices may be corrupt."""
+        return graph.count_of(len(self.nodes), self.leader.settings.aggregation.corrupt_fraction)
 
-        A device that does not answer, or whose answer ``accept`` refuses, drops out. So does one that is slower than a
-        quorum and its grace time (``CohortSettings``). While the state ``awaits`` more
-        answers, the devices of which nothing was heard get the same message again: some may not have had it.
+    def exchange(self, state: S, asked: Exchange[S], group: str) -> S:
+        """Send each device its message, and accept each answer in the order of arrival.
+
+        A device that does not answer, or whose answer is refused, drops out. So does one that is slower than a quorum
+        and its grace time (``CohortSettings``). While the state awaits more answers, the devices of which nothing was
+        heard get the same message again: some may not have had it.
 
         Args:
-            state: Of the protocol, before the first answer.
-            accept: (state, device, answer or what ``check`` made of it) → next state; raises ``ProtocolError``.
-            step: Of the protocol.
-            bodies: Device → protocol message.
             group: Flower's group id: the round, or the attempt at a session.
-            extra: See ``attachments``.
-            check: (device, answer) → what ``accept`` takes; raises ``ProtocolError``. For long answers: it runs on all
-                cores, while other answers arrive and are accepted.
-            awaits: (state, devices of which nothing was heard) → whether the step after this one needs their answers
-                and could follow with them.
-            needed: Fewest answers that the step after this one needs.
 
         Returns:
             The state after the last answer, to be closed by the caller.
         """
+        settings, step, bodies = self.leader.settings, asked.step, asked.bodies
         with traces.span(step.value, asked=len(bodies)) as span:
             self.recorder.sent(step, bodies)
-            left = dict(bodies)
-            for attempt in range(1, self.attempts + 1):
-                again = group if attempt == 1 else f"{group}-{attempt}"
-                enough = Enough(self.settings.fewest(len(left), needed), self.settings.grace)
-                state, silent = self._ask(state, accept, step, left, again, extra or {}, check, enough)
-                if not silent or attempt == self.attempts or not awaits(state, silent):
+            left = list(bodies)
+            for attempt in range(1, settings.attempts + 1):
+                state, silent = self._ask(state, asked, left, group if attempt == 1 else f"{group}-{attempt}")
+                if not silent or attempt == settings.attempts or not asked.awaits(state, silent):
                     break
                 log.warning("waiting for %s at %s: too few devices have answered", names(silent), step.value)
                 self.transport.clock.sleep(pause(attempt, self.transport.deadline))
-                waited = self._not_revoked(silent)
-                if not awaits(state, waited):
+                left = self._not_revoked(silent)
+                if not asked.awaits(state, left):
                     break
-                left = {device: bodies[device] for device in waited}
             span.set(answered=sum(device not in self.dropped for device in bodies))
         return state
 
     def _not_revoked(self, devices: Collection[str]) -> list[str]:
         """Those of the devices that the authority has not revoked since the session began."""
         try:
-            listed = self.read_root(datetime.now(UTC)).revoked
+            listed = self.leader.read_root(datetime.now(UTC)).revoked
         except EdgeAdaptError as error:  # ends the next session, not a round whose sum may be under way
             log.warning("the revocation list cannot be read: %s", error)
             listed = None
         return [device for device in devices if listed is None or self.serials[device] not in listed.revoked]
 
-    def _ask(
-        self,
-        state: S,
-        accept: Callable[[S, str, Any], S],
-        step: Step,
-        bodies: Mapping[str, bytes],
-        group: str,
-        extra: Attachments,
-        check: Callable[[str, bytes], Any] | None,
-        enough: Enough,
-    ) -> tuple[S, list[str]]:
+    def _ask(self, state: S, asked: Exchange[S], left: Collection[str], group: str) -> tuple[S, list[str]]:
         """One attempt at an ``exchange``: the state after it, and the devices of which nothing was heard."""
-        devices = {self.nodes[device]: device for device in bodies}
-        asked = {self.nodes[device]: body for device, body in bodies.items()}
-        fields = {self.nodes[device]: extra.get(device, {}) for device in bodies}
-        silent = list[str]()
+        devices = {self.nodes[device]: device for device in left}
+        bodies = {self.nodes[device]: asked.bodies[device] for device in left}
+        fields = {self.nodes[device]: asked.extra.get(device, {}) for device in left}
+        settings, check, silent = self.leader.settings.cohort, asked.check, list[str]()
+        enough = Enough(settings.fewest(len(left), asked.needed), settings.grace)
 
         def checked(reply: Reply) -> Any:
             return check(devices[reply.node], reply.answer()) if check else reply.answer()
 
-        replies = self.transport.ask(step, asked, group, fields, enough)
-        for reply, found in ahead(checked, replies, cores() if check else 1):
+        replies = self.transport.ask(asked.step, bodies, group, fields, enough)
+        for reply, answer in ahead(checked, replies, cores() if check else 1):
             device = devices[reply.node]
             try:
-                state = accept(state, device, found())
-                self.recorder.received(step, device, reply.answer())
+                state = asked.accept(state, device, answer())
+                self.recorder.received(asked.step, device, reply.answer())
                 self.dropped.pop(device, None)
-                log.debug("%s answered %s", device, step.value, extra={"answered": step.value})
+                log.debug("%s answered %s", device, asked.step.value, extra={"answered": asked.step.value})
             except ProtocolError as error:
-                self.dropped[device] = step.value
+                self.dropped[device] = asked.step.value
                 silent += [device] if reply.silent else []
-                log.info("%s dropped out at %s: %s", device, step.value, error)
+                log.info("%s dropped out at %s: %s", device, asked.step.value, error)
         return state, sorted(silent)
 
 
@@ -177,79 +161,73 @@ def attachments(proofs: Mapping[str, bytes], shared: Mapping[str, bytes]) -> Att
     return {device: {PROOF: proof, **shared} for device, proof in proofs.items()}
 
 
-def establish(
-    transport: Transport,
-    adapter: StoredAdapter,
-    task: AnyTask,
-    rounds: int,
-    group: str,
-    last: LastSum | None,
-    *,
-    key: IdentityKey,
-    read_root: Callable[[datetime], Root],
-    settings: FederationSettings,
-    transcripts: Transcripts,
-) -> tuple[Cohort, Established]:
-    """Make a session of ``rounds`` rounds with the devices that can be reached.
-
-    If the next round is bound to the survivors of the last sum, the session has all of them. Each attempt waits longer
-    than the one before (``FIRST_PAUSE``), or until a device that was absent is back.
+@dataclass(frozen=True, slots=True)
+class SessionRequest:
+    """A session to be made.
 
     Args:
-        transport: Reaches the devices.
-        adapter: Whose layout and base the session is for.
-        task: Of its rounds, whose sums the session is for.
-        rounds: That the session shall last.
+        adapter: Whose layout and base it is for.
+        rounds: That it shall last.
         group: Begins Flower's group id of each attempt.
-        last: The last sum from the adapter, if there is one.
-        key: The coordinator's signing key.
-        read_root: Now → the authority with its newest revocation list, read again for each attempt.
-        settings: Of the federation.
-        transcripts: Where the session's log is written.
+        last: The last sum from the adapter, if there is one. If the next round is bound to its survivors, the session
+            has all of them.
+    """
+
+    adapter: StoredAdapter
+    task: RoundTask
+    rounds: int
+    group: str
+    last: LastSum | None = None
+
+
+def establish(leader: CoordinatorStateDir, transport: Transport, wanted: SessionRequest) -> tuple[Cohort, Established]:
+    """Make a session with the devices that can be reached.
+
+    Each attempt waits longer than the one before (``FIRST_PAUSE``), or until a device that was absent is back.
 
     Raises:
         EdgeAdaptError: No session came about in ``settings.attempts`` attempts, or a file could not be written.
     """
-    reason = ""
-    layout, base = adapter.layout, adapter.manifest.base_digest
-    spec_of = partial(settings.session_spec, layout=layout, base_digest=base, rounds=rounds, task=task)
+    settings, reason = leader.settings, ""
     for attempt in range(1, settings.attempts + 1):
-        root, name, known = read_root(datetime.now(UTC)), f"{group}-{attempt}", frozenset(transport.nodes())
-        with traces.span(Step.CHECK_IN.value, listed=len(known), attempt=attempt) as span:
-            present = check_in(key, root, transport, name, last, settings.cohort)
-            span.set(answered=len(present.nodes))
-        reason = unmet = last.unmet(present.nodes, root.revoked) if last else ""
-        if last is not None and not unmet:
-            present = _around(last, present, lambda count: spec_of(count).minimum_survivors, settings.cohort.size)
-        elif settings.cohort.size:
-            present = present.only([*present.nodes][: settings.cohort.size])
-        count, least = len(present.nodes), settings.aggregation.fewest_devices
-        if not unmet and count < least:
-            reason = f"{count} devices answered, {least} are needed"
-        if not reason:
-            cohort, outcome = _offer(
-                present,
-                spec_of(count),
-                last,
-                name,
-                key=key,
-                root=root,
-                read_root=read_root,
-                transport=transport,
-                transcripts=transcripts,
-                settings=settings,
-            )
-            if isinstance(outcome, RoundAborted):
-                reason = outcome.detail
-            elif not (reason := obstacle(outcome, last, root.revoked)):
-                log.info("session of %d devices for %d rounds", count - len(cohort.dropped), rounds)
-                if found := outcome.session.spec.grouping:
-                    log.info("rounds have %d sums: a device hides in one of %d or more", found.count, found.minimum)
-                return cohort, outcome
+        known = frozenset(transport.nodes())
+        cohort, outcome = _attempt(leader, transport, wanted, attempt)
+        if cohort is not None and isinstance(outcome, Established):
+            log.info("session of %d devices for %d rounds", len(cohort.nodes) - len(cohort.dropped), wanted.rounds)
+            if found := outcome.session.spec.grouping:
+                log.info("rounds have %d sums: a device hides in one of %d or more", found.count, found.minimum)
+            return cohort, outcome
+        reason = str(outcome)
         log.warning("session not made, attempt %d of %d: %s", attempt, settings.attempts, reason)
         if attempt < settings.attempts:
             _await_another(transport, known, pause(attempt, settings.deadline))
     raise EdgeAdaptError(f"no session after {settings.attempts} attempts: {reason}", about="session")
+
+
+def _attempt(
+    leader: CoordinatorStateDir, transport: Transport, wanted: SessionRequest, attempt: int
+) -> tuple[Cohort | None, Established | str]:
+    """One attempt at a session: its devices and its state, or why there is none."""
+    root, settings, last = leader.read_root(datetime.now(UTC)), leader.settings, wanted.last
+    group = f"{wanted.group}-{attempt}"
+    with traces.span(Step.CHECK_IN.value, listed=len(transport.nodes()), attempt=attempt) as span:
+        present = check_in(leader.key, root, transport, group, last, settings.cohort)
+        span.set(answered=len(present.nodes))
+    layout, base = wanted.adapter.layout, wanted.adapter.manifest.base_digest
+    spec_of = partial(settings.session_spec, layout=layout, base_digest=base, rounds=wanted.rounds, task=wanted.task)
+    if last is not None:
+        if unmet := last.unmet(present.nodes, root.revoked):
+            return None, unmet
+        present = _around(last, present, lambda count: spec_of(count).minimum_survivors, settings.cohort.size)
+    elif settings.cohort.size:
+        present = present.only([*present.nodes][: settings.cohort.size])
+    count, least = len(present.nodes), settings.aggregation.fewest_devices
+    if count < least:
+        return None, f"{count} devices answered, {least} are needed"
+    cohort, outcome = _offer(leader, transport, present, root, spec_of(count), last, group)
+    if isinstance(outcome, RoundAborted):
+        return cohort, outcome.detail
+    return cohort, obstacle(outcome, last, root.revoked) or outcome
 
 
 def _await_another(transport: Transport, known: frozenset[int], seconds: float) -> None:
@@ -287,8 +265,6 @@ def _around(last: LastSum, present: CheckedIn, minimum: Callable[[int], int], si
     """The devices of a session in which the survivors of the last sum are enough for another one.
 
     Args:
-        last: The last sum.
-        present: All that checked in.
         minimum: Size of a cohort → fewest survivors of its rounds.
         size: Of a cohort, if it has one; all survivors of the last sum are in it all the same.
     """
@@ -301,43 +277,35 @@ def _around(last: LastSum, present: CheckedIn, minimum: Callable[[int], int], si
 
 
 def _offer(
+    leader: CoordinatorStateDir,
+    transport: Transport,
     present: CheckedIn,
+    root: Root,
     spec: SessionSpec,
     last: LastSum | None,
     group: str,
-    *,
-    key: IdentityKey,
-    root: Root,
-    read_root: Callable[[datetime], Root],
-    transport: Transport,
-    transcripts: Transcripts,
-    settings: FederationSettings,
 ) -> tuple[Cohort, Established | RoundAborted]:
-    """Begin the session's log, and offer the session to the devices that are ``present``. Arguments as ``establish``.
+    """Begin the session's log, and offer the session to the devices that are ``present``.
 
     Survivors of the last sum that are present are needed: without them the session is of no use.
     """
-    answers, nodes = present.answers, present.nodes
+    answers, nodes, transcripts = present.answers, present.nodes, leader.transcripts
     certificates = {device: answer.certificate for device, answer in answers.items()}
-    offering, offer = server.open_session(key, root, spec, certificates, SystemEntropy(), present.at)
+    offering, offer = server.open_session(leader.key, root, spec, certificates, SystemEntropy(), present.at)
     recorder = transcripts.begin(offering.offer, root.revoked)
-    corrupt = graph.count_of(len(nodes), settings.aggregation.corrupt_fraction)
-    known = serials(certificates.values())
-    cohort = Cohort(
-        transport, nodes, recorder, settings.attempts, settings.cohort, corrupt, known, root.revoked, read_root
-    )
+    cohort = Cohort(leader, transport, nodes, recorder, serials(certificates.values()), root.revoked)
     last_offers = {device: answer.last_offer or b"" for device, answer in answers.items()}
     proofs = transcripts.session_chain_proofs(recorder, last_offers)
-    revoked = {REVOCATIONS: root.revoked.der} if root.revoked else {}
+    extra = attachments(proofs, {REVOCATIONS: root.revoked.der} if root.revoked else {})
     due = frozenset(last.survivors if last else ()).intersection(nodes)
-    return cohort, _negotiate(cohort, offering, offer, attachments(proofs, revoked), group, due)
+    offers = Exchange(Step.OFFER, Offering.on_advert, dict.fromkeys(nodes, offer), extra)
+    return cohort, _negotiate(cohort, offering, offers, group, due)
 
 
 def _negotiate(
-    cohort: Cohort, offering: Offering, offer: bytes, extra: Attachments, group: str, due: frozenset[str]
+    cohort: Cohort, offering: Offering, offers: Exchange[Offering], group: str, due: frozenset[str]
 ) -> Established | RoundAborted:
     """Steps 1–4 of the protocol. ``due``: the devices without which the session is of no use."""
-    offers = dict.fromkeys(cohort.nodes, offer)
 
     def adverts(state: Offering, silent: Collection[str]) -> bool:
         return bool(due - state.adverts.keys()) and due <= {*state.adverts, *silent}
@@ -345,18 +313,15 @@ def _negotiate(
     def shares(state: Sharing, silent: Collection[str]) -> bool:
         return bool(due - state.encrypted_shares.keys()) and due <= {*state.encrypted_shares, *silent}
 
-    least = len(offers) if due else max(offering.spec.threshold, offering.spec.minimum_survivors)
-    sharing = cohort.exchange(
-        offering, Offering.on_advert, Step.OFFER, offers, group, extra, awaits=adverts, needed=least
-    ).close()
+    least = len(cohort.nodes) if due else max(offering.spec.threshold, offering.spec.minimum_survivors)
+    sharing = cohort.exchange(offering, replace(offers, awaits=adverts, needed=least), group).close()
     if isinstance(sharing, RoundAborted):
         return sharing
     state, roster = sharing
     rosters = {device: roster for device in cohort.nodes if device not in cohort.dropped}
     least = len(rosters) if due else least
-    session = cohort.exchange(
-        state, Sharing.on_shares, Step.ROSTER, rosters, group, awaits=shares, needed=least
-    ).close()
+    asked = Exchange(Step.ROSTER, Sharing.on_shares, rosters, awaits=shares, needed=least)
+    session = cohort.exchange(state, asked, group).close()
     if not isinstance(session, RoundAborted):
         cohort.recorder.checkpoint()
     return session

@@ -1,120 +1,273 @@
-"""The settings of a federation, ``federation.toml``: rounds, training, the server's step, secure aggregation."""
+"""The settings of a federation, ``federation.toml``, and the parameters of a session that follow from them.
+
+The table of each kind of round is in the kind's module.
+"""
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from adapters.analytic import AnalyticTask
-from adapters.evaluation import EvaluationTask
+from adapters.analytic import Analytic
+from adapters.combination import Combination, Median, TrimmedMean
+from adapters.evaluation import EvaluationRounds
+from adapters.federatedmethods import METHODS
 from adapters.layout import Layout
 from adapters.manifest import VersionManifest
+from adapters.optimizer import FedAdam, FedAvg, FedAvgM, FedYogi
+from adapters.optimizer import Settings as ServerOptimizer
 from adapters.peftconfig import PeftConfig
+from adapters.roundtask import KindSettings, RoundOf, RoundTask
 from adapters.settings import Settings
-from adapters.task import UNSTABLE, OptimizerName, RateSchedule, Task, is_stable
-from adapters.taskkinds import AnyTask
+from adapters.sums import LEAST_RING_BITS, Bounds
+from adapters.task import Task, Training
+from aggregation import graph
 from aggregation.errors import ConfigError
+from aggregation.graph import GraphParameters
 from aggregation.messages import MAX_COHORT
-from aggregation.privacy.accounting import NOTHING, calibrated
-from aggregation.spec import Adversary, SessionSpec
-from coordinator.methods import METHODS
-from coordinator.optimizer import AnalyticHead, Evaluation, FedAdam, FedAvg, FedAvgM, FedYogi
-from coordinator.optimizer import Settings as ServerOptimizer
-from coordinator.sessionsettings import Aggregation, PrivacySettings
+from aggregation.privacy.accounting import NOTHING, Mechanism, calibrated
+from aggregation.spec import CORRUPT_FRACTION, Adversary, Grouping, Privacy, SessionSpec
 
 ADDRESS = r"(\[[0-9a-fA-F:]+\]|[^\s:/\[\]]+):\d{1,5}"  # HOST:PORT
 SETTINGS = "federation.toml"  # in the coordinator's state directory
+UPDATES = Training().task(RoundOf(PeftConfig.lora(), (), 0, METHODS["fedit"], False))  # of all tensors
 
 
-class Training(Settings):
-    """Training on a device, in one round."""
+class PrivacySettings(Settings):
+    """Differential privacy: noise that each device adds, and what all sums together may say about one device."""
 
-    epochs: int = Field(default=1, ge=1, le=100, description="passes over the device's examples in a round")
-    batch_size: int = Field(default=16, ge=1, le=1024, description="examples in a step")
-    learning_rate: float = Field(default=2e-3, gt=0, le=1, description="learning rate of the first step")
-    optimizer: Literal["adamw", "sgd"] = Field(
-        default="adamw", description="what makes a step of a gradient: adamw, or sgd"
+    mechanism: Literal["none", "skellam", "discrete-gaussian"] = Field(
+        default="none",
+        description="noise that each device adds to its update: skellam, discrete-gaussian or none; with noise, every "
+        "device has the same weight, and sums have no metrics",
     )
-    momentum: float = Field(default=0.0, ge=0, lt=1, description="momentum of sgd, 0 to 1; not used by adamw")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="constant",
-        description="how the learning rate falls to 0 over the steps of a device in a round: constant (it does not), "
-        "linear or cosine",
+    epsilon: float = Field(
+        default=0.0,
+        ge=0,
+        description="epsilon of all rounds together, for one device: the noise is calibrated to it, and the run ends "
+        "before it is exceeded; 0: noise_multiplier is given instead",
     )
-    weight_decay: float = Field(
-        default=0.0, ge=0, le=1, description="weight decay: decoupled with adamw, in the gradient with sgd"
-    )
-    gradient_norm: float = Field(
-        default=0.0, ge=0, description="largest L2 norm of a step's gradient, to which it is clipped; 0: any"
-    )
-    proximal: float = Field(
+    delta: float = Field(default=1e-6, gt=0, lt=1, description="delta for which epsilon is stated")
+    noise_multiplier: float = Field(
         default=0.0,
         ge=0,
         le=1000,
-        description="weight of FedProx's term in the loss: half of it times the squared distance from the global "
-        "adapter",
+        description="standard deviation of the noise of the honest devices in the smallest sum of a round, in clip "
+        "norms; 0: calibrated to epsilon",
     )
 
     @model_validator(mode="after")
-    def _is_stable(self) -> Self:
-        if not is_stable(self.learning_rate, self.proximal, self.weight_decay):
-            raise ValueError(f"training.proximal is {self.proximal:g}: {UNSTABLE}")
+    def _names_the_noise(self) -> Self:
+        given = (self.epsilon > 0) + (self.noise_multiplier > 0)
+        if given != (self.mechanism != "none"):
+            raise ValueError(
+                "privacy takes a mechanism with epsilon or noise_multiplier, one of the two, or none of the three"
+            )
         return self
 
+    @property
+    def noisy(self) -> bool:
+        return self.mechanism != "none"
 
-class Analytic(Settings):
-    """Rounds of the analytic head, at the end of a federation or alone."""
 
-    rounds: int = Field(
-        default=0,
+class Aggregation(Settings):
+    """Secure aggregation: what a session is secure against, and the bounds of an update."""
+
+    adversary: Literal["active", "honest-but-curious"] = Field(
+        default="active",
+        description="what a corrupt coordinator may do: active (anything) or honest-but-curious; a device's policy may "
+        "refuse the latter",
+    )
+    session_rounds: int = Field(default=4, ge=1, le=64, description="rounds in a session, which has one set of keys")
+    minimum_devices: int = Field(default=3, ge=3, description="fewest devices of a session")
+    minimum_survivors: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="share of the cohort that must survive a round, 0 to 1; never below the threshold, nor so few that "
+        "sums of one adapter could be combined to fewer devices than the default policy of a device demands",
+    )
+    corrupt_fraction: float = Field(
+        default=CORRUPT_FRACTION,
         ge=0,
-        description="how many of the rounds, the last ones, fit the head by a ridge regression to a sum over all "
-        "devices' embeddings, without training",
+        lt=1,
+        description="share of the cohort that may collude with the coordinator, 0 to 1; a device's policy has its own",
     )
-    ridge: float = Field(
-        default=2e-4, gt=0, le=1, description="strength of the regularization, for each example of the sum"
+    dropout_fraction: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="share of the cohort that may drop out while a session is made, and again in a round, 0 to 1; for "
+        "sparse graphs",
     )
-    scale: float = Field(default=16.0, gt=0, le=1000, description="logit of a score of 1 of the regression")
-    dimensions: int = Field(
+    groups: int = Field(
+        default=1,
+        ge=1,
+        le=1000,
+        description="sums of a round: each over a group of the devices, dealt anew for each adapter, and their means "
+        "are combined, so that one device spoils one of them; 1: one sum of all",
+    )
+    combine: Literal["median", "trimmed-mean"] = Field(
+        default="median", description="how the means of the groups are combined: median or trimmed-mean"
+    )
+    trim: float = Field(
+        default=0.2,
+        gt=0,
+        lt=0.5,
+        description="trimmed-mean: share of the groups that is cut off at each end of a coordinate, at least one group",
+    )
+    clip_norm: float = Field(default=12.0, gt=0, description="largest L2 norm of a device's update, in weight units")
+    weight_cap: int = Field(
         default=128,
         ge=1,
-        le=2**16,
-        description="with noise: coordinates of the randomly rotated embeddings that are summed; fewer have less noise",
+        le=65536,
+        description="largest weight of one device in the mean, in examples; 1 in a federation with noise",
     )
-    clip_norm: float = Field(
-        default=0.2, gt=0, description="with noise: largest L2 norm of the mean moments of a device's embeddings"
+    ring_bits: int = Field(
+        default=LEAST_RING_BITS,
+        ge=LEAST_RING_BITS,
+        le=62,
+        description="fewest bits of an element of the masked vector; a session takes more where its sums need them, as "
+        "those of an analytic head and those with noise do",
     )
-
-
-class EvaluationRounds(Settings):
-    """Rounds that count the right answers of two releases on the devices that have them, after all others."""
-
-    rounds: int = Field(default=0, ge=0, description="how many of the rounds, the last ones, evaluate and do not train")
-    newest: str = Field(
-        default="", pattern="^([0-9a-f]{64})?$", description="SHA-256 of what the adapter of the newest release is"
-    )
-    previous: str = Field(
-        default="", pattern="^([0-9a-f]{64})?$", description="SHA-256 of what the adapter of the release before is"
-    )
-    most: int = Field(
-        default=32,
-        ge=1,
-        le=2**16,
-        description="most held-out examples of a device that count; the noise is in proportion to it",
-    )
-    noise_multiplier: float = Field(
-        default=1.1,
-        gt=0,
-        le=1000,
-        description="standard deviation of the noise in the counts, as privacy.noise_multiplier, also in a federation "
-        "without noise; in one that has more, that",
+    keep_masked_inputs: bool = Field(
+        default=False,
+        description="keep every masked update in the transcript, so that whoever reads it can recompute the sums, with "
+        "the exact number of examples; takes devices × rounds × upload of disk space",
     )
 
-    @model_validator(mode="after")
-    def _compares_two_releases(self) -> Self:
-        if self.rounds and (not self.newest or not self.previous or self.newest == self.previous):
-            raise ValueError("evaluation.newest and evaluation.previous must name the adapters of two releases")
-        return self
+    def spec(
+        self,
+        devices: int,
+        layout: Layout,
+        base_digest: str,
+        rounds: int,
+        task: RoundTask = UPDATES,
+        *,
+        clip_norm: float | None = None,
+        privacy: PrivacySettings | None = None,
+    ) -> SessionSpec:
+        """The parameters of a session with a cohort of ``devices``.
+
+        Args:
+            clip_norm: If not that of an update.
+
+        Raises:
+            ConfigError: No ring can hold the sum of so many devices, or as ``masking_graph`` and ``survivors``.
+        """
+        chosen = self.masking_graph(devices)
+        survivors, grouping = self.survivors(devices, chosen), self.grouping(devices)
+        noise = privacy if privacy is not None and privacy.noisy else None
+        smallest = grouping.minimum if grouping else survivors
+        honest = smallest - graph.count_of(devices, self.corrupt_fraction)
+        if noise and honest < 1:
+            text = f"a sum of {smallest} devices has no honest one: lower corrupt_fraction"
+            raise ConfigError(text, about="aggregation.corrupt_fraction", value=self.corrupt_fraction)
+        norm, cap = clip_norm or self.clip_norm, 1 if noise else self.weight_cap
+        deviation = noise.noise_multiplier * norm / math.sqrt(honest) if noise else 0.0
+        bounds = Bounds(norm, cap, self.ring_bits, devices, deviation)
+        bounds = replace(bounds, ring_bits=max(self.ring_bits, task.ring_bits(layout, bounds)))
+        return SessionSpec(
+            rounds=rounds,
+            threshold=chosen.threshold,
+            minimum_survivors=survivors,
+            degree=chosen.degree,
+            vector=task.vector(layout, bounds),
+            clip_norm=norm,
+            weight_cap=cap,
+            privacy=Privacy(Mechanism(noise.mechanism), honest, noise.delta) if noise else None,
+            base_digest=base_digest,
+            layout_digest=layout.digest,
+            adversary=Adversary(self.adversary),
+            grouping=grouping,
+        )
+
+    @property
+    def combination(self) -> Combination | None:
+        """How the means of groups are combined; None if a round has one sum."""
+        if self.groups == 1:
+            return None
+        return Median() if self.combine == "median" else TrimmedMean(self.trim)
+
+    def grouping(self, devices: int) -> Grouping | None:
+        """The groups of a session with a cohort of ``devices``; None if a round has one sum.
+
+        All corrupt devices may be in one group, and a sum must have as many honest ones as devices demand by default.
+
+        Raises:
+            ConfigError: The groups would be too small.
+        """
+        if self.groups == 1:
+            return None
+        size, minimum = devices // self.groups, self._group_minimum(devices)
+        if minimum > size:
+            corrupt = graph.count_of(devices, self.corrupt_fraction)
+            text = f"{self.groups} groups of {devices} devices have {size} each, and a sum needs {minimum}, because "
+            text += f"{corrupt} may be corrupt: take at most {devices // minimum} groups, or more devices"
+            raise ConfigError(text, about="aggregation.groups", value=self.groups)
+        return Grouping(self.groups, minimum)
+
+    def _group_minimum(self, devices: int) -> int:
+        corrupt = graph.count_of(devices, self.corrupt_fraction)
+        return max(corrupt + graph.demanded(devices), round(self.minimum_survivors * (devices // self.groups)))
+
+    @property
+    def fewest_devices(self) -> int:
+        """Fewest devices of a session: those of the settings, or as many as its groups take.
+
+        >>> Aggregation().fewest_devices, Aggregation(groups=3).fewest_devices
+        (3, 18)
+        """
+        counts = range(self.minimum_devices, MAX_COHORT)
+        return next((n for n in counts if self.groups == 1 or self._group_minimum(n) <= n // self.groups), MAX_COHORT)
+
+    def survivors(self, devices: int, chosen: GraphParameters) -> int:
+        """Fewest survivors of a round in a cohort of ``devices`` with the masking graph ``chosen``.
+
+        Raises:
+            ConfigError: Sums over all devices on this graph could be combined to a few devices.
+        """
+        # In an active session so many that no two groups of survivors can sign different survivor sets.
+        signed = graph.quorum(devices, self.corrupt_fraction) if self.adversary == Adversary.ACTIVE.value else 0
+        corrupt = graph.count_of(devices, self.corrupt_fraction)
+        for count in range(max(chosen.threshold, signed, round(self.minimum_survivors * devices)), devices + 1):
+            if graph.left_over(devices, corrupt, *chosen, count) >= graph.demanded(devices):
+                return count
+        raise ConfigError(
+            f"sums of {devices} devices could be combined to a few of them: lower corrupt_fraction",
+            about="aggregation.corrupt_fraction",
+            value=self.corrupt_fraction,
+        )
+
+    def masking_graph(self, devices: int) -> GraphParameters:
+        """Neighbors of a device, and shares that reconstruct its secrets, in a cohort of ``devices``.
+
+        A sparse graph must still be secure on the roster, which lacks the dropouts before it and no corrupt device.
+        Where that roster would have at most ``graph.COMPLETE_UP_TO`` devices, the graph is complete.
+
+        >>> Aggregation().masking_graph(10)
+        GraphParameters(degree=9, threshold=7)
+
+        Raises:
+            ConfigError: No graph on so many devices is secure against so many corrupt devices and dropouts.
+        """
+        corrupt, gone = (graph.count_of(devices, share) for share in (self.corrupt_fraction, self.dropout_fraction))
+        if devices - gone <= graph.COMPLETE_UP_TO:
+            return GraphParameters(devices - 1, graph.least_threshold(devices, self.corrupt_fraction))
+        bits = graph.SIGMA + (graph.GRINDING if self.adversary == Adversary.ACTIVE.value else 0)
+        smallest = devices - gone
+        for count in range(smallest, devices + 1):
+            found = graph.graph_parameters(count, corrupt / count, gone / count, bits=bits)
+            if all(graph.is_secure(present, corrupt, *found, bits) for present in (smallest, devices)):
+                return found
+        raise ConfigError(
+            f"no graph on {devices} devices is secure against {corrupt} corrupt devices and {gone} dropouts: "
+            "lower corrupt_fraction or dropout_fraction",
+            about="aggregation.corrupt_fraction",
+            value=self.corrupt_fraction,
+        )
 
 
 class Server(Settings):
@@ -180,7 +333,6 @@ class CohortSettings(Settings):
         (8, 9)
 
         Args:
-            asked: Devices.
             needed: Answers that the step needs.
         """
         return max(math.ceil(self.quorum * asked), needed)
@@ -283,18 +435,64 @@ class FederationSettings(Settings):
         """Whether some rounds have noise: all, or those of evaluation."""
         return self.privacy.noisy or self.evaluation.rounds > 0
 
-    def weight_cap(self, task: AnyTask | None) -> int:
-        """Largest weight of one device in a session of a task."""
-        return 1 if self._privacy(task).noisy else self.aggregation.weight_cap
+    @property
+    def training_rounds(self) -> int:
+        return self.rounds - self.analytic.rounds - self.evaluation.rounds
 
-    def _privacy(self, task: AnyTask | None) -> PrivacySettings:
-        """The noise of a session of a task."""
-        if self.privacy.noisy or not isinstance(task, EvaluationTask):
+    @property
+    def kinds(self) -> tuple[tuple[KindSettings, int], ...]:
+        """The settings of each kind of round, and its number of rounds, in the order in which they are run."""
+        analytic, evaluation = self.analytic, self.evaluation
+        return (self.training, self.training_rounds), (analytic, analytic.rounds), (evaluation, evaluation.rounds)
+
+    def kind_of(self, number: int) -> type[RoundTask]:
+        """The kind of a round, counted from 1."""
+        last = 0
+        for table, count in self.kinds:
+            last += count
+            if number <= last:
+                return table.KIND
+        return table.KIND
+
+    def task_of(self, kind: type[RoundTask], manifest: VersionManifest) -> RoundTask:
+        """The task of a round of that kind, of the adapter that ``manifest`` describes. Raises as ``task``."""
+        return self._table(kind).task(self._round(manifest.peft_config, manifest.labels, manifest.version))
+
+    def task(self, manifest: VersionManifest) -> Task:
+        """The task of a round that trains the adapter that ``manifest`` describes.
+
+        Raises:
+            ConfigError: The method tells LoRA's matrices apart, and the adapter is of another kind.
+        """
+        return self.training.task(self._round(manifest.peft_config, manifest.labels, manifest.version))
+
+    def _round(self, config: PeftConfig, labels: tuple[str, ...], version: int) -> RoundOf:
+        return RoundOf(config, labels, version, METHODS[self.method], self.privacy.noisy)
+
+    def _table(self, kind: type[RoundTask]) -> KindSettings:
+        return next(table for table, _ in self.kinds if table.KIND is kind)
+
+    def rule(self, task: RoundTask) -> ServerOptimizer:
+        """What makes the next adapter from the sum of a task."""
+        return task.RULE or self.server.rule()
+
+    def weight_cap(self, task: RoundTask) -> int:
+        """Largest weight of one device in a session of a task."""
+        return 1 if self._privacy(type(task), 0.0).noisy else self.aggregation.weight_cap
+
+    def clip_norm(self, task: RoundTask) -> float:
+        """The L2 bound on what a device contributes to a sum of a task."""
+        return self._table(type(task)).bound(self.aggregation.clip_norm, self.privacy.noisy)
+
+    def _privacy(self, kind: type[RoundTask], multiplier: float) -> PrivacySettings:
+        """The noise of the sums of a kind. ``multiplier``: of all rounds of the federation."""
+        if not (multiplier := self._table(kind).multiplier(multiplier)):
             return self.privacy
-        return PrivacySettings(mechanism="skellam", noise_multiplier=self.evaluation.noise_multiplier)
+        mechanism = self.privacy.mechanism if self.privacy.noisy else "skellam"
+        return self.privacy.model_copy(update={"mechanism": mechanism, "noise_multiplier": multiplier})
 
     def session_spec(
-        self, devices: int, layout: Layout, base_digest: str, rounds: int, task: AnyTask | None = None
+        self, devices: int, layout: Layout, base_digest: str, rounds: int, task: RoundTask = UPDATES
     ) -> SessionSpec:
         """The parameters of a session, as ``Aggregation.spec``; noise is calibrated to all rounds of the federation.
 
@@ -305,24 +503,15 @@ class FederationSettings(Settings):
         """
         privacy = self.privacy
 
-        def build(of: AnyTask | None, multiplier: float) -> SessionSpec:
-            if isinstance(of, EvaluationTask):
-                multiplier = max(multiplier, self.evaluation.noise_multiplier)
-            return self.aggregation.spec(
-                devices,
-                layout,
-                base_digest,
-                rounds,
-                of,
-                clip_norm=self.clip_norm(of),
-                privacy=self._privacy(of),
-                noise_multiplier=multiplier,
-            )
+        def build(of: RoundTask, multiplier: float) -> SessionSpec:
+            noise = self._privacy(type(of), multiplier)
+            clip_norm = self.clip_norm(of)
+            return self.aggregation.spec(devices, layout, base_digest, rounds, of, clip_norm=clip_norm, privacy=noise)
 
         def epsilon(multiplier: float) -> float:
             """Of all rounds, if no more devices survive than a round must have."""
             spent = NOTHING
-            for of, count in self._kinds(task):
+            for of, count in self._rounds_of(task):
                 spec = build(of, multiplier)
                 spent += spec.spent(spec.minimum_survivors).times(count)
             return spent.epsilon(privacy.delta)
@@ -331,45 +520,12 @@ class FederationSettings(Settings):
             return build(task, 0.0)
         return build(task, privacy.noise_multiplier or calibrated(epsilon, privacy.epsilon))
 
-    def clip_norm(self, task: AnyTask | None) -> float:
-        """The L2 bound on what a device contributes to a sum of a task."""
-        if self.privacy.noisy and isinstance(task, AnalyticTask):
-            return self.analytic.clip_norm
-        if isinstance(task, EvaluationTask):
-            return task.norm
-        return self.aggregation.clip_norm
-
-    def _kinds(self, task: AnyTask | None) -> list[tuple[AnyTask | None, int]]:
-        """Each kind of task of the federation, and its number of rounds; ``task`` is of one of them."""
-        if task is None:
-            return [(None, self.rounds)]
-        config, labels = task.peft_config, task.labels
-        found: list[tuple[AnyTask | None, int]] = []
-        if self.training_rounds:
-            found.append(
-                (task if isinstance(task, Task) else self._training_task(config, labels, 0), self.training_rounds)
-            )
-        if self.analytic.rounds:
-            found.append((self._analytic_task(config, labels), self.analytic.rounds))
-        if self.evaluation.rounds:
-            found.append((self._evaluation_task(config, labels), self.evaluation.rounds))
-        return found
-
-    @property
-    def training_rounds(self) -> int:
-        return self.rounds - self.analytic.rounds - self.evaluation.rounds
-
-    def kind_of(self, number: int) -> type[AnyTask]:
-        """The kind of task of a round, counted from 1: training first, then the head, then evaluation."""
-        if number > self.rounds - self.evaluation.rounds:
-            return EvaluationTask
-        return AnalyticTask if number > self.training_rounds else Task
-
-    def task_of(self, kind: type[AnyTask], manifest: VersionManifest) -> AnyTask:
-        """The task of a round of that kind, of the adapter that ``manifest`` describes. Raises as ``task``."""
-        if kind is EvaluationTask:
-            return self._evaluation_task(manifest.peft_config, manifest.labels)
-        return self.analytic_task(manifest) if kind is AnalyticTask else self.task(manifest)
+    def _rounds_of(self, task: RoundTask) -> Iterator[tuple[RoundTask, int]]:
+        """A task of each kind that the federation has, and its number of rounds; ``task`` is of one of them."""
+        of = self._round(task.peft_config, task.labels, 0)
+        for table, count in self.kinds:
+            if count:
+                yield (task if isinstance(task, table.KIND) else table.task(of)), count
 
     def with_evaluation(self, done: int, newest: str, previous: str) -> Self:
         """The settings with a round that compares two releases, after those that are still to do.
@@ -377,7 +533,6 @@ class FederationSettings(Settings):
         A comparison that is still to do is replaced.
 
         Args:
-            done: Rounds that ended.
             newest, previous: ``AdapterManifest.content`` of their adapters.
 
         Raises:
@@ -390,51 +545,3 @@ class FederationSettings(Settings):
         if not waits:
             table["evaluation"]["rounds"] = 1
         return self.parse(table, SETTINGS)
-
-    def _evaluation_task(self, config: PeftConfig, labels: tuple[str, ...]) -> EvaluationTask:
-        own = self.evaluation
-        return EvaluationTask(config, labels, own.newest, own.previous, own.most)
-
-    def analytic_task(self, manifest: VersionManifest) -> AnalyticTask:
-        """The task of a round that fits the head of the adapter that ``manifest`` describes."""
-        return self._analytic_task(manifest.peft_config, manifest.labels)
-
-    def _analytic_task(self, config: PeftConfig, labels: tuple[str, ...]) -> AnalyticTask:
-        own = self.analytic
-        return AnalyticTask(config, labels, own.ridge, own.scale, own.dimensions if self.privacy.noisy else 0)
-
-    def rule(self, task: AnyTask) -> ServerOptimizer:
-        """What makes the next adapter from the sum of a task."""
-        if isinstance(task, EvaluationTask):
-            return Evaluation()
-        return AnalyticHead() if isinstance(task, AnalyticTask) else self.server.rule()
-
-    def task(self, manifest: VersionManifest) -> Task:
-        """The task of a round that trains the adapter that ``manifest`` describes.
-
-        Raises:
-            ConfigError: The method tells LoRA's matrices apart, and the adapter is of another kind.
-        """
-        return self._training_task(manifest.peft_config, manifest.labels, manifest.version)
-
-    def _training_task(self, config: PeftConfig, labels: tuple[str, ...], version: int) -> Task:
-        training, method = self.training, METHODS[self.method]
-        if method.splits_factors and (config.peft_type != "LORA" or config.use_dora or config.bias != "none"):
-            kind = "DoRA" if config.use_dora else "LoRA with biases" if config.bias != "none" else config.peft_type
-            reason = f"method {self.method} trains LoRA's matrices apart from each other, and the adapter is {kind}"
-            raise ConfigError(f"{reason}: choose fedit, fedper or head", about="method", value=self.method)
-        return Task(
-            peft_config=config,
-            labels=labels,
-            epochs=training.epochs,
-            batch_size=training.batch_size,
-            learning_rate=training.learning_rate,
-            weight_decay=training.weight_decay,
-            proximal=training.proximal,
-            trained=method.trained(version),
-            shared=method.shared,
-            optimizer=OptimizerName(training.optimizer),
-            momentum=training.momentum,
-            schedule=RateSchedule(training.schedule),
-            gradient_norm=training.gradient_norm,
-        )

@@ -55,7 +55,7 @@ SERVICES_HEADER = b"# What 'edgeadapt coordinator up' runs on this machine. It r
 
 @dataclass(frozen=True, slots=True)
 class CoordinatorStateDir:
-    """A coordinator's state directory, opened. Functions take the parts that they use, not this.
+    """A coordinator's state directory, opened.
 
     ``lease``: under which the registry and the transcripts are written to, where machines share them.
     """
@@ -83,8 +83,6 @@ class CoordinatorStateDir:
         Args:
             folder: Does not exist, or is empty.
             authority: Certificate of the authority to pin, PEM.
-            settings: Of the federation.
-            entropy: Draws the key.
             services: What this machine runs for the federation; None if that is not by ``edgeadapt coordinator up``.
             stores: Where the registry is kept; None: in the directory.
 
@@ -139,9 +137,6 @@ class CoordinatorStateDir:
     def read_root(self, at: datetime) -> Root:
         """The authority, with the newest of the revocation lists in this directory and in its transcripts.
 
-        Args:
-            at: Now.
-
         Raises:
             TrustError: A list is not the authority's, there are two with one number, or the newest has expired.
         """
@@ -160,9 +155,6 @@ class CoordinatorStateDir:
 
     def read_tls(self, at: datetime) -> tuple[bytes, bytes]:
         """The TLS key of what listens on this machine, and its certificate, both PEM.
-
-        Args:
-            at: Now.
 
         Raises:
             ConfigError: The directory has none.

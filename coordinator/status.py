@@ -110,7 +110,6 @@ def round_lines(row: dict[str, Any], width: int = 0) -> list[str]:
     """A round, as ``round_row`` gives it, under ``heading``.
 
     Args:
-        row: Of the round.
         width: Of the terminal; 0: all is on one line. The columns that do not fit are left out, and notes that do not
             fit follow on lines of their own.
     """

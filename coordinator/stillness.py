@@ -9,16 +9,11 @@ import math
 from collections.abc import Collection
 from dataclasses import replace
 
-from adapters.analytic import AnalyticTask
-from adapters.evaluation import EvaluationTask
-from adapters.movement import distance, influencing, least_movement
+from adapters.optimizer import FedAdam, FedAvg, FedAvgM
 from adapters.parts import Part
-from adapters.task import Task
-from adapters.taskkinds import AnyTask
+from adapters.roundtask import RoundTask, distance
 from aggregation.policy import Policy
 from coordinator.lastsum import LastSum
-from coordinator.nextadapter import state_size
-from coordinator.optimizer import FedAdam, FedAvg, FedAvgM
 from coordinator.registry import Registry, StoredAdapter
 from coordinator.settings import FederationSettings
 
@@ -29,28 +24,19 @@ log = logging.getLogger("edgeadapt.coordinator")
 
 
 def bound(
-    last: LastSum, registry: Registry, adapter: StoredAdapter, task: AnyTask, settings: FederationSettings
+    last: LastSum, registry: Registry, adapter: StoredAdapter, task: RoundTask, settings: FederationSettings
 ) -> LastSum | None:
     """The last sum, if devices demand that the next one is over its devices; None if they do not.
-
-    Args:
-        last: Which made the newest version.
-        registry: Of the adapters.
-        adapter: The newest one.
-        task: Of the next round.
-        settings: Of the federation.
 
     Raises:
         TrustError: The registry was altered.
     """
     kinds = {last.kind, type(task)}
-    if settings.privacy.noisy or settings.aggregation.groups > 1 or isinstance(task, EvaluationTask):
+    if settings.privacy.noisy or settings.aggregation.groups > 1 or any(kind.EXACT is None for kind in kinds):
         return None
-    parts = influencing(task) | ({Part.HEAD} if len(kinds) > 1 else frozenset())
-    same = EvaluationTask not in kinds and _stands_still(
-        registry, adapter, parts, MARGIN * _least(adapter, task, settings)
-    )
-    return replace(last, still=True) if same else None
+    parts = task.influencing() | ({Part.HEAD} if len(kinds) > 1 else frozenset())
+    still = _stands_still(registry, adapter, parts, MARGIN * _least(adapter, task, settings))
+    return replace(last, still=True) if still else None
 
 
 def _stands_still(registry: Registry, adapter: StoredAdapter, parts: Collection[Part], least: float) -> bool:
@@ -79,11 +65,11 @@ def warn(adapter: StoredAdapter, settings: FederationSettings) -> None:
         log.warning(text, settings.server.learning_rate, farthest, least)
 
 
-def _least(adapter: StoredAdapter, task: Task | AnalyticTask, settings: FederationSettings) -> float:
-    return least_movement(task, settings.clip_norm(task), state_size(task, adapter.layout), SHARE)
+def _least(adapter: StoredAdapter, task: RoundTask, settings: FederationSettings) -> float:
+    return task.least_movement(settings.clip_norm(task), task.state_size(adapter.layout), SHARE)
 
 
-def _farthest(adapter: StoredAdapter, task: Task, settings: FederationSettings) -> float:
+def _farthest(adapter: StoredAdapter, task: RoundTask, settings: FederationSettings) -> float:
     """The farthest that a server's step moves the adapter, L2 norm."""
     clip, rule = settings.clip_norm(task), settings.server.rule()
     if isinstance(rule, FedAvg):
@@ -93,4 +79,4 @@ def _farthest(adapter: StoredAdapter, task: Task, settings: FederationSettings) 
     if not isinstance(rule, FedAdam):
         return math.inf
     most = max(1.0, (1 - rule.beta1) / math.sqrt(1 - rule.beta2))  # of a coordinate, in learning rates
-    return rule.learning_rate * most * math.sqrt(state_size(task, adapter.layout))
+    return rule.learning_rate * most * math.sqrt(task.state_size(adapter.layout))

@@ -48,7 +48,6 @@ class StoredLog:
     """The log of a session, as far as it can be read.
 
     Args:
-        path: The file.
         entries: Each as the coordinator signed it, up to the last checkpoint.
         checkpoints: Among them.
         end: Bytes that the entries take.
@@ -156,8 +155,6 @@ def require_agreement(logs: Sequence[StoredLog], head: Head, key: IdentityKey) -
     Args:
         logs: Of the session of the last recorded round and of all sessions since, in order, without empty ones; all
             logs, where no round is recorded.
-        head: What the registry knows.
-        key: The coordinator's.
 
     Returns:
         Whether the last log lacks the ending of the last recorded round and nothing else, as after a kill.

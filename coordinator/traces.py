@@ -63,7 +63,6 @@ def span(name: str, *, within: Span | None = None, **attributes: "Value") -> Abs
     """A span as long as the block. An error that leaves it marks it as failed, with the error's type.
 
     Args:
-        name: Of few different ones.
         within: The span that it is a part of. Default: the one of the block around it.
         attributes: Each is exported as ``edgeadapt.NAME``.
     """

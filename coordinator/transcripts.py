@@ -111,7 +111,6 @@ class Transcripts:
         It travels in the same message as the offer.
 
         Args:
-            recorder: Of the new session.
             last_offers: Device → digest of the offer that it joined last, as it says; empty where it joined none. One
                 that was more than ``MAX_SESSIONS`` sessions ago counts as unknown: no message can name them all. So
                 does one before a log that cannot be read.

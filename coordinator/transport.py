@@ -123,8 +123,6 @@ class Transport:
         """Send each node its body and yield the answers in the order of arrival, one for each node.
 
         Args:
-            step: Of the protocol.
-            bodies: Node → protocol message.
             group: Flower's group id: the round, or the attempt at a session.
             attachments: Node → field → what its message carries besides the body.
             enough: When to stop before the deadline, if not all answer.

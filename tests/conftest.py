@@ -3,6 +3,7 @@
 Torch and Flower are imported by what uses them, so that other tests do not wait for them.
 """
 
+import os
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -51,6 +52,17 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.section("seconds of a worker, by folder")
         for folder, seconds in spent.most_common():
             terminalreporter.write_line(f"{seconds:6.0f}  {folder}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_syncs() -> Iterator[None]:
+    """No test cuts the power, and to wait for the disk takes a third of the time of a fleet's rounds.
+
+    Tests of what is synced, and of a disk that is full, put a function of their own in its place.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)  # refuses what is not an open file
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from aggregation.errors import EdgeAdaptError
 from aggregation.messages import MaskedInput
 from benchmarks.faults.fleet import FaultFleet
 from benchmarks.faults.processes import wait_until
+from client.node.privacyledger import PrivacyLedger
 from client.node.statedir import DeviceStateDir
 from coordinator.audit import AuditInput, AuditOptions
 from coordinator.audit.account import Account, logged
@@ -71,7 +72,7 @@ def _privacy(fleet: FaultFleet, folder: Path) -> Iterator[str]:
         account = logged(account, entries)
         sent.update(entry.peer for entry in entries if entry.kind == MaskedInput.TAG)
     for name in fleet.names:
-        ledger = DeviceStateDir.open(fleet.device(name)).load_privacy_ledger()
+        ledger = DeviceStateDir.open(fleet.device(name)).load(PrivacyLedger) or PrivacyLedger()
         if ledger.bare or ledger.noisy < sent[name]:
             yield f"{name} has recorded {ledger.noisy} of the {sent[name]} contributions in the logs"
         spent = account.spent.get(name)

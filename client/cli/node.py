@@ -62,11 +62,12 @@ def policy(state_dir: Path, as_json: bool) -> None:
     """
     from client.node.eligibility import conditions
     from client.node.policy import PolicySettings
+    from client.node.privacyledger import PrivacyLedger
     from client.node.readings import SYSTEM
     from client.node.statedir import DeviceStateDir
 
     opened = DeviceStateDir.open(state_dir)
-    limits, ledger = opened.settings.policy, opened.load_privacy_ledger()
+    limits, ledger = opened.settings.policy, opened.load(PrivacyLedger) or PrivacyLedger()
     values = limits.model_dump(mode="json")
     spent = ledger.spent.epsilon(limits.delta)
     defaults = PolicySettings().model_dump(mode="json")

@@ -41,9 +41,7 @@ class AdapterState:
     """The adapter that a device trained from last.
 
     Args:
-        version: Its number.
         digest: SHA-256 of its file, hex.
-        terms: See ``terms``.
         sums: For how many sums from it the device revealed shares or, with groups, signed the survivor set.
         survivors: Whose updates are in the last of them: device id → serial of the certificate it had then.
         dealt: See ``dealt``, of the last of them.
@@ -81,9 +79,6 @@ def on_plan(known: AdapterState | None, plan: Plan, spec: SessionSpec, maximum_r
 
     Args:
         known: Its state; None before the first plan.
-        plan: As accepted.
-        spec: Of the session.
-        maximum_repeats: The policy's.
 
     Raises:
         ProtocolError: The adapter is older than the last one, another one of its version, one that the device left
@@ -126,9 +121,6 @@ def on_survivors(
     """The state after the device reveals shares for a sum or, with groups, signs its survivor set.
 
     Args:
-        known: Its state.
-        plan: Of the round.
-        spec: Of the session.
         survivors: Whose updates are in the sum: device id → serial of its certificate.
         revoked: Serials in the authority's revocation list.
 

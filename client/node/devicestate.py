@@ -7,7 +7,7 @@ finds, unless the device was restarted in between. A device that then finds no s
 from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from aggregation.client import Device
 from aggregation.pki import Root
@@ -23,6 +23,9 @@ from client.node.snapshot import Snapshot
 from client.node.sumhistory import SumHistory
 from client.node.tasklabels import TaskLabels
 from client.training.protocols import FrozenBase
+
+Record = LogState | AdapterState | TaskLabels | SumHistory | PrivateParts | PrivacyLedger
+R = TypeVar("R", LogState, AdapterState, TaskLabels, SumHistory, PrivateParts, PrivacyLedger)
 
 
 class DeviceState(Protocol):
@@ -91,40 +94,10 @@ class DeviceState(Protocol):
         """Delete it: the session has no further round."""
         ...
 
-    def load_log_state(self) -> LogState | None:
-        """What this device knows of the coordinator's log; None before its first session."""
+    def load(self, kind: type[R]) -> R | None:
+        """What this device keeps of a kind; None before there is any."""
         ...
 
-    def save_log_state(self, log_state: LogState | None) -> None:
-        """Replace the log state; None deletes it."""
-        ...
+    def save(self, record: Record) -> None: ...
 
-    def load_adapter_state(self) -> AdapterState | None:
-        """What this device knows of the adapter that it trained from last; None before its first plan."""
-        ...
-
-    def save_adapter_state(self, state: AdapterState) -> None: ...
-
-    def load_task_labels(self) -> TaskLabels | None:
-        """The labels of the tasks before; None before the first plan."""
-        ...
-
-    def save_task_labels(self, labels: TaskLabels) -> None: ...
-
-    def load_sum_history(self) -> SumHistory | None:
-        """The sums without noise to which this device helped; None before its first plan."""
-        ...
-
-    def save_sum_history(self, history: SumHistory) -> None: ...
-
-    def load_private_parts(self) -> PrivateParts | None:
-        """The parts of the adapter that this device trains and does not share; None if there are none."""
-        ...
-
-    def save_private_parts(self, parts: PrivateParts) -> None: ...
-
-    def load_privacy_ledger(self) -> PrivacyLedger:
-        """What this device's contributions may have revealed; nothing before its first."""
-        ...
-
-    def save_privacy_ledger(self, ledger: PrivacyLedger) -> None: ...
+    def delete(self, kind: type[Record]) -> None: ...

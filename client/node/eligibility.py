@@ -98,9 +98,6 @@ def conditions(
     """The conditions that are demanded of a device that joins a session.
 
     Args:
-        state: Of the device.
-        readings: Of the machine.
-        now: In local time.
         count_examples: Whether ``minimum_examples`` is one of them. Counting takes time that depends on the examples.
     """
     settings = state.eligibility

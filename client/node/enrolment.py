@@ -50,11 +50,9 @@ def enrol(
 
     Args:
         folder: New or empty.
-        name: The device's name in its certificate.
         settings: The owner's; the path of a base that is a folder or a file is made absolute.
         anchors: What the device trusts.
         entropy: Draws the identity and the sealing key.
-        tls_key: Of a light device, for its connection.
 
     Returns:
         The key to certify.
@@ -83,9 +81,7 @@ def install_certificate(state_dir: DeviceStateDir, certificate: bytes, at: datet
     """Install the certificate that the authority issued, or a newer one.
 
     Args:
-        state_dir: Of the device.
         certificate: PEM or DER.
-        at: The present time.
 
     Returns:
         The device's name, and the end of the certificate's validity.

@@ -67,12 +67,6 @@ _CODEC: Codec[PrivacyLedger] = wire.record(PrivacyLedger)
 def on_plan(known: PrivacyLedger, spec: SessionSpec, cohort: int, policy: Policy) -> PrivacyLedger:
     """The ledger to save before the contribution to a round leaves.
 
-    Args:
-        known: The device's.
-        spec: Of the session.
-        cohort: Its number of devices.
-        policy: Of the device.
-
     Raises:
         ProtocolError: It would exceed the policy's ``maximum_epsilon``.
     """

@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from adapters.parts import Part, changed_by
-from adapters.task import Task
+from adapters.parts import Part
+from adapters.roundtask import RoundTask
 from aggregation import sealed, wire
 from aggregation.errors import ProtocolError
 from aggregation.messages import Digest
@@ -39,7 +39,6 @@ class PrivateParts:
         subject: What they belong to (``client.training.private.subject_of``).
         plan: Digest of the plan.
         before, after: Safetensors files.
-        ever: See ``ever_private``.
     """
 
     subject: Digest
@@ -56,7 +55,6 @@ class PrivateParts:
         """The file from which a training starts; None if the parts are of another subject.
 
         Args:
-            subject: Of the training.
             plan: Digest of the plan; that of the last one gives what that one started from.
         """
         if self.subject != subject:
@@ -82,12 +80,11 @@ def ever_private(known: PrivateParts | None, base: str, parts: Iterable[Part]) -
     Args:
         known: What the device keeps before a plan; None if nothing.
         base: Digest of the frozen base, hex.
-        parts: That are private in the plan.
     """
     return tuple(sorted({f"{base}/{part}" for part in parts}.union(known.ever if known else ())))
 
 
-def check_unshared(known: PrivateParts | None, base: str, task: Task) -> None:
+def check_unshared(known: PrivateParts | None, base: str, task: RoundTask) -> None:
     """Check that a task shares no part that this device ever trained and kept to itself on the base.
 
     Args:
@@ -98,7 +95,7 @@ def check_unshared(known: PrivateParts | None, base: str, task: Task) -> None:
     Raises:
         ProtocolError: It shares one.
     """
-    if refused := sorted(changed_by(task.shared) & private_on(known, base)):
+    if refused := sorted(task.changes & private_on(known, base)):
         text = f"task.shared: this device keeps the part {refused[0]} to itself, because it trained it without sharing "
         text += "it: take a method that does not share it, or ask the owner to run 'edgeadapt device forget'"
         raise ProtocolError(text, COORDINATOR, about="task.shared", value=refused[0])

@@ -25,7 +25,6 @@ def sketch(tensors: Tensors, key: bytes) -> bytes:
     """The sketch of an adapter: float32, little-endian, ``BUCKETS`` numbers for each part.
 
     Args:
-        tensors: Of its file.
         key: 32 secret bytes, the same for sketches that are compared.
     """
     sums = np.zeros((len(_PLACES), BUCKETS))

@@ -43,7 +43,6 @@ class Snapshot:
     Law: ``open(seal(s, k, j), k, j) == s``.
 
     Args:
-        secret: Of the round ``first`` and of all later ones.
         examples: Content of the examples file; b"" if it could not be read.
         first: The first round that is still to come.
     """

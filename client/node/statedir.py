@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 import tomli_w
 from pydantic import Field, ValidationInfo, field_validator
@@ -35,6 +35,7 @@ from aggregation.transcript import LogState
 from aggregation.wire import Codec
 from client.inference.trust import Trust
 from client.node.adapterstate import ADAPTER_STATE, AdapterState
+from client.node.devicestate import R, Record
 from client.node.eligibility import EligibilitySettings
 from client.node.policy import PolicySettings
 from client.node.privacyledger import PrivacyLedger
@@ -67,6 +68,15 @@ LOCK = "session.lock"
 LONGEST = 2**21  # bytes of a file other than those below: a revocation list in PEM form is the largest
 LONGEST_STATE = 2**30  # bytes of a session's state, of the examples that it trains on, or of what is known of adapters
 LARGE = (STATE, SNAPSHOT, ADAPTERS, PRIVATE, SUMS)
+# Kind of record → its file, and its codec; None: it is sealed.
+KEPT: Mapping[type[Any], tuple[str, Codec[Any] | None]] = {
+    LogState: (LOG_STATE, transcript.LOG_STATE),
+    AdapterState: (ADAPTERS, ADAPTER_STATE),
+    TaskLabels: (LABELS, TASK_LABELS),
+    SumHistory: (SUMS, None),
+    PrivateParts: (PRIVATE, None),
+    PrivacyLedger: (LEDGER, None),
+}
 
 Read = TypeVar("Read")
 
@@ -108,8 +118,6 @@ class DeviceStateDir:
     """An open state directory. It keeps nothing in memory: open it for every message.
 
     Args:
-        folder: The directory.
-        settings: The owner's.
         entropy: Draws the secret of each session.
     """
 
@@ -133,7 +141,6 @@ class DeviceStateDir:
             settings: Only values that differ from their defaults are written.
             identity: The device's key; the authority certifies its public key.
             trust: ``AUTHORITY``, ``COORDINATOR`` and, once issued, ``CERTIFICATE`` → the files' bytes.
-            entropy: Draws the sealing key.
         """
         folder.mkdir(parents=True, exist_ok=True)
         toml = tomli_w.dumps(settings.model_dump(mode="json", exclude_defaults=True))
@@ -245,7 +252,6 @@ class DeviceStateDir:
         """Seal what this device trains on in the session that it joins with the public key ``share_key``.
 
         Args:
-            examples: Content of the examples file.
             share_key: As for ``Snapshot.seal``.
         """
         self.save_snapshot(Snapshot(self.entropy.bytes(KEY), examples), share_key)
@@ -270,97 +276,37 @@ class DeviceStateDir:
         """Delete it: the session has no further round."""
         (self.folder / SNAPSHOT).unlink(missing_ok=True)
 
-    def load_log_state(self) -> LogState | None:
-        """What this device knows of the coordinator's log; None before its first session.
+    def load(self, kind: type[R]) -> R | None:
+        """What this device keeps of a kind (``KEPT``); None before there is any.
 
         Raises:
-            TrustError: The file is damaged.
+            TrustError: The file is damaged, or was altered.
         """
-        return self._decode(transcript.LOG_STATE, LOG_STATE)
-
-    def save_log_state(self, log_state: LogState | None) -> None:
-        """Replace the log state atomically; None deletes it."""
-        if log_state is None:
-            (self.folder / LOG_STATE).unlink(missing_ok=True)
-        else:
-            replace(self.folder / LOG_STATE, transcript.LOG_STATE.encode(log_state))
-
-    def load_adapter_state(self) -> AdapterState | None:
-        """What this device knows of the adapter that it trained from last; None before its first plan.
-
-        Raises:
-            TrustError: The file is damaged.
-        """
-        return self._decode(ADAPTER_STATE, ADAPTERS)
-
-    def save_adapter_state(self, state: AdapterState) -> None:
-        replace(self.folder / ADAPTERS, ADAPTER_STATE.encode(state))
-
-    def load_task_labels(self) -> TaskLabels | None:
-        """The labels of the tasks before; None before the first plan.
-
-        Raises:
-            TrustError: The file is damaged.
-        """
-        return self._decode(TASK_LABELS, LABELS)
-
-    def save_task_labels(self, labels: TaskLabels) -> None:
-        replace(self.folder / LABELS, TASK_LABELS.encode(labels))
-
-    def load_sum_history(self) -> SumHistory | None:
-        """The sums without noise to which this device helped; None before its first plan.
-
-        Raises:
-            TrustError: The file was altered.
-        """
-        if not (self.folder / SUMS).exists():
+        name, codec = KEPT[kind]
+        if not (self.folder / name).exists():
             return None
-        return self._parse(partial(SumHistory.open, key=self._read(SEALING_KEY)), SUMS)
+        if codec is None:
+            sealed_kind = cast(Any, kind)
+            return cast(R, self._parse(partial(sealed_kind.open, key=self._read(SEALING_KEY)), name))
+        try:
+            return cast(R, codec.decode(self._read(name)))
+        except ProtocolError:
+            reason = f"{self.folder / name} is damaged; delete it with 'edgeadapt device forget'"
+            raise TrustError(reason, about=name) from None
 
-    def save_sum_history(self, history: SumHistory) -> None:
-        """Seal it, and replace the old one atomically."""
-        replace(self.folder / SUMS, history.seal(self._read(SEALING_KEY)))
+    def save(self, record: Record) -> None:
+        """Replace what this device keeps of the record's kind, atomically."""
+        name, codec = KEPT[type(record)]
+        raw = record.seal(self._read(SEALING_KEY)) if codec is None else codec.encode(record)  # type: ignore[union-attr]
+        replace(self.folder / name, raw)
 
-    def load_private_parts(self) -> PrivateParts | None:
-        """The parts of the adapter that this device trains and does not share; None if there are none.
-
-        Raises:
-            TrustError: The file was altered.
-        """
-        if not (self.folder / PRIVATE).exists():
-            return None
-        return self._parse(partial(PrivateParts.open, key=self._read(SEALING_KEY)), PRIVATE)
-
-    def save_private_parts(self, parts: PrivateParts) -> None:
-        """Seal them, and replace the old ones atomically."""
-        replace(self.folder / PRIVATE, parts.seal(self._read(SEALING_KEY)))
-
-    def load_privacy_ledger(self) -> PrivacyLedger:
-        """What this device's contributions may have revealed; nothing before its first.
-
-        Raises:
-            TrustError: The file was altered.
-        """
-        if not (self.folder / LEDGER).exists():
-            return PrivacyLedger()
-        return self._parse(partial(PrivacyLedger.open, key=self._read(SEALING_KEY)), LEDGER)
-
-    def save_privacy_ledger(self, ledger: PrivacyLedger) -> None:
-        """Seal it, and replace the old one atomically."""
-        replace(self.folder / LEDGER, ledger.seal(self._read(SEALING_KEY)))
+    def delete(self, kind: type[Record]) -> None:
+        (self.folder / KEPT[kind][0]).unlink(missing_ok=True)
 
     def forget(self) -> None:
         """Leave the session, and delete what this device remembers of the coordinator; its privacy ledger stays."""
         for name in (STATE, SNAPSHOT, LOG_STATE, ADAPTERS, LABELS, SUMS, PRIVATE):
             (self.folder / name).unlink(missing_ok=True)
-
-    def _decode(self, codec: Codec[Read], name: str) -> Read | None:
-        path = self.folder / name
-        try:
-            return codec.decode(self._read(name)) if path.exists() else None
-        except ProtocolError:
-            reason = f"{path} is damaged; delete it with 'edgeadapt device forget'"
-            raise TrustError(reason, about=name) from None
 
     def _parse(self, parse: Callable[[bytes], Read], name: str) -> Read:
         raw = self._read(name)

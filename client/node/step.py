@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import IntEnum
 
+from adapters import taskkinds
 from adapters.cores import cores
+from adapters.roundtask import RoundTask
 from aggregation import client, envelope, masks
 from aggregation.client import Advertised, Confirmed, Device, Masked, Planned, Ready
 from aggregation.entropy import DerivedEntropy, SystemEntropy
@@ -35,9 +37,11 @@ from client.node.adapterstate import AdapterState
 from client.node.devicestate import DeviceState
 from client.node.eligibility import LOOK, EligibilityError, conditions, machine_conditions, require
 from client.node.privacyledger import PrivacyLedger
+from client.node.privateparts import PrivateParts
 from client.node.readings import SYSTEM, Readings
 from client.node.sumhistory import SumHistory
-from client.node.training import adapter_of, train
+from client.node.tasklabels import TaskLabels
+from client.node.training import TrainingDevice, adapter_of, contribute
 from client.training.engine import TrainerOf, trainer_of
 from client.training.examples import read_file
 
@@ -74,10 +78,8 @@ def answer(
 
     Args:
         open_state: Opens the device's state, for this request only.
-        step: Of the protocol.
         fields: Of the request (``aggregation.steps``): the signed body, and what is in the same message.
         node: The device's node on the coordinator's grid. It answers challenges for this node only.
-        choose: Gives what makes the device's updates.
         readings: Of the machine, for the owner's conditions (``client.node.eligibility``).
 
     Returns:
@@ -135,7 +137,7 @@ def _wait(arrived: float, quantum: float) -> None:
 
 
 def _check_in(state_dir: DeviceState, challenge: bytes, node: int) -> bytes:
-    log_state = state_dir.load_log_state()
+    log_state = state_dir.load(LogState)
     last_offer = None if log_state is None else log_state.offer
     key, certificate, coordinator = state_dir.identity, state_dir.certificate, state_dir.coordinator
     return client.check_in(key, certificate, coordinator, challenge, node=node, last_offer=last_offer)
@@ -164,7 +166,7 @@ def _transition(
     device, body = state_dir.device(base.digest), fields[BODY]
     # An offer starts a new session, so that a damaged state excludes the device from one session only.
     state = None if step is Step.OFFER else state_dir.load_state()
-    log_state = state_dir.load_log_state() if device.policy.demand_proofs else None
+    log_state = state_dir.load(LogState) if device.policy.demand_proofs else None
     after: ClientState
     if step is Step.OFFER:
         now = datetime.now(UTC)
@@ -178,26 +180,28 @@ def _transition(
         planned = state.on_plan(device, body, datetime.now(UTC))
         log_state = _after_receipt(device, log_state, fields, planned.plan)
         adapter_state = adapterstate.on_plan(
-            state_dir.load_adapter_state(), planned.plan, planned.spec, device.policy.maximum_repeats
+            state_dir.load(AdapterState), planned.plan, planned.spec, device.policy.maximum_repeats
         )
-        labels = tasklabels.on_plan(state_dir.load_task_labels(), base, planned.plan)
+        task = taskkinds.decode(planned.plan.training)
+        labels = tasklabels.on_plan(state_dir.load(TaskLabels), base, task.labels)
         snapshot = state_dir.load_snapshot(_share_key(planned.ready))
         ledger = privacyledger.on_plan(
-            state_dir.load_privacy_ledger(), planned.spec, len(planned.ready.serials), device.policy
+            state_dir.load(PrivacyLedger) or PrivacyLedger(), planned.spec, len(planned.ready.serials), device.policy
         )
-        kept = state_dir.load_private_parts()
+        kept = state_dir.load(PrivateParts)
         blob = fields.get(ADAPTER, b"")
-        history = _after_plan(state_dir, device, planned, blob)
+        history = _after_plan(state_dir, device, planned, task, blob)
         # Nothing is saved if the device stops here: it has answered no plan, and its keys masked nothing.
         look = _eligible(state_dir, readings)
         look()
-        vector, parts = train(base, planned, blob, snapshot, state_dir.examples, state_dir.policy, kept, choose, look)
+        training = TrainingDevice(base, state_dir.examples, state_dir.policy, kept, choose, look)
+        vector, parts = contribute(training, planned, task, blob, snapshot)
         after, answer = planned.contribute(device, vector, cores())
-        state_dir.save_privacy_ledger(ledger)  # first: whatever is interrupted after this counts as spent
+        state_dir.save(ledger)  # first: whatever is interrupted after this counts as spent
         if parts is not None:
-            state_dir.save_private_parts(parts)
+            state_dir.save(parts)
         _save_bound(state_dir, adapter_state, history)
-        state_dir.save_task_labels(labels)
+        state_dir.save(labels)
         log_state = log_state and log_state.contributed(planned.plan.digest(), logged_part(step, answer))
     elif step is Step.SURVIVORS and isinstance(state, Masked):
         after, answer = state.on_survivors(device, body)
@@ -211,7 +215,7 @@ def _transition(
         survivors = Unmask.decode(envelope.unverified_body(body)).survivors
         if not state.ready.session.spec.grouping:
             _save_bound(state_dir, *_after_sum(state_dir, device, state, survivors))
-        state_dir.save_privacy_ledger(_after_unmasking(state_dir, device, state, survivors))
+        state_dir.save(_after_unmasking(state_dir, device, state, survivors))
         log_state = log_state and log_state.on_survivors(survivors.vectors)
     else:
         held = "has joined no session" if state is None else f"is in the state {type(state).__name__}"
@@ -220,7 +224,10 @@ def _transition(
     if isinstance(after, Masked):
         _forget_round(state_dir, after)
     if step is not Step.ROSTER:
-        state_dir.save_log_state(log_state)
+        if log_state is None:
+            state_dir.delete(LogState)
+        else:
+            state_dir.save(log_state)
     return answer
 
 
@@ -259,11 +266,11 @@ def _after_receipt(
     return after
 
 
-def _after_plan(state_dir: DeviceState, device: Device, planned: Planned, blob: bytes) -> SumHistory:
+def _after_plan(state_dir: DeviceState, device: Device, planned: Planned, task: RoundTask, blob: bytes) -> SumHistory:
     """Verify that the adapter of a plan is far enough from those of earlier sums; the history after it."""
-    known, adapter = state_dir.load_sum_history(), adapter_of(planned.plan, blob)
+    known, adapter = state_dir.load(SumHistory), adapter_of(planned.plan, blob)
     known = known or SumHistory.new(SystemEntropy())
-    return sumhistory.on_plan(known, planned.plan, planned.spec, adapter, device.policy.minimum_movement)
+    return sumhistory.on_plan(known, planned.plan, task, planned.spec, adapter, device.policy.minimum_movement)
 
 
 def _after_sum(
@@ -276,22 +283,22 @@ def _after_sum(
     """
     serials = {name: state.ready.serials[name] for name in survivors.vectors}
     given = state.plan, state.ready.session.spec, serials, device.root.revoked.revoked if device.root.revoked else ()
-    bound = adapterstate.on_survivors(state_dir.load_adapter_state(), *given)
-    return bound, sumhistory.on_survivors(state_dir.load_sum_history(), *given)
+    bound = adapterstate.on_survivors(state_dir.load(AdapterState), *given)
+    return bound, sumhistory.on_survivors(state_dir.load(SumHistory), *given)
 
 
 def _save_bound(state_dir: DeviceState, adapter_state: AdapterState, history: SumHistory | None) -> None:
     """Replace what binds the device to survivors. After a kill between the two, it is bound and has not answered."""
     if history is not None:
-        state_dir.save_sum_history(history)
-    state_dir.save_adapter_state(adapter_state)
+        state_dir.save(history)
+    state_dir.save(adapter_state)
 
 
 def _after_unmasking(
     state_dir: DeviceState, device: Device, state: Masked | Confirmed, survivors: Survivors
 ) -> PrivacyLedger:
     """The privacy ledger after this device reveals its shares for the sum over ``survivors``."""
-    known, ready = state_dir.load_privacy_ledger(), state.ready
+    known, ready = state_dir.load(PrivacyLedger) or PrivacyLedger(), state.ready
     return privacyledger.on_survivors(
         known, ready.session.spec, len(ready.serials), len(survivors.vectors), device.policy
     )

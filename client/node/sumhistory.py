@@ -1,7 +1,7 @@
 """What a device remembers of the sums without noise for which it revealed shares: from which adapters, over whom.
 
 Two sums from adapters that hardly differ are as two from one adapter: over different devices, their difference is what
-a few of them contributed. So without noise an adapter that is less than ``adapters.movement.least_movement`` from
+a few of them contributed. So without noise an adapter that is less than ``RoundTask.least_movement`` from
 another one counts as the same. A device helps to a sum from it only over the devices of the last one, less those whose
 certificates were revoked since, with the same task, clip norm and weight cap; and to none if the sum from the other one
 was over devices before those. Every such adapter is remembered, so that small steps do not add up to a large one, and
@@ -23,13 +23,10 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Annotated
 
-from adapters import jsontext, taskkinds
-from adapters.analytic import AnalyticTask
-from adapters.evaluation import EvaluationTask
+from adapters import jsontext
 from adapters.layout import Tensors
-from adapters.movement import influencing, least_movement
 from adapters.parts import Part
-from adapters.task import Task
+from adapters.roundtask import RoundTask
 from aggregation import sealed, wire
 from aggregation.entropy import Entropy
 from aggregation.errors import ProtocolError
@@ -53,11 +50,9 @@ class Point:
     """What the contributions to a sum followed from.
 
     Args:
-        kind: Of the sum.
         adapter: SHA-256 of its file.
         form: Digest of layout, method and labels.
         terms: See ``adapterstate.terms``.
-        sketch: Of the adapter.
     """
 
     kind: Annotated[SumKind, wire.choice(SumKind)]
@@ -76,9 +71,7 @@ class SameDevices:
     """The last sums of a kind, all over the same devices.
 
     Args:
-        kind: Of the sums.
         survivors: Device → serial of the certificate that it had in the last of them.
-        points: Of these sums, the oldest first.
     """
 
     kind: Annotated[SumKind, wire.choice(SumKind)]
@@ -91,7 +84,6 @@ class PlannedSum:
     """The round without noise that the device trained for last.
 
     Args:
-        point: Of its sum.
         bound: The kinds of earlier sums over whose devices this one has to be.
         movement: Distance to the nearest adapter of them, weight units.
         least: What it is compared with.
@@ -110,8 +102,6 @@ class SumHistory:
     Law: ``open(seal(h, k), k) == h``.
 
     Args:
-        key: Of the sketches.
-        last: The last sums of each kind.
         earlier: Of the last ``EARLIER`` sums that were over other devices than these, the oldest first.
         round: The one under way.
     """
@@ -143,15 +133,14 @@ class SumHistory:
 _CODEC: Codec[SumHistory] = wire.record(SumHistory)
 
 
-def on_plan(known: SumHistory, plan: Plan, spec: SessionSpec, adapter: Tensors, share: float) -> SumHistory:
+def on_plan(
+    known: SumHistory, plan: Plan, task: RoundTask, spec: SessionSpec, adapter: Tensors, share: float
+) -> SumHistory:
     """The history to save before the contribution to a round leaves.
 
     Args:
-        known: The device's.
-        plan: As accepted.
         spec: Of the session; with noise, nothing changes.
-        adapter: Of the plan.
-        share: As of ``least_movement``.
+        share: As of ``RoundTask.least_movement``.
 
     Raises:
         ProtocolError: The adapter is too near to one from which there was a sum over earlier devices, on other terms,
@@ -159,11 +148,11 @@ def on_plan(known: SumHistory, plan: Plan, spec: SessionSpec, adapter: Tensors, 
     """
     if spec.privacy is not None:
         return known
-    task, version = taskkinds.decode(plan.training), plan.adapter_version
-    if isinstance(task, EvaluationTask):
-        raise _refused("right answers are not summed without noise", "offer.spec.vector", version)
+    version = plan.adapter_version
+    if task.EXACT is None:
+        raise _refused("such a round has no sums without noise", "offer.spec.vector", version)
     now = _point(known, plan, spec, task, adapter)
-    least = least_movement(task, spec.clip_norm, spec.vector.segments[0].size, share)
+    least = task.least_movement(spec.clip_norm, spec.vector.segments[0].size, share)
     for each in known.earlier:
         if (far := _separation(each, now, task)) < least:
             text = f"adapter {version} is {far:.1g} from an earlier one, less than {least:.1g}, and the sum from that "
@@ -190,8 +179,6 @@ def on_survivors(
     """The history after the device reveals shares for a sum or, with groups, signs its survivor set.
 
     Args:
-        known: The device's.
-        plan: Of the round.
         spec: Of the session; with noise, nothing changes.
         survivors, revoked: As of ``adapterstate.on_survivors``.
 
@@ -219,22 +206,19 @@ def on_survivors(
     return replace(known, last=(*others, SameDevices(now.point.kind, survivors, points)))
 
 
-def _point(known: SumHistory, plan: Plan, spec: SessionSpec, task: Task | AnalyticTask, adapter: Tensors) -> Point:
+def _point(known: SumHistory, plan: Plan, spec: SessionSpec, task: RoundTask, adapter: Tensors) -> Point:
     digest, now = bytes.fromhex(plan.adapter_digest), terms(plan, spec)
     form = hashlib.sha256(jsontext.encode([spec.layout_digest, asdict(task.peft_config), list(task.labels)])).digest()
-    kind = SumKind.MOMENTS if isinstance(task, AnalyticTask) else SumKind.UPDATES
-    return Point(kind, digest, form, now, sketch(adapter, known.key))
+    return Point(SumKind(task.EXACT or ""), digest, form, now, sketch(adapter, known.key))
 
 
-def _separation(before: Point, now: Point, task: Task | AnalyticTask) -> float:
+def _separation(before: Point, now: Point, task: RoundTask) -> float:
     """The distance between the adapters of two sums; 0 if they cannot be compared."""
     if before.form != now.form:
         return 0.0
-    parts = influencing(task)
-    if (
-        now.kind is SumKind.MOMENTS and before.kind is SumKind.UPDATES
-    ):  # the score, which both have, depends on the head
-        parts |= {Part.HEAD}
+    parts = task.influencing()
+    if now.kind is SumKind.MOMENTS and before.kind is SumKind.UPDATES:
+        parts |= {Part.HEAD}  # the score, which both have, depends on the head
     return separation(before.sketch, now.sketch, parts)
 
 

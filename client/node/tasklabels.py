@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Annotated
 
-from adapters import jsontext, taskkinds
+from adapters import jsontext
 from adapters.bundle import VerifiedBase, adapter_names
 from aggregation import wire
 from aggregation.errors import ProtocolError
-from aggregation.messages import MAX_TRAINING, HexDigest, Plan
+from aggregation.messages import MAX_TRAINING, HexDigest
 from aggregation.session import COORDINATOR
 from aggregation.wire import Codec
 from client.inference.trust import Trust
@@ -48,19 +48,16 @@ class TaskLabels:
 TASK_LABELS: Codec[TaskLabels] = wire.record(TaskLabels)
 
 
-def on_plan(known: TaskLabels | None, base: FrozenBase, plan: Plan) -> TaskLabels:
-    """The labels to remember after the device trained for ``plan``.
+def on_plan(known: TaskLabels | None, base: FrozenBase, labels: tuple[str, ...]) -> TaskLabels:
+    """The labels to remember after the device took part in a round with these ``labels``.
 
     Args:
         known: Those of the task before; None before the first.
-        base: Of the device.
-        plan: As accepted.
 
     Raises:
         DataError, TrustError: An adapter's manifest in the bundle is missing, or no trusted key signed it.
-        ProtocolError: The plan has no task, or one with other labels.
+        ProtocolError: They are other labels than before.
     """
-    labels = taskkinds.decode(plan.training).labels
     signed = signed_labels(base)
     if signed and labels not in signed:
         remedy = "train with the labels of the release, or update the bundle"

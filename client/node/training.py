@@ -1,6 +1,7 @@
-"""Train for a plan: check what the coordinator asks for, and then contribute, whatever the examples are.
+"""Contribute to a round: check what the coordinator asks for, and then contribute, whatever the examples are.
 
-The order of the two keeps a refusal from saying anything about the examples.
+The order of the two keeps a refusal from saying anything about the examples. What is contributed, the kind of round
+says (``adapters.roundtask``).
 """
 
 import logging
@@ -8,75 +9,68 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters import evaluation, files, taskkinds
-from adapters.analytic import AnalyticTask, ClassifierHead
+from adapters import files
 from adapters.bundle import VerifiedBase
-from adapters.evaluation import EvaluationTask
+from adapters.evaluation import SIZE, EvaluationTask
 from adapters.layout import Layout, Tensors
-from adapters.lorasb import unfolded
-from adapters.parts import Part, part_of
-from adapters.ridge import moments_of
-from adapters.task import Task, shared_layout
-from adapters.taskkinds import AnyTask
+from adapters.parts import part_of
+from adapters.roundtask import Outcome, RoundTask
+from adapters.sums import Bounds, Vector
+from adapters.task import Task
 from aggregation.client import Planned
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, ProtocolError
 from aggregation.messages import Plan
 from aggregation.ring import Ring
 from aggregation.session import COORDINATOR
+from aggregation.spec import SessionSpec
 from client.node.eligibility import EligibilityError
 from client.node.privateparts import PrivateParts, check_unshared, ever_private
 from client.node.snapshot import Draw, Snapshot
-from client.training.contribute import (
-    Outcome,
-    contribution,
-    moment_contribution,
-    noisy_contribution,
-    noisy_vector,
-    require_bounds,
-)
-from client.training.control import TrainingControl
 from client.training.engine import TrainerOf, classifier_trainer, trainer_of
 from client.training.examples import Example, Score, Split, in_split, parse_examples
 from client.training.limits import TrainingLimits
-from client.training.moments import own_moments, own_projected_moments
+from client.training.moments import embedded
 from client.training.private import private_of, subject_of, with_private
 from client.training.protocols import ClassifierTrainer, FrozenBase, LocalTrainer
 
 log = logging.getLogger("edgeadapt.device")
-Made = TypeVar("Made")
+T = TypeVar("T")
 
 
-def train(
-    base: FrozenBase,
-    planned: Planned,
-    blob: bytes,
-    snapshot: Snapshot,
-    path: Path,
-    limits: TrainingLimits,
-    kept: PrivateParts | None,
-    choose: TrainerOf = trainer_of,
-    step: Callable[[], object] = lambda: None,
-) -> tuple[Ring, PrivateParts | None]:
-    """Train the adapter in ``blob`` on the snapshot's examples, embed them with it for an analytic head, or count the
-    right answers of the release in the device's bundle.
+@dataclass(frozen=True, slots=True)
+class TrainingDevice:
+    """What a device trains with.
 
     Args:
         base: The frozen base, or that of a bundle with a training graph.
-        planned: The session, in which the device accepted a plan.
-        blob: The adapter's file.
-        snapshot: Of the session.
-        path: Of the examples, for messages.
-        limits: Of the device.
-        kept: Its private parts.
-        choose: Gives what makes its updates.
+        examples: Path of the examples, for messages.
+        kept: The private parts.
         step: Called before each batch; ``EligibilityError`` from it ends the training.
+    """
+
+    base: FrozenBase
+    examples: Path
+    limits: TrainingLimits
+    kept: PrivateParts | None = None
+    choose: TrainerOf = trainer_of
+    step: Callable[[], object] = lambda: None
+
+
+def contribute(
+    device: TrainingDevice, planned: Planned, task: RoundTask, blob: bytes, snapshot: Snapshot
+) -> tuple[Ring, PrivateParts | None]:
+    """Contribute to a round.
+
+    Args:
+        planned: The session, in which the device accepted a plan.
 
     Returns:
         The contribution; and the private parts to keep, None if there are none. What fails once the examples matter
@@ -85,37 +79,26 @@ def train(
 
     Raises:
         ProtocolError: What is on offer cannot or must not be trained. This is known before an example is read.
-        EligibilityError: From ``step``.
+        EligibilityError: From ``device.step``.
     """
     plan, spec = planned.plan, planned.spec
-    task, start = taskkinds.decode(plan.training), adapter_of(plan, blob)
+    start = adapter_of(plan, blob)
     try:
-        limits.check(task, start)
-        config, labels = task.peft_config, len(task.labels)
-        trainer = choose(base, labels, config)
+        device.limits.check(task, start)
+        trainer = device.choose(device.base, len(task.labels), task.peft_config)
     except (DataError, ConfigError) as error:  # adapter and task are the coordinator's, so it may receive the reason
         raise ProtocolError(f"adapter and task: {error}", COORDINATOR, about=error.about or "plan.training") from error
     if not Layout.of(start).digest == trainer.layout.digest == spec.layout_digest:
         raise ProtocolError("offer, task and adapter have different layouts", COORDINATOR, about="plan.layout")
-    require_bounds(spec, trainer.layout, task)
-    rounding = snapshot.generator(plan, Draw.ROUNDING)
-
-    if isinstance(task, Task):
-        check_unshared(kept, spec.base_digest, task)
-    elif not task.labels:
-        reason = "a language model has no analytic head, and gives no right answers"
-        raise ProtocolError(reason, COORDINATOR, about="task.labels")
+    check_bounds(spec, trainer.layout, task)
+    check_unshared(device.kept, spec.base_digest, task)
 
     def usable() -> tuple[Example, ...]:
-        return _usable(parse_examples(snapshot.examples, path, None if task.labels else 0), task)
+        return _usable(parse_examples(snapshot.examples, device.examples, None if task.labels else 0), task)
 
     examples = _or_else(usable, lambda: ())  # none in a file that cannot be read
-    if isinstance(task, AnalyticTask):  # of all devices in one space of embeddings, so without private parts
-        chosen = classifier_trainer(base, labels, config)
-        return _sum_moments(chosen, start, task, planned, examples, rounding, snapshot), None
-    if isinstance(task, EvaluationTask):
-        return _sum_counts(base, task, planned, examples, rounding, snapshot), None
-    return _sum_update(trainer, start, task, planned, examples, rounding, snapshot, kept, step, limits.control())
+    local = LocalRound(device, planned, task, start, trainer, examples, snapshot)
+    return task.contribute(local), local.parts
 
 
 def adapter_of(plan: Plan, blob: bytes) -> Tensors:
@@ -133,115 +116,128 @@ def adapter_of(plan: Plan, blob: bytes) -> Tensors:
         raise ProtocolError(f"adapter: {error}", COORDINATOR, about=error.about) from error
 
 
-def _sum_update(
-    trainer: LocalTrainer,
-    start: Tensors,
-    task: Task,
-    planned: Planned,
-    examples: Sequence[Example],
-    rounding: np.random.Generator,
-    snapshot: Snapshot,
-    kept: PrivateParts | None,
-    step: Callable[[], object],
-    control: TrainingControl,
-) -> tuple[Ring, PrivateParts | None]:
-    """The update of the adapter, which is trained from the device's private parts, and these parts after it."""
-    plan, spec, shared = planned.plan, planned.spec, shared_layout(trainer.layout, task)
-    subject, digest = subject_of(spec.base_digest, task, trainer.layout), plan.digest()
-    adapter = bytes.fromhex(plan.adapter_digest)
-    start = with_private(start, kept.start(subject, digest) if kept else None, task)
-    begun = unfolded(start) if Part.R in task.shared else start
+def check_bounds(spec: SessionSpec, layout: Layout, task: RoundTask) -> None:
+    """Check that the bounds in the offer admit every contribution that a device can make.
 
-    def encoded(outcome: Outcome) -> Ring:
-        if spec.privacy is None:
-            return contribution(outcome, shared, spec, adapter, rounding)
-        return noisy_contribution(outcome, shared, spec, adapter, rounding, snapshot.key(plan, Draw.NOISE))
+    A tighter bound would tell devices apart by whether they can answer: those that cannot have more examples, or a
+    greater loss, than a number that the coordinator chose.
 
-    def after(trained: Tensors) -> PrivateParts | None:
-        if not (own := private_of(start, task)):
-            return None
-        ever = ever_private(kept, spec.base_digest, map(part_of, own))
-        return PrivateParts(subject, digest, files.encode(own), files.encode(private_of(trained, task)), ever)
-
-    def trained() -> tuple[Ring, PrivateParts | None]:
-        order, cap = snapshot.generator(plan, Draw.ORDER), spec.weight_cap
-        outcome = _outcome(trainer, start, task, examples, cap=cap, rng=order, step=step, control=control)
-        return encoded(replace(outcome, start=begun)), after(outcome.trained)
-
-    def untrained() -> tuple[Ring, PrivateParts | None]:
-        own, held_out = _counted(examples, spec.weight_cap)
-        return encoded(Outcome.untrained(begun, len(own), len(held_out))), after(start)
-
-    return _or_else(trained, untrained)
+    Raises:
+        ProtocolError: The vector in the offer is not that of this task, layout, clip norm and weight cap, or the
+            adapter lacks what the task asks for.
+    """
+    try:
+        fair = task.vector(layout, Bounds.of(spec))
+    except DataError as error:  # the adapter and the task are the coordinator's
+        raise ProtocolError.of(error, COORDINATOR) from None
+    except ConfigError as error:
+        raise ProtocolError(f"the vector in the offer: {error}", COORDINATOR, about="offer.spec.vector") from None
+    if spec.vector != fair:
+        reason = "the bounds of the vector in the offer do not follow from its clip norm and weight cap"
+        raise ProtocolError(reason, COORDINATOR, about="offer.spec.vector")
 
 
-def _sum_moments(
-    trainer: ClassifierTrainer,
-    adapter: Tensors,
-    task: AnalyticTask,
-    planned: Planned,
-    examples: Sequence[Example],
-    rounding: np.random.Generator,
-    snapshot: Snapshot,
-) -> Ring:
-    """The moments of the examples; without noise also the score of the adapter on at most ``weight_cap`` others."""
-    plan, spec = planned.plan, planned.spec
-    digest = bytes.fromhex(plan.adapter_digest)
+class LocalRound:
+    """A round on a device (``adapters.roundtask.DeviceRound``).
 
-    def hidden() -> Ring:
-        vector = own_projected_moments(trainer, adapter, examples, task, digest)
-        return noisy_vector(vector, spec, digest, rounding, snapshot.key(plan, Draw.NOISE))
+    Attributes:
+        parts: The private parts to keep after it.
+    """
 
-    def noise() -> Ring:
-        zeros = np.zeros(spec.vector.size)
-        return noisy_vector(zeros, spec, digest, rounding, snapshot.key(plan, Draw.NOISE))
+    def __init__(
+        self,
+        device: TrainingDevice,
+        planned: Planned,
+        task: RoundTask,
+        start: Tensors,
+        trainer: LocalTrainer,
+        examples: tuple[Example, ...],
+        snapshot: Snapshot,
+    ) -> None:
+        self.device, self.plan, self.task, self.start, self.trainer = device, planned.plan, task, start, trainer
+        self.spec, self.layout, self.snapshot = planned.spec, trainer.layout, snapshot
+        self.digest = bytes.fromhex(self.plan.adapter_digest)
+        self.rounding = snapshot.generator(self.plan, Draw.ROUNDING)
+        self.own = in_split(examples, Split.TRAIN)
+        self.held_out = in_split(examples, Split.VALIDATION)
+        self.parts: PrivateParts | None = None
 
-    own, held_out = _counted(examples, spec.weight_cap)
+    def noise_key(self) -> bytes:
+        return self.snapshot.key(self.plan, Draw.NOISE)
 
-    def embedded() -> Ring:
+    def attempt(self, contribution: Callable[[], T], otherwise: Callable[[], T]) -> T:
+        return _or_else(contribution, otherwise)
+
+    def updated(self, task: Task) -> Outcome:
+        start, held_out, begin = self._begun(task), self._counted, time.perf_counter()
+        score = _or_else(lambda: _score(self.trainer, start, held_out), self.unscored)
+        order, control = self.snapshot.generator(self.plan, Draw.ORDER), self.device.limits.control()
+
+        def trained() -> Tensors:
+            return self.trainer.train(
+                start, self.own, task, epochs=task.epochs, rng=order, step=self.device.step, control=control
+            )
+
+        after = _or_else(trained, lambda: start) if self.own else start
+        log.info("trained on %d examples", len(self.own), extra={"training_seconds": time.perf_counter() - begin})
+        self._keep(task, start, after)
+        return Outcome(start, after, len(self.own), score)
+
+    def unchanged(self, task: Task) -> Outcome:
+        start = self._begun(task)
+        self._keep(task, start, start)
+        return Outcome(start, start, len(self.own), self.unscored())
+
+    def embedded(self) -> NDArray[np.floating]:
         begin = time.perf_counter()
-        found, score = own_moments(trainer, adapter, examples), _score(trainer, adapter, held_out)
-        log.info("embedded %d examples", found.weight, extra={"training_seconds": time.perf_counter() - begin})
-        return moment_contribution(found, score, spec, rounding)
+        embeddings = embedded(self._classifier, self.start, self.own)
+        log.info("embedded %d examples", len(self.own), extra={"training_seconds": time.perf_counter() - begin})
+        return embeddings
 
-    def nothing() -> Ring:
-        head, labels = ClassifierHead.of(trainer.layout), np.array([example.label for example in own], np.int64)
-        none = moments_of(np.zeros((len(own), head.hidden)), labels, head.labels)
-        return moment_contribution(none, Score.worst(len(held_out)), spec, rounding)
+    def labels(self) -> NDArray[np.int64]:
+        return np.array([example.label for example in self.own], np.int64)
 
-    return _or_else(embedded, nothing) if spec.privacy is None else _or_else(hidden, noise)
+    def scored(self) -> Score:
+        return _score(self._classifier, self.start, self._counted)
 
+    def unscored(self) -> Score:
+        return Score.worst(len(self._counted))
 
-def _sum_counts(
-    base: FrozenBase,
-    task: EvaluationTask,
-    planned: Planned,
-    examples: Sequence[Example],
-    rounding: np.random.Generator,
-    snapshot: Snapshot,
-) -> Ring:
-    """Right answers and examples of the release that this device has, if it is one of the task's."""
-    plan, spec = planned.plan, planned.spec
-
-    def encoded(counts: NDArray[np.float64]) -> Ring:
-        adapter, key = bytes.fromhex(plan.adapter_digest), snapshot.key(plan, Draw.NOISE)
-        return noisy_vector(counts, spec, adapter, rounding, key)
-
-    def counted() -> Ring:
-        held_out = in_split(examples, Split.VALIDATION)[: task.most]
-        if not isinstance(base, VerifiedBase):
-            return nothing()
+    def right_answers(self, task: EvaluationTask) -> Vector:
+        if not isinstance(self.device.base, VerifiedBase):
+            return np.zeros(SIZE)
         from client.training.evaluate import own_counts  # ONNX Runtime: only some devices train with it
 
-        return encoded(own_counts(base.folder.parent, task, held_out))
+        return own_counts(self.device.base.folder.parent, task, self.held_out[: task.most])
 
-    def nothing() -> Ring:
-        return encoded(np.zeros(evaluation.SIZE))
+    @property
+    def _counted(self) -> tuple[Example, ...]:
+        """The held-out examples that count in a sum without noise."""
+        return self.held_out[: self.spec.weight_cap]
 
-    return _or_else(counted, nothing)
+    @cached_property
+    def _classifier(self) -> ClassifierTrainer:
+        """Embeds with the adapter on offer alone: devices are in one space of embeddings, without private parts."""
+        return classifier_trainer(self.device.base, len(self.task.labels), self.task.peft_config)
+
+    def _begun(self, task: Task) -> Tensors:
+        """The adapter on offer, with the device's private parts."""
+        kept = self.device.kept
+        own = kept.start(self._subject(task), self.plan.digest()) if kept else None
+        return with_private(self.start, own, task)
+
+    def _subject(self, task: Task) -> bytes:
+        return subject_of(self.spec.base_digest, task, self.layout)
+
+    def _keep(self, task: Task, start: Tensors, trained: Tensors) -> None:
+        """Note the private parts to keep, before and after the training."""
+        if own := private_of(start, task):
+            ever = ever_private(self.device.kept, self.spec.base_digest, map(part_of, own))
+            before, after = files.encode(own), files.encode(private_of(trained, task))
+            self.parts = PrivateParts(self._subject(task), self.plan.digest(), before, after, ever)
 
 
-def _or_else(attempt: Callable[[], Made], otherwise: Callable[[], Made]) -> Made:
+def _or_else(attempt: Callable[[], T], otherwise: Callable[[], T]) -> T:
     """What ``attempt`` makes of the examples; what ``otherwise`` makes, if anything fails."""
     try:
         return attempt()
@@ -253,7 +249,7 @@ def _or_else(attempt: Callable[[], Made], otherwise: Callable[[], Made]) -> Made
         return otherwise()
 
 
-def _usable(examples: Sequence[Example], task: AnyTask) -> tuple[Example, ...]:
+def _usable(examples: Sequence[Example], task: RoundTask) -> tuple[Example, ...]:
     """The examples whose labels the task has."""
     usable = tuple(example for example in examples if example.label < len(task.labels))
     if len(usable) < len(examples):
@@ -261,39 +257,10 @@ def _usable(examples: Sequence[Example], task: AnyTask) -> tuple[Example, ...]:
     return usable
 
 
-def _counted(examples: Sequence[Example], cap: int) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """The examples to train on, and at most ``cap`` of those that are held out."""
-    return in_split(examples, Split.TRAIN), in_split(examples, Split.VALIDATION)[:cap]
-
-
 def _score(trainer: LocalTrainer, adapter: Tensors, held_out: Sequence[Example]) -> Score:
     """The score of an adapter; where a loss is not a number, the worst."""
-    found = trainer.score(adapter, held_out)
-    return found if math.isfinite(found.loss) else Score.worst(found.count)
-
-
-def _outcome(
-    trainer: LocalTrainer,
-    start: Tensors,
-    task: Task,
-    examples: Sequence[Example],
-    *,
-    cap: int,
-    rng: np.random.Generator,
-    step: Callable[[], object],
-    control: TrainingControl,
-) -> Outcome:
-    """Score ``start`` on at most ``cap`` held-out examples, and train it on the others."""
-    own, held_out = _counted(examples, cap)
-    begin = time.perf_counter()
-    score = _or_else(lambda: _score(trainer, start, held_out), lambda: Score.worst(len(held_out)))
-
-    def trained() -> Tensors:
-        return trainer.train(start, own, task, epochs=task.epochs, rng=rng, step=step, control=control)
-
-    after = _or_else(trained, lambda: start) if own else start
-    log.info("trained on %d examples", len(own), extra={"training_seconds": time.perf_counter() - begin})
-    return Outcome(start, after, len(own), score)
+    score = trainer.score(adapter, held_out)
+    return score if math.isfinite(score.loss) else Score.worst(score.count)
 
 
 def _unquoted(error: BaseException) -> str:

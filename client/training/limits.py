@@ -4,9 +4,8 @@ import math
 
 from pydantic import Field
 
-from adapters.analytic import AnalyticTask
 from adapters.layout import Tensors
-from adapters.taskkinds import AnyTask
+from adapters.roundtask import RoundTask
 from adapters.tasklimits import TaskLimits
 from aggregation.errors import ProtocolError
 from aggregation.session import COORDINATOR
@@ -50,9 +49,9 @@ class TrainingLimits(TaskLimits):
         seconds = self.maximum_seconds or math.inf
         return TrainingControl(seconds, self.duty_cycle, self.maximum_gradient_norm, True, self.maximum_tokens)
 
-    def check(self, task: AnyTask, adapter: Tensors) -> None:
-        """As ``TaskLimits.check``; an analytic head is also refused if the owner contributes to none."""
+    def check(self, task: RoundTask, adapter: Tensors) -> None:
+        """As ``TaskLimits.check``; a kind of round is also refused if the owner contributes to none."""
         super().check(task, adapter)
-        if isinstance(task, AnalyticTask) and not self.moments:
-            reason = "this device contributes to no analytic head"
-            raise ProtocolError(reason, COORDINATOR, about="task.moments")
+        if task.CONSENT and not getattr(self, task.CONSENT):
+            reason = f"this device contributes no {task.CONSENT}"
+            raise ProtocolError(reason, COORDINATOR, about=f"task.{task.CONSENT}")

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from adapters import noisyhead
-from adapters.analytic import AnalyticTask, ClassifierHead
+from adapters.analytic import ClassifierHead
 from adapters.layout import Floats, Layout, Tensors
-from adapters.ridge import EmbeddingMoments, Vector, moments_of
+from adapters.ridge import EmbeddingMoments, moments_of
 from client.training.examples import Example, Split, in_split
 from client.training.protocols import ClassifierTrainer
 
@@ -25,26 +24,10 @@ def own_moments(trainer: ClassifierTrainer, adapter: Tensors, examples: Sequence
     """
     own = in_split(examples, Split.TRAIN)
     labels = np.array([example.label for example in own], np.int64)
-    return moments_of(_embedded(trainer, adapter, own), labels, ClassifierHead.of(Layout.of(adapter)).labels)
+    return moments_of(embedded(trainer, adapter, own), labels, ClassifierHead.of(Layout.of(adapter)).labels)
 
 
-def own_projected_moments(
-    trainer: ClassifierTrainer, adapter: Tensors, examples: Sequence[Example], task: AnalyticTask, digest: bytes
-) -> Vector:
-    """The vector that a session with noise sums: see ``adapters.noisyhead``.
-
-    Args:
-        trainer, adapter, examples: As of ``own_moments``.
-        task: Of the round.
-        digest: SHA-256 of the adapter's file.
-    """
-    own = in_split(examples, Split.TRAIN)
-    head = ClassifierHead.of(Layout.of(adapter))
-    embeddings = _embedded(trainer, adapter, own)
-    return noisyhead.contributed(embeddings, np.array([example.label for example in own], np.int64), head, task, digest)
-
-
-def _embedded(trainer: ClassifierTrainer, adapter: Tensors, examples: Sequence[Example]) -> Floats:
+def embedded(trainer: ClassifierTrainer, adapter: Tensors, examples: Sequence[Example]) -> Floats:
     """Embeddings, shape ``(len(examples), hidden)``; zeros for an example that overflows, which counts all the same."""
     found = trainer.embed([example.text for example in examples], adapter)
     return np.where(np.isfinite(found).all(axis=1, keepdims=True), found, np.float32(0))

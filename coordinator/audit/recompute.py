@@ -17,27 +17,20 @@ the coordinator followed them, not whether anyone agreed to them.
 
 from dataclasses import dataclass, field
 
-from adapters import taskkinds
-from adapters.analytic import AnalyticTask
-from adapters.evaluation import EvaluationTask
+from adapters import combination, optimizer, taskkinds
 from adapters.layout import Layout
 from adapters.manifest import VersionManifest
-from adapters.movement import distance, influencing, least_movement
+from adapters.optimizer import Stateless
 from adapters.registryfiles import RegistryFiles
-from adapters.task import Task
-from adapters.taskkinds import metrics_of
+from adapters.roundtask import RoundTask, ServerStep, SummedRound, distance
+from adapters.taskkinds import KINDS
 from aggregation.errors import ConfigError, DataError, ProtocolError, TrustError
 from aggregation.groups import total
 from aggregation.policy import Policy
 from aggregation.transcript import AdapterId, Place
-from coordinator import combination, optimizer
 from coordinator.audit.findings import Check, Finding, Problem, ProducedAdapter, Report, Status, count
-from coordinator.nextadapter import next_adapter, state_size
-from coordinator.optimizer import AnalyticHead, Evaluation, Stateless
 
 UNCHANGED = ("base_digest", "layout_digest", "peft_config", "labels")  # fields of a manifest that no round changes
-
-RULES = {AnalyticTask: AnalyticHead, EvaluationTask: Evaluation}  # of tasks that no optimizer steps
 
 # Why the step of an adapter could not be recomputed: for programs → for people.
 REASONS = {
@@ -133,23 +126,22 @@ class Recomputation:
         if not Layout.of(after).digest == layout.digest == produced.spec.layout_digest:
             raise Problem("layout_digest", "the adapter has another layout than the session's offer", place)
         task = taskkinds.decode(produced.training)  # of a plan that ``check`` has read
-        if any(isinstance(task, kind) != isinstance(rule, own) for kind, own in RULES.items()):
+        if rule != task.RULE and (task.RULE or rule in [kind.RULE for kind in KINDS]):
             text = f"the manifest of adapter {version} names another rule ({rule}) than its task has"
             raise Problem("manifest.rule", text, place)
-        if isinstance(task, Task) and produced.spec.privacy is None:
-            self._measure(produced, task, distance(before, after, influencing(task)))
+        if task.state_size(layout) and produced.spec.privacy is None:
+            self._measure(produced, task, distance(before, after, task.influencing()))
         if produced.sums is None:
             return "vectors"
         how = _combination(agreeing, produced)
         begun, survivors = bytes.fromhex(start_digest), len(produced.survivors)
-        if agreeing.metrics != metrics_of(produced.spec, total(produced.sums), survivors, begun):
+        if agreeing.metrics != task.metrics(produced.spec, total(produced.sums), survivors, begun):
             raise Problem("manifest.metrics", f"the metrics of adapter {version} are not those of the sum", place)
-        state = self._state_before(rule, produced, state_size(task, layout))
+        state = self._state_before(rule, produced, task.state_size(layout))
         if state is None:
             return "optimizer"
-        after_state, expected = next_adapter(
-            produced.spec, task, rule, state, before, sums=produced.sums, combination=how, digest=start_digest
-        )
+        summed = SummedRound(produced.spec, before, begun, produced.sums)
+        after_state, expected = task.next_adapter(summed, ServerStep(rule, state, how))
         if layout.flatten(expected).tobytes() != layout.flatten(after).tobytes():
             text = f"adapter {version} is not what the server optimizer of its manifest computes from the sum ({rule})"
             raise Problem("result.adapter", text, place)
@@ -157,10 +149,10 @@ class Recomputation:
         self.rules.add(rule)
         return ""
 
-    def _measure(self, produced: ProducedAdapter, task: Task, moved: float) -> None:
+    def _measure(self, produced: ProducedAdapter, task: RoundTask, moved: float) -> None:
         """Note the round if a device with the default policy takes both of its adapters for the same one."""
         spec = produced.spec
-        least = least_movement(task, spec.clip_norm, spec.vector.segments[0].size, Policy().minimum_movement)
+        least = task.least_movement(spec.clip_norm, spec.vector.segments[0].size, Policy().minimum_movement)
         if moved < least:
             self.still[produced.place.round] = f"by {moved:.2g}, less than {least:.2g}"
 

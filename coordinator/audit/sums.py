@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from adapters.taskkinds import require_reach
+from adapters.taskkinds import kind_of
 from aggregation import graph, groups, masks, ring
 from aggregation.errors import DataError, ProtocolError
 from aggregation.groups import GroupSum
@@ -164,7 +164,7 @@ def _recompute(history: History, current: Round, unmasked: UnmaskedRound, vector
 def _decoded(spec: SessionSpec, survivors: tuple[str, ...], total: Ring) -> GroupSum:
     try:
         values = spec.vector.decode(total, len(survivors))
-        require_reach(spec, values, len(survivors))
+        kind_of(spec.vector).check_sum(spec, values, len(survivors))
     except DataError as error:
         return GroupSum(survivors, spec.vector.zeros(), str(error))
     return GroupSum(survivors, values)

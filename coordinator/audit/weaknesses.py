@@ -12,7 +12,7 @@ from statistics import median
 
 from adapters import taskkinds
 from adapters.parts import Part
-from adapters.task import Task
+from adapters.roundtask import RoundTask
 from adapters.tasklimits import TaskLimits
 from aggregation.errors import ProtocolError
 from aggregation.groups import total
@@ -65,11 +65,10 @@ class Weaknesses:
             except ProtocolError as error:
                 yield error.about, f"a device with the default policy refuses the task of round {place.round} ({error})"
                 continue
-            if isinstance(task, Task):
-                yield from self._shared(report.base, place.round, task)
+            yield from self._shared(report.base, place.round, task)
 
-    def _shared(self, base: str, number: int, task: Task) -> Iterator[tuple[str, str]]:
-        if shared := sorted(self.private[base] & {*task.shared}):
+    def _shared(self, base: str, number: int, task: RoundTask) -> Iterator[tuple[str, str]]:
+        if shared := sorted(self.private[base] & task.changes):
             text = f"round {number} shares the part {shared[0].value}, which an earlier task left to the devices"
             yield "task.shared", f"{text}: what they trained of it must not leave them"
         self.private[base] |= task.private

@@ -14,7 +14,6 @@ from adapters import storage
 from adapters.evaluation import EvaluationTask, is_evaluation
 from adapters.registryfiles import RegistrySettings
 from adapters.release import Release
-from adapters.taskkinds import decode
 from aggregation import envelope, transcript
 from aggregation.errors import ConfigError, ProtocolError, TrustError
 from aggregation.messages import Assignment, Plan
@@ -104,12 +103,10 @@ def judge(
     """The verdict of the last round that compared two releases, unless it led to a rollback already.
 
     Args:
-        lineage: Of the coordinator.
         channel: That rolls the newest out.
         adapter: That is compared.
         newest, previous: ``AdapterManifest.content`` of it in the two releases.
         margin: How far the accuracy of the newest may be below.
-        records: Of the repository's log, verified.
 
     Raises:
         NoVerdictError: No round compared them, or it counted too few examples of one of them; or that release was taken
@@ -139,7 +136,6 @@ def last_evaluation(lineage: Lineage, newest: str, previous: str) -> GovernedVer
     """The version of the last round that compared two adapters; None if there was none.
 
     Args:
-        lineage: Of a coordinator.
         newest, previous: ``AdapterManifest.content`` of them.
 
     Raises:
@@ -149,10 +145,12 @@ def last_evaluation(lineage: Lineage, newest: str, previous: str) -> GovernedVer
     for version in reversed(lineage.versions):
         if version.record is None or version.record.plan is None or not is_evaluation(version.manifest.metrics):
             continue
-        task = decode(find_plan(lineage.state_dir, version.record.plan).training)
-        if not isinstance(task, EvaluationTask):
+        plan = find_plan(lineage.state_dir, version.record.plan)
+        try:
+            task = EvaluationTask.decode(plan.training)
+        except ProtocolError:
             reason = f"round {version.record.round} has metrics of an evaluation, and its plan is of another kind"
-            raise TrustError(reason, about="plan", value=version.record.round)
+            raise TrustError(reason, about="plan", value=version.record.round) from None
         if (task.newest, task.previous) == (newest, previous):
             return version
     return None
@@ -167,7 +165,6 @@ def find_plan(state_dir: Path, digest: str) -> Plan:
 
     Args:
         state_dir: Of the coordinator. It is only read: where the database has the logs, its copy of them is not used.
-        digest: Of the plan, hex.
 
     Raises:
         DataError: A log is too large.

@@ -25,11 +25,11 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
+from adapters.sums import noisy_vector
 from aggregation import rotation
 from aggregation.pki.identity import IdentityKey
 from aggregation.ring import dtype
 from aggregation.spec import SessionSpec
-from client.training.contribute import noisy_vector
 from coordinator.audit.account import Account, sums
 from coordinator.audit.transcripts import logs
 from coordinator.statedir import KEY, TRANSCRIPT

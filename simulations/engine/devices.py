@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context
 
@@ -27,17 +28,14 @@ from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.sealed import ClientState
 from aggregation.steps import Step
-from aggregation.transcript import LogState
-from client.node.adapterstate import AdapterState
 from client.node.app import STATE
+from client.node.devicestate import R, Record
 from client.node.eligibility import EligibilitySettings
 from client.node.policy import PolicySettings
 from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
 from client.node.snapshot import Snapshot
 from client.node.statedir import SNAPSHOT, DeviceStateDir
-from client.node.sumhistory import SumHistory
-from client.node.tasklabels import TaskLabels
 from client.training.protocols import FrozenBase
 from simulations.engine.seeded import SEED, SeededEntropy
 
@@ -58,13 +56,9 @@ class MemoryDevice:
         self._root = files.root()
         self._device = files.device(base.digest)
         self._entropy = SeededEntropy((files.folder / SEED).read_bytes())
-        self._private_parts = files.load_private_parts()
-        self._privacy_ledger = files.load_privacy_ledger()
-        self._written = self._entropy.key, self._private_parts, self._privacy_ledger
-        self._log_state: LogState | None = None
-        self._adapter_state: AdapterState | None = None
-        self._task_labels: TaskLabels | None = None
-        self._sum_history: SumHistory | None = None
+        parts, ledger = files.load(PrivateParts), files.load(PrivacyLedger)
+        self._kept: dict[type[Any], Any] = {type(kept): kept for kept in (parts, ledger) if kept is not None}
+        self._written = self._entropy.key, parts, ledger
         self._state: ClientState | None = None
         self._snapshot: tuple[bytes, Snapshot] | None = None
 
@@ -108,41 +102,14 @@ class MemoryDevice:
     def delete_snapshot(self) -> None:
         self._snapshot = None
 
-    def load_log_state(self) -> LogState | None:
-        return self._log_state
+    def load(self, kind: type[R]) -> R | None:
+        return self._kept.get(kind)
 
-    def save_log_state(self, log_state: LogState | None) -> None:
-        self._log_state = log_state
+    def save(self, record: Record) -> None:
+        self._kept[type(record)] = record
 
-    def load_adapter_state(self) -> AdapterState | None:
-        return self._adapter_state
-
-    def save_adapter_state(self, state: AdapterState) -> None:
-        self._adapter_state = state
-
-    def load_task_labels(self) -> TaskLabels | None:
-        return self._task_labels
-
-    def save_task_labels(self, labels: TaskLabels) -> None:
-        self._task_labels = labels
-
-    def load_sum_history(self) -> SumHistory | None:
-        return self._sum_history
-
-    def save_sum_history(self, history: SumHistory) -> None:
-        self._sum_history = history
-
-    def load_private_parts(self) -> PrivateParts | None:
-        return self._private_parts
-
-    def save_private_parts(self, parts: PrivateParts) -> None:
-        self._private_parts = parts
-
-    def load_privacy_ledger(self) -> PrivacyLedger:
-        return self._privacy_ledger
-
-    def save_privacy_ledger(self, ledger: PrivacyLedger) -> None:
-        self._privacy_ledger = ledger
+    def delete(self, kind: type[Record]) -> None:
+        self._kept.pop(kind, None)
 
     def leave(self) -> None:
         self._state = self._snapshot = None
@@ -152,12 +119,13 @@ class MemoryDevice:
         key, parts, ledger = self._written
         if self._entropy.key != key:
             replace(self._files.folder / SEED, self._entropy.key)
-        if self._private_parts is not parts and self._private_parts is not None:
-            self._files.save_private_parts(self._private_parts)
-        if self._privacy_ledger.spent != ledger.spent or (end and self._privacy_ledger != ledger):
-            self._files.save_privacy_ledger(self._privacy_ledger)
-            ledger = self._privacy_ledger
-        self._written = self._entropy.key, self._private_parts, ledger
+        now, spent = self.load(PrivacyLedger), ledger or PrivacyLedger()
+        if (own := self.load(PrivateParts)) is not parts and own is not None:
+            self._files.save(own)
+        if now is not None and (now.spent != spent.spent or (end and now != spent)):
+            self._files.save(now)
+            ledger = now
+        self._written = self._entropy.key, own, ledger
 
 
 @dataclass(slots=True)

@@ -15,6 +15,7 @@ from adapters.layout import Tensors
 from adapters.parts import PARTS
 from adapters.task import Task
 from client.node import statedir as device_files
+from client.node.privateparts import PrivateParts
 from client.training.engine import language_trainer
 from client.training.examples import Example, Split, in_split
 from client.training.private import subject_of, with_private
@@ -164,7 +165,7 @@ def _personal_steps(
             if path.exists():
                 found.append(AuthorResult(**json.loads(path.read_bytes())))
             else:
-                parts = state_dirs[client.name].load_private_parts()
+                parts = state_dirs[client.name].load(PrivateParts)
                 own = parts.start(subject_of(base.digest, task, trainer.layout)) if parts else None
                 outcome, kept = _outcome(arms, client, shared, own)
                 storage.replace(path.parent / device_files.PERSONAL, files.encode(kept))

@@ -28,6 +28,7 @@ from adapters.parts import PARTS
 from adapters.task import Task
 from aggregation.errors import DataError
 from client.node import statedir as device_files
+from client.node.privateparts import PrivateParts
 from client.node.statedir import DeviceStateDir
 from client.training.examples import Example, Split, in_split, read_examples
 from client.training.graphtrainer import GraphTrainer
@@ -134,7 +135,7 @@ def after_the_rounds(
     state_dir: DeviceStateDir, mine: LocalTrainer, inputs: ArmInputs, global_adapter: Tensors
 ) -> Tensors:
     """The global adapter with the parts of it that the device has trained and not shared."""
-    subject, parts = subject_of(mine.base.digest, inputs.task, mine.layout), state_dir.load_private_parts()
+    subject, parts = subject_of(mine.base.digest, inputs.task, mine.layout), state_dir.load(PrivateParts)
     return with_private(global_adapter, parts.start(subject) if parts else None, inputs.task)
 
 

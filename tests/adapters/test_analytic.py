@@ -1,8 +1,7 @@
 """The round of the analytic head: its task, what honest survivors can send, and the adapter that comes of it."""
 
-import json
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,9 +24,10 @@ from adapters.analytic import (
 from adapters.layout import Layout, Tensors, TensorSpec
 from adapters.peftconfig import PeftConfig
 from adapters.ridge import Matrix, moments_of, pack
-from adapters.task import MAX_LOSS, UNIFORMS
+from adapters.sums import UNIFORMS, Bounds
+from adapters.task import MAX_LOSS
 from aggregation import ring
-from aggregation.errors import ConfigError, DataError, ProtocolError
+from aggregation.errors import ConfigError, DataError
 from aggregation.spec import SessionSpec
 from tests.support import refused
 from tests.support.fleet import session_spec
@@ -52,7 +52,7 @@ HEAD = ClassifierHead.of(Layout.of(ADAPTER))
 
 
 def spec_of(clients: int, *, cap: int = 100, bits: int = 40, head: ClassifierHead = HEAD) -> SessionSpec:
-    vector = moment_spec(head, weight_cap=cap, ring_bits=bits, max_clients=clients)
+    vector = moment_spec(head, Bounds(clip_norm=1.0, weight_cap=cap, ring_bits=bits, max_clients=clients))
     return session_spec(clients, vector=vector, weight_cap=cap)
 
 
@@ -71,38 +71,8 @@ def sums_of(rows: Matrix, labels: Any, **changes: Any) -> dict[str, Any]:
 # The task, and the layout of the sums.
 
 
-def test_a_task_is_read_as_it_was_written_and_has_one_form() -> None:
-    assert AnalyticTask.decode(TASK.encode()) == TASK
-    assert AnalyticTask.decode(TASK.encode()).encode() == TASK.encode()
-
-
-@pytest.mark.parametrize(
-    ("changes", "field"),
-    [
-        ({"ridge": 0.0}, "ridge"),
-        ({"ridge": 1.5}, "ridge"),
-        ({"ridge": "1"}, "ridge"),
-        ({"scale": 0.0}, "scale"),
-        ({"scale": 1e4}, "scale"),
-        ({"labels": "on"}, "labels"),
-        ({"peft_config": None}, "peft_config"),
-        ({"epochs": 1}, "epochs"),
-    ],
-)
-def test_a_field_that_is_unknown_or_out_of_range_is_refused_by_name(changes: dict[str, Any], field: str) -> None:
-    with refused(ProtocolError, f"task.{field}"):
-        AnalyticTask.decode(json.dumps({**asdict(TASK), **changes}).encode())
-
-
-@pytest.mark.parametrize("raw", [b"", b"[]", b"null", TASK.encode()[:-1], TASK.encode() + b"x", b"\xff"])
-def test_other_bytes_are_refused_in_one_line(raw: bytes) -> None:
-    with pytest.raises(ProtocolError) as caught:
-        AnalyticTask.decode(raw)
-    assert "\n" not in str(caught.value)
-
-
 def test_every_sum_has_its_bound() -> None:
-    spec = moment_spec(HEAD, weight_cap=128, ring_bits=22, max_clients=15)
+    spec = moment_spec(HEAD, Bounds(clip_norm=1.0, weight_cap=128, ring_bits=22, max_clients=15))
     assert [(s.name, s.size, s.bound) for s in spec.segments] == [
         ("xx", D * (D + 1) // 2, 128.0),
         ("xy", D * len(LABELS), 128.0),
@@ -112,7 +82,7 @@ def test_every_sum_has_its_bound() -> None:
         ("held_out", 1, 128.0),
     ]
     with refused(ConfigError, "ring_bits"):
-        moment_spec(HEAD, weight_cap=65536, ring_bits=16, max_clients=15)
+        moment_spec(HEAD, Bounds(clip_norm=1.0, weight_cap=65536, ring_bits=16, max_clients=15))
 
 
 @pytest.mark.parametrize(

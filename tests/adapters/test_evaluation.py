@@ -1,7 +1,6 @@
 """The counts of an evaluation: what a sum may be, and what of it is published."""
 
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,18 +9,16 @@ import pytest
 from adapters.evaluation import RENEWAL, SIZE, EvaluationTask, evaluated, renewed
 from adapters.layout import Layout, Tensors
 from adapters.peftconfig import PeftConfig
-from adapters.task import UNIFORMS
-from adapters.taskkinds import least_ring_bits, vector_spec
+from adapters.sums import UNIFORMS, Bounds, noisy_vector
 from aggregation import rotation
-from aggregation.errors import ConfigError, DataError, ProtocolError
+from aggregation.errors import ConfigError, DataError
 from aggregation.privacy.accounting import Mechanism
 from aggregation.spec import COUNTS, Privacy, SessionSpec
-from client.training.contribute import noisy_vector
 from tests.support import refused
 from tests.support.fleet import session_spec
 
 TASK = EvaluationTask(PeftConfig("LORA", 2, 4, ("query",)), ("on", "off"), "a" * 64, "b" * 64, 32)
-DEVICES, DIGEST = 60, b"d" * 32
+DEVICES, DIGEST, NORM = 60, b"d" * 32, 32 * 2**0.5
 HEAD: Tensors = {
     "classifier.weight": np.zeros((2, 5), np.float32),
     "classifier.bias": np.zeros(2, np.float32),
@@ -30,33 +27,16 @@ HEAD: Tensors = {
 
 
 def spec_of(noise: float = 5.0, ring_bits: int | None = None) -> SessionSpec:
-    bounds: dict[str, Any] = {"clip_norm": TASK.norm, "weight_cap": 1, "max_clients": DEVICES}
-    layout = Layout.of(HEAD)
-    bits = ring_bits or least_ring_bits(TASK, layout, **bounds, noise=noise)
-    vector = vector_spec(TASK, layout, ring_bits=bits, noise=noise, **bounds)
+    layout, bounds = Layout.of(HEAD), Bounds(NORM, 1, 32, DEVICES, noise)
+    vector = TASK.vector(layout, replace(bounds, ring_bits=ring_bits or TASK.ring_bits(layout, bounds)))
     privacy = Privacy(Mechanism.SKELLAM, 20, 1e-6)
-    own = {"vector": vector, "clip_norm": TASK.norm, "weight_cap": 1, "privacy": privacy}
+    own = {"vector": vector, "clip_norm": NORM, "weight_cap": 1, "privacy": privacy}
     return session_spec(DEVICES, **own)
 
 
 def counts_of(device: int) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Of one device: a third of them has the newest release, which is right in a half, and the others in 3 of 4."""
     return np.array([16.0, 32.0, 0, 0]) if device % 3 == 0 else np.array([0, 0, 24.0, 32.0])
-
-
-@pytest.mark.parametrize(
-    ("changes", "about"),
-    [
-        ({"newest": "a" * 63}, "task.newest"),
-        ({"newest": "b" * 64}, "task.newest"),
-        ({"least": 4}, "task.least"),
-        ({"most": 2**17}, "task.most"),
-        ({"ridge": 0.1}, "task.ridge"),
-    ],
-)
-def test_a_task_out_of_range_is_refused(changes: dict[str, Any], about: str) -> None:
-    with refused(ProtocolError, about):
-        EvaluationTask.decode(json.dumps({**asdict(TASK), **changes}).encode())
 
 
 def test_a_sum_without_noise_or_beyond_its_ring_is_refused() -> None:
@@ -111,8 +91,3 @@ def test_the_next_adapter_has_other_bytes_the_same_for_all_sums_and_hardly_moves
     assert renewed(HEAD, b"e" * 32)["classifier.weight"].tobytes() != made["classifier.weight"].tobytes()
     with refused(DataError, "task.head"):
         renewed({"query.lora_A.weight": HEAD["query.lora_A.weight"]}, DIGEST)
-
-
-def test_a_task_is_read_as_it_was_written() -> None:
-    assert EvaluationTask.decode(TASK.encode()) == TASK
-    assert EvaluationTask.decode(replace(TASK, most=5).encode()).norm == pytest.approx(5 * 2**0.5)

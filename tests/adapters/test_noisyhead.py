@@ -6,17 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters import noisyhead
+from adapters import analytic
 from adapters.analytic import AnalyticTask, ClassifierHead
 from adapters.layout import Layout, Tensors
 from adapters.peftconfig import PeftConfig
 from adapters.ridge import Matrix, moments_of, packed_size, unpack
-from adapters.taskkinds import vector_spec
+from adapters.sums import Bounds, noisy_vector
 from aggregation import rotation
 from aggregation.errors import DataError
 from aggregation.privacy.accounting import Mechanism
 from aggregation.spec import Privacy, SessionSpec
-from client.training.contribute import noisy_vector
 from tests.support import refused
 from tests.support.fleet import session_spec
 
@@ -35,7 +34,7 @@ def task_of(dimensions: int = HIDDEN) -> AnalyticTask:
 
 def spec_of(task: AnalyticTask, deviation: float) -> SessionSpec:
     layout = Layout.of(BEFORE)
-    vector = vector_spec(task, layout, clip_norm=CLIP, weight_cap=1, ring_bits=32, max_clients=DEVICES, noise=deviation)
+    vector = task.vector(layout, Bounds(CLIP, 1, 32, DEVICES, deviation))
     privacy = Privacy(Mechanism.SKELLAM, 20, 1e-6)
     return session_spec(DEVICES, vector=vector, clip_norm=CLIP, weight_cap=1, privacy=privacy)
 
@@ -51,7 +50,7 @@ def summed(spec: SessionSpec, task: AnalyticTask, *, empty: bool = False) -> dic
     """The sum over all devices, as it is decoded."""
     total = np.zeros(spec.vector.size, np.uint32)
     for device in range(DEVICES):
-        found = noisyhead.contributed(*texts(0 if empty else 12, device), HEAD, task, ADAPTER)
+        found = analytic.contributed(*texts(0 if empty else 12, device), HEAD, task, ADAPTER)
         total += noisy_vector(found, spec, ADAPTER, np.random.default_rng(device), bytes([device]) * 32)
     return spec.vector.decode(total, DEVICES)
 
@@ -66,35 +65,35 @@ def test_a_vector_has_the_norm_of_the_mean_moments(count: int) -> None:
     rows, labels = texts(count, 0)
     found = moments_of(rows, labels, LABELS)
     expected = math.sqrt((found.xx**2).sum() + (found.xy**2).sum()) / count
-    vector = noisyhead.contributed(rows, labels, HEAD, task_of(), ADAPTER)
+    vector = analytic.contributed(rows, labels, HEAD, task_of(), ADAPTER)
     assert np.linalg.norm(vector) == pytest.approx(expected)  # the rotation of embeddings keeps it, too
     assert np.linalg.norm(vector) <= math.sqrt(2) + 1e-9
-    shorter = noisyhead.contributed(rows, labels, HEAD, task_of(7), ADAPTER)
+    shorter = analytic.contributed(rows, labels, HEAD, task_of(7), ADAPTER)
     assert shorter.shape == (7 * 8 // 2 + 7 * LABELS,)
     assert np.linalg.norm(shorter) < np.linalg.norm(vector)
 
 
 def test_the_number_of_examples_counts_for_nothing() -> None:
     rows, labels = texts(5, 1)
-    once = noisyhead.contributed(rows, labels, HEAD, task_of(9), ADAPTER)
-    thrice = noisyhead.contributed(np.tile(rows, (3, 1)), np.tile(labels, 3), HEAD, task_of(9), ADAPTER)
+    once = analytic.contributed(rows, labels, HEAD, task_of(9), ADAPTER)
+    thrice = analytic.contributed(np.tile(rows, (3, 1)), np.tile(labels, 3), HEAD, task_of(9), ADAPTER)
     np.testing.assert_allclose(once, thrice, atol=1e-12)
 
 
 def test_without_examples_a_device_contributes_zeros() -> None:
-    assert not noisyhead.contributed(*texts(0, 1), HEAD, task_of(9), ADAPTER).any()
+    assert not analytic.contributed(*texts(0, 1), HEAD, task_of(9), ADAPTER).any()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_an_embedding_that_is_not_finite_makes_no_contribution(value: float) -> None:
     with refused(DataError, "embeddings"):
-        noisyhead.contributed(np.full((2, HIDDEN), value), np.zeros(2, np.int64), HEAD, task_of(9), ADAPTER)
+        analytic.contributed(np.full((2, HIDDEN), value), np.zeros(2, np.int64), HEAD, task_of(9), ADAPTER)
 
 
 def test_with_little_noise_the_head_is_a_ridge_regression_on_the_mean_moments() -> None:
     task = task_of()
     spec = spec_of(task, 1e-5)
-    head = noisyhead.solved(spec, task, BEFORE, summed(spec, task), DEVICES, ADAPTER)
+    head = analytic.noisy_solved(spec, task, BEFORE, summed(spec, task), DEVICES, ADAPTER)
     xx, xy = np.zeros((HIDDEN, HIDDEN)), np.zeros((HIDDEN, LABELS))
     for device in range(DEVICES):
         found = moments_of(*texts(12, device), LABELS)
@@ -121,11 +120,11 @@ def test_a_head_that_does_not_allow_for_the_noise_is_worse(monkeypatch: pytest.M
     task = task_of()
     spec = spec_of(task, 0.1)
     sums = summed(spec, task)
-    allowed = accuracy(noisyhead.solved(spec, task, BEFORE, sums, DEVICES, ADAPTER))
-    bare = noisyhead.refit
-    monkeypatch.setattr(noisyhead, "refit", lambda *given, **named: bare(*given, **{**named, "strength": 1e-4}))
-    monkeypatch.setattr(noisyhead, "positive_part", lambda matrix: matrix)
-    assert accuracy(noisyhead.solved(spec, task, BEFORE, sums, DEVICES, ADAPTER)) < allowed - 0.05
+    allowed = accuracy(analytic.noisy_solved(spec, task, BEFORE, sums, DEVICES, ADAPTER))
+    bare = analytic.refit
+    monkeypatch.setattr(analytic, "refit", lambda *given, **named: bare(*given, **{**named, "strength": 1e-4}))
+    monkeypatch.setattr(analytic, "positive_part", lambda matrix: matrix)
+    assert accuracy(analytic.noisy_solved(spec, task, BEFORE, sums, DEVICES, ADAPTER)) < allowed - 0.05
     assert allowed > 0.5
 
 
@@ -133,15 +132,15 @@ def test_a_head_that_does_not_allow_for_the_noise_is_worse(monkeypatch: pytest.M
 def test_noise_longer_than_a_contribution_has_a_strength_in_proportion_to_its_variance(
     deviation: float, times: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task, used, bare = task_of(), [], noisyhead.refit
+    task, used, bare = task_of(), [], analytic.refit
 
     def noted(*given: Any, strength: float, scale: float) -> Tensors:
         used.append(strength)
         return bare(*given, strength=strength, scale=scale)
 
-    monkeypatch.setattr(noisyhead, "refit", noted)
+    monkeypatch.setattr(analytic, "refit", noted)
     spec = spec_of(task, deviation)
-    noisyhead.solved(spec, task, BEFORE, summed(spec, task), DEVICES, ADAPTER)
+    analytic.noisy_solved(spec, task, BEFORE, summed(spec, task), DEVICES, ADAPTER)
     expected = 1e-6 * DEVICES + times * deviation * math.sqrt(DEVICES * HIDDEN / 2)
     assert used == [pytest.approx(expected, rel=1e-3)]  # the ring rounds the noise
 
@@ -149,18 +148,18 @@ def test_noise_longer_than_a_contribution_has_a_strength_in_proportion_to_its_va
 def test_a_good_head_is_not_lost_to_noise_that_drowns_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     task, spec = task_of(), spec_of(task_of(), 0.3)
     good = BEFORE | {"classifier.weight": (2 * CENTERS).astype(np.float32)}
-    sums, bare = summed(spec, task), noisyhead.refit
-    assert accuracy(noisyhead.solved(spec, task, good, sums, DEVICES, ADAPTER)) > accuracy(good) - 0.05
+    sums, bare = summed(spec, task), analytic.refit
+    assert accuracy(analytic.noisy_solved(spec, task, good, sums, DEVICES, ADAPTER)) > accuracy(good) - 0.05
     weak = 0.3 * math.sqrt(DEVICES * HIDDEN / 2)
-    monkeypatch.setattr(noisyhead, "refit", lambda *given, **named: bare(*given, **{**named, "strength": weak}))
-    assert accuracy(noisyhead.solved(spec, task, good, sums, DEVICES, ADAPTER)) < accuracy(good) - 0.05
+    monkeypatch.setattr(analytic, "refit", lambda *given, **named: bare(*given, **{**named, "strength": weak}))
+    assert accuracy(analytic.noisy_solved(spec, task, good, sums, DEVICES, ADAPTER)) < accuracy(good) - 0.05
 
 
 def test_directions_that_were_not_kept_do_not_change() -> None:
     task, seed = task_of(11), rotation.seed(ADAPTER)
     before = BEFORE | {"classifier.weight": np.random.default_rng(0).normal(size=(LABELS, HIDDEN)).astype(np.float32)}
     spec = spec_of(task, 0.01)
-    after = noisyhead.solved(spec, task, before, summed(spec, task), DEVICES, ADAPTER)
+    after = analytic.noisy_solved(spec, task, before, summed(spec, task), DEVICES, ADAPTER)
     moved = after["classifier.weight"].astype(np.float64) - before["classifier.weight"]
     rotated = np.array([rotation.rotate(row, seed) for row in moved])
     assert np.abs(rotated[:, 11:]).max() < 0.1  # the noise that hides nothing, and rounding
@@ -170,7 +169,7 @@ def test_directions_that_were_not_kept_do_not_change() -> None:
 def test_a_sum_that_counts_as_zero_changes_the_head_by_small_noise_alone() -> None:
     task, before = task_of(11), BEFORE | {"classifier.weight": np.ones((LABELS, HIDDEN), np.float32)}
     spec = spec_of(task, 0.01)
-    after = noisyhead.solved(spec, task, before, spec.vector.zeros(), DEVICES, ADAPTER)
+    after = analytic.noisy_solved(spec, task, before, spec.vector.zeros(), DEVICES, ADAPTER)
     assert 0 < np.abs(after["classifier.weight"] - 1).max() < 0.1
 
 
@@ -179,6 +178,6 @@ def test_sums_of_another_size_and_sums_out_of_reach_make_no_head() -> None:
     spec = spec_of(task, 0.01)
     sums = summed(spec, task)
     with refused(DataError, "vector.segments"):
-        noisyhead.solved(spec, task_of(12), BEFORE, sums, DEVICES, ADAPTER)
+        analytic.noisy_solved(spec, task_of(12), BEFORE, sums, DEVICES, ADAPTER)
     with refused(DataError, "vector.moments"):
-        noisyhead.solved(spec, task, BEFORE, {"moments": 1e3 * sums["moments"]}, DEVICES, ADAPTER)
+        analytic.noisy_solved(spec, task, BEFORE, {"moments": 1e3 * sums["moments"]}, DEVICES, ADAPTER)

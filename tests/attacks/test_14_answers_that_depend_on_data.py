@@ -24,7 +24,8 @@ from flwr.app import Context, Message, RecordDict
 
 from adapters import classifier
 from adapters.layout import Layout, Tensors
-from adapters.task import weighted_mean
+from adapters.roundtask import Outcome
+from adapters.task import contribution, weighted_mean
 from aggregation import rotation
 from aggregation.client import Masked
 from aggregation.errors import DataError
@@ -33,7 +34,6 @@ from client.node.app import app
 from client.node.statedir import DeviceStateDir
 from client.node.step import READS_EXAMPLES
 from client.node.tasklabels import TaskLabels
-from client.training.contribute import Outcome, contribution
 from client.training.examples import Example, Score, Split, parse_examples, read_file, write_examples
 from client.training.trainer import Trainer
 from coordinator.audit import audit
@@ -219,8 +219,8 @@ def test_a_task_without_the_labels_of_the_others_isolates_a_device_in_the_sum(
         sums.append((found["delta"] / found["weight"][0], rest[-1]))
         return weighted_mean(spec, task, layout, found, *rest)
 
-    monkeypatch.setattr("client.node.training.contribution", watched)
-    monkeypatch.setattr("coordinator.nextadapter.weighted_mean", seen)
+    monkeypatch.setattr("adapters.task.contribution", watched)
+    monkeypatch.setattr("adapters.task.weighted_mean", seen)
     (record,) = fleet.federate(fleet.grid())
     assert record.survivors == DEVICES
     (victim,) = (outcome for outcome in outcomes if outcome.examples)
@@ -245,7 +245,7 @@ def test_devices_that_trained_a_task_with_the_labels_of_the_others_refuse_that_t
     fleet, observer = isolating_fleet(app_fleet_of), Observer()
     for name in DEVICES:
         base = fleet.state_dir(name).base().digest
-        fleet.state_dir(name).save_task_labels(TaskLabels.of(base, ("label 0", "label 1", "label 2")))
+        fleet.state_dir(name).save(TaskLabels.of(base, ("label 0", "label 1", "label 2")))
     (record,) = fleet.federate(fleet.grid(app=observer))
     assert record.version is None
     ((answer, reason, _),) = set(observer.seen.values())

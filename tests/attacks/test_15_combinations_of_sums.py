@@ -29,7 +29,7 @@ from client.node import adapterstate
 from client.node import app as device_app
 from client.node.statedir import ADAPTERS
 from coordinator.cli.audit import audit_command
-from coordinator.sessionsettings import Aggregation
+from coordinator.settings import Aggregation
 from tests.client.node.conftest import refusals
 from tests.support.subtracting import Subtracting, any_set, fleet_without_proofs
 

@@ -120,14 +120,14 @@ def test_without_the_snapshot_the_difference_of_two_answers_is_that_of_two_updat
 ) -> None:
     """As it was: the device trains on the examples that its file has now."""
     plain: list[Ring] = []
-    train = device_step.train
+    contribute = device_step.contribute
 
     def trained(*given: Any) -> Any:
-        vector, parts = train(*given)
+        vector, parts = contribute(*given)
         plain.append(vector.copy())
         return vector, parts
 
-    monkeypatch.setattr(device_step, "train", trained)
+    monkeypatch.setattr(device_step, "contribute", trained)
     load = DeviceStateDir.load_snapshot
 
     def current(state_dir: DeviceStateDir, share_key: bytes) -> Snapshot:

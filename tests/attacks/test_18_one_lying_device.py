@@ -13,15 +13,13 @@ import numpy as np
 import pytest
 from flwr.app import Context, Message
 
-from adapters import task
+from adapters import optimizer, task
 from aggregation import rotation
 from aggregation.server import AbortReason, RoundAborted
 from aggregation.spec import SessionSpec
 from client.node import app as node
-from client.node import training
 from client.training.limits import TrainingLimits
-from coordinator import optimizer, rounds
-from coordinator.audit import sums
+from coordinator import rounds
 from tests.support.hostile import audit_failures
 
 FleetOf = Callable[..., Any]
@@ -44,13 +42,13 @@ class OneLiar:
     def __call__(self, message: Message, context: Context) -> Message:
         if not str(context.node_config["state"]).endswith(LIAR):
             return node.app(message, context)
-        honest = training.contribution
+        honest = task.contribution
 
         def contribution(*given: Any) -> Any:
             return self.lie(given[2], honest(*given), given[3])
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training, "contribution", contribution)
+            patch.setattr(task, "contribution", contribution)
             return node.app(message, context)
 
 
@@ -105,16 +103,15 @@ def test_such_a_sum_counts_as_zero(app_fleet_of: FleetOf, lie: str) -> None:
     assert audit_failures(fleet.out / "coordinator") == set()
 
 
-def unchecked(monkeypatch: pytest.MonkeyPatch, *modules: Any) -> None:
-    for module in modules:
-        monkeypatch.setattr(module, "require_reach", lambda *given: None)
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task, "require_reach", lambda *given: None)
 
 
 @pytest.mark.parametrize("lie", LIES)
 def test_without_the_check_one_device_decides_where_the_adapter_goes(
     app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, lie: str
 ) -> None:
-    unchecked(monkeypatch, rounds, task, sums)
+    unchecked(monkeypatch)
     fleet, record = run(app_fleet_of, LIES[lie])
     assert (record.version, record.spoiled) == (1, None)
     assert LIES[lie] is not at_the_bound or moved(fleet) > 10 * CLIP
@@ -154,9 +151,9 @@ def test_if_its_rounds_had_no_result_the_training_would_end_for_ever(
     within = rounds.within_reach
 
     def aborting(session: Any, result: Any) -> Any:
-        _, checked = within(session, result)
+        checked = within(session, result).result
         lied = RoundAborted(AbortReason.TOO_FEW, str(checked.sums[0].spoiled), session, (), result.survivors)
-        return lied if checked.sums[0].spoiled else (session, result)
+        return lied if checked.sums[0].spoiled else rounds.Summed(session, result)
 
     monkeypatch.setattr(rounds, "within_reach", aborting)
     _, records = spoilt(app_fleet_of)

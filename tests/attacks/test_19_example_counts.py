@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from adapters import task
+from adapters import sums, task
 from adapters.layout import Layout, TensorSpec
 from adapters.manifest import PeftConfig
 from adapters.parts import PARTS
+from adapters.sums import Bounds
 from aggregation import rotation
 from client.training.examples import Example, write_examples
-from coordinator import rounds
 from coordinator.settings import FederationSettings
 from tests.support.fleet import session_spec
 
@@ -126,16 +126,16 @@ def denominators(found: Published) -> dict[int, int]:
     return {number: fraction.denominator for number, fraction in fractions.items()}
 
 
-def with_examples(_: Any, sums: Any, *rest: Any) -> dict[str, float]:
-    return {"examples": float(sums["weight"][0]), **task.metrics_of(sums)}
+def with_examples(_: Any, spec: Any, values: Any, *rest: Any) -> dict[str, float]:
+    return {"examples": float(values["weight"][0]), **sums.published(values)}
 
 
 def test_exact_totals_the_plain_mean_and_an_exact_accuracy_reveal_the_counts_of_single_devices(
     app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rounds, "metrics_of", with_examples)
-    monkeypatch.setattr(task, "DECIMALS", 15)
-    monkeypatch.setattr(task, "MINIMUM_HELD_OUT", 1)
+    monkeypatch.setattr(task.Task, "metrics", with_examples)
+    monkeypatch.setattr(sums, "DECIMALS", 15)
+    monkeypatch.setattr(sums, "MINIMUM_HELD_OUT", 1)
     monkeypatch.setattr(task, "dither", lambda key, size: np.zeros(size))
     found = publish(app_fleet_of, aggregation__ring_bits=22)
     named = {record.round: record.metrics["examples"] for record in found.records}
@@ -207,7 +207,7 @@ def test_nor_does_it_show_if_the_weights_have_a_common_divisor(divisor: int, mon
     weights = divisor * np.array([3, 5, 7, 4, 11, 6])
     signs = np.where(rng.random((6, size)) < 0.7, 1.0, -1.0) * rng.choice([-1.0, 1.0], size)
     layout = Layout((TensorSpec("a", (1, size)),))
-    vector = task.contribution_spec(layout, clip_norm=12.0, weight_cap=128, ring_bits=32, max_clients=6)
+    vector = task.contribution_spec(layout, Bounds(clip_norm=12.0, weight_cap=128, ring_bits=32, max_clients=6))
     spec = session_spec(6, vector=vector, clip_norm=12.0, weight_cap=128)
     others = {name: np.zeros(1) for name in ("correct", "loss", "held_out")}
     delta = rotation.rotate(rate * weights @ signs, rotation.seed(bytes(32)))
@@ -229,7 +229,7 @@ def test_a_step_of_sgd_has_no_such_period_and_needs_no_wider_noise() -> None:
     rng, rate, size = np.random.default_rng(1), 0.1, 20_000
     weights, gradients = np.array([3, 5, 7, 4, 11, 6]), rng.normal(size=(6, size))
     layout = Layout((TensorSpec("a", (1, size)),))
-    vector = task.contribution_spec(layout, clip_norm=120.0, weight_cap=128, ring_bits=32, max_clients=6)
+    vector = task.contribution_spec(layout, Bounds(clip_norm=120.0, weight_cap=128, ring_bits=32, max_clients=6))
     spec = session_spec(6, vector=vector, clip_norm=120.0, weight_cap=128)
     delta = rotation.rotate(rate * weights @ gradients, rotation.seed(bytes(32)))
     others = {name: np.zeros(1) for name in ("correct", "loss", "held_out")}

@@ -75,10 +75,10 @@ class Attack:
             return self.adapter(self.registry).manifest.id
         return log.produced or log.start
 
-    def reach(self, session: Established, result: RoundResult) -> tuple[Established, RoundResult] | RoundAborted:
+    def reach(self, session: Established, result: RoundResult) -> rounds.Summed | RoundAborted:
         """Log the second round as aborted, and keep its sum."""
         if self.kind != "aborted" or result.round % 2:
-            return session, result
+            return rounds.Summed(session, result)
         self.sums.append((result.values["delta"] / result.values["weight"][0]).astype(np.float32))
         return RoundAborted(AbortReason.TOO_FEW, "as the coordinator says", session)
 

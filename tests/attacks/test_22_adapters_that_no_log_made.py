@@ -34,8 +34,7 @@ from coordinator import recorder
 from coordinator.audit import Check, Finding, Recomputation, Status, recompute, rules
 from coordinator.audit.transcripts import logs
 from coordinator.registry import Registry
-from coordinator.sessionsettings import Aggregation
-from coordinator.settings import FederationSettings
+from coordinator.settings import Aggregation, FederationSettings
 from coordinator.statedir import CoordinatorStateDir
 from tests.support import refused
 from tests.support.hostile import continues_from_anything
@@ -288,9 +287,9 @@ def test_a_task_that_lacks_a_label_of_the_adapter_is_found_although_its_round_wa
     app_fleet_of: FleetOf, audited: Audit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether a device could train would depend on its labels."""
-    fleet, honest = app_fleet_of(4, rounds=1), FederationSettings.task
+    fleet, honest = app_fleet_of(4, rounds=1), FederationSettings.task_of
     with monkeypatch.context() as hostile:
-        hostile.setattr(FederationSettings, "task", lambda *given: fewer_labels(honest(*given)))
+        hostile.setattr(FederationSettings, "task_of", lambda *given: fewer_labels(honest(*given)))
         fleet.federate(fleet.grid(app=no_answers))
     code, printed = audited(fleet.out)
     failed = [check for check in printed["sessions"][0]["checks"] if check["status"] == "FAIL"]

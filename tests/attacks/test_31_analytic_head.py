@@ -12,14 +12,11 @@ import numpy as np
 import pytest
 
 from adapters import analytic
-from adapters.analytic import BIAS, WEIGHT, AnalyticTask, ClassifierHead, moment_spec, solved
+from adapters.analytic import BIAS, WEIGHT, AnalyticTask, ClassifierHead, moment_contribution, moment_spec, solved
 from adapters.layout import Layout, Tensors
 from adapters.peftconfig import PeftConfig
 from adapters.ridge import EmbeddingMoments, Matrix, moments_of, pack, ridge
-from adapters.task import UNIFORMS
-from client.training.contribute import moment_contribution
-from coordinator import rounds
-from coordinator.audit import sums
+from adapters.sums import UNIFORMS, Bounds
 from tests.support.fleet import session_spec
 from tests.support.hostile import audit_failures
 
@@ -36,7 +33,9 @@ def draw(count: int, seed: int = 0) -> tuple[Matrix, Any]:
 
 def published(rows: Matrix, labels: Any) -> Matrix:
     """The scores' weights of the next head, shape ``(D, LABELS)``."""
-    vector = moment_spec(ClassifierHead.of(Layout.of(BEFORE)), weight_cap=128, ring_bits=32, max_clients=DEVICES)
+    vector = moment_spec(
+        ClassifierHead.of(Layout.of(BEFORE)), Bounds(clip_norm=1.0, weight_cap=128, ring_bits=32, max_clients=DEVICES)
+    )
     spec, found = session_spec(DEVICES, vector=vector, weight_cap=128), moments_of(rows, labels, LABELS)
     total = {"xx": pack(found.xx), "xy": found.xy.ravel(), "weight": np.array([found.weight])}
     total |= {name: np.zeros(1) for name in ("correct", "loss", "held_out")}
@@ -115,7 +114,7 @@ def federate_with_a_liar(app_fleet_of: Any, monkeypatch: pytest.MonkeyPatch, lie
         values |= {"xx": pack(lied.xx), "xy": lied.xy.ravel(), "weight": np.array([lied.weight])}
         return spec.vector.encode(values, rng)
 
-    monkeypatch.setattr("client.node.training.moment_contribution", sent)
+    monkeypatch.setattr("adapters.analytic.moment_contribution", sent)
     settings = {"rounds": 1, "analytic__rounds": 1, "aggregation__keep_masked_inputs": True}
     fleet = app_fleet_of(8, **settings, aggregation__ring_bits=32)
     (record,) = fleet.federate(fleet.grid())
@@ -139,8 +138,6 @@ def test_moments_that_no_embeddings_have_count_as_zero(
 
 
 def test_without_the_check_they_make_the_head(app_fleet_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (rounds, sums):
-        monkeypatch.setattr(module, "require_reach", lambda *given: None)
     monkeypatch.setattr(analytic, "require_moments", lambda *given: None)
     monkeypatch.setattr(analytic, "fewest_examples", lambda labels: 0)
     fleet, record = federate_with_a_liar(app_fleet_of, monkeypatch, "labels at their bound")

@@ -27,6 +27,7 @@ from aggregation.client import Masked
 from aggregation.sealed import ClientState
 from aggregation.steps import Step
 from client.node import app as device_app
+from client.node.privateparts import PrivateParts
 from client.node.statedir import DeviceStateDir
 from client.training.control import TrainingControl
 from client.training.examples import parse_examples
@@ -64,7 +65,7 @@ class Summing(Subtracting):
             self.weights.append(float(sums["weight"][0]))
             return weighted_mean(spec, task, layout, sums, survivors, adapter)
 
-        monkeypatch.setattr("coordinator.nextadapter.weighted_mean", seen)
+        monkeypatch.setattr("adapters.task.weighted_mean", seen)
 
     def head(self) -> NDArray[np.float64]:
         """The victim's head, from the last four sums."""
@@ -100,7 +101,7 @@ def error_of_the_head(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> float:
         fleet.configure({"method": "head", "rounds": rounds, **{f"training.{key}": training[key] for key in training}})
         records = fleet.federate(fleet.grid(app=coordinator))
     assert [VICTIM in record.survivors for record in records[1:]] == [True, False, True, False]
-    parts = fleet.state_dir(VICTIM).load_private_parts()
+    parts = fleet.state_dir(VICTIM).load(PrivateParts)
     first, head = (head_of(files.decode(raw)) for raw in (parts.before, parts.after))
     return float(np.linalg.norm(coordinator.head() - head) / np.linalg.norm(head - first))
 
@@ -197,6 +198,6 @@ def test_an_owner_who_forgets_the_coordinator_deletes_them_and_shares_such_parts
     plans_anything(monkeypatch)
     for name in (f"device-{number:02d}" for number in range(DEVICES)):
         fleet.state_dir(name).forget()
-        assert fleet.state_dir(name).load_private_parts() is None
+        assert fleet.state_dir(name).load(PrivateParts) is None
     fleet.configure({"rounds": 2, "method": "fedit"})
     assert fleet.federate(fleet.grid())[-1].version == 2

@@ -22,6 +22,7 @@ from aggregation.privacy import noise, rounding
 from aggregation.ring import Ring
 from client.node import step as device_step
 from client.node.app import STATE, register
+from client.node.privacyledger import PrivacyLedger
 from client.node.snapshot import Draw, Snapshot
 from client.node.statedir import DeviceStateDir
 from simulations.engine import seeded
@@ -39,16 +40,16 @@ class Sums:
         self.rounds: list[tuple[Planned, Ring]] = []
         self.app = ClientApp()
         register(self.app, lambda context: open_(Path(str(context.node_config[STATE]))))
-        train = device_step.train
+        contribute = device_step.contribute
 
-        def trained(base: Any, planned: Planned, *given: Any) -> Any:
-            vector, parts = train(base, planned, *given)
+        def trained(device: Any, planned: Planned, *given: Any) -> Any:
+            vector, parts = contribute(device, planned, *given)
             if not self.rounds or self.rounds[-1][0].plan != planned.plan:
                 self.rounds.append((planned, np.zeros_like(vector)))
             self.rounds[-1] = planned, self.rounds[-1][1] + vector
             return vector, parts
 
-        monkeypatch.setattr(device_step, "train", trained)
+        monkeypatch.setattr(device_step, "contribute", trained)
 
 
 def secrets_of(copy: DeviceStateDir, sessions: int) -> list[Snapshot]:
@@ -90,7 +91,7 @@ def left_of_the_sums(app_fleet_of: FleetOf, open_: Open, monkeypatch: pytest.Mon
     fleet.configure({"rounds": 1 + LATER})
     fleet.federate(fleet.grid(app=attack.app))
     names = [Path(folder).name for folder in fleet.nodes.values()]
-    assert {fleet.state_dir(name).load_privacy_ledger().noisy for name in names} == {1 + LATER}
+    assert {fleet.state_dir(name).load(PrivacyLedger).noisy for name in names} == {1 + LATER}
     secrets = [secrets_of(open_(copies / name), LATER) for name in names]
     return [
         (float(np.linalg.norm(subtracted(planned, total, list(copied)))), longest(planned))

@@ -16,6 +16,7 @@ from flwr.clientapp import ClientApp
 from aggregation.errors import EdgeAdaptError
 from client.node import step as device_step
 from client.node.app import STATE, register
+from client.node.privacyledger import PrivacyLedger
 from client.node.statedir import DeviceStateDir
 from tests.client.node.test_revocations import install, list_of, replaced
 from tests.support import refused
@@ -51,7 +52,7 @@ def limit(folder: Path, epsilon: float) -> None:
 def cost(app_fleet_of: FleetOf) -> float:
     fleet = app_fleet_of(8, rounds=1, **NOISE)
     fleet.federate(fleet.grid())
-    return float(fleet.state_dir(VICTIM).load_privacy_ledger().spent.epsilon(1e-6))
+    return float(fleet.state_dir(VICTIM).load(PrivacyLedger).spent.epsilon(1e-6))
 
 
 def test_a_device_refuses_what_its_limit_excludes_and_a_copy_of_it_does_not(app_fleet_of: FleetOf) -> None:
@@ -66,7 +67,7 @@ def test_a_device_refuses_what_its_limit_excludes_and_a_copy_of_it_does_not(app_
     fleet.configure({"rounds": 3})
     third = fleet.federate(fleet.grid(app=attack))[2]
     assert [VICTIM in record.survivors for record in (first, second, third)] == [True, False, True]
-    spent = [DeviceStateDir.open(folder).load_privacy_ledger().noisy for folder in (attack.original, attack.copy)]
+    spent = [DeviceStateDir.open(folder).load(PrivacyLedger).noisy for folder in (attack.original, attack.copy)]
     assert spent == [1, 1]
 
 

@@ -16,8 +16,8 @@ import tomli_w
 from adapters import evaluation, jsontext
 from adapters.base import Base
 from adapters.evaluation import EvaluationTask
-from adapters.noisysum import noisy_spec
 from adapters.peftconfig import PeftConfig
+from adapters.sums import Bounds, noisy_spec
 from aggregation import rotation
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ProtocolError
@@ -141,7 +141,7 @@ def test_a_session_with_less_noise_is_refused_before_it_begins(multiplier: float
         bounds: dict[str, Any] = {"ring_bits": 32, "max_clients": DEVICES}
         if not noise:
             return spec_of(DEVICES, vector=VectorSpec((Segment(COUNTS, 4, float(MOST)),), **bounds))
-        vector = noisy_spec(COUNTS, 4, clip_norm=norm, noise=noise * norm / honest**0.5, **bounds)
+        vector = noisy_spec(COUNTS, 4, Bounds(norm, 1, 32, DEVICES, noise * norm / honest**0.5))
         own = {"clip_norm": norm, "weight_cap": 1, "privacy": Privacy(Mechanism.SKELLAM, honest, 1e-6)}
         return spec_of(DEVICES, vector=vector, **own)
 

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from adapters.layout import Layout, Tensors
 from adapters.parts import Part
 from adapters.peftconfig import PeftConfig
+from adapters.roundtask import Outcome
 from adapters.task import OptimizerName, RateSchedule, Task, shared_layout
 from adapters.trainable import configuration
 from aggregation.errors import ProtocolError
-from client.training.contribute import Outcome
 from client.training.examples import Example
 from client.training.limits import TrainingLimits
 from client.training.trainer import Trainer

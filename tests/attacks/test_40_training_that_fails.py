@@ -16,9 +16,10 @@ import pytest
 import tomli_w
 
 from adapters.layout import Layout
-from adapters.task import weighted_mean
+from adapters.roundtask import Outcome
+from adapters.task import Task, contribution, is_stable, weighted_mean
 from aggregation import rotation
-from client.training.contribute import Outcome, contribution
+from client.node.training import LocalRound
 from client.training.examples import Example, Score, write_examples
 from client.training.trainer import Trainer
 from tests.attacks.test_14_answers_that_depend_on_data import DEVICES, Observer
@@ -52,8 +53,8 @@ class Seen:
             seen.means.append((update, float(found["weight"][0])))
             return weighted_mean(spec, task, layout, found, *rest)
 
-        monkeypatch.setattr("client.node.training.contribution", contributed)
-        monkeypatch.setattr("coordinator.nextadapter.weighted_mean", meant)
+        monkeypatch.setattr("adapters.task.contribution", contributed)
+        monkeypatch.setattr("adapters.task.weighted_mean", meant)
         return seen
 
     def moved(self) -> list[float]:
@@ -83,19 +84,25 @@ def fleet_with(fleet_of: FleetOf, **policy: float) -> Any:
 @pytest.fixture
 def unstable(monkeypatch: pytest.MonkeyPatch) -> None:
     """A coordinator and devices that accept a task whose training is not stable."""
-    for module in ("coordinator.settings", "adapters.task"):
-        monkeypatch.setattr(f"{module}.is_stable", lambda *_: True)
+    monkeypatch.setattr("adapters.task.is_stable", lambda *_: True)
 
 
-def failing(start: Any, examples: int, held_out: int) -> Outcome:
+def failing(local: LocalRound, task: Task) -> Outcome:
     """As a device that could not train contributed: nothing, with weight zero."""
+    start = local.start
     return Outcome(start, start, 0, Score(0, 0, 0.0))
 
 
+@pytest.mark.usefixtures("unstable")
 def test_every_device_refuses_the_task(app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coordinator.settings.is_stable", lambda *_: True)
     observer, fleet = Observer(), fleet_with(app_fleet_of, **PERMITTED)
-    (record,) = fleet.federate(fleet.grid(app=observer))
+
+    def honest(message: Any, context: Any) -> Any:
+        with monkeypatch.context() as device:
+            device.setattr("adapters.task.is_stable", is_stable)
+            return observer(message, context)
+
+    (record,) = fleet.federate(fleet.grid(app=honest))
     assert record.version is None
     ((answer, reason, _),) = set(observer.seen.values())
     assert answer == "refused"
@@ -120,7 +127,7 @@ def test_if_training_could_fail_the_sum_would_be_the_update_of_the_device_with_t
 ) -> None:
     monkeypatch.setattr("client.training.descent.DISTANCE", np.float32(math.inf))
     monkeypatch.setattr("client.training.descent.finite", lambda tensors: tensors)  # so that it fails as it did
-    monkeypatch.setattr(Outcome, "untrained", failing)
+    monkeypatch.setattr(LocalRound, "unchanged", failing)
     seen, fleet = Seen.watch(monkeypatch), fleet_with(app_fleet_of, **PERMITTED)
     fleet.federate(fleet.grid())
     (update, weight), (victim,) = seen.means[0], [outcome for outcome in seen.outcomes if outcome.examples]

@@ -18,10 +18,12 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
-from adapters.analytic import ClassifierHead, moment_spec
+from adapters.analytic import ClassifierHead, moment_contribution, moment_spec
 from adapters.layout import Layout, TensorSpec
 from adapters.ridge import moments_of
-from adapters.task import contribution_spec
+from adapters.roundtask import Outcome
+from adapters.sums import Bounds
+from adapters.task import contribution, contribution_spec
 from aggregation import client, envelope, ring
 from aggregation.envelope import ENVELOPE, Envelope
 from aggregation.errors import ProtocolError, TrustError
@@ -35,7 +37,6 @@ from aggregation.transcript import LogState
 from aggregation.vector import Segment, VectorSpec
 from client.node import adapterstate
 from client.node.step import _dealing
-from client.training.contribute import Outcome, contribution, moment_contribution
 from client.training.examples import Score
 from tests.aggregation.transcript import test_logstate
 from tests.support import programs
@@ -198,7 +199,7 @@ def encoded(rng: np.random.Generator, bits: int, clients: int) -> dict[str, Any]
 
 
 def session_of(layout: Layout, bits: int, clip_norm: float = 2.0) -> SessionSpec:
-    vector = contribution_spec(layout, clip_norm=clip_norm, weight_cap=7, ring_bits=bits, max_clients=8)
+    vector = contribution_spec(layout, Bounds(clip_norm=clip_norm, weight_cap=7, ring_bits=bits, max_clients=8))
     return session_spec(8, vector=vector, clip_norm=clip_norm, weight_cap=7, layout_digest=layout.digest)
 
 
@@ -213,7 +214,7 @@ def contributed_moments(rng: np.random.Generator, d: int = 6, k: int = 3) -> dic
     The embeddings have few bits, so that both implementations add them up exactly.
     """
     head = ClassifierHead("classifier.weight", "classifier.bias", k, d)
-    vector = moment_spec(head, weight_cap=7, ring_bits=22, max_clients=8)
+    vector = moment_spec(head, Bounds(clip_norm=1.0, weight_cap=7, ring_bits=22, max_clients=8))
     spec = session_spec(8, vector=vector, weight_cap=7)
     embeddings, labels = np.eye(d)[rng.integers(0, d, 9)] * [[4.0]], rng.integers(0, k, 9)
     score, drawn = Score(3, 4, 2.5), rng.bytes(32)

@@ -20,6 +20,7 @@ from adapters.bundle import BASE, TRAINING
 from adapters.layout import Tensors
 from adapters.parts import Part
 from adapters.peftconfig import PeftConfig
+from adapters.sums import clip
 from adapters.task import Task
 from aggregation import rotation
 from aggregation.pki.identity import IdentityKey
@@ -27,7 +28,6 @@ from client.cli import device
 from client.inference.library import Library
 from client.learning.language import LEARNING_RATE, LIKELY
 from client.learning.tune import MAX_STEPS, descend_until
-from client.training.contribute import clip
 from client.training.examples import Example
 from client.training.languagegraph import LanguageGraphTrainer
 from export.bundle.write import AdapterSource, write_bundle

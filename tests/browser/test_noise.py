@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters import files, noisyhead
+from adapters import analytic, files
 from adapters.analytic import AnalyticTask, ClassifierHead
-from adapters.noisysum import noisy_spec
 from adapters.peftconfig import PeftConfig
+from adapters.sums import Bounds, noisy_spec, noisy_vector
 from aggregation import ring
 from aggregation.errors import ConfigError, ProtocolError
 from aggregation.messages import Offer
@@ -25,7 +25,6 @@ from aggregation.spec import COUNTS, Grouping, Privacy, SessionSpec
 from aggregation.vector import Segment, VectorSpec
 from client.node import privacyledger
 from client.node.privacyledger import PrivacyLedger
-from client.training.contribute import noisy_vector
 from tests.aggregation.privacy.test_noise import fits
 from tests.browser.test_aggregation import Drawn, offer_of, run
 from tests.support import programs
@@ -84,7 +83,7 @@ def tied() -> dict[str, Any]:
 
 
 def noisy_session(size: int, bits: int, noise: float = 0.4, name: str = "delta", **changes: Any) -> SessionSpec:
-    vector = noisy_spec(name, size, clip_norm=2.0, noise=noise, ring_bits=bits, max_clients=8)
+    vector = noisy_spec(name, size, Bounds(clip_norm=2.0, noise=noise, ring_bits=bits, max_clients=8, weight_cap=1))
     least = session_spec(8).minimum_survivors
     given = {"vector": vector, "clip_norm": 2.0, "weight_cap": 1, "privacy": Privacy(Mechanism.SKELLAM, least, 1e-6)}
     return session_spec(8, **(given | changes))
@@ -108,14 +107,14 @@ def contributed(rng: np.random.Generator, size: int, bits: int, mechanism: Mecha
 def moments(rng: np.random.Generator, d: int = 6, k: int = 3, kept: int = 4) -> dict[str, Any]:
     head = ClassifierHead("classifier.weight", "classifier.bias", k, d)
     task = AnalyticTask(PeftConfig.lora(), ("a", "b", "c"), 0.01, 16.0, kept)
-    spec = noisy_session(noisyhead.moments_size(head, task), 32, name=noisyhead.MOMENTS)
+    spec = noisy_session(analytic.moments_size(head, task), 32, name=analytic.MOMENTS)
     embeddings, labels = rng.normal(size=(9, d)), rng.integers(0, k, 9)
     return {
         "offer": offer_of(spec),
         "embeddings": embeddings.tobytes().hex(),
         "labels": labels.tolist(),
         **{"d": d, "k": k, "kept": kept, "adapter": ADAPTER},
-        "vector": noisyhead.contributed(embeddings, labels, head, task, raw(ADAPTER)).tobytes().hex(),
+        "vector": analytic.contributed(embeddings, labels, head, task, raw(ADAPTER)).tobytes().hex(),
     }
 
 

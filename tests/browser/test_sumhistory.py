@@ -53,7 +53,7 @@ def history(rng: random.Random) -> dict[str, Any]:
                 blob = files.encode(tensors)
                 plan = Plan(bytes(32), 1, ("a", "b"), version, files.sha256(blob), task.encode())
                 event |= {"body": plan.encode().hex(), "offer": offer_of(spec), "blob": blob.hex()}
-                known = sumhistory.on_plan(known, plan, spec, tensors, 0.05)
+                known = sumhistory.on_plan(known, plan, task, spec, tensors, 0.05)
             else:
                 event |= {"body": plan.encode().hex(), "offer": offer_of(spec), "survivors": rng.choice(SURVIVORS)}
                 known = sumhistory.on_survivors(known, plan, spec, event["survivors"], event["revoked"]) or known

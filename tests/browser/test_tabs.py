@@ -15,6 +15,7 @@ from aggregation.pki import Authority
 from aggregation.pki.identity import IdentityKey
 from aggregation.steps import Step
 from client.inference.trust import Trust
+from client.node.privacyledger import PrivacyLedger
 from client.node.statedir import SETTINGS
 from client.training.examples import Split, in_split, read_examples
 from coordinator.app import run
@@ -199,7 +200,7 @@ def shown_and_spent(tab: Tab, mixed: MixedFleet) -> None:
     states = " ".join(tab.page.evaluate("states"))
     assert all(word in states for word in ("Waiting", "training, step 1 of", "masking", "The run is over"))
     assert tab.page.alert("join-error") == ""
-    ledger = mixed.fleet.state_dir(mixed.names[0]).load_privacy_ledger()
+    ledger = mixed.fleet.state_dir(mixed.names[0]).load(PrivacyLedger)
     epsilon = f"{ledger.spent.epsilon(1e-6):.2f}"
     assert tab.page.evaluate(SPENT) == f"epsilon {epsilon} for delta 0.000001 by 3 contributions with noise"
 

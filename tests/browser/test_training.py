@@ -12,10 +12,11 @@ import pytest
 
 from adapters import files, jsontext, ridge
 from adapters.analytic import AnalyticTask, ClassifierHead, moment_spec
-from adapters.evaluation import EvaluationTask, counts_spec
+from adapters.evaluation import EvaluationTask
 from adapters.layout import Tensors
 from adapters.lorasb import unfolded
 from adapters.parts import Part, part_of
+from adapters.sums import Bounds, clip
 from adapters.task import MAX_LOSS, OptimizerName, RateSchedule, Task, shared_layout
 from aggregation import rotation
 from aggregation.errors import ProtocolError
@@ -24,7 +25,6 @@ from aggregation.spec import Privacy, SessionSpec
 from aggregation.vector import Segment, VectorSpec
 from client.inference.trust import Trust
 from client.training.batches import batches
-from client.training.contribute import clip
 from client.training.evaluate import own_counts
 from client.training.examples import Example, Split
 from client.training.graphtrainer import GraphTrainer
@@ -216,7 +216,7 @@ def test_a_tab_contributes_the_moments_of_a_native_device_to_an_analytic_head_or
 def contributes_moments_as_natively(page: Any, phone: Path) -> None:
     trainer, start = native(phone)
     head, task = ClassifierHead.of(trainer.layout), AnalyticTask(trainer.config, LABELS, 0.01, 16.0)
-    vector = moment_spec(head, weight_cap=7, ring_bits=32, max_clients=8)
+    vector = moment_spec(head, Bounds(clip_norm=1.0, weight_cap=7, ring_bits=32, max_clients=8))
     spec = replace(session_of(trainer.layout, 32), vector=vector)
     blob = files.encode(start)
     asked = {
@@ -278,7 +278,9 @@ def test_a_tab_whose_score_is_not_finite_counts_its_examples_as_wrong(
     examples = [Example(own, 1), Example(held, 1, Split.VALIDATION)]
     updates = given(replace(PLAIN, batch_size=16), trainer, steep, examples)
     vectors = {"updates": session_of(trainer.layout, 32).vector}
-    vectors["moments"] = moment_spec(ClassifierHead.of(trainer.layout), weight_cap=7, ring_bits=32, max_clients=8)
+    vectors["moments"] = moment_spec(
+        ClassifierHead.of(trainer.layout), Bounds(clip_norm=1.0, weight_cap=7, ring_bits=32, max_clients=8)
+    )
     spec = replace(session_of(trainer.layout, 32), vector=vectors["moments"])
     task = b64(AnalyticTask(CONFIG, LABELS, 0.01, 16.0).encode())
     changes = {"offer": list(bytes.fromhex(offer_of(spec))), "plan": updates["plan"] | {"task": task}}
@@ -303,7 +305,7 @@ def test_a_tab_counts_the_right_answers_that_a_native_device_counts_or_none(
     blob = files.encode(start)
     newest = EvaluationTask(CONFIG, LABELS, content, "0" * 64, 64)
     norm, bare = 128.0, session_of(trainer.layout, 32)  # a norm above that of all examples
-    vector = counts_spec(clip_norm=norm, noise=2**-10, ring_bits=32, max_clients=8)
+    vector = newest.vector(trainer.layout, Bounds(norm, 1, 32, 8, 2**-10))
     privacy = Privacy(Mechanism.SKELLAM, bare.minimum_survivors, 1e-6)
     noisy = replace(bare, vector=vector, clip_norm=norm, weight_cap=1, privacy=privacy)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from flwr.app import Context, Error, Message
 
-from adapters.movement import distance, influencing
+from adapters.roundtask import distance
 from aggregation.errors import ConfigError
 from aggregation.steps import Step
 from client.node.app import app as client_app
@@ -75,5 +75,5 @@ def test_an_honest_adapter_moves_three_times_as_far_as_devices_demand(
     newest = registry.newest_adapter()
     task = settings.task(newest.manifest)
     for number in range(3):
-        far = distance(registry.tensors(number), registry.tensors(number + 1), influencing(task))
+        far = distance(registry.tensors(number), registry.tensors(number + 1), task.influencing())
         assert far > 3 * stillness._least(newest, task, settings)

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters.analytic import NOISE, ClassifierHead
+from adapters.analytic import NOISE, AnalyticTask, ClassifierHead
 from adapters.layout import Layout
 from adapters.manifest import PrivacyBound
 from adapters.ridge import Matrix
-from adapters.task import UNIFORMS
+from adapters.sums import UNIFORMS
 from client.training.examples import Example, Split, in_split, read_examples, write_examples
 from client.training.trainer import Trainer, load_trainer
 from coordinator.settings import FederationSettings
@@ -140,18 +140,17 @@ def test_with_little_noise_it_is_the_head_of_the_devices_mean_moments(fleet_with
 def test_an_audit_finds_a_head_that_is_not_the_one_that_the_sum_gives(
     fleet_with_many: FleetOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from coordinator import rounds
-
-    honest = rounds.next_adapter
+    honest = AnalyticTask.next_adapter
 
     def moved(*given: Any, **named: Any) -> Any:
         state, tensors = honest(*given, **named)
         head = ClassifierHead.of(Layout.of(tensors))
         return state, tensors | {head.weight: tensors[head.weight] * np.float32(1 + 2**-20)}
 
-    monkeypatch.setattr(rounds, "next_adapter", moved)
     fleet = fleet_with_many(rounds=1, analytic__rounds=1)
-    fleet.federate(fleet.grid())
+    with monkeypatch.context() as hostile:
+        hostile.setattr(AnalyticTask, "next_adapter", moved)
+        fleet.federate(fleet.grid())
     assert audit_failures(fleet.out / "coordinator") == {"result.adapter"}
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from adapters.base import Base
 from adapters.evaluation import RENEWAL
-from adapters.task import UNIFORMS
+from adapters.sums import UNIFORMS
 from aggregation.errors import ConfigError
 from client.node.privacyledger import PrivacyLedger
 from client.training.examples import Example, Split, in_split, read_examples, write_examples
@@ -168,4 +168,4 @@ def test_in_a_federation_with_noise_an_evaluation_has_as_much_and_the_ledger_has
     assert abs(record.metrics.get("examples_previous", 100.0) - 120) < 5 * deviation
     assert record.metrics.get("examples_newest", 0.0) < 93 + 5 * deviation  # of three devices, and three of the fourth
     assert audit_failures(folder) == set()
-    assert fleet.state_dir(few).load_privacy_ledger() != PrivacyLedger()
+    assert fleet.state_dir(few).load(PrivacyLedger) is not None

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from adapters import files
+from adapters.federatedmethods import METHODS
 from adapters.layout import Layout, Tensors
 from adapters.lorasb import with_squares
 from adapters.parts import Part, part_of
 from client.node.privateparts import PrivateParts
 from coordinator.audit import AuditInput, AuditOptions, Check, Status
-from coordinator.methods import METHODS
 
 FleetOf = Callable[..., Any]
 DEVICES = 4
@@ -25,7 +25,7 @@ def differs(before: Tensors, after: Tensors) -> set[Part]:
 
 def private_parts(fleet: Any) -> dict[str, PrivateParts]:
     found = {f"device-{number:02d}": None for number in range(DEVICES)}
-    return {name: parts for name in found if (parts := fleet.state_dir(name).load_private_parts()) is not None}
+    return {name: parts for name in found if (parts := fleet.state_dir(name).load(PrivateParts)) is not None}
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -19,21 +19,20 @@ import pytest
 from flwr.app import Context, Message
 from safetensors.numpy import load_file
 
-from adapters import files, task
+from adapters import files, optimizer, task
 from adapters.base import find_base
 from adapters.layout import Layout, Tensors, TensorSpec
+from adapters.sums import clip
+from adapters.task import contribution
 from aggregation import envelope, ring
 from aggregation.messages import MaskedInput
 from aggregation.steps import ADAPTER, BODY, PROOF, RECORD, Step
 from client.node.app import STATE
 from client.node.snapshot import Draw, Snapshot
-from client.training.contribute import clip
 from client.training.examples import Split, in_split, read_examples
 from client.training.limits import TrainingLimits
 from client.training.trainer import load_trainer
-from coordinator import optimizer
-from coordinator.sessionsettings import Aggregation
-from coordinator.settings import FederationSettings
+from coordinator.settings import Aggregation, FederationSettings
 from simulations.engine import provision as provisioned
 from tests.support.seededapp import app as client_app
 
@@ -246,17 +245,15 @@ def test_only_adapter_tensors_travel_and_no_message_approaches_the_bases_size(fl
 
 
 def test_no_phrase_and_no_plain_update_is_in_any_message(fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    from client.training import contribute
-
     plain: list[bytes] = []
-    honest = contribute.contribution
+    honest = contribution
 
     def watched(*args: Any) -> Any:
         vector = honest(*args)
         plain.append(ring.pack(vector, args[2].vector.ring_bits))
         return vector
 
-    monkeypatch.setattr("client.node.training.contribution", watched)
+    monkeypatch.setattr("adapters.task.contribution", watched)
     fleet, messages = fleet_of(6, rounds=2), MessageLog()
     fleet.federate(fleet.grid(app=messages))
     sent = [value for _, record in messages.up for value in record.values()]

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from flwr.app import Context, Error, Message
 
+from adapters import task
 from aggregation.groups import deal
 from aggregation.steps import Step
 from client.node.app import app as client_app
-from coordinator import nextadapter, rounds
+from coordinator import rounds
 from coordinator.audit.findings import Check
 from coordinator.audit.transcripts import AuditInput, AuditOptions
 from coordinator.statedir import CoordinatorStateDir
@@ -50,13 +51,13 @@ def test_a_combination_that_is_not_the_one_in_the_manifest_is_found(
 ) -> None:
     fleet = fleet_of(DEVICES, rounds=1, **GROUPS)
     with monkeypatch.context() as hostile:
-        hostile.setattr(nextadapter, "combine", lambda rule, means: means[0])
+        hostile.setattr(task, "combine", lambda rule, means: means[0])
         fleet.federate(fleet.grid())
     assert audit_failures(fleet.out / "coordinator") == {"result.adapter"}
 
 
 def test_groups_that_are_recorded_otherwise_are_found(fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = rounds._record
+    honest = rounds.RoundOutcome.record
 
     def swapped(*given: Any, **named: Any) -> Any:
         record = honest(*given, **named)
@@ -64,7 +65,7 @@ def test_groups_that_are_recorded_otherwise_are_found(fleet_of: FleetOf, monkeyp
 
     fleet = fleet_of(DEVICES, rounds=1, **GROUPS)
     with monkeypatch.context() as hostile:
-        hostile.setattr(rounds, "_record", swapped)
+        hostile.setattr(rounds.RoundOutcome, "record", swapped)
         fleet.federate(fleet.grid())
     with pytest.raises(Exception, match="was recorded with another ending"):
         audit_failures(fleet.out / "coordinator")

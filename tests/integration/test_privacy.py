@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from adapters.layout import Layout
-from client.training.contribute import clip
+from adapters.sums import clip
 from client.training.examples import Split, in_split, read_examples
 from client.training.trainer import load_trainer
 from tests.integration.test_federation import Orders, settings_of

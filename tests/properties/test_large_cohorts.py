@@ -7,7 +7,7 @@ import pytest
 
 from adapters.layout import Layout, TensorSpec
 from aggregation.policy import Policy
-from coordinator.sessionsettings import Aggregation
+from coordinator.settings import Aggregation
 
 DEVICES = 150
 LAYOUT = Layout((TensorSpec("a", (10, 10)),))

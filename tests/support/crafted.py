@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from adapters import classifier
 from adapters.layout import Layout, Tensors
 from adapters.lorasb import unfolded
-from adapters.noisysum import noisy_mean
 from adapters.parts import Part
 from adapters.peftconfig import PeftConfig
-from adapters.task import OptimizerName, Task, shared_layout, weighted_mean
+from adapters.roundtask import Outcome
+from adapters.sums import noisy_vector
+from adapters.task import OptimizerName, Task, contribution, noisy_mean, shared_layout, update_of, weighted_mean
 from aggregation import rotation
-from client.training.contribute import Outcome, contribution, noisy_contribution
 from client.training.examples import Example, Score
 from client.training.trainer import Trainer
 from coordinator.settings import FederationSettings
@@ -93,7 +93,7 @@ def seen(
             sent = contribution(outcome, layout, spec, ADAPTER, rounding)
         else:
             key = np.random.default_rng([seed, number, 2]).bytes(32)
-            sent = noisy_contribution(outcome, layout, spec, ADAPTER, rounding, key)
+            sent = noisy_vector(update_of(outcome, layout), spec, ADAPTER, rounding, key)
         total = sent if total is None else total + sent
     assert total is not None
     sums = spec.vector.decode(total, count)

@@ -51,10 +51,10 @@ def audit_failures(path: Path, at: datetime | None = None) -> set[str]:
 
 def plans_anything(patch: pytest.MonkeyPatch) -> None:
     """Let the coordinator share what its devices keep to themselves, as an honest one does not ask them to."""
-    patch.setattr("coordinator.privateparts.check_unshared", lambda *given: None)
+    patch.setattr("coordinator.lastsum.check_unshared", lambda *given: None)
 
 
 def plans_for_anyone(patch: pytest.MonkeyPatch) -> None:
     """Let the coordinator repeat a round over other devices, as an honest one does not."""
-    patch.setattr(rounds, "_last_sum", lambda *given: None)
+    patch.setattr(rounds._Round, "last_sum", lambda *given: None)
     patch.setattr(lastsum, "find", lambda *given: None)

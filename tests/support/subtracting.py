@@ -40,13 +40,13 @@ class Subtracting:
         self.vectors: dict[tuple[str, int], Ring] = {}  # device and round → what it sent under the mask, for comparison
         self.steps: dict[int, float] = {}  # round → step of its updates, in weight units
         self.device, self.bits, self.delta = "", 0, slice(0)
-        train, close = device_step.train, Unmasking.close
+        contribute, close = device_step.contribute, Unmasking.close
 
-        def trained(base: Any, planned: Any, *given: Any) -> Any:
+        def contributed(device: Any, planned: Any, *given: Any) -> Any:
             spec = planned.spec.vector
             self.bits, self.delta = spec.ring_bits, slice(0, spec.segments[0].size)
             self.steps[len(self.sums)] = spec.step(spec.segments[0])
-            vector, parts = train(base, planned, *given)
+            vector, parts = contribute(device, planned, *given)
             self.vectors[self.device, len(self.sums)] = vector.copy()
             return vector, parts
 
@@ -60,7 +60,7 @@ class Subtracting:
                 return RoundAborted(AbortReason.TOO_FEW, "as the coordinator says", closed[0])
             return closed
 
-        monkeypatch.setattr(device_step, "train", trained)
+        monkeypatch.setattr(device_step, "contribute", contributed)
         monkeypatch.setattr(Unmasking, "close", kept)
 
     def __call__(self, message: Message, context: Context) -> Message:

@@ -182,15 +182,15 @@ def test_a_state_survives_the_process_and_a_damaged_one_is_refused(tmp_path: Pat
     identity = IdentityKey.generate(SystemEntropy())
     settings = DeviceSettings(base="some_base")
     state_dir = DeviceStateDir.create(tmp_path / "state", settings, identity, {}, SystemEntropy())
-    assert state_dir.load_adapter_state() is None
+    assert state_dir.load(AdapterState) is None
     known = AdapterState(3, A, TERMS, 2, {**ALL_SERIALS, ALL[0]: 2**160 - 1})
-    state_dir.save_adapter_state(known)
-    assert DeviceStateDir.open(state_dir.folder).load_adapter_state() == known
-    state_dir.save_adapter_state(replace(known, sums=0, survivors={}))
-    assert state_dir.load_adapter_state() == AdapterState(3, A, TERMS)
+    state_dir.save(known)
+    assert DeviceStateDir.open(state_dir.folder).load(AdapterState) == known
+    state_dir.save(replace(known, sums=0, survivors={}))
+    assert state_dir.load(AdapterState) == AdapterState(3, A, TERMS)
     (state_dir.folder / ADAPTERS).write_bytes(b"damaged")
     with refused(TrustError, ADAPTERS) as caught:
-        state_dir.load_adapter_state()
+        state_dir.load(AdapterState)
     assert "edgeadapt device forget" in str(caught.value)
 
 

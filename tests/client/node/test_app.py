@@ -19,6 +19,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from adapters import files, storage
 from adapters.layout import Layout
+from adapters.task import Task
 from aggregation import checks, envelope, server
 from aggregation.entropy import SystemEntropy
 from aggregation.messages import Challenge, Survivors
@@ -30,7 +31,6 @@ from client.node.snapshot import Draw, Snapshot
 from client.node.statedir import LOCK, DeviceStateDir
 from client.node.statedir import STATE as STATE_FILE
 from client.node.step import RefusalCode
-from coordinator import sessionsettings
 from coordinator.statedir import CoordinatorStateDir
 
 FIRST = "device-00"
@@ -303,18 +303,20 @@ def test_bounds_that_tell_devices_apart_are_refused_by_every_device(
     talk: Talk, name: str, bound: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A coordinator offers a bound and counts who cannot answer: they have more examples, or a greater loss."""
-    genuine = sessionsettings.updates_spec
+    genuine = Task.exact_vector
 
-    def narrowed(layout: Layout, **whole: Any) -> VectorSpec:
-        spec = genuine(layout, **whole)
+    def narrowed(task: Task, layout: Layout, bounds: Any) -> VectorSpec:
+        spec = genuine(task, layout, bounds)
         tight = (replace(each, bound=bound) if each.name == name else each for each in spec.segments)
         return replace(spec, segments=tuple(tight))
 
-    monkeypatch.setattr(sessionsettings, "updates_spec", narrowed)
-    _, plans = talk.plan(talk.established())
+    with monkeypatch.context() as hostile:
+        hostile.setattr(Task, "exact_vector", narrowed)
+        session = talk.established()
+    _, plans = talk.plan(session)
     for device, body in plans.items():
         talk.refused(device, Step.PLAN, {BODY: body, ADAPTER: talk.adapter}, "offer.spec.vector")
-    monkeypatch.setattr("client.node.training.require_bounds", lambda *given: None)
+    monkeypatch.setattr("client.node.training.check_bounds", lambda *given: None)
     monkeypatch.setattr("client.node.training._or_else", lambda attempt, otherwise: attempt())  # the second check
     refused = {
         device: talk.reply(device, Step.PLAN, {BODY: body, ADAPTER: talk.adapter}).has_error()

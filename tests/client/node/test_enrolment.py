@@ -14,6 +14,7 @@ from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
 from aggregation.pki import Authority, certificates, requests
 from aggregation.pki.identity import IdentityKey
 from aggregation.pki.revocation import Revocation
+from aggregation.transcript import LogState
 from client.cli import device
 from client.node.adapterstate import AdapterState
 from client.node.enrolment import REQUEST, TrustAnchors, enrol, install_certificate
@@ -230,19 +231,19 @@ def test_enrol_sets_keys_of_the_owners_settings(tmp_path: Path, anchors: TrustAn
 def test_forget_asks_for_confirmation(state_dir: DeviceStateDir) -> None:
     (state_dir.folder / LOG_STATE).write_bytes(b"damaged")
     with refused(TrustError, LOG_STATE):
-        state_dir.load_log_state()
+        state_dir.load(LogState)
     for typed in ("n\n", ""):
         assert about(CliRunner().invoke(device, ["forget", "--state", str(state_dir.folder)], input=typed)) == "--yes"
     assert (state_dir.folder / LOG_STATE).exists()
     ok(run("forget", "--state", state_dir.folder, "--yes"))
-    assert state_dir.load_log_state() is None
+    assert state_dir.load(LogState) is None
 
 
 def test_forget_deletes_what_a_device_knows_of_the_coordinator_and_nothing_of_its_own(
     state_dir: DeviceStateDir,
 ) -> None:
     before = {path.name: path.read_bytes() for path in state_dir.folder.iterdir()}
-    state_dir.save_adapter_state(AdapterState(3, "ab" * 32, bytes(32)))
+    state_dir.save(AdapterState(3, "ab" * 32, bytes(32)))
     state_dir.take_snapshot(b"examples", bytes(32))
     for name in ("session.sealed", "log.state"):
         (state_dir.folder / name).write_bytes(b"anything")

@@ -13,7 +13,7 @@ from aggregation.errors import EdgeAdaptError, TrustError
 from aggregation.messages import Challenge, CheckIn
 from aggregation.pki.identity import IdentityKey
 from aggregation.steps import BODY, PROOF, RECORD, Step
-from aggregation.transcript import Transcript, session_chain_proof
+from aggregation.transcript import LogState, Transcript, session_chain_proof
 from client.node.app import STATE, app
 from client.node.statedir import LOG_STATE, DeviceStateDir
 from coordinator import rounds as module
@@ -102,7 +102,7 @@ def test_a_device_keeps_its_log_state_across_processes(fleet_of: FleetOf) -> Non
     fleet = fleet_of(4, rounds=1)
     assert last_offer(check_in(fleet, FIRST)) is None
     fleet.federate(fleet.grid())
-    log_state = fleet.state_dir(FIRST).load_log_state()
+    log_state = fleet.state_dir(FIRST).load(LogState)
     assert log_state.device == FIRST
     assert len(log_state.delivered) == 2
     assert last_offer(check_in(fleet, FIRST)) == log_state.offer
@@ -262,7 +262,7 @@ def test_a_session_chain_proof_without_sessions_is_refused_by_a_device_with_a_lo
     fleet, tape = fleet_of(4, rounds=1), Recording()
     fleet.federate(fleet.grid(app=tape))
     offer = tape.first(Step.OFFER, fleet.node(FIRST))
-    log_state = fleet.state_dir(FIRST).load_log_state()
+    log_state = fleet.state_dir(FIRST).load(LogState)
     key = IdentityKey.from_pem((fleet.out / "coordinator" / "signing.pem").read_bytes())
     fresh = session_chain_proof(Transcript(log_state.offer, log_state.newest), key)
     assert ask(fleet, FIRST, Step.OFFER, {**offer, PROOF: fresh}).has_error()

@@ -15,6 +15,7 @@ from aggregation.privacy.accounting import NOTHING, Mechanism, Spent
 from aggregation.spec import Privacy, SessionSpec
 from aggregation.vector import Segment, VectorSpec
 from client.node import privacyledger, step
+from client.node.adapterstate import AdapterState
 from client.node.privacyledger import PrivacyLedger, on_plan, on_survivors
 from client.node.statedir import LEDGER, DeviceSettings, DeviceStateDir
 from tests.support import refused
@@ -110,16 +111,16 @@ def test_limits_out_of_range_are_refused(field: str, value: float) -> None:
 def test_a_ledger_survives_the_process_and_the_coordinator_and_a_damaged_one_is_refused(tmp_path: Path) -> None:
     identity = IdentityKey.generate(SystemEntropy())
     state_dir = DeviceStateDir.create(tmp_path / "state", DeviceSettings(base="b"), identity, {}, SystemEntropy())
-    assert state_dir.load_privacy_ledger() == PrivacyLedger()
+    assert state_dir.load(PrivacyLedger) is None
     kept = PrivacyLedger(ALL, SMALLEST, 2, 3)
-    state_dir.save_privacy_ledger(kept)
+    state_dir.save(kept)
     state_dir.forget()
-    assert DeviceStateDir.open(state_dir.folder).load_privacy_ledger() == kept
+    assert DeviceStateDir.open(state_dir.folder).load(PrivacyLedger) == kept
     raw = bytearray((state_dir.folder / LEDGER).read_bytes())
     raw[-1] ^= 1
     (state_dir.folder / LEDGER).write_bytes(raw)
     with refused(TrustError, "sealed.ciphertext"):
-        state_dir.load_privacy_ledger()
+        state_dir.load(PrivacyLedger)
 
 
 def noisy_fleet(fleet_of: FleetOf, **policy: float) -> Any:
@@ -138,7 +139,7 @@ def test_devices_end_a_federation_that_spends_more_than_their_owners_allow(fleet
     fleet = noisy_fleet(fleet_of)
     records = fleet.federate(fleet.grid())
     assert [record.version for record in records] == [1, 2, 3, 4]
-    ledgers = [fleet.state_dir(device).load_privacy_ledger() for device in records[-1].survivors]
+    ledgers = [fleet.state_dir(device).load(PrivacyLedger) for device in records[-1].survivors]
     (spent,) = {ledger.spent for ledger in ledgers}
     assert {ledger.noisy for ledger in ledgers} == {4}
     limit = 0.8 * spent.epsilon(1e-6)
@@ -148,7 +149,7 @@ def test_devices_end_a_federation_that_spends_more_than_their_owners_allow(fleet
     made = [record.version is not None for record in records]
     assert made == sorted(made, reverse=True)
     assert (made[0], made[-1]) == (True, False)
-    left = [limited.state_dir(device).load_privacy_ledger() for device in records[0].survivors]
+    left = [limited.state_dir(device).load(PrivacyLedger) for device in records[0].survivors]
     assert {ledger.noisy for ledger in left} == {sum(made)}
     assert all(ledger.spent.epsilon(1e-6) <= limit for ledger in left)
 
@@ -157,18 +158,18 @@ def test_a_kill_before_the_answer_leaves_counts_as_spent(fleet_of: FleetOf, monk
     """Between the ledger and the state of the session: the answer has not left, and counts all the same."""
     fleet = noisy_fleet(fleet_of)
     fleet.configure({"rounds": 1, "attempts": 1})
-    real, victim = DeviceStateDir.save_adapter_state, "device-03"
+    real, victim = DeviceStateDir.save, "device-03"
 
     def killed(state_dir: DeviceStateDir, state: Any) -> None:
-        if state_dir.folder.name == victim:
+        if state_dir.folder.name == victim and isinstance(state, AdapterState):
             raise OSError("killed")
         real(state_dir, state)
 
-    monkeypatch.setattr(DeviceStateDir, "save_adapter_state", killed)
+    monkeypatch.setattr(DeviceStateDir, "save", killed)
     fleet.federate(fleet.grid())
-    assert fleet.state_dir(victim).load_privacy_ledger().noisy == 1
-    assert fleet.state_dir(victim).load_privacy_ledger().pending != NOTHING
-    assert fleet.state_dir("device-01").load_privacy_ledger().pending == NOTHING
+    assert fleet.state_dir(victim).load(PrivacyLedger).noisy == 1
+    assert fleet.state_dir(victim).load(PrivacyLedger).pending != NOTHING
+    assert fleet.state_dir("device-01").load(PrivacyLedger).pending == NOTHING
 
 
 def test_without_the_ledger_devices_would_go_on(fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, TrustError
 from aggregation.pki.identity import IdentityKey
+from aggregation.transcript import LogState
 from client.cli import device
 from client.node import statedir
 from client.node.policy import PolicySettings
@@ -175,10 +176,10 @@ def test_the_sealed_state_shows_nothing_of_its_content(joined: DeviceStateDir) -
 
 def test_a_damaged_log_state_is_refused_with_the_command_that_deletes_it(folder: Path) -> None:
     state_dir = DeviceStateDir.open(folder)
-    assert state_dir.load_log_state() is None
+    assert state_dir.load(LogState) is None
     (folder / "log.state").write_bytes(b"damaged")
     with refused(TrustError, "log.state") as caught:
-        state_dir.load_log_state()
+        state_dir.load(LogState)
     assert "edgeadapt device forget" in str(caught.value)
 
 

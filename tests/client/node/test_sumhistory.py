@@ -11,9 +11,9 @@ from adapters import files
 from adapters.analytic import AnalyticTask
 from adapters.evaluation import EvaluationTask
 from adapters.layout import Tensors
-from adapters.movement import LEAST_STEP, distance, influencing, least_movement
 from adapters.parts import PARTS, Part
 from adapters.peftconfig import PeftConfig
+from adapters.roundtask import LEAST_STEP, distance
 from adapters.task import OptimizerName, Task
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ProtocolError, TrustError
@@ -41,7 +41,7 @@ SHAPES = {
     "base_model.model.classifier.weight": (2, 32),
     "base_model.model.classifier.bias": (2,),
 }
-LEAST = least_movement(TASK, SPEC.clip_norm, SPEC.vector.segments[0].size, 0.05)
+LEAST = TASK.least_movement(SPEC.clip_norm, SPEC.vector.segments[0].size, 0.05)
 
 
 def adapter(seed: int = 0) -> Tensors:
@@ -67,7 +67,7 @@ class Federation:
         self.version += 1
         digest = files.sha256(files.encode(tensors))
         plan = Plan(bytes(32), 1, ("a", "b"), self.version, digest, task.encode())
-        self.known = sumhistory.on_plan(self.known, plan, spec, tensors, 0.05)
+        self.known = sumhistory.on_plan(self.known, plan, task, spec, tensors, 0.05)
         return plan
 
     def sum(
@@ -137,12 +137,12 @@ def test_it_returns_while_all_sums_were_over_the_same_devices() -> None:
 
 def test_a_rate_or_clip_norm_that_makes_each_step_tiny_makes_no_step_a_movement() -> None:
     for task, clip in ((replace(TASK, learning_rate=1e-9), 4.0), (TASK, 1e-9)):
-        assert least_movement(task, clip, 10**6, 0.05) == 0.05 * LEAST_STEP
+        assert task.least_movement(clip, 10**6, 0.05) == 0.05 * LEAST_STEP
     sgd = replace(TASK, optimizer=OptimizerName.SGD, momentum=0.5, learning_rate=0.1)
     for norm, least in ((0.0, 0.01), (50.0, 0.01), (0.75, 0.0075), (1e-9, 0.05 * LEAST_STEP)):
-        assert least_movement(replace(sgd, gradient_norm=norm), 4.0, 10**6, 0.05) == pytest.approx(least)
-    assert least_movement(TASK, 4.0, 10**4, 0.05) == pytest.approx(0.05)
-    assert least_movement(TASK, 0.5, 10**6, 0.05) == pytest.approx(0.025)
+        assert replace(sgd, gradient_norm=norm).least_movement(4.0, 10**6, 0.05) == pytest.approx(least)
+    assert TASK.least_movement(4.0, 10**4, 0.05) == pytest.approx(0.05)
+    assert TASK.least_movement(0.5, 10**6, 0.05) == pytest.approx(0.025)
 
 
 def test_a_part_that_others_train_in_turns_counts_and_one_that_stays_on_devices_does_not() -> None:
@@ -222,9 +222,9 @@ def test_a_sketch_gives_distances_and_shows_no_order_of_them_without_its_key() -
     for number in range(300):
         one = adapter(number)
         other = moved(one, float(rng.uniform(1e-3, 10)), seed=number + 1)
-        true = distance(one, other, influencing(TASK))
+        true = distance(one, other, TASK.influencing())
         key = rng.bytes(32)
-        far.append(separation(sketch(one, key), sketch(other, key), influencing(TASK)) / true)
+        far.append(separation(sketch(one, key), sketch(other, key), TASK.influencing()) / true)
     assert 0.97 < np.mean(np.square(far)) < 1.03
     assert np.std(np.square(far)) < 1.3 * np.sqrt(2 / BUCKETS)
     assert 0.4 < min(far) < max(far) < 1.7
@@ -232,18 +232,18 @@ def test_a_sketch_gives_distances_and_shows_no_order_of_them_without_its_key() -
 
 def test_the_history_survives_a_restart_and_shows_a_change(tmp_path: Path) -> None:
     state_dir = DeviceStateDir.create(tmp_path, DeviceSettings(base="b"), IdentityKey(bytes(32)), {}, SystemEntropy())
-    assert state_dir.load_sum_history() is None
+    assert state_dir.load(SumHistory) is None
     device = Federation()
     for number in range(3):
         device.sum(adapter(number), ALL if number % 2 else OTHERS)
         device.sum(adapter(number + 9), task=MOMENTS)
-    state_dir.save_sum_history(device.known)
-    assert DeviceStateDir.open(tmp_path).load_sum_history() == device.known
+    state_dir.save(device.known)
+    assert DeviceStateDir.open(tmp_path).load(SumHistory) == device.known
     assert {sums.kind for sums in device.known.last} == {SumKind.UPDATES, SumKind.MOMENTS}
     assert len(device.known.earlier) == 2
     path = tmp_path / SUMS
     path.write_bytes(path.read_bytes()[:-1] + b"\x00")
     with refused(TrustError, "sealed.ciphertext"):
-        state_dir.load_sum_history()
+        state_dir.load(SumHistory)
     state_dir.forget()
     assert not path.exists()

@@ -7,11 +7,9 @@ import pytest
 from peft import PeftModel
 
 from adapters.base import Base
-from adapters.evaluation import EvaluationTask
 from adapters.peftconfig import PeftConfig
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ProtocolError, TrustError
-from aggregation.messages import Plan
 from aggregation.pki.identity import IdentityKey
 from client.inference.trust import Trust
 from client.node import tasklabels
@@ -36,11 +34,6 @@ class Folder:
     digest = "a" * 64
 
 
-def plan(labels: tuple[str, ...]) -> Plan:
-    task = EvaluationTask(CONFIG, labels, "a" * 64, "b" * 64, 4)
-    return Plan(bytes(32), 1, ("a", "b"), 0, "c" * 64, task.encode())
-
-
 @pytest.fixture(scope="module")
 def exported(model: PeftModel, tiny_base: Base) -> ExportedBase:
     return export_classifier(model, tiny_base, Profile.FP32, training=True)
@@ -59,7 +52,7 @@ def bundle(tmp_path: Path, exported: ExportedBase, model: PeftModel, vendor: Ide
 def test_labels_are_those_of_the_signed_bundle_in_their_order(bundle: Path, vendor: IdentityKey) -> None:
     base = Trust.open(bundle).bundle.base()
     assert signed_labels(base) == (LABELS,)  # not those of the private adapter
-    made = on_plan(None, base, plan(LABELS))
+    made = on_plan(None, base, LABELS)
     assert made == TaskLabels.of(base.digest, LABELS)
     for labels, number in (
         (OTHER, 0),
@@ -70,41 +63,41 @@ def test_labels_are_those_of_the_signed_bundle_in_their_order(bundle: Path, vend
         ((), 0),
     ):
         with refused(ProtocolError, "task.labels", value=number) as caught:
-            on_plan(made, base, plan(labels))
+            on_plan(made, base, labels)
         assert (labels[number] if number < len(labels) else "missing") in str(caught.value)
         assert (LABELS[number] if number < len(LABELS) else "missing") in str(caught.value)
     resign(bundle, vendor, labels=OTHER)  # a release with other labels
-    assert on_plan(made, base, plan(OTHER)).labels == OTHER
+    assert on_plan(made, base, OTHER).labels == OTHER
 
 
 def test_a_bundle_that_nobody_signed_gives_no_labels(bundle: Path) -> None:
     base = Trust.open(bundle).bundle.base()
     resign(bundle, IdentityKey.generate(SystemEntropy()), labels=OTHER)
     with refused(TrustError, "keyid"):
-        on_plan(None, base, plan(OTHER))
+        on_plan(None, base, OTHER)
 
 
 def test_in_a_plain_folder_labels_are_those_of_the_first_task() -> None:
-    known = on_plan(None, Folder(), plan(LABELS))  # type: ignore[arg-type]
-    assert on_plan(known, Folder(), plan(LABELS)) == known  # type: ignore[arg-type]
+    known = on_plan(None, Folder(), LABELS)  # type: ignore[arg-type]
+    assert on_plan(known, Folder(), LABELS) == known  # type: ignore[arg-type]
     for labels in (LABELS[:2], (*LABELS, "more"), OTHER):
         with refused(ProtocolError, "task.labels"):
-            on_plan(known, Folder(), plan(labels))  # type: ignore[arg-type]
+            on_plan(known, Folder(), labels)  # type: ignore[arg-type]
     another = replace(known, base="b" * 64)  # the owner has another base now
-    assert on_plan(another, Folder(), plan(OTHER)).labels == OTHER  # type: ignore[arg-type]
+    assert on_plan(another, Folder(), OTHER).labels == OTHER  # type: ignore[arg-type]
 
 
 def test_labels_outlast_a_restart_until_the_device_forgets(tmp_path: Path) -> None:
     entropy = SystemEntropy()
     made = DeviceStateDir.create(tmp_path, DeviceSettings(base="x"), IdentityKey.generate(entropy), {}, entropy)
-    assert made.load_task_labels() is None
+    assert made.load(TaskLabels) is None
     known = TaskLabels.of("a" * 64, (*LABELS, "Überschrift"))
-    made.save_task_labels(known)
-    assert DeviceStateDir.open(tmp_path).load_task_labels() == known
+    made.save(known)
+    assert DeviceStateDir.open(tmp_path).load(TaskLabels) == known
     assert known.labels == (*LABELS, "Überschrift")
     (tmp_path / FILE).write_bytes(b"\x00")
     with refused(TrustError, FILE):
-        made.load_task_labels()
+        made.load(TaskLabels)
     made.forget()
-    assert made.load_task_labels() is None
+    assert made.load(TaskLabels) is None
     assert tasklabels.TASK_LABELS.decode(tasklabels.TASK_LABELS.encode(known)) == known

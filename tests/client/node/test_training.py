@@ -92,81 +92,63 @@ def test_a_round_is_trained_within_the_owners_limits(talk: Talk, monkeypatch: py
     assert seen == [TrainingControl(90.0, 0.5, 3.0, True, 7)]
 
 
-@pytest.mark.parametrize(
-    ("about", "changes"),
-    [
-        ("task.learning_rate", {"learning_rate": 0.2}),
-        ("task.epochs", {"epochs": 11}),
-        ("task.batch_size", {"batch_size": 65}),
-        ("task.batch_size", {"batch_size": 1}),
-        ("task.weight_decay", {"weight_decay": 0.2}),
-        ("task.momentum", {"momentum": 0.999}),
-        ("task.proximal", {"proximal": 11.0}),
-        ("task.proximal", {"proximal": 9.95, "weight_decay": 0.1, "learning_rate": 0.1}),
-        ("task.labels", {"labels": tuple(map(str, range(1025)))}),
-        ("task.scaling", {"peft_config": PeftConfig("LORA", 2, 130, ("query", "value"))}),
-        ("task.scaling", {"peft_config": PeftConfig("LORA", 4, 130, ("query", "value"), use_rslora=True)}),
-        ("task.virtual_tokens", {"peft_config": PeftConfig("PROMPT_TUNING", 0, 0, (), num_virtual_tokens=129)}),
-        ("rank_pattern", {"peft_config": PeftConfig("LORA", 2, 4, ("query",), (("query", 1),))}),
-        ("feedforward_modules", {"peft_config": PeftConfig("IA3", 0, 0, ("key",), feedforward_modules=("query",))}),
-        ("target_modules", {"peft_config": PeftConfig("IA3", 0, 0, ("nothing",))}),
-        ("target_modules", {"peft_config": PeftConfig("LN_TUNING", 0, 0, ("encoder",))}),
-        ("target_modules", {"peft_config": PeftConfig("LN_TUNING", 0, 0, ("word_embeddings",))}),
-        ("target_modules", {"peft_config": PeftConfig("BEFT", 0, 0, ("LayerNorm",))}),
-        ("num_virtual_tokens", {"peft_config": PeftConfig("PREFIX_TUNING", 0, 0, (), num_virtual_tokens=3)}),
-        ("plan.layout", {"peft_config": PeftConfig("IA3", 0, 0, ("key",))}),
-    ],
-)
+REFUSED: list[tuple[str, dict[str, Any]]] = [
+    ("task.learning_rate", {"learning_rate": 0.2}),
+    ("task.epochs", {"epochs": 11}),
+    ("task.batch_size", {"batch_size": 65}),
+    ("task.batch_size", {"batch_size": 1}),
+    ("task.weight_decay", {"weight_decay": 0.2}),
+    ("task.momentum", {"momentum": 0.999}),
+    ("task.proximal", {"proximal": 11.0}),
+    ("task.proximal", {"proximal": 9.95, "weight_decay": 0.1, "learning_rate": 0.1}),
+    ("task.labels", {"labels": tuple(map(str, range(1025)))}),
+    ("task.scaling", {"peft_config": PeftConfig("LORA", 2, 130, ("query", "value"))}),
+    ("task.scaling", {"peft_config": PeftConfig("LORA", 4, 130, ("query", "value"), use_rslora=True)}),
+    ("task.virtual_tokens", {"peft_config": PeftConfig("PROMPT_TUNING", 0, 0, (), num_virtual_tokens=129)}),
+    ("rank_pattern", {"peft_config": PeftConfig("LORA", 2, 4, ("query",), (("query", 1),))}),
+    ("feedforward_modules", {"peft_config": PeftConfig("IA3", 0, 0, ("key",), feedforward_modules=("query",))}),
+    ("target_modules", {"peft_config": PeftConfig("IA3", 0, 0, ("nothing",))}),
+    ("target_modules", {"peft_config": PeftConfig("LN_TUNING", 0, 0, ("encoder",))}),
+    ("target_modules", {"peft_config": PeftConfig("LN_TUNING", 0, 0, ("word_embeddings",))}),
+    ("target_modules", {"peft_config": PeftConfig("BEFT", 0, 0, ("LayerNorm",))}),
+    ("num_virtual_tokens", {"peft_config": PeftConfig("PREFIX_TUNING", 0, 0, (), num_virtual_tokens=3)}),
+    ("plan.layout", {"peft_config": PeftConfig("IA3", 0, 0, ("key",))}),
+]
+EXTRA: list[dict[str, Any]] = [  # a configuration that says more than can be trained
+    {"peft_type": "ADAPTION_PROMPT"},
+    {"modules_to_save": ["encoder"]},
+    {"inference_mode": True},
+    {"init_lora_weights": "pissa"},
+    {"megatron_core": "os"},
+    {"target_modules": "all-linear"},
+]
+
+
 def test_training_beyond_the_owners_limits_is_refused_before_an_example_is_read(
-    talk: Talk, monkeypatch: pytest.MonkeyPatch, about: str, changes: dict[str, Any]
-) -> None:
-    monkeypatch.setattr("client.node.training.parse_examples", lambda *_: pytest.fail("an example was read"))
-    task = talk.coordinator.settings.task(talk.version().manifest)
-    _, plans = talk.plan(talk.established(), training=replace(task, **changes).encode())
-    talk.refused(FIRST, Step.PLAN, {BODY: plans[FIRST], ADAPTER: talk.adapter}, about)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"peft_type": "ADAPTION_PROMPT"},
-        {"modules_to_save": ["encoder"]},
-        {"inference_mode": True},
-        {"init_lora_weights": "pissa"},
-        {"megatron_core": "os"},
-        {"target_modules": "all-linear"},
-    ],
-    ids=str,
-)
-def test_a_configuration_that_says_more_than_can_be_trained_is_refused_before_an_example_is_read(
-    talk: Talk, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
-) -> None:
-    monkeypatch.setattr("client.node.training.parse_examples", lambda *_: pytest.fail("an example was read"))
-    task = json.loads(talk.coordinator.settings.task(talk.version().manifest).encode())
-    task["peft_config"] |= changes
-    _, plans = talk.plan(talk.established(), training=jsontext.encode(task))
-    talk.refused(
-        FIRST, Step.PLAN, {BODY: plans[FIRST], ADAPTER: talk.adapter}, f"task.peft_config.{next(iter(changes))}"
-    )
-
-
-def test_an_adapter_of_huge_numbers_is_refused_before_an_example_is_read(
     talk: Talk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("client.node.training.parse_examples", lambda *_: pytest.fail("an example was read"))
-    tensors = talk.coordinator.registry.tensors(0)
+    task, session = talk.coordinator.settings.task(talk.version().manifest), talk.established()
+    tasks = [(about, replace(task, **changes).encode()) for about, changes in REFUSED]
+    for changes in EXTRA:
+        wrong = json.loads(task.encode())
+        wrong["peft_config"] |= changes
+        tasks.append((f"task.peft_config.{next(iter(changes))}", jsontext.encode(wrong)))
+    for about, training in tasks:
+        _, plans = talk.plan(session, training=training)
+        talk.refused(FIRST, Step.PLAN, {BODY: plans[FIRST], ADAPTER: talk.adapter}, about)
+
+
+def test_an_adapter_of_numbers_that_are_too_large_or_too_many_is_refused_before_an_example_is_read(
+    talk: Talk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("client.node.training.parse_examples", lambda *_: pytest.fail("an example was read"))
+    tensors, session = talk.coordinator.registry.tensors(0), talk.established()
     name = max(tensors)
     blob = files.encode({**tensors, name: np.full_like(tensors[name], -1000.5)})
-    _, plans = talk.plan(talk.established(), adapter_digest=files.sha256(blob))
+    _, plans = talk.plan(session, adapter_digest=files.sha256(blob))
     talk.refused(FIRST, Step.PLAN, {BODY: plans[FIRST], ADAPTER: blob}, "adapter.magnitude")
-
-
-def test_an_adapter_of_more_numbers_than_the_owner_allows_is_refused_before_an_example_is_read(
-    talk: Talk, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("client.node.training.parse_examples", lambda *_: pytest.fail("an example was read"))
-    tensors = talk.coordinator.registry.tensors(0)
     with (talk.fleet.state_dir(FIRST).folder / SETTINGS).open("a") as settings:
         settings.write(f"maximum_parameters = {sum(tensor.size for tensor in tensors.values()) - 1}\n")
-    _, plans = talk.plan(talk.established())
+    _, plans = talk.plan(session)
     talk.refused(FIRST, Step.PLAN, {BODY: plans[FIRST], ADAPTER: talk.adapter}, "adapter.parameters")

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from adapters.layout import Layout, Tensors, TensorSpec
 from adapters.parts import PARTS
 from adapters.peftconfig import PeftConfig
-from adapters.task import MAX_LOSS, Task, contribution_spec, require_reach
+from adapters.roundtask import Outcome
+from adapters.sums import Bounds, clip
+from adapters.task import MAX_LOSS, Task, contribution, contribution_spec, require_reach
 from aggregation import rotation
 from aggregation.errors import DataError, ProtocolError
 from aggregation.spec import Adversary, SessionSpec
-from client.training.contribute import Outcome, clip, contribution, require_bounds
+from client.node.training import check_bounds
 from client.training.examples import Score
 from tests.support import refused
 
@@ -27,7 +29,7 @@ TASK = Task(PeftConfig("LORA", 2, 4, ("query",)), ("off", "on"), 1, 4, 0.01, 0.0
 
 
 def spec_of(clip_norm: float = CLIP, cap: int = CAP, bits: int = 22, clients: int = 12) -> SessionSpec:
-    vector = contribution_spec(LAYOUT, clip_norm=clip_norm, weight_cap=cap, ring_bits=bits, max_clients=clients)
+    vector = contribution_spec(LAYOUT, Bounds(clip_norm=clip_norm, weight_cap=cap, ring_bits=bits, max_clients=clients))
     return SessionSpec(1, 2, 2, clients - 1, vector, clip_norm, cap, None, "b" * 64, LAYOUT.digest, Adversary.ACTIVE)
 
 
@@ -125,7 +127,7 @@ def test_no_honest_device_is_refused_for_its_norm_and_a_lie_of_a_ten_thousandth_
     start = {"a": rng.standard_normal((1, LARGE.size)).astype(np.float32)}
     delta = rng.standard_normal((1, LARGE.size))
     trained = {"a": (start["a"] + delta * (norm * longer / np.linalg.norm(delta))).astype(np.float32)}
-    vector = contribution_spec(LARGE, clip_norm=norm, weight_cap=CAP, ring_bits=bits, max_clients=12)
+    vector = contribution_spec(LARGE, Bounds(clip_norm=norm, weight_cap=CAP, ring_bits=bits, max_clients=12))
     spec = replace(spec_of(norm), vector=vector, layout_digest=LARGE.digest)
     outcome = Outcome(start, trained, examples, Score(2, 3, 1.5))
     sums = vector.decode(contribution(outcome, LARGE, spec, ADAPTER, rng), 1)
@@ -162,17 +164,17 @@ def test_a_metric_that_is_not_finite_or_beyond_its_bound_is_refused(loss: float)
 
 
 def test_only_the_bounds_that_follow_from_clip_norm_and_weight_cap_are_accepted() -> None:
-    require_bounds(spec_of(), LAYOUT, TASK)
+    check_bounds(spec_of(), LAYOUT, TASK)
     for changes in ({"clip_norm": 3.0}, {"weight_cap": 127}, {"weight_cap": 129}):
         with refused(ProtocolError, "offer.spec.vector", peer="coordinator"):
-            require_bounds(replace(spec_of(), **changes), LAYOUT, TASK)
+            check_bounds(replace(spec_of(), **changes), LAYOUT, TASK)
     with refused(ProtocolError, "offer.spec.vector", peer="coordinator"):
-        require_bounds(replace(spec_of(), weight_cap=2**32), LAYOUT, TASK)
+        check_bounds(replace(spec_of(), weight_cap=2**32), LAYOUT, TASK)
 
 
 def test_the_update_of_a_device_that_could_not_train_is_only_rounding_noise_and_its_examples_count() -> None:
     spec = spec_of()
-    found = [sent(Outcome.untrained(START, 5, 3), spec, seed) for seed in range(100)]
+    found = [sent(Outcome(START, START, 5, Score.worst(3)), spec, seed) for seed in range(100)]
     counts = [[float(values[name][0]) for name in ("weight", "correct", "held_out")] for values in found]
     assert counts == [[5, 0, 3]] * 100
     assert all(abs(values["loss"][0] - 3 * MAX_LOSS) < step(spec, "loss") for values in found)
@@ -206,13 +208,13 @@ def test_the_variance_of_the_rounding_shows_nothing_of_the_update(size: float, m
         return float(np.mean((errors / step(spec, "delta")) ** 2))
 
     assert variance() == pytest.approx(1 / 4, rel=0.02)  # the standard error of the estimate is 0.6 %
-    monkeypatch.setattr("client.training.contribute.rounding_noise", lambda step, size, rng: np.zeros(size))
+    monkeypatch.setattr("adapters.task.rounding_noise", lambda step, size, rng: np.zeros(size))
     assert variance() < 0.18
 
 
 def test_a_coordinate_beyond_its_bound_is_clipped_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """As seeds are, none is: here the rotation is one that gathers the norm in one coordinate."""
-    vector = contribution_spec(LARGE, clip_norm=1.0, weight_cap=CAP, ring_bits=16, max_clients=12)
+    vector = contribution_spec(LARGE, Bounds(clip_norm=1.0, weight_cap=CAP, ring_bits=16, max_clients=12))
     spec = replace(spec_of(1.0), vector=vector, layout_digest=LARGE.digest)
     start = {"a": np.zeros((1, LARGE.size), np.float32)}
     trained = {"a": np.full((1, LARGE.size), 1.0, np.float32)}

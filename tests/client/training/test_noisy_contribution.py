@@ -10,18 +10,18 @@ from hypothesis import strategies as st
 
 from adapters.analytic import AnalyticTask
 from adapters.layout import Layout, Tensors
-from adapters.noisysum import least_ring_bits, noisy_mean, noisy_spec, require_reach
 from adapters.parts import Part
 from adapters.peftconfig import PeftConfig
-from adapters.task import Task
-from adapters.taskkinds import vector_spec
+from adapters.roundtask import Outcome
+from adapters.sums import Bounds, check_noisy, noisy_ring_bits, noisy_spec, noisy_vector
+from adapters.task import Task, noisy_mean, update_of
 from aggregation import rotation
 from aggregation.errors import ConfigError, DataError, ProtocolError
 from aggregation.privacy import noise
 from aggregation.privacy.accounting import Mechanism
 from aggregation.privacy.rounding import norm_squared
 from aggregation.spec import Adversary, Privacy, SessionSpec
-from client.training.contribute import Outcome, noisy_contribution, require_bounds
+from client.node.training import check_bounds
 from client.training.examples import Score
 from tests.support import refused
 
@@ -32,7 +32,7 @@ KEY = bytes(range(32))
 
 
 def spec_of(deviation: float = 0.3, mechanism: Mechanism = Mechanism.SKELLAM) -> SessionSpec:
-    vector = noisy_spec("delta", LAYOUT.size, clip_norm=CLIP, noise=deviation, ring_bits=16, max_clients=CLIENTS)
+    vector = noisy_spec("delta", LAYOUT.size, Bounds(CLIP, 1, 16, CLIENTS, deviation))
     privacy = Privacy(mechanism, 5, 1e-6)
     return SessionSpec(1, 7, 7, CLIENTS - 1, vector, CLIP, 1, privacy, "b" * 64, LAYOUT.digest, Adversary.ACTIVE)
 
@@ -43,7 +43,7 @@ def outcome_of(delta: Any) -> Outcome:
 
 def steps_of(spec: SessionSpec, outcome: Outcome, *, key: bytes = KEY, seed: int = 0) -> Any:
     """A contribution, in whole steps."""
-    sent = noisy_contribution(outcome, LAYOUT, spec, ADAPTER, np.random.default_rng(seed), key)
+    sent = noisy_vector(update_of(outcome, LAYOUT), spec, ADAPTER, np.random.default_rng(seed), key)
     return sent.astype(np.uint16).view(np.int16).astype(np.int64)
 
 
@@ -66,7 +66,7 @@ def test_without_its_noise_a_contribution_is_within_its_sensitivity(seed: int, l
 
 def test_a_device_that_could_not_train_contributes_the_noise_alone() -> None:
     spec = spec_of()
-    assert steps_of(spec, Outcome.untrained(START, 5, 3)).tolist() == drawn(spec).tolist()
+    assert steps_of(spec, Outcome(START, START, 5, Score.worst(3))).tolist() == drawn(spec).tolist()
 
 
 def test_the_noise_follows_from_its_key_alone() -> None:
@@ -84,18 +84,18 @@ def test_an_update_that_is_not_finite_makes_no_contribution(value: float) -> Non
 
 def test_only_the_vector_that_follows_from_the_clip_norm_is_accepted() -> None:
     spec = spec_of()
-    require_bounds(spec, LAYOUT, TASK)
+    check_bounds(spec, LAYOUT, TASK)
     (segment,) = spec.vector.segments
     narrow = replace(spec.vector, segments=(replace(segment, bound=segment.bound / 2),))
     with refused(ProtocolError, "offer.spec.vector"):
-        require_bounds(replace(spec, vector=narrow), LAYOUT, TASK)
+        check_bounds(replace(spec, vector=narrow), LAYOUT, TASK)
 
 
 @pytest.mark.parametrize(("dimensions", "deviation"), [(0, 0.1), (8, 0.0)])
 def test_moments_have_noise_if_and_only_if_their_dimensions_are_named(dimensions: int, deviation: float) -> None:
     task = AnalyticTask(TASK.peft_config, TASK.labels, 1e-3, 16.0, dimensions)
     with refused(ConfigError, "task.dimensions", value=dimensions):
-        vector_spec(task, LAYOUT, clip_norm=1, weight_cap=1, ring_bits=16, max_clients=3, noise=deviation)
+        task.vector(LAYOUT, Bounds(1.0, 1, 16, 3, deviation))
 
 
 @pytest.mark.parametrize(
@@ -104,14 +104,14 @@ def test_moments_have_noise_if_and_only_if_their_dimensions_are_named(dimensions
 def test_the_ring_has_the_fewest_bits_with_which_rounding_costs_little(
     size: int, norm: float, deviation: float, clients: int, expected: int
 ) -> None:
-    bounds = {"clip_norm": norm, "noise": deviation}
+    bounds = Bounds(norm, 1, 16, clients, deviation)
 
     def longest(bits: int) -> float:
-        spec = noisy_spec("delta", size, **bounds, ring_bits=bits, max_clients=clients)
+        spec = noisy_spec("delta", size, replace(bounds, ring_bits=bits))
         steps = norm / spec.step(spec.segments[0])
         return float(np.sqrt(norm_squared(steps, size)) / steps)
 
-    bits = least_ring_bits(size, **bounds, max_clients=clients)
+    bits = noisy_ring_bits(size, bounds)
     assert bits == expected
     assert longest(bits) <= 1.01 * longest(60)
     assert bits == 16 or longest(bits - 1) > 1.01 * longest(60)
@@ -119,7 +119,7 @@ def test_the_ring_has_the_fewest_bits_with_which_rounding_costs_little(
 
 def test_no_ring_holds_noise_that_dwarfs_its_bound() -> None:
     with refused(ConfigError, "vector.ring_bits"):
-        least_ring_bits(10**6, clip_norm=CLIP, noise=1e4, max_clients=CLIENTS)
+        noisy_ring_bits(10**6, Bounds(CLIP, 1, 16, CLIENTS, 1e4))
 
 
 def test_a_sum_of_honest_devices_is_within_reach_and_one_of_long_updates_is_not() -> None:
@@ -129,11 +129,11 @@ def test_a_sum_of_honest_devices_is_within_reach_and_one_of_long_updates_is_not(
     delta *= CLIP / np.linalg.norm(delta)
     total = sum(steps_of(spec, outcome_of(delta), key=bytes([k]) * 32, seed=k) for k in range(CLIENTS))
     sums = {"delta": total * spec.vector.step(segment)}
-    require_reach(spec, sums, CLIENTS)
+    check_noisy(spec, sums, CLIENTS)
     with refused(DataError, "vector.delta"):
-        require_reach(spec, {"delta": 1.1 * sums["delta"]}, CLIENTS)
+        check_noisy(spec, {"delta": 1.1 * sums["delta"]}, CLIENTS)
     with refused(DataError, "vector.delta"):
-        require_reach(spec, sums, CLIENTS - 1)
+        check_noisy(spec, sums, CLIENTS - 1)
 
 
 def test_the_mean_is_that_of_all_survivors_also_of_those_without_examples() -> None:
@@ -141,7 +141,7 @@ def test_the_mean_is_that_of_all_survivors_also_of_those_without_examples() -> N
     (segment,) = spec.vector.segments
     delta = np.random.default_rng(0).standard_normal(LAYOUT.size)
     delta *= CLIP / np.linalg.norm(delta)
-    outcomes = [outcome_of(delta)] * 6 + [Outcome.untrained(START, 5, 3)] * 6
+    outcomes = [outcome_of(delta)] * 6 + [Outcome(START, START, 5, Score.worst(3))] * 6
     total = sum(steps_of(spec, each, key=bytes([k]) * 32, seed=k) for k, each in enumerate(outcomes))
     sums = {"delta": total * spec.vector.step(segment)}
     mean = noisy_mean(spec, TASK, LAYOUT, sums, CLIENTS, ADAPTER)

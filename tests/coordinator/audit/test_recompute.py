@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from adapters.manifest import PeftConfig, ServerRule, VersionManifest
+from adapters.optimizer import FedAdam, FedAvg, Settings, to_rule
 from adapters.registryfiles import BLOBS, DATABASE, SIGNING_KEY, RegistryFiles
 from adapters.task import Task
 from aggregation import envelope
@@ -23,7 +24,6 @@ from aggregation.pki.identity import IdentityKey
 from aggregation.transcript import ENTRY, LENGTH, Result, read
 from coordinator.audit import AuditInput, AuditOptions, Check, Finding, ProducedAdapter, Recomputation, Report, Status
 from coordinator.audit.transcripts import VECTORS, log_name, vector_path
-from coordinator.optimizer import FedAdam, FedAvg, Settings, to_rule
 from coordinator.settings import SETTINGS
 from tests.support import refused
 

@@ -10,8 +10,7 @@ from click.testing import CliRunner
 from adapters.layout import Layout, TensorSpec
 from aggregation.errors import ConfigError
 from coordinator.cli.privacy import privacy
-from coordinator.sessionsettings import PrivacySettings
-from coordinator.settings import FederationSettings
+from coordinator.settings import FederationSettings, PrivacySettings
 from tests.support import refused
 
 NOISY = ("--set", "privacy.mechanism=skellam", "--set", "privacy.epsilon=4.0", "--set", "rounds=3")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.stats import beta, binom, norm
 
-from adapters.noisysum import noisy_spec
+from adapters.sums import Bounds, noisy_spec
 from aggregation.privacy import noise
 from aggregation.privacy.accounting import Mechanism
 from aggregation.spec import Privacy, SessionSpec
@@ -24,7 +24,7 @@ DEVICES, SIZE, CLIP, DELTA, SUMS = 60, 400, 1.0, 1e-6, 40
 def spec_of(multiplier: float, mechanism: Mechanism = Mechanism.SKELLAM) -> SessionSpec:
     """A session in which all devices together have noise of this multiplier."""
     deviation = multiplier * CLIP / math.sqrt(DEVICES)
-    vector = noisy_spec("delta", SIZE, clip_norm=CLIP, noise=deviation, ring_bits=24, max_clients=DEVICES)
+    vector = noisy_spec("delta", SIZE, Bounds(CLIP, 1, 24, DEVICES, deviation))
     fewest = session_spec(DEVICES).minimum_survivors
     return session_spec(DEVICES, vector=vector, clip_norm=CLIP, weight_cap=1, privacy=Privacy(mechanism, fewest, DELTA))
 

@@ -11,8 +11,11 @@ from flwr.clientapp import ClientApp
 from adapters.storage import kill_safe
 from aggregation.errors import TrustError
 from aggregation.steps import Step
+from aggregation.transcript import LogState
+from client.node.adapterstate import AdapterState
 from client.node.app import register
 from client.node.privacyledger import PrivacyLedger
+from client.node.privateparts import PrivateParts
 from simulations.engine.devices import MemoryDevices
 from simulations.engine.grid import SERVER_NODE, FaultModel, InProcessGrid
 from simulations.engine.provision import Enrolment, device_folder
@@ -64,13 +67,13 @@ def test_a_run_in_memory_makes_the_adapters_of_one_on_disk(fleet_of: FleetOf, me
     for name in (client.name for client in in_memory.population.clients if not client.unseen):
         here, there = (device_folder(fleet.out, name) for fleet in (in_memory, on_disk))
         assert (here / "simulation.seed").read_bytes() == (there / "simulation.seed").read_bytes()
-        mine, theirs = (fleet.state_dir(name).load_private_parts() for fleet in (in_memory, on_disk))
+        mine, theirs = (fleet.state_dir(name).load(PrivateParts) for fleet in (in_memory, on_disk))
         assert (mine and mine.after) == (theirs and theirs.after)
         assert (mine is None) == (method == "fedit")
         state, kept = devices.open(Context(1, 2, {"state": name}, None, {})), on_disk.state_dir(name)  # type: ignore[arg-type]
-        assert state.load_adapter_state().digest == kept.load_adapter_state().digest
-        assert state.load_log_state().version == kept.load_log_state().version
-        assert in_memory.state_dir(name).load_privacy_ledger() == kept.load_privacy_ledger() != PrivacyLedger()
+        assert state.load(AdapterState).digest == kept.load(AdapterState).digest
+        assert state.load(LogState).version == kept.load(LogState).version
+        assert in_memory.state_dir(name).load(PrivacyLedger) == kept.load(PrivacyLedger) != PrivacyLedger()
 
 
 def test_a_run_resumed_between_sessions_makes_the_same_adapter(fleet_of: FleetOf) -> None:
@@ -105,9 +108,9 @@ def test_privacy_that_is_spent_is_kept_through_a_stop(fleet_of: FleetOf) -> None
     fleet = fleet_of(6, privacy__mechanism="skellam", privacy__noise_multiplier=2.0, aggregation__clip_norm=0.5)
     with pytest.raises(Stopped):
         federate(fleet, stop=(Step.PLAN, "3"), faults=CALM)
-    assert {fleet.state_dir(f"device-0{n}").load_privacy_ledger().noisy for n in range(6)} == {2}
+    assert {fleet.state_dir(f"device-0{n}").load(PrivacyLedger).noisy for n in range(6)} == {2}
     devices = federate(fleet, faults=CALM)
-    assert devices.open(Context(1, 2, {"state": "device-00"}, None, {})).load_privacy_ledger().noisy == 3  # type: ignore[arg-type]
+    assert devices.open(Context(1, 2, {"state": "device-00"}, None, {})).load(PrivacyLedger).noisy == 3  # type: ignore[arg-type]
 
 
 def test_a_device_is_enrolled_with_its_first_message(fleet_of: FleetOf) -> None:
@@ -130,7 +133,7 @@ def test_a_device_that_a_session_does_not_ask_leaves_the_one_before(fleet_of: Fl
     assert None not in (asked.load_state(), idle.load_state())
     devices.before(Step.CHECK_IN, ["device-00"])
     assert [device.load_state() is None for device in (asked, idle)] == [False, True]
-    assert None not in (idle.load_log_state(), idle.load_adapter_state())
+    assert None not in (idle.load(LogState), idle.load(AdapterState))
     with pytest.raises(TrustError):
         idle.load_snapshot(bytes(32))
 

@@ -12,6 +12,7 @@ import pytest
 from adapters.storage import kill_safe
 from aggregation.errors import EdgeAdaptError
 from aggregation.steps import Step
+from client.node.privateparts import PrivateParts
 from simulations.engine.attackers import LyingApp
 from simulations.engine.devices import MemoryDevices
 from simulations.engine.grid import SERVER_NODE, FaultModel, InProcessGrid
@@ -58,7 +59,7 @@ def outcome(fleet: Any) -> list[Any]:
         [version.manifest.sha256 for version in fleet.registry().versions()],
         [record.dropped for record in fleet.registry().rounds()],
         [(device.folder / "simulation.seed").read_bytes() for device in devices],
-        [parts and parts.after for parts in (device.load_private_parts() for device in devices)],
+        [parts and parts.after for parts in (device.load(PrivateParts) for device in devices)],
     ]
 
 

@@ -1,4 +1,4 @@
-// From an update to a clipped, weighted, rotated vector in fixed point, as client/training/contribute.py and
+// From an update to a clipped, weighted, rotated vector in fixed point, as adapters/task.py and
 // aggregation/vector.py. The vector is all that a device sends of its data, and it is sent under the mask.
 
 import { unhex } from "../bytes.js";
@@ -15,14 +15,14 @@ const SHRINK = 1 - 2 ** -40; // keeps a clipped coordinate within its bound howe
 const COIN_BITS = 23; // of a rounding coin
 const MAX_LOSS = 20; // nats, of one example (adapters/task.py)
 
-/** The segments of an update of `size` numbers, [[name, size, bound]], as `updates_spec` of adapters/taskkinds.py. */
+/** The segments of an update of `size` numbers, [[name, size, bound]], as `Task.vector` of adapters/task.py. */
 export function updateSegments(spec, size) {
   if (spec.privacy) return noisySegments("delta", size, spec);
   return [["delta", size, spec.clip_norm * Number(spec.weight_cap) * peak(size)], ...metricSegments(spec)];
 }
 
 /**
- * The segments of moments of embeddings of `d` numbers with `k` labels, as `vector_spec` of adapters/taskkinds.py. With noise, `kept`
+ * The segments of moments of embeddings of `d` numbers with `k` labels, as `AnalyticTask.vector` of adapters/analytic.py. With noise, `kept`
  * numbers of each embedding count.
  */
 export function momentSegments(spec, d, k, kept) {
@@ -34,7 +34,7 @@ export function momentSegments(spec, d, k, kept) {
 /** The segment of the counts of an evaluation, as `counts_spec` of adapters/evaluation.py. */
 export const countSegments = (spec) => noisySegments(COUNTS, 4, spec);
 
-/** The one segment of a vector with noise, as `noisy_spec` of adapters/noisysum.py. */
+/** The one segment of a vector with noise, as `noisy_spec` of adapters/sums.py. */
 const noisySegments = (name, size, { clip_norm: norm }) => [[name, size, norm * peak(size)]];
 
 /** The segments of the metrics, as `metric_segments` of adapters/task.py. */
@@ -76,7 +76,7 @@ export async function contribution({ delta, examples, score }, spec, adapter, en
 }
 
 /**
- * The contribution of a device to a sum with noise, as `noisy_vector` of client/training/contribute.py.
+ * The contribution of a device to a sum with noise, as `noisy_vector` of adapters/sums.py.
  *
  * `vector`, a Float64Array, is clipped, rotated, and rounded until its norm is within that for which the session accounts; noise is
  * then added to whole numbers, so that the guarantee does not depend on how floating point rounds. `entropy` draws the rounding coins

@@ -1,4 +1,4 @@
-// The moments of a device's own examples, which it contributes to an analytic head, as adapters/ridge.py and adapters/noisyhead.py.
+// The moments of a device's own examples, which it contributes to an analytic head, as adapters/ridge.py and adapters/analytic.py.
 
 import { rotate, seedOf } from "../aggregation/rotation.js";
 import { unhex } from "../bytes.js";

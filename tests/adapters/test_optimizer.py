@@ -12,8 +12,7 @@ from hypothesis.extra.numpy import arrays
 from adapters import files
 from adapters.layout import Floats, Layout, Tensors, TensorSpec
 from adapters.manifest import ServerRule
-from aggregation.errors import ConfigError, DataError
-from coordinator.optimizer import (
+from adapters.optimizer import (
     LARGEST,
     FedAdam,
     FedAvg,
@@ -30,6 +29,7 @@ from coordinator.optimizer import (
     to_rule,
     to_tensors,
 )
+from aggregation.errors import ConfigError, DataError
 from tests.support import refused
 
 SIZE = 50

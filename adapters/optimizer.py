@@ -193,7 +193,6 @@ def step(settings: Settings, state: State, adapter: Floats, mean_delta: Floats) 
     """The update of one round.
 
     Args:
-        settings: Of the optimizer.
         state: From ``start``, ``restore`` or the step before.
         adapter: float32 of shape ``(n,)``, weight units: what the devices started from.
         mean_delta: float32 of shape ``(n,)``, weight units: the weighted mean of the survivors' deltas.
@@ -242,8 +241,6 @@ def advance(settings: Settings, state: State, tensors: Tensors, shared: Layout, 
     """The next adapter: ``step`` on the shared tensors, and the others as they were.
 
     Args:
-        settings, state: As of ``step``.
-        tensors: Of the adapter.
         shared: The layout of those that are summed.
         mean: float32 of shape ``(shared.size,)``.
     """
@@ -272,7 +269,6 @@ def restore(settings: Settings, stored: Mapping[str, Floats], size: int) -> Stat
     """The state in ``stored``; where nothing is stored, the state before the first round.
 
     Args:
-        settings: Of the optimizer.
         stored: From ``to_tensors``.
         size: Elements of the adapter.
 

@@ -3,17 +3,19 @@
 import numpy as np
 import pytest
 
+from adapters import optimizer
 from adapters.layout import Layout, Tensors
 from adapters.lorasb import frozen_factor
 from adapters.manifest import PeftConfig
+from adapters.optimizer import FedAdam, FedAvg, FedAvgM
 from adapters.parts import Part
+from adapters.roundtask import ServerStep, SummedRound
+from adapters.sums import Sums
 from adapters.task import Task, shared_layout
 from aggregation import rotation
 from aggregation.groups import GroupSum
+from aggregation.spec import SessionSpec
 from aggregation.vector import Segment, VectorSpec
-from coordinator import optimizer
-from coordinator.nextadapter import next_adapter, state_size
-from coordinator.optimizer import FedAdam, FedAvg, FedAvgM
 from tests.support.fleet import ADAPTER, session_spec
 
 A, B, HEAD = "layer.query.lora_A.weight", "layer.query.lora_B.weight", "classifier.weight"
@@ -22,7 +24,7 @@ TASK = Task(
     PeftConfig("LORA", 2, 4, ("query",)), ("off", "on"), 1, 4, 1e-6, 0.0, 0.0, (Part.R, Part.HEAD), (Part.R, Part.HEAD)
 )
 WEIGHT, NAMES = 40.0, ("a", "b", "c", "d")
-DEVICES = len(NAMES)
+DEVICES, DIGEST = len(NAMES), bytes.fromhex(ADAPTER)
 
 
 def adapter() -> Tensors:
@@ -33,7 +35,11 @@ def adapter() -> Tensors:
 
 
 def rotated(delta: rotation.Vector) -> rotation.Vector:
-    return rotation.rotate(delta, rotation.seed(bytes.fromhex(ADAPTER)))
+    return rotation.rotate(delta, rotation.seed(DIGEST))
+
+
+def summed(spec: SessionSpec, tensors: Tensors, sums: Sums) -> SummedRound:
+    return SummedRound(spec, tensors, DIGEST, [GroupSum(NAMES, sums)])
 
 
 @pytest.mark.parametrize("rule", [FedAvg(0.5), FedAvgM(1.0, 0.9), FedAdam(0.1)])
@@ -41,7 +47,7 @@ def test_the_mean_of_squares_moves_b_by_its_product_with_the_frozen_factor(rule:
     before = adapter()
     layout = shared_layout(Layout.of(before), TASK)
     assert [spec.name for spec in layout.tensors] == [HEAD, R]
-    size = state_size(TASK, Layout.of(before))
+    size = TASK.state_size(Layout.of(before))
     vector = VectorSpec((Segment("delta", size, 400.0), Segment("weight", 1, 100.0)), ring_bits=40, max_clients=DEVICES)
     spec = session_spec(DEVICES, vector=vector)
     state, tensors = optimizer.start(rule, size), before
@@ -51,8 +57,8 @@ def test_the_mean_of_squares_moves_b_by_its_product_with_the_frozen_factor(rule:
     )
     for mean in np.random.default_rng(2).normal(scale=0.1, size=(2, size)):
         sums = {"delta": rotated(WEIGHT * mean), "weight": np.array([WEIGHT])}
-        state, after = next_adapter(
-            spec, TASK, rule, state, tensors, sums=[GroupSum(NAMES, sums)], combination=None, digest=ADAPTER
+        state, after = TASK.next_adapter(
+            SummedRound(spec, tensors, DIGEST, [GroupSum(NAMES, sums)]), ServerStep(rule, state)
         )
         reference, stepped = optimizer.step(rule, reference, vector_before, mean.astype(np.float32))
         moved = layout.unflatten(stepped)
@@ -67,18 +73,11 @@ def test_the_mean_of_squares_moves_b_by_its_product_with_the_frozen_factor(rule:
 
 def test_what_would_grow_without_limit_is_clipped() -> None:
     before = adapter() | {B: np.full((6, 2), optimizer.LARGEST, np.float32)}
-    size = state_size(TASK, Layout.of(before))
+    size = TASK.state_size(Layout.of(before))
     vector = VectorSpec((Segment("delta", size, 400.0), Segment("weight", 1, 100.0)), ring_bits=40, max_clients=DEVICES)
     sums = {"delta": rotated(np.full(size, WEIGHT * 0.5)), "weight": np.array([WEIGHT])}
     rule, spec = FedAvg(1000.0), session_spec(DEVICES, vector=vector)
-    _, after = next_adapter(
-        spec,
-        TASK,
-        rule,
-        optimizer.start(rule, size),
-        before,
-        sums=[GroupSum(NAMES, sums)],
-        combination=None,
-        digest=ADAPTER,
+    _, after = TASK.next_adapter(
+        SummedRound(spec, before, DIGEST, [GroupSum(NAMES, sums)]), ServerStep(rule, optimizer.start(rule, size))
     )
     assert np.abs(after[B]).max() == optimizer.LARGEST

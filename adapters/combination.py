@@ -81,10 +81,6 @@ def of_rule(rule: ServerRule) -> Combination:
 def combine(combination: Combination, means: Sequence[Floats]) -> Floats:
     """The combination of the means of groups.
 
-    Args:
-        combination: The rule.
-        means: Of one or more groups, each float32 of shape ``(n,)``.
-
     Returns:
         float32 of shape ``(n,)``. Guarantee: it does not depend on the order of the groups, each coordinate is between
         the least and the greatest of the values that are not cut off, and equal means give equal bits.

@@ -21,11 +21,13 @@ class FederatedMethod:
     """One method.
 
     Args:
-        source: Of the method.
+        name: In the settings.
+        source: The paper that has it.
         turns: The parts that are trained, by turns: the adapter of version v is trained in those of turn v.
         shared: The parts whose updates are summed. Others that are trained stay on the devices.
     """
 
+    name: str
     source: str
     turns: tuple[tuple[Part, ...], ...] = (PARTS,)
     shared: tuple[Part, ...] = PARTS
@@ -53,35 +55,39 @@ class FederatedMethod:
         return frozenset(part for turn in self.turns for part in turn) - frozenset(self.shared)
 
 
-METHODS: Mapping[str, FederatedMethod] = MappingProxyType(
-    {
-        "fedit": FederatedMethod("Zhang et al. 2024, Towards Building the Federated GPT: Federated Instruction Tuning"),
-        "ffa": FederatedMethod(
-            "Sun et al. 2024, Improving LoRA in Privacy-Preserving Federated Learning",
-            ((Part.B, Part.HEAD),),
-            (Part.B, Part.HEAD),
-        ),
-        "rolora": FederatedMethod(
-            "Chen et al. 2024, Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA",
-            ((Part.A, Part.HEAD), (Part.B, Part.HEAD)),
-            (*FACTORS, Part.HEAD),
-        ),
-        "fedsb": FederatedMethod(
-            "Singhal et al. 2025, Fed-SB: A Silver Bullet for Extreme Communication Efficiency and Performance in "
-            "(Private) Federated LoRA Fine-Tuning",
-            ((Part.R, Part.HEAD),),
-            (Part.R, Part.HEAD),
-        ),
-        "fedsa": FederatedMethod(
-            "Guo et al. 2024, Selective Aggregation for Low-Rank Adaptation in Federated Learning",
-            (PARTS,),
-            (Part.A, Part.VECTORS, Part.HEAD),
-        ),
-        "fedper": FederatedMethod(
-            "Arivazhagan et al. 2019, Federated Learning with Personalization Layers",
-            (PARTS,),
-            (*FACTORS, Part.VECTORS),
-        ),
-        "head": FederatedMethod("FedAvg of the head alone, on the frozen base", ((Part.HEAD,),), (Part.HEAD,)),
-    }
+_METHODS = (
+    FederatedMethod("fedit", "Zhang et al. 2024, Towards Building the Federated GPT: Federated Instruction Tuning"),
+    FederatedMethod(
+        "ffa",
+        "Sun et al. 2024, Improving LoRA in Privacy-Preserving Federated Learning",
+        ((Part.B, Part.HEAD),),
+        (Part.B, Part.HEAD),
+    ),
+    FederatedMethod(
+        "rolora",
+        "Chen et al. 2024, Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA",
+        ((Part.A, Part.HEAD), (Part.B, Part.HEAD)),
+        (*FACTORS, Part.HEAD),
+    ),
+    FederatedMethod(
+        "fedsb",
+        "Singhal et al. 2025, Fed-SB: A Silver Bullet for Extreme Communication Efficiency and Performance in "
+        "(Private) Federated LoRA Fine-Tuning",
+        ((Part.R, Part.HEAD),),
+        (Part.R, Part.HEAD),
+    ),
+    FederatedMethod(
+        "fedsa",
+        "Guo et al. 2024, Selective Aggregation for Low-Rank Adaptation in Federated Learning",
+        (PARTS,),
+        (Part.A, Part.VECTORS, Part.HEAD),
+    ),
+    FederatedMethod(
+        "fedper",
+        "Arivazhagan et al. 2019, Federated Learning with Personalization Layers",
+        (PARTS,),
+        (*FACTORS, Part.VECTORS),
+    ),
+    FederatedMethod("head", "FedAvg of the head alone, on the frozen base", ((Part.HEAD,),), (Part.HEAD,)),
 )
+METHODS: Mapping[str, FederatedMethod] = MappingProxyType({method.name: method for method in _METHODS})

@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from adapters.combination import Combination, Median, TrimmedMean, combine, distances, of_rule, to_rule
 from adapters.layout import Floats
 from adapters.manifest import ServerRule
 from aggregation.errors import ConfigError, DataError
-from coordinator.combination import Combination, Median, TrimmedMean, combine, distances, of_rule, to_rule
 from tests.support import refused
 
 RULES = (Median(), TrimmedMean(0.1), TrimmedMean(0.34))
