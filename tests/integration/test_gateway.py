@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 from flwr.app import Message
 
-from adapters.gateway.frames import node_of
+from adapters.gateway.messages import node_of
 from aggregation.steps import BODY, RECORD
 from coordinator.authority import AuthorityStore
 from coordinator.gateway.enrolment import EnrolmentServer, EnrolmentService
 from coordinator.gateway.grid import GatewayGrid
 from coordinator.gateway.server import GatewayLimits
 from coordinator.statedir import CoordinatorStateDir
-from tests.support.gateway import HOST, attending, authority_of, free_port, gateway, give_tls, server_tls, wait_until
+from tests.support.gateway import HOST, attending, authority_of, free_port, gateway, server_tls, wait_until
 from tests.support.trial import AUTHORITY, COORDINATOR, call, make_trial_fleet
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +58,6 @@ def test_light_devices_make_the_rounds_and_the_audit_passes(
     app_fleet_of: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     fleet = app_fleet_of(3, rounds=2)
-    give_tls(fleet)
     with gateway(fleet) as grid, attending(grid.port, [*fleet.nodes.values()]):
         grid.await_devices(3)
         records = fleet.federate(grid)
@@ -93,7 +92,6 @@ def test_an_agent_that_is_asked_again_answers_as_before(app_fleet_of: Callable[.
         return sorted(str(reply.content.config_records[RECORD][BODY]) for reply in replies)
 
     fleet = app_fleet_of(3, rounds=2)
-    give_tls(fleet)
     state_dir = CoordinatorStateDir.open(fleet.out / "coordinator")
     grid = AskingTwice(f"{HOST}:0", server_tls(authority_of(fleet)), state_dir.read_root)
     with contextlib.closing(grid), attending(grid.port, [*fleet.nodes.values()]):
@@ -108,7 +106,6 @@ def test_a_device_that_is_killed_while_it_trains_drops_out_and_the_others_finish
     app_fleet_of: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     fleet = app_fleet_of(4, rounds=2)
-    give_tls(fleet)
     *others, last = fleet.nodes.values()
     with (
         gateway(fleet, GatewayLimits(grace=0.5)) as grid,
@@ -139,7 +136,6 @@ def test_an_agent_that_finds_the_gateway_full_comes_back_when_there_is_room(
     app_fleet_of: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     fleet = app_fleet_of(2, rounds=1)
-    give_tls(fleet)
     first, second = fleet.nodes.values()
     limits = GatewayLimits(devices=1, grace=0.1, calls=10_000, rejected=0.2)
     with caplog.at_level("INFO", "edgeadapt"), gateway(fleet, limits) as grid:
@@ -157,7 +153,6 @@ def test_an_agent_goes_to_the_next_address_when_a_gateway_is_away_and_back_when_
     app_fleet_of: Callable[..., Any],
 ) -> None:
     fleet = app_fleet_of(1, rounds=1)
-    give_tls(fleet)
     (folder,) = fleet.nodes.values()
     tls, read_root = server_tls(authority_of(fleet)), CoordinatorStateDir.open(fleet.out / "coordinator").read_root
     ports = free_port(), free_port()
@@ -172,7 +167,6 @@ def test_an_agent_goes_to_the_next_address_when_a_gateway_is_away_and_back_when_
 
 def test_an_agent_of_a_version_that_is_too_old_ends_with_one_line(app_fleet_of: Callable[..., Any]) -> None:
     fleet = app_fleet_of(1, rounds=1)
-    give_tls(fleet)
     (folder,) = fleet.nodes.values()
     with gateway(fleet, GatewayLimits(client_version="99.1")) as grid, agent_process(grid.port, folder) as agent:
         _, errors = agent.communicate(timeout=120)
