@@ -143,7 +143,7 @@ def until(window: messages.RetryWindow) -> float:
 def refusal(error: grpc.RpcError, peer: str) -> EdgeAdaptError:
     """What a refusal of ``peer`` means."""
     text = f"{peer} refuses this device: {one_line(error, 400)}"
-    if error.code() in (StatusCode.PERMISSION_DENIED, StatusCode.UNAUTHENTICATED):
+    if error.code() is StatusCode.PERMISSION_DENIED:
         return TrustError(text, about="gateway")
     return ProtocolError(text, about="gateway")
 

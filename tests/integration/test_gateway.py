@@ -1,4 +1,4 @@
-"""A federation of light devices over real gRPC with mutual TLS on loopback, with the same ServerApp."""
+"""A federation of light devices over real gRPC on loopback, with the same ServerApp, in one process."""
 
 import contextlib
 import copy
@@ -17,13 +17,11 @@ from flwr.app import Message
 
 from adapters.gateway.messages import node_of
 from aggregation.steps import BODY, RECORD
-from coordinator.authority import AuthorityStore
-from coordinator.gateway.enrolment import EnrolmentServer, EnrolmentService
 from coordinator.gateway.grid import GatewayGrid
 from coordinator.gateway.server import GatewayLimits
 from coordinator.statedir import CoordinatorStateDir
 from tests.support.gateway import HOST, attending, authority_of, free_port, gateway, server_tls, wait_until
-from tests.support.trial import AUTHORITY, COORDINATOR, call, make_trial_fleet
+from tests.support.trial import call
 
 ROOT = Path(__file__).parents[2]
 PHRASES = [("Light", "turn on the light"), ("Music", "play music"), ("Timer", "set a timer")]
@@ -172,36 +170,3 @@ def test_an_agent_of_a_version_that_is_too_old_ends_with_one_line(app_fleet_of: 
         _, errors = agent.communicate(timeout=120)
     assert agent.returncode == 3
     assert [line for line in errors.splitlines() if "99.1" in line] == errors.splitlines()[-1:]
-
-
-def test_a_fleet_is_enrolled_by_tokens_and_makes_its_rounds_by_commands(
-    tmp_path: Path, tiny_base: Any, one_thread: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make_trial_fleet(tmp_path, str(tiny_base.folder), PHRASES, {}, "rounds=2", rank=2)
-    authority, fleet = tmp_path / AUTHORITY, tmp_path / COORDINATOR
-    call("coordinator", "tls-request", fleet)
-    call(
-        "authority", "issue-tls", authority, "--request", fleet / "tls.csr", "--host", HOST, "--out", fleet / "tls.pem"
-    )
-    store = AuthorityStore(authority)
-    enrolment = EnrolmentServer(EnrolmentService(store, store.unlock(None), 30), f"{HOST}:0", [HOST])
-    gateway_port = free_port()
-    places = ("--enrolment", f"{HOST}:{enrolment.port}", "--gateway", f"{HOST}:{gateway_port}")
-    limits = ("policy.minimum_cohort=3", "policy.minimum_survivors=2", "policy.answer_quantum_seconds=0")
-    capsys.readouterr()
-    for device in DEVICES:
-        call("authority", "invite", authority, "--name", device, "--coordinator", fleet / "coordinator.pem", *places)
-        token = tmp_path / f"{device}.token"
-        token.write_text(capsys.readouterr().out)
-        chosen = [part for limit in limits for part in ("--set", limit)]
-        given = ("--base", tiny_base.folder, "--token-file", token, *chosen)
-        call("device", "enrol", "--state", tmp_path / device, *given)
-        capsys.readouterr()
-        (tmp_path / device / "examples.jsonl").write_text(EXAMPLES)
-    enrolment.close()
-    with attending(gateway_port, [tmp_path / device for device in DEVICES]):
-        call("coordinator", "run", fleet, "--gateway", f"{HOST}:{gateway_port}", "--json")
-    status = json.loads(capsys.readouterr().out)
-    assert [each["survivors"] for each in status["rounds"]] == [[*DEVICES]] * 2
-    call("audit", "verify", fleet, "--authority", authority / "authority.pem", "--json")
-    assert json.loads(capsys.readouterr().out)["ok"]
