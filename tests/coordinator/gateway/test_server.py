@@ -18,6 +18,7 @@ from adapters.keyfiles import TLS_CERTIFICATE, TLS_KEY
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, TrustError
 from aggregation.pki import Authority, IdentityKey
+from client.gateway.calls import conversation
 from coordinator import traces
 from coordinator.gateway.carriers import BrowserSettings
 from coordinator.gateway.grid import serving
@@ -261,6 +262,19 @@ def test_an_answer_that_stalls_ends_its_conversation_and_meanwhile_others_are_se
     over = talks[0].ended()
     assert (over.kind, over.reason.startswith("too slow")) == (Kind.LATER, True)
     assert site.answered() == (numbers[0], NoAnswer(None, "the device disconnected"))
+
+
+def test_a_device_that_takes_no_more_of_a_request_is_cut_off(site_of: SiteOf) -> None:
+    site = site_of()
+    kitchen = site.device("kitchen")
+    with conversation(f"{HOST}:{site.gateway.port}", messages.ATTEND, site.authority.root.to_pem()) as talk:
+        talk.send((kitchen.hello(talk.receive()),))
+        assert talk.receive() == messages.ADMITTED
+        number = site.ask("kitchen", body=bytes(2**27))
+        assert site.answered() == (number, NoAnswer(None, "the device disconnected"))
+        with pytest.raises(grpc.RpcError) as caught:
+            list(talk.call)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 def test_an_answer_of_a_device_that_the_gateway_has_released_meanwhile_is_dropped(site_of: SiteOf) -> None:
