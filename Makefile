@@ -1,4 +1,4 @@
-# make demo | test | exhaustive | bench | fast | doctest | lint | proto | docs | web | wheel | clean. The first run sets up .venv; later ones need no network.
+# make demo | test | exhaustive | bench | fast | doctest | lint | docs | web | wheel | clean. The first run sets up .venv; later ones need no network.
 # Tools run as `python -m …`: a console script's first line breaks in a checkout path that has spaces or is long.
 
 PYTHON ?= python3
@@ -15,7 +15,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TRANSFORMERS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test fast exhaustive bench doctest lint proto docs web wheel setup install clean
+.PHONY: demo test fast exhaustive bench doctest lint docs web wheel setup install clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)  ## the main job; options through ARGS, as in: make demo ARGS="--out runs/mine"
@@ -62,9 +62,6 @@ lint: $(STAMP)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
-
-proto: $(STAMP)  ## the code that is generated from the gateway's .proto; it is committed
-	$(PY) -m grpc_tools.protoc -I. --python_out=. --pyi_out=. adapters/gateway/gateway.proto
 
 docs: $(STAMP)  ## the documents as a site, in build/site; a warning is an error
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict

@@ -30,11 +30,10 @@ log = logging.getLogger("edgeadapt.coordinator")
 
 @dataclass(frozen=True, slots=True)
 class ServerTls:
-    """A P-256 key and its certificate for a gateway, both PEM, and the pinned authority's certificate."""
+    """A P-256 key and its certificate for a gateway, both PEM."""
 
     key: bytes = field(repr=False)
     certificate: bytes
-    authority: bytes
 
     @property
     def hosts(self) -> frozenset[str]:
@@ -91,8 +90,7 @@ class TlsFiles:
                 log.warning("the new TLS files are not used: %s", self._problem)
 
     def _read(self) -> ServerTls:
-        key, certificate = self._state_dir.read_tls(datetime.now(UTC))
-        return ServerTls(key, certificate, self._state_dir.root.to_pem())
+        return ServerTls(*self._state_dir.read_tls(datetime.now(UTC)))
 
     def _stamp(self) -> tuple[tuple[int, int, int] | None, ...]:
         return tuple(_stamp(self._state_dir.folder / name) for name in (TLS_CERTIFICATE, TLS_KEY, NEXT_TLS_KEY))
@@ -106,13 +104,12 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def credentials(source: TlsSource, *, certified_only: bool) -> grpc.ServerCredentials:
-    """For a port of gRPC, on which every peer must have a certificate of the authority if ``certified_only``."""
+def credentials(source: TlsSource) -> grpc.ServerCredentials:
+    """For a port of gRPC. No peer is asked for a certificate."""
     last = source.newest()
 
     def configuration() -> grpc.ServerCertificateConfiguration:
-        root = last.authority if certified_only else None
-        return grpc.ssl_server_certificate_configuration([(last.key, last.certificate)], root_certificates=root)
+        return grpc.ssl_server_certificate_configuration([(last.key, last.certificate)])
 
     def changed() -> grpc.ServerCertificateConfiguration | None:
         """Called by gRPC before each handshake; None: nothing has changed."""
@@ -122,7 +119,7 @@ def credentials(source: TlsSource, *, certified_only: bool) -> grpc.ServerCreden
         last = found
         return configuration()
 
-    return grpc.dynamic_ssl_server_credentials(configuration(), changed, require_client_authentication=certified_only)
+    return grpc.dynamic_ssl_server_credentials(configuration(), changed, require_client_authentication=False)
 
 
 def context(source: TlsSource) -> ssl.SSLContext:

@@ -30,7 +30,7 @@ from aggregation.pki import Root
 from aggregation.pki.certificates import to_der
 from aggregation.pki.identity import IdentityKey
 from aggregation.pki.revocation import MAX_REVOCATIONS
-from aggregation.pki.tls import TlsKey, TlsRole, verify_tls
+from aggregation.pki.tls import TlsKey, verify_tls
 from coordinator.registry import Leadership, Lease, Registry, TranscriptTable, database, leadership
 from coordinator.registry.lease import LOOK
 from coordinator.servicesettings import SERVICES, ServiceSettings
@@ -167,7 +167,7 @@ class CoordinatorStateDir:
         key, certificate = tls_pair(self.folder, f"let the authority certify {TLS_REQUEST}")
         root = self.read_root(at)
         with of_file(self.folder / TLS_CERTIFICATE):
-            verify_tls(root, to_der(certificate), TlsRole.GATEWAY, at)
+            verify_tls(root, to_der(certificate), at)
         return key.pem, certificate
 
     def request_tls(self, name: str, entropy: Entropy) -> None:

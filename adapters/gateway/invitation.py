@@ -1,9 +1,9 @@
 """Invitations: what an owner gives to one device so that it can enrol over a network, as one line of text.
 
 An invitation holds everything that the device pins, so that no first connection has to be trusted, and a secret that
-the authority accepts once. The secret is the seed of an Ed25519 key, so that the authority records nothing with which
-somebody could enrol, and a page in a browser, which cannot pin the authority's TLS, signs its request instead of
-sending the secret. Whoever has an invitation can enrol in the place of its device: it travels like a password.
+the authority accepts once. The secret is the seed of an Ed25519 key, which signs the device's request and is not sent.
+So the authority records nothing with which somebody could enrol, and a page need not pin the authority's TLS. Whoever
+has an invitation can enrol in the place of its device: it travels like a password.
 """
 
 import base64
@@ -23,7 +23,7 @@ ENROLMENT = "enrolment"  # what that key signs: the request for a certificate
 _CHECK = 4  # bytes of a digest, for mistakes in copying
 ADDRESS = r"(\[[0-9a-fA-F:.]{2,45}\]|[A-Za-z0-9._-]{1,253}):[0-9]{1,5}"  # HOST:PORT, to which a device connects
 ADDRESSES = rf"{ADDRESS}(,{ADDRESS}){{0,7}}"
-_PREFIX = "edgeadapt1."
+_PREFIX = "edgeadapt2."
 
 
 class Invitation(NamedTuple):
@@ -32,11 +32,10 @@ class Invitation(NamedTuple):
     Attributes:
         secret: That the authority accepts once.
         device: The name that it will certify.
-        enrolment: ``HOST:PORT`` of the authority's enrolment service.
+        enrolment: ``HOST:PORT`` of the authority's service, which enrols and renews.
         gateway: ``HOST:PORT`` of the coordinator's gateway; several with commas, to try in turn.
         authority: The authority's certificate, DER.
         coordinator: The coordinator's public key, raw.
-        renewal: ``HOST:PORT`` at which the service renews certificates; empty if it does not.
     """
 
     secret: bytes
@@ -45,7 +44,6 @@ class Invitation(NamedTuple):
     gateway: str
     authority: bytes
     coordinator: bytes
-    renewal: str = ""
 
     def __repr__(self) -> str:
         return f"Invitation({self.device})"
@@ -82,7 +80,6 @@ _CODEC = wire.record(
         "gateway": wire.text(ADDRESSES),
         "authority": wire.blob(MAX_CERTIFICATE),
         "coordinator": wire.fixed(KEY),
-        "renewal": wire.text(rf"({ADDRESS})?"),
     },
 )
 
@@ -114,7 +111,7 @@ def read_invitation(text: str) -> Invitation:
         found = _CODEC.decode(raw[:-_CHECK])
         found.to_pem()
     except (ValueError, binascii.Error, ProtocolError, TrustError):
-        reason = "the token is not an invitation: copy the whole line that 'edgeadapt authority invite' printed"
+        reason = "the token is not an invitation: copy the whole line that 'edgeadapt authority invite' prints"
         raise ConfigError(reason, about="--token-file") from None
     return found
 

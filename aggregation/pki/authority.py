@@ -16,7 +16,7 @@ from aggregation.errors import ConfigError, TrustError
 from aggregation.pki.certificates import Root, identity, load, require_device_id, subject
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.pki.revocation import Revocation, RevocationList, sign_list
-from aggregation.pki.tls import TlsPublicKey, TlsRole, extensions
+from aggregation.pki.tls import TlsPublicKey, extensions
 
 MAX_NAME = 64  # bytes of a common name (X.520)
 
@@ -84,19 +84,17 @@ class Authority:
         self,
         name: str,
         public: TlsPublicKey,
-        role: TlsRole,
-        hosts: Sequence[str] = (),
+        hosts: Sequence[str],
         *,
         not_before: datetime,
         not_after: datetime,
         serial: int,
     ) -> bytes:
-        """Certify that ``public`` is the TLS key of ``name``; returns DER.
+        """Certify that ``public`` is the TLS key of the gateway ``name``; returns DER.
 
         Args:
-            name: Of the device or the gateway.
+            name: Of the gateway.
             public: Its P-256 key.
-            role: Which side of TLS it is for.
             hosts: As ``tls.extensions``.
             not_before: Begin of validity.
             not_after: End of validity.
@@ -112,7 +110,7 @@ class Authority:
         issuer = subject(load(self.der))
         builder = _builder(name, issuer, key, not_before, not_after, serial=serial)
         builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        for extension in extensions(role, hosts):
+        for extension in extensions(hosts):
             builder = builder.add_extension(extension, critical=False)
         return _sign(builder, self.key)
 

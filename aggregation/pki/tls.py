@@ -1,9 +1,8 @@
-"""Certificates for TLS: P-256 keys of the fleet's devices and gateways, certified by the same authority.
+"""Certificates for the TLS of a gateway: a P-256 key, certified by the fleet's authority for the names of its hosts.
 
-TLS libraries, gRPC's among them, refuse Ed25519 leaf certificates. So a device has two keys under one name: its Ed25519
-identity, which signs what the protocol says, and a P-256 key, which protects its connection. A *binding* is the
-identity's signature on the TLS certificate: the two belong to one device, not only to one name. A certificate is for
-one side of TLS only (extended key usage, RFC 5280, section 4.2.1.12): no device can pose as a gateway.
+TLS libraries, gRPC's among them, refuse Ed25519 leaf certificates, so a gateway's TLS key is of another kind than the
+identities. Its certificate is for the server's side only (extended key usage, RFC 5280, section 4.2.1.12), and no
+device has one: no device can pose as a gateway. A device proves who it is by its identity's signature, after TLS.
 """
 
 import hashlib
@@ -11,7 +10,6 @@ import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from enum import Enum
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -22,24 +20,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, TrustError
 from aggregation.pki.certificates import Root, is_authority, is_device_id, load, require_device_id, subject
-from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.pki.requests import parsed
 
-BINDING = "tls-binding"  # the tag of the identity's signature
-CHALLENGE = "websocket-challenge"  # the same where a browser answers a gateway's challenge
-RENEWAL = "renewal"  # the same on the request for the next TLS key; of a page, which has none, on its certificate
 _ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551  # of P-256 (SEC 2, section 2.4.2)
-
-
-class TlsRole(Enum):
-    """Which side of TLS a certificate is for."""
-
-    DEVICE = "device"  # the client
-    GATEWAY = "gateway"  # the server
-
-    @property
-    def usage(self) -> x509.ObjectIdentifier:
-        return ExtendedKeyUsageOID.CLIENT_AUTH if self is TlsRole.DEVICE else ExtendedKeyUsageOID.SERVER_AUTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,34 +94,28 @@ def read_tls_request(raw: bytes) -> tuple[str, TlsPublicKey]:
     return name, _public(key)
 
 
-def extensions(role: TlsRole, hosts: Sequence[str]) -> tuple[x509.ExtensionType, ...]:
-    """What a TLS certificate has besides the basic constraints.
-
-    Args:
-        role: Which side it is for.
-        hosts: Names and IP addresses of a gateway, at which devices reach it; none for a device.
+def extensions(hosts: Sequence[str]) -> tuple[x509.ExtensionType, ...]:
+    """What a TLS certificate has besides the basic constraints. ``hosts``: names and IP addresses of the gateway.
 
     Raises:
-        ConfigError: A gateway without hosts, a device with hosts, or a host that is no name.
+        ConfigError: There are none, or one is neither a name nor an address.
     """
-    if bool(hosts) != (role is TlsRole.GATEWAY):
-        text = "a gateway's certificate names its hosts, and a device's names none"
-        raise ConfigError(text, about="tls.hosts", value=list(hosts))
-    usage = x509.ExtendedKeyUsage([role.usage])
-    return (usage, x509.SubjectAlternativeName([_host(host) for host in hosts])) if hosts else (usage,)
+    if not hosts:
+        raise ConfigError("a gateway's certificate names its hosts", about="tls.hosts")
+    names = x509.SubjectAlternativeName([_host(host) for host in hosts])
+    return x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), names
 
 
-def verify_tls(root: Root, der: bytes, role: TlsRole, at: datetime) -> str:
-    """Return the name for which the authority certified the TLS key in ``der``.
+def verify_tls(root: Root, der: bytes, at: datetime) -> str:
+    """Return the name of the gateway for which the authority certified the TLS key in ``der``.
 
     Args:
         root: The pinned authority, with its newest revocation list.
         der: A certificate, DER.
-        role: Which side of TLS presented it.
         at: The present time.
 
     Raises:
-        TrustError: Not a TLS certificate of this authority for ``role``, revoked, or not valid at ``at``.
+        TrustError: Not a gateway's TLS certificate of this authority, revoked, or not valid at ``at``.
     """
     certificate, authority = load(der), load(root.der)
     try:
@@ -155,8 +132,8 @@ def verify_tls(root: Root, der: bytes, role: TlsRole, at: datetime) -> str:
         key = certificate.public_key()
     except (ValueError, UnsupportedAlgorithm, x509.ExtensionNotFound):
         raise TrustError(f"certificate of {name} is not for TLS", about="tls.usage", value=name) from None
-    if usages != (role.usage,):
-        raise TrustError(f"TLS certificate of {name} is not for a {role.value}", about="tls.usage", value=name)
+    if usages != (ExtendedKeyUsageOID.SERVER_AUTH,):
+        raise TrustError(f"TLS certificate of {name} is not for a gateway", about="tls.usage", value=name)
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise TrustError(f"TLS certificate of {name} has no P-256 key", about="tls.key", value=name)
     if root.revoked is not None and certificate.serial_number in root.revoked.revoked:
@@ -167,7 +144,7 @@ def verify_tls(root: Root, der: bytes, role: TlsRole, at: datetime) -> str:
 
 
 def hosts_of(der: bytes) -> tuple[str, ...]:
-    """The names and IP addresses in a gateway's certificate, as ``extensions`` took them; none in a device's.
+    """The names and IP addresses in a gateway's certificate, as ``extensions`` took them.
 
     Raises:
         TrustError: Not a certificate, or its names cannot be read.
@@ -179,68 +156,6 @@ def hosts_of(der: bytes) -> tuple[str, ...]:
     except ValueError:
         raise TrustError("the names in the TLS certificate cannot be read", about="tls.hosts") from None
     return tuple(str(name.value) for name in names)
-
-
-def bind(identity: IdentityKey, certificate: bytes) -> bytes:
-    """The identity's signature on a TLS certificate in DER: its owner has both keys."""
-    return identity.sign(BINDING, certificate)
-
-
-def verify_binding(root: Root, tls_certificate: bytes, certificate: bytes, binding: bytes, at: datetime) -> str:
-    """Return the device that has both the TLS key and the identity key. All in DER.
-
-    Args:
-        root: The pinned authority, with its newest revocation list.
-        tls_certificate: With which the peer proved possession of its key in the TLS handshake.
-        certificate: Of the device's identity.
-        binding: ``bind`` of the two.
-        at: The present time.
-
-    Raises:
-        TrustError: One of the certificates is not valid, they are of two devices, or the identity did not sign.
-    """
-    tls_name = verify_tls(root, tls_certificate, TlsRole.DEVICE, at)
-    name, key = root.verify(certificate, at)
-    if name != tls_name:
-        text = f"the connection is that of {tls_name}, and the identity that of {name}"
-        raise TrustError(text, about="tls.binding", value=name)
-    key.verify(BINDING, tls_certificate, binding)
-    return name
-
-
-def verify_challenge(root: Root, challenge: bytes, certificate: bytes, signature: bytes, at: datetime) -> str:
-    """Return the device that signed a challenge of this gateway.
-
-    Args:
-        root: The pinned authority, with its newest revocation list.
-        challenge: The gateway's nonce, and the name of its host, to which the device connected.
-        certificate: Of the device's identity, in DER.
-        signature: Of that identity.
-        at: The present time.
-
-    Raises:
-        TrustError: The certificate is not valid, or the identity did not sign.
-    """
-    name, key = root.verify(certificate, at)
-    key.verify(CHALLENGE, challenge, signature)
-    return name
-
-
-def verify_page_renewal(root: Root, certificate: bytes, signature: bytes, at: datetime) -> tuple[str, PublicKey]:
-    """Return name and key of the page that wants a newer certificate for its identity.
-
-    Args:
-        root: The authority.
-        certificate: Of the identity, in DER.
-        signature: Of the identity, on ``certificate``.
-        at: The present time.
-
-    Raises:
-        TrustError: The certificate is not valid, or the identity did not sign.
-    """
-    name, key = root.verify(certificate, at)
-    key.verify(RENEWAL, certificate, signature)
-    return name, key
 
 
 def _public(key: ec.EllipticCurvePublicKey) -> TlsPublicKey:

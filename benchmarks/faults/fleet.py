@@ -21,7 +21,7 @@ from adapters.roundrecord import RoundRecord
 from aggregation.entropy import SystemEntropy
 from aggregation.pki import Authority, certificates
 from aggregation.pki.identity import IdentityKey
-from aggregation.pki.tls import TlsKey, TlsRole, read_tls_request
+from aggregation.pki.tls import TlsKey, read_tls_request
 from aggregation.steps import Step
 from benchmarks.faults import supernodes
 from benchmarks.faults.network import Network
@@ -276,7 +276,7 @@ def running_fleet(out: Path, devices: int, shape: FleetShape = LIGHT) -> Iterato
             else RegistrySettings(database=server.url(server.database()), blobs=str(out / "blobs"))
         )
         names = _provision(out, devices, stores, SLOW if shape.supernodes else {})
-        _give_tls(out, names)
+        _give_tls(out)
         folder = out / provision.COORDINATOR
         copies = [out / f"{provision.COORDINATOR}-{number}" for number in range(2, shape.coordinators + 1)]
         for copy in copies:
@@ -347,14 +347,11 @@ def _provision(
     return names
 
 
-def _give_tls(out: Path, names: tuple[str, ...]) -> None:
+def _give_tls(out: Path) -> None:
     authority = Authority.from_pem((out / provision.AUTHORITY / provision.AUTHORITY_KEY).read_bytes())
-    places = [(provision.device_folder(out, name), name, TlsRole.DEVICE, ()) for name in names]
-    for folder, name, role, hosts in (*places, (out / provision.COORDINATOR, "gateway", TlsRole.GATEWAY, (HOST,))):
-        key, now = TlsKey.generate(SystemEntropy()), datetime.now(UTC)
-        _, public = read_tls_request(key.request(name))
-        serial = int.from_bytes(SystemEntropy().bytes(8), "big") + 1
-        dates = {"not_before": now - timedelta(hours=1), "not_after": now + timedelta(days=1)}
-        der = authority.issue_tls(name, public, role, hosts, serial=serial, **dates)
-        (folder / TLS_KEY).write_bytes(key.pem)
-        (folder / TLS_CERTIFICATE).write_bytes(certificates.to_pem(der))
+    folder, key, now = out / provision.COORDINATOR, TlsKey.generate(SystemEntropy()), datetime.now(UTC)
+    _, public = read_tls_request(key.request("gateway"))
+    dates = {"not_before": now - timedelta(hours=1), "not_after": now + timedelta(days=1)}
+    der = authority.issue_tls("gateway", public, (HOST,), serial=1, **dates)
+    (folder / TLS_KEY).write_bytes(key.pem)
+    (folder / TLS_CERTIFICATE).write_bytes(certificates.to_pem(der))

@@ -13,17 +13,17 @@ import sys
 import time
 from typing import Any
 
-from grpc import StatusCode, aio
+from grpc import aio
 
-from adapters.gateway import frames
-from aggregation.pki import Authority
-from benchmarks.gateway.clients import allow_connections, connection, enrolled
+from adapters.gateway import messages
+from aggregation.pki import Authority, Root
+from benchmarks.gateway.clients import Device, allow_connections, connection
 
 DEVICES = 1000  # at most; each checks in again after the others
 PATIENCE = 60.0  # seconds for a check-in
 
 
-async def arrive(port: int, rate: float, seconds: float, devices: list[tuple[bytes, Any]]) -> dict[str, Any]:
+async def arrive(port: int, authority: Root, rate: float, seconds: float, devices: list[Device]) -> dict[str, Any]:
     """Check in ``rate`` times a second for so many seconds.
 
     Returns:
@@ -35,18 +35,12 @@ async def arrive(port: int, rate: float, seconds: float, devices: list[tuple[byt
     begin, times, errors = loop.time() + 0.1, list[float](), dict[str, int]()
 
     async def one(number: int) -> None:
-        hello, credentials = devices[number % len(devices)]
         due = begin + number / rate
         try:
-            async with connection(port, credentials) as channel:
-                stream = channel.unary_stream(frames.ATTEND)(hello, timeout=PATIENCE)
-                await stream.initial_metadata()  # which a call that failed has too
-                took = 1e3 * (loop.time() - due)
-                stream.cancel()  # and then CANCELLED is the status of one that was open
-                if (code := await stream.code()) is StatusCode.CANCELLED:
-                    times.append(took)
-                else:
-                    errors[code.name] = errors.get(code.name, 0) + 1
+            async with connection(port, authority) as channel:
+                stream = channel.stream_stream(messages.ATTEND)(timeout=PATIENCE)
+                await devices[number % len(devices)].attend(stream)
+                times.append(1e3 * (loop.time() - due))
         except aio.AioRpcError as error:
             errors[error.code().name] = errors.get(error.code().name, 0) + 1
 
@@ -68,7 +62,7 @@ if __name__ == "__main__":
     authority = Authority.from_pem(b"".join(iter(sys.stdin.buffer.readline, b"\n")))
     count = min(DEVICES, int(rate * seconds))
     allow_connections(int(rate * seconds))  # as many as a gateway that stands still leaves open
-    made = [enrolled(f"device-{number:05d}", authority) for number in range(count)]
+    made = [Device.of(f"device-{number:05d}", authority) for number in range(count)]
     print("ready", flush=True)
     sys.stdin.buffer.readline()
-    print(json.dumps(asyncio.run(arrive(port, rate, seconds, made))), flush=True)
+    print(json.dumps(asyncio.run(arrive(port, authority.root, rate, seconds, made))), flush=True)

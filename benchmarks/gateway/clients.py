@@ -5,24 +5,24 @@ prints a line when all are connected. A request's body says how long the device 
 """
 
 import asyncio
-import hashlib
 import resource
 import struct
 import sys
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
+from typing import Any
 
 import grpc
 from grpc import aio
 
-from adapters.gateway import frames
-from adapters.gateway import gateway_pb2 as pb
+from adapters.gateway import messages
 from aggregation.entropy import SystemEntropy
-from aggregation.pki import Authority, IdentityKey, certificates
-from aggregation.pki.tls import TlsKey, TlsRole, bind, read_tls_request
+from aggregation.pki import Authority, IdentityKey, Root
 
 WORK = struct.Struct(">dI")  # seconds, and bytes of the answer
 AT_ONCE = 50  # connections that are made at the same time
+HOST = "127.0.0.1"
 OWN_CONNECTION = ("grpc.use_local_subchannel_pool", 1)
 
 
@@ -43,47 +43,54 @@ async def serve(port: int, count: int, authority: Authority) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def enrolled(name: str, authority: Authority) -> tuple[bytes, grpc.ChannelCredentials]:
-    """A new device: what it says to a gateway, and the TLS credentials of its connection."""
-    identity, key, now = IdentityKey.generate(SystemEntropy()), TlsKey.generate(SystemEntropy()), datetime.now(UTC)
-    _, public = read_tls_request(key.request(name))
-    begin, end = now - timedelta(hours=1), now + timedelta(hours=1)
-    serial = int.from_bytes(SystemEntropy().bytes(8), "big") + 1
-    der = authority.issue_tls(name, public, TlsRole.DEVICE, not_before=begin, not_after=end, serial=serial)
-    hello = pb.Hello(
-        certificate=authority.issue(name, identity.public, not_before=begin, not_after=end),
-        binding=bind(identity, der),
-        version=version("edgeadapt"),
-    )
-    credentials = grpc.ssl_channel_credentials(authority.root.to_pem(), key.pem, certificates.to_pem(der))
-    return hello.SerializeToString(), credentials
+@dataclass(frozen=True)
+class Device:
+    """A new device with a certificate for an hour."""
+
+    identity: IdentityKey
+    certificate: bytes
+
+    @classmethod
+    def of(cls, name: str, authority: Authority) -> "Device":
+        identity, now = IdentityKey.generate(SystemEntropy()), datetime.now(UTC)
+        begin, end = now - timedelta(hours=1), now + timedelta(hours=1)
+        return cls(identity, authority.issue(name, identity.public, not_before=begin, not_after=end))
+
+    async def attend(self, stream: Any) -> None:
+        """Prove the identity on a stream; returns once the gateway has admitted the device."""
+        nonce = messages.CHALLENGE.decode(await stream.read()).nonce
+        signature = self.identity.sign(messages.CHALLENGE_TAG, nonce + HOST.encode())
+        hello = messages.DeviceHello(self.certificate, HOST, signature, version("edgeadapt"))
+        await stream.write(messages.HELLO.encode(hello))
+        if await stream.read() != messages.ADMITTED:
+            raise AssertionError("not admitted")
 
 
-def connection(port: int, credentials: grpc.ChannelCredentials) -> aio.Channel:
+def connection(port: int, authority: Root) -> aio.Channel:
     """A connection of its own, with a TLS handshake of its own."""
-    return aio.secure_channel(f"127.0.0.1:{port}", credentials, [*frames.DEVICE_OPTIONS, OWN_CONNECTION])
+    credentials = grpc.ssl_channel_credentials(authority.to_pem())
+    return aio.secure_channel(f"{HOST}:{port}", credentials, [*messages.DEVICE_OPTIONS, OWN_CONNECTION])
 
 
 async def _device(
     port: int, name: str, authority: Authority, gate: asyncio.Semaphore, connected: asyncio.Event
 ) -> None:
     async with gate:
-        hello, credentials = enrolled(name, authority)
-        channel = connection(port, credentials)
-        stream = channel.unary_stream(frames.ATTEND)(hello)
-        await stream.initial_metadata()
+        channel = connection(port, authority.root)
+        stream = channel.stream_stream(messages.ATTEND)()
+        await Device.of(name, authority).attend(stream)
         connected.set()
     async with channel:
-        async for raw in stream:
-            request = frames.request(raw)
-            for blob in request.blobs.values():
-                asked = pb.Range(sha256=blob.sha256).SerializeToString()
-                parts = [frames.chunk(part) async for part in channel.unary_stream(frames.FETCH)(asked)]
-                if hashlib.sha256(b"".join(parts)).digest() != blob.sha256:
-                    raise AssertionError("a blob does not match its digest")
+        while (raw := await stream.read()) is not grpc.aio.EOF:
+            request = messages.REQUEST.decode(raw)
+            for _, size in sorted(request.blobs.items()):
+                reader = messages.PartReader(size)
+                while reader.left:
+                    reader.add(await stream.read())
             seconds, size = WORK.unpack(request.fields["body"])
             await asyncio.sleep(seconds)
-            await channel.stream_unary(frames.ANSWER)(frames.answer_parts(request.id, bytes(size)))
+            for message in messages.answer_messages(request.id, bytes(size)):
+                await stream.write(message)
 
 
 def allow_connections(count: int) -> None:

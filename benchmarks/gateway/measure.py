@@ -1,4 +1,4 @@
-"""Ask many connected devices over a real gateway with mutual TLS on loopback, and time the answers.
+"""Ask many connected devices over a real gateway with TLS on loopback, and time the answers.
 
 The gateway and the coordinator's transport are those of a run; the devices are in another process and only wait
 (``clients``). Both processes share this machine, so that the devices' work on TLS is in the times.
@@ -20,7 +20,7 @@ from typing import IO, Any
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import DataError
 from aggregation.pki import Authority, certificates
-from aggregation.pki.tls import TlsKey, TlsRole, read_tls_request
+from aggregation.pki.tls import TlsKey, read_tls_request
 from aggregation.steps import ADAPTER, Step
 from benchmarks.gateway.clients import WORK, allow_connections
 from benchmarks.timing import Note
@@ -131,8 +131,8 @@ def _serving() -> Iterator[tuple[GatewayGrid, Authority]]:
     key = TlsKey.generate(SystemEntropy())
     _, public = read_tls_request(key.request("gateway"))
     dates = {"not_before": now - timedelta(hours=1), "not_after": now + timedelta(hours=1)}
-    der = authority.issue_tls("gateway", public, TlsRole.GATEWAY, ("127.0.0.1",), serial=1, **dates)
-    tls = ServerTls(key.pem, certificates.to_pem(der), authority.root.to_pem())
+    der = authority.issue_tls("gateway", public, ("127.0.0.1",), serial=1, **dates)
+    tls = ServerTls(key.pem, certificates.to_pem(der))
     # Devices ask a step after the other, without training, and come again without a pause.
     limits = GatewayLimits(calls=10_000, check_ins=1e6, grace=0.0)
     grid = GatewayGrid("127.0.0.1:0", tls, lambda at: authority.root, limits)

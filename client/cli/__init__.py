@@ -10,7 +10,7 @@ COMMANDS = {
     "agent": ("client.cli.agent", "agent", "Take part through the coordinator's gateway.", "gateway"),
     "chat": ("client.cli.chat", "chat", "Chat with the language model of a bundle.", ""),
     "convert": ("client.cli.convert", "convert", "Write a verified adapter for other programs.", ""),
-    "enrol": ("client.cli.enrol", "enrol", "Create a device's state directory, and certify its keys.", "gateway"),
+    "enrol": ("client.cli.enrol", "enrol", "Create a device's state directory, and certify its key.", "gateway"),
     "forget": ("client.cli.node", "forget", "Delete what the device remembers of the coordinator.", ""),
     "infer": ("client.cli.infer", "infer", "Classify phrases, or continue texts.", ""),
     "install": ("client.cli.node", "install", "Install a certificate or revocation list.", ""),
@@ -22,7 +22,7 @@ COMMANDS = {
         "",
     ),
     "policy": ("client.cli.node", "policy", "Print the device's policy.", ""),
-    "renew": ("client.cli.renew", "renew", "Have the device's certificates renewed.", "gateway"),
+    "renew": ("client.cli.renew", "renew", "Have the device's certificate renewed.", "gateway"),
     "serve-web": ("client.cli.serve_web", "serve_web", "Serve a page that runs a bundle in the browser.", ""),
     "update": ("client.cli.update", "update", "Bring a bundle to the release of its channel.", ""),
 }

@@ -44,7 +44,7 @@ def enrol(
 ) -> None:
     """Create the state directory of this device: its keys, its trust anchors, and its settings.
 
-    With --token-file, the device connects to the authority, and its keys are certified at once. The keys are made here
+    With --token-file, the device connects to the authority, and its key is certified at once. The keys are made here
     and stay here. If the connection breaks, repeat the command.
 
     Without it, request.csr is for the authority. Both files are pinned: compare the fingerprints that are printed with

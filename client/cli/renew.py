@@ -1,4 +1,4 @@
-"""``edgeadapt device renew``: have a device's certificates renewed where no agent does it."""
+"""``edgeadapt device renew``: have a device's certificate renewed where no agent does it."""
 
 import json
 import re
@@ -16,22 +16,21 @@ from client.cli import options
 @click.option("--renewal", metavar="HOST:PORT", help="Of the authority's service. Default: 'renewal' in device.toml.")
 @options.as_json
 def renew(state_dir: Path, renewal: str | None, as_json: bool) -> None:
-    """Have the certificates of this device renewed, if they are in the last third of their validity.
+    """Have the certificate of this device renewed, if it is in the last third of its validity.
 
-    An agent does so by itself: this is for a device whose agent does not run for weeks. The identity stays, and the TLS
-    key is a new one. If the authority refuses or cannot be reached, certificates and key stay in use.
+    An agent does so by itself: this is for a device whose agent does not run for weeks. The key stays. If the authority
+    refuses or cannot be reached, the certificate stays in use.
 
     \b
     Examples:
       edgeadapt device renew --state kitchen
-      edgeadapt device renew --state kitchen --renewal authority.example:9447 --json
+      edgeadapt device renew --state kitchen --renewal authority.example:9444 --json
     """
     from datetime import UTC, datetime
 
     from adapters.gateway.invitation import ADDRESS
-    from aggregation.entropy import SystemEntropy
     from aggregation.pki.certificates import load, subject
-    from client.gateway import renewal as service
+    from client.gateway import enrolment as service
     from client.node.statedir import AGENT_LOCK, DeviceStateDir
 
     opened = DeviceStateDir.open(state_dir)
@@ -45,13 +44,13 @@ def renew(state_dir: Path, renewal: str | None, as_json: bool) -> None:
         with storage.locked(state_dir / AGENT_LOCK, timeout=0):
             due, end = service.validity(opened, datetime.now(UTC))
             if due:
-                end = service.renew(opened, address, SystemEntropy())
+                end = service.renew(opened, address)
     except TimeoutError:
-        text = f"an agent, or another 'device renew', uses {state_dir} and renews the certificates: nothing was changed"
+        text = f"an agent, or another 'device renew', uses {state_dir} and renews the certificate: nothing was changed"
         raise ConfigError(text, about=AGENT_LOCK) from None
     device = subject(load(opened.certificate))
     if as_json:
         click.echo(json.dumps({"device": device, "renewed": due, "until": end.isoformat()}))
         return
-    changed = "renewed, with a new TLS key" if due else "not renewed before the last third of their validity"
-    click.echo(f"{device}: certificates valid until {end:%Y-%m-%d}, {changed}")
+    changed = "renewed" if due else "not renewed before the last third of its validity"
+    click.echo(f"{device}: certificate valid until {end:%Y-%m-%d}, {changed}")

@@ -1,48 +1,52 @@
 """The agent of a light device: it attends at a gateway, and answers each request with a step of ``client.node.step``.
 
 It attends only while its owner's conditions are met (``client.node.eligibility``), and waits without a connection while
-they are not. Meanwhile it has its certificates renewed before they end (``client.gateway.renewal``).
+they are not. Meanwhile it has its certificate renewed before it ends (``client.gateway.enrolment``).
 
-The connection is mutual TLS under the pinned authority. Whatever can pass by itself is tried again, at each address of
-the gateway in turn, and after a pause that grows, or that the gateway names; a refusal ends the agent. An answer that
-did not reach the gateway, or not the coordinator, which then asks the same once more, is sent again and never made
-again: the device's state has moved on.
+The gateway's TLS is verified under the pinned authority, and the identity signs its challenge. Whatever can pass by
+itself is tried again, at each address of the gateway in turn, and after a pause that grows, or that the gateway names;
+a refusal ends the agent. An answer that did not reach the gateway, or not the coordinator, which then asks the same
+once more, is sent again and never made again: the device's state has moved on.
 """
 
 import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
 
 import grpc
-from grpc import StatusCode
 
 from adapters import storage
-from adapters.gateway import frames
-from adapters.gateway import gateway_pb2 as pb
+from adapters.gateway import messages
 from aggregation.errors import ConfigError, EdgeAdaptError, ProtocolError
-from aggregation.pki.certificates import load, subject, to_der
-from aggregation.pki.tls import bind
+from aggregation.pki.certificates import load, subject
 from aggregation.steps import Step
-from client.gateway.calls import FIRST_PAUSE, PASSING, pause, refusal, until
-from client.gateway.renewal import Renewal, tls_pair
+from client.gateway.calls import (
+    FIRST_PAUSE,
+    PASSING,
+    Asked,
+    Conversation,
+    conversation,
+    host_of,
+    one_line,
+    pause,
+    refusal,
+    until,
+)
+from client.gateway.enrolment import Renewal
 from client.node.eligibility import LOOK, Condition, conditions, machine_conditions
 from client.node.readings import Readings, SystemReadings
 from client.node.statedir import AGENT_LOCK, AUTHORITY, LONGEST, DeviceStateDir
 from client.node.step import Refusal, RefusalCode, answer
 
-TRANSFER = 180.0  # seconds for an answer or a blob
-ATTEMPTS = 6  # at a transfer; the request is void soon after
 log = logging.getLogger("edgeadapt.agent")
-T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -63,9 +67,9 @@ class Agent:
     _failed: int = 0  # addresses in a row, of the attempts so far
     _stop: threading.Event = field(default_factory=threading.Event)
     _call: grpc.Call | None = None
-    _last: tuple[pb.Request, bytes | Refusal] | None = None  # the last request, and its answer
+    _last: tuple[int, bytes, bytes | Refusal] | None = None  # id and digest of the last request, and its answer
     _answering: bool = False
-    _declined: bool = False  # a condition is not met any more, or the connection's certificate is not the newest
+    _declined: bool = False  # a condition is not met any more, or the certificate is not the newest
     _renewal: Renewal = field(init=False)
 
     def __post_init__(self) -> None:
@@ -98,20 +102,18 @@ class Agent:
             raise ConfigError(f"another agent uses {self.folder}: end it first", about=AGENT_LOCK) from None
 
     def _run(self, state_dir: DeviceStateDir) -> None:
+        authority = storage.read(self.folder / AUTHORITY, LONGEST)
         while self._await_conditions():
             try:
-                with _channel(state_dir, self.address) as channel:
-                    requests = self._attend(channel, state_dir)
-                    if requests.is_active():  # begin with this address again
-                        self._failed %= len(self.addresses)
-                    with self._looking(requests):
-                        for raw in requests:
-                            self._handle(channel, state_dir, frames.request(raw))
-                            if self._declined:
-                                break
-                        else:
-                            if not self._come_back(requests):
-                                self._pause(FIRST_PAUSE)
+                with conversation(self.address, messages.ATTEND, authority) as talk:
+                    self._begin(talk, state_dir)
+                    self._failed %= len(self.addresses)  # begin with this address again
+                    with self._looking(talk):
+                        for asked in talk.requests():
+                            if not self._declined:
+                                self._handle(talk, asked)
+                    if not self._declined and not self._come_back(talk.call):
+                        self._pause(FIRST_PAUSE)
             except grpc.RpcError as error:
                 if self._stop.is_set():
                     return
@@ -121,7 +123,7 @@ class Agent:
                     raise refusal(error, "the gateway") from error
                 if self._come_back(error):
                     continue
-                away, reason = self.address, _one_line(error)
+                away, reason = self.address, f"{error.code().name}: {one_line(error)}"
                 self._failed += 1
                 if self._failed % len(self.addresses):
                     log.info("no gateway at %s, trying %s: %s", away, self.address, reason)
@@ -130,6 +132,19 @@ class Agent:
                 log.info("no gateway at %s, again in %.1f s: %s", away, seconds, reason)
                 self._pause(seconds)
 
+    def _begin(self, talk: Conversation, state_dir: DeviceStateDir) -> None:
+        """Prove the identity; returns once the gateway has admitted the device."""
+        self._call = talk.call
+        if self._stop.is_set():
+            talk.call.cancel()
+        nonce, host = messages.CHALLENGE.decode(talk.receive()).nonce, host_of(self.address)
+        signature = state_dir.identity.sign(messages.CHALLENGE_TAG, nonce + host.encode())
+        hello = messages.DeviceHello(state_dir.certificate, host, signature, version("edgeadapt"))
+        talk.send((messages.HELLO.encode(hello),))
+        if talk.receive() != messages.ADMITTED:
+            raise ProtocolError("the gateway neither admits nor refuses this device", about="gateway.admitted")
+        log.info("connected to %s", self.address)
+
     def _pause(self, seconds: float) -> None:
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0 and not self._stop.wait(min(left, self.look)):
@@ -137,7 +152,7 @@ class Agent:
 
     def _come_back(self, call: grpc.Call) -> bool:
         """Wait as the gateway asks at the end of a call. Returns False if it does not."""
-        window = frames.retry_window(call.trailing_metadata())
+        window = messages.retry_window(call.trailing_metadata())
         if window is None:
             return False
         seconds = max(FIRST_PAUSE, until(window))
@@ -175,10 +190,10 @@ class Agent:
         return [each for each in found if not each.met]
 
     @contextmanager
-    def _looking(self, call: grpc.Call) -> Iterator[None]:
-        """While the block runs, end ``call`` once a condition is not met, unless a request is being answered.
+    def _looking(self, talk: Conversation) -> Iterator[None]:
+        """While the block runs, end the conversation once a condition is not met, unless a request is being answered.
 
-        So it does with new certificates: the gateway ends a connection whose certificate has expired.
+        So it does with a new certificate: the gateway ends a connection whose certificate has expired.
         """
         done = threading.Event()
 
@@ -188,7 +203,7 @@ class Agent:
                 renewed = self._renewed() or renewed
                 if not self._answering and (renewed or self._unmet(to_join=False)):
                     self._declined = True
-                    call.cancel()
+                    talk.finish()  # after what is being sent
                     return
 
         looking = threading.Thread(target=look, name="eligibility")
@@ -206,122 +221,41 @@ class Agent:
         except (EdgeAdaptError, OSError):
             return False
 
-    def _attend(self, channel: grpc.Channel, state_dir: DeviceStateDir) -> Any:
-        own = to_der(tls_pair(state_dir.folder)[1])
-        binding = bind(state_dir.identity, own)
-        hello = pb.Hello(certificate=state_dir.certificate, binding=binding, version=version("edgeadapt"))
-        call = channel.unary_stream(frames.ATTEND)(hello.SerializeToString())
-        self._call = call
-        call.initial_metadata()  # waits until the gateway has admitted the device
-        if call.is_active():
-            log.info("connected to %s", self.address)
-        if self._stop.is_set():
-            call.cancel()
-        return call
-
-    def _handle(self, channel: grpc.Channel, state_dir: DeviceStateDir, request: pb.Request) -> None:
+    def _handle(self, talk: Conversation, asked: Asked) -> None:
         self._answering = True
         try:
-            self._answer_once(channel, state_dir, request)
+            found = self._answered(asked)
+            if isinstance(found, Refusal):
+                talk.send((messages.reason_message(asked.id, found.code, found.reason),))
+            else:
+                talk.send(messages.answer_messages(asked.id, found))
+            if isinstance(found, Refusal) and found.code is RefusalCode.NOT_ELIGIBLE:
+                self._declined = True
+                talk.finish()
         finally:
             self._answering = False
 
-    def _answer_once(self, channel: grpc.Channel, state_dir: DeviceStateDir, request: pb.Request) -> None:
-        if self._last is None or not _same(self._last[0], request, refused=isinstance(self._last[1], Refusal)):
-            self._last = request, self._answer(channel, state_dir, request)
-        number, found = request.id, self._last[1]
-        self._declined = isinstance(found, Refusal) and found.code is RefusalCode.NOT_ELIGIBLE
-        try:
-            self._transfer(partial(_send, channel, number, found))
-        except grpc.RpcError as error:
-            if error.code() is not StatusCode.FAILED_PRECONDITION:
-                raise
-            log.warning("the answer to %s came too late", request.step)  # the request is void
+    def _answered(self, asked: Asked) -> bytes | Refusal:
+        """The answer to a request; the last one again if the request is the last one, or repeats it.
 
-    def _answer(self, channel: grpc.Channel, state_dir: DeviceStateDir, request: pb.Request) -> bytes | Refusal:
-        try:
-            fetched = {
-                name: self._transfer(partial(_fetch, channel, blob, bytearray())) for name, blob in _blobs(request)
-            }
-        except ProtocolError as error:
-            return Refusal(RefusalCode.REFUSED, str(error))
-        device = subject(load(state_dir.certificate))
-        step, fields = Step(request.step), {**request.fields, **fetched}
-        log.info("answering %s", step.value)
-        node, opened = frames.node_of(device), partial(DeviceStateDir.open, self.folder)
-        return answer(opened, step, fields, node, readings=self.readings)
-
-    def _attends(self) -> bool:
-        return self._call is not None and bool(self._call.is_active())
-
-    def _transfer(self, call: Callable[[], T]) -> T:
-        """Call until it succeeds, while the device attends: a gateway takes no call of another device.
-
-        Raises:
-            grpc.RpcError: The gateway refuses, cannot be reached after ``ATTEMPTS``, or the stream broke as well. The
-                device then connects again, and is asked again what it has not answered.
+        What was refused may be answered when it is repeated.
         """
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                return call()
-            except grpc.RpcError as error:
-                if error.code() not in PASSING or attempt == ATTEMPTS or not self._attends():
-                    raise
-                if self._stop.wait(pause(attempt, error)) or not self._attends():
-                    raise
-        raise AssertionError
+        digest = _digest(asked)
+        if self._last is not None:
+            number, last, found = self._last
+            if number == asked.id or (last == digest and not isinstance(found, Refusal)):
+                return found
+        log.info("answering %s", asked.step)
+        device = subject(load(DeviceStateDir.open(self.folder).certificate))
+        node, opened = messages.node_of(device), partial(DeviceStateDir.open, self.folder)
+        found = answer(opened, Step(asked.step), asked.fields, node, readings=self.readings)
+        self._last = asked.id, digest, found
+        return found
 
 
-def _channel(state_dir: DeviceStateDir, address: str) -> grpc.Channel:
-    """A connection to the gateway, which nothing is sent on yet.
-
-    Raises:
-        TrustError: A file is missing or damaged.
-    """
-    key, certificate = tls_pair(state_dir.folder)
-    credentials = grpc.ssl_channel_credentials(
-        root_certificates=storage.read(state_dir.folder / AUTHORITY, LONGEST),
-        private_key=key.pem,
-        certificate_chain=certificate,
-    )
-    return grpc.secure_channel(address, credentials, options=frames.DEVICE_OPTIONS)
-
-
-def _blobs(request: pb.Request) -> Iterable[tuple[str, pb.Blob]]:
-    found: Mapping[str, pb.Blob] = request.blobs
-    return found.items()
-
-
-def _fetch(channel: grpc.Channel, blob: pb.Blob, content: bytearray) -> bytes:
-    """A field of the request under way; what ``content`` has from an earlier attempt is not sent again.
-
-    Raises:
-        ProtocolError: It is not what the request says.
-    """
-    asked = pb.Range(sha256=blob.sha256, offset=len(content)).SerializeToString()
-    for raw in channel.unary_stream(frames.FETCH)(asked, timeout=TRANSFER):
-        content += frames.chunk(raw)
-        if len(content) > blob.size:
-            break
-    if len(content) != blob.size or hashlib.sha256(content).digest() != blob.sha256:
-        raise ProtocolError("a field of the request does not match its digest", about="request.blobs")
-    return bytes(content)
-
-
-def _send(channel: grpc.Channel, number: int, found: bytes | Refusal) -> None:
-    if isinstance(found, Refusal):
-        parts = frames.reason_parts(number, found.code, found.reason)
-    else:
-        parts = frames.answer_parts(number, found)
-    channel.stream_unary(frames.ANSWER)(parts, timeout=TRANSFER)
-
-
-def _one_line(error: grpc.RpcError) -> str:
-    return " ".join(f"{error.code().name}: {error.details()}".split())[:200]
-
-
-def _same(last: pb.Request, request: pb.Request, *, refused: bool) -> bool:
-    """Whether a request is the last one, or repeats it; what was refused may be answered when it is repeated."""
-    if refused or last.id == request.id:
-        return last.id == request.id
-    return (last.step, last.fields, last.blobs) == (request.step, request.fields, request.blobs)
+def _digest(asked: Asked) -> bytes:
+    """Of what is asked, whatever its id."""
+    digests = (hashlib.sha256(content).digest() for content in asked.fields.values())
+    named = zip(asked.fields, digests, strict=True)
+    whole = b"".join(name.encode() + b"\x00" + digest for name, digest in sorted(named))
+    return hashlib.sha256(asked.step.encode() + b"\x00" + whole).digest()

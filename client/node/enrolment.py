@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from adapters.keyfiles import TLS_KEY
 from adapters.storage import PRIVATE_FOLDER, new_folder, replace
 from aggregation.entropy import Entropy
 from aggregation.errors import TrustError, of_file
 from aggregation.pki import Root, certificates, requests
 from aggregation.pki.identity import IdentityKey, PublicKey
-from aggregation.pki.tls import TlsKey
 from client.node.statedir import AUTHORITY, CERTIFICATE, COORDINATOR, TRUST, DeviceSettings, DeviceStateDir
 
 REQUEST = "request.csr"
@@ -38,14 +36,7 @@ class TrustAnchors:
             PublicKey.from_pem(self.coordinator)
 
 
-def enrol(
-    folder: Path,
-    name: str,
-    settings: DeviceSettings,
-    anchors: TrustAnchors,
-    entropy: Entropy,
-    tls_key: TlsKey | None = None,
-) -> PublicKey:
+def enrol(folder: Path, name: str, settings: DeviceSettings, anchors: TrustAnchors, entropy: Entropy) -> PublicKey:
     """Create a state directory with a certificate request: completely, or not at all.
 
     Args:
@@ -71,7 +62,6 @@ def enrol(
         TRUST: PublicKey.from_pem(anchors.coordinator).to_pem() + identity.public.to_pem(),
         REQUEST: request,
     }
-    trust |= {TLS_KEY: tls_key.pem} if tls_key else {}
     with new_folder(folder, mode=PRIVATE_FOLDER) as stage:
         DeviceStateDir.create(stage, settings, identity, trust, entropy)
     return identity.public

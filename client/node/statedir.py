@@ -46,7 +46,7 @@ from client.node.tasklabels import TASK_LABELS, TaskLabels
 from client.training.protocols import FrozenBase
 
 SETTINGS = "device.toml"
-AGENT_LOCK = "agent.lock"  # held by an agent, and while its certificates are renewed without one
+AGENT_LOCK = "agent.lock"  # held by an agent, and while its certificate is renewed without one
 IDENTITY = "identity.pem"
 CERTIFICATE = "certificate.der"
 AUTHORITY = "authority.pem"
@@ -92,7 +92,7 @@ class DeviceSettings(Settings):
     )
     renewal: str = Field(
         default="",
-        description="HOST:PORT at which the authority renews the certificates of a light device; empty: they end",
+        description="HOST:PORT of the authority's service, which renews a light device's certificate; empty: it ends",
     )
     policy: PolicySettings = PolicySettings()
     eligibility: EligibilitySettings = EligibilitySettings()

@@ -31,10 +31,10 @@ class _Line(BaseModel):
 
 
 class Purpose(Enum):
-    """What a certificate is for: a device's identity, or one side of TLS."""
+    """What a certificate is for: a device's identity, or the gateway's TLS."""
 
     IDENTITY = "identity"
-    DEVICE_TLS = "device-tls"
+    DEVICE_TLS = "device-tls"  # in records of before 2026-12: light devices had TLS keys
     GATEWAY_TLS = "gateway-tls"
 
 
@@ -77,12 +77,12 @@ class InvitationIssued(_Line):
 
 
 class InvitationUsed(_Line):
-    """The invitation was accepted for these keys, and is for no others from now on. A page has no TLS key."""
+    """The invitation was accepted for a key, and is for no other from now on. ``tls_key``: as ``DEVICE_TLS``."""
 
     event: Literal["used"] = "used"
     token: Token
     key: str
-    tls_key: str | None
+    tls_key: str | None = None
 
 
 Event: TypeAlias = CertificateIssued | CertificateRevoked | ListSigned | InvitationIssued | InvitationUsed

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from aggregation.errors import ConfigError, TrustError
-from aggregation.pki.certificates import load, same_name
+from aggregation.pki.certificates import same_name
 from aggregation.pki.identity import PublicKey
 from aggregation.pki.revocation import AHEAD
 from coordinator.authority.record import (
@@ -20,7 +20,6 @@ from coordinator.authority.record import (
 )
 
 RENEWABLE = 1 / 2  # of its validity: a certificate that has less left is renewed. Devices ask at 1/3; clocks differ
-MOST_TLS = 8  # TLS certificates of a device that are valid at once, as after it lost its next key or was restored
 ENROL_AGAIN = "enrol this device again, with a token"
 NOT_REDEEMABLE = "the invitation is not valid, has expired, or was used: ask for a new one"
 
@@ -45,11 +44,9 @@ def require_new(writer: RecordWriter, name: str, key: PublicKey, now: datetime) 
             raise ConfigError(text, about="name.key", value=each.key)
 
 
-def require_unrevoked(events: Sequence[Event], name: str, serials: Sequence[int], tls_key: str = "") -> None:
-    """Return if neither a certificate that a device presents was revoked, nor the TLS key that it asks for."""
-    revoked = revoked_in(events)
-    keys = {each.key for each in issued_in(events) if each.serial in revoked}
-    if tls_key in keys or any(f"{each:x}" in revoked for each in serials):
+def require_unrevoked(events: Sequence[Event], name: str, serial: int) -> None:
+    """Return if the certificate with a serial, which a device presents, was not revoked."""
+    if f"{serial:x}" in revoked_in(events):
         raise TrustError(f"a certificate of {name} was revoked: {ENROL_AGAIN}", about="renewal.revoked", value=name)
 
 
@@ -58,47 +55,19 @@ def is_renewable(begin: datetime, end: datetime, now: datetime) -> bool:
     return end - now < RENEWABLE * (end - begin)
 
 
-def require_tls_renewable(events: Sequence[Event], name: str, presented: Sequence[bytes], now: datetime) -> None:
-    """Return if a device may have another TLS key certified: the record, and what is to be revoked, stay small.
-
-    Raises:
-        TrustError: No certificate that it presents, in DER, ends soon, or it has too many.
-    """
-    loaded = [load(each) for each in presented]
-    validities = [(each.not_valid_before_utc, each.not_valid_after_utc) for each in loaded]
-    if not any(is_renewable(begin, end, now) for begin, end in validities):
-        first = min(end - RENEWABLE * (end - begin) for begin, end in validities)
-        text = f"the certificates of {name} can be renewed from {first:%Y-%m-%d %H:%M} UTC on, and it is {now:%F %R}"
-        raise TrustError(text, about="renewal.due", value=name)
-    revoked = revoked_in(events)
-    valid = [
-        each
-        for each in issued_in(events)
-        if (each.name, each.purpose) == (name, Purpose.DEVICE_TLS) and each.serial not in revoked
-        if now <= each.not_after
-    ]
-    if len(valid) >= MOST_TLS:
-        text = f"{name} has {len(valid)} valid TLS certificates, and no more are made: {ENROL_AGAIN}"
-        raise TrustError(text, about="renewal.count", value=name)
-
-
-def require_redeemable(
-    events: Sequence[Event], token: str, names: Sequence[str], keys: tuple[str, str | None], now: datetime
-) -> None:
-    """Return if an invitation is for these names, and was not used for other keys.
+def require_redeemable(events: Sequence[Event], token: str, name: str, key_id: str, now: datetime) -> None:
+    """Return if an invitation is for this name, and was not used for another key.
 
     Raises:
         TrustError: It is not; the text does not say whether such an invitation exists.
     """
     invited = [event for event in events if isinstance(event, InvitationIssued) and event.token == token]
-    used = [
-        (event.key, event.tls_key) for event in events if isinstance(event, InvitationUsed) and event.token == token
-    ]
-    if not invited or (used and used[0] != keys) or (not used and now > invited[0].expires):
+    used = [event.key for event in events if isinstance(event, InvitationUsed) and event.token == token]
+    if not invited or (used and used[0] != key_id) or (not used and now > invited[0].expires):
         raise TrustError(NOT_REDEEMABLE, about="invitation")
-    if set(names) != {invited[0].name}:
-        text = f"the invitation is for {invited[0].name}, and the request for {' and '.join(names)}"
-        raise TrustError(text, about="invitation.name", value=names)
+    if name != invited[0].name:
+        text = f"the invitation is for {invited[0].name}, and the request for {name}"
+        raise TrustError(text, about="invitation.name", value=name)
 
 
 def certificate_of(events: Sequence[Event], key_id: str) -> bytes | None:
@@ -122,16 +91,6 @@ def lasting_certificate_of(
         if each.not_after >= end or not is_renewable(each.not_before, each.not_after, now):
             return base64.b64decode(each.certificate)
     return None
-
-
-def require_device(writer: RecordWriter, name: str, now: datetime) -> None:
-    """Return if a name has a valid certificate of its identity."""
-    revoked = revoked_in(writer.events)
-    for each in issued_in(writer.events):
-        valid = each.purpose is Purpose.IDENTITY and each.serial not in revoked and now <= each.not_after
-        if valid and each.name == name:
-            return
-    raise ConfigError(f"{name} has no valid certificate: certify its identity first", about="name", value=name)
 
 
 def issued_in(events: Sequence[Event]) -> list[CertificateIssued]:

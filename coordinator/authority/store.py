@@ -20,6 +20,7 @@ from cryptography import x509
 
 from adapters import storage
 from adapters.gateway import invitation
+from adapters.gateway.messages import RENEWAL_TAG
 from adapters.keyfiles import MAX_PEM
 from adapters.storage import PRIVATE, PRIVATE_FOLDER, PUBLIC
 from aggregation.entropy import SystemEntropy
@@ -29,7 +30,7 @@ from aggregation.pki.certificates import load, require_device_id, serial
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.pki.requests import read_request
 from aggregation.pki.revocation import MAX_REVOCATIONS, Reason, Revocation
-from aggregation.pki.tls import RENEWAL, TlsPublicKey, TlsRole, read_tls_request, verify_page_renewal, verify_tls
+from aggregation.pki.tls import TlsPublicKey
 from coordinator.authority.record import (
     AuthorityRecord,
     CertificateIssued,
@@ -48,10 +49,8 @@ from coordinator.authority.rules import (
     issued_in,
     lasting_certificate_of,
     listed_revocations,
-    require_device,
     require_new,
     require_redeemable,
-    require_tls_renewable,
     require_unrevoked,
     revoked_in,
 )
@@ -155,44 +154,25 @@ class AuthorityStore:
         self._add(writer, name, key.key_id, der, Purpose.IDENTITY)
         return der
 
-    def issue_tls(
-        self, authority: Authority, name: str, key: TlsPublicKey, role: TlsRole, hosts: Sequence[str], days: float
-    ) -> bytes:
-        """Certify that ``key`` is the TLS key of ``name``, valid from now on; DER.
+    def issue_tls(self, authority: Authority, name: str, key: TlsPublicKey, hosts: Sequence[str], days: float) -> bytes:
+        """Certify that ``key`` is the TLS key of the gateway ``name``, valid from now on; DER.
 
         Args:
             authority: Unlocked.
-            name: A device with a valid certificate of its identity, or a gateway.
+            name: Of the gateway.
             key: P-256.
-            role: Which side of TLS the certificate is for.
-            hosts: At which devices reach a gateway.
+            hosts: At which devices reach it.
             days: For which it is valid.
 
         Raises:
-            ConfigError: The certificate would outlast the authority, the name is that of no device, or as
-                ``Authority.issue_tls``.
+            ConfigError: The certificate would outlast the authority, or as ``Authority.issue_tls``.
             DataError: The record is damaged or lacks lines.
         """
         with self._writing() as writer:
-            return self._issue_tls(writer, authority, name, key, role, hosts, self._end(authority, name, days))
-
-    def _issue_tls(
-        self,
-        writer: RecordWriter,
-        authority: Authority,
-        name: str,
-        key: TlsPublicKey,
-        role: TlsRole,
-        hosts: Sequence[str],
-        end: datetime,
-    ) -> bytes:
-        if role is TlsRole.DEVICE:
-            require_device(writer, name, self.clock())
-        begin, serial = self.clock() - SKEW, x509.random_serial_number()
-        der = authority.issue_tls(name, key, role, hosts, not_before=begin, not_after=end, serial=serial)
-        purpose = Purpose.DEVICE_TLS if role is TlsRole.DEVICE else Purpose.GATEWAY_TLS
-        self._add(writer, name, key.key_id, der, purpose)
-        return der
+            begin, end, serial = self.clock() - SKEW, self._end(authority, name, days), x509.random_serial_number()
+            der = authority.issue_tls(name, key, hosts, not_before=begin, not_after=end, serial=serial)
+            self._add(writer, name, key.key_id, der, Purpose.GATEWAY_TLS)
+            return der
 
     def invite(self, name: str, invited: PublicKey, hours: float) -> datetime:
         """Let the device ``name`` enrol over a network once; until when.
@@ -213,37 +193,9 @@ class AuthorityStore:
         return expires
 
     def redeem(
-        self, authority: Authority, secret: bytes, request: bytes, tls_request: bytes, *, days: float, admit: Admit
-    ) -> tuple[bytes, bytes]:
-        """Certify the two keys of an invited device, DER. For the same keys again, the same certificates.
-
-        Args:
-            authority: Unlocked.
-            secret: Of the invitation.
-            request: PKCS #10 for the identity.
-            tls_request: PKCS #10 for the TLS key.
-            days: For which the certificates are valid.
-            admit: Called with the public half of the invitation's key, in hex, before the record is locked; may raise.
-
-        Raises:
-            TrustError: The invitation is unknown, has expired, or was used for other keys; or a request is not valid,
-                or for another name.
-            ConfigError, DataError: As ``issue``.
-        """
-        tls_name, tls_key = read_tls_request(tls_request)
-        public, tls = invitation.key(secret).public, (tls_name, tls_key.key_id)
-        with self._redeeming(public, request, tls, admit) as (writer, name, key):
-            der, tls_der = (certificate_of(writer.events, each.key_id) for each in (key, tls_key))
-            if not (der and tls_der):
-                end = self._end(authority, name, days)
-                der = der or self._issue(writer, authority, name, key, end)
-                tls_der = tls_der or self._issue_tls(writer, authority, name, tls_key, TlsRole.DEVICE, (), end)
-            return der, tls_der
-
-    def redeem_signed(
         self, authority: Authority, invited: bytes, signature: bytes, request: bytes, *, days: float, admit: Admit
     ) -> bytes:
-        """Certify the identity of an invited page, DER. For the same key again, the same certificate.
+        """Certify the identity of an invited device, DER. For the same key again, the same certificate.
 
         Args:
             authority: Unlocked.
@@ -251,115 +203,56 @@ class AuthorityStore:
             signature: Of that key, on the request: who passes it on can have no other key certified.
             request: PKCS #10 for the identity.
             days: For which the certificate is valid.
-            admit: As for ``redeem``, once the signature was verified.
+            admit: Called with ``invited`` in hex once the signature was verified, before the record is locked; may
+                raise.
 
         Raises:
-            TrustError, ConfigError, DataError: As ``redeem``; or the signature is not valid.
+            TrustError: The invitation is unknown, has expired, or was used for another key; or the signature or the
+                request is not valid, or for another name.
+            ConfigError, DataError: As ``issue``.
         """
-        public = PublicKey(invited)
+        public, token = PublicKey(invited), invited.hex()
         public.verify(invitation.ENROLMENT, request, signature)
-        with self._redeeming(public, request, None, admit) as (writer, name, key):
+        name, key = read_request(request)
+        admit(token)
+        with self._writing() as writer:
+            require_redeemable(writer.events, token, name, key.key_id, self.clock())
+            if not any(isinstance(event, InvitationUsed) and event.token == token for event in writer.events):
+                require_new(writer, name, key, self.clock())
+                writer.add(InvitationUsed(at=self.clock(), token=token, key=key.key_id))
             found = certificate_of(writer.events, key.key_id)
             return found or self._issue(writer, authority, name, key, self._end(authority, name, days))
 
-    def renew(
-        self,
-        authority: Authority,
-        tls_certificate: bytes,
-        certificate: bytes,
-        signature: bytes,
-        tls_request: bytes,
-        *,
-        days: float,
-        admit: Admit,
-    ) -> tuple[bytes, bytes]:
-        """Certify a device again whose certificates end soon: its identity, which stays, and its next TLS key; DER.
-
-        For the same TLS key again, the same certificates.
-
-        Args:
-            authority: Unlocked.
-            tls_certificate: Of the device's connection, DER.
-            certificate: Of the device's identity, DER.
-            signature: Of the identity, on ``tls_request``: a copied TLS key alone has no other key certified.
-            tls_request: PKCS #10 for the next TLS key.
-            days: For which the certificates are valid, or until the authority ends.
-            admit: Called with the device's name once it has proved it; may raise.
-
-        Raises:
-            TrustError: A certificate has expired, was revoked, or is not of this authority; the identity did not sign;
-                the request is for another name or a revoked key; or as ``require_tls_renewable``.
-            ConfigError, DataError: As ``issue``.
-        """
-        now, root = self.clock(), authority.root
-        try:
-            name, (device, key) = verify_tls(root, tls_certificate, TlsRole.DEVICE, now), root.verify(certificate, now)
-            key.verify(RENEWAL, tls_request, signature)
-        except TrustError as error:
-            raise TrustError(f"{error}: {ENROL_AGAIN}", about=error.about) from error
-        requested, tls_key = read_tls_request(tls_request)
-        if not name == device == requested:
-            text = f"the connection is that of {name}, the identity that of {device}, and the request for {requested}"
-            raise TrustError(text, about="renewal.name", value=requested)
-        admit(name)
-        with self._writing() as writer:
-            require_unrevoked(writer.events, name, (serial(certificate), serial(tls_certificate)), tls_key.key_id)
-            end = self._renewed_end(authority, days)
-            found = lasting_certificate_of(writer.events, name, tls_key.key_id, now, end)
-            if not found:
-                require_tls_renewable(writer.events, name, (certificate, tls_certificate), now)
-            der = self._renew(writer, authority, name, key, end)
-            return der, found or self._issue_tls(writer, authority, name, tls_key, TlsRole.DEVICE, (), end)
-
-    def renew_page(
-        self, authority: Authority, certificate: bytes, signature: bytes, *, days: float, admit: Admit
-    ) -> bytes:
-        """Certify the identity of a page again, whose certificate is valid; DER. It has no TLS key.
+    def renew(self, authority: Authority, certificate: bytes, signature: bytes, *, days: float, admit: Admit) -> bytes:
+        """Certify the identity of a device again, whose certificate is valid; DER.
 
         Its newest certificate is returned as long as that does not end soon.
 
         Args:
             authority: Unlocked.
-            certificate: Of the page's identity, DER.
+            certificate: Of the device's identity, DER.
             signature: Of the identity, on ``certificate``.
             days: For which the new one is valid, or until the authority ends.
-            admit: Called with the page's name once it has proved it; may raise.
+            admit: Called with the device's name once it has proved it; may raise.
 
         Raises:
             TrustError: The certificate has expired, was revoked, or is not of this authority; or the identity did not
                 sign.
             ConfigError, DataError: As ``issue``.
         """
+        now = self.clock()
         try:
-            name, key = verify_page_renewal(authority.root, certificate, signature, self.clock())
+            name, key = authority.root.verify(certificate, now)
+            key.verify(RENEWAL_TAG, certificate, signature)
         except TrustError as error:
             raise TrustError(f"{error}: {ENROL_AGAIN}", about=error.about) from error
         admit(name)
         with self._writing() as writer:
-            require_unrevoked(writer.events, name, (serial(certificate),))
-            return self._renew(writer, authority, name, key, self._renewed_end(authority, days))
-
-    def _renew(self, writer: RecordWriter, authority: Authority, name: str, key: PublicKey, end: datetime) -> bytes:
-        """The certificate of an identity that the record has, or a new one if that ends soon."""
-        require_new(writer, name, key, self.clock())
-        found = lasting_certificate_of(writer.events, name, key.key_id, self.clock(), end)
-        return found or self._issue(writer, authority, name, key, end)
-
-    @contextmanager
-    def _redeeming(
-        self, invited: PublicKey, request: bytes, tls: tuple[str, str] | None, admit: Admit
-    ) -> Iterator[tuple[RecordWriter, str, PublicKey]]:
-        """Use an invitation for the key of a request, and that of ``tls``: a name and a key id."""
-        name, key = read_request(request)
-        token, tls_key = invited.raw.hex(), tls[1] if tls else None
-        names = (name, tls[0]) if tls else (name,)
-        admit(token)
-        with self._writing() as writer:
-            require_redeemable(writer.events, token, names, (key.key_id, tls_key), self.clock())
-            if not any(isinstance(event, InvitationUsed) and event.token == token for event in writer.events):
-                require_new(writer, name, key, self.clock())
-                writer.add(InvitationUsed(at=self.clock(), token=token, key=key.key_id, tls_key=tls_key))
-            yield writer, name, key
+            require_unrevoked(writer.events, name, serial(certificate))
+            require_new(writer, name, key, now)
+            end = min(now + timedelta(days), authority.root.not_after)  # nobody is there to choose fewer days
+            found = lasting_certificate_of(writer.events, name, key.key_id, now, end)
+            return found or self._issue(writer, authority, name, key, end)
 
     def _end(self, authority: Authority, name: str, days: float) -> datetime:
         end, name = self.clock() + timedelta(days), require_device_id(name)
@@ -367,10 +260,6 @@ class AuthorityStore:
             text = f"the authority itself ends on {authority.root.not_after:%Y-%m-%d}: choose fewer --days for {name}"
             raise ConfigError(text, about="--days", value=days)
         return end
-
-    def _renewed_end(self, authority: Authority, days: float) -> datetime:
-        """Nobody is there to choose fewer days: the last certificate of a device ends with its authority."""
-        return min(self.clock() + timedelta(days), authority.root.not_after)
 
     def _add(self, writer: RecordWriter, name: str, key_id: str, der: bytes, purpose: Purpose) -> None:
         certificate = load(der)

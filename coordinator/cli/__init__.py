@@ -13,7 +13,7 @@ AUTHORITY = {
     "issue-tls": ("coordinator.cli.authority", "issue_tls", "Certify the TLS key of a gateway.", ""),
     "list": ("coordinator.cli.authority", "list_", "List every certificate that was issued, with its status.", ""),
     "revoke": ("coordinator.cli.authority", "revoke", "Revoke a device's certificates, or one by its serial.", ""),
-    "serve": ("coordinator.cli.enrolment", "serve", "Enrol invited devices over a network.", "coordinator"),
+    "serve": ("coordinator.cli.enrolment", "serve", "Enrol invited devices over a network, and renew.", "coordinator"),
 }
 
 __all__ = ["authority_group"]

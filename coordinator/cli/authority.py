@@ -13,7 +13,7 @@ from aggregation.errors import ConfigError, of_file
 from aggregation.pki import Authority, certificates, requests
 from aggregation.pki.identity import PublicKey
 from aggregation.pki.revocation import Reason
-from aggregation.pki.tls import TlsRole, read_tls_request
+from aggregation.pki.tls import read_tls_request
 from commandline import FiniteRange
 from coordinator.authority import AuthorityStore, CertificateIssued
 from coordinator.authority.store import CERTIFICATE, KEY, REVOKED, SHORTEST_PASSPHRASE
@@ -115,13 +115,10 @@ def issue(
 @click.option("--coordinator", type=FILE, required=True, metavar="FILE", help="Its public key, which the device pins.")
 @click.option("--enrolment", required=True, metavar="HOST:PORT", help="Where 'edgeadapt authority serve' listens.")
 @click.option("--gateway", required=True, metavar="HOST:PORT", help="The coordinator's gateway; several with commas.")
-@click.option("--renewal", default="", metavar="HOST:PORT", help="Where the service renews certificates, if it does.")
 @click.option(
     "--hours", type=FiniteRange(0.01, 24 * 90), default=24.0, show_default=True, help="For which it is valid."
 )
-def invite(
-    folder: Path, name: str, coordinator: Path, enrolment: str, gateway: str, renewal: str, hours: float
-) -> None:
+def invite(folder: Path, name: str, coordinator: Path, enrolment: str, gateway: str, hours: float) -> None:
     """Print an invitation: a token with which one device can enrol over a network, once.
 
     Give it to the device's owner only: whoever has it can enrol in the device's place. It needs no passphrase, because
@@ -130,12 +127,12 @@ def invite(
     \b
     Example:
       edgeadapt authority invite authority --name kitchen --coordinator fleet/coordinator.pem \\
-        --enrolment authority.example:9444 --gateway fleet.example:9443 --renewal authority.example:9447
+        --enrolment authority.example:9444 --gateway fleet.example:9443
     """
     store, secret = AuthorityStore(folder), new_secret(SystemEntropy())
     with of_file(coordinator):
         key = PublicKey.from_pem(storage.read(coordinator, LONGEST))
-    made = Invitation(secret, name, enrolment, gateway, store.root.der, key.raw, renewal)
+    made = Invitation(secret, name, enrolment, gateway, store.root.der, key.raw)
     token = made.to_text()
     expires = store.invite(name, made.key.public, hours)
     click.echo(f"for {name}, once, until {expires:%Y-%m-%d %H:%M} UTC:", err=True)
@@ -163,7 +160,7 @@ def issue_tls(
     if not os.access(out.parent, os.W_OK | os.X_OK):
         raise ConfigError(f"{out} cannot be written: choose another --out", about="--out", value=str(out))
     store = AuthorityStore(folder)
-    der = store.issue_tls(unlock(store, passphrase_file), name, key, TlsRole.GATEWAY, hosts, days)
+    der = store.issue_tls(unlock(store, passphrase_file), name, key, hosts, days)
     storage.replace(out, certificates.to_pem(der), storage.PUBLIC)
     click.echo(f"certified {name} with the TLS key {key.key_id} for {', '.join(hosts)}, {days} days", err=True)
 

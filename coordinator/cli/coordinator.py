@@ -206,7 +206,7 @@ def run(
 ) -> None:
     """Run the rounds that are still to do, and show the log until they are done.
 
-    With --gateway, this process serves light devices ('edgeadapt device agent') over gRPC with mutual TLS, and waits
+    With --gateway, this process serves light devices ('edgeadapt device agent') over gRPC, and waits
     until enough are connected. Ctrl-C ends the run; a round that is under way is lost.
 
     On a Flower SuperLink, the SuperLink starts the coordinator's process, so it must find DIR under the same path.

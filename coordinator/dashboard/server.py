@@ -15,7 +15,6 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
@@ -38,7 +37,7 @@ from adapters.keyfiles import MAX_PEM
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
 from coordinator.dashboard.metrics import exposition
-from coordinator.gateway.places import Entrance, network_of
+from coordinator.gateway.places import Entrance, Turns
 from coordinator.servertls import TlsSource, context
 from coordinator.servicesettings import is_loopback
 
@@ -96,7 +95,7 @@ class Logins:
     token: str = field(repr=False)
     entrance: Entrance | None = None
     _sessions: dict[str, float] = field(default_factory=dict, repr=False)  # random value of a cookie → until when
-    _turns: dict[str, list[asyncio.Future[None]]] = field(default_factory=dict)  # by network: those who wait
+    _turns: Turns = field(default_factory=Turns)
 
     async def allows(self, request: Request) -> bool:
         """Whether a request comes from a session, or has the token; a wrong token is refused after a while."""
@@ -127,31 +126,13 @@ class Logins:
 
     async def _is_token(self, request: Request, given: str) -> bool:
         """Compare a text with the token, in its turn. Who has hung up before that has guessed nothing."""
-        network = network_of(request.client.host if request.client else "")
-        async with self._turn(network):
+        async with self._turns.held(request.client.host if request.client else ""):
             if await request.is_disconnected():
                 return False
             if secrets.compare_digest(given.encode(), self.token.encode()):
                 return True
             await asyncio.sleep(PATIENCE)
             return False
-
-    @asynccontextmanager
-    async def _turn(self, network: str) -> AsyncIterator[None]:
-        """Let one request of a network go on at a time, whichever: an order could keep others from theirs."""
-        if network in self._turns:
-            mine = asyncio.get_running_loop().create_future()
-            self._turns[network].append(mine)
-            await mine
-        else:
-            self._turns[network] = []
-        try:
-            yield
-        finally:
-            waiting = [each for each in self._turns.pop(network) if not each.done()]
-            if waiting:
-                waiting.pop(secrets.randbelow(len(waiting))).set_result(None)
-                self._turns[network] = waiting
 
 
 @dataclass(slots=True)

@@ -17,14 +17,13 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from adapters.gateway.frames import node_of
-from aggregation.errors import EdgeAdaptError
+from adapters.gateway.messages import ATTEND, node_of
 from aggregation.steps import BODY, RECORD
 from coordinator.expiry import ExpiryLog
+from coordinator.gateway.carriers import BrowserSettings
 from coordinator.gateway.hub import NoAnswer
 from coordinator.gateway.server import Gateway, GatewayLimits, ReadRoot
 from coordinator.gateway.snapshot import GatewaySnapshot, written
-from coordinator.gateway.websocket import BrowserServer, BrowserSettings
 from coordinator.servertls import TlsFiles, TlsSource
 from coordinator.statedir import CoordinatorStateDir
 
@@ -56,8 +55,8 @@ def serving(state_dir: CoordinatorStateDir, address: str, *, own_process: bool =
     grid = GatewayGrid(address, tls, state_dir.read_root, limits, own_process=own_process, browsers=browsers)
     listens = f"{address.rpartition(':')[0]}:{grid.port}"
     log.info("listening at %s", listens)
-    if grid.browsers is not None:
-        log.info("listening for browsers at %s", grid.browsers.url)
+    if grid.url:
+        log.info("listening for browsers at %s", grid.url)
     ends = ExpiryLog(state_dir.folder)
 
     def snapshot() -> GatewaySnapshot:
@@ -92,7 +91,7 @@ class ArrivalClock:
 
 
 class GatewayGrid(Grid):
-    """Light devices as nodes. The node of a device follows from its certified name (``frames.node_of``)."""
+    """Light devices as nodes. The node of a device follows from its certified name (``messages.node_of``)."""
 
     def __init__(
         self,
@@ -107,12 +106,11 @@ class GatewayGrid(Grid):
         """Start a gateway.
 
         Args:
-            address, tls, read_root, limits: As ``Gateway``.
+            address, tls, read_root, limits, browsers: As ``Gateway``.
             own_process: Flower did not start this process.
-            browsers: Where to listen for them; None: nowhere.
 
         Raises:
-            ConfigError: As ``Gateway`` and ``BrowserServer``.
+            ConfigError: As ``Gateway``.
         """
         self.clock = ArrivalClock()
         self._run = Run.create_empty(RUN_ID)
@@ -124,23 +122,21 @@ class GatewayGrid(Grid):
         self._devices: dict[int, str] = {}  # node → device
         if own_process:  # Flower's Message reads the identity of the process
             TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SERVER_NODE, 1
-        self._gateway = Gateway(address, tls, read_root, self._answered, limits)
-        try:
-            self.browsers = None if browsers is None else BrowserServer(self._gateway, browsers, tls)
-        except EdgeAdaptError:
-            self._gateway.close()
-            raise
+        self._gateway = Gateway(address, tls, read_root, self._answered, limits, browsers)
 
     @property
     def port(self) -> int:
         return self._gateway.port
 
+    @property
+    def url(self) -> str:
+        """At which pages connect; empty if the gateway does not listen for them."""
+        return self._gateway.url(ATTEND)
+
     def snapshot(self, address: str) -> GatewaySnapshot:
         return self._gateway.snapshot(address)
 
     def close(self) -> None:
-        if self.browsers is not None:
-            self.browsers.close()
         self._gateway.close()
 
     @property

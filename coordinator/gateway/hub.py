@@ -9,8 +9,8 @@ import asyncio
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 
+from adapters.gateway.messages import RetryWindow
 from aggregation.errors import EdgeAdaptError, ProtocolError
 
 WAITING = 4  # requests of one device
@@ -25,56 +25,39 @@ class NoAnswer:
     reason: str
 
 
-class Released(EdgeAdaptError):  # noqa: N818
-    """The gateway needs a device no longer. Its stream ends without an error."""
+class ComeBack(EdgeAdaptError):  # noqa: N818
+    """A stream ends, and its device is to come back: within ``window``, or after a pause of its own.
 
+    ``released``: the gateway needs it no longer, so that nothing went wrong.
+    """
 
-class Channel(Enum):
-    """How a device is connected, which decides what its identity signs."""
-
-    GRPC = "gRPC"
-    WEBSOCKET = "WebSocket"
+    def __init__(self, reason: str, window: RetryWindow | None = None, *, released: bool = False) -> None:
+        super().__init__(reason, about="gateway.busy")
+        self.window, self.released = window, released
 
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What a device presented, and the gateway verified.
-
-    Attributes:
-        device: Its name.
-        signed: By the identity: the TLS certificate of a gRPC connection in DER, or the challenge of a WebSocket.
-        certificate: Of its identity, in DER.
-        binding: The identity's signature.
-        version: Of edgeadapt, as the device states it.
-        channel: The kind of connection.
-    """
+    """Who a device is. ``certificate``: of its identity, in DER; ``version``: of edgeadapt, as the device states it."""
 
     device: str
-    signed: bytes = field(repr=False)
     certificate: bytes = field(repr=False)
-    binding: bytes = field(repr=False)
     version: str = ""
-    channel: Channel = Channel.GRPC
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Asked:
-    """A request that has no answer yet. ``digests``: field → SHA-256, for those that a light device fetches."""
+    """A request that has no answer yet."""
 
     id: int
     step: str
     fields: Mapping[str, bytes] = field(repr=False)
-    digests: Mapping[str, bytes] = field(repr=False)
     timer: asyncio.TimerHandle = field(repr=False)
-
-    def blob(self, sha256: bytes) -> bytes | None:
-        """The field with this digest, if it is one that is fetched."""
-        return next((self.fields[name] for name, digest in self.digests.items() if digest == sha256), None)
 
 
 @dataclass(slots=True, eq=False)
 class Stream:
-    """An open ``Attend`` call, or an open WebSocket, of a device. ``sent``: the request under way on it."""
+    """A conversation of a device with the gateway. ``sent``: the request under way on it."""
 
     credentials: Credentials
     sent: int | None = None
@@ -135,7 +118,7 @@ class Hub:
         mailbox = self._mailboxes.get(stream.credentials.device)
         if mailbox is not None and mailbox.stream is stream:
             mailbox.stream = None
-            grace = 0.0 if isinstance(stream.over, Released) else self.grace
+            grace = 0.0 if isinstance(stream.over, ComeBack) and stream.over.released else self.grace
             asyncio.get_running_loop().call_later(grace, self._gone, stream.credentials.device, mailbox)
 
     def _gone(self, device: str, mailbox: _Mailbox) -> None:
@@ -145,16 +128,13 @@ class Hub:
                 asked.timer.cancel()
                 self.answered(asked.id, NoAnswer(None, "the device disconnected"))
 
-    def ask(
-        self, device: str, step: str, fields: Mapping[str, bytes], digests: Mapping[str, bytes], seconds: float
-    ) -> int | None:
+    def ask(self, device: str, step: str, fields: Mapping[str, bytes], seconds: float) -> int | None:
         """Ask a device. Returns the request's id; None if the device is not there or has too much to do.
 
         Args:
             device: Its name.
             step: Of the protocol.
             fields: The signed body, and what is in the same message.
-            digests: Field → SHA-256, for those that the device fetches.
             seconds: Until the request is void.
         """
         mailbox = self._mailboxes.get(device)
@@ -162,7 +142,7 @@ class Hub:
             return None
         number = 1 + secrets.randbits(ID_BITS)
         timer = asyncio.get_running_loop().call_later(seconds, self._expire, mailbox, number)
-        mailbox.asked[number] = Asked(number, step, fields, digests, timer)
+        mailbox.asked[number] = Asked(number, step, fields, timer)
         mailbox.changed.set()
         return number
 
@@ -187,39 +167,17 @@ class Hub:
             await mailbox.changed.wait()
         raise stream.over
 
-    def stream_of(self, device: str, tls_certificate: bytes) -> Stream:
-        """The stream of a device whose calls come with the same TLS certificate.
-
-        Raises:
-            ProtocolError: No such stream is open.
-        """
-        mailbox = self._mailboxes.get(device)
-        if mailbox is None or mailbox.stream is None or mailbox.stream.credentials.signed != tls_certificate:
-            raise ProtocolError(f"{device} is not attending with this certificate", about="gateway.stream")
-        return mailbox.stream
-
-    def under_way(self, stream: Stream, number: int | None = None) -> Asked:
-        """The request that was sent on a stream and is not answered yet.
-
-        Args:
-            stream: Of the device.
-            number: The id by which the device names it; None for whichever it is.
+    def answer(self, stream: Stream, number: int, answer: bytes | NoAnswer) -> None:
+        """Take the answer to the request that was sent on a stream, once.
 
         Raises:
             ProtocolError: No request, or another one, is under way.
         """
         mailbox = self._mailboxes.get(stream.credentials.device)  # None: it left while its answer was on the way
-        asked = None if mailbox is None else mailbox.asked.get(stream.sent or 0)
-        if asked is None or number not in (None, asked.id):
+        asked = None if mailbox is None or number != stream.sent else mailbox.asked.pop(number, None)
+        if mailbox is None or asked is None:
             text = "no such request is under way: it was answered, is void, or is another device's"
             raise ProtocolError(text, about="gateway.request")
-        return asked
-
-    def answer(self, stream: Stream, number: int, answer: bytes | NoAnswer) -> None:
-        """Take the answer to the request under way, once. Raises as ``under_way``."""
-        asked = self.under_way(stream, number)
-        mailbox = self._mailboxes[stream.credentials.device]
-        del mailbox.asked[asked.id]
         asked.timer.cancel()
         mailbox.changed.set()
         self.answered(asked.id, answer)

@@ -1,4 +1,4 @@
-"""What peers that have not proved who they are may cost: places for their connections, and a rate of refusals.
+"""What peers that have not proved who they are may cost: places for their connections, turns, and a rate of refusals.
 
 Silence costs its sender nothing, so an unproven connection holds one of few places, for a time. When all are taken,
 whoever connects next takes that of the oldest peer of the network that holds most. A peer of a network that holds as
@@ -11,6 +11,7 @@ Everything runs on one event loop and takes no lock.
 """
 
 import asyncio
+import secrets
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -19,10 +20,12 @@ from functools import partial
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Any, Self
 
+from aggregation.errors import EdgeAdaptError
 from coordinator.gateway.pace import FORGET, TokenBucket
 
 PLACES = 512  # of an address at which a service listens
 YOUNG = 5.0  # seconds that a peer has, if its network does not hold more than that of the next one
+REFUSED = 0.02  # seconds that a wrong signature costs its network; one at a time
 REFUSALS, REGAINED = 64, 30.0  # of a network in a row, and seconds in which it regains them
 PROOF = 10.0  # seconds from the first packet to the proof: TLS, HTTP and the first message
 
@@ -87,15 +90,61 @@ class Places:
         place.end()
 
     @asynccontextmanager
-    async def held(self, host: str) -> AsyncIterator[None]:
-        """Hold a place while the block runs. Raises TimeoutError if the place ends."""
+    async def held(self, host: str) -> AsyncIterator[HeldPlace]:
+        """Hold a place while the block runs, or until it is left. Raises TimeoutError if the place ends."""
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(None) as patience:
             place = self.take(host, lambda: patience.reschedule(loop.time()))
             try:
-                yield
+                yield place
             finally:
                 self.leave(place)
+
+
+@dataclass(slots=True)
+class Turns:
+    """Lets the peers of a network go on one at a time, whichever: an order could keep some from their turn.
+
+    A wrong proof keeps its turn for a while, so that guesses and signature checks have a rate for each network, and
+    peers elsewhere do not wait.
+    """
+
+    _waiting: dict[str, list[asyncio.Future[None]]] = field(default_factory=dict)  # by network
+
+    @asynccontextmanager
+    async def held(self, host: str) -> AsyncIterator[None]:
+        network = network_of(host)
+        if network in self._waiting:
+            mine = asyncio.get_running_loop().create_future()
+            self._waiting[network].append(mine)
+            try:
+                await mine
+            except asyncio.CancelledError:
+                if not mine.cancelled():  # the turn came in the same moment
+                    self._pass_on(network)
+                raise
+        else:
+            self._waiting[network] = []
+        try:
+            yield
+        finally:
+            self._pass_on(network)
+
+    @asynccontextmanager
+    async def proving(self, host: str) -> AsyncIterator[None]:
+        """A turn in which a signature is checked; one that is refused keeps it for ``REFUSED`` seconds."""
+        async with self.held(host):
+            try:
+                yield
+            except EdgeAdaptError:
+                await asyncio.sleep(REFUSED)
+                raise
+
+    def _pass_on(self, network: str) -> None:
+        waiting = [each for each in self._waiting.pop(network) if not each.done()]
+        if waiting:
+            waiting.pop(secrets.randbelow(len(waiting))).set_result(None)
+            self._waiting[network] = waiting
 
 
 class _Peer(socket.socket):

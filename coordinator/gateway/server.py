@@ -1,46 +1,36 @@
-"""The gRPC service of the gateway, with mutual TLS, on an event loop in a thread of its own.
+"""The gateway: the conversation in which a device attends, and the service around the hub.
 
-What a device may do follows from its connection: the TLS certificate names it, and with ``Attend`` it proves that the
-identity of the same name is its own (``aggregation.pki.tls``). Status codes tell a retry from a refusal: after
-``UNAVAILABLE``, ``RESOURCE_EXHAUSTED`` and ``DEADLINE_EXCEEDED`` the same call may succeed later; after any other it
-will not (docs/reference/gateway.md).
+A device proves that it has the Ed25519 identity of a certificate: it signs the gateway's nonce and the host that it has
+connected to. The gateway accepts its own names only, so a host that passes a challenge on to a device cannot use the
+signature here. Before that a peer has a place for ten seconds, and its network one turn at a time
+(``coordinator.gateway.places``). What comes afterwards is the same for light devices and pages.
 """
 
 import asyncio
-import hashlib
 import logging
-import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, Self, TypeVar
 
-import grpc
-from grpc import StatusCode, aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 from packaging.version import InvalidVersion, Version
 
-from adapters.gateway import frames
-from adapters.gateway import gateway_pb2 as pb
-from adapters.gateway.frames import RetryWindow
-from aggregation.errors import ConfigError, EdgeAdaptError, ProtocolError, TrustError
-from aggregation.pki import Root, certificates
-from aggregation.pki.tls import TlsRole, verify_binding, verify_challenge, verify_tls
+from adapters.gateway import messages
+from adapters.gateway.messages import PartReader, RetryWindow
+from aggregation.entropy import SystemEntropy
+from aggregation.errors import EdgeAdaptError, ProtocolError, TrustError
+from aggregation.pki import Root
 from coordinator import traces
-from coordinator.gateway.admission import Admission, Context, later
-from coordinator.gateway.hub import Channel, Credentials, Hub, NoAnswer, Released, Stream
+from coordinator.gateway.carriers import BrowserSettings, Carrier, Conversations, ConversationServer
+from coordinator.gateway.hub import ComeBack, Credentials, Hub, NoAnswer, Stream
 from coordinator.gateway.pace import Pace, TokenBucket
+from coordinator.gateway.places import Turns
 from coordinator.gateway.snapshot import GatewaySnapshot
-from coordinator.servertls import TlsSource, credentials
+from coordinator.servertls import TlsSource
 
-CLOSING = 2.0  # seconds for the end of the streams
 VERSIONS = 32  # in a snapshot; devices state them
 log = logging.getLogger("edgeadapt.gateway")
-T = TypeVar("T")
 ReadRoot = Callable[[datetime], Root]
 
 
@@ -49,9 +39,9 @@ class GatewayLimits:
     """What one device can cost the gateway.
 
     Attributes:
-        calls: Calls of one device in a row; after that as many in ``seconds``.
-        seconds: In which a device regains all of its calls.
-        transfer: Seconds for one message to a device, or for the whole of an answer or a blob.
+        calls: Check-ins and answers of one device in a row; after that as many in ``seconds``.
+        seconds: In which a device regains all of them.
+        transfer: Seconds for one message to a device, or for the whole of an answer.
         uploading: Bytes of answers that are being received, of all devices.
         devices: Connected at the same time.
         grace: Seconds in which a device whose stream broke may come back.
@@ -75,144 +65,131 @@ class GatewayLimits:
 
 @dataclass(slots=True)
 class Service:
-    """The calls. Raw bytes come in and go out; ``adapters.gateway.frames`` decides what is accepted."""
+    """Conversations with devices, which all run on one event loop."""
 
     hub: Hub
     read_root: ReadRoot
     limits: GatewayLimits
-    began: float = field(default_factory=time.monotonic)
     check_ins: Counter[str] = field(default_factory=Counter)  # by outcome, as in ``GatewaySnapshot``
-    asked_by: traces.Span = traces.NO_SPAN  # the step whose requests were sent last; calls of devices are parts of it
-    _answers: dict[str, tuple[int, asyncio.Timeout]] = field(default_factory=dict)
+    asked_by: traces.Span = traces.NO_SPAN  # the step whose requests were sent last; answers are parts of it
+    _receiving: int = 0  # bytes of answers
     _buckets: dict[str, TokenBucket] = field(default_factory=dict)
+    _turns: Turns = field(default_factory=Turns)
     _root: tuple[datetime, Root] | None = None
     _pace: Pace = field(init=False)
 
     def __post_init__(self) -> None:
         self._pace = Pace(self.limits.check_ins / 60.0, self.limits.accepted, self.limits.rejected)
 
-    def handlers(self) -> grpc.GenericRpcHandler:
-        return grpc.method_handlers_generic_handler(
-            frames.SERVICE,
-            {
-                "Attend": grpc.unary_stream_rpc_method_handler(self.attend),
-                "Fetch": grpc.unary_stream_rpc_method_handler(self.fetch),
-                "Answer": grpc.stream_unary_rpc_method_handler(self.answer),
-                "Status": grpc.unary_unary_rpc_method_handler(self.status),
-            },
-        )
+    async def attend(self, carrier: Carrier) -> None:
+        """Send requests to a device and take its answers, until one of the two ends it."""
+        credentials = await self._identified(carrier)
+        self._check_pace(credentials.device)
+        carrier.admit()
+        stream = self.hub.open(credentials)
+        log.info("%s is connected over %s", credentials.device, carrier.protocol)
+        try:
+            await carrier.send(messages.ADMITTED)
+            await _either(self._send(carrier, stream), self._take(carrier, stream))
+        finally:
+            self.hub.closed(stream)
+            log.info("%s is disconnected", credentials.device)
 
-    async def attend(self, raw: bytes, context: Context) -> None:
-        """Send requests to a device until its stream ends."""
-        async with _Call(context, "Attend") as call:
-            name, tls_certificate = await self._peer(context)
-            await self._keep_pace(context, name)
-            hello = frames.hello(raw)
-            require_version(hello.version, self.limits.client_version)
-            credentials = Credentials(name, tls_certificate, hello.certificate, hello.binding, hello.version)
-            self.verify(credentials, datetime.now(UTC))
-            stream = self.hub.open(credentials)
-            log.info("%s is connected", name)
-            try:
-                await context.send_initial_metadata(())  # the device is admitted
-                call.end()
-                while True:
-                    asked = await self.hub.next(stream)
-                    async with asyncio.timeout(self.limits.transfer):
-                        await context.write(frames.request_message(asked.id, asked.step, asked.fields, asked.digests))
-            except Released:
-                context.set_trailing_metadata(self.accepted(name).metadata())
-            finally:
-                self.hub.closed(stream)
-                log.info("%s is disconnected", name)
+    async def _identified(self, carrier: Carrier) -> Credentials:
+        nonce = SystemEntropy().bytes(messages.NONCE)
+        await carrier.send(messages.CHALLENGE.encode(messages.GatewayChallenge(nonce)))
+        hello = messages.HELLO.decode(await carrier.receive())
+        check_version(hello.version, self.limits.client_version)
+        async with self._turns.proving(carrier.host):
+            return self._verified(hello, nonce, carrier.names)
 
-    async def _keep_pace(self, context: Context, name: str) -> None:
-        if found := self.rejected(name):
-            reason, window = found
-            await context.abort(StatusCode.RESOURCE_EXHAUSTED, reason, window.metadata())
+    def _verified(self, hello: messages.DeviceHello, nonce: bytes, names: frozenset[str]) -> Credentials:
+        if hello.host not in names:
+            text = f"the signature is for the host {hello.host}, which is not a name of this gateway"
+            raise TrustError(text, about="hello.host", value=hello.host)
+        device, key = self.root(datetime.now(UTC)).verify(hello.certificate, datetime.now(UTC))
+        key.verify(messages.CHALLENGE_TAG, nonce + hello.host.encode(), hello.signature)
+        return Credentials(device, hello.certificate, hello.version)
 
-    def rejected(self, name: str) -> tuple[str, RetryWindow] | None:
-        """Why a device is not admitted now, and when it comes back: before its window, or too many are there."""
+    def _check_pace(self, device: str) -> None:
+        """Send a device away that comes before its window, or when too many are there.
+
+        Raises:
+            ComeBack: With its window.
+        """
         now = time.monotonic()
-        if name in self.hub.devices:  # a device whose stream broke comes back at once
-            return None
-        if window := self._pace.early(name, now):
+        if wait := self._count_call(device):
+            raise ComeBack("too many calls", RetryWindow(wait, wait))
+        if device in self.hub.devices:  # a device whose stream broke comes back at once
+            return
+        if window := self._pace.early(device, now):
             outcome, reason = "early", "too early: the gateway asked this device to come back later"
         elif not self._pace.admits(now):
-            outcome, reason, window = "paced", "too many devices check in", self._pace.reject(name, now)
+            outcome, reason, window = "paced", "too many devices check in", self._pace.reject(device, now)
         elif len(self.hub.devices) >= self.limits.devices:
-            outcome, reason, window = "full", "the gateway is full", self._pace.reject(name, now)
+            outcome, reason, window = "full", "the gateway is full", self._pace.reject(device, now)
         else:
-            self.check_ins["admitted"] += 1
-            return None
+            outcome, reason = "admitted", ""
         self.check_ins[outcome] += 1
-        return reason, window
+        if window is not None:
+            raise ComeBack(reason, window)
 
-    def accepted(self, name: str) -> RetryWindow:
-        """When a device that took part comes back."""
-        return self._pace.accept(name, time.monotonic())
-
-    def count_call(self, caller: str) -> float:
-        """Count a call of a device, or with a TLS certificate. Returns 0, or the seconds until it may make one."""
-        bucket = self._buckets.setdefault(caller, TokenBucket(self.limits.calls, self.limits.seconds))
+    def _count_call(self, device: str) -> float:
+        """Count a call of a device. Returns 0, or the seconds until it may make one."""
+        bucket = self._buckets.setdefault(device, TokenBucket(self.limits.calls, self.limits.seconds))
         return bucket.wait(time.monotonic())
+
+    async def _send(self, carrier: Carrier, stream: Stream) -> None:
+        """Send requests, until the gateway ends the stream."""
+        while True:
+            asked = await self.hub.next(stream)
+            for message in messages.request_messages(asked.id, asked.step, asked.fields):
+                async with asyncio.timeout(self.limits.transfer):
+                    await carrier.send(message)
+
+    async def _take(self, carrier: Carrier, stream: Stream) -> None:
+        """Take answers. One that is void is received and dropped."""
+        device = stream.credentials.device
+        while True:
+            raw = await carrier.receive()
+            name = f"{messages.SERVICE}/answer"
+            with traces.span(name, within=self.asked_by, protocol=carrier.protocol) as call:
+                answer = messages.ANSWER.decode(raw)
+                if self._count_call(device) or self._receiving + answer.size > self.limits.uploading:
+                    soon = RetryWindow(self.limits.grace / 4, self.limits.grace / 2)
+                    raise ComeBack("too many answers at once", soon)
+                found: bytes | NoAnswer = NoAnswer(answer.code, answer.reason.decode(errors="replace"))
+                if answer.size:
+                    found = await self._body(carrier, answer.size)
+                try:
+                    self.hub.answer(stream, answer.id, found)
+                except ProtocolError as error:
+                    call.fail(type(error).__name__)
+                    log.warning("an answer of %s is dropped: %s", device, error)
+
+    async def _body(self, carrier: Carrier, size: int) -> bytes:
+        reader = PartReader(size)
+        self._receiving += size
+        try:
+            async with asyncio.timeout(self.limits.transfer):
+                while reader.left:
+                    reader.add(await carrier.receive())
+        finally:
+            self._receiving -= size
+        return bytes(reader.body)
 
     def release(self) -> None:
         """End all streams without an error; the devices come back within their windows."""
         for stream in self.hub.streams():
-            self.hub.end(stream, Released(f"{stream.credentials.device} took part"))
-
-    async def fetch(self, raw: bytes, context: Context) -> None:
-        """Send a field of the request under way, from an offset on."""
-        async with _Call(context, "Fetch", self.asked_by):
-            stream = await self._stream(context)
-            asked_for = frames.byte_range(raw)
-            content = self.hub.under_way(stream).blob(asked_for.sha256)
-            if content is None:
-                raise ProtocolError("the request under way has no such field", about="range.sha256")
-            async with asyncio.timeout(self.limits.transfer):
-                for part in frames.chunks(content, asked_for.offset):
-                    await context.write(part)
-
-    async def answer(self, parts: AsyncIterator[bytes], context: Context) -> bytes:
-        """Take the answer to the request under way."""
-        async with _Call(context, "Answer", self.asked_by), asyncio.timeout(self.limits.transfer) as patience:
-            stream = await self._stream(context)
-            beginning = frames.beginning(await anext(parts, b""))
-            self.hub.under_way(stream, beginning.request)
-            if beginning.HasField("reason"):
-                found: bytes | NoAnswer = NoAnswer(beginning.reason.code, beginning.reason.text)
-                await _no_more(parts)
-            elif not self.has_room(stream.credentials.device, beginning.size):
-                await later(context, StatusCode.RESOURCE_EXHAUSTED, "too many answers at once", 2.0)
-            else:
-                with self.receiving(stream.credentials.device, beginning.size, patience):
-                    found = await _body(parts, beginning.size)
-            self.hub.answer(stream, beginning.request, found)
-        return bytes(pb.Receipt().SerializeToString())
-
-    async def status(self, raw: bytes, context: Context) -> bytes:
-        """How much there is to do."""
-        async with _Call(context, "Status"):
-            await self._peer(context)
-        seconds = int(time.monotonic() - self.began)
-        reply = pb.StatusReply(devices=len(self.hub.devices), requests=self.hub.requests, seconds=seconds)
-        return bytes(reply.SerializeToString())
-
-    def verify(self, credentials: Credentials, at: datetime) -> None:
-        """Return if the credentials are valid at a time, with the newest revocation list.
-
-        Raises:
-            TrustError: They are not.
-        """
-        verified = verify_binding if credentials.channel is Channel.GRPC else verify_challenge
-        verified(self.root(at), credentials.signed, credentials.certificate, credentials.binding, at)
+            device = stream.credentials.device
+            window = self._pace.accept(device, time.monotonic())
+            self.hub.end(stream, ComeBack(f"{device} took part", window, released=True))
 
     def end_revoked(self, at: datetime) -> None:
         """End the streams of devices whose certificates have expired or were revoked since they connected."""
         for stream in self.hub.streams():
             try:
-                self.verify(stream.credentials, at)
+                self.root(at).verify(stream.credentials.certificate, at)
             except TrustError as error:
                 log.warning("%s is disconnected: %s", stream.credentials.device, error)
                 self.hub.end(stream, error)
@@ -221,7 +198,7 @@ class Service:
         """The authority with its revocation list, read once a second at most: a list may be long.
 
         Raises:
-            EdgeAdaptError: The list is damaged or has expired. It is no ``TrustError``, which would refuse the device.
+            EdgeAdaptError: The list is damaged or has expired. It is not a ``TrustError``, which refuses the device.
         """
         if self._root is None or not at - self._root[0] < timedelta(seconds=1):
             try:
@@ -230,121 +207,38 @@ class Service:
                 raise EdgeAdaptError(str(error), about=error.about, value=error.value) from error
         return self._root[1]
 
-    async def _peer(self, context: Context) -> tuple[str, bytes]:
-        """The device that the TLS certificate of a call names, and the certificate in DER; counts the call first."""
-        (pem,) = context.auth_context().get("x509_pem_cert", [b""])
-        at = datetime.now(UTC)
-        der = certificates.to_der(pem)
-        if wait := self.count_call(hashlib.sha256(der).hexdigest()):  # by name, a revoked one would use up the new one
-            await later(context, StatusCode.RESOURCE_EXHAUSTED, "too many calls", wait)
-        return verify_tls(self.root(at), der, TlsRole.DEVICE, at), der
 
-    async def _stream(self, context: Context) -> Stream:
-        return self.hub.stream_of(*await self._peer(context))
-
-    def has_room(self, name: str, size: int) -> bool:
-        """Whether an answer of a device can be received now, with those of all others."""
-        others = sum(other for device, (other, _) in self._answers.items() if device != name)
-        return others + size <= self.limits.uploading
-
-    @contextmanager
-    def receiving(self, device: str, size: int, patience: asyncio.Timeout) -> Iterator[None]:
-        """Count an answer while the block runs. An older one of the device, which may be half open, is out of time."""
-        if device in self._answers:
-            self._answers[device][1].reschedule(asyncio.get_running_loop().time())
-        mine = self._answers[device] = size, patience
-        try:
-            yield
-        finally:
-            if self._answers.get(device) is mine:
-                del self._answers[device]
+async def _either(*coroutines: Coroutine[object, object, None]) -> None:
+    """Run them until the first one ends or fails, which ends the others."""
+    tasks = [asyncio.ensure_future(each) for each in coroutines]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()
 
 
-def require_version(found: str, least: str) -> None:
-    """Return if a device's version is at least ``least``; an empty one is any.
+def check_version(found: str, least: str) -> None:
+    """Check that a device's version is at least ``least``; an empty one is any.
 
     The device states it, and could state another: this keeps out devices that would fail, not those that lie.
 
     Raises:
-        ProtocolError: It is older, or no version.
+        ProtocolError: It is older, or not a version.
     """
     try:
         old = Version(found) < Version(least or "0")
     except InvalidVersion:
-        raise ProtocolError(f"{found!r} is no version", about="hello.version") from None
+        raise ProtocolError(f"{found!r} is not a version", about="hello.version") from None
     if old:
         text = f"edgeadapt {found} is older than {least}, the least version of this federation: update it"
         raise ProtocolError(text, about="gateway.version")
 
 
-async def _body(parts: AsyncIterator[bytes], size: int) -> bytes:
-    """The bytes of an answer.
-
-    Raises:
-        ProtocolError: They are more or fewer than was said.
-    """
-    body = bytearray()
-    async for raw in parts:
-        body += frames.answer_data(raw)
-        if len(body) > size:
-            break
-    if len(body) != size:
-        raise ProtocolError(f"the answer has not the {size} bytes that it began with", about="answer.size", value=size)
-    return bytes(body)
-
-
-async def _no_more(parts: AsyncIterator[bytes]) -> None:
-    if await anext(parts, None) is not None:
-        raise ProtocolError("nothing may follow a reason", about="answer.reason")
-
-
-class _Call:
-    """Ends a call with the status code that its error means, and measures it: not for how long a device attends."""
-
-    def __init__(self, context: Context, method: str, within: traces.Span | None = None) -> None:
-        self._context = context
-        self._span = traces.begin(f"{frames.SERVICE}/{method}", within=within)
-
-    def end(self) -> None:
-        self._span.end()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        try:
-            await self._abort(error)
-        finally:
-            if code := self._context.code():  # a number
-                self._span.fail(next((each.name for each in StatusCode if each.value[0] == code), str(code)))
-            self._span.end()
-
-    async def _abort(self, error: BaseException | None) -> None:
-        if isinstance(error, TimeoutError):
-            await self._context.abort(StatusCode.DEADLINE_EXCEEDED, "too slow: the transfer took longer than allowed")
-        elif isinstance(error, TrustError):
-            log.warning("a call is refused: %s", error)
-            await self._context.abort(StatusCode.PERMISSION_DENIED, str(error))
-        elif isinstance(error, ProtocolError):
-            log.warning("a call is refused: %s", error)
-            gone = error.about in ("gateway.stream", "gateway.request", "gateway.version")
-            code = StatusCode.FAILED_PRECONDITION if gone else StatusCode.INVALID_ARGUMENT
-            await self._context.abort(code, str(error))
-        elif isinstance(error, EdgeAdaptError):
-            log.error("calls cannot be served: %s", error)
-            await later(self._context, StatusCode.UNAVAILABLE, "the gateway cannot serve this call now", 60.0)
-
-
-class _Digests(dict[int, bytes]):
-    """SHA-256 of fields that are alive meanwhile; the same object is hashed once, because all devices get it."""
-
-    def __call__(self, content: bytes) -> bytes:
-        if id(content) not in self:
-            self[id(content)] = hashlib.sha256(content).digest()
-        return self[id(content)]
-
-
-class Gateway:
+class Gateway(ConversationServer):
     """A running gateway. Its methods may be called from any thread; ``answered`` is called from the gateway's."""
 
     def __init__(
@@ -354,42 +248,25 @@ class Gateway:
         read_root: ReadRoot,
         answered: Callable[[int, bytes | NoAnswer], None],
         limits: GatewayLimits | None = None,
+        browsers: BrowserSettings | None = None,
     ) -> None:
         """Start listening.
 
         Args:
-            address: ``HOST:PORT``; port 0 takes any free one.
+            address: ``HOST:PORT`` for light devices; port 0 takes any free one.
             tls: Of the gateway.
             read_root: Now → the authority with its newest revocation list.
             answered: As for ``Hub``.
             limits: What a device may cost.
+            browsers: Where to listen for pages; None: nowhere.
 
         Raises:
-            ConfigError: The address is in use or not valid, or the TLS files do not fit together.
+            ConfigError: As ``ConversationServer``.
         """
         limits = limits or GatewayLimits()
         self.service = Service(Hub(answered, limits.grace), read_root, limits)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="gateway", daemon=True)
-        self._thread.start()
-        try:
-            self._server, self.port = self.call(self._serve(address, tls))
-        except RuntimeError as error:
-            self._end()
-            text = f"the gateway cannot listen at {address}: the port is in use, or the TLS files do not fit together"
-            raise ConfigError(text, about="--gateway", value=address) from error
-
-    async def _serve(self, address: str, tls: TlsSource) -> tuple[aio.Server, int]:
-        calls = 4 * self.service.limits.devices
-        server = aio.server(interceptors=(Admission(),), options=frames.GATEWAY_OPTIONS, maximum_concurrent_rpcs=calls)
-        servicer = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-        server.add_generic_rpc_handlers((self.service.handlers(),))
-        reflection.enable_server_reflection((frames.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-        port = server.add_secure_port(address, credentials(tls, certified_only=True))
-        await server.start()
-        await servicer.set(frames.SERVICE, health_pb2.HealthCheckResponse.SERVING)
-        return server, port
+        conversations = Conversations({messages.ATTEND: self.service.attend}, tls)
+        super().__init__(conversations, address, browsers, about="--gateway")
 
     def devices(self) -> tuple[str, ...]:
         """The devices that are there now. Those that were revoked meanwhile are disconnected first."""
@@ -410,19 +287,12 @@ class Gateway:
         Returns:
             Device → id of its request; None as ``Hub.ask``.
         """
-
-        digest = _Digests()
-        long = {
-            device: {name: digest(content) for name, content in fields.items() if len(content) > frames.INLINE}
-            for device, (_, fields) in requests.items()
-        }
-
-        step = traces.current()
+        span = traces.current()
 
         async def asked() -> dict[str, int | None]:
-            hub, self.service.asked_by = self.service.hub, step
+            self.service.asked_by = span
             return {
-                device: hub.ask(device, step, fields, long[device], seconds)
+                device: self.service.hub.ask(device, step, fields, seconds)
                 for device, (step, fields) in requests.items()
             }
 
@@ -439,24 +309,6 @@ class Gateway:
 
         return self.call(counted())
 
-    def close(self) -> None:
-        """End all calls and stop listening. The devices that are there come back within their windows."""
-
-        if self._loop.is_closed():
-            return
-
-        async def released() -> None:
-            self.service.release()
-
-        self.call(released())
-        self.call(self._server.stop(grace=CLOSING))
-        self._end()
-
-    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on the gateway's event loop, and return its result."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
-
-    def _end(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+    def close(self, release: Callable[[], None] | None = None) -> None:
+        """End all conversations and stop listening. The devices that are there come back within their windows."""
+        super().close(release or self.service.release)

@@ -30,8 +30,6 @@ DISTRIBUTIONS = {  # import package → distribution of another name
     "cyclonedx": "cyclonedx-python-lib",
     "google": "protobuf",
     "grpc": "grpcio",
-    "grpc_health": "grpcio-health-checking",
-    "grpc_reflection": "grpcio-reflection",
     "packageurl": "packageurl-python",
 }
 ABSENT_ON_A_DEVICE = {"flwr", "fsspec", "onnx", "peft", "safetensors", "sqlalchemy", "torch", "transformers"}

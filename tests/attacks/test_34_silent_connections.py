@@ -1,51 +1,48 @@
-"""Peers without credentials connect and say nothing, or half of something, to hold what others need.
+"""Peers without credentials connect and say nothing, half of something, or what is wrong, to hold what others need.
 
-They hold the places of the gateway's WebSocket, of the dashboard and of the enrolment service. A certified page, the
-health check and a device with an invitation come after them.
+They hold the places of the gateway, of the dashboard and of the enrolment service. A certified device, the health check
+and a device with an invitation come after them.
 """
 
 import asyncio
+import queue
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
 from http.client import HTTPException
-from pathlib import Path
+from threading import Semaphore
 
-import grpc
 import pytest
-from websockets.exceptions import WebSocketException
 
-from adapters.gateway import frames, websocket
-from adapters.gateway import gateway_pb2 as pb
+from adapters.gateway import messages
 from aggregation.entropy import SystemEntropy
-from aggregation.errors import EdgeAdaptError, TrustError
-from aggregation.pki import Authority, IdentityKey
-from aggregation.pki.requests import request
-from aggregation.pki.tls import TlsKey
-from coordinator.authority import AuthorityStore
+from aggregation.pki import IdentityKey
 from coordinator.authority.record import AuthorityRecord
-from coordinator.gateway import places
-from coordinator.gateway import websocket as sockets
-from coordinator.gateway.enrolment import THREADS, EnrolmentServer, EnrolmentService, TooManyCallsError
-from coordinator.gateway.places import PLACES, REFUSALS, HeldPlace, Places, network_of
-from tests.coordinator.gateway.conftest import site_of
-from tests.coordinator.gateway.test_enrolment import Invite, enrol, invite, service
-from tests.coordinator.gateway.test_websocket import PAGE, Browser, Start, received, start
-from tests.support import refused
+from coordinator.gateway import carriers, places
+from coordinator.gateway.carriers import Carrier
+from coordinator.gateway.enrolment import THREADS, EnrolmentServer, EnrolmentService, _Certifying, too_many
+from coordinator.gateway.hub import Credentials
+from coordinator.gateway.places import PLACES, REFUSALS, HeldPlace, Places, Turns, network_of
+from coordinator.gateway.server import Service
+from tests.coordinator.gateway.conftest import Site, SiteOf, carrier, site, site_of
+from tests.coordinator.gateway.test_enrolment import Invite, invite, service
 from tests.support.authority import signer, store
 from tests.support.dashboard import TOKEN, dashboard
-from tests.support.gateway import HOST, channel
+from tests.support.gateway import HOST, wait_until
+from tests.support.lightdevice import PAGE, SOCKET, Kind, Talk, talk_of
 
-__all__ = ["invite", "service", "signer", "site_of", "start", "store"]
+__all__ = ["carrier", "invite", "service", "signer", "site", "site_of", "store"]
 ENTROPY = SystemEntropy()
 SILENT = PLACES + 40  # peers at once
+FEW = 8  # places, where a peer is a call of gRPC
 WAIT = 20.0  # seconds for what should happen at once, on a machine that has other work
+OTHER = "127.0.0.2"  # another address of loopback, and so another network
 UPGRADE = (
-    f"GET {websocket.PATH} HTTP/1.1\r\nHost: {HOST}\r\nOrigin: {PAGE}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-    "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+    f"GET {messages.ATTEND} HTTP/1.1\r\nHost: {HOST}\r\nOrigin: {PAGE}\r\nConnection: Upgrade\r\n"
+    "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
 ).encode()
 
 
@@ -64,7 +61,7 @@ def newest_loses(self: Places, host: str, end: Callable[[], None]) -> HeldPlace:
 def fair(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the network that holds most places loses its oldest one; without that, the newest peer is refused."""
     monkeypatch.setattr(places, "PROOF", 300.0)
-    monkeypatch.setattr(sockets, "PROOF", 300.0)
+    monkeypatch.setattr(carriers, "PROOF", 300.0)
     monkeypatch.setattr(places, "YOUNG", 0.0)  # as if the silent peers had been there for a while
     if not request.param:
         monkeypatch.setattr(Places, "take", newest_loses)
@@ -82,25 +79,28 @@ def silent(port: int, sent: bytes, count: int = SILENT) -> Iterator[list[socket.
         yield peers
 
 
-def is_let_in(browser: Browser) -> bool:
-    try:
-        with browser.attending():
-            return True
-    except (OSError, WebSocketException):
-        return False
-
-
-def port_of(url: str) -> int:
-    return int(url.split(":")[2].split("/")[0])
+def port_of(site: Site) -> int:
+    return int(site.gateway.url("").split(":")[2])
 
 
 @pytest.mark.parametrize(
     ("sent", "count"), [(UPGRADE, 1000), (b"", SILENT), (UPGRADE[:-2], SILENT)], ids=["websocket", "nothing", "header"]
 )
-def test_silent_connections_keep_no_certified_page_out(start: Start, fair: bool, sent: bytes, count: int) -> None:
-    _, browser = start()
-    with silent(port_of(browser("tab").url), sent, count if fair else SILENT):
-        assert [is_let_in(browser(f"tab-{number}")) for number in range(4)] == [fair] * 4
+def test_silent_connections_keep_no_certified_page_out(site_of: SiteOf, fair: bool, sent: bytes, count: int) -> None:
+    site = site_of(carrier=SOCKET)
+    with silent(port_of(site), sent, count if fair else SILENT):
+        assert [site.device(f"tab-{number}").is_let_in() for number in range(4)] == [fair] * 4
+
+
+def test_silent_calls_keep_no_certified_device_out(
+    site_of: SiteOf, fair: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(carriers, "GrpcCalls", partial(carriers.GrpcCalls, places=Places(FEW)))
+    site = site_of()
+    peers = [site.device("silent").connect() for _ in range(FEW + 4)]
+    for peer in peers[:FEW]:
+        assert messages.CHALLENGE.decode(peer.receive())
+    assert [site.device(f"device-{number}").is_let_in() for number in range(4)] == [fair] * 4
 
 
 def test_silent_connections_do_not_block_the_dashboard_and_its_health_check(
@@ -117,121 +117,115 @@ def test_silent_connections_do_not_block_the_dashboard_and_its_health_check(
 
 
 def test_a_peer_that_proves_nothing_in_time_is_cut_off_and_one_that_has_stays(
-    start: Start, monkeypatch: pytest.MonkeyPatch
+    site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    site, browser = start()
-    tab = browser("tab")
-    with dashboard(monkeypatch) as view, tab.attending() as connection:
+    talk = site.device("kitchen").attend()
+    with dashboard(monkeypatch) as view:
         monkeypatch.setattr(places, "PROOF", 0.1)
-        with silent(port_of(tab.url), UPGRADE, 3) as peers, view.connect() as one, view.connect(b"GET /") as other:
+        with silent(port_of(site), UPGRADE, 3) as peers, view.connect() as one, view.connect(b"GET /") as other:
             for peer in (*peers, one, other):
                 while peer.recv(2**16):  # until the end of the stream
                     pass
-        site.ask("tab")
-        assert received(connection)
+        assert site.device("silent").connect().ended().kind is Kind.LATER
+        site.ask("kitchen")
+        assert talk.request()
 
 
-def half_open(channels: Sequence[grpc.Channel], over: threading.Event) -> list[grpc.Future]:
-    """Calls whose message does not come, as many as a connection may have."""
+@pytest.mark.parametrize("in_turns", [True, False], ids=["in turns", "at once"])
+def test_wrong_signatures_of_a_network_are_checked_one_at_a_time_and_a_device_elsewhere_does_not_wait(
+    site: Site, monkeypatch: pytest.MonkeyPatch, in_turns: bool
+) -> None:
+    genuine, checked = Service._verified, Semaphore(0)
 
-    def never() -> Iterator[bytes]:
-        over.wait()
-        yield b""
+    def counted(self: Service, *given: object) -> Credentials:
+        checked.release()
+        return genuine(self, *given)  # type: ignore[arg-type]
 
-    return [each.stream_unary(frames.ENROL).future(never()) for each in channels for _ in range(8)]
+    class NoTurns(Turns):
+        def proving(self, host: str) -> object:  # type: ignore[override]
+            return asyncio.timeout(None)
+
+    monkeypatch.setattr(Service, "_verified", counted)
+    monkeypatch.setattr(places, "REFUSED", 300.0)
+    if not in_turns:
+        site.gateway.service._turns = NoTurns()
+    device, peers = site.device("kitchen"), list[Talk]()
+    for _ in range(FEW):
+        peers.append(device.connect())
+        peers[-1].send(device.hello(peers[-1].receive(), key=IdentityKey.generate(ENTROPY)))
+    if in_turns:
+        assert checked.acquire(timeout=WAIT)
+        elsewhere = site.device("tab", carrier=SOCKET).attend(source_address=(OTHER, 0))
+        assert checked.acquire(timeout=WAIT)  # its own
+        assert not checked.acquire(blocking=False)
+        assert all(peer.is_quiet() for peer in peers)
+        elsewhere.close()
+    else:
+        assert {peer.ended().kind for peer in peers} == {Kind.REFUSED}
+        assert all(checked.acquire(blocking=False) for _ in peers)
 
 
-def by_itself(service: EnrolmentService) -> grpc.GenericRpcHandler:
-    """What holds without the rule: gRPC waits for the message in a thread of the service."""
+async def in_a_thread(self: _Certifying, carrier: Carrier) -> None:
+    """What holds without the rule: a thread of the service waits for the message, as gRPC's own threads do."""
+    loop = asyncio.get_running_loop()
 
-    def called(raw: bytes, context: grpc.ServicerContext) -> bytes:
-        return service.enrol(raw)
+    def called() -> bytes:
+        raw = asyncio.run_coroutine_threadsafe(carrier.receive(), loop).result()  # type: ignore[arg-type,var-annotated]
+        return self.service.attempt(carrier.host, self.certify, raw)
 
-    return grpc.method_handlers_generic_handler(
-        frames.ENROLMENT, {"Enrol": grpc.unary_unary_rpc_method_handler(called)}
-    )
+    await carrier.send(await loop.run_in_executor(self.threads, called))
 
 
+@pytest.mark.parametrize("on_the_loop", [True, False], ids=["on the loop", "in threads"])
 def test_calls_whose_message_does_not_come_keep_no_device_from_enrolling(
-    service: EnrolmentServer, invite: Invite, tmp_path: Path, signer: Authority, monkeypatch: pytest.MonkeyPatch
+    service: EnrolmentServer, invite: Invite, monkeypatch: pytest.MonkeyPatch, on_the_loop: bool
 ) -> None:
-    taken, take = threading.Semaphore(0), Places.take
+    taken, take = Semaphore(0), Places.take
     monkeypatch.setattr(Places, "take", lambda self, *given: taken.release() or take(self, *given))
-    over, channels = threading.Event(), [channel(service.port, None, None, signer) for _ in range(4)]
-    calls = half_open(channels, over)
-    try:
-        assert all(taken.acquire(timeout=WAIT) for _ in calls)
-        enrol(invite(), tmp_path / "kitchen")
-        assert not any(call.done() for call in calls)
-    finally:
-        over.set()
-        for each in channels:
-            each.close()
-
-
-def test_where_grpc_waits_for_the_message_four_such_calls_keep_every_device_out(
-    store: AuthorityStore, signer: Authority, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    taken, threads = threading.Semaphore(0), ThreadPoolExecutor(THREADS)
-    submit = threads.submit
-    monkeypatch.setattr(threads, "submit", lambda *given: taken.release() or submit(*given))
-    server = grpc.server(threads)
-    server.add_generic_rpc_handlers((by_itself(EnrolmentService(store, signer, 30)),))
-    port = server.add_insecure_port(f"{HOST}:0")
-    server.start()
-    over = threading.Event()
-    with grpc.insecure_channel(f"{HOST}:{port}") as held, grpc.insecure_channel(f"{HOST}:{port}") as other:
-        calls = half_open([held], over)
-        assert all(taken.acquire(timeout=WAIT) for _ in calls)
-        with pytest.raises(grpc.RpcError) as caught:
-            other.unary_unary(frames.ENROL)(b"", timeout=1)
-        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        over.set()
-    server.stop(None).wait()
+    if not on_the_loop:
+        monkeypatch.setattr(_Certifying, "__call__", in_a_thread)
+    kitchen = invite()
+    given = kitchen.carrier, service, messages.ENROL, kitchen.authority
+    peers = [talk_of(*given) for _ in range(4 * THREADS)]  # type: ignore[arg-type]
+    assert all(taken.acquire(timeout=WAIT) for _ in peers)
+    talk = talk_of(*given)  # type: ignore[arg-type]
+    talk.send(kitchen.enrolment())
+    if on_the_loop:
+        assert talk.receive(WAIT)
+        assert all(peer.is_quiet() for peer in peers)
+    else:
+        with pytest.raises(queue.Empty):
+            talk.receive(1.0)
+    for peer in (*peers, talk):
+        peer.close()
+    wait_until(lambda: not service._sockets.connections)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["counted after the proof", "counted before it"])
 def test_enrolments_without_an_invitation_do_not_refuse_that_of_the_owner(
-    service: EnrolmentServer,
-    invite: Invite,
-    tmp_path: Path,
-    signer: Authority,
-    monkeypatch: pytest.MonkeyPatch,
-    first: bool,
+    invite: Invite, monkeypatch: pytest.MonkeyPatch, first: bool
 ) -> None:
     def counted(self: EnrolmentService, host: str, certify: Callable[[bytes], bytes], raw: bytes) -> bytes:
         if wait := self._refusals.wait("everybody", time.monotonic()):
-            raise TooManyCallsError(wait)
+            raise too_many(wait)
         return certify(raw)
 
     if not first:
         monkeypatch.setattr(EnrolmentService, "attempt", counted)
-    invitation, key = invite(), IdentityKey(bytes(32))
-    nobody = pb.EnrolRequest(
-        token=bytes(16), request=request(key, "x"), tls_request=TlsKey.generate(ENTROPY).request("x")
-    )
-    with channel(service.port, None, None, signer) as connection:
-        codes = []
-        for _ in range(REFUSALS + 16):
-            with pytest.raises(grpc.RpcError) as caught:
-                connection.unary_unary(frames.ENROL)(nobody.SerializeToString(), timeout=WAIT)
-            codes.append(caught.value.code())
-    assert codes[0] is grpc.StatusCode.PERMISSION_DENIED
-    assert codes[-1] is grpc.StatusCode.RESOURCE_EXHAUSTED
-    if first:
-        enrol(invitation, tmp_path / "kitchen")
-    else:
-        with refused(EdgeAdaptError, "enrolment"):
-            enrol(invitation, tmp_path / "kitchen")
+    monkeypatch.setattr(places, "REFUSED", 0.0)
+    kitchen = invite()
+    nobody = replace(kitchen, invitation=kitchen.invitation._replace(secret=bytes(16)))
+    kinds = [nobody.kind(nobody.enrolment()) for _ in range(REFUSALS + 16)]
+    assert (kinds[0], kinds[-1]) == (Kind.REFUSED, Kind.LATER)
+    assert kitchen.kind(kitchen.enrolment()) is (Kind.DONE if first else Kind.LATER)
 
 
 def test_an_unknown_invitation_is_refused_without_a_look_into_the_record(
-    service: EnrolmentServer, invite: Invite, signer: Authority, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    invite: Invite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    enrol(invite(), tmp_path / "kitchen")
-    unknown = invite()._replace(secret=bytes(16))
-    with refused(TrustError, "gateway"):
-        enrol(unknown, tmp_path / "first")
+    kitchen, nobody = invite(), invite("nobody")
+    nobody = replace(nobody, invitation=nobody.invitation._replace(secret=bytes(16)))
+    kitchen.enrolled()
+    assert nobody.kind(nobody.enrolment()) is Kind.REFUSED
     monkeypatch.setattr(AuthorityRecord, "_events", None)
-    with refused(TrustError, "gateway"):
-        enrol(unknown, tmp_path / "second")
+    assert nobody.kind(nobody.enrolment()) is Kind.REFUSED

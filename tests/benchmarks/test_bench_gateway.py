@@ -12,7 +12,7 @@ from aggregation.pki import Authority
 from benchmarks.__main__ import bench
 from benchmarks.gateway import measure
 from benchmarks.gateway.arrivals import arrive
-from benchmarks.gateway.clients import enrolled
+from benchmarks.gateway.clients import Device
 
 
 def test_the_quick_run_reaches_every_device_and_prints_its_figures() -> None:
@@ -37,7 +37,7 @@ def test_a_check_in_that_nobody_answers_is_no_admitted_one() -> None:
         port = unused.getsockname()[1]
     now = datetime.now(UTC)
     authority = Authority.create("fleet", SystemEntropy(), now - timedelta(days=1), now + timedelta(days=9))
-    found = asyncio.run(arrive(port, 100.0, 0.1, [enrolled("device-1", authority)]))
+    found = asyncio.run(arrive(port, authority.root, 100.0, 0.1, [Device.of("device-1", authority)]))
     assert (found["milliseconds"], found["errors"]) == ([], {"UNAVAILABLE": 10})
 
 

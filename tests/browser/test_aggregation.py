@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
 from adapters.analytic import ClassifierHead, moment_contribution, moment_spec
+from adapters.gateway import messages as gateway
 from adapters.layout import Layout, TensorSpec
 from adapters.ridge import moments_of
 from adapters.roundtask import Outcome
@@ -469,3 +471,19 @@ def test_proofs_about_the_log_are_judged_as_by_a_native_device(
     calls = list({json.dumps(call): call for call in recorder.calls}.values())
     made.write_text(json.dumps({"states": recorder.states, "calls": calls}))
     run(node, "logstate.test.mjs", EDGEADAPT_PROOFS=made)
+
+
+def test_a_page_answers_requests_whose_fields_come_in_parts(tmp_path: Path, node: str) -> None:
+    fields = {
+        "body": b"b",
+        "adapter": bytes(at % 251 for at in range(300_000)),
+        "other": bytes(at % 13 for at in range(70_000)),
+    }
+    challenge = gateway.CHALLENGE.encode(gateway.GatewayChallenge(bytes(32)))
+    asked = [challenge, gateway.ADMITTED, *gateway.request_messages(7, "plan", fields)]
+    certificate = bytes(range(200))
+    hello = gateway.DeviceHello(certificate, "fleet.example", bytes(64), version("edgeadapt"))
+    parts = (asked, [certificate], [gateway.HELLO.encode(hello)])
+    made = tmp_path / "conversation.json"
+    made.write_text(json.dumps([[each.hex() for each in part] for part in parts]))
+    run(node, "websocket.test.mjs", EDGEADAPT_CONVERSATION=made)

@@ -16,7 +16,6 @@ import pytest
 from adapters.keyfiles import TLS_CERTIFICATE
 from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
-from aggregation.pki.tls import TlsRole
 from coordinator.channels.actions import GateResult, action_path
 from coordinator.channels.repository import ChannelRepository
 from coordinator.channels.rollback import note_evaluation, prepare
@@ -57,7 +56,7 @@ def test_an_operator_logs_in_and_sees_rounds_as_they_end(fleet_of: Callable[...,
     fleet = fleet_of(5, rounds=3)
     folder = fleet.out / "coordinator"
     soon = datetime.now(UTC) + timedelta(hours=5)
-    _, certificate = certify(authority_of(fleet), "gateway", TlsRole.GATEWAY, not_after=soon)
+    _, certificate = certify(authority_of(fleet), not_after=soon)
     (folder / TLS_CERTIFICATE).write_bytes(certificate)
     with dashboard(folder) as (url, served):
         page.call("Page.navigate", url=url)

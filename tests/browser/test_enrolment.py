@@ -17,8 +17,8 @@ from aggregation.pki import IdentityKey
 from client.browser.server import Site, http_server
 from coordinator.authority import AuthorityStore
 from coordinator.authority.store import utc_now
+from coordinator.gateway.carriers import BrowserSettings
 from coordinator.gateway.enrolment import EnrolmentServer, EnrolmentService
-from coordinator.gateway.websocket import BrowserSettings
 from tests.support import cdp
 from tests.support.authority import store
 from tests.support.gateway import HOST, free_port, wait_until

@@ -21,17 +21,17 @@ from client.training.examples import Split, in_split, read_examples
 from coordinator.app import run
 from coordinator.authority import AuthorityStore
 from coordinator.authority.store import CERTIFICATE, KEY, RECORD
+from coordinator.gateway.carriers import BrowserSettings
 from coordinator.gateway.enrolment import EnrolmentServer, EnrolmentService
 from coordinator.gateway.grid import GatewayGrid, JoinedGrid
 from coordinator.gateway.server import GatewayLimits
-from coordinator.gateway.websocket import BrowserSettings
 from coordinator.statedir import CoordinatorStateDir
 from export.bundle.sources import from_registry
 from export.bundle.write import create
 from export.onnx.exported import ExportedBase
 from tests.support import cdp
 from tests.support.flowerlink import Link, link_of, living
-from tests.support.gateway import HOST, attending, authority_of, free_port, give_tls, server_tls
+from tests.support.gateway import HOST, attending, authority_of, free_port, server_tls
 from tests.support.hostile import audit_failures
 from tests.support.tabs import AWAY, OUTCOMES, STATE, Tab, served
 
@@ -153,7 +153,6 @@ def test_a_node_of_flower_a_light_device_and_two_tabs_train_an_adapter_together(
     which ends with an evaluation of the release in their bundle, in which all four count.
     """
     fleet = fleet_of(4, rounds=3, aggregation__session_rounds=2, method="fedsb", **NOISY)
-    give_tls(fleet)
     phone = tmp_path / "bundle"
     create(phone, trainable, from_registry(fleet.out / "coordinator", 0, None), name="global", form="fp32", key=vendor)
     (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem())

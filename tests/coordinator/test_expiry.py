@@ -12,7 +12,7 @@ from adapters.keyfiles import NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import TrustError
 from aggregation.pki import Authority
-from aggregation.pki.tls import TlsKey, TlsRole
+from aggregation.pki.tls import TlsKey
 from coordinator import expiry
 from coordinator.authority import AuthorityStore
 from coordinator.cli.coordinator import coordinator
@@ -39,7 +39,7 @@ def state_dir(store: AuthorityStore, tmp_path: Path) -> CoordinatorStateDir:
 def give(folder: Path, signer: Authority, before: float, after: float) -> None:
     """TLS files whose validity began so many days ago and ends in so many; and such a revocation list."""
     begin, end = NOW - timedelta(days=before), NOW + timedelta(days=after)
-    key, certificate = certify(signer, "gateway", TlsRole.GATEWAY, not_before=begin, not_after=end)
+    key, certificate = certify(signer, not_before=begin, not_after=end)
     (folder / TLS_KEY).write_bytes(key)
     (folder / TLS_CERTIFICATE).write_bytes(certificate)
     (folder / REVOKED).write_bytes(signer.revocations(7, {}, begin, end).to_pem())

@@ -19,13 +19,12 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, TrustError
 from aggregation.pki import Authority
 from aggregation.pki.certificates import serial, to_der
-from aggregation.pki.tls import TlsRole
 from coordinator import servertls
 from coordinator.authority import AuthorityStore
 from coordinator.cli.coordinator import coordinator
 from coordinator.dashboard.server import DashboardServer, serve
+from coordinator.gateway.carriers import BrowserSettings, Conversations, SocketCalls
 from coordinator.gateway.grid import serving
-from coordinator.gateway.websocket import BrowserSettings, Endpoint
 from coordinator.servertls import ServerTls, TlsFiles, context
 from coordinator.settings import FederationSettings
 from coordinator.statedir import TLS_REQUEST, CoordinatorStateDir
@@ -98,12 +97,12 @@ def test_a_gateway_that_serves_takes_the_new_key_and_disconnects_nobody(
         state_dir.locked(),
         serving(state_dir, f"{HOST}:0", own_process=False) as grid,
     ):
-        kitchen = LightDevice(grid.port, signer, "kitchen")
+        kitchen = LightDevice(grid._gateway, signer, "kitchen")
         stream = kitchen.attend()
         request(state_dir)
         assert presented(grid.port) == serial(to_der(old))
         new = certified(state_dir, store)
-        _, other = certify(signer, "gateway", TlsRole.GATEWAY)
+        _, other = certify(signer)
         for useless in (b"", new[: len(new) // 2], other, b"\xff" * 2**18):
             copy(state_dir, useless)
             assert presented(grid.port) == serial(to_der(old))
@@ -111,14 +110,12 @@ def test_a_gateway_that_serves_takes_the_new_key_and_disconnects_nobody(
         assert all("not used" in each for each in lines(caplog))
         copy(state_dir, new)
         assert presented(grid.port) == serial(to_der(new))
-        garage = LightDevice(grid.port, signer, "garage")
+        garage = LightDevice(grid._gateway, signer, "garage")
         streams = {"kitchen": stream, "garage": garage.attend()}
         grid._gateway.ask({name: ("offer", {"body": b"body"}) for name in streams}, 60.0)
         for each in streams.values():
             assert each.request().step == "offer"
-        assert kitchen.status().devices == 2  # on the connection that began with the old one
         for device in (kitchen, garage):
-            streams[device.name].cancel()
             device.close()
     assert len(lines(caplog)) == 4
     assert not (state_dir.folder / NEXT_TLS_KEY).exists()
@@ -129,7 +126,7 @@ def test_a_server_of_asyncio_takes_the_new_key_and_its_hosts(
     state_dir: CoordinatorStateDir, store: AuthorityStore
 ) -> None:
     """As the WebSocket and the dashboard do; this client asks for no name."""
-    pairs = [ServerTls(*state_dir.read_tls(datetime.now(UTC)), store.root.to_pem())]
+    pairs = [ServerTls(*state_dir.read_tls(datetime.now(UTC)))]
 
     class Source:
         def newest(self) -> ServerTls:
@@ -140,16 +137,16 @@ def test_a_server_of_asyncio_takes_the_new_key_and_its_hosts(
         port, found = server.sockets[0].getsockname()[1], list[int]()
         found.append(await asyncio.to_thread(presented, port))
         renew(state_dir, store)
-        pairs.append(ServerTls(*state_dir.read_tls(datetime.now(UTC)), store.root.to_pem()))
+        pairs.append(ServerTls(*state_dir.read_tls(datetime.now(UTC))))
         found.append(await asyncio.to_thread(presented, port))
         server.close()
         return found
 
     assert asyncio.run(seen()) == [serial(to_der(each.certificate)) for each in pairs]
-    endpoint = Endpoint(("/",), BrowserSettings("0.0.0.0:0"), Source())
-    assert endpoint._hosts() == {HOST}
-    pairs.append(ServerTls(pairs[-1].key, certified(state_dir, store, "Fleet.Example"), pairs[-1].authority))
-    assert endpoint._hosts() == {"fleet.example"}
+    pages = SocketCalls(Conversations({}, Source()), BrowserSettings("0.0.0.0:0"))
+    assert pages._names == {HOST}
+    pairs.append(ServerTls(pairs[-1].key, certified(state_dir, store, "Fleet.Example")))
+    assert pages._names == {"fleet.example"}
 
 
 def test_the_dashboard_answers_for_the_hosts_of_the_new_certificate(

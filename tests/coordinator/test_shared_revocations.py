@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from grpc import StatusCode
 
 from adapters import storage
 from aggregation.entropy import SystemEntropy
@@ -23,7 +22,7 @@ from coordinator.statedir import REVOKED, TRANSCRIPT, CoordinatorStateDir
 from tests.coordinator.test_registry_elsewhere import move
 from tests.support import refused
 from tests.support.gateway import HOST, authority_of, server_tls, wait_until
-from tests.support.lightdevice import LightDevice
+from tests.support.lightdevice import Kind, LightDevice
 
 Pair = tuple[Any, Path, Path]
 
@@ -127,7 +126,7 @@ def test_the_gateway_of_a_coordinator_that_takes_over_refuses_a_device_that_the_
     (second / REVOKED).write_bytes(signed(authority, 1))  # left behind
     opened = CoordinatorStateDir.open(second)
     gateway = Gateway(f"{HOST}:0", server_tls(authority), opened.read_root, lambda number, answer: None)
-    thief, kitchen = (LightDevice(gateway.port, authority, name) for name in ("thief", "kitchen"))
+    thief, kitchen = (LightDevice(gateway, authority, name) for name in ("thief", "kitchen"))
     try:
         thief.attend()
         (first / REVOKED).write_bytes(signed(authority, 2, serial(thief.certificate)))
@@ -136,9 +135,9 @@ def test_the_gateway_of_a_coordinator_that_takes_over_refuses_a_device_that_the_
         with leading(second) as leads:
             assert leads.wait(120)
             wait_until(lambda: gateway.devices() == (), 60)  # as each session does; a list is read once a second
-            code, text = thief.attend().refused()
-            assert code is StatusCode.PERMISSION_DENIED
-            assert "revoked" in text
+            over = thief.greet().ended()
+            assert over.kind is Kind.REFUSED
+            assert "revoked" in over.reason
             kitchen.attend()
             assert gateway.devices() == ("kitchen",)
     finally:

@@ -15,12 +15,12 @@ from aggregation.errors import ConfigError, EdgeAdaptError
 from coordinator import traces
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.traces import NO_SPAN, PROTOCOL, PROTOCOLS
-from tests.support.gateway import attending, free_port, gateway, give_tls
+from tests.support.gateway import attending, free_port, gateway
 from tests.support.otlp import attributes, receiving
 
 ROOT = Path(__file__).parents[2]
 ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
-GATEWAY = "edgeadapt.gateway.v1.Gateway/"
+GATEWAY = "edgeadapt.gateway.v1/"
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,6 @@ def test_rounds_over_the_gateway_are_one_trace_a_session_and_no_span_names_a_dev
     app_fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fleet = app_fleet_of(3, rounds=2)
-    give_tls(fleet)
     with receiving() as receiver:
         monkeypatch.setenv(ENDPOINT, receiver.url)
         with (
@@ -56,10 +55,10 @@ def test_rounds_over_the_gateway_are_one_trace_a_session_and_no_span_names_a_dev
     steps |= {("round", name): 2 for name in ("plan", "survivors", "unmask", "sum", "combine", "commit")}
     own = {pair: count for pair, count in pairs.items() if not pair[1].startswith(GATEWAY)}
     assert own == {("", "session"): 1, ("session", "establish"): 1, ("session", "round"): 2, **steps}
-    assert pairs["plan", f"{GATEWAY}Answer"] == 6  # a call of each device in each round, as a part of the step
-    assert pairs["", f"{GATEWAY}Attend"] == 3
+    assert pairs["plan", f"{GATEWAY}answer"] == 6  # a call of each device in each round, as a part of the step
+    assert pairs["", f"{GATEWAY}attend"] == 3
     (session,) = (span for span in spans if span.name == "session")
-    assert {span.trace_id for span in spans if not span.name.endswith("Attend")} == {session.trace_id}
+    assert {span.trace_id for span in spans if not span.name.endswith("attend")} == {session.trace_id}
 
     (first, _) = (attributes(span) for span in spans if span.name == "round")
     assert first["edgeadapt.survivors"] == 3

@@ -13,7 +13,7 @@ import pytest
 from client.gateway.agent import Agent
 from client.node.readings import SystemReadings
 from coordinator.gateway.server import GatewayLimits
-from tests.support.gateway import HOST, attending, gateway, give_tls, wait_until
+from tests.support.gateway import HOST, attending, gateway, wait_until
 from tests.support.machine import Machine
 
 ROOT = Path(__file__).parents[2]
@@ -60,7 +60,6 @@ def test_an_agent_waits_says_why_once_comes_and_leaves_as_the_power_does(
     app_fleet_of: Callable[..., Any], tmp_path: Path
 ) -> None:
     fleet = app_fleet_of(3, rounds=1)
-    give_tls(fleet)
     machine, folder = Machine(tmp_path / "machine"), Path(fleet.nodes[next(iter(fleet.nodes))])
     demand(folder, "charging = true\nminimum_battery = 30")
     machine.supply("BAT0", type="Battery", capacity="80")
@@ -104,7 +103,6 @@ def test_a_device_that_is_unplugged_while_it_trains_drops_out_and_comes_back(
 ) -> None:
     monkeypatch.setattr("client.node.step.LOOK", 0.0)
     fleet = app_fleet_of(4, rounds=2)
-    give_tls(fleet)
     *others, last = fleet.nodes.values()
     demand(last, "charging = true")
     readings = Unplugged()
@@ -127,7 +125,6 @@ def test_a_device_that_took_part_today_checks_in_to_no_other_session(
     app_fleet_of: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     fleet = app_fleet_of(4, rounds=1)
-    give_tls(fleet)
     demand([*fleet.nodes.values()][-1], "minimum_separation_hours = 20.0")
     with gateway(fleet, LIMITS) as grid, attending(grid.port, [*fleet.nodes.values()]):
         grid.await_devices(4)

@@ -1,4 +1,4 @@
-"""A federation of light devices over real gRPC with mutual TLS on loopback, with the same ServerApp."""
+"""A federation of light devices over real gRPC on loopback, with the same ServerApp, in one process."""
 
 import contextlib
 import copy
@@ -15,15 +15,13 @@ from typing import Any
 import pytest
 from flwr.app import Message
 
-from adapters.gateway.frames import node_of
+from adapters.gateway.messages import node_of
 from aggregation.steps import BODY, RECORD
-from coordinator.authority import AuthorityStore
-from coordinator.gateway.enrolment import EnrolmentServer, EnrolmentService
 from coordinator.gateway.grid import GatewayGrid
 from coordinator.gateway.server import GatewayLimits
 from coordinator.statedir import CoordinatorStateDir
-from tests.support.gateway import HOST, attending, authority_of, free_port, gateway, give_tls, server_tls, wait_until
-from tests.support.trial import AUTHORITY, COORDINATOR, call, make_trial_fleet
+from tests.support.gateway import HOST, attending, authority_of, free_port, gateway, server_tls, wait_until
+from tests.support.trial import call
 
 ROOT = Path(__file__).parents[2]
 PHRASES = [("Light", "turn on the light"), ("Music", "play music"), ("Timer", "set a timer")]
@@ -58,7 +56,6 @@ def test_light_devices_make_the_rounds_and_the_audit_passes(
     app_fleet_of: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     fleet = app_fleet_of(3, rounds=2)
-    give_tls(fleet)
     with gateway(fleet) as grid, attending(grid.port, [*fleet.nodes.values()]):
         grid.await_devices(3)
         records = fleet.federate(grid)
@@ -93,7 +90,6 @@ def test_an_agent_that_is_asked_again_answers_as_before(app_fleet_of: Callable[.
         return sorted(str(reply.content.config_records[RECORD][BODY]) for reply in replies)
 
     fleet = app_fleet_of(3, rounds=2)
-    give_tls(fleet)
     state_dir = CoordinatorStateDir.open(fleet.out / "coordinator")
     grid = AskingTwice(f"{HOST}:0", server_tls(authority_of(fleet)), state_dir.read_root)
     with contextlib.closing(grid), attending(grid.port, [*fleet.nodes.values()]):
@@ -108,7 +104,6 @@ def test_a_device_that_is_killed_while_it_trains_drops_out_and_the_others_finish
     app_fleet_of: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     fleet = app_fleet_of(4, rounds=2)
-    give_tls(fleet)
     *others, last = fleet.nodes.values()
     with (
         gateway(fleet, GatewayLimits(grace=0.5)) as grid,
@@ -139,7 +134,6 @@ def test_an_agent_that_finds_the_gateway_full_comes_back_when_there_is_room(
     app_fleet_of: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     fleet = app_fleet_of(2, rounds=1)
-    give_tls(fleet)
     first, second = fleet.nodes.values()
     limits = GatewayLimits(devices=1, grace=0.1, calls=10_000, rejected=0.2)
     with caplog.at_level("INFO", "edgeadapt"), gateway(fleet, limits) as grid:
@@ -157,7 +151,6 @@ def test_an_agent_goes_to_the_next_address_when_a_gateway_is_away_and_back_when_
     app_fleet_of: Callable[..., Any],
 ) -> None:
     fleet = app_fleet_of(1, rounds=1)
-    give_tls(fleet)
     (folder,) = fleet.nodes.values()
     tls, read_root = server_tls(authority_of(fleet)), CoordinatorStateDir.open(fleet.out / "coordinator").read_root
     ports = free_port(), free_port()
@@ -172,42 +165,8 @@ def test_an_agent_goes_to_the_next_address_when_a_gateway_is_away_and_back_when_
 
 def test_an_agent_of_a_version_that_is_too_old_ends_with_one_line(app_fleet_of: Callable[..., Any]) -> None:
     fleet = app_fleet_of(1, rounds=1)
-    give_tls(fleet)
     (folder,) = fleet.nodes.values()
     with gateway(fleet, GatewayLimits(client_version="99.1")) as grid, agent_process(grid.port, folder) as agent:
         _, errors = agent.communicate(timeout=120)
     assert agent.returncode == 3
     assert [line for line in errors.splitlines() if "99.1" in line] == errors.splitlines()[-1:]
-
-
-def test_a_fleet_is_enrolled_by_tokens_and_makes_its_rounds_by_commands(
-    tmp_path: Path, tiny_base: Any, one_thread: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make_trial_fleet(tmp_path, str(tiny_base.folder), PHRASES, {}, "rounds=2", rank=2)
-    authority, fleet = tmp_path / AUTHORITY, tmp_path / COORDINATOR
-    call("coordinator", "tls-request", fleet)
-    call(
-        "authority", "issue-tls", authority, "--request", fleet / "tls.csr", "--host", HOST, "--out", fleet / "tls.pem"
-    )
-    store = AuthorityStore(authority)
-    enrolment = EnrolmentServer(EnrolmentService(store, store.unlock(None), 30), f"{HOST}:0", [HOST])
-    gateway_port = free_port()
-    places = ("--enrolment", f"{HOST}:{enrolment.port}", "--gateway", f"{HOST}:{gateway_port}")
-    limits = ("policy.minimum_cohort=3", "policy.minimum_survivors=2", "policy.answer_quantum_seconds=0")
-    capsys.readouterr()
-    for device in DEVICES:
-        call("authority", "invite", authority, "--name", device, "--coordinator", fleet / "coordinator.pem", *places)
-        token = tmp_path / f"{device}.token"
-        token.write_text(capsys.readouterr().out)
-        chosen = [part for limit in limits for part in ("--set", limit)]
-        given = ("--base", tiny_base.folder, "--token-file", token, *chosen)
-        call("device", "enrol", "--state", tmp_path / device, *given)
-        capsys.readouterr()
-        (tmp_path / device / "examples.jsonl").write_text(EXAMPLES)
-    enrolment.close()
-    with attending(gateway_port, [tmp_path / device for device in DEVICES]):
-        call("coordinator", "run", fleet, "--gateway", f"{HOST}:{gateway_port}", "--json")
-    status = json.loads(capsys.readouterr().out)
-    assert [each["survivors"] for each in status["rounds"]] == [[*DEVICES]] * 2
-    call("audit", "verify", fleet, "--authority", authority / "authority.pem", "--json")
-    assert json.loads(capsys.readouterr().out)["ok"]

@@ -8,14 +8,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import grpc
-
-from adapters.gateway import frames
-from adapters.keyfiles import TLS_CERTIFICATE, TLS_KEY
 from aggregation.entropy import SystemEntropy
 from aggregation.pki import Authority, certificates
-from aggregation.pki.tls import TlsKey, TlsRole, read_tls_request
+from aggregation.pki.tls import TlsKey, read_tls_request
 from client.gateway.agent import Agent
+from client.node.eligibility import LOOK
 from coordinator.gateway.grid import GatewayGrid
 from coordinator.gateway.server import GatewayLimits
 from coordinator.servertls import ServerTls
@@ -28,33 +25,18 @@ def authority_of(fleet: Any) -> Authority:
     return Authority.from_pem((fleet.out / "authority" / "authority.pem").read_bytes())
 
 
-def certify(authority: Authority, name: str, role: TlsRole, **dates: datetime) -> tuple[bytes, bytes]:
-    """A new TLS key and its certificate, both PEM."""
+def certify(authority: Authority, name: str = "gateway", **dates: datetime) -> tuple[bytes, bytes]:
+    """A new TLS key of a gateway at ``HOST`` and its certificate, both PEM."""
     key, now = TlsKey.generate(SystemEntropy()), datetime.now(UTC)
     _, public = read_tls_request(key.request(name))
     valid = {"not_before": now - timedelta(days=1), "not_after": now + timedelta(days=1), **dates}
-    hosts = (HOST,) if role is TlsRole.GATEWAY else ()
     serial = int.from_bytes(SystemEntropy().bytes(8), "big") + 1
-    der = authority.issue_tls(name, public, role, hosts, serial=serial, **valid)
+    der = authority.issue_tls(name, public, (HOST,), serial=serial, **valid)
     return key.pem, certificates.to_pem(der)
 
 
-def give_tls(fleet: Any) -> None:
-    """A TLS key and certificate for each device of a fleet."""
-    for folder in map(Path, fleet.nodes.values()):
-        key, certificate = certify(authority_of(fleet), folder.name, TlsRole.DEVICE)
-        (folder / TLS_KEY).write_bytes(key)
-        (folder / TLS_CERTIFICATE).write_bytes(certificate)
-
-
 def server_tls(authority: Authority) -> ServerTls:
-    return ServerTls(*certify(authority, "gateway", TlsRole.GATEWAY), authority.root.to_pem())
-
-
-def channel(port: int, key: bytes | None, certificate: bytes | None, authority: Authority) -> grpc.Channel:
-    """A connection with whatever credentials; the agent's own is made by itself."""
-    credentials = grpc.ssl_channel_credentials(authority.root.to_pem(), key, certificate)
-    return grpc.secure_channel(f"{HOST}:{port}", credentials, options=frames.DEVICE_OPTIONS)
+    return ServerTls(*certify(authority))
 
 
 @contextmanager
@@ -70,10 +52,10 @@ def gateway(fleet: Any, limits: GatewayLimits | None = None) -> Iterator[Gateway
 
 
 @contextmanager
-def attending(port: int | tuple[int, ...], folders: Sequence[str | Path]) -> Iterator[list[Agent]]:
+def attending(port: int | tuple[int, ...], folders: Sequence[str | Path], look: float = LOOK) -> Iterator[list[Agent]]:
     """The agents of these devices, each in a thread, while the block runs. ``port``: of the gateway, or several."""
     addresses = tuple(f"{HOST}:{each}" for each in (port if isinstance(port, tuple) else (port,)))
-    agents = [Agent(Path(folder), addresses) for folder in folders]
+    agents = [Agent(Path(folder), addresses, look=look) for folder in folders]
     threads = [threading.Thread(target=agent.run) for agent in agents]
     for thread in threads:
         thread.start()

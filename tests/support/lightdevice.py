@@ -1,105 +1,218 @@
-"""A light device that a test drives call by call, so that it can send what no agent sends."""
+"""A device that a test drives message by message over either carrier, so that it can send what no device sends."""
 
 import queue
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from enum import Enum
 from typing import Any
 
 import grpc
+from grpc import StatusCode
+from websockets.exceptions import ConnectionClosed, WebSocketException
+from websockets.sync.client import ClientConnection, connect
 
-from adapters.gateway import frames
-from adapters.gateway import gateway_pb2 as pb
+from adapters.gateway import messages
+from adapters.gateway.messages import RetryWindow, retry_window
 from aggregation.entropy import SystemEntropy
 from aggregation.pki import Authority, IdentityKey
-from aggregation.pki.certificates import to_der
-from aggregation.pki.tls import TlsRole, bind
-from tests.support.gateway import certify, channel
+from client.gateway.calls import Asked, Conversation, conversation
+from coordinator.gateway.carriers import ConversationServer
+from tests.support.gateway import HOST
 
 PATIENCE = 20.0  # seconds
+PAGE = "http://127.0.0.1:8765"
+GRPC, SOCKET = "gRPC", "WebSocket"
+CARRIERS = (GRPC, SOCKET)
+
+
+class Kind(Enum):
+    """How a conversation ends, whichever the carrier, by what the device does then."""
+
+    DONE = ("over", {StatusCode.OK}, {1000, 1001})
+    LATER = (
+        "tries again",
+        {StatusCode.RESOURCE_EXHAUSTED, StatusCode.DEADLINE_EXCEEDED, StatusCode.UNAVAILABLE, StatusCode.CANCELLED},
+        {1006, 1009, 1013},
+    )
+    INVALID = ("sent what is not valid", {StatusCode.INVALID_ARGUMENT}, {1007})
+    REFUSED = ("is refused", {StatusCode.PERMISSION_DENIED}, {1008})
+
+    @classmethod
+    def of(cls, code: StatusCode | int) -> "Kind":
+        return next(kind for kind in cls if code in kind.value[1] | kind.value[2])
+
+
+class Over(Exception):  # noqa: N818
+    """A conversation has ended."""
+
+    def __init__(self, code: StatusCode | int, reason: str, window: RetryWindow | None = None) -> None:
+        super().__init__(f"{code}: {reason}")
+        self.kind, self.code, self.reason, self.window = Kind.of(code), code, reason, window
+
+
+class Talk:
+    """A conversation; a thread receives."""
+
+    def __init__(self) -> None:
+        self._received: queue.Queue[bytes | Over] = queue.Queue()
+        self._thread = threading.Thread(target=self._receive, daemon=True)
+        self._thread.start()
+
+    def _messages(self) -> Iterator[bytes]:
+        """The messages; raises Over."""
+        raise NotImplementedError
+
+    def send(self, *sent: bytes | str) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def _receive(self) -> None:
+        try:
+            for raw in self._messages():
+                self._received.put(raw)
+        except Over as over:
+            self._received.put(over)
+
+    def receive(self, seconds: float = PATIENCE) -> bytes:
+        """The next message. Raises Over."""
+        found = self._received.get(timeout=seconds)
+        if isinstance(found, Over):
+            self._received.put(found)
+            raise found
+        return found
+
+    def ended(self) -> Over:
+        """How it ends; what comes before that is dropped."""
+        try:
+            while True:
+                self.receive()
+        except Over as over:
+            return over
+
+    def is_quiet(self) -> bool:
+        """Whether nothing came that was not read."""
+        return self._received.empty()
+
+    def request(self) -> Asked:
+        head = messages.REQUEST.decode(self.receive())
+        fields = dict(head.fields)
+        for name, size in sorted(head.blobs.items()):
+            reader = messages.PartReader(size)
+            while reader.left:
+                reader.add(self.receive())
+            fields[name] = bytes(reader.body)
+        return Asked(head.id, head.step, fields)
+
+    def answer(self, number: int | None, body: bytes) -> None:
+        self.send(*messages.answer_messages(number or 0, body))
+
+
+class GrpcTalk(Talk):
+    def __init__(self, address: str, path: str, authority: Authority) -> None:
+        self._opened = conversation(address, path, authority.root.to_pem())
+        self.conversation: Conversation = self._opened.__enter__()
+        super().__init__()
+
+    def _messages(self) -> Iterator[bytes]:
+        call = self.conversation.call
+        try:
+            yield from call
+        except grpc.RpcError:
+            pass
+        except ValueError as error:  # the channel was closed
+            raise Over(StatusCode.CANCELLED, str(error)) from None
+        raise Over(call.code(), str(call.details()), retry_window(call.trailing_metadata()))
+
+    def send(self, *sent: bytes | str) -> None:
+        self.conversation.send([each.encode() if isinstance(each, str) else each for each in sent])
+
+    def close(self) -> None:
+        self.conversation.call.cancel()
+        self._opened.__exit__(None, None, None)
+
+
+class SocketTalk(Talk):
+    def __init__(self, url: str, **options: Any) -> None:
+        given = {"origin": PAGE, "compression": None, "max_size": None, "proxy": None, **options}
+        self.connection: ClientConnection = connect(url, **given)
+        super().__init__()
+
+    def _messages(self) -> Iterator[bytes]:
+        try:
+            while True:
+                raw = self.connection.recv()
+                assert isinstance(raw, bytes)
+                yield raw
+        except ConnectionClosed as closed:
+            code, reason = (closed.rcvd.code, closed.rcvd.reason) if closed.rcvd else (1006, "")
+            raise Over(code, reason, retry_window(((messages.RETRY_WINDOW, reason),))) from None
+
+    def send(self, *sent: bytes | str) -> None:
+        for each in sent:
+            self.connection.send(each)
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+def talk_of(carrier: str, server: ConversationServer, path: str, authority: Authority, **options: Any) -> Talk:
+    """A conversation with a service."""
+    if carrier == GRPC:
+        return GrpcTalk(f"{HOST}:{server.port}", path, authority)
+    return SocketTalk(server.url(path), **options)
 
 
 @dataclass
 class LightDevice:
-    """A device with a certified identity and a certified TLS key, connected to a gateway."""
+    """A device with a certified identity, at a gateway."""
 
-    port: int
+    server: ConversationServer
     authority: Authority
     name: str
-    identity: IdentityKey = field(default_factory=lambda: IdentityKey.generate(SystemEntropy()))
-    role: TlsRole = TlsRole.DEVICE
+    carrier: str = GRPC
     version: str = "1.2.3"
+    identity: IdentityKey = field(default_factory=lambda: IdentityKey.generate(SystemEntropy()))
+    talks: list[Talk] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         now = datetime.now(UTC)
         dates = {"not_before": now - timedelta(days=1), "not_after": now + timedelta(days=1)}
         self.certificate = self.authority.issue(self.name, self.identity.public, **dates)
-        self.tls_key, self.tls_certificate = certify(self.authority, self.name, self.role)
-        self.connect()
 
-    def connect(self) -> None:
-        """A new connection with the same credentials."""
-        self.channel = channel(self.port, self.tls_key, self.tls_certificate, self.authority)
+    def connect(self, **options: Any) -> Talk:
+        """A conversation in which nothing was said yet."""
+        self.talks.append(talk_of(self.carrier, self.server, messages.ATTEND, self.authority, **options))
+        return self.talks[-1]
 
-    @property
-    def hello(self) -> bytes:
-        binding = bind(self.identity, to_der(self.tls_certificate))
-        return bytes(pb.Hello(certificate=self.certificate, binding=binding, version=self.version).SerializeToString())
+    def hello(self, challenge: bytes, *, host: str = HOST, key: IdentityKey | None = None, stated: str = "") -> bytes:
+        """The answer to a challenge; ``stated``: a host other than the signed one."""
+        nonce = messages.CHALLENGE.decode(challenge).nonce
+        signature = (key or self.identity).sign(messages.CHALLENGE_TAG, nonce + host.encode())
+        return messages.HELLO.encode(messages.DeviceHello(self.certificate, stated or host, signature, self.version))
 
-    def attend(self, hello: bytes | None = None) -> "Attendance":
-        """Open a stream; returns when it is admitted or refused."""
-        return Attendance(self.channel.unary_stream(frames.ATTEND)(self.hello if hello is None else hello))
+    def greet(self, **options: Any) -> Talk:
+        """A conversation in which the challenge was answered; it may be refused."""
+        talk = self.connect(**options)
+        talk.send(self.hello(talk.receive()))
+        return talk
 
-    def answer(self, parts: Iterable[bytes], seconds: float = PATIENCE) -> bytes:
-        found: bytes = self.channel.stream_unary(frames.ANSWER)(iter(parts), timeout=seconds)
-        return found
+    def attend(self, **options: Any) -> Talk:
+        """A conversation in which the device is admitted."""
+        talk = self.greet(**options)
+        assert talk.receive() == messages.ADMITTED
+        return talk
 
-    def fetch(self, sha256: bytes, offset: int = 0) -> bytes:
-        asked = pb.Range(sha256=sha256, offset=offset).SerializeToString()
-        call = self.channel.unary_stream(frames.FETCH)(asked, timeout=PATIENCE)
-        return b"".join(frames.chunk(raw) for raw in call)
-
-    def status(self) -> pb.StatusReply:
-        return pb.StatusReply.FromString(self.channel.unary_unary(frames.STATUS)(b"", timeout=PATIENCE))
-
-    def raw(self, method: str, kind: str, message: bytes) -> Any:
-        """Any bytes to a call of any kind."""
-        call = getattr(self.channel, kind)(method)
-        given = iter([message]) if kind.startswith("stream") else message
-        found = call(given, timeout=PATIENCE)
-        return list(found) if kind.endswith("stream") else found
+    def is_let_in(self) -> bool:
+        try:
+            self.attend().close()
+        except (Over, OSError, queue.Empty, WebSocketException):
+            return False
+        return True
 
     def close(self) -> None:
-        self.channel.close()
-
-
-class Attendance:
-    """An open stream, read by a thread."""
-
-    def __init__(self, call: Any) -> None:
-        self.call = call
-        call.initial_metadata()  # waits until the device is admitted or refused
-        self.requests: queue.Queue[pb.Request] = queue.Queue()
-        self.error: grpc.RpcError | None = None
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    def _read(self) -> None:
-        try:
-            for raw in self.call:
-                self.requests.put(frames.request(raw))
-        except grpc.RpcError as error:
-            self.error = error
-
-    def request(self, seconds: float = PATIENCE) -> pb.Request:
-        return self.requests.get(timeout=seconds)
-
-    def refused(self) -> tuple[grpc.StatusCode, str]:
-        self._thread.join(PATIENCE)
-        assert self.error is not None
-        return self.error.code(), self.error.details()
-
-    def cancel(self) -> None:
-        self.call.cancel()
-        self._thread.join(PATIENCE)
+        for talk in self.talks:
+            talk.close()

@@ -13,7 +13,7 @@ from typing import Any
 from adapters.keyfiles import TLS_CERTIFICATE, TLS_KEY
 from coordinator.services.deployment import running
 from coordinator.servicesettings import SERVICES, ServiceSettings
-from tests.support.gateway import HOST, authority_of, free_port, give_tls, server_tls
+from tests.support.gateway import HOST, authority_of, free_port, server_tls
 
 ROOT = Path(__file__).parents[2]
 LONG = 300.0  # seconds, on a machine that has other work
@@ -69,7 +69,6 @@ def listens(port: int) -> bool:
 
 def coordinator_of(fleet: Any) -> tuple[Path, int]:
     """The state directory of a fleet's coordinator with a gateway in its services, and the gateway's port."""
-    give_tls(fleet)
     folder, port, tls = fleet.out / "coordinator", free_port(), server_tls(authority_of(fleet))
     (folder / TLS_KEY).write_bytes(tls.key)
     (folder / TLS_CERTIFICATE).write_bytes(tls.certificate)

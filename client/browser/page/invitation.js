@@ -11,7 +11,7 @@ import { concat, digest, encode as utf8, equal, unbase64, unbase64url, unhex } f
 import { ConfigError, EdgeAdaptError, ProtocolError, TrustError } from "./errors.js";
 import { requireStrong } from "./keys.js";
 
-const PREFIX = "edgeadapt1.";
+const PREFIX = "edgeadapt2.";
 const MAX_TEXT = 2 ** 16; // characters
 const CHECK = 4; // bytes of a digest, for mistakes in copying
 const ADDRESS = "[A-Za-z0-9.:_\\[\\]-]{3,260}";
@@ -22,7 +22,6 @@ const INVITATION = record({
   gateway: text(`${ADDRESS}(,${ADDRESS}){0,7}`),
   authority: blob(MAX_CERTIFICATE),
   coordinator: fixed(32),
-  renewal: text(`(${ADDRESS})?`),
 });
 const ENROLMENT = record({ invited: fixed(32), signature: fixed(64), request: blob(8192) });
 const RENEWAL = record({ certificate: blob(MAX_CERTIFICATE), signature: fixed(64) });
@@ -44,7 +43,7 @@ export async function readInvitation(token) {
     return found;
   } catch (error) {
     if (!(error instanceof EdgeAdaptError || error instanceof SyntaxError)) throw error;
-    throw new ConfigError("the token is not an invitation: copy the whole line that 'edgeadapt authority invite' printed", "token");
+    throw new ConfigError("the token is not an invitation: copy the whole line that 'edgeadapt authority invite' prints", "token");
   }
 }
 

@@ -1,15 +1,18 @@
-"""When an agent calls again, and how long it waits before that."""
-
-from collections.abc import Callable
-from pathlib import Path
+"""When an agent calls again, how it ends a conversation, and what it answers when it is asked once more."""
 
 import grpc
 import pytest
 from grpc import StatusCode
 
 from client.gateway import agent as module
-from client.gateway.agent import ATTEMPTS, Agent
-from client.gateway.calls import FIRST_PAUSE, LONGEST_PAUSE, pause
+from client.gateway.agent import Agent
+from client.gateway.calls import FIRST_PAUSE, LONGEST_PAUSE, Asked, pause
+from client.node.step import Refusal, RefusalCode
+from tests.coordinator.gateway.conftest import Site, SiteOf, site_of
+from tests.support.authority import signer, store
+from tests.support.lightdevice import GrpcTalk, Kind
+
+__all__ = ["signer", "site_of", "store"]
 
 
 class Failed(grpc.RpcError):
@@ -17,50 +20,7 @@ class Failed(grpc.RpcError):
 
     def __init__(self, code: StatusCode) -> None:
         super().__init__(code.name)
-        self.code = lambda: code
         self.trailing_metadata = lambda: None
-
-
-class Stream:
-    """An open ``Attend`` call that ends after so many looks at it."""
-
-    def __init__(self, looks: int) -> None:
-        self.looks = looks
-
-    def is_active(self) -> bool:
-        self.looks -= 1
-        return self.looks >= 0
-
-
-def failing(code: StatusCode) -> tuple[list[int], Callable[[], None]]:
-    calls: list[int] = []
-
-    def call() -> None:
-        calls.append(len(calls))
-        raise Failed(code)
-
-    return calls, call
-
-
-@pytest.mark.parametrize(
-    ("code", "looks", "attempts"),
-    [
-        (StatusCode.UNAVAILABLE, 1000, ATTEMPTS),
-        (StatusCode.UNAVAILABLE, 0, 1),  # the stream broke with the call: another gateway may be there by now
-        (StatusCode.UNAVAILABLE, 1, 1),  # it broke during the pause
-        (StatusCode.PERMISSION_DENIED, 1000, 1),
-    ],
-)
-def test_a_transfer_is_repeated_only_while_the_device_attends(
-    code: StatusCode, looks: int, attempts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "pause", lambda attempt, error: 0.0)
-    agent = Agent(tmp_path, ("127.0.0.1:1",))
-    agent._call = Stream(looks)
-    calls, call = failing(code)
-    with pytest.raises(Failed):
-        agent._transfer(call)
-    assert len(calls) == attempts
 
 
 def test_pauses_grow_to_a_minute_and_stay_below_the_time_that_the_gateway_was_away() -> None:
@@ -71,3 +31,35 @@ def test_pauses_grow_to_a_minute_and_stay_below_the_time_that_the_gateway_was_aw
         assert attempt < 4 or longest <= 0.75 * away
         away += longest
     assert longest > LONGEST_PAUSE / 2
+
+
+def test_a_device_that_declines_is_heard_out_before_its_conversation_ends(site_of: SiteOf) -> None:
+    site: Site = site_of()
+    talk = site.device("kitchen").attend()
+    assert isinstance(talk, GrpcTalk)
+    number, answer = site.ask("kitchen"), bytes(2**22)
+    talk.answer(talk.request().id, answer)
+    talk.conversation.finish()
+    assert site.answered() == (number, answer)
+    assert talk.ended().kind is Kind.DONE
+
+
+def test_a_repeated_request_gets_the_last_answer_and_one_that_was_refused_may_get_another(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    answers = iter([b"first", Refusal(RefusalCode.REFUSED, "no"), b"second", b"third"])
+    monkeypatch.setattr(module, "answer", lambda *given, **options: next(answers))
+    monkeypatch.setattr(module, "subject", lambda certificate: "kitchen")
+    monkeypatch.setattr(module, "load", lambda certificate: None)
+    monkeypatch.setattr(module.DeviceStateDir, "open", lambda folder: FakeStateDir())
+    agent, fields = Agent(tmp_path_factory.mktemp("device"), ()), {"body": b"a", "adapter": b"b"}
+    assert agent._answered(Asked(1, "plan", fields)) == b"first"
+    assert agent._answered(Asked(2, "plan", dict(reversed(fields.items())))) == b"first"
+    refused = agent._answered(Asked(3, "offer", fields))
+    assert agent._answered(Asked(3, "offer", fields)) is refused
+    assert agent._answered(Asked(4, "offer", fields)) == b"second"
+    assert agent._answered(Asked(5, "offer", {"body": b"ab", "adapter": b""})) == b"third"
+
+
+class FakeStateDir:
+    certificate = b""

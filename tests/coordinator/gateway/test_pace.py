@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters.gateway.frames import RetryWindow
+from adapters.gateway.messages import RetryWindow
 from coordinator.gateway.pace import FORGET, Pace, Schedule
 
 TARGET = 10_000  # check-ins a minute

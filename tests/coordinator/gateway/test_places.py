@@ -8,7 +8,7 @@ import pytest
 
 from coordinator.gateway import places
 from coordinator.gateway.pace import FORGET
-from coordinator.gateway.places import Entrance, Places, RefusalRates, network_of
+from coordinator.gateway.places import Entrance, Places, RefusalRates, Turns, network_of
 from tests.support.gateway import HOST
 
 
@@ -123,3 +123,26 @@ def test_a_network_may_be_wrong_so_often_and_old_ones_take_no_memory() -> None:
     for number in range(5 * FORGET):
         rates.wait(f"host-{number}", 20.0 * number)
     assert len(rates._buckets) <= FORGET
+
+
+def test_a_network_has_one_turn_at_a_time_and_a_peer_that_leaves_passes_it_on() -> None:
+    async def come() -> list[str]:
+        turns, order = Turns(), list[str]()
+
+        async def peer(name: str, host: str = "a") -> None:
+            async with turns.held(host):
+                order.append(name)
+
+        async with asyncio.timeout(10):
+            async with turns.held("a"):
+                waiting = asyncio.create_task(peer("waiting"))
+                await peer("elsewhere", "b")
+                await asyncio.sleep(0)
+                assert order == ["elsewhere"]
+            waiting.cancel()  # in the moment in which its turn has come
+            await asyncio.gather(waiting, return_exceptions=True)
+            await peer("last")
+        assert turns._waiting == {}
+        return order
+
+    assert asyncio.run(come()) == ["elsewhere", "last"]

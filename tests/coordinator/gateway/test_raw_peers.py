@@ -6,13 +6,11 @@ import struct
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 
-from tests.coordinator.gateway.conftest import Site
+from tests.coordinator.gateway.conftest import Site, SiteOf
 from tests.support.gateway import HOST
-from tests.support.lightdevice import LightDevice
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 SETTINGS, DATA, HEADERS, PING, CONTINUATION = 4, 0, 1, 6, 9
@@ -30,20 +28,17 @@ def connect(site: Site) -> socket.socket:
 
 
 @pytest.fixture
-def certified(site: Site, tmp_path: Path) -> Iterator[ssl.SSLSocket]:
-    """A connection with TLS and a device's certificate, on which nothing was sent."""
-    made = site.device("raw")
-    (tmp_path / "raw.pem").write_bytes(made.tls_key + made.tls_certificate)
-    (tmp_path / "authority.pem").write_bytes(site.authority.root.to_pem())
-    context = ssl.create_default_context(cafile=str(tmp_path / "authority.pem"))
-    context.load_cert_chain(tmp_path / "raw.pem")
+def site(site_of: SiteOf) -> Site:
+    return site_of()
+
+
+@pytest.fixture
+def peer(site: Site) -> Iterator[ssl.SSLSocket]:
+    """A connection with TLS, on which nothing was sent."""
+    context = ssl.create_default_context(cadata=site.authority.root.to_pem().decode())
     context.set_alpn_protocols(["h2"])
     with context.wrap_socket(connect(site), server_hostname=HOST) as peer:
         yield peer
-
-
-def serves(device: LightDevice) -> bool:
-    return bool(device.status().seconds >= 0)
 
 
 def ends(peer: socket.socket) -> bool:
@@ -63,12 +58,12 @@ def test_peers_that_connect_and_say_nothing_hold_up_no_device_and_are_cut_off(si
     kitchen = site.device("kitchen")
     with ExitStack() as stack:
         peers = [stack.enter_context(connect(site)) for _ in range(SILENT)]
-        assert serves(kitchen)
+        assert kitchen.is_let_in()
         stream = kitchen.attend()
         number = site.ask("kitchen")
         assert stream.request().id == number
         assert all(ends(peer) for peer in peers)
-    assert serves(kitchen)
+    assert kitchen.is_let_in()
 
 
 @pytest.mark.slow
@@ -90,7 +85,7 @@ def test_a_handshake_a_byte_at_a_time_is_cut_off(site: Site) -> None:
             pass
         else:
             pytest.fail("the whole greeting was taken a byte at a time")
-    assert serves(kitchen)
+    assert kitchen.is_let_in()
 
 
 @pytest.mark.parametrize(
@@ -106,25 +101,25 @@ def test_a_handshake_a_byte_at_a_time_is_cut_off(site: Site) -> None:
     ],
     ids=["http-1", "settings", "hpack", "continuation", "ping", "oversized", "junk"],
 )
-def test_malformed_http2_ends_its_connection_and_no_other(site: Site, certified: ssl.SSLSocket, sent: bytes) -> None:
+def test_malformed_http2_ends_its_connection_and_no_other(site: Site, peer: ssl.SSLSocket, sent: bytes) -> None:
     kitchen = site.device("kitchen")
     stream = kitchen.attend()
-    certified.sendall(sent)
-    assert ends(certified)
+    peer.sendall(sent)
+    assert ends(peer)
     number = site.ask("kitchen")
     assert stream.request().id == number
 
 
-def test_frames_for_streams_that_do_not_exist_change_nothing(site: Site, certified: ssl.SSLSocket) -> None:
+def test_frames_for_streams_that_do_not_exist_change_nothing(site: Site, peer: ssl.SSLSocket) -> None:
     kitchen = site.device("kitchen")
     stream = kitchen.attend()
-    certified.sendall(PREFACE + frame(SETTINGS) + frame(DATA, b"x") + frame(HEADERS, flags=4, stream=2))
+    peer.sendall(PREFACE + frame(SETTINGS) + frame(DATA, b"x") + frame(HEADERS, flags=4, stream=2))
     number = site.ask("kitchen")
     assert stream.request().id == number
     assert site.gateway.devices() == ("kitchen",)
 
 
-def test_pings_without_end_are_cut_off(site: Site, certified: ssl.SSLSocket) -> None:
-    certified.sendall(PREFACE + frame(SETTINGS) + frame(PING, bytes(8)) * 100)
-    assert ends(certified)
-    assert serves(site.device("kitchen"))
+def test_pings_without_end_are_cut_off(site: Site, peer: ssl.SSLSocket) -> None:
+    peer.sendall(PREFACE + frame(SETTINGS) + frame(PING, bytes(8)) * 100)
+    assert ends(peer)
+    assert site.device("kitchen").is_let_in()

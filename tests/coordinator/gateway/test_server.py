@@ -1,450 +1,477 @@
-"""The gateway's calls over real gRPC with mutual TLS: what is served, what is refused, and with which status."""
+"""Conversations with the gateway over both carriers, with real TLS and WebSockets: what passes, and what is refused."""
 
-import hashlib
-import queue
-import threading
-import time
-from collections.abc import Callable, Iterator
+import socket
+import ssl
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from grpc import StatusCode
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from websockets.exceptions import InvalidStatus
 
-from adapters.gateway import frames
-from adapters.gateway import gateway_pb2 as pb
+from adapters.gateway import messages
+from adapters.gateway.messages import DeviceAnswer, RetryWindow
+from adapters.keyfiles import TLS_CERTIFICATE, TLS_KEY
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, TrustError
-from aggregation.pki import Authority
-from aggregation.pki.certificates import serial, to_der
-from aggregation.pki.revocation import Revocation
-from aggregation.pki.tls import TlsRole
+from aggregation.pki import Authority, IdentityKey
+from client.gateway.calls import conversation
+from coordinator import traces
+from coordinator.gateway.carriers import BrowserSettings
+from coordinator.gateway.grid import serving
 from coordinator.gateway.hub import WAITING, NoAnswer
 from coordinator.gateway.server import Gateway
-from tests.coordinator.gateway.conftest import LIMITS, Site
+from coordinator.settings import FederationSettings
+from coordinator.statedir import CoordinatorStateDir
+from tests.coordinator.gateway.conftest import LIMITS, Site, SiteOf
 from tests.support import refused
-from tests.support.gateway import HOST, channel, server_tls, wait_until
-from tests.support.lightdevice import Attendance, LightDevice
+from tests.support.gateway import HOST, certify, server_tls, wait_until
+from tests.support.lightdevice import CARRIERS, SOCKET, Kind, LightDevice, SocketTalk
+from tests.support.otlp import attributes, receiving
+
+LARGE = bytes(range(256)) * 4096 + b"."
 
 
-def status_of(call: Callable[[], Any]) -> StatusCode:
-    """With which status a call ends."""
-    with pytest.raises(grpc.RpcError) as caught:
-        call()
-    code: StatusCode = caught.value.code()
-    return code
-
-
-def test_a_request_reaches_its_device_and_the_answer_comes_back(site: Site) -> None:
-    kitchen = site.device("kitchen")
-    stream = kitchen.attend()
-    assert site.gateway.devices() == ("kitchen",)
-    number = site.ask("kitchen", "offer", b"what the coordinator signed")
-    request = stream.request()
-    assert (request.id, request.step, dict(request.fields)) == (
-        number,
-        "offer",
-        {"body": b"what the coordinator signed"},
-    )
-    kitchen.answer(frames.answer_parts(request.id, b"what the device signed"))
-    assert site.answered() == (number, b"what the device signed")
-    site.ask("kitchen", "plan")
-    request = stream.request()
-    kitchen.answer(frames.reason_parts(request.id, 100, "the device refuses"))
-    assert site.answered() == (request.id, NoAnswer(100, "the device refuses"))
-
-
-def test_long_fields_and_answers_are_transferred_in_parts_and_resumed(site: Site) -> None:
-    kitchen, content = site.device("kitchen"), bytes(range(256)) * 5000
-    stream = kitchen.attend()
-    site.ask("kitchen", "plan", content)
-    request = stream.request()
-    (blob,) = request.blobs.values()
-    assert (not request.fields, blob.size, blob.sha256) == (True, len(content), hashlib.sha256(content).digest())
-    for offset in (0, 1, frames.CHUNK, len(content) - 1, len(content)):
-        assert kitchen.fetch(blob.sha256, offset) == content[offset:]
-    kitchen.answer(frames.answer_parts(request.id, content))
-    assert site.answered() == (request.id, content)
+def test_requests_and_answers_of_any_size_pass_and_both_carriers_are_in_one_cohort(site_of: SiteOf) -> None:
+    site = site_of()
+    talks = {carrier: site.device(carrier, carrier=carrier).attend() for carrier in CARRIERS}
+    assert set(site.gateway.devices()) == set(talks)
+    for name, talk in talks.items():
+        for body in (b"body", LARGE):
+            number = site.ask(name, "plan", body)
+            asked = talk.request()
+            assert (asked.id, asked.step, asked.fields) == (number, "plan", {"body": body})
+            talk.answer(asked.id, body[::-1])
+            assert site.answered() == (number, body[::-1])
+        number = site.ask(name)
+        talk.send(messages.reason_message(talk.request().id, 100, "not me"))
+        assert site.answered() == (number, NoAnswer(100, "not me"))
 
 
 def test_requests_of_one_device_go_one_at_a_time_and_no_more_than_a_few_wait(site: Site) -> None:
-    kitchen = site.device("kitchen")
-    stream = kitchen.attend()
+    talk = site.device("kitchen").attend()
     numbers = [site.ask("kitchen", body=bytes([n])) for n in range(WAITING + 1)]
     assert numbers[-1] is None
     assert None not in numbers[:-1]
     for n in range(WAITING):
-        request = stream.request()
-        assert request.fields["body"] == bytes([n])
-        assert stream.requests.empty()
-        kitchen.answer(frames.answer_parts(request.id, b"answer"))
+        asked = talk.request()
+        assert asked.fields["body"] == bytes([n])
+        assert talk.is_quiet()
+        talk.answer(asked.id, b"answer")
     assert site.ask("garage") is None  # nobody there
 
 
-def test_a_request_whose_time_is_over_is_void(site: Site) -> None:
-    kitchen = site.device("kitchen")
-    stream = kitchen.attend()
-    number = site.ask("kitchen", seconds=0.2)
-    request = stream.request()
-    assert site.answered() == (number, NoAnswer(None, "did not answer in time"))
-    assert status_of(lambda: kitchen.answer(frames.answer_parts(request.id, b"late"))) is StatusCode.FAILED_PRECONDITION
+def test_an_answer_counts_once_in_time_and_to_the_request_of_its_device(site: Site) -> None:
+    talks = [site.device(name).attend() for name in ("kitchen", "garage")]
+    number = site.ask("kitchen")
+    assert talks[0].request().id == number
+    talks[1].answer(number, b"another device's")
+    talks[0].answer(12345, b"of no request")
+    talks[0].answer(number, b"answer")
+    talks[0].answer(number, b"once more")
+    assert site.answered() == (number, b"answer")
+    late = site.ask("kitchen", seconds=0.1)
+    assert talks[0].request().id == late
+    assert site.answered() == (late, NoAnswer(None, "did not answer in time"))
+    talks[0].answer(late, b"late")
+    for name, talk in zip(("kitchen", "garage"), talks, strict=True):  # what was dropped has ended nothing
+        number = site.ask(name)
+        talk.answer(talk.request().id, b"next")
+        assert site.answered() == (number, b"next")
 
 
 def test_a_device_whose_stream_broke_gets_the_request_again_and_one_that_stays_away_has_no_answer(site: Site) -> None:
     kitchen = site.device("kitchen")
-    stream = kitchen.attend()
+    talk = kitchen.attend()
     number = site.ask("kitchen")
-    assert stream.request().id == number
-    stream.cancel()
-    stream = kitchen.attend()
-    assert stream.request().id == number
-    kitchen.answer(frames.answer_parts(number or 0, b"answer"))
+    assert talk.request().id == number
+    talk.close()
+    talk = kitchen.attend()
+    assert talk.request().id == number
+    talk.answer(number, b"answer")
     assert site.answered() == (number, b"answer")
     number = site.ask("kitchen")
-    stream.cancel()
+    talk.close()
     assert site.answered() == (number, NoAnswer(None, "the device disconnected"))
     assert site.ask("kitchen") is None
-    assert site.answers.empty()
+    assert site.gateway.devices() == ()
 
 
-def test_a_newer_stream_of_a_device_ends_the_older_one(site: Site) -> None:
+def test_a_newer_stream_of_a_device_ends_the_older_one(site_of: SiteOf) -> None:
+    site = site_of()
     kitchen = site.device("kitchen")
     older = kitchen.attend()
+    kitchen.carrier = SOCKET
     newer = kitchen.attend()
-    assert older.refused()[0] is StatusCode.FAILED_PRECONDITION
+    assert older.ended().kind is Kind.INVALID
     number = site.ask("kitchen")
     assert newer.request().id == number
 
 
-def test_health_reflection_and_status_are_served_to_a_device(site: Site) -> None:
-    kitchen = site.device("kitchen")
-    stream = kitchen.attend()
-    site.ask("kitchen")
-    stream.request()
-    asked = health_pb2.HealthCheckRequest(service=frames.SERVICE)
-    found = health_pb2_grpc.HealthStub(kitchen.channel).Check(asked, timeout=10)
-    assert found.status == health_pb2.HealthCheckResponse.SERVING
-    assert frames.SERVICE in ProtoReflectionDescriptorDatabase(kitchen.channel).get_services()
-    status = kitchen.status()
-    assert (status.devices, status.requests) == (1, 1)
+def test_a_health_check_is_answered(site_of: SiteOf) -> None:
+    site = site_of()
+    credentials = grpc.ssl_channel_credentials(site.authority.root.to_pem())
+    with grpc.secure_channel(f"{HOST}:{site.gateway.port}", credentials) as channel:
+        assert channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=10) == b"\x08\x01"
+        with pytest.raises(grpc.RpcError) as caught:
+            channel.unary_unary(f"/{messages.SERVICE}/nothing")(b"", timeout=10)
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-def test_a_port_in_use_or_a_wrong_key_is_refused(site: Site) -> None:
-    tls = server_tls(site.authority)
-    for address, given in ((f"{HOST}:{site.gateway.port}", tls), (f"{HOST}:0", replace(tls, key=b"no key"))):
-        with refused(ConfigError, "--gateway"):
-            Gateway(address, given, lambda at: site.authority.root, lambda number, answer: None)
+def test_a_port_in_use_or_a_wrong_key_is_refused(site_of: SiteOf) -> None:
+    site = site_of()
+    tls, free = server_tls(site.authority), f"{HOST}:0"
+    pages = site.gateway.url("").split("/")[2]
+    for address, given, browsers, about in (
+        (f"{HOST}:{site.gateway.port}", tls, None, "--gateway"),
+        (free, replace(tls, key=b"no key"), None, "--gateway"),
+        (free, tls, BrowserSettings(pages), "websocket"),
+    ):
+        with refused(ConfigError, about):
+            Gateway(address, given, lambda at: site.authority.root, lambda number, answer: None, browsers=browsers)
 
 
 def test_a_revocation_list_that_has_expired_refuses_no_device_for_good(site: Site) -> None:
     def expired(at: datetime) -> Any:
         raise TrustError("the revocation list has expired", about="revocation.expired")
 
-    other = Gateway(f"{HOST}:0", server_tls(site.authority), expired, lambda number, answer: None)
-    kitchen = LightDevice(other.port, site.authority, "kitchen")
-    assert kitchen.attend().refused()[0] is StatusCode.UNAVAILABLE
-    kitchen.close()
-    other.close()
+    site.gateway.service.read_root = expired
+    over = site.device("kitchen").greet().ended()
+    assert (over.kind, over.window) == (Kind.LATER, None)
 
 
-# Attacks: who may connect.
+# Attacks: who may attend.
 
 
-def test_wrong_certificate(site: Site) -> None:
-    """Without a certificate, or with one of another authority of the same name, nobody gets past the handshake."""
+def test_only_the_key_of_a_certified_device_that_signs_this_host_and_this_nonce_is_let_in(site: Site) -> None:
+    kitchen, garage = site.device("kitchen"), site.device("garage")
     now = datetime.now(UTC)
     stranger = Authority.create("fleet", SystemEntropy(), now - timedelta(days=1), now + timedelta(days=1))
-    forged = LightDevice(site.gateway.port, stranger, "kitchen")
-    genuine = site.device("kitchen")
-    for key, certificate in ((None, None), (forged.tls_key, forged.tls_certificate)):
-        other = channel(site.gateway.port, key, certificate, site.authority)
-        call = other.unary_stream(frames.ATTEND)(genuine.hello, timeout=5)
-        assert status_of(lambda: list(call)) is StatusCode.UNAVAILABLE  # noqa: B023
-        other.close()
-    forged.close()
+    forged = LightDevice(site.gateway, stranger, "kitchen")
+    old = kitchen.hello(kitchen.connect().receive())
+    cases: dict[str, Callable[[bytes], bytes]] = {
+        "another host": lambda challenge: kitchen.hello(challenge, host="evil.example"),
+        "another host under this one's name": lambda challenge: kitchen.hello(
+            challenge, host="evil.example", stated=HOST
+        ),
+        "another key": lambda challenge: kitchen.hello(challenge, key=IdentityKey.generate(SystemEntropy())),
+        "a nonce from before": lambda _: old,
+        "another device's certificate": lambda challenge: garage.hello(challenge, key=kitchen.identity),
+        "a certificate of another authority": forged.hello,
+    }
+    for what, answer in cases.items():
+        talk = kitchen.connect()
+        talk.send(answer(talk.receive()))
+        assert talk.ended().kind is Kind.REFUSED, what
     assert site.gateway.devices() == ()
 
 
-def test_the_certificate_of_a_gateway_is_no_devices(site: Site) -> None:
-    gateway = site.device("kitchen", role=TlsRole.GATEWAY)
-    code, _ = gateway.attend().refused()
-    assert code in (StatusCode.UNAVAILABLE, StatusCode.PERMISSION_DENIED)
-    assert site.gateway.devices() == ()
-
-
-def test_a_device_that_poses_as_a_gateway_is_refused_by_devices(site: Site) -> None:
-    kitchen = site.device("kitchen")
-    tls = replace(server_tls(site.authority), key=kitchen.tls_key, certificate=kitchen.tls_certificate)
-    impostor = Gateway(f"{HOST}:0", tls, lambda at: site.authority.root, lambda number, answer: None)
-    garage = LightDevice(impostor.port, site.authority, "garage")
-    assert garage.attend().refused()[0] is StatusCode.UNAVAILABLE
-    assert impostor.devices() == ()
-    garage.close()
-    impostor.close()
-
-
-def test_another_devices_certificate(site: Site) -> None:
-    """A device presents the identity of another one, or a hello that another one sent."""
-    kitchen, garage = site.device("kitchen"), site.device("garage")
-    borrowed = pb.Hello.FromString(garage.hello)
-    borrowed.certificate = kitchen.certificate
-    for hello in (kitchen.hello, borrowed.SerializeToString()):
-        assert garage.attend(hello).refused()[0] is StatusCode.PERMISSION_DENIED
+def test_a_device_without_the_authoritys_certificate_as_its_root_does_not_speak_to_a_gateway(site_of: SiteOf) -> None:
+    """Nor to whoever has a certificate for another host, as a device has for none."""
+    site = site_of()
+    stranger = replace(site.device("kitchen"), authority=site_of().authority)
+    over = stranger.connect().ended()
+    assert over.code is grpc.StatusCode.UNAVAILABLE
     assert site.gateway.devices() == ()
 
 
 def test_a_device_that_is_revoked_is_disconnected_and_not_admitted_again(site: Site) -> None:
-    kitchen, garage, now = site.device("kitchen"), site.device("garage"), datetime.now(UTC)
-    streams = [kitchen.attend(), garage.attend()]
-    number = serial(kitchen.certificate)
-    listed = site.authority.revocations(1, {number: Revocation(now)}, now, now + timedelta(days=1))
-    site.roots.append(site.authority.root.with_revocations(listed.der))
-    time.sleep(1.0)  # a list is read once a second
+    kitchen, garage = site.device("kitchen"), site.device("garage")
+    talks = [kitchen.attend(), garage.attend()]
+    site.revoke(kitchen.certificate)
     assert site.gateway.devices() == ("garage",)
-    assert streams[0].refused()[0] is StatusCode.PERMISSION_DENIED
-    assert kitchen.attend().refused()[0] is StatusCode.PERMISSION_DENIED
-    by_tls = site.authority.revocations(
-        2, {serial(to_der(garage.tls_certificate)): Revocation(now)}, now, now + timedelta(1)
-    )
-    site.roots.append(site.authority.root.with_revocations(by_tls.der))
-    time.sleep(1.0)
-    assert site.gateway.devices() == ()
+    assert talks[0].ended().kind is Kind.REFUSED
+    over = kitchen.greet().ended()
+    assert (over.kind, over.reason) == (Kind.REFUSED, "certificate of kitchen is revoked")
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"origin": "https://evil.example"}, 403),
+        ({"origin": None}, 403),
+        ({"origin": "null"}, 403),
+        ({"origin": "http://127.0.0.1.evil.example"}, 403),
+        ({"host": "evil.example"}, 421),
+        ({"path": "/"}, 404),
+    ],
+)
+def test_a_page_of_another_origin_host_or_path_gets_no_connection(
+    site_of: SiteOf, headers: dict[str, str | None], status: int
+) -> None:
+    site = site_of(carrier=SOCKET, origins=frozenset({"https://fleet.example"}))
+    url, more = site.gateway.url(headers.get("path") or messages.ATTEND), {}
+    if "host" in headers:  # as of a page whose host name was made to resolve to this machine
+        more = {"sock": socket.create_connection((HOST, int(url.split(":")[2].split("/")[0])))}
+        url = url.replace(HOST, str(headers["host"]))
+    if "origin" in headers:
+        more["origin"] = headers["origin"]
+    with pytest.raises(InvalidStatus) as caught:
+        SocketTalk(url, **more)
+    assert caught.value.response.status_code == status
+    site.device("tab").attend(origin="https://fleet.example")
 
 
 # Attacks: what is sent.
 
 
-def test_oversized(site: Site) -> None:
-    """Messages over the limit, answers longer or shorter than they began, and answers over the limit."""
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"\xff" * 40, "text", bytes(messages.CHUNK + 1)],
+    ids=["empty", "noise", "text", "oversized"],
+)
+@pytest.mark.parametrize("admitted", [False, True])
+def test_bytes_that_are_not_a_message_end_the_conversation(site: Site, sent: bytes | str, admitted: bool) -> None:
     kitchen = site.device("kitchen")
-    stream = kitchen.attend()
-    site.ask("kitchen")
-    number = stream.request().id
-    huge = bytes(frames.MAX_MESSAGE + 1)
-    assert status_of(lambda: kitchen.raw(frames.FETCH, "unary_stream", huge)) is StatusCode.RESOURCE_EXHAUSTED
-    over = pb.AnswerPart(beginning=pb.Beginning(request=number, size=frames.MAX_ANSWER + 1)).SerializeToString()
-    begun = pb.AnswerPart(beginning=pb.Beginning(request=number, size=3)).SerializeToString()
-    data = pb.AnswerPart(data=b"four").SerializeToString()
-    for parts in ([over], [begun, data], [begun, data[:-2]], [begun], [begun, begun], [data], []):
-        assert status_of(lambda: kitchen.answer(parts)) is StatusCode.INVALID_ARGUMENT  # noqa: B023
-    assert site.answers.empty()
-    kitchen.answer(frames.answer_parts(number, b"answer"))
-
-
-def test_malformed(site: Site) -> None:
-    """Bytes that are no message."""
-    kitchen = site.device("kitchen")
+    talk = kitchen.attend() if admitted else kitchen.connect()
+    talk.send(sent)
+    assert talk.ended().kind is (Kind.LATER if len(sent) > messages.CHUNK else Kind.INVALID)
     kitchen.attend()
-    for method, kind in (
-        (frames.ATTEND, "unary_stream"),
-        (frames.FETCH, "unary_stream"),
-        (frames.ANSWER, "stream_unary"),
-    ):
-        for junk in (b"", b"\xff", b"\x0a\xff\xff\xff\xff\x0f", bytes(1000)):
-            assert status_of(lambda: kitchen.raw(method, kind, junk)) is StatusCode.INVALID_ARGUMENT  # noqa: B023
-    unknown = kitchen.channel.unary_unary(f"/{frames.SERVICE}/Nothing")
-    assert status_of(lambda: unknown(b"", timeout=10)) is StatusCode.UNIMPLEMENTED
     assert site.gateway.devices() == ("kitchen",)
 
 
-def test_replayed_call(site: Site) -> None:
-    """An answer is sent again, or by another device, or without attending."""
-    kitchen, garage = site.device("kitchen"), site.device("garage")
-    stream = kitchen.attend()
-    number = site.ask("kitchen", body=bytes(frames.INLINE + 1))
-    (blob,) = stream.request().blobs.values()
-    answer = [*frames.answer_parts(number or 0, b"answer")]
-    assert status_of(lambda: garage.answer(answer)) is StatusCode.FAILED_PRECONDITION
-    garage.attend()
-    assert status_of(lambda: garage.answer(answer)) is StatusCode.FAILED_PRECONDITION
-    assert status_of(lambda: garage.fetch(blob.sha256)) is StatusCode.FAILED_PRECONDITION
-    kitchen.answer(answer)
-    assert status_of(lambda: kitchen.answer(answer)) is StatusCode.FAILED_PRECONDITION
-    assert site.answered() == (number, b"answer")
+@pytest.mark.parametrize("parts", [[b"\0" * 9], [b""], [b"\0" * 4, b""]], ids=["too long", "empty", "empty at last"])
+def test_an_answer_that_does_not_have_the_size_it_began_with_ends_the_conversation(
+    site: Site, parts: list[bytes]
+) -> None:
+    talk = site.device("kitchen").attend()
+    site.ask("kitchen")
+    talk.send(messages.ANSWER.encode(DeviceAnswer(talk.request().id, 8)), *parts)
+    assert talk.ended().kind is Kind.INVALID
+
+
+def test_an_answer_over_the_limit_or_with_neither_body_nor_reason_is_refused(site: Site) -> None:
+    kitchen = site.device("kitchen")
+    for size, code in ((messages.MAX_ANSWER + 1, 0), (0, 0), (1, 1)):
+        with refused(ConfigError, "answer.size" if size > 1 else "answer.reason"):
+            DeviceAnswer(1, size, code)
+        talk = kitchen.attend()
+        talk.send((1).to_bytes(8, "big") + size.to_bytes(4, "big") + code.to_bytes(2, "big") + bytes(4))
+        assert talk.ended().kind is Kind.INVALID
+
+
+def test_an_answer_that_stalls_ends_its_conversation_and_meanwhile_others_are_served(site: Site) -> None:
+    talks = [site.device(name).attend() for name in ("kitchen", "garage")]
+    numbers = [site.ask(name) for name in ("kitchen", "garage")]
+    talks[0].send(messages.ANSWER.encode(DeviceAnswer(talks[0].request().id, 8)))
+    talks[1].answer(talks[1].request().id, b"quick")
+    assert site.answered() == (numbers[1], b"quick")
+    over = talks[0].ended()
+    assert (over.kind, over.reason.startswith("too slow")) == (Kind.LATER, True)
+    assert site.answered() == (numbers[0], NoAnswer(None, "the device disconnected"))
+
+
+def test_a_device_that_takes_no_more_of_a_request_is_cut_off(site_of: SiteOf) -> None:
+    site = site_of()
+    kitchen = site.device("kitchen")
+    with conversation(f"{HOST}:{site.gateway.port}", messages.ATTEND, site.authority.root.to_pem()) as talk:
+        talk.send((kitchen.hello(talk.receive()),))
+        assert talk.receive() == messages.ADMITTED
+        number = site.ask("kitchen", body=bytes(2**27))
+        assert site.answered() == (number, NoAnswer(None, "the device disconnected"))
+        with pytest.raises(grpc.RpcError) as caught:
+            list(talk.call)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def test_an_answer_of_a_device_that_the_gateway_has_released_meanwhile_is_dropped(site_of: SiteOf) -> None:
+    """The gateway closes while the answer is on the way, as when the coordinator's disk is full."""
+    site = site_of(replace(LIMITS, transfer=60.0, grace=0.0))
+    talk = site.device("kitchen").attend()
+    number = site.ask("kitchen")
+    talk.send(messages.ANSWER.encode(DeviceAnswer(talk.request().id, 6)))
+    site.gateway.call(released(site))
+    assert site.answered() == (number, NoAnswer(None, "the device disconnected"))
+    assert talk.ended().kind is Kind.DONE
     assert site.answers.empty()
 
 
-def test_an_answer_of_a_device_that_has_left_meanwhile_is_refused(site_of: Callable[..., Site]) -> None:
-    """The gateway closes while the answer is on the way, as when the coordinator's disk is full."""
-    site = site_of(replace(LIMITS, transfer=60.0, grace=0.0))
+async def released(site: Site) -> None:
+    site.gateway.service.release()
+
+
+# Limits.
+
+
+def test_a_device_that_answers_or_comes_too_often_has_to_wait_and_others_do_not(site_of: SiteOf, carrier: str) -> None:
+    site = site_of(replace(LIMITS, calls=3, seconds=1e6, grace=60.0), carrier)
     kitchen = site.device("kitchen")
-    stream = kitchen.attend()
-    number = site.ask("kitchen")
-    assert stream.request().id == number
-
-    def parts() -> Iterator[bytes]:
-        beginning, *rest = frames.answer_parts(number or 0, b"answer")
-        yield beginning
-        stream.cancel()
-        wait_until(lambda: not site.answers.empty())
-        yield from rest
-
-    assert status_of(lambda: kitchen.answer(parts())) is StatusCode.FAILED_PRECONDITION
-    assert site.answered() == (number, NoAnswer(None, "the device disconnected"))
-
-
-def test_slow_client(site: Site) -> None:
-    """A device begins an answer and does not go on. It is cut off, and meanwhile others are served."""
-    kitchen, garage = site.device("kitchen"), site.device("garage")
-    streams = {"kitchen": kitchen.attend(), "garage": garage.attend()}
-    numbers = {name: site.ask(name) for name in streams}
-    for stream in streams.values():
-        stream.request()
-    forever = threading.Event()
-
-    def stalled() -> Iterator[bytes]:
-        yield next(frames.answer_parts(numbers["kitchen"] or 0, b"answer"))
-        forever.wait(20)
-
-    codes = list[StatusCode]()
-    slow = threading.Thread(target=lambda: codes.append(status_of(lambda: kitchen.answer(stalled()))))
-    slow.start()
-    time.sleep(0.2)
-    garage.answer(frames.answer_parts(numbers["garage"] or 0, b"quick"))
-    assert site.answered() == (numbers["garage"], b"quick")
-    assert not codes
-    slow.join(10)
-    forever.set()
-    assert codes == [StatusCode.DEADLINE_EXCEEDED]
-
-
-def test_a_device_that_calls_too_often_has_to_wait_and_others_do_not(site_of: Callable[..., Site]) -> None:
-    site = site_of(replace(LIMITS, calls=2, seconds=6.0))
-    kitchen, garage = site.device("kitchen"), site.device("garage")
-    for _ in range(2):
-        kitchen.status()
-    with pytest.raises(grpc.RpcError) as caught:
-        kitchen.status()
-    assert caught.value.code() is StatusCode.RESOURCE_EXHAUSTED
-    after = int(dict(caught.value.trailing_metadata())[frames.RETRY_AFTER])
-    assert 0 < after <= 3001
-    garage.status()
-    time.sleep(after / 1000)
-    kitchen.status()
-
-
-def window_of(attendance: Attendance) -> frames.RetryWindow:
-    """With which window a device is sent away, by an error that permits another try."""
-    assert attendance.refused()[0] is StatusCode.RESOURCE_EXHAUSTED
-    window = frames.retry_window(attendance.call.trailing_metadata())
-    assert window is not None
-    return window
+    talk = kitchen.attend()
+    for _ in range(3):
+        talk.send(messages.reason_message(1, 100, "of no request"))
+    assert talk.ended().kind is Kind.LATER
+    over = kitchen.greet().ended()
+    assert over.kind is Kind.LATER
+    assert over.window is not None
+    assert over.window.earliest > 1e5 / 3 or over.window.earliest == messages.LONGEST_WAIT
+    site.device("garage").attend()
 
 
 def test_a_device_that_was_sent_away_and_comes_back_too_early_gets_the_rest_of_its_window(
-    site_of: Callable[..., Site],
+    site_of: SiteOf, carrier: str
 ) -> None:
-    site = site_of(replace(LIMITS, devices=1, rejected=3600.0))
+    site = site_of(replace(LIMITS, devices=1, rejected=3600.0), carrier)
     site.device("kitchen").attend()
     garage, hall = site.device("garage"), site.device("hall")
-    first = window_of(garage.attend())
-    assert 3500 < first.earliest <= 3600.001
-    assert first.latest - first.earliest == pytest.approx(3600, abs=0.002)
-    early = window_of(garage.attend())
-    assert early.earliest < first.earliest
-    assert window_of(hall.attend()).earliest > early.earliest  # another device has a later one
+    first, early, other = (device.greet().ended() for device in (garage, garage, hall))
+    assert {first.kind, early.kind, other.kind} == {Kind.LATER}
+    assert first.window and early.window and other.window  # noqa: PT018
+    assert 3500 < first.window.earliest <= 3600.001
+    assert first.window.latest - first.window.earliest == pytest.approx(3600, abs=0.002)
+    assert early.window.earliest < first.window.earliest
+    assert other.window.earliest > early.window.earliest  # another device has a later one
+    assert site.gateway.service.check_ins == {"admitted": 1, "full": 2, "early": 1}
 
 
-def test_check_ins_above_the_target_are_sent_away_with_windows_of_their_own(site_of: Callable[..., Site]) -> None:
+def test_check_ins_above_the_target_are_sent_away_with_windows_of_their_own(site_of: SiteOf) -> None:
     site = site_of(replace(LIMITS, check_ins=0.1, rejected=1.0))  # one in ten minutes
     site.device("kitchen").attend()
-    windows = [window_of(site.device(name).attend()) for name in ("garage", "hall")]
+    windows = [site.device(name).greet().ended().window for name in ("garage", "hall")]
+    assert windows[0] and windows[1]  # noqa: PT018
     assert 0 < windows[0].earliest <= 1.001
     assert windows[1].earliest - windows[0].earliest > 1000  # half of the target is for these
 
 
-def test_a_device_that_is_there_reconnects_at_once_whatever_the_pace(site_of: Callable[..., Site]) -> None:
-    site = site_of(replace(LIMITS, check_ins=0.1, grace=60.0))
+def test_a_device_that_is_there_reconnects_at_once_whatever_the_pace(site_of: SiteOf) -> None:
+    site = site_of(replace(LIMITS, check_ins=0.1, devices=1, grace=60.0))
     kitchen = site.device("kitchen")
-    kitchen.attend().cancel()
+    kitchen.attend().close()
     kitchen.attend()
     assert site.gateway.devices() == ("kitchen",)
 
 
-def test_a_gateway_that_closes_tells_its_devices_when_to_come_back(site_of: Callable[..., Site]) -> None:
-    site = site_of(replace(LIMITS, check_ins=60.0, accepted=5.0))
-    streams = [site.device(name).attend() for name in ("kitchen",)]
+def test_a_full_gateway_has_room_again_once_a_device_stays_away(site_of: SiteOf, carrier: str) -> None:
+    site = site_of(replace(LIMITS, devices=1, rejected=0.001), carrier)
+    talk, garage = site.device("kitchen").attend(), site.device("garage")
+    assert not garage.is_let_in()
+    talk.close()
+    wait_until(garage.is_let_in)
+
+
+def test_a_gateway_that_closes_tells_its_devices_when_to_come_back(site_of: SiteOf, carrier: str) -> None:
+    site = site_of(replace(LIMITS, check_ins=60.0, accepted=5.0), carrier)
+    talk = site.device("kitchen").attend()
     site.gateway.close()
-    (stream,) = streams
-    assert stream.call.code() is StatusCode.OK
-    window = frames.retry_window(stream.call.trailing_metadata())
-    assert window == frames.RetryWindow(5.0, 10.0)
+    over = talk.ended()
+    assert (over.kind, over.window) == (Kind.DONE, RetryWindow(5.0, 10.0))
 
 
 @pytest.mark.parametrize(
-    ("version", "code"),
-    [
-        ("0.9.9", StatusCode.FAILED_PRECONDITION),
-        ("1.2.0.dev3", StatusCode.FAILED_PRECONDITION),
-        ("1.2", None),
-        ("1.10.0", None),
-        ("newest", StatusCode.INVALID_ARGUMENT),
-        ("", StatusCode.INVALID_ARGUMENT),
-        ("1" * 65, StatusCode.INVALID_ARGUMENT),
-    ],
+    ("version", "is_admitted"),
+    [("0.9.9", False), ("1.2.0.dev3", False), ("1.2", True), ("1.10.0", True), ("newest", False)],
 )
 def test_a_device_of_an_older_version_is_refused_with_the_version_that_it_needs(
-    site_of: Callable[..., Site], version: str, code: StatusCode | None
+    site_of: SiteOf, carrier: str, version: str, is_admitted: bool
 ) -> None:
-    site = site_of(replace(LIMITS, client_version="1.2"))
-    attendance = site.device("kitchen", version=version).attend()
-    if code is None:
-        assert site.gateway.devices() == ("kitchen",)
-    else:
-        found, reason = attendance.refused()
-        assert found is code
-        assert "1.2" in reason or code is StatusCode.INVALID_ARGUMENT
+    site = site_of(replace(LIMITS, client_version="1.2"), carrier)
+    kitchen = site.device("kitchen", version=version)
+    if is_admitted:
+        kitchen.attend()
+        return
+    over = kitchen.greet().ended()
+    assert over.kind is Kind.INVALID
+    assert "1.2" in over.reason or version == "newest"
 
 
-def test_answers_over_the_memory_of_the_gateway_come_later(site_of: Callable[..., Site]) -> None:
-    site = site_of(replace(LIMITS, uploading=100))
-    kitchen = site.device("kitchen")
-    stream = kitchen.attend()
-    number = site.ask("kitchen")
-    stream.request()
-    many = [*frames.answer_parts(number or 0, bytes(101))]
-    assert status_of(lambda: kitchen.answer(many)) is StatusCode.RESOURCE_EXHAUSTED
-    kitchen.answer(frames.answer_parts(number or 0, bytes(100)))
-
-
-def test_a_device_that_announces_many_answers_uses_up_no_memory_of_others(site_of: Callable[..., Site]) -> None:
-    site = site_of(replace(LIMITS, uploading=150, transfer=60.0))
+def test_answers_over_the_memory_of_the_gateway_come_later_and_a_newer_stream_frees_that_of_the_older(
+    site_of: SiteOf, carrier: str
+) -> None:
+    site = site_of(replace(LIMITS, uploading=150, transfer=60.0, grace=60.0), carrier)
     kitchen, garage = site.device("kitchen"), site.device("garage")
-    streams = {"kitchen": kitchen.attend(), "garage": garage.attend()}
-    numbers = {name: site.ask(name) or 0 for name in streams}
-    for stream in streams.values():
-        stream.request()
-    begun = pb.AnswerPart(beginning=pb.Beginning(request=numbers["kitchen"], size=100)).SerializeToString()
-    codes, go_on = queue.Queue[StatusCode](), threading.Event()
-
-    def stalled() -> Iterator[bytes]:
-        yield begun
-        go_on.wait(20)
-
-    calls = [threading.Thread(target=lambda: codes.put(status_of(lambda: kitchen.answer(stalled())))) for _ in range(3)]
-    for call in calls:
-        call.start()
-    found = [codes.get(timeout=10) for _ in calls[1:]]  # the older ones are out of time
-    assert found == [StatusCode.DEADLINE_EXCEEDED] * 2
-    garage.answer(frames.answer_parts(numbers["garage"], bytes(50)))
-    kitchen.answer(frames.answer_parts(numbers["kitchen"], bytes(100)))
-    go_on.set()
-    assert codes.get(timeout=10) in (StatusCode.DEADLINE_EXCEEDED, StatusCode.FAILED_PRECONDITION)
-    for call in calls:
-        call.join(10)
+    numbers = {}
+    talks = {device.name: device.attend() for device in (kitchen, garage)}
+    for name, talk in talks.items():
+        numbers[name] = site.ask(name)
+        talk.request()
+    talks["kitchen"].send(messages.ANSWER.encode(DeviceAnswer(numbers["kitchen"] or 0, 100)))  # and stalls
+    wait_until(lambda: site.gateway.service._receiving == 100)
+    talks["garage"].answer(numbers["garage"], bytes(100))
+    over = talks["garage"].ended()
+    assert (over.kind, over.window) == (Kind.LATER, RetryWindow(15.0, 30.0))
+    talk = kitchen.attend()
+    wait_until(lambda: site.gateway.service._receiving == 0)
+    talk.answer(talk.request().id, bytes(100))
+    assert site.answered() == (numbers["kitchen"], bytes(100))
+    talk = garage.attend()
+    talk.answer(talk.request().id, bytes(50))
+    assert site.answered() == (numbers["garage"], bytes(50))
 
 
-def test_a_full_gateway_admits_who_is_there_already(site_of: Callable[..., Site]) -> None:
-    site = site_of(replace(LIMITS, devices=1, rejected=0.001))
-    kitchen, garage = site.device("kitchen"), site.device("garage")
-    stream = kitchen.attend()
-    assert garage.attend().refused()[0] is StatusCode.RESOURCE_EXHAUSTED
-    stream.cancel()
-    kitchen.attend().cancel()
-    wait_until(lambda: kitchen.status().devices == 0)
-    garage.attend()
-    assert site.gateway.devices() == ("garage",)
+# Where it listens.
+
+
+def test_off_loopback_it_listens_for_pages_with_the_gateways_certificate(site_of: SiteOf) -> None:
+    site = site_of()
+    place = f"{HOST}:0", server_tls(site.authority), lambda at: site.authority.root, lambda number, answer: None
+    gateway = Gateway(*place, browsers=BrowserSettings("0.0.0.0:0"))  # type: ignore[arg-type]
+    try:
+        url = gateway.url(messages.ATTEND).replace("0.0.0.0", HOST)  # noqa: S104
+        assert url.startswith("wss://")
+        talk = SocketTalk(url, ssl=ssl.create_default_context(cadata=site.authority.root.to_pem().decode()))
+        talk.send(site.device("tab").hello(talk.receive()))
+        assert talk.receive() == messages.ADMITTED
+        talk.close()
+        with pytest.raises(ssl.SSLCertVerificationError):
+            SocketTalk(url, ssl=ssl.create_default_context())
+    finally:
+        gateway.close()
+
+
+def test_the_settings_of_a_coordinator_say_where_browsers_are_served_and_from_which_pages(tmp_path: Path) -> None:
+    now = datetime.now(UTC)
+    authority = Authority.create("fleet", SystemEntropy(), now - timedelta(days=1), now + timedelta(days=9))
+    given = {"gateway": {"websocket": f"{HOST}:0", "origins": ["https://fleet.example"]}}
+    settings = FederationSettings.parse(given, "test")
+    state_dir = CoordinatorStateDir.create(tmp_path / "fleet", authority.root.to_pem(), settings, SystemEntropy())
+    for name, content in zip((TLS_KEY, TLS_CERTIFICATE), certify(authority), strict=True):
+        (state_dir.folder / name).write_bytes(content)
+    with serving(state_dir, f"{HOST}:0", own_process=False) as grid:
+        tab = LightDevice(grid._gateway, authority, "tab", SOCKET)
+        tab.attend(origin="https://fleet.example")
+        grid.await_devices(1)
+        assert list(grid.get_node_ids()) == [messages.node_of("tab")]
+        tab.close()
+    state_dir.registry.close()
+
+
+@pytest.mark.parametrize("address", ["9445", "127.0.0.1", "http://127.0.0.1:9445", "a b:1", ":9445"])
+def test_what_is_not_an_address_is_refused_before_anything_runs(address: str) -> None:
+    with pytest.raises(ConfigError):
+        FederationSettings.parse({"gateway": {"websocket": address}}, "test")
+
+
+def test_calls_are_spans_of_the_step_and_name_no_device(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    kitchen, thief = site.device("kitchen"), IdentityKey.generate(SystemEntropy())
+
+    with receiving() as receiver:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.url)
+        with traces.exporting("edgeadapt-test"):
+            talk = kitchen.connect()
+            talk.send(kitchen.hello(talk.receive(), key=thief))
+            assert talk.ended().kind is Kind.REFUSED
+            talk = kitchen.connect()
+            talk.receive()
+            talk.close()
+            talk = kitchen.attend()
+            with traces.span("plan"):
+                assert site.ask("kitchen") is not None
+            talk.answer(talk.request().id, b"answer")
+            assert site.answered()[1] == b"answer"
+            talk.close()
+            wait_until(lambda: len(site.gateway.service.hub.devices) == 0)
+    spans = receiver.spans()
+    attend = messages.ATTEND[1:]
+    assert sorted(each.name for each in spans) == sorted([*3 * [attend], "plan", f"{messages.SERVICE}/answer"])
+    by_name = {each.name: each for each in spans}
+    answer, plan = by_name[f"{messages.SERVICE}/answer"], by_name["plan"]
+    assert (answer.parent_span_id, answer.trace_id) == (plan.span_id, plan.trace_id)
+    protocol = {"edgeadapt.protocol": kitchen.carrier}
+    assert attributes(answer) == protocol
+    attended = [each for each in spans if each.name == attend]
+    assert not any(each.parent_span_id for each in attended)
+    assert [attributes(each) for each in attended].count(protocol) == 2
+    assert {**protocol, "error.type": "PERMISSION_DENIED"} in [attributes(each) for each in attended]
+    assert b"kitchen" not in b"".join(receiver.bodies)

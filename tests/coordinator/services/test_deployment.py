@@ -18,8 +18,8 @@ from adapters import storage
 from adapters.keyfiles import NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
 from adapters.registryfiles import REGISTRY
 from aggregation.entropy import SystemEntropy
-from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
-from aggregation.pki.tls import TlsKey, TlsRole
+from aggregation.errors import ConfigError, EdgeAdaptError
+from aggregation.pki.tls import TlsKey
 from coordinator.cli.coordinator import coordinator
 from coordinator.services import deployment
 from coordinator.services.deployment import LOCK, RUNNING, running, services_of, stop, up
@@ -38,7 +38,7 @@ def state_dir(fleet_of: Callable[..., Any]) -> Any:
     """Of a coordinator with TLS files for 127.0.0.1."""
     fleet = fleet_of(3)
     folder = fleet.out / "coordinator"
-    key, certificate = certify(authority_of(fleet), "gateway", TlsRole.GATEWAY)
+    key, certificate = certify(authority_of(fleet))
     (folder / TLS_KEY).write_bytes(key)
     (folder / TLS_CERTIFICATE).write_bytes(certificate)
     opened = CoordinatorStateDir.open(folder)
@@ -146,18 +146,6 @@ def test_two_services_cannot_listen_at_one_address() -> None:
 def test_a_certificate_for_another_host_is_refused_before_flower_fails(state_dir: CoordinatorStateDir) -> None:
     with refused(ConfigError, TLS_CERTIFICATE, value="localhost"):
         services_of(state_dir, ServiceSettings(superlink="localhost:8000"))
-
-
-def test_a_device_s_certificate_is_refused(state_dir: CoordinatorStateDir, fleet_of: Callable[..., Any]) -> None:
-    fleet = fleet_of(3)
-    key, certificate = certify(authority_of(fleet), "device-00", TlsRole.DEVICE)
-    folder = fleet.out / "coordinator"
-    (folder / TLS_KEY).write_bytes(key)
-    (folder / TLS_CERTIFICATE).write_bytes(certificate)
-    opened = CoordinatorStateDir.open(folder)
-    with refused(TrustError, "tls.usage", value="device-00"):
-        services_of(opened, ServiceSettings(**BOTH))
-    opened.registry.close()
 
 
 def test_up_says_what_is_missing_and_leaves_nothing(fleet_of: Callable[..., Any]) -> None:

@@ -8,12 +8,11 @@ from adapters.keyfiles import TLS_CERTIFICATE, TLS_KEY
 from coordinator.app import joined, run
 from coordinator.statedir import CoordinatorStateDir
 from tests.support.flowerlink import living
-from tests.support.gateway import HOST, attending, authority_of, free_port, give_tls, server_tls, wait_until
+from tests.support.gateway import HOST, attending, authority_of, free_port, server_tls, wait_until
 
 
 def test_supernodes_and_light_devices_make_rounds_together(fleet_of: Callable[..., Any], link: Any) -> None:
     fleet, port = fleet_of(5, rounds=2), free_port()
-    give_tls(fleet)
     tls, folder = server_tls(authority_of(fleet)), fleet.out / "coordinator"
     (folder / TLS_KEY).write_bytes(tls.key)
     (folder / TLS_CERTIFICATE).write_bytes(tls.certificate)

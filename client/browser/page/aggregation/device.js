@@ -49,7 +49,7 @@ export class Device {
 
   /** The signature on the gateway's nonce and the name of its host (`verify_challenge` of aggregation/pki/tls.py). */
   signChallenge(challenge) {
-    return m.signature(this.#key, "websocket-challenge", challenge);
+    return m.signature(this.#key, "gateway-challenge", challenge);
   }
 }
 

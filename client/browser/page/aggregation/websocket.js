@@ -1,6 +1,6 @@
 // A device in this page at the coordinator's gateway: over a WebSocket it proves its identity, then answers requests.
 //
-// The messages are those of adapters/gateway/websocket.py. Whatever can pass by itself is tried again after a pause that
+// The messages are those of adapters/gateway/messages.py. Whatever can pass by itself is tried again after a pause that
 // grows, or that the gateway names; a refusal ends it. An answer that did not reach the gateway, or not the coordinator,
 // which then asks the same once more, is sent again and never made again: the device's state has moved on.
 
@@ -11,8 +11,13 @@ import { blob, decode, encode, fixed, mapping, record, text, uint, uint64 } from
 
 const NAME = text("[a-z_]{1,32}"); // of a step or a field
 const CHALLENGE = record({ nonce: fixed(32) });
-const HELLO = record({ certificate: blob(MAX_CERTIFICATE), binding: fixed(64), version: text("[0-9A-Za-z.+!-]{1,64}") });
-const REQUEST = record({ id: uint64, step: NAME, fields: mapping(NAME, blob(2 ** 32 - 1), 8) });
+const HELLO = record({
+  certificate: blob(MAX_CERTIFICATE),
+  host: text("[a-z0-9._:-]{1,253}"),
+  signature: fixed(64),
+  version: text("[0-9A-Za-z.+!-]{1,64}"),
+});
+const REQUEST = record({ id: uint64, step: NAME, fields: mapping(NAME, blob(2 ** 16), 8), blobs: mapping(NAME, uint(32), 8) });
 const ANSWER = record({ id: uint64, size: uint(32), code: uint(16), reason: blob(400) });
 const [REFUSED, FAILED] = [100, 101]; // client/node/step.py
 const [RELEASED, INVALID, VIOLATION] = [1001, 1007, 1008]; // close codes; after the last two the same is refused again
@@ -20,7 +25,7 @@ const CHUNK = 2 ** 18; // bytes
 const [FIRST_PAUSE, LONGEST_PAUSE] = [1000, 60_000]; // milliseconds
 const VERSION = "0.1.0"; // of edgeadapt
 
-/** The node of a device on the coordinator's grid, a BigInt: as `node_of` of adapters/gateway/frames.py. */
+/** The node of a device on the coordinator's grid, a BigInt: as `node_of` of adapters/gateway/messages.py. */
 export async function nodeOf(device) {
   const found = await digest(utf8(`edgeadapt/node\0${device.toLowerCase()}`));
   return new DataView(found.buffer).getBigUint64(0) >> 1n || 1n;
@@ -56,12 +61,17 @@ function connection({ device, answers, url, signal, shown }) {
     throw new ConfigError(`${url} is not the address of a gateway: wss://HOST:PORT/…`, "url");
   }
   socket.binaryType = "arraybuffer";
-  let [received, queue] = [0, Promise.resolve()];
+  let [received, queue, request] = [0, Promise.resolve(), null];
   const handle = async (raw) => {
     received += 1;
-    if (received === 1) socket.send(await hello(device, decode(CHALLENGE, raw), new URL(url).hostname));
-    else if (received === 2 && !raw.length) shown({ state: "connected" });
-    else await answers.send(socket, decode(REQUEST, raw));
+    if (received === 1) return socket.send(await hello(device, decode(CHALLENGE, raw), new URL(url).hostname));
+    if (received === 2 && !raw.length) return shown({ state: "connected" });
+    if (request) request.add(raw);
+    else request = new Incoming(decode(REQUEST, raw));
+    if (!request.complete) return undefined;
+    const whole = request;
+    request = null;
+    return answers.send(socket, whole);
   };
   socket.onmessage = ({ data }) => {
     queue = queue.then(() => handle(new Uint8Array(data))).catch(() => socket.close(3000));
@@ -77,9 +87,34 @@ function connection({ device, answers, url, signal, shown }) {
 }
 
 /** Only this gateway accepts the signature, since it covers the host whose certificate the browser verified. */
-async function hello(device, { nonce }, host) {
-  const binding = await device.signChallenge(concat(nonce, utf8(host.replace(/^\[|\]$/g, ""))));
-  return encode(HELLO, { certificate: device.certificate, binding, version: VERSION });
+async function hello(device, { nonce }, name) {
+  const host = name.replace(/^\[|\]$/g, "");
+  const signature = await device.signChallenge(concat(nonce, utf8(host)));
+  return encode(HELLO, { certificate: device.certificate, host, signature, version: VERSION });
+}
+
+/** A request whose blobs come in parts, in the order of their names. */
+class Incoming {
+  #left; // [name, bytes that are missing], of blobs that are not complete
+
+  constructor({ id, step, fields, blobs }) {
+    Object.assign(this, { id, step, fields });
+    this.#left = [...blobs].filter(([, size]) => size);
+    for (const [name, size] of blobs) fields.set(name, new Uint8Array(size));
+  }
+
+  get complete() {
+    return !this.#left.length;
+  }
+
+  add(part) {
+    const [name, left] = this.#left[0];
+    if (!part.length || part.length > Math.min(left, CHUNK)) throw new ProtocolError("a part of a request has another size", "part.size", COORDINATOR);
+    const field = this.fields.get(name);
+    field.set(part, field.length - left);
+    if (left > part.length) this.#left[0] = [name, left - part.length];
+    else this.#left.shift();
+  }
 }
 
 /** Makes answers, and keeps the last one. */
