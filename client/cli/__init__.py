@@ -16,7 +16,7 @@ COMMANDS = {
     "install": ("client.cli.node", "install", "Install a certificate or revocation list.", ""),
     "learn": ("client.cli.learn", "learn", "Learn corrections on this device, or undo that.", ""),
     "personalize": (
-        "client.cli.personalize",
+        "client.cli.learn",
         "personalize",
         "Make a private adapter from this device's examples.",
         "",

@@ -3,22 +3,20 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
+from collections.abc import Generator as Closable
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import click
 
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
-from client.cli import options
+from client.cli import learn, options
 from client.cli.options import printable
-
-if TYPE_CHECKING:  # slow to import, and not needed for --help
-    from collections.abc import Generator as Closable
-
-    from client.inference.generate import Conversation, Generator
-    from client.inference.text import Answer
-    from client.learning import Learner
+from client.inference.generate import Conversation, Generator
+from client.inference.text import Answer
+from client.learning import Correction, Learner
+from client.training.trainer import MAX_STEPS
 
 HELP = """\
 /adapter NAME   use this adapter, or several, as in /adapter global:0.5+anna; without NAME: the bare base
@@ -74,13 +72,8 @@ def chat(
     if teach is not None:
         if prompt is None or base_only or system is not None:
             raise click.UsageError("--teach needs --prompt, and excludes --base-only and --system")
-        from client.cli import learn
-        from client.learning import Correction
-
         learn.teach(bundle, trust, adapter, [Correction(prompt, teach)], as_json)
         return
-    from client.inference.generate import Conversation, Generator
-
     if as_json and prompt is None:
         raise click.UsageError("--json needs --prompt")
     if adapter is not None and base_only:
@@ -96,7 +89,7 @@ def chat(
         answer(conversation, generator, prompt, as_json)
 
 
-def answer(conversation: "Conversation", generator: "Generator", prompt: str, as_json: bool) -> None:
+def answer(conversation: Conversation, generator: Generator, prompt: str, as_json: bool) -> None:
     """Answer one prompt.
 
     Raises:
@@ -115,7 +108,7 @@ def answer(conversation: "Conversation", generator: "Generator", prompt: str, as
     click.echo(json.dumps({"adapter": adapter, "prompt": prompt, "answer": text, **counts}, ensure_ascii=False))
 
 
-def converse(conversation: "Conversation", generator: "Generator", trust: Path | None = None) -> None:
+def converse(conversation: Conversation, generator: Generator, trust: Path | None = None) -> None:
     """Answer standard input line by line. After an error the conversation goes on with the next line.
 
     Args:
@@ -156,9 +149,9 @@ def read_line(prompt: str) -> str | None:
             click.echo("  (Ctrl-D or /quit quits)")
 
 
-def _show(pieces: Iterator[str], generator: "Generator") -> None:
+def _show(pieces: Iterator[str], generator: Generator) -> None:
     """Print an answer as it is written. Raises as ``answer``."""
-    with closing(cast("Closable[str, None, None]", pieces)):
+    with closing(cast(Closable[str, None, None], pieces)):
         for piece in pieces:
             click.echo(printable(piece), nl=False)
     click.echo()
@@ -166,13 +159,13 @@ def _show(pieces: Iterator[str], generator: "Generator") -> None:
         _check(generator.last)
 
 
-def _check(last: "Answer") -> None:
+def _check(last: Answer) -> None:
     if not last.valid:
         why = f"was cut after {last.tokens} tokens; raise --max-tokens" if last.finish == "length" else "is not JSON"
         raise DataError(f"the answer is not what the {last.guide} describes: it {why}", about="answer")
 
 
-def _command(line: str, conversation: "Conversation", generator: "Generator", trust: Path | None) -> bool:
+def _command(line: str, conversation: Conversation, generator: Generator, trust: Path | None) -> bool:
     word, _, rest = line.strip().partition(" ")
     commands: dict[str, Callable[[], str]] = {
         "/adapter": lambda: _switch(rest.strip(), conversation),
@@ -189,16 +182,13 @@ def _command(line: str, conversation: "Conversation", generator: "Generator", tr
     return True
 
 
-def _switch(names: str, conversation: "Conversation") -> str:
+def _switch(names: str, conversation: Conversation) -> str:
     conversation.use(names or None)
     return _in_use(conversation)
 
 
-def _teach(answer: str, conversation: "Conversation", generator: "Generator", trust: Path | None) -> str:
+def _teach(answer: str, conversation: Conversation, generator: Generator, trust: Path | None) -> str:
     """Teach the adapter in use the right answer to the last message; the one that was in use stays after any error."""
-    from client.cli.learn import language_lines
-    from client.learning import Correction, teach_language_model
-
     if conversation.asked is None or not answer:
         what = "nothing was asked yet: write a message" if answer else "write the right answer: /teach ANSWER"
         raise DataError(what, about="/teach")
@@ -207,12 +197,12 @@ def _teach(answer: str, conversation: "Conversation", generator: "Generator", tr
         raise ConfigError(reason, about="/teach")
     corrections = [Correction(conversation.asked, answer)]
     with _lesson(conversation, generator, trust) as learner, _steps() as report:
-        learned = teach_language_model(learner, corrections, report=report)
+        learned = learner.teach(corrections, report=report)
     conversation.use(learned.adapter)
-    return "\n".join([*language_lines(learned), "in use from now on; /reset drops the old answers"])
+    return "\n".join([*learn.lines(learned), "in use from now on; /reset drops the old answers"])
 
 
-def _undo(conversation: "Conversation", generator: "Generator", trust: Path | None) -> str:
+def _undo(conversation: Conversation, generator: Generator, trust: Path | None) -> str:
     with _lesson(conversation, generator, trust) as learner:
         undone = learner.undo()
     conversation.use(undone.adapter)
@@ -222,7 +212,7 @@ def _undo(conversation: "Conversation", generator: "Generator", trust: Path | No
 
 
 @contextmanager
-def _lesson(conversation: "Conversation", generator: "Generator", trust: Path | None) -> Iterator["Learner"]:
+def _lesson(conversation: Conversation, generator: Generator, trust: Path | None) -> Iterator[Learner]:
     """The learner of the adapter in use.
 
     Raises:
@@ -230,8 +220,6 @@ def _lesson(conversation: "Conversation", generator: "Generator", trust: Path | 
         DataError: The disk is full, for example.
         TrustError, DataError, ConfigError: As ``Learner.open``.
     """
-    from client.learning import Learner
-
     name = _single(conversation)
     try:
         with Learner.open(generator.library.bundle, trust, name, task="text-generation") as learner:
@@ -241,7 +229,7 @@ def _lesson(conversation: "Conversation", generator: "Generator", trust: Path | 
         raise DataError(reason, about="bundle") from error
 
 
-def _single(conversation: "Conversation") -> str:
+def _single(conversation: Conversation) -> str:
     """The name of the adapter in use. Raises ConfigError: there is no one adapter of weight 1."""
     if conversation.adapter is None or len(parts := conversation.adapter.composition.parts) > 1 or parts[0].weight != 1:
         raise ConfigError("one adapter learns, of weight 1: choose it with /adapter NAME", about="/adapter")
@@ -251,8 +239,6 @@ def _single(conversation: "Conversation") -> str:
 @contextmanager
 def _steps() -> Iterator[Callable[[int], object]]:
     """Show the steps of a lesson on standard error, if that is a terminal, in a line that goes away at its end."""
-    from client.learning.tune import MAX_STEPS
-
     if not sys.stderr.isatty():
         yield lambda _: None
         return
@@ -262,12 +248,12 @@ def _steps() -> Iterator[Callable[[int], object]]:
         click.echo("\r\x1b[K", nl=False, err=True)
 
 
-def _reset(conversation: "Conversation") -> str:
+def _reset(conversation: Conversation) -> str:
     conversation.reset()
     return "conversation dropped"
 
 
-def _in_use(conversation: "Conversation") -> str:
+def _in_use(conversation: Conversation) -> str:
     if (adapter := conversation.adapter) is None:
         return "no adapter: the bare base"
     return f"adapter {adapter.name}, version {adapter.version}, rank {adapter.rank}"

@@ -139,6 +139,7 @@ class TrainingControl:
             (gradient accumulation), so that this bounds memory.
         patience: Epochs without a lower loss on held-out examples after which the training ends; 0: never.
         held_out: The loss of an adapter on held-out examples; needed with a patience.
+        until: Whether an adapter needs no further step.
         checkpoint: Where the state is kept.
         clock, sleep: Of the machine.
     """
@@ -150,9 +151,16 @@ class TrainingControl:
     tokens: int = TOKENS
     patience: int = 0
     held_out: Callable[[Tensors], float] | None = None
+    until: Callable[[Tensors], bool] | None = None
     checkpoint: TrainingCheckpoint | None = None
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], object] = time.sleep
+
+    def ends(self, begun: float, best: Best | None, values: Tensors) -> bool:
+        """Whether no further step begins in a training that began at ``begun``, by the clock."""
+        if self.clock() - begun >= self.seconds or (best and best.stale >= self.patience > 0):
+            return True
+        return self.until is not None and self.until(values)
 
     @contextmanager
     def paced(self) -> Iterator[None]:

@@ -21,6 +21,11 @@ REGISTERS = {
 }
 
 
+def flushes() -> bool:
+    """Whether this thread takes denormal numbers for zero."""
+    return not np.float32(1e-30) * np.float32(1e-10)
+
+
 @contextmanager
 def without_denormals() -> Iterator[None]:
     """While the block runs, this thread computes with zero in place of denormal numbers, where the system lets it."""
@@ -38,8 +43,3 @@ def without_denormals() -> Iterator[None]:
         yield
     finally:
         library.fesetenv(before)
-
-
-def flushes() -> bool:
-    """Whether this thread takes denormal numbers for zero."""
-    return not np.float32(1e-30) * np.float32(1e-10)

@@ -1,8 +1,7 @@
 """Optimizers in NumPy, and training with them: what the training of an adapter needs besides gradients.
 
-Every engine trains with ``descend`` and brings its own gradients: torch's autograd (``trainer``, ``language``), or a
-training graph (``graphtrainer``). So what a task demands, and what the owner of a device limits, is kept in one place,
-and both engines make the same adapter of the same gradients.
+Every engine (``trainer.Engine``) brings its own gradients. So what a task demands, and what the owner of a device
+limits, is kept in one place, and all engines make the same adapter of the same gradients.
 """
 
 import logging
@@ -137,9 +136,9 @@ def descend(
     begun, best, each = control.clock(), state.best, len(order) // max(epochs, 1)
     limit, odd = min(task.gradient_norm or math.inf, control.gradient_norm), 0
     for number in range(state.steps, len(order)):
-        step()
-        if control.clock() - begun >= control.seconds or (best and best.stale >= control.patience > 0):
+        if control.ends(begun, best, values):
             break
+        step()
         with control.paced():
             loss, found = gradients_of(values, order[number])
             if not (np.isfinite(loss) and all(np.isfinite(found[name]).all() for name in trained)):

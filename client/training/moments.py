@@ -9,7 +9,7 @@ from adapters.analytic import AnalyticTask, ClassifierHead
 from adapters.layout import Floats, Layout, Tensors
 from adapters.ridge import EmbeddingMoments, Vector, moments_of
 from client.training.examples import Example, Split, in_split
-from client.training.protocols import ClassifierTrainer
+from client.training.trainer import ClassifierTrainer
 
 
 def own_moments(trainer: ClassifierTrainer, adapter: Tensors, examples: Sequence[Example]) -> EmbeddingMoments:

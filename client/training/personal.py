@@ -20,7 +20,7 @@ from adapters.task import Task
 from client.training.control import UNLIMITED, TrainingControl
 from client.training.examples import Example, Score, Split, in_split
 from client.training.moments import own_moments
-from client.training.protocols import ClassifierTrainer
+from client.training.trainer import ClassifierTrainer
 
 # Of ``with_own_head``, chosen on households of validation seeds: MiniLM and multilingual-e5-small are equally good with
 # 0.3 to 1 (docs/decisions/0033-analytic-head.md).

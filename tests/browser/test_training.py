@@ -23,13 +23,11 @@ from aggregation.privacy.accounting import Mechanism
 from aggregation.spec import Privacy, SessionSpec
 from aggregation.vector import Segment, VectorSpec
 from client.inference.trust import Trust
-from client.training.batches import batches
 from client.training.contribute import clip
 from client.training.evaluate import own_counts
 from client.training.examples import Example, Split
-from client.training.graphtrainer import GraphTrainer
-from client.training.languagegraph import LanguageGraphTrainer
 from client.training.moments import own_moments
+from client.training.trainer import ClassifierTrainer, LanguageTrainer, batches
 from tests.browser.conftest import CONFIG
 from tests.browser.test_aggregation import offer_of, session_of
 from tests.browser.test_learning import OPEN, by_input, native, same
@@ -90,7 +88,7 @@ def moved(found: Tensors, start: Tensors) -> float:
 
 
 def given(
-    task: Task, trainer: GraphTrainer | LanguageGraphTrainer, start: Tensors, examples: list[Example]
+    task: Task, trainer: ClassifierTrainer | LanguageTrainer, start: Tensors, examples: list[Example]
 ) -> dict[str, Any]:
     """A plan with this task, as the tab receives it."""
     blob, layout = files.encode(start), shared_layout(trainer.layout, task)
@@ -413,7 +411,7 @@ def asked_of(asked: dict[str, Any], examples: list[Example]) -> dict[str, Any]:
     return asked | {"examples": [{"text": e.text, "label": e.label, "split": e.split.value} for e in examples]}
 
 
-def update_offer(trainer: GraphTrainer) -> list[int]:
+def update_offer(trainer: ClassifierTrainer) -> list[int]:
     """An offer of a round of training."""
     return list(bytes.fromhex(offer_of(session_of(trainer.layout, 32))))
 

@@ -9,14 +9,14 @@ import torch
 from adapters.classifier import seeded
 from adapters.parts import is_bias
 from adapters.peftconfig import PeftConfig
-from client.training.trainer import Trainer
+from client.training import torchengine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = ("turn on the light", "play music", "set a timer")
 
 
 def test_without_an_adapter_the_base_has_its_own_biases(tiny_base: Any) -> None:
-    trained = Trainer(tiny_base, 3, PeftConfig("LORA", 2, 4, ("query",), bias="all"))
+    trained = torchengine.classifier(tiny_base, 3, PeftConfig("LORA", 2, 4, ("query",), bias="all"))
     before = trained.embed(TEXTS)
     start = seeded(trained.model, np.eye(3, 32, dtype=np.float32), torch.Generator().manual_seed(3))
     assert not any("classifier" in name for name in start if is_bias(name))

@@ -20,11 +20,11 @@ from adapters.task import OptimizerName, Task
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
+from client.training import graphengine, torchengine
 from client.training.control import TrainingControl
 from client.training.engine import language_trainer
 from client.training.examples import Example, Score
-from client.training.language import LanguageTrainer
-from client.training.languagegraph import LanguageGraphTrainer
+from client.training.trainer import LanguageTrainer
 from export.bundle.write import write_bundle
 from export.causal import export_causal
 from export.onnx.dequantize import dequantized
@@ -78,8 +78,8 @@ def opened(exported: ExportedBase, key: IdentityKey, tmp_path_factory: pytest.Te
 
 
 @pytest.fixture(scope="module")
-def ours(opened: VerifiedBase) -> LanguageGraphTrainer:
-    return LanguageGraphTrainer(opened, LORA)
+def ours(opened: VerifiedBase) -> LanguageTrainer:
+    return graphengine.language(opened, LORA)
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +90,11 @@ def rounded(chatty: Base, tmp_path_factory: pytest.TempPathFactory) -> Base:
 
 @pytest.fixture(scope="module")
 def theirs(rounded: Base) -> LanguageTrainer:
-    return LanguageTrainer(rounded, LORA)
+    return torchengine.language(rounded, LORA)
 
 
 @pytest.fixture(scope="module")
-def start(ours: LanguageGraphTrainer) -> Tensors:
+def start(ours: LanguageTrainer) -> Tensors:
     drawn = rng(5)
     return {s.name: (0.2 * drawn.standard_normal(s.shape)).astype(np.float32) for s in ours.layout.tensors}
 
@@ -106,7 +106,7 @@ def distance(left: Tensors, right: Tensors) -> float:
 
 def one_epoch(opened: VerifiedBase, base: Base, config: PeftConfig) -> tuple[Tensors, Tensors]:
     """An adapter drawn at random becomes the same in the training graph and in torch: both results."""
-    both, drawn = (LanguageGraphTrainer(opened, config), LanguageTrainer(base, config)), rng(5)
+    both, drawn = (graphengine.language(opened, config), torchengine.language(base, config)), rng(5)
     assert both[0].layout == both[1].layout
     start = {s.name: (0.2 * drawn.standard_normal(s.shape)).astype(np.float32) for s in both[0].layout.tensors}
     task = replace(TASK, peft_config=config)
@@ -128,7 +128,7 @@ def one_epoch(opened: VerifiedBase, base: Base, config: PeftConfig) -> tuple[Ten
     ids=["LoRA", "B, proximal", "Fed-SB", "SGD"],
 )
 def test_an_epoch_makes_the_adapter_that_torch_makes(
-    ours: LanguageGraphTrainer, theirs: LanguageTrainer, start: Tensors, task: Task
+    ours: LanguageTrainer, theirs: LanguageTrainer, start: Tensors, task: Task
 ) -> None:
     assert ours.layout == theirs.layout
     found, expected = (t.train(start, EXAMPLES, task, epochs=1, rng=rng(1)) for t in (ours, theirs))
@@ -139,7 +139,7 @@ def test_an_epoch_makes_the_adapter_that_torch_makes(
 
 def test_an_epoch_of_dora_makes_the_adapter_that_torch_makes(opened: VerifiedBase, rounded: Base) -> None:
     config = replace(LORA, use_dora=True)
-    both, drawn = (LanguageGraphTrainer(opened, config), LanguageTrainer(rounded, config)), rng(5)
+    both, drawn = (graphengine.language(opened, config), torchengine.language(rounded, config)), rng(5)
     assert both[0].layout == both[1].layout
     start = {
         spec.name: (("magnitude" in spec.name) + 0.2 * drawn.standard_normal(spec.shape)).astype(np.float32)
@@ -167,9 +167,9 @@ def test_an_epoch_of_virtual_tokens_makes_those_that_torch_makes(
 ) -> None:
     config = PeftConfig(method, 0, 0, (), num_virtual_tokens=3)
     found, expected = one_epoch(with_virtual_tokens, llama, config)
-    ours, theirs = LanguageGraphTrainer(with_virtual_tokens, config), LanguageTrainer(llama, config)
+    ours, theirs = graphengine.language(with_virtual_tokens, config), torchengine.language(llama, config)
     assert ours.score(expected, EXAMPLES).loss == pytest.approx(theirs.score(expected, EXAMPLES).loss, rel=1e-4)
-    assert distance(ours.tensors_of(ours.inputs_of(found)), found) < 1e-6
+    assert distance(ours.engine.tensors_of(ours.engine.inputs_of(found)), found) < 1e-6
 
 
 def test_an_epoch_of_lora_is_the_same_with_slots_for_virtual_tokens(
@@ -183,9 +183,9 @@ def test_virtual_tokens_without_a_slot_or_without_room_for_a_text_are_refused(
 ) -> None:
     config = PeftConfig("PREFIX_TUNING", 0, 0, (), num_virtual_tokens=3)
     with refused(ConfigError, "--slots", value="prefix_key_values"):
-        LanguageGraphTrainer(opened, config)
+        graphengine.language(opened, config)
     with refused(ConfigError, "num_virtual_tokens", value=600):
-        LanguageGraphTrainer(with_virtual_tokens, replace(config, num_virtual_tokens=600))
+        graphengine.language(with_virtual_tokens, replace(config, num_virtual_tokens=600))
 
 
 @pytest.mark.parametrize("method", ["LORA", "ADALORA", "LOHA", "VERA", "IA3", "BEFT"])
@@ -193,7 +193,7 @@ def test_a_target_that_fills_no_slot_is_refused(opened: VerifiedBase, method: Me
     rank = 0 if method in ("IA3", "BEFT") else 2
     for targets in (("nothing",), ("q_proj", "nothing")):
         with refused(ConfigError, "--slots", value="nothing"):
-            LanguageGraphTrainer(opened, PeftConfig(method, rank, rank * (method != "VERA"), targets))
+            graphengine.language(opened, PeftConfig(method, rank, rank * (method != "VERA"), targets))
 
 
 @pytest.mark.parametrize("method", ["ADALORA", "LOHA", "VERA"])
@@ -205,13 +205,13 @@ def test_an_epoch_of_factors_makes_the_adapter_that_torch_makes(
 
 def test_virtual_tokens_of_another_number_are_refused(with_virtual_tokens: VerifiedBase) -> None:
     config = PeftConfig("PROMPT_TUNING", 0, 0, (), num_virtual_tokens=3)
-    trainer = LanguageGraphTrainer(with_virtual_tokens, config)
-    inputs = trainer.inputs_of({s.name: np.zeros(s.shape, np.float32) for s in trainer.layout.tensors})
+    trainer = graphengine.language(with_virtual_tokens, config)
+    inputs = trainer.engine.inputs_of({s.name: np.zeros(s.shape, np.float32) for s in trainer.layout.tensors})
     with refused(DataError, "prompt_embeddings"):
-        trainer.tensors_of(inputs | {"prompt_embeddings": inputs["prompt_embeddings"][:2]})
+        trainer.engine.tensors_of(inputs | {"prompt_embeddings": inputs["prompt_embeddings"][:2]})
 
 
-def test_scores_are_torchs(ours: LanguageGraphTrainer, theirs: LanguageTrainer, start: Tensors) -> None:
+def test_scores_are_torchs(ours: LanguageTrainer, theirs: LanguageTrainer, start: Tensors) -> None:
     for examples in (EXAMPLES, EXAMPLES[4:]):
         found, expected = ours.score(start, examples), theirs.score(start, examples)
         assert found.count == expected.count
@@ -220,43 +220,43 @@ def test_scores_are_torchs(ours: LanguageGraphTrainer, theirs: LanguageTrainer, 
     assert ours.score(start, ()) == Score(0, 0, 0.0)
 
 
-def test_the_least_probability_is_that_of_the_least_likely_learned_token(
-    ours: LanguageGraphTrainer, theirs: LanguageTrainer, start: Tensors
+def test_an_answer_is_learned_when_its_least_likely_token_is_likely(
+    ours: LanguageTrainer, theirs: LanguageTrainer, start: Tensors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theirs.score(start, EXAMPLES)  # torch's model then has the adapter
-    each = []
+    model, least = theirs.engine.model, list[float]()
     with torch.inference_mode():
-        for example, text in zip(EXAMPLES, theirs.encode(EXAMPLES), strict=True):
-            probabilities = theirs.model(input_ids=torch.from_numpy(text.ids)[None]).logits[0].softmax(1).numpy()
-            each.append(float(probabilities[text.learned, text.targets[text.learned]].min()))
-            assert ours.least_probability(start, [example]) == pytest.approx(each[-1], rel=1e-3)
-    assert len(set(each)) == len(EXAMPLES)
-    assert ours.least_probability(start, EXAMPLES) == pytest.approx(min(each), rel=1e-3)
+        for text in theirs.encode(EXAMPLES):
+            probabilities = model(input_ids=torch.from_numpy(text.ids)[None]).logits[0].softmax(1).numpy()
+            least.append(float(probabilities[text.positions, text.targets].min()))
+    for factor, learned in ((0.999, True), (1.001, False)):
+        monkeypatch.setattr("client.training.trainer.LIKELY", factor * min(least))
+        assert ours.has_learned(start, EXAMPLES) is learned
 
 
-def test_a_batch_in_parts_makes_the_same_adapter(ours: LanguageGraphTrainer, start: Tensors) -> None:
+def test_a_batch_in_parts_makes_the_same_adapter(ours: LanguageTrainer, start: Tensors) -> None:
     whole = ours.train(start, EXAMPLES, TASK, epochs=1, rng=rng(1))
     parts = ours.train(start, EXAMPLES, TASK, epochs=1, rng=rng(1), control=TrainingControl(tokens=16))
     assert 0 < distance(parts, whole) < 1e-5
 
 
-def test_training_lowers_the_loss(ours: LanguageGraphTrainer, start: Tensors) -> None:
+def test_training_lowers_the_loss(ours: LanguageTrainer, start: Tensors) -> None:
     trained = ours.train(start, EXAMPLES, TASK, epochs=20, rng=rng())
     assert ours.score(trained, EXAMPLES).loss < 0.7 * ours.score(start, EXAMPLES).loss
-    assert distance(ours.tensors_of(ours.inputs_of(trained)), trained) < 1e-6
+    assert distance(ours.engine.tensors_of(ours.engine.inputs_of(trained)), trained) < 1e-6
 
 
 # Bad input.
 
 
-def test_no_examples_and_a_prompt_without_room_are_refused(ours: LanguageGraphTrainer, start: Tensors) -> None:
+def test_no_examples_and_a_prompt_without_room_are_refused(ours: LanguageTrainer, start: Tensors) -> None:
     with refused(DataError, "examples", value=0):
         ours.train(start, (), TASK, epochs=1, rng=rng())
     with refused(DataError, "example.prompt"):
         ours.train(start, [Example("a", prompt="b" * 400)], TASK, epochs=1, rng=rng())
 
 
-def test_a_loss_that_is_not_finite_is_refused(ours: LanguageGraphTrainer, start: Tensors) -> None:
+def test_a_loss_that_is_not_finite_is_refused(ours: LanguageTrainer, start: Tensors) -> None:
     broken = {name: np.full_like(value, 3e38) for name, value in start.items()}
     with refused(DataError, "training.loss"):
         ours.train(broken, EXAMPLES, TASK, epochs=1, rng=rng())
@@ -264,7 +264,7 @@ def test_a_loss_that_is_not_finite_is_refused(ours: LanguageGraphTrainer, start:
 
 def test_a_method_that_needs_torch_is_refused(opened: VerifiedBase) -> None:
     with refused(ConfigError, "task.peft_config"):
-        LanguageGraphTrainer(opened, replace(LORA, bias="all"))
+        graphengine.language(opened, replace(LORA, bias="all"))
 
 
 def test_a_training_graph_that_changed_after_it_was_verified_is_refused(
@@ -275,7 +275,7 @@ def test_a_training_graph_that_changed_after_it_was_verified_is_refused(
     with (base.folder / TRAINING).open("ab") as file:
         file.write(b"\0")
     with refused(TrustError, TRAINING):
-        LanguageGraphTrainer(base, LORA)
+        graphengine.language(base, LORA)
 
 
 def test_the_trainer_of_a_bundle_stays_loaded(opened: VerifiedBase) -> None:
@@ -298,8 +298,8 @@ from adapters.keyfiles import read_public_keys
 from adapters.parts import PARTS
 from adapters.peftconfig import Method, PeftConfig
 from adapters.task import Task
-from client.training.engine import language_trainer
 from client.training.examples import Example
+from client.training.engine import language_trainer
 
 config = PeftConfig.lora(2, 4, ("q_proj", "v_proj"))
 trainer = language_trainer(Bundle(Path(sys.argv[1]), read_public_keys(Path(sys.argv[2]))).base(), config)
