@@ -9,7 +9,7 @@ COMMANDS = {
     "adapters": ("client.cli.adapters", "adapters", "List and verify the adapters of a bundle.", ""),
     "agent": ("client.cli.agent", "agent", "Take part through the coordinator's gateway.", "gateway"),
     "chat": ("client.cli.chat", "chat", "Chat with the language model of a bundle.", ""),
-    "convert": ("client.cli.convert", "convert", "Write a verified adapter for other programs.", ""),
+    "convert": ("client.cli.adapters", "convert", "Write a verified adapter for other programs.", ""),
     "enrol": ("client.cli.enrol", "enrol", "Create a device's state directory, and certify its keys.", "gateway"),
     "forget": ("client.cli.node", "forget", "Delete what the device remembers of the coordinator.", ""),
     "infer": ("client.cli.infer", "infer", "Classify phrases, or continue texts.", ""),

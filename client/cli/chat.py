@@ -6,15 +6,17 @@ from collections.abc import Callable, Iterator
 from collections.abc import Generator as Closable
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import click
 
+from adapters.storage import read
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from client.cli import learn, options
 from client.cli.options import printable
 from client.inference.generate import Conversation, Generator
-from client.inference.text import Answer
+from client.inference.guide import Guide, GuideKind
+from client.inference.text import Answer, SamplingParams
 from client.learning import Correction, Learner
 from client.training.trainer import MAX_STEPS
 
@@ -27,6 +29,68 @@ HELP = """\
 /help           show this help
 /quit           quit, as Ctrl-D does; Ctrl-C ends an answer or a lesson"""
 
+MAX_GUIDE_FILE = 2**18  # bytes; UTF-8 has up to four for a character
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def sampling(command: F) -> F:
+    """Add an option for each field of ``client.inference.SamplingParams``; ``params_of`` reads them."""
+    for option in (
+        click.option("--grammar", type=options.FILE, metavar="FILE", help="Answer by this Lark grammar."),
+        click.option("--regex", metavar="PATTERN", help="Answer with a text that matches PATTERN as a whole."),
+        click.option(
+            "--json-schema", type=options.FILE, metavar="FILE", help="Answer with JSON that matches this schema."
+        ),
+        click.option(
+            "--beams",
+            type=int,
+            default=1,
+            metavar="N",
+            help="Search for the most likely answer with N at once; it is shown when it is complete.",
+        ),
+        click.option(
+            "--repetition-penalty", type=float, default=1.0, metavar="X", help="Above 1: avoid words that occurred."
+        ),
+        click.option("--stop", multiple=True, metavar="TEXT", help="End an answer before TEXT; may be repeated."),
+        click.option("--seed", type=int, metavar="N", help="Equal seeds give equal answers."),
+        click.option("--top-k", type=int, default=0, metavar="K", help="Sample from the K most likely tokens; 0: all."),
+        click.option(
+            "--top-p", type=float, default=1.0, metavar="P", help="Sample from the fewest tokens of probability P."
+        ),
+        click.option("--temperature", type=float, default=0.0, metavar="T", help="0: always the most likely token."),
+        click.option("--max-tokens", type=int, default=256, metavar="N", help="Limit of an answer.", show_default=True),
+    ):
+        command = option(command)
+    return command
+
+
+def params_of(json_schema: Path | None, regex: str | None, grammar: Path | None, **sampling: Any) -> SamplingParams:
+    """What the options of ``sampling`` say.
+
+    Raises:
+        ConfigError: A value is out of range, there is more than one guide, or its file is missing.
+        DataError: The file is too large or is not UTF-8.
+    """
+    given: list[tuple[GuideKind, Path | str | None]] = [
+        (GuideKind.JSON_SCHEMA, json_schema),
+        (GuideKind.REGEX, regex),
+        (GuideKind.GRAMMAR, grammar),
+    ]
+    guides = [(kind, value) for kind, value in given if value is not None]
+    if len(guides) > 1:
+        raise ConfigError("an answer has one form: give one of --json-schema, --regex and --grammar", about="guide")
+    sources = [Guide(kind, _text(value) if isinstance(value, Path) else value) for kind, value in guides]
+    return SamplingParams(guide=sources[0] if sources else None, **sampling)
+
+
+def _text(path: Path) -> str:
+    try:
+        return read(path, MAX_GUIDE_FILE).decode()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}", about=path.name) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8", about=path.name) from error
+
 
 @click.command()
 @options.bundle
@@ -34,7 +98,7 @@ HELP = """\
 @click.option("--base-only", is_flag=True, help="Use no adapter.")
 @options.trust
 @click.option("--system", metavar="TEXT", help="System prompt.")
-@options.sampling
+@sampling
 @click.option("--prompt", metavar="TEXT", help="Answer TEXT and quit.")
 @click.option("--teach", metavar="ANSWER", help="ANSWER is right to --prompt: learn that on this device.")
 @options.as_json
@@ -47,7 +111,7 @@ def chat(
     prompt: str | None,
     teach: str | None,
     as_json: bool,
-    **sampling: Any,
+    **params: Any,
 ) -> None:
     """Chat with the language model of a bundle.
 
@@ -78,11 +142,11 @@ def chat(
         raise click.UsageError("--json needs --prompt")
     if adapter is not None and base_only:
         raise click.UsageError("--adapter and --base-only exclude each other")
-    params = options.params_of(**sampling)
+    settings = params_of(**params)
     generator = Generator.open(bundle, trust)
     if not base_only and adapter is None and generator.library.names():
         adapter = generator.library.default()
-    conversation = Conversation(generator, params, system, adapter)
+    conversation = Conversation(generator, settings, system, adapter)
     if prompt is None:
         converse(conversation, generator, trust)
     else:
