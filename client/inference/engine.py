@@ -21,7 +21,6 @@ import onnxruntime as ort
 from adapters.bundle import GENERATION, TOKENIZER, VerifiedBase
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from client.inference.guide import Guide, GuidedAnswer, GuideFollower, required
-from client.inference.hugepages import collapse_in_background
 from client.inference.library import Adapter
 from client.inference.text import Detokenizer, SamplingParams, TextDecoder, first_line, special_tokens
 
@@ -64,7 +63,6 @@ class GenerationEngine:
         self._tokenizer = self._og.Tokenizer(self._model)
         self._adapters = self._og.Adapters(self._model)
         self._live: _Live | None = None
-        self._in_huge_pages = False
         stated = json.loads(base.files[GENERATION])["model"]
         self.context = int(stated["context_length"])
         self.vocabulary = int(stated["vocab_size"])
@@ -149,8 +147,8 @@ class GenerationEngine:
         live, known = self._usable(params, adapter, min(self.context, len(prompt) + params.max_tokens)), 0
         live.guided = guided
         if live.adapter == adapter:
-            # Without the last tokens: the last sampled one is not in the cache, and the prompt's last must be read anew
-            # for its logits.
+            # Without the last tokens: the last sampled one is not in the cache, and the prompt's last must be read once
+            # more for its logits.
             known = _common(live.tokens[:-1], prompt[:-1])
         if live.inner.token_count():
             live.inner.rewind_to(known)
@@ -169,7 +167,6 @@ class GenerationEngine:
         """
         live = self._live
         assert live is not None  # noqa: S101  # `read` came before
-        self.use_huge_pages()
         limit = min(live.params.max_tokens, self.context - len(live.tokens))
         if live.params.beams > 1:
             yield from self._search(live, limit)
@@ -194,7 +191,7 @@ class GenerationEngine:
             yield next(iter(self.ends))  # onnxruntime-genai leaves it out
 
     def check(self, params: SamplingParams) -> None:
-        """Return if the guide of ``params``, if any, can be followed. The first one takes up to a second.
+        """Check that the guide of ``params``, if any, can be followed. The first one takes up to a second.
 
         Raises:
             ConfigError: As ``GuideFollower`` and its ``begin``.
@@ -218,15 +215,6 @@ class GenerationEngine:
         self._switch(live, adapter)
         live.tokens = []
         return live.inner
-
-    def use_huge_pages(self) -> None:
-        """Move the weights to huge pages once, in the background (``hugepages.py``), when the first answer begins.
-
-        Not earlier: it takes a core for some tenths of a second, which would delay the first token.
-        """
-        if not self._in_huge_pages:
-            self._in_huge_pages = True
-            collapse_in_background()
 
     def _switch(self, live: _Live, adapter: str | None) -> None:
         if live.adapter != adapter:
