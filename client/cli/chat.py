@@ -157,7 +157,7 @@ def answer(conversation: Conversation, generator: Generator, prompt: str, as_jso
     """Answer one prompt.
 
     Raises:
-        DataError: The answer has not the form of its guide, which JSON states instead. It was shown all the same.
+        DataError: The answer does not have the form of its guide, which JSON states instead. It was shown all the same.
     """
     if not as_json:
         _show(conversation.ask(prompt), generator)
@@ -294,7 +294,7 @@ def _lesson(conversation: Conversation, generator: Generator, trust: Path | None
 
 
 def _single(conversation: Conversation) -> str:
-    """The name of the adapter in use. Raises ConfigError: there is no one adapter of weight 1."""
+    """The name of the adapter in use. Raises ConfigError if that is not one adapter of weight 1."""
     if conversation.adapter is None or len(parts := conversation.adapter.composition.parts) > 1 or parts[0].weight != 1:
         raise ConfigError("one adapter learns, of weight 1: choose it with /adapter NAME", about="/adapter")
     return parts[0].name

@@ -135,7 +135,7 @@ class Generator:
         return self._engine.encode(self._engine.apply_chat_template(listed))
 
     def check(self, params: SamplingParams) -> None:
-        """Return if answers can be written by these parameters. Raises ConfigError as ``GenerationEngine.check``."""
+        """Check that answers can be written by these parameters. Raises ConfigError as ``GenerationEngine.check``."""
         self._engine.check(params)
 
     def max_prompt(self, params: SamplingParams, adapter: Adapter | None = None) -> int:

@@ -70,7 +70,7 @@ class Guide:
         """Whether a finished answer can be used: what a schema describes is JSON.
 
         What each token may be was decided while the answer was written. This finds only a library that decides
-        otherwise: it is no second check against the schema.
+        otherwise: it is not a second check against the schema.
         """
         return self.kind is not GuideKind.JSON_SCHEMA or parses(text)
 

@@ -46,7 +46,7 @@ def special_tokens(tokenizer: bytes) -> tuple[str, ...]:
 
 
 def require_plain(text: str, special: Sequence[str], about: str) -> None:
-    """Return if a text has no special token: a tokenizer recognizes them in any text, which could pose as another.
+    """Check that a text has no special token: a tokenizer recognizes them in any text, which could pose as another.
 
     Args:
         text: The text.

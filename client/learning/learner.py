@@ -188,7 +188,7 @@ class Learner:
     keys: tuple[IdentityKey, bytes] = field(repr=False)  # signing, sealing
     folder: Path
     history: LessonHistory
-    relinked: bool = False  # whether the files of the base were linked anew since they were hashed
+    relinked: bool = False  # whether the files of the base were linked again since they were hashed
 
     @classmethod
     @contextmanager
@@ -223,7 +223,7 @@ class Learner:
                 target = adapter.manifest.name if adapter.manifest.parent else PERSONAL
                 if target != adapter.manifest.name and target in adapter_names(bundle):
                     reason = (
-                        f"{bundle} has a private adapter already: choose {target} in place of {adapter.manifest.name}"
+                        f"{bundle} has a private adapter already: choose {target} instead of {adapter.manifest.name}"
                     )
                     raise ConfigError(reason, about="--adapter", value=name)
                 keys = _keys(folder, entropy or SystemEntropy())
@@ -356,7 +356,7 @@ class Learner:
 
     @property
     def base(self) -> VerifiedBase:
-        """The base to train with, verified again after a lesson, which links its files anew.
+        """The base to train with, verified again after a lesson, which links its files again.
 
         Raises:
             TrustError, DataError: As ``Bundle.base``.
@@ -387,7 +387,7 @@ class Learner:
         return Undone(used.name, used.version, lesson.corrections)
 
     def _shared(self, digest: str) -> AdapterManifest:
-        """The adapter with this SHA-256, else the one to use in place of the private one."""
+        """The adapter with this SHA-256, else the one to use instead of the private one."""
         manifest_of = self.library.trust.bundle.adapter_manifest
         shared = [manifest_of(name) for name in self.library.names() if name != self.target]
         found = [one for one in shared if one.sha256 == digest]

@@ -1,4 +1,4 @@
-"""Computing with zero in place of denormal numbers, without torch.
+"""Compute with zero instead of denormal numbers, without torch.
 
 A processor takes up to a hundred times as long for denormal numbers, so that an adapter could slow down a step for some
 examples alone. ONNX Runtime's own option holds only if the process opened no other session before. So the register is
@@ -28,7 +28,7 @@ def flushes() -> bool:
 
 @contextmanager
 def without_denormals() -> Iterator[None]:
-    """While the block runs, this thread computes with zero in place of denormal numbers, where the system lets it."""
+    """While the block runs, this thread computes with zero instead of denormal numbers, where the system lets it."""
     register = REGISTERS.get((platform.system(), platform.machine()))
     if register is None:
         yield

@@ -112,7 +112,7 @@ class GraphEngine:
         """The tensors, under peft's names, of an adapter that is given by graph input.
 
         Raises:
-            DataError: It is of another layout: of other layers or ranks, or has what is no LoRA.
+            DataError: It is of another layout: of other layers or ranks, or has what its method does not train.
         """
         given = {name: value for name, value in inputs.items() if value.size}
         if odd := sorted(given.keys() & self.empty.keys()):

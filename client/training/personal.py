@@ -116,7 +116,7 @@ def personalize(
         rng: As for ``Trainer.train``.
         plain: Public texts of which the personal adapter must answer as many right as the global one
             (``rehearsal``). One that does not is moved towards the global adapter, in quarters of the way, until it
-            does; it is no candidate if only the global adapter does.
+            does; it is not a candidate if only the global adapter does.
         step: As for ``Trainer.train``.
         control: Limits of this device.
 
