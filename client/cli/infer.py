@@ -142,7 +142,6 @@ def _continue(library: Library, names: Sequence[str], texts: list[str], tokens: 
 
 
 def _continuations(adapters: list[dict[str, Any]]) -> list[str]:
-    """Each text with its continuation, after the adapter's name if there are several."""
     return [
         printable((f"[{result['adapter']}] " if len(adapters) > 1 else "") + answer["text"] + answer["continuation"])
         for result in adapters

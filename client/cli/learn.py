@@ -97,7 +97,6 @@ def teach(
 
 
 def lines(learned: Learned) -> list[str]:
-    """What a lesson did."""
     known = sum(one.known for one in learned.taught)
     head = (
         f"{learned.adapter} version {learned.version}: {known} of {len(learned.taught)} learned, {learned.steps} steps"
@@ -140,7 +139,6 @@ def _rounded(one: Learnt) -> dict[str, Any]:
 
 
 def _line(one: Learnt) -> str:
-    """What was before and after, with the text."""
     if isinstance(one, TextBits):
         return f"{one.before:.3f} → {one.after:.3f}  {_one_line(one.text)[:60]}"
     before, after = (f"{options.words(answer.label)} {answer.probability:.1%}" for answer in (one.before, one.after))

@@ -30,8 +30,6 @@ PIECE = 64  # tokens of a prompt that are read at once; with SmolLM2, longer pie
 
 @dataclass(slots=True)
 class _Live:
-    """A generator of onnxruntime-genai, and the tokens in its KV cache."""
-
     inner: Any
     params: SamplingParams
     adapter: str | None  # by name
@@ -44,12 +42,7 @@ class GenerationEngine:
     """A verified base, loaded. The caller verifies adapters, and reads one answer at a time."""
 
     def __init__(self, base: VerifiedBase, threads: int, options: Mapping[str, str] | None = None) -> None:
-        """Load the model.
-
-        Args:
-            base: The base.
-            threads: For the graph.
-            options: Further session options of ONNX Runtime, such as ``enable_profiling``.
+        """Load the model. ``options``: further session options of ONNX Runtime, such as ``enable_profiling``.
 
         Raises:
             ConfigError: onnxruntime-genai is not installed.
@@ -191,11 +184,7 @@ class GenerationEngine:
             yield next(iter(self.ends))  # onnxruntime-genai leaves it out
 
     def check(self, params: SamplingParams) -> None:
-        """Check that the guide of ``params``, if any, can be followed. The first one takes up to a second.
-
-        Raises:
-            ConfigError: As ``GuideFollower`` and its ``begin``.
-        """
+        """Check that the guide of ``params``, if any, can be followed. Raises as ``GuideFollower.begin``."""
         self._guided(params.guide)
 
     def _guided(self, guide: Guide | None) -> GuidedAnswer | None:
@@ -243,7 +232,6 @@ class GenerationEngine:
 
 
 def append(inner: Any, tokens: Sequence[int], size: int = PIECE) -> None:
-    """Let onnxruntime-genai's generator ``inner`` read ``tokens``, ``size`` of them at once."""
     for start in range(0, len(tokens), size):
         inner.append_tokens(np.array(tokens[start : start + size], dtype=np.int32))
 
@@ -261,13 +249,11 @@ def _step(live: _Live) -> None:
 
 
 def genai() -> Any:
-    """onnxruntime-genai. Raises as ``required``."""
     og = required("onnxruntime_genai")
     og.disable_telemetry_events()
     return og
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """The length of the common prefix."""
     pairs = zip(one, other, strict=False)
     return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

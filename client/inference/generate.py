@@ -79,7 +79,6 @@ class Generator:
 
     @property
     def context(self) -> int:
-        """The model's limit of tokens, prompt and answer together."""
         return self._engine.context
 
     @property
@@ -262,15 +261,10 @@ class Conversation:
 
     @property
     def adapter(self) -> Adapter | None:
-        """The adapter that answers; None for the bare base."""
         return self._adapter
 
     def use(self, adapter: Named | None) -> None:
-        """Let another adapter answer. After an error the conversation keeps the one that it has.
-
-        Raises:
-            TrustError, DataError, ConfigError: As ``Generator.load``.
-        """
+        """Let another adapter answer. After an error the conversation keeps its own. Raises as ``Generator.load``."""
         self._adapter = None if adapter is None else self._generator.load(adapter)
 
     def reset(self) -> None:

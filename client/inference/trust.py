@@ -28,8 +28,6 @@ from aggregation.errors import ConfigError, DataError, TrustError
 
 @dataclass(frozen=True, slots=True)
 class SeenVersion:
-    """An accepted version of an adapter."""
-
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     version: Count

@@ -84,11 +84,7 @@ PERSONAL_RATE = 1e-3  # of a personal step
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """A classifier's answers to a phrase before and after learning, and its label.
-
-    Attributes:
-        unread: Of the phrase's tokens, those at its end that are not trained on.
-    """
+    """A classifier's answers to a phrase before and after learning. ``unread``: tokens at its end, not trained on."""
 
     text: str = field(repr=False)
     label: str
@@ -107,12 +103,9 @@ class Answers:
 
 @dataclass(frozen=True, slots=True)
 class TextBits:
-    """A text, and what it costs a language model before and after learning, in bits per byte.
+    """What a text costs a language model before and after learning, in bits per byte.
 
-    Attributes:
-        prompt, text: The text, and what it answers; empty without a prompt.
-        before, after: Bits per byte.
-        known: Whether each of its tokens is the most likely one after learning: without sampling it is the answer.
+    ``known``: whether each of its tokens is the most likely one after learning: without sampling it is the answer.
     """
 
     prompt: str = field(repr=False)
@@ -129,12 +122,8 @@ Learnt = Answers | TextBits
 class Learned:
     """What a lesson did.
 
-    Attributes:
-        adapter, version: The private adapter that is in use now.
-        steps, seconds: Of training.
-        taught: The corrections.
-        others: A classifier's earlier corrections and public phrases, as far as they were not rehearsed; a language
-            model's earlier corrections and the texts that were given to be compared.
+    ``others``: a classifier's earlier corrections and public phrases that were not rehearsed; a language model's
+    earlier corrections, and the texts that were given to be compared.
     """
 
     adapter: str
@@ -152,7 +141,6 @@ class Personalized:
     Attributes:
         adapter, version: The adapter that is in use now.
         made: Whether the step made it; else another one is better on the held-out examples.
-        seconds: Of the step.
         trained, held_out: Examples; corrections and public phrases are among the first.
         scores: On the held-out examples, by adapter: ``global``, ``in use`` before the step, and ``personal``, unless
             each personal adapter answers fewer public phrases right than the global one.
@@ -171,8 +159,6 @@ class Personalized:
 
 @dataclass(frozen=True, slots=True)
 class Undone:
-    """What undoing did: the adapter in use, and what it does not know any more."""
-
     adapter: str
     version: int
     corrections: tuple[Correction, ...]
@@ -356,11 +342,7 @@ class Learner:
 
     @property
     def base(self) -> VerifiedBase:
-        """The base to train with, verified again after a lesson, which links its files again.
-
-        Raises:
-            TrustError, DataError: As ``Bundle.base``.
-        """
+        """The base, verified again after a lesson, which links its files again. Raises as ``Bundle.base``."""
         if self.relinked:
             self.library, self.relinked = replace(self.library, base=self.library.trust.bundle.base()), False
         return self.library.base
@@ -422,7 +404,6 @@ class Learner:
         return made
 
     def _use(self, name: str) -> None:
-        """Go on with the adapter that was put into use."""
         self.adapter = self.library.trust.adapter(name, self.library.base)
         history = LessonHistory.read(self.folder / HISTORY, self.keys[1])
         self.history = history.current(self.adapter.manifest.sha256)
@@ -445,7 +426,6 @@ class Learner:
         self._write({path.as_posix(): content for path, content in files.items()})
 
     def _write(self, files: dict[str, bytes], removed: str | None = None) -> None:
-        """Replace the bundle, as a whole, by one with these files."""
         with storage.locked_folder(self.library.bundle) as whole:
             mode = S_IMODE(whole.stat().st_mode)
             with storage.staged(whole, mode=mode, replaces=True) as stage:
@@ -462,10 +442,7 @@ class Learner:
 
 
 class _Phrases:
-    """What a classifier learns from: phrases with labels."""
-
     def __init__(self, learner: Learner, manifest: AdapterManifest) -> None:
-        """Of a lesson that begins with the adapter of ``manifest``."""
         self._learner, self._manifest, self._labels = learner, manifest, manifest.labels
 
     @cached_property
@@ -611,12 +588,10 @@ def _answering(corrections: Iterable[Correction]) -> list[Example]:
 
 
 def _labelled(corrections: Sequence[Correction], labels: Sequence[str]) -> list[Example]:
-    """The corrections with one of these labels, as examples."""
     return [Example(one.text, labels.index(one.label)) for one in corrections if one.label in labels]
 
 
 def _stated_config(manifest: AdapterManifest) -> PeftConfig:
-    """The configuration that an adapter states. Raises ConfigError if it states none."""
     if manifest.peft_config is None:
         reason = f"adapter {manifest.name!r} does not state its PEFT config, which training needs: export it again"
         raise ConfigError(reason, about="adapter-manifest.peft_config")
@@ -641,7 +616,6 @@ def _in_lesson_order(phrases: Sequence[tuple[str, str]], lesson: int) -> list[tu
 
 
 def _keys(folder: Path, entropy: Entropy) -> tuple[IdentityKey, bytes]:
-    """The signing and the sealing key, which are made the first time."""
     if not (folder / KEY).exists():
         storage.replace(folder / KEY, IdentityKey.generate(entropy).to_pem())
     if not (folder / SEALING_KEY).exists():

@@ -175,7 +175,6 @@ def regularized(gradients: Tensors, values: Tensors, start: Tensors, task: Task)
 
 
 def optimizer_of(task: Task) -> Optimizer:
-    """The optimizer that a task names, before its first step."""
     if task.optimizer is OptimizerName.SGD:
         return SGD(task.learning_rate, task.momentum)
     return AdamW(task.learning_rate, task.weight_decay)

@@ -47,7 +47,6 @@ def classifier_trainer(base: FrozenBase, labels: int, config: PeftConfig) -> Cla
 
 @cached(LRUCache(maxsize=1), key=_key, lock=Lock())
 def language_trainer(base: FrozenBase, config: PeftConfig) -> LanguageTrainer:
-    """The trainer of a language model, which stays loaded. Raises as ``classifier_trainer``."""
     if isinstance(base, VerifiedBase):
         from client.training import graphengine
 

@@ -109,11 +109,7 @@ class GraphEngine:
             self.layout = Layout.of(self._of_inputs(zeros))
 
     def tensors_of(self, inputs: Tensors) -> Tensors:
-        """The tensors, under peft's names, of an adapter that is given by graph input.
-
-        Raises:
-            DataError: It is of another layout: of other layers or ranks, or has what its method does not train.
-        """
+        """The tensors of an adapter that is given by graph input. Raises DataError for another layout."""
         given = {name: value for name, value in inputs.items() if value.size}
         if odd := sorted(given.keys() & self.empty.keys()):
             reason = f"the adapter changes {odd[0]!r}, which its method does not train: export it again"
@@ -308,7 +304,6 @@ def require_mean_head(base: VerifiedBase) -> None:
 
 
 def _unusable(base: VerifiedBase, error: Exception) -> ConfigError:
-    """What to raise where a file of the base cannot be loaded."""
     reason = f"the base in {base.folder} cannot be loaded for training: {' '.join(str(error).split())[:200]}"
     return ConfigError(reason, about=TRAINING)
 
@@ -320,7 +315,6 @@ def _nothing(slots: Mapping[str, Sequence[str]], names: Collection[str]) -> Tens
 
 
 def _targeted(path: str, targets: Sequence[str]) -> bool:
-    """Whether peft puts an adapter at a layer: a target is its path, or the end of it."""
     return any(path == target or path.endswith(f".{target}") for target in targets)
 
 

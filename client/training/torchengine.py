@@ -27,7 +27,6 @@ class TorchEngine:
     """A frozen model with one adapter, as ``trainer.Engine``. Threads may share it: one computes at a time."""
 
     def __init__(self, base: Base, model: PeftModel, config: PeftConfig) -> None:
-        """Compute with a model that was built under ``flushed_denormals``."""
         self.base, self.config, self.model, self._lock = base, config, model, RLock()
         self._parameters = _parameters(model)
         own = {name: value for name, value in self._parameters.items() if is_bias(name)}

@@ -123,7 +123,7 @@ class Trainer:
         return self._engine.layout
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
-        """Tokens and targets of each example, in order."""
+        """Tokens and targets of each example, in order. Raises as ``TextEncoder.encode``."""
         raise NotImplementedError
 
     def train(
@@ -320,7 +320,6 @@ class LanguageTrainer(Trainer):
         self.encoder = encoder
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
-        """Tokens and targets of each example, in order. Raises as ``TextEncoder.encode``."""
         return [self.encoder.encode(example) for example in examples]
 
     def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:

@@ -66,7 +66,6 @@ class ChannelSource:
     channel: Annotated[str, Field(max_length=32)]
 
     def url(self, part: str) -> str:
-        """Where the files of ``part`` are."""
         return f"{self.repository.rstrip('/')}/{part}/"
 
 
@@ -75,7 +74,6 @@ class ReleaseOffer:
     """The release that a channel has for this device.
 
     Args:
-        release: It.
         rollout: Under way; None if all devices get the newest release.
         chosen: This device is among those that get the newest.
     """
@@ -86,7 +84,6 @@ class ReleaseOffer:
 
     @property
     def why(self) -> str:
-        """Why it is this release, for a person."""
         if self.rollout is None:
             return "for all devices"
         newest = f"release {self.rollout.release} is for {self.rollout}"
@@ -311,7 +308,6 @@ def _described(updater: Updater, source: ChannelSource, name: str, limit: int) -
 
 
 def _offer(updater: Updater, source: ChannelSource, folder: Path, bundle: Path, entropy: Entropy) -> ReleaseOffer:
-    """What the channel has for the device with this folder ``updates``."""
     files = folder / FILES
     newest = _release(updater, source, files, RELEASE)
     listed = updater.get_targetinfo(target(source.channel, FLAGS))

@@ -45,7 +45,7 @@ TASKS = (
 )
 EXAMPLES = [Example(text, number % len(LABELS)) for number, text in enumerate(PHRASES)]
 MOMENT = 1e-4  # of an entry of the moments: embeddings of the two runtimes differ by float32 rounding
-WAY = 0.002  # as between the two native engines (tests/client/training/test_graphtrainer.py)
+WAY = 0.002  # as between the two native engines (tests/client/training/test_graphengine.py)
 
 TRAINED = f"""(async ({{ task, examples: given, order }}) => {{ {OPEN}
   const [{{ trainOn }}, {{ unfolded }}] = await Promise.all([load("learning/round"), load("learning/fedsb")]);

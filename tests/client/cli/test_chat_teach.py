@@ -215,7 +215,7 @@ def test_undo_goes_back_to_the_adapter_that_was_taught_and_not_to_another(
     assert "adapter kitchen, version 3, rank 4, without what was learned last: 'is it?'" in rows
     assert rows[0] == rows[-1]  # its answers
     assert len(errors) == 2
-    assert "choose personal in place of kitchen" in errors[0]
+    assert "choose personal instead of kitchen" in errors[0]
     assert "nothing to undo" in errors[1]
     assert adapter_names(bundle) == sorted(names)
 

@@ -136,8 +136,9 @@ def test_examples_that_are_not_valid_are_refused_and_the_adapter_in_use_stays(
     assert files(phone) == before
 
 
-@pytest.mark.parametrize("option", ["--learning-rate", "--seconds", "--duty-cycle", "--scale"])
-@pytest.mark.parametrize("number", ["nan", "inf", "-1"])
+@pytest.mark.parametrize(
+    ("option", "number"), [("--learning-rate", "nan"), ("--seconds", "inf"), ("--duty-cycle", "-1"), ("--scale", "nan")]
+)
 def test_an_option_that_is_no_finite_number_of_its_range_is_refused(phone: Path, option: str, number: str) -> None:
     done = run("personalize", "--bundle", phone, option, number, examples(phone.parent))
     assert (done.exit_code, option in done.output) == (2, True), done.output

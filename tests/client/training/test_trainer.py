@@ -15,7 +15,7 @@ from adapters.classifier import HEAD_SCALE, seeded
 from adapters.layout import Layout, Tensors
 from adapters.lorasb import folded
 from adapters.manifest import PeftConfig
-from adapters.parts import PARTS, Part, part_of
+from adapters.parts import PARTS, Part, is_bias, part_of
 from adapters.task import MAX_LOSS, OptimizerName, Task
 from aggregation.errors import DataError
 from client.training import torchengine
@@ -77,7 +77,7 @@ def test_training_is_the_same_for_a_generator_whatever_was_trained_before(
 
 def test_threads_that_share_a_trainer_get_what_each_would_get_alone(trainer: ClassifierTrainer, start: Tensors) -> None:
     def outcome(seed: int) -> tuple[Tensors, Any, Any]:
-        adapter = trainer.train(start, EXAMPLES, TASK, epochs=20, rng=rng(seed))
+        adapter = trainer.train(start, EXAMPLES, TASK, epochs=4, rng=rng(seed))
         return adapter, trainer.logits(adapter, TEXTS), trainer.embed(TEXTS, adapter)
 
     alone = [outcome(seed) for seed in range(4)]
@@ -220,6 +220,16 @@ def test_embeddings_are_those_that_the_head_reads_with_or_without_the_adapter(
     assert np.abs(found - trainer.embed(many)).max() > 1e-3
     assert np.array_equal(trainer.embed(many, start), trainer.embed(many))  # B is zero
     assert trainer.embed([]).shape == trainer.embed([], moved).shape == (0, found.shape[1])
+
+
+def test_without_an_adapter_the_base_has_its_own_biases(tiny_base: Any) -> None:
+    trained = torchengine.classifier(tiny_base, 3, PeftConfig("LORA", 2, 4, ("query",), bias="all"))
+    before = trained.embed(TEXTS)
+    start = seeded(trained.engine.model, np.eye(3, 32, dtype=np.float32), torch.Generator().manual_seed(3))
+    assert not any("classifier" in name for name in start if is_bias(name))
+    moved = {name: value + 1 if is_bias(name) else value for name, value in start.items()}
+    assert np.abs(trained.embed(TEXTS, moved) - before).max() > 1e-3
+    assert np.array_equal(trained.embed(TEXTS), before)
 
 
 def test_the_seeded_adapter_is_drawn_from_the_generator_alone(trainer: ClassifierTrainer, start: Tensors) -> None:
