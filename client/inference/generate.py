@@ -218,13 +218,7 @@ class Conversation:
     def __init__(
         self, generator: Generator, params: SamplingParams, system: str | None = None, adapter: Named | None = None
     ) -> None:
-        """Start without messages.
-
-        Args:
-            generator: Answers; several conversations may share it.
-            params: Of every answer.
-            system: The system prompt, if any.
-            adapter: As for ``Generator.load``; None for the bare base.
+        """Start without messages; several conversations may share a generator.
 
         Raises:
             TrustError, DataError, ConfigError: As ``use``.

@@ -265,12 +265,7 @@ class Library:
 
     @classmethod
     def open(cls, bundle: Path, trust: Path | None, task: Task | None = None) -> Self:
-        """Verify the base of ``bundle``.
-
-        Args:
-            bundle: The folder.
-            trust: The pinned public keys; by default ``trust.pem`` in the folder that contains the bundle.
-            task: The task that the base must be for, if any.
+        """Verify the base of ``bundle``, which must be for ``task``, if one is named.
 
         Raises:
             TrustError: There are no pinned keys, or none of them signed this base.

@@ -27,12 +27,7 @@ GradientsOf = Callable[[Tensors, list[int]], tuple[float, Tensors]]
 
 
 class Optimizer(Protocol):
-    """``AdamW`` or ``SGD``. The buffers are in double precision, in which squares of small gradients are no denormals.
-
-    Attributes:
-        steps: That were made.
-        buffers: What it keeps between them, by a name of its own.
-    """
+    """``AdamW`` or ``SGD``. Buffers are in double precision, in which squares of small gradients are not denormal."""
 
     steps: int
     buffers: dict[str, Doubles]
@@ -41,8 +36,7 @@ class Optimizer(Protocol):
         """Replace each parameter that has a gradient; their arrays stay as they are.
 
         Args:
-            parameters: By name, float32.
-            gradients: Of some of them, the same ones in each step, of the same shapes.
+            gradients: Of some of the parameters, the same ones in each step.
             factor: Of the learning rate.
         """
         ...

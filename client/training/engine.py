@@ -8,6 +8,7 @@ from threading import Lock
 
 from cachetools import LRUCache, cached
 
+from adapters.base import Base
 from adapters.bundle import VerifiedBase
 from adapters.peftconfig import PeftConfig
 from client.training.trainer import ClassifierTrainer, FrozenBase, LanguageTrainer, LocalTrainer
@@ -16,14 +17,9 @@ TrainerOf = Callable[[FrozenBase, int, PeftConfig], LocalTrainer]  # base, label
 
 
 def _key(base: FrozenBase, *rest: object) -> object:
-    return (
-        (base.folder, tuple(sorted(base.manifest.files.items())), *rest)
-        if isinstance(base, VerifiedBase)
-        else (
-            base,
-            *rest,
-        )
-    )
+    """What a trainer is of: a bundle's base is that of its folder as long as its files stay the same."""
+    files = (base.folder, *sorted(base.manifest.files.items())) if isinstance(base, VerifiedBase) else base
+    return files, *rest
 
 
 @cached(LRUCache(maxsize=2), key=_key, lock=Lock())
@@ -45,12 +41,20 @@ def classifier_trainer(base: FrozenBase, labels: int, config: PeftConfig) -> Cla
     return torchengine.classifier(base, labels, config)
 
 
-@cached(LRUCache(maxsize=1), key=_key, lock=Lock())
 def language_trainer(base: FrozenBase, config: PeftConfig) -> LanguageTrainer:
-    if isinstance(base, VerifiedBase):
-        from client.training import graphengine
+    """The trainer of a language model, which stays loaded. Raises as ``classifier_trainer``."""
+    return _with_graph(base, config) if isinstance(base, VerifiedBase) else _with_torch(base, config)
 
-        return graphengine.language(base, config)
+
+@cached(LRUCache(maxsize=1), key=_key, lock=Lock())  # a device has no memory for two
+def _with_graph(base: VerifiedBase, config: PeftConfig) -> LanguageTrainer:
+    from client.training import graphengine
+
+    return graphengine.language(base, config)
+
+
+@cached(LRUCache(maxsize=2), key=_key, lock=Lock())
+def _with_torch(base: Base, config: PeftConfig) -> LanguageTrainer:
     from client.training import torchengine
 
     return torchengine.language(base, config)

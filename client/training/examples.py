@@ -32,9 +32,7 @@ class Example:
     """A text, with the number of its label or with the prompt that it answers. ``repr`` does not show them.
 
     Args:
-        text: What is classified, or what a language model learns to write.
         label: Of a classifier; ``NO_LABEL`` for a language model.
-        split: Its use.
         prompt: What comes before the text, for a language model; it is not learned.
     """
 

@@ -253,14 +253,11 @@ def with_own_head(
 ) -> Tensors:
     """The adapter with its head fitted to the training examples as well, by one regression and no training.
 
-    The head before stands for the examples of all others (``adapters.ridge``). After a round of the analytic head,
-    this gives a device what adding its own moments once more to the sum of all would give (docs/decisions/0033), and
-    needs nothing of that sum.
+    The head before stands for the examples of all others (``adapters.ridge``). After a round of the analytic head, this
+    gives a device what adding its own moments once more to the sum of all would give (docs/decisions/0033), and needs
+    nothing of that sum.
 
     Args:
-        trainer: Of the frozen base.
-        adapter: Of which all but the head's weights stays.
-        examples: Of the device, all splits.
         scale: Logit of a score of 1, as of the federation's rounds.
         strength: As many examples as the head before counts for in each direction.
 
@@ -278,11 +275,8 @@ def with_both_heads(
     The logits of two heads on one embedding add up to those of one, so the ensemble is an adapter like every other.
 
     Args:
-        trainer: Of the frozen base.
         tuned: The fine-tuned adapter, whose embeddings both heads read.
         shared: The adapter with the shared head, after a round of the analytic head.
-        examples: Of the device, all splits.
-        scale: As of ``with_own_head``.
 
     Raises:
         DataError: As ``with_own_head``.

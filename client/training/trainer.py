@@ -9,7 +9,6 @@ Training is deterministic for given tensors, examples and generator on one machi
 stays in evaluation mode (no dropout), and the generator orders the examples.
 """
 
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -53,8 +52,7 @@ class Engine(Protocol):
     def config(self) -> PeftConfig: ...
 
     def training(self, start: Tensors, trained: Collection[str]) -> AbstractContextManager[object]:
-        """While the block runs, ``gradients`` are by the tensors ``trained`` of adapters that equal ``start`` but for
-        these."""
+        """While the block runs, give ``gradients`` by the tensors ``trained``, the others being those of ``start``."""
         ...
 
     def gradients(self, adapter: Tensors, batches: Iterable[TrainingBatch]) -> tuple[float, Tensors]:
@@ -66,8 +64,7 @@ class Engine(Protocol):
         ...
 
     def embed(self, adapter: Tensors | None, tokens: Sequence[Sequence[int]]) -> Floats:
-        """Of a classifier, without an adapter of the frozen base alone: shape ``(len(tokens), hidden)``, rows of L2
-        norm 1."""
+        """Of a classifier, or of the frozen base alone: shape ``(len(tokens), hidden)``, rows of L2 norm 1."""
         ...
 
     def scores(self, adapter: Tensors, batches: Iterable[TrainingBatch]) -> list[tuple[Floats, NDArray[np.bool_]]]:
@@ -174,7 +171,6 @@ class Trainer:
         rehearsed: Sequence[Example],
         rate: float,
         step: Callable[[], object] = lambda: None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> Tensors:
         """Train on all examples at once, until ``taught`` are answered as they say.
 
@@ -188,7 +184,6 @@ class Trainer:
             rehearsed: What the adapter shall still answer.
             rate: Of learning, by AdamW.
             step: Called before each step.
-            clock: Seconds.
 
         Returns:
             After at most ``MAX_STEPS``, and ``MAX_SECONDS`` and a step; without a step, if it answers as taught.
@@ -199,7 +194,7 @@ class Trainer:
         half = 0.5 if rehearsed else 1.0
         shares = [half / len(group) for group in (taught, rehearsed) for _ in group]
         whole = self.weighted([*taught, *rehearsed], shares)
-        control = TrainingControl(MAX_SECONDS, until=lambda adapter: self.has_learned(adapter, taught), clock=clock)
+        control = TrainingControl(MAX_SECONDS, until=lambda adapter: self.has_learned(adapter, taught))
         task = Task(self._engine.config, (), 1, len(shares), rate, 0.0, 0.0, PARTS, PARTS)
         try:
             return self._descend(start, [[]] * MAX_STEPS, lambda _: whole, task, step, 1, control)

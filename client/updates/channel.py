@@ -192,11 +192,10 @@ def update(
     language: str | None = None,
     entropy: Entropy,
 ) -> Updated:
-    """Bring ``bundle`` to the release that the channel has for this device. Private adapters stay.
+    """Bring ``bundle``, which need not exist yet, to the release that the channel has for this device. Private adapters
+    stay.
 
     Args:
-        bundle: The folder; it need not exist yet.
-        trust: Pinned keys of bundles; by default ``trust.pem`` in the folder that contains the bundle.
         note: Called before a file is fetched.
         language: Of the device, from now on; for rollouts by language.
         entropy: For the targeting key.
