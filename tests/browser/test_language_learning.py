@@ -201,7 +201,7 @@ def test_a_tab_contributes_to_a_round_what_a_native_device_contributes_or_nothin
 
 def contributes_as_natively(page: Any, trainer: LanguageTrainer, start: Tensors, parts: tuple[Part, ...]) -> None:
     """All texts are in one batch, so that their order makes no difference."""
-    task = Task(trainer.config, (), 3, 16, 0.005, 0.01, 0.0, parts, parts)
+    task = Task(trainer.engine.config, (), 3, 16, 0.005, 0.01, 0.0, parts, parts)
     own = [*(Example(text) for text in ("abab abab", "ba ba", "abba")), Example(ANSWER, prompt=PROMPT)]
     held = [Example("abab ab"), Example("no, never", prompt="a")]
     expected = trainer.train(start, own, task, epochs=task.epochs, rng=np.random.default_rng(1))

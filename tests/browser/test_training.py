@@ -213,7 +213,7 @@ def test_a_tab_contributes_the_moments_of_a_native_device_to_an_analytic_head_or
 
 def contributes_moments_as_natively(page: Any, phone: Path) -> None:
     trainer, start = native(phone)
-    head, task = ClassifierHead.of(trainer.layout), AnalyticTask(trainer.config, LABELS, 0.01, 16.0)
+    head, task = ClassifierHead.of(trainer.layout), AnalyticTask(trainer.engine.config, LABELS, 0.01, 16.0)
     vector = moment_spec(head, weight_cap=7, ring_bits=32, max_clients=8)
     spec = replace(session_of(trainer.layout, 32), vector=vector)
     blob = files.encode(start)

@@ -123,6 +123,7 @@ sys.meta_path.insert(0, Absent())
 import client.node.app
 from client.node.statedir import DeviceStateDir
 from adapters.peftconfig import PeftConfig
+from client.training.engine import classifier_trainer
 from pathlib import Path
 
 base = DeviceStateDir.open(Path(sys.argv[1])).base()
