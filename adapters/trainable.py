@@ -26,7 +26,7 @@ from adapters.peft.methods import COPIES
 from adapters.peftconfig import TRAINABLE, Method, MethodName, PeftConfig, require_trainable
 from aggregation.errors import ConfigError
 
-# ``client.training.trainer`` puts the base's biases back where it disables an adapter.
+# ``client.training.torchengine`` puts the base's biases back where it disables an adapter.
 warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias", UserWarning)
 KINDS: Mapping[MethodName, Method] = {
     "lora": "LORA",

@@ -1,6 +1,6 @@
 """Runs the training graph of an exported base: the loss of a batch, and its gradient by each tensor of an adapter.
 
-Devices train with it (``client.training.engine``), and the exporter holds it to torch's gradients
+Devices train with it (``client.training.graphengine``), and the exporter holds it to torch's gradients
 (``export.parity.training``), so that what is measured is what runs. The graph reads the weights that the device answers
 with, from the same file.
 """

@@ -24,8 +24,8 @@ from adapters.sums import noisy_vector
 from aggregation.groups import GroupSum
 from aggregation.ring import dtype, packed_size
 from aggregation.spec import SessionSpec
+from client.training.engine import classifier_trainer
 from client.training.examples import Score
-from client.training.trainer import load_trainer
 from coordinator.settings import FederationSettings
 from simulations.data import populate
 from simulations.data.population import Client, LabelledText
@@ -84,7 +84,7 @@ def curve(
     population = populate(scenario.data, scenario.population, scenario.seed).population
     base = training_base(out, scenario, population)
     manifest, blob = provision.first_adapter(scenario, population, base)
-    tensors, mine = files.decode(blob), load_trainer(base, len(population.labels), manifest.peft_config)
+    tensors, mine = files.decode(blob), classifier_trainer(base, len(population.labels), manifest.peft_config)
     texts = list(dict.fromkeys(t.text for c in population.clients for t in (*c.train, *c.test)))
     notify(f"embedding {len(texts)} texts")
     found = dict(zip(texts, mine.embed(texts).astype(np.float64), strict=True))

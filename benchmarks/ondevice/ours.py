@@ -44,7 +44,6 @@ class BundleEngine:
         self._inner.generate_next_token()  # selects only: the logits are there
 
     def step(self) -> int:
-        self._engine.use_huge_pages()
         read = int(self._inner.get_next_tokens()[0])
         self._inner.generate_next_token()
         return read

@@ -159,7 +159,6 @@ def _measured(
     clock = _Clock(begun)
     clock.mark("interpreter and numpy")
     from client.inference.engine import GenerationEngine, append
-    from client.inference.hugepages import collapse
     from client.inference.library import Composition, Library
     from client.inference.text import SamplingParams
 
@@ -184,8 +183,6 @@ def _measured(
         inner.generate_next_token()
         if marks:
             marks.mark(f"first token after {len(prompt)}")
-            collapse()
-            marks.mark("huge pages (later, in the background)")
         seconds = []
         for _ in range(count):
             begun = time.perf_counter()

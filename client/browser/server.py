@@ -78,7 +78,7 @@ class Site:
             enrolment: The same of the authority's enrolment service; with ``gateway`` only.
 
         Raises:
-            ConfigError: ``gateway`` or ``enrolment`` is no such address.
+            ConfigError: ``gateway`` or ``enrolment`` is not such an address.
             DataError: There is no bundle.
             TrustError: There are no pinned keys, or they are in the bundle.
             ConfigError: The page or its libraries are not installed.
@@ -96,7 +96,7 @@ class Site:
         page[TRUST] = trust or real(bundle).parent / TRUST
         for name, url in (("gateway", gateway), ("enrolment", enrolment)):
             if url and not ADDRESS.fullmatch(url):
-                text = f"{url} is no address to connect to: wss://HOST:PORT, or ws://127.0.0.1:PORT on this machine"
+                text = f"{url} is not an address to connect to: wss://HOST:PORT, or ws://127.0.0.1:PORT on this machine"
                 raise ConfigError(text, about=f"--{name}", value=url)
         if enrolment and not gateway:
             raise ConfigError("--enrolment goes with --gateway, where the device takes part", about="--enrolment")

@@ -1,17 +1,16 @@
-"""``edgeadapt device adapters``: the adapters of a bundle, each verified."""
+"""``edgeadapt device adapters`` and ``convert``: the adapters of a bundle, each verified."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from aggregation.errors import DataError, EdgeAdaptError
+from adapters import container, storage
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from client.cli import options
-
-if TYPE_CHECKING:  # slow to import, and not needed for --help
-    from client.inference.library import Library
+from client.inference.library import Composition, Library
 
 
 @click.command()
@@ -25,8 +24,6 @@ def adapters(bundle: Path, trust: Path | None, as_json: bool) -> None:
     Example:
       edgeadapt device adapters --bundle runs/demo/bundle
     """
-    from client.inference.library import Library
-
     library = Library.open(bundle, trust)
     found = [_verified(library, name) for name in library.names()]
     if as_json:
@@ -39,7 +36,7 @@ def adapters(bundle: Path, trust: Path | None, as_json: bool) -> None:
         raise DataError(reason, about="bundle.adapters", value=refused)
 
 
-def _verified(library: "Library", name: str) -> dict[str, Any]:
+def _verified(library: Library, name: str) -> dict[str, Any]:
     try:
         manifest = library.trust.adapter(name, library.base).manifest
     except EdgeAdaptError as error:
@@ -73,3 +70,33 @@ def _privacy(bound: dict[str, float] | None) -> str:
     if bound is None:
         return click.style("privacy none", bold=True)
     return f"epsilon {bound['epsilon']:.2f} for delta {bound['delta']:g}"
+
+
+@click.command()
+@options.bundle
+@options.trust
+@click.option("--adapter", "name", metavar="NAME", help="A name or a composition. Default: as for 'infer'.")
+@click.option("--out", type=options.FILE, required=True, metavar="FILE", help="The new .onnx_adapter file.")
+@options.as_json
+def convert(bundle: Path, trust: Path | None, name: str | None, out: Path, as_json: bool) -> None:
+    """Verify an adapter, and write it in 32-bit floats, which onnxruntime-genai and ONNX Runtime load.
+
+    The new file is not signed, and no device accepts it in a bundle.
+
+    \b
+    Examples:
+      edgeadapt device convert --bundle chat --out global.onnx_adapter
+      edgeadapt device convert --bundle chat --adapter global:0.5+anna --out both.onnx_adapter
+    """
+    library = Library.open(bundle, trust)
+    adapter = library.load(Composition.of(name or library.default()))
+    blob = container.pack(adapter.inputs)
+    try:
+        storage.create(out, blob, storage.PRIVATE)
+    except FileExistsError as error:
+        raise ConfigError(f"{out} exists: name a new file", about=out.name) from error
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written ({error.strerror})", about=out.name) from error
+    row = {"file": str(out), "adapter": adapter.name, "version": adapter.version, "bytes": len(blob)}
+    line = f"{out}: {adapter.name} version {adapter.version}, fp32, {len(blob):,} bytes"
+    click.echo(json.dumps(row, ensure_ascii=False) if as_json else line)

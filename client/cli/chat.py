@@ -3,22 +3,22 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
+from collections.abc import Generator as Closable
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, TypeVar, cast
 
 import click
 
+from adapters.storage import read
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
-from client.cli import options
+from client.cli import learn, options
 from client.cli.options import printable
-
-if TYPE_CHECKING:  # slow to import, and not needed for --help
-    from collections.abc import Generator as Closable
-
-    from client.inference.generate import Conversation, Generator
-    from client.inference.text import Answer
-    from client.learning import Learner
+from client.inference.generate import Conversation, Generator
+from client.inference.guide import Guide, GuideKind
+from client.inference.text import Answer, SamplingParams
+from client.learning import Correction, Learner
+from client.training.trainer import MAX_STEPS
 
 HELP = """\
 /adapter NAME   use this adapter, or several, as in /adapter global:0.5+anna; without NAME: the bare base
@@ -29,6 +29,68 @@ HELP = """\
 /help           show this help
 /quit           quit, as Ctrl-D does; Ctrl-C ends an answer or a lesson"""
 
+MAX_GUIDE_FILE = 2**18  # bytes; UTF-8 has up to four for a character
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def sampling(command: F) -> F:
+    """Add an option for each field of ``client.inference.SamplingParams``; ``params_of`` reads them."""
+    for option in (
+        click.option("--grammar", type=options.FILE, metavar="FILE", help="Answer by this Lark grammar."),
+        click.option("--regex", metavar="PATTERN", help="Answer with a text that matches PATTERN as a whole."),
+        click.option(
+            "--json-schema", type=options.FILE, metavar="FILE", help="Answer with JSON that matches this schema."
+        ),
+        click.option(
+            "--beams",
+            type=int,
+            default=1,
+            metavar="N",
+            help="Search for the most likely answer with N at once; it is shown when it is complete.",
+        ),
+        click.option(
+            "--repetition-penalty", type=float, default=1.0, metavar="X", help="Above 1: avoid words that occurred."
+        ),
+        click.option("--stop", multiple=True, metavar="TEXT", help="End an answer before TEXT; may be repeated."),
+        click.option("--seed", type=int, metavar="N", help="Equal seeds give equal answers."),
+        click.option("--top-k", type=int, default=0, metavar="K", help="Sample from the K most likely tokens; 0: all."),
+        click.option(
+            "--top-p", type=float, default=1.0, metavar="P", help="Sample from the fewest tokens of probability P."
+        ),
+        click.option("--temperature", type=float, default=0.0, metavar="T", help="0: always the most likely token."),
+        click.option("--max-tokens", type=int, default=256, metavar="N", help="Limit of an answer.", show_default=True),
+    ):
+        command = option(command)
+    return command
+
+
+def params_of(json_schema: Path | None, regex: str | None, grammar: Path | None, **sampling: Any) -> SamplingParams:
+    """What the options of ``sampling`` say.
+
+    Raises:
+        ConfigError: A value is out of range, there is more than one guide, or its file is missing.
+        DataError: The file is too large or is not UTF-8.
+    """
+    given: list[tuple[GuideKind, Path | str | None]] = [
+        (GuideKind.JSON_SCHEMA, json_schema),
+        (GuideKind.REGEX, regex),
+        (GuideKind.GRAMMAR, grammar),
+    ]
+    guides = [(kind, value) for kind, value in given if value is not None]
+    if len(guides) > 1:
+        raise ConfigError("an answer has one form: give one of --json-schema, --regex and --grammar", about="guide")
+    sources = [Guide(kind, _text(value) if isinstance(value, Path) else value) for kind, value in guides]
+    return SamplingParams(guide=sources[0] if sources else None, **sampling)
+
+
+def _text(path: Path) -> str:
+    try:
+        return read(path, MAX_GUIDE_FILE).decode()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}", about=path.name) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8", about=path.name) from error
+
 
 @click.command()
 @options.bundle
@@ -36,7 +98,7 @@ HELP = """\
 @click.option("--base-only", is_flag=True, help="Use no adapter.")
 @options.trust
 @click.option("--system", metavar="TEXT", help="System prompt.")
-@options.sampling
+@sampling
 @click.option("--prompt", metavar="TEXT", help="Answer TEXT and quit.")
 @click.option("--teach", metavar="ANSWER", help="ANSWER is right to --prompt: learn that on this device.")
 @options.as_json
@@ -49,7 +111,7 @@ def chat(
     prompt: str | None,
     teach: str | None,
     as_json: bool,
-    **sampling: Any,
+    **params: Any,
 ) -> None:
     """Chat with the language model of a bundle.
 
@@ -74,33 +136,28 @@ def chat(
     if teach is not None:
         if prompt is None or base_only or system is not None:
             raise click.UsageError("--teach needs --prompt, and excludes --base-only and --system")
-        from client.cli import learn
-        from client.learning import Correction
-
         learn.teach(bundle, trust, adapter, [Correction(prompt, teach)], as_json)
         return
-    from client.inference.generate import Conversation, Generator
-
     if as_json and prompt is None:
         raise click.UsageError("--json needs --prompt")
     if adapter is not None and base_only:
         raise click.UsageError("--adapter and --base-only exclude each other")
-    params = options.params_of(**sampling)
+    settings = params_of(**params)
     generator = Generator.open(bundle, trust)
     if not base_only and adapter is None and generator.library.names():
         adapter = generator.library.default()
-    conversation = Conversation(generator, params, system, adapter)
+    conversation = Conversation(generator, settings, system, adapter)
     if prompt is None:
         converse(conversation, generator, trust)
     else:
         answer(conversation, generator, prompt, as_json)
 
 
-def answer(conversation: "Conversation", generator: "Generator", prompt: str, as_json: bool) -> None:
+def answer(conversation: Conversation, generator: Generator, prompt: str, as_json: bool) -> None:
     """Answer one prompt.
 
     Raises:
-        DataError: The answer has not the form of its guide, which JSON states instead. It was shown all the same.
+        DataError: The answer does not have the form of its guide, which JSON states instead. It was shown all the same.
     """
     if not as_json:
         _show(conversation.ask(prompt), generator)
@@ -115,7 +172,7 @@ def answer(conversation: "Conversation", generator: "Generator", prompt: str, as
     click.echo(json.dumps({"adapter": adapter, "prompt": prompt, "answer": text, **counts}, ensure_ascii=False))
 
 
-def converse(conversation: "Conversation", generator: "Generator", trust: Path | None = None) -> None:
+def converse(conversation: Conversation, generator: Generator, trust: Path | None = None) -> None:
     """Answer standard input line by line. After an error the conversation goes on with the next line.
 
     Args:
@@ -156,9 +213,9 @@ def read_line(prompt: str) -> str | None:
             click.echo("  (Ctrl-D or /quit quits)")
 
 
-def _show(pieces: Iterator[str], generator: "Generator") -> None:
+def _show(pieces: Iterator[str], generator: Generator) -> None:
     """Print an answer as it is written. Raises as ``answer``."""
-    with closing(cast("Closable[str, None, None]", pieces)):
+    with closing(cast(Closable[str, None, None], pieces)):
         for piece in pieces:
             click.echo(printable(piece), nl=False)
     click.echo()
@@ -166,13 +223,13 @@ def _show(pieces: Iterator[str], generator: "Generator") -> None:
         _check(generator.last)
 
 
-def _check(last: "Answer") -> None:
+def _check(last: Answer) -> None:
     if not last.valid:
         why = f"was cut after {last.tokens} tokens; raise --max-tokens" if last.finish == "length" else "is not JSON"
         raise DataError(f"the answer is not what the {last.guide} describes: it {why}", about="answer")
 
 
-def _command(line: str, conversation: "Conversation", generator: "Generator", trust: Path | None) -> bool:
+def _command(line: str, conversation: Conversation, generator: Generator, trust: Path | None) -> bool:
     word, _, rest = line.strip().partition(" ")
     commands: dict[str, Callable[[], str]] = {
         "/adapter": lambda: _switch(rest.strip(), conversation),
@@ -189,16 +246,13 @@ def _command(line: str, conversation: "Conversation", generator: "Generator", tr
     return True
 
 
-def _switch(names: str, conversation: "Conversation") -> str:
+def _switch(names: str, conversation: Conversation) -> str:
     conversation.use(names or None)
     return _in_use(conversation)
 
 
-def _teach(answer: str, conversation: "Conversation", generator: "Generator", trust: Path | None) -> str:
+def _teach(answer: str, conversation: Conversation, generator: Generator, trust: Path | None) -> str:
     """Teach the adapter in use the right answer to the last message; the one that was in use stays after any error."""
-    from client.cli.learn import language_lines
-    from client.learning import Correction, teach_language_model
-
     if conversation.asked is None or not answer:
         what = "nothing was asked yet: write a message" if answer else "write the right answer: /teach ANSWER"
         raise DataError(what, about="/teach")
@@ -207,12 +261,12 @@ def _teach(answer: str, conversation: "Conversation", generator: "Generator", tr
         raise ConfigError(reason, about="/teach")
     corrections = [Correction(conversation.asked, answer)]
     with _lesson(conversation, generator, trust) as learner, _steps() as report:
-        learned = teach_language_model(learner, corrections, report=report)
+        learned = learner.teach(corrections, report=report)
     conversation.use(learned.adapter)
-    return "\n".join([*language_lines(learned), "in use from now on; /reset drops the old answers"])
+    return "\n".join([*learn.lines(learned), "in use from now on; /reset drops the old answers"])
 
 
-def _undo(conversation: "Conversation", generator: "Generator", trust: Path | None) -> str:
+def _undo(conversation: Conversation, generator: Generator, trust: Path | None) -> str:
     with _lesson(conversation, generator, trust) as learner:
         undone = learner.undo()
     conversation.use(undone.adapter)
@@ -222,7 +276,7 @@ def _undo(conversation: "Conversation", generator: "Generator", trust: Path | No
 
 
 @contextmanager
-def _lesson(conversation: "Conversation", generator: "Generator", trust: Path | None) -> Iterator["Learner"]:
+def _lesson(conversation: Conversation, generator: Generator, trust: Path | None) -> Iterator[Learner]:
     """The learner of the adapter in use.
 
     Raises:
@@ -230,8 +284,6 @@ def _lesson(conversation: "Conversation", generator: "Generator", trust: Path | 
         DataError: The disk is full, for example.
         TrustError, DataError, ConfigError: As ``Learner.open``.
     """
-    from client.learning import Learner
-
     name = _single(conversation)
     try:
         with Learner.open(generator.library.bundle, trust, name, task="text-generation") as learner:
@@ -241,8 +293,8 @@ def _lesson(conversation: "Conversation", generator: "Generator", trust: Path | 
         raise DataError(reason, about="bundle") from error
 
 
-def _single(conversation: "Conversation") -> str:
-    """The name of the adapter in use. Raises ConfigError: there is no one adapter of weight 1."""
+def _single(conversation: Conversation) -> str:
+    """The name of the adapter in use. Raises ConfigError if that is not one adapter of weight 1."""
     if conversation.adapter is None or len(parts := conversation.adapter.composition.parts) > 1 or parts[0].weight != 1:
         raise ConfigError("one adapter learns, of weight 1: choose it with /adapter NAME", about="/adapter")
     return parts[0].name
@@ -251,8 +303,6 @@ def _single(conversation: "Conversation") -> str:
 @contextmanager
 def _steps() -> Iterator[Callable[[int], object]]:
     """Show the steps of a lesson on standard error, if that is a terminal, in a line that goes away at its end."""
-    from client.learning.tune import MAX_STEPS
-
     if not sys.stderr.isatty():
         yield lambda _: None
         return
@@ -262,12 +312,12 @@ def _steps() -> Iterator[Callable[[int], object]]:
         click.echo("\r\x1b[K", nl=False, err=True)
 
 
-def _reset(conversation: "Conversation") -> str:
+def _reset(conversation: Conversation) -> str:
     conversation.reset()
     return "conversation dropped"
 
 
-def _in_use(conversation: "Conversation") -> str:
+def _in_use(conversation: Conversation) -> str:
     if (adapter := conversation.adapter) is None:
         return "no adapter: the bare base"
     return f"adapter {adapter.name}, version {adapter.version}, rank {adapter.rank}"

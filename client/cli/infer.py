@@ -3,17 +3,17 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from aggregation.errors import ConfigError, DataError
 from client.cli import options
 from client.cli.options import printable
-
-if TYPE_CHECKING:  # slow to import, and not needed for --help
-    from client.inference.library import Library
-    from client.inference.session import ClassificationSession
+from client.inference.generate import Generator
+from client.inference.library import Library
+from client.inference.session import ClassificationSession
+from client.inference.text import SamplingParams
 
 
 @click.command()
@@ -66,8 +66,6 @@ def infer(
       edgeadapt device infer --bundle runs/demo/bundle --json - < phrases.txt
       edgeadapt device infer --bundle phone/bundle --teach HassTurnOn "make it bright in here"
     """
-    from client.inference.library import Library
-
     phrases = _phrases(texts)
     if label is not None:
         _teach(bundle, names, compose, trust, phrases, label, as_json)
@@ -94,7 +92,7 @@ def _teach(
     label: str,
     as_json: bool,
 ) -> None:
-    from client.cli.learn import teach
+    from client.cli.learn import teach  # a phrase is answered sooner without what learns
     from client.learning import Correction
 
     if compose is not None or len(names) > 1:
@@ -115,14 +113,12 @@ def _phrases(texts: Sequence[str]) -> list[str]:
     return phrases
 
 
-def _classify(library: "Library", names: Sequence[str], phrases: list[str], top: int) -> list[dict[str, Any]]:
-    from client.inference.session import ClassificationSession
-
+def _classify(library: Library, names: Sequence[str], phrases: list[str], top: int) -> list[dict[str, Any]]:
     session = ClassificationSession.of(library)
     return [_ranked(session, name, phrases, top) for name in names or (session.library.default(),)]
 
 
-def _ranked(session: "ClassificationSession", name: str, phrases: list[str], top: int) -> dict[str, Any]:
+def _ranked(session: ClassificationSession, name: str, phrases: list[str], top: int) -> dict[str, Any]:
     adapter, answers = session.load(name), []
     for text in phrases:
         share = session.unknown_share(text) if text.strip() else 1.0
@@ -134,10 +130,7 @@ def _ranked(session: "ClassificationSession", name: str, phrases: list[str], top
     return {**used, "answers": answers}
 
 
-def _continue(library: "Library", names: Sequence[str], texts: list[str], tokens: int) -> list[dict[str, Any]]:
-    from client.inference.generate import Generator
-    from client.inference.text import SamplingParams
-
+def _continue(library: Library, names: Sequence[str], texts: list[str], tokens: int) -> list[dict[str, Any]]:
     generator, params, results = Generator.of(library), SamplingParams(max_tokens=tokens), []
     default = library.default() if library.names() and not names else None
     for name in names or (default,):
@@ -149,7 +142,6 @@ def _continue(library: "Library", names: Sequence[str], texts: list[str], tokens
 
 
 def _continuations(adapters: list[dict[str, Any]]) -> list[str]:
-    """Each text with its continuation, after the adapter's name if there are several."""
     return [
         printable((f"[{result['adapter']}] " if len(adapters) > 1 else "") + answer["text"] + answer["continuation"])
         for result in adapters

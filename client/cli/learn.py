@@ -1,19 +1,25 @@
-"""``edgeadapt device learn``: teaches the private adapter of a bundle what a person corrects, or takes it back."""
+"""``edgeadapt device learn`` and ``personalize``: the private adapter of a bundle learns from a person."""
 
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from adapters.manifest import Task
+from adapters.phrases import read_phrases
 from aggregation.errors import ConfigError
 from client.cli import options
 from client.cli.options import printable
-
-if TYPE_CHECKING:  # slow to import, and not needed for --help
-    from adapters.manifest import Task
-    from client.learning import Answers, Correction, LanguageLearned, Learned
+from client.learning import Answers, Correction, Learned, Learner, Personalized, TextBits
+from client.learning.learner import Learnt, bits
+from client.training.control import TrainingControl
+from client.training.examples import read_examples
+from client.training.personal import PersonalMethod, PersonalStep
+from commandline import FiniteRange
 
 
 @click.command()
@@ -53,14 +59,9 @@ def learn(
     if undo == (file is not None) or (undo and compare is not None):
         raise ConfigError("name a FILE of corrections, or --undo what was learned last", about="--undo")
     if file is not None:
-        from adapters.phrases import read_phrases
-        from client.learning import Correction
-
         teach(bundle, trust, name, [Correction(text, label) for label, text in read_phrases(file)], as_json, compare)
         return
-    from client.learning import Learner
-
-    with Learner.open(bundle, trust, name, task=None) as learner:
+    with Learner.open(bundle, trust, name) as learner:
         undone = learner.undo()
     if as_json:
         click.echo(json.dumps(asdict(undone), ensure_ascii=False))
@@ -68,80 +69,190 @@ def learn(
         what = "what was learned last:" if undone.corrections else "the last personal step"
         click.echo(f"{undone.adapter} version {undone.version} is in use, without {what}")
         for one in undone.corrections:
-            click.echo(f"{_line(one.label)}  {_line(one.text)}")
+            click.echo(f"{_one_line(one.label)}  {_one_line(one.text)}")
 
 
 def teach(
     bundle: Path,
     trust: Path | None,
     name: str | None,
-    corrections: "list[Correction]",
+    corrections: list[Correction],
     as_json: bool,
     compare: Path | None = None,
-    task: "Task | None" = None,
+    task: Task | None = None,
 ) -> None:
-    """Learn corrections, and print what that did. Raises as ``Learner.open``, ``Learner.teach`` and
-    ``teach_language_model``.
-    """
-    from client.learning import Learner, teach_language_model
-    from client.training.examples import read_examples
-
+    """Learn corrections, and print what that did. Raises as ``Learner.open`` and ``Learner.teach``."""
     with Learner.open(bundle, trust, name, task=task) as learner:
-        if learner.library.manifest.task == "text-generation":
-            compared = () if compare is None else read_examples(compare, 0)
-            written = teach_language_model(learner, corrections, compared)
-            row, lines = asdict(written), language_lines(written)
-        elif compare is not None:
-            raise ConfigError("--compare is for language models: leave it out", about="--compare")
-        else:
-            labels = learner.adapter.manifest.labels
-            meant = {options.words(label): label for label in labels} | {label: label for label in labels}
-            learned = learner.teach([replace(one, label=meant.get(one.label, one.label)) for one in corrections])
-            row, lines = _row(learned), _lines(learned)
-            for one in () if as_json else learned.taught:
-                options.warn_of_unread(one.text, one.unread)
-    click.echo(json.dumps(row, ensure_ascii=False) if as_json else "\n".join(lines))
+        labels = learner.adapter.manifest.labels
+        meant = {options.words(label): label for label in labels} | {label: label for label in labels}
+        compared = () if compare is None else read_examples(compare, 0)
+        learned = learner.teach([replace(one, label=meant.get(one.label, one.label)) for one in corrections], compared)
+    if as_json:
+        click.echo(json.dumps(_row(learned), ensure_ascii=False))
+        return
+    for one in learned.taught:
+        if isinstance(one, Answers):
+            options.warn_of_unread(one.text, one.unread)
+    click.echo("\n".join(lines(learned)))
 
 
-def language_lines(learned: "LanguageLearned") -> list[str]:
-    """What a lesson of a language model did, in lines."""
+def lines(learned: Learned) -> list[str]:
     known = sum(one.known for one in learned.taught)
-    lines = [
-        f"{learned.adapter} version {learned.version}: {known} of {len(learned.taught)} learned, "
-        f"{learned.steps} steps; bits per byte before → after:"
-    ]
-    for title, texts in (("taught", learned.taught), ("other", learned.others)):
-        lines += [f"{title}  {one.before:.3f} → {one.after:.3f}  {_line(one.text)[:60]}" for one in texts]
-    return lines
-
-
-def _row(learned: "Learned") -> dict[str, Any]:
-    found = asdict(learned)
-    for answers in (*found["taught"], *found["changed"]):
-        for when in ("before", "after"):
-            answers[when]["probability"] = round(answers[when]["probability"], 6)
-    return found | {"seconds": round(learned.seconds, 3)}
-
-
-def _lines(learned: "Learned") -> list[str]:
-    known = sum(one.after.label == one.label for one in learned.taught)
-    lines = [
-        f"{learned.adapter} version {learned.version}: {known} of {len(learned.taught)} learned, {learned.steps} steps",
-        *map(change, learned.taught),
-    ]
-    if learned.tested:
-        lines.append(f"{len(learned.changed)} of {learned.tested} other known phrases are answered otherwise")
-    wrong = (
-        f"  forgotten: {options.words(one.label)}" if one.after.label != one.label else "" for one in learned.changed
+    head = (
+        f"{learned.adapter} version {learned.version}: {known} of {len(learned.taught)} learned, {learned.steps} steps"
     )
-    return lines + [f"{change(one)}{note}" for one, note in zip(learned.changed, wrong, strict=True)]
+    if isinstance(learned.taught[0], TextBits):
+        taught, others = ([f"{_line(one)}" for one in texts] for texts in (learned.taught, learned.others))
+        return [
+            f"{head}; bits per byte before → after:",
+            *(f"taught  {line}" for line in taught),
+            *(f"other  {line}" for line in others),
+        ]
+    changed = _changed(learned.others)
+    tested = f"{len(changed)} of {len(learned.others)} other known phrases are answered otherwise"
+    wrong = ("" if one.known else f"  forgotten: {options.words(one.label)}" for one in changed)
+    notes = [f"{_line(one)}{note}" for one, note in zip(changed, wrong, strict=True)]
+    return [head, *map(_line, learned.taught), *([tested] if learned.others else []), *notes]
 
 
-def change(one: "Answers") -> str:
-    """An answer before and after, with its phrase, as one line."""
+def _row(learned: Learned) -> dict[str, Any]:
+    row = asdict(learned) | {"seconds": round(learned.seconds, 3)}
+    if isinstance(learned.taught[0], Answers):
+        del row["others"]
+        row |= {"taught": list(map(_rounded, learned.taught)), **_tested(learned.others)}
+    return row
+
+
+def _tested(others: Sequence[Learnt]) -> dict[str, Any]:
+    return {"changed": list(map(_rounded, _changed(others))), "tested": len(others)}
+
+
+def _changed(others: Sequence[Learnt]) -> list[Answers]:
+    return [one for one in others if isinstance(one, Answers) and one.changed]
+
+
+def _rounded(one: Learnt) -> dict[str, Any]:
+    row = asdict(one)
+    for when in ("before", "after"):
+        row[when]["probability"] = round(row[when]["probability"], 6)
+    return row
+
+
+def _line(one: Learnt) -> str:
+    if isinstance(one, TextBits):
+        return f"{one.before:.3f} → {one.after:.3f}  {_one_line(one.text)[:60]}"
     before, after = (f"{options.words(answer.label)} {answer.probability:.1%}" for answer in (one.before, one.after))
-    return f"{before} → {after}  {_line(one.text)}"
+    return f"{before} → {after}  {_one_line(one.text)}"
 
 
-def _line(text: str) -> str:
+def _one_line(text: str) -> str:
     return " ".join(printable(text).split())
+
+
+@click.command()
+@options.bundle
+@click.option("--adapter", "name", metavar="NAME", help="The global adapter to start from, if there are several.")
+@options.trust
+@click.option(
+    "--method",
+    type=click.Choice([method.value for method in PersonalMethod]),
+    default=PersonalMethod.FINE_TUNE.value,
+    show_default=True,
+    help="Train all parts; fit a classifier's head by a regression alone; both; or go halfway.",
+)
+@click.option("--epochs", type=click.IntRange(1, 100), default=3, show_default=True, help="Passes over the examples.")
+@click.option(
+    "--learning-rate",
+    type=FiniteRange(0, 1, min_open=True),
+    metavar="RATE",
+    help="Of AdamW. Default: 0.001, and 0.1 of virtual tokens.",
+)
+@click.option(
+    "--scale",
+    type=FiniteRange(0, 1000, min_open=True),
+    default=16.0,
+    show_default=True,
+    help="With ridge or ensemble: the federation's analytic.scale.",
+)
+@click.option(
+    "--patience",
+    type=click.IntRange(0),
+    default=0,
+    metavar="N",
+    help="End after N epochs without a lower loss on the held-out examples, with the best adapter; 0: never.",
+)
+@click.option(
+    "--seconds",
+    type=FiniteRange(0, min_open=True),
+    metavar="S",
+    help="End after S, with what is learned by then.",
+)
+@click.option(
+    "--duty-cycle",
+    type=FiniteRange(0.01, 1),
+    default=1.0,
+    metavar="SHARE",
+    help="Compute for this share of the time, and pause after each step, to save a battery.",
+)
+@options.as_json
+@click.argument("file", type=options.FILE, metavar="EXAMPLES")
+def personalize(
+    bundle: Path,
+    name: str | None,
+    trust: Path | None,
+    method: str,
+    epochs: int,
+    learning_rate: float | None,
+    scale: float,
+    patience: int,
+    seconds: float | None,
+    duty_cycle: float,
+    as_json: bool,
+    file: Path,
+) -> None:
+    """Make a private adapter from the newest global adapter of the bundle and the examples in EXAMPLES, a device's
+    examples.jsonl, and put it into use if it answers at least as many of the held-out examples, or of a language model
+    predicts them at least as well.
+
+    What was taught with `edgeadapt device learn` is trained as well. Nothing leaves the device. After a kill, the same
+    command goes on where it was. `edgeadapt device learn --undo` takes the adapter back.
+
+    Printed are the right answers to the held-out examples, and what is answered otherwise than before.
+
+    \b
+    Examples:
+      edgeadapt device personalize --bundle phone/bundle examples.jsonl
+      edgeadapt device personalize --bundle phone/bundle --method ridge examples.jsonl
+      edgeadapt device personalize --bundle phone/bundle --epochs 20 --patience 2 --duty-cycle 0.3 examples.jsonl
+    """
+    how = PersonalStep(epochs, scale, PersonalMethod(method), patience=patience)
+    with Learner.open(bundle, trust, name) as learner:
+        control = TrainingControl(seconds or math.inf, duty_cycle)
+        found = learner.personalize(file, how, learning_rate, control)
+        counts = {name: int(score.correct) for name, score in found.scores.items()}
+        costs = {name: bits(score) for name, score in found.scores.items() if score.count}
+        scores = {"right": counts} if learner.adapter.manifest.labels else {"bits": costs}
+    if as_json:
+        row = asdict(replace(found, scores={}, others=()))
+        del row["scores"], row["others"]
+        row |= scores | (_tested(found.others) if "right" in scores else {})
+        click.echo(json.dumps(row, ensure_ascii=False))
+    else:
+        click.echo("\n".join(_personal_lines(found, scores)))
+
+
+def _personal_lines(found: Personalized, scores: dict[str, dict[str, Any]]) -> list[str]:
+    ((kind, values),) = scores.items()
+    if kind == "bits":
+        better = "predicts the held-out examples better"
+        title, shown = f"bits per byte of {found.held_out}", [f"{name} {value:.3f}" for name, value in values.items()]
+    else:
+        better = "answers more of the held-out examples" if "personal" in values else "forgets fewer public phrases"
+        title, shown = f"right of {found.held_out}", [f"{name} {value}" for name, value in values.items()]
+    state = "is in use" if found.made else f"stays in use: it {better}"
+    text = [f"{found.adapter} version {found.version} {state}; {found.trained} examples"]
+    if found.held_out:
+        text.append(f"{title} held-out examples: {', '.join(shown)}")
+    if found.others:
+        text.append(f"{len(_changed(found.others))} of {len(found.others)} known phrases are answered otherwise")
+    return text + list(map(_line, _changed(found.others)))

@@ -104,7 +104,7 @@ def forget(state_dir: Path, yes: bool) -> None:
 
     For a coordinator that lost its transcripts or its newest adapters, or whose rounds failed too often while they were
     unmasked: the device refuses its offers or plans, because they contradict what it remembers. Or to share such parts
-    from then on, trained anew.
+    from then on, trained again.
 
     \b
     Example:

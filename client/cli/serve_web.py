@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from client.browser.server import Site, http_server
 from client.cli import options
 
 
@@ -41,8 +42,6 @@ def serve_web(
       edgeadapt device serve-web --bundle runs/demo/bundle
       edgeadapt device serve-web --bundle runs/demo/bundle --export site
     """
-    from client.browser.server import Site, http_server
-
     site = Site.of(bundle, trust, gateway, enrolment)
     if out is not None:
         site.export(out)

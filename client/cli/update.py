@@ -5,7 +5,10 @@ from pathlib import Path
 
 import click
 
+from aggregation.entropy import SystemEntropy
 from client.cli import options
+from client.updates import ChannelSource, follow
+from client.updates import update as bring
 
 
 @click.command()
@@ -38,10 +41,6 @@ def update(
         --root root.json
       edgeadapt device update --bundle kitchen/bundle
     """
-    from aggregation.entropy import SystemEntropy
-    from client.updates import ChannelSource, follow
-    from client.updates import update as bring
-
     named = (repository, channel, root)
     if any(named):
         if repository is None or channel is None or root is None:

@@ -21,7 +21,6 @@ import onnxruntime as ort
 from adapters.bundle import GENERATION, TOKENIZER, VerifiedBase
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from client.inference.guide import Guide, GuidedAnswer, GuideFollower, required
-from client.inference.hugepages import collapse_in_background
 from client.inference.library import Adapter
 from client.inference.text import Detokenizer, SamplingParams, TextDecoder, first_line, special_tokens
 
@@ -31,8 +30,6 @@ PIECE = 64  # tokens of a prompt that are read at once; with SmolLM2, longer pie
 
 @dataclass(slots=True)
 class _Live:
-    """A generator of onnxruntime-genai, and the tokens in its KV cache."""
-
     inner: Any
     params: SamplingParams
     adapter: str | None  # by name
@@ -45,12 +42,7 @@ class GenerationEngine:
     """A verified base, loaded. The caller verifies adapters, and reads one answer at a time."""
 
     def __init__(self, base: VerifiedBase, threads: int, options: Mapping[str, str] | None = None) -> None:
-        """Load the model.
-
-        Args:
-            base: The base.
-            threads: For the graph.
-            options: Further session options of ONNX Runtime, such as ``enable_profiling``.
+        """Load the model. ``options``: further session options of ONNX Runtime, such as ``enable_profiling``.
 
         Raises:
             ConfigError: onnxruntime-genai is not installed.
@@ -64,7 +56,6 @@ class GenerationEngine:
         self._tokenizer = self._og.Tokenizer(self._model)
         self._adapters = self._og.Adapters(self._model)
         self._live: _Live | None = None
-        self._in_huge_pages = False
         stated = json.loads(base.files[GENERATION])["model"]
         self.context = int(stated["context_length"])
         self.vocabulary = int(stated["vocab_size"])
@@ -149,8 +140,8 @@ class GenerationEngine:
         live, known = self._usable(params, adapter, min(self.context, len(prompt) + params.max_tokens)), 0
         live.guided = guided
         if live.adapter == adapter:
-            # Without the last tokens: the last sampled one is not in the cache, and the prompt's last must be read anew
-            # for its logits.
+            # Without the last tokens: the last sampled one is not in the cache, and the prompt's last must be read once
+            # more for its logits.
             known = _common(live.tokens[:-1], prompt[:-1])
         if live.inner.token_count():
             live.inner.rewind_to(known)
@@ -169,7 +160,6 @@ class GenerationEngine:
         """
         live = self._live
         assert live is not None  # noqa: S101  # `read` came before
-        self.use_huge_pages()
         limit = min(live.params.max_tokens, self.context - len(live.tokens))
         if live.params.beams > 1:
             yield from self._search(live, limit)
@@ -194,11 +184,7 @@ class GenerationEngine:
             yield next(iter(self.ends))  # onnxruntime-genai leaves it out
 
     def check(self, params: SamplingParams) -> None:
-        """Return if the guide of ``params``, if any, can be followed. The first one takes up to a second.
-
-        Raises:
-            ConfigError: As ``GuideFollower`` and its ``begin``.
-        """
+        """Check that the guide of ``params``, if any, can be followed. Raises as ``GuideFollower.begin``."""
         self._guided(params.guide)
 
     def _guided(self, guide: Guide | None) -> GuidedAnswer | None:
@@ -218,15 +204,6 @@ class GenerationEngine:
         self._switch(live, adapter)
         live.tokens = []
         return live.inner
-
-    def use_huge_pages(self) -> None:
-        """Move the weights to huge pages once, in the background (``hugepages.py``), when the first answer begins.
-
-        Not earlier: it takes a core for some tenths of a second, which would delay the first token.
-        """
-        if not self._in_huge_pages:
-            self._in_huge_pages = True
-            collapse_in_background()
 
     def _switch(self, live: _Live, adapter: str | None) -> None:
         if live.adapter != adapter:
@@ -255,7 +232,6 @@ class GenerationEngine:
 
 
 def append(inner: Any, tokens: Sequence[int], size: int = PIECE) -> None:
-    """Let onnxruntime-genai's generator ``inner`` read ``tokens``, ``size`` of them at once."""
     for start in range(0, len(tokens), size):
         inner.append_tokens(np.array(tokens[start : start + size], dtype=np.int32))
 
@@ -273,13 +249,11 @@ def _step(live: _Live) -> None:
 
 
 def genai() -> Any:
-    """onnxruntime-genai. Raises as ``required``."""
     og = required("onnxruntime_genai")
     og.disable_telemetry_events()
     return og
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """The length of the common prefix."""
     pairs = zip(one, other, strict=False)
     return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

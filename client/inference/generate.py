@@ -79,7 +79,6 @@ class Generator:
 
     @property
     def context(self) -> int:
-        """The model's limit of tokens, prompt and answer together."""
         return self._engine.context
 
     @property
@@ -135,7 +134,7 @@ class Generator:
         return self._engine.encode(self._engine.apply_chat_template(listed))
 
     def check(self, params: SamplingParams) -> None:
-        """Return if answers can be written by these parameters. Raises ConfigError as ``GenerationEngine.check``."""
+        """Check that answers can be written by these parameters. Raises ConfigError as ``GenerationEngine.check``."""
         self._engine.check(params)
 
     def max_prompt(self, params: SamplingParams, adapter: Adapter | None = None) -> int:
@@ -219,13 +218,7 @@ class Conversation:
     def __init__(
         self, generator: Generator, params: SamplingParams, system: str | None = None, adapter: Named | None = None
     ) -> None:
-        """Start without messages.
-
-        Args:
-            generator: Answers; several conversations may share it.
-            params: Of every answer.
-            system: The system prompt, if any.
-            adapter: As for ``Generator.load``; None for the bare base.
+        """Start without messages; several conversations may share a generator.
 
         Raises:
             TrustError, DataError, ConfigError: As ``use``.
@@ -262,15 +255,10 @@ class Conversation:
 
     @property
     def adapter(self) -> Adapter | None:
-        """The adapter that answers; None for the bare base."""
         return self._adapter
 
     def use(self, adapter: Named | None) -> None:
-        """Let another adapter answer. After an error the conversation keeps the one that it has.
-
-        Raises:
-            TrustError, DataError, ConfigError: As ``Generator.load``.
-        """
+        """Let another adapter answer. After an error the conversation keeps its own. Raises as ``Generator.load``."""
         self._adapter = None if adapter is None else self._generator.load(adapter)
 
     def reset(self) -> None:

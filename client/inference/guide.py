@@ -21,8 +21,6 @@ MAX_GUIDE = 2**16  # characters
 
 
 class GuideKind(StrEnum):
-    """What a guide is written in."""
-
     JSON_SCHEMA = "json_schema"  # of the keywords of JSON Schema, those that llguidance knows
     REGEX = "regex"  # of Rust's `regex`, for the whole answer; ``\\d`` is ``[0-9]``; no look-around, no back references
     GRAMMAR = "lark_grammar"  # llguidance's dialect of Lark
@@ -55,7 +53,6 @@ class Guide:
             raise ConfigError(f"the {self} is not JSON; correct it", about="guide")
 
     def __str__(self) -> str:
-        """In words."""
         return {"json_schema": "JSON schema", "regex": "regular expression", "lark_grammar": "grammar"}[self.kind]
 
     @property
@@ -70,14 +67,12 @@ class Guide:
         """Whether a finished answer can be used: what a schema describes is JSON.
 
         What each token may be was decided while the answer was written. This finds only a library that decides
-        otherwise: it is no second check against the schema.
+        otherwise: it is not a second check against the schema.
         """
         return self.kind is not GuideKind.JSON_SCHEMA or parses(text)
 
 
 class GuideFollower:
-    """llguidance, over the tokens of one model."""
-
     def __init__(self, tokenizer: bytes, vocabulary: int, ends: Collection[int]) -> None:
         """Read a tokenizer.json, which takes up to a second.
 
@@ -130,17 +125,11 @@ class GuideFollower:
 
 
 class GuidedAnswer:
-    """The tokens of an answer so far, and those that may follow."""
-
     def __init__(self, guide: Guide, state: Any) -> None:
         self._guide, self._state = guide, state
 
     def allowed(self) -> NDArray[np.bool_]:
-        """Whether each token of the vocabulary may be next.
-
-        Raises:
-            DataError: None may, or the guide has too many states.
-        """
+        """Whether each token may be next. Raises DataError if none may, or the guide has too many states."""
         found = np.frombuffer(self._state.compute_logit_bias(), np.uint8) > 0
         if self._state.is_error():
             reason = f"the model cannot go on by the {self._guide} ({_line(self._state.get_error())}); simplify it"
@@ -148,7 +137,6 @@ class GuidedAnswer:
         return found
 
     def append(self, token: int) -> None:
-        """Add a token that is ``allowed``."""
         self._state.consume_token(token)
 
 

@@ -176,7 +176,6 @@ class Adapter:
 
     @property
     def version(self) -> int:
-        """The highest version among the parts."""
         return max(manifest.version for manifest in self.manifests)
 
 
@@ -266,12 +265,7 @@ class Library:
 
     @classmethod
     def open(cls, bundle: Path, trust: Path | None, task: Task | None = None) -> Self:
-        """Verify the base of ``bundle``.
-
-        Args:
-            bundle: The folder.
-            trust: The pinned public keys; by default ``trust.pem`` in the folder that contains the bundle.
-            task: The task that the base must be for, if any.
+        """Verify the base of ``bundle``, which must be for ``task``, if one is named.
 
         Raises:
             TrustError: There are no pinned keys, or none of them signed this base.
@@ -296,7 +290,6 @@ class Library:
         return self.base.manifest
 
     def names(self) -> list[str]:
-        """The adapters in the bundle, by file name; not verified."""
         return adapter_names(self.bundle)
 
     def default(self, without: str | None = None) -> str:
@@ -366,8 +359,7 @@ class AdapterCache(LRUCache[Composition, V]):
         """Start empty.
 
         Args:
-            count: The most adapters to hold.
-            nbytes: The most bytes to hold.
+            count, nbytes: The most adapters, and bytes of them, to hold.
             sizeof: The bytes of an adapter.
             is_current: Whether an adapter may still be used.
             evicted: Called with each adapter that is not held any more.
@@ -396,7 +388,6 @@ class AdapterCache(LRUCache[Composition, V]):
             super().__setitem__(key, value)
 
     def popitem(self) -> tuple[Composition, V]:
-        """Evict the adapter that was used longest ago."""
         key, value = super().popitem()
         self._evicted(value)
         return key, value

@@ -54,15 +54,9 @@ class PhraseReader:
         return ids[: end - surplus] + ids[end:]
 
     def unread(self, text: str, virtual_tokens: int = 0, most: float = math.inf) -> int:
-        """How many tokens at the end of a text are beyond the model's limit.
+        """How many tokens at the end of a text are beyond the model's limit, or ``most``, as in training.
 
-        Args:
-            text: The text.
-            virtual_tokens: As of ``tokens``.
-            most: A limit below the model's, as in training.
-
-        Raises:
-            DataError: The text is not valid (``text.checked``).
+        Raises DataError if the text is not valid (``text.checked``).
         """
         encoding = self._tokenizer.encode(checked(text))
         size = len(encoding.ids) + sum(part.special_tokens_mask.count(0) for part in encoding.overflowing)
@@ -73,10 +67,7 @@ class PhraseReader:
         """The share of a text's tokens that the tokenizer does not know, 0 to 1; a text without any token has 1.
 
         Special tokens, also those that the text spells out, and marks of white space do not count. A text of share 1,
-        such as an emoji, says nothing to the model.
-
-        Raises:
-            DataError: The text is not valid (``text.checked``).
+        such as an emoji, says nothing to the model. Raises DataError if the text is not valid (``text.checked``).
         """
         return self._share(self._tokenizer.encode(checked(text)))
 

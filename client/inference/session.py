@@ -163,22 +163,11 @@ class ClassificationSession:
         return loaded
 
     def unknown_share(self, text: str) -> float:
-        """The share of a text's tokens that the base does not know (``PhraseReader.unknown_share``).
-
-        The other methods refuse a text of share 1.
-
-        Raises:
-            DataError: The text is not valid (``text.checked``).
-        """
+        """As ``PhraseReader.unknown_share``. The other methods refuse a text of share 1."""
         return self._reader.unknown_share(text)
 
     def unread(self, text: str, adapter: Named) -> int:
-        """How many tokens at the end of a text an adapter's answer leaves out (``PhraseReader.unread``).
-
-        Raises:
-            DataError: The text is not valid (``text.checked``).
-            TrustError, DataError, ConfigError: As ``load``.
-        """
+        """As ``PhraseReader.unread``, with an adapter's virtual tokens. Raises as that and ``load``."""
         return self._reader.unread(text, self.load(adapter).virtual_tokens)
 
     @contextmanager

@@ -1,7 +1,6 @@
 """Text of a language model or classifier: which texts are accepted, how an answer is sampled, and where it ends."""
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -40,13 +39,12 @@ def checked(text: str) -> str:
 
 
 def special_tokens(tokenizer: bytes) -> tuple[str, ...]:
-    """The special tokens of a model, as its ``tokenizer.json`` states them."""
     added = json.loads(tokenizer).get("added_tokens", [])
     return tuple(sorted(token["content"] for token in added if token.get("special") and token["content"]))
 
 
 def require_plain(text: str, special: Sequence[str], about: str) -> None:
-    """Return if a text has no special token: a tokenizer recognizes them in any text, which could pose as another.
+    """Check that a text has no special token: a tokenizer recognizes them in any text, which could pose as another.
 
     Args:
         text: The text.
@@ -62,17 +60,12 @@ def require_plain(text: str, special: Sequence[str], about: str) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of a library's error, short enough for a message."""
     return str(error).partition("\n")[0][:200] or type(error).__name__
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How an answer is sampled. By default greedily, so that equal questions get equal answers.
-
-    Raises:
-        ConfigError: A value is out of range.
-    """
+    """How an answer is sampled. By default greedily, so that equal questions get equal answers. Raises ConfigError."""
 
     max_tokens: int = 256  # of the answer
     temperature: float = 0.0  # divides the logits; 0 takes the most likely token
@@ -85,27 +78,26 @@ class SamplingParams:
     guide: Guide | None = None  # what the answer must look like
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ConfigError(f"max_tokens {self.max_tokens} is below 1", about="max_tokens", value=self.max_tokens)
-        if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 10):
-            reason = f"temperature {self.temperature} is not between 0 and 10"
-            raise ConfigError(reason, about="temperature", value=self.temperature)
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p {self.top_p} is not above 0 and at most 1", about="top_p", value=self.top_p)
-        if not 0 <= self.top_k < 2**31:
-            reason = f"top_k {self.top_k} is not between 0 and {2**31 - 1}; 0 stands for all tokens"
-            raise ConfigError(reason, about="top_k", value=self.top_k)
-        if self.seed is not None and not 0 <= self.seed < 2**31:
-            raise ConfigError(f"seed {self.seed} is not between 0 and {2**31 - 1}", about="seed", value=self.seed)
+        for name, holds, range_ in (
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature <= 10, "between 0 and 10"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", 0 <= self.top_k < 2**31, f"between 0 and {2**31 - 1}; 0 stands for all tokens"),
+            ("seed", self.seed is None or 0 <= self.seed < 2**31, f"between 0 and {2**31 - 1}"),
+            (
+                "repetition_penalty",
+                0 < self.repetition_penalty <= MAX_PENALTY,
+                f"above 0 and at most {MAX_PENALTY:g}; 1 changes nothing",
+            ),
+            ("beams", 1 <= self.beams <= MAX_BEAMS, f"between 1 and {MAX_BEAMS}"),
+        ):
+            if not holds:
+                value = getattr(self, name)
+                raise ConfigError(f"{name} {value} is not {range_}", about=name, value=value)
         for text in self.stop:
             if not 0 < len(text) <= MAX_STOP:
                 reason = f"a stop string of {len(text)} characters is not between 1 and {MAX_STOP} characters long"
                 raise ConfigError(reason, about="stop", value=text)
-        if not 0 < self.repetition_penalty <= MAX_PENALTY:
-            reason = f"repetition_penalty {self.repetition_penalty} is not above 0 and at most {MAX_PENALTY:g}"
-            raise ConfigError(f"{reason}; 1 changes nothing", about="repetition_penalty", value=self.repetition_penalty)
-        if not 1 <= self.beams <= MAX_BEAMS:
-            raise ConfigError(f"beams {self.beams} is not between 1 and {MAX_BEAMS}", about="beams", value=self.beams)
         if self.beams > 1 and self.temperature > 0:
             reason = "beams search for the most likely answer, and a temperature samples; leave one of them out"
             raise ConfigError(reason, about="beams", value=self.beams)
@@ -157,7 +149,6 @@ class Detokenizer:
     """The texts of a model's tokens, by the decoder of its tokenizer.json."""
 
     def __init__(self, tokenizer: bytes) -> None:
-        """Read a tokenizer.json. Raises what the tokenizers library and ``json`` raise."""
         stated = json.loads(tokenizer)
         vocabulary, added = stated["model"]["vocab"], stated.get("added_tokens", [])
         self.pieces = (
@@ -234,7 +225,6 @@ class StopFilter:
         return text[:end]
 
     def rest(self) -> str:
-        """The text held back, once no more pieces follow."""
         held, self._held = self._held, ""
         return held
 

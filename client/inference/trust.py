@@ -4,20 +4,117 @@
 
 - The pinned keys are outside the bundle: keys that ship in a bundle would vouch for themselves.
 - The version of an adapter is not below the highest that this device has accepted under its name for its base, and has
-  the content that this version had then (``seen.py``). It is noted only after every other rule holds.
+  the content that this version had then: else whoever can write to the bundle, but cannot sign, could go back to an
+  adapter that was once signed. It is noted only after every other rule holds, in a file next to the pinned keys:
+  whoever can write there can pin another key.
 
 docs/explanation/inference.md says what these rules leave open.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
-from adapters.bundle import TRUST, Bundle, VerifiedAdapter, VerifiedBase
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from adapters import jsontext
+from adapters.bundle import TRUST, Bundle, VerifiedAdapter, VerifiedBase, read_file
+from adapters.dsse import MAX_ENVELOPE
 from adapters.keyfiles import read_public_keys
-from adapters.storage import real
-from aggregation.errors import TrustError
-from client.inference.seen import SeenVersions
+from adapters.manifest import AdapterManifest, Count, Sha256
+from adapters.storage import locked, real, replace
+from aggregation.errors import ConfigError, DataError, TrustError
+
+
+@dataclass(frozen=True, slots=True)
+class SeenVersion:
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    version: Count
+    content: Sha256  # ``AdapterManifest.content``
+
+    @classmethod
+    def of(cls, manifest: AdapterManifest) -> Self:
+        return cls(manifest.version, manifest.content)
+
+
+Versions = dict[Sha256, dict[Annotated[str, Field(max_length=64)], SeenVersion]]  # base digest → adapter → version
+
+
+@dataclass(frozen=True, slots=True)
+class SeenVersions:
+    """The file, which need not exist yet."""
+
+    path: Path
+
+    def check(self, manifest: AdapterManifest) -> None:
+        """Check that ``accept`` would not raise TrustError, and note nothing."""
+        _is_new(self._read(), manifest)
+
+    def highest(self, base_digest: str, name: str) -> int:
+        """The highest version of an adapter that was accepted; 0 if none was. Raises TrustError as ``accept``."""
+        seen = self._read().get(base_digest, {}).get(name)
+        return seen.version if seen else 0
+
+    def accept(self, manifest: AdapterManifest) -> None:
+        """Note the version of a verified manifest, if it is the highest so far.
+
+        Raises:
+            TrustError: It is lower than the highest, the highest had another content, or the file is damaged.
+            ConfigError: The file cannot be written.
+        """
+        if not _is_new(self._read(), manifest):
+            return
+        try:
+            with locked(self.path.with_suffix(".lock")):  # else two programs could undo what the other noted
+                versions = self._read()
+                if _is_new(versions, manifest):
+                    versions.setdefault(manifest.base_digest, {})[manifest.name] = SeenVersion.of(manifest)
+                    noted = {base: {name: asdict(one) for name, one in seen.items()} for base, seen in versions.items()}
+                    replace(self.path, jsontext.encode(noted))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot note the accepted version in {self.path} ({error.strerror}): make the folder writable, or pin "
+                "the keys in another one with --trust",
+                about=self.path.name,
+            ) from error
+
+    def _read(self) -> Versions:
+        if not self.path.exists():
+            return {}
+        try:
+            raw = read_file(self.path, MAX_ENVELOPE)
+            jsontext.decode(raw)  # refuses what the next line would read in one of several ways
+            return TypeAdapter(Versions).validate_json(raw, strict=True)
+        except (DataError, TrustError, ValueError, ValidationError) as error:
+            # The cause would say to copy the bundle again, which does not help.
+            raise TrustError(
+                f"{self.path}, which notes the versions that were accepted, is damaged: delete it only if you trust "
+                "the bundle to be the current one",
+                about=self.path.name,
+            ) from error
+
+
+def _is_new(versions: Versions, manifest: AdapterManifest) -> bool:
+    """Whether the version is above the highest. Raises TrustError as ``SeenVersions.accept``."""
+    highest = versions.get(manifest.base_digest, {}).get(manifest.name)
+    if highest is None or manifest.version > highest.version:
+        return True
+    if manifest.version < highest.version:
+        raise TrustError(
+            f"adapter {manifest.name!r} is version {manifest.version}, but version {highest.version} was accepted here "
+            "before: copy the current bundle",
+            about="adapter-manifest.version",
+            value=manifest.version,
+        )
+    if manifest.content != highest.content:
+        raise TrustError(
+            f"adapter {manifest.name!r} has another content than the version {manifest.version} that was accepted here "
+            "before: copy the current bundle, or export the new content under the next version",
+            about="adapter-manifest.source",
+            value=manifest.source,
+        )
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +152,6 @@ class Trust:
 
     @property
     def seen(self) -> SeenVersions:
-        """The versions that the device has accepted."""
         return SeenVersions(self.pinned.with_suffix(".seen.json"))
 
     def adapter(self, name: str, base: VerifiedBase) -> VerifiedAdapter:

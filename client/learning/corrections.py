@@ -46,8 +46,6 @@ _CORRECTIONS = wire.sequence(wire.record(Correction), MAX_CORRECTIONS + MAX_AT_O
 
 @dataclass(frozen=True, slots=True)
 class Before:
-    """The private adapter before a lesson: its signed manifest and its file."""
-
     manifest: Annotated[bytes, wire.blob(2**22)] = field(repr=False)
     blob: Annotated[bytes, wire.blob(MAX_FILE)] = field(repr=False)
 
@@ -57,7 +55,6 @@ class Lesson:
     """One run of learning.
 
     Attributes:
-        corrections: What was taught.
         made: SHA-256 of the file of the adapter that it made.
         used: SHA-256 of the file of the adapter that was in use before.
         before: That adapter; None if it was not private, so that undoing deletes the private one.
@@ -109,11 +106,7 @@ class LessonHistory:
         return replace(self, kept=kept[-MAX_CORRECTIONS:], lessons=lessons)
 
     def undone(self) -> tuple[Lesson, Self]:
-        """The last lesson, and the history without it.
-
-        Raises:
-            DataError: No lesson is left.
-        """
+        """The last lesson, and the history without it. Raises DataError if none is left."""
         if not self.lessons:
             raise DataError("there is nothing to undo: the adapter in use was not learned here", about="--undo")
         return self.lessons[-1], replace(self, lessons=self.lessons[:-1])
@@ -135,11 +128,7 @@ class LessonHistory:
 
     @classmethod
     def open(cls, raw: bytes, key: bytes) -> "LessonHistory":
-        """Decrypt it.
-
-        Raises:
-            TrustError: It was altered, or sealed with another key.
-        """
+        """Decrypt it. Raises TrustError if it was altered, or sealed with another key."""
         return sealed.open_record(_CODEC, raw, key, _MAGIC)
 
 

@@ -13,13 +13,16 @@
 Nothing of this leaves the device. Whatever fails, and whenever the process is killed, the adapter in use stays.
 """
 
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, replace
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from stat import S_IMODE
+from typing import Any
 
 import numpy as np
 
@@ -49,12 +52,22 @@ from aggregation.pki.identity import IdentityKey, PublicKey
 from client.inference.library import Library
 from client.inference.phrases import PhraseReader
 from client.inference.session import Prediction
+from client.inference.text import checked, require_plain, special_tokens
 from client.learning.corrections import HISTORY, MAX_FILE, Before, Correction, Lesson, LessonHistory, check_count
-from client.learning.tune import probabilities, tune
+from client.training import graphengine
 from client.training.control import UNLIMITED, TrainingCheckpoint, TrainingControl
-from client.training.examples import MAX_TEXT, Example, Split, encode_examples, in_split, read_examples
-from client.training.graphtrainer import GraphTrainer
-from client.training.personal import Candidate, PersonalStep, in_own_words, personalize, rehearsal
+from client.training.examples import MAX_TEXT, Example, Score, Split, encode_examples, in_split, read_examples
+from client.training.personal import (
+    Candidate,
+    Choice,
+    PersonalMethod,
+    PersonalStep,
+    Rehearsal,
+    in_own_words,
+    personalize,
+    rehearsal,
+)
+from client.training.trainer import ClassifierTrainer, LanguageTrainer, probabilities
 
 LEARNED, KEY, SEALING_KEY, LOCK = "learned", "key.pem", "sealing.key", "learn.lock"
 PERSONAL = "personal"  # the private adapter that is made of a global one
@@ -63,16 +76,15 @@ MAX_TESTED = 32  # phrases
 TRAINING_STATE = "training.sealed"
 PUBLIC_EACH = 2  # public phrases of a label that a personal step rehearses (docs/decisions/0034)
 BATCH_SIZE = 16
+LEARNING_RATE = 0.002  # of a lesson
+LANGUAGE_RATE = 0.005  # of a language model's lesson, whose few steps have to change several tokens
+VIRTUAL_RATE = 0.1  # of virtual tokens, which are few numbers (Lester et al. 2021 train prompts at 0.3)
 PERSONAL_RATE = 1e-3  # of a personal step
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """The answers to a phrase before and after learning, and its label.
-
-    Attributes:
-        unread: Of the phrase's tokens, those at its end that are not trained on.
-    """
+    """A classifier's answers to a phrase before and after learning. ``unread``: tokens at its end, not trained on."""
 
     text: str = field(repr=False)
     label: str
@@ -80,25 +92,46 @@ class Answers:
     after: Prediction
     unread: int
 
+    @property
+    def known(self) -> bool:
+        return self.after.label == self.label
+
+    @property
+    def changed(self) -> bool:
+        return self.before.label != self.after.label
+
+
+@dataclass(frozen=True, slots=True)
+class TextBits:
+    """What a text costs a language model before and after learning, in bits per byte.
+
+    ``known``: whether each of its tokens is the most likely one after learning: without sampling it is the answer.
+    """
+
+    prompt: str = field(repr=False)
+    text: str = field(repr=False)
+    before: float
+    after: float
+    known: bool
+
+
+Learnt = Answers | TextBits
+
 
 @dataclass(frozen=True, slots=True)
 class Learned:
-    """What learning did.
+    """What a lesson did.
 
-    Attributes:
-        adapter, version: The private adapter that is in use now.
-        steps, seconds: Of training.
-        taught: The corrections.
-        changed: Of the ``tested`` other phrases, those with another answer than before.
+    ``others``: a classifier's earlier corrections and public phrases that were not rehearsed; a language model's
+    earlier corrections, and the texts that were given to be compared.
     """
 
     adapter: str
     version: int
     steps: int
     seconds: float
-    taught: tuple[Answers, ...]
-    changed: tuple[Answers, ...]
-    tested: int
+    taught: tuple[Learnt, ...]
+    others: tuple[Learnt, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +140,11 @@ class Personalized:
 
     Attributes:
         adapter, version: The adapter that is in use now.
-        made: Whether the step made it; else another one answers more of the held-out examples.
-        seconds: Of the step.
+        made: Whether the step made it; else another one is better on the held-out examples.
         trained, held_out: Examples; corrections and public phrases are among the first.
-        right: Of the held-out examples, by adapter: ``global``, ``in use`` before the step, and ``personal``, unless
+        scores: On the held-out examples, by adapter: ``global``, ``in use`` before the step, and ``personal``, unless
             each personal adapter answers fewer public phrases right than the global one.
-        changed: Of the ``tested`` held-out examples and counted public phrases, those with another answer than before;
-            none if the adapter in use stays.
+        others: Of a classifier, the held-out examples and counted public phrases; none if the adapter in use stays.
     """
 
     adapter: str
@@ -122,15 +153,12 @@ class Personalized:
     seconds: float
     trained: int
     held_out: int
-    right: Mapping[str, int]
-    changed: tuple[Answers, ...]
-    tested: int
+    scores: Mapping[str, Score]
+    others: tuple[Learnt, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Undone:
-    """What undoing did: the adapter in use, and what it does not know any more."""
-
     adapter: str
     version: int
     corrections: tuple[Correction, ...]
@@ -146,7 +174,7 @@ class Learner:
     keys: tuple[IdentityKey, bytes] = field(repr=False)  # signing, sealing
     folder: Path
     history: LessonHistory
-    relinked: bool = False  # whether the files of the base were linked anew since they were hashed
+    relinked: bool = False  # whether the files of the base were linked again since they were hashed
 
     @classmethod
     @contextmanager
@@ -156,7 +184,7 @@ class Learner:
         trust: Path | None = None,
         name: str | None = None,
         entropy: Entropy | None = None,
-        task: BundleTask | None = "text-classification",
+        task: BundleTask | None = None,
     ) -> Iterator["Learner"]:
         """Verify a bundle and open what was learned, which no other process can do at the same time.
 
@@ -181,7 +209,7 @@ class Learner:
                 target = adapter.manifest.name if adapter.manifest.parent else PERSONAL
                 if target != adapter.manifest.name and target in adapter_names(bundle):
                     reason = (
-                        f"{bundle} has a private adapter already: choose {target} in place of {adapter.manifest.name}"
+                        f"{bundle} has a private adapter already: choose {target} instead of {adapter.manifest.name}"
                     )
                     raise ConfigError(reason, about="--adapter", value=name)
                 keys = _keys(folder, entropy or SystemEntropy())
@@ -191,33 +219,50 @@ class Learner:
             reason = f"another program is learning with {bundle}: try again when it has ended"
             raise ConfigError(reason, about=LOCK) from error
 
-    def teach(self, corrections: Sequence[Correction]) -> Learned:
+    def teach(
+        self,
+        corrections: Sequence[Correction],
+        compared: Sequence[Example] = (),
+        report: Callable[[int], object] = lambda _: None,
+    ) -> Learned:
         """Tune the adapter in use until it answers corrections as taught, and put it into use.
 
-        It rehearses recent corrections, and of the public phrases that the bundle has one for each label, that in the
-        words of all corrections; it tests recent corrections, and public phrases that are not rehearsed.
+        Recent corrections are rehearsed. A classifier also rehearses, of the public phrases that the bundle has, one
+        for each label, that in the words of all corrections.
+
+        Args:
+            corrections: Phrases and their labels; of a language model prompts, and the right answer to each.
+            compared: Of a language model: texts that are not trained, to see what is forgotten.
+            report: Gets the number of each step of training, of at most ``trainer.MAX_STEPS``, before it.
 
         Raises:
-            DataError: A text or label cannot be learned, there are none or too many, none was learned, or a loss is not
+            DataError: A correction cannot be learned, there are none or too many, none was learned, or a loss is not
                 finite.
-            ConfigError: The bundle has no training graph, or not one for this adapter.
+            ConfigError: The bundle has no training graph, or not one for this adapter; or a classifier has texts to
+                compare.
             OSError: The disk is full, for example.
         """
-        manifest = self.adapter.manifest
-        taught = self._checked(corrections)
-        trainer = self._trainer(manifest)
-        start, begun = trainer.tensors_of(self.adapter.inputs), time.perf_counter()
-        rehearsed, tested = self._others(trainer, taught)
-        tuned = tune(trainer, start, taught, rehearsed)
+        check_count(corrections)
+        manifest, done = self.adapter.manifest, 0
+        subject = self._subject(manifest)
+        taught = subject.checked(corrections)
+
+        def step() -> None:
+            nonlocal done
+            report(done := done + 1)
+
+        trainer, begun = subject.trainer, time.perf_counter()
+        start = trainer.engine.tensors_of(self.adapter.inputs)
+        rehearsed, others = subject.others(taught, compared)
+        tuned = trainer.teach(start, taught, rehearsed, subject.rate(lesson=True), step)
         seconds = time.perf_counter() - begun
-        answers = self._answers(trainer, manifest, [*taught, *tested], start, tuned.adapter)
-        own, others = answers[: len(taught)], answers[len(taught) :]
-        if not any(one.after.label == one.label for one in own):
-            reason = f"nothing was learned in {tuned.steps} steps; the adapter in use stays: teach other phrases"
+        found = subject.learnt([*taught, *others], start, tuned)
+        own = found[: len(taught)]
+        if not any(one.known for one in own):
+            reason = f"nothing was learned in {done} steps; the adapter in use stays: teach something else"
             raise DataError(reason, about="corrections")
-        changed = tuple(one for one in others if one.before.label != one.after.label)
-        made = self.put_into_use(manifest, corrections, trainer.inputs_of(tuned.adapter))
-        return Learned(made.name, made.version, tuned.steps, seconds, own, changed, len(others))
+        used = self._put_into_use(manifest, corrections, trainer.engine.inputs_of(tuned))
+        return Learned(used.name, used.version, done, seconds, own, found[len(taught) :])
 
     def personalize(
         self,
@@ -228,64 +273,60 @@ class Learner:
     ) -> Personalized:
         """The personal step: a private adapter is made from the global one, and put into use.
 
-        It trains on the device's examples, on what the device was taught, and on public phrases (``rehearsal``). An
-        interrupted step of the same arguments is continued. The result answers as many other public phrases right as
-        the global adapter (``client.training.personal.personalize``). It is not put into use if there is no such
-        adapter, or if the global adapter, or the one in use, answers more of the held-out examples.
+        It trains on the device's examples, on what the device was taught and, a classifier, on public phrases
+        (``rehearsal``). An interrupted step of the same arguments is continued. A classifier that results answers as
+        many other public phrases right as the global adapter (``client.training.personal.personalize``). The adapter is
+        not put into use if the global adapter, or the one in use, is better on the held-out examples: answers more of
+        them or, of a language model, predicts them better.
 
         Args:
             examples: The device's examples file.
-            how: The step.
-            learning_rate: Of the first training step; None: ``PERSONAL_RATE``.
+            how: The step; of a language model, its method is fine-tuning.
+            learning_rate: Of the first training step; None: ``VIRTUAL_RATE`` of virtual tokens, else ``PERSONAL_RATE``.
             control: Limits of this device; its checkpoint is set here.
 
         Raises:
             DataError: An example is not valid, or a loss is not finite.
-            ConfigError: As ``teach``; or the bundle has no global adapter, or several.
+            ConfigError: As ``teach``; or the bundle has no global adapter, or several; or a language model has no such
+                method.
             OSError: The disk is full, for example.
         """
-        origin, begun = self.global_adapter(), time.perf_counter()
-        labels = origin.manifest.labels
-        own = read_examples(examples, len(labels))
-        trainer = self._trainer(origin.manifest)
-        start = trainer.tensors_of(origin.inputs)
-        taught = trainer.unlike(_labelled(self.history.corrections[::-1], labels), own)[::-1]
-        public = self._public(labels)
-        rate = learning_rate or PERSONAL_RATE
-        subject = step_digest(origin.manifest, rate, how, [*own, *taught, *public])
-        rng = np.random.default_rng(list(subject))
-        chosen = rehearsal(trainer, [*own, *taught], public, PUBLIC_EACH)
-        every, plain = [*own, *taught, *chosen.trained], chosen.counted
+        origin, begun = self._global_adapter(), time.perf_counter()
+        manifest, old = origin.manifest, self.adapter.manifest
+        subject = self._subject(manifest)
+        step = subject.step(how)
+        own = read_examples(examples, len(manifest.labels))
+        rate = learning_rate or subject.rate(lesson=False)
+        trainer: Any = subject.trainer  # of a language model ``step`` asks nothing that only a classifier has
+        start = trainer.engine.tensors_of(origin.inputs)
+        taught, public = subject.taught(own), subject.public()
+        digest = _step_digest(manifest, rate, how, [*own, *taught, *public])
+        chosen = subject.rehearsal([*own, *taught], public)
+        every, held_out = [*own, *taught, *chosen.trained], in_split(own, Split.VALIDATION)
         epochs = max(how.epochs, 1)
-        task = Task(trainer.config, labels, epochs, BATCH_SIZE, rate, 0.0, 0.0, PARTS, PARTS)
-        checkpoint = TrainingCheckpoint(self.folder / TRAINING_STATE, self.keys[1], subject)
-        bounded = replace(control, checkpoint=checkpoint)
+        task = Task(trainer.engine.config, manifest.labels, epochs, BATCH_SIZE, rate, 0.0, 0.0, PARTS, PARTS)
+        checkpoint = TrainingCheckpoint(self.folder / TRAINING_STATE, self.keys[1], digest)
+        rng, limits = np.random.default_rng(list(digest)), replace(control, checkpoint=checkpoint)
         shared = {Candidate.GLOBAL: start}
-        found = personalize(trainer, shared, every, task, how, rng=rng, plain=plain, control=bounded)
-        held_out = in_split(own, Split.VALIDATION)
-        before, right = start, {candidate.value: int(score.correct) for candidate, score in found.scores.items()}
-        old = self.adapter.manifest
-        if old.parent and (old.peft_config, old.labels) == (origin.manifest.peft_config, labels):
-            before = trainer.tensors_of(self.adapter.inputs)
-            right["in use"] = int(trainer.score(before, held_out).correct)
-        made = found.chosen is Candidate.PERSONAL and right["personal"] >= right.get("in use", 0)
-        others = [*held_out, *plain[:MAX_TESTED]]
-        answers = self._answers(trainer, origin.manifest, others if made else (), before, found.adapter)
-        used = self.put_into_use(origin.manifest, (), trainer.inputs_of(found.adapter)) if made else old
+        found = personalize(trainer, shared, every, task, step, rng=rng, plain=chosen.counted, control=limits)
+        before, scores = start, {candidate.value: score for candidate, score in found.scores.items()}
+        if old.parent and (old.peft_config, old.labels) == (manifest.peft_config, manifest.labels):
+            before = trainer.engine.tensors_of(self.adapter.inputs)
+            scores["in use"] = trainer.score(before, held_out)
+        made = found.chosen is Candidate.PERSONAL and subject.is_best(scores)
+        others: tuple[Learnt, ...] = ()
+        if made and manifest.labels:
+            others = subject.learnt([*held_out, *chosen.counted[:MAX_TESTED]], before, found.adapter)
+        used = self._put_into_use(manifest, (), trainer.engine.inputs_of(found.adapter)) if made else old
         checkpoint.delete()
-        return Personalized(
-            used.name,
-            used.version,
-            made,
-            time.perf_counter() - begun,
-            len(in_split(every, Split.TRAIN)),
-            len(held_out),
-            right,
-            tuple(one for one in answers if one.before.label != one.after.label),
-            len(answers),
-        )
+        trained, seconds = len(in_split(every, Split.TRAIN)), time.perf_counter() - begun
+        return Personalized(used.name, used.version, made, seconds, trained, len(held_out), scores, others)
 
-    def global_adapter(self) -> VerifiedAdapter:
+    def _subject(self, manifest: AdapterManifest) -> "_Phrases | _Texts":
+        kind = _Texts if self.library.manifest.task == "text-generation" else _Phrases
+        return kind(self, manifest)
+
+    def _global_adapter(self) -> VerifiedAdapter:
         """The newest global adapter: the one in use, or the only one of the bundle."""
         if not self.adapter.manifest.parent:
             return self.adapter
@@ -301,17 +342,10 @@ class Learner:
 
     @property
     def base(self) -> VerifiedBase:
-        """The base to train with, verified again after a lesson, which links its files anew.
-
-        Raises:
-            TrustError, DataError: As ``Bundle.base``.
-        """
+        """The base, verified again after a lesson, which links its files again. Raises as ``Bundle.base``."""
         if self.relinked:
             self.library, self.relinked = replace(self.library, base=self.library.trust.bundle.base()), False
         return self.library.base
-
-    def _trainer(self, manifest: AdapterManifest) -> GraphTrainer:
-        return GraphTrainer(self.base, len(manifest.labels), stated_config(manifest))
 
     def undo(self) -> Undone:
         """Go back to the adapter before the last lesson.
@@ -335,72 +369,13 @@ class Learner:
         return Undone(used.name, used.version, lesson.corrections)
 
     def _shared(self, digest: str) -> AdapterManifest:
-        """The adapter with this SHA-256, else the one to use in place of the private one."""
+        """The adapter with this SHA-256, else the one to use instead of the private one."""
         manifest_of = self.library.trust.bundle.adapter_manifest
         shared = [manifest_of(name) for name in self.library.names() if name != self.target]
         found = [one for one in shared if one.sha256 == digest]
         return found[0] if found else manifest_of(self.library.default(without=self.target))
 
-    def _checked(self, corrections: Sequence[Correction]) -> list[Example]:
-        """The corrections as examples. Raises DataError as ``teach``."""
-        labels = self.adapter.manifest.labels
-        check_count(corrections)
-        reader, read = PhraseReader.of(self.library.base.files[TOKENIZER]), dict[tuple[int, ...], str]()
-        for number, one in enumerate(corrections, 1):
-            if one.label not in labels:
-                known = ", ".join(labels[:40])
-                reason = f"phrase {number} has the label {one.label[:40]!r}, which the adapter lacks; it has: {known}"
-                raise DataError(reason, about="label", value=one.label)
-            if len(one.text) > MAX_TEXT:
-                reason = f"phrase {number} has {len(one.text)} characters, above the limit of {MAX_TEXT}: shorten it"
-                raise DataError(reason, about="text", value=len(one.text))
-            if read.setdefault(tuple(reader.tokens(one.text)), one.label) != one.label:
-                reason = f"phrase {number} is to the model one that has another label: teach it with one label"
-                raise DataError(reason, about="corrections", value=number)
-        return _labelled(corrections, labels)
-
-    def _others(self, trainer: GraphTrainer, taught: Sequence[Example]) -> tuple[list[Example], list[Example]]:
-        """What is rehearsed while this is taught, and what is tested: recent corrections, and other phrases."""
-        labels, corrected = self.adapter.manifest.labels, self.history.corrections
-        recent = trainer.unlike(_labelled(corrected[::-1], labels), taught)[: MAX_REHEARSED // 2]
-        every = [*taught, *(Example(one.text) for one in corrected)]
-        usable = trainer.unlike(self._public(labels), every)
-        nearest = in_own_words(trainer, usable, every)
-        one_each = list({one.label: one for one in (*usable, *reversed(nearest))}.values())
-        rehearsed = [*recent, *one_each][:MAX_REHEARSED]
-        return rehearsed, [*recent, *(example for example in usable if example not in rehearsed)][:MAX_TESTED]
-
-    def _public(self, labels: Sequence[str]) -> list[Example]:
-        """The public phrases of the bundle that have one of these labels, in the order of the next lesson."""
-        base = self.library.base
-        public = parse_phrases(base.read(PHRASES), base.folder / PHRASES) if PHRASES in base.manifest.files else []
-        known = [(label, text) for label, text in public if label in labels]
-        ordered = _in_lesson_order(known, len(self.history.corrections))
-        return [Example(text, labels.index(label)) for label, text in ordered]
-
-    def _answers(
-        self,
-        trainer: GraphTrainer,
-        manifest: AdapterManifest,
-        examples: Sequence[Example],
-        before: Tensors,
-        after: Tensors,
-    ) -> tuple[Answers, ...]:
-        if not examples:
-            return ()
-        reader = PhraseReader.of(self.library.base.files[TOKENIZER])
-        labels, temperature = manifest.labels, manifest.temperature
-        texts = [example.text for example in examples]
-        found = [
-            [Prediction(labels[int(row.argmax())], float(row.max())) for row in probabilities(logits, temperature)]
-            for logits in (trainer.logits(adapter, texts) for adapter in (before, after))
-        ]
-        return tuple(
-            Answers(one.text, labels[one.label], old, new, reader.unread(one.text, most=MAX_TOKENS))
-            for one, old, new in zip(examples, *found, strict=True)
-        )
-
-    def put_into_use(
+    def _put_into_use(
         self, origin: AdapterManifest, corrections: Sequence[Correction], inputs: Tensors
     ) -> AdapterManifest:
         """Put an adapter with these inputs, which was made from ``origin``, into use: a lesson that can be undone."""
@@ -429,7 +404,6 @@ class Learner:
         return made
 
     def _use(self, name: str) -> None:
-        """Go on with the adapter that was put into use."""
         self.adapter = self.library.trust.adapter(name, self.library.base)
         history = LessonHistory.read(self.folder / HISTORY, self.keys[1])
         self.history = history.current(self.adapter.manifest.sha256)
@@ -452,7 +426,6 @@ class Learner:
         self._write({path.as_posix(): content for path, content in files.items()})
 
     def _write(self, files: dict[str, bytes], removed: str | None = None) -> None:
-        """Replace the bundle, as a whole, by one with these files."""
         with storage.locked_folder(self.library.bundle) as whole:
             mode = S_IMODE(whole.stat().st_mode)
             with storage.staged(whole, mode=mode, replaces=True) as stage:
@@ -468,20 +441,166 @@ class Learner:
         return self.library.trust.bundle.trusted
 
 
+class _Phrases:
+    def __init__(self, learner: Learner, manifest: AdapterManifest) -> None:
+        self._learner, self._manifest, self._labels = learner, manifest, manifest.labels
+
+    @cached_property
+    def trainer(self) -> ClassifierTrainer:
+        return graphengine.classifier(self._learner.base, len(self._labels), _stated_config(self._manifest))
+
+    def rate(self, *, lesson: bool) -> float:
+        """Of a lesson or of a personal step, where none is named."""
+        return LEARNING_RATE if lesson else PERSONAL_RATE
+
+    def step(self, how: PersonalStep) -> PersonalStep:
+        return how
+
+    def checked(self, corrections: Sequence[Correction]) -> list[Example]:
+        """The corrections as examples. Raises DataError as ``Learner.teach``."""
+        reader, read = PhraseReader.of(self._learner.library.base.files[TOKENIZER]), dict[tuple[int, ...], str]()
+        for number, one in enumerate(corrections, 1):
+            if one.label not in self._labels:
+                known = ", ".join(self._labels[:40])
+                reason = f"phrase {number} has the label {one.label[:40]!r}, which the adapter lacks; it has: {known}"
+                raise DataError(reason, about="label", value=one.label)
+            if len(one.text) > MAX_TEXT:
+                reason = f"phrase {number} has {len(one.text)} characters, above the limit of {MAX_TEXT}: shorten it"
+                raise DataError(reason, about="text", value=len(one.text))
+            if read.setdefault(tuple(reader.tokens(one.text)), one.label) != one.label:
+                reason = f"phrase {number} is to the model one that has another label: teach it with one label"
+                raise DataError(reason, about="corrections", value=number)
+        return _labelled(corrections, self._labels)
+
+    def others(self, taught: Sequence[Example], compared: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+        """What is rehearsed while this is taught, and what is tested: recent corrections, and public phrases."""
+        if compared:
+            raise ConfigError("--compare is for language models: leave it out", about="--compare")
+        corrected = self._learner.history.corrections
+        recent = self.trainer.unlike(_labelled(corrected[::-1], self._labels), taught)[: MAX_REHEARSED // 2]
+        every = [*taught, *(Example(one.text) for one in corrected)]
+        usable = self.trainer.unlike(self.public(), every)
+        nearest = in_own_words(self.trainer, usable, every)
+        one_each = list({one.label: one for one in (*usable, *reversed(nearest))}.values())
+        rehearsed = [*recent, *one_each][:MAX_REHEARSED]
+        return rehearsed, [*recent, *(example for example in usable if example not in rehearsed)][:MAX_TESTED]
+
+    def taught(self, own: Sequence[Example]) -> list[Example]:
+        """What the device was taught, as far as its own examples do not say it."""
+        return self.trainer.unlike(_labelled(self._learner.history.corrections[::-1], self._labels), own)[::-1]
+
+    def public(self) -> list[Example]:
+        """The public phrases of the bundle that have one of these labels, in the order of the next lesson."""
+        base = self._learner.library.base
+        public = parse_phrases(base.read(PHRASES), base.folder / PHRASES) if PHRASES in base.manifest.files else []
+        known = [(label, text) for label, text in public if label in self._labels]
+        ordered = _in_lesson_order(known, len(self._learner.history.corrections))
+        return [Example(text, self._labels.index(label)) for label, text in ordered]
+
+    def rehearsal(self, examples: Sequence[Example], public: Sequence[Example]) -> Rehearsal:
+        return rehearsal(self.trainer, examples, public, PUBLIC_EACH)
+
+    def is_best(self, scores: Mapping[str, Score]) -> bool:
+        """Whether the personal adapter, which is better than the global one, is as good as that in use."""
+        return "in use" not in scores or scores["personal"].correct >= scores["in use"].correct
+
+    def learnt(self, examples: Sequence[Example], before: Tensors, after: Tensors) -> tuple[Answers, ...]:
+        if not examples:
+            return ()
+        reader = PhraseReader.of(self._learner.library.base.files[TOKENIZER])
+        labels, texts = self._labels, [example.text for example in examples]
+        rows = (probabilities(self.trainer.logits(one, texts), self._manifest.temperature) for one in (before, after))
+        found = [[Prediction(labels[int(row.argmax())], float(row.max())) for row in each] for each in rows]
+        return tuple(
+            Answers(one.text, labels[one.label], old, new, reader.unread(one.text, most=MAX_TOKENS))
+            for one, old, new in zip(examples, *found, strict=True)
+        )
+
+
+class _Texts:
+    """What a language model learns from: texts, and answers to prompts. Its methods are those of ``_Phrases``."""
+
+    def __init__(self, learner: Learner, manifest: AdapterManifest) -> None:
+        self._learner, self._manifest = learner, manifest
+
+    @cached_property
+    def trainer(self) -> LanguageTrainer:
+        return graphengine.language(self._learner.base, _stated_config(self._manifest))
+
+    def rate(self, *, lesson: bool) -> float:
+        if self.trainer.engine.config.num_virtual_tokens:
+            return VIRTUAL_RATE
+        return LANGUAGE_RATE if lesson else PERSONAL_RATE
+
+    def step(self, how: PersonalStep) -> PersonalStep:
+        """One that makes a personal adapter in any case: ``is_best`` chooses."""
+        if how.method is not PersonalMethod.FINE_TUNE:
+            raise ConfigError("a language model has no head to fit: leave out --method", about="--method")
+        return replace(how, choice=Choice.NEVER)
+
+    def checked(self, corrections: Sequence[Correction]) -> list[Example]:
+        special = special_tokens(self._learner.library.base.files[TOKENIZER])
+        for number, one in enumerate(corrections, 1):
+            for about, text in (("prompt", one.text), ("answer", one.label)):
+                if not text.strip() or len(text) > MAX_TEXT:
+                    size = f"has {len(text)} characters" if text.strip() else "is empty"
+                    reason = f"the {about} of correction {number} {size}: 1 to {MAX_TEXT} can be learned"
+                    raise DataError(reason, about=about, value=len(text))
+                require_plain(checked(text), special, about)
+        return _answering(corrections)
+
+    def others(self, taught: Sequence[Example], compared: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+        if cut := [number for number, text in enumerate(self.trainer.encode(taught), 1) if text.cut]:
+            reason = f"correction {cut[0]} has more tokens than can be learned: teach a shorter answer"
+            raise DataError(reason, about="answer", value=cut[0])
+        prompts = {one.prompt for one in taught}
+        earlier = [one for one in self._learner.history.corrections[::-1] if one.text not in prompts]
+        rehearsed = _answering(earlier[:MAX_REHEARSED])
+        return rehearsed, [*rehearsed, *compared]
+
+    def taught(self, own: Sequence[Example]) -> list[Example]:
+        return _answering(self._learner.history.corrections)
+
+    def public(self) -> list[Example]:
+        return []
+
+    def rehearsal(self, examples: Sequence[Example], public: Sequence[Example]) -> Rehearsal:
+        return Rehearsal((), ())
+
+    def is_best(self, scores: Mapping[str, Score]) -> bool:
+        return scores["personal"].loss <= min(score.loss for score in scores.values())
+
+    def learnt(self, examples: Sequence[Example], before: Tensors, after: Tensors) -> tuple[TextBits, ...]:
+        def cost(text: Example) -> TextBits:
+            old, new = (self.trainer.score(adapter, [text]) for adapter in (before, after))
+            return TextBits(text.prompt, text.text, bits(old), bits(new), new.correct == 1)
+
+        return tuple(map(cost, examples))
+
+
+def bits(score: Score) -> float:
+    """A language model's bits for each byte, over some texts."""
+    return score.loss / score.count / math.log(2)
+
+
+def _answering(corrections: Iterable[Correction]) -> list[Example]:
+    return [Example(one.label, prompt=one.text) for one in corrections]
+
+
 def _labelled(corrections: Sequence[Correction], labels: Sequence[str]) -> list[Example]:
-    """The corrections with one of these labels, as examples."""
     return [Example(one.text, labels.index(one.label)) for one in corrections if one.label in labels]
 
 
-def stated_config(manifest: AdapterManifest) -> PeftConfig:
-    """The configuration that an adapter states. Raises ConfigError if it states none."""
+def _stated_config(manifest: AdapterManifest) -> PeftConfig:
     if manifest.peft_config is None:
         reason = f"adapter {manifest.name!r} does not state its PEFT config, which training needs: export it again"
         raise ConfigError(reason, about="adapter-manifest.peft_config")
     return manifest.peft_config
 
 
-def step_digest(origin: AdapterManifest, learning_rate: float, how: PersonalStep, examples: Sequence[Example]) -> bytes:
+def _step_digest(
+    origin: AdapterManifest, learning_rate: float, how: PersonalStep, examples: Sequence[Example]
+) -> bytes:
     """What a personal step is of: an interrupted one of the same is continued."""
     settings = [origin.sha256, learning_rate, *map(str, astuple(how))]
     return sha256(jsontext.encode(settings) + encode_examples(examples)).digest()
@@ -497,7 +616,6 @@ def _in_lesson_order(phrases: Sequence[tuple[str, str]], lesson: int) -> list[tu
 
 
 def _keys(folder: Path, entropy: Entropy) -> tuple[IdentityKey, bytes]:
-    """The signing and the sealing key, which are made the first time."""
     if not (folder / KEY).exists():
         storage.replace(folder / KEY, IdentityKey.generate(entropy).to_pem())
     if not (folder / SEALING_KEY).exists():

@@ -22,7 +22,7 @@ from client.node.privateparts import PrivateParts
 from client.node.snapshot import Snapshot
 from client.node.sumhistory import SumHistory
 from client.node.tasklabels import TaskLabels
-from client.training.protocols import FrozenBase
+from client.training.trainer import FrozenBase
 
 Record = LogState | AdapterState | TaskLabels | SumHistory | PrivateParts | PrivacyLedger
 R = TypeVar("R", LogState, AdapterState, TaskLabels, SumHistory, PrivateParts, PrivacyLedger)

@@ -43,7 +43,7 @@ from client.node.privateparts import PrivateParts
 from client.node.snapshot import Snapshot
 from client.node.sumhistory import SumHistory
 from client.node.tasklabels import TASK_LABELS, TaskLabels
-from client.training.protocols import FrozenBase
+from client.training.trainer import FrozenBase
 
 SETTINGS = "device.toml"
 AGENT_LOCK = "agent.lock"  # held by an agent, and while its certificate is renewed without one

@@ -20,7 +20,7 @@ from aggregation.messages import MAX_TRAINING, HexDigest
 from aggregation.session import COORDINATOR
 from aggregation.wire import Codec
 from client.inference.trust import Trust
-from client.training.protocols import FrozenBase
+from client.training.trainer import FrozenBase
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ from client.training.examples import Example, Score, Split, in_split, parse_exam
 from client.training.limits import TrainingLimits
 from client.training.moments import embedded
 from client.training.private import private_of, subject_of, with_private
-from client.training.protocols import ClassifierTrainer, FrozenBase, LocalTrainer
+from client.training.trainer import ClassifierTrainer, FrozenBase, LocalTrainer
 
 log = logging.getLogger("edgeadapt.device")
 T = TypeVar("T")

@@ -29,8 +29,6 @@ MAGIC = b"edgeadapt/training/1\x00"
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """The trained tensors with the least loss on held-out examples, and the epochs since then."""
-
     loss: float
     values: Tensors = field(repr=False)
     stale: int = 0
@@ -38,14 +36,7 @@ class Best:
 
 @dataclass(frozen=True, slots=True)
 class TrainingState:
-    """A training between two steps.
-
-    Attributes:
-        steps: That are done.
-        values: The trained tensors.
-        buffers: Of the optimizer.
-        best: With a patience, after the first epoch.
-    """
+    """A training between two steps. ``best``: with a patience, after the first epoch."""
 
     steps: int
     values: Tensors = field(repr=False)
@@ -67,11 +58,7 @@ class TrainingState:
 
     @classmethod
     def decode(cls, raw: bytes) -> "TrainingState":
-        """What ``encode`` wrote.
-
-        Raises:
-            TrustError: It is something else.
-        """
+        """Read what ``encode`` wrote. Raises TrustError if it is something else."""
         try:
             at = 4 + int.from_bytes(raw[:4], "big")
             found: dict[str, NDArray[Any]] = {}
@@ -112,7 +99,6 @@ class TrainingCheckpoint:
             return None
 
     def due(self) -> bool:
-        """Whether the last state is old enough to be replaced."""
         return time.monotonic() - self._written >= self.every
 
     def write(self, state: TrainingState) -> None:
@@ -139,6 +125,7 @@ class TrainingControl:
             (gradient accumulation), so that this bounds memory.
         patience: Epochs without a lower loss on held-out examples after which the training ends; 0: never.
         held_out: The loss of an adapter on held-out examples; needed with a patience.
+        until: Whether an adapter needs no further step.
         checkpoint: Where the state is kept.
         clock, sleep: Of the machine.
     """
@@ -150,9 +137,15 @@ class TrainingControl:
     tokens: int = TOKENS
     patience: int = 0
     held_out: Callable[[Tensors], float] | None = None
+    until: Callable[[Tensors], bool] | None = None
     checkpoint: TrainingCheckpoint | None = None
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], object] = time.sleep
+
+    def ends(self, begun: float, best: Best | None, values: Tensors) -> bool:
+        if self.clock() - begun >= self.seconds or (best and best.stale >= self.patience > 0):
+            return True
+        return self.until is not None and self.until(values)
 
     @contextmanager
     def paced(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Computing with zero in place of denormal numbers, without torch.
+"""Compute with zero instead of denormal numbers, without torch.
 
 A processor takes up to a hundred times as long for denormal numbers, so that an adapter could slow down a step for some
 examples alone. ONNX Runtime's own option holds only if the process opened no other session before. So the register is
@@ -21,9 +21,14 @@ REGISTERS = {
 }
 
 
+def flushes() -> bool:
+    """Whether this thread takes denormal numbers for zero."""
+    return not np.float32(1e-30) * np.float32(1e-10)
+
+
 @contextmanager
 def without_denormals() -> Iterator[None]:
-    """While the block runs, this thread computes with zero in place of denormal numbers, where the system lets it."""
+    """While the block runs, this thread computes with zero instead of denormal numbers, where the system lets it."""
     register = REGISTERS.get((platform.system(), platform.machine()))
     if register is None:
         yield
@@ -38,8 +43,3 @@ def without_denormals() -> Iterator[None]:
         yield
     finally:
         library.fesetenv(before)
-
-
-def flushes() -> bool:
-    """Whether this thread takes denormal numbers for zero."""
-    return not np.float32(1e-30) * np.float32(1e-10)

@@ -1,8 +1,7 @@
 """Optimizers in NumPy, and training with them: what the training of an adapter needs besides gradients.
 
-Every engine trains with ``descend`` and brings its own gradients: torch's autograd (``trainer``, ``language``), or a
-training graph (``graphtrainer``). So what a task demands, and what the owner of a device limits, is kept in one place,
-and both engines make the same adapter of the same gradients.
+Every engine (``trainer.Engine``) brings its own gradients. So what a task demands, and what the owner of a device
+limits, is kept in one place, and all engines make the same adapter of the same gradients.
 """
 
 import logging
@@ -28,12 +27,7 @@ GradientsOf = Callable[[Tensors, list[int]], tuple[float, Tensors]]
 
 
 class Optimizer(Protocol):
-    """``AdamW`` or ``SGD``. The buffers are in double precision, in which squares of small gradients are no denormals.
-
-    Attributes:
-        steps: That were made.
-        buffers: What it keeps between them, by a name of its own.
-    """
+    """``AdamW`` or ``SGD``. Buffers are in double precision, in which squares of small gradients are not denormal."""
 
     steps: int
     buffers: dict[str, Doubles]
@@ -42,8 +36,7 @@ class Optimizer(Protocol):
         """Replace each parameter that has a gradient; their arrays stay as they are.
 
         Args:
-            parameters: By name, float32.
-            gradients: Of some of them, the same ones in each step, of the same shapes.
+            gradients: Of some of the parameters, the same ones in each step.
             factor: Of the learning rate.
         """
         ...
@@ -137,9 +130,9 @@ def descend(
     begun, best, each = control.clock(), state.best, len(order) // max(epochs, 1)
     limit, odd = min(task.gradient_norm or math.inf, control.gradient_norm), 0
     for number in range(state.steps, len(order)):
-        step()
-        if control.clock() - begun >= control.seconds or (best and best.stale >= control.patience > 0):
+        if control.ends(begun, best, values):
             break
+        step()
         with control.paced():
             loss, found = gradients_of(values, order[number])
             if not (np.isfinite(loss) and all(np.isfinite(found[name]).all() for name in trained)):
@@ -176,7 +169,6 @@ def regularized(gradients: Tensors, values: Tensors, start: Tensors, task: Task)
 
 
 def optimizer_of(task: Task) -> Optimizer:
-    """The optimizer that a task names, before its first step."""
     if task.optimizer is OptimizerName.SGD:
         return SGD(task.learning_rate, task.momentum)
     return AdamW(task.learning_rate, task.weight_decay)

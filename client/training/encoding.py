@@ -1,11 +1,11 @@
-"""The examples of a language model as tokens, and which of them are learned: the same for every engine.
+"""Examples as tokens, and what is learned of a language model's: the same for every engine.
 
 A text without a prompt is continued from its first token, which is not learned. A text with one is the answer to it,
 in the base's chat template if it has one; only the answer is learned. A text is cut off at ``MAX_TOKENS``, or earlier
 if the base reads fewer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,30 +16,31 @@ from aggregation.errors import ConfigError, DataError
 from client.training.examples import Example
 
 MAX_TOKENS = 128  # of a prompt with its text
-IGNORED = -100  # the label of a token that is not learned, as torch's cross-entropy has it
 Template = Callable[[list[dict[str, str]], bool], str]  # messages, whether an answer shall follow → text
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A text for training.
+    """An example for training.
 
     Attributes:
         ids: Of all tokens, shape ``(tokens,)``.
-        targets: The next token at each position, ``IGNORED`` where it is not learned; shape ``(tokens,)``.
-        size: Bytes of the text that the learned tokens stand for, at least 1.
+        targets: The tokens that are learned, which follow each other, or the label.
+        first: Where the token before the first target is; None: the target is a label.
+        size: Bytes of the text that the targets stand for, at least 1.
         cut: Whether the text went on.
     """
 
     ids: NDArray[np.int64]
     targets: NDArray[np.int64]
-    size: int
-    cut: bool
+    first: int | None
+    size: int = 1
+    cut: bool = False
 
     @property
-    def learned(self) -> NDArray[np.int64]:
-        """The positions whose next token is learned."""
-        return np.flatnonzero(self.targets != IGNORED)
+    def positions(self) -> NDArray[np.int64]:
+        """Where the token before each target is."""
+        return (self.first or 0) + np.arange(len(self.targets))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +97,10 @@ class TextEncoder:
                 f"a prompt leaves no room for its text within {self.longest} tokens", about="example.prompt"
             )
         ids, cut = ids[: self.longest], len(ids) > self.longest
-        targets = [IGNORED] * (first - 1) + ids[first:] + [IGNORED]
         # Offsets are in characters of the text, which its first token may begin without being learned.
         spans = found.offsets[first - len(asked) : len(ids) - len(asked)]
         size = len(text[spans[0][0] : spans[-1][1]].encode()) if spans else 0
-        return Encoded(np.array(ids), np.array(targets), max(size, 1), cut)
+        return Encoded(np.array(ids), np.array(ids[first:]), first - 1, max(size, 1), cut)
 
     def _rendered(self, example: Example) -> tuple[str, str, str]:
         """What comes before the text, the text, and what closes it: the end token where that is empty."""
@@ -113,8 +113,3 @@ class TextEncoder:
         if not whole.startswith(prompt) or before or not found:
             raise ConfigError("the base's chat template changes a prompt or an answer", about="chat_template")
         return prompt, example.text, after
-
-
-def learned_tokens(encoded: Sequence[Encoded]) -> int:
-    """The number of learned tokens of some texts."""
-    return sum(len(each.learned) for each in encoded)

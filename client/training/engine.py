@@ -4,41 +4,62 @@ Each is imported when it is needed: torch takes seconds, and a device with a bun
 """
 
 from collections.abc import Callable
+from threading import Lock
 
+from cachetools import LRUCache, cached
+
+from adapters.base import Base
 from adapters.bundle import VerifiedBase
 from adapters.peftconfig import PeftConfig
-from client.training.protocols import ClassifierTrainer, FrozenBase, LocalTrainer
+from client.training.trainer import ClassifierTrainer, FrozenBase, LanguageTrainer, LocalTrainer
 
 TrainerOf = Callable[[FrozenBase, int, PeftConfig], LocalTrainer]  # base, labels, configuration → the trainer
+
+
+def _key(base: FrozenBase, *rest: object) -> object:
+    """What a trainer is of: a bundle's base is that of its folder as long as its files stay the same."""
+    files = (base.folder, *sorted(base.manifest.files.items())) if isinstance(base, VerifiedBase) else base
+    return files, *rest
+
+
+@cached(LRUCache(maxsize=2), key=_key, lock=Lock())
+def classifier_trainer(base: FrozenBase, labels: int, config: PeftConfig) -> ClassifierTrainer:
+    """The trainer of a federation's classifier, which stays loaded for the next message.
+
+    Raises:
+        ConfigError: The base cannot be opened, has no training graph or another head than one over the mean of its
+            tokens, or the method cannot be trained with it.
+        TrustError: A file of the bundle changed since it was verified.
+    """
+    if isinstance(base, VerifiedBase):
+        from client.training import graphengine
+
+        graphengine.require_mean_head(base)
+        return graphengine.classifier(base, labels, config)
+    from client.training import torchengine
+
+    return torchengine.classifier(base, labels, config)
+
+
+def language_trainer(base: FrozenBase, config: PeftConfig) -> LanguageTrainer:
+    """The trainer of a language model, which stays loaded. Raises as ``classifier_trainer``."""
+    return _with_graph(base, config) if isinstance(base, VerifiedBase) else _with_torch(base, config)
+
+
+@cached(LRUCache(maxsize=1), key=_key, lock=Lock())  # a device has no memory for two
+def _with_graph(base: VerifiedBase, config: PeftConfig) -> LanguageTrainer:
+    from client.training import graphengine
+
+    return graphengine.language(base, config)
+
+
+@cached(LRUCache(maxsize=2), key=_key, lock=Lock())
+def _with_torch(base: Base, config: PeftConfig) -> LanguageTrainer:
+    from client.training import torchengine
+
+    return torchengine.language(base, config)
 
 
 def trainer_of(base: FrozenBase, labels: int, config: PeftConfig) -> LocalTrainer:
     """The trainer of a classifier or, without labels, of a language model. Raises as ``classifier_trainer``."""
     return classifier_trainer(base, labels, config) if labels else language_trainer(base, config)
-
-
-def classifier_trainer(base: FrozenBase, labels: int, config: PeftConfig) -> ClassifierTrainer:
-    """The trainer of a classifier, which stays loaded for the next message.
-
-    Raises:
-        ConfigError: The base cannot be opened or has no training graph, or the method cannot be trained with it.
-        TrustError: A file of the bundle changed since it was verified.
-    """
-    if isinstance(base, VerifiedBase):
-        from client.training.graphtrainer import load_graph_trainer
-
-        return load_graph_trainer(base, labels, config)
-    from client.training.trainer import load_trainer
-
-    return load_trainer(base, labels, config)
-
-
-def language_trainer(base: FrozenBase, config: PeftConfig) -> LocalTrainer:
-    """The trainer of a language model. Raises as ``classifier_trainer``."""
-    if isinstance(base, VerifiedBase):
-        from client.training.languagegraph import load_language_graph_trainer
-
-        return load_language_graph_trainer(base, config)
-    from client.training.language import load_language_trainer
-
-    return load_language_trainer(base, config)

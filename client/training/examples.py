@@ -32,9 +32,7 @@ class Example:
     """A text, with the number of its label or with the prompt that it answers. ``repr`` does not show them.
 
     Args:
-        text: What is classified, or what a language model learns to write.
         label: Of a classifier; ``NO_LABEL`` for a language model.
-        split: Its use.
         prompt: What comes before the text, for a language model; it is not learned.
     """
 
@@ -85,24 +83,12 @@ def encode_examples(examples: Iterable[Example]) -> bytes:
 
 
 def read_examples(path: Path, labels: int) -> tuple[Example, ...]:
-    """All examples in the file.
-
-    Args:
-        path: JSON lines, as for ``parse_examples``.
-        labels: The number of labels; every example's label must be below it. 0: for a language model.
-
-    Raises:
-        DataError: As ``read_file`` and ``parse_examples``.
-    """
+    """All examples in the file, as ``parse_examples``. Raises DataError as that and ``read_file``."""
     return parse_examples(read_file(path), path, labels)
 
 
 def read_file(path: Path) -> bytes:
-    """The content of an examples file.
-
-    Raises:
-        DataError: The file is missing, not a file, or has more than ``MAX_FILE`` bytes.
-    """
+    """The content of an examples file. Raises DataError if it is missing, not a file, or above ``MAX_FILE`` bytes."""
     try:
         return read(path, MAX_FILE)
     except DataError as error:
@@ -139,7 +125,6 @@ def parse_examples(raw: bytes, path: Path, labels: int | None = None) -> tuple[E
 
 
 def in_split(examples: Sequence[Example], split: Split) -> tuple[Example, ...]:
-    """The examples of one split, in file order."""
     return tuple(example for example in examples if example.split is split)
 
 

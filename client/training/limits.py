@@ -45,7 +45,6 @@ class TrainingLimits(TaskLimits):
     )
 
     def control(self) -> TrainingControl:
-        """What these limits let a training do."""
         seconds = self.maximum_seconds or math.inf
         return TrainingControl(seconds, self.duty_cycle, self.maximum_gradient_norm, True, self.maximum_tokens)
 

@@ -8,20 +8,11 @@ from adapters.analytic import ClassifierHead
 from adapters.layout import Floats, Layout, Tensors
 from adapters.ridge import EmbeddingMoments, moments_of
 from client.training.examples import Example, Split, in_split
-from client.training.protocols import ClassifierTrainer
+from client.training.trainer import ClassifierTrainer
 
 
 def own_moments(trainer: ClassifierTrainer, adapter: Tensors, examples: Sequence[Example]) -> EmbeddingMoments:
-    """The moments of the training examples, embedded with an adapter.
-
-    Args:
-        trainer: Of the frozen base.
-        adapter: With a classification head, whose labels are those of the examples.
-        examples: Of the device, all splits; those for training may be none.
-
-    Raises:
-        DataError: The adapter has no such head.
-    """
+    """The moments of the training examples, embedded with an adapter. Raises DataError if that has no such head."""
     own = in_split(examples, Split.TRAIN)
     labels = np.array([example.label for example in own], np.int64)
     return moments_of(embedded(trainer, adapter, own), labels, ClassifierHead.of(Layout.of(adapter)).labels)

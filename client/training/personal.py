@@ -20,7 +20,7 @@ from adapters.task import Task
 from client.training.control import UNLIMITED, TrainingControl
 from client.training.examples import Example, Score, Split, in_split
 from client.training.moments import own_moments
-from client.training.protocols import ClassifierTrainer
+from client.training.trainer import ClassifierTrainer
 
 # Of ``with_own_head``, chosen on households of validation seeds: MiniLM and multilingual-e5-small are equally good with
 # 0.3 to 1 (docs/decisions/0033-analytic-head.md).
@@ -116,7 +116,7 @@ def personalize(
         rng: As for ``Trainer.train``.
         plain: Public texts of which the personal adapter must answer as many right as the global one
             (``rehearsal``). One that does not is moved towards the global adapter, in quarters of the way, until it
-            does; it is no candidate if only the global adapter does.
+            does; it is not a candidate if only the global adapter does.
         step: As for ``Trainer.train``.
         control: Limits of this device.
 
@@ -253,14 +253,11 @@ def with_own_head(
 ) -> Tensors:
     """The adapter with its head fitted to the training examples as well, by one regression and no training.
 
-    The head before stands for the examples of all others (``adapters.ridge``). After a round of the analytic head,
-    this gives a device what adding its own moments once more to the sum of all would give (docs/decisions/0033), and
-    needs nothing of that sum.
+    The head before stands for the examples of all others (``adapters.ridge``). After a round of the analytic head, this
+    gives a device what adding its own moments once more to the sum of all would give (docs/decisions/0033), and needs
+    nothing of that sum.
 
     Args:
-        trainer: Of the frozen base.
-        adapter: Of which all but the head's weights stays.
-        examples: Of the device, all splits.
         scale: Logit of a score of 1, as of the federation's rounds.
         strength: As many examples as the head before counts for in each direction.
 
@@ -278,11 +275,8 @@ def with_both_heads(
     The logits of two heads on one embedding add up to those of one, so the ensemble is an adapter like every other.
 
     Args:
-        trainer: Of the frozen base.
         tuned: The fine-tuned adapter, whose embeddings both heads read.
         shared: The adapter with the shared head, after a round of the analytic head.
-        examples: Of the device, all splits.
-        scale: As of ``with_own_head``.
 
     Raises:
         DataError: As ``with_own_head``.

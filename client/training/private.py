@@ -13,13 +13,7 @@ from adapters.task import Task
 
 
 def subject_of(base: str, task: Task, layout: Layout) -> bytes:
-    """SHA-256 of what private parts belong to: base, method, labels and layout of the adapter.
-
-    Args:
-        base: Digest of the frozen base, hex.
-        task: Of the plan.
-        layout: Of the adapter.
-    """
+    """SHA-256 of what private parts belong to: base (its digest in hex), method, labels and layout of the adapter."""
     named = [base, asdict(task.peft_config), list(task.labels), layout.digest]
     return hashlib.sha256(jsontext.encode(named)).digest()
 

@@ -1,52 +1,85 @@
-"""Trains an adapter on a device's examples, and scores it on held-out examples.
+"""Trains and scores adapters of a frozen base: an engine, which has the base, and an objective.
+
+An engine gives the loss of a batch and its gradients: torch on the base itself (``torchengine``), or the training graph
+of a bundle (``graphengine``). An objective turns examples into batches: the labels of a classifier, or the tokens that
+a language model learns. ``descent.descend`` takes the steps. Of the same batches both engines make the same adapter, up
+to rounding and the quantization of a bundle's base.
 
 Training is deterministic for given tensors, examples and generator on one machine with one number of threads: the model
-stays in evaluation mode (no dropout), and the generator orders the examples. Rounds, masks and messages are not handled
-here.
+stays in evaluation mode (no dropout), and the generator orders the examples.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
-from functools import lru_cache, partial
-from threading import RLock
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from peft import PeftModel
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from tokenizers import Tokenizer
 
-from adapters import classifier
 from adapters.base import Base
-from adapters.layout import Layout, Tensors
-from adapters.lorasb import frozen_factor, square_name
-from adapters.parts import Part, is_bias, part_of
+from adapters.bundle import VerifiedBase
+from adapters.classifiergraph import pad
+from adapters.layout import Floats, Layout, Tensors
+from adapters.lorasb import frozen_factor, square_name, unfolded
+from adapters.parts import PARTS, Part, part_of
 from adapters.peftconfig import PeftConfig
 from adapters.task import MAX_LOSS, Task
+from adapters.traininggraph import TrainingBatch
 from aggregation.errors import DataError
-from client.training.batches import batches, parts
-from client.training.control import UNLIMITED, TrainingControl
-from client.training.descent import descend
+from client.training.control import TOKENS, UNLIMITED, TrainingControl
+from client.training.descent import GradientsOf, descend
+from client.training.encoding import Encoded, TextEncoder
 from client.training.examples import Example, Score
 
-LORA_B = ".lora_B.default"  # ends the path of a layer's B in peft's model
+SURE = 0.8  # probability of a label at which a classifier has learned it
+LIKELY = 0.5  # of each token of an answer at which a language model has: the answering graph rounds otherwise
+MAX_STEPS = 30  # of a lesson
+MAX_SECONDS = 60.0  # of a lesson, after which no further step begins
+
+FrozenBase = Base | VerifiedBase
 
 
-class Trainer:
-    """A frozen base with one adapter, and its tokenizer. Threads may share it: one trains or embeds at a time."""
+class Engine(Protocol):
+    """A frozen base that computes with adapters, which are tensors under peft's names. Holds none."""
 
-    def __init__(self, base: Base, task_labels: int, config: PeftConfig) -> None:
-        self.base, self._lock = base, RLock()
-        with flushed_denormals():  # torch's threads keep what holds when they start
-            self.model: PeftModel = classifier.build(base, task_labels, config)
-        # On short texts, without fused kernels, a step of multilingual-e5-small takes a fifth less time.
-        self.model.get_base_model().encoder.set_attn_implementation("eager")
-        self.adapter = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self._biases = values({name: p for name, p in self.adapter.items() if is_bias(name)})  # the base's own
-        self.layout = Layout.of(classifier.tensors(self.model))
-        self.tokenizer = classifier.tokenizer(base, self.model)
+    layout: Layout
+
+    @property
+    def base(self) -> FrozenBase: ...
+
+    @property
+    def config(self) -> PeftConfig: ...
+
+    def training(self, start: Tensors, trained: Collection[str]) -> AbstractContextManager[object]:
+        """While the block runs, give ``gradients`` by the tensors ``trained``, the others being those of ``start``."""
+        ...
+
+    def gradients(self, adapter: Tensors, batches: Iterable[TrainingBatch]) -> tuple[float, Tensors]:
+        """The sum of the batches' losses, and its gradients. Raises DataError if they cannot be computed."""
+        ...
+
+    def logits(self, adapter: Tensors, tokens: Sequence[Sequence[int]]) -> Floats:
+        """Of a classifier: shape ``(len(tokens), labels)``, for at least one text."""
+        ...
+
+    def embed(self, adapter: Tensors | None, tokens: Sequence[Sequence[int]]) -> Floats:
+        """Of a classifier, or of the frozen base alone: shape ``(len(tokens), hidden)``, rows of L2 norm 1."""
+        ...
+
+    def scores(self, adapter: Tensors, batches: Iterable[TrainingBatch]) -> list[tuple[Floats, NDArray[np.bool_]]]:
+        """Of a language model, for each batch: the log-likelihood of each target, and whether it is the likeliest."""
+        ...
+
+
+class LocalTrainer(Protocol):
+    """What a device trains with: a ``Trainer``, or in simulations an attacker's."""
+
+    @property
+    def layout(self) -> Layout: ...
+
+    @property
+    def base(self) -> FrozenBase: ...
 
     def train(
         self,
@@ -59,7 +92,49 @@ class Trainer:
         step: Callable[[], object] = lambda: None,
         control: TrainingControl = UNLIMITED,
     ) -> Tensors:
-        """Train for ``epochs`` passes over ``examples``, starting from ``start``, with cross-entropy.
+        """As ``Trainer.train``."""
+        ...
+
+    def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
+        """Score an adapter on held-out examples; all zeros if there are none."""
+        ...
+
+
+class Trainer:
+    """An engine with an objective. Threads may share it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @property
+    def engine(self) -> Any:
+        """The engine, with what it alone has."""
+        return self._engine
+
+    @property
+    def base(self) -> FrozenBase:
+        return self._engine.base
+
+    @property
+    def layout(self) -> Layout:
+        return self._engine.layout
+
+    def encode(self, examples: Sequence[Example]) -> list[Encoded]:
+        """Tokens and targets of each example, in order. Raises as ``TextEncoder.encode``."""
+        raise NotImplementedError
+
+    def train(
+        self,
+        start: Tensors,
+        examples: Sequence[Example],
+        task: Task,
+        *,
+        epochs: int,
+        rng: np.random.Generator,
+        step: Callable[[], object] = lambda: None,
+        control: TrainingControl = UNLIMITED,
+    ) -> Tensors:
+        """Train for ``epochs`` passes over ``examples``. The loss is the mean cross-entropy of a batch's targets.
 
         Args:
             start: Tensors in ``layout``; the caller checks them.
@@ -75,203 +150,255 @@ class Trainer:
             equal arguments give equal tensors, whatever was trained before, and the base does not change.
 
         Raises:
-            DataError: There are no examples.
+            DataError: There are no examples, or as ``descend``.
         """
         if not examples:
             raise DataError("there are no examples to train on; add some", about="examples", value=0)
-        with self._lock, flushed_denormals():
-            return self._train(start, examples, task, epochs, rng, step, control)
+        encoded = self.encode(examples)
 
-    def _train(
+        def of_batch(batch: list[int]) -> Iterator[TrainingBatch]:
+            texts = [encoded[i] for i in batch]
+            share = 1 / sum(len(text.targets) for text in texts)
+            return (run for _, run in self._batches(texts, [share] * len(texts), control.tokens))
+
+        order = list(batches([len(text.ids) for text in encoded], task.batch_size, epochs, rng))
+        return self._descend(start, order, of_batch, task, step, epochs, control)
+
+    def teach(
         self,
         start: Tensors,
-        examples: Sequence[Example],
-        task: Task,
-        epochs: int,
-        rng: np.random.Generator,
-        step: Callable[[], object],
-        control: TrainingControl,
+        taught: Sequence[Example],
+        rehearsed: Sequence[Example],
+        rate: float,
+        step: Callable[[], object] = lambda: None,
     ) -> Tensors:
-        classifier.load(self.model, start)
-        tokens = self._tokens([e.text for e in examples])
-        labels = torch.tensor([e.label for e in examples])
+        """Train on all examples at once, until ``taught`` are answered as they say.
 
-        def losses(batch: list[int]) -> Iterator[Tensor]:
-            for part in parts([len(tokens[i]) for i in batch], control.tokens):
-                rows = [batch[i] for i in part]
-                logits = self._forward(*classifier.padded([tokens[i] for i in rows]))
-                yield cross_entropy(logits, labels[rows], reduction="sum") / len(batch)
-
-        order = list(batches([len(ids) for ids in tokens], task.batch_size, epochs, rng))
-        with squares(self.model, task) as extra:
-            now = partial(classifier.tensors, self.model)
-            fit(self.adapter | extra, order, losses, task, step, epochs=epochs, control=control, tensors=now)
-        return classifier.tensors(self.model) | values(extra)
-
-    def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
-        """Score an adapter on ``examples``; all zeros if there are none.
+        Half of the loss is that of what is taught and half that of what is rehearsed, so that this is not unlearned
+        (Robins 1995, "Catastrophic forgetting, rehearsal and pseudorehearsal"). Each step after the last that is
+        needed would cost time and move what the adapter answers otherwise.
 
         Args:
-            adapter: Tensors in ``layout``.
-            examples: Their order makes no difference.
+            start: The adapter in use.
+            taught: At least one.
+            rehearsed: What the adapter shall still answer.
+            rate: Of learning, by AdamW.
+            step: Called before each step.
 
         Returns:
-            Correct answers, examples, and the sum of the cross-entropies in nats, each at most ``MAX_LOSS``.
+            After at most ``MAX_STEPS``, and ``MAX_SECONDS`` and a step; without a step, if it answers as taught.
+
+        Raises:
+            DataError: As ``descend``, or as ``encode``.
         """
-        logits = self.logits(adapter, [e.text for e in examples])
-        if not examples:
-            return Score(0, 0, 0.0)
-        labels = torch.tensor([e.label for e in examples])
-        losses = cross_entropy(torch.from_numpy(logits), labels, reduction="none").clamp(max=MAX_LOSS)
-        correct = int((torch.from_numpy(logits).argmax(1) == labels).sum())
-        return Score(correct, len(examples), float(losses.sum()))
+        half = 0.5 if rehearsed else 1.0
+        shares = [half / len(group) for group in (taught, rehearsed) for _ in group]
+        whole = self.weighted([*taught, *rehearsed], shares)
+        control = TrainingControl(MAX_SECONDS, until=lambda adapter: self.has_learned(adapter, taught))
+        task = Task(self._engine.config, (), 1, len(shares), rate, 0.0, 0.0, PARTS, PARTS)
+        try:
+            return self._descend(start, [[]] * MAX_STEPS, lambda _: whole, task, step, 1, control)
+        except DataError as error:
+            if error.about != "training.loss":
+                raise
+            reason = "the training loss is not finite: the base or the adapter in use is damaged; copy the bundle again"
+            raise DataError(reason, about="training.loss") from error
 
-    def logits(self, adapter: Tensors, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Logits, shape ``(len(texts), labels)``; ``(0, 0)`` without texts."""
-        if not texts:
-            return np.zeros((0, 0), np.float32)
-        with self._lock, torch.inference_mode(), flushed_denormals():
-            classifier.load(self.model, adapter)
-            return classifier.in_batches(self._forward, self._tokens(texts)).numpy()
+    def weighted(self, examples: Sequence[Example], shares: Sequence[float]) -> list[TrainingBatch]:
+        """Examples as batches whose loss is the sum of each example's mean cross-entropy in nats, times its share."""
+        pairs = sorted(zip(self.encode(examples), shares, strict=True), key=lambda pair: len(pair[0].ids))
+        of_target = [share / len(text.targets) for text, share in pairs]
+        return [batch for _, batch in self._batches([text for text, _ in pairs], of_target, TOKENS)]
 
-    def embed(self, texts: Sequence[str], adapter: Tensors | None = None) -> NDArray[np.float32]:
-        """Embeddings, shape ``(len(texts), hidden)``, each of L2 norm 1.
+    def has_learned(self, adapter: Tensors, taught: Sequence[Example]) -> bool:
+        """Whether an adapter answers as taught, and surely enough."""
+        raise NotImplementedError
 
-        Args:
-            texts: In any number.
-            adapter: With which the base embeds them; None: the frozen base alone.
-        """
-        base = self.model.get_base_model()
-        if not texts:
-            return np.zeros((0, base.encoder.config.hidden_size), np.float32)
-        alone = self.model.disable_adapter() if adapter is None else nullcontext()
-        with self._lock, torch.inference_mode(), flushed_denormals(), alone:
-            if adapter is not None:
-                classifier.load(self.model, adapter)
-            else:  # peft leaves trained biases in place where it disables an adapter
-                place({name: self.adapter[name] for name in self._biases}, self._biases)
-            return classifier.in_batches(base.embed, self._tokens(texts)).numpy()
+    def _descend(
+        self,
+        start: Tensors,
+        order: Sequence[list[int]],
+        of_batch: Callable[[list[int]], Iterable[TrainingBatch]],
+        task: Task,
+        step: Callable[[], object],
+        epochs: int,
+        control: TrainingControl,
+    ) -> Tensors:
+        begun, wanted = self.layout.select(start), {*task.trained}
+        gradients_of: GradientsOf = lambda adapter, batch: self._engine.gradients(adapter, of_batch(batch))  # noqa: E731
+        if Part.R in task.trained:
+            gradients_of, begun, wanted = _by_squares(gradients_of, begun), unfolded(begun), wanted | {Part.B}
+        with self._engine.training(begun, {name for name in begun if part_of(name) in wanted}):
+            return descend(begun, order, gradients_of, task, step, epochs=epochs, control=control)
+
+    def _batches(
+        self, texts: Sequence[Encoded], shares: Sequence[float], at_once: int
+    ) -> Iterator[tuple[list[Encoded], TrainingBatch]]:
+        """Texts in runs of at most ``at_once`` tokens. ``shares``: of the loss, of each target of a text."""
+        virtual = self._engine.config.num_virtual_tokens
+        for places in parts([len(text.ids) + virtual for text in texts], at_once):
+            run = [texts[place] for place in places]
+            ids, mask = pad([text.ids.tolist() for text in run])
+            targets = np.concatenate([text.targets for text in run])
+            of_target = np.repeat([shares[place] for place in places], [len(text.targets) for text in run])
+            positions = None
+            if run[0].first is not None:
+                rows = enumerate(run)
+                positions = np.concatenate([text.positions + row * ids.shape[1] for row, text in rows])
+            yield run, TrainingBatch(ids, mask, targets, of_target.astype(np.float32), positions)
+
+
+class ClassifierTrainer(Trainer):
+    """Trains a classifier: an example's target is its label."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
+        super().__init__(engine)
+        self.tokenizer = tokenizer  # cuts off what is too long
+
+    def encode(self, examples: Sequence[Example]) -> list[Encoded]:
+        tokens = self.tokens([example.text for example in examples])
+        pairs = zip(tokens, examples, strict=True)
+        return [Encoded(np.array(ids, np.int64), np.array([one.label]), None) for ids, one in pairs]
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(encoding.ids) for encoding in self.tokenizer.encode_batch(list(texts))]
 
-    def _forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Logits, shape ``(texts, labels)``, of token ids of shape ``(texts, longest)``."""
-        logits: Tensor = self.model(input_ids=ids, attention_mask=mask)
-        return logits
+    def unlike(self, examples: Sequence[Example], others: Sequence[Example]) -> list[Example]:
+        """Those examples that the model reads as other tokens than each of ``others``, and than each example before.
 
-    def _tokens(self, texts: Sequence[str]) -> list[Tensor]:
-        return [torch.tensor(ids) for ids in self.tokens(texts)]
+        Texts that differ in capital letters or spaces are one text to many a tokenizer.
+        """
+        read, found = set(map(tuple, self.tokens([other.text for other in others]))), []
+        for example, ids in zip(examples, self.tokens([example.text for example in examples]), strict=True):
+            if tuple(ids) not in read:
+                read.add(tuple(ids))
+                found.append(example)
+        return found
+
+    def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
+        """Score an adapter on ``examples``; all zeros if there are none.
+
+        Returns:
+            Correct answers, examples, and the sum of the cross-entropies in nats, each at most ``MAX_LOSS``.
+        """
+        if not examples:
+            return Score(0, 0, 0.0)
+        logits = self.logits(adapter, [e.text for e in examples]).astype(np.float64)
+        labels, rows = np.array([e.label for e in examples]), np.arange(len(examples))
+        shifted = logits - logits.max(axis=1, keepdims=True)
+        losses = np.log(np.exp(shifted).sum(axis=1)) - shifted[rows, labels]
+        correct = int((logits.argmax(axis=1) == labels).sum())
+        return Score(correct, len(examples), float(np.minimum(losses, MAX_LOSS).sum()))
+
+    def has_learned(self, adapter: Tensors, taught: Sequence[Example]) -> bool:
+        found = probabilities(self.logits(adapter, [one.text for one in taught]))
+        return bool((found[np.arange(len(taught)), [one.label for one in taught]] >= SURE).all())
+
+    def logits(self, adapter: Tensors, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Logits, shape ``(len(texts), labels)``; ``(0, 0)`` without texts."""
+        return self._engine.logits(adapter, self.tokens(texts)) if texts else np.zeros((0, 0), np.float32)
+
+    def embed(self, texts: Sequence[str], adapter: Tensors | None = None) -> NDArray[np.float32]:
+        """Embeddings, shape ``(len(texts), hidden)``, each of L2 norm 1; without an adapter the frozen base's.
+
+        Raises:
+            ConfigError: The base has another head than one over the mean of its tokens.
+        """
+        return self._engine.embed(adapter, self.tokens(texts))
 
 
-def fit(
-    adapter: Mapping[str, nn.Parameter],
-    order: Sequence[list[int]],
-    losses_of: Callable[[list[int]], Iterator[Tensor]],
-    task: Task,
-    step: Callable[[], object],
-    *,
-    epochs: int,
-    control: TrainingControl,
-    tensors: Callable[[], Tensors],
-) -> None:
-    """Minimize a loss over the parts of an adapter that a task trains, in place, as ``descent.descend``.
+class LanguageTrainer(Trainer):
+    """Trains a language model: an example's targets are the tokens of its text."""
+
+    def __init__(self, engine: Engine, encoder: TextEncoder) -> None:
+        super().__init__(engine)
+        self.encoder = encoder
+
+    def encode(self, examples: Sequence[Example]) -> list[Encoded]:
+        return [self.encoder.encode(example) for example in examples]
+
+    def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
+        """Score an adapter on ``examples``; all zeros if there are none.
+
+        Returns:
+            The sums over the examples of the share of learned tokens that are the most probable ones, and of the
+            cross-entropy in nats for each byte of the text, at most ``MAX_LOSS``.
+        """
+        correct = loss = 0.0
+        for text, nats, hits in self._scored(adapter, examples):
+            correct += float(hits.mean())
+            loss += min(-float(nats.sum(dtype=np.float64)) / text.size, MAX_LOSS)
+        return Score(correct, len(examples), loss)
+
+    def has_learned(self, adapter: Tensors, taught: Sequence[Example]) -> bool:
+        return bool(min(np.exp(nats.min()) for _, nats, _ in self._scored(adapter, taught)) >= LIKELY)
+
+    def _scored(
+        self, adapter: Tensors, examples: Sequence[Example]
+    ) -> Iterator[tuple[Encoded, Floats, NDArray[np.bool_]]]:
+        """The examples by length, each with the log-likelihood of its targets and which are the most likely."""
+        encoded = sorted(self.encode(examples), key=lambda text: len(text.ids))
+        runs = list(self._batches(encoded, [0.0] * len(encoded), TOKENS))
+        scores = self._engine.scores(adapter, (batch for _, batch in runs))
+        for (texts, _), (nats, hits) in zip(runs, scores, strict=True):
+            ends = np.cumsum([len(text.targets) for text in texts])[:-1]
+            yield from zip(texts, np.split(nats, ends), np.split(hits, ends), strict=True)
+
+
+def probabilities(logits: Floats, temperature: float = 1.0) -> Floats:
+    """The softmax of each row of logits that are divided by ``temperature``."""
+    exponentials = np.exp((logits - logits.max(axis=1, keepdims=True)) / temperature)
+    result: Floats = exponentials / exponentials.sum(axis=1, keepdims=True)
+    return result
+
+
+def batches(lengths: Sequence[int], size: int, epochs: int, rng: np.random.Generator) -> Iterator[list[int]]:
+    """Batches of texts of similar length, which need little padding, in random order.
 
     Args:
-        adapter: Its parameters, by peft's names.
-        order, task, step, epochs, control: As of ``descend``.
-        losses_of: Batch → the losses of its parts, which add up to its mean loss.
-        tensors: The adapter of the parameters' values now, as ``control.held_out`` takes it.
-
-    Raises:
-        DataError: As ``descend``.
-    """
-    for name, parameter in adapter.items():
-        parameter.requires_grad_(part_of(name) in task.trained)
-    trained = {name: parameter for name, parameter in adapter.items() if parameter.requires_grad}
-
-    def gradients_of(now: Tensors, batch: list[int]) -> tuple[float, Tensors]:
-        place(adapter, now)
-        total = 0.0
-        for parameter in trained.values():
-            parameter.grad = torch.zeros_like(parameter)
-        for loss in losses_of(batch):
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-        return total, {name: np.array(parameter.grad) for name, parameter in trained.items()}
-
-    def held_out(now: Tensors) -> float:
-        place(adapter, now)
-        try:
-            return control.held_out(tensors()) if control.held_out else 0.0
-        finally:
-            torch.set_flush_denormal(True)  # which scoring ended
-
-    bounded = replace(control, held_out=held_out if control.held_out else None)
-    place(adapter, descend(values(adapter), order, gradients_of, task, step, epochs=epochs, control=bounded))
-
-
-def place(parameters: Mapping[str, nn.Parameter], found: Tensors) -> None:
-    """Set parameters to the values of their names."""
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(torch.from_numpy(found[name]))
-
-
-@contextmanager
-def squares(model: nn.Module, task: Task) -> Iterator[dict[str, nn.Parameter]]:
-    """R of each LoRA layer of a model, zero at first, while the block runs; none if the task does not train R.
-
-    Args:
-        model: Of peft.
-        task: Of the round.
+        lengths: Tokens of each text.
+        size: Texts in a batch; the last batch of the longest texts may be smaller.
+        epochs: Passes over the texts.
+        rng: Draws the order of the batches, and that of texts of equal length.
 
     Yields:
-        Name of R → parameter, shape ``(rank, rank)``.
+        The indices of a batch. Guarantee: an epoch contains every index exactly once.
+
+    >>> list(batches([7, 2, 9], 2, 1, np.random.default_rng(0)))
+    [[2], [1, 0]]
     """
-    found, hooks = dict[str, nn.Parameter](), []
-    for path, layer in model.named_modules():
-        if Part.R in task.trained and path.endswith(LORA_B):
-            name = f"{path.removesuffix('.default')}.weight"
-            found[square_name(name)] = square = nn.Parameter(torch.zeros(layer.in_features, layer.in_features))
-            frozen = torch.from_numpy(frozen_factor(name, tuple(layer.weight.shape)))
-            hooks.append(layer.register_forward_hook(_adding(square, frozen)))
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for _ in range(epochs):
+        shuffled = rng.permutation(len(lengths))
+        grouped = shuffled[np.argsort(np.asarray(lengths)[shuffled], kind="stable")]
+        epoch = [grouped[start : start + size].tolist() for start in range(0, len(lengths), size)]
+        yield from (epoch[i] for i in rng.permutation(len(epoch)))
 
 
-def values(parameters: Mapping[str, nn.Parameter]) -> Tensors:
-    """Copies of the parameters as float32 arrays."""
-    return {name: np.array(parameter.detach().numpy()) for name, parameter in parameters.items()}
+def parts(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """The texts of a batch in runs of at most ``tokens`` tokens with padding, each of one text or more.
 
-
-def _adding(square: Tensor, frozen: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """A hook of a layer that computes B z: it makes that (B + F R) z."""
-
-    def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + inputs[0] @ square.T @ frozen.T
-
-    return add
-
-
-@contextmanager
-def flushed_denormals() -> Iterator[None]:
-    """Compute with zero in place of denormal numbers, in this thread and those that torch starts meanwhile.
-
-    A processor takes up to a hundred times as long for them, so that an adapter could slow down a step for some
-    examples alone.
+    >>> list(parts([2, 3, 9], 6))
+    [[0, 1], [2]]
     """
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)  # the coordinator of a simulation computes in this process as well
+    part: list[int] = []
+    longest = 0
+    for place, length in enumerate(lengths):
+        longest = max(longest, length)
+        if part and longest * (len(part) + 1) > tokens:
+            yield part
+            part, longest = [], length
+        part.append(place)
+    if part:
+        yield part
 
 
-@lru_cache(maxsize=2)
-def load_trainer(base: Base, labels: int, config: PeftConfig) -> Trainer:
-    """A trainer that stays loaded for the next message. Its methods load the adapter that they are given."""
-    return Trainer(base, labels, config)
+def _by_squares(gradients_of: GradientsOf, start: Tensors) -> GradientsOf:
+    """Gradients by R of Fed-SB as well, of an adapter in which each B becomes B + F R."""
+    factors = {name: frozen_factor(name, value.shape) for name, value in start.items() if part_of(name) is Part.B}
+
+    def by_squares(values: Tensors, batch: list[int]) -> tuple[float, Tensors]:
+        own = {name: values[name] + f @ values[square_name(name)] for name, f in factors.items()}
+        loss, found = gradients_of(values | own, batch)
+        return loss, found | {square_name(name): f.T @ found[name] for name, f in factors.items()}
+
+    return by_squares

@@ -6,7 +6,7 @@ the pinned keys of bundles.
     trust.pem               pinned keys of bundles
     updates/source.json     where the repository is, and the channel
     updates/root.json       the pinned root of the repository
-    updates/targeting.json  what staged rollouts go by (``targeting``)
+    updates/targeting.json  what staged rollouts go by (``Targeting``)
     updates/metadata/       what TUF has accepted so far: from here on nothing older is accepted
     updates/files/          downloads that are not in use yet, by digest
     updates/private/BASE/   private adapters for a base that was replaced
@@ -20,9 +20,9 @@ then held to the rules of every bundle (``client.inference.trust``). Whatever fa
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar, Self
 from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field, ValidationError
@@ -41,16 +41,17 @@ from tuf.ngclient import FetcherInterface, Updater
 from adapters import jsontext, storage
 from adapters.bundle import MAX_BASE_FILE, Bundle, adapter_names, adapter_path, manifest_path
 from adapters.release import MAX_RELEASE, METADATA, RELEASE, TARGETS, Release, check_channel, previous, target
-from adapters.rollout import FLAGS, MAX_FLAGS, Rollout
+from adapters.rollout import FLAGS, MAX_FLAGS, Language, Rollout, check_language
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, DataError, TrustError
 from client.inference.trust import Trust
-from client.updates.targeting import Targeting
 
 UPDATES, FILES, PRIVATE = "updates", "files", "private"
-SOURCE, ROOT = "source.json", "root.json"
+SOURCE, ROOT, TARGETING = "source.json", "root.json", "targeting.json"
 MAX_ROOT = 512_000  # bytes, as TUF's client has it
 MAX_SOURCE = 2**12  # bytes
+MAX_TARGETING = 2**10  # bytes
+KEY = 16  # bytes
 CHUNK = 2**16  # bytes
 Note = Callable[[str, int], None]  # the name of a file that is fetched, and its size in bytes
 
@@ -65,7 +66,6 @@ class ChannelSource:
     channel: Annotated[str, Field(max_length=32)]
 
     def url(self, part: str) -> str:
-        """Where the files of ``part`` are."""
         return f"{self.repository.rstrip('/')}/{part}/"
 
 
@@ -74,7 +74,6 @@ class ReleaseOffer:
     """The release that a channel has for this device.
 
     Args:
-        release: It.
         rollout: Under way; None if all devices get the newest release.
         chosen: This device is among those that get the newest.
     """
@@ -85,7 +84,6 @@ class ReleaseOffer:
 
     @property
     def why(self) -> str:
-        """Why it is this release, for a person."""
         if self.rollout is None:
             return "for all devices"
         newest = f"release {self.rollout.release} is for {self.rollout}"
@@ -109,6 +107,51 @@ class Updated:
         return self.offer.release
 
 
+@dataclass(frozen=True, slots=True)
+class Targeting:
+    """What decides on the device whether it gets the newest release of a rollout (``adapters.rollout``).
+
+    The key is a random number that the device makes once, in hex. It is an input of the decision and nothing else, and
+    never leaves the device; who serves the files sees which of them a device fetches, as for every release.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    key: Annotated[str, Field(pattern=f"^[0-9a-f]{{{2 * KEY}}}$")]
+    language: Language | None = None
+
+    @classmethod
+    def read(cls, folder: Path, entropy: Entropy) -> Self:
+        """Read that of the device with this folder ``updates``, or make one.
+
+        Raises:
+            DataError: It is damaged.
+            OSError: It cannot be written.
+        """
+        path = folder / TARGETING
+        if not path.exists():
+            new = cls(entropy.bytes(KEY).hex())
+            new.write(folder)
+            return new
+        try:
+            raw = storage.read(path, MAX_TARGETING)
+            jsontext.decode(raw)
+            return jsontext.decode_as(cls, raw)
+        except (DataError, ValueError, ValidationError) as error:
+            reason = f"{path} is damaged: delete it, and the device takes part in rollouts under a new number"
+            raise DataError(reason, about=path.name) from error
+
+    def with_language(self, language: str) -> Self:
+        """The same with another language. Raises ConfigError if that has no such code."""
+        return replace(self, language=check_language(language))
+
+    def write(self, folder: Path) -> None:
+        storage.replace(folder / TARGETING, jsontext.encode(asdict(self)))
+
+    def release(self, rollout: Rollout) -> int:
+        return rollout.release_for(self.key, self.language)
+
+
 def follow(bundle: Path, source: ChannelSource, root: Path) -> None:
     """Pin the root of a repository, and note which channel ``bundle`` follows.
 
@@ -117,7 +160,7 @@ def follow(bundle: Path, source: ChannelSource, root: Path) -> None:
 
     Raises:
         ConfigError: The place or the channel cannot be one, or another root is pinned already.
-        DataError, TrustError: ``root`` is missing or damaged, or is no root that its own keys have signed.
+        DataError, TrustError: ``root`` is missing or damaged, or is not a root that its own keys have signed.
     """
     check_channel(source.channel)
     parts = urlsplit(source.repository)
@@ -129,7 +172,7 @@ def follow(bundle: Path, source: ChannelSource, root: Path) -> None:
     try:
         Metadata[Root].from_bytes(raw).verify_delegate(Root.type, Metadata[Root].from_bytes(raw))
     except (RepositoryError, ValueError, TypeError, KeyError) as error:
-        raise TrustError(f"{root} is no root that its own keys have signed", about=root.name) from error
+        raise TrustError(f"{root} is not a root that its own keys have signed", about=root.name) from error
     folder.mkdir(parents=True, exist_ok=True)
     with storage.locked(folder / ".lock"):
         pinned = folder / ROOT
@@ -149,11 +192,10 @@ def update(
     language: str | None = None,
     entropy: Entropy,
 ) -> Updated:
-    """Bring ``bundle`` to the release that the channel has for this device. Private adapters stay.
+    """Bring ``bundle``, which need not exist yet, to the release that the channel has for this device. Private adapters
+    stay.
 
     Args:
-        bundle: The folder; it need not exist yet.
-        trust: Pinned keys of bundles; by default ``trust.pem`` in the folder that contains the bundle.
         note: Called before a file is fetched.
         language: Of the device, from now on; for rollouts by language.
         entropy: For the targeting key.
@@ -265,7 +307,6 @@ def _described(updater: Updater, source: ChannelSource, name: str, limit: int) -
 
 
 def _offer(updater: Updater, source: ChannelSource, folder: Path, bundle: Path, entropy: Entropy) -> ReleaseOffer:
-    """What the channel has for the device with this folder ``updates``."""
     files = folder / FILES
     newest = _release(updater, source, files, RELEASE)
     listed = updater.get_targetinfo(target(source.channel, FLAGS))

@@ -17,7 +17,7 @@ from client.node.app import STATE, OpenState, register
 from client.training.control import UNLIMITED, TrainingControl
 from client.training.engine import trainer_of
 from client.training.examples import Example, Score
-from client.training.protocols import FrozenBase, LocalTrainer
+from client.training.trainer import FrozenBase, LocalTrainer
 from simulations.scenario import Scenario
 
 FACTORS = {"sign-flip": -1.0, "label-flip": 1.0, "boost": 10.0}  # of what the attacker trains

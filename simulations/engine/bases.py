@@ -16,7 +16,7 @@ from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
 from client.inference.trust import Trust
 from client.training.engine import trainer_of
-from client.training.protocols import FrozenBase
+from client.training.trainer import FrozenBase
 from export.bundle.write import write_bundle
 from export.causal import export_causal
 from export.center import centered

@@ -36,7 +36,7 @@ from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
 from client.node.snapshot import Snapshot
 from client.node.statedir import SNAPSHOT, DeviceStateDir
-from client.training.protocols import FrozenBase
+from client.training.trainer import FrozenBase
 from simulations.engine.seeded import SEED, SeededEntropy
 
 WRITTEN_BEFORE = (Step.CHECK_IN, Step.PLAN)  # a session and a round begin

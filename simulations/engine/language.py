@@ -19,7 +19,7 @@ from client.node.privateparts import PrivateParts
 from client.training.engine import language_trainer
 from client.training.examples import Example, Split, in_split
 from client.training.private import subject_of, with_private
-from client.training.protocols import LocalTrainer
+from client.training.trainer import LocalTrainer
 from simulations.data.population import Client, Population
 from simulations.engine import provision
 from simulations.engine.bases import device_base

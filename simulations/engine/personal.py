@@ -30,8 +30,8 @@ from aggregation.errors import DataError
 from client.node import statedir as device_files
 from client.node.privateparts import PrivateParts
 from client.node.statedir import DeviceStateDir
+from client.training import graphengine, torchengine
 from client.training.examples import Example, Split, in_split, read_examples
-from client.training.graphtrainer import GraphTrainer
 from client.training.personal import (
     Candidate,
     Choice,
@@ -42,8 +42,7 @@ from client.training.personal import (
     rehearsal,
 )
 from client.training.private import subject_of, with_private
-from client.training.protocols import ClassifierTrainer, FrozenBase, LocalTrainer
-from client.training.trainer import Trainer
+from client.training.trainer import ClassifierTrainer, FrozenBase, LocalTrainer
 from simulations.data.population import Client, Population
 from simulations.engine import provision
 from simulations.engine.progress import RunProgress
@@ -189,7 +188,9 @@ def personalize_all(
     for _ in range(at_once):
         labels = len(population.labels)
         idle.put(
-            GraphTrainer(base, labels, config) if isinstance(base, VerifiedBase) else Trainer(base, labels, config)
+            graphengine.classifier(base, labels, config)
+            if isinstance(base, VerifiedBase)
+            else torchengine.classifier(base, labels, config)
         )
     stop, outcomes = Event(), []
 

@@ -32,10 +32,9 @@ from aggregation.pki.identity import IdentityKey
 from client.node.enrolment import TrustAnchors, enrol, install_certificate
 from client.node.policy import SAFE, PolicySettings
 from client.node.statedir import DeviceSettings, DeviceStateDir
+from client.training.engine import classifier_trainer, language_trainer
 from client.training.examples import Example, Split, write_examples
-from client.training.language import load_language_trainer
 from client.training.limits import TrainingLimits
-from client.training.trainer import load_trainer
 from coordinator.registry import Registry
 from coordinator.seed import seed_version
 from coordinator.statedir import KEY, CoordinatorStateDir, open_registry
@@ -172,13 +171,13 @@ def first_adapter(scenario: Scenario, population: Population, base: Base) -> tup
     """
     config, generator = peft_config(scenario, base), torch.Generator().manual_seed(scenario.seed)
     if population.labels:
-        mine = load_trainer(base, len(population.labels), config)
+        mine = classifier_trainer(base, len(population.labels), config)
         public = [(phrase.text, phrase.label) for phrase in population.public]
-        tensors = seed_adapter(mine.model, mine.tokenizer, public, len(population.labels), generator)
+        tensors = seed_adapter(mine.engine.model, mine.tokenizer, public, len(population.labels), generator)
         if scenario.adapter.head == "logistic":
             tensors |= _logistic_head(mine.embed([text for text, _ in public]), [label for _, label in public], tensors)
     else:
-        tensors = initial(load_language_trainer(base, config).model, generator)
+        tensors = initial(language_trainer(base, config).engine.model, generator)
     manifest, blob = seed_version(tensors, config, population.labels, base.digest)
     scenario.federation.task(manifest)
     return manifest, blob

@@ -22,7 +22,7 @@ from adapters.peft.methods import from_peft_tensors
 from adapters.phrases import encode_phrases
 from aggregation.pki.identity import IdentityKey
 from client.node import statedir as device_files
-from client.training.trainer import load_trainer
+from client.training.engine import classifier_trainer
 from coordinator import statedir as coordinator_files
 from export.bundle.base import wanted
 from export.bundle.sources import Origin, from_registry
@@ -78,7 +78,7 @@ def publish(out: Path, scenario: Scenario, population: Population, base: Base) -
     """
     source = from_registry(out / provision.COORDINATOR, None, None)
     origin = resolved(source, base)
-    model = load_trainer(base, len(population.labels), source.peft_config).model
+    model = classifier_trainer(base, len(population.labels), source.peft_config).engine.model
     profile, slots = Profile(scenario.export.profile), wanted(base, origin).slots
     exported = _with_phrases(export_classifier(with_mean_head(base, slots), base, profile, training=None), population)
     runner = OnnxRunner.open(exported.folder, exported.manifest)

@@ -27,7 +27,7 @@ from adapters.storage import kill_safe
 from aggregation.errors import EdgeAdaptError
 from aggregation.steps import Step
 from client.node.statedir import DeviceStateDir
-from client.training.protocols import FrozenBase
+from client.training.trainer import FrozenBase
 from simulations.engine.attackers import LyingApp
 from simulations.engine.devices import MemoryDevices
 from simulations.engine.grid import FaultModel, InProcessGrid, context_of, identify

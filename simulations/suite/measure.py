@@ -30,7 +30,7 @@ from client.node.statedir import DeviceStateDir
 from client.training.engine import classifier_trainer, language_trainer
 from client.training.examples import Example, Split, in_split
 from client.training.personal import rehearsal
-from client.training.protocols import ClassifierTrainer, FrozenBase, LocalTrainer
+from client.training.trainer import ClassifierTrainer, FrozenBase, LocalTrainer
 from simulations.data import populate
 from simulations.data.population import Client, LabelledText, Population
 from simulations.engine import provision

@@ -18,7 +18,7 @@ ENROLMENT = (
     "coordinator.authority.store",
 )
 AUDITOR = ("coordinator.cli.audit", "coordinator.audit.transcripts")
-TRAINING = ("adapters.traininggraph", "client.training.graphtrainer", "client.training.languagegraph")
+TRAINING = ("adapters.traininggraph", "client.training.graphengine")
 GOVERNANCE = "coordinator.governance"
 COMPARISON = (
     "coordinator.governance.cli.versions",

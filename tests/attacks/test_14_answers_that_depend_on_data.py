@@ -35,7 +35,7 @@ from client.node.statedir import DeviceStateDir
 from client.node.step import READS_EXAMPLES
 from client.node.tasklabels import TaskLabels
 from client.training.examples import Example, Score, Split, parse_examples, read_file, write_examples
-from client.training.trainer import Trainer
+from client.training.trainer import ClassifierTrainer
 from coordinator.audit import audit
 from coordinator.audit.transcripts import logs
 from coordinator.statedir import CoordinatorStateDir
@@ -132,13 +132,13 @@ def set_policy(fleet: Any, **changes: float) -> None:
 
 def answer_with_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let devices answer with the error where examples are unusable, or where a number overflows for one of them."""
-    train = Trainer.train
+    train = ClassifierTrainer.train
 
-    def finite(self: Trainer, adapter: Tensors, examples: Any) -> None:
+    def finite(self: ClassifierTrainer, adapter: Tensors, examples: Any) -> None:
         if not np.isfinite(self.logits(adapter, [example.text for example in examples])).all():
             raise DataError("a number is not finite")
 
-    def raising(self: Trainer, start: Tensors, examples: Any, *rest: Any, **named: Any) -> Tensors:
+    def raising(self: ClassifierTrainer, start: Tensors, examples: Any, *rest: Any, **named: Any) -> Tensors:
         finite(self, start, examples)
         return train(self, start, examples, *rest, **named)
 
@@ -146,7 +146,7 @@ def answer_with_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         finite(trainer, adapter, held_out)
         return Score(0, len(held_out), 0.0)
 
-    monkeypatch.setattr(Trainer, "train", raising)
+    monkeypatch.setattr(ClassifierTrainer, "train", raising)
     monkeypatch.setattr("client.node.training._score", scored)
     monkeypatch.setattr("client.node.training._or_else", lambda attempt, otherwise: attempt())
 
@@ -259,9 +259,9 @@ def test_devices_that_trained_a_task_with_the_labels_of_the_others_refuse_that_t
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> VirtualClock:
     """The time of the devices: an example takes half a second to train on, and a quarter to read when they join."""
-    clock, train, read = VirtualClock(), Trainer.train, read_file
+    clock, train, read = VirtualClock(), ClassifierTrainer.train, read_file
 
-    def slow(self: Trainer, start: Tensors, examples: Any, *rest: Any, **named: Any) -> Tensors:
+    def slow(self: ClassifierTrainer, start: Tensors, examples: Any, *rest: Any, **named: Any) -> Tensors:
         clock.sleep(0.5 * len(examples))
         return train(self, start, examples, *rest, **named)
 
@@ -272,7 +272,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> VirtualClock:
 
     virtual = SimpleNamespace(monotonic=clock.now, perf_counter=clock.now, sleep=clock.sleep)
     monkeypatch.setattr("client.node.step.time", virtual)
-    monkeypatch.setattr(Trainer, "train", slow)
+    monkeypatch.setattr(ClassifierTrainer, "train", slow)
     monkeypatch.setattr("client.node.step.read_file", slowly_read)
     return clock
 
@@ -346,7 +346,12 @@ def test_a_message_during_training_is_answered_when_the_plan_is(
     app_fleet_of: FleetOf, clock: VirtualClock, monkeypatch: pytest.MonkeyPatch, held: bool
 ) -> None:
     """Answered when the training ends, it would show that time as well. ``held``: the lock, while the plan waits."""
-    fleet, train, answered, threads = busy_fleet(app_fleet_of), Trainer.train, list[float](), list[threading.Thread]()
+    fleet, train, answered, threads = (
+        busy_fleet(app_fleet_of),
+        ClassifierTrainer.train,
+        list[float](),
+        list[threading.Thread](),
+    )
     set_policy(fleet, answer_quantum_seconds=QUANTUM)
 
     def ask(context: Context) -> None:
@@ -360,14 +365,14 @@ def test_a_message_during_training_is_answered_when_the_plan_is(
         clock.sleep(seconds)
 
     def observed(message: Message, context: Context) -> Message:
-        def interrupted(self: Trainer, *given: Any, **named: Any) -> Tensors:
+        def interrupted(self: ClassifierTrainer, *given: Any, **named: Any) -> Tensors:
             threads.append(threading.Thread(target=ask, args=(context,)))
             threads[-1].start()
             time.sleep(0.1)  # it waits for the device's lock now
             return train(self, *given, **named)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "train", interrupted)
+            patch.setattr(ClassifierTrainer, "train", interrupted)
             patch.setattr("client.node.step.time.sleep", sleep)
             reply = app(message, context)
         for thread in threads:

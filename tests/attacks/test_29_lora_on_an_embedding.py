@@ -16,7 +16,7 @@ from adapters.manifest import PeftConfig, VersionManifest
 from adapters.peftconfig import TRAINABLE
 from aggregation import rotation
 from aggregation.errors import ConfigError
-from client.training.trainer import load_trainer
+from client.training.engine import classifier_trainer
 from coordinator import rounds
 from simulations.engine import provision
 from tests.support import refused
@@ -30,9 +30,9 @@ ADAPTED = ".embeddings.word_embeddings.lora_embedding_A"
 @pytest.fixture(autouse=True)
 def no_trainer_of_another_test() -> Iterator[None]:
     """A trainer stays loaded, and with it what was allowed when it was built."""
-    load_trainer.cache_clear()
+    classifier_trainer.cache_clear()
     yield
-    load_trainer.cache_clear()
+    classifier_trainer.cache_clear()
 
 
 def first_version(tensors: Tensors, _: PeftConfig, labels: Sequence[str], base: str) -> tuple[VersionManifest, bytes]:
@@ -52,7 +52,7 @@ def attacked(app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, *, checked:
         hostile.setattr(provision, "peft_config", lambda scenario, base: PeftConfig.lora(RANK, 4, EMBEDDING))
         hostile.setattr(provision, "seed_version", first_version)
         fleet = app_fleet_of(DEVICES, rounds=1, aggregation__ring_bits=32)
-    load_trainer.cache_clear()
+    classifier_trainer.cache_clear()
 
     def learned(session: Any, result: Any) -> Any:
         sums.append(result.values["delta"])
@@ -67,7 +67,7 @@ def attacked(app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, *, checked:
 
 def tokens_of(fleet: Any) -> set[int]:
     """The tokens of all examples that the devices train on."""
-    read = load_trainer(fleet.base, len(fleet.population.labels), PeftConfig.lora(RANK, 4)).tokenizer
+    read = classifier_trainer(fleet.base, len(fleet.population.labels), PeftConfig.lora(RANK, 4)).tokenizer
     texts = [phrase.text for home in fleet.population.clients if not home.unseen for phrase in home.train]
     return {token for encoding in read.encode_batch(texts) for token in encoding.ids}
 

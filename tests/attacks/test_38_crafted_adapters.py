@@ -18,9 +18,10 @@ from adapters.roundtask import Outcome
 from adapters.task import OptimizerName, RateSchedule, Task, shared_layout
 from adapters.trainable import configuration
 from aggregation.errors import ProtocolError
+from client.training import torchengine
 from client.training.examples import Example
 from client.training.limits import TrainingLimits
-from client.training.trainer import Trainer
+from client.training.trainer import ClassifierTrainer
 from coordinator.settings import FederationSettings
 from tests.conftest import SAID
 from tests.support import refused
@@ -62,26 +63,26 @@ def alone(one_thread: None) -> None: ...
 
 
 @pytest.fixture(scope="module")
-def lora(tiny_base: Any) -> Trainer:
-    return Trainer(tiny_base, LABELS, LORA)
+def lora(tiny_base: Any) -> ClassifierTrainer:
+    return torchengine.classifier(tiny_base, LABELS, LORA)
 
 
 @pytest.fixture(scope="module")
-def trapped(lora: Trainer) -> Trap:
+def trapped(lora: ClassifierTrainer) -> Trap:
     return trap(lora, with_random_b(seeded(lora)), phrases(WORDS, 1000, seed=1), one_in=DEVICES * EXAMPLES)
 
 
 @pytest.fixture(scope="module")
-def through(lora: Trainer, trapped: Trap) -> list[str]:
+def through(lora: ClassifierTrainer, trapped: Trap) -> list[str]:
     return split(lora, trapped)[0]
 
 
 @pytest.fixture(scope="module")
-def ordinary(lora: Trainer, trapped: Trap) -> list[str]:
+def ordinary(lora: ClassifierTrainer, trapped: Trap) -> list[str]:
     return split(lora, trapped)[1]
 
 
-def split(trainer: Trainer, found: Trap) -> tuple[list[str], list[str]]:
+def split(trainer: ClassifierTrainer, found: Trap) -> tuple[list[str], list[str]]:
     texts = sorted(set(phrases(WORDS, 2000, seed=2)))
     held = found.holds(trainer, texts)
     return [t for t, h in zip(texts, held, strict=True) if h], [t for t, h in zip(texts, held, strict=True) if not h]
@@ -96,7 +97,7 @@ def examples_of(others: Sequence[str], secret: str, seed: int) -> list[list[Exam
     return [labelled[at : at + EXAMPLES] for at in range(0, len(labelled), EXAMPLES)]
 
 
-def read_alone(trainer: Trainer, secret: str, update: Tensors) -> bool:
+def read_alone(trainer: ClassifierTrainer, secret: str, update: Tensors) -> bool:
     """Whether an update shows the words of one text in order, and nothing else."""
     words = secret.split()
     return words_by_place(trainer, update)[1 : 2 + len(words)] == [[word] for word in words] + [[]]
@@ -104,7 +105,7 @@ def read_alone(trainer: Trainer, secret: str, update: Tensors) -> bool:
 
 @pytest.mark.parametrize("steps", STEPS)
 def test_the_words_of_one_example_are_read_in_order_from_the_sum_and_from_what_is_published(
-    lora: Trainer, trapped: Trap, through: list[str], ordinary: list[str], steps: str
+    lora: ClassifierTrainer, trapped: Trap, through: list[str], ordinary: list[str], steps: str
 ) -> None:
     task = task_of(LORA, (Part.A, Part.B), **STEPS[steps])
     LIMITS.check(task, trapped.adapter)
@@ -137,7 +138,7 @@ def test_one_example_is_found_among_candidates_by_the_update_of(
     """Also with AdamW, and from what is published, except for the few numbers of a head: it has noise of this rate."""
     given, part = FORMS[form]
     config = configuration(tiny_base, **given)
-    trainer, candidates = Trainer(tiny_base, LABELS, config), through[:CANDIDATES]
+    trainer, candidates = torchengine.classifier(tiny_base, LABELS, config), through[:CANDIDATES]
     start = seeded(trainer) if part is not Part.A else with_random_b(seeded(trainer))
     start |= {name: trapped.adapter[name] for name in (WEIGHT, BIAS)}
     task = task_of(config, (part,), **ADAMW)
@@ -152,7 +153,7 @@ def test_one_example_is_found_among_candidates_by_the_update_of(
         assert part is Part.HEAD or likeliest(known, shown.layout, shown.mean) == which
 
 
-def updates(trainer: Trainer, task: Task, devices: Sequence[Outcome]) -> Vector:
+def updates(trainer: ClassifierTrainer, task: Task, devices: Sequence[Outcome]) -> Vector:
     """The update that each makes, of length 1; of a head, the row that traps, shape ``(outcomes, numbers)``."""
     layout = shared_layout(trainer.layout, task)
     made = [layout.flatten(layout.select(o.trained)) - layout.flatten(layout.select(o.start)) for o in devices]
@@ -179,7 +180,7 @@ SPARE, REAL = 200, 3
 
 def test_rows_of_labels_that_nobody_has_show_each_text_that_was_guessed(tiny_base: Any) -> None:
     """A label more for each guess: its row is moved by the examples that are nearest to the guess, and by no other."""
-    trainer = Trainer(tiny_base, REAL + SPARE, PeftConfig.lora(2, 4))
+    trainer = torchengine.classifier(tiny_base, REAL + SPARE, PeftConfig.lora(2, 4))
     guesses, devices = phrases(WORDS, SPARE, seed=1), list[list[Example]]()
     rng = np.random.default_rng(0)
     for _ in range(DEVICES):
@@ -228,7 +229,13 @@ TRIALS = 48
     ids=["without noise", "epsilon 8", "epsilon 1"],
 )
 def test_noise_hides_which_of_the_candidates_the_example_is(
-    lora: Trainer, trapped: Trap, through: list[str], ordinary: list[str], settings: Any, least: int, most: int
+    lora: ClassifierTrainer,
+    trapped: Trap,
+    through: list[str],
+    ordinary: list[str],
+    settings: Any,
+    least: int,
+    most: int,
 ) -> None:
     """With epsilon 1 nothing is left; with 8, which promises little against a guess, most is hidden."""
     task, candidates = task_of(LORA, (Part.A, Part.B), learning_rate=0.1), through[:CANDIDATES]
@@ -247,7 +254,7 @@ def test_noise_hides_which_of_the_candidates_the_example_is(
 # No number of the adapter gives a trap away
 
 
-def test_an_adapter_of_ordinary_numbers_made_by_ordinary_training_is_a_trap_too(lora: Trainer) -> None:
+def test_an_adapter_of_ordinary_numbers_made_by_ordinary_training_is_a_trap_too(lora: ClassifierTrainer) -> None:
     """It was trained to tell one word from all others. Of each example with this word, all words are read."""
     word, direction = "wake", np.random.default_rng(3).standard_normal(32)
     direction /= np.linalg.norm(direction)
@@ -278,7 +285,7 @@ def test_an_adapter_that_changes_nothing_shows_the_words_of_all_devices_if_its_r
 ) -> None:
     """The rows of A's update in the first layer are more than the words: 32 of the queries and values, or four."""
     config, rng = PeftConfig.lora(rank, rank), np.random.default_rng(1)
-    trainer = Trainer(tiny_base, LABELS, config)
+    trainer = torchengine.classifier(tiny_base, LABELS, config)
     head = rng.standard_normal((LABELS, 32), np.float32)
     start = with_random_b(seeded(trainer)) | {WEIGHT: 16 * head / np.linalg.norm(head, axis=1, keepdims=True)}
     task = task_of(config, (Part.A, Part.B), learning_rate=0.05)

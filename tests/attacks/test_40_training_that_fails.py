@@ -21,7 +21,7 @@ from adapters.task import Task, contribution, is_stable, weighted_mean
 from aggregation import rotation
 from client.node.training import LocalRound
 from client.training.examples import Example, Score, write_examples
-from client.training.trainer import Trainer
+from client.training.trainer import ClassifierTrainer
 from tests.attacks.test_14_answers_that_depend_on_data import DEVICES, Observer
 
 FleetOf = Callable[..., Any]
@@ -137,14 +137,14 @@ def test_if_training_could_fail_the_sum_would_be_the_update_of_the_device_with_t
 
 
 def test_a_device_that_fails_counts_like_all_others(app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    train = Trainer.train
+    train = ClassifierTrainer.train
 
-    def sometimes(self: Trainer, start: Any, examples: Any, *rest: Any, **named: Any) -> Any:
+    def sometimes(self: ClassifierTrainer, start: Any, examples: Any, *rest: Any, **named: Any) -> Any:
         if len(examples) > len(ONCE):
             raise RuntimeError
         return train(self, start, examples, *rest, **named)
 
-    monkeypatch.setattr(Trainer, "train", sometimes)
+    monkeypatch.setattr(ClassifierTrainer, "train", sometimes)
     seen, fleet = Seen.watch(monkeypatch), fleet_with(app_fleet_of, **PERMITTED)
     fleet.configure({"training.proximal": 0.0})
     (record,) = fleet.federate(fleet.grid())

@@ -23,7 +23,7 @@ from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
 from client.browser.server import Site, http_server
 from client.inference.session import ClassificationSession
-from client.training.trainer import load_trainer
+from client.training.engine import classifier_trainer
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import Profile
@@ -84,7 +84,7 @@ def measure(run: Path, profile: Profile, program: str) -> Accuracy:
     scenario = RunFolder.resume(run, None).scenario
     population = populate(scenario.data, scenario.population, scenario.seed).population
     base = training_base(run, scenario, population)
-    trainer = load_trainer(base, len(population.labels), provision.peft_config(scenario, base))
+    trainer = classifier_trainer(base, len(population.labels), provision.peft_config(scenario, base))
     registry = provision.registry(run)
     version = registry.latest() or registry.version(0)
     tensors, manifest = registry.tensors(version.manifest.version), version.manifest
@@ -95,7 +95,7 @@ def measure(run: Path, profile: Profile, program: str) -> Accuracy:
     key = IdentityKey.generate(SystemEntropy())
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "bundle"
-        write_bundle(bundle, export_classifier(trainer.model, base, profile), [source], key=key)
+        write_bundle(bundle, export_classifier(trainer.engine.model, base, profile), [source], key=key)
         (bundle.parent / TRUST).write_bytes(key.public.to_pem())
         native = ClassificationSession.open(bundle).classify(texts, "global")
         browser = _in_chromium(program, bundle, texts)

@@ -23,10 +23,9 @@ from aggregation.pki.identity import IdentityKey
 from client.inference.library import Library
 from client.inference.session import ClassificationSession
 from client.learning import Correction, Learner
-from client.learning.language import LEARNING_RATE, LIKELY
-from client.learning.tune import descend_until
+from client.learning.learner import LANGUAGE_RATE
+from client.training import graphengine
 from client.training.examples import Example
-from client.training.languagegraph import LanguageGraphTrainer
 from export.bundle.sources import Origin
 from export.bundle.trained import resolved
 from export.bundle.write import AdapterSource, write_bundle
@@ -136,7 +135,7 @@ def test_gradients_and_values_are_those_of_the_native_device(
     """Of magnitudes too, over layers with biases; values that are put into slots are read from them again."""
     trainer, start = native(phone)
     shares = [1 / (2 + number) for number in range(len(EXAMPLES))]
-    loss, gradients = trainer.gradients(start, EXAMPLES, shares)
+    loss, gradients = trainer.engine.gradients(start, trainer.weighted(EXAMPLES, shares))
     by_magnitude = [value for name, value in gradients.items() if part_of(name) is Part.VECTORS]
     assert len(by_magnitude) == 4
     assert min(float(np.abs(value).max()) for value in by_magnitude) > 1e-5
@@ -208,21 +207,19 @@ def test_a_language_model_is_corrected_and_trained_as_natively(
     write_bundle(tmp_path / "bundle", exported, [adapter], key=vendor, form="fp32")
     (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem())
     library = Library.open(tmp_path / "bundle", None)
-    trainer = LanguageGraphTrainer(library.base, LANGUAGE)
-    start = trainer.tensors_of(library.trust.adapter("global", library.base).inputs)
+    trainer = graphengine.language(library.base, LANGUAGE)
+    start = trainer.engine.tensors_of(library.trust.adapter("global", library.base).inputs)
     taught = [Example("yes", prompt="is it?")]
 
-    def learned(values: Tensors) -> bool:
-        return trainer.least_probability(values, taught) >= LIKELY
-
-    expected = descend_until(learned, trainer, start, taught, [], LEARNING_RATE)
+    steps = list[int]()
+    expected = trainer.teach(start, taught, [], LANGUAGE_RATE, lambda: steps.append(1))
     page.goto(serve(tmp_path / "bundle"))
     found = page.evaluate(f"{TUNED_LANGUAGE}({corrections(('is it?', 'yes'), earlier=[])})")
-    assert (found["steps"], found["known"]) == (expected.steps, 1)
-    assert expected.steps > 1
+    assert (found["steps"], found["known"]) == (len(steps), 1)
+    assert len(steps) > 1
     magnitudes = [name for name in start if part_of(name) is Part.VECTORS]
-    assert all(np.abs(expected.adapter[name] - start[name]).max() > 1e-3 for name in magnitudes)
-    same(found["values"], by_input(trainer, expected.adapter), 1e-4)
+    assert all(np.abs(expected[name] - start[name]).max() > 1e-3 for name in magnitudes)
+    same(found["values"], by_input(trainer, expected), 1e-4)
     assert page.evaluate(OUTPUTS) == ["hits", "log_likelihood"]
     texts_contribute_as_natively(page, trainer, start, (Part.A, Part.B, Part.VECTORS))
 

@@ -26,10 +26,10 @@ from aggregation import rotation
 from aggregation.pki.identity import IdentityKey
 from client.cli import device
 from client.inference.library import Library
-from client.learning.language import LEARNING_RATE, LIKELY
-from client.learning.tune import MAX_STEPS, descend_until
+from client.learning.learner import LANGUAGE_RATE
+from client.training import graphengine
 from client.training.examples import Example
-from client.training.languagegraph import LanguageGraphTrainer
+from client.training.trainer import MAX_STEPS, LanguageTrainer
 from export.bundle.write import AdapterSource, write_bundle
 from export.causal import export_causal
 from export.onnx.exported import ExportedBase, Profile
@@ -125,10 +125,10 @@ def talker(tmp_path: Path, talking: ExportedBase, lm_source: Callable[..., Adapt
     return tmp_path / "bundle"
 
 
-def native(bundle: Path, name: str) -> tuple[LanguageGraphTrainer, Tensors]:
+def native(bundle: Path, name: str) -> tuple[LanguageTrainer, Tensors]:
     library = Library.open(bundle, None)
-    trainer = LanguageGraphTrainer(library.base, LORA)
-    return trainer, trainer.tensors_of(library.trust.adapter(name, library.base).inputs)
+    trainer = graphengine.language(library.base, LORA)
+    return trainer, trainer.engine.tensors_of(library.trust.adapter(name, library.base).inputs)
 
 
 def given(*corrections: tuple[str, str], **more: Any) -> str:
@@ -149,11 +149,11 @@ def test_tokens_learned_places_losses_and_gradients_are_those_of_the_native_devi
     sent = [(*pair, share) for pair, share in zip(3 * pairs, shares, strict=True)]
     found = page.evaluate(f"{GRADIENTS}({json.dumps(sent)})")
     for theirs, example in zip(found["examples"], examples, strict=True):
-        ours = trainer._encoder.encode(example)
+        ours = trainer.encoder.encode(example)
         assert theirs["ids"] == ours.ids.tolist()
-        assert list(range(theirs["first"] - 1, len(theirs["ids"]) - 1)) == ours.learned.tolist()
+        assert list(range(theirs["first"] - 1, len(theirs["ids"]) - 1)) == ours.positions.tolist()
         assert (theirs["cut"], theirs["size"]) == (ours.cut, ours.size)
-    loss, gradients = trainer.gradients(start, examples, shares)
+    loss, gradients = trainer.engine.gradients(start, trainer.weighted(examples, shares))
     assert found["loss"] == pytest.approx(loss, rel=1e-5)
     largest = max(float(np.abs(gradient).max()) for gradient in gradients.values())
     same(found["gradients"], by_input(trainer, gradients), 1e-5 * largest)
@@ -173,23 +173,21 @@ def test_the_same_corrections_tune_the_same_adapter_and_show_the_same_bits(
     trainer, start = native(talker, "global")
     ours = [[Example(answer, prompt=prompt) for prompt, answer in pairs] for pairs in (taught, earlier[:1])]
 
-    def learned(adapter: Tensors) -> bool:
-        return trainer.least_probability(adapter, ours[0]) >= LIKELY
-
-    expected = descend_until(learned, trainer, start, *ours, LEARNING_RATE)
+    steps = list[int]()
+    expected = trainer.teach(start, *ours, LANGUAGE_RATE, lambda: steps.append(1))
     compared = [Example("abab abab"), Example("no, never", prompt="a"), *(Example("ab" * 80) for _ in range(5))]
     page.goto(serve(talker))
     pairs = {"earlier": [{"text": text, "label": label} for text, label in earlier]}
     texts = {"compared": [{"text": one.text, "prompt": one.prompt} for one in compared]}
     found = page.evaluate(f"{TUNED}({given(*taught, **pairs, **texts)})")
-    assert MAX_STEPS > found["steps"] == expected.steps > 1
+    assert MAX_STEPS > found["steps"] == len(steps) > 1
     assert found["known"] == len(taught)
-    same(found["values"], by_input(trainer, expected.adapter), 1e-4)
+    same(found["values"], by_input(trainer, expected), 1e-4)
     assert [(one["prompt"], one["text"]) for one in found["compared"]] == [(one.prompt, one.text) for one in compared]
     for kind, examples in zip(("taught", "others", "compared"), [*ours, compared], strict=True):
         if kind != "compared":
             assert [(one["text"], one["label"]) for one in found[kind]] == [(one.prompt, one.text) for one in examples]
-        for when, adapter in (("before", start), ("after", expected.adapter)):
+        for when, adapter in (("before", start), ("after", expected)):
             nats = [trainer.score(adapter, [one]).loss for one in examples]
             assert [one[when] * math.log(2) for one in found[kind]] == pytest.approx(nats, rel=1e-3)
 
@@ -201,9 +199,9 @@ def test_a_tab_contributes_to_a_round_what_a_native_device_contributes_or_nothin
     contributes_as_natively(page, *native(talker, "global"), (Part.A, Part.B))
 
 
-def contributes_as_natively(page: Any, trainer: LanguageGraphTrainer, start: Tensors, parts: tuple[Part, ...]) -> None:
+def contributes_as_natively(page: Any, trainer: LanguageTrainer, start: Tensors, parts: tuple[Part, ...]) -> None:
     """All texts are in one batch, so that their order makes no difference."""
-    task = Task(trainer.config, (), 3, 16, 0.005, 0.01, 0.0, parts, parts)
+    task = Task(trainer.engine.config, (), 3, 16, 0.005, 0.01, 0.0, parts, parts)
     own = [*(Example(text) for text in ("abab abab", "ba ba", "abba")), Example(ANSWER, prompt=PROMPT)]
     held = [Example("abab ab"), Example("no, never", prompt="a")]
     expected = trainer.train(start, own, task, epochs=task.epochs, rng=np.random.default_rng(1))

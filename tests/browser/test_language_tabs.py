@@ -8,9 +8,9 @@ import pytest
 
 from aggregation.pki.identity import IdentityKey
 from client.inference.generate import Generator, SamplingParams
+from client.training.engine import language_trainer
 from client.training.examples import Split, in_split, read_examples
-from client.training.language import load_language_trainer
-from client.training.languagegraph import LanguageGraphTrainer
+from client.training.trainer import LanguageTrainer
 from export.bundle.write import write_bundle
 from export.causal import export_causal
 from export.onnx.exported import Profile
@@ -57,7 +57,7 @@ def repeat_held_out(examples: Path) -> None:
 
 def held_out_loss(fleet: TinyFleet, version: int) -> float:
     """The mean of all devices' held-out examples with a version of the adapter."""
-    trainer = load_language_trainer(fleet.base, provision.peft_config(fleet.scenario, fleet.base))
+    trainer = language_trainer(fleet.base, provision.peft_config(fleet.scenario, fleet.base))
     adapter = fleet.registry().tensors(version)
     examples = [read_examples(fleet.state_dir(name).examples, 0) for name in AUTHORS]
     held_out = [one for each in examples for one in in_split(each, Split.VALIDATION)]
@@ -78,13 +78,13 @@ def test_two_tabs_train_a_language_model_with_native_devices_and_use_what_is_pub
     bundle's training graph, as the tabs do. A device that fails to train adds no loss, and of less
     than all four, none is published.
     """
-    graphs, train = list[Path](), LanguageGraphTrainer.train
+    graphs, train = list[Path](), LanguageTrainer.train
 
-    def counted(self: LanguageGraphTrainer, *rest: Any, **named: Any) -> Any:
+    def counted(self: LanguageTrainer, *rest: Any, **named: Any) -> Any:
         graphs.append(self.base.folder)
         return train(self, *rest, **named)
 
-    monkeypatch.setattr(LanguageGraphTrainer, "train", counted)
+    monkeypatch.setattr(LanguageTrainer, "train", counted)
     fleet = fleet_of_authors(tmp_path / "fleet", llama, {"rank": 4})
     port = free_port()
     fleet.configure({"rounds": ROUNDS, "gateway.websocket": f"{HOST}:{port}", "aggregation.minimum_devices": 4})

@@ -24,9 +24,10 @@ from client.cli import device
 from client.inference.library import Library
 from client.inference.session import ClassificationSession
 from client.learning import Correction, Learner
-from client.learning.tune import tune
+from client.learning.learner import LEARNING_RATE
+from client.training import graphengine
 from client.training.examples import Example
-from client.training.graphtrainer import GraphTrainer
+from client.training.trainer import ClassifierTrainer
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.exported import ExportedBase, Profile
 from tests.browser.test_page import IN_USE, ROWS
@@ -79,15 +80,15 @@ PROBED = f"""(async () => {{ {OPEN}
 IN_BOTH = pytest.mark.parametrize("trainable", [Profile.FP32, Profile.NATIVE_INT8], ids=str, indirect=True)
 
 
-def native(bundle: Path) -> tuple[GraphTrainer, Tensors]:
+def native(bundle: Path) -> tuple[ClassifierTrainer, Tensors]:
     library = Library.open(bundle, None)
     adapter = library.trust.adapter("global", library.base)
     assert adapter.manifest.peft_config is not None
-    trainer = GraphTrainer(library.base, len(LABELS), adapter.manifest.peft_config)
-    return trainer, trainer.tensors_of(adapter.inputs)
+    trainer = graphengine.classifier(library.base, len(LABELS), adapter.manifest.peft_config)
+    return trainer, trainer.engine.tensors_of(adapter.inputs)
 
 
-def by_input(trainer: GraphTrainer, tensors: Tensors) -> Tensors:
+def by_input(trainer: ClassifierTrainer, tensors: Tensors) -> Tensors:
     """Tensors under peft's names as the page has them: transposed, without the scaling."""
     return {
         name.removeprefix("base_model.model."): value if "lora_R" in name or "lora" not in name else value.T
@@ -117,7 +118,7 @@ def test_the_gradients_of_a_batch_are_those_of_the_native_device(
     examples = [Example(text, number % len(LABELS)) for number, text in enumerate(texts)]
     shares = [1 / (2 + number) for number in range(len(texts))]
     trainer, start = native(phone)
-    loss, gradients = trainer.gradients(start, examples, shares)
+    loss, gradients = trainer.engine.gradients(start, trainer.weighted(examples, shares))
     page.goto(f"{serve(phone)}?provider={provider}")
     given = [(one.text, one.label, share) for one, share in zip(examples, shares, strict=True)]
     found = page.evaluate(f"{GRADIENTS}({json.dumps(given)})")
@@ -143,14 +144,15 @@ def probed_at_values(page: Any) -> None:
 def test_the_same_corrections_tune_the_same_adapter(page: Any, serve: Callable[[Path], str], phone: Path) -> None:
     taught, rehearsed = [Example(PHRASES[0], 3)], [Example(text, 1) for text in PHRASES[1:4]]
     trainer, start = native(phone)
-    expected = tune(trainer, start, taught, rehearsed)
+    steps = list[int]()
+    expected = trainer.teach(start, taught, rehearsed, LEARNING_RATE, lambda: steps.append(1))
     page.goto(serve(phone))
     given = {
         kind: [(one.text, one.label) for one in found] for kind, found in (("taught", taught), ("rehearsed", rehearsed))
     }
     found = page.evaluate(f"{TUNED}({json.dumps(given)})")
-    assert found["steps"] == expected.steps > 3
-    same(found["values"], by_input(trainer, expected.adapter), 1e-4)
+    assert found["steps"] == len(steps) > 3
+    same(found["values"], by_input(trainer, expected), 1e-4)
 
 
 # --- the page: learning, undoing, keeping and saving

@@ -38,7 +38,7 @@ from client.learning.learner import _in_lesson_order
 from client.training.descent import AdamW
 from client.training.examples import Example
 from client.training.personal import in_own_words
-from client.training.protocols import ClassifierTrainer
+from client.training.trainer import ClassifierTrainer
 from export.bundle import adapter
 from export.bundle.write import AdapterSource, add_adapter
 from export.onnx.exported import ExportedBase

@@ -24,12 +24,10 @@ from aggregation.privacy.accounting import Mechanism
 from aggregation.spec import Privacy, SessionSpec
 from aggregation.vector import Segment, VectorSpec
 from client.inference.trust import Trust
-from client.training.batches import batches
 from client.training.evaluate import own_counts
 from client.training.examples import Example, Split
-from client.training.graphtrainer import GraphTrainer
-from client.training.languagegraph import LanguageGraphTrainer
 from client.training.moments import own_moments
+from client.training.trainer import ClassifierTrainer, LanguageTrainer, batches
 from tests.browser.conftest import CONFIG
 from tests.browser.test_aggregation import offer_of, session_of
 from tests.browser.test_learning import OPEN, by_input, native, same
@@ -47,7 +45,7 @@ TASKS = (
 )
 EXAMPLES = [Example(text, number % len(LABELS)) for number, text in enumerate(PHRASES)]
 MOMENT = 1e-4  # of an entry of the moments: embeddings of the two runtimes differ by float32 rounding
-WAY = 0.002  # as between the two native engines (tests/client/training/test_graphtrainer.py)
+WAY = 0.002  # as between the two native engines (tests/client/training/test_graphengine.py)
 
 TRAINED = f"""(async ({{ task, examples: given, order }}) => {{ {OPEN}
   const [{{ trainOn }}, {{ unfolded }}] = await Promise.all([load("learning/round"), load("learning/fedsb")]);
@@ -90,7 +88,7 @@ def moved(found: Tensors, start: Tensors) -> float:
 
 
 def given(
-    task: Task, trainer: GraphTrainer | LanguageGraphTrainer, start: Tensors, examples: list[Example]
+    task: Task, trainer: ClassifierTrainer | LanguageTrainer, start: Tensors, examples: list[Example]
 ) -> dict[str, Any]:
     """A plan with this task, as the tab receives it."""
     blob, layout = files.encode(start), shared_layout(trainer.layout, task)
@@ -215,7 +213,7 @@ def test_a_tab_contributes_the_moments_of_a_native_device_to_an_analytic_head_or
 
 def contributes_moments_as_natively(page: Any, phone: Path) -> None:
     trainer, start = native(phone)
-    head, task = ClassifierHead.of(trainer.layout), AnalyticTask(trainer.config, LABELS, 0.01, 16.0)
+    head, task = ClassifierHead.of(trainer.layout), AnalyticTask(trainer.engine.config, LABELS, 0.01, 16.0)
     vector = moment_spec(head, Bounds(clip_norm=1.0, weight_cap=7, ring_bits=32, max_clients=8))
     spec = replace(session_of(trainer.layout, 32), vector=vector)
     blob = files.encode(start)
@@ -415,7 +413,7 @@ def asked_of(asked: dict[str, Any], examples: list[Example]) -> dict[str, Any]:
     return asked | {"examples": [{"text": e.text, "label": e.label, "split": e.split.value} for e in examples]}
 
 
-def update_offer(trainer: GraphTrainer) -> list[int]:
+def update_offer(trainer: ClassifierTrainer) -> list[int]:
     """An offer of a round of training."""
     return list(bytes.fromhex(offer_of(session_of(trainer.layout, 32))))
 

@@ -14,8 +14,9 @@ from adapters.layout import Layout
 from adapters.manifest import PrivacyBound
 from adapters.ridge import Matrix
 from adapters.sums import UNIFORMS
+from client.training.engine import classifier_trainer
 from client.training.examples import Example, Split, in_split, read_examples, write_examples
-from client.training.trainer import Trainer, load_trainer
+from client.training.trainer import ClassifierTrainer
 from coordinator.settings import FederationSettings
 from simulations.engine import provision as provisioned
 from tests.support.hostile import audit_failures
@@ -43,8 +44,10 @@ def fleet_with_many(fleet_of: FleetOf) -> FleetOf:
     return make
 
 
-def trainer_of(fleet: Any) -> Trainer:
-    return load_trainer(fleet.base, len(fleet.population.labels), provisioned.peft_config(fleet.scenario, fleet.base))
+def trainer_of(fleet: Any) -> ClassifierTrainer:
+    return classifier_trainer(
+        fleet.base, len(fleet.population.labels), provisioned.peft_config(fleet.scenario, fleet.base)
+    )
 
 
 def pooled_head(fleet: Any, version: int, survivors: tuple[str, ...]) -> tuple[Matrix, int]:

@@ -29,9 +29,9 @@ from aggregation.messages import MaskedInput
 from aggregation.steps import ADAPTER, BODY, PROOF, RECORD, Step
 from client.node.app import STATE
 from client.node.snapshot import Draw, Snapshot
+from client.training.engine import classifier_trainer
 from client.training.examples import Split, in_split, read_examples
 from client.training.limits import TrainingLimits
-from client.training.trainer import load_trainer
 from coordinator.settings import Aggregation, FederationSettings
 from simulations.engine import provision as provisioned
 from tests.support.seededapp import app as client_app
@@ -88,7 +88,7 @@ def plain_mean(fleet: Any, start: Tensors, version: int, survivors: tuple[str, .
     """The weighted mean of the survivors' updates, without masks, rings or messages; and the total weight."""
     registry, settings = fleet.registry(), settings_of(fleet)
     plan = settings.task(registry.version(version).manifest)
-    mine = load_trainer(fleet.base, len(plan.labels), provisioned.peft_config(fleet.scenario, fleet.base))
+    mine = classifier_trainer(fleet.base, len(plan.labels), provisioned.peft_config(fleet.scenario, fleet.base))
     total, weights = np.zeros(mine.layout.size), 0
     for device in survivors:
         examples = in_split(read_examples(fleet.state_dir(device).examples, len(plan.labels)), Split.TRAIN)

@@ -12,9 +12,9 @@ import torch
 from adapters import causal
 from aggregation.pki.identity import IdentityKey
 from client.inference.generate import Generator, SamplingParams
+from client.training.engine import language_trainer
 from client.training.examples import Split, in_split, read_examples
-from client.training.language import load_language_trainer
-from client.training.languagegraph import LanguageGraphTrainer
+from client.training.trainer import LanguageTrainer
 from coordinator.audit import AuditInput, AuditOptions, Check, Status
 from export.bundle.write import write_bundle
 from export.causal import export_causal
@@ -39,7 +39,7 @@ def test_a_language_model_is_federated_end_to_end(fleet: TinyFleet) -> None:
     assert [record.version for record in records] == [1, 2, 3]
     registry, trainer = (
         fleet.registry(),
-        load_language_trainer(fleet.base, provision.peft_config(fleet.scenario, fleet.base)),
+        language_trainer(fleet.base, provision.peft_config(fleet.scenario, fleet.base)),
     )
     for name in AUTHORS:
         held_out = in_split(read_examples(fleet.state_dir(name).examples, 0), Split.VALIDATION)
@@ -64,18 +64,18 @@ def test_devices_with_a_bundle_train_a_language_model_with_its_training_graph(
     light = ("device-01", "device-03")
     for name in light:
         train_with_bundle(provision.device_folder(fleet.out, name), bundle)
-    train = LanguageGraphTrainer.train
+    train = LanguageTrainer.train
 
-    def counted(self: LanguageGraphTrainer, *rest: Any, **named: Any) -> Any:
+    def counted(self: LanguageTrainer, *rest: Any, **named: Any) -> Any:
         graph.append(self.base.folder)
         return train(self, *rest, **named)
 
-    monkeypatch.setattr(LanguageGraphTrainer, "train", counted)
+    monkeypatch.setattr(LanguageTrainer, "train", counted)
     fleet.configure({"rounds": 1})
     (record,) = fleet.federate(fleet.grid())
     assert len(record.survivors) == len(AUTHORS)
     assert graph == [bundle / "base"] * len(light)
-    trainer = load_language_trainer(fleet.base, provision.peft_config(fleet.scenario, fleet.base))
+    trainer = language_trainer(fleet.base, provision.peft_config(fleet.scenario, fleet.base))
     for name in light:
         held_out = in_split(read_examples(fleet.state_dir(name).examples, 0), Split.VALIDATION)
         before, after = (trainer.score(fleet.registry().tensors(version), held_out) for version in (0, 1))
@@ -91,10 +91,10 @@ def test_its_last_version_is_exported_and_writes_as_its_authors_do(fleet: TinyFl
     command("export", "base", "--base", base, "--profile", "fp32", "--out", bundle, "--key", key)
     registry = str(fleet.out / "coordinator")
     command("export", "adapter", "--registry", registry, "--format", "fp32", "--bundle", bundle, "--key", key)
-    trainer = load_language_trainer(fleet.base, provision.peft_config(fleet.scenario, fleet.base))
-    causal.load(trainer.model, fleet.registry().tensors(3))
+    trainer = language_trainer(fleet.base, provision.peft_config(fleet.scenario, fleet.base))
+    causal.load(trainer.engine.model, fleet.registry().tensors(3))
     asked = torch.tensor([trainer.encoder.tokenizer.encode("abab").ids])
-    expected = trainer.model.generate(input_ids=asked, max_new_tokens=12, do_sample=False)[0, asked.shape[1] :]
+    expected = trainer.engine.model.generate(input_ids=asked, max_new_tokens=12, do_sample=False)[0, asked.shape[1] :]
     generator = Generator.open(Path(bundle), tmp_path / "vendor.pub.pem", threads=1)
     found = "".join(generator.complete("abab", SamplingParams(max_tokens=12), "global"))
     assert found == trainer.encoder.tokenizer.decode(expected.tolist(), skip_special_tokens=True)

@@ -15,9 +15,8 @@ from adapters.classifier import PhraseClassifier, padded
 from adapters.layout import Layout, Tensors
 from adapters.parts import Part, part_of
 from adapters.peft.folder import to_peft
+from client.training.engine import classifier_trainer, language_trainer
 from client.training.examples import Example, Split
-from client.training.language import load_language_trainer
-from client.training.trainer import load_trainer
 from coordinator.audit import AuditInput, AuditOptions, Check, Status
 from export.bundle.base import wanted
 from export.bundle.sources import from_registry
@@ -64,7 +63,7 @@ def test_a_method_is_federated_audited_opened_by_peft_and_exported(
     require_all_trained(before, last)
     assert Part.HEAD in map(part_of, last)
     require_recomputed(fleet, 2)
-    trainer = load_trainer(fleet.base, len(fleet.population.labels), config)
+    trainer = classifier_trainer(fleet.base, len(fleet.population.labels), config)
     assert trainer.layout == Layout.of(last)
     expected = trainer.logits(last, TEXTS)
     assert np.abs(expected - trainer.logits(before, TEXTS)).max() > 1e-3
@@ -128,7 +127,7 @@ def test_a_method_of_a_language_model_is_federated_audited_opened_by_peft_and_ex
     registry = fleet.registry()
     config, before, last = registry.version(2).manifest.peft_config, registry.tensors(0), registry.tensors(2)
     require_all_trained(before, last)
-    trainer = load_language_trainer(llama, config)
+    trainer = language_trainer(llama, config)
     assert trainer.layout == Layout.of(last)
     held_out = [Example(text.text, -1, Split.VALIDATION) for words in AUTHORS.values() for text in texts(words, 3)]
     assert trainer.score(last, held_out).loss < 0.9 * trainer.score(before, held_out).loss  # .77 with vera, the slowest
@@ -137,15 +136,15 @@ def test_a_method_of_a_language_model_is_federated_audited_opened_by_peft_and_ex
     to_peft(origin.tensors, origin.peft_config, tmp_path / "peft")
     opened = peft.PeftModel.from_pretrained(pretrained.load(llama, AutoModelForCausalLM), tmp_path / "peft").eval()
     ids = torch.tensor([trainer.encoder.tokenizer.encode("abab ab").ids])
-    causal.load(trainer.model, last)
+    causal.load(trainer.engine.model, last)
     with torch.no_grad():
-        found, expected = (model(input_ids=ids).logits[:, -ids.shape[1] :] for model in (opened, trainer.model))
+        found, expected = (model(input_ids=ids).logits[:, -ids.shape[1] :] for model in (opened, trainer.engine.model))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
     exported_from = resolved(origin, llama)
     exported = export_causal(llama, wanted(llama, exported_from).slots, Profile.FP32)
     runner = OnnxRunner.open(exported.folder, exported.manifest)
     inputs = device_inputs(exported_from, exported.manifest, "fp32")
-    parity = compare.compare(trainer.model, runner, inputs, [text.text for text in held_out])
+    parity = compare.compare(trainer.engine.model, runner, inputs, [text.text for text in held_out])
     assert parity.agreement == 1
     assert parity.max_abs_diff < 1e-4

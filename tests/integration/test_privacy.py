@@ -7,8 +7,8 @@ import numpy as np
 
 from adapters.layout import Layout
 from adapters.sums import clip
+from client.training.engine import classifier_trainer
 from client.training.examples import Split, in_split, read_examples
-from client.training.trainer import load_trainer
 from tests.integration.test_federation import Orders, settings_of
 from tests.integration.test_federation import orders as orders
 
@@ -33,7 +33,7 @@ def test_each_adapter_is_the_plain_mean_with_noise_of_the_calibrated_scale(fleet
         assert record.metrics == {}
         before, after = registry.tensors(record.version - 1), registry.tensors(record.version)
         layout, task = Layout.of(before), settings.task(registry.version(record.version - 1).manifest)
-        trainer = load_trainer(fleet.base, len(task.labels), task.peft_config)
+        trainer = classifier_trainer(fleet.base, len(task.labels), task.peft_config)
         total = np.zeros(layout.size)
         for device in record.survivors:
             examples = in_split(read_examples(fleet.state_dir(device).examples, len(task.labels)), Split.TRAIN)

@@ -17,7 +17,6 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import EdgeAdaptError
 from aggregation.pki.identity import IdentityKey
 from client.node.statedir import SETTINGS
-from client.training.trainer import Trainer
 from export.bundle.write import write_bundle
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
@@ -81,7 +80,7 @@ def test_devices_without_torch_make_the_versions_that_torch_makes(
         fleet = app_fleet_of(6, seed=3, **{"rounds": 2, "aggregation__ring_bits": 32, **changes})
         if with_bundle:
             give_bundles(fleet, exported(Profile.FP32))
-            monkeypatch.setattr(Trainer, "__init__", absent)
+            monkeypatch.setattr("client.training.torchengine.TorchEngine.__init__", absent)
         records = fleet.federate(fleet.grid())
         assert {len(record.survivors) for record in records} == {6}
         found.append((fleet.registry().tensors(0), last(fleet)))
@@ -123,8 +122,8 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 import client.node.app
 from client.node.statedir import DeviceStateDir
-from client.training.engine import classifier_trainer
 from adapters.peftconfig import PeftConfig
+from client.training.engine import classifier_trainer
 from pathlib import Path
 
 base = DeviceStateDir.open(Path(sys.argv[1])).base()

@@ -25,7 +25,7 @@ from adapters.sums import noisy_vector
 from adapters.task import OptimizerName, Task, contribution, noisy_mean, shared_layout, update_of, weighted_mean
 from aggregation import rotation
 from client.training.examples import Example, Score
-from client.training.trainer import Trainer
+from client.training.trainer import ClassifierTrainer
 from coordinator.settings import FederationSettings
 
 Vector = NDArray[np.float64]
@@ -70,7 +70,7 @@ class Seen:
 
 
 def outcomes(
-    trainer: Trainer, start: Tensors, task: Task, devices: Sequence[Sequence[Example]], seed: int = 0
+    trainer: ClassifierTrainer, start: Tensors, task: Task, devices: Sequence[Sequence[Example]], seed: int = 0
 ) -> list[Outcome]:
     """Devices train with the real code, each from the adapter on offer."""
     begun, found = unfolded(start) if Part.R in task.shared else start, []
@@ -82,7 +82,11 @@ def outcomes(
 
 
 def seen(
-    trainer: Trainer, task: Task, devices: Sequence[Outcome], seed: int = 0, settings: FederationSettings = EXACT
+    trainer: ClassifierTrainer,
+    task: Task,
+    devices: Sequence[Outcome],
+    seed: int = 0,
+    settings: FederationSettings = EXACT,
 ) -> Seen:
     """What a round shows: contributions are clipped, rotated, rounded and, with privacy, have their noise."""
     layout, count, total = shared_layout(trainer.layout, task), len(devices), None
@@ -110,12 +114,14 @@ class Trap:
     direction: Vector
     threshold: float
 
-    def holds(self, trainer: Trainer, texts: Sequence[str]) -> NDArray[np.bool_]:
+    def holds(self, trainer: ClassifierTrainer, texts: Sequence[str]) -> NDArray[np.bool_]:
         found: NDArray[np.bool_] = trainer.embed(texts, self.adapter) @ self.direction > self.threshold
         return found
 
 
-def trap(trainer: Trainer, start: Tensors, public: Sequence[str], one_in: float, largest: float = LARGEST) -> Trap:
+def trap(
+    trainer: ClassifierTrainer, start: Tensors, public: Sequence[str], one_in: float, largest: float = LARGEST
+) -> Trap:
     """Give an adapter the head of a trap.
 
     Args:
@@ -134,10 +140,12 @@ def trap(trainer: Trainer, start: Tensors, public: Sequence[str], one_in: float,
     return Trap(start | {WEIGHT: weight, BIAS: bias}, direction, threshold)
 
 
-def seeded(trainer: Trainer) -> Tensors:
+def seeded(trainer: ClassifierTrainer) -> Tensors:
     """The adapter on day one, as a vendor's: it changes nothing; its head is zero."""
     layout = {spec.name: spec.shape for spec in trainer.layout.tensors}
-    return classifier.seeded(trainer.model, np.zeros(layout[WEIGHT], np.float32), torch.Generator().manual_seed(0))
+    return classifier.seeded(
+        trainer.engine.model, np.zeros(layout[WEIGHT], np.float32), torch.Generator().manual_seed(0)
+    )
 
 
 def with_random_b(start: Tensors) -> Tensors:
@@ -159,7 +167,9 @@ def directions(update: Tensors) -> tuple[Vector, Vector]:
     return sizes, found
 
 
-def words_by_place(trainer: Trainer, update: Tensors, least: float = 1e-3, longest: int = 10) -> list[list[str]]:
+def words_by_place(
+    trainer: ClassifierTrainer, update: Tensors, least: float = 1e-3, longest: int = 10
+) -> list[list[str]]:
     """The words of the texts that moved A in the first layer, at each of the places; none if too many texts did.
 
     A direction counts if its size is above ``least`` of the greatest.
@@ -173,7 +183,7 @@ def words_by_place(trainer: Trainer, update: Tensors, least: float = 1e-3, longe
     return [[word for word in words if not word.startswith("[")] for words in read]
 
 
-def likeliest_text(trainer: Trainer, update: Tensors, longest: int = 10) -> list[str]:
+def likeliest_text(trainer: ClassifierTrainer, update: Tensors, longest: int = 10) -> list[str]:
     """The words of the one text that moved A most in the first layer, as far as others did little.
 
     Of each number of directions, the nearest word at each of as many places; the number for which they are nearest.
@@ -186,9 +196,9 @@ def likeliest_text(trainer: Trainer, update: Tensors, longest: int = 10) -> list
     return read[min(read)]
 
 
-def inputs(trainer: Trainer, longest: int) -> Vector:
+def inputs(trainer: ClassifierTrainer, longest: int) -> Vector:
     """The first layer's input for each token at each place, of length 1; shape ``(tokens, longest, hidden)``."""
-    embeddings = trainer.model.get_base_model().encoder.embeddings
+    embeddings = trainer.engine.model.get_base_model().encoder.embeddings
     ids = torch.arange(trainer.tokenizer.get_vocab_size()).unsqueeze(1).expand(-1, longest)
     with torch.inference_mode():
         found: Vector = embeddings(input_ids=ids).numpy().astype(np.float64)

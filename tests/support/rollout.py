@@ -18,7 +18,7 @@ from client.inference.session import ClassificationSession
 from client.node.statedir import SETTINGS
 from client.training.examples import Split, in_split, read_examples
 from client.updates import ChannelSource, follow, update
-from client.updates.targeting import Targeting
+from client.updates.channel import Targeting
 from coordinator.channels.repository import ChannelRepository
 from coordinator.channels.rollback import prepare
 from coordinator.governance.gatesettings import GateSettings

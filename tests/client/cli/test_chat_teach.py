@@ -23,7 +23,8 @@ from aggregation.pki.identity import IdentityKey
 from client.cli import chat as command
 from client.inference.generate import ChatMessage, Conversation, Generator
 from client.inference.text import SamplingParams
-from client.learning import Correction, Learner, teach_language_model
+from client.learning import Correction, Learner
+from client.learning.corrections import LessonHistory
 from export.bundle.write import AdapterSource, write_bundle
 from export.causal import export_causal
 from export.onnx.exported import ExportedBase, Profile
@@ -214,7 +215,7 @@ def test_undo_goes_back_to_the_adapter_that_was_taught_and_not_to_another(
     assert "adapter kitchen, version 3, rank 4, without what was learned last: 'is it?'" in rows
     assert rows[0] == rows[-1]  # its answers
     assert len(errors) == 2
-    assert "choose personal in place of kitchen" in errors[0]
+    assert "choose personal instead of kitchen" in errors[0]
     assert "nothing to undo" in errors[1]
     assert adapter_names(bundle) == sorted(names)
 
@@ -230,14 +231,14 @@ def test_an_answer_that_a_system_prompt_would_hide_is_not_taught(
 
 
 def interrupted_after_writing(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Learner.put_into_use
+    real = Learner._put_into_use
 
     def put(self: Learner, *arguments: Any) -> Any:
         real(self, *arguments)
         monkeypatch.undo()
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(Learner, "put_into_use", put)
+    monkeypatch.setattr(Learner, "_put_into_use", put)
 
 
 def test_an_adapter_that_was_written_when_a_lesson_was_ended_can_be_used_and_undone(
@@ -268,7 +269,7 @@ def test_an_open_generator_answers_with_the_adapter_that_a_lesson_made(talker: P
     before = answer("global")
     with Learner.open(talker, task=None) as learner:
         for label in ("yes", "no"):
-            teach_language_model(learner, [Correction("is it?", label)])
+            learner.teach([Correction("is it?", label)])
             assert answer("personal") == label
         learner.undo()
         assert answer("personal") == "yes"
@@ -305,9 +306,11 @@ class Terminal:
 
 @pytest.mark.slow
 def test_ctrl_c_ends_a_lesson_on_a_terminal_whose_steps_are_shown_and_the_adapter_stays(talker: Path) -> None:
-    """The answer that is interrupted takes all steps, since the model would never write it; on a machine that has other
-    work they may have ended all the same, and it is taught again.
+    """The answer that is interrupted takes all steps, since the model would never write it, and long ones, as much is
+    rehearsed; on a machine that has other work they may have ended all the same, and it is taught again.
     """
+    with Learner.open(talker) as learner:
+        learner._save(LessonHistory(tuple(Correction(f"{number}?", "Zq%+7" * 20) for number in range(32))))
     terminal = Terminal("--bundle", talker, "--max-tokens", "8")
     try:
         terminal.until("> ")
@@ -328,6 +331,7 @@ def test_ctrl_c_ends_a_lesson_on_a_terminal_whose_steps_are_shown_and_the_adapte
         terminal.type("is it?")
         terminal.until("is it?")
         assert terminal.until("> ") == first
+        (talker.parent / "learned" / "history.sealed").unlink()
         terminal.type("/teach yes")
         assert "\r\x1b[K" in terminal.until("1 of 1 learned")
         terminal.until("> ")

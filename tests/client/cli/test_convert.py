@@ -12,7 +12,7 @@ from adapters import container
 from adapters.bundle import adapter_path
 from aggregation.errors import ConfigError, TrustError
 from aggregation.pki.identity import IdentityKey
-from client.cli.convert import convert
+from client.cli.adapters import convert
 from client.inference.engine import GenerationEngine
 from client.inference.library import Composition, Library
 from client.inference.text import SamplingParams

@@ -15,8 +15,7 @@ from adapters.base import Base
 from adapters.bundle import VerifiedAdapter
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
-from client.inference.seen import SeenVersions
-from client.inference.trust import Trust
+from client.inference.trust import SeenVersions, Trust
 from export.bundle.write import AdapterSource, add_adapter, write_bundle
 from export.onnx.exported import ExportedBase
 from tests.support import refused

@@ -20,7 +20,8 @@ from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey
 from client.inference.library import Library
-from client.learning import Correction, Learner, personalize_language_model, teach_language_model
+from client.learning import Correction, Learner
+from client.learning.learner import bits
 from client.training.personal import PersonalMethod, PersonalStep
 from export.bundle.sources import from_peft
 from export.bundle.write import add, write_bundle
@@ -84,8 +85,8 @@ def test_a_command_without_torch_makes_the_private_adapter_which_is_used_and_und
     library = Library.open(talker, None)
     assert (library.default(), adapter_names(talker)) == ("personal", ["global", "personal"])
     with Learner.open(talker, task=None) as learner:
-        again = personalize_language_model(learner, texts(talker.parent), FINE_TUNE, 0.02)
-        assert again.bits["in use"] == pytest.approx(found["bits"]["personal"], abs=1e-6)
+        again = learner.personalize(texts(talker.parent), FINE_TUNE, 0.02)
+        assert bits(again.scores["in use"]) == pytest.approx(found["bits"]["personal"], abs=1e-6)
     while "personal" in adapter_names(talker):
         undone = run("learn", "--undo", "--bundle", talker)
         assert undone.exit_code == 0, undone.output
@@ -96,28 +97,28 @@ def test_without_held_out_texts_the_step_is_used(talker: Path) -> None:
     path = texts(talker.parent)
     path.write_text('{"text": "ab ab"}\n')
     with Learner.open(talker, task=None) as learner:
-        found = personalize_language_model(learner, path, PersonalStep(1, 16.0), 0.001)
-    assert (found.adapter, found.made, found.held_out, found.bits) == ("personal", True, 0, {})
+        found = learner.personalize(path, PersonalStep(1, 16.0), 0.001)
+    assert (found.adapter, found.made, found.held_out) == ("personal", True, 0)
 
 
 def test_what_was_taught_is_trained_again_by_the_step(talker: Path) -> None:
     path, taught = texts(talker.parent), Correction("is it so?", "no")
     path.write_text('{"text": "ab ab"}\n')
     with Learner.open(talker, task=None) as learner:
-        teach_language_model(learner, [taught])
+        learner.teach([taught])
     with Learner.open(talker, task=None) as learner:
-        found = personalize_language_model(learner, path, PersonalStep(20, 16.0), 0.02)
+        found = learner.personalize(path, PersonalStep(20, 16.0), 0.02)
     assert (found.made, found.trained) == (True, 2)
     with Learner.open(talker, task=None) as learner:
-        assert teach_language_model(learner, [taught]).steps == 0
+        assert learner.teach([taught]).steps == 0
 
 
 def test_an_adapter_that_predicts_held_out_texts_better_stays(talker: Path) -> None:
     before = contents(talker)
     with Learner.open(talker, task=None) as learner:
-        found = personalize_language_model(learner, texts(talker.parent, "Zq%+7"), FINE_TUNE, 0.09)
+        found = learner.personalize(texts(talker.parent, "Zq%+7"), FINE_TUNE, 0.09)
     assert (found.adapter, found.made) == ("global", False)
-    assert found.bits["personal"] > found.bits["global"]
+    assert found.scores["personal"].loss > found.scores["global"].loss
     assert contents(talker) == before
 
 
@@ -198,7 +199,7 @@ def test_an_answer_that_cannot_be_taught_is_refused_and_changes_nothing(talker: 
             ([Correction("ab" * 400, "b")], "example.prompt"),
         ):
             with refused(DataError, about):
-                teach_language_model(learner, corrections)
+                learner.teach(corrections)
     error = run("infer", "--bundle", talker, "--teach", "b", "a").exception
     assert isinstance(error, ConfigError)
     assert error.about == "base.task"
@@ -210,13 +211,13 @@ def test_what_cannot_be_trained_is_refused_and_changes_nothing(talker: Path) -> 
     before, path = contents(talker), texts(talker.parent)
     with Learner.open(talker, task=None) as learner:
         with refused(ConfigError, "--method"):
-            personalize_language_model(learner, path, PersonalStep(1, 16.0, PersonalMethod.RIDGE), 0.01)
+            learner.personalize(path, PersonalStep(1, 16.0, PersonalMethod.RIDGE), 0.01)
         with refused(DataError, "training.loss"):
-            personalize_language_model(learner, path, FINE_TUNE, 1e30)
+            learner.personalize(path, FINE_TUNE, 1e30)
         path.write_text("")
         with refused(DataError, "examples.split"):
-            personalize_language_model(learner, path, FINE_TUNE, 0.01)
-    with refused(ConfigError, "base.task"), Learner.open(talker):
+            learner.personalize(path, FINE_TUNE, 0.01)
+    with refused(ConfigError, "base.task"), Learner.open(talker, task="text-classification"):
         raise AssertionError
     assert contents(talker) == before
 
@@ -279,5 +280,5 @@ def test_a_wrong_training_graph_is_refused_and_the_adapter_in_use_stays(
     change(model)
     signed_with(talker, TRAINING, model.SerializeToString(), vendor)
     with Learner.open(talker, task=None) as learner, refused(error, about):
-        personalize_language_model(learner, texts(talker.parent), FINE_TUNE, 0.01)
+        learner.personalize(texts(talker.parent), FINE_TUNE, 0.01)
     assert contents(talker) == before

@@ -18,7 +18,7 @@ from aggregation.pki.identity import IdentityKey
 from client.learning import Learner
 from client.learning.learner import LEARNED
 from client.training.control import TrainingCheckpoint
-from client.training.graphtrainer import GraphTrainer
+from client.training.graphengine import GraphEngine
 from client.training.personal import PersonalStep
 from export.onnx.exported import ExportedBase
 from tests.client.learning.test_learner import OTHERS, TAUGHT, answer, drawn, phone, run, teach, trainable
@@ -84,16 +84,16 @@ def test_a_personal_step_that_was_killed_goes_on_to_the_same_adapter(
 ) -> None:
     path, whole = examples(phone.parent), Path(shutil.copytree(phone.parent, tmp_path / "whole")) / "bundle"
     assert personalized(whole, path).exit_code == 0
-    gradients, steps = GraphTrainer._gradients, list[int]()
+    gradients, steps = GraphEngine.gradients, list[int]()
 
-    def killed(self: GraphTrainer, *rest: object) -> object:
+    def killed(self: GraphEngine, *rest: object) -> object:
         steps.append(1)
         if len(steps) == 12:
             raise KeyboardInterrupt
         return gradients(self, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(TrainingCheckpoint, "due", lambda _: True)
-    monkeypatch.setattr(GraphTrainer, "_gradients", killed)
+    monkeypatch.setattr(GraphEngine, "gradients", killed)
     before = files(phone)
     assert personalized(phone, path).exit_code == 1
     assert files(phone) == before
@@ -136,8 +136,9 @@ def test_examples_that_are_not_valid_are_refused_and_the_adapter_in_use_stays(
     assert files(phone) == before
 
 
-@pytest.mark.parametrize("option", ["--learning-rate", "--seconds", "--duty-cycle", "--scale"])
-@pytest.mark.parametrize("number", ["nan", "inf", "-1"])
+@pytest.mark.parametrize(
+    ("option", "number"), [("--learning-rate", "nan"), ("--seconds", "inf"), ("--duty-cycle", "-1"), ("--scale", "nan")]
+)
 def test_an_option_that_is_no_finite_number_of_its_range_is_refused(phone: Path, option: str, number: str) -> None:
     done = run("personalize", "--bundle", phone, option, number, examples(phone.parent))
     assert (done.exit_code, option in done.output) == (2, True), done.output

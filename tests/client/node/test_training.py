@@ -13,7 +13,7 @@ from adapters.peftconfig import PeftConfig
 from aggregation.steps import ADAPTER, BODY, Step
 from client.node.statedir import SETTINGS
 from client.training.control import TrainingControl
-from client.training.trainer import Trainer
+from client.training.trainer import ClassifierTrainer
 from tests.client.node.test_app import DEVICES, FIRST, PHRASE, Talk, talk
 
 __all__ = ["talk"]
@@ -70,7 +70,7 @@ def test_an_exception_in_training_is_answered_and_its_text_is_not_logged(
         raise kind(PHRASE)
 
     with monkeypatch.context() as broken, caplog.at_level(logging.DEBUG, "edgeadapt.device"):
-        broken.setattr(Trainer, "train", fail)
+        broken.setattr(ClassifierTrainer, "train", fail)
         talk.ask(FIRST, Step.PLAN, plans[FIRST], adapter=talk.adapter)
     assert "4711" not in caplog.text
     assert f"contributed nothing: {kind.__name__} in fail" in caplog.text
@@ -80,13 +80,13 @@ def test_an_exception_in_training_is_answered_and_its_text_is_not_logged(
 def test_a_round_is_trained_within_the_owners_limits(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
     with (talk.fleet.state_dir(FIRST).folder / SETTINGS).open("a") as settings:  # its last table is the policy
         settings.write("maximum_seconds = 90\nduty_cycle = 0.5\nmaximum_tokens = 7\nmaximum_gradient_norm = 3\n")
-    train, seen = Trainer.train, list[TrainingControl]()
+    train, seen = ClassifierTrainer.train, list[TrainingControl]()
 
-    def watched(self: Trainer, *rest: Any, control: TrainingControl, **named: Any) -> Any:
+    def watched(self: ClassifierTrainer, *rest: Any, control: TrainingControl, **named: Any) -> Any:
         seen.append(control)
         return train(self, *rest, control=control, **named)
 
-    monkeypatch.setattr(Trainer, "train", watched)
+    monkeypatch.setattr(ClassifierTrainer, "train", watched)
     _, plans = talk.plan(talk.established())
     talk.ask(FIRST, Step.PLAN, plans[FIRST], adapter=talk.adapter)
     assert seen == [TrainingControl(90.0, 0.5, 3.0, True, 7)]

@@ -8,7 +8,7 @@ import pytest
 from adapters.layout import Tensors
 from client.training.examples import Example, Score, Split
 from client.training.personal import Candidate, Choice, PersonalMethod, PersonalStep, personalize, rehearsal
-from client.training.trainer import Trainer
+from client.training.trainer import ClassifierTrainer
 from tests.client.training.test_trainer import EXAMPLES, MINE, STEP, TASK, distance, rng, start, trainer
 
 __all__ = ["start", "trainer"]  # fixtures
@@ -23,7 +23,7 @@ PUBLIC = tuple(
 
 @pytest.mark.parametrize(("own", "first", "other"), [(GERMAN, "mach", "turn"), (ENGLISH, "turn", "mach")])
 def test_a_device_rehearses_public_examples_in_its_own_words_and_counts_others_in_other_words_too(
-    trainer: Trainer, own: str, first: str, other: str
+    trainer: ClassifierTrainer, own: str, first: str, other: str
 ) -> None:
     found = rehearsal(trainer, [Example(own, 0)], PUBLIC, 2)
     assert [example.label for example in found.trained] == [0, 0, 1, 1]
@@ -38,7 +38,7 @@ def test_a_device_rehearses_public_examples_in_its_own_words_and_counts_others_i
 
 
 def test_few_public_examples_are_rehearsed_none_is_counted_twice_and_those_of_the_device_are_neither(
-    trainer: Trainer,
+    trainer: ClassifierTrainer,
 ) -> None:
     three = [Example(text, 1) for text in ("stop", "next song", "play music")]
     assert [len(found) for found in counted(trainer, three, 2)] == [2, 1]
@@ -47,13 +47,13 @@ def test_few_public_examples_are_rehearsed_none_is_counted_twice_and_those_of_th
     assert [len(found) for found in counted(trainer, three, 2, own="  STOP")] == [2, 0]
 
 
-def counted(trainer: Trainer, public: list[Example], each: int, own: str = "lights") -> tuple[Any, Any]:
+def counted(trainer: ClassifierTrainer, public: list[Example], each: int, own: str = "lights") -> tuple[Any, Any]:
     """What is rehearsed and what is counted."""
     found = rehearsal(trainer, [Example(own, 0, Split.VALIDATION)], public, each)
     return found.trained, found.counted
 
 
-def test_rehearsal_keeps_what_a_device_never_says(trainer: Trainer, start: Tensors) -> None:
+def test_rehearsal_keeps_what_a_device_never_says(trainer: ClassifierTrainer, start: Tensors) -> None:
     """The personal adapter forgets a label without an example, unless it rehearses public ones of it."""
     begin = trainer.train(start, EXAMPLES, TASK, epochs=12, rng=rng())
     lost = [example for example in EXAMPLES if example.label == 2]
@@ -67,7 +67,7 @@ def test_rehearsal_keeps_what_a_device_never_says(trainer: Trainer, start: Tenso
 
 @pytest.mark.parametrize("method", [PersonalMethod.FINE_TUNE, PersonalMethod.RIDGE])
 def test_a_personal_adapter_that_forgets_public_examples_is_moved_back_or_not_kept(
-    trainer: Trainer, start: Tensors, method: PersonalMethod
+    trainer: ClassifierTrainer, start: Tensors, method: PersonalMethod
 ) -> None:
     """The device's examples give the public ones other labels, so that a personal adapter cannot do both."""
     shared = trainer.train(start, EXAMPLES, TASK, epochs=40, rng=rng())
@@ -81,7 +81,7 @@ def test_a_personal_adapter_that_forgets_public_examples_is_moved_back_or_not_ke
 
 
 def test_a_personal_adapter_that_forgets_in_each_quarter_of_the_way_is_no_candidate(
-    trainer: Trainer, start: Tensors, monkeypatch: pytest.MonkeyPatch
+    trainer: ClassifierTrainer, start: Tensors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, score = list[Tensors](), trainer.score
 

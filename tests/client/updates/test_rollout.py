@@ -15,7 +15,7 @@ from adapters.rollout import FLAGS, Rollout
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, TrustError
 from client.updates import ChannelSource, Updated, follow, update
-from client.updates.targeting import TARGETING, Targeting
+from client.updates.channel import TARGETING, Targeting
 from coordinator.channels.actions import Action
 from coordinator.channels.history import audit_repository
 from export.onnx.exported import ExportedBase

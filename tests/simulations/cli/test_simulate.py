@@ -19,7 +19,7 @@ from adapters.base import Base, find_base
 from adapters.manifest import PrivacyBound
 from adapters.phrases import read_phrases
 from aggregation.errors import ConfigError
-from client.training.trainer import Trainer
+from client.training.trainer import ClassifierTrainer
 from coordinator.statedir import CoordinatorStateDir
 from export.onnx.peftmodel import SlottedModel
 from export.onnx.quantize import Profile
@@ -269,7 +269,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path, scenario: Path, ru
 def test_resuming_a_finished_run_trains_nothing_and_gives_the_same_result(
     copy: Path, finished: tuple[Path, Result], scenario: Path, run: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Trainer, "train", None)
+    monkeypatch.setattr(ClassifierTrainer, "train", None)
     code, out, err = run("simulate", scenario, "--out", copy, "--resume", "--json")
     assert code == 0, err
     again = json.loads(out)
@@ -317,15 +317,15 @@ def test_an_interrupted_run_resumes_with_the_next_round_also_in_an_honest_but_cu
 ) -> None:
     short = ("federation.aggregation.adversary=honest-but-curious", "federation.rounds=2", "personal.epochs=0")
     changes = [word for change in short for word in ("--set", change)]
-    out, left, train = tmp_path / "run", iter(range(4)), Trainer.train
+    out, left, train = tmp_path / "run", iter(range(4)), ClassifierTrainer.train
 
-    def interrupted(self: Trainer, *rest: object, **named: object) -> object:
+    def interrupted(self: ClassifierTrainer, *rest: object, **named: object) -> object:
         if next(left, None) is None:
             raise KeyboardInterrupt
         return train(self, *rest, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train", interrupted)
+        patch.setattr(ClassifierTrainer, "train", interrupted)
         code, printed, err = run("simulate", scenario, "--out", out, *changes)
     assert code == edgeadapt.INTERRUPTED
     assert "arms       base" in printed

@@ -15,8 +15,9 @@ from adapters.task import Task
 from aggregation.errors import ConfigError
 from client.node.app import STATE
 from client.node.statedir import DeviceStateDir
+from client.training import torchengine
 from client.training.examples import Example
-from client.training.trainer import Trainer
+from client.training.trainer import ClassifierTrainer
 from simulations.engine.attackers import LyingApp, LyingTrainer, attackers
 from simulations.report.formatting import headline
 from simulations.scenario import Scenario
@@ -30,8 +31,8 @@ DEVICES = [f"device-{number:02d}" for number in range(20)]
 
 
 @pytest.fixture(scope="module")
-def trainer(tiny_base: Any) -> Trainer:
-    return Trainer(tiny_base, 3, PeftConfig.lora(2, 4))
+def trainer(tiny_base: Any) -> ClassifierTrainer:
+    return torchengine.classifier(tiny_base, 3, PeftConfig.lora(2, 4))
 
 
 def trained(trainer: Any, start: Tensors, examples: tuple[Example, ...] = EXAMPLES) -> Any:
@@ -39,7 +40,7 @@ def trained(trainer: Any, start: Tensors, examples: tuple[Example, ...] = EXAMPL
     return trainer.layout.flatten(after).astype(np.float64) - trainer.layout.flatten(start)
 
 
-def test_each_lie_is_the_update_that_it_is_named_after(trainer: Trainer) -> None:
+def test_each_lie_is_the_update_that_it_is_named_after(trainer: ClassifierTrainer) -> None:
     start = {spec.name: np.full(spec.shape, 0.02, np.float32) for spec in trainer.layout.tensors}
     mirrored = tuple(replace(each, label=2 - each.label) for each in EXAMPLES)
     honest, flipped = trained(trainer, start), trained(trainer, start, mirrored)

@@ -9,8 +9,8 @@ import pytest
 from adapters.base import Base
 from adapters.bundle import BASE_MANIFEST, TRAINING, VerifiedBase
 from aggregation.errors import ConfigError
-from client.training.graphtrainer import GraphTrainer
-from client.training.trainer import Trainer
+from client.training import graphengine, torchengine
+from client.training.trainer import ClassifierTrainer
 from simulations.engine.bases import device_base
 from simulations.engine.personal import OUTCOME, personalize_all
 from simulations.engine.progress import RunProgress
@@ -47,10 +47,10 @@ def test_a_bundle_is_made_once_and_makes_every_clients_arms_without_torch(
     def absent(*_: object, **__: object) -> None:
         raise AssertionError("torch trained")
 
-    monkeypatch.setattr(Trainer, "__init__", absent)
-    used: list[GraphTrainer] = []
-    train = GraphTrainer.train
-    monkeypatch.setattr(GraphTrainer, "train", lambda self, *a, **k: (used.append(self), train(self, *a, **k))[1])
+    monkeypatch.setattr("client.training.torchengine.TorchEngine.__init__", absent)
+    used: list[ClassifierTrainer] = []
+    train = ClassifierTrainer.train
+    monkeypatch.setattr(ClassifierTrainer, "train", lambda self, *a, **k: (used.append(self), train(self, *a, **k))[1])
     clients = personalize_all(fleet.out, scenario, fleet.population, base, RunProgress(quiet=True), at_once=1)
     assert len(used) == 3 * len(clients)  # the personal arm, and two trainings of the local one
     outcome = json.loads((fleet.state_dir(clients[0].name).folder / OUTCOME).read_text())
@@ -68,5 +68,5 @@ def test_a_bundle_has_the_slots_of_the_method(fleet_of: Any, tmp_path: Path, met
     fleet = fleet_of(3, adapter={"method": method, "rank": 4})
     base = device_base(tmp_path, with_engine(fleet.scenario), fleet.base, fleet.population)
     config, labels = peft_config(fleet.scenario, fleet.base), len(fleet.population.labels)
-    ours, theirs = GraphTrainer(base, labels, config), Trainer(fleet.base, labels, config)
+    ours, theirs = graphengine.classifier(base, labels, config), torchengine.classifier(fleet.base, labels, config)
     assert ours.layout == theirs.layout

@@ -11,8 +11,8 @@ from click.testing import CliRunner
 
 from adapters.base import Base
 from aggregation.errors import ConfigError
+from client.training.engine import language_trainer
 from client.training.examples import NO_LABEL, Example
-from client.training.language import LanguageTrainer, load_language_trainer
 from simulations.cli.simulate import simulate
 from simulations.data import populate
 from simulations.engine import provision
@@ -91,7 +91,7 @@ def test_a_run_trains_with_the_graph_of_a_bundle_to_the_same_losses(
 ) -> None:
     theirs = json.loads(run("--json", *METHODS[method]).stdout)
     (tmp_path / "run").rename(tmp_path / "torch")
-    monkeypatch.setattr(LanguageTrainer, "__init__", lambda *_: pytest.fail("torch trained"))
+    monkeypatch.setattr("client.training.torchengine.TorchEngine.__init__", lambda *_: pytest.fail("torch trained"))
     graph = ("--set", "base.engine=onnx", "--set", "export.profile=fp32")
     ours = json.loads(run("--json", *METHODS[method], *graph).stdout)
     for one, other in zip(ours["clients"], theirs["clients"], strict=True):
@@ -125,13 +125,13 @@ def test_a_prompt_with_a_label_is_refused() -> None:
 
 def test_bits_for_each_byte(llama: Base) -> None:
     scenario = Scenario.parse({"name": "t", "adapter": {"targets": ["q_proj"]}}, "test")
-    trainer = load_language_trainer(llama, provision.peft_config(scenario, llama))
+    trainer = language_trainer(llama, provision.peft_config(scenario, llama))
     from adapters.causal import tensors
 
     examples = [Example("ab ab"), Example("ba")]
-    score = trainer.score(tensors(trainer.model), examples)
-    assert bits(trainer, tensors(trainer.model), examples) == pytest.approx(score.loss / 2 / math.log(2))
-    assert math.isnan(bits(trainer, tensors(trainer.model), []))
+    score = trainer.score(tensors(trainer.engine.model), examples)
+    assert bits(trainer, tensors(trainer.engine.model), examples) == pytest.approx(score.loss / 2 / math.log(2))
+    assert math.isnan(bits(trainer, tensors(trainer.engine.model), []))
 
 
 def test_a_summary_is_of_the_authors_that_took_part() -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from adapters.layout import Tensors
 from aggregation.errors import DataError
-from client.training.examples import Split, in_split, write_examples
-from client.training.trainer import Score, Trainer
+from client.training.examples import Score, Split, in_split, write_examples
+from client.training.trainer import ClassifierTrainer
 from simulations.engine.personal import OUTCOME, personalize_all
 from simulations.engine.progress import RunProgress
 from simulations.engine.provision import examples_of
@@ -42,16 +42,16 @@ def outcomes(fleet_of: Callable[..., Any], scenario: Scenario) -> Callable[[], t
 def test_local_and_personal_get_the_same_epochs_at_the_same_two_learning_rates(
     outcomes: Callable[[], tuple[ClientResult, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainings, train = [], Trainer.train
+    trainings, train = [], ClassifierTrainer.train
 
     def recorded(
-        self: Trainer, start: Tensors, examples: Any, task: Any, *, epochs: int, rng: Any, **other: Any
+        self: ClassifierTrainer, start: Tensors, examples: Any, task: Any, *, epochs: int, rng: Any, **other: Any
     ) -> Tensors:
         assert {example.split for example in examples} == {Split.TRAIN}
         trainings.append((len(examples), epochs, task.learning_rate))
         return train(self, start, examples, task, epochs=epochs, rng=rng, **other)
 
-    monkeypatch.setattr(Trainer, "train", recorded)
+    monkeypatch.setattr(ClassifierTrainer, "train", recorded)
     counts = [client.examples for client in outcomes()]
     assert len(set(counts)) == 3  # so that a count names its client
     # The rounds already gave the global adapter its eight epochs at 0.02: the personal step adds three at 0.005.
@@ -62,13 +62,15 @@ def test_local_and_personal_get_the_same_epochs_at_the_same_two_learning_rates(
 def test_the_personal_steps_of_both_arms_rehearse_the_same_public_texts(
     fleet_of: Callable[..., Any], scenario: Scenario, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainings, train = list[tuple[int, set[str]]](), Trainer.train
+    trainings, train = list[tuple[int, set[str]]](), ClassifierTrainer.train
 
-    def recorded(self: Trainer, start: Tensors, examples: Any, *given: Any, epochs: int, **other: Any) -> Tensors:
+    def recorded(
+        self: ClassifierTrainer, start: Tensors, examples: Any, *given: Any, epochs: int, **other: Any
+    ) -> Tensors:
         trainings.append((epochs, {example.text for example in examples}))
         return train(self, start, examples, *given, epochs=epochs, **other)
 
-    monkeypatch.setattr(Trainer, "train", recorded)
+    monkeypatch.setattr(ClassifierTrainer, "train", recorded)
     fleet = fleet_of(2)
     chosen = scenario.model_copy(update={"personal": scenario.personal.model_copy(update={"public": 1})})
     kept = {
@@ -97,13 +99,13 @@ def test_local_is_kept_by_validation_as_personal_is(
     """Validation prefers candidate number ``best``; the test phrases then show which adapter each arm kept."""
     calls: list[tuple[Split, Tensors]] = []
 
-    def scored(self: Trainer, adapter: Tensors, examples: Any) -> Score:
+    def scored(self: ClassifierTrainer, adapter: Tensors, examples: Any) -> Score:
         part = examples[0].split
         place = sum(called is Split.VALIDATION for called, _ in calls)
         calls.append((part, adapter))
         return Score(int(part is Split.VALIDATION and place % 3 == best), len(examples), 1.0)
 
-    monkeypatch.setattr(Trainer, "score", scored)
+    monkeypatch.setattr(ClassifierTrainer, "score", scored)
     assert {client.choice for client in outcomes()} == {kept}
     for first in range(0, len(calls), 10):  # a client: three candidates of personal, three of local, the four arms
         personal, local, arms = (
@@ -137,7 +139,9 @@ def test_an_error_ends_the_training_of_the_other_clients(
     fleet = fleet_of(2, unseen=1)
     first, *_ = fleet.population.clients
 
-    def trained(self: Trainer, start: Tensors, examples: Any, task: Any, *, step: Any, **other: Any) -> Tensors:
+    def trained(
+        self: ClassifierTrainer, start: Tensors, examples: Any, task: Any, *, step: Any, **other: Any
+    ) -> Tensors:
         if examples[0].text == first.train[0].text:
             raise DataError("the loss is not finite", about="loss")
         for _ in range(1000):
@@ -145,7 +149,7 @@ def test_an_error_ends_the_training_of_the_other_clients(
             time.sleep(0.01)
         raise AssertionError("nobody ended this training")
 
-    monkeypatch.setattr(Trainer, "train", trained)
+    monkeypatch.setattr(ClassifierTrainer, "train", trained)
     began = time.monotonic()
     with refused(DataError, "loss"):
         personalize_all(fleet.out, scenario, fleet.population, fleet.base, RunProgress(quiet=True), at_once=2)

@@ -14,8 +14,8 @@ from adapters import files
 from adapters.classifier import HEAD_SCALE
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey
+from client.training.engine import classifier_trainer
 from client.training.examples import Split, in_split, read_examples
-from client.training.trainer import load_trainer
 from simulations.engine import provision
 
 FleetOf = Callable[..., Any]
@@ -53,7 +53,7 @@ def test_the_registry_begins_with_the_vendors_seed_adapter(fleet: Any) -> None:
     manifest, tensors = version.manifest, registry.tensors(0)
     assert (manifest.version, manifest.round, manifest.parent, manifest.survivors) == (0, 0, None, ())
     assert (manifest.base_digest, manifest.labels) == (fleet.base.digest, fleet.population.labels)
-    mine = load_trainer(fleet.base, len(manifest.labels), provision.peft_config(fleet.scenario, fleet.base))
+    mine = classifier_trainer(fleet.base, len(manifest.labels), provision.peft_config(fleet.scenario, fleet.base))
     assert manifest.layout_digest == mine.layout.digest
     head = next(value for name, value in tensors.items() if name.endswith("classifier.weight"))
     assert np.allclose(np.linalg.norm(head, axis=1), HEAD_SCALE, rtol=1e-5)
@@ -69,7 +69,7 @@ def test_a_logistic_head_answers_the_public_phrases_with_the_least_loss(fleet: A
         chosen = fleet.scenario.model_copy(update={"adapter": fleet.scenario.adapter.model_copy(update={"head": head})})
         manifest, blob = provision.first_adapter(chosen, population, base)
         mine, tensors = (
-            load_trainer(base, len(population.labels), provision.peft_config(chosen, base)),
+            classifier_trainer(base, len(population.labels), provision.peft_config(chosen, base)),
             files.decode(blob),
         )
         assert manifest.layout_digest == mine.layout.digest

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from adapters.base import find_base
-from client.training.trainer import Trainer
+from client.training.trainer import ClassifierTrainer
 from simulations.data import populate
 from simulations.data.population import Population
 from simulations.engine.personal import personalize_all
@@ -130,13 +130,13 @@ def test_only_the_training_texts_of_the_right_clients_are_trained_on(
     store: Store, scenario: Scenario, population: Population, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[tuple[list[str], int, float]] = []
-    train = Trainer.train
+    train = ClassifierTrainer.train
 
-    def recorded(self: Trainer, start: Any, examples: Any, task: Any, *, epochs: int, **other: Any) -> Any:
+    def recorded(self: ClassifierTrainer, start: Any, examples: Any, task: Any, *, epochs: int, **other: Any) -> Any:
         trained.append(([example.text for example in examples], epochs, task.learning_rate))
         return train(self, start, examples, task, epochs=epochs, **other)
 
-    monkeypatch.setattr(Trainer, "train", recorded)
+    monkeypatch.setattr(ClassifierTrainer, "train", recorded)
     own = [[text.text for text in client.train] for client in population.clients]
     seen = [texts for texts, client in zip(own, population.clients, strict=True) if not client.unseen]
     pooled = [text for texts in seen for text in texts]
@@ -176,15 +176,15 @@ def test_interrupted_rounds_continue_and_the_time_of_both_attempts_counts(
     tmp_path: Path, scenario: Scenario, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, trial = Store(tmp_path), Trial(Kind.GLOBAL, scenario)
-    calls, train = iter(range(6)), Trainer.train  # four devices a round, one of which drops out
+    calls, train = iter(range(6)), ClassifierTrainer.train  # four devices a round, one of which drops out
 
-    def interrupted(self: Trainer, *rest: Any, **named: Any) -> Any:
+    def interrupted(self: ClassifierTrainer, *rest: Any, **named: Any) -> Any:
         if next(calls, None) is None:
             raise KeyboardInterrupt
         return train(self, *rest, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train", interrupted)
+        patch.setattr(ClassifierTrainer, "train", interrupted)
         with pytest.raises(KeyboardInterrupt):
             compute_rounds(trial, store, lambda _: None)
     assert not store.has_rounds(trial)

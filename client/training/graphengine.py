@@ -1,15 +1,21 @@
-"""A training graph with the adapters that one configuration puts into its slots, under peft's names.
+"""Computes with the training graph of a bundle, which puts adapters into the slots of its base. Needs no torch.
 
-``graphtrainer`` trains a classifier with it, ``languagegraph`` a language model.
+A classifier answers with the graph with which the device answers; a language model with the forward pass of the
+training graph, so that a device holds the weights once.
 """
 
+import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import partial
-from typing import TypeVar
+from contextlib import AbstractContextManager
+from functools import cache, partial
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
-from adapters.bundle import TRAINING, VerifiedBase
+from adapters.bundle import GENERATION, MODEL, TOKENIZER, TRAINING, VerifiedBase
+from adapters.classifiergraph import ENCODER, MAX_TOKENS, ClassifierGraph, open_session
 from adapters.graphinputs import (
     INPUT_SCALE,
     LORA_A,
@@ -19,29 +25,35 @@ from adapters.graphinputs import (
     PEFT_PREFIX,
     PREFIX,
     REPLACED,
+    VIRTUAL,
     from_inputs,
     gradients_of_tensors,
     layer_of,
     to_inputs,
 )
 from adapters.layout import Floats, Layout, Tensors
-from adapters.lorasb import frozen_factor, square_name
-from adapters.parts import Part, part_of
 from adapters.peft.dora import NormsOf, gradients_of_magnitudes, magnitudes, with_magnitudes, with_scales
+from adapters.peft.inputs import LABELS, is_saved
 from adapters.peft.lowrank import FACTORS, as_lora, factor_shapes, gradients_of_factors, trimmed
 from adapters.peft.methods import VIRTUAL_TOKENS, from_peft_tensors, to_peft_tensors
 from adapters.peftconfig import PeftConfig, require_gradients
 from adapters.traininggraph import TrainingBatch, TrainingGraph, missing_slots
 from aggregation.errors import ConfigError, DataError
 from client.training.denormals import without_denormals
+from client.training.encoding import Template, TextEncoder
+from client.training.trainer import ClassifierTrainer, LanguageTrainer
 
+MEAN_HEAD = ("classifier.bias", "classifier.weight")  # over the mean of the tokens, as federations train it
+SETTINGS, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"  # of a base; either may hold the template
 V = TypeVar("V")
 VECTORS_OF = {"IA3": OUTPUT_SCALE, "BEFT": OFFSET, "LN_TUNING": REPLACED}  # method → the slots that it fills
 KINDS = {LORA_A: "low-rank", OUTPUT_SCALE: "scale", INPUT_SCALE: "input-scale", OFFSET: "offset", REPLACED: "norms"}
 
 
-class SlotGraph:
-    """The training graph of a verified base, and the slots that adapters of a configuration fill. Holds no adapter."""
+class GraphEngine:
+    """A ``trainer.Engine``: a verified base's training graph, and the slots that adapters of a configuration fill."""
+
+    answering: ClassifierGraph  # of a classifier: the graph with which the device answers
 
     def __init__(self, base: VerifiedBase, config: PeftConfig, head: Mapping[str, Sequence[int]], threads: int) -> None:
         """Load the graph.
@@ -57,14 +69,20 @@ class SlotGraph:
                 slot for the method, or biases shall be trained.
             TrustError: The graph changed since it was verified.
         """
-        check_method(base, config)
+        if TRAINING not in base.manifest.files:
+            raise ConfigError(
+                f"the base in {base.folder} has no training graph: export it with 'export base --training', or name "
+                "the base itself and install the extra train",
+                about=TRAINING,
+            )
+        require_gradients(config)
         self.base, self.config = base, config
         slots, content = base.manifest.slots, base.read(TRAINING)
         try:
             with without_denormals():  # which the threads of the session inherit
                 self.graph = TrainingGraph(content, base.folder, threads)
         except Exception as error:  # onnxruntime raises classes without a common base
-            raise unusable(base, error) from error
+            raise _unusable(base, error) from error
         if missing := missing_slots(self.graph, slots):
             reason = f"the training graph in {base.folder} has no gradient of {missing[0]!r}: export the base again"
             raise ConfigError(reason, about=TRAINING, value=missing)
@@ -81,7 +99,7 @@ class SlotGraph:
             if odd := sorted(set(layers) - set(self.graph.normed)):
                 reason = f"the training graph in {base.folder} has no norm of {odd[0]!r}: export the base again"
                 raise ConfigError(reason, about=TRAINING, value=odd)
-        self.filled, self.empty = filled, nothing(slots, set(slots) - set(filled))
+        self.filled, self.empty = filled, _nothing(slots, set(slots) - set(filled))
         zeros = {name: np.zeros(shape, np.float32) for name, shape in filled.items()}
         if factors:
             sizes = {path: (filled[path + LORA_A][0], filled[path + LORA_B][1]) for path in layers}
@@ -91,11 +109,7 @@ class SlotGraph:
             self.layout = Layout.of(self._of_inputs(zeros))
 
     def tensors_of(self, inputs: Tensors) -> Tensors:
-        """The tensors, under peft's names, of an adapter that is given by graph input.
-
-        Raises:
-            DataError: It is of another layout: of other layers or ranks, or has what is no LoRA.
-        """
+        """The tensors of an adapter that is given by graph input. Raises DataError for another layout."""
         given = {name: value for name, value in inputs.items() if value.size}
         if odd := sorted(given.keys() & self.empty.keys()):
             reason = f"the adapter changes {odd[0]!r}, which its method does not train: export it again"
@@ -111,16 +125,16 @@ class SlotGraph:
         """
         return self._inputs(self._tensors(adapter), self._weight_norms)
 
-    def gradients(self, values: Tensors, batches: Iterable[TrainingBatch]) -> tuple[float, Tensors]:
-        """The loss of some batches, and its gradients by peft's tensors, and by R for those that have one.
+    def training(self, start: Tensors, trained: Collection[str]) -> AbstractContextManager[object]:
+        return without_denormals()
+
+    def gradients(self, adapter: Tensors, batches: Iterable[TrainingBatch]) -> tuple[float, Tensors]:
+        """The sum of the batches' losses, and its gradients by peft's tensors.
 
         Raises:
             DataError: The graph does not run.
         """
-        squares = {name: values[square_name(name)] for name in values if square_name(name) in values and _is_b(name)}
-        factors = {name: frozen_factor(name, values[name].shape) for name in squares}
-        own = values | {name: values[name] + factors[name] @ r for name, r in squares.items()}
-        tensors = self._tensors(own)
+        tensors = self._tensors(adapter)
         norms = self._weight_norms(tensors, magnitudes(tensors))
         inputs = self._inputs(tensors, lambda *_: norms)
         loss, total = 0.0, dict[str, Floats]()
@@ -131,8 +145,37 @@ class SlotGraph:
         scaled = {name: value for name, value in total.items() if name not in self.empty}
         # What a method names otherwise has the numbers of a slot in another shape.
         found = gradients_of_magnitudes(gradients_of_tensors(scaled, self._scaling), tensors, norms, self._biases)
-        gradients = gradients_of_factors(to_peft_tensors(found, self.config), self.config, own)
-        return loss, gradients | {square_name(name): factors[name].T @ gradients[name] for name in squares}
+        return loss, gradients_of_factors(to_peft_tensors(found, self.config), self.config, adapter)
+
+    def logits(self, adapter: Tensors, tokens: Sequence[Sequence[int]]) -> Floats:
+        return self._rows(self.inputs_of(adapter), tokens)
+
+    def embed(self, adapter: Tensors | None, tokens: Sequence[Sequence[int]]) -> Floats:
+        """As ``trainer.Engine.embed``: the logits of a head that is the identity.
+
+        Raises:
+            ConfigError: As ``require_mean_head``.
+        """
+        require_mean_head(self.base)
+        (bias, weight), slots = MEAN_HEAD, self.base.manifest.slots
+        hidden = int(slots[weight][1])
+        if not tokens:
+            return np.zeros((0, hidden), np.float32)
+        empty = _nothing(slots, set(slots) - set(MEAN_HEAD))
+        inputs = self.inputs_of(adapter) if adapter is not None else empty
+        identity = {bias: np.zeros(hidden, np.float32), weight: np.eye(hidden, dtype=np.float32)}
+        return self._rows(inputs | identity, tokens)
+
+    def scores(self, adapter: Tensors, batches: Iterable[TrainingBatch]) -> list[tuple[Floats, NDArray[np.bool_]]]:
+        inputs = self.inputs_of(adapter)
+        return [self._of_graph(partial(self.graph.scores, batch, inputs)) for batch in batches]
+
+    def _rows(self, inputs: Tensors, tokens: Sequence[Sequence[int]]) -> Floats:
+        order = sorted(range(len(tokens)), key=lambda text: len(tokens[text]))  # texts of a run need little padding
+        with without_denormals():
+            rows = self.answering.mixed([tokens[text] for text in order], [inputs] * len(order))
+        result: Floats = np.stack(rows)[np.argsort(order)]
+        return result
 
     def _of_inputs(self, inputs: Tensors) -> Tensors:
         """The tensors under peft's names. Law: it is the inverse of ``_inputs``, without what is empty."""
@@ -159,39 +202,119 @@ class SlotGraph:
             with without_denormals():
                 return run()
         except Exception as error:  # onnxruntime raises classes without a common base
-            raise self.failed(error) from error
-
-    def failed(self, error: Exception) -> DataError:
-        """What to raise where the graph does not run."""
-        reason = f"the training graph in {self.base.folder} does not run ({' '.join(str(error).split())[:200]})"
-        return DataError(f"{reason}: export the base again", about=TRAINING)
+            reason = f"the training graph in {self.base.folder} does not run ({' '.join(str(error).split())[:200]})"
+            raise DataError(f"{reason}: export the base again", about=TRAINING) from error
 
 
-def check_method(base: VerifiedBase, config: PeftConfig) -> None:
-    """Refuse a base without a training graph, and a method that none trains. Raises ConfigError."""
-    if TRAINING not in base.manifest.files:
+def classifier(base: VerifiedBase, labels: int, config: PeftConfig, threads: int = 1) -> ClassifierTrainer:
+    """A trainer of a classifier whose head, of ``labels`` rows, is the base's own or over the mean of its tokens.
+
+    Raises:
+        ConfigError, TrustError: As ``GraphEngine``; or the tokenizer cannot be loaded.
+    """
+    head = {
+        name: tuple(labels if size == LABELS else int(size) for size in shape)
+        for name, shape in base.manifest.slots.items()
+        if is_saved(name)
+    }
+    engine, slots = GraphEngine(base, config, head, threads), base.manifest.slots
+    try:
+        with without_denormals():  # which the threads of the session inherit
+            session = open_session(base.files[MODEL], base.folder, slots, threads)
+        tokenizer = Tokenizer.from_str(base.files[TOKENIZER].decode())
+        longest = int((tokenizer.truncation or {"max_length": MAX_TOKENS})["max_length"])
+        tokenizer.enable_truncation(min(MAX_TOKENS, longest))
+        tokenizer.no_padding()
+    except Exception as error:  # tokenizers and onnxruntime raise classes without a common base
+        raise _unusable(base, error) from error
+    engine.answering = ClassifierGraph(session, slots, base.manifest.independent_rows)
+    base.check()
+    return ClassifierTrainer(engine, tokenizer)
+
+
+def language(base: VerifiedBase, config: PeftConfig, threads: int = 1) -> LanguageTrainer:
+    """A trainer of a language model.
+
+    Raises:
+        ConfigError: As ``GraphEngine``; the adapter has a row for each token; its virtual tokens leave no room for a
+            text; or a file cannot be loaded.
+        TrustError: A file of the bundle changed since it was verified.
+    """
+    engine = GraphEngine(base, config, {}, threads)
+    try:
+        stated = json.loads(base.files[GENERATION])["model"]
+        end, context, vocabulary = stated["eos_token_id"], int(stated["context_length"]), int(stated["vocab_size"])
+        tokenizer = Tokenizer.from_str(base.files[TOKENIZER].decode())
+        first_end = int(end[0] if isinstance(end, list) else end)
+    except Exception as error:  # as above
+        raise _unusable(base, error) from error
+    if rows := [name for name, shape in engine.filled.items() if vocabulary in shape and name not in VIRTUAL]:
         raise ConfigError(
-            f"the base in {base.folder} has no training graph: export it with 'export base --training', or name the "
-            "base itself and install the extra train",
-            about=TRAINING,
+            f"{rows[0]} has a row for each token: an adapter of it would show which tokens the examples have; name "
+            "other layers",
+            about="target_modules",
         )
-    require_gradients(config)
+    template = _template(base) if _has_template(base) else None
+    base.check()
+    return LanguageTrainer(engine, TextEncoder.of(tokenizer, template, first_end, context, config.num_virtual_tokens))
 
 
-def unusable(base: VerifiedBase, error: Exception) -> ConfigError:
-    """What to raise where a file of the base cannot be loaded."""
+def _has_template(base: VerifiedBase) -> bool:
+    if CHAT_TEMPLATE in base.manifest.files:
+        return True
+    return SETTINGS in base.manifest.files and bool(json.loads(base.read(SETTINGS)).get("chat_template"))
+
+
+def _template(base: VerifiedBase) -> Template:
+    """What renders messages as the base's chat template does, with the library that answers."""
+
+    @cache
+    def tokenizer() -> Any:
+        from client.inference.engine import genai  # of an extra that classifiers need not have
+
+        og = genai()
+        return og.Tokenizer(og.Model(og.Config(str(base.folder))))  # which opens the model, and then needs it no more
+
+    def render(messages: list[dict[str, str]], answer: bool) -> str:
+        try:
+            text = tokenizer().apply_chat_template(messages=json.dumps(messages), add_generation_prompt=answer)
+        except RuntimeError as error:
+            reason = f"the chat template does not accept the examples ({' '.join(str(error).split())[:200]})"
+            raise ConfigError(reason, about="chat_template") from error
+        return str(text)
+
+    return render
+
+
+def require_mean_head(base: VerifiedBase) -> None:
+    """Refuse a base with another head than one over the mean of its tokens, or with virtual tokens.
+
+    Federations train such a head, and it alone has embeddings. Raises ConfigError.
+    """
+    saved = {name for name in base.manifest.slots if is_saved(name)}
+    odd = sorted(saved ^ set(MEAN_HEAD)) + sorted(
+        name for name in base.manifest.slots if name not in saved and not name.startswith(ENCODER)
+    )
+    if odd:
+        raise ConfigError(
+            f"the base in {base.folder} has a slot {odd[0]!r}, which is not of a head over the mean of the tokens: "
+            "export it with --head mean, without virtual tokens",
+            about=odd[0],
+        )
+
+
+def _unusable(base: VerifiedBase, error: Exception) -> ConfigError:
     reason = f"the base in {base.folder} cannot be loaded for training: {' '.join(str(error).split())[:200]}"
     return ConfigError(reason, about=TRAINING)
 
 
-def nothing(slots: Mapping[str, Sequence[str]], names: Collection[str]) -> Tensors:
+def _nothing(slots: Mapping[str, Sequence[str]], names: Collection[str]) -> Tensors:
     """Inputs that change nothing: of rank 0, and vectors that are not given."""
     shapes = {name: tuple(int(text) if text.isdigit() else 0 for text in slots[name]) for name in sorted(names)}
     return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
 
 
 def _targeted(path: str, targets: Sequence[str]) -> bool:
-    """Whether peft puts an adapter at a layer: a target is its path, or the end of it."""
     return any(path == target or path.endswith(f".{target}") for target in targets)
 
 
@@ -240,7 +363,3 @@ def _filled_by_dora(base: VerifiedBase, layers: Sequence[str], biases: Collectio
 def _missing(base: VerifiedBase, slot: str, needs: str, kinds: str, of: str = "slot") -> ConfigError:
     reason = f"the base in {base.folder} has no {of} {slot!r}, which {needs} needs: export it with --slots {kinds}"
     return ConfigError(reason, about="--slots", value=slot)
-
-
-def _is_b(name: str) -> bool:
-    return part_of(name) is Part.B

@@ -1,0 +1,152 @@
+"""Computes with torch, on the base itself: the engine of simulations, and of a device that has no bundle."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from threading import RLock
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from adapters import causal, pretrained, trainable
+from adapters import classifier as classifiers
+from adapters.base import Base
+from adapters.layout import Floats, Layout, Tensors
+from adapters.parts import is_bias
+from adapters.peftconfig import PeftConfig
+from adapters.traininggraph import TrainingBatch
+from client.training.denormals import flushes
+from client.training.encoding import TextEncoder
+from client.training.trainer import ClassifierTrainer, LanguageTrainer
+
+
+class TorchEngine:
+    """A frozen model with one adapter, as ``trainer.Engine``. Threads may share it: one computes at a time."""
+
+    def __init__(self, base: Base, model: PeftModel, config: PeftConfig) -> None:
+        self.base, self.config, self.model, self._lock = base, config, model, RLock()
+        self._parameters = _parameters(model)
+        own = {name: value for name, value in self._parameters.items() if is_bias(name)}
+        self._biases = {name: np.array(value.detach()) for name, value in own.items()}  # the base's own
+        self.layout = Layout.of(trainable.tensors(model))
+
+    @contextmanager
+    def training(self, start: Tensors, trained: Collection[str]) -> Iterator[None]:
+        with self._lock, flushed_denormals():
+            trainable.load(self.model, self.layout.select(start))
+            for name, parameter in self._parameters.items():
+                parameter.requires_grad_(name in trained)
+            yield
+
+    def gradients(self, adapter: Tensors, batches: Iterable[TrainingBatch]) -> tuple[float, Tensors]:
+        _place(self._parameters, adapter)
+        trained = {name: value for name, value in self._parameters.items() if value.requires_grad}
+        for parameter in trained.values():
+            parameter.grad = torch.zeros_like(parameter)
+        total = 0.0
+        for batch in batches:
+            losses = cross_entropy(self._logits(batch), torch.from_numpy(batch.targets), reduction="none")
+            loss = (losses * torch.from_numpy(batch.shares)).sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        return total, {name: np.array(value.grad).reshape(adapter[name].shape) for name, value in trained.items()}
+
+    def logits(self, adapter: Tensors, tokens: Sequence[Sequence[int]]) -> Floats:
+        return self._rows(lambda ids, mask: self.model(input_ids=ids, attention_mask=mask), adapter, tokens)
+
+    def embed(self, adapter: Tensors | None, tokens: Sequence[Sequence[int]]) -> Floats:
+        base = self.model.get_base_model()
+        if not tokens:
+            return np.zeros((0, base.encoder.config.hidden_size), np.float32)
+        return self._rows(base.embed, adapter, tokens)
+
+    def scores(self, adapter: Tensors, batches: Iterable[TrainingBatch]) -> list[tuple[Floats, NDArray[np.bool_]]]:
+        with self._lock, torch.inference_mode(), flushed_denormals():
+            trainable.load(self.model, adapter)
+            return [self._score(batch) for batch in batches]
+
+    def _score(self, batch: TrainingBatch) -> tuple[Floats, NDArray[np.bool_]]:
+        logits, targets = self._logits(batch), torch.from_numpy(batch.targets)
+        return -cross_entropy(logits, targets, reduction="none").numpy(), (logits.argmax(1) == targets).numpy()
+
+    def _logits(self, batch: TrainingBatch) -> Tensor:
+        """Of each target, shape ``(targets, classes)``."""
+        found = self.model(input_ids=torch.from_numpy(batch.ids), attention_mask=torch.from_numpy(batch.mask))
+        if batch.positions is None:
+            labels: Tensor = found
+            return labels
+        # Prompt tuning has logits of its virtual tokens as well, before those of a text.
+        words: Tensor = found.logits[:, -batch.ids.shape[1] :].flatten(0, 1)[torch.from_numpy(batch.positions)]
+        return words
+
+    def _rows(
+        self, forward: Callable[[Tensor, Tensor], Tensor], adapter: Tensors | None, tokens: Sequence[Sequence[int]]
+    ) -> Floats:
+        alone = self.model.disable_adapter() if adapter is None else nullcontext()
+        with self._lock, torch.inference_mode(), flushed_denormals(), alone:
+            if adapter is not None:
+                trainable.load(self.model, adapter)
+            else:  # peft leaves trained biases in place where it disables an adapter
+                _place(self._parameters, self._biases)
+            return classifiers.in_batches(forward, [torch.tensor(ids) for ids in tokens]).numpy()
+
+
+def classifier(base: Base, labels: int, config: PeftConfig) -> ClassifierTrainer:
+    """A trainer of a classifier. Raises ConfigError as ``adapters.classifier.build``."""
+    with flushed_denormals():  # torch's threads keep what holds when they start
+        model = classifiers.build(base, labels, config)
+    # On short texts, without fused kernels, a step of multilingual-e5-small takes a fifth less time.
+    model.get_base_model().encoder.set_attn_implementation("eager")
+    return ClassifierTrainer(TorchEngine(base, model, config), classifiers.tokenizer(base, model))
+
+
+def language(base: Base, config: PeftConfig) -> LanguageTrainer:
+    """A trainer of a language model.
+
+    Raises:
+        ConfigError: As ``causal.build`` and ``causal.require_private``; or virtual tokens leave no room for a text.
+    """
+    with flushed_denormals():
+        model = causal.build(base, config)
+    causal.require_private(model)
+    encoder = TextEncoder.of(
+        pretrained.tokenizer(base),
+        pretrained.chat_template(base),
+        pretrained.end_token(model),
+        getattr(model.get_base_model().config, "max_position_embeddings", None),
+        config.num_virtual_tokens,
+    )
+    return LanguageTrainer(TorchEngine(base, model, config), encoder)
+
+
+@contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """Compute with zero instead of denormal numbers, in this thread and those that torch starts meanwhile.
+
+    A processor takes up to a hundred times as long for them, so that an adapter could slow down a step for some
+    examples alone.
+    """
+    before = flushes()
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)  # the coordinator of a simulation computes in this process as well
+
+
+def _parameters(model: PeftModel) -> dict[str, nn.Parameter]:
+    """The trainable parameters, by the names under which peft saves them."""
+    left = {value.data_ptr(): value for value in model.parameters() if value.requires_grad}
+    saved = get_peft_model_state_dict(model)
+    found = {name: left.pop(value.data_ptr()) for name, value in saved.items() if value.data_ptr() in left}
+    copied = [name for name in trainable.tensors(model) if name not in found]  # virtual tokens
+    return found | (dict(zip(copied, left.values(), strict=True)) if left else {})
+
+
+def _place(parameters: Mapping[str, nn.Parameter], values: Tensors) -> None:
+    with torch.no_grad():
+        for name in parameters.keys() & values.keys():
+            parameters[name].copy_(torch.from_numpy(values[name]).view_as(parameters[name]))
