@@ -216,7 +216,7 @@ class TinyFleet:
         from flwr.app import Context, RecordDict
 
         from coordinator.app import STATE, app
-        from simulations.engine.grid import RUN_ID, SERVER_NODE
+        from coordinator.transport import RUN_ID, SERVER_NODE
 
         app(grid, Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {STATE: str(self.out / "coordinator")}))
         return self.registry().rounds()  # type: ignore[no-any-return]
@@ -242,8 +242,8 @@ class TinyFleet:
 @pytest.fixture
 def app_fleet_of(tmp_path: Path, tiny_base: Any, one_thread: None) -> Callable[..., TinyFleet]:
     """Make a fleet of so many devices; keywords are keys of the federation, dots as double underscores."""
+    from coordinator.transport import SERVER_NODE
     from simulations.engine import provision
-    from simulations.engine.grid import SERVER_NODE
     from simulations.scenario import Scenario
 
     count = 0

@@ -6,7 +6,6 @@ device is in two groups: from the sum over all devices and the sums of the large
 of a small one (docs/decisions/0043-cohorts-by-language.md).
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,26 +19,18 @@ GROUPS = "groups"  # in the folder of a run
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Clients that share an adapter.
+    """Clients that share an adapter."""
 
-    Attributes:
-        name: Their language, ``COMMON``, or empty for all clients of an undivided population.
-        folder: Of their federation, from that of the run.
-        population: The clients, in the order of the whole population.
-    """
-
-    name: str
+    name: str  # their language, ``COMMON``, or empty for all clients of an undivided population
     folder: Path
-    population: Population
+    population: Population  # the clients, in the order of the whole population
 
     @property
     def devices(self) -> int:
-        """Clients that take part in training."""
         return len(self.names)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the clients that take part in training."""
         return tuple(client.name for client in self.population.clients if not client.unseen)
 
 
@@ -64,7 +55,7 @@ def grouped(population: Population, settings: GroupSettings) -> tuple[Group, ...
         left = []
     found = [*sorted(own.items()), *([(COMMON, left)] if left else [])]
     return tuple(
-        Group(name, Path(GROUPS, str(number)), _only(population, members))
+        Group(name, Path(GROUPS, str(number)), population.only({client.name for client in members}))
         for number, (name, members) in enumerate(found, 1)
     )
 
@@ -85,10 +76,3 @@ def fleet_folders(out: Path, groups: Sequence[Group]) -> dict[str, Path]:
 
 def _devices(clients: Sequence[Client]) -> int:
     return sum(not client.unseen for client in clients)
-
-
-def _only(population: Population, members: Sequence[Client]) -> Population:
-    names = {client.name for client in members}
-    return dataclasses.replace(
-        population, clients=tuple(client for client in population.clients if client.name in names)
-    )

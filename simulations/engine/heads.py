@@ -1,7 +1,4 @@
-"""Linear heads on frozen embeddings: least squares and logistic regression, each with an L2 penalty and weights.
-
-Baselines that need neither rounds nor back-propagation through a base.
-"""
+"""Linear heads on frozen embeddings: least squares and logistic regression, each with an L2 penalty and weights."""
 
 import numpy as np
 import torch
@@ -26,14 +23,9 @@ def ridge_head(x: Matrix, labels: NDArray[np.int64], weights: Matrix, count: int
     It needs Σ w x xᵀ and Σ w x yᵀ only, which add up over clients (Hoerl and Kennard 1970, "Ridge Regression").
 
     Args:
-        x: Shape ``(texts, features)``.
-        labels: Shape ``(texts,)``.
-        weights: Shape ``(texts,)``, not negative.
-        count: Labels in all.
+        x: Shape ``(texts, features)``, with a row for each of ``labels`` and of ``weights``, which are not negative.
+        count: Labels in all; the head has the shape ``(features, count)``.
         penalty: Positive, so that there is one solution.
-
-    Returns:
-        Shape ``(features, count)``.
     """
     weighted = x * weights[:, None]
     moments = weighted.T @ x + penalty * np.eye(x.shape[1])
@@ -43,11 +35,8 @@ def ridge_head(x: Matrix, labels: NDArray[np.int64], weights: Matrix, count: int
 def logistic_head(x: Matrix, labels: NDArray[np.int64], weights: Matrix, count: int, penalty: float) -> Matrix:
     """The head of multinomial logistic regression: argmin of Σ wᵢ crossentropyᵢ + penalty / 2 ‖W‖².
 
-    The problem is strictly convex, and L-BFGS with a strong Wolfe line search starts at zero: equal arguments give
-    equal heads.
-
-    Args, Returns:
-        As ``ridge_head``.
+    The problem is strictly convex, and L-BFGS with a strong Wolfe line search starts at zero: equal arguments, which
+    are those of ``ridge_head``, give equal heads.
 
     Raises:
         DataError: The loss is not finite.

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,35 +17,59 @@ import numpy as np
 import torch
 from cryptography import x509
 
-from adapters.base import Base
+from adapters.base import Base, find_base
+from adapters.bundle import TRUST
+from adapters.cache import cached
 from adapters.classifier import seed_adapter
 from adapters.layout import Floats, Tensors
 from adapters.manifest import VersionManifest
 from adapters.parts import HEAD
-from adapters.peftconfig import PeftConfig
+from adapters.peftconfig import PeftConfig, require_gradients
 from adapters.registryfiles import RegistrySettings
-from adapters.storage import PRIVATE_FOLDER, replace, staged
+from adapters.storage import PRIVATE_FOLDER, PUBLIC, replace, staged
 from adapters.trainable import configuration, initial
 from aggregation import graph
 from aggregation.entropy import SystemEntropy
 from aggregation.pki import Authority
 from aggregation.pki.identity import IdentityKey
+from client.inference.trust import Trust
 from client.node.enrolment import TrustAnchors, enrol, install_certificate
 from client.node.policy import SAFE, PolicySettings
 from client.node.statedir import DeviceSettings, DeviceStateDir
+from client.training.engine import trainer_of
 from client.training.examples import Example, Split, write_examples
 from client.training.language import load_language_trainer
 from client.training.limits import TrainingLimits
+from client.training.protocols import FrozenBase
 from client.training.trainer import load_trainer
 from coordinator.registry import Registry
 from coordinator.seed import seed_version
 from coordinator.statedir import KEY, CoordinatorStateDir, open_registry
+from export.bundle.write import write_bundle
+from export.causal import export_causal
+from export.center import centered
+from export.onnx.classifier import export_classifier
+from export.onnx.dequantize import dequantized
+from export.onnx.exported import Profile
+from export.onnx.slotted import with_mean_head
+from export.onnx.targets import SlotKind, Slots
+from export.prune import WORDS, frequent_words, prune
 from simulations.data.households import released_phrases
 from simulations.data.population import Client, LabelledText, Population
+from simulations.engine.devices import SEED
 from simulations.engine.heads import logistic_head, with_bias
-from simulations.engine.seeded import SEED
 from simulations.scenario import Scenario
 
+KINDS = {  # method → what its adapters bring
+    "IA3": frozenset({SlotKind.SCALE, SlotKind.INPUT_SCALE}),
+    "BEFT": frozenset({SlotKind.OFFSET}),
+    "LN_TUNING": frozenset({SlotKind.NORMS}),
+    "PROMPT_TUNING": frozenset({SlotKind.PROMPT}),
+    "PREFIX_TUNING": frozenset({SlotKind.PREFIX}),
+}
+DORA = frozenset({SlotKind.LOW_RANK, SlotKind.SCALE, SlotKind.OFFSET})
+CENTERED = "centered"  # folders in that of the run
+DEQUANTIZED = "base"
 AUTHORITY = "authority"
 AUTHORITY_KEY = "authority.pem"
 COORDINATOR = "coordinator"
@@ -53,13 +78,71 @@ LIFETIME = timedelta(days=365)
 PENALTY = 0.1  # of the vendor's logistic head, on half the sum of its squared weights
 
 
+def training_base(out: Path, scenario: Scenario, population: Population) -> Base:
+    """The base of the run in ``out``; what has to be made is made once. Raises ConfigError if it cannot be."""
+    base, export = unrounded_base(scenario), scenario.export
+    if scenario.base.center:
+        copy = out / CENTERED
+        base = find_base(str(copy)) if copy.exists() else centered(base, [u.text for u in population.public], copy)
+    if export.train_on_dequantized:
+        copy = out / DEQUANTIZED
+        base = find_base(str(copy)) if copy.exists() else dequantized(base, Profile(export.profile), copy)
+    return base
+
+
+def unrounded_base(scenario: Scenario) -> Base:
+    """The base before it is centered and rounded, which change no size. Raises as ``training_base``."""
+    base = find_base(scenario.base.model)
+    return _pruned(base, scenario.base.languages) if scenario.base.languages else base
+
+
+def device_base(out: Path, scenario: Scenario, base: Base, population: Population) -> FrozenBase:
+    """What the devices of the run in ``out`` train on: the base itself, or that of a bundle that is made once.
+
+    Raises:
+        ConfigError: The base has no training graph, or the engine trains no such adapter.
+    """
+    if scenario.base.engine == "torch":
+        return base
+    config, bundle, labels = peft_config(scenario, base), bundle_of(out), len(population.labels)
+    require_gradients(config)
+    if not bundle.exists():
+        _write(bundle, base, config, Profile(scenario.export.profile), language=not labels)
+    verified = Trust.open(bundle).bundle.base()
+    trainer_of(verified, labels, config)  # refuses what the devices would
+    return verified
+
+
+def _write(bundle: Path, base: Base, config: PeftConfig, profile: Profile, *, language: bool) -> None:
+    """A bundle of the base with slots for such adapters and a training graph, and the key that it is signed with."""
+    kinds = DORA if config.use_dora else KINDS.get(config.peft_type, frozenset({SlotKind.LOW_RANK}))
+    slots = Slots(config.target_modules, kinds)
+    if language:
+        exported = export_causal(base, slots, profile, training=True)
+    else:
+        exported = export_classifier(with_mean_head(base, slots), base, profile, training=True)
+    key = IdentityKey.generate(SystemEntropy())
+    bundle.parent.mkdir(exist_ok=True)
+    replace(bundle.with_name(TRUST), key.public.to_pem(), PUBLIC)
+    write_bundle(bundle, exported, [], key=key, once=True)
+
+
+def _pruned(base: Base, languages: tuple[str, ...]) -> Base:
+    """The base with the tokens of these languages. It depends on no run, so it is kept in the cache."""
+    source = "\n".join((base.digest, *languages, str(WORDS), version("wordfreq")))
+
+    def make(folder: Path) -> None:
+        prune(base, frequent_words(languages, WORDS), [], folder / "base")
+
+    return find_base(str(cached(f"pruned-{hashlib.sha256(source.encode()).hexdigest()[:16]}", make) / "base"))
+
+
 def peft_config(scenario: Scenario, base: Base) -> PeftConfig:
     """The configuration of the scenario's adapter on its base. Raises ConfigError as ``trainable.configuration``."""
     return configuration(base, **scenario.adapter.model_dump(exclude={"head"}))
 
 
 def device_folder(out: Path, client: str) -> Path:
-    """The state directory of a client's device."""
     return out / DEVICES / client
 
 
@@ -91,22 +174,13 @@ def provision(
 
 @dataclass(frozen=True, slots=True)
 class Enrolment:
-    """Enrols the devices of a fleet, each when it is needed first.
-
-    Attributes:
-        out: Of the fleet.
-        authority: Certifies the devices.
-        anchors: What they pin.
-        settings: Of each of them.
-        clients: Name → the client whose device it is.
-        seed: Of the scenario.
-    """
+    """Enrols the devices of a fleet, each when it is needed first."""
 
     out: Path
-    authority: Authority
-    anchors: TrustAnchors
+    authority: Authority  # certifies the devices
+    anchors: TrustAnchors  # what they pin
     settings: DeviceSettings
-    clients: Mapping[str, Client]
+    clients: Mapping[str, Client]  # name → the client whose device it is
     seed: int
 
     @classmethod
@@ -193,7 +267,6 @@ def _logistic_head(embeddings: Floats, labels: Sequence[int], tensors: Tensors) 
 
 
 def examples_of(client: Client) -> list[Example]:
-    """The examples of a client's device."""
     parts = {Split.TRAIN: client.train, Split.VALIDATION: client.validation, Split.TEST: client.test}
     return [
         Example(phrase.text, phrase.label, part, phrase.prompt) for part, phrases in parts.items() for phrase in phrases
@@ -225,7 +298,6 @@ def open_state_dirs(out: Path, population: Population) -> dict[str, DeviceStateD
 
 
 def registry(out: Path) -> Registry:
-    """The registry of the fleet's coordinator."""
     folder = out / COORDINATOR
     return open_registry(folder, IdentityKey.from_pem((folder / KEY).read_bytes()))
 

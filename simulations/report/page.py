@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from adapters.storage import PUBLIC, replace
 from simulations.report import figures, formatting
-from simulations.report.result import ARMS, RunResult, dropouts_by_step, summary
+from simulations.result import ARMS, RunResult, dropouts_by_step
 
 FILTERS = {
     "duration": formatting.duration,
@@ -24,24 +24,21 @@ FILTERS = {
 def write_report(result: RunResult, path: Path, program: str = "edgeadapt") -> None:
     """Write the page atomically and readable by everyone: it holds no phrase of a client.
 
-    Args:
-        result: The run. Equal results give equal bytes.
-        path: The file; an older one is replaced.
-        program: The command as the reader can type it.
-
-    Raises:
-        OSError: The folder is missing, full or not writable; an older report is left as it was.
+    Equal results give equal bytes. A page that cannot be written leaves an older one as it was.
     """
     replace(path, page(result, program).encode(), PUBLIC)
 
 
 def page(result: RunResult, program: str = "edgeadapt") -> str:
+    exported = result.exported
+    assert exported is not None  # noqa: S101  # only the run of a classifier has a page
     return template("report.html").render(
         run=result,
+        exported=exported,
         headline=formatting.headline(result),
-        accuracy={arm: summary(result.clients, arm) for arm in ARMS},
+        accuracy={arm: result.summary(arm) for arm in ARMS},
         traffic=formatting.TrafficMeans.of(result),
-        reliability=formatting.reliability(result.reliability),
+        reliability=formatting.reliability(exported.reliability),
         dropouts=formatting.dropouts(result.rounds),
         privacy=formatting.privacy(result.epsilon, result.delta, len(result.rounds)),
         canaries=formatting.canaries(result.canaries) if result.canaries else (),
@@ -52,9 +49,9 @@ def page(result: RunResult, program: str = "edgeadapt") -> str:
             "learning": figures.learning(result),
             "dropouts": figures.dropouts_by_device(result),
         },
-        command=formatting.command(result, program),
-        accuracies=formatting.accuracies(result.parity),
-        plain=formatting.plain(result.plain) if result.plain else "",
+        command=formatting.command(exported, program),
+        accuracies=formatting.accuracies(exported.parity),
+        plain=formatting.plain(exported.plain) if exported.plain else "",
     )
 
 

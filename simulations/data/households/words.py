@@ -11,41 +11,59 @@ matches no pattern is preferred. The patterns of English, German and French are 
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from simulations.data.households.draws import pick
-
+T = TypeVar("T")
 # Kinds of device that have the names of another kind.
 _NAMED_LIKE = {"input_boolean": "switch", "script": "scene", "input_button": "button"}
 # The number of names of each kind in a household.
 _LIGHTS, _AREAS, _FLOORS, _PEOPLE, _OTHERS = 5, 6, 2, 3, 3
 
 
+@cache
+def plain_phrases() -> dict[str, dict[str, str]]:
+    """Language → intent → phrase, to look at single answers. Only some languages have them."""
+    found: dict[str, dict[str, str]] = _read("plain.toml")
+    return found
+
+
+@cache
+def released_phrases() -> dict[str, dict[str, list[str]]]:
+    """Language → intent → phrases that a release carries for the personal step. Only some languages have them."""
+    found: dict[str, dict[str, list[str]]] = _read("released.toml")
+    return found
+
+
+def _read(name: str) -> dict[str, Any]:
+    return tomllib.loads((files("simulations.data.households") / name).read_text(encoding="utf-8"))
+
+
+def stream(*key: int) -> np.random.Generator:
+    """The generator named ``key``: the same on any machine, and independent of generators with other names."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
+
+
+def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
+    """One of ``items`` (at least one), each with the same probability."""
+    return items[int(rng.integers(len(items)))]
+
+
 @dataclass(frozen=True, slots=True)
 class Words:
-    """The words of one language; a name may hold ``{person}``.
+    """The words of one language; a name may hold ``{person}``."""
 
-    Attributes:
-        people: First names.
-        areas: Rooms.
-        floors: Names of floors.
-        devices: Names by kind of device (a Home Assistant domain).
-        phrases: Free texts, by the name of the list that they fill.
-        unnatural: Patterns that match sentences nobody says, in lower case.
-    """
-
-    people: tuple[str, ...]
-    areas: tuple[str, ...]
-    floors: tuple[str, ...]
-    devices: Mapping[str, tuple[str, ...]]
-    phrases: Mapping[str, tuple[str, ...]]
-    unnatural: tuple[re.Pattern[str], ...]
+    people: tuple[str, ...]  # first names
+    areas: tuple[str, ...]  # rooms
+    floors: tuple[str, ...]  # names of floors
+    devices: Mapping[str, tuple[str, ...]]  # names by kind of device (a Home Assistant domain)
+    phrases: Mapping[str, tuple[str, ...]]  # free texts, by the name of the list that they fill
+    unnatural: tuple[re.Pattern[str], ...]  # patterns that match sentences nobody says, in lower case
 
     def flaws(self, sentence: str, enough: int) -> int:
         """How many patterns of unnatural speech the sentence matches; counting stops at ``enough``."""

@@ -5,23 +5,131 @@ for tests or it is not, for everyone. Only a column ``split`` of the data is kep
 """
 
 import hashlib
+import re
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+from datasketch import MinHash, MinHashLSH
 
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.certificates import is_device_id
 from client.training.examples import NO_LABEL
 from simulations.data.population import Client, LabelledText, Population
-from simulations.data.tables.groups import group_texts
-from simulations.data.tables.partition import partition
-from simulations.data.tables.rows import Row, Rows, read_public, read_rows
-from simulations.data.tables.settings import DataSettings
+from simulations.data.tables.rows import DataSettings, Row, Rows, read_public, read_rows
 
+if TYPE_CHECKING:
+    from flwr_datasets.partitioner import Partitioner
+SHINGLE = 3  # characters
+PERMUTATIONS = 64
+_NUMBERS, _REST = re.compile(r"\d+"), re.compile(r"[\W_]+")
 FEWEST_TRAINED = 3  # clients that take part: what a secure sum needs
 TEST, TRAIN, VALIDATION = "test", "train", "validation"
+
+
+def partition(labels: Sequence[str], settings: DataSettings, seed: int) -> list[int]:
+    """The client of each row, from 0; a client may get no row. The same rows, settings and seed give the same clients.
+
+    Raises:
+        ConfigError: So many clients cannot be made from these rows by this rule.
+    """
+    from datasets import Dataset
+
+    order = np.random.default_rng(seed).permutation(len(labels))
+    rule = _partitioner(settings, seed)
+    owner = [0] * len(labels)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # each attempt at a Dirichlet draw
+            rule.dataset = Dataset.from_dict({"row": order.tolist(), "label": [labels[row] for row in order]})
+            for client in range(settings.clients):
+                for row in rule.load_partition(client)["row"]:
+                    owner[row] = client
+    except ValueError as error:
+        reason = f"{len(labels)} texts cannot be dealt out to {settings.clients} clients by {settings.partition}"
+        raise ConfigError(f"{reason}: {' '.join(str(error).split())[:200]}", about="data.partition") from error
+    return owner
+
+
+def _partitioner(settings: DataSettings, seed: int) -> "Partitioner":
+    from flwr_datasets import partitioner as rules
+
+    count = settings.clients
+    match settings.partition:
+        case "iid":
+            return rules.IidPartitioner(count)
+        case "dirichlet":
+            return rules.DirichletPartitioner(count, "label", settings.concentration, min_partition_size=0, seed=seed)
+        case "shard":
+            return rules.ShardPartitioner(count, "label", num_shards_per_partition=settings.shards, seed=seed)
+        case "linear":
+            return rules.LinearPartitioner(count)
+        case "exponential":
+            return rules.ExponentialPartitioner(count)
+
+
+def normalized(text: str) -> str:
+    """What two near-duplicates share: no case, punctuation or white space, and every number as 0.
+
+    >>> normalized("Turn it to 21 °C,  please!")
+    'turn it to 0 c please'
+    """
+    return _REST.sub(" ", _NUMBERS.sub("0", text.casefold())).strip()
+
+
+def group_texts(texts: Sequence[str], keys: Sequence[str], threshold: float) -> list[int]:
+    """The group of each text, as the index of the group's first text.
+
+    Texts whose sets of three-character pieces have a Jaccard index of at least ``threshold`` are in one group, and so
+    are those that a chain of such pairs connects. The index is estimated from 64 hashes (Broder 1997; its standard
+    deviation is at most 0.0625) for pairs that locality-sensitive hashing finds (Indyk and Motwani 1998).
+
+    Args:
+        keys: One for each text; those with the same key that is not empty belong together too.
+        threshold: From 0.3 to 1; at 1, only texts that ``normalized`` makes equal are in one group.
+    """
+    first: dict[str, int] = {}
+    parent = list(range(len(texts)))
+    for index, text in enumerate(texts):
+        parent[index] = first.setdefault(normalized(text), index)
+    if threshold < 1:
+        _join_similar(list(first.items()), parent, threshold)
+    keyed: dict[str, int] = {}
+    for index, key in enumerate(keys):
+        if key:
+            _join(parent, keyed.setdefault(key, index), index)
+    return [_root(parent, index) for index in range(len(texts))]
+
+
+def _join_similar(distinct: Sequence[tuple[str, int]], parent: list[int], threshold: float) -> None:
+    rows = (
+        4 if threshold >= 0.7 else 2
+    )  # of a band: a pair at the threshold is found with a probability of 0.95 or more
+    index = MinHashLSH(num_perm=PERMUTATIONS, params=(PERMUTATIONS // rows, rows))
+    sketches: dict[int, MinHash] = {}
+    for text, number in distinct:
+        sketch = MinHash(num_perm=PERMUTATIONS, seed=1)
+        sketch.update_batch(sorted({text[i : i + SHINGLE].encode() for i in range(max(1, len(text) - SHINGLE + 1))}))
+        for other in index.query(sketch):
+            if sketches[other].jaccard(sketch) >= threshold:
+                _join(parent, other, number)
+        sketches[number] = sketch
+        index.insert(number, sketch)
+
+
+def _join(parent: list[int], one: int, other: int) -> None:
+    low, high = sorted((_root(parent, one), _root(parent, other)))
+    parent[high] = low
+
+
+def _root(parent: list[int], index: int) -> int:
+    while parent[index] != index:
+        parent[index] = parent[parent[index]]
+        index = parent[index]
+    return index
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,20 +137,15 @@ class DataFacts:
     """What became of the rows.
 
     Attributes:
-        rows: Rows that are used, broken ones not counted.
-        broken: A line for each broken row.
-        groups: Groups of near-duplicates among the rows.
         small: Clients that were left out, because they had fewer than ``minimum_texts`` or nothing to train or test on.
-        overlapping: Test texts that were left out, because a near-duplicate is in somebody's training part.
-        leaked: Test texts of the data's own split of which a near-duplicate is in somebody's training part.
     """
 
-    rows: int
-    broken: tuple[str, ...]
-    groups: int
+    rows: int  # rows that are used, broken ones not counted
+    broken: tuple[str, ...]  # a line for each broken row
+    groups: int  # groups of near-duplicates among the rows
     small: int
-    overlapping: int
-    leaked: int
+    overlapping: int  # test texts that were left out, because a near-duplicate is in somebody's training part
+    leaked: int  # test texts of the data's own split of which a near-duplicate is in somebody's training part
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +157,11 @@ class Loaded:
 
 
 def load_population(settings: DataSettings, seed: int) -> Loaded:
-    """Read the texts and make a population of them.
-
-    Args:
-        settings: With files or a function.
-        seed: Not negative. The same texts, settings and seed give the same ``digest`` on any machine.
+    """Read the texts and make a population of them; the same texts, settings and seed give the same ``digest``.
 
     Raises:
-        ConfigError: As ``read_rows``, or there are too few clients, labels or texts.
-        DataError: As ``read_rows``, no row can be used, or one is broken and ``settings.broken`` refuses it.
+        ConfigError, DataError: As ``read_rows``; there are too few clients, labels or texts; or no row can be used, or
+            one is broken and ``settings.broken`` refuses it.
     """
     rows, public = read_rows(settings), read_public(settings)
     broken = rows.broken + public.broken

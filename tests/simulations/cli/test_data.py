@@ -84,14 +84,11 @@ def test_a_language_that_the_base_cannot_read_is_said(call: Callable[..., Outcom
         (["{table}", "--set", "data.client=user", "--set", "data.minimum_texts=50"], "lower data.minimum_texts"),
     ],
 )
-@pytest.mark.parametrize("command", [("data", "show"), ("simulate",)], ids=["show", "simulate"])
-def test_a_mistake_is_one_line(
-    call: Callable[..., Outcome], table: Path, command: tuple[str, ...], words: list[str], reason: str
-) -> None:
+def test_a_mistake_is_one_line(call: Callable[..., Outcome], table: Path, words: list[str], reason: str) -> None:
     empty, short = table.with_name("empty.csv"), table.with_name("short.csv")
     empty.write_text("text,label,user\n")
     short.write_text("text,label,user\nhello")
-    code, _, err = call(*command, *(word.format(table=table, empty=empty, short=short) for word in words))
+    code, _, err = call("simulate", *(word.format(table=table, empty=empty, short=short) for word in words))
     assert code != 0
     assert err.count("\n") == 1
     assert reason in err

@@ -7,7 +7,7 @@ import pytest
 
 from aggregation.errors import ConfigError
 from simulations.engine import provision
-from simulations.engine.bases import DEQUANTIZED, training_base
+from simulations.engine.provision import DEQUANTIZED, training_base
 from simulations.scenario import Scenario
 from tests.support import refused
 
@@ -33,7 +33,7 @@ def test_the_dequantized_base_is_made_once_and_every_device_finds_it(
     base = training_base(tmp_path / "run", chosen, population)
     assert base.folder == tmp_path / "run" / DEQUANTIZED
     assert base.digest != tiny_base.digest
-    monkeypatch.setattr("simulations.engine.bases.dequantized", None)  # a second call would fail
+    monkeypatch.setattr("simulations.engine.provision.dequantized", None)  # a second call would fail
     assert training_base(tmp_path / "run", chosen, population) == base
     provision.provision(tmp_path / "fleet", chosen, population, base)
     provision.Enrolment.of(tmp_path / "fleet", chosen, population, base).enrol(

@@ -1,6 +1,5 @@
 """A run whose devices train with the graph of a bundle instead of torch."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,7 @@ from adapters.bundle import BASE_MANIFEST, TRAINING, VerifiedBase
 from aggregation.errors import ConfigError
 from client.training.graphtrainer import GraphTrainer
 from client.training.trainer import Trainer
-from simulations.engine.bases import device_base
-from simulations.engine.personal import OUTCOME, personalize_all
-from simulations.engine.progress import RunProgress
-from simulations.engine.provision import Enrolment, bundle_of, peft_config
+from simulations.engine.provision import Enrolment, bundle_of, device_base, peft_config
 from simulations.scenario import Scenario
 from tests.support.errors import refused
 
@@ -30,9 +26,7 @@ def test_torch_trains_on_the_base_itself(fleet_of: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_bundle_is_made_once_and_makes_every_clients_arms_without_torch(
-    fleet_of: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bundle_is_made_once_and_named_to_the_devices(fleet_of: Any) -> None:
     fleet = fleet_of(4)
     scenario = with_engine(fleet.scenario)
     base = device_base(fleet.out, scenario, fleet.base, fleet.population)
@@ -43,18 +37,6 @@ def test_a_bundle_is_made_once_and_makes_every_clients_arms_without_torch(
     device_base(fleet.out, scenario, fleet.base, fleet.population)
     assert (bundle_of(fleet.out) / BASE_MANIFEST).stat().st_mtime_ns == written
     assert Enrolment.of(fleet.out, scenario, fleet.population, fleet.base).settings.base == str(bundle_of(fleet.out))
-
-    def absent(*_: object, **__: object) -> None:
-        raise AssertionError("torch trained")
-
-    monkeypatch.setattr(Trainer, "__init__", absent)
-    used: list[GraphTrainer] = []
-    train = GraphTrainer.train
-    monkeypatch.setattr(GraphTrainer, "train", lambda self, *a, **k: (used.append(self), train(self, *a, **k))[1])
-    clients = personalize_all(fleet.out, scenario, fleet.population, base, RunProgress(quiet=True), at_once=1)
-    assert len(used) == 3 * len(clients)  # the personal arm, and two trainings of the local one
-    outcome = json.loads((fleet.state_dir(clients[0].name).folder / OUTCOME).read_text())
-    assert set(outcome["accuracy"]) == {"base", "local", "global", "personal"}
 
 
 def test_a_method_that_needs_torch_is_refused_before_the_rounds(fleet_of: Any, tmp_path: Path, tiny_base: Base) -> None:

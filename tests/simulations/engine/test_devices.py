@@ -13,8 +13,9 @@ from aggregation.errors import TrustError
 from aggregation.steps import Step
 from client.node.app import register
 from client.node.privacyledger import PrivacyLedger
+from coordinator.transport import SERVER_NODE
 from simulations.engine.devices import MemoryDevices
-from simulations.engine.grid import SERVER_NODE, FaultModel, InProcessGrid
+from simulations.engine.grid import FaultModel, InProcessGrid
 from simulations.engine.provision import Enrolment, device_folder
 
 FleetOf = Callable[..., Any]

@@ -16,7 +16,7 @@ from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError
 from simulations.data.population import LabelledText, Population
 from simulations.engine import provision
-from simulations.engine.bases import CENTERED, DEQUANTIZED, training_base
+from simulations.engine.provision import CENTERED, DEQUANTIZED, training_base
 from simulations.scenario import Scenario
 from tests.support import refused
 from tests.support.tokenizers import unigram
@@ -35,7 +35,7 @@ def population(fleet_of: Any) -> Population:
 def given(tmp_path: Path, make_base: Callable[..., Base], monkeypatch: pytest.MonkeyPatch) -> Given:
     """A scenario on a tiny base with a Unigram vocabulary, whose pruned copies are in a cache of the test's own."""
     monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr("simulations.engine.bases.frequent_words", lambda languages, _: [*languages, *WORDS])
+    monkeypatch.setattr("simulations.engine.provision.frequent_words", lambda languages, _: [*languages, *WORDS])
     tokenizer = unigram()
     tokenizer.add_special_tokens(
         ["<mask>"]
@@ -86,7 +86,7 @@ def test_a_pruned_base_is_kept_for_the_next_run_with_its_languages(
     assert "▁turn" in vocabulary(base)
     other = training_base(tmp_path / "run", given(languages=["no", "run"]), population)
     assert other.folder != base.folder
-    monkeypatch.setattr("simulations.engine.bases.prune", None)  # a second pruning would fail
+    monkeypatch.setattr("simulations.engine.provision.prune", None)  # a second pruning would fail
     assert training_base(tmp_path / "again", given(languages=["no"]), population) == base
 
 
@@ -101,7 +101,7 @@ def test_a_base_is_pruned_then_centered_then_rounded_and_made_once(
     assert vocabulary(base) == vocabulary(pruned)
     assert mean(base, population.public) < 0.2 * mean(pruned, population.public)
     for name in ("prune", "centered", "dequantized"):
-        monkeypatch.setattr(f"simulations.engine.bases.{name}", None)
+        monkeypatch.setattr(f"simulations.engine.provision.{name}", None)
     assert training_base(run, chosen, population) == base
 
 

@@ -1,34 +1,28 @@
-"""A suite in words and as a table in Markdown: the terminal and the page show the same."""
+"""The report of a suite: in words, as a table in Markdown, and as ``report.html``, ``.md``, ``.png`` and ``.json``.
 
+The terminal and the page show the same.
+"""
+
+import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
+from adapters.storage import PUBLIC, replace
+from simulations.report import figures
 from simulations.report.formatting import count, duration, share, size_or_dash
-from simulations.suite.metric import ACCURACY, METRICS, Metric
-from simulations.suite.statistics import LEVEL, Difference, Estimate
-from simulations.suite.summary import ArmSummary, PairSummary, SuiteSummary
+from simulations.report.page import template
+from simulations.report.summary import LEVEL, ArmSummary, Difference, Estimate, PairSummary, SuiteSummary
+from simulations.result import ACCURACY, Metric
 
-SENTENCES = {
-    "mean": "{first} is {size} {better} than {second}",
-    "p10": "at the {decile} percentile {first} is {size} {better} than {second}",
-    "unseen": "for unseen clients {first} is {size} {better} than {second}",
-}
-NOISE = {
-    "mean": "the difference between {first} and {second} is within noise",
-    "p10": "at the {decile} percentile the difference between {first} and {second} is within noise",
-    "unseen": "for unseen clients the difference between {first} and {second} is within noise",
-}
+PLACES = {"mean": "", "p10": "at the {decile} percentile ", "unseen": "for unseen clients "}
 CHANCE = 0.05
 
 
-def metric_of(summary: SuiteSummary) -> Metric:
-    return METRICS[summary.metric]
-
-
-def interval(found: Estimate, metric: Metric) -> str:
+def interval(found: Estimate) -> str:
     """``.794 (.762–.823)``, without parentheses if there is no interval; a dash for NaN."""
-    spread = f" ({metric.text(found.low)}–{metric.text(found.high)})" if math.isfinite(found.low) else ""
-    return f"{metric.text(found.value)}{spread}"
+    spread = f" ({share(found.low)}–{share(found.high)})" if math.isfinite(found.low) else ""
+    return f"{share(found.value)}{spread}"
 
 
 def difference(found: Difference, metric: Metric) -> str:
@@ -43,27 +37,28 @@ def sentence(pair: PairSummary, title: str, pairs: int, metric: Metric = ACCURAC
     A difference whose interval contains 0 is called noise; where there are too few clients for an interval, it says so.
     A difference that is not significant at ``CHANCE`` after Holm's correction for ``pairs`` is stated with that.
     """
-    found, names = pair.figures[title], {"first": pair.first, "second": pair.second, "decile": metric.decile}
+    found, place = pair.figures[title], PLACES[title].format(decile=metric.decile)
     if not math.isfinite(found.low):
         return f"Too few {'unseen ' if title == 'unseen' else ''}clients to compare {pair.first} and {pair.second}."
     if found.is_noise:
-        text = f"{NOISE[title].format(**names)}: {difference(found, metric)}"
-        return text[0].upper() + text[1:] + "."
-    low, high = (metric.size(bound) for bound in sorted((abs(found.low), abs(found.high))))
-    better = "better" if metric.better(found.value) else "worse"
-    text = SENTENCES[title].format(**names, size=f"{metric.size(abs(found.value))} {metric.unit}", better=better)
-    text += f" ({100 * LEVEL:.0f} %: {low} to {high})"
-    if found.adjusted > CHANCE:
-        text += f"; of {pairs} pairs, one may differ so much by chance (Holm: p = {found.adjusted:.2f})"
+        text = f"{place}the difference between {pair.first} and {pair.second} is within noise: "
+        text += difference(found, metric)
+    else:
+        low, high = (metric.size(bound) for bound in sorted((abs(found.low), abs(found.high))))
+        better = "better" if metric.sign * found.value > 0 else "worse"
+        text = f"{place}{pair.first} is {metric.size(abs(found.value))} {metric.unit} {better} than {pair.second}"
+        text += f" ({100 * LEVEL:.0f} %: {low} to {high})"
+        if found.adjusted > CHANCE:
+            text += f"; of {pairs} pairs, one may differ so much by chance (Holm: p = {found.adjusted:.2f})"
     return text[0].upper() + text[1:] + "."
 
 
 def sentences(summary: SuiteSummary) -> Iterator[str]:
     """A sentence for each pair and figure."""
     for pair in summary.pairs:
-        for title in SENTENCES:
+        for title in PLACES:
             if title in pair.figures:
-                yield sentence(pair, title, len(summary.pairs), metric_of(summary))
+                yield sentence(pair, title, len(summary.pairs), summary.compared_by)
 
 
 def overview(summary: SuiteSummary) -> str:
@@ -108,10 +103,10 @@ def constants(arm: ArmSummary) -> str:
 
 def headline(summary: SuiteSummary) -> str:
     """The arm with the best mean, and whether the next one differs from noise, in one sentence."""
-    metric = metric_of(summary)
+    metric = summary.compared_by
     best = max(summary.arms, key=lambda name: metric.sign * summary.arms[name].figures["mean"].value)
     most = "highest mean accuracy" if metric is ACCURACY else f"least mean loss in {metric.name}"
-    text = f"{best} has the {most}, {metric.text(summary.arms[best].figures['mean'].value)}"
+    text = f"{best} has the {most}, {share(summary.arms[best].figures['mean'].value)}"
     baseline = next((pair for pair in summary.pairs if pair.first == best), None)
     if baseline is None:
         return f"{text}."
@@ -126,14 +121,14 @@ def to_target(summary: SuiteSummary) -> str:
 
 
 def markdown(summary: SuiteSummary) -> str:
-    metric = metric_of(summary)
+    metric = summary.compared_by
     parts = [
         f"# {summary.name}",
         overview(summary),
         _table(
             [metric.name, *metric.titles.values(), "public", "forgotten", "aggregation error"],
             [
-                [name, *(interval(arm.figures[title], metric) for title in metric.titles), *shares(arm)]
+                [name, *(interval(arm.figures[title]) for title in metric.titles), *shares(arm)]
                 for name, arm in summary.arms.items()
             ],
         ),
@@ -155,3 +150,35 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def _list(seeds: tuple[int, ...]) -> str:
     return ", ".join(map(str, seeds))
+
+
+def write_suite_report(summary: SuiteSummary, folder: Path) -> None:
+    """Write all files, each atomically and readable by everyone: they hold no text of a client.
+
+    Equal summaries give equal bytes. A file that cannot be written is left as it was.
+    """
+    contents = {
+        "report.html": suite_page(summary).encode(),
+        "report.md": markdown(summary).encode(),
+        "report.png": figures.picture(summary),
+        "report.json": json.dumps(summary.to_json(), indent=2).encode(),
+    }
+    for name, content in contents.items():
+        replace(folder / name, content, PUBLIC)
+
+
+def suite_page(summary: SuiteSummary) -> str:
+    """The page as text. It loads nothing."""
+    return template("suite.html").render(
+        suite=summary,
+        headline=headline(summary),
+        overview=overview(summary),
+        metric=summary.compared_by,
+        to_target=to_target(summary),
+        interval=interval,
+        shares=shares,
+        costs=costs,
+        constants=constants,
+        sentences=list(sentences(summary)),
+        figures={"arms": figures.arms(summary), "pairs": figures.pairs(summary) if summary.pairs else ""},
+    )
