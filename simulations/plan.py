@@ -96,9 +96,7 @@ class SuiteSettings(Settings):
     baseline: str = Field(default="", description="the arm that every other arm is compared with; none if empty")
     compare: tuple[tuple[str, str], ...] = Field(default=(), description="further pairs of arms to compare")
     target: float = Field(
-        default=0.0,
-        ge=0,
-        description="accuracy, or bits per byte, to which rounds and bytes are counted; 0: none",
+        default=0.0, ge=0, description="accuracy, or bits per byte, to which rounds and bytes are counted; 0: none"
     )
     set: Overrides = Field(default_factory=dict, description="overrides of the scenario, for every arm")
     search: SearchSettings = SearchSettings()
@@ -162,13 +160,13 @@ class Trial:
 
     @cached_property
     def digest(self) -> str:
-        """Of all that its result depends on; names its file."""
+        """A name for all that its result depends on, that of its file."""
         table = json.loads(self.scenario.model_dump_json(exclude={"name"}))
         return digest_of({"kind": self.kind.value, **table})
 
     @cached_property
     def federation(self) -> str:
-        """Of all that its rounds depend on; names their folder. Empty if it has no rounds."""
+        """A name for all that its rounds depend on, that of their folder; empty if it has none."""
         return digest_of(json.loads(self.rounds.model_dump_json())) if self.kind.federated else ""
 
     @property

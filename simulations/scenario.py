@@ -11,7 +11,7 @@ from adapters.peftconfig import MAX_RANK, MAX_VIRTUAL_TOKENS, MethodName
 from adapters.settings import Settings
 from coordinator.settings import FederationSettings
 from simulations.data.households import PopulationSettings
-from simulations.data.tables.rows import DataSettings
+from simulations.data.tables import DataSettings
 
 
 class BaseSettings(Settings):

@@ -196,9 +196,10 @@ class TinyFleet:
     nodes: dict[int, str] = field(default_factory=dict)  # node id → home
 
     def state_dir(self, device: str) -> Any:
-        from simulations.engine import provision
+        from client.node.statedir import DeviceStateDir
+        from simulations.engine.provision import device_folder
 
-        return provision.open_state_dirs(self.out, self.population)[device]
+        return DeviceStateDir.open(device_folder(self.out, device))
 
     def node(self, device: str) -> int:
         return next(node for node, state_dir in self.nodes.items() if Path(state_dir).name == device)

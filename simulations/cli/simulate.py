@@ -106,23 +106,16 @@ def read_scenario(path: Path, overrides: Sequence[str]) -> Scenario:
 
 
 def _run(
-    path: Path,
-    out: Path | None,
-    resume: bool,
-    as_json: bool,
-    engine: str,
-    workers: int,
-    overrides: tuple[str, ...],
+    path: Path, out: Path | None, resume: bool, as_json: bool, engine: str, workers: int, overrides: tuple[str, ...]
 ) -> None:
     scenario = read_scenario(path, overrides)
     # Imported here, so that --help and a wrong key do not wait for torch.
     from simulations.data import populate
     from simulations.data.summary import summarize
     from simulations.engine.flowerengine import require_ray
-    from simulations.engine.groups import describe as describe_groups
-    from simulations.engine.groups import grouped
     from simulations.engine.progress import RunProgress
-    from simulations.engine.provision import unrounded_base
+    from simulations.engine.provision import describe as describe_groups
+    from simulations.engine.provision import grouped, unrounded_base
     from simulations.report.formatting import program
     from simulations.report.terminal import print_data, print_result, print_scenario
     from simulations.suite.run import Engine, RunFolder, abort_warning

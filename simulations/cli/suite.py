@@ -78,7 +78,7 @@ def report(folder: Path, track: str | None, as_json: bool) -> None:
 
 
 def _report(folder: Path, as_json: bool, track: str | None = None) -> None:
-    from simulations.report.suite import markdown, write_suite_report
+    from simulations.report.pages import markdown, write_suite_report
     from simulations.report.summary import summarize
     from simulations.report.track import TRACKERS, tracked_runs
     from simulations.suite.store import Store, open_suite, results

@@ -31,7 +31,7 @@ from client.training.private import subject_of, with_private
 from client.training.protocols import ClassifierTrainer, FrozenBase, LocalTrainer
 from simulations.data.population import Client, LabelledText, Population
 from simulations.engine import provision
-from simulations.engine.heads import Matrix, with_bias
+from simulations.engine.provision import Matrix, with_bias
 from simulations.result import Tally
 from simulations.scenario import Scenario
 

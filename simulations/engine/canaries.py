@@ -74,7 +74,7 @@ class Sum:
 
 
 def planted(found: Sequence[Sum], entropy: Callable[[int], bytes]) -> Guesses:
-    """Plant canaries in the place of as many devices as are in all of these sums, and guess each from all of them.
+    """Plant canaries instead of as many devices as are in all of these sums, and guess each from all of them.
 
     Each device contributes its canary, to all sums, or zeros, by a fair coin, through the code of a real device:
     clipping, rotation, rounding and noise in the ring. A canary counts as present if Gaussian noise of the same

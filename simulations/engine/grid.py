@@ -147,7 +147,7 @@ class FaultModel:
     Attributes:
         availability: Share of the devices that can be reached in a round, for each round in turn, over and over; all of
             them in all rounds if empty. A device that is there at some share is there at every larger one.
-        trace: Node → its own share, for the nodes and rounds that a trace is about, in place of ``availability``.
+        trace: Node → its own share, for the nodes and rounds that a trace is about, instead of ``availability``.
     """
 
     seed: int

@@ -131,7 +131,7 @@ def _receive(connection: Connection, calls: "queue.SimpleQueue[tuple[Callable[..
     while True:
         try:
             calls.put(connection.recv())
-        except EOFError:
+        except (EOFError, OSError):
             os._exit(0)  # nobody waits for the call under way
 
 

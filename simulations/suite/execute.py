@@ -21,9 +21,8 @@ from adapters import storage
 from aggregation.errors import DataError, EdgeAdaptError
 from simulations.data import populate
 from simulations.data.population import Population
-from simulations.engine.groups import grouped
 from simulations.engine.progress import RunProgress
-from simulations.engine.provision import device_base, training_base
+from simulations.engine.provision import device_base, grouped, training_base
 from simulations.engine.workers import Notify, Process, WorkerKilledError
 from simulations.plan import Suite, Trial, digest_of, search
 from simulations.result import TrialResult

@@ -43,14 +43,13 @@ from simulations.engine.grid import (
     read_trace,
     trace_digest,
 )
-from simulations.engine.groups import Group, fleet_folders, grouped
 from simulations.engine.progress import RunProgress
-from simulations.engine.provision import Enrolment, device_base, training_base
+from simulations.engine.provision import Enrolment, Group, device_base, fleet_folders, grouped, training_base
 from simulations.engine.publish import export_all
 from simulations.engine.workers import Fleet, WorkerGrid, Workers
 from simulations.plan import default_trials
 from simulations.report.formatting import program
-from simulations.report.page import write_report
+from simulations.report.pages import write_report
 from simulations.result import (
     ACCURACY,
     BITS,

@@ -34,20 +34,10 @@ from simulations.engine.arms import (
     arms_of,
     training_examples,
 )
-from simulations.engine.groups import Group, fleet_folders, grouped
-from simulations.engine.heads import logistic_head, ridge_head
 from simulations.engine.progress import RunProgress
+from simulations.engine.provision import Group, fleet_folders, grouped, logistic_head, ridge_head
 from simulations.plan import Kind, Trial
-from simulations.result import (
-    ACCURACY,
-    ClientScore,
-    Cost,
-    ReportedRound,
-    RoundPoint,
-    Tally,
-    TrialResult,
-    joined_rounds,
-)
+from simulations.result import ACCURACY, ClientScore, Cost, ReportedRound, RoundPoint, Tally, TrialResult, joined_rounds
 from simulations.suite.store import Store
 
 MOST_PUBLIC = 200  # public texts that each client's classifier is asked

@@ -33,10 +33,7 @@ def _round(rng: np.random.Generator, number: int, names: tuple[str, ...]) -> Rep
         bytes_up=260_000 + (9_000 if number % 4 == 1 else 0),
         bytes_down=402_000 + (21_000 if number % 4 == 1 else 0),
         seconds=float(6 + rng.random()),
-        metrics={
-            "accuracy": float(0.45 + 0.36 * progress),
-            "loss": float(2.1 - 1.4 * progress),
-        },
+        metrics={"accuracy": float(0.45 + 0.36 * progress), "loss": float(2.1 - 1.4 * progress)},
         version=number,
         epsilon=None,
     )

@@ -6,6 +6,6 @@ and is scored by them is decided elsewhere.
 """
 
 from simulations.data.households.sampling import PopulationSettings, sample_population
-from simulations.data.households.words import plain_phrases, released_phrases
+from simulations.data.households.speech import plain_phrases, released_phrases
 
 __all__ = ["PopulationSettings", "plain_phrases", "released_phrases", "sample_population"]

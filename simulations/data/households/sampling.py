@@ -17,8 +17,17 @@ from pydantic import Field, model_validator
 
 from adapters.settings import Settings
 from aggregation.errors import ConfigError
-from simulations.data.households.speech import Language, Template, TemplateSplit, Voice, load_language, split_templates
-from simulations.data.households.words import draw_names, pick, stream
+from simulations.data.households.speech import (
+    Language,
+    Template,
+    TemplateSplit,
+    Voice,
+    draw_names,
+    load_language,
+    pick,
+    split_templates,
+    stream,
+)
 from simulations.data.population import Client, LabelledText, Population
 
 

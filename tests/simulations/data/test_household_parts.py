@@ -7,8 +7,16 @@ import numpy as np
 import pytest
 
 from aggregation.errors import ConfigError
-from simulations.data.households.speech import Expander, Template, Voice, load_language, split_templates
-from simulations.data.households.words import draw_names, load_words, stream
+from simulations.data.households.speech import (
+    Expander,
+    Template,
+    Voice,
+    draw_names,
+    load_language,
+    load_words,
+    split_templates,
+    stream,
+)
 from tests.support import refused
 
 CODES = sorted(path.name[:-5] for path in (files("simulations.data.households") / "words").iterdir())

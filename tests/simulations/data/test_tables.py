@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from aggregation.errors import ConfigError, DataError
 from client.training.examples import MAX_TEXT
 from simulations.data.population import Population
-from simulations.data.tables import DataSettings, load_population
-from simulations.data.tables.clients import group_texts, normalized
+from simulations.data.tables import DataSettings, group_texts, load_population, normalized
 from tests.support import refused
 
 LABELS = ("greet", "part", "ask")

@@ -10,7 +10,7 @@ from aggregation.errors import ConfigError, DataError
 from aggregation.steps import Step
 from simulations.data.population import Client
 from simulations.engine.grid import FaultModel, Steps, read_trace
-from simulations.engine.groups import grouped
+from simulations.engine.provision import grouped
 from simulations.suite.run import RunFolder, prepare
 from tests.support import refused
 

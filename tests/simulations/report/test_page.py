@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from simulations.report.page import page
+from simulations.report.pages import page
 from simulations.result import CanaryBounds, RunResult
 from tests.support.pages import outline
 
@@ -133,7 +133,7 @@ def test_a_client_without_a_measured_accuracy_is_left_blank(result: RunResult) -
 
 
 def test_importing_the_report_does_not_import_matplotlib() -> None:
-    code = "import sys, simulations.report.page; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, simulations.report.pages; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

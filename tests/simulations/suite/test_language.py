@@ -12,7 +12,7 @@ import pytest
 from adapters.base import Base
 from aggregation.errors import ConfigError
 from simulations.plan import Kind, SearchOutcome, Suite, Trial
-from simulations.report.suite import headline, markdown, sentence, suite_page
+from simulations.report.pages import headline, markdown, sentence, suite_page
 from simulations.report.summary import SuiteSummary, summarize
 from simulations.report.track import tracked_runs
 from simulations.result import BITS, RoundPoint, Tally, TrialResult

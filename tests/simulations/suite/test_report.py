@@ -12,7 +12,7 @@ import pytest
 
 from aggregation.errors import DataError
 from simulations.plan import SearchOutcome, Suite
-from simulations.report.suite import markdown, sentence, suite_page, write_suite_report
+from simulations.report.pages import markdown, sentence, suite_page, write_suite_report
 from simulations.report.summary import Difference, PairSummary, SuiteSummary, summarize
 from simulations.result import RoundPoint, Tally, TrialResult
 from tests.support import refused

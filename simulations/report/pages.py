@@ -1,6 +1,6 @@
-"""The report of a suite: in words, as a table in Markdown, and as ``report.html``, ``.md``, ``.png`` and ``.json``.
+"""The pages of runs and suites, which need nothing but a browser, and a suite in words and as a table in Markdown.
 
-The terminal and the page show the same.
+The words of a page are in ``templates``, which escape every value; the numbers are formatted as in the terminal.
 """
 
 import json
@@ -8,15 +8,71 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from adapters.storage import PUBLIC, replace
-from simulations.report import figures
-from simulations.report.formatting import count, duration, share, size_or_dash
-from simulations.report.page import template
-from simulations.report.summary import LEVEL, ArmSummary, Difference, Estimate, PairSummary, SuiteSummary
-from simulations.result import ACCURACY, Metric
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
+from adapters.storage import PUBLIC, replace
+from simulations.report import figures, formatting
+from simulations.report.formatting import count, duration, share, size_or_dash
+from simulations.report.summary import LEVEL, ArmSummary, Difference, Estimate, PairSummary, SuiteSummary
+from simulations.result import ACCURACY, ARMS, Metric, RunResult, dropouts_by_step
+
+FILTERS = {
+    "duration": formatting.duration,
+    "number_of": formatting.count,
+    "percent": formatting.percent,
+    "share": formatting.share,
+    "size": formatting.size,
+    "size_or_dash": formatting.size_or_dash,
+}
 PLACES = {"mean": "", "p10": "at the {decile} percentile ", "unseen": "for unseen clients "}
 CHANCE = 0.05
+
+
+def write_report(result: RunResult, path: Path, program: str = "edgeadapt") -> None:
+    """Write the page atomically and readable by everyone: it holds no phrase of a client.
+
+    Equal results give equal bytes. A page that cannot be written leaves an older one as it was.
+    """
+    replace(path, page(result, program).encode(), PUBLIC)
+
+
+def page(result: RunResult, program: str = "edgeadapt") -> str:
+    exported = result.exported
+    assert exported is not None  # noqa: S101  # only the run of a classifier has a page
+    return template("report.html").render(
+        run=result,
+        exported=exported,
+        headline=formatting.headline(result),
+        accuracy={arm: result.summary(arm) for arm in ARMS},
+        traffic=formatting.TrafficMeans.of(result),
+        reliability=formatting.reliability(exported.reliability),
+        dropouts=formatting.dropouts(result.rounds),
+        privacy=formatting.privacy(result.epsilon, result.delta, len(result.rounds)),
+        canaries=formatting.canaries(result.canaries) if result.canaries else (),
+        dropout_count=sum(dropouts_by_step(result.rounds).values()),
+        figures={
+            "clients": figures.clients(result),
+            "traffic": figures.traffic(result),
+            "learning": figures.learning(result),
+            "dropouts": figures.dropouts_by_device(result),
+        },
+        command=formatting.command(exported, program),
+        accuracies=formatting.accuracies(exported.parity),
+        plain=formatting.plain(exported.plain) if exported.plain else "",
+    )
+
+
+def template(name: str) -> Template:
+    """A template of this package, which escapes every value."""
+    environment = Environment(
+        loader=PackageLoader("simulations.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(FILTERS)
+    return environment.get_template(name)
 
 
 def interval(found: Estimate) -> str:
