@@ -64,7 +64,9 @@ def test_a_method_that_needs_torch_is_refused_before_the_rounds(fleet_of: Any, t
         device_base(tmp_path, with_engine(fleet.scenario), fleet.base, fleet.population)
 
 
-@pytest.mark.parametrize("method", ["dora", "ia3", "ln_tuning", "beft", "loha"])
+@pytest.mark.parametrize(
+    "method", ["dora", "beft", *(pytest.param(m, marks=pytest.mark.exhaustive) for m in ("ia3", "ln_tuning", "loha"))]
+)
 def test_a_bundle_has_the_slots_of_the_method(fleet_of: Any, tmp_path: Path, method: str) -> None:
     fleet = fleet_of(3, adapter={"method": method, "rank": 4})
     base = device_base(tmp_path, with_engine(fleet.scenario), fleet.base, fleet.population)
