@@ -30,8 +30,8 @@ from coordinator.settings import FederationSettings
 from simulations.data import populate
 from simulations.data.population import Client, LabelledText
 from simulations.engine import provision
-from simulations.engine.bases import training_base
 from simulations.engine.canaries import CONFIDENCE, Sum, bounded
+from simulations.engine.provision import training_base
 from simulations.scenario import Scenario
 
 FULL = (0.0, 16.0, 8.0, 4.0, 2.0, 1.0)  # of epsilon; 0: no noise

@@ -16,10 +16,13 @@ from typing import Protocol
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
 
 from aggregation.errors import ProtocolError
 from aggregation.steps import BODY, RECORD, Step
 
+RUN_ID = SERVER_NODE = 1  # where Flower did not start the process
 FIRST_POLL = 0.01  # seconds; doubled at every empty look up to LAST_POLL
 LAST_POLL = 0.5
 MAX_REASON = 200  # characters of an error reply
@@ -53,6 +56,35 @@ class SystemClock:
     def wait(self, seconds: float) -> None:
         """Wait: Flower's grids do not say when an answer arrives."""
         time.sleep(seconds)
+
+
+def identify() -> None:
+    """Set the identity of this process, which Flower's Message reads, where Flower did not start it."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SERVER_NODE, 1
+
+
+class OwnGrid(Grid):
+    """What grids of our own need of Flower's private parts."""
+
+    def __init__(self) -> None:
+        self._run = Run.create_empty(RUN_ID)
+
+    def set_run(self, run: Run) -> None:
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    @staticmethod
+    def number(message: Message, name: str) -> None:
+        """Give a message its id, as Flower's own grids do."""
+        message.metadata.__dict__["_message_id"] = name
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from adapters.peftconfig import MAX_RANK, MAX_VIRTUAL_TOKENS, MethodName
 from adapters.settings import Settings
 from coordinator.settings import FederationSettings
 from simulations.data.households import PopulationSettings
-from simulations.data.tables.settings import DataSettings
+from simulations.data.tables import DataSettings
 
 
 class BaseSettings(Settings):
@@ -280,6 +280,11 @@ class Scenario(Settings):
     def base_is_made(self) -> bool:
         """Whether the run makes its base from the one that it names."""
         return bool(self.base.languages) or self.base.center or self.export.train_on_dequantized
+
+    @property
+    def round_epochs(self) -> int:
+        """Passes over its examples that a device makes in all rounds together."""
+        return self.federation.training_rounds * self.federation.training.epochs
 
     @property
     def local_rates(self) -> tuple[float, float]:

@@ -214,9 +214,10 @@ class TinyFleet:
     nodes: dict[int, str] = field(default_factory=dict)  # node id → home
 
     def state_dir(self, device: str) -> Any:
-        from simulations.engine import provision
+        from client.node.statedir import DeviceStateDir
+        from simulations.engine.provision import device_folder
 
-        return provision.open_state_dirs(self.out, self.population)[device]
+        return DeviceStateDir.open(device_folder(self.out, device))
 
     def node(self, device: str) -> int:
         return next(node for node, state_dir in self.nodes.items() if Path(state_dir).name == device)
@@ -234,7 +235,7 @@ class TinyFleet:
         from flwr.app import Context, RecordDict
 
         from coordinator.app import STATE, app
-        from simulations.engine.grid import RUN_ID, SERVER_NODE
+        from coordinator.transport import RUN_ID, SERVER_NODE
 
         app(grid, Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {STATE: str(self.out / "coordinator")}))
         return self.registry().rounds()  # type: ignore[no-any-return]
@@ -260,8 +261,8 @@ class TinyFleet:
 @pytest.fixture
 def app_fleet_of(tmp_path: Path, tiny_base: Any, one_thread: None) -> Callable[..., TinyFleet]:
     """Make a fleet of so many devices; keywords are keys of the federation, dots as double underscores."""
+    from coordinator.transport import SERVER_NODE
     from simulations.engine import provision
-    from simulations.engine.grid import SERVER_NODE
     from simulations.scenario import Scenario
 
     count = 0

@@ -33,7 +33,7 @@ from coordinator.services.deployment import HOME, running
 from coordinator.servicesettings import SERVICES, ServiceSettings
 from coordinator.statedir import AUTHORITY, KEY, open_registry
 from simulations.engine import provision
-from simulations.engine.bases import device_base
+from simulations.engine.provision import device_base
 from simulations.scenario import Scenario
 
 PASSWORD = "PGPASSWORD"  # noqa: S105  # variable of the environment in which PostgreSQL's programs look for it

@@ -19,9 +19,10 @@ from adapters.storage import kill_safe
 from client.node.statedir import DeviceStateDir
 from coordinator.app import run
 from coordinator.statedir import CoordinatorStateDir
+from coordinator.transport import SERVER_NODE
 from simulations.engine import provision
 from simulations.engine.flowerengine import federate_on_ray
-from simulations.engine.grid import SERVER_NODE, FaultModel
+from simulations.engine.grid import FaultModel
 from simulations.engine.workers import Fleet, WorkerGrid, Workers
 
 NO_FAULTS = FaultModel(seed=0, message_loss=0.0, mean_delay=1.0)

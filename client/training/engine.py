@@ -5,10 +5,10 @@ Each is imported when it is needed: torch takes seconds, and a device with a bun
 
 from collections.abc import Callable
 from threading import Lock
+from typing import cast
 
 from cachetools import LRUCache, cached
 
-from adapters.base import Base
 from adapters.bundle import VerifiedBase
 from adapters.peftconfig import PeftConfig
 from client.training.trainer import ClassifierTrainer, FrozenBase, LanguageTrainer, LocalTrainer
@@ -22,44 +22,46 @@ def _key(base: FrozenBase, *rest: object) -> object:
     return files, *rest
 
 
-@cached(LRUCache(maxsize=2), key=_key, lock=Lock())
-def classifier_trainer(base: FrozenBase, labels: int, config: PeftConfig) -> ClassifierTrainer:
-    """The trainer of a federation's classifier, which stays loaded for the next message.
+def open_trainer(base: FrozenBase, labels: int, config: PeftConfig) -> LocalTrainer:
+    """A trainer of its own, of a classifier or, without labels, of a language model.
 
     Raises:
-        ConfigError: The base cannot be opened, has no training graph or another head than one over the mean of its
-            tokens, or the method cannot be trained with it.
+        ConfigError: The base cannot be opened, has no training graph or, for a classifier, another head than one over
+            the mean of its tokens, or the method cannot be trained with it.
         TrustError: A file of the bundle changed since it was verified.
     """
     if isinstance(base, VerifiedBase):
         from client.training import graphengine
 
+        if not labels:
+            return graphengine.language(base, config)
         graphengine.require_mean_head(base)
         return graphengine.classifier(base, labels, config)
     from client.training import torchengine
 
-    return torchengine.classifier(base, labels, config)
-
-
-def language_trainer(base: FrozenBase, config: PeftConfig) -> LanguageTrainer:
-    """The trainer of a language model, which stays loaded. Raises as ``classifier_trainer``."""
-    return _with_graph(base, config) if isinstance(base, VerifiedBase) else _with_torch(base, config)
-
-
-@cached(LRUCache(maxsize=1), key=_key, lock=Lock())  # a device has no memory for two
-def _with_graph(base: VerifiedBase, config: PeftConfig) -> LanguageTrainer:
-    from client.training import graphengine
-
-    return graphengine.language(base, config)
+    return torchengine.classifier(base, labels, config) if labels else torchengine.language(base, config)
 
 
 @cached(LRUCache(maxsize=2), key=_key, lock=Lock())
-def _with_torch(base: Base, config: PeftConfig) -> LanguageTrainer:
-    from client.training import torchengine
+def classifier_trainer(base: FrozenBase, labels: int, config: PeftConfig) -> ClassifierTrainer:
+    """The trainer of a federation's classifier, which stays loaded for the next message. Raises as ``open_trainer``."""
+    return cast(ClassifierTrainer, open_trainer(base, labels, config))
 
-    return torchengine.language(base, config)
+
+def language_trainer(base: FrozenBase, config: PeftConfig) -> LanguageTrainer:
+    """The trainer of a language model, which stays loaded. Raises as ``open_trainer``."""
+    return _with_graph(base, config) if isinstance(base, VerifiedBase) else _with_torch(base, config)
+
+
+def _language(base: FrozenBase, config: PeftConfig) -> LanguageTrainer:
+    return cast(LanguageTrainer, open_trainer(base, 0, config))
+
+
+# A device has no memory for two graphs.
+_with_graph = cached(LRUCache(maxsize=1), key=_key, lock=Lock())(_language)
+_with_torch = cached(LRUCache(maxsize=2), key=_key, lock=Lock())(_language)
 
 
 def trainer_of(base: FrozenBase, labels: int, config: PeftConfig) -> LocalTrainer:
-    """The trainer of a classifier or, without labels, of a language model. Raises as ``classifier_trainer``."""
+    """The trainer of a classifier or, without labels, of a language model. Raises as ``open_trainer``."""
     return classifier_trainer(base, labels, config) if labels else language_trainer(base, config)

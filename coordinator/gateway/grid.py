@@ -15,7 +15,6 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 from adapters.gateway.messages import ATTEND, node_of
 from aggregation.steps import BODY, RECORD
@@ -26,8 +25,8 @@ from coordinator.gateway.server import Gateway, GatewayLimits, ReadRoot
 from coordinator.gateway.snapshot import GatewaySnapshot, written
 from coordinator.servertls import TlsFiles, TlsSource
 from coordinator.statedir import CoordinatorStateDir
+from coordinator.transport import OwnGrid, identify
 
-RUN_ID = SERVER_NODE = 1
 PREFIX = "gateway-"  # of message ids; Flower's are hexadecimal
 GATHER = 0.005  # seconds for more answers, after the first: a look at 1000 requests for each answer takes longer
 LOOK = 0.2  # seconds between two looks whether enough devices are connected
@@ -90,7 +89,7 @@ class ArrivalClock:
         self.arrived.clear()
 
 
-class GatewayGrid(Grid):
+class GatewayGrid(OwnGrid):
     """Light devices as nodes. The node of a device follows from its certified name (``messages.node_of``)."""
 
     def __init__(
@@ -112,16 +111,16 @@ class GatewayGrid(Grid):
         Raises:
             ConfigError: As ``Gateway``.
         """
+        super().__init__()
         self.clock = ArrivalClock()
-        self._run = Run.create_empty(RUN_ID)
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._asked: dict[int, Message] = {}  # the gateway's id → message that has no reply yet
         self._early: dict[int, bytes | NoAnswer] = {}  # answers that came before their message was noted
         self._replies: dict[str, tuple[float, Message]] = {}  # message id → when it is void, reply not pulled yet
         self._devices: dict[int, str] = {}  # node → device
-        if own_process:  # Flower's Message reads the identity of the process
-            TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SERVER_NODE, 1
+        if own_process:
+            identify()
         self._gateway = Gateway(address, tls, read_root, self._answered, limits, browsers)
 
     @property
@@ -150,18 +149,6 @@ class GatewayGrid(Grid):
             require()
             self.clock.sleep(LOOK)
 
-    def set_run(self, run: Run) -> None:
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        return self._run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
     def get_node_ids(self) -> Iterable[int]:
         """See ``Grid``: the devices that are connected now."""
         listed = {node_of(device): device for device in self._gateway.devices()}
@@ -186,7 +173,7 @@ class GatewayGrid(Grid):
                 number = numbers[self._devices[message.metadata.dst_node_id]]
                 if number is not None:
                     pushed.append(f"{PREFIX}{next(self._numbers)}")
-                    message.metadata.__dict__["_message_id"] = pushed[-1]  # as Flower's own grids do
+                    self.number(message, pushed[-1])
                     self._asked[number] = message
             now = self.clock.now()  # replies to an exchange that ended without them
             self._replies = {number: kept for number, kept in self._replies.items() if kept[0] > now}

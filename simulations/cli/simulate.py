@@ -3,7 +3,8 @@
 import json
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
@@ -92,11 +93,7 @@ def simulate(scenario: Path, **options: Any) -> None:
 
 
 def read_scenario(path: Path, overrides: Sequence[str]) -> Scenario:
-    """The scenario in a file, or one that is shipped; for texts in any other file or folder, ``OWN_TEXTS`` with these.
-
-    Raises:
-        ConfigError: As ``Scenario.read``, or there is no such file.
-    """
+    """The scenario in a file, or one that is shipped; for texts in another file or folder, ``OWN_TEXTS`` with these."""
     if path.suffix == ".toml":
         shipped = SHIPPED / path.name
         path = shipped if not path.exists() and shipped.exists() else path
@@ -109,27 +106,20 @@ def read_scenario(path: Path, overrides: Sequence[str]) -> Scenario:
 
 
 def _run(
-    path: Path,
-    out: Path | None,
-    resume: bool,
-    as_json: bool,
-    engine: str,
-    workers: int,
-    overrides: tuple[str, ...],
+    path: Path, out: Path | None, resume: bool, as_json: bool, engine: str, workers: int, overrides: tuple[str, ...]
 ) -> None:
     scenario = read_scenario(path, overrides)
     # Imported here, so that --help and a wrong key do not wait for torch.
     from simulations.data import populate
     from simulations.data.summary import summarize
-    from simulations.engine.bases import unrounded_base
     from simulations.engine.flowerengine import require_ray
-    from simulations.engine.groups import describe as describe_groups
-    from simulations.engine.groups import grouped
-    from simulations.engine.language import run_language_model
     from simulations.engine.progress import RunProgress
-    from simulations.engine.run import Engine, RunFolder, abort_warning, run
+    from simulations.engine.provision import describe as describe_groups
+    from simulations.engine.provision import grouped, unrounded_base
     from simulations.report.formatting import program
-    from simulations.report.terminal import print_authors, print_data, print_scenario, print_table
+    from simulations.report.terminal import print_data, print_result, print_scenario
+    from simulations.suite.run import Engine, RunFolder, abort_warning
+    from simulations.suite.run import simulate as run
 
     if engine == "ray":
         require_ray()
@@ -151,28 +141,23 @@ def _run(
         groups = describe_groups(divided) if scenario.groups.by != "none" else ""
         print_scenario(scenario, out, Console(), clients=clients, devices=devices, groups=groups)
         print_data(summarize(loaded, base), Console())
-    chosen = Engine(workers, ray=engine == "ray")
-    try:
-        with RunProgress(quiet=as_json) as progress:
-            if scenario.data.for_language_model:
-                written = run_language_model(folder, loaded.population, progress, chosen)
-            else:
-                result = run(folder, loaded.population, progress, chosen)
-    except KeyboardInterrupt:
-        click.echo(
-            f"The finished parts are kept. To continue, add --out {shlex.quote(str(out))} --resume to the same command",
-            err=True,
-        )
-        raise
-    if scenario.data.for_language_model:
-        if as_json:
-            click.echo(json.dumps(written.to_json()))
-        else:
-            print_authors(written, Console())
-    elif as_json:
+    with resumable(out), RunProgress(quiet=as_json) as progress:
+        result = run(folder, loaded.population, progress, Engine(workers, ray=engine == "ray"))
+    if as_json:
         click.echo(json.dumps(result.to_json()))
     else:
-        print_table(result, Console(), program())
+        print_result(result, Console(), program())
+
+
+@contextmanager
+def resumable(out: Path) -> Iterator[None]:
+    """Say after Ctrl-C how to continue what is in a folder."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        again = f"add --out {shlex.quote(str(out))} --resume to the same command"
+        click.echo(f"The finished parts are kept. To continue, {again}", err=True)
+        raise
 
 
 def _fresh(scenario: Scenario) -> Path:

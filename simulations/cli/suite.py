@@ -1,12 +1,11 @@
 """``edgeadapt suite``: arms against each other on several seeds, and their differences with intervals."""
 
 import json
-import shlex
 from pathlib import Path
 
 import click
 
-from simulations.cli.simulate import RUNS
+from simulations.cli.simulate import RUNS, resumable
 
 MOST_JOBS = 4  # by default; each holds a base in memory
 
@@ -51,21 +50,14 @@ def run(
     """
     # Imported here, so that --help does not wait for the libraries.
     from adapters.cores import cores
+    from simulations.engine.progress import SuiteProgress
     from simulations.suite.execute import execute
-    from simulations.suite.folder import read_suite, taken
-    from simulations.suite.progress import SuiteProgress
+    from simulations.suite.store import read_suite, taken
 
     wanted = read_suite(file, seeds=seeds, changes=overrides, arms=arms)
     out = out or RUNS / f"suite-{wanted.settings.name}"
-    try:
-        with taken(out, wanted, resume=resume) as store, SuiteProgress(quiet=as_json) as progress:
-            execute(wanted, store, jobs or min(cores(), MOST_JOBS), progress.show)
-    except KeyboardInterrupt:
-        click.echo(
-            f"The finished parts are kept. To continue, add --out {shlex.quote(str(out))} --resume to the same command",
-            err=True,
-        )
-        raise
+    with resumable(out), taken(out, wanted, resume=resume) as store, SuiteProgress(quiet=as_json) as progress:
+        execute(wanted, store, jobs or min(cores(), MOST_JOBS), progress.show)
     _report(out, as_json)
 
 
@@ -86,13 +78,10 @@ def report(folder: Path, track: str | None, as_json: bool) -> None:
 
 
 def _report(folder: Path, as_json: bool, track: str | None = None) -> None:
-    from simulations.suite.folder import open_suite
-    from simulations.suite.rendering import markdown
-    from simulations.suite.report import write_suite_report
-    from simulations.suite.schedule import results
-    from simulations.suite.store import Store
-    from simulations.suite.summary import summarize
-    from simulations.suite.track import TRACKERS, tracked_runs
+    from simulations.report.pages import markdown, write_suite_report
+    from simulations.report.summary import summarize
+    from simulations.report.track import TRACKERS, tracked_runs
+    from simulations.suite.store import Store, open_suite, results
 
     opened = open_suite(folder)
     found = results(opened, Store(folder))

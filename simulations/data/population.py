@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Self
 
@@ -14,17 +15,14 @@ class LabelledText:
     """One text of a client, with its label, or with the prompt that it answers.
 
     Attributes:
-        text: The text.
-        label: Index in ``Population.labels``; ``client.training.examples.NO_LABEL`` for a language model.
         group: Texts that are variants of one another share it, and no group is on both sides of a split. The id of the
             sentence template of a household's phrase, such as ``en/HassTurnOn/3f2a9c01``.
-        prompt: What comes before the text, for a language model.
     """
 
-    text: str
-    label: int
+    text: str  # the text
+    label: int  # index in ``Population.labels``; ``client.training.examples.NO_LABEL`` for a language model
     group: str
-    prompt: str = ""
+    prompt: str = ""  # what comes before the text, for a language model
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +30,13 @@ class Client:
     """One client of the federation: a person or a home with a device.
 
     Attributes:
-        name: Unique in the population.
-        language: A code, empty if it is not known.
-        unseen: Whether it takes no part in training the global adapter.
         train, validation: What its device has so far.
         test: What comes later: from groups of which no client has a text in ``train`` or ``validation``.
     """
 
-    name: str
-    language: str
-    unseen: bool
+    name: str  # unique in the population
+    language: str  # a code, empty if it is not known
+    unseen: bool  # whether it takes no part in training the global adapter
     train: tuple[LabelledText, ...]
     validation: tuple[LabelledText, ...]
     test: tuple[LabelledText, ...]
@@ -49,26 +44,16 @@ class Client:
 
 @dataclass(frozen=True, slots=True)
 class Population:
-    """All clients, and the public texts that a vendor can ship on day one.
+    """All clients, and the public texts that a vendor can ship on day one."""
 
-    Attributes:
-        labels: The names of the labels, in the order of the head's rows; none for a language model.
-        public: A few texts for each label, or that a language model shall still write well.
-        clients: In the order of their numbers.
-    """
-
-    labels: tuple[str, ...]
-    public: tuple[LabelledText, ...]
-    clients: tuple[Client, ...]
+    labels: tuple[str, ...]  # the names of the labels, in the order of the head's rows; none for a language model
+    public: tuple[LabelledText, ...]  # a few texts for each label, or that a language model shall still write well
+    clients: tuple[Client, ...]  # in the order of their numbers
 
     def sampled(self, count: int, seed: int) -> Self:
-        """The population with ``count`` of its clients, chosen at random and in their order; all, if it has no more.
+        """The population with ``count`` of its clients, two or more, chosen at random and in their order; at most all.
 
         The share of unseen clients stays, rounded; of either kind that the population has, at least one is chosen.
-
-        Args:
-            count: Two or more.
-            seed: Determines the choice, together with the population's numbers of clients.
         """
         kinds = [[i for i, client in enumerate(self.clients) if client.unseen is unseen] for unseen in (False, True)]
         seen, unseen = map(len, kinds)
@@ -79,6 +64,10 @@ class Population:
         pairs = zip(kinds, (count - few, few), strict=True)
         chosen = sorted(int(i) for kind, number in pairs for i in rng.choice(kind, size=number, replace=False))
         return dataclasses.replace(self, clients=tuple(self.clients[i] for i in chosen))
+
+    def only(self, names: Container[str]) -> Self:
+        """The population with those of its clients that have one of these names."""
+        return dataclasses.replace(self, clients=tuple(client for client in self.clients if client.name in names))
 
     @property
     def digest(self) -> str:

@@ -20,10 +20,11 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import brentq
+from scipy.stats import beta, binom, norm
 
 from adapters.sums import noisy_vector
 from aggregation import rotation
@@ -35,25 +36,20 @@ from coordinator.audit.transcripts import logs
 from coordinator.statedir import KEY, TRANSCRIPT
 from coordinator.storedlog import StoredLog
 from simulations.engine import provision
-from simulations.report.result import CanaryBounds
+from simulations.result import CanaryBounds
 
 CONFIDENCE = 0.95
 ADAPTER = bytes(32)  # stands for the digest that seeds the rotation
-_NORMAL = NormalDist()
+MOST = 100.0  # largest bound that is stated
 
 
 @dataclass(frozen=True, slots=True)
 class Guesses:
-    """How well canaries were guessed.
+    """How well canaries were guessed."""
 
-    Args:
-        inside: Canaries that were in their sum, and ``missed``: how many of them were taken for absent.
-        outside: Canaries that were not, and ``mistaken``: how many of them were taken for present.
-    """
-
-    inside: int
+    inside: int  # canaries that were in their sum, and ``missed``: how many of them were taken for absent
     missed: int
-    outside: int
+    outside: int  # canaries that were not, and ``mistaken``: how many of them were taken for present
     mistaken: int
 
     @property
@@ -71,28 +67,19 @@ class Guesses:
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """One sum that a device was in.
+    """One sum that a device was in."""
 
-    Args:
-        spec: Of a session with noise, whose vector has at least as many numbers as ``devices``.
-        devices: That add their noise, 1 to ``spec.vector.max_clients``.
-    """
-
-    spec: SessionSpec
-    devices: int
+    spec: SessionSpec  # of a session with noise, whose vector has at least as many numbers as ``devices``
+    devices: int  # that add their noise, 1 to ``spec.vector.max_clients``
 
 
 def planted(found: Sequence[Sum], entropy: Callable[[int], bytes]) -> Guesses:
-    """Plant canaries in the place of as many devices as are in all of these sums, and guess each from all of them.
+    """Plant canaries instead of as many devices as are in all of these sums, and guess each from all of them.
 
     Each device contributes its canary, to all sums, or zeros, by a fair coin, through the code of a real device:
     clipping, rotation, rounding and noise in the ring. A canary counts as present if Gaussian noise of the same
     variance made that likelier: if Σ C (r - C/2) / V > 0 over the sums, with the clip norm C, the canary's reading r,
-    and the variance V of all noise.
-
-    Args:
-        found: One sum or more.
-        entropy: Random bytes, as ``os.urandom``.
+    and the variance V of all noise. ``entropy``: random bytes, as ``os.urandom``.
     """
     rng = np.random.default_rng(int.from_bytes(entropy(32), "big"))
     coins = rng.random(min(one.devices for one in found)) < 0.5
@@ -121,13 +108,9 @@ def _readings(
 
 
 def bounded(found: Sequence[Sum], account: float, delta: float, canaries: int) -> CanaryBounds:
-    """What canaries find in the sums of one device.
+    """What canaries find in the sums of one device, whose account is epsilon ``account`` for ``delta``.
 
-    Args:
-        found: One sum or more.
-        account: Epsilon of these sums, for ``delta``.
-        delta: For which bounds are stated.
-        canaries: At least; they are planted in the same sums again until they are as many.
+    At least ``canaries`` are planted, in the same sums again until they are as many.
     """
     guesses = Guesses(0, 0, 0, 0)
     while guesses.inside + guesses.outside < canaries:
@@ -146,15 +129,7 @@ def audited(fleets: Iterable[Path], delta: float, canaries: int) -> CanaryBounds
     """What canaries find in sums as those of a run: for the device that spent most, of all its federations.
 
     The sums are those that the coordinators' logs name, with as many devices as the account counts on: of the
-    survivors, those that may be corrupt add nothing.
-
-    Args:
-        fleets: The folder of each federation.
-        delta: Of the account.
-        canaries: As of ``bounded``.
-
-    Returns:
-        None if no sum with noise was revealed, or if nothing bounds what the device spent.
+    survivors, those that may be corrupt add nothing. None if no sum with noise was revealed, or nothing bounds it.
     """
     spent = [one for folder in fleets if (one := _spent_most(folder / provision.COORDINATOR, delta)) is not None]
     if not spent:
@@ -179,25 +154,20 @@ def _spent_most(coordinator: Path, delta: float) -> tuple[float, list[Sum]] | No
 
 
 def one_run_epsilon(guesses: Guesses, delta: float, confidence: float = CONFIDENCE) -> float:
-    """The largest epsilon that so many right guesses refute, whatever the mechanism; 0 if none.
+    """The largest epsilon that so many right guesses refute with ``confidence``, whatever the mechanism; 0 if none.
 
     For a mechanism that is (ε, δ)-private, the number of right guesses of m coins is at least v with a probability of
     at most P(B ≥ v) + 2 m δ max_i P(v > B ≥ v - i) / i, where B is binomial with m trials of exp ε / (1 + exp ε).
-
-    Args:
-        guesses: Of all canaries; none is left out.
-        delta: For which epsilon is stated.
-        confidence: Probability that the bound holds, at least.
     """
     trials, correct = guesses.inside + guesses.outside, guesses.correct
 
-    def refuted(epsilon: float) -> bool:
-        masses = _binomial(trials, 1 / (1 + math.exp(-epsilon)))
-        below = np.cumsum(masses[:correct][::-1])  # P(v > B >= v - i) for i = 1…v
+    def doubt(epsilon: float) -> float:
+        chance = 1 / (1 + math.exp(-epsilon))
+        below = np.cumsum(binom.pmf(np.arange(correct)[::-1], trials, chance))  # P(v > B >= v - i) for i = 1…v
         worst = float((below / np.arange(1, correct + 1)).max(initial=0.0))
-        return float(masses[correct:].sum()) + 2 * trials * delta * worst <= 1 - confidence
+        return float(binom.sf(correct - 1, trials, chance)) + 2 * trials * delta * worst - (1 - confidence)
 
-    return _largest(refuted)
+    return _root(doubt)
 
 
 def gaussian_epsilon(guesses: Guesses, delta: float, confidence: float = CONFIDENCE) -> float:
@@ -205,51 +175,24 @@ def gaussian_epsilon(guesses: Guesses, delta: float, confidence: float = CONFIDE
 
     With the rates α of mistaken and β of missed canaries at most, μ = Φ⁻¹(1 - α) - Φ⁻¹(β); each rate is bounded with
     half of the risk (Clopper and Pearson 1934). The least ε of μ-GDP solves Φ(μ/2 - ε/μ) - exp(ε) Φ(-μ/2 - ε/μ) = δ
-    (Dong, Roth and Su 2022, corollary 2.13).
-
-    Args:
-        guesses: With a canary on either side at least.
-        delta, confidence: As of ``one_run_epsilon``.
+    (Dong, Roth and Su 2022, corollary 2.13). There is a canary on either side at least.
     """
-    risk = (1 - confidence) / 2
-    most_mistaken = _upper(guesses.mistaken, guesses.outside, risk)
-    most_missed = _upper(guesses.missed, guesses.inside, risk)
-    if most_mistaken + most_missed >= 1:
+    mistaken, missed = (
+        float(beta.ppf((1 + confidence) / 2, count + 1, trials - count)) if count < trials else 1.0
+        for count, trials in ((guesses.mistaken, guesses.outside), (guesses.missed, guesses.inside))
+    )
+    if mistaken + missed >= 1:
         return 0.0
-    mu = _NORMAL.inv_cdf(1 - most_mistaken) - _NORMAL.inv_cdf(most_missed)
+    mu = float(norm.ppf(1 - mistaken) - norm.ppf(missed))
 
-    def refuted(epsilon: float) -> bool:
-        reached = _NORMAL.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon) * _NORMAL.cdf(-mu / 2 - epsilon / mu)
-        return reached > delta
+    def missing(epsilon: float) -> float:
+        return delta - float(norm.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon) * norm.cdf(-mu / 2 - epsilon / mu))
 
-    return _largest(refuted)
-
-
-def _largest(refuted: Callable[[float], bool]) -> float:
-    """The largest epsilon up to 100 that is refuted, to 2^-20; what is below it is, too."""
-    low, high = 0.0, 100.0
-    while high - low > 2.0**-20:
-        middle = (low + high) / 2
-        low, high = (middle, high) if refuted(middle) else (low, middle)
-    return low
+    return _root(missing)
 
 
-def _upper(count: int, trials: int, risk: float) -> float:
-    """The largest probability with which ``count`` or fewer of ``trials`` have a probability of ``risk``."""
-    low, high = 0.0, 1.0
-    while high - low > 2.0**-40:
-        middle = (low + high) / 2
-        low, high = (middle, high) if _binomial(trials, middle)[: count + 1].sum() > risk else (low, middle)
-    return high
-
-
-def _binomial(trials: int, chance: float) -> NDArray[np.float64]:
-    """The probabilities of 0…trials successes."""
-    if not 0 < chance < 1:
-        certain: NDArray[np.float64] = np.eye(trials + 1)[round(chance) * trials]
-        return certain
-    k = np.arange(trials + 1)
-    factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1.0, trials + 1)))])
-    logs = factorials[-1] - factorials[k] - factorials[trials - k]
-    masses: NDArray[np.float64] = np.exp(logs + k * math.log(chance) + (trials - k) * math.log1p(-chance))
-    return masses
+def _root(rising: Callable[[float], float]) -> float:
+    """The epsilon from 0 to ``MOST`` at which a function that rises reaches 0, or the bound that is nearer."""
+    if rising(0.0) >= 0:
+        return 0.0
+    return float(brentq(rising, 0.0, MOST)) if rising(MOST) > 0 else MOST

@@ -11,24 +11,28 @@ A state directory is made when its device gets its first message. A device that 
 leaves the session before, which takes the most memory.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context
+import numpy as np
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
 
-from adapters.storage import replace
+from adapters import storage
+from adapters.layout import Layout, Tensors
+from adapters.task import Task
 from aggregation import sealed
 from aggregation.client import Device
 from aggregation.errors import TrustError
-from aggregation.masks import KEY
+from aggregation.masks import KEY, derive
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.sealed import ClientState
 from aggregation.steps import Step
-from client.node.app import STATE
+from client.node.app import STATE, OpenState, register
 from client.node.devicestate import R, Record
 from client.node.eligibility import EligibilitySettings
 from client.node.policy import PolicySettings
@@ -36,10 +40,112 @@ from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
 from client.node.snapshot import Snapshot
 from client.node.statedir import SNAPSHOT, DeviceStateDir
-from client.training.trainer import FrozenBase
-from simulations.engine.seeded import SEED, SeededEntropy
+from client.training.control import UNLIMITED, TrainingControl
+from client.training.engine import trainer_of
+from client.training.examples import Example, Score
+from client.training.trainer import FrozenBase, LocalTrainer
+from simulations.scenario import Scenario
 
+FACTORS = {"sign-flip": -1.0, "label-flip": 1.0, "boost": 10.0}  # of what the attacker trains
+SEED = "simulation.seed"  # file
 WRITTEN_BEFORE = (Step.CHECK_IN, Step.PLAN)  # a session and a round begin
+
+
+@dataclass(slots=True)
+class LyingTrainer:
+    """A trainer whose update is not that of the examples.
+
+    ``sign-flip``: the negative of the update. ``label-flip``: trained with each label replaced by its mirror image, the
+    first by the last and so on (Tolpegin et al. 2020). ``boost``: ten times that (Bagdasaryan et al. 2020); the device
+    clips it, as the sum would count as zero otherwise.
+    """
+
+    trainer: LocalTrainer
+    kind: str  # a key of ``FACTORS``
+    layout: Layout = field(init=False)  # of the adapter
+
+    def __post_init__(self) -> None:
+        self.layout = self.trainer.layout
+
+    @property
+    def base(self) -> FrozenBase:
+        return self.trainer.base
+
+    def train(
+        self,
+        start: Tensors,
+        examples: Sequence[Example],
+        task: Task,
+        *,
+        epochs: int,
+        rng: np.random.Generator,
+        step: Callable[[], object] = lambda: None,
+        control: TrainingControl = UNLIMITED,
+    ) -> Tensors:
+        if self.kind != "sign-flip":
+            examples = [replace(each, label=len(task.labels) - 1 - each.label) for each in examples]
+        trained = self.trainer.train(start, examples, task, epochs=epochs, rng=rng, step=step, control=control)
+        factor = np.float32(FACTORS[self.kind])
+        return {name: start.get(name, 0) + factor * (after - start.get(name, 0)) for name, after in trained.items()}
+
+    def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
+        """The honest score: a false one shows in the metrics of the sum."""
+        return self.trainer.score(adapter, examples)
+
+
+def attackers(scenario: Scenario, devices: Iterable[str]) -> frozenset[str]:
+    """Which of the devices lie: the scenario's share of them, rounded, at least one; chosen by its seed."""
+    if scenario.attack.kind == "none":
+        return frozenset()
+    names = sorted(devices)
+    number = max(1, round(scenario.attack.share * len(names)))
+    chosen = np.random.default_rng([scenario.seed, *b"attackers"]).choice(names, size=number, replace=False)
+    return frozenset(map(str, chosen))
+
+
+class LyingApp(ClientApp):
+    """The devices' app, in which those lie whose ``STATE`` is one of ``names``."""
+
+    def __init__(self, kind: str, names: frozenset[str], open_state: OpenState) -> None:
+        super().__init__()
+        self._names, self._attacker = names, ClientApp()
+        register(self, open_state)
+        register(self._attacker, open_state, lambda *given: LyingTrainer(trainer_of(*given), kind))
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        if context.node_config[STATE] in self._names:
+            return self._attacker(message, context)
+        return super().__call__(message, context)
+
+
+class SeededEntropy:
+    """Entropy from a chain of keys: a draw takes at most 32 bytes, and replaces the key by its successor."""
+
+    def __init__(self, key: bytes) -> None:
+        self.key = key
+
+    def bytes(self, n: int) -> bytes:
+        drawn = derive(self.key, b"edgeadapt/session-training/1")
+        self.key = derive(self.key, b"edgeadapt/next-training/1")
+        return drawn[:n]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredEntropy:
+    """``SeededEntropy`` whose key is in a file."""
+
+    path: Path
+
+    def bytes(self, n: int) -> bytes:
+        chain = SeededEntropy(storage.read(self.path, KEY))
+        drawn = chain.bytes(n)
+        storage.replace(self.path, chain.key)
+        return drawn
+
+
+def open_state_dir(folder: Path) -> DeviceStateDir:
+    """The state directory of a simulated device. Raises as ``DeviceStateDir.open``."""
+    return DeviceStateDir(folder, DeviceStateDir.open(folder).settings, StoredEntropy(folder / SEED))
 
 
 class MemoryDevice:
@@ -118,7 +224,7 @@ class MemoryDevice:
         """Write what the state directory does not have yet: what training depends on, and at the end everything."""
         key, parts, ledger = self._written
         if self._entropy.key != key:
-            replace(self._files.folder / SEED, self._entropy.key)
+            storage.replace(self._files.folder / SEED, self._entropy.key)
         now, spent = self.load(PrivacyLedger), ledger or PrivacyLedger()
         if (own := self.load(PrivateParts)) is not parts and own is not None:
             self._files.save(own)
@@ -130,14 +236,9 @@ class MemoryDevice:
 
 @dataclass(slots=True)
 class MemoryDevices:
-    """The devices of a run, by the name that ``STATE`` has in the configuration of their nodes.
+    """The devices of a run, by the name that ``STATE`` has in the configuration of their nodes."""
 
-    Args:
-        state_dir: Name → the device's state directory, which is made if it is missing.
-        base: Of all of them.
-    """
-
-    state_dir: Callable[[str], DeviceStateDir]
+    state_dir: Callable[[str], DeviceStateDir]  # name → the device's state directory, which is made if it is missing
     base: FrozenBase
     _awake: dict[str, MemoryDevice] = field(default_factory=dict)
 
@@ -156,7 +257,6 @@ class MemoryDevices:
                 self._awake[name].leave()
 
     def write(self) -> None:
-        """Write what each device has to keep, at the end."""
         self._write(end=True)
 
     def _write(self, *, end: bool) -> None:

@@ -25,18 +25,14 @@ from client.node.app import register
 from client.node.statedir import DeviceStateDir
 from coordinator.app import run
 from coordinator.statedir import CoordinatorStateDir
-from simulations.engine.seeded import open_state_dir
+from simulations.engine.devices import open_state_dir
 
 CLUSTER = "RAY_ADDRESS"  # environment variable of Ray: the cluster to use; without it one is started here
 PARTITION = "partition-id"  # Flower's number of a simulated node, from 0
 
 
 def require_ray() -> None:
-    """Return if Ray is installed.
-
-    Raises:
-        ConfigError: It is not.
-    """
+    """Check that Ray is installed. Raises ConfigError."""
     if find_spec("ray") is None:
         raise ConfigError("--engine ray needs Ray: pip install 'edgeadapt[ray]'", about="--engine", value="ray")
 
@@ -44,12 +40,7 @@ def require_ray() -> None:
 def federate_on_ray(
     coordinator: Path, state_dirs: Sequence[Path], done: Callable[[RoundRecord], None] = lambda record: None
 ) -> None:
-    """Run the rounds that are still to do.
-
-    Args:
-        coordinator: Its state directory.
-        state_dirs: Of the devices, all of them made.
-        done: Called with the record of each round.
+    """Run the rounds that are still to do, and call ``done`` with the record of each.
 
     Raises:
         ConfigError: Ray is not installed.

@@ -6,27 +6,111 @@ any machine. A device works on each request that reaches it, in the order in whi
 is late.
 """
 
+import bisect
+import csv
 import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 from flwr.app import Context, Message, RecordDict
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
 
+from adapters.storage import file_sha256
+from aggregation.errors import ConfigError, DataError
 from aggregation.steps import Step
 from client.node.app import STATE
-from simulations.engine.trace import Steps
+from coordinator.transport import RUN_ID, OwnGrid, identify
+from simulations.data.population import Client
 
-RUN_ID = 1
-SERVER_NODE = 1
+WHO = ("client", "language")
+COLUMNS = ("round", "available")
+KEY = "network.trace"
 ROUND_STEPS = (Step.PLAN, Step.SURVIVORS, Step.UNMASK)  # where a device can drop out of a round
 SHORT_ROUND_STEPS = (Step.PLAN, Step.UNMASK)  # of an honest-but-curious session, which has no consistency step
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """A share that changes at some rounds.
+
+    >>> Steps((1, 4), (1.0, 0.2)).at(3), Steps((2,), (0.5,)).at(1)
+    (1.0, None)
+
+    """
+
+    rounds: tuple[int, ...]  # where it changes, ascending
+    shares: tuple[float, ...]  # from each of these rounds on, 0 to 1
+
+    def at(self, round_: int) -> float | None:
+        """The share in a round; None before the first change."""
+        index = bisect.bisect_right(self.rounds, round_) - 1
+        return self.shares[index] if index >= 0 else None
+
+
+def read_trace(path: Path, clients: Iterable[Client]) -> Mapping[str, Steps]:
+    """Client → when its device can be reached.
+
+    The file has the columns ``round`` and ``available``, and ``client`` or ``language``. A row holds from its round on,
+    until another one of the same client or language. ``available`` is 1 or 0 for a client; in between it is the
+    share of the clients of a language, or the probability for a client.
+
+    Raises:
+        ConfigError: The file cannot be read, or lacks a column.
+        DataError: A row is broken, repeated, or names no client or language of the population.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = csv.DictReader(file, strict=True)
+            who = _column(path, lines.fieldnames or ())
+            named: dict[str, list[str]] = {}
+            for client in clients:
+                named.setdefault(client.name if who == "client" else client.language, []).append(client.name)
+            found: dict[str, dict[int, float]] = {}
+            for row in lines:
+                about = f"{path}, line {lines.line_num}"
+                name, number, share = _row(about, who, row)
+                if name not in named:
+                    raise DataError(f"{about}: the population has no {who} {name!r}", about=about, value=name)
+                if number in found.setdefault(name, {}):
+                    raise DataError(f"{about}: {name!r} has a row of round {number} before", about=about, value=number)
+                found[name][number] = share
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{KEY}: {path} cannot be read: {error}", about=KEY, value=str(path)) from error
+    steps = {name: Steps(*zip(*sorted(rows.items()), strict=True)) for name, rows in found.items()}
+    return {client: each for name, each in steps.items() for client in named[name]}
+
+
+def trace_digest(path: Path) -> str:
+    """SHA-256 of the file (hex): a resumed run has the trace that it began with. Raises ConfigError."""
+    try:
+        return file_sha256(path)
+    except OSError as error:
+        raise ConfigError(f"{KEY}: {path} cannot be read: {error}", about=KEY, value=str(path)) from error
+
+
+def _column(path: Path, header: Sequence[str]) -> str:
+    if missing := [name for name in COLUMNS if name not in header]:
+        raise ConfigError(f"{KEY}: {path} has no column {missing[0]!r}", about=KEY, value=str(path))
+    given = [name for name in WHO if name in header]
+    if len(given) != 1:
+        text = f"{KEY}: {path} needs one of the columns 'client' and 'language', it has {len(given)} of them"
+        raise ConfigError(text, about=KEY, value=str(path))
+    return given[0]
+
+
+def _row(about: str, who: str, row: Mapping[str, str | None]) -> tuple[str, int, float]:
+    try:
+        name, number, share = row[who], int(row["round"] or ""), float(row["available"] or "")
+    except (TypeError, ValueError):
+        raise DataError(f"{about}: round is no whole number, or available is no number", about=about) from None
+    if not name or number < 1 or not 0 <= share <= 1:
+        text = f"{about}: a row needs a {who}, a round from 1 on, and available from 0 to 1"
+        raise DataError(text, about=about, value=(name, number, share))
+    return name, number, share
 
 
 class VirtualClock:
@@ -36,11 +120,9 @@ class VirtualClock:
         self._now = 0.0
 
     def now(self) -> float:
-        """Virtual seconds since the start."""
         return self._now
 
     def sleep(self, seconds: float) -> None:
-        """Let ``seconds`` pass at once."""
         self._now += seconds
 
     wait = sleep
@@ -63,21 +145,16 @@ class FaultModel:
     resumed run meets the faults that it would have met without the interruption.
 
     Attributes:
-        seed: Of all outcomes.
-        message_loss: Probability that a request is lost, and the probability that its reply is lost; 0 to 1.
-        mean_delay: Mean of the exponentially distributed delay, virtual seconds.
-        forced_dropouts: Devices that drop out of every round, at one of ``steps`` in turn.
-        steps: Where a forced dropout can happen.
         availability: Share of the devices that can be reached in a round, for each round in turn, over and over; all of
             them in all rounds if empty. A device that is there at some share is there at every larger one.
-        trace: Node → its own share, for the nodes and rounds that a trace is about, in place of ``availability``.
+        trace: Node → its own share, for the nodes and rounds that a trace is about, instead of ``availability``.
     """
 
     seed: int
-    message_loss: float
-    mean_delay: float
-    forced_dropouts: int = 0
-    steps: tuple[Step, ...] = ROUND_STEPS
+    message_loss: float  # probability that a request is lost, and the probability that its reply is lost; 0 to 1
+    mean_delay: float  # mean of the exponentially distributed delay, virtual seconds
+    forced_dropouts: int = 0  # devices that drop out of every round, at one of ``steps`` in turn
+    steps: tuple[Step, ...] = ROUND_STEPS  # where a forced dropout can happen
     availability: tuple[float, ...] = ()
     trace: Mapping[int, Steps] = field(default_factory=dict)
 
@@ -95,10 +172,7 @@ class FaultModel:
     def outcomes(self, group: str, step: Step | None, nodes: Sequence[int]) -> dict[int, DeliveryOutcome]:
         """The outcome of one message to each of ``nodes``.
 
-        Args:
-            group: The round, or the session during its setup.
-            step: The protocol step; None for a message that is not of the protocol, as Flower's own strategies send.
-            nodes: The receivers.
+        ``group``: the round, or the session during its setup. ``step``: None for a message that is not of the protocol.
         """
         dropouts = self._forced(group, step, nodes)
         number = int(next((part for part in group.split("-") if part.isdecimal()), "0"))
@@ -138,11 +212,6 @@ def context_of(node: int, device: str) -> Context:
     return Context(RUN_ID, node, {STATE: device}, RecordDict(), {})
 
 
-def identify() -> None:
-    """Set the identity of this process, which Flower's Message reads."""
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SERVER_NODE, 1
-
-
 @dataclass(order=True)
 class _MessageInFlight:
     """A request under way, and then its reply.
@@ -158,13 +227,12 @@ class _MessageInFlight:
     reply: Message | None = field(default=None, compare=False)
 
     def work(self) -> None:
-        """Let the device work on the request, if it has not."""
         if self.answer is not None:
             answered = self.answer()
             self.answer, self.reply = None, None if self.outcome.reply_lost else answered
 
 
-class InProcessGrid(Grid):
+class InProcessGrid(OwnGrid):
     """Calls ``client_app(message, context)`` for each message when its reply is due."""
 
     def __init__(
@@ -174,12 +242,10 @@ class InProcessGrid(Grid):
         faults: FaultModel,
         before: Callable[[Step | None, Sequence[str]], None] = lambda step, devices: None,
     ) -> None:
-        """A grid without messages.
+        """A grid on which ``client_app`` answers for every node, when its answer is due.
 
         Args:
-            client_app: Answers for every node, when its answer is due: a ``ClientApp``.
             devices: Node id (positive) → what finds the state of that node's device: its directory, or its name.
-            faults: Of the network.
             before: Called before messages are sent, with their step and the devices that they are for.
         """
         self.clock = VirtualClock()
@@ -190,20 +256,8 @@ class InProcessGrid(Grid):
         self._numbers = count(1)
         self._in_flight: list[_MessageInFlight] = []  # a heap, by the arrival of the reply
         self._arrived: dict[str, Message] = {}  # replies that have not been pulled, by the id of their request
-        self._run = Run.create_empty(RUN_ID)
+        super().__init__()
         identify()
-
-    def set_run(self, run: Run) -> None:
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        return self._run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self._contexts)
@@ -216,7 +270,7 @@ class InProcessGrid(Grid):
         for message in batch:
             number, outcome = next(self._numbers), outcomes[message.metadata.dst_node_id]
             ids.append(str(number))
-            message.metadata.__dict__["_message_id"] = str(number)  # as Flower's own grids do
+            self.number(message, str(number))
             arrival = self.clock.now() + outcome.delay
             under_way.append((_MessageInFlight(arrival, number, str(number), outcome, None), message))
         for flying, message in sorted(under_way, key=lambda each: each[0]):  # who is needed first works first
@@ -226,7 +280,6 @@ class InProcessGrid(Grid):
         return ids
 
     def work(self) -> None:
-        """Let the devices work on all requests that they have."""
         for flying in sorted(self._in_flight):
             flying.work()
 

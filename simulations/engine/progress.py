@@ -5,13 +5,13 @@ The display listens to the log records of the coordinator and the devices; neith
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from adapters.roundrecord import RoundRecord
@@ -20,40 +20,19 @@ from simulations.report.formatting import count, duration, printable, share, siz
 
 LEVELS = {"edgeadapt.coordinator": logging.DEBUG, "edgeadapt.device": logging.INFO}
 BAR = 12  # columns
+Clock = Callable[[], float]  # seconds, monotonic
 WHOLE_RUN = 1e9  # seconds; the estimate uses every part that is done, however long a part takes
 
 
-class RunProgress:
-    """A context manager that shows a run and sums the seconds that its devices spend on training.
+class _Shown:
+    """A context manager with a live line on a terminal, or plain lines elsewhere."""
 
-    Args:
-        quiet: Show nothing; only listen.
-        console: Where to show it, by default standard error.
-        clock: Seconds, monotonic.
-        notify: Called with what is done at the moment, in a few words.
-
-    Attributes:
-        training_seconds: Sum over the devices that trained in this process.
-    """
-
-    def __init__(
-        self,
-        *,
-        quiet: bool = False,
-        console: Console | None = None,
-        clock: Callable[[], float] = time.monotonic,
-        notify: Callable[[str], None] = lambda _: None,
-    ) -> None:
+    def __init__(self, columns: Sequence[ProgressColumn], quiet: bool, console: Console | None, clock: Clock) -> None:
         console = console or Console(stderr=True)
         # The file is asked as well: FORCE_COLOR makes rich take a pipe for a terminal.
         shown = not quiet and console.file.isatty() and not console.is_dumb_terminal
         self._display = Progress(
-            TextColumn("{task.fields[where]}", style="bold", markup=False),
-            BarColumn(BAR),
-            TextColumn("{task.fields[note]}", markup=False),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("left"),
+            *columns,
             console=console,
             get_time=clock,
             disable=not shown,
@@ -62,6 +41,69 @@ class RunProgress:
             redirect_stdout=False,  # it may be a pipe that waits for JSON
         )
         self._plain = plain_progress(self._now, console.file, shown=not quiet and not shown)
+
+    def __enter__(self) -> Self:
+        self._display.start()
+        self._plain.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._plain.__exit__(None, None, None)
+        self._display.stop()  # shows the cursor again
+
+    def _now(self) -> str:
+        raise NotImplementedError
+
+
+class SuiteProgress(_Shown):
+    """Shows how much of a suite is done: one bar over all jobs, and a line for each process."""
+
+    def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
+        percentage, note = (
+            TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("left  {task.fields[note]}", markup=False),
+        )
+        columns = (BarColumn(BAR), percentage, TimeElapsedColumn(), TimeRemainingColumn(), note)
+        super().__init__(columns, quiet, console, time.monotonic)
+        self._task = self._display.add_task("suite", total=None, note="")
+
+    def _now(self) -> str:
+        (task,) = self._display.tasks
+        return f"{task.percentage:.0f} %  {task.fields['note']}".rstrip()
+
+    def show(self, done: float, left: float, lines: Sequence[str]) -> None:
+        """Show the work that is done and left, in any unit, and what each process does."""
+        note = "; ".join(printable(line) for line in lines)
+        self._display.update(self._task, completed=done, total=done + left, note=note)
+
+
+class RunProgress(_Shown):
+    """Shows a run and sums the seconds that its devices spend on training in this process.
+
+    Args:
+        quiet: Show nothing; only listen.
+        notify: Called with what is done at the moment, in a few words.
+    """
+
+    def __init__(
+        self,
+        *,
+        quiet: bool = False,
+        console: Console | None = None,
+        clock: Clock = time.monotonic,
+        notify: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        columns = (
+            TextColumn("{task.fields[where]}", style="bold", markup=False),
+            BarColumn(BAR),
+            TextColumn("{task.fields[note]}", markup=False),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+        )
+        super().__init__(columns, quiet, console, clock)
         self._clock, self._notify = clock, notify
         self._listener = _Listener(self._take)
         self._levels: dict[str, int] = {}
@@ -74,16 +116,11 @@ class RunProgress:
             self._levels[name] = logger.level
             logger.setLevel(min(level, logger.getEffectiveLevel()))
             logger.addHandler(self._listener)
-        self._display.start()
-        self._plain.__enter__()
-        return self
+        return super().__enter__()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         try:
-            self._plain.__exit__(None, None, None)
-            self._display.stop()  # shows the cursor again
+            super().__exit__(*error)
         finally:
             for name, level in self._levels.items():
                 logging.getLogger(name).removeHandler(self._listener)
@@ -93,9 +130,7 @@ class RunProgress:
     def stage(self, name: str, total: int | None = None) -> Iterator[Callable[[], None]]:
         """Show a stage while the block runs, and a line of it afterwards.
 
-        Args:
-            name: What it does.
-            total: The number of its parts, if it has any; call the yielded function after each.
+        ``total``: the number of its parts, if it has any; call the yielded function after each.
         """
         began = self._clock()
         with self._shown(name, 0, total):
@@ -159,7 +194,6 @@ class _Listener(logging.Handler):
         self._take = take
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Pass on what the record carries."""
         try:
             self._take(record.__dict__)
         except Exception:

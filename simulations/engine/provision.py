@@ -1,49 +1,84 @@
-"""Make a fleet: an authority, a coordinator with a first adapter, and a device for every client.
+"""Make the fleets of a run: its groups of clients, their base, an authority, a coordinator and devices.
 
 The steps are those of a fleet in the field, in one process: each device creates its key, the authority certifies it,
 and the device pins the authority and the coordinator. The apps get nothing but the state directories. A simulated
-device orders its examples by the scenario's seed, so that a run can be repeated (``seeded``).
+device orders its examples by the scenario's seed, so that a run can be repeated (``devices.SeededEntropy``).
+
+A group has a federation of its own: a coordinator's key, its registry and its log. A device pins the key of its own
+group's coordinator, so it takes part in no other group, whatever a coordinator says; and its policy refuses a cohort
+that is too small. No device is in two groups: from the sum over all devices and the sums of the large groups, the
+difference would be the sum of a small one (docs/decisions/0043-cohorts-by-language.md).
 """
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
 from cryptography import x509
+from numpy.typing import NDArray
 
-from adapters.base import Base
+from adapters.base import Base, find_base
+from adapters.bundle import TRUST
+from adapters.cache import cached
 from adapters.classifier import seed_adapter
 from adapters.layout import Floats, Tensors
 from adapters.manifest import VersionManifest
 from adapters.parts import HEAD
-from adapters.peftconfig import PeftConfig
+from adapters.peftconfig import PeftConfig, require_gradients
 from adapters.registryfiles import RegistrySettings
-from adapters.storage import PRIVATE_FOLDER, replace, staged
+from adapters.storage import PRIVATE_FOLDER, PUBLIC, replace, staged
 from adapters.trainable import configuration, initial
 from aggregation import graph
 from aggregation.entropy import SystemEntropy
+from aggregation.errors import DataError
 from aggregation.pki import Authority
 from aggregation.pki.identity import IdentityKey
+from client.inference.trust import Trust
 from client.node.enrolment import TrustAnchors, enrol, install_certificate
 from client.node.policy import SAFE, PolicySettings
 from client.node.statedir import DeviceSettings, DeviceStateDir
-from client.training.engine import classifier_trainer, language_trainer
+from client.training.engine import classifier_trainer, language_trainer, trainer_of
 from client.training.examples import Example, Split, write_examples
 from client.training.limits import TrainingLimits
+from client.training.trainer import FrozenBase
 from coordinator.registry import Registry
 from coordinator.seed import seed_version
 from coordinator.statedir import KEY, CoordinatorStateDir, open_registry
+from export.bundle.write import write_bundle
+from export.causal import export_causal
+from export.center import centered
+from export.onnx.classifier import export_classifier
+from export.onnx.dequantize import dequantized
+from export.onnx.exported import Profile
+from export.onnx.slotted import with_mean_head
+from export.onnx.targets import SlotKind, Slots
+from export.prune import WORDS, frequent_words, prune
 from simulations.data.households import released_phrases
 from simulations.data.population import Client, LabelledText, Population
-from simulations.engine.heads import logistic_head, with_bias
-from simulations.engine.seeded import SEED
-from simulations.scenario import Scenario
+from simulations.engine.devices import SEED
+from simulations.scenario import GroupSettings, Scenario
 
+COMMON = "common"  # of the clients whose own group would be too small
+GROUPS = "groups"  # in the folder of a run
+MOST_ITERATIONS = 200  # of L-BFGS; it stops before where the gradient is small
+FLATNESS = 1e-6  # largest coordinate of a gradient that is taken for zero
+Matrix = NDArray[np.float64]
+KINDS = {  # method → what its adapters bring
+    "IA3": frozenset({SlotKind.SCALE, SlotKind.INPUT_SCALE}),
+    "BEFT": frozenset({SlotKind.OFFSET}),
+    "LN_TUNING": frozenset({SlotKind.NORMS}),
+    "PROMPT_TUNING": frozenset({SlotKind.PROMPT}),
+    "PREFIX_TUNING": frozenset({SlotKind.PREFIX}),
+}
+DORA = frozenset({SlotKind.LOW_RANK, SlotKind.SCALE, SlotKind.OFFSET})
+CENTERED = "centered"  # folders in that of the run
+DEQUANTIZED = "base"
 AUTHORITY = "authority"
 AUTHORITY_KEY = "authority.pem"
 COORDINATOR = "coordinator"
@@ -52,13 +87,181 @@ LIFETIME = timedelta(days=365)
 PENALTY = 0.1  # of the vendor's logistic head, on half the sum of its squared weights
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Clients that share an adapter."""
+
+    name: str  # their language, ``COMMON``, or empty for all clients of an undivided population
+    folder: Path
+    population: Population  # the clients, in the order of the whole population
+
+    @property
+    def devices(self) -> int:
+        return len(self.names)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(client.name for client in self.population.clients if not client.unseen)
+
+
+def grouped(population: Population, settings: GroupSettings) -> tuple[Group, ...]:
+    """Divide a population. Guarantee: each client is in one group, and each group has a client that takes part.
+
+    A language with fewer than ``settings.smallest`` clients that take part has no group of its own. Such clients
+    have a common one; while it has too few, the smallest of the others joins it. Where they are all unseen,
+    they get the adapter of the largest group.
+    """
+    if settings.by == "none":
+        return (Group("", Path(), population),)
+    languages: dict[str, list[Client]] = {}
+    for client in population.clients:
+        languages.setdefault(client.language, []).append(client)
+    own = {name: members for name, members in languages.items() if _devices(members) >= settings.smallest}
+    left = [client for name, members in languages.items() if name not in own for client in members]
+    while own and 0 < _devices(left) < settings.smallest:
+        left += own.pop(min(own, key=lambda name: (_devices(own[name]), name)))
+    if left and not _devices(left):
+        own[max(own, key=lambda name: (_devices(own[name]), name))] += left
+        left = []
+    found = [*sorted(own.items()), *([(COMMON, left)] if left else [])]
+    return tuple(
+        Group(name, Path(GROUPS, str(number)), population.only({client.name for client in members}))
+        for number, (name, members) in enumerate(found, 1)
+    )
+
+
+def describe(groups: Sequence[Group]) -> str:
+    """The groups in one line: ``de 9 devices, en 8, common 5 (it, nl)``."""
+    parts = []
+    for group in groups:
+        inside = ", ".join(sorted({client.language for client in group.population.clients}))
+        parts.append(f"{group.name} {group.devices}{f' ({inside})' if group.name == COMMON else ''}")
+    return f"devices of each federation: {'; '.join(parts)}"
+
+
+def fleet_folders(out: Path, groups: Sequence[Group]) -> dict[str, Path]:
+    """Client → the folder of its federation in the run in ``out``."""
+    return {client.name: out / group.folder for group in groups for client in group.population.clients}
+
+
+def _devices(clients: Sequence[Client]) -> int:
+    return sum(not client.unseen for client in clients)
+
+
+def with_bias(embeddings: NDArray[np.float32]) -> Matrix:
+    """Embeddings with a 1 appended: shape ``(texts, hidden)`` to ``(texts, hidden + 1)``, in float64."""
+    return np.concatenate([embeddings.astype(np.float64), np.ones((len(embeddings), 1))], axis=1)
+
+
+def ridge_head(x: Matrix, labels: NDArray[np.int64], weights: Matrix, count: int, penalty: float) -> Matrix:
+    """The head that least squares gives: argmin of Σ wᵢ ‖xᵢ W - yᵢ‖² + penalty ‖W‖², with one-hot y.
+
+    It needs Σ w x xᵀ and Σ w x yᵀ only, which add up over clients (Hoerl and Kennard 1970, "Ridge Regression").
+
+    Args:
+        x: Shape ``(texts, features)``, with a row for each of ``labels`` and of ``weights``, which are not negative.
+        count: Labels in all; the head has the shape ``(features, count)``.
+        penalty: Positive, so that there is one solution.
+    """
+    weighted = x * weights[:, None]
+    moments = weighted.T @ x + penalty * np.eye(x.shape[1])
+    return np.linalg.solve(moments, weighted.T @ np.eye(count)[labels]).astype(np.float64)
+
+
+def logistic_head(x: Matrix, labels: NDArray[np.int64], weights: Matrix, count: int, penalty: float) -> Matrix:
+    """The head of multinomial logistic regression: argmin of Σ wᵢ crossentropyᵢ + penalty / 2 ‖W‖².
+
+    The problem is strictly convex, and L-BFGS with a strong Wolfe line search starts at zero: equal arguments, which
+    are those of ``ridge_head``, give equal heads.
+
+    Raises:
+        DataError: The loss is not finite.
+    """
+    inputs, targets, each = torch.from_numpy(x), torch.from_numpy(labels), torch.from_numpy(weights)
+    head = torch.zeros((x.shape[1], count), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [head], max_iter=MOST_ITERATIONS, tolerance_grad=FLATNESS, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        losses = torch.nn.functional.cross_entropy(inputs @ head, targets, reduction="none")
+        loss = (each * losses).sum() + penalty / 2 * head.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    loss = optimizer.step(closure)  # type: ignore[no-untyped-call]
+    if not torch.isfinite(loss):
+        raise DataError("the loss of the logistic head is not finite", about="training.loss")
+    fitted: Matrix = head.detach().numpy()
+    return fitted
+
+
+def training_base(out: Path, scenario: Scenario, population: Population) -> Base:
+    """The base of the run in ``out``; what has to be made is made once. Raises ConfigError if it cannot be."""
+    base, export = unrounded_base(scenario), scenario.export
+    if scenario.base.center:
+        copy = out / CENTERED
+        base = find_base(str(copy)) if copy.exists() else centered(base, [u.text for u in population.public], copy)
+    if export.train_on_dequantized:
+        copy = out / DEQUANTIZED
+        base = find_base(str(copy)) if copy.exists() else dequantized(base, Profile(export.profile), copy)
+    return base
+
+
+def unrounded_base(scenario: Scenario) -> Base:
+    """The base before it is centered and rounded, which change no size. Raises as ``training_base``."""
+    base = find_base(scenario.base.model)
+    return _pruned(base, scenario.base.languages) if scenario.base.languages else base
+
+
+def device_base(out: Path, scenario: Scenario, base: Base, population: Population) -> FrozenBase:
+    """What the devices of the run in ``out`` train on: the base itself, or that of a bundle that is made once.
+
+    Raises:
+        ConfigError: The base has no training graph, or the engine trains no such adapter.
+    """
+    if scenario.base.engine == "torch":
+        return base
+    config, bundle, labels = peft_config(scenario, base), bundle_of(out), len(population.labels)
+    require_gradients(config)
+    if not bundle.exists():
+        _write(bundle, base, config, Profile(scenario.export.profile), language=not labels)
+    verified = Trust.open(bundle).bundle.base()
+    trainer_of(verified, labels, config)  # refuses what the devices would
+    return verified
+
+
+def _write(bundle: Path, base: Base, config: PeftConfig, profile: Profile, *, language: bool) -> None:
+    """A bundle of the base with slots for such adapters and a training graph, and the key that it is signed with."""
+    kinds = DORA if config.use_dora else KINDS.get(config.peft_type, frozenset({SlotKind.LOW_RANK}))
+    slots = Slots(config.target_modules, kinds)
+    if language:
+        exported = export_causal(base, slots, profile, training=True)
+    else:
+        exported = export_classifier(with_mean_head(base, slots), base, profile, training=True)
+    key = IdentityKey.generate(SystemEntropy())
+    bundle.parent.mkdir(exist_ok=True)
+    replace(bundle.with_name(TRUST), key.public.to_pem(), PUBLIC)
+    write_bundle(bundle, exported, [], key=key, once=True)
+
+
+def _pruned(base: Base, languages: tuple[str, ...]) -> Base:
+    """The base with the tokens of these languages. It depends on no run, so it is kept in the cache."""
+    source = "\n".join((base.digest, *languages, str(WORDS), version("wordfreq")))
+
+    def make(folder: Path) -> None:
+        prune(base, frequent_words(languages, WORDS), [], folder / "base")
+
+    return find_base(str(cached(f"pruned-{hashlib.sha256(source.encode()).hexdigest()[:16]}", make) / "base"))
+
+
 def peft_config(scenario: Scenario, base: Base) -> PeftConfig:
     """The configuration of the scenario's adapter on its base. Raises ConfigError as ``trainable.configuration``."""
     return configuration(base, **scenario.adapter.model_dump(exclude={"head"}))
 
 
 def device_folder(out: Path, client: str) -> Path:
-    """The state directory of a client's device."""
     return out / DEVICES / client
 
 
@@ -90,22 +293,13 @@ def provision(
 
 @dataclass(frozen=True, slots=True)
 class Enrolment:
-    """Enrols the devices of a fleet, each when it is needed first.
-
-    Attributes:
-        out: Of the fleet.
-        authority: Certifies the devices.
-        anchors: What they pin.
-        settings: Of each of them.
-        clients: Name → the client whose device it is.
-        seed: Of the scenario.
-    """
+    """Enrols the devices of a fleet, each when it is needed first."""
 
     out: Path
-    authority: Authority
-    anchors: TrustAnchors
+    authority: Authority  # certifies the devices
+    anchors: TrustAnchors  # what they pin
     settings: DeviceSettings
-    clients: Mapping[str, Client]
+    clients: Mapping[str, Client]  # name → the client whose device it is
     seed: int
 
     @classmethod
@@ -192,7 +386,6 @@ def _logistic_head(embeddings: Floats, labels: Sequence[int], tensors: Tensors) 
 
 
 def examples_of(client: Client) -> list[Example]:
-    """The examples of a client's device."""
     parts = {Split.TRAIN: client.train, Split.VALIDATION: client.validation, Split.TEST: client.test}
     return [
         Example(phrase.text, phrase.label, part, phrase.prompt) for part, phrases in parts.items() for phrase in phrases
@@ -218,13 +411,7 @@ def released_texts(population: Population) -> list[LabelledText]:
     ]
 
 
-def open_state_dirs(out: Path, population: Population) -> dict[str, DeviceStateDir]:
-    """Client → its device's state directory."""
-    return {h.name: DeviceStateDir.open(device_folder(out, h.name)) for h in population.clients}
-
-
 def registry(out: Path) -> Registry:
-    """The registry of the fleet's coordinator."""
     folder = out / COORDINATOR
     return open_registry(folder, IdentityKey.from_pem((folder / KEY).read_bytes()))
 

@@ -37,7 +37,7 @@ from export.parity.temperature import FEWEST
 from simulations.data.households import plain_phrases
 from simulations.data.population import Client, LabelledText, Population
 from simulations.engine import provision
-from simulations.report.result import Reliability
+from simulations.result import ExportResult, Reliability
 from simulations.scenario import Scenario
 
 BUNDLE = "bundle"
@@ -48,34 +48,53 @@ NINETY = (0.85, 0.95)  # what a device calls 90 %
 
 
 @dataclass(frozen=True, slots=True)
-class PlainAnswers:
-    """How many of its language's plain phrases a client's own adapter answers right, as exported."""
-
-    right: int
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
-class ExportOutcome:
-    """The first client's bundle, and how the exported pair of base and global adapter answers."""
+class _Exported:
+    """One federation's first bundle, and how the exported files answer."""
 
     bundle: Path
     parity: Parity  # on the test phrases of all clients
     answers: dict[str, Answers]  # of the global and the personal adapters, to the test phrases of all clients
-    plain: dict[str, PlainAnswers]  # by client; without those of a language that has no plain phrases
-
-    @property
-    def reliability(self) -> dict[str, Reliability]:
-        """Whether the probabilities of each arm are the share of right answers."""
-        return {arm: reliability(*answers) for arm, answers in self.answers.items()}
+    plain: dict[str, dict[str, int]]  # client → right and count; without those whose language has no plain phrases
 
 
-def publish(out: Path, scenario: Scenario, population: Population, base: Base) -> ExportOutcome:
-    """Export, check parity, and write the bundles.
+def export_all(fleets: Sequence[tuple[Path, Population]], scenario: Scenario, base: Base, report: str) -> ExportResult:
+    """Export, check parity, and write the bundles of each federation.
+
+    Args:
+        fleets: The folder of each, and its clients that are evaluated; at least one.
+        report: Where the report will be.
 
     Raises:
-        ParityError: The answers of the exported pair differ too much from those of torch; no bundle was written.
+        ParityError: An exported pair answers too differently from torch; no bundle of it was written.
     """
+    exported = [_publish(out, scenario, population, base) for out, population in fleets]
+    parities, (first, *_) = [each.parity for each in exported], exported
+    weights = [parity.count for parity in parities]
+
+    def mean(name: str) -> float:
+        return float(np.average([getattr(parity, name) or 0.0 for parity in parities], weights=weights))
+
+    def reliability_of(arm: str) -> Reliability:
+        logits, labels, temperatures = zip(*(each.answers[arm] for each in exported), strict=True)
+        return reliability(np.concatenate(logits), np.concatenate(labels), np.concatenate(temperatures))
+
+    return ExportResult(
+        bundle=str(first.bundle),
+        phrase="a text of your own" if scenario.data.given else "turn on the kitchen lights",
+        report=report,
+        parity={
+            "agreement": mean("agreement"),
+            "max_abs_diff": max(parity.max_abs_diff for parity in parities),
+            "count": sum(weights),
+            "accuracy": mean("accuracy"),
+            "torch_accuracy": mean("torch_accuracy"),
+        },
+        reliability={arm: reliability_of(arm) for arm in first.answers},
+        plain={name: answers for each in exported for name, answers in each.plain.items()},
+    )
+
+
+def _publish(out: Path, scenario: Scenario, population: Population, base: Base) -> _Exported:
     source = from_registry(out / provision.COORDINATOR, None, None)
     origin = resolved(source, base)
     model = classifier_trainer(base, len(population.labels), source.peft_config).engine.model
@@ -85,8 +104,8 @@ def publish(out: Path, scenario: Scenario, population: Population, base: Base) -
     classifier.load(model, provision.registry(out).tensors(origin.version))
     tests = [example for client in population.clients for example in client.test]
     inputs, texts, labels = device_inputs(origin, exported.manifest, "int8"), _texts(tests), _labels(tests)
-    found = compare.compare(model, runner, inputs, texts, labels=labels.tolist())
-    compare.gate(found, _limits(scenario), privacy=origin.privacy)
+    parity = compare.compare(model, runner, inputs, texts, labels=labels.tolist())
+    compare.gate(parity, _limits(scenario), privacy=origin.privacy)
     logits = runner.classify(texts, inputs)
     key = IdentityKey.from_pem((out / provision.COORDINATOR / coordinator_files.KEY).read_bytes())
     write_bundle(out / BUNDLE, exported, [source_of(GLOBAL, origin)], key=key)
@@ -95,9 +114,9 @@ def publish(out: Path, scenario: Scenario, population: Population, base: Base) -
     personal = [
         _write_device_bundle(out, client, exported, origin, own[client.name], runner) for client in population.clients
     ]
-    return ExportOutcome(
+    return _Exported(
         provision.device_folder(out, population.clients[0].name) / BUNDLE,
-        found,
+        parity,
         {
             GLOBAL: (logits, labels, np.ones(len(labels), np.float32)),
             PERSONAL: (
@@ -120,40 +139,10 @@ def _with_phrases(exported: ExportedBase, population: Population) -> ExportedBas
     return exported.with_file(PHRASES, encode_phrases(pairs)) if pairs else exported
 
 
-def joined(found: Sequence[ExportOutcome]) -> ExportOutcome:
-    """The exports of several federations as one, with the bundle of the first; at least one."""
-    if len(found) == 1:
-        return found[0]
-    weights = [each.parity.count for each in found]
-
-    def mean(name: str) -> float:
-        return float(np.average([getattr(each.parity, name) or 0.0 for each in found], weights=weights))
-
-    def together(arm: str) -> Answers:
-        logits, labels, temperatures = zip(*(each.answers[arm] for each in found), strict=True)
-        return np.concatenate(logits), np.concatenate(labels), np.concatenate(temperatures)
-
-    parity = replace(
-        found[0].parity,
-        count=sum(weights),
-        max_abs_diff=max(each.parity.max_abs_diff for each in found),
-        **{name: mean(name) for name in ("agreement", "accuracy", "torch_accuracy")},
-    )
-    return ExportOutcome(
-        found[0].bundle,
-        parity,
-        {arm: together(arm) for arm in found[0].answers},
-        {name: answers for each in found for name, answers in each.plain.items()},
-    )
-
-
 def reliability(logits: Floats, labels: Labels, temperatures: Floats) -> Reliability:
     """Whether stated probabilities are the share of right answers.
 
-    Args:
-        logits: Shape ``(answers, labels)``; at least one answer.
-        labels: The right ones, shape ``(answers,)``.
-        temperatures: Of each answer's adapter, shape ``(answers,)``.
+    ``logits`` have the shape ``(answers, labels)``, with at least one answer; each has a right label and a temperature.
     """
     calibrated = logits / temperatures.astype(logits.dtype)[:, None]
     stated, right = confidences(calibrated), calibrated.argmax(axis=1) == labels
@@ -169,11 +158,9 @@ def reliability(logits: Floats, labels: Labels, temperatures: Floats) -> Reliabi
 def personal_temperature(logits: Floats, labels: Labels, shared: float) -> float:
     """A personal adapter's temperature, from the answers to its client's validation phrases.
 
-    Args:
-        logits: Shape ``(answers, labels)``.
-        labels: The right ones, shape ``(answers,)``.
-        shared: The global adapter's temperature, which holds where there are fewer than ``FEWEST`` phrases: fitted to
-            a dozen, a temperature does more harm than good (docs/decisions/0027-calibrated-probabilities.md).
+    ``logits`` have the shape ``(answers, labels)``. ``shared``, the global adapter's temperature, holds where there are
+    fewer than ``FEWEST`` phrases: fitted to a dozen, a temperature does more harm than good
+    (docs/decisions/0027-calibrated-probabilities.md).
     """
     return fit(logits, labels, shared) if len(labels) >= FEWEST else shared
 
@@ -187,7 +174,6 @@ def _labels(examples: Sequence[LabelledText]) -> Labels:
 
 
 def _limits(scenario: Scenario) -> Limits:
-    """The scenario's own limit, or those of its profile."""
     minimum = scenario.export.minimum_agreement
     return limits_of(scenario.export.profile, "text-classification") if minimum == "profile" else Limits(minimum)
 
@@ -199,14 +185,15 @@ def _personal(out: Path, client: Client, origin: Origin, base: Base) -> Origin:
     return resolved(replace(origin, tensors=tensors, sha256=files.sha256(blob)), base)
 
 
-def _plain_answers(client: Client, own: Origin, exported: ExportedBase, runner: OnnxRunner) -> PlainAnswers | None:
+def _plain_answers(client: Client, own: Origin, exported: ExportedBase, runner: OnnxRunner) -> dict[str, int]:
+    """How many of its language's plain phrases a client's own adapter answers right, as exported; empty without any."""
     plain = plain_phrases().get(client.language, {})
     phrases = {intent: text for intent, text in plain.items() if intent in own.labels}
     if not phrases:
-        return None
+        return {}
     best = runner.classify([*phrases.values()], device_inputs(own, exported.manifest, "int8")).argmax(axis=1)
     right = sum(own.labels[answer] == intent for answer, intent in zip(best, phrases, strict=True))
-    return PlainAnswers(right, len(phrases))
+    return {"right": right, "count": len(phrases)}
 
 
 def _write_device_bundle(
@@ -214,8 +201,7 @@ def _write_device_bundle(
 ) -> tuple[Floats, float]:
     """Copy the coordinator's bundle into a device's state directory, and add the device's own adapter to it.
 
-    Returns:
-        The logits of the device's own adapter for its test phrases, and the adapter's temperature.
+    Returns the logits of the device's own adapter for its test phrases, and the adapter's temperature.
     """
     folder = provision.device_folder(out, client.name)
     copy_bundle(out / BUNDLE, folder / BUNDLE)

@@ -1,22 +1,29 @@
-"""Processes that work for the devices of a simulation, each for its share of them: more than one core in the rounds.
+"""Processes that work at the same time, each on one thread: for the devices of a simulation, or the jobs of a suite.
+
+A process holds an object, and works on the calls to it one after the other. What it logs comes back with the outcome.
+The first process imports the libraries, and the others are forked from it before anything runs in it, so that they
+share that memory. Processes that belong together exchange Python's objects, over pipes that nobody else can open; one
+ends at once when the other end of its pipe is closed.
 
 Each device belongs to one process, which holds its state and gives it its requests in the order in which they were
-sent. So a run makes the same adapters with any number of processes. What devices log comes back with their answers. The
-first process imports the libraries, and the others are forked from it before anything runs in it, so that they share
-that memory. Processes that belong together exchange Python's objects, over pipes that nobody else can open.
+sent. So a run makes the same adapters with any number of processes.
 """
 
 import logging
 import logging.handlers
 import multiprocessing
+import os
 import queue
 import signal
+import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Thread
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,48 +35,124 @@ from aggregation.errors import EdgeAdaptError
 from aggregation.steps import Step
 from client.node.statedir import DeviceStateDir
 from client.training.trainer import FrozenBase
-from simulations.engine.attackers import LyingApp
-from simulations.engine.devices import MemoryDevices
-from simulations.engine.grid import FaultModel, InProcessGrid, context_of, identify
+from coordinator.transport import identify
+from simulations.engine.devices import LyingApp, MemoryDevices
+from simulations.engine.grid import FaultModel, InProcessGrid, context_of
 
 DEVICE_LOG = "edgeadapt.device"
 METHODS = ("forkserver", "spawn")  # of starting a process, the first that the system has
 
-
-@dataclass(frozen=True, slots=True)
-class Fleet:
-    """What a worker process knows of the devices.
-
-    Attributes:
-        folder: In which each device has its state directory, under its name.
-        base: Of all of them.
-        nodes: Node → name of its device.
-        attack: The kind of the lie of the devices that lie.
-        liars: Their names.
-    """
-
-    folder: Path
-    base: FrozenBase
-    nodes: Mapping[int, str]
-    attack: str = "none"
-    liars: frozenset[str] = frozenset()
-
-    def state_dir(self, name: str) -> DeviceStateDir:
-        """The state directory of a device, which exists."""
-        return DeviceStateDir.open(self.folder / name)
+Notify = Callable[[str], None]  # takes what is done at the moment, in a few words
 
 
 class WorkerKilledError(BaseException):
     """A process has ended. No ``Exception``: the coordinator takes one for a failure of the device, and goes on."""
 
 
-class Workers:
-    """A context manager that starts the processes and ends them.
+class Process:
+    """One process. A thread sends it one call after the other, and waits for the outcome of each.
 
-    Args:
-        number: Of processes, at least 1.
-        fleet: The devices.
-        prepare: Called with the names of the devices that are about to be asked: makes what is missing of them.
+    ``make`` gives the object, in the process; it can be pickled. ``log``: a file for what the process prints.
+    """
+
+    def __init__(self, make: Callable[[Notify], Any], log: Path | None = None) -> None:
+        method = next(each for each in METHODS if each in multiprocessing.get_all_start_methods())
+        context: Any = multiprocessing.get_context(method)
+        if method == "forkserver":
+            context.set_forkserver_preload([__name__, make.func.__module__ if isinstance(make, partial) else __name__])
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, make, log), daemon=True)
+        self._process.start()
+        theirs.close()  # or the end of the process would not end the connection
+        self._thread = ThreadPoolExecutor(1)
+
+    def call(self, what: Callable[..., Any], *given: object, note: Notify = lambda text: None) -> "Future[Any]":
+        """Call ``what`` with the object and what is given, in the process.
+
+        ``note`` is called with what the object notifies of. The outcome raises what was raised in the process, and
+        ``WorkerKilledError`` if that has ended.
+        """
+        return self._thread.submit(self._exchange, what, given, note)
+
+    def close(self) -> int | None:
+        """End the process, if it has not ended. Returns its exit code."""
+        self._process.kill()  # what it has not written is not needed
+        self._thread.shutdown(cancel_futures=True)
+        self._process.join()
+        self._connection.close()
+        code: int | None = self._process.exitcode
+        return code
+
+    def _exchange(self, what: Callable[..., Any], given: Sequence[object], note: Notify) -> Any:
+        try:
+            self._connection.send((what, given))
+            while isinstance(answer := self._connection.recv(), str):
+                note(answer)
+        except (EOFError, OSError) as error:
+            raise WorkerKilledError from error
+        outcome, records = answer
+        for record in records:
+            logger = logging.getLogger(record.name)
+            if logger.isEnabledFor(record.levelno):
+                logger.handle(record)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+
+def _serve(connection: Connection, make: Callable[[Notify], Any], log: Path | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends this one
+    if log:
+        with log.open("ab") as file:
+            for stream in (sys.stdout, sys.stderr):
+                os.dup2(file.fileno(), stream.fileno())
+    torch.set_num_threads(1)
+    identify()
+    records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+    logger = logging.getLogger(DEVICE_LOG)
+    logger.setLevel(logging.INFO)
+    logger.addHandler(logging.handlers.QueueHandler(records))
+    calls: queue.SimpleQueue[tuple[Callable[..., Any], Sequence[object]]] = queue.SimpleQueue()
+    Thread(target=_receive, args=(connection, calls), daemon=True).start()
+    held = make(connection.send)
+    with kill_safe():
+        while True:
+            what, given = calls.get()
+            try:
+                outcome = what(held, *given)
+            except Exception as error:  # for the process that asked
+                outcome = error
+                if log:
+                    traceback.print_exc()
+            connection.send((outcome, [records.get() for _ in range(records.qsize())]))
+
+
+def _receive(connection: Connection, calls: "queue.SimpleQueue[tuple[Callable[..., Any], Sequence[object]]]") -> None:
+    while True:
+        try:
+            calls.put(connection.recv())
+        except (EOFError, OSError):
+            os._exit(0)  # nobody waits for the call under way
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """What a worker process knows of the devices."""
+
+    folder: Path  # in which each device has its state directory, under its name
+    base: FrozenBase
+    nodes: Mapping[int, str]  # node → name of its device
+    attack: str = "none"  # the kind of the lie of the devices that lie, ``liars``
+    liars: frozenset[str] = frozenset()
+
+    def state_dir(self, name: str) -> DeviceStateDir:
+        return DeviceStateDir.open(self.folder / name)
+
+
+class Workers:
+    """A context manager that starts ``number`` processes of the devices and ends them.
+
+    ``prepare`` is called with the names of the devices that are about to be asked, and makes what is missing of them.
 
     Raises:
         EdgeAdaptError: At the end of the block, about ``--workers``: a process was killed.
@@ -78,12 +161,8 @@ class Workers:
     def __init__(
         self, number: int, fleet: Fleet, prepare: Callable[[Sequence[str]], object] = lambda names: None
     ) -> None:
-        method = next(each for each in METHODS if each in multiprocessing.get_all_start_methods())
-        context = multiprocessing.get_context(method)
-        if method == "forkserver":
-            context.set_forkserver_preload([__name__])
         self._prepare = prepare
-        self._workers = [_Process(context, fleet) for _ in range(number)]
+        self._workers = [Process(partial(_Answering, fleet)) for _ in range(number)]
         self._worker_of = {node: self._workers[k % number] for k, node in enumerate(sorted(fleet.nodes))}
 
     def __enter__(self) -> Self:
@@ -102,13 +181,8 @@ class Workers:
             ) from error
 
     def answer(self, request: Message) -> Callable[[], Message]:
-        """Let a device work on a request.
-
-        Returns:
-            A function that waits for the answer, called once. It raises what the device's process raised, and
-            ``WorkerKilledError`` if that has ended.
-        """
-        return self._worker_of[request.metadata.dst_node_id].call(_Answering.answer, request)
+        """Let a device work on a request. Returns a function that waits for the answer (``Process.call``)."""
+        return self._worker_of[request.metadata.dst_node_id].call(_Answering.answer, request).result
 
     def before(self, step: Step | None, names: Sequence[str]) -> None:
         self._prepare(names)
@@ -119,17 +193,11 @@ class Workers:
 
     def _all(self, what: Callable[..., Any], *given: object) -> None:
         for outcome in [worker.call(what, *given) for worker in self._workers]:
-            outcome()
+            outcome.result()
 
 
 class WorkerGrid(InProcessGrid):
-    """A grid whose devices work in other processes, from the moment when they are asked.
-
-    Args:
-        workers: The processes.
-        devices: Node → name of its device.
-        faults: Of the network.
-    """
+    """A grid whose devices (``devices``: node → name) work in other processes, from the moment when they are asked."""
 
     def __init__(self, workers: Workers, devices: Mapping[int, str], faults: FaultModel) -> None:
         super().__init__(_never, devices, faults, workers.before)
@@ -143,49 +211,8 @@ def _never(request: Message, context: Context) -> Message:
     raise AssertionError("the devices work in other processes")
 
 
-class _Process:
-    """One process. A thread sends it one call after the other, and waits for the outcome of each."""
-
-    def __init__(self, context: Any, fleet: Fleet) -> None:
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, fleet), daemon=True)
-        self._process.start()
-        theirs.close()  # or the end of the process would not end the connection
-        self._thread = ThreadPoolExecutor(1)
-
-    def call(self, what: Callable[..., Any], *given: object) -> Callable[[], Any]:
-        return partial(_outcome, self._thread.submit(self._exchange, what, given))
-
-    def close(self) -> None:
-        self._process.kill()  # what it has not written is not needed
-        self._thread.shutdown(cancel_futures=True)
-        self._process.join()
-        self._connection.close()
-
-    def _exchange(self, what: Callable[..., Any], given: Sequence[object]) -> tuple[Any, list[logging.LogRecord]]:
-        try:
-            self._connection.send((what, given))
-            found: tuple[Any, list[logging.LogRecord]] = self._connection.recv()
-        except (EOFError, OSError) as error:
-            raise WorkerKilledError from error
-        return found
-
-
-def _outcome(exchanged: Future[tuple[Any, list[logging.LogRecord]]]) -> Any:
-    found, records = exchanged.result()
-    for record in records:
-        logger = logging.getLogger(record.name)
-        if logger.isEnabledFor(record.levelno):
-            logger.handle(record)
-    if isinstance(found, Exception):
-        raise found
-    return found
-
-
 class _Answering:
-    """The devices in a worker process."""
-
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, notify: Notify) -> None:
         self._fleet, self._devices = fleet, MemoryDevices(fleet.state_dir, fleet.base)
         self._app = LyingApp(fleet.attack, fleet.liars, self._devices.open)
         self._contexts: dict[int, Context] = {}
@@ -200,26 +227,3 @@ class _Answering:
 
     def write(self) -> None:
         self._devices.write()
-
-
-def _serve(connection: Connection, fleet: Fleet) -> None:
-    """Work until the other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends this one
-    torch.set_num_threads(1)
-    identify()
-    kept: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
-    logger = logging.getLogger(DEVICE_LOG)
-    logger.setLevel(logging.INFO)
-    logger.addHandler(logging.handlers.QueueHandler(kept))
-    devices = _Answering(fleet)
-    with kill_safe():
-        while True:
-            try:
-                what, given = connection.recv()
-            except EOFError:
-                return
-            try:
-                found = what(devices, *given)
-            except Exception as error:  # for the process that asked
-                found = error
-            connection.send((found, [kept.get() for _ in range(kept.qsize())]))

@@ -1,49 +1,163 @@
-"""The four figures of the report of a run, as SVG (``drawing``)."""
+"""The figures of a run and of a suite, drawn with matplotlib as SVG for use inside an HTML page, or as PNG.
+
+Text in an SVG stays text, the colors are the variables of the page's style sheet, and equal data give equal bytes.
+matplotlib is imported when a figure is drawn.
+"""
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
+from io import BytesIO, StringIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simulations.report.drawing import (
-    ARM_COLORS,
-    CHARACTER,
-    DROPPED,
-    INK,
-    LINE,
-    MUTED,
-    PAPER,
-    TILE,
-    WIDTH,
-    axes,
-    short,
-    svg,
-)
 from simulations.report.formatting import TrafficMeans, count, dropouts, percent, share, size
-from simulations.report.result import ARMS, ClientResult, ReportedRound, RunResult, dropouts_by_step
+from simulations.report.summary import Difference, Estimate, SuiteSummary
+from simulations.result import ARMS, ClientResult, Metric, ReportedRound, RunResult, dropouts_by_step
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.patches import PathPatch
 
-# Accuracy by client.
+POINTS = 72  # an inch; one point is one unit of the SVG
+SHARPNESS = 3  # pixels a unit of a PNG
+WIDTH = 440.0  # units: the width of a phone, so that text of 11 units is readable there
+LONGEST = 16  # characters of a name next to a plot
+CHARACTER = 6.3  # units, about
 
+# Each color stands for a variable of the style sheet, which has a light and a dark value. The arms differ in shape as
+# well; the hues are of Okabe and Ito's palette for color-blind readers, darkened until they are readable as text.
+INK, MUTED, LINE, TILE, DROPPED = "#1b1f24", "#59636e", "#d4d9df", "#c5dcea", "#b3400d"
+ARM_COLORS = {"base": "#6a737d", "local": "#a65a00", "global": "#0069a8", "personal": "#00735a"}
+PAPER = "#fefefe"
+VARIABLES = {
+    INK: "--ink",
+    MUTED: "--muted",
+    LINE: "--line",
+    TILE: "--tile",
+    DROPPED: "--dropped",
+    PAPER: "--paper",
+    **{color: f"--{arm}" for arm, color in ARM_COLORS.items()},
+}
+STYLE: dict[Any, object] = {
+    "axes.edgecolor": LINE,
+    "axes.facecolor": "none",
+    "axes.labelcolor": MUTED,
+    "axes.labelsize": 10.5,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.facecolor": "none",
+    "font.family": ["DejaVu Sans"],  # only to measure; the page has its own
+    "font.size": 10.5,
+    "grid.color": LINE,
+    "grid.linewidth": 0.7,
+    "svg.fonttype": "none",
+    "text.color": INK,
+    "text.parse_math": False,  # a name may contain a dollar sign
+    "xtick.color": LINE,
+    "xtick.labelcolor": MUTED,
+    "ytick.color": LINE,
+    "ytick.labelcolor": MUTED,
+    "ytick.major.size": 0,
+}
 ROW = 17.0  # units a client
 MARKS = {"base": ("o", 26), "local": ("D", 26), "global": ("s", 20), "personal": ("o", 44)}  # shape, square points
+LEFT = 48.0  # units next to a plot of rounds
+PANEL = 112.0  # units high
+CURVES = {"accuracy": "accuracy, a share", "loss": "loss, nats a phrase"}
+FULL_GRID = 40  # devices; a larger fleet shows only the devices that ever dropped out
+TILE_HEIGHT = 15.0  # units
+WIDEST_TILE = 48.0
+LETTER_WIDTH = 11.0  # units of the narrowest tile that has room for a letter
+SHOWN = ("mean", "p10", "unseen")
+ACCENT, NOISE = "#0069a8", "#6a737d"
+SUITE_ROW = 22.0  # units
+TOP, BOTTOM = 30.0, 34.0  # units above and below the rows
+GAP = 14.0  # units between panels
+Mark = Estimate | Difference
+
+
+def svg(key: str, title: str, description: str, height: float, paint: Callable[["Figure"], None]) -> str:
+    """An ``<svg>`` element of ``WIDTH`` by ``height``, drawn by ``paint``.
+
+    ``key`` has letters only, different for each figure of the page. A screen reader says title and description.
+    """
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    out = StringIO()
+    with mpl.rc_context({**STYLE, "svg.hashsalt": key}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure = Figure(figsize=(WIDTH / POINTS, height / POINTS))
+        FigureCanvasSVG(figure)
+        paint(figure)
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    return _inline(out.getvalue(), key, title, description)
+
+
+def png(height: float, paint: Callable[["Figure"], None]) -> bytes:
+    """A picture of ``WIDTH`` by ``height`` as on the light page, at ``SHARPNESS`` pixels a unit."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    out = BytesIO()
+    with mpl.rc_context({**STYLE, "figure.facecolor": "white"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure = Figure(figsize=(WIDTH / POINTS, height / POINTS))
+        FigureCanvasAgg(figure)
+        paint(figure)
+        figure.savefig(out, format="png", dpi=SHARPNESS * POINTS, metadata={"Software": None})
+    return out.getvalue()
+
+
+def axes(figure: "Figure", *, left: float, top: float, width: float, height: float) -> "Axes":
+    """Axes at a place in units of the SVG, measured from the upper left corner."""
+    full_width, full_height = figure.get_size_inches() * POINTS
+    lower = full_height - top - height
+    return figure.add_axes((left / full_width, lower / full_height, width / full_width, height / full_height))
+
+
+def short(name: str) -> str:
+    return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
+
+
+def _inline(document: str, key: str, title: str, description: str) -> str:
+    body = document[document.index("<svg") :]
+    opening, _, rest = body.partition(">")
+    view = re.search(r'viewBox="[^"]*"', opening)
+    rest = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", rest, flags=re.DOTALL)
+    rest = re.sub(r'<g id="[^"]*"', "<g", rest).replace("xlink:href", "href")
+    rest = re.sub(r"font: ((?:\d+ )?[\d.]+px) [^;\"]*", r"font: \1 var(--font)", rest)
+    rest = re.sub(r"font-family: [^;\"]*", "font-family: var(--font)", rest)
+    for color, variable in VARIABLES.items():
+        rest = rest.replace(color, f"var({variable})")
+    head = (
+        f'<svg {view[0] if view else ""} role="img" aria-labelledby="{key}-title {key}-text">'
+        f'<title id="{key}-title">{escape(title)}</title><desc id="{key}-text">{escape(description)}</desc>'
+    )
+    return head + rest.strip()
+
+
+# Accuracy by client.
 
 
 def clients(result: RunResult) -> str:
     """Accuracy by client: a line from base to personal, with marks for local and global; unseen clients below."""
 
     def rank(client: ClientResult) -> tuple[bool, float, str]:
-        accuracy = client.accuracy["personal"]
+        accuracy = client.arms["personal"]
         return client.unseen, -accuracy if math.isfinite(accuracy) else 2.0, client.name
 
     rows = sorted(result.clients, key=rank)
     seen = sum(not h.unseen for h in rows)
-    better = sum(h.accuracy["personal"] > h.accuracy["base"] for h in rows)
+    better = sum(h.arms["personal"] > h.arms["base"] for h in rows)
     text = (
         f"personal answers more test phrases right than base in {better} of {count(len(rows), 'client')}; "
         "the table of clients has the numbers."
@@ -58,7 +172,7 @@ def _dumbbells(figure: "Figure", rows: Sequence[ClientResult], places: Sequence[
     labels = [_label(h) for h in rows]
     left = 12 + CHARACTER * max(map(len, labels))
     ax = axes(figure, left=left, top=42, width=WIDTH - left - 40, height=height - 84)
-    values = {arm: np.array([h.accuracy[arm] for h in rows]) for arm in ARMS}
+    values = {arm: np.array([h.arms[arm] for h in rows]) for arm in ARMS}
     finite = np.concatenate([v[np.isfinite(v)] for v in values.values()])
     lowest = max(0.0, math.floor(10 * (finite.min() if finite.size else 0.0) - 0.3) / 10)
     ax.set_xlim(lowest - 0.015, 1.015)
@@ -101,7 +215,6 @@ def _marks(ax: "Axes", arm: str, x: Iterable[float], y: Iterable[float]) -> None
 
 
 def _key(figure: "Figure", height: float) -> "Axes":
-    """Empty axes for a key, in a line above the plot."""
     ax = axes(figure, left=0, top=4, width=WIDTH, height=height)
     ax.set_axis_off()
     ax.set(xlim=(0, WIDTH), ylim=(-1, 1))
@@ -116,10 +229,6 @@ def _client_key(figure: "Figure") -> None:
 
 
 # Accuracy and loss by round.
-
-LEFT = 48.0  # units next to a plot of rounds
-PANEL = 112.0  # units high
-CURVES = {"accuracy": "accuracy, a share", "loss": "loss, nats a phrase"}
 
 
 def learning(result: RunResult) -> str:
@@ -217,11 +326,6 @@ def _bytes(value: float, model: float) -> str:
 
 # Dropouts by device and round.
 
-FULL_GRID = 40  # devices; a larger fleet shows only the devices that ever dropped out
-TILE_HEIGHT = 15.0  # units
-WIDEST_TILE = 48.0
-LETTER_WIDTH = 11.0  # units of the narrowest tile that has room for a letter
-
 
 def dropouts_by_device(result: RunResult) -> str:
     """A grid of devices by rounds: which survived the round, and which dropped out at which step."""
@@ -292,3 +396,88 @@ def _tiles(places: Iterable[tuple[float, float]], color: str) -> "PathPatch":
     squares = [Path([*((x + dx, y + dy) for dx, dy in unit), (x, y)], closed=True) for x, y in places]
     path = Path.make_compound_path(*squares)
     return PathPatch(path, facecolor=color, linewidth=0)
+
+
+# Accuracies of arms and differences of pairs, of a suite.
+
+
+def arms(summary: SuiteSummary) -> str:
+    """Every arm's accuracy or loss, as SVG: a panel for the mean, the 10th percentile and the unseen clients."""
+    rows = list(summary.arms)
+    metric = summary.compared_by
+    text = "; ".join(f"{name} {share(arm.figures['mean'].value)}" for name, arm in summary.arms.items()) + "."
+    return svg("arms", f"{metric.name.capitalize()} by arm", text, _height(rows), lambda figure: _arms(figure, summary))
+
+
+def pairs(summary: SuiteSummary) -> str:
+    """Difference of every pair, as SVG; noise is gray."""
+    rows = [f"{pair.first} - {pair.second}" for pair in summary.pairs]
+    unit = summary.compared_by.differences
+    text = f"Differences of pairs of arms in {unit}; the list below states each in a sentence."
+    return svg("pairs", "Differences", text, _height(rows), lambda figure: _pairs(figure, summary))
+
+
+def picture(summary: SuiteSummary) -> bytes:
+    upper = _height(list(summary.arms))
+    lower = _height([pair.first for pair in summary.pairs]) if summary.pairs else 0.0
+
+    def paint(figure: "Figure") -> None:
+        _arms(figure, summary)
+        if summary.pairs:
+            _pairs(figure, summary, upper)
+
+    return png(upper + lower, paint)
+
+
+def _height(rows: Sequence[str]) -> float:
+    return TOP + SUITE_ROW * len(rows) + BOTTOM
+
+
+def _arms(figure: "Figure", summary: SuiteSummary) -> None:
+    rows = {name: [arm.figures[title] for title in SHOWN] for name, arm in summary.arms.items()}
+    for ax in _panels(figure, rows, summary.compared_by, 0.0, lambda _: ACCENT):
+        ax.xaxis.set_major_formatter(lambda value, _: share(value, 1))
+
+
+def _pairs(figure: "Figure", summary: SuiteSummary, above: float = 0.0) -> None:
+    nothing = Difference(math.nan, math.nan, math.nan, 1.0, 1.0)
+    metric = summary.compared_by
+    rows = {
+        f"{short(pair.first)} - {short(pair.second)}": [
+            pair.figures.get(title, nothing).scaled(metric.factor) for title in SHOWN
+        ]
+        for pair in summary.pairs
+    }
+    for ax in _panels(figure, rows, metric, above, lambda mark: NOISE if getattr(mark, "is_noise", False) else ACCENT):
+        ax.axvline(0, color=MUTED, linewidth=1, zorder=1)
+
+
+def _panels(
+    figure: "Figure", rows: Mapping[str, Sequence[Mark]], metric: Metric, above: float, color: Callable[[Mark], str]
+) -> list["Axes"]:
+    """A panel for each of ``SHOWN``, a row for each key; ``above`` are the units that are used by other figures."""
+    names = list(rows)
+    left = 12 + CHARACTER * max(len(short(name)) if " - " not in name else len(name) for name in names)
+    width, found = (WIDTH - left - 2 * GAP - 8) / len(SHOWN), []
+    for i, title in enumerate(SHOWN):
+        ax = axes(figure, left=left + i * (width + GAP), top=above + TOP, width=width, height=SUITE_ROW * len(names))
+        for y, marks in enumerate(rows.values()):
+            _mark(ax, marks[i], y, color(marks[i]))
+        ax.set_ylim(len(names) - 0.5, -0.5)
+        ax.set_yticks(range(len(names)), [name if " - " in name else short(name) for name in names] if i == 0 else [])
+        ax.set_title(metric.titles[title], loc="left", fontsize=11, color=INK)
+        ax.grid(axis="x")
+        ax.set_axisbelow(True)
+        ax.margins(x=0.12)
+        ax.locator_params(axis="x", nbins=4)
+        found.append(ax)
+    return found
+
+
+def _mark(ax: "Axes", mark: Mark, y: float, color: str) -> None:
+    if not math.isfinite(mark.value):
+        return
+    ax.axhline(y, color=LINE, linewidth=0.6, zorder=0)
+    if math.isfinite(mark.low):
+        ax.plot([mark.low, mark.high], [y, y], color=color, linewidth=2.4, alpha=0.45, solid_capstyle="butt")
+    ax.scatter([mark.value], [y], s=30, color=color, zorder=3, clip_on=False)

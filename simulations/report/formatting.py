@@ -8,37 +8,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from simulations.report.result import (
+from simulations.result import (
     ARMS,
     CanaryBounds,
+    ExportResult,
     Reliability,
     ReportedRound,
     RunResult,
     device_rounds,
     dropouts_by_step,
-    summary,
 )
 
-COLUMNS = {"mean": "mean", "p10": "10th pct.", "worst": "worst", "unseen": "unseen"}
 UNITS = ("B", "kB", "MB", "GB", "TB")
 MINUTE = 60  # seconds
 
 
 def share(value: float, digits: int = 3) -> str:
-    """A share without the leading zero; a dash for NaN.
-
-    >>> share(0.8884), share(1.0)
-    ('.888', '1.000')
-    """
+    """A share without the leading zero; a dash for NaN."""
     return f"{value:.{digits}f}".removeprefix("0") if math.isfinite(value) else "–"
 
 
 def percent(part: float, whole: float) -> str:
-    """``part`` of ``whole`` in two significant digits; a dash if ``whole`` is not positive or ``part`` not finite.
-
-    >>> percent(263, 90_868)
-    '0.29 %'
-    """
+    """``part`` of ``whole`` in two significant digits; a dash if there is no such share."""
     if not whole > 0 or not math.isfinite(part):
         return "–"
     value = 100 * part / whole
@@ -46,11 +37,7 @@ def percent(part: float, whole: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in three significant digits and decimal units.
-
-    >>> size(331_400)
-    '331 kB'
-    """
+    """Bytes in three significant digits and decimal units."""
     value, unit = float(count), 0
     while value >= 999.5 and unit < len(UNITS) - 1:
         value, unit = value / 1000, unit + 1
@@ -77,16 +64,11 @@ def duration(seconds: float) -> str:
 
 
 def count(number: int, noun: str, plural: str = "") -> str:
-    """``1 client``, ``12 clients``."""
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
 def printable(text: str) -> str:
-    """``text`` with a question mark for every control character, which could steer the terminal.
-
-    >>> printable("en-01\\x1b[2J")
-    'en-01?[2J'
-    """
+    """``text`` with a question mark for every control character, which could steer the terminal."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
@@ -94,7 +76,7 @@ def headline(result: RunResult) -> str:
     """The run in one sentence, and in another one how many clients were evaluated, if not all were."""
     unseen = sum(h.unseen for h in result.clients)
     languages = len({h.language for h in result.clients})
-    mean = {arm: summary(result.clients, arm) for arm in ARMS}
+    mean = {arm: result.summary(arm) for arm in ARMS}
     text = (
         f"{count(len(result.clients) - unseen, 'client')}, {count(languages, 'language')}: "
         f"personal {share(mean['personal']['mean'], 2)} on average, local {share(mean['local']['mean'], 2)}"
@@ -122,9 +104,9 @@ def evaluated(clients: int, population: int) -> str:
     return f"{clients} of {population} clients, chosen by the seed, were evaluated." if clients < population else ""
 
 
-def command(result: RunResult, program: str) -> str:
+def command(exported: ExportResult, program: str) -> str:
     """The command that asks the exported bundle a phrase, quoted for a shell."""
-    return f'{program} device infer --bundle {shlex.quote(result.bundle)} "{result.phrase}"'
+    return f'{program} device infer --bundle {shlex.quote(exported.bundle)} "{exported.phrase}"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +138,7 @@ def formatted_groups(result: RunResult) -> str:
     parts = []
     for group in result.groups:
         inside = [client for client in result.clients if client.name in group.clients and not client.unseen]
-        mean = sum(client.accuracy["personal"] for client in inside) / len(inside) if inside else math.nan
+        mean = sum(client.arms["personal"] for client in inside) / len(inside) if inside else math.nan
         aborted = f", {count(group.aborted, 'round')} aborted" if group.aborted else ""
         parts.append(f"{printable(group.name)} {count(group.devices, 'device')}{aborted}, personal {share(mean)}")
     return "; ".join(parts)
@@ -209,9 +191,6 @@ def accuracies(parity: Mapping[str, float]) -> str:
 
 def plain(answers: Mapping[str, Mapping[str, int]]) -> str:
     """The plain phrases that the clients' own bundles answer right, in one line.
-
-    Args:
-        answers: Client → ``right`` and ``count``; at least one client.
 
     >>> plain({"de-02": {"right": 10, "count": 10}, "fr-03": {"right": 8, "count": 10}})
     '18 of 20 plain phrases right; fewest: fr-03, 8 of 10'

@@ -12,10 +12,7 @@ from rich.text import Text
 from adapters.peftconfig import MethodName
 from coordinator.settings import FederationSettings
 from simulations.data.summary import DataSummary, lines
-from simulations.report.authors import LanguageResult
-from simulations.report.authors import summary as authors
 from simulations.report.formatting import (
-    COLUMNS,
     TrafficMeans,
     accuracies,
     canaries,
@@ -34,7 +31,7 @@ from simulations.report.formatting import (
     share,
     size,
 )
-from simulations.report.result import ARMS, CanaryBounds, RunResult, summary
+from simulations.result import ARMS, TITLES, ExportResult, RunResult
 from simulations.scenario import AdapterSettings, Scenario
 
 NOTES = {
@@ -64,13 +61,7 @@ def print_scenario(
 ) -> None:
     """Print what the base, the languages and the arms are, before the run starts.
 
-    Args:
-        scenario: The scenario to run.
-        out: The folder of the run.
-        clients: Of the population.
-        devices: That take part in training, in the smallest federation.
-        groups: That have an adapter of their own, in words; empty if all clients share one.
-        console: Where to print; without color if it is not a terminal.
+    ``devices`` take part in training, in the smallest federation; ``groups`` have an adapter of their own.
     """
     console.print(Text(f"Scenario {scenario.name}, seed {scenario.seed}", style="bold"))
     _print_lines(_plan(scenario, out, clients, devices, groups), console)
@@ -192,67 +183,88 @@ def _noise(federation: FederationSettings) -> str:
     return f"{privacy.mechanism} noise, {amount}, delta {privacy.delta:g}, clip norm {norm:g}"
 
 
-def print_table(result: RunResult, console: Console, program: str = "edgeadapt") -> None:
-    """Print the accuracy of every arm, what it cost, and what to type next.
-
-    Args:
-        result: The run.
-        console: Where to print; without color if it is not a terminal.
-        program: The command as the reader can type it.
-    """
+def print_result(result: RunResult, console: Console, program: str = "edgeadapt") -> None:
+    """Print what every arm reaches, what it cost, and what to type next with ``program``."""
+    if result.exported is None:
+        console.print(_clients(result))
+        _print_lines(_facts(result), console)
+        return
     console.print()
     console.print(Text(headline(result), style="bold"))
     console.print()
     console.print(_accuracy(result))
     console.print()
-    for label, text in _facts(result, program):
-        # Without wrapping and markup: a path or a command must survive copy and paste.
-        line = Text.assemble((f"{label:<{LABEL}}", "dim"), text)
-        console.print(line, soft_wrap=True, highlight=False)
+    _print_lines([*_facts(result), *_exported(result.exported, program)], console)
 
 
-def _accuracy(result: RunResult) -> Table:
+def _table(title: str, columns: Iterable[str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
-    table.add_column("accuracy")
-    for title in COLUMNS.values():
-        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column(title)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
     table.add_column("")
-    for arm in ARMS:
-        values = summary(result.clients, arm)
-        style = "bold" if arm == "personal" else ""
-        cells = [share(values[column]) for column in COLUMNS]
-        table.add_row(arm, *cells, Text(NOTES[arm], style="dim"), style=style)
     return table
 
 
-def _facts(result: RunResult, program: str) -> list[tuple[str, str | Text]]:
+def _accuracy(result: RunResult) -> Table:
+    table = _table(result.metric, TITLES.values())
+    for arm in ARMS:
+        cells = [share(result.summary(arm)[column]) for column in TITLES]
+        table.add_row(arm, *cells, Text(NOTES[arm], style="dim"), style="bold" if arm == "personal" else "")
+    return table
+
+
+def _clients(result: RunResult) -> Table:
+    """The clients of a language model with their bits per byte, by arm."""
+    table = _table(result.metric, ARMS)
+    for client in result.clients:
+        cells = [f"{client.arms[arm]:.3f}" for arm in ARMS]
+        table.add_row(Text(printable(client.name)), *cells, Text("unseen" if client.unseen else client.choice, "dim"))
+    table.add_section()
+    for name in ("mean", "worst", "unseen"):
+        values = [result.summary(arm)[name] for arm in ARMS]
+        table.add_row(Text(name, "bold"), *("–" if math.isnan(value) else f"{value:.3f}" for value in values), "")
+    return table
+
+
+def _facts(result: RunResult) -> list[tuple[str, str | Text]]:
+    """What the rounds cost, and what they revealed."""
+    amount, meaning = privacy(result.epsilon, result.delta, len(result.rounds))
+    private: list[tuple[str, str | Text]] = [("privacy", Text.assemble((amount, "bold"), f": {meaning}"))]
+    if result.canaries:
+        private += zip(("canaries", ""), canaries(result.canaries), strict=True)
+    if result.exported is None:
+        made = f"version {result.adapter['version']} after {count(len(result.rounds), 'round')}"
+        note = evaluated(len(result.clients), result.population)
+        return [
+            ("adapter", f"{made}, {size(int(result.adapter['bytes']))}"),
+            *private,
+            ("time", duration(result.seconds["total"])),
+            *([("evaluated", note)] if note else []),
+        ]
     traffic = TrafficMeans.of(result)
-    says, errors = reliability(result.reliability)
     return [
         *([("groups", formatted_groups(result))] if result.groups else []),
         ("up", _traffic(traffic.up, traffic.model)),
         ("down", _traffic(traffic.down, traffic.model)),
         ("dropouts", dropouts(result.rounds)),
-        *_privacy(result.epsilon, result.delta, len(result.rounds), result.canaries),
+        *private,
         ("time", _time(result.seconds)),
-        ("parity", _parity(result.parity)),
-        ("exported", accuracies(result.parity)),
-        ("says 90 %", says),
-        ("", errors),
-        *([("phrases", plain(result.plain))] if result.plain else []),
-        ("bundle", result.bundle),
-        ("report", result.report),
-        ("try", command(result, program)),
     ]
 
 
-def _privacy(
-    epsilon: float | None, delta: float | None, rounds: int, bounds: CanaryBounds | None
-) -> list[tuple[str, str | Text]]:
-    """What the rounds may have revealed of a device, and what canaries say to it."""
-    amount, meaning = privacy(epsilon, delta, rounds)
-    lines = zip(("canaries", ""), canaries(bounds), strict=True) if bounds else ()
-    return [("privacy", Text.assemble((amount, "bold"), f": {meaning}")), *lines]
+def _exported(exported: ExportResult, program: str) -> list[tuple[str, str | Text]]:
+    says, errors = reliability(exported.reliability)
+    return [
+        ("parity", _parity(exported.parity)),
+        ("exported", accuracies(exported.parity)),
+        ("says 90 %", says),
+        ("", errors),
+        *([("phrases", plain(exported.plain))] if exported.plain else []),
+        ("bundle", Text(exported.bundle)),
+        ("report", Text(exported.report)),
+        ("try", Text(command(exported, program))),
+    ]
 
 
 def _traffic(value: float, model: float) -> str:
@@ -276,28 +288,3 @@ def _parity(parity: dict[str, float | int]) -> str:
         f"{share(parity['agreement'], 4)} of {count(int(parity['count']), 'phrase')} as in torch, "
         f"largest difference {parity['max_abs_diff']:.2g}"
     )
-
-
-def print_authors(result: LanguageResult, console: Console) -> None:
-    """Print the closing table of a language model's run: bits per byte, by client and arm."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
-    for title in ("bits per byte", *ARMS, ""):
-        table.add_column(title, justify="left" if title in ("bits per byte", "") else "right", no_wrap=True)
-    for client in result.clients:
-        cells = [f"{client.loss[arm]:.3f}" for arm in ARMS]
-        table.add_row(Text(printable(client.name)), *cells, Text("unseen" if client.unseen else client.choice, "dim"))
-    table.add_section()
-    for name in ("mean", "worst", "unseen"):
-        found = [authors(result.clients, arm)[name] for arm in ARMS]
-        table.add_row(Text(name, "bold"), *("–" if math.isnan(value) else f"{value:.3f}" for value in found), "")
-    console.print(table)
-    adapter = result.adapter
-    made = f"version {adapter['version']} after {count(result.rounds, 'round')}, {size(int(adapter['bytes']))}"
-    note = evaluated(len(result.clients), result.population)
-    facts = [
-        ("adapter", made),
-        *_privacy(result.epsilon, result.delta, result.rounds, result.canaries),
-        ("time", duration(result.seconds["total"])),
-        *([("evaluated", note)] if note else []),
-    ]
-    _print_lines(facts, console)

@@ -1,153 +1,241 @@
-"""Run the jobs of a suite in processes of their own, each on one thread, until nothing is left.
+"""Run the jobs of a suite in processes of their own, until nothing is left.
 
-A process that is killed, or an interruption, loses at most the jobs under way.
+A job is the rounds of a trial, or what comes after them. What is left is a function of the suite's settings and of what
+its folder already holds; a process that is killed, or an interruption, loses at most the client or the round under way.
 """
 
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import partial
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Thread
-from typing import Any
 
-from aggregation.errors import DataError
-from simulations.suite.plan import Suite
-from simulations.suite.schedule import Job, pending, ready
-from simulations.suite.store import Store
+from filelock import FileLock
 
-ENDED = {"ended": True}  # a worker's last message
+from adapters import storage
+from aggregation.errors import DataError, EdgeAdaptError
+from simulations.data import populate
+from simulations.data.population import Population
+from simulations.engine.progress import RunProgress
+from simulations.engine.provision import device_base, grouped, training_base
+from simulations.engine.workers import Notify, Process, WorkerKilledError
+from simulations.plan import Suite, Trial, digest_of, search
+from simulations.result import TrialResult
+from simulations.scenario import Scenario
+from simulations.suite.run import SCENARIO, RunFolder, federate, prepare
+from simulations.suite.store import BASES, FINISHED, Store
+from simulations.suite.trial import Material, TrialRun
+
 LOGS = "logs"
+Show = Callable[[float, float, list[str]], None]  # work done, work left, and what the processes do, a line each
 
-Message = dict[str, Any]
-Show = Callable[[float, float, list[str]], None]  # work done, work left, and what the workers do, a line each
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One piece of work for a process."""
+
+    label: str  # the arm and the seed, for the screen
+    trial: Trial
+    rounds: bool  # whether the job is the rounds of the trial, or what comes after them
+    ready: bool  # whether it can begin: its arm's constants are chosen, its rounds finished
+
+    @property
+    def key(self) -> str:
+        """Equal for jobs that write the same outcome."""
+        return self.trial.federation if self.rounds else self.trial.digest
+
+    @property
+    def weight(self) -> float:
+        """Work, in epochs of a client."""
+        return self.trial.rounds_weight if self.rounds else self.trial.weight
+
+
+def pending(suite: Suite, store: Store) -> list[Job]:
+    """The jobs that are left, in the order in which they should begin, each once.
+
+    While an arm's search is not finished, its first candidate stands for the constants, so that the work that is left
+    can be estimated; such jobs are not ready.
+    """
+    jobs: dict[str, Job] = {}
+    for job in _jobs(suite, store):
+        if job.key not in jobs or (job.ready and not jobs[job.key].ready):
+            jobs[job.key] = job
+    return list(jobs.values())
+
+
+def _jobs(suite: Suite, store: Store) -> Iterator[Job]:
+    late: list[Job] = []
+    for name, arm in suite.settings.arms.items():
+        chosen = search(suite, name, store.get)
+        if chosen is None:
+            for candidate in arm.candidates():
+                for trial in suite.candidate(name, candidate):
+                    yield from _of_trial(trial, f"{name}, search", store, chosen=True)
+        constants = next(arm.candidates()) if chosen is None else chosen.constants
+        for seed, trial in suite.trials(name, constants):
+            late += _of_trial(trial, f"{name}, seed {seed}", store, chosen=chosen is not None)
+    yield from late
+
+
+def _of_trial(trial: Trial, label: str, store: Store, *, chosen: bool) -> Iterator[Job]:
+    if store.get(trial) is None:
+        has_rounds = store.has_rounds(trial)
+        if not has_rounds:
+            yield Job(label, trial, rounds=True, ready=chosen)
+        yield Job(label, trial, rounds=False, ready=chosen and has_rounds)
+
+
+class Worker:
+    """What a process of a suite holds."""
+
+    def __init__(self, folder: Path, notify: Notify) -> None:
+        print(f"process {os.getpid()}", flush=True)
+        self._store, self._notify = Store(folder), notify
+
+    def work(self, trial: Trial, rounds: bool) -> None:
+        """Compute the rounds of a trial, or what comes after them, and keep the outcome.
+
+        An error of the scenario, such as a training that diverges, is an outcome: it ends this trial only.
+        """
+        try:
+            if rounds:
+                compute_rounds(trial, self._store, self._notify)
+            else:
+                compute(trial, self._store, self._notify)
+        except EdgeAdaptError as error:
+            self._store.put(trial, str(error))
+
+
+def compute_rounds(trial: Trial, store: Store, notify: Notify) -> None:
+    """Run the rounds of a trial in their folder, from where they were interrupted, and keep what they cost."""
+    path, scenario = store.federation(trial), trial.rounds
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        started = (path / SCENARIO).exists()
+        folder = RunFolder.resume(path, scenario) if started else RunFolder.start(path, scenario)
+        material, before = _material(trial, store), time.process_time()
+        try:
+            with RunProgress(quiet=True, notify=notify) as progress:
+                prepare(folder, grouped(material.population, scenario.groups), material.base)
+                federate(folder, material.population, material.base, progress)
+        finally:  # an interrupted run has spent it as well
+            folder.add("cpu", time.process_time() - before)
+        storage.replace(path / FINISHED, json.dumps({"cpu_seconds": folder.seconds["cpu"]}).encode())
+
+
+def compute(trial: Trial, store: Store, notify: Notify) -> TrialResult:
+    """Compute a trial, whose rounds are finished, and keep the result. Raises as ``TrialRun.compute``."""
+    with RunProgress(quiet=True, notify=notify) as progress:
+        return TrialRun(trial, _material(trial, store), store).compute(progress, "client")
+
+
+def _material(trial: Trial, store: Store) -> Material:
+    """What a trial is computed from; a base or a bundle that has to be made is shared by all that need the same."""
+    scenario, finished = trial.scenario, store.federation(trial) / FINISHED
+    population = _populated(scenario.model_dump_json(include={"seed", "population", "data"}))
+    needs = {"seed", "population", "data", "base", "export"}
+    with _shared(store, scenario, needs, made=scenario.base_is_made) as folder:
+        base = training_base(folder, scenario, population)
+    with _shared(store, scenario, {*needs, "adapter"}, made=scenario.base.engine == "onnx") as folder:
+        trained = device_base(folder, scenario, base, population)
+    spent = json.loads(finished.read_bytes())["cpu_seconds"] if trial.kind.federated and finished.exists() else 0.0
+    return Material(population, base, trained, store.federation(trial), spent)
+
+
+@contextmanager
+def _shared(store: Store, scenario: Scenario, needs: set[str], *, made: bool) -> Iterator[Path]:
+    """The folder of what depends on some tables of a scenario; that of the suite if nothing has to be made."""
+    if not made:
+        yield store.path
+        return
+    folder = store.path / BASES / digest_of(scenario.model_dump(mode="json", include=needs))
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        yield folder
+
+
+@lru_cache(maxsize=2)
+def _populated(tables: str) -> Population:
+    """The population that these tables of a scenario, in JSON, describe; kept for the next trial."""
+    scenario = Scenario.parse(json.loads(tables), "scenario")
+    return populate(scenario.data, scenario.population, scenario.seed).population
 
 
 @dataclass(slots=True)
-class _Worker:
-    """One process, and the job that it has."""
+class _Running:
+    """A process, and the job that it has."""
 
-    number: int
-    process: "subprocess.Popen[str]"
+    process: Process
     log: Path
     job: Job | None = None
-    notes: str = ""
-
-    def assign(self, job: Job) -> None:
-        trial = job.trial
-        table = json.loads(trial.scenario.model_dump_json())
-        line = json.dumps({"kind": trial.kind.value, "scenario": table, "rounds": job.rounds})
-        assert self.process.stdin is not None  # noqa: S101  # it is a pipe
-        self.job, self.notes = job, ""
-        try:
-            self.process.stdin.write(line + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:  # it was killed before it read: ``_await`` says so
-            with suppress(BrokenPipeError):  # of what is not written, which Python would complain about at its end
-                self.process.stdin.close()
+    note: str = ""
 
     def line(self) -> str:
-        what = "" if self.job is None else f"{self.job.label}: {'rounds ' if self.job.rounds else ''}{self.notes}"
+        what = "" if self.job is None else f"{self.job.label}: {'rounds ' if self.job.rounds else ''}{self.note}"
         return what.rstrip(": ")
 
 
-@dataclass(slots=True)
-class _Pool:
-    """The processes of a suite. They end with this one, whatever ends it."""
-
-    folder: Path
-    messages: "SimpleQueue[tuple[_Worker, Message]]" = field(default_factory=SimpleQueue)
-    workers: list[_Worker] = field(default_factory=list)
-
-    def start(self) -> _Worker:
-        log = self.folder / LOGS / f"worker-{len(self.workers) + 1}.log"
-        log.parent.mkdir(exist_ok=True)
-        with log.open("ab") as errors:
-            process = subprocess.Popen(  # noqa: S603  # our own module
-                [sys.executable, "-m", "simulations.suite.worker", str(self.folder)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                start_new_session=True,  # Ctrl-C is for this process, which ends the others
-            )
-        worker = _Worker(len(self.workers) + 1, process, log)
-        self.workers.append(worker)
-        Thread(target=self._listen, args=(worker,), daemon=True).start()
-        return worker
-
-    def stop(self) -> None:
-        for worker in self.workers:
-            worker.process.kill()
-        for worker in self.workers:
-            worker.process.wait()
-
-    def _listen(self, worker: _Worker) -> None:
-        assert worker.process.stdout is not None  # noqa: S101  # it is a pipe
-        for line in worker.process.stdout:
-            self.messages.put((worker, json.loads(line)))
-        self.messages.put((worker, ENDED))
-
-
-def execute(suite: Suite, store: Store, jobs: int, show: Show) -> None:
-    """Run all jobs that are left.
-
-    Args:
-        suite: Its settings.
-        store: Its folder.
-        jobs: Processes at the same time.
-        show: Called after each change.
+def execute(suite: Suite, store: Store, processes: int, show: Show) -> None:
+    """Run all jobs that are left, and call ``show`` after each change.
 
     Raises:
         ConfigError, DataError: An arm's search found nothing, or a process ended with an error.
     """
-    pool, done = _Pool(store.path), 0.0
+    workers, done = list[_Running](), 0.0
+    events: SimpleQueue[tuple[_Running, str | Future[None]]] = SimpleQueue()  # notes and outcomes
+
+    def start() -> _Running:
+        log = store.path / LOGS / f"worker-{len(workers) + 1}.log"
+        log.parent.mkdir(exist_ok=True)
+        workers.append(_Running(Process(partial(Worker, store.path), log), log))
+        return workers[-1]
+
+    def assign(worker: _Running, job: Job) -> None:
+        worker.job, worker.note = job, ""
+        outcome = worker.process.call(Worker.work, job.trial, job.rounds, note=lambda text: events.put((worker, text)))
+        outcome.add_done_callback(lambda ended: events.put((worker, ended)))
+
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes; this one only waits
     try:
         while True:
-            running = {worker.job.key for worker in pool.workers if worker.job is not None}
-            waiting = [job for job in ready(suite, store) if job.key not in running]
-            for job in waiting[: jobs - len(running)]:
-                idle = next((worker for worker in pool.workers if worker.job is None), None)
-                (idle or pool.start()).assign(job)
-            left = sum(job.weight for job in pending(suite, store))
-            _show_all(show, done, left, pool)
-            if all(worker.job is None for worker in pool.workers):
-                return
-            finished = _await(pool, partial(_show_all, show, done, left, pool))
-            assert finished.job is not None  # noqa: S101  # it has reported it
-            done += finished.job.weight
-            finished.job = None
+            left = pending(suite, store)
+            running = {worker.job.key for worker in workers if worker.job is not None}
+            waiting = [job for job in left if job.ready and job.key not in running]
+            for job in waiting[: processes - len(running)]:
+                assign(next((worker for worker in workers if worker.job is None), None) or start(), job)
+            weight = sum(job.weight for job in left)
+            ended: str | Future[None] = ""
+            while isinstance(ended, str):
+                busy = [worker for worker in workers if worker.job is not None]
+                show(done, weight, [worker.line() for worker in busy])
+                if not busy:
+                    return
+                worker, ended = events.get()
+                worker.note = ended if isinstance(ended, str) else ""
+            done += _finish(worker, ended)
     finally:
-        pool.stop()
+        for worker in workers:
+            worker.process.close()
 
 
-def _show_all(show: Show, done: float, left: float, pool: _Pool) -> None:
-    show(done, left, [worker.line() for worker in pool.workers if worker.job is not None])
-
-
-def _await(pool: _Pool, changed: Callable[[], None]) -> _Worker:
-    """The next worker that finishes its job.
-
-    Raises:
-        DataError: A process ended with an error, or was killed.
-    """
-    while True:
-        worker, message = pool.messages.get()
-        if message.get("done"):
-            return worker
-        if "note" in message:
-            worker.notes = message["note"]
-            changed()
-            continue
-        label = worker.job.label if worker.job else "starting"
-        reason = message.get("failed") or f"its process ended with code {worker.process.wait()}"
-        raise DataError(
-            f"{label}: {reason}; see {worker.log}, and continue with --resume (with fewer --jobs if memory is short)",
-            about="--jobs",
+def _finish(worker: _Running, outcome: "Future[None]") -> float:
+    """The weight of the job that a process has finished. Raises DataError if it failed or was killed."""
+    job, worker.job = worker.job, None
+    assert job is not None  # noqa: S101  # it has reported it
+    try:
+        outcome.result()
+    except (WorkerKilledError, Exception) as error:
+        killed = isinstance(error, WorkerKilledError)
+        reason = (
+            f"its process ended with code {worker.process.close()}" if killed else f"{type(error).__name__}: {error}"
         )
+        cause = error
+    else:
+        return job.weight
+    text = f"{job.label}: {reason}; see {worker.log}, and continue with --resume (with fewer --jobs if memory is short)"
+    raise DataError(text, about="--jobs") from cause

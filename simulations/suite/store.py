@@ -1,62 +1,73 @@
-"""The folder of a suite: outcomes of trials, one file each, complete or absent; federations; bases."""
+"""The folder of a suite or a run: outcomes of trials, one file each, complete or absent; federations; bases.
+
+``results/DIGEST.json`` is the outcome of a trial; while one is computed, ``parts/DIGEST/`` has a file for each client
+that is done.
+"""
 
 import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
+from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
-from adapters.storage import PUBLIC, read, replace
-from aggregation.errors import DataError
-from simulations.suite.outcome import Outcome
-from simulations.suite.plan import Trial
+from adapters import jsontext
+from adapters.base import find_base
+from adapters.storage import PUBLIC, file_sha256, read, replace
+from aggregation.errors import ConfigError, DataError
+from simulations.plan import SearchOutcome, Suite, SuiteSettings, Trial, digest_of, search
+from simulations.result import ClientScore, Outcome, TrialResult
+from simulations.scenario import Scenario
 
-LARGEST = 2**26  # bytes of an outcome, which has a character for each answer
-RESULTS, FEDERATIONS, BASES = "results", "federations", "bases"  # folders
+SUITE = "suite.json"
+LARGEST_SUITE, LARGEST = 2**20, 2**26  # bytes; an outcome has a character for each answer
+RESULTS, PARTS, FEDERATIONS, BASES = "results", "parts", "federations", "bases"  # folders
 FINISHED = "finished.json"  # in the folder of a federation: what its rounds cost
-_STORED: TypeAdapter[Outcome] = TypeAdapter(Outcome)
+SHIPPED_SUITES = Path(__file__).parents[1] / "suites"
+SHIPPED_SCENARIOS = Path(__file__).parents[1] / "scenarios"
+T = TypeVar("T")
+_OUTCOME: TypeAdapter[Outcome] = TypeAdapter(Outcome)
+_PART: TypeAdapter[tuple[ClientScore, float]] = TypeAdapter(tuple[ClientScore, float])
 
 
 class Store:
-    """The folder of a suite.
-
-    Args:
-        path: The folder.
-    """
+    """The folder ``path`` of a suite or a run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._found: dict[str, Outcome] = {}
+        self._outcomes: dict[str, Outcome] = {}
 
     def get(self, trial: Trial) -> Outcome | None:
-        """The outcome of a trial; None if it is not finished.
-
-        Raises:
-            DataError: Its file is damaged.
-        """
-        if trial.digest in self._found:
-            return self._found[trial.digest]
-        file = self._file(trial)
-        try:
-            found = _STORED.validate_json(read(file, LARGEST), strict=True)
-        except FileNotFoundError:
-            return None
-        except ValidationError as error:
-            raise DataError(
-                f"{file} is damaged: delete it, and run the suite again with --resume", about=file.name
-            ) from error
-        self._found[trial.digest] = found
-        return found
+        """The outcome of a trial; None if it is not finished. Raises DataError if its file is damaged."""
+        if trial.digest not in self._outcomes:
+            outcome = _stored(self._file(trial), _OUTCOME)
+            if outcome is None:
+                return None
+            self._outcomes[trial.digest] = outcome
+        return self._outcomes[trial.digest]
 
     def put(self, trial: Trial, outcome: Outcome) -> None:
-        """Keep the outcome of a trial."""
         value = outcome if isinstance(outcome, str) else asdict(outcome)
         self._file(trial).parent.mkdir(exist_ok=True)
         replace(self._file(trial), json.dumps(value, separators=(",", ":")).encode(), PUBLIC)
+        shutil.rmtree(self._parts(trial), ignore_errors=True)
+
+    def part(self, trial: Trial, client: str) -> tuple[ClientScore, float] | None:
+        """What ``put_part`` kept of a client; None if it is not done. Raises as ``get``."""
+        return _stored(self._parts(trial) / f"{client}.json", _PART)
+
+    def put_part(self, trial: Trial, score: ClientScore, cpu_seconds: float) -> None:
+        """Keep the score of one client of a trial until ``put``, and the processor seconds of its training."""
+        self._parts(trial).mkdir(parents=True, exist_ok=True)
+        replace(self._parts(trial) / f"{score.name}.json", json.dumps([asdict(score), cpu_seconds]).encode(), PUBLIC)
 
     def forget(self, trial: Trial) -> None:
         """Remove what ``put`` kept, if it is there."""
-        self._found.pop(trial.digest, None)
+        self._outcomes.pop(trial.digest, None)
         self._file(trial).unlink(missing_ok=True)
 
     def federation(self, trial: Trial) -> Path:
@@ -69,3 +80,140 @@ class Store:
 
     def _file(self, trial: Trial) -> Path:
         return self.path / RESULTS / f"{trial.digest}.json"
+
+    def _parts(self, trial: Trial) -> Path:
+        return self.path / PARTS / trial.digest
+
+
+def _stored(file: Path, kind: TypeAdapter[T]) -> T | None:
+    try:
+        return kind.validate_json(read(file, LARGEST), strict=True)
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        text = f"{file} is damaged: delete it, and continue with --resume"
+        raise DataError(text, about=file.name) from error
+
+
+def results(suite: Suite, store: Store) -> dict[str, tuple[SearchOutcome, dict[int, TrialResult]]]:
+    """Arm → what its search found, and its result on each seed. Raises DataError if one is missing or failed."""
+    finished = {}
+    for name in suite.settings.arms:
+        chosen = search(suite, name, store.get)
+        trials = {} if chosen is None else {seed: store.get(t) for seed, t in suite.trials(name, chosen.constants)}
+        whole = {seed: outcome for seed, outcome in trials.items() if isinstance(outcome, TrialResult)}
+        for seed, outcome in trials.items():
+            if isinstance(outcome, str):
+                raise DataError(f"arm {name!r} failed with seed {seed}: {outcome}", about=name)
+        if chosen is None or len(whole) < len(suite.settings.seeds):
+            raise DataError(f"arm {name!r} is not finished: run the suite again with --resume", about=name)
+        finished[name] = chosen, whole
+    return finished
+
+
+def read_suite(path: Path, *, seeds: int | None = None, changes: Sequence[str] = (), arms: Sequence[str] = ()) -> Suite:
+    """The suite in a file, or one that is shipped under this name.
+
+    Args:
+        seeds: If given, so many seeds from 0 on instead of the file's.
+        changes: ``KEY=VALUE`` of the scenario, for every arm; they come after those of the suite.
+        arms: If given, only these of its arms.
+
+    Raises:
+        ConfigError: It, its scenario or an arm is missing, or a key or a value of a trial is wrong.
+    """
+    path = _or_shipped(path, SHIPPED_SUITES)
+    settings = SuiteSettings.read(path).with_overrides(changes)
+    settings = settings.with_arms(arms) if arms else settings
+    named = _or_shipped(path.parent / settings.scenario, SHIPPED_SCENARIOS)
+    scenario = Scenario.read(named).located(named.parent).model_dump(mode="json")
+    suite = Suite(settings if seeds is None else settings.with_seeds(seeds), scenario, named.parent)
+    suite.check()
+    return suite
+
+
+def open_suite(out: Path) -> Suite:
+    """The suite that was run in a folder. Raises ConfigError if it is missing or damaged."""
+    file = out / SUITE
+    try:
+        stored = jsontext.decode(read(file, LARGEST_SUITE))
+        settings, scenario = stored["settings"], Scenario.parse(stored["scenario"], str(file))
+        return Suite(SuiteSettings.parse(settings, str(file)), scenario.model_dump(mode="json"), Path(stored["folder"]))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ConfigError(f"{out} contains no suite: run one with 'edgeadapt suite run'", about="DIR") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{file} is damaged: run the suite again with --resume", about=SUITE) from error
+
+
+def check_fresh(out: Path, marker: str, what: str) -> None:
+    """Check that a run or a suite can begin in a folder, which has ``marker`` if there is one. Raises ConfigError."""
+    if (out / marker).exists():
+        text = f"{out} already contains {what}: add --resume to continue it, or choose another --out"
+        raise ConfigError(text, about="--out")
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} is not empty: choose another --out", about="--out")
+
+
+@contextmanager
+def taken(out: Path, suite: Suite, *, resume: bool) -> Iterator[Store]:
+    """The folder of a suite for the duration of the block.
+
+    It is new or empty or, with ``resume``, that of a suite, of which outcomes are kept; what failed is tried again.
+
+    Raises:
+        ConfigError: The folder contains something else, another process uses it, or it was begun with another content
+            of a file that the suite names.
+    """
+    started = resume and (out / SUITE).exists()
+    if not started:
+        check_fresh(out, SUITE, "a suite")
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            content = _same_content(out / SUITE, suite) if started else _content(suite)
+            table = {"settings": suite.settings.model_dump(mode="json"), "scenario": suite.scenario, "content": content}
+            replace(out / SUITE, json.dumps({**table, "folder": str(suite.folder)}, indent=2).encode(), PUBLIC)
+            store = Store(out)
+            for trial in suite.reported():
+                if isinstance(store.get(trial), str):
+                    store.forget(trial)
+            yield store
+    except Timeout as error:
+        raise ConfigError(f"another process runs a suite in {out}: wait for it, or choose another --out") from error
+
+
+def _same_content(file: Path, suite: Suite) -> dict[str, str]:
+    """What the suite in ``file`` and this one name, with digests. Raises ConfigError if the content of any differs."""
+    try:
+        before: dict[str, str] = jsontext.decode(read(file, LARGEST_SUITE))["content"]
+        now = _content(suite)
+        changed = [name for name, digest in now.items() if before.get(name, digest) != digest]
+    except (KeyError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{file} is damaged: choose another --out", about=SUITE) from error
+    if changed:
+        raise ConfigError(f"{changed[0]} is not what it was when this suite began: choose another --out", about="--out")
+    return before | now
+
+
+def _content(suite: Suite) -> dict[str, str]:
+    """The bases and files that a suite names → digests of their content."""
+    digests: dict[str, str] = {}
+    for trial in suite.reported():
+        scenario = trial.scenario
+        digests.setdefault(scenario.base.model, find_base(scenario.base.model).digest)
+        for place in (*scenario.data.files, *scenario.data.public, scenario.network.trace):
+            if place and place not in digests:
+                digests[place] = _digest(Path(place))
+    return digests
+
+
+def _digest(place: Path) -> str:
+    if not place.is_dir():
+        return file_sha256(place)
+    files = sorted(file for file in place.rglob("*") if file.is_file())
+    return digest_of({file.relative_to(place).as_posix(): file_sha256(file) for file in files})
+
+
+def _or_shipped(path: Path, shipped: Path) -> Path:
+    """The path, or the shipped file of that name if it does not exist."""
+    return path if path.exists() or not (shipped / path.name).exists() else shipped / path.name

@@ -44,6 +44,7 @@ def graph() -> grimp.ImportGraph:
     built.remove_import(importer="coordinator.governance.evaluations", imported="coordinator.statedir")
     # Only for traces, which take the extra of that name.
     built.remove_import(importer="coordinator.traceexport", imported="opentelemetry")
+    built.remove_import(importer="simulations.report.track", imported="mlflow")  # and a tracker that of its own
     return built
 
 

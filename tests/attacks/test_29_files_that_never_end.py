@@ -17,7 +17,8 @@ from adapters import storage
 from client.node.app import app as client_app
 from coordinator.app import run
 from coordinator.statedir import CoordinatorStateDir
-from simulations.engine.grid import SERVER_NODE, FaultModel, InProcessGrid
+from coordinator.transport import SERVER_NODE
+from simulations.engine.grid import FaultModel, InProcessGrid
 from tests.support.limits import TooLate, limited
 from tests.support.trial import call, make_trial_fleet
 

@@ -25,7 +25,7 @@ from client.node.app import STATE, register
 from client.node.privacyledger import PrivacyLedger
 from client.node.snapshot import Draw, Snapshot
 from client.node.statedir import DeviceStateDir
-from simulations.engine import seeded
+from simulations.engine import devices as seeded
 from tests.support import refused
 
 FleetOf = Callable[..., Any]

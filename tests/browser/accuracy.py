@@ -30,8 +30,8 @@ from export.onnx.exported import Profile
 from simulations.data import populate
 from simulations.data.population import Population
 from simulations.engine import provision
-from simulations.engine.bases import training_base
-from simulations.engine.run import RunFolder
+from simulations.engine.provision import training_base
+from simulations.scenario import Scenario
 from tests.support.cdp import Chromium, Page, installed
 
 OPEN = """(async () => {
@@ -81,7 +81,7 @@ def main(run: Path, profile: str, as_json: bool) -> None:
 
 def measure(run: Path, profile: Profile, program: str) -> Accuracy:
     """Export, and ask the three of them."""
-    scenario = RunFolder.resume(run, None).scenario
+    scenario = Scenario.parse(json.loads((run / "scenario.json").read_bytes()), "scenario.json")
     population = populate(scenario.data, scenario.population, scenario.seed).population
     base = training_base(run, scenario, population)
     trainer = classifier_trainer(base, len(population.labels), provision.peft_config(scenario, base))

@@ -376,7 +376,8 @@ from client.node.app import STATE
 from client.node.app import app as client_app
 from client.node.snapshot import Draw, Snapshot
 from coordinator.app import STATE, app
-from simulations.engine.grid import RUN_ID, SERVER_NODE, FaultModel, InProcessGrid
+from coordinator.transport import RUN_ID, SERVER_NODE
+from simulations.engine.grid import FaultModel, InProcessGrid
 
 coordinator, nodes = sys.argv[1], {int(node): folder for node, folder in json.loads(sys.argv[2]).items()}
 

@@ -9,7 +9,8 @@ import pytest
 from client.node.app import app as client_app
 from coordinator.app import run
 from coordinator.statedir import CoordinatorStateDir
-from simulations.engine.grid import SERVER_NODE, FaultModel, InProcessGrid
+from coordinator.transport import SERVER_NODE
+from simulations.engine.grid import FaultModel, InProcessGrid
 from tests.support.trial import COORDINATOR, call, make_trial_fleet
 
 DEVICES = ("garage", "hall", "kitchen")

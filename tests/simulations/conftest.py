@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from simulations.report.result import ClientResult, Reliability, ReportedRound, RunResult
+from simulations.result import ClientResult, ExportResult, Reliability, ReportedRound, RunResult
 
 STEPS = ("plan", "survivors", "unmask")
 
@@ -33,10 +33,7 @@ def _round(rng: np.random.Generator, number: int, names: tuple[str, ...]) -> Rep
         bytes_up=260_000 + (9_000 if number % 4 == 1 else 0),
         bytes_down=402_000 + (21_000 if number % 4 == 1 else 0),
         seconds=float(6 + rng.random()),
-        metrics={
-            "accuracy": float(0.45 + 0.36 * progress),
-            "loss": float(2.1 - 1.4 * progress),
-        },
+        metrics={"accuracy": float(0.45 + 0.36 * progress), "loss": float(2.1 - 1.4 * progress)},
         version=number,
         epsilon=None,
     )
@@ -53,27 +50,30 @@ def make_result() -> Callable[..., RunResult]:
         return RunResult(
             scenario="households",
             seed=0,
+            metric="accuracy",
             population=clients,
             clients=members,
             rounds=tuple(_round(rng, number, names) for number in range(1, rounds + 1)),
             delta=None,
             adapter={"version": rounds, "sha256": "3b" * 32, "bytes": 412_312, "elements": 98_304},
             base={"digest": "a7" * 32, "bytes": 90_868_376},
-            bundle="runs/households/bundle",
-            phrase="turn on the kitchen lights",
-            report="runs/households/report.html",
-            parity={
-                "agreement": 0.9983,
-                "max_abs_diff": 0.0312,
-                "count": 600,
-                "accuracy": 0.81,
-                "torch_accuracy": 0.8117,
-            },
-            plain={"en-01": {"right": 10, "count": 10}, "de-02": {"right": 8, "count": 10}},
-            reliability={
-                "global": Reliability(0.064, 0.064, 64, 0.93),
-                "personal": Reliability(0.0418, 0.029, 71, 0.8873),
-            },
+            exported=ExportResult(
+                bundle="runs/households/bundle",
+                phrase="turn on the kitchen lights",
+                report="runs/households/report.html",
+                parity={
+                    "agreement": 0.9983,
+                    "max_abs_diff": 0.0312,
+                    "count": 600,
+                    "accuracy": 0.81,
+                    "torch_accuracy": 0.8117,
+                },
+                plain={"en-01": {"right": 10, "count": 10}, "de-02": {"right": 8, "count": 10}},
+                reliability={
+                    "global": Reliability(0.064, 0.064, 64, 0.93),
+                    "personal": Reliability(0.0418, 0.029, 71, 0.8873),
+                },
+            ),
             seconds={"total": 252.0, "training": 161.0, "coordination": 7.4, "personal": 38.0, "export": 21.0},
         )
 

@@ -10,7 +10,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aggregation.errors import ConfigError
-from simulations.data.households import sample_population
 from simulations.scenario import Scenario, describe
 from tests.support import refused
 
@@ -30,16 +29,6 @@ def test_every_shipped_scenario_is_valid_and_named_like_its_file(path: Path) -> 
     assert tomllib.loads(path.read_text())["name"] == path.stem
 
 
-def test_the_scenario_of_the_demo_has_the_promised_size() -> None:
-    scenario = Scenario.read(next(path for path in SHIPPED if path.stem == "households"))
-    assert scenario.population.households >= 12
-    assert len(scenario.population.languages) >= 3
-    assert scenario.population.unseen == 0.2
-    assert scenario.network.forced_dropouts >= 1
-    assert (scenario.adapter.rank, scenario.adapter.targets) == (8, ())
-    assert scenario.federation.aggregation.ring_bits == 16  # two bytes an element
-
-
 def test_an_empty_file_is_the_default_scenario(tmp_path: Path) -> None:
     assert read(tmp_path) == Scenario()
 
@@ -55,32 +44,19 @@ def test_a_stored_scenario_is_read_back_the_same(tmp_path: Path) -> None:
     ("text", "key"),
     [
         ("[federation]\nround = 3", "federation.round"),
-        ("sed = 3", "sed"),
         ("[federation.training]\nlearning-rate = 0.1", "federation.training.learning-rate"),
-        ("[zzz]\nqqq = 1", "zzz"),
         ('seed = "1"', "seed"),
         ("seed = 1.5", "seed"),
-        ("seed = true", "seed"),
         ("seed = -1", "seed"),
-        ("seed = 4294967296", "seed"),
-        ("name = 5", "name"),
         ('name = "../x"', "name"),
         ("federation = 1", "federation"),
         ("[network]\nmessage_loss = 0.6", "network.message_loss"),
-        ("[network]\nmessage_loss = nan", "network.message_loss"),
         ("[network]\nmean_delay = inf", "network.mean_delay"),
-        ("[federation]\ndeadline = inf", "federation.deadline"),
-        ("[federation.server]\nlearning_rate = nan", "federation.server.learning_rate"),
-        ('[federation.server]\noptimizer = "sgd"', "federation.server.optimizer"),
         ('[adapter]\nmethod = "lokr"', "adapter.method"),
-        ("[adapter]\nvirtual_tokens = 0", "adapter.virtual_tokens"),
         ('[adapter]\ntargets = "query"', "adapter.targets"),
         ("[population]\nlanguages = [1]", "population.languages.0"),
-        ("[population]\nhouseholds = 2", "population.households"),
         ("[population]\nutterances_min = 70\nutterances_max = 60", "population"),
-        ("seed = 2026-01-01", "seed"),
         ("this is not TOML", "scenario.toml"),
-        ("seed = 1\nseed = 2", "scenario.toml"),
     ],
 )
 def test_a_wrong_key_or_value_is_refused_in_one_line_that_names_the_file(tmp_path: Path, text: str, key: str) -> None:
@@ -90,29 +66,10 @@ def test_a_wrong_key_or_value_is_refused_in_one_line_that_names_the_file(tmp_pat
     assert key in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "suggestion"),
-    [
-        ("[federation]\nround = 3", "unknown key 'federation.round'; did you mean 'federation.rounds'?"),
-        ("sed = 3", "unknown key 'sed'; did you mean 'seed'?"),
-        (
-            "[federation.training]\nlearning-rate = 0.1",
-            "unknown key 'federation.training.learning-rate'; did you mean 'federation.training.learning_rate'?",
-        ),
-        ("[zzz]\nqqq = 1", "unknown key 'zzz'"),
-        ("seed = -1", "seed: Input should be greater than or equal to 0"),
-    ],
-)
-def test_an_unknown_key_is_refused_with_the_closest_one(tmp_path: Path, text: str, suggestion: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        read(tmp_path, text)
-    assert str(error.value) == f"{tmp_path / 'scenario.toml'}: {suggestion}"
-
-
-def test_an_unknown_language_is_refused_by_name(tmp_path: Path) -> None:
-    scenario = read(tmp_path, '[population]\nlanguages = ["en", "qx"]')
-    with refused(ConfigError, "population.languages", value="qx"):
-        sample_population(scenario.population, scenario.seed)
+def test_an_unknown_key_is_refused_with_the_closest_one(tmp_path: Path) -> None:
+    with refused(ConfigError, "federation.round") as error:
+        read(tmp_path, "[federation]\nround = 3")
+    assert str(error.value).endswith("unknown key 'federation.round'; did you mean 'federation.rounds'?")
 
 
 def test_a_missing_file_a_folder_and_a_binary_file_are_refused(tmp_path: Path) -> None:
@@ -126,14 +83,11 @@ def test_a_missing_file_a_folder_and_a_binary_file_are_refused(tmp_path: Path) -
     ("override", "key", "value"),
     [
         ("seed=7", "seed", 7),
-        (" seed = 7 ", "seed", 7),
-        ("name=other", "name", "other"),
         ('name="other"', "name", "other"),
         ("federation.rounds=3", "federation.rounds", 3),
         ("federation.training.learning_rate=1e-3", "federation.training.learning_rate", 1e-3),
         ('population.languages=["en","es"]', "population.languages", ("en", "es")),
         ("base.model=/a/path with=signs", "base.model", "/a/path with=signs"),
-        ("base.model=", "base.model", ""),
     ],
 )
 def test_a_key_is_set_from_the_command_line(tmp_path: Path, override: str, key: str, value: Any) -> None:
@@ -143,22 +97,13 @@ def test_a_key_is_set_from_the_command_line(tmp_path: Path, override: str, key: 
     assert found == value
 
 
-def test_the_last_override_of_a_key_wins_and_leaves_the_rest_of_its_section(tmp_path: Path) -> None:
-    found = read(tmp_path, "[federation]\nrounds = 9\ndeadline = 5", "federation.rounds=3", "federation.rounds=4")
-    assert (found.federation.rounds, found.federation.deadline) == (4, 5)
-
-
 @pytest.mark.parametrize(
     ("override", "about", "value"),
     [
         ("seed", "--set", "seed"),
         ("=7", "--set", "=7"),
-        ("federation.=7", "--set", "federation.=7"),
-        ("", "--set", ""),
         ("seed.x=7", "--set", "seed.x=7"),
-        ("sed=7", "sed", 7),
         ("federation.rond=7", "federation.rond", 7),
-        ("seed=seven", "seed", "seven"),
         ("seed=7\nname = 'x'", "seed", "7\nname = 'x'"),
     ],
 )

@@ -7,9 +7,9 @@ from typing import Any
 import tomli_w
 
 from client.node.statedir import SETTINGS
+from coordinator.transport import SERVER_NODE
 from simulations.data.population import Client, LabelledText, Population
 from simulations.engine import provision
-from simulations.engine.grid import SERVER_NODE
 from simulations.scenario import Scenario
 from tests.conftest import TinyFleet
 

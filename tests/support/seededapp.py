@@ -5,7 +5,7 @@ from pathlib import Path
 from flwr.clientapp import ClientApp
 
 from client.node.app import STATE, register
-from simulations.engine.seeded import open_state_dir
+from simulations.engine.devices import open_state_dir
 
 app = ClientApp()
 register(app, lambda context: open_state_dir(Path(str(context.node_config[STATE]))))

@@ -5,8 +5,7 @@ seed give the same population on any machine (``Population.digest``). How a devi
 and is scored by them is decided elsewhere.
 """
 
-from simulations.data.households.plain import plain_phrases, released_phrases
-from simulations.data.households.sampling import sample_population
-from simulations.data.households.settings import PopulationSettings
+from simulations.data.households.sampling import PopulationSettings, sample_population
+from simulations.data.households.speech import plain_phrases, released_phrases
 
 __all__ = ["PopulationSettings", "plain_phrases", "released_phrases", "sample_population"]

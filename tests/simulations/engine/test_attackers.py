@@ -18,7 +18,7 @@ from client.node.statedir import DeviceStateDir
 from client.training import torchengine
 from client.training.examples import Example
 from client.training.trainer import ClassifierTrainer
-from simulations.engine.attackers import LyingApp, LyingTrainer, attackers
+from simulations.engine.devices import LyingApp, LyingTrainer, attackers
 from simulations.report.formatting import headline
 from simulations.scenario import Scenario
 from tests.support.hostile import audit_failures

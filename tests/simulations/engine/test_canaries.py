@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import beta, binom, norm
+from scipy.stats import binom, norm
 
 from adapters.sums import Bounds, noisy_spec
 from aggregation.privacy import noise
@@ -119,12 +119,6 @@ def test_the_bound_of_one_run_is_that_of_its_paper(trials: int, correct: int, de
 
     found = one_run_epsilon(Guesses(trials, trials - correct, 0, 0), delta)
     assert p_value(found - 1e-3) < 0.05 < p_value(found + 1e-3)
-
-
-@pytest.mark.parametrize(("count", "trials"), [(0, 10), (3, 10), (17, 400), (400, 400)])
-def test_the_rates_are_bounded_as_by_clopper_and_pearson(count: int, trials: int) -> None:
-    expected = 1.0 if count == trials else float(beta.ppf(0.975, count + 1, trials - count))
-    assert canaries._upper(count, trials, 0.025) == pytest.approx(expected, abs=1e-9)
 
 
 def test_the_gaussian_bound_approaches_the_epsilon_of_its_mechanism() -> None:

@@ -16,8 +16,9 @@ from client.node.adapterstate import AdapterState
 from client.node.app import register
 from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
+from coordinator.transport import SERVER_NODE
 from simulations.engine.devices import MemoryDevices
-from simulations.engine.grid import SERVER_NODE, FaultModel, InProcessGrid
+from simulations.engine.grid import FaultModel, InProcessGrid
 from simulations.engine.provision import Enrolment, device_folder
 
 FleetOf = Callable[..., Any]

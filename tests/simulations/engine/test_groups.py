@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from aggregation.errors import ConfigError
 from client.node.statedir import SNAPSHOT, STATE
 from simulations.data.population import Client, Population
-from simulations.engine.groups import COMMON, describe, fleet_folders, grouped
-from simulations.report.result import ReportedRound, joined_rounds
+from simulations.engine.provision import COMMON, describe, fleet_folders, grouped
+from simulations.result import ReportedRound, joined_rounds
 from simulations.scenario import GroupSettings, Scenario
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from simulations.engine.heads import Matrix, logistic_head, ridge_head, with_bias
+from simulations.engine.provision import Matrix, logistic_head, ridge_head, with_bias
 
 RNG = np.random.default_rng(3)
 X = with_bias(RNG.standard_normal((60, 8)).astype(np.float32))

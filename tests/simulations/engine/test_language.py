@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,11 @@ from click.testing import CliRunner
 
 from adapters.base import Base
 from aggregation.errors import ConfigError
-from client.training.engine import language_trainer
-from client.training.examples import NO_LABEL, Example
+from client.training.examples import NO_LABEL
 from simulations.cli.simulate import simulate
 from simulations.data import populate
 from simulations.engine import provision
-from simulations.engine.language import bits
-from simulations.report.authors import AuthorResult, summary
+from simulations.result import BITS, ClientResult, RunResult
 from simulations.scenario import Scenario
 from tests.support import refused
 from tests.support.models import llama, make_lm
@@ -76,16 +75,17 @@ def test_a_run_scores_every_author_and_goes_on_from_its_folder(run: Callable[...
         assert client["loss"]["personal"] < client["loss"]["base"]
         assert all(0 < loss < 20 for loss in client["loss"].values())
     assert done["loss"]["global"]["mean"] < done["loss"]["base"]["mean"]
-    again = json.loads(run("--json", "--resume").stdout)
-    assert again["clients"] == done["clients"]
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["clients"] == done["clients"]
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == done
     shown = run("--resume").output
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["clients"] == done["clients"]
     assert "bits per byte" in shown
     assert "a pretrained language model" in shown
     assert "head" not in shown
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", ["lora", "prefix_tuning", pytest.param("prompt_tuning", marks=pytest.mark.exhaustive)]
+)
 def test_a_run_trains_with_the_graph_of_a_bundle_to_the_same_losses(
     run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -123,20 +123,15 @@ def test_a_prompt_with_a_label_is_refused() -> None:
         Scenario.parse({"name": "t", "data": {"files": ["x.csv"], "prompt": "asked"}}, "test")
 
 
-def test_bits_for_each_byte(llama: Base) -> None:
-    scenario = Scenario.parse({"name": "t", "adapter": {"targets": ["q_proj"]}}, "test")
-    trainer = language_trainer(llama, provision.peft_config(scenario, llama))
-    from adapters.causal import tensors
+def test_a_summary_is_of_the_authors_that_took_part(make_result: Callable[..., RunResult]) -> None:
+    def summary(*authors: tuple[float, bool]) -> dict[str, float]:
+        clients = (ClientResult("a", "", unseen, 1, 1, {"base": loss}, "base") for loss, unseen in authors)
+        return replace(make_result(), metric=BITS.name, clients=tuple(clients)).summary("base")
 
-    examples = [Example("ab ab"), Example("ba")]
-    score = trainer.score(tensors(trainer.engine.model), examples)
-    assert bits(trainer, tensors(trainer.engine.model), examples) == pytest.approx(score.loss / 2 / math.log(2))
-    assert math.isnan(bits(trainer, tensors(trainer.engine.model), []))
-
-
-def test_a_summary_is_of_the_authors_that_took_part() -> None:
-    def author(loss: float, unseen: bool = False) -> AuthorResult:
-        return AuthorResult("a", unseen, 1, 1, {"base": loss}, "base")
-
-    assert summary([author(1.0), author(2.0), author(9.0, True)], "base") == {"mean": 1.5, "worst": 2.0, "unseen": 9.0}
-    assert math.isnan(summary([author(1.0)], "base")["unseen"])
+    assert summary((1.0, False), (2.0, False), (9.0, True)) == {
+        "mean": 1.5,
+        "p10": pytest.approx(1.9),
+        "worst": 2.0,
+        "unseen": 9.0,
+    }
+    assert math.isnan(summary((1.0, False))["unseen"])

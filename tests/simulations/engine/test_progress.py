@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 from simulations.engine import progress as module
 from simulations.engine.progress import RunProgress
-from simulations.report.result import ReportedRound, RunResult
+from simulations.result import ReportedRound, RunResult
 
 COORDINATOR, DEVICE = logging.getLogger("edgeadapt.coordinator"), logging.getLogger("edgeadapt.device")
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
@@ -208,22 +208,6 @@ def test_the_live_line_has_round_step_devices_and_an_estimate(result: RunResult,
         assert "0:00:08 0:00:54 left" in screen.line()  # nine rounds of six seconds
 
 
-def test_the_line_of_a_finished_round_has_accuracy_devices_bytes_and_dropouts(result: RunResult) -> None:
-    out = Terminal()
-    with RunProgress(console=console(out)):
-        finish(result.rounds[0])
-    line = "round  1  accuracy .530  loss 1.790  11 devices  692 kB  dropped: de-03 at survivors"
-    assert line in plain(out.getvalue())
-
-
-def test_the_number_of_devices_is_shown_once_it_is_known(screen: Screen) -> None:
-    with screen.progress.rounds(0, 10):
-        answer("offer", 9)
-        assert "offer: 9 answered" in screen.line()
-        answer("roster", 1)
-        assert "roster: 1 of 9 answered" in screen.line()
-
-
 def test_the_estimate_of_a_resumed_run_counts_only_what_this_process_saw(result: RunResult, screen: Screen) -> None:
     with screen.progress.rounds(7, 10):
         assert "round 8 of 10" in screen.line()
@@ -238,15 +222,6 @@ def test_the_estimate_of_a_resumed_run_counts_only_what_this_process_saw(result:
     assert screen.line().strip() == ""
 
 
-def test_rounds_of_minutes_give_an_estimate_too(result: RunResult, screen: Screen) -> None:
-    """rich by default forgets what is older than half a minute."""
-    with screen.progress.rounds(0, 10):
-        for record in result.rounds[:2]:
-            screen.clock.now += 100.0
-            finish(record)
-        assert "0:03:20 0:13:20 left" in screen.line()
-
-
 def test_a_stage_shows_the_part_under_way_and_what_remains(screen: Screen) -> None:
     with screen.progress.stage("personal step", total=15) as advance:
         assert "personal step 1 of 15" in screen.line()
@@ -258,14 +233,6 @@ def test_a_stage_shows_the_part_under_way_and_what_remains(screen: Screen) -> No
     assert "personal step  15 in 10 s" in plain(screen.out.getvalue())
 
 
-def test_the_line_of_an_aborted_round_has_the_reason(result: RunResult) -> None:
-    out = Terminal()
-    gone = replace(result.rounds[1], survivors=(), aborted="4 are left, 8 are needed", metrics={}, version=None)
-    with RunProgress(console=console(out)):
-        finish(gone)
-    assert "round  2  aborted: 4 are left, 8 are needed" in plain(out.getvalue())
-
-
 def test_levels_are_lowered_only_while_it_listens() -> None:
     DEVICE.setLevel(logging.ERROR)
     try:
@@ -275,9 +242,3 @@ def test_levels_are_lowered_only_while_it_listens() -> None:
         assert DEVICE.level == logging.ERROR
     finally:
         DEVICE.setLevel(logging.NOTSET)
-
-
-def test_a_dumb_terminal_is_shown_nothing(result: RunResult) -> None:
-    out = Terminal()
-    run(result, RunProgress(console=Console(file=out, _environ={"TERM": "dumb"}), clock=Clock()))
-    assert out.getvalue() == ""

@@ -27,7 +27,7 @@ def fleet(fleet_of: FleetOf) -> Any:
 
 
 def test_every_client_has_a_device_with_its_own_certified_identity(fleet: Any) -> None:
-    state_dirs = provision.open_state_dirs(fleet.out, fleet.population)
+    state_dirs = {client.name: fleet.state_dir(client.name) for client in fleet.population.clients}
     root, keys = Root.from_pem((fleet.out / "coordinator" / "authority.pem").read_bytes()), set()
     for name, state_dir in state_dirs.items():
         device = state_dir.device(fleet.base.digest)

@@ -9,9 +9,9 @@ import pytest
 from aggregation.errors import ConfigError, DataError
 from aggregation.steps import Step
 from simulations.data.population import Client
-from simulations.engine.grid import FaultModel
-from simulations.engine.run import prepare
-from simulations.engine.trace import Steps, read_trace
+from simulations.engine.grid import FaultModel, Steps, read_trace
+from simulations.engine.provision import grouped
+from simulations.suite.run import RunFolder, prepare
 from tests.support import refused
 
 CLIENTS = tuple(Client(f"{code}-{n}", code, False, (), (), ()) for code in ("en", "de") for n in (1, 2))
@@ -97,11 +97,12 @@ def test_a_run_is_not_resumed_with_another_trace(fleet_of: Callable[..., Any], t
     fleet, trace = fleet_of(4), tmp_path / "trace.csv"
     network = fleet.scenario.network.model_copy(update={"trace": str(trace)})
     scenario = fleet.scenario.model_copy(update={"network": network})
+    folder, groups = RunFolder.start(tmp_path / "run", scenario), grouped(fleet.population, scenario.groups)
     with refused(ConfigError, "network.trace"):
-        prepare(tmp_path / "run", scenario, fleet.population, fleet.base)
+        prepare(folder, groups, fleet.base)
     trace.write_text("client,round,available\ndevice-00,1,0\n")
-    prepare(tmp_path / "run", scenario, fleet.population, fleet.base)
-    prepare(tmp_path / "run", scenario, fleet.population, fleet.base)
+    prepare(folder, groups, fleet.base)
+    prepare(folder, groups, fleet.base)
     trace.write_text("client,round,available\ndevice-00,2,0\n")
     with refused(ConfigError, "--out"):
-        prepare(tmp_path / "run", scenario, fleet.population, fleet.base)
+        prepare(folder, groups, fleet.base)

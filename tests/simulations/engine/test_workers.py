@@ -13,9 +13,9 @@ from adapters.storage import kill_safe
 from aggregation.errors import EdgeAdaptError
 from aggregation.steps import Step
 from client.node.privateparts import PrivateParts
-from simulations.engine.attackers import LyingApp
-from simulations.engine.devices import MemoryDevices
-from simulations.engine.grid import SERVER_NODE, FaultModel, InProcessGrid
+from coordinator.transport import SERVER_NODE
+from simulations.engine.devices import LyingApp, MemoryDevices
+from simulations.engine.grid import FaultModel, InProcessGrid
 from simulations.engine.provision import DEVICES, Enrolment, device_folder
 from simulations.engine.workers import Fleet, WorkerGrid, Workers
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from simulations.report.formatting import count, duration, percent, printable, program, share, size
-from simulations.report.result import RunResult, dropouts_by_step
+from simulations.report.formatting import duration, percent, printable, program, share, size
+from simulations.result import RunResult, dropouts_by_step
 
 
 @pytest.mark.parametrize(
@@ -39,10 +39,6 @@ def test_a_duration_is_in_hours_minutes_and_seconds(seconds: float, text: str) -
 )
 def test_a_percentage_has_two_digits(part: float, whole: float, text: str) -> None:
     assert percent(part, whole) == text
-
-
-def test_a_count_has_the_singular_or_the_plural() -> None:
-    assert (count(1, "household"), count(2, "household")) == ("1 household", "2 households")
 
 
 def test_dropouts_are_counted_in_the_order_of_the_protocol_unknown_steps_last(result: RunResult) -> None:

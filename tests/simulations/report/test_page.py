@@ -1,18 +1,16 @@
 """The page: it needs nothing but a browser, has the numbers, survives any name and run, and is written atomically."""
 
-import errno
 import math
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from simulations.report.page import page, write_report
-from simulations.report.result import CanaryBounds, RunResult, summary
+from simulations.report.pages import page
+from simulations.result import CanaryBounds, RunResult
 from tests.support.pages import outline
 
 HOSTILE = "<script>$\\frac$</script>&\"' onload=alert(1) \x1b[31m"  # a figure shows the first sixteen characters
@@ -25,10 +23,10 @@ def html(result: RunResult) -> str:
 
 
 def test_the_page_has_the_headline_and_every_number_of_the_table(result: RunResult, html: str) -> None:
-    values = summary(result.clients, "personal")
+    values = result.summary("personal")
     assert f"12 clients, 3 languages: personal {values['mean']:.2f}".replace("0.", ".") in html
     for arm in ("base", "local", "global", "personal"):
-        row = "".join(f"<td>{v:.3f}</td>".replace("0.", ".") for v in summary(result.clients, arm).values())
+        row = "".join(f"<td>{v:.3f}</td>".replace("0.", ".") for v in result.summary(arm).values())
         assert row in html
     assert "3b" * 32 in html
     assert "edgeadapt device infer --bundle runs/households/bundle &#34;turn on the kitchen lights&#34;" in html
@@ -76,19 +74,14 @@ def test_each_figure_has_a_title_a_description_and_text_as_text(html: str) -> No
     assert "en-03" in figures[0]
 
 
-def test_figures_take_their_colors_from_the_page_so_that_dark_mode_is_dark(html: str) -> None:
-    for figure in re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL):
-        assert re.findall(r"#[0-9a-f]{6}\b(?![\w-])", figure) == []
-        assert "var(--ink)" in figure or "var(--muted)" in figure
-
-
 def hostile(result: RunResult) -> RunResult:
+    assert result.exported
     first = replace(result.clients[0], name=HOSTILE, language=HOSTILE, choice=HOSTILE)
     dropped = replace(result.rounds[0], dropped={HOSTILE: HOSTILE}, aborted=HOSTILE)
     return replace(
         result,
         scenario=HOSTILE,
-        bundle=HOSTILE,
+        exported=replace(result.exported, bundle=HOSTILE),
         clients=(first, *result.clients[1:]),
         rounds=(dropped, *result.rounds[1:]),
     )
@@ -114,12 +107,6 @@ def test_a_run_of_any_shape_is_drawn(make_result: Callable[..., RunResult], shap
     assert len(html) < 2**20
 
 
-def test_a_run_without_unseen_clients_does_not_mention_them(make_result: Callable[..., RunResult]) -> None:
-    html = page(make_result(5, 2, 0))
-    assert "took no part" not in html
-    assert "<td>–</td>" in html
-
-
 def aborted(result: RunResult, rounds: int) -> RunResult:
     """The result with the first ``rounds`` rounds aborted."""
     gone = tuple(
@@ -140,49 +127,13 @@ def test_aborted_rounds_are_marked_and_the_rest_is_drawn(result: RunResult, roun
 
 def test_a_client_without_a_measured_accuracy_is_left_blank(result: RunResult) -> None:
     blank = dict.fromkeys(("base", "local", "global", "personal"), math.nan)
-    html = page(replace(result, clients=(*result.clients[:-1], replace(result.clients[-1], accuracy=blank))))
+    html = page(replace(result, clients=(*result.clients[:-1], replace(result.clients[-1], arms=blank))))
     outline(html)
     assert "nan" not in html.lower()
 
 
-def test_a_run_without_a_dropout_is_drawn(result: RunResult) -> None:
-    html = page(replace(result, rounds=tuple(replace(r, dropped={}) for r in result.rounds)))
-    assert "dropped out at plan" not in html
-
-
-def test_the_report_replaces_an_older_one_and_leaves_no_other_file(
-    result: RunResult, html: str, tmp_path: Path
-) -> None:
-    path = tmp_path / "report.html"
-    path.write_text("older")
-    write_report(result, path)
-    assert path.read_text() == html
-    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
-
-
-def test_a_full_disk_leaves_the_older_report(
-    result: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "report.html"
-    path.write_text("older")
-
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, check=lambda error: error.errno == errno.ENOSPC):
-        write_report(result, path)
-    assert path.read_text() == "older"
-    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
-
-
-def test_a_missing_folder_is_an_error(result: RunResult, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        write_report(result, tmp_path / "nowhere" / "report.html")
-
-
 def test_importing_the_report_does_not_import_matplotlib() -> None:
-    code = "import sys, simulations.report; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, simulations.report.pages; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -8,10 +8,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from adapters.base import Base, find_base
+from simulations.plan import Suite, SuiteSettings
+from simulations.result import ClientScore, Cost, Tally, TrialResult
 from simulations.scenario import Scenario
-from simulations.suite.outcome import ClientScore, Cost, Tally, TrialResult
-from simulations.suite.plan import Suite
-from simulations.suite.settings import SuiteSettings
 from tests.support.trial import SCENARIO
 
 ROUNDS = "rounds = 2\naggregation.session_rounds = 2\ntraining.learning_rate = 0.02\n"

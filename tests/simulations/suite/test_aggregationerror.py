@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from adapters.layout import Tensors
+from simulations.engine.arms import aggregation_error
+from simulations.plan import Kind, Trial
 from simulations.scenario import Scenario
-from simulations.suite.aggregationerror import aggregation_error
-from simulations.suite.measure import compute, compute_rounds
-from simulations.suite.plan import Trial
-from simulations.suite.settings import Kind
+from simulations.suite.execute import compute, compute_rounds
 from simulations.suite.store import Store
 
 WEIGHTS = (3.0, 1.0, 4.0)

@@ -11,22 +11,14 @@ import pytest
 
 from adapters.base import Base
 from aggregation.errors import ConfigError
-from simulations.data import populate
-from simulations.engine.language import run_language_model
-from simulations.engine.progress import RunProgress
-from simulations.engine.run import RunFolder
+from simulations.plan import Kind, SearchOutcome, Suite, Trial
+from simulations.report.pages import headline, markdown, sentence, suite_page
+from simulations.report.summary import SuiteSummary, summarize
+from simulations.report.track import tracked_runs
+from simulations.result import BITS, RoundPoint, Tally, TrialResult
 from simulations.scenario import Scenario
-from simulations.suite import measure
-from simulations.suite.measure import compute, compute_rounds
-from simulations.suite.metric import BITS
-from simulations.suite.outcome import RoundPoint, Tally, TrialResult
-from simulations.suite.plan import SearchOutcome, Suite, Trial
-from simulations.suite.rendering import headline, markdown, sentence
-from simulations.suite.report import suite_page
-from simulations.suite.settings import Kind
+from simulations.suite.execute import compute, compute_rounds
 from simulations.suite.store import Store
-from simulations.suite.summary import SuiteSummary, summarize
-from simulations.suite.track import tracked_runs
 from tests.support import refused
 from tests.support.models import llama, make_lm
 
@@ -63,30 +55,17 @@ def scenario(llama: Base, tmp_path: Path) -> Scenario:
     return Scenario.parse(table, "test")
 
 
-def test_a_trial_gives_the_losses_of_a_run(scenario: Scenario, tmp_path: Path) -> None:
+def test_every_arm_of_a_language_model_is_measured_in_bits(scenario: Scenario, tmp_path: Path) -> None:
     store = Store(tmp_path / "suite")
     compute_rounds(Trial(Kind.GLOBAL, scenario), store, lambda _: None)
-    found = {kind: compute(Trial(kind, scenario), store, lambda _: None) for kind in Kind if not kind.of_embeddings}
-    population = populate(scenario.data, scenario.population, scenario.seed).population
-    folder = RunFolder.start(tmp_path / "run", scenario)
-    done = run_language_model(folder, population, RunProgress(quiet=True))
-    for kind in (Kind.BASE, Kind.LOCAL, Kind.GLOBAL, Kind.PERSONAL):
-        for score, client in zip(found[kind].clients, done.clients, strict=True):
-            assert (score.name, score.unseen, score.test.count) == (client.name, client.unseen, client.tests)
-            # The global adapter of another federation differs by its rounding coins.
-            loose = 0.0 if kind in (Kind.BASE, Kind.LOCAL) else 0.02
-            assert score.test.bits == pytest.approx(client.loss[kind.value], rel=1e-6, abs=loose)
-            assert math.isnan(score.test.accuracy)
-    means = {kind: sum(c.test.bits for c in result.clients) / 5 for kind, result in found.items()}
-    assert max(means[Kind.CENTRAL], means[Kind.CENTRAL_PERSONAL], means[Kind.GLOBAL]) < means[Kind.BASE]
-    assert [point.value for point in found[Kind.GLOBAL].rounds] == [None, None]  # of too few texts to be published
-    store.put(Trial(Kind.BASE, scenario), found[Kind.BASE])
-    assert Store(store.path).get(Trial(Kind.BASE, scenario)) == found[Kind.BASE]
-
-
-def test_a_round_has_the_bits_that_it_publishes(scenario: Scenario) -> None:
-    assert measure._value({"loss": 2 * math.log(2), "accuracy": 0.3}, scenario) == pytest.approx(2)
-    assert measure._value({}, scenario) is None
+    results = {kind: compute(Trial(kind, scenario), store, lambda _: None) for kind in Kind if not kind.of_embeddings}
+    assert all(math.isnan(client.test.accuracy) for result in results.values() for client in result.clients)
+    means = {kind: sum(client.test.bits for client in result.clients) / 5 for kind, result in results.items()}
+    assert all(mean < means[Kind.BASE] for kind, mean in means.items() if kind is not Kind.BASE)
+    assert [point.value for point in results[Kind.GLOBAL].rounds] == [None, None]  # of too few texts to be published
+    assert Store(store.path).get(Trial(Kind.BASE, scenario)) == results[Kind.BASE]
+    choices = {client.choice for client in results[Kind.PERSONAL].clients}
+    assert choices <= {"base", "global", "personal"}
 
 
 def test_a_head_on_embeddings_is_no_arm_of_a_language_model(scenario: Scenario, suite_of: Callable[..., Suite]) -> None:

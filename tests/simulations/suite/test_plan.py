@@ -8,12 +8,10 @@ from typing import Any
 import pytest
 
 from aggregation.errors import ConfigError, DataError
-from simulations.suite.folder import SHIPPED_SUITES, read_suite, taken
-from simulations.suite.outcome import TrialResult
-from simulations.suite.plan import Suite, Trial, search
-from simulations.suite.schedule import pending, ready, results
-from simulations.suite.settings import SuiteSettings
-from simulations.suite.store import FINISHED, Store
+from simulations.plan import Suite, SuiteSettings, Trial, search
+from simulations.result import TrialResult
+from simulations.suite.execute import pending
+from simulations.suite.store import FINISHED, SHIPPED_SUITES, Store, read_suite, results, taken
 from tests.support import refused
 
 SuiteOf = Callable[..., Suite]
@@ -162,7 +160,7 @@ def test_a_candidate_that_fails_is_not_chosen_and_if_all_fail_the_suite_says_so(
 
 
 def test_a_search_without_validation_texts_is_refused(suite_of: SuiteOf, store: Store) -> None:
-    from simulations.suite.outcome import ClientScore, Cost, Tally
+    from simulations.result import ClientScore, Cost, Tally
 
     suite = suite_of({"local": {"kind": "local", "search": {"personal.epochs": [1, 2]}}})
     nothing = Tally("", 0.0)
@@ -181,9 +179,9 @@ def test_searches_come_before_their_arm_and_rounds_before_what_follows_them(
         seeds=[0],
     )
     done = []
-    while jobs := list(ready(suite, store)):
-        assert {job.key for job in jobs} <= {job.key for job in pending(suite, store)}
-        job = jobs[0]
+    while jobs := pending(suite, store):
+        assert len({job.key for job in jobs}) == len(jobs)
+        job = next(job for job in jobs if job.ready)
         done.append((job.label, job.rounds))
         if job.rounds:
             store.federation(job.trial).mkdir(parents=True)
@@ -198,7 +196,6 @@ def test_searches_come_before_their_arm_and_rounds_before_what_follows_them(
         ("personal, seed 0", False),
         ("global, seed 0", False),
     ]
-    assert list(pending(suite, store)) == []
     assert set(results(suite, store)) == {"personal", "global"}
 
 

@@ -11,12 +11,10 @@ from typing import Any
 import pytest
 
 from aggregation.errors import DataError
-from simulations.suite.outcome import RoundPoint, Tally, TrialResult
-from simulations.suite.plan import SearchOutcome, Suite
-from simulations.suite.rendering import markdown, sentence
-from simulations.suite.report import suite_page, write_suite_report
-from simulations.suite.statistics import Difference
-from simulations.suite.summary import PairSummary, SuiteSummary, summarize
+from simulations.plan import SearchOutcome, Suite
+from simulations.report.pages import markdown, sentence, suite_page, write_suite_report
+from simulations.report.summary import Difference, PairSummary, SuiteSummary, summarize
+from simulations.result import RoundPoint, Tally, TrialResult
 from tests.support import refused
 from tests.support.pages import outline
 

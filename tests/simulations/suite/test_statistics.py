@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from simulations.suite import statistics
-from simulations.suite.statistics import STATISTICS, Difference, Values, estimate, figure, holm, p_value, resampled
+from simulations.report import summary as statistics
+from simulations.report.summary import STATISTICS, Difference, Values, estimate, figure, holm, p_value, resampled
 
 MEAN = STATISTICS["mean"]
 TRIALS = 300

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from aggregation.errors import ConfigError
-from simulations.suite.outcome import RoundPoint, TrialResult
-from simulations.suite.plan import SearchOutcome, Suite
-from simulations.suite.summary import Found
-from simulations.suite.track import MLFLOW_FILE, SERVER, TrackedRun, to_mlflow, to_tensorboard, tracked_runs
+from simulations.plan import SearchOutcome, Suite
+from simulations.report.summary import Found
+from simulations.report.track import MLFLOW_FILE, SERVER, TrackedRun, to_mlflow, to_tensorboard, tracked_runs
+from simulations.result import RoundPoint, TrialResult
 from tests.support import refused
 
 CHOSEN = SearchOutcome({"personal.epochs": 2}, (({}, 0.5),), 1.0)

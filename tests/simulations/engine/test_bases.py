@@ -1,4 +1,4 @@
-"""The base of a run: pruned, centered, both, or as the scenario names it; made once, and found by every device."""
+"""The base of a run: pruned, centered, rounded, or in a bundle with a training graph; made once for all devices."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,15 +11,98 @@ from tokenizers import Tokenizer
 
 from adapters import classifier
 from adapters.base import Base
+from adapters.bundle import BASE_MANIFEST, TRAINING, VerifiedBase
 from adapters.cache import VARIABLE
 from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError
+from client.node.statedir import DeviceStateDir
+from client.training import graphengine, torchengine
 from simulations.data.population import LabelledText, Population
 from simulations.engine import provision
-from simulations.engine.bases import CENTERED, DEQUANTIZED, training_base
+from simulations.engine.provision import (
+    CENTERED,
+    DEQUANTIZED,
+    Enrolment,
+    bundle_of,
+    device_base,
+    peft_config,
+    training_base,
+)
 from simulations.scenario import Scenario
 from tests.support import refused
 from tests.support.tokenizers import unigram
+
+
+def with_engine(scenario: Scenario, engine: str = "onnx", **export: Any) -> Scenario:
+    base = scenario.base.model_copy(update={"engine": engine})
+    return scenario.model_copy(update={"base": base, "export": scenario.export.model_copy(update=export)})
+
+
+def test_torch_trains_on_the_base_itself(fleet_of: Any, tmp_path: Path) -> None:
+    fleet = fleet_of(3)
+    assert device_base(tmp_path, fleet.scenario, fleet.base, fleet.population) is fleet.base
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_bundle_is_made_once_and_named_to_the_devices(fleet_of: Any) -> None:
+    fleet = fleet_of(4)
+    scenario = with_engine(fleet.scenario)
+    base = device_base(fleet.out, scenario, fleet.base, fleet.population)
+    assert isinstance(base, VerifiedBase)
+    assert base.digest == fleet.base.digest
+    assert TRAINING in base.manifest.files
+    written = (bundle_of(fleet.out) / BASE_MANIFEST).stat().st_mtime_ns
+    device_base(fleet.out, scenario, fleet.base, fleet.population)
+    assert (bundle_of(fleet.out) / BASE_MANIFEST).stat().st_mtime_ns == written
+    assert Enrolment.of(fleet.out, scenario, fleet.population, fleet.base).settings.base == str(bundle_of(fleet.out))
+
+
+def test_a_method_that_needs_torch_is_refused_before_the_rounds(fleet_of: Any, tmp_path: Path, tiny_base: Base) -> None:
+    fleet = fleet_of(3, adapter={"bias": "lora_only"})
+    with refused(ConfigError, "task.peft_config"):
+        device_base(tmp_path, with_engine(fleet.scenario), fleet.base, fleet.population)
+
+
+@pytest.mark.parametrize(
+    "method", ["dora", "beft", *(pytest.param(m, marks=pytest.mark.exhaustive) for m in ("ia3", "ln_tuning", "loha"))]
+)
+def test_a_bundle_has_the_slots_of_the_method(fleet_of: Any, tmp_path: Path, method: str) -> None:
+    fleet = fleet_of(3, adapter={"method": method, "rank": 4})
+    base = device_base(tmp_path, with_engine(fleet.scenario), fleet.base, fleet.population)
+    config, labels = peft_config(fleet.scenario, fleet.base), len(fleet.population.labels)
+    ours, theirs = graphengine.classifier(base, labels, config), torchengine.classifier(fleet.base, labels, config)
+    assert ours.layout == theirs.layout
+
+
+def rounded(base: Any, **export: Any) -> Scenario:
+    settings = {"name": "tiny", "base": {"model": str(base.folder)}, "adapter": {"rank": 2}, "export": export}
+    return Scenario.parse(settings, "tiny")
+
+
+def test_without_train_on_dequantized_the_base_is_the_scenarios_own(
+    tiny_base: Any, tmp_path: Path, fleet_of: Any
+) -> None:
+    chosen = rounded(tiny_base, profile="native-int4")
+    assert training_base(tmp_path / "run", chosen, fleet_of(4).population) == tiny_base
+    assert not (tmp_path / "run" / DEQUANTIZED).exists()
+
+
+def test_the_dequantized_base_is_made_once(
+    tiny_base: Any, tmp_path: Path, fleet_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = rounded(tiny_base, profile="native-int4", train_on_dequantized=True)
+    population = fleet_of(4).population
+    base = training_base(tmp_path / "run", chosen, population)
+    assert base.folder == tmp_path / "run" / DEQUANTIZED
+    assert base.digest != tiny_base.digest
+    monkeypatch.setattr("simulations.engine.provision.dequantized", None)  # a second call would fail
+    assert training_base(tmp_path / "run", chosen, population) == base
+
+
+def test_train_on_dequantized_is_refused_with_a_profile_that_does_not_quantize(tiny_base: Any) -> None:
+    with refused(ConfigError, "export"):
+        rounded(tiny_base, profile="fp32", train_on_dequantized=True)
+
 
 Given = Callable[..., Scenario]
 WORDS = ["turn", "no", "toon", "run", "nut"]  # of letters that ``unigram`` knows
@@ -35,7 +118,7 @@ def population(fleet_of: Any) -> Population:
 def given(tmp_path: Path, make_base: Callable[..., Base], monkeypatch: pytest.MonkeyPatch) -> Given:
     """A scenario on a tiny base with a Unigram vocabulary, whose pruned copies are in a cache of the test's own."""
     monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr("simulations.engine.bases.frequent_words", lambda languages, _: [*languages, *WORDS])
+    monkeypatch.setattr("simulations.engine.provision.frequent_words", lambda languages, _: [*languages, *WORDS])
     tokenizer = unigram()
     tokenizer.add_special_tokens(
         ["<mask>"]
@@ -86,7 +169,7 @@ def test_a_pruned_base_is_kept_for_the_next_run_with_its_languages(
     assert "▁turn" in vocabulary(base)
     other = training_base(tmp_path / "run", given(languages=["no", "run"]), population)
     assert other.folder != base.folder
-    monkeypatch.setattr("simulations.engine.bases.prune", None)  # a second pruning would fail
+    monkeypatch.setattr("simulations.engine.provision.prune", None)  # a second pruning would fail
     assert training_base(tmp_path / "again", given(languages=["no"]), population) == base
 
 
@@ -101,7 +184,7 @@ def test_a_base_is_pruned_then_centered_then_rounded_and_made_once(
     assert vocabulary(base) == vocabulary(pruned)
     assert mean(base, population.public) < 0.2 * mean(pruned, population.public)
     for name in ("prune", "centered", "dequantized"):
-        monkeypatch.setattr(f"simulations.engine.bases.{name}", None)
+        monkeypatch.setattr(f"simulations.engine.provision.{name}", None)
     assert training_base(run, chosen, population) == base
 
 
@@ -112,8 +195,8 @@ def test_devices_find_the_base_that_the_run_has_made(given: Given, population: P
     provision.Enrolment.of(tmp_path / "fleet", chosen, population, base).enrol(
         client.name for client in population.clients
     )
-    devices = provision.open_state_dirs(tmp_path / "fleet", population).values()
-    assert {device.settings.base for device in devices} == {str(base.folder)}
+    folders = (provision.device_folder(tmp_path / "fleet", client.name) for client in population.clients)
+    assert {DeviceStateDir.open(folder).settings.base for folder in folders} == {str(base.folder)}
     registry = provision.registry(tmp_path / "fleet")
     assert registry.version(0).manifest.base_digest == base.digest
     head = next(value for name, value in registry.tensors(0).items() if name.endswith("classifier.weight"))

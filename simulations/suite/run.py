@@ -1,4 +1,4 @@
-"""One run of a scenario, from the population to the report, in a folder from which it can be resumed.
+"""A run: the rounds of a scenario in a folder, its default arms on one seed, the export, and the report.
 
 Each stage leaves its outcome in the folder, and skips the work whose outcome it finds there: a kill loses at most the
 current round, client or export. The ServerApp and the ClientApp are the real ones, on the in-process grid.
@@ -11,43 +11,58 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Self
 
 import torch
 from flwr.app import Context, RecordDict
 
-from adapters import jsontext
+from adapters import files, jsontext
 from adapters.base import Base
-from adapters.roundrecord import RoundRecord
+from adapters.cores import cores
+from adapters.layout import Tensors
 from adapters.settings import LONGEST
 from adapters.storage import kill_safe, read, replace
 from aggregation.errors import ConfigError
-from client.node.statedir import EXAMPLES
+from client.node.statedir import EXAMPLES, PERSONAL
 from client.training.examples import encode_examples, parse_examples
 from coordinator.app import STATE
 from coordinator.app import app as server_app
-from coordinator.registry import Registry
-from simulations.data.population import Population
+from coordinator.transport import RUN_ID, SERVER_NODE
+from simulations.data.population import Client, Population
 from simulations.engine import provision
-from simulations.engine.attackers import LyingApp, attackers
-from simulations.engine.bases import device_base, training_base
 from simulations.engine.canaries import audited
-from simulations.engine.devices import MemoryDevices
+from simulations.engine.devices import LyingApp, MemoryDevices, attackers
 from simulations.engine.flowerengine import federate_on_ray
-from simulations.engine.grid import ROUND_STEPS, RUN_ID, SERVER_NODE, SHORT_ROUND_STEPS, FaultModel, InProcessGrid
-from simulations.engine.groups import Group, grouped
-from simulations.engine.personal import personalize_all
+from simulations.engine.grid import (
+    ROUND_STEPS,
+    SHORT_ROUND_STEPS,
+    FaultModel,
+    InProcessGrid,
+    Steps,
+    read_trace,
+    trace_digest,
+)
 from simulations.engine.progress import RunProgress
-from simulations.engine.provision import Enrolment
-from simulations.engine.publish import ExportOutcome, joined, publish
-from simulations.engine.trace import Steps, read_trace, trace_digest
+from simulations.engine.provision import Enrolment, Group, device_base, fleet_folders, grouped, training_base
+from simulations.engine.publish import export_all
 from simulations.engine.workers import Fleet, WorkerGrid, Workers
+from simulations.plan import default_trials
 from simulations.report.formatting import program
-from simulations.report.page import write_report
-from simulations.report.result import CanaryBounds, ClientResult, GroupResult, ReportedRound, RunResult, joined_rounds
+from simulations.report.pages import write_report
+from simulations.result import (
+    ACCURACY,
+    BITS,
+    CanaryBounds,
+    ClientResult,
+    ExportResult,
+    GroupResult,
+    RunResult,
+    TrialResult,
+)
 from simulations.scenario import Scenario
+from simulations.suite.store import Store, check_fresh
+from simulations.suite.trial import Material, TrialRun, rounds_of
 
 SCENARIO = "scenario.json"
 PREPARED = "prepared.json"
@@ -57,6 +72,7 @@ RESULT = "result.json"
 REPORT = "report.html"
 LOG = "run.log"
 MOST_THREADS = 4  # of torch: one phrase does not keep more busy
+MOST_AT_ONCE = 4  # clients; each holds a base in memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +80,10 @@ class Engine:
     """Where the devices of the rounds work.
 
     Attributes:
-        workers: Processes; 1: this one.
         ray: On Flower's simulation engine, which has processes of its own and no faults, not on the in-process grid.
     """
 
-    workers: int = 1
+    workers: int = 1  # processes; 1: this one
     ray: bool = False
 
 
@@ -85,32 +100,15 @@ class RunFolder:
 
     @classmethod
     def start(cls, path: Path, scenario: Scenario) -> Self:
-        """Take a new or empty folder.
-
-        Raises:
-            ConfigError: The folder is not empty.
-        """
+        """Take a new or empty folder. Raises ConfigError."""
         path.mkdir(parents=True, exist_ok=True)
-        if (path / SCENARIO).exists():
-            raise ConfigError(
-                f"{path} already contains a run: add --resume to continue it, or choose another --out", about="--out"
-            )
-        if any(path.iterdir()):
-            raise ConfigError(f"{path} is not empty: choose another --out", about="--out")
+        check_fresh(path, SCENARIO, "a run")
         replace(path / SCENARIO, scenario.model_dump_json(indent=2).encode())
         return cls(path, scenario)
 
     @classmethod
-    def resume(cls, path: Path, scenario: Scenario | None) -> Self:
-        """Continue the run in ``path``.
-
-        Args:
-            path: A folder that ``start`` took.
-            scenario: The scenario that the run must have; None accepts any.
-
-        Raises:
-            ConfigError: The folder has no run, or a run of another scenario.
-        """
+    def resume(cls, path: Path, scenario: Scenario) -> Self:
+        """Continue the run of this scenario in ``path``. Raises ConfigError if it has none, or another one's."""
         stored_at = path / SCENARIO
         try:
             stored = Scenario.parse(jsontext.decode(read(stored_at, LONGEST)), str(stored_at))
@@ -118,7 +116,7 @@ class RunFolder:
             raise ConfigError(f"{path} contains no run to resume: remove --resume", about="--resume") from error
         except ValueError as error:
             raise ConfigError(f"{stored_at} is damaged: {error}; choose another --out", about=SCENARIO) from error
-        if scenario is not None and scenario != stored:
+        if scenario != stored:
             raise ConfigError(
                 f"{path} contains a run of another scenario or with other settings: choose another --out", about="--out"
             )
@@ -135,7 +133,6 @@ class RunFolder:
             self.add(stage, time.perf_counter() - begin)
 
     def add(self, stage: str, seconds: float) -> None:
-        """Add ``seconds`` to ``stage`` and store the times."""
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
         replace(self.path / SECONDS, json.dumps(self.seconds).encode())
 
@@ -146,44 +143,27 @@ class RunFolder:
         return RunFolder(path, self.scenario, self.seconds)
 
 
-def run(folder: RunFolder, population: Population, progress: RunProgress, engine: Engine = HERE) -> RunResult:
-    """Run the stages that are not finished, and return the result.
-
-    Args:
-        folder: Of the run.
-        population: The scenario's.
-        progress: Shows the stages.
-        engine: Of the rounds.
-
-    Raises:
-        EdgeAdaptError: A stage failed; the outcomes of the stages before it stay in the folder.
-    """
+def simulate(folder: RunFolder, population: Population, progress: RunProgress, engine: Engine = HERE) -> RunResult:
+    """Run the stages that are not finished. One that fails leaves the outcomes of those before it in the folder."""
     scenario, groups = folder.scenario, grouped(population, folder.scenario.groups)
     torch.set_num_threads(min(MOST_THREADS, torch.get_num_threads()))
-    with logged(folder.path), folder.timed("total"):
+    exported: ExportResult | None = None
+    with _logged(folder.path), folder.timed("total"):
         with folder.timed("prepare"), progress.stage("prepare"):
             base = training_base(folder.path, scenario, population)
-            for group in groups:
-                prepare(folder.of(group).path, scenario, group.population, base)
-        federate_groups(folder, population, groups, base, progress, engine)
+            prepare(folder, groups, base)
+        federate(folder, population, base, progress, engine)
         with folder.timed("personal"):
-            chosen = population.sampled(scenario.evaluation.clients, scenario.seed)
-            evaluated = [
-                (path, evaluated_of(path, scenario, group.population, base, chosen))
-                for path, group in ((folder.of(group).path, group) for group in groups)
-            ]
-            evaluated = [(path, found) for path, found in evaluated if found.clients]
-            clients = [
-                client
-                for path, found in evaluated
-                for client in personalize_all(path, scenario, found, device_base(path, scenario, base, found), progress)
-            ]
-        with folder.timed("export"), progress.stage("export"):
-            exported = joined([publish(path, scenario, found, base) for path, found in evaluated])
+            evaluated = [(folder.of(group).path, chosen) for group, chosen in _evaluated(folder, population, base)]
+            arms = _arms(folder, population, base, progress)
+        if population.labels:
+            with folder.timed("export"), progress.stage("export"):
+                exported = export_all(evaluated, scenario, base, str(folder.path / REPORT))
         with progress.stage("canaries"):
-            canaries = canary_bounds(folder, groups)
-    result = replace_fields(_result(folder, population, groups, base, clients, exported), canaries=canaries)
-    write_report(result, folder.path / REPORT, program())
+            canaries = _canary_bounds(folder, groups)
+    result = _result(folder, population, base, arms, exported, canaries)
+    if exported:
+        write_report(result, folder.path / REPORT, program())
     replace(folder.path / RESULT, json.dumps(result.to_json(), indent=2).encode())
     return result
 
@@ -196,7 +176,7 @@ class _RunLog(logging.FileHandler):
 
 
 @contextmanager
-def logged(out: Path) -> Iterator[None]:
+def _logged(out: Path) -> Iterator[None]:
     """Append to a run's log what coordinator and devices log while the block runs, such as dropouts."""
     handler = _RunLog(out / LOG, encoding="utf-8")
     handler.setLevel(logging.INFO)
@@ -210,12 +190,17 @@ def logged(out: Path) -> Iterator[None]:
         handler.close()
 
 
-def prepare(out: Path, scenario: Scenario, population: Population, base: Base) -> None:
-    """Make the fleet of a run in ``out``, unless it is there.
+def prepare(folder: RunFolder, groups: Sequence[Group], base: Base) -> None:
+    """Make the fleets of a run, unless they are there.
 
     Raises:
         ConfigError: There is one of another population, base or trace, or as ``device_base``.
     """
+    for group in groups:
+        _prepare(folder.of(group).path, folder.scenario, group.population, base)
+
+
+def _prepare(out: Path, scenario: Scenario, population: Population, base: Base) -> None:
     marker, digests = out / PREPARED, {"population": population.digest, "base": base.digest}
     if scenario.network.trace:
         digests["trace"] = trace_digest(Path(scenario.network.trace))
@@ -233,88 +218,48 @@ def prepare(out: Path, scenario: Scenario, population: Population, base: Base) -
     replace(marker, json.dumps(digests).encode())
 
 
-def evaluated_of(out: Path, scenario: Scenario, population: Population, base: Base, chosen: Population) -> Population:
-    """The clients of ``population`` that are evaluated after the rounds, all of them enrolled in the fleet in ``out``.
-
-    Args:
-        out: Of the fleet.
-        scenario: Of the run.
-        population: Of the fleet.
-        base: Of the run.
-        chosen: The clients that are evaluated; those of other fleets as well.
-    """
-    names = {client.name for client in chosen.clients}
-    found = replace_fields(population, clients=tuple(c for c in population.clients if c.name in names))
-    Enrolment.of(out, scenario, population, base).enrol(client.name for client in found.clients)
-    return found
-
-
-def federate_groups(
-    folder: RunFolder,
-    population: Population,
-    groups: Sequence[Group],
-    base: Base,
-    progress: RunProgress,
-    engine: Engine = HERE,
-) -> None:
-    """The rounds that are left, of one federation after the other.
-
-    Args:
-        folder: Of the run.
-        population: Of the run.
-        groups: Of the population.
-        base: Of the run.
-        progress: Shows the rounds.
-        engine: Where the devices work.
-    """
-    trace = folder.scenario.network.trace
-    found = read_trace(Path(trace), population.clients) if trace else {}
-    for group in groups:
-        federate(folder.of(group), group.population, base, progress, found, engine)
-
-
 def federate(
+    folder: RunFolder, population: Population, base: Base, progress: RunProgress, engine: Engine = HERE
+) -> None:
+    """The rounds that are left, of one federation after the other, all of them prepared."""
+    trace = folder.scenario.network.trace
+    availability = read_trace(Path(trace), population.clients) if trace else {}
+    for group in grouped(population, folder.scenario.groups):
+        _federate(folder.of(group), group.population, base, progress, availability, engine)
+
+
+def _federate(
     folder: RunFolder,
     population: Population,
     base: Base,
     progress: RunProgress,
-    trace: Mapping[str, Steps],
+    availability: Mapping[str, Steps],
     engine: Engine,
 ) -> None:
-    """The rounds that are left of one fleet, which is prepared: the real ServerApp and ClientApp.
-
-    Args:
-        folder: Of the fleet.
-        population: Of the fleet.
-        base: Of the run.
-        progress: Shows the rounds.
-        trace: Client → when its device can be reached, as ``read_trace`` gives it.
-        engine: Where the devices work.
-    """
-    enrolment = Enrolment.of(folder.path, folder.scenario, population, base)
+    """The rounds of one fleet. ``availability``: client → when its device can be reached (``read_trace``)."""
+    scenario, coordinator = folder.scenario, folder.path / provision.COORDINATOR
+    enrolment = Enrolment.of(folder.path, scenario, population, base)
     for client in population.clients:  # a client without data ends the run before the first round
         place = provision.device_folder(folder.path, client.name) / EXAMPLES
         parse_examples(encode_examples(provision.examples_of(client)), place, len(population.labels))
     nodes = {
         number: client.name for number, client in enumerate(population.clients, SERVER_NODE + 1) if not client.unseen
     }
-    trained_on = device_base(folder.path, folder.scenario, base, population)
-    liars = attackers(folder.scenario, nodes.values())
-    faults = _faults(folder.scenario, {node: trace[name] for node, name in nodes.items() if name in trace})
-    coordinator = folder.path / provision.COORDINATOR
+    trained_on, liars = device_base(folder.path, scenario, base, population), attackers(scenario, nodes.values())
+    faults = _faults(scenario, {node: availability[name] for node, name in nodes.items() if name in availability})
     context = Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {STATE: str(coordinator)})
     trained, done = progress.training_seconds, len(provision.registry(folder.path).rounds())
     try:
-        with folder.timed("rounds"), progress.rounds(done, folder.scenario.federation.rounds), kill_safe():
+        with folder.timed("rounds"), progress.rounds(done, scenario.federation.rounds), kill_safe():
             if engine.ray:
                 enrolment.enrol(nodes.values())
                 federate_on_ray(coordinator, [provision.device_folder(folder.path, name) for name in nodes.values()])
             elif engine.workers == 1:
                 devices = MemoryDevices(enrolment.state_dir, trained_on)
-                app = LyingApp(folder.scenario.attack.kind, liars, devices.open)
+                app = LyingApp(scenario.attack.kind, liars, devices.open)
                 _in_rounds(InProcessGrid(app, nodes, faults, devices.before), context, devices)
             else:
-                fleet = Fleet(folder.path / provision.DEVICES, trained_on, nodes, folder.scenario.attack.kind, liars)
+                fleet = Fleet(folder.path / provision.DEVICES, trained_on, nodes, scenario.attack.kind, liars)
                 with Workers(engine.workers, fleet, enrolment.enrol) as workers:
                     _in_rounds(WorkerGrid(workers, nodes, faults), context, workers)
     finally:  # like "rounds", also if it is interrupted: the difference of the two is coordination
@@ -356,7 +301,41 @@ def _faults(scenario: Scenario, trace: Mapping[int, Steps]) -> FaultModel:
     )
 
 
-def canary_bounds(folder: RunFolder, groups: Sequence[Group]) -> CanaryBounds | None:
+def _evaluated(folder: RunFolder, population: Population, base: Base) -> list[tuple[Group, Population]]:
+    """The groups with those of their clients that are evaluated after the rounds, all of them enrolled."""
+    scenario = folder.scenario
+    names = {client.name for client in population.sampled(scenario.evaluation.clients, scenario.seed).clients}
+    evaluated = []
+    for group in grouped(population, scenario.groups):
+        chosen = group.population.only(names)
+        if chosen.clients:
+            Enrolment.of(folder.of(group).path, scenario, group.population, base).enrol(c.name for c in chosen.clients)
+            evaluated.append((group, chosen))
+    return evaluated
+
+
+def _arms(folder: RunFolder, population: Population, base: Base, progress: RunProgress) -> dict[str, TrialResult]:
+    """The default arms, each computed or read from the folder."""
+    scenario, store = folder.scenario, Store(folder.path)
+    groups = grouped(population, scenario.groups)
+    fleets = fleet_folders(folder.path, groups)
+
+    def keep(client: Client, adapter: Tensors) -> None:
+        replace(provision.device_folder(fleets[client.name], client.name) / PERSONAL, files.encode(adapter))
+
+    trained = device_base(folder.of(groups[0]).path, scenario, base, population)
+    material = Material(population, base, trained, folder.path, folder.seconds["training"])
+    results = {}
+    for name, trial in default_trials(scenario).items():
+        outcome = store.get(trial)
+        if not isinstance(outcome, TrialResult):
+            run = TrialRun(trial, material, store, min(cores(), MOST_AT_ONCE), thorough=False, keep=keep)
+            outcome = run.compute(progress, f"{name} arm")
+        results[name] = outcome
+    return results
+
+
+def _canary_bounds(folder: RunFolder, groups: Sequence[Group]) -> CanaryBounds | None:
     """What the scenario's canaries find in sums as those of its rounds, once; None if it has none, or no noise."""
     scenario, path = folder.scenario, folder.path / CANARIES
     if not scenario.evaluation.canaries or not scenario.federation.privacy.noisy:
@@ -364,31 +343,44 @@ def canary_bounds(folder: RunFolder, groups: Sequence[Group]) -> CanaryBounds | 
     if path.exists():
         return CanaryBounds(**json.loads(path.read_bytes()))
     fleets = [folder.of(group).path for group in groups]
-    found = audited(fleets, scenario.federation.privacy.delta, scenario.evaluation.canaries)
-    if found:
-        replace(path, json.dumps(asdict(found)).encode())
-    return found
+    bounds = audited(fleets, scenario.federation.privacy.delta, scenario.evaluation.canaries)
+    if bounds:
+        replace(path, json.dumps(asdict(bounds)).encode())
+    return bounds
 
 
 def _result(
     folder: RunFolder,
     population: Population,
-    groups: Sequence[Group],
     base: Base,
-    clients: Sequence[ClientResult],
-    exported: ExportOutcome,
+    arms: Mapping[str, TrialResult],
+    exported: ExportResult | None,
+    canaries: CanaryBounds | None,
 ) -> RunResult:
-    parity, scenario = exported.parity, folder.scenario
-    liars = [attackers(scenario, group.names) for group in groups]
-    registries = [provision.registry(folder.of(group).path) for group in groups]
-    registry, rounds = registries[0], [each.rounds() for each in registries]
+    scenario, metric = folder.scenario, ACCURACY if population.labels else BITS
+    groups = grouped(population, scenario.groups)
+    registry = provision.registry(folder.of(groups[0]).path)
     last = (registry.latest() or registry.version(0)).manifest
+    evaluated = population.sampled(scenario.evaluation.clients, scenario.seed).clients
+    clients = tuple(
+        ClientResult(
+            name=client.name,
+            language=client.language,
+            unseen=client.unseen,
+            examples=len(client.train),
+            tests=len(client.test),
+            arms={name: metric.of(result.clients[place].test) for name, result in arms.items()},
+            choice=arms["personal"].clients[place].choice,
+        )
+        for place, client in enumerate(evaluated)
+    )
     return RunResult(
         scenario=scenario.name,
         seed=scenario.seed,
+        metric=metric.name,
         population=len(population.clients),
-        clients=tuple(clients),
-        rounds=tuple(joined_rounds([reported(record) for record in same]) for same in zip(*rounds, strict=True)),
+        clients=clients,
+        rounds=rounds_of(folder.path, groups),
         delta=scenario.federation.privacy.delta if scenario.federation.privacy.noisy else None,
         adapter={
             "version": last.version,
@@ -397,45 +389,18 @@ def _result(
             "elements": sum(tensor.size for tensor in registry.tensors(last.version).values()),
         },
         base={"digest": base.digest, "bytes": base.weight_bytes},
-        attack=scenario.attack.kind,
-        attackers=tuple(sorted(frozenset().union(*liars))),
-        groups=tuple(_group_result(*each) for each in zip(groups, registries, rounds, strict=True) if each[0].name),
-        bundle=str(exported.bundle),
-        phrase="a text of your own" if scenario.data.given else "turn on the kitchen lights",
-        report=str(folder.path / REPORT),
-        parity={
-            "agreement": parity.agreement,
-            "max_abs_diff": parity.max_abs_diff,
-            "count": parity.count,
-            "accuracy": parity.accuracy or 0.0,
-            "torch_accuracy": parity.torch_accuracy or 0.0,
-        },
-        reliability=exported.reliability,
-        plain={name: asdict(answers) for name, answers in exported.plain.items()},
         seconds={**folder.seconds, "coordination": folder.seconds["rounds"] - folder.seconds["training"]},
+        exported=exported,
+        canaries=canaries,
+        attack=scenario.attack.kind,
+        attackers=tuple(sorted(name for group in groups for name in attackers(scenario, group.names))),
+        groups=tuple(_group_result(folder, group) for group in groups if group.name),
     )
 
 
-def _group_result(group: Group, registry: Registry, rounds: Sequence[RoundRecord]) -> GroupResult:
+def _group_result(folder: RunFolder, group: Group) -> GroupResult:
+    registry = provision.registry(folder.of(group).path)
     last = (registry.latest() or registry.version(0)).manifest
     names = tuple(client.name for client in group.population.clients)
-    return GroupResult(
-        group.name, str(group.folder), names, group.devices, sum(r.aborted is not None for r in rounds), last.sha256
-    )
-
-
-def reported(record: RoundRecord) -> ReportedRound:
-    """A round as the report has it, from the coordinator's record."""
-    up, down = record.bytes_of_one
-    return ReportedRound(
-        round=record.round,
-        survivors=record.survivors,
-        dropped=record.dropped,
-        aborted=record.aborted,
-        bytes_up=round(up),
-        bytes_down=round(down),
-        seconds=record.seconds,
-        metrics=record.metrics,
-        version=record.version,
-        epsilon=record.epsilon,
-    )
+    aborted = sum(record.aborted is not None for record in registry.rounds())
+    return GroupResult(group.name, str(group.folder), names, group.devices, aborted, last.sha256)

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aggregation.errors import ConfigError
-from simulations.suite.metric import metric_of
-from simulations.suite.outcome import TrialResult
-from simulations.suite.settings import SuiteSettings
-from simulations.suite.statistics import STATISTICS, figure
-from simulations.suite.summary import FIGURES, Found, samples_of
+from simulations.plan import SuiteSettings
+from simulations.report.summary import FIGURES, STATISTICS, Found, compared_by, figure, samples_of
+from simulations.result import TrialResult
 
 MLFLOW_FILE = "mlflow.db"  # SQLite, in the folder of the suite
 TENSORBOARD_FOLDER = "tensorboard"
@@ -27,21 +25,18 @@ class TrackedRun:
     """One arm with one seed, as a tracker takes it.
 
     Attributes:
-        name: Such as ``personal-seed-0``.
-        settings: Arm, kind, seed, and the keys that the arm sets or its search chose.
-        metrics: Figures that are finite.
         by_round: Name and values of what the adapters do that the rounds begin with, where one was published.
     """
 
-    name: str
-    settings: dict[str, str]
-    metrics: dict[str, float]
+    name: str  # such as ``personal-seed-0``
+    settings: dict[str, str]  # arm, kind, seed, and the keys that the arm sets or its search chose
+    metrics: dict[str, float]  # figures that are finite
     by_round: tuple[str, dict[int, float]]
 
 
 def tracked_runs(settings: SuiteSettings, found: Found) -> Iterator[TrackedRun]:
     """The runs of a finished suite, arm by arm."""
-    key = _key(found)
+    key = compared_by(found).name.replace(" ", "_")
     for place, (name, (chosen, results)) in enumerate(found.items()):
         arm = settings.arms[name]
         keys = {**settings.set, **arm.set, **chosen.constants}
@@ -49,34 +44,25 @@ def tracked_runs(settings: SuiteSettings, found: Found) -> Iterator[TrackedRun]:
             yield TrackedRun(
                 f"{name}-seed-{seed}",
                 {"arm": name, "kind": arm.kind.value, "seed": str(seed), **{k: str(v) for k, v in keys.items()}},
-                _metrics(found, place, seed, result),
+                _metrics(found, key, place, seed, result),
                 (f"round_{key}", {point.round: point.value for point in result.rounds if point.value is not None}),
             )
 
 
-def _metrics(found: Found, place: int, seed: int, result: TrialResult) -> dict[str, float]:
-    figures, metric = {}, metric_of([result])
+def _metrics(found: Found, key: str, place: int, seed: int, result: TrialResult) -> dict[str, float]:
+    figures, sign = {}, compared_by(found).sign
     for title in FIGURES:
         if samples := samples_of(found, [seed], unseen=title == "unseen"):
             statistic = STATISTICS["mean" if title == "unseen" else title]
-            figures[f"{_key(found)}_{title}"] = metric.sign * float(figure(samples, statistic)[place])
+            figures[f"{key}_{title}"] = sign * float(figure(samples, statistic)[place])
     cost = result.cost
     spent = {"epochs": cost.epochs, "steps": cost.steps, "cpu_seconds": cost.cpu_seconds}
     traffic = {"bytes_up": cost.bytes_up, "bytes_down": cost.bytes_down} if result.rounds else {}
     return {name: value for name, value in {**figures, **spent, **traffic}.items() if math.isfinite(value)}
 
 
-def _key(found: Found) -> str:
-    """The name of the suite's metric, as trackers take it."""
-    results = [result for _, by_seed in found.values() for result in by_seed.values()]
-    return metric_of(results).name.replace(" ", "_")
-
-
 def to_mlflow(name: str, runs: Iterator[TrackedRun], folder: Path) -> str:
-    """Log the runs in MLflow's experiment ``name``.
-
-    Returns:
-        Where they are: the server of ``MLFLOW_TRACKING_URI``, or a database in the folder.
+    """Log the runs in MLflow's experiment ``name``, and return the server or the database that they are in.
 
     Raises:
         ConfigError: MLflow is not installed, or does not take the runs.
@@ -105,10 +91,7 @@ def to_mlflow(name: str, runs: Iterator[TrackedRun], folder: Path) -> str:
 
 
 def to_tensorboard(name: str, runs: Iterator[TrackedRun], folder: Path) -> str:
-    """Write the runs as event files for TensorBoard, each in a folder of its own below the suite's folder.
-
-    Returns:
-        The folder to give to ``tensorboard --logdir``.
+    """Write the runs as event files, each in a folder of its own, and return the folder for ``tensorboard --logdir``.
 
     Raises:
         ConfigError: TensorBoard is not installed.

@@ -1,0 +1,729 @@
+"""A population from texts of one's own (``[data]`` of a scenario): rows, clients, splits and public texts.
+
+Formats: ``.csv`` and ``.tsv`` with a header (RFC 4180), ``.jsonl`` with an object a line, ``.parquet``; folders of
+``LABEL/*.txt`` or ``CLIENT/LABEL/*.txt``, and folders that ``save_to_disk`` of Hugging Face's datasets wrote. No pickle
+is read, and nothing is downloaded. A broken row is named by its file and line.
+
+No group of near-duplicates is on both sides of a split, whichever clients have its texts: a group is for tests or it is
+not, for everyone. Only a column ``split`` of the data is kept as it is.
+"""
+
+import csv
+import hashlib
+import importlib
+import json
+import math
+import re
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
+from datasketch import MinHash, MinHashLSH
+from pydantic import Field, model_validator
+
+from adapters.settings import Settings
+from aggregation.errors import ConfigError, DataError
+from aggregation.pki.certificates import is_device_id
+from client.training.examples import MAX_TEXT, NO_LABEL
+from simulations.data.population import Client, LabelledText, Population
+
+ENTRY_POINT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+COLUMNS = ("text", "label", "prompt", "client", "split", "time", "group", "language")
+MAX_ROWS = 5_000_000
+MAX_FIELD = 2**20  # characters of a field of a CSV file; a text above MAX_TEXT is a broken row, not a broken file
+MAX_NAME = 256  # characters of a label, a client or a group
+SPLITS = ("train", "validation", "test")
+Fields = Mapping[str, Any]
+Placed = tuple[str, Fields | str]  # where it stands, and the fields of a row or what is wrong with it
+SHINGLE = 3  # characters
+PERMUTATIONS = 64
+_NUMBERS, _REST = re.compile(r"\d+"), re.compile(r"[\W_]+")
+FEWEST_TRAINED = 3  # clients that take part: what a secure sum needs
+TEST, TRAIN, VALIDATION = "test", "train", "validation"
+
+
+class DataSettings(Settings):
+    """Texts of one's own. Without files and without a function, the population is the households of [population]."""
+
+    files: tuple[str, ...] = Field(
+        default=(),
+        description="files (.csv, .tsv, .jsonl, .parquet) or folders (LABEL/*.txt, CLIENT/LABEL/*.txt, or one that "
+        "datasets' save_to_disk wrote), relative to the scenario file",
+    )
+    function: str = Field(
+        default="", description="MODULE:FUNCTION of Python that returns rows instead of files: objects with the columns"
+    )
+    public: tuple[str, ...] = Field(
+        default=(), description="files of public texts, which the first adapter's head is made from; see public_texts"
+    )
+    text: str = Field(default="text", min_length=1, description="column of the text")
+    label: str = Field(
+        default="label", description="column of the label; empty: the texts are for a language model, and have none"
+    )
+    prompt: str = Field(
+        default="",
+        description="for a language model: column of what each text answers; without one, texts are continued",
+    )
+    client: str = Field(default="", description="column of the client; without one, partition makes the clients")
+    split: str = Field(
+        default="", description="column that says train, validation or test; without one, holdout splits"
+    )
+    time: str = Field(default="", description="column of a time, for holdout = time: numbers, or ISO 8601")
+    group: str = Field(
+        default="", description="column of texts that belong together, such as a thread: no group is split"
+    )
+    language: str = Field(default="", description="column of the language, for the tables")
+    broken: Literal["refuse", "skip"] = Field(
+        default="refuse", description="what a broken row does: refuse (the run ends) or skip (it is counted)"
+    )
+    sample: int = Field(
+        default=0, ge=0, description="largest number of rows that are used, which the seed chooses; 0: all rows"
+    )
+    partition: Literal["iid", "dirichlet", "shard", "linear", "exponential"] = Field(
+        default="dirichlet",
+        description="how flwr-datasets deals texts out where there is no column of clients: iid, dirichlet (mix of "
+        "labels), shard (few labels each), linear or exponential (sizes)",
+    )
+    clients: int = Field(default=20, ge=4, le=10_000, description="clients that partition makes")
+    concentration: float = Field(
+        default=0.5, gt=0, description="of partition = dirichlet: small is one-sided, large is even"
+    )
+    shards: int = Field(default=2, ge=1, le=1000, description="of partition = shard: shards of one label a client")
+    unseen: float = Field(
+        default=0.2, gt=0, lt=1, description="share of clients that take no part in training; rounded, at least one"
+    )
+    minimum_texts: int = Field(
+        default=10, ge=3, description="clients with fewer texts are left out; the table says how many"
+    )
+    holdout: Literal["hash", "time"] = Field(
+        default="hash",
+        description="which texts are for tests: hash (of their group, the same on every machine) or time (the latest)",
+    )
+    holdout_fraction: float = Field(default=0.25, gt=0, le=0.5, description="share of a client's texts for tests")
+    validation_fraction: float = Field(
+        default=0.2, gt=0, le=0.5, description="share of a client's other texts kept for its own validation"
+    )
+    near_duplicates: float = Field(
+        default=0.8,
+        ge=0.3,
+        le=1,
+        description="texts whose sets of three-character pieces overlap by this share (Jaccard) are one group; 1: only "
+        "equal ones",
+    )
+    public_texts: int = Field(
+        default=6,
+        ge=1,
+        le=1000,
+        description="without files of public texts: texts of each label that are taken from clients and made public",
+    )
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        if self.files and self.function:
+            raise ValueError("files and function are both given: name one of them")
+        if self.function and not ENTRY_POINT.fullmatch(self.function):
+            raise ValueError(f"function {self.function!r} is not MODULE:FUNCTION")
+        if self.prompt and self.label:
+            raise ValueError("a prompt is for a language model, whose texts have no label: set label to nothing")
+        if self.holdout == "time" and not self.time:
+            raise ValueError("holdout = time needs the column of the time: set data.time")
+        named = [name for name in (getattr(self, column) for column in COLUMNS) if name]
+        if repeated := [name for name in named if named.count(name) > 1]:
+            raise ValueError(f"the column {repeated[0]!r} is named twice")
+        return self
+
+    @property
+    def for_language_model(self) -> bool:
+        """Whether a language model learns to write the texts."""
+        return self.given and not self.label
+
+    @property
+    def given(self) -> bool:
+        """Whether there are texts of one's own."""
+        return bool(self.files or self.function)
+
+    def require_texts(self) -> None:
+        """Check that there are texts of one's own, or no other key asks for some. Raises ConfigError."""
+        idle = [key for key, field in type(self).model_fields.items() if getattr(self, key) != field.default]
+        if idle and not self.given:
+            raise ConfigError(
+                f"data.{idle[0]} is set, and there are no texts: name them with data.files", about="data.files"
+            )
+
+    def located(self, folder: Path) -> Self:
+        """The settings with relative paths taken from ``folder``."""
+        found = {
+            key: tuple(str((folder / name).resolve()) for name in getattr(self, key)) for key in ("files", "public")
+        }
+        return self.model_copy(update=found)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One text with what its columns say. Columns that the settings do not name are empty."""
+
+    where: str  # file and line
+    text: str
+    label: str
+    client: str
+    split: str  # "", or one of SPLITS
+    time: float
+    group: str
+    language: str
+    prompt: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What was read. ``broken`` has a line for each broken row: where it stands, and what is wrong."""
+
+    good: tuple[Row, ...]
+    broken: tuple[str, ...]
+
+
+def read_rows(settings: DataSettings) -> Rows:
+    """Read all rows that ``settings`` name.
+
+    Raises:
+        ConfigError: A file or function does not exist or is of another form, or a column is missing from a file.
+        DataError: A file is damaged, or there are too many rows.
+    """
+    if settings.function:
+        return _rows(_called(settings.function), settings)
+    return _rows(_chained(settings.files), settings)
+
+
+def read_public(settings: DataSettings) -> Rows:
+    """The rows of the files of public texts; their clients and splits do not matter. Raises as ``read_rows``."""
+    only = settings.model_copy(update={"client": "", "split": "", "time": "", "group": ""})
+    return _rows(_chained(settings.public), only)
+
+
+def _rows(found: Iterable[Placed], settings: DataSettings) -> Rows:
+    good: list[Row] = []
+    broken: list[str] = []
+    for count, (where, fields) in enumerate(found):
+        if count >= MAX_ROWS:
+            raise DataError(f"{where}: there are more than {MAX_ROWS} rows", about="data.files", value=where)
+        row = fields if isinstance(fields, str) else _row(where, fields, settings)
+        if isinstance(row, str):
+            broken.append(f"{where}: {row}")
+        else:
+            good.append(row)
+    return Rows(tuple(good), tuple(broken))
+
+
+def _row(where: str, fields: Fields, settings: DataSettings) -> Row | str:
+    """The row, or what is wrong with it."""
+    for key in ("text", "label", "prompt", "client", "split", "time", "group"):
+        name = getattr(settings, key)
+        if name and name not in fields:
+            there = ", ".join(map(str, fields))[:MAX_NAME]
+            return f"there is no column {name}, only {there}; name it with data.{key}"
+        if name and fields[name] is None:
+            return f"{name} is missing"
+    for column in filter(None, (settings.text, settings.prompt)):
+        text = fields[column]
+        if not isinstance(text, str) or any("\ud800" <= char <= "\udfff" for char in text):
+            return f"{column} is not a text of Unicode"
+        if not text.strip() or len(text) > MAX_TEXT:
+            return f"{column} is empty or longer than {MAX_TEXT} characters"
+    names = {}
+    for key in ("label", "client", "split", "group", "language"):
+        column = getattr(settings, key)
+        value = fields.get(column) if column else ""
+        names[key] = "" if value is None else str(value).strip()
+        if len(names[key]) > MAX_NAME or not names[key].isprintable():
+            return f"{column} is longer than {MAX_NAME} characters, or not printable"
+        if column and key in ("label", "client") and not names[key]:
+            return f"{column} is empty"
+    if names["split"] not in ("", *SPLITS):
+        return f"{settings.split} is {names['split'][:40]!r}, not {', '.join(SPLITS[:-1])} or {SPLITS[-1]}"
+    time = _time(fields[settings.time]) if settings.time else 0.0
+    if not math.isfinite(time):
+        return f"{settings.time} is neither a number nor a time in ISO 8601"
+    prompt = fields[settings.prompt] if settings.prompt else ""
+    return Row(where, fields[settings.text], time=time, prompt=prompt, **names)
+
+
+def _time(value: object) -> float:
+    """Seconds; NaN if it cannot be read."""
+    if isinstance(value, datetime):
+        return value.timestamp()
+    try:
+        return float(str(value))
+    except ValueError:
+        pass
+    try:
+        return datetime.fromisoformat(str(value)).timestamp()
+    except (ValueError, OverflowError):
+        return math.nan
+
+
+def _chained(names: Iterable[str]) -> Iterator[Placed]:
+    for name in names:
+        path = Path(name)
+        if not path.exists():
+            raise ConfigError(f"there is no file or folder {path}", about="data.files", value=name)
+        yield from _reader(path)(path)
+
+
+def _reader(path: Path) -> Callable[[Path], Iterator[Placed]]:
+    if path.is_dir():
+        saved = any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json"))
+        return _saved_to_disk if saved else _folder
+    readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}
+    if path.suffix.lower() not in readers:
+        raise ConfigError(
+            f"{path} is of no known kind; use {', '.join(readers)}, or a folder", about="data.files", value=str(path)
+        )
+    return readers[path.suffix.lower()]
+
+
+def _csv(path: Path) -> Iterator[Placed]:
+    csv.field_size_limit(MAX_FIELD)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+            header = next(lines, [])
+            if not header or len(set(header)) != len(header):
+                raise DataError(f"{path} has no header, or one that names a column twice", about=path.name)
+            start = lines.line_num + 1
+            for cells in lines:
+                where, start = f"{path}:{start}", lines.line_num + 1
+                if not cells:
+                    continue  # an empty line
+                if len(cells) != len(header):
+                    yield where, f"{len(cells)} fields, and the header has {len(header)}"
+                else:
+                    yield where, dict(zip(header, cells, strict=True))
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not UTF-8; convert it", about=path.name) from None
+    except csv.Error as error:
+        raise DataError(f"{path}:{lines.line_num}: not CSV: {error}", about=path.name) from error
+
+
+def _jsonl(path: Path) -> Iterator[Placed]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path}:{number}", _object(line)
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not UTF-8; convert it", about=path.name) from None
+
+
+def _object(line: str) -> Fields | str:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return "not JSON"
+    return value if isinstance(value, dict) else "not an object"
+
+
+def _parquet(path: Path) -> Iterator[Placed]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(4096):
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", fields
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not Parquet, or damaged: {_first_line(error)}", about=path.name) from error
+
+
+def _folder(folder: Path) -> Iterator[Placed]:
+    """``LABEL/*.txt`` or ``CLIENT/LABEL/*.txt``: one text a file, under the usual names of the columns."""
+    found = False
+    for path in sorted(folder.rglob("*.txt")):
+        parts = path.relative_to(folder).parts[:-1]
+        if not path.is_file() or len(parts) not in (1, 2):
+            continue
+        found = True
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            yield str(path), "not UTF-8"
+            continue
+        yield str(path), {"text": text, "label": parts[-1], "client": parts[0] if len(parts) == 2 else None}
+    if not found:
+        raise ConfigError(f"{folder} has neither LABEL/*.txt nor CLIENT/LABEL/*.txt", about="data.files")
+
+
+def _saved_to_disk(folder: Path) -> Iterator[Placed]:
+    """A ``Dataset``, or a ``DatasetDict`` whose keys become the column ``split``. Class labels become their names."""
+    from datasets import ClassLabel, Dataset, DatasetDict, load_from_disk
+
+    try:
+        loaded = load_from_disk(str(folder))
+    except Exception as error:  # of several libraries
+        raise DataError(f"{folder} cannot be read by datasets: {_first_line(error)}", about=folder.name) from error
+    parts: dict[str, Dataset] = dict(loaded) if isinstance(loaded, DatasetDict) else {"": loaded}
+    for split, dataset in parts.items():
+        names = {key: feature.names for key, feature in dataset.features.items() if isinstance(feature, ClassLabel)}
+        for number, fields in enumerate(dataset, 1):
+            named = {key: names[key][value] for key, value in fields.items() if key in names and value is not None}
+            whole = f", {split}" if split else ""
+            yield f"{folder}{whole}, row {number}", {"split": split or None, **fields, **named}
+
+
+def _called(name: str) -> Iterator[Placed]:
+    module, _, attribute = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"there is no function {name}: {_first_line(error)}", about="data.function") from error
+    try:
+        for number, fields in enumerate(function(), 1):
+            yield f"{name}, row {number}", fields if isinstance(fields, Mapping) else "not an object"
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever the user's code raises
+        reason = f"{name} failed: {type(error).__name__}: {_first_line(error)}"
+        raise DataError(reason, about="data.function", value=name) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:200]
+
+
+if TYPE_CHECKING:
+    from flwr_datasets.partitioner import Partitioner
+
+
+def partition(labels: Sequence[str], settings: DataSettings, seed: int) -> list[int]:
+    """The client of each row, from 0; a client may get no row. The same rows, settings and seed give the same clients.
+
+    Raises:
+        ConfigError: So many clients cannot be made from these rows by this rule.
+    """
+    from datasets import Dataset
+
+    order = np.random.default_rng(seed).permutation(len(labels))
+    rule = _partitioner(settings, seed)
+    owner = [0] * len(labels)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # each attempt at a Dirichlet draw
+            rule.dataset = Dataset.from_dict({"row": order.tolist(), "label": [labels[row] for row in order]})
+            for client in range(settings.clients):
+                for row in rule.load_partition(client)["row"]:
+                    owner[row] = client
+    except ValueError as error:
+        reason = f"{len(labels)} texts cannot be dealt out to {settings.clients} clients by {settings.partition}"
+        raise ConfigError(f"{reason}: {' '.join(str(error).split())[:200]}", about="data.partition") from error
+    return owner
+
+
+def _partitioner(settings: DataSettings, seed: int) -> "Partitioner":
+    from flwr_datasets import partitioner as rules
+
+    count = settings.clients
+    match settings.partition:
+        case "iid":
+            return rules.IidPartitioner(count)
+        case "dirichlet":
+            return rules.DirichletPartitioner(count, "label", settings.concentration, min_partition_size=0, seed=seed)
+        case "shard":
+            return rules.ShardPartitioner(count, "label", num_shards_per_partition=settings.shards, seed=seed)
+        case "linear":
+            return rules.LinearPartitioner(count)
+        case "exponential":
+            return rules.ExponentialPartitioner(count)
+
+
+def normalized(text: str) -> str:
+    """What two near-duplicates share: no case, punctuation or white space, and every number as 0.
+
+    >>> normalized("Turn it to 21 °C,  please!")
+    'turn it to 0 c please'
+    """
+    return _REST.sub(" ", _NUMBERS.sub("0", text.casefold())).strip()
+
+
+def group_texts(texts: Sequence[str], keys: Sequence[str], threshold: float) -> list[int]:
+    """The group of each text, as the index of the group's first text.
+
+    Texts whose sets of three-character pieces have a Jaccard index of at least ``threshold`` are in one group, and so
+    are those that a chain of such pairs connects. The index is estimated from 64 hashes (Broder 1997; its standard
+    deviation is at most 0.0625) for pairs that locality-sensitive hashing finds (Indyk and Motwani 1998).
+
+    Args:
+        keys: One for each text; those with the same key that is not empty belong together too.
+        threshold: From 0.3 to 1; at 1, only texts that ``normalized`` makes equal are in one group.
+    """
+    first: dict[str, int] = {}
+    parent = list(range(len(texts)))
+    for index, text in enumerate(texts):
+        parent[index] = first.setdefault(normalized(text), index)
+    if threshold < 1:
+        _join_similar(list(first.items()), parent, threshold)
+    keyed: dict[str, int] = {}
+    for index, key in enumerate(keys):
+        if key:
+            _join(parent, keyed.setdefault(key, index), index)
+    return [_root(parent, index) for index in range(len(texts))]
+
+
+def _join_similar(distinct: Sequence[tuple[str, int]], parent: list[int], threshold: float) -> None:
+    rows = (
+        4 if threshold >= 0.7 else 2
+    )  # of a band: a pair at the threshold is found with a probability of 0.95 or more
+    index = MinHashLSH(num_perm=PERMUTATIONS, params=(PERMUTATIONS // rows, rows))
+    sketches: dict[int, MinHash] = {}
+    for text, number in distinct:
+        sketch = MinHash(num_perm=PERMUTATIONS, seed=1)
+        sketch.update_batch(sorted({text[i : i + SHINGLE].encode() for i in range(max(1, len(text) - SHINGLE + 1))}))
+        for other in index.query(sketch):
+            if sketches[other].jaccard(sketch) >= threshold:
+                _join(parent, other, number)
+        sketches[number] = sketch
+        index.insert(number, sketch)
+
+
+def _join(parent: list[int], one: int, other: int) -> None:
+    low, high = sorted((_root(parent, one), _root(parent, other)))
+    parent[high] = low
+
+
+def _root(parent: list[int], index: int) -> int:
+    while parent[index] != index:
+        parent[index] = parent[parent[index]]
+        index = parent[index]
+    return index
+
+
+@dataclass(frozen=True, slots=True)
+class DataFacts:
+    """What became of the rows.
+
+    Attributes:
+        small: Clients that were left out, because they had fewer than ``minimum_texts`` or nothing to train or test on.
+    """
+
+    rows: int  # rows that are used, broken ones not counted
+    broken: tuple[str, ...]  # a line for each broken row
+    groups: int  # groups of near-duplicates among the rows
+    small: int
+    overlapping: int  # test texts that were left out, because a near-duplicate is in somebody's training part
+    leaked: int  # test texts of the data's own split of which a near-duplicate is in somebody's training part
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A population and where it came from."""
+
+    population: Population
+    facts: DataFacts | None  # None if no rows were read
+
+
+def load_population(settings: DataSettings, seed: int) -> Loaded:
+    """Read the texts and make a population of them; the same texts, settings and seed give the same ``digest``.
+
+    Raises:
+        ConfigError, DataError: As ``read_rows``; there are too few clients, labels or texts; or no row can be used, or
+            one is broken and ``settings.broken`` refuses it.
+    """
+    rows, public = read_rows(settings), read_public(settings)
+    broken = rows.broken + public.broken
+    if not rows.good:
+        why = f"none of the {len(broken)} rows can be used; {broken[0]}" if broken else "there are no rows of texts"
+        raise DataError(why, about="data.files", value=broken)
+    if broken and settings.broken == "refuse":
+        more = f" (and {len(broken) - 1} more rows)" if len(broken) > 1 else ""
+        raise DataError(
+            f"{broken[0]}{more}; mend it, or leave such rows out with data.broken = skip",
+            about="data.files",
+            value=broken,
+        )
+    return _Maker(settings, seed, rows, public).make(broken)
+
+
+class _Maker:
+    """The steps from rows to clients, in order; each reads what those before it left."""
+
+    def __init__(self, settings: DataSettings, seed: int, rows: Rows, public: Rows) -> None:
+        self.settings, self.seed = settings, seed
+        self.rows, given = self._sampled(rows.good), public.good
+        found = {row.label for row in (*self.rows, *given)}
+        self.labels = tuple(sorted(found)) if settings.label else ()
+        if settings.label and len(self.labels) < 2:
+            raise ConfigError(
+                f"the {len(self.rows)} texts have {len(self.labels)} different labels; at least 2 are needed",
+                about="data.label",
+                value=settings.label,
+            )
+        texts = [row.text for row in (*self.rows, *given)]
+        keys = [row.group for row in (*self.rows, *given)]
+        self.groups = group_texts(texts, keys, settings.near_duplicates)
+        self.number = {label: index for index, label in enumerate(self.labels)} or {"": NO_LABEL}
+        self.public_groups = set(self.groups[len(self.rows) :])
+        self.public = [self._labelled(row, self.groups[len(self.rows) + at]) for at, row in enumerate(given)]
+
+    def _sampled(self, rows: Sequence[Row]) -> list[Row]:
+        """At most ``settings.sample`` of the rows, in their order."""
+        if not 0 < self.settings.sample < len(rows):
+            return list(rows)
+        drawn = np.random.default_rng(self.seed).choice(len(rows), self.settings.sample, replace=False)
+        return [rows[at] for at in sorted(drawn)]
+
+    def make(self, broken: tuple[str, ...]) -> Loaded:
+        """All steps."""
+        taken = set() if self.public else self._take_public()
+        left = [at for at in range(len(self.rows)) if at not in taken]
+        owned, small = self._owned(left)
+        side = self._sides(owned)
+        leaked = overlapping = 0
+        if self.settings.split or self.settings.holdout == "time":
+            learned = {self.groups[at] for at, part in side.items() if part != TEST} | self.public_groups
+            repeated = [at for at, part in side.items() if part == TEST and self.groups[at] in learned]
+            if self.settings.split:
+                leaked = len(repeated)
+            else:
+                overlapping = len(repeated)
+                side = {at: part for at, part in side.items() if at not in set(repeated)}
+        clients = []
+        for name, members in owned.items():
+            client = self._client(name, members, side)
+            if client is None:
+                small += 1
+            else:
+                clients.append(client)
+        facts = DataFacts(len(self.rows), broken, len(set(self.groups)), small, overlapping, leaked)
+        return Loaded(Population(self.labels, tuple(self.public), self._named(clients)), facts)
+
+    def _hash(self, *parts: object) -> int:
+        return int.from_bytes(hashlib.sha256("\x1f".join(map(str, (self.seed, *parts))).encode()).digest()[:8], "big")
+
+    def _order(self, group: int) -> int:
+        """The place of a group in the order that decides its use; of its first text, whatever the machine."""
+        first = self.rows[group].text if group < len(self.rows) else self.public[group - len(self.rows)].text
+        return self._hash("group", first)
+
+    def _labelled(self, row: Row, group: int) -> LabelledText:
+        return LabelledText(row.text, self.number[row.label], f"g{group}", row.prompt)
+
+    def _take_public(self) -> set[int]:
+        """Make some texts of each label public, and return all texts of their groups, which no client keeps."""
+        members: dict[int, list[int]] = defaultdict(list)
+        for at in range(len(self.rows)):
+            if self.rows[at].split in ("", TRAIN):
+                members[self.groups[at]].append(at)
+        order = sorted(members, key=lambda group: (len(members[group]), self._order(group)))
+        count: Counter[str] = Counter()
+        for group in order:
+            first = self.rows[members[group][0]]
+            if count[first.label] < self.settings.public_texts:
+                count[first.label] += 1
+                self.public_groups.add(group)
+                self.public.append(self._labelled(first, group))
+        self.public.sort(key=lambda text: text.label)
+        return {at for at in range(len(self.rows)) if self.groups[at] in self.public_groups}
+
+    def _owned(self, left: Sequence[int]) -> tuple[dict[str, list[int]], int]:
+        """Client → its rows; and how many clients had too few."""
+        if self.settings.client:
+            names = [self.rows[at].client for at in left]
+        else:
+            owner = partition([self.rows[at].label for at in left], self.settings, self.seed)
+            names = [f"client-{number + 1:04d}" for number in owner]
+        owned: dict[str, list[int]] = defaultdict(list)
+        for name, at in zip(names, left, strict=True):
+            owned[name].append(at)
+        enough = {name: owned[name] for name in sorted(owned) if len(owned[name]) >= self.settings.minimum_texts}
+        return enough, len(owned) - len(enough)
+
+    def _sides(self, owned: Mapping[str, Sequence[int]]) -> dict[int, str]:
+        """TEST or TRAIN (or, from the data's own split, VALIDATION) for each row."""
+        if self.settings.split:
+            return {at: self.rows[at].split or TRAIN for members in owned.values() for at in members}
+        if self.settings.holdout == "time":
+            side: dict[int, str] = {}
+            for members in owned.values():
+                latest = sorted(members, key=lambda at: (self.rows[at].time, at))
+                tests = max(1, round(self.settings.holdout_fraction * len(members)))
+                side |= {at: TEST if place >= len(members) - tests else TRAIN for place, at in enumerate(latest)}
+            return side
+        tested = self._tested_groups(owned)
+        return {at: TEST if self.groups[at] in tested else TRAIN for members in owned.values() for at in members}
+
+    def _tested_groups(self, owned: Mapping[str, Sequence[int]]) -> set[int]:
+        """The groups for tests. Each client gets its share of them, in the order of hashes."""
+        tested: set[int] = set()
+        settled = set(self.public_groups)
+        for members in owned.values():
+            sizes = Counter(self.groups[at] for at in members)
+            target = max(1, round(self.settings.holdout_fraction * len(members)))
+            have = sum(size for group, size in sizes.items() if group in tested)
+            for group in sorted(sizes, key=self._order):
+                if group in settled:
+                    continue
+                settled.add(group)
+                # Not a group that would leave the client too little to learn from.
+                if have < target and have + sizes[group] <= len(members) // 2:
+                    tested.add(group)
+                    have += sizes[group]
+        return tested
+
+    def _client(self, name: str, members: Iterable[int], side: Mapping[int, str]) -> Client | None:
+        """A client; None if one of its parts would be empty."""
+        parts: dict[str, list[int]] = {TRAIN: [], VALIDATION: [], TEST: []}
+        for at in members:
+            if at in side:
+                parts[side[at]].append(at)
+        if not parts[VALIDATION]:
+            self._hold_out(parts[TRAIN], parts[VALIDATION])
+        if not all(parts.values()):
+            return None
+        languages = Counter(self.rows[at].language for part in parts.values() for at in part)
+        texts = {
+            part: tuple(self._labelled(self.rows[at], self.groups[at]) for at in found) for part, found in parts.items()
+        }
+        return Client(name, languages.most_common(1)[0][0], False, texts[TRAIN], texts[VALIDATION], texts[TEST])
+
+    def _hold_out(self, train: list[int], validation: list[int]) -> None:
+        """Move whole groups of a client from ``train`` to ``validation``, up to its share."""
+        sizes = Counter(self.groups[at] for at in train)
+        target, chosen, have = max(1, round(self.settings.validation_fraction * len(train))), set(), 0
+        for group in sorted(sizes, key=self._order):
+            if have < target and have + sizes[group] <= max(1, len(train) // 2):
+                chosen.add(group)
+                have += sizes[group]
+        validation.extend(at for at in train if self.groups[at] in chosen)
+        train[:] = [at for at in train if self.groups[at] not in chosen]
+
+    def _named(self, clients: Sequence[Client]) -> tuple[Client, ...]:
+        """The clients, those that take part first, under names that devices can have."""
+        unseen = max(1, round(self.settings.unseen * len(clients)))
+        if len(clients) - unseen < FEWEST_TRAINED:
+            raise ConfigError(
+                f"{len(clients)} clients have enough texts, of which {unseen} take no part in training; at least "
+                f"{FEWEST_TRAINED} must train: give more texts, or lower data.minimum_texts",
+                about="data.client",
+                value=len(clients),
+            )
+        order = sorted(clients, key=lambda client: self._hash("unseen", client.name))
+        out = {client.name for client in order[:unseen]}
+        usable = all(is_device_id(client.name) for client in clients)
+        usable = usable and len({client.name.casefold() for client in clients}) == len(clients)
+        sorted_clients = sorted(clients, key=lambda client: (client.name in out, client.name))
+        return tuple(
+            Client(
+                client.name if usable else f"client-{number:04d}",
+                client.language,
+                client.name in out,
+                client.train,
+                client.validation,
+                client.test,
+            )
+            for number, client in enumerate(sorted_clients, 1)
+        )

@@ -1,0 +1,283 @@
+"""What a client makes in each arm, of a classifier or a language model: whom it trains with, and what it keeps.
+
+A loss of a language model is in bits per byte of text: a byte is the same in every language and for every tokenizer,
+and a model that predicts nothing needs about eight.
+"""
+
+import hashlib
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from itertools import accumulate
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import cross_entropy
+
+from adapters.layout import Floats, Tensors
+from adapters.manifest import VersionManifest
+from adapters.parts import PARTS
+from adapters.task import MAX_LOSS, Task
+from client.node.privateparts import PrivateParts
+from client.node.statedir import DeviceStateDir
+from client.training.engine import open_trainer, trainer_of
+from client.training.examples import Example, Split, in_split
+from client.training.personal import Candidate, Choice, PersonalMethod, PersonalStep, personalize, rehearsal
+from client.training.private import subject_of, with_private
+from client.training.trainer import ClassifierTrainer, FrozenBase, LocalTrainer
+from simulations.data.population import Client, LabelledText, Population
+from simulations.engine import provision
+from simulations.engine.provision import Matrix, with_bias
+from simulations.result import Tally
+from simulations.scenario import Scenario
+
+MOST_KEPT = 100_000  # embeddings: 150 MB for MiniLM
+CENTRAL = "/central"  # name of the pooled training, which orders its examples
+A, B = ".lora_A.", ".lora_B."
+
+Parts = Sequence[Sequence[LabelledText]]
+Model = Callable[[Parts], list[Tally]]  # what a client has: parts of texts → a tally of each
+FitHead = Callable[[Matrix, NDArray[np.int64], Matrix, int, float], Matrix]
+
+
+@dataclass(frozen=True, slots=True)
+class ArmInputs:
+    """What the arms of every client are made from."""
+
+    scenario: Scenario
+    population: Population
+    task: Task  # the federation's training settings, for all parts of the adapter
+    seed_adapter: Tensors  # the vendor's adapter, version 0
+    released: Sequence[Example]  # training examples that every device can have
+
+    @classmethod
+    def of(cls, scenario: Scenario, manifest: VersionManifest, seed_adapter: Tensors, population: Population) -> Self:
+        """The inputs that a scenario gives; the manifest is that of any version."""
+        task = replace(scenario.federation.task(manifest), trained=PARTS, proximal=0.0)
+        released = provision.public_examples(provision.released_texts(population))
+        return cls(scenario, population, task, seed_adapter, released)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The adapter that a client keeps, and which candidate it is."""
+
+    choice: str
+    adapter: Tensors
+
+
+@dataclass
+class Arms(ABC):
+    """What the arms have in common. Whoever works on several clients at a time needs as many of these."""
+
+    mine: LocalTrainer
+    inputs: ArmInputs
+    step: Callable[[], object] = field(default=lambda: None)
+
+    def local(self, client: Client) -> Kept:
+        """What the client makes by itself: as many epochs as others, two learning rates, and the same choice."""
+        first, second = self.inputs.scenario.local_rates
+        task, epochs = replace(self.inputs.task, learning_rate=first), self.inputs.scenario.round_epochs
+        alone = self.train(self.inputs.seed_adapter, training_examples(client), task, epochs, client.name, "/local")
+        return self.personal(client, alone, "/local/personal step", second)
+
+    def personal(self, client: Client, start: Tensors, arm: str = "", rate: float = 0.0) -> Kept:
+        """The personal step from ``start``. ``arm``, ``rate``: of another use of the step than in the personal arm."""
+        own = self.inputs.scenario.personal
+        proximal = 0.0 if arm else own.proximal
+        task = replace(self.inputs.task, learning_rate=rate or own.learning_rate, proximal=proximal)
+        return self._personal(client, start, task, arm)
+
+    def after_the_rounds(self, state_dir: DeviceStateDir, global_adapter: Tensors) -> Tensors:
+        """The global adapter with the parts of it that the device has trained and not shared."""
+        subject = subject_of(self.mine.base.digest, self.inputs.task, self.mine.layout)
+        parts = state_dir.load(PrivateParts)
+        return with_private(global_adapter, parts.start(subject) if parts else None, self.inputs.task)
+
+    def pooled(self) -> Tensors:
+        """Version 0, trained on the training texts of all clients that are not unseen, for the epochs of all rounds."""
+        inputs = self.inputs
+        seen = (client for client in inputs.population.clients if not client.unseen)
+        examples = [example for client in seen for example in training_examples(client)]
+        return self.train(inputs.seed_adapter, examples, inputs.task, inputs.scenario.round_epochs, "", CENTRAL)
+
+    def train(
+        self, start: Tensors, examples: Sequence[Example], task: Task, epochs: int, client: str, arm: str
+    ) -> Tensors:
+        """Train in the order that seed, client and arm give; for no epoch, the start itself."""
+        if not epochs:
+            return start
+        order = generator(self.inputs.scenario.seed, client, arm)
+        return self.mine.train(start, examples, task, epochs=epochs, rng=order, step=self.step)
+
+    @abstractmethod
+    def _personal(self, client: Client, start: Tensors, task: Task, arm: str) -> Kept: ...
+
+    @abstractmethod
+    def rehearsed(self, client: Client) -> int:
+        """How many examples the client's personal step trains on."""
+
+    @abstractmethod
+    def model(self, adapter: Tensors) -> Model:
+        """What tallies texts with an adapter."""
+
+
+class ClassifierArms(Arms):
+    mine: ClassifierTrainer
+
+    def _personal(self, client: Client, start: Tensors, task: Task, arm: str) -> Kept:
+        own, examples = self.inputs.scenario.personal, provision.examples_of(client)
+        scale = self.inputs.scenario.federation.analytic.scale
+        how = PersonalStep(own.epochs, scale, PersonalMethod(own.method), own.share, Choice(own.choice), own.patience)
+        public = rehearsal(self.mine, examples, self.inputs.released, own.public)
+        kept = personalize(
+            self.mine,
+            {Candidate.BASE: self.inputs.seed_adapter, Candidate.GLOBAL: start},
+            [*examples, *public.trained],
+            task,
+            how,
+            rng=generator(self.inputs.scenario.seed, client.name, arm),
+            plain=public.counted,
+            step=self.step,
+        )
+        return Kept(kept.chosen.value, kept.adapter)
+
+    def rehearsed(self, client: Client) -> int:
+        own = self.inputs.scenario.personal.public
+        public = rehearsal(self.mine, provision.examples_of(client), self.inputs.released, own)
+        return len(client.train) + len(public.trained)
+
+    def model(self, adapter: Tensors) -> Model:
+        return partial(_answered, partial(self.mine.logits, adapter))
+
+    def head(self, client: Client, fit: FitHead, penalty: float) -> tuple[Model, float]:
+        """A linear head on frozen embeddings, fitted to the client's training texts and the public texts.
+
+        Returns the model, and the processor seconds of its embeddings that other heads have spent already.
+        """
+        train, embeddings = training_examples(client), _embeddings(self.mine)
+        texts = [*train, *provision.public_examples(self.inputs.population.public)]
+        before = time.thread_time()
+        rows, seconds = embeddings.of([text.text for text in texts])
+        saved = seconds - (time.thread_time() - before)
+        labels = np.array([text.label for text in texts], np.int64)
+        weights = np.where(np.arange(len(texts)) < len(train), self.inputs.scenario.head.own_weight, 1.0)
+        head = fit(with_bias(rows), labels, weights, len(self.inputs.task.labels), penalty)
+
+        def logits(asked: Sequence[str]) -> Floats:
+            return (with_bias(embeddings.of(asked)[0]) @ head).astype(np.float32)
+
+        return partial(_answered, logits), saved
+
+
+class LanguageArms(Arms):
+    def _personal(self, client: Client, start: Tensors, task: Task, arm: str) -> Kept:
+        """The best on the client's validation texts, the base and the start included; among equals the last one."""
+        epochs = self.inputs.scenario.personal.epochs
+        tuned = self.train(start, training_examples(client), task, epochs, client.name, arm)
+        candidates = {"base": self.inputs.seed_adapter, "global": start, "personal": tuned}
+        held_out = in_split(provision.examples_of(client), Split.VALIDATION)
+        best = min(reversed(candidates), key=lambda name: self.mine.score(candidates[name], held_out).loss)
+        return Kept(best, candidates[best])
+
+    def rehearsed(self, client: Client) -> int:
+        return len(client.train)
+
+    def model(self, adapter: Tensors) -> Model:
+        return lambda parts: [self._predicted(adapter, part) for part in parts]
+
+    def _predicted(self, adapter: Tensors, part: Sequence[LabelledText]) -> Tally:
+        examples = [Example(text.text, text.label, Split.TEST, text.prompt) for text in part]
+        score = self.mine.score(adapter, examples)
+        return Tally("", score.loss / score.count if score.count else 0.0, score.count)
+
+
+def arms_of(base: FrozenBase, inputs: ArmInputs, count: int, step: Callable[[], object]) -> list[Arms]:
+    """The arms of ``count`` clients at the same time: of a classifier, or without labels of a language model."""
+    labels, config = len(inputs.task.labels), inputs.task.peft_config
+    of_task: type[Arms] = ClassifierArms if labels else LanguageArms
+    trainers = (trainer_of(base, labels, config), *(open_trainer(base, labels, config) for _ in range(count - 1)))
+    return [of_task(trainer, inputs, step) for trainer in trainers]
+
+
+def generator(seed: int, client: str, arm: str) -> np.random.Generator:
+    """What orders the examples of one training: of a scenario's seed, a client and an arm."""
+    name = int.from_bytes(hashlib.sha256(f"{client}{arm}".encode()).digest()[:8], "big")
+    return np.random.default_rng([seed, name])
+
+
+def training_examples(client: Client) -> Sequence[Example]:
+    return in_split(provision.examples_of(client), Split.TRAIN)
+
+
+class _Embeddings:
+    """Embeddings by the frozen base, each computed once for all candidates and arms."""
+
+    def __init__(self, mine: ClassifierTrainer) -> None:
+        self._mine = mine
+        self._kept: dict[str, tuple[Floats, float]] = {}  # text → embedding, and the processor time that it took
+
+    def of(self, texts: Sequence[str]) -> tuple[Floats, float]:
+        """The embeddings, shape ``(len(texts), hidden)``, and the processor seconds that they took when computed."""
+        if len(self._kept) > MOST_KEPT:
+            self._kept.clear()
+        if missing := [text for text in dict.fromkeys(texts) if text not in self._kept]:
+            before = time.thread_time()
+            embedded = self._mine.embed(missing)
+            each = (time.thread_time() - before) / len(missing)
+            self._kept.update((text, (row, each)) for text, row in zip(missing, embedded, strict=True))
+        rows = [self._kept[text] for text in texts]
+        return np.stack([row for row, _ in rows]), sum(seconds for _, seconds in rows)
+
+
+_embeddings = lru_cache(maxsize=1)(_Embeddings)
+
+
+def _answered(answers: Callable[[Sequence[str]], Floats], parts: Parts) -> list[Tally]:
+    """The tallies of a classifier, which is asked all texts at once. ``answers``: texts → logits."""
+    texts = [text for part in parts for text in part]
+    logits, labels = answers([text.text for text in texts]), np.array([text.label for text in texts], np.int64)
+    ends = list(accumulate(map(len, parts)))
+    slices = [slice(end - len(part), end) for part, end in zip(parts, ends, strict=True)]
+    return [_tally(logits[place], labels[place]) for place in slices]
+
+
+def _tally(logits: Floats, labels: NDArray[np.int64]) -> Tally:
+    if not len(labels):
+        return Tally("", 0.0)
+    losses = cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels), reduction="none").clamp(max=MAX_LOSS)
+    right = logits.argmax(axis=1) == labels
+    return Tally("".join("1" if one else "0" for one in right), float(losses.mean()))
+
+
+def aggregation_error(trained: Iterable[tuple[Mapping[str, NDArray[np.float32]], float]]) -> float:
+    """‖mean(B A) - mean(B) mean(A)‖ / ‖mean(B A)‖ over the devices of a round, Frobenius norms over all layers.
+
+    The error of averaging LoRA's factors, which a coordinator, which knows sums only, cannot measure. It is 0 where all
+    devices have the same A or the same B (Sun et al. 2024, section 3.2); NaN if the mean update is zero.
+
+    Args:
+        trained: Each device's adapter after its training, and its weight in the mean; some weight is above 0. Tensors
+            are named as peft names them. Adapters are read one after the other.
+    """
+    total, means, products = 0.0, dict[str, Matrix](), dict[str, Matrix]()
+    for tensors, weight in trained:
+        total += weight
+        for name, b in tensors.items():
+            if B not in name:
+                continue
+            a = tensors[name.replace(B, A)]
+            for sums, key, value in ((means, name, b), (means, name.replace(B, A), a), (products, name, b @ a)):
+                sums[key] = sums.get(key, 0.0) + weight * value.astype(np.float64)
+    pairs = [
+        (product / total, (means[name] / total) @ (means[name.replace(B, A)] / total))
+        for name, product in products.items()
+    ]
+    size = math.sqrt(sum(float(np.square(exact).sum()) for exact, _ in pairs))
+    off = math.sqrt(sum(float(np.square(exact - mean).sum()) for exact, mean in pairs))
+    return off / size if size else math.nan

@@ -1,0 +1,340 @@
+"""What a suite found, in numbers: figures of each arm with intervals, differences of pairs, costs.
+
+Intervals and tests are by the bootstrap (Efron and Tibshirani 1993). A seed has its own clients, and clients of a seed
+share one federation. So both levels are resampled: seeds with replacement, then clients with replacement within each
+drawn seed. Arms are compared on the same draws, which leaves what makes a client hard for both out of their difference.
+Where clients differ more than seeds do, the intervals are a little too wide; where seeds differ more, three seeds give
+intervals that are too narrow. The tests measure both.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aggregation.errors import DataError
+from simulations.plan import Kind, Overrides, SearchOutcome, SuiteSettings
+from simulations.result import METRICS, Cost, Metric, RoundPoint, TrialResult, metric_of
+
+RESAMPLES = 4000
+FEWEST = 6  # clients over all seeds: of fewer, resamples say nothing about others
+LEVEL = 0.95
+
+Values = NDArray[np.float64]
+Statistic = Callable[[Values], Values]  # reduces the last axis, that of the clients
+
+STATISTICS: dict[str, Statistic] = {
+    "mean": lambda values: values.mean(axis=-1),
+    "p10": lambda values: np.percentile(values, 10, axis=-1),
+    "worst": lambda values: values.min(axis=-1),
+}
+FIGURES = ("mean", "p10", "worst", "unseen")
+RESAMPLING_SEED = 20  # so that a report is the same each time
+Found = Mapping[str, tuple[SearchOutcome, Mapping[int, TrialResult]]]  # arm → its search, and its result by seed
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A figure and its interval at ``LEVEL``; the interval is NaN where there are too few clients for one."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The difference of a figure between two arms, its interval, and the probability of so much by chance."""
+
+    value: float
+    low: float
+    high: float
+    p: float  # two-sided, of the same resamples as the interval
+    adjusted: float  # ``p`` after Holm's correction for all pairs of the report
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether the interval contains 0, or it is NaN."""
+        return not (self.low > 0 or self.high < 0)
+
+    def scaled(self, factor: float) -> "Difference":
+        low, high = sorted((factor * self.low, factor * self.high))
+        return replace(self, value=factor * self.value, low=low, high=high)
+
+
+def figure(samples: Sequence[Values], statistic: Statistic) -> Values:
+    """The mean over seeds of a statistic over clients, shape ``(arms,)``.
+
+    ``samples``: for each seed the values, shape ``(arms, clients)``; at least one client.
+    """
+    return np.mean([statistic(values) for values in samples], axis=0)  # type: ignore[no-any-return]
+
+
+def resampled(samples: Sequence[Values], statistic: Statistic, rng: np.random.Generator) -> Values:
+    """``figure`` of resampled seeds and clients, shape ``(arms, RESAMPLES)``; all arms have the same draws."""
+    arms, total = samples[0].shape[0], np.zeros((samples[0].shape[0], RESAMPLES))
+    for _ in samples:  # one drawn seed after the other
+        drawn = rng.integers(len(samples), size=RESAMPLES)
+        found = np.empty((arms, RESAMPLES))
+        for seed, values in enumerate(samples):
+            places = np.flatnonzero(drawn == seed)
+            clients = rng.integers(values.shape[1], size=(len(places), values.shape[1]))
+            found[:, places] = statistic(values[:, clients])
+        total += found
+    return total / len(samples)
+
+
+def estimate(value: float, draws: Values, clients: int) -> Estimate:
+    """A figure with the percentile interval of its resamples; without one for fewer than ``FEWEST`` clients."""
+    if clients < FEWEST:
+        return Estimate(value, math.nan, math.nan)
+    low, high = np.percentile(draws, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
+    return Estimate(value, float(low), float(high))
+
+
+def p_value(draws: Values, clients: int) -> float:
+    """The two-sided probability of a difference as far from 0, from resamples of the difference.
+
+    At least 2 / (resamples + 1); 1 if there are fewer than ``FEWEST`` clients.
+    """
+    if clients < FEWEST:
+        return 1.0
+    side = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
+    return min(1.0, 2 * (side + 1) / (len(draws) + 1))
+
+
+def holm(p_values: Sequence[float]) -> tuple[float, ...]:
+    """The values after Holm's correction (1979), in the same order.
+
+    >>> holm([0.01, 0.04, 0.03])
+    (0.03, 0.06, 0.06)
+    """
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, p_values[place] * (len(p_values) - rank)))
+        adjusted[place] = largest
+    return tuple(adjusted)
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """The rounds of a federation until its adapter reaches the target, and one device's bytes: means over ``seeds``."""
+
+    seeds: int  # seeds in which it is reached; the others count for nothing
+    rounds: float
+    bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class ArmSummary:
+    kind: Kind
+    figures: dict[str, Estimate]
+    public: float  # mean value of the clients' models on public texts
+    forgotten: float
+    aggregation_error: float  # mean over seeds; NaN if it was not measured
+    cost: Cost  # means over seeds
+    reached: Reached | None  # the rounds to the target; None if the arm has no rounds or the suite no target
+    constants: Overrides  # that its search chose
+    candidates: int
+    search_cpu_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class PairSummary:
+    """Two arms: the figures of the first minus those of the second."""
+
+    first: str
+    second: str
+    figures: dict[str, Difference]
+
+
+@dataclass(frozen=True, slots=True)
+class SuiteSummary:
+    """A suite. ``clients`` and ``unseen`` are counted over all seeds; ``metric`` is a key of ``METRICS``."""
+
+    name: str
+    metric: str
+    seeds: tuple[int, ...]
+    search_seeds: tuple[int, ...]
+    target: float
+    clients: int
+    unseen: int
+    arms: dict[str, ArmSummary]
+    pairs: tuple[PairSummary, ...]
+
+    @property
+    def compared_by(self) -> Metric:
+        return METRICS[self.metric]
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that ``--json`` prints. NaN becomes null."""
+        table: dict[str, Any] = _plain(asdict(self))
+        return table
+
+
+def summarize(settings: SuiteSettings, found: Found) -> SuiteSummary:
+    """The numbers of a finished suite. Raises DataError if two arms have different clients or test texts."""
+    _check_pairs(found)
+    figures = {}
+    for title in FIGURES:
+        if samples := samples_of(found, settings.seeds, unseen=title == "unseen"):
+            figures[title] = _Figure.of(list(found), samples, STATISTICS["mean" if title == "unseen" else title])
+    base = next((name for name in found if settings.arms[name].kind is Kind.BASE), None)
+    clients = [c for result in next(iter(found.values()))[1].values() for c in result.clients]
+    return SuiteSummary(
+        name=settings.name,
+        metric=compared_by(found).name,
+        seeds=settings.seeds,
+        search_seeds=settings.search.seeds if any(arm.search for arm in settings.arms.values()) else (),
+        target=settings.target,
+        clients=len(clients),
+        unseen=sum(c.unseen for c in clients),
+        arms={name: _arm(settings, name, found, figures, base) for name in found},
+        pairs=_pairs(settings.pairs, figures, compared_by(found)),
+    )
+
+
+def _arm(
+    settings: SuiteSettings, name: str, found: Found, figures: Mapping[str, "_Figure"], base: str | None
+) -> ArmSummary:
+    kind, metric, (chosen, results) = settings.arms[name].kind, compared_by(found), found[name]
+    nothing = Estimate(math.nan, math.nan, math.nan)
+    targeted = settings.target and kind.federated
+    return ArmSummary(
+        kind=kind,
+        figures={title: figures[title].estimate(metric, name) if title in figures else nothing for title in FIGURES},
+        public=_mean([metric.of(c.public) for r in results.values() for c in r.clients]),
+        forgotten=_forgotten(found[base][1], results) if base else math.nan,
+        aggregation_error=_mean([e for r in results.values() if (e := r.aggregation_error) is not None]),
+        cost=_cost([result.cost for result in results.values()]),
+        reached=_reached([r.rounds for r in results.values()], settings.target, metric) if targeted else None,
+        constants=chosen.constants,
+        candidates=len(chosen.scores),
+        search_cpu_seconds=chosen.cpu_seconds,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Figure:
+    """One figure of all arms: its values, their resamples, and of how many clients."""
+
+    names: Sequence[str]
+    values: Values
+    draws: Values
+    clients: int
+
+    @classmethod
+    def of(cls, names: Sequence[str], samples: Sequence[Values], statistic: Statistic) -> "_Figure":
+        draws = resampled(samples, statistic, np.random.default_rng(RESAMPLING_SEED))
+        return cls(names, figure(samples, statistic), draws, sum(sample.shape[1] for sample in samples))
+
+    def estimate(self, metric: Metric, name: str) -> Estimate:
+        place = self.names.index(name)
+        scores = estimate(float(self.values[place]), self.draws[place], self.clients)
+        return scores if metric.sign > 0 else Estimate(-scores.value, -scores.high, -scores.low)
+
+    def difference(self, first: str, second: str) -> Difference:
+        """The difference of two arms' scores, not yet adjusted."""
+        i, j = self.names.index(first), self.names.index(second)
+        draws = self.draws[i] - self.draws[j]
+        interval, p = (
+            estimate(float(self.values[i] - self.values[j]), draws, self.clients),
+            p_value(draws, self.clients),
+        )
+        return Difference(interval.value, interval.low, interval.high, p, p)
+
+
+def compared_by(found: Found) -> Metric:
+    return metric_of(result for _, results in found.values() for result in results.values())
+
+
+def _check_pairs(found: Found) -> None:
+    first, (_, expected) = next(iter(found.items()))
+    for name, (_, results) in found.items():
+        for seed, result in results.items():
+            same = [(c.name, c.unseen, c.test.count) for c in expected[seed].clients]
+            if [(c.name, c.unseen, c.test.count) for c in result.clients] != same:
+                raise DataError(
+                    f"arms {first!r} and {name!r} have different clients with seed {seed}: give them one population",
+                    about=name,
+                )
+
+
+def samples_of(found: Found, seeds: Sequence[int], *, unseen: bool) -> list[Values]:
+    """For each seed the test scores of some clients, shape ``(arms, clients)``; none if there are no such clients.
+
+    A score is an accuracy, or the negative of a loss in bits per byte.
+    """
+    metric = compared_by(found)
+    samples = [
+        np.array(
+            [
+                [metric.score(c.test) for c in results[seed].clients if c.unseen is unseen]
+                for _, results in found.values()
+            ]
+        )
+        for seed in seeds
+    ]
+    return samples if all(sample.size for sample in samples) else []
+
+
+def _pairs(pairs: Sequence[tuple[str, str]], figures: Mapping[str, _Figure], metric: Metric) -> tuple[PairSummary, ...]:
+    rows: list[dict[str, Difference]] = [{} for _ in pairs]
+    for title, one in figures.items():
+        differences = [one.difference(*pair) for pair in pairs]
+        adjusted = holm([difference.p for difference in differences])
+        for row, difference, p in zip(rows, differences, adjusted, strict=True):
+            row[title] = replace(difference, adjusted=p).scaled(metric.sign)
+    return tuple(PairSummary(*pair, row) for pair, row in zip(pairs, rows, strict=True))
+
+
+def _forgotten(base: Mapping[int, TrialResult], results: Mapping[int, TrialResult]) -> float:
+    answers = [
+        (before, after)
+        for seed, result in results.items()
+        for known, client in zip(base[seed].clients, result.clients, strict=True)
+        for before, after in zip(known.test.right, client.test.right, strict=True)
+    ]
+    kept = [after == "1" for before, after in answers if before == "1"]
+    return 1 - _mean(kept)
+
+
+def _cost(costs: Sequence[Cost]) -> Cost:
+    return Cost(
+        epochs=costs[0].epochs,
+        steps=round(_mean([cost.steps for cost in costs])),
+        cpu_seconds=_mean([cost.cpu_seconds for cost in costs]),
+        bytes_up=_mean([cost.bytes_up for cost in costs]),
+        bytes_down=_mean([cost.bytes_down for cost in costs]),
+    )
+
+
+def _reached(runs: Sequence[Sequence[RoundPoint]], target: float, metric: Metric) -> Reached:
+    found = []
+    for points in runs:
+        for before, point in pairwise((RoundPoint(0, None, 0.0), *points)):  # a round states what it began with
+            if point.value is not None and metric.sign * point.value >= metric.sign * target:
+                found.append((before.round, before.bytes))
+                break
+    return Reached(len(found), _mean([rounds for rounds, _ in found]), _mean([size for _, size in found]))
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _plain(below) for key, below in value.items()}
+        case list() | tuple():
+            return [_plain(below) for below in value]
+        case Kind():
+            return value.value
+        case float() if not math.isfinite(value):
+            return None
+    return value
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else math.nan

@@ -1,0 +1,328 @@
+"""Results of arms and of runs, for classifiers and language models alike. They are computed elsewhere."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from aggregation.steps import Step
+
+ARMS = ("base", "local", "global", "personal")
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """The answers to some texts, or how well a language model predicts them.
+
+    Attributes:
+        right: A character for each text that is classified: ``1`` if its answer is right, else ``0``.
+    """
+
+    right: Annotated[str, Field(pattern=r"^[01]*$")]
+    loss: float  # mean cross-entropy of a text in nats, of a language model for each byte; 0 without texts
+    predicted: int = 0  # texts of a language model
+
+    @property
+    def count(self) -> int:
+        return len(self.right) or self.predicted
+
+    @property
+    def accuracy(self) -> float:
+        """The share of right answers; NaN without answers."""
+        return self.right.count("1") / len(self.right) if self.right else math.nan
+
+    @property
+    def bits(self) -> float:
+        """Mean loss of a language model in bits per byte; NaN without texts of one."""
+        return self.loss / math.log(2) if self.predicted else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class ClientScore:
+    """How one client's model does in one arm.
+
+    Attributes:
+        validation, test: The client's own texts of these parts.
+    """
+
+    name: str
+    unseen: bool  # whether the client took no part in training
+    validation: Tally
+    test: Tally
+    public: Tally  # the population's public texts
+    choice: str = ""  # the adapter that the client kept, where the arm lets it choose
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a trial cost. Scoring is not counted; bytes are those of one device, in all rounds together."""
+
+    epochs: int  # passes of a client over its training texts
+    steps: int  # steps of the optimizer, all clients together
+    cpu_seconds: float  # of training; in a federation with coordination and secure aggregation, all devices together
+    bytes_up: float = 0.0
+    bytes_down: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RoundPoint:
+    """One round: what the adapter does that it began with, if it is published, and one device's bytes until then."""
+
+    round: int
+    value: float | None  # accuracy, or bits per byte, on the validation texts of its devices
+    bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrialResult:
+    """All that is measured of one arm on one seed."""
+
+    clients: tuple[ClientScore, ...]  # in the order of the population
+    cost: Cost
+    rounds: tuple[RoundPoint, ...] = ()
+    aggregation_error: float | None = None
+
+
+Outcome = TrialResult | str  # why the trial failed, in one line
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """What arms are compared by, and how it reads in a report.
+
+    Attributes:
+        factor, digits, unit: How a difference is printed.
+    """
+
+    name: str  # in a heading
+    key: str  # in JSON
+    of: Callable[[Tally], float]  # its value for a tally
+    sign: int  # 1 if more is better, else -1
+    titles: Mapping[str, str]  # of the figures over clients; ``p10`` is the tenth from the bad end
+    decile: str  # ``p10`` in a sentence
+    factor: float
+    digits: int
+    unit: str
+    differences: str  # the unit of differences in full
+
+    def score(self, tally: Tally) -> float:
+        """The value, or its negative where less is better."""
+        return self.sign * self.of(tally)
+
+    def size(self, difference: float, *, signed: bool = False) -> str:
+        """A difference without its unit, with its sign if asked."""
+        return f"{self.factor * difference:{'+' if signed else ''}.{self.digits}f}"
+
+
+TITLES = {"mean": "mean", "p10": "10th pct.", "worst": "worst", "unseen": "unseen"}
+ACCURACY = Metric(
+    "accuracy", "accuracy", lambda tally: tally.accuracy, 1, TITLES, "10th", 100, 1, "points", "percentage points"
+)
+BITS = Metric(
+    "bits per byte",
+    "loss",
+    lambda tally: tally.bits,
+    -1,
+    TITLES | {"p10": "90th pct."},
+    "90th",
+    1,
+    3,
+    "bits per byte",
+    "bits per byte",
+)
+METRICS = {metric.name: metric for metric in (ACCURACY, BITS)}
+
+
+def metric_of(results: Iterable[TrialResult]) -> Metric:
+    """What trials of one suite are compared by; accuracy if there are none."""
+    tallies = (tally for result in results for c in result.clients for tally in (c.validation, c.test, c.public))
+    return BITS if any(tally.predicted for tally in tallies) else ACCURACY
+
+
+@dataclass(frozen=True, slots=True)
+class ClientResult:
+    """One client in a run: ``arms`` has the accuracy on its test texts, or their bits per byte, by arm.
+
+    ``base``: no training. ``local``: trained by the client itself, for the epochs of the rounds, with the same personal
+    step. ``global``: the last global adapter. ``personal``: the global adapter after the personal step; ``choice`` says
+    which candidate the client kept.
+    """
+
+    name: str
+    language: str
+    unseen: bool  # took no part in training
+    examples: int  # trained on
+    tests: int
+    arms: dict[str, float]
+    choice: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReportedRound:
+    """One round as the coordinator saw it. A device whose update is in the sum may still drop out before the end."""
+
+    round: int
+    survivors: tuple[str, ...]
+    dropped: dict[str, str]  # device → the step at which it dropped out
+    aborted: str | None
+    bytes_up: int  # of one device, mean over the survivors; a session's first round includes its setup
+    bytes_down: int  # of one device, mean over the cohort
+    seconds: float
+    metrics: dict[str, float]  # accuracy and loss of the adapter that the round began with, on validation parts
+    version: int | None  # of the adapter that the round produced
+    epsilon: float | None  # what all sums so far may have revealed of a device; None without differential privacy
+
+
+@dataclass(frozen=True, slots=True)
+class GroupResult:
+    """A federation of its own in a run with ``groups``."""
+
+    name: str  # the language, or "common"
+    folder: str  # of the federation, in that of the run
+    clients: tuple[str, ...]  # unseen ones too
+    devices: int  # that take part
+    aborted: int  # rounds
+    adapter: str  # SHA-256 of the last version, hex
+
+
+@dataclass(frozen=True, slots=True)
+class Reliability:
+    """Whether the probabilities of one arm are the share of right answers, on the test phrases of all clients.
+
+    Measured on the exported files, as devices answer. The calibration error is the mean distance between the two
+    (``adapters.calibration``); the lists of answers are those of all clients together.
+    """
+
+    before: float  # calibration error without a temperature
+    after: float  # with the temperatures that the adapters' manifests state
+    near_ninety: int  # answers with a probability of 85 to 95 %
+    right_near_ninety: float  # the share of them that is right; NaN if there are none
+
+
+@dataclass(frozen=True, slots=True)
+class CanaryBounds:
+    """Lower bounds on epsilon from canaries (``engine.canaries``), and the account, an upper bound on the same sums."""
+
+    count: int  # of canaries
+    right: int  # of them, guessed to be in the sums or not
+    account: float  # epsilon of the device that spent most
+    one_run: float  # a lower bound on it that assumes nothing of the noise
+    gaussian: float  # one that assumes the errors of Gaussian noise
+    confidence: float  # of each bound
+
+
+@dataclass(frozen=True, slots=True)
+class ExportResult:
+    """The bundles of a classifier's run, and how the exported files answer."""
+
+    bundle: str
+    phrase: str  # to ask the bundle; no text of a client
+    report: str
+    parity: dict[str, float | int]  # agreement, max_abs_diff, count; accuracy of the exported global pair, and torch's
+    reliability: dict[str, Reliability]  # of the arms global and personal
+    plain: dict[str, dict[str, int]]  # client → right and count of the plain phrases that its own adapter answers
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """The default arms on one seed: ``--json`` prints it, the terminal shows it, the report draws it."""
+
+    scenario: str
+    seed: int
+    metric: str  # a key of ``METRICS``
+    population: int  # clients in all
+    clients: tuple[ClientResult, ...]  # that were evaluated
+    rounds: tuple[ReportedRound, ...]
+    delta: float | None  # for which the epsilon of the rounds is stated; None without differential privacy
+    adapter: dict[str, int | str]  # version, sha256, bytes, elements
+    base: dict[str, int | str]  # digest, bytes
+    seconds: dict[str, float]  # total, training (all devices, in the rounds), coordination, personal, export
+    exported: ExportResult | None = None  # None for a language model
+    canaries: CanaryBounds | None = None  # None if none were asked for, or without differential privacy
+    attack: str = "none"  # how the attackers lied in training
+    attackers: tuple[str, ...] = ()
+    groups: tuple[GroupResult, ...] = ()  # none if all clients share one adapter; ``adapter`` is that of the first
+
+    @property
+    def epsilon(self) -> float | None:
+        """What all sums may have revealed of a device; None without differential privacy."""
+        spent = [each.epsilon for each in self.rounds if each.epsilon is not None]
+        return spent[-1] if spent else None
+
+    def summary(self, arm: str) -> dict[str, float]:
+        """One arm over the clients: ``mean``, ``p10`` (10th percentile from the bad end) and ``worst`` of those that
+        took part in training, at least one; ``unseen``: the mean of the others, NaN if there are none.
+        """
+        sign = METRICS[self.metric].sign
+        seen = sign * np.array([client.arms[arm] for client in self.clients if not client.unseen])
+        unseen = [client.arms[arm] for client in self.clients if client.unseen]
+        return {
+            "mean": float(sign * seen.mean()),
+            "p10": float(sign * np.percentile(seen, 10)),
+            "worst": float(sign * seen.min()),
+            "unseen": float(np.mean(unseen)) if unseen else math.nan,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        key, table = METRICS[self.metric].key, asdict(self)
+        clients = [{(key if name == "arms" else name): v for name, v in row.items()} for row in table["clients"]]
+        return {
+            key: {arm: self.summary(arm) for arm in ARMS},
+            "device_rounds": device_rounds(self.rounds),
+            "dropouts_by_step": dropouts_by_step(self.rounds),
+            "epsilon": self.epsilon,
+            **(table.pop("exported") or {}),
+            **table,
+            "clients": clients,
+        }
+
+
+def joined_rounds(same: Sequence[ReportedRound]) -> ReportedRound:
+    """The rounds of one number in several federations as one; it is aborted if all are.
+
+    Bytes and metrics are means over the federations that finished it, weighted by their survivors. A metric is in it
+    if all of these have it; epsilon is the largest one.
+    """
+    if len(same) == 1:
+        return same[0]
+    done = [r for r in same if r.aborted is None]
+    weights = [len(r.survivors) for r in done]
+
+    def mean(values: Iterable[float]) -> float:
+        return float(np.average(list(values), weights=weights)) if done else 0.0
+
+    known = set.intersection(*(set(r.metrics) for r in done)) if done else set()
+    return ReportedRound(
+        round=same[0].round,
+        survivors=tuple(device for r in done for device in r.survivors),
+        dropped={device: step for r in same for device, step in r.dropped.items()},
+        aborted=None if done else same[0].aborted,
+        bytes_up=round(mean(r.bytes_up for r in done)),
+        bytes_down=round(mean(r.bytes_down for r in done)),
+        seconds=sum(r.seconds for r in same),
+        metrics={name: mean(r.metrics[name] for r in done) for name in sorted(known)},
+        version=max((r.version for r in done if r.version is not None), default=None),
+        epsilon=max((r.epsilon for r in same if r.epsilon is not None), default=None),
+    )
+
+
+def device_rounds(rounds: Iterable[ReportedRound]) -> int:
+    """How often a device took part in a round, whether it finished the round or not."""
+    return sum(len({*r.survivors, *r.dropped}) for r in rounds)
+
+
+def dropouts_by_step(rounds: Iterable[ReportedRound]) -> dict[str, int]:
+    """How many device-rounds ended early, by step, in the order of the protocol; a step without a dropout is absent.
+
+    >>> r = ReportedRound(1, (), {"en-01": "unmask", "de-02": "plan", "fr-01": "plan"}, None, 0, 0, 0.0, {}, None, None)
+    >>> dropouts_by_step([r])
+    {'plan': 2, 'unmask': 1}
+    """
+    order = [step.value for step in Step]
+    counts = Counter(step for r in rounds for step in r.dropped.values())
+    known = sorted(counts, key=lambda step: (order.index(step) if step in order else len(order), step))
+    return {step: counts[step] for step in known}
