@@ -13,6 +13,7 @@ import pytest
 from adapters.layout import Tensors
 from aggregation.errors import DataError
 from client.training.examples import Score, Split
+from client.training.torchengine import TorchEngine
 from client.training.trainer import ClassifierTrainer
 from simulations.data import populate
 from simulations.data.population import Client, Population
@@ -66,7 +67,7 @@ def test_every_arm_trains_with_the_engine_of_its_scenario(
     onnx = scenario.model_copy(update={"base": scenario.base.model_copy(update={"engine": "onnx"})})
     store = Store(tmp_path)
     compute_rounds(Trial(Kind.GLOBAL, onnx), store, ignored)
-    monkeypatch.setattr(ClassifierTrainer, "train", lambda *_, **__: pytest.fail("torch trained"))
+    monkeypatch.setattr(TorchEngine, "gradients", lambda *_, **__: pytest.fail("torch trained"))
     for kind in Kind:
         result, expected = compute(Trial(kind, onnx), store, ignored).clients, computed[kind].clients
         differences = [abs(one.test.loss - other.test.loss) for one, other in zip(result, expected, strict=True)]
