@@ -24,7 +24,7 @@ demo: $(STAMP)  ## the main job; options through ARGS, as in: make demo ARGS="--
 # A worker for each core, each on one thread. Tests of one file stay with one worker, which makes their fixtures once.
 WORKERS ?= auto
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q --numprocesses $(WORKERS) --dist loadfile --durations 30 --durations-min 5
-PACKAGES := adapters aggregation benchmarks client coordinator export simulations
+PACKAGES := aggregation benchmarks client coordinator edgeadapt export simulations
 
 # The protocol core's own tests must cover it, unless ARGS picks some. The others run without coverage, which nearly
 # doubles the time of a test that traces a model.

@@ -2,8 +2,8 @@
 
 import click
 
-import edgeadapt
-from commandline import LazyGroup
+from edgeadapt import program
+from edgeadapt.commandline import LazyGroup
 
 PROGRAM = "python -m benchmarks"
 # command → (module, attribute, one line for --help, extra that it needs)
@@ -25,4 +25,4 @@ def bench() -> None:
 
 
 if __name__ == "__main__":
-    edgeadapt.main(bench, PROGRAM)
+    program.main(bench, PROGRAM)

@@ -13,20 +13,21 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters import files, ridge
-from adapters.analytic import AnalyticTask, ClassifierHead, contributed, moment_contribution
-from adapters.federatedmethods import METHODS
-from adapters.layout import Layout, Tensors
-from adapters.optimizer import AnalyticHead, Stateless
-from adapters.ridge import Matrix
-from adapters.roundtask import RoundOf, ServerStep, SummedRound
-from adapters.sums import noisy_vector
 from aggregation.groups import GroupSum
 from aggregation.ring import dtype, packed_size
 from aggregation.spec import SessionSpec
 from client.training.engine import classifier_trainer
 from client.training.examples import Score
 from coordinator.settings import FederationSettings
+from edgeadapt.formats import files
+from edgeadapt.formats.layout import Layout, Tensors
+from edgeadapt.rounds import ridge
+from edgeadapt.rounds.analytic import AnalyticTask, ClassifierHead, contributed, moment_contribution
+from edgeadapt.rounds.federatedmethods import METHODS
+from edgeadapt.rounds.optimizer import AnalyticHead, Stateless
+from edgeadapt.rounds.ridge import Matrix
+from edgeadapt.rounds.roundtask import RoundOf, ServerStep, SummedRound
+from edgeadapt.rounds.sums import noisy_vector
 from simulations.data import populate
 from simulations.data.population import Client, LabelledText
 from simulations.engine import provision

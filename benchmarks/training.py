@@ -19,18 +19,18 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from adapters.base import find_base
-from adapters.bundle import BASE, TOKENIZER, Bundle
-from adapters.graphinputs import LORA_A
-from adapters.parts import PARTS
-from adapters.peftconfig import PeftConfig
-from adapters.task import Task
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from benchmarks.ondevice.process import QUIET, resident
 from benchmarks.timing import Note
 from client.inference.trust import Trust
 from client.training.engine import trainer_of
 from client.training.examples import Example
+from edgeadapt.bases.base import find_base
+from edgeadapt.formats.bundle import BASE, TOKENIZER, Bundle
+from edgeadapt.formats.graphinputs import LORA_A
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods.parts import PARTS
+from edgeadapt.rounds.task import Task
 
 ENGINES = ("onnx", "torch")
 TEXT = "turn on the lights in the kitchen and tell me when the washing machine is done with it tomorrow"

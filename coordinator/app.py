@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from adapters.roundrecord import RoundRecord
 from aggregation.errors import ConfigError
-from coordinator import traces
 from coordinator.launch import GATEWAY as GATEWAY
 from coordinator.launch import STATE as STATE
 from coordinator.registry import Lease
@@ -23,6 +21,8 @@ from coordinator.registry.lease import LOOK
 from coordinator.rounds import federate
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transport import Clock, SystemClock, Transport
+from edgeadapt import traces
+from edgeadapt.formats.roundrecord import RoundRecord
 
 if TYPE_CHECKING:
     from coordinator.gateway.grid import JoinedGrid

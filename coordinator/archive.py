@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, ClassVar
 
-from adapters import storage
-from adapters.dsse import MAX_ENVELOPE
-from adapters.keyfiles import MAX_PEM
-from adapters.manifest import Count, Manifest, Sha256
 from aggregation.errors import DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey, PublicKey
+from edgeadapt.formats import storage
+from edgeadapt.formats.dsse import MAX_ENVELOPE
+from edgeadapt.formats.keyfiles import MAX_PEM
+from edgeadapt.formats.manifest import Count, Manifest, Sha256
 
 PUBLIC_KEY, MANIFEST, SUMS = "coordinator.pem", "backup.json", "SHA256SUMS"
 LARGEST_LIST = 2**28  # bytes of SHA256SUMS: two million files

@@ -16,14 +16,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from adapters import storage
-from adapters.blobs import OBJECT_STORES
-from adapters.keyfiles import MAX_PEM, NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
-from adapters.registryfiles import BLOBS, DATABASE, REGISTRY, LocalFiles, RegistryFiles, RegistrySettings, blob_name
-from adapters.registryreader import open_registry_files
-from adapters.registrystores import shown
-from adapters.roundrecord import INTERRUPTED
-from adapters.workfolder import WorkFolder
 from aggregation import envelope
 from aggregation.errors import ConfigError, DataError, TrustError, of_file
 from aggregation.pki.identity import IdentityKey, PublicKey
@@ -31,7 +23,6 @@ from aggregation.pki.revocation import MAX_REVOCATIONS
 from aggregation.transcript import ENTRY, LENGTH, MAGIC, Abort, Checkpoint, Entry, Result
 from coordinator import archive
 from coordinator.archive import ArchiveFile, BackupManifest, Report
-from coordinator.audit import transcripts
 from coordinator.registry import Blobs, Head, Registry, database
 from coordinator.registry.snapshot import RegistrySnapshot
 from coordinator.servicesettings import SERVICES
@@ -50,6 +41,23 @@ from coordinator.statedir import (
     registry_url,
 )
 from coordinator.storedlog import StoredLog, require_agreement
+from edgeadapt.audit import transcripts
+from edgeadapt.formats import storage
+from edgeadapt.formats.blobs import OBJECT_STORES
+from edgeadapt.formats.keyfiles import MAX_PEM, NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
+from edgeadapt.formats.registryfiles import (
+    BLOBS,
+    DATABASE,
+    REGISTRY,
+    LocalFiles,
+    RegistryFiles,
+    RegistrySettings,
+    blob_name,
+)
+from edgeadapt.formats.registryreader import open_registry_files
+from edgeadapt.formats.registrystores import shown
+from edgeadapt.formats.roundrecord import INTERRUPTED
+from edgeadapt.formats.workfolder import WorkFolder
 
 SUPERLINK = "superlink.db"  # of Flower's SuperLink: it has the public keys of the SuperNodes
 SECRETS = (KEY, TLS_KEY, NEXT_TLS_KEY)

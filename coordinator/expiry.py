@@ -13,12 +13,12 @@ from typing import Any
 
 from cryptography import x509
 
-from adapters import storage
-from adapters.keyfiles import MAX_PEM, TLS_CERTIFICATE, tls_pair
 from aggregation.errors import EdgeAdaptError, TrustError, of_file
 from aggregation.pki.certificates import load, to_der
 from aggregation.pki.revocation import MAX_REVOCATIONS
 from coordinator.statedir import REVOKED, TLS_REQUEST, TRANSCRIPT
+from edgeadapt.formats import storage
+from edgeadapt.formats.keyfiles import MAX_PEM, TLS_CERTIFICATE, tls_pair
 
 EVERY = 3600.0  # seconds between two looks of a process that goes on
 LEFT = 1 / 3  # of its validity: what has less left is to be replaced

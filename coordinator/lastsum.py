@@ -14,12 +14,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from adapters import taskkinds
-from adapters.layout import Layout
-from adapters.parts import part_of
-from adapters.roundrecord import RoundRecord
-from adapters.roundtask import RoundTask
-from adapters.task import Task
 from aggregation import envelope
 from aggregation.errors import ConfigError
 from aggregation.messages import Assignment, Offer, Plan, Survivors, Unmask
@@ -29,8 +23,14 @@ from aggregation.pki.revocation import RevocationList
 from aggregation.server import AbortReason
 from aggregation.spec import SessionSpec
 from aggregation.transcript import Entry, Result
-from coordinator.audit.transcripts import logs
 from coordinator.storedlog import StoredLog
+from edgeadapt.audit.transcripts import logs
+from edgeadapt.formats.layout import Layout
+from edgeadapt.formats.roundrecord import RoundRecord
+from edgeadapt.methods.parts import part_of
+from edgeadapt.rounds import taskkinds
+from edgeadapt.rounds.roundtask import RoundTask
+from edgeadapt.rounds.task import Task
 
 NAMED = 6  # devices that a text lists by name
 

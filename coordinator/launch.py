@@ -18,8 +18,8 @@ from typing import Any
 
 import click
 
-from adapters.settings import toml_value
 from aggregation.errors import EdgeAdaptError
+from edgeadapt.formats.settings import toml_value
 
 BUNDLE = Path(__file__).parent / "flower"
 STATE = "coordinator-state"  # key of the run configuration: the coordinator's state directory

@@ -15,16 +15,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from adapters import storage
-from adapters.roundrecord import INTERRUPTED, RoundRecord
-from adapters.storage import PUBLIC
 from aggregation import envelope, transcript
 from aggregation.messages import MaskedInput, Plan
 from aggregation.pki.identity import IdentityKey
 from aggregation.steps import Step
 from aggregation.transcript import Abort, Checkpoint, Result, Stage, Transcript
-from coordinator.audit.transcripts import log_number, vector_path
 from coordinator.registry import TranscriptTable
+from edgeadapt.audit.transcripts import log_number, vector_path
+from edgeadapt.formats import storage
+from edgeadapt.formats.roundrecord import INTERRUPTED, RoundRecord
+from edgeadapt.formats.storage import PUBLIC
 
 LONGEST = 1.0  # seconds that records which need not be synced yet wait for those that follow them
 

@@ -1,8 +1,8 @@
 """The rounds of a federation: drive the protocol core over a transport, step the adapter, commit each round.
 
-``aggregation.server`` decides which step is legal, the kind of round (``adapters.roundtask``) what the next adapter is.
-This file holds the order of the steps. A device that answers wrongly, late or not at all drops out of the round and is
-asked again in the next one.
+``aggregation.server`` decides which step is legal, the kind of round (``edgeadapt.rounds.roundtask``) what the next
+adapter is. This file holds the order of the steps. A device that answers wrongly, late or not at all drops out of the
+round and is asked again in the next one.
 """
 
 import logging
@@ -11,14 +11,6 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
-from adapters import combination, files, optimizer
-from adapters.cores import cores
-from adapters.layout import Tensors
-from adapters.manifest import PrivacyBound, VersionManifest
-from adapters.roundrecord import GroupRecord, RoundRecord
-from adapters.roundtask import RoundTask, ServerStep, SummedRound
-from adapters.taskkinds import kind_of
-from adapters.tasklimits import TaskLimits
 from aggregation import groups, server
 from aggregation.errors import ConfigError, DataError, ProtocolError
 from aggregation.groups import GroupSum
@@ -27,15 +19,25 @@ from aggregation.server import AbortReason, Collecting, Confirming, Established,
 from aggregation.spec import SessionSpec
 from aggregation.steps import ADAPTER, Step
 from aggregation.transcript import receipts
-from coordinator import lastsum, stillness, traces
-from coordinator.audit.account import Account, logged
-from coordinator.audit.transcripts import logs
+from coordinator import lastsum, stillness
 from coordinator.lastsum import LastSum, names
 from coordinator.registry import StoredAdapter, state_digest
 from coordinator.session import Cohort, Exchange, SessionRequest, attachments, establish, obstacle
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.storedlog import StoredLog
 from coordinator.transport import Transport
+from edgeadapt import traces
+from edgeadapt.audit.account import Account, logged
+from edgeadapt.audit.transcripts import logs
+from edgeadapt.formats import files
+from edgeadapt.formats.cores import cores
+from edgeadapt.formats.layout import Tensors
+from edgeadapt.formats.manifest import PrivacyBound, VersionManifest
+from edgeadapt.formats.roundrecord import GroupRecord, RoundRecord
+from edgeadapt.rounds import combination, optimizer
+from edgeadapt.rounds.roundtask import RoundTask, ServerStep, SummedRound
+from edgeadapt.rounds.taskkinds import kind_of
+from edgeadapt.rounds.tasklimits import TaskLimits
 
 log = logging.getLogger("edgeadapt.coordinator")
 SLACK = 2.0**-30  # relative: as many rounds as the noise is calibrated to are within the epsilon, however it rounds

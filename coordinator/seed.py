@@ -2,16 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 
-from adapters import files
-from adapters.graphinputs import layer_of
-from adapters.layout import Layout, Tensors
-from adapters.manifest import VersionManifest
-from adapters.parts import HEAD
-from adapters.peft.inputs import AdapterInputs
-from adapters.peft.lowrank import as_lora
-from adapters.peft.methods import from_peft_tensors
-from adapters.peftconfig import PeftConfig, require_trainable
 from aggregation.errors import ConfigError
+from edgeadapt.formats import files
+from edgeadapt.formats.graphinputs import layer_of
+from edgeadapt.formats.layout import Layout, Tensors
+from edgeadapt.formats.manifest import VersionManifest
+from edgeadapt.formats.peftconfig import PeftConfig, require_trainable
+from edgeadapt.methods.parts import HEAD
+from edgeadapt.methods.peft.inputs import AdapterInputs
+from edgeadapt.methods.peft.lowrank import as_lora
+from edgeadapt.methods.peft.methods import from_peft_tensors
 
 ENCODER = "encoder."  # begins the path of every layer below it
 PARAMETERS = {"weight", "bias"}
@@ -23,7 +23,8 @@ def seed_version(
     """The manifest and the file of the first version.
 
     Args:
-        tensors: Of an adapter of ``adapters.classifier.PhraseClassifier``, or of a language model, under peft's names.
+        tensors: Of an adapter of ``edgeadapt.methods.classifier.PhraseClassifier``, or of a language model, under
+            peft's names.
         labels: Of the head's rows, in order; none for a language model.
 
     Raises:

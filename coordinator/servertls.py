@@ -18,11 +18,11 @@ from typing import Protocol
 
 import grpc
 
-from adapters.keyfiles import NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
 from aggregation.errors import EdgeAdaptError
 from aggregation.pki.certificates import to_der
 from aggregation.pki.tls import hosts_of
 from coordinator.statedir import CoordinatorStateDir
+from edgeadapt.formats.keyfiles import NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
 
 LOOK = 1.0  # seconds between two looks at the files
 log = logging.getLogger("edgeadapt.coordinator")

@@ -7,8 +7,8 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from adapters.settings import Settings
 from coordinator.settings import ADDRESS
+from edgeadapt.formats.settings import Settings
 
 SERVICES = "services.toml"  # in the coordinator's state directory
 

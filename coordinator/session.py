@@ -12,8 +12,6 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from adapters.cores import ahead, cores
-from adapters.roundtask import RoundTask
 from aggregation import graph, groups, server
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import EdgeAdaptError, ProtocolError
@@ -22,13 +20,15 @@ from aggregation.pki.revocation import RevocationList
 from aggregation.server import Established, Offering, RoundAborted, Sharing
 from aggregation.spec import SessionSpec
 from aggregation.steps import PROOF, REVOCATIONS, Step
-from coordinator import traces
 from coordinator.checkin import CheckedIn, check_in
 from coordinator.lastsum import LastSum, names, serials
 from coordinator.recorder import Recorder
 from coordinator.registry import StoredAdapter
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transport import Enough, Reply, Transport
+from edgeadapt import traces
+from edgeadapt.formats.cores import ahead, cores
+from edgeadapt.rounds.roundtask import RoundTask
 
 log = logging.getLogger("edgeadapt.coordinator")
 S = TypeVar("S")

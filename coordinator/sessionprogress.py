@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapters import storage
 from aggregation import envelope, transcript
 from aggregation.errors import ProtocolError
 from aggregation.messages import Shares
 from aggregation.steps import Step
 from aggregation.transcript import ANSWERS, MAGIC, REQUESTS, Abort, Checkpoint, Entry, Result, Stage
-from coordinator.audit.transcripts import logs
+from edgeadapt.audit.transcripts import logs
+from edgeadapt.formats import storage
 
 _REQUESTS = {kind.TAG: step for step, kind in REQUESTS.items()}
 _ANSWERS = {kind.TAG: step for step, kind in ANSWERS.items()}

@@ -10,25 +10,25 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from adapters.analytic import Analytic
-from adapters.combination import Combination, Median, TrimmedMean
-from adapters.evaluation import EvaluationRounds
-from adapters.federatedmethods import METHODS
-from adapters.layout import Layout
-from adapters.manifest import VersionManifest
-from adapters.optimizer import FedAdam, FedAvg, FedAvgM, FedYogi
-from adapters.optimizer import Settings as ServerOptimizer
-from adapters.peftconfig import PeftConfig
-from adapters.roundtask import KindSettings, RoundOf, RoundTask
-from adapters.settings import Settings
-from adapters.sums import LEAST_RING_BITS, Bounds
-from adapters.task import Task, Training
 from aggregation import graph
 from aggregation.errors import ConfigError
 from aggregation.graph import GraphParameters
 from aggregation.messages import MAX_COHORT
 from aggregation.privacy.accounting import NOTHING, Mechanism, calibrated
 from aggregation.spec import CORRUPT_FRACTION, Adversary, Grouping, Privacy, SessionSpec
+from edgeadapt.formats.layout import Layout
+from edgeadapt.formats.manifest import VersionManifest
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.formats.settings import Settings
+from edgeadapt.rounds.analytic import Analytic
+from edgeadapt.rounds.combination import Combination, Median, TrimmedMean
+from edgeadapt.rounds.evaluation import EvaluationRounds
+from edgeadapt.rounds.federatedmethods import METHODS
+from edgeadapt.rounds.optimizer import FedAdam, FedAvg, FedAvgM, FedYogi
+from edgeadapt.rounds.optimizer import Settings as ServerOptimizer
+from edgeadapt.rounds.roundtask import KindSettings, RoundOf, RoundTask
+from edgeadapt.rounds.sums import LEAST_RING_BITS, Bounds
+from edgeadapt.rounds.task import Task, Training
 
 ADDRESS = r"(\[[0-9a-fA-F:]+\]|[^\s:/\[\]]+):\d{1,5}"  # HOST:PORT
 SETTINGS = "federation.toml"  # in the coordinator's state directory

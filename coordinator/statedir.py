@@ -20,10 +20,6 @@ from typing import Self
 
 from sqlalchemy.engine import URL
 
-from adapters import storage
-from adapters.keyfiles import MAX_PEM, NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY, next_tls_key, tls_pair
-from adapters.registryfiles import BLOBS, DATABASE, REGISTRY, SIGNING_KEY, RegistrySettings
-from adapters.registrystores import postgresql_url, shown
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, EdgeAdaptError, of_file
 from aggregation.pki import Root
@@ -36,6 +32,10 @@ from coordinator.registry.lease import LOOK
 from coordinator.servicesettings import SERVICES, ServiceSettings
 from coordinator.settings import SETTINGS, FederationSettings
 from coordinator.transcripts import Transcripts
+from edgeadapt.formats import storage
+from edgeadapt.formats.keyfiles import MAX_PEM, NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY, next_tls_key, tls_pair
+from edgeadapt.formats.registryfiles import BLOBS, DATABASE, REGISTRY, SIGNING_KEY, RegistrySettings
+from edgeadapt.formats.registrystores import postgresql_url, shown
 
 KEY = SIGNING_KEY
 PUBLIC_KEY = "coordinator.pem"  # what devices pin

@@ -9,12 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from adapters.manifest import VersionManifest
-from adapters.roundrecord import RoundRecord
 from coordinator.expiry import expiries
 from coordinator.services import deployment
 from coordinator.sessionprogress import LogFollower
 from coordinator.statedir import TRANSCRIPT, CoordinatorStateDir
+from edgeadapt.formats.manifest import VersionManifest
+from edgeadapt.formats.roundrecord import RoundRecord
 
 SUSPICIOUS = 0.01  # probability
 GAP = "  "

@@ -9,13 +9,13 @@ import math
 from collections.abc import Collection
 from dataclasses import replace
 
-from adapters.optimizer import FedAdam, FedAvg, FedAvgM
-from adapters.parts import Part
-from adapters.roundtask import RoundTask, distance
 from aggregation.policy import Policy
 from coordinator.lastsum import LastSum
 from coordinator.registry import Registry, StoredAdapter
 from coordinator.settings import FederationSettings
+from edgeadapt.methods.parts import Part
+from edgeadapt.rounds.optimizer import FedAdam, FedAvg, FedAvgM
+from edgeadapt.rounds.roundtask import RoundTask, distance
 
 SHARE = Policy().minimum_movement
 MARGIN = 1.5  # devices know distances up to some percent, and their owners may demand more

@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from adapters import storage
-from adapters.roundrecord import INTERRUPTED, RoundRecord
 from aggregation import envelope, transcript
 from aggregation.errors import ProtocolError, TrustError
 from aggregation.messages import Offer
@@ -34,10 +32,12 @@ from aggregation.transcript import (
     Stage,
     Transcript,
 )
-from coordinator.audit import Problem, checkpoints, history
-from coordinator.audit.history import History
 from coordinator.recorder import ending_of
 from coordinator.registry import Head
+from edgeadapt.audit import Problem, checkpoints, history
+from edgeadapt.audit.history import History
+from edgeadapt.formats import storage
+from edgeadapt.formats.roundrecord import INTERRUPTED, RoundRecord
 
 _CHECKPOINT = bytes([len(Checkpoint.TAG)]) + Checkpoint.TAG.encode()  # the kind, as an entry has it
 _ROUND, _PEER, _LENGTH = 4, 1 + len(EVERYONE), 4  # bytes that follow the kind: round, peer, length of the message

@@ -1,6 +1,6 @@
 """The transcripts of a coordinator: one log for each session, for ``edgeadapt audit`` to check later.
 
-``coordinator.audit.transcripts`` names the files, ``coordinator.recorder`` writes a log. A kill can leave the last
+``edgeadapt.audit.transcripts`` names the files, ``coordinator.recorder`` writes a log. A kill can leave the last
 record incomplete, and a power cut can leave zeros in the last ones. The next start moves such a rest to a file with the
 suffix ``.torn``, ends the round that was under way as the registry says, and closes the log. A log that lacks what the
 registry knows is not signed again.
@@ -13,9 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from adapters import storage
-from adapters.roundrecord import RoundRecord
-from adapters.storage import PUBLIC
 from aggregation import envelope, transcript
 from aggregation.errors import EdgeAdaptError, ProtocolError, TrustError
 from aggregation.messages import Offer
@@ -34,10 +31,13 @@ from aggregation.transcript import (
     receipts,
     session_chain_proof,
 )
-from coordinator.audit.transcripts import AUTHORITY, COORDINATOR, REVOKED, VECTORS, log_name, log_number, logs
 from coordinator.recorder import Recorder
 from coordinator.registry import Head, TranscriptTable
 from coordinator.storedlog import StoredLog, altered, require_agreement
+from edgeadapt.audit.transcripts import AUTHORITY, COORDINATOR, REVOKED, VECTORS, log_name, log_number, logs
+from edgeadapt.formats import storage
+from edgeadapt.formats.roundrecord import RoundRecord
+from edgeadapt.formats.storage import PUBLIC
 
 logger = logging.getLogger("edgeadapt.coordinator")
 TORN = ".torn"  # suffix of the incomplete record that a kill left

@@ -40,9 +40,9 @@ def commands() -> str:
 def walk() -> Iterator[tuple[str, click.Command]]:
     """The program and each of its commands, a group before its members, with the words that call it."""
     _importable()
-    import edgeadapt
+    from edgeadapt import program
 
-    pending: list[tuple[str, click.Command]] = [("edgeadapt", edgeadapt.cli)]
+    pending: list[tuple[str, click.Command]] = [("edgeadapt", program.cli)]
     while pending:
         path, command = pending.pop(0)
         yield path, command
@@ -104,7 +104,7 @@ def services() -> str:
 def registry() -> str:
     """Every key of where a registry is kept."""
     _importable()
-    from adapters.registryfiles import RegistrySettings
+    from edgeadapt.formats.registryfiles import RegistrySettings
 
     return _settings(RegistrySettings)
 

@@ -15,12 +15,12 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from adapters import pretrained
-from adapters.base import INDEX, Base, find_base
-from adapters.classifier import in_batches, pooled
-from adapters.classifiergraph import MAX_TOKENS
-from adapters.storage import new_folder
 from aggregation.errors import ConfigError
+from edgeadapt.bases import pretrained
+from edgeadapt.bases.base import INDEX, Base, find_base
+from edgeadapt.bases.classifiergraph import MAX_TOKENS
+from edgeadapt.formats.storage import new_folder
+from edgeadapt.methods.classifier import in_batches, pooled
 
 CLOSE = 1e-3  # of the mean's length: float32 over a few hundred additions
 

@@ -22,16 +22,15 @@ from peft import __version__ as peft_version
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from adapters import pretrained
-from adapters.base import INDEX, MERGED_ADAPTERS, Base, find_base
-from adapters.classifiergraph import ENCODER
-from adapters.graphinputs import PEFT_PREFIX, input_name
-from adapters.manifest import Task
-from adapters.peft.config import MERGED, Settings, check_numbers, saved_modules
-from adapters.peft.folder import WEIGHTS, read_settings
-from adapters.peft.inputs import in_modules
-from adapters.storage import file_sha256, new_folder
 from aggregation.errors import ConfigError, DataError
+from edgeadapt.bases import pretrained
+from edgeadapt.bases.base import INDEX, MERGED_ADAPTERS, Base, find_base
+from edgeadapt.bases.classifiergraph import ENCODER
+from edgeadapt.formats.graphinputs import PEFT_PREFIX, in_modules, input_name
+from edgeadapt.formats.manifest import Task
+from edgeadapt.formats.storage import file_sha256, new_folder
+from edgeadapt.methods.peft.config import MERGED, Settings, check_numbers, saved_modules
+from edgeadapt.methods.peft.folder import WEIGHTS, read_settings
 from export.bundle.base import usual_task
 from export.bundle.sources import TASKS
 from export.bundle.trained import model_of
@@ -142,7 +141,7 @@ def _trained_as(base: Base, settings: Settings, shapes: Shapes) -> tuple[Task, t
 
 
 def _mean(shapes: Shapes) -> bool:
-    """Whether an adapter is of ``adapters.classifier.PhraseClassifier``."""
+    """Whether an adapter is of ``edgeadapt.methods.classifier.PhraseClassifier``."""
     return any(input_name(name).startswith(ENCODER) for name in shapes)
 
 

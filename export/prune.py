@@ -18,9 +18,9 @@ from typing import Any
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
-from adapters.base import IDENTITY_FILES, Base
-from adapters.storage import staged
 from aggregation.errors import ConfigError
+from edgeadapt.bases.base import IDENTITY_FILES, Base
+from edgeadapt.formats.storage import staged
 
 CONFIG, WEIGHTS, TOKENIZER = IDENTITY_FILES
 WORDS = 60_000  # of each language, by default

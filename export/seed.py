@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from adapters import causal, classifier
-from adapters.base import Base
-from adapters.peft.folder import LABELS
-from adapters.peftconfig import PeftConfig
-from adapters.storage import new_folder
+from edgeadapt.bases.base import Base
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.formats.storage import new_folder
+from edgeadapt.methods import causal, classifier
+from edgeadapt.methods.peft.folder import LABELS
 
 
 def write_seed(

@@ -18,8 +18,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, JsonValue, model_validator
 
-from adapters.settings import Settings, overridden, toml_value
 from aggregation.errors import ConfigError
+from edgeadapt.formats.settings import Settings, overridden, toml_value
 from simulations.result import ARMS, Outcome, TrialResult, metric_of
 from simulations.scenario import Scenario
 

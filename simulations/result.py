@@ -194,7 +194,7 @@ class Reliability:
     """Whether the probabilities of one arm are the share of right answers, on the test phrases of all clients.
 
     Measured on the exported files, as devices answer. The calibration error is the mean distance between the two
-    (``adapters.calibration``); the lists of answers are those of all clients together.
+    (``edgeadapt.formats.calibration``); the lists of answers are those of all clients together.
     """
 
     before: float  # calibration error without a temperature

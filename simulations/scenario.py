@@ -7,9 +7,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from adapters.peftconfig import MAX_RANK, MAX_VIRTUAL_TOKENS, MethodName
-from adapters.settings import Settings
 from coordinator.settings import FederationSettings
+from edgeadapt.formats.peftconfig import MAX_RANK, MAX_VIRTUAL_TOKENS, MethodName
+from edgeadapt.formats.settings import Settings
 from simulations.data.households import PopulationSettings
 from simulations.data.tables import DataSettings
 

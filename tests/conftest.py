@@ -134,7 +134,7 @@ def _make_base(folder: Path, seed: int = 1, tokenizer: Any = None, positions: in
     import torch
     from transformers import BertConfig, BertModel
 
-    from adapters.base import find_base
+    from edgeadapt.bases.base import find_base
 
     tokenizer = tokenizer or _tokenizer()
     config = BertConfig(

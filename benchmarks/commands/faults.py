@@ -4,7 +4,7 @@ import click
 
 from aggregation.errors import EdgeAdaptError
 from aggregation.steps import Step
-from commandline import status
+from edgeadapt.commandline import status
 
 
 @click.command()

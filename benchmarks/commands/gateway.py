@@ -4,7 +4,7 @@ import json
 
 import click
 
-from commandline import FiniteRange, status
+from edgeadapt.commandline import FiniteRange, status
 
 
 @click.command()

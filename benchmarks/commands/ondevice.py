@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from commandline import status
+from edgeadapt.commandline import status
 
 
 @click.command()

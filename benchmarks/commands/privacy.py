@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 
 import click
 
-from commandline import FiniteRange, status
+from edgeadapt.commandline import FiniteRange, status
 
 
 @click.command()

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from aggregation.errors import DataError
-from commandline import status
+from edgeadapt.commandline import status
 
 
 @click.command()

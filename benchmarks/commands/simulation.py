@@ -5,7 +5,7 @@ import json
 
 import click
 
-from commandline import status
+from edgeadapt.commandline import status
 
 
 @click.command()

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from client.cli import options
-from commandline import status
+from edgeadapt.commandline import status
 
 
 @click.command()

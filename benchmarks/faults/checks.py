@@ -8,18 +8,18 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from adapters.roundrecord import RoundRecord
 from aggregation.errors import EdgeAdaptError
 from aggregation.messages import MaskedInput
 from benchmarks.faults.fleet import FaultFleet
 from benchmarks.faults.processes import wait_until
 from client.node.privacyledger import PrivacyLedger
 from client.node.statedir import DeviceStateDir
-from coordinator.audit import AuditInput, AuditOptions
-from coordinator.audit.account import Account, logged
-from coordinator.audit.transcripts import logs
 from coordinator.statedir import TRANSCRIPT, CoordinatorStateDir
 from coordinator.storedlog import StoredLog
+from edgeadapt.audit import AuditInput, AuditOptions
+from edgeadapt.audit.account import Account, logged
+from edgeadapt.audit.transcripts import logs
+from edgeadapt.formats.roundrecord import RoundRecord
 from simulations.engine import provision
 
 DELTA = 1e-6  # for which epsilons are compared

@@ -15,9 +15,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from adapters.keyfiles import TLS_CERTIFICATE, TLS_KEY
-from adapters.registryfiles import RegistrySettings
-from adapters.roundrecord import RoundRecord
 from aggregation.entropy import SystemEntropy
 from aggregation.pki import Authority, certificates
 from aggregation.pki.identity import IdentityKey
@@ -32,6 +29,9 @@ from coordinator.registry import Registry, leadership
 from coordinator.services.deployment import HOME, running
 from coordinator.servicesettings import SERVICES, ServiceSettings
 from coordinator.statedir import AUTHORITY, KEY, open_registry
+from edgeadapt.formats.keyfiles import TLS_CERTIFICATE, TLS_KEY
+from edgeadapt.formats.registryfiles import RegistrySettings
+from edgeadapt.formats.roundrecord import RoundRecord
 from simulations.engine import provision
 from simulations.engine.provision import device_base
 from simulations.scenario import Scenario

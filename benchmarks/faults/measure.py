@@ -13,8 +13,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from adapters.roundrecord import RoundRecord
-from adapters.storage import kill_safe
 from aggregation.errors import EdgeAdaptError
 from aggregation.steps import Step
 from benchmarks.faults.checks import losses
@@ -22,6 +20,8 @@ from benchmarks.faults.faults import FAULTS, Fault, victim
 from benchmarks.faults.fleet import FaultFleet, running_fleet
 from benchmarks.faults.processes import Late, wait_until
 from benchmarks.timing import Note
+from edgeadapt.formats.roundrecord import RoundRecord
+from edgeadapt.formats.storage import kill_safe
 
 DEVICES = 4  # one may drop out
 DELAY = 0.3  # seconds that what a device sends takes to the gateway

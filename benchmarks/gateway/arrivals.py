@@ -15,9 +15,9 @@ from typing import Any
 
 from grpc import aio
 
-from adapters.gateway import messages
 from aggregation.pki import Authority, Root
 from benchmarks.gateway.clients import Device, allow_connections, connection
+from edgeadapt.formats.gateway import messages
 
 DEVICES = 1000  # at most; each checks in again after the others
 PATIENCE = 60.0  # seconds for a check-in

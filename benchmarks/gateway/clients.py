@@ -16,9 +16,9 @@ from typing import Any
 import grpc
 from grpc import aio
 
-from adapters.gateway import messages
 from aggregation.entropy import SystemEntropy
 from aggregation.pki import Authority, IdentityKey, Root
+from edgeadapt.formats.gateway import messages
 
 WORK = struct.Struct(">dI")  # seconds, and bytes of the answer
 AT_ONCE = 50  # connections that are made at the same time

@@ -20,11 +20,6 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from adapters.base import Base, find_base
-from adapters.bundle import TRUST
-from adapters.classifier import build, tensors
-from adapters.layout import Layout
-from adapters.peftconfig import PeftConfig
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
@@ -33,6 +28,11 @@ from benchmarks.ondevice.inputs import FORMATS, ContenderFiles, Recipe, TokenWin
 from benchmarks.ondevice.process import PEER, TORCH, Contender
 from benchmarks.timing import Note, measure, quartiles
 from client.inference.session import ClassificationSession
+from edgeadapt.bases.base import Base, find_base
+from edgeadapt.formats.bundle import TRUST
+from edgeadapt.formats.layout import Layout
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods.classifier import build, tensors
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import Profile

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from safetensors.numpy import load_file
 
-from adapters import causal
-from adapters.base import find_base
-from adapters.layout import Floats
-from adapters.peftconfig import PeftConfig
+from edgeadapt.bases.base import find_base
+from edgeadapt.formats.layout import Floats
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods import causal
 
 
 class TorchEngine:

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFWriter
 
-from adapters.graphinputs import LORA_A, LORA_B, input_name
-from adapters.layout import Floats
 from aggregation.errors import DataError
+from edgeadapt.formats.graphinputs import LORA_A, LORA_B, input_name
+from edgeadapt.formats.layout import Floats
 
 ARCHITECTURE = "llama"
 LAYER = re.compile(r"model\.layers\.(\d+)\.(\w+\.\w+)")

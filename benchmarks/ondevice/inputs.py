@@ -20,17 +20,18 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from adapters import causal, files
-from adapters.base import Base
-from adapters.bundle import BASE, TRUST, adapter_path
-from adapters.cache import cached
-from adapters.layout import Tensors
-from adapters.manifest import Format
-from adapters.peft.inputs import AdapterInputs
-from adapters.peftconfig import PeftConfig
 from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
 from benchmarks.ondevice.process import PEER, TORCH, ContenderSpec
+from edgeadapt.bases.base import Base
+from edgeadapt.formats import files
+from edgeadapt.formats.bundle import BASE, TRUST, adapter_path
+from edgeadapt.formats.cache import cached
+from edgeadapt.formats.layout import Tensors
+from edgeadapt.formats.manifest import Format
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods import causal
+from edgeadapt.methods.peft.inputs import AdapterInputs
 from export.bundle.write import AdapterSource, add_adapter, write_bundle
 from export.causal import export_causal
 from export.onnx.exported import Profile

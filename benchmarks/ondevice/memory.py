@@ -18,12 +18,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from adapters.bundle import ADAPTERS, BASE, BASE_MANIFEST, TRUST, WEIGHTS, adapter_path, manifest_path
-from adapters.manifest import BaseManifest
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
 from client.inference.library import Composition, Library
+from edgeadapt.formats.bundle import ADAPTERS, BASE, BASE_MANIFEST, TRUST, WEIGHTS, adapter_path, manifest_path
+from edgeadapt.formats.manifest import BaseManifest
 
 COUNTS = (1, 10, 100, 1000)
 TEXT = "turn on the kitchen lights"

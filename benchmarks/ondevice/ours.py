@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from adapters.layout import Floats
 from client.inference.engine import GenerationEngine, append
 from client.inference.library import Composition, Library
 from client.inference.text import SamplingParams
+from edgeadapt.formats.layout import Floats
 
 
 class BundleEngine:

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from adapters.layout import Floats
 from aggregation.errors import DataError
+from edgeadapt.formats.layout import Floats
 
 # Imported by name, because it is in an extra of its own.
 llama_cpp: Any = importlib.import_module("llama_cpp")

@@ -19,12 +19,12 @@ from typing import Any, Protocol, Self, TextIO
 
 import numpy as np
 
-from adapters.layout import Floats
 from aggregation.errors import DataError, EdgeAdaptError
+from edgeadapt.formats.layout import Floats
 
 PEER, TORCH = "llama.cpp", "torch"
 GRACE = 30  # seconds for a process to end by itself
-# A process of its own does not inherit the filters of warnings that ``edgeadapt.main`` sets.
+# A process of its own does not inherit the filters of warnings that ``program.main`` sets.
 QUIET = {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"}
 
 
@@ -208,8 +208,8 @@ def _load(spec: Mapping[str, Any]) -> ContenderEngine:
 
         return LlamaCppEngine(Path(spec["model"]), threads=spec["threads"], context=spec["context"], adapters=paths)
     if spec["name"] == TORCH:
-        from adapters.peftconfig import PeftConfig
         from benchmarks.ondevice.eager import TorchEngine
+        from edgeadapt.formats.peftconfig import PeftConfig
 
         lora = PeftConfig.lora(spec["rank"], spec["alpha"], spec["targets"])
         return TorchEngine(spec["model"], threads=spec["threads"], adapters=paths, lora=lora)

@@ -68,7 +68,7 @@ def profile(bundle: Path, trust: Path | None, adapter: str | None, tokens: int, 
     Raises:
         DataError: The bundle cannot be used; the message is the client's own.
     """
-    from adapters.bundle import BASE  # here, so that the processes that are measured do not import it first
+    from edgeadapt.formats.bundle import BASE  # here, so that the processes that are measured do not import it first
 
     given = {"bundle": str(bundle), "trust": trust and str(trust), "adapter": adapter, "tokens": tokens}
     found = _in_process(given | {"threads": threads})

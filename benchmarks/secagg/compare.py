@@ -16,13 +16,13 @@ from typing import Any, TypeVar
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from adapters.cores import cores
 from aggregation import graph, masks, ring, rotation
 from aggregation.masks import Mask
 from aggregation.ring import Ring
 from aggregation.vector import Floats
 from benchmarks.secagg import ours, peer
 from benchmarks.timing import Call, Note, Stopwatch, Timing, interleaved, measure
+from edgeadapt.formats.cores import cores
 
 T = TypeVar("T")
 DROPOUTS = (0.0, 0.1, 0.3)  # fractions of the devices, after the plan

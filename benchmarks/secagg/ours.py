@@ -13,7 +13,6 @@ from typing import TypeVar
 
 import numpy as np
 
-from adapters.cores import ahead
 from aggregation import graph, masks, ring, rotation, shamir, sharing
 from aggregation.client import Device, Planned, Ready
 from aggregation.entropy import SystemEntropy
@@ -28,6 +27,7 @@ from aggregation.sharing import Secrets, SharePair
 from aggregation.singleuse import SingleUse
 from aggregation.spec import CORRUPT_FRACTION, Adversary, SessionSpec
 from aggregation.vector import Floats, Segment, VectorSpec
+from edgeadapt.formats.cores import ahead
 
 T = TypeVar("T")
 BITS = 16  # of an element, as in a session; the peer's modulus has 32

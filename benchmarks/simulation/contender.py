@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from adapters.base import find_base
-from adapters.cores import cores
-from adapters.roundrecord import RoundRecord
-from adapters.storage import kill_safe
 from client.node.statedir import DeviceStateDir
 from coordinator.app import run
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transport import SERVER_NODE
+from edgeadapt.bases.base import find_base
+from edgeadapt.formats.cores import cores
+from edgeadapt.formats.roundrecord import RoundRecord
+from edgeadapt.formats.storage import kill_safe
 from simulations.engine import provision
 from simulations.engine.flowerengine import federate_on_ray
 from simulations.engine.grid import FaultModel

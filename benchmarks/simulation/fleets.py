@@ -6,9 +6,9 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel
 
-from adapters.base import Base, find_base
-from adapters.storage import kill_safe
 from client.training.examples import write_examples
+from edgeadapt.bases.base import Base, find_base
+from edgeadapt.formats.storage import kill_safe
 from simulations.data.population import Client, LabelledText, Population
 from simulations.engine import provision
 from simulations.scenario import Scenario

@@ -19,10 +19,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
 
-from adapters.bundle import BASE_MANIFEST, TRUST, adapter_names
-from adapters.storage import file_sha256, new_folder, real
 from aggregation.errors import ConfigError, DataError
 from client.inference.trust import Trust
+from edgeadapt.formats.bundle import BASE_MANIFEST, TRUST, adapter_names
+from edgeadapt.formats.storage import file_sha256, new_folder, real
 
 WEB = Path(__file__).parent / "page"
 LIBRARIES = WEB / "node_modules"

@@ -2,7 +2,7 @@
 
 import click
 
-from commandline import LazyGroup
+from edgeadapt.commandline import LazyGroup
 
 # command → (module, attribute, one line for --help, extra that it needs)
 COMMANDS = {

@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from adapters import container, storage
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from client.cli import options
 from client.inference.library import Composition, Library
+from edgeadapt.formats import container, storage
 
 
 @click.command()

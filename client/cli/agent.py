@@ -28,9 +28,9 @@ def agent(state_dir: Path, gateway: str | None) -> None:
       edgeadapt device agent --state kitchen --gateway fleet.example:9443
       edgeadapt device agent --state kitchen --gateway a.fleet.example:9443,b.fleet.example:9443
     """
-    from adapters.gateway.invitation import ADDRESSES
     from client.gateway.agent import Agent
     from client.node.statedir import DeviceStateDir
+    from edgeadapt.formats.gateway.invitation import ADDRESSES
 
     address = gateway or DeviceStateDir.open(state_dir).settings.gateway
     if not address:

@@ -10,7 +10,6 @@ from typing import Any, TypeVar, cast
 
 import click
 
-from adapters.storage import read
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from client.cli import learn, options
 from client.cli.options import printable
@@ -19,6 +18,7 @@ from client.inference.guide import Guide, GuideKind
 from client.inference.text import Answer, SamplingParams
 from client.learning import Correction, Learner
 from client.training.trainer import MAX_STEPS
+from edgeadapt.formats.storage import read
 
 HELP = """\
 /adapter NAME   use this adapter, or several, as in /adapter global:0.5+anna; without NAME: the bare base

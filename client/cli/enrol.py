@@ -4,10 +4,10 @@ from pathlib import Path
 
 import click
 
-from adapters import storage
-from adapters.settings import overridden
 from aggregation.errors import ConfigError
 from client.cli import options
+from edgeadapt.formats import storage
+from edgeadapt.formats.settings import overridden
 
 LONGEST = 2**16  # bytes of a certificate or key
 
@@ -87,10 +87,10 @@ def _with_request(state_dir: Path, table: dict[str, object], name: str, authorit
 
 
 def _with_token(state_dir: Path, table: dict[str, object], token: str) -> None:
-    from adapters.gateway.invitation import read_invitation
     from aggregation.entropy import SystemEntropy
     from client.gateway.enrolment import enrol_with
     from client.node.statedir import DeviceSettings, DeviceStateDir
+    from edgeadapt.formats.gateway.invitation import read_invitation
 
     invitation = read_invitation(token)
     _show(*invitation.to_pem())

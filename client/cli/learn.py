@@ -9,8 +9,6 @@ from typing import Any
 
 import click
 
-from adapters.manifest import Task
-from adapters.phrases import read_phrases
 from aggregation.errors import ConfigError
 from client.cli import options
 from client.cli.options import printable
@@ -19,7 +17,9 @@ from client.learning.learner import Learnt, bits
 from client.training.control import TrainingControl
 from client.training.examples import read_examples
 from client.training.personal import PersonalMethod, PersonalStep
-from commandline import FiniteRange
+from edgeadapt.commandline import FiniteRange
+from edgeadapt.formats.manifest import Task
+from edgeadapt.formats.phrases import read_phrases
 
 
 @click.command()

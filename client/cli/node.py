@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
-from adapters import storage
 from aggregation.errors import ConfigError, of_file
 from client.cli import options
+from edgeadapt.formats import storage
 
 WIDTH = 18
 FORGETTING = (

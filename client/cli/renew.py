@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from adapters import storage
 from aggregation.errors import ConfigError
 from client.cli import options
+from edgeadapt.formats import storage
 
 
 @click.command()
@@ -28,10 +28,10 @@ def renew(state_dir: Path, renewal: str | None, as_json: bool) -> None:
     """
     from datetime import UTC, datetime
 
-    from adapters.gateway.invitation import ADDRESS
     from aggregation.pki.certificates import load, subject
     from client.gateway import enrolment as service
     from client.node.statedir import AGENT_LOCK, DeviceStateDir
+    from edgeadapt.formats.gateway.invitation import ADDRESS
 
     opened = DeviceStateDir.open(state_dir)
     address = renewal or opened.settings.renewal

@@ -23,8 +23,6 @@ from pathlib import Path
 
 import grpc
 
-from adapters import storage
-from adapters.gateway import messages
 from aggregation.errors import ConfigError, EdgeAdaptError, ProtocolError
 from aggregation.pki.certificates import load, subject
 from aggregation.steps import Step
@@ -45,6 +43,8 @@ from client.node.eligibility import LOOK, Condition, conditions, machine_conditi
 from client.node.readings import Readings, SystemReadings
 from client.node.statedir import AGENT_LOCK, AUTHORITY, LONGEST, DeviceStateDir
 from client.node.step import Refusal, RefusalCode, answer
+from edgeadapt.formats import storage
+from edgeadapt.formats.gateway import messages
 
 log = logging.getLogger("edgeadapt.agent")
 

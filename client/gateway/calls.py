@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import grpc
 from grpc import StatusCode
 
-from adapters.gateway import messages
-from adapters.gateway.messages import PartReader
 from aggregation.errors import EdgeAdaptError, ProtocolError, TrustError
+from edgeadapt.formats.gateway import messages
+from edgeadapt.formats.gateway.messages import PartReader
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before another attempt
 GROWTH = 1.5  # of the pauses: a gateway that was away for a time is found again within half of it
@@ -86,7 +86,7 @@ def conversation(address: str, path: str, authority: bytes, timeout: float | Non
 
     Args:
         address: ``HOST:PORT``.
-        path: Which one, of ``adapters.gateway.messages``.
+        path: Which one, of ``edgeadapt.formats.gateway.messages``.
         authority: The pinned certificate, PEM, under which the service's own is verified.
         timeout: Seconds for the whole; None: as long as the peer is there.
     """

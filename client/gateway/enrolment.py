@@ -16,16 +16,16 @@ from pathlib import Path
 
 import grpc
 
-from adapters import storage
-from adapters.gateway import invitation as tokens
-from adapters.gateway import messages
-from adapters.gateway.invitation import Invitation
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, EdgeAdaptError, TrustError, of_file
 from aggregation.pki.certificates import load, subject
 from client.gateway.calls import PASSING, ask, one_line, pause, refusal
 from client.node.enrolment import REQUEST, TrustAnchors, enrol, install_certificate
 from client.node.statedir import AUTHORITY, CERTIFICATE, LONGEST, DeviceSettings, DeviceStateDir
+from edgeadapt.formats import storage
+from edgeadapt.formats.gateway import invitation as tokens
+from edgeadapt.formats.gateway import messages
+from edgeadapt.formats.gateway.invitation import Invitation
 
 ATTEMPTS = 4  # at an enrolment
 PATIENCE = 30.0  # seconds for a call; a renewal has a third of it

@@ -4,13 +4,13 @@ Runs on the bare install: neither torch nor flwr nor transformers is imported, o
 ``Generator`` is opened, and llguidance only for a guide.
 """
 
-from adapters.bundle import VerifiedAdapter, VerifiedBase, adapter_names
 from client.inference.generate import ChatMessage, Conversation, Generator
 from client.inference.guide import Guide, GuideKind
 from client.inference.library import Adapter, Composition, Library, WeightedAdapter, compose
 from client.inference.session import ClassificationSession, Prediction
 from client.inference.text import Answer, Finish, SamplingParams
 from client.inference.trust import Trust
+from edgeadapt.formats.bundle import VerifiedAdapter, VerifiedBase, adapter_names
 
 __all__ = [
     "Adapter",

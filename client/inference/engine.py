@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from adapters.bundle import GENERATION, TOKENIZER, VerifiedBase
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from client.inference.guide import Guide, GuidedAnswer, GuideFollower, required
 from client.inference.library import Adapter
 from client.inference.text import Detokenizer, SamplingParams, TextDecoder, first_line, special_tokens
+from edgeadapt.formats.bundle import GENERATION, TOKENIZER, VerifiedBase
 
 GROWTH = 256  # tokens; the KV cache grows in steps, so that a few more messages fit without a new one
 PIECE = 64  # tokens of a prompt that are read at once; with SmolLM2, longer pieces are no faster

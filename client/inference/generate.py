@@ -10,13 +10,13 @@ from pathlib import Path
 from threading import Lock
 from typing import Self
 
-from adapters.bundle import MODEL
-from adapters.graphinputs import with_placeholders
 from aggregation.errors import ConfigError, DataError
 from client.inference.engine import GenerationEngine
 from client.inference.library import Adapter, AdapterCache, Composition, Library, Named
 from client.inference.session import MAX_LOADED, MAX_LOADED_BYTES
 from client.inference.text import Answer, Finish, SamplingParams, StopFilter, checked, first_line, require_plain
+from edgeadapt.formats.bundle import MODEL
+from edgeadapt.formats.graphinputs import with_placeholders
 
 
 @dataclass(frozen=True, slots=True)

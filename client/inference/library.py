@@ -27,8 +27,10 @@ import numpy as np
 import onnxruntime as ort
 from cachetools import LRUCache
 
-from adapters.bundle import VerifiedAdapter, VerifiedBase, adapter_names, manifest_path
-from adapters.graphinputs import (
+from aggregation.errors import ConfigError, DataError
+from client.inference.trust import Trust
+from edgeadapt.formats.bundle import VerifiedAdapter, VerifiedBase, adapter_names, manifest_path
+from edgeadapt.formats.graphinputs import (
     LORA_A,
     LORA_B,
     PREFIX,
@@ -40,11 +42,9 @@ from adapters.graphinputs import (
     vector_site,
     virtual_tokens,
 )
-from adapters.layout import Floats, Tensors
-from adapters.manifest import AdapterManifest, BaseManifest, Task, check_name
-from adapters.storage import restore
-from aggregation.errors import ConfigError, DataError
-from client.inference.trust import Trust
+from edgeadapt.formats.layout import Floats, Tensors
+from edgeadapt.formats.manifest import AdapterManifest, BaseManifest, Task, check_name
+from edgeadapt.formats.storage import restore
 
 MAX_WEIGHT = 16.0  # a larger multiple of an adapter's update is noise
 GLOBAL = "global"

@@ -12,13 +12,13 @@ from typing import Self
 
 import numpy as np
 
-from adapters.bundle import MODEL, TOKENIZER
-from adapters.classifiergraph import ClassifierGraph, Feeds, open_session
-from adapters.layout import Floats
 from aggregation.errors import ConfigError, DataError
 from client.inference.library import Adapter, AdapterCache, Composition, Library, Named
 from client.inference.phrases import PhraseReader
 from client.inference.text import first_line
+from edgeadapt.bases.classifiergraph import ClassifierGraph, Feeds, open_session
+from edgeadapt.formats.bundle import MODEL, TOKENIZER
+from edgeadapt.formats.layout import Floats
 
 MAX_LOADED = 32  # adapters held in memory
 MAX_LOADED_BYTES = 2**28
@@ -26,7 +26,9 @@ MAX_LOADED_BYTES = 2**28
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """A label and its probability, calibrated if the adapter's temperature was fitted (``adapters.calibration``)."""
+    """A label and its probability, calibrated if the adapter's temperature was fitted
+    (``edgeadapt.formats.calibration``).
+    """
 
     label: str
     probability: float

@@ -1,6 +1,6 @@
 """The bundles that a device accepts: signed by a key that its owner pinned, and never older or other than before.
 
-``adapters.bundle`` verifies the files. A device adds two rules:
+``edgeadapt.formats.bundle`` verifies the files. A device adds two rules:
 
 - The pinned keys are outside the bundle: keys that ship in a bundle would vouch for themselves.
 - The version of an adapter is not below the highest that this device has accepted under its name for its base, and has
@@ -17,13 +17,13 @@ from typing import Annotated, Self
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from adapters import jsontext
-from adapters.bundle import TRUST, Bundle, VerifiedAdapter, VerifiedBase, read_file
-from adapters.dsse import MAX_ENVELOPE
-from adapters.keyfiles import read_public_keys
-from adapters.manifest import AdapterManifest, Count, Sha256
-from adapters.storage import locked, real, replace
 from aggregation.errors import ConfigError, DataError, TrustError
+from edgeadapt.formats import jsontext
+from edgeadapt.formats.bundle import TRUST, Bundle, VerifiedAdapter, VerifiedBase, read_file
+from edgeadapt.formats.dsse import MAX_ENVELOPE
+from edgeadapt.formats.keyfiles import read_public_keys
+from edgeadapt.formats.manifest import AdapterManifest, Count, Sha256
+from edgeadapt.formats.storage import locked, real, replace
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Self
 
-from adapters import storage
 from aggregation import sealed, wire
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.wire import Codec
 from client.training.examples import MAX_TEXT
+from edgeadapt.formats import storage
 
 MAX_LESSONS = 8  # that can be undone
 MAX_CORRECTIONS = 512  # that are kept; the oldest are dropped

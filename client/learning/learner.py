@@ -26,26 +26,6 @@ from typing import Any
 
 import numpy as np
 
-from adapters import container, jsontext, storage
-from adapters.bundle import (
-    PHRASES,
-    TOKENIZER,
-    VerifiedAdapter,
-    VerifiedBase,
-    adapter_names,
-    adapter_path,
-    manifest_path,
-)
-from adapters.classifiergraph import MAX_TOKENS
-from adapters.keyfiles import read_key
-from adapters.layout import Tensors
-from adapters.manifest import AdapterManifest
-from adapters.manifest import Task as BundleTask
-from adapters.parts import PARTS
-from adapters.peftconfig import PeftConfig
-from adapters.phrases import parse_phrases
-from adapters.quantization import quantize
-from adapters.task import Task
 from aggregation.entropy import Entropy, SystemEntropy
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.identity import IdentityKey, PublicKey
@@ -68,6 +48,26 @@ from client.training.personal import (
     rehearsal,
 )
 from client.training.trainer import ClassifierTrainer, LanguageTrainer, probabilities
+from edgeadapt.bases.classifiergraph import MAX_TOKENS
+from edgeadapt.formats import container, jsontext, storage
+from edgeadapt.formats.bundle import (
+    PHRASES,
+    TOKENIZER,
+    VerifiedAdapter,
+    VerifiedBase,
+    adapter_names,
+    adapter_path,
+    manifest_path,
+)
+from edgeadapt.formats.keyfiles import read_key
+from edgeadapt.formats.layout import Tensors
+from edgeadapt.formats.manifest import AdapterManifest
+from edgeadapt.formats.manifest import Task as BundleTask
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.formats.phrases import parse_phrases
+from edgeadapt.formats.quantization import quantize
+from edgeadapt.methods.parts import PARTS
+from edgeadapt.rounds.task import Task
 
 LEARNED, KEY, SEALING_KEY, LOCK = "learned", "key.pem", "sealing.key", "learn.lock"
 PERSONAL = "personal"  # the private adapter that is made of a global one

@@ -12,10 +12,10 @@ from typing import Protocol, Self
 
 from pydantic import Field, model_validator
 
-from adapters.settings import Settings
 from aggregation.errors import EdgeAdaptError
 from client.node.readings import Readings
 from client.training.examples import parse_examples, read_file
+from edgeadapt.formats.settings import Settings
 
 IDLE = 0.25  # of the processors' time: others use less
 LOOK = 10.0  # seconds between two looks at the machine

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from adapters.storage import PRIVATE_FOLDER, new_folder, replace
 from aggregation.entropy import Entropy
 from aggregation.errors import TrustError, of_file
 from aggregation.pki import Root, certificates, requests
 from aggregation.pki.identity import IdentityKey, PublicKey
 from client.node.statedir import AUTHORITY, CERTIFICATE, COORDINATOR, TRUST, DeviceSettings, DeviceStateDir
+from edgeadapt.formats.storage import PRIVATE_FOLDER, new_folder, replace
 
 REQUEST = "request.csr"
 

@@ -1,7 +1,8 @@
 """The ``[policy]`` table of ``device.toml``: the limits within which a device accepts an offer and trains.
 
-Each key is a limit of ``adapters.tasklimits`` or ``client.training.limits``, or a field of ``aggregation.policy`` with
-its default, range and meaning. Reading refuses unknown keys, and limits that protect nobody.
+Each key is a limit of ``edgeadapt.rounds.tasklimits`` or ``client.training.limits``, or a field of
+``aggregation.policy`` with its default, range and meaning. Reading refuses unknown keys, and limits that protect
+nobody.
 """
 
 from dataclasses import asdict, fields

@@ -14,13 +14,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from adapters.parts import Part
-from adapters.roundtask import RoundTask
 from aggregation import sealed, wire
 from aggregation.errors import ProtocolError
 from aggregation.messages import Digest
 from aggregation.session import COORDINATOR
 from aggregation.wire import Codec
+from edgeadapt.methods.parts import Part
+from edgeadapt.rounds.roundtask import RoundTask
 
 MAX_BYTES = 2**28  # of the tensors, as a file
 MAX_EVER = 2**16  # bases times their parts

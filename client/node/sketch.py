@@ -12,9 +12,9 @@ from collections.abc import Collection
 
 import numpy as np
 
-from adapters.layout import Tensors
-from adapters.parts import Part, part_of
 from aggregation.keystream import Keystream
+from edgeadapt.formats.layout import Tensors
+from edgeadapt.methods.parts import Part, part_of
 
 BUCKETS = 32
 _PLACES = tuple(Part)

@@ -18,11 +18,6 @@ from typing import Any, Self, TypeVar, cast
 import tomli_w
 from pydantic import Field, ValidationInfo, field_validator
 
-from adapters.base import find_base
-from adapters.bundle import BASE_MANIFEST
-from adapters.gateway.invitation import ADDRESS, ADDRESSES
-from adapters.settings import Settings
-from adapters.storage import locked, read, replace
 from aggregation import sealed, transcript
 from aggregation.client import Device
 from aggregation.entropy import Entropy, SystemEntropy
@@ -44,6 +39,11 @@ from client.node.snapshot import Snapshot
 from client.node.sumhistory import SumHistory
 from client.node.tasklabels import TASK_LABELS, TaskLabels
 from client.training.trainer import FrozenBase
+from edgeadapt.bases.base import find_base
+from edgeadapt.formats.bundle import BASE_MANIFEST
+from edgeadapt.formats.gateway.invitation import ADDRESS, ADDRESSES
+from edgeadapt.formats.settings import Settings
+from edgeadapt.formats.storage import locked, read, replace
 
 SETTINGS = "device.toml"
 AGENT_LOCK = "agent.lock"  # held by an agent, and while its certificate is renewed without one

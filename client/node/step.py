@@ -20,9 +20,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import IntEnum
 
-from adapters import taskkinds
-from adapters.cores import cores
-from adapters.roundtask import RoundTask
 from aggregation import client, envelope, masks
 from aggregation.client import Advertised, Confirmed, Device, Masked, Planned, Ready
 from aggregation.entropy import DerivedEntropy, SystemEntropy
@@ -44,6 +41,9 @@ from client.node.tasklabels import TaskLabels
 from client.node.training import TrainingDevice, adapter_of, contribute
 from client.training.engine import TrainerOf, trainer_of
 from client.training.examples import read_file
+from edgeadapt.formats.cores import cores
+from edgeadapt.rounds import taskkinds
+from edgeadapt.rounds.roundtask import RoundTask
 
 READS_EXAMPLES = (Step.OFFER, Step.PLAN)
 JOINS = (Step.CHECK_IN, Step.OFFER)

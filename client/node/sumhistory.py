@@ -23,10 +23,6 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Annotated
 
-from adapters import jsontext
-from adapters.layout import Tensors
-from adapters.parts import Part
-from adapters.roundtask import RoundTask
 from aggregation import sealed, wire
 from aggregation.entropy import Entropy
 from aggregation.errors import ProtocolError
@@ -36,6 +32,10 @@ from aggregation.spec import SessionSpec
 from aggregation.wire import Codec
 from client.node.adapterstate import EARLIER, differing, terms
 from client.node.sketch import SIZE, separation, sketch
+from edgeadapt.formats import jsontext
+from edgeadapt.formats.layout import Tensors
+from edgeadapt.methods.parts import Part
+from edgeadapt.rounds.roundtask import RoundTask
 
 _MAGIC = b"edgeadapt/sum-history/1\x00"
 

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Annotated
 
-from adapters import jsontext
-from adapters.bundle import VerifiedBase, adapter_names
 from aggregation import wire
 from aggregation.errors import ProtocolError
 from aggregation.messages import MAX_TRAINING, HexDigest
@@ -21,6 +19,8 @@ from aggregation.session import COORDINATOR
 from aggregation.wire import Codec
 from client.inference.trust import Trust
 from client.training.trainer import FrozenBase
+from edgeadapt.formats import jsontext
+from edgeadapt.formats.bundle import VerifiedBase, adapter_names
 
 
 @dataclass(frozen=True, slots=True)

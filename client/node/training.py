@@ -1,7 +1,7 @@
 """Contribute to a round: check what the coordinator asks for, and then contribute, whatever the examples are.
 
 The order of the two keeps a refusal from saying anything about the examples. What is contributed, the kind of round
-says (``adapters.roundtask``).
+says (``edgeadapt.rounds.roundtask``).
 """
 
 import logging
@@ -17,14 +17,6 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters import files
-from adapters.bundle import VerifiedBase
-from adapters.evaluation import SIZE, EvaluationTask
-from adapters.layout import Layout, Tensors
-from adapters.parts import part_of
-from adapters.roundtask import Outcome, RoundTask
-from adapters.sums import Bounds, Vector
-from adapters.task import Task
 from aggregation.client import Planned
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, ProtocolError
 from aggregation.messages import Plan
@@ -40,6 +32,14 @@ from client.training.limits import TrainingLimits
 from client.training.moments import embedded
 from client.training.private import private_of, subject_of, with_private
 from client.training.trainer import ClassifierTrainer, FrozenBase, LocalTrainer
+from edgeadapt.formats import files
+from edgeadapt.formats.bundle import VerifiedBase
+from edgeadapt.formats.layout import Layout, Tensors
+from edgeadapt.methods.parts import part_of
+from edgeadapt.rounds.evaluation import SIZE, EvaluationTask
+from edgeadapt.rounds.roundtask import Outcome, RoundTask
+from edgeadapt.rounds.sums import Bounds, Vector
+from edgeadapt.rounds.task import Task
 
 log = logging.getLogger("edgeadapt.device")
 T = TypeVar("T")
@@ -138,7 +138,7 @@ def check_bounds(spec: SessionSpec, layout: Layout, task: RoundTask) -> None:
 
 
 class LocalRound:
-    """A round on a device (``adapters.roundtask.DeviceRound``).
+    """A round on a device (``edgeadapt.rounds.roundtask.DeviceRound``).
 
     Attributes:
         parts: The private parts to keep after it.

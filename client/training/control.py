@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters import jsontext, storage
-from adapters.layout import Tensors
 from aggregation import sealed
 from aggregation.errors import EdgeAdaptError, TrustError
+from edgeadapt.formats import jsontext, storage
+from edgeadapt.formats.layout import Tensors
 
 Doubles = NDArray[np.float64]
 TOKENS = 512  # of one pass, which bounds its memory; with MiniLM 0.4 MB a token

@@ -13,11 +13,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.layout import Tensors
-from adapters.parts import part_of
-from adapters.task import OptimizerName, RateSchedule, Task
 from aggregation.errors import DataError
 from client.training.control import UNLIMITED, Doubles, TrainingControl, TrainingState
+from edgeadapt.formats.layout import Tensors
+from edgeadapt.methods.parts import part_of
+from edgeadapt.rounds.task import OptimizerName, RateSchedule, Task
 
 log = logging.getLogger("edgeadapt.device")
 

@@ -9,9 +9,9 @@ from typing import cast
 
 from cachetools import LRUCache, cached
 
-from adapters.bundle import VerifiedBase
-from adapters.peftconfig import PeftConfig
 from client.training.trainer import ClassifierTrainer, FrozenBase, LanguageTrainer, LocalTrainer
+from edgeadapt.formats.bundle import VerifiedBase
+from edgeadapt.formats.peftconfig import PeftConfig
 
 TrainerOf = Callable[[FrozenBase, int, PeftConfig], LocalTrainer]  # base, labels, configuration → the trainer
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.bundle import adapter_names
-from adapters.evaluation import SIZE, EvaluationTask
 from client.inference.session import ClassificationSession
 from client.inference.trust import Trust
 from client.training.examples import Example
+from edgeadapt.formats.bundle import adapter_names
+from edgeadapt.rounds.evaluation import SIZE, EvaluationTask
 
 
 def own_counts(bundle: Path, task: EvaluationTask, examples: Sequence[Example]) -> NDArray[np.float64]:

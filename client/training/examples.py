@@ -10,9 +10,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from adapters.storage import read, replace
-from adapters.task import MAX_LOSS
 from aggregation.errors import DataError
+from edgeadapt.formats.storage import read, replace
+from edgeadapt.rounds.task import MAX_LOSS
 
 MAX_TEXT = 2_000  # characters
 MAX_FILE = 64 * 2**20  # bytes
@@ -58,7 +58,7 @@ class Score:
 
     correct: float  # examples whose most probable label is right
     count: int
-    loss: float  # sum of the examples' cross-entropies in nats, each at most ``adapters.task.MAX_LOSS``
+    loss: float  # sum of the examples' cross-entropies in nats, each at most ``edgeadapt.rounds.task.MAX_LOSS``
 
     @classmethod
     def worst(cls, count: int) -> "Score":

@@ -14,9 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from adapters.bundle import GENERATION, MODEL, TOKENIZER, TRAINING, VerifiedBase
-from adapters.classifiergraph import ENCODER, MAX_TOKENS, ClassifierGraph, open_session
-from adapters.graphinputs import (
+from aggregation.errors import ConfigError, DataError
+from client.training.denormals import without_denormals
+from client.training.encoding import Template, TextEncoder
+from client.training.trainer import ClassifierTrainer, LanguageTrainer
+from edgeadapt.bases.classifiergraph import ENCODER, MAX_TOKENS, ClassifierGraph, open_session
+from edgeadapt.bases.traininggraph import TrainingBatch, TrainingGraph, missing_slots
+from edgeadapt.formats.bundle import GENERATION, MODEL, TOKENIZER, TRAINING, VerifiedBase
+from edgeadapt.formats.graphinputs import (
     INPUT_SCALE,
     LORA_A,
     LORA_B,
@@ -31,17 +36,12 @@ from adapters.graphinputs import (
     layer_of,
     to_inputs,
 )
-from adapters.layout import Floats, Layout, Tensors
-from adapters.peft.dora import NormsOf, gradients_of_magnitudes, magnitudes, with_magnitudes, with_scales
-from adapters.peft.inputs import LABELS, is_saved
-from adapters.peft.lowrank import FACTORS, as_lora, factor_shapes, gradients_of_factors, trimmed
-from adapters.peft.methods import VIRTUAL_TOKENS, from_peft_tensors, to_peft_tensors
-from adapters.peftconfig import PeftConfig, require_gradients
-from adapters.traininggraph import TrainingBatch, TrainingGraph, missing_slots
-from aggregation.errors import ConfigError, DataError
-from client.training.denormals import without_denormals
-from client.training.encoding import Template, TextEncoder
-from client.training.trainer import ClassifierTrainer, LanguageTrainer
+from edgeadapt.formats.layout import Floats, Layout, Tensors
+from edgeadapt.formats.peftconfig import PeftConfig, require_gradients
+from edgeadapt.methods.peft.dora import NormsOf, gradients_of_magnitudes, magnitudes, with_magnitudes, with_scales
+from edgeadapt.methods.peft.inputs import LABELS, is_saved
+from edgeadapt.methods.peft.lowrank import FACTORS, as_lora, factor_shapes, gradients_of_factors, trimmed
+from edgeadapt.methods.peft.methods import VIRTUAL_TOKENS, from_peft_tensors, to_peft_tensors
 
 MEAN_HEAD = ("classifier.bias", "classifier.weight")  # over the mean of the tokens, as federations train it
 SETTINGS, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"  # of a base; either may hold the template
@@ -192,7 +192,7 @@ class GraphEngine:
         return to_inputs(with_scales(tensors, norms_of, self._biases), self._scaling) | self.empty
 
     def _weight_norms(self, tensors: Tensors, layers: Sequence[str]) -> dict[str, Floats]:
-        """As ``adapters.peft.dora.weight_norms``, of the weights that the graph computes with."""
+        """As ``edgeadapt.methods.peft.dora.weight_norms``, of the weights that the graph computes with."""
         names = (PEFT_PREFIX + path + kind for path in layers for kind in (LORA_A, LORA_B))
         pairs = to_inputs({name: tensors[name] for name in names}, self._scaling)
         return self._of_graph(lambda: self.graph.weight_norms(pairs, layers))

@@ -4,12 +4,12 @@ import math
 
 from pydantic import Field
 
-from adapters.layout import Tensors
-from adapters.roundtask import RoundTask
-from adapters.tasklimits import TaskLimits
 from aggregation.errors import ProtocolError
 from aggregation.session import COORDINATOR
 from client.training.control import TOKENS, TrainingControl
+from edgeadapt.formats.layout import Tensors
+from edgeadapt.rounds.roundtask import RoundTask
+from edgeadapt.rounds.tasklimits import TaskLimits
 
 
 class TrainingLimits(TaskLimits):

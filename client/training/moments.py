@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from adapters.analytic import ClassifierHead
-from adapters.layout import Floats, Layout, Tensors
-from adapters.ridge import EmbeddingMoments, moments_of
 from client.training.examples import Example, Split, in_split
 from client.training.trainer import ClassifierTrainer
+from edgeadapt.formats.layout import Floats, Layout, Tensors
+from edgeadapt.rounds.analytic import ClassifierHead
+from edgeadapt.rounds.ridge import EmbeddingMoments, moments_of
 
 
 def own_moments(trainer: ClassifierTrainer, adapter: Tensors, examples: Sequence[Example]) -> EmbeddingMoments:

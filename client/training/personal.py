@@ -14,13 +14,13 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.analytic import ClassifierHead, refit
-from adapters.layout import Layout, Tensors
-from adapters.task import Task
 from client.training.control import UNLIMITED, TrainingControl
 from client.training.examples import Example, Score, Split, in_split
 from client.training.moments import own_moments
 from client.training.trainer import ClassifierTrainer
+from edgeadapt.formats.layout import Layout, Tensors
+from edgeadapt.rounds.analytic import ClassifierHead, refit
+from edgeadapt.rounds.task import Task
 
 # Of ``with_own_head``, chosen on households of validation seeds: MiniLM and multilingual-e5-small are equally good with
 # 0.3 to 1 (docs/decisions/0033-analytic-head.md).
@@ -253,9 +253,9 @@ def with_own_head(
 ) -> Tensors:
     """The adapter with its head fitted to the training examples as well, by one regression and no training.
 
-    The head before stands for the examples of all others (``adapters.ridge``). After a round of the analytic head, this
-    gives a device what adding its own moments once more to the sum of all would give (docs/decisions/0033), and needs
-    nothing of that sum.
+    The head before stands for the examples of all others (``edgeadapt.rounds.ridge``). After a round of the analytic
+    head, this gives a device what adding its own moments once more to the sum of all would give (docs/decisions/0033),
+    and needs nothing of that sum.
 
     Args:
         scale: Logit of a score of 1, as of the federation's rounds.

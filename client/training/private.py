@@ -6,10 +6,10 @@ The device keeps them between rounds (``client.node.privateparts``).
 import hashlib
 from dataclasses import asdict
 
-from adapters import files, jsontext
-from adapters.layout import Layout, Tensors
-from adapters.parts import part_of
-from adapters.task import Task
+from edgeadapt.formats import files, jsontext
+from edgeadapt.formats.layout import Layout, Tensors
+from edgeadapt.methods.parts import part_of
+from edgeadapt.rounds.task import Task
 
 
 def subject_of(base: str, task: Task, layout: Layout) -> bytes:

@@ -11,16 +11,17 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from adapters import causal, pretrained, trainable
-from adapters import classifier as classifiers
-from adapters.base import Base
-from adapters.layout import Floats, Layout, Tensors
-from adapters.parts import is_bias
-from adapters.peftconfig import PeftConfig
-from adapters.traininggraph import TrainingBatch
 from client.training.denormals import flushes
 from client.training.encoding import TextEncoder
 from client.training.trainer import ClassifierTrainer, LanguageTrainer
+from edgeadapt.bases import pretrained
+from edgeadapt.bases.base import Base
+from edgeadapt.bases.traininggraph import TrainingBatch
+from edgeadapt.formats.layout import Floats, Layout, Tensors
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods import causal, trainable
+from edgeadapt.methods import classifier as classifiers
+from edgeadapt.methods.parts import is_bias
 
 
 class TorchEngine:
@@ -95,7 +96,7 @@ class TorchEngine:
 
 
 def classifier(base: Base, labels: int, config: PeftConfig) -> ClassifierTrainer:
-    """A trainer of a classifier. Raises ConfigError as ``adapters.classifier.build``."""
+    """A trainer of a classifier. Raises ConfigError as ``edgeadapt.methods.classifier.build``."""
     with flushed_denormals():  # torch's threads keep what holds when they start
         model = classifiers.build(base, labels, config)
     # On short texts, without fused kernels, a step of multilingual-e5-small takes a fifth less time.

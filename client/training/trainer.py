@@ -17,20 +17,20 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from adapters.base import Base
-from adapters.bundle import VerifiedBase
-from adapters.classifiergraph import pad
-from adapters.layout import Floats, Layout, Tensors
-from adapters.lorasb import frozen_factor, square_name, unfolded
-from adapters.parts import PARTS, Part, part_of
-from adapters.peftconfig import PeftConfig
-from adapters.task import MAX_LOSS, Task
-from adapters.traininggraph import TrainingBatch
 from aggregation.errors import DataError
 from client.training.control import TOKENS, UNLIMITED, TrainingControl
 from client.training.descent import GradientsOf, descend
 from client.training.encoding import Encoded, TextEncoder
 from client.training.examples import Example, Score
+from edgeadapt.bases.base import Base
+from edgeadapt.bases.classifiergraph import pad
+from edgeadapt.bases.traininggraph import TrainingBatch
+from edgeadapt.formats.bundle import VerifiedBase
+from edgeadapt.formats.layout import Floats, Layout, Tensors
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods.lorasb import frozen_factor, square_name, unfolded
+from edgeadapt.methods.parts import PARTS, Part, part_of
+from edgeadapt.rounds.task import MAX_LOSS, Task
 
 SURE = 0.8  # probability of a label at which a classifier has learned it
 LIKELY = 0.5  # of each token of an answer at which a language model has: the answering graph rounds otherwise
@@ -146,8 +146,8 @@ class Trainer:
             control: Limits of this device.
 
         Returns:
-            Tensors in ``layout``, and R if the task trains it (``adapters.lorasb``), float32 and finite. Guarantee:
-            equal arguments give equal tensors, whatever was trained before, and the base does not change.
+            Tensors in ``layout``, and R if the task trains it (``edgeadapt.methods.lorasb``), float32 and finite.
+            Guarantee: equal arguments give equal tensors, whatever was trained before, and the base does not change.
 
         Raises:
             DataError: There are no examples, or as ``descend``.

@@ -2,18 +2,18 @@
 
 import click
 
-from commandline import LazyGroup
+from edgeadapt.commandline import LazyGroup
 
 # command → (module, attribute, one line for --help, extra that it needs)
 AUTHORITY = {
-    "crl": ("coordinator.cli.authority", "crl", "Sign a new revocation list before the last one expires.", ""),
-    "init": ("coordinator.cli.authority", "init", "Create an authority.", ""),
-    "invite": ("coordinator.cli.authority", "invite", "Print a token with which a device can enrol.", ""),
-    "issue": ("coordinator.cli.authority", "issue", "Certify a device's key.", ""),
-    "issue-tls": ("coordinator.cli.authority", "issue_tls", "Certify the TLS key of a gateway.", ""),
-    "list": ("coordinator.cli.authority", "list_", "List every certificate that was issued, with its status.", ""),
-    "revoke": ("coordinator.cli.authority", "revoke", "Revoke a device's certificates, or one by its serial.", ""),
-    "serve": ("coordinator.cli.enrolment", "serve", "Enrol invited devices over a network, and renew.", "coordinator"),
+    "crl": ("edgeadapt.cli.authority", "crl", "Sign a new revocation list before the last one expires.", ""),
+    "init": ("edgeadapt.cli.authority", "init", "Create an authority.", ""),
+    "invite": ("edgeadapt.cli.authority", "invite", "Print a token with which a device can enrol.", ""),
+    "issue": ("edgeadapt.cli.authority", "issue", "Certify a device's key.", ""),
+    "issue-tls": ("edgeadapt.cli.authority", "issue_tls", "Certify the TLS key of a gateway.", ""),
+    "list": ("edgeadapt.cli.authority", "list_", "List every certificate that was issued, with its status.", ""),
+    "revoke": ("edgeadapt.cli.authority", "revoke", "Revoke a device's certificates, or one by its serial.", ""),
+    "serve": ("edgeadapt.cli.enrolment", "serve", "Enrol invited devices over a network, and renew.", "coordinator"),
 }
 
 __all__ = ["authority_group"]

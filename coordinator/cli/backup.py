@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adapters import storage
 from coordinator.cli.options import as_json, directory
+from edgeadapt.formats import storage
 
 if TYPE_CHECKING:
     from coordinator.archive import Report
@@ -46,9 +46,9 @@ def backup(state_dir: Path, out: Path, keys: bool, standby: bool, as_json: bool)
       edgeadapt coordinator backup fleet --out /media/safe/fleet.tar --keys
       edgeadapt coordinator backup fleet --out standby.tar --standby --keys
     """
-    from adapters.registrystores import is_local, shown
     from coordinator.backup import back_up, back_up_for_standby
     from coordinator.statedir import CoordinatorStateDir
+    from edgeadapt.formats.registrystores import is_local, shown
 
     opened = CoordinatorStateDir.open(state_dir)
     with _progress(f"copying {state_dir}") as report:
@@ -97,11 +97,11 @@ def restore(
       edgeadapt coordinator restore fleet --archive standby.tar --coordinator coordinator.pem
       edgeadapt coordinator restore fleet --archive fleet.tar --database postgresql://edgeadapt@db.example/fleet
     """
-    from adapters.keyfiles import MAX_PEM
-    from adapters.registryfiles import RegistrySettings
     from aggregation.errors import of_file
     from aggregation.pki.identity import PublicKey
     from coordinator.backup import restore
+    from edgeadapt.formats.keyfiles import MAX_PEM
+    from edgeadapt.formats.registryfiles import RegistrySettings
 
     stores = RegistrySettings.parse({"database": database, "blobs": blobs}, "--database and --blobs")
     trusted = None

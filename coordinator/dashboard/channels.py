@@ -9,13 +9,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from adapters import storage
-from adapters.rollout import ALL
 from aggregation.errors import DataError, TrustError
-from coordinator.channels.actions import ActionRecord
-from coordinator.channels.history import audit_repository
-from coordinator.channels.metadata import MAX_METADATA
-from coordinator.channels.repository import ChannelRepository
+from edgeadapt.formats import storage
+from edgeadapt.formats.rollout import ALL
+from edgeadapt.releases.actions import ActionRecord
+from edgeadapt.releases.history import audit_repository
+from edgeadapt.releases.metadata import MAX_METADATA
+from edgeadapt.releases.repository import ChannelRepository
 
 MAKES = ("publish", "promote", "rollback")  # a release
 

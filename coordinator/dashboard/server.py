@@ -32,14 +32,14 @@ from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Redire
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from adapters import storage
-from adapters.keyfiles import MAX_PEM
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
 from coordinator.dashboard.metrics import exposition
 from coordinator.gateway.places import Entrance, Turns
 from coordinator.servertls import TlsSource, context
 from coordinator.servicesettings import is_loopback
+from edgeadapt.formats import storage
+from edgeadapt.formats.keyfiles import MAX_PEM
 
 TOKEN = "dashboard.token"  # noqa: S105  # in the coordinator's state directory
 COOKIE = "edgeadapt-session"

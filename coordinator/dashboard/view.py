@@ -5,8 +5,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from adapters.manifest import VersionManifest
-from adapters.roundrecord import RoundRecord
 from coordinator.dashboard.channels import ChannelsView
 from coordinator.expiry import expiries
 from coordinator.gateway import snapshot
@@ -15,6 +13,8 @@ from coordinator.services import deployment
 from coordinator.sessionprogress import LogFollower
 from coordinator.statedir import TRANSCRIPT, CoordinatorStateDir
 from coordinator.status import lease_of
+from edgeadapt.formats.manifest import VersionManifest
+from edgeadapt.formats.roundrecord import RoundRecord
 
 LISTED = 200  # rounds at most, the last ones
 

@@ -1,4 +1,5 @@
-"""The two carriers of a conversation (``adapters.gateway.messages``): gRPC for light devices, WebSockets for pages.
+"""The two carriers of a conversation (``edgeadapt.formats.gateway.messages``): gRPC for light devices, WebSockets for
+pages.
 
 A service gives its conversations by path, and each runs in the same way over both: one message after the other, until
 it returns or raises. ``end_of`` says with which status or close code. Nobody presents a TLS certificate. A peer holds
@@ -27,13 +28,13 @@ from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 from websockets.http11 import Request, Response
 
-from adapters.gateway import messages
-from adapters.gateway.messages import RetryWindow
 from aggregation.errors import ConfigError, EdgeAdaptError, ProtocolError, TrustError
-from coordinator import traces
 from coordinator.gateway.hub import ComeBack
 from coordinator.gateway.places import PROOF, Entrance, Places, RefusalRates
 from coordinator.servertls import TlsSource, context, credentials
+from edgeadapt import traces
+from edgeadapt.formats.gateway import messages
+from edgeadapt.formats.gateway.messages import RetryWindow
 
 WAITING = 8  # messages of a page that are kept while one is handled
 CLOSING = 2.0  # seconds for the end of the conversations

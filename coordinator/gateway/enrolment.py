@@ -18,20 +18,20 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from adapters.gateway import messages
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import EdgeAdaptError, ProtocolError, TrustError
 from aggregation.pki import Authority, certificates
 from aggregation.pki.tls import TlsKey, read_tls_request
-from coordinator.authority import AuthorityStore
-from coordinator.authority.record import AuthorityRecord
-from coordinator.authority.rules import NOT_REDEEMABLE
-from coordinator.authority.store import RECORD
 from coordinator.gateway.carriers import BrowserSettings, Carrier, Conversations, ConversationServer
 from coordinator.gateway.hub import ComeBack
 from coordinator.gateway.pace import TokenBucket
 from coordinator.gateway.places import RefusalRates, Turns
 from coordinator.servertls import ServerTls
+from edgeadapt.authority import AuthorityStore
+from edgeadapt.authority.record import AuthorityRecord
+from edgeadapt.authority.rules import NOT_REDEEMABLE
+from edgeadapt.authority.store import RECORD
+from edgeadapt.formats.gateway import messages
 
 NAME = "enrolment"  # in the service's own certificate
 OWN_DAYS = 30  # of that certificate; a restart makes another one

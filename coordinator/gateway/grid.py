@@ -16,7 +16,6 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from adapters.gateway.messages import ATTEND, node_of
 from aggregation.steps import BODY, RECORD
 from coordinator.expiry import ExpiryLog
 from coordinator.gateway.carriers import BrowserSettings
@@ -26,6 +25,7 @@ from coordinator.gateway.snapshot import GatewaySnapshot, written
 from coordinator.servertls import TlsFiles, TlsSource
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transport import OwnGrid, identify
+from edgeadapt.formats.gateway.messages import ATTEND, node_of
 
 PREFIX = "gateway-"  # of message ids; Flower's are hexadecimal
 GATHER = 0.005  # seconds for more answers, after the first: a look at 1000 requests for each answer takes longer

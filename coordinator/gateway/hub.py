@@ -10,8 +10,8 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from adapters.gateway.messages import RetryWindow
 from aggregation.errors import EdgeAdaptError, ProtocolError
+from edgeadapt.formats.gateway.messages import RetryWindow
 
 WAITING = 4  # requests of one device
 ID_BITS = 63  # ids are random: no device can guess another's, and a restart repeats none

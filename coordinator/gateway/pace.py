@@ -9,7 +9,7 @@ that has no window comes when it likes; above the target it is sent away before 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from adapters.gateway.messages import RetryWindow
+from edgeadapt.formats.gateway.messages import RetryWindow
 
 FORGET = 1024  # windows, at least, before those that are over are looked for
 

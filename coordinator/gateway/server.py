@@ -16,18 +16,18 @@ from datetime import UTC, datetime, timedelta
 
 from packaging.version import InvalidVersion, Version
 
-from adapters.gateway import messages
-from adapters.gateway.messages import PartReader, RetryWindow
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import EdgeAdaptError, ProtocolError, TrustError
 from aggregation.pki import Root
-from coordinator import traces
 from coordinator.gateway.carriers import BrowserSettings, Carrier, Conversations, ConversationServer
 from coordinator.gateway.hub import ComeBack, Credentials, Hub, NoAnswer, Stream
 from coordinator.gateway.pace import Pace, TokenBucket
 from coordinator.gateway.places import Turns
 from coordinator.gateway.snapshot import GatewaySnapshot
 from coordinator.servertls import TlsSource
+from edgeadapt import traces
+from edgeadapt.formats.gateway import messages
+from edgeadapt.formats.gateway.messages import PartReader, RetryWindow
 
 VERSIONS = 32  # in a snapshot; devices state them
 log = logging.getLogger("edgeadapt.gateway")

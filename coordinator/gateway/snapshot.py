@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adapters import jsontext, storage
+from edgeadapt.formats import jsontext, storage
 
 FILE = "gateway.json"  # in the coordinator's state directory, while a gateway serves it
 EVERY = 1.0  # seconds

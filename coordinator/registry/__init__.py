@@ -1,12 +1,12 @@
 """The registry: signed, content-addressed versions of the global adapter, and a record of every round.
 
-Needs SQLAlchemy and fsspec. An auditor reads the same files without them (``coordinator.audit``).
+Needs SQLAlchemy and fsspec. An auditor reads the same files without them (``edgeadapt.audit``).
 """
 
-from adapters.blobs import Blobs
 from coordinator.registry.lease import Leadership, Lease, leadership
 from coordinator.registry.transcripttable import TranscriptTable
 from coordinator.registry.versions import Head, Registry, StoredAdapter, Version, state_digest
+from edgeadapt.formats.blobs import Blobs
 
 __all__ = [
     "Blobs",

@@ -29,7 +29,8 @@ from sqlalchemy import (
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, IntegrityError, SQLAlchemyError
 
-from adapters.registryfiles import (
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError
+from edgeadapt.formats.registryfiles import (
     FIRST,
     FIRST_TABLE,
     MANIFEST,
@@ -46,8 +47,7 @@ from adapters.registryfiles import (
     VERSIONS,
     require_schema,
 )
-from adapters.registrystores import postgresql_engine, shown
-from aggregation.errors import ConfigError, DataError, EdgeAdaptError
+from edgeadapt.formats.registrystores import postgresql_engine, shown
 
 ONLY_ROW = 1  # id in a table of one row
 metadata = MetaData()

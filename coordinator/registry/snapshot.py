@@ -10,9 +10,9 @@ from typing import Any, Self
 
 from sqlalchemy import Engine, Table
 
-from adapters.registrystores import shown
 from aggregation.errors import ConfigError
 from coordinator.registry import database, transcripttable
+from edgeadapt.formats.registrystores import shown
 
 LENGTH = 8  # bytes before each value that the digest covers
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from sqlalchemy import Connection, Engine, func, select
 from sqlalchemy.dialects.postgresql import insert as insert_once
 
-from adapters import storage
-from adapters.storage import LARGEST, PUBLIC
 from aggregation.errors import DataError, TrustError
-from coordinator.audit.transcripts import REVOKED, log_name, log_number, logs
 from coordinator.registry import database
 from coordinator.registry.lease import fenced
+from edgeadapt.audit.transcripts import REVOKED, log_name, log_number, logs
+from edgeadapt.formats import storage
+from edgeadapt.formats.storage import LARGEST, PUBLIC
 
 LONGEST = 2**24  # bytes of a row
 LOOK = 0.1  # seconds between two looks at a copy that another process makes

@@ -15,16 +15,16 @@ from typing import Any, Self
 from sqlalchemy import Connection, Engine, Row, func, select
 from sqlalchemy.engine import URL
 
-from adapters import files
-from adapters.blobs import Blobs
-from adapters.layout import Layout, Tensors
-from adapters.manifest import VersionManifest
-from adapters.registrystores import shown
-from adapters.roundrecord import RoundRecord, accept_chain, digest_of
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError, of_file
 from aggregation.pki.identity import IdentityKey, PublicKey
 from coordinator.registry import database
 from coordinator.registry.lease import fenced
+from edgeadapt.formats import files
+from edgeadapt.formats.blobs import Blobs
+from edgeadapt.formats.layout import Layout, Tensors
+from edgeadapt.formats.manifest import VersionManifest
+from edgeadapt.formats.registrystores import shown
+from edgeadapt.formats.roundrecord import RoundRecord, accept_chain, digest_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from adapters import jsontext, storage
-from adapters.keyfiles import TLS_CERTIFICATE, tls_key_path
 from aggregation.errors import ConfigError, EdgeAdaptError
 from aggregation.pki.certificates import to_der
 from aggregation.pki.tls import hosts_of
@@ -27,6 +25,8 @@ from coordinator.services.supervisor import Happening, Patience, Report, Service
 from coordinator.servicesettings import SERVICES, ServiceSettings, is_loopback
 from coordinator.settings import SETTINGS
 from coordinator.statedir import AUTHORITY, CoordinatorStateDir, require
+from edgeadapt.formats import jsontext, storage
+from edgeadapt.formats.keyfiles import TLS_CERTIFICATE, tls_key_path
 
 LOCK, RUNNING = "up.lock", "services.json"
 DATABASE, HOME = "superlink.db", "superlink"  # of the SuperLink: its state, and Flower's folder

@@ -1,4 +1,4 @@
-"""Bundles: the folder that a device opens, written and extended. ``adapters.bundle`` reads and verifies them.
+"""Bundles: the folder that a device opens, written and extended. ``edgeadapt.formats.bundle`` reads and verifies them.
 
 ``base`` is not imported here, because it imports torch.
 """

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from adapters import container
-from adapters.bundle import VerifiedAdapter
-from adapters.graphinputs import (
+from aggregation.errors import DataError
+from edgeadapt.formats import container
+from edgeadapt.formats.bundle import VerifiedAdapter
+from edgeadapt.formats.graphinputs import (
     LORA_A,
     LORA_B,
     PEFT_PREFIX,
@@ -18,13 +19,12 @@ from adapters.graphinputs import (
     to_inputs,
     vector_kind,
 )
-from adapters.layout import Tensors
-from adapters.manifest import Format
-from adapters.peft.inputs import AdapterInputs, LoraSlot, is_saved, lora_paths, summary
-from adapters.peft.lowrank import plain
-from adapters.peftconfig import PeftConfig
-from adapters.quantization import quantize, restore
-from aggregation.errors import DataError
+from edgeadapt.formats.layout import Tensors
+from edgeadapt.formats.manifest import Format
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.formats.quantization import quantize, restore
+from edgeadapt.methods.peft.inputs import AdapterInputs, LoraSlot, is_saved, lora_paths, summary
+from edgeadapt.methods.peft.lowrank import plain
 
 
 def encode(tensors: Tensors, inputs: AdapterInputs, form: Format = "int8") -> bytes:
@@ -33,7 +33,7 @@ def encode(tensors: Tensors, inputs: AdapterInputs, form: Format = "int8") -> by
     Args:
         tensors: All tensors of the adapter, under peft's names.
         inputs: The adapter's, of a model or of its tensors.
-        form: How numbers are stored; ``adapters.quantization.quantize`` says what each form loses.
+        form: How numbers are stored; ``edgeadapt.formats.quantization.quantize`` says what each form loses.
 
     Raises:
         DataError: A tensor is missing, unknown, not finite, or too large for the format.

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from adapters import pretrained
-from adapters.base import Base, find_base
-from adapters.classifiergraph import ENCODER
-from adapters.graphinputs import LORA_A, VIRTUAL, input_name, vector_kind
-from adapters.manifest import Task
-from adapters.peft.inputs import is_saved, lora_paths
 from aggregation.errors import ConfigError
+from edgeadapt.bases import pretrained
+from edgeadapt.bases.base import Base, find_base
+from edgeadapt.bases.classifiergraph import ENCODER
+from edgeadapt.formats.graphinputs import LORA_A, VIRTUAL, input_name, vector_kind
+from edgeadapt.formats.manifest import Task
+from edgeadapt.methods.peft.inputs import is_saved, lora_paths
 from export.bundle.sources import Origin
 from export.causal import export_causal
 from export.causal.base import check_decoder

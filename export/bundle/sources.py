@@ -4,18 +4,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from adapters import registryfiles
-from adapters.keyfiles import read_key, read_public_keys
-from adapters.layout import Tensors
-from adapters.manifest import PrivacyBound, Task
-from adapters.peft.folder import read_peft
-from adapters.peft.inputs import is_saved
-from adapters.peft.lowrank import as_lora, trimmed
-from adapters.peft.methods import from_peft_tensors
-from adapters.peftconfig import PeftConfig
-from adapters.registryfiles import SIGNING_KEY
-from adapters.registryreader import open_registry_files
 from aggregation.errors import ConfigError, DataError
+from edgeadapt.formats import registryfiles
+from edgeadapt.formats.keyfiles import read_key, read_public_keys
+from edgeadapt.formats.layout import Tensors
+from edgeadapt.formats.manifest import PrivacyBound, Task
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.formats.registryfiles import SIGNING_KEY
+from edgeadapt.formats.registryreader import open_registry_files
+from edgeadapt.methods.peft.folder import read_peft
+from edgeadapt.methods.peft.inputs import is_saved
+from edgeadapt.methods.peft.lowrank import as_lora, trimmed
+from edgeadapt.methods.peft.methods import from_peft_tensors
 
 TASKS: dict[str, Task] = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation"}  # by peft's task types
 

@@ -8,23 +8,24 @@ from typing import Any
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from adapters import pretrained
-from adapters.base import Base
-from adapters.classifier import PhraseClassifier
-from adapters.classifiergraph import ENCODER
-from adapters.graphinputs import input_name
-from adapters.layout import Floats, Tensors
-from adapters.manifest import Task
-from adapters.peft.dora import magnitudes, scaled_layers, weight_norms, with_magnitudes, with_scales
-from adapters.peft.inputs import is_saved
-from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError
+from edgeadapt.bases import pretrained
+from edgeadapt.bases.base import Base
+from edgeadapt.bases.classifiergraph import ENCODER
+from edgeadapt.formats.graphinputs import input_name
+from edgeadapt.formats.layout import Floats, Tensors
+from edgeadapt.formats.manifest import Task
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods.classifier import PhraseClassifier
+from edgeadapt.methods.peft.dora import magnitudes, scaled_layers, weight_norms, with_magnitudes, with_scales
+from edgeadapt.methods.peft.inputs import is_saved
 from export.bundle.base import usual_task
 from export.bundle.sources import Origin, as_slots
 
 
 def resolved(origin: Origin, base: Base) -> Origin:
-    """``origin`` as slots take it, with what the base's weights give: the scales of DoRA (``adapters.peft.dora``).
+    """``origin`` as slots take it, with what the base's weights give: the scales of DoRA
+    (``edgeadapt.methods.peft.dora``).
 
     Raises:
         ConfigError: The base cannot be opened, or lacks a layer of the adapter; or as ``as_slots``.

@@ -1,6 +1,7 @@
 """The bundle that a device opens: one base, any number of adapters, each described by a signed manifest.
 
-``adapters.bundle`` names its files and reads them. A bundle is only ever replaced whole (``adapters.storage.staged``).
+``edgeadapt.formats.bundle`` names its files and reads them. A bundle is only ever replaced whole
+(``edgeadapt.formats.storage.staged``).
 """
 
 import json
@@ -11,8 +12,10 @@ from functools import partial
 from pathlib import Path
 from shutil import copyfile
 
-from adapters.base import Base
-from adapters.bundle import (
+from aggregation.errors import ConfigError, DataError, TrustError
+from aggregation.pki.identity import IdentityKey
+from edgeadapt.bases.base import Base
+from edgeadapt.formats.bundle import (
     ADAPTERS,
     BASE,
     BASE_MANIFEST,
@@ -23,16 +26,14 @@ from adapters.bundle import (
     adapter_path,
     manifest_path,
 )
-from adapters.dsse import MAX_ENVELOPE
-from adapters.files import sha256
-from adapters.graphinputs import LORA_A, check_slots, to_inputs, virtual_tokens
-from adapters.layout import Layout, Tensors
-from adapters.manifest import AdapterManifest, BaseManifest, Format, PrivacyBound, Task, check_labels
-from adapters.peft.inputs import LABELS, AdapterInputs
-from adapters.peftconfig import PeftConfig
-from adapters.storage import link_files, link_or_copy, locked_folder, read, staged, write_files
-from aggregation.errors import ConfigError, DataError, TrustError
-from aggregation.pki.identity import IdentityKey
+from edgeadapt.formats.dsse import MAX_ENVELOPE
+from edgeadapt.formats.files import sha256
+from edgeadapt.formats.graphinputs import LORA_A, check_slots, to_inputs, virtual_tokens
+from edgeadapt.formats.layout import Layout, Tensors
+from edgeadapt.formats.manifest import AdapterManifest, BaseManifest, Format, PrivacyBound, Task, check_labels
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.formats.storage import link_files, link_or_copy, locked_folder, read, staged, write_files
+from edgeadapt.methods.peft.inputs import LABELS, AdapterInputs
 from export.bundle import adapter
 from export.bundle.sources import Origin, fitted
 from export.onnx.exported import ExportedBase
@@ -49,7 +50,7 @@ class AdapterSource:
     sha256: str  # of the safetensors blob that the tensors come from
     parent: str | None = None  # of a private adapter: the blob digest of the global version that it started from
     peft_config: PeftConfig | None = None  # without it, an export to peft folds the scaling into B
-    temperature: float = 1.0  # of a classifier's probabilities (``adapters.calibration``)
+    temperature: float = 1.0  # of a classifier's probabilities (``edgeadapt.formats.calibration``)
     adapter_inputs: AdapterInputs | None = None  # of the model that the tensors come from; None: the exported base's
     privacy: PrivacyBound | None = None  # of the sums that it was made from; None: nothing bounds it
 

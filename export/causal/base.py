@@ -12,14 +12,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from adapters import pretrained
-from adapters.base import Base
-from adapters.bundle import TOKENIZER
-from adapters.graphinputs import OUTPUT_SCALE, PREFIX, PROMPT, layer_of
-from adapters.layout import Floats
-from adapters.peft.inputs import AdapterInputs, LoraSlot
-from adapters.workfolder import WorkFolder
 from aggregation.errors import ConfigError
+from edgeadapt.bases import pretrained
+from edgeadapt.bases.base import Base
+from edgeadapt.formats.bundle import TOKENIZER
+from edgeadapt.formats.graphinputs import OUTPUT_SCALE, PREFIX, PROMPT, layer_of
+from edgeadapt.formats.layout import Floats
+from edgeadapt.formats.workfolder import WorkFolder
+from edgeadapt.methods.peft.inputs import AdapterInputs, LoraSlot
 from export.causal import builder, traced
 from export.causal.sample import Sample, sample_logits
 from export.causal.training import LearnedLogits, trace

@@ -21,9 +21,9 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from adapters.base import Base
-from adapters.bundle import GENERATION, MODEL
 from aggregation.errors import ConfigError
+from edgeadapt.bases.base import Base
+from edgeadapt.formats.bundle import GENERATION, MODEL
 from export.causal.sample import Sample, matches
 from export.onnx.exported import Report
 from export.onnx.matmuls import replace_nodes, share_embedding

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from adapters.layout import Floats
 from aggregation.errors import ConfigError
+from edgeadapt.formats.layout import Floats
 from export.onnx.calibrate import TEXT, TOKENS
 from export.onnx.exported import Report, counted
 from export.onnx.graph import ANSWER

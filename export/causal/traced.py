@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from adapters import pretrained
-from adapters.base import Base
-from adapters.bundle import GENERATION, MODEL, TOKENIZER
 from aggregation.errors import ConfigError
+from edgeadapt.bases import pretrained
+from edgeadapt.bases.base import Base
+from edgeadapt.formats.bundle import GENERATION, MODEL, TOKENIZER
 from export.causal.builder import QUIET, DecoderGraph
 from export.causal.sample import Sample, matches
 from export.onnx import graph, matmuls, tasks

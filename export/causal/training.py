@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import DynamicCache
 
-from adapters.graphinputs import PREFIX, PROMPT, VIRTUAL
-from adapters.traininggraph import POSITIONS
 from aggregation.errors import ConfigError
+from edgeadapt.bases.traininggraph import POSITIONS
+from edgeadapt.formats.graphinputs import PREFIX, PROMPT, VIRTUAL
 from export.causal.traced import KeyValueCache, cache_of
 from export.onnx import graph, matmuls
 from export.onnx.peftmodel import EXAMPLE_RANK, TOKENS, SlottedModel, examples, replace_module, with_inputs

@@ -5,7 +5,7 @@ A command is imported when it is called.
 
 import click
 
-from commandline import LazyGroup
+from edgeadapt.commandline import LazyGroup
 
 # command → (module, attribute, one line for --help, extra that it needs)
 COMMANDS = {

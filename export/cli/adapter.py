@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adapters.base import find_base
-from adapters.bundle import TRUST, Bundle, VerifiedBase
-from adapters.calibration import BINS, FOLDS, Calibration
-from adapters.keyfiles import read_key, read_public_keys
-from adapters.manifest import BaseManifest, Format
-from adapters.peft.dora import magnitudes
-from adapters.storage import real
 from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
+from edgeadapt.bases.base import find_base
+from edgeadapt.formats.bundle import TRUST, Bundle, VerifiedBase
+from edgeadapt.formats.calibration import BINS, FOLDS, Calibration
+from edgeadapt.formats.keyfiles import read_key, read_public_keys
+from edgeadapt.formats.manifest import BaseManifest, Format
+from edgeadapt.formats.storage import real
+from edgeadapt.methods.peft.dora import magnitudes
 from export.bundle.sources import Origin, as_slots
 from export.bundle.write import (
     add,

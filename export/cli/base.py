@@ -5,12 +5,12 @@ from typing import Literal
 
 import click
 
-from adapters.base import find_base
-from adapters.bundle import PHRASES, TRAINING
-from adapters.keyfiles import read_key
-from adapters.manifest import Task
-from adapters.phrases import encode_phrases, read_phrases
 from aggregation.errors import ConfigError
+from edgeadapt.bases.base import find_base
+from edgeadapt.formats.bundle import PHRASES, TRAINING
+from edgeadapt.formats.keyfiles import read_key
+from edgeadapt.formats.manifest import Task
+from edgeadapt.formats.phrases import encode_phrases, read_phrases
 from export.cli.options import (
     FOLDER,
     PROFILE,

@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from adapters.base import PACKAGES, Base, Package, find_base, in_package
-from adapters.storage import read_lines
 from aggregation.errors import ConfigError
-from commandline import status
+from edgeadapt.bases.base import PACKAGES, Base, Package, find_base, in_package
+from edgeadapt.commandline import status
+from edgeadapt.formats.storage import read_lines
 from export.cli.options import FOLDER, out_json, print_result
 
 
@@ -176,7 +176,7 @@ def _described(name: str, found: Base) -> dict[str, Any]:
     from transformers import AutoModel, AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
-    from adapters import pretrained
+    from edgeadapt.bases import pretrained
     from export.bundle.base import DEFAULT_TARGETS, usual_task
     from export.onnx.slotted import has_own_head
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import click
 
-from adapters.keyfiles import make_key
 from aggregation.entropy import SystemEntropy
+from edgeadapt.formats.keyfiles import make_key
 from export.cli.options import FOLDER, out_json, print_result
 
 

@@ -19,10 +19,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from adapters.peftconfig import PeftConfig, require_gradients
-from adapters.storage import read_lines
 from aggregation.errors import ConfigError
-from commandline import plain_progress
+from edgeadapt.commandline import plain_progress
+from edgeadapt.formats.peftconfig import PeftConfig, require_gradients
+from edgeadapt.formats.storage import read_lines
 from export.bundle import sources
 from export.onnx.exported import ExportedBase, Report
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from adapters.bundle import TRUST, Bundle
-from adapters.keyfiles import read_public_keys
-from adapters.storage import read_lines, real
+from edgeadapt.formats.bundle import TRUST, Bundle
+from edgeadapt.formats.keyfiles import read_public_keys
+from edgeadapt.formats.storage import read_lines, real
 from export.cli.options import FOLDER, from_folder, from_registry, origin_of, out_json, pinned, print_result, which
 
 # Answers. If 100 agree, the agreement is above 97 % with 95 % confidence (Hanley and Lippman-Hand 1983): native-int8's

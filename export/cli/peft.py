@@ -4,16 +4,16 @@ from pathlib import Path
 
 import click
 
-from adapters.base import find_base
-from adapters.bundle import TRUST, Bundle
-from adapters.keyfiles import read_public_keys
-from adapters.layout import Tensors
-from adapters.manifest import BaseManifest
-from adapters.peft.dora import scaled_layers
-from adapters.peft.folder import to_peft
-from adapters.peftconfig import PeftConfig
-from adapters.storage import real
 from aggregation.errors import ConfigError
+from edgeadapt.bases.base import find_base
+from edgeadapt.formats.bundle import TRUST, Bundle
+from edgeadapt.formats.keyfiles import read_public_keys
+from edgeadapt.formats.layout import Tensors
+from edgeadapt.formats.manifest import BaseManifest
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.formats.storage import real
+from edgeadapt.methods.peft.dora import scaled_layers
+from edgeadapt.methods.peft.folder import to_peft
 from export.bundle.adapter import unfolded
 from export.cli.options import FOLDER, from_registry, origin_of, out_json, pinned, print_result, which
 

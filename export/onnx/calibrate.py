@@ -12,8 +12,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from adapters.layout import Floats
 from aggregation.errors import ConfigError
+from edgeadapt.formats.layout import Floats
 from export.onnx.segments import Segments
 from export.onnx.tensorstore import MEMORY, TensorStore
 

@@ -7,11 +7,11 @@ from peft import PeftModel
 from tokenizers import Tokenizer
 from torch import nn
 
-from adapters import pretrained
-from adapters.base import Base
-from adapters.bundle import TOKENIZER, TRAINING
-from adapters.workfolder import WorkFolder
 from aggregation.errors import ConfigError
+from edgeadapt.bases import pretrained
+from edgeadapt.bases.base import Base
+from edgeadapt.formats.bundle import TOKENIZER, TRAINING
+from edgeadapt.formats.workfolder import WorkFolder
 from export.onnx import graph, headers, rows
 from export.onnx.calibrate import SHORT_TEXT, TEXT, TOKENS
 from export.onnx.dequantize import as_stored
@@ -35,7 +35,8 @@ def export_classifier(
     """Export the base of ``model`` in a few seconds; no tensor of its adapter gets into the result.
 
     Args:
-        model: From ``slotted``, or ``adapters.classifier.build``, whose adapter names the layers that get slots.
+        model: From ``slotted``, or ``edgeadapt.methods.classifier.build``, whose adapter names the layers that get
+            slots.
         base: The base of ``model``.
         profile: How weights are stored.
         max_rank: The highest rank that the base manifest allows an adapter.

@@ -16,13 +16,13 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from adapters import pretrained
-from adapters.base import INDEX, Base, find_base
-from adapters.layout import Floats
-from adapters.manifest import Task
-from adapters.pretrained import is_linear
-from adapters.storage import new_folder
 from aggregation.errors import ConfigError
+from edgeadapt.bases import pretrained
+from edgeadapt.bases.base import INDEX, Base, find_base
+from edgeadapt.bases.pretrained import is_linear
+from edgeadapt.formats.layout import Floats
+from edgeadapt.formats.manifest import Task
+from edgeadapt.formats.storage import new_folder
 from export.onnx.blocks import BLOCK, eight_bits, four_bits, four_bits_exactly
 from export.onnx.exported import Profile
 from export.onnx.peftmodel import SlottedModel, layer_weight

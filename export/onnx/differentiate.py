@@ -12,8 +12,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
-from adapters.traininggraph import GRADIENT
 from aggregation.errors import ConfigError
+from edgeadapt.bases.traininggraph import GRADIENT
 from export.onnx.backward import Backward
 from export.onnx.derivatives import CONSTANT, rule_of
 from export.onnx.matmuls import replace_nodes

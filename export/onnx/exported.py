@@ -6,12 +6,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Self
 
-from adapters.base import Base
-from adapters.bundle import MODEL
-from adapters.files import sha256
-from adapters.manifest import BaseManifest, Task
-from adapters.peft.inputs import AdapterInputs
-from adapters.workfolder import WorkFolder
+from edgeadapt.bases.base import Base
+from edgeadapt.formats.bundle import MODEL
+from edgeadapt.formats.files import sha256
+from edgeadapt.formats.manifest import BaseManifest, Task
+from edgeadapt.formats.workfolder import WorkFolder
+from edgeadapt.methods.peft.inputs import AdapterInputs
 
 MAX_RANK = 64  # the default limit on the rank of an adapter's layers
 

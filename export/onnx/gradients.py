@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
-from adapters.bundle import TRAINING
-from adapters.graphinputs import GIVEN, LORA_A, LORA_B, OUTPUT_SCALE, PREFIX, PROMPT, VIRTUAL
-from adapters.layout import Floats, Tensors
-from adapters.peft.inputs import LABELS
-from adapters.traininggraph import OWN_BIAS, WEIGHT_NORM, TrainingBatch, TrainingGraph, batch_of
 from aggregation.errors import ConfigError
+from edgeadapt.bases.traininggraph import OWN_BIAS, WEIGHT_NORM, TrainingBatch, TrainingGraph, batch_of
+from edgeadapt.formats.bundle import TRAINING
+from edgeadapt.formats.graphinputs import GIVEN, LORA_A, LORA_B, OUTPUT_SCALE, PREFIX, PROMPT, VIRTUAL
+from edgeadapt.formats.layout import Floats, Tensors
+from edgeadapt.methods.peft.inputs import LABELS
 from export.onnx.headers import Slots
 from export.onnx.peftmodel import LayerInput, ReplacedInput
 

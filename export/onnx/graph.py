@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from adapters.graphinputs import PROMPT
-from adapters.traininggraph import POSITIONS
 from aggregation.errors import ConfigError
+from edgeadapt.bases.traininggraph import POSITIONS
+from edgeadapt.formats.graphinputs import PROMPT
 from export.onnx.hollow import Weights
 from export.onnx.matmuls import USUAL_RANK
 from export.onnx.peftmodel import TOKENS, SlottedModel, examples, with_inputs

@@ -5,7 +5,8 @@ native header gives each slot an empty default, because ONNX Runtime checks requ
 adapter; onnxruntime-web refuses defaults for inputs, so its header has none.
 
 Slots declare the shapes of one adapter, with a name for each free dimension. ``x @ A @ B`` also takes one adapter for
-each row (A of shape ``(rows, in, rank)``), since MatMul broadcasts; ``adapters.slotshapes`` drops the shapes for that.
+each row (A of shape ``(rows, in, rank)``), since MatMul broadcasts; ``edgeadapt.bases.slotshapes`` drops the shapes for
+that.
 """
 
 import copy
@@ -21,8 +22,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from adapters.bundle import MODEL, TRAINING, WEB_MODEL, WEIGHTS
-from adapters.files import sha256
+from edgeadapt.formats.bundle import MODEL, TRAINING, WEB_MODEL, WEIGHTS
+from edgeadapt.formats.files import sha256
 from export.onnx.tensorstore import INLINE, MEMORY, TensorStore, external
 
 PAGE = 4096  # bytes; a memory mapping starts at a page

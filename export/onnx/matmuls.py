@@ -13,9 +13,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from adapters.graphinputs import LORA_A, LORA_B
-from adapters.layout import Floats
 from aggregation.errors import ConfigError
+from edgeadapt.formats.graphinputs import LORA_A, LORA_B
+from edgeadapt.formats.layout import Floats
 from export.onnx.tensorstore import MEMORY, TensorStore
 
 CONTRIB = "com.microsoft"  # the domain of ONNX Runtime's own operators

@@ -4,8 +4,8 @@
 and a graph cannot express (DoRA, biases, methods other than LoRA, merged weights) is refused by name, because leaving
 it out would only show as worse answers on a device.
 
-Each adapted layer computes what ``adapters.graphinputs`` states, with slots from the arguments and a rank dimension of
-its own. Modules in ``modules_to_save`` read their parameters from arguments too.
+Each adapted layer computes what ``edgeadapt.formats.graphinputs`` states, with slots from the arguments and a rank
+dimension of its own. Modules in ``modules_to_save`` read their parameters from arguments too.
 """
 
 import copy
@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers.pytorch_utils import Conv1D
 
-from adapters.graphinputs import (
+from aggregation.errors import ConfigError
+from edgeadapt.bases.pretrained import is_linear
+from edgeadapt.formats.graphinputs import (
     GIVEN,
     INPUT_SCALE,
     LORA_A,
@@ -37,10 +39,8 @@ from adapters.graphinputs import (
     layer_of,
     vector_site,
 )
-from adapters.layout import Floats, TensorSpec
-from adapters.peft.inputs import LABELS, AdapterInputs, LoraSlot, SavedSlot
-from adapters.pretrained import is_linear
-from aggregation.errors import ConfigError
+from edgeadapt.formats.layout import Floats, TensorSpec
+from edgeadapt.methods.peft.inputs import LABELS, AdapterInputs, LoraSlot, SavedSlot
 
 TOKENS = ("input_ids", "attention_mask")
 EXAMPLE_RANK = 2  # torch.export treats a size of 0 or 1 as a constant

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from adapters.bundle import MODEL
-from adapters.classifiergraph import LABELS, ClassifierGraph, open_session
-from adapters.graphinputs import GIVEN, LORA_A, LORA_B, OFFSET, PROMPT, REPLACED, SCALES
-from adapters.layout import Floats, Tensors
 from aggregation.errors import ConfigError
+from edgeadapt.bases.classifiergraph import LABELS, ClassifierGraph, open_session
+from edgeadapt.formats.bundle import MODEL
+from edgeadapt.formats.graphinputs import GIVEN, LORA_A, LORA_B, OFFSET, PROMPT, REPLACED, SCALES
+from edgeadapt.formats.layout import Floats, Tensors
 
 RANK, ROWS = 4, 3  # of the adapters that are tried, with as many virtual tokens as ranks; three labels
 LONGEST = 1024  # tokens

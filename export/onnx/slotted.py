@@ -1,6 +1,6 @@
 """A base as the model of a classifier whose layers have slots: its own head on top, or one over the mean of its tokens.
 
-The modules and their names are those in which adapters are trained, by ``adapters.classifier`` or by peft.
+The modules and their names are those in which adapters are trained, by ``edgeadapt.methods.classifier`` or by peft.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from adapters import pretrained
-from adapters.base import Base
-from adapters.classifier import PhraseClassifier
-from adapters.graphinputs import PREFIX, layer_of
-from adapters.peft.inputs import AdapterInputs, LoraSlot, in_modules, summary
 from aggregation.errors import ConfigError
+from edgeadapt.bases import pretrained
+from edgeadapt.bases.base import Base
+from edgeadapt.formats.graphinputs import PREFIX, in_modules, layer_of
+from edgeadapt.methods.classifier import PhraseClassifier
+from edgeadapt.methods.peft.inputs import AdapterInputs, LoraSlot, summary
 from export.onnx.peftmodel import SlottedModel, saved_slot
 from export.onnx.targets import Slots, linear_layers, vectors
 
@@ -28,7 +28,7 @@ def has_own_head(base: Base) -> bool:
 
 
 def with_mean_head(base: Base, slots: Slots | Sequence[str]) -> SlottedModel:
-    """``adapters.classifier.PhraseClassifier``, what federations train.
+    """``edgeadapt.methods.classifier.PhraseClassifier``, what federations train.
 
     Raises:
         ConfigError: The base cannot be opened, or lacks a layer that ``slots`` names.

@@ -13,8 +13,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from adapters.files import sha256
-from adapters.layout import Floats
+from edgeadapt.formats.files import sha256
+from edgeadapt.formats.layout import Floats
 from export.onnx.blocks import BLOCK, MIDDLE4, ZERO8, Blocks, eight_bits, four_bits, four_bits_exactly
 from export.onnx.calibrate import quantized_weight
 from export.onnx.exported import Profile

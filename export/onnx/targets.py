@@ -8,19 +8,20 @@ from typing import Self
 
 from torch import nn
 
-from adapters import pretrained
-from adapters.graphinputs import (
+from aggregation.errors import ConfigError
+from edgeadapt.bases import pretrained
+from edgeadapt.formats.graphinputs import (
     INPUT_SCALE,
     OFFSET,
     OUTPUT_SCALE,
     PREFIX,
     PROMPT,
     REPLACED,
+    in_modules,
     layer_of,
     vector_site,
 )
-from adapters.peft.inputs import in_modules, summary
-from aggregation.errors import ConfigError
+from edgeadapt.methods.peft.inputs import summary
 
 ALL = "all-linear"  # peft's word for every linear layer except those that return the answer
 NAME = re.compile(r"[\w.-]+")

@@ -12,10 +12,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from adapters.graphinputs import LORA_A, LORA_B, OUTPUT_SCALE
-from adapters.layout import Floats
-from adapters.traininggraph import HITS, LOG_LIKELIHOOD, LOSS, OWN_BIAS, POSITIONS, SHARES, TARGETS, WEIGHT_NORM
 from aggregation.errors import ConfigError
+from edgeadapt.bases.traininggraph import HITS, LOG_LIKELIHOOD, LOSS, OWN_BIAS, POSITIONS, SHARES, TARGETS, WEIGHT_NORM
+from edgeadapt.formats.graphinputs import LORA_A, LORA_B, OUTPUT_SCALE
+from edgeadapt.formats.layout import Floats
 from export.onnx import graph as tracing
 from export.onnx.differentiate import differentiate
 from export.onnx.exported import Profile
@@ -96,7 +96,9 @@ def _with_loss(traced: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _add_norms(graph: onnx.ModelProto, slotted: SlottedModel, store: TensorStore) -> None:
-    """Add what DoRA needs of the base's weights (``adapters.peft.dora``), in place: their norms, and the biases."""
+    """Add what DoRA needs of the base's weights (``edgeadapt.methods.peft.dora``), in place: their norms, and the
+    biases.
+    """
     inner, node = graph.graph, helper.make_node
     names = {value.name for value in inner.input}
     layers = [

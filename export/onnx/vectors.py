@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from adapters.graphinputs import GIVEN, INPUT_SCALE, OFFSET, OUTPUT_SCALE, REPLACED, layer_of, vector_site
-from adapters.layout import Floats
 from aggregation.errors import ConfigError
+from edgeadapt.formats.graphinputs import GIVEN, INPUT_SCALE, OFFSET, OUTPUT_SCALE, REPLACED, layer_of, vector_site
+from edgeadapt.formats.layout import Floats
 from export.onnx.matmuls import LayerMatMul, replace_nodes, slot_input
 from export.onnx.tensorstore import MEMORY, TensorStore
 

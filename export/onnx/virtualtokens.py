@@ -16,8 +16,8 @@ import onnx
 from numpy.typing import ArrayLike
 from onnx import TensorProto, helper, numpy_helper
 
-from adapters.graphinputs import PREFIX, PROMPT, VIRTUAL
 from aggregation.errors import ConfigError
+from edgeadapt.formats.graphinputs import PREFIX, PROMPT, VIRTUAL
 from export.onnx.matmuls import replace_nodes
 
 IDS, MASK = "input_ids", "attention_mask"

@@ -20,12 +20,12 @@ import torch
 from peft import PeftModel
 from tokenizers import Encoding, Tokenizer
 
-from adapters.bundle import TOKENIZER
-from adapters.classifiergraph import MAX_ROWS, ClassifierGraph
-from adapters.graphinputs import LORA_B, OFFSET, PROMPT, SCALES, virtual_tokens, with_placeholders
-from adapters.layout import Floats, Tensors
-from adapters.manifest import BaseManifest, PrivacyBound, Task
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
+from edgeadapt.bases.classifiergraph import MAX_ROWS, ClassifierGraph
+from edgeadapt.formats.bundle import TOKENIZER
+from edgeadapt.formats.graphinputs import LORA_B, OFFSET, PROMPT, SCALES, virtual_tokens, with_placeholders
+from edgeadapt.formats.layout import Floats, Tensors
+from edgeadapt.formats.manifest import BaseManifest, PrivacyBound, Task
 from export.onnx.exported import Profile
 from export.onnx.graph import ANSWER
 from export.onnx.rows import open_base

@@ -11,11 +11,11 @@ from typing import Any
 
 from peft import PeftModel
 
-from adapters.base import find_base
-from adapters.bundle import Bundle, VerifiedAdapter
-from adapters.manifest import BaseManifest
-from adapters.peft.folder import to_peft
 from aggregation.errors import ConfigError, DataError
+from edgeadapt.bases.base import find_base
+from edgeadapt.formats.bundle import Bundle, VerifiedAdapter
+from edgeadapt.formats.manifest import BaseManifest
+from edgeadapt.methods.peft.folder import to_peft
 from export.bundle.sources import Origin, as_slots, fitted
 from export.bundle.trained import bare_model
 from export.parity.compare import OnnxRunner

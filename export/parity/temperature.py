@@ -8,17 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from adapters.calibration import Calibration, calibrate
-from adapters.layout import Tensors
-from adapters.phrases import read_phrases
 from aggregation.errors import DataError
+from edgeadapt.formats.calibration import Calibration, calibrate
+from edgeadapt.formats.layout import Tensors
+from edgeadapt.formats.phrases import read_phrases
 from export.parity.compare import OnnxRunner
 
 FEWEST = 50  # phrases; fewer leave the calibration error itself uncertain
 
 
 def read_examples(path: Path, labels: Sequence[str]) -> list[tuple[str, int]]:
-    """The phrases in a file of ``adapters.phrases``, each with the number of its label among ``labels``.
+    """The phrases in a file of ``edgeadapt.formats.phrases``, each with the number of its label among ``labels``.
 
     Raises:
         ConfigError, DataError: As ``read_phrases``.

@@ -31,7 +31,7 @@ def show(scenario: Path, overrides: tuple[str, ...], clients: bool, as_json: boo
       edgeadapt data show texts.jsonl --set data.partition=shard --set data.clients=8 --json
     """
     settings = read_scenario(scenario, (*overrides, "data.broken=skip"))
-    from adapters.base import find_base
+    from edgeadapt.bases.base import find_base
     from simulations.data import populate
     from simulations.data.summary import summarize
     from simulations.report.terminal import print_clients, print_data

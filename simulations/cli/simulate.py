@@ -13,8 +13,8 @@ from typing import Any
 import click
 from rich.console import Console
 
-from adapters.settings import toml_value
 from aggregation.errors import ConfigError
+from edgeadapt.formats.settings import toml_value
 from simulations.scenario import Scenario, describe
 
 RUNS = Path("runs")

@@ -49,7 +49,7 @@ def run(
       edgeadapt suite run my.toml --seeds 5 --jobs 2 --resume
     """
     # Imported here, so that --help does not wait for the libraries.
-    from adapters.cores import cores
+    from edgeadapt.formats.cores import cores
     from simulations.engine.progress import SuiteProgress
     from simulations.suite.execute import execute
     from simulations.suite.store import read_suite, taken

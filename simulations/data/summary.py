@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from adapters.base import Base
 from client.inference.phrases import PhraseReader
 from client.training.examples import NO_LABEL
+from edgeadapt.bases.base import Base
 from simulations.data.population import Client, LabelledText
 from simulations.data.tables import DataFacts, Loaded
 

@@ -26,10 +26,10 @@ import numpy as np
 from datasketch import MinHash, MinHashLSH
 from pydantic import Field, model_validator
 
-from adapters.settings import Settings
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.certificates import is_device_id
 from client.training.examples import MAX_TEXT, NO_LABEL
+from edgeadapt.formats.settings import Settings
 from simulations.data.population import Client, LabelledText, Population
 
 ENTRY_POINT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")

@@ -19,10 +19,6 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
-from adapters.layout import Floats, Tensors
-from adapters.manifest import VersionManifest
-from adapters.parts import PARTS
-from adapters.task import MAX_LOSS, Task
 from client.node.privateparts import PrivateParts
 from client.node.statedir import DeviceStateDir
 from client.training.engine import open_trainer, trainer_of
@@ -30,6 +26,10 @@ from client.training.examples import Example, Split, in_split
 from client.training.personal import Candidate, Choice, PersonalMethod, PersonalStep, personalize, rehearsal
 from client.training.private import subject_of, with_private
 from client.training.trainer import ClassifierTrainer, FrozenBase, LocalTrainer
+from edgeadapt.formats.layout import Floats, Tensors
+from edgeadapt.formats.manifest import VersionManifest
+from edgeadapt.methods.parts import PARTS
+from edgeadapt.rounds.task import MAX_LOSS, Task
 from simulations.data.population import Client, LabelledText, Population
 from simulations.engine import provision
 from simulations.engine.provision import Matrix, with_bias

@@ -26,15 +26,15 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.stats import beta, binom, norm
 
-from adapters.sums import noisy_vector
 from aggregation import rotation
 from aggregation.pki.identity import IdentityKey
 from aggregation.ring import dtype
 from aggregation.spec import SessionSpec
-from coordinator.audit.account import Account, sums
-from coordinator.audit.transcripts import logs
 from coordinator.statedir import KEY, TRANSCRIPT
 from coordinator.storedlog import StoredLog
+from edgeadapt.audit.account import Account, sums
+from edgeadapt.audit.transcripts import logs
+from edgeadapt.rounds.sums import noisy_vector
 from simulations.engine import provision
 from simulations.result import CanaryBounds
 

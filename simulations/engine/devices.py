@@ -21,9 +21,6 @@ import numpy as np
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from adapters import storage
-from adapters.layout import Layout, Tensors
-from adapters.task import Task
 from aggregation import sealed
 from aggregation.client import Device
 from aggregation.errors import TrustError
@@ -44,6 +41,9 @@ from client.training.control import UNLIMITED, TrainingControl
 from client.training.engine import trainer_of
 from client.training.examples import Example, Score
 from client.training.trainer import FrozenBase, LocalTrainer
+from edgeadapt.formats import storage
+from edgeadapt.formats.layout import Layout, Tensors
+from edgeadapt.rounds.task import Task
 from simulations.scenario import Scenario
 
 FACTORS = {"sign-flip": -1.0, "label-flip": 1.0, "boost": 10.0}  # of what the attacker trains

@@ -18,13 +18,13 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from adapters.cores import cores
-from adapters.roundrecord import RoundRecord
 from aggregation.errors import ConfigError
 from client.node.app import register
 from client.node.statedir import DeviceStateDir
 from coordinator.app import run
 from coordinator.statedir import CoordinatorStateDir
+from edgeadapt.formats.cores import cores
+from edgeadapt.formats.roundrecord import RoundRecord
 from simulations.engine.devices import open_state_dir
 
 CLUSTER = "RAY_ADDRESS"  # environment variable of Ray: the cluster to use; without it one is started here

@@ -19,11 +19,11 @@ import numpy as np
 from flwr.app import Context, Message, RecordDict
 from numpy.typing import NDArray
 
-from adapters.storage import file_sha256
 from aggregation.errors import ConfigError, DataError
 from aggregation.steps import Step
 from client.node.app import STATE
 from coordinator.transport import RUN_ID, OwnGrid, identify
+from edgeadapt.formats.storage import file_sha256
 from simulations.data.population import Client
 
 WHO = ("client", "language")

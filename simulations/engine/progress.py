@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from adapters.roundrecord import RoundRecord
-from commandline import plain_progress
+from edgeadapt.commandline import plain_progress
+from edgeadapt.formats.roundrecord import RoundRecord
 from simulations.report.formatting import count, duration, printable, share, size
 
 LEVELS = {"edgeadapt.coordinator": logging.DEBUG, "edgeadapt.device": logging.INFO}

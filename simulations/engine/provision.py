@@ -23,17 +23,6 @@ import torch
 from cryptography import x509
 from numpy.typing import NDArray
 
-from adapters.base import Base, find_base
-from adapters.bundle import TRUST
-from adapters.cache import cached
-from adapters.classifier import seed_adapter
-from adapters.layout import Floats, Tensors
-from adapters.manifest import VersionManifest
-from adapters.parts import HEAD
-from adapters.peftconfig import PeftConfig, require_gradients
-from adapters.registryfiles import RegistrySettings
-from adapters.storage import PRIVATE_FOLDER, PUBLIC, replace, staged
-from adapters.trainable import configuration, initial
 from aggregation import graph
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import DataError
@@ -50,6 +39,17 @@ from client.training.trainer import FrozenBase
 from coordinator.registry import Registry
 from coordinator.seed import seed_version
 from coordinator.statedir import KEY, CoordinatorStateDir, open_registry
+from edgeadapt.bases.base import Base, find_base
+from edgeadapt.formats.bundle import TRUST
+from edgeadapt.formats.cache import cached
+from edgeadapt.formats.layout import Floats, Tensors
+from edgeadapt.formats.manifest import VersionManifest
+from edgeadapt.formats.peftconfig import PeftConfig, require_gradients
+from edgeadapt.formats.registryfiles import RegistrySettings
+from edgeadapt.formats.storage import PRIVATE_FOLDER, PUBLIC, replace, staged
+from edgeadapt.methods.classifier import seed_adapter
+from edgeadapt.methods.parts import HEAD
+from edgeadapt.methods.trainable import configuration, initial
 from export.bundle.write import write_bundle
 from export.causal import export_causal
 from export.center import centered

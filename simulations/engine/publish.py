@@ -12,18 +12,19 @@ from typing import TypeAlias
 
 import numpy as np
 
-from adapters import classifier, files, storage
-from adapters.base import Base
-from adapters.bundle import PHRASES
-from adapters.calibration import Labels, confidences, expected_calibration_error, fit
-from adapters.layout import Floats
-from adapters.peft.inputs import AdapterInputs
-from adapters.peft.methods import from_peft_tensors
-from adapters.phrases import encode_phrases
 from aggregation.pki.identity import IdentityKey
 from client.node import statedir as device_files
 from client.training.engine import classifier_trainer
 from coordinator import statedir as coordinator_files
+from edgeadapt.bases.base import Base
+from edgeadapt.formats import files, storage
+from edgeadapt.formats.bundle import PHRASES
+from edgeadapt.formats.calibration import Labels, confidences, expected_calibration_error, fit
+from edgeadapt.formats.layout import Floats
+from edgeadapt.formats.phrases import encode_phrases
+from edgeadapt.methods import classifier
+from edgeadapt.methods.peft.inputs import AdapterInputs
+from edgeadapt.methods.peft.methods import from_peft_tensors
 from export.bundle.base import wanted
 from export.bundle.sources import Origin, from_registry
 from export.bundle.trained import resolved

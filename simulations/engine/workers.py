@@ -30,12 +30,12 @@ from typing import Any, Self
 import torch
 from flwr.app import Context, Message
 
-from adapters.storage import kill_safe
 from aggregation.errors import EdgeAdaptError
 from aggregation.steps import Step
 from client.node.statedir import DeviceStateDir
 from client.training.trainer import FrozenBase
 from coordinator.transport import identify
+from edgeadapt.formats.storage import kill_safe
 from simulations.engine.devices import LyingApp, MemoryDevices
 from simulations.engine.grid import FaultModel, InProcessGrid, context_of
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from adapters.storage import PUBLIC, replace
+from edgeadapt.formats.storage import PUBLIC, replace
 from simulations.report import figures, formatting
 from simulations.report.formatting import count, duration, share, size_or_dash
 from simulations.report.summary import LEVEL, ArmSummary, Difference, Estimate, PairSummary, SuiteSummary

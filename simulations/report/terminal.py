@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from adapters.peftconfig import MethodName
 from coordinator.settings import FederationSettings
+from edgeadapt.formats.peftconfig import MethodName
 from simulations.data.summary import DataSummary, lines
 from simulations.report.formatting import (
     TrafficMeans,

@@ -17,8 +17,8 @@ from queue import SimpleQueue
 
 from filelock import FileLock
 
-from adapters import storage
 from aggregation.errors import DataError, EdgeAdaptError
+from edgeadapt.formats import storage
 from simulations.data import populate
 from simulations.data.population import Population
 from simulations.engine.progress import RunProgress

@@ -17,18 +17,18 @@ from typing import Self
 import torch
 from flwr.app import Context, RecordDict
 
-from adapters import files, jsontext
-from adapters.base import Base
-from adapters.cores import cores
-from adapters.layout import Tensors
-from adapters.settings import LONGEST
-from adapters.storage import kill_safe, read, replace
 from aggregation.errors import ConfigError
 from client.node.statedir import EXAMPLES, PERSONAL
 from client.training.examples import encode_examples, parse_examples
 from coordinator.app import STATE
 from coordinator.app import app as server_app
 from coordinator.transport import RUN_ID, SERVER_NODE
+from edgeadapt.bases.base import Base
+from edgeadapt.formats import files, jsontext
+from edgeadapt.formats.cores import cores
+from edgeadapt.formats.layout import Tensors
+from edgeadapt.formats.settings import LONGEST
+from edgeadapt.formats.storage import kill_safe, read, replace
 from simulations.data.population import Client, Population
 from simulations.engine import provision
 from simulations.engine.canaries import audited

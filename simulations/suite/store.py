@@ -15,10 +15,10 @@ from typing import TypeVar
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
-from adapters import jsontext
-from adapters.base import find_base
-from adapters.storage import PUBLIC, file_sha256, read, replace
 from aggregation.errors import ConfigError, DataError
+from edgeadapt.bases.base import find_base
+from edgeadapt.formats import jsontext
+from edgeadapt.formats.storage import PUBLIC, file_sha256, read, replace
 from simulations.plan import SearchOutcome, Suite, SuiteSettings, Trial, digest_of, search
 from simulations.result import ClientScore, Outcome, TrialResult
 from simulations.scenario import Scenario

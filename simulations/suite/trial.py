@@ -12,15 +12,15 @@ from threading import Event
 
 import torch
 
-from adapters import files
-from adapters.base import Base
-from adapters.cores import ahead
-from adapters.layout import Tensors
-from adapters.lorasb import folded
-from adapters.parts import Part
-from adapters.roundrecord import RoundRecord
 from client.node.statedir import DeviceStateDir
 from client.training.trainer import FrozenBase
+from edgeadapt.bases.base import Base
+from edgeadapt.formats import files
+from edgeadapt.formats.cores import ahead
+from edgeadapt.formats.layout import Tensors
+from edgeadapt.formats.roundrecord import RoundRecord
+from edgeadapt.methods.lorasb import folded
+from edgeadapt.methods.parts import Part
 from simulations.data.population import Client, LabelledText, Population
 from simulations.engine import provision
 from simulations.engine.arms import (

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("adapters", "aggregation", "client", "coordinator", "export", "simulations")
+PARTS = ("aggregation", "client", "coordinator", "edgeadapt", "export", "simulations")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def sources() -> tuple[Source, ...]:
     files = [file for part in PARTS for file in sorted((ROOT / part).rglob("*.py"))]
-    return tuple(map(_read, [ROOT / "edgeadapt.py", ROOT / "commandline.py", *files]))
+    return tuple(map(_read, files))
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from typing import Any
 import click
 import pytest
 
-import edgeadapt
+from edgeadapt import program
 
 Outcome = tuple[int, str, str]
 Path = tuple[str, ...]  # the words of a command, without the program's own
@@ -32,7 +32,7 @@ def commands(group: click.Group, path: Path = ()) -> Iterator[tuple[Path, click.
             yield from commands(command, (*path, name))
 
 
-ALL = dict(commands(edgeadapt.cli))
+ALL = dict(commands(program.cli))
 GROUPS = [(), *(path for path, command in ALL.items() if isinstance(command, click.Group))]
 EXTRAS = {"flwr", "matplotlib", "onnx", "peft", "rich", "safetensors", "sqlalchemy", "torch", "transformers"}
 LEAVES = [path for path in ALL if path not in GROUPS]
@@ -45,7 +45,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     def call(*arguments: str) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["edgeadapt", *arguments])
         with pytest.raises(SystemExit) as ended:
-            edgeadapt.main()
+            program.main()
         out, err = capsys.readouterr()
         return int(ended.value.code or 0), out, err
 
@@ -120,7 +120,8 @@ def test_a_wrong_call_is_json_too_where_json_is_asked_for(run: Callable[..., Out
 def test_on_the_bare_install_a_command_names_the_extra_that_it_needs(
     words: Path, extra: str, tmp_path: pathlib.Path, root: pathlib.Path
 ) -> None:
-    script = f"import sys; sys.modules.update(dict.fromkeys({sorted(EXTRAS)})); import edgeadapt; edgeadapt.main()"
+    without = f"import sys; sys.modules.update(dict.fromkeys({sorted(EXTRAS)}))"
+    script = f"{without}; from edgeadapt import program; program.main()"
     environment = {**os.environ, "PYTHONPATH": str(root)}
     key = subprocess.run([sys.executable, "-m", "edgeadapt", "export", "key", "key.pem"], cwd=tmp_path, env=environment)
     assert key.returncode == 0
@@ -136,11 +137,12 @@ def test_a_folder_that_hides_a_package_is_named(tmp_path: pathlib.Path, root: pa
     (tmp_path / "client").mkdir()
     (tmp_path / "client" / "__init__.py").touch()
     wheel = "import sys; sys.meta_path[:] = [each for each in sys.meta_path if 'Editable' not in repr(each)]"
-    script = f"{wheel}; import edgeadapt; sys.argv = ['edgeadapt', 'device', 'infer']; edgeadapt.main()"
+    script = f"{wheel}; from edgeadapt import program; sys.argv = ['edgeadapt', 'device', 'infer']; program.main()"
     environment = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    line = "edgeadapt: a folder 'client' hides that of edgeadapt: run the command in another folder, or rename it\n"
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", line)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"edgeadapt: {tmp_path / 'client'} stands in front of edgeadapt's own 'client': ")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a file's name is always text")
@@ -169,7 +171,7 @@ def test_too_little_memory_is_said_in_one_line(run: Callable[..., Outcome], monk
     def exhausted(**_options: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(edgeadapt, "cli", exhausted)
+    monkeypatch.setattr(program, "cli", exhausted)
     assert run("audit") == (1, "", "edgeadapt: this machine does not have enough memory\n")
 
 
@@ -178,19 +180,20 @@ def test_who_terminates_a_command_reads_so_also_while_a_library_is_kept_quiet(
 ) -> None:
     def quietly(**_options: object) -> None:
         with redirect_stderr(io.StringIO()):
-            edgeadapt._interrupt(signal.SIGTERM, None)
+            program._interrupt(signal.SIGTERM, None)
 
-    monkeypatch.setattr(edgeadapt, "cli", quietly)
+    monkeypatch.setattr(program, "cli", quietly)
     assert run("demo") == (143, "", "edgeadapt: terminated\n")
 
 
 CALLBACK = """
-import os, time, edgeadapt
+import os, time
+from edgeadapt import program
 
-once = edgeadapt._send_again
+once = program._send_again
 
 def busy(number):  # as on a busy machine: the signal comes again while the first one is dealt with
-    edgeadapt._send_again = once
+    program._send_again = once
     once(number)
     time.sleep({seconds})
 
@@ -203,9 +206,9 @@ def command(**options):
     Finalizer()
     for _ in range(600): time.sleep(0.1)  # Python starts no handler within a call, if the signal came just before it
 
-edgeadapt._send_again = busy
-edgeadapt.cli = command
-edgeadapt.main()
+program._send_again = busy
+program.cli = command
+program.main()
 """
 
 
@@ -229,14 +232,15 @@ while time.monotonic() < ended: time.sleep(0.01)
 print("imported", flush=True)
 """
 IMPORTING = """
-import time, edgeadapt
+import time
+from edgeadapt import program
 
 def command(**options):
     import slow
     for _ in range(600): time.sleep(0.1)  # Python starts no handler within a call, if the signal came just before it
 
-edgeadapt.cli = command
-edgeadapt.main()
+program.cli = command
+program.main()
 """
 
 

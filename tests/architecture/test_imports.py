@@ -8,22 +8,22 @@ from pathlib import Path
 import grimp
 import pytest
 
-PARTS = ("adapters", "aggregation", "client", "coordinator", "export", "simulations")
-TOP = "commandline"  # outside the packages: what the command line and a package's group of commands share
+PARTS = ("aggregation", "client", "coordinator", "edgeadapt", "export", "simulations")
 DEVICE = ("client.cli", "client.cli.adapters", "client.cli.infer", "client.inference", "client.learning")
 ENROLMENT = (
     "client.cli.node",
     "client.node.enrolment",
-    "coordinator.cli.authority",
-    "coordinator.authority.store",
+    "edgeadapt.cli.authority",
+    "edgeadapt.authority.store",
 )
-AUDITOR = ("coordinator.cli.audit", "coordinator.audit.transcripts")
-TRAINING = ("adapters.traininggraph", "client.training.graphengine")
-GOVERNANCE = "coordinator.governance"
+AUDITOR = ("edgeadapt.cli.audit", "edgeadapt.audit.transcripts")
+TRAINING = ("edgeadapt.bases.traininggraph", "client.training.graphengine")
+COMMANDS = ("promotion", "sbom", "verdict", "versions")
+GOVERNANCE = ("edgeadapt.promotion", "edgeadapt.releases", *(f"edgeadapt.cli.{name}" for name in COMMANDS))
 COMPARISON = (
-    "coordinator.governance.cli.versions",
-    "coordinator.governance.difference",
-    "coordinator.governance.lineage",
+    "edgeadapt.cli.versions",
+    "edgeadapt.releases.difference",
+    "edgeadapt.releases.lineage",
 )
 GATEWAY = ("client.gateway", "client.node.step")
 DISTRIBUTIONS = {  # import package → distribution of another name
@@ -39,18 +39,20 @@ ABSENT_ON_A_DEVICE = {"flwr", "fsspec", "onnx", "peft", "safetensors", "sqlalche
 def graph() -> grimp.ImportGraph:
     built = grimp.build_graph(*PARTS, include_external_packages=True, cache_dir=None)
     # Only for a registry in a database or a bucket, which takes the extra of either.
-    built.remove_import(importer="adapters.registryreader", imported="adapters.registrystores")
-    built.remove_import(importer="coordinator.cli.audit", imported="coordinator.statedir")
-    built.remove_import(importer="coordinator.governance.evaluations", imported="coordinator.statedir")
+    built.remove_import(importer="edgeadapt.formats.registryreader", imported="edgeadapt.formats.registrystores")
+    built.remove_import(importer="edgeadapt.cli.audit", imported="coordinator.statedir")
+    built.remove_import(importer="edgeadapt.promotion.evaluations", imported="coordinator.statedir")
+    built.remove_import(importer="edgeadapt.commandline", imported="rich")  # a spinner, in commands with an extra
     # Only for traces, which take the extra of that name.
-    built.remove_import(importer="coordinator.traceexport", imported="opentelemetry")
+    built.remove_import(importer="edgeadapt.traceexport", imported="opentelemetry")
     built.remove_import(importer="simulations.report.track", imported="mlflow")  # and a tracker that of its own
     return built
 
 
 def test_a_device_that_only_answers_loads_no_training_framework(root: Path) -> None:
     # The import graph sees what is written; this sees what happens, in a fresh interpreter.
-    script = f"import sys, edgeadapt, {', '.join(DEVICE)}; print(*sorted({{m.partition('.')[0] for m in sys.modules}}))"
+    loaded = "print(*sorted({m.partition('.')[0] for m in sys.modules}))"
+    script = f"import sys, edgeadapt.program, {', '.join(DEVICE)}; {loaded}"
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     loaded = set(done.stdout.split())
@@ -68,13 +70,12 @@ def test_a_device_that_takes_part_with_a_training_graph_loads_no_training_framew
 
 
 def test_the_command_line_loads_no_part_before_it_is_asked_to(root: Path) -> None:
-    script = "import sys, edgeadapt; print(*sys.modules)"
+    script = "import sys, edgeadapt.program; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
     loaded = set(done.stdout.split())
     assert "aggregation.errors" in loaded
     assert not loaded & {
         "numpy",
-        "adapters",
         "client",
         "coordinator",
         "export",
@@ -91,11 +92,11 @@ def test_the_command_line_loads_no_part_before_it_is_asked_to(root: Path) -> Non
         (AUDITOR, None),
         (TRAINING, None),
         (("client",), "train"),
-        (("coordinator",), "coordinator"),  # without governance, see below
+        (("coordinator",), "coordinator"),
         (("export",), "export"),
         (COMPARISON, None),
-        (PARTS, "simulations"),
-        ((GOVERNANCE,), "governance"),
+        (("simulations",), "simulations"),
+        (GOVERNANCE, "governance"),
     ],
     ids=[
         "bare install",
@@ -115,14 +116,11 @@ def test_each_roles_extra_installs_what_the_role_imports(
 ) -> None:
     needed: set[str] = set()
     for module in modules:
-        if extra and module != GOVERNANCE:
-            each = {module, *graph.find_descendants(module)} - {GOVERNANCE, *graph.find_descendants(GOVERNANCE)}
-            needed = needed.union(*map(graph.find_upstream_modules, each))
-        else:
-            needed |= graph.find_upstream_modules(module, as_package=extra is not None)
-    third_party = {name.partition(".")[0] for name in needed} - {*PARTS, TOP} - set(sys.stdlib_module_names)
+        needed |= graph.find_upstream_modules(module, as_package=extra is not None)
+    third_party = {name.partition(".")[0] for name in needed} - {*PARTS} - set(sys.stdlib_module_names)
     assert third_party
-    assert not {DISTRIBUTIONS.get(name, name.replace("_", "-")) for name in third_party} - _declared(root, extra)
+    needed = {DISTRIBUTIONS.get(name, name.replace("_", "-")) for name in third_party}
+    assert needed - _declared(root, extra) == set()
 
 
 def _declared(root: Path, extra: str | None) -> set[str]:

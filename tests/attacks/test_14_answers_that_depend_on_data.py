@@ -22,10 +22,6 @@ import pytest
 import tomli_w
 from flwr.app import Context, Message, RecordDict
 
-from adapters import classifier
-from adapters.layout import Layout, Tensors
-from adapters.roundtask import Outcome
-from adapters.task import contribution, weighted_mean
 from aggregation import rotation
 from aggregation.client import Masked
 from aggregation.errors import DataError
@@ -36,9 +32,13 @@ from client.node.step import READS_EXAMPLES
 from client.node.tasklabels import TaskLabels
 from client.training.examples import Example, Score, Split, parse_examples, read_file, write_examples
 from client.training.trainer import ClassifierTrainer
-from coordinator.audit import audit
-from coordinator.audit.transcripts import logs
 from coordinator.statedir import CoordinatorStateDir
+from edgeadapt.audit import audit
+from edgeadapt.audit.transcripts import logs
+from edgeadapt.formats.layout import Layout, Tensors
+from edgeadapt.methods import classifier
+from edgeadapt.rounds.roundtask import Outcome
+from edgeadapt.rounds.task import contribution, weighted_mean
 from simulations.engine import provision
 from simulations.engine.grid import VirtualClock
 
@@ -219,8 +219,8 @@ def test_a_task_without_the_labels_of_the_others_isolates_a_device_in_the_sum(
         sums.append((found["delta"] / found["weight"][0], rest[-1]))
         return weighted_mean(spec, task, layout, found, *rest)
 
-    monkeypatch.setattr("adapters.task.contribution", watched)
-    monkeypatch.setattr("adapters.task.weighted_mean", seen)
+    monkeypatch.setattr("edgeadapt.rounds.task.contribution", watched)
+    monkeypatch.setattr("edgeadapt.rounds.task.weighted_mean", seen)
     (record,) = fleet.federate(fleet.grid())
     assert record.survivors == DEVICES
     (victim,) = (outcome for outcome in outcomes if outcome.examples)

@@ -28,8 +28,8 @@ from aggregation.steps import Step
 from client.node import adapterstate
 from client.node import app as device_app
 from client.node.statedir import ADAPTERS
-from coordinator.cli.audit import audit_command
 from coordinator.settings import Aggregation
+from edgeadapt.cli.audit import audit_command
 from tests.client.node.conftest import refusals
 from tests.support.subtracting import Subtracting, any_set, fleet_without_proofs
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from flwr.app import Context, Message
 
-from adapters import files
 from aggregation import envelope
 from aggregation.messages import Assignment, Plan
 from aggregation.spec import SessionSpec
@@ -22,6 +21,7 @@ from client.node import app as device_app
 from client.node.adapterstate import AdapterState
 from client.node.statedir import DeviceStateDir
 from coordinator.statedir import CoordinatorStateDir
+from edgeadapt.formats import files
 from tests.client.node.conftest import refusals
 from tests.support.subtracting import Subtracting, fleet_without_proofs
 

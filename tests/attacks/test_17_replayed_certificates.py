@@ -19,9 +19,9 @@ from aggregation.pki import Root
 from aggregation.steps import BODY, RECORD, Step
 from client.node.app import app as client_app
 from client.node.statedir import DeviceStateDir
-from coordinator.audit import audit
-from coordinator.audit.transcripts import logs
 from coordinator.statedir import CoordinatorStateDir
+from edgeadapt.audit import audit
+from edgeadapt.audit.transcripts import logs
 from tests.support import refused
 
 FleetOf = Callable[..., Any]

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from flwr.app import Context, Message
 
-from adapters import optimizer, task
 from aggregation import rotation
 from aggregation.server import AbortReason, RoundAborted
 from aggregation.spec import SessionSpec
 from client.node import app as node
 from client.training.limits import TrainingLimits
 from coordinator import rounds
+from edgeadapt.rounds import optimizer, task
 from tests.support.hostile import audit_failures
 
 FleetOf = Callable[..., Any]

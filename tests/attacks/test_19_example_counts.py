@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from adapters import sums, task
-from adapters.layout import Layout, TensorSpec
-from adapters.manifest import PeftConfig
-from adapters.parts import PARTS
-from adapters.sums import Bounds
 from aggregation import rotation
 from client.training.examples import Example, write_examples
 from coordinator.settings import FederationSettings
+from edgeadapt.formats.layout import Layout, TensorSpec
+from edgeadapt.formats.manifest import PeftConfig
+from edgeadapt.methods.parts import PARTS
+from edgeadapt.rounds import sums, task
+from edgeadapt.rounds.sums import Bounds
 from tests.support.fleet import session_spec
 
 FleetOf = Callable[..., Any]

@@ -20,15 +20,15 @@ from typing import Any
 import pytest
 from flwr.app import Context, Message
 
-from adapters.registryfiles import DATABASE
 from aggregation.errors import EdgeAdaptError, TrustError
 from aggregation.messages import Shares
 from aggregation.transcript import ENTRY, MAGIC, Checkpoint
 from client.node.app import app as client_app
-from coordinator.audit import AuditInput, AuditOptions
-from coordinator.audit.transcripts import log_name, logs
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.storedlog import StoredLog
+from edgeadapt.audit import AuditInput, AuditOptions
+from edgeadapt.audit.transcripts import log_name, logs
+from edgeadapt.formats.registryfiles import DATABASE
 from tests.support import refused
 from tests.support.fleet import make_fleet, session_spec
 from tests.support.hostile import continues_from_anything

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from flwr.app import Context, Message
 
-from adapters import files
 from aggregation.errors import EdgeAdaptError, ProtocolError, TrustError
 from aggregation.pki import PublicKey
 from aggregation.server import AbortReason, Established, RoundAborted, RoundResult
@@ -26,8 +25,9 @@ from client.node import adapterstate
 from client.node.adapterstate import AdapterState
 from client.node.app import app as client_app
 from coordinator import rounds
-from coordinator.audit import AuditInput, AuditOptions, chain
 from coordinator.registry import Head, Registry, StoredAdapter
+from edgeadapt.audit import AuditInput, AuditOptions, chain
+from edgeadapt.formats import files
 from tests.support import refused
 from tests.support.hostile import continues_from_anything
 

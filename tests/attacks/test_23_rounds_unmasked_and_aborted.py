@@ -20,7 +20,6 @@ import pytest
 import tomli_w
 from flwr.app import Context, Error, Message
 
-import edgeadapt
 from aggregation import envelope
 from aggregation.messages import UnmaskResponse
 from aggregation.spec import Adversary, SessionSpec
@@ -29,11 +28,12 @@ from aggregation.transcript import Result, read
 from client.node import adapterstate
 from client.node.app import app as client_app
 from client.node.statedir import SETTINGS as DEVICE_SETTINGS
-from coordinator.audit import Check, Finding, Status, history, rules, sums
-from coordinator.audit.repeats import RepeatedSums
-from coordinator.audit.transcripts import VECTORS, logs, vector_path
 from coordinator.recorder import Recorder
 from coordinator.statedir import CoordinatorStateDir
+from edgeadapt import program
+from edgeadapt.audit import Check, Finding, Status, history, rules, sums
+from edgeadapt.audit.repeats import RepeatedSums
+from edgeadapt.audit.transcripts import VECTORS, logs, vector_path
 from tests.support.hostile import plans_for_anyone
 from tests.support.subtracting import any_set
 
@@ -90,7 +90,7 @@ def audited(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         for options in ([], ["--json"]):
             monkeypatch.setattr(sys, "argv", ["edgeadapt", "audit", "verify", str(out), *options])
             with pytest.raises(SystemExit) as caught:
-                edgeadapt.main()
+                program.main()
             printed.append(capsys.readouterr().out)
         return int(caught.value.code or 0), json.loads(printed[1]), " ".join(printed[0].split())
 

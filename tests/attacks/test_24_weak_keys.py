@@ -25,7 +25,7 @@ from aggregation.pki import Authority, Root, identity, requests
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.steps import BODY, Step
 from client.node.statedir import AUTHORITY, CERTIFICATE, COORDINATOR
-from coordinator.authority import AuthorityStore
+from edgeadapt.authority import AuthorityStore
 from tests.client.node.conftest import refusals
 from tests.client.node.test_app import FIRST, Talk, talk
 from tests.conftest import fleet_of

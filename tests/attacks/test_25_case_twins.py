@@ -17,8 +17,8 @@ from aggregation.errors import ConfigError, ProtocolError
 from aggregation.messages import Offer
 from aggregation.pki import Authority
 from client.node.statedir import AUTHORITY, CERTIFICATE, IDENTITY
-from coordinator.authority import AuthorityStore
-from coordinator.authority import store as authority_store
+from edgeadapt.authority import AuthorityStore
+from edgeadapt.authority import store as authority_store
 from tests.support import refused
 from tests.support.authority import new_key, signer, store
 from tests.support.fleet import BEGIN, END, Fleet, make_fleet

@@ -21,8 +21,8 @@ from aggregation.steps import Step
 from client.node.app import app as client_app
 from client.node.statedir import AUTHORITY, CERTIFICATE
 from coordinator.app import run
-from coordinator.audit import audit
 from coordinator.statedir import CoordinatorStateDir
+from edgeadapt.audit import audit
 from tests.client.node.conftest import refusals
 from tests.support import refused
 from tests.support.fleet import ADAPTER, BEGIN, Fleet, make_fleet

@@ -11,11 +11,11 @@ import pytest
 from filelock import FileLock, Timeout
 from flwr.app import Context, Message
 
-from adapters import storage
 from aggregation.errors import ConfigError
 from client.node.app import app as client_app
 from client.node.statedir import LOCK as DEVICE_LOCK
 from coordinator.statedir import LOCK as RUN_LOCK
+from edgeadapt.formats import storage
 from tests.client.node.conftest import refusals
 from tests.support import refused
 

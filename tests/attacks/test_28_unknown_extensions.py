@@ -21,7 +21,7 @@ from aggregation.messages import Offer
 from aggregation.pki import Authority, certificates, requests
 from aggregation.pki.identity import IdentityKey, PublicKey
 from client.node.statedir import AUTHORITY, CERTIFICATE
-from coordinator.authority import AuthorityStore
+from edgeadapt.authority import AuthorityStore
 from tests.support import refused
 from tests.support.authority import store
 from tests.support.fleet import make_fleet

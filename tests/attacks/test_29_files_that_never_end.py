@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-import edgeadapt
-from adapters import storage
 from client.node.app import app as client_app
 from coordinator.app import run
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transport import SERVER_NODE
+from edgeadapt import program
+from edgeadapt.formats import storage
 from simulations.engine.grid import FaultModel, InProcessGrid
 from tests.support.limits import TooLate, limited
 from tests.support.trial import call, make_trial_fleet
@@ -193,7 +193,7 @@ def test_a_command_ends_in_one_line(
     kind(path)
     monkeypatch.setattr(sys, "argv", ["edgeadapt", *command.split()])
     with limited(), pytest.raises(SystemExit) as caught:
-        edgeadapt.main()
+        program.main()
     out, err = capsys.readouterr()
     assert caught.value.code in (1, 2, 4, 5), out
     assert "Traceback" not in err

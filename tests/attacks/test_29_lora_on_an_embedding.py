@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters import classifier, files, trainable
-from adapters.layout import Layout, Tensors
-from adapters.manifest import PeftConfig, VersionManifest
-from adapters.peftconfig import TRAINABLE
 from aggregation import rotation
 from aggregation.errors import ConfigError
 from client.training.engine import classifier_trainer
 from coordinator import rounds
+from edgeadapt.formats import files
+from edgeadapt.formats.layout import Layout, Tensors
+from edgeadapt.formats.manifest import PeftConfig, VersionManifest
+from edgeadapt.formats.peftconfig import TRAINABLE
+from edgeadapt.methods import classifier, trainable
 from simulations.engine import provision
 from tests.support import refused
 

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from aggregation.errors import ConfigError, TrustError
 from aggregation.pki import Root, certificates, requests
 from aggregation.pki.revocation import RevocationList
-from coordinator.authority import AuthorityStore
+from edgeadapt.authority import AuthorityStore
 from tests.support import refused
 from tests.support.authority import new_key, store
 from tests.support.trial import call
@@ -132,7 +132,7 @@ def test_one_name_has_one_key_and_one_key_has_one_name(
     with refused(ConfigError, "key.name"):
         call(*same_key)
     assert names(store) == ["kitchen"]
-    monkeypatch.setattr("coordinator.authority.store.require_new", lambda *given: None)
+    monkeypatch.setattr("edgeadapt.authority.store.require_new", lambda *given: None)
     call(*same_name)
     call(*same_key)
     assert names(store) == ["kitchen", "kitchen", "hall"]

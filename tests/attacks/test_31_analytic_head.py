@@ -11,12 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters import analytic
-from adapters.analytic import BIAS, WEIGHT, AnalyticTask, ClassifierHead, moment_contribution, moment_spec, solved
-from adapters.layout import Layout, Tensors
-from adapters.peftconfig import PeftConfig
-from adapters.ridge import EmbeddingMoments, Matrix, moments_of, pack, ridge
-from adapters.sums import UNIFORMS, Bounds
+from edgeadapt.formats.layout import Layout, Tensors
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.rounds import analytic
+from edgeadapt.rounds.analytic import (
+    BIAS,
+    WEIGHT,
+    AnalyticTask,
+    ClassifierHead,
+    moment_contribution,
+    moment_spec,
+    solved,
+)
+from edgeadapt.rounds.ridge import EmbeddingMoments, Matrix, moments_of, pack, ridge
+from edgeadapt.rounds.sums import UNIFORMS, Bounds
 from tests.support.fleet import session_spec
 from tests.support.hostile import audit_failures
 
@@ -114,7 +122,7 @@ def federate_with_a_liar(app_fleet_of: Any, monkeypatch: pytest.MonkeyPatch, lie
         values |= {"xx": pack(lied.xx), "xy": lied.xy.ravel(), "weight": np.array([lied.weight])}
         return spec.vector.encode(values, rng)
 
-    monkeypatch.setattr("adapters.analytic.moment_contribution", sent)
+    monkeypatch.setattr("edgeadapt.rounds.analytic.moment_contribution", sent)
     settings = {"rounds": 1, "analytic__rounds": 1, "aggregation__keep_masked_inputs": True}
     fleet = app_fleet_of(8, **settings, aggregation__ring_bits=32)
     (record,) = fleet.federate(fleet.grid())

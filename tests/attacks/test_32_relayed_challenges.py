@@ -7,10 +7,10 @@ device's certificate, which every offer contains, and not its key.
 
 import pytest
 
-from adapters.gateway import messages
 from aggregation.entropy import SystemEntropy
 from aggregation.pki import IdentityKey, PublicKey
 from coordinator.gateway.server import Service
+from edgeadapt.formats.gateway import messages
 from tests.coordinator.gateway.conftest import Site, carrier, site, site_of
 from tests.support.gateway import HOST
 from tests.support.lightdevice import Kind, LightDevice, Talk

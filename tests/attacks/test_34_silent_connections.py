@@ -17,16 +17,16 @@ from threading import Semaphore
 
 import pytest
 
-from adapters.gateway import messages
 from aggregation.entropy import SystemEntropy
 from aggregation.pki import IdentityKey
-from coordinator.authority.record import AuthorityRecord
 from coordinator.gateway import carriers, places
 from coordinator.gateway.carriers import Carrier
 from coordinator.gateway.enrolment import THREADS, EnrolmentServer, EnrolmentService, _Certifying, too_many
 from coordinator.gateway.hub import Credentials
 from coordinator.gateway.places import PLACES, REFUSALS, HeldPlace, Places, Turns, network_of
 from coordinator.gateway.server import Service
+from edgeadapt.authority.record import AuthorityRecord
+from edgeadapt.formats.gateway import messages
 from tests.coordinator.gateway.conftest import Site, SiteOf, carrier, site, site_of
 from tests.coordinator.gateway.test_enrolment import Invite, invite, service
 from tests.support.authority import signer, store

@@ -18,10 +18,6 @@ import pytest
 from flwr.app import Context, Error, Message
 from numpy.typing import NDArray
 
-from adapters import files
-from adapters.layout import Layout, Tensors
-from adapters.parts import Part, only
-from adapters.task import Task, weighted_mean
 from aggregation import rotation
 from aggregation.client import Masked
 from aggregation.sealed import ClientState
@@ -32,6 +28,10 @@ from client.node.statedir import DeviceStateDir
 from client.training.control import TrainingControl
 from client.training.examples import parse_examples
 from client.training.limits import TrainingLimits
+from edgeadapt.formats import files
+from edgeadapt.formats.layout import Layout, Tensors
+from edgeadapt.methods.parts import Part, only
+from edgeadapt.rounds.task import Task, weighted_mean
 from tests.attacks.test_14_answers_that_depend_on_data import Observer
 from tests.support.hostile import plans_anything
 from tests.support.subtracting import DEVICES, VICTIM, Subtracting, fleet_without_proofs
@@ -65,7 +65,7 @@ class Summing(Subtracting):
             self.weights.append(float(sums["weight"][0]))
             return weighted_mean(spec, task, layout, sums, survivors, adapter)
 
-        monkeypatch.setattr("adapters.task.weighted_mean", seen)
+        monkeypatch.setattr("edgeadapt.rounds.task.weighted_mean", seen)
 
     def head(self) -> NDArray[np.float64]:
         """The victim's head, from the last four sums."""
@@ -93,7 +93,9 @@ def error_of_the_head(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> float:
     The head alone is trained and shared in two sessions.
     """
     plans_anything(monkeypatch)
-    monkeypatch.setattr("adapters.tasklimits.TaskLimits._check_number", lambda *given: None)  # owners who permit any
+    monkeypatch.setattr(
+        "edgeadapt.rounds.tasklimits.TaskLimits._check_number", lambda *given: None
+    )  # owners who permit any
     monkeypatch.setattr(TrainingLimits, "control", lambda limits: TrainingControl(unfailing=True))
     coordinator = Summing(monkeypatch, withheld=WITHHELD)
     for rounds, decay in ((3, DECAY), (5, 0.0)):

@@ -7,12 +7,12 @@ import logging
 
 import pytest
 
-from adapters.gateway import messages
 from aggregation.pki.certificates import load, subject
 from coordinator.gateway import places
 from coordinator.gateway.hub import ComeBack, Credentials
 from coordinator.gateway.places import REFUSALS, RefusalRates
 from coordinator.gateway.server import GatewayLimits, Service
+from edgeadapt.formats.gateway import messages
 from tests.coordinator.gateway.conftest import Site, SiteOf, carrier, site_of
 from tests.support.lightdevice import Kind
 

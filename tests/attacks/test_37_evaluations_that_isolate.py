@@ -13,11 +13,6 @@ from typing import Any
 import pytest
 import tomli_w
 
-from adapters import evaluation, jsontext
-from adapters.base import Base
-from adapters.evaluation import EvaluationTask
-from adapters.peftconfig import PeftConfig
-from adapters.sums import Bounds, noisy_spec
 from aggregation import rotation
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ProtocolError
@@ -29,6 +24,12 @@ from client.inference.session import ClassificationSession
 from client.node.statedir import SETTINGS
 from client.training.examples import Split, in_split, read_examples
 from client.updates import update
+from edgeadapt.bases.base import Base
+from edgeadapt.formats import jsontext
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.rounds import evaluation
+from edgeadapt.rounds.evaluation import EvaluationTask
+from edgeadapt.rounds.sums import Bounds, noisy_spec
 from export.bundle.sources import from_registry
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from adapters.layout import Layout, Tensors
-from adapters.parts import Part
-from adapters.peftconfig import PeftConfig
-from adapters.roundtask import Outcome
-from adapters.task import OptimizerName, RateSchedule, Task, shared_layout
-from adapters.trainable import configuration
 from aggregation.errors import ProtocolError
 from client.training import torchengine
 from client.training.examples import Example
 from client.training.limits import TrainingLimits
 from client.training.trainer import ClassifierTrainer
 from coordinator.settings import FederationSettings
+from edgeadapt.formats.layout import Layout, Tensors
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods.parts import Part
+from edgeadapt.methods.trainable import configuration
+from edgeadapt.rounds.roundtask import Outcome
+from edgeadapt.rounds.task import OptimizerName, RateSchedule, Task, shared_layout
 from tests.conftest import SAID
 from tests.support import refused
 from tests.support.crafted import (

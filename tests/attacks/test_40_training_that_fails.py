@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import tomli_w
 
-from adapters.layout import Layout
-from adapters.roundtask import Outcome
-from adapters.task import Task, contribution, is_stable, weighted_mean
 from aggregation import rotation
 from client.node.training import LocalRound
 from client.training.examples import Example, Score, write_examples
 from client.training.trainer import ClassifierTrainer
+from edgeadapt.formats.layout import Layout
+from edgeadapt.rounds.roundtask import Outcome
+from edgeadapt.rounds.task import Task, contribution, is_stable, weighted_mean
 from tests.attacks.test_14_answers_that_depend_on_data import DEVICES, Observer
 
 FleetOf = Callable[..., Any]
@@ -53,8 +53,8 @@ class Seen:
             seen.means.append((update, float(found["weight"][0])))
             return weighted_mean(spec, task, layout, found, *rest)
 
-        monkeypatch.setattr("adapters.task.contribution", contributed)
-        monkeypatch.setattr("adapters.task.weighted_mean", meant)
+        monkeypatch.setattr("edgeadapt.rounds.task.contribution", contributed)
+        monkeypatch.setattr("edgeadapt.rounds.task.weighted_mean", meant)
         return seen
 
     def moved(self) -> list[float]:
@@ -84,7 +84,7 @@ def fleet_with(fleet_of: FleetOf, **policy: float) -> Any:
 @pytest.fixture
 def unstable(monkeypatch: pytest.MonkeyPatch) -> None:
     """A coordinator and devices that accept a task whose training is not stable."""
-    monkeypatch.setattr("adapters.task.is_stable", lambda *_: True)
+    monkeypatch.setattr("edgeadapt.rounds.task.is_stable", lambda *_: True)
 
 
 def failing(local: LocalRound, task: Task) -> Outcome:
@@ -99,7 +99,7 @@ def test_every_device_refuses_the_task(app_fleet_of: FleetOf, monkeypatch: pytes
 
     def honest(message: Any, context: Any) -> Any:
         with monkeypatch.context() as device:
-            device.setattr("adapters.task.is_stable", is_stable)
+            device.setattr("edgeadapt.rounds.task.is_stable", is_stable)
             return observer(message, context)
 
     (record,) = fleet.federate(fleet.grid(app=honest))

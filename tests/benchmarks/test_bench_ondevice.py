@@ -15,8 +15,6 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adapters import causal
-from adapters.base import Base, find_base
 from aggregation.errors import ConfigError, DataError
 from benchmarks.__main__ import bench
 from benchmarks.ondevice import compare, goals, inputs, report
@@ -24,6 +22,8 @@ from benchmarks.ondevice.compare import Speeds, race, ratios
 from benchmarks.ondevice.eager import TorchEngine
 from benchmarks.ondevice.inputs import TokenWindows
 from benchmarks.ondevice.process import PEER, TORCH, Completion, Contender, ContenderSpec, loss
+from edgeadapt.bases.base import Base, find_base
+from edgeadapt.methods import causal
 from export.onnx.exported import Profile
 from tests.support import refused
 

@@ -13,12 +13,12 @@ import pytest
 from click.testing import CliRunner
 from flwr.common import bytes_to_ndarray
 
-from adapters.cores import cores
 from aggregation.errors import DataError
 from benchmarks.__main__ import bench
 from benchmarks.secagg import compare, ours, peer, report
 from benchmarks.secagg.compare import QUICK, dropouts, growth, memory
 from benchmarks.timing import Note
+from edgeadapt.formats.cores import cores
 from tests.support import refused
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from adapters.base import Base
-from adapters.bundle import TRUST
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.identity import IdentityKey
 from benchmarks import training
 from benchmarks.__main__ import bench
+from edgeadapt.bases.base import Base
+from edgeadapt.formats.bundle import TRUST
 from export.bundle.write import write_bundle
 from export.causal import export_causal
 from export.onnx.classifier import export_classifier

@@ -17,13 +17,13 @@ from pathlib import Path
 import click
 import numpy as np
 
-from adapters.bundle import TRUST
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
 from client.browser.server import Site, http_server
 from client.inference.session import ClassificationSession
 from client.training.engine import classifier_trainer
+from edgeadapt.formats.bundle import TRUST
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import Profile

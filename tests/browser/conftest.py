@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from peft import PeftModel
 
-from adapters.base import Base
-from adapters.manifest import PrivacyBound
-from adapters.peftconfig import PeftConfig
 from aggregation.pki.identity import IdentityKey
 from client.browser.server import LIBRARIES, VENDOR, Site, http_server
+from edgeadapt.bases.base import Base
+from edgeadapt.formats.manifest import PrivacyBound
+from edgeadapt.formats.peftconfig import PeftConfig
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile

@@ -19,13 +19,6 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
-from adapters.analytic import ClassifierHead, moment_contribution, moment_spec
-from adapters.gateway import messages as gateway
-from adapters.layout import Layout, TensorSpec
-from adapters.ridge import moments_of
-from adapters.roundtask import Outcome
-from adapters.sums import Bounds
-from adapters.task import contribution, contribution_spec
 from aggregation import client, envelope, ring
 from aggregation.envelope import ENVELOPE, Envelope
 from aggregation.errors import ProtocolError, TrustError
@@ -40,6 +33,13 @@ from aggregation.vector import Segment, VectorSpec
 from client.node import adapterstate
 from client.node.step import _dealing
 from client.training.examples import Score
+from edgeadapt.formats.gateway import messages as gateway
+from edgeadapt.formats.layout import Layout, TensorSpec
+from edgeadapt.rounds.analytic import ClassifierHead, moment_contribution, moment_spec
+from edgeadapt.rounds.ridge import moments_of
+from edgeadapt.rounds.roundtask import Outcome
+from edgeadapt.rounds.sums import Bounds
+from edgeadapt.rounds.task import contribution, contribution_spec
 from tests.aggregation.transcript import test_logstate
 from tests.support import programs
 from tests.support.fleet import ADAPTER, CountedEntropy, session_spec

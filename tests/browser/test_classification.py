@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from adapters.manifest import Format
 from aggregation.pki.identity import IdentityKey
 from client.inference.session import ClassificationSession
+from edgeadapt.formats.manifest import Format
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.exported import ExportedBase
 

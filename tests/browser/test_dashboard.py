@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from adapters.keyfiles import TLS_CERTIFICATE
 from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
-from coordinator.channels.actions import GateResult, action_path
-from coordinator.channels.repository import ChannelRepository
-from coordinator.channels.rollback import note_evaluation, prepare
-from coordinator.channels.verdict import JudgedEvaluation, verdict
 from coordinator.dashboard.server import TOKEN
 from coordinator.statedir import CoordinatorStateDir
+from edgeadapt.formats.keyfiles import TLS_CERTIFICATE
+from edgeadapt.releases.actions import GateResult, action_path
+from edgeadapt.releases.repository import ChannelRepository
+from edgeadapt.releases.rollback import note_evaluation, prepare
+from edgeadapt.releases.verdict import JudgedEvaluation, verdict
 from tests.support.gateway import HOST, authority_of, certify, free_port, wait_until
 
 pytestmark = pytest.mark.slow

@@ -10,15 +10,6 @@ import numpy as np
 import onnx
 import pytest
 
-from adapters import causal, classifier, storage
-from adapters.base import Base
-from adapters.bundle import BASE, TRAINING
-from adapters.graphinputs import OFFSET, OUTPUT_SCALE
-from adapters.layout import Tensors
-from adapters.manifest import Task as BundleTask
-from adapters.parts import Part, part_of
-from adapters.peft.inputs import AdapterInputs
-from adapters.peftconfig import PeftConfig
 from aggregation.pki.identity import IdentityKey
 from client.inference.library import Library
 from client.inference.session import ClassificationSession
@@ -26,6 +17,16 @@ from client.learning import Correction, Learner
 from client.learning.learner import LANGUAGE_RATE
 from client.training import graphengine
 from client.training.examples import Example
+from edgeadapt.bases.base import Base
+from edgeadapt.formats import storage
+from edgeadapt.formats.bundle import BASE, TRAINING
+from edgeadapt.formats.graphinputs import OFFSET, OUTPUT_SCALE
+from edgeadapt.formats.layout import Tensors
+from edgeadapt.formats.manifest import Task as BundleTask
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods import causal, classifier
+from edgeadapt.methods.parts import Part, part_of
+from edgeadapt.methods.peft.inputs import AdapterInputs
 from export.bundle.sources import Origin
 from export.bundle.trained import resolved
 from export.bundle.write import AdapterSource, write_bundle

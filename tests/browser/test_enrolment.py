@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from adapters.gateway.invitation import Invitation
 from aggregation.entropy import SystemEntropy
 from aggregation.pki import IdentityKey
 from client.browser.server import Site, http_server
-from coordinator.authority import AuthorityStore
-from coordinator.authority.store import utc_now
 from coordinator.gateway.carriers import BrowserSettings
 from coordinator.gateway.enrolment import EnrolmentServer, EnrolmentService
+from edgeadapt.authority import AuthorityStore
+from edgeadapt.authority.store import utc_now
+from edgeadapt.formats.gateway.invitation import Invitation
 from tests.support import cdp
 from tests.support.authority import store
 from tests.support.gateway import HOST, free_port, wait_until

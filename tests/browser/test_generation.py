@@ -11,16 +11,16 @@ import onnxruntime as ort
 import pytest
 from tokenizers import Tokenizer
 
-from adapters.base import Base
-from adapters.bundle import WEB_MODEL, WEIGHTS
-from adapters.causal import build
-from adapters.files import sha256
-from adapters.layout import Layout, Tensors
-from adapters.peftconfig import PeftConfig
 from aggregation.pki.identity import IdentityKey
 from client.inference.generate import ChatMessage, Conversation, Generator
 from client.inference.text import SamplingParams
 from client.inference.trust import Trust
+from edgeadapt.bases.base import Base
+from edgeadapt.formats.bundle import WEB_MODEL, WEIGHTS
+from edgeadapt.formats.files import sha256
+from edgeadapt.formats.layout import Layout, Tensors
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods.causal import build
 from export.bundle.write import AdapterSource, write_bundle
 from export.causal import export_causal
 from export.onnx.exported import ExportedBase, Profile

@@ -15,13 +15,6 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from adapters import jsontext, storage
-from adapters.bundle import BASE, TRAINING
-from adapters.layout import Tensors
-from adapters.parts import Part
-from adapters.peftconfig import PeftConfig
-from adapters.sums import clip
-from adapters.task import Task
 from aggregation import rotation
 from aggregation.pki.identity import IdentityKey
 from client.cli import device
@@ -30,6 +23,13 @@ from client.learning.learner import LANGUAGE_RATE
 from client.training import graphengine
 from client.training.examples import Example
 from client.training.trainer import MAX_STEPS, LanguageTrainer
+from edgeadapt.formats import jsontext, storage
+from edgeadapt.formats.bundle import BASE, TRAINING
+from edgeadapt.formats.layout import Tensors
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods.parts import Part
+from edgeadapt.rounds.sums import clip
+from edgeadapt.rounds.task import Task
 from export.bundle.write import AdapterSource, write_bundle
 from export.causal import export_causal
 from export.onnx.exported import ExportedBase, Profile

@@ -14,10 +14,6 @@ import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
 
-from adapters import container, storage
-from adapters.bundle import BASE, TRAINING
-from adapters.bundle import PHRASES as PHRASES_FILE
-from adapters.layout import Tensors
 from aggregation.errors import TrustError
 from aggregation.pki.identity import IdentityKey
 from client.cli import device
@@ -28,6 +24,10 @@ from client.learning.learner import LEARNING_RATE
 from client.training import graphengine
 from client.training.examples import Example
 from client.training.trainer import ClassifierTrainer
+from edgeadapt.formats import container, storage
+from edgeadapt.formats.bundle import BASE, TRAINING
+from edgeadapt.formats.bundle import PHRASES as PHRASES_FILE
+from edgeadapt.formats.layout import Tensors
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.exported import ExportedBase, Profile
 from tests.browser.test_page import IN_USE, ROWS

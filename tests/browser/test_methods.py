@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from adapters.base import Base
 from aggregation.pki.identity import IdentityKey
 from client.inference.generate import Generator
 from client.inference.text import SamplingParams
+from edgeadapt.bases.base import Base
 from tests.browser.test_classification import PHRASES, in_page, native, same
 from tests.browser.test_generation import PROMPT, START, ids_of
 from tests.export.causal.test_vectors import BASES, every_method_written

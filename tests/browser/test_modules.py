@@ -18,14 +18,6 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from adapters import dsse, files, jsontext
-from adapters.base import find_base
-from adapters.bundle import Bundle, VerifiedAdapter
-from adapters.graphinputs import layout_of, to_inputs
-from adapters.layout import Tensors
-from adapters.manifest import BaseManifest, Format
-from adapters.phrases import parse_phrases
-from adapters.quantization import quantize, restore
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey, PublicKey
@@ -39,6 +31,14 @@ from client.training.descent import AdamW
 from client.training.examples import Example
 from client.training.personal import in_own_words
 from client.training.trainer import ClassifierTrainer
+from edgeadapt.bases.base import find_base
+from edgeadapt.formats import dsse, files, jsontext
+from edgeadapt.formats.bundle import Bundle, VerifiedAdapter
+from edgeadapt.formats.graphinputs import layout_of, to_inputs
+from edgeadapt.formats.layout import Tensors
+from edgeadapt.formats.manifest import BaseManifest, Format
+from edgeadapt.formats.phrases import parse_phrases
+from edgeadapt.formats.quantization import quantize, restore
 from export.bundle import adapter
 from export.bundle.write import AdapterSource, add_adapter
 from export.onnx.exported import ExportedBase

@@ -11,10 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters import analytic, files
-from adapters.analytic import AnalyticTask, ClassifierHead
-from adapters.peftconfig import PeftConfig
-from adapters.sums import Bounds, noisy_spec, noisy_vector
 from aggregation import ring
 from aggregation.errors import ConfigError, ProtocolError
 from aggregation.messages import Offer
@@ -25,6 +21,11 @@ from aggregation.spec import COUNTS, Grouping, Privacy, SessionSpec
 from aggregation.vector import Segment, VectorSpec
 from client.node import privacyledger
 from client.node.privacyledger import PrivacyLedger
+from edgeadapt.formats import files
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.rounds import analytic
+from edgeadapt.rounds.analytic import AnalyticTask, ClassifierHead
+from edgeadapt.rounds.sums import Bounds, noisy_spec, noisy_vector
 from tests.aggregation.privacy.test_noise import fits
 from tests.browser.test_aggregation import Drawn, offer_of, run
 from tests.support import programs

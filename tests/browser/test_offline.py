@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from adapters.bundle import adapter_path, manifest_path
-from adapters.layout import Tensors
 from aggregation.pki.identity import IdentityKey
 from client.browser.server import Site
+from edgeadapt.formats.bundle import adapter_path, manifest_path
+from edgeadapt.formats.layout import Tensors
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.exported import ExportedBase
 from tests.browser.conftest import NO_COPIES

@@ -8,10 +8,10 @@ from typing import Any, BinaryIO
 import pytest
 
 import client.browser.server
-from adapters.manifest import AdapterManifest
 from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
 from client.inference.session import ClassificationSession
+from edgeadapt.formats.manifest import AdapterManifest
 from export.bundle.write import AdapterSource, add_adapter, write_bundle
 from export.onnx.exported import ExportedBase
 from tests.support.bundles import resign

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from adapters import files
 from aggregation import envelope
 from aggregation.messages import Assignment, Offer, Roster, Survivors, Unmask
 from aggregation.pki import Revocation
@@ -25,6 +24,7 @@ from aggregation.steps import Step
 from aggregation.vector import Segment, VectorSpec
 from client.node import privacyledger
 from client.node.privacyledger import PrivacyLedger
+from edgeadapt.formats import files
 from tests.browser.test_aggregation import JS
 from tests.client.node.test_sumhistory import TASK, adapter
 from tests.support import programs

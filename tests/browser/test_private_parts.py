@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from adapters import files
-from adapters.layout import Layout, Tensors
-from adapters.parts import PARTS, Part, part_of
-from adapters.task import Task
 from aggregation.errors import ProtocolError
 from client.node.privateparts import PrivateParts, check_unshared, ever_private, private_on
 from client.training.private import private_of, subject_of, with_private
+from edgeadapt.formats import files
+from edgeadapt.formats.layout import Layout, Tensors
+from edgeadapt.methods.parts import PARTS, Part, part_of
+from edgeadapt.rounds.task import Task
 from tests.browser.conftest import CONFIG
 from tests.browser.test_aggregation import node, run
 

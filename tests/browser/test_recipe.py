@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from adapters.base import Base
 from client.inference.session import ClassificationSession
+from edgeadapt.bases.base import Base
 from tests.browser.test_learning import answers, taught_in
 from tests.docs.conftest import ROOT, Reader, blocks_of
 from tests.docs.conftest import reader as reader

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters import dsse
-from adapters.bundle import BASE_MANIFEST, MODEL, TOKENIZER, WEB_MODEL, WEIGHTS, adapter_path, manifest_path
-from adapters.files import sha256
-from adapters.graphinputs import to_inputs
-from adapters.manifest import AdapterManifest
-from adapters.quantization import quantize
 from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
+from edgeadapt.formats import dsse
+from edgeadapt.formats.bundle import BASE_MANIFEST, MODEL, TOKENIZER, WEB_MODEL, WEIGHTS, adapter_path, manifest_path
+from edgeadapt.formats.files import sha256
+from edgeadapt.formats.graphinputs import to_inputs
+from edgeadapt.formats.manifest import AdapterManifest
+from edgeadapt.formats.quantization import quantize
 from export.bundle.write import AdapterSource, add_adapter, write_bundle
 from export.onnx.exported import ExportedBase
 from tests.support.bundles import flip, resign, resign_base, resign_file

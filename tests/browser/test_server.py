@@ -15,10 +15,10 @@ import pytest
 from click.testing import CliRunner
 
 import client.browser.server
-from adapters.files import sha256
 from aggregation.errors import ConfigError, DataError, TrustError
 from client.browser.server import HEADERS, PAGE, VENDOR, WEB, Site, http_server
 from client.cli import device
+from edgeadapt.formats.files import sha256
 from tests.support import refused
 
 Get = Callable[..., tuple[int, dict[str, str], bytes]]

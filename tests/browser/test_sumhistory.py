@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from adapters import files
 from aggregation.errors import ProtocolError
 from aggregation.messages import Plan
 from aggregation.spec import Grouping
 from client.node import sumhistory
 from client.node.sketch import sketch
 from client.node.sumhistory import SumHistory
+from edgeadapt.formats import files
 from tests.browser.test_aggregation import offer_of, run
 from tests.client.node.test_sumhistory import ALL, LEAST, MOMENTS, OTHERS, SPEC, TASK, adapter, moved
 from tests.support import programs

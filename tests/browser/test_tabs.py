@@ -19,13 +19,13 @@ from client.node.privacyledger import PrivacyLedger
 from client.node.statedir import SETTINGS
 from client.training.examples import Split, in_split, read_examples
 from coordinator.app import run
-from coordinator.authority import AuthorityStore
-from coordinator.authority.store import CERTIFICATE, KEY, RECORD
 from coordinator.gateway.carriers import BrowserSettings
 from coordinator.gateway.enrolment import EnrolmentServer, EnrolmentService
 from coordinator.gateway.grid import GatewayGrid, JoinedGrid
 from coordinator.gateway.server import GatewayLimits
 from coordinator.statedir import CoordinatorStateDir
+from edgeadapt.authority import AuthorityStore
+from edgeadapt.authority.store import CERTIFICATE, KEY, RECORD
 from export.bundle.sources import from_registry
 from export.bundle.write import create
 from export.onnx.exported import ExportedBase

@@ -10,14 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters import files, jsontext, ridge
-from adapters.analytic import AnalyticTask, ClassifierHead, moment_spec
-from adapters.evaluation import EvaluationTask
-from adapters.layout import Tensors
-from adapters.lorasb import unfolded
-from adapters.parts import Part, part_of
-from adapters.sums import Bounds, clip
-from adapters.task import MAX_LOSS, OptimizerName, RateSchedule, Task, shared_layout
 from aggregation import rotation
 from aggregation.errors import ProtocolError
 from aggregation.privacy.accounting import Mechanism
@@ -28,6 +20,15 @@ from client.training.evaluate import own_counts
 from client.training.examples import Example, Split
 from client.training.moments import own_moments
 from client.training.trainer import ClassifierTrainer, LanguageTrainer, batches
+from edgeadapt.formats import files, jsontext
+from edgeadapt.formats.layout import Tensors
+from edgeadapt.methods.lorasb import unfolded
+from edgeadapt.methods.parts import Part, part_of
+from edgeadapt.rounds import ridge
+from edgeadapt.rounds.analytic import AnalyticTask, ClassifierHead, moment_spec
+from edgeadapt.rounds.evaluation import EvaluationTask
+from edgeadapt.rounds.sums import Bounds, clip
+from edgeadapt.rounds.task import MAX_LOSS, OptimizerName, RateSchedule, Task, shared_layout
 from tests.browser.conftest import CONFIG
 from tests.browser.test_aggregation import offer_of, session_of
 from tests.browser.test_learning import OPEN, by_input, native, same

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from peft import PeftModel
 
-from adapters.base import Base
-from adapters.manifest import Format
 from aggregation.pki.identity import IdentityKey
+from edgeadapt.bases.base import Base
+from edgeadapt.formats.manifest import Format
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import Profile

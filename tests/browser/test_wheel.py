@@ -18,8 +18,8 @@ from client.browser.server import LIBRARIES, PAGE, VENDOR, WEB
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("libraries")]
 
 ROOT = Path(__file__).resolve().parents[2]
-BUILT_FROM = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "edgeadapt.py", "commandline.py")
-PACKAGES = ("adapters", "aggregation", "client", "coordinator", "export", "simulations")
+BUILT_FROM = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
+PACKAGES = ("aggregation", "client", "coordinator", "edgeadapt", "export", "simulations")
 SERVED = """
 import sys
 from pathlib import Path

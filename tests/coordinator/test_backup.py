@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from adapters.keyfiles import NEXT_TLS_KEY, TLS_KEY, TLS_LOCK
-from adapters.registryfiles import BLOBS, DATABASE, REGISTRY, RegistrySettings
-from adapters.registrystores import is_local, postgresql_url
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey
-from coordinator.audit import AuditInput, AuditOptions
 from coordinator.cli.coordinator import coordinator
 from coordinator.recorder import Recorder
 from coordinator.registry import Registry
 from coordinator.registry.snapshot import RegistrySnapshot
 from coordinator.statedir import KEY, PUBLIC_KEY, CoordinatorStateDir
+from edgeadapt.audit import AuditInput, AuditOptions
+from edgeadapt.formats.keyfiles import NEXT_TLS_KEY, TLS_KEY, TLS_LOCK
+from edgeadapt.formats.registryfiles import BLOBS, DATABASE, REGISTRY, RegistrySettings
+from edgeadapt.formats.registrystores import is_local, postgresql_url
 
 
 def call(*arguments: object) -> Result:

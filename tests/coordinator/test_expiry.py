@@ -8,13 +8,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from adapters.keyfiles import NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import TrustError
 from aggregation.pki import Authority
 from aggregation.pki.tls import TlsKey
 from coordinator import expiry
-from coordinator.authority import AuthorityStore
 from coordinator.cli.coordinator import coordinator
 from coordinator.dashboard.metrics import exposition
 from coordinator.dashboard.view import Viewer
@@ -22,6 +20,8 @@ from coordinator.expiry import expiries
 from coordinator.gateway.grid import serving
 from coordinator.settings import FederationSettings
 from coordinator.statedir import REVOKED, TRANSCRIPT, CoordinatorStateDir
+from edgeadapt.authority import AuthorityStore
+from edgeadapt.formats.keyfiles import NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
 from tests.support import refused
 from tests.support.authority import signer, store
 from tests.support.gateway import certify, wait_until

@@ -16,11 +16,11 @@ from aggregation.errors import TrustError
 from aggregation.steps import Step
 from aggregation.transcript import Result
 from client.node.app import app as client_app
-from coordinator.audit import AuditInput, AuditOptions
-from coordinator.audit.transcripts import logs
 from coordinator.recorder import Recorder
 from coordinator.registry import Registry
 from coordinator.statedir import CoordinatorStateDir
+from edgeadapt.audit import AuditInput, AuditOptions
+from edgeadapt.audit.transcripts import logs
 from tests.support.hostile import continues_from_anything
 
 KILLED = "2"  # the round

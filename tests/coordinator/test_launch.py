@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from adapters.settings import toml_value
 from aggregation.errors import EdgeAdaptError
 from coordinator import launch
 from coordinator.launch import GATEWAY, STATE, Connection, connected
+from edgeadapt.formats.settings import toml_value
 from tests.support import refused
 
 FAKE = """

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from adapters.parts import Part
 from aggregation.errors import ConfigError
+from edgeadapt.methods.parts import Part
 from tests.support import refused
 
 DEVICES = 4

@@ -13,20 +13,20 @@ import pytest
 from click.testing import CliRunner
 from sqlalchemy import text
 
-from adapters.registryfiles import BLOBS, DATABASE, REGISTRY, RegistrySettings
-from adapters.registrystores import postgresql_url
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, EdgeAdaptError
 from coordinator.app import run
-from coordinator.audit import AuditInput, AuditOptions
-from coordinator.audit.transcripts import log_name, logs
-from coordinator.authority import AuthorityStore
 from coordinator.cli.coordinator import _serve, coordinator
 from coordinator.registry import Lease, lease
 from coordinator.services.deployment import _serves_or_waits
 from coordinator.settings import FederationSettings
 from coordinator.statedir import HUNG, TRANSCRIPT, WAITING, CoordinatorStateDir, open_registry
 from coordinator.status import lines_of, status_of
+from edgeadapt.audit import AuditInput, AuditOptions
+from edgeadapt.audit.transcripts import log_name, logs
+from edgeadapt.authority import AuthorityStore
+from edgeadapt.formats.registryfiles import BLOBS, DATABASE, REGISTRY, RegistrySettings
+from edgeadapt.formats.registrystores import postgresql_url
 from tests.support import refused
 from tests.support.gateway import HOST, free_port, wait_until
 from tests.support.postgresql import Server

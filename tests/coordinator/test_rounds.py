@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
-from adapters.task import contribution
 from aggregation import envelope
 from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
 from aggregation.groups import GroupSum
@@ -21,12 +20,13 @@ from aggregation.server import RoundResult
 from aggregation.steps import BODY, RECORD, Step
 from client.node.app import app as client_app
 from coordinator.app import main
-from coordinator.audit import audit
-from coordinator.audit.transcripts import logs
 from coordinator.registry import Blobs, database
 from coordinator.rounds import within_reach
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.status import lines_of, status_of
+from edgeadapt.audit import audit
+from edgeadapt.audit.transcripts import logs
+from edgeadapt.rounds.task import contribution
 from simulations.engine.grid import DeliveryOutcome, InProcessGrid
 from tests.support import refused
 from tests.support.fleet import session_spec
@@ -312,7 +312,7 @@ def test_a_sum_with_a_weight_that_honest_devices_cannot_have_counts_as_zero(
         vector[layout.size] = 2**spec.vector.ring_bits - int(spec.weight_cap / step)  # behind the delta: the weight
         return vector
 
-    monkeypatch.setattr("adapters.task.contribution", lie)
+    monkeypatch.setattr("edgeadapt.rounds.task.contribution", lie)
     fleet = fleet_of(4, rounds=1)
     (record,) = fleet.federate(fleet.grid())
     assert "whole number" in record.spoiled

@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters import files
-from adapters.layout import Layout, Tensors
-from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError, DataError
 from coordinator.seed import seed_version
+from edgeadapt.formats import files
+from edgeadapt.formats.layout import Layout, Tensors
+from edgeadapt.formats.peftconfig import PeftConfig
 from tests.support import refused
 
 LABELS = ("on", "off", "dim")

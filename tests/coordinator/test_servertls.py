@@ -13,14 +13,11 @@ from threading import Thread
 import pytest
 from click.testing import CliRunner
 
-from adapters import keyfiles
-from adapters.keyfiles import NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, TrustError
 from aggregation.pki import Authority
 from aggregation.pki.certificates import serial, to_der
 from coordinator import servertls
-from coordinator.authority import AuthorityStore
 from coordinator.cli.coordinator import coordinator
 from coordinator.dashboard.server import DashboardServer, serve
 from coordinator.gateway.carriers import BrowserSettings, Conversations, SocketCalls
@@ -28,6 +25,9 @@ from coordinator.gateway.grid import serving
 from coordinator.servertls import ServerTls, TlsFiles, context
 from coordinator.settings import FederationSettings
 from coordinator.statedir import TLS_REQUEST, CoordinatorStateDir
+from edgeadapt.authority import AuthorityStore
+from edgeadapt.formats import keyfiles
+from edgeadapt.formats.keyfiles import NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
 from tests.support import refused
 from tests.support.authority import signer, store
 from tests.support.gateway import HOST, certify, free_port, wait_until

@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 import tomli_w
 
-from adapters.analytic import AnalyticTask
-from adapters.evaluation import EvaluationTask
-from adapters.layout import Layout, TensorSpec
-from adapters.optimizer import FedAdam, FedAvg
-from adapters.parts import PARTS, Part
-from adapters.peftconfig import PeftConfig
-from adapters.task import Task
 from aggregation import graph
 from aggregation.errors import ConfigError, ProtocolError
 from aggregation.policy import Policy
 from aggregation.privacy.accounting import Mechanism
 from aggregation.spec import Adversary, Privacy, SessionSpec
 from coordinator.settings import Aggregation, Analytic, FederationSettings, PrivacySettings, Server
+from edgeadapt.formats.layout import Layout, TensorSpec
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods.parts import PARTS, Part
+from edgeadapt.rounds.analytic import AnalyticTask
+from edgeadapt.rounds.evaluation import EvaluationTask
+from edgeadapt.rounds.optimizer import FedAdam, FedAvg
+from edgeadapt.rounds.task import Task
 from tests.support import refused
 
 LAYOUT = Layout((TensorSpec("a", (100, 10)),))

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from adapters import storage
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import TrustError
 from aggregation.pki import Authority
@@ -19,6 +18,7 @@ from aggregation.pki.revocation import Revocation
 from coordinator.gateway.server import Gateway
 from coordinator.registry import TranscriptTable, lease
 from coordinator.statedir import REVOKED, TRANSCRIPT, CoordinatorStateDir
+from edgeadapt.formats import storage
 from tests.coordinator.test_registry_elsewhere import move
 from tests.support import refused
 from tests.support.gateway import HOST, authority_of, server_tls, wait_until

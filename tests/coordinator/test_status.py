@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from adapters import storage
 from aggregation.entropy import SystemEntropy
 from coordinator import statedir
 from coordinator.settings import FederationSettings
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.status import lines_of, status_of
+from edgeadapt.formats import storage
 
 FleetOf = Callable[..., Any]
 

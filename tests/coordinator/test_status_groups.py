@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from adapters.roundrecord import GroupRecord, RoundRecord
 from aggregation.groups import deal
 from aggregation.pki.identity import IdentityKey
 from coordinator.status import farthest
+from edgeadapt.formats.roundrecord import GroupRecord, RoundRecord
 from tests.support.registry import Rounds
 
 NAMES = [f"device-{number:02d}" for number in range(30)]

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from flwr.app import Context, Error, Message
 
-from adapters.roundtask import distance
 from aggregation.errors import ConfigError
 from aggregation.steps import Step
 from client.node.app import app as client_app
 from coordinator import stillness
+from edgeadapt.rounds.roundtask import distance
 from tests.support import refused
 
 FleetOf = Callable[..., Any]

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from aggregation.errors import ConfigError, EdgeAdaptError
-from coordinator import traces
 from coordinator.statedir import CoordinatorStateDir
-from coordinator.traces import NO_SPAN, PROTOCOL, PROTOCOLS
+from edgeadapt import traces
+from edgeadapt.traces import NO_SPAN, PROTOCOL, PROTOCOLS
 from tests.support.gateway import attending, free_port, gateway
 from tests.support.otlp import attributes, receiving
 
@@ -113,7 +113,7 @@ def test_without_a_receiver_nothing_of_opentelemetry_is_imported(app_fleet_of: C
     program = """
 import json, sys
 from pathlib import Path
-import coordinator.app, coordinator.gateway.grid, coordinator.governance.cli.promotion
+import coordinator.app, coordinator.gateway.grid, edgeadapt.cli.promotion
 from coordinator import traces
 with traces.exporting("edgeadapt-test"), traces.span("round", devices=3) as span:
     span.set(version=1)
@@ -164,6 +164,6 @@ def test_the_protocol_of_traces_goes_before_that_of_all_signals(monkeypatch: pyt
 
 def test_without_the_extra_one_line_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENDPOINT, "https://collector.example")
-    monkeypatch.setitem(sys.modules, "coordinator.traceexport", None)
+    monkeypatch.setitem(sys.modules, "edgeadapt.traceexport", None)
     with pytest.raises(ConfigError, match=r"edgeadapt\[traces\]"), traces.exporting("edgeadapt-test"):
         pass

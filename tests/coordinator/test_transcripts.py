@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from adapters.roundrecord import RoundRecord, digest_of
 from aggregation import envelope, transcript
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import TrustError
@@ -18,12 +17,13 @@ from aggregation.messages import Assignment, MaskedInput, Plan
 from aggregation.pki.identity import IdentityKey
 from aggregation.steps import Step
 from aggregation.transcript import ENTRY, LENGTH, MAGIC, AdapterId, Entry, read
-from coordinator.audit import Report, Status, audit, chain, checkpoints
-from coordinator.audit.transcripts import VECTORS, logs, vector_path
 from coordinator.recorder import Recorder
 from coordinator.registry import Head
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transcripts import TORN, Transcripts
+from edgeadapt.audit import Report, Status, audit, chain, checkpoints
+from edgeadapt.audit.transcripts import VECTORS, logs, vector_path
+from edgeadapt.formats.roundrecord import RoundRecord, digest_of
 from tests.support import refused
 from tests.support.fleet import make_fleet
 

@@ -19,15 +19,15 @@ import yaml
 from flwr.common.config import parse_config_args
 from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
 
-import edgeadapt
-from adapters.keyfiles import TLS_KEY, read_public_keys
-from adapters.registryfiles import BLOBS, DATABASE
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import TrustError
 from aggregation.pki.identity import IdentityKey
 from client.node.statedir import DeviceStateDir
-from coordinator.authority import AuthorityStore
 from coordinator.statedir import AUTHORITY, KEY, PUBLIC_KEY, TRANSCRIPT, CoordinatorStateDir
+from edgeadapt import program
+from edgeadapt.authority import AuthorityStore
+from edgeadapt.formats.keyfiles import TLS_KEY, read_public_keys
+from edgeadapt.formats.registryfiles import BLOBS, DATABASE
 from tests.support.gateway import free_port, wait_until
 from tests.support.trial import call
 
@@ -135,7 +135,7 @@ def commands() -> Iterator[tuple[str, list[str]]]:
 
 def parse(words: list[str]) -> None:
     """Let the program's own parser read a command, with all of its options, and do nothing."""
-    command: click.Command = edgeadapt.cli
+    command: click.Command = program.cli
     rest = list(words)
     while isinstance(command, click.Group):
         found = command.get_command(click.Context(command), rest.pop(0))

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from adapters.manifest import AdapterManifest, BaseManifest, Manifest, VersionManifest
-from adapters.roundrecord import RoundRecord
 from client.node import statedir as device
 from coordinator import statedir as coordinator
 from coordinator.archive import BackupManifest
-from coordinator.channels.actions import ActionRecord
+from edgeadapt.formats.manifest import AdapterManifest, BaseManifest, Manifest, VersionManifest
+from edgeadapt.formats.roundrecord import RoundRecord
+from edgeadapt.releases.actions import ActionRecord
 
 REFERENCE = Path(__file__).resolve().parents[2] / "docs" / "reference"
 PAGE = "\n".join((REFERENCE / name).read_text(encoding="utf-8") for name in ("bundle-format.md", "file-formats.md"))

@@ -8,8 +8,8 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from adapters.layout import Floats, Tensors
-from adapters.slotshapes import without_shapes
+from edgeadapt.bases.slotshapes import without_shapes
+from edgeadapt.formats.layout import Floats, Tensors
 from export.onnx.exported import ExportedBase
 from tests.support import models
 from tests.support.headers import check_headers

@@ -22,12 +22,12 @@ from onnx import numpy_helper
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from adapters import pretrained
-from adapters.base import Base, find_base
-from adapters.graphinputs import with_placeholders
-from adapters.layout import Floats, Tensors
-from adapters.peft.inputs import is_saved
 from aggregation.errors import ConfigError
+from edgeadapt.bases import pretrained
+from edgeadapt.bases.base import Base, find_base
+from edgeadapt.formats.graphinputs import with_placeholders
+from edgeadapt.formats.layout import Floats, Tensors
+from edgeadapt.methods.peft.inputs import is_saved
 from export.causal import base as causal_base
 from export.causal import builder, export_causal, traced
 from export.onnx.classifier import export_classifier

@@ -8,10 +8,10 @@ import torch
 from safetensors.numpy import load_file
 from transformers import LlamaConfig, LlamaModel
 
-from adapters import classifier
-from adapters.base import Base, find_base
-from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError
+from edgeadapt.bases.base import Base, find_base
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods import classifier
 from export.center import centered
 from tests.support import refused
 

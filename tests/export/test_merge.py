@@ -16,12 +16,12 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from adapters import pretrained
-from adapters.base import Base, find_base
-from adapters.peft.config import MERGED
-from adapters.peft.folder import CONFIG, WEIGHTS
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.identity import IdentityKey
+from edgeadapt.bases import pretrained
+from edgeadapt.bases.base import Base, find_base
+from edgeadapt.methods.peft.config import MERGED
+from edgeadapt.methods.peft.folder import CONFIG, WEIGHTS
 from export.bundle.base import export_named, wanted
 from export.bundle.sources import from_peft
 from export.bundle.trained import model_of

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, BertConfig, BertModel
 
-from adapters.base import Base, find_base
 from aggregation.errors import ConfigError
+from edgeadapt.bases.base import Base, find_base
 from export.prune import frequent_words, prune
 from tests.support import refused
 

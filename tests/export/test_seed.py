@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from peft import PeftModel
 
-from adapters import classifier
-from adapters.classifier import PhraseClassifier
-from adapters.peft.folder import LABELS, read_peft
-from adapters.peftconfig import PeftConfig
-from adapters.phrases import read_phrases
-from adapters.pretrained import load
 from aggregation.errors import ConfigError, DataError
+from edgeadapt.bases.pretrained import load
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.formats.phrases import read_phrases
+from edgeadapt.methods import classifier
+from edgeadapt.methods.classifier import PhraseClassifier
+from edgeadapt.methods.peft.folder import LABELS, read_peft
 from export.seed import write_seed
 from tests.support import refused
 

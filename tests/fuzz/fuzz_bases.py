@@ -30,8 +30,9 @@ import numpy as np
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from adapters import container, e5base, files, ggufbase  # noqa: E402
 from aggregation.errors import ConfigError, DataError  # noqa: E402
+from edgeadapt.bases import e5base, ggufbase  # noqa: E402
+from edgeadapt.formats import container, files  # noqa: E402
 from tests.support import gguf  # noqa: E402
 
 SECONDS = 2.0  # of processor time; inputs have kilobytes
@@ -73,7 +74,7 @@ def one_input(data: bytes) -> None:
 
 def seeds() -> list[bytes]:
     """A sound file of each format."""
-    from tests.adapters.test_e5base import encoded
+    from tests.edgeadapt.bases.test_e5base import encoded
 
     tensors = {"w": np.arange(6, dtype=np.int8).reshape(2, 3), "e": np.zeros((5, 0), np.float32)}
     peft = files.encode({"a.lora_A.weight": np.ones((2, 3), np.float32), "b": np.zeros((1,), np.float32)})

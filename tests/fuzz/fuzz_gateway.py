@@ -18,9 +18,9 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from adapters.gateway import messages  # noqa: E402
 from aggregation.errors import ProtocolError  # noqa: E402
 from aggregation.wire import Codec  # noqa: E402
+from edgeadapt.formats.gateway import messages  # noqa: E402
 
 CODECS: tuple[Codec[Any], ...] = (
     messages.CHALLENGE,

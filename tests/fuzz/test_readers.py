@@ -16,12 +16,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from adapters.settings import overridden
 from aggregation.errors import EdgeAdaptError
 from aggregation.pki import Authority, IdentityKey, PublicKey, Root, certificates, requests
 from aggregation.pki.revocation import Reason, Revocation
 from client.node.statedir import DeviceSettings
 from coordinator.settings import FederationSettings
+from edgeadapt.formats.settings import overridden
 from tests.support.fleet import CountedEntropy
 
 TIMES = 1500

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters.analytic import NOISE, AnalyticTask, ClassifierHead
-from adapters.layout import Layout
-from adapters.manifest import PrivacyBound
-from adapters.ridge import Matrix
-from adapters.sums import UNIFORMS
 from client.training.engine import classifier_trainer
 from client.training.examples import Example, Split, in_split, read_examples, write_examples
 from client.training.trainer import ClassifierTrainer
 from coordinator.settings import FederationSettings
+from edgeadapt.formats.layout import Layout
+from edgeadapt.formats.manifest import PrivacyBound
+from edgeadapt.rounds.analytic import NOISE, AnalyticTask, ClassifierHead
+from edgeadapt.rounds.ridge import Matrix
+from edgeadapt.rounds.sums import UNIFORMS
 from simulations.engine import provision as provisioned
 from tests.support.hostile import audit_failures
 

@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters.base import Base
-from adapters.evaluation import RENEWAL
-from adapters.sums import UNIFORMS
 from aggregation.errors import ConfigError
 from client.node.privacyledger import PrivacyLedger
 from client.training.examples import Example, Split, in_split, read_examples, write_examples
-from coordinator.channels.history import audit_repository
-from coordinator.channels.rollback import roll_back
-from coordinator.governance.evaluations import NoVerdictError
-from coordinator.governance.gates import GateError
-from coordinator.governance.gatesettings import GateSettings
+from edgeadapt.bases.base import Base
+from edgeadapt.promotion.evaluations import NoVerdictError
+from edgeadapt.promotion.gates import GateError
+from edgeadapt.promotion.gatesettings import GateSettings
+from edgeadapt.releases.history import audit_repository
+from edgeadapt.releases.rollback import roll_back
+from edgeadapt.rounds.evaluation import RENEWAL
+from edgeadapt.rounds.sums import UNIFORMS
 from export.bundle.sources import from_registry
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile

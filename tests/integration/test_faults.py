@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from adapters.storage import kill_safe
 from aggregation.steps import Step
 from benchmarks.faults import measure, postgresql
 from benchmarks.faults.checks import losses
@@ -14,6 +13,7 @@ from benchmarks.faults.fleet import FaultFleet, running_fleet
 from benchmarks.faults.postgresql import missing
 from benchmarks.faults.smalldisk import empty, fill, refused, small_disk
 from client.node.statedir import LEDGER
+from edgeadapt.formats.storage import kill_safe
 from tests.support.exhaustive import few
 from tests.support.postgresql import REQUIRED
 from tests.support.programs import need

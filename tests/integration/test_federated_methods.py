@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters import files
-from adapters.federatedmethods import METHODS
-from adapters.layout import Layout, Tensors
-from adapters.lorasb import with_squares
-from adapters.parts import Part, part_of
 from client.node.privateparts import PrivateParts
-from coordinator.audit import AuditInput, AuditOptions, Check, Status
+from edgeadapt.audit import AuditInput, AuditOptions, Check, Status
+from edgeadapt.formats import files
+from edgeadapt.formats.layout import Layout, Tensors
+from edgeadapt.methods.lorasb import with_squares
+from edgeadapt.methods.parts import Part, part_of
+from edgeadapt.rounds.federatedmethods import METHODS
 
 FleetOf = Callable[..., Any]
 DEVICES = 4

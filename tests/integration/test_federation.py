@@ -19,11 +19,6 @@ import pytest
 from flwr.app import Context, Message
 from safetensors.numpy import load_file
 
-from adapters import files, optimizer, task
-from adapters.base import find_base
-from adapters.layout import Layout, Tensors, TensorSpec
-from adapters.sums import clip
-from adapters.task import contribution
 from aggregation import envelope, ring
 from aggregation.messages import MaskedInput
 from aggregation.steps import ADAPTER, BODY, PROOF, RECORD, Step
@@ -33,6 +28,12 @@ from client.training.engine import classifier_trainer
 from client.training.examples import Split, in_split, read_examples
 from client.training.limits import TrainingLimits
 from coordinator.settings import Aggregation, FederationSettings
+from edgeadapt.bases.base import find_base
+from edgeadapt.formats import files
+from edgeadapt.formats.layout import Layout, Tensors, TensorSpec
+from edgeadapt.rounds import optimizer, task
+from edgeadapt.rounds.sums import clip
+from edgeadapt.rounds.task import contribution
 from simulations.engine import provision as provisioned
 from tests.support.seededapp import app as client_app
 
@@ -253,7 +254,7 @@ def test_no_phrase_and_no_plain_update_is_in_any_message(fleet_of: FleetOf, monk
         plain.append(ring.pack(vector, args[2].vector.ring_bits))
         return vector
 
-    monkeypatch.setattr("adapters.task.contribution", watched)
+    monkeypatch.setattr("edgeadapt.rounds.task.contribution", watched)
     fleet, messages = fleet_of(6, rounds=2), MessageLog()
     fleet.federate(fleet.grid(app=messages))
     sent = [value for _, record in messages.up for value in record.values()]

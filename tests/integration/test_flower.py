@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters import files
-from adapters.base import find_base
-from adapters.layout import Layout
-from adapters.manifest import VersionManifest
-from adapters.roundrecord import RoundRecord
 from coordinator.settings import SETTINGS, FederationSettings
 from coordinator.statedir import CoordinatorStateDir
+from edgeadapt.bases.base import find_base
+from edgeadapt.formats import files
+from edgeadapt.formats.layout import Layout
+from edgeadapt.formats.manifest import VersionManifest
+from edgeadapt.formats.roundrecord import RoundRecord
 from tests.support.blocked import STARTED, without_torch
 from tests.support.trial import AUTHORITY, COORDINATOR, call, make_trial_fleet
 

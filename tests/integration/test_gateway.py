@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from flwr.app import Message
 
-from adapters.gateway.messages import node_of
 from aggregation.steps import BODY, RECORD
 from coordinator.gateway.grid import GatewayGrid
 from coordinator.gateway.server import GatewayLimits
 from coordinator.statedir import CoordinatorStateDir
+from edgeadapt.formats.gateway.messages import node_of
 from tests.support.gateway import HOST, attending, authority_of, free_port, gateway, server_tls, wait_until
 from tests.support.trial import call
 

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from flwr.app import Context, Error, Message
 
-from adapters import task
 from aggregation.groups import deal
 from aggregation.steps import Step
 from client.node.app import app as client_app
 from coordinator import rounds
-from coordinator.audit.findings import Check
-from coordinator.audit.transcripts import AuditInput, AuditOptions
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.status import lines_of, status_of
+from edgeadapt.audit.findings import Check
+from edgeadapt.audit.transcripts import AuditInput, AuditOptions
+from edgeadapt.rounds import task
 from tests.attacks.test_18_one_lying_device import LIAR, OneLiar, put
 from tests.support.hostile import audit_failures
 

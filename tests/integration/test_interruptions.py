@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from adapters.base import find_base
-from adapters.bundle import Bundle
-from adapters.keyfiles import read_public_keys
+from edgeadapt.bases.base import find_base
+from edgeadapt.formats.bundle import Bundle
+from edgeadapt.formats.keyfiles import read_public_keys
 from tests.support.trial import SCENARIO, call
 
 pytestmark = pytest.mark.slow
 CODES = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}
-PROGRAM = "import edgeadapt; print('started', flush=True); edgeadapt.main()"
+PROGRAM = "from edgeadapt import program; print('started', flush=True); program.main()"
 SECONDS = 300  # in which every command ends on a busy machine
 
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from adapters import causal
 from aggregation.pki.identity import IdentityKey
 from client.inference.generate import Generator, SamplingParams
 from client.training.engine import language_trainer
 from client.training.examples import Split, in_split, read_examples
 from client.training.trainer import LanguageTrainer
-from coordinator.audit import AuditInput, AuditOptions, Check, Status
+from edgeadapt.audit import AuditInput, AuditOptions, Check, Status
+from edgeadapt.methods import causal
 from export.bundle.write import write_bundle
 from export.causal import export_causal
 from export.onnx.exported import Profile

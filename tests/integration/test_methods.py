@@ -10,14 +10,15 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
-from adapters import causal, pretrained
-from adapters.classifier import PhraseClassifier, padded
-from adapters.layout import Layout, Tensors
-from adapters.parts import Part, part_of
-from adapters.peft.folder import to_peft
 from client.training.engine import classifier_trainer, language_trainer
 from client.training.examples import Example, Split
-from coordinator.audit import AuditInput, AuditOptions, Check, Status
+from edgeadapt.audit import AuditInput, AuditOptions, Check, Status
+from edgeadapt.bases import pretrained
+from edgeadapt.formats.layout import Layout, Tensors
+from edgeadapt.methods import causal
+from edgeadapt.methods.classifier import PhraseClassifier, padded
+from edgeadapt.methods.parts import Part, part_of
+from edgeadapt.methods.peft.folder import to_peft
 from export.bundle.base import wanted
 from export.bundle.sources import from_registry
 from export.bundle.trained import resolved

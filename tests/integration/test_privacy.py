@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from adapters.layout import Layout
-from adapters.sums import clip
 from client.training.engine import classifier_trainer
 from client.training.examples import Split, in_split, read_examples
+from edgeadapt.formats.layout import Layout
+from edgeadapt.rounds.sums import clip
 from tests.integration.test_federation import Orders, settings_of
 from tests.integration.test_federation import orders as orders
 

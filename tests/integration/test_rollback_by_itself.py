@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from adapters.base import Base
 from client.training.examples import Example, Split, in_split, read_examples, write_examples
-from coordinator.channels.history import audit_repository
+from edgeadapt.bases.base import Base
+from edgeadapt.releases.history import audit_repository
 from export.bundle.sources import from_registry
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import Profile

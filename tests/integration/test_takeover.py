@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from adapters.registryfiles import BLOBS, DATABASE, REGISTRY, RegistrySettings
-from adapters.registrystores import postgresql_url
 from coordinator.registry import Leadership, Registry, database, leadership
 from coordinator.servicesettings import SERVICES, ServiceSettings
 from coordinator.statedir import PUBLIC_KEY, CoordinatorStateDir, open_registry
+from edgeadapt.formats.registryfiles import BLOBS, DATABASE, REGISTRY, RegistrySettings
+from edgeadapt.formats.registrystores import postgresql_url
 from tests.support.gateway import HOST, attending, free_port, wait_until
 from tests.support.postgresql import Server
 from tests.support.trial import call

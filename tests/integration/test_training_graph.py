@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import tomli_w
 
-from adapters.base import Base
-from adapters.layout import Tensors
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import EdgeAdaptError
 from aggregation.pki.identity import IdentityKey
 from client.node.statedir import SETTINGS
+from edgeadapt.bases.base import Base
+from edgeadapt.formats.layout import Tensors
 from export.bundle.write import write_bundle
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
@@ -122,7 +122,7 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 import client.node.app
 from client.node.statedir import DeviceStateDir
-from adapters.peftconfig import PeftConfig
+from edgeadapt.formats.peftconfig import PeftConfig
 from client.training.engine import classifier_trainer
 from pathlib import Path
 

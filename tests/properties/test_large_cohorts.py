@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from adapters.layout import Layout, TensorSpec
 from aggregation.policy import Policy
 from coordinator.settings import Aggregation
+from edgeadapt.formats.layout import Layout, TensorSpec
 
 DEVICES = 150
 LAYOUT = Layout((TensorSpec("a", (10, 10)),))

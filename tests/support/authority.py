@@ -8,7 +8,7 @@ from aggregation.entropy import SystemEntropy
 from aggregation.pki import Authority
 from aggregation.pki.identity import IdentityKey
 from aggregation.pki.revocation import RevocationList
-from coordinator.authority import AuthorityStore
+from edgeadapt.authority import AuthorityStore
 
 PASSPHRASE = b"correct horse battery"
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adapters import container
-from adapters.bundle import BASE_MANIFEST, adapter_path, manifest_path
-from adapters.files import sha256
-from adapters.manifest import AdapterManifest, BaseManifest
 from aggregation.pki.identity import IdentityKey
+from edgeadapt.formats import container
+from edgeadapt.formats.bundle import BASE_MANIFEST, adapter_path, manifest_path
+from edgeadapt.formats.files import sha256
+from edgeadapt.formats.manifest import AdapterManifest, BaseManifest
 
 
 def flip(path: Path, where: float) -> None:

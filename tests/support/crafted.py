@@ -15,18 +15,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from adapters import classifier
-from adapters.layout import Layout, Tensors
-from adapters.lorasb import unfolded
-from adapters.parts import Part
-from adapters.peftconfig import PeftConfig
-from adapters.roundtask import Outcome
-from adapters.sums import noisy_vector
-from adapters.task import OptimizerName, Task, contribution, noisy_mean, shared_layout, update_of, weighted_mean
 from aggregation import rotation
 from client.training.examples import Example, Score
 from client.training.trainer import ClassifierTrainer
 from coordinator.settings import FederationSettings
+from edgeadapt.formats.layout import Layout, Tensors
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods import classifier
+from edgeadapt.methods.lorasb import unfolded
+from edgeadapt.methods.parts import Part
+from edgeadapt.rounds.roundtask import Outcome
+from edgeadapt.rounds.sums import noisy_vector
+from edgeadapt.rounds.task import OptimizerName, Task, contribution, noisy_mean, shared_layout, update_of, weighted_mean
 
 Vector = NDArray[np.float64]
 WEIGHT, BIAS = "base_model.model.classifier.weight", "base_model.model.classifier.bias"

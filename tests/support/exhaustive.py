@@ -21,20 +21,20 @@ ROOT = Path(__file__).resolve().parents[2]
 PASSED = ROOT / "tests" / "exhaustive.json"
 SOURCES = {  # file of tests → what its cases depend on, besides itself
     "tests/attacks/test_29_files_that_never_end.py": (
-        *("edgeadapt.py", "adapters", "client/cli", "client/inference", "client/node"),
-        *("coordinator/audit", "coordinator/authority", "coordinator/cli", "export/bundle", "export/cli"),
+        *("client/cli", "client/inference", "client/node", "coordinator/cli"),
+        *("edgeadapt", "export/bundle", "export/cli"),
     ),
-    "tests/export/causal/test_traced.py": ("adapters", "export/causal", "export/onnx"),
-    "tests/export/cli/test_peft_recipes.py": ("adapters", "client/learning", "client/training", "export"),
+    "tests/export/causal/test_traced.py": ("edgeadapt/bases", "edgeadapt/methods", "export/causal", "export/onnx"),
+    "tests/export/cli/test_peft_recipes.py": ("client/learning", "client/training", "edgeadapt/methods", "export"),
     "tests/export/test_architectures.py": (
-        "adapters",
+        "edgeadapt/bases",
+        "edgeadapt/methods",
         "export/causal",
         "export/onnx",
         "docs/reference/architectures.md",
     ),
     "tests/integration/test_faults.py": (
-        *("adapters/gateway", "aggregation", "client/gateway", "client/node"),
-        *("coordinator", "benchmarks/faults"),
+        *("aggregation", "benchmarks/faults", "client/gateway", "client/node", "coordinator", "edgeadapt/formats"),
     ),
 }
 

@@ -5,7 +5,7 @@ from tempfile import TemporaryDirectory
 
 import onnx
 
-from adapters.bundle import MODEL, WEB_MODEL, WEIGHTS
+from edgeadapt.formats.bundle import MODEL, WEB_MODEL, WEIGHTS
 from export.onnx.exported import ExportedBase
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from adapters.roundrecord import RoundRecord, digest_of
 from coordinator import lastsum, rounds, transcripts
-from coordinator.audit import AuditInput, AuditOptions, Status
 from coordinator.registry import Head, Registry, database
+from edgeadapt.audit import AuditInput, AuditOptions, Status
+from edgeadapt.formats.roundrecord import RoundRecord, digest_of
 from tests.support.verified import forget_verified
 
 

@@ -13,12 +13,12 @@ from grpc import StatusCode
 from websockets.exceptions import ConnectionClosed, WebSocketException
 from websockets.sync.client import ClientConnection, connect
 
-from adapters.gateway import messages
-from adapters.gateway.messages import RetryWindow, retry_window
 from aggregation.entropy import SystemEntropy
 from aggregation.pki import Authority, IdentityKey
 from client.gateway.calls import Asked, Conversation, conversation
 from coordinator.gateway.carriers import ConversationServer
+from edgeadapt.formats.gateway import messages
+from edgeadapt.formats.gateway.messages import RetryWindow, retry_window
 from tests.support.gateway import HOST
 
 PATIENCE = 20.0  # seconds

@@ -22,7 +22,7 @@ from peft import (
 )
 from transformers import AutoModelForSequenceClassification
 
-from adapters.base import Base
+from edgeadapt.bases.base import Base
 from tests.support.models import LABELS
 from tests.support.recipes import CLI, SIZES, bare
 

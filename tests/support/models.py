@@ -21,16 +21,16 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from adapters import causal
-from adapters.base import Base, find_base
-from adapters.classifier import build, load, tensors
-from adapters.layout import Tensors
-from adapters.peftconfig import PeftConfig
 from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
 from client.inference.engine import GenerationEngine
 from client.inference.generate import Generator
 from client.inference.library import Library
+from edgeadapt.bases.base import Base, find_base
+from edgeadapt.formats.layout import Tensors
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods import causal
+from edgeadapt.methods.classifier import build, load, tensors
 from export.bundle.write import AdapterSource, add_adapter, write_bundle
 from export.causal import export_causal
 from export.onnx.classifier import export_classifier

@@ -11,12 +11,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModel
 
-import edgeadapt
-from adapters.base import Base, find_base
+from edgeadapt import program
+from edgeadapt.bases.base import Base, find_base
 from export.onnx.peftmodel import logits_of
 from tests.support.models import LABELS
 
-CLI = edgeadapt.cli  # a fixture may replace it
+CLI = program.cli  # a fixture may replace it
 TEXTS = ("turn on the kitchen lights", "lock the door", "unlock")
 SIZES = {
     "hidden_size": 32,

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from adapters import files
-from adapters.layout import Layout, Tensors
-from adapters.manifest import PeftConfig, ServerRule, VersionManifest
-from adapters.roundrecord import RoundRecord, digest_of
 from aggregation.pki.identity import IdentityKey
 from coordinator.registry import Registry, state_digest
+from edgeadapt.formats import files
+from edgeadapt.formats.layout import Layout, Tensors
+from edgeadapt.formats.manifest import PeftConfig, ServerRule, VersionManifest
+from edgeadapt.formats.roundrecord import RoundRecord, digest_of
 
 
 def _tensors(value: float) -> Tensors:

@@ -10,7 +10,6 @@ import numpy as np
 import tomli_w
 from click.testing import CliRunner
 
-from adapters.rollout import Rollout
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import EdgeAdaptError
 from aggregation.pki.identity import IdentityKey
@@ -19,10 +18,11 @@ from client.node.statedir import SETTINGS
 from client.training.examples import Split, in_split, read_examples
 from client.updates import ChannelSource, follow, update
 from client.updates.channel import Targeting
-from coordinator.channels.repository import ChannelRepository
-from coordinator.channels.rollback import prepare
-from coordinator.governance.gatesettings import GateSettings
 from edgeadapt import cli
+from edgeadapt.formats.rollout import Rollout
+from edgeadapt.promotion.gatesettings import GateSettings
+from edgeadapt.releases.repository import ChannelRepository
+from edgeadapt.releases.rollback import prepare
 from export.bundle.sources import Origin
 from export.bundle.write import create
 from export.onnx.exported import ExportedBase

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from adapters.graphinputs import (
+from edgeadapt.formats.graphinputs import (
     GIVEN,
     INPUT_SCALE,
     LORA_A,
@@ -24,7 +24,7 @@ from adapters.graphinputs import (
     layer_of,
     vector_site,
 )
-from adapters.layout import Floats, Tensors
+from edgeadapt.formats.layout import Floats, Tensors
 from export.onnx.peftmodel import logits_of
 from export.onnx.targets import SlotKind
 

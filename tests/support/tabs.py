@@ -8,14 +8,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from adapters.gateway.invitation import Invitation
 from aggregation.entropy import SystemEntropy
 from aggregation.pki import Authority
 from aggregation.pki.certificates import to_pem
 from aggregation.pki.identity import PublicKey
 from aggregation.pki.requests import read_request
 from client.browser.server import Site, http_server
-from coordinator.authority import AuthorityStore
+from edgeadapt.authority import AuthorityStore
+from edgeadapt.formats.gateway.invitation import Invitation
 from tests.support import cdp
 from tests.support.gateway import HOST, authority_of, wait_until
 

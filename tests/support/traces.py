@@ -86,7 +86,7 @@ def _write(file: Path, content: bytes) -> None:
 @cache
 def _sources() -> str:
     digest = sha256(repr([version(name) for name in USED]).encode())
-    for part in ("adapters", "export"):
+    for part in ("edgeadapt", "export"):
         for path in sorted((ROOT / part).rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

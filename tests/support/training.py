@@ -3,7 +3,7 @@
 import onnx
 from torch import nn
 
-from adapters.bundle import MODEL, TRAINING, WEIGHTS
+from edgeadapt.formats.bundle import MODEL, TRAINING, WEIGHTS
 from export.onnx.dequantize import BITS, round_integers, round_weights
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.storedweights import integer_weights

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import edgeadapt
+from edgeadapt import program
 
 AUTHORITY, COORDINATOR, SEED = "authority", "coordinator", "seed"
 SCENARIO = """
@@ -26,7 +26,7 @@ test_utterances = 6
 
 def call(*arguments: object) -> None:
     """``edgeadapt`` in this process; an error is raised as what it is."""
-    edgeadapt.cli([str(argument) for argument in arguments], standalone_mode=False)
+    program.cli([str(argument) for argument in arguments], standalone_mode=False)
 
 
 def make_trial_fleet(

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from adapters.keyfiles import TLS_CERTIFICATE, TLS_KEY
 from coordinator.services.deployment import running
 from coordinator.servicesettings import SERVICES, ServiceSettings
+from edgeadapt.formats.keyfiles import TLS_CERTIFICATE, TLS_KEY
 from tests.support.gateway import HOST, authority_of, free_port, server_tls
 
 ROOT = Path(__file__).parents[2]

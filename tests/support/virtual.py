@@ -18,9 +18,9 @@ from peft import (
 )
 from transformers import AutoModelForCausalLM
 
-from adapters import pretrained
-from adapters.base import Base
 from aggregation.pki.identity import IdentityKey
+from edgeadapt.bases import pretrained
+from edgeadapt.bases.base import Base
 from export.bundle.sources import Origin, from_peft
 from export.bundle.write import add, write_bundle
 from export.causal import export_causal

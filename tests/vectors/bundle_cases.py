@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from adapters import container, dsse, jsontext
-from adapters.bundle import TRUST
-from adapters.container import Stored
 from aggregation.pki.identity import IdentityKey
+from edgeadapt.formats import container, dsse, jsontext
+from edgeadapt.formats.bundle import TRUST
+from edgeadapt.formats.container import Stored
 
 BASE, ADAPTER = "base-manifest", "adapter-manifest"
 BASE_PATH, MANIFEST, FILE = (

@@ -20,16 +20,16 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from adapters.bundle import TOKENIZER, TRUST
-from adapters.classifiergraph import ClassifierGraph
-from adapters.files import sha256
-from adapters.graphinputs import LORA_A, LORA_B, OFFSET, PEFT_PREFIX
-from adapters.layout import Floats, Tensors
-from adapters.manifest import Format, PrivacyBound
-from adapters.peft.inputs import AdapterInputs
-from adapters.peftconfig import PeftConfig
-from adapters.workfolder import WorkFolder
 from client.inference.trust import Trust
+from edgeadapt.bases.classifiergraph import ClassifierGraph
+from edgeadapt.formats.bundle import TOKENIZER, TRUST
+from edgeadapt.formats.files import sha256
+from edgeadapt.formats.graphinputs import LORA_A, LORA_B, OFFSET, PEFT_PREFIX
+from edgeadapt.formats.layout import Floats, Tensors
+from edgeadapt.formats.manifest import Format, PrivacyBound
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.formats.workfolder import WorkFolder
+from edgeadapt.methods.peft.inputs import AdapterInputs
 from export.bundle.write import AdapterSource, add_adapter, write_bundle
 from export.onnx import headers
 from export.onnx.exported import ExportedBase, Profile, written

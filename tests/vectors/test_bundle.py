@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters.bundle import TRUST
 from aggregation.errors import EdgeAdaptError
 from client.inference import ClassificationSession
+from edgeadapt.formats.bundle import TRUST
 from tests.support.programs import READER, other_reader
 from tests.vectors import make_bundle
 from tests.vectors.bundle_cases import BASE_PATH, FILE, MANIFEST, Case, Made

@@ -1,4 +1,4 @@
-// Signed documents as DSSE envelopes with Ed25519: as adapters/dsse.py and adapters/jsontext.py.
+// Signed documents as DSSE envelopes with Ed25519: as edgeadapt/formats/dsse.py and edgeadapt/formats/jsontext.py.
 //
 // Nothing of a payload is parsed before its signature is verified.
 
@@ -45,7 +45,7 @@ export function pae(type, payload) {
   return concat(encode(`DSSEv1 ${kind.length} `), kind, encode(` ${payload.length} `), payload);
 }
 
-/** The value of a JSON text in UTF-8. Throws SyntaxError, TypeError: none, or what adapters/jsontext.py refuses. */
+/** The value of a JSON text in UTF-8. Throws SyntaxError, TypeError: none, or what edgeadapt/formats/jsontext.py refuses. */
 export function parse(bytes) {
   const text = decode(bytes);
   const value = JSON.parse(text);

@@ -1,4 +1,4 @@
-// The tensors of an adapter as inputs of an exported graph, and the slots that they fill: as adapters/graphinputs.py.
+// The tensors of an adapter as inputs of an exported graph, and the slots that they fill: as edgeadapt/formats/graphinputs.py.
 //
 // A tensor here is { shape, values: Float32Array }, row-major, by graph input.
 
@@ -76,7 +76,7 @@ function turned(name, { shape, values }) {
   return isLora(name) && shape.length === 2 ? { shape: shape.toReversed(), values: transposed(values, shape) } : { shape, values };
 }
 
-/** SHA-256 of names and shapes as peft has them, in order (adapters/layout.py). */
+/** SHA-256 of names and shapes as peft has them, in order (edgeadapt/formats/layout.py). */
 export async function layoutDigest(inputs) {
   const rows = [...inputs].map(([name, { shape }]) => [PEFT_PREFIX + name, isLora(name) ? [...shape].reverse() : shape]);
   rows.sort(([left], [right]) => byCodePoint(left, right));

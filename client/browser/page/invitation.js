@@ -1,4 +1,4 @@
-// Invitations (adapters/gateway/invitation.py), and enrolment with one at the authority, and renewal
+// Invitations (edgeadapt/formats/gateway/invitation.py), and enrolment with one at the authority, and renewal
 // (coordinator/gateway/enrolment.py).
 //
 // The secret of an invitation stays here: it is the seed of a key that signs the request. Who receives the request instead of

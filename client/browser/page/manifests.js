@@ -1,4 +1,4 @@
-// The two signed manifests that a device reads, checked field by field (adapters/manifest.py).
+// The two signed manifests that a device reads, checked field by field (edgeadapt/formats/manifest.py).
 
 import { encode, sha256 as digest } from "./bytes.js";
 import { ConfigError, TrustError, quoted } from "./errors.js";
@@ -39,7 +39,7 @@ const PEFT_CONFIG = {
   bias: oneOf("none", "all", "lora_only"),
 };
 
-/** Whether a value is a PEFT config (adapters/peftconfig.py). */
+/** Whether a value is a PEFT config (edgeadapt/formats/peftconfig.py). */
 export const isPeftConfig = (value) => isObject(value) && !misfit(value, PEFT_CONFIG);
 
 const BASE = {
@@ -73,7 +73,7 @@ const ADAPTER = {
   parent: orNull(sha256),
   rank: count,
   labels: listOf(string),
-  temperature: between(0.05, 20), // adapters/manifest.py
+  temperature: between(0.05, 20), // edgeadapt/formats/manifest.py
   privacy: orNull((value) => isObject(value) && !misfit(value, PRIVACY)),
 };
 
@@ -103,7 +103,7 @@ export function contentDigest(manifest) {
   return digest(encode(canonical({ ...manifest, ...same })));
 }
 
-/** JSON as adapters/jsontext.py writes it, where `temperature` alone is a float. */
+/** JSON as edgeadapt/formats/jsontext.py writes it, where `temperature` alone is a float. */
 function canonical(value) {
   if (Array.isArray(value)) return `[${value.map(canonical)}]`;
   if (!isObject(value)) return JSON.stringify(value);

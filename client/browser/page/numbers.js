@@ -1,6 +1,6 @@
 // Decodes the number formats of adapter files into float32. Files are little-endian, as all platforms with browsers are.
 
-export const BLOCK = 32; // four-bit integers with one scale (adapters/int4.py)
+export const BLOCK = 32; // four-bit integers with one scale (edgeadapt/formats/int4.py)
 
 export const product = (shape) => shape.reduce((size, each) => size * each, 1);
 

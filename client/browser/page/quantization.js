@@ -1,4 +1,4 @@
-// How an adapter file stores numbers: the reading half of adapters/quantization.py.
+// How an adapter file stores numbers: the reading half of edgeadapt/formats/quantization.py.
 
 import { DataError, quoted } from "./errors.js";
 import { LORA_A, isVirtual, vectorKind } from "./graphinputs.js";

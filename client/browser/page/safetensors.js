@@ -1,4 +1,4 @@
-// Reads an adapter's safetensors file, in which a plan distributes it: as adapters/files.py.
+// Reads an adapter's safetensors file, in which a plan distributes it: as edgeadapt/formats/files.py.
 //
 // The length of the header in eight bytes, little-endian; the header, a JSON object of name → { dtype, shape, data_offsets },
 // with texts under "__metadata__"; then the numbers. Every size is checked before it is used.

@@ -1,6 +1,6 @@
 // The bundles that the page accepts: signed by a pinned key, unaltered, and never older than before.
 //
-// The rules of adapters/bundle.py and client/inference/trust.py, in the same order:
+// The rules of edgeadapt/formats/bundle.py and client/inference/trust.py, in the same order:
 // 1. The pinned keys are outside the bundle, and the base manifest is signed by one of them.
 // 2. Every file of the base has the digest that its manifest states.
 // 3. An adapter manifest is signed by a pinned key, under its own name.

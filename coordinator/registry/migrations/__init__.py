@@ -12,11 +12,11 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection
 from sqlalchemy.engine import URL
 
-from adapters.registryfiles import SCHEMA, SCHEMAS, require_schema
-from adapters.registrystores import shown
 from aggregation.errors import ConfigError
-from coordinator.audit.transcripts import logs
 from coordinator.registry import database, transcripttable
+from edgeadapt.audit.transcripts import logs
+from edgeadapt.formats.registryfiles import SCHEMA, SCHEMAS, require_schema
+from edgeadapt.formats.registrystores import shown
 
 CONNECTION = "connection"  # attribute of a configuration, which ``env.py`` reads
 

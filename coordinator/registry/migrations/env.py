@@ -2,8 +2,8 @@
 
 from alembic import context
 
-from adapters.registryfiles import SCHEMAS
 from coordinator.registry import database
+from edgeadapt.formats.registryfiles import SCHEMAS
 
 context.configure(
     connection=context.config.attributes["connection"], target_metadata=database.metadata, version_table=SCHEMAS

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from adapters.settings import Settings
 from aggregation.errors import ConfigError
+from edgeadapt.formats.settings import Settings
 from simulations.data.households.speech import (
     Language,
     Template,

@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters.bundle import adapter_names
-from adapters.peftconfig import PeftConfig
 from aggregation.pki.identity import IdentityKey
 from client.cli import chat as command
 from client.inference.generate import ChatMessage, Conversation, Generator
 from client.inference.text import SamplingParams
 from client.learning import Correction, Learner
 from client.learning.corrections import LessonHistory
+from edgeadapt.formats.bundle import adapter_names
+from edgeadapt.formats.peftconfig import PeftConfig
 from export.bundle.write import AdapterSource, write_bundle
 from export.causal import export_causal
 from export.onnx.exported import ExportedBase, Profile

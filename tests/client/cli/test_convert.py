@@ -8,14 +8,14 @@ import numpy as np
 import onnxruntime_genai as og
 import pytest
 
-from adapters import container
-from adapters.bundle import adapter_path
 from aggregation.errors import ConfigError, TrustError
 from aggregation.pki.identity import IdentityKey
 from client.cli.adapters import convert
 from client.inference.engine import GenerationEngine
 from client.inference.library import Composition, Library
 from client.inference.text import SamplingParams
+from edgeadapt.formats import container
+from edgeadapt.formats.bundle import adapter_path
 from export.bundle.write import write_bundle
 from export.onnx.exported import ExportedBase
 from tests.support import refused

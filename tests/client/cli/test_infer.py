@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from adapters.bundle import BASE, TOKENIZER
 from aggregation.errors import EdgeAdaptError
 from aggregation.pki.identity import IdentityKey
 from client.cli import device
+from edgeadapt.formats.bundle import BASE, TOKENIZER
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.exported import ExportedBase
 from tests.support.bundles import resign

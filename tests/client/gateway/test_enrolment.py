@@ -19,8 +19,6 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters import storage
-from adapters.gateway.invitation import Invitation, read_invitation
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
 from aggregation.pki import Authority, IdentityKey, Reason
@@ -30,10 +28,12 @@ from client.gateway import enrolment as device_side
 from client.gateway.agent import Agent
 from client.gateway.enrolment import Renewal, enrol_with, renew, validity
 from client.node.statedir import AGENT_LOCK, CERTIFICATE, DeviceSettings, DeviceStateDir
-from coordinator.authority import AuthorityStore
-from coordinator.authority.store import utc_now
 from coordinator.gateway.enrolment import ATTEMPTS, EnrolmentServer, EnrolmentService
 from coordinator.gateway.server import Gateway
+from edgeadapt.authority import AuthorityStore
+from edgeadapt.authority.store import utc_now
+from edgeadapt.formats import storage
+from edgeadapt.formats.gateway.invitation import Invitation, read_invitation
 from tests.support import refused
 from tests.support.authority import signer, store
 from tests.support.gateway import HOST, attending, server_tls, wait_until

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters.bundle import adapter_path, manifest_path
-from adapters.graphinputs import LORA_A, layout_of
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey
@@ -20,6 +18,8 @@ from client.inference.generate import Generator
 from client.inference.session import ClassificationSession
 from client.inference.text import MAX_TEXT, SamplingParams
 from client.inference.trust import Trust
+from edgeadapt.formats.bundle import adapter_path, manifest_path
+from edgeadapt.formats.graphinputs import LORA_A, layout_of
 from export.bundle.write import write_bundle
 from tests.support import refused
 from tests.support.bundles import flip, resign, resign_file

@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adapters.base import find_base
-from adapters.classifier import build, tensors
-from adapters.classifiergraph import MAX_ROWS, group_rows, stack
-from adapters.layout import Tensors
-from adapters.peft.inputs import AdapterInputs
-from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.identity import IdentityKey
 from client.inference.library import Composition, Library
 from client.inference.session import ClassificationSession
+from edgeadapt.bases.base import find_base
+from edgeadapt.bases.classifiergraph import MAX_ROWS, group_rows, stack
+from edgeadapt.formats.layout import Tensors
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods.classifier import build, tensors
+from edgeadapt.methods.peft.inputs import AdapterInputs
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile

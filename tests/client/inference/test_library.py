@@ -10,11 +10,11 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from adapters.layout import Tensors
 from aggregation.errors import ConfigError, DataError, TrustError
 from client.inference.library import AdapterCache, Composition, Library, WeightedAdapter, compose
 from client.inference.session import ClassificationSession
 from client.inference.trust import Trust, VerifiedAdapter
+from edgeadapt.formats.layout import Tensors
 from export.bundle.write import AdapterSource
 from export.onnx.exported import ExportedBase
 from tests.support import refused

@@ -15,11 +15,11 @@ import pytest
 from peft import PeftModel
 from tokenizers import Tokenizer
 
-from adapters.bundle import TOKENIZER
-from adapters.workfolder import WorkFolder
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
 from client.inference.session import ClassificationSession
+from edgeadapt.formats.bundle import TOKENIZER
+from edgeadapt.formats.workfolder import WorkFolder
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.exported import ExportedBase, written
 from export.parity.compare import torch_logits

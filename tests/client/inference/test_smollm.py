@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters.base import find_base
-from adapters.causal import LORA, build, tensors
 from aggregation.pki.identity import IdentityKey
 from client.inference.engine import GenerationEngine
 from client.inference.generate import ChatMessage, Conversation, Generator
 from client.inference.guide import Guide, GuideKind
 from client.inference.library import Library
 from client.inference.text import Finish, SamplingParams
+from edgeadapt.bases.base import find_base
+from edgeadapt.methods.causal import LORA, build, tensors
 from export.bundle.write import AdapterSource, write_bundle
 from export.causal import export_causal
 from export.onnx.exported import Profile

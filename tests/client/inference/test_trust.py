@@ -1,4 +1,4 @@
-"""Which keys a device trusts, and that it accepts no rollback; tests/adapters/test_bundle.py has the other rules."""
+"""Which keys a device trusts, and that it accepts no rollback; test_bundle.py of the formats has the other rules."""
 
 import json
 import os
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from adapters.base import Base
-from adapters.bundle import VerifiedAdapter
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
 from client.inference.trust import SeenVersions, Trust
+from edgeadapt.bases.base import Base
+from edgeadapt.formats.bundle import VerifiedAdapter
 from export.bundle.write import AdapterSource, add_adapter, write_bundle
 from export.onnx.exported import ExportedBase
 from tests.support import refused

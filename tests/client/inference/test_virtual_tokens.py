@@ -8,14 +8,14 @@ import pytest
 import torch
 from peft import PromptTuningConfig
 
-from adapters.base import Base
-from adapters.graphinputs import PROMPT
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.identity import IdentityKey
 from client.inference.generate import ChatMessage, Conversation, Generator
 from client.inference.library import Composition, Library
 from client.inference.phrases import PhraseReader
 from client.inference.text import SamplingParams
+from edgeadapt.bases.base import Base
+from edgeadapt.formats.graphinputs import PROMPT
 from export.bundle.sources import from_peft
 from export.bundle.write import add
 from tests.support import models, refused, virtual

@@ -14,15 +14,15 @@ import numpy as np
 import onnx
 import pytest
 
-from adapters.bundle import BASE_MANIFEST, TRAINING, adapter_names
-from adapters.manifest import BaseManifest
-from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey
 from client.inference.library import Library
 from client.learning import Correction, Learner
 from client.learning.learner import bits
 from client.training.personal import PersonalMethod, PersonalStep
+from edgeadapt.formats.bundle import BASE_MANIFEST, TRAINING, adapter_names
+from edgeadapt.formats.manifest import BaseManifest
+from edgeadapt.formats.peftconfig import PeftConfig
 from export.bundle.sources import from_peft
 from export.bundle.write import add, write_bundle
 from export.causal import export_causal

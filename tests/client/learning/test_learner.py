@@ -17,11 +17,6 @@ import pytest
 from click.testing import CliRunner, Result
 from peft import PeftModel
 
-from adapters import storage
-from adapters.base import Base
-from adapters.bundle import BASE, PHRASES, TRAINING, WEIGHTS, adapter_names
-from adapters.manifest import PrivacyBound
-from adapters.peftconfig import PeftConfig
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey
@@ -29,6 +24,11 @@ from client.cli import device
 from client.inference.session import ClassificationSession
 from client.learning import Correction, Learned, Learner
 from client.learning.learner import HISTORY, LEARNED, LOCK
+from edgeadapt.bases.base import Base
+from edgeadapt.formats import storage
+from edgeadapt.formats.bundle import BASE, PHRASES, TRAINING, WEIGHTS, adapter_names
+from edgeadapt.formats.manifest import PrivacyBound
+from edgeadapt.formats.peftconfig import PeftConfig
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile

@@ -4,11 +4,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from adapters.bundle import BASE, TRAINING, adapter_names
 from aggregation.errors import DataError, TrustError
 from aggregation.pki.identity import IdentityKey
 from client.inference.session import ClassificationSession
 from client.learning import Correction, Learner
+from edgeadapt.formats.bundle import BASE, TRAINING, adapter_names
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.exported import ExportedBase
 from tests.client.learning.test_learner import OTHERS, TAUGHT, answer, drawn, other, phone, run, teach, trainable

@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from adapters import storage
-from adapters.bundle import BASE, PHRASES, adapter_names, adapter_path
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
 from client.learning import Learner
@@ -20,6 +18,8 @@ from client.learning.learner import LEARNED
 from client.training.control import TrainingCheckpoint
 from client.training.graphengine import GraphEngine
 from client.training.personal import PersonalStep
+from edgeadapt.formats import storage
+from edgeadapt.formats.bundle import BASE, PHRASES, adapter_names, adapter_path
 from export.onnx.exported import ExportedBase
 from tests.client.learning.test_learner import OTHERS, TAUGHT, answer, drawn, phone, run, teach, trainable
 from tests.support.blocked import without_torch

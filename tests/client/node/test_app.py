@@ -17,9 +17,6 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from adapters import files, storage
-from adapters.layout import Layout
-from adapters.task import Task
 from aggregation import checks, envelope, server
 from aggregation.entropy import SystemEntropy
 from aggregation.messages import Challenge, Survivors
@@ -32,6 +29,9 @@ from client.node.statedir import LOCK, DeviceStateDir
 from client.node.statedir import STATE as STATE_FILE
 from client.node.step import RefusalCode
 from coordinator.statedir import CoordinatorStateDir
+from edgeadapt.formats import files, storage
+from edgeadapt.formats.layout import Layout
+from edgeadapt.rounds.task import Task
 
 FIRST = "device-00"
 NODE = 2

@@ -17,8 +17,8 @@ from aggregation.transcript import LogState, Transcript, session_chain_proof
 from client.node.app import STATE, app
 from client.node.statedir import LOG_STATE, DeviceStateDir
 from coordinator import rounds as module
-from coordinator.audit.transcripts import logs
 from coordinator.statedir import CoordinatorStateDir
+from edgeadapt.audit.transcripts import logs
 from tests.support import refused
 
 FleetOf = Callable[..., Any]

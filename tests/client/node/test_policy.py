@@ -9,12 +9,6 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from adapters.analytic import AnalyticTask
-from adapters.evaluation import EvaluationTask
-from adapters.parts import PARTS
-from adapters.peftconfig import PeftConfig
-from adapters.roundtask import RoundTask
-from adapters.task import Task
 from aggregation.errors import ConfigError, ProtocolError
 from aggregation.pki.identity import IdentityKey
 from aggregation.policy import Policy
@@ -26,6 +20,12 @@ from client.node.privacyledger import PrivacyLedger
 from client.node.statedir import DeviceSettings, DeviceStateDir
 from client.training.control import TrainingControl
 from client.training.limits import TrainingLimits
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods.parts import PARTS
+from edgeadapt.rounds.analytic import AnalyticTask
+from edgeadapt.rounds.evaluation import EvaluationTask
+from edgeadapt.rounds.roundtask import RoundTask
+from edgeadapt.rounds.task import Task
 from tests.support import refused
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "reference" / "device-policy.md"

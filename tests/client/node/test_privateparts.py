@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters import files
-from adapters.layout import Layout, Tensors
-from adapters.parts import PARTS, Part, part_of
-from adapters.peftconfig import PeftConfig
-from adapters.task import Task
 from aggregation.errors import ProtocolError, TrustError
 from client.node.privateparts import PrivateParts, check_unshared, ever_private, private_on
 from client.training.private import private_of, subject_of, with_private
+from edgeadapt.formats import files
+from edgeadapt.formats.layout import Layout, Tensors
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods.parts import PARTS, Part, part_of
+from edgeadapt.rounds.task import Task
 from tests.support import refused
 
 TASK = Task(PeftConfig("LORA", 2, 4, ("q",)), ("off", "on"), 1, 16, 0.01, 0.0, 0.0, PARTS, (Part.A, Part.B))

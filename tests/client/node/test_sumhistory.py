@@ -7,14 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters import files
-from adapters.analytic import AnalyticTask
-from adapters.evaluation import EvaluationTask
-from adapters.layout import Tensors
-from adapters.parts import PARTS, Part
-from adapters.peftconfig import PeftConfig
-from adapters.roundtask import LEAST_STEP, distance
-from adapters.task import OptimizerName, Task
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ProtocolError, TrustError
 from aggregation.messages import Plan
@@ -25,6 +17,14 @@ from client.node import sumhistory
 from client.node.sketch import BUCKETS, separation, sketch
 from client.node.statedir import SUMS, DeviceSettings, DeviceStateDir
 from client.node.sumhistory import SumHistory, SumKind
+from edgeadapt.formats import files
+from edgeadapt.formats.layout import Tensors
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods.parts import PARTS, Part
+from edgeadapt.rounds.analytic import AnalyticTask
+from edgeadapt.rounds.evaluation import EvaluationTask
+from edgeadapt.rounds.roundtask import LEAST_STEP, distance
+from edgeadapt.rounds.task import OptimizerName, Task
 from tests.support import refused
 from tests.support.fleet import session_spec
 

@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 from peft import PeftModel
 
-from adapters.base import Base
-from adapters.peftconfig import PeftConfig
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ProtocolError, TrustError
 from aggregation.pki.identity import IdentityKey
@@ -16,6 +14,8 @@ from client.node import tasklabels
 from client.node.statedir import LABELS as FILE
 from client.node.statedir import DeviceSettings, DeviceStateDir
 from client.node.tasklabels import TaskLabels, on_plan, signed_labels
+from edgeadapt.bases.base import Base
+from edgeadapt.formats.peftconfig import PeftConfig
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters import files, jsontext
-from adapters.peftconfig import PeftConfig
 from aggregation.steps import ADAPTER, BODY, Step
 from client.node.statedir import SETTINGS
 from client.training.control import TrainingControl
 from client.training.trainer import ClassifierTrainer
+from edgeadapt.formats import files, jsontext
+from edgeadapt.formats.peftconfig import PeftConfig
 from tests.client.node.test_app import DEVICES, FIRST, PHRASE, Talk, talk
 
 __all__ = ["talk"]

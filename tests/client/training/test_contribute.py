@@ -8,17 +8,17 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from adapters.layout import Layout, Tensors, TensorSpec
-from adapters.parts import PARTS
-from adapters.peftconfig import PeftConfig
-from adapters.roundtask import Outcome
-from adapters.sums import Bounds, clip
-from adapters.task import MAX_LOSS, Task, contribution, contribution_spec, require_reach
 from aggregation import rotation
 from aggregation.errors import DataError, ProtocolError
 from aggregation.spec import Adversary, SessionSpec
 from client.node.training import check_bounds
 from client.training.examples import Score
+from edgeadapt.formats.layout import Layout, Tensors, TensorSpec
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods.parts import PARTS
+from edgeadapt.rounds.roundtask import Outcome
+from edgeadapt.rounds.sums import Bounds, clip
+from edgeadapt.rounds.task import MAX_LOSS, Task, contribution, contribution_spec, require_reach
 from tests.support import refused
 
 START: Tensors = {"a": np.zeros((2, 3), np.float32), "b": np.ones(4, np.float32)}
@@ -208,7 +208,7 @@ def test_the_variance_of_the_rounding_shows_nothing_of_the_update(size: float, m
         return float(np.mean((errors / step(spec, "delta")) ** 2))
 
     assert variance() == pytest.approx(1 / 4, rel=0.02)  # the standard error of the estimate is 0.6 %
-    monkeypatch.setattr("adapters.task.rounding_noise", lambda step, size, rng: np.zeros(size))
+    monkeypatch.setattr("edgeadapt.rounds.task.rounding_noise", lambda step, size, rng: np.zeros(size))
     assert variance() < 0.18
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from adapters.layout import Tensors
-from adapters.parts import PARTS
-from adapters.peftconfig import PeftConfig
-from adapters.task import OptimizerName, RateSchedule, Task, is_stable
 from aggregation.errors import DataError
 from client.training.control import TrainingCheckpoint, TrainingControl, TrainingState
 from client.training.descent import DISTANCE, clipped, descend, finite
+from edgeadapt.formats.layout import Tensors
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods.parts import PARTS
+from edgeadapt.rounds.task import OptimizerName, RateSchedule, Task, is_stable
 from tests.support.errors import refused
 
 ADAMW = Task(PeftConfig.lora(2, 4), ("off", "on"), 1, 1, 0.05, 0.1, 0.0, PARTS, PARTS)

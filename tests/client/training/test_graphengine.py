@@ -8,13 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters.base import Base
-from adapters.bundle import TRAINING, Bundle, VerifiedBase
-from adapters.layout import Tensors
-from adapters.parts import PARTS, Part, part_of
-from adapters.peft.lowrank import FACTORS
-from adapters.peftconfig import PeftConfig
-from adapters.task import Task
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.identity import IdentityKey
@@ -24,6 +17,13 @@ from client.training.denormals import flushes, without_denormals
 from client.training.engine import classifier_trainer
 from client.training.examples import Example
 from client.training.trainer import ClassifierTrainer, parts
+from edgeadapt.bases.base import Base
+from edgeadapt.formats.bundle import TRAINING, Bundle, VerifiedBase
+from edgeadapt.formats.layout import Tensors
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods.parts import PARTS, Part, part_of
+from edgeadapt.methods.peft.lowrank import FACTORS
+from edgeadapt.rounds.task import Task
 from export.bundle.write import write_bundle
 from export.onnx.classifier import export_classifier
 from export.onnx.dequantize import dequantized

@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from adapters import causal
-from adapters.base import Base
-from adapters.layout import Tensors
-from adapters.parts import PARTS
-from adapters.peftconfig import PeftConfig
-from adapters.task import MAX_LOSS, Task
 from aggregation.errors import ConfigError, DataError
 from client.training import torchengine
 from client.training.examples import Example, Split, parse_examples, read_examples, write_examples
 from client.training.trainer import LanguageTrainer
+from edgeadapt.bases.base import Base
+from edgeadapt.formats.layout import Tensors
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods import causal
+from edgeadapt.methods.parts import PARTS
+from edgeadapt.rounds.task import MAX_LOSS, Task
 from tests.support import refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,12 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from adapters.base import Base
-from adapters.bundle import TRAINING, Bundle, VerifiedBase
-from adapters.layout import Tensors
-from adapters.parts import PARTS
-from adapters.peftconfig import Method, PeftConfig
-from adapters.task import Task
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
@@ -22,6 +16,12 @@ from client.training import graphengine, torchengine
 from client.training.control import TrainingControl
 from client.training.examples import Example, Score
 from client.training.trainer import LanguageTrainer
+from edgeadapt.bases.base import Base
+from edgeadapt.formats.bundle import TRAINING, Bundle, VerifiedBase
+from edgeadapt.formats.layout import Tensors
+from edgeadapt.formats.peftconfig import Method, PeftConfig
+from edgeadapt.methods.parts import PARTS
+from edgeadapt.rounds.task import Task
 from export.bundle.write import write_bundle
 from export.causal import export_causal
 from export.onnx.dequantize import dequantized

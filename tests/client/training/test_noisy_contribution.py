@@ -8,13 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.analytic import AnalyticTask
-from adapters.layout import Layout, Tensors
-from adapters.parts import Part
-from adapters.peftconfig import PeftConfig
-from adapters.roundtask import Outcome
-from adapters.sums import Bounds, check_noisy, noisy_ring_bits, noisy_spec, noisy_vector
-from adapters.task import Task, noisy_mean, update_of
 from aggregation import rotation
 from aggregation.errors import ConfigError, DataError, ProtocolError
 from aggregation.privacy import noise
@@ -23,6 +16,13 @@ from aggregation.privacy.rounding import norm_squared
 from aggregation.spec import Adversary, Privacy, SessionSpec
 from client.node.training import check_bounds
 from client.training.examples import Score
+from edgeadapt.formats.layout import Layout, Tensors
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods.parts import Part
+from edgeadapt.rounds.analytic import AnalyticTask
+from edgeadapt.rounds.roundtask import Outcome
+from edgeadapt.rounds.sums import Bounds, check_noisy, noisy_ring_bits, noisy_spec, noisy_vector
+from edgeadapt.rounds.task import Task, noisy_mean, update_of
 from tests.support import refused
 
 START: Tensors = {"a": np.zeros((20, 30), np.float32), "b": np.ones(40, np.float32)}

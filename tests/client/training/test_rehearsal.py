@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from adapters.layout import Tensors
 from client.training.examples import Example, Score, Split
 from client.training.personal import Candidate, Choice, PersonalMethod, PersonalStep, personalize, rehearsal
 from client.training.trainer import ClassifierTrainer
+from edgeadapt.formats.layout import Tensors
 from tests.client.training.test_trainer import EXAMPLES, MINE, STEP, TASK, distance, rng, start, trainer
 
 __all__ = ["start", "trainer"]  # fixtures

@@ -10,13 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from adapters import classifier
-from adapters.classifier import HEAD_SCALE, seeded
-from adapters.layout import Layout, Tensors
-from adapters.lorasb import folded
-from adapters.manifest import PeftConfig
-from adapters.parts import PARTS, Part, is_bias, part_of
-from adapters.task import MAX_LOSS, OptimizerName, Task
 from aggregation.errors import DataError
 from client.training import torchengine
 from client.training.control import TrainingControl
@@ -34,6 +27,13 @@ from client.training.personal import (
     with_own_head,
 )
 from client.training.trainer import ClassifierTrainer, batches
+from edgeadapt.formats.layout import Layout, Tensors
+from edgeadapt.formats.manifest import PeftConfig
+from edgeadapt.methods import classifier
+from edgeadapt.methods.classifier import HEAD_SCALE, seeded
+from edgeadapt.methods.lorasb import folded
+from edgeadapt.methods.parts import PARTS, Part, is_bias, part_of
+from edgeadapt.rounds.task import MAX_LOSS, OptimizerName, Task
 from tests.support import refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -151,7 +151,7 @@ def test_a_score_is_the_sum_over_batches_of_any_size(
     trainer: ClassifierTrainer, start: Tensors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = trainer.score(start, EXAMPLES)
-    monkeypatch.setattr("adapters.classifier.BATCH", 2)
+    monkeypatch.setattr("edgeadapt.methods.classifier.BATCH", 2)
     split = trainer.score(start, EXAMPLES)
     assert (split.correct, split.count) == (whole.correct, whole.count)
     assert split.loss == pytest.approx(whole.loss, rel=1e-5)
@@ -344,8 +344,8 @@ MANY_THREADS = """
 import os, sys
 from contextlib import nullcontext
 import torch
-from adapters.base import find_base
-from adapters.peftconfig import PeftConfig
+from edgeadapt.bases.base import find_base
+from edgeadapt.formats.peftconfig import PeftConfig
 from client.training import torchengine
 child = os.fork()  # before torch has threads, which keep what holds when they start
 if not child:

@@ -15,7 +15,7 @@ from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
 from client.inference.trust import Trust
 from client.updates import ChannelSource, Updated, follow, update
-from coordinator.channels.repository import ChannelRepository
+from edgeadapt.releases.repository import ChannelRepository
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.exported import ExportedBase
 from tests.support import models

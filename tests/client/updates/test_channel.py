@@ -14,18 +14,18 @@ import pytest
 from click.testing import CliRunner
 from tuf.api.metadata import Metadata, Targets
 
-from adapters.bundle import adapter_names, adapter_path, manifest_path
-from adapters.keyfiles import make_key
-from adapters.release import Release
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey
 from client.updates import ChannelSource, follow
-from coordinator.channels.actions import Action, GateResult
-from coordinator.channels.history import audit_repository
-from coordinator.channels.repository import ChannelRepository
-from coordinator.channels.rollback import roll_back
 from edgeadapt import cli
+from edgeadapt.formats.bundle import adapter_names, adapter_path, manifest_path
+from edgeadapt.formats.keyfiles import make_key
+from edgeadapt.formats.release import Release
+from edgeadapt.releases.actions import Action, GateResult
+from edgeadapt.releases.history import audit_repository
+from edgeadapt.releases.repository import ChannelRepository
+from edgeadapt.releases.rollback import roll_back
 from export.bundle.write import write_bundle
 from export.onnx.exported import ExportedBase
 from tests.client.updates.conftest import NOW, Place, Source
@@ -249,7 +249,7 @@ def test_a_full_disk_leaves_the_bundle_in_use(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(new))
 
     with monkeypatch.context() as patch:
-        patch.setattr("adapters.storage.link_or_copy", full)
+        patch.setattr("edgeadapt.formats.storage.link_or_copy", full)
         with pytest.raises(OSError, match="No space"):
             following.update()
     assert following.version() == 1

@@ -15,9 +15,9 @@ from tuf.api.metadata import Root, Targets
 from tuf.ngclient._internal import trusted_metadata_set
 
 from aggregation.errors import TrustError
-from coordinator.channels.actions import Action
-from coordinator.channels.metadata import ROOT, TOP
-from coordinator.channels.prepared import RELEASE, Release
+from edgeadapt.releases.actions import Action
+from edgeadapt.releases.metadata import ROOT, TOP
+from edgeadapt.releases.prepared import RELEASE, Release
 from tests.client.updates.conftest import NOW, Place
 from tests.client.updates.test_prepared_rollback import made as made
 from tests.client.updates.test_prepared_rollback import place_in

@@ -14,15 +14,15 @@ from tuf.api.metadata import Metadata, Targets
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
-from coordinator.channels.actions import Action
-from coordinator.channels.comparison import compared
-from coordinator.channels.history import audit_repository
-from coordinator.channels.metadata import MAX_METADATA, ROLLBACK
-from coordinator.channels.repository import ChannelRepository
-from coordinator.channels.rollback import note_evaluation, prepare, publish_prepared, roll_back
-from coordinator.channels.verdict import JudgedEvaluation, verdict
 from coordinator.dashboard.channels import ChannelsView
-from coordinator.governance.gatesettings import GateSettings
+from edgeadapt.promotion.gatesettings import GateSettings
+from edgeadapt.releases.actions import Action
+from edgeadapt.releases.comparison import compared
+from edgeadapt.releases.history import audit_repository
+from edgeadapt.releases.metadata import MAX_METADATA, ROLLBACK
+from edgeadapt.releases.repository import ChannelRepository
+from edgeadapt.releases.rollback import note_evaluation, prepare, publish_prepared, roll_back
+from edgeadapt.releases.verdict import JudgedEvaluation, verdict
 from export.onnx.exported import ExportedBase
 from tests.client.updates.conftest import NOW, Place, Source
 from tests.support import refused
@@ -348,7 +348,7 @@ def test_a_kill_before_the_timestamp_leaves_it_ready(staged: Place, monkeypatch:
         def killed(*_: object, **__: object) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr("coordinator.channels.metadata.RoleMetadata._log", killed)
+        patch.setattr("edgeadapt.releases.metadata.RoleMetadata._log", killed)
         with pytest.raises(KeyboardInterrupt):
             publish_prepared(staged.repository, "stable", judged)
     assert not staged.update().changed

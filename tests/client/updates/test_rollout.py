@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from tuf.api.metadata import Metadata, TargetFile, Targets
 
-from adapters.rollout import FLAGS, Rollout
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, TrustError
 from client.updates import ChannelSource, Updated, follow, update
 from client.updates.channel import TARGETING, Targeting
-from coordinator.channels.actions import Action
-from coordinator.channels.history import audit_repository
+from edgeadapt.formats.rollout import FLAGS, Rollout
+from edgeadapt.releases.actions import Action
+from edgeadapt.releases.history import audit_repository
 from export.onnx.exported import ExportedBase
 from tests.client.updates.conftest import Handler, Place, Source
 from tests.support import refused
@@ -344,7 +344,7 @@ def test_a_killed_rollout_leaves_the_one_before(staged: Place, monkeypatch: pyte
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("coordinator.channels.metadata.RoleMetadata.commit", killed)
+        patch.setattr("edgeadapt.releases.metadata.RoleMetadata.commit", killed)
         with pytest.raises(KeyboardInterrupt):
             staged.repository.set_rollout("stable", 90)
     assert staged.repository.rollout("stable") == Rollout(2, 1, 50)

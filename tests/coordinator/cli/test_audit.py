@@ -15,15 +15,15 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-import edgeadapt
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import TrustError
 from aggregation.pki import Authority
 from aggregation.pki.identity import IdentityKey
 from aggregation.pki.revocation import Revocation, RevocationList
 from aggregation.transcript import Checkpoint
-from coordinator.audit import AuditInput, AuditOptions, Check
-from coordinator.audit.transcripts import log_name, logs, vector_path
+from edgeadapt import program
+from edgeadapt.audit import AuditInput, AuditOptions, Check
+from edgeadapt.audit.transcripts import log_name, logs, vector_path
 from tests.support import refused
 from tests.support.sessions import LoggedSession
 
@@ -51,7 +51,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["edgeadapt", "audit", *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
-            edgeadapt.main()
+            program.main()
         out, err = capsys.readouterr()
         return int(caught.value.code or 0), out, err
 
@@ -283,7 +283,7 @@ def test_a_revocation_list_that_had_expired_by_the_time_of_the_sessions_says_not
     got, out, err = run("verify", folder, "--revoked", listed, "--at", at)
     assert got == code
     assert ("valid until 2026-09-01" in err, "revocation list 3" in " ".join(out.split())) == (code == 4, code == 0)
-    monkeypatch.setattr("coordinator.audit.transcripts._require_in_force", lambda crl, at: None)
+    monkeypatch.setattr("edgeadapt.audit.transcripts._require_in_force", lambda crl, at: None)
     assert run("verify", folder, "--revoked", listed, "--at", at)[0] == 0
 
 
@@ -411,7 +411,7 @@ def test_a_warning_of_a_library_is_not_printed_with_an_error(folder: Path) -> No
     text = base64.b64encode(der).decode()
     (folder / "authority.pem").write_text(f"-----BEGIN CERTIFICATE-----\n{text}\n-----END CERTIFICATE-----\n")
     command = [sys.executable, "-m", "edgeadapt", "audit", "verify", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(edgeadapt.__file__).parent)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(program.__file__).parents[1])
     assert (done.returncode, len(done.stderr.splitlines())) == (4, 1)
     assert f"{folder / 'authority.pem'}" in done.stderr
 
@@ -473,7 +473,7 @@ def test_a_file_that_is_not_a_log_fails(run: Run, folder: Path) -> None:
 
 
 def test_an_auditor_needs_no_framework() -> None:
-    script = "import sys, edgeadapt, coordinator.cli.audit; print(*sorted({m.partition('.')[0] for m in sys.modules}))"
+    script = "import sys, edgeadapt, edgeadapt.cli.audit; print(*sorted({m.partition('.')[0] for m in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     assert "aggregation" in loaded

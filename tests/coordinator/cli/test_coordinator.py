@@ -247,7 +247,7 @@ def test_init_and_status_load_neither_torch_nor_flower(tmp_path: Path, authority
 
 def write(base: Any, method: str, folder: Path) -> Path:
     """The folder of a first adapter for two labels."""
-    from adapters.trainable import configuration
+    from edgeadapt.methods.trainable import configuration
     from export.seed import write_seed
 
     phrases = [("on", "turn on the light"), ("off", "stop the music")]

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from adapters.layout import Layout, TensorSpec
 from aggregation.errors import ConfigError
 from coordinator.cli.privacy import privacy
 from coordinator.settings import FederationSettings, PrivacySettings
+from edgeadapt.formats.layout import Layout, TensorSpec
 from tests.support import refused
 
 NOISY = ("--set", "privacy.mechanism=skellam", "--set", "privacy.epsilon=4.0", "--set", "rounds=3")

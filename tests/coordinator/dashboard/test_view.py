@@ -10,13 +10,13 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from aggregation.entropy import SystemEntropy
-from coordinator.channels.repository import ChannelRepository
 from coordinator.dashboard.channels import ChannelsView
 from coordinator.dashboard.metrics import exposition
 from coordinator.dashboard.view import Viewer
 from coordinator.gateway.snapshot import FILE, GatewaySnapshot, read, written
 from coordinator.settings import FederationSettings
 from coordinator.statedir import CoordinatorStateDir
+from edgeadapt.releases.repository import ChannelRepository
 from tests.support.gateway import wait_until
 
 FleetOf = Callable[..., Any]

@@ -7,17 +7,17 @@ from datetime import timedelta
 import pytest
 from websockets.exceptions import InvalidStatus
 
-from adapters.gateway import messages
-from adapters.gateway.invitation import ENROLMENT, Invitation
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError
 from aggregation.pki import Authority, IdentityKey, Reason
 from aggregation.pki.requests import request
-from coordinator.authority import AuthorityStore
-from coordinator.authority.store import utc_now
 from coordinator.gateway.carriers import BrowserSettings
 from coordinator.gateway.enrolment import ATTEMPTS, LARGEST, EnrolmentServer, EnrolmentService
 from coordinator.gateway.places import RefusalRates
+from edgeadapt.authority import AuthorityStore
+from edgeadapt.authority.store import utc_now
+from edgeadapt.formats.gateway import messages
+from edgeadapt.formats.gateway.invitation import ENROLMENT, Invitation
 from tests.support import refused
 from tests.support.authority import new_key, signer, store
 from tests.support.gateway import HOST

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters.gateway.messages import RetryWindow
 from coordinator.gateway.pace import FORGET, Pace, Schedule
+from edgeadapt.formats.gateway.messages import RetryWindow
 
 TARGET = 10_000  # check-ins a minute
 MINUTES = 8

@@ -12,20 +12,20 @@ import grpc
 import pytest
 from websockets.exceptions import InvalidStatus
 
-from adapters.gateway import messages
-from adapters.gateway.messages import DeviceAnswer, RetryWindow
-from adapters.keyfiles import TLS_CERTIFICATE, TLS_KEY
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, TrustError
 from aggregation.pki import Authority, IdentityKey
 from client.gateway.calls import conversation
-from coordinator import traces
 from coordinator.gateway.carriers import BrowserSettings
 from coordinator.gateway.grid import serving
 from coordinator.gateway.hub import WAITING, NoAnswer
 from coordinator.gateway.server import Gateway
 from coordinator.settings import FederationSettings
 from coordinator.statedir import CoordinatorStateDir
+from edgeadapt import traces
+from edgeadapt.formats.gateway import messages
+from edgeadapt.formats.gateway.messages import DeviceAnswer, RetryWindow
+from edgeadapt.formats.keyfiles import TLS_CERTIFICATE, TLS_KEY
 from tests.coordinator.gateway.conftest import LIMITS, Site, SiteOf
 from tests.support import refused
 from tests.support.gateway import HOST, certify, server_tls, wait_until

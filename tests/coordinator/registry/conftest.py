@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from sqlalchemy.engine import URL
 
-from adapters.registrystores import postgresql_url
 from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
 from coordinator.registry import Registry
+from edgeadapt.formats.registrystores import postgresql_url
 from tests.support.registry import Rounds
 
 

@@ -2,7 +2,7 @@
 
 What may change without notice is what no reader uses: SQLite's own format, its free space and its index of keys, and
 the key id in an envelope, which only names the key that an error message is about. The audit's half of this is
-tests/coordinator/audit/test_flipped_bytes.py.
+tests/edgeadapt/audit/test_flipped_bytes.py.
 """
 
 import random
@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from adapters import files
 from aggregation.errors import EdgeAdaptError
 from coordinator.registry import Registry
+from edgeadapt.formats import files
 
 SEED, FLIPS, ROUNDS = 20261126, 250, 3
 

@@ -227,7 +227,7 @@ PAUSED = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-from adapters.registrystores import postgresql_url
+from edgeadapt.formats.registrystores import postgresql_url
 from aggregation.pki.identity import IdentityKey
 from coordinator.registry import Lease, Registry
 from tests.support.registry import Rounds

@@ -16,13 +16,13 @@ from click.testing import CliRunner
 from sqlalchemy import Engine, MetaData, text
 from sqlalchemy.engine import URL, make_url
 
-import adapters.registryreader
-from adapters.registryfiles import DATABASE, SCHEMA, SCHEMAS
-from adapters.registrystores import postgresql_url
+import edgeadapt.formats.registryreader
 from aggregation.errors import ConfigError, EdgeAdaptError
 from coordinator.cli.coordinator import coordinator
 from coordinator.registry import Registry, TranscriptTable, database, migrations
 from coordinator.registry.snapshot import RegistrySnapshot
+from edgeadapt.formats.registryfiles import DATABASE, SCHEMA, SCHEMAS
+from edgeadapt.formats.registrystores import postgresql_url
 from tests.support import refused
 from tests.support.registry import Rounds
 
@@ -167,7 +167,7 @@ def test_an_older_registry_is_refused_until_it_is_upgraded(app_fleet_of: Callabl
     assert type(error) is ConfigError
     assert "edgeadapt coordinator upgrade" in str(error)
     with refused(ConfigError, "database.schema", value="1"):
-        adapters.registryreader.open_registry_files(folder, []).rounds()
+        edgeadapt.formats.registryreader.open_registry_files(folder, []).rounds()
     assert (folder / DATABASE).read_bytes() == before
     done = CliRunner().invoke(coordinator, ["upgrade", str(folder), "--json"])
     assert json.loads(done.stdout) == {"state": str(folder), "from": "1", "to": SCHEMA}

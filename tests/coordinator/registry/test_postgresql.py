@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from adapters.registrystores import postgresql_url
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from coordinator.registry import Blobs, Registry
+from edgeadapt.formats.registrystores import postgresql_url
 from tests.support import refused
 from tests.support.postgresql import Server
 from tests.support.registry import Rounds

@@ -12,13 +12,13 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import URL
 from sqlalchemy.schema import CreateTable
 
-from adapters import files
-from adapters.layout import Layout
-from adapters.roundrecord import digest_of
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey
 from coordinator.registry import Registry, database
+from edgeadapt.formats import files
+from edgeadapt.formats.layout import Layout
+from edgeadapt.formats.roundrecord import digest_of
 from tests.support import refused
 from tests.support.registry import Rounds, commit
 

@@ -14,9 +14,6 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from adapters import storage
-from adapters.keyfiles import NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
-from adapters.registryfiles import REGISTRY
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, EdgeAdaptError
 from aggregation.pki.tls import TlsKey
@@ -26,6 +23,9 @@ from coordinator.services.deployment import LOCK, RUNNING, running, services_of,
 from coordinator.servicesettings import SERVICES, ServiceSettings
 from coordinator.settings import SETTINGS
 from coordinator.statedir import AUTHORITY, CoordinatorStateDir
+from edgeadapt.formats import storage
+from edgeadapt.formats.keyfiles import NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
+from edgeadapt.formats.registryfiles import REGISTRY
 from tests.support import refused
 from tests.support.gateway import authority_of, certify, free_port, wait_until
 

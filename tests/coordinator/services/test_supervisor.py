@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from adapters import storage
 from aggregation.errors import EdgeAdaptError
 from coordinator.services import supervisor
 from coordinator.services.supervisor import Happening, Patience, ServiceEvent, ServiceProgram, supervise
+from edgeadapt.formats import storage
 from tests.support import refused
 from tests.support.gateway import wait_until
 
@@ -216,7 +216,7 @@ def test_an_exit_code_after_which_a_restart_is_useless_ends_all_with_what_was_wr
 def test_services_end_when_the_supervisor_is_killed(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     (tmp_path / "holder.py").write_text(
-        "import sys, time\nfrom pathlib import Path\nfrom adapters.storage import locked\n"
+        "import sys, time\nfrom pathlib import Path\nfrom edgeadapt.formats.storage import locked\n"
         "def hold():\n    with locked(Path(sys.argv[1])): Path(sys.argv[1] + '.held').touch(); time.sleep(600)\n"
     )
     script = (

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from peft import PeftModel
 
-from adapters.classifier import tensors
-from adapters.graphinputs import check_slots, to_inputs
-from adapters.manifest import Format
-from adapters.peft.inputs import AdapterInputs
-from adapters.peftconfig import PeftConfig
 from aggregation.errors import DataError
+from edgeadapt.formats.graphinputs import check_slots, to_inputs
+from edgeadapt.formats.manifest import Format
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods.classifier import tensors
+from edgeadapt.methods.peft.inputs import AdapterInputs
 from export.bundle.adapter import completed, decode, encode
 from export.onnx.exported import ExportedBase
 from export.parity.compare import OnnxRunner

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from adapters.base import Base
 from aggregation.errors import ConfigError
+from edgeadapt.bases.base import Base
 from export.bundle.base import usual_task
 from tests.support import refused
 

@@ -12,11 +12,11 @@ from shutil import copyfile
 import pytest
 from peft import PeftModel
 
-from adapters.files import sha256
-from adapters.layout import Layout
-from adapters.manifest import AdapterManifest, BaseManifest
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.identity import IdentityKey
+from edgeadapt.formats.files import sha256
+from edgeadapt.formats.layout import Layout
+from edgeadapt.formats.manifest import AdapterManifest, BaseManifest
 from export.bundle.write import AdapterSource, add_adapter, copy_bundle, write_bundle
 from export.onnx.exported import ExportedBase
 from export.onnx.peftmodel import find_adapter_inputs

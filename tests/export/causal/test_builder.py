@@ -19,14 +19,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from adapters import pretrained
-from adapters.base import Base, find_base
-from adapters.causal import build, tensors
-from adapters.graphinputs import to_inputs
-from adapters.keyfiles import make_key
-from adapters.peftconfig import PeftConfig
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError
+from edgeadapt.bases import pretrained
+from edgeadapt.bases.base import Base, find_base
+from edgeadapt.formats.graphinputs import to_inputs
+from edgeadapt.formats.keyfiles import make_key
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods.causal import build, tensors
 from export.bundle.adapter import encode
 from export.causal import export_causal
 from export.onnx import headers
@@ -170,7 +170,7 @@ def test_two_processes_in_two_folders_write_the_same_bundle(llama: Base, tmp_pat
 def _edgeadapt(*arguments: str, folder: Path, seed: str) -> None:
     root = Path(__file__).parents[3]
     environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(root)}
-    command = [sys.executable, str(root / "edgeadapt.py"), *arguments]
+    command = [sys.executable, "-m", "edgeadapt", *arguments]
     subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
 
 
@@ -265,7 +265,7 @@ def test_matmuls_of_one_input_are_merged(llama: Base) -> None:
 
 def test_the_builder_leaves_sys_path_and_logging_unchanged(llama: Base) -> None:
     script = (
-        "import logging, sys; from pathlib import Path; from adapters.base import find_base; "
+        "import logging, sys; from pathlib import Path; from edgeadapt.bases.base import find_base; "
         "from export.causal import export_causal; from export.onnx.quantize import Profile; path = sys.path[:]; "
         f"export_causal(find_base({str(llama.folder)!r}), ('q_proj',), Profile.FP32); "
         "print(path == sys.path, logging.getLogger().handlers, logging.getLogger().level)"

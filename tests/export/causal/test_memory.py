@@ -13,7 +13,7 @@ A_PARAMETER = 6  # bytes at most; the float32 model alone takes 4
 
 CHILD = """
 import sys
-from adapters.base import find_base
+from edgeadapt.bases.base import find_base
 from export.causal import export_causal
 from export.onnx.exported import Profile
 exported = export_causal(find_base(sys.argv[1]), ("q_proj", "v_proj"), Profile.NATIVE_INT8)

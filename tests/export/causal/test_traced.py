@@ -17,11 +17,6 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, R
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from adapters import pretrained
-from adapters.base import Base, find_base
-from adapters.causal import build, tensors
-from adapters.graphinputs import to_inputs
-from adapters.peftconfig import PeftConfig
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
@@ -29,6 +24,11 @@ from client.inference.engine import GenerationEngine
 from client.inference.generate import Generator
 from client.inference.library import Library
 from client.inference.text import SamplingParams
+from edgeadapt.bases import pretrained
+from edgeadapt.bases.base import Base, find_base
+from edgeadapt.formats.graphinputs import to_inputs
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods.causal import build, tensors
 from export.bundle.base import usual_task
 from export.bundle.write import AdapterSource, write_bundle
 from export.causal import builder, export_causal, traced

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from adapters import causal
-from adapters.base import Base
-from adapters.bundle import TRAINING
-from adapters.graphinputs import PREFIX, PROMPT, to_inputs
-from adapters.layout import Tensors
-from adapters.peftconfig import PeftConfig
-from adapters.traininggraph import TrainingBatch, TrainingGraph, missing_slots
 from aggregation.errors import ConfigError
+from edgeadapt.bases.base import Base
+from edgeadapt.bases.traininggraph import TrainingBatch, TrainingGraph, missing_slots
+from edgeadapt.formats.bundle import TRAINING
+from edgeadapt.formats.graphinputs import PREFIX, PROMPT, to_inputs
+from edgeadapt.formats.layout import Tensors
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods import causal
 from export.bundle.base import export_named, wanted
 from export.causal import export_causal
 from export.onnx import derivatives, gradients

@@ -20,16 +20,16 @@ from peft import (
 )
 from transformers import AutoModelForCausalLM
 
-from adapters.base import Base
-from adapters.graphinputs import to_inputs
-from adapters.layout import Tensors
-from adapters.peft.inputs import AdapterInputs
 from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
 from client.inference.engine import GenerationEngine
 from client.inference.generate import Generator
 from client.inference.library import Library
 from client.inference.text import SamplingParams
+from edgeadapt.bases.base import Base
+from edgeadapt.formats.graphinputs import to_inputs
+from edgeadapt.formats.layout import Tensors
+from edgeadapt.methods.peft.inputs import AdapterInputs
 from export.bundle.sources import fitted, from_peft
 from export.bundle.trained import resolved
 from export.bundle.write import add, write_bundle

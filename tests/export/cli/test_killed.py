@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from adapters.base import Base
-from adapters.workfolder import HIDDEN
+from edgeadapt.bases.base import Base
+from edgeadapt.formats.workfolder import HIDDEN
 
 
 @pytest.mark.slow

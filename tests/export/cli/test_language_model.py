@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from adapters.base import Base
+from edgeadapt.bases.base import Base
 
 TEXTS = ("turn on the kitchen lights", "lock the door", "play some music in here", "x")
 

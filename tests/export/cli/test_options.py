@@ -6,7 +6,7 @@ from queue import Queue
 
 import pytest
 
-from commandline import status
+from edgeadapt.commandline import status
 from export.cli.options import progress
 from export.onnx.exported import counted
 
@@ -42,7 +42,7 @@ def test_a_pipe_gets_plain_lines_of_what_takes_long(monkeypatch: pytest.MonkeyPa
     with status("merging"):
         pass
     assert pipe.getvalue() == ""  # it was short
-    monkeypatch.setattr("commandline.PERIOD", 0.01)
+    monkeypatch.setattr("edgeadapt.commandline.PERIOD", 0.01)
     with status("merging") as show:
         pipe.until("merging (0 s)")
         show("comparing")

@@ -12,11 +12,11 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForSequenceClassification
 
-from adapters.base import Base
-from adapters.peft import lowrank
-from adapters.peft.folder import WEIGHTS
-from adapters.peft.methods import COPIES
 from client.inference.session import ClassificationSession
+from edgeadapt.bases.base import Base
+from edgeadapt.methods.peft import lowrank
+from edgeadapt.methods.peft.folder import WEIGHTS
+from edgeadapt.methods.peft.methods import COPIES
 from tests.support import methods
 from tests.support.methods import BECOME_LORA, METHODS, Trained
 from tests.support.models import LABELS

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from adapters.base import Base
-from adapters.bundle import BASE_MANIFEST
-from adapters.graphinputs import LORA_A
-from adapters.manifest import BaseManifest
 from client.learning.corrections import Correction
 from client.learning.learner import Learner
+from edgeadapt.bases.base import Base
+from edgeadapt.formats.bundle import BASE_MANIFEST
+from edgeadapt.formats.graphinputs import LORA_A
+from edgeadapt.formats.manifest import BaseManifest
 from tests.support.models import LABELS
 from tests.support.recipes import SIZES, TEXTS, bare, by_torch, infer, trained
 

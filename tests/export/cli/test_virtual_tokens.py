@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from adapters.base import Base
-from adapters.peft.folder import CONFIG, WEIGHTS
+from edgeadapt.bases.base import Base
+from edgeadapt.methods.peft.folder import CONFIG, WEIGHTS
 from tests.support import methods, virtual
 
 Run = Callable[..., Any]

@@ -6,10 +6,10 @@ import pytest
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModel
 
-from adapters.base import Base
-from adapters.classifier import PhraseClassifier, build
-from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError
+from edgeadapt.bases.base import Base
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods.classifier import PhraseClassifier, build
 from export.onnx.peftmodel import find_adapter_inputs
 from tests.support import refused
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from adapters.base import Base
-from adapters.classifier import build
-from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError
+from edgeadapt.bases.base import Base
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods.classifier import build
 from export.onnx.blocks import four_bits
 from export.onnx.classifier import export_classifier
 from export.onnx.dequantize import dequantized

@@ -10,9 +10,9 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from adapters.layout import Floats
-from adapters.traininggraph import GRADIENT
 from aggregation.errors import ConfigError
+from edgeadapt.bases.traininggraph import GRADIENT
+from edgeadapt.formats.layout import Floats
 from export.onnx import derivatives
 from export.onnx.differentiate import differentiate
 from tests.support.errors import refused

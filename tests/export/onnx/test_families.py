@@ -14,14 +14,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
-from adapters import pretrained
-from adapters.base import Base, find_base
-from adapters.classifier import build, load, tensors
-from adapters.graphinputs import to_inputs
-from adapters.peft.folder import read_peft
-from adapters.peft.inputs import AdapterInputs
-from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError
+from edgeadapt.bases import pretrained
+from edgeadapt.bases.base import Base, find_base
+from edgeadapt.formats.graphinputs import to_inputs
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods.classifier import build, load, tensors
+from edgeadapt.methods.peft.folder import read_peft
+from edgeadapt.methods.peft.inputs import AdapterInputs
 from export.bundle.base import export_named, wanted
 from export.onnx import tasks
 from export.onnx.classifier import export_classifier

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModel
 
-from adapters.base import Base
-from adapters.classifier import PhraseClassifier, build, load, tensors
-from adapters.graphinputs import to_inputs
-from adapters.layout import Floats, Tensors
-from adapters.peftconfig import PeftConfig
+from edgeadapt.bases.base import Base
+from edgeadapt.formats.graphinputs import to_inputs
+from edgeadapt.formats.layout import Floats, Tensors
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods.classifier import PhraseClassifier, build, load, tensors
 from export.bundle import adapter
 from export.onnx import graph
 from export.onnx.classifier import export_classifier

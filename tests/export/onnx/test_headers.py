@@ -10,9 +10,9 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from peft import PeftModel
 
-from adapters.base import Base
-from adapters.files import sha256
-from adapters.slotshapes import without_shapes
+from edgeadapt.bases.base import Base
+from edgeadapt.bases.slotshapes import without_shapes
+from edgeadapt.formats.files import sha256
 from export.onnx import headers
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile

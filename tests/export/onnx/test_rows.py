@@ -11,13 +11,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from adapters import pretrained
-from adapters.base import Base, find_base
-from adapters.classifier import load
-from adapters.layout import Layout
 from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
 from client.inference.session import ClassificationSession, Prediction
+from edgeadapt.bases import pretrained
+from edgeadapt.bases.base import Base, find_base
+from edgeadapt.formats.layout import Layout
+from edgeadapt.methods.classifier import load
 from export.bundle import adapter
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.classifier import export_classifier

@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 
-from adapters.base import Base
-from adapters.bundle import MODEL, TRAINING, Bundle
-from adapters.classifier import build, load, tensors
-from adapters.graphinputs import to_inputs
-from adapters.layout import Tensors
-from adapters.peftconfig import PeftConfig
-from adapters.traininggraph import TrainingBatch, TrainingGraph, missing_slots
 from aggregation.errors import ConfigError, TrustError
 from aggregation.pki.identity import IdentityKey
+from edgeadapt.bases.base import Base
+from edgeadapt.bases.traininggraph import TrainingBatch, TrainingGraph, missing_slots
+from edgeadapt.formats.bundle import MODEL, TRAINING, Bundle
+from edgeadapt.formats.graphinputs import to_inputs
+from edgeadapt.formats.layout import Tensors
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods.classifier import build, load, tensors
 from export.bundle.write import write_bundle
 from export.onnx import classifier, derivatives, gradients, graph, training
 from export.onnx.classifier import export_classifier

@@ -8,11 +8,11 @@ import pytest
 import torch
 from peft import PeftModel
 
-from adapters.base import find_base
-from adapters.classifier import build, load, tensors
-from adapters.manifest import PrivacyBound, Task
-from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError, DataError
+from edgeadapt.bases.base import find_base
+from edgeadapt.formats.manifest import PrivacyBound, Task
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods.classifier import build, load, tensors
 from export.bundle import adapter
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile

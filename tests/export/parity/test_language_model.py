@@ -8,11 +8,11 @@ import pytest
 import torch
 from peft import PeftModel
 
-from adapters import causal
-from adapters.base import Base
-from adapters.layout import Tensors
-from adapters.peftconfig import PeftConfig
 from aggregation.errors import DataError
+from edgeadapt.bases.base import Base
+from edgeadapt.formats.layout import Tensors
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods import causal
 from export.bundle import adapter
 from export.causal import export_causal
 from export.onnx.exported import Profile

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from adapters.keyfiles import TLS_CERTIFICATE, TLS_KEY
 from coordinator.app import joined, run
 from coordinator.statedir import CoordinatorStateDir
+from edgeadapt.formats.keyfiles import TLS_CERTIFICATE, TLS_KEY
 from tests.support.flowerlink import living
 from tests.support.gateway import HOST, attending, authority_of, free_port, server_tls, wait_until
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import edgeadapt
+from edgeadapt import program
 from tests.simulations.data.test_tables import rows, write_csv
 
 Outcome = tuple[int, str, str]
@@ -25,7 +25,7 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
     def run(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["edgeadapt", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            edgeadapt.main()
+            program.main()
         return int(ended.value.code or 0), *capsys.readouterr()
 
     return run

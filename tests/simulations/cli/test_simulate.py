@@ -16,13 +16,13 @@ import pytest
 from click.testing import CliRunner
 from tokenizers import Tokenizer
 
-import edgeadapt
-from adapters.base import Base, find_base
-from adapters.manifest import PrivacyBound
-from adapters.phrases import read_phrases
 from aggregation.errors import ConfigError
 from client.training.trainer import ClassifierTrainer
 from coordinator.statedir import CoordinatorStateDir
+from edgeadapt import program
+from edgeadapt.bases.base import Base, find_base
+from edgeadapt.formats.manifest import PrivacyBound
+from edgeadapt.formats.phrases import read_phrases
 from export.onnx.peftmodel import SlottedModel
 from export.onnx.quantize import Profile
 from export.parity.compare import Parity
@@ -76,7 +76,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     def call(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["edgeadapt", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            edgeadapt.main()
+            program.main()
         out, err = capsys.readouterr()
         return int(ended.value.code or 0), out, err
 
@@ -87,7 +87,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 def finished(scenario: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     """A run that went through, and what it printed."""
     out = tmp_path_factory.mktemp("runs") / "with a space"
-    done = CliRunner().invoke(edgeadapt.cli, ["simulate", str(scenario), "--out", str(out), "--json"])
+    done = CliRunner().invoke(program.cli, ["simulate", str(scenario), "--out", str(out), "--json"])
     assert (done.exit_code, done.stderr) == (0, "")
     return out, json.loads(done.stdout)
 
@@ -321,7 +321,7 @@ def test_an_interrupted_run_resumes_with_the_next_round_also_in_an_honest_but_cu
     with monkeypatch.context() as patch:
         patch.setattr(ClassifierTrainer, "train", interrupted)
         code, printed, err = run("simulate", scenario, "--out", out, *changes)
-    assert code == edgeadapt.INTERRUPTED
+    assert code == program.INTERRUPTED
     assert "arms       base" in printed
     assert "--resume" in err
     assert len(CoordinatorStateDir.open(out / "coordinator").registry.rounds()) == 1

@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters.layout import Tensors
-from adapters.parts import PARTS
-from adapters.peftconfig import PeftConfig
-from adapters.task import Task
 from aggregation.errors import ConfigError
 from client.node.app import STATE
 from client.node.statedir import DeviceStateDir
 from client.training import torchengine
 from client.training.examples import Example
 from client.training.trainer import ClassifierTrainer
+from edgeadapt.formats.layout import Tensors
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods.parts import PARTS
+from edgeadapt.rounds.task import Task
 from simulations.engine.devices import LyingApp, LyingTrainer, attackers
 from simulations.report.formatting import headline
 from simulations.scenario import Scenario

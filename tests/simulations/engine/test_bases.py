@@ -9,14 +9,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from adapters import classifier
-from adapters.base import Base
-from adapters.bundle import BASE_MANIFEST, TRAINING, VerifiedBase
-from adapters.cache import VARIABLE
-from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError
 from client.node.statedir import DeviceStateDir
 from client.training import graphengine, torchengine
+from edgeadapt.bases.base import Base
+from edgeadapt.formats.bundle import BASE_MANIFEST, TRAINING, VerifiedBase
+from edgeadapt.formats.cache import VARIABLE
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods import classifier
 from simulations.data.population import LabelledText, Population
 from simulations.engine import provision
 from simulations.engine.provision import (

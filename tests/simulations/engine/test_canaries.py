@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from scipy.stats import binom, norm
 
-from adapters.sums import Bounds, noisy_spec
 from aggregation.privacy import noise
 from aggregation.privacy.accounting import Mechanism
 from aggregation.spec import Privacy, SessionSpec
+from edgeadapt.rounds.sums import Bounds, noisy_spec
 from simulations.engine import canaries, provision
 from simulations.engine.canaries import Guesses, Sum, audited, gaussian_epsilon, one_run_epsilon, planted
 from tests.support.fleet import session_spec

@@ -8,7 +8,6 @@ import pytest
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from adapters.storage import kill_safe
 from aggregation.errors import TrustError
 from aggregation.steps import Step
 from aggregation.transcript import LogState
@@ -17,6 +16,7 @@ from client.node.app import register
 from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
 from coordinator.transport import SERVER_NODE
+from edgeadapt.formats.storage import kill_safe
 from simulations.engine.devices import MemoryDevices
 from simulations.engine.grid import FaultModel, InProcessGrid
 from simulations.engine.provision import Enrolment, device_folder

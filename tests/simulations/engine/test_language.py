@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from adapters.base import Base
 from aggregation.errors import ConfigError
 from client.training.examples import NO_LABEL
+from edgeadapt.bases.base import Base
 from simulations.cli.simulate import simulate
 from simulations.data import populate
 from simulations.engine import provision

@@ -125,7 +125,7 @@ def test_quiet_or_in_a_short_run_without_a_terminal_nothing_is_printed(result: R
 
 
 def test_a_pipe_is_shown_a_plain_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("commandline.PERIOD", 0.01)
+    monkeypatch.setattr("edgeadapt.commandline.PERIOD", 0.01)
     lines: Queue[str] = Queue()
 
     class Pipe(StringIO):

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from adapters import files
-from adapters.classifier import HEAD_SCALE
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey
 from client.training.engine import classifier_trainer
 from client.training.examples import Split, in_split, read_examples
+from edgeadapt.formats import files
+from edgeadapt.methods.classifier import HEAD_SCALE
 from simulations.engine import provision
 
 FleetOf = Callable[..., Any]

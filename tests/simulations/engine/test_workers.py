@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from adapters.storage import kill_safe
 from aggregation.errors import EdgeAdaptError
 from aggregation.steps import Step
 from client.node.privateparts import PrivateParts
 from coordinator.transport import SERVER_NODE
+from edgeadapt.formats.storage import kill_safe
 from simulations.engine.devices import LyingApp, MemoryDevices
 from simulations.engine.grid import FaultModel, InProcessGrid
 from simulations.engine.provision import DEVICES, Enrolment, device_folder

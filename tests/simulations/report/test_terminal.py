@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 from rich.console import Console
 
-from adapters.peftconfig import MethodName
+from edgeadapt.formats.peftconfig import MethodName
 from simulations.report.terminal import METHODS, print_result, print_scenario
 from simulations.result import ARMS, CanaryBounds, RunResult
 from simulations.scenario import Scenario

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from adapters.base import Base, find_base
+from edgeadapt.bases.base import Base, find_base
 from simulations.plan import Suite, SuiteSettings
 from simulations.result import ClientScore, Cost, Tally, TrialResult
 from simulations.scenario import Scenario

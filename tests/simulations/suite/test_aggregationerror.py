@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adapters.layout import Tensors
+from edgeadapt.formats.layout import Tensors
 from simulations.engine.arms import aggregation_error
 from simulations.plan import Kind, Trial
 from simulations.scenario import Scenario

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from adapters.base import Base
 from aggregation.errors import ConfigError
+from edgeadapt.bases.base import Base
 from simulations.plan import Kind, SearchOutcome, Suite, Trial
 from simulations.report.pages import headline, markdown, sentence, suite_page
 from simulations.report.summary import SuiteSummary, summarize

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-import edgeadapt
+from edgeadapt import program
 
 ARMS = """
 name = "tiny"
@@ -68,7 +68,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     def call(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["edgeadapt", "suite", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            edgeadapt.main()
+            program.main()
         out, err = capsys.readouterr()
         return int(ended.value.code or 0), out, err
 
@@ -129,7 +129,7 @@ def test_ctrl_c_ends_the_processes_and_says_how_to_go_on(suite: Path, tmp_path: 
     workers = _workers(out, 2)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == edgeadapt.INTERRUPTED
+    assert process.returncode == program.INTERRUPTED
     assert err.splitlines()[-1] == "edgeadapt: interrupted"
     assert "--resume" in err
     assert "Traceback" not in err

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters.layout import Tensors
 from aggregation.errors import DataError
 from client.training.examples import Score, Split
 from client.training.torchengine import TorchEngine
 from client.training.trainer import ClassifierTrainer
+from edgeadapt.formats.layout import Tensors
 from simulations.data import populate
 from simulations.data.population import Client, Population
 from simulations.engine import arms

@@ -1,4 +1,4 @@
-// From an update to a clipped, weighted, rotated vector in fixed point, as adapters/task.py and
+// From an update to a clipped, weighted, rotated vector in fixed point, as edgeadapt/rounds/task.py and
 // aggregation/vector.py. The vector is all that a device sends of its data, and it is sent under the mask.
 
 import { unhex } from "../bytes.js";
@@ -13,16 +13,16 @@ import { COUNTS, maxSteps, sizeOf, stepOf } from "./spec.js";
 
 const SHRINK = 1 - 2 ** -40; // keeps a clipped coordinate within its bound however the division rounds
 const COIN_BITS = 23; // of a rounding coin
-const MAX_LOSS = 20; // nats, of one example (adapters/task.py)
+const MAX_LOSS = 20; // nats, of one example (edgeadapt/rounds/task.py)
 
-/** The segments of an update of `size` numbers, [[name, size, bound]], as `Task.vector` of adapters/task.py. */
+/** The segments of an update of `size` numbers, [[name, size, bound]], as `Task.vector` of edgeadapt/rounds/task.py. */
 export function updateSegments(spec, size) {
   if (spec.privacy) return noisySegments("delta", size, spec);
   return [["delta", size, spec.clip_norm * Number(spec.weight_cap) * peak(size)], ...metricSegments(spec)];
 }
 
 /**
- * The segments of moments of embeddings of `d` numbers with `k` labels, as `AnalyticTask.vector` of adapters/analytic.py. With noise, `kept`
+ * The segments of moments of embeddings of `d` numbers with `k` labels, as `AnalyticTask.vector` of edgeadapt/rounds/analytic.py. With noise, `kept`
  * numbers of each embedding count.
  */
 export function momentSegments(spec, d, k, kept) {
@@ -31,13 +31,13 @@ export function momentSegments(spec, d, k, kept) {
   return [["xx", (d * (d + 1)) / 2, cap], ["xy", d * k, cap], ...metricSegments(spec)];
 }
 
-/** The segment of the counts of an evaluation, as `counts_spec` of adapters/evaluation.py. */
+/** The segment of the counts of an evaluation, as `counts_spec` of edgeadapt/rounds/evaluation.py. */
 export const countSegments = (spec) => noisySegments(COUNTS, 4, spec);
 
-/** The one segment of a vector with noise, as `noisy_spec` of adapters/sums.py. */
+/** The one segment of a vector with noise, as `noisy_spec` of edgeadapt/rounds/sums.py. */
 const noisySegments = (name, size, { clip_norm: norm }) => [[name, size, norm * peak(size)]];
 
-/** The segments of the metrics, as `metric_segments` of adapters/task.py. */
+/** The segments of the metrics, as `metric_segments` of edgeadapt/rounds/task.py. */
 function metricSegments({ weight_cap: weight }) {
   const cap = Number(weight);
   return [["weight", 1, cap], ["correct", 1, cap], ["loss", 1, MAX_LOSS * cap], ["held_out", 1, cap]];
@@ -67,7 +67,7 @@ export async function contribution({ delta, examples, score }, spec, adapter, en
   const rotated = await rotate(clip(delta, spec.clip_norm).map((x) => x * weight), await seedOf(unhex(adapter)));
   const step = stepOf(spec.vector, segment);
   const drawn = new DataView((await entropy(8 * rotated.length)).buffer);
-  // Uniform over half a step to either side, also where the update is zero (adapters.task.rounding_noise).
+  // Uniform over half a step to either side, also where the update is zero (edgeadapt.rounds.task.rounding_noise).
   const noisy = rotated.map((x, i) => x + step * (uniform(drawn, 8 * i) - 0.5));
   return encode(spec.vector, {
     delta: noisy.map((x) => within(x, segment.bound)),
@@ -76,7 +76,7 @@ export async function contribution({ delta, examples, score }, spec, adapter, en
 }
 
 /**
- * The contribution of a device to a sum with noise, as `noisy_vector` of adapters/sums.py.
+ * The contribution of a device to a sum with noise, as `noisy_vector` of edgeadapt/rounds/sums.py.
  *
  * `vector`, a Float64Array, is clipped, rotated, and rounded until its norm is within that for which the session accounts; noise is
  * then added to whole numbers, so that the guarantee does not depend on how floating point rounds. `entropy` draws the rounding coins

@@ -42,7 +42,7 @@ export function separation(one, other, parts) {
   return Math.hypot(...one.map((value, i) => (parts.includes(PARTS[Math.floor(i / BUCKETS)]) ? value - other[i] : 0)));
 }
 
-/** The distance below which two adapters count as one, as `least_movement` of adapters/task.py; `size`: of an update. */
+/** The distance below which two adapters count as one, as `least_movement` of edgeadapt/rounds/task.py; `size`: of an update. */
 export function leastMovement(task, clipNorm, size, share) {
   if (isAnalytic(task)) return share * LEAST_STEP;
   const { optimizer, learning_rate: rate, gradient_norm: limit, momentum } = task;

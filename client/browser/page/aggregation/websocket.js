@@ -1,6 +1,6 @@
 // A device in this page at the coordinator's gateway: over a WebSocket it proves its identity, then answers requests.
 //
-// The messages are those of adapters/gateway/messages.py. Whatever can pass by itself is tried again after a pause that
+// The messages are those of edgeadapt/formats/gateway/messages.py. Whatever can pass by itself is tried again after a pause that
 // grows, or that the gateway names; a refusal ends it. An answer that did not reach the gateway, or not the coordinator,
 // which then asks the same once more, is sent again and never made again: the device's state has moved on.
 
@@ -25,7 +25,7 @@ const CHUNK = 2 ** 18; // bytes
 const [FIRST_PAUSE, LONGEST_PAUSE] = [1000, 60_000]; // milliseconds
 const VERSION = "0.1.0"; // of edgeadapt
 
-/** The node of a device on the coordinator's grid, a BigInt: as `node_of` of adapters/gateway/messages.py. */
+/** The node of a device on the coordinator's grid, a BigInt: as `node_of` of edgeadapt/formats/gateway/messages.py. */
 export async function nodeOf(device) {
   const found = await digest(utf8(`edgeadapt/node\0${device.toLowerCase()}`));
   return new DataView(found.buffer).getBigUint64(0) >> 1n || 1n;

@@ -1,4 +1,4 @@
-// DoRA (Liu et al. 2024) as slots, as adapters/peft/dora.py: with d = m / ‖W + s B A‖, a layer computes
+// DoRA (Liu et al. 2024) as slots, as edgeadapt/methods/peft/dora.py: with d = m / ‖W + s B A‖, a layer computes
 // (x W + b) d + x A (s d B) + b (1 - d).
 //
 // Values are Maps of name → Float32Array, as slotgraph.js has them: B is [rank, outputs], without s. An adapter that is trained has the

@@ -7,7 +7,7 @@ import { parts } from "./batches.js";
 import { encoded } from "./encoding.js";
 import { SlotGraph, TOKENS_AT_ONCE } from "./slotgraph.js";
 
-const MAX_LOSS = 20; // nats for each byte of a text (adapters/task.py)
+const MAX_LOSS = 20; // nats for each byte of a text (edgeadapt/rounds/task.py)
 
 export class LanguageGraphTrainer extends SlotGraph {
   static scores = ["log_likelihood", "hits"];

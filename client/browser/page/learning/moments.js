@@ -1,4 +1,4 @@
-// The moments of a device's own examples, which it contributes to an analytic head, as adapters/ridge.py and adapters/analytic.py.
+// The moments of a device's own examples, which it contributes to an analytic head, as edgeadapt/rounds/ridge.py and edgeadapt/rounds/analytic.py.
 
 import { rotate, seedOf } from "../aggregation/rotation.js";
 import { unhex } from "../bytes.js";

@@ -1,4 +1,4 @@
-// Public phrases with their labels, one pair a line, as adapters/phrases.py.
+// Public phrases with their labels, one pair a line, as edgeadapt/formats/phrases.py.
 
 import { decode } from "../bytes.js";
 import { DataError } from "../errors.js";

@@ -27,7 +27,7 @@ import { checkUnshared, subjectOf, toKeep, withPrivate } from "./private.js";
 import { LIMITS, R, adapterOf, checkLimits, decodeTask, isAnalytic, isEvaluation, partOf, requireLabels } from "./task.js";
 import { GraphTrainer, requireMeanHead } from "./trainer.js";
 
-const MAX_LOSS = 20; // nats, of one example (adapters/task.py)
+const MAX_LOSS = 20; // nats, of one example (edgeadapt/rounds/task.py)
 const between = (pause) => () => pause({ step: 0, steps: 0 });
 
 /**

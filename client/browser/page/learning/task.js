@@ -1,4 +1,4 @@
-// What a plan asks a device to train, as adapters/task.py, and the limits within which it does, as client/training/limits.py.
+// What a plan asks a device to train, as edgeadapt/rounds/task.py, and the limits within which it does, as client/training/limits.py.
 
 import { sha256 as digestOf } from "../bytes.js";
 import { isObject, parse } from "../dsse.js";
@@ -8,7 +8,7 @@ import { COORDINATOR } from "../aggregation/messages.js";
 import { parse as tensorsOf } from "../safetensors.js";
 import { MAGNITUDE } from "./dora.js";
 
-export const [A, B, VECTORS, HEAD, R] = ["A", "B", "vectors", "head", "R"]; // adapters/parts.py
+export const [A, B, VECTORS, HEAD, R] = ["A", "B", "vectors", "head", "R"]; // edgeadapt/methods/parts.py
 const parts = listOf(oneOf(A, B, VECTORS, HEAD, R));
 const whole = (low, high) => (value) => Number.isSafeInteger(value) && low <= value && value <= high;
 const TINY = Number.MIN_VALUE;
@@ -67,7 +67,7 @@ function refuse(text, about) {
 }
 
 /**
- * The task in a plan, of one of the kinds of adapters/taskkinds.py: `isAnalytic` and `isEvaluation` tell which. Throws
+ * The task in a plan, of one of the kinds of edgeadapt/rounds/taskkinds.py: `isAnalytic` and `isEvaluation` tell which. Throws
  * ProtocolError: not a task, or one that a tab cannot train.
  */
 export function decodeTask(raw) {
@@ -108,10 +108,10 @@ export async function adapterOf({ adapter_digest: digest }, blob) {
   }
 }
 
-/** Whether a task fits an analytic head (adapters/analytic.py). */
+/** Whether a task fits an analytic head (edgeadapt/rounds/analytic.py). */
 export const isAnalytic = (task) => Object.hasOwn(task, "ridge");
 
-/** Whether a task counts right answers (adapters/evaluation.py). */
+/** Whether a task counts right answers (edgeadapt/rounds/evaluation.py). */
 export const isEvaluation = (task) => Object.hasOwn(task, "newest");
 
 function requireFields(found, fields) {
@@ -164,7 +164,7 @@ export function checkLimits(task, adapter, limits = LIMITS) {
   for (const [about, value] of Object.entries(found)) checkNumber(about, value, limits);
 }
 
-/** The numbers that a coordinator chooses with a task, except those that need no limit (adapters/tasklimits.py). */
+/** The numbers that a coordinator chooses with a task, except those that need no limit (edgeadapt/rounds/tasklimits.py). */
 function numbersIn(task) {
   const free = isAnalytic(task) ? ["ridge", "scale", "dimensions"] : isEvaluation(task) ? ["most"] : [];
   return Object.keys(task).filter((name) => typeof task[name] === "number" && !free.includes(name));
@@ -179,7 +179,7 @@ function checkNumber(about, value, limits) {
   if (value > high && name !== "gradient_norm") refuse(`${about} ${value} is over this device's maximum of ${high}`, about);
 }
 
-/** Refuse a method that a tab does not train, as `require_trainable` of adapters/peftconfig.py. Throws ConfigError. */
+/** Refuse a method that a tab does not train, as `require_trainable` of edgeadapt/formats/peftconfig.py. Throws ConfigError. */
 function checkTrainable(config) {
   const { peft_type: method, r, lora_alpha: alpha, target_modules: targets } = config;
   const rules = {

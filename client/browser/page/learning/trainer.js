@@ -11,7 +11,7 @@ import { SlotGraph, TOKENS_AT_ONCE } from "./slotgraph.js";
 const ENCODER = "encoder."; // begins the path of everything below the head
 const MEAN_HEAD = ["classifier.bias", "classifier.weight"]; // over the mean of the tokens, as federations train it
 const MAX_TOKENS = 128; // of a text
-const MAX_LOSS = 20; // nats, of one example (adapters/task.py)
+const MAX_LOSS = 20; // nats, of one example (edgeadapt/rounds/task.py)
 const MAX_ROWS = 16; // of one run of the answering graph
 
 /**

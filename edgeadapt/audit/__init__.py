@@ -1,0 +1,37 @@
+"""Audit a coordinator from its files: ``AuditInput`` reads them, ``audit`` checks a session and returns a ``Report``.
+
+An auditor needs the bare install only. In reading order: ``transcripts`` (files), ``history`` (a log, message by
+message), ``rules`` and ``sums`` (the checks on a history), ``auditor`` (all checks of a session in their order),
+``repeats`` (several sums from one adapter), ``recompute`` (the published adapters), ``findings`` (what is reported),
+``formatting`` (how it is printed).
+"""
+
+from edgeadapt.audit.auditor import audit, chain
+from edgeadapt.audit.findings import (
+    Check,
+    Finding,
+    Problem,
+    ProducedAdapter,
+    Report,
+    RoundSummary,
+    Status,
+)
+from edgeadapt.audit.history import checkpoints
+from edgeadapt.audit.recompute import Recomputation
+from edgeadapt.audit.transcripts import AuditInput, AuditOptions
+
+__all__ = [
+    "AuditInput",
+    "AuditOptions",
+    "Check",
+    "Finding",
+    "Problem",
+    "ProducedAdapter",
+    "Recomputation",
+    "Report",
+    "RoundSummary",
+    "Status",
+    "audit",
+    "chain",
+    "checkpoints",
+]

@@ -1,0 +1,384 @@
+"""The authority's folder, and what an authority does. Keep it off the coordinator's machine, and offline.
+
+    authority.key   the private key, PKCS #8, under a passphrase; readable by its owner only
+    authority.pem   the certificate that devices and coordinator pin
+    revoked.crl     the newest revocation list, for the coordinator
+    record.jsonl    every certificate, revocation and list (``record``)
+
+The private key is read only to sign. Anyone who has it can enrol any number of devices.
+"""
+
+import base64
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Self, TypeAlias
+
+from cryptography import x509
+
+from aggregation.entropy import SystemEntropy
+from aggregation.errors import ConfigError, DataError, TrustError, of_file
+from aggregation.pki import Authority, Root
+from aggregation.pki.certificates import load, require_device_id, serial
+from aggregation.pki.identity import IdentityKey, PublicKey
+from aggregation.pki.requests import read_request
+from aggregation.pki.revocation import MAX_REVOCATIONS, Reason, Revocation
+from aggregation.pki.tls import TlsPublicKey
+from edgeadapt.authority.record import (
+    AuthorityRecord,
+    CertificateIssued,
+    CertificateRevoked,
+    Event,
+    InvitationIssued,
+    InvitationUsed,
+    ListSigned,
+    Purpose,
+    RecordWriter,
+)
+from edgeadapt.authority.rules import (
+    ENROL_AGAIN,
+    certificate_of,
+    count_lists,
+    issued_in,
+    lasting_certificate_of,
+    listed_revocations,
+    require_new,
+    require_redeemable,
+    require_unrevoked,
+    revoked_in,
+)
+from edgeadapt.formats import storage
+from edgeadapt.formats.gateway import invitation
+from edgeadapt.formats.gateway.messages import RENEWAL_TAG
+from edgeadapt.formats.keyfiles import MAX_PEM
+from edgeadapt.formats.storage import PRIVATE, PRIVATE_FOLDER, PUBLIC
+
+KEY, CERTIFICATE, REVOKED, RECORD = "authority.key", "authority.pem", "revoked.crl", "record.jsonl"
+SHORTEST_PASSPHRASE = 12  # characters: one guess at PKCS #8 as OpenSSL writes it takes a millisecond
+LIMITS = {KEY: MAX_PEM, CERTIFICATE: MAX_PEM, REVOKED: 2 * MAX_REVOCATIONS, RECORD: 2**28}  # bytes
+Admit: TypeAlias = Callable[[str], None]  # counts a call of whoever has proved this; may raise
+SKEW = timedelta(hours=1)  # by which a device's clock may be behind
+
+
+def utc_now() -> datetime:
+    """The time, in whole seconds as X.509 has them."""
+    return datetime.now(UTC).replace(microsecond=0)
+
+
+@dataclass(frozen=True, slots=True)
+class AuthorityStore:
+    """An authority's folder. ``clock`` says what time it is."""
+
+    folder: Path
+    clock: Callable[[], datetime] = utc_now
+
+    @classmethod
+    def create(cls, folder: Path, name: str, days: int, list_days: int, passphrase: bytes | None) -> Self:
+        """Create an authority with an empty revocation list. Afterwards the folder has all its files, or none.
+
+        Args:
+            folder: New, or empty.
+            name: Of the authority, in its certificate.
+            days: For which the authority's certificate is valid.
+            list_days: For which its first revocation list is valid.
+            passphrase: Encrypts the key; None writes it unencrypted.
+
+        Raises:
+            ConfigError: The folder is not empty or is the working directory, the name cannot be in a certificate, or
+                the passphrase is too short.
+        """
+        if passphrase is not None and len(passphrase) < SHORTEST_PASSPHRASE:
+            text = f"the passphrase has fewer than {SHORTEST_PASSPHRASE} characters: choose a longer one"
+            raise ConfigError(text, about="passphrase")
+        now = utc_now()
+        authority = Authority.create(name, SystemEntropy(), now - SKEW, now + timedelta(days))
+        with storage.new_folder(folder, mode=PRIVATE_FOLDER) as stage:
+            storage.replace(stage / KEY, authority.key.to_pem(passphrase), PRIVATE)
+            storage.replace(stage / CERTIFICATE, authority.root.to_pem(), PUBLIC)
+            storage.replace(stage / RECORD, b"", PRIVATE)
+            cls(stage).sign_list(authority, list_days)
+        return cls(folder)
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether the key needs a passphrase.
+
+        Raises:
+            ConfigError: The folder has no authority.
+        """
+        return b"ENCRYPTED" in self._read(KEY)
+
+    @property
+    def root(self) -> Root:
+        """The certificate that devices and coordinator pin.
+
+        Raises:
+            ConfigError: The folder has no authority.
+            TrustError: The file is damaged.
+        """
+        with of_file(self.folder / CERTIFICATE):
+            return Root.from_pem(self._read(CERTIFICATE))
+
+    def unlock(self, passphrase: bytes | None) -> Authority:
+        """The authority with its private key.
+
+        Raises:
+            ConfigError: The folder has no authority.
+            TrustError: The passphrase is wrong, or a file is damaged.
+        """
+        with of_file(self.folder / KEY):
+            key = IdentityKey.from_pem(self._read(KEY), passphrase)
+        authority = Authority(key, self.root.der)
+        if authority.key.public != authority.root.key:
+            text = f"{self.folder}: {KEY} and {CERTIFICATE} are of two authorities; restore the folder from a backup"
+            raise TrustError(text, about=KEY)
+        return authority
+
+    def issue(self, authority: Authority, name: str, key: PublicKey, days: float) -> bytes:
+        """Certify that ``key`` is the key of the device ``name``, valid from now on; DER.
+
+        Raises:
+            ConfigError: The certificate would outlast the authority; the key is another device's or was revoked; the
+                device has a valid certificate with another key; or another device's name differs in case only.
+            DataError: The record is damaged or lacks lines.
+        """
+        with self._writing() as writer:
+            return self._issue(writer, authority, name, key, self._end(authority, name, days))
+
+    def _issue(self, writer: RecordWriter, authority: Authority, name: str, key: PublicKey, end: datetime) -> bytes:
+        require_new(writer, name, key, self.clock())
+        begin, serial = self.clock() - SKEW, x509.random_serial_number()
+        der = authority.issue(name, key, not_before=begin, not_after=end, serial=serial)
+        self._add(writer, name, key.key_id, der, Purpose.IDENTITY)
+        return der
+
+    def issue_tls(self, authority: Authority, name: str, key: TlsPublicKey, hosts: Sequence[str], days: float) -> bytes:
+        """Certify that ``key`` is the TLS key of the gateway ``name``, valid from now on; DER.
+
+        Args:
+            authority: Unlocked.
+            name: Of the gateway.
+            key: P-256.
+            hosts: At which devices reach it.
+            days: For which it is valid.
+
+        Raises:
+            ConfigError: The certificate would outlast the authority, or as ``Authority.issue_tls``.
+            DataError: The record is damaged or lacks lines.
+        """
+        with self._writing() as writer:
+            begin, end, serial = self.clock() - SKEW, self._end(authority, name, days), x509.random_serial_number()
+            der = authority.issue_tls(name, key, hosts, not_before=begin, not_after=end, serial=serial)
+            self._add(writer, name, key.key_id, der, Purpose.GATEWAY_TLS)
+            return der
+
+    def invite(self, name: str, invited: PublicKey, hours: float) -> datetime:
+        """Let the device ``name`` enrol over a network once; until when.
+
+        Args:
+            name: That will be certified.
+            invited: The public half of the invitation's key; the secret is not kept.
+            hours: For which the invitation is valid.
+
+        Raises:
+            ConfigError: A device cannot have this name.
+            DataError: As ``issue``.
+        """
+        now, name = self.clock(), require_device_id(name)
+        expires = now + timedelta(hours=hours)
+        with self._writing() as writer:
+            writer.add(InvitationIssued(at=now, name=name, token=invited.raw.hex(), expires=expires))
+        return expires
+
+    def redeem(
+        self, authority: Authority, invited: bytes, signature: bytes, request: bytes, *, days: float, admit: Admit
+    ) -> bytes:
+        """Certify the identity of an invited device, DER. For the same key again, the same certificate.
+
+        Args:
+            authority: Unlocked.
+            invited: The public half of the invitation's key, raw.
+            signature: Of that key, on the request: who passes it on can have no other key certified.
+            request: PKCS #10 for the identity.
+            days: For which the certificate is valid.
+            admit: Called with ``invited`` in hex once the signature was verified, before the record is locked; may
+                raise.
+
+        Raises:
+            TrustError: The invitation is unknown, has expired, or was used for another key; or the signature or the
+                request is not valid, or for another name.
+            ConfigError, DataError: As ``issue``.
+        """
+        public, token = PublicKey(invited), invited.hex()
+        public.verify(invitation.ENROLMENT, request, signature)
+        name, key = read_request(request)
+        admit(token)
+        with self._writing() as writer:
+            require_redeemable(writer.events, token, name, key.key_id, self.clock())
+            if not any(isinstance(event, InvitationUsed) and event.token == token for event in writer.events):
+                require_new(writer, name, key, self.clock())
+                writer.add(InvitationUsed(at=self.clock(), token=token, key=key.key_id))
+            found = certificate_of(writer.events, key.key_id)
+            return found or self._issue(writer, authority, name, key, self._end(authority, name, days))
+
+    def renew(self, authority: Authority, certificate: bytes, signature: bytes, *, days: float, admit: Admit) -> bytes:
+        """Certify the identity of a device again, whose certificate is valid; DER.
+
+        Its newest certificate is returned as long as that does not end soon.
+
+        Args:
+            authority: Unlocked.
+            certificate: Of the device's identity, DER.
+            signature: Of the identity, on ``certificate``.
+            days: For which the new one is valid, or until the authority ends.
+            admit: Called with the device's name once it has proved it; may raise.
+
+        Raises:
+            TrustError: The certificate has expired, was revoked, or is not of this authority; or the identity did not
+                sign.
+            ConfigError, DataError: As ``issue``.
+        """
+        now = self.clock()
+        try:
+            name, key = authority.root.verify(certificate, now)
+            key.verify(RENEWAL_TAG, certificate, signature)
+        except TrustError as error:
+            raise TrustError(f"{error}: {ENROL_AGAIN}", about=error.about) from error
+        admit(name)
+        with self._writing() as writer:
+            require_unrevoked(writer.events, name, serial(certificate))
+            require_new(writer, name, key, now)
+            end = min(now + timedelta(days), authority.root.not_after)  # nobody is there to choose fewer days
+            found = lasting_certificate_of(writer.events, name, key.key_id, now, end)
+            return found or self._issue(writer, authority, name, key, end)
+
+    def _end(self, authority: Authority, name: str, days: float) -> datetime:
+        end, name = self.clock() + timedelta(days), require_device_id(name)
+        if end > authority.root.not_after:
+            text = f"the authority itself ends on {authority.root.not_after:%Y-%m-%d}: choose fewer --days for {name}"
+            raise ConfigError(text, about="--days", value=days)
+        return end
+
+    def _add(self, writer: RecordWriter, name: str, key_id: str, der: bytes, purpose: Purpose) -> None:
+        certificate = load(der)
+        writer.add(
+            CertificateIssued(
+                at=self.clock(),
+                name=name,
+                serial=f"{certificate.serial_number:x}",
+                key=key_id,
+                not_before=certificate.not_valid_before_utc,
+                not_after=certificate.not_valid_after_utc,
+                certificate=base64.b64encode(der).decode(),
+                purpose=purpose,
+            )
+        )
+
+    def revoke(self, authority: Authority, which: str, reason: Reason, list_days: int) -> tuple[CertificateIssued, ...]:
+        """Revoke the certificates of a device, or the one with a serial, and sign a new list, as ``sign_list`` does.
+
+        Args:
+            authority: Unlocked.
+            which: Name of the device, or serial in hex.
+            reason: Goes into the list.
+            list_days: For which the list is valid.
+
+        Returns:
+            The certificates that were not revoked before; none if the call is repeated. The list is signed anyway.
+
+        Raises:
+            ConfigError: There is no such certificate.
+            TrustError: The list would be too long for its readers. Nothing is revoked.
+            DataError: As ``issue``.
+        """
+        with self._writing() as writer:
+            issued, serial = issued_in(writer.events), which.lower().replace(":", "").removeprefix("0x")
+            found = [each for each in issued if each.name == which] or [
+                each for each in issued if each.serial == serial
+            ]
+            if not found:
+                text = f"there is no certificate with the name or serial {which}: 'edgeadapt authority list' shows all"
+                raise ConfigError(text, about="certificate", value=which)
+            before = revoked_in(writer.events)
+            new = tuple(each for each in found if each.serial not in before)
+            lines = [CertificateRevoked(at=self.clock(), serial=each.serial, reason=reason) for each in new]
+            self._sign_list(writer, authority, list_days, lines)
+        return new
+
+    def sign_list(self, authority: Authority, days: int) -> int:
+        """Sign a revocation list (``rules.listed_revocations``), valid for ``days``; its number.
+
+        Raises:
+            DataError: As ``issue``.
+        """
+        with self._writing() as writer:
+            return self._sign_list(writer, authority, days)
+
+    def _sign_list(
+        self, writer: RecordWriter, authority: Authority, days: int, new: Sequence[CertificateRevoked] = ()
+    ) -> int:
+        now = self.clock()
+        number = count_lists(writer.events) + 1
+        listed = listed_revocations([*writer.events, *new], now)
+        revoked = {int(serial, 16): Revocation(each.at, each.reason) for serial, each in listed.items()}
+        signed = authority.revocations(number, revoked, now, now + timedelta(days))
+        self.root.revocations(
+            signed.to_pem()
+        )  # before the record has a line: a list that nobody reads would be the last
+        # First the record: a kill in between leaves a number without a list, and no number with two lists.
+        for each in new:
+            writer.add(each)
+        writer.add(ListSigned(at=now, number=number, next_update=signed.next_update))
+        storage.replace(self.folder / REVOKED, signed.to_pem(), PUBLIC)
+        return number
+
+    def certificates(self) -> tuple[tuple[CertificateIssued, str], ...]:
+        """Every certificate, in order, with its status: ``valid``, ``expired``, or ``revoked`` with the reason.
+
+        Raises:
+            ConfigError: The folder has no authority.
+            DataError: The record is damaged.
+        """
+        events, now = self._record().read(), self.clock()
+        revoked = revoked_in(events)
+
+        def status(each: CertificateIssued) -> str:
+            if each.serial in revoked:
+                return f"revoked ({revoked[each.serial].reason.value})"
+            return "valid" if now <= each.not_after else "expired"
+
+        return tuple((each, status(each)) for each in issued_in(events))
+
+    @contextmanager
+    def _writing(self) -> Iterator[RecordWriter]:
+        with self._record().writing() as writer:
+            self._require_complete(writer.events)
+            yield writer
+
+    def _require_complete(self, events: Sequence[Event]) -> None:
+        """Return if the record has all of the newest list: a list from an older record would reinstate devices.
+
+        Raises:
+            DataError: It lacks lines.
+        """
+        try:
+            newest = self.root.revocations(self._read(REVOKED))
+        except (ConfigError, TrustError):  # missing or damaged: the next list replaces it
+            return
+        known = {int(serial, 16) for serial in revoked_in(events)}
+        if newest.number > count_lists(events) or newest.revoked.keys() - known:
+            text = f"{self.folder / RECORD} lacks lines that {REVOKED} depends on: restore it from a backup"
+            raise DataError(text, about=RECORD)
+
+    def _record(self) -> AuthorityRecord:
+        self._read(RECORD)
+        return AuthorityRecord(self.folder / RECORD)
+
+    def _read(self, name: str) -> bytes:
+        try:
+            return storage.read(self.folder / name, LIMITS[name])
+        except (FileNotFoundError, NotADirectoryError):
+            text = f"{self.folder} is not an authority's folder: it has no {name}"
+            raise ConfigError(text, about=name, value=str(self.folder)) from None

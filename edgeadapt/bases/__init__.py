@@ -1,0 +1,1 @@
+"""Frozen base models: found, identified, converted, and run as exported graphs. Some modules import torch."""

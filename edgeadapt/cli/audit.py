@@ -1,0 +1,207 @@
+"""``edgeadapt audit``: the commands of an auditor."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from aggregation.errors import ConfigError, TrustError
+from edgeadapt.audit import AuditInput, AuditOptions, Report, formatting
+from edgeadapt.formats.registryfiles import RegistrySettings
+from edgeadapt.releases.actions import ActionRecord
+from edgeadapt.releases.history import RepositoryAudit, audit_repository, is_repository
+
+RUN = "coordinator"  # the state directory in the folder of a run
+FOLDER = click.Path(path_type=Path)
+Renderer = Callable[[AuditInput, Mapping[str, Report], TrustError | None], Iterator[str]]
+
+
+class _Moment(click.DateTime):
+    """A time in UTC, or the end of a day: a certificate that is issued on a day is not yet valid at its beginning."""
+
+    def __init__(self) -> None:
+        super().__init__(("%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"))
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
+        at: datetime = super().convert(value, param, ctx).replace(tzinfo=UTC)
+        return at if "T" in str(value) else at.replace(hour=23, minute=59, second=59)
+
+
+def _options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
+        click.option("--unfinished", is_flag=True, help="Accept that the last session is still under way."),
+        click.option(
+            "--root",
+            type=FOLDER,
+            metavar="FILE",
+            help="Of a repository of channels: a root that you trust. Default: the repository's own.",
+        ),
+        click.option(
+            "--registry",
+            type=FOLDER,
+            metavar="DIR",
+            help="The coordinator's state directory, to check the adapters too. Default: the one that has the logs.",
+        ),
+        click.option(
+            "--at",
+            type=_Moment(),
+            metavar="DATE",
+            help="When the sessions took place (UTC), to check the dates of certificates; a day without a time means "
+            "its end. Default: not checked.",
+        ),
+        click.option(
+            "--revoked",
+            type=FOLDER,
+            metavar="FILE",
+            help="The authority's revocation list; with --at, later revocations are ignored. Default: not checked.",
+        ),
+        click.option(
+            "--coordinator",
+            type=FOLDER,
+            metavar="FILE",
+            help="The coordinator's public key, PEM. Default: the one next to the logs.",
+        ),
+        click.option(
+            "--authority",
+            type=FOLDER,
+            metavar="FILE",
+            help="The authority's certificate, PEM. Default: the one next to the logs.",
+        ),
+        click.argument("path", type=click.Path(exists=True, path_type=Path)),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group("audit", context_settings={"help_option_names": ["-h", "--help"]})
+def audit_command() -> None:
+    """Check from its transcripts that a coordinator followed the protocol, and what was done with its releases."""
+
+
+@audit_command.command()
+@_options
+def verify(path: Path, unfinished: bool, as_json: bool, **options: Any) -> None:
+    """Check every session at PATH, and exit with 4 if a check fails.
+
+    PATH is a session's log, a coordinator's state directory, or the folder of a run.
+
+    Or it is a repository of channels: then its metadata are checked, and the log of every release, promotion, refusal
+    and rollback.
+
+    \b
+    Examples:
+      edgeadapt audit verify runs/demo
+      edgeadapt audit verify releases --root pinned/root.json
+      edgeadapt audit verify runs/demo --authority pinned/authority.pem --coordinator pinned/coordinator.pem
+      edgeadapt audit verify runs/demo --at 2026-11-25 --revoked runs/demo/revoked.crl
+      edgeadapt audit verify transcript/session-000001.log --json
+    """
+    if is_repository(path):
+        _audit_repository(path, as_json, options, listed=False)
+        return
+    _audit(path, unfinished, as_json, options, formatting.render_findings)
+
+
+@audit_command.command(short_help="List the rounds at PATH, their survivors and dropouts.")
+@_options
+@click.option("--entries", is_flag=True, help="List every message too.")
+def show(path: Path, unfinished: bool, as_json: bool, entries: bool, **options: Any) -> None:
+    """List the rounds at PATH: the size of the plan, survivors, dropouts with their step, and the outcome.
+
+    Of a repository of channels, list what was done, with the figures of each promotion's gates.
+
+    \b
+    Examples:
+      edgeadapt audit show runs/demo
+      edgeadapt audit show releases
+      edgeadapt audit show transcript/session-000001.log --entries
+    """
+    if is_repository(path):
+        _audit_repository(path, as_json, options, listed=True)
+        return
+    _audit(path, unfinished, as_json, options, partial(formatting.render_rounds, entries=entries))
+
+
+def _audit_repository(path: Path, as_json: bool, options: dict[str, Any], *, listed: bool) -> None:
+    root = options.pop("root")
+    if given := [name for name, value in options.items() if value is not None]:
+        reason = f"--{given[0]} is for the transcripts of a coordinator, and {path} is a repository of channels"
+        raise ConfigError(reason, about=f"--{given[0]}")
+    found = audit_repository(path, root)
+    if as_json:
+        records = [asdict(record) for record in found.records]
+        row = {"ok": True, "error": None, "pinned": found.pinned, "unread": found.unread}
+        click.echo(json.dumps({**row, "unpromoted": found.unpromoted, "actions": records}))
+    else:
+        click.echo("\n".join([*(map(_action, found.records) if listed else ()), *_summary(path, found)]))
+
+
+def _action(record: ActionRecord) -> str:
+    """What was done, in one line; the figures of gates follow in lines of their own."""
+    action = record.action
+    words = [f"{record.number:>5}  {record.made}  {action.kind}"]
+    words += [action.subject] if action.subject and action.source is None else []
+    words += [f"{action.source} to {action.subject}"] if action.source else []
+    words += [f"release {action.release}"] if action.release else []
+    words += [f"as {action.again} was"] if action.again else []
+    words += [", ".join(f"{name} {version}" for name, version in sorted((action.adapters or {}).items()))]
+    words += [f"for {action.rollout}"] if action.rollout else []
+    words += [f"by {record.by}"] if record.by else []
+    words += [f"after {action.evaluation}"] if action.evaluation else []
+    gates = [f"         {'passed' if each.passed else 'REFUSED'}  {each.gate}: {each.text}" for each in action.gates]
+    return "\n".join([" ".join(words).rstrip(), *gates])
+
+
+def _summary(path: Path, found: RepositoryAudit) -> Iterator[str]:
+    first, last = found.records[0], found.records[-1]
+    yield f"{path}: {len(found.records)} actions from {first.made} to {last.made}, all signed and in order"
+    if not found.pinned:
+        yield "the root is the repository's own: name one that you trust with --root"
+    for channel, number in found.unpromoted.items():
+        yield f"channel {channel} is protected, and its release {number} was published before that, without gates"
+    for record in found.records:
+        action = record.action
+        if action.kind == "rollback" and action.evaluation is None:
+            what = f"record {record.number} rolled channel {action.subject} back by hand, to release {action.release}"
+            yield f"{what}: no evaluation asked for it"
+    if found.unread:
+        yield f"not named by the snapshot, and not read: {', '.join(found.unread)}"
+
+
+def _update(path: Path) -> None:
+    """Let the logs of a coordinator whose machine may not lead be what its database has."""
+    for folder in (path, path / RUN):
+        if RegistrySettings.of(folder).database:
+            from coordinator.statedir import update_transcript  # takes the extra of such a registry
+
+            update_transcript(folder)
+
+
+def _audit(path: Path, unfinished: bool, as_json: bool, options: dict[str, Any], render: Renderer) -> None:
+    if options.pop("root") is not None:
+        raise ConfigError(f"--root is for a repository of channels, which {path} is not", about="--root")
+    _update(path)
+    checked = AuditInput.open(path, AuditOptions(**options))
+    _update(path)  # the records that were just read may be of rounds that ended since
+    reports = checked.audit(unfinished=unfinished)
+    failure: TrustError | None = None
+    try:
+        checked.require(reports, unfinished=unfinished)
+    except TrustError as error:
+        failure = error
+    if as_json:
+        outcome = {"ok": failure is None, "error": failure and str(failure)}
+        click.echo(json.dumps({**formatting.as_json(checked, reports), **outcome}))
+    else:
+        click.echo("\n".join(render(checked, reports, failure)))
+    if failure and as_json:  # standard output already has it, in its one object
+        click.echo(f"edgeadapt: {failure}", err=True)
+        click.get_current_context().exit(failure.exit_code)
+    if failure:
+        raise failure

@@ -1,0 +1,278 @@
+"""``edgeadapt authority``: certify the devices of a fleet. Its folder belongs on a separate machine, offline."""
+
+import json
+import os
+from pathlib import Path
+
+import click
+
+from aggregation.entropy import SystemEntropy
+from aggregation.errors import ConfigError, of_file
+from aggregation.pki import Authority, certificates, requests
+from aggregation.pki.identity import PublicKey
+from aggregation.pki.revocation import Reason
+from aggregation.pki.tls import read_tls_request
+from edgeadapt.authority import AuthorityStore, CertificateIssued
+from edgeadapt.authority.store import CERTIFICATE, KEY, REVOKED, SHORTEST_PASSPHRASE
+from edgeadapt.commandline import FiniteRange
+from edgeadapt.formats import storage
+from edgeadapt.formats.gateway.invitation import Invitation, new_secret
+
+FOLDER = click.Path(path_type=Path)
+FILE = click.Path(path_type=Path, dir_okay=False)
+LONGEST = 2**16  # bytes of a request or a key, and that are read of a passphrase
+LONGEST_PASSPHRASE = 1023  # bytes, for OpenSSL
+
+folder = click.argument("folder", type=FOLDER, metavar="DIR")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+passphrase_file = click.option(
+    "--passphrase-file", type=FILE, metavar="FILE", help="File whose first line is the passphrase. Default: ask for it."
+)
+list_days = click.option(
+    "--list-days",
+    type=click.IntRange(1, 3650),
+    default=30,
+    show_default=True,
+    help="Days for which the revocation list is valid; devices then demand a newer one.",
+)
+
+
+@click.command()
+@folder
+@click.option("--name", default="edgeadapt authority", show_default=True, help="Name in its certificate.")
+@click.option(
+    "--days",
+    type=click.IntRange(1, 36_500),
+    default=3650,
+    show_default=True,
+    help="Days for which its certificate is valid.",
+)
+@list_days
+@passphrase_file
+@click.option(
+    "--unencrypted",
+    is_flag=True,
+    help="Write the key without a passphrase. Anyone who reads the file can enrol devices.",
+)
+def init(folder: Path, name: str, days: int, list_days: int, passphrase_file: Path | None, unencrypted: bool) -> None:
+    """Create an authority in DIR.
+
+    \b
+    Example:
+      edgeadapt authority init authority
+    """
+    if unencrypted and passphrase_file:
+        raise ConfigError("--unencrypted and --passphrase-file exclude each other: give one", about="--unencrypted")
+    passphrase = None if unencrypted else _passphrase(passphrase_file, new=True)
+    store = AuthorityStore.create(folder, name, days, list_days, passphrase)
+    click.echo(f"authority {store.root.fingerprint}")
+    click.echo(f"pin {folder / CERTIFICATE} on the devices and the coordinator; keep {folder / KEY} here")
+
+
+@click.command()
+@folder
+@click.option("--name", metavar="DEVICE", help="Device id. Default: the one in the request.")
+@click.option("--request", type=FILE, metavar="FILE", help="PKCS #10 request from 'edgeadapt device enrol'.")
+@click.option("--public-key", type=FILE, metavar="FILE", help="Ed25519 public key in PEM, instead of a request.")
+@click.option(
+    "--days", type=click.IntRange(1, 3650), default=365, show_default=True, help="Days for which it is valid."
+)
+@click.option("--out", type=FILE, metavar="FILE", help="Write the certificate here. Default: print it.")
+@passphrase_file
+def issue(
+    folder: Path,
+    name: str | None,
+    request: Path | None,
+    public_key: Path | None,
+    days: int,
+    out: Path | None,
+    passphrase_file: Path | None,
+) -> None:
+    """Certify a device's key.
+
+    Compare the printed key id with the one that the device shows: nothing else proves which device sent the request.
+
+    \b
+    Examples:
+      edgeadapt authority issue authority --request kitchen.csr --days 365 --out kitchen.pem
+      edgeadapt authority issue authority --name kitchen --public-key kitchen.pub
+    """
+    device, key = _requested(name, request, public_key)
+    if out is not None and not os.access(out.parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"{out} cannot be written: choose another --out", about="--out", value=str(out))
+    store = AuthorityStore(folder)
+    der = store.issue(unlock(store, passphrase_file), device, key, days)
+    if out is None:
+        click.echo(certificates.to_pem(der).decode(), nl=False)
+    else:
+        out.write_bytes(certificates.to_pem(der))
+    click.echo(f"certified {device} with the key {key.key_id} for {days} days", err=True)
+
+
+@click.command()
+@folder
+@click.option("--name", required=True, metavar="DEVICE", help="Device id, which the certificates will have.")
+@click.option("--coordinator", type=FILE, required=True, metavar="FILE", help="Its public key, which the device pins.")
+@click.option("--enrolment", required=True, metavar="HOST:PORT", help="Where 'edgeadapt authority serve' listens.")
+@click.option("--gateway", required=True, metavar="HOST:PORT", help="The coordinator's gateway; several with commas.")
+@click.option(
+    "--hours", type=FiniteRange(0.01, 24 * 90), default=24.0, show_default=True, help="For which it is valid."
+)
+def invite(folder: Path, name: str, coordinator: Path, enrolment: str, gateway: str, hours: float) -> None:
+    """Print an invitation: a token with which one device can enrol over a network, once.
+
+    Give it to the device's owner only: whoever has it can enrol in the device's place. It needs no passphrase, because
+    nothing is certified until the token is used.
+
+    \b
+    Example:
+      edgeadapt authority invite authority --name kitchen --coordinator fleet/coordinator.pem \\
+        --enrolment authority.example:9444 --gateway fleet.example:9443
+    """
+    store, secret = AuthorityStore(folder), new_secret(SystemEntropy())
+    with of_file(coordinator):
+        key = PublicKey.from_pem(storage.read(coordinator, LONGEST))
+    made = Invitation(secret, name, enrolment, gateway, store.root.der, key.raw)
+    token = made.to_text()
+    expires = store.invite(name, made.key.public, hours)
+    click.echo(f"for {name}, once, until {expires:%Y-%m-%d %H:%M} UTC:", err=True)
+    click.echo(token)
+
+
+@click.command()
+@folder
+@click.option("--request", type=FILE, required=True, metavar="FILE", help="From 'edgeadapt coordinator tls-request'.")
+@click.option("--host", "hosts", multiple=True, required=True, metavar="HOST", help="Name or IP; may be repeated.")
+@click.option("--days", type=click.IntRange(1, 3650), default=90, show_default=True, help="For which it is valid.")
+@click.option("--out", type=FILE, required=True, metavar="FILE", help="Write the certificate here.")
+@passphrase_file
+def issue_tls(
+    folder: Path, request: Path, hosts: tuple[str, ...], days: int, out: Path, passphrase_file: Path | None
+) -> None:
+    """Certify the TLS key of a gateway, for the names and addresses at which devices reach it.
+
+    \b
+    Example:
+      edgeadapt authority issue-tls authority --request fleet/tls.csr --host fleet.example --out fleet/tls.pem
+    """
+    with of_file(request):
+        name, key = read_tls_request(storage.read(request, LONGEST))
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"{out} cannot be written: choose another --out", about="--out", value=str(out))
+    store = AuthorityStore(folder)
+    der = store.issue_tls(unlock(store, passphrase_file), name, key, hosts, days)
+    storage.replace(out, certificates.to_pem(der), storage.PUBLIC)
+    click.echo(f"certified {name} with the TLS key {key.key_id} for {', '.join(hosts)}, {days} days", err=True)
+
+
+@click.command()
+@folder
+@click.argument("which", metavar="NAME|SERIAL")
+@click.option(
+    "--reason",
+    type=click.Choice([reason.value for reason in Reason]),
+    default=Reason.UNSPECIFIED.value,
+    show_default=True,
+    help="Reason in the list.",
+)
+@list_days
+@passphrase_file
+def revoke(folder: Path, which: str, reason: str, list_days: int, passphrase_file: Path | None) -> None:
+    """Revoke a device's certificates, or one by its serial, and sign a new revocation list.
+
+    Copy revoked.crl from DIR to the coordinator's state directory; it sends the list to devices with its next offer.
+
+    \b
+    Example:
+      edgeadapt authority revoke authority kitchen --reason keyCompromise
+    """
+    store = AuthorityStore(folder)
+    new = store.revoke(unlock(store, passphrase_file), which, Reason(reason), list_days)
+    for each in new:
+        click.echo(f"revoked {each.name}, serial {each.serial}")
+    click.echo(f"{'' if new else 'already revoked; '}copy {folder / REVOKED} to the coordinator")
+
+
+@click.command()
+@folder
+@list_days
+@passphrase_file
+def crl(folder: Path, list_days: int, passphrase_file: Path | None) -> None:
+    """Sign a new revocation list before the last one expires.
+
+    \b
+    Example:
+      edgeadapt authority crl authority --list-days 30
+    """
+    store = AuthorityStore(folder)
+    number = store.sign_list(unlock(store, passphrase_file), list_days)
+    click.echo(f"revocation list {number}: copy {folder / REVOKED} to the coordinator")
+
+
+@click.command("list")
+@folder
+@as_json
+def list_(folder: Path, as_json: bool) -> None:
+    """List every certificate that was issued, with its status.
+
+    \b
+    Example:
+      edgeadapt authority list authority
+    """
+    rows = AuthorityStore(folder).certificates()
+    if as_json:
+        certificates = [{**each.model_dump(mode="json", exclude={"event"}), "status": status} for each, status in rows]
+        click.echo(json.dumps({"certificates": certificates}))
+        return
+    for each, status in rows:
+        click.echo(_row(each, status))
+
+
+def _row(each: CertificateIssued, status: str) -> str:
+    return f"{each.name:20} {status:24} until {each.not_after:%Y-%m-%d}  key {each.key}  serial {each.serial}"
+
+
+def _requested(name: str | None, request: Path | None, public_key: Path | None) -> tuple[str, PublicKey]:
+    if (request is None) == (public_key is None):
+        raise ConfigError("give either --request or --public-key", about="--request")
+    if request is not None:
+        with of_file(request):
+            requested, key = requests.read_request(storage.read(request, LONGEST))
+        if name not in (None, requested):
+            text = f"the request is for {requested}, not for {name}: leave out --name, or name the right request"
+            raise ConfigError(text, about="--name", value=name)
+        return requested, key
+    if name is None or public_key is None:
+        raise ConfigError("--public-key needs --name, the device's id", about="--name")
+    with of_file(public_key):
+        return name, PublicKey.from_pem(storage.read(public_key, LONGEST))
+
+
+def unlock(store: AuthorityStore, passphrase_file: Path | None) -> Authority:
+    """The authority, with its passphrase from a file, or typed."""
+    return store.unlock(_passphrase(passphrase_file, new=False) if store.encrypted else None)
+
+
+def _passphrase(file: Path | None, *, new: bool) -> bytes:
+    found = _typed(new) if file is None else _first_line(file)
+    if len(found) > LONGEST_PASSPHRASE:
+        text = f"the passphrase has more than {LONGEST_PASSPHRASE} bytes: choose a shorter one"
+        raise ConfigError(text, about="passphrase")
+    return found
+
+
+def _first_line(path: Path) -> bytes:
+    """Of a file, or of a pipe from a password manager, which need not end."""
+    with path.open("rb") as file:
+        return file.read(LONGEST).split(b"\n", 1)[0].rstrip(b"\r")
+
+
+def _typed(new: bool) -> bytes:
+    prompt = f"Passphrase of the authority's key{f', {SHORTEST_PASSPHRASE} characters or more' if new else ''}"
+    try:
+        typed: str = click.prompt(prompt, hide_input=True, confirmation_prompt=new, err=True)
+    except click.Abort as error:
+        if isinstance(error.__context__, EOFError):
+            raise ConfigError("no passphrase was typed: give --passphrase-file", about="--passphrase-file") from None
+        raise
+    return typed.encode()

@@ -1,0 +1,235 @@
+"""``edgeadapt channel``: releases for devices, by channel, in a repository of static files."""
+
+import json
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+
+from aggregation.entropy import SystemEntropy
+from edgeadapt.formats import storage
+from edgeadapt.releases.actions import login_name
+from edgeadapt.releases.repository import ChannelRepository, Published, pinned_keys
+
+FOLDER = click.Path(path_type=Path)
+FILE = click.Path(path_type=Path, dir_okay=False)
+ROOT = "root.json"  # in the repository's folder: what devices pin
+
+repository = click.argument("folder", type=FOLDER, metavar="DIR")
+name = click.argument("channel", metavar="CHANNEL")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def channel() -> None:
+    """Publish bundles to devices by channel: static files that any web server or folder carries.
+
+    DIR/public is what is served. DIR/keys are the keys of the roles: move those of root and targets away while they
+    are not used. See docs/how-to/channels.md.
+
+    \b
+    Example, start to end:
+      edgeadapt channel init releases
+      edgeadapt channel publish releases canary --bundle runs/demo/bundle
+      edgeadapt channel show releases
+
+    'edgeadapt adapters promote' and 'rollback' decide which release a channel has.
+    """
+
+
+@channel.command(short_help="Make a repository, with a key for each role.")
+@repository
+@click.option("--channel", "names", multiple=True, metavar="NAME", help="Default: canary and stable. May be repeated.")
+def init(folder: Path, names: tuple[str, ...]) -> None:
+    """Make a repository in the new folder DIR. Devices pin DIR/root.json.
+
+    \b
+    Examples:
+      edgeadapt channel init releases
+      edgeadapt channel init releases --channel stable --channel stable-de
+    """
+    given = {"channels": names} if names else {}
+    made = ChannelRepository.create(folder, SystemEntropy(), _now(), **given, by=login_name())
+    _write_root(folder, made)
+    click.echo(f"channels {', '.join(made.channels)}; serve {folder / 'public'}; devices pin {folder / ROOT}")
+
+
+@channel.command(short_help="Make a bundle the next release of a channel.")
+@repository
+@name
+@click.option("--bundle", type=FOLDER, required=True, metavar="DIR", help="The bundle's folder.")
+@click.option("--trust", type=FILE, metavar="FILE", help="Keys that sign bundles. Default: trust.pem next to it.")
+@as_json
+def publish(folder: Path, channel: str, bundle: Path, trust: Path | None, as_json: bool) -> None:
+    """Verify a bundle, and make it the next release of CHANNEL. Private adapters in it are left out.
+
+    A release that devices would refuse, with an adapter older than that of the current one, is refused here, and any
+    release of a protected channel, such as stable: for these there is 'edgeadapt adapters promote'.
+
+    \b
+    Examples:
+      edgeadapt channel publish releases canary --bundle runs/demo/bundle
+      edgeadapt channel publish releases canary --bundle bundle --trust vendor.pub.pem
+    """
+    _print(_open(folder).publish(channel, bundle, pinned_keys(bundle, trust)), as_json)
+
+
+@channel.command(short_help="Add a channel.")
+@repository
+@name
+def add(folder: Path, channel: str) -> None:
+    """Add a channel with a key of its own. A channel stable is protected from the start.
+
+    \b
+    Example:
+      edgeadapt channel add releases stable-de
+    """
+    _open(folder).add_channel(channel, SystemEntropy())
+    click.echo(f"channel {channel}")
+
+
+@channel.command(short_help="Let only promotions make a channel's releases.")
+@repository
+@name
+def protect(folder: Path, channel: str) -> None:
+    """Let only promotions, which pass gates, make releases of CHANNEL from now on. Needs the key of targets.
+
+    'edgeadapt channel publish' then refuses, and an audit fails where somebody did it all the same.
+
+    \b
+    Example:
+      edgeadapt channel protect releases stable-de
+    """
+    _open(folder).protect(channel)
+    click.echo(f"channel {channel} is protected")
+
+
+@channel.command(short_help="Let publications make a channel's releases too.")
+@repository
+@name
+def unprotect(folder: Path, channel: str) -> None:
+    """Let 'edgeadapt channel publish' make releases of CHANNEL again. Needs the key of targets; the log notes it.
+
+    \b
+    Example:
+      edgeadapt channel unprotect releases stable
+    """
+    _open(folder).protect(channel, on=False)
+    click.echo(f"channel {channel} is not protected")
+
+
+@channel.command(short_help="Sign again what expires soon.")
+@repository
+@click.option("--all", "everything", is_flag=True, help="Also root, targets and channels, with their keys.")
+def renew(folder: Path, everything: bool) -> None:
+    """Sign snapshot and timestamp again: to be called once a day, by a timer. Needs no key but theirs.
+
+    Devices refuse a repository whose timestamp is older than a week, so that nobody can hold back a release for longer.
+
+    \b
+    Examples:
+      edgeadapt channel renew releases
+      edgeadapt channel renew releases --all
+    """
+    opened = _open(folder)
+    opened.renew(everything=everything)
+    _write_root(folder, opened)
+
+
+@channel.command(short_help="Replace the key of a role or channel.")
+@repository
+@click.argument("role", metavar="ROLE|CHANNEL")
+def rotate(folder: Path, role: str) -> None:
+    """Replace the key of root, targets, snapshot (with timestamp) or a channel. Devices follow by themselves.
+
+    The new key of a channel does not sign a rollback that is prepared: prepare that anew.
+
+    \b
+    Example:
+      edgeadapt channel rotate releases stable
+    """
+    opened = _open(folder)
+    discarded = opened.rotate(role, SystemEntropy())
+    _write_root(folder, opened)
+    if discarded:
+        anew = f"prepare one anew with 'edgeadapt adapters rollout {folder} {role} … --key'"
+        click.echo(
+            f"the rollback of channel {role} that was prepared is discarded, since the old key signed it: {anew}"
+        )
+
+
+@channel.command(short_help="Show channels, releases, roles and keys.")
+@repository
+@as_json
+def show(folder: Path, as_json: bool) -> None:
+    """Show what each channel has, when each role's metadata expire, and which keys are here.
+
+    Of a rollout it says for whom it is, and whether its rollback is prepared.
+
+    \b
+    Example:
+      edgeadapt channel show releases
+    """
+    opened = _open(folder)
+    releases = {each: opened.release(each) for each in opened.channels}
+    rollouts = {each: opened.rollout(each) for each in opened.channels}
+    staged = {each: found for each, found in releases.items() if found and rollouts[each]}
+    prepared = {each: opened.prepared.state(each, found) for each, found in staged.items()}
+    roles = list(opened.metadata.roles())
+    if as_json:
+        row = {
+            "channels": {each: found and json.loads(found.encode()) for each, found in releases.items()},
+            "protected": sorted(opened.protected),
+            "rollouts": {each: found and asdict(found) for each, found in rollouts.items()},
+            "prepared": {
+                each: {"condition": ready and asdict(ready), "problem": problem or None}
+                for each, (ready, problem) in prepared.items()
+            },
+            "roles": {
+                role: {
+                    "version": version,
+                    "expires": expires.isoformat(),
+                    "keys": {str(path): path.is_file() for path in keys},
+                }
+                for role, version, expires, keys in roles
+            },
+        }
+        click.echo(json.dumps(row))
+        return
+    for each, found in releases.items():
+        adapters = ", ".join(f"{key} {version}" for key, version in sorted(found.adapters.items())) if found else ""
+        text = f"release {found.number} of {found.made}: {adapters}" if found else "no release"
+        click.echo(f"{each:<12} {text}{'; protected' if each in opened.protected else ''}")
+        if rollout := rollouts[each]:
+            click.echo(f"{'':<12} for {rollout}; release {rollout.previous} for the others")
+            ready, problem = prepared[each]
+            click.echo(f"{'':<12} {f'rollback to release {ready.again}: prepared' if ready else problem}")
+    for role, version, expires, keys in roles:
+        places = ", ".join(f"{path.name}{'' if path.is_file() else ' (not here)'}" for path in keys)
+        late = " EXPIRED" if expires <= _now() else ""
+        click.echo(f"{role:<12} version {version}, until {expires:%Y-%m-%d}{late}, key {places}")
+
+
+def _open(folder: Path) -> ChannelRepository:
+    return ChannelRepository.open(folder, _now(), by=login_name())
+
+
+def _write_root(folder: Path, opened: ChannelRepository) -> None:
+    storage.replace(folder / ROOT, opened.root(), storage.PUBLIC)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _print(made: Published, as_json: bool) -> None:
+    release = made.release
+    if as_json:
+        row = {"channel": made.channel, "release": release.number, "adapters": release.adapters}
+        click.echo(json.dumps({**row, "files": release.files, "left_out": made.private}))
+        return
+    adapters = ", ".join(f"{key} {version}" for key, version in sorted(release.adapters.items()))
+    click.echo(f"{made.channel}, release {release.number}: {adapters}; {len(release.files)} files")
+    if made.private:
+        click.echo(f"left out, because private: {', '.join(made.private)}")

@@ -1,0 +1,59 @@
+"""``edgeadapt authority serve``, the command of the authority that needs more than the bare install."""
+
+import logging
+import threading
+from pathlib import Path
+
+import click
+
+from edgeadapt.authority import AuthorityStore
+from edgeadapt.cli.authority import folder, passphrase_file, unlock
+
+
+@click.command()
+@folder
+@click.option("--listen", required=True, metavar="HOST:PORT", help="Address for light devices.")
+@click.option("--host", "hosts", multiple=True, required=True, metavar="HOST", help="Name or IP; may be repeated.")
+@click.option("--websocket", default="", metavar="HOST:PORT", help="Address for pages in a browser, besides.")
+@click.option(
+    "--origin", "origins", multiple=True, metavar="URL", help="Of pages that are not on loopback; may be repeated."
+)
+@click.option("--days", type=click.IntRange(1, 3650), default=365, show_default=True, help="Validity of certificates.")
+@passphrase_file
+def serve(
+    folder: Path,
+    listen: str,
+    hosts: tuple[str, ...],
+    websocket: str,
+    origins: tuple[str, ...],
+    days: int,
+    passphrase_file: Path | None,
+) -> None:
+    """Certify the keys of devices that have an invitation, and again before their certificates end, until Ctrl-C.
+
+    Run it where the authority's key is, never on the coordinator's machine. HOST are the names and addresses at which
+    devices reach it, as in their invitations. A device whose certificate has expired or was revoked enrols again.
+
+    \b
+    Examples:
+      edgeadapt authority serve authority --listen 0.0.0.0:9444 --host authority.example
+      edgeadapt authority serve authority --listen 0.0.0.0:9444 --host authority.example \\
+        --websocket 0.0.0.0:9446 --origin https://fleet.example
+    """
+    from coordinator.gateway.carriers import BrowserSettings
+    from coordinator.gateway.enrolment import EnrolmentServer, EnrolmentService
+    from edgeadapt.formats.gateway.messages import ENROL
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("edgeadapt").setLevel(logging.INFO)
+    store = AuthorityStore(folder)
+    service = EnrolmentService(store, unlock(store, passphrase_file), days)
+    browsers = BrowserSettings(websocket, frozenset(origins)) if websocket else None
+    server = EnrolmentServer(service, listen, hosts, browsers)
+    click.echo(f"listening at {listen.rpartition(':')[0]}:{server.port}", err=True)
+    if url := server.url(ENROL):
+        click.echo(f"pages enrol at {url}", err=True)
+    try:
+        threading.Event().wait()
+    finally:
+        server.close()

@@ -1,0 +1,227 @@
+"""``edgeadapt adapters gates``, ``promote``, ``rollout`` and ``rollback``: which release a channel has."""
+
+import json
+import tempfile
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from aggregation.errors import ConfigError
+from aggregation.pki.identity import IdentityKey
+from edgeadapt import traces
+from edgeadapt.formats import storage
+from edgeadapt.formats.bundle import TRUST
+from edgeadapt.formats.keyfiles import read_key
+from edgeadapt.formats.rollout import ALL
+from edgeadapt.formats.settings import overridden
+from edgeadapt.promotion.gates import AssembledRelease, PromotionTrial, require_passed
+from edgeadapt.promotion.gatesettings import GATES, HEADER, GateSettings
+from edgeadapt.releases.actions import GateResult, login_name
+from edgeadapt.releases.prepared import RollbackCondition
+from edgeadapt.releases.repository import ChannelRepository, Published
+from edgeadapt.releases.rollback import prepare, require_signer, roll_back
+
+FOLDER = click.Path(path_type=Path)
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+repository = click.argument("folder", type=FOLDER, metavar="REPO")
+language = click.option(
+    "--language",
+    "languages",
+    multiple=True,
+    metavar="CODE",
+    help="Only devices with this language, such as de; may be repeated.",
+)
+vendor_key = click.option(
+    "--key",
+    "key_file",
+    type=FILE,
+    metavar="FILE",
+    help="The vendor's key: sign the rollback now, for 'adapters watch' to publish if the release is worse.",
+)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+@click.command()
+@repository
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A key of the file; may be repeated.")
+def gates(folder: Path, overrides: tuple[str, ...]) -> None:
+    """Write REPO/gates.toml, in which each key is explained: what a release must pass before it is promoted.
+
+    \b
+    Examples:
+      edgeadapt adapters gates releases
+      edgeadapt adapters gates releases --set accuracy.held_out=held-out.tsv --set accuracy.margin=0.02
+    """
+    _open(folder)
+    path, settings = folder / GATES, GateSettings.parse(overridden({}, overrides), "--set")
+    if path.exists():
+        raise ConfigError(f"{path} is there already: edit it", about=GATES)
+    storage.replace(path, HEADER + settings.to_toml().encode(), storage.PUBLIC)
+    click.echo(f"{path}: edit it before a promotion")
+
+
+@click.command()
+@repository
+@click.argument("source", metavar="FROM")
+@click.argument("channel", metavar="TO")
+@click.option(
+    "--trust", type=FILE, metavar="FILE", help="Keys that sign bundles, as devices pin them. Default: REPO/trust.pem."
+)
+@click.option(
+    "--share",
+    type=click.IntRange(0, ALL),
+    default=ALL,
+    metavar="PERCENT",
+    help="Of devices that get the release; the others keep the one before. Default: all.",
+)
+@language
+@vendor_key
+@as_json
+def promote(
+    folder: Path,
+    source: str,
+    channel: str,
+    trust: Path | None,
+    share: int,
+    languages: tuple[str, ...],
+    key_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Make the current release of channel FROM the next one of channel TO, if it passes the gates of REPO/gates.toml.
+
+    Both releases are put together and run as on a device. Each gate's figure is printed and signed into the log, also
+    of a promotion that is refused, which ends with exit code 6.
+
+    With --share or --language it is rolled out in stages: go on with 'edgeadapt adapters rollout'. With --key, the
+    rollback is signed at the same time and kept in REPO/prepared, where 'edgeadapt adapters watch' finds it.
+
+    \b
+    Examples:
+      edgeadapt adapters promote releases canary stable
+      edgeadapt adapters promote releases canary stable --share 10 --key vendor.key
+    """
+    opened = _open(folder)
+    if not (folder / GATES).is_file():
+        raise ConfigError(f"{folder} has no {GATES}: write one with 'edgeadapt adapters gates {folder}'", about=GATES)
+    settings = GateSettings.read(folder / GATES)
+    release, current = opened.release(source), opened.release(channel)
+    if source == channel:
+        raise ConfigError(f"FROM and TO are both {channel}: name two channels", about="channel", value=channel)
+    if release is None:
+        raise ConfigError(f"channel {source} has no release to promote", about="channel", value=source)
+    key = None if key_file is None else read_key(key_file)
+    if key is not None:
+        if share == ALL and not languages:
+            raise ConfigError("a rollback is prepared for a rollout in stages: name --share too", about="--key")
+        require_signer(opened, source, release, key.public)
+    about: dict[str, Any] = {"source": source, "channel": channel, "release": release.number, "share": share}
+    with traces.exporting(traces.GOVERNANCE), traces.span("promotion", **about):
+        with tempfile.TemporaryDirectory(prefix=".promotion-", dir=folder) as work:  # there files can be linked
+            keys = trust or folder / TRUST
+            candidate = AssembledRelease.of(opened, source, release, keys, Path(work) / "candidate")
+            before = (
+                None if current is None else AssembledRelease.of(opened, channel, current, keys, Path(work) / "current")
+            )
+            results = PromotionTrial(settings, folder, candidate, before).results()
+        if not as_json:
+            for each in results:
+                click.echo(f"{'passed' if each.passed else 'REFUSED'}  {each.gate}: {each.text}")
+        if not all(each.passed for each in results):
+            opened.refuse(source, release, channel, results)
+            require_passed(results, f"release {release.number} of {source}")
+        with traces.span("publish"):
+            made = opened.promote(source, release.number, channel, results, share=share, languages=languages)
+    _print(made, results, as_json, _prepared(opened, channel, key, settings.accuracy.margin))
+
+
+@click.command()
+@repository
+@click.argument("channel", metavar="CHANNEL")
+@click.option(
+    "--share",
+    type=click.IntRange(0, ALL),
+    default=ALL,
+    metavar="PERCENT",
+    help="Of devices that get the release. Default: all, or all with the languages.",
+)
+@language
+@vendor_key
+@as_json
+def rollout(
+    folder: Path, channel: str, share: int, languages: tuple[str, ...], key_file: Path | None, as_json: bool
+) -> None:
+    """Say anew which devices get the release that CHANNEL rolls out. With all devices, the rollout is complete.
+
+    Each device decides for itself, by a random number that never leaves it: one that is in at 10 % is in at 50 %. A
+    device that has the release never goes back when the share shrinks; 'edgeadapt adapters rollback' takes it back.
+    A rollback that is prepared is signed again by the channel's key; with --key, one is prepared anew.
+
+    \b
+    Examples:
+      edgeadapt adapters rollout releases stable --share 50
+      edgeadapt adapters rollout releases stable --share 20 --language de --language fr
+      edgeadapt adapters rollout releases stable --share 100
+    """
+    opened, key, margin = _open(folder), None if key_file is None else read_key(key_file), 0.0
+    release = opened.release(channel)
+    if key is not None and release is not None:  # before anything is changed
+        margin = GateSettings.read(folder / GATES).accuracy.margin
+        require_signer(opened, channel, release, key.public)
+    made = opened.set_rollout(channel, share, languages, anew=key is not None)
+    _print(made, (), as_json, _prepared(opened, channel, key, margin))
+
+
+@click.command()
+@repository
+@click.argument("channel", metavar="CHANNEL")
+@click.option("--to", "number", type=click.IntRange(min=1), required=True, metavar="N", help="Number of the release.")
+@click.option("--key", type=FILE, required=True, metavar="FILE", help="The vendor's key, which signs bundles.")
+@as_json
+def rollback(folder: Path, channel: str, number: int, key: Path, as_json: bool) -> None:
+    """Publish release N of CHANNEL again, its adapters signed under a version above all others. No gate is asked.
+
+    Devices never go back to an older version: they get the old content as a new one, with their next update.
+
+    \b
+    Example:
+      edgeadapt adapters rollback releases stable --to 3 --key vendor.key
+    """
+    opened, vendor = _open(folder), read_key(key)
+    with traces.exporting(traces.GOVERNANCE), traces.span("rollback", channel=channel, again=number):
+        made = roll_back(opened, channel, number, vendor)
+    _print(made, (), as_json)
+
+
+def _open(folder: Path) -> ChannelRepository:
+    return ChannelRepository.open(folder, datetime.now(UTC), by=login_name())
+
+
+def _prepared(
+    opened: ChannelRepository, channel: str, key: IdentityKey | None, margin: float
+) -> RollbackCondition | None:
+    """The condition of the rollback that is prepared for a channel: now, if a key is given."""
+    if key is not None and opened.rollout(channel) is not None:
+        return prepare(opened, channel, key, margin)
+    found = opened.prepared.read(channel)
+    return None if found is None else found[1]
+
+
+def _print(
+    made: Published, results: tuple[GateResult, ...], as_json: bool, ready: RollbackCondition | None = None
+) -> None:
+    release = made.release
+    if as_json:
+        row: dict[str, Any] = {"channel": made.channel, "release": release.number, "adapters": release.adapters}
+        row |= {"files": release.files, "gates": [asdict(each) for each in results]}
+        row |= {"rollout": made.rollout and asdict(made.rollout), "prepared": ready and asdict(ready)}
+        click.echo(json.dumps(row))
+        return
+    adapters = ", ".join(f"{name} {version}" for name, version in sorted(release.adapters.items()))
+    click.echo(f"{made.channel}, release {release.number}: {adapters}; {len(release.files)} files")
+    if made.rollout is not None:
+        click.echo(f"for {made.rollout}; release {made.rollout.previous} for the others")
+        click.echo(f"rollback to release {ready.again}: prepared" if ready else "rollback: not prepared, name --key")

@@ -1,0 +1,208 @@
+"""``edgeadapt adapters list``, ``show`` and ``diff``: where versions are from, where they are, and what changed.
+
+Every manifest and the chain of round records are verified first; nothing is written.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgeadapt.formats.manifest import PrivacyBound, ServerRule
+from edgeadapt.releases.difference import TensorChange, VersionDifference, difference
+from edgeadapt.releases.lineage import GovernedVersion, Lineage, ReleasedAdapter
+from edgeadapt.releases.repository import ChannelRepository
+
+FOLDER = click.Path(path_type=Path)
+NUMBER = click.IntRange(0, 2**63 - 1)
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+def where(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say where versions and releases are."""
+    for option in (
+        click.option(
+            "--trust",
+            type=FOLDER,
+            metavar="FILE",
+            help="The coordinator's public key, PEM. Default: the one of DIR.",
+        ),
+        click.option("--releases", type=FOLDER, metavar="REPO", help="A repository of channels, to see what is there."),
+        click.argument("state_dir", type=FOLDER, metavar="DIR"),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command("list")
+@where
+@as_json
+def list_(state_dir: Path, releases: Path | None, trust: Path | None, as_json: bool) -> None:
+    """List the versions of DIR, oldest first: the round, its survivors, metrics, privacy, and the channels.
+
+    \b
+    Examples:
+      edgeadapt adapters list fleet
+      edgeadapt adapters list runs/demo/coordinator --releases releases --json
+    """
+    lineage = open_lineage(state_dir, releases, trust)
+    if as_json:
+        click.echo(json.dumps({"versions": [_row(each) for each in lineage.versions]}))
+        return
+    click.echo("version  round  survivors  accuracy    loss  privacy                     channels")
+    for each in lineage.versions:
+        accuracy, loss = (each.manifest.metrics.get(name) for name in ("accuracy", "loss"))
+        cells = (
+            f"{each.manifest.version:>7}",
+            f"{each.manifest.round or '-':>5}",
+            f"{len(each.manifest.survivors) or '-':>9}",
+            f"{'-' if accuracy is None else format(accuracy, '.3f'):>8}",
+            f"{'-' if loss is None else format(loss, '.3f'):>6}",
+            f"{_privacy(each.manifest.privacy):<26}",
+            ", ".join(f"{place.channel} {place.release}" for place in each.releases or () if place.current),
+        )
+        click.echo("  ".join(cells).rstrip())
+
+
+@click.command()
+@where
+@click.argument("version", type=NUMBER, metavar="VERSION")
+@as_json
+def show(state_dir: Path, releases: Path | None, trust: Path | None, version: int, as_json: bool) -> None:
+    """Show a version of DIR: its parent, round, rule and survivors, who signed it, metrics, privacy and releases.
+
+    \b
+    Examples:
+      edgeadapt adapters show fleet 3
+      edgeadapt adapters show fleet 3 --releases releases --json
+    """
+    found = open_lineage(state_dir, releases, trust).version(version)
+    click.echo(json.dumps(_row(found)) if as_json else "\n".join(_lines(found)))
+
+
+@click.command()
+@where
+@click.argument("before", type=NUMBER, metavar="A")
+@click.argument("after", type=NUMBER, metavar="B")
+@as_json
+def diff(state_dir: Path, releases: Path | None, trust: Path | None, before: int, after: int, as_json: bool) -> None:
+    """Compare version B of DIR with version A: each tensor's norms and the angle between the two, layout, labels,
+    metrics and privacy.
+
+    A layer with LoRA is compared by its update B A as well, since 2A and B/2 are the same adapter.
+
+    \b
+    Examples:
+      edgeadapt adapters diff fleet 2 3
+      edgeadapt adapters diff fleet 0 3 --json
+    """
+    lineage = open_lineage(state_dir, releases, trust)
+    old, new = lineage.version(before).manifest, lineage.version(after).manifest
+    found = difference(old, new, lineage.registry.tensors(old), lineage.registry.tensors(new))
+    click.echo(json.dumps(asdict(found)) if as_json else "\n".join(_changes(found)))
+
+
+def open_lineage(state_dir: Path, releases: Path | None, trust: Path | None) -> Lineage:
+    """The versions that the options of ``where`` name. Raises as ``Lineage.read``."""
+    repository = None if releases is None else ChannelRepository.open(releases, datetime.now(UTC))
+    return Lineage.read(state_dir, trust, repository)
+
+
+def _row(version: GovernedVersion) -> dict[str, Any]:
+    record, manifest = version.record, asdict(version.manifest)
+    return {
+        **manifest,
+        "signed_by": version.signed_by,
+        "dropped": {} if record is None else record.dropped,
+        "spoiled": record and record.spoiled,
+        "releases": None if version.releases is None else [_place(each) for each in version.releases],
+    }
+
+
+def _place(each: ReleasedAdapter) -> dict[str, Any]:
+    adapter = each.adapter
+    return {
+        "channel": each.channel,
+        "release": each.release,
+        "made": each.made,
+        "current": each.current,
+        "adapter": adapter.name,
+        "version": adapter.version,
+        "format": adapter.format,
+        "sha256": adapter.sha256,
+    }
+
+
+def _lines(version: GovernedVersion) -> Iterator[str]:
+    manifest, record = version.manifest, version.record
+    config = manifest.peft_config
+    yield f"version      {manifest.version}, sha256 {manifest.sha256}, {manifest.size:,} bytes"
+    yield f"signed by    {version.signed_by}"
+    yield f"parent       {manifest.parent or 'none: it is the first'}"
+    yield f"base         {manifest.base_digest}"
+    yield f"method       {config.peft_type}, rank {config.r}, {len(manifest.labels)} labels"
+    if record is not None:
+        dropped = f"{len(record.dropped)} dropped out"
+        yield f"round        {record.round}, plan {record.plan}"
+        yield f"survivors    {len(manifest.survivors)}, {dropped}: {', '.join(manifest.survivors)}"
+        yield f"rule         {_rule(manifest.rule)}"
+        if manifest.combination is not None:
+            yield f"combination  {_rule(manifest.combination)}"
+        if record.spoiled:
+            yield f"spoiled      {record.spoiled}"
+    yield f"metrics      {', '.join(f'{name} {value:.4g}' for name, value in manifest.metrics.items()) or 'none'}"
+    yield f"privacy      {_privacy(manifest.privacy)}"
+    for each in version.releases or ():
+        state = "current" if each.current else "replaced"
+        what = f"as {each.adapter.name} {each.adapter.version}, {each.adapter.format}"
+        yield f"release      {each.channel} {each.release} of {each.made}, {what}, {state}"
+    if version.releases == ():
+        yield "release      none"
+
+
+def _changes(found: VersionDifference) -> Iterator[str]:
+    if not found.same_base:
+        yield "the two versions are for different bases"
+    if not found.peft_config:
+        yield "the settings of the method differ"
+    for name, change in (("added", found.added), ("removed", found.removed)):
+        if change:
+            yield f"tensors {name}: {', '.join(change)}"
+    for name, labels in (("added", found.labels_added), ("removed", found.labels_removed)):
+        if labels:
+            yield f"labels {name}: {', '.join(labels)}"
+    if found.labels_moved:
+        yield "the labels are in another order"
+    width = max((len(each.name) for each in (*found.tensors, *found.updates)), default=4)
+    for title, rows in (("tensor", found.tensors), ("update B A of a layer", found.updates)):
+        if rows:
+            yield f"{title:<{width}}    before     after    change  cosine"
+            yield from (_change(each, width) for each in rows)
+    if found.total is not None:
+        yield _change(found.total, width)
+    for name, (before, after) in found.metrics.items():
+        yield f"{name}: {_number(before)} to {_number(after)}"
+    yield f"privacy: {_privacy(found.privacy[0])} to {_privacy(found.privacy[1])}"
+
+
+def _change(each: TensorChange, width: int) -> str:
+    cosine = "-" if each.cosine is None else format(each.cosine, ".3f")
+    return f"{each.name:<{width}}  {each.before:>8.4g}  {each.after:>8.4g}  {each.change:>8.4g}  {cosine:>6}"
+
+
+def _rule(rule: ServerRule | None) -> str:
+    numbers = "" if rule is None else ", ".join(f"{name} {value:g}" for name, value in rule.numbers.items())
+    return "none" if rule is None else rule.name + (f" ({numbers})" if numbers else "")
+
+
+def _privacy(bound: PrivacyBound | None) -> str:
+    return "no bound" if bound is None else str(bound)
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4g}"

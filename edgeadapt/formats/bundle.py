@@ -1,0 +1,342 @@
+"""A bundle on disk: the names of its files, and the one reader, which returns nothing unverified.
+
+::
+
+    trust.pem                          the pinned public keys, next to the bundle
+    BUNDLE/base/manifest.json          signed: the digest of each other file in the folder
+    BUNDLE/base/model.onnx             and web.onnx, model.onnx.data, tokenizer.json, ...
+    BUNDLE/adapters/NAME.json          signed: size and digest of the adapter file, and what it is for
+    BUNDLE/adapters/NAME.onnx_adapter
+
+The rules, in the order in which they are checked:
+
+1. The base manifest is signed by a trusted key.
+2. The base's files are those that its manifest lists, with the digests that it states, and no others.
+3. An adapter manifest is signed by a trusted key, under its own name.
+4. The adapter is for this base, and its file has the stated size and digest.
+5. Its tensors are finite, fill exactly the slots of the graph, and have the stated layout, rank and labels; no rank is
+   above the base's limit.
+
+Nothing is parsed before it is verified, apart from the envelopes (``dsse.py``). Small files are used from the bytes
+that were verified. Weights are mapped into memory from the folder; ``VerifiedBase.check`` then finds whether a file
+changed since it was hashed. The caller decides which keys are trusted and which versions are too old.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import file_digest, sha256
+from io import BufferedReader
+from pathlib import Path
+from stat import S_ISREG
+from typing import Self, TypeVar
+
+from aggregation.errors import DataError, TrustError
+from aggregation.pki.identity import PublicKey
+from edgeadapt.formats import container
+from edgeadapt.formats.dsse import MAX_ENVELOPE
+from edgeadapt.formats.graphinputs import check_slots, layout_of
+from edgeadapt.formats.layout import Tensors
+from edgeadapt.formats.manifest import AdapterManifest, BaseManifest, Manifest, Task, check_labels, check_name
+from edgeadapt.formats.quantization import restore
+
+TRUST = "trust.pem"
+BASE, ADAPTERS = Path("base"), Path("adapters")
+BASE_MANIFEST = BASE / "manifest.json"
+MODEL, WEB_MODEL, WEIGHTS = "model.onnx", "web.onnx", "model.onnx.data"  # two graphs over one file of weights
+TRAINING = "training.onnx"  # a third graph over the same weights, in bundles with which devices train
+PHRASES = "phrases.tsv"  # public phrases with their labels, which a device may rehearse and test (``phrases``)
+TOKENIZER, GENERATION = "tokenizer.json", "genai_config.json"
+NEEDED: dict[Task, tuple[str, ...]] = {
+    "text-classification": (MODEL, TOKENIZER),
+    "text-generation": (MODEL, TOKENIZER, GENERATION),
+}
+MAX_HELD_FILE = 2**31  # bytes of a file of the base that is held in memory; also what protobuf can hold
+MAX_BASE_FILE = 2**34  # bytes
+M = TypeVar("M", bound=Manifest)
+
+
+def manifest_path(name: str) -> Path:
+    """The manifest of an adapter, relative to the bundle. Raises ConfigError for a name that no adapter can have."""
+    return ADAPTERS / f"{check_name(name)}.json"
+
+
+def adapter_path(name: str) -> Path:
+    """The file of an adapter, relative to the bundle. Raises as ``manifest_path``."""
+    return ADAPTERS / f"{check_name(name)}.onnx_adapter"
+
+
+def adapter_names(bundle: Path) -> list[str]:
+    """The adapters of a bundle by the names of their manifests, sorted; nothing is verified.
+
+    Names with a leading dot belong to file managers.
+    """
+    return sorted(path.stem for path in (bundle / ADAPTERS).glob("*.json") if not path.name.startswith("."))
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """The content of a file of a bundle.
+
+    Raises:
+        DataError: It is missing, is not a regular file, or cannot be read.
+        TrustError: It is larger than ``limit`` bytes. Nothing was read then.
+    """
+    with _opened(path, limit) as (file, stamp):
+        return file.read(stamp.size)  # not of the limit: a small machine would refuse so much memory
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """What identifies the content of an open file without reading it.
+
+    The system sets the time of the last change (ctime) at every write, and it cannot be set back without setting the
+    machine's clock.
+    """
+
+    device: int
+    inode: int
+    size: int
+    modified: int  # nanoseconds
+    changed: int  # nanoseconds
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> Self:
+        """From what the system states about a file."""
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class HashedFile:
+    """A file's digest (SHA-256, hex), and its stamp from before it was read."""
+
+    path: Path
+    digest: str
+    stamp: Stamp
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """Hash a file without holding it in memory. Raises as ``read_file``."""
+        with _opened(path, MAX_BASE_FILE) as (file, stamp):
+            return cls(path, file_digest(file, "sha256").hexdigest(), stamp)
+
+    def check(self) -> None:
+        """Return if the path still leads to the file that was hashed, unchanged.
+
+        Raises:
+            TrustError: It was written, replaced or removed since.
+        """
+        try:
+            same = Stamp.of(self.path.stat()) == self.stamp
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise TrustError(
+                f"{self.path} changed while it was being loaded: try again, or copy the bundle again",
+                about=self.path.name,
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedBase:
+    """The base of a bundle, verified: its folder, and the bytes of the files that its task needs in memory."""
+
+    manifest: BaseManifest
+    folder: Path
+    files: dict[str, bytes] = field(repr=False)  # those that ``NEEDED`` names
+    hashed: tuple[HashedFile, ...] = field(repr=False)  # all
+
+    @property
+    def digest(self) -> str:
+        """Of the frozen base that was exported, as ``Base.digest``."""
+        return self.manifest.base_digest
+
+    def read(self, name: str) -> bytes:
+        """The content of any listed file, verified again. Raises as ``Bundle.base``."""
+        content = read_file(self.folder / name, MAX_BASE_FILE)
+        if sha256(content).hexdigest() != self.manifest.files[name]:
+            raise _altered(self.folder / name)
+        return content
+
+    def check(self) -> None:
+        """To be called after something was loaded from the folder itself.
+
+        Raises:
+            TrustError: A file was written, replaced or removed since it was hashed.
+        """
+        for file in self.hashed:
+            file.check()
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedAdapter:
+    """An adapter that may be used on the base for which it was verified."""
+
+    manifest: AdapterManifest
+    inputs: Tensors = field(repr=False)  # by graph input
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A bundle, and the keys that may have signed its manifests."""
+
+    folder: Path
+    trusted: tuple[PublicKey, ...]
+
+    def base_manifest(self) -> BaseManifest:
+        """What is signed about the base (rule 1).
+
+        Raises:
+            DataError: The file is missing.
+            TrustError: It is damaged or altered, or no trusted key signed it.
+        """
+        return self._accept(BaseManifest, self.folder / BASE_MANIFEST)
+
+    def base(self) -> VerifiedBase:
+        """The base (rules 1 and 2).
+
+        Raises:
+            DataError: A file is missing.
+            TrustError: As ``base_manifest``; or a file was altered, is needed and not listed, or is not listed at all.
+        """
+        manifest, folder = self.base_manifest(), self.folder / BASE
+        needed = NEEDED[manifest.task]
+        if missing := [name for name in needed if name not in manifest.files]:
+            raise TrustError(
+                f"{self.folder / BASE_MANIFEST} lists no {missing[0]}: get a newer client, or copy the bundle again",
+                about=missing[0],
+            )
+        _check_listed(folder, manifest)
+        files = {name: read_file(folder / name, MAX_HELD_FILE) for name in needed}
+        hashed = tuple(HashedFile.of(folder / name) for name in manifest.files)
+        found = {(file.path.name, file.digest) for file in hashed}
+        found |= {(name, sha256(content).hexdigest()) for name, content in files.items()}
+        for name, digest in sorted(found):
+            if manifest.files[name] != digest:
+                raise _altered(folder / name)
+        return VerifiedBase(manifest, folder, files, hashed)
+
+    def adapter_manifest(self, name: str) -> AdapterManifest:
+        """What is signed about an adapter (rule 3).
+
+        Raises:
+            ConfigError: No adapter can have this name.
+            DataError: The bundle has no adapter of this name.
+            TrustError: The manifest is damaged or altered, is another adapter's, or no trusted key signed it.
+        """
+        path = self.folder / manifest_path(name)
+        if not path.exists():
+            known = ", ".join(adapter_names(self.folder)) or "none"
+            raise DataError(
+                f"{self.folder} has no manifest of an adapter {name!r}; it has: {known}", about=path.name, value=name
+            )
+        manifest = self._accept(AdapterManifest, path)
+        if manifest.name != name:
+            raise TrustError(
+                f"{path} was signed for the adapter {manifest.name[:64]!r}: copy the bundle again",
+                about="adapter-manifest.name",
+                value=manifest.name,
+            )
+        return manifest
+
+    def adapter(self, name: str, base: BaseManifest) -> VerifiedAdapter:
+        """An adapter for ``base`` (rules 3 to 5).
+
+        Raises:
+            ConfigError: No adapter can have this name.
+            DataError: A file is missing or damaged, or the tensors are not finite, do not fit the base, or are not what
+                the manifest states.
+            TrustError: As ``adapter_manifest``; or the adapter is for another base, or its file was altered.
+        """
+        manifest, path = self.adapter_manifest(name), self.folder / adapter_path(name)
+        if manifest.base_digest != base.base_digest:
+            raise TrustError(
+                f"adapter {name!r} was made for another base: get one for {base.base_digest[:12]}, or open the bundle "
+                "again if its base was replaced",
+                about="adapter-manifest.base_digest",
+                value=manifest.base_digest,
+            )
+        blob = read_file(path, manifest.size)
+        if len(blob) != manifest.size or sha256(blob).hexdigest() != manifest.sha256:
+            raise _altered(path)
+        try:
+            inputs = restore(container.unpack(blob), manifest.format)
+        except DataError as error:
+            raise DataError(f"{path}: {error}", about=error.about, value=error.value) from error
+        _check_stated(inputs, manifest, base)
+        return VerifiedAdapter(manifest, inputs)
+
+    def _accept(self, kind: type[M], path: Path) -> M:
+        raw = read_file(path, MAX_ENVELOPE)
+        try:
+            return kind.accept(raw, self.trusted)
+        except TrustError as error:
+            reason = f"{path}: {error}; copy it again from a trusted source"
+            raise TrustError(reason, about=error.about, value=error.value) from error
+
+
+def _check_stated(inputs: Tensors, manifest: AdapterManifest, base: BaseManifest) -> None:
+    """Refuse an adapter that is not what its manifest states, or does not fit the base (rule 5)."""
+    sizes = check_slots(inputs, base.slots)
+    rank = max((size for symbol, size in sizes.items() if symbol.startswith("rank_")), default=0)
+    if rank > base.max_rank:
+        raise DataError(
+            f"adapter {manifest.name!r} has rank {rank}, above the base's limit of {base.max_rank}",
+            about="adapter-manifest.rank",
+            value=rank,
+        )
+    found = {
+        "layout_digest": layout_of(inputs).digest,
+        "rank": rank,
+        "labels": sizes.get("labels", len(manifest.labels)),
+    }
+    stated = {"layout_digest": manifest.layout_digest, "rank": manifest.rank, "labels": len(manifest.labels)}
+    if other := [field for field in found if found[field] != stated[field]]:
+        raise DataError(
+            f"adapter {manifest.name!r} does not have the {other[0]} that its manifest states: export it again",
+            about=f"adapter-manifest.{other[0]}",
+            value=stated[other[0]],
+        )
+    if manifest.labels and base.task == "text-generation":
+        raise DataError(
+            f"adapter {manifest.name!r} names labels, and a base for text-generation has none: export it again",
+            about="adapter-manifest.labels",
+        )
+    check_labels(manifest.name, manifest.labels)
+
+
+def _check_listed(folder: Path, manifest: BaseManifest) -> None:
+    """Refuse files that nobody signed: a library that is given the folder may read them.
+
+    Names with a leading dot belong to file managers, and no library reads them.
+    """
+    found = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    if unlisted := sorted(found - set(manifest.files) - {BASE_MANIFEST.name}):
+        raise TrustError(
+            f"{folder / unlisted[0]} is not listed in the base manifest: remove it, or copy the bundle again",
+            about=unlisted[0],
+        )
+
+
+def _altered(path: Path) -> TrustError:
+    return TrustError(f"{path} does not match the digest in its manifest: copy the bundle again", about=path.name)
+
+
+@contextmanager
+def _opened(path: Path, limit: int) -> Iterator[tuple[BufferedReader, Stamp]]:
+    try:
+        if not S_ISREG(path.stat().st_mode):  # a pipe would be waited for, and a device may never end
+            raise DataError(f"{path} is not a regular file: copy the bundle again", about=path.name)
+        with path.open("rb") as file:
+            stamp = Stamp.of(os.fstat(file.fileno()))
+            if stamp.size > limit:
+                raise TrustError(
+                    f"{path} is larger than its limit of {limit} bytes: copy the bundle again",
+                    about=path.name,
+                    value=stamp.size,
+                )
+            yield file, stamp
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing: copy the bundle again", about=path.name) from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): copy the bundle again", about=path.name) from error

@@ -1,0 +1,108 @@
+"""One temperature that makes a classifier's probabilities mean what they say (Guo et al. 2017, arXiv:1706.04599).
+
+A device divides the logits by it before the softmax. The order of the labels stays, so no answer changes.
+
+Guo et al. minimize the negative log likelihood of held-out examples. With few examples, or if all are answered right,
+that has no minimum or a far too confident one. A prior on the inverse temperature, which weighs as much as a few
+examples, gives every set of examples a minimum, even an empty one (docs/decisions/0027-calibrated-probabilities.md).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeadapt.formats.layout import Floats
+from edgeadapt.formats.manifest import MAX_TEMPERATURE, MIN_TEMPERATURE
+
+BINS = 15  # as Guo et al.
+FOLDS = 5
+PRIOR = 4.0  # the standard deviation of the inverse temperature is half of its most likely value
+STEPS = 60  # halvings of the interval in which the minimum is
+DECIMALS = 4  # more would differ from machine to machine
+Labels = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """A temperature, and what it does to examples that it was not fitted on."""
+
+    temperature: float
+    count: int  # examples
+    correct: int  # of them, answered right
+    before: float  # expected calibration error without a temperature
+    after: float  # and with it, by cross-validation
+
+
+def fit(logits: Floats, labels: Labels, start: float = 1.0) -> float:
+    """The temperature of held-out examples.
+
+    The objective in the inverse temperature b is ``-log p(labels) + PRIOR * (b / b0 - log(b / b0))``, with b0 the
+    inverse of ``start``: a gamma prior whose most likely value is b0. It is convex; bisection finds its minimum.
+
+    Args:
+        logits: Shape ``(examples, labels)``; no example gives ``start``.
+        labels: The right ones, shape ``(examples,)``.
+        start: The temperature that is most likely without examples, such as that of the adapter that was fine-tuned.
+
+    Returns:
+        From ``MIN_TEMPERATURE`` to ``MAX_TEMPERATURE``, to ``DECIMALS`` decimals.
+    """
+    wide = logits.astype(np.float64)
+    right = wide[np.arange(len(wide)), labels]
+
+    def slope(inverse: float) -> float:
+        weights = np.exp(inverse * (wide - wide.max(axis=1, keepdims=True)))
+        means = (weights * wide).sum(axis=1) / weights.sum(axis=1)
+        return float((means - right).sum()) + PRIOR * (start - 1 / inverse)
+
+    low, high = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE
+    for _ in range(STEPS if len(wide) else 0):
+        middle = (low + high) / 2
+        low, high = (low, middle) if slope(middle) > 0 else (middle, high)
+    return round(min(max(2 / (low + high) if len(wide) else start, MIN_TEMPERATURE), MAX_TEMPERATURE), DECIMALS)
+
+
+def expected_calibration_error(logits: Floats, labels: Labels, bins: int = BINS) -> float:
+    """How far confidence and accuracy are apart: the mean of |accuracy - confidence| over bins of equal mass.
+
+    These hold equally many examples, and are less biased than bins of equal width (Roelofs et al. 2022,
+    arXiv:2012.08668). Of few examples, even a calibrated classifier's error is above 0.
+
+    Args:
+        logits: Shape ``(examples, labels)``, divided by their temperature; at least one example.
+        labels: The right ones, shape ``(examples,)``.
+        bins: At most as many as there are examples.
+    """
+    found, right = confidences(logits), logits.argmax(axis=1) == labels
+    parts = np.array_split(np.argsort(found, kind="stable"), min(bins, len(found)))
+    return float(sum(abs(right[part].sum() - found[part].sum()) for part in parts) / len(found))
+
+
+def confidences(logits: Floats) -> NDArray[np.float64]:
+    """The probability of each example's most likely label, shape ``(examples,)``."""
+    wide = logits.astype(np.float64)
+    result: NDArray[np.float64] = 1 / np.exp(wide - wide.max(axis=1, keepdims=True)).sum(axis=1)
+    return result
+
+
+def calibrate(logits: Floats, labels: Labels, start: float = 1.0) -> Calibration:
+    """Fit a temperature to all examples, and measure the gain on examples that it was not fitted on.
+
+    The examples are put into ``FOLDS`` folds at random; the others give the temperature with which a fold is measured.
+
+    Args:
+        logits: Shape ``(examples, labels)``; at least ``FOLDS`` examples.
+        labels: The right ones, shape ``(examples,)``.
+        start: As for ``fit``.
+    """
+    folds = np.random.default_rng(0).permutation(len(labels)) % FOLDS  # always the same ones
+    temperatures = np.array([fit(logits[folds != fold], labels[folds != fold], start) for fold in range(FOLDS)])
+    calibrated = (logits / temperatures[folds][:, None]).astype(logits.dtype)
+    return Calibration(
+        temperature=fit(logits, labels, start),
+        count=len(labels),
+        correct=int((logits.argmax(axis=1) == labels).sum()),
+        before=expected_calibration_error(logits, labels),
+        after=expected_calibration_error(calibrated, labels),
+    )

@@ -1,0 +1,180 @@
+"""The tensors of an adapter as inputs of an exported graph, and the slots that they fill.
+
+A layer with every kind of slot computes::
+
+    y = base(x * input_scale) * output_scale + (x @ A) @ B + offset
+
+``base`` is the frozen layer with its bias. A has the shape ``(in, rank)`` and B ``(rank, out)``, with the layer's
+scaling folded in; both are peft's tensors transposed. The three vectors have the shape ``(given, width)``: ``given``
+is 1, or 0 for an adapter that lacks the vector. What is absent changes nothing: the graph then takes a scale of 1 and
+an offset of 0 (docs/decisions/0021-slots-of-several-kinds.md). A fourth kind of vector replaces a vector among the
+base's parameters, such as a bias or the weight of a normalization. Modules in ``modules_to_save`` keep their shapes.
+
+Two more slots are of the whole base: embeddings of virtual tokens before a text, ``(virtual tokens, width)``, and their
+keys and values in every layer, ``(virtual tokens, layers * 2 * heads * width)`` (docs/decisions/0023).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from aggregation.errors import DataError
+from edgeadapt.formats.layout import Floats, Layout, Tensors
+
+PEFT_PREFIX = "base_model.model."  # peft puts it before every name of the base's module tree
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+OUTPUT_SCALE, INPUT_SCALE, OFFSET = ".output_scale", ".input_scale", ".output_offset"  # follow the path of a layer
+SCALES = (OUTPUT_SCALE, INPUT_SCALE)
+REPLACED = ".replaced"  # follows the name of a parameter
+VECTORS = (*SCALES, OFFSET, REPLACED)
+GIVEN = "given_"  # prefix of the symbolic dimension of a vector: 1, or 0 for an adapter that lacks it
+PROMPT, PREFIX = "prompt_embeddings", "prefix_key_values"  # of virtual tokens, a row for each
+VIRTUAL = {PROMPT: "prompt_tokens", PREFIX: "prefix_tokens"}  # graph input → the symbolic dimension of its rows
+
+
+def to_inputs(tensors: Tensors, scaling: Mapping[str, float]) -> Tensors:
+    """The graph inputs of an adapter.
+
+    >>> a, b = np.ones((2, 3), np.float32), np.ones((5, 2), np.float32)
+    >>> peft = {"base_model.model.q.lora_A.weight": a, "base_model.model.q.lora_B.weight": b}
+    >>> {name: value.shape for name, value in to_inputs(peft, {"q": 2.0}).items()}
+    {'q.lora_A.weight': (3, 2), 'q.lora_B.weight': (2, 5)}
+
+    Args:
+        tensors: All tensors of the adapter, under peft's names and in its shapes.
+        scaling: The factor of each adapted layer, by the layer's path in the base.
+    """
+    return {input_name(name): _transposed(input_name(name), value, scaling) for name, value in tensors.items()}
+
+
+def from_inputs(inputs: Tensors, scaling: Mapping[str, float]) -> Tensors:
+    """The tensors under peft's names and in its shapes: ``from_inputs(to_inputs(t, s), s) == t`` up to rounding."""
+    inverse = {path: 1 / factor if factor else 1.0 for path, factor in scaling.items()}
+    return {PEFT_PREFIX + name: _transposed(name, value, inverse) for name, value in inputs.items()}
+
+
+def gradients_of_tensors(gradients: Tensors, scaling: Mapping[str, float]) -> Tensors:
+    """The gradients by the tensors under peft's names, from those by the graph inputs that ``to_inputs`` makes of them.
+
+    ``to_inputs`` transposes, and multiplies B by the scaling; so does the chain rule.
+    """
+    return {PEFT_PREFIX + name: _transposed(name, value, scaling) for name, value in gradients.items()}
+
+
+def input_name(peft_name: str) -> str:
+    """The graph input for the tensor that peft calls ``peft_name``.
+
+    >>> input_name("base_model.model.encoder.query.lora_A.weight")
+    'encoder.query.lora_A.weight'
+    """
+    return peft_name.removeprefix(PEFT_PREFIX)
+
+
+def layout_of(inputs: Tensors) -> Layout:
+    """The layout, in peft's names and shapes, of the tensors of which these are the graph inputs."""
+    return Layout.of({PEFT_PREFIX + name: value.T if _is_lora(name) else value for name, value in inputs.items()})
+
+
+def vector_kind(name: str) -> str | None:
+    """The kind of the vector that a graph input takes, one of ``VECTORS``; None for any other input.
+
+    >>> vector_kind("encoder.key.output_scale"), vector_kind("encoder.key.lora_A.weight")
+    ('.output_scale', None)
+    """
+    return next((kind for kind in VECTORS if name.endswith(kind)), None)
+
+
+def vector_site(name: str) -> str:
+    """The layer at which the vector ``name`` is, or the parameter that it replaces.
+
+    >>> vector_site("encoder.norm.weight.replaced")
+    'encoder.norm.weight'
+    """
+    return name.removesuffix(vector_kind(name) or "")
+
+
+def layer_of(name: str) -> str:
+    """The layer or normalization at which the vector or the LoRA matrix ``name`` is.
+
+    >>> layer_of("encoder.norm.weight.replaced"), layer_of("encoder.key.lora_A.weight")
+    ('encoder.norm', 'encoder.key')
+    """
+    site = vector_site(name)
+    return site.rpartition(".")[0] if name.endswith(REPLACED) else site.removesuffix(LORA_A).removesuffix(LORA_B)
+
+
+def virtual_tokens(inputs: Tensors) -> int:
+    """The virtual tokens that an adapter puts before a text.
+
+    >>> virtual_tokens({"prompt_embeddings": np.ones((5, 8), np.float32)})
+    5
+    """
+    return sum(len(inputs[name]) for name in VIRTUAL if name in inputs)
+
+
+def with_placeholders(tokens: Sequence[int], count: int) -> list[int]:
+    """The tokens of a prompt for a language model, after a placeholder for each of ``count`` virtual tokens.
+
+    The graph does not read placeholders. They repeat the first token, because samplers that count or penalize the
+    tokens of a prompt must find none that is not in it, and none outside the vocabulary.
+    """
+    return [*([tokens[0]] * count), *tokens]
+
+
+def check_slots(inputs: Tensors, slots: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """Refuse an adapter that does not fill exactly the slots of a graph.
+
+    >>> check_slots({"A": np.ones((6, 2), np.float32)}, {"A": ("6", "rank_0")})
+    {'rank_0': 2}
+
+    Args:
+        inputs: The adapter's tensors by graph input.
+        slots: The dimensions of each graph input: digits for a fixed size, or a symbol for one size everywhere.
+
+    Returns:
+        The size of each symbol.
+
+    Raises:
+        DataError: A tensor is missing, unknown or of a shape that the graph does not take, or a vector is there more
+            than once; about the tensor.
+    """
+    if odd := sorted(set(inputs).symmetric_difference(slots)):
+        raise DataError(
+            f"tensor {odd[0]!r} is missing from the adapter or has no slot in the base's graph", about=odd[0]
+        )
+    sizes: dict[str, int] = {}
+    for name, dimensions in slots.items():
+        shape = inputs[name].shape
+        fits = len(shape) == len(dimensions) and all(
+            size == (int(text) if text.isdigit() else sizes.setdefault(text, size))
+            for text, size in zip(dimensions, shape, strict=True)
+        )
+        fits = fits and not (dimensions[0].startswith(GIVEN) and shape[0] > 1)
+        if not fits:
+            raise DataError(
+                f"tensor {name!r} is {list(shape)}, its slot takes [{', '.join(dimensions)}]", about=name, value=shape
+            )
+    return sizes
+
+
+def _is_lora(name: str) -> bool:
+    return name.endswith((LORA_A, LORA_B))
+
+
+def _transposed(name: str, value: Floats, scaling: Mapping[str, float]) -> Floats:
+    if not _is_lora(name):
+        return value
+    factor = scaling[name.removesuffix(LORA_B)] if name.endswith(LORA_B) else 1.0
+    return np.ascontiguousarray(value.T) * np.float32(factor)
+
+
+def in_modules(name: str, saved: Iterable[str]) -> bool:
+    """Whether a parameter belongs to one of the modules that ``saved``, peft's ``modules_to_save``, names.
+
+    Peft matches every module whose path ends with a name, even in the middle of a word.
+
+    >>> in_modules("pre_classifier.weight", ["classifier"])
+    True
+    """
+    parts, ends = name.split("."), tuple(saved)
+    return any(".".join(parts[:count]).endswith(ends) for count in range(1, len(parts)))

@@ -1,0 +1,121 @@
+"""The layout of an adapter: its tensors' names and shapes, and their order in a flat vector.
+
+Aggregation adds vectors, so all machines need the same order. The digest of the layout is in the session's offer and in
+every manifest.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aggregation.errors import DataError
+from edgeadapt.formats import jsontext
+
+Floats = NDArray[np.float32]
+Tensors = dict[str, Floats]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One float32 tensor: its name as PEFT saves it, and its shape."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The tensors of an adapter, sorted by name.
+
+    Law: ``layout.unflatten(layout.flatten(tensors))`` equals ``tensors``, bit for bit.
+    """
+
+    tensors: tuple[TensorSpec, ...]
+
+    def __post_init__(self) -> None:
+        names = [spec.name for spec in self.tensors]
+        if not names:
+            raise DataError("the adapter has no tensors", about="layout")
+        if names != sorted(set(names)):
+            raise DataError("an adapter layout names every tensor once, in sorted order", about="layout")
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Floats]) -> Self:
+        return cls(tuple(TensorSpec(name, tuple(tensors[name].shape)) for name in sorted(tensors)))
+
+    @property
+    def size(self) -> int:
+        """Elements of the flat vector."""
+        return sum(spec.size for spec in self.tensors)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, hex, of the names and shapes in order."""
+        rows = [[spec.name, list(spec.shape)] for spec in self.tensors]
+        return hashlib.sha256(jsontext.encode(rows)).hexdigest()
+
+    def select(self, tensors: Mapping[str, Floats]) -> Tensors:
+        """Those of ``tensors`` that this layout names."""
+        return {spec.name: tensors[spec.name] for spec in self.tensors if spec.name in tensors}
+
+    def check(self, tensors: Mapping[str, Floats]) -> None:
+        """Refuse tensors of another layout or with values that are not finite.
+
+        Raises:
+            DataError: A tensor is missing, unknown, of another shape or type, or holds NaN or infinity.
+        """
+        expected = {spec.name for spec in self.tensors}
+        if odd := sorted(expected.symmetric_difference(tensors)):
+            raise DataError(
+                f"tensor {odd[0]!r} is missing from the adapter or unknown to its layout",
+                about=odd[0],
+                value="missing" if odd[0] in expected else "unknown",
+            )
+        for spec in self.tensors:
+            tensor = tensors[spec.name]
+            if tensor.dtype != np.float32 or tensor.shape != spec.shape:
+                found = f"{tensor.dtype} {list(tensor.shape)}"
+                raise DataError(
+                    f"tensor {spec.name!r} is {found}, expected float32 {list(spec.shape)}",
+                    about=spec.name,
+                    value=found,
+                )
+            if not np.isfinite(tensor).all():
+                raise DataError(f"tensor {spec.name!r} holds NaN or infinity", about=spec.name)
+
+    def flatten(self, tensors: Mapping[str, Floats]) -> Floats:
+        """One vector of shape ``(size,)``: the tensors in layout order, each row-major. Raises as ``check``.
+
+        >>> tensors = {"b": np.array([[1, 2], [3, 4]], np.float32), "a": np.array([0], np.float32)}
+        >>> Layout.of(tensors).flatten(tensors).tolist()
+        [0.0, 1.0, 2.0, 3.0, 4.0]
+        """
+        self.check(tensors)
+        return np.concatenate([tensors[spec.name].reshape(-1) for spec in self.tensors])
+
+    def unflatten(self, vector: Floats) -> Tensors:
+        """The tensors of a vector of shape ``(size,)``; views, not copies.
+
+        Raises:
+            DataError: The vector has another size or type.
+        """
+        if vector.shape != (self.size,) or vector.dtype != np.float32:
+            found = f"{vector.dtype} vector of shape {vector.shape}"
+            raise DataError(
+                f"a {found} does not fit a layout of {self.size} float32 elements", about="vector", value=vector.shape
+            )
+        ends = np.cumsum([spec.size for spec in self.tensors])
+        return {
+            spec.name: vector[end - spec.size : end].reshape(spec.shape)
+            for spec, end in zip(self.tensors, ends, strict=True)
+        }

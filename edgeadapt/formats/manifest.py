@@ -1,0 +1,228 @@
+"""The three signed manifests: of a version in a registry, of an exported base, of an exported adapter.
+
+Coordinator, exporter and device meet in these documents. Each is a frozen value; its signed form is a DSSE envelope
+around its JSON (``dsse.py``). ``accept`` returns a verified value or raises.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import ConfigDict, Field, ValidationError
+
+from aggregation.errors import ConfigError, DataError, TrustError
+from aggregation.pki.identity import IdentityKey, PublicKey
+from edgeadapt.formats import dsse, jsontext
+from edgeadapt.formats.peftconfig import PeftConfig
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0, lt=2**63)]  # what every database has an integer for
+Task = Literal["text-classification", "text-generation"]  # as optimum and transformers call them
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]  # stays inside its folder
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0  # beyond, an adapter is broken rather than badly calibrated
+PeftType = Annotated[str, Field(pattern=r"^[A-Z0-9_]{1,64}$")]
+RuntimeVersion = Annotated[str, Field(pattern=r"^[0-9]{1,4}\.[0-9]{1,4}$")]
+Temperature = Annotated[float, Field(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE, allow_inf_nan=False)]
+Format = Literal["fp32", "fp16", "int8", "int4"]  # how an adapter file stores numbers (``quantization.py``)
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+MAX_LABEL = 256  # characters
+
+
+def check_name(name: str) -> str:
+    """Return ``name`` if an adapter and its two files can have it on any system.
+
+    Raises:
+        ConfigError: It is empty, longer than 64 characters, or has a character that could leave the folder.
+    """
+    if not ADAPTER_NAME.fullmatch(name):
+        raise ConfigError(
+            f"adapter name {name[:80]!r} must be 1 to 64 letters, digits, '.', '_' or '-'", about="name", value=name
+        )
+    return name
+
+
+def check_labels(name: str, labels: Sequence[str]) -> None:
+    """Refuse labels of the adapter ``name`` with which no device could answer.
+
+    Raises:
+        DataError: A label occurs twice, or is not a printable name of at most ``MAX_LABEL`` characters.
+    """
+    if len(set(labels)) != len(labels):
+        raise DataError(f"adapter {name!r} names a label twice: export it again with other labels", about="labels")
+    for label in labels:
+        if not label.strip() or len(label) > MAX_LABEL or not label.isprintable():
+            raise DataError(
+                f"adapter {name!r}: label {label[:40]!r} is not a printable name: export it with another",
+                about="labels",
+                value=label,
+            )
+
+
+class Manifest:
+    """The signed form of every manifest. Law: ``accept(manifest.sign(key), [key.public]) == manifest``.
+
+    A manifest is a flat object: a field that is missing, unknown or ill-formed is refused, also if it is signed.
+    """
+
+    __slots__ = ()
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    NAME: ClassVar[str]
+
+    @classmethod
+    def payload_type(cls) -> str:
+        """The document's type in its envelope."""
+        return f"application/vnd.edgeadapt.{cls.NAME}.v1+json"
+
+    def sign(self, key: IdentityKey) -> bytes:
+        """The signed envelope. Equal manifests and keys give equal bytes.
+
+        Raises:
+            DataError: A number is NaN or infinite, a text is not Unicode, or the envelope is too large.
+        """
+        try:
+            payload = jsontext.encode(asdict(self))  # type: ignore[call-overload]
+        except (TypeError, ValueError) as error:
+            raise DataError(f"the {self.NAME} cannot be signed: {error}", about=self.NAME) from error
+        return dsse.sign(payload, self.payload_type(), key)
+
+    @classmethod
+    def accept(cls, raw: bytes, trusted: Iterable[PublicKey]) -> Self:
+        """The manifest in an envelope that one of the keys ``trusted`` signed.
+
+        Raises:
+            TrustError: As ``dsse.verify``; or a field is missing, unknown or ill-formed (about ``NAME.FIELD``).
+        """
+        return cls._of(dsse.verify(raw, cls.payload_type(), trusted))
+
+    @classmethod
+    def unverified(cls, raw: bytes) -> Self:
+        """The manifest in an envelope, whoever signed it: for messages and for files that are about to be replaced.
+
+        Raises:
+            TrustError: As ``accept``, apart from the signature.
+        """
+        return cls._of(dsse.unverified(raw, cls.payload_type()))
+
+    @classmethod
+    def _of(cls, payload: bytes) -> Self:
+        try:
+            jsontext.decode(payload)  # refuses what the next line would read in one of several ways
+            return jsontext.decode_as(cls, payload)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            raise TrustError(f"{cls.NAME}: field {field}: {first['msg']}", about=f"{cls.NAME}.{field}") from error
+        except ValueError as error:
+            raise TrustError(f"{cls.NAME}: {error}", about=cls.NAME) from error
+
+
+@dataclass(frozen=True, slots=True)
+class ServerRule:
+    """A rule that made a version, the server optimizer or the combination of groups: its name, and its numbers by name.
+
+    ``edgeadapt.rounds.optimizer`` and ``edgeadapt.rounds.combination`` have the rules.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    name: str
+    numbers: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class PrivacyBound:
+    """Differential privacy of all sums that an adapter was made from, for everything that one device contributed.
+
+    >>> print(PrivacyBound(6.071, 1e-6))
+    epsilon 6.07 for delta 1e-06
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    epsilon: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    delta: Annotated[float, Field(gt=0, lt=1)]
+
+    def __str__(self) -> str:
+        return f"epsilon {self.epsilon:.2f} for delta {self.delta:g}"
+
+
+@dataclass(frozen=True, slots=True)
+class VersionManifest(Manifest):
+    """One version of the global adapter in the registry."""
+
+    NAME: ClassVar[str] = "version-manifest"
+
+    version: Count  # 0 is the adapter that the vendor ships on day one
+    sha256: Sha256  # of the safetensors file
+    size: Count  # of that file, bytes
+    base_digest: Sha256
+    layout_digest: Sha256
+    parent: Sha256 | None  # SHA-256 of the file of the version it was made from
+    round: Count  # 0 for the seed
+    plan: Sha256 | None  # digest of that round's plan, in which a log names the round; None for the seed
+    rule: ServerRule | None  # of the server optimizer, from the sum to this version; None for the seed
+    combination: ServerRule | None  # of the means of groups; None where the round had one sum
+    survivors: tuple[str, ...]  # devices whose updates are in the sum
+    metrics: dict[str, float]  # means over the survivors, as unmasked
+    privacy: PrivacyBound | None  # what all sums so far may have revealed of a device; None: nothing bounds it
+    peft_config: PeftConfig
+    labels: tuple[str, ...]  # the head's rows, in order
+
+    @property
+    def id(self) -> tuple[int, str]:
+        """Version and digest of the file: how logs name an adapter."""
+        return self.version, self.sha256
+
+
+@dataclass(frozen=True, slots=True)
+class BaseManifest(Manifest):
+    """An exported base: which frozen base it is, for which task, in which profile, and the digest of each file."""
+
+    NAME: ClassVar[str] = "base-manifest"
+
+    base_digest: Sha256
+    task: Task
+    profile: str
+    files: dict[FileName, Sha256]  # name in the base's folder → digest
+    slots: dict[str, tuple[str, ...]]  # graph inputs that one adapter fills → symbolic or fixed dimensions, as text
+    max_rank: Count  # an adapter with a layer of a higher rank is refused
+    independent_rows: bool  # of a classifier: a row of a mixed batch gets the answer that it gets alone
+    onnxruntime: RuntimeVersion  # the lowest version that runs the graphs
+    opset: Count  # the version of ONNX's operators that the graphs use
+    merged: dict[
+        Sha256, PeftType
+    ]  # adapters that are part of the base: SHA-256 of the file → peft's name of the method
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterManifest(Manifest):
+    """An exported adapter: its file, the base that it is for, and the version that it was exported from."""
+
+    NAME: ClassVar[str] = "adapter-manifest"
+
+    name: str  # "global", or the owner's name for a private one
+    sha256: Sha256  # of the adapter file
+    size: Count  # of that file, bytes
+    format: Format
+    base_digest: Sha256
+    layout_digest: Sha256
+    version: Count
+    source: Sha256  # of the safetensors file that it was exported from
+    peft_config: PeftConfig | None  # gives the scaling that is folded into the file; None if it is not known
+    parent: Sha256 | None  # of a private adapter: SHA-256 of the file of the global version it started from
+    rank: Count
+    labels: tuple[str, ...]
+    temperature: (
+        Temperature  # divides a classifier's logits (``edgeadapt.formats.calibration``); 1 if it is not calibrated
+    )
+    privacy: PrivacyBound | None  # of a federation with differential privacy, as of ``VersionManifest``; None: no bound
+
+    @property
+    def content(self) -> str:
+        """SHA-256 of what the adapter is, whatever its name, version, number format and privacy: tensors, scaling,
+        labels and temperature.
+        """
+        same = {"name": "", "version": 0, "sha256": "", "size": 0, "format": "", "privacy": None}
+        return hashlib.sha256(jsontext.encode(asdict(self) | same)).hexdigest()

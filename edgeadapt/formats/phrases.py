@@ -1,0 +1,61 @@
+"""Phrases with their labels, one pair a line: what an exporter learns from or measures on, and what a device is taught.
+
+A message names the line, and not the phrase: what a device is taught is private.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from aggregation.errors import DataError
+from edgeadapt.formats.storage import LONGEST_LIST, read_lines
+
+TAB = "\t"
+
+
+def read_phrases(path: Path) -> list[tuple[str, str]]:
+    """The labels and phrases in a file with one pair a line: the label, a tab, the phrase.
+
+    Raises:
+        ConfigError: There is no such file.
+        DataError: A line has no tab, or nothing on one side of it; or as ``read_lines``.
+    """
+    return _pairs(read_lines(path, "phrase"), path)
+
+
+def parse_phrases(raw: bytes, path: Path) -> list[tuple[str, str]]:
+    """The labels and phrases in the content of such a file. Raises DataError as ``read_phrases``; there may be none."""
+    if len(raw) > LONGEST_LIST:
+        reason = f"{path} has {len(raw)} bytes, above the limit of {LONGEST_LIST}: use a bundle with fewer phrases"
+        raise DataError(reason, about=path.name, value=len(raw))
+    try:
+        lines = raw.decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8", about=path.name) from error
+    return _pairs([line for line in lines if line.strip()], path)
+
+
+def encode_phrases(pairs: Iterable[tuple[str, str]]) -> bytes:
+    """The content of such a file. Law: ``parse_phrases(encode_phrases(pairs), path) == pairs``.
+
+    Args:
+        pairs: Labels and phrases, not empty; each becomes one line, with one space for each run of white space.
+    """
+    return "".join(f"{_line(label)}{TAB}{_line(phrase)}\n" for label, phrase in pairs).encode()
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _pairs(lines: Iterable[str], path: Path) -> list[tuple[str, str]]:
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        label, _, phrase = (part.strip() for part in line.partition(TAB))
+        if not label or not phrase:
+            raise DataError(
+                f"phrase {number} of {path} has not the form LABEL TAB PHRASE",
+                about=path.name,
+                value=number,
+            )
+        pairs.append((label, phrase))
+    return pairs

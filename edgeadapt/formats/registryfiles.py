@@ -1,0 +1,317 @@
+"""The registry's files: their names, and a reader that returns nothing unsigned.
+
+    STATE/registry.db                  SQLite: for each version its number, its file's digest and its signed manifest;
+                                       for each round its number and its signed record
+    STATE/blobs/SHA256.safetensors     the adapter of each version, named by its digest
+    STATE/registry.toml                where they are, if not there
+
+``coordinator.registry`` writes them with SQLAlchemy and fsspec, under the names defined here. The exporter and the
+auditor only read (``edgeadapt.formats.registryreader``), which takes no more than the bare install for files, and for a
+database or a bucket ``edgeadapt.formats.registrystores``.
+"""
+
+import hashlib
+import json
+import math
+import sqlite3
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+from pydantic import Field
+
+from aggregation.errors import ConfigError, DataError, TrustError
+from aggregation.pki.identity import PublicKey
+from edgeadapt.formats import storage
+from edgeadapt.formats.dsse import MAX_ENVELOPE
+from edgeadapt.formats.layout import Floats, Layout, Tensors
+from edgeadapt.formats.manifest import VersionManifest
+from edgeadapt.formats.roundrecord import RoundRecord, accept_chain
+from edgeadapt.formats.settings import Settings
+
+SIGNING_KEY, DATABASE, BLOBS = "signing.pem", "registry.db", "blobs"  # in the coordinator's state directory
+REGISTRY = "registry.toml"  # there too
+SCHEMA = "3"  # revision of the tables; ``coordinator.registry.migrations`` brings older ones to it
+PREFIX = "edgeadapt_"  # of this program's tables, so that another program's database is recognized
+# Tables; the first is alembic's, has one row and the column SCHEMA_COLUMN.
+SCHEMAS, VERSIONS, ROUNDS = f"{PREFIX}schema", f"{PREFIX}versions", f"{PREFIX}rounds"
+SCHEMA_COLUMN, VERSION, SHA256, MANIFEST = "version_num", "version", "sha256", "manifest"
+FIRST, FIRST_TABLE = "1", f"{PREFIX}format"  # the revision that had no table of alembic's, and a table of it alone
+ROUND, RECORD = "round", "record"
+
+_SELECT = f"SELECT {VERSION}, {SHA256}, {MANIFEST} FROM {VERSIONS}"  # noqa: S608 - the names above
+_BY_VERSION, _NEWEST = f"{_SELECT} WHERE {VERSION} = ?", f"{_SELECT} ORDER BY {VERSION} DESC LIMIT 1"
+_ROUNDS = f"SELECT {ROUND}, {RECORD} FROM {ROUNDS} ORDER BY {ROUND}"  # noqa: S608
+# What a schema may hold besides tables: views and triggers run statements of their own, also such without an end; and
+# virtual tables, which run code. An automatic index has no statement.
+NOT_TABLES = "SELECT name FROM sqlite_master WHERE sql NOT LIKE 'CREATE TABLE %'"
+_LENGTH = 8  # bytes before a safetensors header: its length, little-endian
+
+
+class RegistrySettings(Settings):
+    """``registry.toml`` in the coordinator's state directory."""
+
+    database: str = Field(
+        default="",
+        description="postgresql://USER@HOST/NAME, without a password; PGPASSWORD, PGPASSFILE or ~/.pgpass has it; "
+        "empty: registry.db here",
+    )
+    blobs: str = Field(
+        default="",
+        description="where adapters are kept: s3://BUCKET/PREFIX, without keys, or another URL that fsspec knows; "
+        "empty: blobs here",
+    )
+
+    @classmethod
+    def of(cls, state_dir: Path) -> Self:
+        """Those of a state directory. Without the file, all is there. Raises as ``read``."""
+        return cls.read(state_dir / REGISTRY) if (state_dir / REGISTRY).exists() else cls()
+
+
+class RegistrySource(Protocol):
+    """Where a registry is read from. Nothing that it returns is verified."""
+
+    @property
+    def name(self) -> str:
+        """Of the database, for a message."""
+
+    def rows(self, query: str, values: tuple[int, ...]) -> list[tuple[Any, ...]]:
+        """What a query finds, in a database with this schema.
+
+        Raises:
+            ConfigError: The database has another schema.
+            DataError: The database cannot be read.
+        """
+
+    def place(self, digest: str) -> str:
+        """The file with that digest, for a message."""
+
+    def file(self, digest: str, size: int) -> bytes:
+        """The content of that file, empty if it does not have that size.
+
+        Raises:
+            DataError: It is missing.
+        """
+
+
+def blob_name(digest: str) -> str:
+    """The file in ``BLOBS`` with the adapter of this SHA-256 (hex)."""
+    return f"{digest}.safetensors"
+
+
+def require(state_dir: Path) -> None:
+    """Return if a coordinator's registry is in the folder.
+
+    Raises:
+        ConfigError: It is not, or as ``RegistrySettings.of``.
+    """
+    elsewhere = RegistrySettings.of(state_dir)
+    found = (DATABASE, elsewhere.database or (state_dir / DATABASE).is_file())
+    for name, there in (found, (BLOBS, elsewhere.blobs or (state_dir / BLOBS).is_dir())):
+        if not there:
+            text = f"{state_dir} is not a coordinator's state directory: it has no {name}"
+            raise ConfigError(text, about=name, value=str(state_dir))
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFiles:
+    """A registry's files: ``registry.db`` in ``folder``, and the folder ``blobs``."""
+
+    folder: Path
+    blobs: Path
+
+    @property
+    def name(self) -> str:
+        return str(self.folder / DATABASE)
+
+    def place(self, digest: str) -> str:
+        return str(self.blobs / blob_name(digest))
+
+    def file(self, digest: str, size: int) -> bytes:
+        path = self.blobs / blob_name(digest)
+        try:
+            return storage.read(path) if path.stat().st_size == size else b""
+        except (FileNotFoundError, NotADirectoryError):
+            raise DataError(f"{path} is missing: restore it from a copy", about="blob", value=digest) from None
+
+    def rows(self, query: str, values: tuple[int, ...]) -> list[tuple[Any, ...]]:
+        path = self.folder / DATABASE
+        try:
+            with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
+                database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 2 * MAX_ENVELOPE)
+                # A row has more bytes than it takes steps to read, so a query that takes more steps than the file has
+                # bytes reads what is not there: pages that refer to each other in many ways.
+                database.set_progress_handler(lambda: True, path.stat().st_size)
+                if other := database.execute(NOT_TABLES).fetchone():
+                    raise sqlite3.DatabaseError(f"{other[0]!r} is not a table")
+                old = database.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (FIRST_TABLE,)).fetchone()
+                if old is not None:
+                    require_schema(FIRST, str(path))
+                found = database.execute(f"SELECT {SCHEMA_COLUMN} FROM {SCHEMAS}").fetchone()  # noqa: S608
+                require_schema(found and found[0], str(path))
+                rows: list[tuple[Any, ...]] = database.execute(query, values).fetchall()
+        except (sqlite3.Error, OverflowError, UnicodeDecodeError) as error:
+            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_READONLY_ROLLBACK:
+                text = f"a process was killed while it wrote to {path}: undo what it began"
+                command = f"edgeadapt coordinator status {self.folder}"
+                raise DataError(
+                    f"{text} with '{command}', or start the coordinator", about=f"{DATABASE}-journal"
+                ) from None
+            raise DataError(
+                f"{path} is not a registry or is damaged ({error}): restore it from a copy", about=DATABASE
+            ) from None
+        return rows
+
+
+def require_schema(found: object, name: str) -> None:
+    """Return if a database has the schema of this edgeadapt.
+
+    Args:
+        found: The revision of its schema.
+        name: Of the database.
+
+    Raises:
+        ConfigError: It is another one.
+    """
+    if found == SCHEMA:
+        return
+    older = isinstance(found, str) and found.isdecimal() and int(found) < int(SCHEMA)
+    remedy = "bring it to that with 'edgeadapt coordinator upgrade'" if older else "update edgeadapt"
+    text = f"{name} has revision {found} of the registry's tables, and this edgeadapt has {SCHEMA}: {remedy}"
+    raise ConfigError(text, about="database.schema", value=found)
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryFiles:
+    """A registry to read. One coordinator may write to it at the same time."""
+
+    source: RegistrySource
+    trusted: tuple[PublicKey, ...]
+
+    @classmethod
+    def open(cls, state_dir: Path, trusted: Sequence[PublicKey]) -> Self:
+        """The registry whose files are in a coordinator's state directory.
+
+        Args:
+            state_dir: The folder.
+            trusted: The keys that may have signed its manifests.
+
+        Raises:
+            ConfigError: As ``require``.
+        """
+        require(state_dir)
+        return cls(LocalFiles(state_dir, state_dir / BLOBS), tuple(trusted))
+
+    def manifest(self, version: int | None = None) -> VersionManifest | None:
+        """The manifest of a version, by default of the newest; None if the registry does not have it.
+
+        Raises:
+            ConfigError: The database has another schema.
+            DataError: The database cannot be read.
+            TrustError: The manifest is damaged, or signed by no trusted key or for another version.
+        """
+        rows = self.source.rows(_NEWEST, ()) if version is None else self.source.rows(_BY_VERSION, (version,))
+        if not rows:
+            return None
+        number, digest, raw = rows[0]
+        try:
+            if not isinstance(raw, bytes) or len(rows) > 1:
+                raise TrustError("it is not one signed document", about="manifest")
+            found = VersionManifest.accept(raw, self.trusted)
+            if (found.version, found.sha256) != (number, digest):
+                raise TrustError(
+                    f"it is the manifest of version {found.version} ({found.sha256[:12]})", about="manifest"
+                )
+        except TrustError as error:
+            place = f"{self.source.name}, manifest of version {number}"
+            raise TrustError(f"{place}: {error}; restore it from a copy", about="manifest", value=number) from None
+        return found
+
+    def recorded(self, version: int | None = None) -> VersionManifest | None:
+        """As ``manifest``, of a version that the record of a round says was made; version 0 is from no round.
+
+        Raises:
+            ConfigError, DataError: As ``manifest``.
+            TrustError: As ``manifest`` and ``rounds``, or the version was published without such a record.
+        """
+        found = self.manifest(version)
+        made = {record.version: record for record in self.rounds()}
+        if found is not None and found.version:
+            record = made.get(found.version)
+            if record is None or not record.made(found):
+                text = f"{self.source.name}: no round is recorded that made version {found.version} as it is there"
+                reason = (
+                    f"{text}; check the coordinator with 'edgeadapt audit verify', or restore the registry from a copy"
+                )
+                raise TrustError(reason, about="record", value=found.version)
+        return found
+
+    def rounds(self) -> tuple[RoundRecord, ...]:
+        """The records of all rounds, in order.
+
+        Raises:
+            ConfigError: The database has another schema.
+            DataError: The database cannot be read.
+            TrustError: A record is missing, was altered, or is signed by no trusted key.
+        """
+        return tuple(accept_chain(self.source.rows(_ROUNDS, ()), self.trusted))
+
+    def blob(self, manifest: VersionManifest) -> bytes:
+        """The file of a version, byte for byte as published.
+
+        Raises:
+            DataError: It is missing.
+            TrustError: It was altered.
+        """
+        digest = manifest.sha256
+        blob = self.source.file(digest, manifest.size)
+        if hashlib.sha256(blob).hexdigest() != digest:
+            raise TrustError(
+                f"{self.source.place(digest)} was altered: restore it from a copy", about="blob", value=digest
+            )
+        return blob
+
+    def tensors(self, manifest: VersionManifest) -> Tensors:
+        """The tensors of a version, finite and of its manifest's layout.
+
+        Raises:
+            DataError: The file is missing or holds no adapter.
+            TrustError: The file was altered, or its layout is not the manifest's.
+        """
+        blob, path = self.blob(manifest), self.source.place(manifest.sha256)
+        try:
+            tensors = float32_tensors(blob)
+            layout = Layout.of(tensors)
+            layout.check(tensors)
+        except DataError as error:
+            raise DataError(f"{path}: {error}", about="blob", value=manifest.sha256) from None
+        if layout.digest != manifest.layout_digest:
+            raise TrustError(f"{path} does not have the layout of its manifest", about="layout_digest")
+        return tensors
+
+
+def float32_tensors(blob: bytes) -> Tensors:
+    """The tensors of a safetensors file: a length, a JSON header with shapes and offsets, the numbers.
+
+    The library reads the same (``edgeadapt.formats.files.decode``), and is not in the bare install.
+
+    Raises:
+        DataError: It is no such file, or has a tensor of another type.
+    """
+    end = _LENGTH + int.from_bytes(blob[:_LENGTH], "little")
+    try:
+        header = json.loads(blob[_LENGTH:end])
+        header.pop("__metadata__", None)
+        return {name: _tensor(memoryview(blob)[end:], **entry) for name, entry in header.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise DataError("not an adapter in safetensors form", about="blob") from None
+
+
+def _tensor(data: memoryview, dtype: str, shape: list[int], data_offsets: list[int]) -> Floats:
+    begin, end = data_offsets
+    if dtype != "F32" or not 0 <= begin <= end <= len(data) or end - begin != 4 * math.prod(shape):
+        raise ValueError(dtype)
+    return np.frombuffer(data[begin:end], "<f4").astype(np.float32).reshape(shape)

@@ -1,0 +1,26 @@
+"""Read a registry wherever it is: in its state directory, or in the database and the bucket of ``registry.toml``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from aggregation.pki.identity import PublicKey
+from edgeadapt.formats.registryfiles import BLOBS, LocalFiles, RegistryFiles, RegistrySettings, require
+
+
+def open_registry_files(state_dir: Path, trusted: Sequence[PublicKey]) -> RegistryFiles:
+    """The registry of a coordinator's state directory. Only one that is elsewhere takes more than the bare install.
+
+    Args:
+        state_dir: The folder.
+        trusted: The keys that may have signed its manifests.
+
+    Raises:
+        ConfigError: As ``require``, ``postgresql_url`` and ``Blobs.at``.
+    """
+    require(state_dir)
+    settings = RegistrySettings.of(state_dir)
+    if not settings.database and not settings.blobs:
+        return RegistryFiles(LocalFiles(state_dir, state_dir / BLOBS), tuple(trusted))
+    from edgeadapt.formats.registrystores import RemoteStores
+
+    return RegistryFiles(RemoteStores.open(state_dir, settings), tuple(trusted))

@@ -1,0 +1,83 @@
+"""A release of a channel: the bundle that devices on the channel shall have, as a list of its files.
+
+It is the file ``CHANNEL/release.json`` among the targets of a repository of The Update Framework (TUF), whose metadata
+sign its digest. The files of the bundle are the other targets of the channel, ``CHANNEL/base/…`` and
+``CHANNEL/adapters/…``. While a release is rolled out in stages (``edgeadapt.formats.rollout``), the one before is there
+too: its list is ``CHANNEL/previous-release.json``, and its files that are not those of the newest are under
+``CHANNEL/previous-base/…`` and ``CHANNEL/previous-adapters/…``. ``edgeadapt.releases`` makes releases,
+``client.updates`` installs them.
+"""
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Annotated, Self
+
+from pydantic import ConfigDict, Field, ValidationError
+
+from aggregation.errors import ConfigError, TrustError
+from edgeadapt.formats import jsontext
+from edgeadapt.formats.manifest import Count, Sha256
+
+RELEASE = "release.json"
+MAX_RELEASE = 2**20  # bytes
+METADATA, TARGETS = "metadata", "targets"  # folders of what is published
+CANARY, STABLE = "canary", "stable"  # the channels of a new repository
+_CHANNEL = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
+_RESERVED = frozenset({"root", "targets", "snapshot", "timestamp"})  # roles of TUF itself
+# Files of a bundle: two levels, no hidden file, nothing that leads out of the folder.
+_PATH = r"^(base|adapters)/[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$"
+
+
+def check_channel(name: str) -> str:
+    """``name``, if a channel can have it: up to 32 lower-case letters, digits and hyphens.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    if not _CHANNEL.fullmatch(name) or name in _RESERVED:
+        raise ConfigError(
+            f"{name[:40]!r} is no name of a channel: use up to 32 lower-case letters, digits and hyphens, and not "
+            f"{', '.join(sorted(_RESERVED))}",
+            about="channel",
+            value=name,
+        )
+    return name
+
+
+def target(channel: str, name: str) -> str:
+    """The path of a file of a channel's bundle, or of its release, among the targets."""
+    return f"{channel}/{name}"
+
+
+def previous(name: str) -> str:
+    """The name of a file of the previous release, among those of the newest."""
+    return f"previous-{name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """What the bundle of a channel is."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    number: Count  # of the channel, from 1
+    made: Annotated[str, Field(max_length=40)]  # when, ISO 8601
+    files: Annotated[dict[Annotated[str, Field(pattern=_PATH)], Sha256], Field(min_length=1, max_length=1000)]
+    adapters: Annotated[dict[Annotated[str, Field(max_length=64)], Count], Field(max_length=100)]  # name → version
+
+    def encode(self) -> bytes:
+        return jsontext.encode(asdict(self))
+
+    @classmethod
+    def decode(cls, raw: bytes) -> Self:
+        """Read what ``encode`` wrote.
+
+        Raises:
+            TrustError: It is something else, or names a file that a bundle cannot have.
+        """
+        try:
+            jsontext.decode(raw)  # refuses what the next line would read in one of several ways
+            return jsontext.decode_as(cls, raw)
+        except (ValueError, ValidationError) as error:
+            reason = "the release is damaged, or of a newer version: update edgeadapt"
+            raise TrustError(reason, about=RELEASE) from error

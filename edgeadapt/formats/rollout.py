@@ -1,0 +1,163 @@
+"""A staged rollout: which devices of a channel get its newest release, and which one the others get.
+
+It is the file ``CHANNEL/flags.json`` among the targets of a repository, a flag definition of flagd, so that any flagd
+evaluates it and comes to the same release (its operator ``fractional``). The flag ``release-N`` has two variants, the
+numbers of the newest release and of the one before. A device is in one of 100 parts by a hash of the flag's name and
+its targeting key, and the parts of the newest release come first: a device that is in at 10 % is in at 50 %, and
+another release begins with other devices.
+
+``edgeadapt.releases`` writes the file, ``client.updates`` reads it.
+"""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from aggregation.errors import ConfigError, TrustError
+from edgeadapt.formats import jsontext
+from edgeadapt.formats.manifest import Count
+
+FLAGS = "flags.json"
+MAX_FLAGS = 2**14  # bytes
+ALL = 100  # percent
+NEWEST, PREVIOUS = "newest", "previous"  # variants
+LANGUAGE = "language"  # attribute of the evaluation context
+_LANGUAGE = r"^[a-z]{2,3}$"
+Language = Annotated[str, Field(pattern=_LANGUAGE)]  # ISO 639
+
+
+def check_language(name: str) -> str:
+    """``name``, if it is a language's code.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    try:
+        return TypeAdapter(Language).validate_python(name)
+    except ValidationError:
+        reason = f"{name[:40]!r} is no code of a language: use two or three lower-case letters, such as de"
+        raise ConfigError(reason, about=LANGUAGE, value=name) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """Who gets the newest release.
+
+    Args:
+        release: Its number.
+        previous: Number of the release that the others get.
+        share: Percent of devices.
+        languages: Only devices with one of these, of which ``share`` is then a part; empty: all devices.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    release: Count
+    previous: Count
+    share: Annotated[int, Field(ge=0, le=ALL)]
+    languages: Annotated[tuple[Language, ...], Field(max_length=100)] = ()
+
+    @classmethod
+    def of(cls, release: int, previous: int, share: int, languages: Sequence[str]) -> Self | None:
+        """Who gets ``release``; None if all devices do.
+
+        Raises:
+            ConfigError: The share is no percentage, or a language has no such code.
+        """
+        if not 0 <= share <= ALL:
+            raise ConfigError(f"a share is 0 to {ALL} percent, not {share}", about="share", value=share)
+        found = cls(release, previous, share, tuple(sorted({check_language(each) for each in languages})))
+        return None if found.is_complete else found
+
+    @property
+    def flag(self) -> str:
+        return f"release-{self.release}"
+
+    @property
+    def is_complete(self) -> bool:
+        """All devices get the newest release."""
+        return self.share == ALL and not self.languages
+
+    def release_for(self, key: str, language: str | None) -> int:
+        """Number of the release that a device gets.
+
+        Args:
+            key: Its targeting key.
+            language: Its language's code.
+        """
+        if self.languages and language not in self.languages:
+            return self.previous
+        part = murmur3(b"\x82" + _cbor(self.flag) + _cbor(key)) * ALL >> 32
+        return self.release if part < self.share else self.previous
+
+    def __str__(self) -> str:
+        """Whom the newest release is for."""
+        return f"{self.share} % of devices" + (f" with language {', '.join(self.languages)}" if self.languages else "")
+
+    def encode(self) -> bytes:
+        """As flagd's flag definition. Equal rollouts give equal bytes."""
+        targeting: dict[str, Any] = {"fractional": [[NEWEST, self.share], [PREVIOUS, ALL - self.share]]}
+        if self.languages:
+            targeting = {"if": [{"in": [{"var": LANGUAGE}, list(self.languages)]}, targeting, PREVIOUS]}
+        flag = {
+            "state": "ENABLED",
+            "variants": {NEWEST: self.release, PREVIOUS: self.previous},
+            "defaultVariant": PREVIOUS,
+            "targeting": targeting,
+        }
+        return jsontext.encode({"$schema": "https://flagd.dev/schema/v0/flags.json", "flags": {self.flag: flag}})
+
+    @classmethod
+    def decode(cls, raw: bytes) -> Self:
+        """Read what ``encode`` wrote, and nothing else: a rule of flagd can take any time to evaluate.
+
+        Raises:
+            TrustError: It is something else.
+        """
+        try:
+            (flag,) = jsontext.decode(raw)["flags"].values()
+            rule, languages = flag["targeting"], []
+            if "if" in rule:
+                condition, rule, _ = rule["if"]
+                languages = condition["in"][1]
+            stated = {
+                "release": flag["variants"][NEWEST],
+                "previous": flag["variants"][PREVIOUS],
+                "share": rule["fractional"][0][1],
+                "languages": languages,
+            }
+            found = jsontext.decode_as(cls, jsontext.encode(stated))
+            if found.encode() != raw:
+                raise ValueError
+        except (ValueError, ValidationError, LookupError, TypeError, AttributeError) as error:
+            reason = "the flags of the rollout are damaged, or of a newer version: update edgeadapt"
+            raise TrustError(reason, about=FLAGS) from error
+        return found
+
+
+def _cbor(text: str) -> bytes:
+    """Text of at most 255 bytes in CBOR (RFC 8949, section 3.1)."""
+    raw = text.encode()
+    return (bytes([0x60 + len(raw)]) if len(raw) < 24 else bytes([0x78, len(raw)])) + raw
+
+
+def murmur3(data: bytes) -> int:
+    """MurmurHash3_x86_32 (Appleby) with the seed 0. Not for secrets.
+
+    >>> hex(murmur3(b"The quick brown fox jumps over the lazy dog"))
+    '0x2e4ff723'
+    """
+    state, mask = 0, 2**32 - 1
+    padded = data + bytes(-len(data) % 4)
+    for number, (word,) in enumerate(struct.iter_unpack("<I", padded)):
+        word = word * 0xCC9E2D51 & mask
+        state ^= (word << 15 | word >> 17) * 0x1B873593 & mask
+        if 4 * number + 4 <= len(data):  # the rest is not mixed
+            state = ((state << 13 | state >> 19) & mask) * 5 + 0xE6546B64 & mask
+    state ^= len(data)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        state = (state ^ state >> shift) * factor & mask
+    return state ^ state >> 16

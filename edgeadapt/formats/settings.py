@@ -1,0 +1,154 @@
+"""Settings in a TOML file: read and checked by a pydantic model, changed key by key, written with a comment on each.
+
+The settings of a federation, of a device and of a scenario are such models.
+"""
+
+import copy
+import difflib
+import json
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+
+from aggregation.errors import ConfigError, DataError
+from edgeadapt.formats import storage
+from edgeadapt.formats.jsontext import MAX_DEPTH, check_depth
+
+LONGEST = 2**16  # bytes of a file; ours have about 4000
+LONGEST_LINE = 2**11  # characters: the time to read a dotted key grows with the square of its parts
+
+
+class Settings(BaseModel):
+    """A table of settings. Unknown keys, infinity and NaN are refused; a field's description is its comment."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def read(cls, path: Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a file. ``read`` of what ``to_toml`` returned gives the same settings.
+
+        Args:
+            path: TOML.
+            overrides: See ``overridden``.
+
+        Raises:
+            ConfigError: The file is missing, too large or not TOML, a key is unknown, or a value is out of range.
+        """
+        try:
+            table = _toml(storage.read(path, LONGEST).decode())
+        except DataError as error:
+            raise ConfigError(str(error), about=error.about, value=error.value) from error
+        except ValueError as error:
+            raise ConfigError(f"{path} is not TOML: {error}", about=path.name) from error
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise ConfigError(f"there is no file {path}", about=path.name) from error
+        return cls.parse(overridden(table, overrides), str(path))
+
+    @classmethod
+    def parse(cls, table: dict[str, Any], where: str) -> Self:
+        """The settings in a parsed table; ``where`` names it in an error. Raises as ``read``."""
+        try:
+            # As JSON: then strict accepts a list for a tuple, and still neither true nor "5" for a number.
+            return cls.model_validate_json(json.dumps(table, default=str), strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            reason = first["msg"].removeprefix("Value error, ")
+            line = f"{key}: {reason}" if key else reason
+            if first["type"] == "extra_forbidden":
+                near = difflib.get_close_matches(key, [known for known, _ in cls.fields()], n=1)
+                line = f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+            raise ConfigError(f"{where}: {line}", about=key, value=first["input"]) from error
+
+    @classmethod
+    def fields(cls) -> Iterator[tuple[str, FieldInfo]]:
+        """Every key, with its dotted path, and the pydantic field."""
+        return _fields(cls, "")
+
+    def to_toml(self) -> str:
+        """The settings as a file, with a comment on each key."""
+        return "".join(f"{line}\n" for line in self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        tables: dict[str, Settings] = {}
+        for key, info in type(self).model_fields.items():
+            value = getattr(self, key)
+            if isinstance(value, Settings):
+                tables[key] = value
+            else:
+                yield f"{key} = {toml_value(value)}  # {info.description}"
+        for key, table in tables.items():
+            yield from ("", f"[{key}]  # {(table.__doc__ or '').partition(chr(10))[0]}", *table._lines())
+
+
+def _toml(text: str) -> dict[str, Any]:
+    """The table in a TOML text.
+
+    Raises:
+        ValueError: It is not TOML, has a line above the limit, or is nested too deeply.
+    """
+    if max(map(len, text.split("\n"))) > LONGEST_LINE:
+        raise ValueError(f"a line has more than {LONGEST_LINE} characters")
+    try:
+        table = tomllib.loads(text)
+        check_depth(table)
+    except RecursionError:
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep") from None
+    return table
+
+
+def _fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from _fields(info.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, info
+
+
+def toml_value(value: object) -> str:
+    """A value in TOML, in one line.
+
+    >>> toml_value(["active", 0.5])
+    '["active", 0.5]'
+    """
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(toml_value, value))}]"
+    return tomli_w.dumps({"value": value}).removeprefix("value = ").rstrip()
+
+
+def overridden(table: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A table with some values changed; ``table`` itself is unchanged.
+
+    >>> overridden({"rounds": 3}, ["rounds=5", "training.epochs=2"])
+    {'rounds': 5, 'training': {'epochs': 2}}
+
+    Args:
+        table: As parsed from TOML.
+        overrides: ``KEY=VALUE`` with a dotted key; a value is TOML, or a text where it is not.
+
+    Raises:
+        ConfigError: An override has another form, or a part of its key names a value instead of a table.
+    """
+    changed = copy.deepcopy(table)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        *path, last = key.strip().split(".")
+        if not equals or not last or len(path) > MAX_DEPTH:
+            raise ConfigError(f"--set takes KEY=VALUE, not {override[:80]!r}", about="--set", value=override)
+        try:
+            document = _toml(f"value = {text}")
+        except ValueError:
+            document = {"value": text}
+        value = document["value"] if len(document) == 1 else text  # a line break in it could begin a second key
+        into = changed
+        for name in path:
+            into = into.setdefault(name, {})
+            if not isinstance(into, dict):
+                raise ConfigError(f"--set {key}: {name!r} is a value, not a table", about="--set", value=override)
+        into[last] = value
+    return changed

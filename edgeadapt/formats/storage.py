@@ -1,0 +1,339 @@
+"""Files and folders on disk: locked, read within a limit, and replaced whole or not at all.
+
+A kill at any instant leaves the old content or the new one. A folder that replaces another one may be left as
+``.NAME.previous`` by a kill between the two renames; ``locked_folder`` and ``restore`` bring it back. A power cut is
+survived as well, except by what a simulation writes (``kill_safe``).
+"""
+
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from tempfile import mkstemp
+from typing import IO, BinaryIO
+
+from filelock import FileLock
+
+from aggregation.errors import ConfigError, DataError
+from edgeadapt.formats.workfolder import WorkFolder
+
+PUBLIC, PRIVATE = 0o644, 0o600
+PUBLIC_FOLDER, PRIVATE_FOLDER = 0o755, 0o700
+LARGEST = 2**32  # bytes of a file that is read whole
+LONGEST_LIST = 2**24  # bytes of a file of texts or labels
+CHUNK = 2**20  # bytes
+POLL = 0.02  # seconds between two attempts to take a lock
+_POWER_CUTS: ContextVar[bool] = ContextVar("power_cuts", default=True)  # whether to survive them
+
+
+@contextmanager
+def kill_safe() -> Iterator[None]:
+    """Do not wait for the disk while the block runs, in this thread: for a simulation, which writes much.
+
+    What was written before a kill of the process is kept as ever; a power cut may lose the last seconds.
+    """
+    token = _POWER_CUTS.set(False)
+    try:
+        yield
+    finally:
+        _POWER_CUTS.reset(token)
+
+
+def read(path: Path, limit: int = LARGEST) -> bytes:
+    """The content of a file.
+
+    Raises:
+        DataError: It is larger than ``limit`` bytes, or it is a device or a pipe, which may never end. Nothing is read
+            then.
+        OSError: It cannot be read.
+    """
+    with opened(path, limit) as (file, size):
+        return file.read(size)  # and not what is appended meanwhile
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, hex, read in pieces. Raises OSError."""
+    state = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            state.update(chunk)
+    return state.hexdigest()
+
+
+@contextmanager
+def opened(path: Path, limit: int = LARGEST) -> Iterator[tuple[BinaryIO, int]]:
+    """A file to read from, and its size in bytes. Raises as ``read``."""
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a folder raises its own error
+        raise DataError(f"{path} is a device or a pipe: give a file", about=path.name)
+    with path.open("rb") as file:
+        if (size := os.fstat(file.fileno()).st_size) > limit:
+            raise DataError(
+                f"{path} has {size} bytes, more than the limit of {limit}: replace it by the right file",
+                about=path.name,
+                value=size,
+            )
+        yield file, size
+
+
+def read_lines(path: Path, what: str) -> tuple[str, ...]:
+    """The lines of a UTF-8 file that are not blank, without the byte order mark that editors of Windows write.
+
+    Args:
+        path: The file.
+        what: What a line of it is, for a message.
+
+    Raises:
+        ConfigError: There is no such file.
+        DataError: It is not UTF-8, too large, has no line, or is a device or a pipe.
+    """
+    try:
+        text = read(path, LONGEST_LIST).decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no file {path}", about=path.name) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8", about=path.name) from error
+    rows = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not rows:
+        raise DataError(f"{path} is empty: it must hold one {what} a line", about=path.name)
+    return rows
+
+
+def replace(path: Path, content: bytes, mode: int = PRIVATE) -> None:
+    """Write a file atomically and durably: after the return it survives a power cut.
+
+    Raises:
+        OSError: For example, the disk is full. The old file is unchanged, and no temporary file is left.
+    """
+    descriptor, name = mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    stage = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            stage.chmod(mode)
+            flush(file)
+        stage.replace(path)
+    except BaseException:
+        stage.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def create(path: Path, content: bytes, mode: int = PRIVATE) -> None:
+    """Write a new file durably; never replace one.
+
+    Raises:
+        FileExistsError: The file exists.
+        OSError: It cannot be written; the error names the file. No part of it is left.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            flush(file)
+    except BaseException as error:
+        path.unlink()  # a partial file could never be written again
+        raise _named(error, path)  # noqa: B904  # the same error
+
+
+def flush(file: IO[bytes]) -> None:
+    """Make what was written to ``file`` durable: from here on it survives a power cut (see ``kill_safe``)."""
+    file.flush()
+    if _POWER_CUTS.get():
+        os.fsync(file.fileno())
+
+
+def sync(folder: Path) -> None:
+    """Make the names in ``folder`` durable: from here on they survive a power cut (see ``kill_safe``)."""
+    if os.name == "nt" or not _POWER_CUTS.get():  # Windows opens no folders, and writes names through
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(lock: Path, *, timeout: float = -1) -> Iterator[None]:
+    """Hold the lock file ``lock``, which is created and kept; one holder at a time among all processes and threads.
+
+    The operating system releases the lock when its holder is killed.
+
+    Args:
+        lock: Its place.
+        timeout: Seconds to wait for it; -1 for as long as it takes.
+
+    Raises:
+        ConfigError: A link, a folder, a device or a pipe is in its place. Whatever a link leads to is not touched.
+        TimeoutError: Another holder has it.
+        OSError: The file cannot be created.
+    """
+    _require_own_file(lock)
+    with FileLock(lock, timeout=timeout, poll_interval=POLL):  # follows no symbolic link that appears only now, either
+        yield
+
+
+def _require_own_file(lock: Path) -> None:
+    """Return if ``lock`` is missing, or a file with this one name: older versions of filelock empty what they lock."""
+    try:
+        found = lock.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        raise ConfigError(f"{lock} is a link, a folder or a device in the place of a lock: remove it", about=lock.name)
+
+
+def real(path: Path) -> Path:
+    """The full path without symbolic links, whether or not something is there.
+
+    Raises:
+        DataError: A link leads back to itself.
+    """
+    try:
+        return path.resolve()
+    except RuntimeError as error:  # until Python 3.12
+        raise DataError(f"{path} is a symbolic link that leads to itself: remove it", about=path.name) from error
+
+
+@contextmanager
+def locked_folder(out: Path) -> Iterator[Path]:
+    """Hold the lock of the folder ``out``, and yield its full path.
+
+    The lock file is ``.NAME.lock`` next to ``out``. If a killed process left ``staged`` half done, that is repaired.
+
+    Raises:
+        ConfigError: No lock file can be created there.
+        OSError: The folder above cannot be read.
+    """
+    out = real(out)
+    above = next(folder for folder in out.parents if folder.exists())
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(above / f".{out.name}.lock"))
+        except OSError as error:
+            reason = error.strerror or error
+            raise ConfigError(f"cannot write to {above} ({reason}): name another place", about=out.name) from error
+        _repair(out)
+        yield out
+
+
+def restore(out: Path) -> None:
+    """Bring back the folder ``out`` if a kill left it as ``.NAME.previous``. Raises as ``locked_folder``."""
+    if not out.exists() and _previous(real(out)).exists():
+        with locked_folder(out):
+            pass
+
+
+@contextmanager
+def staged(out: Path, *, mode: int = PUBLIC_FOLDER, replaces: bool = False) -> Iterator[Path]:
+    """An empty folder to fill. It becomes ``out`` if the block ends without an error.
+
+    Args:
+        out: The folder. Unless ``replaces``, it does not exist or is empty at the end of the block.
+        mode: Its permissions.
+        replaces: Whether it may replace a folder that holds files; hold ``locked_folder(out)`` then.
+
+    Raises:
+        OSError: The folder cannot be written, or ``out`` holds files. ``out`` is unchanged.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with closing(WorkFolder(out.parent)) as work:
+        stage = work.path
+        stage.chmod(mode)
+        yield stage
+        if replaces and out.exists():
+            _exchange(stage, out)
+        else:
+            stage.replace(out)
+    sync(out.parent)
+
+
+@contextmanager
+def new_folder(out: Path, *, mode: int = PUBLIC_FOLDER) -> Iterator[Path]:
+    """As ``staged``, for a folder that must not hold anything yet.
+
+    Raises:
+        ConfigError: ``out`` exists and is not an empty folder, or is the working directory.
+        OSError: The folder cannot be written. ``out`` is unchanged.
+    """
+    place = real(out)  # where a link leads
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise ConfigError(f"{out} exists and is not an empty folder: name a new one", about=place.name)
+    if place == Path.cwd():  # it is replaced by another folder, and a shell would stay in the deleted one
+        raise ConfigError(f"{place} is the working directory: name a new folder", about=place.name)
+    with staged(place, mode=mode) as stage:
+        yield stage
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files under ``folder``, by their paths in it. Raises OSError, which names the file."""
+    for name, blob in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # it may be a hard link to a file of the old folder
+        try:
+            path.write_bytes(blob)
+        except OSError as error:
+            raise _named(error, path)  # noqa: B904  # the same error
+
+
+def link_files(source: Path, target: Path) -> None:
+    """Hard-link every file of ``source`` under ``target``; copy where the file system has no hard links.
+
+    Raises:
+        OSError: A file cannot be copied, as on a full disk. The error is the first one.
+    """
+    if source.is_dir():
+        # Not shutil.copytree, whose error lists every file that could not be copied.
+        for folder, _, names in os.walk(source, topdown=False, onerror=_raise, followlinks=True):
+            into = target / Path(folder).relative_to(source)
+            into.mkdir(parents=True, exist_ok=True)
+            for name in names:
+                link_or_copy(Path(folder) / name, into / name)
+            shutil.copymode(folder, into)
+
+
+def link_or_copy(old: str | Path, new: str | Path) -> None:
+    """Make ``new`` a hard link to the file ``old``, or a copy where the file system has no hard links."""
+    try:
+        os.link(old, new)
+    except OSError:
+        shutil.copyfile(old, new)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _previous(out: Path) -> Path:
+    return out.parent / f".{out.name}.previous"
+
+
+def _repair(out: Path) -> None:
+    if (previous := _previous(out)).exists():
+        if out.exists():  # killed after the second rename: the new folder is complete
+            shutil.rmtree(previous)
+        else:  # killed between the two renames
+            previous.rename(out)
+
+
+def _exchange(stage: Path, out: Path) -> None:
+    previous = _previous(out)
+    out.rename(previous)
+    try:
+        stage.rename(out)
+    except OSError:
+        previous.rename(out)
+        raise
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _named(error: BaseException, path: Path) -> BaseException:
+    if isinstance(error, OSError):
+        error.filename = error.filename or str(path)  # Python does not name the file when the disk is full
+    return error

@@ -1,0 +1,149 @@
+"""The trainable view of a frozen encoder: mean pooling, a linear head, and an adapter of one of peft's methods.
+
+One function builds it, so that the vendor's seed, every device and the exporter hold the same module with the same
+tensor names. Training loops live on the device (``client/training``), the ONNX graph in ``export/``.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from peft import PeftModel
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModel
+
+from aggregation.errors import ConfigError
+from edgeadapt.bases import pretrained
+from edgeadapt.bases.base import Base
+from edgeadapt.bases.classifiergraph import MAX_TOKENS
+from edgeadapt.formats.layout import Floats, Tensors
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods.trainable import adapted, initial
+from edgeadapt.methods.trainable import load as load
+from edgeadapt.methods.trainable import tensors as tensors
+
+BATCH = 16  # texts that are embedded or scored at once
+HEAD_SCALE = 16.0  # logit of a phrase that lies exactly on its intent's prototype; a softmax temperature of 1/16
+
+
+class PhraseClassifier(nn.Module):
+    """``encoder`` → mean over the tokens that are not padding → unit length → linear ``classifier``."""
+
+    def __init__(self, encoder: nn.Module, hidden: int, labels: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.classifier = nn.Linear(hidden, labels)
+
+    def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Unit embeddings, shape ``(batch, hidden)``, of token ids of shape ``(batch, sequence)``."""
+        states: Tensor = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
+        return nn.functional.normalize(pooled(states, attention_mask), dim=-1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits, shape ``(batch, labels)``."""
+        logits: Tensor = self.classifier(self.embed(input_ids, attention_mask))
+        return logits
+
+
+def pooled(states: Tensor, attention_mask: Tensor) -> Tensor:
+    """The mean over the tokens that are not padding, shape ``(batch, hidden)``."""
+    weights = attention_mask.unsqueeze(-1).to(states.dtype)
+    return (states * weights).sum(1) / weights.sum(1).clamp(min=1.0)
+
+
+def build(base: Base, labels: int, config: PeftConfig) -> PeftModel:
+    """The base with a fresh adapter, in evaluation mode: every parameter frozen but the adapter's and the head's.
+
+    The fresh adapter has peft's own random values; ``load`` sets others, ``seeded`` makes the vendor's.
+
+    Raises:
+        ConfigError: Fewer than two labels, a base that cannot be opened, virtual tokens, or as ``trainable.adapted``.
+    """
+    if labels < 2:
+        raise ConfigError(f"a classifier needs at least two labels, got {labels}", about="labels", value=labels)
+    if config.num_virtual_tokens:
+        raise ConfigError(
+            f"{config.peft_type} puts virtual tokens before a text, and a head over the mean of the tokens has none, in"
+            " peft neither: train another method",
+            about="num_virtual_tokens",
+        )
+    encoder = pretrained.load(base, AutoModel)
+    return adapted(PhraseClassifier(encoder, encoder.config.hidden_size, labels), config, heads=["classifier"])
+
+
+def tokenizer(base: Base, model: PeftModel) -> Tokenizer:
+    """The base's tokenizer. It cuts texts off at ``MAX_TOKENS``, or earlier if the base has fewer positions."""
+    found = Tokenizer.from_file(str(base.folder / "tokenizer.json"))
+    found.enable_truncation(min(MAX_TOKENS, model.get_base_model().encoder.config.max_position_embeddings))
+    found.no_padding()
+    return found
+
+
+def padded(tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, both of shape ``(len(tokens), longest)``."""
+    ids = pad_sequence(list(tokens), batch_first=True)
+    return ids, pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
+
+
+def in_batches(forward: Callable[[Tensor, Tensor], Tensor], tokens: Sequence[Tensor]) -> Tensor:
+    """The rows that a model gives for texts, in batches of similar length, which need little padding.
+
+    Args:
+        forward: Token ids and attention mask of a batch → one row for each text.
+        tokens: The ids of each text; at least one text.
+
+    Returns:
+        The rows in the order of ``tokens``.
+    """
+    order = sorted(range(len(tokens)), key=lambda text: len(tokens[text]))
+    batches = [[tokens[text] for text in order[at : at + BATCH]] for at in range(0, len(order), BATCH)]
+    return torch.cat([forward(*padded(batch)) for batch in batches])[np.argsort(order)]
+
+
+def embed(model: PeftModel, tokens: Tokenizer, texts: Sequence[str]) -> Floats:
+    """Embeddings of the frozen base without adapter, shape ``(len(texts), hidden)``, each of L2 norm 1."""
+    ids = [torch.tensor(encoding.ids) for encoding in tokens.encode_batch(list(texts))]
+    with torch.inference_mode(), model.disable_adapter():
+        return in_batches(model.get_base_model().embed, ids).numpy()
+
+
+def seed_adapter(
+    model: PeftModel, tokens: Tokenizer, phrases: Sequence[tuple[str, int]], labels: int, generator: torch.Generator
+) -> Tensors:
+    """The first adapter of a federation: ``seeded`` with the summed embeddings of each label's phrases.
+
+    Args:
+        model: From ``build``.
+        tokens: From ``tokenizer``.
+        phrases: At least one, each with the number of its label.
+        labels: Rows of the head.
+        generator: As for ``seeded``.
+
+    Returns:
+        float32 tensors under the names that PEFT saves. Guarantee: the adapter changes nothing, so that the classifier
+        answers with the label whose phrases are nearest in the base's embedding space.
+    """
+    embeddings = embed(model, tokens, [text for text, _ in phrases])
+    sums = np.zeros((labels, embeddings.shape[1]), np.float32)
+    np.add.at(sums, [label for _, label in phrases], embeddings)
+    return seeded(model, sums, generator)
+
+
+def seeded(model: PeftModel, prototypes: Floats, generator: torch.Generator) -> Tensors:
+    """The adapter on day one: one that changes nothing (``trainable.initial``), and a prototype head.
+
+    Args:
+        model: From ``build``.
+        prototypes: Shape ``(labels, hidden)``, a mean embedding for each label; zero rows for labels without phrases.
+        generator: Draws LoRA's A; the same generator state gives the same adapter.
+    """
+    start = initial(model, generator)
+    for name, value in start.items():
+        if name.endswith("classifier.weight"):
+            lengths = np.linalg.norm(prototypes, axis=1, keepdims=True)
+            start[name] = (HEAD_SCALE * prototypes / np.maximum(lengths, 1e-12)).astype(np.float32)
+        elif name.endswith("classifier.bias"):
+            start[name] = np.zeros_like(value)
+    return start

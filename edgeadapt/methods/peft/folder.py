@@ -1,0 +1,202 @@
+"""A folder of the ``peft`` library ↔ the tensors and the configuration of an adapter.
+
+Reading needs neither torch, peft nor pickle: the files are ``adapter_config.json`` (``config.py``) and
+``adapter_model.safetensors``. Whether the adapter fits a base is checked when it is exported.
+"""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, deserialize
+
+from aggregation.errors import ConfigError, DataError
+from edgeadapt.formats import files
+from edgeadapt.formats.files import MAX_ADAPTER
+from edgeadapt.formats.graphinputs import INPUT_SCALE, in_modules, input_name, layer_of, virtual_tokens
+from edgeadapt.formats.layout import Floats, Layout, Tensors
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.formats.storage import new_folder, read, write_files
+from edgeadapt.methods.parts import FROZEN
+from edgeadapt.methods.peft.config import Settings, config_of, saved_modules, settings_of
+from edgeadapt.methods.peft.dora import magnitudes
+from edgeadapt.methods.peft.inputs import AdapterInputs, is_saved, lora_paths
+from edgeadapt.methods.peft.lowrank import as_lora
+from edgeadapt.methods.peft.methods import from_peft_tensors, is_peft_name, to_peft_tensors
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+LABELS = "labels.txt"  # our own addition: the labels of a classifier's head, one a line, in order
+MAX_CONFIG = 2**20  # bytes
+MAX_NAME = 512  # characters of a tensor's name
+EMBEDDING = ".lora_embedding_"  # part of the names of LoRA tensors on an embedding
+BF16 = "BF16"
+CHOOSING = ("exclude_modules", "layers_to_transform")  # settings that choose among the layers of target_modules
+TYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64, BF16: np.uint16}
+
+
+@dataclass(frozen=True, slots=True)
+class PeftFolder:
+    """The content of a PEFT folder. ``base`` is the base's name that peft noted: a hint, not an identity."""
+
+    peft_config: PeftConfig
+    sha256: str  # of adapter_model.safetensors
+    base: str | None
+    task_type: str | None  # such as SEQ_CLS or CAUSAL_LM
+    tensors: Tensors = field(repr=False)  # float32, under peft's names; vectors as ``methods`` names them
+
+
+def read_peft(folder: Path) -> PeftFolder:
+    """Read a folder that ``save_pretrained`` of a ``PeftModel`` wrote.
+
+    Raises:
+        ConfigError: Not a PEFT folder, one with pickled weights only, or an adapter that no graph can express.
+        DataError: A file is damaged or too large, a tensor is not finite, or tensors and configuration disagree.
+    """
+    settings = read_settings(folder)
+    config = config_of(settings)
+    blob = read(folder / WEIGHTS, MAX_ADAPTER)
+    method = settings["peft_type"]
+    tensors = from_peft_tensors(_tensors(blob, method), config, settings)
+    _check_saved(tensors, saved_modules(settings))
+    count = virtual_tokens({input_name(name): value for name, value in tensors.items()})
+    if count != (stated := settings.get("num_virtual_tokens") or 0):
+        raise DataError(
+            f"the adapter has {count} virtual tokens, but {CONFIG} states {stated!r:.40}", about="num_virtual_tokens"
+        )
+    _check_magnitudes(tensors, bool(settings.get("use_dora")))
+    inputs = AdapterInputs.of_tensors(*as_lora(config, tensors))
+    if not isinstance(settings.get("target_modules"), list) or any(map(settings.get, CHOOSING)):
+        config = _with_paths(config, inputs)
+    base, task = (_text(settings.get(name)) for name in ("base_model_name_or_path", "task_type"))
+    return PeftFolder(config, files.sha256(blob), base, task, tensors)
+
+
+def read_settings(folder: Path) -> Settings:
+    """``adapter_config.json`` of a PEFT folder whose weights are no pickle, as it is.
+
+    Raises:
+        ConfigError: Not a PEFT folder, or one with pickled weights only.
+        DataError: The file is damaged or too large.
+    """
+    if not (folder / CONFIG).is_file():
+        below = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))  # where peft saves named adapters
+        hint = f"; name one of the adapters in it: {', '.join(below)}" if below else ""
+        raise ConfigError(f"{folder} is not a PEFT folder: it has no {CONFIG}{hint}", about=CONFIG, value=below)
+    if not (folder / WEIGHTS).is_file():
+        if (folder / PICKLE).exists():
+            raise ConfigError(
+                f"{folder} has only {PICKLE}, a pickle, which is not read: save it again with safetensors", about=PICKLE
+            )
+        raise ConfigError(f"{folder} has no {WEIGHTS}", about=WEIGHTS)
+    return _settings(read(folder / CONFIG, MAX_CONFIG))
+
+
+def to_peft(tensors: Tensors, config: PeftConfig, out: Path, base: str | None = None) -> None:
+    """Write a folder that ``PeftModel.from_pretrained(model, out)`` opens, with the outputs that the adapter has here.
+
+    Args:
+        tensors: All tensors of the adapter, under peft's names: a registry version's, or those of an exported file
+            (``edgeadapt.formats.graphinputs.from_inputs``).
+        config: The adapter's.
+        out: A new or empty folder. It is written atomically.
+        base: The name of the base that peft notes.
+
+    Raises:
+        ConfigError: ``out`` is not empty.
+        DataError: The tensors do not match ``config``, or are not finite.
+        OSError: The folder cannot be written; the error names the file.
+    """
+    inputs = AdapterInputs.of_tensors(*as_lora(config, tensors))
+    count = virtual_tokens({input_name(name): value for name, value in tensors.items()})
+    stated = settings_of(config, inputs, base, count) | ({"use_dora": True} if magnitudes(tensors) else {})
+    settings = json.dumps(stated, indent=2).encode() + b"\n"
+    contents = {CONFIG: settings, WEIGHTS: files.encode(to_peft_tensors(tensors, config))}
+    with new_folder(out) as stage:
+        write_files(stage, contents)
+
+
+def _with_paths(config: PeftConfig, inputs: AdapterInputs) -> PeftConfig:
+    """The configuration with the layers of the adapter by their paths, which need no pattern to be found again."""
+    scaled = {layer_of(name) for name in inputs.vectors if name.endswith(INPUT_SCALE)}
+    feedforward = tuple(sorted(scaled)) if config.feedforward_modules else ()
+    paths = {slot.path for slot in inputs.loras} or set(map(layer_of, inputs.vectors))
+    return replace(config, target_modules=tuple(sorted(paths)), feedforward_modules=feedforward)
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _settings(raw: bytes) -> Settings:
+    try:
+        settings = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{CONFIG} is not JSON: {error}", about=CONFIG) from error
+    if not isinstance(settings, dict):
+        raise DataError(f"{CONFIG} is not an object", about=CONFIG)
+    return settings
+
+
+def _tensors(blob: bytes, method: str) -> Tensors:
+    try:
+        rows = deserialize(blob)  # type: ignore[no-untyped-call]
+    except SafetensorError as error:
+        raise DataError(f"{WEIGHTS} is damaged or truncated: {error}", about=WEIGHTS) from error
+    if odd := [(name, row["dtype"]) for name, row in rows if not (is_peft_name(name, method) or name in FROZEN)]:
+        raise _odd(*odd[0])
+    tensors = {name: _floats(name, row["dtype"], row["data"], row["shape"]) for name, row in rows}
+    Layout.of(tensors).check(tensors)
+    return tensors
+
+
+def _floats(name: str, kind: str, data: bytes, shape: list[int]) -> Floats:
+    if len(name) > MAX_NAME or kind not in TYPES:
+        raise _odd(name, kind)
+    raw = np.frombuffer(data, TYPES[kind]).reshape(shape)
+    if kind == BF16:  # the upper half of a float32
+        raw = (raw.astype(np.uint32) << 16).view(np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinity, which is refused
+        return raw.astype(np.float32)
+
+
+def _odd(name: str, kind: str) -> DataError:
+    reason = f"tensor {name[:80]!r} of type {kind} is not one that peft saves for an adapter of floats"
+    return DataError(reason, about=name[:80], value=kind)
+
+
+def _check_saved(tensors: Tensors, saved: tuple[str, ...]) -> None:
+    """Refuse tensors that peft saved for a reason other than ``modules_to_save``, such as a resized embedding."""
+    names = sorted(map(input_name, tensors))
+    for name in names:
+        if EMBEDDING in name:  # before the embedding itself, which peft saves too and which is refused below
+            raise ConfigError(
+                f"tensor {name!r} is of LoRA on an embedding, which cannot be exported: train without it in "
+                "target_modules, or merge the adapter into its base with 'edgeadapt base merge'",
+                about=name,
+            )
+    for name in names:
+        if "base_layer" in name.split("."):
+            raise ConfigError(
+                f"tensor {name!r} is a copy of the base's, and a base is not changed: save the adapter with "
+                "save_pretrained(folder, save_embedding_layers=False)",
+                about=name,
+            )
+        if is_saved(name) and not in_modules(name, saved):
+            raise ConfigError(
+                f"tensor {name!r} belongs to no module in modules_to_save and cannot be exported", about=name
+            )
+
+
+def _check_magnitudes(tensors: Tensors, dora: bool) -> None:
+    """Refuse magnitudes that peft would not read, or layers of DoRA without any."""
+    layers = magnitudes(tensors)
+    if layers and not dora:
+        raise DataError(
+            f"{layers[0]!r} has magnitudes, and adapter_config.json does not say use_dora: the adapter is damaged",
+            about=layers[0],
+        )
+    if dora and (lacking := sorted(lora_paths(map(input_name, tensors)).symmetric_difference(layers))):
+        raise ConfigError(
+            f"{lacking[0]!r} lacks either its magnitudes or its matrices, and use_dora needs both", about="use_dora"
+        )

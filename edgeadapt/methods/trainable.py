@@ -1,0 +1,281 @@
+"""A frozen model with an adapter of one of peft's methods, ready to be trained: the one module that lets peft build it.
+
+A coordinator names the configuration, so peft gets one of its own type with the fields that ``require_trainable``
+checked and no others: none makes peft open a file, import a module or draw in weights of another model.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import peft
+import torch
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import constants
+from torch import nn
+from transformers import AutoModel
+from transformers.pytorch_utils import Conv1D
+
+from aggregation.errors import ConfigError
+from edgeadapt.bases import pretrained
+from edgeadapt.bases.base import Base
+from edgeadapt.formats.graphinputs import PROMPT
+from edgeadapt.formats.layout import Floats, Tensors
+from edgeadapt.formats.peftconfig import TRAINABLE, Method, MethodName, PeftConfig, require_trainable
+from edgeadapt.methods.parts import Part, part_of
+from edgeadapt.methods.peft.methods import COPIES
+
+# ``client.training.torchengine`` puts the base's biases back where it disables an adapter.
+warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias", UserWarning)
+KINDS: Mapping[MethodName, Method] = {
+    "lora": "LORA",
+    "rslora": "LORA",
+    "dora": "LORA",
+    "adalora": "ADALORA",
+    "loha": "LOHA",
+    "vera": "VERA",
+    "ia3": "IA3",
+    "ln_tuning": "LN_TUNING",
+    "beft": "BEFT",
+    "prompt_tuning": "PROMPT_TUNING",
+    "prefix_tuning": "PREFIX_TUNING",
+}
+NAMED: Mapping[str, Mapping[str, list[str]]] = {  # method → architecture → the modules that peft adapts by default
+    "LORA": constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    "ADALORA": constants.TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING,
+    "LOHA": constants.TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING,
+    "VERA": constants.TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING,
+    "IA3": constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+    "BEFT": constants.TRANSFORMERS_MODELS_TO_BEFT_TARGET_MODULES_MAPPING,
+}
+
+# Projections to queries and values, which Hu et al. 2021 adapt, as architectures name them that peft has no names for.
+PROJECTIONS = (("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"), ("q", "v"), ("qkv_proj",), ("Wqkv",))
+
+
+def adapted(model: nn.Module, config: PeftConfig, *, heads: Sequence[str] = (), task: str | None = None) -> PeftModel:
+    """A frozen model with a fresh adapter, in evaluation mode: every parameter frozen but the adapter's.
+
+    Args:
+        model: In evaluation mode.
+        config: Of the adapter.
+        heads: Modules that are trained in full, by name.
+        task: peft's task type; virtual tokens need one.
+
+    Raises:
+        ConfigError: No such adapter can be trained: as ``require_trainable``, no module of the model bears a target's
+            name, or one that does is of another kind than the method adapts.
+    """
+    require_trainable(config)
+    _require_kinds(model, config)
+    with warnings.catch_warnings():  # of what peft cannot do with a module, merging for example
+        warnings.filterwarnings("ignore", "Detected that the base layer has no bias term", UserWarning)
+        warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
+        found = get_peft_model(model, _peft_config(config, heads, task)).eval()
+    for name, value in found.named_parameters():
+        if name.endswith(COPIES):
+            value.requires_grad_(False)
+    return found
+
+
+def configuration(
+    base: Base,
+    method: MethodName = "lora",
+    *,
+    rank: int = 8,
+    alpha: int = 16,
+    targets: Sequence[str] = (),
+    feedforward: Sequence[str] = (),
+    virtual_tokens: int = 20,
+    bias: Literal["none", "all", "lora_only"] = "none",
+) -> PeftConfig:
+    """The configuration of an adapter that is trained from the start.
+
+    Args:
+        base: The base.
+        method: Of the adapter.
+        rank: Of the methods of low rank, as alpha.
+        alpha: The factor of the update is alpha / rank, of rsLoRA alpha / sqrt(rank); VeRA has none.
+        targets: Names of the modules that are adapted. None: those that peft names for the base's architecture, or of
+            LoRA the first of ``PROJECTIONS`` that the base has; of LayerNorm tuning, all normalizations.
+        feedforward: Those of IA³'s targets whose input is scaled. None, without targets: those that peft names.
+        virtual_tokens: Of prompt and prefix tuning.
+        bias: Of LoRA: which of the base's biases are trained besides.
+
+    Raises:
+        ConfigError: The base cannot be opened, peft names no modules for it, or as ``require_trainable``.
+    """
+    kind = KINDS[method]
+    reads = TRAINABLE[kind]
+    fields: dict[str, Any] = {"r": rank if "r" in reads else 0, "lora_alpha": alpha if "lora_alpha" in reads else 0}
+    fields["bias"] = bias
+    if kind == "LORA":
+        fields |= {"use_rslora": method == "rslora", "use_dora": method == "dora"}
+    if kind in ("PROMPT_TUNING", "PREFIX_TUNING"):
+        fields["num_virtual_tokens"] = virtual_tokens
+    elif not targets:
+        architecture = pretrained.configuration(base).model_type
+        targets = _norms(base) if kind == "LN_TUNING" else _named(kind, architecture, base)
+        if kind == "IA3":
+            feedforward = feedforward or constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[architecture]
+    config = PeftConfig(kind, target_modules=tuple(targets), feedforward_modules=tuple(feedforward), **fields)
+    require_trainable(config)
+    return config
+
+
+def _named(kind: str, architecture: str, base: Base) -> Sequence[str]:
+    """The modules that peft adapts by default, or those of ``PROJECTIONS``."""
+    if architecture in NAMED[kind]:
+        return NAMED[kind][architecture]
+    found = {path.split(".")[-2] for path in _matrices(base)} if kind == "LORA" else set()
+    for names in PROJECTIONS:
+        if found.issuperset(names):
+            return names
+    raise ConfigError(
+        f"peft names no modules of {architecture!r} for {kind}; name them with targets",
+        about="target_modules",
+        value=architecture,
+    )
+
+
+def _matrices(base: Base) -> list[str]:
+    """The names of a base's parameters of two dimensions, as of linear layers."""
+    shapes = pretrained.parameter_shapes(base, AutoModel, 2)
+    return [name for name, shape in shapes.items() if len(shape) == 2 and name.endswith(".weight")]
+
+
+def _norms(base: Base) -> list[str]:
+    """The names of a base's normalizations: the modules whose weight has one dimension."""
+    shapes = pretrained.parameter_shapes(base, AutoModel, 2)
+    paths = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 1]
+    return sorted({path.rpartition(".")[2] for path in paths if f"{path}.weight" in shapes})
+
+
+def tensors(model: PeftModel) -> Tensors:
+    """Copies of the adapter's tensors as float32 arrays, under the names that PEFT saves."""
+    state = get_peft_model_state_dict(model)
+    kept = {name: value for name, value in state.items() if not name.endswith(COPIES)}
+    return {name: value.detach().to(torch.float32).numpy().copy() for name, value in kept.items()}
+
+
+def load(model: PeftModel, adapter: Mapping[str, Floats]) -> None:
+    """Set the adapter's values. The caller has checked them against the layout."""
+    set_peft_model_state_dict(model, {name: torch.from_numpy(np.array(value)) for name, value in adapter.items()})
+
+
+def initial(model: PeftModel, generator: torch.Generator) -> Tensors:
+    """The adapter on day one: what changes nothing where the method has such values, which then are peft's own.
+
+    That is B = 0 and A as its paper draws it, scales of 1, biases of 0 that are added to the base's, the base's own
+    normalizations and biases where they are replaced and, of DoRA, the norms of its weights. AdaLoRA's singular values,
+    one matrix of LoHa's four and VeRA's λ_b are 0, their other matrices as peft draws them, and λ_d is 0.1. Virtual
+    tokens begin as tokens of the vocabulary, drawn at random: as their embeddings (Lester et al. 2021) or as the keys
+    and values that the base computes for them (Li and Liang 2021).
+
+    Args:
+        model: From ``adapted``.
+        generator: Draws; the same generator state gives the same adapter.
+    """
+    start = tensors(model)
+    for name, value in start.items():
+        if ".lora_A." in name:
+            start[name] = _uniform(value.shape, 1 / np.sqrt(value.shape[1]), generator)
+        elif ".lora_B." in name:
+            start[name] = np.zeros_like(value)
+        elif name.endswith((".lora_A", ".lora_B")):  # AdaLoRA's
+            start[name] = (0.02 * torch.randn(value.shape, generator=generator, dtype=torch.float32)).numpy()
+        elif name.endswith((".hada_w1_a", ".hada_w1_b", ".hada_w2_a")):
+            start[name] = _uniform(value.shape, 1 / np.sqrt(value.shape[1]), generator)
+        elif part_of(name) is Part.FROZEN:
+            start[name] = _uniform(value.shape, np.sqrt(6 / value.shape[1]), generator)
+        elif name == PROMPT:
+            start[name] = _virtual_tokens(model, len(value), generator)
+    return start
+
+
+def _uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Floats:
+    """Random numbers from -``bound`` to ``bound``."""
+    draw: Floats = ((2 * torch.rand(shape, generator=generator, dtype=torch.float32) - 1) * bound).numpy()
+    return draw
+
+
+def _virtual_tokens(model: PeftModel, count: int, generator: torch.Generator) -> Floats:
+    """Embeddings, ``(count, width)``, or a prefix, ``(count, layers * 2 * heads * width)``, of drawn tokens."""
+    base: Any = model.get_base_model()
+    table = base.get_input_embeddings()
+    drawn = torch.randint(table.num_embeddings, (1, count), generator=generator)
+    with torch.no_grad():
+        if model.active_peft_config.peft_type != "PREFIX_TUNING":
+            rows: Floats = table(drawn)[0].numpy()
+            return rows
+        cache = base(input_ids=drawn, use_cache=True).past_key_values
+        parts = [part[0] for layer in cache.layers for part in (layer.keys, layer.values)]  # (heads, count, width) each
+        prefix: Floats = torch.stack(parts).permute(2, 0, 1, 3).reshape(count, -1).numpy()
+        return prefix
+
+
+def _require_kinds(model: nn.Module, config: PeftConfig) -> None:
+    """Return if an adapter of this configuration is on layers of the kind that its method adapts.
+
+    The update of an embedding would name the tokens of the examples, and a module that is trained in full may be as
+    large as the base.
+
+    Raises:
+        ConfigError: No module bears a target's name, or one that does is of another kind.
+    """
+    norms = config.peft_type == "LN_TUNING"
+    for target in config.target_modules:
+        found = {path: m for path, m in model.named_modules() if path == target or path.endswith(f".{target}")}
+        if not found:
+            reason = f"the base has no module named {target!r}; it has {pretrained.layer_names(model)}"
+            raise ConfigError(reason, about="target_modules", value=target)
+        for path, module in found.items():
+            if not (_is_norm(module) if norms else _is_linear(module, config)):
+                raise ConfigError(
+                    f"target_modules name {path}, which is not a {'normalization' if norms else 'linear layer'} but"
+                    f" {type(module).__name__}: {config.peft_type} is trained on nothing else, because the update of an"
+                    " embedding would show which tokens the examples have; name other modules",
+                    about="target_modules",
+                    value=target,
+                )
+
+
+def _is_linear(module: nn.Module, config: PeftConfig) -> bool:
+    """Whether ``module`` is a linear layer, also with transposed weights (of which peft has no BEFT and no LoHa)."""
+    return isinstance(module, nn.Linear if config.peft_type in ("BEFT", "LOHA") else nn.Linear | Conv1D)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether ``module`` has nothing but a weight of one dimension and maybe a bias, as LayerNorm and RMSNorm."""
+    state = {name: value.ndim for name, value in module.state_dict().items()}
+    return state in ({"weight": 1}, {"weight": 1, "bias": 1})
+
+
+def _peft_config(config: PeftConfig, heads: Sequence[str], task: str | None) -> peft.PeftConfig:
+    """The configuration in peft's own type."""
+    common: dict[str, Any] = {"task_type": task}
+    if config.num_virtual_tokens:
+        count = config.num_virtual_tokens
+        if config.peft_type == "PREFIX_TUNING":
+            return peft.PrefixTuningConfig(num_virtual_tokens=count, **common)
+        # What P-tuning saves are the embeddings that its encoder returned; these go on as those of prompt tuning.
+        return peft.PromptTuningConfig(num_virtual_tokens=count, **common)
+    common |= {"target_modules": list(config.target_modules), "modules_to_save": list(heads) or None}
+    match config.peft_type:
+        case "IA3":
+            return peft.IA3Config(feedforward_modules=list(config.feedforward_modules), **common)
+        case "LN_TUNING":
+            return peft.LNTuningConfig(**common)
+        case "BEFT":
+            return peft.BeftConfig(**common)
+        case "ADALORA":  # the rank that it begins with is its rank: nothing runs the allocator, so any schedule will do
+            rank = config.r
+            return peft.AdaLoraConfig(init_r=rank, target_r=rank, lora_alpha=config.lora_alpha, total_step=1, **common)
+        case "LOHA":
+            return peft.LoHaConfig(r=config.r, alpha=config.lora_alpha, **common)
+        case "VERA":
+            return peft.VeraConfig(r=config.r, save_projection=True, **common)
+        case _:
+            scaling = {"lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora}
+            return peft.LoraConfig(r=config.r, use_dora=config.use_dora, bias=config.bias, **scaling, **common)

@@ -1,0 +1,184 @@
+"""The command `edgeadapt`. It mounts the commands of each part, and imports a part only when one of them is called.
+
+So `edgeadapt device …` starts in a second on a machine that has neither torch nor flwr. A command whose extra is not
+installed names the extra; the other commands work.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from importlib.util import find_spec
+from io import TextIOWrapper
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+from aggregation.errors import EdgeAdaptError
+from edgeadapt.commandline import LazyGroup
+
+# command → (module, attribute, one line for --help, extra that it needs)
+COMMANDS = {
+    "adapters": ("edgeadapt.cli", "adapters", "Govern versions: where they are from, what changed.", ""),
+    "audit": ("edgeadapt.cli.audit", "audit_command", "Check from its transcripts what a coordinator did.", ""),
+    "authority": ("coordinator.cli", "authority_group", "Enrol devices: certify their keys, revoke them.", ""),
+    "base": ("export.cli.bases", "base", "Show which bases there are, and what one can do.", "export"),
+    "channel": ("edgeadapt.cli.channel", "channel", "Publish bundles to devices by channel.", ""),
+    "coordinator": ("coordinator.cli.coordinator", "coordinator", "Make a coordinator, run its rounds.", "coordinator"),
+    "data": ("simulations.cli.data", "data", "Look at the texts of a simulation.", "simulations"),
+    "demo": (
+        "simulations.cli.simulate",
+        "demo",
+        "Households personalize a frozen model together; start here.",
+        "simulations",
+    ),
+    "device": ("client.cli", "device", "Inference on a device: verify a bundle, answer phrases.", ""),
+    "export": ("export.cli", "export", "Make bundles for devices from bases and adapters.", "export"),
+    "privacy": (
+        "coordinator.cli.privacy",
+        "privacy",
+        "Plan a federation's noise and its epsilon.",
+        "coordinator",
+    ),
+    "simulate": (
+        "simulations.cli.simulate",
+        "simulate",
+        "Run a scenario file, from population to report.",
+        "simulations",
+    ),
+    "suite": ("simulations.cli.suite", "suite", "Compare arms of a scenario on several seeds.", "simulations"),
+}
+PROGRAM = "edgeadapt"
+OWN = ("client", "coordinator", "export", "simulations")  # packages with names that others use too
+INTERRUPTED = 130  # the exit code that a shell reports for a command that Ctrl-C ended
+TERMINATED = 143  # and SIGTERM
+IMPORT = "<frozen importlib._bootstrap>"  # the file that Python names for the frames of an import
+
+# At run time nothing is downloaded and nothing is reported, whatever the defaults of a library are.
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@click.command(cls=LazyGroup, table=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name=PROGRAM)
+def cli() -> None:
+    """Federated on-device personalization: adapters over a frozen model, secure aggregation, signed ONNX.
+
+    \b
+    Examples:
+      edgeadapt demo --out runs/demo
+      edgeadapt device infer --bundle runs/demo/bundle "turn on the kitchen lights"
+      edgeadapt audit verify runs/demo
+    """
+
+
+def main(command: click.Command | None = None, program: str = PROGRAM) -> None:
+    """Run a command line. An error is one line on standard error and the exit code of its class."""
+    for name, value in OFFLINE.items():
+        os.environ.setdefault(name, value)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file may contain bytes that cannot be printed
+    if not sys.warnoptions:  # warnings of libraries are for developers
+        warnings.simplefilter("ignore")
+    signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
+        signal.signal(signal.SIGINT, _interrupt)
+    report = sys.unraisablehook
+    sys.unraisablehook = partial(_unraisable, report)
+    try:
+        _check_own_packages()
+        sys.exit((command or cli)(prog_name=program, standalone_mode=False))
+    except EdgeAdaptError as error:
+        _fail(str(error), error.exit_code)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.UsageError as error:
+        called = error.ctx.command_path if error.ctx else program
+        _fail(f"{error.format_message().rstrip('.')}; see '{called} --help'", error.exit_code)
+    except click.ClickException as error:
+        _fail(error.format_message(), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted", INTERRUPTED)
+    except SystemExit as error:
+        if error.code != TERMINATED:
+            raise
+        _fail("terminated", TERMINATED)
+    except MemoryError:
+        _fail("this machine does not have enough memory", 1)
+    except OSError as error:
+        _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1)
+    finally:
+        sys.unraisablehook = report
+
+
+def _check_own_packages() -> None:
+    """Check that no folder or other distribution stands in front of ours. Raises click.ClickException."""
+    here = Path(__file__).parents[1]
+    for name in OWN:
+        spec = find_spec(name)
+        places = list(spec.submodule_search_locations or ()) if spec else []
+        if places and not any(Path(place).resolve() == (here / name).resolve() for place in places):
+            reason = f"{places[0]} stands in front of edgeadapt's own {name!r}"
+            raise click.ClickException(f"{reason}: run the command in another folder or environment, or rename it")
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """End by an exception, so that no temporary file is left. SIGTERM not as Ctrl-C, after which a chat goes on.
+
+    A signal during an import takes effect after it: libraries crash, or report another error, when one of their modules
+    in C meets an exception as it begins. So does one in ``_unraisable``, whose exceptions Python drops too.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename == IMPORT or frame.f_code is _unraisable.__code__:
+            _send_again(number)
+            return
+        frame = frame.f_back
+    if number == signal.SIGTERM:
+        sys.exit(TERMINATED)
+    raise KeyboardInterrupt
+
+
+def _send_again(number: int) -> None:
+    threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+
+
+def _unraisable(report: Callable[[Any], object], dropped: Any) -> None:
+    """Send a signal again that came during a callback or finalizer, whose exceptions Python reports and drops."""
+    error = dropped.exc_value
+    if isinstance(error, KeyboardInterrupt):
+        number = signal.SIGINT
+    elif isinstance(error, SystemExit) and error.code == TERMINATED:
+        number = signal.SIGTERM
+    else:
+        report(dropped)
+        return
+    _send_again(number)  # after the callback, whose exceptions are dropped
+
+
+def _fail(message: str, code: int) -> None:
+    line = " ".join(message.split())
+    if "--json" in sys.argv:
+        with suppress(OSError):  # it may be the output that failed: a full disk, a pipe that was closed
+            print(json.dumps({"error": line}), flush=True)
+    print(f"{PROGRAM}: {line}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

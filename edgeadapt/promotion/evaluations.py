@@ -1,0 +1,197 @@
+"""The rounds of evaluation of a coordinator: which releases they compared, what they found, and what follows from it.
+
+The signed record of a round names its plan by digest, and the log of the session has the plan. So the plan that is
+found under that digest is the one that the devices had, whoever keeps the log.
+"""
+
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from aggregation import envelope, transcript
+from aggregation.errors import ConfigError, ProtocolError, TrustError
+from aggregation.messages import Assignment, Plan
+from edgeadapt.audit.transcripts import logs
+from edgeadapt.formats import storage
+from edgeadapt.formats.registryfiles import RegistrySettings
+from edgeadapt.formats.release import Release
+from edgeadapt.releases.actions import ActionRecord
+from edgeadapt.releases.comparison import compared
+from edgeadapt.releases.history import audit_repository, rollback_after
+from edgeadapt.releases.lineage import GovernedVersion, Lineage
+from edgeadapt.releases.repository import ChannelRepository
+from edgeadapt.releases.rollback import note_evaluation, publish_prepared
+from edgeadapt.releases.verdict import JudgedEvaluation, verdict
+from edgeadapt.rounds.evaluation import EvaluationTask, is_evaluation
+
+TRANSCRIPT = "transcript"  # in a state directory; ``coordinator.statedir`` has the name too, and needs SQLAlchemy
+
+
+class NoVerdictError(ConfigError):
+    """No round of evaluation gives a verdict on the two releases yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class WatchStep:
+    """What a look at a rollout led to.
+
+    Args:
+        outcome: The channel rolls nothing out; there is no verdict yet; the release stays; or it was rolled back.
+        text: For a person.
+        evaluation: With the verdict, if there is one.
+        release: That a rollback made.
+    """
+
+    outcome: Literal["no rollout", "no verdict", "kept", "rolled back"]
+    text: str
+    evaluation: JudgedEvaluation | None = None
+    release: Release | None = None
+
+
+def act(repository: ChannelRepository, state_dir: Path, trust: Path | None, channel: str, adapter: str) -> WatchStep:
+    """Publish the prepared rollback of a channel if the last evaluation found its newest release worse.
+
+    A verdict after which the release stays is noted in the repository's log, once. An evaluation that led to a rollback
+    already gives no verdict: the same adapter, promoted again, is compared again.
+
+    Args:
+        repository: Of the channel. Of its keys, that of snapshot and timestamp is needed.
+        state_dir, trust: Of the coordinator, as of ``Lineage.read``.
+        channel: The channel.
+        adapter: That was compared.
+
+    Raises:
+        ConfigError: A rollout is under way without a prepared rollback, or as ``compared`` and ``publish_prepared``.
+        DataError, TrustError: The registry or the repository is damaged, or does not pass its audit.
+        OSError: As ``publish_prepared``.
+    """
+    if channel in repository.channels and repository.rollout(channel) is None:
+        return WatchStep("no rollout", f"channel {channel} rolls nothing out")
+    newest, previous = compared(repository, channel, adapter)
+    current = repository.release(channel)
+    if current is None:
+        raise ConfigError(f"channel {channel} has no release", about="channel", value=channel)
+    ready = repository.prepared.accept(channel, current)
+    records = audit_repository(repository.folder, None).records
+    lineage = Lineage.read(state_dir, trust, None)
+    try:
+        found = judge(lineage, channel, adapter, newest, previous, ready.condition.margin, records)
+    except NoVerdictError as error:
+        return WatchStep("no verdict", str(error))
+    if found.worse:
+        made = publish_prepared(repository, channel, found).release
+        text = (
+            f"{found}; channel {channel} is rolled back: release {made.number} is release {ready.condition.again} again"
+        )
+        return WatchStep("rolled back", text, found, made)
+    if found not in [record.action.evaluation for record in records]:
+        note_evaluation(repository, channel, found)
+    return WatchStep("kept", f"{found}; release {current.number} of channel {channel} stays", found)
+
+
+def judge(
+    lineage: Lineage,
+    channel: str,
+    adapter: str,
+    newest: str,
+    previous: str,
+    margin: float,
+    records: Sequence[ActionRecord],
+) -> JudgedEvaluation:
+    """The verdict of the last round that compared two releases, unless it led to a rollback already.
+
+    Args:
+        channel: That rolls the newest out.
+        adapter: That is compared.
+        newest, previous: ``AdapterManifest.content`` of it in the two releases.
+        margin: How far the accuracy of the newest may be below.
+
+    Raises:
+        NoVerdictError: No round compared them, or it counted too few examples of one of them; or that release was taken
+            back for it, and is compared again where it was promoted again.
+        DataError, TrustError: As ``last_evaluation`` and ``verdict``.
+    """
+    found = last_evaluation(lineage, newest, previous)
+    if found is None or found.record is None:
+        reason = f"no round has compared the two releases of {channel}: {_add_one(lineage.state_dir)}"
+        raise NoVerdictError(reason, about="evaluation")
+    number, metrics = found.record.round, found.manifest.metrics
+    judged = verdict(metrics, margin)
+    if judged is None:
+        reason = f"round {number} counted too few examples of one of the releases: raise the share, or wait"
+        raise NoVerdictError(reason, about="evaluation", value=number)
+    survivors = len(found.manifest.survivors)
+    figures = (adapter, newest, previous, dict(metrics), judged, judged.worse)
+    evaluation = JudgedEvaluation(number, found.manifest.sha256, survivors, *figures)
+    if (before := rollback_after(evaluation, records)) is not None:
+        led = f"release {before.action.release} of channel {before.action.subject}"
+        reason = f"the evaluation of round {number} led to a rollback already ({led}): {_add_one(lineage.state_dir)}"
+        raise NoVerdictError(reason, about="evaluation", value=number)
+    return evaluation
+
+
+def last_evaluation(lineage: Lineage, newest: str, previous: str) -> GovernedVersion | None:
+    """The version of the last round that compared two adapters; None if there was none.
+
+    Args:
+        newest, previous: ``AdapterManifest.content`` of them.
+
+    Raises:
+        DataError: A log is too large.
+        TrustError: The plan of an evaluation is in no log, or is not one of an evaluation.
+    """
+    for version in reversed(lineage.versions):
+        if version.record is None or version.record.plan is None or not is_evaluation(version.manifest.metrics):
+            continue
+        plan = find_plan(lineage.state_dir, version.record.plan)
+        try:
+            task = EvaluationTask.decode(plan.training)
+        except ProtocolError:
+            reason = f"round {version.record.round} has metrics of an evaluation, and its plan is of another kind"
+            raise TrustError(reason, about="plan", value=version.record.round) from None
+        if (task.newest, task.previous) == (newest, previous):
+            return version
+    return None
+
+
+def _add_one(state_dir: Path) -> str:
+    return f"add one with 'edgeadapt coordinator evaluate {state_dir}', and run it"
+
+
+def find_plan(state_dir: Path, digest: str) -> Plan:
+    """The plan of a round, from the log of its session.
+
+    Args:
+        state_dir: Of the coordinator. It is only read: where the database has the logs, its copy of them is not used.
+
+    Raises:
+        DataError: A log is too large.
+        TrustError: No log has it.
+        EdgeAdaptError: The database cannot be reached.
+    """
+    with closing(_newest_logs(state_dir)) as found:
+        for log in found:
+            for entry in transcript.read(log).entries:
+                if entry.kind != Assignment.TAG:
+                    continue
+                try:
+                    plan = Assignment.decode(envelope.unverified_body(entry.message)).plan
+                except ProtocolError:  # only the first one of a round is kept complete
+                    continue
+                if plan.digest().hex() == digest:
+                    return plan
+    reason = f"no log of {state_dir} has the plan {digest[:16]}: restore it from a copy"
+    raise TrustError(reason, about="plan", value=digest)
+
+
+def _newest_logs(state_dir: Path) -> Generator[bytes, None, None]:
+    """The logs of all sessions, the newest first."""
+    if not RegistrySettings.of(state_dir).database:
+        yield from (storage.read(path) for path in reversed(logs(state_dir / TRANSCRIPT)))
+        return
+    from coordinator.statedir import transcript_table  # takes the extra of such a registry
+
+    with transcript_table(state_dir) as table:
+        yield from (table.log(session) for session in sorted(table.sizes(), reverse=True))

@@ -1,0 +1,292 @@
+"""The gates of a promotion: what is measured on the very files of a release, as a device runs them.
+
+A gate that cannot be measured refuses: a missing file, too few phrases and a damaged bundle are results, with the
+reason in ``text``, and so is a package that is not installed. Nothing is skipped but what ``gates.toml`` leaves out.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Self
+
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError
+from client.inference.session import ClassificationSession
+from edgeadapt import traces
+from edgeadapt.formats.bundle import TRUST, Bundle
+from edgeadapt.formats.keyfiles import read_public_keys
+from edgeadapt.formats.phrases import read_phrases
+from edgeadapt.formats.release import Release
+from edgeadapt.formats.storage import read_lines
+from edgeadapt.promotion.gatesettings import GateName, GateSettings
+from edgeadapt.releases.actions import GateResult
+from edgeadapt.releases.lineage import COORDINATOR, Lineage, is_from
+from edgeadapt.releases.repository import ChannelRepository
+
+LONGEST = 1000  # characters of a reason, as the log has it
+ROUNDING = 1e-9  # of a share less a margin
+Results = Iterator[GateResult]
+
+
+class GateError(EdgeAdaptError):
+    exit_code = 6
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutPhrase:
+    """A phrase that nobody trained on, with the right answer."""
+
+    label: str
+    phrase: str
+    language: str
+
+
+def read_held_out(path: Path) -> list[HeldOutPhrase]:
+    """The phrases in a file of lines ``LABEL TAB PHRASE TAB LANGUAGE``.
+
+    Raises:
+        ConfigError: There is no such file.
+        DataError: A line has another form, or as ``read_lines``.
+    """
+    found = []
+    for number, line in enumerate(read_lines(path, "phrase"), 1):
+        parts = [part.strip() for part in line.split("\t")]
+        if len(parts) != 3 or not all(parts):
+            raise DataError(
+                f"phrase {number} of {path} has not the form LABEL TAB PHRASE TAB LANGUAGE",
+                about=path.name,
+                value=number,
+            )
+        found.append(HeldOutPhrase(*parts))
+    return found
+
+
+@dataclass(slots=True)
+class AssembledRelease:
+    """A release put together as a device has it, with the keys that must have signed it.
+
+    It has a folder of its own: what the session of a device notes of versions stays there.
+    """
+
+    release: Release
+    bundle: Path
+    _session: ClassificationSession | None = None
+
+    @classmethod
+    def of(cls, repository: ChannelRepository, channel: str, release: Release, trust: Path, folder: Path) -> Self:
+        """Put it together in ``folder``, which is new. Raises as ``ChannelRepository.assemble``."""
+        folder.mkdir()
+        keys = b"".join(key.to_pem() for key in read_public_keys(trust))
+        (folder / TRUST).write_bytes(keys)
+        repository.assemble(channel, release, folder / "bundle")
+        return cls(release, folder / "bundle")
+
+    @property
+    def verified(self) -> Bundle:
+        """The bundle, with the pinned keys."""
+        return Bundle(self.bundle, read_public_keys(self.bundle.parent / TRUST))
+
+    def answers(self, name: str, phrases: Sequence[str]) -> list[str | None]:
+        """The most likely label of each phrase; None where the base knows no part of it.
+
+        Raises:
+            ConfigError, DataError, TrustError: As ``ClassificationSession.open`` and ``classify``.
+        """
+        if self._session is None:
+            self._session = ClassificationSession.open(self.bundle)
+        session = self._session
+        return [
+            session.classify([phrase], name)[0].label if session.unknown_share(phrase) < 1 else None
+            for phrase in phrases
+        ]
+
+    def labels(self, name: str) -> tuple[str, ...]:
+        """Of an adapter; empty if the release does not have it."""
+        return self.verified.adapter_manifest(name).labels if name in self.release.adapters else ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromotionTrial:
+    """What a promotion is about.
+
+    Args:
+        settings: What it must pass.
+        folder: To which the paths in ``settings`` are relative.
+        candidate: The release that is to be promoted.
+        current: The one that devices have; None if the channel has none.
+    """
+
+    settings: GateSettings
+    folder: Path
+    candidate: AssembledRelease
+    current: AssembledRelease | None
+
+    def results(self) -> tuple[GateResult, ...]:
+        """Run the gates, in the order of the settings."""
+        found: list[GateResult] = []
+        for gate in self.settings.gates:
+            with traces.span("gate", gate=gate) as span:
+                results = [*self._run(gate)]
+                span.set(passed=all(each.passed for each in results))
+            found += results
+        return tuple(found)
+
+    def _run(self, gate: GateName) -> Results:
+        try:
+            yield from GATES[gate](self)
+        except EdgeAdaptError as error:
+            yield refusal(gate, str(error))
+        except ModuleNotFoundError as error:
+            yield refusal(gate, f"it needs {error.name}, which is not installed: pip install 'edgeadapt[export]'")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self.candidate.release.adapters))
+
+    def path(self, key: str, value: str) -> Path:
+        """A path that the settings name.
+
+        Raises:
+            ConfigError: They name none.
+        """
+        if not value:
+            raise ConfigError(f"gates.toml names no {key}", about=key)
+        return self.folder / value
+
+
+def refusal(gate: str, reason: str) -> GateResult:
+    """Of a gate that could not be measured."""
+    return GateResult(gate, False, None, None, f"cannot be measured: {' '.join(reason.split())}"[:LONGEST])
+
+
+def require_passed(results: Iterable[GateResult], what: str) -> None:
+    """Return if all gates let a release pass.
+
+    Raises:
+        GateError: One does not; ``value`` has the names of all that do not.
+    """
+    refused = [each for each in results if not each.passed]
+    if refused:
+        reasons = "; ".join(f"{each.gate}: {each.text}" for each in refused)
+        raise GateError(f"{what} is refused by {reasons}", about="gates", value=tuple(each.gate for each in refused))
+
+
+def _size(trial: PromotionTrial) -> Results:
+    candidate, limits = trial.candidate, trial.settings.size
+    for name in trial.names:
+        size = candidate.verified.adapter_manifest(name).size
+        yield _at_most(f"size of {name}", size, limits.adapter, f"{size:,} bytes, at most {limits.adapter:,}")
+    total = sum((candidate.bundle / name).stat().st_size for name in candidate.release.files)
+    yield _at_most("size of the release", total, limits.release, f"{total:,} bytes, at most {limits.release:,}")
+
+
+def _parity(trial: PromotionTrial) -> Results:
+    settings = trial.settings.parity
+    state, texts = trial.path("parity.state", settings.state), trial.path("parity.texts", settings.texts)
+    local = trial.folder / settings.base
+    base = str(local) if settings.base and local.exists() else settings.base
+    if not base:
+        raise ConfigError("gates.toml names no parity.base", about="parity.base")
+    from export.bundle.sources import from_registry
+    from export.parity.compare import compare, limits_of, too_far  # torch, after what can be refused without it
+    from export.parity.pair import open_pair
+
+    lines, lineage = read_lines(texts, "text"), Lineage.read(state, None, None)
+    for name in trial.names:
+        manifest = trial.candidate.verified.adapter_manifest(name)
+        version = next((each.manifest for each in lineage.versions if is_from(manifest, each.manifest)), None)
+        if version is None:
+            raise DataError(f"{state} has no version that {name} {manifest.version} was exported from", about="source")
+        pair = open_pair(
+            trial.candidate.verified, name, base, from_registry(state, version.version, state / COORDINATOR)
+        )
+        measured = compare(pair.model, pair.runner, pair.adapter.inputs, lines)
+        limits = limits_of(pair.base.profile, pair.base.task)
+        generates = pair.base.task == "text-generation"
+        figure = measured.perplexity_ratio if generates else measured.max_abs_diff
+        limit = limits.perplexity_ratio if generates else limits.max_abs_diff
+        broken = too_far(measured, limits)
+        text = "; ".join([str(measured), *broken.values()])
+        yield GateResult(f"parity of {name}", not broken, figure if isfinite(figure) else None, limit, text[:LONGEST])
+
+
+def _accuracy(trial: PromotionTrial) -> Results:
+    settings = trial.settings.accuracy
+    phrases = _held_out(trial)
+    if len(phrases) < settings.fewest:
+        raise DataError(f"{settings.held_out} has {len(phrases)} phrases, and {settings.fewest} are needed")
+    for name in trial.names:
+        right = sum(_right(trial.candidate, name, phrases))
+        found, least, text = right / len(phrases), settings.least, f"{right} of {len(phrases)} right"
+        if trial.current is not None and name in trial.current.release.adapters:
+            before = sum(_right(trial.current, name, phrases))
+            least = max(least, before / len(phrases) - settings.margin)
+            text += f", {before} by release {trial.current.release.number}"
+        yield _at_least(f"accuracy of {name}", found, least, text)
+
+
+def _language(trial: PromotionTrial) -> Results:
+    settings, phrases = trial.settings.language, _held_out(trial)
+    for name in trial.names:
+        right = _right(trial.candidate, name, phrases)
+        for language in sorted({each.language for each in phrases}):
+            own = [answer for answer, each in zip(right, phrases, strict=True) if each.language == language]
+            gate = f"language {language} of {name}"
+            if len(own) < settings.fewest:
+                yield refusal(gate, f"there are {len(own)} phrases, and {settings.fewest} are needed")
+            else:
+                text = f"{sum(own)} of {len(own)} right"
+                yield _at_least(gate, sum(own) / len(own), settings.least, text)
+
+
+def _canaries(trial: PromotionTrial) -> Results:
+    path = trial.path("canaries.phrases", trial.settings.canaries.phrases)
+    pairs = read_phrases(path)
+    for name in trial.names:
+        answers = trial.candidate.answers(name, [phrase for _, phrase in pairs])
+        wrong = [
+            f"phrase {number} is {answer or 'unknown text'} and not {label}"
+            for number, ((label, _), answer) in enumerate(zip(pairs, answers, strict=True), 1)
+            if answer != label
+        ]
+        share = 1 - len(wrong) / len(pairs)
+        text = "; ".join([f"{len(pairs) - len(wrong)} of {len(pairs)} right", *wrong])
+        yield _at_least(f"canaries of {name}", share, 1.0, text)
+
+
+GATES: dict[GateName, Callable[[PromotionTrial], Results]] = {
+    "size": _size,
+    "parity": _parity,
+    "accuracy": _accuracy,
+    "language": _language,
+    "canaries": _canaries,
+}
+
+
+def _held_out(trial: PromotionTrial) -> list[HeldOutPhrase]:
+    """The held-out phrases.
+
+    Raises:
+        ConfigError, DataError: As ``read_held_out``; or no release has one of the labels, which is then misspelled.
+    """
+    path = trial.path("accuracy.held_out", trial.settings.accuracy.held_out)
+    phrases, known = read_held_out(path), set[str]()
+    for release in (trial.candidate, trial.current):
+        known |= {label for name in trial.names for label in (release.labels(name) if release else ())}
+    if unknown := sorted({each.label for each in phrases} - known):
+        raise DataError(f"no adapter has the label {unknown[0][:40]!r} of {path}", about="label", value=unknown)
+    return phrases
+
+
+def _right(release: AssembledRelease, name: str, phrases: Sequence[HeldOutPhrase]) -> list[bool]:
+    answers = release.answers(name, [each.phrase for each in phrases])
+    return [answer == each.label for answer, each in zip(answers, phrases, strict=True)]
+
+
+def _at_most(gate: str, measured: float, limit: float, text: str) -> GateResult:
+    return GateResult(gate, measured <= limit, float(measured), float(limit), text[:LONGEST])
+
+
+def _at_least(gate: str, measured: float, limit: float, text: str) -> GateResult:
+    line = f"{measured:.4f}, at least {limit:.4f}: {text}"
+    return GateResult(gate, measured >= limit - ROUNDING, measured, limit, line[:LONGEST])

@@ -1,0 +1,141 @@
+"""The log of a repository of channels: a signed record of each thing that was done, chained to the one before.
+
+::
+
+    DIR/log/N.json     the record of action N, from 1 (a DSSE envelope)
+
+Each action signs a new snapshot, and the snapshot names the newest record by number and digest. So the log has the
+protection that TUF gives to metadata: a record cannot be altered, removed or moved, nor the end of the log cut off,
+without the key of the snapshot. The records name all metadata that they signed, so nothing is done without one.
+``edgeadapt.releases.history`` checks all that. The log is not among the files that are served: it says which
+releases were refused, and why.
+"""
+
+import getpass
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import ConfigDict, Field
+from tuf.api.metadata import Snapshot
+
+from aggregation.errors import DataError
+from edgeadapt.formats.manifest import Count, Manifest, Sha256
+from edgeadapt.formats.rollout import Rollout
+from edgeadapt.releases.verdict import Figure, JudgedEvaluation
+
+LOG = "log"  # folder
+HEAD = "x-edgeadapt-log"  # field of the snapshot
+# What was done; "refuse" is a promotion that a gate refused, "evaluate" a verdict after which the release stayed.
+Making = Literal["publish", "promote", "refuse", "rollout", "evaluate", "rollback"]
+Kind = Literal["init", "add", "protect", "unprotect", "renew", "rotate"] | Making
+Text = Annotated[str, Field(max_length=1000)]
+
+
+@dataclass(frozen=True, slots=True)
+class GateResult:
+    """What a gate of a promotion measured.
+
+    Args:
+        gate: Its name.
+        passed: It lets the release pass.
+        measured: The figure; None if it could not be measured, which never passes.
+        limit: What it was held to; None if that could not be determined.
+        text: For a person: what was measured on how much, or why it could not be.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    gate: Text
+    passed: bool
+    measured: Figure | None
+    limit: Figure | None
+    text: Text
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """What was done.
+
+    Args:
+        kind: The command.
+        subject: The channel; of ``rotate`` the role; None if it concerns all.
+        source: The channel that a promotion is from.
+        release: Number of the release that it made or rolls out in ``subject``, or of ``source`` that was refused.
+        sha256: Of that release's file.
+        adapters: Of that release: name → version.
+        again: The earlier release that a rollback published again.
+        gates: Of a promotion, in order.
+        rollout: Who gets the release, if not all devices.
+        evaluation: For which a prepared rollback was published, or after which the release stayed.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    kind: Kind
+    subject: Text | None = None
+    source: Text | None = None
+    release: Count | None = None
+    sha256: Sha256 | None = None
+    adapters: dict[Text, Count] | None = None
+    again: Count | None = None
+    gates: tuple[GateResult, ...] = ()
+    rollout: Rollout | None = None
+    evaluation: JudgedEvaluation | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ActionRecord(Manifest):
+    """A record of the log, signed by the key of snapshot and timestamp."""
+
+    NAME: ClassVar[str] = "action-record"
+
+    number: Count  # from 1
+    previous: Sha256 | None  # of the signed record before; None for the first
+    made: Annotated[str, Field(max_length=40)]  # when, ISO 8601
+    by: Annotated[str, Field(max_length=100)]  # login name of who did it, as the machine states it; empty: not stated
+    metadata: dict[Text, Count]  # role → the version that the action signed; of root always, the one then in force
+    action: Action
+
+
+@dataclass(frozen=True, slots=True)
+class LogHead:
+    """The newest record, as a snapshot names it; number 0 and no digest before the first."""
+
+    number: int
+    sha256: str | None
+
+    @classmethod
+    def of(cls, snapshot: Snapshot) -> Self:
+        """What a snapshot says.
+
+        Raises:
+            DataError: That is not the head of a log.
+        """
+        found = snapshot.unrecognized_fields.get(HEAD, {"number": 0, "sha256": None})
+        match found:
+            case {"number": int(number), "sha256": str() | None as digest} if len(found) == 2 and number >= 0:
+                return cls(number, digest)
+        raise DataError(f"{HEAD} of the snapshot is damaged: restore the repository", about=HEAD)
+
+    def put(self, snapshot: Snapshot) -> None:
+        snapshot.unrecognized_fields[HEAD] = {"number": self.number, "sha256": self.sha256}
+
+
+def login_name() -> str:
+    """Of whoever runs this process, for ``ActionRecord.by``."""
+    try:
+        return getpass.getuser()[:100]
+    except (KeyError, OSError):  # a container's user without an entry
+        return f"user {os.getuid()}"
+
+
+def action_path(folder: Path, number: int) -> Path:
+    return folder / LOG / f"{number}.json"
+
+
+def digest_of(signed: bytes) -> str:
+    """By which a record names the one before it, and the snapshot the newest (SHA-256, hex)."""
+    return hashlib.sha256(signed).hexdigest()

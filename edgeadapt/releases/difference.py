@@ -1,0 +1,126 @@
+"""What changed from one version of an adapter to another: tensor by tensor, layer by layer, and in the manifests.
+
+The tensors A and B of LoRA have no meaning of their own: ``(2A, B/2)`` is the same adapter. So each layer that has both
+is compared by its update ``ΔW = s B A`` too.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from edgeadapt.formats.graphinputs import LORA_A, LORA_B, input_name
+from edgeadapt.formats.layout import Floats, Tensors
+from edgeadapt.formats.manifest import PrivacyBound, VersionManifest
+
+
+@dataclass(frozen=True, slots=True)
+class TensorChange:
+    """A tensor or a layer's update in both versions.
+
+    Args:
+        name: Under peft's name; of an update the layer's path.
+        shape: In both.
+        before, after: Frobenius norms, weight units.
+        change: Of the difference.
+        cosine: Of the angle between the two, -1 to 1; None if one of them is zero.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    before: float
+    after: float
+    change: float
+    cosine: float | None
+
+    @classmethod
+    def of(cls, name: str, old: Floats, new: Floats) -> Self:
+        """Compare two arrays of one shape."""
+        one, two = (np.asarray(each, np.float64).ravel() for each in (old, new))
+        before, after = float(np.linalg.norm(one)), float(np.linalg.norm(two))
+        cosine = float(np.clip(one @ two / (before * after), -1, 1)) if before and after else None
+        return cls(name, tuple(old.shape), before, after, float(np.linalg.norm(two - one)), cosine)
+
+
+@dataclass(frozen=True, slots=True)
+class VersionDifference:
+    """Version ``after`` against version ``before``.
+
+    Args:
+        before, after: Their numbers.
+        same_base: They are for one base.
+        tensors: In both versions, with one shape.
+        updates: Of layers with LoRA in both, ``s B A``.
+        total: All of ``tensors`` as one vector; None if there are none.
+        added, removed: Names of tensors that only one of the two has, or that have another shape.
+        labels_added, labels_removed: Of the head.
+        labels_moved: The labels are the same, in another order.
+        peft_config: The method's settings are the same.
+        metrics: Name → before and after; None where a version does not have it.
+        privacy: Before and after.
+    """
+
+    before: int
+    after: int
+    same_base: bool
+    tensors: tuple[TensorChange, ...]
+    updates: tuple[TensorChange, ...]
+    total: TensorChange | None
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    labels_added: tuple[str, ...]
+    labels_removed: tuple[str, ...]
+    labels_moved: bool
+    peft_config: bool
+    metrics: Mapping[str, tuple[float | None, float | None]]
+    privacy: tuple[PrivacyBound | None, PrivacyBound | None]
+
+
+def difference(old: VersionManifest, new: VersionManifest, before: Tensors, after: Tensors) -> VersionDifference:
+    """Compare two versions.
+
+    Args:
+        old, new: Their manifests.
+        before, after: Their tensors.
+
+    Raises:
+        DataError: A layer of LoRA has no scaling (``PeftConfig.scaling_of``).
+    """
+    both = [name for name in before if name in after and before[name].shape == after[name].shape]
+    changes = tuple(TensorChange.of(name, before[name], after[name]) for name in both)
+    flat = [np.concatenate([each[name].ravel() for name in both]) if both else None for each in (before, after)]
+    total = None if flat[0] is None or flat[1] is None else TensorChange.of("all", flat[0], flat[1])
+    updates = (_updates(old, before), _updates(new, after))
+    layers = [
+        TensorChange.of(name, value, updates[1][name])
+        for name, value in updates[0].items()
+        if name in updates[1] and value.shape == updates[1][name].shape
+    ]
+    return VersionDifference(
+        before=old.version,
+        after=new.version,
+        same_base=old.base_digest == new.base_digest,
+        tensors=changes,
+        updates=tuple(layers),
+        total=total,
+        added=tuple(sorted(after.keys() - set(both))),
+        removed=tuple(sorted(before.keys() - set(both))),
+        labels_added=tuple(label for label in new.labels if label not in old.labels),
+        labels_removed=tuple(label for label in old.labels if label not in new.labels),
+        labels_moved=old.labels != new.labels and sorted(old.labels) == sorted(new.labels),
+        peft_config=old.peft_config == new.peft_config,
+        metrics={name: (old.metrics.get(name), new.metrics.get(name)) for name in sorted({*old.metrics, *new.metrics})},
+        privacy=(old.privacy, new.privacy),
+    )
+
+
+def _updates(manifest: VersionManifest, tensors: Tensors) -> dict[str, Floats]:
+    """Path of a layer with LoRA → its update, ``(out, in)``."""
+    layers = [name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A)]
+    return {
+        input_name(layer): np.float32(manifest.peft_config.scaling_of(input_name(layer)))
+        * (tensors[layer + LORA_B] @ tensors[layer + LORA_A])
+        for layer in layers
+        if layer + LORA_B in tensors and tensors[layer + LORA_A].ndim == tensors[layer + LORA_B].ndim == 2
+    }

@@ -1,0 +1,219 @@
+"""Rollbacks that are signed before they are needed, so that a machine without the keys for it can publish one.
+
+::
+
+    DIR/prepared/CHANNEL.json   the channel's next metadata, signed by its key: the release before, once more
+    DIR/prepared/CHANNEL/       the files that are new: the release's list, and its adapters' manifests, signed anew
+
+They are not served. The metadata carry the condition on which they may be published (``RollbackCondition``), so that
+the channel's key has signed it too: ``publish`` refuses, and an audit finds, what does not meet it. Every change of the
+channel takes the version that they have, and signs them again under the next one; but another key of the channel never
+signs what the one before had signed.
+"""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar, Self
+
+from pydantic import ConfigDict, Field, ValidationError
+from tuf.api.exceptions import RepositoryError
+from tuf.api.metadata import Metadata, Targets
+
+from aggregation.errors import ConfigError, DataError, TrustError
+from edgeadapt.formats import jsontext, storage
+from edgeadapt.formats.manifest import Count, Sha256
+from edgeadapt.formats.release import MAX_RELEASE, RELEASE, Release, target
+from edgeadapt.releases.metadata import MAX_METADATA, ROLLBACK, TOP, RoleMetadata
+from edgeadapt.releases.targetfiles import TargetFiles
+from edgeadapt.releases.verdict import JudgedEvaluation
+
+PREPARED = "prepared"  # folder
+
+
+@dataclass(frozen=True, slots=True)
+class RollbackCondition:
+    """On what a prepared rollback may be published: an evaluation found the newest release worse.
+
+    Args:
+        release: Number of the release that it takes back.
+        again: Number of the one that it publishes again.
+        margin: How far an accuracy may be below that of the release before.
+        adapters: Name → ``AdapterManifest.content`` in the two releases, newest first.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    release: Count
+    again: Count
+    margin: Annotated[float, Field(ge=0, le=1)]
+    adapters: Annotated[dict[Annotated[str, Field(max_length=64)], tuple[Sha256, Sha256]], Field(max_length=100)]
+
+    @classmethod
+    def of(cls, signed: Targets) -> Self | None:
+        """That of a channel's metadata; None if they were not prepared.
+
+        Raises:
+            TrustError: It is damaged.
+        """
+        found = signed.unrecognized_fields.get(ROLLBACK)
+        if found is None:
+            return None
+        try:
+            jsontext.decode(found.encode())
+            return jsontext.decode_as(cls, found.encode())
+        except (ValueError, AttributeError, ValidationError) as error:
+            raise TrustError("the condition of a prepared rollback is damaged", about=ROLLBACK) from error
+
+    def put(self, signed: Targets) -> None:
+        """Name it in a channel's metadata: as text, since TUF's canonical JSON has no fractions."""
+        signed.unrecognized_fields[ROLLBACK] = jsontext.encode(asdict(self)).decode()
+
+    def require(self, evaluation: JudgedEvaluation | None) -> None:
+        """Return if an evaluation meets it.
+
+        Raises:
+            DataError: The figures of the evaluation do not give its verdict.
+            TrustError: There is no evaluation, it compared other releases or with another margin, or it did not find
+                the newest release worse.
+        """
+        what = f"the rollback of release {self.release}"
+        if evaluation is None:
+            raise TrustError(f"{what} was prepared for a verdict, and has none", about="evaluation")
+        evaluation.require()
+        if self.adapters.get(evaluation.adapter) != (evaluation.newest, evaluation.previous):
+            raise TrustError(f"{what} has an evaluation of other releases", about="evaluation")
+        if evaluation.verdict.margin != self.margin:
+            reason = (
+                f"{what} has an evaluation with margin {evaluation.verdict.margin:g}, and {self.margin:g} is signed"
+            )
+            raise TrustError(reason, about="evaluation")
+        if not evaluation.worse:
+            raise TrustError(f"{what} has an evaluation that did not find it worse", about="evaluation")
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRollback:
+    """A rollback that can be published now: the channel's next metadata, and the release that they list."""
+
+    metadata: Metadata[Targets]
+    condition: RollbackCondition
+    release: Release
+    files: Mapping[str, bytes]  # name → content, of those that are new
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRollbacks:
+    """Those of a repository, one for each channel that rolls a release out."""
+
+    metadata: RoleMetadata
+    served: TargetFiles
+
+    @property
+    def targets(self) -> TargetFiles:
+        return TargetFiles(self.metadata.folder / PREPARED, MAX_RELEASE)
+
+    def path(self, channel: str) -> Path:
+        return self.metadata.folder / PREPARED / f"{channel}.json"
+
+    def write(self, channel: str, signed: Targets) -> None:
+        """Sign metadata as the channel's next, and keep them.
+
+        Raises:
+            ConfigError: The channel's key is not there.
+            OSError: They cannot be written.
+        """
+        self.targets.folder.mkdir(mode=storage.PRIVATE_FOLDER, exist_ok=True)
+        storage.replace(self.path(channel), self.metadata.prepare(channel, signed).to_bytes())
+
+    def discard(self, channel: str) -> bool:
+        """Delete it, if there is one. Returns whether there was."""
+        found = self.path(channel).exists()
+        self.path(channel).unlink(missing_ok=True)
+        shutil.rmtree(self.targets.folder / channel, ignore_errors=True)
+        return found
+
+    def read(self, channel: str) -> tuple[Metadata[Targets], RollbackCondition] | None:
+        """The metadata and their condition; None if no rollback is prepared.
+
+        Raises:
+            ConfigError: They cannot be read.
+            TrustError: They are damaged, of another channel, or not signed by the channel's key.
+        """
+        path = self.path(channel)
+        anew = "delete it, and prepare the rollback anew with 'edgeadapt adapters rollout … --key'"
+        try:
+            raw = storage.read(path, MAX_METADATA)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}", about=PREPARED, value=channel) from error
+        except DataError as error:
+            raise TrustError(f"{error}; {anew}", about=PREPARED, value=channel) from error
+        try:
+            found: Metadata[Targets] = Metadata.from_bytes(raw)
+            if not isinstance(found.signed, Targets):
+                raise TrustError(f"{path} is of another role: {anew}", about=PREPARED)
+            self.metadata.load(Targets, TOP).verify_delegate(channel, found.signed_bytes, found.signatures)
+        except (OSError, DataError, RepositoryError, ValueError, TypeError, KeyError) as error:
+            reason = f"{path} is damaged, or not signed by the key of channel {channel}: {anew}"
+            raise TrustError(reason, about=PREPARED, value=channel) from error
+        condition = RollbackCondition.of(found.signed)
+        if condition is None or any(not name.startswith(target(channel, "")) for name in found.signed.targets):
+            raise TrustError(f"{path} is no prepared rollback of channel {channel}: {anew}", about=PREPARED)
+        return found, condition
+
+    def sign_again(
+        self, channel: str, found: tuple[Metadata[Targets], RollbackCondition] | None, current: Release | None
+    ) -> None:
+        """Sign what ``read`` found as the next metadata of a channel that has changed, if its release has not.
+
+        Raises:
+            ConfigError, OSError: As ``write``.
+        """
+        if found is not None and current is not None and found[1].release == current.number:
+            self.write(channel, found[0].signed)
+        else:
+            self.discard(channel)
+
+    def state(self, channel: str, current: Release) -> tuple[RollbackCondition | None, str]:
+        """The condition of a rollback that can be published now; or None, and the reason, also if it cannot be read."""
+        try:
+            return self.accept(channel, current).condition, ""
+        except (ConfigError, DataError, TrustError, OSError) as error:
+            return None, str(error)
+
+    def accept(self, channel: str, current: Release) -> PreparedRollback:
+        """The prepared rollback of a channel with the release ``current``, verified.
+
+        Raises:
+            ConfigError: No rollback is prepared, or it is out of date or cannot be read.
+            TrustError: As ``read``; or a file is missing or altered.
+        """
+        anew = "prepare it with 'edgeadapt adapters rollout … --key'"
+        read = self.read(channel)
+        if read is None:
+            raise ConfigError(f"no rollback of channel {channel} is prepared: {anew}", about=PREPARED, value=channel)
+        found, condition = read
+        signed, version = found.signed, self.metadata.version(channel)
+        if signed.version != version + 1 or condition.release != current.number:
+            what = f"it is version {signed.version} of channel {channel}, which has {version}"
+            reason = f"the prepared rollback was used already or is out of date ({what}): {anew}"
+            raise ConfigError(reason, about=f"{PREPARED}.version", value=signed.version)
+        if signed.is_expired(self.metadata.now):
+            reason = f"the prepared rollback of channel {channel} expired on {signed.expires:%Y-%m-%d}: {anew}"
+            raise ConfigError(reason, about=f"{PREPARED}.expired", value=channel)
+        new = {}
+        try:
+            for path, listed in signed.targets.items():
+                name, digest = path.removeprefix(target(channel, "")), listed.hashes["sha256"]
+                kept = self.targets.path(channel, name, digest)
+                if kept.is_file() or not self.served.path(channel, name, digest).is_file():
+                    new[name] = storage.read(kept, MAX_RELEASE)
+                    listed.verify_length_and_hashes(new[name])
+            release = Release.decode(new[RELEASE])
+        except (OSError, RepositoryError, DataError, TrustError, KeyError) as error:
+            reason = f"a file of the prepared rollback of channel {channel} is missing or altered ({error}): {anew}"
+            raise TrustError(reason, about=PREPARED, value=channel) from error
+        return PreparedRollback(found, condition, release, new)

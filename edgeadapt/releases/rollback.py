@@ -1,0 +1,177 @@
+"""Publish an earlier release of a channel again: with the vendor's key, or as it was prepared with it before."""
+
+from dataclasses import replace
+
+from tuf.api.metadata import Targets
+
+from aggregation.errors import ConfigError, TrustError
+from aggregation.pki.identity import IdentityKey, PublicKey
+from edgeadapt.formats import storage
+from edgeadapt.formats.bundle import manifest_path
+from edgeadapt.formats.dsse import MAX_ENVELOPE
+from edgeadapt.formats.manifest import AdapterManifest
+from edgeadapt.formats.release import RELEASE, Release, target
+from edgeadapt.releases.actions import Action
+from edgeadapt.releases.history import audit_repository, rollback_after
+from edgeadapt.releases.prepared import RollbackCondition
+from edgeadapt.releases.repository import ChannelRepository, Published
+from edgeadapt.releases.verdict import JudgedEvaluation
+
+
+def roll_back(repository: ChannelRepository, channel: str, number: int, key: IdentityKey) -> Published:
+    """Publish an earlier release of a channel again.
+
+    Devices refuse an older version of an adapter than they have had, so the adapters are signed again, under the
+    version after the highest.
+
+    Args:
+        repository: Of the channel.
+        channel: The channel.
+        number: Of the release.
+        key: The vendor's, which devices have pinned for bundles.
+
+    Raises:
+        ConfigError: There is no such channel or release, or it is the current one.
+        DataError: The repository is damaged.
+        TrustError: The same; or ``key`` signed neither the release nor the current one, so that devices would refuse
+            what it signs.
+        OSError: As ``ChannelRepository.publish``.
+    """
+    with repository.locked():
+        old, current = repository.release(channel, number), repository.release(channel)
+        if old is None or current is None or old.number == current.number:
+            raise ConfigError(f"release {number} is the current one of channel {channel}", about="release")
+        try:
+            require_signer(repository, channel, current, key.public)
+        except TrustError:  # devices may refuse the current one for its signature
+            require_signer(repository, channel, old, key.public)
+        files = {name: repository.targets.path(channel, name, digest) for name, digest in old.files.items()}
+        signed, versions = _signed_again(repository, channel, old, key)
+        action = Action("rollback", again=number)
+        return Published(channel, repository.add_release(action, channel, files, versions, signed))
+
+
+def prepare(repository: ChannelRepository, channel: str, key: IdentityKey, margin: float) -> RollbackCondition:
+    """Sign the rollback of the release that a channel rolls out, and keep it unserved.
+
+    Args:
+        repository: Of the channel.
+        channel: The channel.
+        key: The vendor's.
+        margin: How far an accuracy may be below that of the release before; ``accuracy.margin`` of ``gates.toml``.
+
+    Raises:
+        ConfigError: There is no such channel, it rolls nothing out, or its key is not there.
+        DataError: The repository is damaged.
+        TrustError: The same; or ``key`` is not the one that signed the release which is rolled out.
+        OSError: The files cannot be written.
+    """
+    with repository.locked():
+        current, rollout = repository.release(channel), repository.rollout(channel)
+        old = None if rollout is None else repository.release(channel, rollout.previous)
+        if current is None or old is None:
+            reason = f"channel {channel} rolls nothing out: begin with 'edgeadapt adapters promote … --share'"
+            raise ConfigError(reason, about="rollout", value=channel)
+        require_signer(repository, channel, current, key.public)
+        prepared, served = repository.prepared, repository.targets
+        prepared.discard(channel)
+        signed, versions = _signed_again(repository, channel, old, key)
+        listed = {
+            target(channel, name): prepared.targets.write(channel, name, signed[name])
+            if name in signed
+            else served.stored(channel, name, digest)
+            for name, digest in old.files.items()
+        }
+        digests = {name: listed[target(channel, name)].hashes["sha256"] for name in old.files}
+        release = Release(current.number + 1, repository.now.isoformat(timespec="seconds"), digests, versions)
+        listed[target(channel, RELEASE)] = prepared.targets.write(channel, RELEASE, release.encode())
+        both = dict.fromkeys(sorted(current.adapters.keys() & old.adapters.keys()), (current, old))
+        content = {
+            name: (repository.manifest(channel, one, name).content, repository.manifest(channel, other, name).content)
+            for name, (one, other) in both.items()
+        }
+        condition = RollbackCondition(current.number, old.number, margin, content)
+        metadata = repository.metadata.load(Targets, channel)
+        metadata.targets = listed
+        condition.put(metadata)
+        prepared.write(channel, metadata)
+        return condition
+
+
+def publish_prepared(repository: ChannelRepository, channel: str, evaluation: JudgedEvaluation) -> Published:
+    """Publish the prepared rollback of a channel. Needs the key of snapshot and timestamp alone.
+
+    Args:
+        repository: Of the channel.
+        channel: The channel.
+        evaluation: That found its newest release worse; the log gets it.
+
+    Raises:
+        ConfigError: There is no such channel or no prepared rollback, or that is out of date; or the key is not there.
+        DataError: The repository is damaged, or the figures do not give the verdict.
+        TrustError: The prepared rollback is damaged, or was not prepared for this evaluation; or the evaluation led to
+            a rollback already; or the repository does not pass its audit.
+        OSError: The files cannot be written. The repository is unchanged.
+    """
+    with repository.locked():
+        current = repository.release(channel)
+        if current is None:
+            raise ConfigError(f"channel {channel} has no release", about="channel", value=channel)
+        found = repository.prepared.accept(channel, current)
+        found.condition.require(evaluation)
+        before = rollback_after(evaluation, audit_repository(repository.folder, None).records)
+        if before is not None:
+            reason = f"round {evaluation.round} led to the rollback of record {before.number} already: evaluate anew"
+            raise TrustError(reason, about="evaluation", value=evaluation.round)
+        release = found.release
+        for name, content in found.files.items():
+            repository.targets.write(channel, name, content)
+        digest = found.metadata.signed.targets[target(channel, RELEASE)].hashes["sha256"]
+        action = Action("rollback", channel, None, release.number, digest, dict(release.adapters))
+        action = replace(action, again=found.condition.again, evaluation=evaluation)
+        repository.metadata.commit(action, {}, prepared={channel: found.metadata})
+        repository.prepared.discard(channel)
+        return Published(channel, release)
+
+
+def note_evaluation(repository: ChannelRepository, channel: str, evaluation: JudgedEvaluation) -> None:
+    """Note in the log an evaluation after which the release of a channel stays.
+
+    Raises:
+        ConfigError: The channel has no release, or the key of snapshot and timestamp is not there.
+        DataError: The repository is damaged.
+    """
+    with repository.locked():
+        current = repository.release(channel)
+        if current is None:
+            raise ConfigError(f"channel {channel} has no release", about="channel", value=channel)
+        adapters = dict(current.adapters)
+        action = Action("evaluate", channel, None, current.number, adapters=adapters, evaluation=evaluation)
+        repository.metadata.commit(action, {})
+
+
+def require_signer(repository: ChannelRepository, channel: str, release: Release, key: PublicKey) -> None:
+    """Return if a key signed every adapter of a release, so that devices that have it accept what the key signs.
+
+    Raises:
+        DataError: The repository is damaged.
+        TrustError: It did not sign one.
+    """
+    for name in release.adapters:
+        path = manifest_path(name).as_posix()
+        place = repository.targets.path(channel, path, release.files[path])
+        try:
+            AdapterManifest.accept(storage.read(place, MAX_ENVELOPE), [key])
+        except TrustError as error:
+            reason = f"the key did not sign adapter {name!r} of release {release.number} of channel {channel}"
+            raise TrustError(f"{reason}: name the vendor's", about="--key", value=name) from error
+
+
+def _signed_again(
+    repository: ChannelRepository, channel: str, old: Release, key: IdentityKey
+) -> tuple[dict[str, bytes], dict[str, int]]:
+    """The manifests of a release under the version after the highest of the channel: file → content, name → version."""
+    releases = repository.releases(channel)
+    versions = {name: max(each.adapters.get(name, 0) for each in releases) + 1 for name in old.adapters}
+    again = {name: replace(repository.manifest(channel, old, name), version=versions[name]) for name in old.adapters}
+    return {manifest_path(name).as_posix(): one.sign(key) for name, one in again.items()}, versions

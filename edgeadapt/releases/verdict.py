@@ -1,0 +1,174 @@
+"""Whether a release is worse than the one before, from an evaluation's metrics (``edgeadapt.rounds.evaluation``).
+
+The interval is Newcombe's for the difference of two proportions (1998, "Interval Estimation for the Difference between
+Independent Proportions: Comparison of Eleven Methods", method 10), which holds its level also for few examples and for
+accuracies near 0 and 1. Two things widen it: the variance of the noise that devices added, and the rounding of what is
+published. Examples of one device count as independent, as in any accuracy.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Annotated, ClassVar, Self
+
+from pydantic import ConfigDict, Field
+
+from aggregation.errors import DataError
+from edgeadapt.formats.manifest import Count, Sha256
+from edgeadapt.formats.rollout import NEWEST, PREVIOUS
+from edgeadapt.rounds.evaluation import ACCURACY, DEVIATION, EXAMPLES
+from edgeadapt.rounds.task import DECIMALS
+
+CONFIDENCE = 0.95
+ROUNDING = 10.0**-DECIMALS  # of the difference of two accuracies, each of which is off by half of it at most
+MOST = 2.0**63  # examples, and deviation of their number; beyond, a square could be no float
+TOLERANCE = 1e-9  # between two machines that compute one verdict
+Figure = Annotated[float, Field(allow_inf_nan=False)]
+
+
+@dataclass(frozen=True, slots=True)
+class Proportion:
+    """An accuracy, between 0 and 1, and the number of examples that it is of, above 0."""
+
+    value: float
+    examples: float
+
+    def wilson(self, z: float) -> tuple[float, float]:
+        """The limits of Wilson's score interval (1927); ``z`` is the quantile of the normal distribution."""
+        n, p = self.examples, self.value
+        middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        low, high = ((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+        return max(0.0, low), min(1.0, high)
+
+    def noise_variance(self, deviation: float) -> float:
+        """Of the accuracy, if right answers and examples each have noise of that standard deviation (delta method)."""
+        return (deviation / self.examples) ** 2 * (1 + self.value**2)
+
+
+def difference_interval(
+    one: Proportion, other: Proportion, *, deviation: float = 0.0, confidence: float = CONFIDENCE
+) -> tuple[float, float]:
+    """The limits of the difference ``one.value - other.value``.
+
+    >>> low, high = difference_interval(Proportion(56 / 70, 70), Proportion(48 / 80, 80))
+    >>> round(low, 4), round(high, 4)  # Newcombe 1998, table II (a)
+    (0.0524, 0.3339)
+
+    Args:
+        one, other: Of independent examples.
+        deviation: Standard deviation of the noise in each of the four counts, in examples.
+        confidence: With which the difference is between the limits, 0 to 1.
+    """
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    (low, high), (other_low, other_high) = one.wilson(z), other.wilson(z)
+    noise = z * z * (one.noise_variance(deviation) + other.noise_variance(deviation))
+    found, p, q = one.value - other.value, one.value, other.value
+    below = math.sqrt((p - low) ** 2 + (other_high - q) ** 2 + noise)
+    above = math.sqrt((high - p) ** 2 + (q - other_low) ** 2 + noise)
+    return max(-1.0, found - below), min(1.0, found + above)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What an evaluation says of the newest release.
+
+    Args:
+        difference: Its accuracy less that of the release before.
+        low, high: Limits of the difference, with ``CONFIDENCE``.
+        margin: How far it may be below, 0 or more.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    difference: Figure
+    low: Figure
+    high: Figure
+    margin: Annotated[float, Field(ge=0, le=1)]
+
+    @property
+    def worse(self) -> bool:
+        """Whether it is below by more than the margin: all of the interval is."""
+        return self.high < -self.margin
+
+    def __str__(self) -> str:
+        what = "worse" if self.worse else "not shown to be worse"
+        limits = f"{self.low:+.4f} to {self.high:+.4f}, margin {self.margin:g}"
+        return f"{what}: accuracy {self.difference:+.4f} ({limits})"
+
+
+def verdict(metrics: Mapping[str, float], margin: float) -> Verdict | None:
+    """The verdict on the newest release; None if either release has too few examples to be published.
+
+    Args:
+        metrics: Of an evaluation's round.
+        margin: ``accuracy.margin`` of ``gates.toml``.
+
+    Raises:
+        DataError: The metrics are those of another round, or no evaluation can have them.
+    """
+    if DEVIATION not in metrics:
+        raise DataError("the round is no evaluation", about="metrics")
+    names = [f"{what}_{release}" for release in (NEWEST, PREVIOUS) for what in (ACCURACY, EXAMPLES)]
+    if any(name not in metrics for name in names):
+        return None
+    newest, examples, previous, examples_before = (metrics[name] for name in names)
+    deviation = metrics[DEVIATION]
+    shares = all(0 <= each <= 1 for each in (newest, previous))
+    counts = all(1 <= each < MOST for each in (examples, examples_before))
+    if not (shares and counts and 0 <= deviation < MOST):
+        raise DataError("no evaluation can have these metrics", about="metrics")
+    one, other = Proportion(newest, examples), Proportion(previous, examples_before)
+    low, high = difference_interval(one, other, deviation=deviation)
+    return Verdict(newest - previous, low - ROUNDING, high + ROUNDING, margin)
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedEvaluation:
+    """A round of evaluation with its verdict, as the log of a repository has it.
+
+    Args:
+        round: Of the coordinator.
+        version: SHA-256 of the adapter's file that the round made, which its signed manifest names with the metrics.
+        survivors: Number of devices in the sum.
+        adapter: Name of the adapter that was compared.
+        newest, previous: ``AdapterManifest.content`` of it in the two releases.
+        metrics: Of the round.
+        verdict: What they say.
+        worse: As of the verdict.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    round: Count
+    version: Sha256
+    survivors: Count
+    adapter: Annotated[str, Field(max_length=64)]
+    newest: Sha256
+    previous: Sha256
+    metrics: Annotated[dict[Annotated[str, Field(max_length=64)], Figure], Field(max_length=20)]
+    verdict: Verdict
+    worse: bool
+
+    def require(self) -> Self:
+        """Itself, if its verdict is the one that its metrics give.
+
+        Raises:
+            DataError: It is another one, or there can be none.
+        """
+        found = verdict(self.metrics, self.verdict.margin)
+        stated = self.verdict
+        if found is None:
+            raise DataError(f"the figures of round {self.round} give no verdict", about="evaluation", value=self.round)
+        apart = max(abs(getattr(found, name) - getattr(stated, name)) for name in ("difference", "low", "high"))
+        if apart > TOLERANCE or found.worse != self.worse:
+            reason = f"the figures of round {self.round} do not give the stated verdict, but: {found}"
+            raise DataError(reason, about="evaluation", value=self.round)
+        return self
+
+    def is_of_round(self, other: "JudgedEvaluation") -> bool:
+        """Whether both are of one round, with whatever margin."""
+        return (self.round, self.version) == (other.round, other.version)
+
+    def __str__(self) -> str:
+        return f"round {self.round}, {self.survivors} survivors: {self.verdict}"

@@ -1,0 +1,486 @@
+"""A round of the analytic head: every device's moments in one secure sum, and the head that a ridge regression fits.
+
+Devices embed their examples and train nothing. The coordinator computes the head of the next adapter from the sum, and
+its auditor does so again; LoRA's factors stay as they are. On the frozen base of day one this is a federation of one
+round; after rounds of training, it fits the head to the adapted embeddings. The sum itself is not published. Only the
+next adapter is, whose head a device can adapt to its own examples by the same regression (``ridge.ridge``).
+
+With noise a device contributes the mean of its examples' moments, clipped in L2, so that its number of examples counts
+for nothing. The fewer the numbers, the less their noise weighs: embeddings are rotated at random
+(``aggregation.rotation``, seeded by the adapter) and the first ``AnalyticTask.dimensions`` coordinates are kept, a
+random projection that needs no data. ``docs/decisions/0038-privacy-of-a-session.md`` has the measurements. The vector
+is Σ x xᵀ as its upper triangle, row by row, with the entries off the diagonal times √2, so that its L2 norm is that of
+the matrix; then Σ x yᵀ row by row. The whole is rotated as an update is, which makes its coordinates small.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from aggregation import rotation
+from aggregation.errors import ConfigError, DataError
+from aggregation.ring import Ring
+from aggregation.spec import SessionSpec
+from aggregation.vector import Segment, VectorSpec
+from edgeadapt.formats.layout import Layout, Tensors
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods.parts import Part
+from edgeadapt.rounds import optimizer
+from edgeadapt.rounds.ridge import (
+    EmbeddingMoments,
+    Matrix,
+    Vector,
+    cholesky,
+    forward,
+    moments_of,
+    moments_of_rows,
+    pack,
+    packed_size,
+    positive_part,
+    ridge,
+    unit_rows,
+    unpack,
+)
+from edgeadapt.rounds.roundtask import DeviceRound, KindSettings, RoundOf, RoundTask, ServerStep, SummedRound
+from edgeadapt.rounds.sums import (
+    NORM_ERROR,
+    Bounds,
+    HeldOut,
+    Sums,
+    check_noisy,
+    counted,
+    dither,
+    metric_segments,
+    noise_key,
+    noisy_vector,
+    require_exact,
+    require_weight,
+)
+
+XX, XY = "xx", "xy"  # segments without noise
+MOMENTS = "moments"  # the segment with noise
+RING_BITS = 22  # unless a coordinator sets other ones; with 18 the demo's accuracy is lower (``analytic-head.md``)
+WEIGHT = "classifier.weight"  # ends the name of the head's matrix, shape (labels, hidden)
+BIAS = "classifier.bias"  # shape (labels,)
+
+MINIMUM_EXAMPLES = 100  # of a sum, for its head to be published; see ``fewest_examples``
+NOISE = 2.0**-10  # width of the noise in the head, in units of the regression's scores, which are about 0 to 1
+LARGEST = optimizer.LARGEST  # of a weight
+_ISOMETRY = math.sqrt(2.0)  # each entry off the diagonal stands for two
+
+Ridge = Annotated[float, Field(gt=0, le=1)]
+Scale = Annotated[float, Field(gt=0, le=1000)]
+
+
+@dataclass(frozen=True, slots=True)
+class AnalyticTask(RoundTask):
+    """One round of the analytic head.
+
+    Args:
+        ridge: Strength of the regularization, for each example of the sum.
+        scale: Logit of a score of 1: the regression fits scores of 0 and 1.
+        dimensions: Coordinates of an embedding whose moments are summed with noise; 0: no noise, and all of them.
+    """
+
+    RULE: ClassVar[optimizer.Settings | None] = optimizer.AnalyticHead()
+    SEGMENT: ClassVar[str] = MOMENTS
+    EXACT_SEGMENT: ClassVar[str | None] = XX
+    EXACT: ClassVar[str | None] = "moments"
+    CONSENT: ClassVar[str] = "moments"
+    NEED_NO_LIMIT: ClassVar[dict[str, str]] = {
+        "ridge": "used by the coordinator, on the sum: no contribution depends on it",
+        "scale": "used by the coordinator, on the sum: no contribution depends on it",
+        "dimensions": "1 to the size of an embedding with noise, 0 without: the session says which",
+    }
+
+    peft_config: PeftConfig
+    labels: tuple[str, ...]
+    ridge: Ridge
+    scale: Scale
+    dimensions: Annotated[int, Field(ge=0, le=2**16)] = 0
+
+    def terms(self) -> dict[str, float | str]:
+        return {f"analytic.{name}": getattr(self, name) for name in ("ridge", "scale", "dimensions")}
+
+    def influencing(self) -> frozenset[Part]:
+        """Embeddings need no head."""
+        return frozenset(Part) - {Part.HEAD}
+
+    def vector(self, layout: Layout, bounds: Bounds) -> VectorSpec:
+        if bool(bounds.noise) != bool(self.dimensions):
+            text = f"an analytic head of {self.dimensions} dimensions does not go with noise of {bounds.noise:g}"
+            raise ConfigError(text, about="task.dimensions", value=self.dimensions)
+        return RoundTask.vector(self, layout, bounds)
+
+    def noisy_size(self, layout: Layout) -> int:
+        return moments_size(ClassifierHead.of(layout), self)
+
+    def exact_vector(self, layout: Layout, bounds: Bounds) -> VectorSpec:
+        return moment_spec(ClassifierHead.of(layout), bounds)
+
+    def exact_ring_bits(self, layout: Layout, bounds: Bounds) -> int:
+        return RING_BITS
+
+    @classmethod
+    def check_exact(cls, spec: SessionSpec, values: Sums, survivors: int) -> None:
+        require_moments(spec, values, survivors)
+
+    def contribute(self, device: DeviceRound) -> Ring:
+        head, spec = ClassifierHead.of(device.layout), device.spec
+
+        def noisy(vector: Vector) -> Ring:
+            return noisy_vector(vector, spec, device.digest, device.rounding, device.noise_key())
+
+        def projected() -> Ring:
+            return noisy(contributed(device.embedded(), device.labels(), head, self, device.digest))
+
+        def embedded() -> Ring:
+            moments = moments_of(device.embedded(), device.labels(), head.labels)
+            return moment_contribution(moments, device.scored(), spec, device.rounding)
+
+        def nothing() -> Ring:
+            labels = device.labels()
+            moments = moments_of(np.zeros((len(labels), head.hidden)), labels, head.labels)
+            return moment_contribution(moments, device.unscored(), spec, device.rounding)
+
+        if spec.privacy is None:
+            return device.attempt(embedded, nothing)
+        return device.attempt(projected, lambda: noisy(np.zeros(spec.vector.size)))
+
+    def next_adapter(self, summed: SummedRound, step: ServerStep) -> tuple[optimizer.State, Tensors]:
+        if len(summed.groups) != 1:
+            raise DataError("an analytic head is solved from one sum, and the session has groups", about="task.ridge")
+        solve, (total,) = solved if summed.spec.privacy is None else noisy_solved, summed.groups
+        tensors = solve(summed.spec, self, summed.tensors, total.values, len(total.survivors), summed.digest)
+        return step.state, tensors
+
+
+class Analytic(KindSettings):
+    """Rounds of the analytic head, at the end of a federation or alone."""
+
+    KIND: ClassVar[type[RoundTask]] = AnalyticTask
+
+    rounds: int = Field(
+        default=0,
+        ge=0,
+        description="how many of the rounds, the last ones, fit the head by a ridge regression to a sum over all "
+        "devices' embeddings, without training",
+    )
+    ridge: Ridge = Field(default=2e-4, description="strength of the regularization, for each example of the sum")
+    scale: Scale = Field(default=16.0, description="logit of a score of 1 of the regression")
+    dimensions: int = Field(
+        default=128,
+        ge=1,
+        le=2**16,
+        description="with noise: coordinates of the randomly rotated embeddings that are summed; fewer have less noise",
+    )
+    clip_norm: float = Field(
+        default=0.2, gt=0, description="with noise: largest L2 norm of the mean moments of a device's embeddings"
+    )
+
+    def task(self, of: RoundOf) -> AnalyticTask:
+        dimensions = self.dimensions if of.noisy else 0
+        return AnalyticTask(of.peft_config, of.labels, self.ridge, self.scale, dimensions)
+
+    def bound(self, clip_norm: float, noisy: bool) -> float:
+        return self.clip_norm if noisy else clip_norm
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifierHead:
+    """The head of a text classifier's adapter: the names of its tensors, and its sizes."""
+
+    weight: str
+    bias: str
+    labels: int
+    hidden: int
+
+    @classmethod
+    def of(cls, layout: Layout) -> Self:
+        """The head in a layout.
+
+        Raises:
+            DataError: It has none, or more than one.
+        """
+        found = {end: [s for s in layout.tensors if s.name.endswith(end)] for end in (WEIGHT, BIAS)}
+        match found[WEIGHT], found[BIAS]:
+            case [weight], [bias] if len(weight.shape) == 2 and bias.shape == weight.shape[:1]:
+                return cls(weight.name, bias.name, *weight.shape)
+        raise DataError("the adapter has no classification head, so no analytic one can be fitted", about="task.head")
+
+
+def moment_spec(head: ClassifierHead, bounds: Bounds) -> VectorSpec:
+    """The sums of a round: the moments, the weights and the metrics, each with its own bound.
+
+    Embeddings have norm 1, so that an entry of a device's moments is at most its number of examples, ``weight_cap`` at
+    most. ``correct``, ``loss`` and ``held_out`` are as in a round of training.
+
+    Raises:
+        ConfigError: As ``sums.require_exact`` and ``VectorSpec``.
+    """
+    cap = bounds.weight_cap
+    moments = (Segment(XX, packed_size(head.hidden), float(cap)), Segment(XY, head.hidden * head.labels, float(cap)))
+    return require_exact(VectorSpec((*moments, *metric_segments(cap)), bounds.ring_bits, bounds.max_clients), cap)
+
+
+def moment_contribution(
+    moments: EmbeddingMoments, held_out: HeldOut, spec: SessionSpec, rng: np.random.Generator
+) -> Ring:
+    """Encode a device's moments as the vector that is masked and summed.
+
+    Args:
+        moments: Of its training examples. If they are more than ``spec.weight_cap``, the moments are scaled down to it.
+        held_out: The score of the adapter that it received, on its held-out examples.
+
+    Returns:
+        Ring elements, shape ``(spec.vector.size,)``, in the segments of ``moment_spec``. Guarantee:
+        each value is off by less than one step of its segment, without bias.
+
+    Raises:
+        DataError: A number is not finite, or a metric is outside its bound.
+    """
+    weight = min(moments.weight, float(spec.weight_cap))
+    share = weight / moments.weight if moments.weight else 0.0
+    values = {
+        "xx": np.clip(pack(moments.xx) * share, -weight, weight),
+        "xy": np.clip(moments.xy.ravel() * share, -weight, weight),
+    }
+    return spec.vector.encode(values | counted(weight, held_out), rng)
+
+
+def dimensions(head: ClassifierHead, task: AnalyticTask) -> int:
+    """Coordinates of an embedding that are kept: those of the task, or all if it has fewer."""
+    return min(task.dimensions, head.hidden)
+
+
+def moments_size(head: ClassifierHead, task: AnalyticTask) -> int:
+    """Numbers of a contribution: d (d + 1) / 2 + d k for d kept coordinates and k labels."""
+    kept = dimensions(head, task)
+    return packed_size(kept) + kept * head.labels
+
+
+def projected(embeddings: Matrix, kept: int, adapter: bytes) -> Matrix:
+    """The first ``kept`` coordinates of rotated embeddings.
+
+    Args:
+        embeddings: Shape ``(n, d)``.
+        kept: 1 to d.
+        adapter: SHA-256 of the adapter's file, which seeds the rotation.
+
+    Returns:
+        Shape ``(n, kept)``. No row is longer than before, up to rounding.
+    """
+    seed = rotation.seed(adapter)
+    rows = [rotation.rotate(row, seed)[:kept] for row in embeddings]
+    return np.array(rows).reshape(len(embeddings), kept)
+
+
+def contributed(
+    embeddings: NDArray[np.floating],
+    labels: NDArray[np.integer],
+    head: ClassifierHead,
+    task: AnalyticTask,
+    adapter: bytes,
+) -> Vector:
+    """What one device contributes, before it is clipped.
+
+    Args:
+        embeddings: Of its examples, shape ``(n, head.hidden)``; n may be 0.
+        labels: Shape ``(n,)``.
+        adapter: SHA-256 of the adapter's file.
+
+    Returns:
+        Shape ``(moments_size(head, task),)``.
+
+    Raises:
+        DataError: A number is not finite.
+    """
+    rows = projected(unit_rows(embeddings), dimensions(head, task), adapter)
+    return flattened(moments_of_rows(rows, labels, head.labels))
+
+
+def flattened(found: EmbeddingMoments) -> Vector:
+    """The mean moments of one device as a vector, before it is clipped; zeros without examples.
+
+    >>> flattened(EmbeddingMoments(np.array([[2.0, 2.0], [2.0, 4.0]]), np.ones((2, 1)), 2.0)).round(3).tolist()
+    [1.0, 1.414, 2.0, 0.5, 0.5]
+    """
+    mean = np.concatenate([pack(found.xx) * _weights(len(found.xx)), found.xy.ravel()])
+    return mean / found.weight if found.weight else mean
+
+
+def _weights(kept: int) -> Vector:
+    return pack(np.full((kept, kept), _ISOMETRY) - np.diag(np.full(kept, _ISOMETRY - 1)))
+
+
+def require_moments(spec: SessionSpec, sums: Sums, survivors: int) -> None:
+    """Check that honest survivors can have these sums of a round: else a device lied. Which one, nobody can tell.
+
+    With W the total weight, n survivors, d numbers in an embedding, k labels, and s the step of the moments, honest
+    survivors have S = Σ x xᵀ + E and T = Σ x yᵀ + F, in which stochastic rounding leaves entries below n · s:
+
+    - W is a whole number between 0 and ``weight_cap * n``. If W = 0, so are S and T.
+    - The trace of S is at most W + n · s · d, because an embedding has norm 1.
+    - S + ε · I is positive definite for ε = 2 · n · s · d: no eigenvalue of E is below - n · s · d.
+    - ‖L⁻¹ T‖ ≤ √W + √(n · s · k), L Lᵀ = S + ε · I. No head has a squared error below 0: tr(T₀ᵀ S₀⁻¹ T₀) ≤ W.
+
+    Guarantee: no sum of honest contributions is refused. So whoever lied, the sum is as that of W examples with some
+    embeddings and real-valued labels, up to rounding.
+
+    Raises:
+        DataError: Honest survivors cannot have it. The text names no number of the sum, because it is published.
+    """
+    names, sizes = zip(*((segment.name, segment.size) for segment in spec.vector.segments), strict=True)
+    expected = (XX, XY, *(segment.name for segment in metric_segments(spec.weight_cap)))
+    if names != expected or packed_size(_dimension(sizes[0])) != sizes[0] or sizes[1] % _dimension(sizes[0]):
+        raise DataError("the sums are not those of an analytic head", about="vector.segments")
+    step = spec.vector.step(spec.vector.segments[0])
+    weight, found = require_weight(spec, sums, survivors), _moments(sums)
+    if not weight:
+        if found.xx.any() or found.xy.any():
+            raise DataError("the survivors have no examples, but moments of some", about="vector.xx")
+        return
+    d, k = found.xy.shape
+    slack = survivors * step * d
+    if not float(np.trace(found.xx)) <= (weight + slack) * (1 + NORM_ERROR):
+        raise DataError("the embeddings of the survivors are longer than 1", about="vector.xx")
+    lower = cholesky(found.xx, 2 * slack)
+    if lower is None:
+        raise DataError("the second moments of the survivors are not those of embeddings", about="vector.xx")
+    longest = math.sqrt(weight) + math.sqrt(survivors * step * k)
+    if not float(np.linalg.norm(forward(lower, found.xy))) <= longest * (1 + NORM_ERROR):
+        raise DataError("the moments of the survivors' labels are larger than labels allow", about="vector.xy")
+
+
+def solved(
+    spec: SessionSpec, task: AnalyticTask, tensors: Tensors, sums: Sums, survivors: int, digest: bytes
+) -> Tensors:
+    """The next adapter: the one before with the head that the sum gives.
+
+    ``refit`` computes it, with the task's ``ridge`` times the total weight W as strength. If W is below
+    ``fewest_examples``, the head stays.
+
+    A total of examples shows in no period here: no constant is among the features, the products with which would be
+    whole numbers over W. Small noise is added (``NOISE``, ``sums.dither``). It makes sure that the next adapter has
+    other bytes than the one before also if nobody has examples: devices reveal shares for a few sums from an adapter.
+
+    Args:
+        digest: SHA-256 of its file.
+
+    Returns:
+        float32 tensors. Guarantee: equal arguments give equal bits on every machine; no weight exceeds ``LARGEST``.
+
+    Raises:
+        DataError: As ``require_moments`` and ``ClassifierHead.of``.
+    """
+    require_moments(spec, sums, survivors)
+    head, found = ClassifierHead.of(Layout.of(tensors)), _moments(sums)
+    if found.xy.shape != (head.hidden, head.labels):
+        raise DataError("the sums are not those of this adapter's head", about="vector.segments")
+    if found.weight >= fewest_examples(head.labels):
+        tensors = refit(tensors, found, strength=task.ridge * found.weight, scale=task.scale)
+    return dithered(spec, task, tensors, sums, digest)
+
+
+def noisy_solved(
+    spec: SessionSpec, task: AnalyticTask, tensors: Tensors, sums: Sums, survivors: int, digest: bytes
+) -> Tensors:
+    """The next adapter: the one before with the head that the sum gives.
+
+    With S and T the sums, d kept coordinates, k labels, n survivors, and τ = √n times the noise of one device:
+
+    - The noise in S is nearly a symmetric Gaussian matrix: its eigenvalues fill the semicircle of
+      radius τ √(2 d) (Wigner), and their root mean square is τ √(d / 2). S is projected on the positive semidefinite
+      matrices, which removes about half of it.
+    - The ridge regression towards the head before has the strength ``task.ridge`` · n + τ √(d / 2) · max(1, τ / C),
+      with the clip norm C. So a direction in which the embeddings of all devices count for less than the noise keeps
+      the head before. Where the noise is longer than a whole contribution, the strength is in proportion to its
+      variance, as that of the posterior mean of a regression with Gaussian noise and a Gaussian prior.
+    - Directions that were not kept do not change.
+
+    Args:
+        spec, sums, survivors: As of ``sums.check_noisy``.
+        digest: SHA-256 of its file.
+
+    Returns:
+        float32 tensors. Guarantee: as of ``solved``.
+
+    Raises:
+        DataError: As ``sums.check_noisy`` and ``ClassifierHead.of``, or the sum has another size.
+    """
+    check_noisy(spec, sums, survivors)
+    head = ClassifierHead.of(Layout.of(tensors))
+    (segment,) = spec.vector.segments
+    vector, kept = sums[segment.name], dimensions(head, task)
+    if vector.shape != (moments_size(head, task),):
+        raise DataError("the sums are not those of this adapter's head", about="vector.segments")
+    flat, seed = rotation.rotate_back(vector, rotation.seed(digest)), rotation.seed(digest)
+    split = packed_size(kept)
+    second = positive_part(unpack(flat[:split] / _weights(kept), kept))
+    found = EmbeddingMoments(second, flat[split:].reshape(kept, head.labels), float(survivors))
+    noise = segment.noise * math.sqrt(survivors)
+    strength = task.ridge * survivors + noise * math.sqrt(kept / 2) * max(1.0, noise / spec.clip_norm)
+    weight = tensors[head.weight].astype(np.float64)
+    rotated = np.array([rotation.rotate(row, seed) for row in weight])
+    small = {head.weight: rotated[:, :kept].astype(np.float32), head.bias: tensors[head.bias]}
+    rotated[:, :kept] = refit(small, found, strength=strength, scale=task.scale)[head.weight]
+    fitted = np.array([rotation.rotate_back(row, seed) for row in rotated])
+    return dithered(spec, task, tensors | {head.weight: fitted.astype(np.float32)}, sums, digest)
+
+
+def dithered(spec: SessionSpec, task: AnalyticTask, tensors: Tensors, sums: Sums, digest: bytes) -> Tensors:
+    """An adapter with small noise in its head, as ``solved`` says."""
+    head = ClassifierHead.of(Layout.of(tensors))
+    before = tensors[head.weight]
+    noise = dither(noise_key(spec, sums, digest), before.size).reshape(before.shape)
+    weight = np.clip(before.astype(np.float64) + task.scale * NOISE * noise, -LARGEST, LARGEST)
+    return tensors | {head.weight: weight.astype(np.float32)}
+
+
+def fewest_examples(labels: int) -> int:
+    """Fewest examples of a sum whose head is published.
+
+    The head of W examples has as many directions that the one before lacks, up to the number of labels: fewer would be
+    counted. And the fewer they are, the more these directions are single embeddings.
+    """
+    return max(MINIMUM_EXAMPLES, labels)
+
+
+def refit(tensors: Tensors, found: EmbeddingMoments, *, strength: float, scale: float) -> Tensors:
+    """An adapter with another head: the one that fits some examples and stays near the one before.
+
+    With H₀ the head before, b its bias, both divided by ``scale``, the new weights H minimize
+    Σ ‖xᵀ H + b - y‖² + strength · ‖H - H₀‖². The bias stays.
+
+    Args:
+        found: EmbeddingMoments of examples that were embedded with it.
+        strength: As many examples as the head before counts for in each direction; above 0.
+        scale: Logit of a score of 1.
+
+    Returns:
+        float32 tensors. Guarantee: as of ``ridge.ridge``; no weight exceeds ``LARGEST``.
+
+    Raises:
+        DataError: As ``ridge.ridge`` and ``ClassifierHead.of``.
+    """
+    head = ClassifierHead.of(Layout.of(tensors))
+    before, bias = tensors[head.weight].T.astype(np.float64) / scale, tensors[head.bias].astype(np.float64) / scale
+    total = np.zeros(len(found.xy))  # Σ x, added up in a fixed order, which ``numpy.sum`` does not promise
+    for column in found.xy.T:
+        total += column
+    rest = EmbeddingMoments(found.xx, found.xy - total[:, None] * bias, found.weight)
+    weight = np.clip(scale * ridge(rest, before, strength).T, -LARGEST, LARGEST)
+    return tensors | {head.weight: np.ascontiguousarray(weight, np.float32)}
+
+
+def _moments(sums: Sums) -> EmbeddingMoments:
+    d = _dimension(sums[XX].size)
+    return EmbeddingMoments(unpack(sums[XX], d), sums[XY].reshape(d, -1), float(sums["weight"][0]))
+
+
+def _dimension(size: int) -> int:
+    return (math.isqrt(8 * size + 1) - 1) // 2

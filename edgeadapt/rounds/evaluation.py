@@ -1,0 +1,193 @@
+"""A round of federated evaluation: how many held-out examples of the devices two releases answer rightly, as one sum.
+
+Devices train nothing. Each runs the release that it has on its own held-out examples and contributes four counts: right
+answers and examples under the newest release, and the same under the one before; two of them are zero. So the sums say
+how good either release is, and not which device has which. A device with another release contributes zeros.
+
+How many devices have a release, nobody can tell a device: rollouts change, and devices update when they like. Exact
+sums could be those of one device. So every evaluation has noise, also in a federation whose training has none
+(``docs/decisions/0066-secure-evaluation.md``). The vector is masked, summed and accounted for as every other. What is
+published of the sums are ``evaluated``'s metrics. The adapter of the round stays what it was, up to a noise that only
+gives it other bytes (``renewed``).
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from aggregation import rotation
+from aggregation.errors import ConfigError, DataError, ProtocolError
+from aggregation.ring import Ring
+from aggregation.spec import COUNTS, SessionSpec
+from aggregation.vector import VectorSpec
+from edgeadapt.formats.layout import Layout, Tensors
+from edgeadapt.formats.manifest import Sha256
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.formats.rollout import NEWEST, PREVIOUS
+from edgeadapt.rounds import optimizer
+from edgeadapt.rounds.analytic import LARGEST, ClassifierHead
+from edgeadapt.rounds.roundtask import DeviceRound, KindSettings, RoundOf, RoundTask, ServerStep, SummedRound
+from edgeadapt.rounds.sums import DECIMALS, MINIMUM_HELD_OUT, Bounds, Sums, Vector, dither, noisy_vector
+
+SIZE = 4  # of ``COUNTS``: right answers and examples of the newest release, then of the one before
+RENEWAL = 2.0**-16  # width of the noise in the head's weights, whose logits are about 1 to 16
+ACCURACY, EXAMPLES, DEVIATION = "accuracy", "examples", "deviation"  # metrics, the first two of each release
+NO_NOISE = "right answers are not summed without noise: set evaluation.noise_multiplier"
+
+Most = Annotated[int, Field(ge=1, le=2**16)]
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationTask(RoundTask):
+    """One round of evaluation.
+
+    Args:
+        newest: ``AdapterManifest.content`` of the adapter in the newest release.
+        previous: The same of the release before.
+        most: Most held-out examples of a device that count: its first ones.
+    """
+
+    RULE: ClassVar[optimizer.Settings | None] = optimizer.Evaluation()
+    SEGMENT: ClassVar[str] = COUNTS
+    EXACT_SEGMENT: ClassVar[str | None] = None
+    EXACT: ClassVar[str | None] = None
+    NEED_NO_LIMIT: ClassVar[dict[str, str]] = {"most": "1 to 65536: a device counts its first examples up to it"}
+
+    peft_config: PeftConfig
+    labels: tuple[str, ...]
+    newest: Sha256
+    previous: Sha256
+    most: Most
+
+    def check(self) -> None:
+        RoundTask.check(self)
+        if self.newest == self.previous:
+            raise ProtocolError("the task compares a release with itself", about="task.newest")
+
+    def terms(self) -> dict[str, float | str]:
+        return {f"evaluation.{name}": getattr(self, name) for name in ("newest", "previous", "most")}
+
+    def noisy_size(self, layout: Layout) -> int:
+        return SIZE
+
+    def exact_vector(self, layout: Layout, bounds: Bounds) -> VectorSpec:
+        raise ConfigError(NO_NOISE, about="noise")
+
+    def exact_ring_bits(self, layout: Layout, bounds: Bounds) -> int:
+        raise ConfigError(NO_NOISE, about="noise")
+
+    @classmethod
+    def check_exact(cls, spec: SessionSpec, values: Sums, survivors: int) -> None:
+        raise DataError(NO_NOISE, about="vector.counts")
+
+    def contribute(self, device: DeviceRound) -> Ring:
+        """Right answers and examples of the release that this device has, if it is one of the task's."""
+
+        def encoded(counts: Vector) -> Ring:
+            return noisy_vector(counts, device.spec, device.digest, device.rounding, device.noise_key())
+
+        return device.attempt(lambda: encoded(device.right_answers(self)), lambda: encoded(np.zeros(SIZE)))
+
+    def next_adapter(self, summed: SummedRound, step: ServerStep) -> tuple[optimizer.State, Tensors]:
+        return step.state, renewed(summed.tensors, summed.digest)
+
+    def metrics(self, spec: SessionSpec, values: Sums, survivors: int, digest: bytes) -> dict[str, float]:
+        """As ``evaluated``."""
+        return evaluated(spec, values, survivors, digest)
+
+
+class EvaluationRounds(KindSettings):
+    """Rounds that count the right answers of two releases on the devices that have them, after all others."""
+
+    KIND: ClassVar[type[RoundTask]] = EvaluationTask
+
+    rounds: int = Field(default=0, ge=0, description="how many of the rounds, the last ones, evaluate and do not train")
+    newest: str = Field(
+        default="", pattern="^([0-9a-f]{64})?$", description="SHA-256 of what the adapter of the newest release is"
+    )
+    previous: str = Field(
+        default="", pattern="^([0-9a-f]{64})?$", description="SHA-256 of what the adapter of the release before is"
+    )
+    most: Most = Field(
+        default=32,
+        description="most held-out examples of a device that count; the noise is in proportion to it",
+    )
+    noise_multiplier: float = Field(
+        default=1.1,
+        gt=0,
+        le=1000,
+        description="standard deviation of the noise in the counts, as privacy.noise_multiplier, also in a federation "
+        "without noise; in one that has more, that",
+    )
+
+    @model_validator(mode="after")
+    def _compares_two_releases(self) -> Self:
+        if self.rounds and (not self.newest or not self.previous or self.newest == self.previous):
+            raise ValueError("evaluation.newest and evaluation.previous must name the adapters of two releases")
+        return self
+
+    def task(self, of: RoundOf) -> EvaluationTask:
+        return EvaluationTask(of.peft_config, of.labels, self.newest, self.previous, self.most)
+
+    def bound(self, clip_norm: float, noisy: bool) -> float:
+        """All of ``most`` examples right."""
+        return math.sqrt(2.0) * self.most
+
+    def multiplier(self, federation: float) -> float:
+        return max(federation, self.noise_multiplier)
+
+
+def evaluated(spec: SessionSpec, sums: Sums, survivors: int, digest: bytes) -> dict[str, float]:
+    """The metrics of a round, as they are published.
+
+    Args:
+        sums: Decoded, of all survivors.
+        digest: SHA-256 of the adapter's file, which seeds the rotation of the sums.
+
+    Returns:
+        ``accuracy_newest``, ``examples_newest``, ``accuracy_previous`` and ``examples_previous``, and ``deviation``:
+        the standard deviation of the noise in each of the four sums, in examples. A release with fewer than
+        ``MINIMUM_HELD_OUT`` examples is missing.
+    """
+    counts = rotation.rotate_back(sums[COUNTS], rotation.seed(digest))
+    found = {DEVIATION: spec.vector.segment(COUNTS).noise * math.sqrt(survivors)}
+    for release, (right, examples) in ((NEWEST, counts[:2]), (PREVIOUS, counts[2:])):
+        if examples < MINIMUM_HELD_OUT:
+            continue
+        accuracy = min(max(float(right / examples), 0.0), 1.0)
+        found |= {f"{ACCURACY}_{release}": round(accuracy, DECIMALS), f"{EXAMPLES}_{release}": float(np.rint(examples))}
+    return found
+
+
+def is_evaluation(metrics: Mapping[str, float]) -> bool:
+    """Whether metrics are those of ``evaluated``."""
+    return DEVIATION in metrics
+
+
+def renewed(tensors: Tensors, digest: bytes) -> Tensors:
+    """The next adapter: the one before, with noise of ``RENEWAL`` in its head.
+
+    Devices reveal shares for sums from one adapter over one set of survivors only, so each sum has an adapter of its
+    own. The noise follows from the adapter alone: from noise that followed from the sums, anybody could find out four
+    small numbers by trial.
+
+    Args:
+        digest: SHA-256 of its file.
+
+    Returns:
+        float32 tensors. Guarantee: equal arguments give equal bits on every machine; no weight exceeds ``LARGEST``.
+
+    Raises:
+        DataError: It has no classification head.
+    """
+    head = ClassifierHead.of(Layout.of(tensors))
+    before = tensors[head.weight]
+    key = hashlib.sha256(b"edgeadapt/evaluation/1\x00" + digest).digest()
+    noise = dither(key, before.size).reshape(before.shape)
+    weight = np.clip(before.astype(np.float64) + RENEWAL * noise, -LARGEST, LARGEST)
+    return tensors | {head.weight: weight.astype(np.float32)}

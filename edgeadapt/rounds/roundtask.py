@@ -1,0 +1,340 @@
+"""What a kind of round is: one class, which a new kind derives from ``RoundTask`` in a module of its own.
+
+The class has everything in which the kinds differ: the specification that a plan carries, the vector that is summed
+with and without noise, what an owner bounds, a device's contribution, what honest devices can reach, the next adapter,
+and the metrics. ``taskkinds`` lists the kinds. The coordinator, its auditor and the devices ask for none of them.
+"""
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Protocol, Self, TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ConfigDict, ValidationError
+
+from aggregation.errors import ProtocolError
+from aggregation.groups import GroupSum
+from aggregation.ring import Ring
+from aggregation.session import COORDINATOR
+from aggregation.spec import SessionSpec
+from aggregation.vector import VectorSpec
+from edgeadapt.formats import jsontext
+from edgeadapt.formats.layout import Layout, Tensors
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.formats.settings import Settings
+from edgeadapt.methods.parts import Part, part_of
+from edgeadapt.rounds import optimizer, sums
+from edgeadapt.rounds.combination import Combination
+from edgeadapt.rounds.federatedmethods import FederatedMethod
+from edgeadapt.rounds.sums import Bounds, HeldOut, Sums, Vector
+
+LEAST_STEP = 0.1  # L2 norm, weight units
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The outcome of one round of local training.
+
+    Args:
+        start: The adapter on offer, with the device's private parts.
+        trained: After the training.
+        examples: Number of those that were trained on.
+        held_out: The score of ``start`` on held-out examples.
+    """
+
+    start: Tensors
+    trained: Tensors
+    examples: int
+    held_out: HeldOut
+
+
+class DeviceRound(Protocol):
+    """What a device gives a kind of round for its contribution (``client.node.training``).
+
+    Nothing of it refuses: what a plan asks for was checked before an example was read.
+    """
+
+    spec: SessionSpec
+    layout: Layout  # of the adapter on offer
+    digest: bytes  # SHA-256 of its file
+    rounding: np.random.Generator
+
+    def noise_key(self) -> bytes: ...  # 32 secret bytes for the noise of this round
+
+    def attempt(self, contribution: Callable[[], T], otherwise: Callable[[], T]) -> T:
+        """What ``contribution`` makes of the examples; what ``otherwise`` makes if anything fails."""
+        ...
+
+    def updated(self, task: Any) -> Outcome: ...  # trained on the device's examples
+
+    def unchanged(self, task: Any) -> Outcome:
+        """The outcome of a device that could not train: an update of zero, with the weight of its examples.
+
+        With weight zero, whatever made other devices fail would show how much this one counts.
+        """
+        ...
+
+    def embedded(self) -> NDArray[np.floating]: ...  # the training examples, shape (n, hidden)
+
+    def labels(self) -> NDArray[np.int64]: ...  # of the same, shape (n,)
+
+    def scored(self) -> HeldOut: ...  # the adapter on offer
+
+    def unscored(self) -> HeldOut: ...  # the worst score on as many examples
+
+    def right_answers(self, task: Any) -> Vector: ...  # of the release in the device's bundle (``evaluation``)
+
+
+@dataclass(frozen=True, slots=True)
+class SummedRound:
+    """The sums of a round, and what devices contributed to them with.
+
+    Args:
+        digest: SHA-256 of its file.
+        groups: The sums of the groups, or the one sum of all survivors.
+    """
+
+    spec: SessionSpec
+    tensors: Tensors
+    digest: bytes
+    groups: Sequence[GroupSum]
+
+
+@dataclass(frozen=True, slots=True)
+class ServerStep:
+    """How the coordinator steps an adapter.
+
+    Args:
+        rule: Of the server optimizer; one of a kind that has a rule of its own is not used.
+        combination: Of the means of groups; None without groups.
+    """
+
+    rule: optimizer.Settings
+    state: optimizer.State
+    combination: Combination | None = None
+
+
+class RoundTask(ABC):
+    """One round, the same for every device of the cohort. A kind is a frozen dataclass that derives from this.
+
+    Attributes:
+        labels: Of the device's examples; none for a language model.
+    """
+
+    __slots__ = ()
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    RULE: ClassVar[optimizer.Settings | None] = None  # that makes the next adapter; None: the federation's optimizer
+    SEGMENT: ClassVar[str]  # of the sum with noise
+    EXACT_SEGMENT: ClassVar[str | None]  # the first of the sum without noise; None: it has none
+    EXACT: ClassVar[str | None]  # the kind of its sums without noise (``client.node.sumhistory``); None: it has none
+    NEEDS_LABELS: ClassVar[bool] = True
+    CONSENT: ClassVar[str] = ""  # the owner's switch for this kind (``client.training.limits``); empty: there is none
+    NEED_NO_LIMIT: ClassVar[Mapping[str, str]] = {}  # numbers that need no limit of the owner, and why
+
+    peft_config: PeftConfig
+    labels: tuple[str, ...]
+
+    # The specification.
+
+    def encode(self) -> bytes:
+        """JSON, the same bytes for equal tasks: ``decode(task.encode()) == task``."""
+        return jsontext.encode(asdict(cast(Any, self)))
+
+    @classmethod
+    def decode(cls, raw: bytes) -> Self:
+        """Read a task of this kind.
+
+        Raises:
+            ProtocolError: A field is missing, unknown or out of range, or contradicts another.
+        """
+        return cls.read(raw, names_in(raw))
+
+    @classmethod
+    def read(cls, raw: bytes, names: Collection[str]) -> Self:
+        """As ``decode``, for a text with these ``names``."""
+        try:
+            task = jsontext.decode_as(cls, raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = f"task.{'.'.join(map(str, first['loc']))}"
+            raise ProtocolError(f"{field}: {first['msg']}", about=field) from error
+        if missing := [name for name in cls.names() if name not in names]:
+            raise ProtocolError(f"task.{missing[0]}: Field required", about=f"task.{missing[0]}")
+        task.check()
+        return task
+
+    @classmethod
+    def names(cls) -> list[str]:
+        return [field.name for field in fields(cast(Any, cls))]
+
+    def check(self) -> None:
+        """Check what no single field shows. Raises ProtocolError."""
+        if self.NEEDS_LABELS and not self.labels:
+            reason = "a language model has no analytic head, and gives no right answers"
+            raise ProtocolError(reason, COORDINATOR, about="task.labels")
+
+    @abstractmethod
+    def terms(self) -> dict[str, float | str]:
+        """Name of a setting → its value. Sums from one adapter are on the same terms."""
+
+    # What an owner bounds.
+
+    def numbers(self) -> dict[str, float]:
+        """Every number that a coordinator chooses with the task, by name, except those that need no limit."""
+        values = {name: getattr(self, name) for name in self.names() if name not in self.NEED_NO_LIMIT}
+        return {name: value for name, value in values.items() if isinstance(value, int | float)}
+
+    @property
+    def private(self) -> frozenset[Part]:
+        """The parts of the adapter that are trained and stay on the device."""
+        return frozenset()
+
+    @property
+    def changes(self) -> frozenset[Part]:
+        """The parts of an adapter's file that the sum changes."""
+        return frozenset()
+
+    def influencing(self) -> frozenset[Part]:
+        """The parts of an adapter on which a device's contribution depends, also those that are not trained."""
+        return frozenset(Part)
+
+    def least_movement(self, clip_norm: float, size: int, share: float) -> float:
+        """The distance below which two adapters count as one: L2 norm over the parts of ``influencing``, weight units.
+
+        Args:
+            size: Numbers in an update.
+            share: Part of a long step of the task's optimizer.
+        """
+        return share * LEAST_STEP
+
+    # The vector that is summed.
+
+    @abstractmethod
+    def noisy_size(self, layout: Layout) -> int:
+        """Numbers of the vector with noise."""
+
+    @abstractmethod
+    def exact_vector(self, layout: Layout, bounds: Bounds) -> VectorSpec: ...
+
+    @abstractmethod
+    def exact_ring_bits(self, layout: Layout, bounds: Bounds) -> int: ...
+
+    @classmethod
+    @abstractmethod
+    def check_exact(cls, spec: SessionSpec, values: Sums, survivors: int) -> None: ...
+
+    def vector(self, layout: Layout, bounds: Bounds) -> VectorSpec:
+        """The sums of a round.
+
+        Raises:
+            ConfigError: The ring cannot hold the sums, cannot count examples one by one, or the task asks for noise and
+                there is none, or the other way round.
+            DataError: The adapter has none of the parts that the task shares, or no head.
+        """
+        if bounds.noise:
+            return sums.noisy_spec(self.SEGMENT, self.noisy_size(layout), bounds)
+        return self.exact_vector(layout, bounds)
+
+    def ring_bits(self, layout: Layout, bounds: Bounds) -> int:
+        """The least width of an element with which the sums are exact enough. Raises as ``vector``."""
+        if bounds.noise:
+            return sums.noisy_ring_bits(self.noisy_size(layout), bounds)
+        return self.exact_ring_bits(layout, bounds)
+
+    @classmethod
+    def check_sum(cls, spec: SessionSpec, values: Sums, survivors: int) -> None:
+        """Check that honest survivors can have a sum: else a device lied. Which one, nobody can tell.
+
+        Raises:
+            DataError: They cannot. The text names no number of the sum, because it is published.
+        """
+        (cls.check_exact if spec.privacy is None else sums.check_noisy)(spec, values, survivors)
+
+    # The device's side.
+
+    @abstractmethod
+    def contribute(self, device: DeviceRound) -> Ring:
+        """What the device sends under its mask, shape ``(spec.vector.size,)``, whatever fails on its examples."""
+
+    # The coordinator's side, which its auditor repeats.
+
+    def state_size(self, layout: Layout) -> int:
+        """Elements of the vector that a server optimizer steps."""
+        return 0
+
+    @abstractmethod
+    def next_adapter(self, summed: SummedRound, step: ServerStep) -> tuple[optimizer.State, Tensors]:
+        """The optimizer's state after the round, and the adapter that the round makes.
+
+        Guarantee: equal arguments give equal bits on every machine.
+
+        Raises:
+            ConfigError: The state belongs to another optimizer.
+            DataError: Honest survivors cannot have these sums, or the update is not finite.
+        """
+
+    def distances(self, summed: SummedRound, step: ServerStep) -> tuple[float, ...]:
+        """How far the mean of each group is from their combination, in weight units; none without groups."""
+        return ()
+
+    def metrics(self, spec: SessionSpec, values: Sums, survivors: int, digest: bytes) -> dict[str, float]:
+        """The metrics of a round, as they are published.
+
+        Args:
+            values: The sums of all survivors.
+            digest: SHA-256 of the file of the adapter that the round began with.
+        """
+        return sums.published(values)
+
+
+def names_in(raw: bytes) -> frozenset[str]:
+    """The names in a JSON object; none in anything else."""
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError):
+        return frozenset()
+    return frozenset(value) if isinstance(value, dict) else frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class RoundOf:
+    """What a task is for.
+
+    Args:
+        noisy: Whether the federation has noise.
+    """
+
+    peft_config: PeftConfig
+    labels: tuple[str, ...]
+    version: int
+    method: FederatedMethod
+    noisy: bool
+
+
+class KindSettings(Settings):
+    """The settings of one kind of round, a table of ``federation.toml``."""
+
+    KIND: ClassVar[type[RoundTask]]
+
+    def task(self, of: RoundOf) -> RoundTask:
+        """The task of a round. Raises ConfigError if the adapter or the method is of another kind."""
+        raise NotImplementedError
+
+    def bound(self, clip_norm: float, noisy: bool) -> float:
+        """The L2 bound on a contribution. ``clip_norm``: of an update; ``noisy``: as of ``RoundOf``."""
+        return clip_norm
+
+    def multiplier(self, federation: float) -> float:
+        """The least noise multiplier of its sums. ``federation``: of all rounds; 0: it has none."""
+        return federation
+
+
+def distance(before: Tensors, after: Tensors, parts: Collection[Part]) -> float:
+    """The L2 distance between two adapters of one layout, over some parts."""
+    names = [name for name in before if part_of(name) in parts]
+    return math.sqrt(sum(float(((after[name].astype(float) - before[name]) ** 2).sum()) for name in names))

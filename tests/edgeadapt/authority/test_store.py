@@ -1,0 +1,303 @@
+"""The authority's folder, its certificates and its revocation lists."""
+
+import base64
+import os
+import stat
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from aggregation.errors import ConfigError, DataError, TrustError
+from aggregation.pki import Authority, revocation
+from aggregation.pki.revocation import Reason
+from edgeadapt.authority import AuthorityStore
+from edgeadapt.authority.record import CertificateRevoked
+from edgeadapt.formats import storage
+from tests.support import refused
+from tests.support.authority import PASSPHRASE, new_key, newest_list
+
+# The folder
+
+
+def test_a_new_authority_has_a_key_for_its_owner_only_and_an_empty_list(tmp_path: Path) -> None:
+    store = AuthorityStore.create(tmp_path / "authority", "fleet", 3650, 30, PASSPHRASE)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in store.folder.iterdir()}
+    del modes["record.lock"]
+    assert modes == {"authority.key": 0o600, "record.jsonl": 0o600, "authority.pem": 0o644, "revoked.crl": 0o644}
+    assert stat.S_IMODE(store.folder.stat().st_mode) == 0o700
+    assert store.encrypted
+    assert b"PRIVATE" not in (store.folder / "authority.pem").read_bytes()
+    assert (newest_list(store).number, newest_list(store).revoked) == (1, {})
+    assert store.unlock(PASSPHRASE).root == store.root
+    with refused(TrustError, "key.passphrase") as caught:
+        store.unlock(b"another passphrase")
+    assert str(caught.value).startswith(f"{store.folder / 'authority.key'}: ")
+
+
+def test_an_authority_never_replaces_files(tmp_path: Path, store: AuthorityStore) -> None:
+    before = {path: path.read_bytes() for path in store.folder.iterdir()}
+    with refused(ConfigError, store.folder.name):
+        AuthorityStore.create(store.folder, "another", 10, 10, None)
+    assert {path: path.read_bytes() for path in store.folder.iterdir()} == before
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    created = AuthorityStore.create(tmp_path / "link", "another", 10, 10, None)
+    assert AuthorityStore(tmp_path / "empty").root == created.root
+
+
+def test_an_authority_does_not_replace_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with refused(ConfigError, tmp_path.name):
+        AuthorityStore.create(Path(), "fleet", 10, 10, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_leaves_no_part_of_an_authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AuthorityStore, "sign_list", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(OSError, match="full"):
+        AuthorityStore.create(tmp_path / "authority", "fleet", 10, 10, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["", 65 * "n", 33 * "ü"], ids=["empty", "too long", "too many bytes"])
+def test_a_name_that_no_certificate_can_have_is_refused(tmp_path: Path, name: str) -> None:
+    with refused(ConfigError, "authority.name"):
+        AuthorityStore.create(tmp_path / "new", name, 10, 10, None)
+    assert list(tmp_path.iterdir()) == []
+    AuthorityStore.create(tmp_path / "new", 32 * "ü", 10, 10, None)
+
+
+def test_a_short_passphrase_is_refused(tmp_path: Path) -> None:
+    with refused(ConfigError, "passphrase"):
+        AuthorityStore.create(tmp_path / "authority", "fleet", 10, 10, b"short")
+
+
+@pytest.mark.parametrize("name", ["authority.key", "authority.pem", "record.jsonl"])
+def test_a_pipe_in_an_authoritys_folder_is_refused_unread(store: AuthorityStore, name: str) -> None:
+    (store.folder / name).unlink()
+    os.mkfifo(store.folder / name)
+    with refused(DataError, name):
+        store.certificates() if name == "record.jsonl" else store.unlock(None)
+
+
+@pytest.mark.parametrize("name", [".", "missing", "file"])
+def test_a_folder_without_an_authority_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    store = AuthorityStore(tmp_path / name)
+    with refused(ConfigError, "authority.key", value=str(store.folder)):
+        store.unlock(None)
+    with refused(ConfigError, "record.jsonl", value=str(store.folder)):
+        store.certificates()
+
+
+def test_key_and_certificate_of_two_authorities_are_refused(store: AuthorityStore, tmp_path: Path) -> None:
+    other = AuthorityStore.create(tmp_path / "other", "fleet", 10, 10, None)
+    (store.folder / "authority.key").write_bytes((other.folder / "authority.key").read_bytes())
+    with refused(TrustError, "authority.key"):
+        store.unlock(None)
+
+
+# Certificates
+
+
+def test_a_certificate_is_valid_from_now_on_for_its_days_and_is_recorded(
+    store: AuthorityStore, signer: Authority
+) -> None:
+    mine = new_key()
+    der = store.issue(signer, "kitchen", mine.public, 10)
+    now = datetime.now(UTC)
+    assert store.root.verify(der, now) == ("kitchen", mine.public)
+    for at in (now - timedelta(hours=2), now + timedelta(days=10, minutes=1)):
+        with refused(TrustError, "certificate.validity", value="kitchen"):
+            store.root.verify(der, at)
+    ((issued, status),) = store.certificates()
+    assert (issued.name, issued.key, status) == ("kitchen", mine.public.key_id, "valid")
+    assert base64.b64decode(issued.certificate) == der
+
+
+def test_serials_are_random(store: AuthorityStore, signer: Authority) -> None:
+    mine = new_key()
+    for _ in range(3):
+        store.issue(signer, "kitchen", mine.public, 10)
+    serials = [int(issued.serial, 16) for issued, _ in store.certificates()]
+    assert len(set(serials)) == 3
+    assert all(serial.bit_length() > 100 for serial in serials)
+
+
+def test_a_device_renews_with_its_own_key_and_no_other(store: AuthorityStore, signer: Authority) -> None:
+    mine, other = new_key(), new_key()
+    store.issue(signer, "kitchen", mine.public, 10)
+    store.issue(signer, "kitchen", mine.public, 20)
+    with refused(ConfigError, "name.key", value=mine.public.key_id):
+        store.issue(signer, "kitchen", other.public, 10)
+    with refused(ConfigError, "key.name", value="kitchen"):
+        store.issue(signer, "garage", mine.public, 10)
+    store.revoke(signer, "kitchen", Reason.KEY_COMPROMISE, 30)
+    with refused(ConfigError, "key.revoked", value=mine.public.key_id):
+        store.issue(signer, "kitchen", mine.public, 10)
+    store.issue(signer, "kitchen", other.public, 10)
+
+
+def test_an_expired_name_may_be_given_to_another_key(store: AuthorityStore, signer: Authority) -> None:
+    store.issue(signer, "kitchen", new_key().public, 1)
+    later = replace(store, clock=lambda: store.clock() + timedelta(days=2))
+    assert [status for _, status in later.certificates()] == ["expired"]
+    later.issue(signer, "kitchen", new_key().public, 1)
+
+
+def test_no_certificate_outlasts_its_authority(store: AuthorityStore, signer: Authority) -> None:
+    with refused(ConfigError, "--days", value=3651):
+        store.issue(signer, "kitchen", new_key().public, 3651)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "../a", "a" * 65])
+def test_a_name_that_no_device_can_have_is_refused(store: AuthorityStore, signer: Authority, name: str) -> None:
+    with refused(ConfigError, "device.id"):
+        store.issue(signer, name, new_key().public, 10)
+    assert store.certificates() == ()
+
+
+# Revocations
+
+
+def test_a_revoked_certificate_is_refused_and_stays_listed(store: AuthorityStore, signer: Authority) -> None:
+    kitchen, garage = (store.issue(signer, name, new_key().public, 10) for name in ("kitchen", "garage"))
+    (gone,) = store.revoke(signer, "kitchen", Reason.KEY_COMPROMISE, 30)
+    listed = newest_list(store)
+    assert (listed.number, {f"{serial:x}" for serial in listed.revoked}) == (2, {gone.serial})
+    root = store.root.with_revocations(listed.der)
+    assert root.verify(garage)[0] == "garage"
+    with refused(TrustError, "certificate.revoked", value="kitchen"):
+        root.verify(kitchen)
+    store.revoke(signer, "garage", Reason.UNSPECIFIED, 30)
+    assert len(newest_list(store).revoked) == 2
+    assert [status for _, status in store.certificates()] == ["revoked (keyCompromise)", "revoked (unspecified)"]
+
+
+def test_a_name_revokes_all_its_certificates_and_a_serial_one(store: AuthorityStore, signer: Authority) -> None:
+    mine = new_key()
+    for _ in range(3):
+        store.issue(signer, "kitchen", mine.public, 10)
+    serial = store.certificates()[1][0].serial
+    spelled = ":".join(serial[i : i + 2] for i in range(0, len(serial), 2)).upper()
+    assert [each.serial for each in store.revoke(signer, spelled, Reason.SUPERSEDED, 30)] == [serial]
+    assert len(store.revoke(signer, "kitchen", Reason.UNSPECIFIED, 30)) == 2
+    assert store.revoke(signer, "kitchen", Reason.UNSPECIFIED, 30) == ()
+    assert newest_list(store).number == 4
+
+
+def test_a_certificate_that_was_never_issued_cannot_be_revoked(store: AuthorityStore, signer: Authority) -> None:
+    with refused(ConfigError, "certificate", value="attic"):
+        store.revoke(signer, "attic", Reason.UNSPECIFIED, 30)
+    assert newest_list(store).number == 1
+
+
+def test_a_list_too_long_for_its_readers_revokes_nothing_and_leaves_the_authority_able_to_sign(
+    store: AuthorityStore, signer: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = new_key()
+    for _ in range(20):
+        store.issue(signer, "kitchen", mine.public, 10)
+    serial = store.certificates()[0][0].serial
+    monkeypatch.setattr(revocation, "MAX_REVOCATIONS", 300)
+    with refused(TrustError, "revocations.size"):
+        store.revoke(signer, "kitchen", Reason.UNSPECIFIED, 30)
+    assert {status for _, status in store.certificates()} == {"valid"}
+    assert store.sign_list(signer, 30) == 2
+    assert [each.serial for each in store.revoke(signer, serial, Reason.UNSPECIFIED, 30)] == [serial]
+    assert len(newest_list(store).revoked) == 1
+
+
+def test_a_new_list_has_a_higher_number_and_the_same_revocations(store: AuthorityStore, signer: Authority) -> None:
+    store.issue(signer, "kitchen", new_key().public, 10)
+    store.revoke(signer, "kitchen", Reason.UNSPECIFIED, 30)
+    before = newest_list(store)
+    assert store.sign_list(signer, 60) == 3
+    after = newest_list(store).newer_than(before)
+    assert after.revoked == before.revoked
+    assert after.next_update - after.this_update == timedelta(days=60)
+
+
+def test_a_certificate_that_has_expired_leaves_the_list_after_one_more(
+    store: AuthorityStore, signer: Authority
+) -> None:
+    """RFC 5280, section 3.3; a day later, for readers whose clock is behind."""
+    mine = new_key()
+    store.issue(signer, "kitchen", mine.public, 10)
+    store.issue(signer, "garage", new_key().public, 100)
+    for name in ("kitchen", "garage"):
+        store.revoke(signer, name, Reason.KEY_COMPROMISE, 30)
+    kitchen, garage = (each for each, _ in store.certificates())
+
+    def listed(days: float) -> list[bool]:
+        """Whether each is on a list that is signed so many days after the first one has ended."""
+        later = replace(store, clock=lambda: kitchen.not_after + timedelta(days))
+        number = later.sign_list(signer, 30)
+        newest = newest_list(store)
+        assert newest.number == number
+        assert not newest.revoked or newest.revoked[int(garage.serial, 16)].reason is Reason.KEY_COMPROMISE
+        return [int(each.serial, 16) in newest.revoked for each in (kitchen, garage)]
+
+    assert [listed(days) for days in (-1, 0, 0.9, 1)] == [[True, True]] * 4
+    assert [listed(days) for days in (1.1, 1.2, 50)] == [[True, True], [False, True], [False, True]]
+    status = {each.name: status for each, status in replace(store, clock=lambda: kitchen.not_after).certificates()}
+    assert status["kitchen"] == "revoked (keyCompromise)"
+    with refused(ConfigError, "key.revoked"):
+        store.issue(signer, "kitchen", mine.public, 10)
+
+
+def test_a_clock_that_ran_ahead_takes_no_revocation_off_later_lists(store: AuthorityStore, signer: Authority) -> None:
+    """A reader refuses a list dated in the future, and the ones after it must have what it lacked."""
+    begin = store.clock()
+    store.issue(signer, "kitchen", new_key().public, 100)
+    store.revoke(signer, "kitchen", Reason.KEY_COMPROMISE, 30)
+    revoked = newest_list(store).revoked
+
+    def listed(days: float) -> object:
+        """What a list has that is signed so many days from now."""
+        later = replace(store, clock=lambda: begin + timedelta(days))
+        later.sign_list(signer, 30)
+        return newest_list(store).revoked
+
+    assert [listed(days) for days in (365, 366)] == [revoked, {}]
+    with refused(TrustError, "revocations.this-update"):
+        newest_list(store).require_fresh(store.clock())
+    assert [listed(days) for days in (0, 1, 50, 101, 101.1)] == [revoked] * 5
+    assert listed(101.2) == {}
+
+
+def test_a_revocation_of_a_certificate_that_the_record_lacks_stays_on_the_list(
+    store: AuthorityStore, signer: Authority
+) -> None:
+    revoked = CertificateRevoked(at=store.clock(), serial="ab", reason=Reason.SUPERSEDED)
+    with (store.folder / "record.jsonl").open("a") as record:
+        record.write(revoked.model_dump_json() + "\n")
+    assert [store.sign_list(signer, 30) for _ in range(2)] == [2, 3]
+    assert list(newest_list(store).revoked) == [0xAB]
+
+
+def test_a_kill_between_record_and_list_uses_no_number_twice(
+    store: AuthorityStore, signer: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.issue(signer, "kitchen", new_key().public, 10)
+    with monkeypatch.context() as killed:
+        killed.setattr(storage, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            store.revoke(signer, "kitchen", Reason.UNSPECIFIED, 30)
+    assert newest_list(store).number == 1
+    assert store.revoke(signer, "kitchen", Reason.UNSPECIFIED, 30) == ()
+    assert (newest_list(store).number, len(newest_list(store).revoked)) == (3, 1)
+
+
+@pytest.mark.parametrize("content", [None, b"x"], ids=["missing", "damaged"])
+def test_a_missing_or_damaged_list_is_signed_again(
+    store: AuthorityStore, signer: Authority, content: bytes | None
+) -> None:
+    if content is None:
+        (store.folder / "revoked.crl").unlink()
+    else:
+        (store.folder / "revoked.crl").write_bytes(content)
+    assert store.sign_list(signer, 30) == 2
+    assert newest_list(store).number == 2

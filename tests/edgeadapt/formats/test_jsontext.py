@@ -1,0 +1,83 @@
+"""JSON is written one way, and read only if every reader reads the same."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgeadapt.formats import jsontext
+
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda children: (
+        st.lists(children, max_size=3)
+        | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), children, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(values)
+def test_what_is_written_reads_back(value: Any) -> None:
+    assert jsontext.decode(jsontext.encode(value)) == value
+
+
+def test_equal_objects_have_the_same_bytes_whatever_the_order_of_their_keys() -> None:
+    assert jsontext.encode({"b": 1, "a": {"d": 2, "c": 3}}) == jsontext.encode({"a": {"c": 3, "d": 2}, "b": 1})
+
+
+@given(values)
+def test_another_spelling_of_a_value_is_the_same_value(value: Any) -> None:
+    assert jsontext.decode(json.dumps(value, indent=2).encode()) == value
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"{",
+        b'{"a": 1} x',
+        b'{"a": 1, "a": 1}',
+        b'{"a": 1, "\\u0061": 1}',
+        b'[{"b": {"a": 1, "a": 2}}]',
+        b"NaN",
+        b"-Infinity",
+        b"[1e999]",
+        b'"\xff"',
+        '{"a": 1}'.encode("utf-16"),
+        b"\xef\xbb\xbf{}",
+        b'["\\ud800"]',
+        b'{"\\uDC00\\ud800": 1}',
+        b"[" * 17 + b"]" * 17,
+        b'{"a":' * 17 + b"1" + b"}" * 17,
+        b"[" * 200_000,
+    ],
+    ids=[
+        *("empty", "cut", "trailing", "key twice", "key twice by an escape", "key twice inside", "NaN", "infinity"),
+        *("too large", "not UTF-8", "UTF-16", "byte order mark"),
+        *("half of a pair", "a pair in the wrong order", "deep lists", "deep objects", "a bomb of brackets"),
+    ],
+)
+def test_what_two_readers_could_read_differently_is_refused(raw: bytes) -> None:
+    with pytest.raises(ValueError, match=r"\S"):
+        jsontext.decode(raw)
+
+
+def test_a_pair_of_surrogates_is_one_character() -> None:
+    assert jsontext.decode(b'"\\ud83d\\ude00"') == "\U0001f600"
+
+
+def test_sixteen_levels_are_read() -> None:
+    assert jsontext.decode(b"[" * 16 + b"]" * 16)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), b"bytes", {1, 2}, "\ud800"], ids=repr)
+def test_what_json_has_no_form_for_is_not_written(value: object) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        jsontext.encode({"value": value})

@@ -1,0 +1,258 @@
+"""The three signed documents: round trips, and the refusal of any field that is missing, unknown or ill-formed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import FrozenInstanceError, asdict, replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aggregation.entropy import SystemEntropy
+from aggregation.errors import ConfigError, DataError, TrustError
+from aggregation.pki.identity import IdentityKey
+from edgeadapt.formats import dsse, jsontext
+from edgeadapt.formats.manifest import (
+    AdapterManifest,
+    BaseManifest,
+    PrivacyBound,
+    ServerRule,
+    VersionManifest,
+    check_labels,
+    check_name,
+)
+from edgeadapt.formats.peftconfig import PeftConfig
+from tests.support import refused
+
+PLAIN = PeftConfig("LORA", 8, 16, ("query", "value"))
+VERSION = VersionManifest(
+    version=3,
+    sha256="a" * 64,
+    size=1234,
+    base_digest="b" * 64,
+    layout_digest="c" * 64,
+    parent="d" * 64,
+    round=3,
+    plan="e" * 64,
+    rule=ServerRule("FedAdam", {"learning_rate": 0.01}),
+    combination=None,
+    survivors=("küche", "flur"),
+    metrics={"loss": 0.25, "accuracy": 1.0},
+    privacy=PrivacyBound(3.5, 1e-6),
+    peft_config=PLAIN,
+    labels=("HassTurnOn", "HassTurnOff"),
+)
+BASE = BaseManifest(
+    base_digest="b" * 64,
+    task="text-classification",
+    profile="int8",
+    files={"model.onnx": "a" * 64},
+    slots={"lora_A": ("384", "rank")},
+    max_rank=64,
+    independent_rows=True,
+    onnxruntime="1.23",
+    opset=20,
+    merged={"f" * 64: "LOKR"},
+)
+ADAPTER = AdapterManifest(
+    name="global",
+    sha256="a" * 64,
+    size=99,
+    format="int8",
+    base_digest="b" * 64,
+    layout_digest="c" * 64,
+    version=3,
+    source="d" * 64,
+    peft_config=PeftConfig("LORA", 8, 16, ("query",), rank_pattern=((r"layer\.0.*", 4),)),
+    parent=None,
+    rank=8,
+    labels=("HassTurnOn",),
+    temperature=1.25,
+    privacy=PrivacyBound(6.0, 1e-5),
+)
+DOCUMENTS = [VERSION, BASE, ADAPTER]
+KEY = IdentityKey.generate(SystemEntropy())
+sha256 = st.text("0123456789abcdef", min_size=64, max_size=64)
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+finite = st.floats(allow_nan=False, allow_infinity=False)
+rules = st.none() | st.builds(ServerRule, text, st.dictionaries(text, finite, max_size=2))
+manifests = st.builds(
+    VersionManifest,
+    version=st.integers(0, 2**63 - 1),
+    sha256=sha256,
+    size=st.integers(0, 2**63 - 1),
+    base_digest=sha256,
+    layout_digest=sha256,
+    parent=st.none() | sha256,
+    round=st.integers(0, 10**6),
+    plan=st.none() | sha256,
+    rule=rules,
+    combination=rules,
+    survivors=st.lists(text, max_size=3).map(tuple),
+    metrics=st.dictionaries(text, finite, max_size=3),
+    privacy=st.none()
+    | st.builds(PrivacyBound, st.floats(0, 1e300), st.floats(0, 1, exclude_min=True, exclude_max=True)),
+    peft_config=st.builds(PeftConfig, st.just("LORA"), st.integers(1, 64), st.integers(1, 64), st.just(("query",))),
+    labels=st.lists(text, max_size=3).map(tuple),
+)
+
+
+def signed(document: Any, body: dict[str, Any], key: IdentityKey) -> bytes:
+    return dsse.sign(jsontext.encode(body), document.payload_type(), key)
+
+
+def altered(
+    document: VersionManifest | BaseManifest | AdapterManifest, change: dict[str, Any], key: IdentityKey
+) -> bytes:
+    return signed(document, {**asdict(document), **change}, key)
+
+
+@contextmanager
+def refused_field(document: Any, name: str) -> Iterator[None]:
+    """The block is refused about the field ``name``, or about something in it."""
+    with pytest.raises(TrustError) as caught:
+        yield
+    assert f"{caught.value.about}.".startswith(f"{document.NAME}.{name}.")
+
+
+@given(manifests)
+def test_a_manifest_comes_back_equal_from_its_signed_form(manifest: VersionManifest) -> None:
+    assert VersionManifest.accept(manifest.sign(KEY), [KEY.public]) == manifest
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.NAME)
+def test_every_document_comes_back_equal(document: Any, key: IdentityKey) -> None:
+    assert type(document).accept(document.sign(key), [key.public]) == document
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.NAME)
+def test_no_document_passes_for_another(document: Any, key: IdentityKey) -> None:
+    others: list[Any] = [
+        kind for kind in (VersionManifest, BaseManifest, AdapterManifest) if kind is not type(document)
+    ]
+    assert len(others) == 2
+    for other in others:
+        with refused(TrustError, "payloadType", value=document.payload_type()):
+            other.accept(document.sign(key), [key.public])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.NAME)
+def test_an_unknown_signer_is_refused(document: Any, key: IdentityKey, stranger: IdentityKey) -> None:
+    with refused(TrustError, "keyid"):
+        type(document).accept(document.sign(stranger), [key.public])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.NAME)
+def test_an_unknown_field_is_refused_even_when_signed(document: Any, key: IdentityKey) -> None:
+    with refused(TrustError, f"{document.NAME}.surplus"):
+        type(document).accept(altered(document, {"surplus": 1}, key), [key.public])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.NAME)
+def test_a_missing_field_is_refused_even_when_signed(document: Any, key: IdentityKey) -> None:
+    for name in asdict(document):
+        body = asdict(document)
+        del body[name]
+        with refused_field(document, name):
+            type(document).accept(signed(document, body, key), [key.public])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.NAME)
+def test_a_field_of_a_wrong_type_is_refused_even_when_signed(document: Any, key: IdentityKey) -> None:
+    for name in asdict(document):
+        with refused_field(document, name):
+            type(document).accept(altered(document, {name: [[1]]}, key), [key.public])
+
+
+@pytest.mark.parametrize(
+    ("document", "name", "value"),
+    [
+        (VERSION, "version", -1),
+        (VERSION, "version", True),
+        (VERSION, "version", 3.0),
+        (VERSION, "version", "3"),
+        (VERSION, "round", 2**63),
+        (VERSION, "sha256", "A" * 64),
+        (VERSION, "sha256", "a" * 64 + "\n"),
+        (VERSION, "parent", ""),
+        (VERSION, "metrics", {"loss": "0.1"}),
+        (VERSION, "peft_config", {**asdict(PLAIN), "peft_type": "LOKR"}),
+        (VERSION, "peft_config", {**asdict(PLAIN), "bias": "some"}),
+        (BASE, "files", {"../model.onnx": "a" * 64}),
+        (BASE, "files", {"/etc/passwd": "a" * 64}),
+        (BASE, "files", {"..": "a" * 64}),
+        (BASE, "files", {"": "a" * 64}),
+        (ADAPTER, "format", "int2"),
+        (ADAPTER, "temperature", 0.049),
+        (ADAPTER, "temperature", 20.1),
+        (ADAPTER, "temperature", True),
+        (ADAPTER, "temperature", "1"),
+    ],
+    ids=str,
+)
+def test_an_ill_formed_value_is_refused_even_when_signed(
+    document: Any, name: str, value: object, key: IdentityKey
+) -> None:
+    with refused_field(document, name):
+        type(document).accept(altered(document, {name: value}, key), [key.public])
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [b"[]", b"null", b"{", b'{"name": 1, "name": 1}', b"\xff"],
+    ids=["list", "null", "cut", "key twice", "not UTF-8"],
+)
+def test_a_signed_payload_that_is_no_object_is_refused(payload: bytes, key: IdentityKey) -> None:
+    for document in DOCUMENTS:
+        raw = dsse.sign(payload, document.payload_type(), key)
+        with pytest.raises(TrustError) as caught:
+            type(document).accept(raw, [key.public])
+        assert caught.value.about.startswith(document.NAME)
+
+
+def test_a_key_twice_is_refused_even_when_both_values_are_the_same(key: IdentityKey) -> None:
+    body = jsontext.encode(asdict(VERSION)).replace(b'"round":3', b'"round":3,"round":3')
+    with refused(TrustError, "version-manifest"):
+        VersionManifest.accept(dsse.sign(body, VERSION.payload_type(), key), [key.public])
+
+
+def test_an_unverified_manifest_is_the_one_in_the_envelope(key: IdentityKey, stranger: IdentityKey) -> None:
+    assert AdapterManifest.unverified(ADAPTER.sign(stranger)) == ADAPTER
+    with refused_field(ADAPTER, "rank"):
+        AdapterManifest.unverified(altered(ADAPTER, {"rank": -1}, key))
+
+
+def test_the_message_of_a_refused_document_is_one_line(key: IdentityKey) -> None:
+    with pytest.raises(TrustError) as caught:
+        VersionManifest.accept(altered(VERSION, {"version": -1, "surplus": 1}, key), [key.public])
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("version-manifest: field version")
+
+
+def test_a_manifest_with_a_metric_that_is_not_finite_cannot_be_signed(key: IdentityKey) -> None:
+    with refused(DataError, "version-manifest"):
+        replace(VERSION, metrics={"loss": float("nan")}).sign(key)
+
+
+def test_documents_are_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        VERSION.version = 4  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["global", "household-07", "a.b_c", "A" * 64])
+def test_plain_names_are_accepted(name: str) -> None:
+    assert check_name(name) == name
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "a\\b", ".hidden", "a\n", "A" * 65, "é", "-x"])
+def test_a_name_that_could_leave_the_folder_or_hide_in_it_is_refused(name: str) -> None:
+    with refused(ConfigError, "name", value=name):
+        check_name(name)
+
+
+def test_labels_are_printable_names_that_occur_once() -> None:
+    check_labels("global", ["HassTurnOn", "Küche an", "x" * 256])
+    for labels in (["a", "b", "a"], [""], [" "], ["a\n"], ["x" * 257], ["\x1b[31m"]):
+        with refused(DataError, "labels"):
+            check_labels("global", labels)

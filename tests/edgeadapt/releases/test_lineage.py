@@ -1,0 +1,256 @@
+"""What `edgeadapt adapters` says of versions, and what it refuses to say of altered ones."""
+
+import json
+import sqlite3
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from sqlalchemy import create_engine, select, text
+
+from aggregation.entropy import SystemEntropy
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
+from aggregation.pki.identity import IdentityKey
+from coordinator.registry import database
+from coordinator.statedir import PUBLIC_KEY
+from edgeadapt import cli
+from edgeadapt.formats.graphinputs import LORA_A, LORA_B
+from edgeadapt.formats.registryfiles import DATABASE, REGISTRY, RegistrySettings
+from edgeadapt.formats.registrystores import postgresql_url
+from edgeadapt.releases.difference import TensorChange, difference
+from edgeadapt.releases.lineage import COORDINATOR, Lineage
+from edgeadapt.releases.rollback import roll_back
+from tests.edgeadapt.releases.conftest import Vendor, version_of
+from tests.support import refused
+
+
+def called(*words: object) -> str:
+    done = CliRunner().invoke(cli, ["adapters", *map(str, words)])
+    if isinstance(done.exception, EdgeAdaptError):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def as_json(*words: object) -> Any:
+    return json.loads(called(*words, "--json"))
+
+
+def test_the_list_has_each_version_with_its_round_and_its_channel(vendor_place: Vendor) -> None:
+    vendor_place.repository.protect("stable", on=False)
+    vendor_place.publish(1)
+    vendor_place.repository.promote("canary", 1, "stable", ())
+    vendor_place.publish(2)
+    state_dir, releases = vendor_place.state_dir, vendor_place.repository.folder
+    found = as_json("list", state_dir, "--releases", releases)["versions"]
+    assert [each["version"] for each in found] == [0, 1, 2]
+    assert [each["parent"] for each in found] == [None, found[0]["sha256"], found[1]["sha256"]]
+    places = [[(p["channel"], p["release"], p["current"]) for p in each["releases"]] for each in found]
+    assert places == [[], [("canary", 1, False), ("stable", 1, True)], [("canary", 2, True)]]
+    lines = called("list", state_dir, "--releases", releases).splitlines()
+    assert lines[2].split() == [
+        "1",
+        "1",
+        "2",
+        "0.600",
+        "1.000",
+        "epsilon",
+        "2.00",
+        "for",
+        "delta",
+        "1e-06",
+        "stable",
+        "1",
+    ]
+    assert as_json("list", state_dir)["versions"][1]["releases"] is None
+
+
+def test_a_version_is_found_in_a_release_that_a_rollback_signed_again(vendor_place: Vendor) -> None:
+    vendor_place.repository.protect("stable", on=False)
+    vendor_place.publish(1, "stable")
+    vendor_place.publish(2, "stable")
+    roll_back(vendor_place.repository, "stable", 1, vendor_place.key)
+    found = as_json("show", vendor_place.state_dir, 1, "--releases", vendor_place.repository.folder)
+    places = [(each["release"], each["version"], each["current"]) for each in found["releases"]]
+    assert places == [(1, 2, False), (3, 4, True)]
+
+
+def test_both_releases_of_a_rollout_are_on_offer(vendor_place: Vendor) -> None:
+    vendor_place.repository.protect("stable", on=False)
+    vendor_place.publish(1, "stable")
+    vendor_place.publish(2)
+    vendor_place.repository.promote("canary", 1, "stable", (), share=10)
+    found = as_json("list", vendor_place.state_dir, "--releases", vendor_place.repository.folder)["versions"]
+    places = [[(p["channel"], p["release"], p["current"]) for p in each["releases"]] for each in found]
+    assert places == [[], [("stable", 1, True)], [("canary", 1, True), ("stable", 2, True)]]
+
+
+def test_the_commands_say_the_same_of_a_registry_in_postgresql(vendor_place: Vendor, postgresql: str) -> None:
+    folder = vendor_place.state_dir
+    words = [("list", folder), ("show", folder, 2), ("diff", folder, 0, 2)]
+    before = [as_json(*each) for each in words]
+    components = json.loads(called("sbom", folder, 2))["components"]
+    local, remote = create_engine(f"sqlite:///{folder / DATABASE}"), database.connect(postgresql_url(postgresql))
+    with local.connect() as source, remote.begin() as target:
+        for table in (database.versions, database.rounds):
+            target.execute(table.insert(), [dict(row._mapping) for row in source.execute(select(table))])
+    (folder / DATABASE).unlink()
+    (folder / REGISTRY).write_text(RegistrySettings(database=postgresql).to_toml())
+    assert [as_json(*each) for each in words] == before
+    assert json.loads(called("sbom", folder, 2))["components"] == components
+    with remote.begin() as target:
+        target.execute(text("DELETE FROM edgeadapt_rounds WHERE round = 1"))
+    with refused(TrustError, "record"):
+        called("list", folder)
+
+
+def test_show_names_the_signer_and_what_made_a_version(vendor_place: Vendor) -> None:
+    found = as_json("show", vendor_place.state_dir, 2)
+    assert found["signed_by"] == vendor_place.coordinator.public.key_id
+    assert found["rule"] == {"name": "FedAvg", "numbers": {"learning_rate": 1.0}}
+    assert (found["survivors"], found["dropped"], found["privacy"]["epsilon"]) == (["anna", "ben"], {"cora": "plan"}, 4)
+    text = called("show", vendor_place.state_dir, 2)
+    assert f"parent       {found['parent']}" in text
+    assert "rule         FedAvg (learning_rate 1)" in text
+    assert "none: it is the first" in called("show", vendor_place.state_dir, 0)
+
+
+def test_a_reviewer_may_name_the_coordinators_key(vendor_place: Vendor, tmp_path: Path) -> None:
+    (vendor_place.state_dir / "coordinator.pem").unlink()
+    with refused(ConfigError, "coordinator.pem"):
+        called("list", vendor_place.state_dir)
+    pinned = tmp_path / "coordinator.pem"
+    pinned.write_bytes(vendor_place.coordinator.public.to_pem())
+    assert len(as_json("list", vendor_place.state_dir, "--trust", pinned)["versions"]) == 3
+
+
+def test_the_default_key_is_the_one_that_a_coordinator_writes() -> None:
+    assert COORDINATOR == PUBLIC_KEY
+
+
+def test_two_keys_are_no_coordinators(vendor_place: Vendor, tmp_path: Path) -> None:
+    pinned = tmp_path / "coordinator.pem"
+    pinned.write_bytes(vendor_place.coordinator.public.to_pem() + vendor_place.key.public.to_pem())
+    with refused(DataError, "--trust"):
+        called("list", vendor_place.state_dir, "--trust", pinned)
+
+
+def test_another_coordinators_key_is_refused(vendor_place: Vendor, tmp_path: Path) -> None:
+    pinned = tmp_path / "coordinator.pem"
+    pinned.write_bytes(IdentityKey.generate(SystemEntropy()).public.to_pem())
+    with refused(TrustError, "manifest"):
+        called("list", vendor_place.state_dir, "--trust", pinned)
+
+
+def test_a_version_that_does_not_exist(vendor_place: Vendor) -> None:
+    for words in (("show", vendor_place.state_dir, 7), ("diff", vendor_place.state_dir, 0, 7)):
+        with refused(ConfigError, "version"):
+            called(*words)
+
+
+def test_a_folder_that_is_no_state_directory(tmp_path: Path) -> None:
+    with refused(ConfigError, "registry.db"):
+        called("list", tmp_path)
+
+
+def test_a_folder_that_is_no_repository(vendor_place: Vendor, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no repository of channels"):
+        called("list", vendor_place.state_dir, "--releases", tmp_path)
+
+
+def _execute(state_dir: Path, statement: str) -> None:
+    with closing(sqlite3.connect(state_dir / "registry.db")) as database:
+        database.execute(statement)
+        database.commit()
+
+
+def test_an_empty_registry_is_named(vendor_place: Vendor) -> None:
+    _execute(vendor_place.state_dir, "DELETE FROM edgeadapt_versions")
+    with refused(DataError, "registry"):
+        called("list", vendor_place.state_dir)
+
+
+def test_a_version_that_was_cut_out_of_the_registry(vendor_place: Vendor) -> None:
+    _execute(vendor_place.state_dir, "DELETE FROM edgeadapt_versions WHERE version = 1")
+    with refused(TrustError, "version"):
+        called("list", vendor_place.state_dir)
+
+
+def test_a_version_that_the_coordinators_key_signed_outside_of_a_round(
+    vendor_place: Vendor, tiny_base: Any, model: Any
+) -> None:
+    """Who has the key alone, and no transcript of a round, cannot slip a version in."""
+    manifest, _ = version_of(2, vendor_place.values[0], tiny_base, None)
+    signed = manifest.sign(vendor_place.coordinator)
+    with closing(sqlite3.connect(vendor_place.state_dir / "registry.db")) as database:
+        values = (manifest.sha256, signed)
+        database.execute("UPDATE edgeadapt_versions SET sha256 = ?, manifest = ? WHERE version = 2", values)
+        database.commit()
+    with refused(TrustError, "record"):
+        called("list", vendor_place.state_dir)
+
+
+def test_a_record_of_a_round_that_was_removed(vendor_place: Vendor) -> None:
+    _execute(vendor_place.state_dir, "DELETE FROM edgeadapt_rounds WHERE round = 2")
+    with refused(TrustError, "record"):
+        called("show", vendor_place.state_dir, 0)
+
+
+def test_diff_compares_tensors_labels_metrics_and_privacy(vendor_place: Vendor) -> None:
+    found = as_json("diff", vendor_place.state_dir, 1, 2)
+    names = {each["name"] for each in found["tensors"]}
+    assert names == set(vendor_place.values[0])
+    for each in found["tensors"]:
+        old, new = vendor_place.values[1][each["name"]], vendor_place.values[2][each["name"]]
+        assert each["before"] == pytest.approx(np.linalg.norm(old), rel=1e-5)
+        assert each["change"] == pytest.approx(np.linalg.norm(new - old), rel=1e-5)
+        cosine = float((old * new).sum() / np.linalg.norm(old) / np.linalg.norm(new))
+        assert each["cosine"] == pytest.approx(cosine, abs=1e-5)
+    assert found["metrics"]["accuracy"] == pytest.approx([0.6, 0.7])
+    assert [each["epsilon"] for each in found["privacy"]] == [2, 4]
+    assert (found["labels_added"], found["labels_removed"], found["labels_moved"]) == ([], [], False)
+    text = called("diff", vendor_place.state_dir, 1, 2)
+    assert "accuracy: 0.6 to 0.7" in text
+    assert "update B A of a layer" in text
+
+
+def test_a_version_does_not_differ_from_itself(vendor_place: Vendor) -> None:
+    found = as_json("diff", vendor_place.state_dir, 2, 2)
+    assert {each["change"] for each in (*found["tensors"], *found["updates"])} == {0}
+    assert found["total"]["cosine"] == pytest.approx(1)
+
+
+def test_the_same_update_from_other_factors_is_no_change(vendor_place: Vendor) -> None:
+    lineage = Lineage.read(vendor_place.state_dir, None, None)
+    manifest, before = lineage.version(1).manifest, lineage.registry.tensors(lineage.version(1).manifest)
+    factors = {LORA_A: 2.0, LORA_B: 0.5}
+    after = {
+        name: value * np.float32(next((f for end, f in factors.items() if name.endswith(end)), 1.0))
+        for name, value in before.items()
+    }
+    found = difference(manifest, manifest, before, after)
+    assert found.updates
+    assert max(each.change for each in found.updates) == pytest.approx(0, abs=1e-5)
+    assert max(each.change for each in found.tensors) > 1
+
+
+def test_other_layouts_and_labels_are_named(vendor_place: Vendor) -> None:
+    lineage = Lineage.read(vendor_place.state_dir, None, None)
+    old = lineage.version(1).manifest
+    new = replace(old, labels=("Timer", "Light", "Blinds"), base_digest="0" * 64)
+    a = {"x": np.ones((2, 2), np.float32), "y": np.ones(3, np.float32)}
+    b = {"x": np.ones((2, 3), np.float32), "z": np.ones(3, np.float32)}
+    found = difference(old, new, a, b)
+    assert (found.added, found.removed, found.tensors, found.total) == (("x", "z"), ("x", "y"), (), None)
+    assert (found.labels_added, found.labels_removed) == (("Blinds",), ("Lock", "Music"))
+    assert not found.same_base
+    assert difference(old, replace(old, labels=old.labels[::-1]), a, a).labels_moved
+
+
+def test_a_zero_tensor_has_no_angle() -> None:
+    zero = TensorChange.of("x", np.zeros(3, np.float32), np.ones(3, np.float32))
+    assert (zero.cosine, zero.before) == (None, 0)

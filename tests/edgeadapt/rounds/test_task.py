@@ -1,0 +1,291 @@
+"""The task that a plan carries, and the sums that a round makes: both sides read the same words or refuse."""
+
+import json
+import re
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aggregation import ring, rotation
+from aggregation.errors import ConfigError, DataError, ProtocolError
+from aggregation.spec import SessionSpec
+from edgeadapt.formats.layout import Layout, TensorSpec
+from edgeadapt.formats.manifest import PeftConfig
+from edgeadapt.methods.parts import PARTS, Part
+from edgeadapt.rounds.sums import UNIFORMS, Bounds
+from edgeadapt.rounds.sums import published as metrics_of
+from edgeadapt.rounds.task import (
+    MAX_LOSS,
+    RESOLUTION,
+    Task,
+    _width,
+    contribution_spec,
+    is_stable,
+    least_ring_bits,
+    require_reach,
+    rounding_noise,
+    rounding_norm,
+    weighted_mean,
+)
+from tests.support import refused
+from tests.support.fleet import session_spec
+
+ADAPTER = bytes(range(32))  # SHA-256 of the adapter that a round begins with
+SEED = rotation.seed(ADAPTER)
+TASK = Task(PeftConfig("LORA", 8, 16, ("query", "value")), ("off", "on"), 2, 16, 2e-3, 0.01, 0.0, PARTS, PARTS)
+LAYOUT = Layout((TensorSpec("a", (2, 3)),))
+SOME_PARTS = st.lists(st.sampled_from(PARTS), min_size=1).map(tuple)
+
+
+@given(
+    st.builds(
+        Task,
+        st.builds(
+            PeftConfig,
+            st.just("LORA"),
+            st.integers(0, 99),
+            st.integers(0, 99),
+            st.lists(st.text(), max_size=3).map(tuple),
+        ),
+        st.lists(st.text(), max_size=4).map(tuple),
+        st.integers(1, 100),
+        st.integers(1, 1024),
+        st.floats(0, 1, exclude_min=True),
+        st.floats(0, 1),
+        st.sampled_from([0.0, 0.5, 3.0, 1000.0]),
+        SOME_PARTS,
+        SOME_PARTS,
+    )
+    .filter(lambda task: set(task.trained) & set(task.shared))
+    .filter(lambda task: is_stable(task.learning_rate, task.proximal, task.weight_decay))
+)
+def test_a_task_is_read_as_it_was_written_and_has_one_form(task: Task) -> None:
+    raw = task.encode()
+    assert Task.decode(raw) == task
+    assert Task.decode(raw).encode() == raw
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"epochs": 0}, "epochs"),
+        ({"epochs": "1"}, "epochs"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"labels": "on"}, "labels"),
+        ({"peft_config": {**asdict(TASK.peft_config), "peft_type": "LOKR"}}, "peft_config.peft_type"),
+        ({"peft_config": {**asdict(TASK.peft_config), "code": "x"}}, "peft_config.code"),
+        ({"trained": ["C"]}, "trained.0"),
+        ({"trained": []}, "shared"),
+        ({"trained": ["A"], "shared": ["B", "head"]}, "shared"),
+        ({"trained": ["R", "head"], "shared": ["head"]}, "parts"),
+        ({"trained": ["R", "B"], "shared": ["R"]}, "parts"),
+        ({"trained": ["R"], "shared": ["R", "A"]}, "parts"),
+        ({"trained": ["frozen", "head"], "shared": ["head"]}, "parts"),
+        ({"trained": ["head"], "shared": ["frozen", "head"]}, "parts"),
+    ],
+)
+def test_a_field_that_is_unknown_or_out_of_range_is_refused_by_name(changes: dict[str, Any], field: str) -> None:
+    with refused(ProtocolError, f"task.{field}"):
+        Task.decode(json.dumps({**json.loads(TASK.encode()), **changes}).encode())
+
+
+def test_every_sum_has_its_bound_and_the_adapter_comes_first() -> None:
+    large = Layout((TensorSpec("a", (1, 10**6)),))
+    spec = contribution_spec(large, Bounds(clip_norm=12.0, weight_cap=128, ring_bits=22, max_clients=15))
+    assert [(s.name, s.size, s.bound) for s in spec.segments] == [
+        ("delta", 10**6, 12.0 * 128 * rotation.peak(10**6)),
+        ("weight", 1, 128.0),
+        ("correct", 1, 128.0),
+        ("loss", 1, MAX_LOSS * 128),
+        ("held_out", 1, 128.0),
+    ]
+    assert (spec.ring_bits, spec.max_clients, spec.size) == (22, 15, 10**6 + 4)
+
+
+@given(st.integers(16, 40), st.integers(1, 65_536), st.integers(3, 5_000))
+def test_examples_are_counted_exactly_or_the_ring_is_refused(bits: int, cap: int, clients: int) -> None:
+    try:
+        spec = contribution_spec(LAYOUT, Bounds(clip_norm=1.0, weight_cap=cap, ring_bits=bits, max_clients=clients))
+    except ConfigError as error:
+        assert str(bits) in str(error)  # noqa: PT017
+        assert cap * clients >= 2 ** (bits - 1) - clients
+        return
+    for segment in spec.segments[1:]:
+        if segment.name in ("weight", "correct", "held_out"):
+            assert spec.step(segment) <= 1
+
+
+@given(st.integers(1, 10**6), st.integers(1, 65_536), st.integers(3, 5_000), st.floats(1e-3, 1e3))
+def test_the_least_ring_counts_examples_and_is_fine_enough_and_one_bit_less_is_not(
+    size: int, cap: int, clients: int, clip: float
+) -> None:
+    layout = Layout((TensorSpec("a", (1, size)),))
+    bounds: dict[str, Any] = {"clip_norm": clip, "weight_cap": cap, "max_clients": clients}
+
+    def fits(bits: int) -> bool:
+        try:
+            spec = contribution_spec(layout, Bounds(ring_bits=bits, **bounds))
+        except ConfigError:
+            return False
+        return spec.step(spec.segment("delta")) * np.sqrt(size) / clients <= RESOLUTION * clip
+
+    bits = least_ring_bits(layout, Bounds(ring_bits=16, **bounds))
+    assert fits(bits)
+    assert bits == 16 or not fits(bits - 1)
+
+
+@pytest.mark.parametrize("clients", [12, 100, 255])
+def test_sixteen_bits_hold_updates_of_the_demos_size(clients: int) -> None:
+    layout = Layout((TensorSpec("a", (1, 84_864)),))
+    assert least_ring_bits(layout, Bounds(12.0, 128, 16, clients)) == 16
+
+
+def test_a_task_is_a_value() -> None:
+    assert replace(TASK, epochs=1) != TASK
+    assert hash(replace(TASK)) == hash(TASK)
+
+
+# What honest survivors can have.
+
+
+def spec_of(size: int, clients: int, *, clip: float, cap: int, bits: int) -> SessionSpec:
+    layout = Layout((TensorSpec("a", (1, size)),))
+    vector = contribution_spec(layout, Bounds(clip_norm=clip, weight_cap=cap, ring_bits=bits, max_clients=clients))
+    return session_spec(clients, vector=vector, clip_norm=clip, weight_cap=cap)
+
+
+def layout_of(spec: SessionSpec) -> Layout:
+    return Layout((TensorSpec("a", (1, spec.vector.segments[0].size)),))
+
+
+def rounded(spec: SessionSpec, delta: Any, weight: int, rng: np.random.Generator) -> Any:
+    """A contribution to the adapter ``ADAPTER``."""
+    segment = spec.vector.segment("delta")
+    value = rotation.rotate(delta * weight, SEED) + rounding_noise(spec.vector.step(segment), delta.size, rng)
+    others = {other.name: np.zeros(other.size) for other in spec.vector.segments}
+    given = {"delta": np.clip(value, -segment.bound, segment.bound), "weight": np.array([float(weight)])}
+    return spec.vector.encode(others | given, rng)
+
+
+@given(
+    size=st.integers(1, 300),
+    weights=st.lists(st.integers(0, 50), min_size=3, max_size=9),
+    clip=st.floats(1e-3, 1e3),
+    bits=st.integers(16, 40),
+    alike=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_honest_devices_at_the_clip_norm_are_not_refused(
+    size: int, weights: list[int], clip: float, bits: int, alike: bool, seed: int
+) -> None:
+    spec, rng = spec_of(size, len(weights), clip=clip, cap=50, bits=bits), np.random.default_rng(seed)
+    total = ring.zeros(spec.vector.size, bits)
+    # All devices alike: then the norms add up.
+    drawn = np.ones((1, size)) if alike else rng.standard_normal((len(weights), size))
+    for number, weight in enumerate(weights):
+        direction = drawn[number % len(drawn)]
+        delta = np.clip(direction / np.linalg.norm(direction) * clip * (1 - 2.0**-40), -clip, clip)
+        total += rounded(spec, delta, weight, rng)
+    sums = spec.vector.decode(total, len(weights))
+    mean = weighted_mean(spec, TASK, layout_of(spec), sums, len(weights), ADAPTER)
+    assert sums["weight"][0] == sum(weights)
+    counted = sum(weights) or len(weights)
+    noise = UNIFORMS / 2 * _width(spec, TASK, sum(weights), len(weights)) * np.sqrt(size)
+    assert np.linalg.norm(mean) <= (clip + (rounding_norm(spec, len(weights)) + noise) / counted) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize(("size", "clients"), [(10_000, 3), (10_000, 50), (400, 400)])
+def test_rounding_errors_are_within_their_bound_and_not_far_from_it(size: int, clients: int) -> None:
+    spec, rng = spec_of(size, clients, clip=12.0, cap=16, bits=16), np.random.default_rng(size)
+    total = sum(rounded(spec, np.zeros(size), 0, rng) for _ in range(clients))
+    error = np.linalg.norm(spec.vector.decode(total, clients)["delta"])
+    step, bound = spec.vector.step(spec.vector.segment("delta")), rounding_norm(spec, clients)
+    assert error == pytest.approx(step * np.sqrt(clients * size) / 2, rel=0.1)
+    assert error < bound < (1.5 if size == 10_000 else 3.5) * error
+
+
+def test_the_bound_on_rounding_errors_is_never_above_what_rounding_can_do() -> None:
+    spec = spec_of(4, 3, clip=12.0, cap=16, bits=16)
+    assert rounding_norm(spec, 3) == 3 * 1.5 * 2 * spec.vector.step(spec.vector.segment("delta"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "about"),
+    [
+        ({"norm": 1.01}, "vector.delta"),
+        ({"norm": float("nan")}, "vector.delta"),
+        ({"weight": 0.0, "delta": 2.0**-15}, "vector.delta"),
+        ({"weight": -1.0}, "vector.weight"),
+        ({"weight": 9.5}, "vector.weight"),
+        ({"weight": 151.0}, "vector.weight"),
+    ],
+)
+def test_a_sum_that_honest_survivors_cannot_have_is_refused_without_its_numbers(
+    changes: dict[str, float], about: str
+) -> None:
+    spec = spec_of(100, 3, clip=2.0, cap=50, bits=32)
+    norm, weight = changes.get("norm", 0.99), changes.get("weight", 9.0)
+    delta = changes.get("delta", norm * 2.0 * weight / 10)
+    sums = {"delta": np.full(100, delta), "weight": np.array([weight])}
+    with refused(DataError, about) as caught:
+        require_reach(spec, sums, 3)
+    assert set(re.findall(r"[0-9.]+", str(caught.value))) <= {"0", "2", "50"}  # the limits
+    others = {segment.name: np.zeros(1) for segment in spec.vector.segments[2:]}
+    delta = rotation.rotate(np.full(100, 1.7), SEED)
+    sums = {"delta": delta, "weight": np.array([9.0]), **others}
+    noise = UNIFORMS / 2 * 2 * TASK.learning_rate / 3
+    assert np.allclose(weighted_mean(spec, TASK, layout_of(spec), sums, 3, ADAPTER), 1.7 / 9, atol=noise)
+
+
+def test_the_mean_of_devices_without_examples_is_noise_that_differs_from_round_to_round() -> None:
+    size, clients = 10_000, 8
+    spec = spec_of(size, clients, clip=2.0, cap=50, bits=32)
+    rng = np.random.default_rng(1)
+    total = sum(rounded(spec, np.ones(size), 0, rng) for _ in range(clients))
+    sums = spec.vector.decode(total, clients)
+    means = [weighted_mean(spec, TASK, layout_of(spec), sums, clients, bytes([number]) * 32) for number in range(100)]
+    spread = np.sqrt(UNIFORMS / 12) * 2 * TASK.learning_rate / clients
+    assert np.std(means[0]) == pytest.approx(spread, rel=0.05)
+    assert np.std(np.sum(means, axis=0)) == pytest.approx(10 * spread, rel=0.05)  # not 100
+
+
+def test_the_mean_is_zero_in_the_parts_that_are_not_trained_whatever_the_sum() -> None:
+    spec, weight = spec_of(300, 3, clip=2.0, cap=50, bits=32), np.array([9.0])
+    names = ("q.lora_A.weight", "q.lora_B.weight", "score.weight")
+    layout = Layout(tuple(TensorSpec(name, (1, 100)) for name in names))
+    others = {segment.name: np.zeros(1) for segment in spec.vector.segments[2:]}
+    sums = {"delta": np.full(300, 0.9), "weight": weight, **others}
+    mean = weighted_mean(spec, replace(TASK, trained=(Part.B, Part.HEAD)), layout, sums, 3, bytes(32))
+    assert not mean[:100].any()
+    assert mean[100:].all()
+    assert weighted_mean(spec, TASK, layout, sums, 3, bytes(32))[:100].all()
+
+
+def test_a_sum_without_an_update_is_refused() -> None:
+    spec = session_spec(3)
+    other = replace(spec, vector=replace(spec.vector, segments=spec.vector.segments[:1]))
+    with refused(DataError, "vector.segments"):
+        require_reach(other, {"delta": np.zeros(7)}, 3)
+
+
+# Metrics.
+
+
+def held_out(**values: float) -> dict[str, Any]:
+    sums = {"correct": 60.0, "loss": 40.0, "held_out": 120.0, **values}
+    return {name: np.array([value]) for name, value in sums.items()}
+
+
+def test_metrics_are_means_over_held_out_examples_to_two_decimals() -> None:
+    assert metrics_of(held_out()) == {"accuracy": 0.5, "loss": 0.33}
+    assert metrics_of(held_out(loss=-0.001)) == {"accuracy": 0.5, "loss": 0.0}
+    assert metrics_of(held_out(held_out=100.0)) == {"accuracy": 0.6, "loss": 0.4}
+
+
+@pytest.mark.parametrize("sums", [{"held_out": 0.0}, {"held_out": 99.0}, {"correct": 121.0}, {"correct": -1.0}])
+def test_sums_of_too_few_held_out_examples_or_of_a_liar_give_no_metrics(sums: dict[str, float]) -> None:
+    assert metrics_of(held_out(**sums)) == {}
