@@ -80,7 +80,7 @@ def origin_of(
 @contextmanager
 def progress(label: str) -> Iterator[Report]:
     """Show how far an export is on standard error: what it does, and on a terminal when that will be done."""
-    # As in ``commandline.status``.
+    # As in ``edgeadapt.commandline.status``.
     console = Console(file=sys.stderr, force_terminal=sys.stderr.isatty())
     display = Progress(
         SpinnerColumn(),

@@ -18,8 +18,8 @@ from client.node.statedir import SETTINGS
 from client.training.examples import Split, in_split, read_examples
 from client.updates import ChannelSource, follow, update
 from client.updates.channel import Targeting
-from edgeadapt import cli
 from edgeadapt.formats.rollout import Rollout
+from edgeadapt.program import cli
 from edgeadapt.promotion.gatesettings import GateSettings
 from edgeadapt.releases.repository import ChannelRepository
 from edgeadapt.releases.rollback import prepare

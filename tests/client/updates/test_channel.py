@@ -18,10 +18,10 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey
 from client.updates import ChannelSource, follow
-from edgeadapt import cli
 from edgeadapt.formats.bundle import adapter_names, adapter_path, manifest_path
 from edgeadapt.formats.keyfiles import make_key
 from edgeadapt.formats.release import Release
+from edgeadapt.program import cli
 from edgeadapt.releases.actions import Action, GateResult
 from edgeadapt.releases.history import audit_repository
 from edgeadapt.releases.repository import ChannelRepository

@@ -232,7 +232,7 @@ def test_a_fleet_is_stopped_whatever_its_settings_are_now(state_dir: Coordinator
     program = f"""
 import json, os, signal
 from pathlib import Path
-from adapters import storage
+from edgeadapt.formats import storage
 folder = Path({str(folder)!r})
 with storage.locked(folder / {LOCK!r}):
     storage.replace(folder / {RUNNING!r}, json.dumps({found!r} | {{"pid": os.getpid()}}).encode())

@@ -162,7 +162,7 @@ def test_what_is_no_file_of_its_own_is_no_lock_and_is_not_touched(tmp_path: Path
 
 
 def test_no_module_imports_fcntl_so_that_windows_can_import_them() -> None:
-    modules = "adapters.storage, client.inference.session, client.node.statedir, edgeadapt.authority.store"
+    modules = "edgeadapt.formats.storage, client.inference.session, client.node.statedir, edgeadapt.authority.store"
     script = f"import sys, filelock; sys.modules['fcntl'] = None; import {modules}"
     subprocess.run([sys.executable, "-c", script], check=True)
 

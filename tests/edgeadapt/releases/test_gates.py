@@ -13,9 +13,9 @@ from click.testing import CliRunner
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey
-from edgeadapt import cli
 from edgeadapt.bases.base import Base
 from edgeadapt.formats.rollout import Rollout
+from edgeadapt.program import cli
 from edgeadapt.promotion.gates import AssembledRelease, GateError, read_held_out
 from edgeadapt.promotion.gatesettings import GateSettings
 from edgeadapt.releases.actions import ActionRecord, GateResult

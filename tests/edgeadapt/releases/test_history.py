@@ -18,8 +18,8 @@ from tuf.api.metadata import Metadata, Root, Snapshot, Targets
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey
-from edgeadapt import cli
 from edgeadapt.formats.keyfiles import read_key
+from edgeadapt.program import cli
 from edgeadapt.releases.actions import HEAD, Action, ActionRecord, LogHead, action_path, digest_of
 from edgeadapt.releases.history import audit_repository
 from edgeadapt.releases.repository import ChannelRepository
@@ -169,7 +169,7 @@ KILLED = """
 import os, sys
 from datetime import UTC, datetime
 from pathlib import Path
-from adapters import storage
+from edgeadapt.formats import storage
 from aggregation.entropy import SystemEntropy
 from edgeadapt.releases.repository import ChannelRepository
 

@@ -17,10 +17,10 @@ from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustErro
 from aggregation.pki.identity import IdentityKey
 from coordinator.registry import database
 from coordinator.statedir import PUBLIC_KEY
-from edgeadapt import cli
 from edgeadapt.formats.graphinputs import LORA_A, LORA_B
 from edgeadapt.formats.registryfiles import DATABASE, REGISTRY, RegistrySettings
 from edgeadapt.formats.registrystores import postgresql_url
+from edgeadapt.program import cli
 from edgeadapt.releases.difference import TensorChange, difference
 from edgeadapt.releases.lineage import COORDINATOR, Lineage
 from edgeadapt.releases.rollback import roll_back
