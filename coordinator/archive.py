@@ -43,7 +43,7 @@ class BackupManifest(Manifest):
 
     NAME: ClassVar[str] = "coordinator-backup"
 
-    files: Sha256  # of SHA256SUMS
+    files: Sha256  # digest of SHA256SUMS
     registry: Sha256 | None
     version: Count | None
     round: Count  # 0 before the first
@@ -75,7 +75,6 @@ def write(
 
     Raises:
         EdgeAdaptError: A file changed meanwhile.
-        OSError: It cannot be written.
     """
     digests, total = list[str](), 2 * sum(each.size for each in files)
     for each in files:
@@ -99,15 +98,14 @@ def write(
 def extract(
     archive: Path, folder: Path, trusted: PublicKey | None, modes: Mapping[str, int], report: Report
 ) -> BackupManifest:
-    """Write the files of an archive to a folder, each after its digest was found to be the one that was signed.
+    """Write the files of an archive to an empty folder, each after its digest was found to be the one that was signed.
 
     Args:
-        folder: Empty.
         trusted: The coordinator's key; None: the one in the archive, which then proves only that nothing is damaged.
         modes: Regular expression of a name → permissions. A file with another name is refused.
 
     Raises:
-        DataError: It is no archive of a coordinator, or it is truncated.
+        DataError: It is not an archive of a coordinator, or it is truncated.
         TrustError: It is of another coordinator, or was altered.
     """
     with storage.opened(archive, 2**63) as (file, total):
@@ -136,7 +134,6 @@ def extract(
 
 
 def _listed(reader: "_ArchiveReader", sums: bytes) -> Iterator[tuple[str, str]]:
-    """Digest and name of each line of SHA256SUMS."""
     for line in sums.decode("ascii", "replace").splitlines():
         if (found := _LINE.fullmatch(line)) is None:
             raise reader.altered(SUMS)
@@ -149,7 +146,7 @@ class _ArchiveReader:
     file: BinaryIO
 
     def next(self, name: str, limit: int, mode: int = storage.PUBLIC) -> bytes:
-        """The content of the next file, which has that name and mode and at most ``limit`` bytes."""
+        """Read the next file, which has that name and mode and at most ``limit`` bytes."""
         header = self._read(BLOCK)
         try:
             size = tarfile.TarInfo.frombuf(header, "ascii", "strict").size
@@ -169,7 +166,6 @@ class _ArchiveReader:
             raise self.altered("its end")
 
     def altered(self, name: str) -> TrustError:
-        """The error that a file is not the one that was archived."""
         return TrustError(f"{self.archive}: {name} was altered or is missing: take another copy", about=name)
 
     def _read(self, size: int) -> bytes:

@@ -5,9 +5,8 @@ certificates were revoked since (``client.node.adapterstate``). So after a round
 devices had been asked to unmask its sum, every later round from that adapter is over the same devices. A kill may have
 come before such a round was recorded: the log has the request before any device can have it.
 
-With groups, devices are bound as soon as they sign a survivor set, and later rounds have the same groups.
-
-What earlier rounds left on the devices binds later ones as well: no later round may share it (``check_unshared``).
+With groups, devices are bound as soon as they sign a survivor set, and later rounds have the same groups. What earlier
+rounds left on the devices binds later ones as well: no later round may share it (``check_unshared``).
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -41,7 +40,7 @@ class LastSum:
 
     Args:
         adapter: SHA-256 of the adapter's file, hex.
-        survivors: Whose updates are in it: device → serial of the certificate it had then.
+        survivors: Device whose update is in it → serial of the certificate it had then.
         blamed: Devices whose wrong shares were the reason that there is no result.
         kind: Of its task. Another sum from the adapter is of the same kind.
         dealt: Devices that were dealt into its groups; empty without groups.
@@ -58,10 +57,9 @@ class LastSum:
     terms: Mapping[str, float | str] = field(default_factory=dict)
 
     def unmet(self, devices: Collection[str], revoked: RevocationList | None) -> str:
-        """What another sum over the same devices lacks, and what ends that; empty if nothing.
+        """Explain what another sum over the same devices lacks, and what ends that; empty if nothing.
 
-        Args:
-            revoked: The revocation list that their session applies. Who is in it is not in another sum.
+        Devices in ``revoked``, the list that their session applies, are not in another sum.
         """
         listed = revoked.revoked if revoked else {}
         due = sorted(device for device, number in self.survivors.items() if number not in listed)
@@ -74,30 +72,26 @@ class LastSum:
 
 
 def names(devices: Sequence[str]) -> str:
-    """The devices, the first few by name."""
+    """List the devices, the first few by name."""
     return ", ".join(devices[:NAMED]) + (f" and {len(devices) - NAMED} more" if len(devices) > NAMED else "")
 
 
 def terms(task: RoundTask, clip_norm: float, weight_cap: int, groups: int) -> dict[str, float | str]:
-    """The settings on which devices train for all sums from an adapter alike (``client.node.adapterstate``)."""
+    """Collect the settings on which devices train for all sums from an adapter alike (``client.node.adapterstate``)."""
     bounds: dict[str, float | str] = {"aggregation.clip_norm": clip_norm, "aggregation.weight_cap": weight_cap}
     bounds["aggregation.groups"] = groups
     return task.terms() | bounds
 
 
 def serials(certificates: Iterable[bytes]) -> dict[str, int]:
-    """Device → serial of its certificate, for certificates in DER."""
+    """Map each device to the serial of its certificate, for certificates in DER."""
     return {subject(load(der)): serial(der) for der in certificates}
 
 
 def find(folder: Path, coordinator: PublicKey, adapter: str, records: Iterable[RoundRecord]) -> LastSum | None:
-    """The last sum from ``adapter``, from the logs that a coordinator left; None if none could be unmasked.
+    """Find the last sum from ``adapter`` in the logs that a coordinator left; None if none could be unmasked.
 
-    Args:
-        adapter: SHA-256 of the newest adapter's file, hex.
-
-    Raises:
-        TrustError: A log was altered.
+    ``adapter``: SHA-256 of the newest adapter's file, hex. Raises TrustError: a log was altered.
     """
     unrecoverable = {record.plan: record for record in records if record.reason == AbortReason.UNRECOVERABLE.value}
     for path in reversed(logs(folder)):
@@ -116,7 +110,7 @@ def find(folder: Path, coordinator: PublicKey, adapter: str, records: Iterable[R
 
 
 def _in_log(entries: Iterable[Entry], adapter: str) -> tuple[Plan, SessionSpec, dict[str, int]] | None:
-    """Plan, parameters and survivors of the last sum from ``adapter`` in a log."""
+    """Find plan, parameters and survivors of the last sum from ``adapter`` in a log."""
     certified: dict[str, int] = {}
     plan: Plan | None = None
     spec: SessionSpec | None = None
@@ -139,10 +133,8 @@ def _in_log(entries: Iterable[Entry], adapter: str) -> tuple[Plan, SessionSpec, 
 def check_unshared(folder: Path, coordinator: PublicKey, task: RoundTask, layout: Layout) -> None:
     """Check that a task shares no part that a plan before it had devices train and keep to themselves.
 
-    Logs are read from the newest one back, to a plan that shared as much: it passed this check.
-
-    Args:
-        layout: Of the adapter. A part without a tensor is neither shared nor kept.
+    Logs are read from the newest one back, to a plan that shared as much: it passed this check. A part without a tensor
+    in ``layout``, the adapter's, is neither shared nor kept.
 
     Raises:
         ConfigError: It shares one.
@@ -160,7 +152,6 @@ def check_unshared(folder: Path, coordinator: PublicKey, task: RoundTask, layout
 
 
 def _tasks(entries: Iterable[Entry]) -> Iterator[RoundTask]:
-    """The tasks of a log's rounds, in order."""
     number = 0
     for entry in entries:
         if entry.kind == Assignment.TAG and entry.round > number:  # the first one of a round is complete

@@ -23,7 +23,6 @@ def is_address(text: str) -> bool:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether only this machine reaches what listens at ``address``, HOST:PORT."""
     host = address.rpartition(":")[0].strip("[]")
     try:
         return ip_address(host).is_loopback

@@ -1,6 +1,6 @@
 """Make a session: steps 1–4 of the protocol with the devices that checked in (``checkin``).
 
-``aggregation.server`` decides which step is legal; this file holds the order of the steps. ``coordinator.rounds``
+This file holds the order of the steps; ``aggregation.server`` decides which is legal, and ``coordinator.rounds``
 continues with the session.
 """
 
@@ -61,7 +61,7 @@ class Exchange(Generic[S]):
 
 @dataclass(slots=True)
 class Cohort:
-    """The devices of a session, and how to reach them. What is asked and answered goes into the session's log.
+    """Devices of a session, and how to reach them. What is asked and answered goes into the session's log.
 
     Args:
         nodes: Device → Flower node.
@@ -80,7 +80,6 @@ class Cohort:
 
     @property
     def corrupt(self) -> int:
-        """How many of the devices may be corrupt."""
         return graph.count_of(len(self.nodes), self.leader.settings.aggregation.corrupt_fraction)
 
     def exchange(self, state: S, asked: Exchange[S], group: str) -> S:
@@ -90,11 +89,8 @@ class Cohort:
         and its grace time (``CohortSettings``). While the state awaits more answers, the devices of which nothing was
         heard get the same message again: some may not have had it.
 
-        Args:
-            group: Flower's group id: the round, or the attempt at a session.
-
-        Returns:
-            The state after the last answer, to be closed by the caller.
+        ``group``: Flower's group id, the round or the attempt at a session. Returns the state after the last answer, to
+        be closed by the caller.
         """
         settings, step, bodies = self.leader.settings, asked.step, asked.bodies
         with traces.span(step.value, asked=len(bodies)) as span:
@@ -113,7 +109,6 @@ class Cohort:
         return state
 
     def _not_revoked(self, devices: Collection[str]) -> list[str]:
-        """Those of the devices that the authority has not revoked since the session began."""
         try:
             listed = self.leader.read_root(datetime.now(UTC)).revoked
         except EdgeAdaptError as error:  # ends the next session, not a round whose sum may be under way
@@ -122,7 +117,7 @@ class Cohort:
         return [device for device in devices if listed is None or self.serials[device] not in listed.revoked]
 
     def _ask(self, state: S, asked: Exchange[S], left: Collection[str], group: str) -> tuple[S, list[str]]:
-        """One attempt at an ``exchange``: the state after it, and the devices of which nothing was heard."""
+        """Make one attempt at an ``exchange``. Returns the state after it, and the devices that were not heard."""
         devices = {self.nodes[device]: device for device in left}
         bodies = {self.nodes[device]: asked.bodies[device] for device in left}
         fields = {self.nodes[device]: asked.extra.get(device, {}) for device in left}
@@ -157,7 +152,7 @@ def pause(attempt: int, longest: float) -> float:
 
 
 def attachments(proofs: Mapping[str, bytes], shared: Mapping[str, bytes]) -> Attachments:
-    """What travels in the same message as the body: each device's own proof, and the fields that all devices get."""
+    """Join what travels in the same message as the body: each device's own proof, and the fields for all devices."""
     return {device: {PROOF: proof, **shared} for device, proof in proofs.items()}
 
 
@@ -166,8 +161,7 @@ class SessionRequest:
     """A session to be made.
 
     Args:
-        adapter: Whose layout and base it is for.
-        rounds: That it shall last.
+        adapter: Its layout and base are those of the session.
         group: Begins Flower's group id of each attempt.
         last: The last sum from the adapter, if there is one. If the next round is bound to its survivors, the session
             has all of them.
@@ -183,10 +177,8 @@ class SessionRequest:
 def establish(leader: CoordinatorStateDir, transport: Transport, wanted: SessionRequest) -> tuple[Cohort, Established]:
     """Make a session with the devices that can be reached.
 
-    Each attempt waits longer than the one before (``FIRST_PAUSE``), or until a device that was absent is back.
-
-    Raises:
-        EdgeAdaptError: No session came about in ``settings.attempts`` attempts, or a file could not be written.
+    Each attempt waits longer than the previous one (``FIRST_PAUSE``), or until a device that was absent is back. Raises
+    EdgeAdaptError: no session came about in ``settings.attempts`` attempts, or a file could not be written.
     """
     settings, reason = leader.settings, ""
     for attempt in range(1, settings.attempts + 1):
@@ -207,7 +199,7 @@ def establish(leader: CoordinatorStateDir, transport: Transport, wanted: Session
 def _attempt(
     leader: CoordinatorStateDir, transport: Transport, wanted: SessionRequest, attempt: int
 ) -> tuple[Cohort | None, Established | str]:
-    """One attempt at a session: its devices and its state, or why there is none."""
+    """Make one attempt at a session: returns its devices and its state, or why there is none."""
     root, settings, last = leader.read_root(datetime.now(UTC)), leader.settings, wanted.last
     group = f"{wanted.group}-{attempt}"
     with traces.span(Step.CHECK_IN.value, listed=len(transport.nodes()), attempt=attempt) as span:
@@ -240,7 +232,7 @@ def _await_another(transport: Transport, known: frozenset[int], seconds: float) 
 
 
 def obstacle(session: Established, last: LastSum | None, revoked: RevocationList | None) -> str:
-    """What keeps a session from another round, and what ends that; empty if nothing.
+    """Explain what keeps a session from another round, and what ends that; empty if nothing.
 
     Args:
         session: Between two rounds.
@@ -262,7 +254,7 @@ def obstacle(session: Established, last: LastSum | None, revoked: RevocationList
 
 
 def _around(last: LastSum, present: CheckedIn, minimum: Callable[[int], int], size: int) -> CheckedIn:
-    """The devices of a session in which the survivors of the last sum are enough for another one.
+    """Choose the devices of a session in which the survivors of the last sum are enough for another one.
 
     Args:
         minimum: Size of a cohort → fewest survivors of its rounds.
@@ -305,7 +297,7 @@ def _offer(
 def _negotiate(
     cohort: Cohort, offering: Offering, offers: Exchange[Offering], group: str, due: frozenset[str]
 ) -> Established | RoundAborted:
-    """Steps 1–4 of the protocol. ``due``: the devices without which the session is of no use."""
+    """Do steps 1–4 of the protocol. ``due``: the devices without which the session is of no use."""
 
     def adverts(state: Offering, silent: Collection[str]) -> bool:
         return bool(due - state.adverts.keys()) and due <= {*state.adverts, *silent}

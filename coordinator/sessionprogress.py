@@ -27,11 +27,10 @@ class SessionProgress:
 
     Attributes:
         log: Name of the file.
-        devices: That established the session.
+        devices: How many established the session.
         round: Of the session, from 1; 0 before the first.
         step: That is under way; None between rounds.
         answered: Devices that answered the step.
-        closed: Whether the session is over.
     """
 
     log: str
@@ -52,7 +51,6 @@ class SessionProgress:
         }
 
     def add(self, entries: Iterable[Entry]) -> None:
-        """Go on with the next entries of the log."""
         for entry in entries:
             self.round = max(self.round, entry.round)
             self.devices += entry.kind == Shares.TAG
@@ -69,19 +67,14 @@ class SessionProgress:
 
 @dataclass(slots=True)
 class LogFollower:
-    """Reads what was added to the newest log since the last look."""
+    """Reads what was added to the newest log since the last call."""
 
-    folder: Path  # of the transcripts
+    folder: Path  # holds the transcripts
     _progress: SessionProgress | None = None
     _end: int = 0  # bytes read
 
     def look(self) -> SessionProgress | None:
-        """The progress of the newest session; None if there was none.
-
-        Raises:
-            DataError: The log is no file, or too large.
-            OSError: It cannot be read.
-        """
+        """Read the progress of the newest session, if any. Raises DataError: the log is too large, or not a file."""
         if not (paths := logs(self.folder)):
             return None
         newest = paths[-1]

@@ -18,7 +18,7 @@ from edgeadapt.formats.roundrecord import RoundRecord
 
 SUSPICIOUS = 0.01  # probability
 GAP = "  "
-COLUMNS = {  # of the table of rounds: name → its heading, which is as wide as the cells
+COLUMNS = {  # name in the table of rounds → heading, which is as wide as the cells
     "round": "round",
     "version": "version",
     "survivors": "survivors",
@@ -30,10 +30,10 @@ COLUMNS = {  # of the table of rounds: name → its heading, which is as wide as
 
 
 def status_of(state_dir: CoordinatorStateDir) -> dict[str, Any]:
-    """The object that ``edgeadapt coordinator status --json`` prints.
+    """Collect the object that ``edgeadapt coordinator status --json`` prints.
 
-    Raises:
-        EdgeAdaptError: As ``Registry.versions`` and ``Registry.rounds``; or the last log is too large, or no file.
+    Raises EdgeAdaptError: as ``Registry.versions`` and ``Registry.rounds``; or the last log is too large, or not a
+    file.
     """
     rounds = state_dir.registry.rounds()
     steps = Counter(step for record in rounds for step in record.dropped.values())
@@ -102,16 +102,14 @@ def lines_of(status: dict[str, Any]) -> Iterator[str]:
 
 
 def heading(width: int = 0) -> str:
-    """The heading of ``round_lines``; ``width`` as there."""
     return GAP.join(COLUMNS[name] for name in _columns(width))
 
 
 def round_lines(row: dict[str, Any], width: int = 0) -> list[str]:
-    """A round, as ``round_row`` gives it, under ``heading``.
+    """Format a round, as ``round_row`` gives it, under ``heading``.
 
-    Args:
-        width: Of the terminal; 0: all is on one line. The columns that do not fit are left out, and notes that do not
-            fit follow on lines of their own.
+    For a terminal of ``width`` columns, those that do not fit are left out, and notes that do not fit follow on lines
+    of their own; 0: all is on one line.
     """
     accuracy, loss = (row["metrics"].get(name) for name in ("accuracy", "loss"))
     cells = {
@@ -134,7 +132,7 @@ def round_lines(row: dict[str, Any], width: int = 0) -> list[str]:
 
 
 def _columns(width: int) -> list[str]:
-    """Those that a terminal of this width has room for; ``0``: all."""
+    """List the columns that a terminal of this width has room for; 0: all."""
     chosen = list(COLUMNS)
     for name in ("loss", "version", "seconds", "dropouts"):
         if width and len(GAP.join(COLUMNS[each] for each in chosen)) > width:
@@ -143,16 +141,14 @@ def _columns(width: int) -> list[str]:
 
 
 def farthest(records: Iterable[RoundRecord]) -> dict[str, dict[str, float]]:
-    """Devices whose groups were the farthest from the combination more often than chance, the least likely first.
+    """Find devices whose groups were the farthest from the combination more often than chance, the least likely first.
 
     In each round with groups one is the farthest; a device is in it with a probability of one over their number if it
-    is like all others, and rounds deal anew. A device is listed if so many such rounds or more have a probability of
-    less than ``SUSPICIOUS``. That is a hint for the operator and no proof: of a hundred honest devices, one is listed.
-
-    Returns:
-        Device → ``rounds`` with groups that it is in, ``farthest``: in how many its group was, and ``chance``.
+    is like all others, and rounds deal again. A device is listed if its number of such rounds or more has a probability
+    below ``SUSPICIOUS``. That is a hint for the operator, not a proof: of a hundred honest devices, one is listed.
+    Returns device → ``rounds`` with groups that it is in, ``farthest``: in how many its group was, and ``chance``.
     """
-    likely: dict[str, list[float]] = {}  # device → probability of so many rounds in the farthest group, by number
+    likely: dict[str, list[float]] = {}  # device → probability of each number of rounds in the farthest group
     seen: Counter[str] = Counter()
     for record in records:
         last = max((each.distance for each in record.groups), default=0.0)
@@ -171,7 +167,7 @@ def farthest(records: Iterable[RoundRecord]) -> dict[str, dict[str, float]]:
 
 
 def lease_of(state_dir: CoordinatorStateDir) -> dict[str, Any] | None:
-    """Who leads, of several coordinators with one registry; None where nobody ever did. Raises as ``leadership``."""
+    """Describe who leads, of several coordinators with one registry; None if nobody did. Raises as ``leadership``."""
     found = state_dir.leadership()
     return None if found is None else asdict(found) | {"own": found.leader == state_dir.name and not state_dir.waits()}
 
@@ -187,7 +183,7 @@ def _version(manifest: VersionManifest) -> dict[str, Any]:
 
 
 def round_row(record: RoundRecord) -> dict[str, Any]:
-    """A round as ``--json`` has it."""
+    """Describe a round as ``--json`` has it."""
     return {
         "groups": [asdict(group) for group in record.groups],
         "round": record.round,

@@ -66,7 +66,7 @@ class Transcripts:
     ends: dict[Path, tuple[bytes, bytes]] = field(default_factory=dict, repr=False)
 
     def begin(self, offer: bytes, revoked: RevocationList | None = None) -> Recorder:
-        """Start the log of a session, and close the one before.
+        """Start the log of a session, and close the previous one.
 
         Args:
             offer: Digest of the session's offer.
@@ -99,16 +99,16 @@ class Transcripts:
             table.offer_revocations(listed.to_pem(), stored)
 
     def _number(self, stored: bytes) -> int:
-        """Of a list in the table; -1 for what the authority did not sign."""
+        """Number of a list in the table; -1 for what the authority did not sign."""
         try:
             return self.root.revocations(stored).number
         except TrustError:
             return -1
 
     def session_chain_proofs(self, recorder: Recorder, last_offers: Mapping[str, bytes]) -> dict[str, bytes]:
-        """For each device the proof that the new session continues the log of the session that the device joined last.
+        """Prove to each device that the new session continues the log of the session that the device joined last.
 
-        It travels in the same message as the offer.
+        The proof travels in the same message as the offer.
 
         Args:
             last_offers: Device → digest of the offer that it joined last, as it says; empty where it joined none. One
@@ -173,7 +173,7 @@ class Transcripts:
         return recorder.close(head.round if missing else None)
 
     def _since(self, record: RoundRecord | None) -> list[StoredLog]:
-        """The logs from the session of a recorded round on, in order; all logs, where no round is recorded."""
+        """Read the logs from the session of a recorded round on, in order; all logs, where no round is recorded."""
         found: list[StoredLog] = []
         for path in reversed(logs(self.folder)):
             found.insert(0, StoredLog.read(path, self.key.public))
@@ -183,10 +183,10 @@ class Transcripts:
 
 
 def _ends(path: Path) -> tuple[bytes, bytes]:
-    """Digest of the offer, and the last checkpoint as signed, of a closed log. Reads only the first and last entry.
+    """Read the digest of the offer, and the last checkpoint as signed, of a closed log: its first and last entry.
 
     Raises:
-        DataError: It is too large, or no file.
+        DataError: It is too large, or not a file.
         TrustError: It was altered.
     """
     with storage.opened(path) as (file, size):

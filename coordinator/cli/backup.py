@@ -135,7 +135,7 @@ def _print(made: "Backup", what: str, place: Path, as_json: bool) -> None:
 
 @contextmanager
 def _progress(label: str) -> Iterator["Report"]:
-    """A bar on standard error; it moves where that is a terminal."""
+    """Show a bar on standard error; it moves where that is a terminal."""
     with click.progressbar(length=1, label=label, file=sys.stderr) as bar:
 
         def report(done: int, total: int) -> None:

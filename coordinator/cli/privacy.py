@@ -23,12 +23,10 @@ class CohortPlan:
     """What a cohort of one size costs.
 
     Args:
-        devices: Of the cohort.
-        minimum_survivors: Of a round.
-        honest: Devices whose noise counts, of these.
+        honest: Survivors of ``minimum_survivors`` whose noise counts.
         noise_multiplier: Standard deviation of their noise over the clip norm.
-        epsilon: Of all rounds, if no more devices survive.
-        epsilon_all: Of all rounds, if every device survives.
+        epsilon: Spent in all rounds, if no more devices survive.
+        epsilon_all: Spent in all rounds, if every device survives.
         noise: Norm of the noise in the mean of all devices over the clip norm, which no mean exceeds.
         ring_bits: Of an element.
         bytes_up: Of an update of one device.

@@ -1,6 +1,6 @@
 """What the signed log of a repository of channels says of each channel: its release, who gets it, how it was made.
 
-The rollback that is prepared for a rollout is not in the log, and is looked at itself.
+The rollback that is prepared for a rollout is not in the log, and is read itself.
 """
 
 from collections.abc import Sequence
@@ -22,22 +22,16 @@ MAKES = ("publish", "promote", "rollback")  # a release
 
 @dataclass(slots=True)
 class ChannelsView:
-    """Reads a repository again when it has changed.
-
-    Args:
-        folder: Of the repository.
-    """
+    """Reads a repository again when it has changed."""
 
     folder: Path
     _seen: tuple[bytes, ...] = ()
     _found: dict[str, Any] | None = None
 
     def look(self) -> dict[str, Any]:
-        """``channels``, name → row or None without a release, and ``problem``: why they cannot be believed, or None.
+        """Read ``channels``, name → row or None without a release, and the ``problem`` why not to believe them.
 
-        Raises:
-            ConfigError: The folder has no repository.
-            OSError: It cannot be read.
+        Raises ConfigError: the folder does not have a repository.
         """
         opened = ChannelRepository.open(self.folder, datetime.now(UTC))
         timestamp = opened.metadata.place / "timestamp.json"  # each action signs a new one
@@ -64,7 +58,7 @@ class ChannelsView:
 
 
 def _content(path: Path) -> bytes:
-    """Of a file that may be missing; or why it cannot be read, of which ``PreparedRollbacks.state`` makes a reason."""
+    """Read a file that may be missing, or why it cannot be read: ``PreparedRollbacks.state`` makes a reason of that."""
     try:
         return storage.read(path, MAX_METADATA)
     except FileNotFoundError:
@@ -74,7 +68,7 @@ def _content(path: Path) -> bytes:
 
 
 def _row(records: Sequence[ActionRecord], channel: str, protected: bool) -> dict[str, Any] | None:
-    """The release of a channel, from the record that made it and those after it."""
+    """Describe the release of a channel, from the record that made it and those after it."""
     own = [record for record in records if record.action.subject == channel]
     made = next((record for record in reversed(own) if record.action.kind in MAKES), None)
     if made is None:
@@ -114,7 +108,7 @@ def _row(records: Sequence[ActionRecord], channel: str, protected: bool) -> dict
 
 
 def _evaluation(record: ActionRecord) -> dict[str, Any] | None:
-    """The verdict in a record: after which the release stayed, or for which the one before was published again."""
+    """Describe the verdict in a record: the reason why the release stayed or the previous one was published again."""
     found = record.action.evaluation
     if found is None:
         return None

@@ -20,7 +20,7 @@ class _View:
 
 
 def exposition(view: dict[str, Any]) -> bytes:
-    """The metrics of a view (``Viewer.look``)."""
+    """Format a view (``Viewer.look``)."""
     registry = CollectorRegistry()
     registry.register(_View(view))
     return generate_latest(registry)

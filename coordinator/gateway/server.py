@@ -39,8 +39,7 @@ class GatewayLimits:
     """What one device can cost the gateway.
 
     Attributes:
-        calls: Check-ins and answers of one device in a row; after that as many in ``seconds``.
-        seconds: In which a device regains all of them.
+        calls: Check-ins and answers of one device in a row; it regains all of them in ``seconds``.
         transfer: Seconds for one message to a device, or for the whole of an answer.
         uploading: Bytes of answers that are being received, of all devices.
         devices: Connected at the same time.
@@ -65,7 +64,7 @@ class GatewayLimits:
 
 @dataclass(slots=True)
 class Service:
-    """Conversations with devices, which all run on one event loop."""
+    """Have conversations with devices, which all run on one event loop."""
 
     hub: Hub
     read_root: ReadRoot
@@ -112,11 +111,7 @@ class Service:
         return Credentials(device, hello.certificate, hello.version)
 
     def _check_pace(self, device: str) -> None:
-        """Send a device away that comes before its window, or when too many are there.
-
-        Raises:
-            ComeBack: With its window.
-        """
+        """Send a device away that comes before its window, or when too many are there, by ComeBack with its window."""
         now = time.monotonic()
         if wait := self._count_call(device):
             raise ComeBack("too many calls", RetryWindow(wait, wait))
@@ -140,7 +135,6 @@ class Service:
         return bucket.wait(time.monotonic())
 
     async def _send(self, carrier: Carrier, stream: Stream) -> None:
-        """Send requests, until the gateway ends the stream."""
         while True:
             asked = await self.hub.next(stream)
             for message in messages.request_messages(asked.id, asked.step, asked.fields):
@@ -195,10 +189,9 @@ class Service:
                 self.hub.end(stream, error)
 
     def root(self, at: datetime) -> Root:
-        """The authority with its revocation list, read once a second at most: a list may be long.
+        """Read the authority with its revocation list, once a second at most: a list may be long.
 
-        Raises:
-            EdgeAdaptError: The list is damaged or has expired. It is not a ``TrustError``, which refuses the device.
+        Raises EdgeAdaptError: the list is damaged or has expired. It is not a ``TrustError``, which refuses the device.
         """
         if self._root is None or not at - self._root[0] < timedelta(seconds=1):
             try:
@@ -209,7 +202,7 @@ class Service:
 
 
 async def _either(*coroutines: Coroutine[object, object, None]) -> None:
-    """Run them until the first one ends or fails, which ends the others."""
+    """Run coroutines until the first one ends or fails, which ends the others."""
     tasks = [asyncio.ensure_future(each) for each in coroutines]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -224,10 +217,8 @@ async def _either(*coroutines: Coroutine[object, object, None]) -> None:
 def check_version(found: str, least: str) -> None:
     """Check that a device's version is at least ``least``; an empty one is any.
 
-    The device states it, and could state another: this keeps out devices that would fail, not those that lie.
-
-    Raises:
-        ProtocolError: It is older, or not a version.
+    The device states it, and could state another: this keeps out devices that would fail, not those that lie. Raises
+    ProtocolError: it is older, or not a version.
     """
     try:
         old = Version(found) < Version(least or "0")
@@ -254,10 +245,8 @@ class Gateway(ConversationServer):
 
         Args:
             address: ``HOST:PORT`` for light devices; port 0 takes any free one.
-            tls: Of the gateway.
             read_root: Now → the authority with its newest revocation list.
             answered: As for ``Hub``.
-            limits: What a device may cost.
             browsers: Where to listen for pages; None: nowhere.
 
         Raises:
@@ -269,7 +258,7 @@ class Gateway(ConversationServer):
         super().__init__(conversations, address, browsers, about="--gateway")
 
     def devices(self) -> tuple[str, ...]:
-        """The devices that are there now. Those that were revoked meanwhile are disconnected first."""
+        """Devices that are there now. Those that were revoked meanwhile are disconnected first."""
 
         async def listed() -> tuple[str, ...]:
             self.service.end_revoked(datetime.now(UTC))
@@ -278,15 +267,7 @@ class Gateway(ConversationServer):
         return self.call(listed())
 
     def ask(self, requests: Mapping[str, tuple[str, Mapping[str, bytes]]], seconds: float) -> dict[str, int | None]:
-        """Ask devices.
-
-        Args:
-            requests: Device → step, and fields.
-            seconds: Until the requests are void.
-
-        Returns:
-            Device → id of its request; None as ``Hub.ask``.
-        """
+        """Send each device its step and fields, void after ``seconds``. Returns request ids; None as ``Hub.ask``."""
         span = traces.current()
 
         async def asked() -> dict[str, int | None]:
@@ -299,7 +280,7 @@ class Gateway(ConversationServer):
         return self.call(asked())
 
     def snapshot(self, address: str) -> GatewaySnapshot:
-        """Its numbers now. ``address``: at which devices reach it."""
+        """Read its numbers now. ``address``: at which devices reach it."""
 
         async def counted() -> GatewaySnapshot:
             hub = self.service.hub

@@ -24,16 +24,12 @@ CONNECTION = "connection"  # attribute of a configuration, which ``env.py`` read
 def upgrade(url: str | URL, transcript: Path | None = None) -> str:
     """Bring a registry to the newest revision, all or nothing: a failure leaves it as it was.
 
-    Args:
-        url: Of the database.
-        transcript: Folder of the logs, which a database in PostgreSQL of revision 2 or older has not.
-
-    Returns:
-        The revision that it had.
+    ``transcript``: folder of the logs, which a database in PostgreSQL of revision 2 or older does not have. Returns the
+    revision that it had.
 
     Raises:
-        ConfigError: It is newer than this edgeadapt, the database has no registry, the folder has no log of its rounds,
-            or as ``database.connect``.
+        ConfigError: It is newer than this edgeadapt, the database does not have a registry, the folder does not have a
+            log of its rounds, or as ``database.connect``.
         DataError, EdgeAdaptError: As ``database.connect``.
     """
     engine = database.engine_of(url)
@@ -61,7 +57,7 @@ def upgrade(url: str | URL, transcript: Path | None = None) -> str:
 
 
 def configuration(connection: Connection) -> Config:
-    """Alembic's configuration for a connection, whose transaction has all that is done."""
+    """Configure alembic for a connection, whose transaction has all that is done."""
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
     config.attributes[CONNECTION] = connection
