@@ -140,7 +140,7 @@ def adapter(
 
 
 def _resolved(origin: Origin, base_name: str | None) -> Origin:
-    """``origin`` as slots take it, with what depends on the weights of the base."""
+    """Turn ``origin`` into what slots take, with what depends on the weights of the base."""
     origin = as_slots(origin)
     if not magnitudes(origin.tensors):
         return origin
@@ -155,7 +155,7 @@ def _resolved(origin: Origin, base_name: str | None) -> Origin:
 
 
 def _exported(bundle: Path, base_name: str, profile: str, origin: Origin) -> "ExportedBase":
-    """A base that has what ``origin`` needs, for a new bundle."""
+    """Export a base that has what ``origin`` needs, for a new bundle."""
     check_place(bundle)
     from export.bundle.base import export_named, wanted  # torch, after what can be refused without it
 
@@ -167,7 +167,7 @@ def _exported(bundle: Path, base_name: str, profile: str, origin: Origin) -> "Ex
 
 
 def _base(bundle: Path, signer: IdentityKey) -> VerifiedBase:
-    """The base in a bundle, which the key that signs the adapter or one in ``trust.pem`` signed."""
+    """Open the base in a bundle, which the key that signs the adapter or one in ``trust.pem`` signed."""
     pinned = real(bundle).parent / TRUST
     return Bundle(bundle, (signer.public, *(read_public_keys(pinned) if pinned.exists() else ()))).base()
 
@@ -198,7 +198,7 @@ def _calibrated(
 
 
 def _summary(found: Calibration) -> str:
-    """A line for a person, and what to do where the temperature is of little use."""
+    """Summarize in a line for a person, and say what to do where the temperature is of little use."""
     line = (
         f"temperature {found.temperature:g} from {found.count} phrases, {found.correct} answered right; "
         f"calibration error {found.before:.1%} before, {found.after:.1%} after "

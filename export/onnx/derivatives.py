@@ -26,11 +26,7 @@ CONSTANT = frozenset(
 
 
 def rule_of(node: onnx.NodeProto) -> Rule:
-    """The rule of a node's operator.
-
-    Raises:
-        ConfigError: There is no such rule.
-    """
+    """Choose the rule of a node's operator. Raises ConfigError: there is no such rule."""
     if node.domain or (rule := RULES.get(node.op_type)) is None:
         raise ConfigError(
             f"the operator {node.op_type} has no derivative here, so devices cannot train this base: export it with "
@@ -62,7 +58,7 @@ def _quotient(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int
 
 
 def _matmul(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
-    """Of Y = A B: dA = dY Bᵀ and dB = Aᵀ dY."""
+    """Y = A B: dA = dY Bᵀ and dB = Aᵀ dY."""
     (a, b), y = node.input, node.output[0]
     ranks = to.rank(a), to.rank(b)
     if min(ranks) < 2:
@@ -79,7 +75,7 @@ def _matmul(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int])
 
 
 def _gemm(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
-    """Of Y = A B + C, with A or B transposed."""
+    """Y = A B + C, with A or B transposed."""
     a, b, *_ = node.input
     given = settings(node, alpha=1.0, beta=1.0, transA=0, transB=0)
     if (given["alpha"], given["beta"], given["transA"]) != (1.0, 1.0, 0):
@@ -96,7 +92,7 @@ def _gemm(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -
 
 
 def _unbatched(to: Backward, gradient: str, ranks: tuple[int, int], own: int, source: str, result: str) -> str:
-    """The gradient by one factor, summed over the leading dimensions along which it was repeated."""
+    """Sum the gradient by one factor over the leading dimensions along which it was repeated."""
     if to.same_leading(source, result):
         return gradient
     shapes = ((result, 0, -2), (source, -2, 2**31))
@@ -133,7 +129,7 @@ def _pow(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) ->
 
 
 def _reduced(to: Backward, node: onnx.NodeProto, gradient: str) -> str:
-    """A gradient with the dimensions that a reduction dropped."""
+    """Restore the dimensions that a reduction dropped."""
     if settings(node, keepdims=1)["keepdims"] or len(node.input) < 2:
         return gradient
     return to.add("Unsqueeze", gradient, node.input[1])
@@ -206,7 +202,7 @@ def _transpose(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) -
 
 
 def _gather(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
-    """Of one index, such as the first token's, or of several rows, such as the learned tokens': zero for all others."""
+    """Gradient of one index, such as the first token's, or of several rows, such as the learned tokens': else zero."""
     (x, index), axis = node.input, settings(node, axis=0)["axis"]
     known, rank = to.known(index), to.rank(x)
     single = known is not None and known.shape == (1,)
@@ -224,14 +220,14 @@ def _gather(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int])
 
 
 def _gather_elements(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) -> Gradients:
-    """Zero for all elements that were not looked up."""
+    """Gradient that is zero for all elements that were not gathered."""
     (x, index), axis = node.input, settings(node, axis=0)["axis"]
     nothing = to.add("Expand", to.number(0), to.shape(x))
     return {0: to.add("ScatterElements", nothing, index, gradient, axis=axis, reduction="add")}
 
 
 def _gather_nd(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) -> Gradients:
-    """Zero for all slices that were not looked up, such as the states of all tokens but a text's last."""
+    """Gradient that is zero for all slices that were not gathered, such as the states of all tokens but the last."""
     x, index = node.input
     if settings(node, batch_dims=0)["batch_dims"]:
         raise ConfigError("a look-up within rows has no derivative here: use another base", about="GatherND")
@@ -240,7 +236,7 @@ def _gather_nd(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) -
 
 
 def _concat(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
-    """The part of the gradient that is where the input is."""
+    """Take the part of the gradient that is where the input is."""
     axis = settings(node)["axis"] % to.rank(node.output[0])
     ends, end = [], to.integers(0)
     for source in node.input:
@@ -250,7 +246,7 @@ def _concat(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int])
 
 
 def _slice(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
-    """The gradient with zeros where the slice left something out."""
+    """Fill the gradient with zeros where the slice left something out."""
     x, y = node.input[0], node.output[0]
     starts, axes, steps = (to.known(node.input[n]) if len(node.input) > n else None for n in (1, 3, 4))
     if axes is None or (steps is not None and (steps != 1).any()) or starts is None:
@@ -266,7 +262,7 @@ def _slice(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) 
 
 
 def _pad(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
-    """The gradient without the padding, which is a constant."""
+    """Cut the padding, which is a constant, off the gradient."""
     x, known = node.input[0], to.known(node.input[1])
     axes = to.known(node.input[3]) if len(node.input) > 3 else np.arange(to.rank(x))
     if wanted != {0} or settings(node, mode=b"constant")["mode"] != b"constant" or known is None or axes is None:
@@ -296,7 +292,6 @@ def _gelu(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) -> Gra
 
 
 def _by(slope: Slope) -> Rule:
-    """The rule of an elementwise operator of one input."""
     return lambda to, node, gradient, _: {0: slope(to, gradient, node.input[0], node.output[0])}
 
 

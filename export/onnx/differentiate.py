@@ -20,19 +20,11 @@ from export.onnx.matmuls import replace_nodes
 
 
 def differentiate(graph: onnx.ModelProto, value: str, by: Sequence[str]) -> onnx.ModelProto:
-    """A copy of ``graph`` that returns a value and its gradients.
+    """Copy ``graph``, in float32 and of ONNX's default domain, with a scalar ``value`` and its gradients as outputs.
 
-    Args:
-        graph: In float32 and of ONNX's default domain, with its weights.
-        value: The name of a scalar that it computes.
-        by: Inputs on which ``value`` depends.
-
-    Returns:
-        A graph whose outputs are ``value`` and, for each input in ``by``, its gradient: named after the input, with
-        ``GRADIENT``, and of its shape.
-
-    Raises:
-        ConfigError: An operator between them has no derivative here, or ``value`` does not depend on an input.
+    The gradient by each input in ``by``, on which ``value`` depends, is named after it, with ``GRADIENT``, and has its
+    shape. Raises ConfigError: an operator between them has no derivative here, or ``value`` does not depend on an
+    input.
     """
     result = shape_inference.infer_shapes(graph, data_prop=True)
     inner = result.graph
@@ -53,7 +45,7 @@ def differentiate(graph: onnx.ModelProto, value: str, by: Sequence[str]) -> onnx
 
 
 def _slice(graph: onnx.GraphProto) -> None:
-    """Put slices in the place of each split into parts of inferred sizes, in place: a rule is of one output."""
+    """Replace each split into parts of inferred sizes by slices, in place: a rule is of one output."""
     dims = {value.name: value.type.tensor_type.shape.dim for value in graph.value_info}
     nodes = list[onnx.NodeProto]()
     for node in graph.node:
@@ -73,7 +65,7 @@ def _slice(graph: onnx.GraphProto) -> None:
 
 
 def _gradients(graph: onnx.GraphProto, value: str, by: Sequence[str]) -> tuple[dict[str, str], Backward]:
-    """The name of the gradient of each value that depends on ``by``, and the nodes that compute them."""
+    """Name the gradient of each value that depends on ``by``, and add the nodes that compute them."""
     to, active = Backward(graph), set(by)
     for node in graph.node:
         if node.op_type not in CONSTANT and active.intersection(node.input):

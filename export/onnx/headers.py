@@ -38,7 +38,7 @@ Slots = Mapping[str, tuple[str, ...]]
 
 
 def requirements(graph: onnx.ModelProto) -> tuple[str, int]:
-    """The lowest version of ONNX Runtime that runs ``graph``, and the version of ONNX's operators that it uses."""
+    """Find the lowest version of ONNX Runtime that runs ``graph``, and the version of ONNX's operators that it uses."""
     newer = any(node.op_type in NEWER for node in graph.graph.node)
     return CONTRIB_RUNTIME if newer else FLOAT_RUNTIME, next(o.version for o in graph.opset_import if not o.domain)
 
@@ -52,23 +52,15 @@ def split(
     training: onnx.ModelProto | None = None,
     parts: Mapping[str, Sequence[int]] = MappingProxyType({}),
 ) -> dict[str, str]:
-    """Write the files of ``graph``, which itself loses its weights.
+    """Write the files of ``graph``, which itself loses its weights. Returns the SHA-256, hex, of each by name.
 
     Args:
         graph: Its slots are inputs without defaults.
         slots: The dimensions of each slot: digits for a fixed one, else the name of a symbolic one.
         about: What the files state about themselves, as metadata of the model.
-        folder: Where the files are written.
-        store: Where the tensors of ``graph`` are.
         training: Its training graph (``training.training_graph``), if there is one: a third header over the same file,
             which grows by what only this graph has.
         parts: From ``matmuls.merge``: the rows of tensors that the training graph has one by one.
-
-    Returns:
-        The SHA-256 of each file, hex, by its name.
-
-    Raises:
-        OSError: A file cannot be written.
     """
     graphs = [graph] if training is None else [graph, training]
     digests = {WEIGHTS: _externalize(graphs, folder / WEIGHTS, store, parts)}
@@ -104,8 +96,7 @@ def _externalize(
 ) -> str:
     """Move the large tensors out, in their order, each to a page of its own; equal bytes are stored once.
 
-    Returns:
-        The SHA-256 of ``file``, hex.
+    Returns the SHA-256 of ``file``, hex.
     """
     offsets: dict[bytes, int] = {}
     whole = hashlib.sha256()

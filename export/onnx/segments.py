@@ -35,7 +35,6 @@ class Segments:
 
     Args:
         graph: Its nodes in topological order, as ONNX demands.
-        store: Where its tensors are.
         step: Called with the bytes of weights that were read, after each part.
     """
 
@@ -45,19 +44,15 @@ class Segments:
         self._graph, self._store, self._step = graph, store, step
         self._segments = list(_segments(graph))
         self._stated = {value.name: value for value in (*graph.graph.input, *graph.graph.output)}
-        self._session: tuple[tuple[str, ...], ort.InferenceSession] | None = None  # of the only part
+        self._session: tuple[tuple[str, ...], ort.InferenceSession] | None = None  # the only part's session
 
     @property
     def size(self) -> int:
-        """The bytes of weights that one run reads."""
+        """Bytes of weights that one run reads."""
         return sum(segment.size for segment in self._segments)
 
     def run(self, names: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> Values:
-        """The values of ``names``, any of the graph, for the inputs ``feeds``.
-
-        Raises:
-            Exception: Of ONNX Runtime, whose classes have no common base.
-        """
+        """Compute the values of ``names``, any of the graph, for ``feeds``. Raises any Exception of ONNX Runtime."""
         last: dict[str, int] = {}
         for number, segment in enumerate(self._segments):
             last |= dict.fromkeys((name for node in segment.nodes for name in _reads(node)), number)
@@ -121,12 +116,11 @@ def _segments(graph: onnx.ModelProto) -> Iterator[_Segment]:
 
 
 def _size(tensor: TensorProto) -> int:
-    """In bytes."""
     return int(math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
 def _reads(node: onnx.NodeProto) -> set[str]:
-    """The values that a node reads, those of graphs within it among them."""
+    """List the values that a node reads, those of graphs within it among them."""
     found = set(node.input)
     for attribute in node.attribute:
         graphs = [attribute.g] if attribute.type == AttributeProto.GRAPH else list(attribute.graphs)

@@ -13,26 +13,24 @@ import torch
 from aggregation.errors import ConfigError
 
 MAX_REASON = 160  # characters of an error of a library
-CLOSE = 1e-3  # of the largest logit
+CLOSE = 1e-3  # share of the largest logit
 OFFSETS = 8  # positions that a family may reserve; RoBERTa's numbering begins at 2
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
     layers: int
-    heads: int  # of queries; keys and values may have fewer
+    heads: int  # heads of queries; keys and values may have fewer
     hidden: int
     vocabulary: int
 
 
 def sizes(config: Any) -> Sizes:
-    """The sizes in a configuration of transformers.
+    """Read the sizes in a configuration of transformers.
 
     Optimum says what each family calls them. For a family that it does not list, and where its names are not the
-    installed transformers', the names are those to which transformers maps each family's own.
-
-    Raises:
-        ConfigError: The configuration lacks a size, or its layers differ in one.
+    installed transformers', the names are those to which transformers maps each family's own. Raises ConfigError: the
+    configuration lacks a size, or its layers differ in one.
     """
     from optimum.utils.normalized_config import NormalizedConfigManager
 
@@ -52,14 +50,9 @@ def sizes(config: Any) -> Sizes:
 
 
 def check_classifies(model: Any, ids: Sequence[int]) -> None:
-    """Return if a model turns the tokens of one text, and their mask, into one row of logits.
+    """Check that a model, in evaluation mode, turns the tokens of one text, and their mask, into one row of logits.
 
-    Args:
-        model: Of transformers, in evaluation mode.
-        ids: Of a text.
-
-    Raises:
-        ConfigError: It does not.
+    Raises ConfigError.
     """
     try:
         answer = _read(model, ids)
@@ -78,14 +71,9 @@ def check_classifies(model: Any, ids: Sequence[int]) -> None:
 
 
 def check_reads_embeddings(model: Any, ids: Sequence[int]) -> None:
-    """Return if a model reads nothing of tokens but their embeddings, as peft assumes of virtual tokens.
+    """Check that a model reads nothing of tokens but their embeddings, as peft assumes of virtual tokens.
 
-    Args:
-        model: Of transformers, in evaluation mode.
-        ids: Of a text.
-
-    Raises:
-        ConfigError: It does not take embeddings, or answers differently.
+    Raises ConfigError: it does not take embeddings, or answers differently.
     """
     tokens = torch.tensor([list(ids)])
     try:
@@ -105,17 +93,12 @@ def check_reads_embeddings(model: Any, ids: Sequence[int]) -> None:
 
 
 def readable_length(model: Any, ids: Sequence[int], length: int) -> int:
-    """The number of tokens of the longest text that an encoder reads: ``length`` or slightly less, found by trying.
+    """Count the tokens of the longest text that an encoder reads: ``length`` or slightly less, found by trying.
 
     ``max_position_embeddings`` counts the rows of an embedding, and some families reserve the first ones.
 
-    Args:
-        model: Of transformers, in evaluation mode.
-        ids: Of a text, without padding.
-        length: What the model states.
-
-    Raises:
-        ConfigError: The model cannot read ``length - OFFSETS + 1`` tokens.
+    ``model``: in evaluation mode; ``ids``: of a text without padding; ``length``: what the model states. Raises
+    ConfigError: the model cannot read ``length - OFFSETS + 1`` tokens.
     """
     reason = ""
     for tried in range(length, max(0, length - OFFSETS), -1):
