@@ -66,7 +66,7 @@ def _described(adapter: dict[str, Any]) -> str:
 
 
 def _privacy(bound: dict[str, float] | None) -> str:
-    """What an adapter may say about one device whose updates are in it."""
+    """State what an adapter may say about one device whose updates are in it."""
     if bound is None:
         return click.style("privacy none", bold=True)
     return f"epsilon {bound['epsilon']:.2f} for delta {bound['delta']:g}"

@@ -5,8 +5,8 @@ they are not. Meanwhile it has its certificate renewed before it ends (``client.
 
 The gateway's TLS is verified under the pinned authority, and the identity signs its challenge. Whatever can pass by
 itself is tried again, at each address of the gateway in turn, and after a pause that grows, or that the gateway names;
-a refusal ends the agent. An answer that did not reach the gateway, or not the coordinator, which then asks the same
-once more, is sent again and never made again: the device's state has moved on.
+a refusal ends the agent. An answer that did not reach the gateway, or not the coordinator, which then asks again, is
+sent again and never made again: the device's state has moved on.
 """
 
 import hashlib
@@ -56,8 +56,7 @@ class Agent:
     Args:
         folder: The device's state directory.
         addresses: ``HOST:PORT`` of the gateway; several where another coordinator can take over.
-        readings: Of the machine.
-        look: Seconds between two looks at the conditions.
+        look: Seconds between two checks of the conditions.
     """
 
     folder: Path
@@ -77,7 +76,7 @@ class Agent:
 
     @property
     def address(self) -> str:
-        """The one that is tried next, or used."""
+        """Address that is tried next, or used."""
         return self.addresses[self._failed % len(self.addresses)]
 
     def stop(self) -> None:
@@ -191,9 +190,9 @@ class Agent:
 
     @contextmanager
     def _looking(self, talk: Conversation) -> Iterator[None]:
-        """While the block runs, end the conversation once a condition is not met, unless a request is being answered.
+        """End the conversation once a condition is not met while the block runs, unless a request is being answered.
 
-        So it does with a new certificate: the gateway ends a connection whose certificate has expired.
+        A new certificate ends it too: the gateway ends a connection whose certificate has expired.
         """
         done = threading.Event()
 
@@ -236,7 +235,7 @@ class Agent:
             self._answering = False
 
     def _answered(self, asked: Asked) -> bytes | Refusal:
-        """The answer to a request; the last one again if the request is the last one, or repeats it.
+        """Answer a request; the last answer again if the request is the last one, or repeats it.
 
         What was refused may be answered when it is repeated.
         """
@@ -254,7 +253,7 @@ class Agent:
 
 
 def _digest(asked: Asked) -> bytes:
-    """Of what is asked, whatever its id."""
+    """Digest what is asked, whatever its id."""
     digests = (hashlib.sha256(content).digest() for content in asked.fields.values())
     named = zip(asked.fields, digests, strict=True)
     whole = b"".join(name.encode() + b"\x00" + digest for name, digest in sorted(named))

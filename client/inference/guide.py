@@ -57,7 +57,7 @@ class Guide:
 
     @property
     def letters(self) -> str:
-        """What it spells out that is not ASCII."""
+        """Collect what it spells out that is not ASCII."""
         spelled = self.source
         if self.kind is GuideKind.JSON_SCHEMA:
             spelled = json.dumps(json.loads(spelled), ensure_ascii=False)
@@ -97,10 +97,9 @@ class GuideFollower:
             raise ConfigError(f"{reason}; ask without a guide", about="guide") from error
 
     def begin(self, guide: Guide) -> "GuidedAnswer":
-        """An answer without any token.
+        """Begin an answer.
 
-        Raises:
-            ConfigError: llguidance cannot read the guide, or it contains a letter that the model cannot write.
+        Raises ConfigError: llguidance cannot read the guide, or it contains a letter that the model cannot write.
         """
         matcher = self._llguidance.LLMatcher
         try:
@@ -141,7 +140,7 @@ class GuidedAnswer:
 
 
 def required(library: str) -> Any:
-    """A library of an extra that a device which only classifies lacks. Raises ConfigError without it."""
+    """Import a library of an extra that a device which only classifies lacks. Raises ConfigError without it."""
     try:
         return importlib.import_module(library)
     except ModuleNotFoundError as error:
@@ -155,7 +154,7 @@ def _unreadable(guide: Guide, why: str) -> ConfigError:
 
 
 def _line(error: object) -> str:
-    """What llguidance says is wrong, which may be in any line, as one line."""
+    """Put what llguidance says is wrong, which may be in any line, on one line."""
     return " ".join(str(error).removesuffix("<non-verbose/>").split())[:200]
 
 

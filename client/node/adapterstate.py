@@ -44,7 +44,7 @@ class AdapterState:
         digest: SHA-256 of its file, hex.
         sums: For how many sums from it the device revealed shares or, with groups, signed the survivor set.
         survivors: Whose updates are in the last of them: device id → serial of the certificate it had then.
-        dealt: See ``dealt``, of the last of them.
+        dealt: From ``dealt``, of the last of them.
         earlier: SHA-256 of the files of the last ``EARLIER`` adapters before it for whose sums the device revealed
             shares, the oldest first.
     """
@@ -75,10 +75,7 @@ def dealt(plan: Plan, spec: SessionSpec) -> bytes:
 
 
 def on_plan(known: AdapterState | None, plan: Plan, spec: SessionSpec, maximum_repeats: int) -> AdapterState:
-    """The state after the device trained for ``plan``.
-
-    Args:
-        known: Its state; None before the first plan.
+    """Make the state after the device trained for ``plan``; ``known`` is None before the first plan.
 
     Raises:
         ProtocolError: The adapter is older than the last one, another one of its version, one that the device left
@@ -111,21 +108,18 @@ def on_plan(known: AdapterState | None, plan: Plan, spec: SessionSpec, maximum_r
 
 
 def earlier(known: AdapterState) -> tuple[bytes, ...]:
-    """The digests to remember once the device trains from another adapter."""
+    """List the digests to remember once the device trains from another adapter."""
     return (*known.earlier, bytes.fromhex(known.digest))[-EARLIER:] if known.sums else known.earlier
 
 
 def on_survivors(
     known: AdapterState | None, plan: Plan, spec: SessionSpec, survivors: Mapping[str, int], revoked: Container[int]
 ) -> AdapterState:
-    """The state after the device reveals shares for a sum or, with groups, signs its survivor set.
+    """Make the state after the device reveals shares for a sum or, with groups, signs its survivor set.
 
-    Args:
-        survivors: Whose updates are in the sum: device id → serial of its certificate.
-        revoked: Serials in the authority's revocation list.
-
-    Raises:
-        ProtocolError: The device trained from another adapter since, or the last sum from this one has other devices.
+    ``survivors``: whose updates are in the sum, device id → serial of its certificate; ``revoked``: serials in the
+    authority's revocation list. Raises ProtocolError: the device trained from another adapter since, or the last sum
+    from this one has other devices.
     """
     if known is None or known.digest != plan.adapter_digest:
         text = f"adapter {plan.adapter_version} of the sum is not the one that this device trained from last"
@@ -142,6 +136,6 @@ def on_survivors(
 
 
 def differing(before: Mapping[str, int], survivors: Mapping[str, int], revoked: Container[int]) -> tuple[int, int]:
-    """How many devices a sum has more than the one before, and how many it lacks that were not revoked since."""
+    """Count the devices that a sum has more than the previous one, and those it lacks that were not revoked since."""
     lacking = [name for name in before.keys() - survivors.keys() if before[name] not in revoked]
     return len(survivors.keys() - before.keys()), len(lacking)

@@ -2,8 +2,8 @@
 
 The device counts for itself, from the offers that it accepted, with as many corrupt devices as its policy assumes. A
 contribution counts before it leaves, as part of the smallest sum that the session allows: others can unmask the sum
-without this device. Once the device reveals its shares it knows the survivors, and their number takes the place of the
-smallest. A contribution to a round that it did not see the end of counts in full, whether or not its sum was unmasked.
+without this device. Once the device reveals its shares it knows the survivors, and their number replaces the smallest.
+A contribution to a round that it did not see the end of counts in full, whether or not its sum was unmasked.
 
 The ledger is kept when the device forgets a coordinator: what was revealed stays revealed. The file is encrypted.
 """
@@ -44,7 +44,7 @@ class PrivacyLedger:
 
     @property
     def spent(self) -> Spent:
-        """Of everything that left the device with noise."""
+        """Sum of everything that left the device with noise."""
         return self.settled + self.pending
 
     def seal(self, key: bytes) -> bytes:
@@ -53,11 +53,7 @@ class PrivacyLedger:
 
     @classmethod
     def open(cls, raw: bytes, key: bytes) -> "PrivacyLedger":
-        """Decrypt it.
-
-        Raises:
-            TrustError: It was altered, or sealed with another key.
-        """
+        """Decrypt it. Raises TrustError: it was altered, or sealed with another key."""
         return sealed.open_record(_CODEC, raw, key, _MAGIC)
 
 
@@ -65,10 +61,9 @@ _CODEC: Codec[PrivacyLedger] = wire.record(PrivacyLedger)
 
 
 def on_plan(known: PrivacyLedger, spec: SessionSpec, cohort: int, policy: Policy) -> PrivacyLedger:
-    """The ledger to save before the contribution to a round leaves.
+    """Make the ledger to save before the contribution to a round leaves.
 
-    Raises:
-        ProtocolError: It would exceed the policy's ``maximum_epsilon``.
+    Raises ProtocolError: it would exceed the policy's ``maximum_epsilon``.
     """
     settled = known.spent
     if spec.privacy is None:
@@ -83,7 +78,7 @@ def on_plan(known: PrivacyLedger, spec: SessionSpec, cohort: int, policy: Policy
 
 
 def on_survivors(known: PrivacyLedger, spec: SessionSpec, cohort: int, survivors: int, policy: Policy) -> PrivacyLedger:
-    """The ledger to save before the device reveals shares for a sum over so many ``survivors``."""
+    """Make the ledger to save before the device reveals shares for a sum over this number of ``survivors``."""
     if spec.privacy is None:
         return known
     exact = spec.spent(survivors, graph.count_of(cohort, policy.corrupt_fraction))

@@ -31,8 +31,8 @@ _MAGIC = b"edgeadapt/snapshot/2\x00"
 class Draw(Enum):
     """What a device draws in a round."""
 
-    ORDER = "order"  # of the examples
-    ROUNDING = "rounding"  # of the update to whole steps
+    ORDER = "order"  # the examples' order
+    ROUNDING = "rounding"  # rounds the update to whole steps
     NOISE = "noise"  # in a session with differential privacy
 
 
@@ -52,11 +52,9 @@ class Snapshot:
     first: Uint32 = 1
 
     def seal(self, key: bytes, share_key: bytes) -> bytes:
-        """Encrypt the snapshot.
+        """Encrypt the snapshot with the device's sealing key.
 
-        Args:
-            key: The device's sealing key.
-            share_key: The public share encryption key with which the device joined; it is fresh for each join.
+        ``share_key``: the public share encryption key with which the device joined; it is fresh for each join.
         """
         return sealed.seal_record(_CODEC, self, key, _MAGIC, share_key)
 
@@ -64,16 +62,14 @@ class Snapshot:
     def open(cls, raw: bytes, key: bytes, share_key: bytes) -> "Snapshot":
         """Decrypt a snapshot. ``key``, ``share_key``: as for ``seal``.
 
-        Raises:
-            TrustError: It was altered, or taken when the device joined with another key.
+        Raises TrustError: it was altered, or taken when the device joined with another key.
         """
         return sealed.open_record(_CODEC, raw, key, _MAGIC, share_key)
 
     def since(self, round_: int) -> "Snapshot":
-        """The snapshot for a round and later ones; the secrets of earlier rounds do not follow from it.
+        """Keep the snapshot for a round and later ones; the secrets of earlier rounds do not follow from it.
 
-        Raises:
-            TrustError: The round is over.
+        Raises TrustError: the round is over.
         """
         if round_ < self.first:
             raise TrustError(f"the secret of round {round_} of this session is deleted", about="snapshot.round")
@@ -83,7 +79,7 @@ class Snapshot:
         return replace(self, secret=secret, first=round_)
 
     def key(self, plan: Plan, draw: Draw) -> bytes:
-        """The secret (32 bytes) of one draw in one round. Raises as ``since``.
+        """Derive the secret (32 bytes) of one draw in one round. Raises as ``since``.
 
         Guarantee: it is the same for the same plan, whatever its former members, and unrelated to that of any other
         plan or session.
@@ -94,7 +90,7 @@ class Snapshot:
         return derive(self.since(plan.round).secret, b"edgeadapt/training/1", draw.value.encode(), digest)
 
     def generator(self, plan: Plan, draw: Draw) -> np.random.Generator:
-        """The generator of one draw in one round, from its ``key``."""
+        """Seed the generator of one draw in one round with its ``key``."""
         return np.random.default_rng(int.from_bytes(self.key(plan, draw), "big"))
 
 

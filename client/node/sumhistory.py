@@ -52,7 +52,7 @@ class Point:
     Args:
         adapter: SHA-256 of its file.
         form: Digest of layout, method and labels.
-        terms: See ``adapterstate.terms``.
+        terms: From ``adapterstate.terms``.
     """
 
     kind: Annotated[SumKind, wire.choice(SumKind)]
@@ -70,8 +70,7 @@ _POINTS = wire.sequence(_POINT, EARLIER)
 class SameDevices:
     """The last sums of a kind, all over the same devices.
 
-    Args:
-        survivors: Device → serial of the certificate that it had in the last of them.
+    ``survivors``: device → serial of the certificate that it had in the last of them.
     """
 
     kind: Annotated[SumKind, wire.choice(SumKind)]
@@ -113,7 +112,7 @@ class SumHistory:
 
     @classmethod
     def new(cls, entropy: Entropy) -> "SumHistory":
-        """That of a device before its first round. ``entropy`` draws the key."""
+        """Begin the history of a device before its first round. ``entropy`` draws the key."""
         return cls(entropy.bytes(32))
 
     def seal(self, key: bytes) -> bytes:
@@ -122,11 +121,7 @@ class SumHistory:
 
     @classmethod
     def open(cls, raw: bytes, key: bytes) -> "SumHistory":
-        """Decrypt it.
-
-        Raises:
-            TrustError: It was altered, or sealed with another key.
-        """
+        """Decrypt it. Raises TrustError: it was altered, or sealed with another key."""
         return sealed.open_record(_CODEC, raw, key, _MAGIC)
 
 
@@ -136,15 +131,10 @@ _CODEC: Codec[SumHistory] = wire.record(SumHistory)
 def on_plan(
     known: SumHistory, plan: Plan, task: RoundTask, spec: SessionSpec, adapter: Tensors, share: float
 ) -> SumHistory:
-    """The history to save before the contribution to a round leaves.
+    """Make the history to save before the contribution to a round leaves; unchanged in a session with noise.
 
-    Args:
-        spec: Of the session; with noise, nothing changes.
-        share: As of ``RoundTask.least_movement``.
-
-    Raises:
-        ProtocolError: The adapter is too near to one from which there was a sum over earlier devices, on other terms,
-            or in other groups.
+    ``share``: as of ``RoundTask.least_movement``. Raises ProtocolError: the adapter is too near to one from which there
+    was a sum over earlier devices, on other terms, or in other groups.
     """
     if spec.privacy is not None:
         return known
@@ -176,15 +166,11 @@ def on_plan(
 def on_survivors(
     known: SumHistory | None, plan: Plan, spec: SessionSpec, survivors: Mapping[str, int], revoked: Container[int]
 ) -> SumHistory | None:
-    """The history after the device reveals shares for a sum or, with groups, signs its survivor set.
+    """Make the history after the device reveals shares for a sum or, with groups, signs its survivor set.
 
-    Args:
-        spec: Of the session; with noise, nothing changes.
-        survivors, revoked: As of ``adapterstate.on_survivors``.
-
-    Raises:
-        ProtocolError: The device trained for another plan since, or the adapter is near to one from which the last sum
-            was over other devices.
+    ``survivors`` and ``revoked`` are those of ``adapterstate.on_survivors``; with noise, nothing changes. Raises
+    ProtocolError: the device trained for another plan since, or the adapter is near to one from which the last sum was
+    over other devices.
     """
     if spec.privacy is not None:
         return known
@@ -213,7 +199,7 @@ def _point(known: SumHistory, plan: Plan, spec: SessionSpec, task: RoundTask, ad
 
 
 def _separation(before: Point, now: Point, task: RoundTask) -> float:
-    """The distance between the adapters of two sums; 0 if they cannot be compared."""
+    """Measure the distance between the adapters of two sums; 0 if they cannot be compared."""
     if before.form != now.form:
         return 0.0
     parts = task.influencing()

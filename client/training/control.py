@@ -21,7 +21,7 @@ from edgeadapt.formats import jsontext, storage
 from edgeadapt.formats.layout import Tensors
 
 Doubles = NDArray[np.float64]
-TOKENS = 512  # of one pass, which bounds its memory; with MiniLM 0.4 MB a token
+TOKENS = 512  # tokens of one pass, which bounds its memory; with MiniLM 0.4 MB a token
 LONGEST_PAUSE = 60.0  # seconds
 MAX_STATE = 2**30  # bytes
 MAGIC = b"edgeadapt/training/1\x00"
@@ -44,7 +44,7 @@ class TrainingState:
     best: Best | None = None
 
     def encode(self) -> bytes:
-        """The length of a JSON text in 4 bytes, the text, which lists the arrays, and their numbers.
+        """Encode the length of a JSON text in 4 bytes, the text, which lists the arrays, and their numbers.
 
         Law: ``decode(encode(s))`` is ``s``, to the bit.
         """
@@ -91,7 +91,7 @@ class TrainingCheckpoint:
     _written: float = field(default_factory=time.monotonic, repr=False)
 
     def read(self) -> TrainingState | None:
-        """The state, if there is one of this training; what is damaged, or of another training, is left out."""
+        """Read the state, if there is one of this training; what is damaged, or of another training, is left out."""
         try:
             raw = storage.read(self.path, MAX_STATE).removeprefix(MAGIC)
             return TrainingState.decode(sealed.decrypt(raw, self.key, MAGIC + self.subject))
@@ -126,8 +126,6 @@ class TrainingControl:
         patience: Epochs without a lower loss on held-out examples after which the training ends; 0: never.
         held_out: The loss of an adapter on held-out examples; needed with a patience.
         until: Whether an adapter needs no further step.
-        checkpoint: Where the state is kept.
-        clock, sleep: Of the machine.
     """
 
     seconds: float = math.inf
@@ -149,14 +147,14 @@ class TrainingControl:
 
     @contextmanager
     def paced(self) -> Iterator[None]:
-        """A step, and the pause after it."""
+        """Run a step, and pause after it."""
         begun = self.clock()
         yield
         if self.duty_cycle < 1:
             self.sleep(min((self.clock() - begun) * (1 / self.duty_cycle - 1), LONGEST_PAUSE))
 
     def judged(self, best: Best | None, trained: Tensors, whole: Tensors) -> Best | None:
-        """The best tensors after an epoch: these, or the ones before, which are one epoch older now."""
+        """Choose the best tensors after an epoch: these, or the previous ones, which are one epoch older now."""
         if self.held_out is None:
             return None
         loss = self.held_out(whole)

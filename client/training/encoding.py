@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from aggregation.errors import ConfigError, DataError
 from client.training.examples import Example
 
-MAX_TOKENS = 128  # of a prompt with its text
+MAX_TOKENS = 128  # tokens of a prompt with its text
 Template = Callable[[list[dict[str, str]], bool], str]  # messages, whether an answer shall follow → text
 
 
@@ -39,13 +39,13 @@ class Encoded:
 
     @property
     def positions(self) -> NDArray[np.int64]:
-        """Where the token before each target is."""
+        """Positions of the token before each target."""
         return (self.first or 0) + np.arange(len(self.targets))
 
 
 @dataclass(frozen=True, slots=True)
 class TextEncoder:
-    """What a base's texts become.
+    """Encodes a base's texts.
 
     Args:
         tokenizer: Of the base, without truncation and padding.
@@ -63,10 +63,9 @@ class TextEncoder:
     def of(
         cls, tokenizer: Tokenizer, template: Template | None, end: int, limit: int | None, virtual: int
     ) -> "TextEncoder":
-        """Of a base that reads ``limit`` tokens, or any number, of which the first ``virtual`` are an adapter's.
+        """Make the encoder of a base that reads ``limit`` tokens, or any number, ``virtual`` of them an adapter's.
 
-        Raises:
-            ConfigError: These leave no room for two tokens of a text.
+        Raises ConfigError: these leave no room for two tokens of a text.
         """
         if limit is not None and limit - virtual < 2:
             raise ConfigError(
@@ -80,7 +79,7 @@ class TextEncoder:
         return cls(tokenizer, template, end, MAX_TOKENS if limit is None else min(MAX_TOKENS, limit - virtual))
 
     def encode(self, example: Example) -> Encoded:
-        """Tokens and targets of an example.
+        """Make tokens and targets of an example.
 
         Raises:
             ConfigError: The chat template does not begin an answer with its prompt.
@@ -103,7 +102,7 @@ class TextEncoder:
         return Encoded(np.array(ids), np.array(ids[first:]), first - 1, max(size, 1), cut)
 
     def _rendered(self, example: Example) -> tuple[str, str, str]:
-        """What comes before the text, the text, and what closes it: the end token where that is empty."""
+        """Render what comes before the text, the text, and what closes it: the end token where that is empty."""
         if not example.prompt or self.template is None:
             return example.prompt, example.text, ""
         asked = {"role": "user", "content": example.prompt}

@@ -1,5 +1,4 @@
-"""Follow a channel of releases: what to fetch is decided by The Update Framework (TUF), what to trust by that and by
-the pinned keys of bundles.
+"""Follow a channel of releases: TUF decides what to fetch, TUF and the pinned keys of bundles what to trust.
 
 ::
 
@@ -12,9 +11,10 @@ the pinned keys of bundles.
     updates/private/BASE/   private adapters for a base that was replaced
     bundle/                 replaced whole, or not at all
 
-TUF's client refuses metadata of unknown signers, older than before, expired, or from different states of the
-repository (Samuel et al. 2010, "Survivable Key Compromise in Software Update Systems"). A release that it accepts is
-then held to the rules of every bundle (``client.inference.trust``). Whatever fails, the bundle in use stays.
+The client of The Update Framework (TUF) refuses metadata of unknown signers, older than the last, expired, or from
+different states of the repository (Samuel et al. 2010, "Survivable Key Compromise in Software Update Systems"). A
+release that it accepts is then held to the rules of every bundle (``client.inference.trust``). Whatever fails, the
+bundle in use stays.
 """
 
 import shutil
@@ -75,7 +75,7 @@ class ReleaseOffer:
 
     Args:
         rollout: Under way; None if all devices get the newest release.
-        chosen: This device is among those that get the newest.
+        chosen: Whether this device is among those that get the newest.
     """
 
     release: Release
@@ -112,7 +112,7 @@ class Targeting:
     """What decides on the device whether it gets the newest release of a rollout (``edgeadapt.formats.rollout``).
 
     The key is a random number that the device makes once, in hex. It is an input of the decision and nothing else, and
-    never leaves the device; who serves the files sees which of them a device fetches, as for every release.
+    never leaves the device; the server of the files sees which of them a device fetches, as for every release.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -122,7 +122,7 @@ class Targeting:
 
     @classmethod
     def read(cls, folder: Path, entropy: Entropy) -> Self:
-        """Read that of the device with this folder ``updates``, or make one.
+        """Read the targeting of the device with this folder ``updates``, or make one.
 
         Raises:
             DataError: It is damaged.
@@ -142,7 +142,7 @@ class Targeting:
             raise DataError(reason, about=path.name) from error
 
     def with_language(self, language: str) -> Self:
-        """The same with another language. Raises ConfigError if that has no such code."""
+        """Replace the language. Raises ConfigError if that has no such code."""
         return replace(self, language=check_language(language))
 
     def write(self, folder: Path) -> None:
@@ -192,8 +192,7 @@ def update(
     language: str | None = None,
     entropy: Entropy,
 ) -> Updated:
-    """Bring ``bundle``, which need not exist yet, to the release that the channel has for this device. Private adapters
-    stay.
+    """Bring ``bundle``, which may be missing, to the channel's release for this device. Private adapters stay.
 
     Args:
         note: Called before a file is fetched.
@@ -360,7 +359,7 @@ def _fetch(
 
 
 def _file(updater: Updater, source: ChannelSource, name: str, digest: str) -> TargetFile:
-    """A file of a release: of the newest, or of the one before where that has another."""
+    """Find a file of a release: the newest, or the previous one where that has another."""
     for place in (name, previous(name)):
         if updater.get_targetinfo(target(source.channel, place)) is not None:
             found = _described(updater, source, place, MAX_BASE_FILE)
