@@ -76,21 +76,21 @@ def write(
     Raises:
         EdgeAdaptError: A file changed meanwhile.
     """
-    digests, total = list[str](), 2 * sum(each.size for each in files)
-    for each in files:
-        digests.append(hashlib.sha256(each.read()).hexdigest())
-        report(each.size, total)
-    sums = "".join(f"{digest}  {each.name}\n" for digest, each in zip(digests, files, strict=True)).encode()
+    digests, total = list[str](), 2 * sum(entry.size for entry in files)
+    for entry in files:
+        digests.append(hashlib.sha256(entry.read()).hexdigest())
+        report(entry.size, total)
+    sums = "".join(f"{digest}  {entry.name}\n" for digest, entry in zip(digests, files, strict=True)).encode()
     signed = manifest(hashlib.sha256(sums).hexdigest()).sign(key)
     with os.fdopen(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, storage.PRIVATE), "wb") as file:
         for name, content in ((PUBLIC_KEY, key.public.to_pem()), (MANIFEST, signed), (SUMS, sums)):
             _append(file, name, content, storage.PUBLIC)
-        for each, digest in zip(files, digests, strict=True):
-            content = each.read()
+        for entry, digest in zip(files, digests, strict=True):
+            content = entry.read()
             if hashlib.sha256(content).hexdigest() != digest:
-                raise EdgeAdaptError(f"{each.name} changed while it was copied: repeat the backup", about=each.name)
-            _append(file, each.name, content, each.mode)
-            report(each.size, total)
+                raise EdgeAdaptError(f"{entry.name} changed while it was copied: repeat the backup", about=entry.name)
+            _append(file, entry.name, content, entry.mode)
+            report(entry.size, total)
         file.write(END)
         storage.flush(file)
 
@@ -135,9 +135,9 @@ def extract(
 
 def _listed(reader: "_ArchiveReader", sums: bytes) -> Iterator[tuple[str, str]]:
     for line in sums.decode("ascii", "replace").splitlines():
-        if (found := _LINE.fullmatch(line)) is None:
+        if (match := _LINE.fullmatch(line)) is None:
             raise reader.altered(SUMS)
-        yield found[1], found[2]
+        yield match[1], match[2]
 
 
 @dataclass(frozen=True, slots=True)

@@ -160,17 +160,17 @@ def _write(
     report: Report,
 ) -> Backup:
     """Write an archive under its name when it is complete. ``manifest``: as for ``archive.write``."""
-    found = list[BackupManifest]()
+    manifests = list[BackupManifest]()
 
     def manifest_of(sums: str) -> BackupManifest:
-        found.append(manifest(sums))
-        return found[0]
+        manifests.append(manifest(sums))
+        return manifests[0]
 
     part = work / out.name
     archive.write(part, files, manifest_of, key, report)
     part.rename(out)
     storage.sync(out.parent)
-    return Backup(found[0], len(files), sum(each.size for each in files), key.public.key_id)
+    return Backup(manifests[0], len(files), sum(each.size for each in files), key.public.key_id)
 
 
 def _require_shared(stores: RegistrySettings, folder: Path) -> None:
@@ -219,8 +219,8 @@ def restore(
         report(size, total)
 
     with storage.new_folder(folder, mode=storage.PRIVATE_FOLDER) as stage:
-        given = IdentityKey.from_pem(key) if key is not None else None
-        manifest = archive.extract(source, stage, trusted or (given.public if given else None), MODES, done)
+        signer = IdentityKey.from_pem(key) if key is not None else None
+        manifest = archive.extract(source, stage, trusted or (signer.public if signer else None), MODES, done)
         if key is not None:
             storage.replace(stage / KEY, key)
         public = PublicKey.from_pem((stage / PUBLIC_KEY).read_bytes())
@@ -234,7 +234,7 @@ def restore(
             raise DataError(f"{source} is neither a backup nor for a standby", about=REGISTRY)
         if manifest.registry is not None:
             _restore_registry(source, stage, signing, manifest, stores)
-        elif trusted is None and given is None:
+        elif trusted is None and signer is None:
             text = f"{source} names a database: name the coordinator's public key with --coordinator"
             raise ConfigError(f"{text}, so that no other one gets this machine's password", about="--coordinator")
         elif stores is not None:
@@ -321,8 +321,8 @@ def _verified(registry: Registry) -> Head:
 
 def _require_logs(folder: Path, head: Head, key: IdentityKey) -> None:
     """Check that the logs are those of a registry, as at a start of the coordinator."""
-    found = [log for _, log in _read(transcripts.logs(folder), head, key.public) if log is not None and log.entries]
-    require_agreement(found, head, key)
+    logs = [log for _, log in _read(transcripts.logs(folder), head, key.public) if log is not None and log.entries]
+    require_agreement(logs, head, key)
 
 
 def _logs(folder: Path, head: Head, key: IdentityKey) -> Iterator[ArchiveFile]:
@@ -343,13 +343,13 @@ def _logs(folder: Path, head: Head, key: IdentityKey) -> Iterator[ArchiveFile]:
 
 def _read(paths: Sequence[Path], head: Head, coordinator: PublicKey) -> list[tuple[Path, StoredLog | None]]:
     """Read the logs, in order; None for those before the session of the last recorded round."""
-    found = list[tuple[Path, StoredLog | None]]()
+    logs = list[tuple[Path, StoredLog | None]]()
     reached = False
     for path in reversed(paths):
         log = None if reached else StoredLog.read(path, coordinator)
         reached = reached or (log is not None and head.round is not None and log.offer.hex() == head.round.offer)
-        found.insert(0, (path, log))
-    return found
+        logs.insert(0, (path, log))
+    return logs
 
 
 def _cut(log: StoredLog, head: Head) -> StoredLog:

@@ -32,7 +32,7 @@ log = logging.getLogger("edgeadapt.coordinator")
 
 def expiries(folder: Path, now: datetime) -> dict[str, dict[str, Any]]:
     """List the files in a state directory that end: name → ``until`` and ``warning``, None if nothing is to be done."""
-    found = {}
+    result = {}
     for name, read in ((TLS_CERTIFICATE, _of_certificate), (REVOKED, _of_newest_list)):
         try:
             if (span := read(folder)) is None:
@@ -40,8 +40,8 @@ def expiries(folder: Path, now: datetime) -> dict[str, dict[str, Any]]:
             until, text = span[1].isoformat(), warning(name, *span, now) or _mismatch(name, folder)
         except (EdgeAdaptError, OSError) as error:
             until, text = None, f"{name} cannot be read: {error}"
-        found[name] = {"until": until, "warning": text or None}
-    return found
+        result[name] = {"until": until, "warning": text or None}
+    return result
 
 
 @dataclass(slots=True)
@@ -57,10 +57,10 @@ class ExpiryLog:
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + EVERY
-        for name, each in expiries(self.folder, datetime.now(UTC)).items():
-            if each["warning"] and each["warning"] != self._said.get(name):  # the days left are in it
-                log.warning("%s", each["warning"])
-            self._said[name] = each["warning"]
+        for name, row in expiries(self.folder, datetime.now(UTC)).items():
+            if row["warning"] and row["warning"] != self._said.get(name):  # the days left are in it
+                log.warning("%s", row["warning"])
+            self._said[name] = row["warning"]
 
 
 def warning(name: str, begin: datetime, end: datetime, now: datetime) -> str:
@@ -102,12 +102,12 @@ def _mismatch(name: str, folder: Path) -> str:
 
 def _of_newest_list(folder: Path) -> Validity | None:
     """Validity of the list that ``CoordinatorStateDir.read_root`` takes: this directory's, or the last session's."""
-    found = []
+    lists = []
     for path in (folder / TRANSCRIPT / REVOKED, folder / REVOKED):
         if path.exists():
             with of_file(path):
-                found.append(_of_list(storage.read(path, 2 * MAX_REVOCATIONS)))
-    return max(found)[1] if found else None
+                lists.append(_of_list(storage.read(path, 2 * MAX_REVOCATIONS)))
+    return max(lists)[1] if lists else None
 
 
 def _of_list(raw: bytes) -> tuple[int, Validity]:

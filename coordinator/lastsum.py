@@ -96,8 +96,8 @@ def find(folder: Path, coordinator: PublicKey, adapter: str, records: Iterable[R
     unrecoverable = {record.plan: record for record in records if record.reason == AbortReason.UNRECOVERABLE.value}
     for path in reversed(logs(folder)):
         log = StoredLog.read(path, coordinator)
-        if found := _in_log(log.entries, adapter):
-            plan, spec, survivors = found
+        if facts := _in_log(log.entries, adapter):
+            plan, spec, survivors = facts
             record = unrecoverable.get(plan.digest().hex())
             task = taskkinds.decode(plan.training)
             then = terms(task, spec.clip_norm, spec.weight_cap, spec.groups)
@@ -114,7 +114,7 @@ def _in_log(entries: Iterable[Entry], adapter: str) -> tuple[Plan, SessionSpec, 
     certified: dict[str, int] = {}
     plan: Plan | None = None
     spec: SessionSpec | None = None
-    number, found = 0, None
+    number, facts = 0, None
     for entry in entries:
         body = envelope.unverified_body(entry.message)
         if entry.kind == Offer.TAG:
@@ -124,10 +124,10 @@ def _in_log(entries: Iterable[Entry], adapter: str) -> tuple[Plan, SessionSpec, 
             number, plan = entry.round, Assignment.decode(body).plan
         elif entry.kind == Unmask.TAG and plan and spec and plan.adapter_digest == adapter:
             survivors = Unmask.decode(body).survivors.vectors
-            found = plan, spec, {device: certified[device] for device in survivors}
+            facts = plan, spec, {device: certified[device] for device in survivors}
         elif entry.kind == Survivors.TAG and plan and spec and spec.grouping and plan.adapter_digest == adapter:
-            found = plan, spec, {device: certified[device] for device in Survivors.decode(body).vectors}
-    return found
+            facts = plan, spec, {device: certified[device] for device in Survivors.decode(body).vectors}
+    return facts
 
 
 def check_unshared(folder: Path, coordinator: PublicKey, task: RoundTask, layout: Layout) -> None:

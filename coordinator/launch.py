@@ -47,8 +47,8 @@ class Connection:
             values = {STATE: str(state_dir.resolve())} | ({GATEWAY: gateway} if gateway else {})
             lines = (f"{key} = {toml_value(value)}\n" for key, value in values.items())
             config.write_text("".join(lines), encoding="utf-8")
-            found = self._json("run", str(BUNDLE), self.name, "--run-config", str(config))
-        return str(found["run-id"])
+            reply = self._json("run", str(BUNDLE), self.name, "--run-config", str(config))
+        return str(reply["run-id"])
 
     def show_log(self, run_id: str) -> None:
         """Write the run's log to standard error until the run ends. An interruption ends the log, not the run."""
@@ -82,15 +82,15 @@ class Connection:
             command, env=self.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
         )
         try:
-            found: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
+            reply: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
         except ValueError:
-            found = {"error-message": done.stderr or done.stdout}
-        if done.returncode or not found.get("success"):
-            reason = " ".join(str(found.get("error-message", "")).split())
+            reply = {"error-message": done.stderr or done.stdout}
+        if done.returncode or not reply.get("success"):
+            reason = " ".join(str(reply.get("error-message", "")).split())
             raise EdgeAdaptError(
                 f"Flower's command '{arguments[0]}' failed: {reason or 'it gave no reason'}", about="superlink"
             )
-        return found
+        return reply
 
 
 @contextmanager

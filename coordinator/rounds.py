@@ -359,9 +359,9 @@ class RoundOutcome:
 
 def _measure(span: traces.Span, record: RoundRecord) -> None:
     """Describe a round's span by what its record says of all devices together."""
-    found = {"survivors": len(record.survivors), "dropouts": len(record.dropped)}
+    counts = {"survivors": len(record.survivors), "dropouts": len(record.dropped)}
     span.set(
-        outcome="sum" if record.version else "abort", **found, bytes_up=record.bytes_up, bytes_down=record.bytes_down
+        outcome="sum" if record.version else "abort", **counts, bytes_up=record.bytes_up, bytes_down=record.bytes_down
     )
     if record.version is not None:
         span.set(version=record.version)
@@ -376,8 +376,8 @@ def _found(leader: CoordinatorStateDir) -> LastSum | None:
     registry, folder, key = leader.registry, leader.transcripts.folder, leader.key.public
     number, digest = registry.head().newest
     parent, records = registry.version(number).manifest.parent, registry.rounds()
-    found = lastsum.find(folder, key, digest, records)
-    return found or (lastsum.find(folder, key, parent, records) if parent else None)
+    last = lastsum.find(folder, key, digest, records)
+    return last or (lastsum.find(folder, key, parent, records) if parent else None)
 
 
 def _require_same_terms(last: LastSum, task: RoundTask, adapter: StoredAdapter, leader: CoordinatorStateDir) -> None:
@@ -400,9 +400,9 @@ def _require_same_terms(last: LastSum, task: RoundTask, adapter: StoredAdapter, 
 
 def _signatures(state: Confirming, silent: Collection[str]) -> bool:
     """Whether the unmask request needs the consistency signatures of ``silent`` devices, and has enough with them."""
-    spec, plan, found = state.survivor_set.session.spec, state.survivor_set.plan, state.consistency_signatures
-    few = not _enough(spec, plan, found, spec.quorum)
-    return few and _enough(spec, plan, {*found, *silent}, spec.quorum)
+    spec, plan, signed = state.survivor_set.session.spec, state.survivor_set.plan, state.consistency_signatures
+    few = not _enough(spec, plan, signed, spec.quorum)
+    return few and _enough(spec, plan, {*signed, *silent}, spec.quorum)
 
 
 def _enough(spec: SessionSpec, plan: Plan, answered: Collection[str], least: int) -> bool:

@@ -79,10 +79,10 @@ class TlsFiles:
     def _look(self) -> None:
         try:
             if (stamp := self._stamp()) != self._seen:
-                found = self._read()
-                if found != self._tls:
+                tls = self._read()
+                if tls != self._tls:
                     log.info("%s was replaced: connections that begin now have the new one", TLS_CERTIFICATE)
-                    self._tls = found
+                    self._tls = tls
                 self._seen, self._problem = stamp, ""
         except (EdgeAdaptError, OSError) as error:  # it may be half copied: it is looked at again
             if str(error) != self._problem:
@@ -98,10 +98,10 @@ class TlsFiles:
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
     try:
-        found = path.stat()
+        stat = path.stat()
     except FileNotFoundError:
         return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
 def credentials(source: TlsSource) -> grpc.ServerCredentials:
@@ -114,9 +114,9 @@ def credentials(source: TlsSource) -> grpc.ServerCredentials:
     def changed() -> grpc.ServerCertificateConfiguration | None:
         """Answer gRPC before each handshake; None: nothing has changed."""
         nonlocal last
-        if (found := source.newest()) == last:
+        if (newest := source.newest()) == last:
             return None
-        last = found
+        last = newest
         return configuration()
 
     return grpc.dynamic_ssl_server_credentials(configuration(), changed, require_client_authentication=False)
@@ -129,8 +129,8 @@ def context(source: TlsSource) -> ssl.SSLContext:
     def follow(connection: ssl.SSLObject, host: str | None, given: ssl.SSLContext) -> None:
         """Answer OpenSSL in each handshake, whether a name is asked for or not."""
         nonlocal last, current
-        if (found := source.newest()) != last:
-            last, current = found, _context(found)
+        if (newest := source.newest()) != last:
+            last, current = newest, _context(newest)
         connection.context = current
 
     listening.sni_callback = follow
@@ -138,10 +138,10 @@ def context(source: TlsSource) -> ssl.SSLContext:
 
 
 def _context(tls: ServerTls) -> ssl.SSLContext:
-    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    made.minimum_version = ssl.TLSVersion.TLSv1_2
+    result = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    result.minimum_version = ssl.TLSVersion.TLSv1_2
     with tempfile.NamedTemporaryFile() as file:  # the standard library reads keys from files only; this one is private
         file.write(tls.key + b"\n" + tls.certificate)
         file.flush()
-        made.load_cert_chain(Path(file.name))
-    return made
+        result.load_cert_chain(Path(file.name))
+    return result

@@ -182,17 +182,17 @@ def establish(leader: CoordinatorStateDir, transport: Transport, wanted: Session
     """
     settings, reason = leader.settings, ""
     for attempt in range(1, settings.attempts + 1):
-        known = frozenset(transport.nodes())
+        nodes = frozenset(transport.nodes())
         cohort, outcome = _attempt(leader, transport, wanted, attempt)
         if cohort is not None and isinstance(outcome, Established):
             log.info("session of %d devices for %d rounds", len(cohort.nodes) - len(cohort.dropped), wanted.rounds)
-            if found := outcome.session.spec.grouping:
-                log.info("rounds have %d sums: a device hides in one of %d or more", found.count, found.minimum)
+            if grouping := outcome.session.spec.grouping:
+                log.info("rounds have %d sums: a device hides in one of %d or more", grouping.count, grouping.minimum)
             return cohort, outcome
         reason = str(outcome)
         log.warning("session not made, attempt %d of %d: %s", attempt, settings.attempts, reason)
         if attempt < settings.attempts:
-            _await_another(transport, known, pause(attempt, settings.deadline))
+            _await_another(transport, nodes, pause(attempt, settings.deadline))
     raise EdgeAdaptError(f"no session after {settings.attempts} attempts: {reason}", about="session")
 
 

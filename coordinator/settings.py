@@ -60,8 +60,8 @@ class PrivacySettings(Settings):
 
     @model_validator(mode="after")
     def _names_the_noise(self) -> Self:
-        given = (self.epsilon > 0) + (self.noise_multiplier > 0)
-        if given != (self.mechanism != "none"):
+        noises = (self.epsilon > 0) + (self.noise_multiplier > 0)
+        if noises != (self.mechanism != "none"):
             raise ValueError(
                 "privacy takes a mechanism with epsilon or noise_multiplier, one of the two, or none of the three"
             )
@@ -250,9 +250,9 @@ class Aggregation(Settings):
         bits = graph.SIGMA + (graph.GRINDING if self.adversary == Adversary.ACTIVE.value else 0)
         smallest = devices - gone
         for count in range(smallest, devices + 1):
-            found = graph.graph_parameters(count, corrupt / count, gone / count, bits=bits)
-            if all(graph.is_secure(present, corrupt, *found, bits) for present in (smallest, devices)):
-                return found
+            parameters = graph.graph_parameters(count, corrupt / count, gone / count, bits=bits)
+            if all(graph.is_secure(present, corrupt, *parameters, bits) for present in (smallest, devices)):
+                return parameters
         raise ConfigError(
             f"no graph on {devices} devices is secure against {corrupt} corrupt devices and {gone} dropouts: "
             "lower corrupt_fraction or dropout_fraction",

@@ -139,11 +139,11 @@ class CoordinatorStateDir:
         for path in (self.folder / TRANSCRIPT / REVOKED, self.folder / REVOKED):
             if path.exists():
                 with of_file(path):
-                    found = self.root.revocations(storage.read(path, 2 * MAX_REVOCATIONS))
-                    if newest is None or found.number >= newest.number:
-                        newest = found.newer_than(newest)
+                    revocations = self.root.revocations(storage.read(path, 2 * MAX_REVOCATIONS))
+                    if newest is None or revocations.number >= newest.number:
+                        newest = revocations.newer_than(newest)
                     else:
-                        _warn_of_older(path, found.number, newest.number)
+                        _warn_of_older(path, revocations.number, newest.number)
         if newest is not None:
             newest.require_fresh(at)
         return replace(self.root, revoked=newest)
@@ -248,13 +248,13 @@ class CoordinatorStateDir:
         share = _sharing(self.folder, self.root, table)  # a list may be half copied: it is looked at again
         while True:
             try:
-                found = Lease.take(self.registry.engine, self.name)
-                if isinstance(found, Lease):
-                    log.info("leads, epoch %d", found.epoch)
-                    return found
-                if said is None or said.epoch != found.epoch:
-                    log.info("waiting: %s leads, epoch %d", found.leader, found.epoch)
-                said, reachable = found, True
+                lease = Lease.take(self.registry.engine, self.name)
+                if isinstance(lease, Lease):
+                    log.info("leads, epoch %d", lease.epoch)
+                    return lease
+                if said is None or said.epoch != lease.epoch:
+                    log.info("waiting: %s leads, epoch %d", lease.leader, lease.epoch)
+                said, reachable = lease, True
                 (self.folder / WAITING).touch()
                 share()
                 _copy_transcript(self.folder, table, whole=not copied)

@@ -63,13 +63,13 @@ def lines_of(status: dict[str, Any]) -> Iterator[str]:
         leads = "leads" if lease["in_force"] else "led last, and nobody leads now"
         own = " (this directory)" if lease["own"] else ""
         yield f"{lease['leader']}{own} {leads}, epoch {lease['epoch']}"
-    yield from (each["warning"] for each in status["expiries"].values() if each["warning"])
+    yield from (row["warning"] for row in status["expiries"].values() if row["warning"])
     if services := status["services"]:
         yield f"services run since {services['since']}, process {services['pid']}"
-        for each in services["services"]:
-            at = f" at {each['address']}" if each["address"] else ""
-            process = f", process {each['pid']}" if each["pid"] else ""
-            yield f"  {each['name']}{at}: {each['state']}{process}, {each['restarts']} restarts"
+        for service in services["services"]:
+            at = f" at {service['address']}" if service["address"] else ""
+            process = f", process {service['pid']}" if service["pid"] else ""
+            yield f"  {service['name']}{at}: {service['state']}{process}, {service['restarts']} restarts"
     done, wanted, aborted = status["rounds_done"], status["rounds_wanted"], status["rounds_aborted"]
     at = ", ".join(f"{count} at {step}" for step, count in status["dropouts_by_step"].items())
     count = sum(status["dropouts_by_step"].values())
@@ -97,8 +97,8 @@ def lines_of(status: dict[str, Any]) -> Iterator[str]:
     if status["farthest"]:
         yield ""
         yield "devices whose groups were farthest from the combination, more often than chance (a hint, no proof):"
-    for device, each in status["farthest"].items():
-        yield f"{device}: {each['farthest']} of {each['rounds']} rounds, which has a chance of {each['chance']:.2g}"
+    for device, row in status["farthest"].items():
+        yield f"{device}: {row['farthest']} of {row['rounds']} rounds, which has a chance of {row['chance']:.2g}"
 
 
 def heading(width: int = 0) -> str:
@@ -168,8 +168,10 @@ def farthest(records: Iterable[RoundRecord]) -> dict[str, dict[str, float]]:
 
 def lease_of(state_dir: CoordinatorStateDir) -> dict[str, Any] | None:
     """Describe who leads, of several coordinators with one registry; None if nobody did. Raises as ``leadership``."""
-    found = state_dir.leadership()
-    return None if found is None else asdict(found) | {"own": found.leader == state_dir.name and not state_dir.waits()}
+    leader = state_dir.leadership()
+    return (
+        None if leader is None else asdict(leader) | {"own": leader.leader == state_dir.name and not state_dir.waits()}
+    )
 
 
 def _version(manifest: VersionManifest) -> dict[str, Any]:
@@ -201,5 +203,5 @@ def round_row(record: RoundRecord) -> dict[str, Any]:
 
 
 def _session(folder: Path) -> dict[str, Any] | None:
-    found = LogFollower(folder).look()
-    return None if found is None else found.as_json()
+    progress = LogFollower(folder).look()
+    return None if progress is None else progress.as_json()

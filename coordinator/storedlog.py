@@ -71,12 +71,12 @@ class StoredLog:
         reading = _intact(transcript.read(raw), coordinator)
         rest = raw[reading.end :]
         try:
-            found = tuple(checkpoints(replace(reading, problem=""), coordinator, unfinished=True))
+            signed = tuple(checkpoints(replace(reading, problem=""), coordinator, unfinished=True))
         except Problem as problem:
             if reading.entries:
                 raise altered(path, problem) from None
-            found = ()
-        log = cls(path, reading.entries, found, reading.end, rest)
+            signed = ()
+        log = cls(path, reading.entries, signed, reading.end, rest)
         if rest and (log.closed or log.is_continued_in(rest, coordinator)):
             raise altered(path, reading.problem)
         return log
@@ -88,8 +88,8 @@ class StoredLog:
         A later one they cannot have.
         """
         offer = self.offer
-        for found in re.finditer(re.escape(_CHECKPOINT), rest):
-            at = found.end() + _ROUND + _PEER + _LENGTH
+        for match in re.finditer(re.escape(_CHECKPOINT), rest):
+            at = match.end() + _ROUND + _PEER + _LENGTH
             size = int.from_bytes(rest[at - _LENGTH : at], "big")
             if size > Checkpoint.LIMIT + envelope.OVERHEAD:
                 continue
@@ -168,9 +168,9 @@ def require_agreement(logs: Sequence[StoredLog], head: Head, key: IdentityKey) -
     for entry in (*since, *(entry for log in logs[1:] for entry in log.endings)):
         if entry.kind != Abort.TAG or Abort.decode(envelope.unverified_body(entry.message)).reason != INTERRUPTED:
             raise _contradiction(f"the registry has no record of the round that ended with {entry.place}")
-    made = missing and head.round is not None and head.round.version is not None
+    has_version = missing and head.round is not None and head.round.version is not None
     newest = logs[-1].resumed(head.newest, NO_SESSION).newest if logs else (0, head.newest[1])
-    if not made and newest != head.newest:
+    if not has_version and newest != head.newest:
         raise _contradiction(f"the newest adapter is {newest[0]} in the logs and {head.newest[0]} in the registry")
     return missing
 

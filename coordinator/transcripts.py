@@ -115,7 +115,7 @@ class Transcripts:
                 that was more than ``MAX_SESSIONS`` sessions ago counts as unknown: no message can name them all. So
                 does one before a log that cannot be read.
         """
-        wanted, closed, found = set(last_offers.values()) - {b""}, list[bytes](), dict[str, bytes]()
+        wanted, closed, by_offer = set(last_offers.values()) - {b""}, list[bytes](), dict[str, bytes]()
         for path in reversed([path for path in logs(self.folder) if path != recorder.path]):
             if not wanted or len(closed) > MAX_SESSIONS:
                 break
@@ -129,7 +129,7 @@ class Transcripts:
                     end = Checkpoint.decode(envelope.unverified_body(last)).newest
                     log = transcript.resume(transcript.read(storage.read(path)).entries, end)
                     proofs = receipts(log, devices)
-                    found |= {
+                    by_offer |= {
                         device: session_chain_proof(recorder.log, self.key, proofs[device], closed)
                         for device in devices
                     }
@@ -137,7 +137,7 @@ class Transcripts:
                 logger.warning("%s and the logs before it prove nothing to devices: %s", path.name, error)
                 break
             closed.insert(0, last)
-        return {device: found.get(device) or session_chain_proof(recorder.log, self.key) for device in last_offers}
+        return {device: by_offer.get(device) or session_chain_proof(recorder.log, self.key) for device in last_offers}
 
     def finish(self) -> bytes:
         """Close the last log if it is open, as far as it is on the disk. Returns the digest of its last checkpoint.
@@ -153,10 +153,10 @@ class Transcripts:
             self.table.require_lead()  # the files of a former leader lack what the one after it has added
             self.table.copy_to(self.folder)  # a full disk may have kept a part of what the table has
         head = self.head()
-        found = self._since(head.round)
-        held = [log for log in found if log.entries]
+        stored = self._since(head.round)
+        held = [log for log in stored if log.entries]
         missing = require_agreement(held, head, self.key)
-        for log in found:
+        for log in stored:
             if self.table is not None and (log.rest or not log.entries):  # no kill leaves that in a table
                 raise altered(log.path, "it has an incomplete record")
             if log.rest:
@@ -174,12 +174,12 @@ class Transcripts:
 
     def _since(self, record: RoundRecord | None) -> list[StoredLog]:
         """Read the logs from the session of a recorded round on, in order; all logs, where no round is recorded."""
-        found: list[StoredLog] = []
+        stored: list[StoredLog] = []
         for path in reversed(logs(self.folder)):
-            found.insert(0, StoredLog.read(path, self.key.public))
-            if record is not None and found[0].offer.hex() == record.offer:
+            stored.insert(0, StoredLog.read(path, self.key.public))
+            if record is not None and stored[0].offer.hex() == record.offer:
                 break
-        return found
+        return stored
 
 
 def _ends(path: Path) -> tuple[bytes, bytes]:

@@ -87,15 +87,15 @@ def plan(
     """
     from coordinator.settings import FederationSettings
 
-    given = FederationSettings.read(settings, overrides) if settings else None
-    wanted = given or FederationSettings.parse(overridden({}, overrides), "--set")
+    federation = FederationSettings.read(settings, overrides) if settings else None
+    wanted = federation or FederationSettings.parse(overridden({}, overrides), "--set")
     if not wanted.privacy.noisy:
         text = "the sums would have no noise: name privacy.mechanism and privacy.epsilon or privacy.noise_multiplier"
         raise ConfigError(text, about="privacy.mechanism")
     rows = [_row(wanted, numbers, count) for count in devices]
     if as_json:
-        found = [{name: None if value == math.inf else value for name, value in asdict(row).items()} for row in rows]
-        click.echo(json.dumps({"rounds": wanted.rounds, "delta": wanted.privacy.delta, "plans": found}))
+        plans = [{name: None if value == math.inf else value for name, value in asdict(row).items()} for row in rows]
+        click.echo(json.dumps({"rounds": wanted.rounds, "delta": wanted.privacy.delta, "plans": plans}))
         return
     click.echo(f"{wanted.rounds} rounds of {wanted.privacy.mechanism} noise, delta {wanted.privacy.delta:g}")
     click.echo(HEAD)

@@ -70,14 +70,14 @@ def _content(path: Path) -> bytes:
 def _row(records: Sequence[ActionRecord], channel: str, protected: bool) -> dict[str, Any] | None:
     """Describe the release of a channel, from the record that made it and those after it."""
     own = [record for record in records if record.action.subject == channel]
-    made = next((record for record in reversed(own) if record.action.kind in MAKES), None)
-    if made is None:
+    release = next((record for record in reversed(own) if record.action.kind in MAKES), None)
+    if release is None:
         return None
-    later = [record for record in own if record.number > made.number]
-    staged = next((record for record in reversed(later) if record.action.kind == "rollout"), made)
+    later = [record for record in own if record.number > release.number]
+    staged = next((record for record in reversed(later) if record.action.kind == "rollout"), release)
     refusal = next((record for record in reversed(later) if record.action.kind == "refuse"), None)
-    judged = next((record for record in reversed([made, *later]) if record.action.evaluation), None)
-    action, rollout = made.action, staged.action.rollout
+    judged = next((record for record in reversed([release, *later]) if record.action.evaluation), None)
+    action, rollout = release.action, staged.action.rollout
     return {
         "release": action.release,
         "adapters": action.adapters,
@@ -85,8 +85,8 @@ def _row(records: Sequence[ActionRecord], channel: str, protected: bool) -> dict
         "kind": action.kind,
         "source": action.source,
         "again": action.again,
-        "since": made.made,
-        "by": made.by,
+        "since": release.made,
+        "by": release.by,
         "share": ALL if rollout is None else rollout.share,
         "languages": [] if rollout is None else list(rollout.languages),
         "previous": None if rollout is None else rollout.previous,
@@ -109,7 +109,7 @@ def _row(records: Sequence[ActionRecord], channel: str, protected: bool) -> dict
 
 def _evaluation(record: ActionRecord) -> dict[str, Any] | None:
     """Describe the verdict in a record: the reason why the release stayed or the previous one was published again."""
-    found = record.action.evaluation
-    if found is None:
+    evaluation = record.action.evaluation
+    if evaluation is None:
         return None
-    return {"round": found.round, "worse": found.worse, "text": str(found.verdict), "since": record.made}
+    return {"round": evaluation.round, "worse": evaluation.worse, "text": str(evaluation.verdict), "since": record.made}

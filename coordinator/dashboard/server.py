@@ -76,13 +76,13 @@ def read_token(folder: Path, entropy: Entropy) -> str:
     """
     path = folder / TOKEN
     try:
-        found = storage.read(path, MAX_PEM).decode(errors="replace").strip()
+        token = storage.read(path, MAX_PEM).decode(errors="replace").strip()
     except FileNotFoundError:
-        found = entropy.bytes(32).hex()
-        storage.replace(path, found.encode() + b"\n")
-    if not re.fullmatch(r"[A-Za-z0-9._~-]{32,512}", found):
+        token = entropy.bytes(32).hex()
+        storage.replace(path, token.encode() + b"\n")
+    if not re.fullmatch(r"[A-Za-z0-9._~-]{32,512}", token):
         raise TrustError(f"{path} has no token: delete it, and a new one is made", about=TOKEN)
-    return found
+    return token
 
 
 @dataclass(slots=True)
@@ -96,8 +96,8 @@ class Logins:
 
     async def allows(self, request: Request) -> bool:
         """Whether a request comes from a session, or has the token; a wrong token is refused after a while."""
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        allowed = await self._is_token(request, given.strip()) if scheme.lower() == "bearer" else self.is_open(request)
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        allowed = await self._is_token(request, token.strip()) if scheme.lower() == "bearer" else self.is_open(request)
         if allowed and self.entrance and request.client:
             self.entrance.prove(request.client)
         return allowed
@@ -113,9 +113,9 @@ class Logins:
         now = time.monotonic()
         alive = {each: end for each, end in self._sessions.items() if end > now}
         self._sessions = dict(list(alive.items())[-MAX_LOGINS + 1 :])
-        made = secrets.token_urlsafe(32)
-        self._sessions[made] = now + LOGIN_SECONDS
-        return made
+        session = secrets.token_urlsafe(32)
+        self._sessions[session] = now + LOGIN_SECONDS
+        return session
 
     def close(self, request: Request) -> None:
         self._sessions.pop(request.cookies.get(COOKIE, ""), None)
@@ -239,8 +239,8 @@ def application(
     async def view(request: Request) -> Response:
         if not await logins.allows(request):
             return _refused()
-        found = await feed.now()
-        return JSONResponse(found, HTTPStatus.SERVICE_UNAVAILABLE if "error" in found else HTTPStatus.OK)
+        fleet = await feed.now()
+        return JSONResponse(fleet, HTTPStatus.SERVICE_UNAVAILABLE if "error" in fleet else HTTPStatus.OK)
 
     async def events(request: Request) -> Response:
         if not await logins.allows(request):
@@ -254,10 +254,10 @@ def application(
     async def metrics(request: Request) -> Response:
         if not await logins.allows(request):
             return _refused()
-        found = await feed.now()
-        if "error" in found:
-            return Response(found["error"] + "\n", HTTPStatus.SERVICE_UNAVAILABLE)
-        return Response(exposition(found), media_type=CONTENT_TYPE_LATEST)
+        fleet = await feed.now()
+        if "error" in fleet:
+            return Response(fleet["error"] + "\n", HTTPStatus.SERVICE_UNAVAILABLE)
+        return Response(exposition(fleet), media_type=CONTENT_TYPE_LATEST)
 
     async def health(_: Request) -> Response:
         return Response("ok\n")
@@ -273,9 +273,9 @@ def application(
         Route("/metrics", metrics),
         Route("/health", health),
     ]
-    made = Starlette(routes=routes, middleware=[Middleware(Guard, hosts=hosts, entrance=entrance)])
-    made.state.feed = feed
-    return made
+    app = Starlette(routes=routes, middleware=[Middleware(Guard, hosts=hosts, entrance=entrance)])
+    app.state.feed = feed
+    return app
 
 
 def _login(*, refused: bool = False) -> Response:

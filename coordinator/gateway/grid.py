@@ -239,8 +239,8 @@ class JoinedGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         ids = list(message_ids)
         others = [number for number in ids if not number.startswith(PREFIX)]
-        found = [*self._light.pull_messages(number for number in ids if number.startswith(PREFIX))]
-        return [*found, *(self._flower.pull_messages(others) if others else ())]
+        replies = [*self._light.pull_messages(number for number in ids if number.startswith(PREFIX))]
+        return [*replies, *(self._flower.pull_messages(others) if others else ())]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         return exchange(self, self.clock, messages, timeout)

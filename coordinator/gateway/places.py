@@ -171,9 +171,9 @@ class Entrance(socket.socket):
     @classmethod
     def listening(cls, host: str, port: int) -> Self:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        made = cls(fileno=socket.create_server((host, port), family=family).detach())
-        made.places, made._peers = Places(), {}
-        return made
+        entrance = cls(fileno=socket.create_server((host, port), family=family).detach())
+        entrance.places, entrance._peers = Places(), {}
+        return entrance
 
     def accept(self) -> tuple[socket.socket, Any]:
         """Accept the next connection, which has a place now. The event loop calls this before TLS."""

@@ -152,11 +152,11 @@ class Service:
                 if self._count_call(device) or self._receiving + answer.size > self.limits.uploading:
                     soon = RetryWindow(self.limits.grace / 4, self.limits.grace / 2)
                     raise ComeBack("too many answers at once", soon)
-                found: bytes | NoAnswer = NoAnswer(answer.code, answer.reason.decode(errors="replace"))
+                body: bytes | NoAnswer = NoAnswer(answer.code, answer.reason.decode(errors="replace"))
                 if answer.size:
-                    found = await self._body(carrier, answer.size)
+                    body = await self._body(carrier, answer.size)
                 try:
-                    self.hub.answer(stream, answer.id, found)
+                    self.hub.answer(stream, answer.id, body)
                 except ProtocolError as error:
                     call.fail(type(error).__name__)
                     log.warning("an answer of %s is dropped: %s", device, error)
@@ -285,8 +285,8 @@ class Gateway(ConversationServer):
         async def counted() -> GatewaySnapshot:
             hub = self.service.hub
             versions = Counter(stream.credentials.version for stream in hub.streams())
-            found = dict(versions.most_common(VERSIONS)), dict(self.service.check_ins)
-            return GatewaySnapshot(address, len(hub.devices), hub.requests, *found)
+            counts = dict(versions.most_common(VERSIONS)), dict(self.service.check_ins)
+            return GatewaySnapshot(address, len(hub.devices), hub.requests, *counts)
 
         return self.call(counted())
 

@@ -63,7 +63,7 @@ def written(folder: Path, snapshot: Callable[[], GatewaySnapshot]) -> Iterator[N
 def read(folder: Path) -> dict[str, Any] | None:
     """Read the file; None without one. A killed gateway leaves it, so check whether a run is in progress."""
     try:
-        found: dict[str, Any] = jsontext.decode(storage.read(folder / FILE, MAX_SNAPSHOT))
+        row: dict[str, Any] = jsontext.decode(storage.read(folder / FILE, MAX_SNAPSHOT))
     except FileNotFoundError:
         return None
-    return found
+    return row

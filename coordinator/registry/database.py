@@ -146,10 +146,10 @@ def revision(connection: Connection) -> str | None:
         raise DataError(f"{name} is damaged ({other!r} is not a table): restore it from a copy", about="database")
     if FIRST_TABLE in tables:
         return FIRST
-    found = connection.scalar(select(schemas.c[SCHEMA_COLUMN])) if SCHEMAS in tables else None
-    if found is None and any(table.startswith(PREFIX) for table in tables):
+    stored = connection.scalar(select(schemas.c[SCHEMA_COLUMN])) if SCHEMAS in tables else None
+    if stored is None and any(table.startswith(PREFIX) for table in tables):
         raise DataError(f"{name} is damaged (it has no revision): restore it from a copy", about="database")
-    return found
+    return stored
 
 
 @contextmanager

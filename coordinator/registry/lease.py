@@ -54,9 +54,9 @@ def require_epoch(connection: Connection, epoch: int | None) -> None:
     """
     table = database.lease
     _end_when_idle(connection)
-    found = connection.execute(select(table.c.epoch, table.c.leader).with_for_update()).one_or_none()
-    if (found and found.epoch) != epoch:
-        raise _superseded(epoch, found and found.epoch, found and found.leader)
+    leader = connection.execute(select(table.c.epoch, table.c.leader).with_for_update()).one_or_none()
+    if (leader and leader.epoch) != epoch:
+        raise _superseded(epoch, leader and leader.epoch, leader and leader.leader)
 
 
 @contextmanager
@@ -88,10 +88,10 @@ class Lease:
 
         Raises EdgeAdaptError: as ``database.explained``, also if another coordinator holds the row for too long.
         """
-        found = leadership(engine)
-        if found is not None and found.in_force:
-            return found
-        table, epoch = database.lease, found.epoch + 1 if found else 1
+        current = leadership(engine)
+        if current is not None and current.in_force:
+            return current
+        table, epoch = database.lease, current.epoch + 1 if current else 1
         values = {"epoch": epoch, "leader": leader, "ends": func.clock_timestamp() + TERM}
         free = (table.c.epoch == epoch - 1) & (table.c.ends <= func.clock_timestamp())
         change = table.update().where(free).values(values).returning(table.c.epoch)
@@ -99,7 +99,7 @@ class Lease:
         with database.explained(engine), engine.begin() as connection:
             connection.exec_driver_sql(f"SET LOCAL lock_timeout = {LOCKED}")
             _end_when_idle(connection)
-            taken = connection.execute(change if found else first).one_or_none() is not None
+            taken = connection.execute(change if current else first).one_or_none() is not None
         # Otherwise another one was faster, or the leader has just ended a transaction that took long.
         return cls(engine, leader, epoch) if taken else cls.take(engine, leader)
 

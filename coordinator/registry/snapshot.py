@@ -30,13 +30,13 @@ class RegistrySnapshot:
             if engine.dialect.name == "postgresql":  # by default each statement would see a moment of its own
                 connection = connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
             with connection.begin():
-                found = {
+                rows = {
                     table.name: tuple(
                         dict(row) for row in connection.execute(table.select().order_by(*table.primary_key)).mappings()
                     )
                     for table in _tables()
                 }
-        return cls(found)
+        return cls(rows)
 
     def insert(self, engine: Engine, transcript: Path | None = None) -> None:
         """Put all rows, all or none, into a registry without any; the logs in ``transcript`` too, if it takes logs.

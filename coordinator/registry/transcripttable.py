@@ -112,20 +112,20 @@ class TranscriptTable:
             EdgeAdaptError: As ``database.explained``; or the folder cannot be written to.
         """
         pem = self.revocations()
-        found, here = self.sizes(), _sizes(folder)
+        sizes, here = self.sizes(), _sizes(folder)
         newest = max(here, default=0)
         for session, size in here.items():
-            if size > found.get(session, 0) and not (whole and session == newest and session in found):
+            if size > sizes.get(session, 0) and not (whole and session == newest and session in sizes):
                 text = f"{folder / log_name(session)} has more than the database: restore both from one copy"
                 raise TrustError(text, about="transcript", value=session)
-        if found:
+        if sizes:
             folder.mkdir(parents=True, exist_ok=True)
-        for session in sorted(found):
-            anew = session == newest and (whole or newest < max(found))
+        for session in sorted(sizes):
+            anew = session == newest and (whole or newest < max(sizes))
             size = 0 if anew else here.get(session, 0)
-            if size != found[session]:
+            if size != sizes[session]:
                 self._copy(session, size, folder / log_name(session))
-        if found and pem is not None and (not (folder / REVOKED).exists() or storage.read(folder / REVOKED) != pem):
+        if sizes and pem is not None and (not (folder / REVOKED).exists() or storage.read(folder / REVOKED) != pem):
             storage.replace(folder / REVOKED, pem, PUBLIC)
 
     def _copy(self, session: int, size: int, path: Path) -> None:

@@ -234,8 +234,8 @@ class Registry:
         """
         newest = self._newest().manifest
         records, digest = self._records(max(newest.round, 1))
-        made = [(record.version, record.adapter) for record in records if record.version is not None]
-        if made != ([newest.id] if newest.round else []):
+        produced = [(record.version, record.adapter) for record in records if record.version is not None]
+        if produced != ([newest.id] if newest.round else []):
             raise TrustError(
                 f"the registry has version {newest.version} as its newest, and its rounds contradict that: "
                 "restore it from a copy",

@@ -56,9 +56,9 @@ def up(folder: Path, report: Report) -> None:
     def changed(shown: list[dict[str, str | int | None]]) -> bool:
         """Write what runs. A full disk ends no service: it is tried again, and reported once."""
         nonlocal saved
-        found = {"pid": os.getpid(), "since": began, "stop": settings.stop, "services": shown}
+        row = {"pid": os.getpid(), "since": began, "stop": settings.stop, "services": shown}
         try:
-            storage.replace(folder / RUNNING, json.dumps(found).encode(), storage.PUBLIC)
+            storage.replace(folder / RUNNING, json.dumps(row).encode(), storage.PUBLIC)
         except OSError as error:
             if saved:
                 report(ServiceEvent("up", Happening.UNSAVED, {"file": RUNNING, "text": error.strerror or str(error)}))
@@ -127,10 +127,10 @@ def running(folder: Path) -> dict[str, Any] | None:
             return None
     except TimeoutError:
         try:
-            found: dict[str, Any] = jsontext.decode(storage.read(folder / RUNNING, MAX_RUNNING))
+            row: dict[str, Any] = jsontext.decode(storage.read(folder / RUNNING, MAX_RUNNING))
         except FileNotFoundError:  # it has just begun, or is about to end
             return {"pid": None, "since": None, "stop": 0.0, "services": []}
-        return found
+        return row
 
 
 def stop(folder: Path) -> bool:
@@ -144,9 +144,9 @@ def stop(folder: Path) -> bool:
     """
     require(folder, SETTINGS)
     asked, end = None, time.monotonic() + SLACK
-    while (found := running(folder)) is not None and (asked is None or found["pid"] in (asked, None)):
-        if asked is None and found["pid"] is not None:
-            asked, end = found["pid"], time.monotonic() + SLACK + found["stop"] * (len(found["services"]) + 1)
+    while (row := running(folder)) is not None and (asked is None or row["pid"] in (asked, None)):
+        if asked is None and row["pid"] is not None:
+            asked, end = row["pid"], time.monotonic() + SLACK + row["stop"] * (len(row["services"]) + 1)
             with suppress(ProcessLookupError):  # it has just ended
                 os.kill(asked, signal.SIGTERM)
         if time.monotonic() > end:

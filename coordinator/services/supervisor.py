@@ -234,14 +234,14 @@ def supervise(
     supervised = [Supervised(service, patience, report) for service in services]
     shown: list[dict[str, str | int | None]] = []
     try:
-        while not any(each.done for each in supervised):
+        while not any(unit.done for unit in supervised):
             ready = True
-            for each in supervised:
-                each.step(may_start=ready)
-                ready = ready and each.state is ServiceState.READY
-            if (now := [each.snapshot() for each in supervised]) != shown and changed(now):
+            for unit in supervised:
+                unit.step(may_start=ready)
+                ready = ready and unit.state is ServiceState.READY
+            if (now := [unit.snapshot() for unit in supervised]) != shown and changed(now):
                 shown = now
             time.sleep(LOOK)
     finally:
-        for each in reversed(supervised):
-            each.stop(reason="all are stopped")
+        for unit in reversed(supervised):
+            unit.stop(reason="all are stopped")

@@ -35,23 +35,23 @@ def upgrade(url: str | URL, transcript: Path | None = None) -> str:
     engine = database.engine_of(url)
     try:
         with database.explained(engine), engine.begin() as connection:
-            found = database.revision(connection)
-            if found is None:
+            before = database.revision(connection)
+            if before is None:
                 raise ConfigError(f"{shown(engine.url)} has no registry", about="database")
-            if found == SCHEMA:
-                return found
-            if not found.isdecimal() or int(found) > int(SCHEMA):
-                require_schema(found, shown(engine.url))
+            if before == SCHEMA:
+                return before
+            if not before.isdecimal() or int(before) > int(SCHEMA):
+                require_schema(before, shown(engine.url))
             config = configuration(connection)
             if MigrationContext.configure(connection, opts={"version_table": SCHEMAS}).get_current_revision() is None:
-                command.stamp(config, found)
+                command.stamp(config, before)
             command.upgrade(config, "head")
             if transcript is not None and engine.dialect.name == "postgresql":
                 if not logs(transcript) and connection.execute(database.rounds.select().limit(1)).first() is not None:
                     text = f"{shown(engine.url)} has rounds, and {transcript} has no log of them: upgrade it on the"
                     raise ConfigError(f"{text} machine whose coordinator ran them", about="transcript")
                 transcripttable.insert(connection, transcript)
-            return found
+            return before
     finally:
         engine.dispose()
 
