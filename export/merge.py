@@ -171,8 +171,8 @@ def _resize(model: Any, shapes: Shapes, folder: Path) -> bool:
 
 def _tables(model: Any) -> list[Any]:
     owner: Any = next(part for part in model.modules() if hasattr(part, "get_input_embeddings"))
-    found = (owner.get_input_embeddings(), owner.get_output_embeddings())
-    return [module for module in found if module is not None]
+    tables = (owner.get_input_embeddings(), owner.get_output_embeddings())
+    return [module for module in tables if module is not None]
 
 
 def _is_table(name: str, tables: Sequence[str]) -> bool:
@@ -186,15 +186,15 @@ def _opened(inner: nn.Module, folder: Path, shapes: Shapes) -> PeftModel:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what they say is checked below
             model = PeftModel.from_pretrained(inner, folder).eval()
-            found = model.load_adapter(str(folder), "default")  # once more, for what it says about names
+            loaded = model.load_adapter(str(folder), "default")  # once more, for what it says about names
     except Exception as error:  # many classes without a common base
         raise _refusal(folder, error) from error
     state = model.state_dict(keep_vars=True)
-    present = {id(value) for name, value in state.items() if name not in found.missing_keys}
-    missing = {name for name in found.missing_keys if id(state[name]) not in present}  # some are shared by layers
+    present = {id(value) for name, value in state.items() if name not in loaded.missing_keys}
+    missing = {name for name in loaded.missing_keys if id(state[name]) not in present}  # some are shared by layers
     # peft saves a second copy of a table with new tokens, and does not read it.
-    copies = {name for name in found.unexpected_keys if MODULES in name and name.replace(MODULES, ".") in shapes}
-    if odd := sorted(missing | (set(found.unexpected_keys) - copies)):
+    copies = {name for name in loaded.unexpected_keys if MODULES in name and name.replace(MODULES, ".") in shapes}
+    if odd := sorted(missing | (set(loaded.unexpected_keys) - copies)):
         path = odd[0].removeprefix(PEFT_PREFIX)[:200]
         raise ConfigError(
             f"the adapter in {folder} is of another base, or damaged: {path!r} has no counterpart",

@@ -44,10 +44,10 @@ def frequent_words(languages: Sequence[str], count: int) -> list[str]:
     """
     import wordfreq  # takes half a second
 
-    known = wordfreq.available_languages("small")
-    if unknown := [language for language in languages if language not in known]:
+    available = wordfreq.available_languages("small")
+    if unknown := [language for language in languages if language not in available]:
         raise ConfigError(
-            f"there is no list of words for {', '.join(unknown)}, only for {', '.join(sorted(known))}; "
+            f"there is no list of words for {', '.join(unknown)}, only for {', '.join(sorted(available))}; "
             "give texts of the language instead (--texts)",
             about="--languages",
             value=unknown,

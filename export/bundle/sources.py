@@ -72,21 +72,21 @@ def from_registry(state_dir: Path, version: int | None, trust: Path | None) -> O
     registryfiles.require(state_dir)  # first: without a registry the key is missing too
     trusted = read_public_keys(trust) if trust else (read_key(state_dir / SIGNING_KEY).public,)
     registry = open_registry_files(state_dir, trusted)
-    found = registry.recorded(version)
-    if found is None:
+    manifest = registry.recorded(version)
+    if manifest is None:
         which = "is empty" if version is None else f"has no version {version}"
         raise DataError(f"the registry in {state_dir} {which}", about="version", value=version)
-    tensors = from_peft_tensors(registry.tensors(found), found.peft_config, {})
+    tensors = from_peft_tensors(registry.tensors(manifest), manifest.peft_config, {})
     return Origin(
-        found.peft_config,
-        found.labels,
-        found.version,
-        found.sha256,
-        found.base_digest,
+        manifest.peft_config,
+        manifest.labels,
+        manifest.version,
+        manifest.sha256,
+        manifest.base_digest,
         None,
         None,
         tensors,
-        privacy=found.privacy,
+        privacy=manifest.privacy,
     )
 
 

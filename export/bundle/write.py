@@ -159,11 +159,11 @@ def next_version(bundle: Path, name: str, origin: Origin, temperature: float = 1
     before = stated_adapter(bundle, name)
     if before is None:
         return 1
-    held, given = (
+    held, content = (
         (before.source, before.labels, before.peft_config, before.temperature),
         (origin.sha256, origin.labels, origin.peft_config, temperature),
     )
-    return before.version if held == given else before.version + 1
+    return before.version if held == content else before.version + 1
 
 
 def create(

@@ -94,11 +94,11 @@ def _export(
     passes = 3 if profile is Profile.WEB_INT8 else 1  # the MatMuls that lose too much are found first
     store.reports(counted(report, "quantizing", passes * size_of(decoder.graph)))
     graph = quantize(decoder.graph, profile, ids, store)
-    given = insert_vectors(graph, layers, names, parameters, store)
+    vector_slots = insert_vectors(graph, layers, names, parameters, store)
     scaled = {layer_of(name) for name in names if name.endswith(OUTPUT_SCALE)}
     # The update comes after a scale of the output, and so after the bias.
     places = {path: replace(layers[path], y=layers[path].end) if path in scaled else layers[path] for path in adapted}
-    inserted = matmuls.insert_lora(graph, places) | given
+    inserted = matmuls.insert_lora(graph, places) | vector_slots
     if embedding is not None and PROMPT in wanted.virtual:
         inserted |= virtualtokens.insert_prompt(graph, embedding)
     if PREFIX in wanted.virtual:
@@ -183,14 +183,14 @@ def _embedding(model: nn.Module, tokenizer: Tokenizer) -> virtualtokens.Embeddin
 
 
 def _vectors(model: nn.Module) -> dict[str, Floats]:
-    found = {}
+    by_path = {}
     for path, module in model.named_modules():
         names = [name for name, value in module.named_parameters(recurse=False) if value.ndim == 1]
         if names:
             with pretrained.loaded(module):
                 values = {name: module.get_parameter(name).detach().numpy().copy() for name in names}
-            found.update({f"{path}.{name}": value for name, value in values.items()})
-    return found
+            by_path.update({f"{path}.{name}": value for name, value in values.items()})
+    return by_path
 
 
 class _Weights(Mapping[str, Floats]):

@@ -115,27 +115,27 @@ def adapter(
     if base_name is not None and stated_manifest(bundle) is None:
         exported = _exported(bundle, base_name, profile or PROFILE, origin)
         trains = learning(exported, origin.peft_config)
-        found = _calibrated(exported.folder, exported.manifest, origin, form, examples)
-        temperature = found.temperature if found else 1.0
+        calibration = _calibrated(exported.folder, exported.manifest, origin, form, examples)
+        temperature = calibration.temperature if calibration else 1.0
         manifest = create(bundle, exported, origin, name=name, form=form, key=signer, temperature=temperature)
     else:
         if base_name is not None:
             check_base(bundle, find_base(base_name), profile)
         calibrates = examples and stated_manifest(bundle) is not None  # else `add` refuses
         verified = _base(bundle, signer) if calibrates else None
-        found = _calibrated(verified.folder, verified.manifest, origin, form, examples) if verified else None
+        calibration = _calibrated(verified.folder, verified.manifest, origin, form, examples) if verified else None
         if verified:
             verified.check()
-        temperature = found.temperature if found else 1.0
+        temperature = calibration.temperature if calibration else 1.0
         if registry is None and version is None:
             origin = replace(origin, version=next_version(bundle, name, origin, temperature))
         _warn(bundle, name, origin, temperature)
         manifest = add(bundle, origin, name=name, form=form, key=signer, temperature=temperature)
     row = {"bundle": str(bundle), **asdict(manifest)}
     line = f"{bundle}: {name} version {manifest.version}, {form}, rank {manifest.rank}, {manifest.size:,} bytes{trains}"
-    if found:
-        row["calibration"] = asdict(found)
-        line = f"{line}\n{_summary(found)}"
+    if calibration:
+        row["calibration"] = asdict(calibration)
+        line = f"{line}\n{_summary(calibration)}"
     print_result(row, line, as_json)
 
 

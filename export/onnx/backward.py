@@ -54,8 +54,8 @@ class Backward:
 
     def known(self, name: str) -> NDArray[Any] | None:
         """Value of an initializer; None for anything else."""
-        found = self._stored.get(name)
-        return None if found is None else numpy_helper.to_array(found)
+        tensor = self._stored.get(name)
+        return None if tensor is None else numpy_helper.to_array(tensor)
 
     def rank(self, name: str) -> int:
         """Count the dimensions of a value of the forward pass. Raises ConfigError: shape inference did not find it."""
@@ -78,8 +78,8 @@ class Backward:
 
     def size(self, name: str, axis: int) -> str:
         """Name one dimension of a value of the forward pass, counted from the front: a vector of one integer."""
-        if isinstance(known := self._dims.get(name, [UNKNOWN] * (axis + 1))[axis], int):
-            return self.integers(known)
+        if isinstance(dimension := self._dims.get(name, [UNKNOWN] * (axis + 1))[axis], int):
+            return self.integers(dimension)
         return self.add("Slice", self.shape(name), self.integers(axis), self.integers(axis + 1), self.integers(0))
 
     def share(self, part: str, whole: str) -> str:

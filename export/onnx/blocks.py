@@ -93,9 +93,9 @@ def four_bits_exactly(weight: Floats) -> Blocks | None:
     """
     parts = []
     for part in _parts(weight):
-        if (found := _four_bits_exactly(part)) is None:
+        if (exact := _four_bits_exactly(part)) is None:
             return None
-        parts.append(found)
+        parts.append(exact)
     codes, scales = (np.concatenate([part[i] for part in parts]) for i in range(2))
     return Blocks(4, _shape(weight), codes, scales)
 

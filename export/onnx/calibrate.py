@@ -60,12 +60,12 @@ def feeds_for(graph: onnx.ModelProto, ids: Sequence[int]) -> dict[str, NDArray[n
     Raises ConfigError: the graph has an input that is neither tokens, cache nor slot.
     """
     row = np.array([ids], dtype=np.int64)
-    known = {"input_ids": row, "attention_mask": np.ones_like(row), "position_ids": np.arange(len(ids))[None]}
+    tokens = {"input_ids": row, "attention_mask": np.ones_like(row), "position_ids": np.arange(len(ids))[None]}
     feeds: dict[str, NDArray[np.generic]] = {}
     for value in graph.graph.input:
         dims = value.type.tensor_type.shape.dim
-        if value.name in known:
-            feeds[value.name] = known[value.name]
+        if value.name in tokens:
+            feeds[value.name] = tokens[value.name]
         elif value.type.tensor_type.elem_type == TensorProto.FLOAT:
             # Symbolic dimensions (ranks, labels, past tokens) are 0, except the batch.
             shape = [d.dim_value or int("batch" in d.dim_param) for d in dims]

@@ -84,8 +84,8 @@ def round_integers(model: nn.Module, integers: Collection[str]) -> None:
     for module in model.modules():
         if is_linear(module):
             weight: Floats = layer_weight(module).T
-            if weight.shape[0] % BLOCK == 0 and (found := in_integers(weight, integers)) is not None:
-                rounded = found[0] * found[1]
+            if weight.shape[0] % BLOCK == 0 and (integer := in_integers(weight, integers)) is not None:
+                rounded = integer[0] * integer[1]
                 rows = rounded if type(module) is Conv1D else rounded.T
                 module.weight = nn.Parameter(torch.from_numpy(np.ascontiguousarray(rows)), requires_grad=False)
     for module in model.modules():

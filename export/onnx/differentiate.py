@@ -29,11 +29,11 @@ def differentiate(graph: onnx.ModelProto, value: str, by: Sequence[str]) -> onnx
     result = shape_inference.infer_shapes(graph, data_prop=True)
     inner = result.graph
     _slice(inner)
-    found, to = _gradients(inner, value, by)
-    if missing := [name for name in by if name not in found]:
+    gradients, to = _gradients(inner, value, by)
+    if missing := [name for name in by if name not in gradients]:
         raise ConfigError(f"the answer does not depend on {missing[0]!r}, so it has no gradient", about=missing[0])
     for name in by:
-        to.named("Identity", name + GRADIENT, found[name])
+        to.named("Identity", name + GRADIENT, gradients[name])
     inner.node.extend(to.nodes)
     inner.initializer.extend(to.constants.values())
     stated = {each.name: each.type.tensor_type.shape.dim for each in inner.input}
@@ -50,8 +50,8 @@ def _slice(graph: onnx.GraphProto) -> None:
     nodes = list[onnx.NodeProto]()
     for node in graph.node:
         axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
-        known = node.op_type == "Split" and all(name in dims for name in node.output)
-        sizes = [dims[name][axis].dim_value for name in node.output] if known else []
+        is_sized = node.op_type == "Split" and all(name in dims for name in node.output)
+        sizes = [dims[name][axis].dim_value for name in node.output] if is_sized else []
         if not all(sizes) or not sizes:
             nodes.append(node)
             continue
@@ -70,12 +70,12 @@ def _gradients(graph: onnx.GraphProto, value: str, by: Sequence[str]) -> tuple[d
     for node in graph.node:
         if node.op_type not in CONSTANT and active.intersection(node.input):
             active.update(node.output)
-    found = {value: to.constant(np.float32(1))} if value in active else {}
+    gradients = {value: to.constant(np.float32(1))} if value in active else {}
     for node in reversed(graph.node):
         wanted = {number for number, source in enumerate(node.input) if source in active}
-        if not wanted or node.output[0] not in found:
+        if not wanted or node.output[0] not in gradients:
             continue
-        for number, gradient in rule_of(node)(to, node, found[node.output[0]], wanted).items():
+        for number, gradient in rule_of(node)(to, node, gradients[node.output[0]], wanted).items():
             source = node.input[number]
-            found[source] = to.add("Add", found[source], gradient) if source in found else gradient
-    return found, to
+            gradients[source] = to.add("Add", gradients[source], gradient) if source in gradients else gradient
+    return gradients, to

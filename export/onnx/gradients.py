@@ -61,13 +61,13 @@ def check_gradients(
         batch = _learned(rng, batch, ids) if language else _labelled(rng, batch, module, inputs)
         expected = _in_torch(module, batch, inputs)
         try:
-            loss, found = graph.gradients(batch, inputs)
+            loss, gradients = graph.gradients(batch, inputs)
             norms = graph.weight_norms(inputs, graph.normed)
             biases = graph.own_biases()
         except Exception as error:  # onnxruntime raises classes without a common base
             reason = " ".join(str(error).split())[:MAX_REASON]
             raise ConfigError(f"the training graph does not run: {reason}", about="training") from error
-        both = found | {"loss": np.array(loss)} | {path + WEIGHT_NORM: value for path, value in norms.items()}
+        both = gradients | {"loss": np.array(loss)} | {path + WEIGHT_NORM: value for path, value in norms.items()}
         both |= {path + OWN_BIAS: value for path, value in biases.items()}
         for name, wanted in (expected | _for_dora(module, inputs)).items():
             if not wanted.size:
@@ -97,16 +97,16 @@ def _in_torch(module: torch.nn.Module, batch: TrainingBatch, inputs: Tensors) ->
 
 def _for_dora(module: torch.nn.Module, inputs: Tensors) -> Tensors:
     """Compute the norms of the weights with an update, and the biases, of the layers with slots for DoRA."""
-    found: dict[str, Floats] = {}
+    tensors: dict[str, Floats] = {}
     for layer in module.modules():
         if not (isinstance(layer, LayerInput) and {LORA_A, OUTPUT_SCALE} <= layer.kinds):
             continue
         base: Any = layer.base.module if isinstance(layer.base, ReplacedInput) else layer.base
         update = inputs[layer.path + LORA_A] @ inputs[layer.path + LORA_B]
-        found[layer.path + WEIGHT_NORM] = np.linalg.norm(base.weight.detach().numpy() + update.T, axis=1)
+        tensors[layer.path + WEIGHT_NORM] = np.linalg.norm(base.weight.detach().numpy() + update.T, axis=1)
         if base.bias is not None:
-            found[layer.path + OWN_BIAS] = base.bias.detach().numpy()
-    return found
+            tensors[layer.path + OWN_BIAS] = base.bias.detach().numpy()
+    return tensors
 
 
 def _drawn(

@@ -64,9 +64,9 @@ def split(
     """
     graphs = [graph] if training is None else [graph, training]
     digests = {WEIGHTS: _externalize(graphs, folder / WEIGHTS, store, parts)}
-    for each in graphs:
-        each.producer_name, each.producer_version = PRODUCER, version(PRODUCER)
-        helper.set_model_props(each, dict(about))
+    for model in graphs:
+        model.producer_name, model.producer_version = PRODUCER, version(PRODUCER)
+        helper.set_model_props(model, dict(about))
     # Only inputs and outputs have shapes: an exporter's shapes in between may be wrong.
     del graph.graph.value_info[:]
     for value in graph.graph.input:

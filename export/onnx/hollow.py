@@ -22,10 +22,10 @@ def hollow(model: nn.Module) -> Weights:
 
     Returns what reads the value of each hollow weight, in its memory's layout.
     """
-    found = [(module, dict(_on_disk(module))) for module in model.modules()]
+    on_disk = [(module, dict(_on_disk(module))) for module in model.modules()]
     remove_hook_from_module(model, recurse=True)
     weights: dict[int, Callable[[], Tensor]] = {}
-    for module, readers in found:
+    for module, readers in on_disk:
         for name, read in readers.items():
             value: Tensor = module.get_parameter(name)
             if value.numel() <= SMALL:

@@ -87,7 +87,7 @@ def find(graph: onnx.ModelProto, weights: Mapping[str, Floats], store: TensorSto
     """
     values = {tensor.name: tensor for tensor in graph.graph.initializer}
     matmuls = [node for node in graph.graph.node if _weight_name(node) in values]
-    found = {}
+    layers = {}
     for path, weight in weights.items():
         same = [node for node in matmuls if _has_weight(node, values[_weight_name(node)], weight, store)]
         if len(same) != 1:
@@ -98,10 +98,10 @@ def find(graph: onnx.ModelProto, weights: Mapping[str, Floats], store: TensorSto
             )
         (out, width), y = weight.shape, same[0].output[0]
         end, bias = _end(graph.graph, y, values, int(out))
-        found[path] = LayerMatMul(same[0].input[0], y, int(width), int(out), end, bias)
-    if len({layer.y for layer in found.values()}) != len(found):
+        layers[path] = LayerMatMul(same[0].input[0], y, int(width), int(out), end, bias)
+    if len({layer.y for layer in layers.values()}) != len(layers):
         raise ConfigError("two layers with equal weights cannot be distinguished in the graph", about="weights")
-    return found
+    return layers
 
 
 def insert_lora(graph: onnx.ModelProto, layers: Mapping[str, LayerMatMul]) -> dict[str, tuple[str, ...]]:

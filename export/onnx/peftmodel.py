@@ -147,13 +147,13 @@ class LayerInput(nn.Module):
 
         Products and sums over no row would do, but onnxruntime-web 1.30 takes them for no result.
         """
-        given = self._now(kind)
+        value = self._now(kind)
         if not torch.compiler.is_exporting():  # torch computes no symbolic operator
-            return torch.cat([given, torch.full((1, given.shape[1]), neutral)])[:1]
-        (rows, width), one = given.shape, torch.onnx.ops.symbolic
+            return torch.cat([value, torch.full((1, value.shape[1]), neutral)])[:1]
+        (rows, width), operator = value.shape, torch.onnx.ops.symbolic
         padding = (torch.tensor([0, 1]), torch.tensor(neutral), torch.tensor([-2]))  # a row at the end
-        both = one("Pad", (given, *padding), dtype=given.dtype, shape=(rows + 1, width))
-        return one("Gather", (both, torch.tensor([0])), {"axis": -2}, dtype=given.dtype, shape=(1, width))
+        both = operator("Pad", (value, *padding), dtype=value.dtype, shape=(rows + 1, width))
+        return operator("Gather", (both, torch.tensor([0])), {"axis": -2}, dtype=value.dtype, shape=(1, width))
 
 
 class ReplacedInput(nn.Module):
@@ -166,8 +166,8 @@ class ReplacedInput(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         own = {name: self.module.get_parameter(name)[None] for name in self.names}
-        given = {name: self.values.now[f"{self.path}.{name}{REPLACED}"] for name in self.names}
-        chosen = {name: torch.cat([given[name], own[name]])[0] for name in self.names}
+        brought = {name: self.values.now[f"{self.path}.{name}{REPLACED}"] for name in self.names}
+        chosen = {name: torch.cat([brought[name], own[name]])[0] for name in self.names}
         return torch.func.functional_call(self.module, chosen, args, kwargs)
 
 

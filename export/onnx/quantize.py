@@ -57,19 +57,19 @@ def in_blocks(
     result = copy.deepcopy(graph)
     values = {tensor.name: tensor for tensor in result.graph.initializer}
     ranks = _ranks(graph.graph)
-    made: dict[tuple[str, int], Blocks] = {}
+    quantized: dict[tuple[str, int], Blocks] = {}
     readers = Counter(filter(None, (_weight(node, values) for node in result.graph.node)))
     nodes: list[onnx.NodeProto] = []
     summed: dict[str, int] = {}
     for node in result.graph.node:
         if (name := _weight(node, values)) is not None:
             chosen = _bits(node, other.get(node.output[0], bits))
-            if (key := (name, chosen)) not in made and chosen != FLOAT:
+            if (key := (name, chosen)) not in quantized and chosen != FLOAT:
                 matrix = store.array(values[name])
                 rows = matrix.T if node.op_type == "MatMul" else matrix
-                made[key] = four_bits_exactly(rows) or (eight_bits(rows) if chosen == 8 else four_bits(rows))
+                quantized[key] = four_bits_exactly(rows) or (eight_bits(rows) if chosen == 8 else four_bits(rows))
             readers[name] -= 1
-            if (blocks := made.get(key) if readers[name] else made.pop(key, None)) is not None:
+            if (blocks := quantized.get(key) if readers[name] else quantized.pop(key, None)) is not None:
                 if blocks.sums and (x := node.input[0]) not in summed:
                     summed[x] = ranks.get(x, USUAL_RANK)
                     nodes.extend(_sums(x, summed[x]))

@@ -59,12 +59,12 @@ class Segments:
         last |= dict.fromkeys(names, len(self._segments))
         values: Values = dict(feeds)
         for number, segment in enumerate(self._segments):
-            made = [name for node in segment.nodes for name in node.output if last.get(name, -1) > number]
+            outputs = [name for node in segment.nodes for name in node.output if last.get(name, -1) > number]
             reads = {name for node in segment.nodes for name in _reads(node)}
-            given = {name: values[name] for name in sorted(reads & values.keys())}
-            session = self._opened(segment, given, made)
+            inputs = {name: values[name] for name in sorted(reads & values.keys())}
+            session = self._opened(segment, inputs, outputs)
             # A part that computes nothing for the others has no outputs to ask for.
-            values |= dict(zip(made, session.run(made, given), strict=True)) if made else {}
+            values |= dict(zip(outputs, session.run(outputs, inputs), strict=True)) if outputs else {}
             values = {name: value for name, value in values.items() if last.get(name, -1) > number}
             self._step(segment.size)
         constant = {tensor.name: tensor for tensor in self._graph.graph.initializer}
@@ -121,12 +121,12 @@ def _size(tensor: TensorProto) -> int:
 
 def _reads(node: onnx.NodeProto) -> set[str]:
     """List the values that a node reads, those of graphs within it among them."""
-    found = set(node.input)
+    names = set(node.input)
     for attribute in node.attribute:
         graphs = [attribute.g] if attribute.type == AttributeProto.GRAPH else list(attribute.graphs)
         for inner in graphs:
             own = {value.name for value in (*inner.input, *inner.initializer)}
             own |= {name for child in inner.node for name in child.output}
             read = {name for child in inner.node for name in _reads(child)} | {value.name for value in inner.output}
-            found |= read - own
-    return found - {""}
+            names |= read - own
+    return names - {""}

@@ -64,8 +64,8 @@ def forms_of(graph: onnx.ModelProto, answering: onnx.ModelProto, profile: Profil
             return None
         exact = four_bits_exactly(weight.T)
         if profile is Profile.WEB_INT8:
-            if (found := in_integers(weight, integers)) is not None:
-                return Stored(found[0], found[0].shape, found[1], block=0)
+            if (integer := in_integers(weight, integers)) is not None:
+                return Stored(integer[0], integer[0].shape, integer[1], block=0)
             return Stored(exact.steps, exact.shape, exact.scales) if exact and name not in embeddings else None
         if exact:
             return _four_bits(exact)
@@ -158,9 +158,9 @@ def _floats(
     graph: onnx.GraphProto, name: str, stored: Stored, store: TensorStore, *, once: bool
 ) -> list[onnx.NodeProto]:
     """Make a weight of its bytes, as stored and transposed; ``once`` for both, or for each."""
-    made, turned = (name + ROWS, name + COLUMNS) if stored.block else (name + COLUMNS, name + ROWS)
-    source = made if once else f"{turned}_stored"
-    nodes = _of_bytes(graph, name, stored, store, made)
+    as_stored, turned = (name + ROWS, name + COLUMNS) if stored.block else (name + COLUMNS, name + ROWS)
+    source = as_stored if once else f"{turned}_stored"
+    nodes = _of_bytes(graph, name, stored, store, as_stored)
     if not once:
         nodes += _of_bytes(graph, name, stored, store, source)
     return [*nodes, helper.make_node("Transpose", [source], [turned], turned, perm=[1, 0])]

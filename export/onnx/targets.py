@@ -82,8 +82,8 @@ def vectors(model: nn.Module, slots: Slots, heads: Sequence[str] = ()) -> tuple[
         names.update(name for name in replaced if not in_modules(vector_site(name), heads))
     linear_layers(model, [layer_of(name) for name in slots.vectors if not name.endswith(REPLACED)])
     parameters = {name for name, value in model.named_parameters() if value.ndim == 1}
-    given = [vector_site(name) for name in slots.vectors if name.endswith(REPLACED)]
-    if missing := [name for name in given if name not in parameters]:
+    sites = [vector_site(name) for name in slots.vectors if name.endswith(REPLACED)]
+    if missing := [name for name in sites if name not in parameters]:
         raise ConfigError(
             f"the base has no vector among its parameters named {summary(missing)}", about="vectors", value=missing
         )
@@ -118,15 +118,15 @@ def linear_layers(model: nn.Module, targets: Sequence[str], heads: Sequence[str]
             about="--targets",
             value=missing,
         )
-    found: set[str] = set().union(*matched.values())
-    if odd := [path for path in modules if path in found - linear]:
+    chosen: set[str] = set().union(*matched.values())
+    if odd := [path for path in modules if path in chosen - linear]:
         kind = type(modules[odd[0]]).__name__
         raise ConfigError(
             f"an adapter on {kind} cannot be exported, only on linear layers: {summary(odd)}",
             about=kind,
             value=odd[0],
         )
-    return [path for path in modules if path in found]
+    return [path for path in modules if path in chosen]
 
 
 def _matched(

@@ -35,8 +35,13 @@ def sizes(config: Any) -> Sizes:
     from optimum.utils.normalized_config import NormalizedConfigManager
 
     try:
-        known = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
-        return Sizes(*map(int, (known.num_layers, known.num_attention_heads, known.hidden_size, known.vocab_size)))
+        normalized = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
+        return Sizes(
+            *map(
+                int,
+                (normalized.num_layers, normalized.num_attention_heads, normalized.hidden_size, normalized.vocab_size),
+            )
+        )
     except (KeyError, AttributeError, TypeError):
         names = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
     try:
@@ -79,9 +84,9 @@ def check_reads_embeddings(model: Any, ids: Sequence[int]) -> None:
     try:
         with torch.no_grad():
             embeddings = model.get_input_embeddings()(tokens)
-            found = model(inputs_embeds=embeddings, attention_mask=torch.ones_like(tokens)).logits
+            embedded = model(inputs_embeds=embeddings, attention_mask=torch.ones_like(tokens)).logits
             expected = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
-        same = bool((found - expected).abs().max() <= CLOSE * expected.abs().max())
+        same = bool((embedded - expected).abs().max() <= CLOSE * expected.abs().max())
         reason = "it reads more of a token than its embedding"
     except Exception as error:  # whatever the code of a model raises
         same, reason = False, _first_line(error)

@@ -49,27 +49,27 @@ def training_graph(
     Raises:
         ConfigError: The graph lacks the weight of a layer, or as ``differentiate``.
     """
-    made = differentiate(_with_loss(traced), LOSS, tuple(tracing.slots(traced)))
-    language = POSITIONS in {value.name for value in made.graph.input}
+    result = differentiate(_with_loss(traced), LOSS, tuple(tracing.slots(traced)))
+    language = POSITIONS in {value.name for value in result.graph.input}
     if language:
-        made.graph.output.extend(
+        result.graph.output.extend(
             helper.make_tensor_value_info(name, kind, ["learned"])
             for name, kind in ((LOG_LIKELIHOOD, TensorProto.FLOAT), (HITS, TensorProto.BOOL))
         )
-    _add_norms(made, slotted, store)
-    form_of = forms_of(made, answering, profile, store)
-    _read_embedding(made, form_of, store)
+    _add_norms(result, slotted, store)
+    form_of = forms_of(result, answering, profile, store)
+    _read_embedding(result, form_of, store)
     if profile is Profile.FP32:
-        return made
-    made = in_blocks(made, FLOAT, {}, store)  # the embeddings alone
-    read_stored(made, form_of, store, {tracing.ANSWER} if language else None)
-    return made
+        return result
+    result = in_blocks(result, FLOAT, {}, store)  # the embeddings alone
+    read_stored(result, form_of, store, {tracing.ANSWER} if language else None)
+    return result
 
 
 def _with_loss(traced: onnx.ModelProto) -> onnx.ModelProto:
     """Copy the graph, and compute the loss in the copy: Σ shares · cross-entropy."""
-    made, logits = copy.deepcopy(traced), tracing.ANSWER
-    graph, node = made.graph, helper.make_node
+    result, logits = copy.deepcopy(traced), tracing.ANSWER
+    graph, node = result.graph, helper.make_node
     constants = {"last_axis": np.array([-1])}
     graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
     graph.node.extend(
@@ -90,7 +90,7 @@ def _with_loss(traced: onnx.ModelProto) -> onnx.ModelProto:
     rows = inputs.get(POSITIONS, graph.input[0]).type.tensor_type.shape.dim[0].dim_param
     for name, kind in ((TARGETS, TensorProto.INT64), (SHARES, TensorProto.FLOAT)):
         graph.input.append(helper.make_tensor_value_info(name, kind, [rows]))
-    return made
+    return result
 
 
 def _add_norms(graph: onnx.ModelProto, slotted: SlottedModel, store: TensorStore) -> None:
@@ -146,8 +146,8 @@ def _read_embedding(graph: onnx.ModelProto, form_of: FormOf, store: TensorStore)
             continue
         if form_of(node.input[1], store.array(values[node.input[1]])) is None:
             tied.append(helper.make_node("Transpose", [name], [node.input[1]], node.input[1], perm=[1, 0]))
-    made = {node.output[0] for node in tied}
-    kept = [tensor for tensor in inner.initializer if tensor.name not in made]
+    names = {node.output[0] for node in tied}
+    kept = [tensor for tensor in inner.initializer if tensor.name not in names]
     del inner.initializer[:]
     inner.initializer.extend(kept)
     replace_nodes(inner, [*tied, *inner.node])

@@ -169,14 +169,14 @@ def _initializer(graph: onnx.ModelProto, path: str, parameters: Mapping[str, Flo
     ]
     equal = sum(np.array_equal(value, other) for other in parameters.values())
     named = [name for name in same if name == path or name.endswith(f".{path}")]
-    found = same if equal == 1 else named if len(same) >= equal else []
-    if len(found) != 1:
+    matching = same if equal == 1 else named if len(same) >= equal else []
+    if len(matching) != 1:
         raise ConfigError(
             f"{path}: its values are in {len(same)} vectors of the exported graph, so an adapter cannot replace them",
             about=path,
             value=len(same),
         )
-    return found[0]
+    return matching[0]
 
 
 def _finish(graph: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> None:

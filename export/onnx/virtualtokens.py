@@ -79,8 +79,8 @@ def insert_prefix(graph: onnx.ModelProto) -> Slots:
     for number in range(2 * layers):
         layer, part = divmod(number, 2)
         node, place = _reader(makers, layer, part)
-        one = slot.add("Gather", [rows, slot.constant(number)], axis=0)
-        node.input[place] = slot.replaced(node.input[place], one, along)
+        part_rows = slot.add("Gather", [rows, slot.constant(number)], axis=0)
+        node.input[place] = slot.replaced(node.input[place], part_rows, along)
         before.setdefault(node.output[0], []).extend(slot.taken())
     _insert(inner, shared, before=before)
     return _declared(inner, PREFIX, size)
@@ -214,21 +214,21 @@ def _embeddings(graph: onnx.GraphProto, embedding: Embedding) -> onnx.NodeProto:
     """Find the node that returns the embeddings of the tokens as the model's layers read them."""
     stored = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     makers = {output: node for node in graph.node for output in node.output}
-    found = [
+    nodes = [
         node
         for node in graph.node
         if node.op_type in LOOKUPS
         and stored.get(node.input[0], [0])[0] == embedding.rows
         and _is_ids(node.input[1], makers)
     ]
-    if len(found) != 1:
+    if len(nodes) != 1:
         raise ConfigError(
-            f"the graph looks up the embeddings of tokens in {len(found)} places, not in one: virtual tokens cannot be "
+            f"the graph looks up the embeddings of tokens in {len(nodes)} places, not in one: virtual tokens cannot be "
             "exported for this base",
             about="embeddings",
-            value=len(found),
+            value=len(nodes),
         )
-    return found[0] if embedding.scale == 1 else _scaled(graph, found[0].output[0], embedding.scale)
+    return nodes[0] if embedding.scale == 1 else _scaled(graph, nodes[0].output[0], embedding.scale)
 
 
 def _is_ids(name: str, makers: Makers) -> bool:

@@ -242,12 +242,12 @@ def compare(
     alone: list[tuple[Sequence[int], Floats]] = []
     tokens = [encoding.ids for encoding in runner.encode(texts, inputs)]
     for ids, expected in zip(tokens, _in_torch(model, tokens, together=runner.graph is not None), strict=True):
-        found = runner.logits(ids, inputs)
-        if not (np.isfinite(expected).all() and np.isfinite(found).all()):
+        measured = runner.logits(ids, inputs)
+        if not (np.isfinite(expected).all() and np.isfinite(measured).all()):
             raise DataError("an answer is NaN or infinite; the adapter or the exported base is broken", about="logits")
         following = ids[1:] if expected.ndim == 3 else None
-        rows.append(_compared(log_softmax(expected[0]), log_softmax(found[0]), following))
-        alone.append((ids, found[0]))
+        rows.append(_compared(log_softmax(expected[0]), log_softmax(measured[0]), following))
+        alone.append((ids, measured[0]))
         step()
     if not sum(map(len, rows)):
         raise DataError(
@@ -269,14 +269,14 @@ def _in_torch(model: PeftModel, rows: Sequence[Sequence[int]], *, together: bool
     if not together:
         yield from (torch_logits(model, ids) for ids in rows)
         return
-    found: dict[int, Floats] = {}
+    by_row: dict[int, Floats] = {}
     for length in sorted({len(ids) for ids in rows}):
         same = [row for row, ids in enumerate(rows) if len(ids) == length]
         for at in range(0, len(same), MAX_TOGETHER):
             part = same[at : at + MAX_TOGETHER]
             logits = _torch_batch(model, [rows[row] for row in part])
-            found.update(zip(part, logits[:, np.newaxis], strict=True))
-    yield from (found[row] for row in range(len(rows)))
+            by_row.update(zip(part, logits[:, np.newaxis], strict=True))
+    yield from (by_row[row] for row in range(len(rows)))
 
 
 def gate(parity: Parity, limits: Limits, *, privacy: PrivacyBound | None = None) -> None:
@@ -337,10 +337,10 @@ def _mixed_diff(runner: OnnxRunner, inputs: Tensors, alone: Sequence[tuple[Seque
     for at in range(0, min(len(alone), MIXED_TEXTS), half):
         texts, logits = zip(*alone[at : at + half], strict=True)
         try:
-            found, expected = np.stack(runner.mixed(texts, inputs)), np.stack(logits)
+            mixed, expected = np.stack(runner.mixed(texts, inputs)), np.stack(logits)
         except Exception:  # ONNX Runtime's classes have no common base: the graph takes one adapter at a time
             return inf
-        result = max(result, float(np.abs(np.exp(log_softmax(found)) - np.exp(log_softmax(expected))).max()))
+        result = max(result, float(np.abs(np.exp(log_softmax(mixed)) - np.exp(log_softmax(expected))).max()))
     return result
 
 
