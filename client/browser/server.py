@@ -131,11 +131,11 @@ class Site:
         return text.replace(own, f"{own}; connect-src 'self' {addresses}") if addresses else text
 
     def _digest(self, path: str) -> str:
-        found = self.find(path)
-        if isinstance(found, Path):
-            status = found.stat()
-            return _file_digest(found, status.st_mtime_ns, status.st_size)
-        return hashlib.sha256(found or b"").hexdigest()
+        file = self.find(path)
+        if isinstance(file, Path):
+            status = file.stat()
+            return _file_digest(file, status.st_mtime_ns, status.st_size)
+        return hashlib.sha256(file or b"").hexdigest()
 
     def export(self, out: Path) -> None:
         """Write all files to ``out``, a folder that any server can serve.
@@ -180,15 +180,15 @@ class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "edgeadapt", ""
 
     def do_GET(self) -> None:
-        found = self.site.find(self.path.partition("?")[0].removeprefix("/")) if self._own_host() else None
-        if found is None:
+        content = self.site.find(self.path.partition("?")[0].removeprefix("/")) if self._own_host() else None
+        if content is None:
             self._head(HTTPStatus.NOT_FOUND, 0, {})
-        elif isinstance(found, bytes):
+        elif isinstance(content, bytes):
             kind = TYPES[".json" if self.path.partition("?")[0].endswith(".json") else ".html"]
-            self._head(HTTPStatus.OK, len(found), {"Content-Type": kind})
-            self._body(found)
+            self._head(HTTPStatus.OK, len(content), {"Content-Type": kind})
+            self._body(content)
         else:
-            self._file(found)
+            self._file(content)
 
     do_HEAD = do_GET  # noqa: N815  # the base class calls this name
 

@@ -71,12 +71,12 @@ def params_of(json_schema: Path | None, regex: str | None, grammar: Path | None,
         ConfigError: A value is out of range, there is more than one guide, or its file is missing.
         DataError: The file is too large or is not UTF-8.
     """
-    given: list[tuple[GuideKind, Path | str | None]] = [
+    candidates: list[tuple[GuideKind, Path | str | None]] = [
         (GuideKind.JSON_SCHEMA, json_schema),
         (GuideKind.REGEX, regex),
         (GuideKind.GRAMMAR, grammar),
     ]
-    guides = [(kind, value) for kind, value in given if value is not None]
+    guides = [(kind, value) for kind, value in candidates if value is not None]
     if len(guides) > 1:
         raise ConfigError("an answer has one form: give one of --json-schema, --regex and --grammar", about="guide")
     sources = [Guide(kind, _text(value) if isinstance(value, Path) else value) for kind, value in guides]

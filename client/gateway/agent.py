@@ -183,10 +183,10 @@ class Agent:
         except EdgeAdaptError as error:
             return [Condition("device.toml", str(error), met=False)]
         if to_join:
-            found = conditions(state_dir, self.readings, now)
+            demanded = conditions(state_dir, self.readings, now)
         else:
-            found = machine_conditions(state_dir.eligibility, self.readings, now)
-        return [each for each in found if not each.met]
+            demanded = machine_conditions(state_dir.eligibility, self.readings, now)
+        return [each for each in demanded if not each.met]
 
     @contextmanager
     def _looking(self, talk: Conversation) -> Iterator[None]:
@@ -223,12 +223,12 @@ class Agent:
     def _handle(self, talk: Conversation, asked: Asked) -> None:
         self._answering = True
         try:
-            found = self._answered(asked)
-            if isinstance(found, Refusal):
-                talk.send((messages.reason_message(asked.id, found.code, found.reason),))
+            reply = self._answered(asked)
+            if isinstance(reply, Refusal):
+                talk.send((messages.reason_message(asked.id, reply.code, reply.reason),))
             else:
-                talk.send(messages.answer_messages(asked.id, found))
-            if isinstance(found, Refusal) and found.code is RefusalCode.NOT_ELIGIBLE:
+                talk.send(messages.answer_messages(asked.id, reply))
+            if isinstance(reply, Refusal) and reply.code is RefusalCode.NOT_ELIGIBLE:
                 self._declined = True
                 talk.finish()
         finally:
@@ -241,15 +241,15 @@ class Agent:
         """
         digest = _digest(asked)
         if self._last is not None:
-            number, last, found = self._last
-            if number == asked.id or (last == digest and not isinstance(found, Refusal)):
-                return found
+            number, last, reply = self._last
+            if number == asked.id or (last == digest and not isinstance(reply, Refusal)):
+                return reply
         log.info("answering %s", asked.step)
         device = subject(load(DeviceStateDir.open(self.folder).certificate))
         node, opened = messages.node_of(device), partial(DeviceStateDir.open, self.folder)
-        found = answer(opened, Step(asked.step), asked.fields, node, readings=self.readings)
-        self._last = asked.id, digest, found
-        return found
+        reply = answer(opened, Step(asked.step), asked.fields, node, readings=self.readings)
+        self._last = asked.id, digest, reply
+        return reply
 
 
 def _digest(asked: Asked) -> bytes:

@@ -82,9 +82,9 @@ def conversation(address: str, path: str, authority: bytes, timeout: float | Non
     credentials = grpc.ssl_channel_credentials(authority)
     sent: queue.SimpleQueue[Iterable[bytes] | None] = queue.SimpleQueue()
     with grpc.secure_channel(address, credentials, options=messages.DEVICE_OPTIONS) as channel:
-        given = chain.from_iterable(iter(sent.get, None))
+        outgoing = chain.from_iterable(iter(sent.get, None))
         try:
-            yield Conversation(channel.stream_stream(path)(given, timeout=timeout), sent)
+            yield Conversation(channel.stream_stream(path)(outgoing, timeout=timeout), sent)
         finally:
             sent.put(None)  # ends gRPC's thread that waits for it
 

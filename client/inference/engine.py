@@ -130,19 +130,19 @@ class GenerationEngine:
             RuntimeError: The graph does not run.
         """
         guided = self._guided(params.guide)
-        live, known = self._usable(params, adapter, min(self.context, len(prompt) + params.max_tokens)), 0
+        live, cached = self._usable(params, adapter, min(self.context, len(prompt) + params.max_tokens)), 0
         live.guided = guided
         if live.adapter == adapter:
             # Without the last tokens: the last sampled one is not in the cache, and the prompt's last must be read once
             # more for its logits.
-            known = _common(live.tokens[:-1], prompt[:-1])
+            cached = _common(live.tokens[:-1], prompt[:-1])
         if live.inner.token_count():
-            live.inner.rewind_to(known)
+            live.inner.rewind_to(cached)
         self._switch(live, adapter)
         live.tokens = prompt[:]
         # With beams onnxruntime-genai 0.18 ends the process at the second piece.
-        append(live.inner, prompt[known:], PIECE if params.beams == 1 else self.context)
-        return known
+        append(live.inner, prompt[cached:], PIECE if params.beams == 1 else self.context)
+        return cached
 
     def draw(self) -> Iterator[int]:
         """Sample the tokens that follow the prompt, up to ``max_tokens`` or the end of the context.
@@ -171,9 +171,9 @@ class GenerationEngine:
             if live.inner.is_done():
                 break
             _step(live)
-        found = live.inner.get_sequence(0)[len(live.tokens) :]
-        yield from map(int, found)
-        if len(found) < limit:
+        written = live.inner.get_sequence(0)[len(live.tokens) :]
+        yield from map(int, written)
+        if len(written) < limit:
             yield next(iter(self.ends))  # onnxruntime-genai leaves it out
 
     def check(self, params: SamplingParams) -> None:

@@ -176,8 +176,8 @@ class Generator:
         finish, text, count, reused = Finish.INTERRUPTED, "", 0, 0
         virtual = adapter.virtual_tokens if adapter else 0
         try:
-            known = engine.read(with_placeholders(prompt, virtual), params, adapter.name if adapter else None)
-            reused = max(0, known - virtual)
+            cached = engine.read(with_placeholders(prompt, virtual), params, adapter.name if adapter else None)
+            reused = max(0, cached - virtual)
             for count, token in enumerate(engine.draw(), 1):  # noqa: B007
                 piece = "" if token in engine.ends else stops.feed(decoder.decode(token))
                 text += piece

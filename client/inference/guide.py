@@ -129,11 +129,11 @@ class GuidedAnswer:
 
     def allowed(self) -> NDArray[np.bool_]:
         """Whether each token may be next. Raises DataError if none may, or the guide has too many states."""
-        found = np.frombuffer(self._state.compute_logit_bias(), np.uint8) > 0
+        mask = np.frombuffer(self._state.compute_logit_bias(), np.uint8) > 0
         if self._state.is_error():
             reason = f"the model cannot go on by the {self._guide} ({_line(self._state.get_error())}); simplify it"
             raise DataError(reason, about="guide")
-        return found
+        return mask
 
     def append(self, token: int) -> None:
         self._state.consume_token(token)

@@ -125,11 +125,11 @@ class Composition:
         if isinstance(names, str) and weights is None:
             return cls.parse(names)
         listed = [names] if isinstance(names, str) else list(names)
-        given = [1.0] * len(listed) if weights is None else list(weights)
-        if len(given) != len(listed):
-            reason = f"{len(given)} weights are given for {len(listed)} adapters; give one for each"
-            raise ConfigError(reason, about="composition.weight", value=given)
-        return cls(tuple(map(WeightedAdapter, listed, given)))
+        factors = [1.0] * len(listed) if weights is None else list(weights)
+        if len(factors) != len(listed):
+            reason = f"{len(factors)} weights are given for {len(listed)} adapters; give one for each"
+            raise ConfigError(reason, about="composition.weight", value=factors)
+        return cls(tuple(map(WeightedAdapter, listed, factors)))
 
     def __str__(self) -> str:
         return "+".join(map(str, self.parts))
@@ -217,8 +217,8 @@ def _composed(name: str, values: Sequence[Floats], weights: Sequence[float]) -> 
     if name.endswith(LORA_B):
         return np.concatenate([np.float32(weight) * value for weight, value in zip(weights, values, strict=True)])
     if kind := vector_kind(name):
-        given = [(value, weight) for value, weight in zip(values, weights, strict=True) if len(value)]
-        return _vector(name, kind, given) if given else values[0]
+        vectors = [(value, weight) for value, weight in zip(values, weights, strict=True) if len(value)]
+        return _vector(name, kind, vectors) if vectors else values[0]
     if name in VIRTUAL:
         if odd := [weight for value, weight in zip(values, weights, strict=True) if len(value) and weight != 1]:
             reason = f"an adapter with virtual tokens has the weight {odd[0]:g}, but tokens have no multiple; give 1"
@@ -318,8 +318,8 @@ class Library:
 
     def _files(self, composition: Composition) -> Files:
         paths = [self.bundle / manifest_path(part.name) for part in composition.parts]
-        found = [path.stat() for path in paths if path.exists()]
-        return tuple((one.st_ino, one.st_size, one.st_mtime_ns) for one in found)
+        stats = [path.stat() for path in paths if path.exists()]
+        return tuple((one.st_ino, one.st_size, one.st_mtime_ns) for one in stats)
 
 
 def _check_runtime(bundle: Path, base: BaseManifest) -> None:

@@ -77,5 +77,5 @@ class PhraseReader:
 def _unknown_token(model: dict[str, object]) -> int | None:
     """Find the token for what a tokenizer does not know, as tokenizer.json states it; None if it knows every text."""
     name, number, vocabulary = model.get("unk_token"), model.get("unk_id"), model["vocab"]  # an id in a Unigram model
-    found = vocabulary.get(name) if isinstance(vocabulary, dict) and name is not None else number
-    return found if isinstance(found, int) else None
+    token = vocabulary.get(name) if isinstance(vocabulary, dict) and name is not None else number
+    return token if isinstance(token, int) else None

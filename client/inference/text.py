@@ -209,9 +209,9 @@ class StopFilter:
         if self.hit is not None:
             return ""
         text = self._held + piece
-        found = [(at, string) for string in self.strings if (at := text.find(string)) >= 0]
-        if found:
-            end, self.hit = min(found)
+        hits = [(at, string) for string in self.strings if (at := text.find(string)) >= 0]
+        if hits:
+            end, self.hit = min(hits)
             self._held = ""
         else:
             end = len(text) - self._overlap(text)

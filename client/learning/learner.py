@@ -255,13 +255,13 @@ class Learner:
         rehearsed, others = subject.others(taught, compared)
         tuned = trainer.teach(start, taught, rehearsed, subject.rate(lesson=True), step)
         seconds = time.perf_counter() - begun
-        found = subject.learnt([*taught, *others], start, tuned)
-        own = found[: len(taught)]
+        answers = subject.learnt([*taught, *others], start, tuned)
+        own = answers[: len(taught)]
         if not any(one.known for one in own):
             reason = f"nothing was learned in {done} steps; the adapter in use stays: teach something else"
             raise DataError(reason, about="corrections")
         used = self._put_into_use(manifest, corrections, trainer.engine.inputs_of(tuned))
-        return Learned(used.name, used.version, done, seconds, own, found[len(taught) :])
+        return Learned(used.name, used.version, done, seconds, own, answers[len(taught) :])
 
     def personalize(
         self,
@@ -307,19 +307,19 @@ class Learner:
         checkpoint = TrainingCheckpoint(self.folder / TRAINING_STATE, self.keys[1], digest)
         rng, limits = np.random.default_rng(list(digest)), replace(control, checkpoint=checkpoint)
         shared = {Candidate.GLOBAL: start}
-        found = personalize(trainer, shared, every, task, step, rng=rng, plain=chosen.counted, control=limits)
-        before, scores = start, {candidate.value: score for candidate, score in found.scores.items()}
+        outcome = personalize(trainer, shared, every, task, step, rng=rng, plain=chosen.counted, control=limits)
+        before, scores = start, {candidate.value: score for candidate, score in outcome.scores.items()}
         if old.parent and (old.peft_config, old.labels) == (manifest.peft_config, manifest.labels):
             before = trainer.engine.tensors_of(self.adapter.inputs)
             scores["in use"] = trainer.score(before, held_out)
-        made = found.chosen is Candidate.PERSONAL and subject.is_best(scores)
+        is_new = outcome.chosen is Candidate.PERSONAL and subject.is_best(scores)
         others: tuple[Learnt, ...] = ()
-        if made and manifest.labels:
-            others = subject.learnt([*held_out, *chosen.counted[:MAX_TESTED]], before, found.adapter)
-        used = self._put_into_use(manifest, (), trainer.engine.inputs_of(found.adapter)) if made else old
+        if is_new and manifest.labels:
+            others = subject.learnt([*held_out, *chosen.counted[:MAX_TESTED]], before, outcome.adapter)
+        used = self._put_into_use(manifest, (), trainer.engine.inputs_of(outcome.adapter)) if is_new else old
         checkpoint.delete()
         trained, seconds = len(in_split(every, Split.TRAIN)), time.perf_counter() - begun
-        return Personalized(used.name, used.version, made, seconds, trained, len(held_out), scores, others)
+        return Personalized(used.name, used.version, is_new, seconds, trained, len(held_out), scores, others)
 
     def _subject(self, manifest: AdapterManifest) -> "_Phrases | _Texts":
         kind = _Texts if self.library.manifest.task == "text-generation" else _Phrases
@@ -371,8 +371,8 @@ class Learner:
         """Find the adapter with this SHA-256, else the one to use instead of the private one."""
         manifest_of = self.library.trust.bundle.adapter_manifest
         shared = [manifest_of(name) for name in self.library.names() if name != self.target]
-        found = [one for one in shared if one.sha256 == digest]
-        return found[0] if found else manifest_of(self.library.default(without=self.target))
+        matching = [one for one in shared if one.sha256 == digest]
+        return matching[0] if matching else manifest_of(self.library.default(without=self.target))
 
     def _put_into_use(
         self, origin: AdapterManifest, corrections: Sequence[Correction], inputs: Tensors
@@ -381,7 +381,7 @@ class Learner:
         old = self.adapter.manifest
         blob = container.pack(quantize(inputs, "fp32"))
         digest = sha256(blob).hexdigest()
-        made = replace(
+        manifest = replace(
             origin,
             name=self.target,
             sha256=digest,
@@ -398,9 +398,9 @@ class Learner:
             before = Before(*(storage.read(path, MAX_FILE) for path in paths))
         lesson = Lesson(tuple(corrections), digest, old.sha256, before)
         self._save(self.history.then(lesson))  # first: a lesson that made no adapter is found and left out
-        self._install(made, blob)
-        self._use(made.name)
-        return made
+        self._install(manifest, blob)
+        self._use(manifest.name)
+        return manifest
 
     def _use(self, name: str) -> None:
         self.adapter = self.library.trust.adapter(name, self.library.base)
@@ -457,15 +457,15 @@ class _Phrases:
     def checked(self, corrections: Sequence[Correction]) -> list[Example]:
         """Turn corrections into examples. Raises DataError as ``Learner.teach``."""
         reader, read = PhraseReader.of(self._learner.library.base.files[TOKENIZER]), dict[tuple[int, ...], str]()
-        for number, one in enumerate(corrections, 1):
-            if one.label not in self._labels:
-                known = ", ".join(self._labels[:40])
-                reason = f"phrase {number} has the label {one.label[:40]!r}, which the adapter lacks; it has: {known}"
-                raise DataError(reason, about="label", value=one.label)
-            if len(one.text) > MAX_TEXT:
-                reason = f"phrase {number} has {len(one.text)} characters, above the limit of {MAX_TEXT}: shorten it"
-                raise DataError(reason, about="text", value=len(one.text))
-            if read.setdefault(tuple(reader.tokens(one.text)), one.label) != one.label:
+        for number, pair in enumerate(corrections, 1):
+            if pair.label not in self._labels:
+                names = ", ".join(self._labels[:40])
+                reason = f"phrase {number} has the label {pair.label[:40]!r}, which the adapter lacks; it has: {names}"
+                raise DataError(reason, about="label", value=pair.label)
+            if len(pair.text) > MAX_TEXT:
+                reason = f"phrase {number} has {len(pair.text)} characters, above the limit of {MAX_TEXT}: shorten it"
+                raise DataError(reason, about="text", value=len(pair.text))
+            if read.setdefault(tuple(reader.tokens(pair.text)), pair.label) != pair.label:
                 reason = f"phrase {number} is to the model one that has another label: teach it with one label"
                 raise DataError(reason, about="corrections", value=number)
         return _labelled(corrections, self._labels)
@@ -491,8 +491,8 @@ class _Phrases:
         """List the public phrases of the bundle that have one of these labels, in the order of the next lesson."""
         base = self._learner.library.base
         public = parse_phrases(base.read(PHRASES), base.folder / PHRASES) if PHRASES in base.manifest.files else []
-        known = [(label, text) for label, text in public if label in self._labels]
-        ordered = _in_lesson_order(known, len(self._learner.history.corrections))
+        readable = [(label, text) for label, text in public if label in self._labels]
+        ordered = _in_lesson_order(readable, len(self._learner.history.corrections))
         return [Example(text, self._labels.index(label)) for label, text in ordered]
 
     def rehearsal(self, examples: Sequence[Example], public: Sequence[Example]) -> Rehearsal:
@@ -508,10 +508,10 @@ class _Phrases:
         reader = PhraseReader.of(self._learner.library.base.files[TOKENIZER])
         labels, texts = self._labels, [example.text for example in examples]
         rows = (probabilities(self.trainer.logits(one, texts), self._manifest.temperature) for one in (before, after))
-        found = [[Prediction(labels[int(row.argmax())], float(row.max())) for row in each] for each in rows]
+        predictions = [[Prediction(labels[int(row.argmax())], float(row.max())) for row in each] for each in rows]
         return tuple(
             Answers(one.text, labels[one.label], old, new, reader.unread(one.text, most=MAX_TOKENS))
-            for one, old, new in zip(examples, *found, strict=True)
+            for one, old, new in zip(examples, *predictions, strict=True)
         )
 
 
@@ -538,8 +538,8 @@ class _Texts:
 
     def checked(self, corrections: Sequence[Correction]) -> list[Example]:
         special = special_tokens(self._learner.library.base.files[TOKENIZER])
-        for number, one in enumerate(corrections, 1):
-            for about, text in (("prompt", one.text), ("answer", one.label)):
+        for number, pair in enumerate(corrections, 1):
+            for about, text in (("prompt", pair.text), ("answer", pair.label)):
                 if not text.strip() or len(text) > MAX_TEXT:
                     size = f"has {len(text)} characters" if text.strip() else "is empty"
                     reason = f"the {about} of correction {number} {size}: 1 to {MAX_TEXT} can be learned"

@@ -76,18 +76,20 @@ class EligibilityError(EdgeAdaptError):
 
 def machine_conditions(settings: EligibilitySettings, readings: Readings, now: datetime) -> list[Condition]:
     """List the conditions of the machine that are demanded; ``now`` is in local time."""
-    found = []
+    demanded = []
     if settings.hours:
-        found.append(Condition("hours", f"{now:%H:%M}, and {settings.hours} is demanded", _within(settings.hours, now)))
+        demanded.append(
+            Condition("hours", f"{now:%H:%M}, and {settings.hours} is demanded", _within(settings.hours, now))
+        )
     if settings.charging:
-        found.append(_read("charging", lambda: _power(readings.external_power())))
+        demanded.append(_read("charging", lambda: _power(readings.external_power())))
     if settings.minimum_battery:
-        found.append(_read("minimum_battery", lambda: _at_least(readings.battery(), settings.minimum_battery, " %")))
+        demanded.append(_read("minimum_battery", lambda: _at_least(readings.battery(), settings.minimum_battery, " %")))
     if settings.unmetered:
-        found.append(_read("unmetered", lambda: _network(readings.metered())))
+        demanded.append(_read("unmetered", lambda: _network(readings.metered())))
     if settings.idle:
-        found.append(_read("idle", lambda: _use(readings.used_by_others())))
-    return found
+        demanded.append(_read("idle", lambda: _use(readings.used_by_others())))
+    return demanded
 
 
 def conditions(
@@ -98,9 +100,9 @@ def conditions(
     ``count_examples``: whether ``minimum_examples`` is one of them. Counting takes time that depends on the examples.
     """
     settings = state.eligibility
-    found = machine_conditions(settings, readings, now)
+    demanded = machine_conditions(settings, readings, now)
     if settings.minimum_examples and count_examples:
-        found.append(
+        demanded.append(
             _read("minimum_examples", lambda: _at_least(_count(state.examples), settings.minimum_examples, " examples"))
         )
     if settings.minimum_separation_hours and state.last_round is not None:
@@ -108,8 +110,8 @@ def conditions(
         # A time that is still to come was written before the clock was set back; it may be years.
         met = not timedelta(0) <= since < timedelta(hours=settings.minimum_separation_hours)
         text = f"the last round was {since / timedelta(hours=1):.1f} h ago, and {settings.minimum_separation_hours:g} h"
-        found.append(Condition("minimum_separation_hours", f"{text} are demanded", met))
-    return found
+        demanded.append(Condition("minimum_separation_hours", f"{text} are demanded", met))
+    return demanded
 
 
 def require(found: Sequence[Condition]) -> None:

@@ -69,8 +69,8 @@ class SystemReadings:
         """
         supplies = self._supplies()
         online = [_text(each / "online") for each in supplies if _text(each / "type") != "Battery"]
-        if known := [text for text in online if text.isdecimal()]:
-            return any(text != "0" for text in known)
+        if decimals := [text for text in online if text.isdecimal()]:
+            return any(text != "0" for text in decimals)
         states = {_text(each / "status") for each in supplies if _text(each / "type") == "Battery"}
         if states & {"Charging", "Full", "Not charging"}:
             return True
@@ -113,10 +113,10 @@ class SystemReadings:
     def _supplies(self) -> list[Path]:
         """List the machine's own supplies; a mouse has a battery as well, of scope ``Device``."""
         try:
-            found = sorted(self._folder.iterdir())
+            folders = sorted(self._folder.iterdir())
         except OSError:
             return []
-        return [each for each in found if _text(each / "scope") != "Device"]
+        return [each for each in folders if _text(each / "scope") != "Device"]
 
     def _times(self) -> tuple[float, float, float]:
         """Read the seconds that all processors had, were busy, and were busy for this process and its children."""

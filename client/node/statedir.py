@@ -217,9 +217,9 @@ class DeviceStateDir:
 
         Raises TrustError: the authority did not sign the list, or it is older than the previous one.
         """
-        known = self.root()
-        new = known.with_revocations(raw).revoked
-        if new is not None and new != known.revoked:
+        root = self.root()
+        new = root.with_revocations(raw).revoked
+        if new is not None and new != root.revoked:
             replace(self.folder / REVOKED, new.to_pem())
 
     @contextmanager

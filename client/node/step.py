@@ -268,9 +268,9 @@ def _after_receipt(
 
 def _after_plan(state_dir: DeviceState, device: Device, planned: Planned, task: RoundTask, blob: bytes) -> SumHistory:
     """Verify that the adapter of a plan is far enough from those of earlier sums. Returns the history after it."""
-    known, adapter = state_dir.load(SumHistory), adapter_of(planned.plan, blob)
-    known = known or SumHistory.new(SystemEntropy())
-    return sumhistory.on_plan(known, planned.plan, task, planned.spec, adapter, device.policy.minimum_movement)
+    history, adapter = state_dir.load(SumHistory), adapter_of(planned.plan, blob)
+    history = history or SumHistory.new(SystemEntropy())
+    return sumhistory.on_plan(history, planned.plan, task, planned.spec, adapter, device.policy.minimum_movement)
 
 
 def _after_sum(
@@ -281,9 +281,9 @@ def _after_sum(
     Returns what to save before the device helps to it.
     """
     serials = {name: state.ready.serials[name] for name in survivors.vectors}
-    given = state.plan, state.ready.session.spec, serials, device.root.revoked.revoked if device.root.revoked else ()
-    bound = adapterstate.on_survivors(state_dir.load(AdapterState), *given)
-    return bound, sumhistory.on_survivors(state_dir.load(SumHistory), *given)
+    facts = state.plan, state.ready.session.spec, serials, device.root.revoked.revoked if device.root.revoked else ()
+    bound = adapterstate.on_survivors(state_dir.load(AdapterState), *facts)
+    return bound, sumhistory.on_survivors(state_dir.load(SumHistory), *facts)
 
 
 def _save_bound(state_dir: DeviceState, adapter_state: AdapterState, history: SumHistory | None) -> None:
@@ -297,9 +297,9 @@ def _after_unmasking(
     state_dir: DeviceState, device: Device, state: Masked | Confirmed, survivors: Survivors
 ) -> PrivacyLedger:
     """Charge the privacy ledger for the shares that this device reveals for the sum over ``survivors``."""
-    known, ready = state_dir.load(PrivacyLedger) or PrivacyLedger(), state.ready
+    ledger, ready = state_dir.load(PrivacyLedger) or PrivacyLedger(), state.ready
     return privacyledger.on_survivors(
-        known, ready.session.spec, len(ready.serials), len(survivors.vectors), device.policy
+        ledger, ready.session.spec, len(ready.serials), len(survivors.vectors), device.policy
     )
 
 

@@ -143,22 +143,22 @@ def on_plan(
         raise _refused("such a round has no sums without noise", "offer.spec.vector", version)
     now = _point(known, plan, spec, task, adapter)
     least = task.least_movement(spec.clip_norm, spec.vector.segments[0].size, share)
-    for each in known.earlier:
-        if (far := _separation(each, now, task)) < least:
+    for point in known.earlier:
+        if (far := _separation(point, now, task)) < least:
             text = f"adapter {version} is {far:.1g} from an earlier one, less than {least:.1g}, and the sum from that "
             raise _refused(f"{text}was over other devices", "plan.movement", version)
     bound, movement = list[SumKind](), least
     for sums in known.last:
-        near = {each: far for each in sums.points if (far := _separation(each, now, task)) < least}
+        near = {point: far for point in sums.points if (far := _separation(point, now, task)) < least}
         if near:
             bound.append(sums.kind)
             movement = min(movement, *near.values())
-        for each in near:
-            if each.kind is now.kind and each.terms != now.terms:
-                text = f"adapter {version} has moved by {near[each]:.1g} since it was trained with other settings, "
+        for point in near:
+            if point.kind is now.kind and point.terms != now.terms:
+                text = f"adapter {version} has moved by {near[point]:.1g} since it was trained with other settings, "
                 raise _refused(f"{text}clip norm or weight cap, less than {least:.1g}", "plan.terms", version)
-            if spec.grouping and each.adapter != now.adapter:
-                text = f"adapter {version} has moved by {near[each]:.1g} since the last sum, less than {least:.1g}"
+            if spec.grouping and point.adapter != now.adapter:
+                text = f"adapter {version} has moved by {near[point]:.1g} since the last sum, less than {least:.1g}"
                 raise _refused(f"{text}, and has other groups", "plan.groups", version)
     return replace(known, round=PlannedSum(now, tuple(bound), movement, least))
 

@@ -50,25 +50,25 @@ class TrainingState:
         """
         best = {} if self.best is None else {f"best/{name}": value for name, value in self.best.values.items()}
         named = {f"value/{name}": value for name, value in self.values.items()}
-        found: dict[str, Any] = named | best | {f"buffer/{name}": value for name, value in self.buffers.items()}
+        arrays: dict[str, Any] = named | best | {f"buffer/{name}": value for name, value in self.buffers.items()}
         counts = [self.steps, *([] if self.best is None else [self.best.loss, self.best.stale])]
-        found["counts"] = np.array(counts, np.float64)
-        head = jsontext.encode([[name, value.dtype.str, value.shape] for name, value in found.items()])
-        return len(head).to_bytes(4, "big") + head + b"".join(value.tobytes() for value in found.values())
+        arrays["counts"] = np.array(counts, np.float64)
+        head = jsontext.encode([[name, value.dtype.str, value.shape] for name, value in arrays.items()])
+        return len(head).to_bytes(4, "big") + head + b"".join(value.tobytes() for value in arrays.values())
 
     @classmethod
     def decode(cls, raw: bytes) -> "TrainingState":
         """Read what ``encode`` wrote. Raises TrustError if it is something else."""
         try:
             at = 4 + int.from_bytes(raw[:4], "big")
-            found: dict[str, NDArray[Any]] = {}
+            arrays: dict[str, NDArray[Any]] = {}
             for name, kind, shape in jsontext.decode(raw[4:at]):
                 value = np.frombuffer(raw, {"<f4": np.float32, "<f8": np.float64}[kind], math.prod(shape), at)
-                found[name] = value.reshape(shape).copy()
+                arrays[name] = value.reshape(shape).copy()
                 at += value.nbytes
-            steps, *rest = found.pop("counts").tolist()
-            best = Best(rest[0], _under("best/", found), int(rest[1])) if rest else None
-            return cls(int(steps), _under("value/", found), _under("buffer/", found), best)
+            steps, *rest = arrays.pop("counts").tolist()
+            best = Best(rest[0], _under("best/", arrays), int(rest[1])) if rest else None
+            return cls(int(steps), _under("value/", arrays), _under("buffer/", arrays), best)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise TrustError("no state of a training", about="training.state") from error
 

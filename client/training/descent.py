@@ -53,8 +53,8 @@ class AdamW:
         self.steps += 1
         first_bias, second_bias = (1 - beta**self.steps for beta in BETAS)
         rate = factor * self.learning_rate
-        for name, found in gradients.items():
-            gradient = found.astype(np.float64)
+        for name, raw in gradients.items():
+            gradient = raw.astype(np.float64)
             first, second = (self.buffers.get(f"{name}.{n}", np.zeros(gradient.shape)) for n in ("first", "second"))
             first = BETAS[0] * first + (1 - BETAS[0]) * gradient
             second = BETAS[1] * second + (1 - BETAS[1]) * gradient**2
@@ -75,8 +75,8 @@ class SGD:
 
     def step(self, parameters: Tensors, gradients: Tensors, factor: float = 1.0) -> None:
         self.steps += 1
-        for name, found in gradients.items():
-            change = found.astype(np.float64)
+        for name, raw in gradients.items():
+            change = raw.astype(np.float64)
             if self.momentum:
                 change += self.momentum * self.buffers.get(name, np.zeros(change.shape))
                 self.buffers[name] = change
@@ -124,24 +124,24 @@ def descend(
     fits = kept is not None and kept.values.keys() == set(trained)
     state = kept if kept and fits else TrainingState(0, {name: start[name] for name in trained}, {})
     optimizer.steps, optimizer.buffers, values = state.steps, dict(state.buffers), start | state.values
-    begun, best, each = control.clock(), state.best, len(order) // max(epochs, 1)
+    begun, best, per_epoch = control.clock(), state.best, len(order) // max(epochs, 1)
     limit, odd = min(task.gradient_norm or math.inf, control.gradient_norm), 0
     for number in range(state.steps, len(order)):
         if control.ends(begun, best, values):
             break
         step()
         with control.paced():
-            loss, found = gradients_of(values, order[number])
-            if not (np.isfinite(loss) and all(np.isfinite(found[name]).all() for name in trained)):
+            loss, raw = gradients_of(values, order[number])
+            if not (np.isfinite(loss) and all(np.isfinite(raw[name]).all() for name in trained)):
                 if not control.unfailing:
                     raise DataError("the training loss is not finite; lower the learning rate", about="training.loss")
-                found, odd = {name: np.zeros_like(start[name]) for name in trained}, odd + 1
-            gradients = regularized({name: found[name] for name in trained}, values, start, task)
+                raw, odd = {name: np.zeros_like(start[name]) for name in trained}, odd + 1
+            gradients = regularized({name: raw[name] for name in trained}, values, start, task)
             with np.errstate(over="ignore"):
                 optimizer.step(values, clipped(gradients, limit), schedule(task.schedule, number, len(order)))
             if control.unfailing:
                 values |= {n: np.clip(values[n], start[n] - DISTANCE, start[n] + DISTANCE) for n in trained}
-        if control.patience and (number + 1) % each == 0:
+        if control.patience and (number + 1) % per_epoch == 0:
             best = control.judged(best, {name: values[name] for name in trained}, values)
         if checkpoint and checkpoint.due():
             now = {name: values[name] for name in trained}

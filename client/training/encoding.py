@@ -87,9 +87,9 @@ class TextEncoder:
         """
         prompt, text, after = self._rendered(example)
         asked = self.tokenizer.encode(prompt, add_special_tokens=False).ids if prompt else []
-        found = self.tokenizer.encode(text, add_special_tokens=False)
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
         closing = self.tokenizer.encode(after, add_special_tokens=False).ids if after else [self.end]
-        ids = [*asked, *found.ids, *closing]
+        ids = [*asked, *encoding.ids, *closing]
         first = max(len(asked), 1)  # the first token that is learned
         if len(ids) <= first or first >= self.longest:
             raise DataError(
@@ -97,7 +97,7 @@ class TextEncoder:
             )
         ids, cut = ids[: self.longest], len(ids) > self.longest
         # Offsets are in characters of the text, which its first token may begin without being learned.
-        spans = found.offsets[first - len(asked) : len(ids) - len(asked)]
+        spans = encoding.offsets[first - len(asked) : len(ids) - len(asked)]
         size = len(text[spans[0][0] : spans[-1][1]].encode()) if spans else 0
         return Encoded(np.array(ids), np.array(ids[first:]), first - 1, max(size, 1), cut)
 
@@ -108,7 +108,7 @@ class TextEncoder:
         asked = {"role": "user", "content": example.prompt}
         prompt = self.template([asked], True)
         whole = self.template([asked, {"role": "assistant", "content": example.text}], False)
-        before, found, after = whole.removeprefix(prompt).partition(example.text)
-        if not whole.startswith(prompt) or before or not found:
+        before, middle, after = whole.removeprefix(prompt).partition(example.text)
+        if not whole.startswith(prompt) or before or not middle:
             raise ConfigError("the base's chat template changes a prompt or an answer", about="chat_template")
         return prompt, example.text, after

@@ -108,11 +108,11 @@ class GraphEngine:
 
     def tensors_of(self, inputs: Tensors) -> Tensors:
         """Restore the tensors of an adapter from its graph inputs. Raises DataError for another layout."""
-        given = {name: value for name, value in inputs.items() if value.size}
-        if odd := sorted(given.keys() & self.empty.keys()):
+        filled = {name: value for name, value in inputs.items() if value.size}
+        if odd := sorted(filled.keys() & self.empty.keys()):
             reason = f"the adapter changes {odd[0]!r}, which its method does not train: export it again"
             raise DataError(reason, about=odd[0])
-        tensors = self._of_inputs(given)
+        tensors = self._of_inputs(filled)
         self.layout.check(tensors)
         return tensors
 
@@ -133,13 +133,13 @@ class GraphEngine:
         inputs = self._inputs(tensors, lambda *_: norms)
         loss, total = 0.0, dict[str, Floats]()
         for batch in batches:
-            some, found = self._of_graph(partial(self.graph.gradients, batch, inputs))
+            some, by_input = self._of_graph(partial(self.graph.gradients, batch, inputs))
             loss += some
-            total = {name: total[name] + value if total else value for name, value in found.items()}
+            total = {name: total[name] + value if total else value for name, value in by_input.items()}
         scaled = {name: value for name, value in total.items() if name not in self.empty}
         # What a method names otherwise has the numbers of a slot in another shape.
-        found = gradients_of_magnitudes(gradients_of_tensors(scaled, self._scaling), tensors, norms, self._biases)
-        return loss, gradients_of_factors(to_peft_tensors(found, self.config), self.config, adapter)
+        by_input = gradients_of_magnitudes(gradients_of_tensors(scaled, self._scaling), tensors, norms, self._biases)
+        return loss, gradients_of_factors(to_peft_tensors(by_input, self.config), self.config, adapter)
 
     def logits(self, adapter: Tensors, tokens: Sequence[Sequence[int]]) -> Floats:
         return self._rows(self.inputs_of(adapter), tokens)
@@ -175,8 +175,8 @@ class GraphEngine:
     def _tensors(self, adapter: Tensors) -> Tensors:
         """Name and shape peft's tensors of another method than LoRA as graphs have them."""
         named = {spec.name: adapter[spec.name] for spec in self.layout.tensors}
-        found = as_lora(self.config, from_peft_tensors(named, self.config, {}))[1]
-        return trimmed(found, self.base.manifest.slots) if self.config.peft_type == "VERA" else found
+        tensors = as_lora(self.config, from_peft_tensors(named, self.config, {}))[1]
+        return trimmed(tensors, self.base.manifest.slots) if self.config.peft_type == "VERA" else tensors
 
     def _inputs(self, tensors: Tensors, norms_of: NormsOf) -> Tensors:
         return to_inputs(with_scales(tensors, norms_of, self._biases), self._scaling) | self.empty
@@ -314,30 +314,30 @@ def _filled(base: VerifiedBase, head: Mapping[str, Sequence[int]], config: PeftC
     def shape(name: str, open_: int) -> tuple[int, ...]:
         return tuple(int(text) if text.isdigit() else open_ for text in slots[name])
 
-    found = {name: tuple(given) for name, given in head.items()}
+    shapes = {name: tuple(given) for name, given in head.items()}
     if name := VIRTUAL_TOKENS.get(config.peft_type):
         if name not in slots:
             raise _missing(base, name, config.peft_type, "prefix" if name == PREFIX else "prompt")
-        found[name] = shape(name, config.num_virtual_tokens)
+        shapes[name] = shape(name, config.num_virtual_tokens)
     for name in slots:
         path = layer_of(name)
         if name in head or not _targeted(path, config.target_modules):
             continue
         if config.peft_type in ("LORA", *FACTORS) and name.endswith((LORA_A, LORA_B)):
             rank = config.rank_of(path)
-            found[name] = shape(name, rank**2 if config.peft_type == "LOHA" else rank)
+            shapes[name] = shape(name, rank**2 if config.peft_type == "LOHA" else rank)
         feeds = config.peft_type == "IA3" and _targeted(path, config.feedforward_modules)
         if name.endswith(INPUT_SCALE if feeds else VECTORS_OF.get(config.peft_type, INPUT_SCALE)) and (
             feeds or config.peft_type in VECTORS_OF
         ):
-            found[name] = shape(name, 1)
-    adapted = {layer_of(name) for name in found if name not in head}
+            shapes[name] = shape(name, 1)
+    adapted = {layer_of(name) for name in shapes if name not in head}
     for target in config.target_modules:
         if not any(_targeted(path, (target,)) for path in adapted):
             feeds = target in config.feedforward_modules
             kind = KINDS[INPUT_SCALE if feeds else VECTORS_OF.get(config.peft_type, LORA_A)]
             raise _missing(base, target, config.peft_type, f"{kind} at such layers", f"{kind} slot at")
-    return found
+    return shapes
 
 
 def _filled_by_dora(base: VerifiedBase, layers: Sequence[str], biases: Collection[str]) -> dict[str, tuple[int, ...]]:

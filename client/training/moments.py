@@ -20,5 +20,5 @@ def own_moments(trainer: ClassifierTrainer, adapter: Tensors, examples: Sequence
 
 def embedded(trainer: ClassifierTrainer, adapter: Tensors, examples: Sequence[Example]) -> Floats:
     """Embed, shape ``(len(examples), hidden)``; zeros for an example that overflows, which counts all the same."""
-    found = trainer.embed([example.text for example in examples], adapter)
-    return np.where(np.isfinite(found).all(axis=1, keepdims=True), found, np.float32(0))
+    embeddings = trainer.embed([example.text for example in examples], adapter)
+    return np.where(np.isfinite(embeddings).all(axis=1, keepdims=True), embeddings, np.float32(0))

@@ -173,9 +173,9 @@ def in_own_words(trainer: ClassifierTrainer, examples: Sequence[Example], own: S
 
     So those in the languages of the device come first, and nobody says which these are.
     """
-    known = {token for ids in trainer.tokens([example.text for example in own]) for token in ids}
+    own_tokens = {token for ids in trainer.tokens([example.text for example in own]) for token in ids}
     texts = trainer.tokens([example.text for example in examples])
-    shares = [sum(token in known for token in ids) / max(len(ids), 1) for ids in texts]
+    shares = [sum(token in own_tokens for token in ids) / max(len(ids), 1) for ids in texts]
     return [examples[i] for i in sorted(range(len(examples)), key=lambda i: -shares[i])]
 
 
@@ -228,8 +228,8 @@ def better_by_chance(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
 
 
 def _right(trainer: ClassifierTrainer, adapter: Tensors, examples: Sequence[Example]) -> NDArray[np.bool_]:
-    found = trainer.logits(adapter, [example.text for example in examples]).argmax(axis=1)
-    right: NDArray[np.bool_] = np.equal(found, [example.label for example in examples])
+    predicted = trainer.logits(adapter, [example.text for example in examples]).argmax(axis=1)
+    right: NDArray[np.bool_] = np.equal(predicted, [example.label for example in examples])
     return right
 
 

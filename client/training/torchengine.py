@@ -75,12 +75,12 @@ class TorchEngine:
 
     def _logits(self, batch: TrainingBatch) -> Tensor:
         """Compute the logits of each target, shape ``(targets, classes)``."""
-        found = self.model(input_ids=torch.from_numpy(batch.ids), attention_mask=torch.from_numpy(batch.mask))
+        output = self.model(input_ids=torch.from_numpy(batch.ids), attention_mask=torch.from_numpy(batch.mask))
         if batch.positions is None:
-            labels: Tensor = found
+            labels: Tensor = output
             return labels
         # Prompt tuning has logits of its virtual tokens as well, before those of a text.
-        words: Tensor = found.logits[:, -batch.ids.shape[1] :].flatten(0, 1)[torch.from_numpy(batch.positions)]
+        words: Tensor = output.logits[:, -batch.ids.shape[1] :].flatten(0, 1)[torch.from_numpy(batch.positions)]
         return words
 
     def _rows(
@@ -141,9 +141,9 @@ def _parameters(model: PeftModel) -> dict[str, nn.Parameter]:
     """Map peft's names to the trainable parameters."""
     left = {value.data_ptr(): value for value in model.parameters() if value.requires_grad}
     saved = get_peft_model_state_dict(model)
-    found = {name: left.pop(value.data_ptr()) for name, value in saved.items() if value.data_ptr() in left}
-    copied = [name for name in trainable.tensors(model) if name not in found]  # virtual tokens
-    return found | (dict(zip(copied, left.values(), strict=True)) if left else {})
+    parameters = {name: left.pop(value.data_ptr()) for name, value in saved.items() if value.data_ptr() in left}
+    copied = [name for name in trainable.tensors(model) if name not in parameters]  # virtual tokens
+    return parameters | (dict(zip(copied, left.values(), strict=True)) if left else {})
 
 
 def _place(parameters: Mapping[str, nn.Parameter], values: Tensors) -> None:

@@ -252,12 +252,12 @@ class ClassifierTrainer(Trainer):
 
         Texts that differ in capital letters or spaces are one text to many a tokenizer.
         """
-        read, found = set(map(tuple, self.tokens([other.text for other in others]))), []
+        read, kept = set(map(tuple, self.tokens([other.text for other in others]))), []
         for example, ids in zip(examples, self.tokens([example.text for example in examples]), strict=True):
             if tuple(ids) not in read:
                 read.add(tuple(ids))
-                found.append(example)
-        return found
+                kept.append(example)
+        return kept
 
     def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
         """Score an adapter on ``examples``; all zeros if there are none.
@@ -274,8 +274,8 @@ class ClassifierTrainer(Trainer):
         return Score(correct, len(examples), float(np.minimum(losses, MAX_LOSS).sum()))
 
     def has_learned(self, adapter: Tensors, taught: Sequence[Example]) -> bool:
-        found = probabilities(self.logits(adapter, [one.text for one in taught]))
-        return bool((found[np.arange(len(taught)), [one.label for one in taught]] >= SURE).all())
+        likelihoods = probabilities(self.logits(adapter, [one.text for one in taught]))
+        return bool((likelihoods[np.arange(len(taught)), [one.label for one in taught]] >= SURE).all())
 
     def logits(self, adapter: Tensors, texts: Sequence[str]) -> NDArray[np.float32]:
         """Compute logits, shape ``(len(texts), labels)``; ``(0, 0)`` without texts."""
@@ -374,7 +374,7 @@ def _by_squares(gradients_of: GradientsOf, start: Tensors) -> GradientsOf:
 
     def by_squares(values: Tensors, batch: list[int]) -> tuple[float, Tensors]:
         own = {name: values[name] + f @ values[square_name(name)] for name, f in factors.items()}
-        loss, found = gradients_of(values | own, batch)
-        return loss, found | {square_name(name): f.T @ found[name] for name, f in factors.items()}
+        loss, gradients = gradients_of(values | own, batch)
+        return loss, gradients | {square_name(name): f.T @ gradients[name] for name, f in factors.items()}
 
     return by_squares

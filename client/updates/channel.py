@@ -296,13 +296,13 @@ def _required(path: Path, limit: int) -> bytes:
 
 
 def _described(updater: Updater, source: ChannelSource, name: str, limit: int) -> TargetFile:
-    found = updater.get_targetinfo(target(source.channel, name))
-    if found is None:
+    file = updater.get_targetinfo(target(source.channel, name))
+    if file is None:
         reason = f"the repository has no {name} of channel {source.channel}"
         raise ConfigError(f"{reason}: nothing was published there", about="channel", value=source.channel)
-    if found.length > limit:
-        raise TrustError(f"{name} of the release has {found.length} bytes, more than {limit}", about=name)
-    return found
+    if file.length > limit:
+        raise TrustError(f"{name} of the release has {file.length} bytes, more than {limit}", about=name)
+    return file
 
 
 def _offer(updater: Updater, source: ChannelSource, folder: Path, bundle: Path, entropy: Entropy) -> ReleaseOffer:
@@ -311,8 +311,8 @@ def _offer(updater: Updater, source: ChannelSource, folder: Path, bundle: Path, 
     listed = updater.get_targetinfo(target(source.channel, FLAGS))
     if listed is None:
         return ReleaseOffer(newest)
-    found = _described(updater, source, FLAGS, MAX_FLAGS)
-    rollout = Rollout.decode(storage.read(Path(updater.download_target(found, str(files / FLAGS))), MAX_FLAGS))
+    file = _described(updater, source, FLAGS, MAX_FLAGS)
+    rollout = Rollout.decode(storage.read(Path(updater.download_target(file, str(files / FLAGS))), MAX_FLAGS))
     if rollout.release != newest.number:
         reason = f"the flags are for release {rollout.release}, and the channel has {newest.number}"
         raise TrustError(reason, about=FLAGS, value=rollout.release)
@@ -326,8 +326,8 @@ def _offer(updater: Updater, source: ChannelSource, folder: Path, bundle: Path, 
 
 
 def _release(updater: Updater, source: ChannelSource, files: Path, name: str) -> Release:
-    found = _described(updater, source, name, MAX_RELEASE)
-    return Release.decode(storage.read(Path(updater.download_target(found, str(files / name))), MAX_RELEASE))
+    file = _described(updater, source, name, MAX_RELEASE)
+    return Release.decode(storage.read(Path(updater.download_target(file, str(files / name))), MAX_RELEASE))
 
 
 def _installed(bundle: Path, release: Release) -> bool:
@@ -344,7 +344,7 @@ def _fetch(
     """Bring files of a release (name → digest) into ``files``, by digest. Returns how many bytes were fetched."""
     fetched = 0
     for name, digest in wanted.items():
-        found = _file(updater, source, name, digest)
+        file = _file(updater, source, name, digest)
         place = files / digest
         if place.is_file() and storage.file_sha256(place) == digest:  # from an update that was interrupted
             continue
@@ -352,9 +352,9 @@ def _fetch(
             place.unlink(missing_ok=True)
             storage.link_or_copy(bundle / name, place)
             continue
-        note(name, found.length)
-        updater.download_target(found, str(place))
-        fetched += found.length
+        note(name, file.length)
+        updater.download_target(file, str(place))
+        fetched += file.length
     return fetched
 
 
@@ -362,9 +362,9 @@ def _file(updater: Updater, source: ChannelSource, name: str, digest: str) -> Ta
     """Find a file of a release: the newest, or the previous one where that has another."""
     for place in (name, previous(name)):
         if updater.get_targetinfo(target(source.channel, place)) is not None:
-            found = _described(updater, source, place, MAX_BASE_FILE)
-            if found.hashes.get("sha256") == digest:
-                return found
+            file = _described(updater, source, place, MAX_BASE_FILE)
+            if file.hashes.get("sha256") == digest:
+                return file
     raise TrustError(f"the metadata have no {name} with the digest that the release states", about=name)
 
 
@@ -377,16 +377,16 @@ def _install(bundle: Path, release: Release, files: Path, trust: Trust, aside: P
         for name, digest in release.files.items():
             (stage / name).parent.mkdir(exist_ok=True)
             storage.link_or_copy(files / digest, stage / name)
-        made = Bundle(stage, trust.bundle.trusted)
-        base = made.base()
+        staged = Bundle(stage, trust.bundle.trusted)
+        base = staged.base()
         for name in adapter_names(stage):
-            trust.seen.check(made.adapter(name, base.manifest).manifest)
+            trust.seen.check(staged.adapter(name, base.manifest).manifest)
         return _keep_private(trust.bundle, base.manifest.base_digest, stage, aside)
 
 
 def _keep_private(old: Bundle, base_digest: str, stage: Path, aside: Path) -> tuple[Path, ...]:
     """Link the private adapters of the old bundle into ``stage``; those for another base into ``aside``."""
-    found = []
+    manifests = []
     for name in adapter_names(old.folder):
         manifest = old.adapter_manifest(name)
         if manifest.parent is None:
@@ -401,5 +401,5 @@ def _keep_private(old: Bundle, base_digest: str, stage: Path, aside: Path) -> tu
             (into / path).unlink(missing_ok=True)
             storage.link_or_copy(old.folder / path, into / path)
         if not fits:
-            found.append(into / manifest_path(name))
-    return tuple(found)
+            manifests.append(into / manifest_path(name))
+    return tuple(manifests)
