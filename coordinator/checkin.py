@@ -27,17 +27,11 @@ CHECK_INS = 2  # challenges in an attempt, where a device is needed that did not
 
 @dataclass(frozen=True, slots=True)
 class CheckedIn:
-    """The devices that are there.
+    """The devices that are there."""
 
-    Attributes:
-        answers: Device → its answer to the challenge.
-        nodes: Device → Flower node, of the same devices.
-        at: When all their certificates are valid.
-    """
-
-    answers: Mapping[str, CheckIn]
-    nodes: Mapping[str, int]
-    at: datetime
+    answers: Mapping[str, CheckIn]  # device → its answer to the challenge
+    nodes: Mapping[str, int]  # device → Flower node, of the same devices
+    at: datetime  # when all their certificates are valid
 
     def only(self, devices: Collection[str]) -> "CheckedIn":
         """Keep ``devices`` only, in that order."""

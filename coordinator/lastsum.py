@@ -38,22 +38,15 @@ NAMED = 6  # devices that a text lists by name
 class LastSum:
     """The last sum from an adapter that devices were asked to unmask.
 
-    Args:
-        adapter: SHA-256 of the adapter's file, hex.
-        survivors: Device whose update is in it → serial of the certificate it had then.
-        blamed: Devices whose wrong shares were the reason that there is no result.
-        kind: Of its task. Another sum from the adapter is of the same kind.
-        dealt: Devices that were dealt into its groups; empty without groups.
-        still: Whether it made a version, from which the newest one hardly differs (``stillness``).
-        terms: Name of a setting → its value then, from ``terms``; empty for a sum of this run, whose settings stay.
+    ``terms``: name of a setting → its value then, from ``terms``; empty for a sum of this run, whose settings stay.
     """
 
-    adapter: str
-    survivors: Mapping[str, int]
-    blamed: frozenset[str] = frozenset()
-    kind: type[RoundTask] = Task
-    dealt: tuple[str, ...] = ()
-    still: bool = False
+    adapter: str  # SHA-256 of the adapter's file, hex
+    survivors: Mapping[str, int]  # device whose update is in it → serial of the certificate it had then
+    blamed: frozenset[str] = frozenset()  # devices whose wrong shares were the reason that there is no result
+    kind: type[RoundTask] = Task  # another sum from the adapter is of the same kind
+    dealt: tuple[str, ...] = ()  # devices that were dealt into its groups; empty without groups
+    still: bool = False  # whether it made a version, from which the newest one hardly differs (``stillness``)
     terms: Mapping[str, float | str] = field(default_factory=dict)
 
     def unmet(self, devices: Collection[str], revoked: RevocationList | None) -> str:

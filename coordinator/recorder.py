@@ -39,19 +39,13 @@ def ending_of(record: RoundRecord) -> Result | Abort | None:
 
 @dataclass(slots=True)
 class Recorder:
-    """Writes the log of one session.
-
-    Args:
-        key: The coordinator's; signs endings and checkpoints.
-        vectors: Folder of the masked vectors; None: they are not kept.
-        table: Where the log is, if machines share it; None: in the file.
-    """
+    """Writes the log of one session."""
 
     path: Path
     log: Transcript
-    key: IdentityKey
-    vectors: Path | None = None
-    table: TranscriptTable | None = None
+    key: IdentityKey  # the coordinator's; signs endings and checkpoints
+    vectors: Path | None = None  # folder of the masked vectors; None: they are not kept
+    table: TranscriptTable | None = None  # where the log is, if machines share it; None: in the file
     _pending: bytes = field(default=b"", repr=False)  # not in the table yet
     _since: float = field(default=0.0, repr=False)  # when the oldest of them came
 

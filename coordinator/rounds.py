@@ -72,20 +72,17 @@ def federate(leader: CoordinatorStateDir, transport: Transport) -> Iterator[Roun
 class _Run:
     """State between the rounds of a run.
 
-    Args:
-        last: The last sum that binds devices.
-        account: What sums have revealed so far.
-        cohort, session: From the last round; None before the first, and ``session`` where the next round needs another.
-        lifetime: The span of the session.
+    ``cohort`` and ``session`` are those of the last round: None before the first, ``session`` also where the next round
+    needs another.
     """
 
     leader: CoordinatorStateDir
     transport: Transport
-    last: LastSum | None = None
-    account: Account = field(default_factory=Account)
+    last: LastSum | None = None  # binds devices
+    account: Account = field(default_factory=Account)  # what sums have revealed so far
     cohort: Cohort | None = None
     session: Established | None = None
-    lifetime: traces.Span = traces.NO_SPAN
+    lifetime: traces.Span = traces.NO_SPAN  # span of the session
 
     def round(self, number: int) -> RoundRecord:
         begin, registry, settings = time.perf_counter(), self.leader.registry, self.leader.settings
@@ -296,17 +293,12 @@ class _Round:
 
 @dataclass(frozen=True, slots=True)
 class RoundOutcome:
-    """How a round ended.
-
-    Args:
-        ended: Its sum, or why there is none.
-        epsilon: What all sums so far have revealed of the device that spent most.
-    """
+    """How a round ended."""
 
     of: _Round
-    ended: Summed | RoundAborted
+    ended: Summed | RoundAborted  # its sum, or why there is none
     stepped: NextAdapter | None
-    epsilon: float | None
+    epsilon: float | None  # what all sums so far have revealed of the device that spent most
     seconds: float
 
     def commit(self) -> RoundRecord:

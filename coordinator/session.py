@@ -63,19 +63,15 @@ class Exchange(Generic[S]):
 class Cohort:
     """Devices of a session, and how to reach them. What is asked and answered goes into the session's log.
 
-    Args:
-        nodes: Device → Flower node.
-        serials: Device → serial of its certificate.
-        revoked: The revocation list that the session applies.
-        dropped: Device → the step at which it dropped out of the round under way, or of the making of the session.
+    ``dropped``: device → the step at which it dropped out of the round under way, or of the making of the session.
     """
 
     leader: CoordinatorStateDir
     transport: Transport
-    nodes: Mapping[str, int]
+    nodes: Mapping[str, int]  # device → Flower node
     recorder: Recorder
-    serials: Mapping[str, int]
-    revoked: RevocationList | None
+    serials: Mapping[str, int]  # device → serial of its certificate
+    revoked: RevocationList | None  # the revocation list that the session applies
     dropped: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -160,17 +156,14 @@ def attachments(proofs: Mapping[str, bytes], shared: Mapping[str, bytes]) -> Att
 class SessionRequest:
     """A session to be made.
 
-    Args:
-        adapter: Its layout and base are those of the session.
-        group: Begins Flower's group id of each attempt.
-        last: The last sum from the adapter, if there is one. If the next round is bound to its survivors, the session
-            has all of them.
+    ``last``: the last sum from the adapter, if there is one. If the next round is bound to its survivors, the session
+    has all of them.
     """
 
-    adapter: StoredAdapter
+    adapter: StoredAdapter  # its layout and base are those of the session
     task: RoundTask
     rounds: int
-    group: str
+    group: str  # begins Flower's group id of each attempt
     last: LastSum | None = None
 
 

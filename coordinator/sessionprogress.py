@@ -23,21 +23,13 @@ _ENDINGS = (Result.TAG, Abort.TAG)
 
 @dataclass(slots=True)
 class SessionProgress:
-    """What the log of a session says so far.
+    """What the log of a session says so far."""
 
-    Attributes:
-        log: Name of the file.
-        devices: How many established the session.
-        round: Of the session, from 1; 0 before the first.
-        step: That is under way; None between rounds.
-        answered: Devices that answered the step.
-    """
-
-    log: str
-    devices: int = 0
-    round: int = 0
-    step: Step | None = None
-    answered: int = 0
+    log: str  # file name
+    devices: int = 0  # how many established the session
+    round: int = 0  # counted in the session from 1; 0 before the first
+    step: Step | None = None  # under way; None between rounds
+    answered: int = 0  # devices that answered the step
     closed: bool = False
 
     def as_json(self) -> dict[str, Any]:

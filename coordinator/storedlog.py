@@ -45,19 +45,13 @@ _ROUND, _PEER, _LENGTH = 4, 1 + len(EVERYONE), 4  # bytes that follow the kind: 
 
 @dataclass(frozen=True, slots=True)
 class StoredLog:
-    """The log of a session, as far as it can be read.
-
-    Args:
-        entries: As the coordinator signed them, up to the last checkpoint.
-        end: Bytes that the entries take.
-        rest: What a kill or a power cut left after them: records that are incomplete, or not what was signed.
-    """
+    """The log of a session, as far as it can be read."""
 
     path: Path
-    entries: tuple[Entry, ...]
+    entries: tuple[Entry, ...]  # signed by the coordinator, up to the last checkpoint
     checkpoints: tuple[Checkpoint, ...]
-    end: int
-    rest: bytes
+    end: int  # bytes that the entries take
+    rest: bytes  # what a kill or a power cut left after them: records that are incomplete, or not what was signed
 
     @classmethod
     def read(cls, path: Path, coordinator: PublicKey) -> Self:

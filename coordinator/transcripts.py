@@ -48,32 +48,23 @@ class Transcripts:
     """The transcripts in a folder.
 
     Args:
-        folder: Created when the first session begins.
-        key: The coordinator's; signs the checkpoints.
-        root: The authority that certified the devices.
-        keep_vectors: Keep every masked vector too, so that an auditor can recompute the sums.
-        head: What the registry knows: its newest adapter and its last round.
         table: Of a registry that machines share: it has the logs then, and ``folder`` a copy.
         ends: Closed log → what ``_ends`` read from it. It does not change any more.
     """
 
-    folder: Path
-    key: IdentityKey
-    root: Root
-    keep_vectors: bool
-    head: Callable[[], Head]
+    folder: Path  # created when the first session begins
+    key: IdentityKey  # the coordinator's; signs the checkpoints
+    root: Root  # the authority that certified the devices
+    keep_vectors: bool  # keep every masked vector too, so that an auditor can recompute the sums
+    head: Callable[[], Head]  # what the registry knows: its newest adapter and its last round
     table: TranscriptTable | None = None
     ends: dict[Path, tuple[bytes, bytes]] = field(default_factory=dict, repr=False)
 
     def begin(self, offer: bytes, revoked: RevocationList | None = None) -> Recorder:
         """Start the log of a session, and close the previous one.
 
-        Args:
-            offer: Digest of the session's offer.
-            revoked: The revocation list that the session applies.
-
-        Raises:
-            TrustError: As ``finish``.
+        ``offer``: digest of the session's offer; ``revoked``: the revocation list that the session applies. Raises
+        TrustError as ``finish``.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         storage.replace(self.folder / AUTHORITY, self.root.to_pem(), PUBLIC)

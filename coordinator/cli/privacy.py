@@ -20,33 +20,20 @@ HEAD = "devices  survive  honest  multiplier  epsilon  if all survive  noise/cli
 
 @dataclass(frozen=True, slots=True)
 class CohortPlan:
-    """What a cohort of one size costs.
-
-    Args:
-        honest: Survivors of ``minimum_survivors`` whose noise counts.
-        noise_multiplier: Standard deviation of their noise over the clip norm.
-        epsilon: Spent in all rounds, if no more devices survive.
-        epsilon_all: Spent in all rounds, if every device survives.
-        noise: Norm of the noise in the mean of all devices over the clip norm, which no mean exceeds.
-        ring_bits: Of an element.
-        bytes_up: Of an update of one device.
-        groups: Sums of a round.
-        smallest_sum: Fewest devices in one of them.
-        price: ``noise`` over that of a round with one sum.
-    """
+    """What a cohort of one size costs."""
 
     devices: int
     minimum_survivors: int
-    honest: int
-    noise_multiplier: float
-    epsilon: float
-    epsilon_all: float
-    noise: float
-    ring_bits: int
-    bytes_up: int
-    groups: int
-    smallest_sum: int
-    price: float
+    honest: int  # survivors of ``minimum_survivors`` whose noise counts
+    noise_multiplier: float  # standard deviation of their noise over the clip norm
+    epsilon: float  # spent in all rounds, if no more devices survive
+    epsilon_all: float  # spent in all rounds, if every device survives
+    noise: float  # norm of the noise in the mean of all devices over the clip norm, which no mean exceeds
+    ring_bits: int  # bits of an element
+    bytes_up: int  # bytes of an update of one device
+    groups: int  # sums of a round
+    smallest_sum: int  # fewest devices in one of them
+    price: float  # ``noise`` over that of a round with one sum
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

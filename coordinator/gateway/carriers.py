@@ -48,16 +48,11 @@ class HangUp(Exception):  # noqa: N818
 
 
 class Carrier(Protocol):
-    """A connection of a peer.
-
-    Attributes:
-        names: Names and addresses of this machine that the peer may have connected to.
-        call: The span of the conversation until the peer is admitted.
-    """
+    """A connection of a peer."""
 
     host: str
-    names: frozenset[str]
-    call: traces.Span
+    names: frozenset[str]  # names and addresses of this machine that the peer may have connected to
+    call: traces.Span  # the span of the conversation until the peer is admitted
 
     @property
     def protocol(self) -> str: ...

@@ -38,15 +38,10 @@ class TokenBucket:
 
 @dataclass(slots=True)
 class Schedule:
-    """Windows for devices of one kind, one after the other.
+    """Windows for devices of one kind, one after the other."""
 
-    Args:
-        rate: Windows that begin in a second, at most.
-        least: Seconds until a window begins, at least; it is as long as that.
-    """
-
-    rate: float
-    least: float
+    rate: float  # windows that begin in a second, at most
+    least: float  # seconds until a window begins, at least; it is as long as that
     _booked: float = float("-inf")
 
     def window(self, now: float) -> RetryWindow:
@@ -61,17 +56,11 @@ class Schedule:
 
 @dataclass(slots=True)
 class Pace:
-    """Who may check in now, and when the others come back.
+    """Who may check in now, and when the others come back."""
 
-    Args:
-        target: Check-ins a second, at most: half of them for each kind of window.
-        accepted: Seconds until a device that took part comes back, at least.
-        rejected: Seconds until a device that was not admitted comes back, at least.
-    """
-
-    target: float
-    accepted: float
-    rejected: float
+    target: float  # check-ins a second, at most: half of them for each kind of window
+    accepted: float  # seconds until a device that took part comes back, at least
+    rejected: float  # seconds until a device that was not admitted comes back, at least
     _arrivals: TokenBucket = field(init=False)
     _after_accepted: Schedule = field(init=False)
     _after_rejected: Schedule = field(init=False)

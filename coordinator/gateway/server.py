@@ -36,30 +36,18 @@ ReadRoot = Callable[[datetime], Root]
 
 @dataclass(frozen=True, slots=True)
 class GatewayLimits:
-    """What one device can cost the gateway.
+    """What one device can cost the gateway."""
 
-    Attributes:
-        calls: Check-ins and answers of one device in a row; it regains all of them in ``seconds``.
-        transfer: Seconds for one message to a device, or for the whole of an answer.
-        uploading: Bytes of answers that are being received, of all devices.
-        devices: Connected at the same time.
-        grace: Seconds in which a device whose stream broke may come back.
-        check_ins: A minute, of all devices that are not connected.
-        accepted: Seconds until a device that took part comes back, at least.
-        rejected: Seconds until a device that was not admitted comes back, at least.
-        client_version: Least version of edgeadapt on a device; empty: any.
-    """
-
-    calls: int = 60
+    calls: int = 60  # check-ins and answers of one device in a row; it regains all of them in ``seconds``
     seconds: float = 30.0
-    transfer: float = 120.0
-    uploading: int = 2**30
-    devices: int = 4096
-    grace: float = 10.0
-    check_ins: float = 10_000.0
-    accepted: float = 1.0
-    rejected: float = 10.0
-    client_version: str = ""
+    transfer: float = 120.0  # seconds for one message to a device, or for the whole of an answer
+    uploading: int = 2**30  # bytes of answers that are being received, of all devices
+    devices: int = 4096  # most that are connected at the same time
+    grace: float = 10.0  # seconds in which a device whose stream broke may come back
+    check_ins: float = 10_000.0  # check-ins a minute, of all devices that are not connected
+    accepted: float = 1.0  # seconds until a device that took part comes back, at least
+    rejected: float = 10.0  # seconds until a device that was not admitted comes back, at least
+    client_version: str = ""  # least version of edgeadapt on a device; empty: any
 
 
 @dataclass(slots=True)

@@ -20,17 +20,14 @@ class GatewaySnapshot:
     """A gateway at one moment.
 
     Attributes:
-        address: ``HOST:PORT``.
-        devices: That are connected, or may come back.
-        requests: Without an answer yet.
         versions: Version of edgeadapt, as devices state it → how many of the connected have it.
         check_ins: Outcome → check-ins since the start: ``admitted``, ``early`` (before their window), ``paced`` (too
             many at once), ``full``.
     """
 
-    address: str
-    devices: int = 0
-    requests: int = 0
+    address: str  # ``HOST:PORT``
+    devices: int = 0  # devices that are connected, or may come back
+    requests: int = 0  # requests without an answer yet
     versions: Mapping[str, int] = field(default_factory=dict)
     check_ins: Mapping[str, int] = field(default_factory=dict)
 

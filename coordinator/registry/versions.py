@@ -35,17 +35,11 @@ class Version:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The end of a registry: what the next round follows.
+    """The end of a registry: what the next round follows."""
 
-    Args:
-        newest: Version and digest of the newest adapter.
-        round: The record of the last round; None before the first.
-        digest: SHA-256 of that record as signed: the next one names it.
-    """
-
-    newest: tuple[int, str]
-    round: RoundRecord | None
-    digest: str | None
+    newest: tuple[int, str]  # version and digest of the newest adapter
+    round: RoundRecord | None  # the record of the last round; None before the first
+    digest: str | None  # SHA-256 of that record as signed: the next one names it
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,18 +57,12 @@ class StoredAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Registry:
-    """Versions and records in a database; make it with ``Registry.open``. One coordinator writes; any number may read.
-
-    Args:
-        blobs: The adapters' files.
-        trusted: Keys whose manifests are accepted.
-        epoch: Epoch of the writer's lease; None: nobody has ever led (``coordinator.registry.lease``).
-    """
+    """Versions and records in a database; make it with ``Registry.open``. One coordinator writes; any number read."""
 
     engine: Engine
-    blobs: Blobs
-    trusted: tuple[PublicKey, ...]
-    epoch: int | None = None
+    blobs: Blobs  # the adapters' files
+    trusted: tuple[PublicKey, ...]  # keys whose manifests are accepted
+    epoch: int | None = None  # epoch of the writer's lease; None: nobody has ever led (``coordinator.registry.lease``)
 
     @classmethod
     def open(cls, database_url: str | URL, blob_url: str, trusted: Sequence[PublicKey]) -> Self:

@@ -53,42 +53,29 @@ class ServiceProgram:
 
     Attributes:
         command: The program, ``MODULE:FUNCTION``, and its arguments; started by ``coordinator.services.child``.
-        address: ``HOST:PORT`` at which it listens; empty if it does not.
-        is_ready: Whether it does its work; asked until it does.
         is_alive: Whether it still answers; asked while it is ready, in the supervisor's only thread.
-        may_start: Whether it can be started now; asked until it can.
-        finishes: Whether exit code 0 means that its work is done, and with it the supervisor's.
-        fatal: Exit codes after which a restart does not help.
     """
 
     name: str
     command: tuple[str, ...]
     environment: Mapping[str, str]
-    address: str
-    is_ready: Callable[[], bool]
+    address: str  # ``HOST:PORT`` at which it listens; empty if it does not
+    is_ready: Callable[[], bool]  # whether it does its work; asked until it does
     is_alive: Callable[[], bool] = lambda: True
-    may_start: Callable[[], bool] = lambda: True
-    finishes: bool = False
-    fatal: frozenset[int] = frozenset()
+    may_start: Callable[[], bool] = lambda: True  # whether it can be started now; asked until it can
+    finishes: bool = False  # whether exit code 0 means that its work is done, and with it the supervisor's
+    fatal: frozenset[int] = frozenset()  # exit codes after which a restart does not help
 
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long a service is waited for, in seconds.
+    """How long a service is waited for, in seconds."""
 
-    Attributes:
-        ready: Time in which it must be ready.
-        stop: Time in which it must stop.
-        pause: Longest pause before a restart.
-        look: Time between two checks whether it is alive.
-        failures: Checks in a row that must fail before it is started again.
-    """
-
-    ready: float
-    stop: float
-    pause: float
-    look: float
-    failures: int
+    ready: float  # time in which it must be ready
+    stop: float  # time in which it must stop
+    pause: float  # longest pause before a restart
+    look: float  # time between two checks whether it is alive
+    failures: int  # checks in a row that must fail before it is started again
 
 
 class ServiceState(Enum):
