@@ -29,22 +29,16 @@ ROWS, COLUMNS = "_in_rows", "_in_columns"  # end the names of a weight: an outpu
 class Stored:
     """A matrix as a graph stores it, in shape ``(out, in)`` in blocks, ``(in, out)`` with a scale for each output.
 
-    Attributes:
-        codes: The bytes; two numbers of four bits are in one.
-        shape: Of the numbers.
-        scales: Of each block, or of each output.
-        zeros: The zero point of each scale, stored as ``codes`` are; None: 0.
-        block: Numbers that share a scale; 0: those of an output.
-        residuals: The blocks of a row that have them; the blocks with the residuals follow.
+    ``zeros``: the zero point of each scale, stored as ``codes`` are; None: 0.
     """
 
-    codes: NDArray[Any] = field(repr=False)
+    codes: NDArray[Any] = field(repr=False)  # the bytes; two numbers of four bits are in one
     shape: tuple[int, int]
-    scales: Floats = field(repr=False)
+    scales: Floats = field(repr=False)  # one for each block, or for each output
     zeros: NDArray[Any] | None = field(default=None, repr=False)
     bits: int = 8
-    block: int = BLOCK
-    residuals: int = 0
+    block: int = BLOCK  # numbers that share a scale; 0: those of an output
+    residuals: int = 0  # the blocks of a row that have them; the blocks with the residuals follow
 
 
 FormOf = Callable[[str, Floats], Stored | None]  # name and weight (in, out) → None: it is stored in float

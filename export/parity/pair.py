@@ -34,9 +34,7 @@ class ExportedPair:
 def open_pair(bundle: Bundle, name: str, base_name: str, origin: Origin) -> ExportedPair:
     """Read back and verify the base and the adapter ``name`` of a bundle.
 
-    Args:
-        base_name: The folder or package of the base that was exported.
-        origin: What the adapter was exported from.
+    ``base_name``: the folder or package of the base that was exported; ``origin``: what the adapter was exported from.
 
     Raises:
         ConfigError: ``base_name`` is another base than the bundle's.
