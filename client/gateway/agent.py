@@ -51,18 +51,12 @@ log = logging.getLogger("edgeadapt.agent")
 
 @dataclass(slots=True)
 class Agent:
-    """A device at a gateway.
+    """A device at a gateway."""
 
-    Args:
-        folder: The device's state directory.
-        addresses: ``HOST:PORT`` of the gateway; several where another coordinator can take over.
-        look: Seconds between two checks of the conditions.
-    """
-
-    folder: Path
-    addresses: tuple[str, ...]
+    folder: Path  # the device's state directory
+    addresses: tuple[str, ...]  # ``HOST:PORT`` of the gateway; several where another coordinator can take over
     readings: Readings = field(default_factory=SystemReadings)
-    look: float = LOOK
+    look: float = LOOK  # seconds between two checks of the conditions
     _failed: int = 0  # addresses in a row, of the attempts so far
     _stop: threading.Event = field(default_factory=threading.Event)
     _call: grpc.Call | None = None

@@ -51,15 +51,12 @@ class Before:
 class Lesson:
     """One run of learning.
 
-    Attributes:
-        made: SHA-256 of the file of the adapter that it made.
-        used: SHA-256 of the file of the adapter that was in use before.
-        before: That adapter; None if it was not private, so that undoing deletes the private one.
+    ``before``: the adapter that was in use before; None if it was not private, so that undoing deletes the private one.
     """
 
     corrections: Annotated[tuple[Correction, ...], _CORRECTIONS]
-    made: Annotated[str, wire.text("[0-9a-f]{64}")]
-    used: Annotated[str, wire.text("[0-9a-f]{64}")]
+    made: Annotated[str, wire.text("[0-9a-f]{64}")]  # SHA-256 of the file of the adapter that it made
+    used: Annotated[str, wire.text("[0-9a-f]{64}")]  # SHA-256 of the file of the adapter that was in use before
     before: Annotated[Before | None, wire.optional(wire.record(Before))]
 
 

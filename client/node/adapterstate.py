@@ -41,20 +41,17 @@ class AdapterState:
     """The adapter that a device trained from last.
 
     Args:
-        digest: SHA-256 of its file, hex.
-        sums: For how many sums from it the device revealed shares or, with groups, signed the survivor set.
         survivors: Whose updates are in the last of them: device id → serial of the certificate it had then.
-        dealt: From ``dealt``, of the last of them.
         earlier: SHA-256 of the files of the last ``EARLIER`` adapters before it for whose sums the device revealed
             shares, the oldest first.
     """
 
     version: Uint64
-    digest: HexDigest
+    digest: HexDigest  # SHA-256 of its file, hex
     terms: Digest
-    sums: Uint32 = 0
+    sums: Uint32 = 0  # sums from it for which the device revealed shares or, with groups, signed the survivor set
     survivors: Annotated[Mapping[str, int], SERIALS] = field(default_factory=dict)
-    dealt: Digest = bytes(32)
+    dealt: Digest = bytes(32)  # ``dealt`` of the last of them
     earlier: Annotated[tuple[bytes, ...], wire.sequence(DIGESTS, EARLIER)] = field(default=(), repr=False)
 
 

@@ -26,21 +26,15 @@ _SPENT: Codec[Spent] = wire.record(Spent, {"curve": wire.sequence(wire.real, len
 
 @dataclass(frozen=True, slots=True)
 class PrivacyLedger:
-    """The account of one device.
+    """The account of one device. Law: ``open(seal(l, k), k) == l``.
 
-    Law: ``open(seal(l, k), k) == l``.
-
-    Args:
-        settled: Of sums whose survivors it knows, and of rounds that it did not see the end of.
-        pending: Of the contribution that left last, if neither is known of it yet.
-        noisy: Contributions with noise.
-        bare: Contributions without noise, which nothing bounds; they are in no other number.
+    ``settled`` counts sums whose survivors it knows, and rounds that it did not see the end of.
     """
 
     settled: Annotated[Spent, _SPENT] = NOTHING
-    pending: Annotated[Spent, _SPENT] = NOTHING
-    noisy: Uint32 = 0
-    bare: Uint32 = 0
+    pending: Annotated[Spent, _SPENT] = NOTHING  # the contribution that left last, if neither is known of it yet
+    noisy: Uint32 = 0  # contributions with noise
+    bare: Uint32 = 0  # contributions without noise, which nothing bounds; they are in no other number
 
     @property
     def spent(self) -> Spent:

@@ -33,15 +33,10 @@ _EVER = wire.sequence(wire.text(f"[0-9a-f]{{64}}/({'|'.join(Part)})"), MAX_EVER)
 class PrivateParts:
     """The private parts before and after the last plan for which the device trained some, and which ever were.
 
-    Law: ``open(seal(p, k), k) == p``.
-
-    Args:
-        subject: What they belong to (``client.training.private.subject_of``).
-        plan: Digest of the plan.
-        before, after: Safetensors files.
+    Law: ``open(seal(p, k), k) == p``. ``before`` and ``after`` are safetensors files.
     """
 
-    subject: Digest
+    subject: Digest  # what they belong to (``client.training.private.subject_of``)
     plan: Digest
     before: Annotated[bytes, _BLOB] = field(repr=False)
     after: Annotated[bytes, _BLOB] = field(repr=False)

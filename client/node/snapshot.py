@@ -40,11 +40,8 @@ class Draw(Enum):
 class Snapshot:
     """A device's training inputs for the rounds of a session that are still to come.
 
-    Law: ``open(seal(s, k, j), k, j) == s``.
-
-    Args:
-        examples: Content of the examples file; b"" if it could not be read.
-        first: The first round that is still to come.
+    Law: ``open(seal(s, k, j), k, j) == s``. ``examples``: content of the examples file, b"" if it could not be read;
+    ``first``: the first round that is still to come.
     """
 
     secret: Annotated[bytes, wire.fixed(KEY)] = field(repr=False)

@@ -47,18 +47,12 @@ class SumKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What the contributions to a sum followed from.
-
-    Args:
-        adapter: SHA-256 of its file.
-        form: Digest of layout, method and labels.
-        terms: From ``adapterstate.terms``.
-    """
+    """What the contributions to a sum followed from."""
 
     kind: Annotated[SumKind, wire.choice(SumKind)]
-    adapter: Digest
-    form: Digest
-    terms: Digest
+    adapter: Digest  # SHA-256 of its file
+    form: Digest  # digest of layout, method and labels
+    terms: Digest  # from ``adapterstate.terms``
     sketch: Annotated[bytes, wire.blob(SIZE)] = field(repr=False)
 
 
@@ -82,27 +76,21 @@ class SameDevices:
 class PlannedSum:
     """The round without noise that the device trained for last.
 
-    Args:
-        bound: The kinds of earlier sums over whose devices this one has to be.
-        movement: Distance to the nearest adapter of them, weight units.
-        least: What it is compared with.
+    ``bound``: the kinds of earlier sums over whose devices this one has to be.
     """
 
     point: Annotated[Point, _POINT]
     bound: Annotated[tuple[SumKind, ...], wire.sequence(wire.choice(SumKind), len(SumKind))]
-    movement: Annotated[float, wire.real]
-    least: Annotated[float, wire.real]
+    movement: Annotated[float, wire.real]  # distance to the nearest adapter of them, weight units
+    least: Annotated[float, wire.real]  # limit for ``movement``
 
 
 @dataclass(frozen=True, slots=True)
 class SumHistory:
-    """The sums without noise to which a device helped.
+    """The sums without noise to which a device helped. Law: ``open(seal(h, k), k) == h``.
 
-    Law: ``open(seal(h, k), k) == h``.
-
-    Args:
-        earlier: Of the last ``EARLIER`` sums that were over other devices than these, the oldest first.
-        round: The one under way.
+    ``earlier``: the last ``EARLIER`` sums that were over other devices than these, the oldest first; ``round``: the one
+    under way.
     """
 
     key: Annotated[bytes, wire.fixed(32)] = field(repr=False)

@@ -47,19 +47,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class TrainingDevice:
-    """What a device trains with.
+    """What a device trains with. ``step``: called before each batch; ``EligibilityError`` from it ends the training."""
 
-    Args:
-        base: The frozen base, or that of a bundle with a training graph.
-        examples: Path of the examples, for messages.
-        kept: The private parts.
-        step: Called before each batch; ``EligibilityError`` from it ends the training.
-    """
-
-    base: FrozenBase
-    examples: Path
+    base: FrozenBase  # a plain one, or that of a bundle with a training graph
+    examples: Path  # for messages
     limits: TrainingLimits
-    kept: PrivateParts | None = None
+    kept: PrivateParts | None = None  # the private parts
     choose: TrainerOf = trainer_of
     step: Callable[[], object] = lambda: None
 

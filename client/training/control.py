@@ -75,19 +75,12 @@ class TrainingState:
 
 @dataclass(slots=True)
 class TrainingCheckpoint:
-    """Where a training that may be killed keeps its state, encrypted.
+    """Where a training that may be killed keeps its state, encrypted."""
 
-    Args:
-        path: Of the file, in a private folder.
-        key: 32 bytes that never leave the device.
-        subject: What the training is of. The state of another one is not continued.
-        every: Seconds between two states.
-    """
-
-    path: Path
-    key: bytes = field(repr=False)
-    subject: bytes
-    every: float = 10.0
+    path: Path  # in a private folder
+    key: bytes = field(repr=False)  # 32 bytes that never leave the device
+    subject: bytes  # digest of the training; the state of another one is not continued
+    every: float = 10.0  # seconds between two states
     _written: float = field(default_factory=time.monotonic, repr=False)
 
     def read(self) -> TrainingState | None:
@@ -115,27 +108,23 @@ class TrainingControl:
     """The limits of a training.
 
     Args:
-        seconds: After which no step begins: the training ends with what it has.
         duty_cycle: Share of the time in which it computes, above 0: after each step it pauses, so that a battery lasts
             longer and a device stays cool.
-        gradient_norm: Largest L2 norm of a step's gradient, to which it is clipped.
         unfailing: Whether a gradient that is not finite counts as zero, as in a round, which no example may end. On a
             device of one's own it is an error, which says that the learning rate is too high.
         tokens: Most tokens of one pass, with padding. A larger batch is run in parts, whose gradients add up to its own
             (gradient accumulation), so that this bounds memory.
-        patience: Epochs without a lower loss on held-out examples after which the training ends; 0: never.
         held_out: The loss of an adapter on held-out examples; needed with a patience.
-        until: Whether an adapter needs no further step.
     """
 
-    seconds: float = math.inf
+    seconds: float = math.inf  # no step begins after them: the training ends with what it has
     duty_cycle: float = 1.0
-    gradient_norm: float = math.inf
+    gradient_norm: float = math.inf  # largest L2 norm of a step's gradient, to which it is clipped
     unfailing: bool = False
     tokens: int = TOKENS
-    patience: int = 0
+    patience: int = 0  # epochs without a lower loss on held-out examples after which the training ends; 0: never
     held_out: Callable[[Tensors], float] | None = None
-    until: Callable[[Tensors], bool] | None = None
+    until: Callable[[Tensors], bool] | None = None  # whether an adapter needs no further step
     checkpoint: TrainingCheckpoint | None = None
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], object] = time.sleep

@@ -21,21 +21,13 @@ Template = Callable[[list[dict[str, str]], bool], str]  # messages, whether an a
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """An example for training.
+    """An example for training."""
 
-    Attributes:
-        ids: Of all tokens, shape ``(tokens,)``.
-        targets: The tokens that are learned, which follow each other, or the label.
-        first: Where the token before the first target is; None: the target is a label.
-        size: Bytes of the text that the targets stand for, at least 1.
-        cut: Whether the text went on.
-    """
-
-    ids: NDArray[np.int64]
-    targets: NDArray[np.int64]
-    first: int | None
-    size: int = 1
-    cut: bool = False
+    ids: NDArray[np.int64]  # all tokens, shape ``(tokens,)``
+    targets: NDArray[np.int64]  # the tokens that are learned, which follow each other, or the label
+    first: int | None  # where the token before the first target is; None: the target is a label
+    size: int = 1  # bytes of the text that the targets stand for, at least 1
+    cut: bool = False  # the text went on
 
     @property
     def positions(self) -> NDArray[np.int64]:
@@ -45,19 +37,12 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class TextEncoder:
-    """Encodes a base's texts.
+    """Encodes a base's texts."""
 
-    Args:
-        tokenizer: Of the base, without truncation and padding.
-        template: Its chat template; None if it has none.
-        end: The token that ends a text.
-        longest: Tokens of the longest text.
-    """
-
-    tokenizer: Tokenizer
-    template: Template | None
-    end: int
-    longest: int
+    tokenizer: Tokenizer  # the base's, without truncation and padding
+    template: Template | None  # its chat template; None if it has none
+    end: int  # the token that ends a text
+    longest: int  # tokens of the longest text
 
     @classmethod
     def of(

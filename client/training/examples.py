@@ -29,17 +29,12 @@ class Split(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A text, with the number of its label or with the prompt that it answers. ``repr`` does not show them.
-
-    Args:
-        label: Of a classifier; ``NO_LABEL`` for a language model.
-        prompt: What comes before the text, for a language model; it is not learned.
-    """
+    """A text, with the number of its label or with the prompt that it answers. ``repr`` does not show them."""
 
     text: str
-    label: int = NO_LABEL
+    label: int = NO_LABEL  # ``NO_LABEL`` for a language model
     split: Split = Split.TRAIN
-    prompt: str = ""
+    prompt: str = ""  # what comes before the text, for a language model; it is not learned
 
     def __repr__(self) -> str:
         return f"Example(<{len(self.text)} characters>, {self.label}, {self.split.value})"

@@ -75,16 +75,14 @@ class PersonalStep:
     """The personal step.
 
     Args:
-        epochs: Passes over the training examples; not used by ``RIDGE``.
-        scale: Of ``RIDGE`` and ``ENSEMBLE``: logit of a score of 1, as of the federation's rounds.
         share: Of ``INTERPOLATE``: of the fine-tuned adapter, 0 to 1 (Wortsman et al. 2022, "Robust fine-tuning of
             zero-shot models").
         patience: Epochs without a lower loss on the held-out examples after which training ends, with the best adapter
             until then (Prechelt 1998, "Early stopping - but when?"); 0: never. Not used without held-out examples.
     """
 
-    epochs: int
-    scale: float
+    epochs: int  # passes over the training examples; not used by ``RIDGE``
+    scale: float  # logit of a score of 1, for ``RIDGE`` and ``ENSEMBLE``; equal to the federation's rounds'
     method: PersonalMethod = PersonalMethod.FINE_TUNE
     share: float = 0.5
     choice: Choice = Choice.BEST

@@ -71,16 +71,11 @@ class ChannelSource:
 
 @dataclass(frozen=True, slots=True)
 class ReleaseOffer:
-    """The release that a channel has for this device.
-
-    Args:
-        rollout: Under way; None if all devices get the newest release.
-        chosen: Whether this device is among those that get the newest.
-    """
+    """The release that a channel has for this device."""
 
     release: Release
-    rollout: Rollout | None = None
-    chosen: bool = True
+    rollout: Rollout | None = None  # None if all devices get the newest release
+    chosen: bool = True  # whether this device is among those that get the newest
 
     @property
     def why(self) -> str:
