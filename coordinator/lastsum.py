@@ -1,12 +1,10 @@
 """The last sum from an adapter, and what it demands of the next round from the same adapter.
 
-Devices reveal shares for sums from one adapter over one set of survivors only. A later set may lack devices whose
-certificates were revoked since (``client.node.adapterstate``). So after a round that ended without a result when
-devices had been asked to unmask its sum, every later round from that adapter is over the same devices. A kill may have
-come before such a round was recorded: the log has the request before any device can have it.
-
-With groups, devices are bound as soon as they sign a survivor set, and later rounds have the same groups. What earlier
-rounds left on the devices binds later ones as well: no later round may share it (``check_unshared``).
+Devices reveal shares for sums from one adapter over one set of survivors only, less those whose certificates were
+revoked since (``client.node.adapterstate``). So after a round that ended without a result when devices had been asked
+to unmask its sum, every later round from that adapter is over the same devices. A kill may have come before the round
+was recorded: the log has the request before any device can have it. With groups, devices are bound as soon as they sign
+a survivor set, and later rounds have the same groups. No later round shares what devices keep (``check_unshared``).
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence

@@ -1,12 +1,9 @@
 """The authority's service: a device with an invitation gets a certificate, and one whose certificate ends soon a newer.
 
-Both are conversations of one message and one answer, over gRPC and for pages over a WebSocket
-(``coordinator.gateway.carriers``). The messages are signed, so a peer that passes one on has no other key certified.
-Calls and refusals are counted after the proof, so nobody without credentials uses up what those with credentials may
-do.
-
-It runs where the authority's key is, not where the coordinator is: a coordinator that could enrol devices could fill a
-cohort with its own. It has no state besides the authority's record.
+Both are conversations of one message and one answer (``coordinator.gateway.carriers``). The messages are signed, so a
+peer that passes one on has no other key certified. Calls and refusals are counted after the proof, so nobody without
+credentials uses up what those with credentials may do. The service runs where the authority's key is, not where the
+coordinator is, which could fill a cohort with its own devices, and has no state besides the authority's record.
 """
 
 import asyncio

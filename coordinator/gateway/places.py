@@ -1,10 +1,9 @@
 """What peers that have not proved who they are may cost: places for their connections, turns, and a rate of refusals.
 
 Silence costs its sender nothing, so an unproven connection holds one of few places, for a time. When all are taken, a
-new connection takes that of the oldest peer of the network that holds most. A peer of a network that holds as many as
-any other takes only one that is ``YOUNG`` seconds old: of devices that all come at once, the first are served. So held
-places keep nobody out. It takes a flood of ``PLACES`` connections in ``YOUNG`` seconds, which come from the own
-network, or from as many others.
+new connection takes that of the oldest peer of the network that holds most; a peer of a network that holds as many as
+any other only one that is ``YOUNG`` seconds old: of devices that all come at once, the first are served. So it takes a
+flood of ``PLACES`` connections in ``YOUNG`` seconds, from the own network or from as many others, to keep a peer out.
 
 A network is an IPv4 address or the /64 of an IPv6 address. All peers behind a NAT or a reverse proxy are one network.
 Everything runs on one event loop and takes no lock.
