@@ -225,7 +225,7 @@ def _merged(adapted: PeftModel, ids: Tensor, folder: Path) -> tuple[Tensor, Any]
             warnings.simplefilter("ignore")
             expected = _logits(adapted, ids)
             model: Any = adapted.merge_and_unload(safe_merge=True).eval()
-    except Exception as error:  # as above
+    except Exception as error:  # many classes without a common base
         raise _refusal(folder, error) from error
     for name, value in model.named_parameters():
         if value.is_floating_point() and not torch.isfinite(value).all():

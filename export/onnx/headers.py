@@ -2,11 +2,9 @@
 
 ONNX Runtime maps the file of weights into memory, so every process that opens the base by its path shares one copy. The
 native header gives each slot an empty default, because ONNX Runtime checks required inputs before it applies an
-adapter; onnxruntime-web refuses defaults for inputs, so its header has none.
-
-Slots declare the shapes of one adapter, with a name for each free dimension. ``x @ A @ B`` also takes one adapter for
-each row (A of shape ``(rows, in, rank)``), since MatMul broadcasts; ``edgeadapt.bases.slotshapes`` drops the shapes for
-that.
+adapter; onnxruntime-web refuses defaults for inputs, so its header has none. Slots declare the shapes of one adapter,
+with a name for each free dimension. ``edgeadapt.bases.slotshapes`` drops them where each row has an adapter of its own
+(A of shape ``(rows, in, rank)``), which MatMul broadcasts.
 """
 
 import copy
