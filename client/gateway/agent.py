@@ -1,12 +1,10 @@
 """The agent of a light device: it attends at a gateway, and answers each request with a step of ``client.node.step``.
 
-It attends only while its owner's conditions are met (``client.node.eligibility``), and waits without a connection while
-they are not. Meanwhile it has its certificate renewed before it ends (``client.gateway.enrolment``).
-
-The gateway's TLS is verified under the pinned authority, and the identity signs its challenge. Whatever can pass by
-itself is tried again, at each address of the gateway in turn, and after a pause that grows, or that the gateway names;
-a refusal ends the agent. An answer that did not reach the gateway, or not the coordinator, which then asks again, is
-sent again and never made again: the device's state has moved on.
+It attends only while its owner's conditions are met (``client.node.eligibility``), and has its certificate renewed
+before that ends (``client.gateway.enrolment``). The gateway's TLS is verified under the pinned authority, and the
+identity signs its challenge. What can pass by itself is tried again, at each address in turn, after a pause that grows
+or that the gateway names; a refusal ends the agent. An answer that did not reach the gateway or the coordinator, which
+then asks again, is sent again and never made again: the device's state has moved on.
 """
 
 import hashlib

@@ -4,9 +4,9 @@
 
 - The pinned keys are outside the bundle: keys that ship in a bundle would vouch for themselves.
 - The version of an adapter is not below the highest that this device has accepted under its name for its base, and has
-  the content that this version had then: else whoever can write to the bundle, but cannot sign, could go back to an
-  adapter that was once signed. It is noted only after every other rule holds, in a file next to the pinned keys:
-  a writer there can pin another key anyway.
+  the content that this version had then: else a writer of the bundle who cannot sign could go back to an adapter that
+  was once signed. It is noted only after every other rule holds, in a file next to the pinned keys: a writer there can
+  pin another key anyway.
 
 docs/explanation/inference.md says what these rules leave open.
 """

@@ -605,7 +605,7 @@ def _step_digest(
 
 
 def _in_lesson_order(phrases: Sequence[tuple[str, str]], lesson: int) -> list[tuple[str, str]]:
-    """Order labels and phrases for a lesson, otherwise for each number.
+    """Order labels and phrases for a lesson, in another order for each number.
 
     A generator's order would be NumPy's own; digests give the same one in the browser
     (``page/learning/classifier.js``).

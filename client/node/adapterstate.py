@@ -1,23 +1,19 @@
 """What a device remembers, across sessions, of the adapter that it trained from last.
 
-Sums from one adapter can be added and subtracted so that only a few devices are left. So does a sum from an old adapter
-with one from its successor, up to what training in another order changes. A device therefore trains from no adapter
-older than the last one, from one adapter of each version, and from none to whose sums it helped before it trained from
-another one: with new numbers, two adapters could alternate (up to ``EARLIER`` adapters are remembered). It reveals
-shares for sums from an adapter over one set of survivors, and for a few of them at most. All of them are trained with
-the same settings and bounds: a clip norm or weight cap that only one device reaches would single out its update in two
-sums over the same devices. How many devices are left in any combination then follows from the threshold.
+Sums from one adapter, or from an old one and its successor, can be added and subtracted so that only a few devices are
+left. So a device trains from no adapter older than the last one, from one adapter of each version, and from none to
+whose sums it helped before it trained from another one: with new numbers, two could alternate (``EARLIER`` are
+remembered). It reveals shares for sums from an adapter over one set of survivors, for a few of them at most, and all
+trained with the same settings and bounds: a clip norm or weight cap that only one device reaches would single out its
+update. How many devices are left in any combination then follows from the threshold.
 
-With groups, a device is bound once it signed a survivor set, and not only once it revealed shares: it counts on the
-signatures of its group, each of which stands for a device that is in no sum with others (``aggregation.groups``). Later
-sums have the same groups.
+With groups, a device is bound once it signed a survivor set: it counts on the signatures of its group, each of which
+stands for a device that is in no sum with others (``aggregation.groups``). Later sums have the same groups, and lack
+only devices whose certificates the authority revoked since, which would otherwise stop the training of all others.
 
-A later sum may lack devices whose certificates were revoked since the last one: a device that is gone would otherwise
-stop the training of all others. Only the authority can revoke.
-
-An honest coordinator repeats a round from the same adapter if too few devices answered the unmask request, or if it
-was stopped before it logged the result. Rounds that end before the unmask request do not count. Equal adapters are
-recognized by their bytes. Whether the adapter of a plan is the one that the log leads to is a question to the log
+An honest coordinator repeats a round from the same adapter if too few devices answered the unmask request, or if it was
+stopped before it logged the result. Rounds that end before the unmask request do not count. Equal adapters are
+recognized by their bytes. Whether a plan's adapter is the one that the log leads to is a question to the log
 (``aggregation.transcript``).
 """
 

@@ -5,9 +5,8 @@ device that is asked for a plan again must answer as before: the difference of t
 of two updates. So the device keeps what the last plan started from, too.
 
 A part that was private once, on a frozen base, stays private: the device refuses every plan that shares it, whatever
-the labels, the layout and the coordinator are. It remembers such parts in the same file as their numbers, so that no
-kill leaves the ones without the others, and nothing but the owner's ``edgeadapt device forget`` deletes either. The
-file is encrypted.
+the labels, the layout and the coordinator are. Such parts are in one encrypted file with their numbers, so that no kill
+leaves the ones without the others, and only the owner's ``edgeadapt device forget`` deletes either.
 """
 
 from collections.abc import Iterable

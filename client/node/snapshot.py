@@ -1,14 +1,13 @@
 """What a device trains with in one session: the examples that it had when it joined, and a secret of that session.
 
 Two answers to one plan carry the same masks, so that their difference is that of the two updates. A device whose state
-directory is rolled back therefore answers a plan again byte for byte as before, also if its examples changed in
-between, or not at all: training depends on nothing but the snapshot, the plan and the adapter, and a snapshot opens
-only for the session in which it was taken.
+directory is rolled back therefore answers a plan again byte for byte as before, or not at all: training depends on
+nothing but the snapshot, the plan and the adapter, and a snapshot opens only for the session in which it was taken.
 
-The secret is drawn from the operating system for each session, so that a copy of the state directory from before the
-session does not give it. It orders the examples, rounds the update and draws its noise. The coordinator knows all else
-that training depends on, and would otherwise make the other devices repeat their updates, and subtract two sums that
-differ by one device. It is replaced after each round, so that the state directory gives nothing of a finished one.
+The secret orders the examples, rounds the update and draws its noise. It is drawn for each session, so that an earlier
+copy of the state directory does not give it, and replaced after each round, so that a later one gives nothing of a
+finished round. The coordinator knows all else that training depends on, and would otherwise make the other devices
+repeat their updates, and subtract two sums that differ by one device.
 """
 
 import hashlib

@@ -1,20 +1,17 @@
 """What a device remembers of the sums without noise for which it revealed shares: from which adapters, over whom.
 
 Two sums from adapters that hardly differ are as two from one adapter: over different devices, their difference is what
-a few of them contributed. So without noise an adapter that is less than ``RoundTask.least_movement`` from
-another one counts as the same. A device helps to a sum from it only over the devices of the last one, less those whose
-certificates were revoked since, with the same task, clip norm and weight cap; and to none if the sum from the other one
-was over devices before those. Every such adapter is remembered, so that small steps do not add up to a large one, and
-none returns. There is no limit on sums over the same devices: such a sum moves the adapter, and more of them free it.
+a few of them contributed. So without noise an adapter that is less than ``RoundTask.least_movement`` from another one
+counts as the same. A device helps to a sum from it only over the devices of the last one, less those whose certificates
+were revoked since, with the same task, clip norm and weight cap; and to none if the sum from the other one was over
+devices before those, or with groups, which other bytes would deal again. Every such adapter is remembered, so that
+small steps do not add up to a large one, and none returns. Sums over the same devices have no limit: they move the
+adapter.
 
-Updates and second moments are compared with each other as well, because sums of both say how many held-out examples
-the adapter answers rightly. With noise, as of every evaluation, the privacy ledger counts.
-
-With groups a device helps to no sum from such an adapter, whose bytes give other groups. Equal bytes are subject to
-``adapterstate`` besides.
-
-What the device refuses follows from what the coordinator sent and from a secret key of the sketches. The file is
-encrypted.
+Updates and second moments are compared with each other as well, because sums of both say how many held-out examples the
+adapter answers rightly. With noise, as of every evaluation, the privacy ledger counts. Equal bytes are subject to
+``adapterstate`` besides. What is refused follows from what the coordinator sent and from a secret key of the sketches.
+The file is encrypted.
 """
 
 import hashlib

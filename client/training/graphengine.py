@@ -235,7 +235,7 @@ def language(base: VerifiedBase, config: PeftConfig, threads: int = 1) -> Langua
         end, context, vocabulary = stated["eos_token_id"], int(stated["context_length"]), int(stated["vocab_size"])
         tokenizer = Tokenizer.from_str(base.files[TOKENIZER].decode())
         first_end = int(end[0] if isinstance(end, list) else end)
-    except Exception as error:  # as above
+    except Exception as error:  # json and tokenizers raise classes without a common base
         raise _unusable(base, error) from error
     if rows := [name for name, shape in engine.filled.items() if vocabulary in shape and name not in VIRTUAL]:
         raise ConfigError(

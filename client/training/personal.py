@@ -22,7 +22,7 @@ from edgeadapt.formats.layout import Layout, Tensors
 from edgeadapt.rounds.analytic import ClassifierHead, refit
 from edgeadapt.rounds.task import Task
 
-# Of ``with_own_head``, chosen on households of validation seeds: MiniLM and multilingual-e5-small are equally good with
+# Chosen for ``with_own_head`` on households of validation seeds: MiniLM and multilingual-e5-small are equally good with
 # 0.3 to 1 (docs/decisions/0033-analytic-head.md).
 OWN_STRENGTH = 0.5
 CHANCE = 0.05

@@ -1,12 +1,10 @@
 """Trains and scores adapters of a frozen base: an engine, which has the base, and an objective.
 
 An engine gives the loss of a batch and its gradients: torch on the base itself (``torchengine``), or the training graph
-of a bundle (``graphengine``). An objective turns examples into batches: the labels of a classifier, or the tokens that
-a language model learns. ``descent.descend`` takes the steps. Of the same batches both engines make the same adapter, up
-to rounding and the quantization of a bundle's base.
-
-Training is deterministic for given tensors, examples and generator on one machine with one number of threads: the model
-stays in evaluation mode (no dropout), and the generator orders the examples.
+of a bundle (``graphengine``). An objective turns examples into batches: a classifier's labels, or the tokens that a
+language model learns. ``descent.descend`` takes the steps. Both engines make the same adapter of the same batches, up
+to rounding and the quantization of a bundle's base. Training is deterministic on one machine with one number of
+threads: the model stays in evaluation mode (no dropout), and the generator orders the examples.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
