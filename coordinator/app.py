@@ -33,7 +33,6 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the rounds that are still to do."""
     _show_log()
     folder = context.run_config.get(STATE)
     if not isinstance(folder, str) or not folder:
@@ -64,7 +63,7 @@ def _run(state_dir: CoordinatorStateDir, grid: Grid) -> None:
 
 @contextmanager
 def joined(grid: Grid, state_dir: CoordinatorStateDir, address: str) -> Iterator["JoinedGrid"]:
-    """``grid`` together with light devices at a gateway at ``address``, while the block runs."""
+    """Join ``grid`` with light devices at a gateway at ``address``, while the block runs."""
     from coordinator.gateway.grid import JoinedGrid, serving  # a coordinator without a gateway needs no gRPC services
 
     with serving(state_dir, address, own_process=False) as light:
@@ -74,15 +73,14 @@ def joined(grid: Grid, state_dir: CoordinatorStateDir, address: str) -> Iterator
 def run(state_dir: CoordinatorStateDir, grid: Grid) -> Iterator[RoundRecord]:
     """Run the rounds that are still to do, and yield the record of each one once it is committed.
 
-    Raises:
-        EdgeAdaptError: Another run uses the state directory, or as ``federate``.
+    Raises EdgeAdaptError: another run uses the state directory, or as ``federate``.
     """
     with state_dir.leading() as leader:
         yield from lead(leader, grid)
 
 
 def lead(leader: CoordinatorStateDir, grid: Grid) -> Iterator[RoundRecord]:
-    """As ``run``, for a state directory from ``CoordinatorStateDir.leading``."""
+    """Run the rounds of a state directory from ``CoordinatorStateDir.leading``, like ``run``."""
     # A simulated grid has its own time, which does not wait.
     clock: Clock = getattr(grid, "clock", None) or SystemClock()
     if leader.lease is not None:
@@ -92,18 +90,16 @@ def lead(leader: CoordinatorStateDir, grid: Grid) -> Iterator[RoundRecord]:
 
 @dataclass(frozen=True, slots=True)
 class LeaderClock:
-    """A clock that ends the run of a coordinator once another one leads. Everything that waits looks at a clock."""
+    """End the run of a coordinator once another one leads. Everything that waits reads a clock."""
 
     clock: Clock
     lease: Lease
 
     def now(self) -> float:
-        """As the clock. Raises EdgeAdaptError if another coordinator leads."""
         self.lease.require()
         return self.clock.now()
 
     def sleep(self, seconds: float) -> None:
-        """As ``now``, also while it waits."""
         end = self.now() + seconds
         while (left := end - self.now()) > 0:
             self.clock.sleep(min(LOOK, left))

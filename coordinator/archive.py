@@ -43,7 +43,7 @@ class BackupManifest(Manifest):
 
     NAME: ClassVar[str] = "coordinator-backup"
 
-    files: Sha256  # of SHA256SUMS
+    files: Sha256  # digest of SHA256SUMS
     registry: Sha256 | None
     version: Count | None
     round: Count  # 0 before the first
@@ -75,23 +75,22 @@ def write(
 
     Raises:
         EdgeAdaptError: A file changed meanwhile.
-        OSError: It cannot be written.
     """
-    digests, total = list[str](), 2 * sum(each.size for each in files)
-    for each in files:
-        digests.append(hashlib.sha256(each.read()).hexdigest())
-        report(each.size, total)
-    sums = "".join(f"{digest}  {each.name}\n" for digest, each in zip(digests, files, strict=True)).encode()
+    digests, total = list[str](), 2 * sum(entry.size for entry in files)
+    for entry in files:
+        digests.append(hashlib.sha256(entry.read()).hexdigest())
+        report(entry.size, total)
+    sums = "".join(f"{digest}  {entry.name}\n" for digest, entry in zip(digests, files, strict=True)).encode()
     signed = manifest(hashlib.sha256(sums).hexdigest()).sign(key)
     with os.fdopen(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, storage.PRIVATE), "wb") as file:
         for name, content in ((PUBLIC_KEY, key.public.to_pem()), (MANIFEST, signed), (SUMS, sums)):
             _append(file, name, content, storage.PUBLIC)
-        for each, digest in zip(files, digests, strict=True):
-            content = each.read()
+        for entry, digest in zip(files, digests, strict=True):
+            content = entry.read()
             if hashlib.sha256(content).hexdigest() != digest:
-                raise EdgeAdaptError(f"{each.name} changed while it was copied: repeat the backup", about=each.name)
-            _append(file, each.name, content, each.mode)
-            report(each.size, total)
+                raise EdgeAdaptError(f"{entry.name} changed while it was copied: repeat the backup", about=entry.name)
+            _append(file, entry.name, content, entry.mode)
+            report(entry.size, total)
         file.write(END)
         storage.flush(file)
 
@@ -99,15 +98,14 @@ def write(
 def extract(
     archive: Path, folder: Path, trusted: PublicKey | None, modes: Mapping[str, int], report: Report
 ) -> BackupManifest:
-    """Write the files of an archive to a folder, each after its digest was found to be the one that was signed.
+    """Write the files of an archive to an empty folder, each after its digest was found to be the one that was signed.
 
     Args:
-        folder: Empty.
         trusted: The coordinator's key; None: the one in the archive, which then proves only that nothing is damaged.
         modes: Regular expression of a name → permissions. A file with another name is refused.
 
     Raises:
-        DataError: It is no archive of a coordinator, or it is truncated.
+        DataError: It is not an archive of a coordinator, or it is truncated.
         TrustError: It is of another coordinator, or was altered.
     """
     with storage.opened(archive, 2**63) as (file, total):
@@ -136,11 +134,10 @@ def extract(
 
 
 def _listed(reader: "_ArchiveReader", sums: bytes) -> Iterator[tuple[str, str]]:
-    """Digest and name of each line of SHA256SUMS."""
     for line in sums.decode("ascii", "replace").splitlines():
-        if (found := _LINE.fullmatch(line)) is None:
+        if (match := _LINE.fullmatch(line)) is None:
             raise reader.altered(SUMS)
-        yield found[1], found[2]
+        yield match[1], match[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +146,7 @@ class _ArchiveReader:
     file: BinaryIO
 
     def next(self, name: str, limit: int, mode: int = storage.PUBLIC) -> bytes:
-        """The content of the next file, which has that name and mode and at most ``limit`` bytes."""
+        """Read the next file, which has that name and mode and at most ``limit`` bytes."""
         header = self._read(BLOCK)
         try:
             size = tarfile.TarInfo.frombuf(header, "ascii", "strict").size
@@ -169,7 +166,6 @@ class _ArchiveReader:
             raise self.altered("its end")
 
     def altered(self, name: str) -> TrustError:
-        """The error that a file is not the one that was archived."""
         return TrustError(f"{self.archive}: {name} was altered or is missing: take another copy", about=name)
 
     def _read(self, size: int) -> bytes:

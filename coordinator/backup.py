@@ -59,7 +59,7 @@ from edgeadapt.formats.registrystores import shown
 from edgeadapt.formats.roundrecord import INTERRUPTED
 from edgeadapt.formats.workfolder import WorkFolder
 
-SUPERLINK = "superlink.db"  # of Flower's SuperLink: it has the public keys of the SuperNodes
+SUPERLINK = "superlink.db"  # Flower's SuperLink keeps the public keys of the SuperNodes there
 SECRETS = (KEY, TLS_KEY, NEXT_TLS_KEY)
 SETTLED = (AUTHORITY, SETTINGS, SERVICES, TLS_CERTIFICATE, TLS_REQUEST)  # files that no run writes
 MAX_FILE = 2 * MAX_REVOCATIONS  # bytes of a key, certificate, list or file of settings
@@ -79,11 +79,7 @@ EMPTY = Head((0, ""), None, None)
 
 @dataclass(frozen=True, slots=True)
 class Backup:
-    """What was copied, or restored.
-
-    Args:
-        files: How many it has.
-    """
+    """A copied or restored archive. ``files``: how many it has."""
 
     manifest: BackupManifest
     files: int
@@ -97,14 +93,12 @@ def back_up(
     """Write an archive of a coordinator, which may run meanwhile.
 
     Args:
-        out: The archive. Does not exist; its owner alone can read it.
+        out: Must not exist; its owner alone can read it. Nothing is left of it after an error.
         keys: Whether the archive has the signing key, the TLS key and the next TLS key.
 
     Raises:
-        ConfigError: ``out`` exists.
         DataError: A log, a blob or the database cannot be read.
         TrustError: A log, a version, a record or a blob was altered; or logs and registry contradict each other.
-        OSError: ``out`` cannot be written. Nothing is left of it.
     """
     if out.exists():
         raise ConfigError(f"{out} exists: name a new file", about=out.name)
@@ -117,7 +111,7 @@ def back_up(
             source = work.path
             state_dir.transcripts.table.copy_to(source / TRANSCRIPT)
         files = [*_logs(source / TRANSCRIPT, head, state_dir.key)]
-        # Of the two lists the one in the directory is the newer one.
+        # The list in the directory is the newer of the two.
         names = (*(f"{TRANSCRIPT}/{name}" for name in _SESSION), *SETTLED, REVOKED, *(SECRETS if keys else ()))
         files += [_small(folder, name) for name in names if (folder / name).is_file()]
         files += [_file(work.path, DATABASE)]
@@ -142,14 +136,8 @@ def back_up_for_standby(
 ) -> Backup:
     """Write an archive for a second machine that shares the registry: settings, certificates, and keys if asked for.
 
-    Args:
-        state_dir, out, keys, report: As ``back_up``.
-
-    Raises:
-        ConfigError: ``out`` exists, or the registry is where no other machine reaches it.
-        TrustError: A version or a record was altered.
-        EdgeAdaptError: The database cannot be reached.
-        OSError: ``out`` cannot be written. Nothing is left of it.
+    Arguments and errors are those of ``back_up``. Raises ConfigError: ``out`` exists, or the registry is where no other
+    machine reaches it.
     """
     if out.exists():
         raise ConfigError(f"{out} exists: name a new file", about=out.name)
@@ -172,21 +160,21 @@ def _write(
     report: Report,
 ) -> Backup:
     """Write an archive under its name when it is complete. ``manifest``: as for ``archive.write``."""
-    found = list[BackupManifest]()
+    manifests = list[BackupManifest]()
 
     def manifest_of(sums: str) -> BackupManifest:
-        found.append(manifest(sums))
-        return found[0]
+        manifests.append(manifest(sums))
+        return manifests[0]
 
     part = work / out.name
     archive.write(part, files, manifest_of, key, report)
     part.rename(out)
     storage.sync(out.parent)
-    return Backup(found[0], len(files), sum(each.size for each in files), key.public.key_id)
+    return Backup(manifests[0], len(files), sum(each.size for each in files), key.public.key_id)
 
 
 def _require_shared(stores: RegistrySettings, folder: Path) -> None:
-    """Return if another machine reaches the registry of a state directory."""
+    """Check that another machine reaches the registry of a state directory."""
     if not stores.database:
         text = f"the registry of {folder} is SQLite, which machines cannot share: move it to PostgreSQL, with"
         raise ConfigError(f"{text} 'edgeadapt coordinator backup' and 'restore --database'", about=REGISTRY)
@@ -208,8 +196,8 @@ def restore(
 ) -> Backup:
     """Make a state directory from an archive. All of it is verified before the directory exists.
 
-    One for a standby names a database, to which this machine's password goes: only the key that devices pin, or the
-    signing key, tells whose database that is.
+    An archive for a standby names a database, to which this machine's password goes: only the key that devices pin, or
+    the signing key, tells whose database that is.
 
     Args:
         folder: Does not exist, or is empty.
@@ -220,7 +208,7 @@ def restore(
     Raises:
         ConfigError: The folder or the database holds something; there is no signing key; or the archive is for a
             standby, and ``stores`` is given, or neither ``key`` nor ``trusted``.
-        DataError: It is no backup, or a truncated one; or the database of a standby is not the one that it was for.
+        DataError: It is not a backup, or a truncated one; or the database of a standby is not the one that it was for.
         TrustError: It was altered, or is of another coordinator.
         EdgeAdaptError: A store cannot be reached.
     """
@@ -231,8 +219,8 @@ def restore(
         report(size, total)
 
     with storage.new_folder(folder, mode=storage.PRIVATE_FOLDER) as stage:
-        given = IdentityKey.from_pem(key) if key is not None else None
-        manifest = archive.extract(source, stage, trusted or (given.public if given else None), MODES, done)
+        signer = IdentityKey.from_pem(key) if key is not None else None
+        manifest = archive.extract(source, stage, trusted or (signer.public if signer else None), MODES, done)
         if key is not None:
             storage.replace(stage / KEY, key)
         public = PublicKey.from_pem((stage / PUBLIC_KEY).read_bytes())
@@ -246,7 +234,7 @@ def restore(
             raise DataError(f"{source} is neither a backup nor for a standby", about=REGISTRY)
         if manifest.registry is not None:
             _restore_registry(source, stage, signing, manifest, stores)
-        elif trusted is None and given is None:
+        elif trusted is None and signer is None:
             text = f"{source} names a database: name the coordinator's public key with --coordinator"
             raise ConfigError(f"{text}, so that no other one gets this machine's password", about="--coordinator")
         elif stores is not None:
@@ -262,7 +250,7 @@ def _restore_registry(
 ) -> None:
     """Verify the registry and the logs of an archive, and put the registry where ``stores`` say."""
     (stage / BLOBS).mkdir(exist_ok=True)  # a registry without a version has none
-    # As an auditor reads a database that is not trusted: within limits, and nothing but tables.
+    # The database is not trusted: read it within limits, and nothing but tables, as an auditor does.
     RegistryFiles(LocalFiles(stage, stage / BLOBS), (key.public,)).rounds()
     with closing(open_registry(stage, key)) as registry:
         head = _verified(registry)
@@ -277,7 +265,7 @@ def _restore_registry(
 
 
 def _require_registry(stage: Path, key: IdentityKey, manifest: BackupManifest) -> None:
-    """Return if a standby reaches the registry that its archive is for, and the newest adapter. Creates nothing."""
+    """Check that a standby reaches the registry that its archive is for, and the newest adapter. Creates nothing."""
     stores = RegistrySettings.of(stage)
     _require_shared(stores, stage)
     open_registry_files(stage, (key.public,)).rounds()  # within limits; a database without tables stays without
@@ -302,7 +290,6 @@ def _require_registry(stage: Path, key: IdentityKey, manifest: BackupManifest) -
 def _move(
     stage: Path, registry: Registry, snapshot: RegistrySnapshot, key: IdentityKey, stores: RegistrySettings
 ) -> None:
-    """Put the registry of a directory where ``stores`` say."""
     storage.replace(stage / REGISTRY, REGISTRY_HEADER + stores.to_toml().encode(), storage.PUBLIC)
     with closing(open_registry(stage, key)) as elsewhere:
         if stores.blobs:
@@ -317,7 +304,7 @@ def _move(
 
 @contextmanager
 def _stored(snapshot: RegistrySnapshot, work: Path, source: Registry) -> Iterator[Registry]:
-    """A registry in SQLite with the rows of a snapshot, and the blobs of the registry that it is from."""
+    """Make a registry in SQLite with the rows of a snapshot, and the blobs of the registry that it is from."""
     engine = database.connect(own_database(work))
     with closing(Registry(engine, source.blobs, source.trusted)) as registry:
         snapshot.insert(engine)
@@ -325,7 +312,7 @@ def _stored(snapshot: RegistrySnapshot, work: Path, source: Registry) -> Iterato
 
 
 def _verified(registry: Registry) -> Head:
-    """The head of a registry, all of which was verified but its blobs; ``EMPTY`` for one without a version."""
+    """Verify all of a registry but its blobs, and return its head; ``EMPTY`` for one without a version."""
     if not registry.versions() and not registry.rounds():
         return EMPTY
     registry.optimizer_state()
@@ -333,17 +320,17 @@ def _verified(registry: Registry) -> Head:
 
 
 def _require_logs(folder: Path, head: Head, key: IdentityKey) -> None:
-    """Return if the logs are those of a registry, as at a start of the coordinator."""
-    found = [log for _, log in _read(transcripts.logs(folder), head, key.public) if log is not None and log.entries]
-    require_agreement(found, head, key)
+    """Check that the logs are those of a registry, as at a start of the coordinator."""
+    logs = [log for _, log in _read(transcripts.logs(folder), head, key.public) if log is not None and log.entries]
+    require_agreement(logs, head, key)
 
 
 def _logs(folder: Path, head: Head, key: IdentityKey) -> Iterator[ArchiveFile]:
-    """The logs as far as a registry knows them."""
+    """Yield the logs as far as a registry knows them."""
     kept = list[StoredLog]()
     ended = False
     for path, log in _read(transcripts.logs(folder), head, key.public):
-        if log is None:  # of a session before the last recorded round; nothing is written to it any more
+        if log is None:  # its session is before the last recorded round, so nothing is written to it any more
             yield _file(folder.parent, f"{TRANSCRIPT}/{path.name}")
         elif not ended:
             cut = _cut(log, head)
@@ -355,18 +342,18 @@ def _logs(folder: Path, head: Head, key: IdentityKey) -> Iterator[ArchiveFile]:
 
 
 def _read(paths: Sequence[Path], head: Head, coordinator: PublicKey) -> list[tuple[Path, StoredLog | None]]:
-    """The logs, in order; None for those before the session of the last recorded round."""
-    found = list[tuple[Path, StoredLog | None]]()
+    """Read the logs, in order; None for those before the session of the last recorded round."""
+    logs = list[tuple[Path, StoredLog | None]]()
     reached = False
     for path in reversed(paths):
         log = None if reached else StoredLog.read(path, coordinator)
         reached = reached or (log is not None and head.round is not None and log.offer.hex() == head.round.offer)
-        found.insert(0, (path, log))
-    return found
+        logs.insert(0, (path, log))
+    return logs
 
 
 def _cut(log: StoredLog, head: Head) -> StoredLog:
-    """A log up to the first ending of a round that is not recorded. One that was interrupted never is."""
+    """Cut a log before the first ending of a round that is not recorded. One that was interrupted never is."""
     after = head.round.entries if head.round is not None and log.offer.hex() == head.round.offer else -1
     unknown = (entry.index for entry in log.endings if entry.index > after and not _interrupted(entry))
     entries = log.entries[: next(unknown, len(log.entries))]
@@ -380,7 +367,7 @@ def _interrupted(ending: Entry) -> bool:
 
 
 def _small(folder: Path, name: str) -> ArchiveFile:
-    """A small file, read once: it may be replaced meanwhile."""
+    """Read a small file once: it may be replaced meanwhile."""
     content = storage.read(folder / name, MAX_FILE)
     return ArchiveFile(name, len(content), lambda: content, storage.PRIVATE if name in SECRETS else storage.PUBLIC)
 

@@ -27,20 +27,14 @@ CHECK_INS = 2  # challenges in an attempt, where a device is needed that did not
 
 @dataclass(frozen=True, slots=True)
 class CheckedIn:
-    """The devices that are there.
+    """The devices that are there."""
 
-    Attributes:
-        answers: Device → its answer to the challenge.
-        nodes: Device → Flower node, of the same devices.
-        at: When all their certificates are valid.
-    """
-
-    answers: Mapping[str, CheckIn]
-    nodes: Mapping[str, int]
-    at: datetime
+    answers: Mapping[str, CheckIn]  # device → its answer to the challenge
+    nodes: Mapping[str, int]  # device → Flower node, of the same devices
+    at: datetime  # when all their certificates are valid
 
     def only(self, devices: Collection[str]) -> "CheckedIn":
-        """Those of ``devices``, in that order."""
+        """Keep ``devices`` only, in that order."""
         answers = {device: self.answers[device] for device in devices}
         return CheckedIn(answers, {device: self.nodes[device] for device in devices}, self.at)
 
@@ -57,13 +51,7 @@ def check_in(
     A device at two nodes has its key at both, and so has one with two names. It takes part at the node that answers
     first. While a survivor of the ``last`` sum is absent, the nodes without a device are challenged again.
 
-    Args:
-        key: The coordinator's signing key, for the challenges.
-        last: The last sum from the adapter, if there is one.
-        cohort: Its size, and how it is chosen.
-
-    Returns:
-        The devices whose certificates are still valid at its end.
+    Returns the devices whose certificates are still valid at its end.
     """
     listed = transport.nodes()
     sampled = bool(cohort.size) and last is None
@@ -97,7 +85,7 @@ def check_in(
 
 
 def choose(nodes: Sequence[int], cohort: CohortSettings, group: str) -> tuple[int, ...]:
-    """The nodes that are asked to check in: all alike likely, ``size`` times ``over_selection`` of them.
+    """Choose the nodes that are asked to check in: all alike likely, ``size`` times ``over_selection`` of them.
 
     Args:
         nodes: All that there are, in ascending order.
@@ -110,7 +98,7 @@ def choose(nodes: Sequence[int], cohort: CohortSettings, group: str) -> tuple[in
 
 
 def _still_valid(root: Root, present: CheckedIn) -> CheckedIn:
-    """The devices whose certificates did not expire while the others checked in."""
+    """Keep the devices whose certificates did not expire while the others checked in."""
     valid: list[str] = []
     for device, node in present.nodes.items():
         try:

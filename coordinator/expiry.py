@@ -20,8 +20,8 @@ from coordinator.statedir import REVOKED, TLS_REQUEST, TRANSCRIPT
 from edgeadapt.formats import storage
 from edgeadapt.formats.keyfiles import MAX_PEM, TLS_CERTIFICATE, tls_pair
 
-EVERY = 3600.0  # seconds between two looks of a process that goes on
-LEFT = 1 / 3  # of its validity: what has less left is to be replaced
+EVERY = 3600.0  # seconds between two checks of a process that goes on
+LEFT = 1 / 3  # share of the validity; what has less left is to be replaced
 REMEDY = {
     TLS_CERTIFICATE: "renew it with 'edgeadapt coordinator tls-request' and 'edgeadapt authority issue-tls'",
     REVOKED: "let the authority sign a new list ('edgeadapt authority crl'), and copy it",
@@ -31,8 +31,8 @@ log = logging.getLogger("edgeadapt.coordinator")
 
 
 def expiries(folder: Path, now: datetime) -> dict[str, dict[str, Any]]:
-    """Of the files in a state directory that end: name → ``until``, and ``warning``, None if there is nothing to do."""
-    found = {}
+    """List the files in a state directory that end: name → ``until`` and ``warning``, None if nothing is to be done."""
+    result = {}
     for name, read in ((TLS_CERTIFICATE, _of_certificate), (REVOKED, _of_newest_list)):
         try:
             if (span := read(folder)) is None:
@@ -40,31 +40,31 @@ def expiries(folder: Path, now: datetime) -> dict[str, dict[str, Any]]:
             until, text = span[1].isoformat(), warning(name, *span, now) or _mismatch(name, folder)
         except (EdgeAdaptError, OSError) as error:
             until, text = None, f"{name} cannot be read: {error}"
-        found[name] = {"until": until, "warning": text or None}
-    return found
+        result[name] = {"until": until, "warning": text or None}
+    return result
 
 
 @dataclass(slots=True)
 class ExpiryLog:
-    """Says in the log what the warnings of ``expiries`` say, each once a day."""
+    """Log the warnings of ``expiries``, each once a day."""
 
     folder: Path
     _said: dict[str, str | None] = field(default_factory=dict)
     _next: float = 0.0  # by the monotonic clock
 
     def look(self) -> None:
-        """To be called again and again."""
+        """Log what is due; call it again and again."""
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + EVERY
-        for name, each in expiries(self.folder, datetime.now(UTC)).items():
-            if each["warning"] and each["warning"] != self._said.get(name):  # the days left are in it
-                log.warning("%s", each["warning"])
-            self._said[name] = each["warning"]
+        for name, row in expiries(self.folder, datetime.now(UTC)).items():
+            if row["warning"] and row["warning"] != self._said.get(name):  # the days left are in it
+                log.warning("%s", row["warning"])
+            self._said[name] = row["warning"]
 
 
 def warning(name: str, begin: datetime, end: datetime, now: datetime) -> str:
-    """What to do about a file, in one line; empty before the last third of its validity.
+    """Explain what to do about a file, in one line; empty before the last third of its validity.
 
     >>> from datetime import UTC
     >>> begin, end = datetime(2026, 1, 1, tzinfo=UTC), datetime(2026, 4, 1, tzinfo=UTC)
@@ -72,8 +72,6 @@ def warning(name: str, begin: datetime, end: datetime, now: datetime) -> str:
     ''
     >>> warning("tls.pem", begin, end, datetime(2026, 3, 20, tzinfo=UTC)).partition(":")[0]
     'tls.pem ends on 2026-04-01, in 12 days'
-    >>> warning("tls.pem", begin, end, datetime(2026, 4, 2, tzinfo=UTC)).partition(":")[0]
-    'tls.pem ended on 2026-04-01'
     """
     if end - now >= LEFT * (end - begin):
         return ""
@@ -82,7 +80,7 @@ def warning(name: str, begin: datetime, end: datetime, now: datetime) -> str:
 
 
 def validity(der: bytes) -> Validity:
-    """From when and until when a certificate is valid. Raises TrustError: not a certificate."""
+    """Read from when and until when a certificate is valid. Raises TrustError: not a certificate."""
     certificate = load(der)
     return certificate.not_valid_before_utc, certificate.not_valid_after_utc
 
@@ -93,7 +91,7 @@ def _of_certificate(folder: Path) -> Validity | None:
 
 
 def _mismatch(name: str, folder: Path) -> str:
-    """What a start would refuse a certificate for; empty if its key is there."""
+    """Explain why a start would refuse a certificate; empty if its key is there."""
     try:
         if name == TLS_CERTIFICATE:
             tls_pair(folder, f"let the authority certify {TLS_REQUEST}", rename=False)
@@ -103,13 +101,13 @@ def _mismatch(name: str, folder: Path) -> str:
 
 
 def _of_newest_list(folder: Path) -> Validity | None:
-    """Of the list that ``CoordinatorStateDir.read_root`` takes: this directory's, or that of the last session."""
-    found = []
+    """Validity of the list that ``CoordinatorStateDir.read_root`` takes: this directory's, or the last session's."""
+    lists = []
     for path in (folder / TRANSCRIPT / REVOKED, folder / REVOKED):
         if path.exists():
             with of_file(path):
-                found.append(_of_list(storage.read(path, 2 * MAX_REVOCATIONS)))
-    return max(found)[1] if found else None
+                lists.append(_of_list(storage.read(path, 2 * MAX_REVOCATIONS)))
+    return max(lists)[1] if lists else None
 
 
 def _of_list(raw: bytes) -> tuple[int, Validity]:

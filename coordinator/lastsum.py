@@ -1,13 +1,10 @@
 """The last sum from an adapter, and what it demands of the next round from the same adapter.
 
-Devices reveal shares for sums from one adapter over one set of survivors only. A later set may lack devices whose
-certificates were revoked since (``client.node.adapterstate``). So after a round that ended without a result when
-devices had been asked to unmask its sum, every later round from that adapter is over the same devices. A kill may have
-come before such a round was recorded: the log has the request before any device can have it.
-
-With groups, devices are bound as soon as they sign a survivor set, and later rounds have the same groups.
-
-What earlier rounds left on the devices binds later ones as well: no later round may share it (``check_unshared``).
+Devices reveal shares for sums from one adapter over one set of survivors only, less those whose certificates were
+revoked since (``client.node.adapterstate``). So after a round that ended without a result when devices had been asked
+to unmask its sum, every later round from that adapter is over the same devices. A kill may have come before the round
+was recorded: the log has the request before any device can have it. With groups, devices are bound as soon as they sign
+a survivor set, and later rounds have the same groups. No later round shares what devices keep (``check_unshared``).
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -39,29 +36,21 @@ NAMED = 6  # devices that a text lists by name
 class LastSum:
     """The last sum from an adapter that devices were asked to unmask.
 
-    Args:
-        adapter: SHA-256 of the adapter's file, hex.
-        survivors: Whose updates are in it: device → serial of the certificate it had then.
-        blamed: Devices whose wrong shares were the reason that there is no result.
-        kind: Of its task. Another sum from the adapter is of the same kind.
-        dealt: Devices that were dealt into its groups; empty without groups.
-        still: Whether it made a version, from which the newest one hardly differs (``stillness``).
-        terms: Name of a setting → its value then, from ``terms``; empty for a sum of this run, whose settings stay.
+    ``terms``: name of a setting → its value then, from ``terms``; empty for a sum of this run, whose settings stay.
     """
 
-    adapter: str
-    survivors: Mapping[str, int]
-    blamed: frozenset[str] = frozenset()
-    kind: type[RoundTask] = Task
-    dealt: tuple[str, ...] = ()
-    still: bool = False
+    adapter: str  # SHA-256 of the adapter's file, hex
+    survivors: Mapping[str, int]  # device whose update is in it → serial of the certificate it had then
+    blamed: frozenset[str] = frozenset()  # devices whose wrong shares were the reason that there is no result
+    kind: type[RoundTask] = Task  # another sum from the adapter is of the same kind
+    dealt: tuple[str, ...] = ()  # devices that were dealt into its groups; empty without groups
+    still: bool = False  # whether it made a version, from which the newest one hardly differs (``stillness``)
     terms: Mapping[str, float | str] = field(default_factory=dict)
 
     def unmet(self, devices: Collection[str], revoked: RevocationList | None) -> str:
-        """What another sum over the same devices lacks, and what ends that; empty if nothing.
+        """Explain what another sum over the same devices lacks, and what ends that; empty if nothing.
 
-        Args:
-            revoked: The revocation list that their session applies. Who is in it is not in another sum.
+        Devices in ``revoked``, the list that their session applies, are not in another sum.
         """
         listed = revoked.revoked if revoked else {}
         due = sorted(device for device, number in self.survivors.items() if number not in listed)
@@ -74,36 +63,32 @@ class LastSum:
 
 
 def names(devices: Sequence[str]) -> str:
-    """The devices, the first few by name."""
+    """List the devices, the first few by name."""
     return ", ".join(devices[:NAMED]) + (f" and {len(devices) - NAMED} more" if len(devices) > NAMED else "")
 
 
 def terms(task: RoundTask, clip_norm: float, weight_cap: int, groups: int) -> dict[str, float | str]:
-    """The settings on which devices train for all sums from an adapter alike (``client.node.adapterstate``)."""
+    """Collect the settings on which devices train for all sums from an adapter alike (``client.node.adapterstate``)."""
     bounds: dict[str, float | str] = {"aggregation.clip_norm": clip_norm, "aggregation.weight_cap": weight_cap}
     bounds["aggregation.groups"] = groups
     return task.terms() | bounds
 
 
 def serials(certificates: Iterable[bytes]) -> dict[str, int]:
-    """Device → serial of its certificate, for certificates in DER."""
+    """Map each device to the serial of its certificate, for certificates in DER."""
     return {subject(load(der)): serial(der) for der in certificates}
 
 
 def find(folder: Path, coordinator: PublicKey, adapter: str, records: Iterable[RoundRecord]) -> LastSum | None:
-    """The last sum from ``adapter``, from the logs that a coordinator left; None if none could be unmasked.
+    """Find the last sum from ``adapter`` in the logs that a coordinator left; None if none could be unmasked.
 
-    Args:
-        adapter: SHA-256 of the newest adapter's file, hex.
-
-    Raises:
-        TrustError: A log was altered.
+    ``adapter``: SHA-256 of the newest adapter's file, hex. Raises TrustError: a log was altered.
     """
     unrecoverable = {record.plan: record for record in records if record.reason == AbortReason.UNRECOVERABLE.value}
     for path in reversed(logs(folder)):
         log = StoredLog.read(path, coordinator)
-        if found := _in_log(log.entries, adapter):
-            plan, spec, survivors = found
+        if facts := _in_log(log.entries, adapter):
+            plan, spec, survivors = facts
             record = unrecoverable.get(plan.digest().hex())
             task = taskkinds.decode(plan.training)
             then = terms(task, spec.clip_norm, spec.weight_cap, spec.groups)
@@ -116,11 +101,11 @@ def find(folder: Path, coordinator: PublicKey, adapter: str, records: Iterable[R
 
 
 def _in_log(entries: Iterable[Entry], adapter: str) -> tuple[Plan, SessionSpec, dict[str, int]] | None:
-    """Plan, parameters and survivors of the last sum from ``adapter`` in a log."""
+    """Find plan, parameters and survivors of the last sum from ``adapter`` in a log."""
     certified: dict[str, int] = {}
     plan: Plan | None = None
     spec: SessionSpec | None = None
-    number, found = 0, None
+    number, facts = 0, None
     for entry in entries:
         body = envelope.unverified_body(entry.message)
         if entry.kind == Offer.TAG:
@@ -130,19 +115,17 @@ def _in_log(entries: Iterable[Entry], adapter: str) -> tuple[Plan, SessionSpec, 
             number, plan = entry.round, Assignment.decode(body).plan
         elif entry.kind == Unmask.TAG and plan and spec and plan.adapter_digest == adapter:
             survivors = Unmask.decode(body).survivors.vectors
-            found = plan, spec, {device: certified[device] for device in survivors}
+            facts = plan, spec, {device: certified[device] for device in survivors}
         elif entry.kind == Survivors.TAG and plan and spec and spec.grouping and plan.adapter_digest == adapter:
-            found = plan, spec, {device: certified[device] for device in Survivors.decode(body).vectors}
-    return found
+            facts = plan, spec, {device: certified[device] for device in Survivors.decode(body).vectors}
+    return facts
 
 
 def check_unshared(folder: Path, coordinator: PublicKey, task: RoundTask, layout: Layout) -> None:
     """Check that a task shares no part that a plan before it had devices train and keep to themselves.
 
-    Logs are read from the newest one back, to a plan that shared as much: it passed this check.
-
-    Args:
-        layout: Of the adapter. A part without a tensor is neither shared nor kept.
+    Logs are read from the newest one back, to a plan that shared as much: it passed this check. A part without a tensor
+    in ``layout``, the adapter's, is neither shared nor kept.
 
     Raises:
         ConfigError: It shares one.
@@ -160,7 +143,6 @@ def check_unshared(folder: Path, coordinator: PublicKey, task: RoundTask, layout
 
 
 def _tasks(entries: Iterable[Entry]) -> Iterator[RoundTask]:
-    """The tasks of a log's rounds, in order."""
     number = 0
     for entry in entries:
         if entry.kind == Assignment.TAG and entry.round > number:  # the first one of a round is complete

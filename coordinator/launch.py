@@ -39,19 +39,16 @@ class Connection:
     def start(self, state_dir: Path, gateway: str | None = None) -> str:
         """Submit a run for the coordinator's state directory. Returns Flower's id of it.
 
-        Args:
-            gateway: ``HOST:PORT`` at which the run listens for light devices as well.
-
-        Raises:
-            EdgeAdaptError: The SuperLink cannot be reached, or refuses.
+        ``gateway``: ``HOST:PORT`` at which the run listens for light devices as well. Raises EdgeAdaptError: the
+        SuperLink cannot be reached, or refuses.
         """
         with tempfile.TemporaryDirectory() as folder:
             config = Path(folder) / "run.toml"  # a file, because Flower's own parser takes no quotes in a value
             values = {STATE: str(state_dir.resolve())} | ({GATEWAY: gateway} if gateway else {})
             lines = (f"{key} = {toml_value(value)}\n" for key, value in values.items())
             config.write_text("".join(lines), encoding="utf-8")
-            found = self._json("run", str(BUNDLE), self.name, "--run-config", str(config))
-        return str(found["run-id"])
+            reply = self._json("run", str(BUNDLE), self.name, "--run-config", str(config))
+        return str(reply["run-id"])
 
     def show_log(self, run_id: str) -> None:
         """Write the run's log to standard error until the run ends. An interruption ends the log, not the run."""
@@ -73,11 +70,7 @@ class Connection:
                 raise
 
     def require_completed(self, run_id: str) -> None:
-        """Return if the run completed.
-
-        Raises:
-            EdgeAdaptError: It did not, or the SuperLink cannot be reached.
-        """
+        """Check that the run completed. Raises EdgeAdaptError: it did not, or the SuperLink cannot be reached."""
         (run,) = self._json("list", self.name, "--run-id", run_id)["runs"]
         if run["status"] != COMPLETED:
             details = " ".join(run["status-details"].split()) or "see the log above"
@@ -89,25 +82,22 @@ class Connection:
             command, env=self.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
         )
         try:
-            found: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
+            reply: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
         except ValueError:
-            found = {"error-message": done.stderr or done.stdout}
-        if done.returncode or not found.get("success"):
-            reason = " ".join(str(found.get("error-message", "")).split())
+            reply = {"error-message": done.stderr or done.stdout}
+        if done.returncode or not reply.get("success"):
+            reason = " ".join(str(reply.get("error-message", "")).split())
             raise EdgeAdaptError(
                 f"Flower's command '{arguments[0]}' failed: {reason or 'it gave no reason'}", about="superlink"
             )
-        return found
+        return reply
 
 
 @contextmanager
 def connected(address: str, root_certificates: Path | None, *, insecure: bool) -> Iterator[Connection]:
-    """Flower's command line for the SuperLink at ``address``, with a configuration made for the block.
+    """Configure Flower's command line for the SuperLink's Control API at ``address`` (``HOST:PORT``), for the block.
 
-    Args:
-        address: ``HOST:PORT`` of its Control API.
-        root_certificates: PEM file of the authority that certified the SuperLink; None: those of the system.
-        insecure: Without TLS.
+    ``root_certificates``: PEM file of the authority that certified the SuperLink; None: those of the system.
     """
     table: dict[str, Any] = {"address": address}
     table |= {"insecure": True} if insecure else {}

@@ -1,10 +1,8 @@
 """Writes the log of one session, and keeps the masked vectors where the settings ask for that.
 
-With a registry that machines share, the log is a table of its database, and the file a copy of that: records are
-appended to the table first (``coordinator.registry.transcripttable``).
-
-Records are appended, and synced to the disk before the coordinator sends its next message: that message tells a device
-that its answer arrived, and the device later demands a proof that the log holds the answer.
+Records are synced to the disk before the coordinator sends its next message: that message tells a device that its
+answer arrived, and the device later demands a proof that the log holds the answer. With a registry that machines share,
+they are appended to a table of its database first, and the file is a copy (``coordinator.registry.transcripttable``).
 
 The end of a round is written to the registry first and to the log second, from the registry's record. A kill in between
 leaves a round in the log that is open, and the next start writes its ending (``coordinator.transcripts``).
@@ -30,7 +28,7 @@ LONGEST = 1.0  # seconds that records which need not be synced yet wait for thos
 
 
 def ending_of(record: RoundRecord) -> Result | Abort | None:
-    """The ending that the log of its session has for a recorded round; None if the round ended before its plan."""
+    """Make the ending that the log of its session has for a recorded round; None if the round ended before its plan."""
     if record.plan is None:
         return None
     plan = bytes.fromhex(record.plan)
@@ -41,19 +39,13 @@ def ending_of(record: RoundRecord) -> Result | Abort | None:
 
 @dataclass(slots=True)
 class Recorder:
-    """Writes the log of one session.
-
-    Args:
-        key: The coordinator's; signs endings and checkpoints.
-        vectors: Folder of the masked vectors; None: they are not kept.
-        table: Where the log is, if machines share it; None: in the file.
-    """
+    """Writes the log of one session."""
 
     path: Path
     log: Transcript
-    key: IdentityKey
-    vectors: Path | None = None
-    table: TranscriptTable | None = None
+    key: IdentityKey  # the coordinator's; signs endings and checkpoints
+    vectors: Path | None = None  # folder of the masked vectors; None: they are not kept
+    table: TranscriptTable | None = None  # where the log is, if machines share it; None: in the file
     _pending: bytes = field(default=b"", repr=False)  # not in the table yet
     _since: float = field(default=0.0, repr=False)  # when the oldest of them came
 
@@ -73,7 +65,7 @@ class Recorder:
         self.write(self.log.received(step, device, body))
 
     def synced(self) -> Transcript:
-        """The log, once everything in it would survive a power cut: a record of the round may then refer to it."""
+        """Return the log once all in it would survive a power cut: a record of the round may then refer to it."""
         self.write(b"", sync=True)
         return self.log
 
@@ -84,11 +76,7 @@ class Recorder:
             self.write(self.log.ended(self.key, ending), sync=True)
 
     def close(self, record: RoundRecord | None) -> bytes:
-        """End the round under way, if there is one, and the log; returns the digest of the last checkpoint.
-
-        Args:
-            record: Of the round, if the registry has one; otherwise the round was interrupted.
-        """
+        """End the log, and interrupt a round without a ``record``. Returns the digest of the last checkpoint."""
         if record is not None:
             self.end(record)
         elif self.log.plan is not None:

@@ -1,8 +1,8 @@
 """The rounds of a federation: drive the protocol core over a transport, step the adapter, commit each round.
 
-``aggregation.server`` decides which step is legal, the kind of round (``edgeadapt.rounds.roundtask``) what the next
-adapter is. This file holds the order of the steps. A device that answers wrongly, late or not at all drops out of the
-round and is asked again in the next one.
+This file holds the order of the steps; ``aggregation.server`` decides which is legal, and the kind of round
+(``edgeadapt.rounds.roundtask``) what the next adapter is. A device that answers wrongly, late or not at all drops out
+of the round and is asked again in the next one.
 """
 
 import logging
@@ -46,8 +46,7 @@ SLACK = 2.0**-30  # relative: as many rounds as the noise is calibrated to are w
 def federate(leader: CoordinatorStateDir, transport: Transport) -> Iterator[RoundRecord]:
     """Run the rounds that are still to do, and yield the record of each one once it is committed.
 
-    Args:
-        leader: The coordinator. Its records say which rounds are done; the revocation list is read for each session.
+    The records of ``leader`` say which rounds are done; the revocation list is read for each session.
 
     Raises:
         ConfigError: A setting differs from that of a sum without a result, or the optimizer from that of the registry;
@@ -71,25 +70,21 @@ def federate(leader: CoordinatorStateDir, transport: Transport) -> Iterator[Roun
 
 @dataclass(slots=True)
 class _Run:
-    """The rounds of a run.
+    """State between the rounds of a run.
 
-    Args:
-        last: The last sum that binds devices.
-        account: What sums have revealed so far.
-        cohort, session: Of the last round; None before the first, and ``session`` where the next round needs another.
-        lifetime: The span of the session.
+    ``cohort`` and ``session`` are those of the last round: None before the first, ``session`` also where the next round
+    needs another.
     """
 
     leader: CoordinatorStateDir
     transport: Transport
-    last: LastSum | None = None
-    account: Account = field(default_factory=Account)
+    last: LastSum | None = None  # binds devices
+    account: Account = field(default_factory=Account)  # what sums have revealed so far
     cohort: Cohort | None = None
     session: Established | None = None
-    lifetime: traces.Span = traces.NO_SPAN
+    lifetime: traces.Span = traces.NO_SPAN  # span of the session
 
     def round(self, number: int) -> RoundRecord:
-        """Run one round, and commit it."""
         begin, registry, settings = time.perf_counter(), self.leader.registry, self.leader.settings
         adapter = registry.newest_adapter()
         if self.cohort is None:
@@ -130,7 +125,7 @@ class _Run:
             lastsum.check_unshared(leader.transcripts.folder, leader.key.public, trained, adapter.layout)
 
     def _task(self, number: int, adapter: StoredAdapter) -> RoundTask:
-        """The task of a round. Of all sums from an adapter, the task is the same."""
+        """Build the task of a round. All sums from one adapter have the same task."""
         settings, last = self.leader.settings, self.last
         repeats = last is not None and last.adapter == adapter.manifest.sha256
         kind = last.kind if last is not None and repeats else settings.kind_of(number)
@@ -144,7 +139,7 @@ class _Run:
         return task
 
     def _devices(self, number: int, adapter: StoredAdapter, task: RoundTask) -> tuple[Cohort, Established]:
-        """The devices and the session of the round: those of the last one, or others where that is over."""
+        """Keep the devices and the session of the last round, or choose others where that session is over."""
         settings, kind = self.leader.settings, type(task)
         if self.cohort is None or self.session is None or self._is_over(self.cohort, self.session, kind):
             left = sum(settings.kind_of(each) is kind for each in range(number, settings.rounds + 1))
@@ -160,8 +155,8 @@ class _Run:
     def _is_over(self, cohort: Cohort, session: Established, kind: type[RoundTask]) -> bool:
         """Whether the next round needs another session, as for a task with other sums.
 
-        A survivor of the last sum that is not in this one can only join another, and only another one leaves out a
-        survivor whose certificate was revoked since.
+        A survivor of the last sum that is not in this session can only join another, and only another session leaves
+        out a survivor whose certificate was revoked since.
         """
         now = datetime.now(UTC)
         if kind_of(session.session.spec.vector) is not kind:
@@ -171,10 +166,10 @@ class _Run:
         return self.last is not None and self.leader.read_root(now).revoked != cohort.revoked
 
     def _after_abort(self, aborted: RoundAborted) -> Established | None:
-        """The session of the next round; None if another one is better.
+        """Choose the session of the next round; None if another one is better.
 
-        One that lost so many devices while it was made that each round needs all of the others is given up, if there
-        are more. Where the next round is bound to the survivors of a sum, other devices do not help.
+        A session that lost so many devices while it was made that each round needs all of the others is given up, if
+        there are more. Where the next round is bound to the survivors of a sum, other devices do not help.
         """
         session = aborted.session
         if session is None or self.last is not None or len(session.devices) >= len(self.transport.nodes()):
@@ -185,8 +180,6 @@ class _Run:
 
 @dataclass(frozen=True, slots=True)
 class Summed:
-    """A round that has a sum, and the session after it."""
-
     session: Established
     result: RoundResult
 
@@ -203,15 +196,13 @@ class NextAdapter:
 
 @dataclass(frozen=True, slots=True)
 class _Round:
-    """A round under way."""
-
     cohort: Cohort
     number: int
     adapter: StoredAdapter
     task: RoundTask
 
     def aggregate(self, session: Established, last: LastSum | None) -> Summed | RoundAborted:
-        """Steps 5–8 of the protocol: from the plan to the sum of the survivors, and the session after it.
+        """Do steps 5–8 of the protocol: from the plan to the sum of the survivors, and the session after it.
 
         ``last``: plan for the survivors of this sum, and name no others as survivors: devices would refuse.
         """
@@ -275,7 +266,6 @@ class _Round:
         return LastSum(digest, serials, frozenset(spoilers), type(self.task), dealt) if survivors else None
 
     def step(self, ended: Summed, how: ServerStep, epsilon: float | None) -> NextAdapter:
-        """From the sum to the next adapter."""
         parent, plan, result = self.adapter.manifest, self.cohort.recorder.log.plan or b"", ended.result
         spec, survivors = ended.session.session.spec, result.survivors
         with traces.span("combine"):
@@ -303,19 +293,12 @@ class _Round:
 
 @dataclass(frozen=True, slots=True)
 class RoundOutcome:
-    """How a round ended.
-
-    Args:
-        ended: Its sum, or why there is none.
-        stepped: The next adapter, if there is a sum.
-        epsilon: That all sums so far have revealed of the device that spent most.
-        seconds: That it took.
-    """
+    """How a round ended."""
 
     of: _Round
-    ended: Summed | RoundAborted
+    ended: Summed | RoundAborted  # its sum, or why there is none
     stepped: NextAdapter | None
-    epsilon: float | None
+    epsilon: float | None  # what all sums so far have revealed of the device that spent most
     seconds: float
 
     def commit(self) -> RoundRecord:
@@ -335,7 +318,7 @@ class RoundOutcome:
         return record
 
     def record(self) -> RoundRecord:
-        """The record of the round, whose ending the log does not have yet."""
+        """Describe the round, whose ending the log does not have yet."""
         cohort, stepped, head = self.of.cohort, self.stepped, self.of.cohort.leader.registry.head()
         log, last, carried = cohort.recorder.synced(), head.round, cohort.transport.take_carried()
         abort, result = (self.ended, None) if isinstance(self.ended, RoundAborted) else (None, self.ended.result)
@@ -368,9 +351,9 @@ class RoundOutcome:
 
 def _measure(span: traces.Span, record: RoundRecord) -> None:
     """Describe a round's span by what its record says of all devices together."""
-    found = {"survivors": len(record.survivors), "dropouts": len(record.dropped)}
+    counts = {"survivors": len(record.survivors), "dropouts": len(record.dropped)}
     span.set(
-        outcome="sum" if record.version else "abort", **found, bytes_up=record.bytes_up, bytes_down=record.bytes_down
+        outcome="sum" if record.version else "abort", **counts, bytes_up=record.bytes_up, bytes_down=record.bytes_down
     )
     if record.version is not None:
         span.set(version=record.version)
@@ -381,19 +364,18 @@ def _measure(span: traces.Span, record: RoundRecord) -> None:
 
 
 def _found(leader: CoordinatorStateDir) -> LastSum | None:
-    """The last sum from the newest adapter, or else that which made it."""
+    """Find the last sum from the newest adapter, or else that which made it."""
     registry, folder, key = leader.registry, leader.transcripts.folder, leader.key.public
     number, digest = registry.head().newest
     parent, records = registry.version(number).manifest.parent, registry.rounds()
-    found = lastsum.find(folder, key, digest, records)
-    return found or (lastsum.find(folder, key, parent, records) if parent else None)
+    last = lastsum.find(folder, key, digest, records)
+    return last or (lastsum.find(folder, key, parent, records) if parent else None)
 
 
 def _require_same_terms(last: LastSum, task: RoundTask, adapter: StoredAdapter, leader: CoordinatorStateDir) -> None:
     """Check that devices would have the task of the last sum: they help to no other sum from its adapter.
 
-    Raises:
-        ConfigError: A setting has changed.
+    Raises ConfigError: a setting has changed.
     """
     settings = leader.settings
     bounds = settings.aggregation
@@ -410,9 +392,9 @@ def _require_same_terms(last: LastSum, task: RoundTask, adapter: StoredAdapter, 
 
 def _signatures(state: Confirming, silent: Collection[str]) -> bool:
     """Whether the unmask request needs the consistency signatures of ``silent`` devices, and has enough with them."""
-    spec, plan, found = state.survivor_set.session.spec, state.survivor_set.plan, state.consistency_signatures
-    few = not _enough(spec, plan, found, spec.quorum)
-    return few and _enough(spec, plan, {*found, *silent}, spec.quorum)
+    spec, plan, signed = state.survivor_set.session.spec, state.survivor_set.plan, state.consistency_signatures
+    few = not _enough(spec, plan, signed, spec.quorum)
+    return few and _enough(spec, plan, {*signed, *silent}, spec.quorum)
 
 
 def _enough(spec: SessionSpec, plan: Plan, answered: Collection[str], least: int) -> bool:
@@ -437,17 +419,17 @@ def _responses(state: Unmasking, silent: Collection[str]) -> bool:
     session, members = state.survivor_set.session, state.survivor_set.plan.members
 
     def fewest(answered: Collection[str]) -> int:
-        """Answers in the neighborhood of a member, itself included."""
+        """Count the answers in the neighborhood of a member, itself included."""
         return min((member in answered) + len(session.neighbors(member, answered)) for member in members)
 
     return fewest(state.responses) < session.spec.threshold <= fewest({*state.responses, *silent})
 
 
 def within_reach(session: Established, result: RoundResult) -> Summed:
-    """Take a sum that honest survivors cannot have (``RoundTask.check_sum``) for zero, as if nobody had examples.
+    """Replace a sum that honest survivors cannot have (``RoundTask.check_sum``) by zero, as if nobody had examples.
 
-    A device lied, and nobody can tell which. If the round had no result, devices would help to a few more sums from the
-    adapter only, all with the liar: it could use them up. So a next version is made, which has nothing of the sum.
+    A device lied, and nobody can tell which. If the round had no result, devices would help to only a few more sums
+    from the adapter, all with the liar, which could use them up. So a next version is made that has nothing of the sum.
 
     Survivors may have weight 0, and so may all of them: a device without usable examples answers as every other one.
     """
@@ -464,7 +446,7 @@ def _within_reach(spec: SessionSpec, found: GroupSum) -> GroupSum:
 
 
 def _account(leader: CoordinatorStateDir) -> Account:
-    """What sums have revealed so far, also those of rounds that a kill interrupted, which have no record."""
+    """Add up what sums have revealed so far, also those of rounds that a kill interrupted, which have no record."""
     account = Account()
     for path in logs(leader.transcripts.folder):
         account = logged(account, StoredLog.read(path, leader.key.public).entries)
@@ -472,15 +454,13 @@ def _account(leader: CoordinatorStateDir) -> Account:
 
 
 def _named(ended: Summed | RoundAborted) -> tuple[str, ...]:
-    """The survivors that were named to devices."""
     return ended.named if isinstance(ended, RoundAborted) else ended.result.survivors
 
 
 def _require_budget(account: Account, session: Established, leader: CoordinatorStateDir) -> None:
     """Check that the smallest sum of a session may still be revealed. Repeats and aborted rounds count too.
 
-    Raises:
-        ConfigError: It would take the account beyond the epsilon of the settings.
+    Raises ConfigError: it would take the account beyond the epsilon of the settings.
     """
     limit, spec = leader.settings.privacy.epsilon, session.session.spec
     if not limit:

@@ -20,7 +20,7 @@ PARAMETERS = {"weight", "bias"}
 def seed_version(
     tensors: Tensors, peft_config: PeftConfig, labels: Sequence[str], base_digest: str
 ) -> tuple[VersionManifest, bytes]:
-    """The manifest and the file of the first version.
+    """Make the manifest and the file of the first version.
 
     Args:
         tensors: Of an adapter of ``edgeadapt.methods.classifier.PhraseClassifier``, or of a language model, under
@@ -66,13 +66,9 @@ def seed_version(
 def _require_classifier(
     inputs: AdapterInputs, heads: Mapping[str, Mapping[str, tuple[int, ...]]], labels: Sequence[str]
 ) -> None:
-    """Return if devices can train the adapter, and its head has these labels.
+    """Check that devices can train the adapter, and its head has these labels. Raises ConfigError.
 
-    Args:
-        heads: Path of a module that is trained in full → its parameters' shapes.
-
-    Raises:
-        ConfigError: As ``seed_version``.
+    ``heads``: path of a module that is trained in full → its parameters' shapes.
     """
     layers = [*(slot.path for slot in inputs.loras), *map(layer_of, inputs.vectors)]
     if (

@@ -1,8 +1,8 @@
 """The TLS of what listens on the coordinator's machine, through a renewal without a restart.
 
 ``tls-request`` writes the next key, and the authority's certificate for it replaces the old one whenever it arrives.
-What listens looks at the files as a connection begins. Connections that exist stay as they are; files that cannot be
-used are reported once, and the pair before them stays in use.
+Servers check the files as a connection begins. Connections that exist stay as they are; files that cannot be used are
+reported once, and the previous pair stays in use.
 """
 
 import logging
@@ -24,7 +24,7 @@ from aggregation.pki.tls import hosts_of
 from coordinator.statedir import CoordinatorStateDir
 from edgeadapt.formats.keyfiles import NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
 
-LOOK = 1.0  # seconds between two looks at the files
+LOOK = 1.0  # seconds between two polls of the files
 log = logging.getLogger("edgeadapt.coordinator")
 
 
@@ -46,22 +46,22 @@ class ServerTls:
 
 @lru_cache(maxsize=8)
 def _hosts(certificate: bytes) -> frozenset[str]:
-    """Kept, as each request of a browser asks."""
+    """Keep the names, as each request of a browser asks."""
     return frozenset(name.lower() for name in hosts_of(to_der(certificate)))
 
 
 class TlsSource(Protocol):
-    """``ServerTls`` itself, or the ``TlsFiles`` of a state directory."""
+    """Source of the newest TLS files: ``ServerTls`` itself, or the ``TlsFiles`` of a state directory."""
 
     def newest(self) -> ServerTls:
-        """The key and the certificate for a connection that begins now. Called from any thread; does not fail."""
+        """Read the key and the certificate for a connection that begins now. Called from any thread; does not fail."""
 
 
 class TlsFiles:
-    """Those of a coordinator's state directory, read again when they have changed."""
+    """TLS files of a coordinator's state directory, read again when they have changed."""
 
     def __init__(self, state_dir: CoordinatorStateDir) -> None:
-        """Read them. Raises as ``CoordinatorStateDir.read_tls``."""
+        """Read the files. Raises as ``CoordinatorStateDir.read_tls``."""
         self._state_dir = state_dir
         self._lock = threading.Lock()
         self._seen = self._stamp()
@@ -79,10 +79,10 @@ class TlsFiles:
     def _look(self) -> None:
         try:
             if (stamp := self._stamp()) != self._seen:
-                found = self._read()
-                if found != self._tls:
+                tls = self._read()
+                if tls != self._tls:
                     log.info("%s was replaced: connections that begin now have the new one", TLS_CERTIFICATE)
-                    self._tls = found
+                    self._tls = tls
                 self._seen, self._problem = stamp, ""
         except (EdgeAdaptError, OSError) as error:  # it may be half copied: it is looked at again
             if str(error) != self._problem:
@@ -98,25 +98,25 @@ class TlsFiles:
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
     try:
-        found = path.stat()
+        stat = path.stat()
     except FileNotFoundError:
         return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
 def credentials(source: TlsSource) -> grpc.ServerCredentials:
-    """For a port of gRPC. No peer is asked for a certificate."""
+    """Make the credentials of a port of gRPC. No peer is asked for a certificate."""
     last = source.newest()
 
     def configuration() -> grpc.ServerCertificateConfiguration:
         return grpc.ssl_server_certificate_configuration([(last.key, last.certificate)])
 
     def changed() -> grpc.ServerCertificateConfiguration | None:
-        """Called by gRPC before each handshake; None: nothing has changed."""
+        """Answer gRPC before each handshake; None: nothing has changed."""
         nonlocal last
-        if (found := source.newest()) == last:
+        if (newest := source.newest()) == last:
             return None
-        last = found
+        last = newest
         return configuration()
 
     return grpc.dynamic_ssl_server_credentials(configuration(), changed, require_client_authentication=False)
@@ -127,10 +127,10 @@ def context(source: TlsSource) -> ssl.SSLContext:
     listening = current = _context(last)
 
     def follow(connection: ssl.SSLObject, host: str | None, given: ssl.SSLContext) -> None:
-        """Called by OpenSSL in each handshake, whether a name is asked for or not."""
+        """Answer OpenSSL in each handshake, whether a name is asked for or not."""
         nonlocal last, current
-        if (found := source.newest()) != last:
-            last, current = found, _context(found)
+        if (newest := source.newest()) != last:
+            last, current = newest, _context(newest)
         connection.context = current
 
     listening.sni_callback = follow
@@ -138,10 +138,10 @@ def context(source: TlsSource) -> ssl.SSLContext:
 
 
 def _context(tls: ServerTls) -> ssl.SSLContext:
-    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    made.minimum_version = ssl.TLSVersion.TLSv1_2
+    result = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    result.minimum_version = ssl.TLSVersion.TLSv1_2
     with tempfile.NamedTemporaryFile() as file:  # the standard library reads keys from files only; this one is private
         file.write(tls.key + b"\n" + tls.certificate)
         file.flush()
-        made.load_cert_chain(Path(file.name))
-    return made
+        result.load_cert_chain(Path(file.name))
+    return result

@@ -23,7 +23,6 @@ def is_address(text: str) -> bool:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether only this machine reaches what listens at ``address``, HOST:PORT."""
     host = address.rpartition(":")[0].strip("[]")
     try:
         return ip_address(host).is_loopback
@@ -81,7 +80,7 @@ class ServiceSettings(Settings):
         for key, address in places.items():
             if address and not is_address(address):
                 raise ValueError(f"{key} is {address!r}, and not HOST:PORT with a port from 1 to 65535")
-        for (one, there), (other, same) in combinations(places.items(), 2):
+        for (first, there), (other, same) in combinations(places.items(), 2):
             if there and there == same:
-                raise ValueError(f"{one} and {other} cannot both listen at {there}")
+                raise ValueError(f"{first} and {other} cannot both listen at {there}")
         return self

@@ -1,6 +1,6 @@
 """Make a session: steps 1–4 of the protocol with the devices that checked in (``checkin``).
 
-``aggregation.server`` decides which step is legal; this file holds the order of the steps. ``coordinator.rounds``
+This file holds the order of the steps; ``aggregation.server`` decides which is legal, and ``coordinator.rounds``
 continues with the session.
 """
 
@@ -61,26 +61,21 @@ class Exchange(Generic[S]):
 
 @dataclass(slots=True)
 class Cohort:
-    """The devices of a session, and how to reach them. What is asked and answered goes into the session's log.
+    """Devices of a session, and how to reach them. What is asked and answered goes into the session's log.
 
-    Args:
-        nodes: Device → Flower node.
-        serials: Device → serial of its certificate.
-        revoked: The revocation list that the session applies.
-        dropped: Device → the step at which it dropped out of the round under way, or of the making of the session.
+    ``dropped``: device → the step at which it dropped out of the round under way, or of the making of the session.
     """
 
     leader: CoordinatorStateDir
     transport: Transport
-    nodes: Mapping[str, int]
+    nodes: Mapping[str, int]  # device → Flower node
     recorder: Recorder
-    serials: Mapping[str, int]
-    revoked: RevocationList | None
+    serials: Mapping[str, int]  # device → serial of its certificate
+    revoked: RevocationList | None  # the revocation list that the session applies
     dropped: dict[str, str] = field(default_factory=dict)
 
     @property
     def corrupt(self) -> int:
-        """How many of the devices may be corrupt."""
         return graph.count_of(len(self.nodes), self.leader.settings.aggregation.corrupt_fraction)
 
     def exchange(self, state: S, asked: Exchange[S], group: str) -> S:
@@ -90,11 +85,8 @@ class Cohort:
         and its grace time (``CohortSettings``). While the state awaits more answers, the devices of which nothing was
         heard get the same message again: some may not have had it.
 
-        Args:
-            group: Flower's group id: the round, or the attempt at a session.
-
-        Returns:
-            The state after the last answer, to be closed by the caller.
+        ``group``: Flower's group id, the round or the attempt at a session. Returns the state after the last answer, to
+        be closed by the caller.
         """
         settings, step, bodies = self.leader.settings, asked.step, asked.bodies
         with traces.span(step.value, asked=len(bodies)) as span:
@@ -113,7 +105,6 @@ class Cohort:
         return state
 
     def _not_revoked(self, devices: Collection[str]) -> list[str]:
-        """Those of the devices that the authority has not revoked since the session began."""
         try:
             listed = self.leader.read_root(datetime.now(UTC)).revoked
         except EdgeAdaptError as error:  # ends the next session, not a round whose sum may be under way
@@ -122,7 +113,7 @@ class Cohort:
         return [device for device in devices if listed is None or self.serials[device] not in listed.revoked]
 
     def _ask(self, state: S, asked: Exchange[S], left: Collection[str], group: str) -> tuple[S, list[str]]:
-        """One attempt at an ``exchange``: the state after it, and the devices of which nothing was heard."""
+        """Make one attempt at an ``exchange``. Returns the state after it, and the devices that were not heard."""
         devices = {self.nodes[device]: device for device in left}
         bodies = {self.nodes[device]: asked.bodies[device] for device in left}
         fields = {self.nodes[device]: asked.extra.get(device, {}) for device in left}
@@ -157,7 +148,7 @@ def pause(attempt: int, longest: float) -> float:
 
 
 def attachments(proofs: Mapping[str, bytes], shared: Mapping[str, bytes]) -> Attachments:
-    """What travels in the same message as the body: each device's own proof, and the fields that all devices get."""
+    """Join what travels in the same message as the body: each device's own proof, and the fields for all devices."""
     return {device: {PROOF: proof, **shared} for device, proof in proofs.items()}
 
 
@@ -165,49 +156,43 @@ def attachments(proofs: Mapping[str, bytes], shared: Mapping[str, bytes]) -> Att
 class SessionRequest:
     """A session to be made.
 
-    Args:
-        adapter: Whose layout and base it is for.
-        rounds: That it shall last.
-        group: Begins Flower's group id of each attempt.
-        last: The last sum from the adapter, if there is one. If the next round is bound to its survivors, the session
-            has all of them.
+    ``last``: the last sum from the adapter, if there is one. If the next round is bound to its survivors, the session
+    has all of them.
     """
 
-    adapter: StoredAdapter
+    adapter: StoredAdapter  # its layout and base are those of the session
     task: RoundTask
     rounds: int
-    group: str
+    group: str  # begins Flower's group id of each attempt
     last: LastSum | None = None
 
 
 def establish(leader: CoordinatorStateDir, transport: Transport, wanted: SessionRequest) -> tuple[Cohort, Established]:
     """Make a session with the devices that can be reached.
 
-    Each attempt waits longer than the one before (``FIRST_PAUSE``), or until a device that was absent is back.
-
-    Raises:
-        EdgeAdaptError: No session came about in ``settings.attempts`` attempts, or a file could not be written.
+    Each attempt waits longer than the previous one (``FIRST_PAUSE``), or until a device that was absent is back. Raises
+    EdgeAdaptError: no session came about in ``settings.attempts`` attempts, or a file could not be written.
     """
     settings, reason = leader.settings, ""
     for attempt in range(1, settings.attempts + 1):
-        known = frozenset(transport.nodes())
+        nodes = frozenset(transport.nodes())
         cohort, outcome = _attempt(leader, transport, wanted, attempt)
         if cohort is not None and isinstance(outcome, Established):
             log.info("session of %d devices for %d rounds", len(cohort.nodes) - len(cohort.dropped), wanted.rounds)
-            if found := outcome.session.spec.grouping:
-                log.info("rounds have %d sums: a device hides in one of %d or more", found.count, found.minimum)
+            if grouping := outcome.session.spec.grouping:
+                log.info("rounds have %d sums: a device hides in one of %d or more", grouping.count, grouping.minimum)
             return cohort, outcome
         reason = str(outcome)
         log.warning("session not made, attempt %d of %d: %s", attempt, settings.attempts, reason)
         if attempt < settings.attempts:
-            _await_another(transport, known, pause(attempt, settings.deadline))
+            _await_another(transport, nodes, pause(attempt, settings.deadline))
     raise EdgeAdaptError(f"no session after {settings.attempts} attempts: {reason}", about="session")
 
 
 def _attempt(
     leader: CoordinatorStateDir, transport: Transport, wanted: SessionRequest, attempt: int
 ) -> tuple[Cohort | None, Established | str]:
-    """One attempt at a session: its devices and its state, or why there is none."""
+    """Make one attempt at a session: returns its devices and its state, or why there is none."""
     root, settings, last = leader.read_root(datetime.now(UTC)), leader.settings, wanted.last
     group = f"{wanted.group}-{attempt}"
     with traces.span(Step.CHECK_IN.value, listed=len(transport.nodes()), attempt=attempt) as span:
@@ -240,7 +225,7 @@ def _await_another(transport: Transport, known: frozenset[int], seconds: float) 
 
 
 def obstacle(session: Established, last: LastSum | None, revoked: RevocationList | None) -> str:
-    """What keeps a session from another round, and what ends that; empty if nothing.
+    """Explain what keeps a session from another round, and what ends that; empty if nothing.
 
     Args:
         session: Between two rounds.
@@ -262,7 +247,7 @@ def obstacle(session: Established, last: LastSum | None, revoked: RevocationList
 
 
 def _around(last: LastSum, present: CheckedIn, minimum: Callable[[int], int], size: int) -> CheckedIn:
-    """The devices of a session in which the survivors of the last sum are enough for another one.
+    """Choose the devices of a session in which the survivors of the last sum are enough for another one.
 
     Args:
         minimum: Size of a cohort → fewest survivors of its rounds.
@@ -305,7 +290,7 @@ def _offer(
 def _negotiate(
     cohort: Cohort, offering: Offering, offers: Exchange[Offering], group: str, due: frozenset[str]
 ) -> Established | RoundAborted:
-    """Steps 1–4 of the protocol. ``due``: the devices without which the session is of no use."""
+    """Do steps 1–4 of the protocol. ``due``: the devices without which the session is of no use."""
 
     def adverts(state: Offering, silent: Collection[str]) -> bool:
         return bool(due - state.adverts.keys()) and due <= {*state.adverts, *silent}

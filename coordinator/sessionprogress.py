@@ -23,22 +23,13 @@ _ENDINGS = (Result.TAG, Abort.TAG)
 
 @dataclass(slots=True)
 class SessionProgress:
-    """What the log of a session says so far.
+    """What the log of a session says so far."""
 
-    Attributes:
-        log: Name of the file.
-        devices: That established the session.
-        round: Of the session, from 1; 0 before the first.
-        step: That is under way; None between rounds.
-        answered: Devices that answered the step.
-        closed: Whether the session is over.
-    """
-
-    log: str
-    devices: int = 0
-    round: int = 0
-    step: Step | None = None
-    answered: int = 0
+    log: str  # file name
+    devices: int = 0  # how many established the session
+    round: int = 0  # counted in the session from 1; 0 before the first
+    step: Step | None = None  # under way; None between rounds
+    answered: int = 0  # devices that answered the step
     closed: bool = False
 
     def as_json(self) -> dict[str, Any]:
@@ -52,7 +43,6 @@ class SessionProgress:
         }
 
     def add(self, entries: Iterable[Entry]) -> None:
-        """Go on with the next entries of the log."""
         for entry in entries:
             self.round = max(self.round, entry.round)
             self.devices += entry.kind == Shares.TAG
@@ -69,19 +59,14 @@ class SessionProgress:
 
 @dataclass(slots=True)
 class LogFollower:
-    """Reads what was added to the newest log since the last look."""
+    """Reads what was added to the newest log since the last call."""
 
-    folder: Path  # of the transcripts
+    folder: Path  # holds the transcripts
     _progress: SessionProgress | None = None
     _end: int = 0  # bytes read
 
     def look(self) -> SessionProgress | None:
-        """The progress of the newest session; None if there was none.
-
-        Raises:
-            DataError: The log is no file, or too large.
-            OSError: It cannot be read.
-        """
+        """Read the progress of the newest session, if any. Raises DataError: the log is too large, or not a file."""
         if not (paths := logs(self.folder)):
             return None
         newest = paths[-1]

@@ -32,7 +32,7 @@ from edgeadapt.rounds.task import Task, Training
 
 ADDRESS = r"(\[[0-9a-fA-F:]+\]|[^\s:/\[\]]+):\d{1,5}"  # HOST:PORT
 SETTINGS = "federation.toml"  # in the coordinator's state directory
-UPDATES = Training().task(RoundOf(PeftConfig.lora(), (), 0, METHODS["fedit"], False))  # of all tensors
+UPDATES = Training().task(RoundOf(PeftConfig.lora(), (), 0, METHODS["fedit"], False))  # shares all tensors
 
 
 class PrivacySettings(Settings):
@@ -60,8 +60,8 @@ class PrivacySettings(Settings):
 
     @model_validator(mode="after")
     def _names_the_noise(self) -> Self:
-        given = (self.epsilon > 0) + (self.noise_multiplier > 0)
-        if given != (self.mechanism != "none"):
+        noises = (self.epsilon > 0) + (self.noise_multiplier > 0)
+        if noises != (self.mechanism != "none"):
             raise ValueError(
                 "privacy takes a mechanism with epsilon or noise_multiplier, one of the two, or none of the three"
             )
@@ -149,13 +149,9 @@ class Aggregation(Settings):
         clip_norm: float | None = None,
         privacy: PrivacySettings | None = None,
     ) -> SessionSpec:
-        """The parameters of a session with a cohort of ``devices``.
+        """Set the parameters of a session with a cohort of ``devices``; ``clip_norm`` is by default that of an update.
 
-        Args:
-            clip_norm: If not that of an update.
-
-        Raises:
-            ConfigError: No ring can hold the sum of so many devices, or as ``masking_graph`` and ``survivors``.
+        Raises ConfigError: no ring can hold the sum of all devices, or as ``masking_graph`` and ``survivors``.
         """
         chosen = self.masking_graph(devices)
         survivors, grouping = self.survivors(devices, chosen), self.grouping(devices)
@@ -192,12 +188,10 @@ class Aggregation(Settings):
         return Median() if self.combine == "median" else TrimmedMean(self.trim)
 
     def grouping(self, devices: int) -> Grouping | None:
-        """The groups of a session with a cohort of ``devices``; None if a round has one sum.
+        """Split a cohort of ``devices`` into groups; None if a round has one sum.
 
         All corrupt devices may be in one group, and a sum must have as many honest ones as devices demand by default.
-
-        Raises:
-            ConfigError: The groups would be too small.
+        Raises ConfigError: the groups would be too small.
         """
         if self.groups == 1:
             return None
@@ -226,10 +220,9 @@ class Aggregation(Settings):
     def survivors(self, devices: int, chosen: GraphParameters) -> int:
         """Fewest survivors of a round in a cohort of ``devices`` with the masking graph ``chosen``.
 
-        Raises:
-            ConfigError: Sums over all devices on this graph could be combined to a few devices.
+        Raises ConfigError: sums over all devices on this graph could be combined to a few devices.
         """
-        # In an active session so many that no two groups of survivors can sign different survivor sets.
+        # In an active session enough that no two groups of survivors can sign different survivor sets.
         signed = graph.quorum(devices, self.corrupt_fraction) if self.adversary == Adversary.ACTIVE.value else 0
         corrupt = graph.count_of(devices, self.corrupt_fraction)
         for count in range(max(chosen.threshold, signed, round(self.minimum_survivors * devices)), devices + 1):
@@ -242,16 +235,14 @@ class Aggregation(Settings):
         )
 
     def masking_graph(self, devices: int) -> GraphParameters:
-        """Neighbors of a device, and shares that reconstruct its secrets, in a cohort of ``devices``.
+        """Choose the neighbors of a device and the shares that reconstruct its secrets, in a cohort of ``devices``.
 
         A sparse graph must still be secure on the roster, which lacks the dropouts before it and no corrupt device.
-        Where that roster would have at most ``graph.COMPLETE_UP_TO`` devices, the graph is complete.
+        Where that roster would have at most ``graph.COMPLETE_UP_TO`` devices, the graph is complete. Raises
+        ConfigError: no graph on the cohort is secure against its corrupt devices and dropouts.
 
         >>> Aggregation().masking_graph(10)
         GraphParameters(degree=9, threshold=7)
-
-        Raises:
-            ConfigError: No graph on so many devices is secure against so many corrupt devices and dropouts.
         """
         corrupt, gone = (graph.count_of(devices, share) for share in (self.corrupt_fraction, self.dropout_fraction))
         if devices - gone <= graph.COMPLETE_UP_TO:
@@ -259,9 +250,9 @@ class Aggregation(Settings):
         bits = graph.SIGMA + (graph.GRINDING if self.adversary == Adversary.ACTIVE.value else 0)
         smallest = devices - gone
         for count in range(smallest, devices + 1):
-            found = graph.graph_parameters(count, corrupt / count, gone / count, bits=bits)
-            if all(graph.is_secure(present, corrupt, *found, bits) for present in (smallest, devices)):
-                return found
+            parameters = graph.graph_parameters(count, corrupt / count, gone / count, bits=bits)
+            if all(graph.is_secure(present, corrupt, *parameters, bits) for present in (smallest, devices)):
+                return parameters
         raise ConfigError(
             f"no graph on {devices} devices is secure against {corrupt} corrupt devices and {gone} dropouts: "
             "lower corrupt_fraction or dropout_fraction",
@@ -286,7 +277,6 @@ class Server(Settings):
     )
 
     def rule(self) -> ServerOptimizer:
-        """The optimizer's settings as its own type."""
         match self.optimizer:
             case "fedavg":
                 return FedAvg(self.learning_rate)
@@ -327,13 +317,10 @@ class CohortSettings(Settings):
     )
 
     def fewest(self, asked: int, needed: int) -> int:
-        """Answers after which only the grace time is left.
+        """Answers after which only the grace time is left. ``needed``: answers that the step needs.
 
         >>> CohortSettings(quorum=0.8).fewest(10, 3), CohortSettings(quorum=0.8).fewest(10, 9)
         (8, 9)
-
-        Args:
-            needed: Answers that the step needs.
         """
         return max(math.ceil(self.quorum * asked), needed)
 
@@ -446,7 +433,6 @@ class FederationSettings(Settings):
         return (self.training, self.training_rounds), (analytic, analytic.rounds), (evaluation, evaluation.rounds)
 
     def kind_of(self, number: int) -> type[RoundTask]:
-        """The kind of a round, counted from 1."""
         last = 0
         for table, count in self.kinds:
             last += count
@@ -455,14 +441,13 @@ class FederationSettings(Settings):
         return table.KIND
 
     def task_of(self, kind: type[RoundTask], manifest: VersionManifest) -> RoundTask:
-        """The task of a round of that kind, of the adapter that ``manifest`` describes. Raises as ``task``."""
+        """Build the task of a round of that kind, of the adapter that ``manifest`` describes. Raises as ``task``."""
         return self._table(kind).task(self._round(manifest.peft_config, manifest.labels, manifest.version))
 
     def task(self, manifest: VersionManifest) -> Task:
-        """The task of a round that trains the adapter that ``manifest`` describes.
+        """Build the task of a round that trains the adapter that ``manifest`` describes.
 
-        Raises:
-            ConfigError: The method tells LoRA's matrices apart, and the adapter is of another kind.
+        Raises ConfigError: the method tells LoRA's matrices apart, and the adapter is of another kind.
         """
         return self.training.task(self._round(manifest.peft_config, manifest.labels, manifest.version))
 
@@ -485,7 +470,7 @@ class FederationSettings(Settings):
         return self._table(type(task)).bound(self.aggregation.clip_norm, self.privacy.noisy)
 
     def _privacy(self, kind: type[RoundTask], multiplier: float) -> PrivacySettings:
-        """The noise of the sums of a kind. ``multiplier``: of all rounds of the federation."""
+        """Set the noise of a kind's sums from the noise ``multiplier`` of all rounds of the federation."""
         if not (multiplier := self._table(kind).multiplier(multiplier)):
             return self.privacy
         mechanism = self.privacy.mechanism if self.privacy.noisy else "skellam"
@@ -494,12 +479,10 @@ class FederationSettings(Settings):
     def session_spec(
         self, devices: int, layout: Layout, base_digest: str, rounds: int, task: RoundTask = UPDATES
     ) -> SessionSpec:
-        """The parameters of a session, as ``Aggregation.spec``; noise is calibrated to all rounds of the federation.
+        """Set the parameters of a session (``Aggregation.spec``), its noise calibrated to all rounds of the federation.
 
-        Rounds of all kinds have the same noise multiplier, and those of evaluation at least their own.
-
-        Raises:
-            ConfigError: As ``Aggregation.spec``, or no noise meets the epsilon.
+        Rounds of all kinds have the same noise multiplier, and those of evaluation at least their own. Raises
+        ConfigError as ``Aggregation.spec``, or where no noise meets the epsilon.
         """
         privacy = self.privacy
 
@@ -509,7 +492,7 @@ class FederationSettings(Settings):
             return self.aggregation.spec(devices, layout, base_digest, rounds, of, clip_norm=clip_norm, privacy=noise)
 
         def epsilon(multiplier: float) -> float:
-            """Of all rounds, if no more devices survive than a round must have."""
+            """Spend of all rounds, if no more devices survive than a round must have."""
             spent = NOTHING
             for of, count in self._rounds_of(task):
                 spec = build(of, multiplier)
@@ -521,22 +504,16 @@ class FederationSettings(Settings):
         return build(task, privacy.noise_multiplier or calibrated(epsilon, privacy.epsilon))
 
     def _rounds_of(self, task: RoundTask) -> Iterator[tuple[RoundTask, int]]:
-        """A task of each kind that the federation has, and its number of rounds; ``task`` is of one of them."""
+        """Yield a task of each kind that the federation has, and its number of rounds; ``task`` is of one of them."""
         of = self._round(task.peft_config, task.labels, 0)
         for table, count in self.kinds:
             if count:
                 yield (task if isinstance(task, table.KIND) else table.task(of)), count
 
     def with_evaluation(self, done: int, newest: str, previous: str) -> Self:
-        """The settings with a round that compares two releases, after those that are still to do.
+        """Add a round after those that are still to do, which compares two releases by ``AdapterManifest.content``.
 
-        A comparison that is still to do is replaced.
-
-        Args:
-            newest, previous: ``AdapterManifest.content`` of their adapters.
-
-        Raises:
-            ConfigError: The federation has groups.
+        A comparison that is still to do is replaced. Raises ConfigError: the federation has groups.
         """
         table = self.model_dump(mode="json")
         waits = self.evaluation.rounds and done < self.rounds

@@ -1,10 +1,9 @@
 """The coordinator's state directory: its signing key, the authority that it pins, settings, registry and transcripts.
 
-It also holds the authority's revocation list, where there is one. The list is read again for each session, so that a
-new one counts without a restart; a list older than that of the last session counts for nothing. One run at a time uses
-the directory: Flower itself would start a second one. With a registry in PostgreSQL, one run at a time leads, of all
-directories with that registry; the others wait, and keep their copies of the transcript up to date. Leader and others
-have the newest revocation list that any of them was given.
+The authority's revocation list, where there is one, is read again for each session, so that a new one counts without a
+restart; a list older than that of the last session counts for nothing. One run at a time uses the directory: Flower
+itself would start a second one. With a registry in PostgreSQL, one run at a time leads, of all directories with that
+registry; the others wait, and keep their copies of the transcript and of the newest revocation list up to date.
 """
 
 import logging
@@ -45,8 +44,8 @@ TRANSCRIPT = "transcript"
 LOCK = "run.lock"
 WAITING = "run.waiting"  # touched by a run that waits for the lease
 HUNG = 60.0  # seconds without a touch, which comes each second or after a log was copied
-PATIENCE = 2.0  # seconds in which a run takes the lock: whoever looks whether it is held has it for a moment
-TLS_REQUEST = "tls.csr"  # for the key of the gateway and the SuperLink
+PATIENCE = 2.0  # seconds in which a run takes the lock: a check whether it is held has it for a moment
+TLS_REQUEST = "tls.csr"  # requests a certificate of the gateway's and the SuperLink's key
 HEADER = b"# The settings of a federation. A run reads them when it starts.\n"
 log = logging.getLogger("edgeadapt.coordinator")
 REGISTRY_HEADER = b"# Where the registry is kept. Every command reads them when it starts.\n"
@@ -55,10 +54,7 @@ SERVICES_HEADER = b"# What 'edgeadapt coordinator up' runs on this machine. It r
 
 @dataclass(frozen=True, slots=True)
 class CoordinatorStateDir:
-    """A coordinator's state directory, opened.
-
-    ``lease``: under which the registry and the transcripts are written to, where machines share them.
-    """
+    """An opened state directory. ``lease``: protects writes to registry and transcripts that machines share."""
 
     folder: Path
     key: IdentityKey
@@ -135,26 +131,25 @@ class CoordinatorStateDir:
         return cls(folder, key, root, settings, registry, transcripts)
 
     def read_root(self, at: datetime) -> Root:
-        """The authority, with the newest of the revocation lists in this directory and in its transcripts.
+        """Read the authority, with the newest of the revocation lists in this directory and in its transcripts.
 
-        Raises:
-            TrustError: A list is not the authority's, there are two with one number, or the newest has expired.
+        Raises TrustError: a list is not the authority's, there are two with one number, or the newest has expired.
         """
         newest = None
         for path in (self.folder / TRANSCRIPT / REVOKED, self.folder / REVOKED):
             if path.exists():
                 with of_file(path):
-                    found = self.root.revocations(storage.read(path, 2 * MAX_REVOCATIONS))
-                    if newest is None or found.number >= newest.number:
-                        newest = found.newer_than(newest)
+                    revocations = self.root.revocations(storage.read(path, 2 * MAX_REVOCATIONS))
+                    if newest is None or revocations.number >= newest.number:
+                        newest = revocations.newer_than(newest)
                     else:
-                        _warn_of_older(path, found.number, newest.number)
+                        _warn_of_older(path, revocations.number, newest.number)
         if newest is not None:
             newest.require_fresh(at)
         return replace(self.root, revoked=newest)
 
     def read_tls(self, at: datetime) -> tuple[bytes, bytes]:
-        """The TLS key of what listens on this machine, and its certificate, both PEM.
+        """Read the TLS key of what listens on this machine, and its certificate, both PEM.
 
         Raises:
             ConfigError: The directory has none.
@@ -173,10 +168,8 @@ class CoordinatorStateDir:
     def request_tls(self, name: str, entropy: Entropy) -> None:
         """Make the next TLS key, and the request for its certificate; a next key without one is replaced.
 
-        The key in use stays until the certificate of the next one is there, so what runs goes on.
-
-        Raises:
-            ConfigError: No gateway can have this name, or the key that would be replaced is in use.
+        The key in use stays until the certificate of the next one is there, so what runs goes on. Raises ConfigError:
+        no gateway can have this name, or the key that would be replaced is in use.
         """
         key = TlsKey.generate(entropy)
         request = key.request(name)
@@ -195,7 +188,7 @@ class CoordinatorStateDir:
 
     @property
     def name(self) -> str:
-        """By which a message tells who leads."""
+        """Name this directory in messages that tell who leads."""
         return f"{socket.gethostname()}:{self.folder.resolve()}"
 
     @property
@@ -221,12 +214,11 @@ class CoordinatorStateDir:
     def leading(self) -> Iterator[Self]:
         """Hold the directory and, where the registry is shared, its lease, while the block runs; wait for the lease.
 
-        Yields:
-            The directory, with a registry and transcripts that the lease allows to write.
+        Yields the directory, with a registry and transcripts that the lease allows to write.
 
         Raises:
             EdgeAdaptError: Another run uses the directory, or the lease cannot be taken.
-            TrustError: The files of the transcript have what the database has not.
+            TrustError: The files of the transcript have what the database does not have.
         """
         with self.locked():
             if not self.registry.is_shared:
@@ -245,7 +237,7 @@ class CoordinatorStateDir:
                 yield replace(self, registry=registry, transcripts=transcripts, lease=lease)
 
     def require_lead(self) -> None:
-        """Return unless another coordinator has taken the lease. Raises EdgeAdaptError."""
+        """Check that no other coordinator has taken the lease. Raises EdgeAdaptError."""
         if self.lease is not None:
             self.lease.require()
 
@@ -256,13 +248,13 @@ class CoordinatorStateDir:
         share = _sharing(self.folder, self.root, table)  # a list may be half copied: it is looked at again
         while True:
             try:
-                found = Lease.take(self.registry.engine, self.name)
-                if isinstance(found, Lease):
-                    log.info("leads, epoch %d", found.epoch)
-                    return found
-                if said is None or said.epoch != found.epoch:
-                    log.info("waiting: %s leads, epoch %d", found.leader, found.epoch)
-                said, reachable = found, True
+                lease = Lease.take(self.registry.engine, self.name)
+                if isinstance(lease, Lease):
+                    log.info("leads, epoch %d", lease.epoch)
+                    return lease
+                if said is None or said.epoch != lease.epoch:
+                    log.info("waiting: %s leads, epoch %d", lease.leader, lease.epoch)
+                said, reachable = lease, True
                 (self.folder / WAITING).touch()
                 share()
                 _copy_transcript(self.folder, table, whole=not copied)
@@ -281,8 +273,7 @@ class CoordinatorStateDir:
     def locked(self) -> Iterator[None]:
         """Hold the directory for a run: two runs would write the same logs and registry.
 
-        Raises:
-            EdgeAdaptError: Another run holds it.
+        Raises EdgeAdaptError: another run holds it.
         """
         with run_lock(self.folder):
             yield
@@ -290,7 +281,7 @@ class CoordinatorStateDir:
 
 @cache
 def _warn_of_older(path: Path, number: int, newer: int) -> None:
-    """Once for each: a gateway reads the lists every second."""
+    """Warn once for each list: a gateway reads the lists every second."""
     log.warning(
         "%s is list %d, and list %d is in force, which was applied before: copy the newest", path, number, newer
     )
@@ -298,7 +289,7 @@ def _warn_of_older(path: Path, number: int, newer: int) -> None:
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """As ``CoordinatorStateDir.locked``, for a directory that cannot be opened."""
+    """Lock a directory as ``CoordinatorStateDir.locked`` does, also one that cannot be opened."""
     with ExitStack() as stack:
         try:
             stack.enter_context(storage.locked(folder / LOCK, timeout=PATIENCE))
@@ -311,7 +302,7 @@ def update_transcript(folder: Path) -> None:
     """Bring the files of the transcript up to date, where the database of a directory's registry has the logs.
 
     Raises:
-        TrustError: They have what the database has not.
+        TrustError: They have what the database does not have.
         EdgeAdaptError: As ``database.connect``.
     """
     if RegistrySettings.of(folder).database:
@@ -321,7 +312,7 @@ def update_transcript(folder: Path) -> None:
 
 @contextmanager
 def transcript_table(folder: Path) -> Iterator[TranscriptTable]:
-    """The logs in the database of a directory's registry, to be read. Raises EdgeAdaptError as ``database.connect``."""
+    """Open the logs in the database of a directory's registry. Raises EdgeAdaptError as ``database.connect``."""
     engine = database.connect(registry_url(folder))
     try:
         yield TranscriptTable(engine)
@@ -338,7 +329,7 @@ def _update_transcript(folder: Path, table: TranscriptTable) -> None:
 
 
 def _copy_transcript(folder: Path, table: TranscriptTable, *, whole: bool = False) -> None:
-    """The logs, and the public keys with which they are checked."""
+    """Copy the logs, and the public keys with which they are checked."""
     transcript = folder / TRANSCRIPT
     table.copy_to(transcript, whole=whole)
     for name in (AUTHORITY, PUBLIC_KEY) if transcript.exists() else ():
@@ -371,7 +362,7 @@ def _share_revocations(folder: Path, root: Root, table: TranscriptTable) -> None
 
 
 def _sharing(folder: Path, root: Root, table: TranscriptTable) -> Callable[[], None]:
-    """As ``_share_revocations``, for a coordinator that leads or waits, and goes on with the list that it has."""
+    """Make a call of ``_share_revocations`` that warns of errors: a coordinator that leads or waits keeps its list."""
     said = ""
 
     def share() -> None:
@@ -388,11 +379,7 @@ def _sharing(folder: Path, root: Root, table: TranscriptTable) -> Callable[[], N
 
 
 def require(folder: Path, *names: str) -> None:
-    """Refuse a folder that lacks a file of a coordinator's state directory.
-
-    Raises:
-        ConfigError: It does.
-    """
+    """Check that a folder has these files of a coordinator's state directory. Raises ConfigError."""
     for name in names:
         if not (folder / name).is_file():
             text = f"{folder} is not a coordinator's state directory: it has no {name}"
@@ -400,7 +387,7 @@ def require(folder: Path, *names: str) -> None:
 
 
 def open_registry(folder: Path, key: IdentityKey) -> Registry:
-    """The registry of a coordinator's state directory.
+    """Open the registry of a coordinator's state directory.
 
     Raises:
         ConfigError: As ``RegistrySettings.of`` and ``postgresql_url``.
@@ -411,11 +398,11 @@ def open_registry(folder: Path, key: IdentityKey) -> Registry:
 
 
 def registry_url(folder: Path) -> URL:
-    """The address of the database of a state directory. Raises as ``RegistrySettings.of`` and ``postgresql_url``."""
+    """Find the database of a state directory. Raises as ``RegistrySettings.of`` and ``postgresql_url``."""
     stores = RegistrySettings.of(folder)
     return postgresql_url(stores.database) if stores.database else own_database(folder)
 
 
 def own_database(folder: Path) -> URL:
-    """The address of the registry's database that is in a folder. It is not formatted: a folder may have a "?"."""
+    """Address of the registry's database that is in a folder. It is not formatted: a folder may have a "?"."""
     return URL.create("sqlite", database=str(folder / DATABASE))

@@ -18,7 +18,7 @@ from edgeadapt.formats.roundrecord import RoundRecord
 
 SUSPICIOUS = 0.01  # probability
 GAP = "  "
-COLUMNS = {  # of the table of rounds: name → its heading, which is as wide as the cells
+COLUMNS = {  # name in the table of rounds → heading, which is as wide as the cells
     "round": "round",
     "version": "version",
     "survivors": "survivors",
@@ -30,10 +30,10 @@ COLUMNS = {  # of the table of rounds: name → its heading, which is as wide as
 
 
 def status_of(state_dir: CoordinatorStateDir) -> dict[str, Any]:
-    """The object that ``edgeadapt coordinator status --json`` prints.
+    """Collect the object that ``edgeadapt coordinator status --json`` prints.
 
-    Raises:
-        EdgeAdaptError: As ``Registry.versions`` and ``Registry.rounds``; or the last log is too large, or no file.
+    Raises EdgeAdaptError: as ``Registry.versions`` and ``Registry.rounds``; or the last log is too large, or not a
+    file.
     """
     rounds = state_dir.registry.rounds()
     steps = Counter(step for record in rounds for step in record.dropped.values())
@@ -63,13 +63,13 @@ def lines_of(status: dict[str, Any]) -> Iterator[str]:
         leads = "leads" if lease["in_force"] else "led last, and nobody leads now"
         own = " (this directory)" if lease["own"] else ""
         yield f"{lease['leader']}{own} {leads}, epoch {lease['epoch']}"
-    yield from (each["warning"] for each in status["expiries"].values() if each["warning"])
+    yield from (row["warning"] for row in status["expiries"].values() if row["warning"])
     if services := status["services"]:
         yield f"services run since {services['since']}, process {services['pid']}"
-        for each in services["services"]:
-            at = f" at {each['address']}" if each["address"] else ""
-            process = f", process {each['pid']}" if each["pid"] else ""
-            yield f"  {each['name']}{at}: {each['state']}{process}, {each['restarts']} restarts"
+        for service in services["services"]:
+            at = f" at {service['address']}" if service["address"] else ""
+            process = f", process {service['pid']}" if service["pid"] else ""
+            yield f"  {service['name']}{at}: {service['state']}{process}, {service['restarts']} restarts"
     done, wanted, aborted = status["rounds_done"], status["rounds_wanted"], status["rounds_aborted"]
     at = ", ".join(f"{count} at {step}" for step, count in status["dropouts_by_step"].items())
     count = sum(status["dropouts_by_step"].values())
@@ -97,21 +97,19 @@ def lines_of(status: dict[str, Any]) -> Iterator[str]:
     if status["farthest"]:
         yield ""
         yield "devices whose groups were farthest from the combination, more often than chance (a hint, no proof):"
-    for device, each in status["farthest"].items():
-        yield f"{device}: {each['farthest']} of {each['rounds']} rounds, which has a chance of {each['chance']:.2g}"
+    for device, row in status["farthest"].items():
+        yield f"{device}: {row['farthest']} of {row['rounds']} rounds, which has a chance of {row['chance']:.2g}"
 
 
 def heading(width: int = 0) -> str:
-    """The heading of ``round_lines``; ``width`` as there."""
     return GAP.join(COLUMNS[name] for name in _columns(width))
 
 
 def round_lines(row: dict[str, Any], width: int = 0) -> list[str]:
-    """A round, as ``round_row`` gives it, under ``heading``.
+    """Format a round, as ``round_row`` gives it, under ``heading``.
 
-    Args:
-        width: Of the terminal; 0: all is on one line. The columns that do not fit are left out, and notes that do not
-            fit follow on lines of their own.
+    For a terminal of ``width`` columns, those that do not fit are left out, and notes that do not fit follow on lines
+    of their own; 0: all is on one line.
     """
     accuracy, loss = (row["metrics"].get(name) for name in ("accuracy", "loss"))
     cells = {
@@ -134,7 +132,7 @@ def round_lines(row: dict[str, Any], width: int = 0) -> list[str]:
 
 
 def _columns(width: int) -> list[str]:
-    """Those that a terminal of this width has room for; ``0``: all."""
+    """List the columns that a terminal of this width has room for; 0: all."""
     chosen = list(COLUMNS)
     for name in ("loss", "version", "seconds", "dropouts"):
         if width and len(GAP.join(COLUMNS[each] for each in chosen)) > width:
@@ -143,16 +141,14 @@ def _columns(width: int) -> list[str]:
 
 
 def farthest(records: Iterable[RoundRecord]) -> dict[str, dict[str, float]]:
-    """Devices whose groups were the farthest from the combination more often than chance, the least likely first.
+    """Find devices whose groups were the farthest from the combination more often than chance, the least likely first.
 
     In each round with groups one is the farthest; a device is in it with a probability of one over their number if it
-    is like all others, and rounds deal anew. A device is listed if so many such rounds or more have a probability of
-    less than ``SUSPICIOUS``. That is a hint for the operator and no proof: of a hundred honest devices, one is listed.
-
-    Returns:
-        Device → ``rounds`` with groups that it is in, ``farthest``: in how many its group was, and ``chance``.
+    is like all others, and rounds deal again. A device is listed if its number of such rounds or more has a probability
+    below ``SUSPICIOUS``. That is a hint for the operator, not a proof: of a hundred honest devices, one is listed.
+    Returns device → ``rounds`` with groups that it is in, ``farthest``: in how many its group was, and ``chance``.
     """
-    likely: dict[str, list[float]] = {}  # device → probability of so many rounds in the farthest group, by number
+    likely: dict[str, list[float]] = {}  # device → probability of each number of rounds in the farthest group
     seen: Counter[str] = Counter()
     for record in records:
         last = max((each.distance for each in record.groups), default=0.0)
@@ -171,9 +167,11 @@ def farthest(records: Iterable[RoundRecord]) -> dict[str, dict[str, float]]:
 
 
 def lease_of(state_dir: CoordinatorStateDir) -> dict[str, Any] | None:
-    """Who leads, of several coordinators with one registry; None where nobody ever did. Raises as ``leadership``."""
-    found = state_dir.leadership()
-    return None if found is None else asdict(found) | {"own": found.leader == state_dir.name and not state_dir.waits()}
+    """Describe who leads, of several coordinators with one registry; None if nobody did. Raises as ``leadership``."""
+    leader = state_dir.leadership()
+    return (
+        None if leader is None else asdict(leader) | {"own": leader.leader == state_dir.name and not state_dir.waits()}
+    )
 
 
 def _version(manifest: VersionManifest) -> dict[str, Any]:
@@ -187,7 +185,7 @@ def _version(manifest: VersionManifest) -> dict[str, Any]:
 
 
 def round_row(record: RoundRecord) -> dict[str, Any]:
-    """A round as ``--json`` has it."""
+    """Describe a round as ``--json`` has it."""
     return {
         "groups": [asdict(group) for group in record.groups],
         "round": record.round,
@@ -205,5 +203,5 @@ def round_row(record: RoundRecord) -> dict[str, Any]:
 
 
 def _session(folder: Path) -> dict[str, Any] | None:
-    found = LogFollower(folder).look()
-    return None if found is None else found.as_json()
+    progress = LogFollower(folder).look()
+    return None if progress is None else progress.as_json()

@@ -26,10 +26,9 @@ log = logging.getLogger("edgeadapt.coordinator")
 def bound(
     last: LastSum, registry: Registry, adapter: StoredAdapter, task: RoundTask, settings: FederationSettings
 ) -> LastSum | None:
-    """The last sum, if devices demand that the next one is over its devices; None if they do not.
+    """Keep the last sum if devices demand that the next one is over its devices; None if they do not.
 
-    Raises:
-        TrustError: The registry was altered.
+    Raises TrustError: the registry was altered.
     """
     kinds = {last.kind, type(task)}
     if settings.privacy.noisy or settings.aggregation.groups > 1 or any(kind.EXACT is None for kind in kinds):
@@ -52,7 +51,7 @@ def _stands_still(registry: Registry, adapter: StoredAdapter, parts: Collection[
 
 
 def warn(adapter: StoredAdapter, settings: FederationSettings) -> None:
-    """Tell the operator if the server's step is so short that devices take every adapter for the one before."""
+    """Tell the operator if the server's step is so short that devices take every adapter for the previous one."""
     if settings.privacy.noisy or not settings.training_rounds:
         return
     task = settings.task(adapter.manifest)
@@ -78,5 +77,5 @@ def _farthest(adapter: StoredAdapter, task: RoundTask, settings: FederationSetti
         return rule.learning_rate * clip / (1 - rule.momentum)
     if not isinstance(rule, FedAdam):
         return math.inf
-    most = max(1.0, (1 - rule.beta1) / math.sqrt(1 - rule.beta2))  # of a coordinate, in learning rates
+    most = max(1.0, (1 - rule.beta1) / math.sqrt(1 - rule.beta2))  # step of a coordinate, in learning rates
     return rule.learning_rate * most * math.sqrt(task.state_size(adapter.layout))

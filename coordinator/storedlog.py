@@ -45,39 +45,32 @@ _ROUND, _PEER, _LENGTH = 4, 1 + len(EVERYONE), 4  # bytes that follow the kind: 
 
 @dataclass(frozen=True, slots=True)
 class StoredLog:
-    """The log of a session, as far as it can be read.
-
-    Args:
-        entries: Each as the coordinator signed it, up to the last checkpoint.
-        checkpoints: Among them.
-        end: Bytes that the entries take.
-        rest: What a kill or a power cut left after them: records that are incomplete, or not what was signed.
-    """
+    """The log of a session, as far as it can be read."""
 
     path: Path
-    entries: tuple[Entry, ...]
+    entries: tuple[Entry, ...]  # signed by the coordinator, up to the last checkpoint
     checkpoints: tuple[Checkpoint, ...]
-    end: int
-    rest: bytes
+    end: int  # bytes that the entries take
+    rest: bytes  # what a kill or a power cut left after them: records that are incomplete, or not what was signed
 
     @classmethod
     def read(cls, path: Path, coordinator: PublicKey) -> Self:
         """Read and verify a log.
 
         Raises:
-            DataError: It is too large, or no file.
+            DataError: It is too large, or not a file.
             TrustError: It was altered after it was written.
         """
         raw = storage.read(path)
         reading = _intact(transcript.read(raw), coordinator)
         rest = raw[reading.end :]
         try:
-            found = tuple(checkpoints(replace(reading, problem=""), coordinator, unfinished=True))
+            signed = tuple(checkpoints(replace(reading, problem=""), coordinator, unfinished=True))
         except Problem as problem:
             if reading.entries:
                 raise altered(path, problem) from None
-            found = ()
-        log = cls(path, reading.entries, found, reading.end, rest)
+            signed = ()
+        log = cls(path, reading.entries, signed, reading.end, rest)
         if rest and (log.closed or log.is_continued_in(rest, coordinator)):
             raise altered(path, reading.problem)
         return log
@@ -89,8 +82,8 @@ class StoredLog:
         A later one they cannot have.
         """
         offer = self.offer
-        for found in re.finditer(re.escape(_CHECKPOINT), rest):
-            at = found.end() + _ROUND + _PEER + _LENGTH
+        for match in re.finditer(re.escape(_CHECKPOINT), rest):
+            at = match.end() + _ROUND + _PEER + _LENGTH
             size = int.from_bytes(rest[at - _LENGTH : at], "big")
             if size > Checkpoint.LIMIT + envelope.OVERHEAD:
                 continue
@@ -106,7 +99,7 @@ class StoredLog:
 
     @property
     def offer(self) -> bytes:
-        """Digest of the session's offer; empty if the log has no entry."""
+        """Digest of the session's offer; empty if the log does not have an entry."""
         return Offer.decode(envelope.unverified_body(self.entries[0].message)).digest() if self.entries else b""
 
     @property
@@ -114,11 +107,10 @@ class StoredLog:
         return tuple(entry for entry in self.entries if entry.kind in (Result.TAG, Abort.TAG))
 
     def resumed(self, newest: AdapterId, previous: bytes) -> Transcript:
-        """The transcript that wrote it.
+        """Restore the transcript that wrote it.
 
-        Args:
-            newest: The adapter that the session started from, for a log that has no checkpoint to say so.
-            previous: Digest of the last checkpoint of the session before, likewise.
+        For a log without a checkpoint, ``newest`` is the adapter that the session started from, and ``previous`` the
+        digest of the last checkpoint of the previous session.
         """
         if self.checkpoints:
             newest, previous = self.checkpoints[0].newest, self.checkpoints[0].previous
@@ -126,7 +118,7 @@ class StoredLog:
 
 
 def _intact(reading: Reading, coordinator: PublicKey) -> Reading:
-    """A log up to the first message after its last checkpoint whose signature is not valid.
+    """Cut a log before the first message after its last checkpoint whose signature is not valid.
 
     Answers of devices are on the disk for certain only once the coordinator asks for the next ones: a power cut can
     leave such a record with zeros in it. A later start would sign that, and every audit would refuse it. The entries
@@ -152,15 +144,12 @@ def _intact(reading: Reading, coordinator: PublicKey) -> Reading:
 def require_agreement(logs: Sequence[StoredLog], head: Head, key: IdentityKey) -> bool:
     """Compare the logs with the registry, before anything is signed.
 
+    Returns whether the last log lacks the ending of the last recorded round and nothing else, as after a kill. Raises
+    TrustError: the logs lack something else that the registry knows, or the registry what they know.
+
     Args:
         logs: Of the session of the last recorded round and of all sessions since, in order, without empty ones; all
             logs, where no round is recorded.
-
-    Returns:
-        Whether the last log lacks the ending of the last recorded round and nothing else, as after a kill.
-
-    Raises:
-        TrustError: The logs lack something else that the registry knows, or the registry what they know.
     """
     for log, following in itertools.pairwise(logs):
         start = following.checkpoints[0].previous if following.checkpoints else None
@@ -173,9 +162,9 @@ def require_agreement(logs: Sequence[StoredLog], head: Head, key: IdentityKey) -
     for entry in (*since, *(entry for log in logs[1:] for entry in log.endings)):
         if entry.kind != Abort.TAG or Abort.decode(envelope.unverified_body(entry.message)).reason != INTERRUPTED:
             raise _contradiction(f"the registry has no record of the round that ended with {entry.place}")
-    made = missing and head.round is not None and head.round.version is not None
+    has_version = missing and head.round is not None and head.round.version is not None
     newest = logs[-1].resumed(head.newest, NO_SESSION).newest if logs else (0, head.newest[1])
-    if not made and newest != head.newest:
+    if not has_version and newest != head.newest:
         raise _contradiction(f"the newest adapter is {newest[0]} in the logs and {head.newest[0]} in the registry")
     return missing
 
@@ -204,6 +193,5 @@ def _contradiction(what: str) -> TrustError:
 
 
 def altered(path: Path, problem: object) -> TrustError:
-    """The error that a log is not as it was written."""
     text = f"{path} was altered after it was written ({problem}): find out why, and move it away"
     return TrustError(text, about=path.name)

@@ -48,32 +48,23 @@ class Transcripts:
     """The transcripts in a folder.
 
     Args:
-        folder: Created when the first session begins.
-        key: The coordinator's; signs the checkpoints.
-        root: The authority that certified the devices.
-        keep_vectors: Keep every masked vector too, so that an auditor can recompute the sums.
-        head: What the registry knows: its newest adapter and its last round.
         table: Of a registry that machines share: it has the logs then, and ``folder`` a copy.
         ends: Closed log → what ``_ends`` read from it. It does not change any more.
     """
 
-    folder: Path
-    key: IdentityKey
-    root: Root
-    keep_vectors: bool
-    head: Callable[[], Head]
+    folder: Path  # created when the first session begins
+    key: IdentityKey  # the coordinator's; signs the checkpoints
+    root: Root  # the authority that certified the devices
+    keep_vectors: bool  # keep every masked vector too, so that an auditor can recompute the sums
+    head: Callable[[], Head]  # what the registry knows: its newest adapter and its last round
     table: TranscriptTable | None = None
     ends: dict[Path, tuple[bytes, bytes]] = field(default_factory=dict, repr=False)
 
     def begin(self, offer: bytes, revoked: RevocationList | None = None) -> Recorder:
-        """Start the log of a session, and close the one before.
+        """Start the log of a session, and close the previous one.
 
-        Args:
-            offer: Digest of the session's offer.
-            revoked: The revocation list that the session applies.
-
-        Raises:
-            TrustError: As ``finish``.
+        ``offer``: digest of the session's offer; ``revoked``: the revocation list that the session applies. Raises
+        TrustError as ``finish``.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         storage.replace(self.folder / AUTHORITY, self.root.to_pem(), PUBLIC)
@@ -99,23 +90,23 @@ class Transcripts:
             table.offer_revocations(listed.to_pem(), stored)
 
     def _number(self, stored: bytes) -> int:
-        """Of a list in the table; -1 for what the authority did not sign."""
+        """Number of a list in the table; -1 for what the authority did not sign."""
         try:
             return self.root.revocations(stored).number
         except TrustError:
             return -1
 
     def session_chain_proofs(self, recorder: Recorder, last_offers: Mapping[str, bytes]) -> dict[str, bytes]:
-        """For each device the proof that the new session continues the log of the session that the device joined last.
+        """Prove to each device that the new session continues the log of the session that the device joined last.
 
-        It travels in the same message as the offer.
+        The proof travels in the same message as the offer.
 
         Args:
             last_offers: Device → digest of the offer that it joined last, as it says; empty where it joined none. One
                 that was more than ``MAX_SESSIONS`` sessions ago counts as unknown: no message can name them all. So
                 does one before a log that cannot be read.
         """
-        wanted, closed, found = set(last_offers.values()) - {b""}, list[bytes](), dict[str, bytes]()
+        wanted, closed, by_offer = set(last_offers.values()) - {b""}, list[bytes](), dict[str, bytes]()
         for path in reversed([path for path in logs(self.folder) if path != recorder.path]):
             if not wanted or len(closed) > MAX_SESSIONS:
                 break
@@ -129,7 +120,7 @@ class Transcripts:
                     end = Checkpoint.decode(envelope.unverified_body(last)).newest
                     log = transcript.resume(transcript.read(storage.read(path)).entries, end)
                     proofs = receipts(log, devices)
-                    found |= {
+                    by_offer |= {
                         device: session_chain_proof(recorder.log, self.key, proofs[device], closed)
                         for device in devices
                     }
@@ -137,7 +128,7 @@ class Transcripts:
                 logger.warning("%s and the logs before it prove nothing to devices: %s", path.name, error)
                 break
             closed.insert(0, last)
-        return {device: found.get(device) or session_chain_proof(recorder.log, self.key) for device in last_offers}
+        return {device: by_offer.get(device) or session_chain_proof(recorder.log, self.key) for device in last_offers}
 
     def finish(self) -> bytes:
         """Close the last log if it is open, as far as it is on the disk. Returns the digest of its last checkpoint.
@@ -153,10 +144,10 @@ class Transcripts:
             self.table.require_lead()  # the files of a former leader lack what the one after it has added
             self.table.copy_to(self.folder)  # a full disk may have kept a part of what the table has
         head = self.head()
-        found = self._since(head.round)
-        held = [log for log in found if log.entries]
+        stored = self._since(head.round)
+        held = [log for log in stored if log.entries]
         missing = require_agreement(held, head, self.key)
-        for log in found:
+        for log in stored:
             if self.table is not None and (log.rest or not log.entries):  # no kill leaves that in a table
                 raise altered(log.path, "it has an incomplete record")
             if log.rest:
@@ -173,20 +164,20 @@ class Transcripts:
         return recorder.close(head.round if missing else None)
 
     def _since(self, record: RoundRecord | None) -> list[StoredLog]:
-        """The logs from the session of a recorded round on, in order; all logs, where no round is recorded."""
-        found: list[StoredLog] = []
+        """Read the logs from the session of a recorded round on, in order; all logs, where no round is recorded."""
+        stored: list[StoredLog] = []
         for path in reversed(logs(self.folder)):
-            found.insert(0, StoredLog.read(path, self.key.public))
-            if record is not None and found[0].offer.hex() == record.offer:
+            stored.insert(0, StoredLog.read(path, self.key.public))
+            if record is not None and stored[0].offer.hex() == record.offer:
                 break
-        return found
+        return stored
 
 
 def _ends(path: Path) -> tuple[bytes, bytes]:
-    """Digest of the offer, and the last checkpoint as signed, of a closed log. Reads only the first and last entry.
+    """Read the digest of the offer, and the last checkpoint as signed, of a closed log: its first and last entry.
 
     Raises:
-        DataError: It is too large, or no file.
+        DataError: It is too large, or not a file.
         TrustError: It was altered.
     """
     with storage.opened(path) as (file, size):

@@ -1,6 +1,6 @@
 """Ask devices over any Flower grid, and take the answers as they arrive.
 
-Messages are pushed and polled: Flower's own ``send_and_receive`` sleeps three seconds between two looks. A node that
+Messages are pushed and polled: Flower's own ``send_and_receive`` sleeps three seconds between two polls. A node that
 answers late, with an error or not at all has no answer in the exchange; the protocol decides what follows from that.
 
 Each reply is pulled by a call of its own. Flower reads all replies of a call at once, after its SuperLink has deleted
@@ -26,7 +26,7 @@ RUN_ID = SERVER_NODE = 1  # where Flower did not start the process
 FIRST_POLL = 0.01  # seconds; doubled at every empty look up to LAST_POLL
 LAST_POLL = 0.5
 MAX_REASON = 200  # characters of an error reply
-BY_THE_LINK = (  # error replies by Flower in the place of a node
+BY_THE_LINK = (  # error replies by Flower instead of a node
     ErrorCode.MESSAGE_UNAVAILABLE,
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
     ErrorCode.NODE_UNAVAILABLE,
@@ -37,7 +37,7 @@ log = logging.getLogger("edgeadapt.coordinator")
 class Clock(Protocol):
     """Time in seconds: the system's, or a simulation's, which does not wait.
 
-    ``wait`` is a pause between two looks at the grid. A grid that knows when an answer arrives ends it then.
+    ``wait`` is a pause between two polls of the grid. A grid that knows when an answer arrives ends it then.
     """
 
     def now(self) -> float: ...
@@ -47,14 +47,13 @@ class Clock(Protocol):
 
 class SystemClock:
     def now(self) -> float:
-        """Seconds since some fixed point."""
         return time.monotonic()
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
 
     def wait(self, seconds: float) -> None:
-        """Wait: Flower's grids do not say when an answer arrives."""
+        """Sleep: Flower's grids do not say when an answer arrives."""
         time.sleep(seconds)
 
 
@@ -100,11 +99,6 @@ class Reply:
     silent: bool = False
 
     def answer(self) -> bytes:
-        """The body.
-
-        Raises:
-            ProtocolError: The node did not answer.
-        """
         if self.body is None:
             raise ProtocolError(self.reason)
         return self.body
@@ -136,11 +130,9 @@ class Transport:
     carried: PayloadBytes = field(default_factory=PayloadBytes)
 
     def nodes(self) -> tuple[int, ...]:
-        """The nodes that the grid lists now, in ascending order."""
         return tuple(sorted(self.grid.get_node_ids()))
 
     def take_carried(self) -> PayloadBytes:
-        """The bytes since the last call."""
         taken, self.carried = self.carried, PayloadBytes()
         return taken
 
@@ -198,7 +190,7 @@ class Transport:
         yield from (Reply(node, None, late, silent=True) for node in waiting.values())
 
     def _pull(self, message_id: str, node: int) -> Reply | None:
-        """The reply to a message; None before it arrives. A grid may also return replies to other messages."""
+        """Pull the reply to a message; None before it arrives. A grid may also return replies to other messages."""
         try:
             for message in self.grid.pull_messages([message_id]):
                 if message.metadata.reply_to_message_id == message_id:
@@ -220,5 +212,5 @@ class Transport:
 
 
 def _one_line(reason: str) -> str:
-    """A device's reason, made safe for a log: a line break in it could imitate a line of the coordinator's."""
+    """Make a device's reason safe for a log: a line break in it could imitate a line of the coordinator's."""
     return "".join(c if c.isprintable() else " " for c in reason[:MAX_REASON])

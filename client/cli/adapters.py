@@ -25,14 +25,14 @@ def adapters(bundle: Path, trust: Path | None, as_json: bool) -> None:
       edgeadapt device adapters --bundle runs/demo/bundle
     """
     library = Library.open(bundle, trust)
-    found = [_verified(library, name) for name in library.names()]
+    rows = [_verified(library, name) for name in library.names()]
     if as_json:
-        click.echo(json.dumps({"adapters": found}, ensure_ascii=False))
+        click.echo(json.dumps({"adapters": rows}, ensure_ascii=False))
     else:
-        for adapter in found:
+        for adapter in rows:
             click.echo(_described(adapter))
-    if refused := [adapter["name"] for adapter in found if "refused" in adapter]:
-        reason = f"{len(refused)} of {len(found)} adapters failed verification: {', '.join(refused)}; copy them again"
+    if refused := [adapter["name"] for adapter in rows if "refused" in adapter]:
+        reason = f"{len(refused)} of {len(rows)} adapters failed verification: {', '.join(refused)}; copy them again"
         raise DataError(reason, about="bundle.adapters", value=refused)
 
 
@@ -66,7 +66,7 @@ def _described(adapter: dict[str, Any]) -> str:
 
 
 def _privacy(bound: dict[str, float] | None) -> str:
-    """What an adapter may say about one device whose updates are in it."""
+    """State what an adapter may say about one device whose updates are in it."""
     if bound is None:
         return click.style("privacy none", bold=True)
     return f"epsilon {bound['epsilon']:.2f} for delta {bound['delta']:g}"

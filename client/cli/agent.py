@@ -44,6 +44,6 @@ def agent(state_dir: Path, gateway: str | None) -> None:
     def stop(number: int, frame: FrameType | None) -> None:
         running.stop()
 
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, stop)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop)
     running.run()

@@ -65,18 +65,18 @@ def sampling(command: F) -> F:
 
 
 def params_of(json_schema: Path | None, regex: str | None, grammar: Path | None, **sampling: Any) -> SamplingParams:
-    """What the options of ``sampling`` say.
+    """Read the options of ``sampling``.
 
     Raises:
         ConfigError: A value is out of range, there is more than one guide, or its file is missing.
         DataError: The file is too large or is not UTF-8.
     """
-    given: list[tuple[GuideKind, Path | str | None]] = [
+    candidates: list[tuple[GuideKind, Path | str | None]] = [
         (GuideKind.JSON_SCHEMA, json_schema),
         (GuideKind.REGEX, regex),
         (GuideKind.GRAMMAR, grammar),
     ]
-    guides = [(kind, value) for kind, value in given if value is not None]
+    guides = [(kind, value) for kind, value in candidates if value is not None]
     if len(guides) > 1:
         raise ConfigError("an answer has one form: give one of --json-schema, --regex and --grammar", about="guide")
     sources = [Guide(kind, _text(value) if isinstance(value, Path) else value) for kind, value in guides]
@@ -156,8 +156,8 @@ def chat(
 def answer(conversation: Conversation, generator: Generator, prompt: str, as_json: bool) -> None:
     """Answer one prompt.
 
-    Raises:
-        DataError: The answer does not have the form of its guide, which JSON states instead. It was shown all the same.
+    Raises DataError: the answer does not have the form of its guide, which JSON states instead. It was shown all the
+    same.
     """
     if not as_json:
         _show(conversation.ask(prompt), generator)
@@ -175,10 +175,7 @@ def answer(conversation: Conversation, generator: Generator, prompt: str, as_jso
 def converse(conversation: Conversation, generator: Generator, trust: Path | None = None) -> None:
     """Answer standard input line by line. After an error the conversation goes on with the next line.
 
-    Args:
-        conversation: Begins here, or goes on.
-        generator: Of the conversation.
-        trust: The pinned public keys, as ``Generator.open`` takes them.
+    ``trust``: the pinned public keys, as ``Generator.open`` takes them.
     """
     interactive = options.standard_input().isatty()
     if interactive:
@@ -199,7 +196,7 @@ def converse(conversation: Conversation, generator: Generator, trust: Path | Non
 
 
 def read_line(prompt: str) -> str | None:
-    """A line of standard input, or None at its end. Ctrl-C discards what was typed."""
+    """Read a line of standard input, or None at its end. Ctrl-C discards what was typed."""
     while True:
         try:
             return input(prompt)
@@ -277,12 +274,9 @@ def _undo(conversation: Conversation, generator: Generator, trust: Path | None) 
 
 @contextmanager
 def _lesson(conversation: Conversation, generator: Generator, trust: Path | None) -> Iterator[Learner]:
-    """The learner of the adapter in use.
+    """Open the learner of the adapter in use.
 
-    Raises:
-        ConfigError: As ``_single``.
-        DataError: The disk is full, for example.
-        TrustError, DataError, ConfigError: As ``Learner.open``.
+    Raises TrustError, DataError, ConfigError: as ``Learner.open`` and ``_single``; or the disk is full, for example.
     """
     name = _single(conversation)
     try:
@@ -294,7 +288,7 @@ def _lesson(conversation: Conversation, generator: Generator, trust: Path | None
 
 
 def _single(conversation: Conversation) -> str:
-    """The name of the adapter in use. Raises ConfigError if that is not one adapter of weight 1."""
+    """Name the adapter in use. Raises ConfigError if that is not one adapter of weight 1."""
     if conversation.adapter is None or len(parts := conversation.adapter.composition.parts) > 1 or parts[0].weight != 1:
         raise ConfigError("one adapter learns, of weight 1: choose it with /adapter NAME", about="/adapter")
     return parts[0].name

@@ -150,7 +150,7 @@ def _continuations(adapters: list[dict[str, Any]]) -> list[str]:
 
 
 def _table(adapters: list[dict[str, Any]]) -> list[str]:
-    """A line for each answer: intent, probability, unknown tokens, and the adapter and phrase if there are several."""
+    """Format a line for each answer: intent, probability, unknown tokens; adapter and phrase if there are several."""
     cells = [
         (
             options.words(intent["intent"]) if intent else "unknown text",

@@ -68,8 +68,8 @@ def learn(
     else:
         what = "what was learned last:" if undone.corrections else "the last personal step"
         click.echo(f"{undone.adapter} version {undone.version} is in use, without {what}")
-        for one in undone.corrections:
-            click.echo(f"{_one_line(one.label)}  {_one_line(one.text)}")
+        for correction in undone.corrections:
+            click.echo(f"{_one_line(correction.label)}  {_one_line(correction.text)}")
 
 
 def teach(
@@ -97,9 +97,9 @@ def teach(
 
 
 def lines(learned: Learned) -> list[str]:
-    known = sum(one.known for one in learned.taught)
+    count = sum(one.known for one in learned.taught)
     head = (
-        f"{learned.adapter} version {learned.version}: {known} of {len(learned.taught)} learned, {learned.steps} steps"
+        f"{learned.adapter} version {learned.version}: {count} of {len(learned.taught)} learned, {learned.steps} steps"
     )
     if isinstance(learned.taught[0], TextBits):
         taught, others = ([f"{_line(one)}" for one in texts] for texts in (learned.taught, learned.others))
@@ -228,17 +228,17 @@ def personalize(
     how = PersonalStep(epochs, scale, PersonalMethod(method), patience=patience)
     with Learner.open(bundle, trust, name) as learner:
         control = TrainingControl(seconds or math.inf, duty_cycle)
-        found = learner.personalize(file, how, learning_rate, control)
-        counts = {name: int(score.correct) for name, score in found.scores.items()}
-        costs = {name: bits(score) for name, score in found.scores.items() if score.count}
+        outcome = learner.personalize(file, how, learning_rate, control)
+        counts = {name: int(score.correct) for name, score in outcome.scores.items()}
+        costs = {name: bits(score) for name, score in outcome.scores.items() if score.count}
         scores = {"right": counts} if learner.adapter.manifest.labels else {"bits": costs}
     if as_json:
-        row = asdict(replace(found, scores={}, others=()))
+        row = asdict(replace(outcome, scores={}, others=()))
         del row["scores"], row["others"]
-        row |= scores | (_tested(found.others) if "right" in scores else {})
+        row |= scores | (_tested(outcome.others) if "right" in scores else {})
         click.echo(json.dumps(row, ensure_ascii=False))
     else:
-        click.echo("\n".join(_personal_lines(found, scores)))
+        click.echo("\n".join(_personal_lines(outcome, scores)))
 
 
 def _personal_lines(found: Personalized, scores: dict[str, dict[str, Any]]) -> list[str]:

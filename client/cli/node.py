@@ -71,14 +71,14 @@ def policy(state_dir: Path, as_json: bool) -> None:
     values = limits.model_dump(mode="json")
     spent = ledger.spent.epsilon(limits.delta)
     defaults = PolicySettings().model_dump(mode="json")
-    found = conditions(opened, SYSTEM, datetime.now().astimezone())
-    eligible = all(condition.met for condition in found)
+    demanded = conditions(opened, SYSTEM, datetime.now().astimezone())
+    eligible = all(condition.met for condition in demanded)
     left = max(0.0, limits.maximum_epsilon - spent) if limits.maximum_epsilon else None
     if as_json:
         changed = [key for key in values if values[key] != defaults[key]]
         finite = spent if math.isfinite(spent) else None
         account = {"epsilon": finite, "left": left, "noisy": ledger.noisy, "bare": ledger.bare}
-        eligibility = {"eligible": eligible, "conditions": [asdict(condition) for condition in found]}
+        eligibility = {"eligible": eligible, "conditions": [asdict(condition) for condition in demanded]}
         shown = {"policy": values, "changed": changed, "privacy": account, "eligibility": eligibility}
         click.echo(json.dumps(shown))
         return
@@ -86,9 +86,9 @@ def policy(state_dir: Path, as_json: bool) -> None:
         mark = " " if value == defaults[key] else "*"
         click.echo(f"{mark} {key:{WIDTH}} {json.dumps(value)}")
         click.echo(f"    {PolicySettings.model_fields[key].description}")
-    if found:
+    if demanded:
         click.echo("eligible now" if eligible else "not eligible now")
-    for condition in found:
+    for condition in demanded:
         click.echo(f"{' ' if condition.met else '-'} {condition.name:{WIDTH}} {condition.reading}")
     of = f" of {limits.maximum_epsilon:g}, {left:.2f} left," if left is not None else ""
     bare = f", and {ledger.bare} without noise, which nothing bounds" if ledger.bare else ""

@@ -25,7 +25,7 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON o
 
 
 def words(label: str) -> str:
-    """A label as a person reads it."""
+    """Format a label for a person."""
     return printable(label.replace("_", " ").strip() or label)
 
 
@@ -37,10 +37,9 @@ def warn_of_unread(text: str, unread: int) -> None:
 
 
 def standard_input() -> TextIOWrapper:
-    """Standard input. Bytes that are not UTF-8 become surrogates, which ``text.checked`` refuses.
+    """Open standard input. Bytes that are not UTF-8 become surrogates, which ``text.checked`` refuses.
 
-    Raises:
-        DataError: Standard input is closed.
+    Raises DataError: standard input is closed.
     """
     if sys.stdin is None:
         raise DataError("standard input is closed; give the text as an argument, or open it", about="stdin")
@@ -50,20 +49,10 @@ def standard_input() -> TextIOWrapper:
 
 
 def secret_line(path: Path, limit: int) -> str:
-    """The first line of a file, of a pipe, or of standard input if ``path`` is ``-``.
+    """Read the first line, of ``limit`` characters, of a file, of a pipe, or of standard input if ``path`` is ``-``.
 
-    A secret comes this way because arguments of a command are shown to every user of the machine.
-
-    Args:
-        path: What to read.
-        limit: Characters, after which the rest of the line is left out.
-
-    Returns:
-        The line. Bytes that are not UTF-8 become surrogates.
-
-    Raises:
-        DataError: Standard input is closed.
-        OSError: The file cannot be read.
+    A secret comes this way because arguments of a command are shown to every user of the machine. Bytes that are not
+    UTF-8 become surrogates. Raises DataError: standard input is closed.
     """
     if str(path) == "-":
         return standard_input().readline(limit).rstrip("\n")

@@ -50,17 +50,17 @@ def update(
     def note(name: str, size: int) -> None:
         click.echo(f"fetching {name}, {size:,} bytes", err=True)
 
-    found = bring(bundle, trust, note, language=language, entropy=SystemEntropy())
-    release, source = found.release, found.source
+    updated = bring(bundle, trust, note, language=language, entropy=SystemEntropy())
+    release, source = updated.release, updated.source
     if as_json:
-        row = {"channel": source.channel, "release": release.number, "made": release.made, "changed": found.changed}
-        aside = [str(path) for path in found.set_aside]
-        row |= {"adapters": release.adapters, "bytes": found.fetched, "set_aside": aside}
-        click.echo(json.dumps({**row, "chosen": found.offer.chosen, "why": found.offer.why}))
+        row = {"channel": source.channel, "release": release.number, "made": release.made, "changed": updated.changed}
+        aside = [str(path) for path in updated.set_aside]
+        row |= {"adapters": release.adapters, "bytes": updated.fetched, "set_aside": aside}
+        click.echo(json.dumps({**row, "chosen": updated.offer.chosen, "why": updated.offer.why}))
         return
     adapters = ", ".join(f"{name} {version}" for name, version in sorted(release.adapters.items()))
-    state = f"{found.fetched:,} bytes fetched" if found.changed else "already there"
+    state = f"{updated.fetched:,} bytes fetched" if updated.changed else "already there"
     click.echo(f"{source.channel}, release {release.number} of {release.made}: {adapters}; {state}")
-    click.echo(found.offer.why)
-    for path in found.set_aside:
+    click.echo(updated.offer.why)
+    for path in updated.set_aside:
         click.echo(f"set aside {path}: a private adapter for another base")

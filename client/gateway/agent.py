@@ -1,12 +1,10 @@
 """The agent of a light device: it attends at a gateway, and answers each request with a step of ``client.node.step``.
 
-It attends only while its owner's conditions are met (``client.node.eligibility``), and waits without a connection while
-they are not. Meanwhile it has its certificate renewed before it ends (``client.gateway.enrolment``).
-
-The gateway's TLS is verified under the pinned authority, and the identity signs its challenge. Whatever can pass by
-itself is tried again, at each address of the gateway in turn, and after a pause that grows, or that the gateway names;
-a refusal ends the agent. An answer that did not reach the gateway, or not the coordinator, which then asks the same
-once more, is sent again and never made again: the device's state has moved on.
+It attends only while its owner's conditions are met (``client.node.eligibility``), and has its certificate renewed
+before that ends (``client.gateway.enrolment``). The gateway's TLS is verified under the pinned authority, and the
+identity signs its challenge. What can pass by itself is tried again, at each address in turn, after a pause that grows
+or that the gateway names; a refusal ends the agent. An answer that did not reach the gateway or the coordinator, which
+then asks again, is sent again and never made again: the device's state has moved on.
 """
 
 import hashlib
@@ -51,19 +49,12 @@ log = logging.getLogger("edgeadapt.agent")
 
 @dataclass(slots=True)
 class Agent:
-    """A device at a gateway.
+    """A device at a gateway."""
 
-    Args:
-        folder: The device's state directory.
-        addresses: ``HOST:PORT`` of the gateway; several where another coordinator can take over.
-        readings: Of the machine.
-        look: Seconds between two looks at the conditions.
-    """
-
-    folder: Path
-    addresses: tuple[str, ...]
+    folder: Path  # the device's state directory
+    addresses: tuple[str, ...]  # ``HOST:PORT`` of the gateway; several where another coordinator can take over
     readings: Readings = field(default_factory=SystemReadings)
-    look: float = LOOK
+    look: float = LOOK  # seconds between two checks of the conditions
     _failed: int = 0  # addresses in a row, of the attempts so far
     _stop: threading.Event = field(default_factory=threading.Event)
     _call: grpc.Call | None = None
@@ -77,7 +68,7 @@ class Agent:
 
     @property
     def address(self) -> str:
-        """The one that is tried next, or used."""
+        """Address that is tried next, or used."""
         return self.addresses[self._failed % len(self.addresses)]
 
     def stop(self) -> None:
@@ -184,16 +175,16 @@ class Agent:
         except EdgeAdaptError as error:
             return [Condition("device.toml", str(error), met=False)]
         if to_join:
-            found = conditions(state_dir, self.readings, now)
+            demanded = conditions(state_dir, self.readings, now)
         else:
-            found = machine_conditions(state_dir.eligibility, self.readings, now)
-        return [each for each in found if not each.met]
+            demanded = machine_conditions(state_dir.eligibility, self.readings, now)
+        return [each for each in demanded if not each.met]
 
     @contextmanager
     def _looking(self, talk: Conversation) -> Iterator[None]:
-        """While the block runs, end the conversation once a condition is not met, unless a request is being answered.
+        """End the conversation once a condition is not met while the block runs, unless a request is being answered.
 
-        So it does with a new certificate: the gateway ends a connection whose certificate has expired.
+        A new certificate ends it too: the gateway ends a connection whose certificate has expired.
         """
         done = threading.Event()
 
@@ -224,37 +215,37 @@ class Agent:
     def _handle(self, talk: Conversation, asked: Asked) -> None:
         self._answering = True
         try:
-            found = self._answered(asked)
-            if isinstance(found, Refusal):
-                talk.send((messages.reason_message(asked.id, found.code, found.reason),))
+            reply = self._answered(asked)
+            if isinstance(reply, Refusal):
+                talk.send((messages.reason_message(asked.id, reply.code, reply.reason),))
             else:
-                talk.send(messages.answer_messages(asked.id, found))
-            if isinstance(found, Refusal) and found.code is RefusalCode.NOT_ELIGIBLE:
+                talk.send(messages.answer_messages(asked.id, reply))
+            if isinstance(reply, Refusal) and reply.code is RefusalCode.NOT_ELIGIBLE:
                 self._declined = True
                 talk.finish()
         finally:
             self._answering = False
 
     def _answered(self, asked: Asked) -> bytes | Refusal:
-        """The answer to a request; the last one again if the request is the last one, or repeats it.
+        """Answer a request; the last answer again if the request is the last one, or repeats it.
 
         What was refused may be answered when it is repeated.
         """
         digest = _digest(asked)
         if self._last is not None:
-            number, last, found = self._last
-            if number == asked.id or (last == digest and not isinstance(found, Refusal)):
-                return found
+            number, last, reply = self._last
+            if number == asked.id or (last == digest and not isinstance(reply, Refusal)):
+                return reply
         log.info("answering %s", asked.step)
         device = subject(load(DeviceStateDir.open(self.folder).certificate))
         node, opened = messages.node_of(device), partial(DeviceStateDir.open, self.folder)
-        found = answer(opened, Step(asked.step), asked.fields, node, readings=self.readings)
-        self._last = asked.id, digest, found
-        return found
+        reply = answer(opened, Step(asked.step), asked.fields, node, readings=self.readings)
+        self._last = asked.id, digest, reply
+        return reply
 
 
 def _digest(asked: Asked) -> bytes:
-    """Of what is asked, whatever its id."""
+    """Digest what is asked, whatever its id."""
     digests = (hashlib.sha256(content).digest() for content in asked.fields.values())
     named = zip(asked.fields, digests, strict=True)
     whole = b"".join(name.encode() + b"\x00" + digest for name, digest in sorted(named))

@@ -19,7 +19,7 @@ from edgeadapt.formats.gateway import messages
 from edgeadapt.formats.gateway.messages import PartReader
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before another attempt
-GROWTH = 1.5  # of the pauses: a gateway that was away for a time is found again within half of it
+GROWTH = 1.5  # a gateway that was away for a time is found again within half of that
 PASSING = {
     StatusCode.UNAVAILABLE,
     StatusCode.RESOURCE_EXHAUSTED,
@@ -31,8 +31,6 @@ PASSING = {
 
 
 class Asked(NamedTuple):
-    """A request of the coordinator, complete."""
-
     id: int
     step: str
     fields: dict[str, bytes]
@@ -54,21 +52,13 @@ class Conversation:
         self._sent.put(None)
 
     def receive(self) -> bytes:
-        """The next message.
-
-        Raises:
-            EdgeAdaptError: The peer has ended the call.
-        """
+        """Wait for the next message. Raises EdgeAdaptError: the peer has ended the call."""
         for raw in self.call:
             return bytes(raw)
         raise EdgeAdaptError("the conversation ended early", about="gateway.end")
 
     def requests(self) -> Iterator[Asked]:
-        """The gateway's requests, until it ends the call.
-
-        Raises:
-            ProtocolError: Bytes are not a request.
-        """
+        """Yield the gateway's requests, until it ends the call. Raises ProtocolError: bytes are not a request."""
         for raw in self.call:
             head = messages.REQUEST.decode(raw)
             fields = dict(head.fields)
@@ -82,10 +72,9 @@ class Conversation:
 
 @contextmanager
 def conversation(address: str, path: str, authority: bytes, timeout: float | None = None) -> Iterator[Conversation]:
-    """A conversation with the service at ``address``, ``HOST:PORT``, while the block runs.
+    """Have a conversation with the service at ``address``, ``HOST:PORT``, while the block runs.
 
     Args:
-        address: ``HOST:PORT``.
         path: Which one, of ``edgeadapt.formats.gateway.messages``.
         authority: The pinned certificate, PEM, under which the service's own is verified.
         timeout: Seconds for the whole; None: as long as the peer is there.
@@ -93,16 +82,15 @@ def conversation(address: str, path: str, authority: bytes, timeout: float | Non
     credentials = grpc.ssl_channel_credentials(authority)
     sent: queue.SimpleQueue[Iterable[bytes] | None] = queue.SimpleQueue()
     with grpc.secure_channel(address, credentials, options=messages.DEVICE_OPTIONS) as channel:
-        given = chain.from_iterable(iter(sent.get, None))
+        outgoing = chain.from_iterable(iter(sent.get, None))
         try:
-            yield Conversation(channel.stream_stream(path)(given, timeout=timeout), sent)
+            yield Conversation(channel.stream_stream(path)(outgoing, timeout=timeout), sent)
         finally:
             sent.put(None)  # ends gRPC's thread that waits for it
 
 
 def ask(address: str, path: str, authority: bytes, message: bytes, timeout: float) -> bytes:
-    """Send one message in a conversation, and return the answer. Raises grpc.RpcError, and EdgeAdaptError: there is
-    no answer."""
+    """Send one message in a conversation, and return the answer. Raises RpcError, and EdgeAdaptError without one."""
     with conversation(address, path, authority, timeout) as talk:
         talk.send((message,))
         talk.finish()
@@ -110,7 +98,7 @@ def ask(address: str, path: str, authority: bytes, message: bytes, timeout: floa
 
 
 def host_of(address: str) -> str:
-    """The host in ``HOST:PORT`` as a certificate names it.
+    """Extract the host in ``HOST:PORT`` as a certificate names it.
 
     >>> host_of("Fleet.Example:9443"), host_of("[2001:DB8:0::1]:9443")
     ('fleet.example', '2001:db8::1')
@@ -123,11 +111,9 @@ def host_of(address: str) -> str:
 
 
 def pause(attempt: int, error: grpc.RpcError) -> float:
-    """Seconds before another attempt: what the service says, or up to ``GROWTH`` times as long each time, at random.
+    """Choose the seconds before another ``attempt`` (from 1) after an error.
 
-    Args:
-        attempt: From 1.
-        error: Of the last one.
+    They are what the service says, or up to ``GROWTH`` times as long each time, at random.
     """
     if window := messages.retry_window(error.trailing_metadata()):
         return min(until(window), LONGEST_PAUSE)
@@ -136,12 +122,12 @@ def pause(attempt: int, error: grpc.RpcError) -> float:
 
 
 def until(window: messages.RetryWindow) -> float:
-    """Seconds until a device comes back: a random time within the window, by the operating system's entropy."""
+    """Draw the seconds until a device comes back, a random time within the window, by the system's entropy."""
     return secrets.SystemRandom().uniform(window.earliest, window.latest)
 
 
 def refusal(error: grpc.RpcError, peer: str) -> EdgeAdaptError:
-    """What a refusal of ``peer`` means."""
+    """Explain a refusal of ``peer``."""
     text = f"{peer} refuses this device: {one_line(error, 400)}"
     if error.code() is StatusCode.PERMISSION_DENIED:
         return TrustError(text, about="gateway")

@@ -30,7 +30,7 @@ from edgeadapt.formats.gateway.invitation import Invitation
 ATTEMPTS = 4  # at an enrolment
 PATIENCE = 30.0  # seconds for a call; a renewal has a third of it
 ENROL_AGAIN = "enrol this device again, with a token ('edgeadapt device enrol')"
-LEFT = 1 / 3  # of its validity: a certificate that has less left is renewed
+LEFT = 1 / 3  # share of the validity; a certificate with less left is renewed
 FIRST_PAUSE, LONGEST_PAUSE = 60.0, 3600.0  # seconds before another attempt at a renewal
 log = logging.getLogger("edgeadapt.agent")
 
@@ -44,15 +44,12 @@ def enrol_with(
 ) -> tuple[str, datetime]:
     """Make a state directory and have its key certified, or go on where an earlier call broke off.
 
+    Returns the device's name, and until when its certificate is valid.
+
     Args:
-        invitation: For this device.
         folder: New, empty, or left by an earlier call.
         settings: The owner's; an earlier call's stay.
-        entropy: Draws the keys.
         wait: Pauses between attempts.
-
-    Returns:
-        The device's name, and until when its certificate is valid.
 
     Raises:
         ConfigError: The folder is in use for something else, or the device is enrolled already.
@@ -103,10 +100,9 @@ def _install(state_dir: DeviceStateDir, certificate: bytes, device: str) -> tupl
 
 
 def validity(state_dir: DeviceStateDir, now: datetime) -> tuple[bool, datetime]:
-    """Whether the certificate of a device is to be renewed, and its end.
+    """Tell whether the certificate of a device is to be renewed, and its end.
 
-    Raises:
-        TrustError: It has expired, or a file is missing or damaged.
+    Raises TrustError: it has expired, or a file is missing or damaged.
     """
     certificate = load(state_dir.certificate)
     begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
@@ -118,11 +114,7 @@ def validity(state_dir: DeviceStateDir, now: datetime) -> tuple[bool, datetime]:
 
 
 def renew(state_dir: DeviceStateDir, address: str) -> datetime:
-    """Have the identity certified again; until when.
-
-    Args:
-        state_dir: Of the device.
-        address: ``HOST:PORT`` of the authority's service.
+    """Have the authority's service at ``address`` (``HOST:PORT``) certify the identity again. Returns until when.
 
     Raises:
         TrustError: The authority refuses, or answers with something else than a certificate of the key.
@@ -145,12 +137,10 @@ def renew(state_dir: DeviceStateDir, address: str) -> datetime:
 
 @dataclass(slots=True)
 class Renewal:
-    """When an agent renews the certificate of its device. What fails is tried again later, with the old one.
+    """Renews the certificate of a device when that is due. What fails is tried again later, with the old one.
 
-    Threads may attempt it at once: one renews, and the others then find nothing due.
-
-    Args:
-        folder: The device's state directory. ``renewal`` in its settings names the authority's service.
+    Threads may attempt it at once: one renews, and the others then find nothing due. ``renewal`` in the settings of the
+    state directory ``folder`` names the authority's service.
     """
 
     folder: Path
@@ -161,9 +151,7 @@ class Renewal:
     def attempt(self) -> bool:
         """Renew the certificate if that is due. Returns whether there is a new one.
 
-        Raises:
-            TrustError: The certificate has expired, or a file is missing or damaged.
-            OSError: A file cannot be read.
+        Raises TrustError: the certificate has expired, or a file is missing or damaged.
         """
         with self._lock:
             return self._attempt()

@@ -1,6 +1,6 @@
 """Inference on a device, from verified files only: classify texts or write text with a frozen base and small adapters.
 
-Runs on the bare install: neither torch nor flwr nor transformers is imported, onnxruntime-genai only when a
+It runs on the bare install: neither torch nor flwr nor transformers is imported, onnxruntime-genai only when a
 ``Generator`` is opened, and llguidance only for a guide.
 """
 

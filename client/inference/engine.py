@@ -25,7 +25,7 @@ from client.inference.text import Detokenizer, SamplingParams, TextDecoder, firs
 from edgeadapt.formats.bundle import GENERATION, TOKENIZER, VerifiedBase
 
 GROWTH = 256  # tokens; the KV cache grows in steps, so that a few more messages fit without a new one
-PIECE = 64  # tokens of a prompt that are read at once; with SmolLM2, longer pieces are no faster
+PIECE = 64  # tokens read at once; with SmolLM2, longer pieces are not faster
 
 
 @dataclass(slots=True)
@@ -72,10 +72,9 @@ class GenerationEngine:
         return TextDecoder(self._detokenizer)
 
     def apply_chat_template(self, messages: Sequence[dict[str, str]]) -> str:
-        """A conversation, formatted by the model's chat template, up to where the answer begins.
+        """Format a conversation by the model's chat template, up to where the answer begins.
 
-        Raises:
-            ConfigError: There is no template, or it does not accept these messages.
+        Raises ConfigError: there is no template, or it does not accept these messages.
         """
         try:
             text = self._tokenizer.apply_chat_template(messages=json.dumps(messages), add_generation_prompt=True)
@@ -122,34 +121,28 @@ class GenerationEngine:
         self._live = None
 
     def read(self, prompt: list[int], params: SamplingParams, adapter: str | None) -> int:
-        """Read a prompt with an adapter, or with the bare base.
+        """Read a prompt of at least one token, and fewer than ``context``, with a loaded adapter or the bare base.
 
-        Args:
-            prompt: At least one token, and fewer than ``context``.
-            params: How the answer will be sampled.
-            adapter: The name of a loaded adapter, or None.
-
-        Returns:
-            The number of tokens found in the KV cache.
+        Returns the number of tokens found in the KV cache.
 
         Raises:
             ConfigError: As ``check``.
             RuntimeError: The graph does not run.
         """
         guided = self._guided(params.guide)
-        live, known = self._usable(params, adapter, min(self.context, len(prompt) + params.max_tokens)), 0
+        live, cached = self._usable(params, adapter, min(self.context, len(prompt) + params.max_tokens)), 0
         live.guided = guided
         if live.adapter == adapter:
             # Without the last tokens: the last sampled one is not in the cache, and the prompt's last must be read once
             # more for its logits.
-            known = _common(live.tokens[:-1], prompt[:-1])
+            cached = _common(live.tokens[:-1], prompt[:-1])
         if live.inner.token_count():
-            live.inner.rewind_to(known)
+            live.inner.rewind_to(cached)
         self._switch(live, adapter)
         live.tokens = prompt[:]
         # With beams onnxruntime-genai 0.18 ends the process at the second piece.
-        append(live.inner, prompt[known:], PIECE if params.beams == 1 else self.context)
-        return known
+        append(live.inner, prompt[cached:], PIECE if params.beams == 1 else self.context)
+        return cached
 
     def draw(self) -> Iterator[int]:
         """Sample the tokens that follow the prompt, up to ``max_tokens`` or the end of the context.
@@ -173,14 +166,14 @@ class GenerationEngine:
             yield token
 
     def _search(self, live: _Live, limit: int) -> Iterator[int]:
-        """The most likely answer among the beams, once all have ended."""
+        """Yield the most likely answer among the beams, once all have ended."""
         for _ in range(limit):
             if live.inner.is_done():
                 break
             _step(live)
-        found = live.inner.get_sequence(0)[len(live.tokens) :]
-        yield from map(int, found)
-        if len(found) < limit:
+        written = live.inner.get_sequence(0)[len(live.tokens) :]
+        yield from map(int, written)
+        if len(written) < limit:
             yield next(iter(self.ends))  # onnxruntime-genai leaves it out
 
     def check(self, params: SamplingParams) -> None:
@@ -188,7 +181,7 @@ class GenerationEngine:
         self._guided(params.guide)
 
     def _guided(self, guide: Guide | None) -> GuidedAnswer | None:
-        """An answer without any token, if there is a guide. Raises as ``check``."""
+        """Begin an answer, if there is a guide. Raises as ``check``."""
         if guide is None:
             return None
         if self._follower is None:
@@ -196,7 +189,7 @@ class GenerationEngine:
         return self._follower.begin(guide)
 
     def inner(self, params: SamplingParams, adapter: str | None) -> Any:
-        """onnxruntime-genai's generator, with this adapter, for ``params.max_tokens`` in all: to time single tokens.
+        """Make onnxruntime-genai's generator, for ``params.max_tokens`` in all, to time single tokens.
 
         The next ``read`` reuses nothing of its KV cache.
         """
@@ -211,7 +204,7 @@ class GenerationEngine:
             live.adapter = adapter
 
     def _usable(self, params: SamplingParams, adapter: str | None, needed: int) -> _Live:
-        """The generator of the answer before, if it can be used again, else a new one.
+        """Take the generator of the previous answer, if it can be used again, else a new one.
 
         A generator can switch to another adapter, but not back to the bare base.
         """

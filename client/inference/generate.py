@@ -1,4 +1,4 @@
-"""Writes text with a language model and verified adapters. Needs neither torch nor transformers.
+"""Writes text with a language model and verified adapters. It needs neither torch nor transformers.
 
 ``Generator`` answers one prompt, ``Conversation`` keeps the messages of a chat; ``engine.py`` runs the model.
 """
@@ -55,8 +55,7 @@ class Generator:
     ) -> Self:
         """Verify and load the base of ``bundle``. Arguments and errors as ``ClassificationSession.open``.
 
-        Raises:
-            ConfigError: Also if onnxruntime-genai is not installed.
+        Raises ConfigError: also if onnxruntime-genai is not installed.
         """
         return cls.of(Library.open(bundle, trust, "text-generation"), threads, loaded, loaded_bytes)
 
@@ -86,11 +85,9 @@ class Generator:
         return self._last
 
     def load(self, adapter: Named) -> Adapter:
-        """Verify an adapter or a composition, and keep it in memory. Arguments as ``ClassificationSession.load``.
+        """Verify an adapter or a composition, and keep it in memory, like ``ClassificationSession.load``.
 
-        Raises:
-            TrustError, DataError, ConfigError: As ``ClassificationSession.load``.
-            ConfigError: Also while an answer is being written.
+        Raises ConfigError also while an answer is being written.
         """
         with self._exclusive():
             return self._get(Composition.of(adapter))
@@ -121,7 +118,7 @@ class Generator:
         return self._answer(self.tokens(messages), params, adapter)
 
     def tokens(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """The prompt of a conversation: its tokens, up to where the answer begins.
+        """Tokenize the prompt of a conversation, up to where the answer begins.
 
         Raises:
             DataError: A message is not valid (``text.checked``), or contains a special token of the model, with which
@@ -138,7 +135,7 @@ class Generator:
         self._engine.check(params)
 
     def max_prompt(self, params: SamplingParams, adapter: Adapter | None = None) -> int:
-        """The most tokens of a prompt that leave room for an answer of ``params.max_tokens`` with an adapter."""
+        """Count the most tokens of a prompt that leave room for an answer of ``params.max_tokens`` with an adapter."""
         return self.context - params.max_tokens - (adapter.virtual_tokens if adapter else 0)
 
     @contextmanager
@@ -179,8 +176,8 @@ class Generator:
         finish, text, count, reused = Finish.INTERRUPTED, "", 0, 0
         virtual = adapter.virtual_tokens if adapter else 0
         try:
-            known = engine.read(with_placeholders(prompt, virtual), params, adapter.name if adapter else None)
-            reused = max(0, known - virtual)
+            cached = engine.read(with_placeholders(prompt, virtual), params, adapter.name if adapter else None)
+            reused = max(0, cached - virtual)
             for count, token in enumerate(engine.draw(), 1):  # noqa: B007
                 piece = "" if token in engine.ends else stops.feed(decoder.decode(token))
                 text += piece
@@ -241,7 +238,7 @@ class Conversation:
 
     @property
     def messages(self) -> tuple[ChatMessage, ...]:
-        """The messages that the model would read now, without the system prompt."""
+        """Messages that the model would read now, without the system prompt."""
         return tuple(self._messages)
 
     @property
@@ -250,7 +247,7 @@ class Conversation:
 
     @property
     def asked(self) -> str | None:
-        """What was asked last, also if it was refused or its answer was empty, so that ``messages`` lacks it."""
+        """Last question, also if it was refused or its answer was empty, so that ``messages`` lacks it."""
         return self._asked
 
     @property
@@ -268,9 +265,8 @@ class Conversation:
     def ask(self, text: str) -> Iterator[str]:
         """Answer ``text``, piece by piece. If the answer is not read to its end, the part that was read is kept.
 
-        Raises:
-            DataError: The text is not a valid message, or is too long even without the messages before it. The
-                messages are then unchanged.
+        Raises DataError: the text is not a valid message, or is too long even without the previous messages, which
+        stay.
         """
         self._asked = text
         messages = self._fit([*self._messages, ChatMessage("user", text)])

@@ -1,7 +1,7 @@
 """The form that an answer must have: a JSON schema, a regular expression or a grammar.
 
 A guide is followed with llguidance: before each token it excludes those after which no answer of this form is left. A
-guide says what an answer looks like, not whether it is right.
+guide decides the form of an answer, not whether it is right.
 """
 
 import importlib
@@ -57,7 +57,7 @@ class Guide:
 
     @property
     def letters(self) -> str:
-        """What it spells out that is not ASCII."""
+        """Collect what it spells out that is not ASCII."""
         spelled = self.source
         if self.kind is GuideKind.JSON_SCHEMA:
             spelled = json.dumps(json.loads(spelled), ensure_ascii=False)
@@ -97,10 +97,9 @@ class GuideFollower:
             raise ConfigError(f"{reason}; ask without a guide", about="guide") from error
 
     def begin(self, guide: Guide) -> "GuidedAnswer":
-        """An answer without any token.
+        """Begin an answer.
 
-        Raises:
-            ConfigError: llguidance cannot read the guide, or it contains a letter that the model cannot write.
+        Raises ConfigError: llguidance cannot read the guide, or it contains a letter that the model cannot write.
         """
         matcher = self._llguidance.LLMatcher
         try:
@@ -130,18 +129,18 @@ class GuidedAnswer:
 
     def allowed(self) -> NDArray[np.bool_]:
         """Whether each token may be next. Raises DataError if none may, or the guide has too many states."""
-        found = np.frombuffer(self._state.compute_logit_bias(), np.uint8) > 0
+        mask = np.frombuffer(self._state.compute_logit_bias(), np.uint8) > 0
         if self._state.is_error():
             reason = f"the model cannot go on by the {self._guide} ({_line(self._state.get_error())}); simplify it"
             raise DataError(reason, about="guide")
-        return found
+        return mask
 
     def append(self, token: int) -> None:
         self._state.consume_token(token)
 
 
 def required(library: str) -> Any:
-    """A library of an extra that a device which only classifies lacks. Raises ConfigError without it."""
+    """Import a library of an extra that a device which only classifies lacks. Raises ConfigError without it."""
     try:
         return importlib.import_module(library)
     except ModuleNotFoundError as error:
@@ -155,7 +154,7 @@ def _unreadable(guide: Guide, why: str) -> ConfigError:
 
 
 def _line(error: object) -> str:
-    """What llguidance says is wrong, which may be in any line, as one line."""
+    """Put what llguidance says is wrong, which may be in any line, on one line."""
     return " ".join(str(error).removesuffix("<non-verbose/>").split())[:200]
 
 

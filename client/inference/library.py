@@ -88,13 +88,11 @@ class WeightedAdapter:
 class Composition:
     """The adapters to use as one, at least one, sorted by name.
 
-    The order changes only the last bits of an answer; sorting gives equal compositions one form.
+    The order changes only the last bits of an answer; sorting gives equal compositions one form. Raises ConfigError: no
+    adapter is named, or one is named twice.
 
     >>> str(Composition.parse("global:0.5 + anna"))
     'anna+global:0.5'
-
-    Raises:
-        ConfigError: No adapter is named, or one is named twice.
     """
 
     parts: tuple[WeightedAdapter, ...]
@@ -112,28 +110,26 @@ class Composition:
     def parse(cls, text: str) -> Self:
         """Read ``global``, ``global+anna`` or ``global:0.5+anna:1``. Law: ``parse(str(c)) == c``.
 
-        Raises:
-            ConfigError: A name or weight is not valid, or a name is repeated.
+        Raises ConfigError: a name or weight is not valid, or a name is repeated.
         """
         return cls(tuple(WeightedAdapter.parse(part.strip()) for part in text.split("+")))
 
     @classmethod
     def of(cls, names: Named, weights: Sequence[float] | None = None) -> "Composition":
-        """A composition, also in writing, or of several names; each weight is 1 unless ``weights`` are given.
+        """Make a composition, also in writing, or of several names; each weight is 1 by default.
 
-        Raises:
-            ConfigError: As ``parse``, or the numbers of names and weights differ.
+        Raises ConfigError: as ``parse``, or the numbers of names and weights differ.
         """
         if isinstance(names, Composition):
             return names
         if isinstance(names, str) and weights is None:
             return cls.parse(names)
         listed = [names] if isinstance(names, str) else list(names)
-        given = [1.0] * len(listed) if weights is None else list(weights)
-        if len(given) != len(listed):
-            reason = f"{len(given)} weights are given for {len(listed)} adapters; give one for each"
-            raise ConfigError(reason, about="composition.weight", value=given)
-        return cls(tuple(map(WeightedAdapter, listed, given)))
+        factors = [1.0] * len(listed) if weights is None else list(weights)
+        if len(factors) != len(listed):
+            reason = f"{len(factors)} weights are given for {len(listed)} adapters; give one for each"
+            raise ConfigError(reason, about="composition.weight", value=factors)
+        return cls(tuple(map(WeightedAdapter, listed, factors)))
 
     def __str__(self) -> str:
         return "+".join(map(str, self.parts))
@@ -144,10 +140,10 @@ class Adapter:
     """The inputs of a graph: one verified adapter, or several as one."""
 
     composition: Composition
-    manifests: tuple[AdapterManifest, ...]  # of the parts, in order
+    manifests: tuple[AdapterManifest, ...]  # one for each part, in order
     rank: int  # the greatest of any layer
     virtual_tokens: int  # before each text
-    nbytes: int  # of ``inputs``
+    nbytes: int  # size of ``inputs``
     inputs: Tensors = field(repr=False)  # by graph input
     read: Files = field(default=(), repr=False, compare=False)  # what ``Library.load`` read
 
@@ -163,12 +159,12 @@ class Adapter:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The labels of the head's rows; empty without a head."""
+        """Labels of the head's rows; empty without a head."""
         return self.manifests[0].labels
 
     @property
     def temperature(self) -> float:
-        """What divides the logits: the mean of the parts' temperatures, weighted as their heads are."""
+        """Divisor of the logits: the mean of the parts' temperatures, weighted as their heads are."""
         weights = [max(part.weight, 0.0) for part in self.composition.parts]
         if not any(weights):  # the base's own head answers
             return 1.0
@@ -182,10 +178,7 @@ class Adapter:
 def compose(composition: Composition, verified: Sequence[VerifiedAdapter], base: BaseManifest) -> Adapter:
     """Compose the adapters of ``composition`` into one.
 
-    Args:
-        composition: Names and weights.
-        verified: What ``Trust.adapter`` returned for each part, in the same order, all for this base.
-        base: The base's manifest.
+    ``verified``: what ``Trust.adapter`` returned for each part, in the same order, all for this base.
 
     Returns:
         Inputs in float32: A of shape ``(in, Σ rankᵢ)``, B of shape ``(Σ rankᵢ, out)``, and everything else in the shape
@@ -224,8 +217,8 @@ def _composed(name: str, values: Sequence[Floats], weights: Sequence[float]) -> 
     if name.endswith(LORA_B):
         return np.concatenate([np.float32(weight) * value for weight, value in zip(weights, values, strict=True)])
     if kind := vector_kind(name):
-        given = [(value, weight) for value, weight in zip(values, weights, strict=True) if len(value)]
-        return _vector(name, kind, given) if given else values[0]
+        vectors = [(value, weight) for value, weight in zip(values, weights, strict=True) if len(value)]
+        return _vector(name, kind, vectors) if vectors else values[0]
     if name in VIRTUAL:
         if odd := [weight for value, weight in zip(values, weights, strict=True) if len(value) and weight != 1]:
             reason = f"an adapter with virtual tokens has the weight {odd[0]:g}, but tokens have no multiple; give 1"
@@ -239,7 +232,7 @@ def _composed(name: str, values: Sequence[Floats], weights: Sequence[float]) -> 
 
 
 def _vector(name: str, kind: str, given: Sequence[tuple[Floats, float]]) -> Floats:
-    """The vector of a composition, ``(1, width)``, from those that adapters have, with their weights."""
+    """Combine the vectors that adapters have, with their weights, into one ``(1, width)``."""
     if len(given) == 1 and given[0][1] == 1:
         return given[0][0]
     weights = [weight for _, weight in given]
@@ -265,7 +258,7 @@ class Library:
 
     @classmethod
     def open(cls, bundle: Path, trust: Path | None, task: Task | None = None) -> Self:
-        """Verify the base of ``bundle``, which must be for ``task``, if one is named.
+        """Verify the base of ``bundle``, which must be for ``task``, unless that is None.
 
         Raises:
             TrustError: There are no pinned keys, or none of them signed this base.
@@ -293,14 +286,13 @@ class Library:
         return adapter_names(self.bundle)
 
     def default(self, without: str | None = None) -> str:
-        """The adapter to use if none is named: the personal one, else the global one, else the only one.
+        """Choose the adapter to use if none is named: the personal one, else the global one, else the only one.
 
-        Args:
-            without: Choose as if this adapter were not there.
+        ``without``: choose as if this adapter were not there.
 
         Raises:
             ConfigError: The choice is not unique; the message lists the candidates.
-            DataError: The bundle has no adapter.
+            DataError: The bundle does not have an adapter.
             TrustError: No pinned key signed a manifest.
         """
         names = [name for name in self.names() if name != without]
@@ -326,12 +318,12 @@ class Library:
 
     def _files(self, composition: Composition) -> Files:
         paths = [self.bundle / manifest_path(part.name) for part in composition.parts]
-        found = [path.stat() for path in paths if path.exists()]
-        return tuple((one.st_ino, one.st_size, one.st_mtime_ns) for one in found)
+        stats = [path.stat() for path in paths if path.exists()]
+        return tuple((one.st_ino, one.st_size, one.st_mtime_ns) for one in stats)
 
 
 def _check_runtime(bundle: Path, base: BaseManifest) -> None:
-    """Refuse a base that is newer than the installed ONNX Runtime, whose own error names one of its operators."""
+    """Check that the installed ONNX Runtime runs a base. Its own error names one of the base's operators."""
     installed, needed = (re.findall(r"\d+", text)[:2] for text in (ort.__version__, base.onnxruntime))
     if list(map(int, installed)) < list(map(int, needed)):
         raise ConfigError(
@@ -356,16 +348,9 @@ class AdapterCache(LRUCache[Composition, V]):
         is_current: Callable[[V], bool],
         evicted: Callable[[V], Any] = lambda _: None,
     ) -> None:
-        """Start empty.
+        """Start empty, for at most ``count`` adapters of ``nbytes``. Raises ConfigError: a limit is below 1.
 
-        Args:
-            count, nbytes: The most adapters, and bytes of them, to hold.
-            sizeof: The bytes of an adapter.
-            is_current: Whether an adapter may still be used.
-            evicted: Called with each adapter that is not held any more.
-
-        Raises:
-            ConfigError: A limit is below 1.
+        ``evicted`` is called with each adapter that is not held any more.
         """
         for about, limit in (("loaded", count), ("loaded_bytes", nbytes)):
             if limit < 1:
@@ -374,7 +359,7 @@ class AdapterCache(LRUCache[Composition, V]):
         self._count, self._is_current, self._evicted, self._lock = count, is_current, evicted, RLock()
 
     def get(self, key: Composition) -> V | None:  # type: ignore[override]
-        """The adapter, which counts as used now; None if it is not held, or not current."""
+        """Find the adapter, which counts as used now; None if it is not held, or not current."""
         with self._lock:
             if (value := super().get(key)) is not None and not self._is_current(value):
                 self._evicted(self.pop(key))

@@ -27,15 +27,11 @@ class PhraseReader:
         return cls(Tokenizer.from_str(tokenizer.decode()), unknown, frozenset(special - {unknown}))
 
     def tokens(self, text: str, virtual_tokens: int = 0) -> list[int]:
-        """The tokens of a text, with the special tokens that the model expects, truncated at the model's limit.
+        """Tokenize a text, with the special tokens that the model expects, truncated at the model's limit.
 
-        Args:
-            text: The text.
-            virtual_tokens: Of the adapter that reads it; they count towards the limit.
-
-        Raises:
-            DataError: The text is not valid (``text.checked``), or has no known token (``unknown_share``); or the
-                virtual tokens leave no room for it.
+        ``virtual_tokens``: of the adapter that reads it; they count towards the limit. Raises DataError: the text is
+        not valid (``text.checked``), or has no known token (``unknown_share``); or the virtual tokens leave no room for
+        it.
         """
         encoding = self._tokenizer.encode(checked(text))
         if self._share(encoding) == 1:
@@ -54,7 +50,7 @@ class PhraseReader:
         return ids[: end - surplus] + ids[end:]
 
     def unread(self, text: str, virtual_tokens: int = 0, most: float = math.inf) -> int:
-        """How many tokens at the end of a text are beyond the model's limit, or ``most``, as in training.
+        """Count the tokens at the end of a text that are beyond the model's limit, or ``most``, as in training.
 
         Raises DataError if the text is not valid (``text.checked``).
         """
@@ -64,7 +60,7 @@ class PhraseReader:
         return int(max(0, size + virtual_tokens - min(limit, most)))
 
     def unknown_share(self, text: str) -> float:
-        """The share of a text's tokens that the tokenizer does not know, 0 to 1; a text without any token has 1.
+        """Measure the share of a text's tokens that the tokenizer does not know, 0 to 1; 1 without any token.
 
         Special tokens, also those that the text spells out, and marks of white space do not count. A text of share 1,
         such as an emoji, says nothing to the model. Raises DataError if the text is not valid (``text.checked``).
@@ -79,7 +75,7 @@ class PhraseReader:
 
 
 def _unknown_token(model: dict[str, object]) -> int | None:
-    """The token for what a tokenizer does not know, as tokenizer.json states it; None if it knows every text."""
+    """Find the token for what a tokenizer does not know, as tokenizer.json states it; None if it knows every text."""
     name, number, vocabulary = model.get("unk_token"), model.get("unk_id"), model["vocab"]  # an id in a Unigram model
-    found = vocabulary.get(name) if isinstance(vocabulary, dict) and name is not None else number
-    return found if isinstance(found, int) else None
+    token = vocabulary.get(name) if isinstance(vocabulary, dict) and name is not None else number
+    return token if isinstance(token, int) else None

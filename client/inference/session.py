@@ -1,7 +1,7 @@
-"""Classifies texts with a verified base and verified adapters. Needs neither torch nor flwr nor transformers.
+"""Classifies texts with a verified base and verified adapters. It needs neither torch nor flwr nor transformers.
 
-An adapter is a set of inputs of the graph, held in memory in float32: switching to one that was used before exchanges
-a reference (docs/decisions/0003-int8-on-a-device.md).
+An adapter is a set of inputs of the graph, held in memory in float32: switching to one that was used before exchanges a
+reference (docs/decisions/0003-int8-on-a-device.md).
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,9 +26,7 @@ MAX_LOADED_BYTES = 2**28
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """A label and its probability, calibrated if the adapter's temperature was fitted
-    (``edgeadapt.formats.calibration``).
-    """
+    """A label and its probability, calibrated if a temperature was fitted (``edgeadapt.formats.calibration``)."""
 
     label: str
     probability: float
@@ -41,11 +39,11 @@ class _Loaded:
 
 
 class ClassificationSession:
-    """An ONNX Runtime session with the base of a bundle. Each call names its adapter, so that threads may share it, and
-    answers with what the bundle has under that name now, as after a lesson.
+    """An ONNX Runtime session with the base of a bundle. Threads may share it, because each call names its adapter.
 
-    ``rank`` and ``classify`` run one text at a time: an answer depends neither on the other texts nor on padding,
-    whatever the quantization of the base. ``rank_mixed`` runs a batch.
+    It answers with what the bundle has under that name now, as after a lesson. ``rank`` and ``classify`` run one text
+    at a time: an answer depends neither on the other texts nor on padding, whatever the quantization of the base.
+    ``rank_mixed`` runs a batch.
     """
 
     def __init__(self, library: Library, threads: int, loaded: AdapterCache[_Loaded]) -> None:
@@ -68,11 +66,9 @@ class ClassificationSession:
         """Verify and load the base of ``bundle``. It holds no adapter yet.
 
         Args:
-            bundle: The folder.
             trust: The pinned public keys; by default ``trust.pem`` in the folder that contains the bundle.
             threads: For matrix products; more than one is faster only for long texts.
-            loaded: The most adapters to hold in memory.
-            loaded_bytes: The most bytes of adapters to hold in memory.
+            loaded, loaded_bytes: The most adapters, and bytes of them, to hold in memory.
 
         Raises:
             TrustError: There are no pinned keys, or none of them signed this base.
@@ -104,20 +100,17 @@ class ClassificationSession:
     def load(self, adapter: Named) -> Adapter:
         """Verify an adapter or a composition, and keep it in memory.
 
-        Args:
-            adapter: A name, a composition in writing (``global:0.5+anna``), several names, or a ``Composition``.
-
-        Raises:
-            TrustError, DataError, ConfigError: As ``Composition.of`` and ``Library.load``.
+        ``adapter``: a name, a composition in writing (``global:0.5+anna``), several names, or a ``Composition``. Raises
+        TrustError, DataError, ConfigError: as ``Composition.of`` and ``Library.load``.
         """
         return self._get(Composition.of(adapter)).adapter
 
     def classify(self, texts: Sequence[str], adapter: Named) -> list[Prediction]:
-        """The most likely label of each text. Raises as ``rank``."""
+        """Find the most likely label of each text. Raises as ``rank``."""
         return [ranking[0] for ranking in self.rank(texts, adapter, 1)]
 
     def rank(self, texts: Sequence[str], adapter: Named, top: int) -> list[list[Prediction]]:
-        """The ``top`` most likely labels of each text with an adapter, most likely first.
+        """Find the ``top`` most likely labels of each text with an adapter, most likely first.
 
         Raises:
             DataError: A text is not valid (``text.checked``) or has no known token (``unknown_share``), the graph does
@@ -132,19 +125,11 @@ class ClassificationSession:
         return [_best(row, loaded.adapter, top) for row in logits]
 
     def rank_mixed(self, rows: Sequence[tuple[str, Named]], top: int) -> list[list[Prediction]]:
-        """Classify a batch whose rows use different adapters.
+        """Classify a batch of pairs of a text and an adapter. Errors are those of ``rank``.
 
-        Args:
-            rows: Pairs of a text and an adapter, as for ``load``.
-            top: The number of labels for each row, most likely first.
-
-        Returns:
-            What ``rank`` returns for each row: the same bits if the base's matrix products do not depend on
-            the number of rows and the longest text, else the same up to 1e-6. A base whose manifest does not state
-            ``independent_rows`` runs each row alone, which is slower.
-
-        Raises:
-            TrustError, DataError, ConfigError: As ``rank``.
+        Returns what ``rank`` returns for each row: the same bits if the base's matrix products do not depend on the
+        number of rows and the longest text, else the same up to 1e-6. A base whose manifest does not state
+        ``independent_rows`` runs each row alone, which is slower.
         """
         if not rows:
             return []
@@ -165,11 +150,11 @@ class ClassificationSession:
         return loaded
 
     def unknown_share(self, text: str) -> float:
-        """As ``PhraseReader.unknown_share``. The other methods refuse a text of share 1."""
+        """Measure ``PhraseReader.unknown_share``. The other methods refuse a text of share 1."""
         return self._reader.unknown_share(text)
 
     def unread(self, text: str, adapter: Named) -> int:
-        """As ``PhraseReader.unread``, with an adapter's virtual tokens. Raises as that and ``load``."""
+        """Count ``PhraseReader.unread`` with an adapter's virtual tokens. Raises as that and ``load``."""
         return self._reader.unread(text, self.load(adapter).virtual_tokens)
 
     @contextmanager

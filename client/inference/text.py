@@ -13,15 +13,15 @@ from client.inference.guide import Guide
 
 MAX_TEXT = 2**16  # characters; most models accept far fewer tokens
 MAX_STOP = 256  # characters of a stop string
-MAX_BEAMS = 32  # of onnxruntime-genai; each needs a KV cache
+MAX_BEAMS = 32  # limit of onnxruntime-genai; each beam needs a KV cache
 MAX_PENALTY = 10.0
 
 
 def checked(text: str) -> str:
-    """Return ``text`` if a model can read it.
+    """Check that a model can read ``text``, and return it.
 
-    Raises:
-        DataError: The text is empty or white space, longer than ``MAX_TEXT`` characters, not Unicode, or contains NUL.
+    Raises DataError: the text is empty or white space, longer than ``MAX_TEXT`` characters, not Unicode, or contains
+    NUL.
     """
     if not text.strip():
         raise DataError("the text is empty; give a phrase", about="text", value=text)
@@ -46,13 +46,7 @@ def special_tokens(tokenizer: bytes) -> tuple[str, ...]:
 def require_plain(text: str, special: Sequence[str], about: str) -> None:
     """Check that a text has no special token: a tokenizer recognizes them in any text, which could pose as another.
 
-    Args:
-        text: The text.
-        special: As ``special_tokens``.
-        about: What the text is.
-
-    Raises:
-        DataError: It has one.
+    ``special``: as ``special_tokens``; ``about``: what the text is. Raises DataError.
     """
     if token := next((token for token in special if token in text), None):
         reason = f"the {about} contains {token!r}, a special token of the model; remove it"
@@ -67,7 +61,7 @@ def first_line(error: Exception) -> str:
 class SamplingParams:
     """How an answer is sampled. By default greedily, so that equal questions get equal answers. Raises ConfigError."""
 
-    max_tokens: int = 256  # of the answer
+    max_tokens: int = 256  # tokens of the answer
     temperature: float = 0.0  # divides the logits; 0 takes the most likely token
     top_p: float = 1.0  # sample from the smallest set of tokens with this probability
     top_k: int = 0  # sample from the k most likely tokens; 0 for all
@@ -114,7 +108,7 @@ class SamplingParams:
         return self.seed is None and self.beams == 1
 
     def search_options(self, vocabulary: int) -> dict[str, Any]:
-        """The parameters for onnxruntime-genai, which refuses a ``top_k`` above the size of the vocabulary."""
+        """Make the parameters for onnxruntime-genai, which refuses a ``top_k`` above the size of the vocabulary."""
         options: dict[str, Any] = {"repetition_penalty": self.repetition_penalty, "num_beams": self.beams}
         if self.temperature == 0:
             return options | {"do_sample": False}
@@ -136,17 +130,17 @@ class Answer:
     finish: Finish
     tokens: int
     prompt_tokens: int
-    reused_tokens: int  # of the prompt, found in the KV cache
+    reused_tokens: int  # tokens of the prompt, found in the KV cache
     guide: Guide | None = None
 
     @property
     def valid(self) -> bool:
-        """Whether it has the form of its guide: one that was cut has not, and without a guide any has."""
+        """Whether it has the form of its guide: an answer that was cut does not, and without a guide any does."""
         return self.guide is None or (self.finish is Finish.END and self.guide.holds(self.text))
 
 
 class Detokenizer:
-    """The texts of a model's tokens, by the decoder of its tokenizer.json."""
+    """Decodes a model's tokens by the decoder of its tokenizer.json."""
 
     def __init__(self, tokenizer: bytes) -> None:
         stated = json.loads(tokenizer)
@@ -154,7 +148,7 @@ class Detokenizer:
         self.pieces = (
             {token: piece for piece, token in vocabulary.items()}
             if isinstance(vocabulary, dict)
-            else {token: piece for token, (piece, _) in enumerate(vocabulary)}  # of a Unigram model
+            else {token: piece for token, (piece, _) in enumerate(vocabulary)}  # Unigram models store pairs
         )
         self.pieces |= {token["id"]: "" if token["special"] else token["content"] for token in added}
         # The library's whole tokenizer would take some 30 MB with SmolLM2's vocabulary.
@@ -168,7 +162,7 @@ class Detokenizer:
 
 
 class TextDecoder:
-    """The text of tokens that come one by one, without a character at its end that is not complete yet.
+    """Decodes tokens that come one by one, without a character at its end that is not complete yet.
 
     Law: with a byte-level tokenizer, the pieces together are what the tokenizers library decodes at once, without ``�``
     at the end. Bytes that are not a character become ``�``, and the letters after them stay. With byte fallback, the
@@ -179,7 +173,7 @@ class TextDecoder:
         """Begin after a point: a decoder may strip the beginning of a text, and an answer is not one."""
         self._texts = detokenizer
         self._pieces = ["."]
-        self._before = self._written = 1  # of the pieces and of the letters, those that were emitted
+        self._before = self._written = 1  # numbers of pieces and letters that were emitted
 
     def decode(self, token: int) -> str:
         """Take the next token; return the text that it completes. Special tokens have none."""
@@ -189,7 +183,7 @@ class TextDecoder:
         text = self._texts.decode(self._pieces)
         completed = text.rstrip("\ufffd")[self._written :]
         self._written += len(completed)
-        if completed and self._written == len(text):  # of what was emitted, only the last pieces may matter from here
+        if completed and self._written == len(text):  # only the last emitted pieces may matter from here
             del self._pieces[: self._before]
             self._before, self._written = len(self._pieces), len(self._texts.decode(self._pieces))
         return completed
@@ -215,9 +209,9 @@ class StopFilter:
         if self.hit is not None:
             return ""
         text = self._held + piece
-        found = [(at, string) for string in self.strings if (at := text.find(string)) >= 0]
-        if found:
-            end, self.hit = min(found)
+        hits = [(at, string) for string in self.strings if (at := text.find(string)) >= 0]
+        if hits:
+            end, self.hit = min(hits)
             self._held = ""
         else:
             end = len(text) - self._overlap(text)
@@ -229,7 +223,7 @@ class StopFilter:
         return held
 
     def _overlap(self, text: str) -> int:
-        """The length of the longest suffix of ``text`` that begins a stop string."""
+        """Measure the longest suffix of ``text`` that begins a stop string."""
         longest = max((len(string) for string in self.strings), default=1) - 1
         sizes = range(min(longest, len(text)), 0, -1)
         return next((n for n in sizes if any(s.startswith(text[-n:]) for s in self.strings)), 0)

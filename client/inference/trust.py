@@ -4,9 +4,9 @@
 
 - The pinned keys are outside the bundle: keys that ship in a bundle would vouch for themselves.
 - The version of an adapter is not below the highest that this device has accepted under its name for its base, and has
-  the content that this version had then: else whoever can write to the bundle, but cannot sign, could go back to an
-  adapter that was once signed. It is noted only after every other rule holds, in a file next to the pinned keys:
-  whoever can write there can pin another key.
+  the content that this version had then: else a writer of the bundle who cannot sign could go back to an adapter that
+  was once signed. It is noted only after every other rule holds, in a file next to the pinned keys: a writer there can
+  pin another key anyway.
 
 docs/explanation/inference.md says what these rules leave open.
 """
@@ -43,7 +43,7 @@ Versions = dict[Sha256, dict[Annotated[str, Field(max_length=64)], SeenVersion]]
 
 @dataclass(frozen=True, slots=True)
 class SeenVersions:
-    """The file, which need not exist yet."""
+    """The file of versions, which may be missing."""
 
     path: Path
 
@@ -52,7 +52,7 @@ class SeenVersions:
         _is_new(self._read(), manifest)
 
     def highest(self, base_digest: str, name: str) -> int:
-        """The highest version of an adapter that was accepted; 0 if none was. Raises TrustError as ``accept``."""
+        """Read the highest version of an adapter that was accepted; 0 if none was. Raises TrustError as ``accept``."""
         seen = self._read().get(base_digest, {}).get(name)
         return seen.version if seen else 0
 
@@ -128,8 +128,7 @@ class Trust:
     def open(cls, folder: Path, pinned: Path | None = None) -> Self:
         """Take the keys in ``pinned``, by default in ``trust.pem`` in the folder that holds the bundle ``folder``.
 
-        Raises:
-            TrustError: There is no such file, it is inside the bundle, or it does not hold public keys only.
+        Raises TrustError: there is no such file, it is inside the bundle, or it does not hold public keys only.
         """
         folder = real(folder)
         file = folder.parent / TRUST if pinned is None else pinned.absolute()
@@ -143,7 +142,7 @@ class Trust:
 
     @property
     def bundle(self) -> Bundle:
-        """The bundle with the keys that are pinned now. Raises TrustError as ``open``."""
+        """Open the bundle with the keys that are pinned now. Raises TrustError as ``open``."""
         file = self.pinned
         if not file.is_file():
             what = f"{file} is not a regular file" if file.exists() else f"no pinned keys at {file}"
@@ -155,12 +154,12 @@ class Trust:
         return SeenVersions(self.pinned.with_suffix(".seen.json"))
 
     def adapter(self, name: str, base: VerifiedBase) -> VerifiedAdapter:
-        """An adapter for ``base``; its version is noted.
+        """Verify an adapter for ``base``; its version is noted.
 
         Raises:
             ConfigError: No adapter can have this name, or the version cannot be noted.
-            DataError, TrustError: As ``Bundle.adapter``; or its version is older than one that was accepted,
-                or had another content then.
+            DataError, TrustError: As ``Bundle.adapter``; or its version is older than one that was accepted, or had
+                another content then.
         """
         verified = self.bundle.adapter(name, base.manifest)
         self.seen.accept(verified.manifest)

@@ -1,6 +1,6 @@
 """Learning on the device that answers: from a person's corrections, at once, and from its own examples.
 
-Runs on the bare install, and uses no network.
+It runs on the bare install, and uses no network.
 """
 
 from client.learning.corrections import Correction

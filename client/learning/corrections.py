@@ -1,5 +1,4 @@
-"""What a device was taught: corrections, and the adapters before the last of them, encrypted in a file next to the
-bundle.
+"""What a device was taught: corrections, and the adapters before the last of them, encrypted next to the bundle.
 
 A lesson is one run of learning. It keeps the adapter that was in use before, so that it can be undone. The file is
 written before the bundle: after a kill between the two, the last lesson made no adapter, which
@@ -17,8 +16,8 @@ from aggregation.wire import Codec
 from client.training.examples import MAX_TEXT
 from edgeadapt.formats import storage
 
-MAX_LESSONS = 8  # that can be undone
-MAX_CORRECTIONS = 512  # that are kept; the oldest are dropped
+MAX_LESSONS = 8  # lessons that can be undone
+MAX_CORRECTIONS = 512  # corrections that are kept; the oldest are dropped
 MAX_AT_ONCE = 64
 MAX_HISTORY = 2**30  # bytes
 MAX_FILE = 2**26  # bytes of an adapter before a lesson
@@ -33,9 +32,7 @@ def _utf8(limit: int) -> Codec[str]:
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """A phrase, and the label that a person gave it; of a language model a prompt, and its answer. ``repr`` shows
-    neither.
-    """
+    """A phrase and its label, or a prompt and its answer, as a person stated it. ``repr`` shows neither."""
 
     text: Annotated[str, _utf8(4 * MAX_TEXT)] = field(repr=False)
     label: Annotated[str, _utf8(4 * MAX_TEXT)] = field(repr=False)
@@ -54,15 +51,12 @@ class Before:
 class Lesson:
     """One run of learning.
 
-    Attributes:
-        made: SHA-256 of the file of the adapter that it made.
-        used: SHA-256 of the file of the adapter that was in use before.
-        before: That adapter; None if it was not private, so that undoing deletes the private one.
+    ``before``: the adapter that was in use before; None if it was not private, so that undoing deletes the private one.
     """
 
     corrections: Annotated[tuple[Correction, ...], _CORRECTIONS]
-    made: Annotated[str, wire.text("[0-9a-f]{64}")]
-    used: Annotated[str, wire.text("[0-9a-f]{64}")]
+    made: Annotated[str, wire.text("[0-9a-f]{64}")]  # SHA-256 of the file of the adapter that it made
+    used: Annotated[str, wire.text("[0-9a-f]{64}")]  # SHA-256 of the file of the adapter that was in use before
     before: Annotated[Before | None, wire.optional(wire.record(Before))]
 
 
@@ -80,17 +74,15 @@ class LessonHistory:
 
     @property
     def corrections(self) -> tuple[Correction, ...]:
-        """All of them, oldest first; of a text that was corrected twice, the newest."""
+        """List all corrections, oldest first; of a text that was corrected twice, the newest."""
         every = [*self.kept, *(one for lesson in self.lessons for one in lesson.corrections)]
         return tuple({one.text: one for one in every}.values())
 
     def current(self, used: str) -> Self:
-        """The history of the adapter that is in use: a last lesson that made none is left out.
+        """Restrict the history to the adapter in use: a last lesson that made none is left out.
 
-        If none of the lessons made the adapter, as after another one was installed, none can be undone.
-
-        Args:
-            used: SHA-256 of its file.
+        If none of the lessons made the adapter, as after another one was installed, none can be undone. ``used``:
+        SHA-256 of its file.
         """
         if not self.lessons or self.lessons[-1].made == used:
             return self
@@ -99,21 +91,21 @@ class LessonHistory:
         return replace(self, kept=self.corrections[-MAX_CORRECTIONS:], lessons=())
 
     def then(self, lesson: Lesson) -> Self:
-        """With one more lesson; of the oldest one, if it is one too many, only the corrections are kept."""
+        """Add a lesson; of the oldest one, if it is one too many, only the corrections are kept."""
         lessons = (*self.lessons, lesson)
         dropped, lessons = lessons[:-MAX_LESSONS], lessons[-MAX_LESSONS:]
         kept = (*self.kept, *(one for old in dropped for one in old.corrections))
         return replace(self, kept=kept[-MAX_CORRECTIONS:], lessons=lessons)
 
     def undone(self) -> tuple[Lesson, Self]:
-        """The last lesson, and the history without it. Raises DataError if none is left."""
+        """Split off the last lesson. Raises DataError if none is left."""
         if not self.lessons:
             raise DataError("there is nothing to undo: the adapter in use was not learned here", about="--undo")
         return self.lessons[-1], replace(self, lessons=self.lessons[:-1])
 
     @classmethod
     def read(cls, path: Path, key: bytes) -> "LessonHistory":
-        """The history in a file, or an empty one without it. Raises TrustError as ``open``."""
+        """Read the history in a file, or an empty one without it. Raises TrustError as ``open``."""
         if not path.exists():
             return cls()
         try:
@@ -133,7 +125,7 @@ class LessonHistory:
 
 
 def check_count(corrections: Sequence[Correction]) -> None:
-    """Refuse no corrections, too many, and two of one phrase. Raises DataError."""
+    """Check that there are corrections, not too many, and no two of one phrase. Raises DataError."""
     if not 0 < len(corrections) <= MAX_AT_ONCE:
         reason = f"{len(corrections)} corrections are given: teach 1 to {MAX_AT_ONCE} at once"
         raise DataError(reason, about="corrections", value=len(corrections))

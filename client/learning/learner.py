@@ -76,10 +76,10 @@ MAX_TESTED = 32  # phrases
 TRAINING_STATE = "training.sealed"
 PUBLIC_EACH = 2  # public phrases of a label that a personal step rehearses (docs/decisions/0034)
 BATCH_SIZE = 16
-LEARNING_RATE = 0.002  # of a lesson
-LANGUAGE_RATE = 0.005  # of a language model's lesson, whose few steps have to change several tokens
-VIRTUAL_RATE = 0.1  # of virtual tokens, which are few numbers (Lester et al. 2021 train prompts at 0.3)
-PERSONAL_RATE = 1e-3  # of a personal step
+LEARNING_RATE = 0.002  # for a lesson
+LANGUAGE_RATE = 0.005  # the few steps of a language model's lesson have to change several tokens
+VIRTUAL_RATE = 0.1  # virtual tokens are few numbers (Lester et al. 2021 train prompts at 0.3)
+PERSONAL_RATE = 1e-3  # for a personal step
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +189,6 @@ class Learner:
         """Verify a bundle and open what was learned, which no other process can do at the same time.
 
         Args:
-            bundle: The folder.
             trust: The pinned public keys; by default ``trust.pem`` in the folder that contains the bundle.
             name: The adapter that shall learn; by default that in use. One that is not private stays, and a private one
                 is made from it.
@@ -256,13 +255,13 @@ class Learner:
         rehearsed, others = subject.others(taught, compared)
         tuned = trainer.teach(start, taught, rehearsed, subject.rate(lesson=True), step)
         seconds = time.perf_counter() - begun
-        found = subject.learnt([*taught, *others], start, tuned)
-        own = found[: len(taught)]
+        answers = subject.learnt([*taught, *others], start, tuned)
+        own = answers[: len(taught)]
         if not any(one.known for one in own):
             reason = f"nothing was learned in {done} steps; the adapter in use stays: teach something else"
             raise DataError(reason, about="corrections")
         used = self._put_into_use(manifest, corrections, trainer.engine.inputs_of(tuned))
-        return Learned(used.name, used.version, done, seconds, own, found[len(taught) :])
+        return Learned(used.name, used.version, done, seconds, own, answers[len(taught) :])
 
     def personalize(
         self,
@@ -271,7 +270,7 @@ class Learner:
         learning_rate: float | None,
         control: TrainingControl = UNLIMITED,
     ) -> Personalized:
-        """The personal step: a private adapter is made from the global one, and put into use.
+        """Make a private adapter from the global one, and put it into use: the personal step.
 
         It trains on the device's examples, on what the device was taught and, a classifier, on public phrases
         (``rehearsal``). An interrupted step of the same arguments is continued. A classifier that results answers as
@@ -297,7 +296,7 @@ class Learner:
         step = subject.step(how)
         own = read_examples(examples, len(manifest.labels))
         rate = learning_rate or subject.rate(lesson=False)
-        trainer: Any = subject.trainer  # of a language model ``step`` asks nothing that only a classifier has
+        trainer: Any = subject.trainer  # ``step`` asks a language model nothing that only a classifier has
         start = trainer.engine.tensors_of(origin.inputs)
         taught, public = subject.taught(own), subject.public()
         digest = _step_digest(manifest, rate, how, [*own, *taught, *public])
@@ -308,26 +307,26 @@ class Learner:
         checkpoint = TrainingCheckpoint(self.folder / TRAINING_STATE, self.keys[1], digest)
         rng, limits = np.random.default_rng(list(digest)), replace(control, checkpoint=checkpoint)
         shared = {Candidate.GLOBAL: start}
-        found = personalize(trainer, shared, every, task, step, rng=rng, plain=chosen.counted, control=limits)
-        before, scores = start, {candidate.value: score for candidate, score in found.scores.items()}
+        outcome = personalize(trainer, shared, every, task, step, rng=rng, plain=chosen.counted, control=limits)
+        before, scores = start, {candidate.value: score for candidate, score in outcome.scores.items()}
         if old.parent and (old.peft_config, old.labels) == (manifest.peft_config, manifest.labels):
             before = trainer.engine.tensors_of(self.adapter.inputs)
             scores["in use"] = trainer.score(before, held_out)
-        made = found.chosen is Candidate.PERSONAL and subject.is_best(scores)
+        is_new = outcome.chosen is Candidate.PERSONAL and subject.is_best(scores)
         others: tuple[Learnt, ...] = ()
-        if made and manifest.labels:
-            others = subject.learnt([*held_out, *chosen.counted[:MAX_TESTED]], before, found.adapter)
-        used = self._put_into_use(manifest, (), trainer.engine.inputs_of(found.adapter)) if made else old
+        if is_new and manifest.labels:
+            others = subject.learnt([*held_out, *chosen.counted[:MAX_TESTED]], before, outcome.adapter)
+        used = self._put_into_use(manifest, (), trainer.engine.inputs_of(outcome.adapter)) if is_new else old
         checkpoint.delete()
         trained, seconds = len(in_split(every, Split.TRAIN)), time.perf_counter() - begun
-        return Personalized(used.name, used.version, made, seconds, trained, len(held_out), scores, others)
+        return Personalized(used.name, used.version, is_new, seconds, trained, len(held_out), scores, others)
 
     def _subject(self, manifest: AdapterManifest) -> "_Phrases | _Texts":
         kind = _Texts if self.library.manifest.task == "text-generation" else _Phrases
         return kind(self, manifest)
 
     def _global_adapter(self) -> VerifiedAdapter:
-        """The newest global adapter: the one in use, or the only one of the bundle."""
+        """Find the newest global adapter: the one in use, or the only one of the bundle."""
         if not self.adapter.manifest.parent:
             return self.adapter
         names = [name for name in adapter_names(self.library.bundle) if name != self.target]
@@ -342,7 +341,7 @@ class Learner:
 
     @property
     def base(self) -> VerifiedBase:
-        """The base, verified again after a lesson, which links its files again. Raises as ``Bundle.base``."""
+        """Verify the base again after a lesson, which links its files again. Raises as ``Bundle.base``."""
         if self.relinked:
             self.library, self.relinked = replace(self.library, base=self.library.trust.bundle.base()), False
         return self.library.base
@@ -369,11 +368,11 @@ class Learner:
         return Undone(used.name, used.version, lesson.corrections)
 
     def _shared(self, digest: str) -> AdapterManifest:
-        """The adapter with this SHA-256, else the one to use instead of the private one."""
+        """Find the adapter with this SHA-256, else the one to use instead of the private one."""
         manifest_of = self.library.trust.bundle.adapter_manifest
         shared = [manifest_of(name) for name in self.library.names() if name != self.target]
-        found = [one for one in shared if one.sha256 == digest]
-        return found[0] if found else manifest_of(self.library.default(without=self.target))
+        matching = [one for one in shared if one.sha256 == digest]
+        return matching[0] if matching else manifest_of(self.library.default(without=self.target))
 
     def _put_into_use(
         self, origin: AdapterManifest, corrections: Sequence[Correction], inputs: Tensors
@@ -382,7 +381,7 @@ class Learner:
         old = self.adapter.manifest
         blob = container.pack(quantize(inputs, "fp32"))
         digest = sha256(blob).hexdigest()
-        made = replace(
+        manifest = replace(
             origin,
             name=self.target,
             sha256=digest,
@@ -391,7 +390,7 @@ class Learner:
             version=self._next(),
             source=digest,
             parent=origin.parent or origin.source,
-            privacy=None,  # of what a device fitted to its own examples, nothing is bounded
+            privacy=None,  # nothing bounds what a device fitted to its own examples
         )
         bundle, before = self.library.bundle, None
         if old.name == self.target:
@@ -399,9 +398,9 @@ class Learner:
             before = Before(*(storage.read(path, MAX_FILE) for path in paths))
         lesson = Lesson(tuple(corrections), digest, old.sha256, before)
         self._save(self.history.then(lesson))  # first: a lesson that made no adapter is found and left out
-        self._install(made, blob)
-        self._use(made.name)
-        return made
+        self._install(manifest, blob)
+        self._use(manifest.name)
+        return manifest
 
     def _use(self, name: str) -> None:
         self.adapter = self.library.trust.adapter(name, self.library.base)
@@ -450,30 +449,29 @@ class _Phrases:
         return graphengine.classifier(self._learner.base, len(self._labels), _stated_config(self._manifest))
 
     def rate(self, *, lesson: bool) -> float:
-        """Of a lesson or of a personal step, where none is named."""
         return LEARNING_RATE if lesson else PERSONAL_RATE
 
     def step(self, how: PersonalStep) -> PersonalStep:
         return how
 
     def checked(self, corrections: Sequence[Correction]) -> list[Example]:
-        """The corrections as examples. Raises DataError as ``Learner.teach``."""
+        """Turn corrections into examples. Raises DataError as ``Learner.teach``."""
         reader, read = PhraseReader.of(self._learner.library.base.files[TOKENIZER]), dict[tuple[int, ...], str]()
-        for number, one in enumerate(corrections, 1):
-            if one.label not in self._labels:
-                known = ", ".join(self._labels[:40])
-                reason = f"phrase {number} has the label {one.label[:40]!r}, which the adapter lacks; it has: {known}"
-                raise DataError(reason, about="label", value=one.label)
-            if len(one.text) > MAX_TEXT:
-                reason = f"phrase {number} has {len(one.text)} characters, above the limit of {MAX_TEXT}: shorten it"
-                raise DataError(reason, about="text", value=len(one.text))
-            if read.setdefault(tuple(reader.tokens(one.text)), one.label) != one.label:
+        for number, pair in enumerate(corrections, 1):
+            if pair.label not in self._labels:
+                names = ", ".join(self._labels[:40])
+                reason = f"phrase {number} has the label {pair.label[:40]!r}, which the adapter lacks; it has: {names}"
+                raise DataError(reason, about="label", value=pair.label)
+            if len(pair.text) > MAX_TEXT:
+                reason = f"phrase {number} has {len(pair.text)} characters, above the limit of {MAX_TEXT}: shorten it"
+                raise DataError(reason, about="text", value=len(pair.text))
+            if read.setdefault(tuple(reader.tokens(pair.text)), pair.label) != pair.label:
                 reason = f"phrase {number} is to the model one that has another label: teach it with one label"
                 raise DataError(reason, about="corrections", value=number)
         return _labelled(corrections, self._labels)
 
     def others(self, taught: Sequence[Example], compared: Sequence[Example]) -> tuple[list[Example], list[Example]]:
-        """What is rehearsed while this is taught, and what is tested: recent corrections, and public phrases."""
+        """Choose what is rehearsed while this is taught, and what is tested: recent corrections, and public phrases."""
         if compared:
             raise ConfigError("--compare is for language models: leave it out", about="--compare")
         corrected = self._learner.history.corrections
@@ -486,15 +484,15 @@ class _Phrases:
         return rehearsed, [*recent, *(example for example in usable if example not in rehearsed)][:MAX_TESTED]
 
     def taught(self, own: Sequence[Example]) -> list[Example]:
-        """What the device was taught, as far as its own examples do not say it."""
+        """List what the device was taught, as far as its own examples do not say it."""
         return self.trainer.unlike(_labelled(self._learner.history.corrections[::-1], self._labels), own)[::-1]
 
     def public(self) -> list[Example]:
-        """The public phrases of the bundle that have one of these labels, in the order of the next lesson."""
+        """List the public phrases of the bundle that have one of these labels, in the order of the next lesson."""
         base = self._learner.library.base
         public = parse_phrases(base.read(PHRASES), base.folder / PHRASES) if PHRASES in base.manifest.files else []
-        known = [(label, text) for label, text in public if label in self._labels]
-        ordered = _in_lesson_order(known, len(self._learner.history.corrections))
+        readable = [(label, text) for label, text in public if label in self._labels]
+        ordered = _in_lesson_order(readable, len(self._learner.history.corrections))
         return [Example(text, self._labels.index(label)) for label, text in ordered]
 
     def rehearsal(self, examples: Sequence[Example], public: Sequence[Example]) -> Rehearsal:
@@ -510,10 +508,10 @@ class _Phrases:
         reader = PhraseReader.of(self._learner.library.base.files[TOKENIZER])
         labels, texts = self._labels, [example.text for example in examples]
         rows = (probabilities(self.trainer.logits(one, texts), self._manifest.temperature) for one in (before, after))
-        found = [[Prediction(labels[int(row.argmax())], float(row.max())) for row in each] for each in rows]
+        predictions = [[Prediction(labels[int(row.argmax())], float(row.max())) for row in each] for each in rows]
         return tuple(
             Answers(one.text, labels[one.label], old, new, reader.unread(one.text, most=MAX_TOKENS))
-            for one, old, new in zip(examples, *found, strict=True)
+            for one, old, new in zip(examples, *predictions, strict=True)
         )
 
 
@@ -533,15 +531,15 @@ class _Texts:
         return LANGUAGE_RATE if lesson else PERSONAL_RATE
 
     def step(self, how: PersonalStep) -> PersonalStep:
-        """One that makes a personal adapter in any case: ``is_best`` chooses."""
+        """Make a personal adapter in any case: ``is_best`` chooses."""
         if how.method is not PersonalMethod.FINE_TUNE:
             raise ConfigError("a language model has no head to fit: leave out --method", about="--method")
         return replace(how, choice=Choice.NEVER)
 
     def checked(self, corrections: Sequence[Correction]) -> list[Example]:
         special = special_tokens(self._learner.library.base.files[TOKENIZER])
-        for number, one in enumerate(corrections, 1):
-            for about, text in (("prompt", one.text), ("answer", one.label)):
+        for number, pair in enumerate(corrections, 1):
+            for about, text in (("prompt", pair.text), ("answer", pair.label)):
                 if not text.strip() or len(text) > MAX_TEXT:
                     size = f"has {len(text)} characters" if text.strip() else "is empty"
                     reason = f"the {about} of correction {number} {size}: 1 to {MAX_TEXT} can be learned"
@@ -579,7 +577,7 @@ class _Texts:
 
 
 def bits(score: Score) -> float:
-    """A language model's bits for each byte, over some texts."""
+    """Compute a language model's bits for each byte, over some texts."""
     return score.loss / score.count / math.log(2)
 
 
@@ -601,13 +599,13 @@ def _stated_config(manifest: AdapterManifest) -> PeftConfig:
 def _step_digest(
     origin: AdapterManifest, learning_rate: float, how: PersonalStep, examples: Sequence[Example]
 ) -> bytes:
-    """What a personal step is of: an interrupted one of the same is continued."""
+    """Digest what a personal step is of: an interrupted one of the same is continued."""
     settings = [origin.sha256, learning_rate, *map(str, astuple(how))]
     return sha256(jsontext.encode(settings) + encode_examples(examples)).digest()
 
 
 def _in_lesson_order(phrases: Sequence[tuple[str, str]], lesson: int) -> list[tuple[str, str]]:
-    """Labels and phrases in the order of a lesson, which is another one for each number.
+    """Order labels and phrases for a lesson, in another order for each number.
 
     A generator's order would be NumPy's own; digests give the same one in the browser
     (``page/learning/classifier.js``).

@@ -1,23 +1,19 @@
 """What a device remembers, across sessions, of the adapter that it trained from last.
 
-Sums from one adapter can be added and subtracted so that only a few devices are left. So does a sum from an old adapter
-with one from its successor, up to what training in another order changes. A device therefore trains from no adapter
-older than the last one, from one adapter of each version, and from none to whose sums it helped before it trained from
-another one: with new numbers, two adapters could alternate (up to ``EARLIER`` adapters are remembered). It reveals
-shares for sums from an adapter over one set of survivors, and for a few of them at most. All of them are trained with
-the same settings and bounds: a clip norm or weight cap that only one device reaches would single out its update in two
-sums over the same devices. How many devices are left in any combination then follows from the threshold.
+Sums from one adapter, or from an old one and its successor, can be added and subtracted so that only a few devices are
+left. So a device trains from no adapter older than the last one, from one adapter of each version, and from none to
+whose sums it helped before it trained from another one: with new numbers, two could alternate (``EARLIER`` are
+remembered). It reveals shares for sums from an adapter over one set of survivors, for a few of them at most, and all
+trained with the same settings and bounds: a clip norm or weight cap that only one device reaches would single out its
+update. How many devices are left in any combination then follows from the threshold.
 
-With groups, a device is bound once it signed a survivor set, and not only once it revealed shares: it counts on the
-signatures of its group, each of which stands for a device that is in no sum with others (``aggregation.groups``). Later
-sums have the same groups.
+With groups, a device is bound once it signed a survivor set: it counts on the signatures of its group, each of which
+stands for a device that is in no sum with others (``aggregation.groups``). Later sums have the same groups, and lack
+only devices whose certificates the authority revoked since, which would otherwise stop the training of all others.
 
-A later sum may lack devices whose certificates were revoked since the last one: a device that is gone would otherwise
-stop the training of all others. Only the authority can revoke.
-
-An honest coordinator repeats a round from the same adapter if too few devices answered the unmask request, or if it
-was stopped before it logged the result. Rounds that end before the unmask request do not count. Equal adapters are
-recognized by their bytes. Whether the adapter of a plan is the one that the log leads to is a question to the log
+An honest coordinator repeats a round from the same adapter if too few devices answered the unmask request, or if it was
+stopped before it logged the result. Rounds that end before the unmask request do not count. Equal adapters are
+recognized by their bytes. Whether a plan's adapter is the one that the log leads to is a question to the log
 (``aggregation.transcript``).
 """
 
@@ -41,20 +37,17 @@ class AdapterState:
     """The adapter that a device trained from last.
 
     Args:
-        digest: SHA-256 of its file, hex.
-        sums: For how many sums from it the device revealed shares or, with groups, signed the survivor set.
         survivors: Whose updates are in the last of them: device id → serial of the certificate it had then.
-        dealt: See ``dealt``, of the last of them.
         earlier: SHA-256 of the files of the last ``EARLIER`` adapters before it for whose sums the device revealed
             shares, the oldest first.
     """
 
     version: Uint64
-    digest: HexDigest
+    digest: HexDigest  # SHA-256 of its file, hex
     terms: Digest
-    sums: Uint32 = 0
+    sums: Uint32 = 0  # sums from it for which the device revealed shares or, with groups, signed the survivor set
     survivors: Annotated[Mapping[str, int], SERIALS] = field(default_factory=dict)
-    dealt: Digest = bytes(32)
+    dealt: Digest = bytes(32)  # ``dealt`` of the last of them
     earlier: Annotated[tuple[bytes, ...], wire.sequence(DIGESTS, EARLIER)] = field(default=(), repr=False)
 
 
@@ -75,10 +68,7 @@ def dealt(plan: Plan, spec: SessionSpec) -> bytes:
 
 
 def on_plan(known: AdapterState | None, plan: Plan, spec: SessionSpec, maximum_repeats: int) -> AdapterState:
-    """The state after the device trained for ``plan``.
-
-    Args:
-        known: Its state; None before the first plan.
+    """Make the state after the device trained for ``plan``; ``known`` is None before the first plan.
 
     Raises:
         ProtocolError: The adapter is older than the last one, another one of its version, one that the device left
@@ -111,21 +101,18 @@ def on_plan(known: AdapterState | None, plan: Plan, spec: SessionSpec, maximum_r
 
 
 def earlier(known: AdapterState) -> tuple[bytes, ...]:
-    """The digests to remember once the device trains from another adapter."""
+    """List the digests to remember once the device trains from another adapter."""
     return (*known.earlier, bytes.fromhex(known.digest))[-EARLIER:] if known.sums else known.earlier
 
 
 def on_survivors(
     known: AdapterState | None, plan: Plan, spec: SessionSpec, survivors: Mapping[str, int], revoked: Container[int]
 ) -> AdapterState:
-    """The state after the device reveals shares for a sum or, with groups, signs its survivor set.
+    """Make the state after the device reveals shares for a sum or, with groups, signs its survivor set.
 
-    Args:
-        survivors: Whose updates are in the sum: device id → serial of its certificate.
-        revoked: Serials in the authority's revocation list.
-
-    Raises:
-        ProtocolError: The device trained from another adapter since, or the last sum from this one has other devices.
+    ``survivors``: whose updates are in the sum, device id → serial of its certificate; ``revoked``: serials in the
+    authority's revocation list. Raises ProtocolError: the device trained from another adapter since, or the last sum
+    from this one has other devices.
     """
     if known is None or known.digest != plan.adapter_digest:
         text = f"adapter {plan.adapter_version} of the sum is not the one that this device trained from last"
@@ -142,6 +129,6 @@ def on_survivors(
 
 
 def differing(before: Mapping[str, int], survivors: Mapping[str, int], revoked: Container[int]) -> tuple[int, int]:
-    """How many devices a sum has more than the one before, and how many it lacks that were not revoked since."""
+    """Count the devices that a sum has more than the previous one, and those it lacks that were not revoked since."""
     lacking = [name for name in before.keys() - survivors.keys() if before[name] not in revoked]
     return len(survivors.keys() - before.keys()), len(lacking)

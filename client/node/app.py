@@ -24,12 +24,10 @@ app = ClientApp()
 
 
 def register(app: ClientApp, open_state: OpenState, choose: TrainerOf = trainer_of) -> None:
-    """Let ``app`` answer the messages of every step.
+    """Let ``app``, a new one, answer the messages of every step.
 
-    Args:
-        app: New.
-        open_state: Flower's context of a node → the state of the device there, opened for each message.
-        choose: Gives what makes the updates of these devices.
+    ``open_state``: Flower's context of a node → the state of the device there, opened for each message; ``choose``
+    chooses what makes the updates of these devices.
     """
 
     def handler(message: Message, context: Context) -> Message:

@@ -17,8 +17,8 @@ from client.node.readings import Readings
 from client.training.examples import parse_examples, read_file
 from edgeadapt.formats.settings import Settings
 
-IDLE = 0.25  # of the processors' time: others use less
-LOOK = 10.0  # seconds between two looks at the machine
+IDLE = 0.25  # share of the processors' time; others use less
+LOOK = 10.0  # seconds between two readings of the machine
 
 
 class EligibilitySettings(Settings):
@@ -58,9 +58,7 @@ class EligibleState(Protocol):
     def examples(self) -> Path: ...
 
     @property
-    def last_round(self) -> datetime | None:
-        """When the device took part last."""
-        ...
+    def last_round(self) -> datetime | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,33 +75,34 @@ class EligibilityError(EdgeAdaptError):
 
 
 def machine_conditions(settings: EligibilitySettings, readings: Readings, now: datetime) -> list[Condition]:
-    """The conditions of the machine that are demanded; ``now`` is in local time."""
-    found = []
+    """List the conditions of the machine that are demanded; ``now`` is in local time."""
+    demanded = []
     if settings.hours:
-        found.append(Condition("hours", f"{now:%H:%M}, and {settings.hours} is demanded", _within(settings.hours, now)))
+        demanded.append(
+            Condition("hours", f"{now:%H:%M}, and {settings.hours} is demanded", _within(settings.hours, now))
+        )
     if settings.charging:
-        found.append(_read("charging", lambda: _power(readings.external_power())))
+        demanded.append(_read("charging", lambda: _power(readings.external_power())))
     if settings.minimum_battery:
-        found.append(_read("minimum_battery", lambda: _at_least(readings.battery(), settings.minimum_battery, " %")))
+        demanded.append(_read("minimum_battery", lambda: _at_least(readings.battery(), settings.minimum_battery, " %")))
     if settings.unmetered:
-        found.append(_read("unmetered", lambda: _network(readings.metered())))
+        demanded.append(_read("unmetered", lambda: _network(readings.metered())))
     if settings.idle:
-        found.append(_read("idle", lambda: _use(readings.used_by_others())))
-    return found
+        demanded.append(_read("idle", lambda: _use(readings.used_by_others())))
+    return demanded
 
 
 def conditions(
     state: EligibleState, readings: Readings, now: datetime, *, count_examples: bool = True
 ) -> list[Condition]:
-    """The conditions that are demanded of a device that joins a session.
+    """List the conditions that are demanded of a device that joins a session.
 
-    Args:
-        count_examples: Whether ``minimum_examples`` is one of them. Counting takes time that depends on the examples.
+    ``count_examples``: whether ``minimum_examples`` is one of them. Counting takes time that depends on the examples.
     """
     settings = state.eligibility
-    found = machine_conditions(settings, readings, now)
+    demanded = machine_conditions(settings, readings, now)
     if settings.minimum_examples and count_examples:
-        found.append(
+        demanded.append(
             _read("minimum_examples", lambda: _at_least(_count(state.examples), settings.minimum_examples, " examples"))
         )
     if settings.minimum_separation_hours and state.last_round is not None:
@@ -111,16 +110,12 @@ def conditions(
         # A time that is still to come was written before the clock was set back; it may be years.
         met = not timedelta(0) <= since < timedelta(hours=settings.minimum_separation_hours)
         text = f"the last round was {since / timedelta(hours=1):.1f} h ago, and {settings.minimum_separation_hours:g} h"
-        found.append(Condition("minimum_separation_hours", f"{text} are demanded", met))
-    return found
+        demanded.append(Condition("minimum_separation_hours", f"{text} are demanded", met))
+    return demanded
 
 
 def require(found: Sequence[Condition]) -> None:
-    """Return if all conditions are met.
-
-    Raises:
-        EligibilityError: One is not.
-    """
+    """Check that all conditions are met. Raises EligibilityError."""
     if unmet := [each for each in found if not each.met]:
         raise EligibilityError("; ".join(f"{each.name}: {each.reading}" for each in unmet), about=unmet[0].name)
 
@@ -155,4 +150,4 @@ def _at_least(value: float, least: int, unit: str) -> tuple[str, bool]:
 
 
 def _count(path: Path) -> int:
-    return len(parse_examples(read_file(path), path, 0))  # of either kind: labels are not read
+    return len(parse_examples(read_file(path), path, 0))  # labels are not read, so both kinds count

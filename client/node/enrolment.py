@@ -22,8 +22,7 @@ REQUEST = "request.csr"
 class TrustAnchors:
     """The authority's certificate and the coordinator's public key, both PEM, that a device pins.
 
-    Raises:
-        TrustError: One of them is not valid.
+    Raises TrustError: one of them is not valid.
     """
 
     authority: bytes
@@ -37,19 +36,10 @@ class TrustAnchors:
 
 
 def enrol(folder: Path, name: str, settings: DeviceSettings, anchors: TrustAnchors, entropy: Entropy) -> PublicKey:
-    """Create a state directory with a certificate request: completely, or not at all.
+    """Create a state directory with a certificate request, completely or not at all, and return the key to certify.
 
-    Args:
-        folder: New or empty.
-        settings: The owner's; the path of a base that is a folder or a file is made absolute.
-        anchors: What the device trusts.
-        entropy: Draws the identity and the sealing key.
-
-    Returns:
-        The key to certify.
-
-    Raises:
-        ConfigError: The folder is not empty or is the working directory, or the name is not valid.
+    ``folder`` is new or empty; the path of a base that is a folder or a file is made absolute in the settings. Raises
+    ConfigError: the folder is not empty or is the working directory, or the name is not valid.
     """
     identity = IdentityKey.generate(entropy)
     request = requests.request(identity, name)
@@ -68,16 +58,9 @@ def enrol(folder: Path, name: str, settings: DeviceSettings, anchors: TrustAncho
 
 
 def install_certificate(state_dir: DeviceStateDir, certificate: bytes, at: datetime) -> tuple[str, datetime]:
-    """Install the certificate that the authority issued, or a newer one.
+    """Install the certificate, PEM or DER, that the authority issued. Returns the device's name and its end.
 
-    Args:
-        certificate: PEM or DER.
-
-    Returns:
-        The device's name, and the end of the certificate's validity.
-
-    Raises:
-        TrustError: The pinned authority did not issue it, it is for another key or revoked, or not valid at ``at``.
+    Raises TrustError: the pinned authority did not issue it, it is for another key or revoked, or not valid at ``at``.
     """
     der = certificates.to_der(certificate)
     name, key = state_dir.root().verify(der, at)

@@ -24,7 +24,6 @@ _TYPES: dict[str, Any] = get_type_hints(Policy) | {
 
 
 def _field(name: str) -> tuple[Any, Any]:
-    """Type and definition of a key for a field of ``Policy``."""
     meaning, *bounds = asdict(LIMITS[name]).values()
     default = [adversary.value for adversary in SAFE.adversaries] if name == "adversaries" else getattr(SAFE, name)
     default = sorted(default) if isinstance(default, frozenset) else default
@@ -48,10 +47,9 @@ class PolicySettings(_Limits):
         return self
 
     def policy(self, base_digest: str) -> Policy:
-        """The policy of a device that has the base of this digest.
+        """Make the policy of a device that has the base of this digest.
 
-        Raises:
-            ConfigError: A limit is out of range, or contradicts another.
+        Raises ConfigError: a limit is out of range, or contradicts another.
         """
         limits = {field.name: getattr(self, field.name) for field in fields(Policy)}
         bases = {base_digest} & set(self.known_bases) if self.known_bases else {base_digest}

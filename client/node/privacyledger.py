@@ -2,8 +2,8 @@
 
 The device counts for itself, from the offers that it accepted, with as many corrupt devices as its policy assumes. A
 contribution counts before it leaves, as part of the smallest sum that the session allows: others can unmask the sum
-without this device. Once the device reveals its shares it knows the survivors, and their number takes the place of the
-smallest. A contribution to a round that it did not see the end of counts in full, whether or not its sum was unmasked.
+without this device. Once the device reveals its shares it knows the survivors, and their number replaces the smallest.
+A contribution to a round that it did not see the end of counts in full, whether or not its sum was unmasked.
 
 The ledger is kept when the device forgets a coordinator: what was revealed stays revealed. The file is encrypted.
 """
@@ -26,25 +26,19 @@ _SPENT: Codec[Spent] = wire.record(Spent, {"curve": wire.sequence(wire.real, len
 
 @dataclass(frozen=True, slots=True)
 class PrivacyLedger:
-    """The account of one device.
+    """The account of one device. Law: ``open(seal(l, k), k) == l``.
 
-    Law: ``open(seal(l, k), k) == l``.
-
-    Args:
-        settled: Of sums whose survivors it knows, and of rounds that it did not see the end of.
-        pending: Of the contribution that left last, if neither is known of it yet.
-        noisy: Contributions with noise.
-        bare: Contributions without noise, which nothing bounds; they are in no other number.
+    ``settled`` counts sums whose survivors it knows, and rounds that it did not see the end of.
     """
 
     settled: Annotated[Spent, _SPENT] = NOTHING
-    pending: Annotated[Spent, _SPENT] = NOTHING
-    noisy: Uint32 = 0
-    bare: Uint32 = 0
+    pending: Annotated[Spent, _SPENT] = NOTHING  # the contribution that left last, if neither is known of it yet
+    noisy: Uint32 = 0  # contributions with noise
+    bare: Uint32 = 0  # contributions without noise, which nothing bounds; they are in no other number
 
     @property
     def spent(self) -> Spent:
-        """Of everything that left the device with noise."""
+        """Sum of everything that left the device with noise."""
         return self.settled + self.pending
 
     def seal(self, key: bytes) -> bytes:
@@ -53,11 +47,7 @@ class PrivacyLedger:
 
     @classmethod
     def open(cls, raw: bytes, key: bytes) -> "PrivacyLedger":
-        """Decrypt it.
-
-        Raises:
-            TrustError: It was altered, or sealed with another key.
-        """
+        """Decrypt it. Raises TrustError: it was altered, or sealed with another key."""
         return sealed.open_record(_CODEC, raw, key, _MAGIC)
 
 
@@ -65,10 +55,9 @@ _CODEC: Codec[PrivacyLedger] = wire.record(PrivacyLedger)
 
 
 def on_plan(known: PrivacyLedger, spec: SessionSpec, cohort: int, policy: Policy) -> PrivacyLedger:
-    """The ledger to save before the contribution to a round leaves.
+    """Make the ledger to save before the contribution to a round leaves.
 
-    Raises:
-        ProtocolError: It would exceed the policy's ``maximum_epsilon``.
+    Raises ProtocolError: it would exceed the policy's ``maximum_epsilon``.
     """
     settled = known.spent
     if spec.privacy is None:
@@ -83,7 +72,7 @@ def on_plan(known: PrivacyLedger, spec: SessionSpec, cohort: int, policy: Policy
 
 
 def on_survivors(known: PrivacyLedger, spec: SessionSpec, cohort: int, survivors: int, policy: Policy) -> PrivacyLedger:
-    """The ledger to save before the device reveals shares for a sum over so many ``survivors``."""
+    """Make the ledger to save before the device reveals shares for a sum over this number of ``survivors``."""
     if spec.privacy is None:
         return known
     exact = spec.spent(survivors, graph.count_of(cohort, policy.corrupt_fraction))

@@ -5,9 +5,8 @@ device that is asked for a plan again must answer as before: the difference of t
 of two updates. So the device keeps what the last plan started from, too.
 
 A part that was private once, on a frozen base, stays private: the device refuses every plan that shares it, whatever
-the labels and the layout are and whoever asks. It remembers such parts in the same file as their numbers, so that no
-kill leaves the ones without the others, and nothing but the owner's ``edgeadapt device forget`` deletes either. The
-file is encrypted.
+the labels, the layout and the coordinator are. Such parts are in one encrypted file with their numbers, so that no kill
+leaves the ones without the others, and only the owner's ``edgeadapt device forget`` deletes either.
 """
 
 from collections.abc import Iterable
@@ -22,7 +21,7 @@ from aggregation.wire import Codec
 from edgeadapt.methods.parts import Part
 from edgeadapt.rounds.roundtask import RoundTask
 
-MAX_BYTES = 2**28  # of the tensors, as a file
+MAX_BYTES = 2**28  # bytes of the tensors, as a file
 MAX_EVER = 2**16  # bases times their parts
 _MAGIC = b"edgeadapt/private-parts/2\x00"
 _BLOB = wire.blob(MAX_BYTES)
@@ -33,15 +32,10 @@ _EVER = wire.sequence(wire.text(f"[0-9a-f]{{64}}/({'|'.join(Part)})"), MAX_EVER)
 class PrivateParts:
     """The private parts before and after the last plan for which the device trained some, and which ever were.
 
-    Law: ``open(seal(p, k), k) == p``.
-
-    Args:
-        subject: What they belong to (``client.training.private.subject_of``).
-        plan: Digest of the plan.
-        before, after: Safetensors files.
+    Law: ``open(seal(p, k), k) == p``. ``before`` and ``after`` are safetensors files.
     """
 
-    subject: Digest
+    subject: Digest  # what they belong to (``client.training.private.subject_of``)
     plan: Digest
     before: Annotated[bytes, _BLOB] = field(repr=False)
     after: Annotated[bytes, _BLOB] = field(repr=False)
@@ -52,10 +46,9 @@ class PrivateParts:
         return sealed.seal_record(_CODEC, self, key, _MAGIC)
 
     def start(self, subject: bytes, plan: bytes = b"") -> bytes | None:
-        """The file from which a training starts; None if the parts are of another subject.
+        """Choose the file from which a training starts; None if the parts are of another subject.
 
-        Args:
-            plan: Digest of the plan; that of the last one gives what that one started from.
+        ``plan``: digest of the plan; that of the last one gives what that one started from.
         """
         if self.subject != subject:
             return None
@@ -63,11 +56,7 @@ class PrivateParts:
 
     @classmethod
     def open(cls, raw: bytes, key: bytes) -> "PrivateParts":
-        """Decrypt them.
-
-        Raises:
-            TrustError: They were altered, or sealed with another key.
-        """
+        """Decrypt them. Raises TrustError: they were altered, or sealed with another key."""
         return sealed.open_record(_CODEC, raw, key, _MAGIC)
 
 
@@ -75,25 +64,14 @@ _CODEC: Codec[PrivateParts] = wire.record(PrivateParts)
 
 
 def ever_private(known: PrivateParts | None, base: str, parts: Iterable[Part]) -> tuple[str, ...]:
-    """Each part that was private in a plan so far, after the digest of its base and a slash, in order.
-
-    Args:
-        known: What the device keeps before a plan; None if nothing.
-        base: Digest of the frozen base, hex.
-    """
+    """List each part that was private in a plan so far, after the digest of its base (hex) and a slash, in order."""
     return tuple(sorted({f"{base}/{part}" for part in parts}.union(known.ever if known else ())))
 
 
 def check_unshared(known: PrivateParts | None, base: str, task: RoundTask) -> None:
-    """Check that a task shares no part that this device ever trained and kept to itself on the base.
+    """Check that a task shares no part that this device ever trained and kept to itself on the base with this digest.
 
-    Args:
-        known: What the device keeps; None if nothing.
-        base: Digest of the frozen base, hex.
-        task: Of the plan. Whether it trains what it shares makes no difference.
-
-    Raises:
-        ProtocolError: It shares one.
+    Whether the task trains what it shares makes no difference. Raises ProtocolError: it shares one.
     """
     if refused := sorted(task.changes & private_on(known, base)):
         text = f"task.shared: this device keeps the part {refused[0]} to itself, because it trained it without sharing "
@@ -102,5 +80,5 @@ def check_unshared(known: PrivateParts | None, base: str, task: RoundTask) -> No
 
 
 def private_on(known: PrivateParts | None, base: str) -> frozenset[Part]:
-    """The parts that the device ever trained and kept to itself on the base with this digest."""
+    """List the parts that the device ever trained and kept to itself on the base with this digest."""
     return frozenset(part for part in Part if known and f"{base}/{part}" in known.ever)

@@ -42,20 +42,15 @@ class Readings(Protocol):
 
 @dataclass(slots=True)
 class SystemReadings:
-    """The readings of a Linux machine.
-
-    Args:
-        root: Where its ``proc`` and ``sys`` are.
-    """
+    """Readings of a Linux machine whose ``proc`` and ``sys`` are in ``root``."""
 
     root: Path = Path("/")
     _before: tuple[float, float, float] | None = field(default=None, repr=False)
 
     def used_by_others(self) -> float:
-        """See ``Readings``. The first call measures for a second.
+        """Measure since the last call; the first call takes a second.
 
-        Raises:
-            DataError: There is no ``/proc/stat``, or it is not the kernel's.
+        Raises DataError: there is no ``/proc/stat``, or it is not the kernel's.
         """
         if self._before is None:
             self._before = self._times()
@@ -68,15 +63,14 @@ class SystemReadings:
         return min(1.0, max(0.0, others / (everything - all_before)))
 
     def external_power(self) -> bool:
-        """See ``Readings``: a supply is online or, where only a battery is listed, it is charged or full.
+        """Whether a supply is online or, where only a battery is listed, it is charged or full.
 
-        Raises:
-            DataError: No supply of the machine says so.
+        Raises DataError: no supply of the machine says so.
         """
         supplies = self._supplies()
         online = [_text(each / "online") for each in supplies if _text(each / "type") != "Battery"]
-        if known := [text for text in online if text.isdecimal()]:
-            return any(text != "0" for text in known)
+        if decimals := [text for text in online if text.isdecimal()]:
+            return any(text != "0" for text in decimals)
         states = {_text(each / "status") for each in supplies if _text(each / "type") == "Battery"}
         if states & {"Charging", "Full", "Not charging"}:
             return True
@@ -85,11 +79,7 @@ class SystemReadings:
         raise DataError(f"{self._folder} lists no power supply of this machine", about="charging")
 
     def battery(self) -> float:
-        """See ``Readings``: of several batteries the mean.
-
-        Raises:
-            DataError: The machine has none that states its charge.
-        """
+        """Average the charge of several batteries. Raises DataError: the machine has none that states its charge."""
         texts = [_text(each / "capacity") for each in self._supplies() if _text(each / "type") == "Battery"]
         percent = [int(text) for text in texts if text.isdecimal() and int(text) <= 100]
         if not percent:
@@ -97,10 +87,9 @@ class SystemReadings:
         return sum(percent) / len(percent)
 
     def metered(self) -> bool:
-        """See ``Readings``: what NetworkManager knows or guesses of the primary connection.
+        """Ask NetworkManager what it knows or guesses of the primary connection.
 
-        Raises:
-            DataError: There is no NetworkManager, no ``busctl`` to ask it with, or it does not know.
+        Raises DataError: there is no NetworkManager, no ``busctl`` to ask it with, or it does not know.
         """
         path = f"/{NETWORK_MANAGER.replace('.', '/')}"
         command = ["busctl", "--system", f"--timeout={BUS}", "get-property", NETWORK_MANAGER, path]
@@ -122,15 +111,15 @@ class SystemReadings:
         return self.root / "sys/class/power_supply"
 
     def _supplies(self) -> list[Path]:
-        """Those of the machine; a mouse has a battery as well, of scope ``Device``."""
+        """List the machine's own supplies; a mouse has a battery as well, of scope ``Device``."""
         try:
-            found = sorted(self._folder.iterdir())
+            folders = sorted(self._folder.iterdir())
         except OSError:
             return []
-        return [each for each in found if _text(each / "scope") != "Device"]
+        return [each for each in folders if _text(each / "scope") != "Device"]
 
     def _times(self) -> tuple[float, float, float]:
-        """Seconds that all processors had, were busy, and were busy for this process and its children."""
+        """Read the seconds that all processors had, were busy, and were busy for this process and its children."""
         path, own = self.root / "proc/stat", os.times()
         name, *rest = _text(path).partition("\n")[0].split()[:9] or [""]
         if name != "cpu" or len(rest) < 5 or not all(text.isdecimal() for text in rest):
@@ -142,7 +131,7 @@ class SystemReadings:
 
 
 def _text(path: Path) -> str:
-    """A small file of the kernel; empty if it cannot be read."""
+    """Read a small file of the kernel; empty if it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(4096).decode("ascii", "replace").strip()

@@ -22,10 +22,9 @@ SIZE = len(_PLACES) * BUCKETS * 4  # bytes
 
 
 def sketch(tensors: Tensors, key: bytes) -> bytes:
-    """The sketch of an adapter: float32, little-endian, ``BUCKETS`` numbers for each part.
+    """Sketch an adapter: float32, little-endian, ``BUCKETS`` numbers for each part.
 
-    Args:
-        key: 32 secret bytes, the same for sketches that are compared.
+    ``key``: 32 secret bytes, the same for sketches that are compared.
     """
     sums = np.zeros((len(_PLACES), BUCKETS))
     for name, tensor in tensors.items():
@@ -37,7 +36,7 @@ def sketch(tensors: Tensors, key: bytes) -> bytes:
 
 
 def separation(one: bytes, other: bytes, parts: Collection[Part]) -> float:
-    """The distance between two adapters over some parts, from their sketches."""
+    """Measure the distance between two adapters over some parts, from their sketches."""
     left, right = (np.frombuffer(each, "<f4").astype(float).reshape(-1, BUCKETS) for each in (one, other))
     chosen = [part in parts for part in _PLACES]
     return float(np.linalg.norm((left - right)[chosen]))

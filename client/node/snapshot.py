@@ -1,14 +1,13 @@
 """What a device trains with in one session: the examples that it had when it joined, and a secret of that session.
 
 Two answers to one plan carry the same masks, so that their difference is that of the two updates. A device whose state
-directory is rolled back therefore answers a plan again byte for byte as before, also if its examples changed in
-between, or not at all: training depends on nothing but the snapshot, the plan and the adapter, and a snapshot opens
-only for the session in which it was taken.
+directory is rolled back therefore answers a plan again byte for byte as before, or not at all: training depends on
+nothing but the snapshot, the plan and the adapter, and a snapshot opens only for the session in which it was taken.
 
-The secret is drawn from the operating system for each session, so that a copy of the state directory from before the
-session does not give it. It orders the examples, rounds the update and draws its noise. The coordinator knows all else
-that training depends on, and would otherwise make the other devices repeat their updates, and subtract two sums that
-differ by one device. It is replaced after each round, so that the state directory gives nothing of a finished one.
+The secret orders the examples, rounds the update and draws its noise. It is drawn for each session, so that an earlier
+copy of the state directory does not give it, and replaced after each round, so that a later one gives nothing of a
+finished round. The coordinator knows all else that training depends on, and would otherwise make the other devices
+repeat their updates, and subtract two sums that differ by one device.
 """
 
 import hashlib
@@ -31,8 +30,8 @@ _MAGIC = b"edgeadapt/snapshot/2\x00"
 class Draw(Enum):
     """What a device draws in a round."""
 
-    ORDER = "order"  # of the examples
-    ROUNDING = "rounding"  # of the update to whole steps
+    ORDER = "order"  # the examples' order
+    ROUNDING = "rounding"  # rounds the update to whole steps
     NOISE = "noise"  # in a session with differential privacy
 
 
@@ -40,11 +39,8 @@ class Draw(Enum):
 class Snapshot:
     """A device's training inputs for the rounds of a session that are still to come.
 
-    Law: ``open(seal(s, k, j), k, j) == s``.
-
-    Args:
-        examples: Content of the examples file; b"" if it could not be read.
-        first: The first round that is still to come.
+    Law: ``open(seal(s, k, j), k, j) == s``. ``examples``: content of the examples file, b"" if it could not be read;
+    ``first``: the first round that is still to come.
     """
 
     secret: Annotated[bytes, wire.fixed(KEY)] = field(repr=False)
@@ -52,11 +48,9 @@ class Snapshot:
     first: Uint32 = 1
 
     def seal(self, key: bytes, share_key: bytes) -> bytes:
-        """Encrypt the snapshot.
+        """Encrypt the snapshot with the device's sealing key.
 
-        Args:
-            key: The device's sealing key.
-            share_key: The public share encryption key with which the device joined; it is fresh for each join.
+        ``share_key``: the public share encryption key with which the device joined; it is fresh for each join.
         """
         return sealed.seal_record(_CODEC, self, key, _MAGIC, share_key)
 
@@ -64,16 +58,14 @@ class Snapshot:
     def open(cls, raw: bytes, key: bytes, share_key: bytes) -> "Snapshot":
         """Decrypt a snapshot. ``key``, ``share_key``: as for ``seal``.
 
-        Raises:
-            TrustError: It was altered, or taken when the device joined with another key.
+        Raises TrustError: it was altered, or taken when the device joined with another key.
         """
         return sealed.open_record(_CODEC, raw, key, _MAGIC, share_key)
 
     def since(self, round_: int) -> "Snapshot":
-        """The snapshot for a round and later ones; the secrets of earlier rounds do not follow from it.
+        """Keep the snapshot for a round and later ones; the secrets of earlier rounds do not follow from it.
 
-        Raises:
-            TrustError: The round is over.
+        Raises TrustError: the round is over.
         """
         if round_ < self.first:
             raise TrustError(f"the secret of round {round_} of this session is deleted", about="snapshot.round")
@@ -83,7 +75,7 @@ class Snapshot:
         return replace(self, secret=secret, first=round_)
 
     def key(self, plan: Plan, draw: Draw) -> bytes:
-        """The secret (32 bytes) of one draw in one round. Raises as ``since``.
+        """Derive the secret (32 bytes) of one draw in one round. Raises as ``since``.
 
         Guarantee: it is the same for the same plan, whatever its former members, and unrelated to that of any other
         plan or session.
@@ -94,7 +86,7 @@ class Snapshot:
         return derive(self.since(plan.round).secret, b"edgeadapt/training/1", draw.value.encode(), digest)
 
     def generator(self, plan: Plan, draw: Draw) -> np.random.Generator:
-        """The generator of one draw in one round, from its ``key``."""
+        """Seed the generator of one draw in one round with its ``key``."""
         return np.random.default_rng(int.from_bytes(self.key(plan, draw), "big"))
 
 

@@ -117,8 +117,7 @@ class DeviceSettings(Settings):
 class DeviceStateDir:
     """An open state directory. It keeps nothing in memory: open it for every message.
 
-    Args:
-        entropy: Draws the secret of each session.
+    ``entropy`` draws the secret of each session.
     """
 
     folder: Path
@@ -134,11 +133,10 @@ class DeviceStateDir:
         trust: Mapping[str, bytes],
         entropy: Entropy,
     ) -> Self:
-        """Write a state directory.
+        """Write a state directory, of ``settings`` only values that differ from their defaults.
 
         Args:
             folder: Created if it is missing.
-            settings: Only values that differ from their defaults are written.
             identity: The device's key; the authority certifies its public key.
             trust: ``AUTHORITY``, ``COORDINATOR`` and, once issued, ``CERTIFICATE`` → the files' bytes.
         """
@@ -180,7 +178,6 @@ class DeviceStateDir:
 
     @property
     def coordinator(self) -> PublicKey:
-        """The pinned key of the coordinator."""
         return self._parse(PublicKey.from_pem, COORDINATOR)
 
     @property
@@ -188,7 +185,7 @@ class DeviceStateDir:
         return self._parse(IdentityKey.from_pem, IDENTITY)
 
     def base(self) -> FrozenBase:
-        """The frozen base that the settings name: itself, or that of a bundle.
+        """Open the frozen base that the settings name: itself, or that of a bundle.
 
         Raises:
             ConfigError, DataError: As ``find_base`` and ``Bundle.base``.
@@ -200,32 +197,29 @@ class DeviceStateDir:
         return find_base(self.settings.base)
 
     def device(self, base_digest: str) -> Device:
-        """Identity, trust anchors and policy, for the protocol core.
+        """Read identity, trust anchors and policy, for the protocol core.
 
-        Raises:
-            TrustError: A key or certificate is missing or damaged.
+        Raises TrustError: a key or certificate is missing or damaged.
         """
         policy = self.settings.policy.policy(base_digest)
         return Device(self.identity, self.certificate, self.root(), self.coordinator, policy)
 
     def root(self) -> Root:
-        """The pinned authority, with the newest revocation list that this device has accepted.
+        """Read the pinned authority, with the newest revocation list that this device has accepted.
 
-        Raises:
-            TrustError: A file is missing or damaged.
+        Raises TrustError: a file is missing or damaged.
         """
         root = self._parse(Root.from_pem, AUTHORITY)
         return self._parse(root.with_revocations, REVOKED) if (self.folder / REVOKED).exists() else root
 
     def revoke(self, raw: bytes) -> None:
-        """Accept a revocation list, and keep it if it is newer than the one before.
+        """Accept a revocation list, and keep it if it is newer than the previous one.
 
-        Raises:
-            TrustError: The authority did not sign the list, or it is older than the one before.
+        Raises TrustError: the authority did not sign the list, or it is older than the previous one.
         """
-        known = self.root()
-        new = known.with_revocations(raw).revoked
-        if new is not None and new != known.revoked:
+        root = self.root()
+        new = root.with_revocations(raw).revoked
+        if new is not None and new != root.revoked:
             replace(self.folder / REVOKED, new.to_pem())
 
     @contextmanager
@@ -235,10 +229,9 @@ class DeviceStateDir:
             yield
 
     def load_state(self) -> ClientState | None:
-        """The state of the running session, if there is one.
+        """Load the state of the running session, if there is one.
 
-        Raises:
-            TrustError: The sealed state was altered, or belongs to another device.
+        Raises TrustError: the sealed state was altered, or belongs to another device.
         """
         if not (self.folder / STATE).exists():
             return None
@@ -249,11 +242,7 @@ class DeviceStateDir:
         replace(self.folder / STATE, sealed.seal(state, self._read(SEALING_KEY)))
 
     def take_snapshot(self, examples: bytes, share_key: bytes) -> None:
-        """Seal what this device trains on in the session that it joins with the public key ``share_key``.
-
-        Args:
-            share_key: As for ``Snapshot.seal``.
-        """
+        """Seal what this device trains on in the session that it joins. ``share_key``: as for ``Snapshot.seal``."""
         self.save_snapshot(Snapshot(self.entropy.bytes(KEY), examples), share_key)
 
     def save_snapshot(self, snapshot: Snapshot, share_key: bytes) -> None:
@@ -261,10 +250,9 @@ class DeviceStateDir:
         replace(self.folder / SNAPSHOT, snapshot.seal(self._read(SEALING_KEY), share_key))
 
     def load_snapshot(self, share_key: bytes) -> Snapshot:
-        """What this device trains on in the session that it joined with ``share_key``.
+        """Load what this device trains on in the session that it joined with ``share_key``.
 
-        Raises:
-            TrustError: There is no snapshot, or it was altered or is of another session.
+        Raises TrustError: there is no snapshot, or it was altered or is of another session.
         """
         path = self.folder / SNAPSHOT
         if not path.exists():
@@ -273,14 +261,12 @@ class DeviceStateDir:
         return self._parse(partial(Snapshot.open, key=self._read(SEALING_KEY), share_key=share_key), SNAPSHOT)
 
     def delete_snapshot(self) -> None:
-        """Delete it: the session has no further round."""
         (self.folder / SNAPSHOT).unlink(missing_ok=True)
 
     def load(self, kind: type[R]) -> R | None:
-        """What this device keeps of a kind (``KEPT``); None before there is any.
+        """Load what this device keeps of a kind (``KEPT``); None before there is any.
 
-        Raises:
-            TrustError: The file is damaged, or was altered.
+        Raises TrustError: the file is damaged, or was altered.
         """
         name, codec = KEPT[kind]
         if not (self.folder / name).exists():

@@ -60,7 +60,7 @@ class RefusalCode(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """In the place of an answer. ``reason``: one line, which reveals nothing about the device's files."""
+    """Sent instead of an answer. ``reason``: one line, which reveals nothing about the device's files."""
 
     code: RefusalCode
     reason: str
@@ -111,7 +111,7 @@ def answer(
 
 
 def _reason(error: EdgeAdaptError) -> str:
-    """The reason that the coordinator receives: for an error in the device's own files, only its kind."""
+    """Choose the reason that the coordinator receives: for an error in the device's own files, only its kind."""
     if isinstance(error, ProtocolError):
         return " ".join(str(error).split())
     return "cannot take part; the device's log has the reason"
@@ -144,7 +144,7 @@ def _check_in(state_dir: DeviceState, challenge: bytes, node: int) -> bytes:
 
 
 def _eligible(state_dir: DeviceState, readings: Readings) -> Callable[[], None]:
-    """Looks at the machine when it is called, at most every ``LOOK`` seconds; raises ``EligibilityError``."""
+    """Make a check of the machine that runs at most every ``LOOK`` seconds and raises ``EligibilityError``."""
     settings, looked = state_dir.eligibility, -LOOK
 
     def look() -> None:
@@ -267,10 +267,10 @@ def _after_receipt(
 
 
 def _after_plan(state_dir: DeviceState, device: Device, planned: Planned, task: RoundTask, blob: bytes) -> SumHistory:
-    """Verify that the adapter of a plan is far enough from those of earlier sums; the history after it."""
-    known, adapter = state_dir.load(SumHistory), adapter_of(planned.plan, blob)
-    known = known or SumHistory.new(SystemEntropy())
-    return sumhistory.on_plan(known, planned.plan, task, planned.spec, adapter, device.policy.minimum_movement)
+    """Verify that the adapter of a plan is far enough from those of earlier sums. Returns the history after it."""
+    history, adapter = state_dir.load(SumHistory), adapter_of(planned.plan, blob)
+    history = history or SumHistory.new(SystemEntropy())
+    return sumhistory.on_plan(history, planned.plan, task, planned.spec, adapter, device.policy.minimum_movement)
 
 
 def _after_sum(
@@ -278,13 +278,12 @@ def _after_sum(
 ) -> tuple[AdapterState, SumHistory | None]:
     """Verify that the sum over ``survivors`` is over the devices of earlier ones from the same adapter, or a near one.
 
-    Returns:
-        What to save before the device helps to it.
+    Returns what to save before the device helps to it.
     """
     serials = {name: state.ready.serials[name] for name in survivors.vectors}
-    given = state.plan, state.ready.session.spec, serials, device.root.revoked.revoked if device.root.revoked else ()
-    bound = adapterstate.on_survivors(state_dir.load(AdapterState), *given)
-    return bound, sumhistory.on_survivors(state_dir.load(SumHistory), *given)
+    facts = state.plan, state.ready.session.spec, serials, device.root.revoked.revoked if device.root.revoked else ()
+    bound = adapterstate.on_survivors(state_dir.load(AdapterState), *facts)
+    return bound, sumhistory.on_survivors(state_dir.load(SumHistory), *facts)
 
 
 def _save_bound(state_dir: DeviceState, adapter_state: AdapterState, history: SumHistory | None) -> None:
@@ -297,10 +296,10 @@ def _save_bound(state_dir: DeviceState, adapter_state: AdapterState, history: Su
 def _after_unmasking(
     state_dir: DeviceState, device: Device, state: Masked | Confirmed, survivors: Survivors
 ) -> PrivacyLedger:
-    """The privacy ledger after this device reveals its shares for the sum over ``survivors``."""
-    known, ready = state_dir.load(PrivacyLedger) or PrivacyLedger(), state.ready
+    """Charge the privacy ledger for the shares that this device reveals for the sum over ``survivors``."""
+    ledger, ready = state_dir.load(PrivacyLedger) or PrivacyLedger(), state.ready
     return privacyledger.on_survivors(
-        known, ready.session.spec, len(ready.serials), len(survivors.vectors), device.policy
+        ledger, ready.session.spec, len(ready.serials), len(survivors.vectors), device.policy
     )
 
 
@@ -324,7 +323,7 @@ def _proof(fields: Mapping[str, bytes]) -> bytes:
 
 
 def _dealing(joined: Advertised, roster: bytes) -> DerivedEntropy:
-    """Draws the polynomials for a roster, and for the same roster the same ones.
+    """Draw the polynomials for a roster, and for the same roster the same ones.
 
     A device that is restored from a backup could be asked for its shares twice. Each neighbor's are encrypted under one
     key and nonce, so that two dealings would show the difference of their shares.

@@ -1,20 +1,17 @@
 """What a device remembers of the sums without noise for which it revealed shares: from which adapters, over whom.
 
 Two sums from adapters that hardly differ are as two from one adapter: over different devices, their difference is what
-a few of them contributed. So without noise an adapter that is less than ``RoundTask.least_movement`` from
-another one counts as the same. A device helps to a sum from it only over the devices of the last one, less those whose
-certificates were revoked since, with the same task, clip norm and weight cap; and to none if the sum from the other one
-was over devices before those. Every such adapter is remembered, so that small steps do not add up to a large one, and
-none returns. There is no limit on sums over the same devices: such a sum moves the adapter, and more of them free it.
+a few of them contributed. So without noise an adapter that is less than ``RoundTask.least_movement`` from another one
+counts as the same. A device helps to a sum from it only over the devices of the last one, less those whose certificates
+were revoked since, with the same task, clip norm and weight cap; and to none if the sum from the other one was over
+devices before those, or with groups, which other bytes would deal again. Every such adapter is remembered, so that
+small steps do not add up to a large one, and none returns. Sums over the same devices have no limit: they move the
+adapter.
 
-Updates and second moments are compared with each other as well, because sums of both say how many held-out examples
-the adapter answers rightly. With noise, as of every evaluation, the privacy ledger counts.
-
-With groups a device helps to no sum from such an adapter, whose bytes give other groups. Equal bytes are subject to
-``adapterstate`` besides.
-
-What the device refuses follows from what the coordinator sent and from a secret key of the sketches. The file is
-encrypted.
+Updates and second moments are compared with each other as well, because sums of both say how many held-out examples the
+adapter answers rightly. With noise, as of every evaluation, the privacy ledger counts. Equal bytes are subject to
+``adapterstate`` besides. What is refused follows from what the coordinator sent and from a secret key of the sketches.
+The file is encrypted.
 """
 
 import hashlib
@@ -47,18 +44,12 @@ class SumKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What the contributions to a sum followed from.
-
-    Args:
-        adapter: SHA-256 of its file.
-        form: Digest of layout, method and labels.
-        terms: See ``adapterstate.terms``.
-    """
+    """What the contributions to a sum followed from."""
 
     kind: Annotated[SumKind, wire.choice(SumKind)]
-    adapter: Digest
-    form: Digest
-    terms: Digest
+    adapter: Digest  # SHA-256 of its file
+    form: Digest  # digest of layout, method and labels
+    terms: Digest  # from ``adapterstate.terms``
     sketch: Annotated[bytes, wire.blob(SIZE)] = field(repr=False)
 
 
@@ -70,8 +61,7 @@ _POINTS = wire.sequence(_POINT, EARLIER)
 class SameDevices:
     """The last sums of a kind, all over the same devices.
 
-    Args:
-        survivors: Device → serial of the certificate that it had in the last of them.
+    ``survivors``: device → serial of the certificate that it had in the last of them.
     """
 
     kind: Annotated[SumKind, wire.choice(SumKind)]
@@ -83,27 +73,21 @@ class SameDevices:
 class PlannedSum:
     """The round without noise that the device trained for last.
 
-    Args:
-        bound: The kinds of earlier sums over whose devices this one has to be.
-        movement: Distance to the nearest adapter of them, weight units.
-        least: What it is compared with.
+    ``bound``: the kinds of earlier sums over whose devices this one has to be.
     """
 
     point: Annotated[Point, _POINT]
     bound: Annotated[tuple[SumKind, ...], wire.sequence(wire.choice(SumKind), len(SumKind))]
-    movement: Annotated[float, wire.real]
-    least: Annotated[float, wire.real]
+    movement: Annotated[float, wire.real]  # distance to the nearest adapter of them, weight units
+    least: Annotated[float, wire.real]  # limit for ``movement``
 
 
 @dataclass(frozen=True, slots=True)
 class SumHistory:
-    """The sums without noise to which a device helped.
+    """The sums without noise to which a device helped. Law: ``open(seal(h, k), k) == h``.
 
-    Law: ``open(seal(h, k), k) == h``.
-
-    Args:
-        earlier: Of the last ``EARLIER`` sums that were over other devices than these, the oldest first.
-        round: The one under way.
+    ``earlier``: the last ``EARLIER`` sums that were over other devices than these, the oldest first; ``round``: the one
+    under way.
     """
 
     key: Annotated[bytes, wire.fixed(32)] = field(repr=False)
@@ -113,7 +97,7 @@ class SumHistory:
 
     @classmethod
     def new(cls, entropy: Entropy) -> "SumHistory":
-        """That of a device before its first round. ``entropy`` draws the key."""
+        """Begin the history of a device before its first round. ``entropy`` draws the key."""
         return cls(entropy.bytes(32))
 
     def seal(self, key: bytes) -> bytes:
@@ -122,11 +106,7 @@ class SumHistory:
 
     @classmethod
     def open(cls, raw: bytes, key: bytes) -> "SumHistory":
-        """Decrypt it.
-
-        Raises:
-            TrustError: It was altered, or sealed with another key.
-        """
+        """Decrypt it. Raises TrustError: it was altered, or sealed with another key."""
         return sealed.open_record(_CODEC, raw, key, _MAGIC)
 
 
@@ -136,15 +116,10 @@ _CODEC: Codec[SumHistory] = wire.record(SumHistory)
 def on_plan(
     known: SumHistory, plan: Plan, task: RoundTask, spec: SessionSpec, adapter: Tensors, share: float
 ) -> SumHistory:
-    """The history to save before the contribution to a round leaves.
+    """Make the history to save before the contribution to a round leaves; unchanged in a session with noise.
 
-    Args:
-        spec: Of the session; with noise, nothing changes.
-        share: As of ``RoundTask.least_movement``.
-
-    Raises:
-        ProtocolError: The adapter is too near to one from which there was a sum over earlier devices, on other terms,
-            or in other groups.
+    ``share``: as of ``RoundTask.least_movement``. Raises ProtocolError: the adapter is too near to one from which there
+    was a sum over earlier devices, on other terms, or in other groups.
     """
     if spec.privacy is not None:
         return known
@@ -153,22 +128,22 @@ def on_plan(
         raise _refused("such a round has no sums without noise", "offer.spec.vector", version)
     now = _point(known, plan, spec, task, adapter)
     least = task.least_movement(spec.clip_norm, spec.vector.segments[0].size, share)
-    for each in known.earlier:
-        if (far := _separation(each, now, task)) < least:
+    for point in known.earlier:
+        if (far := _separation(point, now, task)) < least:
             text = f"adapter {version} is {far:.1g} from an earlier one, less than {least:.1g}, and the sum from that "
             raise _refused(f"{text}was over other devices", "plan.movement", version)
     bound, movement = list[SumKind](), least
     for sums in known.last:
-        near = {each: far for each in sums.points if (far := _separation(each, now, task)) < least}
+        near = {point: far for point in sums.points if (far := _separation(point, now, task)) < least}
         if near:
             bound.append(sums.kind)
             movement = min(movement, *near.values())
-        for each in near:
-            if each.kind is now.kind and each.terms != now.terms:
-                text = f"adapter {version} has moved by {near[each]:.1g} since it was trained with other settings, "
+        for point in near:
+            if point.kind is now.kind and point.terms != now.terms:
+                text = f"adapter {version} has moved by {near[point]:.1g} since it was trained with other settings, "
                 raise _refused(f"{text}clip norm or weight cap, less than {least:.1g}", "plan.terms", version)
-            if spec.grouping and each.adapter != now.adapter:
-                text = f"adapter {version} has moved by {near[each]:.1g} since the last sum, less than {least:.1g}"
+            if spec.grouping and point.adapter != now.adapter:
+                text = f"adapter {version} has moved by {near[point]:.1g} since the last sum, less than {least:.1g}"
                 raise _refused(f"{text}, and has other groups", "plan.groups", version)
     return replace(known, round=PlannedSum(now, tuple(bound), movement, least))
 
@@ -176,15 +151,11 @@ def on_plan(
 def on_survivors(
     known: SumHistory | None, plan: Plan, spec: SessionSpec, survivors: Mapping[str, int], revoked: Container[int]
 ) -> SumHistory | None:
-    """The history after the device reveals shares for a sum or, with groups, signs its survivor set.
+    """Make the history after the device reveals shares for a sum or, with groups, signs its survivor set.
 
-    Args:
-        spec: Of the session; with noise, nothing changes.
-        survivors, revoked: As of ``adapterstate.on_survivors``.
-
-    Raises:
-        ProtocolError: The device trained for another plan since, or the adapter is near to one from which the last sum
-            was over other devices.
+    ``survivors`` and ``revoked`` are those of ``adapterstate.on_survivors``; with noise, nothing changes. Raises
+    ProtocolError: the device trained for another plan since, or the adapter is near to one from which the last sum was
+    over other devices.
     """
     if spec.privacy is not None:
         return known
@@ -213,7 +184,7 @@ def _point(known: SumHistory, plan: Plan, spec: SessionSpec, task: RoundTask, ad
 
 
 def _separation(before: Point, now: Point, task: RoundTask) -> float:
-    """The distance between the adapters of two sums; 0 if they cannot be compared."""
+    """Measure the distance between the adapters of two sums; 0 if they cannot be compared."""
     if before.form != now.form:
         return 0.0
     parts = task.influencing()

@@ -1,8 +1,8 @@
 """Which labels a device's examples have: those of its signed bundle, or of the first task that it trained.
 
-Examples with a label that the task lacks do not count, and names in a task say which do. A coordinator that chose the
-labels anew for a round would get a sum over only the devices that have examples of these. So it does not choose them:
-a task has the labels of an adapter in the device's bundle, in their order. A base in a plain folder has no list of
+Examples with a label that the task lacks do not count, and names in a task say which do. A coordinator that chose new
+labels for a round would get a sum over only the devices that have examples of these. So it does not choose them: a task
+has the labels of an adapter in the device's bundle, in their order. A base in a plain folder does not have a list of
 labels; there the first task's are remembered, until the owner runs ``edgeadapt device forget``. Whether a plan is
 refused follows from these lists alone, before an example is read.
 """
@@ -25,12 +25,7 @@ from edgeadapt.formats.bundle import VerifiedBase, adapter_names
 
 @dataclass(frozen=True, slots=True)
 class TaskLabels:
-    """The labels of the last task that a device trained.
-
-    Args:
-        base: Digest of the frozen base, hex.
-        encoded: The labels as JSON.
-    """
+    """The labels of the last task that a device trained, as JSON. ``base``: digest of the frozen base, hex."""
 
     base: HexDigest
     encoded: Annotated[bytes, wire.blob(MAX_TRAINING)]
@@ -41,7 +36,7 @@ class TaskLabels:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The labels, in order; none of a language model."""
+        """Labels in order; none of a language model."""
         return tuple(jsontext.decode(self.encoded))
 
 
@@ -49,10 +44,7 @@ TASK_LABELS: Codec[TaskLabels] = wire.record(TaskLabels)
 
 
 def on_plan(known: TaskLabels | None, base: FrozenBase, labels: tuple[str, ...]) -> TaskLabels:
-    """The labels to remember after the device took part in a round with these ``labels``.
-
-    Args:
-        known: Those of the task before; None before the first.
+    """Check the ``labels`` of a round, and return those to remember; ``known`` is None before the first task.
 
     Raises:
         DataError, TrustError: An adapter's manifest in the bundle is missing, or no trusted key signed it.
@@ -69,10 +61,9 @@ def on_plan(known: TaskLabels | None, base: FrozenBase, labels: tuple[str, ...])
 
 
 def signed_labels(base: FrozenBase) -> tuple[tuple[str, ...], ...]:
-    """The labels of each adapter in the bundle of a base that was not made on this device; none of a plain folder.
+    """List the labels of each adapter in the bundle of a base that was not made on this device; none of a plain folder.
 
-    Raises:
-        DataError, TrustError: As ``Bundle.adapter_manifest``.
+    Raises DataError, TrustError as ``Bundle.adapter_manifest``.
     """
     if not isinstance(base, VerifiedBase):
         return ()
@@ -82,7 +73,7 @@ def signed_labels(base: FrozenBase) -> tuple[tuple[str, ...], ...]:
 
 
 def _refusal(labels: Sequence[str], own: Sequence[str], whose: str, remedy: str) -> ProtocolError:
-    """Of a task with ``labels``, which are not ``own``; it names the first that differs."""
+    """Refuse a task whose ``labels`` are not ``own``; names the first that differs."""
     pairs = list(zip_longest(labels, own))
     number = next(i for i, (found, expected) in enumerate(pairs) if found != expected)
     found, expected = ("missing" if name is None else repr(name[:40]) for name in pairs[number])

@@ -47,19 +47,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class TrainingDevice:
-    """What a device trains with.
+    """What a device trains with. ``step``: called before each batch; ``EligibilityError`` from it ends the training."""
 
-    Args:
-        base: The frozen base, or that of a bundle with a training graph.
-        examples: Path of the examples, for messages.
-        kept: The private parts.
-        step: Called before each batch; ``EligibilityError`` from it ends the training.
-    """
-
-    base: FrozenBase
-    examples: Path
+    base: FrozenBase  # a plain one, or that of a bundle with a training graph
+    examples: Path  # for messages
     limits: TrainingLimits
-    kept: PrivateParts | None = None
+    kept: PrivateParts | None = None  # the private parts
     choose: TrainerOf = trainer_of
     step: Callable[[], object] = lambda: None
 
@@ -67,10 +60,7 @@ class TrainingDevice:
 def contribute(
     device: TrainingDevice, planned: Planned, task: RoundTask, blob: bytes, snapshot: Snapshot
 ) -> tuple[Ring, PrivateParts | None]:
-    """Contribute to a round.
-
-    Args:
-        planned: The session, in which the device accepted a plan.
+    """Contribute to a round of a session in which the device accepted a plan.
 
     Returns:
         The contribution; and the private parts to keep, None if there are none. What fails once the examples matter
@@ -102,11 +92,7 @@ def contribute(
 
 
 def adapter_of(plan: Plan, blob: bytes) -> Tensors:
-    """The adapter of a plan, from its file.
-
-    Raises:
-        ProtocolError: The file is not the plan's, or damaged.
-    """
+    """Read the adapter of a plan from its file. Raises ProtocolError: the file is not the plan's, or damaged."""
     if files.sha256(blob) != plan.adapter_digest:
         reason = "the adapter in the message does not match the digest in the plan"
         raise ProtocolError(reason, COORDINATOR, about="plan.adapter_digest")
@@ -120,11 +106,8 @@ def check_bounds(spec: SessionSpec, layout: Layout, task: RoundTask) -> None:
     """Check that the bounds in the offer admit every contribution that a device can make.
 
     A tighter bound would tell devices apart by whether they can answer: those that cannot have more examples, or a
-    greater loss, than a number that the coordinator chose.
-
-    Raises:
-        ProtocolError: The vector in the offer is not that of this task, layout, clip norm and weight cap, or the
-            adapter lacks what the task asks for.
+    greater loss, than a number that the coordinator chose. Raises ProtocolError: the vector in the offer is not that of
+    this task, layout, clip norm and weight cap, or the adapter lacks what the task asks for.
     """
     try:
         fair = task.vector(layout, Bounds.of(spec))
@@ -138,11 +121,7 @@ def check_bounds(spec: SessionSpec, layout: Layout, task: RoundTask) -> None:
 
 
 class LocalRound:
-    """A round on a device (``edgeadapt.rounds.roundtask.DeviceRound``).
-
-    Attributes:
-        parts: The private parts to keep after it.
-    """
+    """A round on a device (``edgeadapt.rounds.roundtask.DeviceRound``). ``parts``: the private parts to keep."""
 
     def __init__(
         self,
@@ -212,16 +191,16 @@ class LocalRound:
 
     @property
     def _counted(self) -> tuple[Example, ...]:
-        """The held-out examples that count in a sum without noise."""
+        """Held-out examples that count in a sum without noise."""
         return self.held_out[: self.spec.weight_cap]
 
     @cached_property
     def _classifier(self) -> ClassifierTrainer:
-        """Embeds with the adapter on offer alone: devices are in one space of embeddings, without private parts."""
+        """Embed with the adapter on offer alone: devices are in one space of embeddings, without private parts."""
         return classifier_trainer(self.device.base, len(self.task.labels), self.task.peft_config)
 
     def _begun(self, task: Task) -> Tensors:
-        """The adapter on offer, with the device's private parts."""
+        """Take the adapter on offer, with the device's private parts."""
         kept = self.device.kept
         own = kept.start(self._subject(task), self.plan.digest()) if kept else None
         return with_private(self.start, own, task)
@@ -238,19 +217,19 @@ class LocalRound:
 
 
 def _or_else(attempt: Callable[[], T], otherwise: Callable[[], T]) -> T:
-    """What ``attempt`` makes of the examples; what ``otherwise`` makes, if anything fails."""
+    """Return what ``attempt`` makes of the examples; what ``otherwise`` makes, if anything fails."""
     try:
         return attempt()
     except (KeyboardInterrupt, SystemExit, EligibilityError):
         raise
-    except BaseException as error:  # the tokenizer is in Rust, whose panics are no Exception
+    except BaseException as error:  # a panic of the tokenizer, in Rust, is not an Exception
         about = error.about if isinstance(error, EdgeAdaptError) else type(error).__name__
         log.warning("contributed nothing: %s", _unquoted(error), extra={"about": about})
         return otherwise()
 
 
 def _usable(examples: Sequence[Example], task: RoundTask) -> tuple[Example, ...]:
-    """The examples whose labels the task has."""
+    """Keep the examples whose labels the task has."""
     usable = tuple(example for example in examples if example.label < len(task.labels))
     if len(usable) < len(examples):
         log.warning("%d examples have a label that the task lacks", len(examples) - len(usable))
@@ -258,13 +237,13 @@ def _usable(examples: Sequence[Example], task: RoundTask) -> tuple[Example, ...]
 
 
 def _score(trainer: LocalTrainer, adapter: Tensors, held_out: Sequence[Example]) -> Score:
-    """The score of an adapter; where a loss is not a number, the worst."""
+    """Score an adapter; where a loss is not a number, the worst."""
     score = trainer.score(adapter, held_out)
     return score if math.isfinite(score.loss) else Score.worst(score.count)
 
 
 def _unquoted(error: BaseException) -> str:
-    """What failed, without the text of a library's exception, which may quote an example."""
+    """Say what failed, without the text of a library's exception, which may quote an example."""
     if isinstance(error, EdgeAdaptError):
         return str(error)
     place = traceback.extract_tb(error.__traceback__)[-1]

@@ -21,7 +21,7 @@ from edgeadapt.formats import jsontext, storage
 from edgeadapt.formats.layout import Tensors
 
 Doubles = NDArray[np.float64]
-TOKENS = 512  # of one pass, which bounds its memory; with MiniLM 0.4 MB a token
+TOKENS = 512  # tokens of one pass, which bounds its memory; with MiniLM 0.4 MB a token
 LONGEST_PAUSE = 60.0  # seconds
 MAX_STATE = 2**30  # bytes
 MAGIC = b"edgeadapt/training/1\x00"
@@ -44,54 +44,47 @@ class TrainingState:
     best: Best | None = None
 
     def encode(self) -> bytes:
-        """The length of a JSON text in 4 bytes, the text, which lists the arrays, and their numbers.
+        """Encode the length of a JSON text in 4 bytes, the text, which lists the arrays, and their numbers.
 
         Law: ``decode(encode(s))`` is ``s``, to the bit.
         """
         best = {} if self.best is None else {f"best/{name}": value for name, value in self.best.values.items()}
         named = {f"value/{name}": value for name, value in self.values.items()}
-        found: dict[str, Any] = named | best | {f"buffer/{name}": value for name, value in self.buffers.items()}
+        arrays: dict[str, Any] = named | best | {f"buffer/{name}": value for name, value in self.buffers.items()}
         counts = [self.steps, *([] if self.best is None else [self.best.loss, self.best.stale])]
-        found["counts"] = np.array(counts, np.float64)
-        head = jsontext.encode([[name, value.dtype.str, value.shape] for name, value in found.items()])
-        return len(head).to_bytes(4, "big") + head + b"".join(value.tobytes() for value in found.values())
+        arrays["counts"] = np.array(counts, np.float64)
+        head = jsontext.encode([[name, value.dtype.str, value.shape] for name, value in arrays.items()])
+        return len(head).to_bytes(4, "big") + head + b"".join(value.tobytes() for value in arrays.values())
 
     @classmethod
     def decode(cls, raw: bytes) -> "TrainingState":
         """Read what ``encode`` wrote. Raises TrustError if it is something else."""
         try:
             at = 4 + int.from_bytes(raw[:4], "big")
-            found: dict[str, NDArray[Any]] = {}
+            arrays: dict[str, NDArray[Any]] = {}
             for name, kind, shape in jsontext.decode(raw[4:at]):
                 value = np.frombuffer(raw, {"<f4": np.float32, "<f8": np.float64}[kind], math.prod(shape), at)
-                found[name] = value.reshape(shape).copy()
+                arrays[name] = value.reshape(shape).copy()
                 at += value.nbytes
-            steps, *rest = found.pop("counts").tolist()
-            best = Best(rest[0], _under("best/", found), int(rest[1])) if rest else None
-            return cls(int(steps), _under("value/", found), _under("buffer/", found), best)
+            steps, *rest = arrays.pop("counts").tolist()
+            best = Best(rest[0], _under("best/", arrays), int(rest[1])) if rest else None
+            return cls(int(steps), _under("value/", arrays), _under("buffer/", arrays), best)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise TrustError("no state of a training", about="training.state") from error
 
 
 @dataclass(slots=True)
 class TrainingCheckpoint:
-    """Where a training that may be killed keeps its state, encrypted.
+    """Where a training that may be killed keeps its state, encrypted."""
 
-    Args:
-        path: Of the file, in a private folder.
-        key: 32 bytes that never leave the device.
-        subject: What the training is of. The state of another one is not continued.
-        every: Seconds between two states.
-    """
-
-    path: Path
-    key: bytes = field(repr=False)
-    subject: bytes
-    every: float = 10.0
+    path: Path  # in a private folder
+    key: bytes = field(repr=False)  # 32 bytes that never leave the device
+    subject: bytes  # digest of the training; the state of another one is not continued
+    every: float = 10.0  # seconds between two states
     _written: float = field(default_factory=time.monotonic, repr=False)
 
     def read(self) -> TrainingState | None:
-        """The state, if there is one of this training; what is damaged, or of another training, is left out."""
+        """Read the state, if there is one of this training; what is damaged, or of another training, is left out."""
         try:
             raw = storage.read(self.path, MAX_STATE).removeprefix(MAGIC)
             return TrainingState.decode(sealed.decrypt(raw, self.key, MAGIC + self.subject))
@@ -115,29 +108,23 @@ class TrainingControl:
     """The limits of a training.
 
     Args:
-        seconds: After which no step begins: the training ends with what it has.
         duty_cycle: Share of the time in which it computes, above 0: after each step it pauses, so that a battery lasts
             longer and a device stays cool.
-        gradient_norm: Largest L2 norm of a step's gradient, to which it is clipped.
         unfailing: Whether a gradient that is not finite counts as zero, as in a round, which no example may end. On a
             device of one's own it is an error, which says that the learning rate is too high.
         tokens: Most tokens of one pass, with padding. A larger batch is run in parts, whose gradients add up to its own
             (gradient accumulation), so that this bounds memory.
-        patience: Epochs without a lower loss on held-out examples after which the training ends; 0: never.
         held_out: The loss of an adapter on held-out examples; needed with a patience.
-        until: Whether an adapter needs no further step.
-        checkpoint: Where the state is kept.
-        clock, sleep: Of the machine.
     """
 
-    seconds: float = math.inf
+    seconds: float = math.inf  # no step begins after them: the training ends with what it has
     duty_cycle: float = 1.0
-    gradient_norm: float = math.inf
+    gradient_norm: float = math.inf  # largest L2 norm of a step's gradient, to which it is clipped
     unfailing: bool = False
     tokens: int = TOKENS
-    patience: int = 0
+    patience: int = 0  # epochs without a lower loss on held-out examples after which the training ends; 0: never
     held_out: Callable[[Tensors], float] | None = None
-    until: Callable[[Tensors], bool] | None = None
+    until: Callable[[Tensors], bool] | None = None  # whether an adapter needs no further step
     checkpoint: TrainingCheckpoint | None = None
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], object] = time.sleep
@@ -149,14 +136,14 @@ class TrainingControl:
 
     @contextmanager
     def paced(self) -> Iterator[None]:
-        """A step, and the pause after it."""
+        """Run a step, and pause after it."""
         begun = self.clock()
         yield
         if self.duty_cycle < 1:
             self.sleep(min((self.clock() - begun) * (1 / self.duty_cycle - 1), LONGEST_PAUSE))
 
     def judged(self, best: Best | None, trained: Tensors, whole: Tensors) -> Best | None:
-        """The best tensors after an epoch: these, or the ones before, which are one epoch older now."""
+        """Choose the best tensors after an epoch: these, or the previous ones, which are one epoch older now."""
         if self.held_out is None:
             return None
         loss = self.held_out(whole)

@@ -33,11 +33,9 @@ class Optimizer(Protocol):
     buffers: dict[str, Doubles]
 
     def step(self, parameters: Tensors, gradients: Tensors, factor: float = 1.0) -> None:
-        """Replace each parameter that has a gradient; their arrays stay as they are.
+        """Replace each parameter that has a gradient (the same ones in each step); their arrays stay as they are.
 
-        Args:
-            gradients: Of some of the parameters, the same ones in each step.
-            factor: Of the learning rate.
+        ``factor``: of the learning rate.
         """
         ...
 
@@ -55,8 +53,8 @@ class AdamW:
         self.steps += 1
         first_bias, second_bias = (1 - beta**self.steps for beta in BETAS)
         rate = factor * self.learning_rate
-        for name, found in gradients.items():
-            gradient = found.astype(np.float64)
+        for name, raw in gradients.items():
+            gradient = raw.astype(np.float64)
             first, second = (self.buffers.get(f"{name}.{n}", np.zeros(gradient.shape)) for n in ("first", "second"))
             first = BETAS[0] * first + (1 - BETAS[0]) * gradient
             second = BETAS[1] * second + (1 - BETAS[1]) * gradient**2
@@ -77,8 +75,8 @@ class SGD:
 
     def step(self, parameters: Tensors, gradients: Tensors, factor: float = 1.0) -> None:
         self.steps += 1
-        for name, found in gradients.items():
-            change = found.astype(np.float64)
+        for name, raw in gradients.items():
+            change = raw.astype(np.float64)
             if self.momentum:
                 change += self.momentum * self.buffers.get(name, np.zeros(change.shape))
                 self.buffers[name] = change
@@ -107,7 +105,6 @@ def descend(
         start: All tensors of the adapter, finite, and R of Fed-SB if the task trains it.
         order: The batches of all epochs, as indices of examples.
         gradients_of: Tensors and batch → its mean loss, and the gradients by at least the trained tensors.
-        task: Optimizer, learning rate and its schedule, weight decay, proximal term, clipping and parts.
         step: Called before each batch; an exception that it raises ends the training.
         epochs: Passes over the examples in ``order``.
         control: Limits of this device; what it keeps of a training that was interrupted is continued.
@@ -127,24 +124,24 @@ def descend(
     fits = kept is not None and kept.values.keys() == set(trained)
     state = kept if kept and fits else TrainingState(0, {name: start[name] for name in trained}, {})
     optimizer.steps, optimizer.buffers, values = state.steps, dict(state.buffers), start | state.values
-    begun, best, each = control.clock(), state.best, len(order) // max(epochs, 1)
+    begun, best, per_epoch = control.clock(), state.best, len(order) // max(epochs, 1)
     limit, odd = min(task.gradient_norm or math.inf, control.gradient_norm), 0
     for number in range(state.steps, len(order)):
         if control.ends(begun, best, values):
             break
         step()
         with control.paced():
-            loss, found = gradients_of(values, order[number])
-            if not (np.isfinite(loss) and all(np.isfinite(found[name]).all() for name in trained)):
+            loss, raw = gradients_of(values, order[number])
+            if not (np.isfinite(loss) and all(np.isfinite(raw[name]).all() for name in trained)):
                 if not control.unfailing:
                     raise DataError("the training loss is not finite; lower the learning rate", about="training.loss")
-                found, odd = {name: np.zeros_like(start[name]) for name in trained}, odd + 1
-            gradients = regularized({name: found[name] for name in trained}, values, start, task)
+                raw, odd = {name: np.zeros_like(start[name]) for name in trained}, odd + 1
+            gradients = regularized({name: raw[name] for name in trained}, values, start, task)
             with np.errstate(over="ignore"):
                 optimizer.step(values, clipped(gradients, limit), schedule(task.schedule, number, len(order)))
             if control.unfailing:
                 values |= {n: np.clip(values[n], start[n] - DISTANCE, start[n] + DISTANCE) for n in trained}
-        if control.patience and (number + 1) % each == 0:
+        if control.patience and (number + 1) % per_epoch == 0:
             best = control.judged(best, {name: values[name] for name in trained}, values)
         if checkpoint and checkpoint.due():
             now = {name: values[name] for name in trained}
@@ -155,7 +152,7 @@ def descend(
 
 
 def regularized(gradients: Tensors, values: Tensors, start: Tensors, task: Task) -> Tensors:
-    """Gradients with those of the task's proximal term and, with SGD, of its weight decay.
+    """Add the gradients of the task's proximal term and, with SGD, of its weight decay.
 
     The proximal term is FedProx's (Li et al. 2020); Ditto's personal objective is the same (Li et al. 2021).
     """
@@ -175,15 +172,12 @@ def optimizer_of(task: Task) -> Optimizer:
 
 
 def schedule(kind: RateSchedule, number: int, steps: int) -> float:
-    """The factor of the learning rate at a step, from 1 on; transformers' schedules without warm-up.
+    """Compute the factor of the learning rate at step ``number``, from 0 on; transformers' schedules without warm-up.
+
+    ``kind``: ``CONSTANT``, ``LINEAR`` to 0, or half a period of a ``COSINE`` to 0 (Loshchilov and Hutter 2017).
 
     >>> [round(schedule(RateSchedule.LINEAR, n, 4), 2) for n in range(4)]
     [1.0, 0.75, 0.5, 0.25]
-
-    Args:
-        kind: ``CONSTANT``, ``LINEAR`` to 0, or half a period of a ``COSINE`` to 0 (Loshchilov and Hutter 2017).
-        number: Of the step, from 0 on.
-        steps: Of the whole training.
     """
     match kind:
         case RateSchedule.CONSTANT:
@@ -195,7 +189,7 @@ def schedule(kind: RateSchedule, number: int, steps: int) -> float:
 
 
 def clipped(gradients: Mapping[str, NDArray[np.float32]], limit: float) -> Tensors:
-    """Gradients whose L2 norm over all of them is at most ``limit`` (Pascanu et al. 2013); torch's, to its 1e-6."""
+    """Scale gradients to an L2 norm over all of at most ``limit`` (Pascanu et al. 2013); torch's, to its 1e-6."""
     if limit == math.inf:
         return dict(gradients)
     norm = math.sqrt(sum(float(np.square(value, dtype=np.float64).sum()) for value in gradients.values()))
@@ -206,8 +200,7 @@ def clipped(gradients: Mapping[str, NDArray[np.float32]], limit: float) -> Tenso
 def finite(trained: Tensors) -> Tensors:
     """Check that trained tensors are finite, and return them. After the last step, no loss shows it.
 
-    Raises:
-        DataError: One holds NaN or infinity.
+    Raises DataError: one holds NaN or infinity.
     """
     if not all(np.isfinite(tensor).all() for tensor in trained.values()):
         raise DataError("the trained adapter is not finite; lower the learning rate", about="training.adapter")

@@ -15,58 +15,42 @@ from tokenizers import Tokenizer
 from aggregation.errors import ConfigError, DataError
 from client.training.examples import Example
 
-MAX_TOKENS = 128  # of a prompt with its text
+MAX_TOKENS = 128  # tokens of a prompt with its text
 Template = Callable[[list[dict[str, str]], bool], str]  # messages, whether an answer shall follow → text
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """An example for training.
+    """An example for training."""
 
-    Attributes:
-        ids: Of all tokens, shape ``(tokens,)``.
-        targets: The tokens that are learned, which follow each other, or the label.
-        first: Where the token before the first target is; None: the target is a label.
-        size: Bytes of the text that the targets stand for, at least 1.
-        cut: Whether the text went on.
-    """
-
-    ids: NDArray[np.int64]
-    targets: NDArray[np.int64]
-    first: int | None
-    size: int = 1
-    cut: bool = False
+    ids: NDArray[np.int64]  # all tokens, shape ``(tokens,)``
+    targets: NDArray[np.int64]  # the tokens that are learned, which follow each other, or the label
+    first: int | None  # where the token before the first target is; None: the target is a label
+    size: int = 1  # bytes of the text that the targets stand for, at least 1
+    cut: bool = False  # the text went on
 
     @property
     def positions(self) -> NDArray[np.int64]:
-        """Where the token before each target is."""
+        """Positions of the token before each target."""
         return (self.first or 0) + np.arange(len(self.targets))
 
 
 @dataclass(frozen=True, slots=True)
 class TextEncoder:
-    """What a base's texts become.
+    """Encodes a base's texts."""
 
-    Args:
-        tokenizer: Of the base, without truncation and padding.
-        template: Its chat template; None if it has none.
-        end: The token that ends a text.
-        longest: Tokens of the longest text.
-    """
-
-    tokenizer: Tokenizer
-    template: Template | None
-    end: int
-    longest: int
+    tokenizer: Tokenizer  # the base's, without truncation and padding
+    template: Template | None  # its chat template; None if it has none
+    end: int  # the token that ends a text
+    longest: int  # tokens of the longest text
 
     @classmethod
     def of(
         cls, tokenizer: Tokenizer, template: Template | None, end: int, limit: int | None, virtual: int
     ) -> "TextEncoder":
-        """Of a base that reads ``limit`` tokens, or any number, of which the first ``virtual`` are an adapter's.
+        """Make the encoder of a base that reads ``limit`` tokens, or any number, ``virtual`` of them an adapter's.
 
-        Raises:
-            ConfigError: These leave no room for two tokens of a text.
+        Raises ConfigError: these leave no room for two tokens of a text.
         """
         if limit is not None and limit - virtual < 2:
             raise ConfigError(
@@ -80,7 +64,7 @@ class TextEncoder:
         return cls(tokenizer, template, end, MAX_TOKENS if limit is None else min(MAX_TOKENS, limit - virtual))
 
     def encode(self, example: Example) -> Encoded:
-        """Tokens and targets of an example.
+        """Make tokens and targets of an example.
 
         Raises:
             ConfigError: The chat template does not begin an answer with its prompt.
@@ -88,9 +72,9 @@ class TextEncoder:
         """
         prompt, text, after = self._rendered(example)
         asked = self.tokenizer.encode(prompt, add_special_tokens=False).ids if prompt else []
-        found = self.tokenizer.encode(text, add_special_tokens=False)
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
         closing = self.tokenizer.encode(after, add_special_tokens=False).ids if after else [self.end]
-        ids = [*asked, *found.ids, *closing]
+        ids = [*asked, *encoding.ids, *closing]
         first = max(len(asked), 1)  # the first token that is learned
         if len(ids) <= first or first >= self.longest:
             raise DataError(
@@ -98,18 +82,18 @@ class TextEncoder:
             )
         ids, cut = ids[: self.longest], len(ids) > self.longest
         # Offsets are in characters of the text, which its first token may begin without being learned.
-        spans = found.offsets[first - len(asked) : len(ids) - len(asked)]
+        spans = encoding.offsets[first - len(asked) : len(ids) - len(asked)]
         size = len(text[spans[0][0] : spans[-1][1]].encode()) if spans else 0
         return Encoded(np.array(ids), np.array(ids[first:]), first - 1, max(size, 1), cut)
 
     def _rendered(self, example: Example) -> tuple[str, str, str]:
-        """What comes before the text, the text, and what closes it: the end token where that is empty."""
+        """Render what comes before the text, the text, and what closes it: the end token where that is empty."""
         if not example.prompt or self.template is None:
             return example.prompt, example.text, ""
         asked = {"role": "user", "content": example.prompt}
         prompt = self.template([asked], True)
         whole = self.template([asked, {"role": "assistant", "content": example.text}], False)
-        before, found, after = whole.removeprefix(prompt).partition(example.text)
-        if not whole.startswith(prompt) or before or not found:
+        before, middle, after = whole.removeprefix(prompt).partition(example.text)
+        if not whole.startswith(prompt) or before or not middle:
             raise ConfigError("the base's chat template changes a prompt or an answer", about="chat_template")
         return prompt, example.text, after

@@ -17,13 +17,13 @@ TrainerOf = Callable[[FrozenBase, int, PeftConfig], LocalTrainer]  # base, label
 
 
 def _key(base: FrozenBase, *rest: object) -> object:
-    """What a trainer is of: a bundle's base is that of its folder as long as its files stay the same."""
+    """Key of a trainer: a bundle's base is that of its folder as long as its files stay the same."""
     files = (base.folder, *sorted(base.manifest.files.items())) if isinstance(base, VerifiedBase) else base
     return files, *rest
 
 
 def open_trainer(base: FrozenBase, labels: int, config: PeftConfig) -> LocalTrainer:
-    """A trainer of its own, of a classifier or, without labels, of a language model.
+    """Open a trainer of its own, of a classifier or, without labels, of a language model.
 
     Raises:
         ConfigError: The base cannot be opened, has no training graph or, for a classifier, another head than one over
@@ -44,12 +44,12 @@ def open_trainer(base: FrozenBase, labels: int, config: PeftConfig) -> LocalTrai
 
 @cached(LRUCache(maxsize=2), key=_key, lock=Lock())
 def classifier_trainer(base: FrozenBase, labels: int, config: PeftConfig) -> ClassifierTrainer:
-    """The trainer of a federation's classifier, which stays loaded for the next message. Raises as ``open_trainer``."""
+    """Open the trainer of a federation's classifier, which stays loaded. Raises as ``open_trainer``."""
     return cast(ClassifierTrainer, open_trainer(base, labels, config))
 
 
 def language_trainer(base: FrozenBase, config: PeftConfig) -> LanguageTrainer:
-    """The trainer of a language model, which stays loaded. Raises as ``open_trainer``."""
+    """Open the trainer of a language model, which stays loaded. Raises as ``open_trainer``."""
     return _with_graph(base, config) if isinstance(base, VerifiedBase) else _with_torch(base, config)
 
 
@@ -63,5 +63,5 @@ _with_torch = cached(LRUCache(maxsize=2), key=_key, lock=Lock())(_language)
 
 
 def trainer_of(base: FrozenBase, labels: int, config: PeftConfig) -> LocalTrainer:
-    """The trainer of a classifier or, without labels, of a language model. Raises as ``open_trainer``."""
+    """Open the trainer of a classifier or, without labels, of a language model. Raises as ``open_trainer``."""
     return classifier_trainer(base, labels, config) if labels else language_trainer(base, config)

@@ -14,11 +14,10 @@ from edgeadapt.rounds.evaluation import SIZE, EvaluationTask
 
 
 def own_counts(bundle: Path, task: EvaluationTask, examples: Sequence[Example]) -> NDArray[np.float64]:
-    """Right answers and examples, under the newest release and under the one before.
+    """Count right answers and examples, under the newest release and under the previous one.
 
     Args:
         bundle: Folder of the device's bundle, verified as for every answer; ``trust.pem`` is next to it.
-        task: Of the round.
         examples: Held out, with numbers of ``task.labels``.
 
     Returns:
@@ -43,7 +42,7 @@ def own_counts(bundle: Path, task: EvaluationTask, examples: Sequence[Example]) 
 
 
 def _is_right(session: ClassificationSession, adapter: str, example: Example, label: str) -> bool:
-    """Whether it is the answer. A text of which the base knows no part has none."""
+    """Whether it is the answer. A text of which the base knows no part does not have one."""
     if session.unknown_share(example.text) == 1:
         return False
     return session.classify([example.text], adapter)[0].label == label

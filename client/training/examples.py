@@ -29,17 +29,12 @@ class Split(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A text, with the number of its label or with the prompt that it answers. ``repr`` does not show them.
-
-    Args:
-        label: Of a classifier; ``NO_LABEL`` for a language model.
-        prompt: What comes before the text, for a language model; it is not learned.
-    """
+    """A text, with the number of its label or with the prompt that it answers. ``repr`` does not show them."""
 
     text: str
-    label: int = NO_LABEL
+    label: int = NO_LABEL  # ``NO_LABEL`` for a language model
     split: Split = Split.TRAIN
-    prompt: str = ""
+    prompt: str = ""  # what comes before the text, for a language model; it is not learned
 
     def __repr__(self) -> str:
         return f"Example(<{len(self.text)} characters>, {self.label}, {self.split.value})"
@@ -49,7 +44,7 @@ class Example:
 class Score:
     """An adapter's score on some examples.
 
-    Of a language model, ``correct`` adds up the shares of tokens that it would have written, and ``loss`` the nats for
+    A language model's ``correct`` adds up the shares of tokens that it would have written, and ``loss`` the nats for
     each byte.
 
     >>> Score(correct=3, count=4, loss=1.5).accuracy
@@ -62,7 +57,7 @@ class Score:
 
     @classmethod
     def worst(cls, count: int) -> "Score":
-        """The score where no answer could be computed: all of them wrong."""
+        """Score where no answer could be computed: all of them wrong."""
         return cls(0, count, MAX_LOSS * count)
 
     @property
@@ -77,18 +72,18 @@ def write_examples(path: Path, examples: Iterable[Example]) -> None:
 
 
 def encode_examples(examples: Iterable[Example]) -> bytes:
-    """The content of a file. Law: ``parse_examples`` returns the same examples."""
+    """Encode the content of a file. Law: ``parse_examples`` returns the same examples."""
     lines = [json.dumps(_row(example)) for example in examples]
     return "".join(f"{line}\n" for line in lines).encode()
 
 
 def read_examples(path: Path, labels: int) -> tuple[Example, ...]:
-    """All examples in the file, as ``parse_examples``. Raises DataError as that and ``read_file``."""
+    """Read all examples in the file. Raises DataError as ``parse_examples`` and ``read_file``."""
     return parse_examples(read_file(path), path, labels)
 
 
 def read_file(path: Path) -> bytes:
-    """The content of an examples file. Raises DataError if it is missing, not a file, or above ``MAX_FILE`` bytes."""
+    """Read an examples file. Raises DataError if it is missing, not a file, or above ``MAX_FILE`` bytes."""
     try:
         return read(path, MAX_FILE)
     except DataError as error:
@@ -98,11 +93,11 @@ def read_file(path: Path) -> bytes:
 
 
 def parse_examples(raw: bytes, path: Path, labels: int | None = None) -> tuple[Example, ...]:
-    """The examples in the content of a file.
+    """Parse the content of a file.
 
     Args:
-        raw: JSON lines with ``text``, ``label`` and, optionally, ``split`` (default ``train``), in UTF-8, also
-            after a byte order mark. For a language model with ``text`` and, optionally, ``prompt`` and ``split``.
+        raw: JSON lines with ``text``, ``label`` and, optionally, ``split`` (default ``train``), in UTF-8, also after a
+            byte order mark. For a language model with ``text`` and, optionally, ``prompt`` and ``split``.
         path: Of the file, for messages.
         labels: The number of labels; every example's label must be below it. None: any label is accepted. 0: for a
             language model, a label is neither needed nor read.

@@ -1,4 +1,4 @@
-"""Computes with the training graph of a bundle, which puts adapters into the slots of its base. Needs no torch.
+"""Computes with the training graph of a bundle, which puts adapters into the slots of its base. It needs no torch.
 
 A classifier answers with the graph with which the device answers; a language model with the forward pass of the
 training graph, so that a device holds the weights once.
@@ -44,7 +44,7 @@ from edgeadapt.methods.peft.lowrank import FACTORS, as_lora, factor_shapes, grad
 from edgeadapt.methods.peft.methods import VIRTUAL_TOKENS, from_peft_tensors, to_peft_tensors
 
 MEAN_HEAD = ("classifier.bias", "classifier.weight")  # over the mean of the tokens, as federations train it
-SETTINGS, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"  # of a base; either may hold the template
+SETTINGS, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"  # either file of a base may hold the template
 V = TypeVar("V")
 VECTORS_OF = {"IA3": OUTPUT_SCALE, "BEFT": OFFSET, "LN_TUNING": REPLACED}  # method → the slots that it fills
 KINDS = {LORA_A: "low-rank", OUTPUT_SCALE: "scale", INPUT_SCALE: "input-scale", OFFSET: "offset", REPLACED: "norms"}
@@ -53,16 +53,14 @@ KINDS = {LORA_A: "low-rank", OUTPUT_SCALE: "scale", INPUT_SCALE: "input-scale", 
 class GraphEngine:
     """A ``trainer.Engine``: a verified base's training graph, and the slots that adapters of a configuration fill."""
 
-    answering: ClassifierGraph  # of a classifier: the graph with which the device answers
+    answering: ClassifierGraph  # the graph with which the device classifies
 
     def __init__(self, base: VerifiedBase, config: PeftConfig, head: Mapping[str, Sequence[int]], threads: int) -> None:
-        """Load the graph.
+        """Load the graph, to compute with ``threads``.
 
         Args:
-            base: Of a bundle.
             config: Of the adapters: of a method for which the base has slots, without biases of the base.
             head: Graph inputs of a classifier's head, and their shapes.
-            threads: For matrix products.
 
         Raises:
             ConfigError: The base has no training graph, or it cannot be loaded or lacks a gradient; or the base has no
@@ -79,7 +77,7 @@ class GraphEngine:
         self.base, self.config = base, config
         slots, content = base.manifest.slots, base.read(TRAINING)
         try:
-            with without_denormals():  # which the threads of the session inherit
+            with without_denormals():  # the threads of the session inherit it
                 self.graph = TrainingGraph(content, base.folder, threads)
         except Exception as error:  # onnxruntime raises classes without a common base
             raise _unusable(base, error) from error
@@ -88,7 +86,7 @@ class GraphEngine:
             raise ConfigError(reason, about=TRAINING, value=missing)
         filled = _filled(base, head, config)
         layers = sorted(name.removesuffix(LORA_A) for name in filled if name.endswith(LORA_A))
-        factors = config.peft_type in FACTORS  # whose scaling ``as_lora`` puts into B
+        factors = config.peft_type in FACTORS  # ``as_lora`` puts their scaling into B
         self._scaling = {path: 1.0 if factors else config.scaling_of(path) for path in layers}
         self._biases: dict[str, Floats] = {}
         if config.use_dora:
@@ -109,17 +107,17 @@ class GraphEngine:
             self.layout = Layout.of(self._of_inputs(zeros))
 
     def tensors_of(self, inputs: Tensors) -> Tensors:
-        """The tensors of an adapter that is given by graph input. Raises DataError for another layout."""
-        given = {name: value for name, value in inputs.items() if value.size}
-        if odd := sorted(given.keys() & self.empty.keys()):
+        """Restore the tensors of an adapter from its graph inputs. Raises DataError for another layout."""
+        filled = {name: value for name, value in inputs.items() if value.size}
+        if odd := sorted(filled.keys() & self.empty.keys()):
             reason = f"the adapter changes {odd[0]!r}, which its method does not train: export it again"
             raise DataError(reason, about=odd[0])
-        tensors = self._of_inputs(given)
+        tensors = self._of_inputs(filled)
         self.layout.check(tensors)
         return tensors
 
     def inputs_of(self, adapter: Tensors) -> Tensors:
-        """The graph inputs of an adapter, one for each slot.
+        """Make the graph inputs of an adapter, one for each slot.
 
         Law: ``tensors_of(inputs_of(a))`` is ``a``, rounded, but of the methods in ``FACTORS``, whose inputs are LoRA's.
         """
@@ -129,33 +127,25 @@ class GraphEngine:
         return without_denormals()
 
     def gradients(self, adapter: Tensors, batches: Iterable[TrainingBatch]) -> tuple[float, Tensors]:
-        """The sum of the batches' losses, and its gradients by peft's tensors.
-
-        Raises:
-            DataError: The graph does not run.
-        """
+        """Sum the batches' losses, and their gradients by peft's tensors. Raises DataError: the graph does not run."""
         tensors = self._tensors(adapter)
         norms = self._weight_norms(tensors, magnitudes(tensors))
         inputs = self._inputs(tensors, lambda *_: norms)
         loss, total = 0.0, dict[str, Floats]()
         for batch in batches:
-            some, found = self._of_graph(partial(self.graph.gradients, batch, inputs))
+            some, by_input = self._of_graph(partial(self.graph.gradients, batch, inputs))
             loss += some
-            total = {name: total[name] + value if total else value for name, value in found.items()}
+            total = {name: total[name] + value if total else value for name, value in by_input.items()}
         scaled = {name: value for name, value in total.items() if name not in self.empty}
         # What a method names otherwise has the numbers of a slot in another shape.
-        found = gradients_of_magnitudes(gradients_of_tensors(scaled, self._scaling), tensors, norms, self._biases)
-        return loss, gradients_of_factors(to_peft_tensors(found, self.config), self.config, adapter)
+        by_input = gradients_of_magnitudes(gradients_of_tensors(scaled, self._scaling), tensors, norms, self._biases)
+        return loss, gradients_of_factors(to_peft_tensors(by_input, self.config), self.config, adapter)
 
     def logits(self, adapter: Tensors, tokens: Sequence[Sequence[int]]) -> Floats:
         return self._rows(self.inputs_of(adapter), tokens)
 
     def embed(self, adapter: Tensors | None, tokens: Sequence[Sequence[int]]) -> Floats:
-        """As ``trainer.Engine.embed``: the logits of a head that is the identity.
-
-        Raises:
-            ConfigError: As ``require_mean_head``.
-        """
+        """Embed with the logits of a head that is the identity. Raises ConfigError as ``require_mean_head``."""
         require_mean_head(self.base)
         (bias, weight), slots = MEAN_HEAD, self.base.manifest.slots
         hidden = int(slots[weight][1])
@@ -178,21 +168,21 @@ class GraphEngine:
         return result
 
     def _of_inputs(self, inputs: Tensors) -> Tensors:
-        """The tensors under peft's names. Law: it is the inverse of ``_inputs``, without what is empty."""
+        """Name inputs as peft does. Law: it is the inverse of ``_inputs``, without what is empty."""
         tensors = with_magnitudes(from_inputs(inputs, self._scaling), self.config, self._weight_norms)
         return to_peft_tensors(tensors, self.config)
 
     def _tensors(self, adapter: Tensors) -> Tensors:
-        """Tensors with peft's own of another method than LoRA named and shaped as graphs have them."""
+        """Name and shape peft's tensors of another method than LoRA as graphs have them."""
         named = {spec.name: adapter[spec.name] for spec in self.layout.tensors}
-        found = as_lora(self.config, from_peft_tensors(named, self.config, {}))[1]
-        return trimmed(found, self.base.manifest.slots) if self.config.peft_type == "VERA" else found
+        tensors = as_lora(self.config, from_peft_tensors(named, self.config, {}))[1]
+        return trimmed(tensors, self.base.manifest.slots) if self.config.peft_type == "VERA" else tensors
 
     def _inputs(self, tensors: Tensors, norms_of: NormsOf) -> Tensors:
         return to_inputs(with_scales(tensors, norms_of, self._biases), self._scaling) | self.empty
 
     def _weight_norms(self, tensors: Tensors, layers: Sequence[str]) -> dict[str, Floats]:
-        """As ``edgeadapt.methods.peft.dora.weight_norms``, of the weights that the graph computes with."""
+        """Compute ``edgeadapt.methods.peft.dora.weight_norms`` of the weights that the graph computes with."""
         names = (PEFT_PREFIX + path + kind for path in layers for kind in (LORA_A, LORA_B))
         pairs = to_inputs({name: tensors[name] for name in names}, self._scaling)
         return self._of_graph(lambda: self.graph.weight_norms(pairs, layers))
@@ -207,10 +197,9 @@ class GraphEngine:
 
 
 def classifier(base: VerifiedBase, labels: int, config: PeftConfig, threads: int = 1) -> ClassifierTrainer:
-    """A trainer of a classifier whose head, of ``labels`` rows, is the base's own or over the mean of its tokens.
+    """Make a trainer of a classifier whose head, of ``labels`` rows, is the base's own or over the mean of its tokens.
 
-    Raises:
-        ConfigError, TrustError: As ``GraphEngine``; or the tokenizer cannot be loaded.
+    Raises ConfigError, TrustError: as ``GraphEngine``; or the tokenizer cannot be loaded.
     """
     head = {
         name: tuple(labels if size == LABELS else int(size) for size in shape)
@@ -219,7 +208,7 @@ def classifier(base: VerifiedBase, labels: int, config: PeftConfig, threads: int
     }
     engine, slots = GraphEngine(base, config, head, threads), base.manifest.slots
     try:
-        with without_denormals():  # which the threads of the session inherit
+        with without_denormals():  # the threads of the session inherit it
             session = open_session(base.files[MODEL], base.folder, slots, threads)
         tokenizer = Tokenizer.from_str(base.files[TOKENIZER].decode())
         longest = int((tokenizer.truncation or {"max_length": MAX_TOKENS})["max_length"])
@@ -233,7 +222,7 @@ def classifier(base: VerifiedBase, labels: int, config: PeftConfig, threads: int
 
 
 def language(base: VerifiedBase, config: PeftConfig, threads: int = 1) -> LanguageTrainer:
-    """A trainer of a language model.
+    """Make a trainer of a language model.
 
     Raises:
         ConfigError: As ``GraphEngine``; the adapter has a row for each token; its virtual tokens leave no room for a
@@ -246,7 +235,7 @@ def language(base: VerifiedBase, config: PeftConfig, threads: int = 1) -> Langua
         end, context, vocabulary = stated["eos_token_id"], int(stated["context_length"]), int(stated["vocab_size"])
         tokenizer = Tokenizer.from_str(base.files[TOKENIZER].decode())
         first_end = int(end[0] if isinstance(end, list) else end)
-    except Exception as error:  # as above
+    except Exception as error:  # json and tokenizers raise classes without a common base
         raise _unusable(base, error) from error
     if rows := [name for name, shape in engine.filled.items() if vocabulary in shape and name not in VIRTUAL]:
         raise ConfigError(
@@ -266,14 +255,14 @@ def _has_template(base: VerifiedBase) -> bool:
 
 
 def _template(base: VerifiedBase) -> Template:
-    """What renders messages as the base's chat template does, with the library that answers."""
+    """Make what renders messages as the base's chat template does, with the library that answers."""
 
     @cache
     def tokenizer() -> Any:
-        from client.inference.engine import genai  # of an extra that classifiers need not have
+        from client.inference.engine import genai  # in an extra, which classifiers do not need
 
         og = genai()
-        return og.Tokenizer(og.Model(og.Config(str(base.folder))))  # which opens the model, and then needs it no more
+        return og.Tokenizer(og.Model(og.Config(str(base.folder))))  # needs the model only to be opened
 
     def render(messages: list[dict[str, str]], answer: bool) -> str:
         try:
@@ -287,9 +276,9 @@ def _template(base: VerifiedBase) -> Template:
 
 
 def require_mean_head(base: VerifiedBase) -> None:
-    """Refuse a base with another head than one over the mean of its tokens, or with virtual tokens.
+    """Check that a base has a head over the mean of its tokens, and no virtual tokens. Raises ConfigError.
 
-    Federations train such a head, and it alone has embeddings. Raises ConfigError.
+    Federations train such a head, and it alone has embeddings.
     """
     saved = {name for name in base.manifest.slots if is_saved(name)}
     odd = sorted(saved ^ set(MEAN_HEAD)) + sorted(
@@ -309,7 +298,7 @@ def _unusable(base: VerifiedBase, error: Exception) -> ConfigError:
 
 
 def _nothing(slots: Mapping[str, Sequence[str]], names: Collection[str]) -> Tensors:
-    """Inputs that change nothing: of rank 0, and vectors that are not given."""
+    """Make inputs that change nothing: of rank 0, and absent vectors."""
     shapes = {name: tuple(int(text) if text.isdigit() else 0 for text in slots[name]) for name in sorted(names)}
     return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
 
@@ -319,40 +308,40 @@ def _targeted(path: str, targets: Sequence[str]) -> bool:
 
 
 def _filled(base: VerifiedBase, head: Mapping[str, Sequence[int]], config: PeftConfig) -> dict[str, tuple[int, ...]]:
-    """The graph inputs that an adapter fills, and their shapes. Raises ConfigError if a target fills none."""
+    """Map the graph inputs that an adapter fills to their shapes. Raises ConfigError if a target fills none."""
     slots = base.manifest.slots
 
     def shape(name: str, open_: int) -> tuple[int, ...]:
         return tuple(int(text) if text.isdigit() else open_ for text in slots[name])
 
-    found = {name: tuple(given) for name, given in head.items()}
+    shapes = {name: tuple(given) for name, given in head.items()}
     if name := VIRTUAL_TOKENS.get(config.peft_type):
         if name not in slots:
             raise _missing(base, name, config.peft_type, "prefix" if name == PREFIX else "prompt")
-        found[name] = shape(name, config.num_virtual_tokens)
+        shapes[name] = shape(name, config.num_virtual_tokens)
     for name in slots:
         path = layer_of(name)
         if name in head or not _targeted(path, config.target_modules):
             continue
         if config.peft_type in ("LORA", *FACTORS) and name.endswith((LORA_A, LORA_B)):
             rank = config.rank_of(path)
-            found[name] = shape(name, rank**2 if config.peft_type == "LOHA" else rank)
+            shapes[name] = shape(name, rank**2 if config.peft_type == "LOHA" else rank)
         feeds = config.peft_type == "IA3" and _targeted(path, config.feedforward_modules)
         if name.endswith(INPUT_SCALE if feeds else VECTORS_OF.get(config.peft_type, INPUT_SCALE)) and (
             feeds or config.peft_type in VECTORS_OF
         ):
-            found[name] = shape(name, 1)
-    adapted = {layer_of(name) for name in found if name not in head}
+            shapes[name] = shape(name, 1)
+    adapted = {layer_of(name) for name in shapes if name not in head}
     for target in config.target_modules:
         if not any(_targeted(path, (target,)) for path in adapted):
             feeds = target in config.feedforward_modules
             kind = KINDS[INPUT_SCALE if feeds else VECTORS_OF.get(config.peft_type, LORA_A)]
             raise _missing(base, target, config.peft_type, f"{kind} at such layers", f"{kind} slot at")
-    return found
+    return shapes
 
 
 def _filled_by_dora(base: VerifiedBase, layers: Sequence[str], biases: Collection[str]) -> dict[str, tuple[int, ...]]:
-    """The scales and offsets of DoRA, and their shapes. Raises ConfigError if the base has no slot for one."""
+    """Map the scales and offsets of DoRA to their shapes. Raises ConfigError if the base has no slot for one."""
     slots = base.manifest.slots
     names = [path + OUTPUT_SCALE for path in layers] + [path + OFFSET for path in layers if path in biases]
     if missing := sorted(set(names) - set(slots)):

@@ -49,7 +49,7 @@ class TrainingLimits(TaskLimits):
         return TrainingControl(seconds, self.duty_cycle, self.maximum_gradient_norm, True, self.maximum_tokens)
 
     def check(self, task: RoundTask, adapter: Tensors) -> None:
-        """As ``TaskLimits.check``; a kind of round is also refused if the owner contributes to none."""
+        """Check a task as ``TaskLimits.check`` does, and that the owner contributes to rounds of its kind."""
         super().check(task, adapter)
         if task.CONSENT and not getattr(self, task.CONSENT):
             reason = f"this device contributes no {task.CONSENT}"

@@ -12,13 +12,13 @@ from edgeadapt.rounds.ridge import EmbeddingMoments, moments_of
 
 
 def own_moments(trainer: ClassifierTrainer, adapter: Tensors, examples: Sequence[Example]) -> EmbeddingMoments:
-    """The moments of the training examples, embedded with an adapter. Raises DataError if that has no such head."""
+    """Compute the moments of the embedded training examples. Raises DataError if the adapter does not have a head."""
     own = in_split(examples, Split.TRAIN)
     labels = np.array([example.label for example in own], np.int64)
     return moments_of(embedded(trainer, adapter, own), labels, ClassifierHead.of(Layout.of(adapter)).labels)
 
 
 def embedded(trainer: ClassifierTrainer, adapter: Tensors, examples: Sequence[Example]) -> Floats:
-    """Embeddings, shape ``(len(examples), hidden)``; zeros for an example that overflows, which counts all the same."""
-    found = trainer.embed([example.text for example in examples], adapter)
-    return np.where(np.isfinite(found).all(axis=1, keepdims=True), found, np.float32(0))
+    """Embed, shape ``(len(examples), hidden)``; zeros for an example that overflows, which counts all the same."""
+    embeddings = trainer.embed([example.text for example in examples], adapter)
+    return np.where(np.isfinite(embeddings).all(axis=1, keepdims=True), embeddings, np.float32(0))

@@ -22,7 +22,7 @@ from edgeadapt.formats.layout import Layout, Tensors
 from edgeadapt.rounds.analytic import ClassifierHead, refit
 from edgeadapt.rounds.task import Task
 
-# Of ``with_own_head``, chosen on households of validation seeds: MiniLM and multilingual-e5-small are equally good with
+# Chosen for ``with_own_head`` on households of validation seeds: MiniLM and multilingual-e5-small are equally good with
 # 0.3 to 1 (docs/decisions/0033-analytic-head.md).
 OWN_STRENGTH = 0.5
 CHANCE = 0.05
@@ -75,18 +75,14 @@ class PersonalStep:
     """The personal step.
 
     Args:
-        epochs: Passes over the training examples; not used by ``RIDGE``.
-        scale: Of ``RIDGE`` and ``ENSEMBLE``: logit of a score of 1, as of the federation's rounds.
-        method: How the personal adapter is made.
         share: Of ``INTERPOLATE``: of the fine-tuned adapter, 0 to 1 (Wortsman et al. 2022, "Robust fine-tuning of
             zero-shot models").
-        choice: When another candidate is kept.
         patience: Epochs without a lower loss on the held-out examples after which training ends, with the best adapter
             until then (Prechelt 1998, "Early stopping - but when?"); 0: never. Not used without held-out examples.
     """
 
-    epochs: int
-    scale: float
+    epochs: int  # passes over the training examples; not used by ``RIDGE``
+    scale: float  # logit of a score of 1, for ``RIDGE`` and ``ENSEMBLE``; equal to the federation's rounds'
     method: PersonalMethod = PersonalMethod.FINE_TUNE
     share: float = 0.5
     choice: Choice = Choice.BEST
@@ -108,17 +104,13 @@ def personalize(
     """Make a personal adapter from the global one and the training examples, and keep it or another candidate.
 
     Args:
-        trainer: Of the frozen base.
         candidates: The base and the global adapter.
         examples: Of the device, all splits.
-        task: How to train.
         how: The step; fine-tuning for 0 epochs makes nothing, and leaves ``candidates`` to choose from.
-        rng: As for ``Trainer.train``.
-        plain: Public texts of which the personal adapter must answer as many right as the global one
-            (``rehearsal``). One that does not is moved towards the global adapter, in quarters of the way, until it
-            does; it is not a candidate if only the global adapter does.
-        step: As for ``Trainer.train``.
-        control: Limits of this device.
+        rng, step: As for ``Trainer.train``.
+        plain: Public texts of which the personal adapter must answer as many right as the global one (``rehearsal``).
+            One that does not is moved towards the global adapter, in quarters of the way, until it does; it is not a
+            candidate if only the global adapter does.
 
     Returns:
         With ``Choice.BEST``, the candidate with the most correct answers on the held-out examples, among equals that
@@ -155,13 +147,12 @@ def rehearsal(
 ) -> Rehearsal:
     """Choose public examples to rehearse, so that training does not unlearn them, and others to count.
 
-    Rehearsal (Robins 1995, "Catastrophic forgetting, rehearsal and pseudorehearsal").
+    See Robins 1995, "Catastrophic forgetting, rehearsal and pseudorehearsal".
 
     Args:
-        trainer: Of the frozen base, which reads the texts.
         examples: Of the device, all splits. Public examples that the model reads as one of these are left out.
         public: Training examples, of any labels and languages.
-        each: Of each label so many are rehearsed, those in the device's words (``in_own_words``), and of the others the
+        each: Number of each label that are rehearsed, those in the device's words (``in_own_words``); of the others the
             first and the last are counted: one in its languages, and one in another, if there are any. 0: none.
     """
     read = set(map(tuple, trainer.tokens([example.text for example in examples])))
@@ -180,9 +171,9 @@ def in_own_words(trainer: ClassifierTrainer, examples: Sequence[Example], own: S
 
     So those in the languages of the device come first, and nobody says which these are.
     """
-    known = {token for ids in trainer.tokens([example.text for example in own]) for token in ids}
+    own_tokens = {token for ids in trainer.tokens([example.text for example in own]) for token in ids}
     texts = trainer.tokens([example.text for example in examples])
-    shares = [sum(token in known for token in ids) / max(len(ids), 1) for ids in texts]
+    shares = [sum(token in own_tokens for token in ids) / max(len(ids), 1) for ids in texts]
     return [examples[i] for i in sorted(range(len(examples)), key=lambda i: -shares[i])]
 
 
@@ -213,7 +204,7 @@ def _between(shared: Tensors, own: Tensors, share: float) -> Tensors:
 
 
 def _remembering(trainer: ClassifierTrainer, shared: Tensors, own: Tensors, plain: Sequence[Example]) -> Tensors | None:
-    """The personal adapter, or the first on the way to the shared one that answers as many texts right as that."""
+    """Choose the personal adapter, or the first on the way to the shared one that answers as many texts right."""
     if not plain:
         return own
     least = trainer.score(shared, plain).correct
@@ -222,15 +213,12 @@ def _remembering(trainer: ClassifierTrainer, shared: Tensors, own: Tensors, plai
 
 
 def better_by_chance(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
-    """The probability that of two equally good adapters one answers at least so much better: a one-sided sign test.
+    """Compute by a one-sided sign test how likely one of two equally good adapters answers at least so much better.
 
     Only examples count that one adapter answers right and the other wrong (McNemar 1947); 1 if there are none.
 
     >>> better_by_chance(np.array([True] * 5), np.array([False] * 5))
     0.03125
-
-    Args:
-        one, other: Which examples each answers right, of one shape.
     """
     wins, losses = int((one & ~other).sum()), int((other & ~one).sum())
     total = wins + losses
@@ -238,8 +226,8 @@ def better_by_chance(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
 
 
 def _right(trainer: ClassifierTrainer, adapter: Tensors, examples: Sequence[Example]) -> NDArray[np.bool_]:
-    found = trainer.logits(adapter, [example.text for example in examples]).argmax(axis=1)
-    right: NDArray[np.bool_] = np.equal(found, [example.label for example in examples])
+    predicted = trainer.logits(adapter, [example.text for example in examples]).argmax(axis=1)
+    right: NDArray[np.bool_] = np.equal(predicted, [example.label for example in examples])
     return right
 
 
@@ -251,15 +239,15 @@ def with_own_head(
     scale: float,
     strength: float = OWN_STRENGTH,
 ) -> Tensors:
-    """The adapter with its head fitted to the training examples as well, by one regression and no training.
+    """Fit the adapter's head to the training examples as well, by one regression and no training.
 
-    The head before stands for the examples of all others (``edgeadapt.rounds.ridge``). After a round of the analytic
+    The previous head stands for the examples of all others (``edgeadapt.rounds.ridge``). After a round of the analytic
     head, this gives a device what adding its own moments once more to the sum of all would give (docs/decisions/0033),
     and needs nothing of that sum.
 
     Args:
         scale: Logit of a score of 1, as of the federation's rounds.
-        strength: As many examples as the head before counts for in each direction.
+        strength: As many examples as the previous head counts for in each direction.
 
     Raises:
         DataError: The adapter has no classification head, or an embedding is not finite.
@@ -270,7 +258,7 @@ def with_own_head(
 def with_both_heads(
     trainer: ClassifierTrainer, tuned: Tensors, shared: Tensors, examples: Sequence[Example], *, scale: float
 ) -> Tensors:
-    """A fine-tuned adapter whose head is the sum of two: its own, and the shared one fitted to the device's examples.
+    """Sum two heads of a fine-tuned adapter: its own, and the shared one fitted to the device's examples.
 
     The logits of two heads on one embedding add up to those of one, so the ensemble is an adapter like every other.
 

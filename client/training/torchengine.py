@@ -74,13 +74,13 @@ class TorchEngine:
         return -cross_entropy(logits, targets, reduction="none").numpy(), (logits.argmax(1) == targets).numpy()
 
     def _logits(self, batch: TrainingBatch) -> Tensor:
-        """Of each target, shape ``(targets, classes)``."""
-        found = self.model(input_ids=torch.from_numpy(batch.ids), attention_mask=torch.from_numpy(batch.mask))
+        """Compute the logits of each target, shape ``(targets, classes)``."""
+        output = self.model(input_ids=torch.from_numpy(batch.ids), attention_mask=torch.from_numpy(batch.mask))
         if batch.positions is None:
-            labels: Tensor = found
+            labels: Tensor = output
             return labels
         # Prompt tuning has logits of its virtual tokens as well, before those of a text.
-        words: Tensor = found.logits[:, -batch.ids.shape[1] :].flatten(0, 1)[torch.from_numpy(batch.positions)]
+        words: Tensor = output.logits[:, -batch.ids.shape[1] :].flatten(0, 1)[torch.from_numpy(batch.positions)]
         return words
 
     def _rows(
@@ -96,7 +96,7 @@ class TorchEngine:
 
 
 def classifier(base: Base, labels: int, config: PeftConfig) -> ClassifierTrainer:
-    """A trainer of a classifier. Raises ConfigError as ``edgeadapt.methods.classifier.build``."""
+    """Make a trainer of a classifier. Raises ConfigError as ``edgeadapt.methods.classifier.build``."""
     with flushed_denormals():  # torch's threads keep what holds when they start
         model = classifiers.build(base, labels, config)
     # On short texts, without fused kernels, a step of multilingual-e5-small takes a fifth less time.
@@ -105,10 +105,9 @@ def classifier(base: Base, labels: int, config: PeftConfig) -> ClassifierTrainer
 
 
 def language(base: Base, config: PeftConfig) -> LanguageTrainer:
-    """A trainer of a language model.
+    """Make a trainer of a language model.
 
-    Raises:
-        ConfigError: As ``causal.build`` and ``causal.require_private``; or virtual tokens leave no room for a text.
+    Raises ConfigError: as ``causal.build`` and ``causal.require_private``; or virtual tokens leave no room for a text.
     """
     with flushed_denormals():
         model = causal.build(base, config)
@@ -139,12 +138,12 @@ def flushed_denormals() -> Iterator[None]:
 
 
 def _parameters(model: PeftModel) -> dict[str, nn.Parameter]:
-    """The trainable parameters, by the names under which peft saves them."""
+    """Map peft's names to the trainable parameters."""
     left = {value.data_ptr(): value for value in model.parameters() if value.requires_grad}
     saved = get_peft_model_state_dict(model)
-    found = {name: left.pop(value.data_ptr()) for name, value in saved.items() if value.data_ptr() in left}
-    copied = [name for name in trainable.tensors(model) if name not in found]  # virtual tokens
-    return found | (dict(zip(copied, left.values(), strict=True)) if left else {})
+    parameters = {name: left.pop(value.data_ptr()) for name, value in saved.items() if value.data_ptr() in left}
+    copied = [name for name in trainable.tensors(model) if name not in parameters]  # virtual tokens
+    return parameters | (dict(zip(copied, left.values(), strict=True)) if left else {})
 
 
 def _place(parameters: Mapping[str, nn.Parameter], values: Tensors) -> None:

@@ -1,12 +1,10 @@
 """Trains and scores adapters of a frozen base: an engine, which has the base, and an objective.
 
 An engine gives the loss of a batch and its gradients: torch on the base itself (``torchengine``), or the training graph
-of a bundle (``graphengine``). An objective turns examples into batches: the labels of a classifier, or the tokens that
-a language model learns. ``descent.descend`` takes the steps. Of the same batches both engines make the same adapter, up
-to rounding and the quantization of a bundle's base.
-
-Training is deterministic for given tensors, examples and generator on one machine with one number of threads: the model
-stays in evaluation mode (no dropout), and the generator orders the examples.
+of a bundle (``graphengine``). An objective turns examples into batches: a classifier's labels, or the tokens that a
+language model learns. ``descent.descend`` takes the steps. Both engines make the same adapter of the same batches, up
+to rounding and the quantization of a bundle's base. Training is deterministic on one machine with one number of
+threads: the model stays in evaluation mode (no dropout), and the generator orders the examples.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -33,9 +31,9 @@ from edgeadapt.methods.parts import PARTS, Part, part_of
 from edgeadapt.rounds.task import MAX_LOSS, Task
 
 SURE = 0.8  # probability of a label at which a classifier has learned it
-LIKELY = 0.5  # of each token of an answer at which a language model has: the answering graph rounds otherwise
-MAX_STEPS = 30  # of a lesson
-MAX_SECONDS = 60.0  # of a lesson, after which no further step begins
+LIKELY = 0.5  # least probability of each token of an answer: the answering graph rounds otherwise
+MAX_STEPS = 30  # steps of a lesson
+MAX_SECONDS = 60.0  # seconds of a lesson, after which no further step begins
 
 FrozenBase = Base | VerifiedBase
 
@@ -56,19 +54,19 @@ class Engine(Protocol):
         ...
 
     def gradients(self, adapter: Tensors, batches: Iterable[TrainingBatch]) -> tuple[float, Tensors]:
-        """The sum of the batches' losses, and its gradients. Raises DataError if they cannot be computed."""
+        """Sum the batches' losses, and their gradients. Raises DataError if they cannot be computed."""
         ...
 
     def logits(self, adapter: Tensors, tokens: Sequence[Sequence[int]]) -> Floats:
-        """Of a classifier: shape ``(len(tokens), labels)``, for at least one text."""
+        """Compute a classifier's logits, shape ``(len(tokens), labels)``, for at least one text."""
         ...
 
     def embed(self, adapter: Tensors | None, tokens: Sequence[Sequence[int]]) -> Floats:
-        """Of a classifier, or of the frozen base alone: shape ``(len(tokens), hidden)``, rows of L2 norm 1."""
+        """Embed with a classifier or the frozen base alone: shape ``(len(tokens), hidden)``, rows of L2 norm 1."""
         ...
 
     def scores(self, adapter: Tensors, batches: Iterable[TrainingBatch]) -> list[tuple[Floats, NDArray[np.bool_]]]:
-        """Of a language model, for each batch: the log-likelihood of each target, and whether it is the likeliest."""
+        """Compute a language model's log-likelihood of each target of each batch, and whether it is the likeliest."""
         ...
 
 
@@ -91,9 +89,7 @@ class LocalTrainer(Protocol):
         rng: np.random.Generator,
         step: Callable[[], object] = lambda: None,
         control: TrainingControl = UNLIMITED,
-    ) -> Tensors:
-        """As ``Trainer.train``."""
-        ...
+    ) -> Tensors: ...
 
     def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
         """Score an adapter on held-out examples; all zeros if there are none."""
@@ -108,7 +104,6 @@ class Trainer:
 
     @property
     def engine(self) -> Any:
-        """The engine, with what it alone has."""
         return self._engine
 
     @property
@@ -120,7 +115,7 @@ class Trainer:
         return self._engine.layout
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
-        """Tokens and targets of each example, in order. Raises as ``TextEncoder.encode``."""
+        """Make tokens and targets of each example, in order. Raises as ``TextEncoder.encode``."""
         raise NotImplementedError
 
     def train(
@@ -140,10 +135,8 @@ class Trainer:
             start: Tensors in ``layout``; the caller checks them.
             examples: At least one.
             task: Batch size, optimizer and its settings; parts that it does not train stay.
-            epochs: Passes over the examples.
             rng: Draws the order of the examples.
             step: Called before each batch; an exception that it raises ends the training.
-            control: Limits of this device.
 
         Returns:
             Tensors in ``layout``, and R if the task trains it (``edgeadapt.methods.lorasb``), float32 and finite.
@@ -172,24 +165,13 @@ class Trainer:
         rate: float,
         step: Callable[[], object] = lambda: None,
     ) -> Tensors:
-        """Train on all examples at once, until ``taught`` are answered as they say.
+        """Train on all examples at once, until ``taught``, at least one, are answered as they say.
 
         Half of the loss is that of what is taught and half that of what is rehearsed, so that this is not unlearned
-        (Robins 1995, "Catastrophic forgetting, rehearsal and pseudorehearsal"). Each step after the last that is
-        needed would cost time and move what the adapter answers otherwise.
-
-        Args:
-            start: The adapter in use.
-            taught: At least one.
-            rehearsed: What the adapter shall still answer.
-            rate: Of learning, by AdamW.
-            step: Called before each step.
-
-        Returns:
-            After at most ``MAX_STEPS``, and ``MAX_SECONDS`` and a step; without a step, if it answers as taught.
-
-        Raises:
-            DataError: As ``descend``, or as ``encode``.
+        (Robins 1995, "Catastrophic forgetting, rehearsal and pseudorehearsal"). Each step after the last that is needed
+        would cost time and move what the adapter answers otherwise. Training ends after at most ``MAX_STEPS``, and
+        ``MAX_SECONDS`` and a step; without a step, if the adapter answers as taught. It uses AdamW with ``rate``.
+        Raises DataError: as ``descend``, or as ``encode``.
         """
         half = 0.5 if rehearsed else 1.0
         shares = [half / len(group) for group in (taught, rehearsed) for _ in group]
@@ -205,7 +187,7 @@ class Trainer:
             raise DataError(reason, about="training.loss") from error
 
     def weighted(self, examples: Sequence[Example], shares: Sequence[float]) -> list[TrainingBatch]:
-        """Examples as batches whose loss is the sum of each example's mean cross-entropy in nats, times its share."""
+        """Batch examples so that the loss is the sum of each example's mean cross-entropy in nats, times its share."""
         pairs = sorted(zip(self.encode(examples), shares, strict=True), key=lambda pair: len(pair[0].ids))
         of_target = [share / len(text.targets) for text, share in pairs]
         return [batch for _, batch in self._batches([text for text, _ in pairs], of_target, TOKENS)]
@@ -234,7 +216,7 @@ class Trainer:
     def _batches(
         self, texts: Sequence[Encoded], shares: Sequence[float], at_once: int
     ) -> Iterator[tuple[list[Encoded], TrainingBatch]]:
-        """Texts in runs of at most ``at_once`` tokens. ``shares``: of the loss, of each target of a text."""
+        """Group texts in runs of at most ``at_once`` tokens. ``shares``: of the loss, of each target of a text."""
         virtual = self._engine.config.num_virtual_tokens
         for places in parts([len(text.ids) + virtual for text in texts], at_once):
             run = [texts[place] for place in places]
@@ -264,22 +246,21 @@ class ClassifierTrainer(Trainer):
         return [list(encoding.ids) for encoding in self.tokenizer.encode_batch(list(texts))]
 
     def unlike(self, examples: Sequence[Example], others: Sequence[Example]) -> list[Example]:
-        """Those examples that the model reads as other tokens than each of ``others``, and than each example before.
+        """Keep examples that the model reads as other tokens than each of ``others``, and than each previous example.
 
         Texts that differ in capital letters or spaces are one text to many a tokenizer.
         """
-        read, found = set(map(tuple, self.tokens([other.text for other in others]))), []
+        read, kept = set(map(tuple, self.tokens([other.text for other in others]))), []
         for example, ids in zip(examples, self.tokens([example.text for example in examples]), strict=True):
             if tuple(ids) not in read:
                 read.add(tuple(ids))
-                found.append(example)
-        return found
+                kept.append(example)
+        return kept
 
     def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
         """Score an adapter on ``examples``; all zeros if there are none.
 
-        Returns:
-            Correct answers, examples, and the sum of the cross-entropies in nats, each at most ``MAX_LOSS``.
+        Returns correct answers, examples, and the sum of the cross-entropies in nats, each at most ``MAX_LOSS``.
         """
         if not examples:
             return Score(0, 0, 0.0)
@@ -291,18 +272,17 @@ class ClassifierTrainer(Trainer):
         return Score(correct, len(examples), float(np.minimum(losses, MAX_LOSS).sum()))
 
     def has_learned(self, adapter: Tensors, taught: Sequence[Example]) -> bool:
-        found = probabilities(self.logits(adapter, [one.text for one in taught]))
-        return bool((found[np.arange(len(taught)), [one.label for one in taught]] >= SURE).all())
+        likelihoods = probabilities(self.logits(adapter, [one.text for one in taught]))
+        return bool((likelihoods[np.arange(len(taught)), [one.label for one in taught]] >= SURE).all())
 
     def logits(self, adapter: Tensors, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Logits, shape ``(len(texts), labels)``; ``(0, 0)`` without texts."""
+        """Compute logits, shape ``(len(texts), labels)``; ``(0, 0)`` without texts."""
         return self._engine.logits(adapter, self.tokens(texts)) if texts else np.zeros((0, 0), np.float32)
 
     def embed(self, texts: Sequence[str], adapter: Tensors | None = None) -> NDArray[np.float32]:
-        """Embeddings, shape ``(len(texts), hidden)``, each of L2 norm 1; without an adapter the frozen base's.
+        """Embed texts, shape ``(len(texts), hidden)``, each of L2 norm 1; without an adapter the frozen base's.
 
-        Raises:
-            ConfigError: The base has another head than one over the mean of its tokens.
+        Raises ConfigError: the base has another head than one over the mean of its tokens.
         """
         return self._engine.embed(adapter, self.tokens(texts))
 
@@ -320,9 +300,8 @@ class LanguageTrainer(Trainer):
     def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
         """Score an adapter on ``examples``; all zeros if there are none.
 
-        Returns:
-            The sums over the examples of the share of learned tokens that are the most probable ones, and of the
-            cross-entropy in nats for each byte of the text, at most ``MAX_LOSS``.
+        Returns the sums over the examples of the share of learned tokens that are the most probable ones, and of the
+        cross-entropy in nats for each byte of the text, at most ``MAX_LOSS``.
         """
         correct = loss = 0.0
         for text, nats, hits in self._scored(adapter, examples):
@@ -336,7 +315,7 @@ class LanguageTrainer(Trainer):
     def _scored(
         self, adapter: Tensors, examples: Sequence[Example]
     ) -> Iterator[tuple[Encoded, Floats, NDArray[np.bool_]]]:
-        """The examples by length, each with the log-likelihood of its targets and which are the most likely."""
+        """Yield the examples by length, each with the log-likelihood of its targets and which are the most likely."""
         encoded = sorted(self.encode(examples), key=lambda text: len(text.ids))
         runs = list(self._batches(encoded, [0.0] * len(encoded), TOKENS))
         scores = self._engine.scores(adapter, (batch for _, batch in runs))
@@ -346,23 +325,18 @@ class LanguageTrainer(Trainer):
 
 
 def probabilities(logits: Floats, temperature: float = 1.0) -> Floats:
-    """The softmax of each row of logits that are divided by ``temperature``."""
+    """Compute the softmax of each row of logits that are divided by ``temperature``."""
     exponentials = np.exp((logits - logits.max(axis=1, keepdims=True)) / temperature)
     result: Floats = exponentials / exponentials.sum(axis=1, keepdims=True)
     return result
 
 
 def batches(lengths: Sequence[int], size: int, epochs: int, rng: np.random.Generator) -> Iterator[list[int]]:
-    """Batches of texts of similar length, which need little padding, in random order.
+    """Yield batches of texts of similar length, which need little padding, in random order.
 
-    Args:
-        lengths: Tokens of each text.
-        size: Texts in a batch; the last batch of the longest texts may be smaller.
-        epochs: Passes over the texts.
-        rng: Draws the order of the batches, and that of texts of equal length.
-
-    Yields:
-        The indices of a batch. Guarantee: an epoch contains every index exactly once.
+    ``lengths`` are in tokens, ``size`` and the indices in texts; the last batch of the longest texts may be smaller.
+    ``rng`` draws the order of the batches, and that of texts of equal length. Guarantee: an epoch contains every index
+    exactly once.
 
     >>> list(batches([7, 2, 9], 2, 1, np.random.default_rng(0)))
     [[2], [1, 0]]
@@ -375,7 +349,7 @@ def batches(lengths: Sequence[int], size: int, epochs: int, rng: np.random.Gener
 
 
 def parts(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """The texts of a batch in runs of at most ``tokens`` tokens with padding, each of one text or more.
+    """Split a batch into runs of at most ``tokens`` tokens with padding, each of one text or more.
 
     >>> list(parts([2, 3, 9], 6))
     [[0, 1], [2]]
@@ -393,12 +367,12 @@ def parts(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
 
 
 def _by_squares(gradients_of: GradientsOf, start: Tensors) -> GradientsOf:
-    """Gradients by R of Fed-SB as well, of an adapter in which each B becomes B + F R."""
+    """Add gradients by R of Fed-SB, of an adapter in which each B becomes B + F R."""
     factors = {name: frozen_factor(name, value.shape) for name, value in start.items() if part_of(name) is Part.B}
 
     def by_squares(values: Tensors, batch: list[int]) -> tuple[float, Tensors]:
         own = {name: values[name] + f @ values[square_name(name)] for name, f in factors.items()}
-        loss, found = gradients_of(values | own, batch)
-        return loss, found | {square_name(name): f.T @ found[name] for name, f in factors.items()}
+        loss, gradients = gradients_of(values | own, batch)
+        return loss, gradients | {square_name(name): f.T @ gradients[name] for name, f in factors.items()}
 
     return by_squares

@@ -1,5 +1,4 @@
-"""Follow a channel of releases: what to fetch is decided by The Update Framework (TUF), what to trust by that and by
-the pinned keys of bundles.
+"""Follow a channel of releases: TUF decides what to fetch, TUF and the pinned keys of bundles what to trust.
 
 ::
 
@@ -12,9 +11,10 @@ the pinned keys of bundles.
     updates/private/BASE/   private adapters for a base that was replaced
     bundle/                 replaced whole, or not at all
 
-TUF's client refuses metadata of unknown signers, older than before, expired, or from different states of the
-repository (Samuel et al. 2010, "Survivable Key Compromise in Software Update Systems"). A release that it accepts is
-then held to the rules of every bundle (``client.inference.trust``). Whatever fails, the bundle in use stays.
+The client of The Update Framework (TUF) refuses metadata of unknown signers, older than the last, expired, or from
+different states of the repository (Samuel et al. 2010, "Survivable Key Compromise in Software Update Systems"). A
+release that it accepts is then held to the rules of every bundle (``client.inference.trust``). Whatever fails, the
+bundle in use stays.
 """
 
 import shutil
@@ -71,16 +71,11 @@ class ChannelSource:
 
 @dataclass(frozen=True, slots=True)
 class ReleaseOffer:
-    """The release that a channel has for this device.
-
-    Args:
-        rollout: Under way; None if all devices get the newest release.
-        chosen: This device is among those that get the newest.
-    """
+    """The release that a channel has for this device."""
 
     release: Release
-    rollout: Rollout | None = None
-    chosen: bool = True
+    rollout: Rollout | None = None  # None if all devices get the newest release
+    chosen: bool = True  # whether this device is among those that get the newest
 
     @property
     def why(self) -> str:
@@ -112,7 +107,7 @@ class Targeting:
     """What decides on the device whether it gets the newest release of a rollout (``edgeadapt.formats.rollout``).
 
     The key is a random number that the device makes once, in hex. It is an input of the decision and nothing else, and
-    never leaves the device; who serves the files sees which of them a device fetches, as for every release.
+    never leaves the device; the server of the files sees which of them a device fetches, as for every release.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -122,7 +117,7 @@ class Targeting:
 
     @classmethod
     def read(cls, folder: Path, entropy: Entropy) -> Self:
-        """Read that of the device with this folder ``updates``, or make one.
+        """Read the targeting of the device with this folder ``updates``, or make one.
 
         Raises:
             DataError: It is damaged.
@@ -142,7 +137,7 @@ class Targeting:
             raise DataError(reason, about=path.name) from error
 
     def with_language(self, language: str) -> Self:
-        """The same with another language. Raises ConfigError if that has no such code."""
+        """Replace the language. Raises ConfigError if that has no such code."""
         return replace(self, language=check_language(language))
 
     def write(self, folder: Path) -> None:
@@ -192,8 +187,7 @@ def update(
     language: str | None = None,
     entropy: Entropy,
 ) -> Updated:
-    """Bring ``bundle``, which need not exist yet, to the release that the channel has for this device. Private adapters
-    stay.
+    """Bring ``bundle``, which may be missing, to the channel's release for this device. Private adapters stay.
 
     Args:
         note: Called before a file is fetched.
@@ -297,13 +291,13 @@ def _required(path: Path, limit: int) -> bytes:
 
 
 def _described(updater: Updater, source: ChannelSource, name: str, limit: int) -> TargetFile:
-    found = updater.get_targetinfo(target(source.channel, name))
-    if found is None:
+    file = updater.get_targetinfo(target(source.channel, name))
+    if file is None:
         reason = f"the repository has no {name} of channel {source.channel}"
         raise ConfigError(f"{reason}: nothing was published there", about="channel", value=source.channel)
-    if found.length > limit:
-        raise TrustError(f"{name} of the release has {found.length} bytes, more than {limit}", about=name)
-    return found
+    if file.length > limit:
+        raise TrustError(f"{name} of the release has {file.length} bytes, more than {limit}", about=name)
+    return file
 
 
 def _offer(updater: Updater, source: ChannelSource, folder: Path, bundle: Path, entropy: Entropy) -> ReleaseOffer:
@@ -312,8 +306,8 @@ def _offer(updater: Updater, source: ChannelSource, folder: Path, bundle: Path, 
     listed = updater.get_targetinfo(target(source.channel, FLAGS))
     if listed is None:
         return ReleaseOffer(newest)
-    found = _described(updater, source, FLAGS, MAX_FLAGS)
-    rollout = Rollout.decode(storage.read(Path(updater.download_target(found, str(files / FLAGS))), MAX_FLAGS))
+    file = _described(updater, source, FLAGS, MAX_FLAGS)
+    rollout = Rollout.decode(storage.read(Path(updater.download_target(file, str(files / FLAGS))), MAX_FLAGS))
     if rollout.release != newest.number:
         reason = f"the flags are for release {rollout.release}, and the channel has {newest.number}"
         raise TrustError(reason, about=FLAGS, value=rollout.release)
@@ -327,8 +321,8 @@ def _offer(updater: Updater, source: ChannelSource, folder: Path, bundle: Path, 
 
 
 def _release(updater: Updater, source: ChannelSource, files: Path, name: str) -> Release:
-    found = _described(updater, source, name, MAX_RELEASE)
-    return Release.decode(storage.read(Path(updater.download_target(found, str(files / name))), MAX_RELEASE))
+    file = _described(updater, source, name, MAX_RELEASE)
+    return Release.decode(storage.read(Path(updater.download_target(file, str(files / name))), MAX_RELEASE))
 
 
 def _installed(bundle: Path, release: Release) -> bool:
@@ -345,7 +339,7 @@ def _fetch(
     """Bring files of a release (name → digest) into ``files``, by digest. Returns how many bytes were fetched."""
     fetched = 0
     for name, digest in wanted.items():
-        found = _file(updater, source, name, digest)
+        file = _file(updater, source, name, digest)
         place = files / digest
         if place.is_file() and storage.file_sha256(place) == digest:  # from an update that was interrupted
             continue
@@ -353,19 +347,19 @@ def _fetch(
             place.unlink(missing_ok=True)
             storage.link_or_copy(bundle / name, place)
             continue
-        note(name, found.length)
-        updater.download_target(found, str(place))
-        fetched += found.length
+        note(name, file.length)
+        updater.download_target(file, str(place))
+        fetched += file.length
     return fetched
 
 
 def _file(updater: Updater, source: ChannelSource, name: str, digest: str) -> TargetFile:
-    """A file of a release: of the newest, or of the one before where that has another."""
+    """Find a file of a release: the newest, or the previous one where that has another."""
     for place in (name, previous(name)):
         if updater.get_targetinfo(target(source.channel, place)) is not None:
-            found = _described(updater, source, place, MAX_BASE_FILE)
-            if found.hashes.get("sha256") == digest:
-                return found
+            file = _described(updater, source, place, MAX_BASE_FILE)
+            if file.hashes.get("sha256") == digest:
+                return file
     raise TrustError(f"the metadata have no {name} with the digest that the release states", about=name)
 
 
@@ -378,16 +372,16 @@ def _install(bundle: Path, release: Release, files: Path, trust: Trust, aside: P
         for name, digest in release.files.items():
             (stage / name).parent.mkdir(exist_ok=True)
             storage.link_or_copy(files / digest, stage / name)
-        made = Bundle(stage, trust.bundle.trusted)
-        base = made.base()
+        staged = Bundle(stage, trust.bundle.trusted)
+        base = staged.base()
         for name in adapter_names(stage):
-            trust.seen.check(made.adapter(name, base.manifest).manifest)
+            trust.seen.check(staged.adapter(name, base.manifest).manifest)
         return _keep_private(trust.bundle, base.manifest.base_digest, stage, aside)
 
 
 def _keep_private(old: Bundle, base_digest: str, stage: Path, aside: Path) -> tuple[Path, ...]:
     """Link the private adapters of the old bundle into ``stage``; those for another base into ``aside``."""
-    found = []
+    manifests = []
     for name in adapter_names(old.folder):
         manifest = old.adapter_manifest(name)
         if manifest.parent is None:
@@ -402,5 +396,5 @@ def _keep_private(old: Bundle, base_digest: str, stage: Path, aside: Path) -> tu
             (into / path).unlink(missing_ok=True)
             storage.link_or_copy(old.folder / path, into / path)
         if not fits:
-            found.append(into / manifest_path(name))
-    return tuple(found)
+            manifests.append(into / manifest_path(name))
+    return tuple(manifests)

@@ -52,8 +52,8 @@ def backup(state_dir: Path, out: Path, keys: bool, standby: bool, as_json: bool)
 
     opened = CoordinatorStateDir.open(state_dir)
     with _progress(f"copying {state_dir}") as report:
-        made = (back_up_for_standby if standby else back_up)(opened, out, keys=keys, report=report)
-    _print(made, "archive", out, as_json)
+        archived = (back_up_for_standby if standby else back_up)(opened, out, keys=keys, report=report)
+    _print(archived, "archive", out, as_json)
     if standby and is_local(url := opened.registry.engine.url):  # a proxy on both machines, or a mistake
         click.echo(
             f"{shown(url)} is an address of this machine: the other one must reach that database by it", err=True
@@ -109,7 +109,7 @@ def restore(
         with of_file(coordinator):
             trusted = PublicKey.from_pem(storage.read(coordinator, MAX_PEM))
     with _progress(f"restoring {state_dir}") as report:
-        made = restore(
+        restored = restore(
             archive,
             state_dir,
             key=storage.read(key, MAX_PEM) if key else None,
@@ -117,14 +117,14 @@ def restore(
             stores=stores if database or blobs else None,
             report=report,
         )
-    _print(made, "state", state_dir, as_json)
+    _print(restored, "state", state_dir, as_json)
 
 
 def _print(made: "Backup", what: str, place: Path, as_json: bool) -> None:
     newest = made.manifest
-    found = {"version": newest.version, "round": newest.round, "files": made.files, "bytes": made.size}
+    row = {"version": newest.version, "round": newest.round, "files": made.files, "bytes": made.size}
     if as_json:
-        click.echo(json.dumps({what: str(place), **found, "registry": newest.registry, "key": made.key_id}))
+        click.echo(json.dumps({what: str(place), **row, "registry": newest.registry, "key": made.key_id}))
         return
     version = "no version" if newest.version is None else f"version {newest.version}"
     click.echo(f"{place}: {version}, round {newest.round}, {made.files} files, {made.size:,} bytes")
@@ -135,7 +135,7 @@ def _print(made: "Backup", what: str, place: Path, as_json: bool) -> None:
 
 @contextmanager
 def _progress(label: str) -> Iterator["Report"]:
-    """A bar on standard error; it moves where that is a terminal."""
+    """Show a bar on standard error; it moves where that is a terminal."""
     with click.progressbar(length=1, label=label, file=sys.stderr) as bar:
 
         def report(done: int, total: int) -> None:

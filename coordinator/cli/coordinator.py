@@ -15,7 +15,6 @@ from coordinator.cli.dashboard import dashboard
 from coordinator.cli.evaluate import evaluate
 from coordinator.cli.options import as_json, directory
 from coordinator.cli.rounds import rounds
-from coordinator.cli.upgrade import upgrade
 from edgeadapt.formats import storage
 from edgeadapt.formats.settings import overridden
 
@@ -50,7 +49,6 @@ coordinator.add_command(evaluate)
 coordinator.add_command(rounds)
 coordinator.add_command(backup)
 coordinator.add_command(restore)
-coordinator.add_command(upgrade)
 
 
 @coordinator.command(short_help="Make a coordinator: key, settings, empty registry.")
@@ -99,8 +97,8 @@ def init(
     services = ServiceSettings.parse({"gateway": gateway, "superlink": superlink}, "--gateway and --superlink")
     stores = RegistrySettings.parse({"database": database, "blobs": blobs}, "--database and --blobs")
     pinned, elsewhere = storage.read(authority, MAX_PEM), stores if database or blobs else None
-    made = CoordinatorStateDir.create(state_dir, pinned, settings, SystemEntropy(), services, elsewhere)
-    public, key, fingerprint = state_dir / PUBLIC_KEY, made.key.public.key_id, made.root.fingerprint
+    opened = CoordinatorStateDir.create(state_dir, pinned, settings, SystemEntropy(), services, elsewhere)
+    public, key, fingerprint = state_dir / PUBLIC_KEY, opened.key.public.key_id, opened.root.fingerprint
     if as_json:
         click.echo(
             json.dumps({"state": str(state_dir), "key": key, "public_key": str(public), "authority": fingerprint})
@@ -235,8 +233,8 @@ def run(
         raise ConfigError("--root-certificates and --insecure go with --superlink", about="--connection")
     opened = CoordinatorStateDir.open(state_dir)
     opened.registry.newest_adapter()  # before Flower: its error would be in a log of the SuperLink
-    found = status_of(opened)
-    if found["rounds_done"] < found["rounds_wanted"]:
+    state = status_of(opened)
+    if state["rounds_done"] < state["rounds_wanted"]:
         way: AbstractContextManager[Connection] = nullcontext(Connection(connection or "", os.environ))
         if superlink is not None:
             way = connected(superlink, root_certificates, insecure=insecure)
@@ -245,10 +243,10 @@ def run(
         else:
             with way as flower:
                 _run(flower, state_dir, gateway)
-        found = status_of(opened)
-    if found["rounds_done"] < found["rounds_wanted"]:  # another run did not finish, or 'rounds' was raised meanwhile
+        state = status_of(opened)
+    if state["rounds_done"] < state["rounds_wanted"]:  # another run did not finish, or 'rounds' was raised meanwhile
         raise EdgeAdaptError(f"rounds are left: repeat 'edgeadapt coordinator run {state_dir}'", about="rounds")
-    click.echo(json.dumps(found) if as_json else "\n".join(lines_of(found)))
+    click.echo(json.dumps(state) if as_json else "\n".join(lines_of(state)))
 
 
 def _serve(state_dir: "CoordinatorStateDir", address: str) -> None:
@@ -298,5 +296,33 @@ def status(state_dir: Path, as_json: bool) -> None:
     from coordinator.statedir import CoordinatorStateDir
     from coordinator.status import lines_of, status_of
 
-    found = status_of(CoordinatorStateDir.open(state_dir))
-    click.echo(json.dumps(found) if as_json else "\n".join(lines_of(found)))
+    state = status_of(CoordinatorStateDir.open(state_dir))
+    click.echo(json.dumps(state) if as_json else "\n".join(lines_of(state)))
+
+
+@coordinator.command(short_help="Bring an older registry to this version's tables.")
+@directory
+@as_json
+def upgrade(state_dir: Path, as_json: bool) -> None:
+    """Bring the registry of the coordinator in DIR, in SQLite or PostgreSQL, to the tables of this edgeadapt.
+
+    One transaction does all of it or nothing. In PostgreSQL the transcript is kept as well: call it on the machine that
+    has that. Stop the coordinator and back it up first: an older edgeadapt cannot
+    read the registry any more.
+
+    \b
+    Example:
+      edgeadapt coordinator stop fleet
+      edgeadapt coordinator upgrade fleet
+    """
+    from coordinator.registry import migrations
+    from coordinator.statedir import TRANSCRIPT, registry_url, run_lock
+    from edgeadapt.formats.registryfiles import SCHEMA, require
+
+    require(state_dir)
+    with run_lock(state_dir):
+        before = migrations.upgrade(registry_url(state_dir), state_dir / TRANSCRIPT)
+    if as_json:
+        click.echo(json.dumps({"state": str(state_dir), "from": before, "to": SCHEMA}))
+        return
+    click.echo(f"revision {before} → {SCHEMA}" if before != SCHEMA else f"revision {SCHEMA}: nothing to do")

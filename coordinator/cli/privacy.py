@@ -20,35 +20,20 @@ HEAD = "devices  survive  honest  multiplier  epsilon  if all survive  noise/cli
 
 @dataclass(frozen=True, slots=True)
 class CohortPlan:
-    """What a cohort of one size costs.
-
-    Args:
-        devices: Of the cohort.
-        minimum_survivors: Of a round.
-        honest: Devices whose noise counts, of these.
-        noise_multiplier: Standard deviation of their noise over the clip norm.
-        epsilon: Of all rounds, if no more devices survive.
-        epsilon_all: Of all rounds, if every device survives.
-        noise: Norm of the noise in the mean of all devices over the clip norm, which no mean exceeds.
-        ring_bits: Of an element.
-        bytes_up: Of an update of one device.
-        groups: Sums of a round.
-        smallest_sum: Fewest devices in one of them.
-        price: ``noise`` over that of a round with one sum.
-    """
+    """What a cohort of one size costs."""
 
     devices: int
     minimum_survivors: int
-    honest: int
-    noise_multiplier: float
-    epsilon: float
-    epsilon_all: float
-    noise: float
-    ring_bits: int
-    bytes_up: int
-    groups: int
-    smallest_sum: int
-    price: float
+    honest: int  # survivors of ``minimum_survivors`` whose noise counts
+    noise_multiplier: float  # standard deviation of their noise over the clip norm
+    epsilon: float  # spent in all rounds, if no more devices survive
+    epsilon_all: float  # spent in all rounds, if every device survives
+    noise: float  # norm of the noise in the mean of all devices over the clip norm, which no mean exceeds
+    ring_bits: int  # bits of an element
+    bytes_up: int  # bytes of an update of one device
+    groups: int  # sums of a round
+    smallest_sum: int  # fewest devices in one of them
+    price: float  # ``noise`` over that of a round with one sum
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -89,15 +74,15 @@ def plan(
     """
     from coordinator.settings import FederationSettings
 
-    given = FederationSettings.read(settings, overrides) if settings else None
-    wanted = given or FederationSettings.parse(overridden({}, overrides), "--set")
+    federation = FederationSettings.read(settings, overrides) if settings else None
+    wanted = federation or FederationSettings.parse(overridden({}, overrides), "--set")
     if not wanted.privacy.noisy:
         text = "the sums would have no noise: name privacy.mechanism and privacy.epsilon or privacy.noise_multiplier"
         raise ConfigError(text, about="privacy.mechanism")
     rows = [_row(wanted, numbers, count) for count in devices]
     if as_json:
-        found = [{name: None if value == math.inf else value for name, value in asdict(row).items()} for row in rows]
-        click.echo(json.dumps({"rounds": wanted.rounds, "delta": wanted.privacy.delta, "plans": found}))
+        plans = [{name: None if value == math.inf else value for name, value in asdict(row).items()} for row in rows]
+        click.echo(json.dumps({"rounds": wanted.rounds, "delta": wanted.privacy.delta, "plans": plans}))
         return
     click.echo(f"{wanted.rounds} rounds of {wanted.privacy.mechanism} noise, delta {wanted.privacy.delta:g}")
     click.echo(HEAD)

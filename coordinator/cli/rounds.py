@@ -15,7 +15,7 @@ from coordinator.cli.options import as_json, directory
 if TYPE_CHECKING:
     from coordinator.sessionprogress import SessionProgress
 
-LOOK = 0.5  # seconds between two looks
+LOOK = 0.5  # seconds between two polls
 
 
 @click.command(short_help="Show the rounds, and with --follow those to come.")
@@ -83,7 +83,7 @@ def _width(file: TextIO) -> int:
 
 
 def _under_way(number: int, progress: "SessionProgress | None") -> str:
-    """The step of a round, shorter than 40 columns up to 999 devices."""
+    """Name the step of a round, shorter than 40 columns up to 999 devices."""
     if progress is None or progress.step is None:
         return f"round {number}: waiting"
     devices = f"{progress.answered} of {progress.devices or '?'} devices"

@@ -74,7 +74,7 @@ def _time(event: "ServiceEvent") -> str:
 
 
 def _plain(value: str | int | float) -> str | int | float:
-    """A text without colors and other control characters, which could imitate a line or move the cursor."""
+    """Remove colors and other control characters, which could imitate a line or move the cursor."""
     if not isinstance(value, str):
         return value
     return "".join(c if c.isprintable() else " " for c in click.unstyle(value))

@@ -1,6 +1,6 @@
 """What the signed log of a repository of channels says of each channel: its release, who gets it, how it was made.
 
-The rollback that is prepared for a rollout is not in the log, and is looked at itself.
+The rollback that is prepared for a rollout is not in the log, and is read itself.
 """
 
 from collections.abc import Sequence
@@ -22,22 +22,16 @@ MAKES = ("publish", "promote", "rollback")  # a release
 
 @dataclass(slots=True)
 class ChannelsView:
-    """Reads a repository again when it has changed.
-
-    Args:
-        folder: Of the repository.
-    """
+    """Reads a repository again when it has changed."""
 
     folder: Path
     _seen: tuple[bytes, ...] = ()
     _found: dict[str, Any] | None = None
 
     def look(self) -> dict[str, Any]:
-        """``channels``, name → row or None without a release, and ``problem``: why they cannot be believed, or None.
+        """Read ``channels``, name → row or None without a release, and the ``problem`` why not to believe them.
 
-        Raises:
-            ConfigError: The folder has no repository.
-            OSError: It cannot be read.
+        Raises ConfigError: the folder does not have a repository.
         """
         opened = ChannelRepository.open(self.folder, datetime.now(UTC))
         timestamp = opened.metadata.place / "timestamp.json"  # each action signs a new one
@@ -64,7 +58,7 @@ class ChannelsView:
 
 
 def _content(path: Path) -> bytes:
-    """Of a file that may be missing; or why it cannot be read, of which ``PreparedRollbacks.state`` makes a reason."""
+    """Read a file that may be missing, or why it cannot be read: ``PreparedRollbacks.state`` makes a reason of that."""
     try:
         return storage.read(path, MAX_METADATA)
     except FileNotFoundError:
@@ -74,16 +68,16 @@ def _content(path: Path) -> bytes:
 
 
 def _row(records: Sequence[ActionRecord], channel: str, protected: bool) -> dict[str, Any] | None:
-    """The release of a channel, from the record that made it and those after it."""
+    """Describe the release of a channel, from the record that made it and those after it."""
     own = [record for record in records if record.action.subject == channel]
-    made = next((record for record in reversed(own) if record.action.kind in MAKES), None)
-    if made is None:
+    release = next((record for record in reversed(own) if record.action.kind in MAKES), None)
+    if release is None:
         return None
-    later = [record for record in own if record.number > made.number]
-    staged = next((record for record in reversed(later) if record.action.kind == "rollout"), made)
+    later = [record for record in own if record.number > release.number]
+    staged = next((record for record in reversed(later) if record.action.kind == "rollout"), release)
     refusal = next((record for record in reversed(later) if record.action.kind == "refuse"), None)
-    judged = next((record for record in reversed([made, *later]) if record.action.evaluation), None)
-    action, rollout = made.action, staged.action.rollout
+    judged = next((record for record in reversed([release, *later]) if record.action.evaluation), None)
+    action, rollout = release.action, staged.action.rollout
     return {
         "release": action.release,
         "adapters": action.adapters,
@@ -91,8 +85,8 @@ def _row(records: Sequence[ActionRecord], channel: str, protected: bool) -> dict
         "kind": action.kind,
         "source": action.source,
         "again": action.again,
-        "since": made.made,
-        "by": made.by,
+        "since": release.made,
+        "by": release.by,
         "share": ALL if rollout is None else rollout.share,
         "languages": [] if rollout is None else list(rollout.languages),
         "previous": None if rollout is None else rollout.previous,
@@ -114,8 +108,8 @@ def _row(records: Sequence[ActionRecord], channel: str, protected: bool) -> dict
 
 
 def _evaluation(record: ActionRecord) -> dict[str, Any] | None:
-    """The verdict in a record: after which the release stayed, or for which the one before was published again."""
-    found = record.action.evaluation
-    if found is None:
+    """Describe the verdict in a record: the reason why the release stayed or the previous one was published again."""
+    evaluation = record.action.evaluation
+    if evaluation is None:
         return None
-    return {"round": found.round, "worse": found.worse, "text": str(found.verdict), "since": record.made}
+    return {"round": evaluation.round, "worse": evaluation.worse, "text": str(evaluation.verdict), "since": record.made}

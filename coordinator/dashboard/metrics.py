@@ -20,7 +20,7 @@ class _View:
 
 
 def exposition(view: dict[str, Any]) -> bytes:
-    """The metrics of a view (``Viewer.look``)."""
+    """Format a view (``Viewer.look``)."""
     registry = CollectorRegistry()
     registry.register(_View(view))
     return generate_latest(registry)
@@ -81,13 +81,13 @@ def families(view: dict[str, Any]) -> Iterator[Metric]:
 
 def _gauge(name: str, text: str, value: Any, label: str | None = None) -> Metric:
     family = GaugeMetricFamily(PREFIX + name, text, labels=[label] if label else [])
-    for key, each in (value if label else {"": value}).items():
-        family.add_metric([key] if label else [], each)
+    for key, number in (value if label else {"": value}).items():
+        family.add_metric([key] if label else [], number)
     return family
 
 
 def _counter(name: str, text: str, label: str | None, values: dict[str, float]) -> Metric:
     family = CounterMetricFamily(PREFIX + name, text, labels=[label] if label else [])
-    for key, each in values.items():
-        family.add_metric([key] if label else [], each)
+    for key, number in values.items():
+        family.add_metric([key] if label else [], number)
     return family

@@ -1,8 +1,7 @@
 """The dashboard as a web application: a page behind a login, its live data, and metrics.
 
-Whoever has the token in ``dashboard.token`` sees the fleet: a person logs in with it, Prometheus sends it as a bearer
-token. Nothing can be changed here. On a loopback address it is served without TLS; on any other one with the TLS
-certificate of the coordinator.
+The token in ``dashboard.token`` opens it: a person logs in with it, Prometheus sends it as a bearer token. Nothing can
+be changed here. On a loopback address it is served without TLS, on any other with the coordinator's TLS certificate.
 
 A connection holds one of few places until a request on it has the token or a session (``coordinator.gateway.places``).
 Until then each serves one request. The right token is accepted at once, unless somebody of the same network has just
@@ -45,7 +44,7 @@ TOKEN = "dashboard.token"  # noqa: S105  # in the coordinator's state directory
 COOKIE = "edgeadapt-session"
 PAGE = Path(__file__).parent / "page"
 FILES = {"style.css": "text/css; charset=utf-8", "page.js": "text/javascript; charset=utf-8"}  # without a login
-EVERY = 1.0  # seconds between two looks at the fleet, however many pages are open
+EVERY = 1.0  # seconds between two polls of the fleet, however many pages are open
 KEEP_ALIVE = 15.0  # seconds between two lines of a stream in which nothing happens
 LOGIN_SECONDS = 12 * 3600.0
 MAX_LOGINS = 64
@@ -71,26 +70,24 @@ Look = Callable[[], dict[str, Any]]
 
 
 def read_token(folder: Path, entropy: Entropy) -> str:
-    """The token of a state directory, which the first call makes.
+    """Read the token of a state directory, which the first call makes.
 
-    Raises:
-        TrustError: The file has no token of at least 128 bits.
-        OSError: It cannot be read or written.
+    Raises TrustError: the file does not have a token of at least 128 bits.
     """
     path = folder / TOKEN
     try:
-        found = storage.read(path, MAX_PEM).decode(errors="replace").strip()
+        token = storage.read(path, MAX_PEM).decode(errors="replace").strip()
     except FileNotFoundError:
-        found = entropy.bytes(32).hex()
-        storage.replace(path, found.encode() + b"\n")
-    if not re.fullmatch(r"[A-Za-z0-9._~-]{32,512}", found):
+        token = entropy.bytes(32).hex()
+        storage.replace(path, token.encode() + b"\n")
+    if not re.fullmatch(r"[A-Za-z0-9._~-]{32,512}", token):
         raise TrustError(f"{path} has no token: delete it, and a new one is made", about=TOKEN)
-    return found
+    return token
 
 
 @dataclass(slots=True)
 class Logins:
-    """The token, and the sessions of those who gave it. ``entrance``: where requests come from; None in a process."""
+    """Sessions that the token opened. ``entrance``: where requests come from; None in a process."""
 
     token: str = field(repr=False)
     entrance: Entrance | None = None
@@ -99,33 +96,32 @@ class Logins:
 
     async def allows(self, request: Request) -> bool:
         """Whether a request comes from a session, or has the token; a wrong token is refused after a while."""
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        allowed = await self._is_token(request, given.strip()) if scheme.lower() == "bearer" else self.is_open(request)
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        allowed = await self._is_token(request, token.strip()) if scheme.lower() == "bearer" else self.is_open(request)
         if allowed and self.entrance and request.client:
             self.entrance.prove(request.client)
         return allowed
 
     def is_open(self, request: Request) -> bool:
-        """Whether the session of a request is open now. One with a bearer token has none."""
+        """Whether the session of a request is open now. A request with a bearer token does not have one."""
         return self._sessions.get(request.cookies.get(COOKIE, ""), 0.0) > time.monotonic()
 
     async def open(self, request: Request, given: str) -> str | None:
-        """A new session for who has the token; None, after a while, for another text."""
+        """Open a session if the text is the token; None, after a while, for another text."""
         if not await self._is_token(request, given):
             return None
         now = time.monotonic()
         alive = {each: end for each, end in self._sessions.items() if end > now}
         self._sessions = dict(list(alive.items())[-MAX_LOGINS + 1 :])
-        made = secrets.token_urlsafe(32)
-        self._sessions[made] = now + LOGIN_SECONDS
-        return made
+        session = secrets.token_urlsafe(32)
+        self._sessions[session] = now + LOGIN_SECONDS
+        return session
 
     def close(self, request: Request) -> None:
-        """End the session of a request."""
         self._sessions.pop(request.cookies.get(COOKIE, ""), None)
 
     async def _is_token(self, request: Request, given: str) -> bool:
-        """Compare a text with the token, in its turn. Who has hung up before that has guessed nothing."""
+        """Compare a text with the token, in its turn. A client that has hung up before that has guessed nothing."""
         async with self._turns.held(request.client.host if request.client else ""):
             if await request.is_disconnected():
                 return False
@@ -137,7 +133,7 @@ class Logins:
 
 @dataclass(slots=True)
 class Feed:
-    """The fleet as JSON, looked at once a second at most."""
+    """The fleet as JSON, read at most once a second."""
 
     look: Look
     view: dict[str, Any] = field(default_factory=dict)
@@ -147,7 +143,7 @@ class Feed:
     _one: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def now(self) -> dict[str, Any]:
-        """The view, or ``{"error": …}`` while it cannot be had."""
+        """The view, or ``{"error": …}`` while it cannot be read."""
         async with self._one:
             if time.monotonic() - self._at >= EVERY:
                 try:
@@ -158,7 +154,7 @@ class Feed:
             return self.view
 
     async def events(self, allowed: Callable[[], bool]) -> AsyncIterator[str]:
-        """Server-sent events, one for each change, as long as whoever reads them is allowed to."""
+        """Yield server-sent events, one for each change, as long as the reader is allowed to have them."""
         self.streams += 1
         last, quiet = None, 0.0
         try:
@@ -176,7 +172,7 @@ class Feed:
 
 
 class Guard:
-    """Refuses requests for another host, and adds ``HEADERS`` to every response; one to a stranger is the last."""
+    """Refuse requests for another host, and add ``HEADERS`` to every response; one to a stranger is the last."""
 
     def __init__(self, app: ASGIApp, hosts: Callable[[], Collection[str]], entrance: Entrance | None) -> None:
         self._app, self._hosts, self._entrance = app, hosts, entrance
@@ -205,14 +201,12 @@ def _host(headers: Headers) -> str | None:
 def application(
     look: Look, token: str, hosts: Callable[[], Collection[str]], *, secure: bool, entrance: Entrance | None = None
 ) -> Starlette:
-    """The web application.
+    """Make the web application.
 
     Args:
-        look: Called for the fleet's view, from a thread, never twice at once.
-        token: That opens it.
-        hosts: By which it may be called now: a foreign site whose name resolves to this machine is refused.
-        secure: Whether it is served over TLS.
-        entrance: At which it listens; None if it is called within a process.
+        look: Reads the fleet's view; called from a thread, never twice at once.
+        hosts: Names by which it may be called now: a foreign site whose name resolves to this machine is refused.
+        entrance: Where it listens; None if it is called within a process.
     """
     logins, feed = Logins(token, entrance), Feed(look)
 
@@ -245,8 +239,8 @@ def application(
     async def view(request: Request) -> Response:
         if not await logins.allows(request):
             return _refused()
-        found = await feed.now()
-        return JSONResponse(found, HTTPStatus.SERVICE_UNAVAILABLE if "error" in found else HTTPStatus.OK)
+        fleet = await feed.now()
+        return JSONResponse(fleet, HTTPStatus.SERVICE_UNAVAILABLE if "error" in fleet else HTTPStatus.OK)
 
     async def events(request: Request) -> Response:
         if not await logins.allows(request):
@@ -260,10 +254,10 @@ def application(
     async def metrics(request: Request) -> Response:
         if not await logins.allows(request):
             return _refused()
-        found = await feed.now()
-        if "error" in found:
-            return Response(found["error"] + "\n", HTTPStatus.SERVICE_UNAVAILABLE)
-        return Response(exposition(found), media_type=CONTENT_TYPE_LATEST)
+        fleet = await feed.now()
+        if "error" in fleet:
+            return Response(fleet["error"] + "\n", HTTPStatus.SERVICE_UNAVAILABLE)
+        return Response(exposition(fleet), media_type=CONTENT_TYPE_LATEST)
 
     async def health(_: Request) -> Response:
         return Response("ok\n")
@@ -279,9 +273,9 @@ def application(
         Route("/metrics", metrics),
         Route("/health", health),
     ]
-    made = Starlette(routes=routes, middleware=[Middleware(Guard, hosts=hosts, entrance=entrance)])
-    made.state.feed = feed
-    return made
+    app = Starlette(routes=routes, middleware=[Middleware(Guard, hosts=hosts, entrance=entrance)])
+    app.state.feed = feed
+    return app
 
 
 def _login(*, refused: bool = False) -> Response:
@@ -300,7 +294,7 @@ def _refused() -> Response:
 
 
 async def _given_token(request: Request) -> str:
-    """The token of a login form; empty if it has no token, or is too large."""
+    """Read the token of a login form; empty if it has none, or is too large."""
     body = b""
     async for part in request.stream():
         body += part
@@ -310,16 +304,9 @@ async def _given_token(request: Request) -> str:
 
 
 def serve(look: Look, token: str, address: str, tls: TlsSource | None) -> None:
-    """Serve until SIGINT or SIGTERM.
+    """Serve at ``address`` (``HOST:PORT``) until SIGINT or SIGTERM; ``look`` and ``token`` are as for ``application``.
 
-    Args:
-        look: As for ``application``.
-        token: The same.
-        address: ``HOST:PORT``.
-        tls: None: without TLS, on a loopback address.
-
-    Raises:
-        ConfigError: There is no TLS and the address is not a loopback one, or nothing can listen there.
+    Raises ConfigError: there is no TLS and the address is not a loopback one, or nothing can listen there.
     """
     host, _, port = address.rpartition(":")
     if tls is None and not is_loopback(address):
@@ -348,8 +335,6 @@ def serve(look: Look, token: str, address: str, tls: TlsSource | None) -> None:
 
 
 class DashboardServer(uvicorn.Server):
-    """Ends the streams of pages before it stops."""
-
     def __init__(self, config: uvicorn.Config, feed: Feed) -> None:
         super().__init__(config)
         self._feed = feed

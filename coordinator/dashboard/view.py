@@ -23,9 +23,7 @@ LISTED = 200  # rounds at most, the last ones
 class Viewer:
     """Reads a coordinator's state directory again and again. It writes nothing, and takes no lock for long.
 
-    Args:
-        state_dir: Of the coordinator.
-        channels: A repository of channels; None if none is to be shown.
+    ``channels``: a repository of channels; None if none is to be shown.
     """
 
     state_dir: CoordinatorStateDir
@@ -38,11 +36,7 @@ class Viewer:
         self._follower = LogFollower(self.state_dir.folder / TRANSCRIPT)
 
     def look(self) -> dict[str, Any]:
-        """The fleet now. All values can be written in JSON.
-
-        Raises:
-            EdgeAdaptError, OSError: Something on the disk or in the registry cannot be read.
-        """
+        """Read the fleet now. All values can be written in JSON. Raises EdgeAdaptError and OSError."""
         running, progress = self.state_dir.in_use, self._follower.look()
         return {
             "running": running,
@@ -58,7 +52,7 @@ class Viewer:
         }
 
     def _rounds(self) -> dict[str, Any]:
-        """What the registry says; read again only when it has a new round or version."""
+        """Read what the registry says, again only when it has a new round or version."""
         registry = self.state_dir.registry
         if registry.latest() is None:
             return _history((), None)

@@ -1,11 +1,9 @@
-"""The two carriers of a conversation (``edgeadapt.formats.gateway.messages``): gRPC for light devices, WebSockets for
-pages.
+"""The two carriers of a conversation (``edgeadapt.formats.gateway.messages``): gRPC for devices, WebSockets for pages.
 
 A service gives its conversations by path, and each runs in the same way over both: one message after the other, until
-it returns or raises. ``end_of`` says with which status or close code. Nobody presents a TLS certificate. A peer holds
-one of the places of an address from its connection, over gRPC from its call, until the conversation admits it.
-
-Pages come over a port of their own: one port for HTTP/2 of gRPC and for HTTP/1.1 of WebSockets takes a reverse proxy.
+it returns or raises; ``end_of`` says with which status or close code. A peer presents no TLS certificate, and holds one
+of the places of an address from its connection, over gRPC from its call, until the conversation admits it. Pages have a
+port of their own: one port for HTTP/2 of gRPC and for HTTP/1.1 of WebSockets takes a reverse proxy.
 """
 
 import asyncio
@@ -46,34 +44,27 @@ T = TypeVar("T")
 
 
 class HangUp(Exception):  # noqa: N818
-    """The peer is gone."""
+    ...
 
 
 class Carrier(Protocol):
-    """A connection of a peer.
-
-    Attributes:
-        host: Its address.
-        names: Names and addresses of this machine that the peer may have connected to.
-        call: The span of the conversation until the peer is admitted.
-    """
+    """A connection of a peer."""
 
     host: str
-    names: frozenset[str]
-    call: traces.Span
+    names: frozenset[str]  # names and addresses of this machine that the peer may have connected to
+    call: traces.Span  # the span of the conversation until the peer is admitted
 
     @property
-    def protocol(self) -> str:
-        """Of the carrier."""
+    def protocol(self) -> str: ...
 
     async def receive(self) -> bytes:
-        """The next message. Raises HangUp, and ProtocolError: it is not one."""
+        """Receive the next message. Raises HangUp, and ProtocolError: it is not one."""
 
     async def send(self, message: bytes) -> None:
         """Send a message once the peer has room for it. Raises HangUp."""
 
     def admit(self) -> None:
-        """The peer has proved who it is, and stays: it gives its place back."""
+        """Give the peer's place back: it has proved who it is, and stays."""
 
 
 Conversation: TypeAlias = Callable[[Carrier], Awaitable[None]]
@@ -143,7 +134,7 @@ class SocketCarrier:
 
 
 class End(NamedTuple):
-    """With which status of gRPC, and which close code of WebSockets (RFC 6455, section 7.4.1), a conversation ends."""
+    """Status of gRPC, and close code of WebSockets (RFC 6455, section 7.4.1), with which a conversation ends."""
 
     status: StatusCode
     close: CloseCode
@@ -152,7 +143,7 @@ class End(NamedTuple):
 
 
 def end_of(error: EdgeAdaptError | TimeoutError) -> End:
-    """What a peer learns of an error. After the last two the same is refused again; after any other it may succeed."""
+    """Tell a peer of an error. After the last two the same is refused again; after any other it may succeed."""
     match error:
         case ComeBack(released=True):
             return End(StatusCode.OK, CloseCode.GOING_AWAY, str(error), error.window)
@@ -203,13 +194,12 @@ class Conversations:
 
 @dataclass(slots=True)
 class GrpcCalls:
-    """The calls of an address for gRPC. Each holds a place until it is admitted, and so do health checks."""
+    """Serve the calls of an address for gRPC. Each holds a place until it is admitted, and so do health checks."""
 
     conversations: Conversations
     places: Places = field(default_factory=Places)
 
     async def listen(self, address: str, largest: int) -> tuple[aio.Server, int]:
-        """A server that has started, and its port. Raises RuntimeError: it cannot listen there."""
         options = (*messages.GATEWAY_OPTIONS, ("grpc.max_receive_message_length", largest))
         server = aio.server(options=options)
         calls = {
@@ -260,7 +250,7 @@ class BrowserSettings:
 
     Attributes:
         address: ``HOST:PORT``; without TLS on loopback, else with the service's own certificate. Port 0: any free one.
-        origins: Of pages that are not on loopback.
+        origins: Allowed origins of pages that are not on loopback.
     """
 
     address: str
@@ -273,24 +263,18 @@ class BrowserSettings:
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine reaches the address."""
         return _is_loopback(self.place[0])
 
 
 @dataclass(slots=True)
 class SocketCalls:
-    """The WebSockets of an address. Each holds a place of its entrance until it is admitted."""
+    """Serve the WebSockets of an address. Each holds a place of its entrance until it is admitted."""
 
     conversations: Conversations
     settings: BrowserSettings
     _entrance: Entrance = field(init=False)
 
     async def listen(self, largest: int) -> SocketServer:
-        """A server that has started.
-
-        Raises:
-            ConfigError: The address is in use or not valid.
-        """
         host, port = self.settings.place
         try:
             self._entrance = Entrance.listening(host, int(port))
@@ -350,7 +334,7 @@ def host_of(url: str) -> str:
 
 
 def host_of_peer(peer: str) -> str:
-    """The host in what gRPC calls a peer.
+    """Host in what gRPC calls a peer.
 
     >>> host_of_peer("ipv4:192.0.2.7:55012"), host_of_peer("ipv6:%5B2001:db8::1%5D:55012")
     ('192.0.2.7', '2001:db8::1')
@@ -380,7 +364,6 @@ class ConversationServer:
         """Start listening.
 
         Args:
-            conversations: Of the service.
             address: ``HOST:PORT`` for gRPC; port 0 takes any free one.
             browsers: Where to listen for pages, if anywhere.
             about: The option that has ``address``.
@@ -407,7 +390,7 @@ class ConversationServer:
             raise
 
     def url(self, path: str) -> str:
-        """At which pages reach the service; empty if it does not listen for them."""
+        """URL at which pages reach the service; empty if it does not listen for them."""
         if self._sockets is None:
             return ""
         host, port = self._sockets.sockets[0].getsockname()[:2]
@@ -415,7 +398,6 @@ class ConversationServer:
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{path}"
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on the service's event loop, and return its result."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     def close(self, release: Callable[[], None] = lambda: None) -> None:

@@ -1,12 +1,9 @@
 """The authority's service: a device with an invitation gets a certificate, and one whose certificate ends soon a newer.
 
-Both are conversations of one message and one answer, over gRPC and for pages over a WebSocket
-(``coordinator.gateway.carriers``). The messages are signed, so whoever passes one on has no other key certified. What
-is counted is counted after the proof: the calls of an invitation, of a device, and the refusals of a network. So nobody
-without credentials uses up what those with credentials may do.
-
-It runs where the authority's key is, not where the coordinator is: a coordinator that could enrol devices could fill a
-cohort with its own. It has no state besides the authority's record.
+Both are conversations of one message and one answer (``coordinator.gateway.carriers``). The messages are signed, so a
+peer that passes one on has no other key certified. Calls and refusals are counted after the proof, so nobody without
+credentials uses up what those with credentials may do. The service runs where the authority's key is, not where the
+coordinator is, which could fill a cohort with its own devices, and has no state besides the authority's record.
 """
 
 import asyncio
@@ -34,27 +31,21 @@ from edgeadapt.authority.store import RECORD
 from edgeadapt.formats.gateway import messages
 
 NAME = "enrolment"  # in the service's own certificate
-OWN_DAYS = 30  # of that certificate; a restart makes another one
-THREADS = 4  # for each of the two conversations
-ATTEMPTS, PERIOD = 6, 3600.0  # of a device or an invitation in a row, and seconds in which they are regained
+OWN_DAYS = 30  # days of that certificate; a restart makes another one
+THREADS = 4  # threads of each of the two conversations
+ATTEMPTS, PERIOD = 6, 3600.0  # calls of a device or an invitation in a row, and seconds in which they are regained
 LARGEST = 2**14  # bytes of a message
 log = logging.getLogger("edgeadapt.enrolment")
 
 
 def too_many(wait: float, who: str = "") -> ComeBack:
-    """The same call may succeed after ``wait`` seconds."""
+    """Make the error for a call that may succeed after ``wait`` seconds."""
     return ComeBack(f"too many calls{who and f' of {who}'}: try again in {math.ceil(wait / 60)} min")
 
 
 @dataclass(slots=True)
 class EnrolmentService:
-    """The calls.
-
-    Args:
-        store: The authority's folder.
-        authority: Unlocked.
-        days: For which certificates are valid.
-    """
+    """Certify devices with an unlocked ``authority``, whose folder is ``store``, for ``days``."""
 
     store: AuthorityStore
     authority: Authority
@@ -65,7 +56,7 @@ class EnrolmentService:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def enrol(self, raw: bytes) -> bytes:
-        """The certificate of a device that has an invitation, DER.
+        """Certify a device that has an invitation. Returns DER.
 
         Raises:
             ProtocolError: The bytes are not a ``DeviceEnrolment``.
@@ -80,7 +71,7 @@ class EnrolmentService:
         return certificate
 
     def renew(self, raw: bytes) -> bytes:
-        """The newer certificate of a device, DER.
+        """Certify a device again. Returns DER.
 
         Raises:
             ProtocolError: The bytes are not a ``DeviceRenewal``.
@@ -135,7 +126,7 @@ class EnrolmentService:
 
 @dataclass(slots=True)
 class _Certifying:
-    """A conversation of one message, which ``certify`` answers in threads of its own, one of a network at a time."""
+    """Have a conversation of one message, which ``certify`` answers in threads of its own, one of a network at once."""
 
     service: EnrolmentService
     certify: Callable[[bytes], bytes]
@@ -162,16 +153,9 @@ class EnrolmentServer(ConversationServer):
     def __init__(
         self, service: EnrolmentService, address: str, hosts: Sequence[str], browsers: BrowserSettings | None = None
     ) -> None:
-        """Start listening.
+        """Start listening at ``address`` (``HOST:PORT``; port 0 takes any free one), which devices reach as ``hosts``.
 
-        Args:
-            service: The calls.
-            address: ``HOST:PORT`` for light devices; port 0 takes any free one.
-            hosts: Names and addresses at which devices reach it.
-            browsers: Where to listen for pages, if anywhere.
-
-        Raises:
-            ConfigError: As ``ConversationServer``; or a host is neither a name nor an address.
+        Raises ConfigError: as ``ConversationServer``; or a host is neither a name nor an address.
         """
         self.service, key = service, TlsKey.generate(SystemEntropy())
         _, public = read_tls_request(key.request(NAME))

@@ -27,21 +27,19 @@ from coordinator.statedir import CoordinatorStateDir
 from coordinator.transport import OwnGrid, identify
 from edgeadapt.formats.gateway.messages import ATTEND, node_of
 
-PREFIX = "gateway-"  # of message ids; Flower's are hexadecimal
-GATHER = 0.005  # seconds for more answers, after the first: a look at 1000 requests for each answer takes longer
-LOOK = 0.2  # seconds between two looks whether enough devices are connected
+PREFIX = "gateway-"  # Flower's own message ids are hexadecimal
+GATHER = 0.005  # seconds for more answers, after the first: to check 1000 requests for each takes longer
+LOOK = 0.2  # seconds between two checks whether enough devices are connected
 LOOK_AT_LINK = 2.0  # the same where each look is a call to the SuperLink
 log = logging.getLogger("edgeadapt.gateway")
 
 
 @contextmanager
 def serving(state_dir: CoordinatorStateDir, address: str, *, own_process: bool = True) -> Iterator["GatewayGrid"]:
-    """A grid over a gateway with the TLS files of a coordinator's state directory, while the block runs.
+    """Run a gateway with the TLS files of a coordinator's state directory while the block runs, and yield its grid.
 
-    ``own_process``: as for ``GatewayGrid``.
-
-    Raises:
-        ConfigError, TrustError: As ``CoordinatorStateDir.read_tls`` and ``Gateway``.
+    ``own_process``: as for ``GatewayGrid``. Raises ConfigError, TrustError: as ``CoordinatorStateDir.read_tls`` and
+    ``Gateway``.
     """
     own, tls = state_dir.settings.gateway, TlsFiles(state_dir)
     limits = GatewayLimits(
@@ -76,7 +74,6 @@ class ArrivalClock:
         self.arrived = threading.Event()
 
     def now(self) -> float:
-        """Seconds since some fixed point."""
         return time.monotonic()
 
     def sleep(self, seconds: float) -> None:
@@ -90,7 +87,7 @@ class ArrivalClock:
 
 
 class GatewayGrid(OwnGrid):
-    """Light devices as nodes. The node of a device follows from its certified name (``messages.node_of``)."""
+    """Grid of light devices as nodes. The node of a device follows from its certified name (``messages.node_of``)."""
 
     def __init__(
         self,
@@ -102,15 +99,7 @@ class GatewayGrid(OwnGrid):
         own_process: bool = True,
         browsers: BrowserSettings | None = None,
     ) -> None:
-        """Start a gateway.
-
-        Args:
-            address, tls, read_root, limits, browsers: As ``Gateway``.
-            own_process: Flower did not start this process.
-
-        Raises:
-            ConfigError: As ``Gateway``.
-        """
+        """Start a gateway, as ``Gateway`` does. ``own_process``: Flower did not start this process."""
         super().__init__()
         self.clock = ArrivalClock()
         self._numbers = itertools.count(1)
@@ -129,7 +118,7 @@ class GatewayGrid(OwnGrid):
 
     @property
     def url(self) -> str:
-        """At which pages connect; empty if the gateway does not listen for them."""
+        """URL at which pages connect; empty if the gateway does not listen for them."""
         return self._gateway.url(ATTEND)
 
     def snapshot(self, address: str) -> GatewaySnapshot:
@@ -140,23 +129,22 @@ class GatewayGrid(OwnGrid):
 
     @property
     def known(self) -> frozenset[int]:
-        """The nodes that were listed so far."""
         return frozenset(self._devices)
 
     def await_devices(self, count: int, require: Callable[[], object] = lambda: None) -> None:
-        """Wait until so many devices are connected. ``require``: called meanwhile; what it raises ends the wait."""
+        """Wait until ``count`` devices are connected. ``require``: called meanwhile; what it raises ends the wait."""
         while len(self._gateway.devices()) < count:
             require()
             self.clock.sleep(LOOK)
 
     def get_node_ids(self) -> Iterable[int]:
-        """See ``Grid``: the devices that are connected now."""
+        """List the devices that are connected now."""
         listed = {node_of(device): device for device in self._gateway.devices()}
         self._devices |= listed
         return list(listed)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """See ``Grid``: the ids of those messages whose devices are there and have not too much to do."""
+        """Return the ids of those messages whose devices are there and do not have too much to do."""
         batch = [message for message in messages if message.metadata.dst_node_id in self._devices]
         if not batch:
             return []
@@ -208,10 +196,10 @@ def _reply(message: Message, answer: bytes | NoAnswer) -> Message:
 
 
 class JoinedGrid(Grid):
-    """SuperNodes and light devices in one cohort: a grid of Flower, and one over the gateway.
+    """Join SuperNodes and light devices in one cohort: a grid of Flower, and one over the gateway.
 
-    Its clock is the gateway's: an answer of a light device ends a wait. SuperNodes are looked for as often as on a grid
-    of their own.
+    Its clock is the gateway's: an answer of a light device ends a wait. SuperNodes are polled as often as on a grid of
+    their own.
     """
 
     def __init__(self, flower: Grid, light: GatewayGrid) -> None:
@@ -219,7 +207,7 @@ class JoinedGrid(Grid):
         self.clock = light.clock
 
     def await_devices(self, count: int, require: Callable[[], object] = lambda: None) -> None:
-        """As ``GatewayGrid.await_devices``, for SuperNodes and light devices together."""
+        """Wait for SuperNodes and light devices together, like ``GatewayGrid.await_devices``."""
         while len([*self.get_node_ids()]) < count:
             require()
             self.clock.sleep(LOOK_AT_LINK)
@@ -237,7 +225,7 @@ class JoinedGrid(Grid):
         return self._flower.create_message(content, message_type, dst_node_id, group_id, ttl)
 
     def get_node_ids(self) -> Iterable[int]:
-        """See ``Grid``: of both. A light device whose node is that of a SuperNode is not listed."""
+        """List the nodes of both. A light device whose node is that of a SuperNode is not listed."""
         flower = [*self._flower.get_node_ids()]
         return [*flower, *(node for node in self._light.get_node_ids() if node not in flower)]
 
@@ -251,8 +239,8 @@ class JoinedGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         ids = list(message_ids)
         others = [number for number in ids if not number.startswith(PREFIX)]
-        found = [*self._light.pull_messages(number for number in ids if number.startswith(PREFIX))]
-        return [*found, *(self._flower.pull_messages(others) if others else ())]
+        replies = [*self._light.pull_messages(number for number in ids if number.startswith(PREFIX))]
+        return [*replies, *(self._flower.pull_messages(others) if others else ())]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         return exchange(self, self.clock, messages, timeout)

@@ -47,8 +47,6 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Asked:
-    """A request that has no answer yet."""
-
     id: int
     step: str
     fields: Mapping[str, bytes] = field(repr=False)
@@ -88,12 +86,10 @@ class Hub:
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """The devices that are connected or may come back."""
         return tuple(self._mailboxes)
 
     @property
     def requests(self) -> int:
-        """Requests that have no answer yet."""
         return sum(len(mailbox.asked) for mailbox in self._mailboxes.values())
 
     def streams(self) -> Iterator[Stream]:
@@ -114,7 +110,7 @@ class Hub:
         self._mailboxes[stream.credentials.device].changed.set()
 
     def closed(self, stream: Stream) -> None:
-        """A stream is over. Unless the device comes back within the grace time, its requests have no answer."""
+        """End a stream. Unless the device comes back within the grace time, its requests have no answer."""
         mailbox = self._mailboxes.get(stream.credentials.device)
         if mailbox is not None and mailbox.stream is stream:
             mailbox.stream = None
@@ -129,13 +125,9 @@ class Hub:
                 self.answered(asked.id, NoAnswer(None, "the device disconnected"))
 
     def ask(self, device: str, step: str, fields: Mapping[str, bytes], seconds: float) -> int | None:
-        """Ask a device. Returns the request's id; None if the device is not there or has too much to do.
+        """Ask a device; the request is void after ``seconds``.
 
-        Args:
-            device: Its name.
-            step: Of the protocol.
-            fields: The signed body, and what is in the same message.
-            seconds: Until the request is void.
+        Returns the request's id; None if the device is not there or has too much to do.
         """
         mailbox = self._mailboxes.get(device)
         if mailbox is None or len(mailbox.asked) >= WAITING:
@@ -152,10 +144,9 @@ class Hub:
             self.answered(number, NoAnswer(None, "did not answer in time"))
 
     async def next(self, stream: Stream) -> Asked:
-        """The next request for a stream, once the one before was answered or is void.
+        """Wait for the next request for a stream, once the previous one was answered or is void.
 
-        Raises:
-            EdgeAdaptError: The gateway ends the stream.
+        Raises EdgeAdaptError: the gateway ends the stream.
         """
         mailbox = self._mailboxes[stream.credentials.device]
         while stream.over is None:
@@ -170,8 +161,7 @@ class Hub:
     def answer(self, stream: Stream, number: int, answer: bytes | NoAnswer) -> None:
         """Take the answer to the request that was sent on a stream, once.
 
-        Raises:
-            ProtocolError: No request, or another one, is under way.
+        Raises ProtocolError: no request, or another one, is under way.
         """
         mailbox = self._mailboxes.get(stream.credentials.device)  # None: it left while its answer was on the way
         asked = None if mailbox is None or number != stream.sent else mailbox.asked.pop(number, None)

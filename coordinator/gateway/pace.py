@@ -27,7 +27,7 @@ class TokenBucket:
         self.left = float(self.calls)
 
     def wait(self, now: float) -> float:
-        """Take a call at the time ``now``; 0, or the seconds until there is one."""
+        """Take a call at the time ``now``. Returns 0, or the seconds until there is one."""
         self.left = min(self.calls, self.left + (now - self.at) * self.calls / self.seconds)
         self.at = now
         if self.left < 1.0:
@@ -38,19 +38,14 @@ class TokenBucket:
 
 @dataclass(slots=True)
 class Schedule:
-    """Windows for devices of one kind, one after the other.
+    """Windows for devices of one kind, one after the other."""
 
-    Args:
-        rate: Windows that begin in a second, at most.
-        least: Seconds until a window begins, at least; it is as long as that.
-    """
-
-    rate: float
-    least: float
+    rate: float  # windows that begin in a second, at most
+    least: float  # seconds until a window begins, at least; it is as long as that
     _booked: float = float("-inf")
 
     def window(self, now: float) -> RetryWindow:
-        """The next window, in seconds from ``now``.
+        """Book the next window, in seconds from ``now``.
 
         Guarantee: in any time ``t``, at most ``rate * (t + least) + 1`` of the devices come back.
         """
@@ -61,17 +56,11 @@ class Schedule:
 
 @dataclass(slots=True)
 class Pace:
-    """Who may check in now, and when the others come back.
+    """Who may check in now, and when the others come back."""
 
-    Args:
-        target: Check-ins a second, at most: half of them for each kind of window.
-        accepted: Seconds until a device that took part comes back, at least.
-        rejected: Seconds until a device that was not admitted comes back, at least.
-    """
-
-    target: float
-    accepted: float
-    rejected: float
+    target: float  # check-ins a second, at most: half of them for each kind of window
+    accepted: float  # seconds until a device that took part comes back, at least
+    rejected: float  # seconds until a device that was not admitted comes back, at least
     _arrivals: TokenBucket = field(init=False)
     _after_accepted: Schedule = field(init=False)
     _after_rejected: Schedule = field(init=False)
@@ -84,7 +73,7 @@ class Pace:
         self._after_rejected = Schedule(self.target / 2, self.rejected)
 
     def early(self, device: str, now: float) -> RetryWindow | None:
-        """What is left until the window of a device; None if it may check in."""
+        """Time that is left until the window of a device; None if it may check in."""
         begin, end = self._windows.get(device, (now, now))
         return RetryWindow(begin - now, end - now) if begin > now else None
 
@@ -93,11 +82,11 @@ class Pace:
         return not self._arrivals.wait(now)
 
     def accept(self, device: str, now: float) -> RetryWindow:
-        """The window of a device that took part, and leaves at the time ``now``."""
+        """Book the window of a device that took part, and leaves at the time ``now``."""
         return self._keep(device, now, self._after_accepted.window)
 
     def reject(self, device: str, now: float) -> RetryWindow:
-        """The window of a device that is not admitted at the time ``now``."""
+        """Book the window of a device that is not admitted at the time ``now``."""
         return self._keep(device, now, self._after_rejected.window)
 
     def _keep(self, device: str, now: float, book: Callable[[float], RetryWindow]) -> RetryWindow:

@@ -1,10 +1,9 @@
 """What peers that have not proved who they are may cost: places for their connections, turns, and a rate of refusals.
 
-Silence costs its sender nothing, so an unproven connection holds one of few places, for a time. When all are taken,
-whoever connects next takes that of the oldest peer of the network that holds most. A peer of a network that holds as
-many as any other takes only one that is ``YOUNG`` seconds old: of devices that all come at once, the first are served.
-So nobody is kept out by places that are held. It takes a flood of ``PLACES`` connections in ``YOUNG`` seconds, which
-come from the own network, or from as many others.
+Silence costs its sender nothing, so an unproven connection holds one of few places, for a time. When all are taken, a
+new connection takes that of the oldest peer of the network that holds most; a peer of a network that holds as many as
+any other only one that is ``YOUNG`` seconds old: of devices that all come at once, the first are served. So it takes a
+flood of ``PLACES`` connections in ``YOUNG`` seconds, from the own network or from as many others, to keep a peer out.
 
 A network is an IPv4 address or the /64 of an IPv6 address. All peers behind a NAT or a reverse proxy are one network.
 Everything runs on one event loop and takes no lock.
@@ -23,15 +22,15 @@ from typing import Any, Self
 from aggregation.errors import EdgeAdaptError
 from coordinator.gateway.pace import FORGET, TokenBucket
 
-PLACES = 512  # of an address at which a service listens
+PLACES = 512  # connections of an address at which a service listens
 YOUNG = 5.0  # seconds that a peer has, if its network does not hold more than that of the next one
 REFUSED = 0.02  # seconds that a wrong signature costs its network; one at a time
-REFUSALS, REGAINED = 64, 30.0  # of a network in a row, and seconds in which it regains them
+REFUSALS, REGAINED = 64, 30.0  # refusals of a network in a row, and seconds in which it regains them
 PROOF = 10.0  # seconds from the first packet to the proof: TLS, HTTP and the first message
 
 
 def network_of(host: str) -> str:
-    """The network of a host; a text that is no address is its own.
+    """Find the network of a host; a text that is not an address is its own.
 
     >>> network_of("192.0.2.7"), network_of("2001:db8::1:2:3:4"), network_of("::ffff:192.0.2.7"), network_of("unix")
     ('192.0.2.7', '2001:db8::/64', '192.0.2.7', 'unix')
@@ -132,7 +131,7 @@ class Turns:
 
     @asynccontextmanager
     async def proving(self, host: str) -> AsyncIterator[None]:
-        """A turn in which a signature is checked; one that is refused keeps it for ``REFUSED`` seconds."""
+        """Take a turn in which a signature is checked; one that is refused keeps it for ``REFUSED`` seconds."""
         async with self.held(host):
             try:
                 yield
@@ -170,18 +169,13 @@ class Entrance(socket.socket):
 
     @classmethod
     def listening(cls, host: str, port: int) -> Self:
-        """Listen at an address.
-
-        Raises:
-            OSError, OverflowError: The address is in use or not valid.
-        """
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        made = cls(fileno=socket.create_server((host, port), family=family).detach())
-        made.places, made._peers = Places(), {}
-        return made
+        entrance = cls(fileno=socket.create_server((host, port), family=family).detach())
+        entrance.places, entrance._peers = Places(), {}
+        return entrance
 
     def accept(self) -> tuple[socket.socket, Any]:
-        """The next connection, which has a place now. The event loop calls this before TLS."""
+        """Accept the next connection, which has a place now. The event loop calls this before TLS."""
         accepted, address = super().accept()
         peer, name = _Peer(fileno=accepted.detach()), address[:2]
         place = self.places.take(address[0], peer.end)
@@ -195,7 +189,6 @@ class Entrance(socket.socket):
             self.places.leave(entry[1])
 
     def is_proved(self, address: tuple[str, int]) -> bool:
-        """Whether the peer at an address holds no place."""
         return address[:2] not in self._peers
 
     def _leave(self, name: tuple[str, int], peer: _Peer) -> None:
@@ -205,7 +198,7 @@ class Entrance(socket.socket):
 
 @dataclass(slots=True)
 class RefusalRates:
-    """How often the peers of a network may be wrong: ``calls`` times in a row, which are regained in ``seconds``."""
+    """Limit refusals of a network to ``calls`` in a row, which are regained in ``seconds``."""
 
     calls: float = REFUSALS
     seconds: float = REGAINED
@@ -213,7 +206,7 @@ class RefusalRates:
     _forget: int = FORGET
 
     def wait(self, host: str, now: float) -> float:
-        """Count a refusal at the time ``now``; 0, or the seconds until the network may be wrong again."""
+        """Count a refusal at the time ``now``. Returns 0, or the seconds until the network may be wrong again."""
         if len(self._buckets) >= self._forget:
             self._buckets = {each: kept for each, kept in self._buckets.items() if now - kept.at < self.seconds}
             self._forget = max(FORGET, 2 * len(self._buckets))

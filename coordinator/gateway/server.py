@@ -36,36 +36,23 @@ ReadRoot = Callable[[datetime], Root]
 
 @dataclass(frozen=True, slots=True)
 class GatewayLimits:
-    """What one device can cost the gateway.
+    """What one device can cost the gateway."""
 
-    Attributes:
-        calls: Check-ins and answers of one device in a row; after that as many in ``seconds``.
-        seconds: In which a device regains all of them.
-        transfer: Seconds for one message to a device, or for the whole of an answer.
-        uploading: Bytes of answers that are being received, of all devices.
-        devices: Connected at the same time.
-        grace: Seconds in which a device whose stream broke may come back.
-        check_ins: A minute, of all devices that are not connected.
-        accepted: Seconds until a device that took part comes back, at least.
-        rejected: Seconds until a device that was not admitted comes back, at least.
-        client_version: Least version of edgeadapt on a device; empty: any.
-    """
-
-    calls: int = 60
+    calls: int = 60  # check-ins and answers of one device in a row; it regains all of them in ``seconds``
     seconds: float = 30.0
-    transfer: float = 120.0
-    uploading: int = 2**30
-    devices: int = 4096
-    grace: float = 10.0
-    check_ins: float = 10_000.0
-    accepted: float = 1.0
-    rejected: float = 10.0
-    client_version: str = ""
+    transfer: float = 120.0  # seconds for one message to a device, or for the whole of an answer
+    uploading: int = 2**30  # bytes of answers that are being received, of all devices
+    devices: int = 4096  # most that are connected at the same time
+    grace: float = 10.0  # seconds in which a device whose stream broke may come back
+    check_ins: float = 10_000.0  # check-ins a minute, of all devices that are not connected
+    accepted: float = 1.0  # seconds until a device that took part comes back, at least
+    rejected: float = 10.0  # seconds until a device that was not admitted comes back, at least
+    client_version: str = ""  # least version of edgeadapt on a device; empty: any
 
 
 @dataclass(slots=True)
 class Service:
-    """Conversations with devices, which all run on one event loop."""
+    """Have conversations with devices, which all run on one event loop."""
 
     hub: Hub
     read_root: ReadRoot
@@ -112,11 +99,7 @@ class Service:
         return Credentials(device, hello.certificate, hello.version)
 
     def _check_pace(self, device: str) -> None:
-        """Send a device away that comes before its window, or when too many are there.
-
-        Raises:
-            ComeBack: With its window.
-        """
+        """Send a device away that comes before its window, or when too many are there, by ComeBack with its window."""
         now = time.monotonic()
         if wait := self._count_call(device):
             raise ComeBack("too many calls", RetryWindow(wait, wait))
@@ -140,7 +123,6 @@ class Service:
         return bucket.wait(time.monotonic())
 
     async def _send(self, carrier: Carrier, stream: Stream) -> None:
-        """Send requests, until the gateway ends the stream."""
         while True:
             asked = await self.hub.next(stream)
             for message in messages.request_messages(asked.id, asked.step, asked.fields):
@@ -158,11 +140,11 @@ class Service:
                 if self._count_call(device) or self._receiving + answer.size > self.limits.uploading:
                     soon = RetryWindow(self.limits.grace / 4, self.limits.grace / 2)
                     raise ComeBack("too many answers at once", soon)
-                found: bytes | NoAnswer = NoAnswer(answer.code, answer.reason.decode(errors="replace"))
+                body: bytes | NoAnswer = NoAnswer(answer.code, answer.reason.decode(errors="replace"))
                 if answer.size:
-                    found = await self._body(carrier, answer.size)
+                    body = await self._body(carrier, answer.size)
                 try:
-                    self.hub.answer(stream, answer.id, found)
+                    self.hub.answer(stream, answer.id, body)
                 except ProtocolError as error:
                     call.fail(type(error).__name__)
                     log.warning("an answer of %s is dropped: %s", device, error)
@@ -195,10 +177,9 @@ class Service:
                 self.hub.end(stream, error)
 
     def root(self, at: datetime) -> Root:
-        """The authority with its revocation list, read once a second at most: a list may be long.
+        """Read the authority with its revocation list, once a second at most: a list may be long.
 
-        Raises:
-            EdgeAdaptError: The list is damaged or has expired. It is not a ``TrustError``, which refuses the device.
+        Raises EdgeAdaptError: the list is damaged or has expired. It is not a ``TrustError``, which refuses the device.
         """
         if self._root is None or not at - self._root[0] < timedelta(seconds=1):
             try:
@@ -209,7 +190,7 @@ class Service:
 
 
 async def _either(*coroutines: Coroutine[object, object, None]) -> None:
-    """Run them until the first one ends or fails, which ends the others."""
+    """Run coroutines until the first one ends or fails, which ends the others."""
     tasks = [asyncio.ensure_future(each) for each in coroutines]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -224,10 +205,8 @@ async def _either(*coroutines: Coroutine[object, object, None]) -> None:
 def check_version(found: str, least: str) -> None:
     """Check that a device's version is at least ``least``; an empty one is any.
 
-    The device states it, and could state another: this keeps out devices that would fail, not those that lie.
-
-    Raises:
-        ProtocolError: It is older, or not a version.
+    The device states it, and could state another: this keeps out devices that would fail, not those that lie. Raises
+    ProtocolError: it is older, or not a version.
     """
     try:
         old = Version(found) < Version(least or "0")
@@ -254,10 +233,8 @@ class Gateway(ConversationServer):
 
         Args:
             address: ``HOST:PORT`` for light devices; port 0 takes any free one.
-            tls: Of the gateway.
             read_root: Now → the authority with its newest revocation list.
             answered: As for ``Hub``.
-            limits: What a device may cost.
             browsers: Where to listen for pages; None: nowhere.
 
         Raises:
@@ -269,7 +246,7 @@ class Gateway(ConversationServer):
         super().__init__(conversations, address, browsers, about="--gateway")
 
     def devices(self) -> tuple[str, ...]:
-        """The devices that are there now. Those that were revoked meanwhile are disconnected first."""
+        """Devices that are there now. Those that were revoked meanwhile are disconnected first."""
 
         async def listed() -> tuple[str, ...]:
             self.service.end_revoked(datetime.now(UTC))
@@ -278,15 +255,7 @@ class Gateway(ConversationServer):
         return self.call(listed())
 
     def ask(self, requests: Mapping[str, tuple[str, Mapping[str, bytes]]], seconds: float) -> dict[str, int | None]:
-        """Ask devices.
-
-        Args:
-            requests: Device → step, and fields.
-            seconds: Until the requests are void.
-
-        Returns:
-            Device → id of its request; None as ``Hub.ask``.
-        """
+        """Send each device its step and fields, void after ``seconds``. Returns request ids; None as ``Hub.ask``."""
         span = traces.current()
 
         async def asked() -> dict[str, int | None]:
@@ -299,13 +268,13 @@ class Gateway(ConversationServer):
         return self.call(asked())
 
     def snapshot(self, address: str) -> GatewaySnapshot:
-        """Its numbers now. ``address``: at which devices reach it."""
+        """Read its numbers now. ``address``: at which devices reach it."""
 
         async def counted() -> GatewaySnapshot:
             hub = self.service.hub
             versions = Counter(stream.credentials.version for stream in hub.streams())
-            found = dict(versions.most_common(VERSIONS)), dict(self.service.check_ins)
-            return GatewaySnapshot(address, len(hub.devices), hub.requests, *found)
+            counts = dict(versions.most_common(VERSIONS)), dict(self.service.check_ins)
+            return GatewaySnapshot(address, len(hub.devices), hub.requests, *counts)
 
         return self.call(counted())
 

@@ -20,17 +20,14 @@ class GatewaySnapshot:
     """A gateway at one moment.
 
     Attributes:
-        address: ``HOST:PORT``.
-        devices: That are connected, or may come back.
-        requests: Without an answer yet.
         versions: Version of edgeadapt, as devices state it → how many of the connected have it.
         check_ins: Outcome → check-ins since the start: ``admitted``, ``early`` (before their window), ``paced`` (too
             many at once), ``full``.
     """
 
-    address: str
-    devices: int = 0
-    requests: int = 0
+    address: str  # ``HOST:PORT``
+    devices: int = 0  # devices that are connected, or may come back
+    requests: int = 0  # requests without an answer yet
     versions: Mapping[str, int] = field(default_factory=dict)
     check_ins: Mapping[str, int] = field(default_factory=dict)
 
@@ -61,9 +58,9 @@ def written(folder: Path, snapshot: Callable[[], GatewaySnapshot]) -> Iterator[N
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """What the file says; None without a file. A killed gateway leaves it, so look whether a run is in progress."""
+    """Read the file; None without one. A killed gateway leaves it, so check whether a run is in progress."""
     try:
-        found: dict[str, Any] = jsontext.decode(storage.read(folder / FILE, MAX_SNAPSHOT))
+        row: dict[str, Any] = jsontext.decode(storage.read(folder / FILE, MAX_SNAPSHOT))
     except FileNotFoundError:
         return None
-    return found
+    return row

@@ -121,7 +121,7 @@ def connect(url: str | URL) -> Engine:
 
 
 def engine_of(url: str | URL) -> Engine:
-    """Connections to the database, which are made when they are needed. Raises as ``connect``."""
+    """Connect to the database when a connection is needed. Raises as ``connect``."""
     try:
         parsed = make_url(url)
         engine = postgresql_engine(parsed) if parsed.get_backend_name() == "postgresql" else create_engine(parsed)
@@ -135,7 +135,7 @@ def engine_of(url: str | URL) -> Engine:
 
 
 def revision(connection: Connection) -> str | None:
-    """The revision of the database's schema; None for an empty database. Raises as ``connect``."""
+    """Read the revision of the database's schema; None for an empty database. Raises as ``connect``."""
     name = shown(connection.engine.url)
     tables = inspect(connection).get_table_names()
     if tables and not any(table.startswith(PREFIX) for table in tables):
@@ -146,10 +146,10 @@ def revision(connection: Connection) -> str | None:
         raise DataError(f"{name} is damaged ({other!r} is not a table): restore it from a copy", about="database")
     if FIRST_TABLE in tables:
         return FIRST
-    found = connection.scalar(select(schemas.c[SCHEMA_COLUMN])) if SCHEMAS in tables else None
-    if found is None and any(table.startswith(PREFIX) for table in tables):
+    stored = connection.scalar(select(schemas.c[SCHEMA_COLUMN])) if SCHEMAS in tables else None
+    if stored is None and any(table.startswith(PREFIX) for table in tables):
         raise DataError(f"{name} is damaged (it has no revision): restore it from a copy", about="database")
-    return found
+    return stored
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """Who of several coordinators with one registry leads: a lease with an epoch (docs/decisions/0074).
 
 The lease is a row of the database, in PostgreSQL only; a registry in SQLite has one machine, and the lock of its state
-directory. Whoever finds the lease over adds one to the epoch and leads. Every transaction of a run locks the row and
-compares the epoch (``fenced``, Kleppmann's fencing token), so a leader that was paused while another one took over
-commits nothing. The only clock is the server's.
+directory. A coordinator that finds the lease over adds one to the epoch and leads. Every transaction of a run locks the
+row and compares the epoch (``fenced``, Kleppmann's fencing token), so a leader that was paused while another one took
+over commits nothing. The only clock is the server's.
 """
 
 import logging
@@ -19,9 +19,9 @@ from sqlalchemy.dialects.postgresql import insert
 from aggregation.errors import EdgeAdaptError
 from coordinator.registry import database
 
-TERM = timedelta(seconds=10)  # that a lease lasts unless it is renewed
+TERM = timedelta(seconds=10)  # a lease ends after that unless it is renewed
 RENEWAL = 2.0  # seconds between two renewals
-LOOK = 1.0  # seconds between two looks at who leads
+LOOK = 1.0  # seconds between two polls of who leads
 IDLE = 5000  # milliseconds that a transaction with the lease's row may wait for its next statement
 LOCKED = 3000  # milliseconds that a statement waits for a lock that another coordinator holds
 LEASE = "lease"  # what an error is about if another coordinator leads
@@ -38,7 +38,7 @@ class Leadership:
 
 
 def leadership(engine: Engine) -> Leadership | None:
-    """Who leads; None if nobody ever did. Raises as ``database.explained``."""
+    """Read who leads; None if nobody ever did. Raises as ``database.explained``."""
     table = database.lease
     query = select(table.c.epoch, table.c.leader, table.c.ends > _now(engine))
     with database.explained(engine), engine.connect() as connection:
@@ -47,32 +47,24 @@ def leadership(engine: Engine) -> Leadership | None:
 
 
 def require_epoch(connection: Connection, epoch: int | None) -> None:
-    """Return if the writer of a transaction still leads, and keep any other from leading until the transaction ends.
+    """Check that the writer of a transaction still leads, and keep any other from leading until the transaction ends.
 
-    Args:
-        connection: In the transaction.
-        epoch: Of the writer's lease; None: it has none, which is enough until somebody leads.
-
-    Raises:
-        EdgeAdaptError: Another one leads.
+    ``epoch``: of the writer's lease; None: it does not have one, which is enough until somebody leads. Raises
+    EdgeAdaptError: another one leads.
     """
     table = database.lease
     _end_when_idle(connection)
-    found = connection.execute(select(table.c.epoch, table.c.leader).with_for_update()).one_or_none()
-    if (found and found.epoch) != epoch:
-        raise _superseded(epoch, found and found.epoch, found and found.leader)
+    leader = connection.execute(select(table.c.epoch, table.c.leader).with_for_update()).one_or_none()
+    if (leader and leader.epoch) != epoch:
+        raise _superseded(epoch, leader and leader.epoch, leader and leader.leader)
 
 
 @contextmanager
 def fenced(engine: Engine, epoch: int | None) -> Iterator[Connection]:
-    """A transaction of a writer that leads. The lease lasts from its end on: no renewal passes it, as it has the row.
-
-    Args:
-        engine: Of the registry.
-        epoch: As for ``require_epoch``.
+    """Begin a transaction of a writer that leads. The lease lasts from its end on: its row lock delays renewals.
 
     Raises:
-        EdgeAdaptError: Another one leads, or as ``database.explained``.
+        EdgeAdaptError: As ``require_epoch`` and ``database.explained``.
     """
     with database.explained(engine), engine.begin() as connection:
         require_epoch(connection, epoch)
@@ -92,19 +84,14 @@ class Lease:
 
     @classmethod
     def take(cls, engine: Engine, leader: str) -> "Lease | Leadership":
-        """Lead, unless another lease is in force.
+        """Lead, unless another lease is in force; ``leader`` is for people.
 
-        Args:
-            engine: Of the registry.
-            leader: Who wants to lead, for people.
-
-        Raises:
-            EdgeAdaptError: As ``database.explained``, also if another coordinator holds the row for too long.
+        Raises EdgeAdaptError: as ``database.explained``, also if another coordinator holds the row for too long.
         """
-        found = leadership(engine)
-        if found is not None and found.in_force:
-            return found
-        table, epoch = database.lease, found.epoch + 1 if found else 1
+        current = leadership(engine)
+        if current is not None and current.in_force:
+            return current
+        table, epoch = database.lease, current.epoch + 1 if current else 1
         values = {"epoch": epoch, "leader": leader, "ends": func.clock_timestamp() + TERM}
         free = (table.c.epoch == epoch - 1) & (table.c.ends <= func.clock_timestamp())
         change = table.update().where(free).values(values).returning(table.c.epoch)
@@ -112,12 +99,12 @@ class Lease:
         with database.explained(engine), engine.begin() as connection:
             connection.exec_driver_sql(f"SET LOCAL lock_timeout = {LOCKED}")
             _end_when_idle(connection)
-            taken = connection.execute(change if found else first).one_or_none() is not None
+            taken = connection.execute(change if current else first).one_or_none() is not None
         # Otherwise another one was faster, or the leader has just ended a transaction that took long.
         return cls(engine, leader, epoch) if taken else cls.take(engine, leader)
 
     def require(self) -> None:
-        """Return if no renewal has found another leader. Raises EdgeAdaptError."""
+        """Check that no renewal has found another leader. Raises EdgeAdaptError."""
         if self._lost is not None:
             raise self._lost
 
@@ -150,11 +137,7 @@ class Lease:
                 renewed()
 
     def renew(self) -> None:
-        """Let the lease last from now on.
-
-        Raises:
-            EdgeAdaptError: Another one leads, or as ``database.explained``.
-        """
+        """Let the lease last from now on. Raises EdgeAdaptError: another one leads, or as ``database.explained``."""
         try:
             self._set_end(func.clock_timestamp() + TERM)
         except EdgeAdaptError as error:
@@ -162,7 +145,7 @@ class Lease:
             raise
 
     def _end(self) -> None:
-        """Let another one lead at once. What fails here ends by itself."""
+        """Let another coordinator lead at once. What fails here ends by itself."""
         if self._lost is None:
             try:
                 self._set_end(func.clock_timestamp())

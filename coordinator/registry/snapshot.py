@@ -19,7 +19,7 @@ LENGTH = 8  # bytes before each value that the digest covers
 
 @dataclass(frozen=True, slots=True)
 class RegistrySnapshot:
-    """The rows of each table, in the order of its primary key."""
+    """Rows of each table, in the order of its primary key."""
 
     rows: dict[str, tuple[dict[str, Any], ...]] = field(repr=False)
 
@@ -30,20 +30,16 @@ class RegistrySnapshot:
             if engine.dialect.name == "postgresql":  # by default each statement would see a moment of its own
                 connection = connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
             with connection.begin():
-                found = {
+                rows = {
                     table.name: tuple(
                         dict(row) for row in connection.execute(table.select().order_by(*table.primary_key)).mappings()
                     )
                     for table in _tables()
                 }
-        return cls(found)
+        return cls(rows)
 
     def insert(self, engine: Engine, transcript: Path | None = None) -> None:
-        """Put all rows into a registry without any, all or none.
-
-        Args:
-            engine: Of its database.
-            transcript: Folder of the logs, for a database that has these as well.
+        """Put all rows, all or none, into a registry without any; the logs in ``transcript`` too, if it takes logs.
 
         Raises:
             ConfigError: It has some.

@@ -1,8 +1,8 @@
 """The transcript in the database of a registry that several machines share (docs/decisions/0074).
 
 There the table is the log, and the files of ``transcript/`` on each machine are a copy of it: a leader appends to the
-table first, in a transaction that its epoch fences, and one that waits copies what was added. So whoever reads
-logs reads files, as with a registry of one machine. Nothing is verified here.
+table first, in a transaction that its epoch fences, and one that waits copies what was added. So readers of logs read
+files, as with a registry of one machine. Nothing is verified here.
 """
 
 import os
@@ -21,7 +21,7 @@ from edgeadapt.formats import storage
 from edgeadapt.formats.storage import LARGEST, PUBLIC
 
 LONGEST = 2**24  # bytes of a row
-LOOK = 0.1  # seconds between two looks at a copy that another process makes
+LOOK = 0.1  # seconds between two polls of a copy that another process makes
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +32,12 @@ class TranscriptTable:
     epoch: int | None = None
 
     def require_lead(self) -> None:
-        """Return if the coordinator of this epoch leads. Raises EdgeAdaptError, also if the database failed."""
+        """Check that the coordinator of this epoch leads. Raises EdgeAdaptError, also if the database failed."""
         with fenced(self.engine, self.epoch):
             pass
 
     def append(self, session: int, start: int, records: bytes) -> None:
-        """Add to the log of a session. After the return the records survive a power cut.
-
-        Args:
-            session: Its number, from 1.
-            start: Bytes that the log has.
-            records: What follows.
+        """Add to a session's log (from 1), which has ``start`` bytes. After the return, records survive a power cut.
 
         Raises:
             DataError: The log has another size.
@@ -58,17 +53,15 @@ class TranscriptTable:
             connection.execute(table.insert(), _rows(session, start, records))
 
     def revocations(self) -> bytes | None:
-        """The newest revocation list that a coordinator has, PEM, not verified. Raises as ``database.explained``."""
+        """Read the newest revocation list of any coordinator, PEM, not verified. Raises as ``database.explained``."""
         with database.explained(self.engine), self.engine.connect() as connection:
             return connection.scalar(select(database.revocations.c.pem))
 
     def offer_revocations(self, pem: bytes, seen: bytes | None) -> None:
         """Keep a list that is newer than ``seen``, unless another one has taken its place meanwhile.
 
-        It takes no lease: the authority signs and numbers lists, so that whoever has the newest may spread it.
-
-        Raises:
-            EdgeAdaptError: As ``database.explained``.
+        It takes no lease: the authority signs and numbers lists, so any coordinator may spread the newest. Raises as
+        ``database.explained``.
         """
         table = database.revocations
         with database.explained(self.engine), self.engine.begin() as connection:
@@ -79,14 +72,14 @@ class TranscriptTable:
                 connection.execute(table.update().where(table.c.pem == seen).values(pem=pem))
 
     def sizes(self) -> dict[int, int]:
-        """Session → bytes of its log. Raises as ``database.explained``."""
+        """Map each session to the bytes of its log. Raises as ``database.explained``."""
         table = database.transcript
         query = select(table.c.session, func.sum(func.length(table.c.records))).group_by(table.c.session)
         with database.explained(self.engine), self.engine.connect() as connection:
             return {session: int(size) for session, size in connection.execute(query)}
 
     def log(self, session: int) -> bytes:
-        """The log of a session.
+        """Read the log of a session.
 
         Raises:
             DataError: It is larger than what is read of a file.
@@ -101,7 +94,7 @@ class TranscriptTable:
             return b"".join(connection.scalars(query))
 
     def await_copy(self, folder: Path, seconds: float) -> None:
-        """Wait, at most so long, until another process has copied what the table has now. Raises as ``sizes``."""
+        """Wait, at most ``seconds``, until another process has copied what the table has now. Raises as ``sizes``."""
         wanted, end = self.sizes(), time.monotonic() + seconds
         while any(_sizes(folder).get(session, 0) < size for session, size in wanted.items()):
             if time.monotonic() > end:
@@ -111,32 +104,28 @@ class TranscriptTable:
     def copy_to(self, folder: Path, *, whole: bool = False) -> None:
         """Add what the files in a folder lack. One process at a time writes to them.
 
-        A power cut may leave other bytes in the file that was written last. It is copied anew once the table has a
-        later session; an earlier file does not change any more.
-
-        Args:
-            folder: Made if there is something to copy.
-            whole: Copy the newest file anew in any case.
+        A power cut may leave other bytes in the file that was written last. It is copied again once the table has a
+        later session, or in any case if ``whole``; an earlier file does not change any more.
 
         Raises:
-            TrustError: A file has what the table has not.
+            TrustError: A file has what the table does not have.
             EdgeAdaptError: As ``database.explained``; or the folder cannot be written to.
         """
         pem = self.revocations()
-        found, here = self.sizes(), _sizes(folder)
+        sizes, here = self.sizes(), _sizes(folder)
         newest = max(here, default=0)
         for session, size in here.items():
-            if size > found.get(session, 0) and not (whole and session == newest and session in found):
+            if size > sizes.get(session, 0) and not (whole and session == newest and session in sizes):
                 text = f"{folder / log_name(session)} has more than the database: restore both from one copy"
                 raise TrustError(text, about="transcript", value=session)
-        if found:
+        if sizes:
             folder.mkdir(parents=True, exist_ok=True)
-        for session in sorted(found):
-            anew = session == newest and (whole or newest < max(found))
+        for session in sorted(sizes):
+            anew = session == newest and (whole or newest < max(sizes))
             size = 0 if anew else here.get(session, 0)
-            if size != found[session]:
+            if size != sizes[session]:
                 self._copy(session, size, folder / log_name(session))
-        if found and pem is not None and (not (folder / REVOKED).exists() or storage.read(folder / REVOKED) != pem):
+        if sizes and pem is not None and (not (folder / REVOKED).exists() or storage.read(folder / REVOKED) != pem):
             storage.replace(folder / REVOKED, pem, PUBLIC)
 
     def _copy(self, session: int, size: int, path: Path) -> None:

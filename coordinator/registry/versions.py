@@ -29,25 +29,17 @@ from edgeadapt.formats.roundrecord import RoundRecord, accept_chain, digest_of
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """A published adapter's manifest, verified, and its signed form."""
-
     manifest: VersionManifest
     raw: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The end of a registry: what the next round follows.
+    """The end of a registry: what the next round follows."""
 
-    Args:
-        newest: Version and digest of the newest adapter.
-        round: The record of the last round; None before the first.
-        digest: Of that record, signed: the next one names it.
-    """
-
-    newest: tuple[int, str]
-    round: RoundRecord | None
-    digest: str | None
+    newest: tuple[int, str]  # version and digest of the newest adapter
+    round: RoundRecord | None  # the record of the last round; None before the first
+    digest: str | None  # SHA-256 of that record as signed: the next one names it
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,19 +57,12 @@ class StoredAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Registry:
-    """Open with ``Registry.open``. One coordinator writes; any number may read.
-
-    Args:
-        engine: Of the database.
-        blobs: The adapters' files.
-        trusted: Keys whose manifests are accepted.
-        epoch: Of the lease under which it is written to; None: nobody has ever led (``coordinator.registry.lease``).
-    """
+    """Versions and records in a database; make it with ``Registry.open``. One coordinator writes; any number read."""
 
     engine: Engine
-    blobs: Blobs
-    trusted: tuple[PublicKey, ...]
-    epoch: int | None = None
+    blobs: Blobs  # the adapters' files
+    trusted: tuple[PublicKey, ...]  # keys whose manifests are accepted
+    epoch: int | None = None  # epoch of the writer's lease; None: nobody has ever led (``coordinator.registry.lease``)
 
     @classmethod
     def open(cls, database_url: str | URL, blob_url: str, trusted: Sequence[PublicKey]) -> Self:
@@ -98,7 +83,7 @@ class Registry:
 
     @property
     def is_empty(self) -> bool:
-        """Whether it has neither a version nor a round, whoever signed them. Raises as ``database.connect``."""
+        """Whether it has neither a version nor a round of any signer. Raises as ``database.connect``."""
         tables = database.versions, database.rounds
         with database.explained(self.engine), self.engine.connect() as connection:
             return not any(connection.scalar(select(func.count()).select_from(table)) for table in tables)
@@ -143,12 +128,7 @@ class Registry:
     ) -> Version:
         """Keep a round's record, the version that it produced and the optimizer's state, all of them or none.
 
-        Args:
-            record: Of the round.
-            manifest: Of the new version.
-            blob: The new version's safetensors bytes.
-            optimizer_state: From ``optimizer.to_tensors``.
-            key: Signs the manifest and the record.
+        ``blob``: the new version's safetensors bytes; ``optimizer_state``: from ``optimizer.to_tensors``.
 
         Raises:
             DataError: Record, manifest and blob contradict each other or what is stored.
@@ -172,21 +152,19 @@ class Registry:
     def reserved(self, blob: bytes, optimizer_state: Tensors) -> AbstractContextManager[None]:
         """Hold the space that ``commit_round`` takes for such a blob and such a state, until the block ends.
 
-        The state counts twice: the database keeps the old one until the new one is committed.
-
-        Raises:
-            EdgeAdaptError: The blob store is full or cannot be written to.
+        The state counts twice: the database keeps the old one until the new one is committed. Raises EdgeAdaptError:
+        the blob store is full or cannot be written to.
         """
         return self.blobs.reserved(blob + 2 * _encoded(optimizer_state))
 
     def latest(self) -> Version | None:
-        """The newest version; None in an empty registry. Raises as ``version``."""
+        """Read the newest version; None in an empty registry. Raises as ``version``."""
         with database.explained(self.engine), self.engine.connect() as connection:
             number = connection.scalar(select(func.max(database.versions.c.version)))
         return None if number is None else self.version(number)
 
     def version(self, number: int) -> Version:
-        """One version.
+        """Read one version.
 
         Raises:
             DataError: There is no such version.
@@ -200,24 +178,23 @@ class Registry:
         return self._verified(row)
 
     def versions(self) -> tuple[Version, ...]:
-        """All versions, oldest first. Raises as ``version``."""
+        """Read all versions, oldest first. Raises as ``version``."""
         query = select(database.versions).order_by(database.versions.c.version)
         with database.explained(self.engine), self.engine.connect() as connection:
             rows = connection.execute(query).all()
         return tuple(self._verified(row) for row in rows)
 
     def newest_adapter(self) -> StoredAdapter:
-        """The newest version with its file: what the next round starts from.
+        """Read the newest version with its file: what the next round starts from.
 
-        Raises:
-            EdgeAdaptError: The registry is empty, or as ``blob``.
+        Raises EdgeAdaptError: the registry is empty, or as ``blob``.
         """
         manifest = self._newest().manifest
         blob = self.blobs.get(manifest.sha256)
         return StoredAdapter(manifest, blob, files.decode(blob))
 
     def blob(self, number: int) -> bytes:
-        """A version's file, byte for byte as published.
+        """Read a version's file, byte for byte as published.
 
         Raises:
             DataError: The version or its blob is missing.
@@ -226,19 +203,18 @@ class Registry:
         return self.blobs.get(self.version(number).manifest.sha256)
 
     def tensors(self, number: int, layout: Layout | None = None) -> Tensors:
-        """A version's tensors. Raises as ``blob``, and ``DataError`` for tensors that are not of ``layout``."""
+        """Read a version's tensors. Raises as ``blob``, and ``DataError`` for tensors that are not of ``layout``."""
         return files.decode(self.blob(number), layout)
 
     def rounds(self, first: int = 1) -> tuple[RoundRecord, ...]:
-        """The records of all rounds from ``first`` on, in order.
+        """Read the records of all rounds from ``first`` on, in order.
 
-        Raises:
-            TrustError: A record is missing or was altered.
+        Raises TrustError: a record is missing or was altered.
         """
         return self._records(first)[0]
 
     def head(self) -> Head:
-        """The newest version and the last round, which agree with each other.
+        """Read the newest version and the last round, which agree with each other.
 
         Raises:
             EdgeAdaptError: The registry is empty.
@@ -246,8 +222,8 @@ class Registry:
         """
         newest = self._newest().manifest
         records, digest = self._records(max(newest.round, 1))
-        made = [(record.version, record.adapter) for record in records if record.version is not None]
-        if made != ([newest.id] if newest.round else []):
+        produced = [(record.version, record.adapter) for record in records if record.version is not None]
+        if produced != ([newest.id] if newest.round else []):
             raise TrustError(
                 f"the registry has version {newest.version} as its newest, and its rounds contradict that: "
                 "restore it from a copy",
@@ -257,7 +233,7 @@ class Registry:
         return Head(newest.id, records[-1] if records else None, digest)
 
     def optimizer_state(self) -> Tensors:
-        """The optimizer state that the last committed round left; empty if it left none.
+        """Read the optimizer state that the last committed round left; empty if it left none.
 
         Raises:
             EdgeAdaptError: The registry is empty.
@@ -286,7 +262,7 @@ class Registry:
         return version
 
     def _records(self, first: int) -> tuple[tuple[RoundRecord, ...], str | None]:
-        """The records from round ``first`` on, verified, and the digest of the last signed one of all."""
+        """Read and verify the records from round ``first`` on, and the digest of the last signed one of all."""
         table = database.rounds
         query = select(table.c.round, table.c.record).where(table.c.round >= first - 1).order_by(table.c.round)
         with database.explained(self.engine), self.engine.connect() as connection:
@@ -361,10 +337,9 @@ class Registry:
 
 
 def state_digest(optimizer_state: Tensors) -> str | None:
-    """By which a record names the optimizer's state after its round (SHA-256, hex); None for a state without tensors.
+    """Digest by which a record names the optimizer's state after its round (SHA-256, hex); None without tensors.
 
-    Raises:
-        DataError: A number is not finite.
+    Raises DataError: a number is not finite.
     """
     return files.sha256(_encoded(optimizer_state)) if optimizer_state else None
 

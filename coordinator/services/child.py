@@ -1,4 +1,4 @@
-"""Run a program as a service: it is asked to stop when whoever started it is gone, even by ``kill -9``.
+"""Run a program as a service: it is asked to stop when its parent is gone, even by ``kill -9``.
 
     python -m coordinator.services.child MODULE:FUNCTION ARGUMENT…
 
@@ -13,7 +13,6 @@ import threading
 
 
 def main() -> None:
-    """Call the program's function with the arguments that follow its name."""
     threading.Thread(target=_watch, daemon=True).start()
     _, name, *arguments = sys.argv
     sys.argv = [name, *arguments]

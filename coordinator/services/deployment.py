@@ -29,7 +29,7 @@ from edgeadapt.formats import jsontext, storage
 from edgeadapt.formats.keyfiles import TLS_CERTIFICATE, tls_key_path
 
 LOCK, RUNNING = "up.lock", "services.json"
-DATABASE, HOME = "superlink.db", "superlink"  # of the SuperLink: its state, and Flower's folder
+DATABASE, HOME = "superlink.db", "superlink"  # the SuperLink's state, and Flower's folder
 EVERYWHERE = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104  # where Flower's own processes reach what listens there
 PROBE = 2.0  # seconds for one look at a service that begins
 ANSWER = 5.0  # seconds in which a service that was ready must answer, on a machine that has other work
@@ -38,11 +38,7 @@ SLACK = 30.0  # seconds, beyond what services may take to stop
 
 
 def up(folder: Path, report: Report) -> None:
-    """Run the services of a state directory until all rounds are done.
-
-    Args:
-        folder: The coordinator's state directory.
-        report: Called with each event, from several threads.
+    """Run a state directory's services until all rounds are done. Several threads ``report`` events.
 
     Raises:
         ConfigError: ``services.toml`` is missing or names nothing to run, or a TLS file is missing or for another host.
@@ -60,9 +56,9 @@ def up(folder: Path, report: Report) -> None:
     def changed(shown: list[dict[str, str | int | None]]) -> bool:
         """Write what runs. A full disk ends no service: it is tried again, and reported once."""
         nonlocal saved
-        found = {"pid": os.getpid(), "since": began, "stop": settings.stop, "services": shown}
+        row = {"pid": os.getpid(), "since": began, "stop": settings.stop, "services": shown}
         try:
-            storage.replace(folder / RUNNING, json.dumps(found).encode(), storage.PUBLIC)
+            storage.replace(folder / RUNNING, json.dumps(row).encode(), storage.PUBLIC)
         except OSError as error:
             if saved:
                 report(ServiceEvent("up", Happening.UNSAVED, {"file": RUNNING, "text": error.strerror or str(error)}))
@@ -72,7 +68,7 @@ def up(folder: Path, report: Report) -> None:
         return True
 
     with _alone(folder):
-        (folder / RUNNING).unlink(missing_ok=True)  # of one that was killed: on a full disk it would stay
+        (folder / RUNNING).unlink(missing_ok=True)  # left by a killed one: on a full disk it would stay
         try:
             changed([])
             patience = Patience(settings.ready, settings.stop, settings.pause, settings.look, settings.failures)
@@ -85,7 +81,7 @@ def up(folder: Path, report: Report) -> None:
 
 
 def services_of(state_dir: CoordinatorStateDir, settings: ServiceSettings) -> tuple[ServiceProgram, ...]:
-    """The services that the settings name, in the order of their start.
+    """List the services that the settings name, in the order of their start.
 
     Raises:
         ConfigError: They name none, or as ``CoordinatorStateDir.read_tls``, or the certificate is for other hosts.
@@ -123,7 +119,7 @@ def services_of(state_dir: CoordinatorStateDir, settings: ServiceSettings) -> tu
 
 
 def running(folder: Path) -> dict[str, Any] | None:
-    """What ``up`` has written about the services that it runs now; None if it does not run."""
+    """Read what ``up`` has written about the services that it runs now; None if it does not run."""
     if not (folder / LOCK).exists():
         return None
     try:
@@ -131,10 +127,10 @@ def running(folder: Path) -> dict[str, Any] | None:
             return None
     except TimeoutError:
         try:
-            found: dict[str, Any] = jsontext.decode(storage.read(folder / RUNNING, MAX_RUNNING))
+            row: dict[str, Any] = jsontext.decode(storage.read(folder / RUNNING, MAX_RUNNING))
         except FileNotFoundError:  # it has just begun, or is about to end
             return {"pid": None, "since": None, "stop": 0.0, "services": []}
-        return found
+        return row
 
 
 def stop(folder: Path) -> bool:
@@ -148,9 +144,9 @@ def stop(folder: Path) -> bool:
     """
     require(folder, SETTINGS)
     asked, end = None, time.monotonic() + SLACK
-    while (found := running(folder)) is not None and (asked is None or found["pid"] in (asked, None)):
-        if asked is None and found["pid"] is not None:
-            asked, end = found["pid"], time.monotonic() + SLACK + found["stop"] * (len(found["services"]) + 1)
+    while (row := running(folder)) is not None and (asked is None or row["pid"] in (asked, None)):
+        if asked is None and row["pid"] is not None:
+            asked, end = row["pid"], time.monotonic() + SLACK + row["stop"] * (len(row["services"]) + 1)
             with suppress(ProcessLookupError):  # it has just ended
                 os.kill(asked, signal.SIGTERM)
         if time.monotonic() > end:
@@ -163,7 +159,7 @@ def stop(folder: Path) -> bool:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
-        try:  # a while, because whoever looks whether the lock is held has it for a moment
+        try:  # a while, because a check whether the lock is held has it for a moment
             stack.enter_context(storage.locked(folder / LOCK, timeout=PROBE))
         except TimeoutError:
             text = f"the services of {folder} run already: see 'edgeadapt coordinator status {folder}'"
@@ -207,7 +203,7 @@ def _superlink(folder: Path, address: str) -> ServiceProgram:
 
 
 def _dashboard(folder: Path, settings: ServiceSettings) -> tuple[ServiceProgram, ...]:
-    """The page for the operator. It is the last, so that nothing waits for it."""
+    """Describe the page for the operator. It is the last, so that nothing waits for it."""
     if not settings.dashboard:
         return ()
     command = ["edgeadapt:main", "coordinator", "dashboard", str(folder), "--listen", settings.dashboard]
@@ -226,7 +222,7 @@ def _dashboard(folder: Path, settings: ServiceSettings) -> tuple[ServiceProgram,
 
 
 def _within(address: str) -> str:
-    """Where processes of this machine reach what listens at ``address``."""
+    """Address at which processes of this machine reach what listens at ``address``."""
     host, _, port = address.rpartition(":")
     return f"{EVERYWHERE.get(host, host)}:{port}"
 

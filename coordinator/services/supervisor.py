@@ -2,7 +2,7 @@
 
 It knows nothing of coordinators. A service that is not ready holds back the start of those after it; those that run
 already go on, because what they need from it may come back before they notice. One that runs and does not answer any
-more is ended and started again as well.
+more is restarted as well.
 """
 
 import subprocess
@@ -16,7 +16,7 @@ from enum import Enum
 
 from aggregation.errors import EdgeAdaptError
 
-LOOK = 0.1  # seconds between two looks at the services
+LOOK = 0.1  # seconds between two polls of the services
 FIRST_PAUSE = 1.0  # seconds
 HUNG = 2.0  # seconds that a service has to stop if it does not answer: most that hang hear no signal either
 LONGEST_LINE = 4096  # bytes of one line of a service's output; a longer one is cut into several
@@ -52,45 +52,30 @@ class ServiceProgram:
     """A program that runs as long as the supervisor.
 
     Attributes:
-        name: For people.
         command: The program, ``MODULE:FUNCTION``, and its arguments; started by ``coordinator.services.child``.
-        environment: Of the process.
-        address: ``HOST:PORT`` at which it listens; empty if it does not.
-        is_ready: Whether it does its work; asked until it does.
         is_alive: Whether it still answers; asked while it is ready, in the supervisor's only thread.
-        may_start: Whether it can be started now; asked until it can.
-        finishes: Whether exit code 0 means that its work is done, and with it the supervisor's.
-        fatal: Exit codes after which a restart does not help.
     """
 
     name: str
     command: tuple[str, ...]
     environment: Mapping[str, str]
-    address: str
-    is_ready: Callable[[], bool]
+    address: str  # ``HOST:PORT`` at which it listens; empty if it does not
+    is_ready: Callable[[], bool]  # whether it does its work; asked until it does
     is_alive: Callable[[], bool] = lambda: True
-    may_start: Callable[[], bool] = lambda: True
-    finishes: bool = False
-    fatal: frozenset[int] = frozenset()
+    may_start: Callable[[], bool] = lambda: True  # whether it can be started now; asked until it can
+    finishes: bool = False  # whether exit code 0 means that its work is done, and with it the supervisor's
+    fatal: frozenset[int] = frozenset()  # exit codes after which a restart does not help
 
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long a service is waited for.
+    """How long a service is waited for, in seconds."""
 
-    Attributes:
-        ready: Seconds in which it must be ready.
-        stop: Seconds in which it must stop.
-        pause: Seconds of the longest pause before a restart.
-        look: Seconds between two looks whether it is alive.
-        failures: Looks in a row that must fail before it is started again.
-    """
-
-    ready: float
-    stop: float
-    pause: float
-    look: float
-    failures: int
+    ready: float  # time in which it must be ready
+    stop: float  # time in which it must stop
+    pause: float  # longest pause before a restart
+    look: float  # time between two checks whether it is alive
+    failures: int  # checks in a row that must fail before it is started again
 
 
 class ServiceState(Enum):
@@ -101,8 +86,6 @@ class ServiceState(Enum):
 
 @dataclass(slots=True)
 class Supervised:
-    """A service, and its process while there is one."""
-
     service: ServiceProgram
     patience: Patience
     report: Report
@@ -111,7 +94,7 @@ class Supervised:
     restarts: int = 0
     done: bool = False
     _failures: int = 0  # in a row
-    _silent: int = 0  # looks in a row that failed
+    _silent: int = 0  # checks in a row that failed
     _next_look: float = 0.0
     _since: float = 0.0  # when the process was started
     _not_before: float = 0.0
@@ -119,7 +102,7 @@ class Supervised:
     _last: str = ""  # line that the process wrote
 
     def step(self, *, may_start: bool) -> None:
-        """Look after the service. ``may_start``: whether those before it are ready."""
+        """Check on the service. ``may_start``: whether those before it are ready."""
         now = time.monotonic()
         if self.process is None:
             if may_start and now >= self._not_before and self.service.may_start():
@@ -148,12 +131,7 @@ class Supervised:
             self._pause(now)
 
     def stop(self, *, reason: str, seconds: float | None = None) -> None:
-        """Ask the process to end, and kill it if it does not in time.
-
-        Args:
-            reason: For people.
-            seconds: That it has; those of ``patience`` if None or more.
-        """
+        """Ask the process to end, and kill it after ``seconds``, or those of ``patience`` if these are fewer."""
         if self.process is None:
             return
         self._report(Happening.STOPPING, pid=self.process.pid, reason=reason)
@@ -235,8 +213,6 @@ def supervise(
 
     Args:
         services: In the order of their start.
-        patience: For each of them.
-        report: Called with each event.
         changed: Called with ``Supervised.snapshot`` of each service when one has changed; again until it returns True.
 
     Raises:
@@ -245,14 +221,14 @@ def supervise(
     supervised = [Supervised(service, patience, report) for service in services]
     shown: list[dict[str, str | int | None]] = []
     try:
-        while not any(each.done for each in supervised):
+        while not any(unit.done for unit in supervised):
             ready = True
-            for each in supervised:
-                each.step(may_start=ready)
-                ready = ready and each.state is ServiceState.READY
-            if (now := [each.snapshot() for each in supervised]) != shown and changed(now):
+            for unit in supervised:
+                unit.step(may_start=ready)
+                ready = ready and unit.state is ServiceState.READY
+            if (now := [unit.snapshot() for unit in supervised]) != shown and changed(now):
                 shown = now
             time.sleep(LOOK)
     finally:
-        for each in reversed(supervised):
-            each.stop(reason="all are stopped")
+        for unit in reversed(supervised):
+            unit.stop(reason="all are stopped")

@@ -1,4 +1,4 @@
-"""Tensors under peft's names ↔ an adapter of a bundle."""
+"""Encode tensors under peft's names as an adapter of a bundle, and decode them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,10 +28,9 @@ from edgeadapt.methods.peft.lowrank import plain
 
 
 def encode(tensors: Tensors, inputs: AdapterInputs, form: Format = "int8") -> bytes:
-    """The file of an adapter.
+    """Encode all tensors of an adapter, under peft's names, as its file.
 
     Args:
-        tensors: All tensors of the adapter, under peft's names.
         inputs: The adapter's, of a model or of its tensors.
         form: How numbers are stored; ``edgeadapt.formats.quantization.quantize`` says what each form loses.
 
@@ -44,23 +43,17 @@ def encode(tensors: Tensors, inputs: AdapterInputs, form: Format = "int8") -> by
 
 
 def decode(blob: bytes, form: Format) -> Tensors:
-    """The graph inputs in a file that ``encode`` wrote in format ``form``. Raises DataError for any other file."""
+    """Read the graph inputs in a file that ``encode`` wrote in format ``form``. Raises DataError for any other file."""
     return restore(container.unpack(blob), form)
 
 
 def completed(
     tensors: Tensors, inputs: AdapterInputs, slots: Mapping[str, Sequence[str]]
 ) -> tuple[Tensors, AdapterInputs]:
-    """The adapter with an empty tensor for each slot of the base that it does not fill: of rank 0, or of no vector.
+    """Add an empty tensor for each slot of the base that the adapter does not fill: of rank 0, or of no vector.
 
-    Args:
-        tensors: Of the adapter, under peft's names.
-        inputs: Of the adapter.
-        slots: Of the base, with dimensions as text.
-
-    Raises:
-        DataError: The base has no slot for a tensor of the adapter, or the adapter lacks a tensor of a module in
-            ``modules_to_save``.
+    ``tensors``: under peft's names; ``slots``: of the base, with dimensions as text. Raises DataError: the base has no
+    slot for a tensor of the adapter, or the adapter lacks a tensor of a module in ``modules_to_save``.
     """
     names = {input_name(name) for name in tensors}
     if odd := sorted(names - set(slots)):
@@ -98,7 +91,7 @@ def completed(
 
 
 def unfolded(adapter: VerifiedAdapter) -> tuple[Tensors, PeftConfig]:
-    """The adapter's tensors under peft's names, and the PEFT config that gives its layers their scaling.
+    """Restore the adapter's tensors under peft's names, and the PEFT config that gives its layers their scaling.
 
     Layers that the adapter does not change are dropped. Where the manifest has no PEFT config, the scaling stays in B,
     and the PEFT config that is returned gives every layer the scaling 1.

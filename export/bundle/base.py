@@ -30,21 +30,18 @@ DEFAULT_TARGETS: dict[Task, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a base is exported for."""
-
     task: Task
     slots: Slots
-    max_rank: int  # of an adapter
-    head: Head | None = None  # of a classifier; None: its own, if it has one
+    max_rank: int  # highest rank of an adapter
+    head: Head | None = None  # a classifier's; None: its own, if it has one
     # The shapes of an adapter's modules_to_save; None: as any adapter has them.
     brought: Mapping[str, tuple[int, ...]] | None = field(default=None, repr=False)
 
 
 def usual_task(base: Base) -> Task:
-    """The task that the base's configuration states: text generation for a causal language model, else classification.
+    """Read the task that the base states: text generation for a causal language model, else classification.
 
-    Raises:
-        ConfigError: The base cannot be opened, or states a task that devices do not run.
+    Raises ConfigError: the base cannot be opened, or states a task that devices do not run.
     """
     config = pretrained.configuration(base)
     architecture = str(next(iter(config.architectures or []), ""))
@@ -71,20 +68,17 @@ def wanted(
     head: Head | None = None,
     max_rank: int | None = None,
 ) -> Wanted:
-    """What to export ``base`` for. What is not given follows from the adapter ``origin``, or else from the base.
+    """Decide what to export ``base`` for. What is None follows from the adapter ``origin``, or else from the base.
 
     Args:
-        base: The base.
         origin: An adapter that has to fit: its layers get slots, in addition to ``targets``.
-        task: What the base is for.
         targets: As ``linear_layers`` takes them.
         kinds: Of the slots at ``targets``; by default low rank alone, and nothing but what ``origin`` needs.
-        head: Of a classifier.
         max_rank: Of an adapter; by default ``MAX_RANK``, or the adapter's if that is higher.
 
     Raises:
-        ConfigError: The adapter is for another task or head, above ``max_rank``, brings modules of a language
-            model, or brings no head for a classifier.
+        ConfigError: The adapter is for another task or head, above ``max_rank``, brings modules of a language model, or
+            brings no head for a classifier.
     """
     if origin is None:
         task = task or usual_task(base)
@@ -131,19 +125,11 @@ def export_named(
     *,
     training: bool | None = None,
 ) -> ExportedBase:
-    """Find, build and export a base.
+    """Find, build and export a base: a folder, or a package that carries the model.
 
-    Args:
-        name: A folder, or a package that carries the model.
-        profile: One of ``Profile``.
-        want: What for.
-        where: As ``export_causal`` takes it.
-        report: The same; a classifier takes too short for reports.
-        training: As ``export_classifier`` takes it; None makes none for a language model.
-
-    Raises:
-        ConfigError: No such base or profile, no layer of a target's name, a head for a language model, or as
-            ``export_classifier`` and ``export_causal``.
+    ``where`` and ``report`` are those of ``export_causal`` (a classifier takes too short for reports), ``training`` is
+    that of ``export_classifier``; None makes none for a language model. Raises ConfigError: no such base or profile, no
+    layer of a target's name, a head for a language model, or as ``export_classifier`` and ``export_causal``.
     """
     try:
         chosen = Profile(profile)

@@ -27,20 +27,19 @@ class Origin:
     peft_config: PeftConfig
     labels: tuple[str, ...]  # the head's rows, in order
     version: int
-    sha256: str  # of the safetensors file that the tensors come from
+    sha256: str  # digest of the safetensors file that the tensors come from
     base_digest: str | None  # None: the source does not state it
     base: str | None  # the source's name or folder of the base; a hint
     task: Task | None  # what it was trained for, if the source states it
     tensors: Tensors = field(repr=False)  # under peft's names
     shares_a: bool = False  # VeRA as LoRA: A may have more columns than a layer reads (``lowrank.trimmed``)
-    privacy: PrivacyBound | None = None  # of the sums that it was made from, as its version's manifest states it
+    privacy: PrivacyBound | None = None  # bound on the sums that it was made from, as its version's manifest states it
 
 
 def as_slots(origin: Origin) -> Origin:
-    """``origin`` with LoRA in the place of another method of low rank, as the slots of a base take it.
+    """Turn another method of low rank into LoRA, as the slots of a base take it.
 
-    Raises:
-        ConfigError, DataError: As ``lowrank.as_lora``.
+    Raises ConfigError, DataError as ``lowrank.as_lora``.
     """
     config, tensors = as_lora(origin.peft_config, origin.tensors)
     if config is origin.peft_config:
@@ -49,11 +48,7 @@ def as_slots(origin: Origin) -> Origin:
 
 
 def fitted(origin: Origin, base_digest: str, slots: Mapping[str, Sequence[str]]) -> Origin:
-    """``origin`` for a base with these slots.
-
-    Raises:
-        ConfigError: The adapter is for another base.
-    """
+    """Prepare ``origin`` for a base with these slots. Raises ConfigError: the adapter is for another base."""
     if origin.base_digest not in (None, base_digest):
         raise ConfigError(
             f"the adapter was made for the base {str(origin.base_digest)[:12]}, not for {base_digest[:12]}; export "
@@ -65,12 +60,9 @@ def fitted(origin: Origin, base_digest: str, slots: Mapping[str, Sequence[str]])
 
 
 def from_registry(state_dir: Path, version: int | None, trust: Path | None) -> Origin:
-    """A version of the registry in a coordinator's state directory.
+    """Read a version, by default the newest, of the registry in a coordinator's state directory. Writes nothing.
 
-    Args:
-        state_dir: The folder. It is only read.
-        version: Its number; by default the newest.
-        trust: The public keys that may have signed it; by default the coordinator's own.
+    ``trust``: the public keys that may have signed it; by default the coordinator's own.
 
     Raises:
         ConfigError: There is no registry, or no key.
@@ -80,34 +72,28 @@ def from_registry(state_dir: Path, version: int | None, trust: Path | None) -> O
     registryfiles.require(state_dir)  # first: without a registry the key is missing too
     trusted = read_public_keys(trust) if trust else (read_key(state_dir / SIGNING_KEY).public,)
     registry = open_registry_files(state_dir, trusted)
-    found = registry.recorded(version)
-    if found is None:
+    manifest = registry.recorded(version)
+    if manifest is None:
         which = "is empty" if version is None else f"has no version {version}"
         raise DataError(f"the registry in {state_dir} {which}", about="version", value=version)
-    tensors = from_peft_tensors(registry.tensors(found), found.peft_config, {})
+    tensors = from_peft_tensors(registry.tensors(manifest), manifest.peft_config, {})
     return Origin(
-        found.peft_config,
-        found.labels,
-        found.version,
-        found.sha256,
-        found.base_digest,
+        manifest.peft_config,
+        manifest.labels,
+        manifest.version,
+        manifest.sha256,
+        manifest.base_digest,
         None,
         None,
         tensors,
-        privacy=found.privacy,
+        privacy=manifest.privacy,
     )
 
 
 def from_peft(folder: Path, version: int, labels: tuple[str, ...]) -> Origin:
-    """The adapter in a PEFT folder.
+    """Read the adapter in a PEFT folder, from ``save_pretrained``, as ``version`` on devices.
 
-    Args:
-        folder: From ``save_pretrained``.
-        version: The adapter's version on devices.
-        labels: The labels of its head's rows, in order; peft does not store them.
-
-    Raises:
-        ConfigError, DataError: As ``read_peft``.
+    ``labels``: of its head's rows, in order; peft does not store them. Raises ConfigError, DataError as ``read_peft``.
     """
     read = read_peft(folder)
     if labels and not any(is_saved(name) for name in read.tensors):

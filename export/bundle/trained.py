@@ -24,8 +24,7 @@ from export.bundle.sources import Origin, as_slots
 
 
 def resolved(origin: Origin, base: Base) -> Origin:
-    """``origin`` as slots take it, with what the base's weights give: the scales of DoRA
-    (``edgeadapt.methods.peft.dora``).
+    """Turn ``origin`` into what slots take, with the scales of DoRA that the base's weights give.
 
     Raises:
         ConfigError: The base cannot be opened, or lacks a layer of the adapter; or as ``as_slots``.
@@ -41,10 +40,9 @@ def resolved(origin: Origin, base: Base) -> Origin:
 
 
 def as_trained(tensors: Tensors, config: PeftConfig, base: Base, task: Task, labels: int) -> Tensors:
-    """The inverse of ``resolved``, for the tensors of an adapter that was exported.
+    """Invert ``resolved``, for the tensors of an adapter that was exported.
 
-    Raises:
-        ConfigError, DataError: As ``resolved``.
+    Raises ConfigError, DataError as ``resolved``.
     """
     weights, _ = _layers(base, task, tensors, labels, scaled_layers(tensors, config))
     return with_magnitudes(tensors, config, partial(weight_norms, config=config, weights=weights))
@@ -53,7 +51,7 @@ def as_trained(tensors: Tensors, config: PeftConfig, base: Base, task: Task, lab
 def _layers(
     base: Base, task: Task, tensors: Tensors, labels: int, paths: Sequence[str]
 ) -> tuple[dict[str, Floats], dict[str, Floats]]:
-    """The weights, ``(out, in)``, and the biases of some layers, by path."""
+    """Read the weights, ``(out, in)``, and the biases of some layers, by path."""
     model = bare_model(base, task, tensors, labels)
     weights, biases = {}, {}
     for path in paths:
@@ -73,7 +71,7 @@ def _layers(
 
 
 def bare_model(base: Base, task: Task, tensors: Tensors, labels: int) -> Any:
-    """The model whose module names the adapter's tensors use."""
+    """Open the model whose module names the adapter's tensors use."""
     names = [input_name(name) for name in tensors]
     brought = sorted({name.rpartition(".")[0] for name in names if is_saved(name)})
     mean = any(name.startswith(ENCODER) for name in names)
@@ -81,11 +79,9 @@ def bare_model(base: Base, task: Task, tensors: Tensors, labels: int) -> Any:
 
 
 def model_of(base: Base, task: Task, *, mean: bool, saved: Sequence[str], labels: int | None) -> Any:
-    """The model for a task.
+    """Open the model for a task.
 
     Args:
-        base: The base.
-        task: Its task.
         mean: Of a classifier: with a head over the mean of the tokens, and not its own.
         saved: Modules that the adapter brings.
         labels: Of a classifier: the rows of its head; None for the base's own.

@@ -47,12 +47,12 @@ class AdapterSource:
     tensors: Tensors = field(repr=False)  # under peft's names
     labels: tuple[str, ...]  # the head's rows, in order
     version: int
-    sha256: str  # of the safetensors blob that the tensors come from
-    parent: str | None = None  # of a private adapter: the blob digest of the global version that it started from
+    sha256: str  # digest of the safetensors blob that the tensors come from
+    parent: str | None = None  # the blob digest of the global version that a private adapter started from
     peft_config: PeftConfig | None = None  # without it, an export to peft folds the scaling into B
-    temperature: float = 1.0  # of a classifier's probabilities (``edgeadapt.formats.calibration``)
-    adapter_inputs: AdapterInputs | None = None  # of the model that the tensors come from; None: the exported base's
-    privacy: PrivacyBound | None = None  # of the sums that it was made from; None: nothing bounds it
+    temperature: float = 1.0  # divides a classifier's logits (``edgeadapt.formats.calibration``)
+    adapter_inputs: AdapterInputs | None = None  # the tensors' model's; None: the exported base's
+    privacy: PrivacyBound | None = None  # bound on the sums that it was made from; None: nothing bounds it
 
 
 def write_bundle(
@@ -70,18 +70,15 @@ def write_bundle(
     adapter when the shared one is updated.
 
     Args:
-        out: The bundle's folder.
         exported: The base; one export serves any number of bundles.
-        sources: The adapters.
         key: Signs the base manifest and the adapter manifests.
-        form: The adapters' number format.
         once: No other bundle gets this export: its files become the bundle's without being copied.
 
     Raises:
         ConfigError: ``out`` is something other than a bundle, or keeps adapters that would no longer fit the base; an
             adapter's name cannot be a file's; or an adapter of a language model lacks its ``adapter_inputs``.
-        DataError: An adapter does not fit the base, is above its highest rank, or has labels that do not match the
-            rows of its head or that devices refuse.
+        DataError: An adapter does not fit the base, is above its highest rank, or has labels that do not match the rows
+            of its head or that devices refuse.
         OSError: The folder cannot be written. The content of ``out`` is unchanged.
     """
     with locked_folder(out) as whole:
@@ -135,7 +132,7 @@ def add(
     """Add ``origin`` to ``bundle`` under ``name``, and return its manifest. Does not import torch.
 
     Raises:
-        ConfigError: ``bundle`` is no bundle, ``name`` cannot be a file's, the adapter is for another base, or its
+        ConfigError: ``bundle`` is not a bundle, ``name`` cannot be a file's, the adapter is for another base, or its
             labels are missing.
         DataError: The adapter does not fit the base, or devices would refuse its version as a rollback.
     """
@@ -155,18 +152,18 @@ def add(
 
 
 def next_version(bundle: Path, name: str, origin: Origin, temperature: float = 1.0) -> int:
-    """The version under which devices accept ``origin``, of a source that counts no versions, as the adapter ``name``.
+    """Choose the version under which devices accept ``origin``, of a source that counts no versions, as ``name``.
 
     It is the one after the bundle's, the bundle's own if that has this content already, and 1 in a new bundle.
     """
     before = stated_adapter(bundle, name)
     if before is None:
         return 1
-    held, given = (
+    held, content = (
         (before.source, before.labels, before.peft_config, before.temperature),
         (origin.sha256, origin.labels, origin.peft_config, temperature),
     )
-    return before.version if held == given else before.version + 1
+    return before.version if held == content else before.version + 1
 
 
 def create(
@@ -181,10 +178,8 @@ def create(
 ) -> AdapterManifest:
     """Write a bundle of ``exported`` and of ``origin`` under ``name``, and return the adapter's manifest.
 
-    ``exported`` is used up: its files become the bundle's.
-
-    Raises:
-        ConfigError, DataError: As ``write_bundle``, or the adapter is for another base.
+    ``exported`` is used up: its files become the bundle's. Raises ConfigError, DataError: as ``write_bundle``, or the
+    adapter is for another base.
     """
     origin = fitted(origin, exported.base_digest, exported.slots)
     write_bundle(bundle, exported, [source_of(name, origin, temperature=temperature)], key=key, form=form, once=True)
@@ -192,7 +187,7 @@ def create(
 
 
 def check_base(bundle: Path, base: Base, profile: str | None) -> None:
-    """Return if ``bundle`` holds ``base``, in ``profile`` if one is given. Raises ConfigError if it does not."""
+    """Check that ``bundle`` holds ``base``, in ``profile`` if it is not None. Raises ConfigError."""
     if (manifest := stated_manifest(bundle)) is None:
         raise _no_bundle(bundle)
     if (base.digest, profile or manifest.profile) != (manifest.base_digest, manifest.profile):
@@ -205,10 +200,9 @@ def check_base(bundle: Path, base: Base, profile: str | None) -> None:
 
 
 def device_inputs(origin: Origin, base: BaseManifest, form: Format) -> Tensors:
-    """The graph inputs of an adapter as a device reads them back from its file.
+    """Encode an adapter and read its graph inputs back, as a device does.
 
-    Raises:
-        ConfigError, DataError: The adapter is for another base, or does not fit it.
+    Raises ConfigError, DataError: the adapter is for another base, or does not fit it.
     """
     origin = fitted(origin, base.base_digest, base.slots)
     inputs = AdapterInputs.of_tensors(origin.peft_config, origin.tensors)
@@ -216,10 +210,9 @@ def device_inputs(origin: Origin, base: BaseManifest, form: Format) -> Tensors:
 
 
 def source_of(name: str, origin: Origin, *, parent: str | None = None, temperature: float = 1.0) -> AdapterSource:
-    """``origin`` as an adapter ``name`` of a bundle; ``parent`` and ``temperature`` as ``AdapterSource`` has them.
+    """Make ``origin`` an adapter ``name`` of a bundle; ``parent`` and ``temperature`` as ``AdapterSource`` has them.
 
-    Raises:
-        DataError: The tensors of ``origin`` are not those of its configuration.
+    Raises DataError: the tensors of ``origin`` are not those of its configuration.
     """
     return AdapterSource(
         name,
@@ -231,7 +224,7 @@ def source_of(name: str, origin: Origin, *, parent: str | None = None, temperatu
         origin.peft_config,
         temperature,
         AdapterInputs.of_tensors(origin.peft_config, origin.tensors),
-        origin.privacy if parent is None else None,  # of what a device fitted to its own examples, nothing is bounded
+        origin.privacy if parent is None else None,  # nothing bounds what a device fitted to its own examples
     )
 
 
@@ -248,15 +241,10 @@ def add_adapter(
 ) -> None:
     """Add or replace one adapter in a bundle, such as a household's private one, signed by the device's own key.
 
-    Args:
-        bundle: A bundle that ``write_bundle`` made.
-        inputs: Of the model that the adapter was trained in (``find_adapter_inputs``).
-        source: The adapter.
-        key: Signs the adapter manifest.
-        form: The adapter's number format.
+    ``inputs``: of the model that the adapter was trained in (``find_adapter_inputs``).
 
     Raises:
-        ConfigError: ``bundle`` is no bundle, or the adapter's name cannot be a file's.
+        ConfigError: ``bundle`` is not a bundle, or the adapter's name cannot be a file's.
         DataError: As ``write_bundle``.
         OSError: The folder cannot be written. The bundle is unchanged.
     """
@@ -274,7 +262,7 @@ def copy_bundle(bundle: Path, out: Path) -> None:
     """Copy ``bundle`` to ``out`` with hard links, replacing an older bundle.
 
     Raises:
-        ConfigError: ``bundle`` is no bundle, or ``out`` is something other than one.
+        ConfigError: ``bundle`` is not a bundle, or ``out`` is something other than one.
         OSError: The folder cannot be written. The content of ``out`` is unchanged.
     """
     if stated_manifest(bundle) is None:
@@ -286,7 +274,7 @@ def copy_bundle(bundle: Path, out: Path) -> None:
 
 
 def _longest(task: Task, content: Callable[[str], bytes]) -> int:
-    """The most tokens that a base reads, from the content of one of its files."""
+    """Count the most tokens that a base reads, from the content of one of its files."""
     if task == "text-generation":
         return int(json.loads(content(GENERATION))["model"]["context_length"])
     return int(json.loads(content(TOKENIZER))["truncation"]["max_length"])
@@ -351,10 +339,9 @@ def _adapter_files(
 
 
 def check_place(out: Path) -> None:
-    """Return if a bundle can be written to ``out``: it is new, empty or a bundle.
+    """Check that a bundle can be written to ``out``: it is new, empty or a bundle.
 
-    Raises:
-        ConfigError: It is something else, or the folder that would hold it cannot be written to.
+    Raises ConfigError: it is something else, or the folder that would hold it cannot be written to.
     """
     if out.exists() and not (out / BASE_MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not a bundle; name another folder", about=out.name)
@@ -366,12 +353,12 @@ def check_place(out: Path) -> None:
 
 
 def folder_above(out: Path) -> Path:
-    """The folder above a bundle that is to be written, or the nearest one that exists: on the disk with its room."""
+    """Find the folder above a bundle that is to be written, or the nearest one that exists, on the same disk."""
     return next(folder for folder in out.resolve().parents if folder.exists())
 
 
 def stated_manifest(bundle: Path) -> BaseManifest | None:
-    """The base manifest, unverified, for the exporter alone: a device verifies it before use. None without a bundle."""
+    """Read the base manifest, unverified, for the exporter alone: a device verifies it. None without a bundle."""
     try:
         return BaseManifest.unverified(read(bundle / BASE_MANIFEST, MAX_ENVELOPE))
     except (FileNotFoundError, NotADirectoryError):
@@ -383,7 +370,7 @@ def stated_manifest(bundle: Path) -> BaseManifest | None:
 
 
 def stated_adapter(bundle: Path, name: str) -> AdapterManifest | None:
-    """The adapter's manifest, unverified: a device compares versions itself, this only refuses a rollback early."""
+    """Read the adapter's manifest, unverified, only to refuse a rollback early: a device compares versions itself."""
     try:
         return AdapterManifest.unverified(read(bundle / manifest_path(name), MAX_ENVELOPE))
     except FileNotFoundError:

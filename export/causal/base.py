@@ -50,13 +50,10 @@ def export_causal(
     """Export ``base`` with ``slots`` at its linear layers; takes some seconds.
 
     Args:
-        base: A causal language model.
         slots: Of its layers; or targets, such as ``("q_proj", "v_proj")``, which get low-rank slots.
-        profile: How weights are stored.
         max_rank: The highest rank that the base manifest allows an adapter.
         where: The folder that holds the result's files and those that are needed meanwhile, about six bytes a
             parameter; None for the system's folder of temporary files.
-        report: Receives how far the export is.
         training: Whether the result has a training graph, with which devices train adapters. Its gradients are compared
             with torch's, for which the base has to fit into memory in float32, twice if it is quantized.
 
@@ -97,11 +94,11 @@ def _export(
     passes = 3 if profile is Profile.WEB_INT8 else 1  # the MatMuls that lose too much are found first
     store.reports(counted(report, "quantizing", passes * size_of(decoder.graph)))
     graph = quantize(decoder.graph, profile, ids, store)
-    given = insert_vectors(graph, layers, names, parameters, store)
+    vector_slots = insert_vectors(graph, layers, names, parameters, store)
     scaled = {layer_of(name) for name in names if name.endswith(OUTPUT_SCALE)}
     # The update comes after a scale of the output, and so after the bias.
     places = {path: replace(layers[path], y=layers[path].end) if path in scaled else layers[path] for path in adapted}
-    inserted = matmuls.insert_lora(graph, places) | given
+    inserted = matmuls.insert_lora(graph, places) | vector_slots
     if embedding is not None and PROMPT in wanted.virtual:
         inserted |= virtualtokens.insert_prompt(graph, embedding)
     if PREFIX in wanted.virtual:
@@ -148,7 +145,7 @@ def _export(
 
 
 def check_decoder(config: Any) -> None:
-    """Return if a configuration is of one stack of layers. Raises ConfigError for an encoder with a decoder."""
+    """Check that a configuration is of one stack of layers. Raises ConfigError for an encoder with a decoder."""
     if config.is_encoder_decoder:
         raise ConfigError(
             f"{config.model_type} is an encoder-decoder: it would need a graph of its encoder, one of its decoder with "
@@ -159,7 +156,7 @@ def check_decoder(config: Any) -> None:
 
 
 def _decoder(base: Base, model: Any, sample: Sample, store: OnDisk, report: Report) -> builder.DecoderGraph:
-    """By the builder path if its graph gives torch's logits, else by the traced path."""
+    """Build by the builder path if its graph gives torch's logits, else by the traced path."""
     try:
         return builder.build(base, model.config, sample, store, report)
     except builder.BuilderPathError:
@@ -168,7 +165,7 @@ def _decoder(base: Base, model: Any, sample: Sample, store: OnDisk, report: Repo
 
 
 def _embedding(model: nn.Module, tokenizer: Tokenizer) -> virtualtokens.Embedding:
-    """The embedding of tokens of a model that can have virtual tokens. Raises ConfigError for another model."""
+    """Find the embedding of tokens of a model that can have virtual tokens. Raises ConfigError for another model."""
     ids = tokenizer.encode(SHORT_TEXT).ids
     check_reads_embeddings(model, ids)
     module: Any = model.get_input_embeddings()  # type: ignore[operator]
@@ -186,19 +183,18 @@ def _embedding(model: nn.Module, tokenizer: Tokenizer) -> virtualtokens.Embeddin
 
 
 def _vectors(model: nn.Module) -> dict[str, Floats]:
-    """Every vector among the parameters, by its path."""
-    found = {}
+    by_path = {}
     for path, module in model.named_modules():
         names = [name for name, value in module.named_parameters(recurse=False) if value.ndim == 1]
         if names:
             with pretrained.loaded(module):
                 values = {name: module.get_parameter(name).detach().numpy().copy() for name in names}
-            found.update({f"{path}.{name}": value for name, value in values.items()})
-    return found
+            by_path.update({f"{path}.{name}": value for name, value in values.items()})
+    return by_path
 
 
 class _Weights(Mapping[str, Floats]):
-    """The weight of each layer by its path, shape ``(out, in)``, read when it is asked for."""
+    """Weight of each layer by its path, shape ``(out, in)``, read when it is asked for."""
 
     def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
         self._layers = {path: model.get_submodule(path) for path in paths}

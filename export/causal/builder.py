@@ -47,14 +47,9 @@ class DecoderGraph:
 
 
 def build(base: Base, config: Any, sample: Sample, store: OnDisk, report: Report = lambda *_: None) -> DecoderGraph:
-    """Token ids, attention mask and KV cache → logits and the next KV cache, with dynamic batch and lengths.
+    """Build token ids, attention mask and KV cache → logits and the next KV cache, with dynamic batch and lengths.
 
-    Args:
-        base: A causal language model.
-        config: Its configuration, of transformers.
-        sample: Torch's logits for a short text.
-        store: Holds the weights of the graph.
-        report: Receives how far this is.
+    ``sample``: torch's logits for a short text; ``store``: holds the weights of the graph.
 
     Raises:
         BuilderPathError: The builder does not know the architecture, or its graph does not give torch's logits.
@@ -110,7 +105,7 @@ def _create(builder: Any, base: Base, out: Path, cache: Path) -> None:
 
 @contextmanager
 def _builder() -> Iterator[Any]:
-    """The builder's module, with its output suppressed.
+    """Import the builder's module, with its output suppressed.
 
     Importing it adds a folder of common names (``builders``, ``quantization``) to ``sys.path`` and configures logging
     for the whole process; both are undone.

@@ -21,8 +21,8 @@ from export.onnx.graph import ANSWER
 from export.onnx.segments import Segments
 from export.onnx.tensorstore import TensorStore, size_of
 
-CLOSE = 1e-3  # of the largest logit; summing the same numbers in another order differs by 1e-5
-ONE_BY_ONE = 4  # of the last tokens are read one by one, with the cache of the tokens before
+CLOSE = 1e-3  # share of the largest logit; summing the same numbers in another order differs by 1e-5
+ONE_BY_ONE = 4  # last tokens, which are read one by one with the cache of the tokens before
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +37,9 @@ class Sample:
 
 
 def sample_logits(model: Any, tokenizer: Tokenizer) -> Sample:
-    """Run a causal language model in torch on the calibration text.
+    """Run a causal language model, in evaluation mode, in torch on the calibration text.
 
-    Args:
-        model: Of transformers, in evaluation mode.
-        tokenizer: Its own.
-
-    Raises:
-        ConfigError: The model cannot read the tokenizer's tokens.
+    Raises ConfigError: the model cannot read the tokenizer's tokens.
     """
     length = min(TOKENS, getattr(model.config, "max_position_embeddings", None) or TOKENS)
     ids = torch.tensor([tokenizer.encode(TEXT).ids[:length]], dtype=torch.int64)
@@ -86,7 +81,7 @@ def _far(model: Any, text: dict[str, Any]) -> tuple[int, Floats] | None:
 
 
 def _long_from(config: Any) -> int | None:
-    """The first position that belongs to long texts alone, where rotary embeddings have other factors for these."""
+    """Find the first position that only long texts have, where rotary embeddings have other factors for these."""
     rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
     for stated in (rope, *rope.values()):  # of all layers, or of each type of layers
         if isinstance(stated, dict) and stated.get("rope_type") == "longrope":
@@ -95,7 +90,7 @@ def _long_from(config: Any) -> int | None:
 
 
 def _logits(graph: onnx.ModelProto, segments: Segments, ids: NDArray[np.int64], start: int = 0) -> Floats:
-    """The logits of tokens that stand at the position ``start`` and those after it."""
+    """Compute the logits of tokens that stand at the position ``start`` and those after it."""
     inputs = {value.name: value.type.tensor_type.shape.dim for value in graph.graph.input}
     outputs = [value.name for value in graph.graph.output]
     # (rows, heads, past tokens, width)

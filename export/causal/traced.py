@@ -1,7 +1,7 @@
 """The traced path: any decoder of transformers, traced by torch operator by operator.
 
-Used for what onnxruntime-genai's builder does not know. Nothing is fused, so a token takes longer than on the builder
-path; inputs, outputs and files are the same, and so are the steps that follow: quantization, slots, headers.
+It is used for what onnxruntime-genai's builder does not know. Nothing is fused, so a token takes longer than on the
+builder path; inputs, outputs, files and the steps that follow (quantization, slots, headers) are the same.
 """
 
 import inspect
@@ -46,7 +46,7 @@ class KeyValueCache:
 
     @property
     def names(self) -> list[str]:
-        """The names of the graph's inputs; its outputs begin with ``present`` instead."""
+        """List the graph's inputs; its outputs begin with ``present`` instead."""
         return [f"past_key_values.{layer}.{part}" for layer in range(self.layers) for part in PARTS]
 
 
@@ -63,13 +63,9 @@ class _Decoder(nn.Module):
 
 
 def build(base: Base, sample: Sample, store: OnDisk, report: Report = lambda *_: None) -> DecoderGraph:
-    """Token ids, attention mask, positions if the family has any, and KV cache → logits and the next KV cache.
+    """Trace token ids, attention mask, positions if the family has any, and KV cache → logits and the next KV cache.
 
-    Args:
-        base: A causal language model.
-        sample: Torch's logits for a short text.
-        store: Holds the weights of the graph.
-        report: Receives how far this is.
+    ``sample``: torch's logits for a short text; ``store``: holds the weights of the graph.
 
     Raises:
         ConfigError: The configuration lacks a size; torch cannot trace the architecture; the traced graph does not give
@@ -95,17 +91,16 @@ def build(base: Base, sample: Sample, store: OnDisk, report: Report = lambda *_:
 
 
 def cache_of(model: Any, sizes: tasks.Sizes) -> KeyValueCache:
-    """The shape of the KV cache, read from a run, because no configuration states it for every family.
+    """Find the shape of the KV cache by a run, because no configuration states it for every family.
 
-    Raises:
-        ConfigError: It is not equal keys and values in each layer.
+    Raises ConfigError: it is not equal keys and values in each layer.
     """
     keyword = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     try:
         with torch.no_grad():
             answer = model(input_ids=torch.ones(1, 3, dtype=torch.int64), use_cache=True)
         layers = getattr(getattr(answer, keyword, None), "layers", [])
-    except (IndexError, ValueError):  # of transformers' cache, where layers have a state instead
+    except (IndexError, ValueError):  # transformers' cache raises it where layers have a state instead
         layers = []
     shapes = {tuple(part.shape) for layer in layers for part in (_part(layer, "keys"), _part(layer, "values"))}
     if len(layers) != sizes.layers or len(shapes) != 1 or len(shape := shapes.pop()) != 4 or shape[2] != 3:
@@ -149,7 +144,7 @@ def _trace(model: Any, cache: KeyValueCache, store: OnDisk) -> onnx.ModelProto:
 
 
 def _files(base: Base, config: Any, sizes: tasks.Sizes, cache: KeyValueCache, chosen: Any) -> dict[str, bytes]:
-    """The other files that onnxruntime-genai reads: its settings, and the tokenizer as transformers saves it.
+    """Make the other files that onnxruntime-genai reads: its settings, and the tokenizer as transformers saves it.
 
     ``chosen`` are the tokens that end a text according to ``generation_config.json``, which transformers reads first.
     """
@@ -180,7 +175,7 @@ def _files(base: Base, config: Any, sizes: tasks.Sizes, cache: KeyValueCache, ch
 
 
 def _settings(config: Any, sizes: tasks.Sizes, cache: KeyValueCache, context: int, end: Any) -> dict[str, Any]:
-    """See https://onnxruntime.ai/docs/genai/reference/config.html; "decoder" is its type for graphs of any family."""
+    """Fill https://onnxruntime.ai/docs/genai/reference/config.html; "decoder" is its type for graphs of any family."""
     first = end[0] if isinstance(end, list) else end
     names = {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}
     decoder = {

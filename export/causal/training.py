@@ -24,21 +24,20 @@ from export.onnx.tasks import sizes
 from export.onnx.tensorstore import TensorStore
 from export.onnx.virtualtokens import accept_rows
 
-EXAMPLE = (0, 1, 4, 2)  # of six positions
+EXAMPLE = (0, 1, 4, 2)  # indices of six positions
 
 
 class LearnedLogits(nn.Module):
-    """A language model that takes ``input_ids``, ``attention_mask``, ``positions`` and ``adapter``, and returns the
-    logits at these positions of the flattened tokens, shape ``(learned, vocabulary)``.
+    """Compute the logits at some positions of the flattened tokens, shape ``(learned, vocabulary)``.
 
-    Virtual tokens come before each text, and are not among the tokens that positions count.
+    It takes ``input_ids``, ``attention_mask``, ``positions`` and ``adapter``. Virtual tokens come before each text, and
+    are not among the tokens that positions count.
     """
 
     def __init__(self, slotted: SlottedModel) -> None:
-        """Of a model, whose parameters are shared.
+        """Share the parameters of a model.
 
-        Raises:
-            ConfigError: The model has no output layer, or with a slot for a prefix as ``traced.cache_of``.
+        Raises ConfigError: the model does not have an output layer, or with a slot for a prefix as ``traced.cache_of``.
         """
         super().__init__()
         self.model = with_inputs(slotted)
@@ -68,7 +67,7 @@ class LearnedLogits(nn.Module):
 
 
 class _AtPositions(nn.Module):
-    """The output layer, which reads the hidden states at some positions of all texts."""
+    """Output layer that reads the hidden states at some positions of all texts."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
@@ -81,12 +80,12 @@ class _AtPositions(nn.Module):
 
 
 class _AfterPrefix(nn.Module):
-    """A model that reads texts after keys and values in its cache, as peft's prefix tuning gives them."""
+    """Model that reads texts after keys and values in its cache, as peft's prefix tuning gives them."""
 
     def __init__(self, model: nn.Module, cache: KeyValueCache) -> None:
         super().__init__()
         self.model, self.cache = model, cache
-        self.size = len(cache.names) * cache.heads * cache.width  # of a virtual token
+        self.size = len(cache.names) * cache.heads * cache.width  # numbers of a virtual token
         self.now: tuple[Tensor, ...] = ()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -103,14 +102,9 @@ class _AfterPrefix(nn.Module):
 
 
 def trace(slotted: SlottedModel, store: TensorStore) -> onnx.ModelProto:
-    """Token ids, attention mask, positions and slots → ``logits`` of the learned tokens, in float32.
+    """Trace token ids, attention mask, positions and slots → ``logits`` of the learned tokens, in float32.
 
-    Args:
-        slotted: The model, in memory.
-        store: Takes the weights.
-
-    Raises:
-        ConfigError: torch cannot trace the model.
+    Raises ConfigError: torch cannot trace the model.
     """
     example, dynamic = examples(slotted)
     learned = LearnedLogits(slotted)

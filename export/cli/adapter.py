@@ -115,32 +115,32 @@ def adapter(
     if base_name is not None and stated_manifest(bundle) is None:
         exported = _exported(bundle, base_name, profile or PROFILE, origin)
         trains = learning(exported, origin.peft_config)
-        found = _calibrated(exported.folder, exported.manifest, origin, form, examples)
-        temperature = found.temperature if found else 1.0
+        calibration = _calibrated(exported.folder, exported.manifest, origin, form, examples)
+        temperature = calibration.temperature if calibration else 1.0
         manifest = create(bundle, exported, origin, name=name, form=form, key=signer, temperature=temperature)
     else:
         if base_name is not None:
             check_base(bundle, find_base(base_name), profile)
         calibrates = examples and stated_manifest(bundle) is not None  # else `add` refuses
         verified = _base(bundle, signer) if calibrates else None
-        found = _calibrated(verified.folder, verified.manifest, origin, form, examples) if verified else None
+        calibration = _calibrated(verified.folder, verified.manifest, origin, form, examples) if verified else None
         if verified:
             verified.check()
-        temperature = found.temperature if found else 1.0
+        temperature = calibration.temperature if calibration else 1.0
         if registry is None and version is None:
             origin = replace(origin, version=next_version(bundle, name, origin, temperature))
         _warn(bundle, name, origin, temperature)
         manifest = add(bundle, origin, name=name, form=form, key=signer, temperature=temperature)
     row = {"bundle": str(bundle), **asdict(manifest)}
     line = f"{bundle}: {name} version {manifest.version}, {form}, rank {manifest.rank}, {manifest.size:,} bytes{trains}"
-    if found:
-        row["calibration"] = asdict(found)
-        line = f"{line}\n{_summary(found)}"
+    if calibration:
+        row["calibration"] = asdict(calibration)
+        line = f"{line}\n{_summary(calibration)}"
     print_result(row, line, as_json)
 
 
 def _resolved(origin: Origin, base_name: str | None) -> Origin:
-    """``origin`` as slots take it, with what depends on the weights of the base."""
+    """Turn ``origin`` into what slots take, with what depends on the weights of the base."""
     origin = as_slots(origin)
     if not magnitudes(origin.tensors):
         return origin
@@ -155,7 +155,7 @@ def _resolved(origin: Origin, base_name: str | None) -> Origin:
 
 
 def _exported(bundle: Path, base_name: str, profile: str, origin: Origin) -> "ExportedBase":
-    """A base that has what ``origin`` needs, for a new bundle."""
+    """Export a base that has what ``origin`` needs, for a new bundle."""
     check_place(bundle)
     from export.bundle.base import export_named, wanted  # torch, after what can be refused without it
 
@@ -167,7 +167,7 @@ def _exported(bundle: Path, base_name: str, profile: str, origin: Origin) -> "Ex
 
 
 def _base(bundle: Path, signer: IdentityKey) -> VerifiedBase:
-    """The base in a bundle, which the key that signs the adapter or one in ``trust.pem`` signed."""
+    """Open the base in a bundle, which the key that signs the adapter or one in ``trust.pem`` signed."""
     pinned = real(bundle).parent / TRUST
     return Bundle(bundle, (signer.public, *(read_public_keys(pinned) if pinned.exists() else ()))).base()
 
@@ -198,7 +198,7 @@ def _calibrated(
 
 
 def _summary(found: Calibration) -> str:
-    """A line for a person, and what to do where the temperature is of little use."""
+    """Summarize in a line for a person, and say what to do where the temperature is of little use."""
     line = (
         f"temperature {found.temperature:g} from {found.count} phrases, {found.correct} answered right; "
         f"calibration error {found.before:.1%} before, {found.after:.1%} after "

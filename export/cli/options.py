@@ -60,7 +60,7 @@ the_labels = click.option(
 def origin_of(
     registry: Path | None, folder: Path | None, version: int | None, trust: Path | None, labels: Path | None
 ) -> sources.Origin:
-    """The adapter that ``--registry`` or ``--peft`` names.
+    """Read the adapter that ``--registry`` or ``--peft`` names.
 
     Raises:
         ConfigError: Both or neither is named, or labels are given for a registry, which states its own.
@@ -80,7 +80,7 @@ def origin_of(
 @contextmanager
 def progress(label: str) -> Iterator[Report]:
     """Show how far an export is on standard error: what it does, and on a terminal when that will be done."""
-    # As in ``edgeadapt.commandline.status``.
+    # ``edgeadapt.commandline.status`` does the same.
     console = Console(file=sys.stderr, force_terminal=sys.stderr.isatty())
     display = Progress(
         SpinnerColumn(),
@@ -117,7 +117,7 @@ def progress(label: str) -> Iterator[Report]:
 
 
 def learning(exported: ExportedBase, config: PeftConfig | None) -> str:
-    """What follows a line about an exported base: whether devices can train it, or the adapter that it is for."""
+    """Complete a line about an exported base: whether devices can train it, or the adapter that it is for."""
     reason = exported.untrainable
     if config is not None and exported.gradients is not None:
         try:
@@ -131,5 +131,4 @@ def learning(exported: ExportedBase, config: PeftConfig | None) -> str:
 
 
 def print_result(row: dict[str, Any], line: str, as_json: bool) -> None:
-    """Print ``row`` as one JSON object, or ``line`` for a person."""
     click.echo(json.dumps(row, ensure_ascii=False) if as_json else line)

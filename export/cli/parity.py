@@ -14,7 +14,7 @@ from export.cli.options import FOLDER, from_folder, from_registry, origin_of, ou
 # Answers. If 100 agree, the agreement is above 97 % with 95 % confidence (Hanley and Lippman-Hand 1983): native-int8's
 # limit is 96.5 %. Of fewer, neither an agreement nor a perplexity says whether the files keep the limits.
 FEWEST = 100
-MAXIMA = {"max_abs_diff", "mixed_diff"}  # which more answers can only raise
+MAXIMA = {"max_abs_diff", "mixed_diff"}  # more answers can only raise these
 
 
 @click.command()

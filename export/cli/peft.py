@@ -69,7 +69,7 @@ def peft(
 def _with_magnitudes(
     tensors: Tensors, config: PeftConfig, manifest: BaseManifest, labels: int, base_name: str | None
 ) -> Tensors:
-    """The tensors of a DoRA adapter as peft has them."""
+    """Restore the tensors of a DoRA adapter as peft has them."""
     if base_name is None:
         raise ConfigError(
             "the magnitudes of DoRA are computed with the base's weights: name the base of the bundle with --base",

@@ -17,7 +17,7 @@ class Backward:
     """Adds nodes and initializers; ``nodes`` and ``constants`` hold them."""
 
     def __init__(self, graph: onnx.GraphProto) -> None:
-        """Of ``graph``, after shape inference."""
+        """Begin with ``graph``, after shape inference."""
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[object, TensorProto] = {}
         self._stored = {tensor.name: tensor for tensor in graph.initializer}
@@ -33,47 +33,40 @@ class Backward:
         self._shapes: dict[str, str] = {}
 
     def add(self, kind: str, *inputs: str, **settings: Any) -> str:
-        """Add a node, and return the name of its output."""
         return self.named(kind, f"backward_{len(self.nodes)}", *inputs, **settings)
 
     def named(self, kind: str, output: str, *inputs: str, **settings: Any) -> str:
-        """Add a node whose output has a name of its own, and return it."""
+        """Add a node whose output has a name of its own."""
         self.nodes.append(helper.make_node(kind, list(inputs), [output], output, **settings))
         return output
 
     def constant(self, value: NDArray[Any] | np.generic) -> str:
-        """The name of an initializer with this value."""
         array = np.asarray(value)
         name = f"backward_constant_{len(self.constants)}"
         key = array.tobytes(), array.dtype.str, array.shape
         return str(self.constants.setdefault(key, numpy_helper.from_array(array, name)).name)
 
     def number(self, value: float) -> str:
-        """A scalar in float32."""
         return self.constant(np.float32(value))
 
     def integers(self, *values: int) -> str:
         return self.constant(np.array(values, np.int64))
 
     def known(self, name: str) -> NDArray[Any] | None:
-        """The value of an initializer; None for anything else."""
-        found = self._stored.get(name)
-        return None if found is None else numpy_helper.to_array(found)
+        """Value of an initializer; None for anything else."""
+        tensor = self._stored.get(name)
+        return None if tensor is None else numpy_helper.to_array(tensor)
 
     def rank(self, name: str) -> int:
-        """The number of dimensions of a value of the forward pass.
-
-        Raises:
-            ConfigError: Shape inference did not find it.
-        """
+        """Count the dimensions of a value of the forward pass. Raises ConfigError: shape inference did not find it."""
         if name not in self._dims:
             raise ConfigError(f"the rank of {name!r} is not known: this base cannot be trained", about=name)
         return len(self._dims[name])
 
     def shape(self, name: str) -> str:
-        """The shape of a value of the forward pass.
+        """Name the shape of a value of the forward pass.
 
-        It is read from the first value that has the same one: who reads the shape of a value keeps the value.
+        It is read from the first value that has the same one: a node that reads the shape of a value keeps the value.
         """
         dims = self._dims[name] if self._is_known(name) else None
         if dims is not None and all(isinstance(each, int) for each in dims):
@@ -84,13 +77,13 @@ class Backward:
         return self._shapes[source]
 
     def size(self, name: str, axis: int) -> str:
-        """One dimension of a value of the forward pass, counted from the front: a vector of one integer."""
-        if isinstance(known := self._dims.get(name, [UNKNOWN] * (axis + 1))[axis], int):
-            return self.integers(known)
+        """Name one dimension of a value of the forward pass, counted from the front: a vector of one integer."""
+        if isinstance(dimension := self._dims.get(name, [UNKNOWN] * (axis + 1))[axis], int):
+            return self.integers(dimension)
         return self.add("Slice", self.shape(name), self.integers(axis), self.integers(axis + 1), self.integers(0))
 
     def share(self, part: str, whole: str) -> str:
-        """The elements of one value over those of another one, of which it is a reduction; a scalar in float32."""
+        """Divide the elements of one value by those of another one, of which it is a reduction; a scalar in float32."""
         ours, all_ = (self._dims.get(name, [UNKNOWN]) for name in (part, whole))
         lost = [each for kept, each in zip(ours, all_, strict=False) if kept != each]
         if len(ours) == len(all_) and all(isinstance(each, int) for each in lost):
@@ -99,7 +92,7 @@ class Backward:
         return self.add("Div", *(self.add("Cast", size, to=TensorProto.FLOAT) for size in sizes))
 
     def summed(self, gradient: str, source: str, result: str) -> str:
-        """The gradient by ``source``, which was broadcast to the shape of ``result``: the sum over its copies."""
+        """Sum the gradient by ``source``, which was broadcast to the shape of ``result``, over its copies."""
         if not (self._is_known(source) and self._is_known(result)):
             return self.summed_to(gradient, source, self.shape(result), self.rank(result))
         ours, whole = self._dims[source], self._dims[result]
@@ -113,7 +106,7 @@ class Backward:
         return self.add("ReduceSum", gradient, self.integers(*axes), keepdims=1) if axes else gradient
 
     def summed_to(self, gradient: str, source: str, whole: str, rank: int) -> str:
-        """As ``summed``, for a gradient of ``rank`` dimensions whose shape is the value of ``whole``."""
+        """Sum like ``summed`` for a gradient of ``rank`` dimensions whose shape is the value of ``whole``."""
         missing, shape = rank - self.rank(source), self.shape(source)
         padded = self.add("Concat", self.integers(*[1] * missing), shape, axis=0) if missing else shape
         axes = self.add(
@@ -132,11 +125,9 @@ class Backward:
         return UNKNOWN not in self._dims.get(name, [UNKNOWN])
 
     def shaped(self, gradient: str, source: str) -> str:
-        """The same numbers in the shape of ``source``."""
         return self.add("Reshape", gradient, self.shape(source), allowzero=1)
 
     def swapped(self, name: str, rank: int) -> str:
-        """A value with its last two dimensions swapped."""
         return self.add("Transpose", name, perm=[*range(rank - 2), rank - 1, rank - 2])
 
 

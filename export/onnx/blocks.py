@@ -42,18 +42,18 @@ class Blocks:
 
     @property
     def sums(self) -> int:
-        """How many block sums must be appended to the input, to be multiplied with the residuals."""
+        """Count the block sums that must be appended to the input, to be multiplied with the residuals."""
         blocks = self.shape[1] // BLOCK
         return blocks if self.scales.shape[1] > blocks else 0
 
     @property
     def steps(self) -> NDArray[np.int8]:
-        """The codes of symmetric four bits as steps from zero, −8 to 7, shape ``(rows, width)``."""
+        """Unpack the codes of symmetric four bits as steps from zero, −8 to 7, shape ``(rows, width)``."""
         return _unpacked(self.codes, self.shape[1]).astype(np.int8) - np.int8(MIDDLE4)
 
     @property
     def values(self) -> Floats:
-        """The weights that the codes represent, shape ``(rows, width)``."""
+        """Compute the weights that the codes represent, shape ``(rows, width)``."""
         (rows, width), count = self.shape, self.scales.shape[1]
         codes = self.codes if self.bits == 8 else _unpacked(self.codes, count * BLOCK)
         middle = np.float32(ZERO8 if self.bits == 8 else MIDDLE4)
@@ -67,7 +67,7 @@ class Blocks:
 
 
 def eight_bits(weight: Floats) -> Blocks:
-    """Quantize to symmetric bytes.
+    """Quantize ``weight``, ``(rows, width)``, finite, ``width`` divisible by 32, to symmetric bytes.
 
     Guarantee: ``values`` differ from ``weight`` by at most half a scale, up to float32 rounding; the scale is the
     largest absolute value of the block over 127. A block of zeros has the scale 1 and is kept exactly.
@@ -75,9 +75,6 @@ def eight_bits(weight: Floats) -> Blocks:
     >>> weight = np.linspace(-1, 1, 64, dtype=np.float32).reshape(2, 32)
     >>> bool(np.abs(eight_bits(weight).values - weight).max() <= 1.001 / 254)
     True
-
-    Args:
-        weight: Shape ``(rows, width)``, finite, ``width`` divisible by 32.
     """
     parts = [_eight_bits(part) for part in _parts(weight)]
     codes, scales = (np.concatenate([part[i] for part in parts]) for i in range(2))
@@ -85,29 +82,28 @@ def eight_bits(weight: Floats) -> Blocks:
 
 
 def four_bits_exactly(weight: Floats) -> Blocks | None:
-    """Weights that come in symmetric four bits, as those of ``Q4_0`` do, in the same four bits; None for others.
+    """Keep weights that come in symmetric four bits, as those of ``Q4_0`` do, in the same four bits; None for others.
 
     Such a block's largest weight is the lowest of its sixteen steps, which gives the width of a step. There are no
-    residuals, so that the result can also be looked up in.
+    residuals, so that the result can also be looked up in. ``weight``: as for ``four_bits``.
 
     >>> weight = np.arange(-8, 8, dtype=np.float32).repeat(2)[None] / 4
     >>> bool((four_bits_exactly(weight).values == weight).all()), four_bits_exactly(weight + 1)
     (True, None)
-
-    Args:
-        weight: As for ``four_bits``.
     """
     parts = []
     for part in _parts(weight):
-        if (found := _four_bits_exactly(part)) is None:
+        if (exact := _four_bits_exactly(part)) is None:
             return None
-        parts.append(found)
+        parts.append(exact)
     codes, scales = (np.concatenate([part[i] for part in parts]) for i in range(2))
     return Blocks(4, _shape(weight), codes, scales)
 
 
 def four_bits(weight: Floats) -> Blocks:
     """Quantize to sixteen even steps a block, chosen among 24 grids for the least squared error of the block.
+
+    ``weight``: shape ``(rows, width)``, finite, ``width`` divisible by 32.
 
     Guarantee: weights that come in 16 even steps with zero among them (a GGUF file's Q4_1) change only by the rounding
     of their residuals: at most an eighth of the largest of 32 residuals, a sixteenth of a step. Steps that meet zero
@@ -117,9 +113,6 @@ def four_bits(weight: Floats) -> Blocks:
     >>> weight = np.arange(-8, 8, dtype=np.float32).repeat(2)[None] / 4
     >>> bool(np.abs(four_bits(weight).values - weight).max() < 1e-6)
     True
-
-    Args:
-        weight: Shape ``(rows, width)``, finite, ``width`` divisible by 32.
     """
     parts = [_four_bits(part) for part in _parts(weight)]
     codes, scales, zeros = (np.concatenate([part[i] for part in parts]) for i in range(3))
@@ -127,7 +120,7 @@ def four_bits(weight: Floats) -> Blocks:
 
 
 def _parts(weight: Floats) -> Iterator[Floats]:
-    """Some rows at a time, which do not influence each other."""
+    """Yield some rows at a time, which do not influence each other."""
     count = max(1, PART // weight.shape[1])
     for start in range(0, len(weight), count):
         yield np.ascontiguousarray(weight[start : start + count])
@@ -171,7 +164,7 @@ def _four_bits(weight: Floats) -> tuple[Bytes, Floats, Bytes]:
 
 
 def _grid(rows: Floats) -> tuple[Floats, Floats]:
-    """The first step and the step width of each block, the best of ``_candidates``."""
+    """Choose the first step and the step width of each block, the best of ``_candidates``."""
     best, first, widths = (np.full(rows.shape[:2], number, np.float32) for number in (np.inf, 0, 1))
     for low, scale in _candidates(rows):
         codes = np.clip(np.rint((rows - low[:, :, None]) / scale[:, :, None]), 0, TOP4)
@@ -184,7 +177,7 @@ def _grid(rows: Floats) -> tuple[Floats, Floats]:
 
 
 def _candidates(rows: Floats) -> Iterator[tuple[Floats, Floats]]:
-    """First the grid without residual, over zero and all weights; then grids over the weights alone."""
+    """Yield the grid without residual, over zero and all weights; then grids over the weights alone."""
     least, most = rows.min(axis=2), rows.max(axis=2)
     scale = _width(np.maximum(most, 0) - np.minimum(least, 0), 1.0)
     yield -_zero(np.minimum(least, 0), scale) * scale, scale
@@ -199,7 +192,7 @@ def _width(span: Floats, shrink: float) -> Floats:
 
 
 def _zero(low: Floats, scale: Floats) -> Floats:
-    """The code nearest to zero, if the first step is at ``low``."""
+    """Code nearest to zero, if the first step is at ``low``."""
     result: Floats = np.clip(np.floor(-low / scale + np.float32(0.5 + TIE)), 0, TOP4).astype(np.float32)
     return result
 
@@ -210,7 +203,7 @@ def _residual(low: Floats, scale: Floats) -> Floats:
 
 
 def _stored_residuals(residuals: Floats, steps: Floats) -> tuple[Floats, Floats]:
-    """Codes and scales of the residuals ``(rows, blocks)``, themselves in blocks; the largest of each is met exactly.
+    """Quantize the residuals ``(rows, blocks)``, themselves in blocks; the largest of each is met exactly.
 
     No residual is rounded to more than half of its block's step: that would belong to another zero point.
     """
@@ -227,7 +220,7 @@ def _stored_residuals(residuals: Floats, steps: Floats) -> tuple[Floats, Floats]
 
 
 def _packed(codes: Bytes) -> Bytes:
-    """Two of a row's codes in a byte; an odd row ends with an unused half."""
+    """Put two of a row's codes in a byte; an odd row ends with an unused half."""
     even = np.pad(codes, ((0, 0), (0, codes.shape[1] % 2)))
     return (even[:, ::2] | (even[:, 1::2] << 4)).astype(np.uint8)
 

@@ -25,26 +25,22 @@ TEXT = (
     "In 1969 two people walked on the moon; half a billion watched them, most on small grey screens."
 )
 SHORT_TEXT = "Please turn off the lights."
-TOKENS = 64  # of TEXT
-ROWS = 256  # of a weight that are quantized at a time, to limit memory
+TOKENS = 64  # tokens of TEXT
+ROWS = 256  # rows that are quantized at a time, to limit memory
 Feeds = Mapping[str, NDArray[np.generic]]
 
 
 def lossy_matmuls(graph: onnx.ModelProto, feeds: Feeds, limit: float, store: TensorStore = MEMORY) -> dict[str, float]:
-    """The MatMuls that lose more than ``limit`` with int8 weights and one scale for all int8 activations.
+    """Find the MatMuls that lose more than ``limit`` with int8 weights and one scale for all int8 activations.
 
     The loss of a MatMul is the mean over tokens of the squared error over the square of the exact output: tokens
-    without outliers lose most, and their outputs are small. A token whose exact output is zero counts as no loss if
-    the rounded output is zero too.
+    without outliers lose most, and their outputs are small. A token whose exact output is zero counts as no loss if the
+    rounded output is zero too. Returns the loss by the name of the MatMul's output, largest first.
 
     Args:
         graph: In float32. Only MatMuls with a two-dimensional initializer as weight are measured.
         feeds: Every input that has no default.
         limit: The greatest loss that is not reported, a fraction.
-        store: Where the tensors of ``graph`` are.
-
-    Returns:
-        The loss by the name of the MatMul's output, largest first.
     """
     values = {tensor.name: tensor for tensor in graph.graph.initializer}
     matmuls = [node for node in graph.graph.node if node.op_type in ("MatMul", "FusedMatMul")]
@@ -59,18 +55,17 @@ def lossy_matmuls(graph: onnx.ModelProto, feeds: Feeds, limit: float, store: Ten
 
 
 def feeds_for(graph: onnx.ModelProto, ids: Sequence[int]) -> dict[str, NDArray[np.generic]]:
-    """The inputs of an encoder's or a language model's graph for one row of tokens, empty cache, no adapter.
+    """Make the inputs of an encoder's or a language model's graph for one row of tokens, empty cache, no adapter.
 
-    Raises:
-        ConfigError: The graph has an input that is neither tokens, cache nor slot.
+    Raises ConfigError: the graph has an input that is neither tokens, cache nor slot.
     """
     row = np.array([ids], dtype=np.int64)
-    known = {"input_ids": row, "attention_mask": np.ones_like(row), "position_ids": np.arange(len(ids))[None]}
+    tokens = {"input_ids": row, "attention_mask": np.ones_like(row), "position_ids": np.arange(len(ids))[None]}
     feeds: dict[str, NDArray[np.generic]] = {}
     for value in graph.graph.input:
         dims = value.type.tensor_type.shape.dim
-        if value.name in known:
-            feeds[value.name] = known[value.name]
+        if value.name in tokens:
+            feeds[value.name] = tokens[value.name]
         elif value.type.tensor_type.elem_type == TensorProto.FLOAT:
             # Symbolic dimensions (ranks, labels, past tokens) are 0, except the batch.
             shape = [d.dim_value or int("batch" in d.dim_param) for d in dims]
@@ -81,7 +76,7 @@ def feeds_for(graph: onnx.ModelProto, ids: Sequence[int]) -> dict[str, NDArray[n
 
 
 def quantized_weight(weight: Floats) -> tuple[NDArray[np.int8], Floats]:
-    """Quantize to symmetric int8 with one scale for each output.
+    """Quantize ``weight``, ``(in, out)``, finite, to symmetric int8 codes with one scale for each output, ``(out,)``.
 
     Guarantee: ``codes * scales`` differs from ``weight`` by at most half a scale; the scale is the largest absolute
     value of the column over 127, and 1 for a column of zeros.
@@ -89,12 +84,6 @@ def quantized_weight(weight: Floats) -> tuple[NDArray[np.int8], Floats]:
     >>> codes, scales = quantized_weight(np.float32([[254, 0], [-3.9, 0]]))
     >>> codes.tolist(), scales.tolist()
     ([[127, 0], [-2, 0]], [2.0, 1.0])
-
-    Args:
-        weight: Shape ``(in, out)``, finite.
-
-    Returns:
-        Codes of shape ``(in, out)`` and scales of shape ``(out,)``.
     """
     parts = [weight[start : start + ROWS] for start in range(0, len(weight), ROWS)]
     largest = np.max([np.abs(part).max(axis=0) for part in parts], axis=0)
@@ -107,7 +96,7 @@ def _loss(x: Floats, weight: Floats) -> float:
     codes, scales = quantized_weight(weight)
     low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
     step = (high - low) / 255 or 1.0
-    rounded = np.rint(x / np.float32(step)) * np.float32(step)  # as DynamicQuantizeLinear, whose zero point is integer
+    rounded = np.rint(x / np.float32(step)) * np.float32(step)  # DynamicQuantizeLinear rounds the zero point too
     error = rounded @ (codes * scales) - exact
     losses = np.square(error).sum(axis=1) / np.maximum(np.square(exact).sum(axis=1), 1e-30)
     return float(losses.mean())

@@ -37,8 +37,6 @@ def export_classifier(
     Args:
         model: From ``slotted``, or ``edgeadapt.methods.classifier.build``, whose adapter names the layers that get
             slots.
-        base: The base of ``model``.
-        profile: How weights are stored.
         max_rank: The highest rank that the base manifest allows an adapter.
         where: The folder that holds the result's files; None for the system's folder of temporary files.
         training: Whether the result has a training graph, with which devices train adapters; None: if it can have one.
@@ -56,7 +54,7 @@ def export_classifier(
             about="attention_type",
         )
     tokenizer = pretrained.tokenizer(base)
-    tokenizer.no_padding()  # which a device does not need
+    tokenizer.no_padding()  # a device does not need padding
     slotted = SlottedModel.of(model) if isinstance(model, PeftModel) else model
     check_classifies(slotted.model, tokenizer.encode(SHORT_TEXT).ids)
     if slotted.inputs.virtual:
@@ -108,14 +106,14 @@ def export_classifier(
 
 
 def _unless(demanded: bool | None, error: ConfigError) -> str:
-    """Why there is no training graph, unless one is demanded."""
+    """Explain why there is no training graph, unless one is demanded."""
     if demanded:
         raise error
     return str(error)
 
 
 def _limit(base: Base, tokenizer: Tokenizer, model: nn.Module) -> int:
-    """The tokens of the longest text that the model reads."""
+    """Count the tokens of the longest text that the model reads."""
     config = pretrained.configuration(base)
     positions = getattr(config, "max_position_embeddings", None)  # transformers maps each family's own name to it
     limits = [n for n in (positions, (tokenizer.truncation or {}).get("max_length")) if n and n > 0]

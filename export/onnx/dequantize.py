@@ -38,10 +38,9 @@ def dequantized(base: Base, profile: Profile, out: Path, task: Task = "text-clas
     Everything else is copied. The new base has its own digest, so adapters trained on it fit no other base.
 
     Args:
-        base: A base in float32.
+        base: A base in float32, which is opened for ``task``.
         profile: ``native-int8`` or ``native-int4``; the others do not round in blocks.
         out: A new or empty folder. It is written atomically.
-        task: The task that the base is opened for.
 
     Raises:
         ConfigError: The profile does not round in blocks, or ``out`` is not empty.
@@ -66,13 +65,9 @@ def dequantized(base: Base, profile: Profile, out: Path, task: Task = "text-clas
 def as_stored(
     slotted: SlottedModel, profile: Profile, answering: onnx.ModelProto, store: TensorStore = MEMORY
 ) -> SlottedModel:
-    """A model with the weights that a graph in ``profile`` computes with: a copy, or itself if these are its own.
+    """Give a model the weights that a graph in ``profile`` computes with: a copy, or itself if these are its own.
 
-    Args:
-        slotted: The model.
-        profile: Of the graph.
-        answering: The graph, which says which weights are integers or floats.
-        store: Where its tensors are.
+    ``answering`` says which weights are integers or floats.
     """
     if profile is Profile.FP32:
         return slotted
@@ -89,8 +84,8 @@ def round_integers(model: nn.Module, integers: Collection[str]) -> None:
     for module in model.modules():
         if is_linear(module):
             weight: Floats = layer_weight(module).T
-            if weight.shape[0] % BLOCK == 0 and (found := in_integers(weight, integers)) is not None:
-                rounded = found[0] * found[1]
+            if weight.shape[0] % BLOCK == 0 and (integer := in_integers(weight, integers)) is not None:
+                rounded = integer[0] * integer[1]
                 rows = rounded if type(module) is Conv1D else rounded.T
                 module.weight = nn.Parameter(torch.from_numpy(np.ascontiguousarray(rows)), requires_grad=False)
     for module in model.modules():

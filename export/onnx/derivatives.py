@@ -26,11 +26,7 @@ CONSTANT = frozenset(
 
 
 def rule_of(node: onnx.NodeProto) -> Rule:
-    """The rule of a node's operator.
-
-    Raises:
-        ConfigError: There is no such rule.
-    """
+    """Choose the rule of a node's operator. Raises ConfigError: there is no such rule."""
     if node.domain or (rule := RULES.get(node.op_type)) is None:
         raise ConfigError(
             f"the operator {node.op_type} has no derivative here, so devices cannot train this base: export it with "
@@ -55,48 +51,48 @@ def _product(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]
 
 def _quotient(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
     below = to.add("Div", gradient, node.input[1])
-    found = {0: below}
+    gradients = {0: below}
     if 1 in wanted:
-        found[1] = to.add("Neg", to.add("Mul", below, node.output[0]))
-    return {n: to.summed(found[n], node.input[n], node.output[0]) for n in wanted}
+        gradients[1] = to.add("Neg", to.add("Mul", below, node.output[0]))
+    return {n: to.summed(gradients[n], node.input[n], node.output[0]) for n in wanted}
 
 
 def _matmul(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
-    """Of Y = A B: dA = dY Bᵀ and dB = Aᵀ dY."""
+    """Y = A B: dA = dY Bᵀ and dB = Aᵀ dY."""
     (a, b), y = node.input, node.output[0]
     ranks = to.rank(a), to.rank(b)
     if min(ranks) < 2:
         raise ConfigError("a product with a vector has no derivative here: use another base", about="MatMul")
-    found = {}
+    gradients = {}
     if 0 in wanted:
-        found[0] = _unbatched(to, to.add("MatMul", gradient, to.swapped(b, ranks[1])), ranks, 0, a, y)
+        gradients[0] = _unbatched(to, to.add("MatMul", gradient, to.swapped(b, ranks[1])), ranks, 0, a, y)
     if 1 in wanted and ranks[1] == 2:
         rows, over = (to.add("Flatten", name, axis=max(ranks) - 1) for name in (a, gradient))
-        found[1] = to.add("MatMul", to.swapped(rows, 2), over)
+        gradients[1] = to.add("MatMul", to.swapped(rows, 2), over)
     elif 1 in wanted:
-        found[1] = _unbatched(to, to.add("MatMul", to.swapped(a, ranks[0]), gradient), ranks, 1, b, y)
-    return found
+        gradients[1] = _unbatched(to, to.add("MatMul", to.swapped(a, ranks[0]), gradient), ranks, 1, b, y)
+    return gradients
 
 
 def _gemm(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
-    """Of Y = A B + C, with A or B transposed."""
+    """Y = A B + C, with A or B transposed."""
     a, b, *_ = node.input
-    given = settings(node, alpha=1.0, beta=1.0, transA=0, transB=0)
-    if (given["alpha"], given["beta"], given["transA"]) != (1.0, 1.0, 0):
+    options = settings(node, alpha=1.0, beta=1.0, transA=0, transB=0)
+    if (options["alpha"], options["beta"], options["transA"]) != (1.0, 1.0, 0):
         raise ConfigError("a scaled or transposed Gemm has no derivative here: use another base", about="Gemm")
-    found = {}
+    gradients = {}
     if 0 in wanted:
-        found[0] = to.add("MatMul", gradient, b if given["transB"] else to.swapped(b, 2))
+        gradients[0] = to.add("MatMul", gradient, b if options["transB"] else to.swapped(b, 2))
     if 1 in wanted:
-        rows = (gradient, a) if given["transB"] else (a, gradient)
-        found[1] = to.add("MatMul", to.swapped(rows[0], 2), rows[1])
+        rows = (gradient, a) if options["transB"] else (a, gradient)
+        gradients[1] = to.add("MatMul", to.swapped(rows[0], 2), rows[1])
     if 2 in wanted:
-        found[2] = to.summed(gradient, node.input[2], node.output[0])
-    return found
+        gradients[2] = to.summed(gradient, node.input[2], node.output[0])
+    return gradients
 
 
 def _unbatched(to: Backward, gradient: str, ranks: tuple[int, int], own: int, source: str, result: str) -> str:
-    """The gradient by one factor, summed over the leading dimensions along which it was repeated."""
+    """Sum the gradient by one factor over the leading dimensions along which it was repeated."""
     if to.same_leading(source, result):
         return gradient
     shapes = ((result, 0, -2), (source, -2, 2**31))
@@ -127,13 +123,13 @@ def _pow(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) ->
     if 1 in wanted:
         raise ConfigError("an exponent that is trained has no derivative here: use another base", about="Pow")
     # A power of one is slow, and ONNX Runtime would compute it in the forward pass and keep it.
-    square = (known := to.known(exponent)) is not None and (known == 2).all()
+    square = (power := to.known(exponent)) is not None and (power == 2).all()
     lower = x if square else to.add("Pow", x, to.add("Sub", exponent, to.number(1)))
     return {0: to.summed(to.add("Mul", gradient, to.add("Mul", exponent, lower)), x, node.output[0])}
 
 
 def _reduced(to: Backward, node: onnx.NodeProto, gradient: str) -> str:
-    """A gradient with the dimensions that a reduction dropped."""
+    """Restore the dimensions that a reduction dropped."""
     if settings(node, keepdims=1)["keepdims"] or len(node.input) < 2:
         return gradient
     return to.add("Unsqueeze", gradient, node.input[1])
@@ -184,12 +180,12 @@ def _layer_norm(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[i
     scaled = to.add("Mul", gradient, node.input[1])
     first = to.add("ReduceMean", scaled, last)
     second = to.add("Mul", normal, to.add("ReduceMean", to.add("Mul", scaled, normal), last))
-    found = {0: to.add("Mul", to.add("Sub", to.add("Sub", scaled, first), second), inverse)}
+    gradients = {0: to.add("Mul", to.add("Sub", to.add("Sub", scaled, first), second), inverse)}
     if 1 in wanted:
-        found[1] = to.summed(to.add("Mul", gradient, normal), node.input[1], y)
+        gradients[1] = to.summed(to.add("Mul", gradient, normal), node.input[1], y)
     if 2 in wanted:
-        found[2] = to.summed(gradient, node.input[2], y)
-    return found
+        gradients[2] = to.summed(gradient, node.input[2], y)
+    return gradients
 
 
 def _same_numbers(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) -> Gradients:
@@ -206,10 +202,10 @@ def _transpose(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) -
 
 
 def _gather(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
-    """Of one index, such as the first token's, or of several rows, such as the learned tokens': zero for all others."""
+    """Gradient of one index, such as the first token's, or of several rows, such as the learned tokens': else zero."""
     (x, index), axis = node.input, settings(node, axis=0)["axis"]
-    known, rank = to.known(index), to.rank(x)
-    single = known is not None and known.shape == (1,)
+    indices, rank = to.known(index), to.rank(x)
+    single = indices is not None and indices.shape == (1,)
     if to.rank(index) == 1 and axis == 0 and not single:
         nothing = to.add("Expand", to.number(0), to.shape(x))
         rows = to.add("Unsqueeze", index, to.integers(1))
@@ -224,14 +220,14 @@ def _gather(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int])
 
 
 def _gather_elements(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) -> Gradients:
-    """Zero for all elements that were not looked up."""
+    """Gradient that is zero for all elements that were not gathered."""
     (x, index), axis = node.input, settings(node, axis=0)["axis"]
     nothing = to.add("Expand", to.number(0), to.shape(x))
     return {0: to.add("ScatterElements", nothing, index, gradient, axis=axis, reduction="add")}
 
 
 def _gather_nd(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) -> Gradients:
-    """Zero for all slices that were not looked up, such as the states of all tokens but a text's last."""
+    """Gradient that is zero for all slices that were not gathered, such as the states of all tokens but the last."""
     x, index = node.input
     if settings(node, batch_dims=0)["batch_dims"]:
         raise ConfigError("a look-up within rows has no derivative here: use another base", about="GatherND")
@@ -240,7 +236,7 @@ def _gather_nd(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) -
 
 
 def _concat(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
-    """The part of the gradient that is where the input is."""
+    """Take the part of the gradient that is where the input is."""
     axis = settings(node)["axis"] % to.rank(node.output[0])
     ends, end = [], to.integers(0)
     for source in node.input:
@@ -250,7 +246,7 @@ def _concat(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int])
 
 
 def _slice(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
-    """The gradient with zeros where the slice left something out."""
+    """Fill the gradient with zeros where the slice left something out."""
     x, y = node.input[0], node.output[0]
     starts, axes, steps = (to.known(node.input[n]) if len(node.input) > n else None for n in (1, 3, 4))
     if axes is None or (steps is not None and (steps != 1).any()) or starts is None:
@@ -266,13 +262,13 @@ def _slice(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) 
 
 
 def _pad(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
-    """The gradient without the padding, which is a constant."""
-    x, known = node.input[0], to.known(node.input[1])
+    """Cut the padding, which is a constant, off the gradient."""
+    x, pads = node.input[0], to.known(node.input[1])
     axes = to.known(node.input[3]) if len(node.input) > 3 else np.arange(to.rank(x))
-    if wanted != {0} or settings(node, mode=b"constant")["mode"] != b"constant" or known is None or axes is None:
+    if wanted != {0} or settings(node, mode=b"constant")["mode"] != b"constant" or pads is None or axes is None:
         raise ConfigError("only padding with constants has a derivative here: use another base", about="Pad")
     axes = axes % to.rank(x)
-    begin = to.integers(*known[: len(axes)].tolist())
+    begin = to.integers(*pads[: len(axes)].tolist())
     sizes = to.add("Gather", to.shape(x), to.integers(*axes.tolist()), axis=0)
     return {0: to.add("Slice", gradient, begin, to.add("Add", begin, sizes), to.integers(*axes.tolist()))}
 
@@ -296,7 +292,6 @@ def _gelu(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) -> Gra
 
 
 def _by(slope: Slope) -> Rule:
-    """The rule of an elementwise operator of one input."""
     return lambda to, node, gradient, _: {0: slope(to, gradient, node.input[0], node.output[0])}
 
 

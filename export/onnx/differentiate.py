@@ -20,28 +20,20 @@ from export.onnx.matmuls import replace_nodes
 
 
 def differentiate(graph: onnx.ModelProto, value: str, by: Sequence[str]) -> onnx.ModelProto:
-    """A copy of ``graph`` that returns a value and its gradients.
+    """Copy ``graph``, in float32 and of ONNX's default domain, with a scalar ``value`` and its gradients as outputs.
 
-    Args:
-        graph: In float32 and of ONNX's default domain, with its weights.
-        value: The name of a scalar that it computes.
-        by: Inputs on which ``value`` depends.
-
-    Returns:
-        A graph whose outputs are ``value`` and, for each input in ``by``, its gradient: named after the input, with
-        ``GRADIENT``, and of its shape.
-
-    Raises:
-        ConfigError: An operator between them has no derivative here, or ``value`` does not depend on an input.
+    The gradient by each input in ``by``, on which ``value`` depends, is named after it, with ``GRADIENT``, and has its
+    shape. Raises ConfigError: an operator between them has no derivative here, or ``value`` does not depend on an
+    input.
     """
     result = shape_inference.infer_shapes(graph, data_prop=True)
     inner = result.graph
     _slice(inner)
-    found, to = _gradients(inner, value, by)
-    if missing := [name for name in by if name not in found]:
+    gradients, to = _gradients(inner, value, by)
+    if missing := [name for name in by if name not in gradients]:
         raise ConfigError(f"the answer does not depend on {missing[0]!r}, so it has no gradient", about=missing[0])
     for name in by:
-        to.named("Identity", name + GRADIENT, found[name])
+        to.named("Identity", name + GRADIENT, gradients[name])
     inner.node.extend(to.nodes)
     inner.initializer.extend(to.constants.values())
     stated = {each.name: each.type.tensor_type.shape.dim for each in inner.input}
@@ -53,13 +45,13 @@ def differentiate(graph: onnx.ModelProto, value: str, by: Sequence[str]) -> onnx
 
 
 def _slice(graph: onnx.GraphProto) -> None:
-    """Put slices in the place of each split into parts of inferred sizes, in place: a rule is of one output."""
+    """Replace each split into parts of inferred sizes by slices, in place: a rule is of one output."""
     dims = {value.name: value.type.tensor_type.shape.dim for value in graph.value_info}
     nodes = list[onnx.NodeProto]()
     for node in graph.node:
         axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
-        known = node.op_type == "Split" and all(name in dims for name in node.output)
-        sizes = [dims[name][axis].dim_value for name in node.output] if known else []
+        is_sized = node.op_type == "Split" and all(name in dims for name in node.output)
+        sizes = [dims[name][axis].dim_value for name in node.output] if is_sized else []
         if not all(sizes) or not sizes:
             nodes.append(node)
             continue
@@ -73,17 +65,17 @@ def _slice(graph: onnx.GraphProto) -> None:
 
 
 def _gradients(graph: onnx.GraphProto, value: str, by: Sequence[str]) -> tuple[dict[str, str], Backward]:
-    """The name of the gradient of each value that depends on ``by``, and the nodes that compute them."""
+    """Name the gradient of each value that depends on ``by``, and add the nodes that compute them."""
     to, active = Backward(graph), set(by)
     for node in graph.node:
         if node.op_type not in CONSTANT and active.intersection(node.input):
             active.update(node.output)
-    found = {value: to.constant(np.float32(1))} if value in active else {}
+    gradients = {value: to.constant(np.float32(1))} if value in active else {}
     for node in reversed(graph.node):
         wanted = {number for number, source in enumerate(node.input) if source in active}
-        if not wanted or node.output[0] not in found:
+        if not wanted or node.output[0] not in gradients:
             continue
-        for number, gradient in rule_of(node)(to, node, found[node.output[0]], wanted).items():
+        for number, gradient in rule_of(node)(to, node, gradients[node.output[0]], wanted).items():
             source = node.input[number]
-            found[source] = to.add("Add", found[source], gradient) if source in found else gradient
-    return found, to
+            gradients[source] = to.add("Add", gradients[source], gradient) if source in gradients else gradient
+    return gradients, to

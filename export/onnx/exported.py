@@ -16,17 +16,17 @@ from edgeadapt.methods.peft.inputs import AdapterInputs
 MAX_RANK = 64  # the default limit on the rank of an adapter's layers
 
 
-Report = Callable[[str, int, int], object]  # of what an export does: a description, and the bytes done of how many
+Report = Callable[[str, int, int], object]  # a description of what an export does, and the bytes done of how many
 
 
 class Profile(StrEnum):
     """How the weights of a base are stored and multiplied (``quantize.py``). A closed choice.
 
     ``native-int8``: the weights of MatMuls and embeddings in eight bits with a scale for each 32; activations are
-    quantized at run time, in blocks too, so that no phrase of a batch changes the answer to another.
-    ``native-int4``: the same in four bits with a zero point and a residual; embeddings stay in eight.
-    ``web-int8``: int8 weights with a scale for each output, and one scale for all activations of a MatMul, which
-    browsers multiply fast. MatMuls that lose too much by that stay in float (``calibrate.py``).
+    quantized at run time, in blocks too, so that no phrase of a batch changes the answer to another. ``native-int4``:
+    the same in four bits with a zero point and a residual; embeddings stay in eight. ``web-int8``: int8 weights with a
+    scale for each output, and one scale for all activations of a MatMul, which browsers multiply fast. MatMuls that
+    lose too much by that stay in float (``calibrate.py``).
     """
 
     FP32 = "fp32"
@@ -36,7 +36,7 @@ class Profile(StrEnum):
 
 
 def metadata(base: Base, task: Task, profile: Profile, onnxruntime: str) -> dict[str, str]:
-    """What the graphs of a base state about themselves, for people; a device reads the signed manifest instead."""
+    """State what the graphs of a base are, for people; a device reads the signed manifest instead."""
     return {"base_digest": base.digest, "task": task, "profile": profile.value, "minimum_onnxruntime": onnxruntime}
 
 
@@ -48,7 +48,7 @@ def written(folder: Path, files: Mapping[str, bytes]) -> dict[str, str]:
 
 
 def counted(report: Report, stage: str, total: int) -> Callable[[int], None]:
-    """What takes the bytes of each step of a stage and reports their sum, out of ``total``."""
+    """Make a function that takes the bytes of each step of a stage and reports their sum, out of ``total``."""
     done = 0
 
     def step(count: int) -> None:
@@ -71,32 +71,31 @@ class ExportedBase:
     slots: dict[str, tuple[str, ...]]  # graph inputs that an adapter fills → dimensions as text
     max_rank: int
     onnxruntime: str  # the lowest version that runs the graphs
-    opset: int  # of ONNX's operators
+    opset: int  # version of ONNX's operators
     work: WorkFolder = field(repr=False)  # holds the base's files; they are deleted with it
-    digests: Mapping[str, str]  # of the base's files by name: SHA-256, hex
-    independent_rows: bool = False  # of a classifier: measured (``rows.py``)
-    merged: Mapping[str, str] = field(default_factory=dict)  # as ``Base.merged``
+    digests: Mapping[str, str]  # the base's files by name: SHA-256, hex
+    independent_rows: bool = False  # measured for a classifier (``rows.py``)
+    merged: Mapping[str, str] = field(default_factory=dict)  # from ``Base.merged``
     untrainable: str = ""  # why it has no training graph, if one was tried
-    gradients: float | None = None  # of its training graph: the largest difference from torch's (``check_gradients``)
+    gradients: float | None = None  # its training graph's largest difference from torch's (``check_gradients``)
 
     @property
     def folder(self) -> Path:
-        """The base's folder without its manifest."""
         return self.work.path
 
     @property
     def model(self) -> bytes:
-        """The native ONNX graph; its weights are in the file ``WEIGHTS``."""
+        """Read the native ONNX graph; its weights are in the file ``WEIGHTS``."""
         return self.read(MODEL)
 
     @property
     def size(self) -> int:
-        """Of all files, in bytes."""
+        """Bytes of all files."""
         return sum((self.folder / name).stat().st_size for name in self.digests)
 
     @property
     def manifest(self) -> BaseManifest:
-        """What the exporter signs about these files."""
+        """State what the exporter signs about these files."""
         return BaseManifest(
             self.base_digest,
             self.task,
@@ -111,7 +110,6 @@ class ExportedBase:
         )
 
     def with_file(self, name: str, content: bytes) -> Self:
-        """With one more file in the same folder."""
         return replace(self, digests={**self.digests, **written(self.folder, {name: content})})
 
     def read(self, name: str) -> bytes:

@@ -23,8 +23,8 @@ from export.onnx.headers import Slots
 from export.onnx.peftmodel import LayerInput, ReplacedInput
 
 SHAPES = ((1, 1), (2, 3), (5, 9), (4, 32))  # texts × tokens of the longest
-RANK, COUNT = 3, 5  # of the adapters that are tried: their rank, as many virtual tokens, and labels
-LIMIT = 1e-4  # of a difference, relative to the largest gradient of its slot and ``SMALL``
+RANK, COUNT = 3, 5  # rank and virtual tokens of the adapters that are tried, and labels
+LIMIT = 1e-4  # largest difference, relative to the largest gradient of its slot and ``SMALL``
 LANGUAGE_LIMIT = 2e-3  # the same of a language model: thirty layers in float32 round off more (docs/decisions/0070)
 SMALL = 1e-2  # a gradient below it is rounding error in part: that by a query of a text with one token is 0 in truth
 MAX_REASON = 200  # characters of ONNX Runtime's message
@@ -33,16 +33,13 @@ MAX_REASON = 200  # characters of ONNX Runtime's message
 def check_gradients(
     folder: Path, module: torch.nn.Module, slots: Slots, ids: Sequence[int], longest: int, *, language: bool = False
 ) -> float:
-    """Compare the training graph in ``folder`` with torch.
+    """Compare the training graph in ``folder``, a base's, with torch.
 
     Args:
-        folder: Of the base.
         module: The model that was exported (``peftmodel.with_inputs``, or ``export.causal.training.LearnedLogits``), in
             float32 with the weights as the graph stores them. Its parameters are frozen.
-        slots: Of the base.
         ids: The tokens of a text; the texts that are compared are drawn from them.
         longest: Tokens of the longest text that the base reads.
-        language: Whether it is a language model.
 
     Returns:
         The largest difference of a gradient, relative to the largest gradient of its slot and ``SMALL``.
@@ -64,13 +61,13 @@ def check_gradients(
         batch = _learned(rng, batch, ids) if language else _labelled(rng, batch, module, inputs)
         expected = _in_torch(module, batch, inputs)
         try:
-            loss, found = graph.gradients(batch, inputs)
+            loss, gradients = graph.gradients(batch, inputs)
             norms = graph.weight_norms(inputs, graph.normed)
             biases = graph.own_biases()
         except Exception as error:  # onnxruntime raises classes without a common base
             reason = " ".join(str(error).split())[:MAX_REASON]
             raise ConfigError(f"the training graph does not run: {reason}", about="training") from error
-        both = found | {"loss": np.array(loss)} | {path + WEIGHT_NORM: value for path, value in norms.items()}
+        both = gradients | {"loss": np.array(loss)} | {path + WEIGHT_NORM: value for path, value in norms.items()}
         both |= {path + OWN_BIAS: value for path, value in biases.items()}
         for name, wanted in (expected | _for_dora(module, inputs)).items():
             if not wanted.size:
@@ -88,7 +85,7 @@ def check_gradients(
 
 
 def _in_torch(module: torch.nn.Module, batch: TrainingBatch, inputs: Tensors) -> Tensors:
-    """The loss and the gradient by each slot."""
+    """Compute the loss and the gradient by each slot."""
     adapter = {name: torch.from_numpy(value).requires_grad_() for name, value in inputs.items()}
     positions = [] if batch.positions is None else [torch.from_numpy(batch.positions)]
     logits = module(torch.from_numpy(batch.ids), torch.from_numpy(batch.mask), *positions, adapter)
@@ -99,23 +96,23 @@ def _in_torch(module: torch.nn.Module, batch: TrainingBatch, inputs: Tensors) ->
 
 
 def _for_dora(module: torch.nn.Module, inputs: Tensors) -> Tensors:
-    """The norms of the weights with an update, and the biases, of the layers with slots for DoRA."""
-    found: dict[str, Floats] = {}
+    """Compute the norms of the weights with an update, and the biases, of the layers with slots for DoRA."""
+    tensors: dict[str, Floats] = {}
     for layer in module.modules():
         if not (isinstance(layer, LayerInput) and {LORA_A, OUTPUT_SCALE} <= layer.kinds):
             continue
         base: Any = layer.base.module if isinstance(layer.base, ReplacedInput) else layer.base
         update = inputs[layer.path + LORA_A] @ inputs[layer.path + LORA_B]
-        found[layer.path + WEIGHT_NORM] = np.linalg.norm(base.weight.detach().numpy() + update.T, axis=1)
+        tensors[layer.path + WEIGHT_NORM] = np.linalg.norm(base.weight.detach().numpy() + update.T, axis=1)
         if base.bias is not None:
-            found[layer.path + OWN_BIAS] = base.bias.detach().numpy()
-    return found
+            tensors[layer.path + OWN_BIAS] = base.bias.detach().numpy()
+    return tensors
 
 
 def _drawn(
     rng: np.random.Generator, slots: Slots, ids: Sequence[int], texts: int, longest: int, virtual: int
 ) -> tuple[TrainingBatch, Tensors]:
-    """A batch with rows of different lengths and shares, and an adapter whose updates are as large as what it reads."""
+    """Draw a batch with rows of different lengths and shares, and an adapter with updates as large as its inputs."""
     lengths = rng.permutation([max(1, longest - 2 * row) for row in range(texts)])
     shares = rng.random(texts) / texts
     batch = batch_of([rng.choice(ids, n).tolist() for n in lengths], [0] * texts, shares.tolist())
@@ -129,7 +126,7 @@ def _drawn(
 
 
 def _embedded(module: Any, ids: NDArray[np.int64]) -> Floats:
-    """The embeddings of tokens, as which prompts begin. Smaller ones, normalized, multiply what torch rounds off."""
+    """Embed tokens, as which prompts begin. Smaller ones, normalized, multiply what torch rounds off."""
     inner = getattr(module, "model", module).inner
     with torch.no_grad():
         rows: Floats = inner.get_input_embeddings()(torch.from_numpy(ids)).numpy()
@@ -139,7 +136,7 @@ def _embedded(module: Any, ids: NDArray[np.int64]) -> Floats:
 def _labelled(
     rng: np.random.Generator, batch: TrainingBatch, module: torch.nn.Module, inputs: Tensors
 ) -> TrainingBatch:
-    """The same texts, each with one of the labels that a classifier has with this adapter."""
+    """Give each text one of the labels that a classifier has with this adapter."""
     with torch.no_grad():
         logits = module(
             torch.from_numpy(batch.ids),
@@ -150,7 +147,7 @@ def _labelled(
 
 
 def _learned(rng: np.random.Generator, batch: TrainingBatch, ids: Sequence[int]) -> TrainingBatch:
-    """The same texts for a language model, which learns some of their tokens."""
+    """Let a language model learn some of the tokens of the same texts."""
     read = np.flatnonzero(batch.mask)
     positions = np.sort(rng.choice(read, 1 + len(read) // 2, replace=False))
     shares = (rng.random(len(positions)) / len(positions)).astype(np.float32)
@@ -158,7 +155,7 @@ def _learned(rng: np.random.Generator, batch: TrainingBatch, ids: Sequence[int])
 
 
 def _size(text: str, texts: int, virtual: int) -> int:
-    """Of a dimension; vectors and virtual tokens are there in batches of several texts, and not in others."""
+    """Choose the size of a dimension; vectors and virtual tokens are there in batches of several texts only."""
     if text.startswith(GIVEN):
         return min(texts - 1, 1)
     if text in VIRTUAL.values():

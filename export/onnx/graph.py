@@ -35,10 +35,8 @@ MAX_REASON = 200  # characters of torch's error message
 def trace(slotted: SlottedModel) -> onnx.ModelProto:
     """Export ``slotted`` in float32: ``input_ids``, ``attention_mask`` (batch, sequence) and the slots → ``logits``.
 
-    The result names no file or line of the machine that exports it, and equal models give equal graphs.
-
-    Raises:
-        ConfigError: torch cannot trace the model.
+    The result names no file or line of the machine that exports it, and equal models give equal graphs. Raises
+    ConfigError: torch cannot trace the model.
     """
     example, dynamic = examples(slotted)
     batch, sequence = Dim("batch"), Dim("sequence")
@@ -66,15 +64,13 @@ def export(
     store: TensorStore = MEMORY,
     weights: Weights | None = None,
 ) -> onnx.ModelProto:
-    """Trace ``module`` with the keyword arguments ``example``.
+    """Trace ``module``, in evaluation mode, with the keyword arguments ``example``.
 
     Args:
-        module: In evaluation mode.
         example: Tensors, or lists and dictionaries of them.
         dynamic: In the structure of ``example``, the dynamic dimensions of each tensor.
         inputs: The names of all tensors of ``example``, in order.
         outputs: The names of the tensors that the module returns.
-        store: Takes the weights.
         weights: Of a hollow module (``hollow.py``); they are read one by one.
 
     Raises:
@@ -108,7 +104,7 @@ def export(
 
 
 def slots(graph: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
-    """The inputs that an adapter fills, with their dimensions as text: a number, or the name of a symbolic one."""
+    """List the inputs that an adapter fills, with their dimensions as text: a number, or the name of a symbolic one."""
     return {
         value.name: tuple(d.dim_param or str(d.dim_value) for d in value.type.tensor_type.shape.dim)
         for value in graph.graph.input
@@ -117,7 +113,7 @@ def slots(graph: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
 
 
 def _stored(value: Any, store: OnDisk, weights: Weights) -> Any:
-    """The tensor of an initializer, in onnx_ir's form, in the store if it is large."""
+    """Convert the tensor of an initializer into onnx_ir's form, in the store if it is large."""
     values = value.const_value.numpy()
     if (read := weights.get(values.__array_interface__["data"][0])) is not None:
         # The weight or, because the exporter folds every Transpose, a transposed view of it.

@@ -2,11 +2,9 @@
 
 ONNX Runtime maps the file of weights into memory, so every process that opens the base by its path shares one copy. The
 native header gives each slot an empty default, because ONNX Runtime checks required inputs before it applies an
-adapter; onnxruntime-web refuses defaults for inputs, so its header has none.
-
-Slots declare the shapes of one adapter, with a name for each free dimension. ``x @ A @ B`` also takes one adapter for
-each row (A of shape ``(rows, in, rank)``), since MatMul broadcasts; ``edgeadapt.bases.slotshapes`` drops the shapes for
-that.
+adapter; onnxruntime-web refuses defaults for inputs, so its header has none. Slots declare the shapes of one adapter,
+with a name for each free dimension. ``edgeadapt.bases.slotshapes`` drops them where each row has an adapter of its own
+(A of shape ``(rows, in, rank)``), which MatMul broadcasts.
 """
 
 import copy
@@ -38,7 +36,7 @@ Slots = Mapping[str, tuple[str, ...]]
 
 
 def requirements(graph: onnx.ModelProto) -> tuple[str, int]:
-    """The lowest version of ONNX Runtime that runs ``graph``, and the version of ONNX's operators that it uses."""
+    """Find the lowest version of ONNX Runtime that runs ``graph``, and the version of ONNX's operators that it uses."""
     newer = any(node.op_type in NEWER for node in graph.graph.node)
     return CONTRIB_RUNTIME if newer else FLOAT_RUNTIME, next(o.version for o in graph.opset_import if not o.domain)
 
@@ -52,29 +50,21 @@ def split(
     training: onnx.ModelProto | None = None,
     parts: Mapping[str, Sequence[int]] = MappingProxyType({}),
 ) -> dict[str, str]:
-    """Write the files of ``graph``, which itself loses its weights.
+    """Write the files of ``graph``, which itself loses its weights. Returns the SHA-256, hex, of each by name.
 
     Args:
         graph: Its slots are inputs without defaults.
         slots: The dimensions of each slot: digits for a fixed one, else the name of a symbolic one.
         about: What the files state about themselves, as metadata of the model.
-        folder: Where the files are written.
-        store: Where the tensors of ``graph`` are.
         training: Its training graph (``training.training_graph``), if there is one: a third header over the same file,
             which grows by what only this graph has.
         parts: From ``matmuls.merge``: the rows of tensors that the training graph has one by one.
-
-    Returns:
-        The SHA-256 of each file, hex, by its name.
-
-    Raises:
-        OSError: A file cannot be written.
     """
     graphs = [graph] if training is None else [graph, training]
     digests = {WEIGHTS: _externalize(graphs, folder / WEIGHTS, store, parts)}
-    for each in graphs:
-        each.producer_name, each.producer_version = PRODUCER, version(PRODUCER)
-        helper.set_model_props(each, dict(about))
+    for model in graphs:
+        model.producer_name, model.producer_version = PRODUCER, version(PRODUCER)
+        helper.set_model_props(model, dict(about))
     # Only inputs and outputs have shapes: an exporter's shapes in between may be wrong.
     del graph.graph.value_info[:]
     for value in graph.graph.input:
@@ -104,8 +94,7 @@ def _externalize(
 ) -> str:
     """Move the large tensors out, in their order, each to a page of its own; equal bytes are stored once.
 
-    Returns:
-        The SHA-256 of ``file``, hex.
+    Returns the SHA-256 of ``file``, hex.
     """
     offsets: dict[bytes, int] = {}
     whole = hashlib.sha256()

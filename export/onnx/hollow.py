@@ -20,19 +20,18 @@ Weights = Mapping[int, Callable[[], Tensor]]  # by the address of the hollow wei
 def hollow(model: nn.Module) -> Weights:
     """Replace the weights that ``pretrained.load`` left on disk, in place: by themselves or, if large, by hollow ones.
 
-    Returns:
-        What reads the value of each hollow weight, in its memory's layout.
+    Returns what reads the value of each hollow weight, in its memory's layout.
     """
-    found = [(module, dict(_on_disk(module))) for module in model.modules()]
+    on_disk = [(module, dict(_on_disk(module))) for module in model.modules()]
     remove_hook_from_module(model, recurse=True)
     weights: dict[int, Callable[[], Tensor]] = {}
-    for module, readers in found:
+    for module, readers in on_disk:
         for name, read in readers.items():
             value: Tensor = module.get_parameter(name)
             if value.numel() <= SMALL:
                 value = read()
             else:
-                # Of Conv1D in the layout of a Linear, which replace_conv1d makes of it.
+                # Conv1D's weight in the layout of the Linear that replace_conv1d makes of it.
                 flipped = type(module) is Conv1D and value.ndim == 2
                 memory = torch.empty(value.T.shape if flipped else value.shape)
                 weights[memory.data_ptr()] = _transposed(read) if flipped else read
@@ -42,7 +41,7 @@ def hollow(model: nn.Module) -> Weights:
 
 
 def _on_disk(module: nn.Module) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """The own parameters of a module that are on disk, by name, and what reads each."""
+    """Yield the own parameters of a module that are on disk, by name, and what reads each."""
     hook = getattr(module, "_hf_hook", None)
     for part in hook.hooks if isinstance(hook, SequentialHook) else [hook]:
         if (source := getattr(part, "weights_map", None)) is not None:

@@ -72,7 +72,7 @@ def share_embedding(graph: onnx.ModelProto, store: TensorStore = MEMORY) -> None
 
 
 def embedding_of(graph: onnx.GraphProto, weight: str, store: TensorStore = MEMORY) -> str | None:
-    """The embedding that the stored weight of a MatMul is, transposed; None if it is another weight."""
+    """Find the embedding that the stored weight of a MatMul is, transposed; None if it is another weight."""
     values = {tensor.name: tensor for tensor in graph.initializer}
     embeddings = {node.input[0] for node in graph.node if node.op_type == "Gather" and node.input[0] in values}
     stored = values.get(weight)
@@ -81,18 +81,13 @@ def embedding_of(graph: onnx.GraphProto, weight: str, store: TensorStore = MEMOR
 
 
 def find(graph: onnx.ModelProto, weights: Mapping[str, Floats], store: TensorStore = MEMORY) -> dict[str, LayerMatMul]:
-    """The MatMul of each layer, by the layer's path.
+    """Find the MatMul of each layer by its path, in float32. ``weights``: by path, shape ``(out, in)``.
 
-    Args:
-        graph: In float32, with its weights.
-        weights: The weight of each layer by its path, shape ``(out, in)``.
-
-    Raises:
-        ConfigError: No MatMul or several MatMuls have a layer's weight, or two layers have equal weights.
+    Raises ConfigError: no MatMul or several MatMuls have a layer's weight, or two layers have equal weights.
     """
     values = {tensor.name: tensor for tensor in graph.graph.initializer}
     matmuls = [node for node in graph.graph.node if _weight_name(node) in values]
-    found = {}
+    layers = {}
     for path, weight in weights.items():
         same = [node for node in matmuls if _has_weight(node, values[_weight_name(node)], weight, store)]
         if len(same) != 1:
@@ -103,21 +98,17 @@ def find(graph: onnx.ModelProto, weights: Mapping[str, Floats], store: TensorSto
             )
         (out, width), y = weight.shape, same[0].output[0]
         end, bias = _end(graph.graph, y, values, int(out))
-        found[path] = LayerMatMul(same[0].input[0], y, int(width), int(out), end, bias)
-    if len({layer.y for layer in found.values()}) != len(found):
+        layers[path] = LayerMatMul(same[0].input[0], y, int(width), int(out), end, bias)
+    if len({layer.y for layer in layers.values()}) != len(layers):
         raise ConfigError("two layers with equal weights cannot be distinguished in the graph", about="weights")
-    return found
+    return layers
 
 
 def insert_lora(graph: onnx.ModelProto, layers: Mapping[str, LayerMatMul]) -> dict[str, tuple[str, ...]]:
     """Add ``(x @ A) @ B`` to the output of each layer's MatMul, in place; A and B are inputs of the graph.
 
-    Args:
-        graph: May be quantized, which keeps the names of what MatMuls read and return.
-        layers: From ``find``.
-
-    Returns:
-        The slots with their dimensions as text, the rank of A and B being symbolic, in the order of ``layers``.
+    ``graph`` may be quantized, which keeps the names of what MatMuls read and return. Returns the slots with their
+    dimensions as text, the rank of A and B being symbolic, in the order of ``layers``.
     """
     paths = {layer.y: path for path, layer in layers.items()}
     nodes = []
@@ -140,10 +131,8 @@ def merge(graph: onnx.ModelProto, store: TensorStore = MEMORY) -> dict[str, list
 
     Queries, keys and values, or the two halves of a gated layer, become one MatMulNBits and a Split. Each MatMul starts
     all threads, which takes a good part of the time of a single token. Blockwise weights are stored row by row, so
-    their rows are concatenated and each output keeps its exact value and name.
-
-    Returns:
-        Of each concatenated initializer, the rows of its parts.
+    their rows are concatenated and each output keeps its exact value and name. Returns for each concatenated
+    initializer the rows of its parts.
     """
     values = {tensor.name: tensor for tensor in graph.graph.initializer}
     groups: dict[object, list[onnx.NodeProto]] = {}
@@ -228,7 +217,7 @@ def equal(one: Floats, other: Floats) -> bool:
 
 
 def _end(graph: onnx.GraphProto, y: str, values: Mapping[str, TensorProto], out: int) -> tuple[str, str | None]:
-    """The output of a layer, and its bias, if only the addition of one reads the MatMul's output ``y``."""
+    """Find the output of a layer, and its bias, if only the addition of one reads the MatMul's output ``y``."""
     readers = [node for node in graph.node if y in node.input]
     if len(readers) == 1 and readers[0].op_type == "Add":
         for name in readers[0].input:
@@ -238,7 +227,7 @@ def _end(graph: onnx.GraphProto, y: str, values: Mapping[str, TensorProto], out:
 
 
 def _lora_nodes(node: onnx.NodeProto, path: str, x: str) -> list[onnx.NodeProto]:
-    """The nodes that follow ``node``, whose output is renamed in place."""
+    """Make the nodes that follow ``node``, whose output is renamed in place."""
     result, base = node.output[0], f"{path}.base"
     node.output[0] = base
     low, update = f"{path}.lora_A", f"{path}.lora_B"
@@ -250,7 +239,7 @@ def _lora_nodes(node: onnx.NodeProto, path: str, x: str) -> list[onnx.NodeProto]
 
 
 def slot_input(name: str, dimensions: Sequence[str]) -> onnx.ValueInfoProto:
-    """A slot as an input of a graph, with its dimensions as text."""
+    """Make a slot an input of a graph, with its dimensions as text."""
     sizes = [int(text) if text.isdigit() else text for text in dimensions]
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes)
 
@@ -258,7 +247,7 @@ def slot_input(name: str, dimensions: Sequence[str]) -> onnx.ValueInfoProto:
 def _merged(
     graph: onnx.GraphProto, group: Sequence[onnx.NodeProto], values: Mapping[str, TensorProto], store: TensorStore
 ) -> list[onnx.NodeProto]:
-    """One MatMulNBits for ``group`` and the Split behind it; adds their initializers to ``graph``."""
+    """Replace ``group`` by one MatMulNBits and a Split behind it; adds their initializers to ``graph``."""
     settings = {a.name: a.i for a in group[0].attribute}
     rows = [next(a.i for a in node.attribute if a.name == "N") for node in group]
     outputs = [node.output[0] for node in group]
@@ -273,7 +262,7 @@ def _merged(
 
 
 def _concatenated(graph: onnx.GraphProto, parts: Sequence[TensorProto], store: TensorStore) -> str:
-    """The name of the rows of all ``parts``; layers that share weights share the concatenated rows too."""
+    """Concatenate the rows of all ``parts`` under one name; layers that share weights share these rows too."""
     name = "+".join(part.name for part in parts)
     if all(tensor.name != name for tensor in graph.initializer):
         rows = np.concatenate([store.array(part) for part in parts])

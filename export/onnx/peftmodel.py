@@ -47,11 +47,10 @@ EXAMPLE_RANK = 2  # torch.export treats a size of 0 or 1 as a constant
 
 
 def find_adapter_inputs(model: PeftModel) -> AdapterInputs:
-    """The inputs of ``model``'s active adapter, with the scaling of each layer under its rank and alpha patterns.
+    """List the inputs of ``model``'s active adapter, with the scaling of each layer under its rank and alpha patterns.
 
-    Raises:
-        ConfigError: Several adapters are active, a layer has what a graph cannot express, or a tensor of the adapter
-            belongs to no slot.
+    Raises ConfigError: several adapters are active, a layer has what a graph cannot express, or a tensor of the adapter
+    belongs to no slot.
     """
     if len(active := model.active_adapters) != 1:
         raise ConfigError(
@@ -109,7 +108,7 @@ def _check_complete(inputs: AdapterInputs, model: PeftModel) -> None:
 
 
 class _Values:
-    """The slots' tensors during one forward pass. Neither module nor container, so that tracing looks through it."""
+    """Hold the slots' tensors during one forward pass; neither module nor container, so that tracing sees them."""
 
     def __init__(self) -> None:
         self.now: dict[str, Tensor] = {}
@@ -144,17 +143,17 @@ class LayerInput(nn.Module):
         return self.values.now[self.path + kind]
 
     def _vector(self, kind: str, neutral: float) -> Tensor:
-        """What an adapter gives, or else ``neutral``: the first row of both. It has the rank of what is given.
+        """Read the first row of what an adapter gives, or else ``neutral``, in the rank of what is given.
 
         Products and sums over no row would do, but onnxruntime-web 1.30 takes them for no result.
         """
-        given = self._now(kind)
+        value = self._now(kind)
         if not torch.compiler.is_exporting():  # torch computes no symbolic operator
-            return torch.cat([given, torch.full((1, given.shape[1]), neutral)])[:1]
-        (rows, width), one = given.shape, torch.onnx.ops.symbolic
+            return torch.cat([value, torch.full((1, value.shape[1]), neutral)])[:1]
+        (rows, width), operator = value.shape, torch.onnx.ops.symbolic
         padding = (torch.tensor([0, 1]), torch.tensor(neutral), torch.tensor([-2]))  # a row at the end
-        both = one("Pad", (given, *padding), dtype=given.dtype, shape=(rows + 1, width))
-        return one("Gather", (both, torch.tensor([0])), {"axis": -2}, dtype=given.dtype, shape=(1, width))
+        both = operator("Pad", (value, *padding), dtype=value.dtype, shape=(rows + 1, width))
+        return operator("Gather", (both, torch.tensor([0])), {"axis": -2}, dtype=value.dtype, shape=(1, width))
 
 
 class ReplacedInput(nn.Module):
@@ -167,8 +166,8 @@ class ReplacedInput(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         own = {name: self.module.get_parameter(name)[None] for name in self.names}
-        given = {name: self.values.now[f"{self.path}.{name}{REPLACED}"] for name in self.names}
-        chosen = {name: torch.cat([given[name], own[name]])[0] for name in self.names}
+        brought = {name: self.values.now[f"{self.path}.{name}{REPLACED}"] for name in self.names}
+        chosen = {name: torch.cat([brought[name], own[name]])[0] for name in self.names}
         return torch.func.functional_call(self.module, chosen, args, kwargs)
 
 
@@ -213,7 +212,7 @@ class _WithInputs(nn.Module):
 
 
 def logits_of(answer: Any) -> Tensor:
-    """The logits in what a model returns: the tensor itself, or the field of a transformers output."""
+    """Find the logits in what a model returns: the tensor itself, or the field of a transformers output."""
     logits: Tensor = getattr(answer, "logits", answer)
     return logits
 
@@ -227,7 +226,7 @@ class SlottedModel:
 
     @classmethod
     def of(cls, model: PeftModel) -> Self:
-        """The base of a PEFT model, with the slots of its adapter. Raises as ``find_adapter_inputs``."""
+        """Take the base of a PEFT model, with the slots of its adapter. Raises as ``find_adapter_inputs``."""
         inputs = find_adapter_inputs(model)
         inner: nn.Module = copy.deepcopy(model.base_model.model).eval()
         for lora in inputs.loras:
@@ -240,7 +239,7 @@ class SlottedModel:
 
 
 def with_inputs(slotted: SlottedModel) -> nn.Module:
-    """The model as one that takes ``input_ids``, ``attention_mask`` and ``adapter``, the slots' tensors by name.
+    """Wrap the model so that it takes ``input_ids``, ``attention_mask`` and ``adapter``, the slots' tensors by name.
 
     It shares the parameters of the model.
     """
@@ -257,7 +256,7 @@ def with_inputs(slotted: SlottedModel) -> nn.Module:
 
 
 def _grouped(inputs: AdapterInputs, *, replaced: bool) -> dict[str, set[str]]:
-    """The graph inputs of each module: those that replace its parameters, or those that change its output."""
+    """Group graph inputs by module: those that replace its parameters, or those that change its output."""
     groups: dict[str, set[str]] = {}
     for name in (*inputs.vectors, *(slot.path + part for slot in inputs.loras for part in (LORA_A, LORA_B))):
         if name.endswith(REPLACED) == replaced:
@@ -266,7 +265,7 @@ def _grouped(inputs: AdapterInputs, *, replaced: bool) -> dict[str, set[str]]:
 
 
 def examples(slotted: SlottedModel) -> tuple[dict[str, Tensor], dict[str, dict[int, Dim]]]:
-    """Example tensors and dynamic dimensions of every slot, by name, for ``torch.export``."""
+    """Make example tensors and dynamic dimensions of every slot, by name, for ``torch.export``."""
     example: dict[str, Tensor] = {}
     dynamic: dict[str, dict[int, Dim]] = {}
     for number, lora in enumerate(slotted.inputs.loras):
@@ -294,19 +293,19 @@ def examples(slotted: SlottedModel) -> tuple[dict[str, Tensor], dict[str, dict[i
 
 
 def weight_shape(layer: nn.Module) -> tuple[int, int]:
-    """The outputs and inputs of a linear layer."""
+    """Shape of a linear layer's weight: outputs, inputs."""
     first, second = layer.get_parameter("weight").shape
     return (int(second), int(first)) if type(layer) is Conv1D else (int(first), int(second))
 
 
 def layer_weight(layer: nn.Module) -> Floats:
-    """The weight of a linear layer, ``(out, in)``."""
+    """Copy the weight of a linear layer, ``(out, in)``."""
     weight: Floats = layer.get_parameter("weight").detach().numpy()
     return weight.T if type(layer) is Conv1D else weight
 
 
 def vector_width(model: nn.Module, name: str) -> int:
-    """The numbers of the vector ``name``, one of ``AdapterInputs.vectors``."""
+    """Count the numbers of the vector ``name``, one of ``AdapterInputs.vectors``."""
     if name.endswith(REPLACED):
         return model.get_parameter(vector_site(name)).numel()
     out, width = weight_shape(model.get_submodule(vector_site(name)))
@@ -322,7 +321,7 @@ def replace_conv1d(root: nn.Module) -> None:
 
 
 def as_linear(layer: Conv1D) -> nn.Linear:
-    """The Linear that computes what ``layer`` does. Shares the bias and copies the weight."""
+    """Make the Linear that computes what ``layer`` does. Shares the bias and copies the weight."""
     width, out = layer.weight.shape
     with torch.device("meta"):
         linear = nn.Linear(width, out)
@@ -332,7 +331,7 @@ def as_linear(layer: Conv1D) -> nn.Linear:
 
 
 def saved_slot(path: str, module: nn.Module) -> SavedSlot:
-    """The slot of a module in ``modules_to_save``. Raises ConfigError if it has a buffer, which no adapter holds."""
+    """Describe the slot of a module in ``modules_to_save``. Raises ConfigError for a buffer, which no adapter holds."""
     if buffers := [name for name, _ in module.named_buffers()]:
         raise ConfigError(
             f"{path}: a module in modules_to_save with a buffer ({buffers[0]!r}) cannot be exported: no adapter holds "
@@ -355,13 +354,12 @@ def _saved_input(slotted: SlottedModel, saved: SavedSlot, values: _Values) -> nn
 
 
 def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module at a path of another one, in place."""
     parent, _, name = path.rpartition(".")
     setattr(root.get_submodule(parent), name, module)
 
 
 def _head(model: nn.Module, saved: SavedSlot) -> str | None:
-    """The path, within a module of ``modules_to_save``, of the linear layer that returns the logits; "" is the module.
+    """Find the linear layer that returns the logits: its path in a module of ``modules_to_save``, "" for the module.
 
     Its rows are labels, any number of them.
     """

@@ -19,7 +19,7 @@ from export.onnx.exported import Profile
 from export.onnx.matmuls import CONTRIB, USUAL_RANK, import_contrib, replace_nodes
 from export.onnx.tensorstore import MEMORY, TensorStore
 
-WEB_LIMIT = 0.01  # of lossy_matmuls; docs/decisions/0010 shows what other limits give
+WEB_LIMIT = 0.01  # limit for lossy_matmuls; docs/decisions/0010 shows what other limits give
 INT8_MATH = 4  # MatMulNBits' accuracy level: activations become int8; without it ONNX Runtime unpacks to float32
 FLOAT = 32  # bits of a MatMul that is left alone
 FLOATS = "_in_float"  # suffix of a weight's name: the weight as the graph computes it from bytes
@@ -29,11 +29,10 @@ SUMS = "_with_sums"  # suffix of an input's name: the input with the sums of its
 def quantize(
     graph: onnx.ModelProto, profile: Profile, ids: Sequence[int], store: TensorStore = MEMORY
 ) -> onnx.ModelProto:
-    """A copy of ``graph`` in ``profile``, with the same inputs and the same names of the MatMuls' outputs.
+    """Copy ``graph`` in ``profile``, with the same inputs and the same names of the MatMuls' outputs.
 
     Args:
         graph: In float32, without defaults for slots, which would be mistaken for weights.
-        profile: How weights are stored.
         ids: Tokens of a plain text, to measure which MatMuls ``web-int8`` must leave in float.
         store: Where the tensors of both graphs are.
     """
@@ -47,32 +46,30 @@ def quantize(
 def in_blocks(
     graph: onnx.ModelProto, bits: int, other: Mapping[str, int], store: TensorStore = MEMORY
 ) -> onnx.ModelProto:
-    """A copy of ``graph`` with its weights in blocks of 32.
+    """Copy ``graph`` (as for ``quantize``) with its weights in blocks of 32.
 
     Weights whose width is not divisible by 32 stay in float. Those that come in symmetric four bits keep them.
 
     Args:
-        graph: As for ``quantize``.
         bits: 4 or 8, for the weight of every MatMul; 32 leaves them in float. Embeddings have 8.
         other: Other bits by the name of a MatMul's output; 32 leaves it in float.
-        store: As for ``quantize``.
     """
     result = copy.deepcopy(graph)
     values = {tensor.name: tensor for tensor in result.graph.initializer}
     ranks = _ranks(graph.graph)
-    made: dict[tuple[str, int], Blocks] = {}
+    quantized: dict[tuple[str, int], Blocks] = {}
     readers = Counter(filter(None, (_weight(node, values) for node in result.graph.node)))
     nodes: list[onnx.NodeProto] = []
     summed: dict[str, int] = {}
     for node in result.graph.node:
         if (name := _weight(node, values)) is not None:
             chosen = _bits(node, other.get(node.output[0], bits))
-            if (key := (name, chosen)) not in made and chosen != FLOAT:
+            if (key := (name, chosen)) not in quantized and chosen != FLOAT:
                 matrix = store.array(values[name])
                 rows = matrix.T if node.op_type == "MatMul" else matrix
-                made[key] = four_bits_exactly(rows) or (eight_bits(rows) if chosen == 8 else four_bits(rows))
+                quantized[key] = four_bits_exactly(rows) or (eight_bits(rows) if chosen == 8 else four_bits(rows))
             readers[name] -= 1
-            if (blocks := made.get(key) if readers[name] else made.pop(key, None)) is not None:
+            if (blocks := quantized.get(key) if readers[name] else quantized.pop(key, None)) is not None:
                 if blocks.sums and (x := node.input[0]) not in summed:
                     summed[x] = ranks.get(x, USUAL_RANK)
                     nodes.extend(_sums(x, summed[x]))
@@ -88,7 +85,7 @@ def in_blocks(
 
 
 def in_integers(graph: onnx.ModelProto, kept: Container[str], store: TensorStore = MEMORY) -> onnx.ModelProto:
-    """A copy of ``graph`` whose MatMuls are MatMulInteger, except those whose output's name is in ``kept``.
+    """Copy ``graph`` with each MatMul a MatMulInteger, except those whose output's name is in ``kept``.
 
     The latter compute in float. Where their weights come in symmetric four bits, the graph stores a byte of each, which
     ONNX Runtime turns into the same floats when it loads the graph.
@@ -122,7 +119,7 @@ def in_integers(graph: onnx.ModelProto, kept: Container[str], store: TensorStore
 
 
 def _ranks(graph: onnx.GraphProto) -> dict[str, int]:
-    """The number of dimensions of each value for which the graph states it."""
+    """Count the dimensions of each value for which the graph states it."""
     stated = [(value.name, value.type.tensor_type) for value in (*graph.value_info, *graph.input)]
     return {name: len(kind.shape.dim) for name, kind in stated if kind.HasField("shape")}
 
@@ -133,7 +130,7 @@ def _bits(node: onnx.NodeProto, bits: int) -> int:
 
 
 def _stored_in_bytes(graph: onnx.GraphProto, blocks: Blocks, name: str, store: TensorStore) -> list[onnx.NodeProto]:
-    """The nodes that make ``name + FLOATS``, shape ``(in, out)``, of bytes and the scales of their blocks."""
+    """Make ``name + FLOATS``, shape ``(in, out)``, of bytes and the scales of their blocks."""
     rows, width = blocks.shape
     parts: dict[str, NDArray[Any]] = {
         "_bytes": blocks.steps.reshape(rows, -1, BLOCK),
@@ -161,7 +158,7 @@ def _integer_matmul(x: str, name: str) -> list[onnx.NodeProto]:
 
 
 def _weight(node: onnx.NodeProto, values: Mapping[str, TensorProto]) -> str | None:
-    """The name of the matrix that a node multiplies with or looks up in, if it can be stored in blocks."""
+    """Name the matrix that a node multiplies with or looks up in, if it can be stored in blocks."""
     place = {"MatMul": 1, "FusedMatMul": 1, "Gather": 0}.get(node.op_type)
     if place is None or (tensor := values.get(node.input[place])) is None:
         return None
@@ -171,7 +168,7 @@ def _weight(node: onnx.NodeProto, values: Mapping[str, TensorProto]) -> str | No
 
 
 def _sums(x: str, rank: int) -> list[onnx.NodeProto]:
-    """``x`` of shape ``(…, width)`` with the sums of its blocks appended, as ``x + SUMS``."""
+    """Append the sums of its blocks to ``x`` of shape ``(…, width)``, as ``x + SUMS``."""
     shape, axis, blocks, sums = f"blocks_of_{rank}", f"axis_of_{rank}", f"{x}_blocks", f"{x}_sums"
     return [
         helper.make_node("Reshape", [x, shape], [blocks], blocks),

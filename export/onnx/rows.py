@@ -17,31 +17,21 @@ from edgeadapt.formats.bundle import MODEL
 from edgeadapt.formats.graphinputs import GIVEN, LORA_A, LORA_B, OFFSET, PROMPT, REPLACED, SCALES
 from edgeadapt.formats.layout import Floats, Tensors
 
-RANK, ROWS = 4, 3  # of the adapters that are tried, with as many virtual tokens as ranks; three labels
+RANK, ROWS = 4, 3  # rank and virtual tokens of the adapters that are tried; texts, and labels
 LONGEST = 1024  # tokens
-TOLERANCE = 2e-3  # of a logit, relative to the largest: rounding in int8 stays below a tenth of it
+TOLERANCE = 2e-3  # difference of a logit, relative to the largest: rounding in int8 stays below a tenth of it
 MAX_REASON = 200  # characters of ONNX Runtime's message
 
 
 def open_base(folder: Path, slots: Collection[str]) -> ort.InferenceSession:
-    """The native graph of the base in ``folder``, as devices open it."""
     return open_session((folder / MODEL).read_bytes(), folder, slots)
 
 
 def independent_rows(folder: Path, slots: Mapping[str, tuple[str, ...]], ids: Sequence[int], longest: int) -> bool:
-    """Ask three texts of different length, each with an adapter of its own, alone and in a mixed batch.
+    """Check whether three texts get the same logits alone and in a mixed batch, each with an adapter of its own.
 
-    Args:
-        folder: Of the base.
-        slots: Of the base.
-        ids: The tokens of a text; the texts that are asked repeat them.
-        longest: Tokens of the longest text that the base reads.
-
-    Returns:
-        Whether all logits agree.
-
-    Raises:
-        ConfigError: The graph does not run, or gives an answer that is not finite.
+    ``ids``: the tokens of a text, which the texts repeat; ``longest``: tokens of the longest text that the base reads.
+    Raises ConfigError: the graph does not run, or gives an answer that is not finite.
     """
     session = open_base(folder, slots)
     longest = min(longest, LONGEST) - (RANK if PROMPT in slots else 0)
@@ -66,7 +56,7 @@ def independent_rows(folder: Path, slots: Mapping[str, tuple[str, ...]], ids: Se
 
 
 def _random(slots: Mapping[str, tuple[str, ...]], seed: int) -> Tensors:
-    """An adapter whose updates are about as large as what a layer reads. What rows have alone depends on ``seed``."""
+    """Draw an adapter whose updates are about as large as what a layer reads; ``seed`` draws what rows do not share."""
     rng, common = np.random.default_rng(seed), np.random.default_rng(ROWS)
     result = {}
     for name, dimensions in slots.items():

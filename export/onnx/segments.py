@@ -35,7 +35,6 @@ class Segments:
 
     Args:
         graph: Its nodes in topological order, as ONNX demands.
-        store: Where its tensors are.
         step: Called with the bytes of weights that were read, after each part.
     """
 
@@ -45,31 +44,27 @@ class Segments:
         self._graph, self._store, self._step = graph, store, step
         self._segments = list(_segments(graph))
         self._stated = {value.name: value for value in (*graph.graph.input, *graph.graph.output)}
-        self._session: tuple[tuple[str, ...], ort.InferenceSession] | None = None  # of the only part
+        self._session: tuple[tuple[str, ...], ort.InferenceSession] | None = None  # the only part's session
 
     @property
     def size(self) -> int:
-        """The bytes of weights that one run reads."""
+        """Bytes of weights that one run reads."""
         return sum(segment.size for segment in self._segments)
 
     def run(self, names: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> Values:
-        """The values of ``names``, any of the graph, for the inputs ``feeds``.
-
-        Raises:
-            Exception: Of ONNX Runtime, whose classes have no common base.
-        """
+        """Compute the values of ``names``, any of the graph, for ``feeds``. Raises any Exception of ONNX Runtime."""
         last: dict[str, int] = {}
         for number, segment in enumerate(self._segments):
             last |= dict.fromkeys((name for node in segment.nodes for name in _reads(node)), number)
         last |= dict.fromkeys(names, len(self._segments))
         values: Values = dict(feeds)
         for number, segment in enumerate(self._segments):
-            made = [name for node in segment.nodes for name in node.output if last.get(name, -1) > number]
+            outputs = [name for node in segment.nodes for name in node.output if last.get(name, -1) > number]
             reads = {name for node in segment.nodes for name in _reads(node)}
-            given = {name: values[name] for name in sorted(reads & values.keys())}
-            session = self._opened(segment, given, made)
+            inputs = {name: values[name] for name in sorted(reads & values.keys())}
+            session = self._opened(segment, inputs, outputs)
             # A part that computes nothing for the others has no outputs to ask for.
-            values |= dict(zip(made, session.run(made, given), strict=True)) if made else {}
+            values |= dict(zip(outputs, session.run(outputs, inputs), strict=True)) if outputs else {}
             values = {name: value for name, value in values.items() if last.get(name, -1) > number}
             self._step(segment.size)
         constant = {tensor.name: tensor for tensor in self._graph.graph.initializer}
@@ -121,18 +116,17 @@ def _segments(graph: onnx.ModelProto) -> Iterator[_Segment]:
 
 
 def _size(tensor: TensorProto) -> int:
-    """In bytes."""
     return int(math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
 def _reads(node: onnx.NodeProto) -> set[str]:
-    """The values that a node reads, those of graphs within it among them."""
-    found = set(node.input)
+    """List the values that a node reads, those of graphs within it among them."""
+    names = set(node.input)
     for attribute in node.attribute:
         graphs = [attribute.g] if attribute.type == AttributeProto.GRAPH else list(attribute.graphs)
         for inner in graphs:
             own = {value.name for value in (*inner.input, *inner.initializer)}
             own |= {name for child in inner.node for name in child.output}
             read = {name for child in inner.node for name in _reads(child)} | {value.name for value in inner.output}
-            found |= read - own
-    return found - {""}
+            names |= read - own
+    return names - {""}

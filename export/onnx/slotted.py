@@ -28,10 +28,9 @@ def has_own_head(base: Base) -> bool:
 
 
 def with_mean_head(base: Base, slots: Slots | Sequence[str]) -> SlottedModel:
-    """``edgeadapt.methods.classifier.PhraseClassifier``, what federations train.
+    """Build ``edgeadapt.methods.classifier.PhraseClassifier``, what federations train.
 
-    Raises:
-        ConfigError: The base cannot be opened, or lacks a layer that ``slots`` names.
+    Raises ConfigError: the base cannot be opened, or lacks a layer that ``slots`` names.
     """
     encoder = pretrained.load(base, AutoModel)
     if (width := getattr(encoder.config, "hidden_size", None)) is None:
@@ -52,13 +51,12 @@ def with_mean_head(base: Base, slots: Slots | Sequence[str]) -> SlottedModel:
 def with_own_head(
     base: Base, slots: Slots | Sequence[str], brought: Mapping[str, tuple[int, ...]] | None = None
 ) -> SlottedModel:
-    """``AutoModelForSequenceClassification``, what peft makes for ``SEQ_CLS``. The base may lack what adapters bring.
+    """Build ``AutoModelForSequenceClassification``, as peft does. The base may lack what adapters bring.
 
     Args:
-        base: The base.
         slots: Of its layers; or targets, which get low-rank slots.
-        brought: The shapes of an adapter's ``modules_to_save``, by their names in the model. None: any adapter's,
-            which brings the modules that peft usually takes for a head.
+        brought: The shapes of an adapter's ``modules_to_save``, by their names in the model. None: any adapter's, which
+            brings the modules that peft usually takes for a head.
 
     Raises:
         ConfigError: As ``with_mean_head``; the model lacks a module that the adapter brings, or weights that it does
@@ -86,7 +84,7 @@ def with_own_head(
 
 
 def label_count(base: Base, brought: Mapping[str, tuple[int, ...]]) -> int | None:
-    """The rows of the head that the adapter brings: of the tensors whose size depends on the number of labels."""
+    """Count the rows of the head that the adapter brings: of the tensors whose size depends on the number of labels."""
     two, three = (pretrained.parameter_shapes(base, AutoModelForSequenceClassification, n) for n in (2, 3))
     if unknown := sorted(set(brought) - set(two)):
         raise ConfigError(

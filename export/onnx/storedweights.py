@@ -1,4 +1,4 @@
-"""The weights of a training graph, read as the answering graph stores them: bytes, of which a pass makes floats.
+"""The weights of a training graph, read as the answering graph stores them: bytes, which a pass turns into floats.
 
 Each form is what one ``DequantizeLinear`` reads, so the file of weights has no weight twice. Where a matrix is in four
 bits with residuals (``blocks.py``), these are the last blocks of its rows, and are added to the others.
@@ -27,38 +27,27 @@ ROWS, COLUMNS = "_in_rows", "_in_columns"  # end the names of a weight: an outpu
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A matrix as a graph stores it: of the shape ``(out, in)`` in blocks, ``(in, out)`` with a scale for each output.
+    """A matrix as a graph stores it, in shape ``(out, in)`` in blocks, ``(in, out)`` with a scale for each output.
 
-    Attributes:
-        codes: The bytes; two numbers of four bits are in one.
-        shape: Of the numbers.
-        scales: Of each block, or of each output.
-        zeros: The zero point of each scale, stored as ``codes`` are; None: 0.
-        bits: 4 or 8.
-        block: Numbers that share a scale; 0: those of an output.
-        residuals: The blocks of a row that have them; the blocks with the residuals follow.
+    ``zeros``: the zero point of each scale, stored as ``codes`` are; None: 0.
     """
 
-    codes: NDArray[Any] = field(repr=False)
+    codes: NDArray[Any] = field(repr=False)  # the bytes; two numbers of four bits are in one
     shape: tuple[int, int]
-    scales: Floats = field(repr=False)
+    scales: Floats = field(repr=False)  # one for each block, or for each output
     zeros: NDArray[Any] | None = field(default=None, repr=False)
     bits: int = 8
-    block: int = BLOCK
-    residuals: int = 0
+    block: int = BLOCK  # numbers that share a scale; 0: those of an output
+    residuals: int = 0  # the blocks of a row that have them; the blocks with the residuals follow
 
 
 FormOf = Callable[[str, Floats], Stored | None]  # name and weight (in, out) → None: it is stored in float
 
 
 def forms_of(graph: onnx.ModelProto, answering: onnx.ModelProto, profile: Profile, store: TensorStore) -> FormOf:
-    """How ``answering`` stores the weight of each MatMul of ``graph``.
+    """Find how ``answering``, the graph with which devices answer, stores the weight of each MatMul of ``graph``.
 
-    Args:
-        graph: The training graph in float32.
-        answering: The graph with which devices answer, in ``profile``.
-        profile: How it stores weights.
-        store: Of both graphs.
+    ``graph`` is the training graph in float32, and ``store`` has the tensors of both.
     """
     read = {node.input[1] for node in graph.graph.node if node.op_type == "MatMul"}
     embeddings = {name for name in sorted(read) if embedding_of(graph.graph, name, store)}
@@ -69,8 +58,8 @@ def forms_of(graph: onnx.ModelProto, answering: onnx.ModelProto, profile: Profil
             return None
         exact = four_bits_exactly(weight.T)
         if profile is Profile.WEB_INT8:
-            if (found := in_integers(weight, integers)) is not None:
-                return Stored(found[0], found[0].shape, found[1], block=0)
+            if (integer := in_integers(weight, integers)) is not None:
+                return Stored(integer[0], integer[0].shape, integer[1], block=0)
             return Stored(exact.steps, exact.shape, exact.scales) if exact and name not in embeddings else None
         if exact:
             return _four_bits(exact)
@@ -83,13 +72,13 @@ def forms_of(graph: onnx.ModelProto, answering: onnx.ModelProto, profile: Profil
 
 
 def integer_weights(answering: onnx.ModelProto, store: TensorStore) -> set[str]:
-    """The SHA-256, hex, of each weight that a MatMulInteger reads."""
+    """Digest (SHA-256, hex) each weight that a MatMulInteger reads."""
     names = {node.input[1] for node in answering.graph.node if node.op_type == "MatMulInteger"}
     return {_digest(store.array(tensor)) for tensor in answering.graph.initializer if tensor.name in names}
 
 
 def float_weights(answering: onnx.ModelProto, store: TensorStore) -> set[str]:
-    """The SHA-256, hex, of each matrix that a graph has in floats, such as that of a Gemm."""
+    """Digest (SHA-256, hex) each matrix that a graph has in floats, such as that of a Gemm."""
     matrices = (t for t in answering.graph.initializer if t.data_type == TensorProto.FLOAT and len(t.dims) == 2)
     return {_digest(store.array(tensor)) for tensor in matrices}
 
@@ -100,7 +89,7 @@ def is_among(weight: Floats, digests: Set[str]) -> bool:
 
 
 def in_integers(weight: Floats, integers: Collection[str]) -> tuple[NDArray[np.int8], Floats] | None:
-    """Codes and scales of a weight ``(in, out)``, if it is among ``integer_weights``."""
+    """Split a weight ``(in, out)`` into codes and scales, if it is among ``integer_weights``."""
     if not integers:
         return None
     codes, scales = quantized_weight(weight)
@@ -113,7 +102,6 @@ def read_stored(graph: onnx.ModelProto, form_of: FormOf, store: TensorStore, onc
     Args:
         graph: A training graph whose weights are in float32.
         form_of: From ``forms_of``.
-        store: Of its tensors.
         once: The outputs of layers whose weight is made floats once for both passes, which keeps it in memory between
             them; None: all.
     """
@@ -137,7 +125,7 @@ def read_stored(graph: onnx.ModelProto, form_of: FormOf, store: TensorStore, onc
                 done.add(name)
             if node.op_type == "MatMul" and node.input[1] == name:
                 node.input[1] = name + COLUMNS
-            elif node.op_type == "Transpose":  # of what reads a row for each output
+            elif node.op_type == "Transpose":  # its reader takes a row for each output
                 node.CopyFrom(helper.make_node("Identity", [name + ROWS], list(node.output), node.name))
         nodes.append(node)
     replace_nodes(inner, nodes)
@@ -155,7 +143,7 @@ def _four_bits(blocks: Blocks) -> Stored:
 
 
 def _packed(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Two codes in a byte, without a gap between rows."""
+    """Put two codes in a byte, without a gap between rows."""
     flat = np.append(codes.reshape(-1), np.zeros(codes.size % 2, np.uint8))
     return (flat[::2] | (flat[1::2] << 4)).astype(np.uint8)
 
@@ -163,17 +151,17 @@ def _packed(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def _floats(
     graph: onnx.GraphProto, name: str, stored: Stored, store: TensorStore, *, once: bool
 ) -> list[onnx.NodeProto]:
-    """The nodes that make a weight of its bytes, as stored and transposed; ``once`` for both, or for each."""
-    made, turned = (name + ROWS, name + COLUMNS) if stored.block else (name + COLUMNS, name + ROWS)
-    source = made if once else f"{turned}_stored"
-    nodes = _of_bytes(graph, name, stored, store, made)
+    """Make a weight of its bytes, as stored and transposed; ``once`` for both, or for each."""
+    as_stored, turned = (name + ROWS, name + COLUMNS) if stored.block else (name + COLUMNS, name + ROWS)
+    source = as_stored if once else f"{turned}_stored"
+    nodes = _of_bytes(graph, name, stored, store, as_stored)
     if not once:
         nodes += _of_bytes(graph, name, stored, store, source)
     return [*nodes, helper.make_node("Transpose", [source], [turned], turned, perm=[1, 0])]
 
 
 def _of_bytes(graph: onnx.GraphProto, name: str, stored: Stored, store: TensorStore, made: str) -> list[onnx.NodeProto]:
-    """The nodes that make ``made``, a weight as it is stored.
+    """Make ``made``, a weight as it is stored.
 
     ONNX Runtime repeats a DequantizeLinear for each of its readers, and makes one of equal nodes. So its only reader is
     a Reshape to the shape that there is, which no other value has as an input.
@@ -200,7 +188,7 @@ def _of_bytes(graph: onnx.GraphProto, name: str, stored: Stored, store: TensorSt
 
 
 def _with_residuals(graph: onnx.GraphProto, whole: str, made: str, rows: int, blocks: int) -> list[onnx.NodeProto]:
-    """The nodes that add to each block of ``whole`` its residual, which is after all blocks of the row."""
+    """Add to each block of ``whole`` its residual, which is after all blocks of the row."""
     width = blocks * BLOCK
 
     def integers(*values: int) -> str:

@@ -35,7 +35,7 @@ class SlotKind(StrEnum):
     INPUT_SCALE = "input-scale"
     OFFSET = "offset"
     NORMS = "norms"  # the parameters of every normalization
-    BIASES = "biases"  # of every layer and normalization
+    BIASES = "biases"  # in every layer and normalization
     PROMPT = "prompt"  # the embeddings of virtual tokens before a text
     PREFIX = "prefix"  # the keys and values of virtual tokens, of a language model
 
@@ -47,7 +47,7 @@ AT_LAYERS = {SlotKind.SCALE: OUTPUT_SCALE, SlotKind.INPUT_SCALE: INPUT_SCALE, Sl
 class Slots:
     """The slots of a base: ``kinds`` at the layers that ``targets`` name, and those that one adapter needs."""
 
-    targets: tuple[str, ...] = ()  # as ``linear_layers`` takes them
+    targets: tuple[str, ...] = ()  # for ``linear_layers``
     kinds: frozenset[SlotKind] = frozenset({SlotKind.LOW_RANK})
     layers: tuple[str, ...] = ()  # the paths of the layers for which an adapter has LoRA matrices
     vectors: tuple[str, ...] = ()  # the graph inputs of an adapter's vectors
@@ -55,31 +55,25 @@ class Slots:
 
     @classmethod
     def of(cls, slots: Self | Sequence[str]) -> Self:
-        """``slots``, or low-rank slots at these targets."""
+        """Make low-rank slots of targets."""
         return slots if isinstance(slots, cls) else cls(tuple(slots))  # type: ignore[arg-type]
 
     @property
     def low_rank(self) -> tuple[str, ...]:
-        """The layers that get low-rank slots, as ``linear_layers`` takes them."""
+        """List the layers that get low-rank slots, as ``linear_layers`` takes them."""
         return (*(self.targets if SlotKind.LOW_RANK in self.kinds else ()), *self.layers)
 
     @property
     def virtual(self) -> tuple[str, ...]:
-        """The graph inputs of virtual tokens."""
         kinds = {PROMPT: SlotKind.PROMPT, PREFIX: SlotKind.PREFIX}
         return tuple(name for name, kind in kinds.items() if kind in self.kinds or name in self.adapter_virtual)
 
 
 def vectors(model: nn.Module, slots: Slots, heads: Sequence[str] = ()) -> tuple[str, ...]:
-    """The graph inputs of all vectors, in the order of the module tree.
+    """List the graph inputs of all vectors, in the order of the module tree.
 
-    Args:
-        model: As for ``linear_layers``.
-        slots: Of the base.
-        heads: Names of modules that adapters bring whole.
-
-    Raises:
-        ConfigError: As ``linear_layers``, or the base lacks the layer or the parameter of a vector.
+    ``model`` and errors are those of ``linear_layers``; ``heads`` are names of modules that adapters bring whole.
+    Raises ConfigError: as ``linear_layers``, or the base lacks the layer or the parameter of a vector.
     """
     at = [ending for kind, ending in AT_LAYERS.items() if kind in slots.kinds]
     names = {path + ending for path in (linear_layers(model, slots.targets, heads) if at else ()) for ending in at}
@@ -88,8 +82,8 @@ def vectors(model: nn.Module, slots: Slots, heads: Sequence[str] = ()) -> tuple[
         names.update(name for name in replaced if not in_modules(vector_site(name), heads))
     linear_layers(model, [layer_of(name) for name in slots.vectors if not name.endswith(REPLACED)])
     parameters = {name for name, value in model.named_parameters() if value.ndim == 1}
-    given = [vector_site(name) for name in slots.vectors if name.endswith(REPLACED)]
-    if missing := [name for name in given if name not in parameters]:
+    sites = [vector_site(name) for name in slots.vectors if name.endswith(REPLACED)]
+    if missing := [name for name in sites if name not in parameters]:
         raise ConfigError(
             f"the base has no vector among its parameters named {summary(missing)}", about="vectors", value=missing
         )
@@ -98,7 +92,7 @@ def vectors(model: nn.Module, slots: Slots, heads: Sequence[str] = ()) -> tuple[
 
 
 def _replaceable(module: nn.Module, kinds: frozenset[SlotKind]) -> Iterator[str]:
-    """The parameters of one module that ``kinds`` lets an adapter replace."""
+    """Yield the parameters of one module that ``kinds`` lets an adapter replace."""
     own = {name: value.ndim for name, value in module.named_parameters(recurse=False)}
     norm = own.get("weight") == 1
     for name, dimensions in own.items():
@@ -108,18 +102,11 @@ def _replaceable(module: nn.Module, kinds: frozenset[SlotKind]) -> Iterator[str]
 
 
 def linear_layers(model: nn.Module, targets: Sequence[str], heads: Sequence[str] = ()) -> list[str]:
-    """The paths of the layers that ``targets`` name, in the order of the module tree.
+    """List the paths of the layers that ``targets`` name, in the order of the module tree.
 
-    A target means what it means to peft: ``all-linear``; a name or path, for the end of a layer's path; or a regular
-    expression, for a whole path.
-
-    Args:
-        model: Of transformers, or one that holds such a model.
-        targets: The targets.
-        heads: Names of modules that return the answer, which ``all-linear`` leaves out.
-
-    Raises:
-        ConfigError: Targets that match no module, all of which are named, or modules that are not linear layers.
+    A target means what it means to peft: ``all-linear``, which leaves out ``heads``, modules that return the answer; a
+    name or path, for the end of a layer's path; or a regular expression, for a whole path. Raises ConfigError: targets
+    that match no module, all of which are named, or modules that are not linear layers.
     """
     modules = dict(model.named_modules())
     linear = {path for path, module in modules.items() if path and pretrained.is_linear(module)}
@@ -131,15 +118,15 @@ def linear_layers(model: nn.Module, targets: Sequence[str], heads: Sequence[str]
             about="--targets",
             value=missing,
         )
-    found: set[str] = set().union(*matched.values())
-    if odd := [path for path in modules if path in found - linear]:
+    chosen: set[str] = set().union(*matched.values())
+    if odd := [path for path in modules if path in chosen - linear]:
         kind = type(modules[odd[0]]).__name__
         raise ConfigError(
             f"an adapter on {kind} cannot be exported, only on linear layers: {summary(odd)}",
             about=kind,
             value=odd[0],
         )
-    return [path for path in modules if path in found]
+    return [path for path in modules if path in chosen]
 
 
 def _matched(

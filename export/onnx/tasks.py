@@ -13,32 +13,35 @@ import torch
 from aggregation.errors import ConfigError
 
 MAX_REASON = 160  # characters of an error of a library
-CLOSE = 1e-3  # of the largest logit
+CLOSE = 1e-3  # share of the largest logit
 OFFSETS = 8  # positions that a family may reserve; RoBERTa's numbering begins at 2
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
     layers: int
-    heads: int  # of queries; keys and values may have fewer
+    heads: int  # heads of queries; keys and values may have fewer
     hidden: int
     vocabulary: int
 
 
 def sizes(config: Any) -> Sizes:
-    """The sizes in a configuration of transformers.
+    """Read the sizes in a configuration of transformers.
 
     Optimum says what each family calls them. For a family that it does not list, and where its names are not the
-    installed transformers', the names are those to which transformers maps each family's own.
-
-    Raises:
-        ConfigError: The configuration lacks a size, or its layers differ in one.
+    installed transformers', the names are those to which transformers maps each family's own. Raises ConfigError: the
+    configuration lacks a size, or its layers differ in one.
     """
     from optimum.utils.normalized_config import NormalizedConfigManager
 
     try:
-        known = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
-        return Sizes(*map(int, (known.num_layers, known.num_attention_heads, known.hidden_size, known.vocab_size)))
+        normalized = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
+        return Sizes(
+            *map(
+                int,
+                (normalized.num_layers, normalized.num_attention_heads, normalized.hidden_size, normalized.vocab_size),
+            )
+        )
     except (KeyError, AttributeError, TypeError):
         names = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
     try:
@@ -52,14 +55,9 @@ def sizes(config: Any) -> Sizes:
 
 
 def check_classifies(model: Any, ids: Sequence[int]) -> None:
-    """Return if a model turns the tokens of one text, and their mask, into one row of logits.
+    """Check that a model, in evaluation mode, turns the tokens of one text, and their mask, into one row of logits.
 
-    Args:
-        model: Of transformers, in evaluation mode.
-        ids: Of a text.
-
-    Raises:
-        ConfigError: It does not.
+    Raises ConfigError.
     """
     try:
         answer = _read(model, ids)
@@ -78,22 +76,17 @@ def check_classifies(model: Any, ids: Sequence[int]) -> None:
 
 
 def check_reads_embeddings(model: Any, ids: Sequence[int]) -> None:
-    """Return if a model reads nothing of tokens but their embeddings, as peft assumes of virtual tokens.
+    """Check that a model reads nothing of tokens but their embeddings, as peft assumes of virtual tokens.
 
-    Args:
-        model: Of transformers, in evaluation mode.
-        ids: Of a text.
-
-    Raises:
-        ConfigError: It does not take embeddings, or answers differently.
+    Raises ConfigError: it does not take embeddings, or answers differently.
     """
     tokens = torch.tensor([list(ids)])
     try:
         with torch.no_grad():
             embeddings = model.get_input_embeddings()(tokens)
-            found = model(inputs_embeds=embeddings, attention_mask=torch.ones_like(tokens)).logits
+            embedded = model(inputs_embeds=embeddings, attention_mask=torch.ones_like(tokens)).logits
             expected = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
-        same = bool((found - expected).abs().max() <= CLOSE * expected.abs().max())
+        same = bool((embedded - expected).abs().max() <= CLOSE * expected.abs().max())
         reason = "it reads more of a token than its embedding"
     except Exception as error:  # whatever the code of a model raises
         same, reason = False, _first_line(error)
@@ -105,17 +98,12 @@ def check_reads_embeddings(model: Any, ids: Sequence[int]) -> None:
 
 
 def readable_length(model: Any, ids: Sequence[int], length: int) -> int:
-    """The number of tokens of the longest text that an encoder reads: ``length`` or slightly less, found by trying.
+    """Count the tokens of the longest text that an encoder reads: ``length`` or slightly less, found by trying.
 
     ``max_position_embeddings`` counts the rows of an embedding, and some families reserve the first ones.
 
-    Args:
-        model: Of transformers, in evaluation mode.
-        ids: Of a text, without padding.
-        length: What the model states.
-
-    Raises:
-        ConfigError: The model cannot read ``length - OFFSETS + 1`` tokens.
+    ``model``: in evaluation mode; ``ids``: of a text without padding; ``length``: what the model states. Raises
+    ConfigError: the model cannot read ``length - OFFSETS + 1`` tokens.
     """
     reason = ""
     for tried in range(length, max(0, length - OFFSETS), -1):

@@ -14,16 +14,16 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-INLINE = 1024  # bytes; smaller tensors stay in the graph, where shape inference looks for constants
+INLINE = 1024  # bytes; smaller tensors stay in the graph, where shape inference finds constants
 
 
 class TensorStore(Protocol):
     """Reads and makes the initializers of a graph."""
 
-    folder: Path | None  # of the external data
+    folder: Path | None  # folder of the external data
 
     def array(self, tensor: TensorProto) -> NDArray[Any]:
-        """The values of a tensor, not to be written to; of one in four bits its bytes."""
+        """Read a tensor, not to be written to; of one in four bits its bytes."""
 
     def tensor(self, values: NDArray[Any], name: str) -> TensorProto: ...
 
@@ -40,16 +40,11 @@ class InMemory:
     def tensor(self, values: NDArray[Any], name: str) -> TensorProto:
         return numpy_helper.from_array(values, name)
 
-    def keep(self, graphs: Iterable[onnx.ModelProto]) -> None:
-        """Nothing to do: a tensor goes with its graph."""
+    def keep(self, graphs: Iterable[onnx.ModelProto]) -> None: ...
 
 
 class OnDisk:
-    """Tensors of ``INLINE`` bytes and more in files of their own, and whatever a graph refers to in the same folder.
-
-    Args:
-        place: A folder, which is made.
-    """
+    """Store tensors of ``INLINE`` bytes and more in files of a new folder, ``place``, and read any file there."""
 
     def __init__(self, place: Path) -> None:
         place.mkdir()
@@ -59,7 +54,6 @@ class OnDisk:
         self._report: Callable[[int], object] = lambda _: None
 
     def reports(self, report: Callable[[int], object]) -> None:
-        """From now on call ``report`` with the bytes of each tensor that is read."""
         self._report = report
 
     def take(self, file: Path, graph: onnx.ModelProto) -> None:
@@ -70,7 +64,7 @@ class OnDisk:
                 tensor.CopyFrom(numpy_helper.from_array(np.array(values), tensor.name))
 
     def array(self, tensor: TensorProto) -> NDArray[Any]:
-        """As ``TensorStore``; mapped from its file, whose pages leave memory with the last reference."""
+        """Map the tensor from its file, whose pages leave memory with the last reference."""
         if tensor.data_location != TensorProto.EXTERNAL:
             return _held(tensor)
         stated = {entry.key: entry.value for entry in tensor.external_data}
@@ -84,7 +78,7 @@ class OnDisk:
         return np.asarray(np.memmap(place, dtype=kind, mode="r", offset=offset, shape=shape))
 
     def tensor(self, values: NDArray[Any], name: str) -> TensorProto:
-        """As ``TensorStore``. Raises OSError if the disk is full."""
+        """Write a tensor. Raises OSError if the disk is full."""
         if values.nbytes < INLINE:
             return numpy_helper.from_array(values, name)
         file = f"{next(self._numbers):06d}.tensor"
@@ -92,7 +86,6 @@ class OnDisk:
         return external(name, values, file)
 
     def keep(self, graphs: Iterable[onnx.ModelProto]) -> None:
-        """Delete the files of tensors that none of these graphs has."""
         entries = (entry for graph in graphs for tensor in graph.graph.initializer for entry in tensor.external_data)
         kept = {entry.value for entry in entries if entry.key == "location"}
         for file in self.place.iterdir():
@@ -101,13 +94,13 @@ class OnDisk:
 
 
 def size_of(graph: onnx.ModelProto) -> int:
-    """The bytes of the tensors of a graph that are in files."""
+    """Count the bytes of the tensors of a graph that are in files."""
     entries = (entry for tensor in graph.graph.initializer for entry in tensor.external_data)
     return sum(int(entry.value) for entry in entries if entry.key == "length")
 
 
 def external(name: str, values: NDArray[Any], file: str, offset: int = 0) -> TensorProto:
-    """A tensor whose values are in a file, in C order."""
+    """Refer to a tensor whose values are in a file, in C order."""
     tensor = TensorProto(
         name=name,
         dims=values.shape,
@@ -120,7 +113,7 @@ def external(name: str, values: NDArray[Any], file: str, offset: int = 0) -> Ten
 
 
 def in_four_bits(tensor: TensorProto, shape: Sequence[int]) -> TensorProto:
-    """A tensor of bytes as one of unsigned four bits, two in a byte, in place. ``shape``: of the numbers."""
+    """Declare a tensor of bytes one of unsigned four bits, two in a byte, in place. ``shape``: of the numbers."""
     tensor.data_type = TensorProto.UINT4
     tensor.dims[:] = shape
     return tensor

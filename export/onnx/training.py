@@ -1,9 +1,9 @@
 """The training graph of a base: the loss of a batch, and its gradient by every slot.
 
-It is made by ``differentiate``, of a classifier's answering graph or of that which ``export.causal.training`` traces,
-and reads the weights of the answering graph: of a quantized base the bytes
-that the device answers with, which it turns into floats block by block. So it adds to a bundle little more than its
-nodes, and an adapter is trained on the base that it will run on (as QLoRA does; Dettmers et al. 2023).
+It is made by ``differentiate``, of a classifier's answering graph or of that which ``export.causal.training`` traces.
+It reads the weights that the device answers with, of a quantized base as bytes which it turns into floats block by
+block. So it adds little more than its nodes to a bundle, and an adapter is trained on the base that it will run on (as
+QLoRA does; Dettmers et al. 2023).
 """
 
 import copy
@@ -33,45 +33,43 @@ def training_graph(
     profile: Profile,
     store: TensorStore = MEMORY,
 ) -> onnx.ModelProto:
-    """The training graph of a traced base, with its weights as a profile stores them.
+    """Make the training graph of a traced base, with its weights as a profile stores them.
 
     Args:
         traced: From ``graph.trace``, or from ``export.causal.training.trace``.
         slotted: What was traced.
         answering: The graph with which devices answer, in ``profile``.
-        profile: How it stores its weights.
         store: Where the tensors of both are.
 
     Returns:
         A graph with the inputs of ``traced``, ``TARGETS`` and ``SHARES``, and the outputs ``LOSS`` and the gradients;
-        of a language model also ``LOG_LIKELIHOOD`` and ``HITS``, and of layers with slots for DoRA ``WEIGHT_NORM``
-        and ``OWN_BIAS``. Its weights are byte for byte those of
-        ``answering``, which ``headers.split`` stores once.
+        of a language model also ``LOG_LIKELIHOOD`` and ``HITS``, and of layers with slots for DoRA ``WEIGHT_NORM`` and
+        ``OWN_BIAS``. Its weights are byte for byte those of ``answering``, which ``headers.split`` stores once.
 
     Raises:
         ConfigError: The graph lacks the weight of a layer, or as ``differentiate``.
     """
-    made = differentiate(_with_loss(traced), LOSS, tuple(tracing.slots(traced)))
-    language = POSITIONS in {value.name for value in made.graph.input}
+    result = differentiate(_with_loss(traced), LOSS, tuple(tracing.slots(traced)))
+    language = POSITIONS in {value.name for value in result.graph.input}
     if language:
-        made.graph.output.extend(
+        result.graph.output.extend(
             helper.make_tensor_value_info(name, kind, ["learned"])
             for name, kind in ((LOG_LIKELIHOOD, TensorProto.FLOAT), (HITS, TensorProto.BOOL))
         )
-    _add_norms(made, slotted, store)
-    form_of = forms_of(made, answering, profile, store)
-    _read_embedding(made, form_of, store)
+    _add_norms(result, slotted, store)
+    form_of = forms_of(result, answering, profile, store)
+    _read_embedding(result, form_of, store)
     if profile is Profile.FP32:
-        return made
-    made = in_blocks(made, FLOAT, {}, store)  # the embeddings alone
-    read_stored(made, form_of, store, {tracing.ANSWER} if language else None)
-    return made
+        return result
+    result = in_blocks(result, FLOAT, {}, store)  # the embeddings alone
+    read_stored(result, form_of, store, {tracing.ANSWER} if language else None)
+    return result
 
 
 def _with_loss(traced: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy that also computes the loss: Σ shares · cross-entropy."""
-    made, logits = copy.deepcopy(traced), tracing.ANSWER
-    graph, node = made.graph, helper.make_node
+    """Copy the graph, and compute the loss in the copy: Σ shares · cross-entropy."""
+    result, logits = copy.deepcopy(traced), tracing.ANSWER
+    graph, node = result.graph, helper.make_node
     constants = {"last_axis": np.array([-1])}
     graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
     graph.node.extend(
@@ -92,13 +90,11 @@ def _with_loss(traced: onnx.ModelProto) -> onnx.ModelProto:
     rows = inputs.get(POSITIONS, graph.input[0]).type.tensor_type.shape.dim[0].dim_param
     for name, kind in ((TARGETS, TensorProto.INT64), (SHARES, TensorProto.FLOAT)):
         graph.input.append(helper.make_tensor_value_info(name, kind, [rows]))
-    return made
+    return result
 
 
 def _add_norms(graph: onnx.ModelProto, slotted: SlottedModel, store: TensorStore) -> None:
-    """Add what DoRA needs of the base's weights (``edgeadapt.methods.peft.dora``), in place: their norms, and the
-    biases.
-    """
+    """Add what DoRA needs of the weights (``edgeadapt.methods.peft.dora``), in place: their norms and the biases."""
     inner, node = graph.graph, helper.make_node
     names = {value.name for value in inner.input}
     layers = [
@@ -131,7 +127,7 @@ def _add_norms(graph: onnx.ModelProto, slotted: SlottedModel, store: TensorStore
 
 
 def _stored_weight(graph: onnx.GraphProto, path: str, weight: Floats, store: TensorStore) -> tuple[str, bool]:
-    """The initializer that is a layer's weight, ``(out, in)``, and whether it is transposed. Raises ConfigError."""
+    """Find the initializer of a layer's weight, ``(out, in)``, and whether it is transposed. Raises ConfigError."""
     # A MatMul's own weight first: the embedding of a tied output layer has the same values, not the stored bytes.
     for values, transposed in ((weight.T, True), (weight, False)):
         for tensor in graph.initializer:
@@ -150,8 +146,8 @@ def _read_embedding(graph: onnx.ModelProto, form_of: FormOf, store: TensorStore)
             continue
         if form_of(node.input[1], store.array(values[node.input[1]])) is None:
             tied.append(helper.make_node("Transpose", [name], [node.input[1]], node.input[1], perm=[1, 0]))
-    made = {node.output[0] for node in tied}
-    kept = [tensor for tensor in inner.initializer if tensor.name not in made]
+    names = {node.output[0] for node in tied}
+    kept = [tensor for tensor in inner.initializer if tensor.name not in names]
     del inner.initializer[:]
     inner.initializer.extend(kept)
     replace_nodes(inner, [*tied, *inner.node])

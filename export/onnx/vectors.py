@@ -1,6 +1,7 @@
-"""Slots for vectors in a graph that has none: scales and offsets at layers, and parameters that an adapter may replace.
+"""Slots for vectors in a graph without them: scales and offsets at layers, and parameters that an adapter may replace.
 
-For language models, whose graphs are built before they get slots. ``peftmodel.py`` does the same for classifiers.
+They are for language models, whose graphs are built before they get slots. ``peftmodel.py`` does the same for
+classifiers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,10 +30,8 @@ CONSTANTS = {
 def scale_inputs(graph: onnx.ModelProto, layers: Mapping[str, LayerMatMul], names: Sequence[str]) -> None:
     """Let each layer that has an input scale among ``names`` read its scaled input, in place.
 
-    Args:
-        graph: In float32: quantization stores what a MatMul reads in several forms.
-        layers: From ``matmuls.find``.
-        names: All vectors of the base.
+    ``graph`` is in float32 (quantization stores what a MatMul reads in several forms), ``layers`` from
+    ``matmuls.find``, and ``names`` are all vectors of the base.
     """
     chosen = {layers[layer_of(name)].y: name for name in names if name.endswith(INPUT_SCALE)}
     nodes = [node for name in chosen.values() for node in _given(name, "vector_one")]
@@ -68,7 +67,6 @@ def insert_vectors(
         layers: From ``matmuls.find``, of every layer that has a vector.
         names: All vectors of the base.
         parameters: Every vector among the base's parameters, by its path.
-        store: Of the graph's tensors.
 
     Returns:
         The slots with their dimensions as text, in the order of ``names``.
@@ -111,7 +109,7 @@ def _width(name: str, layers: Mapping[str, LayerMatMul], parameters: Mapping[str
 
 
 def _given(name: str, neutral: str) -> list[onnx.NodeProto]:
-    """``name.first``: what an adapter gives, or else the neutral value, as in ``peftmodel``."""
+    """Make ``name.first``: what an adapter gives, or else the neutral value, as in ``peftmodel``."""
     both, first = f"{name}.both", f"{name}.first"
     return [
         helper.make_node("Pad", [name, "vector_padding", neutral, "vector_axis"], [both], both, mode="constant"),
@@ -120,7 +118,7 @@ def _given(name: str, neutral: str) -> list[onnx.NodeProto]:
 
 
 def _changed(node: onnx.NodeProto, path: str, chosen: set[str]) -> list[onnx.NodeProto]:
-    """The nodes that follow ``node``, the last of a layer, whose output is renamed in place."""
+    """Make the nodes that follow ``node``, the last of a layer, whose output is renamed in place."""
     result, now = node.output[0], f"{path}.plain"
     node.output[0] = now
     kinds = [(kind, op) for kind, op in ((OUTPUT_SCALE, "Mul"), (OFFSET, "Add")) if path + kind in chosen]
@@ -139,7 +137,7 @@ def _replaced(
     parameters: Mapping[str, Floats],
     store: TensorStore,
 ) -> list[onnx.NodeProto]:
-    """``name.chosen``, which the graph's nodes read from now on: the first row of what an adapter gives and the own."""
+    """Make ``name.chosen``, which nodes read from now on: the first row of what an adapter gives and the own."""
     path, chosen = vector_site(name), f"{name}.chosen"
     layer = layers.get(layer_of(name)) if path.endswith(".bias") else None
     own = layer.bias if layer is not None else _initializer(graph, path, parameters, store)
@@ -158,7 +156,7 @@ def _replaced(
 
 
 def _initializer(graph: onnx.ModelProto, path: str, parameters: Mapping[str, Floats], store: TensorStore) -> str:
-    """The stored tensor of a parameter: the only one with its values, or the one of these that has its name.
+    """Find the stored tensor of a parameter: the only one with its values, or the one of these that has its name.
 
     Exporters may store equal tensors once; then one layer's cannot be replaced alone.
     """
@@ -171,14 +169,14 @@ def _initializer(graph: onnx.ModelProto, path: str, parameters: Mapping[str, Flo
     ]
     equal = sum(np.array_equal(value, other) for other in parameters.values())
     named = [name for name in same if name == path or name.endswith(f".{path}")]
-    found = same if equal == 1 else named if len(same) >= equal else []
-    if len(found) != 1:
+    matching = same if equal == 1 else named if len(same) >= equal else []
+    if len(matching) != 1:
         raise ConfigError(
             f"{path}: its values are in {len(same)} vectors of the exported graph, so an adapter cannot replace them",
             about=path,
             value=len(same),
         )
-    return found[0]
+    return matching[0]
 
 
 def _finish(graph: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> None:

@@ -42,15 +42,8 @@ class Embedding:
 def insert_prompt(graph: onnx.ModelProto, embedding: Embedding) -> Slots:
     """Take the embeddings of the first positions from a slot ``(virtual tokens, width)``; changes ``graph`` in place.
 
-    Args:
-        graph: Of a decoder, of either path; may be quantized.
-        embedding: Of the model.
-
-    Returns:
-        The slot.
-
-    Raises:
-        ConfigError: The graph does not look up embeddings in one place, or does not scale them as the model does.
+    ``graph`` is a decoder's, of either path, and may be quantized. Returns the slot. Raises ConfigError: the graph does
+    not look up embeddings in one place, or does not scale them as the model does.
     """
     inner = graph.graph
     maker, tokens = _embeddings(inner, embedding), f"{PROMPT}.tokens"
@@ -65,17 +58,10 @@ def insert_prompt(graph: onnx.ModelProto, embedding: Embedding) -> Slots:
 def insert_prefix(graph: onnx.ModelProto) -> Slots:
     """Take every layer's keys and values of the first positions from a slot; changes ``graph`` in place.
 
-    The slot is peft's tensor, ``(virtual tokens, layers * 2 * heads * width)``. Its keys are those of the cache: where
-    the attention operator itself rotates keys, they are rotated back first.
-
-    Args:
-        graph: Of a decoder, of either path; may be quantized.
-
-    Returns:
-        The slot.
-
-    Raises:
-        ConfigError: The keys and values of a layer cannot be found, or are rotated in a way that cannot be undone.
+    The slot, which is returned, is peft's tensor, ``(virtual tokens, layers * 2 * heads * width)``. Its keys are those
+    of the cache: where the attention operator itself rotates keys, they are rotated back first. ``graph`` is a
+    decoder's, of either path, and may be quantized. Raises ConfigError: the keys and values of a layer cannot be found,
+    or are rotated in a way that cannot be undone.
     """
     inner = graph.graph
     makers = {output: node for node in inner.node for output in node.output}
@@ -93,8 +79,8 @@ def insert_prefix(graph: onnx.ModelProto) -> Slots:
     for number in range(2 * layers):
         layer, part = divmod(number, 2)
         node, place = _reader(makers, layer, part)
-        one = slot.add("Gather", [rows, slot.constant(number)], axis=0)
-        node.input[place] = slot.replaced(node.input[place], one, along)
+        part_rows = slot.add("Gather", [rows, slot.constant(number)], axis=0)
+        node.input[place] = slot.replaced(node.input[place], part_rows, along)
         before.setdefault(node.output[0], []).extend(slot.taken())
     _insert(inner, shared, before=before)
     return _declared(inner, PREFIX, size)
@@ -148,14 +134,12 @@ class _Slot:
         self.values = self.add("Expand", [self.taken_from(name), shape])
 
     def add(self, kind: str, inputs: Sequence[str], output: str | None = None, **settings: int | list[int]) -> str:
-        """Add a node; return the name of its output."""
         self._count += 1
         name = output or f"{self._name}.{self._count}"
         self._nodes.append(helper.make_node(kind, list(inputs), [name], name, **settings))
         return name
 
     def constant(self, value: ArrayLike) -> str:
-        """The name of an initializer with this value."""
         array = np.asarray(value, np.int64)
         name = f"{self._name}.int64:{array.tolist()}".replace(" ", "")
         if all(tensor.name != name for tensor in self._graph.initializer):
@@ -163,22 +147,21 @@ class _Slot:
         return name
 
     def taken_from(self, table: str) -> str:
-        """The rows of ``table`` that belong to the virtual tokens of the run."""
+        """Select the rows of ``table`` that belong to the virtual tokens of the run."""
         return self.add("Slice", [table, self.start, self.end, self.constant([0])])
 
     def replaced(self, value: str, rows: str, along: int, output: str | None = None) -> str:
-        """``value`` with ``rows`` in the place of the virtual tokens, which are along its dimension ``along``."""
+        """Put ``rows`` instead of the virtual tokens into ``value``, along its dimension ``along``."""
         rest = self.add("Slice", [value, self.count, self.constant([END]), self.constant([along])])
         return self.add("Concat", [rows, rest], output, axis=along)
 
     def taken(self) -> list[onnx.NodeProto]:
-        """The nodes that were added since the last call."""
         nodes, self._nodes = self._nodes, []
         return nodes
 
 
 def _before_rotation(slot: _Slot, graph: onnx.GraphProto, node: onnx.NodeProto, sizes: tuple[int, int, int]) -> str:
-    """Keys and values as fused attention reads them: ``(2 * layers, rows, virtual, heads * width)``.
+    """Return keys and values as fused attention reads them: ``(2 * layers, rows, virtual, heads * width)``.
 
     It multiplies the two halves of a key, as a complex number, by ``cos + i sin`` of the position. Where a scaled
     embedding makes that factor longer than 1, so is the inverse shorter: it is the conjugate over the squared length.
@@ -213,7 +196,7 @@ def _slice(slot: _Slot, value: str, axis: int, start: int, end: int) -> str:
 
 
 def _reader(makers: Makers, layer: int, part: int) -> tuple[onnx.NodeProto, int]:
-    """The node that puts a layer's new keys or values into the cache, and which of its inputs they are."""
+    """Find the node that puts a layer's new keys or values into the cache, and which of its inputs they are."""
     node = makers[f"present.{layer}.{PARTS[part]}"]
     if node.op_type == FUSED and node.input[1 + part]:
         return node, 1 + part
@@ -228,24 +211,24 @@ def _reader(makers: Makers, layer: int, part: int) -> tuple[onnx.NodeProto, int]
 
 
 def _embeddings(graph: onnx.GraphProto, embedding: Embedding) -> onnx.NodeProto:
-    """The node that returns the embeddings of the tokens as the model's layers read them."""
+    """Find the node that returns the embeddings of the tokens as the model's layers read them."""
     stored = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     makers = {output: node for node in graph.node for output in node.output}
-    found = [
+    nodes = [
         node
         for node in graph.node
         if node.op_type in LOOKUPS
         and stored.get(node.input[0], [0])[0] == embedding.rows
         and _is_ids(node.input[1], makers)
     ]
-    if len(found) != 1:
+    if len(nodes) != 1:
         raise ConfigError(
-            f"the graph looks up the embeddings of tokens in {len(found)} places, not in one: virtual tokens cannot be "
+            f"the graph looks up the embeddings of tokens in {len(nodes)} places, not in one: virtual tokens cannot be "
             "exported for this base",
             about="embeddings",
-            value=len(found),
+            value=len(nodes),
         )
-    return found[0] if embedding.scale == 1 else _scaled(graph, found[0].output[0], embedding.scale)
+    return nodes[0] if embedding.scale == 1 else _scaled(graph, nodes[0].output[0], embedding.scale)
 
 
 def _is_ids(name: str, makers: Makers) -> bool:
@@ -257,7 +240,6 @@ def _is_ids(name: str, makers: Makers) -> bool:
 
 
 def _scaled(graph: onnx.GraphProto, name: str, scale: float) -> onnx.NodeProto:
-    """The node that multiplies ``name`` by ``scale``."""
     numbers = {tensor.name: tensor for tensor in graph.initializer}
     numbers |= {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant"}
     for node in graph.node:

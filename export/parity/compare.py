@@ -1,10 +1,8 @@
 """Exported files against the trained model: measured on texts, and held to limits.
 
 A quantized base is never assumed to be good: the very files that ship are measured. A classifier gives one answer for a
-text, a language model one after each token; the dimensions of the logits show which of the two it is.
-
-The limits are about twice as far as what was measured. docs/explanation/export.md has the measurements, the commands
-that repeat them, and the two exceptions from that margin.
+text, a language model one after each token; the dimensions of the logits show which of the two it is. The limits are
+about twice as far as what was measured; docs/explanation/export.md has the measurements and the two exceptions.
 """
 
 import math
@@ -30,10 +28,10 @@ from export.onnx.exported import Profile
 from export.onnx.graph import ANSWER
 from export.onnx.rows import open_base
 
-MAX_TOKENS = 256  # of one text, where the tokenizer itself sets no limit; longer texts are truncated
+MAX_TOKENS = 256  # tokens of one text, where the tokenizer itself sets no limit; longer texts are truncated
 MAX_TOGETHER = 64  # texts of one run in torch
-MIXED_TEXTS = 128  # that are asked in mixed batches too
-MIXED_LIMIT = 0.001  # of a probability, for every profile: a base that exceeds it must not state independent rows
+MIXED_TEXTS = 128  # texts that are asked in mixed batches too
+MIXED_LIMIT = 0.001  # difference of a probability; a base that exceeds it must not state independent rows
 PAST = "past"  # part of the name of every input that holds the KV cache
 
 
@@ -48,10 +46,8 @@ class Limits:
     """What ``gate`` demands.
 
     A classifier is held to the largest difference of a probability, a language model to its perplexity: among tens of
-    thousands of tokens the one largest difference says little.
-
-    Raises:
-        ConfigError: ``agreement`` is not between 0 and 1.
+    thousands of tokens the one largest difference says little. Raises ConfigError: ``agreement`` is not between 0 and
+    1.
     """
 
     agreement: float  # least fraction of answers with the same most likely label or token, 0 to 1
@@ -84,10 +80,9 @@ LIMITS: dict[Task, dict[Profile, Limits]] = {
 
 
 def limits_of(profile: str, task: Task) -> Limits:
-    """The limits of the profile in a base manifest.
+    """Choose the limits of the profile in a base manifest.
 
-    Raises:
-        ConfigError: This release does not know the profile.
+    Raises ConfigError: this release does not know the profile.
     """
     try:
         return LIMITS[task][Profile(profile)]
@@ -148,7 +143,7 @@ class OnnxRunner:
 
     session: ort.InferenceSession
     tokenizer: Tokenizer
-    graph: ClassifierGraph | None  # as a device runs it; None for a language model
+    graph: ClassifierGraph | None  # None for a language model
 
     @classmethod
     def open(cls, folder: Path, manifest: BaseManifest) -> "OnnxRunner":
@@ -161,7 +156,7 @@ class OnnxRunner:
         return cls(session, tokenizer, graph)
 
     def encode(self, texts: Sequence[str], inputs: Tensors) -> list[Encoding]:
-        """The tokens of texts, truncated to what the virtual tokens of an adapter leave."""
+        """Tokenize texts, truncated to what the virtual tokens of an adapter leave."""
         if virtual := virtual_tokens(inputs):
             limit = (self.tokenizer.truncation or {})["max_length"]
             self.tokenizer.enable_truncation(limit - virtual)
@@ -171,9 +166,9 @@ class OnnxRunner:
         return self.tokenizer.encode_batch(list(texts))
 
     def classify(self, texts: Sequence[str], inputs: Tensors, step: Callable[[], object] = lambda: None) -> Floats:
-        """A classifier's logits, shape ``(texts, labels)``, or ``(0, 0)`` without texts; ``step`` is called after each.
+        """Compute a classifier's logits, shape ``(texts, labels)``, or ``(0, 0)`` without texts.
 
-        Runs one text at a time, as a device does.
+        It runs one text at a time, as a device does, and calls ``step`` after each.
         """
         rows = []
         for encoding in self.encode(texts, inputs):
@@ -182,7 +177,7 @@ class OnnxRunner:
         return np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)
 
     def logits(self, ids: Sequence[int], inputs: Tensors) -> Floats:
-        """A classifier's logits, shape ``(1, labels)``, or a language model's, ``(1, tokens, vocabulary)``."""
+        """Compute a classifier's logits, shape ``(1, labels)``, or a language model's, ``(1, tokens, vocabulary)``."""
         if self.graph is not None:
             return self.graph.logits(ids, self.graph.feeds(inputs))[np.newaxis]
         virtual = virtual_tokens(inputs)
@@ -198,7 +193,7 @@ class OnnxRunner:
         return answer[:, virtual:]
 
     def mixed(self, texts: Sequence[Sequence[int]], inputs: Tensors) -> list[Floats]:
-        """A classifier's logits, ``(labels,)`` for each text, in a batch whose other rows have no updates."""
+        """Compute a classifier's logits, ``(labels,)`` for each text, in a batch whose other rows have no updates."""
         assert self.graph is not None  # noqa: S101
         without = {name: _without(name, value) for name, value in inputs.items()}
         rows = [text for text in texts for _ in range(2)]
@@ -207,12 +202,12 @@ class OnnxRunner:
 
 def _without(name: str, value: Floats) -> Floats:
     if name.endswith(LORA_B) or name == PROMPT:
-        return np.zeros_like(value)  # of the same rank or length, so that the rows can share a run
+        return np.zeros_like(value)  # the same rank or length, so that the rows can share a run
     return value[:0] if name.endswith((*SCALES, OFFSET)) else value
 
 
 def torch_logits(model: PeftModel, ids: Sequence[int]) -> Floats:
-    """Torch's logits, in the shape of ``OnnxRunner.logits``."""
+    """Compute torch's logits, in the shape of ``OnnxRunner.logits``."""
     return _torch_batch(model, [ids])
 
 
@@ -232,14 +227,12 @@ def compare(
     step: Callable[[], object] = lambda: None,
     labels: Sequence[int] | None = None,
 ) -> Parity:
-    """Run torch and ONNX Runtime on the same texts.
+    """Run torch and ONNX Runtime on the same texts; call ``step`` after each.
 
     Args:
         model: With the trained adapter.
-        runner: The exported base.
         inputs: The exported adapter, read back from its file (``adapter.decode``).
         texts: Held-out texts; at least one, and for a language model one of two tokens.
-        step: Called after each text.
         labels: Of a classifier: the right answer to each text, if it is known.
 
     Raises:
@@ -249,12 +242,12 @@ def compare(
     alone: list[tuple[Sequence[int], Floats]] = []
     tokens = [encoding.ids for encoding in runner.encode(texts, inputs)]
     for ids, expected in zip(tokens, _in_torch(model, tokens, together=runner.graph is not None), strict=True):
-        found = runner.logits(ids, inputs)
-        if not (np.isfinite(expected).all() and np.isfinite(found).all()):
+        measured = runner.logits(ids, inputs)
+        if not (np.isfinite(expected).all() and np.isfinite(measured).all()):
             raise DataError("an answer is NaN or infinite; the adapter or the exported base is broken", about="logits")
         following = ids[1:] if expected.ndim == 3 else None
-        rows.append(_compared(log_softmax(expected[0]), log_softmax(found[0]), following))
-        alone.append((ids, found[0]))
+        rows.append(_compared(log_softmax(expected[0]), log_softmax(measured[0]), following))
+        alone.append((ids, measured[0]))
         step()
     if not sum(map(len, rows)):
         raise DataError(
@@ -272,31 +265,26 @@ def compare(
 
 
 def _in_torch(model: PeftModel, rows: Sequence[Sequence[int]], *, together: bool) -> Iterator[Floats]:
-    """``torch_logits`` of each row. ``together``: rows of one length share a run, which needs no padding."""
+    """Compute ``torch_logits`` of each row. ``together``: rows of one length share a run, which needs no padding."""
     if not together:
         yield from (torch_logits(model, ids) for ids in rows)
         return
-    found: dict[int, Floats] = {}
+    by_row: dict[int, Floats] = {}
     for length in sorted({len(ids) for ids in rows}):
         same = [row for row, ids in enumerate(rows) if len(ids) == length]
         for at in range(0, len(same), MAX_TOGETHER):
             part = same[at : at + MAX_TOGETHER]
             logits = _torch_batch(model, [rows[row] for row in part])
-            found.update(zip(part, logits[:, np.newaxis], strict=True))
-    yield from (found[row] for row in range(len(rows)))
+            by_row.update(zip(part, logits[:, np.newaxis], strict=True))
+    yield from (by_row[row] for row in range(len(rows)))
 
 
 def gate(parity: Parity, limits: Limits, *, privacy: PrivacyBound | None = None) -> None:
-    """Return if the files may ship.
+    """Check that the files may ship.
 
-    Args:
-        parity: As measured.
-        limits: Of the profile.
-        privacy: As the adapter's manifest states it. With the noise of differential privacy, the labels of a classifier
-            are near ties where the noise is as large as the update, and rounding turns them.
-
-    Raises:
-        ParityError: A measure exceeds ``limits`` or is NaN; ``value`` names the fields of ``Parity`` that do.
+    ``privacy``: as the adapter's manifest states it. With the noise of differential privacy, the labels of a classifier
+    are near ties where the noise is as large as the update, and rounding turns them. Raises ParityError: a measure
+    exceeds ``limits`` or is NaN; ``value`` names the fields of ``Parity`` that do.
     """
     broken = too_far(parity, limits)
     if broken:
@@ -316,7 +304,7 @@ def gate(parity: Parity, limits: Limits, *, privacy: PrivacyBound | None = None)
 
 
 def too_far(parity: Parity, limits: Limits) -> dict[str, str]:
-    """The fields of ``parity`` that exceed ``limits`` or are NaN, each with a reason; empty if the files may ship."""
+    """Name the fields of ``parity`` that exceed ``limits`` or are NaN, each with a reason; empty if files may ship."""
     broken = {}
     if not parity.agreement >= limits.agreement:
         broken["agreement"] = f"agreement {parity.agreement:.2%}, at least {limits.agreement:.2%}"
@@ -332,7 +320,7 @@ def too_far(parity: Parity, limits: Limits) -> dict[str, str]:
 
 
 def log_softmax(logits: Floats) -> Floats:
-    """The logarithm of the softmax over the last axis, of the shape of ``logits``; exact for logits of any size.
+    """Compute the logarithm of the softmax over the last axis; exact for logits of any size.
 
     >>> np.exp(log_softmax(np.float32([1000, 1000]))).tolist()
     [0.5, 0.5]
@@ -343,27 +331,24 @@ def log_softmax(logits: Floats) -> Floats:
 
 
 def _mixed_diff(runner: OnnxRunner, inputs: Tensors, alone: Sequence[tuple[Sequence[int], Floats]]) -> float:
-    """The largest difference of a probability between the answers ``alone`` and in mixed batches."""
+    """Find the largest difference of a probability between the answers ``alone`` and in mixed batches."""
     result = 0.0
     half = MAX_ROWS // 2
     for at in range(0, min(len(alone), MIXED_TEXTS), half):
         texts, logits = zip(*alone[at : at + half], strict=True)
         try:
-            found, expected = np.stack(runner.mixed(texts, inputs)), np.stack(logits)
-        except Exception:  # of ONNX Runtime, whose classes have no common base: the graph takes one adapter at a time
+            mixed, expected = np.stack(runner.mixed(texts, inputs)), np.stack(logits)
+        except Exception:  # ONNX Runtime's classes have no common base: the graph takes one adapter at a time
             return inf
-        result = max(result, float(np.abs(np.exp(log_softmax(found)) - np.exp(log_softmax(expected))).max()))
+        result = max(result, float(np.abs(np.exp(log_softmax(mixed)) - np.exp(log_softmax(expected))).max()))
     return result
 
 
 def _compared(expected: Floats, found: Floats, following: Sequence[int] | None) -> Floats:
-    """For each answer: whether it is the same, the largest difference, and of both, ours first: a language model's
-    losses, a classifier's answers.
+    """Compare log probabilities ``(answers, choices)``; a single answer may lack the first dimension.
 
-    Args:
-        expected: Log probabilities, ``(answers, choices)``; a single answer may lack the first dimension.
-        found: The same.
-        following: The tokens that follow all but the last; None for a classifier.
+    Returns for each answer: whether it is the same, the largest difference, and of both, ours first: a language model's
+    losses, a classifier's answers. ``following``: the tokens that follow all but the last; None for a classifier.
     """
     p, q = (np.atleast_2d(x)[: None if following is None else -1] for x in (expected, found))
     answers = [q.argmax(axis=1), p.argmax(axis=1)]

@@ -32,13 +32,9 @@ class ExportedPair:
 
 
 def open_pair(bundle: Bundle, name: str, base_name: str, origin: Origin) -> ExportedPair:
-    """Read back and verify.
+    """Read back and verify the base and the adapter ``name`` of a bundle.
 
-    Args:
-        bundle: With the base and the adapter.
-        name: The adapter's.
-        base_name: The folder or package of the base that was exported.
-        origin: What the adapter was exported from.
+    ``base_name``: the folder or package of the base that was exported; ``origin``: what the adapter was exported from.
 
     Raises:
         ConfigError: ``base_name`` is another base than the bundle's.
@@ -69,7 +65,7 @@ def open_pair(bundle: Bundle, name: str, base_name: str, origin: Origin) -> Expo
 
 
 def _trained(inner: Any, origin: Origin) -> PeftModel:
-    """The adapter as peft has it: the conversion of its method to LoRA is part of what is compared."""
+    """Attach the adapter with peft: the conversion of its method to LoRA is part of what is compared."""
     with tempfile.TemporaryDirectory(prefix="edgeadapt-") as folder:
         to_peft(origin.tensors, origin.peft_config, Path(folder) / "peft")
         with warnings.catch_warnings():  # peft uses a deprecated argument of transformers

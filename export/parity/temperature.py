@@ -18,11 +18,10 @@ FEWEST = 50  # phrases; fewer leave the calibration error itself uncertain
 
 
 def read_examples(path: Path, labels: Sequence[str]) -> list[tuple[str, int]]:
-    """The phrases in a file of ``edgeadapt.formats.phrases``, each with the number of its label among ``labels``.
+    """Read the phrases in a file of ``edgeadapt.formats.phrases``, each with the number of its label among ``labels``.
 
-    Raises:
-        ConfigError, DataError: As ``read_phrases``.
-        DataError: There are fewer than ``FEWEST`` phrases, or the head has no row for a label.
+    Raises ConfigError, DataError: as ``read_phrases``; or there are fewer than ``FEWEST`` phrases, or the head has no
+    row for a label.
     """
     pairs, numbers = read_phrases(path), {label: number for number, label in enumerate(labels)}
     if unknown := sorted({label for label, _ in pairs} - set(numbers)):
@@ -43,10 +42,8 @@ def measure(
     """Fit a temperature, and measure what it does to phrases that it was not fitted on.
 
     Args:
-        runner: The exported base.
         inputs: The adapter, read back from its file (``adapter.decode``).
         examples: Held-out phrases with the numbers of their labels.
-        step: Called after each.
 
     Raises:
         DataError: An answer is not finite, or a label has no row in the head.

@@ -24,44 +24,40 @@ CONNECTION = "connection"  # attribute of a configuration, which ``env.py`` read
 def upgrade(url: str | URL, transcript: Path | None = None) -> str:
     """Bring a registry to the newest revision, all or nothing: a failure leaves it as it was.
 
-    Args:
-        url: Of the database.
-        transcript: Folder of the logs, which a database in PostgreSQL of revision 2 or older has not.
-
-    Returns:
-        The revision that it had.
+    ``transcript``: folder of the logs, which a database in PostgreSQL of revision 2 or older does not have. Returns the
+    revision that it had.
 
     Raises:
-        ConfigError: It is newer than this edgeadapt, the database has no registry, the folder has no log of its rounds,
-            or as ``database.connect``.
+        ConfigError: It is newer than this edgeadapt, the database does not have a registry, the folder does not have a
+            log of its rounds, or as ``database.connect``.
         DataError, EdgeAdaptError: As ``database.connect``.
     """
     engine = database.engine_of(url)
     try:
         with database.explained(engine), engine.begin() as connection:
-            found = database.revision(connection)
-            if found is None:
+            before = database.revision(connection)
+            if before is None:
                 raise ConfigError(f"{shown(engine.url)} has no registry", about="database")
-            if found == SCHEMA:
-                return found
-            if not found.isdecimal() or int(found) > int(SCHEMA):
-                require_schema(found, shown(engine.url))
+            if before == SCHEMA:
+                return before
+            if not before.isdecimal() or int(before) > int(SCHEMA):
+                require_schema(before, shown(engine.url))
             config = configuration(connection)
             if MigrationContext.configure(connection, opts={"version_table": SCHEMAS}).get_current_revision() is None:
-                command.stamp(config, found)
+                command.stamp(config, before)
             command.upgrade(config, "head")
             if transcript is not None and engine.dialect.name == "postgresql":
                 if not logs(transcript) and connection.execute(database.rounds.select().limit(1)).first() is not None:
                     text = f"{shown(engine.url)} has rounds, and {transcript} has no log of them: upgrade it on the"
                     raise ConfigError(f"{text} machine whose coordinator ran them", about="transcript")
                 transcripttable.insert(connection, transcript)
-            return found
+            return before
     finally:
         engine.dispose()
 
 
 def configuration(connection: Connection) -> Config:
-    """Alembic's configuration for a connection, whose transaction has all that is done."""
+    """Configure alembic for a connection, whose transaction has all that is done."""
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
     config.attributes[CONNECTION] = connection

@@ -6,5 +6,4 @@ revision, down_revision = "2", "1"
 
 
 def upgrade() -> None:
-    """Drop the number of the format."""
     op.drop_table("edgeadapt_format")
