@@ -16,12 +16,9 @@ MARK, INDENT, WIDTH = 13, 30, 90  # columns: of a finding's status, before its t
 
 
 def render_findings(checked: AuditInput, reports: Mapping[str, Report], failure: TrustError | None) -> Iterator[str]:
-    """Lines: the checks of each session, their number by status, and the keys that they relied on.
+    """Print the checks of each session, their number by status, and the keys that they relied on.
 
-    Args:
-        checked: What was audited.
-        reports: Of the sessions.
-        failure: Why they do not pass. It has a row of its own if no check of a session failed, as where one is missing.
+    ``failure`` has a row of its own if no check of a session failed, as where one is missing.
     """
     for name, report in reports.items():
         size = ((len(report.participation), "device"), (len(report.rounds), "round"), (report.entries, "message"))
@@ -46,7 +43,7 @@ def render_findings(checked: AuditInput, reports: Mapping[str, Report], failure:
 
 
 def _printable(name: str) -> str:
-    """A file's name that cannot end its line, move the cursor or hide a part of itself.
+    """Escape a file's name that could end its line, move the cursor or hide a part of itself.
 
     >>> print(_printable("x\\n  pass"))
     x\\n  pass
@@ -66,7 +63,7 @@ def _row(status: Status, name: str, text: str) -> str:
 def render_rounds(
     checked: AuditInput, reports: Mapping[str, Report], failure: TrustError | None, *, entries: bool
 ) -> Iterator[str]:
-    """Lines: the rounds of each session, and with ``entries`` every message in its log; the rest as before."""
+    """Print the rounds of each session, and with ``entries`` every message in its log."""
     for path, (name, report) in zip(checked.paths, reports.items(), strict=True):
         yield name
         if report.dropouts_by_step:

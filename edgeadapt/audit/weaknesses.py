@@ -1,8 +1,8 @@
 """What no rule of the protocol forbids, and yet shows more of a few devices than an auditor would expect.
 
-Each is a warning with a code of its own: what a device with the default policy refuses, a part of an adapter that was
-private and is shared, a round whose survivors have far fewer examples than those of the others, and one that hardly
-moved its adapter, so that the next sum is as a second one from the same adapter.
+Each is a warning with a code of its own: what a device with the default policy refuses, a private part of an adapter
+that is shared, a round whose survivors have far fewer examples than those of the others, and one that hardly moved its
+adapter, so that the next sum is like a second one from the same adapter.
 """
 
 from collections import defaultdict
@@ -36,11 +36,9 @@ class Weaknesses:
     weights: list[float] = field(default_factory=list)
 
     def check(self, report: Report, still: Mapping[int, str]) -> tuple[Finding, ...]:
-        """The warnings of one session; one finding that says that there are none, if so.
+        """Return the warnings of one session; one finding that says that there are none, if so.
 
-        Args:
-            report: Of the session.
-            still: See ``Recomputation``; empty without the adapters.
+        ``still`` is that of ``Recomputation``; empty without the adapters.
         """
         if report.failed or report.spec is None:
             return (Finding(Check.WEAKNESSES, Status.NOT_REACHED, ""),)

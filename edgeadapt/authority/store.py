@@ -58,18 +58,18 @@ from edgeadapt.formats.storage import PRIVATE, PRIVATE_FOLDER, PUBLIC
 KEY, CERTIFICATE, REVOKED, RECORD = "authority.key", "authority.pem", "revoked.crl", "record.jsonl"
 SHORTEST_PASSPHRASE = 12  # characters: one guess at PKCS #8 as OpenSSL writes it takes a millisecond
 LIMITS = {KEY: MAX_PEM, CERTIFICATE: MAX_PEM, REVOKED: 2 * MAX_REVOCATIONS, RECORD: 2**28}  # bytes
-Admit: TypeAlias = Callable[[str], None]  # counts a call of whoever has proved this; may raise
-SKEW = timedelta(hours=1)  # by which a device's clock may be behind
+Admit: TypeAlias = Callable[[str], None]  # counts a call of the device that has proved this; may raise
+SKEW = timedelta(hours=1)  # a device's clock may be behind
 
 
 def utc_now() -> datetime:
-    """The time, in whole seconds as X.509 has them."""
+    """Return the time in whole seconds, as X.509 has them."""
     return datetime.now(UTC).replace(microsecond=0)
 
 
 @dataclass(frozen=True, slots=True)
 class AuthorityStore:
-    """An authority's folder. ``clock`` says what time it is."""
+    """Manages an authority's folder. ``clock`` says what time it is."""
 
     folder: Path
     clock: Callable[[], datetime] = utc_now
@@ -78,12 +78,7 @@ class AuthorityStore:
     def create(cls, folder: Path, name: str, days: int, list_days: int, passphrase: bytes | None) -> Self:
         """Create an authority with an empty revocation list. Afterwards the folder has all its files, or none.
 
-        Args:
-            folder: New, or empty.
-            name: Of the authority, in its certificate.
-            days: For which the authority's certificate is valid.
-            list_days: For which its first revocation list is valid.
-            passphrase: Encrypts the key; None writes it unencrypted.
+        The certificate is valid for ``days``, the first list for ``list_days``. Without a passphrase the key is plain.
 
         Raises:
             ConfigError: The folder is not empty or is the working directory, the name cannot be in a certificate, or
@@ -103,7 +98,7 @@ class AuthorityStore:
 
     @property
     def encrypted(self) -> bool:
-        """Whether the key needs a passphrase.
+        """Check whether the key needs a passphrase.
 
         Raises:
             ConfigError: The folder has no authority.
@@ -112,7 +107,7 @@ class AuthorityStore:
 
     @property
     def root(self) -> Root:
-        """The certificate that devices and coordinator pin.
+        """Read the certificate that devices and coordinator pin.
 
         Raises:
             ConfigError: The folder has no authority.
@@ -122,7 +117,7 @@ class AuthorityStore:
             return Root.from_pem(self._read(CERTIFICATE))
 
     def unlock(self, passphrase: bytes | None) -> Authority:
-        """The authority with its private key.
+        """Open the authority with its private key.
 
         Raises:
             ConfigError: The folder has no authority.
@@ -155,14 +150,7 @@ class AuthorityStore:
         return der
 
     def issue_tls(self, authority: Authority, name: str, key: TlsPublicKey, hosts: Sequence[str], days: float) -> bytes:
-        """Certify that ``key`` is the TLS key of the gateway ``name``, valid from now on; DER.
-
-        Args:
-            authority: Unlocked.
-            name: Of the gateway.
-            key: P-256.
-            hosts: At which devices reach it.
-            days: For which it is valid.
+        """Certify that ``key`` (P-256) is the TLS key of the gateway ``name`` at ``hosts``, valid from now on; DER.
 
         Raises:
             ConfigError: The certificate would outlast the authority, or as ``Authority.issue_tls``.
@@ -175,12 +163,9 @@ class AuthorityStore:
             return der
 
     def invite(self, name: str, invited: PublicKey, hours: float) -> datetime:
-        """Let the device ``name`` enrol over a network once; until when.
+        """Let the device ``name`` enrol over a network once, with the key ``invited``; return until when.
 
-        Args:
-            name: That will be certified.
-            invited: The public half of the invitation's key; the secret is not kept.
-            hours: For which the invitation is valid.
+        The secret half of the invitation's key is not kept.
 
         Raises:
             ConfigError: A device cannot have this name.
@@ -195,14 +180,12 @@ class AuthorityStore:
     def redeem(
         self, authority: Authority, invited: bytes, signature: bytes, request: bytes, *, days: float, admit: Admit
     ) -> bytes:
-        """Certify the identity of an invited device, DER. For the same key again, the same certificate.
+        """Certify the identity of an invited device, DER. For the same key again, return the same certificate.
 
         Args:
-            authority: Unlocked.
             invited: The public half of the invitation's key, raw.
-            signature: Of that key, on the request: who passes it on can have no other key certified.
+            signature: Made with that key over the request: who passes it on can have no other key certified.
             request: PKCS #10 for the identity.
-            days: For which the certificate is valid.
             admit: Called with ``invited`` in hex once the signature was verified, before the record is locked; may
                 raise.
 
@@ -224,15 +207,14 @@ class AuthorityStore:
             return found or self._issue(writer, authority, name, key, self._end(authority, name, days))
 
     def renew(self, authority: Authority, certificate: bytes, signature: bytes, *, days: float, admit: Admit) -> bytes:
-        """Certify the identity of a device again, whose certificate is valid; DER.
+        """Certify again the identity of a device whose certificate is valid; DER.
 
         Its newest certificate is returned as long as that does not end soon.
 
         Args:
-            authority: Unlocked.
-            certificate: Of the device's identity, DER.
-            signature: Of the identity, on ``certificate``.
-            days: For which the new one is valid, or until the authority ends.
+            certificate: The certificate of the device's identity, DER.
+            signature: Made by the identity over ``certificate``.
+            days: The new one is valid as long, or until the authority ends.
             admit: Called with the device's name once it has proved it; may raise.
 
         Raises:
@@ -250,7 +232,7 @@ class AuthorityStore:
         with self._writing() as writer:
             require_unrevoked(writer.events, name, serial(certificate))
             require_new(writer, name, key, now)
-            end = min(now + timedelta(days), authority.root.not_after)  # nobody is there to choose fewer days
+            end = min(now + timedelta(days), authority.root.not_after)  # no person chooses fewer days
             found = lasting_certificate_of(writer.events, name, key.key_id, now, end)
             return found or self._issue(writer, authority, name, key, end)
 
@@ -277,13 +259,7 @@ class AuthorityStore:
         )
 
     def revoke(self, authority: Authority, which: str, reason: Reason, list_days: int) -> tuple[CertificateIssued, ...]:
-        """Revoke the certificates of a device, or the one with a serial, and sign a new list, as ``sign_list`` does.
-
-        Args:
-            authority: Unlocked.
-            which: Name of the device, or serial in hex.
-            reason: Goes into the list.
-            list_days: For which the list is valid.
+        """Revoke a device's certificates, or the one with a hex serial, and sign a new list (``sign_list``).
 
         Returns:
             The certificates that were not revoked before; none if the call is repeated. The list is signed anyway.
@@ -308,7 +284,7 @@ class AuthorityStore:
         return new
 
     def sign_list(self, authority: Authority, days: int) -> int:
-        """Sign a revocation list (``rules.listed_revocations``), valid for ``days``; its number.
+        """Sign a revocation list (``rules.listed_revocations``), valid for ``days``; return its number.
 
         Raises:
             DataError: As ``issue``.
@@ -335,7 +311,7 @@ class AuthorityStore:
         return number
 
     def certificates(self) -> tuple[tuple[CertificateIssued, str], ...]:
-        """Every certificate, in order, with its status: ``valid``, ``expired``, or ``revoked`` with the reason.
+        """Return every certificate, in order, with its status: ``valid``, ``expired``, or ``revoked`` with the reason.
 
         Raises:
             ConfigError: The folder has no authority.
@@ -358,7 +334,7 @@ class AuthorityStore:
             yield writer
 
     def _require_complete(self, events: Sequence[Event]) -> None:
-        """Return if the record has all of the newest list: a list from an older record would reinstate devices.
+        """Check that the record has all of the newest list: a list from an older record would reinstate devices.
 
         Raises:
             DataError: It lacks lines.

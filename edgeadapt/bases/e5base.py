@@ -29,7 +29,7 @@ VERSION = 1
 BLOCK = 32  # weights under one scale
 FLOAT32, Q4_0 = 0, 1  # kinds of tensors
 LARGEST = 2**31  # bytes of a file; multilingual-e5-small has 72 million
-MAX_CHARACTERS = 9_999  # that are replaced, in one class of a regular expression; multilingual-e5-small has 4,837
+MAX_CHARACTERS = 9_999  # in one class of a regular expression; multilingual-e5-small has 4,837
 EMBEDDINGS = {"word": "word_embeddings", "pos": "position_embeddings", "type": "token_type_embeddings"}
 LAYER_PARTS = {
     "q": "attention.self.query",
@@ -49,13 +49,9 @@ BREAK = "\x01"
 
 
 def convert(file: Path, folder: Path) -> None:
-    """Write ``config.json``, ``model.safetensors``, ``tokenizer.json`` and its companion into ``folder``.
+    """Write ``config.json``, ``model.safetensors``, ``tokenizer.json`` and its companion into the empty ``folder``.
 
     Equal files give equal folders, as long as the tokenizers library writes the same JSON.
-
-    Args:
-        file: The ``E5S1`` file.
-        folder: Exists and is empty.
 
     Raises:
         DataError: ``file`` is not a sound ``E5S1`` file.
@@ -126,7 +122,7 @@ def _config(reader: _Reader) -> dict[str, Any]:
 
 
 def _tokenizer(reader: _Reader, config: dict[str, Any]) -> tuple[Tokenizer, dict[str, str]]:
-    """The tokenizer, and its special tokens by the name that transformers gives them."""
+    """Build the tokenizer, and name its special tokens as transformers does."""
     count, bos, eos, pad, unk, size = reader.numbers("5iQ")
     if not 0 < count <= config["vocab_size"]:
         raise reader.unsound(f"{count} tokens for {config['vocab_size']} rows of the embedding")
@@ -192,19 +188,16 @@ def _replacements(reader: _Reader) -> dict[str, str]:
 
 
 def _one_of(characters: Iterable[str]) -> str:
-    """A regular expression for one of these."""
     escaped = (f"\\x{{{ord(each):x}}}" for each in sorted(characters))
     return f"[{''.join(escaped)}]"
 
 
 def character_map(replacements: Mapping[str, str]) -> bytes:
-    """A table of characters and what replaces each, as SentencePiece stores it (``precompiled_charsmap``).
+    """Write a table of characters and what replaces each, as SentencePiece stores it (``precompiled_charsmap``).
 
     The size of a double-array trie in bytes, the trie (Darts: the unit of a child lies at its parent's offset XOR its
-    byte), then the replacements, each ended by NUL.
-
-    Args:
-        replacements: Character → text. None is NUL, and none empty: tokenizers does not remove the beginning of a text.
+    byte), then the replacements, each ended by NUL. No replacement is empty or NUL: tokenizers does not remove the
+    beginning of a text.
     """
     tree: dict[int, Any] = {}
     texts = bytearray()
@@ -255,7 +248,7 @@ def _weights(reader: _Reader, config: dict[str, Any]) -> Iterator[tuple[str, Flo
 
 
 def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The tensors of a ``BertModel`` without pooler, and their shapes."""
+    """List the tensors of a ``BertModel`` without pooler, with their shapes."""
     width, inner = config["hidden_size"], config["intermediate_size"]
     rows = {"word": config["vocab_size"], "pos": config["max_position_embeddings"], "type": config["type_vocab_size"]}
     shapes: dict[str, tuple[int, ...]] = {
@@ -272,7 +265,7 @@ def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _name(given: str) -> str:
-    """transformers' name of a tensor; "" for one that is not known."""
+    """Translate a tensor's name to transformers'; "" for one that is not known."""
     match given.split("."):
         case ["emb", "ln", kind] if kind in KINDS:
             return f"embeddings.LayerNorm.{KINDS[kind]}"
@@ -284,7 +277,7 @@ def _name(given: str) -> str:
 
 
 def _dequantized(data: bytes) -> Floats:
-    """``Q4_0``: a block has a scale, then 16 bytes; their low halves are the first 16 weights, the high the rest."""
+    """Decode ``Q4_0``: a block has a scale, then 16 bytes: low halves are the first 16 weights, high the rest."""
     blocks = np.frombuffer(data, np.dtype([("scale", "<f2"), ("halves", "u1", BLOCK // 2)]))
     halves = np.concatenate([blocks["halves"] & 15, blocks["halves"] >> 4], axis=1).astype(np.float32)
     return ((halves - 8) * blocks["scale"].astype(np.float32)[:, None]).ravel()

@@ -38,7 +38,7 @@ SHORTEST_KEY, SHORTEST_TENSOR = 13, 32  # bytes
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """Where a tensor is. ``shape``: as NumPy has it, the fastest dimension last."""
+    """Says where a tensor is. ``shape``: as NumPy has it, the fastest dimension last."""
 
     name: str
     shape: tuple[int, ...]
@@ -81,7 +81,7 @@ class _HeaderReader:
         self.data, self.at = data, 0
 
     def left(self, count: int, each: int, most: int, what: str) -> int:
-        """``count``, if so many things of at least ``each`` bytes can follow."""
+        """Check that ``count`` things of at least ``each`` bytes can follow, and return ``count``."""
         if count > most or count * each > len(self.data) - self.at:
             raise ValueError(f"{count} {what} cannot follow byte {self.at}")
         return count
@@ -120,7 +120,7 @@ class _HeaderReader:
 
 
 def _header(reader: _HeaderReader) -> tuple[dict[str, Any], list[GgufTensor]]:
-    """The settings, and the tensors with their offsets in the data."""
+    """Read the settings, and the tensors with their offsets in the data."""
     if reader.take(4) != MAGIC or reader.number("I") not in VERSIONS:
         raise ValueError(f"it does not begin with {MAGIC.decode()} and the version 2 or 3")
     count, keys = reader.number("Q"), reader.number("Q")
@@ -147,7 +147,7 @@ def _tensor(reader: _HeaderReader) -> GgufTensor:
 
 
 def _placed(tensors: list[GgufTensor], begin: int, end: int) -> tuple[GgufTensor, ...]:
-    """The tensors at their places in a file of ``end`` bytes, whose data begins at ``begin``."""
+    """Place the tensors in a file of ``end`` bytes, whose data begins at ``begin``."""
     if len({tensor.name for tensor in tensors}) < len(tensors):
         raise ValueError("two tensors have one name")
     at = begin
@@ -167,7 +167,6 @@ def _alignment(settings: dict[str, Any]) -> int:
 
 @cache
 def _is_readable(kind: GGMLQuantizationType) -> bool:
-    """Whether the library can make floats of it."""
     try:
         dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
     except (KeyError, NotImplementedError):

@@ -1,7 +1,7 @@
 """A base's own model: the one module in which transformers opens files that others made.
 
-Whatever is wrong with them ends in one line. Code that comes with a base never runs. Weights that are missing are
-refused, where transformers would draw random ones.
+Any defect ends in one line. Code that comes with a base never runs. Weights that are missing are refused, where
+transformers would draw random ones.
 """
 
 import logging
@@ -28,7 +28,7 @@ MAX_REASON = 200  # characters of a message of transformers
 
 
 def configuration(base: Base) -> Any:
-    """``config.json`` as transformers reads it.
+    """Read ``config.json`` with transformers.
 
     Raises:
         ConfigError: It is damaged, of an unknown architecture, or states sizes that the weights cannot have.
@@ -60,11 +60,9 @@ def configuration(base: Base) -> Any:
 def load(
     base: Base, kind: Any, num_labels: int | None = None, saved: Sequence[str] = (), offload: Path | None = None
 ) -> Any:
-    """The base as transformers' class ``kind`` (``AutoModel``, say), in float32 and evaluation mode.
+    """Load the base as transformers' class ``kind`` (``AutoModel``, say), in float32 and evaluation mode.
 
     Args:
-        base: The base.
-        kind: The class.
         num_labels: Rows of the head, where they are not the base's own.
         saved: As peft's ``modules_to_save``: modules that every adapter brings, so that the base may lack their weights
             or have them in another size.
@@ -106,7 +104,7 @@ def load(
 
 
 def loaded(module: nn.Module) -> AbstractContextManager[object]:
-    """Within the block, the own parameters of ``module`` have their values, whatever ``load`` did with them."""
+    """Give the own parameters of ``module`` their values within the block, whatever ``load`` did with them."""
     from accelerate.utils import align_module_device
 
     found: AbstractContextManager[object] = align_module_device(module)
@@ -114,7 +112,7 @@ def loaded(module: nn.Module) -> AbstractContextManager[object]:
 
 
 def parameter_shapes(base: Base, kind: Any, num_labels: int) -> dict[str, tuple[int, ...]]:
-    """The shape of each parameter of the base as transformers' class ``kind`` with so many labels. Reads no weights.
+    """Return the shape of each parameter of the base as transformers' class ``kind``. Reads no weights.
 
     Raises:
         ConfigError: As ``configuration``, or transformers has no such class for the architecture.
@@ -130,13 +128,13 @@ def parameter_shapes(base: Base, kind: Any, num_labels: int) -> dict[str, tuple[
 
 
 def layer_names(model: nn.Module) -> str:
-    """The names of a model's linear layers, for messages about a name that it lacks."""
+    """Name a model's linear layers, for messages about a name that it lacks."""
     found = {path.rpartition(".")[2] for path, module in model.named_modules() if is_linear(module)}
     return ", ".join(sorted(found))
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether ``module`` computes ``x W^T + b``: a Linear, GPT-2's Conv1D, or a family's own class (FalconLinear)."""
+    """Check whether ``module`` computes ``x W^T + b``: a Linear, GPT-2's Conv1D, or a family's own (FalconLinear)."""
     if type(module) in (nn.Linear, Conv1D):
         return True
     # An attention of torch's own reads this one's weight without calling it.
@@ -151,7 +149,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def tokenizer(base: Base) -> Tokenizer:
-    """The base's tokenizer, as it is stored.
+    """Read the base's tokenizer, as it is stored.
 
     Raises:
         ConfigError: ``tokenizer.json`` is damaged.
@@ -163,7 +161,7 @@ def tokenizer(base: Base) -> Tokenizer:
 
 
 def _layers_on_disk(config: Any, kind: Any) -> dict[str, str]:
-    """transformers' ``device_map`` of a model whose lists of layers are on disk and whose other modules in memory."""
+    """Return transformers' ``device_map`` for lists of layers on disk and other modules in memory."""
     with torch.device("meta"):
         model = kind.from_config(config)
     return dict(_places(model, ""))
@@ -183,7 +181,7 @@ def _places(module: nn.Module, path: str) -> Iterator[tuple[str, str]]:
 
 
 def _check_unused(model: Any, missing: list[str]) -> None:
-    """Refuse missing weights that change an answer; some bases lack a pooler, which nothing here reads."""
+    """Check that no missing weights change an answer; some bases lack a pooler, which nothing here reads."""
     state, generator = model.state_dict(), torch.Generator().manual_seed(0)
     answers: list[Tensor] = []
     with torch.no_grad():
@@ -206,7 +204,7 @@ def _refusal(base: Base, error: Exception) -> ConfigError:
 
 
 def chat_template(base: Base) -> Callable[[list[dict[str, str]], bool], str] | None:
-    """What renders messages as the base's chat template does; None if it has none.
+    """Return the function that renders messages by the base's chat template; None if it has none.
 
     Returns:
         Messages, each with ``role`` and ``content``, and whether an answer shall follow → the text of the prompt.
@@ -229,7 +227,7 @@ def chat_template(base: Base) -> Callable[[list[dict[str, str]], bool], str] | N
 
 
 def end_token(model: Any) -> int:
-    """The token that ends a text of a language model.
+    """Return the token that ends a text of a language model.
 
     Raises:
         ConfigError: Its configuration names none.

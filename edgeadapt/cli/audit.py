@@ -22,7 +22,7 @@ Renderer = Callable[[AuditInput, Mapping[str, Report], TrustError | None], Itera
 
 
 class _Moment(click.DateTime):
-    """A time in UTC, or the end of a day: a certificate that is issued on a day is not yet valid at its beginning."""
+    """Parses a time in UTC, or the end of a day: a certificate is not yet valid at the beginning of its first day."""
 
     def __init__(self) -> None:
         super().__init__(("%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"))
@@ -143,7 +143,7 @@ def _audit_repository(path: Path, as_json: bool, options: dict[str, Any], *, lis
 
 
 def _action(record: ActionRecord) -> str:
-    """What was done, in one line; the figures of gates follow in lines of their own."""
+    """Say in one line what was done; the figures of gates follow in lines of their own."""
     action = record.action
     words = [f"{record.number:>5}  {record.made}  {action.kind}"]
     words += [action.subject] if action.subject and action.source is None else []
@@ -175,7 +175,7 @@ def _summary(path: Path, found: RepositoryAudit) -> Iterator[str]:
 
 
 def _update(path: Path) -> None:
-    """Let the logs of a coordinator whose machine may not lead be what its database has."""
+    """Update the logs of a coordinator whose machine may not lead from its database."""
     for folder in (path, path / RUN):
         if RegistrySettings.of(folder).database:
             from coordinator.statedir import update_transcript  # takes the extra of such a registry

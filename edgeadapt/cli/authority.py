@@ -249,7 +249,7 @@ def _requested(name: str | None, request: Path | None, public_key: Path | None) 
 
 
 def unlock(store: AuthorityStore, passphrase_file: Path | None) -> Authority:
-    """The authority, with its passphrase from a file, or typed."""
+    """Open the authority with its passphrase from a file, or typed."""
     return store.unlock(_passphrase(passphrase_file, new=False) if store.encrypted else None)
 
 
@@ -262,7 +262,7 @@ def _passphrase(file: Path | None, *, new: bool) -> bytes:
 
 
 def _first_line(path: Path) -> bytes:
-    """Of a file, or of a pipe from a password manager, which need not end."""
+    """Read the first line of a file, or of a pipe from a password manager, which need not end."""
     with path.open("rb") as file:
         return file.read(LONGEST).split(b"\n", 1)[0].rstrip(b"\r")
 

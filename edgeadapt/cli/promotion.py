@@ -203,7 +203,7 @@ def _open(folder: Path) -> ChannelRepository:
 def _prepared(
     opened: ChannelRepository, channel: str, key: IdentityKey | None, margin: float
 ) -> RollbackCondition | None:
-    """The condition of the rollback that is prepared for a channel: now, if a key is given."""
+    """Return the condition of a channel's prepared rollback, which is prepared now if a key is given."""
     if key is not None and opened.rollout(channel) is not None:
         return prepare(opened, channel, key, margin)
     found = opened.prepared.read(channel)

@@ -24,7 +24,7 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON o
 
 
 def where(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say where versions and releases are."""
+    """Add the options that say where versions and releases are."""
     for option in (
         click.option(
             "--trust",
@@ -108,7 +108,7 @@ def diff(state_dir: Path, releases: Path | None, trust: Path | None, before: int
 
 
 def open_lineage(state_dir: Path, releases: Path | None, trust: Path | None) -> Lineage:
-    """The versions that the options of ``where`` name. Raises as ``Lineage.read``."""
+    """Read the versions that the options of ``where`` name. Raises as ``Lineage.read``."""
     repository = None if releases is None else ChannelRepository.open(releases, datetime.now(UTC))
     return Lineage.read(state_dir, trust, repository)
 

@@ -19,20 +19,20 @@ from edgeadapt.formats.storage import flush, sync
 
 LARGEST = 2**30  # bytes
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "az"}  # have no folders; making one could make a bucket
-# Seconds, and attempts, which s3fs repeats. By default nobody would say for a quarter of an hour that nothing answers.
+# Seconds, and attempts, which s3fs repeats. By default a store that does not answer is an error after 15 minutes.
 PATIENCE = {"connect_timeout": 10, "read_timeout": 30, "retries": {"mode": "standard", "total_max_attempts": 1}}
 
 
 @dataclass(frozen=True, slots=True)
 class Blobs:
-    """A folder of blobs. ``get(put(blob)) == blob``."""
+    """Stores blobs in a folder. ``get(put(blob)) == blob``."""
 
     fs: Any  # fsspec ships no types
     root: str
 
     @classmethod
     def at(cls, url: str) -> Self:
-        """The folder or bucket at ``url``, to read from.
+        """Open the folder or bucket at ``url``, to read from.
 
         Raises:
             ConfigError: fsspec has no file system of that kind, its package is not installed, or the address has a
@@ -58,7 +58,7 @@ class Blobs:
 
     @classmethod
     def open(cls, url: str) -> Self:
-        """As ``at``, and create the folder if it is missing. A bucket is never created.
+        """Open it as ``at`` does, and create the folder if it is missing. A bucket is never created.
 
         Raises:
             ConfigError: As ``at``.
@@ -119,7 +119,7 @@ class Blobs:
                 self.fs.rm(place)
 
     def get(self, digest: str) -> bytes:
-        """The blob of that digest (SHA-256, hex).
+        """Read the blob of that digest (SHA-256, hex).
 
         Raises:
             DataError: It is missing.
@@ -134,10 +134,10 @@ class Blobs:
         return blob
 
     def read(self, digest: str, size: int | None = None) -> bytes:
-        """What is under the name of that digest, unverified; empty if it does not have that size, or is too large.
+        """Read what has that digest's name, unverified; empty if it does not have that size, or is too large.
 
         Raises:
-            DataError: Nothing is.
+            DataError: It is missing.
             EdgeAdaptError: It cannot be read.
         """
         place = self._place(digest)

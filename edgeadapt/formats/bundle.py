@@ -58,17 +58,17 @@ M = TypeVar("M", bound=Manifest)
 
 
 def manifest_path(name: str) -> Path:
-    """The manifest of an adapter, relative to the bundle. Raises ConfigError for a name that no adapter can have."""
+    """Name an adapter's manifest, relative to the bundle. Raises ConfigError for a name that no adapter can have."""
     return ADAPTERS / f"{check_name(name)}.json"
 
 
 def adapter_path(name: str) -> Path:
-    """The file of an adapter, relative to the bundle. Raises as ``manifest_path``."""
+    """Name the file of an adapter, relative to the bundle. Raises as ``manifest_path``."""
     return ADAPTERS / f"{check_name(name)}.onnx_adapter"
 
 
 def adapter_names(bundle: Path) -> list[str]:
-    """The adapters of a bundle by the names of their manifests, sorted; nothing is verified.
+    """List the adapters of a bundle by the names of their manifests, sorted; nothing is verified.
 
     Names with a leading dot belong to file managers.
     """
@@ -76,22 +76,21 @@ def adapter_names(bundle: Path) -> list[str]:
 
 
 def read_file(path: Path, limit: int) -> bytes:
-    """The content of a file of a bundle.
+    """Read a file of a bundle.
 
     Raises:
         DataError: It is missing, is not a regular file, or cannot be read.
         TrustError: It is larger than ``limit`` bytes. Nothing was read then.
     """
     with _opened(path, limit) as (file, stamp):
-        return file.read(stamp.size)  # not of the limit: a small machine would refuse so much memory
+        return file.read(stamp.size)  # not the limit: a small machine would refuse that much memory
 
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """What identifies the content of an open file without reading it.
+    """Identifies the content of an open file without reading it.
 
-    The system sets the time of the last change (ctime) at every write, and it cannot be set back without setting the
-    machine's clock.
+    The system sets ctime at every write, and it cannot be set back without setting the machine's clock.
     """
 
     device: int
@@ -102,13 +101,12 @@ class Stamp:
 
     @classmethod
     def of(cls, found: os.stat_result) -> Self:
-        """From what the system states about a file."""
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 @dataclass(frozen=True, slots=True)
 class HashedFile:
-    """A file's digest (SHA-256, hex), and its stamp from before it was read."""
+    """Holds a file's digest (SHA-256, hex), and its stamp from before it was read."""
 
     path: Path
     digest: str
@@ -121,7 +119,7 @@ class HashedFile:
             return cls(path, file_digest(file, "sha256").hexdigest(), stamp)
 
     def check(self) -> None:
-        """Return if the path still leads to the file that was hashed, unchanged.
+        """Check that the path still leads to the file that was hashed, unchanged.
 
         Raises:
             TrustError: It was written, replaced or removed since.
@@ -139,7 +137,7 @@ class HashedFile:
 
 @dataclass(frozen=True, slots=True)
 class VerifiedBase:
-    """The base of a bundle, verified: its folder, and the bytes of the files that its task needs in memory."""
+    """Holds a verified base: its folder, and the bytes of the files that its task needs in memory."""
 
     manifest: BaseManifest
     folder: Path
@@ -148,18 +146,18 @@ class VerifiedBase:
 
     @property
     def digest(self) -> str:
-        """Of the frozen base that was exported, as ``Base.digest``."""
+        """Return the digest of the frozen base that was exported (``Base.digest``)."""
         return self.manifest.base_digest
 
     def read(self, name: str) -> bytes:
-        """The content of any listed file, verified again. Raises as ``Bundle.base``."""
+        """Read any listed file, verified again. Raises as ``Bundle.base``."""
         content = read_file(self.folder / name, MAX_BASE_FILE)
         if sha256(content).hexdigest() != self.manifest.files[name]:
             raise _altered(self.folder / name)
         return content
 
     def check(self) -> None:
-        """To be called after something was loaded from the folder itself.
+        """Check, after something was loaded from the folder itself, that no file changed.
 
         Raises:
             TrustError: A file was written, replaced or removed since it was hashed.
@@ -170,7 +168,7 @@ class VerifiedBase:
 
 @dataclass(frozen=True, slots=True)
 class VerifiedAdapter:
-    """An adapter that may be used on the base for which it was verified."""
+    """Holds an adapter that may be used on the base for which it was verified."""
 
     manifest: AdapterManifest
     inputs: Tensors = field(repr=False)  # by graph input
@@ -178,13 +176,13 @@ class VerifiedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A bundle, and the keys that may have signed its manifests."""
+    """Reads a bundle with the keys that may have signed its manifests."""
 
     folder: Path
     trusted: tuple[PublicKey, ...]
 
     def base_manifest(self) -> BaseManifest:
-        """What is signed about the base (rule 1).
+        """Read the base's manifest (rule 1).
 
         Raises:
             DataError: The file is missing.
@@ -193,7 +191,7 @@ class Bundle:
         return self._accept(BaseManifest, self.folder / BASE_MANIFEST)
 
     def base(self) -> VerifiedBase:
-        """The base (rules 1 and 2).
+        """Read the base (rules 1 and 2).
 
         Raises:
             DataError: A file is missing.
@@ -217,7 +215,7 @@ class Bundle:
         return VerifiedBase(manifest, folder, files, hashed)
 
     def adapter_manifest(self, name: str) -> AdapterManifest:
-        """What is signed about an adapter (rule 3).
+        """Read an adapter's manifest (rule 3).
 
         Raises:
             ConfigError: No adapter can have this name.
@@ -240,7 +238,7 @@ class Bundle:
         return manifest
 
     def adapter(self, name: str, base: BaseManifest) -> VerifiedAdapter:
-        """An adapter for ``base`` (rules 3 to 5).
+        """Read an adapter for ``base`` (rules 3 to 5).
 
         Raises:
             ConfigError: No adapter can have this name.
@@ -276,7 +274,7 @@ class Bundle:
 
 
 def _check_stated(inputs: Tensors, manifest: AdapterManifest, base: BaseManifest) -> None:
-    """Refuse an adapter that is not what its manifest states, or does not fit the base (rule 5)."""
+    """Check that an adapter is what its manifest states, and fits the base (rule 5)."""
     sizes = check_slots(inputs, base.slots)
     rank = max((size for symbol, size in sizes.items() if symbol.startswith("rank_")), default=0)
     if rank > base.max_rank:
@@ -306,7 +304,7 @@ def _check_stated(inputs: Tensors, manifest: AdapterManifest, base: BaseManifest
 
 
 def _check_listed(folder: Path, manifest: BaseManifest) -> None:
-    """Refuse files that nobody signed: a library that is given the folder may read them.
+    """Check that every file is signed: a library that is given the folder may read them.
 
     Names with a leading dot belong to file managers, and no library reads them.
     """

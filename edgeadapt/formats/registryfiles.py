@@ -67,19 +67,19 @@ class RegistrySettings(Settings):
 
     @classmethod
     def of(cls, state_dir: Path) -> Self:
-        """Those of a state directory. Without the file, all is there. Raises as ``read``."""
+        """Read those of a state directory. Without the file, all is there. Raises as ``read``."""
         return cls.read(state_dir / REGISTRY) if (state_dir / REGISTRY).exists() else cls()
 
 
 class RegistrySource(Protocol):
-    """Where a registry is read from. Nothing that it returns is verified."""
+    """Says where a registry is read from. Nothing that it returns is verified."""
 
     @property
     def name(self) -> str:
-        """Of the database, for a message."""
+        """Name the database in a message."""
 
     def rows(self, query: str, values: tuple[int, ...]) -> list[tuple[Any, ...]]:
-        """What a query finds, in a database with this schema.
+        """Run a query on a database with this schema.
 
         Raises:
             ConfigError: The database has another schema.
@@ -87,10 +87,10 @@ class RegistrySource(Protocol):
         """
 
     def place(self, digest: str) -> str:
-        """The file with that digest, for a message."""
+        """Name the file with that digest in a message."""
 
     def file(self, digest: str, size: int) -> bytes:
-        """The content of that file, empty if it does not have that size.
+        """Read that file; empty if it does not have that size.
 
         Raises:
             DataError: It is missing.
@@ -98,12 +98,12 @@ class RegistrySource(Protocol):
 
 
 def blob_name(digest: str) -> str:
-    """The file in ``BLOBS`` with the adapter of this SHA-256 (hex)."""
+    """Name the file in ``BLOBS`` with the adapter of this SHA-256 (hex)."""
     return f"{digest}.safetensors"
 
 
 def require(state_dir: Path) -> None:
-    """Return if a coordinator's registry is in the folder.
+    """Check that a coordinator's registry is in the folder.
 
     Raises:
         ConfigError: It is not, or as ``RegistrySettings.of``.
@@ -118,7 +118,7 @@ def require(state_dir: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class LocalFiles:
-    """A registry's files: ``registry.db`` in ``folder``, and the folder ``blobs``."""
+    """Reads ``registry.db`` in ``folder``, and the folder ``blobs``."""
 
     folder: Path
     blobs: Path
@@ -167,11 +167,7 @@ class LocalFiles:
 
 
 def require_schema(found: object, name: str) -> None:
-    """Return if a database has the schema of this edgeadapt.
-
-    Args:
-        found: The revision of its schema.
-        name: Of the database.
+    """Check that a database, whose schema has the revision ``found``, has the schema of this edgeadapt.
 
     Raises:
         ConfigError: It is another one.
@@ -186,18 +182,14 @@ def require_schema(found: object, name: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class RegistryFiles:
-    """A registry to read. One coordinator may write to it at the same time."""
+    """Reads a registry. One coordinator may write to it at the same time."""
 
     source: RegistrySource
     trusted: tuple[PublicKey, ...]
 
     @classmethod
     def open(cls, state_dir: Path, trusted: Sequence[PublicKey]) -> Self:
-        """The registry whose files are in a coordinator's state directory.
-
-        Args:
-            state_dir: The folder.
-            trusted: The keys that may have signed its manifests.
+        """Open the registry in a coordinator's state directory, whose manifests one of ``trusted`` signed.
 
         Raises:
             ConfigError: As ``require``.
@@ -206,7 +198,7 @@ class RegistryFiles:
         return cls(LocalFiles(state_dir, state_dir / BLOBS), tuple(trusted))
 
     def manifest(self, version: int | None = None) -> VersionManifest | None:
-        """The manifest of a version, by default of the newest; None if the registry does not have it.
+        """Read the manifest of a version, by default of the newest; None if the registry does not have it.
 
         Raises:
             ConfigError: The database has another schema.
@@ -231,7 +223,7 @@ class RegistryFiles:
         return found
 
     def recorded(self, version: int | None = None) -> VersionManifest | None:
-        """As ``manifest``, of a version that the record of a round says was made; version 0 is from no round.
+        """Read the ``manifest`` of a version that a round's record says was made; version 0 is from no round.
 
         Raises:
             ConfigError, DataError: As ``manifest``.
@@ -250,7 +242,7 @@ class RegistryFiles:
         return found
 
     def rounds(self) -> tuple[RoundRecord, ...]:
-        """The records of all rounds, in order.
+        """Read the records of all rounds, in order.
 
         Raises:
             ConfigError: The database has another schema.
@@ -260,7 +252,7 @@ class RegistryFiles:
         return tuple(accept_chain(self.source.rows(_ROUNDS, ()), self.trusted))
 
     def blob(self, manifest: VersionManifest) -> bytes:
-        """The file of a version, byte for byte as published.
+        """Read the file of a version, byte for byte as published.
 
         Raises:
             DataError: It is missing.
@@ -275,7 +267,7 @@ class RegistryFiles:
         return blob
 
     def tensors(self, manifest: VersionManifest) -> Tensors:
-        """The tensors of a version, finite and of its manifest's layout.
+        """Read the tensors of a version, finite and of its manifest's layout.
 
         Raises:
             DataError: The file is missing or holds no adapter.
@@ -294,12 +286,12 @@ class RegistryFiles:
 
 
 def float32_tensors(blob: bytes) -> Tensors:
-    """The tensors of a safetensors file: a length, a JSON header with shapes and offsets, the numbers.
+    """Read the tensors of a safetensors file: a length, a JSON header with shapes and offsets, the numbers.
 
-    The library reads the same (``edgeadapt.formats.files.decode``), and is not in the bare install.
+    ``edgeadapt.formats.files.decode`` reads the same with the library, which is not in the bare install.
 
     Raises:
-        DataError: It is no such file, or has a tensor of another type.
+        DataError: It is not such a file, or has a tensor of another type.
     """
     end = _LENGTH + int.from_bytes(blob[:_LENGTH], "little")
     try:

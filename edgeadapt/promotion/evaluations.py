@@ -1,7 +1,7 @@
 """The rounds of evaluation of a coordinator: which releases they compared, what they found, and what follows from it.
 
-The signed record of a round names its plan by digest, and the log of the session has the plan. So the plan that is
-found under that digest is the one that the devices had, whoever keeps the log.
+The signed record of a round names its plan by digest. So the plan that a log has under that digest is the one that the
+devices had, no matter who keeps the log.
 """
 
 from collections.abc import Generator, Sequence
@@ -30,18 +30,18 @@ TRANSCRIPT = "transcript"  # in a state directory; ``coordinator.statedir`` has 
 
 
 class NoVerdictError(ConfigError):
-    """No round of evaluation gives a verdict on the two releases yet."""
+    """Is raised when no round of evaluation gives a verdict on the two releases yet."""
 
 
 @dataclass(frozen=True, slots=True)
 class WatchStep:
-    """What a look at a rollout led to.
+    """Says what a check of a rollout led to.
 
     Args:
         outcome: The channel rolls nothing out; there is no verdict yet; the release stays; or it was rolled back.
         text: For a person.
         evaluation: With the verdict, if there is one.
-        release: That a rollback made.
+        release: The release that a rollback made.
     """
 
     outcome: Literal["no rollout", "no verdict", "kept", "rolled back"]
@@ -57,10 +57,9 @@ def act(repository: ChannelRepository, state_dir: Path, trust: Path | None, chan
     already gives no verdict: the same adapter, promoted again, is compared again.
 
     Args:
-        repository: Of the channel. Of its keys, that of snapshot and timestamp is needed.
-        state_dir, trust: Of the coordinator, as of ``Lineage.read``.
-        channel: The channel.
-        adapter: That was compared.
+        repository: Needs the key of snapshot and timestamp only.
+        state_dir, trust: The coordinator's, as for ``Lineage.read``.
+        adapter: Was compared.
 
     Raises:
         ConfigError: A rollout is under way without a prepared rollback, or as ``compared`` and ``publish_prepared``.
@@ -100,12 +99,11 @@ def judge(
     margin: float,
     records: Sequence[ActionRecord],
 ) -> JudgedEvaluation:
-    """The verdict of the last round that compared two releases, unless it led to a rollback already.
+    """Return the verdict of the last round that compared two releases, unless it led to a rollback already.
 
     Args:
-        channel: That rolls the newest out.
-        adapter: That is compared.
-        newest, previous: ``AdapterManifest.content`` of it in the two releases.
+        channel: Rolls the newest out.
+        newest, previous: ``AdapterManifest.content`` of the adapter in the two releases.
         margin: How far the accuracy of the newest may be below.
 
     Raises:
@@ -133,10 +131,7 @@ def judge(
 
 
 def last_evaluation(lineage: Lineage, newest: str, previous: str) -> GovernedVersion | None:
-    """The version of the last round that compared two adapters; None if there was none.
-
-    Args:
-        newest, previous: ``AdapterManifest.content`` of them.
+    """Return the version of the last round that compared two adapters (``AdapterManifest.content``), or None.
 
     Raises:
         DataError: A log is too large.
@@ -161,10 +156,9 @@ def _add_one(state_dir: Path) -> str:
 
 
 def find_plan(state_dir: Path, digest: str) -> Plan:
-    """The plan of a round, from the log of its session.
+    """Find the plan of a round in the log of its session.
 
-    Args:
-        state_dir: Of the coordinator. It is only read: where the database has the logs, its copy of them is not used.
+    The state directory is only read: where the database has the logs, its copy of them is not used.
 
     Raises:
         DataError: A log is too large.
@@ -187,7 +181,7 @@ def find_plan(state_dir: Path, digest: str) -> Plan:
 
 
 def _newest_logs(state_dir: Path) -> Generator[bytes, None, None]:
-    """The logs of all sessions, the newest first."""
+    """Read the logs of all sessions, the newest first."""
     if not RegistrySettings.of(state_dir).database:
         yield from (storage.read(path) for path in reversed(logs(state_dir / TRANSCRIPT)))
         return

@@ -34,7 +34,7 @@ class GateError(EdgeAdaptError):
 
 @dataclass(frozen=True, slots=True)
 class HeldOutPhrase:
-    """A phrase that nobody trained on, with the right answer."""
+    """Holds a phrase that nobody trained on, with the right answer."""
 
     label: str
     phrase: str
@@ -42,7 +42,7 @@ class HeldOutPhrase:
 
 
 def read_held_out(path: Path) -> list[HeldOutPhrase]:
-    """The phrases in a file of lines ``LABEL TAB PHRASE TAB LANGUAGE``.
+    """Read the phrases in a file of lines ``LABEL TAB PHRASE TAB LANGUAGE``.
 
     Raises:
         ConfigError: There is no such file.
@@ -63,9 +63,9 @@ def read_held_out(path: Path) -> list[HeldOutPhrase]:
 
 @dataclass(slots=True)
 class AssembledRelease:
-    """A release put together as a device has it, with the keys that must have signed it.
+    """Holds a release put together as a device has it, with the keys that must have signed it.
 
-    It has a folder of its own: what the session of a device notes of versions stays there.
+    Its folder is its own: what a device's session notes of versions stays there.
     """
 
     release: Release
@@ -83,11 +83,10 @@ class AssembledRelease:
 
     @property
     def verified(self) -> Bundle:
-        """The bundle, with the pinned keys."""
         return Bundle(self.bundle, read_public_keys(self.bundle.parent / TRUST))
 
     def answers(self, name: str, phrases: Sequence[str]) -> list[str | None]:
-        """The most likely label of each phrase; None where the base knows no part of it.
+        """Return the most likely label of each phrase; None where the base knows no part of it.
 
         Raises:
             ConfigError, DataError, TrustError: As ``ClassificationSession.open`` and ``classify``.
@@ -101,19 +100,18 @@ class AssembledRelease:
         ]
 
     def labels(self, name: str) -> tuple[str, ...]:
-        """Of an adapter; empty if the release does not have it."""
+        """Return the labels of an adapter; empty if the release does not have it."""
         return self.verified.adapter_manifest(name).labels if name in self.release.adapters else ()
 
 
 @dataclass(frozen=True, slots=True)
 class PromotionTrial:
-    """What a promotion is about.
+    """Says what a promotion is about.
 
     Args:
         settings: What it must pass.
-        folder: To which the paths in ``settings`` are relative.
-        candidate: The release that is to be promoted.
-        current: The one that devices have; None if the channel has none.
+        folder: The paths in ``settings`` are relative to it.
+        current: The release that devices have; None if the channel has none.
     """
 
     settings: GateSettings
@@ -144,7 +142,7 @@ class PromotionTrial:
         return tuple(sorted(self.candidate.release.adapters))
 
     def path(self, key: str, value: str) -> Path:
-        """A path that the settings name.
+        """Resolve a path that the settings name.
 
         Raises:
             ConfigError: They name none.
@@ -155,12 +153,12 @@ class PromotionTrial:
 
 
 def refusal(gate: str, reason: str) -> GateResult:
-    """Of a gate that could not be measured."""
+    """Return the result of a gate that could not be measured."""
     return GateResult(gate, False, None, None, f"cannot be measured: {' '.join(reason.split())}"[:LONGEST])
 
 
 def require_passed(results: Iterable[GateResult], what: str) -> None:
-    """Return if all gates let a release pass.
+    """Check that all gates let a release pass.
 
     Raises:
         GateError: One does not; ``value`` has the names of all that do not.
@@ -264,7 +262,7 @@ GATES: dict[GateName, Callable[[PromotionTrial], Results]] = {
 
 
 def _held_out(trial: PromotionTrial) -> list[HeldOutPhrase]:
-    """The held-out phrases.
+    """Read the held-out phrases.
 
     Raises:
         ConfigError, DataError: As ``read_held_out``; or no release has one of the labels, which is then misspelled.

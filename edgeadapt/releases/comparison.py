@@ -5,7 +5,7 @@ from edgeadapt.releases.repository import ChannelRepository
 
 
 def compared(repository: ChannelRepository, channel: str, name: str) -> tuple[str, str]:
-    """``AdapterManifest.content`` of an adapter in the release that a channel rolls out, and in the one before.
+    """Return an adapter's ``AdapterManifest.content`` in the release that a channel rolls out, and in the previous one.
 
     Raises:
         ConfigError: There is no such channel, it rolls nothing out, or the adapter is not in both releases or is the

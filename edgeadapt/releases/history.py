@@ -1,6 +1,6 @@
 """Check a repository of channels and its log: what an auditor does.
 
-1. Each root is signed by the keys of the root before it and by its own; the auditor's root is one of them.
+1. Each root is signed by the keys of the previous root and by its own; the auditor's root is one of them.
 2. Timestamp, snapshot, targets and channels are signed as the newest root demands.
 3. The snapshot names the newest record. From there back, each record has the digest that the next one states, and is
    signed by a key that a root named for the snapshot.
@@ -12,10 +12,10 @@
    current only by a record with an evaluation that meets the condition which the channel's key signed in them, and
    that led to no rollback before.
 7. No record made a release of a channel that was protected then, unless by a promotion whose gates all let it pass, or
-   by a rollback. Which channels are protected is what the targets of that time say.
+   by a rollback. The targets of that time say which channels are protected.
 
-Expired metadata are no failure: they say that the repository is not renewed, not that it was altered. A copy of an
-earlier state of everything is consistent with itself: compare the number of actions with the one known before.
+Expired metadata are no failure: the repository is not renewed, but was not altered. A copy of an earlier state of
+everything is consistent with itself: compare the number of actions with the one known before.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ from edgeadapt.releases.verdict import JudgedEvaluation
 
 @dataclass(frozen=True, slots=True)
 class RepositoryAudit:
-    """A repository that passed.
+    """Describes a repository that passed.
 
     Args:
         records: All of its log, oldest first.
@@ -58,16 +58,13 @@ class RepositoryAudit:
 
 
 def is_repository(folder: Path) -> bool:
-    """Whether the folder is that of a repository of channels."""
     return (folder / PUBLIC / METADATA).is_dir()
 
 
 def audit_repository(folder: Path, root: Path | None) -> RepositoryAudit:
-    """Check a repository.
+    """Check a repository, whose keys need not be there.
 
-    Args:
-        folder: Of the repository; the keys need not be there.
-        root: A root that the auditor trusts; without it the repository's own are not compared with anything.
+    Without ``root``, which the auditor trusts, the repository's own roots are not compared with anything.
 
     Raises:
         TrustError: A check failed; ``about`` names the role or the record.
@@ -101,7 +98,7 @@ def audit_repository(folder: Path, root: Path | None) -> RepositoryAudit:
 
 
 def rollback_after(evaluation: JudgedEvaluation, records: Sequence[ActionRecord]) -> ActionRecord | None:
-    """The first rollback that an evaluation led to, among ``records``; None if it led to none."""
+    """Return the first rollback that an evaluation led to, among ``records``; None if it led to none."""
     for record in records:
         found = record.action.evaluation
         if record.action.kind == "rollback" and found is not None and found.is_of_round(evaluation):
@@ -110,7 +107,7 @@ def rollback_after(evaluation: JudgedEvaluation, records: Sequence[ActionRecord]
 
 
 def _roots(place: Path, pinned: bytes | None) -> list[Metadata[Root]]:
-    """All roots, from version 1 on."""
+    """Read all roots, from version 1 on."""
     found: list[Metadata[Root]] = []
     raws: list[bytes] = []
     for number in count(1):
@@ -131,13 +128,12 @@ def _roots(place: Path, pinned: bytes | None) -> list[Metadata[Root]]:
 
 
 def _snapshot_keys(roots: Sequence[Metadata[Root]]) -> list[PublicKey]:
-    """The keys that any root named for the snapshot."""
     keys = {keyid: root.signed.keys[keyid] for root in roots for keyid in root.signed.roles[SNAPSHOT].keyids}
     return [PublicKey(bytes.fromhex(key.keyval["public"])) for key in keys.values()]
 
 
 def _records(folder: Path, head: LogHead, keys: Sequence[PublicKey]) -> tuple[ActionRecord, ...]:
-    """The records up to ``head``, each named by the next one."""
+    """Read the records up to ``head``, each named by the next one."""
     found: list[ActionRecord] = []
     expected = head.sha256
     for number in range(head.number, 0, -1):
@@ -162,7 +158,7 @@ def _records(folder: Path, head: LogHead, keys: Sequence[PublicKey]) -> tuple[Ac
 
 
 def _require_all(records: Sequence[ActionRecord], versions: dict[str, int]) -> None:
-    """Return if the records account for every version of every role's metadata, once and in order."""
+    """Check that the records account for every version of every role's metadata, once and in order."""
     signed: dict[str, int] = dict.fromkeys(versions, 0)
     for record in records:
         for role, version in record.metadata.items():
@@ -180,7 +176,7 @@ def _require_all(records: Sequence[ActionRecord], versions: dict[str, int]) -> N
 
 
 def _require_release(place: Path, record: ActionRecord) -> None:
-    """Return if the metadata that the record signed list the release and the rollout that it states."""
+    """Check that the metadata that the record signed list the release and the rollout that it states."""
     channel, action = record.action.subject, record.action
     if action.sha256 is None or action.kind == "refuse" or channel is None:
         return
@@ -195,7 +191,7 @@ def _require_release(place: Path, record: ActionRecord) -> None:
 
 
 def _require_verdict(place: Path, record: ActionRecord, top: Metadata[Targets]) -> None:
-    """Return if a record's evaluation gives its verdict, and meets the condition in the metadata that it made current.
+    """Check that an evaluation gives its verdict, and meets the condition in the metadata that it made current.
 
     ``top``: the targets that were in force then.
     """
@@ -219,7 +215,7 @@ def _require_verdict(place: Path, record: ActionRecord, top: Metadata[Targets]) 
 
 
 def _require_used_once(records: Sequence[ActionRecord]) -> None:
-    """Return if no evaluation led to two rollbacks: of the second release it said nothing."""
+    """Check that no evaluation led to two rollbacks: it said nothing of the second release."""
     for record in records:
         if record.action.kind != "rollback" or (evaluation := record.action.evaluation) is None:
             continue
@@ -230,7 +226,7 @@ def _require_used_once(records: Sequence[ActionRecord]) -> None:
 
 
 def _require_promoted(place: Path, records: Sequence[ActionRecord], roots: Sequence[Metadata[Root]]) -> dict[str, int]:
-    """Return if only promotions and rollbacks made releases of channels that were protected then.
+    """Check that only promotions and rollbacks made releases of channels that were protected then.
 
     Returns:
         Channels that are protected now → their current release, if no promotion made it.
@@ -260,7 +256,6 @@ def _require_promoted(place: Path, records: Sequence[ActionRecord], roots: Seque
 
 
 def _current(kind: Any, place: Path, role: str, version: int) -> Metadata[Any]:
-    """One version of a role's metadata."""
     found = _metadata(kind, place / f"{version}.{role}.json")
     if found.signed.version != version:
         raise TrustError(f"{version}.{role}.json is version {found.signed.version}", about=role, value=version)
@@ -279,7 +274,7 @@ def _metadata(kind: Any, path: Path) -> Metadata[Any]:
 
 
 def _signed(signer: Metadata[Any], role: str, metadata: Metadata[Any]) -> None:
-    """Return if ``metadata`` are signed as ``signer`` demands of ``role``."""
+    """Check that ``metadata`` are signed as ``signer`` demands of ``role``."""
     try:
         signer.verify_delegate(role, metadata)
     except (RepositoryError, ValueError) as error:

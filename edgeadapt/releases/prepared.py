@@ -2,13 +2,12 @@
 
 ::
 
-    DIR/prepared/CHANNEL.json   the channel's next metadata, signed by its key: the release before, once more
-    DIR/prepared/CHANNEL/       the files that are new: the release's list, and its adapters' manifests, signed anew
+    DIR/prepared/CHANNEL.json   the channel's next metadata, signed by its key: the previous release, once more
+    DIR/prepared/CHANNEL/       the files that are new: the release's list, and its adapters' manifests, signed again
 
-They are not served. The metadata carry the condition on which they may be published (``RollbackCondition``), so that
-the channel's key has signed it too: ``publish`` refuses, and an audit finds, what does not meet it. Every change of the
-channel takes the version that they have, and signs them again under the next one; but another key of the channel never
-signs what the one before had signed.
+They are not served. The channel's key signs the condition on which they may be published (``RollbackCondition``), too:
+``publish`` refuses, and an audit finds, what does not meet it. Every change of the channel takes their version, and
+signs them again under the next one; but a new key of the channel never signs what the previous one had signed.
 """
 
 import shutil
@@ -34,12 +33,12 @@ PREPARED = "prepared"  # folder
 
 @dataclass(frozen=True, slots=True)
 class RollbackCondition:
-    """On what a prepared rollback may be published: an evaluation found the newest release worse.
+    """States on what a prepared rollback may be published: an evaluation found the newest release worse.
 
     Args:
         release: Number of the release that it takes back.
         again: Number of the one that it publishes again.
-        margin: How far an accuracy may be below that of the release before.
+        margin: How far an accuracy may be below that of the previous release.
         adapters: Name → ``AdapterManifest.content`` in the two releases, newest first.
     """
 
@@ -52,7 +51,7 @@ class RollbackCondition:
 
     @classmethod
     def of(cls, signed: Targets) -> Self | None:
-        """That of a channel's metadata; None if they were not prepared.
+        """Read that of a channel's metadata; None if they were not prepared.
 
         Raises:
             TrustError: It is damaged.
@@ -71,7 +70,7 @@ class RollbackCondition:
         signed.unrecognized_fields[ROLLBACK] = jsontext.encode(asdict(self)).decode()
 
     def require(self, evaluation: JudgedEvaluation | None) -> None:
-        """Return if an evaluation meets it.
+        """Check that an evaluation meets it.
 
         Raises:
             DataError: The figures of the evaluation do not give its verdict.
@@ -95,7 +94,7 @@ class RollbackCondition:
 
 @dataclass(frozen=True, slots=True)
 class PreparedRollback:
-    """A rollback that can be published now: the channel's next metadata, and the release that they list."""
+    """Holds a rollback that can be published now: the channel's next metadata, and the release that they list."""
 
     metadata: Metadata[Targets]
     condition: RollbackCondition
@@ -105,7 +104,7 @@ class PreparedRollback:
 
 @dataclass(frozen=True, slots=True)
 class PreparedRollbacks:
-    """Those of a repository, one for each channel that rolls a release out."""
+    """Keeps those of a repository, one for each channel that rolls a release out."""
 
     metadata: RoleMetadata
     served: TargetFiles
@@ -121,21 +120,21 @@ class PreparedRollbacks:
         """Sign metadata as the channel's next, and keep them.
 
         Raises:
-            ConfigError: The channel's key is not there.
+            ConfigError: The channel's key is missing.
             OSError: They cannot be written.
         """
         self.targets.folder.mkdir(mode=storage.PRIVATE_FOLDER, exist_ok=True)
         storage.replace(self.path(channel), self.metadata.prepare(channel, signed).to_bytes())
 
     def discard(self, channel: str) -> bool:
-        """Delete it, if there is one. Returns whether there was."""
+        """Delete it, and return whether there was one."""
         found = self.path(channel).exists()
         self.path(channel).unlink(missing_ok=True)
         shutil.rmtree(self.targets.folder / channel, ignore_errors=True)
         return found
 
     def read(self, channel: str) -> tuple[Metadata[Targets], RollbackCondition] | None:
-        """The metadata and their condition; None if no rollback is prepared.
+        """Read the metadata and their condition; None if no rollback is prepared.
 
         Raises:
             ConfigError: They cannot be read.
@@ -178,14 +177,14 @@ class PreparedRollbacks:
             self.discard(channel)
 
     def state(self, channel: str, current: Release) -> tuple[RollbackCondition | None, str]:
-        """The condition of a rollback that can be published now; or None, and the reason, also if it cannot be read."""
+        """Return the condition of a rollback that can be published now; or None, and the reason."""
         try:
             return self.accept(channel, current).condition, ""
         except (ConfigError, DataError, TrustError, OSError) as error:
             return None, str(error)
 
     def accept(self, channel: str, current: Release) -> PreparedRollback:
-        """The prepared rollback of a channel with the release ``current``, verified.
+        """Verify the prepared rollback of a channel with the release ``current``.
 
         Raises:
             ConfigError: No rollback is prepared, or it is out of date or cannot be read.

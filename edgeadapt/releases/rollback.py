@@ -19,16 +19,10 @@ from edgeadapt.releases.verdict import JudgedEvaluation
 
 
 def roll_back(repository: ChannelRepository, channel: str, number: int, key: IdentityKey) -> Published:
-    """Publish an earlier release of a channel again.
+    """Publish an earlier release of a channel again, signed with the vendor's key, which devices have pinned.
 
     Devices refuse an older version of an adapter than they have had, so the adapters are signed again, under the
     version after the highest.
-
-    Args:
-        repository: Of the channel.
-        channel: The channel.
-        number: Of the release.
-        key: The vendor's, which devices have pinned for bundles.
 
     Raises:
         ConfigError: There is no such channel or release, or it is the current one.
@@ -52,16 +46,12 @@ def roll_back(repository: ChannelRepository, channel: str, number: int, key: Ide
 
 
 def prepare(repository: ChannelRepository, channel: str, key: IdentityKey, margin: float) -> RollbackCondition:
-    """Sign the rollback of the release that a channel rolls out, and keep it unserved.
+    """Sign the rollback of the release that a channel rolls out with the vendor's key, and keep it unserved.
 
-    Args:
-        repository: Of the channel.
-        channel: The channel.
-        key: The vendor's.
-        margin: How far an accuracy may be below that of the release before; ``accuracy.margin`` of ``gates.toml``.
+    ``margin`` says how far an accuracy may be below the previous release's: ``accuracy.margin`` of ``gates.toml``.
 
     Raises:
-        ConfigError: There is no such channel, it rolls nothing out, or its key is not there.
+        ConfigError: There is no such channel, it rolls nothing out, or its key is missing.
         DataError: The repository is damaged.
         TrustError: The same; or ``key`` is not the one that signed the release which is rolled out.
         OSError: The files cannot be written.
@@ -101,13 +91,10 @@ def prepare(repository: ChannelRepository, channel: str, key: IdentityKey, margi
 def publish_prepared(repository: ChannelRepository, channel: str, evaluation: JudgedEvaluation) -> Published:
     """Publish the prepared rollback of a channel. Needs the key of snapshot and timestamp alone.
 
-    Args:
-        repository: Of the channel.
-        channel: The channel.
-        evaluation: That found its newest release worse; the log gets it.
+    ``evaluation`` found its newest release worse; the log gets it.
 
     Raises:
-        ConfigError: There is no such channel or no prepared rollback, or that is out of date; or the key is not there.
+        ConfigError: There is no such channel or no prepared rollback, or that is out of date; or the key is missing.
         DataError: The repository is damaged, or the figures do not give the verdict.
         TrustError: The prepared rollback is damaged, or was not prepared for this evaluation; or the evaluation led to
             a rollback already; or the repository does not pass its audit.
@@ -138,7 +125,7 @@ def note_evaluation(repository: ChannelRepository, channel: str, evaluation: Jud
     """Note in the log an evaluation after which the release of a channel stays.
 
     Raises:
-        ConfigError: The channel has no release, or the key of snapshot and timestamp is not there.
+        ConfigError: The channel has no release, or the key of snapshot and timestamp is missing.
         DataError: The repository is damaged.
     """
     with repository.locked():
@@ -151,7 +138,7 @@ def note_evaluation(repository: ChannelRepository, channel: str, evaluation: Jud
 
 
 def require_signer(repository: ChannelRepository, channel: str, release: Release, key: PublicKey) -> None:
-    """Return if a key signed every adapter of a release, so that devices that have it accept what the key signs.
+    """Check that a key signed every adapter of a release, so that devices that have it accept what the key signs.
 
     Raises:
         DataError: The repository is damaged.
@@ -170,7 +157,7 @@ def require_signer(repository: ChannelRepository, channel: str, release: Release
 def _signed_again(
     repository: ChannelRepository, channel: str, old: Release, key: IdentityKey
 ) -> tuple[dict[str, bytes], dict[str, int]]:
-    """The manifests of a release under the version after the highest of the channel: file → content, name → version."""
+    """Sign a release's manifests under the version after the channel's highest: file → content, name → version."""
     releases = repository.releases(channel)
     versions = {name: max(each.adapters.get(name, 0) for each in releases) + 1 for name in old.adapters}
     again = {name: replace(repository.manifest(channel, old, name), version=versions[name]) for name in old.adapters}
