@@ -116,14 +116,14 @@ def is_wanted() -> bool:
     if exporter != "otlp":
         raise ConfigError(f"OTEL_TRACES_EXPORTER is {exporter}: choose otlp or none", about="OTEL_TRACES_EXPORTER")
     protocol = next((each for each in PROTOCOLS if os.environ.get(each)), None)  # the special one goes first
-    if protocol is not None and (found := os.environ[protocol]) != PROTOCOL:
-        raise ConfigError(f"{protocol} is {found}: choose {PROTOCOL}", about=protocol, value=found)
+    if protocol is not None and (stated := os.environ[protocol]) != PROTOCOL:
+        raise ConfigError(f"{protocol} is {stated}: choose {PROTOCOL}", about=protocol, value=stated)
     try:
         url = urlsplit(os.environ[name])
-        known = url.scheme in ("http", "https") and url.hostname is not None and url.port != 0
+        usable = url.scheme in ("http", "https") and url.hostname is not None and url.port != 0
     except ValueError:
-        known = False
-    if not known:
+        usable = False
+    if not usable:
         raise ConfigError(f"{name} is not an http or https address, as https://collector.example:4318", about=name)
     if url.username or url.password:
         raise ConfigError(f"{name} has a password: put it into OTEL_EXPORTER_OTLP_HEADERS", about=name)

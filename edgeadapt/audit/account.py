@@ -49,8 +49,8 @@ class Account:
 
     def epsilon(self, spec: SessionSpec) -> float | None:
         """Return ε of the device that spent most, for a session's δ; None if none is finite, as after a bare sum."""
-        found = math.inf if self.bare else _largest(spec, self.spent.values())
-        return found if math.isfinite(found) else None
+        largest = math.inf if self.bare else _largest(spec, self.spent.values())
+        return largest if math.isfinite(largest) else None
 
     def epsilon_of_next(self, spec: SessionSpec, devices: Collection[str]) -> float:
         """Return ε after another sum over ``devices`` or some of them, if no more survive than must; maybe infinite."""
@@ -92,9 +92,9 @@ def audited(account: Account, report: Report) -> tuple[Account, Report]:
     if report.failed or spec is None:
         return account, replace(report, findings=(*report.findings, Finding(Check.PRIVACY, Status.NOT_REACHED, "")))
     rounds = []
-    for each in report.rounds:
-        account = account.after(spec, each.survivors)
-        rounds.append(replace(each, epsilon=account.epsilon(spec)))
+    for summary in report.rounds:
+        account = account.after(spec, summary.survivors)
+        rounds.append(replace(summary, epsilon=account.epsilon(spec)))
     finding = Finding(Check.PRIVACY, Status.PASS, _text(spec, account, account.noisy - before.noisy))
     return account, replace(report, rounds=tuple(rounds), findings=(*report.findings, finding))
 
@@ -117,16 +117,12 @@ def _text(spec: SessionSpec, account: Account, here: int) -> str:
 
 
 def require_recorded(records: Sequence[RoundRecord], reports: Mapping[str, Report]) -> None:
-    """Check that each record states the ε that follows from the logs.
-
-    Raises:
-        TrustError: One states another.
-    """
-    found = {(report.offer, each.plan): each.epsilon for report in reports.values() for each in report.rounds}
+    """Check that each record states the ε that follows from the logs. Raises TrustError if one states another."""
+    epsilons = {(report.offer, each.plan): each.epsilon for report in reports.values() for each in report.rounds}
     for record in records:
         if record.plan is None:
             continue
-        expected = found.get((record.offer, record.plan))
+        expected = epsilons.get((record.offer, record.plan))
         same = record.epsilon == expected
         if record.epsilon is not None and expected is not None:
             same = abs(record.epsilon - expected) <= _TOLERANCE * expected

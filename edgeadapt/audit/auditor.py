@@ -145,14 +145,11 @@ class _Audit:
         checked += [f"not on its revocation list {crl.number} of {crl.this_update:%Y-%m-%d}"] if crl else []
         unchecked = [] if self.at else ["whether the certificates were valid at the time"]
         unchecked += [] if crl else ["whether one was revoked"]
-        if crl and (ended := self._ended(crl.this_update)):
+        certificates = map(load, self._history.offer.certificates)
+        if crl and (ended := sum(each.not_valid_after_utc < crl.this_update for each in certificates)):
             unchecked += [f"whether one of {ended} was revoked, which ended before that list was signed"]
         but = f". Not checked: {', '.join(unchecked)}" if unchecked else ""
         return "".join(f", {each}" for each in checked) + ", no device or key twice" + but
-
-    def _ended(self, signed: datetime) -> int:
-        """Count the certificates that a list signed then need not have, because they had expired."""
-        return sum(load(each).not_valid_after_utc < signed for each in self._history.offer.certificates)
 
     def _signatures(self) -> str:
         self.messages = histories.verify(self._history, self._entries, self.coordinator)

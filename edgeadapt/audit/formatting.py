@@ -23,7 +23,7 @@ def render_findings(checked: AuditInput, reports: Mapping[str, Report], failure:
     for name, report in reports.items():
         size = ((len(report.participation), "device"), (len(report.rounds), "round"), (report.entries, "message"))
         yield f"{name}  {', '.join(count(*each) for each in size)}"
-        yield from (_line(finding) for finding in report.findings)
+        yield from (_row(each.status, each.check.value, each.text) for each in report.findings)
         yield ""
     findings = [finding.status for report in reports.values() for finding in report.findings]
     if failure is not None and Status.FAIL not in findings:
@@ -51,10 +51,6 @@ def _printable(name: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
-def _line(finding: Finding) -> str:
-    return _row(finding.status, finding.check.value, finding.text)
-
-
 def _row(status: Status, name: str, text: str) -> str:
     wrapped = click.wrap_text(text, width=WIDTH).replace("\n", "\n" + " " * INDENT)
     return f"  {status.value:{MARK}}{name:{INDENT - MARK - 2}}{wrapped}".rstrip()
@@ -68,13 +64,13 @@ def render_rounds(
         yield name
         if report.dropouts_by_step:
             yield f"  before the first round: {_dropouts(report.dropouts_by_step)}"
-        for each in report.rounds:
-            survived = f"{len(each.survivors)} of {len(each.planned)} survived"
-            notes = [_dropouts(each.dropouts_by_step)] if each.dropouts_by_step else []
-            notes += [f"wrong shares of {', '.join(each.blamed)}"] if each.blamed else []
-            known = f"its sum over {count(len(each.unmasked), 'device')} could be unmasked"
-            notes += [known] if each.unmasked and not each.result else []
-            yield "  ".join([f"  round {each.round:>3}", survived, each.ending, *notes])
+        for summary in report.rounds:
+            survived = f"{len(summary.survivors)} of {len(summary.planned)} survived"
+            notes = [_dropouts(summary.dropouts_by_step)] if summary.dropouts_by_step else []
+            notes += [f"wrong shares of {', '.join(summary.blamed)}"] if summary.blamed else []
+            unmasked = f"its sum over {count(len(summary.unmasked), 'device')} could be unmasked"
+            notes += [unmasked] if summary.unmasked and not summary.result else []
+            yield "  ".join([f"  round {summary.round:>3}", survived, summary.ending, *notes])
         often = [f"{device} {number}" for device, number in report.participation.items()]
         yield f"  results that contain a device: {', '.join(often)}"
         for entry in read(storage.read(path)).entries if entries else ():

@@ -141,17 +141,17 @@ def checkpoints(reading: Reading, coordinator: PublicKey, unfinished: bool) -> l
     Raises:
         Problem: An entry is damaged, missing, moved or repeated, or the log is not closed.
     """
-    tree, found, covered = merkle.Tree(), list[Checkpoint](), 0
+    tree, verified, covered = merkle.Tree(), list[Checkpoint](), 0
     for index, entry in enumerate(reading.entries):
         if entry.index != index:
             text = f"its number is {entry.index}: an entry was removed, moved or repeated"
             raise Problem("entry.index", text, replace(entry.place, index=index))
         if entry.kind == Checkpoint.TAG:
-            found.append(_checkpoint(entry, coordinator, tree, covered, found))
+            verified.append(_checkpoint(entry, coordinator, tree, covered, verified))
             covered = index + 1
         tree.append(ENTRY.encode(entry))
-    _require_closed(reading, found, covered, unfinished)
-    return found
+    _require_closed(reading, verified, covered, unfinished)
+    return verified
 
 
 def _checkpoint(
@@ -171,13 +171,13 @@ def _checkpoint(
     return checkpoint
 
 
-def _require_closed(reading: Reading, found: list[Checkpoint], covered: int, unfinished: bool) -> None:
+def _require_closed(reading: Reading, verified: list[Checkpoint], covered: int, unfinished: bool) -> None:
     size = len(reading.entries)
     if reading.problem:
         raise Problem("log", reading.problem, Place(size, _UNREADABLE, 0, EVERYONE))
     if not size:
         raise Problem("log", "the log is empty")
-    closed = bool(found) and found[-1].stage is Stage.CLOSED
+    closed = bool(verified) and verified[-1].stage is Stage.CLOSED
     if closed and covered < size:
         raise Problem("checkpoint.stage", "the log was closed before", reading.entries[covered].place)
     if not closed and not unfinished:

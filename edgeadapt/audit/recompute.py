@@ -71,9 +71,9 @@ class Recomputation:
                 started = self._started(report, report.start)
                 for place, task in report.tasks:
                     _require_task(started, place, task)
-            for each in report.produced:
-                place = each.place
-                reasons.append(self._step(each))
+            for produced in report.produced:
+                place = produced.place
+                reasons.append(self._step(produced))
         except Problem as problem:
             return Finding(Check.ADAPTERS, Status.FAIL, str(problem), problem.place, problem.about)
         except (DataError, TrustError) as error:
@@ -158,12 +158,12 @@ class Recomputation:
 
     def _state_before(self, rule: optimizer.Settings, produced: ProducedAdapter, size: int) -> optimizer.State | None:
         """Return the optimizer's state before a step, if it is known."""
-        start, known = optimizer.start(rule, size), self.state
+        start, last = optimizer.start(rule, size), self.state
         if isinstance(start, Stateless) or produced.before[0] == 0:
             return start
-        if known is None or known[0] != produced.before[0]:
+        if last is None or last[0] != produced.before[0]:
             return None
-        return start if isinstance(known[1], Stateless) else known[1]  # after FedAvg, FedAdam starts again
+        return start if isinstance(last[1], Stateless) else last[1]  # after FedAvg, FedAdam starts again
 
 
 def _require_task(manifest: VersionManifest, place: Place, encoded: bytes) -> None:

@@ -88,8 +88,8 @@ def _require_recorded(
             raise TrustError(text, about="session", value=record.round)
         if record.plan is None:
             continue
-        found = logged.get((record.offer, record.plan))
-        if found is None or not (_agrees_so_far if found.open else _agrees)(record, found):
+        summary = logged.get((record.offer, record.plan))
+        if summary is None or not (_agrees_so_far if summary.open else _agrees)(record, summary):
             text = f"round {record.round} was recorded with another ending, or after other entries, than its log has"
             raise TrustError(text, about="record", value=record.round)
         place = places[record.offer, record.plan]
@@ -101,12 +101,12 @@ def _require_recorded(
 
 def _agrees(record: RoundRecord, logged: RoundSummary) -> bool:
     """Check whether a record and a log say the same of a round. Costs and dropouts are the record's only."""
-    made = (record.version, record.adapter) if record.version is not None else None
+    adapter = (record.version, record.adapter) if record.version is not None else None
     survivors = logged.survivors if logged.result else ()
     groups = logged.groups if logged.result and logged.dealt else ()
     if tuple(each.survivors for each in record.groups) != groups:
         return False
-    return (record.entries, record.root, record.reason, made, record.sum, record.survivors) == (
+    return (record.entries, record.root, record.reason, adapter, record.sum, record.survivors) == (
         (logged.entries, logged.root, logged.reason, logged.result, logged.sum, survivors)
     )
 

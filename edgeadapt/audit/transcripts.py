@@ -227,36 +227,36 @@ def _adapters(report: Report, recomputation: Recomputation | None, published: Ve
     if recomputation is None:
         text = "the published adapters are not available (--registry)"
         return Finding(Check.ADAPTERS, Status.SKIPPED, text, about="--registry")
-    found = recomputation.check(report)
-    if found.status is Status.FAIL or report.open_plan is None or not published or published.plan != report.open_plan:
-        return found
-    text = f"{found.text}. Adapter {published.version} is not audited: its round has no ending in the log yet"
-    return replace(found, status=Status.WARNING, text=text, about="round.open")
+    finding = recomputation.check(report)
+    if finding.status is Status.FAIL or report.open_plan is None or not published or published.plan != report.open_plan:
+        return finding
+    text = f"{finding.text}. Adapter {published.version} is not audited: its round has no ending in the log yet"
+    return replace(finding, status=Status.WARNING, text=text, about="round.open")
 
 
 def _find(path: Path) -> tuple[Path, ...]:
-    found = {place: tuple(logs(path / place)) for place in PLACES}
-    places = [place for place, paths in found.items() if paths]
+    logs_by_place = {place: tuple(logs(path / place)) for place in PLACES}
+    places = [place for place, paths in logs_by_place.items() if paths]
     if len(places) == 1:
-        return found[places[0]]
+        return logs_by_place[places[0]]
     text = f"{path} has no transcript: name a session's log, a coordinator's state directory, or the folder of a run"
     if places:
         text = f"{path} has logs in {' and in '.join(places)}: name the folder of the coordinator that is to be audited"
     raise DataError(text, about="transcript", value=str(path))
 
 
-def _read(parse: Callable[[bytes], Pinned], given: Path | None, stored: Path, option: str) -> Pinned:
+def _read(parse: Callable[[bytes], Pinned], provided: Path | None, stored: Path, option: str) -> Pinned:
     """Read the auditor's file; else the one in the transcript, which must be as the coordinator wrote it."""
-    path = given or stored
+    path = provided or stored
     try:
         raw = storage.read(path, LARGEST)
     except FileNotFoundError:
         raise TrustError(f"{path} is missing: name the file with {option}", about=option) from None
     with of_file(path):
-        found = parse(raw)
-    if given is None and found.to_pem() != raw:
+        pinned = parse(raw)
+    if provided is None and pinned.to_pem() != raw:
         raise TrustError(f"{path} was altered after the coordinator wrote it: copy it again", about=path.name)
-    return found
+    return pinned
 
 
 def _vector(folder: Path, digest: bytes, size: int) -> bytes | None:

@@ -42,16 +42,16 @@ class Weaknesses:
         """
         if report.failed or report.spec is None:
             return (Finding(Check.WEAKNESSES, Status.NOT_REACHED, ""),)
-        found = dict[str, str]()
+        texts = dict[str, str]()
         for about, text in (
             *_offered(report, report.spec),
             *self._asked(report),
             *self._weighed(report.produced),
             *_stood(still),
         ):
-            found.setdefault(about, text)  # the first round of each code: what it repeats is the same
-        if found:
-            return tuple(Finding(Check.WEAKNESSES, Status.WARNING, text, about=about) for about, text in found.items())
+            texts.setdefault(about, text)  # the first round of each code: what it repeats is the same
+        if texts:
+            return tuple(Finding(Check.WEAKNESSES, Status.WARNING, text, about=about) for about, text in texts.items())
         text = "a device with the default policy accepts the offer and each task, and no round shows more than others"
         return (Finding(Check.WEAKNESSES, Status.PASS, text),)
 

@@ -92,18 +92,14 @@ class AuthorityRecord:
     path: Path
 
     def read(self) -> tuple[Event, ...]:
-        """Read all events, in order.
-
-        Raises:
-            DataError: A complete line is damaged.
-        """
+        """Read all events, in order. Raises DataError if a complete line is damaged."""
         return self._events(read(self.path))
 
     @property
     def state(self) -> tuple[int, int]:
         """Return size and time of the file: they change with each event."""
-        found = self.path.stat()
-        return found.st_size, found.st_mtime_ns
+        status = self.path.stat()
+        return status.st_size, status.st_mtime_ns
 
     def invitations(self) -> frozenset[str]:
         """Return the tokens of all invitations: also of those that have expired or were used. Raises as ``read``."""

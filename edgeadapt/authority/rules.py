@@ -27,21 +27,21 @@ NOT_REDEEMABLE = "the invitation is not valid, has expired, or was used: ask for
 def require_new(writer: RecordWriter, name: str, key: PublicKey, now: datetime) -> None:
     """Check that a key may be certified under a name: neither is another device's, and neither was revoked."""
     revoked, key_id = revoked_in(writer.events), key.key_id
-    for each in issued_in(writer.events):
-        if each.purpose is not Purpose.IDENTITY:
+    for issued in issued_in(writer.events):
+        if issued.purpose is not Purpose.IDENTITY:
             continue
-        if each.key == key_id and each.serial in revoked:
+        if issued.key == key_id and issued.serial in revoked:
             text = f"the key {key_id} was revoked: generate a new one on the device"
             raise ConfigError(text, about="key.revoked", value=key_id)
-        if each.key == key_id and each.name != name:
-            text = f"the key {key_id} is that of {each.name}: generate a new one on {name}"
-            raise ConfigError(text, about="key.name", value=each.name)
-        if each.name != name and same_name(each.name) == same_name(name):
-            text = f"{name} differs from {each.name} in upper and lower case only: choose another name"
-            raise ConfigError(text, about="name.case", value=each.name)
-        if each.name == name and each.key != key_id and each.serial not in revoked and now <= each.not_after:
-            text = f"{name} has a valid certificate with another key ({each.key}): revoke it first"
-            raise ConfigError(text, about="name.key", value=each.key)
+        if issued.key == key_id and issued.name != name:
+            text = f"the key {key_id} is that of {issued.name}: generate a new one on {name}"
+            raise ConfigError(text, about="key.name", value=issued.name)
+        if issued.name != name and same_name(issued.name) == same_name(name):
+            text = f"{name} differs from {issued.name} in upper and lower case only: choose another name"
+            raise ConfigError(text, about="name.case", value=issued.name)
+        if issued.name == name and issued.key != key_id and issued.serial not in revoked and now <= issued.not_after:
+            text = f"{name} has a valid certificate with another key ({issued.key}): revoke it first"
+            raise ConfigError(text, about="name.key", value=issued.key)
 
 
 def require_unrevoked(events: Sequence[Event], name: str, serial: int) -> None:
@@ -72,8 +72,8 @@ def require_redeemable(events: Sequence[Event], token: str, name: str, key_id: s
 def certificate_of(events: Sequence[Event], key_id: str) -> bytes | None:
     """Return the certificate of a key, if it has one that is not revoked."""
     revoked = revoked_in(events)
-    found = [each for each in issued_in(events) if each.key == key_id and each.serial not in revoked]
-    return base64.b64decode(found[-1].certificate) if found else None
+    valid = [each for each in issued_in(events) if each.key == key_id and each.serial not in revoked]
+    return base64.b64decode(valid[-1].certificate) if valid else None
 
 
 def lasting_certificate_of(
@@ -84,11 +84,11 @@ def lasting_certificate_of(
     So an answer that did not arrive is given once more, and the record does not grow, however often a device asks.
     """
     revoked = revoked_in(events)
-    for each in issued_in(events):
-        if (each.name, each.key) != (name, key_id) or each.serial in revoked:
+    for certificate in issued_in(events):
+        if (certificate.name, certificate.key) != (name, key_id) or certificate.serial in revoked:
             continue
-        if each.not_after >= end or not is_renewable(each.not_before, each.not_after, now):
-            return base64.b64decode(each.certificate)
+        if certificate.not_after >= end or not is_renewable(certificate.not_before, certificate.not_after, now):
+            return base64.b64decode(certificate.certificate)
     return None
 
 
@@ -109,14 +109,14 @@ def listed_revocations(events: Sequence[Event], now: datetime) -> dict[str, Cert
     later time than ``now`` was signed by a clock that ran ahead, and shows nothing.
     """
     ends = {each.serial: each.not_after for each in issued_in(events)}
-    found = dict[str, CertificateRevoked]()
+    listed = dict[str, CertificateRevoked]()
     for event in events:
         if isinstance(event, CertificateRevoked):
-            found[event.serial] = event
+            listed[event.serial] = event
         elif isinstance(event, ListSigned) and event.at <= now:
             until = event.at - AHEAD
-            found = {serial: each for serial, each in found.items() if serial not in ends or until <= ends[serial]}
-    return found
+            listed = {serial: each for serial, each in listed.items() if serial not in ends or until <= ends[serial]}
+    return listed
 
 
 def count_lists(events: Sequence[Event]) -> int:

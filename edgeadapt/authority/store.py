@@ -98,11 +98,7 @@ class AuthorityStore:
 
     @property
     def encrypted(self) -> bool:
-        """Check whether the key needs a passphrase.
-
-        Raises:
-            ConfigError: The folder has no authority.
-        """
+        """Check whether the key needs a passphrase. Raises ConfigError if the folder has no authority."""
         return b"ENCRYPTED" in self._read(KEY)
 
     @property
@@ -203,8 +199,8 @@ class AuthorityStore:
             if not any(isinstance(event, InvitationUsed) and event.token == token for event in writer.events):
                 require_new(writer, name, key, self.clock())
                 writer.add(InvitationUsed(at=self.clock(), token=token, key=key.key_id))
-            found = certificate_of(writer.events, key.key_id)
-            return found or self._issue(writer, authority, name, key, self._end(authority, name, days))
+            issued = certificate_of(writer.events, key.key_id)
+            return issued or self._issue(writer, authority, name, key, self._end(authority, name, days))
 
     def renew(self, authority: Authority, certificate: bytes, signature: bytes, *, days: float, admit: Admit) -> bytes:
         """Certify again the identity of a device whose certificate is valid; DER.
@@ -233,8 +229,8 @@ class AuthorityStore:
             require_unrevoked(writer.events, name, serial(certificate))
             require_new(writer, name, key, now)
             end = min(now + timedelta(days), authority.root.not_after)  # no person chooses fewer days
-            found = lasting_certificate_of(writer.events, name, key.key_id, now, end)
-            return found or self._issue(writer, authority, name, key, end)
+            lasting = lasting_certificate_of(writer.events, name, key.key_id, now, end)
+            return lasting or self._issue(writer, authority, name, key, end)
 
     def _end(self, authority: Authority, name: str, days: float) -> datetime:
         end, name = self.clock() + timedelta(days), require_device_id(name)
@@ -271,14 +267,14 @@ class AuthorityStore:
         """
         with self._writing() as writer:
             issued, serial = issued_in(writer.events), which.lower().replace(":", "").removeprefix("0x")
-            found = [each for each in issued if each.name == which] or [
+            matching = [each for each in issued if each.name == which] or [
                 each for each in issued if each.serial == serial
             ]
-            if not found:
+            if not matching:
                 text = f"there is no certificate with the name or serial {which}: 'edgeadapt authority list' shows all"
                 raise ConfigError(text, about="certificate", value=which)
             before = revoked_in(writer.events)
-            new = tuple(each for each in found if each.serial not in before)
+            new = tuple(each for each in matching if each.serial not in before)
             lines = [CertificateRevoked(at=self.clock(), serial=each.serial, reason=reason) for each in new]
             self._sign_list(writer, authority, list_days, lines)
         return new
@@ -343,8 +339,8 @@ class AuthorityStore:
             newest = self.root.revocations(self._read(REVOKED))
         except (ConfigError, TrustError):  # missing or damaged: the next list replaces it
             return
-        known = {int(serial, 16) for serial in revoked_in(events)}
-        if newest.number > count_lists(events) or newest.revoked.keys() - known:
+        recorded = {int(serial, 16) for serial in revoked_in(events)}
+        if newest.number > count_lists(events) or newest.revoked.keys() - recorded:
             text = f"{self.folder / RECORD} lacks lines that {REVOKED} depends on: restore it from a backup"
             raise DataError(text, about=RECORD)
 

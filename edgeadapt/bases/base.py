@@ -125,9 +125,9 @@ def in_package(package: str) -> Path:
             f"base model {package!r} is neither a folder nor an installed package", about="base", value=package
         )
     home = Path(spec.origin).parent
-    for known in PACKAGES:
-        if known.name == package:
-            return home / known.file
+    for candidate in PACKAGES:
+        if candidate.name == package:
+            return home / candidate.file
     files = sorted(home.glob(f"*{GGUF}"))
     return files[0] if len(files) == 1 and not (home / "model").is_dir() else home / "model"
 

@@ -51,13 +51,13 @@ class ClassifierGraph:
 
         Each row's are what ``logits`` returns, up to rounding; after the adapter's own labels, a row may have more.
         """
-        found: dict[int, Floats] = {}
+        logits: dict[int, Floats] = {}
         for run in group_rows(inputs, self._slots, self._rows):
             texts, adapters = [tokens[row] for row in run], [inputs[row] for row in run]
-            one = all(adapter is adapters[0] for adapter in adapters)
-            feeds = self.feeds(adapters[0]) if one else _ort_values(stack(adapters, self._slots))
-            found.update(zip(run, self._run(texts, feeds), strict=True))
-        return [found[row] for row in range(len(tokens))]
+            same_adapter = all(adapter is adapters[0] for adapter in adapters)
+            feeds = self.feeds(adapters[0]) if same_adapter else _ort_values(stack(adapters, self._slots))
+            logits.update(zip(run, self._run(texts, feeds), strict=True))
+        return [logits[row] for row in range(len(tokens))]
 
     def _run(self, tokens: Sequence[Sequence[int]], adapter: Feeds) -> Floats:
         ids, mask = pad(tokens)

@@ -143,9 +143,9 @@ def _tokenizer(reader: _Reader, config: dict[str, Any]) -> tuple[Tokenizer, dict
         raise reader.unsound(f"{odd[:80]!r} cannot begin or end a text")
     config |= {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
     tokenizer = Tokenizer(models.Unigram(list(zip(words, scores.tolist(), strict=True)), unk, byte_fallback=False))
-    found = _replacements(reader)
-    replaced = {character: text for character, text in found.items() if text}
-    removed = {*found} - {*replaced} | {BREAK}
+    replacements = _replacements(reader)
+    replaced = {character: text for character, text in replacements.items() if text}
+    removed = {*replacements} - {*replaced} | {BREAK}
     tokenizer.normalizer = normalizers.Sequence(
         [
             normalizers.Replace(Regex(f"(?<={_one_of(replaced)})"), BREAK),
@@ -174,17 +174,17 @@ def _replacements(reader: _Reader) -> dict[str, str]:
     if count > MAX_CHARACTERS:
         raise reader.unsound(f"it replaces {count} characters")
     table = _Reader(reader.name, reader.take(size))
-    found: dict[str, str] = {}
+    replacements: dict[str, str] = {}
     try:
         for _ in range(count):
             character, length = table.numbers("IB")
-            found[chr(character)] = "".join(map(chr, table.numbers(f"{length}I")))
-        every = "".join([*found, *found.values()]).encode()
+            replacements[chr(character)] = "".join(map(chr, table.numbers(f"{length}I")))
+        every = "".join([*replacements, *replacements.values()]).encode()
     except (ValueError, OverflowError) as error:
         raise reader.unsound("its table of characters is damaged") from error
-    if 0 in every or not any(found.values()):
+    if 0 in every or not any(replacements.values()):
         raise reader.unsound("its table of characters replaces none, or has a NUL")
-    return found
+    return replacements
 
 
 def _one_of(characters: Iterable[str]) -> str:
@@ -230,18 +230,18 @@ def _weights(reader: _Reader, config: dict[str, Any]) -> Iterator[tuple[str, Flo
     (count,) = reader.numbers("i")
     for _ in range(count):
         (length,) = reader.numbers("H")
-        given = reader.take(length).decode("utf-8", "replace")[:80]
+        stored = reader.take(length).decode("utf-8", "replace")[:80]
         kind, values, offset, size = reader.numbers("BIQQ")
-        if (name := _name(given)) not in shapes:
-            raise ConfigError(f"{reader.name} has a tensor {given!r}, which cannot be converted", about=given)
+        if (name := _name(stored)) not in shapes:
+            raise ConfigError(f"{reader.name} has a tensor {stored!r}, which cannot be converted", about=stored)
         shape, data = shapes.pop(name), reader.data[offset : offset + size]
         expected = values * 4 if kind == FLOAT32 else values // BLOCK * 18
         left -= size
         if kind not in (FLOAT32, Q4_0) or values != math.prod(shape) or not size == expected == len(data) or left < 0:
-            raise reader.unsound(f"tensor {given!r} does not have {shape} values of a known kind")
+            raise reader.unsound(f"tensor {stored!r} does not have {shape} values of a known kind")
         value = np.frombuffer(data, "<f4") if kind == FLOAT32 else _dequantized(data)
         if not np.isfinite(value).all():
-            raise reader.unsound(f"tensor {given!r} has values that are not finite")
+            raise reader.unsound(f"tensor {stored!r} has values that are not finite")
         yield name, np.ascontiguousarray(value.reshape(shape), np.float32)
     if shapes:
         raise reader.unsound(f"{len(shapes)} of its tensors are missing, such as {min(shapes)}")
@@ -264,9 +264,9 @@ def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _name(given: str) -> str:
+def _name(stored: str) -> str:
     """Translate a tensor's name to transformers'; "" for one that is not known."""
-    match given.split("."):
+    match stored.split("."):
         case ["emb", "ln", kind] if kind in KINDS:
             return f"embeddings.LayerNorm.{KINDS[kind]}"
         case ["emb", part] if part in EMBEDDINGS:

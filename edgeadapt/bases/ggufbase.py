@@ -144,10 +144,10 @@ def _words(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _texts(settings: Mapping[str, Any], name: str) -> list[str]:
-    found = settings.get(name)
-    if not isinstance(found, list) or not found or not isinstance(found[0], str):
+    texts = settings.get(name)
+    if not isinstance(texts, list) or not texts or not isinstance(texts[0], str):
         raise DataError(f"{name} in the GGUF file is not a list of texts", about=name)
-    return found
+    return texts
 
 
 def _shown(value: object) -> str:
@@ -165,10 +165,10 @@ def _names(file: GgufFile, config: Mapping[str, Any]) -> dict[str, str]:
         if tensor.shape != shape:
             text = f"tensor {tensor.name} of the GGUF file has the shape {tensor.shape}, and its settings give {shape}"
             raise DataError(text, about=tensor.name)
-    found = {tensor.name: expected[tensor.name][0] for tensor in file.tensors}
-    if lacking := [name for name in expected if name not in found and name != "output.weight"]:
+    names = {tensor.name: expected[tensor.name][0] for tensor in file.tensors}
+    if lacking := [name for name in expected if name not in names and name != "output.weight"]:
         raise DataError(f"the GGUF file has no tensor {lacking[0]}", about=lacking[0])
-    return found
+    return names
 
 
 def _expected(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
@@ -240,13 +240,13 @@ def _tokenizer(settings: Mapping[str, Any]) -> Tokenizer:
 
 def _merges(settings: Mapping[str, Any], vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
     """Read the pairs of tokens that become one, each of them a token."""
-    found = []
+    pairs = []
     for pair in _texts(settings, name := "tokenizer.ggml.merges"):
         left, space, right = pair.partition(" ")
         if not space or not {left, right, left + right} <= vocabulary.keys():
             raise DataError(f"the merge {_shown(pair)} of the GGUF file is not of tokens that it has", about=name)
-        found.append((left, right))
-    return found
+        pairs.append((left, right))
+    return pairs
 
 
 def _splitter(kind: str) -> pre_tokenizers.PreTokenizer:

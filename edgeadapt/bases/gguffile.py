@@ -107,9 +107,9 @@ class _HeaderReader:
     def _values(self, kind: int, count: int) -> list[Any]:
         if kind == ARRAY:
             raise ValueError(f"an array of arrays at byte {self.at}")
-        one = self._one(kind)
+        read = self._one(kind)
         self.left(count, 8 if kind == TEXT else struct.calcsize(f"<{SCALARS[kind]}"), MAX_ITEMS, "items of an array")
-        return [one() for _ in range(count)]
+        return [read() for _ in range(count)]
 
     def _one(self, kind: int) -> Callable[[], Any]:
         if kind == TEXT:
@@ -159,10 +159,10 @@ def _placed(tensors: list[GgufTensor], begin: int, end: int) -> tuple[GgufTensor
 
 
 def _alignment(settings: dict[str, Any]) -> int:
-    found = settings.get(ALIGNMENT, 32)
-    if not isinstance(found, int) or not 0 < found <= MAX_HEADER or found & (found - 1):
-        raise ValueError(f"{ALIGNMENT} is {str(found)[:80]}, not a power of two")
-    return found
+    alignment = settings.get(ALIGNMENT, 32)
+    if not isinstance(alignment, int) or not 0 < alignment <= MAX_HEADER or alignment & (alignment - 1):
+        raise ValueError(f"{ALIGNMENT} is {str(alignment)[:80]}, not a power of two")
+    return alignment
 
 
 @cache

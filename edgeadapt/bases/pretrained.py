@@ -107,8 +107,8 @@ def loaded(module: nn.Module) -> AbstractContextManager[object]:
     """Give the own parameters of ``module`` their values within the block, whatever ``load`` did with them."""
     from accelerate.utils import align_module_device
 
-    found: AbstractContextManager[object] = align_module_device(module)
-    return found
+    aligned: AbstractContextManager[object] = align_module_device(module)
+    return aligned
 
 
 def parameter_shapes(base: Base, kind: Any, num_labels: int) -> dict[str, tuple[int, ...]]:
@@ -129,8 +129,8 @@ def parameter_shapes(base: Base, kind: Any, num_labels: int) -> dict[str, tuple[
 
 def layer_names(model: nn.Module) -> str:
     """Name a model's linear layers, for messages about a name that it lacks."""
-    found = {path.rpartition(".")[2] for path, module in model.named_modules() if is_linear(module)}
-    return ", ".join(sorted(found))
+    names = {path.rpartition(".")[2] for path, module in model.named_modules() if is_linear(module)}
+    return ", ".join(sorted(names))
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -142,10 +142,10 @@ def is_linear(module: nn.Module) -> bool:
         return False
     x = torch.linspace(-1, 1, module.in_features)[None]
     with torch.no_grad():
-        found = module(x)
+        computed = module(x)
     with torch.no_grad(), loaded(module):
         expected = nn.functional.linear(x, module.weight, module.bias)
-    return isinstance(found, Tensor) and torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+    return isinstance(computed, Tensor) and torch.allclose(computed, expected, rtol=1e-4, atol=1e-5)
 
 
 def tokenizer(base: Base) -> Tokenizer:

@@ -85,8 +85,8 @@ class TrainingGraph:
             Exception: ONNX Runtime does not run it, as for a target that the head has no row for.
         """
         names = [LOSS, *(name for name in self._outputs if name.endswith(GRADIENT))]
-        loss, *found = self._session.run(names, _feeds(batch, inputs))
-        return float(loss), {name.removesuffix(GRADIENT): value for name, value in zip(names[1:], found, strict=True)}
+        loss, *values = self._session.run(names, _feeds(batch, inputs))
+        return float(loss), {name.removesuffix(GRADIENT): value for name, value in zip(names[1:], values, strict=True)}
 
     def scores(self, batch: TrainingBatch, inputs: Tensors) -> tuple[Floats, NDArray[np.bool_]]:
         """Return the log-likelihood of each target in nats, and whether it is the most likely one.
@@ -123,8 +123,8 @@ class TrainingGraph:
             each.name: np.zeros([size if isinstance(size, int) else 1 for size in each.shape], kinds[each.type])
             for each in self._session.get_inputs()
         }
-        found = self._session.run([path + ending for path in layers], feeds | inputs) if layers else []
-        return dict(zip(layers, found, strict=True))
+        values = self._session.run([path + ending for path in layers], feeds | inputs) if layers else []
+        return dict(zip(layers, values, strict=True))
 
 
 def _feeds(batch: TrainingBatch, inputs: Tensors) -> dict[str, Any]:

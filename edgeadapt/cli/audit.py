@@ -130,16 +130,16 @@ def show(path: Path, unfinished: bool, as_json: bool, entries: bool, **options: 
 
 def _audit_repository(path: Path, as_json: bool, options: dict[str, Any], *, listed: bool) -> None:
     root = options.pop("root")
-    if given := [name for name, value in options.items() if value is not None]:
-        reason = f"--{given[0]} is for the transcripts of a coordinator, and {path} is a repository of channels"
-        raise ConfigError(reason, about=f"--{given[0]}")
-    found = audit_repository(path, root)
+    if misplaced := [name for name, value in options.items() if value is not None]:
+        reason = f"--{misplaced[0]} is for the transcripts of a coordinator, and {path} is a repository of channels"
+        raise ConfigError(reason, about=f"--{misplaced[0]}")
+    audited = audit_repository(path, root)
     if as_json:
-        records = [asdict(record) for record in found.records]
-        row = {"ok": True, "error": None, "pinned": found.pinned, "unread": found.unread}
-        click.echo(json.dumps({**row, "unpromoted": found.unpromoted, "actions": records}))
+        records = [asdict(record) for record in audited.records]
+        row = {"ok": True, "error": None, "pinned": audited.pinned, "unread": audited.unread}
+        click.echo(json.dumps({**row, "unpromoted": audited.unpromoted, "actions": records}))
     else:
-        click.echo("\n".join([*(map(_action, found.records) if listed else ()), *_summary(path, found)]))
+        click.echo("\n".join([*(map(_action, audited.records) if listed else ()), *_summary(path, audited)]))
 
 
 def _action(record: ActionRecord) -> str:
@@ -158,20 +158,20 @@ def _action(record: ActionRecord) -> str:
     return "\n".join([" ".join(words).rstrip(), *gates])
 
 
-def _summary(path: Path, found: RepositoryAudit) -> Iterator[str]:
-    first, last = found.records[0], found.records[-1]
-    yield f"{path}: {len(found.records)} actions from {first.made} to {last.made}, all signed and in order"
-    if not found.pinned:
+def _summary(path: Path, audited: RepositoryAudit) -> Iterator[str]:
+    first, last = audited.records[0], audited.records[-1]
+    yield f"{path}: {len(audited.records)} actions from {first.made} to {last.made}, all signed and in order"
+    if not audited.pinned:
         yield "the root is the repository's own: name one that you trust with --root"
-    for channel, number in found.unpromoted.items():
+    for channel, number in audited.unpromoted.items():
         yield f"channel {channel} is protected, and its release {number} was published before that, without gates"
-    for record in found.records:
+    for record in audited.records:
         action = record.action
         if action.kind == "rollback" and action.evaluation is None:
             what = f"record {record.number} rolled channel {action.subject} back by hand, to release {action.release}"
             yield f"{what}: no evaluation asked for it"
-    if found.unread:
-        yield f"not named by the snapshot, and not read: {', '.join(found.unread)}"
+    if audited.unread:
+        yield f"not named by the snapshot, and not read: {', '.join(audited.unread)}"
 
 
 def _update(path: Path) -> None:

@@ -143,8 +143,8 @@ class Blobs:
         place = self._place(digest)
         with self._explained("cannot be read"):
             try:
-                found = self.fs.size(place)
-                blob: bytes = self.fs.cat_file(place) if found <= LARGEST and size in (None, found) else b""
+                stored = self.fs.size(place)
+                blob: bytes = self.fs.cat_file(place) if stored <= LARGEST and size in (None, stored) else b""
             except FileNotFoundError as error:
                 raise DataError(
                     f"blob {digest} is missing from {self.name}: restore it from a copy", about="blob", value=digest
@@ -165,8 +165,8 @@ class Blobs:
 
     @property
     def _protocols(self) -> tuple[str, ...]:
-        found: str | tuple[str, ...] = self.fs.protocol
-        return (found,) if isinstance(found, str) else tuple(found)
+        protocol: str | tuple[str, ...] = self.fs.protocol
+        return (protocol,) if isinstance(protocol, str) else tuple(protocol)
 
     def _place(self, digest: str) -> str:
         return f"{self.root}/{blob_name(digest)}"

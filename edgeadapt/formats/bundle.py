@@ -100,8 +100,8 @@ class Stamp:
     changed: int  # nanoseconds
 
     @classmethod
-    def of(cls, found: os.stat_result) -> Self:
-        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    def of(cls, status: os.stat_result) -> Self:
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,9 +207,9 @@ class Bundle:
         _check_listed(folder, manifest)
         files = {name: read_file(folder / name, MAX_HELD_FILE) for name in needed}
         hashed = tuple(HashedFile.of(folder / name) for name in manifest.files)
-        found = {(file.path.name, file.digest) for file in hashed}
-        found |= {(name, sha256(content).hexdigest()) for name, content in files.items()}
-        for name, digest in sorted(found):
+        digests = {(file.path.name, file.digest) for file in hashed}
+        digests |= {(name, sha256(content).hexdigest()) for name, content in files.items()}
+        for name, digest in sorted(digests):
             if manifest.files[name] != digest:
                 raise _altered(folder / name)
         return VerifiedBase(manifest, folder, files, hashed)
@@ -224,9 +224,9 @@ class Bundle:
         """
         path = self.folder / manifest_path(name)
         if not path.exists():
-            known = ", ".join(adapter_names(self.folder)) or "none"
+            present = ", ".join(adapter_names(self.folder)) or "none"
             raise DataError(
-                f"{self.folder} has no manifest of an adapter {name!r}; it has: {known}", about=path.name, value=name
+                f"{self.folder} has no manifest of an adapter {name!r}; it has: {present}", about=path.name, value=name
             )
         manifest = self._accept(AdapterManifest, path)
         if manifest.name != name:
@@ -283,13 +283,13 @@ def _check_stated(inputs: Tensors, manifest: AdapterManifest, base: BaseManifest
             about="adapter-manifest.rank",
             value=rank,
         )
-    found = {
+    measured = {
         "layout_digest": layout_of(inputs).digest,
         "rank": rank,
         "labels": sizes.get("labels", len(manifest.labels)),
     }
     stated = {"layout_digest": manifest.layout_digest, "rank": manifest.rank, "labels": len(manifest.labels)}
-    if other := [field for field in found if found[field] != stated[field]]:
+    if other := [field for field in measured if measured[field] != stated[field]]:
         raise DataError(
             f"adapter {manifest.name!r} does not have the {other[0]} that its manifest states: export it again",
             about=f"adapter-manifest.{other[0]}",
@@ -308,8 +308,8 @@ def _check_listed(folder: Path, manifest: BaseManifest) -> None:
 
     Names with a leading dot belong to file managers, and no library reads them.
     """
-    found = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    if unlisted := sorted(found - set(manifest.files) - {BASE_MANIFEST.name}):
+    present = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    if unlisted := sorted(present - set(manifest.files) - {BASE_MANIFEST.name}):
         raise TrustError(
             f"{folder / unlisted[0]} is not listed in the base manifest: remove it, or copy the bundle again",
             about=unlisted[0],

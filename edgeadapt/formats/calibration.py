@@ -74,9 +74,9 @@ def expected_calibration_error(logits: Floats, labels: Labels, bins: int = BINS)
         labels: The right ones, shape ``(examples,)``.
         bins: At most as many as there are examples.
     """
-    found, right = confidences(logits), logits.argmax(axis=1) == labels
-    parts = np.array_split(np.argsort(found, kind="stable"), min(bins, len(found)))
-    return float(sum(abs(right[part].sum() - found[part].sum()) for part in parts) / len(found))
+    confident, right = confidences(logits), logits.argmax(axis=1) == labels
+    parts = np.array_split(np.argsort(confident, kind="stable"), min(bins, len(confident)))
+    return float(sum(abs(right[part].sum() - confident[part].sum()) for part in parts) / len(confident))
 
 
 def confidences(logits: Floats) -> NDArray[np.float64]:

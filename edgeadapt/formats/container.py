@@ -58,16 +58,16 @@ def _read(blob: bytes) -> Stored:
     root = _fields(blob, _number(blob, "<I", 0))
     if (place := root(FORMAT_VERSION)) is None or _number(blob, "<i", place) != FORMAT:
         raise ValueError("it is of another version of the format")
-    found: Stored = {}
+    tensors: Stored = {}
     left = len(blob)
     for at in _elements(blob, root(PARAMETERS), 4):
         name, value = _tensor(blob, _fields(blob, at + _number(blob, "<I", at)))
-        if name in found:
+        if name in tensors:
             raise ValueError("it names a tensor twice")
         if (left := left - value.nbytes) < 0:
             raise ValueError("two tensors share their bytes")
-        found[name] = value
-    return found
+        tensors[name] = value
+    return tensors
 
 
 def _tensor(blob: bytes, place: Callable[[int], int | None]) -> tuple[str, NDArray[Any]]:

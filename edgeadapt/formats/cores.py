@@ -30,6 +30,6 @@ def ahead(call: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[
         for item in items:
             pending.append((item, pool.submit(call, item)))
             while pending and (len(pending) > threads or pending[0][1].done()):
-                first, found = pending.popleft()
-                yield first, found.result
-        yield from ((item, found.result) for item, found in pending)
+                first, future = pending.popleft()
+                yield first, future.result
+        yield from ((item, future.result) for item, future in pending)

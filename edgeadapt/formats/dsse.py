@@ -93,26 +93,26 @@ def _parse(raw: bytes, payload_type: str) -> tuple[bytes, list[tuple[str, bytes]
             value=len(raw),
         )
     try:
-        payload, found, signatures = _values(jsontext.decode(raw), "payload", "payloadType", "signatures")
+        payload, stated, signatures = _values(jsontext.decode(raw), "payload", "payloadType", "signatures")
         if not isinstance(signatures, list) or not 1 <= len(signatures) <= MAX_SIGNATURES:
             raise ValueError(f"1 to {MAX_SIGNATURES} signatures are needed")
         pairs = [_values(signature, "keyid", "sig", keyid="") for signature in signatures]
-        if not all(isinstance(text, str) for text in (found, *(keyid for keyid, _ in pairs))):
+        if not all(isinstance(text, str) for text in (stated, *(keyid for keyid, _ in pairs))):
             raise ValueError("payloadType and keyid are texts")
         decoded = _from_base64(payload), [(keyid, _from_base64(sig)) for keyid, sig in pairs]
     except ValueError as error:
         raise TrustError(f"not a signed document (DSSE): {error}", about="envelope") from None
-    if found != payload_type:
+    if stated != payload_type:
         raise TrustError(
-            f"a document of type {found[:80]!r}, where {payload_type!r} is needed", about="payloadType", value=found
+            f"a document of type {stated[:80]!r}, where {payload_type!r} is needed", about="payloadType", value=stated
         )
     return decoded
 
 
 def _values(value: Any, *names: str, **defaults: Any) -> list[Any]:
-    if not isinstance(value, dict) or set(found := defaults | value) != set(names):
+    if not isinstance(value, dict) or set(members := defaults | value) != set(names):
         raise ValueError(f"an object with exactly the keys {', '.join(names)} is needed")
-    return [found[name] for name in names]
+    return [members[name] for name in names]
 
 
 def _from_base64(text: Any) -> bytes:

@@ -71,12 +71,12 @@ def _reader(kind: Any) -> TypeAdapter[Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    members: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in members:
             raise ValueError(f"the key {key[:40]!r} occurs twice")
-        found[key] = value
-    return found
+        members[key] = value
+    return members
 
 
 def _refuse(name: str) -> Any:

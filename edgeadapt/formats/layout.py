@@ -84,11 +84,11 @@ class Layout:
         for spec in self.tensors:
             tensor = tensors[spec.name]
             if tensor.dtype != np.float32 or tensor.shape != spec.shape:
-                found = f"{tensor.dtype} {list(tensor.shape)}"
+                stated = f"{tensor.dtype} {list(tensor.shape)}"
                 raise DataError(
-                    f"tensor {spec.name!r} is {found}, expected float32 {list(spec.shape)}",
+                    f"tensor {spec.name!r} is {stated}, expected float32 {list(spec.shape)}",
                     about=spec.name,
-                    value=found,
+                    value=stated,
                 )
             if not np.isfinite(tensor).all():
                 raise DataError(f"tensor {spec.name!r} holds NaN or infinity", about=spec.name)
@@ -110,9 +110,9 @@ class Layout:
             DataError: The vector has another size or type.
         """
         if vector.shape != (self.size,) or vector.dtype != np.float32:
-            found = f"{vector.dtype} vector of shape {vector.shape}"
+            stated = f"{vector.dtype} vector of shape {vector.shape}"
             raise DataError(
-                f"a {found} does not fit a layout of {self.size} float32 elements", about="vector", value=vector.shape
+                f"a {stated} does not fit a layout of {self.size} float32 elements", about="vector", value=vector.shape
             )
         ends = np.cumsum([spec.size for spec in self.tensors])
         return {

@@ -90,11 +90,7 @@ class RegistrySource(Protocol):
         """Name the file with that digest in a message."""
 
     def file(self, digest: str, size: int) -> bytes:
-        """Read that file; empty if it does not have that size.
-
-        Raises:
-            DataError: It is missing.
-        """
+        """Read that file; empty if it does not have that size. Raises DataError if it is missing."""
 
 
 def blob_name(digest: str) -> str:
@@ -109,8 +105,8 @@ def require(state_dir: Path) -> None:
         ConfigError: It is not, or as ``RegistrySettings.of``.
     """
     elsewhere = RegistrySettings.of(state_dir)
-    found = (DATABASE, elsewhere.database or (state_dir / DATABASE).is_file())
-    for name, there in (found, (BLOBS, elsewhere.blobs or (state_dir / BLOBS).is_dir())):
+    database = (DATABASE, elsewhere.database or (state_dir / DATABASE).is_file())
+    for name, there in (database, (BLOBS, elsewhere.blobs or (state_dir / BLOBS).is_dir())):
         if not there:
             text = f"{state_dir} is not a coordinator's state directory: it has no {name}"
             raise ConfigError(text, about=name, value=str(state_dir))
@@ -150,8 +146,8 @@ class LocalFiles:
                 old = database.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (FIRST_TABLE,)).fetchone()
                 if old is not None:
                     require_schema(FIRST, str(path))
-                found = database.execute(f"SELECT {SCHEMA_COLUMN} FROM {SCHEMAS}").fetchone()  # noqa: S608
-                require_schema(found and found[0], str(path))
+                revision = database.execute(f"SELECT {SCHEMA_COLUMN} FROM {SCHEMAS}").fetchone()  # noqa: S608
+                require_schema(revision and revision[0], str(path))
                 rows: list[tuple[Any, ...]] = database.execute(query, values).fetchall()
         except (sqlite3.Error, OverflowError, UnicodeDecodeError) as error:
             if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_READONLY_ROLLBACK:
@@ -166,18 +162,18 @@ class LocalFiles:
         return rows
 
 
-def require_schema(found: object, name: str) -> None:
-    """Check that a database, whose schema has the revision ``found``, has the schema of this edgeadapt.
+def require_schema(revision: object, name: str) -> None:
+    """Check that a database, whose schema has the revision ``revision``, has the schema of this edgeadapt.
 
     Raises:
         ConfigError: It is another one.
     """
-    if found == SCHEMA:
+    if revision == SCHEMA:
         return
-    older = isinstance(found, str) and found.isdecimal() and int(found) < int(SCHEMA)
+    older = isinstance(revision, str) and revision.isdecimal() and int(revision) < int(SCHEMA)
     remedy = "bring it to that with 'edgeadapt coordinator upgrade'" if older else "update edgeadapt"
-    text = f"{name} has revision {found} of the registry's tables, and this edgeadapt has {SCHEMA}: {remedy}"
-    raise ConfigError(text, about="database.schema", value=found)
+    text = f"{name} has revision {revision} of the registry's tables, and this edgeadapt has {SCHEMA}: {remedy}"
+    raise ConfigError(text, about="database.schema", value=revision)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,15 +208,15 @@ class RegistryFiles:
         try:
             if not isinstance(raw, bytes) or len(rows) > 1:
                 raise TrustError("it is not one signed document", about="manifest")
-            found = VersionManifest.accept(raw, self.trusted)
-            if (found.version, found.sha256) != (number, digest):
+            manifest = VersionManifest.accept(raw, self.trusted)
+            if (manifest.version, manifest.sha256) != (number, digest):
                 raise TrustError(
-                    f"it is the manifest of version {found.version} ({found.sha256[:12]})", about="manifest"
+                    f"it is the manifest of version {manifest.version} ({manifest.sha256[:12]})", about="manifest"
                 )
         except TrustError as error:
             place = f"{self.source.name}, manifest of version {number}"
             raise TrustError(f"{place}: {error}; restore it from a copy", about="manifest", value=number) from None
-        return found
+        return manifest
 
     def recorded(self, version: int | None = None) -> VersionManifest | None:
         """Read the ``manifest`` of a version that a round's record says was made; version 0 is from no round.
@@ -229,17 +225,17 @@ class RegistryFiles:
             ConfigError, DataError: As ``manifest``.
             TrustError: As ``manifest`` and ``rounds``, or the version was published without such a record.
         """
-        found = self.manifest(version)
+        manifest = self.manifest(version)
         made = {record.version: record for record in self.rounds()}
-        if found is not None and found.version:
-            record = made.get(found.version)
-            if record is None or not record.made(found):
-                text = f"{self.source.name}: no round is recorded that made version {found.version} as it is there"
+        if manifest is not None and manifest.version:
+            record = made.get(manifest.version)
+            if record is None or not record.made(manifest):
+                text = f"{self.source.name}: no round is recorded that made version {manifest.version} as it is there"
                 reason = (
                     f"{text}; check the coordinator with 'edgeadapt audit verify', or restore the registry from a copy"
                 )
-                raise TrustError(reason, about="record", value=found.version)
-        return found
+                raise TrustError(reason, about="record", value=manifest.version)
+        return manifest
 
     def rounds(self) -> tuple[RoundRecord, ...]:
         """Read the records of all rounds, in order.

@@ -130,8 +130,8 @@ class RemoteStores:
                 connection.exec_driver_sql(f"SET LOCAL statement_timeout = {LONGEST}")
                 if connection.exec_driver_sql(f"SELECT to_regclass('{FIRST_TABLE}')").scalar() is not None:
                     require_schema(FIRST, self.name)
-                found = connection.exec_driver_sql(f"SELECT {SCHEMA_COLUMN} FROM {SCHEMAS} LIMIT 1").scalar()  # noqa: S608
-                require_schema(found, self.name)
+                revision = connection.exec_driver_sql(f"SELECT {SCHEMA_COLUMN} FROM {SCHEMAS} LIMIT 1").scalar()  # noqa: S608
+                require_schema(revision, self.name)
                 rows = list[tuple[Any, ...]]()
                 streamed = connection.execution_options(stream_results=True)
                 for row in streamed.exec_driver_sql(query.replace("?", "%s"), values):
@@ -140,18 +140,14 @@ class RemoteStores:
                     rows.append(tuple(row))
         except DBAPIError as error:
             reason = " ".join(str(error.orig).split())
-            if error.connection_invalidated or not _answered(error):
+            # The server refuses a statement with a code; an error without one is of the connection.
+            if error.connection_invalidated or getattr(error.orig, "sqlstate", None) is None:
                 raise EdgeAdaptError(f"{self.name}: {reason}", about="database") from None
             raise DataError(f"{self.name} is not a registry or is damaged ({reason})", about="database") from None
         except SQLAlchemyError as error:
             reason = " ".join(str(error).split())
             raise DataError(f"{self.name} is not a registry or is damaged ({reason})", about="database") from None
         return rows
-
-
-def _answered(error: DBAPIError) -> bool:
-    """Check whether the server refused a statement; an error without a code is of the connection."""
-    return getattr(error.orig, "sqlstate", None) is not None
 
 
 def shown(url: URL) -> str:
@@ -171,6 +167,6 @@ def is_local(url: URL) -> bool:
 def _commit_durably(connection: Any, _: object) -> None:
     # A server may be set to acknowledge commits that a power cut takes back. The ending of a round is logged after its
     # commit, and a log that knows more than the registry stops the coordinator.
-    found = "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
-    connection.execute(found)
+    query = "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
+    connection.execute(query)
     connection.commit()

@@ -64,8 +64,8 @@ class Rollout:
         """
         if not 0 <= share <= ALL:
             raise ConfigError(f"a share is 0 to {ALL} percent, not {share}", about="share", value=share)
-        found = cls(release, previous, share, tuple(sorted({check_language(each) for each in languages})))
-        return None if found.is_complete else found
+        rollout = cls(release, previous, share, tuple(sorted({check_language(each) for each in languages})))
+        return None if rollout.is_complete else rollout
 
     @property
     def flag(self) -> str:
@@ -118,13 +118,13 @@ class Rollout:
                 "share": rule["fractional"][0][1],
                 "languages": languages,
             }
-            found = jsontext.decode_as(cls, jsontext.encode(stated))
-            if found.encode() != raw:
+            rollout = jsontext.decode_as(cls, jsontext.encode(stated))
+            if rollout.encode() != raw:
                 raise ValueError
         except (ValueError, ValidationError, LookupError, TypeError, AttributeError) as error:
             reason = "the flags of the rollout are damaged, or of a newer version: update edgeadapt"
             raise TrustError(reason, about=FLAGS) from error
-        return found
+        return rollout
 
 
 def _cbor(text: str) -> bytes:

@@ -116,7 +116,7 @@ def accept_chain(
     Raises:
         TrustError: A record is missing, was altered, or stands in another place than it was signed for.
     """
-    (last, signed), keys, found = before, list(trusted), list[RoundRecord]()
+    (last, signed), keys, records = before, list(trusted), list[RoundRecord]()
     for number, raw in rows:
         try:
             if not isinstance(raw, bytes):
@@ -128,9 +128,9 @@ def accept_chain(
         except (DataError, TrustError) as error:
             text = f"the record of round {number} was altered ({error}): restore the registry from a copy"
             raise TrustError(text, about="record", value=number) from None
-        found.append(record)
+        records.append(record)
         last, signed = number, raw
-    return found
+    return records
 
 
 def digest_of(signed: object) -> str:

@@ -83,11 +83,7 @@ class Settings(BaseModel):
 
 
 def _toml(text: str) -> dict[str, Any]:
-    """Parse a TOML text.
-
-    Raises:
-        ValueError: It is not TOML, has a line above the limit, or is nested too deeply.
-    """
+    """Parse a TOML text. Raises ValueError if it is not TOML, has a line above the limit, or is nested too deeply."""
     if max(map(len, text.split("\n"))) > LONGEST_LINE:
         raise ValueError(f"a line has more than {LONGEST_LINE} characters")
     try:

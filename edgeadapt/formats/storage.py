@@ -174,10 +174,10 @@ def locked(lock: Path, *, timeout: float = -1) -> Iterator[None]:
 def _require_own_file(lock: Path) -> None:
     """Check that ``lock`` is missing, or a file with this one name: older versions of filelock empty what they lock."""
     try:
-        found = lock.lstat()
+        status = lock.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         raise ConfigError(f"{lock} is a link, a folder or a device in the place of a lock: remove it", about=lock.name)
 
 

@@ -68,10 +68,10 @@ def _claimed(where: Path) -> tuple[Path, FileLock]:
 def _is_own(path: Path, is_kind: Callable[[int], bool]) -> bool:
     """Check that ``path`` is of a kind and belongs to this user. A link is not followed."""
     try:
-        found = path.lstat()
+        status = path.lstat()
     except OSError:
         return False
-    return is_kind(found.st_mode) and (os.name == "nt" or found.st_uid == os.getuid())
+    return is_kind(status.st_mode) and (os.name == "nt" or status.st_uid == os.getuid())
 
 
 def _delete(folder: Path, lock: FileLock) -> None:

@@ -75,10 +75,10 @@ def build(base: Base, labels: int, config: PeftConfig) -> PeftModel:
 
 def tokenizer(base: Base, model: PeftModel) -> Tokenizer:
     """Return the base's tokenizer, which cuts texts at ``MAX_TOKENS``, or earlier if the base has fewer positions."""
-    found = Tokenizer.from_file(str(base.folder / "tokenizer.json"))
-    found.enable_truncation(min(MAX_TOKENS, model.get_base_model().encoder.config.max_position_embeddings))
-    found.no_padding()
-    return found
+    loaded = Tokenizer.from_file(str(base.folder / "tokenizer.json"))
+    loaded.enable_truncation(min(MAX_TOKENS, model.get_base_model().encoder.config.max_position_embeddings))
+    loaded.no_padding()
+    return loaded
 
 
 def padded(tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -40,8 +40,8 @@ def with_squares(layout: Layout) -> Layout:
 
 def unfolded(tensors: Tensors) -> Tensors:
     """Add R = 0 of each LoRA layer. Law: ``folded(unfolded(t), limit)`` equals ``t`` within the limit."""
-    found = {name: tensor.shape[1] for name, tensor in tensors.items() if part_of(name) is Part.B}
-    return tensors | {square_name(name): np.zeros((rank, rank), np.float32) for name, rank in found.items()}
+    ranks = {name: tensor.shape[1] for name, tensor in tensors.items() if part_of(name) is Part.B}
+    return tensors | {square_name(name): np.zeros((rank, rank), np.float32) for name, rank in ranks.items()}
 
 
 def folded(tensors: Tensors, limit: float = math.inf) -> Tensors:
@@ -50,14 +50,14 @@ def folded(tensors: Tensors, limit: float = math.inf) -> Tensors:
     Guarantee: equal arguments give equal bits on every machine, in float32.
     """
     squares = {name for name in tensors if part_of(name) is Part.R}
-    found = {name: value for name, value in tensors.items() if name not in squares}
-    for name in found.keys() & {name.replace(".lora_R.", ".lora_B.") for name in squares}:
-        before, square = found[name], tensors[square_name(name)]
+    result = {name: value for name, value in tensors.items() if name not in squares}
+    for name in result.keys() & {name.replace(".lora_R.", ".lora_B.") for name in squares}:
+        before, square = result[name], tensors[square_name(name)]
         frozen, after = frozen_factor(name, before.shape), before.astype(np.float64)
         for column, row in zip(frozen.T, square, strict=True):  # in a fixed order, unlike a matrix product
             after += column[:, None].astype(np.float64) * row
-        found[name] = np.clip(after, -limit, limit).astype(np.float32)
-    return found
+        result[name] = np.clip(after, -limit, limit).astype(np.float32)
+    return result
 
 
 def frozen_factor(name: str, shape: tuple[int, ...]) -> Floats:

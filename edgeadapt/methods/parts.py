@@ -75,16 +75,12 @@ def is_bias(name: str) -> bool:
 
 
 def only(layout: Layout, parts: Collection[Part]) -> Layout:
-    """Return the layout of some parts of an adapter.
-
-    Raises:
-        DataError: The adapter has none of them.
-    """
-    found = tuple(spec for spec in layout.tensors if part_of(spec.name) in parts)
-    if not found:
+    """Return the layout of some parts of an adapter. Raises DataError if the adapter has none of them."""
+    chosen = tuple(spec for spec in layout.tensors if part_of(spec.name) in parts)
+    if not chosen:
         named = ", ".join(sorted(part.value for part in parts))
         raise DataError(f"the adapter has none of the parts {named}: choose another method", about="task.parts")
-    return Layout(found)
+    return Layout(chosen)
 
 
 def mask(layout: Layout, parts: Collection[Part]) -> NDArray[np.bool_]:

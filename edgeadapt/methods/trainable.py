@@ -68,11 +68,11 @@ def adapted(model: nn.Module, config: PeftConfig, *, heads: Sequence[str] = (), 
     with warnings.catch_warnings():  # of what peft cannot do with a module, merging for example
         warnings.filterwarnings("ignore", "Detected that the base layer has no bias term", UserWarning)
         warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
-        found = get_peft_model(model, _peft_config(config, heads, task)).eval()
-    for name, value in found.named_parameters():
+        wrapped = get_peft_model(model, _peft_config(config, heads, task)).eval()
+    for name, value in wrapped.named_parameters():
         if name.endswith(COPIES):
             value.requires_grad_(False)
-    return found
+    return wrapped
 
 
 def configuration(
@@ -121,9 +121,9 @@ def configuration(
 def _named(kind: str, architecture: str, base: Base) -> Sequence[str]:
     if architecture in NAMED[kind]:
         return NAMED[kind][architecture]
-    found = {path.split(".")[-2] for path in _matrices(base)} if kind == "LORA" else set()
+    present = {path.split(".")[-2] for path in _matrices(base)} if kind == "LORA" else set()
     for names in PROJECTIONS:
-        if found.issuperset(names):
+        if present.issuperset(names):
             return names
     raise ConfigError(
         f"peft names no modules of {architecture!r} for {kind}; name them with targets",
@@ -214,11 +214,11 @@ def _require_kinds(model: nn.Module, config: PeftConfig) -> None:
     """
     norms = config.peft_type == "LN_TUNING"
     for target in config.target_modules:
-        found = {path: m for path, m in model.named_modules() if path == target or path.endswith(f".{target}")}
-        if not found:
+        modules = {path: m for path, m in model.named_modules() if path == target or path.endswith(f".{target}")}
+        if not modules:
             reason = f"the base has no module named {target!r}; it has {pretrained.layer_names(model)}"
             raise ConfigError(reason, about="target_modules", value=target)
-        for path, module in found.items():
+        for path, module in modules.items():
             if not (_is_norm(module) if norms else _is_linear(module, config)):
                 raise ConfigError(
                     f"target_modules name {path}, which is not a {'normalization' if norms else 'linear layer'} but"

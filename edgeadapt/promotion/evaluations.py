@@ -76,18 +76,18 @@ def act(repository: ChannelRepository, state_dir: Path, trust: Path | None, chan
     records = audit_repository(repository.folder, None).records
     lineage = Lineage.read(state_dir, trust, None)
     try:
-        found = judge(lineage, channel, adapter, newest, previous, ready.condition.margin, records)
+        judged = judge(lineage, channel, adapter, newest, previous, ready.condition.margin, records)
     except NoVerdictError as error:
         return WatchStep("no verdict", str(error))
-    if found.worse:
-        made = publish_prepared(repository, channel, found).release
+    if judged.worse:
+        new = publish_prepared(repository, channel, judged).release
         text = (
-            f"{found}; channel {channel} is rolled back: release {made.number} is release {ready.condition.again} again"
+            f"{judged}; channel {channel} is rolled back: release {new.number} is release {ready.condition.again} again"
         )
-        return WatchStep("rolled back", text, found, made)
-    if found not in [record.action.evaluation for record in records]:
-        note_evaluation(repository, channel, found)
-    return WatchStep("kept", f"{found}; release {current.number} of channel {channel} stays", found)
+        return WatchStep("rolled back", text, judged, new)
+    if judged not in [record.action.evaluation for record in records]:
+        note_evaluation(repository, channel, judged)
+    return WatchStep("kept", f"{judged}; release {current.number} of channel {channel} stays", judged)
 
 
 def judge(
@@ -111,18 +111,18 @@ def judge(
             back for it, and is compared again where it was promoted again.
         DataError, TrustError: As ``last_evaluation`` and ``verdict``.
     """
-    found = last_evaluation(lineage, newest, previous)
-    if found is None or found.record is None:
+    version = last_evaluation(lineage, newest, previous)
+    if version is None or version.record is None:
         reason = f"no round has compared the two releases of {channel}: {_add_one(lineage.state_dir)}"
         raise NoVerdictError(reason, about="evaluation")
-    number, metrics = found.record.round, found.manifest.metrics
+    number, metrics = version.record.round, version.manifest.metrics
     judged = verdict(metrics, margin)
     if judged is None:
         reason = f"round {number} counted too few examples of one of the releases: raise the share, or wait"
         raise NoVerdictError(reason, about="evaluation", value=number)
-    survivors = len(found.manifest.survivors)
+    survivors = len(version.manifest.survivors)
     figures = (adapter, newest, previous, dict(metrics), judged, judged.worse)
-    evaluation = JudgedEvaluation(number, found.manifest.sha256, survivors, *figures)
+    evaluation = JudgedEvaluation(number, version.manifest.sha256, survivors, *figures)
     if (before := rollback_after(evaluation, records)) is not None:
         led = f"release {before.action.release} of channel {before.action.subject}"
         reason = f"the evaluation of round {number} led to a rollback already ({led}): {_add_one(lineage.state_dir)}"
@@ -165,8 +165,8 @@ def find_plan(state_dir: Path, digest: str) -> Plan:
         TrustError: No log has it.
         EdgeAdaptError: The database cannot be reached.
     """
-    with closing(_newest_logs(state_dir)) as found:
-        for log in found:
+    with closing(_newest_logs(state_dir)) as logs:
+        for log in logs:
             for entry in transcript.read(log).entries:
                 if entry.kind != Assignment.TAG:
                     continue

@@ -48,7 +48,7 @@ def read_held_out(path: Path) -> list[HeldOutPhrase]:
         ConfigError: There is no such file.
         DataError: A line has another form, or as ``read_lines``.
     """
-    found = []
+    phrases = []
     for number, line in enumerate(read_lines(path, "phrase"), 1):
         parts = [part.strip() for part in line.split("\t")]
         if len(parts) != 3 or not all(parts):
@@ -57,8 +57,8 @@ def read_held_out(path: Path) -> list[HeldOutPhrase]:
                 about=path.name,
                 value=number,
             )
-        found.append(HeldOutPhrase(*parts))
-    return found
+        phrases.append(HeldOutPhrase(*parts))
+    return phrases
 
 
 @dataclass(slots=True)
@@ -121,13 +121,13 @@ class PromotionTrial:
 
     def results(self) -> tuple[GateResult, ...]:
         """Run the gates, in the order of the settings."""
-        found: list[GateResult] = []
+        measured: list[GateResult] = []
         for gate in self.settings.gates:
             with traces.span("gate", gate=gate) as span:
                 results = [*self._run(gate)]
                 span.set(passed=all(each.passed for each in results))
-            found += results
-        return tuple(found)
+            measured += results
+        return tuple(measured)
 
     def _run(self, gate: GateName) -> Results:
         try:
@@ -142,11 +142,7 @@ class PromotionTrial:
         return tuple(sorted(self.candidate.release.adapters))
 
     def path(self, key: str, value: str) -> Path:
-        """Resolve a path that the settings name.
-
-        Raises:
-            ConfigError: They name none.
-        """
+        """Resolve a path that the settings name. Raises ConfigError if they name none."""
         if not value:
             raise ConfigError(f"gates.toml names no {key}", about=key)
         return self.folder / value
@@ -215,12 +211,12 @@ def _accuracy(trial: PromotionTrial) -> Results:
         raise DataError(f"{settings.held_out} has {len(phrases)} phrases, and {settings.fewest} are needed")
     for name in trial.names:
         right = sum(_right(trial.candidate, name, phrases))
-        found, least, text = right / len(phrases), settings.least, f"{right} of {len(phrases)} right"
+        share, least, text = right / len(phrases), settings.least, f"{right} of {len(phrases)} right"
         if trial.current is not None and name in trial.current.release.adapters:
             before = sum(_right(trial.current, name, phrases))
             least = max(least, before / len(phrases) - settings.margin)
             text += f", {before} by release {trial.current.release.number}"
-        yield _at_least(f"accuracy of {name}", found, least, text)
+        yield _at_least(f"accuracy of {name}", share, least, text)
 
 
 def _language(trial: PromotionTrial) -> Results:
@@ -268,10 +264,10 @@ def _held_out(trial: PromotionTrial) -> list[HeldOutPhrase]:
         ConfigError, DataError: As ``read_held_out``; or no release has one of the labels, which is then misspelled.
     """
     path = trial.path("accuracy.held_out", trial.settings.accuracy.held_out)
-    phrases, known = read_held_out(path), set[str]()
+    phrases, labels = read_held_out(path), set[str]()
     for release in (trial.candidate, trial.current):
-        known |= {label for name in trial.names for label in (release.labels(name) if release else ())}
-    if unknown := sorted({each.label for each in phrases} - known):
+        labels |= {label for name in trial.names for label in (release.labels(name) if release else ())}
+    if unknown := sorted({each.label for each in phrases} - labels):
         raise DataError(f"no adapter has the label {unknown[0][:40]!r} of {path}", about="label", value=unknown)
     return phrases
 

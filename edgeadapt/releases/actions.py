@@ -107,14 +107,10 @@ class LogHead:
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> Self:
-        """Read what a snapshot says.
-
-        Raises:
-            DataError: That is not the head of a log.
-        """
-        found = snapshot.unrecognized_fields.get(HEAD, {"number": 0, "sha256": None})
-        match found:
-            case {"number": int(number), "sha256": str() | None as digest} if len(found) == 2 and number >= 0:
+        """Read what a snapshot says. Raises DataError if that is not the head of a log."""
+        head = snapshot.unrecognized_fields.get(HEAD, {"number": 0, "sha256": None})
+        match head:
+            case {"number": int(number), "sha256": str() | None as digest} if len(head) == 2 and number >= 0:
                 return cls(number, digest)
         raise DataError(f"{HEAD} of the snapshot is damaged: restore the repository", about=HEAD)
 

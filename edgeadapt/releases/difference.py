@@ -36,10 +36,10 @@ class TensorChange:
 
     @classmethod
     def of(cls, name: str, old: Floats, new: Floats) -> Self:
-        one, two = (np.asarray(each, np.float64).ravel() for each in (old, new))
-        before, after = float(np.linalg.norm(one)), float(np.linalg.norm(two))
-        cosine = float(np.clip(one @ two / (before * after), -1, 1)) if before and after else None
-        return cls(name, tuple(old.shape), before, after, float(np.linalg.norm(two - one)), cosine)
+        first, two = (np.asarray(each, np.float64).ravel() for each in (old, new))
+        before, after = float(np.linalg.norm(first)), float(np.linalg.norm(two))
+        cosine = float(np.clip(first @ two / (before * after), -1, 1)) if before and after else None
+        return cls(name, tuple(old.shape), before, after, float(np.linalg.norm(two - first)), cosine)
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,15 +100,15 @@ def audit_repository(folder: Path, root: Path | None) -> RepositoryAudit:
 def rollback_after(evaluation: JudgedEvaluation, records: Sequence[ActionRecord]) -> ActionRecord | None:
     """Return the first rollback that an evaluation led to, among ``records``; None if it led to none."""
     for record in records:
-        found = record.action.evaluation
-        if record.action.kind == "rollback" and found is not None and found.is_of_round(evaluation):
+        judged = record.action.evaluation
+        if record.action.kind == "rollback" and judged is not None and judged.is_of_round(evaluation):
             return record
     return None
 
 
 def _roots(place: Path, pinned: bytes | None) -> list[Metadata[Root]]:
     """Read all roots, from version 1 on."""
-    found: list[Metadata[Root]] = []
+    roots: list[Metadata[Root]] = []
     raws: list[bytes] = []
     for number in count(1):
         path = place / f"{number}.{ROOT}.json"
@@ -118,13 +118,13 @@ def _roots(place: Path, pinned: bytes | None) -> list[Metadata[Root]]:
         root = _metadata(Root, path)
         if root.signed.version != number:
             raise TrustError(f"{path} is version {root.signed.version}", about=ROOT, value=number)
-        for signer in (*found[-1:], root):
+        for signer in (*roots[-1:], root):
             _signed(signer, ROOT, root)
-        found.append(root)
+        roots.append(root)
     if not raws or pinned not in (None, *raws):
         reason = "the repository does not have the pinned root: it is another repository, or its roots were replaced"
         raise TrustError(reason, about=ROOT)
-    return found
+    return roots
 
 
 def _snapshot_keys(roots: Sequence[Metadata[Root]]) -> list[PublicKey]:
@@ -134,7 +134,7 @@ def _snapshot_keys(roots: Sequence[Metadata[Root]]) -> list[PublicKey]:
 
 def _records(folder: Path, head: LogHead, keys: Sequence[PublicKey]) -> tuple[ActionRecord, ...]:
     """Read the records up to ``head``, each named by the next one."""
-    found: list[ActionRecord] = []
+    records: list[ActionRecord] = []
     expected = head.sha256
     for number in range(head.number, 0, -1):
         path = action_path(folder, number)
@@ -150,11 +150,11 @@ def _records(folder: Path, head: LogHead, keys: Sequence[PublicKey]) -> tuple[Ac
             record = ActionRecord.accept(raw, keys)
         if record.number != number:
             raise TrustError(f"{path} is record {record.number}", about="log", value=number)
-        found.append(record)
+        records.append(record)
         expected = record.previous
-    if expected is not None or not found:
+    if expected is not None or not records:
         raise TrustError("the log does not begin with record 1", about="log", value=0)
-    return tuple(reversed(found))
+    return tuple(reversed(records))
 
 
 def _require_all(records: Sequence[ActionRecord], versions: dict[str, int]) -> None:
@@ -202,8 +202,8 @@ def _require_verdict(place: Path, record: ActionRecord, top: Metadata[Targets]) 
         for role, version in record.metadata.items():
             if role in (ROOT, TOP, SNAPSHOT, TIMESTAMP):
                 continue
-            _signed(top, role, found := _current(Targets, place, role, version))
-            condition = RollbackCondition.of(found.signed)
+            _signed(top, role, current := _current(Targets, place, role, version))
+            condition = RollbackCondition.of(current.signed)
             if condition is None:
                 continue
             if (action.kind, action.subject, action.again) != ("rollback", role, condition.again):
@@ -249,28 +249,28 @@ def _require_promoted(place: Path, records: Sequence[ActionRecord], roots: Seque
         if channel in guarded and action.kind != "rollback" and not passed:
             reason = f"release {action.release} of channel {channel} passed no gates, and the channel is protected"
             raise TrustError(reason, about=channel, value=record.number)
-        known = promoted.setdefault(channel, {})
-        known[action.release] = passed or known.get(action.again or 0, False)
-    newest = {channel: max(known) for channel, known in promoted.items() if channel in guarded}
+        releases = promoted.setdefault(channel, {})
+        releases[action.release] = passed or releases.get(action.again or 0, False)
+    newest = {channel: max(releases) for channel, releases in promoted.items() if channel in guarded}
     return {channel: number for channel, number in newest.items() if not promoted[channel][number]}
 
 
 def _current(kind: Any, place: Path, role: str, version: int) -> Metadata[Any]:
-    found = _metadata(kind, place / f"{version}.{role}.json")
-    if found.signed.version != version:
-        raise TrustError(f"{version}.{role}.json is version {found.signed.version}", about=role, value=version)
-    return found
+    metadata = _metadata(kind, place / f"{version}.{role}.json")
+    if metadata.signed.version != version:
+        raise TrustError(f"{version}.{role}.json is version {metadata.signed.version}", about=role, value=version)
+    return metadata
 
 
 def _metadata(kind: Any, path: Path) -> Metadata[Any]:
     raw = _required(path, MAX_METADATA)
     try:
-        found: Metadata[Any] = Metadata.from_bytes(raw)
+        metadata: Metadata[Any] = Metadata.from_bytes(raw)
     except (RepositoryError, ValueError, TypeError, KeyError) as error:
         raise TrustError(f"{path} is damaged: restore it from a copy", about=path.name) from error
-    if not isinstance(found.signed, kind):
+    if not isinstance(metadata.signed, kind):
         raise TrustError(f"{path} is of another role", about=path.name)
-    return found
+    return metadata
 
 
 def _signed(signer: Metadata[Any], role: str, metadata: Metadata[Any]) -> None:

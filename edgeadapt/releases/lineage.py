@@ -113,7 +113,7 @@ def releases_of(repository: ChannelRepository) -> tuple[ReleasedAdapter, ...]:
     Raises:
         DataError, TrustError: The repository is damaged.
     """
-    found = []
+    released = []
     for channel in repository.channels:
         releases, rollout = repository.releases(channel), repository.rollout(channel)
         offered = {rollout.previous} if rollout else set()
@@ -121,8 +121,8 @@ def releases_of(repository: ChannelRepository) -> tuple[ReleasedAdapter, ...]:
         for release in releases:
             adapters = (repository.manifest(channel, release, name) for name in sorted(release.adapters))
             current = release.number in offered
-            found += [ReleasedAdapter(channel, release.number, release.made, current, each) for each in adapters]
-    return tuple(found)
+            released += [ReleasedAdapter(channel, release.number, release.made, current, each) for each in adapters]
+    return tuple(released)
 
 
 def _manifests(state_dir: Path, registry: RegistryFiles) -> Sequence[VersionManifest]:
@@ -138,11 +138,11 @@ def _manifests(state_dir: Path, registry: RegistryFiles) -> Sequence[VersionMani
             f"the registry in {state_dir} is empty: publish a first adapter with 'edgeadapt coordinator publish'",
             about="registry",
         )
-    found = []
+    manifests = []
     for number in range(newest.version):
         manifest = registry.manifest(number)
         if manifest is None:
             text = f"{registry.source.name} has no version {number}: restore the registry from a copy"
             raise TrustError(text, about="version", value=number)
-        found.append(manifest)
-    return [*found, newest]
+        manifests.append(manifest)
+    return [*manifests, newest]

@@ -71,8 +71,8 @@ class RoleMetadata:
         version = timestamp.snapshot_meta.version
         if role == SNAPSHOT:
             return version
-        known = _read(Snapshot, self.path(SNAPSHOT, version)).meta.get(f"{role}.json")
-        return known.version if known else 0
+        stated = _read(Snapshot, self.path(SNAPSHOT, version)).meta.get(f"{role}.json")
+        return stated.version if stated else 0
 
     def load(self, kind: type[S], role: str, version: int | None = None) -> S:
         """Read a version of a role's metadata, by default the current one.
@@ -87,8 +87,8 @@ class RoleMetadata:
         root, delegated = self.load(Root, ROOT), delegations(self.load(Targets, TOP))
         for role in (ROOT, TOP, SNAPSHOT, TIMESTAMP, *sorted(delegated)):
             keyids = (delegated[role] if role in delegated else root.roles[role]).keyids
-            found = self.load(Signed, role)  # type: ignore[type-abstract]
-            yield role, found.version, found.expires, tuple(map(self.key_file, keyids))
+            signed = self.load(Signed, role)  # type: ignore[type-abstract]
+            yield role, signed.version, signed.expires, tuple(map(self.key_file, keyids))
 
     def commit(
         self,
@@ -158,8 +158,8 @@ class RoleMetadata:
     def _log(self, action: Action, snapshot: Snapshot, versions: Mapping[str, int], keys: Root) -> None:
         """Write the next record of the log, and name it in ``snapshot``."""
         last = LogHead.of(snapshot)
-        made = self.now.isoformat(timespec="seconds")
-        record = ActionRecord(last.number + 1, last.sha256, made, self.by, dict(versions), action)
+        moment = self.now.isoformat(timespec="seconds")
+        record = ActionRecord(last.number + 1, last.sha256, moment, self.by, dict(versions), action)
         raw = record.sign(read_key(self.key_file(keys.roles[SNAPSHOT].keyids[0])))
         path = action_path(self.folder, record.number)
         path.parent.mkdir(exist_ok=True)
@@ -176,18 +176,14 @@ class RoleMetadata:
         return self.folder / KEYS / f"{keyid[:16]}.pem"
 
     def signers(self, keyids: Sequence[str]) -> list[CryptoSigner]:
-        """Read the keys of these ids.
-
-        Raises:
-            ConfigError: One of them is missing.
-        """
-        found = []
+        """Read the keys of these ids. Raises ConfigError if one of them is missing."""
+        keys = []
         for keyid in keyids:
             if not self.key_file(keyid).is_file():
                 reason = f"{self.key_file(keyid)} must sign this and is not there: bring the key back for it"
                 raise ConfigError(reason, about="keys", value=keyid)
-            found.append(_signer(read_key(self.key_file(keyid))))
-        return found
+            keys.append(_signer(read_key(self.key_file(keyid))))
+        return keys
 
     def delegate(self, top: Targets, channel: str, entropy: Entropy) -> Targets:
         """Let a new channel sign its files; return its first, empty metadata. ``stable`` is protected."""
@@ -195,9 +191,9 @@ class RoleMetadata:
         patterns = [target(channel, pattern) for pattern in ("*", "*/*")]  # a star does not match a slash
         fields = {PROTECTED: True} if channel == STABLE else {}
         role = DelegatedRole(channel, [], 1, terminating=True, paths=patterns, unrecognized_fields=fields)
-        found = top.delegations or Delegations({}, {})
-        found.roles = {**(found.roles or {}), channel: role}
-        top.delegations = found
+        delegations = top.delegations or Delegations({}, {})
+        delegations.roles = {**(delegations.roles or {}), channel: role}
+        top.delegations = delegations
         top.add_key(key.public_key, channel)
         return Targets()
 

@@ -51,17 +51,13 @@ class RollbackCondition:
 
     @classmethod
     def of(cls, signed: Targets) -> Self | None:
-        """Read that of a channel's metadata; None if they were not prepared.
-
-        Raises:
-            TrustError: It is damaged.
-        """
-        found = signed.unrecognized_fields.get(ROLLBACK)
-        if found is None:
+        """Read that of a channel's metadata; None if they were not prepared. Raises TrustError if it is damaged."""
+        text = signed.unrecognized_fields.get(ROLLBACK)
+        if text is None:
             return None
         try:
-            jsontext.decode(found.encode())
-            return jsontext.decode_as(cls, found.encode())
+            jsontext.decode(text.encode())
+            return jsontext.decode_as(cls, text.encode())
         except (ValueError, AttributeError, ValidationError) as error:
             raise TrustError("the condition of a prepared rollback is damaged", about=ROLLBACK) from error
 
@@ -128,10 +124,10 @@ class PreparedRollbacks:
 
     def discard(self, channel: str) -> bool:
         """Delete it, and return whether there was one."""
-        found = self.path(channel).exists()
+        existed = self.path(channel).exists()
         self.path(channel).unlink(missing_ok=True)
         shutil.rmtree(self.targets.folder / channel, ignore_errors=True)
-        return found
+        return existed
 
     def read(self, channel: str) -> tuple[Metadata[Targets], RollbackCondition] | None:
         """Read the metadata and their condition; None if no rollback is prepared.
@@ -151,28 +147,28 @@ class PreparedRollbacks:
         except DataError as error:
             raise TrustError(f"{error}; {anew}", about=PREPARED, value=channel) from error
         try:
-            found: Metadata[Targets] = Metadata.from_bytes(raw)
-            if not isinstance(found.signed, Targets):
+            metadata: Metadata[Targets] = Metadata.from_bytes(raw)
+            if not isinstance(metadata.signed, Targets):
                 raise TrustError(f"{path} is of another role: {anew}", about=PREPARED)
-            self.metadata.load(Targets, TOP).verify_delegate(channel, found.signed_bytes, found.signatures)
+            self.metadata.load(Targets, TOP).verify_delegate(channel, metadata.signed_bytes, metadata.signatures)
         except (OSError, DataError, RepositoryError, ValueError, TypeError, KeyError) as error:
             reason = f"{path} is damaged, or not signed by the key of channel {channel}: {anew}"
             raise TrustError(reason, about=PREPARED, value=channel) from error
-        condition = RollbackCondition.of(found.signed)
-        if condition is None or any(not name.startswith(target(channel, "")) for name in found.signed.targets):
+        condition = RollbackCondition.of(metadata.signed)
+        if condition is None or any(not name.startswith(target(channel, "")) for name in metadata.signed.targets):
             raise TrustError(f"{path} is no prepared rollback of channel {channel}: {anew}", about=PREPARED)
-        return found, condition
+        return metadata, condition
 
     def sign_again(
-        self, channel: str, found: tuple[Metadata[Targets], RollbackCondition] | None, current: Release | None
+        self, channel: str, prepared: tuple[Metadata[Targets], RollbackCondition] | None, current: Release | None
     ) -> None:
         """Sign what ``read`` found as the next metadata of a channel that has changed, if its release has not.
 
         Raises:
             ConfigError, OSError: As ``write``.
         """
-        if found is not None and current is not None and found[1].release == current.number:
-            self.write(channel, found[0].signed)
+        if prepared is not None and current is not None and prepared[1].release == current.number:
+            self.write(channel, prepared[0].signed)
         else:
             self.discard(channel)
 
@@ -194,8 +190,8 @@ class PreparedRollbacks:
         read = self.read(channel)
         if read is None:
             raise ConfigError(f"no rollback of channel {channel} is prepared: {anew}", about=PREPARED, value=channel)
-        found, condition = read
-        signed, version = found.signed, self.metadata.version(channel)
+        metadata, condition = read
+        signed, version = metadata.signed, self.metadata.version(channel)
         if signed.version != version + 1 or condition.release != current.number:
             what = f"it is version {signed.version} of channel {channel}, which has {version}"
             reason = f"the prepared rollback was used already or is out of date ({what}): {anew}"
@@ -215,4 +211,4 @@ class PreparedRollbacks:
         except (OSError, RepositoryError, DataError, TrustError, KeyError) as error:
             reason = f"a file of the prepared rollback of channel {channel} is missing or altered ({error}): {anew}"
             raise TrustError(reason, about=PREPARED, value=channel) from error
-        return PreparedRollback(found, condition, release, new)
+        return PreparedRollback(metadata, condition, release, new)

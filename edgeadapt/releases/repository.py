@@ -92,16 +92,16 @@ class ChannelRepository:
         """
         names = [check_channel(name) for name in channels]
         with storage.new_folder(folder, mode=storage.PRIVATE_FOLDER) as stage:
-            made = cls(stage, now, by)
-            for part in (made.metadata.place, made.targets.folder, stage / KEYS):
+            repository = cls(stage, now, by)
+            for part in (repository.metadata.place, repository.targets.folder, stage / KEYS):
                 part.mkdir(parents=True)
-            root, top, online = Root(consistent_snapshot=True), Targets(), made.metadata.new_key(entropy)
-            offline = {role: made.metadata.new_key(entropy) for role in (ROOT, TOP)}
+            root, top, online = Root(consistent_snapshot=True), Targets(), repository.metadata.new_key(entropy)
+            offline = {role: repository.metadata.new_key(entropy) for role in (ROOT, TOP)}
             keys = {**offline, SNAPSHOT: online, TIMESTAMP: online}
             for role, key in keys.items():
                 root.add_key(key.public_key, role)
-            first = {name: made.metadata.delegate(top, name, entropy) for name in names}
-            made.metadata.commit(Action("init"), first, root, top)
+            first = {name: repository.metadata.delegate(top, name, entropy) for name in names}
+            repository.metadata.commit(Action("init"), first, root, top)
         return cls(folder, now, by)
 
     @classmethod
@@ -144,19 +144,19 @@ class ChannelRepository:
             DataError, TrustError: The repository is damaged.
         """
         if channel not in self.channels:
-            known = ", ".join(self.channels)
-            raise ConfigError(f"there is no channel {channel!r}; the channels are {known}", about="channel")
+            names = ", ".join(self.channels)
+            raise ConfigError(f"there is no channel {channel!r}; the channels are {names}", about="channel")
         for version in range(self.metadata.version(channel), 0, -1):
-            found = self._release_of(channel, self.metadata.load(Targets, channel, version))
-            if number is None or (found and found.number == number):
-                return found
+            current = self._release_of(channel, self.metadata.load(Targets, channel, version))
+            if number is None or (current and current.number == number):
+                return current
         raise ConfigError(f"channel {channel} has no release {number}", about="release", value=number)
 
     def releases(self, channel: str) -> tuple[Release, ...]:
         """Read all releases of a channel, oldest first. Raises as ``release``."""
         versions = range(1, self.metadata.version(channel) + 1)
-        found = (self._release_of(channel, self.metadata.load(Targets, channel, version)) for version in versions)
-        return tuple({release.number: release for release in found if release}.values())
+        read = (self._release_of(channel, self.metadata.load(Targets, channel, version)) for version in versions)
+        return tuple({release.number: release for release in read if release}.values())
 
     def manifest(self, channel: str, release: Release, name: str) -> AdapterManifest:
         """Read an adapter's manifest, which was verified when the release was published.
@@ -239,20 +239,20 @@ class ChannelRepository:
             OSError: The files cannot be written. The repository is unchanged.
         """
         with self.locked():
-            found, current = self.release(source), self.release(channel)
-            if found is None or found.number != number:
+            candidate, current = self.release(source), self.release(channel)
+            if candidate is None or candidate.number != number:
                 reason = f"release {number} is not the current one of channel {source}: repeat the promotion"
                 raise ConfigError(reason, about="channel", value=source)
             if channel in self.protected and not (gates and all(each.passed for each in gates)):
                 reason = f"channel {channel} is protected, and the release did not pass its gates"
                 raise ConfigError(reason, about="gates", value=channel)
             if current:
-                for name in found.adapters.keys() & current.adapters.keys():
-                    _require_newer(self.manifest(source, found, name), self.manifest(channel, current, name))
-            files = {name: self.targets.path(source, name, digest) for name, digest in found.files.items()}
+                for name in candidate.adapters.keys() & current.adapters.keys():
+                    _require_newer(self.manifest(source, candidate, name), self.manifest(channel, current, name))
+            files = {name: self.targets.path(source, name, digest) for name, digest in candidate.files.items()}
             rollout = self._first_stage(channel, current, share, languages)
             action = Action("promote", source=source, gates=tuple(gates), rollout=rollout)
-            return Published(channel, self.add_release(action, channel, files, found.adapters), rollout=rollout)
+            return Published(channel, self.add_release(action, channel, files, candidate.adapters), rollout=rollout)
 
     def rollout(self, channel: str) -> Rollout | None:
         """Read who gets the current release of a channel; None if all devices do. Raises as ``release``."""
@@ -345,8 +345,8 @@ class ChannelRepository:
                 root, top = self.metadata.load(Root, ROOT), self.metadata.load(Targets, TOP)
                 ready = {name: self.prepared.read(name) for name in signed}
                 self.metadata.commit(Action("renew"), signed, root, top)
-                for name, each in ready.items():
-                    self.prepared.sign_again(name, each, self.release(name))
+                for name, prepared in ready.items():
+                    self.prepared.sign_again(name, prepared, self.release(name))
             else:
                 self.metadata.commit(Action("renew"), {})
 
@@ -375,10 +375,10 @@ class ChannelRepository:
                 discarded = self.prepared.discard(role)
             else:
                 signers, old = self.metadata.signers(root.roles[ROOT].keyids), list(root.roles[roles[0]].keyids)
-                for each in roles:
+                for name in roles:
                     for keyid in old:
-                        root.revoke_key(keyid, each)
-                    root.add_key(new.public_key, each)
+                        root.revoke_key(keyid, name)
+                    root.add_key(new.public_key, name)
                 self.metadata.commit(action, {}, root, top if role == TOP else None, signers)
             for keyid in old:
                 self.metadata.key_file(keyid).unlink(missing_ok=True)
@@ -424,8 +424,8 @@ class ChannelRepository:
             stored = kept.store(channel, name, path) if content is None else kept.write(channel, name, content)
             digests[name], listed[target(channel, name)] = stored.hashes["sha256"], stored
         last = self.release(channel)
-        made = self.now.isoformat(timespec="seconds")
-        release = Release(last.number + 1 if last else 1, made, digests, dict(adapters))
+        moment = self.now.isoformat(timespec="seconds")
+        release = Release(last.number + 1 if last else 1, moment, digests, dict(adapters))
         listed[target(channel, RELEASE)] = self.targets.write(channel, RELEASE, release.encode())
         if action.rollout is not None and last is not None:
             listed |= self._keep(channel, last, digests, action.rollout)
@@ -449,10 +449,10 @@ class ChannelRepository:
     # Releases.
 
     def _release_of(self, channel: str, signed: Targets) -> Release | None:
-        found = signed.targets.get(target(channel, RELEASE))
-        if found is None:
+        file = signed.targets.get(target(channel, RELEASE))
+        if file is None:
             return None
-        return Release.decode(storage.read(self.targets.path(channel, RELEASE, found.hashes["sha256"]), MAX_RELEASE))
+        return Release.decode(storage.read(self.targets.path(channel, RELEASE, file.hashes["sha256"]), MAX_RELEASE))
 
 
 def pinned_keys(bundle: Path, trust: Path | None) -> tuple[PublicKey, ...]:

@@ -104,19 +104,19 @@ def publish_prepared(repository: ChannelRepository, channel: str, evaluation: Ju
         current = repository.release(channel)
         if current is None:
             raise ConfigError(f"channel {channel} has no release", about="channel", value=channel)
-        found = repository.prepared.accept(channel, current)
-        found.condition.require(evaluation)
+        prepared = repository.prepared.accept(channel, current)
+        prepared.condition.require(evaluation)
         before = rollback_after(evaluation, audit_repository(repository.folder, None).records)
         if before is not None:
             reason = f"round {evaluation.round} led to the rollback of record {before.number} already: evaluate anew"
             raise TrustError(reason, about="evaluation", value=evaluation.round)
-        release = found.release
-        for name, content in found.files.items():
+        release = prepared.release
+        for name, content in prepared.files.items():
             repository.targets.write(channel, name, content)
-        digest = found.metadata.signed.targets[target(channel, RELEASE)].hashes["sha256"]
+        digest = prepared.metadata.signed.targets[target(channel, RELEASE)].hashes["sha256"]
         action = Action("rollback", channel, None, release.number, digest, dict(release.adapters))
-        action = replace(action, again=found.condition.again, evaluation=evaluation)
-        repository.metadata.commit(action, {}, prepared={channel: found.metadata})
+        action = replace(action, again=prepared.condition.again, evaluation=evaluation)
+        repository.metadata.commit(action, {}, prepared={channel: prepared.metadata})
         repository.prepared.discard(channel)
         return Published(channel, release)
 

@@ -54,16 +54,16 @@ def installed(name: str) -> Iterator[Distribution]:
             continue
         seen.add(wanted)
         try:
-            found = distribution(wanted)
+            package = distribution(wanted)
         except PackageNotFoundError:  # for another system
             continue
-        yield found
-        pending += _required(found)
+        yield package
+        pending += _required(package)
 
 
-def _required(found: Distribution) -> list[str]:
+def _required(package: Distribution) -> list[str]:
     """Return the canonical names of what a distribution requires on this system, without extras."""
-    wanted = [Requirement(line) for line in found.requires or ()]
+    wanted = [Requirement(line) for line in package.requires or ()]
     return [_canonical(each.name) for each in wanted if each.marker is None or each.marker.evaluate({"extra": ""})]
 
 
@@ -111,10 +111,10 @@ def _exported(version: GovernedVersion) -> Iterator[Component]:
         )
 
 
-def _package(found: Distribution) -> Component:
-    name = _canonical(found.name)
-    url = PackageURL("pypi", None, name, found.version)
-    return Component(name=name, type=LIBRARY, version=found.version, bom_ref=str(url), purl=url)
+def _package(distribution: Distribution) -> Component:
+    name = _canonical(distribution.name)
+    url = PackageURL("pypi", None, name, distribution.version)
+    return Component(name=name, type=LIBRARY, version=distribution.version, bom_ref=str(url), purl=url)
 
 
 def _sha256(digest: str) -> HashType:

@@ -63,10 +63,10 @@ def difference_interval(
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     (low, high), (other_low, other_high) = one.wilson(z), other.wilson(z)
     noise = z * z * (one.noise_variance(deviation) + other.noise_variance(deviation))
-    found, p, q = one.value - other.value, one.value, other.value
+    difference, p, q = one.value - other.value, one.value, other.value
     below = math.sqrt((p - low) ** 2 + (other_high - q) ** 2 + noise)
     above = math.sqrt((high - p) ** 2 + (q - other_low) ** 2 + noise)
-    return max(-1.0, found - below), min(1.0, found + above)
+    return max(-1.0, difference - below), min(1.0, difference + above)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,13 +150,13 @@ class JudgedEvaluation:
         Raises:
             DataError: It is another one, or there can be none.
         """
-        found = verdict(self.metrics, self.verdict.margin)
+        expected = verdict(self.metrics, self.verdict.margin)
         stated = self.verdict
-        if found is None:
+        if expected is None:
             raise DataError(f"the figures of round {self.round} give no verdict", about="evaluation", value=self.round)
-        apart = max(abs(getattr(found, name) - getattr(stated, name)) for name in ("difference", "low", "high"))
-        if apart > TOLERANCE or found.worse != self.worse:
-            reason = f"the figures of round {self.round} do not give the stated verdict, but: {found}"
+        apart = max(abs(getattr(expected, name) - getattr(stated, name)) for name in ("difference", "low", "high"))
+        if apart > TOLERANCE or expected.worse != self.worse:
+            reason = f"the figures of round {self.round} do not give the stated verdict, but: {expected}"
             raise DataError(reason, about="evaluation", value=self.round)
         return self
 

@@ -199,13 +199,9 @@ class ClassifierHead:
 
     @classmethod
     def of(cls, layout: Layout) -> Self:
-        """Find the head in a layout.
-
-        Raises:
-            DataError: It has none, or more than one.
-        """
-        found = {end: [s for s in layout.tensors if s.name.endswith(end)] for end in (WEIGHT, BIAS)}
-        match found[WEIGHT], found[BIAS]:
+        """Find the head in a layout. Raises DataError if it has none, or more than one."""
+        tensors = {end: [s for s in layout.tensors if s.name.endswith(end)] for end in (WEIGHT, BIAS)}
+        match tensors[WEIGHT], tensors[BIAS]:
             case [weight], [bias] if len(weight.shape) == 2 and bias.shape == weight.shape[:1]:
                 return cls(weight.name, bias.name, *weight.shape)
         raise DataError("the adapter has no classification head, so no analytic one can be fitted", about="task.head")
@@ -290,14 +286,14 @@ def contributed(
     return flattened(moments_of_rows(rows, labels, head.labels))
 
 
-def flattened(found: EmbeddingMoments) -> Vector:
+def flattened(moments: EmbeddingMoments) -> Vector:
     """Return the mean moments of one device as a vector, before it is clipped; zeros without examples.
 
     >>> flattened(EmbeddingMoments(np.array([[2.0, 2.0], [2.0, 4.0]]), np.ones((2, 1)), 2.0)).round(3).tolist()
     [1.0, 1.414, 2.0, 0.5, 0.5]
     """
-    mean = np.concatenate([pack(found.xx) * _weights(len(found.xx)), found.xy.ravel()])
-    return mean / found.weight if found.weight else mean
+    mean = np.concatenate([pack(moments.xx) * _weights(len(moments.xx)), moments.xy.ravel()])
+    return mean / moments.weight if moments.weight else mean
 
 
 def _weights(kept: int) -> Vector:
@@ -326,20 +322,20 @@ def require_moments(spec: SessionSpec, sums: Sums, survivors: int) -> None:
     if names != expected or packed_size(_dimension(sizes[0])) != sizes[0] or sizes[1] % _dimension(sizes[0]):
         raise DataError("the sums are not those of an analytic head", about="vector.segments")
     step = spec.vector.step(spec.vector.segments[0])
-    weight, found = require_weight(spec, sums, survivors), _moments(sums)
+    weight, moments = require_weight(spec, sums, survivors), _moments(sums)
     if not weight:
-        if found.xx.any() or found.xy.any():
+        if moments.xx.any() or moments.xy.any():
             raise DataError("the survivors have no examples, but moments of some", about="vector.xx")
         return
-    d, k = found.xy.shape
+    d, k = moments.xy.shape
     slack = survivors * step * d
-    if not float(np.trace(found.xx)) <= (weight + slack) * (1 + NORM_ERROR):
+    if not float(np.trace(moments.xx)) <= (weight + slack) * (1 + NORM_ERROR):
         raise DataError("the embeddings of the survivors are longer than 1", about="vector.xx")
-    lower = cholesky(found.xx, 2 * slack)
+    lower = cholesky(moments.xx, 2 * slack)
     if lower is None:
         raise DataError("the second moments of the survivors are not those of embeddings", about="vector.xx")
     longest = math.sqrt(weight) + math.sqrt(survivors * step * k)
-    if not float(np.linalg.norm(forward(lower, found.xy))) <= longest * (1 + NORM_ERROR):
+    if not float(np.linalg.norm(forward(lower, moments.xy))) <= longest * (1 + NORM_ERROR):
         raise DataError("the moments of the survivors' labels are larger than labels allow", about="vector.xy")
 
 
@@ -363,11 +359,11 @@ def solved(
         DataError: As ``require_moments`` and ``ClassifierHead.of``.
     """
     require_moments(spec, sums, survivors)
-    head, found = ClassifierHead.of(Layout.of(tensors)), _moments(sums)
-    if found.xy.shape != (head.hidden, head.labels):
+    head, moments = ClassifierHead.of(Layout.of(tensors)), _moments(sums)
+    if moments.xy.shape != (head.hidden, head.labels):
         raise DataError("the sums are not those of this adapter's head", about="vector.segments")
-    if found.weight >= fewest_examples(head.labels):
-        tensors = refit(tensors, found, strength=task.ridge * found.weight, scale=task.scale)
+    if moments.weight >= fewest_examples(head.labels):
+        tensors = refit(tensors, moments, strength=task.ridge * moments.weight, scale=task.scale)
     return dithered(spec, task, tensors, sums, digest)
 
 
@@ -401,13 +397,13 @@ def noisy_solved(
     flat, seed = rotation.rotate_back(vector, rotation.seed(digest)), rotation.seed(digest)
     split = packed_size(kept)
     second = positive_part(unpack(flat[:split] / _weights(kept), kept))
-    found = EmbeddingMoments(second, flat[split:].reshape(kept, head.labels), float(survivors))
+    moments = EmbeddingMoments(second, flat[split:].reshape(kept, head.labels), float(survivors))
     noise = segment.noise * math.sqrt(survivors)
     strength = task.ridge * survivors + noise * math.sqrt(kept / 2) * max(1.0, noise / spec.clip_norm)
     weight = tensors[head.weight].astype(np.float64)
     rotated = np.array([rotation.rotate(row, seed) for row in weight])
     small = {head.weight: rotated[:, :kept].astype(np.float32), head.bias: tensors[head.bias]}
-    rotated[:, :kept] = refit(small, found, strength=strength, scale=task.scale)[head.weight]
+    rotated[:, :kept] = refit(small, moments, strength=strength, scale=task.scale)[head.weight]
     fitted = np.array([rotation.rotate_back(row, seed) for row in rotated])
     return dithered(spec, task, tensors | {head.weight: fitted.astype(np.float32)}, sums, digest)
 
@@ -430,14 +426,14 @@ def fewest_examples(labels: int) -> int:
     return max(MINIMUM_EXAMPLES, labels)
 
 
-def refit(tensors: Tensors, found: EmbeddingMoments, *, strength: float, scale: float) -> Tensors:
+def refit(tensors: Tensors, moments: EmbeddingMoments, *, strength: float, scale: float) -> Tensors:
     """Replace an adapter's head by one that fits some examples and stays near the previous one.
 
     With H₀ the previous head, b its bias, both divided by ``scale``, the new weights H minimize
     Σ ‖xᵀ H + b - y‖² + strength · ‖H - H₀‖². The bias stays.
 
     Args:
-        found: Moments of examples that were embedded with the adapter.
+        moments: Moments of examples that were embedded with the adapter.
         strength: As many examples as the previous head counts for in each direction; above 0.
         scale: Logit of a score of 1.
 
@@ -449,10 +445,10 @@ def refit(tensors: Tensors, found: EmbeddingMoments, *, strength: float, scale: 
     """
     head = ClassifierHead.of(Layout.of(tensors))
     before, bias = tensors[head.weight].T.astype(np.float64) / scale, tensors[head.bias].astype(np.float64) / scale
-    total = np.zeros(len(found.xy))  # Σ x, added up in a fixed order, which ``numpy.sum`` does not promise
-    for column in found.xy.T:
+    total = np.zeros(len(moments.xy))  # Σ x, added up in a fixed order, which ``numpy.sum`` does not promise
+    for column in moments.xy.T:
         total += column
-    rest = EmbeddingMoments(found.xx, found.xy - total[:, None] * bias, found.weight)
+    rest = EmbeddingMoments(moments.xx, moments.xy - total[:, None] * bias, moments.weight)
     weight = np.clip(scale * ridge(rest, before, strength).T, -LARGEST, LARGEST)
     return tensors | {head.weight: np.ascontiguousarray(weight, np.float32)}
 

@@ -96,8 +96,8 @@ def combine(combination: Combination, means: Sequence[Floats]) -> Floats:
     cut = combination.cut(len(means))
     kept = values[cut : len(means) - cut].astype(np.float64)
     total = np.zeros(means[0].size)
-    for each in kept:
-        total += each
+    for row in kept:
+        total += row
     mean: Floats = (total / len(kept)).astype(np.float32)
     return mean
 

@@ -152,13 +152,13 @@ def evaluated(spec: SessionSpec, sums: Sums, survivors: int, digest: bytes) -> d
         ``MINIMUM_HELD_OUT`` examples is missing.
     """
     counts = rotation.rotate_back(sums[COUNTS], rotation.seed(digest))
-    found = {DEVIATION: spec.vector.segment(COUNTS).noise * math.sqrt(survivors)}
+    table = {DEVIATION: spec.vector.segment(COUNTS).noise * math.sqrt(survivors)}
     for release, (right, examples) in ((NEWEST, counts[:2]), (PREVIOUS, counts[2:])):
         if examples < MINIMUM_HELD_OUT:
             continue
         accuracy = min(max(float(right / examples), 0.0), 1.0)
-        found |= {f"{ACCURACY}_{release}": round(accuracy, DECIMALS), f"{EXAMPLES}_{release}": float(np.rint(examples))}
-    return found
+        table |= {f"{ACCURACY}_{release}": round(accuracy, DECIMALS), f"{EXAMPLES}_{release}": float(np.rint(examples))}
+    return table
 
 
 def is_evaluation(metrics: Mapping[str, float]) -> bool:

@@ -449,12 +449,12 @@ def noisy_mean(
     """
     check_noisy(spec, sums, survivors)
     (segment,) = spec.vector.segments
-    found = sums[segment.name]
-    if found.shape != (layout.size,):
-        text = f"the sum is of {found.size} numbers, and the shared tensors have {layout.size}"
-        raise DataError(text, about="shape", value=found.size)
-    update = rotation.rotate_back(found, rotation.seed(adapter))
-    update += spec.vector.step(segment) * dither(noise_key(spec, sums, adapter), found.size)
+    summed = sums[segment.name]
+    if summed.shape != (layout.size,):
+        text = f"the sum is of {summed.size} numbers, and the shared tensors have {layout.size}"
+        raise DataError(text, about="shape", value=summed.size)
+    update = rotation.rotate_back(summed, rotation.seed(adapter))
+    update += spec.vector.step(segment) * dither(noise_key(spec, sums, adapter), summed.size)
     mean = (update / survivors).astype(np.float32)
     return np.where(mask(layout, task.trained), mean, np.float32(0))
 

@@ -94,11 +94,7 @@ def key(secret: bytes) -> IdentityKey:
 
 
 def read_invitation(text: str) -> Invitation:
-    """Read what ``to_text`` wrote.
-
-    Raises:
-        ConfigError: It was not copied as a whole, or is not an invitation.
-    """
+    """Read what ``to_text`` wrote. Raises ConfigError if it was not copied as a whole, or is not an invitation."""
     stripped = text.strip()
     try:
         if not stripped.startswith(_PREFIX) or len(stripped) > MAX_PEM:
@@ -107,12 +103,12 @@ def read_invitation(text: str) -> Invitation:
         raw = base64.b64decode(encoded + "=" * (-len(encoded) % 4), altchars=b"-_", validate=True)
         if _check(raw[:-_CHECK]) != raw[-_CHECK:]:
             raise ValueError
-        found = _CODEC.decode(raw[:-_CHECK])
-        found.to_pem()
+        invitation = _CODEC.decode(raw[:-_CHECK])
+        invitation.to_pem()
     except (ValueError, binascii.Error, ProtocolError, TrustError):
         reason = "the token is not an invitation: copy the whole line that 'edgeadapt authority invite' prints"
         raise ConfigError(reason, about="--token-file") from None
-    return found
+    return invitation
 
 
 def _check(body: bytes) -> bytes:

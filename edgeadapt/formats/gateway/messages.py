@@ -164,11 +164,7 @@ class PartReader:
     body: bytearray = field(default_factory=bytearray)
 
     def add(self, part: bytes) -> None:
-        """Add the next part.
-
-        Raises:
-            ProtocolError: It is empty, or longer than a part or what is left.
-        """
+        """Add the next part. Raises ProtocolError if it is empty, or longer than a part or what is left."""
         if not 0 < len(part) <= min(CHUNK, self.left):
             text = f"a part has {len(part)} bytes, and {self.left} are left of its body"
             raise ProtocolError(text, about="part.size", value=len(part))
@@ -228,8 +224,8 @@ class RetryWindow:
 
 def retry_window(metadata: Iterable[tuple[str, str | bytes]] | None) -> RetryWindow | None:
     """Read the window in a call's trailing metadata, at most a day. None: it has no window, or a damaged one."""
-    found = re.fullmatch(r"([0-9]{1,9})-([0-9]{1,9})", str(dict(metadata or ()).get(RETRY_WINDOW, "")))
-    if found is None or int(found[1]) > int(found[2]):
+    match = re.fullmatch(r"([0-9]{1,9})-([0-9]{1,9})", str(dict(metadata or ()).get(RETRY_WINDOW, "")))
+    if match is None or int(match[1]) > int(match[2]):
         return None
-    earliest, latest = (min(int(text) / 1000, LONGEST_WAIT) for text in found.groups())
+    earliest, latest = (min(int(text) / 1000, LONGEST_WAIT) for text in match.groups())
     return RetryWindow(earliest, latest)

@@ -229,16 +229,16 @@ def _config(kind: str, settings: Settings) -> PeftConfig:
 
 def _listed(settings: Settings, name: str) -> list[Any]:
     """Return the names of modules, sorted, or their pattern."""
-    found = settings.get(name) or []
-    return sorted(found, key=str) if isinstance(found, list) else [found]
+    modules = settings.get(name) or []
+    return sorted(modules, key=str) if isinstance(modules, list) else [modules]
 
 
 def _allocated(settings: Settings, kind: str) -> list[tuple[str, Any]]:
     """Return the ranks that AdaLoRA's allocator left: peft notes which singular values of a layer it kept."""
-    found = _pairs(settings, "rank_pattern") if kind == "ADALORA" else []
+    pairs = _pairs(settings, "rank_pattern") if kind == "ADALORA" else []
     return [
         (exactly(name.removesuffix(ALLOCATED)), kept.count(True) if isinstance(kept, list) else kept)
-        for name, kept in found
+        for name, kept in pairs
     ]
 
 

@@ -80,16 +80,16 @@ def factor_shapes(config: PeftConfig, sizes: Mapping[str, tuple[int, int]]) -> d
 
     ``sizes`` has inputs and outputs of each layer, by its path.
     """
-    found: dict[str, tuple[int, ...]] = {}
+    result: dict[str, tuple[int, ...]] = {}
     for path, (width, out) in sizes.items():
         rank = config.rank_of(path)
         a, b = (rank, width), (out, rank)
         shapes = {"ADALORA": (a, b, (rank, 1)), "LOHA": (b, a, b, a), "VERA": ((out,), (rank,))}[config.peft_type]
-        found |= zip((PEFT_PREFIX + path + part for part in FACTORS[config.peft_type]), shapes, strict=True)
+        result |= zip((PEFT_PREFIX + path + part for part in FACTORS[config.peft_type]), shapes, strict=True)
     if config.peft_type == "VERA":
         widest, most = map(max, zip(*sizes.values(), strict=True))
-        found |= zip(FROZEN, ((config.r, widest), (most, config.r)), strict=True)
-    return found
+        result |= zip(FROZEN, ((config.r, widest), (most, config.r)), strict=True)
+    return result
 
 
 def gradients_of_factors(gradients: Tensors, config: PeftConfig, tensors: Tensors) -> Tensors:
@@ -106,13 +106,13 @@ def gradients_of_factors(gradients: Tensors, config: PeftConfig, tensors: Tensor
         values = [tensors[layer + part] for part in parts]
         match config.peft_type:
             case "ADALORA":
-                found = _by_adalora(config.lora_alpha / (config.r + EPSILON), by_a, by_b, *values)
+                changed = _by_adalora(config.lora_alpha / (config.r + EPSILON), by_a, by_b, *values)
             case "LOHA":
-                found = _by_loha(config.scaling_of(input_name(layer)), by_a, by_b, *values)
+                changed = _by_loha(config.scaling_of(input_name(layer)), by_a, by_b, *values)
             case _:
                 a, b = (tensors[name] for name in FROZEN)
-                found = (by_b * b[: len(by_b)]).sum(axis=1), (by_a * a[:, : by_a.shape[1]]).sum(axis=1)
-        result |= zip((layer + part for part in parts), found, strict=True)
+                changed = (by_b * b[: len(by_b)]).sum(axis=1), (by_a * a[:, : by_a.shape[1]]).sum(axis=1)
+        result |= zip((layer + part for part in parts), changed, strict=True)
     return result
 
 

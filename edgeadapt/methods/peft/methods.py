@@ -56,7 +56,7 @@ def from_peft_tensors(tensors: Tensors, config: PeftConfig, settings: Settings) 
     Raises:
         DataError: A tensor has a shape that its method does not give it, or a name that only a graph's input has.
     """
-    found: Tensors = {}
+    result: Tensors = {}
     bias = settings.get("bias", config.bias)
     saved = saved_modules(settings) if settings else (HEAD,)
     for name, value in tensors.items():
@@ -67,8 +67,8 @@ def from_peft_tensors(tensors: Tensors, config: PeftConfig, settings: Settings) 
         else:
             replaces = bias != "none" and name.endswith(BIAS) and not in_modules(input_name(name), saved)
         renamed, changed = _from_peft(name, value, config, replaces)
-        found[renamed] = changed
-    return found
+        result[renamed] = changed
+    return result
 
 
 def to_peft_tensors(tensors: Tensors, config: PeftConfig) -> Tensors:
