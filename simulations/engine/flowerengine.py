@@ -1,8 +1,8 @@
 """The rounds on Flower's own simulation engine: the same two apps, with the devices in Ray's processes.
 
-It is for more than one machine can compute. Each message may be handled by another process, so the state of a device is
-in its files, as in the field: in a folder that all machines of the Ray cluster see under the same path. This engine has
-no faults and no time of its own: every device answers, and waiting takes real time.
+It is for more than one machine can compute. Each message may be handled by another process, so a device's state is in
+its files, in a folder that all machines of the Ray cluster see under the same path. This engine has no faults and no
+time of its own: every device answers, and waiting takes real time.
 """
 
 import logging

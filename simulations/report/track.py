@@ -22,7 +22,7 @@ SERVER = "MLFLOW_TRACKING_URI"
 
 @dataclass(frozen=True, slots=True)
 class TrackedRun:
-    """One arm with one seed, as a tracker takes it.
+    """Holds one arm with one seed, as a tracker takes it.
 
     Attributes:
         by_round: Name and values of what the adapters do that the rounds begin with, where one was published.
@@ -34,25 +34,25 @@ class TrackedRun:
     by_round: tuple[str, dict[int, float]]
 
 
-def tracked_runs(settings: SuiteSettings, found: Found) -> Iterator[TrackedRun]:
-    """The runs of a finished suite, arm by arm."""
-    key = compared_by(found).name.replace(" ", "_")
-    for place, (name, (chosen, results)) in enumerate(found.items()):
+def tracked_runs(settings: SuiteSettings, outcomes: Found) -> Iterator[TrackedRun]:
+    """Yield the runs of a finished suite, arm by arm."""
+    key = compared_by(outcomes).name.replace(" ", "_")
+    for place, (name, (chosen, results)) in enumerate(outcomes.items()):
         arm = settings.arms[name]
         keys = {**settings.set, **arm.set, **chosen.constants}
         for seed, result in results.items():
             yield TrackedRun(
                 f"{name}-seed-{seed}",
                 {"arm": name, "kind": arm.kind.value, "seed": str(seed), **{k: str(v) for k, v in keys.items()}},
-                _metrics(found, key, place, seed, result),
+                _metrics(outcomes, key, place, seed, result),
                 (f"round_{key}", {point.round: point.value for point in result.rounds if point.value is not None}),
             )
 
 
-def _metrics(found: Found, key: str, place: int, seed: int, result: TrialResult) -> dict[str, float]:
-    figures, sign = {}, compared_by(found).sign
+def _metrics(outcomes: Found, key: str, place: int, seed: int, result: TrialResult) -> dict[str, float]:
+    figures, sign = {}, compared_by(outcomes).sign
     for title in FIGURES:
-        if samples := samples_of(found, [seed], unseen=title == "unseen"):
+        if samples := samples_of(outcomes, [seed], unseen=title == "unseen"):
             statistic = STATISTICS["mean" if title == "unseen" else title]
             figures[f"{key}_{title}"] = sign * float(figure(samples, statistic)[place])
     cost = result.cost
