@@ -30,11 +30,7 @@ class LazyGroup(click.Group):
         return list(self._table)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import the command; None if the table does not have it.
-
-        Raises:
-            click.ClickException: A package that it needs is not installed.
-        """
+        """Import the command; None if the table does not have it. Raises click.ClickException without its packages."""
         if cmd_name not in self._table:
             return None
         module, attribute, _, _ = self._table[cmd_name]
@@ -46,11 +42,7 @@ class LazyGroup(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command, which may import more packages.
-
-        Raises:
-            click.ClickException: A package that it needs is not installed.
-        """
+        """Run the command, which may import more packages. Raises as ``get_command``."""
         try:
             return super().invoke(ctx)
         except ModuleNotFoundError as error:

@@ -102,11 +102,7 @@ def exporting(service: str) -> Iterator[None]:
 
 
 def is_wanted() -> bool:
-    """Check whether the environment names a receiver of traces.
-
-    Raises:
-        ConfigError: It names one that cannot be used.
-    """
+    """Check whether the environment names a receiver of traces. Raises ConfigError if it cannot be used."""
     name = next((name for name in ENDPOINTS if os.environ.get(name)), None)
     if name is None or os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return False

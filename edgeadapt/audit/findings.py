@@ -58,12 +58,7 @@ class Finding:
 
 
 class Problem(Exception):  # noqa: N818 - it becomes a finding, and is not an error of a command
-    """Is raised when a check does not hold.
-
-    Args:
-        about: As in ``Finding``.
-        place: The message that breaks the check, if one does.
-    """
+    """Is raised when a check does not hold; ``place`` is the message that breaks it, if one does."""
 
     def __init__(self, about: str, text: str, place: Place | None = None) -> None:
         super().__init__(f"{place}: {text}" if place else text)
@@ -205,11 +200,7 @@ class Report:
         return tuple(sorted(failures, key=lambda finding: finding.place.index if finding.place else math.inf))
 
     def require(self) -> None:
-        """Check that no check failed.
-
-        Raises:
-            TrustError: A check failed; the message names the first place.
-        """
+        """Check that no check failed. Raises TrustError, whose message names the first place."""
         if self.failed:
             first, *others = self.failed
             more = f"; {count(len(others), 'other check')} failed too" if others else ""

@@ -111,11 +111,7 @@ class History:
         return _dropouts(tuple(self.cohort), steps)
 
     def signer(self, entry: Entry, coordinator: PublicKey) -> PublicKey:
-        """Return the party that must have signed an entry.
-
-        Raises:
-            Problem: The entry's device is not in the cohort.
-        """
+        """Return the party that must have signed an entry. Raises Problem if its device is not in the cohort."""
         by_device = entry.kind in _BY_DEVICES
         if entry.peer not in self.cohort and (by_device or entry.peer != EVERYONE):
             raise Problem("entry.peer", "the device is not in the cohort", entry.place)

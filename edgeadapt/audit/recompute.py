@@ -58,9 +58,6 @@ class Recomputation:
         """Check the adapters of one session: the one that it started from, and those that it made.
 
         Rounds that were aborted had one of these (``rules.results``).
-
-        Raises:
-            ConfigError: The registry is of another format.
         """
         reasons: list[str] = []
         self.rules.clear()
@@ -169,8 +166,7 @@ class Recomputation:
 def _require_task(manifest: VersionManifest, place: Place, encoded: bytes) -> None:
     """Check that a training task is for the adapters of a session. No round changes the fields ``UNCHANGED``.
 
-    Raises:
-        Problem: It is not, so that devices may answer by whether they have examples of a label.
+    Otherwise devices may answer by whether they have examples of a label.
     """
     try:
         task = taskkinds.decode(encoded)
@@ -184,11 +180,7 @@ def _require_task(manifest: VersionManifest, place: Place, encoded: bytes) -> No
 
 
 def _agreeing(produced: ProducedAdapter, manifest: VersionManifest | None, parent: VersionManifest) -> VersionManifest:
-    """Return the manifest of an adapter, which agrees with the log and with the previous adapter's manifest.
-
-    Raises:
-        Problem: It does not agree, or the registry does not have it.
-    """
+    """Check that the registry's manifest of an adapter agrees with the log and with the previous one; return it."""
     version, digest = produced.after
     if manifest is None:
         raise Problem("version", f"adapter {version} is not in the registry", produced.place)
@@ -214,11 +206,7 @@ def _agreeing(produced: ProducedAdapter, manifest: VersionManifest | None, paren
 
 
 def _rule(manifest: VersionManifest, place: Place) -> optimizer.Settings:
-    """Return the server optimizer that made an adapter, according to its manifest.
-
-    Raises:
-        Problem: The manifest names none.
-    """
+    """Return the server optimizer that made an adapter, according to its manifest."""
     try:
         if manifest.rule is not None:
             return optimizer.of_rule(manifest.rule)
@@ -229,11 +217,7 @@ def _rule(manifest: VersionManifest, place: Place) -> optimizer.Settings:
 
 
 def _combination(manifest: VersionManifest, produced: ProducedAdapter) -> combination.Combination | None:
-    """Return how the means of groups made an adapter, according to its manifest; None if its round had one sum.
-
-    Raises:
-        Problem: The manifest names none where there were groups, one where there were none, or an unknown one.
-    """
+    """Return how the means of groups made an adapter, by its manifest; None if its round had one sum."""
     about = "manifest.combination"
     if (manifest.combination is None) != (produced.spec.grouping is None):
         text = f"the manifest of adapter {manifest.version} and the session's offer differ in whether there are groups"

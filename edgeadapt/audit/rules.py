@@ -22,8 +22,7 @@ from edgeadapt.audit.history import History, Round
 def thresholds(history: History) -> str:
     """Check that no step of a round continued with too few devices.
 
-    Raises:
-        Problem: One did, or the parameters of the session protect no device even if all the others are honest.
+    The session's parameters must protect devices at least if all the others are honest.
     """
     spec, present = history.offer.spec, _present(history)
     holders, active = min(spec.degree + 1, present), spec.adversary is Adversary.ACTIVE
@@ -102,11 +101,7 @@ def _named(history: History, current: Round) -> Place:
 
 
 def survivors(history: History) -> str:
-    """Check that the survivors are the members whose updates arrived, and that a quorum of them signed that.
-
-    Raises:
-        Problem: Otherwise.
-    """
+    """Check that the survivors are the members whose updates arrived, and that a quorum of them signed that."""
     for current in history.rounds:
         if current.survivor_set is None:
             continue
@@ -143,11 +138,7 @@ def _signed_by_quorum(history: History, current: Round, peer: str, unmask: Unmas
 
 
 def shares(history: History) -> str:
-    """Check that each device has one kind of secret recovered: the seed of its own mask, or its mask key.
-
-    Raises:
-        Problem: A device revealed a share of the other kind.
-    """
+    """Check that each device has one kind of secret recovered: the seed of its own mask, or its mask key."""
     revealed = 0
     for current in history.rounds:
         for device, response in current.responses.items():
@@ -163,13 +154,7 @@ def shares(history: History) -> str:
 
 
 def results(history: History, checkpoints: Sequence[Checkpoint]) -> str:
-    """Check that each round starts from the newest adapter, a result is the next one, and checkpoints name it.
-
-    An aborted round starts from it, too.
-
-    Raises:
-        Problem: Otherwise.
-    """
+    """Check that each round starts from the newest adapter, a result is the next one, and checkpoints name it."""
     adapters = _named_adapters(history, checkpoints)
     newest = adapters[0].adapter if adapters else (0, "")
     for named in adapters:

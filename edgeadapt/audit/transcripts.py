@@ -65,9 +65,7 @@ def vector_path(folder: Path, digest: bytes) -> Path:
 class AuditOptions:
     """Holds what an auditor provides. A missing key is taken from the transcript; without the others less is checked.
 
-    Args:
-        registry: The coordinator's state directory.
-        at: When the sessions took place.
+    ``registry`` is the coordinator's state directory, and the sessions took place ``at`` that time.
     """
 
     authority: Path | None = None
@@ -128,12 +126,7 @@ class AuditInput:
         return cls(paths, root, key, pinned, options.at, registry, *_state(registry), complete)
 
     def audit(self, *, unfinished: bool) -> dict[str, Report]:
-        """Map the name of each log to its report, in order. ``unfinished`` accepts that the last one is not closed.
-
-        Raises:
-            ConfigError: The registry is of another format.
-            DataError: A file is too large.
-        """
+        """Map each log's name to its report, in order. ``unfinished`` accepts that the last one is not closed."""
         vectors = partial(_vector, self.paths[0].parent / VECTORS)
         recomputation = Recomputation(self.registry) if self.registry else None
         reports, sums, spent, weaknesses = dict[str, Report](), RepeatedSums(), Account(), Weaknesses()
@@ -149,11 +142,7 @@ class AuditInput:
         return reports
 
     def require(self, reports: Mapping[str, Report], *, unfinished: bool) -> None:
-        """Check that every session passed and that a complete set lacks none.
-
-        Raises:
-            TrustError: A check failed, or a session is missing.
-        """
+        """Check that every session passed and that a complete set lacks none. Raises TrustError."""
         for name, report in reports.items():
             with of_file(name):
                 report.require()
@@ -267,12 +256,7 @@ def _vector(folder: Path, digest: bytes, size: int) -> bytes | None:
 
 
 def _state(registry: RegistryFiles) -> tuple[VersionManifest, tuple[RoundRecord, ...]]:
-    """Read the newest manifest, and the records of all rounds.
-
-    Raises:
-        ConfigError: The registry is of another format.
-        TrustError: It is damaged or empty.
-    """
+    """Read the newest manifest, and the records of all rounds. Raises TrustError if there is none."""
     try:
         newest, records = registry.manifest(), registry.rounds()
     except DataError as error:
@@ -283,13 +267,10 @@ def _state(registry: RegistryFiles) -> tuple[VersionManifest, tuple[RoundRecord,
 
 
 def _require_logged(published: VersionManifest, records: Sequence[RoundRecord], reports: Mapping[str, Report]) -> None:
-    """Check that the newest adapter of a registry is in the logs.
+    """Check that the newest adapter of a registry is in the logs. Raises TrustError.
 
     A session under way records a round with its adapter before it logs the result, so there the open round may have
     made it. ``require_logged`` compares that record with the log.
-
-    Raises:
-        TrustError: It is in no log.
     """
     *_, last = reports.values()
     logged = max((report.newest[0] for report in reports.values() if report.newest), default=0)

@@ -57,8 +57,7 @@ def is_renewable(begin: datetime, end: datetime, now: datetime) -> bool:
 def require_redeemable(events: Sequence[Event], token: str, name: str, key_id: str, now: datetime) -> None:
     """Check that an invitation is for this name, and was not used for another key.
 
-    Raises:
-        TrustError: It is not; the text does not say whether such an invitation exists.
+    The TrustError does not say whether such an invitation exists.
     """
     invited = [event for event in events if isinstance(event, InvitationIssued) and event.token == token]
     used = [event.key for event in events if isinstance(event, InvitationUsed) and event.token == token]

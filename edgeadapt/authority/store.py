@@ -69,7 +69,11 @@ def utc_now() -> datetime:
 
 @dataclass(frozen=True, slots=True)
 class AuthorityStore:
-    """Manages an authority's folder. ``clock`` says what time it is."""
+    """Manages an authority's folder. ``clock`` says what time it is.
+
+    Methods raise ConfigError if the folder has no authority, TrustError if a key or certificate is damaged, and
+    DataError if the record is damaged or lacks lines of the newest list.
+    """
 
     folder: Path
     clock: Callable[[], datetime] = utc_now
@@ -98,27 +102,17 @@ class AuthorityStore:
 
     @property
     def encrypted(self) -> bool:
-        """Check whether the key needs a passphrase. Raises ConfigError if the folder has no authority."""
+        """Check whether the key needs a passphrase."""
         return b"ENCRYPTED" in self._read(KEY)
 
     @property
     def root(self) -> Root:
-        """Read the certificate that devices and coordinator pin.
-
-        Raises:
-            ConfigError: The folder has no authority.
-            TrustError: The file is damaged.
-        """
+        """Read the certificate that devices and coordinator pin."""
         with of_file(self.folder / CERTIFICATE):
             return Root.from_pem(self._read(CERTIFICATE))
 
     def unlock(self, passphrase: bytes | None) -> Authority:
-        """Open the authority with its private key.
-
-        Raises:
-            ConfigError: The folder has no authority.
-            TrustError: The passphrase is wrong, or a file is damaged.
-        """
+        """Open the authority with its private key. Raises TrustError if the passphrase is wrong."""
         with of_file(self.folder / KEY):
             key = IdentityKey.from_pem(self._read(KEY), passphrase)
         authority = Authority(key, self.root.der)
@@ -133,7 +127,6 @@ class AuthorityStore:
         Raises:
             ConfigError: The certificate would outlast the authority; the key is another device's or was revoked; the
                 device has a valid certificate with another key; or another device's name differs in case only.
-            DataError: The record is damaged or lacks lines.
         """
         with self._writing() as writer:
             return self._issue(writer, authority, name, key, self._end(authority, name, days))
@@ -150,7 +143,6 @@ class AuthorityStore:
 
         Raises:
             ConfigError: The certificate would outlast the authority, or as ``Authority.issue_tls``.
-            DataError: The record is damaged or lacks lines.
         """
         with self._writing() as writer:
             begin, end, serial = self.clock() - SKEW, self._end(authority, name, days), x509.random_serial_number()
@@ -161,11 +153,7 @@ class AuthorityStore:
     def invite(self, name: str, invited: PublicKey, hours: float) -> datetime:
         """Let the device ``name`` enrol over a network once, with the key ``invited``; return until when.
 
-        The secret half of the invitation's key is not kept.
-
-        Raises:
-            ConfigError: A device cannot have this name.
-            DataError: As ``issue``.
+        The secret half of the invitation's key is not kept. Raises ConfigError if a device cannot have this name.
         """
         now, name = self.clock(), require_device_id(name)
         expires = now + timedelta(hours=hours)
@@ -188,7 +176,7 @@ class AuthorityStore:
         Raises:
             TrustError: The invitation is unknown, has expired, or was used for another key; or the signature or the
                 request is not valid, or for another name.
-            ConfigError, DataError: As ``issue``.
+            ConfigError: As ``issue``.
         """
         public, token = PublicKey(invited), invited.hex()
         public.verify(invitation.ENROLMENT, request, signature)
@@ -216,7 +204,7 @@ class AuthorityStore:
         Raises:
             TrustError: The certificate has expired, was revoked, or is not of this authority; or the identity did not
                 sign.
-            ConfigError, DataError: As ``issue``.
+            ConfigError: As ``issue``.
         """
         now = self.clock()
         try:
@@ -263,7 +251,6 @@ class AuthorityStore:
         Raises:
             ConfigError: There is no such certificate.
             TrustError: The list would be too long for its readers. Nothing is revoked.
-            DataError: As ``issue``.
         """
         with self._writing() as writer:
             issued, serial = issued_in(writer.events), which.lower().replace(":", "").removeprefix("0x")
@@ -280,11 +267,7 @@ class AuthorityStore:
         return new
 
     def sign_list(self, authority: Authority, days: int) -> int:
-        """Sign a revocation list (``rules.listed_revocations``), valid for ``days``; return its number.
-
-        Raises:
-            DataError: As ``issue``.
-        """
+        """Sign a revocation list (``rules.listed_revocations``), valid for ``days``; return its number."""
         with self._writing() as writer:
             return self._sign_list(writer, authority, days)
 
@@ -307,12 +290,7 @@ class AuthorityStore:
         return number
 
     def certificates(self) -> tuple[tuple[CertificateIssued, str], ...]:
-        """Return every certificate, in order, with its status: ``valid``, ``expired``, or ``revoked`` with the reason.
-
-        Raises:
-            ConfigError: The folder has no authority.
-            DataError: The record is damaged.
-        """
+        """Return every certificate, in order, with its status: valid, expired, or revoked with the reason."""
         events, now = self._record().read(), self.clock()
         revoked = revoked_in(events)
 
@@ -330,11 +308,7 @@ class AuthorityStore:
             yield writer
 
     def _require_complete(self, events: Sequence[Event]) -> None:
-        """Check that the record has all of the newest list: a list from an older record would reinstate devices.
-
-        Raises:
-            DataError: It lacks lines.
-        """
+        """Check that the record has all of the newest list: a list from an older record would reinstate devices."""
         try:
             newest = self.root.revocations(self._read(REVOKED))
         except (ConfigError, TrustError):  # missing or damaged: the next list replaces it

@@ -66,8 +66,7 @@ class Base:
     def merged(self) -> dict[str, str]:
         """Return the adapters that were merged into it: SHA-256 of the file → peft's name of the method.
 
-        Raises:
-            ConfigError: ``config.json`` states them in another form than ``edgeadapt base merge``.
+        Raises ConfigError if ``config.json`` states them in another form than ``edgeadapt base merge``.
         """
         try:
             config = json.loads(read(self.folder / "config.json", LONGEST["config.json"]))
@@ -110,11 +109,7 @@ def find_base(where: str) -> Base:
 
 
 def in_package(package: str) -> Path:
-    """Locate the folder or file of the base that an installed package holds.
-
-    Raises:
-        ConfigError: There is no such package.
-    """
+    """Locate the base that an installed package holds. Raises ConfigError for another package."""
     # find_spec alone: importing the package would pull in its whole framework.
     try:
         spec = find_spec(package) if package.isidentifier() else None

@@ -55,11 +55,7 @@ class GgufFile:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Read settings and the list of tensors.
-
-        Raises:
-            DataError: It is not a sound GGUF file, or is larger than this reader takes.
-        """
+        """Read settings and the list of tensors. Raises DataError if they are not sound, or larger than a limit."""
         try:
             data = np.memmap(path, np.uint8, "r")
             reader = _HeaderReader(data.data[:MAX_HEADER])

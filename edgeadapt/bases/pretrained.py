@@ -1,7 +1,7 @@
 """A base's own model: the one module in which transformers opens files that others made.
 
-Any defect ends in one line. Code that comes with a base never runs. Weights that are missing are refused, where
-transformers would draw random ones.
+Any defect ends in one line, a ConfigError. Code that comes with a base never runs. Weights that are missing are
+refused, where transformers would draw random ones.
 """
 
 import logging
@@ -149,11 +149,6 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def tokenizer(base: Base) -> Tokenizer:
-    """Read the base's tokenizer, as it is stored.
-
-    Raises:
-        ConfigError: ``tokenizer.json`` is damaged.
-    """
     try:
         return Tokenizer.from_file(str(base.folder / "tokenizer.json"))
     except Exception as error:  # tokenizers raises plain ones
@@ -206,11 +201,7 @@ def _refusal(base: Base, error: Exception) -> ConfigError:
 def chat_template(base: Base) -> Callable[[list[dict[str, str]], bool], str] | None:
     """Return the function that renders messages by the base's chat template; None if it has none.
 
-    Returns:
-        Messages, each with ``role`` and ``content``, and whether an answer shall follow → the text of the prompt.
-
-    Raises:
-        ConfigError: The tokenizer's files are damaged.
+    It maps messages, each with ``role`` and ``content``, and whether an answer shall follow, to the text of the prompt.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
@@ -227,11 +218,7 @@ def chat_template(base: Base) -> Callable[[list[dict[str, str]], bool], str] | N
 
 
 def end_token(model: Any) -> int:
-    """Return the token that ends a text of a language model.
-
-    Raises:
-        ConfigError: Its configuration names none.
-    """
+    """Return the token that ends a text of a language model. Raises ConfigError if it names none."""
     for config in (model.generation_config, model.config):
         ids = getattr(config, "eos_token_id", None)
         if ids is not None:

@@ -12,10 +12,9 @@ VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5  # wire types
 
 
 def without_shapes(model: bytes, slots: Collection[str]) -> bytes:
-    """Return a serialized ``ModelProto`` whose inputs ``slots`` declare no shape. All else is kept, byte for byte.
+    """Remove the shapes of the inputs ``slots`` from a serialized ``ModelProto``, and keep all else byte for byte.
 
-    Raises:
-        ValueError: It is not protobuf.
+    Raises ValueError if it is not protobuf.
     """
     names = {name.encode() for name in slots}
 

@@ -44,15 +44,12 @@ class TrainingBatch:
 
 
 class TrainingGraph:
-    """Runs a loaded training graph. Threads may share it."""
+    """Runs a loaded training graph. Threads may share it. ONNX Runtime's errors have no common base but Exception."""
 
     def __init__(self, model: bytes, weights: Path, threads: int = 1) -> None:
         """Load a verified graph; its weights in the folder ``weights`` are mapped into memory.
 
         Guarantee: with one thread, equal batches give equal gradients on one machine.
-
-        Raises:
-            Exception: ONNX Runtime does not load it; its classes have no common base.
         """
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -80,21 +77,15 @@ class TrainingGraph:
         """Return the loss of a batch of at least one text, in nats, and its gradient by each slot, in the slot's shape.
 
         ``inputs`` is the adapter, a tensor for each slot (``edgeadapt.formats.graphinputs.to_inputs``).
-
-        Raises:
-            Exception: ONNX Runtime does not run it, as for a target that the head has no row for.
         """
         names = [LOSS, *(name for name in self._outputs if name.endswith(GRADIENT))]
         loss, *values = self._session.run(names, _feeds(batch, inputs))
         return float(loss), {name.removesuffix(GRADIENT): value for name, value in zip(names[1:], values, strict=True)}
 
     def scores(self, batch: TrainingBatch, inputs: Tensors) -> tuple[Floats, NDArray[np.bool_]]:
-        """Return the log-likelihood of each target in nats, and whether it is the most likely one.
+        """Return a language model's log-likelihood of each target in nats, and whether it is the most likely one.
 
         ONNX Runtime runs the whole graph, the backward pass too, whatever outputs are asked for. Shares do not matter.
-
-        Raises:
-            Exception: As ``gradients``, or the graph is of a classifier.
         """
         nats, hits = self._session.run([LOG_LIKELIHOOD, HITS], _feeds(batch, inputs))
         return nats, hits
@@ -103,14 +94,11 @@ class TrainingGraph:
         """Return the norm of each output's weights with the update, ``‖W + A B‖``, shape ``(out,)``, by layer.
 
         ``inputs`` has A and B by slot, for ``layers``, some of ``normed``.
-
-        Raises:
-            Exception: As ``gradients``.
         """
         return self._of_layers(layers, WEIGHT_NORM, inputs)
 
     def own_biases(self) -> dict[str, Floats]:
-        """Return the base's bias of each of the layers in ``normed`` that has one. Raises as ``gradients``."""
+        """Return the base's bias of each of the layers in ``normed`` that has one."""
         return self._of_layers(self._named(OWN_BIAS), OWN_BIAS, {})
 
     def _named(self, ending: str) -> tuple[str, ...]:

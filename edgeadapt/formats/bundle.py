@@ -119,11 +119,7 @@ class HashedFile:
             return cls(path, file_digest(file, "sha256").hexdigest(), stamp)
 
     def check(self) -> None:
-        """Check that the path still leads to the file that was hashed, unchanged.
-
-        Raises:
-            TrustError: It was written, replaced or removed since.
-        """
+        """Check that the path still leads to the file that was hashed. Raises TrustError if it changed."""
         try:
             same = Stamp.of(self.path.stat()) == self.stamp
         except FileNotFoundError:
@@ -157,11 +153,7 @@ class VerifiedBase:
         return content
 
     def check(self) -> None:
-        """Check, after something was loaded from the folder itself, that no file changed.
-
-        Raises:
-            TrustError: A file was written, replaced or removed since it was hashed.
-        """
+        """Check that no file changed, after something was loaded from the folder itself. Raises TrustError."""
         for file in self.hashed:
             file.check()
 
@@ -176,27 +168,21 @@ class VerifiedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """Reads a bundle with the keys that may have signed its manifests."""
+    """Reads a bundle with the keys that may have signed its manifests.
+
+    Methods raise ConfigError if no adapter can have a name, DataError if a file is missing, and TrustError if it is
+    damaged or altered, or no trusted key signed its manifest.
+    """
 
     folder: Path
     trusted: tuple[PublicKey, ...]
 
     def base_manifest(self) -> BaseManifest:
-        """Read the base's manifest (rule 1).
-
-        Raises:
-            DataError: The file is missing.
-            TrustError: It is damaged or altered, or no trusted key signed it.
-        """
+        """Read the base's manifest (rule 1)."""
         return self._accept(BaseManifest, self.folder / BASE_MANIFEST)
 
     def base(self) -> VerifiedBase:
-        """Read the base (rules 1 and 2).
-
-        Raises:
-            DataError: A file is missing.
-            TrustError: As ``base_manifest``; or a file was altered, is needed and not listed, or is not listed at all.
-        """
+        """Read the base (rules 1 and 2). Raises TrustError if a file is needed and not listed, or not listed at all."""
         manifest, folder = self.base_manifest(), self.folder / BASE
         needed = NEEDED[manifest.task]
         if missing := [name for name in needed if name not in manifest.files]:
@@ -215,13 +201,7 @@ class Bundle:
         return VerifiedBase(manifest, folder, files, hashed)
 
     def adapter_manifest(self, name: str) -> AdapterManifest:
-        """Read an adapter's manifest (rule 3).
-
-        Raises:
-            ConfigError: No adapter can have this name.
-            DataError: The bundle has no adapter of this name.
-            TrustError: The manifest is damaged or altered, is another adapter's, or no trusted key signed it.
-        """
+        """Read an adapter's manifest (rule 3). Raises TrustError if it is another adapter's."""
         path = self.folder / manifest_path(name)
         if not path.exists():
             present = ", ".join(adapter_names(self.folder)) or "none"
@@ -241,10 +221,8 @@ class Bundle:
         """Read an adapter for ``base`` (rules 3 to 5).
 
         Raises:
-            ConfigError: No adapter can have this name.
-            DataError: A file is missing or damaged, or the tensors are not finite, do not fit the base, or are not what
-                the manifest states.
-            TrustError: As ``adapter_manifest``; or the adapter is for another base, or its file was altered.
+            DataError: The file is damaged, or the tensors are not finite, do not fit the base, or are not as stated.
+            TrustError: The adapter is for another base.
         """
         manifest, path = self.adapter_manifest(name), self.folder / adapter_path(name)
         if manifest.base_digest != base.base_digest:

@@ -21,10 +21,8 @@ def cache_folder() -> Path:
 def cached(name: str, make: Callable[[Path], None]) -> Path:
     """Return the folder ``name`` of the cache; if it does not exist, ``make`` fills it first.
 
-    It appears under its name only when it is complete, also if two processes make it at the same time.
-
-    Raises:
-        ConfigError: The cache cannot be written.
+    It appears under its name only when it is complete, also if two processes make it at the same time. Raises
+    ConfigError if the cache cannot be written.
     """
     target = cache_folder() / name
     if target.is_dir():

@@ -41,11 +41,7 @@ def pack(stored: Stored) -> bytes:
 
 
 def unpack(blob: bytes) -> Stored:
-    """Read the tensors in a file, each in memory of its own.
-
-    Raises:
-        DataError: It is not such a file, or names a tensor twice.
-    """
+    """Read the tensors in a file, each in memory of its own. Raises DataError if it names one twice or is damaged."""
     try:
         return _read(blob)
     except (struct.error, ValueError) as error:

@@ -56,10 +56,7 @@ def decode(raw: bytes) -> Any:
 def decode_as(kind: type[T], raw: bytes | str) -> T:
     """Return a JSON text as a dataclass, whose annotations say what is allowed; nothing is converted.
 
-    A key that occurs twice is not refused, unlike by ``decode``.
-
-    Raises:
-        pydantic.ValidationError: A field is missing, unknown or not allowed, or the text is not JSON.
+    A key that occurs twice is not refused, unlike by ``decode``. Raises pydantic.ValidationError.
     """
     return cast(T, _reader(cast(Hashable, kind)).validate_json(raw, strict=True))
 
@@ -90,11 +87,7 @@ def _finite(text: str) -> float:
 
 
 def check_depth(value: object, left: int = MAX_DEPTH) -> None:
-    """Check that tables and lists of ``value`` are nested at most ``left`` levels deep.
-
-    Raises:
-        ValueError: They are nested deeper.
-    """
+    """Check that tables and lists of ``value`` are nested at most ``left`` levels deep. Raises ValueError."""
     if isinstance(value, dict | list):
         if not left:
             raise ValueError(f"nested more than {MAX_DEPTH} levels deep")

@@ -42,24 +42,14 @@ def make_key(path: Path, entropy: Entropy) -> tuple[IdentityKey, Path]:
 
 
 def read_key(path: Path) -> IdentityKey:
-    """Read the signing key in ``path``.
-
-    Raises:
-        ConfigError: The file does not exist.
-        TrustError: It is not an Ed25519 private key in PEM form.
-    """
+    """Read the signing key in ``path``. Raises ConfigError if it is missing, TrustError for other content."""
     raw = _read(path, "make one with 'edgeadapt export key'")
     with of_file(path):
         return IdentityKey.from_pem(raw)
 
 
 def read_public_keys(path: Path) -> tuple[PublicKey, ...]:
-    """Read the public keys in ``path``: at least one, in PEM form, and nothing else.
-
-    Raises:
-        ConfigError: The file does not exist.
-        TrustError: It holds anything else.
-    """
+    """Read the public keys in ``path``: at least one, in PEM form, and nothing else. Raises as ``read_key``."""
     raw = _read(path, "name the public keys that you trust with --trust")
     blocks = _BLOCK.findall(raw)
     if not blocks or _BLOCK.sub(b"", raw).strip():

@@ -104,11 +104,7 @@ class Layout:
         return np.concatenate([tensors[spec.name].reshape(-1) for spec in self.tensors])
 
     def unflatten(self, vector: Floats) -> Tensors:
-        """Return the tensors of a vector of shape ``(size,)``; views, not copies.
-
-        Raises:
-            DataError: The vector has another size or type.
-        """
+        """Return views of a vector of shape ``(size,)`` as tensors. Raises DataError for another size or type."""
         if vector.shape != (self.size,) or vector.dtype != np.float32:
             stated = f"{vector.dtype} vector of shape {vector.shape}"
             raise DataError(

@@ -96,10 +96,9 @@ class Manifest:
 
     @classmethod
     def unverified(cls, raw: bytes) -> Self:
-        """Read the manifest in an envelope by any signer: for messages and for files that are about to be replaced.
+        """Read the manifest in an envelope by any signer, for messages and for files that are about to be replaced.
 
-        Raises:
-            TrustError: As ``accept``, apart from the signature.
+        Raises as ``accept``, apart from the signature.
         """
         return cls._of(dsse.unverified(raw, cls.payload_type()))
 

@@ -72,19 +72,16 @@ class RegistrySettings(Settings):
 
 
 class RegistrySource(Protocol):
-    """Says where a registry is read from. Nothing that it returns is verified."""
+    """Says where a registry is read from. Nothing that it returns is verified.
+
+    Methods raise ConfigError if the database has another schema, and DataError if it cannot be read.
+    """
 
     @property
     def name(self) -> str:
         """Name the database in a message."""
 
-    def rows(self, query: str, values: tuple[int, ...]) -> list[tuple[Any, ...]]:
-        """Run a query on a database with this schema.
-
-        Raises:
-            ConfigError: The database has another schema.
-            DataError: The database cannot be read.
-        """
+    def rows(self, query: str, values: tuple[int, ...]) -> list[tuple[Any, ...]]: ...
 
     def place(self, digest: str) -> str:
         """Name the file with that digest in a message."""
@@ -99,11 +96,7 @@ def blob_name(digest: str) -> str:
 
 
 def require(state_dir: Path) -> None:
-    """Check that a coordinator's registry is in the folder.
-
-    Raises:
-        ConfigError: It is not, or as ``RegistrySettings.of``.
-    """
+    """Check that a coordinator's registry is in the folder. Raises ConfigError."""
     elsewhere = RegistrySettings.of(state_dir)
     database = (DATABASE, elsewhere.database or (state_dir / DATABASE).is_file())
     for name, there in (database, (BLOBS, elsewhere.blobs or (state_dir / BLOBS).is_dir())):
@@ -163,11 +156,7 @@ class LocalFiles:
 
 
 def require_schema(revision: object, name: str) -> None:
-    """Check that a database, whose schema has the revision ``revision``, has the schema of this edgeadapt.
-
-    Raises:
-        ConfigError: It is another one.
-    """
+    """Check that a database has the schema of this edgeadapt. Raises ConfigError if it has another ``revision``."""
     if revision == SCHEMA:
         return
     older = isinstance(revision, str) and revision.isdecimal() and int(revision) < int(SCHEMA)
@@ -178,29 +167,23 @@ def require_schema(revision: object, name: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class RegistryFiles:
-    """Reads a registry. One coordinator may write to it at the same time."""
+    """Reads a registry. One coordinator may write to it at the same time.
+
+    Methods raise ConfigError if the database has another schema, DataError if it cannot be read, and TrustError if what
+    they read is missing, was altered, or is signed by no trusted key.
+    """
 
     source: RegistrySource
     trusted: tuple[PublicKey, ...]
 
     @classmethod
     def open(cls, state_dir: Path, trusted: Sequence[PublicKey]) -> Self:
-        """Open the registry in a coordinator's state directory, whose manifests one of ``trusted`` signed.
-
-        Raises:
-            ConfigError: As ``require``.
-        """
+        """Open the registry in a coordinator's state directory, whose manifests one of ``trusted`` signed."""
         require(state_dir)
         return cls(LocalFiles(state_dir, state_dir / BLOBS), tuple(trusted))
 
     def manifest(self, version: int | None = None) -> VersionManifest | None:
-        """Read the manifest of a version, by default of the newest; None if the registry does not have it.
-
-        Raises:
-            ConfigError: The database has another schema.
-            DataError: The database cannot be read.
-            TrustError: The manifest is damaged, or signed by no trusted key or for another version.
-        """
+        """Read the manifest of a version, by default of the newest; None if the registry does not have it."""
         rows = self.source.rows(_NEWEST, ()) if version is None else self.source.rows(_BY_VERSION, (version,))
         if not rows:
             return None
@@ -219,11 +202,9 @@ class RegistryFiles:
         return manifest
 
     def recorded(self, version: int | None = None) -> VersionManifest | None:
-        """Read the ``manifest`` of a version that a round's record says was made; version 0 is from no round.
+        """Read the ``manifest`` of a version; raise TrustError if no round's record says that it was made.
 
-        Raises:
-            ConfigError, DataError: As ``manifest``.
-            TrustError: As ``manifest`` and ``rounds``, or the version was published without such a record.
+        Version 0 is from no round.
         """
         manifest = self.manifest(version)
         made = {record.version: record for record in self.rounds()}
@@ -238,22 +219,11 @@ class RegistryFiles:
         return manifest
 
     def rounds(self) -> tuple[RoundRecord, ...]:
-        """Read the records of all rounds, in order.
-
-        Raises:
-            ConfigError: The database has another schema.
-            DataError: The database cannot be read.
-            TrustError: A record is missing, was altered, or is signed by no trusted key.
-        """
+        """Read the records of all rounds, in order."""
         return tuple(accept_chain(self.source.rows(_ROUNDS, ()), self.trusted))
 
     def blob(self, manifest: VersionManifest) -> bytes:
-        """Read the file of a version, byte for byte as published.
-
-        Raises:
-            DataError: It is missing.
-            TrustError: It was altered.
-        """
+        """Read the file of a version, byte for byte as published. Raises DataError if it is missing."""
         digest = manifest.sha256
         blob = self.source.file(digest, manifest.size)
         if hashlib.sha256(blob).hexdigest() != digest:
@@ -263,12 +233,7 @@ class RegistryFiles:
         return blob
 
     def tensors(self, manifest: VersionManifest) -> Tensors:
-        """Read the tensors of a version, finite and of its manifest's layout.
-
-        Raises:
-            DataError: The file is missing or holds no adapter.
-            TrustError: The file was altered, or its layout is not the manifest's.
-        """
+        """Read the tensors of a version, finite and of its manifest's layout. Raises DataError if it has no adapter."""
         blob, path = self.blob(manifest), self.source.place(manifest.sha256)
         try:
             tensors = float32_tensors(blob)
@@ -284,10 +249,8 @@ class RegistryFiles:
 def float32_tensors(blob: bytes) -> Tensors:
     """Read the tensors of a safetensors file: a length, a JSON header with shapes and offsets, the numbers.
 
-    ``edgeadapt.formats.files.decode`` reads the same with the library, which is not in the bare install.
-
-    Raises:
-        DataError: It is not such a file, or has a tensor of another type.
+    ``edgeadapt.formats.files.decode`` reads the same with the library, which is not in the bare install. Raises
+    DataError if it is not such a file, or has a tensor of another type.
     """
     end = _LENGTH + int.from_bytes(blob[:_LENGTH], "little")
     try:

@@ -87,13 +87,7 @@ def postgresql_engine(url: URL) -> Engine:
 
 @dataclass(frozen=True, slots=True)
 class RemoteStores:
-    """Reads a registry whose database, blobs or both are not in the state directory.
-
-    Args:
-        local: What is there.
-        engine: Of the database, if that is not.
-        blobs: The blobs, if they are not.
-    """
+    """Reads a registry whose database, blobs or both are elsewhere; ``local`` reads what is in the state directory."""
 
     local: LocalFiles
     engine: Engine | None

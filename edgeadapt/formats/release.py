@@ -29,11 +29,7 @@ _PATH = r"^(base|adapters)/[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$"
 
 
 def check_channel(name: str) -> str:
-    """Check that a channel can be named ``name``, up to 32 lower-case letters, digits and hyphens; return it.
-
-    Raises:
-        ConfigError: It cannot.
-    """
+    """Check that a channel can have the name, up to 32 lower-case letters, digits and hyphens. Raises ConfigError."""
     if not _CHANNEL.fullmatch(name) or name in _RESERVED:
         raise ConfigError(
             f"{name[:40]!r} is no name of a channel: use up to 32 lower-case letters, digits and hyphens, and not "
@@ -70,11 +66,7 @@ class Release:
 
     @classmethod
     def decode(cls, raw: bytes) -> Self:
-        """Read what ``encode`` wrote.
-
-        Raises:
-            TrustError: It is something else, or names a file that a bundle cannot have.
-        """
+        """Read what ``encode`` wrote. Raises TrustError for the rest, or a name that a bundle's file cannot have."""
         try:
             jsontext.decode(raw)  # refuses what the next line would read in one of several ways
             return jsontext.decode_as(cls, raw)

@@ -57,11 +57,7 @@ class Rollout:
 
     @classmethod
     def of(cls, release: int, previous: int, share: int, languages: Sequence[str]) -> Self | None:
-        """Say who gets ``release``; None if all devices do.
-
-        Raises:
-            ConfigError: The share is not a percentage, or a language has no such code.
-        """
+        """Say who gets ``release``; None if all devices do. Raises ConfigError for a bad share or language."""
         if not 0 <= share <= ALL:
             raise ConfigError(f"a share is 0 to {ALL} percent, not {share}", about="share", value=share)
         rollout = cls(release, previous, share, tuple(sorted({check_language(each) for each in languages})))
@@ -101,11 +97,7 @@ class Rollout:
 
     @classmethod
     def decode(cls, raw: bytes) -> Self:
-        """Read what ``encode`` wrote, and nothing else: a rule of flagd can take any time to evaluate.
-
-        Raises:
-            TrustError: It is something else.
-        """
+        """Read what ``encode`` wrote, or raise TrustError: a rule of flagd can take any time to evaluate."""
         try:
             (flag,) = jsontext.decode(raw)["flags"].values()
             rule, languages = flag["targeting"], []

@@ -136,8 +136,7 @@ def accept_chain(
 def digest_of(signed: object) -> str:
     """Return the digest by which a record names the previous one (SHA-256, hex).
 
-    Raises:
-        TrustError: It is not bytes, as a damaged column of a database may be.
+    Raises TrustError if it is not bytes, as a damaged column of a database may be.
     """
     if not isinstance(signed, bytes):
         raise TrustError("it is not a signed document", about="record")

@@ -44,12 +44,7 @@ def kill_safe() -> Iterator[None]:
 
 
 def read(path: Path, limit: int = LARGEST) -> bytes:
-    """Read a file.
-
-    Raises:
-        DataError: It is larger than ``limit`` bytes, or a device or a pipe, which may never end. Nothing is read then.
-        OSError: It cannot be read.
-    """
+    """Read a file. Raises DataError, before it reads, above ``limit`` bytes and for a device or pipe without an end."""
     with opened(path, limit) as (file, size):
         return file.read(size)  # and not what is appended meanwhile
 
@@ -103,8 +98,7 @@ def read_lines(path: Path, what: str) -> tuple[str, ...]:
 def replace(path: Path, content: bytes, mode: int = PRIVATE) -> None:
     """Write a file atomically and durably: after the return it survives a power cut.
 
-    Raises:
-        OSError: For example, the disk is full. The old file is unchanged, and no temporary file is left.
+    After an OSError the old file is unchanged, and no temporary file is left.
     """
     descriptor, name = mkstemp(dir=path.parent, prefix=f".{path.name}.")
     stage = Path(name)
@@ -121,11 +115,9 @@ def replace(path: Path, content: bytes, mode: int = PRIVATE) -> None:
 
 
 def create(path: Path, content: bytes, mode: int = PRIVATE) -> None:
-    """Write a new file durably; never replace one.
+    """Write a new file durably; never replace one, but raise FileExistsError.
 
-    Raises:
-        FileExistsError: The file exists.
-        OSError: It cannot be written; the error names the file. No part of it is left.
+    Any other OSError names the file, of which no part is left.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
@@ -182,11 +174,7 @@ def _require_own_file(lock: Path) -> None:
 
 
 def real(path: Path) -> Path:
-    """Resolve symbolic links to the full path, whether or not something is there.
-
-    Raises:
-        DataError: A link leads back to itself.
-    """
+    """Resolve symbolic links to the full path, whether or not something is there. Raises DataError for a circle."""
     try:
         return path.resolve()
     except RuntimeError as error:  # until Python 3.12
@@ -198,10 +186,7 @@ def locked_folder(out: Path) -> Iterator[Path]:
     """Hold the lock of the folder ``out``, and yield its full path.
 
     The lock file is ``.NAME.lock`` next to ``out``. If a killed process left ``staged`` half done, that is repaired.
-
-    Raises:
-        ConfigError: No lock file can be created there.
-        OSError: The folder above cannot be read.
+    Raises ConfigError if no lock file can be created there.
     """
     out = real(out)
     above = next(folder for folder in out.parents if folder.exists())
@@ -226,10 +211,8 @@ def restore(out: Path) -> None:
 def staged(out: Path, *, mode: int = PUBLIC_FOLDER, replaces: bool = False) -> Iterator[Path]:
     """Yield an empty folder to fill, which becomes ``out`` if the block ends without an error.
 
-    Unless ``replaces``, ``out`` is missing or empty at the end of the block; with it, hold ``locked_folder(out)``.
-
-    Raises:
-        OSError: The folder cannot be written, or ``out`` holds files. ``out`` is unchanged.
+    Unless ``replaces``, ``out`` is missing or empty at the end of the block; with it, hold ``locked_folder(out)``. It
+    is unchanged after an OSError.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with closing(WorkFolder(out.parent)) as work:
@@ -247,9 +230,7 @@ def staged(out: Path, *, mode: int = PUBLIC_FOLDER, replaces: bool = False) -> I
 def new_folder(out: Path, *, mode: int = PUBLIC_FOLDER) -> Iterator[Path]:
     """Yield an empty folder, as ``staged`` does, for one that must not hold anything yet.
 
-    Raises:
-        ConfigError: ``out`` exists and is not an empty folder, or is the working directory.
-        OSError: The folder cannot be written. ``out`` is unchanged.
+    Raises ConfigError if ``out`` exists and is not an empty folder, or is the working directory.
     """
     place = real(out)  # where a link leads
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
@@ -275,8 +256,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 def link_files(source: Path, target: Path) -> None:
     """Hard-link every file of ``source`` under ``target``; copy where the file system has no hard links.
 
-    Raises:
-        OSError: A file cannot be copied, as on a full disk. The error is the first one.
+    Raises the first OSError, as on a full disk.
     """
     if source.is_dir():
         # Not shutil.copytree, whose error lists every file that could not be copied.

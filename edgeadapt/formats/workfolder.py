@@ -23,9 +23,6 @@ class WorkFolder:
     """Is a new empty folder, deleted by ``close``, with the last reference to this object, or when the process ends.
 
     ``where`` holds it; None for the system's folder of temporary files.
-
-    Raises:
-        OSError: No folder can be made there.
     """
 
     def __init__(self, where: Path | None = None) -> None:

@@ -29,13 +29,10 @@ def build(base: Base, config: PeftConfig = LORA) -> PeftModel:
 
 
 def require_private(model: PeftModel) -> None:
-    """Check that no layer that the adapter changes has a row for each token.
+    """Check that no layer that the adapter changes has a row for each token. Raises ConfigError.
 
     The gradient at the output layer (of LoRA's B, a scale or a bias) has another sign for the tokens of the examples
     than for all others, so that a sum would name them, as it would at the embedding.
-
-    Raises:
-        ConfigError: One has, or its bias is trained.
     """
     output = model.get_base_model().get_output_embeddings()
     for path, layer in model.named_modules():

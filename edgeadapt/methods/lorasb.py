@@ -22,11 +22,7 @@ from edgeadapt.methods.parts import Part, part_of
 
 
 def with_squares(layout: Layout) -> Layout:
-    """Add R of each LoRA layer to an adapter's layout, for a round.
-
-    Raises:
-        DataError: A rank is above the outputs of its layer, where R would be larger than B.
-    """
+    """Add R of each LoRA layer to an adapter's layout. Raises DataError where R would be larger than B."""
     squares = []
     for spec in layout.tensors:
         if part_of(spec.name) is Part.B:

@@ -58,10 +58,7 @@ def adapted(model: nn.Module, config: PeftConfig, *, heads: Sequence[str] = (), 
     """Return a frozen model with a fresh adapter, in evaluation mode: every parameter frozen but the adapter's.
 
     ``heads`` names the modules that are trained in full; ``task`` is peft's task type, which virtual tokens need.
-
-    Raises:
-        ConfigError: No such adapter can be trained: as ``require_trainable``, no module of the model bears a target's
-            name, or one that does is of another kind than the method adapts.
+    Raises ConfigError as ``require_trainable`` and ``_require_kinds``.
     """
     require_trainable(config)
     _require_kinds(model, config)

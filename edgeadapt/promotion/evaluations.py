@@ -35,14 +35,7 @@ class NoVerdictError(ConfigError):
 
 @dataclass(frozen=True, slots=True)
 class WatchStep:
-    """Says what a check of a rollout led to.
-
-    Args:
-        outcome: The channel rolls nothing out; there is no verdict yet; the release stays; or it was rolled back.
-        text: For a person.
-        evaluation: With the verdict, if there is one.
-        release: The release that a rollback made.
-    """
+    """Says what a check of a rollout led to: an outcome, a text for a person, and maybe a verdict and a new release."""
 
     outcome: Literal["no rollout", "no verdict", "kept", "rolled back"]
     text: str
@@ -54,17 +47,12 @@ def act(repository: ChannelRepository, state_dir: Path, trust: Path | None, chan
     """Publish the prepared rollback of a channel if the last evaluation found its newest release worse.
 
     A verdict after which the release stays is noted in the repository's log, once. An evaluation that led to a rollback
-    already gives no verdict: the same adapter, promoted again, is compared again.
-
-    Args:
-        repository: Needs the key of snapshot and timestamp only.
-        state_dir, trust: The coordinator's, as for ``Lineage.read``.
-        adapter: Was compared.
+    already gives no verdict: the same adapter, promoted again, is compared again. The repository needs the key of
+    snapshot and timestamp only; ``state_dir`` and ``trust`` are as for ``Lineage.read``.
 
     Raises:
         ConfigError: A rollout is under way without a prepared rollback, or as ``compared`` and ``publish_prepared``.
         DataError, TrustError: The registry or the repository is damaged, or does not pass its audit.
-        OSError: As ``publish_prepared``.
     """
     if channel in repository.channels and repository.rollout(channel) is None:
         return WatchStep("no rollout", f"channel {channel} rolls nothing out")
@@ -133,9 +121,7 @@ def judge(
 def last_evaluation(lineage: Lineage, newest: str, previous: str) -> GovernedVersion | None:
     """Return the version of the last round that compared two adapters (``AdapterManifest.content``), or None.
 
-    Raises:
-        DataError: A log is too large.
-        TrustError: The plan of an evaluation is in no log, or is not one of an evaluation.
+    Raises TrustError if the plan of an evaluation is in no log, or is not one of an evaluation.
     """
     for version in reversed(lineage.versions):
         if version.record is None or version.record.plan is None or not is_evaluation(version.manifest.metrics):
@@ -156,14 +142,9 @@ def _add_one(state_dir: Path) -> str:
 
 
 def find_plan(state_dir: Path, digest: str) -> Plan:
-    """Find the plan of a round in the log of its session.
+    """Find the plan of a round in the log of its session. Raises TrustError if no log has it.
 
     The state directory is only read: where the database has the logs, its copy of them is not used.
-
-    Raises:
-        DataError: A log is too large.
-        TrustError: No log has it.
-        EdgeAdaptError: The database cannot be reached.
     """
     with closing(_newest_logs(state_dir)) as logs:
         for log in logs:

@@ -42,12 +42,7 @@ class HeldOutPhrase:
 
 
 def read_held_out(path: Path) -> list[HeldOutPhrase]:
-    """Read the phrases in a file of lines ``LABEL TAB PHRASE TAB LANGUAGE``.
-
-    Raises:
-        ConfigError: There is no such file.
-        DataError: A line has another form, or as ``read_lines``.
-    """
+    """Read a file of lines ``LABEL TAB PHRASE TAB LANGUAGE``. Raises as ``read_lines``."""
     phrases = []
     for number, line in enumerate(read_lines(path, "phrase"), 1):
         parts = [part.strip() for part in line.split("\t")]
@@ -86,11 +81,7 @@ class AssembledRelease:
         return Bundle(self.bundle, read_public_keys(self.bundle.parent / TRUST))
 
     def answers(self, name: str, phrases: Sequence[str]) -> list[str | None]:
-        """Return the most likely label of each phrase; None where the base knows no part of it.
-
-        Raises:
-            ConfigError, DataError, TrustError: As ``ClassificationSession.open`` and ``classify``.
-        """
+        """Return the most likely label of each phrase; None where the base knows no part of it."""
         if self._session is None:
             self._session = ClassificationSession.open(self.bundle)
         session = self._session
@@ -154,11 +145,7 @@ def refusal(gate: str, reason: str) -> GateResult:
 
 
 def require_passed(results: Iterable[GateResult], what: str) -> None:
-    """Check that all gates let a release pass.
-
-    Raises:
-        GateError: One does not; ``value`` has the names of all that do not.
-    """
+    """Check that all gates let a release pass. Raises GateError, whose ``value`` names all that do not."""
     refused = [each for each in results if not each.passed]
     if refused:
         reasons = "; ".join(f"{each.gate}: {each.text}" for each in refused)
@@ -258,11 +245,7 @@ GATES: dict[GateName, Callable[[PromotionTrial], Results]] = {
 
 
 def _held_out(trial: PromotionTrial) -> list[HeldOutPhrase]:
-    """Read the held-out phrases.
-
-    Raises:
-        ConfigError, DataError: As ``read_held_out``; or no release has one of the labels, which is then misspelled.
-    """
+    """Read the held-out phrases, whose labels some release has: others are misspelled. Raises DataError."""
     path = trial.path("accuracy.held_out", trial.settings.accuracy.held_out)
     phrases, labels = read_held_out(path), set[str]()
     for release in (trial.candidate, trial.current):

@@ -8,9 +8,7 @@ def compared(repository: ChannelRepository, channel: str, name: str) -> tuple[st
     """Return an adapter's ``AdapterManifest.content`` in the release that a channel rolls out, and in the previous one.
 
     Raises:
-        ConfigError: There is no such channel, it rolls nothing out, or the adapter is not in both releases or is the
-            same in both.
-        DataError, TrustError: The repository is damaged.
+        ConfigError: The channel rolls nothing out, or the adapter is not in both releases or is the same in both.
     """
     current, rollout = repository.release(channel), repository.rollout(channel)
     if current is None or rollout is None:

@@ -77,11 +77,7 @@ class VersionDifference:
 
 
 def difference(old: VersionManifest, new: VersionManifest, before: Tensors, after: Tensors) -> VersionDifference:
-    """Compare two versions by their manifests and tensors.
-
-    Raises:
-        DataError: A layer of LoRA has no scaling (``PeftConfig.scaling_of``).
-    """
+    """Compare two versions by their manifests and tensors. Raises DataError if a layer of LoRA has no scaling."""
     both = [name for name in before if name in after and before[name].shape == after[name].shape]
     changes = tuple(TensorChange.of(name, before[name], after[name]) for name in both)
     flat = [np.concatenate([each[name].ravel() for name in both]) if both else None for each in (before, after)]

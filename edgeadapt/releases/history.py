@@ -62,12 +62,9 @@ def is_repository(folder: Path) -> bool:
 
 
 def audit_repository(folder: Path, root: Path | None) -> RepositoryAudit:
-    """Check a repository, whose keys need not be there.
+    """Check a repository, whose keys need not be there. A TrustError's ``about`` names the role or the record.
 
     Without ``root``, which the auditor trusts, the repository's own roots are not compared with anything.
-
-    Raises:
-        TrustError: A check failed; ``about`` names the role or the record.
     """
     place = folder / PUBLIC / METADATA
     roots = _roots(place, None if root is None else _required(root, MAX_METADATA))
@@ -228,8 +225,7 @@ def _require_used_once(records: Sequence[ActionRecord]) -> None:
 def _require_promoted(place: Path, records: Sequence[ActionRecord], roots: Sequence[Metadata[Root]]) -> dict[str, int]:
     """Check that only promotions and rollbacks made releases of channels that were protected then.
 
-    Returns:
-        Channels that are protected now → their current release, if no promotion made it.
+    Return the channels that are protected now → their current release, if no promotion made it.
     """
     guarded: frozenset[str] = frozenset()
     promoted: dict[str, dict[int, bool]] = {}

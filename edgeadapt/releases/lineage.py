@@ -108,11 +108,7 @@ def is_from(adapter: AdapterManifest, version: VersionManifest) -> bool:
 
 
 def releases_of(repository: ChannelRepository) -> tuple[ReleasedAdapter, ...]:
-    """List every adapter of every release of every channel.
-
-    Raises:
-        DataError, TrustError: The repository is damaged.
-    """
+    """List every adapter of every release of every channel."""
     released = []
     for channel in repository.channels:
         releases, rollout = repository.releases(channel), repository.rollout(channel)
@@ -126,12 +122,7 @@ def releases_of(repository: ChannelRepository) -> tuple[ReleasedAdapter, ...]:
 
 
 def _manifests(state_dir: Path, registry: RegistryFiles) -> Sequence[VersionManifest]:
-    """Read the manifests of all versions, from version 0 on.
-
-    Raises:
-        DataError: There is no version.
-        TrustError: One is missing, or as ``RegistryFiles.manifest``.
-    """
+    """Read the manifests of all versions, from version 0 on. Raises DataError if there is no version."""
     newest = registry.manifest()
     if newest is None:
         raise DataError(

@@ -45,7 +45,10 @@ S = TypeVar("S", bound=Signed)
 
 @dataclass(frozen=True, slots=True)
 class RoleMetadata:
-    """Manages the repository in ``folder``. ``now`` dates what is signed; ``by`` names the signer in the log."""
+    """Manages the repository in ``folder``. ``now`` dates what is signed; ``by`` names the signer in the log.
+
+    Methods raise ConfigError if a key that must sign is missing, and DataError if metadata are missing or damaged.
+    """
 
     folder: Path
     now: datetime
@@ -75,15 +78,11 @@ class RoleMetadata:
         return stated.version if stated else 0
 
     def load(self, kind: type[S], role: str, version: int | None = None) -> S:
-        """Read a version of a role's metadata, by default the current one.
-
-        Raises:
-            DataError: It is missing or damaged.
-        """
+        """Read a version of a role's metadata, by default the current one."""
         return _read(kind, self.path(role, version or self.version(role)))
 
     def roles(self) -> Iterator[tuple[str, int, datetime, tuple[Path, ...]]]:
-        """Yield role, version, when its metadata expire, and the files of its keys. Raises as ``load``."""
+        """Yield role, version, when its metadata expire, and the files of its keys."""
         root, delegated = self.load(Root, ROOT), delegations(self.load(Targets, TOP))
         for role in (ROOT, TOP, SNAPSHOT, TIMESTAMP, *sorted(delegated)):
             keyids = (delegated[role] if role in delegated else root.roles[role]).keyids
@@ -102,16 +101,13 @@ class RoleMetadata:
     ) -> None:
         """Sign and write the next version of each role that is given, then of snapshot and timestamp.
 
-        The action's record is written first, and the snapshot names it.
+        The action's record is written first, and the snapshot names it. Nothing is written if a key is missing.
 
         Args:
             channels: Name → new metadata.
             root, top: The new metadata of root and targets.
             also: Further signers of the root, whose keys it no longer names.
             prepared: Name → the next version of a channel's metadata, which are signed already.
-
-        Raises:
-            ConfigError: A key that must sign is missing. Nothing was written.
         """
         keys, delegated = root or self.load(Root, ROOT), delegations(top or self.load(Targets, TOP))
         snapshot = self.load(Snapshot, SNAPSHOT) if self.version(SNAPSHOT) else Snapshot()
@@ -141,11 +137,7 @@ class RoleMetadata:
             storage.replace(self.path(role, signed.version), document.to_bytes(), storage.PUBLIC)
 
     def prepare(self, channel: str, signed: Targets) -> Metadata[Targets]:
-        """Sign the next version of a channel's metadata by its key, for a later ``commit``.
-
-        Raises:
-            ConfigError: The channel's key is missing.
-        """
+        """Sign the next version of a channel's metadata by its key, for a later ``commit``."""
         signed.version, signed.expires = self.version(channel) + 1, self._expiry(channel)
         document = Metadata(signed)
         for signer in self.signers(delegations(self.load(Targets, TOP))[channel].keyids):
@@ -176,7 +168,6 @@ class RoleMetadata:
         return self.folder / KEYS / f"{keyid[:16]}.pem"
 
     def signers(self, keyids: Sequence[str]) -> list[CryptoSigner]:
-        """Read the keys of these ids. Raises ConfigError if one of them is missing."""
         keys = []
         for keyid in keyids:
             if not self.key_file(keyid).is_file():

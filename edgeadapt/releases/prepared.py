@@ -66,10 +66,9 @@ class RollbackCondition:
         signed.unrecognized_fields[ROLLBACK] = jsontext.encode(asdict(self)).decode()
 
     def require(self, evaluation: JudgedEvaluation | None) -> None:
-        """Check that an evaluation meets it.
+        """Check that an evaluation meets it. Raises DataError if the evaluation's figures do not give its verdict.
 
         Raises:
-            DataError: The figures of the evaluation do not give its verdict.
             TrustError: There is no evaluation, it compared other releases or with another margin, or it did not find
                 the newest release worse.
         """
@@ -100,7 +99,10 @@ class PreparedRollback:
 
 @dataclass(frozen=True, slots=True)
 class PreparedRollbacks:
-    """Keeps those of a repository, one for each channel that rolls a release out."""
+    """Keeps those of a repository, one for each channel that rolls a release out.
+
+    Methods raise ConfigError if the channel's key is missing, and OSError if files cannot be written.
+    """
 
     metadata: RoleMetadata
     served: TargetFiles
@@ -113,12 +115,6 @@ class PreparedRollbacks:
         return self.metadata.folder / PREPARED / f"{channel}.json"
 
     def write(self, channel: str, signed: Targets) -> None:
-        """Sign metadata as the channel's next, and keep them.
-
-        Raises:
-            ConfigError: The channel's key is missing.
-            OSError: They cannot be written.
-        """
         self.targets.folder.mkdir(mode=storage.PRIVATE_FOLDER, exist_ok=True)
         storage.replace(self.path(channel), self.metadata.prepare(channel, signed).to_bytes())
 
@@ -132,9 +128,7 @@ class PreparedRollbacks:
     def read(self, channel: str) -> tuple[Metadata[Targets], RollbackCondition] | None:
         """Read the metadata and their condition; None if no rollback is prepared.
 
-        Raises:
-            ConfigError: They cannot be read.
-            TrustError: They are damaged, of another channel, or not signed by the channel's key.
+        Raises TrustError if they are damaged, of another channel, or not signed by the channel's key.
         """
         path = self.path(channel)
         anew = "delete it, and prepare the rollback anew with 'edgeadapt adapters rollout … --key'"
@@ -162,11 +156,7 @@ class PreparedRollbacks:
     def sign_again(
         self, channel: str, prepared: tuple[Metadata[Targets], RollbackCondition] | None, current: Release | None
     ) -> None:
-        """Sign what ``read`` found as the next metadata of a channel that has changed, if its release has not.
-
-        Raises:
-            ConfigError, OSError: As ``write``.
-        """
+        """Sign what ``read`` returned as the next metadata of a channel that has changed, if its release has not."""
         if prepared is not None and current is not None and prepared[1].release == current.number:
             self.write(channel, prepared[0].signed)
         else:
@@ -182,9 +172,7 @@ class PreparedRollbacks:
     def accept(self, channel: str, current: Release) -> PreparedRollback:
         """Verify the prepared rollback of a channel with the release ``current``.
 
-        Raises:
-            ConfigError: No rollback is prepared, or it is out of date or cannot be read.
-            TrustError: As ``read``; or a file is missing or altered.
+        Raises as ``read``, and ConfigError if none is prepared or it is out of date.
         """
         anew = "prepare it with 'edgeadapt adapters rollout … --key'"
         read = self.read(channel)

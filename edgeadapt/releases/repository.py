@@ -74,7 +74,11 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class ChannelRepository:
-    """Manages a repository in a folder. ``now`` dates what is signed; ``by`` names the signer in the log."""
+    """Manages a repository in a folder. ``now`` dates what is signed; ``by`` names the signer in the log.
+
+    Methods raise ConfigError if a channel does not exist or a key that must sign is not in DIR/keys, DataError or
+    TrustError if the repository is damaged, and OSError if files cannot be written; it is then unchanged.
+    """
 
     folder: Path
     now: datetime
@@ -84,12 +88,7 @@ class ChannelRepository:
     def create(
         cls, folder: Path, entropy: Entropy, now: datetime, channels: Sequence[str] = (CANARY, STABLE), *, by: str = ""
     ) -> "ChannelRepository":
-        """Make a repository with a key for each role.
-
-        Raises:
-            ConfigError: The folder is not empty, or a channel cannot have its name.
-            OSError: It cannot be written; nothing is left.
-        """
+        """Make a repository with a key for each role, in an empty folder, or leave nothing."""
         names = [check_channel(name) for name in channels]
         with storage.new_folder(folder, mode=storage.PRIVATE_FOLDER) as stage:
             repository = cls(stage, now, by)
@@ -129,20 +128,15 @@ class ChannelRepository:
 
     @property
     def protected(self) -> frozenset[str]:
-        """List the channels whose releases only promotions make. Raises as ``release``."""
+        """List the channels whose releases only promotions make."""
         return protected(self.metadata.load(Targets, TOP))
 
     def root(self) -> bytes:
-        """Read the newest root metadata, which devices pin. Raises as ``release``."""
+        """Read the newest root metadata, which devices pin."""
         return storage.read(self.metadata.path(ROOT, self.metadata.version(ROOT)), MAX_METADATA)
 
     def release(self, channel: str, number: int | None = None) -> Release | None:
-        """Read a release of a channel, by default the current one; None if it has none.
-
-        Raises:
-            ConfigError: There is no such channel, or it never had that release.
-            DataError, TrustError: The repository is damaged.
-        """
+        """Read a release of a channel, by default the current one; None if it has none."""
         if channel not in self.channels:
             names = ", ".join(self.channels)
             raise ConfigError(f"there is no channel {channel!r}; the channels are {names}", about="channel")
@@ -153,17 +147,13 @@ class ChannelRepository:
         raise ConfigError(f"channel {channel} has no release {number}", about="release", value=number)
 
     def releases(self, channel: str) -> tuple[Release, ...]:
-        """Read all releases of a channel, oldest first. Raises as ``release``."""
+        """Read all releases of a channel, oldest first."""
         versions = range(1, self.metadata.version(channel) + 1)
         read = (self._release_of(channel, self.metadata.load(Targets, channel, version)) for version in versions)
         return tuple({release.number: release for release in read if release}.values())
 
     def manifest(self, channel: str, release: Release, name: str) -> AdapterManifest:
-        """Read an adapter's manifest, which was verified when the release was published.
-
-        Raises:
-            DataError, TrustError: It is missing or damaged.
-        """
+        """Read an adapter's manifest, which was verified when the release was published."""
         path = manifest_of(name).as_posix()
         place = self.targets.path(channel, path, release.files[path])
         try:
@@ -175,10 +165,9 @@ class ChannelRepository:
         """Make ``bundle`` the next release of ``channel``. Private adapters in it are left out.
 
         Raises:
-            ConfigError: There is no such channel, it is protected, the bundle has no adapter to publish, or devices
-                would refuse one: its content differs and its version is not above that of the current release.
-            DataError, TrustError: The bundle or the repository is damaged, or none of ``trusted`` signed it.
-            OSError: The files cannot be written. The repository is unchanged.
+            ConfigError: The channel is protected, the bundle has no adapter to publish, or devices would refuse one:
+                its content differs and its version is not above that of the current release.
+            TrustError: None of ``trusted`` signed the bundle.
         """
         with self.locked():
             current = self.release(channel)
@@ -203,11 +192,7 @@ class ChannelRepository:
             return Published(channel, release, private)
 
     def assemble(self, channel: str, release: Release, bundle: Path) -> None:
-        """Put a release together as the bundle that devices get, in a new folder.
-
-        Raises:
-            DataError: A file is missing.
-        """
+        """Put a release together as the bundle that devices get, in a new folder."""
         bundle.mkdir()
         for name, digest in release.files.items():
             (bundle / name).parent.mkdir(exist_ok=True)
@@ -232,11 +217,9 @@ class ChannelRepository:
         ``languages`` (``Rollout``) get the previous release.
 
         Raises:
-            ConfigError: There is no such channel, the release is no longer the current one, devices would refuse it, or
-                the channel is protected and the gates did not all let it pass; or a rollout is asked for while another
-                one is under way, or without a previous release.
-            DataError, TrustError: The repository is damaged.
-            OSError: The files cannot be written. The repository is unchanged.
+            ConfigError: The release is no longer the current one, devices would refuse it, or the channel is protected
+                and the gates did not all let it pass; or a rollout is asked for while another one is under way, or
+                without a previous release.
         """
         with self.locked():
             candidate, current = self.release(source), self.release(channel)
@@ -255,7 +238,7 @@ class ChannelRepository:
             return Published(channel, self.add_release(action, channel, files, candidate.adapters), rollout=rollout)
 
     def rollout(self, channel: str) -> Rollout | None:
-        """Read who gets the current release of a channel; None if all devices do. Raises as ``release``."""
+        """Read who gets the current release of a channel; None if all devices do."""
         listed = self.metadata.load(Targets, channel).targets.get(target(channel, FLAGS))
         if listed is None:
             return None
@@ -265,12 +248,7 @@ class ChannelRepository:
         """Change who gets the release that a channel rolls out. No device that has it goes back.
 
         A prepared rollback stays prepared, and ends with the rollout, which all devices complete. With ``anew`` it
-        will be prepared again, and is not read.
-
-        Raises:
-            ConfigError: There is no such channel, or it rolls nothing out.
-            DataError, TrustError: The repository is damaged, or the prepared rollback.
-            OSError: The files cannot be written. The repository is unchanged.
+        will be prepared again, and is not read. Raises ConfigError if the channel rolls nothing out.
         """
         with self.locked():
             release = self.release(channel)
@@ -296,11 +274,7 @@ class ChannelRepository:
             return Published(channel, release, rollout=rollout)
 
     def refuse(self, source: str, release: Release, channel: str, gates: Sequence[GateResult]) -> None:
-        """Note in the log that gates did not let a release of ``source`` into ``channel``.
-
-        Raises:
-            ConfigError: The key of snapshot and timestamp is missing.
-        """
+        """Note in the log that gates did not let a release of ``source`` into ``channel``."""
         with self.locked():
             adapters = dict(release.adapters)
             action = Action("refuse", channel, source, release.number, adapters=adapters, gates=tuple(gates))
@@ -316,11 +290,7 @@ class ChannelRepository:
             self.metadata.commit(Action("add", channel), {channel: first}, top=top)
 
     def protect(self, channel: str, *, on: bool = True) -> None:
-        """Let only promotions make the releases of a channel, from now on; or, with ``on=False``, publications too.
-
-        Raises:
-            ConfigError: There is no such channel, or the key of targets is not in DIR/keys.
-        """
+        """Let only promotions make the releases of a channel, from now on; or, with ``on=False``, publications too."""
         with self.locked():
             self.release(channel)
             top = self.metadata.load(Targets, TOP)
@@ -335,9 +305,6 @@ class ChannelRepository:
         """Sign snapshot and timestamp again for another ``DAYS``, with their key alone.
 
         With ``everything``, sign the other roles too, for ``LONG_DAYS``, with all keys.
-
-        Raises:
-            ConfigError: A key that must sign is not in DIR/keys.
         """
         with self.locked():
             if everything:
@@ -356,9 +323,6 @@ class ChannelRepository:
         ``snapshot`` stands for both roles that share a key. Devices follow by themselves: a new root is signed by the
         old key too. The old key's file is deleted. A rollback that was prepared with a channel's old key is discarded,
         because a thief of that key could have replaced it.
-
-        Raises:
-            ConfigError: There is no such role or channel, or a key that must sign is not in DIR/keys.
         """
         with self.locked():
             if role not in (ROOT, TOP, SNAPSHOT, TIMESTAMP, *self.channels):

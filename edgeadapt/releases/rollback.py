@@ -1,4 +1,7 @@
-"""Publish an earlier release of a channel again: with the vendor's key, or as it was prepared with it before."""
+"""Publish an earlier release of a channel again: with the vendor's key, or as it was prepared with that key.
+
+Errors are those of ``ChannelRepository``, besides what a function names.
+"""
 
 from dataclasses import replace
 
@@ -25,11 +28,8 @@ def roll_back(repository: ChannelRepository, channel: str, number: int, key: Ide
     version after the highest.
 
     Raises:
-        ConfigError: There is no such channel or release, or it is the current one.
-        DataError: The repository is damaged.
-        TrustError: The same; or ``key`` signed neither the release nor the current one, so that devices would refuse
-            what it signs.
-        OSError: As ``ChannelRepository.publish``.
+        ConfigError: There is no such release, or it is the current one.
+        TrustError: ``key`` signed neither the release nor the current one: devices would refuse what it signs.
     """
     with repository.locked():
         old, current = repository.release(channel, number), repository.release(channel)
@@ -51,10 +51,8 @@ def prepare(repository: ChannelRepository, channel: str, key: IdentityKey, margi
     ``margin`` says how far an accuracy may be below the previous release's: ``accuracy.margin`` of ``gates.toml``.
 
     Raises:
-        ConfigError: There is no such channel, it rolls nothing out, or its key is missing.
-        DataError: The repository is damaged.
-        TrustError: The same; or ``key`` is not the one that signed the release which is rolled out.
-        OSError: The files cannot be written.
+        ConfigError: The channel rolls nothing out.
+        TrustError: ``key`` is not the one that signed the release which is rolled out.
     """
     with repository.locked():
         current, rollout = repository.release(channel), repository.rollout(channel)
@@ -94,11 +92,10 @@ def publish_prepared(repository: ChannelRepository, channel: str, evaluation: Ju
     ``evaluation`` found its newest release worse; the log gets it.
 
     Raises:
-        ConfigError: There is no such channel or no prepared rollback, or that is out of date; or the key is missing.
-        DataError: The repository is damaged, or the figures do not give the verdict.
+        ConfigError: There is no prepared rollback, or it is out of date.
+        DataError: The figures do not give the verdict.
         TrustError: The prepared rollback is damaged, or was not prepared for this evaluation; or the evaluation led to
             a rollback already; or the repository does not pass its audit.
-        OSError: The files cannot be written. The repository is unchanged.
     """
     with repository.locked():
         current = repository.release(channel)
@@ -122,12 +119,7 @@ def publish_prepared(repository: ChannelRepository, channel: str, evaluation: Ju
 
 
 def note_evaluation(repository: ChannelRepository, channel: str, evaluation: JudgedEvaluation) -> None:
-    """Note in the log an evaluation after which the release of a channel stays.
-
-    Raises:
-        ConfigError: The channel has no release, or the key of snapshot and timestamp is missing.
-        DataError: The repository is damaged.
-    """
+    """Note in the log an evaluation after which the channel's release stays. Raises ConfigError if it has none."""
     with repository.locked():
         current = repository.release(channel)
         if current is None:
@@ -138,12 +130,7 @@ def note_evaluation(repository: ChannelRepository, channel: str, evaluation: Jud
 
 
 def require_signer(repository: ChannelRepository, channel: str, release: Release, key: PublicKey) -> None:
-    """Check that a key signed every adapter of a release, so that devices that have it accept what the key signs.
-
-    Raises:
-        DataError: The repository is damaged.
-        TrustError: It did not sign one.
-    """
+    """Check that a key signed every adapter of a release: devices that have it accept what the key signs."""
     for name in release.adapters:
         path = manifest_path(name).as_posix()
         place = repository.targets.path(channel, path, release.files[path])

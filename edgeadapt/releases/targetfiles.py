@@ -30,11 +30,7 @@ class TargetFiles:
         return TargetFile(place.stat().st_size, {"sha256": digest}, target(channel, name))
 
     def store(self, channel: str, name: str, path: Path) -> TargetFile:
-        """Copy a file among the targets, under the digest of what was copied.
-
-        Raises:
-            DataError: It is larger than a bundle's file can be.
-        """
+        """Copy a file, up to the size of a bundle's file, among the targets, under the digest of what was copied."""
         work = self.folder / ".incoming"
         shutil.copyfile(path, work)  # a link would change with a file that is written again
         digest, size = storage.file_sha256(work), work.stat().st_size

@@ -100,10 +100,7 @@ class Verdict:
 def verdict(metrics: Mapping[str, float], margin: float) -> Verdict | None:
     """Return the verdict on the newest release; None if either release has too few examples to be published.
 
-    ``margin`` is ``accuracy.margin`` of ``gates.toml``.
-
-    Raises:
-        DataError: The metrics are those of another round, or no evaluation can have them.
+    ``margin`` is ``accuracy.margin`` of ``gates.toml``. Raises DataError if no evaluation can have these metrics.
     """
     if DEVIATION not in metrics:
         raise DataError("the round is no evaluation", about="metrics")
@@ -145,11 +142,7 @@ class JudgedEvaluation:
     worse: bool
 
     def require(self) -> Self:
-        """Check that its verdict is the one that its metrics give, and return itself.
-
-        Raises:
-            DataError: It is another one, or there can be none.
-        """
+        """Check that its verdict is the one that its metrics give, and return itself. Raises DataError."""
         expected = verdict(self.metrics, self.verdict.margin)
         stated = self.verdict
         if expected is None:

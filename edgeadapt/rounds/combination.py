@@ -66,11 +66,7 @@ def to_rule(combination: Combination) -> ServerRule:
 
 
 def of_rule(rule: ServerRule) -> Combination:
-    """Return the combination that a manifest names.
-
-    Raises:
-        ConfigError: No combination has that name, or its numbers are others or out of range.
-    """
+    """Return the combination that a manifest names. Raises ConfigError for another name or wrong numbers."""
     kind = KINDS.get(rule.name)
     if kind is None or {field.name for field in fields(kind)} != set(rule.numbers):
         text = f"there is no combination of groups {rule.name!r} with such numbers"

@@ -56,11 +56,7 @@ def moments_of(embeddings: NDArray[np.floating], labels: NDArray[np.integer], co
 
 
 def unit_rows(embeddings: NDArray[np.floating]) -> Matrix:
-    """Scale embeddings of shape ``(n, d)`` to L2 norm 1; a row of zeros stays one.
-
-    Raises:
-        DataError: A number is not finite.
-    """
+    """Scale embeddings of shape ``(n, d)`` to L2 norm 1; a row of zeros stays one. Raises DataError if not finite."""
     rows = embeddings.astype(np.float64)
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     if not np.isfinite(lengths).all():

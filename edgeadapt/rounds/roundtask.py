@@ -90,12 +90,7 @@ class DeviceRound(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SummedRound:
-    """Holds the sums of a round, and what devices contributed to them with.
-
-    Args:
-        digest: SHA-256 of the adapter's file.
-        groups: The sums of the groups, or the one sum of all survivors.
-    """
+    """Holds the sums of a round by group, or one of all survivors, and what devices contributed to them with."""
 
     spec: SessionSpec
     tensors: Tensors
@@ -105,12 +100,7 @@ class SummedRound:
 
 @dataclass(frozen=True, slots=True)
 class ServerStep:
-    """Says how the coordinator steps an adapter.
-
-    Args:
-        rule: The server optimizer; a kind with a rule of its own does not use it.
-        combination: Combines the means of groups; None without groups.
-    """
+    """Says how the coordinator steps an adapter; a kind with a rule of its own does not use ``rule``."""
 
     rule: optimizer.Settings
     state: optimizer.State
@@ -145,11 +135,7 @@ class RoundTask(ABC):
 
     @classmethod
     def decode(cls, raw: bytes) -> Self:
-        """Read a task of this kind.
-
-        Raises:
-            ProtocolError: A field is missing, unknown or out of range, or contradicts another.
-        """
+        """Read a task of this kind. Raises ProtocolError if a field is missing, unknown or out of range."""
         return cls.read(raw, names_in(raw))
 
     @classmethod
@@ -246,8 +232,7 @@ class RoundTask(ABC):
     def check_sum(cls, spec: SessionSpec, values: Sums, survivors: int) -> None:
         """Check that honest survivors can have a sum: else some device lied.
 
-        Raises:
-            DataError: They cannot. The text names no number of the sum, because it is published.
+        The DataError's text names no number of the sum, because it is published.
         """
         (cls.check_exact if spec.privacy is None else sums.check_noisy)(spec, values, survivors)
 

@@ -89,8 +89,7 @@ def metric_segments(weight_cap: int) -> tuple[Segment, ...]:
 def require_exact(spec: VectorSpec, weight_cap: int) -> VectorSpec:
     """Check that the spec counts examples one by one, and return it: sums are divided by weights, which must be exact.
 
-    Raises:
-        ConfigError: A step of the weight is above one.
+    Raises ConfigError if a step of the weight is above one.
     """
     if spec.max_steps < weight_cap:
         raise ConfigError(
@@ -103,11 +102,7 @@ def require_exact(spec: VectorSpec, weight_cap: int) -> VectorSpec:
 
 
 def require_weight(spec: SessionSpec, sums: Sums, survivors: int) -> float:
-    """Return the total weight, if honest survivors can have it: a whole number, at most ``weight_cap`` for each.
-
-    Raises:
-        DataError: They cannot.
-    """
+    """Return the total weight, a whole number and at most ``weight_cap`` for each. Raises DataError if it is not."""
     weight = float(sums["weight"][0])
     if not (weight.is_integer() and 0 <= weight <= spec.weight_cap * survivors):
         text = f"the examples of the survivors are not a whole number between 0 and {spec.weight_cap} for each"
@@ -157,8 +152,7 @@ def dither(key: bytes, size: int) -> NDArray[np.float64]:
 def noisy_spec(name: str, size: int, bounds: Bounds) -> VectorSpec:
     """Return the sum of a round with noise: a clipped and rotated vector of ``size`` numbers in the segment ``name``.
 
-    Raises:
-        ConfigError: The ring cannot hold the sum of all devices.
+    Raises ConfigError if the ring cannot hold the sum of all devices.
     """
     bound = bounds.clip_norm * rotation.peak(size)
     return VectorSpec((Segment(name, size, bound, bounds.noise),), bounds.ring_bits, bounds.max_clients)

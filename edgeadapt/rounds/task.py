@@ -334,11 +334,7 @@ def contribution(outcome: Outcome, layout: Layout, spec: SessionSpec, adapter: b
 
 
 def update_of(outcome: Outcome, layout: Layout) -> Vector:
-    """Return what training changed of the shared tensors, whose ``layout`` this is, before it is clipped.
-
-    Raises:
-        DataError: A tensor has another layout, NaN or infinity.
-    """
+    """Return what training changed of the shared tensors, before it is clipped. Raises as ``Layout.check``."""
     trained, start = (layout.flatten(layout.select(tensors)) for tensors in (outcome.trained, outcome.start))
     return trained.astype(np.float64) - start
 

@@ -12,8 +12,7 @@ KINDS: tuple[type[RoundTask], ...] = (Task, AnalyticTask, EvaluationTask)
 def decode(raw: bytes) -> RoundTask:
     """Read the task of a plan: of the kind whose fields it has. Law: ``decode(t.encode()) == t``.
 
-    Raises:
-        ProtocolError: It is of no kind, or a field is missing, unknown or out of range.
+    Raises ProtocolError if it is of no kind, or a field is missing, unknown or out of range.
     """
     names = names_in(raw)
     kind = min(KINDS, key=lambda kind: len(names.symmetric_difference(kind.names())))

@@ -47,8 +47,8 @@ class TaskLimits(Settings):
     def check(self, task: RoundTask, adapter: Tensors) -> None:
         """Check that the task and the adapter on offer, of finite tensors, are within these limits.
 
-        Raises:
-            ProtocolError: A value is outside its limit or has none, or no adapter of the configuration can be trained.
+        Raises ProtocolError if a value is outside its limit or has none, or no adapter of the configuration can be
+        trained.
         """
         try:
             require_trainable(task.peft_config)

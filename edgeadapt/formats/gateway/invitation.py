@@ -54,11 +54,7 @@ class Invitation(NamedTuple):
         return key(self.secret)
 
     def to_text(self) -> str:
-        """Write one line without spaces, which ``read_invitation`` reads.
-
-        Raises:
-            ConfigError: An address or the name is not valid.
-        """
+        """Write one line without spaces for ``read_invitation``. Raises ConfigError for a bad name or address."""
         try:
             body = _CODEC.encode(self)
         except ConfigError as error:

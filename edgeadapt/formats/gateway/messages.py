@@ -140,12 +140,7 @@ class DeviceEnrolment:
 
 @dataclass(frozen=True, slots=True)
 class DeviceRenewal:
-    """Asks for a newer certificate for the same key.
-
-    Attributes:
-        certificate: The identity's current certificate, DER.
-        signature: Made by that identity over the certificate.
-    """
+    """Asks for a newer certificate for the same key. ``signature``: made by the identity over its ``certificate``."""
 
     certificate: Annotated[bytes, wire.blob(MAX_CERTIFICATE)]
     signature: Annotated[bytes, wire.fixed(SIGNATURE)]

@@ -69,9 +69,6 @@ def with_magnitudes(tensors: Tensors, config: PeftConfig, norms_of: NormsOf) -> 
     """Invert ``with_scales``, up to the rounding of float32. An output whose magnitude is 0 loses B, and stays 0.
 
     ``tensors`` have scales at ``scaled_layers``; ``norms_of`` is as ``weight_norms``.
-
-    Raises:
-        DataError: As ``with_scales``.
     """
     result, scales = dict(tensors), dict[str, Floats]()
     for path in scaled_layers(tensors, config):

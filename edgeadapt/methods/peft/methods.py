@@ -74,8 +74,7 @@ def from_peft_tensors(tensors: Tensors, config: PeftConfig, settings: Settings) 
 def to_peft_tensors(tensors: Tensors, config: PeftConfig) -> Tensors:
     """Invert ``from_peft_tensors``, up to the rounding of a layer's scaling.
 
-    Raises:
-        ConfigError: A scale of LoRA's: of DoRA, magnitudes come first (``dora.with_magnitudes``).
+    Raises ConfigError for a scale of LoRA's: of DoRA, magnitudes come first (``dora.with_magnitudes``).
     """
     if any(PEFT_PREFIX + name in tensors for name in VIRTUAL):
         return {_to_unwrapped(name): value for name, value in tensors.items()}
