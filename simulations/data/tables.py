@@ -399,8 +399,7 @@ if TYPE_CHECKING:
 def partition(labels: Sequence[str], settings: DataSettings, seed: int) -> list[int]:
     """Return the client of each row, from 0; a client may get no row. Equal arguments give equal clients.
 
-    Raises:
-        ConfigError: The rule cannot make that number of clients from these rows.
+    Raises ConfigError if the rule cannot make that number of clients from these rows.
     """
     from datasets import Dataset
 

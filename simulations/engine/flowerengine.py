@@ -40,12 +40,7 @@ def require_ray() -> None:
 def federate_on_ray(
     coordinator: Path, state_dirs: Sequence[Path], done: Callable[[RoundRecord], None] = lambda record: None
 ) -> None:
-    """Run the rounds that are still to do, and call ``done`` with the record of each.
-
-    Raises:
-        ConfigError: Ray is not installed.
-        EdgeAdaptError: As ``coordinator.app.run``.
-    """
+    """Run the rounds that are left, and call ``done`` with the record of each. Raises as ``coordinator.app.run``."""
     require_ray()
     # Imported here: both take seconds.
     from flwr.simulation import run_simulation

@@ -169,10 +169,7 @@ def logistic_head(x: Matrix, labels: NDArray[np.int64], weights: Matrix, count: 
     """Return the head of multinomial logistic regression: argmin of Σ wᵢ crossentropyᵢ + penalty / 2 ‖W‖².
 
     The problem is strictly convex, and L-BFGS with a strong Wolfe line search starts at zero: equal arguments, which
-    are those of ``ridge_head``, give equal heads.
-
-    Raises:
-        DataError: The loss is not finite.
+    are those of ``ridge_head``, give equal heads. Raises DataError if the loss is not finite.
     """
     inputs, targets, factors = torch.from_numpy(x), torch.from_numpy(labels), torch.from_numpy(weights)
     head = torch.zeros((x.shape[1], count), dtype=torch.float64, requires_grad=True)
@@ -215,8 +212,7 @@ def unrounded_base(scenario: Scenario) -> Base:
 def device_base(out: Path, scenario: Scenario, base: Base, population: Population) -> FrozenBase:
     """Return what the devices of the run in ``out`` train on: the base itself, or that of a bundle that is made once.
 
-    Raises:
-        ConfigError: The base has no training graph, or the engine trains no such adapter.
+    Raises ConfigError if the base has no training graph, or the engine trains no such adapter.
     """
     if scenario.base.engine == "torch":
         return base
@@ -355,8 +351,7 @@ def _policy(scenario: Scenario, population: Population) -> PolicySettings:
 def first_adapter(scenario: Scenario, population: Population, base: Base) -> tuple[VersionManifest, bytes]:
     """Return version 0 of a run: its manifest and its file. The head comes from the public texts.
 
-    Raises:
-        ConfigError: As ``peft_config``, or the federation's method trains no such adapter.
+    Raises ConfigError as ``peft_config``, or if the federation's method trains no such adapter.
     """
     config, generator = peft_config(scenario, base), torch.Generator().manual_seed(scenario.seed)
     if population.labels:

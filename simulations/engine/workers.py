@@ -151,9 +151,7 @@ class Workers:
     """Starts ``number`` processes of the devices and ends them, as a context manager.
 
     ``prepare`` is called with the names of the devices that are about to be asked, and makes what is missing of them.
-
-    Raises:
-        EdgeAdaptError: At the end of the block, about ``--workers``: a process was killed.
+    Raises EdgeAdaptError at the end of the block, about ``--workers``, if a process was killed.
     """
 
     def __init__(

@@ -22,11 +22,7 @@ SERVER = "MLFLOW_TRACKING_URI"
 
 @dataclass(frozen=True, slots=True)
 class TrackedRun:
-    """Holds one arm with one seed, as a tracker takes it.
-
-    Attributes:
-        by_round: Name and values of what the adapters do that the rounds begin with, where one was published.
-    """
+    """Holds one arm with one seed, as a tracker takes it; ``by_round`` has what rounds published of adapters."""
 
     name: str  # such as ``personal-seed-0``
     settings: dict[str, str]  # arm, kind, seed, and the keys that the arm sets or its search chose
@@ -64,8 +60,7 @@ def _metrics(outcomes: Found, key: str, place: int, seed: int, result: TrialResu
 def to_mlflow(name: str, runs: Iterator[TrackedRun], folder: Path) -> str:
     """Log the runs in MLflow's experiment ``name``, and return the server or the database that they are in.
 
-    Raises:
-        ConfigError: MLflow is not installed, or does not take the runs.
+    Raises ConfigError if MLflow is not installed, or does not take the runs.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
@@ -91,11 +86,7 @@ def to_mlflow(name: str, runs: Iterator[TrackedRun], folder: Path) -> str:
 
 
 def to_tensorboard(name: str, runs: Iterator[TrackedRun], folder: Path) -> str:
-    """Write the runs as event files, each in a folder of its own, and return the folder for ``tensorboard --logdir``.
-
-    Raises:
-        ConfigError: TensorBoard is not installed.
-    """
+    """Write the runs as event files, each in its own folder, and return the folder for ``tensorboard --logdir``."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError as error:

@@ -179,8 +179,7 @@ class _Running:
 def execute(suite: Suite, store: Store, processes: int, show: Show) -> None:
     """Run all jobs that are left, and call ``show`` after each change.
 
-    Raises:
-        ConfigError, DataError: An arm's search found nothing, or a process ended with an error.
+    Raises ConfigError or DataError if an arm's search found nothing, or a process ended with an error.
     """
     workers, done = list[_Running](), 0.0
     events: SimpleQueue[tuple[_Running, str | Future[None]]] = SimpleQueue()  # notes and outcomes

@@ -77,11 +77,7 @@ MOST_AT_ONCE = 4  # clients; each holds a base in memory
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """Says where the devices of the rounds work.
-
-    Attributes:
-        ray: On Flower's simulation engine, which has processes of its own and no faults, not on the in-process grid.
-    """
+    """Says where the devices work; ``ray``: on Flower's engine, which has its own processes and no faults."""
 
     workers: int = 1  # processes; 1: this one
     ray: bool = False
@@ -193,8 +189,7 @@ def _logged(out: Path) -> Iterator[None]:
 def prepare(folder: RunFolder, groups: Sequence[Group], base: Base) -> None:
     """Make the fleets of a run, unless they are there.
 
-    Raises:
-        ConfigError: There is one of another population, base or trace, or as ``device_base``.
+    Raises ConfigError if they are of another population, base or trace, or as ``device_base``.
     """
     for group in groups:
         _prepare(folder.of(group).path, folder.scenario, group.population, base)

@@ -243,7 +243,7 @@ def asked(public: Sequence[LabelledText]) -> Sequence[LabelledText]:
 def one_thread() -> Iterator[None]:
     """Let torch compute on one thread for each thread that calls it, while the block runs.
 
-    That keeps the cores busier than one small batch spread over them, and makes the same adapters on any machine.
+    Cores are busier than with one small batch spread over them, and any number of cores makes the same adapters.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
