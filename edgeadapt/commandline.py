@@ -16,7 +16,7 @@ Row = tuple[str, str, str, str]  # module, attribute, one line for --help, extra
 
 
 class LazyGroup(click.Group):
-    """A group of commands that imports a command only when it is called or its help is requested.
+    """Groups commands and imports one only when it is called or its help is requested.
 
     So a command starts without the libraries of the others, and a command whose extra is not installed names the
     extra: ``click.command(cls=LazyGroup, table={command: row})``.
@@ -27,15 +27,10 @@ class LazyGroup(click.Group):
         self._table = table
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order of the table."""
         return list(self._table)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command, imported; None if the table does not have it.
-
-        Raises:
-            click.ClickException: A package that it needs is not installed.
-        """
+        """Import the command; None if the table does not have it. Raises click.ClickException without its packages."""
         if cmd_name not in self._table:
             return None
         module, attribute, _, _ = self._table[cmd_name]
@@ -47,11 +42,7 @@ class LazyGroup(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command, which may import more packages.
-
-        Raises:
-            click.ClickException: A package that it needs is not installed.
-        """
+        """Run the command, which may import more packages. Raises as ``get_command``."""
         try:
             return super().invoke(ctx)
         except ModuleNotFoundError as error:
@@ -67,16 +58,15 @@ class LazyGroup(click.Group):
             ) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The lines of the table, so that ``--help`` imports no command."""
+        """Write the lines of the table, so that ``--help`` imports no command."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, row[2]) for name, row in self._table.items()])
 
 
 class FiniteRange(click.FloatRange):
-    """A number of a range. click's own accepts NaN, which is neither below a bound nor above it."""
+    """Accepts a number of a range. click's own accepts NaN, which is neither below a bound nor above it."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """As of any type of an option: the number, or click.BadParameter."""
         number: float = super().convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"{number} is not a finite number.", param, ctx)
@@ -87,10 +77,7 @@ class FiniteRange(click.FloatRange):
 def plain_progress(now: Callable[[], str], file: IO[str], *, shown: bool = True) -> Iterator[None]:
     """Print what is being done, every ``PERIOD`` seconds of the block, where no terminal shows it.
 
-    Args:
-        now: What is being done, in a few words; called by another thread.
-        file: A pipe or a file, usually standard error.
-        shown: Whether to print anything.
+    Another thread calls ``now``, which says it in a few words.
     """
     began, ended = time.monotonic(), Event()
 

@@ -128,7 +128,7 @@ def main(command: click.Command | None = None, program: str = PROGRAM) -> None:
 
 
 def _check_own_packages() -> None:
-    """Check that no folder or other distribution stands in front of ours. Raises click.ClickException."""
+    """Check that neither a folder nor another distribution shadows ours. Raises click.ClickException."""
     here = Path(__file__).parents[1]
     for name in OWN:
         spec = find_spec(name)

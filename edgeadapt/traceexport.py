@@ -61,8 +61,6 @@ class _Exporter(OTLPSpanExporter):
 
 @dataclass(frozen=True, slots=True)
 class Tracing:
-    """A tracer, and the thread that sends what it records."""
-
     processor: BatchSpanProcessor
     tracer: trace.Tracer
 

@@ -1,10 +1,9 @@
 """Spans of OpenTelemetry: how long a session, a round, a step, a call of the gateway and a promotion took.
 
-As with logging, who reports does not know where to: any function may open a ``span``, and ``exporting`` says whether
-one is recorded. Off, nothing of OpenTelemetry is imported (docs/decisions/0080-traces.md).
-
-A span has counts, bytes, durations, and names of steps, rounds, channels and gates. It has no name or address of a
-device, so no text of an error either: those may name one.
+As with logging, code that reports does not know where to: any function may open a ``span``, and ``exporting`` says
+whether one is recorded. Off, nothing of OpenTelemetry is imported (docs/decisions/0080-traces.md). A span has counts,
+bytes, durations, and names of steps, rounds, channels and gates. It has no name or address of a device, so no text of
+an error either: those may name one.
 """
 
 import os
@@ -25,7 +24,7 @@ PROTOCOL = "http/protobuf"
 
 
 class Span(Protocol):
-    """What is measured: ``traceexport.RecordedSpan``, or ``NO_SPAN``, which nobody records."""
+    """Measures something: ``traceexport.RecordedSpan``, or ``NO_SPAN``, which is not recorded."""
 
     def set(self, **attributes: "Value") -> None: ...
 
@@ -33,7 +32,7 @@ class Span(Protocol):
         """Note that it failed, and how: a closed choice, such as a reason or the type of an error."""
 
     def end(self) -> None:
-        """It is over. A second call does nothing."""
+        """End it. A second call does nothing."""
 
 
 class _NoSpan:
@@ -60,7 +59,7 @@ def begin(name: str, *, within: Span | None = None, **attributes: "Value") -> Sp
 
 
 def span(name: str, *, within: Span | None = None, **attributes: "Value") -> AbstractContextManager[Span]:
-    """A span as long as the block. An error that leaves it marks it as failed, with the error's type.
+    """Open a span as long as the block. An error that leaves it marks it as failed, with the error's type.
 
     Args:
         within: The span that it is a part of. Default: the one of the block around it.
@@ -70,7 +69,7 @@ def span(name: str, *, within: Span | None = None, **attributes: "Value") -> Abs
 
 
 def current() -> Span:
-    """The span of the block around the call."""
+    """Return the span of the block around the call."""
     return NO_SPAN if _tracing is None else _tracing.current()
 
 
@@ -78,10 +77,8 @@ def current() -> Span:
 def exporting(service: str) -> Iterator[None]:
     """Record spans and send them while the block runs, if OpenTelemetry's environment variables name a receiver.
 
-    Spans are sent by a thread of their own. Those that the receiver does not take in time are dropped.
-
-    Args:
-        service: ``service.name`` of the process, unless the environment has one.
+    Spans are sent by a thread of their own. Those that the receiver does not take in time are dropped. ``service`` is
+    the process's ``service.name``, unless the environment has one.
 
     Raises:
         ConfigError: The variables are not valid or ask for another protocol, or the extra ``traces`` is not installed.
@@ -105,11 +102,7 @@ def exporting(service: str) -> Iterator[None]:
 
 
 def is_wanted() -> bool:
-    """Whether the environment names a receiver of traces.
-
-    Raises:
-        ConfigError: It names one that cannot be used.
-    """
+    """Check whether the environment names a receiver of traces. Raises ConfigError if it cannot be used."""
     name = next((name for name in ENDPOINTS if os.environ.get(name)), None)
     if name is None or os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return False
@@ -119,14 +112,14 @@ def is_wanted() -> bool:
     if exporter != "otlp":
         raise ConfigError(f"OTEL_TRACES_EXPORTER is {exporter}: choose otlp or none", about="OTEL_TRACES_EXPORTER")
     protocol = next((each for each in PROTOCOLS if os.environ.get(each)), None)  # the special one goes first
-    if protocol is not None and (found := os.environ[protocol]) != PROTOCOL:
-        raise ConfigError(f"{protocol} is {found}: choose {PROTOCOL}", about=protocol, value=found)
+    if protocol is not None and (stated := os.environ[protocol]) != PROTOCOL:
+        raise ConfigError(f"{protocol} is {stated}: choose {PROTOCOL}", about=protocol, value=stated)
     try:
         url = urlsplit(os.environ[name])
-        known = url.scheme in ("http", "https") and url.hostname is not None and url.port != 0
+        usable = url.scheme in ("http", "https") and url.hostname is not None and url.port != 0
     except ValueError:
-        known = False
-    if not known:
+        usable = False
+    if not usable:
         raise ConfigError(f"{name} is not an http or https address, as https://collector.example:4318", about=name)
     if url.username or url.password:
         raise ConfigError(f"{name} has a password: put it into OTEL_EXPORTER_OTLP_HEADERS", about=name)

@@ -32,7 +32,7 @@ DIGITS = 20  # hexadecimal, of a digest
 
 
 class Kind(Enum):
-    """How an arm makes what a client answers or writes with."""
+    """Says how an arm makes what a client answers or writes with."""
 
     BASE = "base"  # the frozen base, a classifier's with the vendor's head
     LOCAL = "local"  # each client by itself
@@ -49,11 +49,11 @@ class Kind(Enum):
 
     @property
     def of_embeddings(self) -> bool:
-        """Whether the arm is a head on the embeddings of a frozen encoder."""
+        """Check whether the arm is a head on the embeddings of a frozen encoder."""
         return self in (Kind.RIDGE, Kind.LOGISTIC)
 
     def training(self, rounds: int, personal: int) -> tuple[tuple[str, int], ...]:
-        """The trainings of the arm: who trains (``seen``, ``pooled``, ``everyone`` or the personal step), for how long.
+        """Return the arm's trainings: who trains (``seen``, ``pooled``, ``everyone`` or the personal step), how long.
 
         ``rounds`` and ``personal`` are the epochs of all rounds together, and of the personal step.
         """
@@ -82,7 +82,7 @@ class ArmSettings(Settings):
     )
 
     def candidates(self) -> Iterator[Overrides]:
-        """Every combination of the values to choose from; one without a key if there is nothing to choose."""
+        """Yield every combination of the values to choose from; one without a key if there is nothing to choose."""
         for values in itertools.product(*self.search.values()):
             yield dict(zip(self.search, values, strict=True))
 
@@ -119,12 +119,12 @@ class SuiteSettings(Settings):
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:
-        """The pairs of arms that are compared, each once: every arm with the baseline, then the further ones."""
+        """Return the pairs of arms to compare, each once: every arm with the baseline, then the further ones."""
         against = [(name, self.baseline) for name in self.arms if self.baseline and name != self.baseline]
         return tuple(dict.fromkeys([*against, *self.compare]))
 
     def with_overrides(self, changes: Sequence[str]) -> Self:
-        """The suite with ``KEY=VALUE`` of the scenario for every arm, after its own. Raises ConfigError."""
+        """Return the suite with ``KEY=VALUE`` of the scenario for every arm, after its own. Raises ConfigError."""
         overrides = dict(self.set)
         for change in changes:
             key = change.partition("=")[0].strip()
@@ -135,7 +135,7 @@ class SuiteSettings(Settings):
         return self.parse(self.model_dump(mode="json") | {"set": overrides}, "--set")
 
     def with_arms(self, names: Sequence[str]) -> Self:
-        """The suite with some of its arms, and the comparisons among them. Raises ConfigError if one is missing."""
+        """Return the suite with some of its arms, and their comparisons. Raises ConfigError if one is missing."""
         if odd := [name for name in names if name not in self.arms]:
             text = f"there is no arm {odd[0]!r}; the arms are {', '.join(self.arms)}"
             raise ConfigError(text, about="--arm", value=odd[0])
@@ -149,7 +149,7 @@ class SuiteSettings(Settings):
         )
 
     def with_seeds(self, count: int) -> Self:
-        """The suite with ``count`` seeds, from 0 on. Raises ConfigError: a search uses one of them."""
+        """Return the suite with ``count`` seeds, from 0 on. Raises ConfigError: a search uses one of them."""
         return self.parse(self.model_dump(mode="json") | {"seeds": list(range(count))}, "--seeds")
 
 
@@ -160,18 +160,18 @@ class Trial:
 
     @cached_property
     def digest(self) -> str:
-        """A name for all that its result depends on, that of its file."""
+        """Name all that its result depends on; the name of its file."""
         table = json.loads(self.scenario.model_dump_json(exclude={"name"}))
         return digest_of({"kind": self.kind.value, **table})
 
     @cached_property
     def federation(self) -> str:
-        """A name for all that its rounds depend on, that of their folder; empty if it has none."""
+        """Name all that its rounds depend on, the name of their folder; empty if it has none."""
         return digest_of(json.loads(self.rounds.model_dump_json())) if self.kind.federated else ""
 
     @property
     def rounds(self) -> Scenario:
-        """The scenario with the defaults for all that no round depends on."""
+        """Return the scenario with the defaults for all that no round depends on."""
         kept = self.scenario.model_dump(mode="json", exclude=AFTER_THE_ROUNDS)
         if self.scenario.export.train_on_dequantized:
             kept["export"] = self.scenario.export.model_dump(mode="json")
@@ -179,12 +179,12 @@ class Trial:
 
     @property
     def rounds_weight(self) -> float:
-        """Training in the rounds, in epochs of a client."""
+        """Return the training in the rounds, in epochs of a client."""
         return self._seen * self.scenario.round_epochs if self.kind.federated else 0.0
 
     @property
     def weight(self) -> float:
-        """Work after the rounds, in epochs of a client."""
+        """Return the work after the rounds, in epochs of a client."""
         clients, fine = float(self._clients), self.scenario.personal.training_epochs
         who = {"seen": 0.0, "pooled": self._seen, "everyone": clients, "step": clients}
         trained = sum(who[name] * epochs for name, epochs in self.kind.training(self.scenario.round_epochs, fine))
@@ -202,20 +202,19 @@ class Trial:
 
 
 def default_trials(scenario: Scenario) -> dict[str, Trial]:
-    """The default arms of a scenario on its own seed."""
     return {name: Trial(Kind(name), scenario) for name in ARMS}
 
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """The settings of a suite, and the scenario that they are about, without overrides."""
+    """Holds the settings of a suite, and the scenario that they are about, without overrides."""
 
     settings: SuiteSettings
     scenario: Mapping[str, Any]
     folder: Path  # relative paths of data are taken from it
 
     def trial(self, name: str, seed: int, constants: Overrides, *, searched: bool = False) -> Trial:
-        """A trial of an arm with the constants that the search chose, or with a candidate of it.
+        """Make a trial of an arm with the constants that the search chose, or with a candidate of it.
 
         Raises:
             ConfigError: A key or a value is wrong, there are no texts, or a language model has no such arm.
@@ -232,18 +231,18 @@ class Suite:
         return Trial(arm.kind, scenario)
 
     def trials(self, name: str, constants: Overrides) -> Iterator[tuple[int, Trial]]:
-        """The trials of an arm that are reported: seed and trial."""
+        """Yield the trials of an arm that are reported: seed and trial."""
         for seed in self.settings.seeds:
             yield seed, self.trial(name, seed, constants)
 
     def reported(self) -> Iterator[Trial]:
-        """The trials of every arm that are reported, whatever candidate its search may choose."""
+        """Yield the trials of every arm that are reported, whatever candidate its search may choose."""
         for name, arm in self.settings.arms.items():
             for constants in arm.candidates():
                 yield from (trial for _, trial in self.trials(name, constants))
 
     def candidate(self, name: str, constants: Overrides) -> list[Trial]:
-        """The trials of one candidate of a search, one for each of its seeds."""
+        """Return the trials of one candidate of a search, one for each of its seeds."""
         return [self.trial(name, seed, constants, searched=True) for seed in self.settings.search.seeds]
 
     def check(self) -> None:
@@ -265,7 +264,7 @@ Results = Callable[[Trial], Outcome | None]  # what is stored of a trial
 
 
 def search(suite: Suite, name: str, results: Results) -> SearchOutcome | None:
-    """The outcome of an arm's search; None as long as a trial of it is missing.
+    """Return the outcome of an arm's search; None as long as a trial of it is missing.
 
     The best candidate has the best mean score on the clients' validation texts, accuracy or bits per byte, over
     clients and then over seeds; among equals the least loss; among these it is the first.
@@ -297,7 +296,7 @@ def search(suite: Suite, name: str, results: Results) -> SearchOutcome | None:
 
 
 def _validation(results: Sequence[TrialResult], wanted: int) -> tuple[float, float] | None:
-    """Score and negative loss on validation texts: means over seeds of means over clients that have some."""
+    """Return score and negative loss on validation texts: means over seeds of means over clients that have some."""
     if len(results) < wanted:
         return None
     tallies = [[client.validation for client in result.clients if client.validation.count] for result in results]
@@ -310,6 +309,6 @@ def _validation(results: Sequence[TrialResult], wanted: int) -> tuple[float, flo
 
 
 def digest_of(table: Mapping[str, Any]) -> str:
-    """A name for the content of a table, in ``DIGITS`` hexadecimal digits."""
+    """Name the content of a table in ``DIGITS`` hexadecimal digits."""
     canonical = json.dumps(table, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:DIGITS]

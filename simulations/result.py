@@ -16,7 +16,7 @@ ARMS = ("base", "local", "global", "personal")
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """The answers to some texts, or how well a language model predicts them.
+    """Counts right answers to some texts, or how well a language model predicts them.
 
     Attributes:
         right: A character for each text that is classified: ``1`` if its answer is right, else ``0``.
@@ -32,22 +32,18 @@ class Tally:
 
     @property
     def accuracy(self) -> float:
-        """The share of right answers; NaN without answers."""
+        """Return the share of right answers; NaN without answers."""
         return self.right.count("1") / len(self.right) if self.right else math.nan
 
     @property
     def bits(self) -> float:
-        """Mean loss of a language model in bits per byte; NaN without texts of one."""
+        """Return a language model's mean loss in bits per byte; NaN without texts of one."""
         return self.loss / math.log(2) if self.predicted else math.nan
 
 
 @dataclass(frozen=True, slots=True)
 class ClientScore:
-    """How one client's model does in one arm.
-
-    Attributes:
-        validation, test: The client's own texts of these parts.
-    """
+    """Scores one client's model in one arm, on the client's own texts."""
 
     name: str
     unseen: bool  # whether the client took no part in training
@@ -59,7 +55,7 @@ class ClientScore:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a trial cost. Scoring is not counted; bytes are those of one device, in all rounds together."""
+    """Says what a trial cost. Scoring is not counted; bytes are those of one device, in all rounds together."""
 
     epochs: int  # passes of a client over its training texts
     steps: int  # steps of the optimizer, all clients together
@@ -70,7 +66,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class RoundPoint:
-    """One round: what the adapter does that it began with, if it is published, and one device's bytes until then."""
+    """Describes one round: the adapter that it began with, if published, and one device's bytes until then."""
 
     round: int
     value: float | None  # accuracy, or bits per byte, on the validation texts of its devices
@@ -79,7 +75,7 @@ class RoundPoint:
 
 @dataclass(frozen=True, slots=True)
 class TrialResult:
-    """All that is measured of one arm on one seed."""
+    """Holds all that is measured of one arm on one seed."""
 
     clients: tuple[ClientScore, ...]  # in the order of the population
     cost: Cost
@@ -92,7 +88,7 @@ Outcome = TrialResult | str  # why the trial failed, in one line
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """What arms are compared by, and how it reads in a report.
+    """Says what arms are compared by, and how it reads in a report.
 
     Attributes:
         factor, digits, unit: How a difference is printed.
@@ -110,11 +106,11 @@ class Metric:
     differences: str  # the unit of differences in full
 
     def score(self, tally: Tally) -> float:
-        """The value, or its negative where less is better."""
+        """Return the value, or its negative where less is better."""
         return self.sign * self.of(tally)
 
     def size(self, difference: float, *, signed: bool = False) -> str:
-        """A difference without its unit, with its sign if asked."""
+        """Format a difference without its unit, with its sign if asked."""
         return f"{self.factor * difference:{'+' if signed else ''}.{self.digits}f}"
 
 
@@ -138,14 +134,14 @@ METRICS = {metric.name: metric for metric in (ACCURACY, BITS)}
 
 
 def metric_of(results: Iterable[TrialResult]) -> Metric:
-    """What trials of one suite are compared by; accuracy if there are none."""
+    """Return what trials of one suite are compared by; accuracy if there are none."""
     tallies = (tally for result in results for c in result.clients for tally in (c.validation, c.test, c.public))
     return BITS if any(tally.predicted for tally in tallies) else ACCURACY
 
 
 @dataclass(frozen=True, slots=True)
 class ClientResult:
-    """One client in a run: ``arms`` has the accuracy on its test texts, or their bits per byte, by arm.
+    """Describes one client in a run: ``arms`` has the accuracy on its test texts, or their bits per byte, by arm.
 
     ``base``: no training. ``local``: trained by the client itself, for the epochs of the rounds, with the same personal
     step. ``global``: the last global adapter. ``personal``: the global adapter after the personal step; ``choice`` says
@@ -163,7 +159,7 @@ class ClientResult:
 
 @dataclass(frozen=True, slots=True)
 class ReportedRound:
-    """One round as the coordinator saw it. A device whose update is in the sum may still drop out before the end."""
+    """Describes one round as the coordinator saw it. A device in the sum may still drop out before the end."""
 
     round: int
     survivors: tuple[str, ...]
@@ -179,7 +175,7 @@ class ReportedRound:
 
 @dataclass(frozen=True, slots=True)
 class GroupResult:
-    """A federation of its own in a run with ``groups``."""
+    """Describes a federation of its own in a run with ``groups``."""
 
     name: str  # the language, or "common"
     folder: str  # of the federation, in that of the run
@@ -191,7 +187,7 @@ class GroupResult:
 
 @dataclass(frozen=True, slots=True)
 class Reliability:
-    """Whether the probabilities of one arm are the share of right answers, on the test phrases of all clients.
+    """Says whether the probabilities of one arm are the share of right answers, on the test phrases of all clients.
 
     Measured on the exported files, as devices answer. The calibration error is the mean distance between the two
     (``edgeadapt.formats.calibration``); the lists of answers are those of all clients together.
@@ -205,7 +201,7 @@ class Reliability:
 
 @dataclass(frozen=True, slots=True)
 class CanaryBounds:
-    """Lower bounds on epsilon from canaries (``engine.canaries``), and the account, an upper bound on the same sums."""
+    """Holds lower bounds on epsilon from canaries (``engine.canaries``), and the account, an upper bound."""
 
     count: int  # of canaries
     right: int  # of them, guessed to be in the sums or not
@@ -217,7 +213,7 @@ class CanaryBounds:
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """The bundles of a classifier's run, and how the exported files answer."""
+    """Describes the bundles of a classifier's run, and how the exported files answer."""
 
     bundle: str
     phrase: str  # to ask the bundle; no text of a client
@@ -229,7 +225,7 @@ class ExportResult:
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """The default arms on one seed: ``--json`` prints it, the terminal shows it, the report draws it."""
+    """Holds the default arms on one seed: ``--json`` prints it, the terminal shows it, the report draws it."""
 
     scenario: str
     seed: int
@@ -249,13 +245,15 @@ class RunResult:
 
     @property
     def epsilon(self) -> float | None:
-        """What all sums may have revealed of a device; None without differential privacy."""
+        """Return what all sums may have revealed of a device; None without differential privacy."""
         spent = [each.epsilon for each in self.rounds if each.epsilon is not None]
         return spent[-1] if spent else None
 
     def summary(self, arm: str) -> dict[str, float]:
-        """One arm over the clients: ``mean``, ``p10`` (10th percentile from the bad end) and ``worst`` of those that
-        took part in training, at least one; ``unseen``: the mean of the others, NaN if there are none.
+        """Return one arm's ``mean``, ``p10`` (10th percentile from the bad end), ``worst`` and ``unseen``.
+
+        The first three are over the clients that took part in training, at least one; ``unseen`` is the mean of the
+        others, NaN if there are none.
         """
         sign = METRICS[self.metric].sign
         seen = sign * np.array([client.arms[arm] for client in self.clients if not client.unseen])
@@ -282,7 +280,7 @@ class RunResult:
 
 
 def joined_rounds(same: Sequence[ReportedRound]) -> ReportedRound:
-    """The rounds of one number in several federations as one; it is aborted if all are.
+    """Join the rounds of one number in several federations; the joined one is aborted if all are.
 
     Bytes and metrics are means over the federations that finished it, weighted by their survivors. A metric is in it
     if all of these have it; epsilon is the largest one.
@@ -295,7 +293,7 @@ def joined_rounds(same: Sequence[ReportedRound]) -> ReportedRound:
     def mean(values: Iterable[float]) -> float:
         return float(np.average(list(values), weights=weights)) if done else 0.0
 
-    known = set.intersection(*(set(r.metrics) for r in done)) if done else set()
+    common = set.intersection(*(set(r.metrics) for r in done)) if done else set()
     return ReportedRound(
         round=same[0].round,
         survivors=tuple(device for r in done for device in r.survivors),
@@ -304,19 +302,19 @@ def joined_rounds(same: Sequence[ReportedRound]) -> ReportedRound:
         bytes_up=round(mean(r.bytes_up for r in done)),
         bytes_down=round(mean(r.bytes_down for r in done)),
         seconds=sum(r.seconds for r in same),
-        metrics={name: mean(r.metrics[name] for r in done) for name in sorted(known)},
+        metrics={name: mean(r.metrics[name] for r in done) for name in sorted(common)},
         version=max((r.version for r in done if r.version is not None), default=None),
         epsilon=max((r.epsilon for r in same if r.epsilon is not None), default=None),
     )
 
 
 def device_rounds(rounds: Iterable[ReportedRound]) -> int:
-    """How often a device took part in a round, whether it finished the round or not."""
+    """Count how often a device took part in a round, whether it finished the round or not."""
     return sum(len({*r.survivors, *r.dropped}) for r in rounds)
 
 
 def dropouts_by_step(rounds: Iterable[ReportedRound]) -> dict[str, int]:
-    """How many device-rounds ended early, by step, in the order of the protocol; a step without a dropout is absent.
+    """Count the device-rounds that ended early, by step, in the order of the protocol; steps without any are absent.
 
     >>> r = ReportedRound(1, (), {"en-01": "unmask", "de-02": "plan", "fr-01": "plan"}, None, 0, 0, 0.0, {}, None, None)
     >>> dropouts_by_step([r])
@@ -324,5 +322,5 @@ def dropouts_by_step(rounds: Iterable[ReportedRound]) -> dict[str, int]:
     """
     order = [step.value for step in Step]
     counts = Counter(step for r in rounds for step in r.dropped.values())
-    known = sorted(counts, key=lambda step: (order.index(step) if step in order else len(order), step))
-    return {step: counts[step] for step in known}
+    ordered = sorted(counts, key=lambda step: (order.index(step) if step in order else len(order), step))
+    return {step: counts[step] for step in ordered}

@@ -167,7 +167,7 @@ class PersonalSettings(Settings):
 
     @property
     def training_epochs(self) -> int:
-        """Passes over the examples that the method makes."""
+        """Count the passes over the examples that the method makes."""
         return 0 if self.method == "ridge" else self.epochs
 
 
@@ -271,24 +271,24 @@ class Scenario(Settings):
         return self
 
     def located(self, folder: Path) -> Self:
-        """The scenario with the relative paths of its data and its trace taken from ``folder``."""
+        """Take the relative paths of its data and its trace from ``folder``."""
         trace = str((folder / self.network.trace).resolve()) if self.network.trace else ""
         network = self.network.model_copy(update={"trace": trace})
         return self.model_copy(update={"data": self.data.located(folder), "network": network})
 
     @property
     def base_is_made(self) -> bool:
-        """Whether the run makes its base from the one that it names."""
+        """Check whether the run makes its base from the one that it names."""
         return bool(self.base.languages) or self.base.center or self.export.train_on_dequantized
 
     @property
     def round_epochs(self) -> int:
-        """Passes over its examples that a device makes in all rounds together."""
+        """Count the passes over its examples that a device makes in all rounds together."""
         return self.federation.training_rounds * self.federation.training.epochs
 
     @property
     def local_rates(self) -> tuple[float, float]:
-        """The local arm's learning rates: of the epochs that stand for the rounds, and of its personal step."""
+        """Return the local arm's learning rates: of the epochs that stand for the rounds, and of its personal step."""
         first, second = self.local.learning_rate, self.local.personal_learning_rate
         return (
             self.federation.training.learning_rate if first == "federation" else first,
@@ -297,7 +297,7 @@ class Scenario(Settings):
 
 
 def describe() -> Iterator[str]:
-    """One line for each key of a scenario: its name, its default, its meaning and its unit."""
+    """Yield one line for each key of a scenario: its name, its default, its meaning and its unit."""
     for key, info in Scenario.fields():
         default = info.get_default(call_default_factory=True)
         yield f"{key} = {json.dumps(default)}  # {info.description}"

@@ -1,9 +1,8 @@
 """What the sums of a coordinator may have revealed of one device, from its logs alone.
 
 A sum counts once its survivors were named to devices, whether or not the round has a result: from then on answers can
-unmask it. Each device counts for the sums that it is in, and for no amplification by sampling; the account is that of
-the device that spent most. The coordinator keeps the same account, in the records of its rounds, and an audit compares
-the two.
+unmask it. Each device counts for the sums that it is in, without amplification by sampling; the account is that of the
+device that spent most. An audit compares it with the coordinator's own account in the records of its rounds.
 """
 
 import math
@@ -24,7 +23,7 @@ _TOLERANCE = 1e-9  # relative: logarithms differ in the last bits between machin
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """What sums have revealed so far.
+    """Says what sums have revealed so far.
 
     Args:
         spent: Device → by the sums with noise that it is in.
@@ -37,7 +36,7 @@ class Account:
     bare: int = 0
 
     def after(self, spec: SessionSpec, survivors: Collection[str]) -> "Account":
-        """The account after a round with these named survivors; none: nothing was revealed."""
+        """Return the account after a round with these named survivors; none: nothing was revealed."""
         if not survivors:
             return self
         if spec.privacy is None:
@@ -49,12 +48,12 @@ class Account:
         return Account(spent, self.noisy + 1, self.bare)
 
     def epsilon(self, spec: SessionSpec) -> float | None:
-        """Of the device that spent most, for the δ of a session; None if no finite one holds, as after a bare sum."""
-        found = math.inf if self.bare else _largest(spec, self.spent.values())
-        return found if math.isfinite(found) else None
+        """Return ε of the device that spent most, for a session's δ; None if none is finite, as after a bare sum."""
+        largest = math.inf if self.bare else _largest(spec, self.spent.values())
+        return largest if math.isfinite(largest) else None
 
     def epsilon_of_next(self, spec: SessionSpec, devices: Collection[str]) -> float:
-        """The same after another sum over ``devices`` or some of them, if no more survive than must; maybe infinite."""
+        """Return ε after another sum over ``devices`` or some of them, if no more survive than must; maybe infinite."""
         cost = spec.spent(spec.minimum_survivors)
         return _largest(spec, (one + cost for one in {self.spent.get(device, NOTHING) for device in devices}))
 
@@ -66,14 +65,14 @@ def _largest(spec: SessionSpec, spent: Iterable[Spent]) -> float:
 
 
 def logged(account: Account, entries: Iterable[Entry]) -> Account:
-    """The account after the session of a log whose entries were verified."""
+    """Return the account after the session of a log whose entries were verified."""
     for spec, survivors in sums(entries):
         account = account.after(spec, survivors)
     return account
 
 
 def sums(entries: Iterable[Entry]) -> list[tuple[SessionSpec, Collection[str]]]:
-    """The sums of a log whose entries were verified, each with the survivors that were named to devices."""
+    """List the sums of a log whose entries were verified, each with the survivors that were named to devices."""
     spec: SessionSpec | None = None
     rounds: dict[int, Collection[str]] = {}
     for entry in entries:
@@ -88,14 +87,14 @@ def sums(entries: Iterable[Entry]) -> list[tuple[SessionSpec, Collection[str]]]:
 
 
 def audited(account: Account, report: Report) -> tuple[Account, Report]:
-    """The account after an audited session, and its report with the ε after each round and a finding."""
+    """Return the account after an audited session, and its report with the ε after each round and a finding."""
     spec, before = report.spec, account
     if report.failed or spec is None:
         return account, replace(report, findings=(*report.findings, Finding(Check.PRIVACY, Status.NOT_REACHED, "")))
     rounds = []
-    for each in report.rounds:
-        account = account.after(spec, each.survivors)
-        rounds.append(replace(each, epsilon=account.epsilon(spec)))
+    for summary in report.rounds:
+        account = account.after(spec, summary.survivors)
+        rounds.append(replace(summary, epsilon=account.epsilon(spec)))
     finding = Finding(Check.PRIVACY, Status.PASS, _text(spec, account, account.noisy - before.noisy))
     return account, replace(report, rounds=tuple(rounds), findings=(*report.findings, finding))
 
@@ -118,16 +117,12 @@ def _text(spec: SessionSpec, account: Account, here: int) -> str:
 
 
 def require_recorded(records: Sequence[RoundRecord], reports: Mapping[str, Report]) -> None:
-    """Return if each record states the ε that follows from the logs.
-
-    Raises:
-        TrustError: One states another.
-    """
-    found = {(report.offer, each.plan): each.epsilon for report in reports.values() for each in report.rounds}
+    """Check that each record states the ε that follows from the logs. Raises TrustError if one states another."""
+    epsilons = {(report.offer, each.plan): each.epsilon for report in reports.values() for each in report.rounds}
     for record in records:
         if record.plan is None:
             continue
-        expected = found.get((record.offer, record.plan))
+        expected = epsilons.get((record.offer, record.plan))
         same = record.epsilon == expected
         if record.epsilon is not None and expected is not None:
             same = abs(record.epsilon - expected) <= _TOLERANCE * expected

@@ -3,8 +3,8 @@
     log ─► identities ─► signatures ─► order ─► thresholds, survivors, shares ─► secrets ─► results ─► sums
     └────────── history ────────────────────┘   └────────── rules ──────────┘   (sums)     (rules)    (sums)
 
-Each check is made in turn and ends in a finding. The first failure ends the audit, except that of the log itself: the
-checks after it often find the very message that does not fit its checkpoint.
+The first failure ends the audit, except that of the log itself: later checks often find the very message that does not
+fit its checkpoint.
 """
 
 from collections.abc import Callable, Mapping
@@ -59,10 +59,10 @@ def audit(
 
 
 def chain(reports: Mapping[str, Report]) -> None:
-    """Return if the sessions follow each other from the coordinator's first one on, without a gap.
+    """Check that the sessions follow each other from the coordinator's first one on, without a gap.
 
-    So do their adapters: the first session starts from version 0, and every other one from the adapter that the session
-    before it ended with. Within a session ``rules.results`` demands the same. So every version has one result.
+    So do their adapters: the first session starts from version 0, and every other one from the adapter that the
+    previous session ended with. Within a session ``rules.results`` demands the same. So every version has one result.
 
     Args:
         reports: Name → report, in order.
@@ -85,8 +85,6 @@ def chain(reports: Mapping[str, Report]) -> None:
 
 @dataclass(slots=True)
 class _Audit:
-    """The checks, and what each passes on to the next."""
-
     reading: Reading
     root: Root
     coordinator: PublicKey
@@ -120,7 +118,7 @@ class _Audit:
 
     @property
     def _entries(self) -> tuple[Entry, ...]:
-        """The entries numbered by their true place, whatever number they state: ``_log`` finds the wrong ones."""
+        """Number the entries by their true place, whatever number they state: ``_log`` finds the wrong ones."""
         return tuple(replace(entry, index=index) for index, entry in enumerate(self.reading.entries))
 
     @property
@@ -147,14 +145,11 @@ class _Audit:
         checked += [f"not on its revocation list {crl.number} of {crl.this_update:%Y-%m-%d}"] if crl else []
         unchecked = [] if self.at else ["whether the certificates were valid at the time"]
         unchecked += [] if crl else ["whether one was revoked"]
-        if crl and (ended := self._ended(crl.this_update)):
+        certificates = map(load, self._history.offer.certificates)
+        if crl and (ended := sum(each.not_valid_after_utc < crl.this_update for each in certificates)):
             unchecked += [f"whether one of {ended} was revoked, which ended before that list was signed"]
         but = f". Not checked: {', '.join(unchecked)}" if unchecked else ""
         return "".join(f", {each}" for each in checked) + ", no device or key twice" + but
-
-    def _ended(self, signed: datetime) -> int:
-        """How many certificates a list that was signed then need not have, because they had expired."""
-        return sum(load(each).not_valid_after_utc < signed for each in self._history.offer.certificates)
 
     def _signatures(self) -> str:
         self.messages = histories.verify(self._history, self._entries, self.coordinator)
@@ -198,7 +193,7 @@ class _Audit:
 
     @property
     def _newest(self) -> AdapterId | None:
-        """The adapter of the last result, or the one that the session started from."""
+        """Return the adapter of the last result, or the one that the session started from."""
         rounds = self.history.rounds if self.history else []
         results = [each.ending.produced for each in rounds if isinstance(each.ending, Result)]
         return results[-1] if results else self.checkpoints[0].newest if self.checkpoints else None

@@ -12,7 +12,7 @@ from aggregation.transcript import AdapterId, Place
 
 
 class Check(Enum):
-    """The checks, in their order. The value is the name in JSON."""
+    """Lists the checks in their order. The value is the name in JSON."""
 
     LOG = "log"
     IDENTITIES = "identities"
@@ -25,9 +25,9 @@ class Check(Enum):
     RESULTS = "results"
     SUMS = "sums"
     PARTICIPATION = "participation"
-    REPEATS = "repeats"  # over all sessions that are audited
-    PRIVACY = "privacy"  # likewise
-    WEAKNESSES = "weaknesses"  # likewise; several findings, one for each warning
+    REPEATS = "repeats"  # over all audited sessions
+    PRIVACY = "privacy"  # over all audited sessions
+    WEAKNESSES = "weaknesses"  # over all audited sessions; a finding for each warning
     ADAPTERS = "adapters"  # needs the registry; a transcript alone does not have the adapters
 
 
@@ -41,11 +41,9 @@ class Status(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The outcome of one check.
+    """Holds the outcome of one check.
 
     Args:
-        check: Which one.
-        status: How it ended.
         text: One sentence or a few, for people who need not know the cryptography.
         place: The message that failed the check, if one did.
         about: The field or file that failed it, or that it lacks; for programs and tests, which must not depend on the
@@ -60,13 +58,7 @@ class Finding:
 
 
 class Problem(Exception):  # noqa: N818 - it becomes a finding, and is not an error of a command
-    """A check does not hold.
-
-    Args:
-        about: As in ``Finding``.
-        text: What is wrong.
-        place: The message that breaks the check, if one does.
-    """
+    """Is raised when a check does not hold; ``place`` is the message that breaks it, if one does."""
 
     def __init__(self, about: str, text: str, place: Place | None = None) -> None:
         super().__init__(f"{place}: {text}" if place else text)
@@ -75,12 +67,12 @@ class Problem(Exception):  # noqa: N818 - it becomes a finding, and is not an er
 
     @classmethod
     def of(cls, error: EdgeAdaptError, place: Place) -> "Problem":
-        """The problem that a check of ``aggregation``, or a file, is refused."""
+        """Wrap the refusal by a check of ``aggregation``, or of a file."""
         return cls(error.about, str(error), place)
 
 
 class Skipped(Exception):  # noqa: N818 - as above
-    """A check cannot be made from this transcript. ``about``: what is missing."""
+    """Is raised when a check cannot be made from this transcript. ``about``: what is missing."""
 
     def __init__(self, about: str, text: str) -> None:
         super().__init__(text)
@@ -89,11 +81,11 @@ class Skipped(Exception):  # noqa: N818 - as above
 
 @dataclass(frozen=True, slots=True)
 class RoundSummary:
-    """A round according to the log.
+    """Summarizes a round according to the log. Digests are in hex.
 
     Args:
         round: Its number in the session.
-        plan: Digest of the plan, hex.
+        plan: Digest of the plan.
         planned: The members of its plan.
         dealt: The devices that were dealt into its groups; empty without groups.
         groups: The survivors of each group; one without groups.
@@ -101,15 +93,15 @@ class RoundSummary:
         survivors: The devices whose updates are in the sum; empty if the coordinator never named them.
         unmasked: The devices in the sum that the coordinator learned, or could learn in a round without a result; empty
             if it could learn none.
-        dropouts_by_step: Step → devices that answered the steps of the round before it, and not this one. A device that
+        dropouts_by_step: Step → devices that answered the previous steps of the round, and not this one. A device that
             drops out after its update arrived is still a survivor.
         blamed: The devices that revealed wrong shares.
         ending: The adapter that the round produced, or why it produced none.
         result: Version and digest of that adapter, or None.
         reason: Why the log aborts the round; None if it does not.
-        sum: Digest of the sum, hex, if the round has a result.
+        sum: Digest of the sum, if the round has a result.
         entries: In the log before the ending of the round; if the round is open, all of the log.
-        root: Of these entries, hex.
+        root: Merkle root of these entries.
         epsilon: What all sums so far may have revealed (``account``); None in a session without noise.
     """
 
@@ -133,23 +125,22 @@ class RoundSummary:
 
     @property
     def open(self) -> bool:
-        """Whether the log does not say how the round ended."""
+        """Check whether the log does not say how the round ended."""
         return self.result is None and self.reason is None
 
 
 @dataclass(frozen=True, slots=True)
 class ProducedAdapter:
-    """A round's sum and the adapter that, according to the log, the coordinator produced from it.
+    """Holds a round's sum and the adapter that, according to the log, the coordinator produced from it.
 
     Args:
-        place: Of the result in the log.
+        place: The place of the result in the log.
         before: Version and digest of the adapter from which the devices trained.
         after: Version and digest of the new one.
         plan: Digest of the round's plan, hex.
-        spec: Of the session, from its offer.
         training: The task in the round's plan, as encoded.
         survivors: The devices whose updates are in the sum.
-        sums: Of their contributions by group, recomputed from the masked vectors; None if these were not kept.
+        sums: Their contributions by group, recomputed from the masked vectors; None if these were not kept.
     """
 
     place: Place
@@ -164,24 +155,23 @@ class ProducedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The outcome of the audit of one session.
+    """Holds the outcome of the audit of one session. Digests are in hex.
 
     Args:
         findings: One for each check, in order; of ``Check.WEAKNESSES`` one for each warning.
         rounds: As far as the log could be followed.
         dropouts_by_step: Step → devices that dropped out before the first round.
         participation: Device → rounds whose sum contains its update.
-        offer: Digest of the session's offer, hex; empty if it cannot be read.
+        offer: Digest of the session's offer; empty if it cannot be read.
         spec: The parameters in it; None if it cannot be read.
         entries: Number of entries in the log.
-        previous: Digest of the last checkpoint of the session before, according to this log.
+        previous: Digest of the previous session's last checkpoint, according to this log.
         last: Digest of this log's last checkpoint; empty if it has none.
-        base: Digest of the base in the session's offer, hex; empty if it cannot be read.
-        layout: Digest of the layout, likewise.
+        base, layout: Digests in the session's offer; empty if it cannot be read.
         start: Version and digest of the adapter that the session started from; None without a checkpoint.
         newest: Those of the newest adapter at the end of the log.
-        tasks: Of each round, in order: the place of its plan, and the training task in it, as encoded.
-        open_plan: Digest of the plan of the last round, hex, if the log does not say how it ended.
+        tasks: For each round, in order: the place of its plan, and the training task in it, as encoded.
+        open_plan: Digest of the plan of the last round, if the log does not say how it ended.
         produced: The adapters of the rounds with a result, in order; empty if a check failed.
     """
 
@@ -204,17 +194,13 @@ class Report:
 
     @property
     def failed(self) -> tuple[Finding, ...]:
-        """The checks that failed, the earliest place in the log first."""
+        """List the checks that failed, the earliest place in the log first."""
         failures = [finding for finding in self.findings if finding.status is Status.FAIL]
         # A damaged entry also breaks the checkpoint after it; a reader needs the entry itself.
         return tuple(sorted(failures, key=lambda finding: finding.place.index if finding.place else math.inf))
 
     def require(self) -> None:
-        """Return if no check failed.
-
-        Raises:
-            TrustError: A check failed; the message names the first place.
-        """
+        """Check that no check failed. Raises TrustError, whose message names the first place."""
         if self.failed:
             first, *others = self.failed
             more = f"; {count(len(others), 'other check')} failed too" if others else ""
@@ -223,9 +209,4 @@ class Report:
 
 
 def count(number: int, noun: str) -> str:
-    """A number with its noun.
-
-    >>> count(1, "round"), count(2, "round")
-    ('1 round', '2 rounds')
-    """
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

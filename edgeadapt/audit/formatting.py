@@ -16,17 +16,14 @@ MARK, INDENT, WIDTH = 13, 30, 90  # columns: of a finding's status, before its t
 
 
 def render_findings(checked: AuditInput, reports: Mapping[str, Report], failure: TrustError | None) -> Iterator[str]:
-    """Lines: the checks of each session, their number by status, and the keys that they relied on.
+    """Print the checks of each session, their number by status, and the keys that they relied on.
 
-    Args:
-        checked: What was audited.
-        reports: Of the sessions.
-        failure: Why they do not pass. It has a row of its own if no check of a session failed, as where one is missing.
+    ``failure`` has a row of its own if no check of a session failed, as where one is missing.
     """
     for name, report in reports.items():
         size = ((len(report.participation), "device"), (len(report.rounds), "round"), (report.entries, "message"))
         yield f"{name}  {', '.join(count(*each) for each in size)}"
-        yield from (_line(finding) for finding in report.findings)
+        yield from (_row(each.status, each.check.value, each.text) for each in report.findings)
         yield ""
     findings = [finding.status for report in reports.values() for finding in report.findings]
     if failure is not None and Status.FAIL not in findings:
@@ -46,16 +43,12 @@ def render_findings(checked: AuditInput, reports: Mapping[str, Report], failure:
 
 
 def _printable(name: str) -> str:
-    """A file's name that cannot end its line, move the cursor or hide a part of itself.
+    """Escape a file's name that could end its line, move the cursor or hide a part of itself.
 
     >>> print(_printable("x\\n  pass"))
     x\\n  pass
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
-
-
-def _line(finding: Finding) -> str:
-    return _row(finding.status, finding.check.value, finding.text)
 
 
 def _row(status: Status, name: str, text: str) -> str:
@@ -66,18 +59,18 @@ def _row(status: Status, name: str, text: str) -> str:
 def render_rounds(
     checked: AuditInput, reports: Mapping[str, Report], failure: TrustError | None, *, entries: bool
 ) -> Iterator[str]:
-    """Lines: the rounds of each session, and with ``entries`` every message in its log; the rest as before."""
+    """Print the rounds of each session, and with ``entries`` every message in its log."""
     for path, (name, report) in zip(checked.paths, reports.items(), strict=True):
         yield name
         if report.dropouts_by_step:
             yield f"  before the first round: {_dropouts(report.dropouts_by_step)}"
-        for each in report.rounds:
-            survived = f"{len(each.survivors)} of {len(each.planned)} survived"
-            notes = [_dropouts(each.dropouts_by_step)] if each.dropouts_by_step else []
-            notes += [f"wrong shares of {', '.join(each.blamed)}"] if each.blamed else []
-            known = f"its sum over {count(len(each.unmasked), 'device')} could be unmasked"
-            notes += [known] if each.unmasked and not each.result else []
-            yield "  ".join([f"  round {each.round:>3}", survived, each.ending, *notes])
+        for summary in report.rounds:
+            survived = f"{len(summary.survivors)} of {len(summary.planned)} survived"
+            notes = [_dropouts(summary.dropouts_by_step)] if summary.dropouts_by_step else []
+            notes += [f"wrong shares of {', '.join(summary.blamed)}"] if summary.blamed else []
+            unmasked = f"its sum over {count(len(summary.unmasked), 'device')} could be unmasked"
+            notes += [unmasked] if summary.unmasked and not summary.result else []
+            yield "  ".join([f"  round {summary.round:>3}", survived, summary.ending, *notes])
         often = [f"{device} {number}" for device, number in report.participation.items()]
         yield f"  results that contain a device: {', '.join(often)}"
         for entry in read(storage.read(path)).entries if entries else ():

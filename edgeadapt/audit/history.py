@@ -1,8 +1,8 @@
 """The history of a session: its log, entry by entry, as far as every entry belongs in its place.
 
-``checkpoints`` compares the log with what the coordinator signed about it. Then ``begin``, ``verify`` and ``follow``
-read the messages: the devices that the authority certified, the signature of each message, and its step. ``follow``
-fills the ``History`` that the later checks (``rules``, ``sums``) work on, up to the first message that does not belong.
+``checkpoints`` compares the log with what the coordinator signed about it. ``begin``, ``verify`` and ``follow`` read
+the certified devices, the signature of each message, and its step, up to the first message that does not belong, into
+the ``History`` that the later checks (``rules``, ``sums``) work on.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -48,7 +48,7 @@ _UNREADABLE = "unreadable"  # the kind of what follows the last readable entry
 
 @dataclass(slots=True)
 class Round:
-    """One round as logged. ``places``: kind and peer → place of the message."""
+    """Holds one round as logged. ``places``: kind and peer → place of the message."""
 
     plan: Plan
     inputs: dict[str, MaskedInput] = field(default_factory=dict)
@@ -61,16 +61,15 @@ class Round:
 
     @property
     def survivors(self) -> tuple[str, ...]:
-        """The survivors, in order; empty if the coordinator never named them."""
         return tuple(sorted(self.survivor_set.vectors)) if self.survivor_set else ()
 
     @property
     def absent(self) -> tuple[str, ...]:
-        """The members of the plan that are not survivors; their mask keys are recovered."""
+        """Return the members of the plan that are not survivors; their mask keys are recovered."""
         return tuple(device for device in self.plan.members if device not in self.survivors)
 
     def dropouts_by_step(self, adversary: Adversary) -> dict[str, tuple[str, ...]]:
-        """Step → members of the plan that did not answer it, although they had answered the steps before."""
+        """Map each step to the members of the plan that did not answer it, but had answered the previous steps."""
         steps: dict[Step, Collection[str]] = {Step.PLAN: self.inputs}
         if self.survivor_set is not None and adversary is Adversary.ACTIVE:
             steps[Step.SURVIVORS] = self.signed
@@ -79,21 +78,19 @@ class Round:
         return _dropouts(self.plan.members, steps)
 
     def place(self, kind: type[Message], peer: str = EVERYONE) -> Place:
-        """The place of a message, or of the round's first one if the log does not have it."""
+        """Return the place of a message, or of the round's first one if the log does not have it."""
         return self.places.get((kind.TAG, peer)) or next(iter(self.places.values()))
 
 
 @dataclass(slots=True)
 class History:
-    """A session as logged.
+    """Holds a session as logged.
 
     Args:
-        offer: As the coordinator signed it.
         cohort: Device → key, as the authority certified them.
         session: The public side, once the roster was read.
         adverts: Device → signed advert.
         encrypted_shares: Dealer → holder → shares, as the dealers signed them.
-        rounds: In order.
         places: Kind and peer → place of a message before the first round.
     """
 
@@ -107,18 +104,14 @@ class History:
 
     @property
     def dropouts_by_step(self) -> dict[str, tuple[str, ...]]:
-        """Step → devices of the cohort that did not answer it before the first round, and so are in no round."""
+        """Map each step to devices that did not answer it before the first round, and so are in no round."""
         steps: dict[Step, Collection[str]] = {Step.OFFER: self.adverts}
         if self.session is not None:
             steps[Step.ROSTER] = self.encrypted_shares
         return _dropouts(tuple(self.cohort), steps)
 
     def signer(self, entry: Entry, coordinator: PublicKey) -> PublicKey:
-        """The party that must have signed an entry.
-
-        Raises:
-            Problem: The entry's device is not in the cohort.
-        """
+        """Return the party that must have signed an entry. Raises Problem if its device is not in the cohort."""
         by_device = entry.kind in _BY_DEVICES
         if entry.peer not in self.cohort and (by_device or entry.peer != EVERYONE):
             raise Problem("entry.peer", "the device is not in the cohort", entry.place)
@@ -137,27 +130,24 @@ def _dropouts(asked: tuple[str, ...], answered: Mapping[Step, Collection[str]]) 
 
 
 def checkpoints(reading: Reading, coordinator: PublicKey, unfinished: bool) -> list[Checkpoint]:
-    """The checkpoints of a log, each of which matches the entries before it.
+    """Return the checkpoints of a log, each of which matches the entries before it.
 
-    Args:
-        reading: Of the log.
-        coordinator: The key that must have signed them.
-        unfinished: Accept a log that continues after its last checkpoint, as that of a session under way does.
+    ``unfinished`` accepts a log that continues after its last checkpoint, as that of a session under way does.
 
     Raises:
         Problem: An entry is damaged, missing, moved or repeated, or the log is not closed.
     """
-    tree, found, covered = merkle.Tree(), list[Checkpoint](), 0
+    tree, verified, covered = merkle.Tree(), list[Checkpoint](), 0
     for index, entry in enumerate(reading.entries):
         if entry.index != index:
             text = f"its number is {entry.index}: an entry was removed, moved or repeated"
             raise Problem("entry.index", text, replace(entry.place, index=index))
         if entry.kind == Checkpoint.TAG:
-            found.append(_checkpoint(entry, coordinator, tree, covered, found))
+            verified.append(_checkpoint(entry, coordinator, tree, covered, verified))
             covered = index + 1
         tree.append(ENTRY.encode(entry))
-    _require_closed(reading, found, covered, unfinished)
-    return found
+    _require_closed(reading, verified, covered, unfinished)
+    return verified
 
 
 def _checkpoint(
@@ -177,13 +167,13 @@ def _checkpoint(
     return checkpoint
 
 
-def _require_closed(reading: Reading, found: list[Checkpoint], covered: int, unfinished: bool) -> None:
+def _require_closed(reading: Reading, verified: list[Checkpoint], covered: int, unfinished: bool) -> None:
     size = len(reading.entries)
     if reading.problem:
         raise Problem("log", reading.problem, Place(size, _UNREADABLE, 0, EVERYONE))
     if not size:
         raise Problem("log", "the log is empty")
-    closed = bool(found) and found[-1].stage is Stage.CLOSED
+    closed = bool(verified) and verified[-1].stage is Stage.CLOSED
     if closed and covered < size:
         raise Problem("checkpoint.stage", "the log was closed before", reading.entries[covered].place)
     if not closed and not unfinished:
@@ -195,13 +185,9 @@ def _require_closed(reading: Reading, found: list[Checkpoint], covered: int, unf
 
 
 def begin(entries: tuple[Entry, ...], root: Root, coordinator: PublicKey, at: datetime | None = None) -> History:
-    """The history after the offer, whose devices the authority certified, each once.
+    """Return the history after the offer, whose devices the authority certified, each once.
 
-    Args:
-        entries: Of the log.
-        root: The authority, with its revocation list if that is to be checked.
-        coordinator: The key that must have signed the offer.
-        at: The time at which the certificates must be valid; None does not check it.
+    ``root`` has a revocation list if that is to be checked; ``at`` is when certificates must be valid, None: any time.
 
     Raises:
         Problem: The log does not begin with such an offer.
@@ -217,7 +203,7 @@ def begin(entries: tuple[Entry, ...], root: Root, coordinator: PublicKey, at: da
 
 
 def verify(history: History, entries: tuple[Entry, ...], coordinator: PublicKey) -> list[Message | None]:
-    """The message of every entry, signed by its stated sender; None where the log left out the body.
+    """Return the message of every entry, signed by its stated sender; None where the log left out the body.
 
     Raises:
         Problem: A signature is not valid, or there is no such kind of message.
@@ -243,13 +229,8 @@ def follow(
     """Fill the history: every message in its step, of this session, and none twice.
 
     A checkpoint stands right before each round, and nowhere within one. So every round has an ending unless the log
-    ends in it, and a log that is not closed has at most one round that no checkpoint covers.
-
-    Args:
-        history: To be filled.
-        entries: Of the log.
-        messages: From ``verify``. A body that the log left out is restored here, and its signature verified.
-        coordinator: The key that must have signed a restored message.
+    ends in it, and a log that is not closed has at most one round that no checkpoint covers. ``messages`` is from
+    ``verify``; a body that the log left out is restored here, and its signature verified.
 
     Raises:
         Problem: A message does not belong.
@@ -283,7 +264,7 @@ def follow(
 
 
 def _restored(history: History, entry: Entry, coordinator: PublicKey) -> Assignment:
-    """An assignment of which the log keeps only the signature: the plan of its round, and what the dealers sent."""
+    """Rebuild an assignment, of which the log keeps only the signature, from its plan and what the dealers sent."""
     current = history.rounds[-1] if history.rounds else None
     if current is None or current.plan.round != entry.round:
         raise Problem("plan", "the round has no plan", entry.place)

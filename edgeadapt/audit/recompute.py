@@ -4,15 +4,15 @@ A transcript ends with the digest of a sum and that of the adapter which the coo
 the registry (``edgeadapt.formats.registryfiles``) four things can be checked:
 
 - each adapter that a log names was published under the coordinator's signature, for exactly this plan and these
-  survivors, and its file is unaltered; what a round does not change is as in the adapter before;
+  survivors, and its file is unaltered; what a round does not change is as in the previous adapter;
 - the devices were given a task for this adapter, with its labels, in every round, also an aborted one;
 - if the masked updates were kept, so that the sum could be recomputed: the metrics in the manifest are those of the
-  sum, and the server optimizer turns it into this adapter, bit for bit. FedAvg needs only the adapter before;
+  sum, and the server optimizer turns it into this adapter, bit for bit. FedAvg needs only the previous adapter;
 - FedAdam has two moments as state, which start from constants at version 0. Its steps can be recomputed if no sum since
   version 0 is missing, and not otherwise.
 
-Server optimizer and combination of groups are those that the manifest of the new adapter names. An audit shows whether
-the coordinator followed them, not whether anyone agreed to them.
+The new adapter's manifest names the server optimizer and the combination of groups. An audit shows whether the
+coordinator followed them, not whether anyone agreed to them.
 """
 
 from dataclasses import dataclass, field
@@ -46,7 +46,7 @@ class Recomputation:
     Args:
         registry: Where the adapters were published.
         state: The version that was recomputed last, and the optimizer's state after it.
-        still: Of the session that was checked last: each round of training that hardly moved its adapter, and how far.
+        still: Each round of the last session that hardly moved its adapter, and how far.
     """
 
     registry: RegistryFiles
@@ -55,12 +55,9 @@ class Recomputation:
     still: dict[int, str] = field(default_factory=dict)
 
     def check(self, report: Report) -> Finding:
-        """The adapters of one session: the one that it started from, and those that it made.
+        """Check the adapters of one session: the one that it started from, and those that it made.
 
         Rounds that were aborted had one of these (``rules.results``).
-
-        Raises:
-            ConfigError: The registry is of another format.
         """
         reasons: list[str] = []
         self.rules.clear()
@@ -71,9 +68,9 @@ class Recomputation:
                 started = self._started(report, report.start)
                 for place, task in report.tasks:
                     _require_task(started, place, task)
-            for each in report.produced:
-                place = each.place
-                reasons.append(self._step(each))
+            for produced in report.produced:
+                place = produced.place
+                reasons.append(self._step(produced))
         except Problem as problem:
             return Finding(Check.ADAPTERS, Status.FAIL, str(problem), problem.place, problem.about)
         except (DataError, TrustError) as error:
@@ -95,7 +92,7 @@ class Recomputation:
         return manifest
 
     def _summary(self, reasons: list[str]) -> Finding:
-        """``reasons``: for each adapter the key of why its step could not be recomputed; empty if it was."""
+        """Summarize ``reasons``: for each adapter the key of why its step could not be recomputed; empty if it was."""
         if not reasons:
             return Finding(Check.ADAPTERS, Status.PASS, "no adapter was produced")
         again, why = reasons.count(""), sorted(set(reasons) - {""})
@@ -157,20 +154,19 @@ class Recomputation:
             self.still[produced.place.round] = f"by {moved:.2g}, less than {least:.2g}"
 
     def _state_before(self, rule: optimizer.Settings, produced: ProducedAdapter, size: int) -> optimizer.State | None:
-        """The optimizer's state before a step, if it is known."""
-        start, known = optimizer.start(rule, size), self.state
+        """Return the optimizer's state before a step, if it is known."""
+        start, last = optimizer.start(rule, size), self.state
         if isinstance(start, Stateless) or produced.before[0] == 0:
             return start
-        if known is None or known[0] != produced.before[0]:
+        if last is None or last[0] != produced.before[0]:
             return None
-        return start if isinstance(known[1], Stateless) else known[1]  # after FedAvg, FedAdam starts anew
+        return start if isinstance(last[1], Stateless) else last[1]  # after FedAvg, FedAdam starts again
 
 
 def _require_task(manifest: VersionManifest, place: Place, encoded: bytes) -> None:
-    """Return if a training task is for the adapters of a session. No round changes the two fields (``UNCHANGED``).
+    """Check that a training task is for the adapters of a session. No round changes the fields ``UNCHANGED``.
 
-    Raises:
-        Problem: It is not, so that devices may answer by whether they have examples of a label.
+    Otherwise devices may answer by whether they have examples of a label.
     """
     try:
         task = taskkinds.decode(encoded)
@@ -184,11 +180,7 @@ def _require_task(manifest: VersionManifest, place: Place, encoded: bytes) -> No
 
 
 def _agreeing(produced: ProducedAdapter, manifest: VersionManifest | None, parent: VersionManifest) -> VersionManifest:
-    """The manifest of an adapter, which agrees with the log and with the manifest of the adapter before.
-
-    Raises:
-        Problem: It does not agree, or the registry does not have it.
-    """
+    """Check that the registry's manifest of an adapter agrees with the log and with the previous one; return it."""
     version, digest = produced.after
     if manifest is None:
         raise Problem("version", f"adapter {version} is not in the registry", produced.place)
@@ -214,11 +206,7 @@ def _agreeing(produced: ProducedAdapter, manifest: VersionManifest | None, paren
 
 
 def _rule(manifest: VersionManifest, place: Place) -> optimizer.Settings:
-    """The server optimizer that made an adapter, according to its manifest.
-
-    Raises:
-        Problem: The manifest names none.
-    """
+    """Return the server optimizer that made an adapter, according to its manifest."""
     try:
         if manifest.rule is not None:
             return optimizer.of_rule(manifest.rule)
@@ -229,11 +217,7 @@ def _rule(manifest: VersionManifest, place: Place) -> optimizer.Settings:
 
 
 def _combination(manifest: VersionManifest, produced: ProducedAdapter) -> combination.Combination | None:
-    """How the means of groups made an adapter, according to its manifest; None if its round had one sum.
-
-    Raises:
-        Problem: The manifest names none where there were groups, one where there were none, or an unknown one.
-    """
+    """Return how the means of groups made an adapter, by its manifest; None if its round had one sum."""
     about = "manifest.combination"
     if (manifest.combination is None) != (produced.spec.grouping is None):
         text = f"the manifest of adapter {manifest.version} and the session's offer differ in whether there are groups"

@@ -16,7 +16,7 @@ from edgeadapt.formats.roundrecord import INTERRUPTED, RoundRecord
 def require_logged(
     before: Sequence[RoundRecord], after: Sequence[RoundRecord], reports: Mapping[str, Report], *, unfinished: bool
 ) -> None:
-    """Return if the logs have each recorded round, once, in its order and as it was recorded, and no other round.
+    """Check that the logs have each recorded round, once, in its order and as it was recorded, and no other round.
 
     A coordinator may continue while it is audited. It writes a record before the ending, so what was recorded before
     the logs were read is in them, and what ended in them is recorded after that. Only the round that is under way then
@@ -24,7 +24,7 @@ def require_logged(
     round in which the coordinator's process ended has no record: the next start logs it as interrupted.
 
     Args:
-        before: Of all rounds, as the registry had them before the logs were read.
+        before: All rounds, as the registry had them before the logs were read.
         after: As it had them after that.
         reports: Name → report of all logs.
         unfinished: The last session is under way.
@@ -48,10 +48,10 @@ def require_published(
     manifest_of: Callable[[int], VersionManifest | None],
     reports: Mapping[str, Report],
 ) -> None:
-    """Return if each record and the manifest of its version say the same, and version 0 is of no round.
+    """Check that each record and the manifest of its version say the same, and version 0 is of no round.
 
     Args:
-        records: Of all rounds, whose logs are there.
+        records: All rounds whose logs are there.
         manifest_of: Version → its manifest.
         reports: Name → report of all logs. A record has the ε of a round, and the offer of its session the δ.
 
@@ -88,8 +88,8 @@ def _require_recorded(
             raise TrustError(text, about="session", value=record.round)
         if record.plan is None:
             continue
-        found = logged.get((record.offer, record.plan))
-        if found is None or not (_agrees_so_far if found.open else _agrees)(record, found):
+        summary = logged.get((record.offer, record.plan))
+        if summary is None or not (_agrees_so_far if summary.open else _agrees)(record, summary):
             text = f"round {record.round} was recorded with another ending, or after other entries, than its log has"
             raise TrustError(text, about="record", value=record.round)
         place = places[record.offer, record.plan]
@@ -100,19 +100,19 @@ def _require_recorded(
 
 
 def _agrees(record: RoundRecord, logged: RoundSummary) -> bool:
-    """Whether a record and a log say the same of a round. Costs and dropouts are the record's only."""
-    made = (record.version, record.adapter) if record.version is not None else None
+    """Check whether a record and a log say the same of a round. Costs and dropouts are the record's only."""
+    adapter = (record.version, record.adapter) if record.version is not None else None
     survivors = logged.survivors if logged.result else ()
     groups = logged.groups if logged.result and logged.dealt else ()
     if tuple(each.survivors for each in record.groups) != groups:
         return False
-    return (record.entries, record.root, record.reason, made, record.sum, record.survivors) == (
+    return (record.entries, record.root, record.reason, adapter, record.sum, record.survivors) == (
         (logged.entries, logged.root, logged.reason, logged.result, logged.sum, survivors)
     )
 
 
 def _agrees_so_far(record: RoundRecord, logged: RoundSummary) -> bool:
-    """Whether the log of an open round ends where its record says, and shows that the recorded sum was unmasked."""
+    """Check whether an open round's log ends where its record says, and shows that the recorded sum was unmasked."""
     survivors = logged.unmasked if record.version is not None else ()
     return (record.entries, record.root, record.survivors) == (logged.entries, logged.root, survivors) and (
         record.version is None or len(survivors) > 0

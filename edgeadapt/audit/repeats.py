@@ -1,8 +1,8 @@
 """Sums that show more than one sum should: of rounds that were then aborted, and of rounds from one adapter.
 
 The difference of two sums from one adapter shows the updates of the devices that are in one sum only, as far as the
-others trained alike. No rule of the protocol forbids it: an honest coordinator repeats an aborted round in the same
-way. Therefore it is a warning. Only noise in every sum (differential privacy) would hide what a difference shows.
+others trained alike. It is a warning only: an honest coordinator repeats an aborted round in the same way. Only noise
+in every sum (differential privacy) would hide what a difference shows.
 """
 
 from collections import defaultdict
@@ -27,12 +27,7 @@ class RepeatedSums:
     seen: dict[str, list[tuple[str, RoundSummary]]] = field(default_factory=lambda: defaultdict(list))
 
     def check(self, log: str, rounds: Sequence[RoundSummary]) -> Finding:
-        """The rounds of one session.
-
-        Args:
-            log: The name of its log.
-            rounds: In order.
-        """
+        """Check the rounds of one session in order, whose log has the name ``log``."""
         aborted, repeated = list[str](), list[str]()
         for current in rounds:
             if problem := self._dealt_otherwise(current):
@@ -50,7 +45,7 @@ class RepeatedSums:
         return Finding(Check.REPEATS, Status.WARNING, ". ".join([*aborted, *repeated, _REMEDY]), about=about)
 
     def _dealt_otherwise(self, current: RoundSummary) -> str:
-        """What is wrong with the devices that a round deals into groups; empty if nothing.
+        """Say what is wrong with the devices that a round deals into groups; empty if nothing.
 
         They are the members of its plan or, where survivors of a round from its adapter were named before, those that
         were dealt then.
@@ -73,7 +68,7 @@ class RepeatedSums:
 
 
 def _names(devices: Sequence[str]) -> str:
-    """The devices, by name where they are few.
+    """List the devices, by name where they are few.
 
     >>> _names(["a", "b"])
     '2 devices (a, b)'

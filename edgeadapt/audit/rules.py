@@ -1,6 +1,6 @@
 """The rules of the protocol, checked on a history: how many devices, which ones, and which shares they revealed.
 
-Each function returns one sentence or a few for the report, or raises the ``Problem`` that it found.
+Each rule returns sentences for the report, or raises a ``Problem``.
 """
 
 import bisect
@@ -20,10 +20,9 @@ from edgeadapt.audit.history import History, Round
 
 
 def thresholds(history: History) -> str:
-    """No step of a round continued with too few devices.
+    """Check that no step of a round continued with too few devices.
 
-    Raises:
-        Problem: One did, or the parameters of the session protect no device even if all the others are honest.
+    The session's parameters must protect devices at least if all the others are honest.
     """
     spec, present = history.offer.spec, _present(history)
     holders, active = min(spec.degree + 1, present), spec.adversary is Adversary.ACTIVE
@@ -31,7 +30,7 @@ def thresholds(history: History) -> str:
     if tolerated < 0:
         text = f"{spec.threshold} of {holders} devices recover a secret: two disjoint groups could do so"
         raise Problem("spec.threshold", text)
-    if active:  # two quorums share a device, and with so many corrupt ones still an honest one (``graph.quorum``)
+    if active:  # two quorums share a device, despite corrupt ones an honest one (``graph.quorum``)
         tolerated = min(tolerated, 2 * spec.quorum - present - 1)
     if tolerated < 0:
         text = f"{spec.quorum} of {present} devices sign a survivor set: two groups could sign different ones"
@@ -56,7 +55,7 @@ def _present(history: History) -> int:
 
 
 def _tolerated(history: History) -> int:
-    """How many corrupt devices can recover no secret that they should not; negative if none at all already can."""
+    """Return how many corrupt devices can recover no secret; negative if none at all already can."""
     spec, present = history.offer.spec, _present(history)
     if spec.degree >= present - 1:
         return 2 * spec.threshold - present - 1
@@ -84,7 +83,7 @@ def _enough_devices(history: History, current: Round) -> None:
 
 
 def _enough_responses(session: Session, current: Round) -> None:
-    """In the neighborhood of every member of the plan, itself included, ``threshold`` devices revealed shares."""
+    """Check that ``threshold`` devices revealed shares in every member's neighborhood, itself included."""
     threshold = session.spec.threshold
     for device in current.plan.members:
         holders = (device, *session.neighbors(device, current.responses))
@@ -95,18 +94,14 @@ def _enough_responses(session: Session, current: Round) -> None:
 
 
 def _named(history: History, current: Round) -> Place:
-    """Where the coordinator named the survivors to the devices."""
+    """Return where the coordinator named the survivors to the devices."""
     if history.offer.spec.adversary is Adversary.ACTIVE:
         return current.place(Survivors)
     return current.place(Unmask, next(iter(current.unmasks), EVERYONE))
 
 
 def survivors(history: History) -> str:
-    """The survivors are the members of the plan whose updates arrived, and a quorum of them signed that.
-
-    Raises:
-        Problem: Otherwise.
-    """
+    """Check that the survivors are the members whose updates arrived, and that a quorum of them signed that."""
     for current in history.rounds:
         if current.survivor_set is None:
             continue
@@ -126,7 +121,7 @@ def survivors(history: History) -> str:
 
 
 def _signed_by_quorum(history: History, current: Round, peer: str, unmask: Unmask) -> None:
-    """A quorum signed the survivors that an unmask request names."""
+    """Check that a quorum signed the survivors that an unmask request names."""
     place, digest, quorum = current.place(Unmask, peer), unmask.survivors.digest(), history.offer.spec.quorum
     signatures = unmask.consistency_signatures
     if len(signatures) < quorum:
@@ -143,11 +138,7 @@ def _signed_by_quorum(history: History, current: Round, peer: str, unmask: Unmas
 
 
 def shares(history: History) -> str:
-    """Of each device one kind of secret is recovered: the seed of its own mask, or its mask key.
-
-    Raises:
-        Problem: A device revealed a share of the other kind.
-    """
+    """Check that each device has one kind of secret recovered: the seed of its own mask, or its mask key."""
     revealed = 0
     for current in history.rounds:
         for device, response in current.responses.items():
@@ -163,11 +154,7 @@ def shares(history: History) -> str:
 
 
 def results(history: History, checkpoints: Sequence[Checkpoint]) -> str:
-    """Each round starts from the newest adapter, also if it aborts; a result is the next one; checkpoints name it.
-
-    Raises:
-        Problem: Otherwise.
-    """
+    """Check that each round starts from the newest adapter, a result is the next one, and checkpoints name it."""
     adapters = _named_adapters(history, checkpoints)
     newest = adapters[0].adapter if adapters else (0, "")
     for named in adapters:
@@ -181,7 +168,7 @@ def results(history: History, checkpoints: Sequence[Checkpoint]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _NamedAdapter:
-    """An adapter that a message names. ``about``: the field that does."""
+    """Holds an adapter that a message names. ``about``: the field that does."""
 
     place: Place
     about: str
@@ -189,7 +176,7 @@ class _NamedAdapter:
 
 
 def _named_adapters(history: History, checkpoints: Sequence[Checkpoint]) -> list[_NamedAdapter]:
-    """What checkpoints, plans and results say about adapters, in the order of the log."""
+    """List what checkpoints, plans and results say about adapters, in the order of the log."""
     named = [
         _NamedAdapter(Place(each.size, Checkpoint.TAG, 0, EVERYONE), "checkpoint.adapter", each.newest)
         for each in checkpoints
@@ -202,12 +189,12 @@ def _named_adapters(history: History, checkpoints: Sequence[Checkpoint]) -> list
 
 
 def adapter(current: Round) -> AdapterId:
-    """The adapter from which the devices of a round trained."""
+    """Return the adapter from which the devices of a round trained."""
     return current.plan.adapter_version, current.plan.adapter_digest
 
 
 def ending(current: Round) -> str:
-    """How a round ended, in a few words."""
+    """Say in a few words how a round ended."""
     match current.ending:
         case Result(version=version, adapter=adapter):
             return f"produced adapter {version} ({adapter[:12]})"
@@ -218,7 +205,7 @@ def ending(current: Round) -> str:
 
 
 def unmasked(spec: SessionSpec, current: Round) -> tuple[str, ...]:
-    """The devices in the sum that the coordinator learned, or could learn; empty if it could learn none.
+    """List the devices in the sum that the coordinator learned, or could learn; empty if it could learn none.
 
     Nothing makes it log the unmask request and the answers of a round that it then aborts, or the signatures of devices
     that it needs no more. A device that was asked to unmask continues only if the log has its own signature. Two sums
@@ -233,7 +220,7 @@ def unmasked(spec: SessionSpec, current: Round) -> tuple[str, ...]:
 
 
 def participation(history: History) -> dict[str, int]:
-    """Device → rounds whose sum contains its update; 0 for devices of the cohort that are in none."""
+    """Map each device of the cohort to the number of rounds whose sum contains its update."""
     counted = Counter(
         device for current in history.rounds if isinstance(current.ending, Result) for device in current.survivors
     )

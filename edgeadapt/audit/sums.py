@@ -29,13 +29,13 @@ Vectors = Callable[[bytes, int], bytes | None]
 
 @dataclass(slots=True)
 class UnmaskedRound:
-    """What the shares of a round recover.
+    """Holds what the shares of a round recover.
 
     Args:
         seeds: Survivor → seed of its own mask.
         keys: Device of the plan that is not a survivor → its mask key.
         blamed: Devices that revealed wrong shares.
-        sums: Of the survivors' contributions by group, decoded, once ``sums`` has recomputed them; zeros where honest
+        sums: The survivors' contributions by group, decoded, once ``sums`` has recomputed them; zeros where honest
             survivors cannot have one.
     """
 
@@ -79,10 +79,7 @@ def _recover(session: Session, history: History, current: Round) -> UnmaskedRoun
 def sums(history: History, unmasked: Mapping[int, UnmaskedRound], vectors: Vectors) -> str:
     """Add up the masked vectors that were kept, subtract the masks, and compare with the results.
 
-    Args:
-        history: The session.
-        unmasked: From ``secrets``. The recomputed sums are put into it.
-        vectors: Where the masked vectors are.
+    The recomputed sums are put into ``unmasked``, which ``secrets`` filled.
 
     Raises:
         Problem: A vector is not the one that was signed, or only some of a round are there; or a sum is not the one
@@ -107,7 +104,7 @@ def sums(history: History, unmasked: Mapping[int, UnmaskedRound], vectors: Vecto
 
 
 def produced(history: History, unmasked: Mapping[int, UnmaskedRound]) -> tuple[ProducedAdapter, ...]:
-    """The adapters of the rounds that have a result, with the sums that ``sums`` recomputed."""
+    """Return the adapters of the rounds that have a result, with the sums that ``sums`` recomputed."""
     return tuple(
         ProducedAdapter(
             place=current.place(Result),
@@ -125,10 +122,10 @@ def produced(history: History, unmasked: Mapping[int, UnmaskedRound]) -> tuple[P
 
 
 def _all_kept(current: Round, vectors: Vectors, size: int) -> bool:
-    """Whether the vectors of a round, of ``size`` bytes, were kept, also of an aborted one; each is the one signed.
+    """Check whether a round's vectors, of ``size`` bytes, were kept, also if it was aborted; each is the one signed.
 
-    A coordinator keeps all vectors of a session or none. Without this check, whoever removes one of them takes a sum
-    that does not hold out of the audit.
+    A coordinator keeps all vectors of a session or none. Without this check, removing one of them would take a sum that
+    does not hold out of the audit.
     """
     missing = [device for device in current.inputs if not _is_kept(current, device, vectors, size)]
     if 0 < len(missing) < len(current.inputs):
@@ -173,7 +170,7 @@ def _decoded(spec: SessionSpec, survivors: tuple[str, ...], total: Ring) -> Grou
 def _total(
     history: History, current: Round, survivors: tuple[str, ...], unmasked: UnmaskedRound, vectors: Vectors
 ) -> Ring:
-    """The unmasked sum of a group's vectors."""
+    """Return the unmasked sum of a group's vectors."""
     spec = history.offer.spec.vector
     total = ring.zeros(spec.size, spec.ring_bits)
     for device in survivors:
@@ -190,7 +187,7 @@ def _total(
 def _remaining_masks(
     session: Session, current: Round, survivors: tuple[str, ...], unmasked: UnmaskedRound
 ) -> list[Mask]:
-    """The masks that the sum of a group's masked vectors still contains, with the sign that removes them."""
+    """Return the masks that the sum of a group's masked vectors still contains, with the sign that removes them."""
     plan, index = current.plan.digest(), current.plan.round - 1
     own = [
         Mask(masks.self_key(unmasked.seeds[device], session.context, plan, device), add=False) for device in survivors

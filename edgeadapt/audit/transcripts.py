@@ -3,7 +3,7 @@
     transcript/
       authority.pem, coordinator.pem   the keys of the sessions: public, to compare with those that devices pin
       revoked.crl                      the authority's revocation list in the newest session, where there is one
-      session-000001.log               see ``aggregation.transcript``; each session's checkpoints name the one before
+      session-000001.log               see ``aggregation.transcript``; each session's checkpoints name the previous one
       vectors/SHA256.bin               masked vectors, where the operator keeps them
 
 ``coordinator.transcripts`` writes this folder, under the names defined here.
@@ -43,36 +43,29 @@ Pinned = TypeVar("Pinned", Root, PublicKey, RevocationList)
 
 
 def log_name(number: int) -> str:
-    """The file of a session's log."""
     return f"session-{number:06}.log"
 
 
 def log_number(path: Path) -> int:
-    """The session's number in the name of a log. Inverse of ``log_name``."""
     return int(path.stem.partition("-")[2])
 
 
 def logs(folder: Path) -> list[Path]:
-    """The logs in a folder of transcripts, in the order of their sessions. A file with another name is not one."""
+    """List the logs in a folder of transcripts, in the order of their sessions. A file with another name is not one."""
     named = [path for path in folder.glob(_LOGS) if path.stem.partition("-")[2].isdecimal()]
     return sorted((path for path in named if path.name == log_name(log_number(path))), key=log_number)
 
 
 def vector_path(folder: Path, digest: bytes) -> Path:
-    """The file in ``VECTORS`` of the masked vector with this SHA-256."""
+    """Name the file in ``VECTORS`` of the masked vector with this SHA-256."""
     return folder / f"{digest.hex()}.bin"
 
 
 @dataclass(frozen=True, slots=True)
 class AuditOptions:
-    """What an auditor provides. A key that is missing is taken from the transcript; without the others less is checked.
+    """Holds what an auditor provides. A missing key is taken from the transcript; without the others less is checked.
 
-    Args:
-        authority: File of the authority's certificate.
-        coordinator: File of the coordinator's public key.
-        revoked: File of the authority's revocation list.
-        registry: The coordinator's state directory.
-        at: When the sessions took place.
+    ``registry`` is the coordinator's state directory, and the sessions took place ``at`` that time.
     """
 
     authority: Path | None = None
@@ -84,17 +77,16 @@ class AuditOptions:
 
 @dataclass(frozen=True, slots=True)
 class AuditInput:
-    """Logs to check, and what to check them with.
+    """Holds logs to check, and what to check them with.
 
     Args:
         paths: The logs, in order.
         root: The authority, with the revocation list that counts.
-        coordinator: Its key.
         pinned: Authority and coordinator's key come from the auditor, and not from the transcript.
         at: When the sessions took place, if that is known.
         registry: Where the coordinator published its adapters, if it is available.
         published: The newest adapter there.
-        records: Of the rounds, there. Both are read before the logs, which a session under way continues meanwhile.
+        records: The records of the rounds there. Both are read before the logs, which a running session continues.
         complete: These are all the sessions of the coordinator, not a single log.
     """
 
@@ -112,9 +104,7 @@ class AuditInput:
     def open(cls, path: Path, options: AuditOptions) -> Self:
         """Find the logs, and read the keys.
 
-        Args:
-            path: A log, a folder of transcripts, a coordinator's state directory, or the folder of a run.
-            options: What the auditor provides.
+        ``path`` is a log, a folder of transcripts, a coordinator's state directory, or the folder of a run.
 
         Raises:
             ConfigError: The folder of ``options.registry`` has no registry.
@@ -136,12 +126,7 @@ class AuditInput:
         return cls(paths, root, key, pinned, options.at, registry, *_state(registry), complete)
 
     def audit(self, *, unfinished: bool) -> dict[str, Report]:
-        """Name of a log → its report, in order. ``unfinished``: accept that the last one is not closed.
-
-        Raises:
-            ConfigError: The registry is of another format.
-            DataError: A file is too large.
-        """
+        """Map each log's name to its report, in order. ``unfinished`` accepts that the last one is not closed."""
         vectors = partial(_vector, self.paths[0].parent / VECTORS)
         recomputation = Recomputation(self.registry) if self.registry else None
         reports, sums, spent, weaknesses = dict[str, Report](), RepeatedSums(), Account(), Weaknesses()
@@ -157,11 +142,7 @@ class AuditInput:
         return reports
 
     def require(self, reports: Mapping[str, Report], *, unfinished: bool) -> None:
-        """Return if every session passed and, of a complete set, none is missing.
-
-        Raises:
-            TrustError: A check failed, or a session is missing.
-        """
+        """Check that every session passed and that a complete set lacks none. Raises TrustError."""
         for name, report in reports.items():
             with of_file(name):
                 report.require()
@@ -175,21 +156,21 @@ class AuditInput:
 
     @property
     def unread(self) -> tuple[str, ...]:
-        """What lies next to the logs and is not audited: for example a session's log under another name."""
+        """List what lies next to the logs and is not audited: for example a session's log under another name."""
         read = {*(path.name for path in self.paths), AUTHORITY, COORDINATOR, REVOKED, VECTORS}
         return tuple(sorted(path.name for path in self.paths[0].parent.iterdir() if path.name not in read))
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """SHA-256 of the authority's certificate and id of the coordinator's key, to compare with pinned ones."""
+        """Return the authority's SHA-256 and the coordinator's key id, to compare with pinned ones."""
         return {"authority": hashlib.sha256(self.root.der).hexdigest(), "coordinator": self.coordinator.key_id}
 
 
 def _with_revocations(root: Root, options: AuditOptions, folder: Path, state_dir: Path | None) -> Root:
-    """The root with the revocation list that the auditor provides, if there is one.
+    """Add the revocation list that the auditor provides, if there is one, to the root.
 
-    Lists have the authority's signature and count upwards, so one that lies in ``folder`` or in the coordinator's state
-    directory under a higher number shows that the auditor's is old: it lacks the revocations in between.
+    Lists have the authority's signature and count upwards, so one in ``folder`` or in the coordinator's state directory
+    under a higher number shows that the auditor's is old: it lacks the revocations in between.
 
     Raises:
         TrustError: A list is damaged, or the auditor's is older than one of the coordinator and than the time of the
@@ -217,7 +198,7 @@ def _require_in_force(crl: RevocationList, at: datetime | None) -> None:
 
 
 def _as_of(crl: RevocationList, at: datetime | None) -> RevocationList:
-    """The list at that time: a certificate that was revoked later was still valid."""
+    """Return the list at that time: a certificate that was revoked later was still valid."""
     if at is None:
         return crl
     return replace(crl, revoked={serial: since for serial, since in crl.revoked.items() if since.at <= at})
@@ -235,36 +216,36 @@ def _adapters(report: Report, recomputation: Recomputation | None, published: Ve
     if recomputation is None:
         text = "the published adapters are not available (--registry)"
         return Finding(Check.ADAPTERS, Status.SKIPPED, text, about="--registry")
-    found = recomputation.check(report)
-    if found.status is Status.FAIL or report.open_plan is None or not published or published.plan != report.open_plan:
-        return found
-    text = f"{found.text}. Adapter {published.version} is not audited: its round has no ending in the log yet"
-    return replace(found, status=Status.WARNING, text=text, about="round.open")
+    finding = recomputation.check(report)
+    if finding.status is Status.FAIL or report.open_plan is None or not published or published.plan != report.open_plan:
+        return finding
+    text = f"{finding.text}. Adapter {published.version} is not audited: its round has no ending in the log yet"
+    return replace(finding, status=Status.WARNING, text=text, about="round.open")
 
 
 def _find(path: Path) -> tuple[Path, ...]:
-    found = {place: tuple(logs(path / place)) for place in PLACES}
-    places = [place for place, paths in found.items() if paths]
+    logs_by_place = {place: tuple(logs(path / place)) for place in PLACES}
+    places = [place for place, paths in logs_by_place.items() if paths]
     if len(places) == 1:
-        return found[places[0]]
+        return logs_by_place[places[0]]
     text = f"{path} has no transcript: name a session's log, a coordinator's state directory, or the folder of a run"
     if places:
         text = f"{path} has logs in {' and in '.join(places)}: name the folder of the coordinator that is to be audited"
     raise DataError(text, about="transcript", value=str(path))
 
 
-def _read(parse: Callable[[bytes], Pinned], given: Path | None, stored: Path, option: str) -> Pinned:
-    """A file that the auditor provides; else the one in the transcript, which must be as the coordinator wrote it."""
-    path = given or stored
+def _read(parse: Callable[[bytes], Pinned], provided: Path | None, stored: Path, option: str) -> Pinned:
+    """Read the auditor's file; else the one in the transcript, which must be as the coordinator wrote it."""
+    path = provided or stored
     try:
         raw = storage.read(path, LARGEST)
     except FileNotFoundError:
         raise TrustError(f"{path} is missing: name the file with {option}", about=option) from None
     with of_file(path):
-        found = parse(raw)
-    if given is None and found.to_pem() != raw:
+        pinned = parse(raw)
+    if provided is None and pinned.to_pem() != raw:
         raise TrustError(f"{path} was altered after the coordinator wrote it: copy it again", about=path.name)
-    return found
+    return pinned
 
 
 def _vector(folder: Path, digest: bytes, size: int) -> bytes | None:
@@ -275,12 +256,7 @@ def _vector(folder: Path, digest: bytes, size: int) -> bytes | None:
 
 
 def _state(registry: RegistryFiles) -> tuple[VersionManifest, tuple[RoundRecord, ...]]:
-    """The newest manifest, and the records of all rounds.
-
-    Raises:
-        ConfigError: The registry is of another format.
-        TrustError: It is damaged or empty.
-    """
+    """Read the newest manifest, and the records of all rounds. Raises TrustError if there is none."""
     try:
         newest, records = registry.manifest(), registry.rounds()
     except DataError as error:
@@ -291,13 +267,10 @@ def _state(registry: RegistryFiles) -> tuple[VersionManifest, tuple[RoundRecord,
 
 
 def _require_logged(published: VersionManifest, records: Sequence[RoundRecord], reports: Mapping[str, Report]) -> None:
-    """Return if the newest adapter of a registry is in the logs.
+    """Check that the newest adapter of a registry is in the logs. Raises TrustError.
 
     A session under way records a round with its adapter before it logs the result, so there the open round may have
     made it. ``require_logged`` compares that record with the log.
-
-    Raises:
-        TrustError: It is in no log.
     """
     *_, last = reports.values()
     logged = max((report.newest[0] for report in reports.values() if report.newest), default=0)

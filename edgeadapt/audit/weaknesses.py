@@ -1,8 +1,8 @@
 """What no rule of the protocol forbids, and yet shows more of a few devices than an auditor would expect.
 
-Each is a warning with a code of its own: what a device with the default policy refuses, a part of an adapter that was
-private and is shared, a round whose survivors have far fewer examples than those of the others, and one that hardly
-moved its adapter, so that the next sum is as a second one from the same adapter.
+Each is a warning with a code of its own: what a device with the default policy refuses, a private part of an adapter
+that is shared, a round whose survivors have far fewer examples than those of the others, and one that hardly moved its
+adapter, so that the next sum is like a second one from the same adapter.
 """
 
 from collections import defaultdict
@@ -36,24 +36,22 @@ class Weaknesses:
     weights: list[float] = field(default_factory=list)
 
     def check(self, report: Report, still: Mapping[int, str]) -> tuple[Finding, ...]:
-        """The warnings of one session; one finding that says that there are none, if so.
+        """Return the warnings of one session; one finding that says that there are none, if so.
 
-        Args:
-            report: Of the session.
-            still: See ``Recomputation``; empty without the adapters.
+        ``still`` is that of ``Recomputation``; empty without the adapters.
         """
         if report.failed or report.spec is None:
             return (Finding(Check.WEAKNESSES, Status.NOT_REACHED, ""),)
-        found = dict[str, str]()
+        texts = dict[str, str]()
         for about, text in (
             *_offered(report, report.spec),
             *self._asked(report),
             *self._weighed(report.produced),
             *_stood(still),
         ):
-            found.setdefault(about, text)  # the first round of each code: what it repeats is the same
-        if found:
-            return tuple(Finding(Check.WEAKNESSES, Status.WARNING, text, about=about) for about, text in found.items())
+            texts.setdefault(about, text)  # the first round of each code: what it repeats is the same
+        if texts:
+            return tuple(Finding(Check.WEAKNESSES, Status.WARNING, text, about=about) for about, text in texts.items())
         text = "a device with the default policy accepts the offer and each task, and no round shows more than others"
         return (Finding(Check.WEAKNESSES, Status.PASS, text),)
 

@@ -1,7 +1,7 @@
 """What the authority did, in one file that only grows: a line of JSON for each certificate, revocation and list.
 
 A line counts once it is complete and on the disk, and nothing is handed out before that. A kill can leave an incomplete
-line at the end; that event did not happen, and the next writer removes the line. Writers wait for each other.
+line at the end, which did not happen: the next writer removes it. Writers wait for each other.
 """
 
 import json
@@ -31,7 +31,7 @@ class _Line(BaseModel):
 
 
 class Purpose(Enum):
-    """What a certificate is for: a device's identity, or the gateway's TLS."""
+    """Says what a certificate is for: a device's identity, or the gateway's TLS."""
 
     IDENTITY = "identity"
     DEVICE_TLS = "device-tls"  # in records of before 2026-12: light devices had TLS keys
@@ -39,7 +39,7 @@ class Purpose(Enum):
 
 
 class CertificateIssued(_Line):
-    """A certificate was issued. ``key`` is the id of the certified key; ``certificate`` is DER in base 64."""
+    """Records a certificate. ``key`` is the id of the certified key; ``certificate`` is DER in base 64."""
 
     event: Literal["issued"] = "issued"
     name: str
@@ -52,15 +52,13 @@ class CertificateIssued(_Line):
 
 
 class CertificateRevoked(_Line):
-    """A certificate is no longer valid."""
-
     event: Literal["revoked"] = "revoked"
     serial: Serial
     reason: Reason
 
 
 class ListSigned(_Line):
-    """A revocation list was signed, with what ``rules.listed_revocations`` returned."""
+    """Records a revocation list, with what ``rules.listed_revocations`` returned."""
 
     event: Literal["list"] = "list"
     number: int
@@ -68,7 +66,7 @@ class ListSigned(_Line):
 
 
 class InvitationIssued(_Line):
-    """A device may enrol over a network until ``expires``. ``token``: public half of the invitation's key, hex."""
+    """Lets a device enrol over a network until ``expires``. ``token``: public half of the invitation's key, hex."""
 
     event: Literal["invited"] = "invited"
     name: str
@@ -77,7 +75,7 @@ class InvitationIssued(_Line):
 
 
 class InvitationUsed(_Line):
-    """The invitation was accepted for a key, and is for no other from now on. ``tls_key``: as ``DEVICE_TLS``."""
+    """Binds an invitation to the key that it was used for. ``tls_key``: as ``DEVICE_TLS``."""
 
     event: Literal["used"] = "used"
     token: Token
@@ -94,30 +92,22 @@ class AuthorityRecord:
     path: Path
 
     def read(self) -> tuple[Event, ...]:
-        """All events, in order.
-
-        Raises:
-            DataError: A complete line is damaged.
-        """
+        """Read all events, in order. Raises DataError if a complete line is damaged."""
         return self._events(read(self.path))
 
     @property
     def state(self) -> tuple[int, int]:
-        """Size and time of the file: they change with each event."""
-        found = self.path.stat()
-        return found.st_size, found.st_mtime_ns
+        """Return size and time of the file: they change with each event."""
+        status = self.path.stat()
+        return status.st_size, status.st_mtime_ns
 
     def invitations(self) -> frozenset[str]:
-        """The tokens of all invitations: also of those that have expired or were used. Raises as ``read``."""
+        """Return the tokens of all invitations: also of those that have expired or were used. Raises as ``read``."""
         return frozenset(event.token for event in self.read() if isinstance(event, InvitationIssued))
 
     @contextmanager
     def writing(self) -> Iterator["RecordWriter"]:
-        """Hold the record's lock, and yield a writer that has the events so far.
-
-        Raises:
-            DataError: As ``read``.
-        """
+        """Hold the record's lock, and yield a writer that has the events so far. Raises as ``read``."""
         with locked(self.path.with_suffix(".lock")), self.path.open("r+b") as file:
             raw = file.read()
             events, complete = self._events(raw), raw.rfind(b"\n") + 1
@@ -139,7 +129,7 @@ class AuthorityRecord:
 
 @dataclass(slots=True)
 class RecordWriter:
-    """A record while it is locked. ``events``: so far, in order."""
+    """Writes a record while it is locked. ``events``: so far, in order."""
 
     file: BinaryIO
     events: list[Event]

@@ -19,47 +19,45 @@ from edgeadapt.authority.record import (
     RecordWriter,
 )
 
-RENEWABLE = 1 / 2  # of its validity: a certificate that has less left is renewed. Devices ask at 1/3; clocks differ
+RENEWABLE = 1 / 2  # share of the validity that is left; devices ask at 1/3, and clocks differ
 ENROL_AGAIN = "enrol this device again, with a token"
 NOT_REDEEMABLE = "the invitation is not valid, has expired, or was used: ask for a new one"
 
 
 def require_new(writer: RecordWriter, name: str, key: PublicKey, now: datetime) -> None:
-    """Return if a key may be certified under a name: neither is another device's, and neither was revoked."""
+    """Check that a key may be certified under a name: neither is another device's, and neither was revoked."""
     revoked, key_id = revoked_in(writer.events), key.key_id
-    for each in issued_in(writer.events):
-        if each.purpose is not Purpose.IDENTITY:
+    for issued in issued_in(writer.events):
+        if issued.purpose is not Purpose.IDENTITY:
             continue
-        if each.key == key_id and each.serial in revoked:
+        if issued.key == key_id and issued.serial in revoked:
             text = f"the key {key_id} was revoked: generate a new one on the device"
             raise ConfigError(text, about="key.revoked", value=key_id)
-        if each.key == key_id and each.name != name:
-            text = f"the key {key_id} is that of {each.name}: generate a new one on {name}"
-            raise ConfigError(text, about="key.name", value=each.name)
-        if each.name != name and same_name(each.name) == same_name(name):
-            text = f"{name} differs from {each.name} in upper and lower case only: choose another name"
-            raise ConfigError(text, about="name.case", value=each.name)
-        if each.name == name and each.key != key_id and each.serial not in revoked and now <= each.not_after:
-            text = f"{name} has a valid certificate with another key ({each.key}): revoke it first"
-            raise ConfigError(text, about="name.key", value=each.key)
+        if issued.key == key_id and issued.name != name:
+            text = f"the key {key_id} is that of {issued.name}: generate a new one on {name}"
+            raise ConfigError(text, about="key.name", value=issued.name)
+        if issued.name != name and same_name(issued.name) == same_name(name):
+            text = f"{name} differs from {issued.name} in upper and lower case only: choose another name"
+            raise ConfigError(text, about="name.case", value=issued.name)
+        if issued.name == name and issued.key != key_id and issued.serial not in revoked and now <= issued.not_after:
+            text = f"{name} has a valid certificate with another key ({issued.key}): revoke it first"
+            raise ConfigError(text, about="name.key", value=issued.key)
 
 
 def require_unrevoked(events: Sequence[Event], name: str, serial: int) -> None:
-    """Return if the certificate with a serial, which a device presents, was not revoked."""
+    """Check that the certificate with a serial, which a device presents, was not revoked."""
     if f"{serial:x}" in revoked_in(events):
         raise TrustError(f"a certificate of {name} was revoked: {ENROL_AGAIN}", about="renewal.revoked", value=name)
 
 
 def is_renewable(begin: datetime, end: datetime, now: datetime) -> bool:
-    """Whether a certificate with this validity may be renewed."""
     return end - now < RENEWABLE * (end - begin)
 
 
 def require_redeemable(events: Sequence[Event], token: str, name: str, key_id: str, now: datetime) -> None:
-    """Return if an invitation is for this name, and was not used for another key.
+    """Check that an invitation is for this name, and was not used for another key.
 
-    Raises:
-        TrustError: It is not; the text does not say whether such an invitation exists.
+    The TrustError does not say whether such an invitation exists.
     """
     invited = [event for event in events if isinstance(event, InvitationIssued) and event.token == token]
     used = [event.key for event in events if isinstance(event, InvitationUsed) and event.token == token]
@@ -71,25 +69,25 @@ def require_redeemable(events: Sequence[Event], token: str, name: str, key_id: s
 
 
 def certificate_of(events: Sequence[Event], key_id: str) -> bytes | None:
-    """The certificate of a key, if it has one that is not revoked."""
+    """Return the certificate of a key, if it has one that is not revoked."""
     revoked = revoked_in(events)
-    found = [each for each in issued_in(events) if each.key == key_id and each.serial not in revoked]
-    return base64.b64decode(found[-1].certificate) if found else None
+    valid = [each for each in issued_in(events) if each.key == key_id and each.serial not in revoked]
+    return base64.b64decode(valid[-1].certificate) if valid else None
 
 
 def lasting_certificate_of(
     events: Sequence[Event], name: str, key_id: str, now: datetime, end: datetime
 ) -> bytes | None:
-    """The certificate of a device's key, DER, if it does not end soon, or no sooner than a new one, at ``end``.
+    """Return the certificate of a device's key, DER, if it does not end soon, or no sooner than a new one, at ``end``.
 
     So an answer that did not arrive is given once more, and the record does not grow, however often a device asks.
     """
     revoked = revoked_in(events)
-    for each in issued_in(events):
-        if (each.name, each.key) != (name, key_id) or each.serial in revoked:
+    for certificate in issued_in(events):
+        if (certificate.name, certificate.key) != (name, key_id) or certificate.serial in revoked:
             continue
-        if each.not_after >= end or not is_renewable(each.not_before, each.not_after, now):
-            return base64.b64decode(each.certificate)
+        if certificate.not_after >= end or not is_renewable(certificate.not_before, certificate.not_after, now):
+            return base64.b64decode(certificate.certificate)
     return None
 
 
@@ -102,24 +100,23 @@ def revoked_in(events: Sequence[Event]) -> dict[str, CertificateRevoked]:
 
 
 def listed_revocations(events: Sequence[Event], now: datetime) -> dict[str, CertificateRevoked]:
-    """The revocations that a list signed now has, by serial number.
+    """Return the revocations that a list signed now has, by serial number.
 
-    One of a certificate that has expired is on one more list, which was signed after that, and then on none (RFC 5280,
-    section 3.3): lists stay as short as the fleet is large. That list is signed a day later at least. By the clock of
-    whoever accepts a list (``RevocationList.require_fresh``), what it lacks has expired as well. A list with a later
-    time than ``now`` was signed by a clock that ran ahead, and shows nothing.
+    The revocation of an expired certificate is on one more list, which was signed after that, and then on none (RFC
+    5280, section 3.3): lists stay as short as the fleet is large. That list is signed a day later at least. By the
+    clock of who accepts a list (``RevocationList.require_fresh``), what it lacks has expired as well. A list with a
+    later time than ``now`` was signed by a clock that ran ahead, and shows nothing.
     """
     ends = {each.serial: each.not_after for each in issued_in(events)}
-    found = dict[str, CertificateRevoked]()
+    listed = dict[str, CertificateRevoked]()
     for event in events:
         if isinstance(event, CertificateRevoked):
-            found[event.serial] = event
+            listed[event.serial] = event
         elif isinstance(event, ListSigned) and event.at <= now:
             until = event.at - AHEAD
-            found = {serial: each for serial, each in found.items() if serial not in ends or until <= ends[serial]}
-    return found
+            listed = {serial: each for serial, each in listed.items() if serial not in ends or until <= ends[serial]}
+    return listed
 
 
 def count_lists(events: Sequence[Event]) -> int:
-    """How many revocation lists were signed."""
     return sum(isinstance(event, ListSigned) for event in events)

@@ -58,18 +58,22 @@ from edgeadapt.formats.storage import PRIVATE, PRIVATE_FOLDER, PUBLIC
 KEY, CERTIFICATE, REVOKED, RECORD = "authority.key", "authority.pem", "revoked.crl", "record.jsonl"
 SHORTEST_PASSPHRASE = 12  # characters: one guess at PKCS #8 as OpenSSL writes it takes a millisecond
 LIMITS = {KEY: MAX_PEM, CERTIFICATE: MAX_PEM, REVOKED: 2 * MAX_REVOCATIONS, RECORD: 2**28}  # bytes
-Admit: TypeAlias = Callable[[str], None]  # counts a call of whoever has proved this; may raise
-SKEW = timedelta(hours=1)  # by which a device's clock may be behind
+Admit: TypeAlias = Callable[[str], None]  # counts a call of the device that has proved this; may raise
+SKEW = timedelta(hours=1)  # a device's clock may be behind
 
 
 def utc_now() -> datetime:
-    """The time, in whole seconds as X.509 has them."""
+    """Return the time in whole seconds, as X.509 has them."""
     return datetime.now(UTC).replace(microsecond=0)
 
 
 @dataclass(frozen=True, slots=True)
 class AuthorityStore:
-    """An authority's folder. ``clock`` says what time it is."""
+    """Manages an authority's folder. ``clock`` says what time it is.
+
+    Methods raise ConfigError if the folder has no authority, TrustError if a key or certificate is damaged, and
+    DataError if the record is damaged or lacks lines of the newest list.
+    """
 
     folder: Path
     clock: Callable[[], datetime] = utc_now
@@ -78,12 +82,7 @@ class AuthorityStore:
     def create(cls, folder: Path, name: str, days: int, list_days: int, passphrase: bytes | None) -> Self:
         """Create an authority with an empty revocation list. Afterwards the folder has all its files, or none.
 
-        Args:
-            folder: New, or empty.
-            name: Of the authority, in its certificate.
-            days: For which the authority's certificate is valid.
-            list_days: For which its first revocation list is valid.
-            passphrase: Encrypts the key; None writes it unencrypted.
+        The certificate is valid for ``days``, the first list for ``list_days``. Without a passphrase the key is plain.
 
         Raises:
             ConfigError: The folder is not empty or is the working directory, the name cannot be in a certificate, or
@@ -103,31 +102,17 @@ class AuthorityStore:
 
     @property
     def encrypted(self) -> bool:
-        """Whether the key needs a passphrase.
-
-        Raises:
-            ConfigError: The folder has no authority.
-        """
+        """Check whether the key needs a passphrase."""
         return b"ENCRYPTED" in self._read(KEY)
 
     @property
     def root(self) -> Root:
-        """The certificate that devices and coordinator pin.
-
-        Raises:
-            ConfigError: The folder has no authority.
-            TrustError: The file is damaged.
-        """
+        """Read the certificate that devices and coordinator pin."""
         with of_file(self.folder / CERTIFICATE):
             return Root.from_pem(self._read(CERTIFICATE))
 
     def unlock(self, passphrase: bytes | None) -> Authority:
-        """The authority with its private key.
-
-        Raises:
-            ConfigError: The folder has no authority.
-            TrustError: The passphrase is wrong, or a file is damaged.
-        """
+        """Open the authority with its private key. Raises TrustError if the passphrase is wrong."""
         with of_file(self.folder / KEY):
             key = IdentityKey.from_pem(self._read(KEY), passphrase)
         authority = Authority(key, self.root.der)
@@ -142,7 +127,6 @@ class AuthorityStore:
         Raises:
             ConfigError: The certificate would outlast the authority; the key is another device's or was revoked; the
                 device has a valid certificate with another key; or another device's name differs in case only.
-            DataError: The record is damaged or lacks lines.
         """
         with self._writing() as writer:
             return self._issue(writer, authority, name, key, self._end(authority, name, days))
@@ -155,18 +139,10 @@ class AuthorityStore:
         return der
 
     def issue_tls(self, authority: Authority, name: str, key: TlsPublicKey, hosts: Sequence[str], days: float) -> bytes:
-        """Certify that ``key`` is the TLS key of the gateway ``name``, valid from now on; DER.
-
-        Args:
-            authority: Unlocked.
-            name: Of the gateway.
-            key: P-256.
-            hosts: At which devices reach it.
-            days: For which it is valid.
+        """Certify that ``key`` (P-256) is the TLS key of the gateway ``name`` at ``hosts``, valid from now on; DER.
 
         Raises:
             ConfigError: The certificate would outlast the authority, or as ``Authority.issue_tls``.
-            DataError: The record is damaged or lacks lines.
         """
         with self._writing() as writer:
             begin, end, serial = self.clock() - SKEW, self._end(authority, name, days), x509.random_serial_number()
@@ -175,16 +151,9 @@ class AuthorityStore:
             return der
 
     def invite(self, name: str, invited: PublicKey, hours: float) -> datetime:
-        """Let the device ``name`` enrol over a network once; until when.
+        """Let the device ``name`` enrol over a network once, with the key ``invited``; return until when.
 
-        Args:
-            name: That will be certified.
-            invited: The public half of the invitation's key; the secret is not kept.
-            hours: For which the invitation is valid.
-
-        Raises:
-            ConfigError: A device cannot have this name.
-            DataError: As ``issue``.
+        The secret half of the invitation's key is not kept. Raises ConfigError if a device cannot have this name.
         """
         now, name = self.clock(), require_device_id(name)
         expires = now + timedelta(hours=hours)
@@ -195,21 +164,19 @@ class AuthorityStore:
     def redeem(
         self, authority: Authority, invited: bytes, signature: bytes, request: bytes, *, days: float, admit: Admit
     ) -> bytes:
-        """Certify the identity of an invited device, DER. For the same key again, the same certificate.
+        """Certify the identity of an invited device, DER. For the same key again, return the same certificate.
 
         Args:
-            authority: Unlocked.
             invited: The public half of the invitation's key, raw.
-            signature: Of that key, on the request: who passes it on can have no other key certified.
+            signature: Made with that key over the request: who passes it on can have no other key certified.
             request: PKCS #10 for the identity.
-            days: For which the certificate is valid.
             admit: Called with ``invited`` in hex once the signature was verified, before the record is locked; may
                 raise.
 
         Raises:
             TrustError: The invitation is unknown, has expired, or was used for another key; or the signature or the
                 request is not valid, or for another name.
-            ConfigError, DataError: As ``issue``.
+            ConfigError: As ``issue``.
         """
         public, token = PublicKey(invited), invited.hex()
         public.verify(invitation.ENROLMENT, request, signature)
@@ -220,25 +187,24 @@ class AuthorityStore:
             if not any(isinstance(event, InvitationUsed) and event.token == token for event in writer.events):
                 require_new(writer, name, key, self.clock())
                 writer.add(InvitationUsed(at=self.clock(), token=token, key=key.key_id))
-            found = certificate_of(writer.events, key.key_id)
-            return found or self._issue(writer, authority, name, key, self._end(authority, name, days))
+            issued = certificate_of(writer.events, key.key_id)
+            return issued or self._issue(writer, authority, name, key, self._end(authority, name, days))
 
     def renew(self, authority: Authority, certificate: bytes, signature: bytes, *, days: float, admit: Admit) -> bytes:
-        """Certify the identity of a device again, whose certificate is valid; DER.
+        """Certify again the identity of a device whose certificate is valid; DER.
 
         Its newest certificate is returned as long as that does not end soon.
 
         Args:
-            authority: Unlocked.
-            certificate: Of the device's identity, DER.
-            signature: Of the identity, on ``certificate``.
-            days: For which the new one is valid, or until the authority ends.
+            certificate: The certificate of the device's identity, DER.
+            signature: Made by the identity over ``certificate``.
+            days: The new one is valid as long, or until the authority ends.
             admit: Called with the device's name once it has proved it; may raise.
 
         Raises:
             TrustError: The certificate has expired, was revoked, or is not of this authority; or the identity did not
                 sign.
-            ConfigError, DataError: As ``issue``.
+            ConfigError: As ``issue``.
         """
         now = self.clock()
         try:
@@ -250,9 +216,9 @@ class AuthorityStore:
         with self._writing() as writer:
             require_unrevoked(writer.events, name, serial(certificate))
             require_new(writer, name, key, now)
-            end = min(now + timedelta(days), authority.root.not_after)  # nobody is there to choose fewer days
-            found = lasting_certificate_of(writer.events, name, key.key_id, now, end)
-            return found or self._issue(writer, authority, name, key, end)
+            end = min(now + timedelta(days), authority.root.not_after)  # no person chooses fewer days
+            lasting = lasting_certificate_of(writer.events, name, key.key_id, now, end)
+            return lasting or self._issue(writer, authority, name, key, end)
 
     def _end(self, authority: Authority, name: str, days: float) -> datetime:
         end, name = self.clock() + timedelta(days), require_device_id(name)
@@ -277,13 +243,7 @@ class AuthorityStore:
         )
 
     def revoke(self, authority: Authority, which: str, reason: Reason, list_days: int) -> tuple[CertificateIssued, ...]:
-        """Revoke the certificates of a device, or the one with a serial, and sign a new list, as ``sign_list`` does.
-
-        Args:
-            authority: Unlocked.
-            which: Name of the device, or serial in hex.
-            reason: Goes into the list.
-            list_days: For which the list is valid.
+        """Revoke a device's certificates, or the one with a hex serial, and sign a new list (``sign_list``).
 
         Returns:
             The certificates that were not revoked before; none if the call is repeated. The list is signed anyway.
@@ -291,28 +251,23 @@ class AuthorityStore:
         Raises:
             ConfigError: There is no such certificate.
             TrustError: The list would be too long for its readers. Nothing is revoked.
-            DataError: As ``issue``.
         """
         with self._writing() as writer:
             issued, serial = issued_in(writer.events), which.lower().replace(":", "").removeprefix("0x")
-            found = [each for each in issued if each.name == which] or [
+            matching = [each for each in issued if each.name == which] or [
                 each for each in issued if each.serial == serial
             ]
-            if not found:
+            if not matching:
                 text = f"there is no certificate with the name or serial {which}: 'edgeadapt authority list' shows all"
                 raise ConfigError(text, about="certificate", value=which)
             before = revoked_in(writer.events)
-            new = tuple(each for each in found if each.serial not in before)
+            new = tuple(each for each in matching if each.serial not in before)
             lines = [CertificateRevoked(at=self.clock(), serial=each.serial, reason=reason) for each in new]
             self._sign_list(writer, authority, list_days, lines)
         return new
 
     def sign_list(self, authority: Authority, days: int) -> int:
-        """Sign a revocation list (``rules.listed_revocations``), valid for ``days``; its number.
-
-        Raises:
-            DataError: As ``issue``.
-        """
+        """Sign a revocation list (``rules.listed_revocations``), valid for ``days``; return its number."""
         with self._writing() as writer:
             return self._sign_list(writer, authority, days)
 
@@ -335,12 +290,7 @@ class AuthorityStore:
         return number
 
     def certificates(self) -> tuple[tuple[CertificateIssued, str], ...]:
-        """Every certificate, in order, with its status: ``valid``, ``expired``, or ``revoked`` with the reason.
-
-        Raises:
-            ConfigError: The folder has no authority.
-            DataError: The record is damaged.
-        """
+        """Return every certificate, in order, with its status: valid, expired, or revoked with the reason."""
         events, now = self._record().read(), self.clock()
         revoked = revoked_in(events)
 
@@ -358,17 +308,13 @@ class AuthorityStore:
             yield writer
 
     def _require_complete(self, events: Sequence[Event]) -> None:
-        """Return if the record has all of the newest list: a list from an older record would reinstate devices.
-
-        Raises:
-            DataError: It lacks lines.
-        """
+        """Check that the record has all of the newest list: a list from an older record would reinstate devices."""
         try:
             newest = self.root.revocations(self._read(REVOKED))
         except (ConfigError, TrustError):  # missing or damaged: the next list replaces it
             return
-        known = {int(serial, 16) for serial in revoked_in(events)}
-        if newest.number > count_lists(events) or newest.revoked.keys() - known:
+        recorded = {int(serial, 16) for serial in revoked_in(events)}
+        if newest.number > count_lists(events) or newest.revoked.keys() - recorded:
             text = f"{self.folder / RECORD} lacks lines that {REVOKED} depends on: restore it from a backup"
             raise DataError(text, about=RECORD)
 

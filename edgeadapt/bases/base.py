@@ -30,7 +30,7 @@ CONVERSION = 1  # raise it when the folder that is made from the same file chang
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """A Python package that is known to hold a base."""
+    """Names a Python package that is known to hold a base."""
 
     name: str
     model: str
@@ -48,27 +48,25 @@ PACKAGES = (
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A base model in a folder. ``digest`` names its weights, configuration and tokenizer (SHA-256, hex)."""
+    """Is a base model in a folder. ``digest`` names its weights, configuration and tokenizer (SHA-256, hex)."""
 
     folder: Path
     digest: str
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
-        """The file of weights, or its parts."""
         return tuple(self.folder / name for name in _identity_files(self.folder) if name.endswith(".safetensors"))
 
     @property
     def weight_bytes(self) -> int:
-        """Size of the full model's weights, in bytes: what federated fine-tuning of everything would send."""
+        """Sum the full model's weights, in bytes: what federated fine-tuning of everything would send."""
         return sum(file.stat().st_size for file in self.weight_files)
 
     @property
     def merged(self) -> dict[str, str]:
-        """The adapters that were merged into it: SHA-256 of the file → peft's name of the method.
+        """Return the adapters that were merged into it: SHA-256 of the file → peft's name of the method.
 
-        Raises:
-            ConfigError: ``config.json`` states them in another form than ``edgeadapt base merge``.
+        Raises ConfigError if ``config.json`` states them in another form than ``edgeadapt base merge``.
         """
         try:
             config = json.loads(read(self.folder / "config.json", LONGEST["config.json"]))
@@ -85,7 +83,7 @@ class Base:
 
 
 def find_base(where: str) -> Base:
-    """The base in the folder or file ``where``, or in the installed Python package ``where``.
+    """Find the base in the folder or file ``where``, or in the installed Python package ``where``.
 
     A file is GGUF or ``E5S1``. A package holds its base in a folder ``model`` or in one such file. A file is converted
     when it is first seen, which takes some seconds.
@@ -111,11 +109,7 @@ def find_base(where: str) -> Base:
 
 
 def in_package(package: str) -> Path:
-    """The folder or file of the base that an installed package holds.
-
-    Raises:
-        ConfigError: There is no such package.
-    """
+    """Locate the base that an installed package holds. Raises ConfigError for another package."""
     # find_spec alone: importing the package would pull in its whole framework.
     try:
         spec = find_spec(package) if package.isidentifier() else None
@@ -126,9 +120,9 @@ def in_package(package: str) -> Path:
             f"base model {package!r} is neither a folder nor an installed package", about="base", value=package
         )
     home = Path(spec.origin).parent
-    for known in PACKAGES:
-        if known.name == package:
-            return home / known.file
+    for candidate in PACKAGES:
+        if candidate.name == package:
+            return home / candidate.file
     files = sorted(home.glob(f"*{GGUF}"))
     return files[0] if len(files) == 1 and not (home / "model").is_dir() else home / "model"
 
@@ -159,7 +153,7 @@ def _digest(folder: Path) -> str:
 
 
 def _identity_files(folder: Path) -> tuple[str, ...]:
-    """The files that make a base what it is: ``IDENTITY_FILES``, or an index and the parts that it names.
+    """List the files that make a base what it is: ``IDENTITY_FILES``, or an index and the parts that it names.
 
     One file of weights counts before an index, as it does to transformers.
     """

@@ -1,13 +1,11 @@
 """Runs an exported classifier as devices run it: one text, or a mixed batch in which each row uses another adapter.
 
 Devices answer with it (``client.inference``), and the exporter measures with it (``export.parity``), so that what is
-measured is what runs.
-
-``x @ A @ B`` broadcasts: with A of shape ``(rows, in, rank)`` and B of shape ``(rows, rank, out)``, each row is
-multiplied by its own A and B. So do scales and offsets of shape ``(rows, given, width)``; a row without one gets ones
-or zeros. A head with fewer labels than another is padded with zeros, and the surplus logits are cut off. Why ranks are
-not padded: docs/decisions/0013-composing-adapters.md. Where all rows use one adapter, A and B have two dimensions, and
-layers may read inputs of any shape.
+measured is what runs. ``x @ A @ B`` broadcasts: with A of shape ``(rows, in, rank)`` and B of shape
+``(rows, rank, out)``, each row has its own A and B. So do scales and offsets of shape ``(rows, given, width)``; a row
+without one gets ones or zeros. Heads with fewer labels are padded with zeros, and the surplus logits are cut off. Ranks
+are not padded (docs/decisions/0013-composing-adapters.md). Where all rows use one adapter, A and B have two dimensions,
+and layers may read inputs of any shape.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -24,53 +22,42 @@ from edgeadapt.formats.layout import Floats, Tensors
 
 LABELS = "labels"  # the symbolic dimension of a head's rows in the base's manifest
 RANK = "rank_"  # prefix of the symbolic dimension of a rank
-MIN_RANK = 2  # of a graph input; ONNX Runtime adds up a product with one column in an order that depends on the rows
+MIN_RANK = 2  # ONNX Runtime adds up a product with one column in an order that depends on the rows
 ENCODER = "encoder."  # begins the path of everything below a head over the mean of the tokens
-MAX_TOKENS = 128  # of a text that is trained on or embedded
-MAX_ROWS = 16  # of one run; more rows are no faster, and each takes up to 5 MB on MiniLM
+MAX_TOKENS = 128  # a longer text is cut
+MAX_ROWS = 16  # more are no faster, and each takes up to 5 MB on MiniLM
 Slots = Mapping[str, Sequence[str]]  # graph input → its symbolic dimensions, from the base's manifest
 Feeds = Mapping[str, Any]  # graph input → OrtValue
 
 
 class ClassifierGraph:
-    """The graph of an exported classifier, loaded. Threads may share it."""
+    """Runs a loaded graph of an exported classifier. Threads may share it."""
 
     def __init__(self, session: ort.InferenceSession, slots: Slots, independent_rows: bool) -> None:
-        """Run ``session``.
-
-        Args:
-            session: The graph.
-            slots: Of the base's manifest.
-            independent_rows: Of the base's manifest. If not, ``mixed`` runs each row alone.
-        """
+        """Run ``session``; without ``independent_rows``, ``mixed`` runs each row alone."""
         self._session, self._slots, self._rows = session, slots, MAX_ROWS if independent_rows else 1
 
     def feeds(self, inputs: Tensors) -> Feeds:
-        """One adapter, ready for ``logits``: ``inputs`` has a tensor for each slot."""
+        """Prepare one adapter for ``logits``: ``inputs`` has a tensor for each slot."""
         return _ort_values({name: _padded([inputs[name]], self._slots[name])[0] for name in self._slots})
 
     def logits(self, tokens: Sequence[int], adapter: Feeds) -> Floats:
-        """The logits of one text, shape ``(labels,)``. Raises what ONNX Runtime raises."""
+        """Return the logits of one text, shape ``(labels,)``. Raises what ONNX Runtime raises."""
         logits: Floats = self._run([tokens], adapter)[0]
         return logits
 
     def mixed(self, tokens: Sequence[Sequence[int]], inputs: Sequence[Tensors]) -> list[Floats]:
-        """The logits of a batch.
+        """Return the logits of a batch, from each row's tokens and its adapter's tensors, one for each slot.
 
-        Args:
-            tokens: Of each row.
-            inputs: The adapter of each row, a tensor for each slot.
-
-        Returns:
-            Of each row what ``logits`` returns, up to rounding; after the adapter's own labels, a row may have more.
+        Each row's are what ``logits`` returns, up to rounding; after the adapter's own labels, a row may have more.
         """
-        found: dict[int, Floats] = {}
+        logits: dict[int, Floats] = {}
         for run in group_rows(inputs, self._slots, self._rows):
             texts, adapters = [tokens[row] for row in run], [inputs[row] for row in run]
-            one = all(adapter is adapters[0] for adapter in adapters)
-            feeds = self.feeds(adapters[0]) if one else _ort_values(stack(adapters, self._slots))
-            found.update(zip(run, self._run(texts, feeds), strict=True))
-        return [found[row] for row in range(len(tokens))]
+            same_adapter = all(adapter is adapters[0] for adapter in adapters)
+            feeds = self.feeds(adapters[0]) if same_adapter else _ort_values(stack(adapters, self._slots))
+            logits.update(zip(run, self._run(texts, feeds), strict=True))
+        return [logits[row] for row in range(len(tokens))]
 
     def _run(self, tokens: Sequence[Sequence[int]], adapter: Feeds) -> Floats:
         ids, mask = pad(tokens)
@@ -80,13 +67,9 @@ class ClassifierGraph:
 
 
 def open_session(model: bytes, folder: Path, slots: Collection[str], threads: int = 1) -> ort.InferenceSession:
-    """The session of an exported graph, whose slots take an adapter for each row.
+    """Open a verified graph, whose slots take an adapter for each row.
 
-    Args:
-        model: The graph, verified.
-        folder: Of the file of weights, which is mapped into memory, so that processes share it.
-        slots: Of the base.
-        threads: For matrix products.
+    The file of weights in ``folder`` is mapped into memory, so that processes share it.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -96,18 +79,10 @@ def open_session(model: bytes, folder: Path, slots: Collection[str], threads: in
 
 
 def group_rows(adapters: Sequence[Tensors], slots: Slots, most: int = MAX_ROWS) -> list[list[int]]:
-    """Group the rows that can share a run.
+    """Group the rows that can share a run: each run's row numbers, at most ``most``, in order, every row once.
 
     Adapters share a run if their ranks agree in every layer, they have the same number of virtual tokens, and the
     parameters that they replace, except those of a head, are equal.
-
-    Args:
-        adapters: The graph inputs of each row.
-        slots: Of the base's manifest.
-        most: Rows of one run.
-
-    Returns:
-        The row numbers of each run, at most ``most``. Every row is in exactly one run, and rows keep their order.
     """
     runs: list[list[int]] = []
     for row, adapter in enumerate(adapters):
@@ -121,11 +96,7 @@ def group_rows(adapters: Sequence[Tensors], slots: Slots, most: int = MAX_ROWS) 
 
 
 def stack(adapters: Sequence[Tensors], slots: Slots) -> Tensors:
-    """Stack the inputs of one run.
-
-    Args:
-        adapters: The graph inputs of each row, at least one, from one group of ``group_rows``.
-        slots: Of the base's manifest.
+    """Stack the graph inputs of the rows of one run, at least one, from one group of ``group_rows``.
 
     Returns:
         A, B, scales, offsets and the head's tensors in float32, with the rows as first dimension and what changes
@@ -140,10 +111,7 @@ def stack(adapters: Sequence[Tensors], slots: Slots) -> Tensors:
 
 
 def pad(tokens: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Token ids and attention mask, both of shape ``(rows, longest)``; padding is 0 in both.
-
-    Args:
-        tokens: The token ids of each row; at least one row.
+    """Return token ids and attention mask, both of shape ``(rows, longest)``; padding is 0 in both.
 
     >>> ids, mask = pad([[5, 6, 7], [8]])
     >>> ids.tolist(), mask.tolist()
@@ -172,7 +140,7 @@ def _per_row(name: str, dimensions: Sequence[str]) -> bool:
 
 
 def _padded(values: Sequence[Floats], dimensions: Sequence[str], fill: float = 0.0) -> Floats:
-    """``values`` with ``fill`` up to one shape, stacked; a single value that needs none is a view."""
+    """Stack ``values``, padded with ``fill`` to one shape; a single value that needs no padding is a view."""
     least = (MIN_RANK if dimension.startswith(RANK) else 0 for dimension in dimensions)
     shape = tuple(map(max, zip(least, *(value.shape for value in values), strict=True)))
     if len(values) == 1 and values[0].shape == shape:

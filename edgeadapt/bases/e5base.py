@@ -29,7 +29,7 @@ VERSION = 1
 BLOCK = 32  # weights under one scale
 FLOAT32, Q4_0 = 0, 1  # kinds of tensors
 LARGEST = 2**31  # bytes of a file; multilingual-e5-small has 72 million
-MAX_CHARACTERS = 9_999  # that are replaced, in one class of a regular expression; multilingual-e5-small has 4,837
+MAX_CHARACTERS = 9_999  # in one class of a regular expression; multilingual-e5-small has 4,837
 EMBEDDINGS = {"word": "word_embeddings", "pos": "position_embeddings", "type": "token_type_embeddings"}
 LAYER_PARTS = {
     "q": "attention.self.query",
@@ -49,13 +49,9 @@ BREAK = "\x01"
 
 
 def convert(file: Path, folder: Path) -> None:
-    """Write ``config.json``, ``model.safetensors``, ``tokenizer.json`` and its companion into ``folder``.
+    """Write ``config.json``, ``model.safetensors``, ``tokenizer.json`` and its companion into the empty ``folder``.
 
     Equal files give equal folders, as long as the tokenizers library writes the same JSON.
-
-    Args:
-        file: The ``E5S1`` file.
-        folder: Exists and is empty.
 
     Raises:
         DataError: ``file`` is not a sound ``E5S1`` file.
@@ -126,7 +122,7 @@ def _config(reader: _Reader) -> dict[str, Any]:
 
 
 def _tokenizer(reader: _Reader, config: dict[str, Any]) -> tuple[Tokenizer, dict[str, str]]:
-    """The tokenizer, and its special tokens by the name that transformers gives them."""
+    """Build the tokenizer, and name its special tokens as transformers does."""
     count, bos, eos, pad, unk, size = reader.numbers("5iQ")
     if not 0 < count <= config["vocab_size"]:
         raise reader.unsound(f"{count} tokens for {config['vocab_size']} rows of the embedding")
@@ -147,9 +143,9 @@ def _tokenizer(reader: _Reader, config: dict[str, Any]) -> tuple[Tokenizer, dict
         raise reader.unsound(f"{odd[:80]!r} cannot begin or end a text")
     config |= {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
     tokenizer = Tokenizer(models.Unigram(list(zip(words, scores.tolist(), strict=True)), unk, byte_fallback=False))
-    found = _replacements(reader)
-    replaced = {character: text for character, text in found.items() if text}
-    removed = {*found} - {*replaced} | {BREAK}
+    replacements = _replacements(reader)
+    replaced = {character: text for character, text in replacements.items() if text}
+    removed = {*replacements} - {*replaced} | {BREAK}
     tokenizer.normalizer = normalizers.Sequence(
         [
             normalizers.Replace(Regex(f"(?<={_one_of(replaced)})"), BREAK),
@@ -178,33 +174,30 @@ def _replacements(reader: _Reader) -> dict[str, str]:
     if count > MAX_CHARACTERS:
         raise reader.unsound(f"it replaces {count} characters")
     table = _Reader(reader.name, reader.take(size))
-    found: dict[str, str] = {}
+    replacements: dict[str, str] = {}
     try:
         for _ in range(count):
             character, length = table.numbers("IB")
-            found[chr(character)] = "".join(map(chr, table.numbers(f"{length}I")))
-        every = "".join([*found, *found.values()]).encode()
+            replacements[chr(character)] = "".join(map(chr, table.numbers(f"{length}I")))
+        every = "".join([*replacements, *replacements.values()]).encode()
     except (ValueError, OverflowError) as error:
         raise reader.unsound("its table of characters is damaged") from error
-    if 0 in every or not any(found.values()):
+    if 0 in every or not any(replacements.values()):
         raise reader.unsound("its table of characters replaces none, or has a NUL")
-    return found
+    return replacements
 
 
 def _one_of(characters: Iterable[str]) -> str:
-    """A regular expression for one of these."""
     escaped = (f"\\x{{{ord(each):x}}}" for each in sorted(characters))
     return f"[{''.join(escaped)}]"
 
 
 def character_map(replacements: Mapping[str, str]) -> bytes:
-    """A table of characters and what replaces each, as SentencePiece stores it (``precompiled_charsmap``).
+    """Write a table of characters and what replaces each, as SentencePiece stores it (``precompiled_charsmap``).
 
     The size of a double-array trie in bytes, the trie (Darts: the unit of a child lies at its parent's offset XOR its
-    byte), then the replacements, each ended by NUL.
-
-    Args:
-        replacements: Character → text. None is NUL, and none empty: tokenizers does not remove the beginning of a text.
+    byte), then the replacements, each ended by NUL. No replacement is empty or NUL: tokenizers does not remove the
+    beginning of a text.
     """
     tree: dict[int, Any] = {}
     texts = bytearray()
@@ -237,25 +230,25 @@ def _weights(reader: _Reader, config: dict[str, Any]) -> Iterator[tuple[str, Flo
     (count,) = reader.numbers("i")
     for _ in range(count):
         (length,) = reader.numbers("H")
-        given = reader.take(length).decode("utf-8", "replace")[:80]
+        stored = reader.take(length).decode("utf-8", "replace")[:80]
         kind, values, offset, size = reader.numbers("BIQQ")
-        if (name := _name(given)) not in shapes:
-            raise ConfigError(f"{reader.name} has a tensor {given!r}, which cannot be converted", about=given)
+        if (name := _name(stored)) not in shapes:
+            raise ConfigError(f"{reader.name} has a tensor {stored!r}, which cannot be converted", about=stored)
         shape, data = shapes.pop(name), reader.data[offset : offset + size]
         expected = values * 4 if kind == FLOAT32 else values // BLOCK * 18
         left -= size
         if kind not in (FLOAT32, Q4_0) or values != math.prod(shape) or not size == expected == len(data) or left < 0:
-            raise reader.unsound(f"tensor {given!r} does not have {shape} values of a known kind")
+            raise reader.unsound(f"tensor {stored!r} does not have {shape} values of a known kind")
         value = np.frombuffer(data, "<f4") if kind == FLOAT32 else _dequantized(data)
         if not np.isfinite(value).all():
-            raise reader.unsound(f"tensor {given!r} has values that are not finite")
+            raise reader.unsound(f"tensor {stored!r} has values that are not finite")
         yield name, np.ascontiguousarray(value.reshape(shape), np.float32)
     if shapes:
         raise reader.unsound(f"{len(shapes)} of its tensors are missing, such as {min(shapes)}")
 
 
 def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The tensors of a ``BertModel`` without pooler, and their shapes."""
+    """List the tensors of a ``BertModel`` without pooler, with their shapes."""
     width, inner = config["hidden_size"], config["intermediate_size"]
     rows = {"word": config["vocab_size"], "pos": config["max_position_embeddings"], "type": config["type_vocab_size"]}
     shapes: dict[str, tuple[int, ...]] = {
@@ -271,9 +264,9 @@ def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _name(given: str) -> str:
-    """transformers' name of a tensor; "" for one that is not known."""
-    match given.split("."):
+def _name(stored: str) -> str:
+    """Translate a tensor's name to transformers'; "" for one that is not known."""
+    match stored.split("."):
         case ["emb", "ln", kind] if kind in KINDS:
             return f"embeddings.LayerNorm.{KINDS[kind]}"
         case ["emb", part] if part in EMBEDDINGS:
@@ -284,7 +277,7 @@ def _name(given: str) -> str:
 
 
 def _dequantized(data: bytes) -> Floats:
-    """``Q4_0``: a block has a scale, then 16 bytes; their low halves are the first 16 weights, the high the rest."""
+    """Decode ``Q4_0``: a block has a scale, then 16 bytes: low halves are the first 16 weights, high the rest."""
     blocks = np.frombuffer(data, np.dtype([("scale", "<f2"), ("halves", "u1", BLOCK // 2)]))
     halves = np.concatenate([blocks["halves"] & 15, blocks["halves"] >> 4], axis=1).astype(np.float32)
     return ((halves - 8) * blocks["scale"].astype(np.float32)[:, None]).ravel()

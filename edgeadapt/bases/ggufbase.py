@@ -38,7 +38,7 @@ LAYER_PARTS = {
 }
 OTHER_PARTS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LEAST = 9  # tensors of a layer
-LARGEST = 2**24  # of a size in the settings; a table of positions is as long, whatever the tensors hold
+LARGEST = 2**24  # size in the settings; a table of positions is as long, whatever the tensors hold
 QWEN2_WORDS = (  # the pattern of Qwen 2's own tokenizer.json
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -46,13 +46,9 @@ CONTROL, USER_DEFINED = 3, 4  # kinds of tokens in llama.cpp's vocabulary
 
 
 def convert(file: Path, folder: Path) -> None:
-    """Write ``config.json``, ``model.safetensors``, ``tokenizer.json`` and their companions into ``folder``.
+    """Write ``config.json``, ``model.safetensors``, ``tokenizer.json`` and their companions into the empty ``folder``.
 
     Equal files give equal folders, as long as the tokenizers library writes the same JSON.
-
-    Args:
-        file: The GGUF file.
-        folder: Exists and is empty.
 
     Raises:
         DataError: ``file`` is not a sound GGUF file.
@@ -76,7 +72,7 @@ def convert(file: Path, folder: Path) -> None:
 
 
 def _config(settings: Mapping[str, Any], tensors: int) -> dict[str, Any]:
-    """``config.json``, with sizes that a file of so many tensors can have."""
+    """Make ``config.json``, with sizes that a file with this number of tensors can have."""
     kind = settings.get("general.architecture")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise ConfigError(
@@ -135,7 +131,7 @@ def _real(settings: Mapping[str, Any], name: str, default: float | None = None) 
 
 
 def _token(settings: Mapping[str, Any], kind: str) -> int | None:
-    """The number of a special token, None if the file names none."""
+    """Return the number of a special token, None if the file names none."""
     name = f"tokenizer.ggml.{kind}_token_id"
     number, count = settings.get(name), len(_words(settings))
     if number is not None and (type(number) is not int or not 0 <= number < count):
@@ -148,10 +144,10 @@ def _words(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _texts(settings: Mapping[str, Any], name: str) -> list[str]:
-    found = settings.get(name)
-    if not isinstance(found, list) or not found or not isinstance(found[0], str):
+    texts = settings.get(name)
+    if not isinstance(texts, list) or not texts or not isinstance(texts[0], str):
         raise DataError(f"{name} in the GGUF file is not a list of texts", about=name)
-    return found
+    return texts
 
 
 def _shown(value: object) -> str:
@@ -159,7 +155,7 @@ def _shown(value: object) -> str:
 
 
 def _names(file: GgufFile, config: Mapping[str, Any]) -> dict[str, str]:
-    """The name in the file → the name in the folder of each tensor: exactly those of the model, in their shapes."""
+    """Map each tensor's name in the file to that in the folder: exactly those of the model, in their shapes."""
     expected = dict(_expected(config))
     for tensor in file.tensors:
         if tensor.name not in expected:
@@ -169,14 +165,14 @@ def _names(file: GgufFile, config: Mapping[str, Any]) -> dict[str, str]:
         if tensor.shape != shape:
             text = f"tensor {tensor.name} of the GGUF file has the shape {tensor.shape}, and its settings give {shape}"
             raise DataError(text, about=tensor.name)
-    found = {tensor.name: expected[tensor.name][0] for tensor in file.tensors}
-    if lacking := [name for name in expected if name not in found and name != "output.weight"]:
+    names = {tensor.name: expected[tensor.name][0] for tensor in file.tensors}
+    if lacking := [name for name in expected if name not in names and name != "output.weight"]:
         raise DataError(f"the GGUF file has no tensor {lacking[0]}", about=lacking[0])
-    return found
+    return names
 
 
 def _expected(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
-    """Each tensor of the model: its name in the file, its name in the folder and its shape."""
+    """Yield each tensor of the model: its name in the file, its name in the folder and its shape."""
     kind, width, inner = (config[name] for name in ("model_type", "hidden_size", "intermediate_size"))
     head, words = config["head_dim"], config["vocab_size"]
     queries, keys = head * config["num_attention_heads"], head * config["num_key_value_heads"]
@@ -203,7 +199,7 @@ def _expected(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, tuple
 
 
 def _ordered(name: str, value: Floats, config: Mapping[str, Any]) -> Floats:
-    """The values of a tensor in the order that transformers expects."""
+    """Order the values of a tensor as transformers expects."""
     if config["model_type"] == "llama" and ".attn_q." in name:
         return _halves(value, config["num_attention_heads"])
     if config["model_type"] == "llama" and ".attn_k." in name:
@@ -212,7 +208,7 @@ def _ordered(name: str, value: Floats, config: Mapping[str, Any]) -> Floats:
 
 
 def _halves(value: Floats, heads: int) -> Floats:
-    """Rows of each head from llama.cpp's order, rotary pairs side by side, to the halves that transformers expects."""
+    """Reorder each head's rows from llama.cpp's adjacent rotary pairs to the halves that transformers expects."""
     return np.ascontiguousarray(value.reshape(heads, -1, 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape))
 
 
@@ -243,18 +239,18 @@ def _tokenizer(settings: Mapping[str, Any]) -> Tokenizer:
 
 
 def _merges(settings: Mapping[str, Any], vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
-    """The pairs of tokens that become one, each of them a token."""
-    found = []
+    """Read the pairs of tokens that become one, each of them a token."""
+    pairs = []
     for pair in _texts(settings, name := "tokenizer.ggml.merges"):
         left, space, right = pair.partition(" ")
         if not space or not {left, right, left + right} <= vocabulary.keys():
             raise DataError(f"the merge {_shown(pair)} of the GGUF file is not of tokens that it has", about=name)
-        found.append((left, right))
-    return found
+        pairs.append((left, right))
+    return pairs
 
 
 def _splitter(kind: str) -> pre_tokenizers.PreTokenizer:
-    """How text is cut into words before the merges, by llama.cpp's name for it."""
+    """Return how text is cut into words before the merges, by llama.cpp's name for it."""
     if kind == "gpt-2":
         return pre_tokenizers.ByteLevel(add_prefix_space=False)
     if kind == "smollm":

@@ -38,7 +38,7 @@ SHORTEST_KEY, SHORTEST_TENSOR = 13, 32  # bytes
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """Where a tensor is. ``shape``: as NumPy has it, the fastest dimension last."""
+    """Says where a tensor is. ``shape``: as NumPy has it, the fastest dimension last."""
 
     name: str
     shape: tuple[int, ...]
@@ -55,11 +55,7 @@ class GgufFile:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Read settings and the list of tensors.
-
-        Raises:
-            DataError: It is not a sound GGUF file, or is larger than this reader takes.
-        """
+        """Read settings and the list of tensors. Raises DataError if they are not sound, or larger than a limit."""
         try:
             data = np.memmap(path, np.uint8, "r")
             reader = _HeaderReader(data.data[:MAX_HEADER])
@@ -81,7 +77,7 @@ class _HeaderReader:
         self.data, self.at = data, 0
 
     def left(self, count: int, each: int, most: int, what: str) -> int:
-        """``count``, if so many things of at least ``each`` bytes can follow."""
+        """Check that ``count`` things of at least ``each`` bytes can follow, and return ``count``."""
         if count > most or count * each > len(self.data) - self.at:
             raise ValueError(f"{count} {what} cannot follow byte {self.at}")
         return count
@@ -107,9 +103,9 @@ class _HeaderReader:
     def _values(self, kind: int, count: int) -> list[Any]:
         if kind == ARRAY:
             raise ValueError(f"an array of arrays at byte {self.at}")
-        one = self._one(kind)
+        read = self._one(kind)
         self.left(count, 8 if kind == TEXT else struct.calcsize(f"<{SCALARS[kind]}"), MAX_ITEMS, "items of an array")
-        return [one() for _ in range(count)]
+        return [read() for _ in range(count)]
 
     def _one(self, kind: int) -> Callable[[], Any]:
         if kind == TEXT:
@@ -120,7 +116,7 @@ class _HeaderReader:
 
 
 def _header(reader: _HeaderReader) -> tuple[dict[str, Any], list[GgufTensor]]:
-    """The settings, and the tensors with their offsets in the data."""
+    """Read the settings, and the tensors with their offsets in the data."""
     if reader.take(4) != MAGIC or reader.number("I") not in VERSIONS:
         raise ValueError(f"it does not begin with {MAGIC.decode()} and the version 2 or 3")
     count, keys = reader.number("Q"), reader.number("Q")
@@ -147,7 +143,7 @@ def _tensor(reader: _HeaderReader) -> GgufTensor:
 
 
 def _placed(tensors: list[GgufTensor], begin: int, end: int) -> tuple[GgufTensor, ...]:
-    """The tensors at their places in a file of ``end`` bytes, whose data begins at ``begin``."""
+    """Place the tensors in a file of ``end`` bytes, whose data begins at ``begin``."""
     if len({tensor.name for tensor in tensors}) < len(tensors):
         raise ValueError("two tensors have one name")
     at = begin
@@ -159,15 +155,14 @@ def _placed(tensors: list[GgufTensor], begin: int, end: int) -> tuple[GgufTensor
 
 
 def _alignment(settings: dict[str, Any]) -> int:
-    found = settings.get(ALIGNMENT, 32)
-    if not isinstance(found, int) or not 0 < found <= MAX_HEADER or found & (found - 1):
-        raise ValueError(f"{ALIGNMENT} is {str(found)[:80]}, not a power of two")
-    return found
+    alignment = settings.get(ALIGNMENT, 32)
+    if not isinstance(alignment, int) or not 0 < alignment <= MAX_HEADER or alignment & (alignment - 1):
+        raise ValueError(f"{ALIGNMENT} is {str(alignment)[:80]}, not a power of two")
+    return alignment
 
 
 @cache
 def _is_readable(kind: GGMLQuantizationType) -> bool:
-    """Whether the library can make floats of it."""
     try:
         dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
     except (KeyError, NotImplementedError):

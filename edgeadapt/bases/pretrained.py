@@ -1,6 +1,6 @@
 """A base's own model: the one module in which transformers opens files that others made.
 
-Whatever is wrong with them ends in one line. Code that comes with a base never runs. Weights that are missing are
+Any defect ends in one line, a ConfigError. Code that comes with a base never runs. Weights that are missing are
 refused, where transformers would draw random ones.
 """
 
@@ -28,7 +28,7 @@ MAX_REASON = 200  # characters of a message of transformers
 
 
 def configuration(base: Base) -> Any:
-    """``config.json`` as transformers reads it.
+    """Read ``config.json`` with transformers.
 
     Raises:
         ConfigError: It is damaged, of an unknown architecture, or states sizes that the weights cannot have.
@@ -60,11 +60,9 @@ def configuration(base: Base) -> Any:
 def load(
     base: Base, kind: Any, num_labels: int | None = None, saved: Sequence[str] = (), offload: Path | None = None
 ) -> Any:
-    """The base as transformers' class ``kind`` (``AutoModel``, say), in float32 and evaluation mode.
+    """Load the base as transformers' class ``kind`` (``AutoModel``, say), in float32 and evaluation mode.
 
     Args:
-        base: The base.
-        kind: The class.
         num_labels: Rows of the head, where they are not the base's own.
         saved: As peft's ``modules_to_save``: modules that every adapter brings, so that the base may lack their weights
             or have them in another size.
@@ -106,15 +104,15 @@ def load(
 
 
 def loaded(module: nn.Module) -> AbstractContextManager[object]:
-    """Within the block, the own parameters of ``module`` have their values, whatever ``load`` did with them."""
+    """Give the own parameters of ``module`` their values within the block, whatever ``load`` did with them."""
     from accelerate.utils import align_module_device
 
-    found: AbstractContextManager[object] = align_module_device(module)
-    return found
+    aligned: AbstractContextManager[object] = align_module_device(module)
+    return aligned
 
 
 def parameter_shapes(base: Base, kind: Any, num_labels: int) -> dict[str, tuple[int, ...]]:
-    """The shape of each parameter of the base as transformers' class ``kind`` with so many labels. Reads no weights.
+    """Return the shape of each parameter of the base as transformers' class ``kind``. Reads no weights.
 
     Raises:
         ConfigError: As ``configuration``, or transformers has no such class for the architecture.
@@ -130,13 +128,13 @@ def parameter_shapes(base: Base, kind: Any, num_labels: int) -> dict[str, tuple[
 
 
 def layer_names(model: nn.Module) -> str:
-    """The names of a model's linear layers, for messages about a name that it lacks."""
-    found = {path.rpartition(".")[2] for path, module in model.named_modules() if is_linear(module)}
-    return ", ".join(sorted(found))
+    """Name a model's linear layers, for messages about a name that it lacks."""
+    names = {path.rpartition(".")[2] for path, module in model.named_modules() if is_linear(module)}
+    return ", ".join(sorted(names))
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether ``module`` computes ``x W^T + b``: a Linear, GPT-2's Conv1D, or a family's own class (FalconLinear)."""
+    """Check whether ``module`` computes ``x W^T + b``: a Linear, GPT-2's Conv1D, or a family's own (FalconLinear)."""
     if type(module) in (nn.Linear, Conv1D):
         return True
     # An attention of torch's own reads this one's weight without calling it.
@@ -144,18 +142,13 @@ def is_linear(module: nn.Module) -> bool:
         return False
     x = torch.linspace(-1, 1, module.in_features)[None]
     with torch.no_grad():
-        found = module(x)
+        computed = module(x)
     with torch.no_grad(), loaded(module):
         expected = nn.functional.linear(x, module.weight, module.bias)
-    return isinstance(found, Tensor) and torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+    return isinstance(computed, Tensor) and torch.allclose(computed, expected, rtol=1e-4, atol=1e-5)
 
 
 def tokenizer(base: Base) -> Tokenizer:
-    """The base's tokenizer, as it is stored.
-
-    Raises:
-        ConfigError: ``tokenizer.json`` is damaged.
-    """
     try:
         return Tokenizer.from_file(str(base.folder / "tokenizer.json"))
     except Exception as error:  # tokenizers raises plain ones
@@ -163,7 +156,7 @@ def tokenizer(base: Base) -> Tokenizer:
 
 
 def _layers_on_disk(config: Any, kind: Any) -> dict[str, str]:
-    """transformers' ``device_map`` of a model whose lists of layers are on disk and whose other modules in memory."""
+    """Return transformers' ``device_map`` for lists of layers on disk and other modules in memory."""
     with torch.device("meta"):
         model = kind.from_config(config)
     return dict(_places(model, ""))
@@ -183,7 +176,7 @@ def _places(module: nn.Module, path: str) -> Iterator[tuple[str, str]]:
 
 
 def _check_unused(model: Any, missing: list[str]) -> None:
-    """Refuse missing weights that change an answer; some bases lack a pooler, which nothing here reads."""
+    """Check that no missing weights change an answer; some bases lack a pooler, which nothing here reads."""
     state, generator = model.state_dict(), torch.Generator().manual_seed(0)
     answers: list[Tensor] = []
     with torch.no_grad():
@@ -206,13 +199,9 @@ def _refusal(base: Base, error: Exception) -> ConfigError:
 
 
 def chat_template(base: Base) -> Callable[[list[dict[str, str]], bool], str] | None:
-    """What renders messages as the base's chat template does; None if it has none.
+    """Return the function that renders messages by the base's chat template; None if it has none.
 
-    Returns:
-        Messages, each with ``role`` and ``content``, and whether an answer shall follow → the text of the prompt.
-
-    Raises:
-        ConfigError: The tokenizer's files are damaged.
+    It maps messages, each with ``role`` and ``content``, and whether an answer shall follow, to the text of the prompt.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
@@ -229,11 +218,7 @@ def chat_template(base: Base) -> Callable[[list[dict[str, str]], bool], str] | N
 
 
 def end_token(model: Any) -> int:
-    """The token that ends a text of a language model.
-
-    Raises:
-        ConfigError: Its configuration names none.
-    """
+    """Return the token that ends a text of a language model. Raises ConfigError if it names none."""
     for config in (model.generation_config, model.config):
         ids = getattr(config, "eos_token_id", None)
         if ids is not None:

@@ -12,10 +12,9 @@ VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5  # wire types
 
 
 def without_shapes(model: bytes, slots: Collection[str]) -> bytes:
-    """A serialized ``ModelProto`` whose inputs ``slots`` declare no shape. All else is kept, byte for byte.
+    """Remove the shapes of the inputs ``slots`` from a serialized ``ModelProto``, and keep all else byte for byte.
 
-    Raises:
-        ValueError: It is not protobuf.
+    Raises ValueError if it is not protobuf.
     """
     names = {name.encode() for name in slots}
 
@@ -28,7 +27,7 @@ def without_shapes(model: bytes, slots: Collection[str]) -> bytes:
 
 
 def _edited(message: bytes, field: int, change: Callable[[bytes], bytes] | None) -> bytes:
-    """``message`` with ``change`` applied to each message in ``field``; without these if it is None."""
+    """Apply ``change`` to each message in ``field``; drop these if it is None."""
     parts = []
     for number, whole, start, end in _fields(message):
         if number != field:
@@ -40,7 +39,7 @@ def _edited(message: bytes, field: int, change: Callable[[bytes], bytes] | None)
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int, int, int]]:
-    """The number of each field, and where it begins, where its content begins, and where both end."""
+    """Yield the number of each field, and where it begins, where its content begins, and where both end."""
     at = 0
     while at < len(message):
         whole = at
@@ -61,7 +60,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _read(message: bytes, at: int) -> tuple[int, int]:
-    """The varint at ``at``, and where it ends."""
+    """Read the varint at ``at``, and return where it ends."""
     value = shift = 0
     for index in range(at, min(at + 10, len(message))):
         value |= (message[index] & 127) << shift

@@ -1,6 +1,6 @@
 """Runs the training graph of an exported base: the loss of a batch, and its gradient by each tensor of an adapter.
 
-Devices train with it (``client.training.graphengine``), and the exporter holds it to torch's gradients
+Devices train with it (``client.training.graphengine``), and the exporter compares it with torch's gradients
 (``export.parity.training``), so that what is measured is what runs. The graph reads the weights that the device answers
 with, from the same file.
 """
@@ -26,14 +26,14 @@ WEIGHT_NORM, OWN_BIAS = ".weight_norm", ".own_bias"
 
 @dataclass(frozen=True, slots=True)
 class TrainingBatch:
-    """Texts with their answers: a label for each text or, of a language model, the learned tokens.
+    """Holds texts with their answers: a label for each text or, for a language model, the learned tokens.
 
     Attributes:
         ids, mask: Token ids and attention mask, shape ``(texts, longest)``.
         targets: The number of each text's label, shape ``(texts,)``; or each learned token, ``(learned,)``.
         shares: The factor of each target's cross-entropy in the loss, of the shape of ``targets``; with 1 / targets, a
             mean. A batch can be run in parts, whose losses and gradients add up to its own.
-        positions: Of a language model: where in ``ids``, flattened, is the token before each target.
+        positions: For a language model: where in ``ids``, flattened, is the token before each target.
     """
 
     ids: NDArray[np.int64]
@@ -44,18 +44,12 @@ class TrainingBatch:
 
 
 class TrainingGraph:
-    """A training graph, loaded. Threads may share it."""
+    """Runs a loaded training graph. Threads may share it. ONNX Runtime's errors have no common base but Exception."""
 
     def __init__(self, model: bytes, weights: Path, threads: int = 1) -> None:
-        """Load a graph.
+        """Load a verified graph; its weights in the folder ``weights`` are mapped into memory.
 
-        Args:
-            model: The graph, verified.
-            weights: The folder with the file of weights, which is mapped into memory.
-            threads: Of each run. Guarantee: with 1, equal batches give equal gradients on one machine.
-
-        Raises:
-            Exception: ONNX Runtime does not load it; its classes have no common base.
+        Guarantee: with one thread, equal batches give equal gradients on one machine.
         """
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -71,71 +65,54 @@ class TrainingGraph:
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """The slots by which it has gradients."""
+        """Name the slots by which it has gradients."""
         return self._named(GRADIENT)
 
     @property
     def normed(self) -> tuple[str, ...]:
-        """The layers of which it has the norms of the weights."""
+        """Name the layers of which it has the norms of the weights."""
         return self._named(WEIGHT_NORM)
 
     def gradients(self, batch: TrainingBatch, inputs: Tensors) -> tuple[float, Tensors]:
-        """The loss of a batch in nats, and its gradient by each slot, of the shape of the slot's input.
+        """Return the loss of a batch of at least one text, in nats, and its gradient by each slot, in the slot's shape.
 
-        Args:
-            batch: At least one text.
-            inputs: The adapter, a tensor for each slot (``edgeadapt.formats.graphinputs.to_inputs``).
-
-        Raises:
-            Exception: ONNX Runtime does not run it, as for a target that the head has no row for.
+        ``inputs`` is the adapter, a tensor for each slot (``edgeadapt.formats.graphinputs.to_inputs``).
         """
         names = [LOSS, *(name for name in self._outputs if name.endswith(GRADIENT))]
-        loss, *found = self._session.run(names, _feeds(batch, inputs))
-        return float(loss), {name.removesuffix(GRADIENT): value for name, value in zip(names[1:], found, strict=True)}
+        loss, *values = self._session.run(names, _feeds(batch, inputs))
+        return float(loss), {name.removesuffix(GRADIENT): value for name, value in zip(names[1:], values, strict=True)}
 
     def scores(self, batch: TrainingBatch, inputs: Tensors) -> tuple[Floats, NDArray[np.bool_]]:
-        """The log-likelihood of each target in nats, and whether it is the most likely one.
+        """Return a language model's log-likelihood of each target in nats, and whether it is the most likely one.
 
-        ONNX Runtime runs the whole graph, the backward pass too, whatever outputs are asked for.
-
-        Args:
-            batch: At least one text, whose shares do not matter.
-            inputs: As of ``gradients``.
-
-        Raises:
-            Exception: As ``gradients``, or the graph is of a classifier.
+        ONNX Runtime runs the whole graph, the backward pass too, whatever outputs are asked for. Shares do not matter.
         """
         nats, hits = self._session.run([LOG_LIKELIHOOD, HITS], _feeds(batch, inputs))
         return nats, hits
 
     def weight_norms(self, inputs: Tensors, layers: Sequence[str]) -> dict[str, Floats]:
-        """The norm of each output's weights with the update, ``‖W + A B‖``, shape ``(out,)``, by layer.
+        """Return the norm of each output's weights with the update, ``‖W + A B‖``, shape ``(out,)``, by layer.
 
-        Args:
-            inputs: A and B of these layers, by slot.
-            layers: Some of ``normed``.
-
-        Raises:
-            Exception: As ``gradients``.
+        ``inputs`` has A and B by slot, for ``layers``, some of ``normed``.
         """
         return self._of_layers(layers, WEIGHT_NORM, inputs)
 
     def own_biases(self) -> dict[str, Floats]:
-        """The base's bias of each of the layers in ``normed`` that has one. Raises as ``gradients``."""
+        """Return the base's bias of each of the layers in ``normed`` that has one."""
         return self._of_layers(self._named(OWN_BIAS), OWN_BIAS, {})
 
     def _named(self, ending: str) -> tuple[str, ...]:
         return tuple(name.removesuffix(ending) for name in self._outputs if name.endswith(ending))
 
     def _of_layers(self, layers: Sequence[str], ending: str, inputs: Tensors) -> dict[str, Floats]:
-        """Outputs that depend on no text; ONNX Runtime wants all inputs all the same."""
+        """Return outputs that depend on no text; ONNX Runtime wants all inputs all the same."""
         kinds = {"tensor(int64)": np.int64, "tensor(float)": np.float32}
         feeds = {
             each.name: np.zeros([size if isinstance(size, int) else 1 for size in each.shape], kinds[each.type])
             for each in self._session.get_inputs()
         }
-        found = self._session.run([path + ending for path in layers], feeds | inputs) if layers else []
-        return dict(zip(layers, found, strict=True))
+        values = self._session.run([path + ending for path in layers], feeds | inputs) if layers else []
+        return dict(zip(layers, values, strict=True))
 
 
 def _feeds(batch: TrainingBatch, inputs: Tensors) -> dict[str, Any]:
@@ -146,12 +123,7 @@ def _feeds(batch: TrainingBatch, inputs: Tensors) -> dict[str, Any]:
 
 
 def batch_of(tokens: Sequence[Sequence[int]], targets: Sequence[int], shares: Sequence[float]) -> TrainingBatch:
-    """A batch of texts, padded to the longest.
-
-    Args:
-        tokens: The token ids of each text; at least one text.
-        targets, shares: Of each text.
-    """
+    """Pad at least one text to the longest; ``targets`` and ``shares`` are by text."""
     from edgeadapt.bases.classifiergraph import pad
 
     ids, mask = pad(tokens)
@@ -159,5 +131,5 @@ def batch_of(tokens: Sequence[Sequence[int]], targets: Sequence[int], shares: Se
 
 
 def missing_slots(graph: TrainingGraph, slots: Mapping[str, Sequence[str]]) -> list[str]:
-    """The slots of a base by which a graph has no gradient, sorted."""
+    """List the slots of a base by which a graph has no gradient, sorted."""
     return sorted(set(slots) - set(graph.slots))

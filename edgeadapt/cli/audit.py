@@ -22,7 +22,7 @@ Renderer = Callable[[AuditInput, Mapping[str, Report], TrustError | None], Itera
 
 
 class _Moment(click.DateTime):
-    """A time in UTC, or the end of a day: a certificate that is issued on a day is not yet valid at its beginning."""
+    """Parses a time in UTC, or the end of a day: a certificate is not yet valid at the beginning of its first day."""
 
     def __init__(self) -> None:
         super().__init__(("%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"))
@@ -130,20 +130,20 @@ def show(path: Path, unfinished: bool, as_json: bool, entries: bool, **options: 
 
 def _audit_repository(path: Path, as_json: bool, options: dict[str, Any], *, listed: bool) -> None:
     root = options.pop("root")
-    if given := [name for name, value in options.items() if value is not None]:
-        reason = f"--{given[0]} is for the transcripts of a coordinator, and {path} is a repository of channels"
-        raise ConfigError(reason, about=f"--{given[0]}")
-    found = audit_repository(path, root)
+    if misplaced := [name for name, value in options.items() if value is not None]:
+        reason = f"--{misplaced[0]} is for the transcripts of a coordinator, and {path} is a repository of channels"
+        raise ConfigError(reason, about=f"--{misplaced[0]}")
+    audited = audit_repository(path, root)
     if as_json:
-        records = [asdict(record) for record in found.records]
-        row = {"ok": True, "error": None, "pinned": found.pinned, "unread": found.unread}
-        click.echo(json.dumps({**row, "unpromoted": found.unpromoted, "actions": records}))
+        records = [asdict(record) for record in audited.records]
+        row = {"ok": True, "error": None, "pinned": audited.pinned, "unread": audited.unread}
+        click.echo(json.dumps({**row, "unpromoted": audited.unpromoted, "actions": records}))
     else:
-        click.echo("\n".join([*(map(_action, found.records) if listed else ()), *_summary(path, found)]))
+        click.echo("\n".join([*(map(_action, audited.records) if listed else ()), *_summary(path, audited)]))
 
 
 def _action(record: ActionRecord) -> str:
-    """What was done, in one line; the figures of gates follow in lines of their own."""
+    """Say in one line what was done; the figures of gates follow in lines of their own."""
     action = record.action
     words = [f"{record.number:>5}  {record.made}  {action.kind}"]
     words += [action.subject] if action.subject and action.source is None else []
@@ -158,24 +158,24 @@ def _action(record: ActionRecord) -> str:
     return "\n".join([" ".join(words).rstrip(), *gates])
 
 
-def _summary(path: Path, found: RepositoryAudit) -> Iterator[str]:
-    first, last = found.records[0], found.records[-1]
-    yield f"{path}: {len(found.records)} actions from {first.made} to {last.made}, all signed and in order"
-    if not found.pinned:
+def _summary(path: Path, audited: RepositoryAudit) -> Iterator[str]:
+    first, last = audited.records[0], audited.records[-1]
+    yield f"{path}: {len(audited.records)} actions from {first.made} to {last.made}, all signed and in order"
+    if not audited.pinned:
         yield "the root is the repository's own: name one that you trust with --root"
-    for channel, number in found.unpromoted.items():
+    for channel, number in audited.unpromoted.items():
         yield f"channel {channel} is protected, and its release {number} was published before that, without gates"
-    for record in found.records:
+    for record in audited.records:
         action = record.action
         if action.kind == "rollback" and action.evaluation is None:
             what = f"record {record.number} rolled channel {action.subject} back by hand, to release {action.release}"
             yield f"{what}: no evaluation asked for it"
-    if found.unread:
-        yield f"not named by the snapshot, and not read: {', '.join(found.unread)}"
+    if audited.unread:
+        yield f"not named by the snapshot, and not read: {', '.join(audited.unread)}"
 
 
 def _update(path: Path) -> None:
-    """Let the logs of a coordinator whose machine may not lead be what its database has."""
+    """Update the logs of a coordinator whose machine may not lead from its database."""
     for folder in (path, path / RUN):
         if RegistrySettings.of(folder).database:
             from coordinator.statedir import update_transcript  # takes the extra of such a registry

@@ -12,7 +12,7 @@ from aggregation.pki import Authority, certificates, requests
 from aggregation.pki.identity import PublicKey
 from aggregation.pki.revocation import Reason
 from aggregation.pki.tls import read_tls_request
-from edgeadapt.authority import AuthorityStore, CertificateIssued
+from edgeadapt.authority import AuthorityStore
 from edgeadapt.authority.store import CERTIFICATE, KEY, REVOKED, SHORTEST_PASSPHRASE
 from edgeadapt.commandline import FiniteRange
 from edgeadapt.formats import storage
@@ -132,9 +132,9 @@ def invite(folder: Path, name: str, coordinator: Path, enrolment: str, gateway: 
     store, secret = AuthorityStore(folder), new_secret(SystemEntropy())
     with of_file(coordinator):
         key = PublicKey.from_pem(storage.read(coordinator, LONGEST))
-    made = Invitation(secret, name, enrolment, gateway, store.root.der, key.raw)
-    token = made.to_text()
-    expires = store.invite(name, made.key.public, hours)
+    invitation = Invitation(secret, name, enrolment, gateway, store.root.der, key.raw)
+    token = invitation.to_text()
+    expires = store.invite(name, invitation.key.public, hours)
     click.echo(f"for {name}, once, until {expires:%Y-%m-%d %H:%M} UTC:", err=True)
     click.echo(token)
 
@@ -188,8 +188,8 @@ def revoke(folder: Path, which: str, reason: str, list_days: int, passphrase_fil
     """
     store = AuthorityStore(folder)
     new = store.revoke(unlock(store, passphrase_file), which, Reason(reason), list_days)
-    for each in new:
-        click.echo(f"revoked {each.name}, serial {each.serial}")
+    for certificate in new:
+        click.echo(f"revoked {certificate.name}, serial {certificate.serial}")
     click.echo(f"{'' if new else 'already revoked; '}copy {folder / REVOKED} to the coordinator")
 
 
@@ -221,15 +221,11 @@ def list_(folder: Path, as_json: bool) -> None:
     """
     rows = AuthorityStore(folder).certificates()
     if as_json:
-        certificates = [{**each.model_dump(mode="json", exclude={"event"}), "status": status} for each, status in rows]
+        certificates = [{**row.model_dump(mode="json", exclude={"event"}), "status": status} for row, status in rows]
         click.echo(json.dumps({"certificates": certificates}))
         return
-    for each, status in rows:
-        click.echo(_row(each, status))
-
-
-def _row(each: CertificateIssued, status: str) -> str:
-    return f"{each.name:20} {status:24} until {each.not_after:%Y-%m-%d}  key {each.key}  serial {each.serial}"
+    for row, status in rows:
+        click.echo(f"{row.name:20} {status:24} until {row.not_after:%Y-%m-%d}  key {row.key}  serial {row.serial}")
 
 
 def _requested(name: str | None, request: Path | None, public_key: Path | None) -> tuple[str, PublicKey]:
@@ -249,20 +245,20 @@ def _requested(name: str | None, request: Path | None, public_key: Path | None) 
 
 
 def unlock(store: AuthorityStore, passphrase_file: Path | None) -> Authority:
-    """The authority, with its passphrase from a file, or typed."""
+    """Open the authority with its passphrase from a file, or typed."""
     return store.unlock(_passphrase(passphrase_file, new=False) if store.encrypted else None)
 
 
 def _passphrase(file: Path | None, *, new: bool) -> bytes:
-    found = _typed(new) if file is None else _first_line(file)
-    if len(found) > LONGEST_PASSPHRASE:
+    passphrase = _typed(new) if file is None else _first_line(file)
+    if len(passphrase) > LONGEST_PASSPHRASE:
         text = f"the passphrase has more than {LONGEST_PASSPHRASE} bytes: choose a shorter one"
         raise ConfigError(text, about="passphrase")
-    return found
+    return passphrase
 
 
 def _first_line(path: Path) -> bytes:
-    """Of a file, or of a pipe from a password manager, which need not end."""
+    """Read the first line of a file, or of a pipe from a password manager, which need not end."""
     with path.open("rb") as file:
         return file.read(LONGEST).split(b"\n", 1)[0].rstrip(b"\r")
 

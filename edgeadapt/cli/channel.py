@@ -49,8 +49,8 @@ def init(folder: Path, names: tuple[str, ...]) -> None:
       edgeadapt channel init releases
       edgeadapt channel init releases --channel stable --channel stable-de
     """
-    given = {"channels": names} if names else {}
-    made = ChannelRepository.create(folder, SystemEntropy(), _now(), **given, by=login_name())
+    chosen = {"channels": names} if names else {}
+    made = ChannelRepository.create(folder, SystemEntropy(), _now(), **chosen, by=login_name())
     _write_root(folder, made)
     click.echo(f"channels {', '.join(made.channels)}; serve {folder / 'public'}; devices pin {folder / ROOT}")
 
@@ -223,13 +223,13 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
-def _print(made: Published, as_json: bool) -> None:
-    release = made.release
+def _print(published: Published, as_json: bool) -> None:
+    release = published.release
     if as_json:
-        row = {"channel": made.channel, "release": release.number, "adapters": release.adapters}
-        click.echo(json.dumps({**row, "files": release.files, "left_out": made.private}))
+        row = {"channel": published.channel, "release": release.number, "adapters": release.adapters}
+        click.echo(json.dumps({**row, "files": release.files, "left_out": published.private}))
         return
     adapters = ", ".join(f"{key} {version}" for key, version in sorted(release.adapters.items()))
-    click.echo(f"{made.channel}, release {release.number}: {adapters}; {len(release.files)} files")
-    if made.private:
-        click.echo(f"left out, because private: {', '.join(made.private)}")
+    click.echo(f"{published.channel}, release {release.number}: {adapters}; {len(release.files)} files")
+    if published.private:
+        click.echo(f"left out, because private: {', '.join(published.private)}")

@@ -128,14 +128,14 @@ def promote(
             )
             results = PromotionTrial(settings, folder, candidate, before).results()
         if not as_json:
-            for each in results:
-                click.echo(f"{'passed' if each.passed else 'REFUSED'}  {each.gate}: {each.text}")
-        if not all(each.passed for each in results):
+            for result in results:
+                click.echo(f"{'passed' if result.passed else 'REFUSED'}  {result.gate}: {result.text}")
+        if not all(result.passed for result in results):
             opened.refuse(source, release, channel, results)
             require_passed(results, f"release {release.number} of {source}")
         with traces.span("publish"):
-            made = opened.promote(source, release.number, channel, results, share=share, languages=languages)
-    _print(made, results, as_json, _prepared(opened, channel, key, settings.accuracy.margin))
+            published = opened.promote(source, release.number, channel, results, share=share, languages=languages)
+    _print(published, results, as_json, _prepared(opened, channel, key, settings.accuracy.margin))
 
 
 @click.command()
@@ -171,8 +171,8 @@ def rollout(
     if key is not None and release is not None:  # before anything is changed
         margin = GateSettings.read(folder / GATES).accuracy.margin
         require_signer(opened, channel, release, key.public)
-    made = opened.set_rollout(channel, share, languages, anew=key is not None)
-    _print(made, (), as_json, _prepared(opened, channel, key, margin))
+    published = opened.set_rollout(channel, share, languages, anew=key is not None)
+    _print(published, (), as_json, _prepared(opened, channel, key, margin))
 
 
 @click.command()
@@ -192,8 +192,8 @@ def rollback(folder: Path, channel: str, number: int, key: Path, as_json: bool) 
     """
     opened, vendor = _open(folder), read_key(key)
     with traces.exporting(traces.GOVERNANCE), traces.span("rollback", channel=channel, again=number):
-        made = roll_back(opened, channel, number, vendor)
-    _print(made, (), as_json)
+        published = roll_back(opened, channel, number, vendor)
+    _print(published, (), as_json)
 
 
 def _open(folder: Path) -> ChannelRepository:
@@ -203,25 +203,25 @@ def _open(folder: Path) -> ChannelRepository:
 def _prepared(
     opened: ChannelRepository, channel: str, key: IdentityKey | None, margin: float
 ) -> RollbackCondition | None:
-    """The condition of the rollback that is prepared for a channel: now, if a key is given."""
+    """Return the condition of a channel's prepared rollback, which is prepared now if a key is given."""
     if key is not None and opened.rollout(channel) is not None:
         return prepare(opened, channel, key, margin)
-    found = opened.prepared.read(channel)
-    return None if found is None else found[1]
+    prepared = opened.prepared.read(channel)
+    return None if prepared is None else prepared[1]
 
 
 def _print(
-    made: Published, results: tuple[GateResult, ...], as_json: bool, ready: RollbackCondition | None = None
+    published: Published, results: tuple[GateResult, ...], as_json: bool, ready: RollbackCondition | None = None
 ) -> None:
-    release = made.release
+    release = published.release
     if as_json:
-        row: dict[str, Any] = {"channel": made.channel, "release": release.number, "adapters": release.adapters}
+        row: dict[str, Any] = {"channel": published.channel, "release": release.number, "adapters": release.adapters}
         row |= {"files": release.files, "gates": [asdict(each) for each in results]}
-        row |= {"rollout": made.rollout and asdict(made.rollout), "prepared": ready and asdict(ready)}
+        row |= {"rollout": published.rollout and asdict(published.rollout), "prepared": ready and asdict(ready)}
         click.echo(json.dumps(row))
         return
     adapters = ", ".join(f"{name} {version}" for name, version in sorted(release.adapters.items()))
-    click.echo(f"{made.channel}, release {release.number}: {adapters}; {len(release.files)} files")
-    if made.rollout is not None:
-        click.echo(f"for {made.rollout}; release {made.rollout.previous} for the others")
+    click.echo(f"{published.channel}, release {release.number}: {adapters}; {len(release.files)} files")
+    if published.rollout is not None:
+        click.echo(f"for {published.rollout}; release {published.rollout.previous} for the others")
         click.echo(f"rollback to release {ready.again}: prepared" if ready else "rollback: not prepared, name --key")

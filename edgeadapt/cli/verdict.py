@@ -51,15 +51,15 @@ def verdict(state_dir: Path, channel: str, releases: Path, trust: Path | None, a
     newest, previous = compared(_open(releases), channel, adapter)
     margin = GateSettings.read(releases / GATES).accuracy.margin
     lineage, records = Lineage.read(state_dir, trust, None), audit_repository(releases, None).records
-    found = judge(lineage, channel, adapter, newest, previous, margin, records)
+    evaluation = judge(lineage, channel, adapter, newest, previous, margin, records)
     if as_json:
-        row = {"round": found.round, "metrics": found.metrics, "worse": found.worse}
-        click.echo(json.dumps(row | asdict(found.verdict)))
+        row = {"round": evaluation.round, "metrics": evaluation.metrics, "worse": evaluation.worse}
+        click.echo(json.dumps(row | asdict(evaluation.verdict)))
     else:
-        click.echo(str(found))
-    if found.worse:
+        click.echo(str(evaluation))
+    if evaluation.worse:
         reason = f"the newest release of {channel} is worse than the one before: take it back with "
-        raise GateError(f"{reason}'edgeadapt adapters rollback'", about="evaluation", value=found.round)
+        raise GateError(f"{reason}'edgeadapt adapters rollback'", about="evaluation", value=evaluation.round)
 
 
 @click.command()

@@ -24,7 +24,7 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON o
 
 
 def where(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say where versions and releases are."""
+    """Add the options that say where versions and releases are."""
     for option in (
         click.option(
             "--trust",
@@ -52,19 +52,19 @@ def list_(state_dir: Path, releases: Path | None, trust: Path | None, as_json: b
     """
     lineage = open_lineage(state_dir, releases, trust)
     if as_json:
-        click.echo(json.dumps({"versions": [_row(each) for each in lineage.versions]}))
+        click.echo(json.dumps({"versions": [_row(version) for version in lineage.versions]}))
         return
     click.echo("version  round  survivors  accuracy    loss  privacy                     channels")
-    for each in lineage.versions:
-        accuracy, loss = (each.manifest.metrics.get(name) for name in ("accuracy", "loss"))
+    for version in lineage.versions:
+        accuracy, loss = (version.manifest.metrics.get(name) for name in ("accuracy", "loss"))
         cells = (
-            f"{each.manifest.version:>7}",
-            f"{each.manifest.round or '-':>5}",
-            f"{len(each.manifest.survivors) or '-':>9}",
+            f"{version.manifest.version:>7}",
+            f"{version.manifest.round or '-':>5}",
+            f"{len(version.manifest.survivors) or '-':>9}",
             f"{'-' if accuracy is None else format(accuracy, '.3f'):>8}",
             f"{'-' if loss is None else format(loss, '.3f'):>6}",
-            f"{_privacy(each.manifest.privacy):<26}",
-            ", ".join(f"{place.channel} {place.release}" for place in each.releases or () if place.current),
+            f"{_privacy(version.manifest.privacy):<26}",
+            ", ".join(f"{place.channel} {place.release}" for place in version.releases or () if place.current),
         )
         click.echo("  ".join(cells).rstrip())
 
@@ -81,8 +81,8 @@ def show(state_dir: Path, releases: Path | None, trust: Path | None, version: in
       edgeadapt adapters show fleet 3
       edgeadapt adapters show fleet 3 --releases releases --json
     """
-    found = open_lineage(state_dir, releases, trust).version(version)
-    click.echo(json.dumps(_row(found)) if as_json else "\n".join(_lines(found)))
+    governed = open_lineage(state_dir, releases, trust).version(version)
+    click.echo(json.dumps(_row(governed)) if as_json else "\n".join(_lines(governed)))
 
 
 @click.command()
@@ -103,12 +103,12 @@ def diff(state_dir: Path, releases: Path | None, trust: Path | None, before: int
     """
     lineage = open_lineage(state_dir, releases, trust)
     old, new = lineage.version(before).manifest, lineage.version(after).manifest
-    found = difference(old, new, lineage.registry.tensors(old), lineage.registry.tensors(new))
-    click.echo(json.dumps(asdict(found)) if as_json else "\n".join(_changes(found)))
+    changes = difference(old, new, lineage.registry.tensors(old), lineage.registry.tensors(new))
+    click.echo(json.dumps(asdict(changes)) if as_json else "\n".join(_changes(changes)))
 
 
 def open_lineage(state_dir: Path, releases: Path | None, trust: Path | None) -> Lineage:
-    """The versions that the options of ``where`` name. Raises as ``Lineage.read``."""
+    """Read the versions that the options of ``where`` name. Raises as ``Lineage.read``."""
     repository = None if releases is None else ChannelRepository.open(releases, datetime.now(UTC))
     return Lineage.read(state_dir, trust, repository)
 
@@ -124,13 +124,13 @@ def _row(version: GovernedVersion) -> dict[str, Any]:
     }
 
 
-def _place(each: ReleasedAdapter) -> dict[str, Any]:
-    adapter = each.adapter
+def _place(released: ReleasedAdapter) -> dict[str, Any]:
+    adapter = released.adapter
     return {
-        "channel": each.channel,
-        "release": each.release,
-        "made": each.made,
-        "current": each.current,
+        "channel": released.channel,
+        "release": released.release,
+        "made": released.made,
+        "current": released.current,
         "adapter": adapter.name,
         "version": adapter.version,
         "format": adapter.format,
@@ -157,42 +157,42 @@ def _lines(version: GovernedVersion) -> Iterator[str]:
             yield f"spoiled      {record.spoiled}"
     yield f"metrics      {', '.join(f'{name} {value:.4g}' for name, value in manifest.metrics.items()) or 'none'}"
     yield f"privacy      {_privacy(manifest.privacy)}"
-    for each in version.releases or ():
-        state = "current" if each.current else "replaced"
-        what = f"as {each.adapter.name} {each.adapter.version}, {each.adapter.format}"
-        yield f"release      {each.channel} {each.release} of {each.made}, {what}, {state}"
+    for released in version.releases or ():
+        state = "current" if released.current else "replaced"
+        what = f"as {released.adapter.name} {released.adapter.version}, {released.adapter.format}"
+        yield f"release      {released.channel} {released.release} of {released.made}, {what}, {state}"
     if version.releases == ():
         yield "release      none"
 
 
-def _changes(found: VersionDifference) -> Iterator[str]:
-    if not found.same_base:
+def _changes(changes: VersionDifference) -> Iterator[str]:
+    if not changes.same_base:
         yield "the two versions are for different bases"
-    if not found.peft_config:
+    if not changes.peft_config:
         yield "the settings of the method differ"
-    for name, change in (("added", found.added), ("removed", found.removed)):
+    for name, change in (("added", changes.added), ("removed", changes.removed)):
         if change:
             yield f"tensors {name}: {', '.join(change)}"
-    for name, labels in (("added", found.labels_added), ("removed", found.labels_removed)):
+    for name, labels in (("added", changes.labels_added), ("removed", changes.labels_removed)):
         if labels:
             yield f"labels {name}: {', '.join(labels)}"
-    if found.labels_moved:
+    if changes.labels_moved:
         yield "the labels are in another order"
-    width = max((len(each.name) for each in (*found.tensors, *found.updates)), default=4)
-    for title, rows in (("tensor", found.tensors), ("update B A of a layer", found.updates)):
+    width = max((len(each.name) for each in (*changes.tensors, *changes.updates)), default=4)
+    for title, rows in (("tensor", changes.tensors), ("update B A of a layer", changes.updates)):
         if rows:
             yield f"{title:<{width}}    before     after    change  cosine"
             yield from (_change(each, width) for each in rows)
-    if found.total is not None:
-        yield _change(found.total, width)
-    for name, (before, after) in found.metrics.items():
+    if changes.total is not None:
+        yield _change(changes.total, width)
+    for name, (before, after) in changes.metrics.items():
         yield f"{name}: {_number(before)} to {_number(after)}"
-    yield f"privacy: {_privacy(found.privacy[0])} to {_privacy(found.privacy[1])}"
+    yield f"privacy: {_privacy(changes.privacy[0])} to {_privacy(changes.privacy[1])}"
 
 
-def _change(each: TensorChange, width: int) -> str:
-    cosine = "-" if each.cosine is None else format(each.cosine, ".3f")
-    return f"{each.name:<{width}}  {each.before:>8.4g}  {each.after:>8.4g}  {each.change:>8.4g}  {cosine:>6}"
+def _change(row: TensorChange, width: int) -> str:
+    cosine = "-" if row.cosine is None else format(row.cosine, ".3f")
+    return f"{row.name:<{width}}  {row.before:>8.4g}  {row.after:>8.4g}  {row.change:>8.4g}  {cosine:>6}"
 
 
 def _rule(rule: ServerRule | None) -> str:

@@ -19,25 +19,27 @@ from edgeadapt.formats.storage import flush, sync
 
 LARGEST = 2**30  # bytes
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "az"}  # have no folders; making one could make a bucket
-# Seconds, and attempts, which s3fs repeats. By default nobody would say for a quarter of an hour that nothing answers.
+# Seconds, and attempts, which s3fs repeats. By default a store that does not answer is an error after 15 minutes.
 PATIENCE = {"connect_timeout": 10, "read_timeout": 30, "retries": {"mode": "standard", "total_max_attempts": 1}}
 
 
 @dataclass(frozen=True, slots=True)
 class Blobs:
-    """A folder of blobs. ``get(put(blob)) == blob``."""
+    """Stores blobs in a folder. ``get(put(blob)) == blob``.
+
+    Methods raise EdgeAdaptError if the store cannot be reached, read or written to; the other blobs are unchanged.
+    """
 
     fs: Any  # fsspec ships no types
     root: str
 
     @classmethod
     def at(cls, url: str) -> Self:
-        """The folder or bucket at ``url``, to read from.
+        """Open the folder or bucket at ``url``, to read from.
 
         Raises:
             ConfigError: fsspec has no file system of that kind, its package is not installed, or the address has a
                 secret, which the error does not show.
-            EdgeAdaptError: It cannot be reached.
         """
         scheme, _, rest = url.partition("://")
         if rest and "@" in rest.partition("/")[0]:
@@ -58,12 +60,7 @@ class Blobs:
 
     @classmethod
     def open(cls, url: str) -> Self:
-        """As ``at``, and create the folder if it is missing. A bucket is never created.
-
-        Raises:
-            ConfigError: As ``at``.
-            EdgeAdaptError: The folder cannot be created.
-        """
+        """Open it as ``at`` does, and create the folder if it is missing. A bucket is never created."""
         blobs = cls.at(url)
         if not blobs._is_bucket:
             with blobs._explained("cannot be opened"):
@@ -75,9 +72,6 @@ class Blobs:
 
         It is written to a temporary name and moved to its place; a kill leaves at most a file that ends in ``.part``.
         A bucket takes an object whole or not at all.
-
-        Raises:
-            EdgeAdaptError: The folder is full or cannot be written to. The other blobs are unchanged.
         """
         digest = _sha256(blob)
         place = self._place(digest)
@@ -100,9 +94,6 @@ class Blobs:
         """Hold the space of a blob of that size: what is written after the block finds it.
 
         A bucket has the space. It must be there, and take an object, which stays and is empty.
-
-        Raises:
-            EdgeAdaptError: The folder is full or cannot be written to.
         """
         place = f"{self.root}/reserved.part"
         if self._is_bucket:
@@ -119,13 +110,7 @@ class Blobs:
                 self.fs.rm(place)
 
     def get(self, digest: str) -> bytes:
-        """The blob of that digest (SHA-256, hex).
-
-        Raises:
-            DataError: It is missing.
-            TrustError: The file under its name has other content.
-            EdgeAdaptError: It cannot be read.
-        """
+        """Read the blob of that digest. Raises DataError if it is missing, TrustError for other content."""
         blob = self.read(digest)
         if _sha256(blob) != digest:
             raise TrustError(
@@ -134,17 +119,15 @@ class Blobs:
         return blob
 
     def read(self, digest: str, size: int | None = None) -> bytes:
-        """What is under the name of that digest, unverified; empty if it does not have that size, or is too large.
+        """Read what has that digest's name, unverified; empty if it is too large or does not have that size.
 
-        Raises:
-            DataError: Nothing is.
-            EdgeAdaptError: It cannot be read.
+        Raises DataError if it is missing.
         """
         place = self._place(digest)
         with self._explained("cannot be read"):
             try:
-                found = self.fs.size(place)
-                blob: bytes = self.fs.cat_file(place) if found <= LARGEST and size in (None, found) else b""
+                stored = self.fs.size(place)
+                blob: bytes = self.fs.cat_file(place) if stored <= LARGEST and size in (None, stored) else b""
             except FileNotFoundError as error:
                 raise DataError(
                     f"blob {digest} is missing from {self.name}: restore it from a copy", about="blob", value=digest
@@ -165,8 +148,8 @@ class Blobs:
 
     @property
     def _protocols(self) -> tuple[str, ...]:
-        found: str | tuple[str, ...] = self.fs.protocol
-        return (found,) if isinstance(found, str) else tuple(found)
+        protocol: str | tuple[str, ...] = self.fs.protocol
+        return (protocol,) if isinstance(protocol, str) else tuple(protocol)
 
     def _place(self, digest: str) -> str:
         return f"{self.root}/{blob_name(digest)}"

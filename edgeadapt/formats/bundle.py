@@ -58,17 +58,17 @@ M = TypeVar("M", bound=Manifest)
 
 
 def manifest_path(name: str) -> Path:
-    """The manifest of an adapter, relative to the bundle. Raises ConfigError for a name that no adapter can have."""
+    """Name an adapter's manifest, relative to the bundle. Raises ConfigError for a name that no adapter can have."""
     return ADAPTERS / f"{check_name(name)}.json"
 
 
 def adapter_path(name: str) -> Path:
-    """The file of an adapter, relative to the bundle. Raises as ``manifest_path``."""
+    """Name the file of an adapter, relative to the bundle. Raises as ``manifest_path``."""
     return ADAPTERS / f"{check_name(name)}.onnx_adapter"
 
 
 def adapter_names(bundle: Path) -> list[str]:
-    """The adapters of a bundle by the names of their manifests, sorted; nothing is verified.
+    """List the adapters of a bundle by the names of their manifests, sorted; nothing is verified.
 
     Names with a leading dot belong to file managers.
     """
@@ -76,22 +76,21 @@ def adapter_names(bundle: Path) -> list[str]:
 
 
 def read_file(path: Path, limit: int) -> bytes:
-    """The content of a file of a bundle.
+    """Read a file of a bundle.
 
     Raises:
         DataError: It is missing, is not a regular file, or cannot be read.
         TrustError: It is larger than ``limit`` bytes. Nothing was read then.
     """
     with _opened(path, limit) as (file, stamp):
-        return file.read(stamp.size)  # not of the limit: a small machine would refuse so much memory
+        return file.read(stamp.size)  # not the limit: a small machine would refuse that much memory
 
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """What identifies the content of an open file without reading it.
+    """Identifies the content of an open file without reading it.
 
-    The system sets the time of the last change (ctime) at every write, and it cannot be set back without setting the
-    machine's clock.
+    The system sets ctime at every write, and it cannot be set back without setting the machine's clock.
     """
 
     device: int
@@ -101,14 +100,13 @@ class Stamp:
     changed: int  # nanoseconds
 
     @classmethod
-    def of(cls, found: os.stat_result) -> Self:
-        """From what the system states about a file."""
-        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    def of(cls, status: os.stat_result) -> Self:
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 @dataclass(frozen=True, slots=True)
 class HashedFile:
-    """A file's digest (SHA-256, hex), and its stamp from before it was read."""
+    """Holds a file's digest (SHA-256, hex), and its stamp from before it was read."""
 
     path: Path
     digest: str
@@ -121,11 +119,7 @@ class HashedFile:
             return cls(path, file_digest(file, "sha256").hexdigest(), stamp)
 
     def check(self) -> None:
-        """Return if the path still leads to the file that was hashed, unchanged.
-
-        Raises:
-            TrustError: It was written, replaced or removed since.
-        """
+        """Check that the path still leads to the file that was hashed. Raises TrustError if it changed."""
         try:
             same = Stamp.of(self.path.stat()) == self.stamp
         except FileNotFoundError:
@@ -139,7 +133,7 @@ class HashedFile:
 
 @dataclass(frozen=True, slots=True)
 class VerifiedBase:
-    """The base of a bundle, verified: its folder, and the bytes of the files that its task needs in memory."""
+    """Holds a verified base: its folder, and the bytes of the files that its task needs in memory."""
 
     manifest: BaseManifest
     folder: Path
@@ -148,29 +142,25 @@ class VerifiedBase:
 
     @property
     def digest(self) -> str:
-        """Of the frozen base that was exported, as ``Base.digest``."""
+        """Return the digest of the frozen base that was exported (``Base.digest``)."""
         return self.manifest.base_digest
 
     def read(self, name: str) -> bytes:
-        """The content of any listed file, verified again. Raises as ``Bundle.base``."""
+        """Read any listed file, verified again. Raises as ``Bundle.base``."""
         content = read_file(self.folder / name, MAX_BASE_FILE)
         if sha256(content).hexdigest() != self.manifest.files[name]:
             raise _altered(self.folder / name)
         return content
 
     def check(self) -> None:
-        """To be called after something was loaded from the folder itself.
-
-        Raises:
-            TrustError: A file was written, replaced or removed since it was hashed.
-        """
+        """Check that no file changed, after something was loaded from the folder itself. Raises TrustError."""
         for file in self.hashed:
             file.check()
 
 
 @dataclass(frozen=True, slots=True)
 class VerifiedAdapter:
-    """An adapter that may be used on the base for which it was verified."""
+    """Holds an adapter that may be used on the base for which it was verified."""
 
     manifest: AdapterManifest
     inputs: Tensors = field(repr=False)  # by graph input
@@ -178,27 +168,21 @@ class VerifiedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A bundle, and the keys that may have signed its manifests."""
+    """Reads a bundle with the keys that may have signed its manifests.
+
+    Methods raise ConfigError if no adapter can have a name, DataError if a file is missing, and TrustError if it is
+    damaged or altered, or no trusted key signed its manifest.
+    """
 
     folder: Path
     trusted: tuple[PublicKey, ...]
 
     def base_manifest(self) -> BaseManifest:
-        """What is signed about the base (rule 1).
-
-        Raises:
-            DataError: The file is missing.
-            TrustError: It is damaged or altered, or no trusted key signed it.
-        """
+        """Read the base's manifest (rule 1)."""
         return self._accept(BaseManifest, self.folder / BASE_MANIFEST)
 
     def base(self) -> VerifiedBase:
-        """The base (rules 1 and 2).
-
-        Raises:
-            DataError: A file is missing.
-            TrustError: As ``base_manifest``; or a file was altered, is needed and not listed, or is not listed at all.
-        """
+        """Read the base (rules 1 and 2). Raises TrustError if a file is needed and not listed, or not listed at all."""
         manifest, folder = self.base_manifest(), self.folder / BASE
         needed = NEEDED[manifest.task]
         if missing := [name for name in needed if name not in manifest.files]:
@@ -209,26 +193,20 @@ class Bundle:
         _check_listed(folder, manifest)
         files = {name: read_file(folder / name, MAX_HELD_FILE) for name in needed}
         hashed = tuple(HashedFile.of(folder / name) for name in manifest.files)
-        found = {(file.path.name, file.digest) for file in hashed}
-        found |= {(name, sha256(content).hexdigest()) for name, content in files.items()}
-        for name, digest in sorted(found):
+        digests = {(file.path.name, file.digest) for file in hashed}
+        digests |= {(name, sha256(content).hexdigest()) for name, content in files.items()}
+        for name, digest in sorted(digests):
             if manifest.files[name] != digest:
                 raise _altered(folder / name)
         return VerifiedBase(manifest, folder, files, hashed)
 
     def adapter_manifest(self, name: str) -> AdapterManifest:
-        """What is signed about an adapter (rule 3).
-
-        Raises:
-            ConfigError: No adapter can have this name.
-            DataError: The bundle has no adapter of this name.
-            TrustError: The manifest is damaged or altered, is another adapter's, or no trusted key signed it.
-        """
+        """Read an adapter's manifest (rule 3). Raises TrustError if it is another adapter's."""
         path = self.folder / manifest_path(name)
         if not path.exists():
-            known = ", ".join(adapter_names(self.folder)) or "none"
+            present = ", ".join(adapter_names(self.folder)) or "none"
             raise DataError(
-                f"{self.folder} has no manifest of an adapter {name!r}; it has: {known}", about=path.name, value=name
+                f"{self.folder} has no manifest of an adapter {name!r}; it has: {present}", about=path.name, value=name
             )
         manifest = self._accept(AdapterManifest, path)
         if manifest.name != name:
@@ -240,13 +218,11 @@ class Bundle:
         return manifest
 
     def adapter(self, name: str, base: BaseManifest) -> VerifiedAdapter:
-        """An adapter for ``base`` (rules 3 to 5).
+        """Read an adapter for ``base`` (rules 3 to 5).
 
         Raises:
-            ConfigError: No adapter can have this name.
-            DataError: A file is missing or damaged, or the tensors are not finite, do not fit the base, or are not what
-                the manifest states.
-            TrustError: As ``adapter_manifest``; or the adapter is for another base, or its file was altered.
+            DataError: The file is damaged, or the tensors are not finite, do not fit the base, or are not as stated.
+            TrustError: The adapter is for another base.
         """
         manifest, path = self.adapter_manifest(name), self.folder / adapter_path(name)
         if manifest.base_digest != base.base_digest:
@@ -276,7 +252,7 @@ class Bundle:
 
 
 def _check_stated(inputs: Tensors, manifest: AdapterManifest, base: BaseManifest) -> None:
-    """Refuse an adapter that is not what its manifest states, or does not fit the base (rule 5)."""
+    """Check that an adapter is what its manifest states, and fits the base (rule 5)."""
     sizes = check_slots(inputs, base.slots)
     rank = max((size for symbol, size in sizes.items() if symbol.startswith("rank_")), default=0)
     if rank > base.max_rank:
@@ -285,13 +261,13 @@ def _check_stated(inputs: Tensors, manifest: AdapterManifest, base: BaseManifest
             about="adapter-manifest.rank",
             value=rank,
         )
-    found = {
+    measured = {
         "layout_digest": layout_of(inputs).digest,
         "rank": rank,
         "labels": sizes.get("labels", len(manifest.labels)),
     }
     stated = {"layout_digest": manifest.layout_digest, "rank": manifest.rank, "labels": len(manifest.labels)}
-    if other := [field for field in found if found[field] != stated[field]]:
+    if other := [field for field in measured if measured[field] != stated[field]]:
         raise DataError(
             f"adapter {manifest.name!r} does not have the {other[0]} that its manifest states: export it again",
             about=f"adapter-manifest.{other[0]}",
@@ -306,12 +282,12 @@ def _check_stated(inputs: Tensors, manifest: AdapterManifest, base: BaseManifest
 
 
 def _check_listed(folder: Path, manifest: BaseManifest) -> None:
-    """Refuse files that nobody signed: a library that is given the folder may read them.
+    """Check that every file is signed: a library that is given the folder may read them.
 
     Names with a leading dot belong to file managers, and no library reads them.
     """
-    found = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    if unlisted := sorted(found - set(manifest.files) - {BASE_MANIFEST.name}):
+    present = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    if unlisted := sorted(present - set(manifest.files) - {BASE_MANIFEST.name}):
         raise TrustError(
             f"{folder / unlisted[0]} is not listed in the base manifest: remove it, or copy the bundle again",
             about=unlisted[0],

@@ -13,18 +13,16 @@ VARIABLE = "EDGEADAPT_CACHE"
 
 
 def cache_folder() -> Path:
-    """``$EDGEADAPT_CACHE``, or the folder for a user's caches on this system."""
+    """Return ``$EDGEADAPT_CACHE``, or the folder for a user's caches on this system."""
     named = os.environ.get(VARIABLE)
     return Path(named) if named else user_cache_path("edgeadapt", appauthor=False)
 
 
 def cached(name: str, make: Callable[[Path], None]) -> Path:
-    """The folder ``name`` of the cache; if it does not exist, ``make`` fills it first.
+    """Return the folder ``name`` of the cache; if it does not exist, ``make`` fills it first.
 
-    It appears under its name only when it is complete, also if two processes make it at the same time.
-
-    Raises:
-        ConfigError: The cache cannot be written.
+    It appears under its name only when it is complete, also if two processes make it at the same time. Raises
+    ConfigError if the cache cannot be written.
     """
     target = cache_folder() / name
     if target.is_dir():

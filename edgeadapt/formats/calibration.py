@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from edgeadapt.formats.layout import Floats
 from edgeadapt.formats.manifest import MAX_TEMPERATURE, MIN_TEMPERATURE
 
-BINS = 15  # as Guo et al.
+BINS = 15  # Guo et al. 2017
 FOLDS = 5
 PRIOR = 4.0  # the standard deviation of the inverse temperature is half of its most likely value
 STEPS = 60  # halvings of the interval in which the minimum is
@@ -25,7 +25,7 @@ Labels = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """A temperature, and what it does to examples that it was not fitted on."""
+    """Holds a temperature, and what it does to examples that it was not fitted on."""
 
     temperature: float
     count: int  # examples
@@ -35,7 +35,7 @@ class Calibration:
 
 
 def fit(logits: Floats, labels: Labels, start: float = 1.0) -> float:
-    """The temperature of held-out examples.
+    """Fit the temperature of held-out examples.
 
     The objective in the inverse temperature b is ``-log p(labels) + PRIOR * (b / b0 - log(b / b0))``, with b0 the
     inverse of ``start``: a gamma prior whose most likely value is b0. It is convex; bisection finds its minimum.
@@ -64,23 +64,23 @@ def fit(logits: Floats, labels: Labels, start: float = 1.0) -> float:
 
 
 def expected_calibration_error(logits: Floats, labels: Labels, bins: int = BINS) -> float:
-    """How far confidence and accuracy are apart: the mean of |accuracy - confidence| over bins of equal mass.
+    """Return how far confidence and accuracy are apart: the mean of |accuracy - confidence| over bins of equal mass.
 
     These hold equally many examples, and are less biased than bins of equal width (Roelofs et al. 2022,
-    arXiv:2012.08668). Of few examples, even a calibrated classifier's error is above 0.
+    arXiv:2012.08668). With few examples, even a calibrated classifier's error is above 0.
 
     Args:
         logits: Shape ``(examples, labels)``, divided by their temperature; at least one example.
         labels: The right ones, shape ``(examples,)``.
         bins: At most as many as there are examples.
     """
-    found, right = confidences(logits), logits.argmax(axis=1) == labels
-    parts = np.array_split(np.argsort(found, kind="stable"), min(bins, len(found)))
-    return float(sum(abs(right[part].sum() - found[part].sum()) for part in parts) / len(found))
+    confident, right = confidences(logits), logits.argmax(axis=1) == labels
+    parts = np.array_split(np.argsort(confident, kind="stable"), min(bins, len(confident)))
+    return float(sum(abs(right[part].sum() - confident[part].sum()) for part in parts) / len(confident))
 
 
 def confidences(logits: Floats) -> NDArray[np.float64]:
-    """The probability of each example's most likely label, shape ``(examples,)``."""
+    """Return the probability of each example's most likely label, shape ``(examples,)``."""
     wide = logits.astype(np.float64)
     result: NDArray[np.float64] = 1 / np.exp(wide - wide.max(axis=1, keepdims=True)).sum(axis=1)
     return result
@@ -90,11 +90,7 @@ def calibrate(logits: Floats, labels: Labels, start: float = 1.0) -> Calibration
     """Fit a temperature to all examples, and measure the gain on examples that it was not fitted on.
 
     The examples are put into ``FOLDS`` folds at random; the others give the temperature with which a fold is measured.
-
-    Args:
-        logits: Shape ``(examples, labels)``; at least ``FOLDS`` examples.
-        labels: The right ones, shape ``(examples,)``.
-        start: As for ``fit``.
+    There are at least ``FOLDS`` examples; arguments are those of ``fit``.
     """
     folds = np.random.default_rng(0).permutation(len(labels)) % FOLDS  # always the same ones
     temperatures = np.array([fit(logits[folds != fold], labels[folds != fold], start) for fold in range(FOLDS)])

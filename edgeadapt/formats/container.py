@@ -28,7 +28,7 @@ NAME, DIMENSIONS, DATA_TYPE, RAW_DATA = range(4)  # fields of the table of a ten
 
 
 def pack(stored: Stored) -> bytes:
-    """The file of ``stored``. Equal tensors give equal bytes. Law: ``unpack(pack(stored))`` equals ``stored``."""
+    """Write the file of ``stored``. Equal tensors give equal bytes. Law: ``unpack(pack(stored))`` equals ``stored``."""
     container = ort.AdapterFormat()
     container.set_adapter_version(1)
     container.set_model_version(1)
@@ -41,11 +41,7 @@ def pack(stored: Stored) -> bytes:
 
 
 def unpack(blob: bytes) -> Stored:
-    """The tensors in a file, each in memory of its own.
-
-    Raises:
-        DataError: It is not such a file, or names a tensor twice.
-    """
+    """Read the tensors in a file, each in memory of its own. Raises DataError if it names one twice or is damaged."""
     try:
         return _read(blob)
     except (struct.error, ValueError) as error:
@@ -58,16 +54,16 @@ def _read(blob: bytes) -> Stored:
     root = _fields(blob, _number(blob, "<I", 0))
     if (place := root(FORMAT_VERSION)) is None or _number(blob, "<i", place) != FORMAT:
         raise ValueError("it is of another version of the format")
-    found: Stored = {}
+    tensors: Stored = {}
     left = len(blob)
     for at in _elements(blob, root(PARAMETERS), 4):
         name, value = _tensor(blob, _fields(blob, at + _number(blob, "<I", at)))
-        if name in found:
+        if name in tensors:
             raise ValueError("it names a tensor twice")
         if (left := left - value.nbytes) < 0:
             raise ValueError("two tensors share their bytes")
-        found[name] = value
-    return found
+        tensors[name] = value
+    return tensors
 
 
 def _tensor(blob: bytes, place: Callable[[int], int | None]) -> tuple[str, NDArray[Any]]:
@@ -85,7 +81,7 @@ def _tensor(blob: bytes, place: Callable[[int], int | None]) -> tuple[str, NDArr
 
 
 def _fields(blob: bytes, table: int) -> Callable[[int], int | None]:
-    """The position of each field of a table, None for one that is absent."""
+    """Return the function from a field of a table to its position, None for one that is absent."""
     vtable = table - _number(blob, "<i", table)
     size = _number(blob, "<H", vtable)
 
@@ -98,7 +94,7 @@ def _fields(blob: bytes, table: int) -> Callable[[int], int | None]:
 
 
 def _elements(blob: bytes, reference: int | None, width: int) -> range:
-    """The positions of the elements, ``width`` bytes each, of the vector that a field refers to."""
+    """Return the positions of the elements, ``width`` bytes each, of the vector that a field refers to."""
     if reference is None:
         return range(0)
     vector = reference + _number(blob, "<I", reference)

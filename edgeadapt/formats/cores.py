@@ -12,20 +12,15 @@ B = TypeVar("B")
 
 
 def cores() -> int:
-    """Cores that this process may run on, at least 1."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def ahead(call: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[tuple[A, Callable[[], B]]]:
-    """Each item with a function that gives the outcome of ``call(item)``, in order.
+    """Yield each item with a function that gives the outcome of ``call(item)``, in order.
 
     With two threads or more, calls run while the caller handles earlier items, and at most ``threads`` items wait for
-    the caller, so that few are in memory. With one, a call runs when its outcome is asked for.
-
-    Args:
-        call: Runs in another thread; useful if it releases the interpreter lock, as hashing long messages does.
-        items: Taken one at a time, when a call may begin.
-        threads: Calls at the same time, 1 or more.
+    the caller, so that few are in memory. With one, a call runs when its outcome is asked for. Threads help if ``call``
+    releases the interpreter lock, as hashing long messages does.
     """
     if threads == 1:
         yield from ((item, partial(call, item)) for item in items)
@@ -35,6 +30,6 @@ def ahead(call: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[
         for item in items:
             pending.append((item, pool.submit(call, item)))
             while pending and (len(pending) > threads or pending[0][1].done()):
-                first, found = pending.popleft()
-                yield first, found.result
-        yield from ((item, found.result) for item, found in pending)
+                first, future = pending.popleft()
+                yield first, future.result
+        yield from ((item, future.result) for item, future in pending)

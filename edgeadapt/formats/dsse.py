@@ -2,8 +2,8 @@
 
     {"payload": BASE64, "payloadType": TYPE, "signatures": [{"keyid": ID, "sig": BASE64}]}
 
-A signature covers the payload's type and the payload's own bytes (``pae``). Nothing of a payload is parsed before its
-signature is verified. ``keyid`` only makes messages better: every trusted key is tried.
+A signature covers the payload's type and its own bytes (``pae``). Nothing of a payload is parsed before its signature
+is verified. ``keyid`` only makes messages better: every trusted key is tried.
 """
 
 import base64
@@ -22,7 +22,7 @@ MAX_SIGNATURES = 8
 
 
 def pae(payload_type: str, payload: bytes) -> bytes:
-    """The bytes that are signed: DSSE's pre-authentication encoding.
+    """Return the bytes that are signed: DSSE's pre-authentication encoding.
 
     >>> pae("http://example.com/HelloWorld", b"hello world")
     b'DSSEv1 29 http://example.com/HelloWorld 11 hello world'
@@ -32,7 +32,7 @@ def pae(payload_type: str, payload: bytes) -> bytes:
 
 
 def sign(payload: bytes, payload_type: str, key: IdentityKey) -> bytes:
-    """The envelope of ``payload`` with one signature. Equal arguments give equal bytes.
+    """Make the envelope of ``payload`` with one signature. Equal arguments give equal bytes.
 
     Law: ``verify(sign(payload, kind, key), kind, [key.public]) == payload``.
 
@@ -53,12 +53,9 @@ def sign(payload: bytes, payload_type: str, key: IdentityKey) -> bytes:
 
 
 def verify(raw: bytes, payload_type: str, trusted: Iterable[PublicKey]) -> bytes:
-    """The payload of an envelope that a trusted key signed as a document of this type.
+    """Return the payload of an envelope that one of the trusted keys signed as a document of this type.
 
-    Args:
-        raw: The envelope.
-        payload_type: The only type that is accepted, so that no document passes for one of another type.
-        trusted: The keys of which one must have signed.
+    Only ``payload_type`` is accepted, so that no document passes for one of another type.
 
     Raises:
         TrustError: Not an envelope (about ``envelope``), of another type (``payloadType``), by none of the trusted keys
@@ -75,7 +72,7 @@ def verify(raw: bytes, payload_type: str, trusted: Iterable[PublicKey]) -> bytes
 
 
 def unverified(raw: bytes, payload_type: str) -> bytes:
-    """The payload of an envelope of this type, whoever signed it. Raises as ``verify``, apart from the signature."""
+    """Return the payload of an envelope by any signer. Raises as ``verify``, apart from the signature."""
     return _parse(raw, payload_type)[0]
 
 
@@ -88,7 +85,7 @@ def _holds(key: PublicKey, signature: bytes, signed: bytes) -> bool:
 
 
 def _parse(raw: bytes, payload_type: str) -> tuple[bytes, list[tuple[str, bytes]]]:
-    """The payload, and the key id and the bytes of each signature; nothing is verified."""
+    """Return the payload, and the key id and the bytes of each signature; nothing is verified."""
     if len(raw) > MAX_ENVELOPE:
         raise TrustError(
             f"a signed document of {len(raw)} bytes is above the limit of {MAX_ENVELOPE}",
@@ -96,26 +93,26 @@ def _parse(raw: bytes, payload_type: str) -> tuple[bytes, list[tuple[str, bytes]
             value=len(raw),
         )
     try:
-        payload, found, signatures = _values(jsontext.decode(raw), "payload", "payloadType", "signatures")
+        payload, stated, signatures = _values(jsontext.decode(raw), "payload", "payloadType", "signatures")
         if not isinstance(signatures, list) or not 1 <= len(signatures) <= MAX_SIGNATURES:
             raise ValueError(f"1 to {MAX_SIGNATURES} signatures are needed")
         pairs = [_values(signature, "keyid", "sig", keyid="") for signature in signatures]
-        if not all(isinstance(text, str) for text in (found, *(keyid for keyid, _ in pairs))):
+        if not all(isinstance(text, str) for text in (stated, *(keyid for keyid, _ in pairs))):
             raise ValueError("payloadType and keyid are texts")
         decoded = _from_base64(payload), [(keyid, _from_base64(sig)) for keyid, sig in pairs]
     except ValueError as error:
         raise TrustError(f"not a signed document (DSSE): {error}", about="envelope") from None
-    if found != payload_type:
+    if stated != payload_type:
         raise TrustError(
-            f"a document of type {found[:80]!r}, where {payload_type!r} is needed", about="payloadType", value=found
+            f"a document of type {stated[:80]!r}, where {payload_type!r} is needed", about="payloadType", value=stated
         )
     return decoded
 
 
 def _values(value: Any, *names: str, **defaults: Any) -> list[Any]:
-    if not isinstance(value, dict) or set(found := defaults | value) != set(names):
+    if not isinstance(value, dict) or set(members := defaults | value) != set(names):
         raise ValueError(f"an object with exactly the keys {', '.join(names)} is needed")
-    return [found[name] for name in names]
+    return [members[name] for name in names]
 
 
 def _from_base64(text: Any) -> bytes:

@@ -18,7 +18,7 @@ MAX_ADAPTER = 2**30  # bytes
 
 
 def encode(tensors: Mapping[str, Floats]) -> bytes:
-    """The adapter as a safetensors file. Equal tensors give equal bytes. Raises as ``Layout.check``."""
+    """Write the adapter as a safetensors file. Equal tensors give equal bytes. Raises as ``Layout.check``."""
     Layout.of(tensors).check(tensors)
     # safetensors copies the memory behind an array unchanged: a transposed view would be written in the wrong order.
     dense = {name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}
@@ -28,9 +28,7 @@ def encode(tensors: Mapping[str, Floats]) -> bytes:
 def decode(blob: bytes, layout: Layout | None = None) -> Tensors:
     """Read what ``encode`` wrote: ``decode(encode(t)) == t``.
 
-    Args:
-        blob: The whole file.
-        layout: The layout that the tensors must have; without it, any finite float32 tensors are accepted.
+    Without ``layout``, any finite float32 tensors are accepted.
 
     Raises:
         DataError: Truncated, oversized or damaged bytes, another layout, NaN or infinity.
@@ -50,5 +48,5 @@ def decode(blob: bytes, layout: Layout | None = None) -> Tensors:
 
 
 def sha256(blob: bytes) -> str:
-    """The content address of a file: SHA-256 in hex."""
+    """Return the content address of a file: SHA-256 in hex."""
     return hashlib.sha256(blob).hexdigest()

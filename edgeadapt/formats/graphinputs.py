@@ -10,7 +10,7 @@ is 1, or 0 for an adapter that lacks the vector. What is absent changes nothing:
 an offset of 0 (docs/decisions/0021-slots-of-several-kinds.md). A fourth kind of vector replaces a vector among the
 base's parameters, such as a bias or the weight of a normalization. Modules in ``modules_to_save`` keep their shapes.
 
-Two more slots are of the whole base: embeddings of virtual tokens before a text, ``(virtual tokens, width)``, and their
+The whole base has two more slots: embeddings of virtual tokens before a text, ``(virtual tokens, width)``, and their
 keys and values in every layer, ``(virtual tokens, layers * 2 * heads * width)`` (docs/decisions/0023).
 """
 
@@ -33,28 +33,24 @@ VIRTUAL = {PROMPT: "prompt_tokens", PREFIX: "prefix_tokens"}  # graph input → 
 
 
 def to_inputs(tensors: Tensors, scaling: Mapping[str, float]) -> Tensors:
-    """The graph inputs of an adapter.
+    """Return an adapter's graph inputs, from its tensors under peft's names and the factor of each layer by its path.
 
     >>> a, b = np.ones((2, 3), np.float32), np.ones((5, 2), np.float32)
     >>> peft = {"base_model.model.q.lora_A.weight": a, "base_model.model.q.lora_B.weight": b}
     >>> {name: value.shape for name, value in to_inputs(peft, {"q": 2.0}).items()}
     {'q.lora_A.weight': (3, 2), 'q.lora_B.weight': (2, 5)}
-
-    Args:
-        tensors: All tensors of the adapter, under peft's names and in its shapes.
-        scaling: The factor of each adapted layer, by the layer's path in the base.
     """
     return {input_name(name): _transposed(input_name(name), value, scaling) for name, value in tensors.items()}
 
 
 def from_inputs(inputs: Tensors, scaling: Mapping[str, float]) -> Tensors:
-    """The tensors under peft's names and in its shapes: ``from_inputs(to_inputs(t, s), s) == t`` up to rounding."""
+    """Return the tensors in peft's names and shapes: ``from_inputs(to_inputs(t, s), s) == t`` up to rounding."""
     inverse = {path: 1 / factor if factor else 1.0 for path, factor in scaling.items()}
     return {PEFT_PREFIX + name: _transposed(name, value, inverse) for name, value in inputs.items()}
 
 
 def gradients_of_tensors(gradients: Tensors, scaling: Mapping[str, float]) -> Tensors:
-    """The gradients by the tensors under peft's names, from those by the graph inputs that ``to_inputs`` makes of them.
+    """Turn gradients by the graph inputs of ``to_inputs`` into those by the tensors under peft's names.
 
     ``to_inputs`` transposes, and multiplies B by the scaling; so does the chain rule.
     """
@@ -62,7 +58,7 @@ def gradients_of_tensors(gradients: Tensors, scaling: Mapping[str, float]) -> Te
 
 
 def input_name(peft_name: str) -> str:
-    """The graph input for the tensor that peft calls ``peft_name``.
+    """Return the graph input for the tensor that peft calls ``peft_name``.
 
     >>> input_name("base_model.model.encoder.query.lora_A.weight")
     'encoder.query.lora_A.weight'
@@ -71,12 +67,12 @@ def input_name(peft_name: str) -> str:
 
 
 def layout_of(inputs: Tensors) -> Layout:
-    """The layout, in peft's names and shapes, of the tensors of which these are the graph inputs."""
+    """Return the layout, in peft's names and shapes, of the tensors of which these are the graph inputs."""
     return Layout.of({PEFT_PREFIX + name: value.T if _is_lora(name) else value for name, value in inputs.items()})
 
 
 def vector_kind(name: str) -> str | None:
-    """The kind of the vector that a graph input takes, one of ``VECTORS``; None for any other input.
+    """Return the kind of vector that a graph input takes, one of ``VECTORS``; None for any other input.
 
     >>> vector_kind("encoder.key.output_scale"), vector_kind("encoder.key.lora_A.weight")
     ('.output_scale', None)
@@ -85,7 +81,7 @@ def vector_kind(name: str) -> str | None:
 
 
 def vector_site(name: str) -> str:
-    """The layer at which the vector ``name`` is, or the parameter that it replaces.
+    """Return the layer at which the vector ``name`` is, or the parameter that it replaces.
 
     >>> vector_site("encoder.norm.weight.replaced")
     'encoder.norm.weight'
@@ -94,7 +90,7 @@ def vector_site(name: str) -> str:
 
 
 def layer_of(name: str) -> str:
-    """The layer or normalization at which the vector or the LoRA matrix ``name`` is.
+    """Return the layer or normalization at which the vector or the LoRA matrix ``name`` is.
 
     >>> layer_of("encoder.norm.weight.replaced"), layer_of("encoder.key.lora_A.weight")
     ('encoder.norm', 'encoder.key')
@@ -104,16 +100,12 @@ def layer_of(name: str) -> str:
 
 
 def virtual_tokens(inputs: Tensors) -> int:
-    """The virtual tokens that an adapter puts before a text.
-
-    >>> virtual_tokens({"prompt_embeddings": np.ones((5, 8), np.float32)})
-    5
-    """
+    """Count the virtual tokens that an adapter puts before a text."""
     return sum(len(inputs[name]) for name in VIRTUAL if name in inputs)
 
 
 def with_placeholders(tokens: Sequence[int], count: int) -> list[int]:
-    """The tokens of a prompt for a language model, after a placeholder for each of ``count`` virtual tokens.
+    """Put a placeholder for each of ``count`` virtual tokens before a language model's prompt.
 
     The graph does not read placeholders. They repeat the first token, because samplers that count or penalize the
     tokens of a prompt must find none that is not in it, and none outside the vocabulary.
@@ -122,7 +114,7 @@ def with_placeholders(tokens: Sequence[int], count: int) -> list[int]:
 
 
 def check_slots(inputs: Tensors, slots: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    """Refuse an adapter that does not fill exactly the slots of a graph.
+    """Check that an adapter fills exactly the slots of a graph; return the size of each symbol.
 
     >>> check_slots({"A": np.ones((6, 2), np.float32)}, {"A": ("6", "rank_0")})
     {'rank_0': 2}
@@ -130,9 +122,6 @@ def check_slots(inputs: Tensors, slots: Mapping[str, Sequence[str]]) -> dict[str
     Args:
         inputs: The adapter's tensors by graph input.
         slots: The dimensions of each graph input: digits for a fixed size, or a symbol for one size everywhere.
-
-    Returns:
-        The size of each symbol.
 
     Raises:
         DataError: A tensor is missing, unknown or of a shape that the graph does not take, or a vector is there more
@@ -169,7 +158,7 @@ def _transposed(name: str, value: Floats, scaling: Mapping[str, float]) -> Float
 
 
 def in_modules(name: str, saved: Iterable[str]) -> bool:
-    """Whether a parameter belongs to one of the modules that ``saved``, peft's ``modules_to_save``, names.
+    """Check whether a parameter belongs to a module that ``saved``, peft's ``modules_to_save``, names.
 
     Peft matches every module whose path ends with a name, even in the middle of a word.
 

@@ -29,7 +29,7 @@ Scales = NDArray[np.float16]
 
 
 def pack(value: Floats) -> tuple[Codes, Scales]:
-    """The codes of ``value``, shape ``(..., width / 2)``, and their scales, shape ``(..., ceil(width / 32))``.
+    """Return the codes of ``value``, shape ``(..., width / 2)``, and their scales, shape ``(..., ceil(width / 32))``.
 
     Each block takes, of the scales that were tried, the one with the least squared error: the starts above, and for
     each of them the least squares fit to the codes that it gives. Equal values give equal bytes.
@@ -53,7 +53,7 @@ def pack(value: Floats) -> tuple[Codes, Scales]:
 
 
 def unpack(codes: Codes, scales: Scales) -> Floats:
-    """The numbers that ``pack`` stored, shape ``(..., width)``.
+    """Return the numbers that ``pack`` stored, shape ``(..., width)``.
 
     >>> unpack(np.array([[0x80, 0x9F, 0x17]], np.uint8), np.array([[0.5]], np.float16)).tolist()
     [[-4.0, 0.0, 3.5, 0.5, -0.5, -3.5]]
@@ -70,13 +70,12 @@ def unpack(codes: Codes, scales: Scales) -> Floats:
 
 
 def scale_shape(codes: Codes) -> tuple[int, ...]:
-    """The shape of the scales that belong to ``codes``."""
     *rows, half = codes.shape
     return (*rows, -(-2 * half // BLOCK))
 
 
 def _blocks(value: Floats) -> Floats:
-    """Shape ``(blocks, BLOCK)``; the last block of each row is filled up with zeros, which cost nothing."""
+    """Return shape ``(blocks, BLOCK)``; the last block of each row is filled up with zeros, which cost nothing."""
     rows = value.reshape(-1, value.shape[-1])
     padded = np.pad(rows, ((0, 0), (0, -rows.shape[1] % BLOCK)))
     return padded.reshape(-1, BLOCK)

@@ -1,5 +1,6 @@
 """Keys in files, all in PEM form: Ed25519 signing keys, which are never replaced, lists of trusted public keys, and the
-TLS key of a state directory with its certificate, which both are replaced."""
+TLS key of a state directory with its certificate, which both are replaced.
+"""
 
 import re
 from collections.abc import Iterator
@@ -22,10 +23,10 @@ _BLOCK = re.compile(rb"-----BEGIN PUBLIC KEY-----[A-Za-z0-9+/=\s]*-----END PUBLI
 
 
 def make_key(path: Path, entropy: Entropy) -> tuple[IdentityKey, Path]:
-    """Write a new signing key to ``path`` and its public half to ``NAME.pub.pem``; the key, and the second path.
+    """Write a new signing key to ``path`` and its public half to ``NAME.pub.pem``; return the key and the second path.
 
     Raises:
-        ConfigError: One of the two files exists. Whoever pinned the old key could not verify what the new one signs.
+        ConfigError: One of the two files exists. Who pinned the old key could not verify what the new one signs.
         OSError: The folder cannot be written. Neither file is left.
     """
     public = path.with_name(f"{path.stem}.pub.pem")
@@ -41,24 +42,14 @@ def make_key(path: Path, entropy: Entropy) -> tuple[IdentityKey, Path]:
 
 
 def read_key(path: Path) -> IdentityKey:
-    """The signing key in ``path``.
-
-    Raises:
-        ConfigError: The file does not exist.
-        TrustError: It is not an Ed25519 private key in PEM form.
-    """
+    """Read the signing key in ``path``. Raises ConfigError if it is missing, TrustError for other content."""
     raw = _read(path, "make one with 'edgeadapt export key'")
     with of_file(path):
         return IdentityKey.from_pem(raw)
 
 
 def read_public_keys(path: Path) -> tuple[PublicKey, ...]:
-    """The public keys in ``path``: at least one, in PEM form, and nothing else.
-
-    Raises:
-        ConfigError: The file does not exist.
-        TrustError: It holds anything else.
-    """
+    """Read the public keys in ``path``: at least one, in PEM form, and nothing else. Raises as ``read_key``."""
     raw = _read(path, "name the public keys that you trust with --trust")
     blocks = _BLOCK.findall(raw)
     if not blocks or _BLOCK.sub(b"", raw).strip():
@@ -68,13 +59,12 @@ def read_public_keys(path: Path) -> tuple[PublicKey, ...]:
 
 
 def tls_pair(folder: Path, remedy: str, *, rename: bool = True) -> tuple[TlsKey, bytes]:
-    """The TLS key in a state directory and its certificate, PEM, which belong to each other.
+    """Read the TLS key in a state directory, which has ``TLS_CERTIFICATE``, and that certificate, PEM.
 
     The next key is in a file of its own until the certificate for it has replaced the old one; the key that belongs to
     the certificate is then the right one. So a kill at any instant leaves a pair.
 
     Args:
-        folder: The state directory, which has ``TLS_CERTIFICATE``.
         remedy: What to do if they do not belong to each other.
         rename: Let the next key have the name of the one in use once it is.
 
@@ -91,13 +81,13 @@ def tls_pair(folder: Path, remedy: str, *, rename: bool = True) -> tuple[TlsKey,
 
 
 def tls_key_path(folder: Path) -> Path:
-    """Where the key is that ``tls_pair`` found. Raises as it."""
+    """Locate the key that ``tls_pair`` reads. Raises as ``tls_pair``."""
     return folder / (_certified(folder)[0] or TLS_KEY)
 
 
 @contextmanager
 def next_tls_key(folder: Path) -> Iterator[Path]:
-    """Where to write the next TLS key of a state directory while the block runs, in which nobody else replaces a key.
+    """Yield where to write the next TLS key of a state directory, while no other process replaces a key.
 
     Raises:
         ConfigError: The key there is in use, and could not be renamed.
@@ -117,7 +107,7 @@ def next_tls_key(folder: Path) -> Iterator[Path]:
 
 
 def _renamed(folder: Path) -> tuple[str, TlsKey | None, bytes]:
-    """As ``_certified``, after the next key has got its name if it is the right one; under the lock."""
+    """Return ``_certified`` after the next key has got its name if it is the right one; call it under the lock."""
     name, key, certificate = _certified(folder)
     if name == NEXT_TLS_KEY:
         with suppress(OSError):  # as in a container, where the old key is a file of its own
@@ -127,7 +117,7 @@ def _renamed(folder: Path) -> tuple[str, TlsKey | None, bytes]:
 
 
 def _certified(folder: Path) -> tuple[str, TlsKey | None, bytes]:
-    """Name and content of the file with the certified key, and the certificate; no name if there is no such file."""
+    """Return name and content of the file with the certified key, and the certificate; no name without such a file."""
     certificate = read(folder / TLS_CERTIFICATE, MAX_PEM)
     with of_file(folder / TLS_CERTIFICATE):
         certified = load(to_der(certificate)).public_key()

@@ -22,20 +22,20 @@ Tensors = dict[str, Floats]
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One float32 tensor: its name as PEFT saves it, and its shape."""
+    """Describes one float32 tensor: its name as PEFT saves it, and its shape."""
 
     name: str
     shape: tuple[int, ...]
 
     @property
     def size(self) -> int:
-        """Elements."""
+        """Count the elements."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The tensors of an adapter, sorted by name.
+    """Orders the tensors of an adapter by name.
 
     Law: ``layout.unflatten(layout.flatten(tensors))`` equals ``tensors``, bit for bit.
     """
@@ -55,21 +55,21 @@ class Layout:
 
     @property
     def size(self) -> int:
-        """Elements of the flat vector."""
+        """Count the elements of the flat vector."""
         return sum(spec.size for spec in self.tensors)
 
     @property
     def digest(self) -> str:
-        """SHA-256, hex, of the names and shapes in order."""
+        """Hash the names and shapes in order (SHA-256, hex)."""
         rows = [[spec.name, list(spec.shape)] for spec in self.tensors]
         return hashlib.sha256(jsontext.encode(rows)).hexdigest()
 
     def select(self, tensors: Mapping[str, Floats]) -> Tensors:
-        """Those of ``tensors`` that this layout names."""
+        """Return those of ``tensors`` that this layout names."""
         return {spec.name: tensors[spec.name] for spec in self.tensors if spec.name in tensors}
 
     def check(self, tensors: Mapping[str, Floats]) -> None:
-        """Refuse tensors of another layout or with values that are not finite.
+        """Check that tensors have this layout and finite values.
 
         Raises:
             DataError: A tensor is missing, unknown, of another shape or type, or holds NaN or infinity.
@@ -84,17 +84,17 @@ class Layout:
         for spec in self.tensors:
             tensor = tensors[spec.name]
             if tensor.dtype != np.float32 or tensor.shape != spec.shape:
-                found = f"{tensor.dtype} {list(tensor.shape)}"
+                stated = f"{tensor.dtype} {list(tensor.shape)}"
                 raise DataError(
-                    f"tensor {spec.name!r} is {found}, expected float32 {list(spec.shape)}",
+                    f"tensor {spec.name!r} is {stated}, expected float32 {list(spec.shape)}",
                     about=spec.name,
-                    value=found,
+                    value=stated,
                 )
             if not np.isfinite(tensor).all():
                 raise DataError(f"tensor {spec.name!r} holds NaN or infinity", about=spec.name)
 
     def flatten(self, tensors: Mapping[str, Floats]) -> Floats:
-        """One vector of shape ``(size,)``: the tensors in layout order, each row-major. Raises as ``check``.
+        """Return one vector of shape ``(size,)``: the tensors in layout order, each row-major. Raises as ``check``.
 
         >>> tensors = {"b": np.array([[1, 2], [3, 4]], np.float32), "a": np.array([0], np.float32)}
         >>> Layout.of(tensors).flatten(tensors).tolist()
@@ -104,15 +104,11 @@ class Layout:
         return np.concatenate([tensors[spec.name].reshape(-1) for spec in self.tensors])
 
     def unflatten(self, vector: Floats) -> Tensors:
-        """The tensors of a vector of shape ``(size,)``; views, not copies.
-
-        Raises:
-            DataError: The vector has another size or type.
-        """
+        """Return views of a vector of shape ``(size,)`` as tensors. Raises DataError for another size or type."""
         if vector.shape != (self.size,) or vector.dtype != np.float32:
-            found = f"{vector.dtype} vector of shape {vector.shape}"
+            stated = f"{vector.dtype} vector of shape {vector.shape}"
             raise DataError(
-                f"a {found} does not fit a layout of {self.size} float32 elements", about="vector", value=vector.shape
+                f"a {stated} does not fit a layout of {self.size} float32 elements", about="vector", value=vector.shape
             )
         ends = np.cumsum([spec.size for spec in self.tensors])
         return {

@@ -1,7 +1,6 @@
 """The three signed manifests: of a version in a registry, of an exported base, of an exported adapter.
 
-Coordinator, exporter and device meet in these documents. Each is a frozen value; its signed form is a DSSE envelope
-around its JSON (``dsse.py``). ``accept`` returns a verified value or raises.
+Coordinator, exporter and device meet in these documents: frozen values, signed as DSSE envelopes around their JSON.
 """
 
 import hashlib
@@ -31,7 +30,7 @@ MAX_LABEL = 256  # characters
 
 
 def check_name(name: str) -> str:
-    """Return ``name`` if an adapter and its two files can have it on any system.
+    """Check that an adapter and its two files can have ``name`` on any system, and return it.
 
     Raises:
         ConfigError: It is empty, longer than 64 characters, or has a character that could leave the folder.
@@ -44,7 +43,7 @@ def check_name(name: str) -> str:
 
 
 def check_labels(name: str, labels: Sequence[str]) -> None:
-    """Refuse labels of the adapter ``name`` with which no device could answer.
+    """Check that a device can answer with the labels of the adapter ``name``.
 
     Raises:
         DataError: A label occurs twice, or is not a printable name of at most ``MAX_LABEL`` characters.
@@ -61,7 +60,7 @@ def check_labels(name: str, labels: Sequence[str]) -> None:
 
 
 class Manifest:
-    """The signed form of every manifest. Law: ``accept(manifest.sign(key), [key.public]) == manifest``.
+    """Signs and accepts every manifest. Law: ``accept(manifest.sign(key), [key.public]) == manifest``.
 
     A manifest is a flat object: a field that is missing, unknown or ill-formed is refused, also if it is signed.
     """
@@ -72,11 +71,10 @@ class Manifest:
 
     @classmethod
     def payload_type(cls) -> str:
-        """The document's type in its envelope."""
         return f"application/vnd.edgeadapt.{cls.NAME}.v1+json"
 
     def sign(self, key: IdentityKey) -> bytes:
-        """The signed envelope. Equal manifests and keys give equal bytes.
+        """Sign the envelope. Equal manifests and keys give equal bytes.
 
         Raises:
             DataError: A number is NaN or infinite, a text is not Unicode, or the envelope is too large.
@@ -89,7 +87,7 @@ class Manifest:
 
     @classmethod
     def accept(cls, raw: bytes, trusted: Iterable[PublicKey]) -> Self:
-        """The manifest in an envelope that one of the keys ``trusted`` signed.
+        """Read the manifest in an envelope that one of the keys ``trusted`` signed.
 
         Raises:
             TrustError: As ``dsse.verify``; or a field is missing, unknown or ill-formed (about ``NAME.FIELD``).
@@ -98,10 +96,9 @@ class Manifest:
 
     @classmethod
     def unverified(cls, raw: bytes) -> Self:
-        """The manifest in an envelope, whoever signed it: for messages and for files that are about to be replaced.
+        """Read the manifest in an envelope by any signer, for messages and for files that are about to be replaced.
 
-        Raises:
-            TrustError: As ``accept``, apart from the signature.
+        Raises as ``accept``, apart from the signature.
         """
         return cls._of(dsse.unverified(raw, cls.payload_type()))
 
@@ -120,7 +117,7 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class ServerRule:
-    """A rule that made a version, the server optimizer or the combination of groups: its name, and its numbers by name.
+    """Names a rule that made a version, the server optimizer or the combination of groups, with its numbers.
 
     ``edgeadapt.rounds.optimizer`` and ``edgeadapt.rounds.combination`` have the rules.
     """
@@ -133,7 +130,7 @@ class ServerRule:
 
 @dataclass(frozen=True, slots=True)
 class PrivacyBound:
-    """Differential privacy of all sums that an adapter was made from, for everything that one device contributed.
+    """Bounds differential privacy of all sums that made an adapter, for everything that one device contributed.
 
     >>> print(PrivacyBound(6.071, 1e-6))
     epsilon 6.07 for delta 1e-06
@@ -150,7 +147,7 @@ class PrivacyBound:
 
 @dataclass(frozen=True, slots=True)
 class VersionManifest(Manifest):
-    """One version of the global adapter in the registry."""
+    """Describes one version of the global adapter in the registry."""
 
     NAME: ClassVar[str] = "version-manifest"
 
@@ -172,13 +169,13 @@ class VersionManifest(Manifest):
 
     @property
     def id(self) -> tuple[int, str]:
-        """Version and digest of the file: how logs name an adapter."""
+        """Return version and digest of the file: how logs name an adapter."""
         return self.version, self.sha256
 
 
 @dataclass(frozen=True, slots=True)
 class BaseManifest(Manifest):
-    """An exported base: which frozen base it is, for which task, in which profile, and the digest of each file."""
+    """Describes an exported base: which frozen base it is, its task and profile, and the digest of each file."""
 
     NAME: ClassVar[str] = "base-manifest"
 
@@ -198,7 +195,7 @@ class BaseManifest(Manifest):
 
 @dataclass(frozen=True, slots=True)
 class AdapterManifest(Manifest):
-    """An exported adapter: its file, the base that it is for, and the version that it was exported from."""
+    """Describes an exported adapter: its file, the base that it is for, and the version that it was exported from."""
 
     NAME: ClassVar[str] = "adapter-manifest"
 
@@ -221,8 +218,6 @@ class AdapterManifest(Manifest):
 
     @property
     def content(self) -> str:
-        """SHA-256 of what the adapter is, whatever its name, version, number format and privacy: tensors, scaling,
-        labels and temperature.
-        """
+        """Hash tensors, scaling, labels and temperature, but not name, version, number format or privacy."""
         same = {"name": "", "version": 0, "sha256": "", "size": 0, "format": "", "privacy": None}
         return hashlib.sha256(jsontext.encode(asdict(self) | same)).hexdigest()

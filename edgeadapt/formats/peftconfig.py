@@ -1,8 +1,8 @@
 """The PEFT config of an adapter: what ``peft`` and the exporter need to rebuild its modules and to scale its updates.
 
-The patterns mean what they mean to peft (``rank_pattern`` and ``alpha_pattern`` of its ``LoraConfig``): regular
-expressions for the end of a layer's path, of which the first that matches counts. Those that could take forever are
-refused. A property test holds this file to peft itself (``tests/edgeadapt/methods/peft/test_folder.py``).
+The patterns mean what peft's ``rank_pattern`` and ``alpha_pattern`` mean: regular expressions for the end of a layer's
+path, of which the first that matches counts. Those that could take forever are refused. A property test holds this file
+to peft itself (``tests/edgeadapt/methods/peft/test_folder.py``).
 """
 
 import math
@@ -49,7 +49,7 @@ MethodName = Literal[
 
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
-    """The method of an adapter, and the layers at which it is, as ``target_modules`` name them.
+    """Names the method of an adapter, and the layers at which it is, as ``target_modules`` name them.
 
     ``LORA`` is low-rank adaptation (Hu et al. 2021). ``ADALORA`` (Zhang et al. 2023), ``LOHA`` (Hyeon-Woo et al. 2022)
     and ``VERA`` (Kopiczko et al. 2024) have updates of low rank as well (``edgeadapt.methods.peft.lowrank``); ``r`` is
@@ -58,8 +58,8 @@ class PeftConfig:
     The other methods have vectors only, whose values say everything: ``IA3`` scales activations (Liu et al. 2022),
     ``LN_TUNING`` replaces the parameters of normalizations (Zhao et al. 2023), ``BEFT`` adds to biases.
     ``PROMPT_TUNING`` (Lester et al. 2021) and ``P_TUNING`` (Liu et al. 2021) have embeddings of virtual tokens,
-    ``PREFIX_TUNING`` (Li and Liang 2021) has their keys and values; they are at no layer. For those without
-    low rank, rank and alpha are 0. The fields are those of peft's own configurations.
+    ``PREFIX_TUNING`` (Li and Liang 2021) has their keys and values; they are at no layer. Methods without low rank have
+    rank and alpha 0. The fields are those of peft's own configurations.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -80,22 +80,22 @@ class PeftConfig:
 
     @classmethod
     def lora(cls, rank: int = 8, alpha: int = 16, targets: Sequence[str] = ("query", "value")) -> Self:
-        """Plain LoRA: ``y = W x + (alpha / rank) B A x`` at the layers that ``targets`` name."""
+        """Configure plain LoRA: ``y = W x + (alpha / rank) B A x`` at the layers that ``targets`` name."""
         return cls("LORA", rank, alpha, tuple(targets))
 
     def rank_of(self, path: str) -> int:
-        """The rank of the layer at ``path``, its place in the base's module tree. Raises as ``scaling_of``."""
+        """Return the rank of the layer at ``path``, its place in the base's module tree. Raises as ``scaling_of``."""
         return _matching(self.rank_pattern, path, self.r)
 
     def alpha_of(self, path: str) -> float:
-        """The alpha of the layer at ``path``. Raises as ``scaling_of``."""
+        """Return the alpha of the layer at ``path``. Raises as ``scaling_of``."""
         return _matching(self.alpha_pattern, path, self.lora_alpha)
 
     def scaling_of(self, path: str) -> float:
-        """The factor of the update of the layer at ``path``.
+        """Return the factor of the update of the layer at ``path``.
 
         Raises:
-            DataError: A pattern is no regular expression, or needs look-around or back references; or the layer has
+            DataError: A pattern is not a regular expression, or needs look-around or back references; or the layer has
                 rank 0.
         """
         rank, alpha = self.rank_of(path), self.alpha_of(path)
@@ -122,7 +122,7 @@ TRAINABLE: Mapping[Method, frozenset[str]] = {  # method → the settings with w
 
 
 def require_trainable(config: PeftConfig) -> None:
-    """Return if an adapter of this configuration can be trained here.
+    """Check that an adapter of this configuration can be trained here.
 
     A device builds what a coordinator names. So modules are named in plain words, without patterns, which run as long
     as they like; sizes are bounded; and a setting that the method does not read is refused, because training something
@@ -152,7 +152,7 @@ def require_trainable(config: PeftConfig) -> None:
 
 
 def require_gradients(config: PeftConfig) -> None:
-    """Refuse what no training graph trains: biases of the base with LoRA. Raises ConfigError."""
+    """Check that a training graph can train it: no biases of the base with LoRA. Raises ConfigError."""
     if config.bias != "none":
         raise ConfigError(
             f"a training graph trains no biases with LoRA, bias is {config.bias!r}: set it to 'none', or add to biases "
@@ -162,7 +162,7 @@ def require_gradients(config: PeftConfig) -> None:
 
 
 def exactly(path: str) -> str:
-    """The pattern that matches ``path`` and nothing else.
+    """Return the pattern that matches ``path`` and nothing else.
 
     >>> exactly("layers.0.q_proj")
     '^layers\\\\.0\\\\.q_proj'
@@ -186,7 +186,7 @@ def _matching(patterns: tuple[tuple[str, V], ...], path: str, default: V) -> V:
 
 @lru_cache(maxsize=1024)
 def _ending(pattern: str) -> TypeAdapter[str]:
-    """A type that accepts the paths whose end matches ``pattern``.
+    """Return a type that accepts the paths whose end matches ``pattern``.
 
     Patterns come from folders of strangers. For a pattern of a few characters, Python's engine can run for years;
     pydantic's needs a time in proportion to the path, and has no look-around and no back references.

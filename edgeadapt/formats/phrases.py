@@ -13,17 +13,15 @@ TAB = "\t"
 
 
 def read_phrases(path: Path) -> list[tuple[str, str]]:
-    """The labels and phrases in a file with one pair a line: the label, a tab, the phrase.
+    """Read the labels and phrases in a file with one pair a line: the label, a tab, the phrase.
 
-    Raises:
-        ConfigError: There is no such file.
-        DataError: A line has no tab, or nothing on one side of it; or as ``read_lines``.
+    Raises DataError if a line has no tab, or nothing on one side of it; or as ``read_lines``.
     """
     return _pairs(read_lines(path, "phrase"), path)
 
 
 def parse_phrases(raw: bytes, path: Path) -> list[tuple[str, str]]:
-    """The labels and phrases in the content of such a file. Raises DataError as ``read_phrases``; there may be none."""
+    """Parse the content of such a file. Raises DataError as ``read_phrases``; there may be no pair."""
     if len(raw) > LONGEST_LIST:
         reason = f"{path} has {len(raw)} bytes, above the limit of {LONGEST_LIST}: use a bundle with fewer phrases"
         raise DataError(reason, about=path.name, value=len(raw))
@@ -35,10 +33,9 @@ def parse_phrases(raw: bytes, path: Path) -> list[tuple[str, str]]:
 
 
 def encode_phrases(pairs: Iterable[tuple[str, str]]) -> bytes:
-    """The content of such a file. Law: ``parse_phrases(encode_phrases(pairs), path) == pairs``.
+    """Write the content of such a file. Law: ``parse_phrases(encode_phrases(pairs), path) == pairs``.
 
-    Args:
-        pairs: Labels and phrases, not empty; each becomes one line, with one space for each run of white space.
+    Labels and phrases are not empty; each pair becomes one line, with one space for each run of white space.
     """
     return "".join(f"{_line(label)}{TAB}{_line(phrase)}\n" for label, phrase in pairs).encode()
 

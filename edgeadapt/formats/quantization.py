@@ -28,7 +28,7 @@ TYPES: dict[Format, tuple[type[np.generic], ...]] = {
 
 
 def quantize(inputs: Tensors, form: Format) -> Stored:
-    """The tensors that an adapter file stores.
+    """Return the tensors that an adapter file stores.
 
     >>> stored = quantize({"head.weight": np.array([[0.0, 1.27], [-2.54, 0.02]], np.float32)}, "int8")
     >>> stored["head.weight"].tolist(), stored["head.weight#scale"].round(4).tolist()
@@ -42,8 +42,8 @@ def quantize(inputs: Tensors, form: Format) -> Stored:
             dimensions), virtual tokens and empty tensors are stored in float32.
 
     Returns:
-        By graph input; the scales of a tensor under its name and ``SCALE``. Guarantee: ``restore(quantize(x, f), f)``
-        differs from ``x`` by
+        By graph input; the scales of a tensor under its name and ``SCALE``. Guarantee: equal tensors give equal bytes,
+        and ``restore(quantize(x, f), f)`` differs from ``x`` by
 
         ======== ===================================================================================================
         ``fp32`` nothing
@@ -51,8 +51,6 @@ def quantize(inputs: Tensors, form: Format) -> Stored:
         ``int8`` at most half a scale; the scale is the largest magnitude of the row, over 127
         ``int4`` a root mean square error, in each block of 32, of at most half the block's largest magnitude over 7
         ======== ===================================================================================================
-
-        Equal tensors give equal bytes.
 
     Raises:
         DataError: A value is not finite, or too large for the format; about the tensor.
@@ -76,7 +74,7 @@ def quantize(inputs: Tensors, form: Format) -> Stored:
 
 
 def restore(stored: Stored, form: Format) -> Tensors:
-    """The float32 tensors of an adapter file, C-contiguous, by graph input.
+    """Return the float32 tensors of an adapter file, C-contiguous, by graph input.
 
     Raises:
         DataError: A tensor has a number type that ``form`` does not allow; a scale is missing, belongs to no tensor, or

@@ -67,50 +67,39 @@ class RegistrySettings(Settings):
 
     @classmethod
     def of(cls, state_dir: Path) -> Self:
-        """Those of a state directory. Without the file, all is there. Raises as ``read``."""
+        """Read those of a state directory. Without the file, all is there. Raises as ``read``."""
         return cls.read(state_dir / REGISTRY) if (state_dir / REGISTRY).exists() else cls()
 
 
 class RegistrySource(Protocol):
-    """Where a registry is read from. Nothing that it returns is verified."""
+    """Says where a registry is read from. Nothing that it returns is verified.
+
+    Methods raise ConfigError if the database has another schema, and DataError if it cannot be read.
+    """
 
     @property
     def name(self) -> str:
-        """Of the database, for a message."""
+        """Name the database in a message."""
 
-    def rows(self, query: str, values: tuple[int, ...]) -> list[tuple[Any, ...]]:
-        """What a query finds, in a database with this schema.
-
-        Raises:
-            ConfigError: The database has another schema.
-            DataError: The database cannot be read.
-        """
+    def rows(self, query: str, values: tuple[int, ...]) -> list[tuple[Any, ...]]: ...
 
     def place(self, digest: str) -> str:
-        """The file with that digest, for a message."""
+        """Name the file with that digest in a message."""
 
     def file(self, digest: str, size: int) -> bytes:
-        """The content of that file, empty if it does not have that size.
-
-        Raises:
-            DataError: It is missing.
-        """
+        """Read that file; empty if it does not have that size. Raises DataError if it is missing."""
 
 
 def blob_name(digest: str) -> str:
-    """The file in ``BLOBS`` with the adapter of this SHA-256 (hex)."""
+    """Name the file in ``BLOBS`` with the adapter of this SHA-256 (hex)."""
     return f"{digest}.safetensors"
 
 
 def require(state_dir: Path) -> None:
-    """Return if a coordinator's registry is in the folder.
-
-    Raises:
-        ConfigError: It is not, or as ``RegistrySettings.of``.
-    """
+    """Check that a coordinator's registry is in the folder. Raises ConfigError."""
     elsewhere = RegistrySettings.of(state_dir)
-    found = (DATABASE, elsewhere.database or (state_dir / DATABASE).is_file())
-    for name, there in (found, (BLOBS, elsewhere.blobs or (state_dir / BLOBS).is_dir())):
+    database = (DATABASE, elsewhere.database or (state_dir / DATABASE).is_file())
+    for name, there in (database, (BLOBS, elsewhere.blobs or (state_dir / BLOBS).is_dir())):
         if not there:
             text = f"{state_dir} is not a coordinator's state directory: it has no {name}"
             raise ConfigError(text, about=name, value=str(state_dir))
@@ -118,7 +107,7 @@ def require(state_dir: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class LocalFiles:
-    """A registry's files: ``registry.db`` in ``folder``, and the folder ``blobs``."""
+    """Reads ``registry.db`` in ``folder``, and the folder ``blobs``."""
 
     folder: Path
     blobs: Path
@@ -150,8 +139,8 @@ class LocalFiles:
                 old = database.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (FIRST_TABLE,)).fetchone()
                 if old is not None:
                     require_schema(FIRST, str(path))
-                found = database.execute(f"SELECT {SCHEMA_COLUMN} FROM {SCHEMAS}").fetchone()  # noqa: S608
-                require_schema(found and found[0], str(path))
+                revision = database.execute(f"SELECT {SCHEMA_COLUMN} FROM {SCHEMAS}").fetchone()  # noqa: S608
+                require_schema(revision and revision[0], str(path))
                 rows: list[tuple[Any, ...]] = database.execute(query, values).fetchall()
         except (sqlite3.Error, OverflowError, UnicodeDecodeError) as error:
             if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_READONLY_ROLLBACK:
@@ -166,53 +155,35 @@ class LocalFiles:
         return rows
 
 
-def require_schema(found: object, name: str) -> None:
-    """Return if a database has the schema of this edgeadapt.
-
-    Args:
-        found: The revision of its schema.
-        name: Of the database.
-
-    Raises:
-        ConfigError: It is another one.
-    """
-    if found == SCHEMA:
+def require_schema(revision: object, name: str) -> None:
+    """Check that a database has the schema of this edgeadapt. Raises ConfigError if it has another ``revision``."""
+    if revision == SCHEMA:
         return
-    older = isinstance(found, str) and found.isdecimal() and int(found) < int(SCHEMA)
+    older = isinstance(revision, str) and revision.isdecimal() and int(revision) < int(SCHEMA)
     remedy = "bring it to that with 'edgeadapt coordinator upgrade'" if older else "update edgeadapt"
-    text = f"{name} has revision {found} of the registry's tables, and this edgeadapt has {SCHEMA}: {remedy}"
-    raise ConfigError(text, about="database.schema", value=found)
+    text = f"{name} has revision {revision} of the registry's tables, and this edgeadapt has {SCHEMA}: {remedy}"
+    raise ConfigError(text, about="database.schema", value=revision)
 
 
 @dataclass(frozen=True, slots=True)
 class RegistryFiles:
-    """A registry to read. One coordinator may write to it at the same time."""
+    """Reads a registry. One coordinator may write to it at the same time.
+
+    Methods raise ConfigError if the database has another schema, DataError if it cannot be read, and TrustError if what
+    they read is missing, was altered, or is signed by no trusted key.
+    """
 
     source: RegistrySource
     trusted: tuple[PublicKey, ...]
 
     @classmethod
     def open(cls, state_dir: Path, trusted: Sequence[PublicKey]) -> Self:
-        """The registry whose files are in a coordinator's state directory.
-
-        Args:
-            state_dir: The folder.
-            trusted: The keys that may have signed its manifests.
-
-        Raises:
-            ConfigError: As ``require``.
-        """
+        """Open the registry in a coordinator's state directory, whose manifests one of ``trusted`` signed."""
         require(state_dir)
         return cls(LocalFiles(state_dir, state_dir / BLOBS), tuple(trusted))
 
     def manifest(self, version: int | None = None) -> VersionManifest | None:
-        """The manifest of a version, by default of the newest; None if the registry does not have it.
-
-        Raises:
-            ConfigError: The database has another schema.
-            DataError: The database cannot be read.
-            TrustError: The manifest is damaged, or signed by no trusted key or for another version.
-        """
+        """Read the manifest of a version, by default of the newest; None if the registry does not have it."""
         rows = self.source.rows(_NEWEST, ()) if version is None else self.source.rows(_BY_VERSION, (version,))
         if not rows:
             return None
@@ -220,52 +191,39 @@ class RegistryFiles:
         try:
             if not isinstance(raw, bytes) or len(rows) > 1:
                 raise TrustError("it is not one signed document", about="manifest")
-            found = VersionManifest.accept(raw, self.trusted)
-            if (found.version, found.sha256) != (number, digest):
+            manifest = VersionManifest.accept(raw, self.trusted)
+            if (manifest.version, manifest.sha256) != (number, digest):
                 raise TrustError(
-                    f"it is the manifest of version {found.version} ({found.sha256[:12]})", about="manifest"
+                    f"it is the manifest of version {manifest.version} ({manifest.sha256[:12]})", about="manifest"
                 )
         except TrustError as error:
             place = f"{self.source.name}, manifest of version {number}"
             raise TrustError(f"{place}: {error}; restore it from a copy", about="manifest", value=number) from None
-        return found
+        return manifest
 
     def recorded(self, version: int | None = None) -> VersionManifest | None:
-        """As ``manifest``, of a version that the record of a round says was made; version 0 is from no round.
+        """Read the ``manifest`` of a version; raise TrustError if no round's record says that it was made.
 
-        Raises:
-            ConfigError, DataError: As ``manifest``.
-            TrustError: As ``manifest`` and ``rounds``, or the version was published without such a record.
+        Version 0 is from no round.
         """
-        found = self.manifest(version)
+        manifest = self.manifest(version)
         made = {record.version: record for record in self.rounds()}
-        if found is not None and found.version:
-            record = made.get(found.version)
-            if record is None or not record.made(found):
-                text = f"{self.source.name}: no round is recorded that made version {found.version} as it is there"
+        if manifest is not None and manifest.version:
+            record = made.get(manifest.version)
+            if record is None or not record.made(manifest):
+                text = f"{self.source.name}: no round is recorded that made version {manifest.version} as it is there"
                 reason = (
                     f"{text}; check the coordinator with 'edgeadapt audit verify', or restore the registry from a copy"
                 )
-                raise TrustError(reason, about="record", value=found.version)
-        return found
+                raise TrustError(reason, about="record", value=manifest.version)
+        return manifest
 
     def rounds(self) -> tuple[RoundRecord, ...]:
-        """The records of all rounds, in order.
-
-        Raises:
-            ConfigError: The database has another schema.
-            DataError: The database cannot be read.
-            TrustError: A record is missing, was altered, or is signed by no trusted key.
-        """
+        """Read the records of all rounds, in order."""
         return tuple(accept_chain(self.source.rows(_ROUNDS, ()), self.trusted))
 
     def blob(self, manifest: VersionManifest) -> bytes:
-        """The file of a version, byte for byte as published.
-
-        Raises:
-            DataError: It is missing.
-            TrustError: It was altered.
-        """
+        """Read the file of a version, byte for byte as published. Raises DataError if it is missing."""
         digest = manifest.sha256
         blob = self.source.file(digest, manifest.size)
         if hashlib.sha256(blob).hexdigest() != digest:
@@ -275,12 +233,7 @@ class RegistryFiles:
         return blob
 
     def tensors(self, manifest: VersionManifest) -> Tensors:
-        """The tensors of a version, finite and of its manifest's layout.
-
-        Raises:
-            DataError: The file is missing or holds no adapter.
-            TrustError: The file was altered, or its layout is not the manifest's.
-        """
+        """Read the tensors of a version, finite and of its manifest's layout. Raises DataError if it has no adapter."""
         blob, path = self.blob(manifest), self.source.place(manifest.sha256)
         try:
             tensors = float32_tensors(blob)
@@ -294,12 +247,10 @@ class RegistryFiles:
 
 
 def float32_tensors(blob: bytes) -> Tensors:
-    """The tensors of a safetensors file: a length, a JSON header with shapes and offsets, the numbers.
+    """Read the tensors of a safetensors file: a length, a JSON header with shapes and offsets, the numbers.
 
-    The library reads the same (``edgeadapt.formats.files.decode``), and is not in the bare install.
-
-    Raises:
-        DataError: It is no such file, or has a tensor of another type.
+    ``edgeadapt.formats.files.decode`` reads the same with the library, which is not in the bare install. Raises
+    DataError if it is not such a file, or has a tensor of another type.
     """
     end = _LENGTH + int.from_bytes(blob[:_LENGTH], "little")
     try:

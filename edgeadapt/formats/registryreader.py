@@ -8,15 +8,7 @@ from edgeadapt.formats.registryfiles import BLOBS, LocalFiles, RegistryFiles, Re
 
 
 def open_registry_files(state_dir: Path, trusted: Sequence[PublicKey]) -> RegistryFiles:
-    """The registry of a coordinator's state directory. Only one that is elsewhere takes more than the bare install.
-
-    Args:
-        state_dir: The folder.
-        trusted: The keys that may have signed its manifests.
-
-    Raises:
-        ConfigError: As ``require``, ``postgresql_url`` and ``Blobs.at``.
-    """
+    """Open the registry of a state directory. Only one that is elsewhere takes more than the bare install."""
     require(state_dir)
     settings = RegistrySettings.of(state_dir)
     if not settings.database and not settings.blobs:

@@ -1,7 +1,7 @@
 """A registry that is not in its state directory: in PostgreSQL by URL, and with its blobs where fsspec finds them.
 
-Addresses have no secret. The password comes from where PostgreSQL's own programs take it, the environment
-(``PGPASSWORD``, ``PGPASSFILE``) or ``~/.pgpass``.
+Addresses have no secret. The password comes from where PostgreSQL's own programs take it: ``PGPASSWORD``,
+``PGPASSFILE`` or ``~/.pgpass``.
 """
 
 import os
@@ -39,10 +39,7 @@ LARGEST, MOST_ROWS = 2 * MAX_ENVELOPE, 2**20  # bytes of a row, rows
 
 
 def postgresql_url(address: str) -> URL:
-    """A PostgreSQL database's address, for SQLAlchemy with psycopg.
-
-    Args:
-        address: As libpq takes it, without a password.
+    """Parse a PostgreSQL database's address, as libpq takes it, for SQLAlchemy with psycopg.
 
     Raises:
         ConfigError: It is another address, or has a password, which the error does not show.
@@ -63,7 +60,7 @@ def postgresql_url(address: str) -> URL:
 
 
 def postgresql_engine(url: URL) -> Engine:
-    """Connections to a PostgreSQL database, which are made when they are needed.
+    """Make connections to a PostgreSQL database when they are needed.
 
     To another machine TLS is required, and its certificate must be for the host and of an authority that the system
     trusts. ``sslmode`` and ``sslrootcert`` in the address, or ``PGSSLMODE`` and ``PGSSLROOTCERT``, say otherwise. A
@@ -90,13 +87,7 @@ def postgresql_engine(url: URL) -> Engine:
 
 @dataclass(frozen=True, slots=True)
 class RemoteStores:
-    """A registry to read whose database, blobs or both are not in the state directory.
-
-    Args:
-        local: What is there.
-        engine: Of the database, if that is not.
-        blobs: The blobs, if they are not.
-    """
+    """Reads a registry whose database, blobs or both are elsewhere; ``local`` reads what is in the state directory."""
 
     local: LocalFiles
     engine: Engine | None
@@ -104,7 +95,7 @@ class RemoteStores:
 
     @classmethod
     def open(cls, state_dir: Path, settings: RegistrySettings) -> Self:
-        """Those of a state directory. Nothing is connected yet. Raises as ``postgresql_url`` and ``Blobs.at``."""
+        """Open those of a state directory without connecting. Raises as ``postgresql_url`` and ``Blobs.at``."""
         engine = postgresql_engine(postgresql_url(settings.database)) if settings.database else None
         blobs = Blobs.at(settings.blobs) if settings.blobs else None
         return cls(LocalFiles(state_dir, state_dir / BLOBS), engine, blobs)
@@ -117,13 +108,13 @@ class RemoteStores:
         return f"{self.blobs.name}/{blob_name(digest)}" if self.blobs else self.local.place(digest)
 
     def file(self, digest: str, size: int) -> bytes:
-        """As ``RegistrySource.file``. Raises EdgeAdaptError if the store cannot be reached."""
+        """Read as ``RegistrySource.file`` does. Raises EdgeAdaptError if the store cannot be reached."""
         return self.blobs.read(digest, size) if self.blobs else self.local.file(digest, size)
 
     def rows(self, query: str, values: tuple[int, ...]) -> list[tuple[Any, ...]]:
-        """As ``RegistrySource.rows``. Raises EdgeAdaptError if the database cannot be reached.
+        """Query as ``RegistrySource.rows`` does. Raises EdgeAdaptError if the database cannot be reached.
 
-        Whoever owns the database decides what it answers, also without an end: there are limits on time and size.
+        A database's owner decides what it answers, also without an end: there are limits on time and size.
         """
         if self.engine is None:
             return self.local.rows(query, values)
@@ -133,8 +124,8 @@ class RemoteStores:
                 connection.exec_driver_sql(f"SET LOCAL statement_timeout = {LONGEST}")
                 if connection.exec_driver_sql(f"SELECT to_regclass('{FIRST_TABLE}')").scalar() is not None:
                     require_schema(FIRST, self.name)
-                found = connection.exec_driver_sql(f"SELECT {SCHEMA_COLUMN} FROM {SCHEMAS} LIMIT 1").scalar()  # noqa: S608
-                require_schema(found, self.name)
+                revision = connection.exec_driver_sql(f"SELECT {SCHEMA_COLUMN} FROM {SCHEMAS} LIMIT 1").scalar()  # noqa: S608
+                require_schema(revision, self.name)
                 rows = list[tuple[Any, ...]]()
                 streamed = connection.execution_options(stream_results=True)
                 for row in streamed.exec_driver_sql(query.replace("?", "%s"), values):
@@ -143,7 +134,8 @@ class RemoteStores:
                     rows.append(tuple(row))
         except DBAPIError as error:
             reason = " ".join(str(error.orig).split())
-            if error.connection_invalidated or not _answered(error):
+            # The server refuses a statement with a code; an error without one is of the connection.
+            if error.connection_invalidated or getattr(error.orig, "sqlstate", None) is None:
                 raise EdgeAdaptError(f"{self.name}: {reason}", about="database") from None
             raise DataError(f"{self.name} is not a registry or is damaged ({reason})", about="database") from None
         except SQLAlchemyError as error:
@@ -152,19 +144,13 @@ class RemoteStores:
         return rows
 
 
-def _answered(error: DBAPIError) -> bool:
-    """Whether the server refused a statement; an error without a code is of the connection."""
-    return getattr(error.orig, "sqlstate", None) is not None
-
-
 def shown(url: URL) -> str:
-    """A database's address in a message."""
     text = url.render_as_string(hide_password=True)
     return text.replace(f"{DRIVER}://", POSTGRESQL)
 
 
 def is_local(url: URL) -> bool:
-    """Whether a database's address is of this machine: a socket in the file system, or the loopback interface."""
+    """Check whether a database's address is of this machine: a socket in the file system, or the loopback interface."""
     named = url.query.get("host", ())
     hosts = [url.host] if url.host else [named] if isinstance(named, str) else list(named)
     if not hosts:
@@ -175,6 +161,6 @@ def is_local(url: URL) -> bool:
 def _commit_durably(connection: Any, _: object) -> None:
     # A server may be set to acknowledge commits that a power cut takes back. The ending of a round is logged after its
     # commit, and a log that knows more than the registry stops the coordinator.
-    found = "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
-    connection.execute(found)
+    query = "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
+    connection.execute(query)
     connection.commit()

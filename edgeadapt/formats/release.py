@@ -2,8 +2,8 @@
 
 It is the file ``CHANNEL/release.json`` among the targets of a repository of The Update Framework (TUF), whose metadata
 sign its digest. The files of the bundle are the other targets of the channel, ``CHANNEL/base/…`` and
-``CHANNEL/adapters/…``. While a release is rolled out in stages (``edgeadapt.formats.rollout``), the one before is there
-too: its list is ``CHANNEL/previous-release.json``, and its files that are not those of the newest are under
+``CHANNEL/adapters/…``. During a rollout in stages (``edgeadapt.formats.rollout``), the previous release is there too:
+its list is ``CHANNEL/previous-release.json``, and files that the newest does not have are under
 ``CHANNEL/previous-base/…`` and ``CHANNEL/previous-adapters/…``. ``edgeadapt.releases`` makes releases,
 ``client.updates`` installs them.
 """
@@ -29,11 +29,7 @@ _PATH = r"^(base|adapters)/[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$"
 
 
 def check_channel(name: str) -> str:
-    """``name``, if a channel can have it: up to 32 lower-case letters, digits and hyphens.
-
-    Raises:
-        ConfigError: It cannot.
-    """
+    """Check that a channel can have the name, up to 32 lower-case letters, digits and hyphens. Raises ConfigError."""
     if not _CHANNEL.fullmatch(name) or name in _RESERVED:
         raise ConfigError(
             f"{name[:40]!r} is no name of a channel: use up to 32 lower-case letters, digits and hyphens, and not "
@@ -45,18 +41,18 @@ def check_channel(name: str) -> str:
 
 
 def target(channel: str, name: str) -> str:
-    """The path of a file of a channel's bundle, or of its release, among the targets."""
+    """Return the path of a file of a channel's bundle, or of its release, among the targets."""
     return f"{channel}/{name}"
 
 
 def previous(name: str) -> str:
-    """The name of a file of the previous release, among those of the newest."""
+    """Return the name of a file of the previous release, among those of the newest."""
     return f"previous-{name}"
 
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """What the bundle of a channel is."""
+    """Says what the bundle of a channel is."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -70,11 +66,7 @@ class Release:
 
     @classmethod
     def decode(cls, raw: bytes) -> Self:
-        """Read what ``encode`` wrote.
-
-        Raises:
-            TrustError: It is something else, or names a file that a bundle cannot have.
-        """
+        """Read what ``encode`` wrote. Raises TrustError for the rest, or a name that a bundle's file cannot have."""
         try:
             jsontext.decode(raw)  # refuses what the next line would read in one of several ways
             return jsontext.decode_as(cls, raw)

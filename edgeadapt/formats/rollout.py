@@ -2,7 +2,7 @@
 
 It is the file ``CHANNEL/flags.json`` among the targets of a repository, a flag definition of flagd, so that any flagd
 evaluates it and comes to the same release (its operator ``fractional``). The flag ``release-N`` has two variants, the
-numbers of the newest release and of the one before. A device is in one of 100 parts by a hash of the flag's name and
+numbers of the newest release and of the previous one. A device is in one of 100 parts by a hash of the flag's name and
 its targeting key, and the parts of the newest release come first: a device that is in at 10 % is in at 50 %, and
 another release begins with other devices.
 
@@ -30,11 +30,7 @@ Language = Annotated[str, Field(pattern=_LANGUAGE)]  # ISO 639
 
 
 def check_language(name: str) -> str:
-    """``name``, if it is a language's code.
-
-    Raises:
-        ConfigError: It is not.
-    """
+    """Check that ``name`` is a language's code, and return it. Raises ConfigError."""
     try:
         return TypeAdapter(Language).validate_python(name)
     except ValidationError:
@@ -44,10 +40,9 @@ def check_language(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """Who gets the newest release.
+    """Says who gets the newest release.
 
     Args:
-        release: Its number.
         previous: Number of the release that the others get.
         share: Percent of devices.
         languages: Only devices with one of these, of which ``share`` is then a part; empty: all devices.
@@ -62,15 +57,11 @@ class Rollout:
 
     @classmethod
     def of(cls, release: int, previous: int, share: int, languages: Sequence[str]) -> Self | None:
-        """Who gets ``release``; None if all devices do.
-
-        Raises:
-            ConfigError: The share is no percentage, or a language has no such code.
-        """
+        """Say who gets ``release``; None if all devices do. Raises ConfigError for a bad share or language."""
         if not 0 <= share <= ALL:
             raise ConfigError(f"a share is 0 to {ALL} percent, not {share}", about="share", value=share)
-        found = cls(release, previous, share, tuple(sorted({check_language(each) for each in languages})))
-        return None if found.is_complete else found
+        rollout = cls(release, previous, share, tuple(sorted({check_language(each) for each in languages})))
+        return None if rollout.is_complete else rollout
 
     @property
     def flag(self) -> str:
@@ -78,27 +69,21 @@ class Rollout:
 
     @property
     def is_complete(self) -> bool:
-        """All devices get the newest release."""
         return self.share == ALL and not self.languages
 
     def release_for(self, key: str, language: str | None) -> int:
-        """Number of the release that a device gets.
-
-        Args:
-            key: Its targeting key.
-            language: Its language's code.
-        """
+        """Return the number of the release that a device gets, by its targeting key and its language's code."""
         if self.languages and language not in self.languages:
             return self.previous
         part = murmur3(b"\x82" + _cbor(self.flag) + _cbor(key)) * ALL >> 32
         return self.release if part < self.share else self.previous
 
     def __str__(self) -> str:
-        """Whom the newest release is for."""
+        """Say whom the newest release is for."""
         return f"{self.share} % of devices" + (f" with language {', '.join(self.languages)}" if self.languages else "")
 
     def encode(self) -> bytes:
-        """As flagd's flag definition. Equal rollouts give equal bytes."""
+        """Encode as flagd's flag definition. Equal rollouts give equal bytes."""
         targeting: dict[str, Any] = {"fractional": [[NEWEST, self.share], [PREVIOUS, ALL - self.share]]}
         if self.languages:
             targeting = {"if": [{"in": [{"var": LANGUAGE}, list(self.languages)]}, targeting, PREVIOUS]}
@@ -112,11 +97,7 @@ class Rollout:
 
     @classmethod
     def decode(cls, raw: bytes) -> Self:
-        """Read what ``encode`` wrote, and nothing else: a rule of flagd can take any time to evaluate.
-
-        Raises:
-            TrustError: It is something else.
-        """
+        """Read what ``encode`` wrote, or raise TrustError: a rule of flagd can take any time to evaluate."""
         try:
             (flag,) = jsontext.decode(raw)["flags"].values()
             rule, languages = flag["targeting"], []
@@ -129,23 +110,23 @@ class Rollout:
                 "share": rule["fractional"][0][1],
                 "languages": languages,
             }
-            found = jsontext.decode_as(cls, jsontext.encode(stated))
-            if found.encode() != raw:
+            rollout = jsontext.decode_as(cls, jsontext.encode(stated))
+            if rollout.encode() != raw:
                 raise ValueError
         except (ValueError, ValidationError, LookupError, TypeError, AttributeError) as error:
             reason = "the flags of the rollout are damaged, or of a newer version: update edgeadapt"
             raise TrustError(reason, about=FLAGS) from error
-        return found
+        return rollout
 
 
 def _cbor(text: str) -> bytes:
-    """Text of at most 255 bytes in CBOR (RFC 8949, section 3.1)."""
+    """Encode text of at most 255 bytes in CBOR (RFC 8949, section 3.1)."""
     raw = text.encode()
     return (bytes([0x60 + len(raw)]) if len(raw) < 24 else bytes([0x78, len(raw)])) + raw
 
 
 def murmur3(data: bytes) -> int:
-    """MurmurHash3_x86_32 (Appleby) with the seed 0. Not for secrets.
+    """Compute MurmurHash3_x86_32 (Appleby) with the seed 0. Not for secrets.
 
     >>> hex(murmur3(b"The quick brown fox jumps over the lazy dog"))
     '0x2e4ff723'

@@ -1,4 +1,4 @@
-"""The record of a round: a signed document, chained to the record of the round before.
+"""The record of a round: a signed document, chained to the previous round's record.
 
 It says how the round ended and where its ending stands in the log of its session. The coordinator writes the record
 first and the ending second, from the record (``coordinator.recorder``). So a start after a kill can add the ending that
@@ -22,7 +22,7 @@ INTERRUPTED = "interrupted"  # why a log aborts a round that was under way when 
 
 @dataclass(frozen=True, slots=True)
 class GroupRecord:
-    """A group of a round: the devices in its sum, and how far its mean is from the combination, in weight units."""
+    """Describes a group: the devices in its sum, and its mean's distance from the combination, in weight units."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -32,7 +32,7 @@ class GroupRecord:
 
 @dataclass(frozen=True, slots=True)
 class RoundRecord(Manifest):
-    """What happened in one round. Bytes are totals over all devices.
+    """Says what happened in one round. Bytes are totals over all devices.
 
     A device that drops out after its masked input arrived is among the survivors too: its update is in the sum.
 
@@ -43,7 +43,7 @@ class RoundRecord(Manifest):
     NAME: ClassVar[str] = "round-record"
 
     round: Count  # of the federation, from 1
-    previous: Sha256 | None  # of the signed record of the round before; None for the first
+    previous: Sha256 | None  # digest of the previous round's signed record; None for the first
     offer: Sha256  # digest of the session's offer
     plan: Sha256 | None  # digest of the plan; None if the round ended before it had one
     entries: Count  # in the session's log before the ending of the round
@@ -85,21 +85,17 @@ class RoundRecord(Manifest):
 
     @property
     def bytes_of_one(self) -> tuple[float, float]:
-        """Bytes up and down of one device: means over the survivors, and over the devices that took part."""
+        """Return bytes up and down of one device: means over the survivors, and over the devices that took part."""
         up, down = self.survivors, {*self.survivors, *self.dropped}
         return self.bytes_up / max(1, len(up)), self.bytes_down / max(1, len(down))
 
     def made(self, manifest: VersionManifest) -> bool:
-        """Whether the manifest is that of the version which this round produced."""
+        """Check whether the manifest is that of the version which this round produced."""
         mine = (self.round, self.plan, self.version, self.adapter, self.survivors)
         return mine == (manifest.round, manifest.plan, manifest.version, manifest.sha256, manifest.survivors)
 
     def require_agreement(self, manifest: VersionManifest) -> None:
-        """Return if the manifest is that of the version which this round produced.
-
-        Raises:
-            DataError: It is not.
-        """
+        """Check that the manifest is that of the version which this round produced. Raises DataError."""
         if not self.made(manifest):
             raise DataError(
                 f"the record of round {self.round} and the manifest of its version contradict each other",
@@ -110,7 +106,7 @@ class RoundRecord(Manifest):
 def accept_chain(
     rows: Iterable[tuple[int, object]], trusted: Iterable[PublicKey], before: tuple[int, object] = (0, None)
 ) -> list[RoundRecord]:
-    """The records in rows of a registry, each signed, numbered without a gap and naming the one before.
+    """Verify the records in rows of a registry: each signed, numbered without a gap and naming the previous one.
 
     Args:
         rows: Number of a round, and its signed record; in order.
@@ -120,7 +116,7 @@ def accept_chain(
     Raises:
         TrustError: A record is missing, was altered, or stands in another place than it was signed for.
     """
-    (last, signed), keys, found = before, list(trusted), list[RoundRecord]()
+    (last, signed), keys, records = before, list(trusted), list[RoundRecord]()
     for number, raw in rows:
         try:
             if not isinstance(raw, bytes):
@@ -132,16 +128,15 @@ def accept_chain(
         except (DataError, TrustError) as error:
             text = f"the record of round {number} was altered ({error}): restore the registry from a copy"
             raise TrustError(text, about="record", value=number) from None
-        found.append(record)
+        records.append(record)
         last, signed = number, raw
-    return found
+    return records
 
 
 def digest_of(signed: object) -> str:
-    """By which a record names the one before it (SHA-256, hex).
+    """Return the digest by which a record names the previous one (SHA-256, hex).
 
-    Raises:
-        TrustError: It is not bytes, as a damaged column of a database may be.
+    Raises TrustError if it is not bytes, as a damaged column of a database may be.
     """
     if not isinstance(signed, bytes):
         raise TrustError("it is not a signed document", about="record")

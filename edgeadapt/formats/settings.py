@@ -30,11 +30,7 @@ class Settings(BaseModel):
 
     @classmethod
     def read(cls, path: Path, overrides: Sequence[str] = ()) -> Self:
-        """Read a file. ``read`` of what ``to_toml`` returned gives the same settings.
-
-        Args:
-            path: TOML.
-            overrides: See ``overridden``.
+        """Read a file, changed by ``overridden``. ``read`` of what ``to_toml`` returned gives the same settings.
 
         Raises:
             ConfigError: The file is missing, too large or not TOML, a key is unknown, or a value is out of range.
@@ -51,7 +47,7 @@ class Settings(BaseModel):
 
     @classmethod
     def parse(cls, table: dict[str, Any], where: str) -> Self:
-        """The settings in a parsed table; ``where`` names it in an error. Raises as ``read``."""
+        """Check a parsed table, which an error names as ``where``. Raises as ``read``."""
         try:
             # As JSON: then strict accepts a list for a tuple, and still neither true nor "5" for a number.
             return cls.model_validate_json(json.dumps(table, default=str), strict=True)
@@ -67,11 +63,11 @@ class Settings(BaseModel):
 
     @classmethod
     def fields(cls) -> Iterator[tuple[str, FieldInfo]]:
-        """Every key, with its dotted path, and the pydantic field."""
+        """Yield every key, with its dotted path, and the pydantic field."""
         return _fields(cls, "")
 
     def to_toml(self) -> str:
-        """The settings as a file, with a comment on each key."""
+        """Write the settings as a file, with a comment on each key."""
         return "".join(f"{line}\n" for line in self._lines())
 
     def _lines(self) -> Iterator[str]:
@@ -87,11 +83,7 @@ class Settings(BaseModel):
 
 
 def _toml(text: str) -> dict[str, Any]:
-    """The table in a TOML text.
-
-    Raises:
-        ValueError: It is not TOML, has a line above the limit, or is nested too deeply.
-    """
+    """Parse a TOML text. Raises ValueError if it is not TOML, has a line above the limit, or is nested too deeply."""
     if max(map(len, text.split("\n"))) > LONGEST_LINE:
         raise ValueError(f"a line has more than {LONGEST_LINE} characters")
     try:
@@ -111,7 +103,7 @@ def _fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInf
 
 
 def toml_value(value: object) -> str:
-    """A value in TOML, in one line.
+    """Write a value in TOML, in one line.
 
     >>> toml_value(["active", 0.5])
     '["active", 0.5]'
@@ -122,14 +114,12 @@ def toml_value(value: object) -> str:
 
 
 def overridden(table: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A table with some values changed; ``table`` itself is unchanged.
+    """Return a copy of a parsed TOML table with some values changed.
 
     >>> overridden({"rounds": 3}, ["rounds=5", "training.epochs=2"])
     {'rounds': 5, 'training': {'epochs': 2}}
 
-    Args:
-        table: As parsed from TOML.
-        overrides: ``KEY=VALUE`` with a dotted key; a value is TOML, or a text where it is not.
+    ``overrides`` are ``KEY=VALUE`` with a dotted key; a value is TOML, or a text where it is not.
 
     Raises:
         ConfigError: An override has another form, or a part of its key names a value instead of a table.

@@ -34,7 +34,7 @@ _POWER_CUTS: ContextVar[bool] = ContextVar("power_cuts", default=True)  # whethe
 def kill_safe() -> Iterator[None]:
     """Do not wait for the disk while the block runs, in this thread: for a simulation, which writes much.
 
-    What was written before a kill of the process is kept as ever; a power cut may lose the last seconds.
+    Writes survive a kill of the process as ever; a power cut may lose the last seconds.
     """
     token = _POWER_CUTS.set(False)
     try:
@@ -44,19 +44,13 @@ def kill_safe() -> Iterator[None]:
 
 
 def read(path: Path, limit: int = LARGEST) -> bytes:
-    """The content of a file.
-
-    Raises:
-        DataError: It is larger than ``limit`` bytes, or it is a device or a pipe, which may never end. Nothing is read
-            then.
-        OSError: It cannot be read.
-    """
+    """Read a file. Raises DataError, before it reads, above ``limit`` bytes and for a device or pipe without an end."""
     with opened(path, limit) as (file, size):
         return file.read(size)  # and not what is appended meanwhile
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, hex, read in pieces. Raises OSError."""
+    """Hash a file's content (SHA-256, hex), read in pieces. Raises OSError."""
     state = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -66,7 +60,7 @@ def file_sha256(path: Path) -> str:
 
 @contextmanager
 def opened(path: Path, limit: int = LARGEST) -> Iterator[tuple[BinaryIO, int]]:
-    """A file to read from, and its size in bytes. Raises as ``read``."""
+    """Open a file to read from, with its size in bytes. Raises as ``read``."""
     mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a folder raises its own error
         raise DataError(f"{path} is a device or a pipe: give a file", about=path.name)
@@ -81,11 +75,9 @@ def opened(path: Path, limit: int = LARGEST) -> Iterator[tuple[BinaryIO, int]]:
 
 
 def read_lines(path: Path, what: str) -> tuple[str, ...]:
-    """The lines of a UTF-8 file that are not blank, without the byte order mark that editors of Windows write.
+    """Read the lines of a UTF-8 file that are not blank, without the byte order mark of Windows' editors.
 
-    Args:
-        path: The file.
-        what: What a line of it is, for a message.
+    ``what`` says what a line is, for a message.
 
     Raises:
         ConfigError: There is no such file.
@@ -106,8 +98,7 @@ def read_lines(path: Path, what: str) -> tuple[str, ...]:
 def replace(path: Path, content: bytes, mode: int = PRIVATE) -> None:
     """Write a file atomically and durably: after the return it survives a power cut.
 
-    Raises:
-        OSError: For example, the disk is full. The old file is unchanged, and no temporary file is left.
+    After an OSError the old file is unchanged, and no temporary file is left.
     """
     descriptor, name = mkstemp(dir=path.parent, prefix=f".{path.name}.")
     stage = Path(name)
@@ -124,11 +115,9 @@ def replace(path: Path, content: bytes, mode: int = PRIVATE) -> None:
 
 
 def create(path: Path, content: bytes, mode: int = PRIVATE) -> None:
-    """Write a new file durably; never replace one.
+    """Write a new file durably; never replace one, but raise FileExistsError.
 
-    Raises:
-        FileExistsError: The file exists.
-        OSError: It cannot be written; the error names the file. No part of it is left.
+    Any other OSError names the file, of which no part is left.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
@@ -141,14 +130,14 @@ def create(path: Path, content: bytes, mode: int = PRIVATE) -> None:
 
 
 def flush(file: IO[bytes]) -> None:
-    """Make what was written to ``file`` durable: from here on it survives a power cut (see ``kill_safe``)."""
+    """Make what was written to ``file`` survive a power cut (see ``kill_safe``)."""
     file.flush()
     if _POWER_CUTS.get():
         os.fsync(file.fileno())
 
 
 def sync(folder: Path) -> None:
-    """Make the names in ``folder`` durable: from here on they survive a power cut (see ``kill_safe``)."""
+    """Make the names in ``folder`` survive a power cut (see ``kill_safe``)."""
     if os.name == "nt" or not _POWER_CUTS.get():  # Windows opens no folders, and writes names through
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -162,14 +151,10 @@ def sync(folder: Path) -> None:
 def locked(lock: Path, *, timeout: float = -1) -> Iterator[None]:
     """Hold the lock file ``lock``, which is created and kept; one holder at a time among all processes and threads.
 
-    The operating system releases the lock when its holder is killed.
-
-    Args:
-        lock: Its place.
-        timeout: Seconds to wait for it; -1 for as long as it takes.
+    The operating system releases the lock when its holder is killed. ``timeout`` is in seconds; -1 waits forever.
 
     Raises:
-        ConfigError: A link, a folder, a device or a pipe is in its place. Whatever a link leads to is not touched.
+        ConfigError: A link, a folder, a device or a pipe is there. The target of a link is not touched.
         TimeoutError: Another holder has it.
         OSError: The file cannot be created.
     """
@@ -179,21 +164,17 @@ def locked(lock: Path, *, timeout: float = -1) -> Iterator[None]:
 
 
 def _require_own_file(lock: Path) -> None:
-    """Return if ``lock`` is missing, or a file with this one name: older versions of filelock empty what they lock."""
+    """Check that ``lock`` is missing, or a file with this one name: older versions of filelock empty what they lock."""
     try:
-        found = lock.lstat()
+        status = lock.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         raise ConfigError(f"{lock} is a link, a folder or a device in the place of a lock: remove it", about=lock.name)
 
 
 def real(path: Path) -> Path:
-    """The full path without symbolic links, whether or not something is there.
-
-    Raises:
-        DataError: A link leads back to itself.
-    """
+    """Resolve symbolic links to the full path, whether or not something is there. Raises DataError for a circle."""
     try:
         return path.resolve()
     except RuntimeError as error:  # until Python 3.12
@@ -205,10 +186,7 @@ def locked_folder(out: Path) -> Iterator[Path]:
     """Hold the lock of the folder ``out``, and yield its full path.
 
     The lock file is ``.NAME.lock`` next to ``out``. If a killed process left ``staged`` half done, that is repaired.
-
-    Raises:
-        ConfigError: No lock file can be created there.
-        OSError: The folder above cannot be read.
+    Raises ConfigError if no lock file can be created there.
     """
     out = real(out)
     above = next(folder for folder in out.parents if folder.exists())
@@ -231,15 +209,10 @@ def restore(out: Path) -> None:
 
 @contextmanager
 def staged(out: Path, *, mode: int = PUBLIC_FOLDER, replaces: bool = False) -> Iterator[Path]:
-    """An empty folder to fill. It becomes ``out`` if the block ends without an error.
+    """Yield an empty folder to fill, which becomes ``out`` if the block ends without an error.
 
-    Args:
-        out: The folder. Unless ``replaces``, it does not exist or is empty at the end of the block.
-        mode: Its permissions.
-        replaces: Whether it may replace a folder that holds files; hold ``locked_folder(out)`` then.
-
-    Raises:
-        OSError: The folder cannot be written, or ``out`` holds files. ``out`` is unchanged.
+    Unless ``replaces``, ``out`` is missing or empty at the end of the block; with it, hold ``locked_folder(out)``. It
+    is unchanged after an OSError.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with closing(WorkFolder(out.parent)) as work:
@@ -255,11 +228,9 @@ def staged(out: Path, *, mode: int = PUBLIC_FOLDER, replaces: bool = False) -> I
 
 @contextmanager
 def new_folder(out: Path, *, mode: int = PUBLIC_FOLDER) -> Iterator[Path]:
-    """As ``staged``, for a folder that must not hold anything yet.
+    """Yield an empty folder, as ``staged`` does, for one that must not hold anything yet.
 
-    Raises:
-        ConfigError: ``out`` exists and is not an empty folder, or is the working directory.
-        OSError: The folder cannot be written. ``out`` is unchanged.
+    Raises ConfigError if ``out`` exists and is not an empty folder, or is the working directory.
     """
     place = real(out)  # where a link leads
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
@@ -285,8 +256,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 def link_files(source: Path, target: Path) -> None:
     """Hard-link every file of ``source`` under ``target``; copy where the file system has no hard links.
 
-    Raises:
-        OSError: A file cannot be copied, as on a full disk. The error is the first one.
+    Raises the first OSError, as on a full disk.
     """
     if source.is_dir():
         # Not shutil.copytree, whose error lists every file that could not be copied.

@@ -1,7 +1,7 @@
 """Folders to work in, which nobody finds half done: deleted when they are no longer needed, whatever ends the process.
 
-A process that is killed cannot delete its folder. Each folder therefore holds a lock, which the operating system
-releases with its holder, and whoever makes the next folder in the same place deletes those whose lock is free.
+A killed process cannot delete its folder. Each folder therefore holds a lock, which the operating system releases with
+its holder, and who makes the next folder in the same place deletes those whose lock is free.
 """
 
 import os
@@ -20,13 +20,9 @@ LOCK, CONTENT = "lock", "content"
 
 
 class WorkFolder:
-    """A new empty folder, deleted by ``close``, with the last reference to this object, or when the process ends.
+    """Is a new empty folder, deleted by ``close``, with the last reference to this object, or when the process ends.
 
-    Args:
-        where: The folder that holds it; None for the system's folder of temporary files.
-
-    Raises:
-        OSError: No folder can be made there.
+    ``where`` holds it; None for the system's folder of temporary files.
     """
 
     def __init__(self, where: Path | None = None) -> None:
@@ -38,7 +34,6 @@ class WorkFolder:
         self._delete = weakref.finalize(self, _delete, folder, lock)
 
     def close(self) -> None:
-        """Delete the folder, if it has not been deleted."""
         self._delete()
 
 
@@ -56,10 +51,10 @@ def remove_abandoned(where: Path) -> None:
 
 
 def _claimed(where: Path) -> tuple[Path, FileLock]:
-    """A new folder, and its lock, held."""
+    """Make a new folder, and hold its lock."""
     while True:
         folder = Path(mkdtemp(prefix=HIDDEN, dir=where))
-        # Released by whichever thread drops the last reference.
+        # Any thread may drop the last reference.
         lock = FileLock(folder / LOCK, thread_local=False)
         lock.acquire()
         if (folder / LOCK).exists():
@@ -68,12 +63,12 @@ def _claimed(where: Path) -> tuple[Path, FileLock]:
 
 
 def _is_own(path: Path, is_kind: Callable[[int], bool]) -> bool:
-    """Whether ``path`` is of a kind and belongs to this user. A link is followed to nowhere."""
+    """Check that ``path`` is of a kind and belongs to this user. A link is not followed."""
     try:
-        found = path.lstat()
+        status = path.lstat()
     except OSError:
         return False
-    return is_kind(found.st_mode) and (os.name == "nt" or found.st_uid == os.getuid())
+    return is_kind(status.st_mode) and (os.name == "nt" or status.st_uid == os.getuid())
 
 
 def _delete(folder: Path, lock: FileLock) -> None:

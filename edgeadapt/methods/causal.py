@@ -20,22 +20,19 @@ LORA = PeftConfig.lora(targets=("q_proj", "v_proj"))
 
 
 def build(base: Base, config: PeftConfig = LORA) -> PeftModel:
-    """The base with a fresh adapter, in evaluation mode: every parameter frozen but the adapter's.
+    """Build the base with a fresh adapter, in evaluation mode: every parameter frozen but the adapter's.
 
     Raises:
-        ConfigError: The base is no causal language model, or as ``trainable.adapted``.
+        ConfigError: The base is not a causal language model, or as ``trainable.adapted``.
     """
     return adapted(pretrained.load(base, AutoModelForCausalLM), config, task="CAUSAL_LM")
 
 
 def require_private(model: PeftModel) -> None:
-    """Return if no layer that the adapter changes has a row for each token.
+    """Check that no layer that the adapter changes has a row for each token. Raises ConfigError.
 
     The gradient at the output layer (of LoRA's B, a scale or a bias) has another sign for the tokens of the examples
     than for all others, so that a sum would name them, as it would at the embedding.
-
-    Raises:
-        ConfigError: One has, or its bias is trained.
     """
     output = model.get_base_model().get_output_embeddings()
     for path, layer in model.named_modules():

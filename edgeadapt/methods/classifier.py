@@ -29,7 +29,7 @@ HEAD_SCALE = 16.0  # logit of a phrase that lies exactly on its intent's prototy
 
 
 class PhraseClassifier(nn.Module):
-    """``encoder`` → mean over the tokens that are not padding → unit length → linear ``classifier``."""
+    """Maps ``encoder`` → mean over the tokens that are not padding → unit length → linear ``classifier``."""
 
     def __init__(self, encoder: nn.Module, hidden: int, labels: int) -> None:
         super().__init__()
@@ -37,24 +37,24 @@ class PhraseClassifier(nn.Module):
         self.classifier = nn.Linear(hidden, labels)
 
     def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Unit embeddings, shape ``(batch, hidden)``, of token ids of shape ``(batch, sequence)``."""
+        """Return unit embeddings, shape ``(batch, hidden)``, of token ids of shape ``(batch, sequence)``."""
         states: Tensor = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
         return nn.functional.normalize(pooled(states, attention_mask), dim=-1)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits, shape ``(batch, labels)``."""
+        """Return logits, shape ``(batch, labels)``."""
         logits: Tensor = self.classifier(self.embed(input_ids, attention_mask))
         return logits
 
 
 def pooled(states: Tensor, attention_mask: Tensor) -> Tensor:
-    """The mean over the tokens that are not padding, shape ``(batch, hidden)``."""
+    """Return the mean over the tokens that are not padding, shape ``(batch, hidden)``."""
     weights = attention_mask.unsqueeze(-1).to(states.dtype)
     return (states * weights).sum(1) / weights.sum(1).clamp(min=1.0)
 
 
 def build(base: Base, labels: int, config: PeftConfig) -> PeftModel:
-    """The base with a fresh adapter, in evaluation mode: every parameter frozen but the adapter's and the head's.
+    """Build the base with a fresh adapter, in evaluation mode: every parameter frozen but the adapter's and the head's.
 
     The fresh adapter has peft's own random values; ``load`` sets others, ``seeded`` makes the vendor's.
 
@@ -74,28 +74,24 @@ def build(base: Base, labels: int, config: PeftConfig) -> PeftModel:
 
 
 def tokenizer(base: Base, model: PeftModel) -> Tokenizer:
-    """The base's tokenizer. It cuts texts off at ``MAX_TOKENS``, or earlier if the base has fewer positions."""
-    found = Tokenizer.from_file(str(base.folder / "tokenizer.json"))
-    found.enable_truncation(min(MAX_TOKENS, model.get_base_model().encoder.config.max_position_embeddings))
-    found.no_padding()
-    return found
+    """Return the base's tokenizer, which cuts texts at ``MAX_TOKENS``, or earlier if the base has fewer positions."""
+    loaded = Tokenizer.from_file(str(base.folder / "tokenizer.json"))
+    loaded.enable_truncation(min(MAX_TOKENS, model.get_base_model().encoder.config.max_position_embeddings))
+    loaded.no_padding()
+    return loaded
 
 
 def padded(tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, both of shape ``(len(tokens), longest)``."""
+    """Return token ids and attention mask, both of shape ``(len(tokens), longest)``."""
     ids = pad_sequence(list(tokens), batch_first=True)
     return ids, pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
 
 
 def in_batches(forward: Callable[[Tensor, Tensor], Tensor], tokens: Sequence[Tensor]) -> Tensor:
-    """The rows that a model gives for texts, in batches of similar length, which need little padding.
+    """Apply ``forward`` to at least one text, in batches of similar length, which need little padding.
 
-    Args:
-        forward: Token ids and attention mask of a batch → one row for each text.
-        tokens: The ids of each text; at least one text.
-
-    Returns:
-        The rows in the order of ``tokens``.
+    ``forward`` maps token ids and attention mask of a batch to one row for each text. Rows keep the order of
+    ``tokens``.
     """
     order = sorted(range(len(tokens)), key=lambda text: len(tokens[text]))
     batches = [[tokens[text] for text in order[at : at + BATCH]] for at in range(0, len(order), BATCH)]
@@ -103,7 +99,7 @@ def in_batches(forward: Callable[[Tensor, Tensor], Tensor], tokens: Sequence[Ten
 
 
 def embed(model: PeftModel, tokens: Tokenizer, texts: Sequence[str]) -> Floats:
-    """Embeddings of the frozen base without adapter, shape ``(len(texts), hidden)``, each of L2 norm 1."""
+    """Embed texts with the frozen base without adapter: shape ``(len(texts), hidden)``, each of L2 norm 1."""
     ids = [torch.tensor(encoding.ids) for encoding in tokens.encode_batch(list(texts))]
     with torch.inference_mode(), model.disable_adapter():
         return in_batches(model.get_base_model().embed, ids).numpy()
@@ -112,14 +108,11 @@ def embed(model: PeftModel, tokens: Tokenizer, texts: Sequence[str]) -> Floats:
 def seed_adapter(
     model: PeftModel, tokens: Tokenizer, phrases: Sequence[tuple[str, int]], labels: int, generator: torch.Generator
 ) -> Tensors:
-    """The first adapter of a federation: ``seeded`` with the summed embeddings of each label's phrases.
+    """Make the first adapter of a federation: ``seeded`` with the summed embeddings of each label's phrases.
 
     Args:
-        model: From ``build``.
-        tokens: From ``tokenizer``.
         phrases: At least one, each with the number of its label.
         labels: Rows of the head.
-        generator: As for ``seeded``.
 
     Returns:
         float32 tensors under the names that PEFT saves. Guarantee: the adapter changes nothing, so that the classifier
@@ -132,10 +125,9 @@ def seed_adapter(
 
 
 def seeded(model: PeftModel, prototypes: Floats, generator: torch.Generator) -> Tensors:
-    """The adapter on day one: one that changes nothing (``trainable.initial``), and a prototype head.
+    """Make the adapter on day one: one that changes nothing (``trainable.initial``), and a prototype head.
 
     Args:
-        model: From ``build``.
         prototypes: Shape ``(labels, hidden)``, a mean embedding for each label; zero rows for labels without phrases.
         generator: Draws LoRA's A; the same generator state gives the same adapter.
     """

@@ -4,7 +4,7 @@ In a round, a layer computes W x + scaling · (B + F R) A x: A and B are those o
 matrix that everybody can compute, and R, of shape ``(rank, rank)``, is zero at first and all that is trained. The mean
 of R over devices is therefore exact, and so is its product with F, which the coordinator adds to B. So an adapter in a
 registry or a bundle is an ordinary LoRA adapter. R exists within a round only, under the name of its layer's B with
-``lora_R`` in place of ``lora_B``.
+``lora_R`` instead of ``lora_B``.
 
 The papers take the factors from a singular value decomposition of a first gradient. Here A is the adapter's, which the
 vendor chooses, and F is random, as in VeRA (Kopiczko et al. 2024): see docs/decisions/0040-fed-sb.md.
@@ -22,11 +22,7 @@ from edgeadapt.methods.parts import Part, part_of
 
 
 def with_squares(layout: Layout) -> Layout:
-    """The layout of an adapter in a round: with R of each LoRA layer.
-
-    Raises:
-        DataError: A rank is above the outputs of its layer, where R would be larger than B.
-    """
+    """Add R of each LoRA layer to an adapter's layout. Raises DataError where R would be larger than B."""
     squares = []
     for spec in layout.tensors:
         if part_of(spec.name) is Part.B:
@@ -39,44 +35,32 @@ def with_squares(layout: Layout) -> Layout:
 
 
 def unfolded(tensors: Tensors) -> Tensors:
-    """The tensors with R = 0 of each LoRA layer. Law: ``folded(unfolded(t), limit)`` equals ``t`` within the limit."""
-    found = {name: tensor.shape[1] for name, tensor in tensors.items() if part_of(name) is Part.B}
-    return tensors | {square_name(name): np.zeros((rank, rank), np.float32) for name, rank in found.items()}
+    """Add R = 0 of each LoRA layer. Law: ``folded(unfolded(t), limit)`` equals ``t`` within the limit."""
+    ranks = {name: tensor.shape[1] for name, tensor in tensors.items() if part_of(name) is Part.B}
+    return tensors | {square_name(name): np.zeros((rank, rank), np.float32) for name, rank in ranks.items()}
 
 
 def folded(tensors: Tensors, limit: float = math.inf) -> Tensors:
-    """The tensors without R: each B becomes B + F R.
+    """Fold R into B, which becomes B + F R, clipped to ``limit`` in absolute value; without R, nothing changes.
 
-    Args:
-        tensors: As of ``unfolded``, with any R; tensors without any R are returned as they are.
-        limit: Largest absolute value of the new B; larger ones are clipped.
-
-    Returns:
-        float32 tensors. Guarantee: equal arguments give equal bits on every machine.
+    Guarantee: equal arguments give equal bits on every machine, in float32.
     """
     squares = {name for name in tensors if part_of(name) is Part.R}
-    found = {name: value for name, value in tensors.items() if name not in squares}
-    for name in found.keys() & {name.replace(".lora_R.", ".lora_B.") for name in squares}:
-        before, square = found[name], tensors[square_name(name)]
+    result = {name: value for name, value in tensors.items() if name not in squares}
+    for name in result.keys() & {name.replace(".lora_R.", ".lora_B.") for name in squares}:
+        before, square = result[name], tensors[square_name(name)]
         frozen, after = frozen_factor(name, before.shape), before.astype(np.float64)
-        for column, row in zip(frozen.T, square, strict=True):  # in a fixed order, which a matrix product has not
+        for column, row in zip(frozen.T, square, strict=True):  # in a fixed order, unlike a matrix product
             after += column[:, None].astype(np.float64) * row
-        found[name] = np.clip(after, -limit, limit).astype(np.float32)
-    return found
+        result[name] = np.clip(after, -limit, limit).astype(np.float32)
+    return result
 
 
 def frozen_factor(name: str, shape: tuple[int, ...]) -> Floats:
-    """F of a layer: random signs over the root of the rank, the same on every machine.
+    """Return F of the layer whose B has ``name`` and ``shape``: random signs over √rank, the same on every machine.
 
     Columns of random signs are nearly orthogonal (Achlioptas 2003). Divided so, a step of AdamW on R moves an entry of
     B as far as one on B itself, so that learning rates, noise and clip norm mean what they mean for LoRA.
-
-    Args:
-        name: Of the layer's B.
-        shape: Of B, ``(outputs, rank)``.
-
-    Returns:
-        float32 of that shape, each entry ±1/√rank.
     """
     key = hashlib.sha256(b"edgeadapt/fed-sb/1\x00" + f"{name} {shape[0]} {shape[1]}".encode()).digest()
     drawn = np.empty(shape, np.uint8)
@@ -85,9 +69,5 @@ def frozen_factor(name: str, shape: tuple[int, ...]) -> Floats:
 
 
 def square_name(name: str) -> str:
-    """The name of R of the layer whose B has ``name``.
-
-    >>> square_name("base_model.model.encoder.query.lora_B.weight")
-    'base_model.model.encoder.query.lora_R.weight'
-    """
+    """Return the name of R of the layer whose B has ``name``."""
     return name.replace(".lora_B.", ".lora_R.")

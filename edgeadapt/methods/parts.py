@@ -32,7 +32,7 @@ FROZEN = ("base_model.vera_A", "base_model.vera_B")
 
 
 class Part(StrEnum):
-    """A part of an adapter, by the names of its tensors."""
+    """Names a part of an adapter, by the names of its tensors."""
 
     A = "A"  # of LoRA: from a layer's input to the rank
     B = "B"  # of LoRA: from the rank to the layer's output; zero on day one
@@ -48,15 +48,12 @@ PARTS = (Part.A, Part.B, Part.VECTORS, Part.HEAD)  # of an adapter's file, witho
 
 
 def part_of(name: str) -> Part:
-    """The part to which a tensor belongs.
+    """Return the part to which a tensor belongs, by peft's name of it in a file or in its model.
 
     >>> part_of("base_model.model.encoder.query.lora_A.weight"), part_of("base_model.model.classifier.bias")
     (<Part.A: 'A'>, <Part.HEAD: 'head'>)
     >>> part_of("base_model.model.encoder.query.lora_A"), part_of("base_model.model.encoder.query.lora_A.default")
     (<Part.VECTORS: 'vectors'>, <Part.VECTORS: 'vectors'>)
-
-    Args:
-        name: As peft names the parameter, in a file or in its model.
     """
     of_module = name.endswith((".weight", ".bias"))
     if ".lora_A." in name and of_module:
@@ -73,23 +70,19 @@ def part_of(name: str) -> Part:
 
 
 def is_bias(name: str) -> bool:
-    """Whether a tensor is a bias of the base, which PEFT trains in its place with ``bias="all"`` or ``"lora_only"``."""
+    """Check for a bias of the base, which PEFT replaces with ``bias="all"`` or ``"lora_only"``."""
     return name.endswith(".bias") and ".lora_B." not in name and not input_name(name).startswith(f"{HEAD}.")
 
 
 def only(layout: Layout, parts: Collection[Part]) -> Layout:
-    """The layout of some parts of an adapter.
-
-    Raises:
-        DataError: The adapter has none of them.
-    """
-    found = tuple(spec for spec in layout.tensors if part_of(spec.name) in parts)
-    if not found:
+    """Return the layout of some parts of an adapter. Raises DataError if the adapter has none of them."""
+    chosen = tuple(spec for spec in layout.tensors if part_of(spec.name) in parts)
+    if not chosen:
         named = ", ".join(sorted(part.value for part in parts))
         raise DataError(f"the adapter has none of the parts {named}: choose another method", about="task.parts")
-    return Layout(found)
+    return Layout(chosen)
 
 
 def mask(layout: Layout, parts: Collection[Part]) -> NDArray[np.bool_]:
-    """Which elements of the flat vector of ``layout`` belong to ``parts``, shape ``(layout.size,)``."""
+    """Mark the elements of the flat vector of ``layout`` that belong to ``parts``, shape ``(layout.size,)``."""
     return np.concatenate([np.full(spec.size, part_of(spec.name) in parts) for spec in layout.tensors])

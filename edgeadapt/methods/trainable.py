@@ -55,28 +55,21 @@ PROJECTIONS = (("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"), ("q
 
 
 def adapted(model: nn.Module, config: PeftConfig, *, heads: Sequence[str] = (), task: str | None = None) -> PeftModel:
-    """A frozen model with a fresh adapter, in evaluation mode: every parameter frozen but the adapter's.
+    """Return a frozen model with a fresh adapter, in evaluation mode: every parameter frozen but the adapter's.
 
-    Args:
-        model: In evaluation mode.
-        config: Of the adapter.
-        heads: Modules that are trained in full, by name.
-        task: peft's task type; virtual tokens need one.
-
-    Raises:
-        ConfigError: No such adapter can be trained: as ``require_trainable``, no module of the model bears a target's
-            name, or one that does is of another kind than the method adapts.
+    ``heads`` names the modules that are trained in full; ``task`` is peft's task type, which virtual tokens need.
+    Raises ConfigError as ``require_trainable`` and ``_require_kinds``.
     """
     require_trainable(config)
     _require_kinds(model, config)
     with warnings.catch_warnings():  # of what peft cannot do with a module, merging for example
         warnings.filterwarnings("ignore", "Detected that the base layer has no bias term", UserWarning)
         warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
-        found = get_peft_model(model, _peft_config(config, heads, task)).eval()
-    for name, value in found.named_parameters():
+        wrapped = get_peft_model(model, _peft_config(config, heads, task)).eval()
+    for name, value in wrapped.named_parameters():
         if name.endswith(COPIES):
             value.requires_grad_(False)
-    return found
+    return wrapped
 
 
 def configuration(
@@ -90,18 +83,16 @@ def configuration(
     virtual_tokens: int = 20,
     bias: Literal["none", "all", "lora_only"] = "none",
 ) -> PeftConfig:
-    """The configuration of an adapter that is trained from the start.
+    """Return the configuration of an adapter that is trained from the start.
 
     Args:
-        base: The base.
-        method: Of the adapter.
-        rank: Of the methods of low rank, as alpha.
+        rank: For the methods of low rank, as alpha.
         alpha: The factor of the update is alpha / rank, of rsLoRA alpha / sqrt(rank); VeRA has none.
         targets: Names of the modules that are adapted. None: those that peft names for the base's architecture, or of
             LoRA the first of ``PROJECTIONS`` that the base has; of LayerNorm tuning, all normalizations.
         feedforward: Those of IA³'s targets whose input is scaled. None, without targets: those that peft names.
-        virtual_tokens: Of prompt and prefix tuning.
-        bias: Of LoRA: which of the base's biases are trained besides.
+        virtual_tokens: For prompt and prefix tuning.
+        bias: For LoRA: which of the base's biases are trained besides.
 
     Raises:
         ConfigError: The base cannot be opened, peft names no modules for it, or as ``require_trainable``.
@@ -125,12 +116,11 @@ def configuration(
 
 
 def _named(kind: str, architecture: str, base: Base) -> Sequence[str]:
-    """The modules that peft adapts by default, or those of ``PROJECTIONS``."""
     if architecture in NAMED[kind]:
         return NAMED[kind][architecture]
-    found = {path.split(".")[-2] for path in _matrices(base)} if kind == "LORA" else set()
+    present = {path.split(".")[-2] for path in _matrices(base)} if kind == "LORA" else set()
     for names in PROJECTIONS:
-        if found.issuperset(names):
+        if present.issuperset(names):
             return names
     raise ConfigError(
         f"peft names no modules of {architecture!r} for {kind}; name them with targets",
@@ -140,20 +130,20 @@ def _named(kind: str, architecture: str, base: Base) -> Sequence[str]:
 
 
 def _matrices(base: Base) -> list[str]:
-    """The names of a base's parameters of two dimensions, as of linear layers."""
+    """Name a base's parameters of two dimensions, as of linear layers."""
     shapes = pretrained.parameter_shapes(base, AutoModel, 2)
     return [name for name, shape in shapes.items() if len(shape) == 2 and name.endswith(".weight")]
 
 
 def _norms(base: Base) -> list[str]:
-    """The names of a base's normalizations: the modules whose weight has one dimension."""
+    """Name a base's normalizations: the modules whose weight has one dimension."""
     shapes = pretrained.parameter_shapes(base, AutoModel, 2)
     paths = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 1]
     return sorted({path.rpartition(".")[2] for path in paths if f"{path}.weight" in shapes})
 
 
 def tensors(model: PeftModel) -> Tensors:
-    """Copies of the adapter's tensors as float32 arrays, under the names that PEFT saves."""
+    """Copy the adapter's tensors to float32 arrays, under the names that PEFT saves."""
     state = get_peft_model_state_dict(model)
     kept = {name: value for name, value in state.items() if not name.endswith(COPIES)}
     return {name: value.detach().to(torch.float32).numpy().copy() for name, value in kept.items()}
@@ -165,17 +155,13 @@ def load(model: PeftModel, adapter: Mapping[str, Floats]) -> None:
 
 
 def initial(model: PeftModel, generator: torch.Generator) -> Tensors:
-    """The adapter on day one: what changes nothing where the method has such values, which then are peft's own.
+    """Draw the adapter of day one: it changes nothing where the method has such values, which then are peft's own.
 
     That is B = 0 and A as its paper draws it, scales of 1, biases of 0 that are added to the base's, the base's own
     normalizations and biases where they are replaced and, of DoRA, the norms of its weights. AdaLoRA's singular values,
     one matrix of LoHa's four and VeRA's λ_b are 0, their other matrices as peft draws them, and λ_d is 0.1. Virtual
     tokens begin as tokens of the vocabulary, drawn at random: as their embeddings (Lester et al. 2021) or as the keys
     and values that the base computes for them (Li and Liang 2021).
-
-    Args:
-        model: From ``adapted``.
-        generator: Draws; the same generator state gives the same adapter.
     """
     start = tensors(model)
     for name, value in start.items():
@@ -195,13 +181,12 @@ def initial(model: PeftModel, generator: torch.Generator) -> Tensors:
 
 
 def _uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Floats:
-    """Random numbers from -``bound`` to ``bound``."""
     draw: Floats = ((2 * torch.rand(shape, generator=generator, dtype=torch.float32) - 1) * bound).numpy()
     return draw
 
 
 def _virtual_tokens(model: PeftModel, count: int, generator: torch.Generator) -> Floats:
-    """Embeddings, ``(count, width)``, or a prefix, ``(count, layers * 2 * heads * width)``, of drawn tokens."""
+    """Return embeddings, ``(count, width)``, or a prefix, ``(count, layers * 2 * heads * width)``, of drawn tokens."""
     base: Any = model.get_base_model()
     table = base.get_input_embeddings()
     drawn = torch.randint(table.num_embeddings, (1, count), generator=generator)
@@ -216,7 +201,7 @@ def _virtual_tokens(model: PeftModel, count: int, generator: torch.Generator) ->
 
 
 def _require_kinds(model: nn.Module, config: PeftConfig) -> None:
-    """Return if an adapter of this configuration is on layers of the kind that its method adapts.
+    """Check that an adapter of this configuration is on layers of the kind that its method adapts.
 
     The update of an embedding would name the tokens of the examples, and a module that is trained in full may be as
     large as the base.
@@ -226,11 +211,11 @@ def _require_kinds(model: nn.Module, config: PeftConfig) -> None:
     """
     norms = config.peft_type == "LN_TUNING"
     for target in config.target_modules:
-        found = {path: m for path, m in model.named_modules() if path == target or path.endswith(f".{target}")}
-        if not found:
+        modules = {path: m for path, m in model.named_modules() if path == target or path.endswith(f".{target}")}
+        if not modules:
             reason = f"the base has no module named {target!r}; it has {pretrained.layer_names(model)}"
             raise ConfigError(reason, about="target_modules", value=target)
-        for path, module in found.items():
+        for path, module in modules.items():
             if not (_is_norm(module) if norms else _is_linear(module, config)):
                 raise ConfigError(
                     f"target_modules name {path}, which is not a {'normalization' if norms else 'linear layer'} but"
@@ -242,18 +227,17 @@ def _require_kinds(model: nn.Module, config: PeftConfig) -> None:
 
 
 def _is_linear(module: nn.Module, config: PeftConfig) -> bool:
-    """Whether ``module`` is a linear layer, also with transposed weights (of which peft has no BEFT and no LoHa)."""
+    """Check for a linear layer, also with transposed weights (of which peft has no BEFT and no LoHa)."""
     return isinstance(module, nn.Linear if config.peft_type in ("BEFT", "LOHA") else nn.Linear | Conv1D)
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether ``module`` has nothing but a weight of one dimension and maybe a bias, as LayerNorm and RMSNorm."""
+    """Check that ``module`` has nothing but a weight of one dimension and maybe a bias, as LayerNorm and RMSNorm."""
     state = {name: value.ndim for name, value in module.state_dict().items()}
     return state in ({"weight": 1}, {"weight": 1, "bias": 1})
 
 
 def _peft_config(config: PeftConfig, heads: Sequence[str], task: str | None) -> peft.PeftConfig:
-    """The configuration in peft's own type."""
     common: dict[str, Any] = {"task_type": task}
     if config.num_virtual_tokens:
         count = config.num_virtual_tokens

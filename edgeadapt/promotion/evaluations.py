@@ -1,7 +1,7 @@
 """The rounds of evaluation of a coordinator: which releases they compared, what they found, and what follows from it.
 
-The signed record of a round names its plan by digest, and the log of the session has the plan. So the plan that is
-found under that digest is the one that the devices had, whoever keeps the log.
+The signed record of a round names its plan by digest. So the plan that a log has under that digest is the one that the
+devices had, no matter who keeps the log.
 """
 
 from collections.abc import Generator, Sequence
@@ -30,19 +30,12 @@ TRANSCRIPT = "transcript"  # in a state directory; ``coordinator.statedir`` has 
 
 
 class NoVerdictError(ConfigError):
-    """No round of evaluation gives a verdict on the two releases yet."""
+    """Is raised when no round of evaluation gives a verdict on the two releases yet."""
 
 
 @dataclass(frozen=True, slots=True)
 class WatchStep:
-    """What a look at a rollout led to.
-
-    Args:
-        outcome: The channel rolls nothing out; there is no verdict yet; the release stays; or it was rolled back.
-        text: For a person.
-        evaluation: With the verdict, if there is one.
-        release: That a rollback made.
-    """
+    """Says what a check of a rollout led to: an outcome, a text for a person, and maybe a verdict and a new release."""
 
     outcome: Literal["no rollout", "no verdict", "kept", "rolled back"]
     text: str
@@ -54,18 +47,12 @@ def act(repository: ChannelRepository, state_dir: Path, trust: Path | None, chan
     """Publish the prepared rollback of a channel if the last evaluation found its newest release worse.
 
     A verdict after which the release stays is noted in the repository's log, once. An evaluation that led to a rollback
-    already gives no verdict: the same adapter, promoted again, is compared again.
-
-    Args:
-        repository: Of the channel. Of its keys, that of snapshot and timestamp is needed.
-        state_dir, trust: Of the coordinator, as of ``Lineage.read``.
-        channel: The channel.
-        adapter: That was compared.
+    already gives no verdict: the same adapter, promoted again, is compared again. The repository needs the key of
+    snapshot and timestamp only; ``state_dir`` and ``trust`` are as for ``Lineage.read``.
 
     Raises:
         ConfigError: A rollout is under way without a prepared rollback, or as ``compared`` and ``publish_prepared``.
         DataError, TrustError: The registry or the repository is damaged, or does not pass its audit.
-        OSError: As ``publish_prepared``.
     """
     if channel in repository.channels and repository.rollout(channel) is None:
         return WatchStep("no rollout", f"channel {channel} rolls nothing out")
@@ -77,18 +64,18 @@ def act(repository: ChannelRepository, state_dir: Path, trust: Path | None, chan
     records = audit_repository(repository.folder, None).records
     lineage = Lineage.read(state_dir, trust, None)
     try:
-        found = judge(lineage, channel, adapter, newest, previous, ready.condition.margin, records)
+        judged = judge(lineage, channel, adapter, newest, previous, ready.condition.margin, records)
     except NoVerdictError as error:
         return WatchStep("no verdict", str(error))
-    if found.worse:
-        made = publish_prepared(repository, channel, found).release
+    if judged.worse:
+        new = publish_prepared(repository, channel, judged).release
         text = (
-            f"{found}; channel {channel} is rolled back: release {made.number} is release {ready.condition.again} again"
+            f"{judged}; channel {channel} is rolled back: release {new.number} is release {ready.condition.again} again"
         )
-        return WatchStep("rolled back", text, found, made)
-    if found not in [record.action.evaluation for record in records]:
-        note_evaluation(repository, channel, found)
-    return WatchStep("kept", f"{found}; release {current.number} of channel {channel} stays", found)
+        return WatchStep("rolled back", text, judged, new)
+    if judged not in [record.action.evaluation for record in records]:
+        note_evaluation(repository, channel, judged)
+    return WatchStep("kept", f"{judged}; release {current.number} of channel {channel} stays", judged)
 
 
 def judge(
@@ -100,12 +87,11 @@ def judge(
     margin: float,
     records: Sequence[ActionRecord],
 ) -> JudgedEvaluation:
-    """The verdict of the last round that compared two releases, unless it led to a rollback already.
+    """Return the verdict of the last round that compared two releases, unless it led to a rollback already.
 
     Args:
-        channel: That rolls the newest out.
-        adapter: That is compared.
-        newest, previous: ``AdapterManifest.content`` of it in the two releases.
+        channel: Rolls the newest out.
+        newest, previous: ``AdapterManifest.content`` of the adapter in the two releases.
         margin: How far the accuracy of the newest may be below.
 
     Raises:
@@ -113,18 +99,18 @@ def judge(
             back for it, and is compared again where it was promoted again.
         DataError, TrustError: As ``last_evaluation`` and ``verdict``.
     """
-    found = last_evaluation(lineage, newest, previous)
-    if found is None or found.record is None:
+    version = last_evaluation(lineage, newest, previous)
+    if version is None or version.record is None:
         reason = f"no round has compared the two releases of {channel}: {_add_one(lineage.state_dir)}"
         raise NoVerdictError(reason, about="evaluation")
-    number, metrics = found.record.round, found.manifest.metrics
+    number, metrics = version.record.round, version.manifest.metrics
     judged = verdict(metrics, margin)
     if judged is None:
         reason = f"round {number} counted too few examples of one of the releases: raise the share, or wait"
         raise NoVerdictError(reason, about="evaluation", value=number)
-    survivors = len(found.manifest.survivors)
+    survivors = len(version.manifest.survivors)
     figures = (adapter, newest, previous, dict(metrics), judged, judged.worse)
-    evaluation = JudgedEvaluation(number, found.manifest.sha256, survivors, *figures)
+    evaluation = JudgedEvaluation(number, version.manifest.sha256, survivors, *figures)
     if (before := rollback_after(evaluation, records)) is not None:
         led = f"release {before.action.release} of channel {before.action.subject}"
         reason = f"the evaluation of round {number} led to a rollback already ({led}): {_add_one(lineage.state_dir)}"
@@ -133,14 +119,9 @@ def judge(
 
 
 def last_evaluation(lineage: Lineage, newest: str, previous: str) -> GovernedVersion | None:
-    """The version of the last round that compared two adapters; None if there was none.
+    """Return the version of the last round that compared two adapters (``AdapterManifest.content``), or None.
 
-    Args:
-        newest, previous: ``AdapterManifest.content`` of them.
-
-    Raises:
-        DataError: A log is too large.
-        TrustError: The plan of an evaluation is in no log, or is not one of an evaluation.
+    Raises TrustError if the plan of an evaluation is in no log, or is not one of an evaluation.
     """
     for version in reversed(lineage.versions):
         if version.record is None or version.record.plan is None or not is_evaluation(version.manifest.metrics):
@@ -161,18 +142,12 @@ def _add_one(state_dir: Path) -> str:
 
 
 def find_plan(state_dir: Path, digest: str) -> Plan:
-    """The plan of a round, from the log of its session.
+    """Find the plan of a round in the log of its session. Raises TrustError if no log has it.
 
-    Args:
-        state_dir: Of the coordinator. It is only read: where the database has the logs, its copy of them is not used.
-
-    Raises:
-        DataError: A log is too large.
-        TrustError: No log has it.
-        EdgeAdaptError: The database cannot be reached.
+    The state directory is only read: where the database has the logs, its copy of them is not used.
     """
-    with closing(_newest_logs(state_dir)) as found:
-        for log in found:
+    with closing(_newest_logs(state_dir)) as logs:
+        for log in logs:
             for entry in transcript.read(log).entries:
                 if entry.kind != Assignment.TAG:
                     continue
@@ -187,7 +162,7 @@ def find_plan(state_dir: Path, digest: str) -> Plan:
 
 
 def _newest_logs(state_dir: Path) -> Generator[bytes, None, None]:
-    """The logs of all sessions, the newest first."""
+    """Read the logs of all sessions, the newest first."""
     if not RegistrySettings.of(state_dir).database:
         yield from (storage.read(path) for path in reversed(logs(state_dir / TRANSCRIPT)))
         return

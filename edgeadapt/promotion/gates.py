@@ -34,7 +34,7 @@ class GateError(EdgeAdaptError):
 
 @dataclass(frozen=True, slots=True)
 class HeldOutPhrase:
-    """A phrase that nobody trained on, with the right answer."""
+    """Holds a phrase that nobody trained on, with the right answer."""
 
     label: str
     phrase: str
@@ -42,13 +42,8 @@ class HeldOutPhrase:
 
 
 def read_held_out(path: Path) -> list[HeldOutPhrase]:
-    """The phrases in a file of lines ``LABEL TAB PHRASE TAB LANGUAGE``.
-
-    Raises:
-        ConfigError: There is no such file.
-        DataError: A line has another form, or as ``read_lines``.
-    """
-    found = []
+    """Read a file of lines ``LABEL TAB PHRASE TAB LANGUAGE``. Raises as ``read_lines``."""
+    phrases = []
     for number, line in enumerate(read_lines(path, "phrase"), 1):
         parts = [part.strip() for part in line.split("\t")]
         if len(parts) != 3 or not all(parts):
@@ -57,15 +52,15 @@ def read_held_out(path: Path) -> list[HeldOutPhrase]:
                 about=path.name,
                 value=number,
             )
-        found.append(HeldOutPhrase(*parts))
-    return found
+        phrases.append(HeldOutPhrase(*parts))
+    return phrases
 
 
 @dataclass(slots=True)
 class AssembledRelease:
-    """A release put together as a device has it, with the keys that must have signed it.
+    """Holds a release put together as a device has it, with the keys that must have signed it.
 
-    It has a folder of its own: what the session of a device notes of versions stays there.
+    Its folder is its own: what a device's session notes of versions stays there.
     """
 
     release: Release
@@ -83,15 +78,10 @@ class AssembledRelease:
 
     @property
     def verified(self) -> Bundle:
-        """The bundle, with the pinned keys."""
         return Bundle(self.bundle, read_public_keys(self.bundle.parent / TRUST))
 
     def answers(self, name: str, phrases: Sequence[str]) -> list[str | None]:
-        """The most likely label of each phrase; None where the base knows no part of it.
-
-        Raises:
-            ConfigError, DataError, TrustError: As ``ClassificationSession.open`` and ``classify``.
-        """
+        """Return the most likely label of each phrase; None where the base knows no part of it."""
         if self._session is None:
             self._session = ClassificationSession.open(self.bundle)
         session = self._session
@@ -101,19 +91,18 @@ class AssembledRelease:
         ]
 
     def labels(self, name: str) -> tuple[str, ...]:
-        """Of an adapter; empty if the release does not have it."""
+        """Return the labels of an adapter; empty if the release does not have it."""
         return self.verified.adapter_manifest(name).labels if name in self.release.adapters else ()
 
 
 @dataclass(frozen=True, slots=True)
 class PromotionTrial:
-    """What a promotion is about.
+    """Says what a promotion is about.
 
     Args:
         settings: What it must pass.
-        folder: To which the paths in ``settings`` are relative.
-        candidate: The release that is to be promoted.
-        current: The one that devices have; None if the channel has none.
+        folder: The paths in ``settings`` are relative to it.
+        current: The release that devices have; None if the channel has none.
     """
 
     settings: GateSettings
@@ -123,13 +112,13 @@ class PromotionTrial:
 
     def results(self) -> tuple[GateResult, ...]:
         """Run the gates, in the order of the settings."""
-        found: list[GateResult] = []
+        measured: list[GateResult] = []
         for gate in self.settings.gates:
             with traces.span("gate", gate=gate) as span:
                 results = [*self._run(gate)]
                 span.set(passed=all(each.passed for each in results))
-            found += results
-        return tuple(found)
+            measured += results
+        return tuple(measured)
 
     def _run(self, gate: GateName) -> Results:
         try:
@@ -144,27 +133,19 @@ class PromotionTrial:
         return tuple(sorted(self.candidate.release.adapters))
 
     def path(self, key: str, value: str) -> Path:
-        """A path that the settings name.
-
-        Raises:
-            ConfigError: They name none.
-        """
+        """Resolve a path that the settings name. Raises ConfigError if they name none."""
         if not value:
             raise ConfigError(f"gates.toml names no {key}", about=key)
         return self.folder / value
 
 
 def refusal(gate: str, reason: str) -> GateResult:
-    """Of a gate that could not be measured."""
+    """Return the result of a gate that could not be measured."""
     return GateResult(gate, False, None, None, f"cannot be measured: {' '.join(reason.split())}"[:LONGEST])
 
 
 def require_passed(results: Iterable[GateResult], what: str) -> None:
-    """Return if all gates let a release pass.
-
-    Raises:
-        GateError: One does not; ``value`` has the names of all that do not.
-    """
+    """Check that all gates let a release pass. Raises GateError, whose ``value`` names all that do not."""
     refused = [each for each in results if not each.passed]
     if refused:
         reasons = "; ".join(f"{each.gate}: {each.text}" for each in refused)
@@ -217,12 +198,12 @@ def _accuracy(trial: PromotionTrial) -> Results:
         raise DataError(f"{settings.held_out} has {len(phrases)} phrases, and {settings.fewest} are needed")
     for name in trial.names:
         right = sum(_right(trial.candidate, name, phrases))
-        found, least, text = right / len(phrases), settings.least, f"{right} of {len(phrases)} right"
+        share, least, text = right / len(phrases), settings.least, f"{right} of {len(phrases)} right"
         if trial.current is not None and name in trial.current.release.adapters:
             before = sum(_right(trial.current, name, phrases))
             least = max(least, before / len(phrases) - settings.margin)
             text += f", {before} by release {trial.current.release.number}"
-        yield _at_least(f"accuracy of {name}", found, least, text)
+        yield _at_least(f"accuracy of {name}", share, least, text)
 
 
 def _language(trial: PromotionTrial) -> Results:
@@ -264,16 +245,12 @@ GATES: dict[GateName, Callable[[PromotionTrial], Results]] = {
 
 
 def _held_out(trial: PromotionTrial) -> list[HeldOutPhrase]:
-    """The held-out phrases.
-
-    Raises:
-        ConfigError, DataError: As ``read_held_out``; or no release has one of the labels, which is then misspelled.
-    """
+    """Read the held-out phrases, whose labels some release has: others are misspelled. Raises DataError."""
     path = trial.path("accuracy.held_out", trial.settings.accuracy.held_out)
-    phrases, known = read_held_out(path), set[str]()
+    phrases, labels = read_held_out(path), set[str]()
     for release in (trial.candidate, trial.current):
-        known |= {label for name in trial.names for label in (release.labels(name) if release else ())}
-    if unknown := sorted({each.label for each in phrases} - known):
+        labels |= {label for name in trial.names for label in (release.labels(name) if release else ())}
+    if unknown := sorted({each.label for each in phrases} - labels):
         raise DataError(f"no adapter has the label {unknown[0][:40]!r} of {path}", about="label", value=unknown)
     return phrases
 

@@ -1,4 +1,4 @@
-"""The log of a repository of channels: a signed record of each thing that was done, chained to the one before.
+"""The log of a repository of channels: a signed record of each thing that was done, chained to the previous one.
 
 ::
 
@@ -6,9 +6,8 @@
 
 Each action signs a new snapshot, and the snapshot names the newest record by number and digest. So the log has the
 protection that TUF gives to metadata: a record cannot be altered, removed or moved, nor the end of the log cut off,
-without the key of the snapshot. The records name all metadata that they signed, so nothing is done without one.
-``edgeadapt.releases.history`` checks all that. The log is not among the files that are served: it says which
-releases were refused, and why.
+without the key of the snapshot. The records name all metadata that they signed, so nothing is done without one;
+``edgeadapt.releases.history`` checks that. The log is not served: it says which releases were refused, and why.
 """
 
 import getpass
@@ -36,10 +35,9 @@ Text = Annotated[str, Field(max_length=1000)]
 
 @dataclass(frozen=True, slots=True)
 class GateResult:
-    """What a gate of a promotion measured.
+    """Says what a gate of a promotion measured.
 
     Args:
-        gate: Its name.
         passed: It lets the release pass.
         measured: The figure; None if it could not be measured, which never passes.
         limit: What it was held to; None if that could not be determined.
@@ -57,19 +55,19 @@ class GateResult:
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """What was done.
+    """Says what was done.
 
     Args:
         kind: The command.
         subject: The channel; of ``rotate`` the role; None if it concerns all.
         source: The channel that a promotion is from.
         release: Number of the release that it made or rolls out in ``subject``, or of ``source`` that was refused.
-        sha256: Of that release's file.
-        adapters: Of that release: name → version.
+        sha256: The digest of that release's file.
+        adapters: That release's: name → version.
         again: The earlier release that a rollback published again.
-        gates: Of a promotion, in order.
+        gates: A promotion's, in order.
         rollout: Who gets the release, if not all devices.
-        evaluation: For which a prepared rollback was published, or after which the release stayed.
+        evaluation: A prepared rollback was published for it, or the release stayed after it.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -88,35 +86,31 @@ class Action:
 
 @dataclass(frozen=True, slots=True)
 class ActionRecord(Manifest):
-    """A record of the log, signed by the key of snapshot and timestamp."""
+    """Records an action, signed by the key of snapshot and timestamp."""
 
     NAME: ClassVar[str] = "action-record"
 
     number: Count  # from 1
-    previous: Sha256 | None  # of the signed record before; None for the first
+    previous: Sha256 | None  # digest of the previous signed record; None for the first
     made: Annotated[str, Field(max_length=40)]  # when, ISO 8601
-    by: Annotated[str, Field(max_length=100)]  # login name of who did it, as the machine states it; empty: not stated
+    by: Annotated[str, Field(max_length=100)]  # login name, as the machine states it; empty: not stated
     metadata: dict[Text, Count]  # role → the version that the action signed; of root always, the one then in force
     action: Action
 
 
 @dataclass(frozen=True, slots=True)
 class LogHead:
-    """The newest record, as a snapshot names it; number 0 and no digest before the first."""
+    """Names the newest record, as a snapshot does; number 0 and no digest before the first."""
 
     number: int
     sha256: str | None
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> Self:
-        """What a snapshot says.
-
-        Raises:
-            DataError: That is not the head of a log.
-        """
-        found = snapshot.unrecognized_fields.get(HEAD, {"number": 0, "sha256": None})
-        match found:
-            case {"number": int(number), "sha256": str() | None as digest} if len(found) == 2 and number >= 0:
+        """Read what a snapshot says. Raises DataError if that is not the head of a log."""
+        head = snapshot.unrecognized_fields.get(HEAD, {"number": 0, "sha256": None})
+        match head:
+            case {"number": int(number), "sha256": str() | None as digest} if len(head) == 2 and number >= 0:
                 return cls(number, digest)
         raise DataError(f"{HEAD} of the snapshot is damaged: restore the repository", about=HEAD)
 
@@ -125,7 +119,7 @@ class LogHead:
 
 
 def login_name() -> str:
-    """Of whoever runs this process, for ``ActionRecord.by``."""
+    """Name who runs this process, for ``ActionRecord.by``."""
     try:
         return getpass.getuser()[:100]
     except (KeyError, OSError):  # a container's user without an entry
@@ -137,5 +131,5 @@ def action_path(folder: Path, number: int) -> Path:
 
 
 def digest_of(signed: bytes) -> str:
-    """By which a record names the one before it, and the snapshot the newest (SHA-256, hex)."""
+    """Return the digest by which a record names the previous one, and the snapshot the newest (SHA-256, hex)."""
     return hashlib.sha256(signed).hexdigest()

@@ -17,13 +17,13 @@ from edgeadapt.formats.manifest import PrivacyBound, VersionManifest
 
 @dataclass(frozen=True, slots=True)
 class TensorChange:
-    """A tensor or a layer's update in both versions.
+    """Compares a tensor or a layer's update in both versions.
 
     Args:
-        name: Under peft's name; of an update the layer's path.
+        name: peft's name of the tensor; for an update the layer's path.
         shape: In both.
         before, after: Frobenius norms, weight units.
-        change: Of the difference.
+        change: The norm of the difference.
         cosine: Of the angle between the two, -1 to 1; None if one of them is zero.
     """
 
@@ -36,16 +36,15 @@ class TensorChange:
 
     @classmethod
     def of(cls, name: str, old: Floats, new: Floats) -> Self:
-        """Compare two arrays of one shape."""
-        one, two = (np.asarray(each, np.float64).ravel() for each in (old, new))
-        before, after = float(np.linalg.norm(one)), float(np.linalg.norm(two))
-        cosine = float(np.clip(one @ two / (before * after), -1, 1)) if before and after else None
-        return cls(name, tuple(old.shape), before, after, float(np.linalg.norm(two - one)), cosine)
+        first, two = (np.asarray(each, np.float64).ravel() for each in (old, new))
+        before, after = float(np.linalg.norm(first)), float(np.linalg.norm(two))
+        cosine = float(np.clip(first @ two / (before * after), -1, 1)) if before and after else None
+        return cls(name, tuple(old.shape), before, after, float(np.linalg.norm(two - first)), cosine)
 
 
 @dataclass(frozen=True, slots=True)
 class VersionDifference:
-    """Version ``after`` against version ``before``.
+    """Compares version ``after`` with version ``before``.
 
     Args:
         before, after: Their numbers.
@@ -78,15 +77,7 @@ class VersionDifference:
 
 
 def difference(old: VersionManifest, new: VersionManifest, before: Tensors, after: Tensors) -> VersionDifference:
-    """Compare two versions.
-
-    Args:
-        old, new: Their manifests.
-        before, after: Their tensors.
-
-    Raises:
-        DataError: A layer of LoRA has no scaling (``PeftConfig.scaling_of``).
-    """
+    """Compare two versions by their manifests and tensors. Raises DataError if a layer of LoRA has no scaling."""
     both = [name for name in before if name in after and before[name].shape == after[name].shape]
     changes = tuple(TensorChange.of(name, before[name], after[name]) for name in both)
     flat = [np.concatenate([each[name].ravel() for name in both]) if both else None for each in (before, after)]
@@ -116,7 +107,7 @@ def difference(old: VersionManifest, new: VersionManifest, before: Tensors, afte
 
 
 def _updates(manifest: VersionManifest, tensors: Tensors) -> dict[str, Floats]:
-    """Path of a layer with LoRA → its update, ``(out, in)``."""
+    """Map the path of each layer with LoRA to its update, ``(out, in)``."""
     layers = [name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A)]
     return {
         input_name(layer): np.float32(manifest.peft_config.scaling_of(input_name(layer)))

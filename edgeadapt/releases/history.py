@@ -1,6 +1,6 @@
 """Check a repository of channels and its log: what an auditor does.
 
-1. Each root is signed by the keys of the root before it and by its own; the auditor's root is one of them.
+1. Each root is signed by the keys of the previous root and by its own; the auditor's root is one of them.
 2. Timestamp, snapshot, targets and channels are signed as the newest root demands.
 3. The snapshot names the newest record. From there back, each record has the digest that the next one states, and is
    signed by a key that a root named for the snapshot.
@@ -12,10 +12,10 @@
    current only by a record with an evaluation that meets the condition which the channel's key signed in them, and
    that led to no rollback before.
 7. No record made a release of a channel that was protected then, unless by a promotion whose gates all let it pass, or
-   by a rollback. Which channels are protected is what the targets of that time say.
+   by a rollback. The targets of that time say which channels are protected.
 
-Expired metadata are no failure: they say that the repository is not renewed, not that it was altered. A copy of an
-earlier state of everything is consistent with itself: compare the number of actions with the one known before.
+Expired metadata are no failure: the repository is not renewed, but was not altered. A copy of an earlier state of
+everything is consistent with itself: compare the number of actions with the one known before.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ from edgeadapt.releases.verdict import JudgedEvaluation
 
 @dataclass(frozen=True, slots=True)
 class RepositoryAudit:
-    """A repository that passed.
+    """Describes a repository that passed.
 
     Args:
         records: All of its log, oldest first.
@@ -58,19 +58,13 @@ class RepositoryAudit:
 
 
 def is_repository(folder: Path) -> bool:
-    """Whether the folder is that of a repository of channels."""
     return (folder / PUBLIC / METADATA).is_dir()
 
 
 def audit_repository(folder: Path, root: Path | None) -> RepositoryAudit:
-    """Check a repository.
+    """Check a repository, whose keys need not be there. A TrustError's ``about`` names the role or the record.
 
-    Args:
-        folder: Of the repository; the keys need not be there.
-        root: A root that the auditor trusts; without it the repository's own are not compared with anything.
-
-    Raises:
-        TrustError: A check failed; ``about`` names the role or the record.
+    Without ``root``, which the auditor trusts, the repository's own roots are not compared with anything.
     """
     place = folder / PUBLIC / METADATA
     roots = _roots(place, None if root is None else _required(root, MAX_METADATA))
@@ -101,17 +95,17 @@ def audit_repository(folder: Path, root: Path | None) -> RepositoryAudit:
 
 
 def rollback_after(evaluation: JudgedEvaluation, records: Sequence[ActionRecord]) -> ActionRecord | None:
-    """The first rollback that an evaluation led to, among ``records``; None if it led to none."""
+    """Return the first rollback that an evaluation led to, among ``records``; None if it led to none."""
     for record in records:
-        found = record.action.evaluation
-        if record.action.kind == "rollback" and found is not None and found.is_of_round(evaluation):
+        judged = record.action.evaluation
+        if record.action.kind == "rollback" and judged is not None and judged.is_of_round(evaluation):
             return record
     return None
 
 
 def _roots(place: Path, pinned: bytes | None) -> list[Metadata[Root]]:
-    """All roots, from version 1 on."""
-    found: list[Metadata[Root]] = []
+    """Read all roots, from version 1 on."""
+    roots: list[Metadata[Root]] = []
     raws: list[bytes] = []
     for number in count(1):
         path = place / f"{number}.{ROOT}.json"
@@ -121,24 +115,23 @@ def _roots(place: Path, pinned: bytes | None) -> list[Metadata[Root]]:
         root = _metadata(Root, path)
         if root.signed.version != number:
             raise TrustError(f"{path} is version {root.signed.version}", about=ROOT, value=number)
-        for signer in (*found[-1:], root):
+        for signer in (*roots[-1:], root):
             _signed(signer, ROOT, root)
-        found.append(root)
+        roots.append(root)
     if not raws or pinned not in (None, *raws):
         reason = "the repository does not have the pinned root: it is another repository, or its roots were replaced"
         raise TrustError(reason, about=ROOT)
-    return found
+    return roots
 
 
 def _snapshot_keys(roots: Sequence[Metadata[Root]]) -> list[PublicKey]:
-    """The keys that any root named for the snapshot."""
     keys = {keyid: root.signed.keys[keyid] for root in roots for keyid in root.signed.roles[SNAPSHOT].keyids}
     return [PublicKey(bytes.fromhex(key.keyval["public"])) for key in keys.values()]
 
 
 def _records(folder: Path, head: LogHead, keys: Sequence[PublicKey]) -> tuple[ActionRecord, ...]:
-    """The records up to ``head``, each named by the next one."""
-    found: list[ActionRecord] = []
+    """Read the records up to ``head``, each named by the next one."""
+    records: list[ActionRecord] = []
     expected = head.sha256
     for number in range(head.number, 0, -1):
         path = action_path(folder, number)
@@ -154,15 +147,15 @@ def _records(folder: Path, head: LogHead, keys: Sequence[PublicKey]) -> tuple[Ac
             record = ActionRecord.accept(raw, keys)
         if record.number != number:
             raise TrustError(f"{path} is record {record.number}", about="log", value=number)
-        found.append(record)
+        records.append(record)
         expected = record.previous
-    if expected is not None or not found:
+    if expected is not None or not records:
         raise TrustError("the log does not begin with record 1", about="log", value=0)
-    return tuple(reversed(found))
+    return tuple(reversed(records))
 
 
 def _require_all(records: Sequence[ActionRecord], versions: dict[str, int]) -> None:
-    """Return if the records account for every version of every role's metadata, once and in order."""
+    """Check that the records account for every version of every role's metadata, once and in order."""
     signed: dict[str, int] = dict.fromkeys(versions, 0)
     for record in records:
         for role, version in record.metadata.items():
@@ -180,7 +173,7 @@ def _require_all(records: Sequence[ActionRecord], versions: dict[str, int]) -> N
 
 
 def _require_release(place: Path, record: ActionRecord) -> None:
-    """Return if the metadata that the record signed list the release and the rollout that it states."""
+    """Check that the metadata that the record signed list the release and the rollout that it states."""
     channel, action = record.action.subject, record.action
     if action.sha256 is None or action.kind == "refuse" or channel is None:
         return
@@ -195,7 +188,7 @@ def _require_release(place: Path, record: ActionRecord) -> None:
 
 
 def _require_verdict(place: Path, record: ActionRecord, top: Metadata[Targets]) -> None:
-    """Return if a record's evaluation gives its verdict, and meets the condition in the metadata that it made current.
+    """Check that an evaluation gives its verdict, and meets the condition in the metadata that it made current.
 
     ``top``: the targets that were in force then.
     """
@@ -206,8 +199,8 @@ def _require_verdict(place: Path, record: ActionRecord, top: Metadata[Targets]) 
         for role, version in record.metadata.items():
             if role in (ROOT, TOP, SNAPSHOT, TIMESTAMP):
                 continue
-            _signed(top, role, found := _current(Targets, place, role, version))
-            condition = RollbackCondition.of(found.signed)
+            _signed(top, role, current := _current(Targets, place, role, version))
+            condition = RollbackCondition.of(current.signed)
             if condition is None:
                 continue
             if (action.kind, action.subject, action.again) != ("rollback", role, condition.again):
@@ -219,7 +212,7 @@ def _require_verdict(place: Path, record: ActionRecord, top: Metadata[Targets]) 
 
 
 def _require_used_once(records: Sequence[ActionRecord]) -> None:
-    """Return if no evaluation led to two rollbacks: of the second release it said nothing."""
+    """Check that no evaluation led to two rollbacks: it said nothing of the second release."""
     for record in records:
         if record.action.kind != "rollback" or (evaluation := record.action.evaluation) is None:
             continue
@@ -230,10 +223,9 @@ def _require_used_once(records: Sequence[ActionRecord]) -> None:
 
 
 def _require_promoted(place: Path, records: Sequence[ActionRecord], roots: Sequence[Metadata[Root]]) -> dict[str, int]:
-    """Return if only promotions and rollbacks made releases of channels that were protected then.
+    """Check that only promotions and rollbacks made releases of channels that were protected then.
 
-    Returns:
-        Channels that are protected now → their current release, if no promotion made it.
+    Return the channels that are protected now → their current release, if no promotion made it.
     """
     guarded: frozenset[str] = frozenset()
     promoted: dict[str, dict[int, bool]] = {}
@@ -253,33 +245,32 @@ def _require_promoted(place: Path, records: Sequence[ActionRecord], roots: Seque
         if channel in guarded and action.kind != "rollback" and not passed:
             reason = f"release {action.release} of channel {channel} passed no gates, and the channel is protected"
             raise TrustError(reason, about=channel, value=record.number)
-        known = promoted.setdefault(channel, {})
-        known[action.release] = passed or known.get(action.again or 0, False)
-    newest = {channel: max(known) for channel, known in promoted.items() if channel in guarded}
+        releases = promoted.setdefault(channel, {})
+        releases[action.release] = passed or releases.get(action.again or 0, False)
+    newest = {channel: max(releases) for channel, releases in promoted.items() if channel in guarded}
     return {channel: number for channel, number in newest.items() if not promoted[channel][number]}
 
 
 def _current(kind: Any, place: Path, role: str, version: int) -> Metadata[Any]:
-    """One version of a role's metadata."""
-    found = _metadata(kind, place / f"{version}.{role}.json")
-    if found.signed.version != version:
-        raise TrustError(f"{version}.{role}.json is version {found.signed.version}", about=role, value=version)
-    return found
+    metadata = _metadata(kind, place / f"{version}.{role}.json")
+    if metadata.signed.version != version:
+        raise TrustError(f"{version}.{role}.json is version {metadata.signed.version}", about=role, value=version)
+    return metadata
 
 
 def _metadata(kind: Any, path: Path) -> Metadata[Any]:
     raw = _required(path, MAX_METADATA)
     try:
-        found: Metadata[Any] = Metadata.from_bytes(raw)
+        metadata: Metadata[Any] = Metadata.from_bytes(raw)
     except (RepositoryError, ValueError, TypeError, KeyError) as error:
         raise TrustError(f"{path} is damaged: restore it from a copy", about=path.name) from error
-    if not isinstance(found.signed, kind):
+    if not isinstance(metadata.signed, kind):
         raise TrustError(f"{path} is of another role", about=path.name)
-    return found
+    return metadata
 
 
 def _signed(signer: Metadata[Any], role: str, metadata: Metadata[Any]) -> None:
-    """Return if ``metadata`` are signed as ``signer`` demands of ``role``."""
+    """Check that ``metadata`` are signed as ``signer`` demands of ``role``."""
     try:
         signer.verify_delegate(role, metadata)
     except (RepositoryError, ValueError) as error:

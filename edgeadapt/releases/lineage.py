@@ -1,7 +1,7 @@
 """Where the versions of a registry are from, and in which releases of which channels they are.
 
-A version is found in a release by the digest of the file that the release's adapter was exported from. Every document
-is verified: the manifests and the chain of round records with the coordinator's key.
+The digest of the file that a release's adapter was exported from tells its version. Every document is verified: the
+manifests and the chain of round records with the coordinator's key.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ COORDINATOR = (
 
 @dataclass(frozen=True, slots=True)
 class ReleasedAdapter:
-    """A release of a channel, and one adapter of it; ``current``: the channel offers it now."""
+    """Holds a release of a channel, and one adapter of it; ``current``: the channel offers it now."""
 
     channel: str
     release: int
@@ -36,13 +36,12 @@ class ReleasedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class GovernedVersion:
-    """A version with what made it and where it went.
+    """Holds a version with what made it and where it went.
 
     Args:
-        manifest: As signed.
         signed_by: Id of the coordinator's key.
-        record: Of the round that made it; None for version 0.
-        releases: In which it is, oldest first; None if no repository was named.
+        record: The record of the round that made it; None for version 0.
+        releases: The releases that have it, oldest first; None if no repository was named.
     """
 
     manifest: VersionManifest
@@ -53,7 +52,7 @@ class GovernedVersion:
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
-    """All versions of a registry, oldest first."""
+    """Holds all versions of a registry, oldest first."""
 
     state_dir: Path
     registry: RegistryFiles
@@ -61,18 +60,15 @@ class Lineage:
 
     @classmethod
     def read(cls, state_dir: Path, trust: Path | None, repository: ChannelRepository | None) -> Self:
-        """Read and verify.
+        """Read and verify a state directory, which is not changed.
 
-        Args:
-            state_dir: A coordinator's state directory. It is only read.
-            trust: File with the coordinator's public key; by default that of the state directory.
-            repository: Of the channels, if it is available.
+        ``trust`` is a file with the coordinator's public key; by default that of the state directory.
 
         Raises:
             ConfigError: There is no registry.
             DataError: The registry is empty or cannot be read, or there is no key or more than one.
             TrustError: A document is missing or damaged, or signed by another key; or a version is not made from the
-                one before it, by a round that is recorded.
+                previous one, by a round that is recorded.
         """
         registryfiles.require(state_dir)
         keys = read_public_keys(trust or state_dir / COORDINATOR)
@@ -100,11 +96,6 @@ class Lineage:
         return cls(state_dir, registry, tuple(versions))
 
     def version(self, number: int) -> GovernedVersion:
-        """One of the versions.
-
-        Raises:
-            ConfigError: There is no such version.
-        """
         if not 0 <= number < len(self.versions):
             reason = f"{self.state_dir} has no version {number}; the newest is {len(self.versions) - 1}"
             raise ConfigError(reason, about="version", value=number)
@@ -112,17 +103,13 @@ class Lineage:
 
 
 def is_from(adapter: AdapterManifest, version: VersionManifest) -> bool:
-    """Whether an adapter of a release was exported from this version."""
+    """Check whether an adapter of a release was exported from this version."""
     return (adapter.source, adapter.base_digest) == (version.sha256, version.base_digest)
 
 
 def releases_of(repository: ChannelRepository) -> tuple[ReleasedAdapter, ...]:
-    """Every adapter of every release of every channel.
-
-    Raises:
-        DataError, TrustError: The repository is damaged.
-    """
-    found = []
+    """List every adapter of every release of every channel."""
+    released = []
     for channel in repository.channels:
         releases, rollout = repository.releases(channel), repository.rollout(channel)
         offered = {rollout.previous} if rollout else set()
@@ -130,28 +117,23 @@ def releases_of(repository: ChannelRepository) -> tuple[ReleasedAdapter, ...]:
         for release in releases:
             adapters = (repository.manifest(channel, release, name) for name in sorted(release.adapters))
             current = release.number in offered
-            found += [ReleasedAdapter(channel, release.number, release.made, current, each) for each in adapters]
-    return tuple(found)
+            released += [ReleasedAdapter(channel, release.number, release.made, current, each) for each in adapters]
+    return tuple(released)
 
 
 def _manifests(state_dir: Path, registry: RegistryFiles) -> Sequence[VersionManifest]:
-    """The manifests of all versions, from version 0 on.
-
-    Raises:
-        DataError: There is no version.
-        TrustError: One is missing, or as ``RegistryFiles.manifest``.
-    """
+    """Read the manifests of all versions, from version 0 on. Raises DataError if there is no version."""
     newest = registry.manifest()
     if newest is None:
         raise DataError(
             f"the registry in {state_dir} is empty: publish a first adapter with 'edgeadapt coordinator publish'",
             about="registry",
         )
-    found = []
+    manifests = []
     for number in range(newest.version):
         manifest = registry.manifest(number)
         if manifest is None:
             text = f"{registry.source.name} has no version {number}: restore the registry from a copy"
             raise TrustError(text, about="version", value=number)
-        found.append(manifest)
-    return [*found, newest]
+        manifests.append(manifest)
+    return [*manifests, newest]

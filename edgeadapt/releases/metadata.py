@@ -1,7 +1,7 @@
 """The signed metadata of a repository's roles, the keys that sign them, and the log of what was done.
 
 ``commit`` signs the next version of what changed. Files are written before the metadata that name them, and
-``timestamp.json`` last: a kill at any instant leaves the repository of before or that of after.
+``timestamp.json`` last: a kill leaves the old repository or the new one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,8 +34,8 @@ from edgeadapt.formats.release import METADATA, STABLE, target
 from edgeadapt.releases.actions import Action, ActionRecord, LogHead, action_path, digest_of
 
 ROOT, TOP, SNAPSHOT, TIMESTAMP = "root", "targets", "snapshot", "timestamp"
-DAYS = {SNAPSHOT: 30, TIMESTAMP: 7}  # for which metadata are valid; a device that was shown old ones notices after them
-LONG_DAYS = 365  # of the roles whose keys are offline
+DAYS = {SNAPSHOT: 30, TIMESTAMP: 7}  # a device that was shown old metadata notices after them
+LONG_DAYS = 365  # the keys of these roles are offline
 PUBLIC, KEYS = "public", "keys"
 MAX_METADATA = 2**22  # bytes
 PROTECTED = "x-edgeadapt-protected"  # field of a channel in the targets: only promotions make its releases
@@ -45,7 +45,10 @@ S = TypeVar("S", bound=Signed)
 
 @dataclass(frozen=True, slots=True)
 class RoleMetadata:
-    """Of the repository in ``folder``. ``now`` dates what is signed, ``by`` is who signs it, for the log."""
+    """Manages the repository in ``folder``. ``now`` dates what is signed; ``by`` names the signer in the log.
+
+    Methods raise ConfigError if a key that must sign is missing, and DataError if metadata are missing or damaged.
+    """
 
     folder: Path
     now: datetime
@@ -56,11 +59,11 @@ class RoleMetadata:
         return self.folder / PUBLIC / METADATA
 
     def path(self, role: str, version: int) -> Path:
-        """Of one version of a role's metadata; ``timestamp.json`` has one name for all."""
+        """Locate one version of a role's metadata; ``timestamp.json`` has one name for all."""
         return self.place / ("timestamp.json" if role == TIMESTAMP else f"{version}.{role}.json")
 
     def version(self, role: str) -> int:
-        """The current version of a role; 0 before the first."""
+        """Return the current version of a role; 0 before the first."""
         if role == ROOT:
             return max((int(path.name.partition(".")[0]) for path in self.place.glob("*.root.json")), default=0)
         if not self.path(TIMESTAMP, 0).exists():
@@ -71,24 +74,20 @@ class RoleMetadata:
         version = timestamp.snapshot_meta.version
         if role == SNAPSHOT:
             return version
-        known = _read(Snapshot, self.path(SNAPSHOT, version)).meta.get(f"{role}.json")
-        return known.version if known else 0
+        stated = _read(Snapshot, self.path(SNAPSHOT, version)).meta.get(f"{role}.json")
+        return stated.version if stated else 0
 
     def load(self, kind: type[S], role: str, version: int | None = None) -> S:
-        """A version of a role's metadata, by default the current one.
-
-        Raises:
-            DataError: It is missing or damaged.
-        """
+        """Read a version of a role's metadata, by default the current one."""
         return _read(kind, self.path(role, version or self.version(role)))
 
     def roles(self) -> Iterator[tuple[str, int, datetime, tuple[Path, ...]]]:
-        """Role, version, when its metadata expire, and the files of its keys. Raises as ``load``."""
+        """Yield role, version, when its metadata expire, and the files of its keys."""
         root, delegated = self.load(Root, ROOT), delegations(self.load(Targets, TOP))
         for role in (ROOT, TOP, SNAPSHOT, TIMESTAMP, *sorted(delegated)):
             keyids = (delegated[role] if role in delegated else root.roles[role]).keyids
-            found = self.load(Signed, role)  # type: ignore[type-abstract]
-            yield role, found.version, found.expires, tuple(map(self.key_file, keyids))
+            signed = self.load(Signed, role)  # type: ignore[type-abstract]
+            yield role, signed.version, signed.expires, tuple(map(self.key_file, keyids))
 
     def commit(
         self,
@@ -102,17 +101,13 @@ class RoleMetadata:
     ) -> None:
         """Sign and write the next version of each role that is given, then of snapshot and timestamp.
 
-        The action's record is written first, and the snapshot names it.
+        The action's record is written first, and the snapshot names it. Nothing is written if a key is missing.
 
         Args:
-            action: What is done.
             channels: Name → new metadata.
-            root, top: The same of root and targets.
+            root, top: The new metadata of root and targets.
             also: Further signers of the root, whose keys it no longer names.
             prepared: Name → the next version of a channel's metadata, which are signed already.
-
-        Raises:
-            ConfigError: A key that must sign is not there. Nothing was written.
         """
         keys, delegated = root or self.load(Root, ROOT), delegations(top or self.load(Targets, TOP))
         snapshot = self.load(Snapshot, SNAPSHOT) if self.version(SNAPSHOT) else Snapshot()
@@ -121,7 +116,7 @@ class RoleMetadata:
         changed += [*([(TOP, top)] if top else []), *channels.items(), (SNAPSHOT, snapshot), (TIMESTAMP, timestamp)]
         signers = []
         for role, signed in changed:
-            signed.unrecognized_fields.pop(ROLLBACK, None)  # of the version before
+            signed.unrecognized_fields.pop(ROLLBACK, None)  # from the previous version
             signed.version, signed.expires = self.version(role) + 1, self._expiry(role)
             if role not in (ROOT, SNAPSHOT, TIMESTAMP):
                 snapshot.meta[f"{role}.json"] = MetaFile(signed.version)
@@ -142,11 +137,7 @@ class RoleMetadata:
             storage.replace(self.path(role, signed.version), document.to_bytes(), storage.PUBLIC)
 
     def prepare(self, channel: str, signed: Targets) -> Metadata[Targets]:
-        """The next version of a channel's metadata, signed by its key, for a later ``commit``.
-
-        Raises:
-            ConfigError: The channel's key is not there.
-        """
+        """Sign the next version of a channel's metadata by its key, for a later ``commit``."""
         signed.version, signed.expires = self.version(channel) + 1, self._expiry(channel)
         document = Metadata(signed)
         for signer in self.signers(delegations(self.load(Targets, TOP))[channel].keyids):
@@ -159,8 +150,8 @@ class RoleMetadata:
     def _log(self, action: Action, snapshot: Snapshot, versions: Mapping[str, int], keys: Root) -> None:
         """Write the next record of the log, and name it in ``snapshot``."""
         last = LogHead.of(snapshot)
-        made = self.now.isoformat(timespec="seconds")
-        record = ActionRecord(last.number + 1, last.sha256, made, self.by, dict(versions), action)
+        moment = self.now.isoformat(timespec="seconds")
+        record = ActionRecord(last.number + 1, last.sha256, moment, self.by, dict(versions), action)
         raw = record.sign(read_key(self.key_file(keys.roles[SNAPSHOT].keyids[0])))
         path = action_path(self.folder, record.number)
         path.parent.mkdir(exist_ok=True)
@@ -168,39 +159,32 @@ class RoleMetadata:
         LogHead(record.number, digest_of(raw)).put(snapshot)
 
     def new_key(self, entropy: Entropy) -> CryptoSigner:
-        """Make a key, and store it."""
         key = IdentityKey.generate(entropy)
         signer = _signer(key)
         storage.create(self.key_file(signer.public_key.keyid), key.to_pem())
         return signer
 
     def key_file(self, keyid: str) -> Path:
-        """Where the key of that id belongs."""
         return self.folder / KEYS / f"{keyid[:16]}.pem"
 
     def signers(self, keyids: Sequence[str]) -> list[CryptoSigner]:
-        """The keys of these ids.
-
-        Raises:
-            ConfigError: One of them is not there.
-        """
-        found = []
+        keys = []
         for keyid in keyids:
             if not self.key_file(keyid).is_file():
                 reason = f"{self.key_file(keyid)} must sign this and is not there: bring the key back for it"
                 raise ConfigError(reason, about="keys", value=keyid)
-            found.append(_signer(read_key(self.key_file(keyid))))
-        return found
+            keys.append(_signer(read_key(self.key_file(keyid))))
+        return keys
 
     def delegate(self, top: Targets, channel: str, entropy: Entropy) -> Targets:
-        """Give a new channel the right to sign its files; its first, empty metadata. ``stable`` is protected."""
+        """Let a new channel sign its files; return its first, empty metadata. ``stable`` is protected."""
         key = self.new_key(entropy)
         patterns = [target(channel, pattern) for pattern in ("*", "*/*")]  # a star does not match a slash
         fields = {PROTECTED: True} if channel == STABLE else {}
         role = DelegatedRole(channel, [], 1, terminating=True, paths=patterns, unrecognized_fields=fields)
-        found = top.delegations or Delegations({}, {})
-        found.roles = {**(found.roles or {}), channel: role}
-        top.delegations = found
+        delegations = top.delegations or Delegations({}, {})
+        delegations.roles = {**(delegations.roles or {}), channel: role}
+        top.delegations = delegations
         top.add_key(key.public_key, channel)
         return Targets()
 
@@ -210,7 +194,7 @@ def delegations(top: Targets) -> Mapping[str, DelegatedRole]:
 
 
 def protected(top: Targets) -> frozenset[str]:
-    """The channels whose releases only promotions make."""
+    """List the channels whose releases only promotions make."""
     return frozenset(name for name, role in delegations(top).items() if role.unrecognized_fields.get(PROTECTED) is True)
 
 
@@ -219,7 +203,7 @@ def _signer(key: IdentityKey) -> CryptoSigner:
 
 
 def _read(kind: type[S], path: Path) -> S:
-    """Metadata that this repository wrote; signatures are for those who get them from elsewhere."""
+    """Read metadata that this repository wrote; signatures are for those who get them from elsewhere."""
     try:
         signed = Metadata.from_bytes(storage.read(path, MAX_METADATA)).signed
     except (OSError, RepositoryError) as error:

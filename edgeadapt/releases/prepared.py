@@ -2,13 +2,12 @@
 
 ::
 
-    DIR/prepared/CHANNEL.json   the channel's next metadata, signed by its key: the release before, once more
-    DIR/prepared/CHANNEL/       the files that are new: the release's list, and its adapters' manifests, signed anew
+    DIR/prepared/CHANNEL.json   the channel's next metadata, signed by its key: the previous release, once more
+    DIR/prepared/CHANNEL/       the files that are new: the release's list, and its adapters' manifests, signed again
 
-They are not served. The metadata carry the condition on which they may be published (``RollbackCondition``), so that
-the channel's key has signed it too: ``publish`` refuses, and an audit finds, what does not meet it. Every change of the
-channel takes the version that they have, and signs them again under the next one; but another key of the channel never
-signs what the one before had signed.
+They are not served. The channel's key signs the condition on which they may be published (``RollbackCondition``), too:
+``publish`` refuses, and an audit finds, what does not meet it. Every change of the channel takes their version, and
+signs them again under the next one; but a new key of the channel never signs what the previous one had signed.
 """
 
 import shutil
@@ -34,12 +33,12 @@ PREPARED = "prepared"  # folder
 
 @dataclass(frozen=True, slots=True)
 class RollbackCondition:
-    """On what a prepared rollback may be published: an evaluation found the newest release worse.
+    """States on what a prepared rollback may be published: an evaluation found the newest release worse.
 
     Args:
         release: Number of the release that it takes back.
         again: Number of the one that it publishes again.
-        margin: How far an accuracy may be below that of the release before.
+        margin: How far an accuracy may be below that of the previous release.
         adapters: Name → ``AdapterManifest.content`` in the two releases, newest first.
     """
 
@@ -52,17 +51,13 @@ class RollbackCondition:
 
     @classmethod
     def of(cls, signed: Targets) -> Self | None:
-        """That of a channel's metadata; None if they were not prepared.
-
-        Raises:
-            TrustError: It is damaged.
-        """
-        found = signed.unrecognized_fields.get(ROLLBACK)
-        if found is None:
+        """Read that of a channel's metadata; None if they were not prepared. Raises TrustError if it is damaged."""
+        text = signed.unrecognized_fields.get(ROLLBACK)
+        if text is None:
             return None
         try:
-            jsontext.decode(found.encode())
-            return jsontext.decode_as(cls, found.encode())
+            jsontext.decode(text.encode())
+            return jsontext.decode_as(cls, text.encode())
         except (ValueError, AttributeError, ValidationError) as error:
             raise TrustError("the condition of a prepared rollback is damaged", about=ROLLBACK) from error
 
@@ -71,10 +66,9 @@ class RollbackCondition:
         signed.unrecognized_fields[ROLLBACK] = jsontext.encode(asdict(self)).decode()
 
     def require(self, evaluation: JudgedEvaluation | None) -> None:
-        """Return if an evaluation meets it.
+        """Check that an evaluation meets it. Raises DataError if the evaluation's figures do not give its verdict.
 
         Raises:
-            DataError: The figures of the evaluation do not give its verdict.
             TrustError: There is no evaluation, it compared other releases or with another margin, or it did not find
                 the newest release worse.
         """
@@ -95,7 +89,7 @@ class RollbackCondition:
 
 @dataclass(frozen=True, slots=True)
 class PreparedRollback:
-    """A rollback that can be published now: the channel's next metadata, and the release that they list."""
+    """Holds a rollback that can be published now: the channel's next metadata, and the release that they list."""
 
     metadata: Metadata[Targets]
     condition: RollbackCondition
@@ -105,7 +99,10 @@ class PreparedRollback:
 
 @dataclass(frozen=True, slots=True)
 class PreparedRollbacks:
-    """Those of a repository, one for each channel that rolls a release out."""
+    """Keeps those of a repository, one for each channel that rolls a release out.
+
+    Methods raise ConfigError if the channel's key is missing, and OSError if files cannot be written.
+    """
 
     metadata: RoleMetadata
     served: TargetFiles
@@ -118,28 +115,20 @@ class PreparedRollbacks:
         return self.metadata.folder / PREPARED / f"{channel}.json"
 
     def write(self, channel: str, signed: Targets) -> None:
-        """Sign metadata as the channel's next, and keep them.
-
-        Raises:
-            ConfigError: The channel's key is not there.
-            OSError: They cannot be written.
-        """
         self.targets.folder.mkdir(mode=storage.PRIVATE_FOLDER, exist_ok=True)
         storage.replace(self.path(channel), self.metadata.prepare(channel, signed).to_bytes())
 
     def discard(self, channel: str) -> bool:
-        """Delete it, if there is one. Returns whether there was."""
-        found = self.path(channel).exists()
+        """Delete it, and return whether there was one."""
+        existed = self.path(channel).exists()
         self.path(channel).unlink(missing_ok=True)
         shutil.rmtree(self.targets.folder / channel, ignore_errors=True)
-        return found
+        return existed
 
     def read(self, channel: str) -> tuple[Metadata[Targets], RollbackCondition] | None:
-        """The metadata and their condition; None if no rollback is prepared.
+        """Read the metadata and their condition; None if no rollback is prepared.
 
-        Raises:
-            ConfigError: They cannot be read.
-            TrustError: They are damaged, of another channel, or not signed by the channel's key.
+        Raises TrustError if they are damaged, of another channel, or not signed by the channel's key.
         """
         path = self.path(channel)
         anew = "delete it, and prepare the rollback anew with 'edgeadapt adapters rollout … --key'"
@@ -152,51 +141,45 @@ class PreparedRollbacks:
         except DataError as error:
             raise TrustError(f"{error}; {anew}", about=PREPARED, value=channel) from error
         try:
-            found: Metadata[Targets] = Metadata.from_bytes(raw)
-            if not isinstance(found.signed, Targets):
+            metadata: Metadata[Targets] = Metadata.from_bytes(raw)
+            if not isinstance(metadata.signed, Targets):
                 raise TrustError(f"{path} is of another role: {anew}", about=PREPARED)
-            self.metadata.load(Targets, TOP).verify_delegate(channel, found.signed_bytes, found.signatures)
+            self.metadata.load(Targets, TOP).verify_delegate(channel, metadata.signed_bytes, metadata.signatures)
         except (OSError, DataError, RepositoryError, ValueError, TypeError, KeyError) as error:
             reason = f"{path} is damaged, or not signed by the key of channel {channel}: {anew}"
             raise TrustError(reason, about=PREPARED, value=channel) from error
-        condition = RollbackCondition.of(found.signed)
-        if condition is None or any(not name.startswith(target(channel, "")) for name in found.signed.targets):
+        condition = RollbackCondition.of(metadata.signed)
+        if condition is None or any(not name.startswith(target(channel, "")) for name in metadata.signed.targets):
             raise TrustError(f"{path} is no prepared rollback of channel {channel}: {anew}", about=PREPARED)
-        return found, condition
+        return metadata, condition
 
     def sign_again(
-        self, channel: str, found: tuple[Metadata[Targets], RollbackCondition] | None, current: Release | None
+        self, channel: str, prepared: tuple[Metadata[Targets], RollbackCondition] | None, current: Release | None
     ) -> None:
-        """Sign what ``read`` found as the next metadata of a channel that has changed, if its release has not.
-
-        Raises:
-            ConfigError, OSError: As ``write``.
-        """
-        if found is not None and current is not None and found[1].release == current.number:
-            self.write(channel, found[0].signed)
+        """Sign what ``read`` returned as the next metadata of a channel that has changed, if its release has not."""
+        if prepared is not None and current is not None and prepared[1].release == current.number:
+            self.write(channel, prepared[0].signed)
         else:
             self.discard(channel)
 
     def state(self, channel: str, current: Release) -> tuple[RollbackCondition | None, str]:
-        """The condition of a rollback that can be published now; or None, and the reason, also if it cannot be read."""
+        """Return the condition of a rollback that can be published now; or None, and the reason."""
         try:
             return self.accept(channel, current).condition, ""
         except (ConfigError, DataError, TrustError, OSError) as error:
             return None, str(error)
 
     def accept(self, channel: str, current: Release) -> PreparedRollback:
-        """The prepared rollback of a channel with the release ``current``, verified.
+        """Verify the prepared rollback of a channel with the release ``current``.
 
-        Raises:
-            ConfigError: No rollback is prepared, or it is out of date or cannot be read.
-            TrustError: As ``read``; or a file is missing or altered.
+        Raises as ``read``, and ConfigError if none is prepared or it is out of date.
         """
         anew = "prepare it with 'edgeadapt adapters rollout … --key'"
         read = self.read(channel)
         if read is None:
             raise ConfigError(f"no rollback of channel {channel} is prepared: {anew}", about=PREPARED, value=channel)
-        found, condition = read
-        signed, version = found.signed, self.metadata.version(channel)
+        metadata, condition = read
+        signed, version = metadata.signed, self.metadata.version(channel)
         if signed.version != version + 1 or condition.release != current.number:
             what = f"it is version {signed.version} of channel {channel}, which has {version}"
             reason = f"the prepared rollback was used already or is out of date ({what}): {anew}"
@@ -216,4 +199,4 @@ class PreparedRollbacks:
         except (OSError, RepositoryError, DataError, TrustError, KeyError) as error:
             reason = f"a file of the prepared rollback of channel {channel} is missing or altered ({error}): {anew}"
             raise TrustError(reason, about=PREPARED, value=channel) from error
-        return PreparedRollback(found, condition, release, new)
+        return PreparedRollback(metadata, condition, release, new)

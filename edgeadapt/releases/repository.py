@@ -8,12 +8,11 @@
     DIR/public/            what is served: static files, from any web server, object store or folder
         metadata/          N.ROLE.json, and timestamp.json
         targets/           CHANNEL/DIGEST.release.json, CHANNEL/base/DIGEST.NAME, CHANNEL/adapters/DIGEST.NAME;
-                           of a staged rollout CHANNEL/DIGEST.flags.json, and the release before as CHANNEL/previous-…
+                           in a staged rollout CHANNEL/DIGEST.flags.json, and the previous release as CHANNEL/previous-…
 
-The roles: *root* names the keys of the others, *targets* those of the channels, each channel is a delegated role with
-the only right to sign files under its name, and *snapshot* and *timestamp*, which share a key, say which of all these
-are current. Files are written before the metadata that name them, and ``timestamp.json`` last: a kill at any instant
-leaves the repository of before or that of after.
+*root* names the keys of the other roles, *targets* those of the channels; each channel is a delegated role that may
+sign files under its name only; *snapshot* and *timestamp* share a key and say what is current. Files are written before
+the metadata that name them, and ``timestamp.json`` last: a kill leaves the old repository or the new one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,7 +64,7 @@ from edgeadapt.releases.targetfiles import TargetFiles
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A release, the adapters of the bundle that stayed out because they are private, and who gets it, if not all."""
+    """Says what was released, which private adapters stayed out, and who gets it, if not all."""
 
     channel: str
     release: Release
@@ -75,7 +74,11 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class ChannelRepository:
-    """A repository in a folder. ``now`` dates what is signed, ``by`` is who signs it, for the log."""
+    """Manages a repository in a folder. ``now`` dates what is signed; ``by`` names the signer in the log.
+
+    Methods raise ConfigError if a channel does not exist or a key that must sign is not in DIR/keys, DataError or
+    TrustError if the repository is damaged, and OSError if files cannot be written; it is then unchanged.
+    """
 
     folder: Path
     now: datetime
@@ -85,33 +88,23 @@ class ChannelRepository:
     def create(
         cls, folder: Path, entropy: Entropy, now: datetime, channels: Sequence[str] = (CANARY, STABLE), *, by: str = ""
     ) -> "ChannelRepository":
-        """Make a repository with a key for each role.
-
-        Raises:
-            ConfigError: The folder is not empty, or a channel cannot have its name.
-            OSError: It cannot be written; nothing is left.
-        """
+        """Make a repository with a key for each role, in an empty folder, or leave nothing."""
         names = [check_channel(name) for name in channels]
         with storage.new_folder(folder, mode=storage.PRIVATE_FOLDER) as stage:
-            made = cls(stage, now, by)
-            for part in (made.metadata.place, made.targets.folder, stage / KEYS):
+            repository = cls(stage, now, by)
+            for part in (repository.metadata.place, repository.targets.folder, stage / KEYS):
                 part.mkdir(parents=True)
-            root, top, online = Root(consistent_snapshot=True), Targets(), made.metadata.new_key(entropy)
-            offline = {role: made.metadata.new_key(entropy) for role in (ROOT, TOP)}
+            root, top, online = Root(consistent_snapshot=True), Targets(), repository.metadata.new_key(entropy)
+            offline = {role: repository.metadata.new_key(entropy) for role in (ROOT, TOP)}
             keys = {**offline, SNAPSHOT: online, TIMESTAMP: online}
             for role, key in keys.items():
                 root.add_key(key.public_key, role)
-            first = {name: made.metadata.delegate(top, name, entropy) for name in names}
-            made.metadata.commit(Action("init"), first, root, top)
+            first = {name: repository.metadata.delegate(top, name, entropy) for name in names}
+            repository.metadata.commit(Action("init"), first, root, top)
         return cls(folder, now, by)
 
     @classmethod
     def open(cls, folder: Path, now: datetime, *, by: str = "") -> "ChannelRepository":
-        """Open a repository.
-
-        Raises:
-            ConfigError: The folder has none.
-        """
         opened = cls(folder, now, by)
         if not (opened.metadata.place / "timestamp.json").is_file():
             raise ConfigError(f"{folder} has no repository of channels: make one with 'edgeadapt channel init'")
@@ -119,7 +112,6 @@ class ChannelRepository:
 
     @property
     def metadata(self) -> RoleMetadata:
-        """The signed metadata and the keys."""
         return RoleMetadata(self.folder, self.now, self.by)
 
     @property
@@ -128,51 +120,40 @@ class ChannelRepository:
 
     @property
     def prepared(self) -> PreparedRollbacks:
-        """The rollbacks that are signed and not published."""
         return PreparedRollbacks(self.metadata, self.targets)
 
     @property
     def channels(self) -> tuple[str, ...]:
-        """The names of the channels, sorted."""
         return tuple(sorted(delegations(self.metadata.load(Targets, TOP))))
 
     @property
     def protected(self) -> frozenset[str]:
-        """The channels whose releases only promotions make. Raises as ``release``."""
+        """List the channels whose releases only promotions make."""
         return protected(self.metadata.load(Targets, TOP))
 
     def root(self) -> bytes:
-        """The newest root metadata, which devices pin. Raises as ``release``."""
+        """Read the newest root metadata, which devices pin."""
         return storage.read(self.metadata.path(ROOT, self.metadata.version(ROOT)), MAX_METADATA)
 
     def release(self, channel: str, number: int | None = None) -> Release | None:
-        """A release of a channel, by default the current one; None if it has none.
-
-        Raises:
-            ConfigError: There is no such channel, or it never had that release.
-            DataError, TrustError: The repository is damaged.
-        """
+        """Read a release of a channel, by default the current one; None if it has none."""
         if channel not in self.channels:
-            known = ", ".join(self.channels)
-            raise ConfigError(f"there is no channel {channel!r}; the channels are {known}", about="channel")
+            names = ", ".join(self.channels)
+            raise ConfigError(f"there is no channel {channel!r}; the channels are {names}", about="channel")
         for version in range(self.metadata.version(channel), 0, -1):
-            found = self._release_of(channel, self.metadata.load(Targets, channel, version))
-            if number is None or (found and found.number == number):
-                return found
+            current = self._release_of(channel, self.metadata.load(Targets, channel, version))
+            if number is None or (current and current.number == number):
+                return current
         raise ConfigError(f"channel {channel} has no release {number}", about="release", value=number)
 
     def releases(self, channel: str) -> tuple[Release, ...]:
-        """All releases of a channel, oldest first. Raises as ``release``."""
+        """Read all releases of a channel, oldest first."""
         versions = range(1, self.metadata.version(channel) + 1)
-        found = (self._release_of(channel, self.metadata.load(Targets, channel, version)) for version in versions)
-        return tuple({release.number: release for release in found if release}.values())
+        read = (self._release_of(channel, self.metadata.load(Targets, channel, version)) for version in versions)
+        return tuple({release.number: release for release in read if release}.values())
 
     def manifest(self, channel: str, release: Release, name: str) -> AdapterManifest:
-        """Of an adapter in a release of this repository, as it was verified when it was published.
-
-        Raises:
-            DataError, TrustError: It is missing or damaged.
-        """
+        """Read an adapter's manifest, which was verified when the release was published."""
         path = manifest_of(name).as_posix()
         place = self.targets.path(channel, path, release.files[path])
         try:
@@ -184,10 +165,9 @@ class ChannelRepository:
         """Make ``bundle`` the next release of ``channel``. Private adapters in it are left out.
 
         Raises:
-            ConfigError: There is no such channel or it is protected, the bundle has no adapter to publish, or devices
-                would refuse one: its version is not above that of the current release, and its content is another one.
-            DataError, TrustError: The bundle or the repository is damaged, or none of ``trusted`` signed it.
-            OSError: The files cannot be written. The repository is unchanged.
+            ConfigError: The channel is protected, the bundle has no adapter to publish, or devices would refuse one:
+                its content differs and its version is not above that of the current release.
+            TrustError: None of ``trusted`` signed the bundle.
         """
         with self.locked():
             current = self.release(channel)
@@ -212,12 +192,7 @@ class ChannelRepository:
             return Published(channel, release, private)
 
     def assemble(self, channel: str, release: Release, bundle: Path) -> None:
-        """Put a release together as the bundle that devices get, in a new folder.
-
-        Raises:
-            DataError: A file is missing.
-            OSError: The folder is there already, or cannot be written.
-        """
+        """Put a release together as the bundle that devices get, in a new folder."""
         bundle.mkdir()
         for name, digest in release.files.items():
             (bundle / name).parent.mkdir(exist_ok=True)
@@ -238,56 +213,42 @@ class ChannelRepository:
     ) -> Published:
         """Make release ``number`` of ``source``, its current one, the next of ``channel``.
 
-        Args:
-            source, number: The release.
-            channel: To which it goes.
-            gates: What was measured, for the log. A protected channel demands some, all passed.
-            share, languages: Of the devices that get it, as of a ``Rollout``; the others get the release before.
+        ``gates`` goes into the log; a protected channel demands some, all passed. Devices outside ``share`` and
+        ``languages`` (``Rollout``) get the previous release.
 
         Raises:
-            ConfigError: There is no such channel, the release is no longer the current one, devices would refuse it, or
-                the channel is protected and no gate or not every gate let it pass; or a rollout is asked for while
-                another one is under way, or without a release before.
-            DataError, TrustError: The repository is damaged.
-            OSError: As ``publish``.
+            ConfigError: The release is no longer the current one, devices would refuse it, or the channel is protected
+                and the gates did not all let it pass; or a rollout is asked for while another one is under way, or
+                without a previous release.
         """
         with self.locked():
-            found, current = self.release(source), self.release(channel)
-            if found is None or found.number != number:
+            candidate, current = self.release(source), self.release(channel)
+            if candidate is None or candidate.number != number:
                 reason = f"release {number} is not the current one of channel {source}: repeat the promotion"
                 raise ConfigError(reason, about="channel", value=source)
             if channel in self.protected and not (gates and all(each.passed for each in gates)):
                 reason = f"channel {channel} is protected, and the release did not pass its gates"
                 raise ConfigError(reason, about="gates", value=channel)
             if current:
-                for name in found.adapters.keys() & current.adapters.keys():
-                    _require_newer(self.manifest(source, found, name), self.manifest(channel, current, name))
-            files = {name: self.targets.path(source, name, digest) for name, digest in found.files.items()}
+                for name in candidate.adapters.keys() & current.adapters.keys():
+                    _require_newer(self.manifest(source, candidate, name), self.manifest(channel, current, name))
+            files = {name: self.targets.path(source, name, digest) for name, digest in candidate.files.items()}
             rollout = self._first_stage(channel, current, share, languages)
             action = Action("promote", source=source, gates=tuple(gates), rollout=rollout)
-            return Published(channel, self.add_release(action, channel, files, found.adapters), rollout=rollout)
+            return Published(channel, self.add_release(action, channel, files, candidate.adapters), rollout=rollout)
 
     def rollout(self, channel: str) -> Rollout | None:
-        """Who gets the current release of a channel; None if all devices do. Raises as ``release``."""
+        """Read who gets the current release of a channel; None if all devices do."""
         listed = self.metadata.load(Targets, channel).targets.get(target(channel, FLAGS))
         if listed is None:
             return None
         return Rollout.decode(storage.read(self.targets.path(channel, FLAGS, listed.hashes["sha256"]), MAX_FLAGS))
 
     def set_rollout(self, channel: str, share: int, languages: Sequence[str] = (), *, anew: bool = False) -> Published:
-        """Say anew who gets the release that a channel rolls out. Nobody who has it goes back.
+        """Change who gets the release that a channel rolls out. No device that has it goes back.
 
-        A rollback that is prepared stays so, and ends with the rollout.
-
-        Args:
-            channel: The channel.
-            share, languages: As of a ``Rollout``. With all devices the rollout is complete.
-            anew: The rollback will be prepared anew, so the one that is prepared is not read.
-
-        Raises:
-            ConfigError: There is no such channel, or it rolls nothing out.
-            DataError, TrustError: The repository is damaged, or the prepared rollback.
-            OSError: As ``publish``.
+        A prepared rollback stays prepared, and ends with the rollout, which all devices complete. With ``anew`` it
+        will be prepared again, and is not read. Raises ConfigError if the channel rolls nothing out.
         """
         with self.locked():
             release = self.release(channel)
@@ -313,11 +274,7 @@ class ChannelRepository:
             return Published(channel, release, rollout=rollout)
 
     def refuse(self, source: str, release: Release, channel: str, gates: Sequence[GateResult]) -> None:
-        """Note in the log that gates did not let a release of ``source`` into ``channel``.
-
-        Raises:
-            ConfigError: The key of snapshot and timestamp is not there.
-        """
+        """Note in the log that gates did not let a release of ``source`` into ``channel``."""
         with self.locked():
             adapters = dict(release.adapters)
             action = Action("refuse", channel, source, release.number, adapters=adapters, gates=tuple(gates))
@@ -333,11 +290,7 @@ class ChannelRepository:
             self.metadata.commit(Action("add", channel), {channel: first}, top=top)
 
     def protect(self, channel: str, *, on: bool = True) -> None:
-        """Let only promotions make the releases of a channel, from now on; or, with ``on=False``, publications too.
-
-        Raises:
-            ConfigError: There is no such channel, or the key of targets is not in DIR/keys.
-        """
+        """Let only promotions make the releases of a channel, from now on; or, with ``on=False``, publications too."""
         with self.locked():
             self.release(channel)
             top = self.metadata.load(Targets, TOP)
@@ -349,12 +302,9 @@ class ChannelRepository:
             self.metadata.commit(Action("protect" if on else "unprotect", channel), {}, top=top)
 
     def renew(self, *, everything: bool = False) -> None:
-        """Sign snapshot and timestamp again, which then are valid for another ``DAYS``. Needs their key alone.
+        """Sign snapshot and timestamp again for another ``DAYS``, with their key alone.
 
-        ``everything``: the other roles too, for ``LONG_DAYS``, with all keys.
-
-        Raises:
-            ConfigError: A key that must sign is not in DIR/keys.
+        With ``everything``, sign the other roles too, for ``LONG_DAYS``, with all keys.
         """
         with self.locked():
             if everything:
@@ -362,22 +312,17 @@ class ChannelRepository:
                 root, top = self.metadata.load(Root, ROOT), self.metadata.load(Targets, TOP)
                 ready = {name: self.prepared.read(name) for name in signed}
                 self.metadata.commit(Action("renew"), signed, root, top)
-                for name, each in ready.items():
-                    self.prepared.sign_again(name, each, self.release(name))
+                for name, prepared in ready.items():
+                    self.prepared.sign_again(name, prepared, self.release(name))
             else:
                 self.metadata.commit(Action("renew"), {})
 
     def rotate(self, role: str, entropy: Entropy) -> bool:
-        """Replace the key of a role or channel; ``snapshot`` stands for both roles that share a key.
+        """Replace the key of a role or channel; return whether a prepared rollback was discarded.
 
-        Devices follow by themselves: a new root is signed by the old key too. The old key's file is deleted. A rollback
-        that was prepared with the old key of a channel is discarded: whoever stole that key could have replaced it.
-
-        Returns:
-            Whether a prepared rollback was discarded.
-
-        Raises:
-            ConfigError: There is no such role or channel, or a key that must sign is not in DIR/keys.
+        ``snapshot`` stands for both roles that share a key. Devices follow by themselves: a new root is signed by the
+        old key too. The old key's file is deleted. A rollback that was prepared with a channel's old key is discarded,
+        because a thief of that key could have replaced it.
         """
         with self.locked():
             if role not in (ROOT, TOP, SNAPSHOT, TIMESTAMP, *self.channels):
@@ -394,10 +339,10 @@ class ChannelRepository:
                 discarded = self.prepared.discard(role)
             else:
                 signers, old = self.metadata.signers(root.roles[ROOT].keyids), list(root.roles[roles[0]].keyids)
-                for each in roles:
+                for name in roles:
                     for keyid in old:
-                        root.revoke_key(keyid, each)
-                    root.add_key(new.public_key, each)
+                        root.revoke_key(keyid, name)
+                    root.add_key(new.public_key, name)
                 self.metadata.commit(action, {}, root, top if role == TOP else None, signers)
             for keyid in old:
                 self.metadata.key_file(keyid).unlink(missing_ok=True)
@@ -407,14 +352,13 @@ class ChannelRepository:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Nobody else changes the repository while the block runs."""
+        """Keep others from changing the repository while the block runs."""
         with storage.locked(self.folder / ".lock"):
             yield
 
     def _first_stage(
         self, channel: str, current: Release | None, share: int, languages: Sequence[str]
     ) -> Rollout | None:
-        """The rollout with which the next release of a channel begins."""
         number = 0 if current is None else current.number
         rollout = Rollout.of(number + 1, number, share, languages)
         if rollout is not None and current is None:
@@ -436,7 +380,7 @@ class ChannelRepository:
     ) -> Release:
         """Add files and sign them as the next release; ``instead`` has the content of some of them.
 
-        The log gets ``action`` with the release. If that has a rollout, the release before stays on offer.
+        The log gets ``action`` with the release. During a rollout the previous release stays on offer.
         """
         kept, digests, listed = self.targets, {}, {}
         for name, path in files.items():
@@ -444,8 +388,8 @@ class ChannelRepository:
             stored = kept.store(channel, name, path) if content is None else kept.write(channel, name, content)
             digests[name], listed[target(channel, name)] = stored.hashes["sha256"], stored
         last = self.release(channel)
-        made = self.now.isoformat(timespec="seconds")
-        release = Release(last.number + 1 if last else 1, made, digests, dict(adapters))
+        moment = self.now.isoformat(timespec="seconds")
+        release = Release(last.number + 1 if last else 1, moment, digests, dict(adapters))
         listed[target(channel, RELEASE)] = self.targets.write(channel, RELEASE, release.encode())
         if action.rollout is not None and last is not None:
             listed |= self._keep(channel, last, digests, action.rollout)
@@ -454,13 +398,11 @@ class ChannelRepository:
         digest = listed[target(channel, RELEASE)].hashes["sha256"]
         done = replace(action, subject=channel, release=release.number, sha256=digest, adapters=release.adapters)
         self.metadata.commit(done, {channel: signed})
-        self.prepared.discard(channel)  # of the release before
+        self.prepared.discard(channel)  # it is the previous release's
         return release
 
     def _keep(self, channel: str, last: Release, digests: Mapping[str, str], rollout: Rollout) -> dict[str, TargetFile]:
-        """The targets of a rollout: the flags, and the release before with those of its files that are not in the new
-        one, whose ``digests`` are given.
-        """
+        """Return a rollout's targets: the flags, and what of the previous release is not in the new one."""
         own = [name for name, digest in last.files.items() if digests.get(name) != digest]
         kept = self.targets
         stored = [kept.store(channel, previous(name), kept.path(channel, name, last.files[name])) for name in own]
@@ -471,19 +413,19 @@ class ChannelRepository:
     # Releases.
 
     def _release_of(self, channel: str, signed: Targets) -> Release | None:
-        found = signed.targets.get(target(channel, RELEASE))
-        if found is None:
+        file = signed.targets.get(target(channel, RELEASE))
+        if file is None:
             return None
-        return Release.decode(storage.read(self.targets.path(channel, RELEASE, found.hashes["sha256"]), MAX_RELEASE))
+        return Release.decode(storage.read(self.targets.path(channel, RELEASE, file.hashes["sha256"]), MAX_RELEASE))
 
 
 def pinned_keys(bundle: Path, trust: Path | None) -> tuple[PublicKey, ...]:
-    """The keys that sign ``bundle``, in ``trust`` or in ``trust.pem`` next to it. Raises as ``read_public_keys``."""
+    """Read the keys that sign ``bundle``, by default those next to it. Raises as ``read_public_keys``."""
     return read_public_keys(trust or storage.real(bundle).parent / TRUST)
 
 
 def _require_newer(new: AdapterManifest, current: AdapterManifest) -> None:
-    """Return if devices that have ``current`` would accept ``new``."""
+    """Check that devices that have ``current`` would accept ``new``."""
     if new.base_digest == current.base_digest and (
         new.version < current.version or (new.version == current.version and new.content != current.content)
     ):

@@ -1,4 +1,7 @@
-"""Publish an earlier release of a channel again: with the vendor's key, or as it was prepared with it before."""
+"""Publish an earlier release of a channel again: with the vendor's key, or as it was prepared with that key.
+
+Errors are those of ``ChannelRepository``, besides what a function names.
+"""
 
 from dataclasses import replace
 
@@ -19,23 +22,14 @@ from edgeadapt.releases.verdict import JudgedEvaluation
 
 
 def roll_back(repository: ChannelRepository, channel: str, number: int, key: IdentityKey) -> Published:
-    """Publish an earlier release of a channel again.
+    """Publish an earlier release of a channel again, signed with the vendor's key, which devices have pinned.
 
     Devices refuse an older version of an adapter than they have had, so the adapters are signed again, under the
     version after the highest.
 
-    Args:
-        repository: Of the channel.
-        channel: The channel.
-        number: Of the release.
-        key: The vendor's, which devices have pinned for bundles.
-
     Raises:
-        ConfigError: There is no such channel or release, or it is the current one.
-        DataError: The repository is damaged.
-        TrustError: The same; or ``key`` signed neither the release nor the current one, so that devices would refuse
-            what it signs.
-        OSError: As ``ChannelRepository.publish``.
+        ConfigError: There is no such release, or it is the current one.
+        TrustError: ``key`` signed neither the release nor the current one: devices would refuse what it signs.
     """
     with repository.locked():
         old, current = repository.release(channel, number), repository.release(channel)
@@ -52,19 +46,13 @@ def roll_back(repository: ChannelRepository, channel: str, number: int, key: Ide
 
 
 def prepare(repository: ChannelRepository, channel: str, key: IdentityKey, margin: float) -> RollbackCondition:
-    """Sign the rollback of the release that a channel rolls out, and keep it unserved.
+    """Sign the rollback of the release that a channel rolls out with the vendor's key, and keep it unserved.
 
-    Args:
-        repository: Of the channel.
-        channel: The channel.
-        key: The vendor's.
-        margin: How far an accuracy may be below that of the release before; ``accuracy.margin`` of ``gates.toml``.
+    ``margin`` says how far an accuracy may be below the previous release's: ``accuracy.margin`` of ``gates.toml``.
 
     Raises:
-        ConfigError: There is no such channel, it rolls nothing out, or its key is not there.
-        DataError: The repository is damaged.
-        TrustError: The same; or ``key`` is not the one that signed the release which is rolled out.
-        OSError: The files cannot be written.
+        ConfigError: The channel rolls nothing out.
+        TrustError: ``key`` is not the one that signed the release which is rolled out.
     """
     with repository.locked():
         current, rollout = repository.release(channel), repository.rollout(channel)
@@ -101,46 +89,37 @@ def prepare(repository: ChannelRepository, channel: str, key: IdentityKey, margi
 def publish_prepared(repository: ChannelRepository, channel: str, evaluation: JudgedEvaluation) -> Published:
     """Publish the prepared rollback of a channel. Needs the key of snapshot and timestamp alone.
 
-    Args:
-        repository: Of the channel.
-        channel: The channel.
-        evaluation: That found its newest release worse; the log gets it.
+    ``evaluation`` found its newest release worse; the log gets it.
 
     Raises:
-        ConfigError: There is no such channel or no prepared rollback, or that is out of date; or the key is not there.
-        DataError: The repository is damaged, or the figures do not give the verdict.
+        ConfigError: There is no prepared rollback, or it is out of date.
+        DataError: The figures do not give the verdict.
         TrustError: The prepared rollback is damaged, or was not prepared for this evaluation; or the evaluation led to
             a rollback already; or the repository does not pass its audit.
-        OSError: The files cannot be written. The repository is unchanged.
     """
     with repository.locked():
         current = repository.release(channel)
         if current is None:
             raise ConfigError(f"channel {channel} has no release", about="channel", value=channel)
-        found = repository.prepared.accept(channel, current)
-        found.condition.require(evaluation)
+        prepared = repository.prepared.accept(channel, current)
+        prepared.condition.require(evaluation)
         before = rollback_after(evaluation, audit_repository(repository.folder, None).records)
         if before is not None:
             reason = f"round {evaluation.round} led to the rollback of record {before.number} already: evaluate anew"
             raise TrustError(reason, about="evaluation", value=evaluation.round)
-        release = found.release
-        for name, content in found.files.items():
+        release = prepared.release
+        for name, content in prepared.files.items():
             repository.targets.write(channel, name, content)
-        digest = found.metadata.signed.targets[target(channel, RELEASE)].hashes["sha256"]
+        digest = prepared.metadata.signed.targets[target(channel, RELEASE)].hashes["sha256"]
         action = Action("rollback", channel, None, release.number, digest, dict(release.adapters))
-        action = replace(action, again=found.condition.again, evaluation=evaluation)
-        repository.metadata.commit(action, {}, prepared={channel: found.metadata})
+        action = replace(action, again=prepared.condition.again, evaluation=evaluation)
+        repository.metadata.commit(action, {}, prepared={channel: prepared.metadata})
         repository.prepared.discard(channel)
         return Published(channel, release)
 
 
 def note_evaluation(repository: ChannelRepository, channel: str, evaluation: JudgedEvaluation) -> None:
-    """Note in the log an evaluation after which the release of a channel stays.
-
-    Raises:
-        ConfigError: The channel has no release, or the key of snapshot and timestamp is not there.
-        DataError: The repository is damaged.
-    """
+    """Note in the log an evaluation after which the channel's release stays. Raises ConfigError if it has none."""
     with repository.locked():
         current = repository.release(channel)
         if current is None:
@@ -151,12 +130,7 @@ def note_evaluation(repository: ChannelRepository, channel: str, evaluation: Jud
 
 
 def require_signer(repository: ChannelRepository, channel: str, release: Release, key: PublicKey) -> None:
-    """Return if a key signed every adapter of a release, so that devices that have it accept what the key signs.
-
-    Raises:
-        DataError: The repository is damaged.
-        TrustError: It did not sign one.
-    """
+    """Check that a key signed every adapter of a release: devices that have it accept what the key signs."""
     for name in release.adapters:
         path = manifest_path(name).as_posix()
         place = repository.targets.path(channel, path, release.files[path])
@@ -170,7 +144,7 @@ def require_signer(repository: ChannelRepository, channel: str, release: Release
 def _signed_again(
     repository: ChannelRepository, channel: str, old: Release, key: IdentityKey
 ) -> tuple[dict[str, bytes], dict[str, int]]:
-    """The manifests of a release under the version after the highest of the channel: file → content, name → version."""
+    """Sign a release's manifests under the version after the channel's highest: file → content, name → version."""
     releases = repository.releases(channel)
     versions = {name: max(each.adapters.get(name, 0) for each in releases) + 1 for name in old.adapters}
     again = {name: replace(repository.manifest(channel, old, name), version=versions[name]) for name in old.adapters}

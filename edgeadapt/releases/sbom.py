@@ -1,8 +1,7 @@
 """A software bill of materials (CycloneDX) of a version: the adapter, its ancestors, its base, and what runs it.
 
-The adapter, each version before it and each exported file in a release are components with the digests that their
-signed manifests state. The packages are those that edgeadapt requires, and what these require in turn, as they are
-installed where the document is made.
+The adapter, each version before it and each exported file in a release have the digests that their signed manifests
+state. The packages are those that edgeadapt requires, and what these require in turn, as they are installed here.
 """
 
 import re
@@ -25,12 +24,7 @@ MODEL, FILE, LIBRARY = ComponentType.MACHINE_LEARNING_MODEL, ComponentType.FILE,
 
 
 def bill_of_materials(versions: Sequence[GovernedVersion], made: datetime) -> str:
-    """The document of the last of ``versions``, as CycloneDX 1.6 in JSON.
-
-    Args:
-        versions: Of one registry, from version 0 on.
-        made: Its time stamp.
-    """
+    """Return the bill of the last of ``versions``, from version 0 on, as CycloneDX 1.6 in JSON, dated ``made``."""
     *before, version = versions
     adapter, base = _adapter(version), _base(version)
     adapter.pedigree = Pedigree(ancestors=[_adapter(each) for each in before])
@@ -52,7 +46,7 @@ def bill_of_materials(versions: Sequence[GovernedVersion], made: datetime) -> st
 
 
 def installed(name: str) -> Iterator[Distribution]:
-    """A distribution and all that it requires, in turn, of what is installed; each once, without extras."""
+    """Yield a distribution and all that it requires, in turn, of what is installed; each once, without extras."""
     pending, seen = [name], set[str]()
     while pending:
         wanted = pending.pop()
@@ -60,21 +54,21 @@ def installed(name: str) -> Iterator[Distribution]:
             continue
         seen.add(wanted)
         try:
-            found = distribution(wanted)
+            package = distribution(wanted)
         except PackageNotFoundError:  # for another system
             continue
-        yield found
-        pending += _required(found)
+        yield package
+        pending += _required(package)
 
 
-def _required(found: Distribution) -> list[str]:
-    """The canonical names of what a distribution requires on this system, without extras."""
-    wanted = [Requirement(line) for line in found.requires or ()]
+def _required(package: Distribution) -> list[str]:
+    """Return the canonical names of what a distribution requires on this system, without extras."""
+    wanted = [Requirement(line) for line in package.requires or ()]
     return [_canonical(each.name) for each in wanted if each.marker is None or each.marker.evaluate({"extra": ""})]
 
 
 def _canonical(name: str) -> str:
-    """As PEP 503 has it."""
+    """Normalize a name as PEP 503 does."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -106,7 +100,7 @@ def _base(version: GovernedVersion) -> Component:
 
 
 def _exported(version: GovernedVersion) -> Iterator[Component]:
-    """The file of each release that has the version; a file that several releases have, once."""
+    """Yield the file of each release that has the version; a file that several releases have, once."""
     for adapter in {each.adapter.sha256: each.adapter for each in version.releases or ()}.values():
         yield Component(
             name=f"{adapter.name}.onnx_adapter",
@@ -117,10 +111,10 @@ def _exported(version: GovernedVersion) -> Iterator[Component]:
         )
 
 
-def _package(found: Distribution) -> Component:
-    name = _canonical(found.name)
-    url = PackageURL("pypi", None, name, found.version)
-    return Component(name=name, type=LIBRARY, version=found.version, bom_ref=str(url), purl=url)
+def _package(distribution: Distribution) -> Component:
+    name = _canonical(distribution.name)
+    url = PackageURL("pypi", None, name, distribution.version)
+    return Component(name=name, type=LIBRARY, version=distribution.version, bom_ref=str(url), purl=url)
 
 
 def _sha256(digest: str) -> HashType:

@@ -13,30 +13,24 @@ from edgeadapt.formats.release import target
 
 @dataclass(frozen=True, slots=True)
 class TargetFiles:
-    """In ``folder``, with consistent snapshots: ``CHANNEL/DIGEST.NAME``."""
+    """Keeps files in ``folder``, with consistent snapshots: ``CHANNEL/DIGEST.NAME``."""
 
     folder: Path
     limit: int  # bytes of a file
 
     def path(self, channel: str, name: str, digest: str) -> Path:
-        """Of a file of a channel."""
         folder, _, last = target(channel, name).rpartition("/")
         return self.folder / folder / f"{digest}.{last}"
 
     def stored(self, channel: str, name: str, digest: str) -> TargetFile:
-        """A file that is there. Raises DataError if it is not."""
+        """Describe a file that is there. Raises DataError if it is not."""
         place = self.path(channel, name, digest)
         if not place.is_file():
             raise DataError(f"{place} is missing: restore the repository", about=place.name)
         return TargetFile(place.stat().st_size, {"sha256": digest}, target(channel, name))
 
     def store(self, channel: str, name: str, path: Path) -> TargetFile:
-        """Copy a file among the targets, under the digest of what was copied.
-
-        Raises:
-            DataError: It is larger than a bundle's file can be.
-            OSError: It cannot be read or written.
-        """
+        """Copy a file, up to the size of a bundle's file, among the targets, under the digest of what was copied."""
         work = self.folder / ".incoming"
         shutil.copyfile(path, work)  # a link would change with a file that is written again
         digest, size = storage.file_sha256(work), work.stat().st_size
@@ -52,7 +46,6 @@ class TargetFiles:
         return TargetFile(size, {"sha256": digest}, target(channel, name))
 
     def write(self, channel: str, name: str, content: bytes) -> TargetFile:
-        """Store ``content``. Raises OSError if it cannot be written."""
         described = TargetFile.from_data(target(channel, name), content, ["sha256"])
         place = self.path(channel, name, described.hashes["sha256"])
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Whether a release is worse than the one before, from an evaluation's metrics (``edgeadapt.rounds.evaluation``).
+"""Whether a release is worse than the previous one, from an evaluation's metrics (``edgeadapt.rounds.evaluation``).
 
 The interval is Newcombe's for the difference of two proportions (1998, "Interval Estimation for the Difference between
 Independent Proportions: Comparison of Eleven Methods", method 10), which holds its level also for few examples and for
@@ -21,7 +21,7 @@ from edgeadapt.rounds.evaluation import ACCURACY, DEVIATION, EXAMPLES
 from edgeadapt.rounds.task import DECIMALS
 
 CONFIDENCE = 0.95
-ROUNDING = 10.0**-DECIMALS  # of the difference of two accuracies, each of which is off by half of it at most
+ROUNDING = 10.0**-DECIMALS  # each of the two accuracies is off by half of it at most
 MOST = 2.0**63  # examples, and deviation of their number; beyond, a square could be no float
 TOLERANCE = 1e-9  # between two machines that compute one verdict
 Figure = Annotated[float, Field(allow_inf_nan=False)]
@@ -29,52 +29,52 @@ Figure = Annotated[float, Field(allow_inf_nan=False)]
 
 @dataclass(frozen=True, slots=True)
 class Proportion:
-    """An accuracy, between 0 and 1, and the number of examples that it is of, above 0."""
+    """Holds an accuracy, between 0 and 1, and the number of examples that it is of, above 0."""
 
     value: float
     examples: float
 
     def wilson(self, z: float) -> tuple[float, float]:
-        """The limits of Wilson's score interval (1927); ``z`` is the quantile of the normal distribution."""
+        """Return the limits of Wilson's score interval (1927); ``z`` is the quantile of the normal distribution."""
         n, p = self.examples, self.value
         middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         low, high = ((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
         return max(0.0, low), min(1.0, high)
 
     def noise_variance(self, deviation: float) -> float:
-        """Of the accuracy, if right answers and examples each have noise of that standard deviation (delta method)."""
+        """Return the accuracy's variance if both counts have noise of that standard deviation (delta method)."""
         return (deviation / self.examples) ** 2 * (1 + self.value**2)
 
 
 def difference_interval(
     one: Proportion, other: Proportion, *, deviation: float = 0.0, confidence: float = CONFIDENCE
 ) -> tuple[float, float]:
-    """The limits of the difference ``one.value - other.value``.
+    """Return the limits of the difference ``one.value - other.value``.
 
     >>> low, high = difference_interval(Proportion(56 / 70, 70), Proportion(48 / 80, 80))
     >>> round(low, 4), round(high, 4)  # Newcombe 1998, table II (a)
     (0.0524, 0.3339)
 
     Args:
-        one, other: Of independent examples.
+        one, other: Proportions of independent examples.
         deviation: Standard deviation of the noise in each of the four counts, in examples.
         confidence: With which the difference is between the limits, 0 to 1.
     """
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     (low, high), (other_low, other_high) = one.wilson(z), other.wilson(z)
     noise = z * z * (one.noise_variance(deviation) + other.noise_variance(deviation))
-    found, p, q = one.value - other.value, one.value, other.value
+    difference, p, q = one.value - other.value, one.value, other.value
     below = math.sqrt((p - low) ** 2 + (other_high - q) ** 2 + noise)
     above = math.sqrt((high - p) ** 2 + (q - other_low) ** 2 + noise)
-    return max(-1.0, found - below), min(1.0, found + above)
+    return max(-1.0, difference - below), min(1.0, difference + above)
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What an evaluation says of the newest release.
+    """Says what an evaluation finds about the newest release.
 
     Args:
-        difference: Its accuracy less that of the release before.
+        difference: Its accuracy less that of the previous release.
         low, high: Limits of the difference, with ``CONFIDENCE``.
         margin: How far it may be below, 0 or more.
     """
@@ -88,7 +88,7 @@ class Verdict:
 
     @property
     def worse(self) -> bool:
-        """Whether it is below by more than the margin: all of the interval is."""
+        """Check whether all of the interval is below by more than the margin."""
         return self.high < -self.margin
 
     def __str__(self) -> str:
@@ -98,14 +98,9 @@ class Verdict:
 
 
 def verdict(metrics: Mapping[str, float], margin: float) -> Verdict | None:
-    """The verdict on the newest release; None if either release has too few examples to be published.
+    """Return the verdict on the newest release; None if either release has too few examples to be published.
 
-    Args:
-        metrics: Of an evaluation's round.
-        margin: ``accuracy.margin`` of ``gates.toml``.
-
-    Raises:
-        DataError: The metrics are those of another round, or no evaluation can have them.
+    ``margin`` is ``accuracy.margin`` of ``gates.toml``. Raises DataError if no evaluation can have these metrics.
     """
     if DEVIATION not in metrics:
         raise DataError("the round is no evaluation", about="metrics")
@@ -125,17 +120,13 @@ def verdict(metrics: Mapping[str, float], margin: float) -> Verdict | None:
 
 @dataclass(frozen=True, slots=True)
 class JudgedEvaluation:
-    """A round of evaluation with its verdict, as the log of a repository has it.
+    """Holds a round of evaluation with its verdict, as the log of a repository has it.
 
     Args:
-        round: Of the coordinator.
         version: SHA-256 of the adapter's file that the round made, which its signed manifest names with the metrics.
         survivors: Number of devices in the sum.
         adapter: Name of the adapter that was compared.
         newest, previous: ``AdapterManifest.content`` of it in the two releases.
-        metrics: Of the round.
-        verdict: What they say.
-        worse: As of the verdict.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -151,23 +142,19 @@ class JudgedEvaluation:
     worse: bool
 
     def require(self) -> Self:
-        """Itself, if its verdict is the one that its metrics give.
-
-        Raises:
-            DataError: It is another one, or there can be none.
-        """
-        found = verdict(self.metrics, self.verdict.margin)
+        """Check that its verdict is the one that its metrics give, and return itself. Raises DataError."""
+        expected = verdict(self.metrics, self.verdict.margin)
         stated = self.verdict
-        if found is None:
+        if expected is None:
             raise DataError(f"the figures of round {self.round} give no verdict", about="evaluation", value=self.round)
-        apart = max(abs(getattr(found, name) - getattr(stated, name)) for name in ("difference", "low", "high"))
-        if apart > TOLERANCE or found.worse != self.worse:
-            reason = f"the figures of round {self.round} do not give the stated verdict, but: {found}"
+        apart = max(abs(getattr(expected, name) - getattr(stated, name)) for name in ("difference", "low", "high"))
+        if apart > TOLERANCE or expected.worse != self.worse:
+            reason = f"the figures of round {self.round} do not give the stated verdict, but: {expected}"
             raise DataError(reason, about="evaluation", value=self.round)
         return self
 
     def is_of_round(self, other: "JudgedEvaluation") -> bool:
-        """Whether both are of one round, with whatever margin."""
+        """Check whether both are of one round, with any margin."""
         return (self.round, self.version) == (other.round, other.version)
 
     def __str__(self) -> str:

@@ -1,16 +1,14 @@
 """A round of the analytic head: every device's moments in one secure sum, and the head that a ridge regression fits.
 
 Devices embed their examples and train nothing. The coordinator computes the head of the next adapter from the sum, and
-its auditor does so again; LoRA's factors stay as they are. On the frozen base of day one this is a federation of one
-round; after rounds of training, it fits the head to the adapted embeddings. The sum itself is not published. Only the
-next adapter is, whose head a device can adapt to its own examples by the same regression (``ridge.ridge``).
+its auditor does so again; LoRA's factors stay. The sum itself is not published, only the next adapter, whose head a
+device can adapt to its own examples by the same regression (``ridge.ridge``).
 
-With noise a device contributes the mean of its examples' moments, clipped in L2, so that its number of examples counts
-for nothing. The fewer the numbers, the less their noise weighs: embeddings are rotated at random
-(``aggregation.rotation``, seeded by the adapter) and the first ``AnalyticTask.dimensions`` coordinates are kept, a
-random projection that needs no data. ``docs/decisions/0038-privacy-of-a-session.md`` has the measurements. The vector
-is Σ x xᵀ as its upper triangle, row by row, with the entries off the diagonal times √2, so that its L2 norm is that of
-the matrix; then Σ x yᵀ row by row. The whole is rotated as an update is, which makes its coordinates small.
+With noise a device contributes the mean of its examples' moments, clipped in L2. Fewer numbers need less noise:
+embeddings are rotated at random (``aggregation.rotation``, seeded by the adapter), a random projection that needs no
+data, and the first ``AnalyticTask.dimensions`` coordinates are kept (``docs/decisions/0038-privacy-of-a-session.md``).
+The vector is Σ x xᵀ as its upper triangle, row by row, with the entries off the diagonal times √2, so that its L2 norm
+is that of the matrix; then Σ x yᵀ row by row. It is rotated as an update is, which makes its coordinates small.
 """
 
 import math
@@ -63,11 +61,11 @@ from edgeadapt.rounds.sums import (
 
 XX, XY = "xx", "xy"  # segments without noise
 MOMENTS = "moments"  # the segment with noise
-RING_BITS = 22  # unless a coordinator sets other ones; with 18 the demo's accuracy is lower (``analytic-head.md``)
+RING_BITS = 22  # with 18 the demo's accuracy is lower (``analytic-head.md``)
 WEIGHT = "classifier.weight"  # ends the name of the head's matrix, shape (labels, hidden)
 BIAS = "classifier.bias"  # shape (labels,)
 
-MINIMUM_EXAMPLES = 100  # of a sum, for its head to be published; see ``fewest_examples``
+MINIMUM_EXAMPLES = 100  # see ``fewest_examples``
 NOISE = 2.0**-10  # width of the noise in the head, in units of the regression's scores, which are about 0 to 1
 LARGEST = optimizer.LARGEST  # of a weight
 _ISOMETRY = math.sqrt(2.0)  # each entry off the diagonal stands for two
@@ -78,7 +76,7 @@ Scale = Annotated[float, Field(gt=0, le=1000)]
 
 @dataclass(frozen=True, slots=True)
 class AnalyticTask(RoundTask):
-    """One round of the analytic head.
+    """Configures a round of the analytic head.
 
     Args:
         ridge: Strength of the regularization, for each example of the sum.
@@ -192,7 +190,7 @@ class Analytic(KindSettings):
 
 @dataclass(frozen=True, slots=True)
 class ClassifierHead:
-    """The head of a text classifier's adapter: the names of its tensors, and its sizes."""
+    """Names the tensors of a text classifier's head, and its sizes."""
 
     weight: str
     bias: str
@@ -201,23 +199,19 @@ class ClassifierHead:
 
     @classmethod
     def of(cls, layout: Layout) -> Self:
-        """The head in a layout.
-
-        Raises:
-            DataError: It has none, or more than one.
-        """
-        found = {end: [s for s in layout.tensors if s.name.endswith(end)] for end in (WEIGHT, BIAS)}
-        match found[WEIGHT], found[BIAS]:
+        """Find the head in a layout. Raises DataError if it has none, or more than one."""
+        tensors = {end: [s for s in layout.tensors if s.name.endswith(end)] for end in (WEIGHT, BIAS)}
+        match tensors[WEIGHT], tensors[BIAS]:
             case [weight], [bias] if len(weight.shape) == 2 and bias.shape == weight.shape[:1]:
                 return cls(weight.name, bias.name, *weight.shape)
         raise DataError("the adapter has no classification head, so no analytic one can be fitted", about="task.head")
 
 
 def moment_spec(head: ClassifierHead, bounds: Bounds) -> VectorSpec:
-    """The sums of a round: the moments, the weights and the metrics, each with its own bound.
+    """Return the sums of a round: the moments, the weights and the metrics, each with its own bound.
 
-    Embeddings have norm 1, so that an entry of a device's moments is at most its number of examples, ``weight_cap`` at
-    most. ``correct``, ``loss`` and ``held_out`` are as in a round of training.
+    Embeddings have norm 1, so an entry of a device's moments is at most its number of examples, at most ``weight_cap``.
+    ``correct``, ``loss`` and ``held_out`` are as in a round of training.
 
     Raises:
         ConfigError: As ``sums.require_exact`` and ``VectorSpec``.
@@ -232,9 +226,8 @@ def moment_contribution(
 ) -> Ring:
     """Encode a device's moments as the vector that is masked and summed.
 
-    Args:
-        moments: Of its training examples. If they are more than ``spec.weight_cap``, the moments are scaled down to it.
-        held_out: The score of the adapter that it received, on its held-out examples.
+    Moments of more than ``spec.weight_cap`` training examples are scaled down to it; ``held_out`` is the score of the
+    received adapter.
 
     Returns:
         Ring elements, shape ``(spec.vector.size,)``, in the segments of ``moment_spec``. Guarantee:
@@ -253,26 +246,19 @@ def moment_contribution(
 
 
 def dimensions(head: ClassifierHead, task: AnalyticTask) -> int:
-    """Coordinates of an embedding that are kept: those of the task, or all if it has fewer."""
     return min(task.dimensions, head.hidden)
 
 
 def moments_size(head: ClassifierHead, task: AnalyticTask) -> int:
-    """Numbers of a contribution: d (d + 1) / 2 + d k for d kept coordinates and k labels."""
+    """Count the numbers of a contribution: d (d + 1) / 2 + d k for d kept coordinates and k labels."""
     kept = dimensions(head, task)
     return packed_size(kept) + kept * head.labels
 
 
 def projected(embeddings: Matrix, kept: int, adapter: bytes) -> Matrix:
-    """The first ``kept`` coordinates of rotated embeddings.
+    """Rotate embeddings, shape ``(n, d)``, and keep the first ``kept`` coordinates (1 to d).
 
-    Args:
-        embeddings: Shape ``(n, d)``.
-        kept: 1 to d.
-        adapter: SHA-256 of the adapter's file, which seeds the rotation.
-
-    Returns:
-        Shape ``(n, kept)``. No row is longer than before, up to rounding.
+    ``adapter`` is the SHA-256 of the adapter's file, which seeds the rotation. No row gets longer, up to rounding.
     """
     seed = rotation.seed(adapter)
     rows = [rotation.rotate(row, seed)[:kept] for row in embeddings]
@@ -286,15 +272,12 @@ def contributed(
     task: AnalyticTask,
     adapter: bytes,
 ) -> Vector:
-    """What one device contributes, before it is clipped.
+    """Compute what one device contributes, before it is clipped: shape ``(moments_size(head, task),)``.
 
     Args:
-        embeddings: Of its examples, shape ``(n, head.hidden)``; n may be 0.
+        embeddings: Shape ``(n, head.hidden)``; n may be 0.
         labels: Shape ``(n,)``.
         adapter: SHA-256 of the adapter's file.
-
-    Returns:
-        Shape ``(moments_size(head, task),)``.
 
     Raises:
         DataError: A number is not finite.
@@ -303,14 +286,14 @@ def contributed(
     return flattened(moments_of_rows(rows, labels, head.labels))
 
 
-def flattened(found: EmbeddingMoments) -> Vector:
-    """The mean moments of one device as a vector, before it is clipped; zeros without examples.
+def flattened(moments: EmbeddingMoments) -> Vector:
+    """Return the mean moments of one device as a vector, before it is clipped; zeros without examples.
 
     >>> flattened(EmbeddingMoments(np.array([[2.0, 2.0], [2.0, 4.0]]), np.ones((2, 1)), 2.0)).round(3).tolist()
     [1.0, 1.414, 2.0, 0.5, 0.5]
     """
-    mean = np.concatenate([pack(found.xx) * _weights(len(found.xx)), found.xy.ravel()])
-    return mean / found.weight if found.weight else mean
+    mean = np.concatenate([pack(moments.xx) * _weights(len(moments.xx)), moments.xy.ravel()])
+    return mean / moments.weight if moments.weight else mean
 
 
 def _weights(kept: int) -> Vector:
@@ -318,7 +301,7 @@ def _weights(kept: int) -> Vector:
 
 
 def require_moments(spec: SessionSpec, sums: Sums, survivors: int) -> None:
-    """Check that honest survivors can have these sums of a round: else a device lied. Which one, nobody can tell.
+    """Check that honest survivors can have these sums of a round: else some device lied.
 
     With W the total weight, n survivors, d numbers in an embedding, k labels, and s the step of the moments, honest
     survivors have S = Σ x xᵀ + E and T = Σ x yᵀ + F, in which stochastic rounding leaves entries below n · s:
@@ -328,8 +311,8 @@ def require_moments(spec: SessionSpec, sums: Sums, survivors: int) -> None:
     - S + ε · I is positive definite for ε = 2 · n · s · d: no eigenvalue of E is below - n · s · d.
     - ‖L⁻¹ T‖ ≤ √W + √(n · s · k), L Lᵀ = S + ε · I. No head has a squared error below 0: tr(T₀ᵀ S₀⁻¹ T₀) ≤ W.
 
-    Guarantee: no sum of honest contributions is refused. So whoever lied, the sum is as that of W examples with some
-    embeddings and real-valued labels, up to rounding.
+    Guarantee: no sum of honest contributions is refused. A sum that passes is that of W examples with some embeddings
+    and real-valued labels, up to rounding.
 
     Raises:
         DataError: Honest survivors cannot have it. The text names no number of the sum, because it is published.
@@ -339,37 +322,35 @@ def require_moments(spec: SessionSpec, sums: Sums, survivors: int) -> None:
     if names != expected or packed_size(_dimension(sizes[0])) != sizes[0] or sizes[1] % _dimension(sizes[0]):
         raise DataError("the sums are not those of an analytic head", about="vector.segments")
     step = spec.vector.step(spec.vector.segments[0])
-    weight, found = require_weight(spec, sums, survivors), _moments(sums)
+    weight, moments = require_weight(spec, sums, survivors), _moments(sums)
     if not weight:
-        if found.xx.any() or found.xy.any():
+        if moments.xx.any() or moments.xy.any():
             raise DataError("the survivors have no examples, but moments of some", about="vector.xx")
         return
-    d, k = found.xy.shape
+    d, k = moments.xy.shape
     slack = survivors * step * d
-    if not float(np.trace(found.xx)) <= (weight + slack) * (1 + NORM_ERROR):
+    if not float(np.trace(moments.xx)) <= (weight + slack) * (1 + NORM_ERROR):
         raise DataError("the embeddings of the survivors are longer than 1", about="vector.xx")
-    lower = cholesky(found.xx, 2 * slack)
+    lower = cholesky(moments.xx, 2 * slack)
     if lower is None:
         raise DataError("the second moments of the survivors are not those of embeddings", about="vector.xx")
     longest = math.sqrt(weight) + math.sqrt(survivors * step * k)
-    if not float(np.linalg.norm(forward(lower, found.xy))) <= longest * (1 + NORM_ERROR):
+    if not float(np.linalg.norm(forward(lower, moments.xy))) <= longest * (1 + NORM_ERROR):
         raise DataError("the moments of the survivors' labels are larger than labels allow", about="vector.xy")
 
 
 def solved(
     spec: SessionSpec, task: AnalyticTask, tensors: Tensors, sums: Sums, survivors: int, digest: bytes
 ) -> Tensors:
-    """The next adapter: the one before with the head that the sum gives.
+    """Return the next adapter: the previous one with the head that the sum gives.
 
     ``refit`` computes it, with the task's ``ridge`` times the total weight W as strength. If W is below
-    ``fewest_examples``, the head stays.
-
-    A total of examples shows in no period here: no constant is among the features, the products with which would be
-    whole numbers over W. Small noise is added (``NOISE``, ``sums.dither``). It makes sure that the next adapter has
-    other bytes than the one before also if nobody has examples: devices reveal shares for a few sums from an adapter.
+    ``fewest_examples``, the head stays. No constant is among the features, whose products would be whole numbers over W
+    and would show W. Small noise (``NOISE``, ``sums.dither``) gives the next adapter other bytes even without examples:
+    devices reveal shares for a few sums from one adapter only.
 
     Args:
-        digest: SHA-256 of its file.
+        digest: SHA-256 of the adapter's file.
 
     Returns:
         float32 tensors. Guarantee: equal arguments give equal bits on every machine; no weight exceeds ``LARGEST``.
@@ -378,36 +359,31 @@ def solved(
         DataError: As ``require_moments`` and ``ClassifierHead.of``.
     """
     require_moments(spec, sums, survivors)
-    head, found = ClassifierHead.of(Layout.of(tensors)), _moments(sums)
-    if found.xy.shape != (head.hidden, head.labels):
+    head, moments = ClassifierHead.of(Layout.of(tensors)), _moments(sums)
+    if moments.xy.shape != (head.hidden, head.labels):
         raise DataError("the sums are not those of this adapter's head", about="vector.segments")
-    if found.weight >= fewest_examples(head.labels):
-        tensors = refit(tensors, found, strength=task.ridge * found.weight, scale=task.scale)
+    if moments.weight >= fewest_examples(head.labels):
+        tensors = refit(tensors, moments, strength=task.ridge * moments.weight, scale=task.scale)
     return dithered(spec, task, tensors, sums, digest)
 
 
 def noisy_solved(
     spec: SessionSpec, task: AnalyticTask, tensors: Tensors, sums: Sums, survivors: int, digest: bytes
 ) -> Tensors:
-    """The next adapter: the one before with the head that the sum gives.
+    """Return the next adapter: the previous one with the head that the noisy sum gives.
 
     With S and T the sums, d kept coordinates, k labels, n survivors, and τ = √n times the noise of one device:
 
     - The noise in S is nearly a symmetric Gaussian matrix: its eigenvalues fill the semicircle of
       radius τ √(2 d) (Wigner), and their root mean square is τ √(d / 2). S is projected on the positive semidefinite
       matrices, which removes about half of it.
-    - The ridge regression towards the head before has the strength ``task.ridge`` · n + τ √(d / 2) · max(1, τ / C),
-      with the clip norm C. So a direction in which the embeddings of all devices count for less than the noise keeps
-      the head before. Where the noise is longer than a whole contribution, the strength is in proportion to its
-      variance, as that of the posterior mean of a regression with Gaussian noise and a Gaussian prior.
+    - The ridge regression towards the previous head has the strength ``task.ridge`` · n + τ √(d / 2) · max(1, τ / C),
+      with the clip norm C. A direction in which all embeddings count for less than the noise keeps the previous head.
+      Where the noise is longer than a whole contribution, the strength is in proportion to its variance, as that of the
+      posterior mean of a regression with Gaussian noise and a Gaussian prior.
     - Directions that were not kept do not change.
 
-    Args:
-        spec, sums, survivors: As of ``sums.check_noisy``.
-        digest: SHA-256 of its file.
-
-    Returns:
-        float32 tensors. Guarantee: as of ``solved``.
+    Arguments are those of ``sums.check_noisy``, and the SHA-256 of the adapter's file; guarantees those of ``solved``.
 
     Raises:
         DataError: As ``sums.check_noisy`` and ``ClassifierHead.of``, or the sum has another size.
@@ -421,19 +397,19 @@ def noisy_solved(
     flat, seed = rotation.rotate_back(vector, rotation.seed(digest)), rotation.seed(digest)
     split = packed_size(kept)
     second = positive_part(unpack(flat[:split] / _weights(kept), kept))
-    found = EmbeddingMoments(second, flat[split:].reshape(kept, head.labels), float(survivors))
+    moments = EmbeddingMoments(second, flat[split:].reshape(kept, head.labels), float(survivors))
     noise = segment.noise * math.sqrt(survivors)
     strength = task.ridge * survivors + noise * math.sqrt(kept / 2) * max(1.0, noise / spec.clip_norm)
     weight = tensors[head.weight].astype(np.float64)
     rotated = np.array([rotation.rotate(row, seed) for row in weight])
     small = {head.weight: rotated[:, :kept].astype(np.float32), head.bias: tensors[head.bias]}
-    rotated[:, :kept] = refit(small, found, strength=strength, scale=task.scale)[head.weight]
+    rotated[:, :kept] = refit(small, moments, strength=strength, scale=task.scale)[head.weight]
     fitted = np.array([rotation.rotate_back(row, seed) for row in rotated])
     return dithered(spec, task, tensors | {head.weight: fitted.astype(np.float32)}, sums, digest)
 
 
 def dithered(spec: SessionSpec, task: AnalyticTask, tensors: Tensors, sums: Sums, digest: bytes) -> Tensors:
-    """An adapter with small noise in its head, as ``solved`` says."""
+    """Add small noise to an adapter's head, as ``solved`` says."""
     head = ClassifierHead.of(Layout.of(tensors))
     before = tensors[head.weight]
     noise = dither(noise_key(spec, sums, digest), before.size).reshape(before.shape)
@@ -442,37 +418,37 @@ def dithered(spec: SessionSpec, task: AnalyticTask, tensors: Tensors, sums: Sums
 
 
 def fewest_examples(labels: int) -> int:
-    """Fewest examples of a sum whose head is published.
+    """Return the fewest examples of a sum whose head is published.
 
-    The head of W examples has as many directions that the one before lacks, up to the number of labels: fewer would be
-    counted. And the fewer they are, the more these directions are single embeddings.
+    The head of W examples has as many directions that the previous one lacks, up to the number of labels: fewer would
+    be counted, and are closer to single embeddings.
     """
     return max(MINIMUM_EXAMPLES, labels)
 
 
-def refit(tensors: Tensors, found: EmbeddingMoments, *, strength: float, scale: float) -> Tensors:
-    """An adapter with another head: the one that fits some examples and stays near the one before.
+def refit(tensors: Tensors, moments: EmbeddingMoments, *, strength: float, scale: float) -> Tensors:
+    """Replace an adapter's head by one that fits some examples and stays near the previous one.
 
-    With H₀ the head before, b its bias, both divided by ``scale``, the new weights H minimize
+    With H₀ the previous head, b its bias, both divided by ``scale``, the new weights H minimize
     Σ ‖xᵀ H + b - y‖² + strength · ‖H - H₀‖². The bias stays.
 
     Args:
-        found: EmbeddingMoments of examples that were embedded with it.
-        strength: As many examples as the head before counts for in each direction; above 0.
+        moments: Moments of examples that were embedded with the adapter.
+        strength: As many examples as the previous head counts for in each direction; above 0.
         scale: Logit of a score of 1.
 
     Returns:
-        float32 tensors. Guarantee: as of ``ridge.ridge``; no weight exceeds ``LARGEST``.
+        float32 tensors, with the guarantee of ``ridge.ridge``; no weight exceeds ``LARGEST``.
 
     Raises:
         DataError: As ``ridge.ridge`` and ``ClassifierHead.of``.
     """
     head = ClassifierHead.of(Layout.of(tensors))
     before, bias = tensors[head.weight].T.astype(np.float64) / scale, tensors[head.bias].astype(np.float64) / scale
-    total = np.zeros(len(found.xy))  # Σ x, added up in a fixed order, which ``numpy.sum`` does not promise
-    for column in found.xy.T:
+    total = np.zeros(len(moments.xy))  # Σ x, added up in a fixed order, which ``numpy.sum`` does not promise
+    for column in moments.xy.T:
         total += column
-    rest = EmbeddingMoments(found.xx, found.xy - total[:, None] * bias, found.weight)
+    rest = EmbeddingMoments(moments.xx, moments.xy - total[:, None] * bias, moments.weight)
     weight = np.clip(scale * ridge(rest, before, strength).T, -LARGEST, LARGEST)
     return tensors | {head.weight: np.ascontiguousarray(weight, np.float32)}
 

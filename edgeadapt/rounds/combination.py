@@ -22,19 +22,19 @@ from edgeadapt.formats.manifest import ServerRule
 
 @dataclass(frozen=True, slots=True)
 class Median:
-    """The median; of an even number of groups, the mean of the middle two."""
+    """Takes the median; of an even number of groups, the mean of the middle two."""
 
     def cut(self, groups: int) -> int:
-        """How many of the least, and of the greatest, of so many values do not count."""
+        """Count the least, and the greatest, of ``groups`` values that do not count."""
         return (groups - 1) // 2
 
 
 @dataclass(frozen=True, slots=True)
 class TrimmedMean:
-    """The mean without the least and the greatest values.
+    """Takes the mean without the least and the greatest values.
 
     Args:
-        share: Of the groups that is cut off at each end, above 0 and below 1/2; of few groups, one at each end.
+        share: Part of the groups that is cut off at each end, above 0 and below 1/2; of few groups, one at each end.
 
     Raises:
         ConfigError: The share is out of range.
@@ -48,7 +48,7 @@ class TrimmedMean:
             raise ConfigError(text, about="combination.share", value=self.share)
 
     def cut(self, groups: int) -> int:
-        """How many of the least, and of the greatest, of so many values do not count.
+        """Count the least, and the greatest, of ``groups`` values that do not count.
 
         >>> [TrimmedMean(0.2).cut(groups) for groups in (2, 3, 5, 10)]
         [0, 1, 1, 2]
@@ -61,16 +61,12 @@ KINDS: dict[str, type[Combination]] = {kind.__name__: kind for kind in (Median, 
 
 
 def to_rule(combination: Combination) -> ServerRule:
-    """The combination as the manifest of a version names it. Law: ``of_rule(to_rule(c)) == c``."""
+    """Name the combination for a version's manifest. Law: ``of_rule(to_rule(c)) == c``."""
     return ServerRule(type(combination).__name__, asdict(combination))
 
 
 def of_rule(rule: ServerRule) -> Combination:
-    """The combination that a manifest names.
-
-    Raises:
-        ConfigError: No combination has that name, or its numbers are others or out of range.
-    """
+    """Return the combination that a manifest names. Raises ConfigError for another name or wrong numbers."""
     kind = KINDS.get(rule.name)
     if kind is None or {field.name for field in fields(kind)} != set(rule.numbers):
         text = f"there is no combination of groups {rule.name!r} with such numbers"
@@ -79,7 +75,7 @@ def of_rule(rule: ServerRule) -> Combination:
 
 
 def combine(combination: Combination, means: Sequence[Floats]) -> Floats:
-    """The combination of the means of groups.
+    """Combine the means of groups.
 
     Returns:
         float32 of shape ``(n,)``. Guarantee: it does not depend on the order of the groups, each coordinate is between
@@ -96,12 +92,12 @@ def combine(combination: Combination, means: Sequence[Floats]) -> Floats:
     cut = combination.cut(len(means))
     kept = values[cut : len(means) - cut].astype(np.float64)
     total = np.zeros(means[0].size)
-    for each in kept:
-        total += each
+    for row in kept:
+        total += row
     mean: Floats = (total / len(kept)).astype(np.float32)
     return mean
 
 
 def distances(means: Sequence[Floats], combined: Floats) -> tuple[float, ...]:
-    """How far the mean of each group is from the combination, in weight units (L2 norm): for the operator's eyes."""
+    """Return how far each group's mean is from the combination, in weight units (L2 norm): for the operator's eyes."""
     return tuple(float(np.linalg.norm(mean.astype(np.float64) - combined)) for mean in means)

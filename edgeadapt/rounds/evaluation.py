@@ -1,14 +1,13 @@
 """A round of federated evaluation: how many held-out examples of the devices two releases answer rightly, as one sum.
 
-Devices train nothing. Each runs the release that it has on its own held-out examples and contributes four counts: right
-answers and examples under the newest release, and the same under the one before; two of them are zero. So the sums say
-how good either release is, and not which device has which. A device with another release contributes zeros.
+Devices train nothing. Each runs its own release on its held-out examples and contributes four counts: right answers and
+examples under the newest release, and under the previous one; two of them are zero. So the sums say how good either
+release is, and not which device has which. A device with another release contributes zeros.
 
-How many devices have a release, nobody can tell a device: rollouts change, and devices update when they like. Exact
-sums could be those of one device. So every evaluation has noise, also in a federation whose training has none
-(``docs/decisions/0066-secure-evaluation.md``). The vector is masked, summed and accounted for as every other. What is
-published of the sums are ``evaluated``'s metrics. The adapter of the round stays what it was, up to a noise that only
-gives it other bytes (``renewed``).
+No device can know how many devices have a release, and exact sums could be those of one. So every evaluation has noise,
+also where training has none (``docs/decisions/0066-secure-evaluation.md``). The vector is masked, summed and accounted
+for as every other. Only ``evaluated``'s metrics are published of the sums. The adapter stays what it was, up to a noise
+that only gives it other bytes (``renewed``).
 """
 
 import hashlib
@@ -34,7 +33,7 @@ from edgeadapt.rounds.analytic import LARGEST, ClassifierHead
 from edgeadapt.rounds.roundtask import DeviceRound, KindSettings, RoundOf, RoundTask, ServerStep, SummedRound
 from edgeadapt.rounds.sums import DECIMALS, MINIMUM_HELD_OUT, Bounds, Sums, Vector, dither, noisy_vector
 
-SIZE = 4  # of ``COUNTS``: right answers and examples of the newest release, then of the one before
+SIZE = 4  # right answers and examples of the newest release, then of the previous one
 RENEWAL = 2.0**-16  # width of the noise in the head's weights, whose logits are about 1 to 16
 ACCURACY, EXAMPLES, DEVIATION = "accuracy", "examples", "deviation"  # metrics, the first two of each release
 NO_NOISE = "right answers are not summed without noise: set evaluation.noise_multiplier"
@@ -44,11 +43,11 @@ Most = Annotated[int, Field(ge=1, le=2**16)]
 
 @dataclass(frozen=True, slots=True)
 class EvaluationTask(RoundTask):
-    """One round of evaluation.
+    """Configures a round of evaluation.
 
     Args:
         newest: ``AdapterManifest.content`` of the adapter in the newest release.
-        previous: The same of the release before.
+        previous: The same in the previous release.
         most: Most held-out examples of a device that count: its first ones.
     """
 
@@ -86,7 +85,7 @@ class EvaluationTask(RoundTask):
         raise DataError(NO_NOISE, about="vector.counts")
 
     def contribute(self, device: DeviceRound) -> Ring:
-        """Right answers and examples of the release that this device has, if it is one of the task's."""
+        """Count right answers and examples of the release that this device has, if it is one of the task's."""
 
         def encoded(counts: Vector) -> Ring:
             return noisy_vector(counts, device.spec, device.digest, device.rounding, device.noise_key())
@@ -97,7 +96,6 @@ class EvaluationTask(RoundTask):
         return step.state, renewed(summed.tensors, summed.digest)
 
     def metrics(self, spec: SessionSpec, values: Sums, survivors: int, digest: bytes) -> dict[str, float]:
-        """As ``evaluated``."""
         return evaluated(spec, values, survivors, digest)
 
 
@@ -135,7 +133,7 @@ class EvaluationRounds(KindSettings):
         return EvaluationTask(of.peft_config, of.labels, self.newest, self.previous, self.most)
 
     def bound(self, clip_norm: float, noisy: bool) -> float:
-        """All of ``most`` examples right."""
+        """Return the bound for ``most`` right answers."""
         return math.sqrt(2.0) * self.most
 
     def multiplier(self, federation: float) -> float:
@@ -143,11 +141,10 @@ class EvaluationRounds(KindSettings):
 
 
 def evaluated(spec: SessionSpec, sums: Sums, survivors: int, digest: bytes) -> dict[str, float]:
-    """The metrics of a round, as they are published.
+    """Return the metrics of a round, as they are published.
 
-    Args:
-        sums: Decoded, of all survivors.
-        digest: SHA-256 of the adapter's file, which seeds the rotation of the sums.
+    ``sums`` are decoded, of all survivors; ``digest``, the SHA-256 of the adapter's file, seeds the rotation of the
+    sums.
 
     Returns:
         ``accuracy_newest``, ``examples_newest``, ``accuracy_previous`` and ``examples_previous``, and ``deviation``:
@@ -155,29 +152,26 @@ def evaluated(spec: SessionSpec, sums: Sums, survivors: int, digest: bytes) -> d
         ``MINIMUM_HELD_OUT`` examples is missing.
     """
     counts = rotation.rotate_back(sums[COUNTS], rotation.seed(digest))
-    found = {DEVIATION: spec.vector.segment(COUNTS).noise * math.sqrt(survivors)}
+    table = {DEVIATION: spec.vector.segment(COUNTS).noise * math.sqrt(survivors)}
     for release, (right, examples) in ((NEWEST, counts[:2]), (PREVIOUS, counts[2:])):
         if examples < MINIMUM_HELD_OUT:
             continue
         accuracy = min(max(float(right / examples), 0.0), 1.0)
-        found |= {f"{ACCURACY}_{release}": round(accuracy, DECIMALS), f"{EXAMPLES}_{release}": float(np.rint(examples))}
-    return found
+        table |= {f"{ACCURACY}_{release}": round(accuracy, DECIMALS), f"{EXAMPLES}_{release}": float(np.rint(examples))}
+    return table
 
 
 def is_evaluation(metrics: Mapping[str, float]) -> bool:
-    """Whether metrics are those of ``evaluated``."""
+    """Check whether metrics are those of ``evaluated``."""
     return DEVIATION in metrics
 
 
 def renewed(tensors: Tensors, digest: bytes) -> Tensors:
-    """The next adapter: the one before, with noise of ``RENEWAL`` in its head.
+    """Return the next adapter: the previous one, with noise of ``RENEWAL`` in its head.
 
     Devices reveal shares for sums from one adapter over one set of survivors only, so each sum has an adapter of its
-    own. The noise follows from the adapter alone: from noise that followed from the sums, anybody could find out four
-    small numbers by trial.
-
-    Args:
-        digest: SHA-256 of its file.
+    own. The noise follows from the adapter alone (``digest``, the SHA-256 of its file): noise that followed from the
+    sums would let anybody find four small numbers by trial.
 
     Returns:
         float32 tensors. Guarantee: equal arguments give equal bits on every machine; no weight exceeds ``LARGEST``.

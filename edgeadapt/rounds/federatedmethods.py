@@ -18,7 +18,7 @@ FACTORS = (Part.A, Part.B)
 
 @dataclass(frozen=True, slots=True)
 class FederatedMethod:
-    """One method.
+    """Describes one method.
 
     Args:
         name: In the settings.
@@ -33,7 +33,7 @@ class FederatedMethod:
     shared: tuple[Part, ...] = PARTS
 
     def trained(self, version: int) -> tuple[Part, ...]:
-        """The parts that devices train of the adapter of ``version``.
+        """Return the parts that devices train of the adapter of ``version``.
 
         Not by rounds: a round that is repeated from the same adapter must have the same task.
         """
@@ -41,17 +41,17 @@ class FederatedMethod:
 
     @property
     def exact(self) -> bool:
-        """Whether the mean that the coordinator computes is the mean of the devices' updates to the model."""
+        """Check whether the coordinator's mean is the mean of the devices' updates to the model."""
         return all(not {*FACTORS} <= {*turn} & {*self.shared} for turn in self.turns) and not self.private
 
     @property
     def splits_factors(self) -> bool:
-        """Whether A and B are not treated alike, so that the adapter has to be LoRA without magnitudes."""
+        """Check whether A and B are not treated alike, so that the adapter has to be LoRA without magnitudes."""
         return any(Part.R in parts or len({*FACTORS} & {*parts}) == 1 for parts in (*self.turns, self.shared))
 
     @property
     def private(self) -> frozenset[Part]:
-        """The parts that are trained and stay on the devices."""
+        """Return the parts that are trained and stay on the devices."""
         return frozenset(part for turn in self.turns for part in turn) - frozenset(self.shared)
 
 

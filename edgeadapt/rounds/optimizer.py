@@ -80,12 +80,11 @@ class FedAdam:
 
 @dataclass(frozen=True, slots=True)
 class FedYogi(FedAdam):
-    """Yogi on the server (Reddi et al. 2021, algorithm 2): FedAdam with another second moment::
+    """Yogi on the server (Reddi et al. 2021, algorithm 2) is FedAdam with another second moment::
 
         v = v - (1 - beta2) * d**2 * sign(v - d**2)
 
     It grows as fast as FedAdam's where deltas become larger, and shrinks more slowly where they become smaller.
-    Everything else is as for ``FedAdam``.
     """
 
 
@@ -113,8 +112,7 @@ class FedAvgM:
 
 @dataclass(frozen=True, slots=True)
 class AnalyticHead:
-    """Not an optimizer: the head that moments give (``edgeadapt.rounds.analytic``). Named here, as the rule of a
-    version.
+    """Names the rule of a version whose head the moments gave (``edgeadapt.rounds.analytic``): not an optimizer.
 
     Its numbers are in the task of the round's plan. An optimizer's state does not outlive it.
     """
@@ -122,26 +120,27 @@ class AnalyticHead:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Not an optimizer: the adapter of a round that only counts (``edgeadapt.rounds.evaluation``). Named here, as the
-    rule of a version. An optimizer's state does not outlive it.
+    """Names the rule of a round that only counts (``edgeadapt.rounds.evaluation``): not an optimizer.
+
+    An optimizer's state does not outlive it.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class Stateless:
-    """FedAvg, an analytic head and an evaluation have no state."""
+    """Is the state of FedAvg, an analytic head and an evaluation."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Velocity:
-    """FedAvgM's ``v``, float32 of shape ``(n,)``."""
+    """Holds FedAvgM's ``v``, float32 of shape ``(n,)``."""
 
     velocity: Floats
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Moments:
-    """FedAdam's ``m`` and ``v``: running means of the delta and of its square, each float32 of shape ``(n,)``."""
+    """Holds FedAdam's ``m`` and ``v``: running means of the delta and of its square, float32 of shape ``(n,)``."""
 
     first: Floats
     second: Floats
@@ -154,12 +153,12 @@ KINDS: dict[str, type[Settings]] = {kind.__name__: kind for kind in _KINDS}
 
 
 def to_rule(settings: Settings) -> ServerRule:
-    """The rule as the manifest of a version names it. Law: ``of_rule(to_rule(settings)) == settings``."""
+    """Name the rule for a version's manifest. Law: ``of_rule(to_rule(settings)) == settings``."""
     return ServerRule(type(settings).__name__, asdict(settings))
 
 
 def of_rule(rule: ServerRule) -> Settings:
-    """The optimizer that a manifest names.
+    """Return the optimizer that a manifest names.
 
     >>> of_rule(ServerRule("FedAvg", {"learning_rate": 0.5}))
     FedAvg(learning_rate=0.5)
@@ -176,7 +175,7 @@ def of_rule(rule: ServerRule) -> Settings:
 
 
 def start(settings: Settings, size: int) -> State:
-    """The state before the first round, for an adapter of ``size`` elements.
+    """Return the state before the first round, for an adapter of ``size`` elements.
 
     >>> start(FedAdam(tau=0.5), 2)
     Moments(first=array([0., 0.], dtype=float32), second=array([0.25, 0.25], dtype=float32))
@@ -191,10 +190,10 @@ def start(settings: Settings, size: int) -> State:
 
 
 def step(settings: Settings, state: State, adapter: Floats, mean_delta: Floats) -> tuple[State, Floats]:
-    """The update of one round.
+    """Compute the update of one round.
 
     Args:
-        state: From ``start``, ``restore`` or the step before.
+        state: From ``start``, ``restore`` or the previous step.
         adapter: float32 of shape ``(n,)``, weight units: what the devices started from.
         mean_delta: float32 of shape ``(n,)``, weight units: the weighted mean of the survivors' deltas.
 
@@ -239,23 +238,15 @@ def _adam(settings: FedAdam, state: Moments, adapter: Floats, delta: Floats) -> 
 
 
 def advance(settings: Settings, state: State, tensors: Tensors, shared: Layout, mean: Floats) -> tuple[State, Tensors]:
-    """The next adapter: ``step`` on the shared tensors, and the others as they were.
-
-    Args:
-        shared: The layout of those that are summed.
-        mean: float32 of shape ``(shared.size,)``.
-    """
+    """Apply ``step`` to the summed tensors (``shared``); keep the others. ``mean``: float32, ``(shared.size,)``."""
     state, vector = step(settings, state, shared.flatten(shared.select(tensors)), mean)
     return state, tensors | shared.unflatten(vector)
 
 
 def to_tensors(state: State) -> Tensors:
-    """The tensors to store; empty for FedAvg.
+    """Return the tensors to store; empty for FedAvg.
 
     Guarantee: ``restore(settings, to_tensors(state), n)`` equals ``state``, bit for bit.
-
-    >>> sorted(to_tensors(start(FedAdam(), 2)))
-    ['first', 'second']
     """
     match state:
         case Stateless():
@@ -267,11 +258,7 @@ def to_tensors(state: State) -> Tensors:
 
 
 def restore(settings: Settings, stored: Mapping[str, Floats], size: int) -> State:
-    """The state in ``stored``; where nothing is stored, the state before the first round.
-
-    Args:
-        stored: From ``to_tensors``.
-        size: Elements of the adapter.
+    """Return the state in ``stored`` (``to_tensors``), or that before the first round where nothing is stored.
 
     Raises:
         ConfigError: The stored state belongs to another optimizer, or to an adapter of another size.

@@ -1,11 +1,9 @@
 """Ridge regression on unit embeddings, from two sums that add up over devices: its moments and its solution.
 
-With embeddings x and one-hot labels y of any number of examples, the linear head that a ridge regression fits depends
-on nothing but S = Σ x xᵀ and T = Σ x yᵀ. So a sum of these two over devices gives the head that all their examples
-together would give, exactly and at once (AFL: He et al. 2025, "Analytic Federated Learning"). No constant is appended
-to x: its products with y would be the number of examples of each label.
-
-How the sums travel, and what the coordinator makes of them, is in ``edgeadapt.rounds.analytic``.
+The linear head that a ridge regression fits to embeddings x and one-hot labels y depends on nothing but S = Σ x xᵀ and
+T = Σ x yᵀ. So a sum of these two over devices gives the head that all their examples together would give, exactly and
+at once (AFL: He et al. 2025, "Analytic Federated Learning"). No constant is appended to x: its products with y would be
+the number of examples of each label. ``edgeadapt.rounds.analytic`` says how the sums travel.
 """
 
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ _OFF = 2.0**-45  # of the largest entry: what is left off the diagonal
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EmbeddingMoments:
-    """The sums of some examples with embeddings of ``d`` numbers and ``k`` labels.
+    """Holds the sums of some examples with embeddings of ``d`` numbers and ``k`` labels.
 
     Attributes:
         xx: Σ x xᵀ, shape ``(d, d)``, symmetric. Honest ones are positive semidefinite, with a trace of ``weight``.
@@ -37,12 +35,11 @@ class EmbeddingMoments:
 
 
 def moments_of(embeddings: NDArray[np.floating], labels: NDArray[np.integer], count: int) -> EmbeddingMoments:
-    """The moments of examples.
+    """Sum the moments of examples.
 
     Args:
         embeddings: Shape ``(n, d)``, finite. Scaled to L2 norm 1 here; a row of zeros stays one.
         labels: Shape ``(n,)``, each at least 0 and below ``count``.
-        count: Number of labels.
 
     Returns:
         Guarantee: no entry of ``xx`` and ``xy`` exceeds n in absolute value. Law: up to rounding, those of two sets of
@@ -59,11 +56,7 @@ def moments_of(embeddings: NDArray[np.floating], labels: NDArray[np.integer], co
 
 
 def unit_rows(embeddings: NDArray[np.floating]) -> Matrix:
-    """Embeddings of shape ``(n, d)``, scaled to L2 norm 1; a row of zeros stays one.
-
-    Raises:
-        DataError: A number is not finite.
-    """
+    """Scale embeddings of shape ``(n, d)`` to L2 norm 1; a row of zeros stays one. Raises DataError if not finite."""
     rows = embeddings.astype(np.float64)
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     if not np.isfinite(lengths).all():
@@ -72,7 +65,7 @@ def unit_rows(embeddings: NDArray[np.floating]) -> Matrix:
 
 
 def moments_of_rows(rows: Matrix, labels: NDArray[np.integer], count: int) -> EmbeddingMoments:
-    """As ``moments_of``, of rows of norm 1 at most, which stay as they are."""
+    """Sum the moments of rows that have norm 1 at most already, as ``moments_of`` does."""
     targets = np.zeros((len(rows), count))
     targets[np.arange(len(rows)), labels] = 1.0
     most = float(len(rows))  # rounding could take a sum of equal rows past it, which the codec would refuse
@@ -81,7 +74,7 @@ def moments_of_rows(rows: Matrix, labels: NDArray[np.integer], count: int) -> Em
 
 
 def pack(symmetric: Matrix) -> Vector:
-    """The upper triangle of a symmetric matrix, row by row: shape ``(packed_size(d),)``.
+    """Return the upper triangle of a symmetric matrix, row by row: shape ``(packed_size(d),)``.
 
     Law: ``unpack(pack(a), d)`` equals ``a``, bit for bit.
 
@@ -93,27 +86,27 @@ def pack(symmetric: Matrix) -> Vector:
 
 
 def unpack(packed: Vector, d: int) -> Matrix:
-    """The symmetric matrix of shape ``(d, d)`` with the upper triangle ``packed``."""
+    """Return the symmetric matrix of shape ``(d, d)`` with the upper triangle ``packed``."""
     matrix = np.zeros((d, d))
     matrix[np.triu_indices(d)] = packed
     return matrix + np.triu(matrix, 1).T
 
 
 def packed_size(d: int) -> int:
-    """Numbers in the upper triangle of a matrix of shape ``(d, d)``."""
+    """Count the numbers in the upper triangle of a matrix of shape ``(d, d)``."""
     return d * (d + 1) // 2
 
 
 def ridge(moments: EmbeddingMoments, prior: Matrix, strength: float) -> Matrix:
-    """The head H that minimizes Σ ‖xᵀ H - y‖² + strength · ‖H - prior‖²: a ridge regression towards a known head.
+    """Return the head H that minimizes Σ ‖xᵀ H - y‖² + strength · ‖H - prior‖².
 
     With a prior of zeros this is plain ridge regression. With the head of another task or of all devices, it is biased
     regularization (Kuzborskij and Orabona 2013, "Stability and Hypothesis Transfer Learning"), by which a device
     adapts a shared head to its own examples.
 
     Args:
-        moments: Of the examples, also without any. ``xx`` may lack a little to being semidefinite, from the rounding of
-            a sum; then ``strength`` is doubled until the equations have a solution.
+        moments: ``xx`` may lack a little to being semidefinite, from the rounding of a sum; then ``strength`` is
+            doubled until the equations have a solution.
         prior: Shape ``(d, k)``.
         strength: As many examples as the prior counts for in each direction; above 0.
 
@@ -132,7 +125,7 @@ def ridge(moments: EmbeddingMoments, prior: Matrix, strength: float) -> Matrix:
 
 
 def cholesky(symmetric: Matrix, shift: float = 0.0) -> Matrix | None:
-    """The lower triangle L with L Lᵀ = symmetric + shift · I, shape ``(d, d)``; None if that is not positive definite.
+    """Return the lower triangle L with L Lᵀ = symmetric + shift · I, ``(d, d)``; None if that is not positive definite.
 
     LAPACK's result depends on the processor and the number of threads; this one does not (see ``ridge``). It takes
     30 ms for d = 384.
@@ -151,13 +144,10 @@ def cholesky(symmetric: Matrix, shift: float = 0.0) -> Matrix | None:
 
 
 def positive_part(symmetric: Matrix) -> Matrix:
-    """The nearest positive semidefinite matrix in the Frobenius norm: negative eigenvalues become 0 (Higham 1988).
+    """Return the nearest positive semidefinite matrix in the Frobenius norm (Higham 1988): no negative eigenvalues.
 
-    Eigenvalues are found by Jacobi's method in parallel order (Brent and Luk 1985), with elementwise operations in a
-    fixed order: equal arguments give equal bits on every machine (see ``ridge``). It takes 0.2 s for d = 128.
-
-    Args:
-        symmetric: Shape ``(d, d)``, finite.
+    Jacobi's method in parallel order (Brent and Luk 1985) finds the eigenvalues, with elementwise operations in a fixed
+    order: equal arguments give equal bits on every machine (see ``ridge``). It takes 0.2 s for d = 128.
 
     >>> positive_part(np.array([[0.0, 1.0], [1.0, 0.0]])).round(9).tolist()
     [[0.5, 0.5], [0.5, 0.5]]
@@ -171,7 +161,7 @@ def positive_part(symmetric: Matrix) -> Matrix:
 
 
 def _eigen(symmetric: Matrix) -> tuple[Vector, Matrix]:
-    """Eigenvalues, shape ``(d,)``, and eigenvectors as the rows of a matrix of shape ``(d, d)``.
+    """Return eigenvalues, shape ``(d,)``, and eigenvectors as the rows of a matrix of shape ``(d, d)``.
 
     Each step rotates d / 2 disjoint pairs of coordinates at once, so that their entries off the diagonal vanish; d - 1
     steps meet every pair, as in a round-robin tournament. A sweep squares what is left off the diagonal, in the end.
@@ -194,7 +184,7 @@ def _eigen(symmetric: Matrix) -> tuple[Vector, Matrix]:
 
 
 def _plane_rotations(first: Vector, second: Vector, off: Vector) -> tuple[Vector, Vector]:
-    """Cosines and sines of the smaller angles that make ``off`` vanish (Golub and Van Loan, section 8.5.2)."""
+    """Return cosines and sines of the smaller angles that make ``off`` vanish (Golub and Van Loan, section 8.5.2)."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         ratio = (second - first) / (2 * off)
         tangent = np.copysign(1.0, ratio) / (np.abs(ratio) + np.sqrt(ratio * ratio + 1))
@@ -208,7 +198,7 @@ def _turned(left: Matrix, right: Matrix, c: Matrix | Vector, s: Matrix | Vector)
 
 
 def forward(lower: Matrix, right: Matrix) -> Matrix:
-    """The solution Z of L Z = right, shape ``(d, k)``, for a lower triangle L of shape ``(d, d)``."""
+    """Solve L Z = right, shape ``(d, k)``, for a lower triangle L of shape ``(d, d)``."""
     left = right.copy()
     for j in range(len(lower)):
         left[j] /= lower[j, j]
@@ -217,7 +207,7 @@ def forward(lower: Matrix, right: Matrix) -> Matrix:
 
 
 def _back(lower: Matrix, right: Matrix) -> Matrix:
-    """The solution Z of Lᵀ Z = right."""
+    """Solve Lᵀ Z = right."""
     left = right.copy()
     for j in range(len(lower) - 1, -1, -1):
         left[j] /= lower[j, j]

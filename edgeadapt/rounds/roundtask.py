@@ -1,8 +1,7 @@
 """What a kind of round is: one class, which a new kind derives from ``RoundTask`` in a module of its own.
 
-The class has everything in which the kinds differ: the specification that a plan carries, the vector that is summed
-with and without noise, what an owner bounds, a device's contribution, what honest devices can reach, the next adapter,
-and the metrics. ``taskkinds`` lists the kinds. The coordinator, its auditor and the devices ask for none of them.
+The class has everything in which the kinds differ. ``taskkinds`` lists them; the coordinator, its auditor and the
+devices ask for none of them.
 """
 
 import json
@@ -38,11 +37,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The outcome of one round of local training.
+    """Holds the outcome of one round of local training.
 
     Args:
         start: The adapter on offer, with the device's private parts.
-        trained: After the training.
         examples: Number of those that were trained on.
         held_out: The score of ``start`` on held-out examples.
     """
@@ -54,9 +52,9 @@ class Outcome:
 
 
 class DeviceRound(Protocol):
-    """What a device gives a kind of round for its contribution (``client.node.training``).
+    """Gives a kind of round what its contribution needs of a device (``client.node.training``).
 
-    Nothing of it refuses: what a plan asks for was checked before an example was read.
+    It refuses nothing: what a plan asks for was checked before an example was read.
     """
 
     spec: SessionSpec
@@ -67,15 +65,15 @@ class DeviceRound(Protocol):
     def noise_key(self) -> bytes: ...  # 32 secret bytes for the noise of this round
 
     def attempt(self, contribution: Callable[[], T], otherwise: Callable[[], T]) -> T:
-        """What ``contribution`` makes of the examples; what ``otherwise`` makes if anything fails."""
+        """Return what ``contribution`` makes of the examples, or what ``otherwise`` makes if anything fails."""
         ...
 
     def updated(self, task: Any) -> Outcome: ...  # trained on the device's examples
 
     def unchanged(self, task: Any) -> Outcome:
-        """The outcome of a device that could not train: an update of zero, with the weight of its examples.
+        """Return the outcome of a device that could not train: an update of zero, with the weight of its examples.
 
-        With weight zero, whatever made other devices fail would show how much this one counts.
+        With weight zero, failures of other devices would show how much this one counts.
         """
         ...
 
@@ -92,12 +90,7 @@ class DeviceRound(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SummedRound:
-    """The sums of a round, and what devices contributed to them with.
-
-    Args:
-        digest: SHA-256 of its file.
-        groups: The sums of the groups, or the one sum of all survivors.
-    """
+    """Holds the sums of a round by group, or one of all survivors, and what devices contributed to them with."""
 
     spec: SessionSpec
     tensors: Tensors
@@ -107,12 +100,7 @@ class SummedRound:
 
 @dataclass(frozen=True, slots=True)
 class ServerStep:
-    """How the coordinator steps an adapter.
-
-    Args:
-        rule: Of the server optimizer; one of a kind that has a rule of its own is not used.
-        combination: Of the means of groups; None without groups.
-    """
+    """Says how the coordinator steps an adapter; a kind with a rule of its own does not use ``rule``."""
 
     rule: optimizer.Settings
     state: optimizer.State
@@ -120,10 +108,10 @@ class ServerStep:
 
 
 class RoundTask(ABC):
-    """One round, the same for every device of the cohort. A kind is a frozen dataclass that derives from this.
+    """Describes a round, the same for every device of the cohort. A kind is a frozen dataclass that derives from this.
 
     Attributes:
-        labels: Of the device's examples; none for a language model.
+        labels: The device's examples have these; none for a language model.
     """
 
     __slots__ = ()
@@ -142,21 +130,17 @@ class RoundTask(ABC):
     # The specification.
 
     def encode(self) -> bytes:
-        """JSON, the same bytes for equal tasks: ``decode(task.encode()) == task``."""
+        """Encode as JSON, the same bytes for equal tasks: ``decode(task.encode()) == task``."""
         return jsontext.encode(asdict(cast(Any, self)))
 
     @classmethod
     def decode(cls, raw: bytes) -> Self:
-        """Read a task of this kind.
-
-        Raises:
-            ProtocolError: A field is missing, unknown or out of range, or contradicts another.
-        """
+        """Read a task of this kind. Raises ProtocolError if a field is missing, unknown or out of range."""
         return cls.read(raw, names_in(raw))
 
     @classmethod
     def read(cls, raw: bytes, names: Collection[str]) -> Self:
-        """As ``decode``, for a text with these ``names``."""
+        """Read a text with these ``names``; raises as ``decode``."""
         try:
             task = jsontext.decode_as(cls, raw)
         except ValidationError as error:
@@ -180,35 +164,33 @@ class RoundTask(ABC):
 
     @abstractmethod
     def terms(self) -> dict[str, float | str]:
-        """Name of a setting → its value. Sums from one adapter are on the same terms."""
+        """Return the settings by name. Sums from one adapter are on the same terms."""
 
     # What an owner bounds.
 
     def numbers(self) -> dict[str, float]:
-        """Every number that a coordinator chooses with the task, by name, except those that need no limit."""
+        """Return every number that a coordinator chooses with the task, by name, except those that need no limit."""
         values = {name: getattr(self, name) for name in self.names() if name not in self.NEED_NO_LIMIT}
         return {name: value for name, value in values.items() if isinstance(value, int | float)}
 
     @property
     def private(self) -> frozenset[Part]:
-        """The parts of the adapter that are trained and stay on the device."""
+        """Return the parts of the adapter that are trained and stay on the device."""
         return frozenset()
 
     @property
     def changes(self) -> frozenset[Part]:
-        """The parts of an adapter's file that the sum changes."""
+        """Return the parts of an adapter's file that the sum changes."""
         return frozenset()
 
     def influencing(self) -> frozenset[Part]:
-        """The parts of an adapter on which a device's contribution depends, also those that are not trained."""
+        """Return the parts of an adapter on which a contribution depends, also those that are not trained."""
         return frozenset(Part)
 
     def least_movement(self, clip_norm: float, size: int, share: float) -> float:
-        """The distance below which two adapters count as one: L2 norm over the parts of ``influencing``, weight units.
+        """Return the distance below which two adapters count as one: L2 norm over ``influencing``, weight units.
 
-        Args:
-            size: Numbers in an update.
-            share: Part of a long step of the task's optimizer.
+        ``size`` counts the numbers in an update; ``share`` is a part of a long step of the task's optimizer.
         """
         return share * LEAST_STEP
 
@@ -216,7 +198,7 @@ class RoundTask(ABC):
 
     @abstractmethod
     def noisy_size(self, layout: Layout) -> int:
-        """Numbers of the vector with noise."""
+        """Count the numbers of the vector with noise."""
 
     @abstractmethod
     def exact_vector(self, layout: Layout, bounds: Bounds) -> VectorSpec: ...
@@ -229,7 +211,7 @@ class RoundTask(ABC):
     def check_exact(cls, spec: SessionSpec, values: Sums, survivors: int) -> None: ...
 
     def vector(self, layout: Layout, bounds: Bounds) -> VectorSpec:
-        """The sums of a round.
+        """Return the sums of a round.
 
         Raises:
             ConfigError: The ring cannot hold the sums, cannot count examples one by one, or the task asks for noise and
@@ -241,17 +223,16 @@ class RoundTask(ABC):
         return self.exact_vector(layout, bounds)
 
     def ring_bits(self, layout: Layout, bounds: Bounds) -> int:
-        """The least width of an element with which the sums are exact enough. Raises as ``vector``."""
+        """Return the least width of an element with which the sums are exact enough. Raises as ``vector``."""
         if bounds.noise:
             return sums.noisy_ring_bits(self.noisy_size(layout), bounds)
         return self.exact_ring_bits(layout, bounds)
 
     @classmethod
     def check_sum(cls, spec: SessionSpec, values: Sums, survivors: int) -> None:
-        """Check that honest survivors can have a sum: else a device lied. Which one, nobody can tell.
+        """Check that honest survivors can have a sum: else some device lied.
 
-        Raises:
-            DataError: They cannot. The text names no number of the sum, because it is published.
+        The DataError's text names no number of the sum, because it is published.
         """
         (cls.check_exact if spec.privacy is None else sums.check_noisy)(spec, values, survivors)
 
@@ -259,17 +240,17 @@ class RoundTask(ABC):
 
     @abstractmethod
     def contribute(self, device: DeviceRound) -> Ring:
-        """What the device sends under its mask, shape ``(spec.vector.size,)``, whatever fails on its examples."""
+        """Return what the device sends masked, shape ``(spec.vector.size,)``, whatever fails on its examples."""
 
     # The coordinator's side, which its auditor repeats.
 
     def state_size(self, layout: Layout) -> int:
-        """Elements of the vector that a server optimizer steps."""
+        """Count the elements of the vector that a server optimizer steps."""
         return 0
 
     @abstractmethod
     def next_adapter(self, summed: SummedRound, step: ServerStep) -> tuple[optimizer.State, Tensors]:
-        """The optimizer's state after the round, and the adapter that the round makes.
+        """Return the optimizer's state after the round, and the adapter that the round makes.
 
         Guarantee: equal arguments give equal bits on every machine.
 
@@ -279,21 +260,19 @@ class RoundTask(ABC):
         """
 
     def distances(self, summed: SummedRound, step: ServerStep) -> tuple[float, ...]:
-        """How far the mean of each group is from their combination, in weight units; none without groups."""
+        """Return how far each group's mean is from their combination, in weight units; none without groups."""
         return ()
 
     def metrics(self, spec: SessionSpec, values: Sums, survivors: int, digest: bytes) -> dict[str, float]:
-        """The metrics of a round, as they are published.
+        """Return the metrics of a round, as they are published.
 
-        Args:
-            values: The sums of all survivors.
-            digest: SHA-256 of the file of the adapter that the round began with.
+        ``values`` sums all survivors; ``digest`` is the SHA-256 of the adapter that the round began with.
         """
         return sums.published(values)
 
 
 def names_in(raw: bytes) -> frozenset[str]:
-    """The names in a JSON object; none in anything else."""
+    """List the names in a JSON object; none in anything else."""
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError):
@@ -303,11 +282,7 @@ def names_in(raw: bytes) -> frozenset[str]:
 
 @dataclass(frozen=True, slots=True)
 class RoundOf:
-    """What a task is for.
-
-    Args:
-        noisy: Whether the federation has noise.
-    """
+    """Says what a task is for; ``noisy``: whether the federation has noise."""
 
     peft_config: PeftConfig
     labels: tuple[str, ...]
@@ -322,19 +297,19 @@ class KindSettings(Settings):
     KIND: ClassVar[type[RoundTask]]
 
     def task(self, of: RoundOf) -> RoundTask:
-        """The task of a round. Raises ConfigError if the adapter or the method is of another kind."""
+        """Make the task of a round. Raises ConfigError if the adapter or the method is of another kind."""
         raise NotImplementedError
 
     def bound(self, clip_norm: float, noisy: bool) -> float:
-        """The L2 bound on a contribution. ``clip_norm``: of an update; ``noisy``: as of ``RoundOf``."""
+        """Bound the L2 norm of a contribution; ``clip_norm`` is the bound of an update."""
         return clip_norm
 
     def multiplier(self, federation: float) -> float:
-        """The least noise multiplier of its sums. ``federation``: of all rounds; 0: it has none."""
+        """Return the least noise multiplier of its sums; ``federation`` has that of all rounds, 0 without noise."""
         return federation
 
 
 def distance(before: Tensors, after: Tensors, parts: Collection[Part]) -> float:
-    """The L2 distance between two adapters of one layout, over some parts."""
+    """Return the L2 distance between two adapters of one layout, over some parts."""
     names = [name for name in before if part_of(name) in parts]
     return math.sqrt(sum(float(((after[name].astype(float) - before[name]) ** 2).sum()) for name in names))

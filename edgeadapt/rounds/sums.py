@@ -1,9 +1,8 @@
 """The sums of a round, whichever kind it is: their bounds, what they publish, and the noise that is added to them.
 
-A sum without noise counts examples as well: devices weigh by them. With noise every device has the weight 1, whatever
-it has examples of, and nothing but one vector is summed: an exact number, such as a count of examples, has no place in
-a sum that is to say little about one device, and metrics that are hidden by noise of their own are worth less than the
-budget that they cost (``docs/decisions/0038-privacy-of-a-session.md``).
+A sum without noise counts examples as well: devices weigh by them. With noise every device has the weight 1, and only
+one vector is summed: an exact count of examples would say much about one device, and metrics that are hidden by noise
+of their own are worth less than the budget that they cost (``docs/decisions/0038-privacy-of-a-session.md``).
 """
 
 import hashlib
@@ -44,7 +43,7 @@ Sums = Mapping[str, Vector]  # segment → sum over the survivors, shape (size,)
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """The bounds of a session from which the vector of a round follows.
+    """Holds the bounds of a session from which the vector of a round follows.
 
     Args:
         clip_norm: L2 bound on a device's contribution, in its own unit.
@@ -62,13 +61,12 @@ class Bounds:
 
     @classmethod
     def of(cls, spec: SessionSpec) -> "Bounds":
-        """Those that a session states."""
         vector = spec.vector
         return cls(spec.clip_norm, spec.weight_cap, vector.ring_bits, vector.max_clients, vector.segments[0].noise)
 
 
 class HeldOut(Protocol):
-    """The score of an adapter on held-out examples."""
+    """Holds the score of an adapter on held-out examples."""
 
     @property
     def correct(self) -> float: ...
@@ -79,7 +77,7 @@ class HeldOut(Protocol):
 
 
 def metric_segments(weight_cap: int) -> tuple[Segment, ...]:
-    """The sums of every round: the weight, and what ``metrics_of`` publishes of the adapter that it began with."""
+    """Return every round's sums: the weight, and what ``metrics_of`` publishes of the adapter that it began with."""
     return (
         Segment("weight", 1, float(weight_cap)),
         Segment("correct", 1, float(weight_cap)),
@@ -89,10 +87,9 @@ def metric_segments(weight_cap: int) -> tuple[Segment, ...]:
 
 
 def require_exact(spec: VectorSpec, weight_cap: int) -> VectorSpec:
-    """Return the spec if it counts examples one by one: sums are divided by weights, which must be exact.
+    """Check that the spec counts examples one by one, and return it: sums are divided by weights, which must be exact.
 
-    Raises:
-        ConfigError: A step of the weight is above one.
+    Raises ConfigError if a step of the weight is above one.
     """
     if spec.max_steps < weight_cap:
         raise ConfigError(
@@ -105,11 +102,7 @@ def require_exact(spec: VectorSpec, weight_cap: int) -> VectorSpec:
 
 
 def require_weight(spec: SessionSpec, sums: Sums, survivors: int) -> float:
-    """The total weight, if honest survivors can have it: a whole number between 0 and ``weight_cap`` for each.
-
-    Raises:
-        DataError: They cannot.
-    """
+    """Return the total weight, a whole number and at most ``weight_cap`` for each. Raises DataError if it is not."""
     weight = float(sums["weight"][0])
     if not (weight.is_integer() and 0 <= weight <= spec.weight_cap * survivors):
         text = f"the examples of the survivors are not a whole number between 0 and {spec.weight_cap} for each"
@@ -118,7 +111,7 @@ def require_weight(spec: SessionSpec, sums: Sums, survivors: int) -> float:
 
 
 def published(sums: Sums) -> dict[str, float]:
-    """The metrics of a round, from the sums of its survivors, as they are published.
+    """Return the metrics of a round, from the sums of its survivors, as they are published.
 
     Returns:
         ``accuracy`` (a share) and ``loss`` (nats): means over the held-out examples, of the adapter that the round
@@ -135,11 +128,7 @@ def published(sums: Sums) -> dict[str, float]:
 
 
 def noise_key(spec: SessionSpec, sums: Sums, adapter: bytes) -> bytes:
-    """The key of a round's noise, which whoever knows the sums can compute, and nobody else.
-
-    Args:
-        adapter: SHA-256 of the adapter that it began with.
-    """
+    """Derive the key of a round's noise, which takes the sums and the SHA-256 of the adapter that it began with."""
     key = hashlib.sha256(b"edgeadapt/dither/1\x00" + adapter)
     for segment in spec.vector.segments:
         key.update(sums[segment.name].astype("<f8").tobytes())
@@ -147,11 +136,11 @@ def noise_key(spec: SessionSpec, sums: Sums, adapter: bytes) -> bytes:
 
 
 def dither(key: bytes, size: int) -> NDArray[np.float64]:
-    """Noise of shape ``(size,)`` and width 1: sums of ``UNIFORMS`` numbers that are uniform over (-1/2, 1/2).
+    """Make noise of shape ``(size,)`` and width 1: sums of ``UNIFORMS`` numbers that are uniform over (-1/2, 1/2).
 
     One uniform number removes a period of the width from the distribution of a coordinate, each further one from a
-    further derivative (Wannamaker et al. 2000, "A Theory of Nonsubtractive Dither"). Of any shorter period, a share of
-    at most 6e-6 is left: the eighth power of sin(πx) / πx for x > 1. The bits are the same on every machine.
+    further derivative (Wannamaker et al. 2000, "A Theory of Nonsubtractive Dither"). At most a share of 6e-6 of any
+    shorter period is left: the eighth power of sin(πx) / πx for x > 1. The bits are the same on every machine.
     """
     stream, total, drawn = Keystream(key), np.zeros(size, np.int64), np.empty(size, "<i4")
     for _ in range(UNIFORMS):
@@ -161,17 +150,16 @@ def dither(key: bytes, size: int) -> NDArray[np.float64]:
 
 
 def noisy_spec(name: str, size: int, bounds: Bounds) -> VectorSpec:
-    """The sum of a round with noise: a clipped and rotated vector of ``size`` numbers, in the one segment ``name``.
+    """Return the sum of a round with noise: a clipped and rotated vector of ``size`` numbers in the segment ``name``.
 
-    Raises:
-        ConfigError: The ring cannot hold the sum of so many devices.
+    Raises ConfigError if the ring cannot hold the sum of all devices.
     """
     bound = bounds.clip_norm * rotation.peak(size)
     return VectorSpec((Segment(name, size, bound, bounds.noise),), bounds.ring_bits, bounds.max_clients)
 
 
 def noisy_ring_bits(size: int, bounds: Bounds) -> int:
-    """The least ring, from ``LEAST_RING_BITS`` on, whose rounding costs next to nothing.
+    """Return the least ring, from ``LEAST_RING_BITS`` on, whose rounding costs next to nothing.
 
     The norm that a device's vector is accounted for (``rounding.norm_squared``), and so the noise that an epsilon
     needs, is at most ``LENGTHENED`` times that in the widest ring.
@@ -181,7 +169,7 @@ def noisy_ring_bits(size: int, bounds: Bounds) -> int:
     """
 
     def longest(bits: int) -> float:
-        """In clip norms."""
+        """Return the length in clip norms."""
         spec = noisy_spec("", size, replace(bounds, ring_bits=bits))
         steps = bounds.clip_norm / spec.step(spec.segments[0])
         return math.sqrt(norm_squared(steps, size)) / steps
@@ -195,7 +183,7 @@ def noisy_ring_bits(size: int, bounds: Bounds) -> int:
 
 
 def check_noisy(spec: SessionSpec, sums: Sums, survivors: int) -> None:
-    """Check that honest survivors can have the sum of a round with noise: else a device lied.
+    """Check that honest survivors can have the sum of a round with noise: else some device lied.
 
     With n survivors and d coordinates of step s, the norm of the sum is at most n · s · √``norm_squared`` + s · √d · r,
     where the noise of no coordinate is beyond r steps except with a probability of 2^-40 (``vector.noise_reach``).
@@ -244,18 +232,13 @@ def noisy_vector(vector: Vector, spec: SessionSpec, adapter: bytes, rng: np.rand
 
 
 def counted(weight: float, held_out: HeldOut) -> dict[str, Vector]:
-    """What a device contributes to the segments of ``metric_segments``."""
+    """Return what a device contributes to the segments of ``metric_segments``."""
     values = {"weight": weight, "correct": held_out.correct, "loss": held_out.loss, "held_out": held_out.count}
     return {name: np.array([float(value)]) for name, value in values.items()}
 
 
 def clip(delta: Vector, norm: float) -> Vector:
-    """Clip a vector to an L2 norm, as DP-FedAvg does (McMahan et al. 2018, "Learning Differentially Private Recurrent
-    Language Models", algorithm 1).
-
-    Args:
-        delta: Shape ``(n,)``, finite.
-        norm: Greater than 0.
+    """Clip a vector to an L2 norm above 0, as DP-FedAvg does (McMahan et al. 2018, algorithm 1).
 
     Returns:
         Shape ``(n,)``: ``delta`` if its norm is at most ``norm``, else ``delta`` scaled to ``norm``, shorter by at most

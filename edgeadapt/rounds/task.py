@@ -68,14 +68,14 @@ GradientNorm = Annotated[float, Field(ge=0)]
 
 
 class OptimizerName(StrEnum):
-    """What makes a step of a gradient (``client.training.descent``)."""
+    """Chooses what makes a step of a gradient (``client.training.descent``)."""
 
     ADAMW = "adamw"
     SGD = "sgd"
 
 
 class RateSchedule(StrEnum):
-    """How the learning rate falls over the steps of a training."""
+    """Says how the learning rate falls over the steps of a training."""
 
     CONSTANT = "constant"
     LINEAR = "linear"
@@ -83,17 +83,16 @@ class RateSchedule(StrEnum):
 
 
 def is_stable(learning_rate: float, proximal: float, weight_decay: float) -> bool:
-    """Whether the terms that pull an adapter to its start and to zero shrink its distance in a step of SGD.
+    """Check whether the pull to an adapter's start and to zero shrinks its distance in a step of SGD.
 
-    From 1 on a step reaches past what it is pulled to, and from 2 on each distance is greater than the one before, so
-    that how far a device gets says how many steps it makes.
+    From 1 on a step overshoots, and from 2 on the distance grows: how far a device gets then shows its number of steps.
     """
     return learning_rate * (proximal + weight_decay) < 1
 
 
 @dataclass(frozen=True, slots=True)
 class Task(RoundTask):
-    """One round of training.
+    """Configures a round of training.
 
     Args:
         proximal: μ of FedProx, which adds μ/2 · ‖w - w₀‖² to the loss.
@@ -122,8 +121,11 @@ class Task(RoundTask):
     gradient_norm: GradientNorm = 0.0
 
     def check(self) -> None:
-        """Check that training is stable, something is both trained and shared, R is both, without A and B, or neither,
-        and a frozen part is neither. Raises ProtocolError.
+        """Check that training is stable, and that parts are trained and shared without contradiction.
+
+        Raises:
+            ProtocolError: Otherwise, or nothing is both trained and shared. R is both, without A and B, or neither; a
+                frozen part is neither.
         """
         if not is_stable(self.learning_rate, self.proximal, self.weight_decay):
             raise ProtocolError(f"task.proximal: {UNSTABLE}", about="task.proximal", value=self.proximal)
@@ -147,18 +149,17 @@ class Task(RoundTask):
 
     @property
     def changes(self) -> frozenset[Part]:
-        """R of Fed-SB is added to B."""
+        """Return the changed parts; R of Fed-SB is added to B."""
         return frozenset(Part.B if part is Part.R else part for part in self.shared)
 
     def influencing(self) -> frozenset[Part]:
-        """Also the parts that a round does not train, as A in a round of B. A part that stays on the devices takes the
-        place of the adapter's.
-        """
+        """Return all parts but the private ones, which each device replaces: A counts in a round of B."""
         return frozenset(Part) - self.private
 
     def least_movement(self, clip_norm: float, size: int, share: float) -> float:
-        """Relative to AdamW's longest step, or that of SGD whose gradients have the norm 1 or ``gradient_norm``, within
-        the clip norm. A step longer than ``LEAST_STEP`` raises what is demanded: an honest adapter then moves farther.
+        """Scale AdamW's longest step, or SGD's for gradients of norm 1 or ``gradient_norm``, to the clip norm.
+
+        A step longer than ``LEAST_STEP`` raises what is demanded: an honest adapter then moves farther.
         """
         if self.optimizer is OptimizerName.ADAMW:
             step = self.learning_rate * math.sqrt(size)
@@ -209,7 +210,6 @@ class Task(RoundTask):
         return distances(means, combine(step.combination, means))
 
     def _means(self, summed: SummedRound) -> tuple[Layout, list[Floats]]:
-        """The layout of what is summed, and the mean update of each group."""
         spec, shared = summed.spec, shared_layout(Layout.of(summed.tensors), self)
         mean_of = weighted_mean if spec.privacy is None else noisy_mean
         digest, sums = summed.digest, summed.groups
@@ -262,7 +262,7 @@ class Training(KindSettings):
 
 
 def shared_layout(layout: Layout, task: Task) -> Layout:
-    """The tensors whose updates are summed; in a round of Fed-SB, R of each LoRA layer is one of them.
+    """Return the tensors whose updates are summed; in a round of Fed-SB, R of each LoRA layer is one of them.
 
     Raises:
         DataError: The adapter has no part that is both trained and shared, or as ``with_squares``.
@@ -273,15 +273,15 @@ def shared_layout(layout: Layout, task: Task) -> Layout:
 
 
 def contribution_spec(layout: Layout, bounds: Bounds) -> VectorSpec:
-    """The sums of one round: the weighted delta, the weights and the metrics, each with its own bound.
+    """Return the sums of one round: the weighted delta, the weights and the metrics, each with its own bound.
 
     A device's weight is its number of examples, at most ``weight_cap``. ``delta`` is the clipped delta times the
     weight, rotated, so that a coordinate is within ``rotation.peak`` of its norm, ``clip_norm * weight_cap``.
-    ``correct``, ``loss`` and ``held_out`` come from the adapter that the device received, with the device's private
-    parts, measured on its held-out part before training. ``layout`` is that of the shared tensors.
+    ``correct``, ``loss`` and ``held_out`` are of the received adapter with the device's private parts, on held-out
+    examples before training. ``layout`` is that of the shared tensors.
 
     Raises:
-        ConfigError: The ring cannot hold the sum of so many devices, or cannot count their examples one by one.
+        ConfigError: The ring cannot hold the sum of all devices, or cannot count their examples one by one.
     """
     cap = bounds.weight_cap
     delta = Segment("delta", layout.size, bounds.clip_norm * cap * rotation.peak(layout.size))
@@ -289,7 +289,7 @@ def contribution_spec(layout: Layout, bounds: Bounds) -> VectorSpec:
 
 
 def least_ring_bits(layout: Layout, bounds: Bounds) -> int:
-    """The least ring for ``contribution_spec``, from ``LEAST_RING_BITS`` on, with a fine enough step.
+    """Return the least ring for ``contribution_spec``, from ``LEAST_RING_BITS`` on, with a fine enough step.
 
     It counts examples one by one, and s · √d / n is at most ``RESOLUTION`` times the clip norm, with the step s, d
     coordinates and n devices: ``weighted_mean`` adds noise of about this norm.
@@ -334,17 +334,13 @@ def contribution(outcome: Outcome, layout: Layout, spec: SessionSpec, adapter: b
 
 
 def update_of(outcome: Outcome, layout: Layout) -> Vector:
-    """What a device's training changed of the shared tensors, whose ``layout`` this is, before it is clipped.
-
-    Raises:
-        DataError: A tensor has another layout, NaN or infinity.
-    """
+    """Return what training changed of the shared tensors, before it is clipped. Raises as ``Layout.check``."""
     trained, start = (layout.flatten(layout.select(tensors)) for tensors in (outcome.trained, outcome.start))
     return trained.astype(np.float64) - start
 
 
 def require_reach(spec: SessionSpec, sums: Sums, survivors: int) -> None:
-    """Check that honest survivors can have the sum of a round: else a device lied. Which one, nobody can tell.
+    """Check that honest survivors can have the sum of a round: else some device lied.
 
     With W the total weight, n survivors, and s the step of the d coordinates of ``delta``:
 
@@ -352,9 +348,8 @@ def require_reach(spec: SessionSpec, sums: Sums, survivors: int) -> None:
     - ‖Σ delta‖ ≤ ``clip_norm`` · W + ``rounding_norm``. Each delta has at most the norm ``clip_norm`` before it is
       weighted, and the rotation keeps norms.
 
-    Guarantee: a sum of honest contributions is refused with a probability of at most 2^-40. The mean of a sum that is
-    not refused has at most the norm ``clip_norm`` + ``rounding_norm`` / W, or 0 if W = 0, whoever lied;
-    ``weighted_mean`` adds its noise.
+    Guarantee: a sum of honest contributions is refused with a probability of at most 2^-40. The mean of a sum that
+    passes has at most the norm ``clip_norm`` + ``rounding_norm`` / W, or 0 if W = 0; ``weighted_mean`` adds its noise.
 
     Raises:
         DataError: Honest survivors cannot have it. The text names no number of the sum, because it is published.
@@ -368,7 +363,7 @@ def require_reach(spec: SessionSpec, sums: Sums, survivors: int) -> None:
 
 
 def rounding_norm(spec: SessionSpec, survivors: int) -> float:
-    """Bound on the norm of the rounding errors in the sum of ``survivors`` updates, in weight units.
+    """Bound the norm of the rounding errors in the sum of ``survivors`` updates, in weight units.
 
     An error of one device and coordinate is below 1.5 steps, has a mean of 0 and a variance of s² / 4
     (``rounding_noise``), and is independent of the others. So the norm E of their sum has E‖E‖² = n · d · s² / 4. It is
@@ -383,12 +378,12 @@ def rounding_norm(spec: SessionSpec, survivors: int) -> float:
 
 
 def rounding_noise(step: float, size: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """What a device adds to its rotated update before it is rounded: uniform over half a step to either side.
+    """Draw what a device adds to its rotated update before rounding: uniform over half a step to either side.
 
-    Stochastic rounding alone is an error without bias, but with a variance between 0 and s² / 4 that depends on the
-    number. With this noise the variance is s² / 4 for every number, also for 0: the two are the triangular dither of
-    Wannamaker et al. 2000, "A Theory of Nonsubtractive Dither", section IV. So the rounding errors of a round show
-    neither how many devices have examples nor how long their updates are.
+    Stochastic rounding alone has no bias, but a variance between 0 and s² / 4 that depends on the number. With this
+    noise it is s² / 4 for every number, also for 0: the two are the triangular dither of Wannamaker et al. 2000, "A
+    Theory of Nonsubtractive Dither", section IV. So rounding errors show neither how many devices have examples nor how
+    long their updates are.
     """
     return step * (rng.random(size) - 0.5)
 
@@ -396,7 +391,7 @@ def rounding_noise(step: float, size: int, rng: np.random.Generator) -> NDArray[
 def weighted_mean(
     spec: SessionSpec, task: Task, layout: Layout, sums: Sums, survivors: int, adapter: bytes
 ) -> NDArray[np.float32]:
-    """The mean of the survivors' deltas, weighted by their examples; zero in the parts that the task does not train.
+    """Return the mean of the survivors' deltas, weighted by examples; zero in the parts that the task does not train.
 
     The mean is published, as the difference of two adapters. Without noise it can have a period, of which the total
     weight W is a factor:
@@ -414,13 +409,11 @@ def weighted_mean(
     because W / n is at least g and κ. It is not where all devices trained k equal steps, as with a learning rate so
     small that no gradient changes: that period is k times as long, and can show if k · g is more than W / n. Noise and
     errors together do not depend on W, which could otherwise be read off the coordinates that no device changed. If
-    W < κ · n, the greatest power of two that is not above W / κ takes the place of n, and shows. The key of the noise
-    is the digest of the adapter and of all sums: whoever knows them computes the same mean, and whoever knows the mean
-    alone cannot subtract the noise.
+    W < κ · n, the greatest power of two that is not above W / κ replaces n, and shows. The noise is keyed by the digest
+    of the adapter and of all sums: only who knows them can subtract it.
 
-    If W = 0, because no survivor has examples, the mean is this noise over n, as wide as if each had one. The next
-    adapter then has other bytes than the last one, from which devices would reveal shares for a few more sums only; and
-    the noise of many such rounds grows with the root of their number, because each begins with another adapter.
+    If W = 0, the mean is this noise over n, as wide as if each survivor had one example. So the next adapter has other
+    bytes, from which devices reveal shares again, and the noise of such rounds grows with the root of their number.
 
     Args:
         adapter: SHA-256 of the adapter from which they trained.
@@ -442,33 +435,33 @@ def weighted_mean(
 def noisy_mean(
     spec: SessionSpec, task: Task, layout: Layout, sums: Sums, survivors: int, adapter: bytes
 ) -> NDArray[np.float32]:
-    """The mean of the survivors' deltas and noise; zero in the parts that the task does not train.
+    """Return the mean of the survivors' deltas and noise; zero in the parts that the task does not train.
 
-    Noise of the width of a step is added, as in ``weighted_mean``: the next adapter has other bytes than the last
-    one also if the sum counts as zero. Arguments as of ``weighted_mean``.
+    Noise of the width of a step is added, as in ``weighted_mean``: the next adapter has other bytes also if the sum
+    counts as zero. Arguments are those of ``weighted_mean``.
 
     Raises:
         DataError: As ``check_noisy``, or the sum has another size than the shared tensors.
     """
     check_noisy(spec, sums, survivors)
     (segment,) = spec.vector.segments
-    found = sums[segment.name]
-    if found.shape != (layout.size,):
-        text = f"the sum is of {found.size} numbers, and the shared tensors have {layout.size}"
-        raise DataError(text, about="shape", value=found.size)
-    update = rotation.rotate_back(found, rotation.seed(adapter))
-    update += spec.vector.step(segment) * dither(noise_key(spec, sums, adapter), found.size)
+    summed = sums[segment.name]
+    if summed.shape != (layout.size,):
+        text = f"the sum is of {summed.size} numbers, and the shared tensors have {layout.size}"
+        raise DataError(text, about="shape", value=summed.size)
+    update = rotation.rotate_back(summed, rotation.seed(adapter))
+    update += spec.vector.step(segment) * dither(noise_key(spec, sums, adapter), summed.size)
     mean = (update / survivors).astype(np.float32)
     return np.where(mask(layout, task.trained), mean, np.float32(0))
 
 
 def _width(spec: SessionSpec, task: Task, weight: float, survivors: int) -> float:
-    """The width of the noise in the sum, in weight units.
+    """Return the width of the noise in the sum, in weight units.
 
     In the mean, the variance of noise and rounding errors must not depend on W, and the noise must be at least as wide
-    as a step. One variance for all W would be that of W = 1, n times as large as is needed for the most: therefore one
-    for κ · n and above, and one for each power of two below. The errors of n survivors have the variance of noise with
-    the width s · √(3 n / ``UNIFORMS``).
+    as a step. One variance for all W would be that of W = 1, n times as large as most need: therefore one for κ · n and
+    above, and one for each power of two below. The errors of n survivors have the variance of noise with the width
+    s · √(3 n / ``UNIFORMS``).
     """
     step = spec.vector.step(spec.vector.segment("delta"))
     period = 2 * task.learning_rate if task.optimizer is OptimizerName.ADAMW else 0.0

@@ -12,8 +12,7 @@ KINDS: tuple[type[RoundTask], ...] = (Task, AnalyticTask, EvaluationTask)
 def decode(raw: bytes) -> RoundTask:
     """Read the task of a plan: of the kind whose fields it has. Law: ``decode(t.encode()) == t``.
 
-    Raises:
-        ProtocolError: It is of no kind, or a field is missing, unknown or out of range.
+    Raises ProtocolError if it is of no kind, or a field is missing, unknown or out of range.
     """
     names = names_in(raw)
     kind = min(KINDS, key=lambda kind: len(names.symmetric_difference(kind.names())))
@@ -21,6 +20,6 @@ def decode(raw: bytes) -> RoundTask:
 
 
 def kind_of(spec: VectorSpec) -> type[RoundTask]:
-    """The kind of task whose sums these are."""
+    """Return the kind of task whose sums these are."""
     first = spec.segments[0].name
     return next((kind for kind in KINDS if first in (kind.SEGMENT, kind.EXACT_SEGMENT)), Task)

@@ -2,9 +2,8 @@
 
 They belong to the device's owner (``client.training.limits``), and an audit names what the defaults refuse. A key
 bounds what its name says: ``maximum_learning_rate`` and ``minimum_batch_size`` bound ``task.learning_rate`` and
-``task.batch_size``. A number of a task without a limit is refused, so that a new one cannot pass unbounded, unless its
-kind says why it needs none (``RoundTask.NEED_NO_LIMIT``). The limits
-are checked before an example is read, so that a refusal says nothing about examples.
+``task.batch_size``. A number without a limit is refused, unless its kind says why it needs none
+(``RoundTask.NEED_NO_LIMIT``). Limits are checked before an example is read: a refusal says nothing about examples.
 """
 
 from collections.abc import Iterator
@@ -46,13 +45,10 @@ class TaskLimits(Settings):
     maximum_batch_size: int = Field(default=64, ge=1, description="most examples in a step of training")
 
     def check(self, task: RoundTask, adapter: Tensors) -> None:
-        """Check that the task and the adapter on offer are within these limits.
+        """Check that the task and the adapter on offer, of finite tensors, are within these limits.
 
-        Args:
-            adapter: Finite tensors.
-
-        Raises:
-            ProtocolError: A value is outside its limit or has none, or no adapter of the configuration can be trained.
+        Raises ProtocolError if a value is outside its limit or has none, or no adapter of the configuration can be
+        trained.
         """
         try:
             require_trainable(task.peft_config)
@@ -80,7 +76,7 @@ def _numbers_of(adapter: Tensors) -> Iterator[tuple[str, float]]:
 
 
 def _numbers_in(task: RoundTask) -> Iterator[tuple[str, float]]:
-    """Every number that a coordinator chooses with a task, by name, except those that need no limit."""
+    """Yield every number that a coordinator chooses with a task, by name, except those that need no limit."""
     config = task.peft_config
     yield "task.scaling", config.scaling_of("") if config.r else 0.0
     yield "task.virtual_tokens", config.num_virtual_tokens

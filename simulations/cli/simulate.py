@@ -93,7 +93,7 @@ def simulate(scenario: Path, **options: Any) -> None:
 
 
 def read_scenario(path: Path, overrides: Sequence[str]) -> Scenario:
-    """The scenario in a file, or one that is shipped; for texts in another file or folder, ``OWN_TEXTS`` with these."""
+    """Read the scenario in a file, or a shipped one; for own texts in a file or folder, ``OWN_TEXTS`` with these."""
     if path.suffix == ".toml":
         shipped = SHIPPED / path.name
         path = shipped if not path.exists() and shipped.exists() else path
@@ -166,7 +166,7 @@ def _fresh(scenario: Scenario) -> Path:
 
 
 def _newest(scenario: Scenario) -> Path:
-    found = sorted(RUNS.glob(f"{scenario.name}-*/scenario.json"))
-    if not found:
+    runs = sorted(RUNS.glob(f"{scenario.name}-*/scenario.json"))
+    if not runs:
         raise ConfigError(f"{RUNS}/ has no run of {scenario.name!r} to resume: name the run with --out", about="--out")
-    return found[-1].parent
+    return runs[-1].parent

@@ -84,10 +84,10 @@ def _report(folder: Path, as_json: bool, track: str | None = None) -> None:
     from simulations.suite.store import Store, open_suite, results
 
     opened = open_suite(folder)
-    found = results(opened, Store(folder))
-    summary = summarize(opened.settings, found)
+    outcomes = results(opened, Store(folder))
+    summary = summarize(opened.settings, outcomes)
     write_suite_report(summary, folder)
     if track:
-        place = TRACKERS[track](opened.settings.name, tracked_runs(opened.settings, found), folder)
+        place = TRACKERS[track](opened.settings.name, tracked_runs(opened.settings, outcomes), folder)
         click.echo(f"the runs are in {place}", err=True)
     click.echo(json.dumps(summary.to_json()) if as_json else f"{markdown(summary)}\n{folder / 'report.html'}")

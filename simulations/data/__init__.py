@@ -5,7 +5,7 @@ from simulations.data.tables import DataSettings, Loaded, load_population
 
 
 def populate(data: DataSettings, households: PopulationSettings, seed: int) -> Loaded:
-    """The population that a scenario describes: from ``data`` if it has texts, else households. Raises ConfigError."""
+    """Make the population of a scenario: from ``data`` if it has texts, else households. Raises ConfigError."""
     data.require_texts()
     if data.given:
         return load_population(data, seed)

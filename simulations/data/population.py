@@ -12,7 +12,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class LabelledText:
-    """One text of a client, with its label, or with the prompt that it answers.
+    """Holds one text of a client, with its label, or with the prompt that it answers.
 
     Attributes:
         group: Texts that are variants of one another share it, and no group is on both sides of a split. The id of the
@@ -27,7 +27,7 @@ class LabelledText:
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """One client of the federation: a person or a home with a device.
+    """Is one client of the federation: a person or a home with a device.
 
     Attributes:
         train, validation: What its device has so far.
@@ -44,14 +44,14 @@ class Client:
 
 @dataclass(frozen=True, slots=True)
 class Population:
-    """All clients, and the public texts that a vendor can ship on day one."""
+    """Holds all clients, and the public texts that a vendor can ship on day one."""
 
     labels: tuple[str, ...]  # the names of the labels, in the order of the head's rows; none for a language model
     public: tuple[LabelledText, ...]  # a few texts for each label, or that a language model shall still write well
     clients: tuple[Client, ...]  # in the order of their numbers
 
     def sampled(self, count: int, seed: int) -> Self:
-        """The population with ``count`` of its clients, two or more, chosen at random and in their order; at most all.
+        """Choose ``count`` of the clients, two or more, at random and in their order; at most all.
 
         The share of unseen clients stays, rounded; of either kind that the population has, at least one is chosen.
         """
@@ -66,11 +66,11 @@ class Population:
         return dataclasses.replace(self, clients=tuple(self.clients[i] for i in chosen))
 
     def only(self, names: Container[str]) -> Self:
-        """The population with those of its clients that have one of these names."""
+        """Keep the clients that have one of these names."""
         return dataclasses.replace(self, clients=tuple(client for client in self.clients if client.name in names))
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the content, in hexadecimal: two populations are equal if and only if their digests are."""
+        """Hash the content (SHA-256, hex): two populations are equal if and only if their digests are."""
         canonical = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()

@@ -20,7 +20,7 @@ MUCH_UNKNOWN = 0.1  # of the tokens
 
 @dataclass(frozen=True, slots=True)
 class ClientSummary:
-    """One client. ``unknown`` is the mean share of a text's tokens that the base's tokenizer does not know, 0 to 1."""
+    """Describes one client. ``unknown`` is the mean share, 0 to 1, of a text's tokens that the tokenizer lacks."""
 
     name: str
     language: str
@@ -34,7 +34,7 @@ class ClientSummary:
 
 @dataclass(frozen=True, slots=True)
 class DataSummary:
-    """A population. ``facts`` is None for households, which no rows became."""
+    """Describes a population. ``facts`` is None for households, which no rows became."""
 
     clients: tuple[ClientSummary, ...]
     labels: dict[str, int]  # label → texts of all clients, most frequent first
@@ -43,7 +43,7 @@ class DataSummary:
 
     @property
     def unknown(self) -> float:
-        """The share of unknown tokens, as a mean over the clients."""
+        """Return the share of unknown tokens, as a mean over the clients."""
         return float(np.mean([client.unknown for client in self.clients]))
 
     def to_json(self) -> dict[str, Any]:
@@ -63,14 +63,14 @@ def summarize(loaded: Loaded, base: Base) -> DataSummary:
 
 
 def lines(summary: DataSummary) -> Iterator[tuple[str, str]]:
-    """The summary in words: pairs of a title and a line."""
+    """Put the summary in words: pairs of a title and a line."""
     clients, facts = summary.clients, summary.facts
     unseen = sum(client.unseen for client in clients)
     left_out = f"; {facts.small} more have too few texts" if facts and facts.small else ""
     yield "clients", f"{len(clients)}, {unseen} of them unseen: no part in training{left_out}"
     sizes = [(name, [getattr(client, name) for client in clients]) for name in ("train", "validation", "test")]
-    each = ", ".join(f"{name} {int(np.median(found))} ({min(found)}–{max(found)})" for name, found in sizes)
-    yield "texts", f"of a client, median and range: {each}; {summary.public} public ones"
+    described = ", ".join(f"{name} {int(np.median(found))} ({min(found)}–{max(found)})" for name, found in sizes)
+    yield "texts", f"of a client, median and range: {described}; {summary.public} public ones"
     total, shown = sum(summary.labels.values()), list(summary.labels.items())[:SHOWN_LABELS]
     some = ", ".join(f"{label} {100 * count / total:.0f} %" for label, count in shown)
     if summary.labels:

@@ -2,10 +2,8 @@
 
 Formats: ``.csv`` and ``.tsv`` with a header (RFC 4180), ``.jsonl`` with an object a line, ``.parquet``; folders of
 ``LABEL/*.txt`` or ``CLIENT/LABEL/*.txt``, and folders that ``save_to_disk`` of Hugging Face's datasets wrote. No pickle
-is read, and nothing is downloaded. A broken row is named by its file and line.
-
-No group of near-duplicates is on both sides of a split, whichever clients have its texts: a group is for tests or it is
-not, for everyone. Only a column ``split`` of the data is kept as it is.
+is read, and nothing is downloaded. A broken row is named by its file and line. No group of near-duplicates is on both
+sides of a split: a group is for tests or not, for all clients. Only a column ``split`` of the data is kept as it is.
 """
 
 import csv
@@ -139,12 +137,10 @@ class DataSettings(Settings):
 
     @property
     def for_language_model(self) -> bool:
-        """Whether a language model learns to write the texts."""
         return self.given and not self.label
 
     @property
     def given(self) -> bool:
-        """Whether there are texts of one's own."""
         return bool(self.files or self.function)
 
     def require_texts(self) -> None:
@@ -156,16 +152,16 @@ class DataSettings(Settings):
             )
 
     def located(self, folder: Path) -> Self:
-        """The settings with relative paths taken from ``folder``."""
-        found = {
+        """Take relative paths from ``folder``."""
+        paths = {
             key: tuple(str((folder / name).resolve()) for name in getattr(self, key)) for key in ("files", "public")
         }
-        return self.model_copy(update=found)
+        return self.model_copy(update=paths)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One text with what its columns say. Columns that the settings do not name are empty."""
+    """Holds one text with what its columns say. Columns that the settings do not name are empty."""
 
     where: str  # file and line
     text: str
@@ -180,7 +176,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What was read. ``broken`` has a line for each broken row: where it stands, and what is wrong."""
+    """Holds what was read. ``broken`` has a line for each broken row: where it stands, and what is wrong."""
 
     good: tuple[Row, ...]
     broken: tuple[str, ...]
@@ -199,15 +195,15 @@ def read_rows(settings: DataSettings) -> Rows:
 
 
 def read_public(settings: DataSettings) -> Rows:
-    """The rows of the files of public texts; their clients and splits do not matter. Raises as ``read_rows``."""
+    """Read the files of public texts; their clients and splits do not matter. Raises as ``read_rows``."""
     only = settings.model_copy(update={"client": "", "split": "", "time": "", "group": ""})
     return _rows(_chained(settings.public), only)
 
 
-def _rows(found: Iterable[Placed], settings: DataSettings) -> Rows:
+def _rows(placed: Iterable[Placed], settings: DataSettings) -> Rows:
     good: list[Row] = []
     broken: list[str] = []
-    for count, (where, fields) in enumerate(found):
+    for count, (where, fields) in enumerate(placed):
         if count >= MAX_ROWS:
             raise DataError(f"{where}: there are more than {MAX_ROWS} rows", about="data.files", value=where)
         row = fields if isinstance(fields, str) else _row(where, fields, settings)
@@ -219,7 +215,7 @@ def _rows(found: Iterable[Placed], settings: DataSettings) -> Rows:
 
 
 def _row(where: str, fields: Fields, settings: DataSettings) -> Row | str:
-    """The row, or what is wrong with it."""
+    """Return the row, or what is wrong with it."""
     for key in ("text", "label", "prompt", "client", "split", "time", "group"):
         name = getattr(settings, key)
         if name and name not in fields:
@@ -252,7 +248,7 @@ def _row(where: str, fields: Fields, settings: DataSettings) -> Row | str:
 
 
 def _time(value: object) -> float:
-    """Seconds; NaN if it cannot be read."""
+    """Parse a time in seconds; NaN if it cannot be read."""
     if isinstance(value, datetime):
         return value.timestamp()
     try:
@@ -342,25 +338,25 @@ def _parquet(path: Path) -> Iterator[Placed]:
 
 
 def _folder(folder: Path) -> Iterator[Placed]:
-    """``LABEL/*.txt`` or ``CLIENT/LABEL/*.txt``: one text a file, under the usual names of the columns."""
-    found = False
+    """Read ``LABEL/*.txt`` or ``CLIENT/LABEL/*.txt``: one text a file, under the usual names of the columns."""
+    any_text = False
     for path in sorted(folder.rglob("*.txt")):
         parts = path.relative_to(folder).parts[:-1]
         if not path.is_file() or len(parts) not in (1, 2):
             continue
-        found = True
+        any_text = True
         try:
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError:
             yield str(path), "not UTF-8"
             continue
         yield str(path), {"text": text, "label": parts[-1], "client": parts[0] if len(parts) == 2 else None}
-    if not found:
+    if not any_text:
         raise ConfigError(f"{folder} has neither LABEL/*.txt nor CLIENT/LABEL/*.txt", about="data.files")
 
 
 def _saved_to_disk(folder: Path) -> Iterator[Placed]:
-    """A ``Dataset``, or a ``DatasetDict`` whose keys become the column ``split``. Class labels become their names."""
+    """Read a ``Dataset``, or a ``DatasetDict`` whose keys become the column ``split``, with names of class labels."""
     from datasets import ClassLabel, Dataset, DatasetDict, load_from_disk
 
     try:
@@ -401,10 +397,9 @@ if TYPE_CHECKING:
 
 
 def partition(labels: Sequence[str], settings: DataSettings, seed: int) -> list[int]:
-    """The client of each row, from 0; a client may get no row. The same rows, settings and seed give the same clients.
+    """Return the client of each row, from 0; a client may get no row. Equal arguments give equal clients.
 
-    Raises:
-        ConfigError: So many clients cannot be made from these rows by this rule.
+    Raises ConfigError if the rule cannot make that number of clients from these rows.
     """
     from datasets import Dataset
 
@@ -442,7 +437,7 @@ def _partitioner(settings: DataSettings, seed: int) -> "Partitioner":
 
 
 def normalized(text: str) -> str:
-    """What two near-duplicates share: no case, punctuation or white space, and every number as 0.
+    """Return what near-duplicates share: no case, punctuation or white space, and every number as 0.
 
     >>> normalized("Turn it to 21 °C,  please!")
     'turn it to 0 c please'
@@ -451,7 +446,7 @@ def normalized(text: str) -> str:
 
 
 def group_texts(texts: Sequence[str], keys: Sequence[str], threshold: float) -> list[int]:
-    """The group of each text, as the index of the group's first text.
+    """Return the group of each text, as the index of the group's first text.
 
     Texts whose sets of three-character pieces have a Jaccard index of at least ``threshold`` are in one group, and so
     are those that a chain of such pairs connects. The index is estimated from 64 hashes (Broder 1997; its standard
@@ -490,8 +485,8 @@ def _join_similar(distinct: Sequence[tuple[str, int]], parent: list[int], thresh
         index.insert(number, sketch)
 
 
-def _join(parent: list[int], one: int, other: int) -> None:
-    low, high = sorted((_root(parent, one), _root(parent, other)))
+def _join(parent: list[int], first: int, other: int) -> None:
+    low, high = sorted((_root(parent, first), _root(parent, other)))
     parent[high] = low
 
 
@@ -504,7 +499,7 @@ def _root(parent: list[int], index: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class DataFacts:
-    """What became of the rows.
+    """Says what became of the rows.
 
     Attributes:
         small: Clients that were left out, because they had fewer than ``minimum_texts`` or nothing to train or test on.
@@ -520,7 +515,7 @@ class DataFacts:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A population and where it came from."""
+    """Holds a population and where it came from."""
 
     population: Population
     facts: DataFacts | None  # None if no rows were read
@@ -549,35 +544,34 @@ def load_population(settings: DataSettings, seed: int) -> Loaded:
 
 
 class _Maker:
-    """The steps from rows to clients, in order; each reads what those before it left."""
+    """Makes clients of rows in steps; each reads what those before it left."""
 
     def __init__(self, settings: DataSettings, seed: int, rows: Rows, public: Rows) -> None:
         self.settings, self.seed = settings, seed
-        self.rows, given = self._sampled(rows.good), public.good
-        found = {row.label for row in (*self.rows, *given)}
-        self.labels = tuple(sorted(found)) if settings.label else ()
+        self.rows, others = self._sampled(rows.good), public.good
+        labels = {row.label for row in (*self.rows, *others)}
+        self.labels = tuple(sorted(labels)) if settings.label else ()
         if settings.label and len(self.labels) < 2:
             raise ConfigError(
                 f"the {len(self.rows)} texts have {len(self.labels)} different labels; at least 2 are needed",
                 about="data.label",
                 value=settings.label,
             )
-        texts = [row.text for row in (*self.rows, *given)]
-        keys = [row.group for row in (*self.rows, *given)]
+        texts = [row.text for row in (*self.rows, *others)]
+        keys = [row.group for row in (*self.rows, *others)]
         self.groups = group_texts(texts, keys, settings.near_duplicates)
         self.number = {label: index for index, label in enumerate(self.labels)} or {"": NO_LABEL}
         self.public_groups = set(self.groups[len(self.rows) :])
-        self.public = [self._labelled(row, self.groups[len(self.rows) + at]) for at, row in enumerate(given)]
+        self.public = [self._labelled(row, self.groups[len(self.rows) + at]) for at, row in enumerate(others)]
 
     def _sampled(self, rows: Sequence[Row]) -> list[Row]:
-        """At most ``settings.sample`` of the rows, in their order."""
+        """Keep at most ``settings.sample`` of the rows, in their order."""
         if not 0 < self.settings.sample < len(rows):
             return list(rows)
         drawn = np.random.default_rng(self.seed).choice(len(rows), self.settings.sample, replace=False)
         return [rows[at] for at in sorted(drawn)]
 
     def make(self, broken: tuple[str, ...]) -> Loaded:
-        """All steps."""
         taken = set() if self.public else self._take_public()
         left = [at for at in range(len(self.rows)) if at not in taken]
         owned, small = self._owned(left)
@@ -605,7 +599,7 @@ class _Maker:
         return int.from_bytes(hashlib.sha256("\x1f".join(map(str, (self.seed, *parts))).encode()).digest()[:8], "big")
 
     def _order(self, group: int) -> int:
-        """The place of a group in the order that decides its use; of its first text, whatever the machine."""
+        """Return a group's place in the order that decides its use, by its first text, on any machine."""
         first = self.rows[group].text if group < len(self.rows) else self.public[group - len(self.rows)].text
         return self._hash("group", first)
 
@@ -630,7 +624,7 @@ class _Maker:
         return {at for at in range(len(self.rows)) if self.groups[at] in self.public_groups}
 
     def _owned(self, left: Sequence[int]) -> tuple[dict[str, list[int]], int]:
-        """Client → its rows; and how many clients had too few."""
+        """Map each client to its rows, and count the clients that had too few."""
         if self.settings.client:
             names = [self.rows[at].client for at in left]
         else:
@@ -643,7 +637,7 @@ class _Maker:
         return enough, len(owned) - len(enough)
 
     def _sides(self, owned: Mapping[str, Sequence[int]]) -> dict[int, str]:
-        """TEST or TRAIN (or, from the data's own split, VALIDATION) for each row."""
+        """Return TEST or TRAIN (or, from the data's own split, VALIDATION) for each row."""
         if self.settings.split:
             return {at: self.rows[at].split or TRAIN for members in owned.values() for at in members}
         if self.settings.holdout == "time":
@@ -657,7 +651,7 @@ class _Maker:
         return {at: TEST if self.groups[at] in tested else TRAIN for members in owned.values() for at in members}
 
     def _tested_groups(self, owned: Mapping[str, Sequence[int]]) -> set[int]:
-        """The groups for tests. Each client gets its share of them, in the order of hashes."""
+        """Return the groups for tests. Each client gets its share of them, in the order of hashes."""
         tested: set[int] = set()
         settled = set(self.public_groups)
         for members in owned.values():
@@ -675,7 +669,7 @@ class _Maker:
         return tested
 
     def _client(self, name: str, members: Iterable[int], side: Mapping[int, str]) -> Client | None:
-        """A client; None if one of its parts would be empty."""
+        """Make a client; None if one of its parts would be empty."""
         parts: dict[str, list[int]] = {TRAIN: [], VALIDATION: [], TEST: []}
         for at in members:
             if at in side:
@@ -702,7 +696,7 @@ class _Maker:
         train[:] = [at for at in train if self.groups[at] not in chosen]
 
     def _named(self, clients: Sequence[Client]) -> tuple[Client, ...]:
-        """The clients, those that take part first, under names that devices can have."""
+        """Return the clients, those that take part first, under names that devices can have."""
         unseen = max(1, round(self.settings.unseen * len(clients)))
         if len(clients) - unseen < FEWEST_TRAINED:
             raise ConfigError(

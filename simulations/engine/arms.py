@@ -47,8 +47,6 @@ FitHead = Callable[[Matrix, NDArray[np.int64], Matrix, int, float], Matrix]
 
 @dataclass(frozen=True, slots=True)
 class ArmInputs:
-    """What the arms of every client are made from."""
-
     scenario: Scenario
     population: Population
     task: Task  # the federation's training settings, for all parts of the adapter
@@ -57,7 +55,7 @@ class ArmInputs:
 
     @classmethod
     def of(cls, scenario: Scenario, manifest: VersionManifest, seed_adapter: Tensors, population: Population) -> Self:
-        """The inputs that a scenario gives; the manifest is that of any version."""
+        """Return the inputs that a scenario gives; the manifest is that of any version."""
         task = replace(scenario.federation.task(manifest), trained=PARTS, proximal=0.0)
         released = provision.public_examples(provision.released_texts(population))
         return cls(scenario, population, task, seed_adapter, released)
@@ -65,7 +63,7 @@ class ArmInputs:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """The adapter that a client keeps, and which candidate it is."""
+    """Holds the adapter that a client keeps, and which candidate it is."""
 
     choice: str
     adapter: Tensors
@@ -73,34 +71,34 @@ class Kept:
 
 @dataclass
 class Arms(ABC):
-    """What the arms have in common. Whoever works on several clients at a time needs as many of these."""
+    """Has what the arms share. Each client at work at the same time needs its own."""
 
     mine: LocalTrainer
     inputs: ArmInputs
     step: Callable[[], object] = field(default=lambda: None)
 
     def local(self, client: Client) -> Kept:
-        """What the client makes by itself: as many epochs as others, two learning rates, and the same choice."""
+        """Make what the client makes alone: as many epochs as others, two learning rates, and the same choice."""
         first, second = self.inputs.scenario.local_rates
         task, epochs = replace(self.inputs.task, learning_rate=first), self.inputs.scenario.round_epochs
         alone = self.train(self.inputs.seed_adapter, training_examples(client), task, epochs, client.name, "/local")
         return self.personal(client, alone, "/local/personal step", second)
 
     def personal(self, client: Client, start: Tensors, arm: str = "", rate: float = 0.0) -> Kept:
-        """The personal step from ``start``. ``arm``, ``rate``: of another use of the step than in the personal arm."""
+        """Make the personal step from ``start``. ``arm``, ``rate``: for another use than in the personal arm."""
         own = self.inputs.scenario.personal
         proximal = 0.0 if arm else own.proximal
         task = replace(self.inputs.task, learning_rate=rate or own.learning_rate, proximal=proximal)
         return self._personal(client, start, task, arm)
 
     def after_the_rounds(self, state_dir: DeviceStateDir, global_adapter: Tensors) -> Tensors:
-        """The global adapter with the parts of it that the device has trained and not shared."""
+        """Return the global adapter with the parts of it that the device has trained and not shared."""
         subject = subject_of(self.mine.base.digest, self.inputs.task, self.mine.layout)
         parts = state_dir.load(PrivateParts)
         return with_private(global_adapter, parts.start(subject) if parts else None, self.inputs.task)
 
     def pooled(self) -> Tensors:
-        """Version 0, trained on the training texts of all clients that are not unseen, for the epochs of all rounds."""
+        """Train version 0 on the texts of all clients that are not unseen, for the epochs of all rounds."""
         inputs = self.inputs
         seen = (client for client in inputs.population.clients if not client.unseen)
         examples = [example for client in seen for example in training_examples(client)]
@@ -109,7 +107,7 @@ class Arms(ABC):
     def train(
         self, start: Tensors, examples: Sequence[Example], task: Task, epochs: int, client: str, arm: str
     ) -> Tensors:
-        """Train in the order that seed, client and arm give; for no epoch, the start itself."""
+        """Train in the order that seed, client and arm give; for no epoch, return the start itself."""
         if not epochs:
             return start
         order = generator(self.inputs.scenario.seed, client, arm)
@@ -120,11 +118,11 @@ class Arms(ABC):
 
     @abstractmethod
     def rehearsed(self, client: Client) -> int:
-        """How many examples the client's personal step trains on."""
+        """Count the examples that the client's personal step trains on."""
 
     @abstractmethod
     def model(self, adapter: Tensors) -> Model:
-        """What tallies texts with an adapter."""
+        """Return what tallies texts with an adapter."""
 
 
 class ClassifierArms(Arms):
@@ -156,7 +154,7 @@ class ClassifierArms(Arms):
         return partial(_answered, partial(self.mine.logits, adapter))
 
     def head(self, client: Client, fit: FitHead, penalty: float) -> tuple[Model, float]:
-        """A linear head on frozen embeddings, fitted to the client's training texts and the public texts.
+        """Fit a linear head on frozen embeddings to the client's training texts and the public texts.
 
         Returns the model, and the processor seconds of its embeddings that other heads have spent already.
         """
@@ -177,7 +175,7 @@ class ClassifierArms(Arms):
 
 class LanguageArms(Arms):
     def _personal(self, client: Client, start: Tensors, task: Task, arm: str) -> Kept:
-        """The best on the client's validation texts, the base and the start included; among equals the last one."""
+        """Return the best on the client's validation texts, base and start included; among equals the last one."""
         epochs = self.inputs.scenario.personal.epochs
         tuned = self.train(start, training_examples(client), task, epochs, client.name, arm)
         candidates = {"base": self.inputs.seed_adapter, "global": start, "personal": tuned}
@@ -198,7 +196,7 @@ class LanguageArms(Arms):
 
 
 def arms_of(base: FrozenBase, inputs: ArmInputs, count: int, step: Callable[[], object]) -> list[Arms]:
-    """The arms of ``count`` clients at the same time: of a classifier, or without labels of a language model."""
+    """Make the arms of ``count`` clients at the same time: of a classifier, or without labels of a language model."""
     labels, config = len(inputs.task.labels), inputs.task.peft_config
     of_task: type[Arms] = ClassifierArms if labels else LanguageArms
     trainers = (trainer_of(base, labels, config), *(open_trainer(base, labels, config) for _ in range(count - 1)))
@@ -206,7 +204,7 @@ def arms_of(base: FrozenBase, inputs: ArmInputs, count: int, step: Callable[[], 
 
 
 def generator(seed: int, client: str, arm: str) -> np.random.Generator:
-    """What orders the examples of one training: of a scenario's seed, a client and an arm."""
+    """Return what orders the examples of one training: of a scenario's seed, a client and an arm."""
     name = int.from_bytes(hashlib.sha256(f"{client}{arm}".encode()).digest()[:8], "big")
     return np.random.default_rng([seed, name])
 
@@ -216,14 +214,14 @@ def training_examples(client: Client) -> Sequence[Example]:
 
 
 class _Embeddings:
-    """Embeddings by the frozen base, each computed once for all candidates and arms."""
+    """Embeds by the frozen base, each text once for all candidates and arms."""
 
     def __init__(self, mine: ClassifierTrainer) -> None:
         self._mine = mine
         self._kept: dict[str, tuple[Floats, float]] = {}  # text → embedding, and the processor time that it took
 
     def of(self, texts: Sequence[str]) -> tuple[Floats, float]:
-        """The embeddings, shape ``(len(texts), hidden)``, and the processor seconds that they took when computed."""
+        """Return embeddings, shape ``(len(texts), hidden)``, and the processor seconds that they took when computed."""
         if len(self._kept) > MOST_KEPT:
             self._kept.clear()
         if missing := [text for text in dict.fromkeys(texts) if text not in self._kept]:
@@ -239,7 +237,7 @@ _embeddings = lru_cache(maxsize=1)(_Embeddings)
 
 
 def _answered(answers: Callable[[Sequence[str]], Floats], parts: Parts) -> list[Tally]:
-    """The tallies of a classifier, which is asked all texts at once. ``answers``: texts → logits."""
+    """Return the tallies of a classifier, which is asked all texts at once. ``answers``: texts → logits."""
     texts = [text for part in parts for text in part]
     logits, labels = answers([text.text for text in texts]), np.array([text.label for text in texts], np.int64)
     ends = list(accumulate(map(len, parts)))
@@ -256,7 +254,7 @@ def _tally(logits: Floats, labels: NDArray[np.int64]) -> Tally:
 
 
 def aggregation_error(trained: Iterable[tuple[Mapping[str, NDArray[np.float32]], float]]) -> float:
-    """‖mean(B A) - mean(B) mean(A)‖ / ‖mean(B A)‖ over the devices of a round, Frobenius norms over all layers.
+    """Return ‖mean(B A) - mean(B) mean(A)‖ / ‖mean(B A)‖ over the devices of a round, Frobenius norms over all layers.
 
     The error of averaging LoRA's factors, which a coordinator, which knows sums only, cannot measure. It is 0 where all
     devices have the same A or the same B (Sun et al. 2024, section 3.2); NaN if the mean update is zero.

@@ -1,10 +1,10 @@
 """An empirical lower bound on epsilon: canaries that are in a sum or not, by coin, and guessed from it.
 
-The account of a session is an upper bound on what a sum reveals. Whoever puts known vectors into the sum, and guesses
-from it which ones are there, gets a lower bound, from the real code of a device: if it is above the account, there is a
-mistake, such as noise that is too small. A canary takes the place of a device: its vector is as long as an update may
-be, and orthogonal to those of all other canaries, so that one sum tries many of them. A device is in the sums of
-several rounds; so is its canary, which is guessed from all of them.
+The account of a session is an upper bound on what a sum reveals. Putting known vectors into the sum, and guessing from
+it which ones are there, gives a lower bound from the real code of a device: if it is above the account, there is a
+mistake, such as noise that is too small. A canary replaces a device: its vector is as long as an update may be, and
+orthogonal to those of all other canaries, so that one sum tries many of them. A device is in the sums of several
+rounds; so is its canary, which is guessed from all of them.
 
 Two bounds, each with a confidence:
 
@@ -40,13 +40,11 @@ from simulations.result import CanaryBounds
 
 CONFIDENCE = 0.95
 ADAPTER = bytes(32)  # stands for the digest that seeds the rotation
-MOST = 100.0  # largest bound that is stated
+MOST = 100.0  # epsilon
 
 
 @dataclass(frozen=True, slots=True)
 class Guesses:
-    """How well canaries were guessed."""
-
     inside: int  # canaries that were in their sum, and ``missed``: how many of them were taken for absent
     missed: int
     outside: int  # canaries that were not, and ``mistaken``: how many of them were taken for present
@@ -67,13 +65,13 @@ class Guesses:
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """One sum that a device was in."""
+    """Describes one sum that a device was in."""
 
     spec: SessionSpec  # of a session with noise, whose vector has at least as many numbers as ``devices``
     devices: int  # that add their noise, 1 to ``spec.vector.max_clients``
 
 
-def planted(found: Sequence[Sum], entropy: Callable[[int], bytes]) -> Guesses:
+def planted(sums: Sequence[Sum], entropy: Callable[[int], bytes]) -> Guesses:
     """Plant canaries instead of as many devices as are in all of these sums, and guess each from all of them.
 
     Each device contributes its canary, to all sums, or zeros, by a fair coin, through the code of a real device:
@@ -82,39 +80,39 @@ def planted(found: Sequence[Sum], entropy: Callable[[int], bytes]) -> Guesses:
     and the variance V of all noise. ``entropy``: random bytes, as ``os.urandom``.
     """
     rng = np.random.default_rng(int.from_bytes(entropy(32), "big"))
-    coins = rng.random(min(one.devices for one in found)) < 0.5
+    coins = rng.random(min(sum_.devices for sum_ in sums)) < 0.5
     likelier = np.zeros(coins.size)
-    for one in found:
-        norm, variance = one.spec.clip_norm, one.devices * one.spec.vector.segments[0].noise ** 2
-        likelier += norm * (_readings(one, coins, rng, entropy) - norm / 2) / variance
+    for sum_ in sums:
+        norm, variance = sum_.spec.clip_norm, sum_.devices * sum_.spec.vector.segments[0].noise ** 2
+        likelier += norm * (_readings(sum_, coins, rng, entropy) - norm / 2) / variance
     guessed: NDArray[np.bool_] = likelier > 0
     return Guesses(int(coins.sum()), int((coins & ~guessed).sum()), int((~coins).sum()), int((~coins & guessed).sum()))
 
 
 def _readings(
-    one: Sum, coins: NDArray[np.bool_], rng: np.random.Generator, entropy: Callable[[int], bytes]
+    sum_: Sum, coins: NDArray[np.bool_], rng: np.random.Generator, entropy: Callable[[int], bytes]
 ) -> NDArray[np.float64]:
-    """The coordinates of a sum in which the canaries are, if their coins say so."""
-    spec = one.spec
+    """Read the coordinates of a sum in which the canaries are, if their coins say so."""
+    spec = sum_.spec
     (segment,) = spec.vector.segments
     total = np.zeros(segment.size, dtype(spec.vector.ring_bits))
-    for device in range(one.devices):
+    for device in range(sum_.devices):
         vector = np.zeros(segment.size)
         if device < coins.size:
             vector[device] = spec.clip_norm * coins[device]
         total += noisy_vector(vector, spec, ADAPTER, rng, entropy(32))
-    decoded = spec.vector.decode(total, one.devices)[segment.name]
+    decoded = spec.vector.decode(total, sum_.devices)[segment.name]
     return rotation.rotate_back(decoded, rotation.seed(ADAPTER))[: coins.size]
 
 
-def bounded(found: Sequence[Sum], account: float, delta: float, canaries: int) -> CanaryBounds:
-    """What canaries find in the sums of one device, whose account is epsilon ``account`` for ``delta``.
+def bounded(sums: Sequence[Sum], account: float, delta: float, canaries: int) -> CanaryBounds:
+    """Bound what canaries find in the sums of one device, whose account is epsilon ``account`` for ``delta``.
 
-    At least ``canaries`` are planted, in the same sums again until they are as many.
+    At least ``canaries`` are planted, in the same sums again until there are enough.
     """
     guesses = Guesses(0, 0, 0, 0)
     while guesses.inside + guesses.outside < canaries:
-        guesses += planted(found, os.urandom)
+        guesses += planted(sums, os.urandom)
     return CanaryBounds(
         count=guesses.inside + guesses.outside,
         right=guesses.correct,
@@ -126,7 +124,7 @@ def bounded(found: Sequence[Sum], account: float, delta: float, canaries: int) -
 
 
 def audited(fleets: Iterable[Path], delta: float, canaries: int) -> CanaryBounds | None:
-    """What canaries find in sums as those of a run: for the device that spent most, of all its federations.
+    """Bound what canaries find in sums like a run's: for the device that spent most, of all its federations.
 
     The sums are those that the coordinators' logs name, with as many devices as the account counts on: of the
     survivors, those that may be corrupt add nothing. None if no sum with noise was revealed, or nothing bounds it.
@@ -134,12 +132,12 @@ def audited(fleets: Iterable[Path], delta: float, canaries: int) -> CanaryBounds
     spent = [one for folder in fleets if (one := _spent_most(folder / provision.COORDINATOR, delta)) is not None]
     if not spent:
         return None
-    account, found = max(spent, key=lambda one: one[0])
-    return bounded(found, account, delta, canaries) if math.isfinite(account) else None
+    account, sums = max(spent, key=lambda one: one[0])
+    return bounded(sums, account, delta, canaries) if math.isfinite(account) else None
 
 
 def _spent_most(coordinator: Path, delta: float) -> tuple[float, list[Sum]] | None:
-    """The epsilon of the device that spent most in a federation, and the sums that it was in; None without noise."""
+    """Return the epsilon of a federation's device that spent most, and the sums that it was in; None without noise."""
     key = IdentityKey.from_pem((coordinator / KEY).read_bytes()).public
     named = [each for log in logs(coordinator / TRANSCRIPT) for each in sums(StoredLog.read(log, key).entries)]
     account = Account()
@@ -154,7 +152,7 @@ def _spent_most(coordinator: Path, delta: float) -> tuple[float, list[Sum]] | No
 
 
 def one_run_epsilon(guesses: Guesses, delta: float, confidence: float = CONFIDENCE) -> float:
-    """The largest epsilon that so many right guesses refute with ``confidence``, whatever the mechanism; 0 if none.
+    """Return the largest epsilon that the right guesses refute with ``confidence``, whatever the mechanism; 0 if none.
 
     For a mechanism that is (ε, δ)-private, the number of right guesses of m coins is at least v with a probability of
     at most P(B ≥ v) + 2 m δ max_i P(v > B ≥ v - i) / i, where B is binomial with m trials of exp ε / (1 + exp ε).
@@ -171,7 +169,7 @@ def one_run_epsilon(guesses: Guesses, delta: float, confidence: float = CONFIDEN
 
 
 def gaussian_epsilon(guesses: Guesses, delta: float, confidence: float = CONFIDENCE) -> float:
-    """The epsilon of the most private Gaussian mechanism that the errors allow; 0 if they allow any.
+    """Return the epsilon of the most private Gaussian mechanism that the errors allow; 0 if they allow any.
 
     With the rates α of mistaken and β of missed canaries at most, μ = Φ⁻¹(1 - α) - Φ⁻¹(β); each rate is bounded with
     half of the risk (Clopper and Pearson 1934). The least ε of μ-GDP solves Φ(μ/2 - ε/μ) - exp(ε) Φ(-μ/2 - ε/μ) = δ
@@ -192,7 +190,7 @@ def gaussian_epsilon(guesses: Guesses, delta: float, confidence: float = CONFIDE
 
 
 def _root(rising: Callable[[float], float]) -> float:
-    """The epsilon from 0 to ``MOST`` at which a function that rises reaches 0, or the bound that is nearer."""
+    """Find the epsilon from 0 to ``MOST`` at which a function that rises reaches 0, or the bound that is nearer."""
     if rising(0.0) >= 0:
         return 0.0
     return float(brentq(rising, 0.0, MOST)) if rising(MOST) > 0 else MOST

@@ -1,14 +1,11 @@
 """The devices of a simulation: the state of each is kept in memory between messages, where the field has files.
 
-Before each session and round, and at the end, a device's state directory gets what its training depends on: its
-seed, and the parts of the adapter that it does not share; and its privacy ledger, if it has spent any privacy.
-How many contributions had no noise is written at the end only, because nothing depends on it.
-What a device holds against a coordinator that lies is not written: the state of its session, and what it knows of the
-log, the adapter and the sums. After a kill it is as a new device in this respect. The resumed run begins with another
-session, as after a restart of the coordinator in the field, so that a kill loses the round under way.
-
-A state directory is made when its device gets its first message. A device that is not asked at the begin of a session
-leaves the session before, which takes the most memory.
+Before each session and round, and at the end, a device's state directory gets what its training depends on (its seed,
+the parts of the adapter that it does not share) and its privacy ledger. How many contributions had no noise is written
+at the end only. What a device holds against a coordinator that lies is not written, so after a kill it is as a new
+device in this respect. The resumed run begins with another session, as after a restart in the field, so that a kill
+loses the round under way. A state directory is made when its device gets its first message. A device that is not asked
+when a session begins leaves the previous session, which takes the most memory.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -53,7 +50,7 @@ WRITTEN_BEFORE = (Step.CHECK_IN, Step.PLAN)  # a session and a round begin
 
 @dataclass(slots=True)
 class LyingTrainer:
-    """A trainer whose update is not that of the examples.
+    """Lies: its update is not that of the examples.
 
     ``sign-flip``: the negative of the update. ``label-flip``: trained with each label replaced by its mirror image, the
     first by the last and so on (Tolpegin et al. 2020). ``boost``: ten times that (Bagdasaryan et al. 2020); the device
@@ -89,12 +86,12 @@ class LyingTrainer:
         return {name: start.get(name, 0) + factor * (after - start.get(name, 0)) for name, after in trained.items()}
 
     def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
-        """The honest score: a false one shows in the metrics of the sum."""
+        """Return the honest score: a false one shows in the metrics of the sum."""
         return self.trainer.score(adapter, examples)
 
 
 def attackers(scenario: Scenario, devices: Iterable[str]) -> frozenset[str]:
-    """Which of the devices lie: the scenario's share of them, rounded, at least one; chosen by its seed."""
+    """Choose the devices that lie, by the scenario's seed: its share of them, rounded, at least one."""
     if scenario.attack.kind == "none":
         return frozenset()
     names = sorted(devices)
@@ -104,7 +101,7 @@ def attackers(scenario: Scenario, devices: Iterable[str]) -> frozenset[str]:
 
 
 class LyingApp(ClientApp):
-    """The devices' app, in which those lie whose ``STATE`` is one of ``names``."""
+    """Runs the devices' app, in which those lie whose ``STATE`` is one of ``names``."""
 
     def __init__(self, kind: str, names: frozenset[str], open_state: OpenState) -> None:
         super().__init__()
@@ -119,7 +116,7 @@ class LyingApp(ClientApp):
 
 
 class SeededEntropy:
-    """Entropy from a chain of keys: a draw takes at most 32 bytes, and replaces the key by its successor."""
+    """Draws from a chain of keys: a draw takes at most 32 bytes, and replaces the key by its successor."""
 
     def __init__(self, key: bytes) -> None:
         self.key = key
@@ -132,8 +129,6 @@ class SeededEntropy:
 
 @dataclass(frozen=True, slots=True)
 class StoredEntropy:
-    """``SeededEntropy`` whose key is in a file."""
-
     path: Path
 
     def bytes(self, n: int) -> bytes:
@@ -144,12 +139,12 @@ class StoredEntropy:
 
 
 def open_state_dir(folder: Path) -> DeviceStateDir:
-    """The state directory of a simulated device. Raises as ``DeviceStateDir.open``."""
+    """Open the state directory of a simulated device. Raises as ``DeviceStateDir.open``."""
     return DeviceStateDir(folder, DeviceStateDir.open(folder).settings, StoredEntropy(folder / SEED))
 
 
 class MemoryDevice:
-    """A ``DeviceState`` in memory. What a file gives is read once."""
+    """Keeps a ``DeviceState`` in memory. What a file gives is read once."""
 
     def __init__(self, files: DeviceStateDir, base: FrozenBase) -> None:
         self._files, self._base = files, base
@@ -172,7 +167,6 @@ class MemoryDevice:
         return self._base
 
     def device(self, base_digest: str) -> Device:
-        """See ``DeviceStateDir``. ``base_digest`` is that of ``base``."""
         return self._device
 
     def root(self) -> Root:
@@ -184,7 +178,7 @@ class MemoryDevice:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Nothing to lock: the devices of a simulation answer one after the other."""
+        """Lock nothing: the devices of a simulation answer one after the other."""
         yield
 
     def load_state(self) -> ClientState | None:
@@ -236,7 +230,7 @@ class MemoryDevice:
 
 @dataclass(slots=True)
 class MemoryDevices:
-    """The devices of a run, by the name that ``STATE`` has in the configuration of their nodes."""
+    """Keeps the devices of a run, by the name that ``STATE`` has in the configuration of their nodes."""
 
     state_dir: Callable[[str], DeviceStateDir]  # name → the device's state directory, which is made if it is missing
     base: FrozenBase

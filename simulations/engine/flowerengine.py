@@ -1,8 +1,8 @@
 """The rounds on Flower's own simulation engine: the same two apps, with the devices in Ray's processes.
 
-It is for more than one machine can compute. Each message may be handled by another process, so the state of a device is
-in its files, as in the field: in a folder that all machines of the Ray cluster see under the same path. This engine has
-no faults and no time of its own: every device answers, and waiting takes real time.
+It is for more than one machine can compute. Each message may be handled by another process, so a device's state is in
+its files, in a folder that all machines of the Ray cluster see under the same path. This engine has no faults and no
+time of its own: every device answers, and waiting takes real time.
 """
 
 import logging
@@ -40,12 +40,7 @@ def require_ray() -> None:
 def federate_on_ray(
     coordinator: Path, state_dirs: Sequence[Path], done: Callable[[RoundRecord], None] = lambda record: None
 ) -> None:
-    """Run the rounds that are still to do, and call ``done`` with the record of each.
-
-    Raises:
-        ConfigError: Ray is not installed.
-        EdgeAdaptError: As ``coordinator.app.run``.
-    """
+    """Run the rounds that are left, and call ``done`` with the record of each. Raises as ``coordinator.app.run``."""
     require_ray()
     # Imported here: both take seconds.
     from flwr.simulation import run_simulation

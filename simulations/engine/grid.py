@@ -29,30 +29,29 @@ from simulations.data.population import Client
 WHO = ("client", "language")
 COLUMNS = ("round", "available")
 KEY = "network.trace"
-ROUND_STEPS = (Step.PLAN, Step.SURVIVORS, Step.UNMASK)  # where a device can drop out of a round
+ROUND_STEPS = (Step.PLAN, Step.SURVIVORS, Step.UNMASK)  # a device can drop out of a round here
 SHORT_ROUND_STEPS = (Step.PLAN, Step.UNMASK)  # of an honest-but-curious session, which has no consistency step
 
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """A share that changes at some rounds.
+    """Is a share that changes at some rounds.
 
     >>> Steps((1, 4), (1.0, 0.2)).at(3), Steps((2,), (0.5,)).at(1)
     (1.0, None)
-
     """
 
     rounds: tuple[int, ...]  # where it changes, ascending
     shares: tuple[float, ...]  # from each of these rounds on, 0 to 1
 
     def at(self, round_: int) -> float | None:
-        """The share in a round; None before the first change."""
+        """Return the share in a round; None before the first change."""
         index = bisect.bisect_right(self.rounds, round_) - 1
         return self.shares[index] if index >= 0 else None
 
 
 def read_trace(path: Path, clients: Iterable[Client]) -> Mapping[str, Steps]:
-    """Client → when its device can be reached.
+    """Map each client to when its device can be reached.
 
     The file has the columns ``round`` and ``available``, and ``client`` or ``language``. A row holds from its round on,
     until another one of the same client or language. ``available`` is 1 or 0 for a client; in between it is the
@@ -69,23 +68,23 @@ def read_trace(path: Path, clients: Iterable[Client]) -> Mapping[str, Steps]:
             named: dict[str, list[str]] = {}
             for client in clients:
                 named.setdefault(client.name if who == "client" else client.language, []).append(client.name)
-            found: dict[str, dict[int, float]] = {}
+            shares: dict[str, dict[int, float]] = {}
             for row in lines:
                 about = f"{path}, line {lines.line_num}"
                 name, number, share = _row(about, who, row)
                 if name not in named:
                     raise DataError(f"{about}: the population has no {who} {name!r}", about=about, value=name)
-                if number in found.setdefault(name, {}):
+                if number in shares.setdefault(name, {}):
                     raise DataError(f"{about}: {name!r} has a row of round {number} before", about=about, value=number)
-                found[name][number] = share
+                shares[name][number] = share
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"{KEY}: {path} cannot be read: {error}", about=KEY, value=str(path)) from error
-    steps = {name: Steps(*zip(*sorted(rows.items()), strict=True)) for name, rows in found.items()}
+    steps = {name: Steps(*zip(*sorted(rows.items()), strict=True)) for name, rows in shares.items()}
     return {client: each for name, each in steps.items() for client in named[name]}
 
 
 def trace_digest(path: Path) -> str:
-    """SHA-256 of the file (hex): a resumed run has the trace that it began with. Raises ConfigError."""
+    """Hash the file (SHA-256, hex): a resumed run has the trace that it began with. Raises ConfigError."""
     try:
         return file_sha256(path)
     except OSError as error:
@@ -95,11 +94,11 @@ def trace_digest(path: Path) -> str:
 def _column(path: Path, header: Sequence[str]) -> str:
     if missing := [name for name in COLUMNS if name not in header]:
         raise ConfigError(f"{KEY}: {path} has no column {missing[0]!r}", about=KEY, value=str(path))
-    given = [name for name in WHO if name in header]
-    if len(given) != 1:
-        text = f"{KEY}: {path} needs one of the columns 'client' and 'language', it has {len(given)} of them"
+    columns = [name for name in WHO if name in header]
+    if len(columns) != 1:
+        text = f"{KEY}: {path} needs one of the columns 'client' and 'language', it has {len(columns)} of them"
         raise ConfigError(text, about=KEY, value=str(path))
-    return given[0]
+    return columns[0]
 
 
 def _row(about: str, who: str, row: Mapping[str, str | None]) -> tuple[str, int, float]:
@@ -114,7 +113,7 @@ def _row(about: str, who: str, row: Mapping[str, str | None]) -> tuple[str, int,
 
 
 class VirtualClock:
-    """Seconds that pass only by ``sleep``. A ``coordinator.transport.Clock`` for simulations."""
+    """Counts seconds that pass only by ``sleep``: a ``coordinator.transport.Clock`` for simulations."""
 
     def __init__(self) -> None:
         self._now = 0.0
@@ -130,7 +129,7 @@ class VirtualClock:
 
 @dataclass(frozen=True, slots=True)
 class DeliveryOutcome:
-    """Whether a request or its reply is lost, and after how many virtual seconds the reply arrives."""
+    """Says whether a request or its reply is lost, and after how many virtual seconds the reply arrives."""
 
     request_lost: bool
     reply_lost: bool
@@ -139,7 +138,7 @@ class DeliveryOutcome:
 
 @dataclass(frozen=True, slots=True)
 class FaultModel:
-    """Seeded message loss, delay and forced dropouts.
+    """Draws message loss, delay and forced dropouts from a seed.
 
     An outcome depends on the seed, the message group, the step and the receiving nodes, never on earlier messages. So a
     resumed run meets the faults that it would have met without the interruption.
@@ -159,7 +158,7 @@ class FaultModel:
     trace: Mapping[int, Steps] = field(default_factory=dict)
 
     def dropout_probabilities(self, devices: int) -> NDArray[np.float64]:
-        """The probability that 0, 1, ... of so many devices drop out of a round for good, shape ``(devices + 1,)``.
+        """Return the probability that 0, 1, ... of ``devices`` drop out of a round for good, shape ``(devices + 1,)``.
 
         A device whose request is lost is asked again, one whose reply is lost is not. A forced dropout is either, with
         equal probability, at one step; messages are lost at any.
@@ -170,7 +169,7 @@ class FaultModel:
         return reduce(np.convolve, (np.array([1 - each, each]) for each in chances), np.ones(1))
 
     def outcomes(self, group: str, step: Step | None, nodes: Sequence[int]) -> dict[int, DeliveryOutcome]:
-        """The outcome of one message to each of ``nodes``.
+        """Draw the outcome of one message to each of ``nodes``.
 
         ``group``: the round, or the session during its setup. ``step``: None for a message that is not of the protocol.
         """
@@ -182,7 +181,7 @@ class FaultModel:
         }
 
     def _there(self, node: int, number: int, share: float) -> float:
-        """The share at which a node is there in a round, or in the first one of a session."""
+        """Return the share at which a node is there in a round, or in the first one of a session."""
         own = self.trace[node].at(number) if node in self.trace else None
         return share if own is None else own
 
@@ -208,13 +207,13 @@ class FaultModel:
 
 
 def context_of(node: int, device: str) -> Context:
-    """Flower's context of a node: ``device`` finds the state of its device."""
+    """Return Flower's context of a node: ``device`` finds the state of its device."""
     return Context(RUN_ID, node, {STATE: device}, RecordDict(), {})
 
 
 @dataclass(order=True)
 class _MessageInFlight:
-    """A request under way, and then its reply.
+    """Holds a request under way, and then its reply.
 
     ``answer``: gives the device's answer, called once; None if the request is lost, or after the call.
     """
@@ -242,7 +241,7 @@ class InProcessGrid(OwnGrid):
         faults: FaultModel,
         before: Callable[[Step | None, Sequence[str]], None] = lambda step, devices: None,
     ) -> None:
-        """A grid on which ``client_app`` answers for every node, when its answer is due.
+        """Make a grid on which ``client_app`` answers for every node, when its answer is due.
 
         Args:
             devices: Node id (positive) → what finds the state of that node's device: its directory, or its name.
@@ -263,7 +262,7 @@ class InProcessGrid(OwnGrid):
         return list(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """See ``Grid``. All messages of a call belong to one group and one step; their outcomes are drawn here."""
+        """Draw the outcomes of messages, which all belong to one group and one step."""
         self.work()
         batch, ids, under_way = list(messages), [], list[tuple[_MessageInFlight, Message]]()
         outcomes = self._outcomes(batch) if batch else {}
@@ -284,7 +283,7 @@ class InProcessGrid(OwnGrid):
             flying.work()
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """See ``Grid``. The devices work here, in the order in which their replies arrive."""
+        """Let the devices work, in the order in which their replies arrive."""
         wanted = set(message_ids)
         while self._in_flight and self._in_flight[0].arrives <= self.clock.now():
             flying = heapq.heappop(self._in_flight)
@@ -301,7 +300,7 @@ class InProcessGrid(OwnGrid):
         return self.pull_messages(ids)
 
     def _begin(self, request: Message) -> Callable[[], Message]:
-        """What gives a device's answer. The device works when it is called."""
+        """Return what gives a device's answer. The device works when it is called."""
         return partial(self._app, request, self._contexts[request.metadata.dst_node_id])
 
     def _outcomes(self, batch: Sequence[Message]) -> dict[int, DeliveryOutcome]:

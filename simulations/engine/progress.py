@@ -25,7 +25,7 @@ WHOLE_RUN = 1e9  # seconds; the estimate uses every part that is done, however l
 
 
 class _Shown:
-    """A context manager with a live line on a terminal, or plain lines elsewhere."""
+    """Shows a live line on a terminal, or plain lines elsewhere, as a context manager."""
 
     def __init__(self, columns: Sequence[ProgressColumn], quiet: bool, console: Console | None, clock: Clock) -> None:
         console = console or Console(stderr=True)
@@ -82,9 +82,7 @@ class SuiteProgress(_Shown):
 class RunProgress(_Shown):
     """Shows a run and sums the seconds that its devices spend on training in this process.
 
-    Args:
-        quiet: Show nothing; only listen.
-        notify: Called with what is done at the moment, in a few words.
+    ``quiet`` shows nothing and only listens; ``notify`` is called with what is done at the moment, in a few words.
     """
 
     def __init__(

@@ -4,10 +4,9 @@ The steps are those of a fleet in the field, in one process: each device creates
 and the device pins the authority and the coordinator. The apps get nothing but the state directories. A simulated
 device orders its examples by the scenario's seed, so that a run can be repeated (``devices.SeededEntropy``).
 
-A group has a federation of its own: a coordinator's key, its registry and its log. A device pins the key of its own
-group's coordinator, so it takes part in no other group, whatever a coordinator says; and its policy refuses a cohort
-that is too small. No device is in two groups: from the sum over all devices and the sums of the large groups, the
-difference would be the sum of a small one (docs/decisions/0043-cohorts-by-language.md).
+A group has its own coordinator, registry and log. A device pins the key of its group's coordinator, so it takes part in
+no other group, and its policy refuses a cohort that is too small. No device is in two groups: the sum over all devices
+less the sums of the large groups would be the sum of a small one (docs/decisions/0043-cohorts-by-language.md).
 """
 
 import hashlib
@@ -64,9 +63,9 @@ from simulations.data.population import Client, LabelledText, Population
 from simulations.engine.devices import SEED
 from simulations.scenario import GroupSettings, Scenario
 
-COMMON = "common"  # of the clients whose own group would be too small
+COMMON = "common"  # group of clients whose own would be too small
 GROUPS = "groups"  # in the folder of a run
-MOST_ITERATIONS = 200  # of L-BFGS; it stops before where the gradient is small
+MOST_ITERATIONS = 200  # L-BFGS stops before where the gradient is small
 FLATNESS = 1e-6  # largest coordinate of a gradient that is taken for zero
 Matrix = NDArray[np.float64]
 KINDS = {  # method → what its adapters bring
@@ -89,8 +88,6 @@ PENALTY = 0.1  # of the vendor's logistic head, on half the sum of its squared w
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Clients that share an adapter."""
-
     name: str  # their language, ``COMMON``, or empty for all clients of an undivided population
     folder: Path
     population: Population  # the clients, in the order of the whole population
@@ -123,15 +120,15 @@ def grouped(population: Population, settings: GroupSettings) -> tuple[Group, ...
     if left and not _devices(left):
         own[max(own, key=lambda name: (_devices(own[name]), name))] += left
         left = []
-    found = [*sorted(own.items()), *([(COMMON, left)] if left else [])]
+    groups = [*sorted(own.items()), *([(COMMON, left)] if left else [])]
     return tuple(
         Group(name, Path(GROUPS, str(number)), population.only({client.name for client in members}))
-        for number, (name, members) in enumerate(found, 1)
+        for number, (name, members) in enumerate(groups, 1)
     )
 
 
 def describe(groups: Sequence[Group]) -> str:
-    """The groups in one line: ``de 9 devices, en 8, common 5 (it, nl)``."""
+    """Describe the groups in one line: ``de 9 devices, en 8, common 5 (it, nl)``."""
     parts = []
     for group in groups:
         inside = ", ".join(sorted({client.language for client in group.population.clients}))
@@ -140,7 +137,7 @@ def describe(groups: Sequence[Group]) -> str:
 
 
 def fleet_folders(out: Path, groups: Sequence[Group]) -> dict[str, Path]:
-    """Client → the folder of its federation in the run in ``out``."""
+    """Map each client to the folder of its federation in the run in ``out``."""
     return {client.name: out / group.folder for group in groups for client in group.population.clients}
 
 
@@ -149,12 +146,12 @@ def _devices(clients: Sequence[Client]) -> int:
 
 
 def with_bias(embeddings: NDArray[np.float32]) -> Matrix:
-    """Embeddings with a 1 appended: shape ``(texts, hidden)`` to ``(texts, hidden + 1)``, in float64."""
+    """Append a 1 to embeddings: shape ``(texts, hidden)`` to ``(texts, hidden + 1)``, in float64."""
     return np.concatenate([embeddings.astype(np.float64), np.ones((len(embeddings), 1))], axis=1)
 
 
 def ridge_head(x: Matrix, labels: NDArray[np.int64], weights: Matrix, count: int, penalty: float) -> Matrix:
-    """The head that least squares gives: argmin of Σ wᵢ ‖xᵢ W - yᵢ‖² + penalty ‖W‖², with one-hot y.
+    """Return the head that least squares gives: argmin of Σ wᵢ ‖xᵢ W - yᵢ‖² + penalty ‖W‖², with one-hot y.
 
     It needs Σ w x xᵀ and Σ w x yᵀ only, which add up over clients (Hoerl and Kennard 1970, "Ridge Regression").
 
@@ -169,15 +166,12 @@ def ridge_head(x: Matrix, labels: NDArray[np.int64], weights: Matrix, count: int
 
 
 def logistic_head(x: Matrix, labels: NDArray[np.int64], weights: Matrix, count: int, penalty: float) -> Matrix:
-    """The head of multinomial logistic regression: argmin of Σ wᵢ crossentropyᵢ + penalty / 2 ‖W‖².
+    """Return the head of multinomial logistic regression: argmin of Σ wᵢ crossentropyᵢ + penalty / 2 ‖W‖².
 
     The problem is strictly convex, and L-BFGS with a strong Wolfe line search starts at zero: equal arguments, which
-    are those of ``ridge_head``, give equal heads.
-
-    Raises:
-        DataError: The loss is not finite.
+    are those of ``ridge_head``, give equal heads. Raises DataError if the loss is not finite.
     """
-    inputs, targets, each = torch.from_numpy(x), torch.from_numpy(labels), torch.from_numpy(weights)
+    inputs, targets, factors = torch.from_numpy(x), torch.from_numpy(labels), torch.from_numpy(weights)
     head = torch.zeros((x.shape[1], count), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [head], max_iter=MOST_ITERATIONS, tolerance_grad=FLATNESS, line_search_fn="strong_wolfe"
@@ -186,7 +180,7 @@ def logistic_head(x: Matrix, labels: NDArray[np.int64], weights: Matrix, count: 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
         losses = torch.nn.functional.cross_entropy(inputs @ head, targets, reduction="none")
-        loss = (each * losses).sum() + penalty / 2 * head.square().sum()
+        loss = (factors * losses).sum() + penalty / 2 * head.square().sum()
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
@@ -198,7 +192,7 @@ def logistic_head(x: Matrix, labels: NDArray[np.int64], weights: Matrix, count: 
 
 
 def training_base(out: Path, scenario: Scenario, population: Population) -> Base:
-    """The base of the run in ``out``; what has to be made is made once. Raises ConfigError if it cannot be."""
+    """Return the base of the run in ``out``; what has to be made is made once. Raises ConfigError if it cannot be."""
     base, export = unrounded_base(scenario), scenario.export
     if scenario.base.center:
         copy = out / CENTERED
@@ -210,16 +204,15 @@ def training_base(out: Path, scenario: Scenario, population: Population) -> Base
 
 
 def unrounded_base(scenario: Scenario) -> Base:
-    """The base before it is centered and rounded, which change no size. Raises as ``training_base``."""
+    """Return the base before it is centered and rounded, which change no size. Raises as ``training_base``."""
     base = find_base(scenario.base.model)
     return _pruned(base, scenario.base.languages) if scenario.base.languages else base
 
 
 def device_base(out: Path, scenario: Scenario, base: Base, population: Population) -> FrozenBase:
-    """What the devices of the run in ``out`` train on: the base itself, or that of a bundle that is made once.
+    """Return what the devices of the run in ``out`` train on: the base itself, or that of a bundle that is made once.
 
-    Raises:
-        ConfigError: The base has no training graph, or the engine trains no such adapter.
+    Raises ConfigError if the base has no training graph, or the engine trains no such adapter.
     """
     if scenario.base.engine == "torch":
         return base
@@ -233,7 +226,7 @@ def device_base(out: Path, scenario: Scenario, base: Base, population: Populatio
 
 
 def _write(bundle: Path, base: Base, config: PeftConfig, profile: Profile, *, language: bool) -> None:
-    """A bundle of the base with slots for such adapters and a training graph, and the key that it is signed with."""
+    """Write a bundle of the base with slots for such adapters and a training graph, and the key that signs it."""
     kinds = DORA if config.use_dora else KINDS.get(config.peft_type, frozenset({SlotKind.LOW_RANK}))
     slots = Slots(config.target_modules, kinds)
     if language:
@@ -247,7 +240,7 @@ def _write(bundle: Path, base: Base, config: PeftConfig, profile: Profile, *, la
 
 
 def _pruned(base: Base, languages: tuple[str, ...]) -> Base:
-    """The base with the tokens of these languages. It depends on no run, so it is kept in the cache."""
+    """Return the base with the tokens of these languages. It depends on no run, so the cache keeps it."""
     source = "\n".join((base.digest, *languages, str(WORDS), version("wordfreq")))
 
     def make(folder: Path) -> None:
@@ -257,7 +250,7 @@ def _pruned(base: Base, languages: tuple[str, ...]) -> Base:
 
 
 def peft_config(scenario: Scenario, base: Base) -> PeftConfig:
-    """The configuration of the scenario's adapter on its base. Raises ConfigError as ``trainable.configuration``."""
+    """Configure the scenario's adapter on its base. Raises ConfigError as ``trainable.configuration``."""
     return configuration(base, **scenario.adapter.model_dump(exclude={"head"}))
 
 
@@ -266,7 +259,7 @@ def device_folder(out: Path, client: str) -> Path:
 
 
 def bundle_of(out: Path) -> Path:
-    """The bundle with which the devices of a run train, if their engine is ``onnx``."""
+    """Locate the bundle with which the devices of a run train, if their engine is ``onnx``."""
     return out / "training" / "bundle"
 
 
@@ -275,7 +268,7 @@ def provision(
 ) -> None:
     """Create authority and coordinator of the fleet under ``out``; ``Enrolment`` creates the devices.
 
-    ``stores``: where the registry is kept; None: in the coordinator's state directory.
+    ``stores`` says where the registry is kept; None: in the coordinator's state directory.
     """
     entropy, now = SystemEntropy(), datetime.now(UTC)
     authority = Authority.create("edgeadapt simulation", entropy, now - timedelta(hours=1), now + LIFETIME)
@@ -304,7 +297,6 @@ class Enrolment:
 
     @classmethod
     def of(cls, out: Path, scenario: Scenario, population: Population, base: Base) -> Self:
-        """For the fleet that ``provision`` created in ``out``."""
         authority = Authority.from_pem((out / AUTHORITY / AUTHORITY_KEY).read_bytes())
         coordinator = IdentityKey.from_pem((out / COORDINATOR / KEY).read_bytes()).public
         # The base is named as in the scenario; one that the run has made is in a folder.
@@ -320,7 +312,7 @@ class Enrolment:
         )
 
     def state_dir(self, name: str) -> DeviceStateDir:
-        """The state directory of a client's device, which is created if it is missing: completely, or not at all."""
+        """Open the state directory of a client's device, created if missing: completely, or not at all."""
         folder = device_folder(self.out, name)
         if not folder.exists():
             folder.parent.mkdir(exist_ok=True)
@@ -329,7 +321,6 @@ class Enrolment:
         return DeviceStateDir(folder, self.settings)
 
     def enrol(self, names: Iterable[str]) -> None:
-        """Create the state directories that are missing, of these clients."""
         for name in names:
             self.state_dir(name)
 
@@ -358,10 +349,9 @@ def _policy(scenario: Scenario, population: Population) -> PolicySettings:
 
 
 def first_adapter(scenario: Scenario, population: Population, base: Base) -> tuple[VersionManifest, bytes]:
-    """Version 0 of a run: its manifest and its file. The head comes from the public texts.
+    """Return version 0 of a run: its manifest and its file. The head comes from the public texts.
 
-    Raises:
-        ConfigError: As ``peft_config``, or the federation's method trains no such adapter.
+    Raises ConfigError as ``peft_config``, or if the federation's method trains no such adapter.
     """
     config, generator = peft_config(scenario, base), torch.Generator().manual_seed(scenario.seed)
     if population.labels:
@@ -378,10 +368,10 @@ def first_adapter(scenario: Scenario, population: Population, base: Base) -> tup
 
 
 def _logistic_head(embeddings: Floats, labels: Sequence[int], tensors: Tensors) -> Tensors:
-    """The tensors of the head that logistic regression gives, under their names in ``tensors``."""
+    """Return the head that logistic regression gives, under the names of its tensors in ``tensors``."""
     weight, bias = (next(name for name in tensors if name.endswith(f"{HEAD}.{part}")) for part in ("weight", "bias"))
-    numbers, each = np.array(labels, np.int64), np.ones(len(labels))
-    fitted = logistic_head(with_bias(embeddings), numbers, each, len(tensors[bias]), PENALTY)
+    numbers, weights = np.array(labels, np.int64), np.ones(len(labels))
+    fitted = logistic_head(with_bias(embeddings), numbers, weights, len(tensors[bias]), PENALTY)
     return {weight: fitted[:-1].T.astype(np.float32), bias: fitted[-1].astype(np.float32)}
 
 
@@ -397,7 +387,7 @@ def public_examples(public: Sequence[LabelledText]) -> list[Example]:
 
 
 def released_texts(population: Population) -> list[LabelledText]:
-    """The public texts that a release carries: the population's, and plain phrases in the languages of its clients."""
+    """Return the public texts that a release carries, with plain phrases in the languages of the clients."""
     numbers, languages = (
         {label: i for i, label in enumerate(population.labels)},
         {c.language for c in population.clients},
@@ -417,7 +407,7 @@ def registry(out: Path) -> Registry:
 
 
 def _training_limits(scenario: Scenario, labels: int) -> dict[str, Any]:
-    """The default limits, except where the scenario itself needs more, and without a delay of answers.
+    """Return the default limits, except where the scenario itself needs more, and without a delay of answers.
 
     The in-process grid has a clock of its own, in which training takes no time, and nobody measures the answers.
     """

@@ -1,8 +1,7 @@
 """The export after the last round: base and global adapter, their parity with torch, and a bundle for every device.
 
 The coordinator's bundle holds the base and the global adapter; its public key is in the same folder. A device's bundle
-holds the same base with the global adapter and the device's own private adapter. The device signs its private adapter
-itself and never sends it to the coordinator.
+adds the device's own private adapter, which the device signs itself and never sends to the coordinator.
 """
 
 from collections.abc import Sequence
@@ -50,7 +49,7 @@ NINETY = (0.85, 0.95)  # what a device calls 90 %
 
 @dataclass(frozen=True, slots=True)
 class _Exported:
-    """One federation's first bundle, and how the exported files answer."""
+    """Holds one federation's first bundle, and how the exported files answer."""
 
     bundle: Path
     parity: Parity  # on the test phrases of all clients
@@ -61,9 +60,7 @@ class _Exported:
 def export_all(fleets: Sequence[tuple[Path, Population]], scenario: Scenario, base: Base, report: str) -> ExportResult:
     """Export, check parity, and write the bundles of each federation.
 
-    Args:
-        fleets: The folder of each, and its clients that are evaluated; at least one.
-        report: Where the report will be.
+    ``fleets`` has the folder of each, and its clients that are evaluated; at least one. ``report`` is its future place.
 
     Raises:
         ParityError: An exported pair answers too differently from torch; no bundle of it was written.
@@ -135,13 +132,13 @@ def _publish(out: Path, scenario: Scenario, population: Population, base: Base) 
 
 
 def _with_phrases(exported: ExportedBase, population: Population) -> ExportedBase:
-    """The base with the public texts of the release, which a device rehearses when it learns."""
+    """Add the release's public texts, which a device rehearses when it learns."""
     pairs = [(population.labels[one.label], one.text) for one in provision.released_texts(population)]
     return exported.with_file(PHRASES, encode_phrases(pairs)) if pairs else exported
 
 
 def reliability(logits: Floats, labels: Labels, temperatures: Floats) -> Reliability:
-    """Whether stated probabilities are the share of right answers.
+    """Check whether stated probabilities are the share of right answers.
 
     ``logits`` have the shape ``(answers, labels)``, with at least one answer; each has a right label and a temperature.
     """
@@ -157,7 +154,7 @@ def reliability(logits: Floats, labels: Labels, temperatures: Floats) -> Reliabi
 
 
 def personal_temperature(logits: Floats, labels: Labels, shared: float) -> float:
-    """A personal adapter's temperature, from the answers to its client's validation phrases.
+    """Return a personal adapter's temperature, from the answers to its client's validation phrases.
 
     ``logits`` have the shape ``(answers, labels)``. ``shared``, the global adapter's temperature, holds where there are
     fewer than ``FEWEST`` phrases: fitted to a dozen, a temperature does more harm than good
@@ -180,14 +177,14 @@ def _limits(scenario: Scenario) -> Limits:
 
 
 def _personal(out: Path, client: Client, origin: Origin, base: Base) -> Origin:
-    """A client's own adapter, which was trained from the global one."""
+    """Return a client's own adapter, which was trained from the global one."""
     blob = (provision.device_folder(out, client.name) / device_files.PERSONAL).read_bytes()
     tensors = from_peft_tensors(files.decode(blob), origin.peft_config, {})
     return resolved(replace(origin, tensors=tensors, sha256=files.sha256(blob)), base)
 
 
 def _plain_answers(client: Client, own: Origin, exported: ExportedBase, runner: OnnxRunner) -> dict[str, int]:
-    """How many of its language's plain phrases a client's own adapter answers right, as exported; empty without any."""
+    """Count its language's plain phrases that a client's own adapter answers right, as exported; empty without any."""
     plain = plain_phrases().get(client.language, {})
     phrases = {intent: text for intent, text in plain.items() if intent in own.labels}
     if not phrases:

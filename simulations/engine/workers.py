@@ -2,11 +2,9 @@
 
 A process holds an object, and works on the calls to it one after the other. What it logs comes back with the outcome.
 The first process imports the libraries, and the others are forked from it before anything runs in it, so that they
-share that memory. Processes that belong together exchange Python's objects, over pipes that nobody else can open; one
-ends at once when the other end of its pipe is closed.
-
-Each device belongs to one process, which holds its state and gives it its requests in the order in which they were
-sent. So a run makes the same adapters with any number of processes.
+share that memory. They exchange Python's objects over pipes that nobody else can open; one ends at once when the other
+end of its pipe is closed. Each device belongs to one process, which holds its state and gives it its requests in the
+order in which they were sent. So a run makes the same adapters with any number of processes.
 """
 
 import logging
@@ -46,11 +44,11 @@ Notify = Callable[[str], None]  # takes what is done at the moment, in a few wor
 
 
 class WorkerKilledError(BaseException):
-    """A process has ended. No ``Exception``: the coordinator takes one for a failure of the device, and goes on."""
+    """Is raised when a process has ended. It is not an ``Exception``, which the coordinator blames on the device."""
 
 
 class Process:
-    """One process. A thread sends it one call after the other, and waits for the outcome of each.
+    """Runs one process. A thread sends it one call after the other, and waits for the outcome of each.
 
     ``make`` gives the object, in the process; it can be pickled. ``log``: a file for what the process prints.
     """
@@ -67,7 +65,7 @@ class Process:
         self._thread = ThreadPoolExecutor(1)
 
     def call(self, what: Callable[..., Any], *given: object, note: Notify = lambda text: None) -> "Future[Any]":
-        """Call ``what`` with the object and what is given, in the process.
+        """Call ``what`` with the object and the arguments, in the process.
 
         ``note`` is called with what the object notifies of. The outcome raises what was raised in the process, and
         ``WorkerKilledError`` if that has ended.
@@ -75,7 +73,7 @@ class Process:
         return self._thread.submit(self._exchange, what, given, note)
 
     def close(self) -> int | None:
-        """End the process, if it has not ended. Returns its exit code."""
+        """End the process, if it has not ended, and return its exit code."""
         self._process.kill()  # what it has not written is not needed
         self._thread.shutdown(cancel_futures=True)
         self._process.join()
@@ -83,9 +81,9 @@ class Process:
         code: int | None = self._process.exitcode
         return code
 
-    def _exchange(self, what: Callable[..., Any], given: Sequence[object], note: Notify) -> Any:
+    def _exchange(self, what: Callable[..., Any], arguments: Sequence[object], note: Notify) -> Any:
         try:
-            self._connection.send((what, given))
+            self._connection.send((what, arguments))
             while isinstance(answer := self._connection.recv(), str):
                 note(answer)
         except (EOFError, OSError) as error:
@@ -117,9 +115,9 @@ def _serve(connection: Connection, make: Callable[[Notify], Any], log: Path | No
     held = make(connection.send)
     with kill_safe():
         while True:
-            what, given = calls.get()
+            what, arguments = calls.get()
             try:
-                outcome = what(held, *given)
+                outcome = what(held, *arguments)
             except Exception as error:  # for the process that asked
                 outcome = error
                 if log:
@@ -137,7 +135,7 @@ def _receive(connection: Connection, calls: "queue.SimpleQueue[tuple[Callable[..
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """What a worker process knows of the devices."""
+    """Holds what a worker process knows of the devices."""
 
     folder: Path  # in which each device has its state directory, under its name
     base: FrozenBase
@@ -150,12 +148,10 @@ class Fleet:
 
 
 class Workers:
-    """A context manager that starts ``number`` processes of the devices and ends them.
+    """Starts ``number`` processes of the devices and ends them, as a context manager.
 
     ``prepare`` is called with the names of the devices that are about to be asked, and makes what is missing of them.
-
-    Raises:
-        EdgeAdaptError: At the end of the block, about ``--workers``: a process was killed.
+    Raises EdgeAdaptError at the end of the block, about ``--workers``, if a process was killed.
     """
 
     def __init__(
@@ -197,7 +193,7 @@ class Workers:
 
 
 class WorkerGrid(InProcessGrid):
-    """A grid whose devices (``devices``: node → name) work in other processes, from the moment when they are asked."""
+    """Lets its devices (``devices``: node → name) work in other processes, from the moment when they are asked."""
 
     def __init__(self, workers: Workers, devices: Mapping[int, str], faults: FaultModel) -> None:
         super().__init__(_never, devices, faults, workers.before)

@@ -83,7 +83,7 @@ Mark = Estimate | Difference
 
 
 def svg(key: str, title: str, description: str, height: float, paint: Callable[["Figure"], None]) -> str:
-    """An ``<svg>`` element of ``WIDTH`` by ``height``, drawn by ``paint``.
+    """Draw an ``<svg>`` element of ``WIDTH`` by ``height`` with ``paint``.
 
     ``key`` has letters only, different for each figure of the page. A screen reader says title and description.
     """
@@ -102,7 +102,7 @@ def svg(key: str, title: str, description: str, height: float, paint: Callable[[
 
 
 def png(height: float, paint: Callable[["Figure"], None]) -> bytes:
-    """A picture of ``WIDTH`` by ``height`` as on the light page, at ``SHARPNESS`` pixels a unit."""
+    """Draw a picture of ``WIDTH`` by ``height`` as on the light page, at ``SHARPNESS`` pixels a unit."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -118,7 +118,7 @@ def png(height: float, paint: Callable[["Figure"], None]) -> bytes:
 
 
 def axes(figure: "Figure", *, left: float, top: float, width: float, height: float) -> "Axes":
-    """Axes at a place in units of the SVG, measured from the upper left corner."""
+    """Place axes in units of the SVG, measured from the upper left corner."""
     full_width, full_height = figure.get_size_inches() * POINTS
     lower = full_height - top - height
     return figure.add_axes((left / full_width, lower / full_height, width / full_width, height / full_height))
@@ -149,7 +149,7 @@ def _inline(document: str, key: str, title: str, description: str) -> str:
 
 
 def clients(result: RunResult) -> str:
-    """Accuracy by client: a line from base to personal, with marks for local and global; unseen clients below."""
+    """Draw accuracy by client: a line from base to personal, with marks for local and global; unseen clients below."""
 
     def rank(client: ClientResult) -> tuple[bool, float, str]:
         accuracy = client.arms["personal"]
@@ -232,11 +232,11 @@ def _client_key(figure: "Figure") -> None:
 
 
 def learning(result: RunResult) -> str:
-    """Accuracy and loss on the validation parts by round, as the sum of each round has them."""
-    known = [r for r in result.rounds if "accuracy" in r.metrics]
+    """Draw accuracy and loss on the validation parts by round, as the sum of each round has them."""
+    scored = [r for r in result.rounds if "accuracy" in r.metrics]
     text = "No round published an accuracy: all were aborted, or had fewer than 100 validation phrases."
-    if known:
-        first, last = known[0], known[-1]
+    if scored:
+        first, last = scored[0], scored[-1]
         text = (
             f"Accuracy {share(first.metrics['accuracy'])} at the start of round {first.round}, "
             f"{share(last.metrics['accuracy'])} at the start of round {last.round}."
@@ -285,7 +285,7 @@ def _count_rounds(ax: "Axes", rounds: Sequence[ReportedRound]) -> None:
 
 
 def traffic(result: RunResult) -> str:
-    """Bytes of one device in one round, up and down, compared with the full model."""
+    """Draw the bytes of one device in one round, up and down, compared with the full model."""
     mean = TrafficMeans.of(result)
     rows = [
         ("up from a device, a round", [r.bytes_up for r in result.rounds], mean.up, ARM_COLORS["personal"]),
@@ -298,22 +298,22 @@ def traffic(result: RunResult) -> str:
 
 def _scale(figure: "Figure", rows: list[tuple[str, list[int], float, str]], model: float) -> None:
     ax = axes(figure, left=16, top=6, width=WIDTH - 36, height=170)
-    known = [value for _, each, mean, _ in rows for value in (*each, mean) if value > 0]  # NaN is not
+    sizes = [value for _, means, mean, _ in rows for value in (*means, mean) if value > 0]  # NaN is not
     ax.set_xscale("log")
-    ax.set_xlim(10 ** (math.log10(min(known)) - 0.15), 10 ** (math.log10(max(known)) + 0.15))
+    ax.set_xlim(10 ** (math.log10(min(sizes)) - 0.15), 10 ** (math.log10(max(sizes)) + 0.15))
     ax.set_ylim(len(rows) - 0.3, -0.55)
     ax.set_yticks([])
     ax.grid(axis="x")
     ax.minorticks_off()
     ax.xaxis.set_major_formatter(lambda value, _: size(value).replace(".00 ", " ").replace(".0 ", " "))
     ax.set_xlabel("bytes, logarithmic; small marks are single rounds")
-    for y, (name, each, mean, color) in enumerate(rows):
+    for y, (name, means, mean, color) in enumerate(rows):
         at = y + 0.3
         ax.axhline(at, color=LINE, linewidth=1, zorder=1)
         ax.text(0, y, name, transform=ax.get_yaxis_transform(), va="center", color=INK, backgroundcolor=PAPER)
         ax.text(1, y, _bytes(mean, model), transform=ax.get_yaxis_transform(), va="center", ha="right", color=color,
                 weight="bold")  # fmt: skip
-        values = [value for value in each if value > 0]
+        values = [value for value in means if value > 0]
         ax.scatter(values, [at] * len(values), s=60, marker="|", color=color, linewidth=1, zorder=2)
         ax.scatter([mean], [at], s=62, color=color, zorder=3)
 
@@ -328,7 +328,7 @@ def _bytes(value: float, model: float) -> str:
 
 
 def dropouts_by_device(result: RunResult) -> str:
-    """A grid of devices by rounds: which survived the round, and which dropped out at which step."""
+    """Draw a grid of devices by rounds: which survived the round, and which dropped out at which step."""
     devices, hidden = _devices(result)
     letters = {step: step[:1].upper() for step in dropouts_by_step(result.rounds)}
     note = f"; {count(hidden, 'device')} without a dropout not drawn" if hidden else ""
@@ -338,12 +338,12 @@ def dropouts_by_device(result: RunResult) -> str:
 
 
 def _devices(result: RunResult) -> tuple[list[str], int]:
-    """The devices to draw, in the clients' order, unknown ones last; and how many of a large fleet are not drawn."""
+    """Return the devices to draw, in the clients' order, unknown ones last; and how many are left out."""
     dropped = {device for r in result.rounds for device in r.dropped}
-    known = dropped.union(*(r.survivors for r in result.rounds))
-    drawn = dropped if len(known) > FULL_GRID else known
+    devices = dropped.union(*(r.survivors for r in result.rounds))
+    drawn = dropped if len(devices) > FULL_GRID else devices
     order = {h.name: i for i, h in enumerate(result.clients)}
-    return sorted(drawn, key=lambda device: (order.get(device, len(order)), device)), len(known) - len(drawn)
+    return sorted(drawn, key=lambda device: (order.get(device, len(order)), device)), len(devices) - len(drawn)
 
 
 def _grid(
@@ -388,7 +388,7 @@ def _dropout_key(figure: "Figure", letters: dict[str, str]) -> None:
 
 
 def _tiles(places: Iterable[tuple[float, float]], color: str) -> "PathPatch":
-    """One path for all tiles, so that the page of a hundred devices in a hundred rounds stays small."""
+    """Draw one path for all tiles, so that the page of a hundred devices in a hundred rounds stays small."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 
@@ -402,7 +402,7 @@ def _tiles(places: Iterable[tuple[float, float]], color: str) -> "PathPatch":
 
 
 def arms(summary: SuiteSummary) -> str:
-    """Every arm's accuracy or loss, as SVG: a panel for the mean, the 10th percentile and the unseen clients."""
+    """Draw every arm's accuracy or loss: a panel for the mean, the 10th percentile and the unseen clients."""
     rows = list(summary.arms)
     metric = summary.compared_by
     text = "; ".join(f"{name} {share(arm.figures['mean'].value)}" for name, arm in summary.arms.items()) + "."
@@ -410,7 +410,7 @@ def arms(summary: SuiteSummary) -> str:
 
 
 def pairs(summary: SuiteSummary) -> str:
-    """Difference of every pair, as SVG; noise is gray."""
+    """Draw the difference of every pair; noise is gray."""
     rows = [f"{pair.first} - {pair.second}" for pair in summary.pairs]
     unit = summary.compared_by.differences
     text = f"Differences of pairs of arms in {unit}; the list below states each in a sentence."
@@ -455,10 +455,10 @@ def _pairs(figure: "Figure", summary: SuiteSummary, above: float = 0.0) -> None:
 def _panels(
     figure: "Figure", rows: Mapping[str, Sequence[Mark]], metric: Metric, above: float, color: Callable[[Mark], str]
 ) -> list["Axes"]:
-    """A panel for each of ``SHOWN``, a row for each key; ``above`` are the units that are used by other figures."""
+    """Make a panel for each of ``SHOWN``, a row for each key; other figures use ``above`` units."""
     names = list(rows)
     left = 12 + CHARACTER * max(len(short(name)) if " - " not in name else len(name) for name in names)
-    width, found = (WIDTH - left - 2 * GAP - 8) / len(SHOWN), []
+    width, panels = (WIDTH - left - 2 * GAP - 8) / len(SHOWN), []
     for i, title in enumerate(SHOWN):
         ax = axes(figure, left=left + i * (width + GAP), top=above + TOP, width=width, height=SUITE_ROW * len(names))
         for y, marks in enumerate(rows.values()):
@@ -470,8 +470,8 @@ def _panels(
         ax.set_axisbelow(True)
         ax.margins(x=0.12)
         ax.locator_params(axis="x", nbins=4)
-        found.append(ax)
-    return found
+        panels.append(ax)
+    return panels
 
 
 def _mark(ax: "Axes", mark: Mark, y: float, color: str) -> None:

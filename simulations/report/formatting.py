@@ -24,12 +24,12 @@ MINUTE = 60  # seconds
 
 
 def share(value: float, digits: int = 3) -> str:
-    """A share without the leading zero; a dash for NaN."""
+    """Format a share without the leading zero; a dash for NaN."""
     return f"{value:.{digits}f}".removeprefix("0") if math.isfinite(value) else "–"
 
 
 def percent(part: float, whole: float) -> str:
-    """``part`` of ``whole`` in two significant digits; a dash if there is no such share."""
+    """Format ``part`` of ``whole`` in two significant digits; a dash if there is no such share."""
     if not whole > 0 or not math.isfinite(part):
         return "–"
     value = 100 * part / whole
@@ -37,7 +37,7 @@ def percent(part: float, whole: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in three significant digits and decimal units."""
+    """Format bytes in three significant digits and decimal units."""
     value, unit = float(count), 0
     while value >= 999.5 and unit < len(UNITS) - 1:
         value, unit = value / 1000, unit + 1
@@ -46,12 +46,12 @@ def size(count: float) -> str:
 
 
 def size_or_dash(count: float) -> str:
-    """``size``; a dash for zero and NaN."""
+    """Format ``size``; a dash for zero and NaN."""
     return size(count) if count > 0 else "–"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as ``7.1 s``, ``42 s``, ``4 min 12 s`` or ``1 h 05 min``; a dash for NaN."""
+    """Format seconds as ``7.1 s``, ``42 s``, ``4 min 12 s`` or ``1 h 05 min``; a dash for NaN."""
     if not math.isfinite(seconds):
         return "–"
     if seconds < 9.95:
@@ -68,12 +68,12 @@ def count(number: int, noun: str, plural: str = "") -> str:
 
 
 def printable(text: str) -> str:
-    """``text`` with a question mark for every control character, which could steer the terminal."""
+    """Put a question mark for every control character, which could steer the terminal."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def headline(result: RunResult) -> str:
-    """The run in one sentence, and in another one how many clients were evaluated, if not all were."""
+    """Put the run in one sentence, and in another one how many clients were evaluated, if not all were."""
     unseen = sum(h.unseen for h in result.clients)
     languages = len({h.language for h in result.clients})
     mean = {arm: result.summary(arm) for arm in ARMS}
@@ -90,13 +90,13 @@ def headline(result: RunResult) -> str:
 
 
 def attack(result: RunResult) -> str:
-    """How many devices lied, in capitals; empty if none did."""
-    found = len(result.attackers)
-    return f"UNDER ATTACK: {count(found, 'device')} lied in training ({result.attack}). " if found else ""
+    """Say in capitals how many devices lied; empty if none did."""
+    liars = len(result.attackers)
+    return f"UNDER ATTACK: {count(liars, 'device')} lied in training ({result.attack}). " if liars else ""
 
 
 def evaluated(clients: int, population: int) -> str:
-    """How many clients were evaluated; empty if all were.
+    """Say how many clients were evaluated; empty if all were.
 
     >>> evaluated(200, 10_000)
     '200 of 10000 clients, chosen by the seed, were evaluated.'
@@ -105,13 +105,13 @@ def evaluated(clients: int, population: int) -> str:
 
 
 def command(exported: ExportResult, program: str) -> str:
-    """The command that asks the exported bundle a phrase, quoted for a shell."""
+    """Return the command that asks the exported bundle a phrase, quoted for a shell."""
     return f'{program} device infer --bundle {shlex.quote(exported.bundle)} "{exported.phrase}"'
 
 
 @dataclass(frozen=True, slots=True)
 class TrafficMeans:
-    """Mean bytes of one device in one round, over the rounds that were not aborted; NaN if all were."""
+    """Holds mean bytes of one device in one round, over the rounds that were not aborted; NaN if all were."""
 
     up: float
     down: float
@@ -126,7 +126,7 @@ class TrafficMeans:
 
 
 def dropouts(rounds: Sequence[ReportedRound]) -> str:
-    """The dropouts in one line: ``14 of 120 device-rounds: 6 at plan, 8 at unmask``."""
+    """Put the dropouts in one line: ``14 of 120 device-rounds: 6 at plan, 8 at unmask``."""
     by_step, aborted = dropouts_by_step(rounds), sum(r.aborted is not None for r in rounds)
     at = ", ".join(f"{number} at {step}" for step, number in by_step.items())
     text = f"{sum(by_step.values())} of {count(device_rounds(rounds), 'device-round')}" + (f": {at}" if at else "")
@@ -134,7 +134,7 @@ def dropouts(rounds: Sequence[ReportedRound]) -> str:
 
 
 def formatted_groups(result: RunResult) -> str:
-    """The federations of a run with groups: their devices, and the mean accuracy of the personal arm."""
+    """List the federations of a run with groups: their devices, and the mean accuracy of the personal arm."""
     parts = []
     for group in result.groups:
         inside = [client for client in result.clients if client.name in group.clients and not client.unseen]
@@ -145,7 +145,7 @@ def formatted_groups(result: RunResult) -> str:
 
 
 def privacy(epsilon: float | None, delta: float | None, rounds: int) -> tuple[str, str]:
-    """The epsilon of all rounds, or none; and what that means.
+    """Return the epsilon of all rounds, or none; and what that means.
 
     >>> privacy(6.071, 1e-6, 2)
     ('epsilon 6.07', 'for delta 1e-06 after 2 rounds, for everything of one device')
@@ -155,22 +155,22 @@ def privacy(epsilon: float | None, delta: float | None, rounds: int) -> tuple[st
     return f"epsilon {epsilon:.2f}", f"for delta {delta:g} after {count(rounds, 'round')}, for everything of one device"
 
 
-def canaries(found: CanaryBounds) -> tuple[str, str]:
-    """The lower bound on epsilon from canaries, the account, and what the bound holds for.
+def canaries(bounds: CanaryBounds) -> tuple[str, str]:
+    """Return the lower bound on epsilon from canaries, the account, and what the bound holds for.
 
     >>> "; ".join(canaries(CanaryBounds(1000, 712, account=8.0, one_run=0.61, gaussian=6.52, confidence=0.95)))
     'epsilon at least 6.52, below the account of 8.00; at 95 % for Gaussian noise, 0.61 for any; 712 of 1000 guessed'
     """
-    above = max(found.gaussian, found.one_run) > found.account
+    above = max(bounds.gaussian, bounds.one_run) > bounds.account
     side, doubt = ("above", ": too little noise, or chance") if above else ("below", "")
-    text = f"epsilon at least {found.gaussian:.2f}, {side} the account of {found.account:.2f}{doubt}"
-    held = f"at {percent(found.confidence, 1)} for Gaussian noise, {found.one_run:.2f} for any"
-    return text, f"{held}; {found.right} of {found.count} guessed"
+    text = f"epsilon at least {bounds.gaussian:.2f}, {side} the account of {bounds.account:.2f}{doubt}"
+    held = f"at {percent(bounds.confidence, 1)} for Gaussian noise, {bounds.one_run:.2f} for any"
+    return text, f"{held}; {bounds.right} of {bounds.count} guessed"
 
 
-def reliability(found: Mapping[str, Reliability]) -> tuple[str, str]:
-    """How often each arm is right when it says 90 %, and the calibration errors; the personal arm comes first."""
-    arms = list(found.items())[::-1]
+def reliability(by_arm: Mapping[str, Reliability]) -> tuple[str, str]:
+    """Say how often each arm is right when it says 90 %, and the calibration errors; the personal arm comes first."""
+    arms = list(by_arm.items())[::-1]
     says = (f"{arm} is right {percent(one.right_near_ninety, 1)} of {one.near_ninety} times" for arm, one in arms)
     errors = (f"{arm} {percent(one.after, 1)}{_uncalibrated(one)}" for arm, one in arms)
     return "; ".join(says), f"calibration error: {'; '.join(errors)}"
@@ -181,7 +181,7 @@ def _uncalibrated(one: Reliability) -> str:
 
 
 def accuracies(parity: Mapping[str, float]) -> str:
-    """The accuracy of the exported global pair, and that of torch on the same phrases.
+    """Compare the accuracy of the exported global pair with that of torch on the same phrases.
 
     >>> accuracies({"accuracy": 0.695, "torch_accuracy": 0.6967})
     'accuracy .6950, in torch .6967'
@@ -190,7 +190,7 @@ def accuracies(parity: Mapping[str, float]) -> str:
 
 
 def plain(answers: Mapping[str, Mapping[str, int]]) -> str:
-    """The plain phrases that the clients' own bundles answer right, in one line.
+    """Count in one line the plain phrases that the clients' own bundles answer right.
 
     >>> plain({"de-02": {"right": 10, "count": 10}, "fr-03": {"right": 8, "count": 10}})
     '18 of 20 plain phrases right; fewest: fr-03, 8 of 10'
@@ -202,7 +202,7 @@ def plain(answers: Mapping[str, Mapping[str, int]]) -> str:
 
 
 def program() -> str:
-    """The program as it must be typed here: ``edgeadapt`` if the shell finds it, else Python with ``-m``."""
+    """Name the program as it must be typed here: ``edgeadapt`` if the shell finds it, else Python with ``-m``."""
     if shutil.which("edgeadapt"):
         return "edgeadapt"
     python = Path(sys.executable)

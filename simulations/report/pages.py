@@ -63,7 +63,6 @@ def page(result: RunResult, program: str = "edgeadapt") -> str:
 
 
 def template(name: str) -> Template:
-    """A template of this package, which escapes every value."""
     environment = Environment(
         loader=PackageLoader("simulations.report"),
         autoescape=True,
@@ -75,42 +74,41 @@ def template(name: str) -> Template:
     return environment.get_template(name)
 
 
-def interval(found: Estimate) -> str:
-    """``.794 (.762–.823)``, without parentheses if there is no interval; a dash for NaN."""
-    spread = f" ({share(found.low)}–{share(found.high)})" if math.isfinite(found.low) else ""
-    return f"{share(found.value)}{spread}"
+def interval(estimate: Estimate) -> str:
+    """Format ``.794 (.762–.823)``, without parentheses if there is no interval; a dash for NaN."""
+    spread = f" ({share(estimate.low)}–{share(estimate.high)})" if math.isfinite(estimate.low) else ""
+    return f"{share(estimate.value)}{spread}"
 
 
 def difference(found: Difference, metric: Metric) -> str:
-    """``+3.1 (1.2 to 5.0)``, in the unit of differences of the metric."""
+    """Format ``+3.1 (1.2 to 5.0)``, in the unit of differences of the metric."""
     spread = f"{metric.size(found.low)} to {metric.size(found.high)}"
     return f"{metric.size(found.value, signed=True)} ({spread if math.isfinite(found.low) else 'too few clients'})"
 
 
 def sentence(pair: PairSummary, title: str, pairs: int, metric: Metric = ACCURACY) -> str:
-    """The comparison of one figure in plain words.
+    """Compare one figure in plain words.
 
     A difference whose interval contains 0 is called noise; where there are too few clients for an interval, it says so.
     A difference that is not significant at ``CHANCE`` after Holm's correction for ``pairs`` is stated with that.
     """
-    found, place = pair.figures[title], PLACES[title].format(decile=metric.decile)
-    if not math.isfinite(found.low):
+    compared, place = pair.figures[title], PLACES[title].format(decile=metric.decile)
+    if not math.isfinite(compared.low):
         return f"Too few {'unseen ' if title == 'unseen' else ''}clients to compare {pair.first} and {pair.second}."
-    if found.is_noise:
+    if compared.is_noise:
         text = f"{place}the difference between {pair.first} and {pair.second} is within noise: "
-        text += difference(found, metric)
+        text += difference(compared, metric)
     else:
-        low, high = (metric.size(bound) for bound in sorted((abs(found.low), abs(found.high))))
-        better = "better" if metric.sign * found.value > 0 else "worse"
-        text = f"{place}{pair.first} is {metric.size(abs(found.value))} {metric.unit} {better} than {pair.second}"
+        low, high = (metric.size(bound) for bound in sorted((abs(compared.low), abs(compared.high))))
+        better = "better" if metric.sign * compared.value > 0 else "worse"
+        text = f"{place}{pair.first} is {metric.size(abs(compared.value))} {metric.unit} {better} than {pair.second}"
         text += f" ({100 * LEVEL:.0f} %: {low} to {high})"
-        if found.adjusted > CHANCE:
-            text += f"; of {pairs} pairs, one may differ so much by chance (Holm: p = {found.adjusted:.2f})"
+        if compared.adjusted > CHANCE:
+            text += f"; of {pairs} pairs, one may differ so much by chance (Holm: p = {compared.adjusted:.2f})"
     return text[0].upper() + text[1:] + "."
 
 
 def sentences(summary: SuiteSummary) -> Iterator[str]:
-    """A sentence for each pair and figure."""
     for pair in summary.pairs:
         for title in PLACES:
             if title in pair.figures:
@@ -118,7 +116,7 @@ def sentences(summary: SuiteSummary) -> Iterator[str]:
 
 
 def overview(summary: SuiteSummary) -> str:
-    """What the numbers are about, in one paragraph."""
+    """Say in one paragraph what the numbers are about."""
     text = (
         f"{count(len(summary.seeds), 'seed')} ({_list(summary.seeds)}), {count(summary.clients, 'client')} over all "
         f"seeds, {summary.unseen} of them unseen. In parentheses: {100 * LEVEL:.0f} % intervals, from resampled seeds "
@@ -131,12 +129,12 @@ def overview(summary: SuiteSummary) -> str:
 
 
 def shares(arm: ArmSummary) -> tuple[str, ...]:
-    """What an arm reaches on public texts, what it has forgotten, and its aggregation error."""
+    """Say what an arm reaches on public texts, what it has forgotten, and its aggregation error."""
     return tuple(share(value) for value in (arm.public, arm.forgotten, arm.aggregation_error))
 
 
 def costs(arm: ArmSummary) -> tuple[str, ...]:
-    """An arm's epochs, steps, CPU time, bytes up and down of one device, and rounds and bytes to the target."""
+    """List an arm's epochs, steps, CPU time, bytes up and down of one device, and rounds and bytes to the target."""
     cost, reached = arm.cost, arm.reached
     to_target = "–"
     if reached is not None:
@@ -152,13 +150,13 @@ def costs(arm: ArmSummary) -> tuple[str, ...]:
 
 
 def constants(arm: ArmSummary) -> str:
-    """What an arm's search chose, and what it cost."""
+    """Say what an arm's search chose, and what it cost."""
     chosen = ", ".join(f"{key} = {value}" for key, value in arm.constants.items())
     return f"{chosen} (of {count(arm.candidates, 'candidate')}, {duration(arm.search_cpu_seconds)} of CPU)"
 
 
 def headline(summary: SuiteSummary) -> str:
-    """The arm with the best mean, and whether the next one differs from noise, in one sentence."""
+    """Name in one sentence the arm with the best mean, and say whether the next one differs from noise."""
     metric = summary.compared_by
     best = max(summary.arms, key=lambda name: metric.sign * summary.arms[name].figures["mean"].value)
     most = "highest mean accuracy" if metric is ACCURACY else f"least mean loss in {metric.name}"
@@ -166,13 +164,13 @@ def headline(summary: SuiteSummary) -> str:
     baseline = next((pair for pair in summary.pairs if pair.first == best), None)
     if baseline is None:
         return f"{text}."
-    found = baseline.figures["mean"]
-    verdict = "within noise" if found.is_noise else f"{difference(found, metric)} {metric.unit}"
+    compared = baseline.figures["mean"]
+    verdict = "within noise" if compared.is_noise else f"{difference(compared, metric)} {metric.unit}"
     return f"{text}; against {baseline.second}: {verdict}."
 
 
 def to_target(summary: SuiteSummary) -> str:
-    """The title of the last column of ``costs``."""
+    """Return the title of the last column of ``costs``."""
     return f"rounds, bytes to {share(summary.target, 2)}" if summary.target else "to target"
 
 
@@ -224,7 +222,6 @@ def write_suite_report(summary: SuiteSummary, folder: Path) -> None:
 
 
 def suite_page(summary: SuiteSummary) -> str:
-    """The page as text. It loads nothing."""
     return template("suite.html").render(
         suite=summary,
         headline=headline(summary),

@@ -39,7 +39,7 @@ Found = Mapping[str, tuple[SearchOutcome, Mapping[int, TrialResult]]]  # arm →
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A figure and its interval at ``LEVEL``; the interval is NaN where there are too few clients for one."""
+    """Holds a figure and its interval at ``LEVEL``; the interval is NaN where there are too few clients for one."""
 
     value: float
     low: float
@@ -48,7 +48,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The difference of a figure between two arms, its interval, and the probability of so much by chance."""
+    """Compares a figure between two arms: the difference, its interval, and its probability by chance."""
 
     value: float
     low: float
@@ -58,7 +58,6 @@ class Difference:
 
     @property
     def is_noise(self) -> bool:
-        """Whether the interval contains 0, or it is NaN."""
         return not (self.low > 0 or self.high < 0)
 
     def scaled(self, factor: float) -> "Difference":
@@ -67,15 +66,15 @@ class Difference:
 
 
 def figure(samples: Sequence[Values], statistic: Statistic) -> Values:
-    """The mean over seeds of a statistic over clients, shape ``(arms,)``.
+    """Return the mean over seeds of a statistic over clients, shape ``(arms,)``.
 
-    ``samples``: for each seed the values, shape ``(arms, clients)``; at least one client.
+    ``samples`` has for each seed the values, shape ``(arms, clients)``; at least one client.
     """
     return np.mean([statistic(values) for values in samples], axis=0)  # type: ignore[no-any-return]
 
 
 def resampled(samples: Sequence[Values], statistic: Statistic, rng: np.random.Generator) -> Values:
-    """``figure`` of resampled seeds and clients, shape ``(arms, RESAMPLES)``; all arms have the same draws."""
+    """Return ``figure`` of resampled seeds and clients, shape ``(arms, RESAMPLES)``; all arms have the same draws."""
     arms, total = samples[0].shape[0], np.zeros((samples[0].shape[0], RESAMPLES))
     for _ in samples:  # one drawn seed after the other
         drawn = rng.integers(len(samples), size=RESAMPLES)
@@ -89,7 +88,7 @@ def resampled(samples: Sequence[Values], statistic: Statistic, rng: np.random.Ge
 
 
 def estimate(value: float, draws: Values, clients: int) -> Estimate:
-    """A figure with the percentile interval of its resamples; without one for fewer than ``FEWEST`` clients."""
+    """Return a figure with the percentile interval of its resamples; without one for fewer than ``FEWEST`` clients."""
     if clients < FEWEST:
         return Estimate(value, math.nan, math.nan)
     low, high = np.percentile(draws, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
@@ -97,9 +96,9 @@ def estimate(value: float, draws: Values, clients: int) -> Estimate:
 
 
 def p_value(draws: Values, clients: int) -> float:
-    """The two-sided probability of a difference as far from 0, from resamples of the difference.
+    """Return the two-sided probability of a difference as far from 0, from resamples of the difference.
 
-    At least 2 / (resamples + 1); 1 if there are fewer than ``FEWEST`` clients.
+    It is at least 2 / (resamples + 1), and 1 if there are fewer than ``FEWEST`` clients.
     """
     if clients < FEWEST:
         return 1.0
@@ -108,7 +107,7 @@ def p_value(draws: Values, clients: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:
-    """The values after Holm's correction (1979), in the same order.
+    """Apply Holm's correction (1979), in the same order.
 
     >>> holm([0.01, 0.04, 0.03])
     (0.03, 0.06, 0.06)
@@ -122,7 +121,7 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Reached:
-    """The rounds of a federation until its adapter reaches the target, and one device's bytes: means over ``seeds``."""
+    """Counts a federation's rounds until its adapter reaches the target, and a device's bytes: means over ``seeds``."""
 
     seeds: int  # seeds in which it is reached; the others count for nothing
     rounds: float
@@ -145,7 +144,7 @@ class ArmSummary:
 
 @dataclass(frozen=True, slots=True)
 class PairSummary:
-    """Two arms: the figures of the first minus those of the second."""
+    """Holds the figures of the first arm minus those of the second."""
 
     first: str
     second: str
@@ -154,7 +153,7 @@ class PairSummary:
 
 @dataclass(frozen=True, slots=True)
 class SuiteSummary:
-    """A suite. ``clients`` and ``unseen`` are counted over all seeds; ``metric`` is a key of ``METRICS``."""
+    """Summarizes a suite. ``clients`` and ``unseen`` are counted over all seeds; ``metric`` is a key of ``METRICS``."""
 
     name: str
     metric: str
@@ -171,44 +170,44 @@ class SuiteSummary:
         return METRICS[self.metric]
 
     def to_json(self) -> dict[str, Any]:
-        """The object that ``--json`` prints. NaN becomes null."""
+        """Return the object that ``--json`` prints. NaN becomes null."""
         table: dict[str, Any] = _plain(asdict(self))
         return table
 
 
-def summarize(settings: SuiteSettings, found: Found) -> SuiteSummary:
-    """The numbers of a finished suite. Raises DataError if two arms have different clients or test texts."""
-    _check_pairs(found)
+def summarize(settings: SuiteSettings, outcomes: Found) -> SuiteSummary:
+    """Compute the numbers of a finished suite. Raises DataError if two arms have different clients or test texts."""
+    _check_pairs(outcomes)
     figures = {}
     for title in FIGURES:
-        if samples := samples_of(found, settings.seeds, unseen=title == "unseen"):
-            figures[title] = _Figure.of(list(found), samples, STATISTICS["mean" if title == "unseen" else title])
-    base = next((name for name in found if settings.arms[name].kind is Kind.BASE), None)
-    clients = [c for result in next(iter(found.values()))[1].values() for c in result.clients]
+        if samples := samples_of(outcomes, settings.seeds, unseen=title == "unseen"):
+            figures[title] = _Figure.of(list(outcomes), samples, STATISTICS["mean" if title == "unseen" else title])
+    base = next((name for name in outcomes if settings.arms[name].kind is Kind.BASE), None)
+    clients = [c for result in next(iter(outcomes.values()))[1].values() for c in result.clients]
     return SuiteSummary(
         name=settings.name,
-        metric=compared_by(found).name,
+        metric=compared_by(outcomes).name,
         seeds=settings.seeds,
         search_seeds=settings.search.seeds if any(arm.search for arm in settings.arms.values()) else (),
         target=settings.target,
         clients=len(clients),
         unseen=sum(c.unseen for c in clients),
-        arms={name: _arm(settings, name, found, figures, base) for name in found},
-        pairs=_pairs(settings.pairs, figures, compared_by(found)),
+        arms={name: _arm(settings, name, outcomes, figures, base) for name in outcomes},
+        pairs=_pairs(settings.pairs, figures, compared_by(outcomes)),
     )
 
 
 def _arm(
-    settings: SuiteSettings, name: str, found: Found, figures: Mapping[str, "_Figure"], base: str | None
+    settings: SuiteSettings, name: str, outcomes: Found, figures: Mapping[str, "_Figure"], base: str | None
 ) -> ArmSummary:
-    kind, metric, (chosen, results) = settings.arms[name].kind, compared_by(found), found[name]
+    kind, metric, (chosen, results) = settings.arms[name].kind, compared_by(outcomes), outcomes[name]
     nothing = Estimate(math.nan, math.nan, math.nan)
     targeted = settings.target and kind.federated
     return ArmSummary(
         kind=kind,
         figures={title: figures[title].estimate(metric, name) if title in figures else nothing for title in FIGURES},
         public=_mean([metric.of(c.public) for r in results.values() for c in r.clients]),
-        forgotten=_forgotten(found[base][1], results) if base else math.nan,
+        forgotten=_forgotten(outcomes[base][1], results) if base else math.nan,
         aggregation_error=_mean([e for r in results.values() if (e := r.aggregation_error) is not None]),
         cost=_cost([result.cost for result in results.values()]),
         reached=_reached([r.rounds for r in results.values()], settings.target, metric) if targeted else None,
@@ -220,7 +219,7 @@ def _arm(
 
 @dataclass(frozen=True, slots=True)
 class _Figure:
-    """One figure of all arms: its values, their resamples, and of how many clients."""
+    """Holds one figure of all arms: its values, their resamples, and of how many clients."""
 
     names: Sequence[str]
     values: Values
@@ -238,7 +237,7 @@ class _Figure:
         return scores if metric.sign > 0 else Estimate(-scores.value, -scores.high, -scores.low)
 
     def difference(self, first: str, second: str) -> Difference:
-        """The difference of two arms' scores, not yet adjusted."""
+        """Return the difference of two arms' scores, not yet adjusted."""
         i, j = self.names.index(first), self.names.index(second)
         draws = self.draws[i] - self.draws[j]
         interval, p = (
@@ -248,13 +247,13 @@ class _Figure:
         return Difference(interval.value, interval.low, interval.high, p, p)
 
 
-def compared_by(found: Found) -> Metric:
-    return metric_of(result for _, results in found.values() for result in results.values())
+def compared_by(outcomes: Found) -> Metric:
+    return metric_of(result for _, results in outcomes.values() for result in results.values())
 
 
-def _check_pairs(found: Found) -> None:
-    first, (_, expected) = next(iter(found.items()))
-    for name, (_, results) in found.items():
+def _check_pairs(outcomes: Found) -> None:
+    first, (_, expected) = next(iter(outcomes.items()))
+    for name, (_, results) in outcomes.items():
         for seed, result in results.items():
             same = [(c.name, c.unseen, c.test.count) for c in expected[seed].clients]
             if [(c.name, c.unseen, c.test.count) for c in result.clients] != same:
@@ -264,17 +263,17 @@ def _check_pairs(found: Found) -> None:
                 )
 
 
-def samples_of(found: Found, seeds: Sequence[int], *, unseen: bool) -> list[Values]:
-    """For each seed the test scores of some clients, shape ``(arms, clients)``; none if there are no such clients.
+def samples_of(outcomes: Found, seeds: Sequence[int], *, unseen: bool) -> list[Values]:
+    """Return for each seed the test scores of some clients, shape ``(arms, clients)``; none without such clients.
 
     A score is an accuracy, or the negative of a loss in bits per byte.
     """
-    metric = compared_by(found)
+    metric = compared_by(outcomes)
     samples = [
         np.array(
             [
                 [metric.score(c.test) for c in results[seed].clients if c.unseen is unseen]
-                for _, results in found.values()
+                for _, results in outcomes.values()
             ]
         )
         for seed in seeds
@@ -284,8 +283,8 @@ def samples_of(found: Found, seeds: Sequence[int], *, unseen: bool) -> list[Valu
 
 def _pairs(pairs: Sequence[tuple[str, str]], figures: Mapping[str, _Figure], metric: Metric) -> tuple[PairSummary, ...]:
     rows: list[dict[str, Difference]] = [{} for _ in pairs]
-    for title, one in figures.items():
-        differences = [one.difference(*pair) for pair in pairs]
+    for title, figure in figures.items():
+        differences = [figure.difference(*pair) for pair in pairs]
         adjusted = holm([difference.p for difference in differences])
         for row, difference, p in zip(rows, differences, adjusted, strict=True):
             row[title] = replace(difference, adjusted=p).scaled(metric.sign)
@@ -314,13 +313,13 @@ def _cost(costs: Sequence[Cost]) -> Cost:
 
 
 def _reached(runs: Sequence[Sequence[RoundPoint]], target: float, metric: Metric) -> Reached:
-    found = []
+    reached = []
     for points in runs:
         for before, point in pairwise((RoundPoint(0, None, 0.0), *points)):  # a round states what it began with
             if point.value is not None and metric.sign * point.value >= metric.sign * target:
-                found.append((before.round, before.bytes))
+                reached.append((before.round, before.bytes))
                 break
-    return Reached(len(found), _mean([rounds for rounds, _ in found]), _mean([size for _, size in found]))
+    return Reached(len(reached), _mean([rounds for rounds, _ in reached]), _mean([size for _, size in reached]))
 
 
 def _plain(value: Any) -> Any:

@@ -87,14 +87,14 @@ def print_clients(summary: DataSummary, console: Console) -> None:
     console.print(table)
 
 
-def _print_lines(found: Iterable[tuple[str, str | Text]], console: Console) -> None:
-    for label, text in found:
+def _print_lines(lines: Iterable[tuple[str, str | Text]], console: Console) -> None:
+    for label, text in lines:
         line = Text.assemble((f"{label:<{LABEL}}", "dim"), printable(text) if isinstance(text, str) else text)
         console.print(line, soft_wrap=True, highlight=False)
 
 
 def _described(adapter: AdapterSettings) -> str:
-    """The method of a scenario's adapter, with its size, and its modules unless they are the usual ones."""
+    """Name the method of a scenario's adapter, with its size, and its modules unless they are the usual ones."""
     name = METHODS[adapter.method]
     if adapter.method in ("prompt_tuning", "prefix_tuning"):
         return f"{name} with {count(adapter.virtual_tokens, 'virtual token')}"
@@ -130,7 +130,7 @@ def _plan(scenario: Scenario, out: Path, clients: int, devices: int, groups: str
 
 
 def _personal(scenario: Scenario) -> list[str]:
-    """The arms after the base, and what their personal steps have in common."""
+    """List the arms after the base, and what their personal steps have in common."""
     training, step, writes = scenario.federation.training, scenario.personal, scenario.data.for_language_model
     alone = count(scenario.federation.training_rounds * training.epochs, "epoch")
     texts = "texts" if writes else "phrases"
@@ -155,18 +155,18 @@ def _personal(scenario: Scenario) -> list[str]:
 
 
 def _price(federation: FederationSettings, devices: int) -> str:
-    """What groups cost a device and, with differential privacy, the mean."""
+    """Say what groups cost a device and, with differential privacy, the mean."""
     bounds = federation.aggregation
     devices = min(federation.cohort.size or devices, devices)
-    found = bounds.grouping(devices)
-    if found is None:
+    dealt = bounds.grouping(devices)
+    if dealt is None:
         return "none"
     noise = (
-        f", and the mean has about {found.count**0.5:.1f} × the noise of one sum" if federation.privacy.noisy else ""
+        f", and the mean has about {dealt.count**0.5:.1f} × the noise of one sum" if federation.privacy.noisy else ""
     )
-    hides = f"{devices // found.count} instead of {devices}, never of fewer than {found.minimum}{noise}"
+    hides = f"{devices // dealt.count} instead of {devices}, never of fewer than {dealt.minimum}{noise}"
     return (
-        f"{found.count} sums a round, combined by {bounds.combine}: of {devices} devices, one hides in a sum of {hides}"
+        f"{dealt.count} sums a round, combined by {bounds.combine}: of {devices} devices, one hides in a sum of {hides}"
     )
 
 
@@ -215,7 +215,7 @@ def _accuracy(result: RunResult) -> Table:
 
 
 def _clients(result: RunResult) -> Table:
-    """The clients of a language model with their bits per byte, by arm."""
+    """Tabulate the clients of a language model with their bits per byte, by arm."""
     table = _table(result.metric, ARMS)
     for client in result.clients:
         cells = [f"{client.arms[arm]:.3f}" for arm in ARMS]
@@ -228,16 +228,16 @@ def _clients(result: RunResult) -> Table:
 
 
 def _facts(result: RunResult) -> list[tuple[str, str | Text]]:
-    """What the rounds cost, and what they revealed."""
+    """List what the rounds cost, and what they revealed."""
     amount, meaning = privacy(result.epsilon, result.delta, len(result.rounds))
     private: list[tuple[str, str | Text]] = [("privacy", Text.assemble((amount, "bold"), f": {meaning}"))]
     if result.canaries:
         private += zip(("canaries", ""), canaries(result.canaries), strict=True)
     if result.exported is None:
-        made = f"version {result.adapter['version']} after {count(len(result.rounds), 'round')}"
+        version = f"version {result.adapter['version']} after {count(len(result.rounds), 'round')}"
         note = evaluated(len(result.clients), result.population)
         return [
-            ("adapter", f"{made}, {size(int(result.adapter['bytes']))}"),
+            ("adapter", f"{version}, {size(int(result.adapter['bytes']))}"),
             *private,
             ("time", duration(result.seconds["total"])),
             *([("evaluated", note)] if note else []),

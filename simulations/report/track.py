@@ -22,11 +22,7 @@ SERVER = "MLFLOW_TRACKING_URI"
 
 @dataclass(frozen=True, slots=True)
 class TrackedRun:
-    """One arm with one seed, as a tracker takes it.
-
-    Attributes:
-        by_round: Name and values of what the adapters do that the rounds begin with, where one was published.
-    """
+    """Holds one arm with one seed, as a tracker takes it; ``by_round`` has what rounds published of adapters."""
 
     name: str  # such as ``personal-seed-0``
     settings: dict[str, str]  # arm, kind, seed, and the keys that the arm sets or its search chose
@@ -34,25 +30,25 @@ class TrackedRun:
     by_round: tuple[str, dict[int, float]]
 
 
-def tracked_runs(settings: SuiteSettings, found: Found) -> Iterator[TrackedRun]:
-    """The runs of a finished suite, arm by arm."""
-    key = compared_by(found).name.replace(" ", "_")
-    for place, (name, (chosen, results)) in enumerate(found.items()):
+def tracked_runs(settings: SuiteSettings, outcomes: Found) -> Iterator[TrackedRun]:
+    """Yield the runs of a finished suite, arm by arm."""
+    key = compared_by(outcomes).name.replace(" ", "_")
+    for place, (name, (chosen, results)) in enumerate(outcomes.items()):
         arm = settings.arms[name]
         keys = {**settings.set, **arm.set, **chosen.constants}
         for seed, result in results.items():
             yield TrackedRun(
                 f"{name}-seed-{seed}",
                 {"arm": name, "kind": arm.kind.value, "seed": str(seed), **{k: str(v) for k, v in keys.items()}},
-                _metrics(found, key, place, seed, result),
+                _metrics(outcomes, key, place, seed, result),
                 (f"round_{key}", {point.round: point.value for point in result.rounds if point.value is not None}),
             )
 
 
-def _metrics(found: Found, key: str, place: int, seed: int, result: TrialResult) -> dict[str, float]:
-    figures, sign = {}, compared_by(found).sign
+def _metrics(outcomes: Found, key: str, place: int, seed: int, result: TrialResult) -> dict[str, float]:
+    figures, sign = {}, compared_by(outcomes).sign
     for title in FIGURES:
-        if samples := samples_of(found, [seed], unseen=title == "unseen"):
+        if samples := samples_of(outcomes, [seed], unseen=title == "unseen"):
             statistic = STATISTICS["mean" if title == "unseen" else title]
             figures[f"{key}_{title}"] = sign * float(figure(samples, statistic)[place])
     cost = result.cost
@@ -64,8 +60,7 @@ def _metrics(found: Found, key: str, place: int, seed: int, result: TrialResult)
 def to_mlflow(name: str, runs: Iterator[TrackedRun], folder: Path) -> str:
     """Log the runs in MLflow's experiment ``name``, and return the server or the database that they are in.
 
-    Raises:
-        ConfigError: MLflow is not installed, or does not take the runs.
+    Raises ConfigError if MLflow is not installed, or does not take the runs.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
@@ -91,11 +86,7 @@ def to_mlflow(name: str, runs: Iterator[TrackedRun], folder: Path) -> str:
 
 
 def to_tensorboard(name: str, runs: Iterator[TrackedRun], folder: Path) -> str:
-    """Write the runs as event files, each in a folder of its own, and return the folder for ``tensorboard --logdir``.
-
-    Raises:
-        ConfigError: TensorBoard is not installed.
-    """
+    """Write the runs as event files, each in its own folder, and return the folder for ``tensorboard --logdir``."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError as error:

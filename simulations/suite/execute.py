@@ -37,8 +37,6 @@ Show = Callable[[float, float, list[str]], None]  # work done, work left, and wh
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One piece of work for a process."""
-
     label: str  # the arm and the seed, for the screen
     trial: Trial
     rounds: bool  # whether the job is the rounds of the trial, or what comes after them
@@ -46,17 +44,17 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Equal for jobs that write the same outcome."""
+        """Return what is equal for jobs that write the same outcome."""
         return self.trial.federation if self.rounds else self.trial.digest
 
     @property
     def weight(self) -> float:
-        """Work, in epochs of a client."""
+        """Return the work in epochs of a client."""
         return self.trial.rounds_weight if self.rounds else self.trial.weight
 
 
 def pending(suite: Suite, store: Store) -> list[Job]:
-    """The jobs that are left, in the order in which they should begin, each once.
+    """List the jobs that are left, in the order in which they should begin, each once.
 
     While an arm's search is not finished, its first candidate stands for the constants, so that the work that is left
     can be estimated; such jobs are not ready.
@@ -91,8 +89,6 @@ def _of_trial(trial: Trial, label: str, store: Store, *, chosen: bool) -> Iterat
 
 
 class Worker:
-    """What a process of a suite holds."""
-
     def __init__(self, folder: Path, notify: Notify) -> None:
         print(f"process {os.getpid()}", flush=True)
         self._store, self._notify = Store(folder), notify
@@ -135,7 +131,7 @@ def compute(trial: Trial, store: Store, notify: Notify) -> TrialResult:
 
 
 def _material(trial: Trial, store: Store) -> Material:
-    """What a trial is computed from; a base or a bundle that has to be made is shared by all that need the same."""
+    """Return what a trial is computed from; a base or a bundle that has to be made is shared by all that need it."""
     scenario, finished = trial.scenario, store.federation(trial) / FINISHED
     population = _populated(scenario.model_dump_json(include={"seed", "population", "data"}))
     needs = {"seed", "population", "data", "base", "export"}
@@ -149,7 +145,7 @@ def _material(trial: Trial, store: Store) -> Material:
 
 @contextmanager
 def _shared(store: Store, scenario: Scenario, needs: set[str], *, made: bool) -> Iterator[Path]:
-    """The folder of what depends on some tables of a scenario; that of the suite if nothing has to be made."""
+    """Yield the folder of what depends on some tables of a scenario; that of the suite if nothing has to be made."""
     if not made:
         yield store.path
         return
@@ -161,14 +157,14 @@ def _shared(store: Store, scenario: Scenario, needs: set[str], *, made: bool) ->
 
 @lru_cache(maxsize=2)
 def _populated(tables: str) -> Population:
-    """The population that these tables of a scenario, in JSON, describe; kept for the next trial."""
+    """Return the population that these tables of a scenario, in JSON, describe; kept for the next trial."""
     scenario = Scenario.parse(json.loads(tables), "scenario")
     return populate(scenario.data, scenario.population, scenario.seed).population
 
 
 @dataclass(slots=True)
 class _Running:
-    """A process, and the job that it has."""
+    """Holds a process, and the job that it has."""
 
     process: Process
     log: Path
@@ -183,8 +179,7 @@ class _Running:
 def execute(suite: Suite, store: Store, processes: int, show: Show) -> None:
     """Run all jobs that are left, and call ``show`` after each change.
 
-    Raises:
-        ConfigError, DataError: An arm's search found nothing, or a process ended with an error.
+    Raises ConfigError or DataError if an arm's search found nothing, or a process ended with an error.
     """
     workers, done = list[_Running](), 0.0
     events: SimpleQueue[tuple[_Running, str | Future[None]]] = SimpleQueue()  # notes and outcomes
@@ -224,7 +219,7 @@ def execute(suite: Suite, store: Store, processes: int, show: Show) -> None:
 
 
 def _finish(worker: _Running, outcome: "Future[None]") -> float:
-    """The weight of the job that a process has finished. Raises DataError if it failed or was killed."""
+    """Return the weight of the job that a process has finished. Raises DataError if it failed or was killed."""
     job, worker.job = worker.job, None
     assert job is not None  # noqa: S101  # it has reported it
     try:

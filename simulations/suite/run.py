@@ -71,17 +71,13 @@ CANARIES = "canaries.json"
 RESULT = "result.json"
 REPORT = "report.html"
 LOG = "run.log"
-MOST_THREADS = 4  # of torch: one phrase does not keep more busy
+MOST_THREADS = 4  # one phrase does not keep more busy
 MOST_AT_ONCE = 4  # clients; each holds a base in memory
 
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """Where the devices of the rounds work.
-
-    Attributes:
-        ray: On Flower's simulation engine, which has processes of its own and no faults, not on the in-process grid.
-    """
+    """Says where the devices work; ``ray``: on Flower's engine, which has its own processes and no faults."""
 
     workers: int = 1  # processes; 1: this one
     ray: bool = False
@@ -92,7 +88,7 @@ HERE = Engine()
 
 @dataclass(slots=True)
 class RunFolder:
-    """The folder of a run: its scenario, and the seconds of each stage so far, over all resumes."""
+    """Manages the folder of a run: its scenario, and the seconds of each stage so far, over all resumes."""
 
     path: Path
     scenario: Scenario
@@ -137,7 +133,7 @@ class RunFolder:
         replace(self.path / SECONDS, json.dumps(self.seconds).encode())
 
     def of(self, group: Group) -> "RunFolder":
-        """The folder of a group's federation, with the same times."""
+        """Return the folder of a group's federation, with the same times."""
         path = self.path / group.folder
         path.mkdir(parents=True, exist_ok=True)
         return RunFolder(path, self.scenario, self.seconds)
@@ -169,7 +165,7 @@ def simulate(folder: RunFolder, population: Population, progress: RunProgress, e
 
 
 class _RunLog(logging.FileHandler):
-    """A log that loses a line if the disk is full; the run then ends with its own error, not with a traceback."""
+    """Loses a line if the disk is full; the run then ends with its own error, not with a traceback."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         ...
@@ -193,8 +189,7 @@ def _logged(out: Path) -> Iterator[None]:
 def prepare(folder: RunFolder, groups: Sequence[Group], base: Base) -> None:
     """Make the fleets of a run, unless they are there.
 
-    Raises:
-        ConfigError: There is one of another population, base or trace, or as ``device_base``.
+    Raises ConfigError if they are of another population, base or trace, or as ``device_base``.
     """
     for group in groups:
         _prepare(folder.of(group).path, folder.scenario, group.population, base)
@@ -221,7 +216,7 @@ def _prepare(out: Path, scenario: Scenario, population: Population, base: Base) 
 def federate(
     folder: RunFolder, population: Population, base: Base, progress: RunProgress, engine: Engine = HERE
 ) -> None:
-    """The rounds that are left, of one federation after the other, all of them prepared."""
+    """Run the rounds that are left, of one federation after the other, all of them prepared."""
     trace = folder.scenario.network.trace
     availability = read_trace(Path(trace), population.clients) if trace else {}
     for group in grouped(population, folder.scenario.groups):
@@ -236,7 +231,7 @@ def _federate(
     availability: Mapping[str, Steps],
     engine: Engine,
 ) -> None:
-    """The rounds of one fleet. ``availability``: client → when its device can be reached (``read_trace``)."""
+    """Run the rounds of one fleet. ``availability``: client → when its device can be reached (``read_trace``)."""
     scenario, coordinator = folder.scenario, folder.path / provision.COORDINATOR
     enrolment = Enrolment.of(folder.path, scenario, population, base)
     for client in population.clients:  # a client without data ends the run before the first round
@@ -273,7 +268,7 @@ def _in_rounds(grid: InProcessGrid, context: Context, devices: MemoryDevices | W
 
 
 def abort_warning(scenario: Scenario, devices: int) -> str:
-    """A line on a run of which most rounds must abort, in a federation of so many devices; empty of any other."""
+    """Warn that most rounds of a run must abort, in a federation of ``devices``; empty if they need not."""
     settings, faults = scenario.federation.aggregation, _faults(scenario, {})
     cohort = min(devices, scenario.federation.cohort.size or devices)
     needed = settings.survivors(cohort, settings.masking_graph(cohort))
@@ -288,7 +283,7 @@ def abort_warning(scenario: Scenario, devices: int) -> str:
 
 
 def _faults(scenario: Scenario, trace: Mapping[int, Steps]) -> FaultModel:
-    """The faults of the in-process grid. ``trace``: node → when it can be reached."""
+    """Return the faults of the in-process grid. ``trace``: node → when it can be reached."""
     network = scenario.network
     return FaultModel(
         scenario.seed,
@@ -302,7 +297,7 @@ def _faults(scenario: Scenario, trace: Mapping[int, Steps]) -> FaultModel:
 
 
 def _evaluated(folder: RunFolder, population: Population, base: Base) -> list[tuple[Group, Population]]:
-    """The groups with those of their clients that are evaluated after the rounds, all of them enrolled."""
+    """Return the groups with those of their clients that are evaluated after the rounds, all of them enrolled."""
     scenario = folder.scenario
     names = {client.name for client in population.sampled(scenario.evaluation.clients, scenario.seed).clients}
     evaluated = []
@@ -315,7 +310,7 @@ def _evaluated(folder: RunFolder, population: Population, base: Base) -> list[tu
 
 
 def _arms(folder: RunFolder, population: Population, base: Base, progress: RunProgress) -> dict[str, TrialResult]:
-    """The default arms, each computed or read from the folder."""
+    """Return the default arms, each computed or read from the folder."""
     scenario, store = folder.scenario, Store(folder.path)
     groups = grouped(population, scenario.groups)
     fleets = fleet_folders(folder.path, groups)
@@ -336,7 +331,7 @@ def _arms(folder: RunFolder, population: Population, base: Base, progress: RunPr
 
 
 def _canary_bounds(folder: RunFolder, groups: Sequence[Group]) -> CanaryBounds | None:
-    """What the scenario's canaries find in sums as those of its rounds, once; None if it has none, or no noise."""
+    """Return what the scenario's canaries find in sums like its rounds', once; None without canaries or noise."""
     scenario, path = folder.scenario, folder.path / CANARIES
     if not scenario.evaluation.canaries or not scenario.federation.privacy.noisy:
         return None

@@ -35,14 +35,12 @@ _PART: TypeAdapter[tuple[ClientScore, float]] = TypeAdapter(tuple[ClientScore, f
 
 
 class Store:
-    """The folder ``path`` of a suite or a run."""
-
     def __init__(self, path: Path) -> None:
         self.path = path
         self._outcomes: dict[str, Outcome] = {}
 
     def get(self, trial: Trial) -> Outcome | None:
-        """The outcome of a trial; None if it is not finished. Raises DataError if its file is damaged."""
+        """Read the outcome of a trial; None if it is not finished. Raises DataError if its file is damaged."""
         if trial.digest not in self._outcomes:
             outcome = _stored(self._file(trial), _OUTCOME)
             if outcome is None:
@@ -57,7 +55,7 @@ class Store:
         shutil.rmtree(self._parts(trial), ignore_errors=True)
 
     def part(self, trial: Trial, client: str) -> tuple[ClientScore, float] | None:
-        """What ``put_part`` kept of a client; None if it is not done. Raises as ``get``."""
+        """Read what ``put_part`` kept of a client; None if it is not done. Raises as ``get``."""
         return _stored(self._parts(trial) / f"{client}.json", _PART)
 
     def put_part(self, trial: Trial, score: ClientScore, cpu_seconds: float) -> None:
@@ -71,11 +69,10 @@ class Store:
         self._file(trial).unlink(missing_ok=True)
 
     def federation(self, trial: Trial) -> Path:
-        """The folder of the rounds of a trial."""
         return self.path / FEDERATIONS / trial.federation
 
     def has_rounds(self, trial: Trial) -> bool:
-        """Whether the rounds of a trial are finished, or it has none."""
+        """Check whether the rounds of a trial are finished, or it has none."""
         return not trial.kind.federated or (self.federation(trial) / FINISHED).exists()
 
     def _file(self, trial: Trial) -> Path:
@@ -96,7 +93,7 @@ def _stored(file: Path, kind: TypeAdapter[T]) -> T | None:
 
 
 def results(suite: Suite, store: Store) -> dict[str, tuple[SearchOutcome, dict[int, TrialResult]]]:
-    """Arm → what its search found, and its result on each seed. Raises DataError if one is missing or failed."""
+    """Map each arm to its search's outcome and result by seed. Raises DataError if one is missing or failed."""
     finished = {}
     for name in suite.settings.arms:
         chosen = search(suite, name, store.get)
@@ -112,12 +109,12 @@ def results(suite: Suite, store: Store) -> dict[str, tuple[SearchOutcome, dict[i
 
 
 def read_suite(path: Path, *, seeds: int | None = None, changes: Sequence[str] = (), arms: Sequence[str] = ()) -> Suite:
-    """The suite in a file, or one that is shipped under this name.
+    """Read the suite in a file, or one that is shipped under this name.
 
     Args:
-        seeds: If given, so many seeds from 0 on instead of the file's.
+        seeds: The number of seeds, from 0 on, instead of the file's.
         changes: ``KEY=VALUE`` of the scenario, for every arm; they come after those of the suite.
-        arms: If given, only these of its arms.
+        arms: Only these of its arms.
 
     Raises:
         ConfigError: It, its scenario or an arm is missing, or a key or a value of a trial is wrong.
@@ -133,7 +130,7 @@ def read_suite(path: Path, *, seeds: int | None = None, changes: Sequence[str] =
 
 
 def open_suite(out: Path) -> Suite:
-    """The suite that was run in a folder. Raises ConfigError if it is missing or damaged."""
+    """Read the suite that was run in a folder. Raises ConfigError if it is missing or damaged."""
     file = out / SUITE
     try:
         stored = jsontext.decode(read(file, LARGEST_SUITE))
@@ -156,7 +153,7 @@ def check_fresh(out: Path, marker: str, what: str) -> None:
 
 @contextmanager
 def taken(out: Path, suite: Suite, *, resume: bool) -> Iterator[Store]:
-    """The folder of a suite for the duration of the block.
+    """Hold the folder of a suite for the duration of the block.
 
     It is new or empty or, with ``resume``, that of a suite, of which outcomes are kept; what failed is tried again.
 
@@ -183,7 +180,7 @@ def taken(out: Path, suite: Suite, *, resume: bool) -> Iterator[Store]:
 
 
 def _same_content(file: Path, suite: Suite) -> dict[str, str]:
-    """What the suite in ``file`` and this one name, with digests. Raises ConfigError if the content of any differs."""
+    """Check that the suite in ``file`` names the same content, and return it. Raises ConfigError."""
     try:
         before: dict[str, str] = jsontext.decode(read(file, LARGEST_SUITE))["content"]
         now = _content(suite)
@@ -196,7 +193,7 @@ def _same_content(file: Path, suite: Suite) -> dict[str, str]:
 
 
 def _content(suite: Suite) -> dict[str, str]:
-    """The bases and files that a suite names → digests of their content."""
+    """Map the bases and files that a suite names to digests of their content."""
     digests: dict[str, str] = {}
     for trial in suite.reported():
         scenario = trial.scenario
@@ -215,5 +212,4 @@ def _digest(place: Path) -> str:
 
 
 def _or_shipped(path: Path, shipped: Path) -> Path:
-    """The path, or the shipped file of that name if it does not exist."""
     return path if path.exists() or not (shipped / path.name).exists() else shipped / path.name

@@ -51,8 +51,6 @@ class _Stopped(Exception):  # noqa: N818  # no error: the run has ended
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """What a trial is computed from."""
-
     population: Population
     base: Base  # which the rounds train on
     trained: FrozenBase  # what devices train with: the base, or that of a bundle
@@ -62,7 +60,7 @@ class Material:
 
 @dataclass
 class TrialRun:
-    """A trial while it is computed. ``keep`` takes the adapter of each client's personal step."""
+    """Computes a trial. ``keep`` takes the adapter of each client's personal step."""
 
     trial: Trial
     material: Material
@@ -80,8 +78,8 @@ class TrialRun:
         inputs = ArmInputs.of(scenario, manifest, files.decode(blob), population)
         arms = arms_of(self.material.trained, inputs, self.at_once, self._check)
         idle: SimpleQueue[Arms] = SimpleQueue()
-        for each in arms:
-            idle.put(each)
+        for free in arms:
+            idle.put(free)
         before = time.thread_time()
         pooled = arms[0].pooled() if self.trial.kind in (Kind.CENTRAL, Kind.CENTRAL_PERSONAL) else {}
         spent, scores = time.thread_time() - before, list[ClientScore]()
@@ -113,7 +111,7 @@ class TrialRun:
             raise _Stopped
 
     def _score(self, mine: Arms, client: Client, pooled: Tensors) -> tuple[ClientScore, float]:
-        """A client's score, and the processor seconds of its training."""
+        """Return a client's score, and the processor seconds of its training."""
         before = time.thread_time()
         kept, saved = "", 0.0
         if self.trial.kind in HEADS and isinstance(mine, ClassifierArms):
@@ -178,21 +176,21 @@ class TrialRun:
         epochs, steps = self._trained(mine, clients)
         cost, points = Cost(epochs, steps, seconds), list[RoundPoint]()
         if self.trial.kind.federated:
-            for one in rounds_of(self.material.federation, self._groups):
-                up, down = cost.bytes_up + one.bytes_up, cost.bytes_down + one.bytes_down
+            for round_ in rounds_of(self.material.federation, self._groups):
+                up, down = cost.bytes_up + round_.bytes_up, cost.bytes_down + round_.bytes_down
                 cost = replace(cost, bytes_up=up, bytes_down=down)
-                points.append(RoundPoint(one.round, self._value(one), up + down))
+                points.append(RoundPoint(round_.round, self._value(round_), up + down))
             cost = replace(cost, cpu_seconds=seconds + self.material.rounds_cpu)
         error = self._error(mine) if self.trial.kind is Kind.GLOBAL and self.thorough else None
         return TrialResult(tuple(scores), cost, tuple(points), error)
 
-    def _value(self, one: ReportedRound) -> float | None:
+    def _value(self, round_: ReportedRound) -> float | None:
         if not self.trial.scenario.data.for_language_model:
-            return one.metrics.get(ACCURACY.key)
-        return one.metrics["loss"] / math.log(2) if "loss" in one.metrics else None
+            return round_.metrics.get(ACCURACY.key)
+        return round_.metrics["loss"] / math.log(2) if "loss" in round_.metrics else None
 
     def _trained(self, mine: Arms, clients: Sequence[Client]) -> tuple[int, int]:
-        """Epochs of a client that is not unseen, and optimizer steps of all clients, dropouts not subtracted.
+        """Return the epochs of a client that is not unseen, and optimizer steps of all, dropouts not subtracted.
 
         After the rounds, only the ``clients`` that are evaluated train.
         """
@@ -210,7 +208,7 @@ class TrialRun:
         return sum(epochs for _, epochs in trainings), steps
 
     def _error(self, mine: Arms) -> float | None:
-        """The aggregation error of the last round of training, which all its clients repeat, without dropouts.
+        """Return the aggregation error of the last round of training, which all its clients repeat, without dropouts.
 
         None where there is no such mean: no round trained LoRA's factors, they stay on the devices, there are groups.
         """
@@ -237,7 +235,7 @@ class TrialRun:
 
 
 def asked(public: Sequence[LabelledText]) -> Sequence[LabelledText]:
-    """The public texts that each client's model is asked."""
+    """Pick the public texts that each client's model is asked."""
     return public[:: max(1, -(-len(public) // MOST_PUBLIC))]
 
 
@@ -245,8 +243,7 @@ def asked(public: Sequence[LabelledText]) -> Sequence[LabelledText]:
 def one_thread() -> Iterator[None]:
     """Let torch compute on one thread for each thread that calls it, while the block runs.
 
-    That keeps the cores busier than one small batch that is spread over them, and makes the same adapters on any number
-    of cores.
+    Cores are busier than with one small batch spread over them, and any number of cores makes the same adapters.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -257,7 +254,6 @@ def one_thread() -> Iterator[None]:
 
 
 def rounds_of(out: Path, groups: Sequence[Group]) -> tuple[ReportedRound, ...]:
-    """The rounds of all federations in the folder of a run."""
     records = [provision.registry(out / group.folder).rounds() for group in groups]
     return tuple(joined_rounds([_reported(record) for record in same]) for same in zip(*records, strict=True))
 

@@ -1,9 +1,9 @@
 """Invitations: what an owner gives to one device so that it can enrol over a network, as one line of text.
 
 An invitation holds everything that the device pins, so that no first connection has to be trusted, and a secret that
-the authority accepts once. The secret is the seed of an Ed25519 key, which signs the device's request and is not sent.
-So the authority records nothing with which somebody could enrol, and a page need not pin the authority's TLS. Whoever
-has an invitation can enrol in the place of its device: it travels like a password.
+the authority accepts once: the seed of an Ed25519 key, which signs the device's request and is not sent. So nobody can
+enrol with what the authority records, and a page need not pin the authority's TLS. An invitation travels like a
+password: anyone who has it can enrol instead of its device.
 """
 
 import base64
@@ -27,10 +27,10 @@ _PREFIX = "edgeadapt2."
 
 
 class Invitation(NamedTuple):
-    """For one device.
+    """Invites one device.
 
     Attributes:
-        secret: That the authority accepts once.
+        secret: The authority accepts it once.
         device: The name that it will certify.
         enrolment: ``HOST:PORT`` of the authority's service, which enrols and renews.
         gateway: ``HOST:PORT`` of the coordinator's gateway; several with commas, to try in turn.
@@ -50,15 +50,11 @@ class Invitation(NamedTuple):
 
     @property
     def key(self) -> IdentityKey:
-        """By whose public half the authority knows it."""
+        """Return the key by whose public half the authority knows it."""
         return key(self.secret)
 
     def to_text(self) -> str:
-        """One line without spaces. ``read_invitation`` reads it.
-
-        Raises:
-            ConfigError: An address or the name is not valid.
-        """
+        """Write one line without spaces for ``read_invitation``. Raises ConfigError for a bad name or address."""
         try:
             body = _CODEC.encode(self)
         except ConfigError as error:
@@ -67,7 +63,7 @@ class Invitation(NamedTuple):
         return _PREFIX + base64.urlsafe_b64encode(body + _check(body)).rstrip(b"=").decode()
 
     def to_pem(self) -> tuple[bytes, bytes]:
-        """What the device pins: the authority's certificate and the coordinator's key."""
+        """Return what the device pins: the authority's certificate and the coordinator's key."""
         return Root(self.authority).to_pem(), PublicKey(self.coordinator).to_pem()
 
 
@@ -85,21 +81,16 @@ _CODEC = wire.record(
 
 
 def new_secret(entropy: Entropy) -> bytes:
-    """The secret of a new invitation."""
     return entropy.bytes(SECRET)
 
 
 def key(secret: bytes) -> IdentityKey:
-    """The key of an invitation: its seed is SHA-256 of the secret after a tag."""
+    """Return the key of an invitation: its seed is SHA-256 of the secret after a tag."""
     return IdentityKey(hashlib.sha256(b"edgeadapt/invitation\x00" + secret).digest())
 
 
 def read_invitation(text: str) -> Invitation:
-    """Read what ``to_text`` wrote.
-
-    Raises:
-        ConfigError: It was not copied as a whole, or is no invitation.
-    """
+    """Read what ``to_text`` wrote. Raises ConfigError if it was not copied as a whole, or is not an invitation."""
     stripped = text.strip()
     try:
         if not stripped.startswith(_PREFIX) or len(stripped) > MAX_PEM:
@@ -108,12 +99,12 @@ def read_invitation(text: str) -> Invitation:
         raw = base64.b64decode(encoded + "=" * (-len(encoded) % 4), altchars=b"-_", validate=True)
         if _check(raw[:-_CHECK]) != raw[-_CHECK:]:
             raise ValueError
-        found = _CODEC.decode(raw[:-_CHECK])
-        found.to_pem()
+        invitation = _CODEC.decode(raw[:-_CHECK])
+        invitation.to_pem()
     except (ValueError, binascii.Error, ProtocolError, TrustError):
         reason = "the token is not an invitation: copy the whole line that 'edgeadapt authority invite' prints"
         raise ConfigError(reason, about="--token-file") from None
-    return found
+    return invitation
 
 
 def _check(body: bytes) -> bytes:

@@ -68,20 +68,20 @@ GATEWAY_OPTIONS = tuple(
 
 @dataclass(frozen=True, slots=True)
 class GatewayChallenge:
-    """What the device is to sign, followed by the host of the gateway."""
+    """Asks the device to sign this, followed by the host of the gateway."""
 
     nonce: Annotated[bytes, wire.fixed(NONCE)]
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceHello:
-    """Who the device is.
+    """Says who the device is.
 
     Attributes:
-        certificate: Of its identity, DER.
+        certificate: The certificate of its identity, DER.
         host: Name or address of the gateway, to which the device has connected and whose TLS it has verified.
-        signature: Of the identity, on the nonce and ``host``: nobody can pass a challenge of another host on.
-        version: Of edgeadapt on the device, PEP 440.
+        signature: Made by the identity over the nonce and ``host``: a challenge of another host cannot be passed on.
+        version: The version of edgeadapt on the device, PEP 440.
     """
 
     certificate: Annotated[bytes, wire.blob(MAX_CERTIFICATE)]
@@ -92,7 +92,7 @@ class DeviceHello:
 
 @dataclass(frozen=True, slots=True)
 class DeviceRequest:
-    """A step of the protocol. ``blobs``: size of each field that follows in parts, in the order of their names."""
+    """Asks for a step of the protocol. ``blobs``: size of each field that follows in parts, ordered by name."""
 
     id: Annotated[int, wire.uint(64)]
     step: Annotated[str, _NAME]
@@ -109,7 +109,7 @@ class DeviceRequest:
 
 @dataclass(frozen=True, slots=True)
 class DeviceAnswer:
-    """How an answer begins: the size of its body, or a code and the reason why it is missing."""
+    """Begins an answer: the size of its body, or a code and the reason why it is missing."""
 
     id: Annotated[int, wire.uint(64)]
     size: Annotated[int, wire.uint(32)]
@@ -125,11 +125,11 @@ class DeviceAnswer:
 
 @dataclass(frozen=True, slots=True)
 class DeviceEnrolment:
-    """What an invited device asks for: a certificate for the key in its request.
+    """Asks for a certificate for the key in an invited device's request.
 
     Attributes:
         invited: The public half of the invitation's key.
-        signature: Of that key, on the request.
+        signature: Made with that key over the request.
         request: PKCS #10, PEM or DER.
     """
 
@@ -140,12 +140,7 @@ class DeviceEnrolment:
 
 @dataclass(frozen=True, slots=True)
 class DeviceRenewal:
-    """What a device asks for whose certificate ends soon: a newer one for the same key.
-
-    Attributes:
-        certificate: Of its identity, DER.
-        signature: Of that identity, on the certificate.
-    """
+    """Asks for a newer certificate for the same key. ``signature``: made by the identity over its ``certificate``."""
 
     certificate: Annotated[bytes, wire.blob(MAX_CERTIFICATE)]
     signature: Annotated[bytes, wire.fixed(SIGNATURE)]
@@ -164,11 +159,7 @@ class PartReader:
     body: bytearray = field(default_factory=bytearray)
 
     def add(self, part: bytes) -> None:
-        """Add the next part.
-
-        Raises:
-            ProtocolError: It is empty, or longer than a part or what is left.
-        """
+        """Add the next part. Raises ProtocolError if it is empty, or longer than a part or what is left."""
         if not 0 < len(part) <= min(CHUNK, self.left):
             text = f"a part has {len(part)} bytes, and {self.left} are left of its body"
             raise ProtocolError(text, about="part.size", value=len(part))
@@ -177,7 +168,6 @@ class PartReader:
 
 
 def request_messages(number: int, step: str, fields: Mapping[str, bytes]) -> Iterator[bytes]:
-    """The messages that carry a request."""
     blobs = {name: content for name, content in fields.items() if len(content) > INLINE}
     short = {name: content for name, content in fields.items() if name not in blobs}
     sizes = {name: len(content) for name, content in blobs.items()}
@@ -187,13 +177,12 @@ def request_messages(number: int, step: str, fields: Mapping[str, bytes]) -> Ite
 
 
 def answer_messages(number: int, body: bytes) -> Iterator[bytes]:
-    """The messages that carry an answer."""
     yield ANSWER.encode(DeviceAnswer(number, len(body)))
     yield from _parts(body)
 
 
 def reason_message(number: int, code: int, text: str) -> bytes:
-    """The message that says why there is no answer; a long text is cut where a character ends."""
+    """Make the message that says why there is no answer; a long text is cut where a character ends."""
     cut = text.encode()[:MAX_REASON].decode(errors="ignore").encode()
     return ANSWER.encode(DeviceAnswer(number, 0, code, cut))
 
@@ -204,7 +193,7 @@ def _parts(body: bytes) -> Iterator[bytes]:
 
 
 def node_of(device: str) -> int:
-    """The node of a device on the coordinator's grid: 63 bits of a digest of its certified name, never 0.
+    """Return a device's node on the coordinator's grid: 63 bits of a digest of its certified name, never 0.
 
     Both sides compute it, so that a device signs challenges for its own node only.
     """
@@ -214,24 +203,24 @@ def node_of(device: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class RetryWindow:
-    """Within which seconds from now on a device comes back, at a random time."""
+    """Says within which seconds from now on a device comes back, at a random time."""
 
     earliest: float
     latest: float
 
     def to_text(self) -> str:
-        """As the reason of a WebSocket's close; ``metadata`` has it for gRPC."""
+        """Write the reason of a WebSocket's close; ``metadata`` has it for gRPC."""
         return f"{math.ceil(1000 * self.earliest)}-{math.ceil(1000 * self.latest)}"
 
     def metadata(self) -> tuple[tuple[str, str]]:
-        """For the end of a call; the reader is ``retry_window``."""
+        """Return the metadata for the end of a call; the reader is ``retry_window``."""
         return ((RETRY_WINDOW, self.to_text()),)
 
 
 def retry_window(metadata: Iterable[tuple[str, str | bytes]] | None) -> RetryWindow | None:
-    """The window in the trailing metadata of a call, at most a day. None: it has no window, or a damaged one."""
-    found = re.fullmatch(r"([0-9]{1,9})-([0-9]{1,9})", str(dict(metadata or ()).get(RETRY_WINDOW, "")))
-    if found is None or int(found[1]) > int(found[2]):
+    """Read the window in a call's trailing metadata, at most a day. None: it has no window, or a damaged one."""
+    match = re.fullmatch(r"([0-9]{1,9})-([0-9]{1,9})", str(dict(metadata or ()).get(RETRY_WINDOW, "")))
+    if match is None or int(match[1]) > int(match[2]):
         return None
-    earliest, latest = (min(int(text) / 1000, LONGEST_WAIT) for text in found.groups())
+    earliest, latest = (min(int(text) / 1000, LONGEST_WAIT) for text in match.groups())
     return RetryWindow(earliest, latest)

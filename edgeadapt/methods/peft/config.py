@@ -1,6 +1,6 @@
 """``adapter_config.json`` of a PEFT folder ↔ ``PeftConfig``. Every setting is honored, or refused by name.
 
-Each version of peft adds settings. A setting that is unknown here is therefore accepted only while it is off.
+Each version of peft adds settings, so an unknown setting is accepted only while it is off.
 """
 
 import json
@@ -70,7 +70,7 @@ VIRTUAL_TYPES = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # of virtual tok
 # The settings that state rank and alpha; of the other methods there are none.
 RANKS = {"LORA": ("r", "lora_alpha"), "ADALORA": ("init_r", "lora_alpha"), "LOHA": ("r", "alpha"), "VERA": ("r", "")}
 ALLOCATED = ".lora_E"  # ends the names in AdaLoRA's rank_pattern
-MAX_NUMBER = 2**31  # of rank and alpha; no layer is as wide
+MAX_NUMBER = 2**31  # no layer is as wide
 REMEDY = "correct it, or save the adapter again with peft"
 OFF: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
 
@@ -78,7 +78,7 @@ Settings = dict[str, Any]  # the JSON object
 
 
 def config_of(settings: Settings) -> PeftConfig:
-    """The configuration in an ``adapter_config.json``.
+    """Read the configuration in an ``adapter_config.json``.
 
     Raises:
         ConfigError: A method or a setting that no graph can express; ``about`` names the setting.
@@ -123,7 +123,7 @@ def config_of(settings: Settings) -> PeftConfig:
 
 
 def check_numbers(settings: Settings) -> None:
-    """Check that rank and alpha are numbers with which an adapter of low rank answers; other methods have neither.
+    """Check that an adapter of low rank can answer with its rank and alpha; other methods have neither.
 
     Raises:
         DataError: One of them is missing, not a number, not above 0, or absurdly large.
@@ -140,7 +140,7 @@ def check_numbers(settings: Settings) -> None:
 
 
 def saved_modules(settings: Settings) -> tuple[str, ...]:
-    """The names in ``modules_to_save``. Raises DataError if it is not a list of names."""
+    """Return the names in ``modules_to_save``. Raises DataError if it is not a list of names."""
     saved = settings.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
         raise DataError("modules_to_save in adapter_config.json is not a list of names", about="modules_to_save")
@@ -148,16 +148,11 @@ def saved_modules(settings: Settings) -> tuple[str, ...]:
 
 
 def settings_of(config: PeftConfig, inputs: AdapterInputs, base: str | None, virtual_tokens: int = 0) -> Settings:
-    """The ``adapter_config.json`` from which peft rebuilds exactly the layers of an adapter.
+    """Write the ``adapter_config.json`` from which peft rebuilds exactly the layers of an adapter.
 
     Layers are named by their full paths. Those whose rank or alpha differs from the configuration's have a pattern that
-    matches them alone, so that the order of patterns does not matter: peft sorts them when it saves.
-
-    Args:
-        config: The adapter's.
-        inputs: The adapter's.
-        base: The name of the base that peft notes.
-        virtual_tokens: Their number.
+    matches them alone, so that the order of patterns does not matter: peft sorts them when it saves. ``base`` is the
+    name of the base that peft notes.
     """
     settings: Settings = {
         "peft_type": config.peft_type,
@@ -233,17 +228,17 @@ def _config(kind: str, settings: Settings) -> PeftConfig:
 
 
 def _listed(settings: Settings, name: str) -> list[Any]:
-    """The names of modules, sorted, or the pattern in their place."""
-    found = settings.get(name) or []
-    return sorted(found, key=str) if isinstance(found, list) else [found]
+    """Return the names of modules, sorted, or their pattern."""
+    modules = settings.get(name) or []
+    return sorted(modules, key=str) if isinstance(modules, list) else [modules]
 
 
 def _allocated(settings: Settings, kind: str) -> list[tuple[str, Any]]:
-    """The ranks that AdaLoRA's allocator left: peft notes which singular values of a layer it kept."""
-    found = _pairs(settings, "rank_pattern") if kind == "ADALORA" else []
+    """Return the ranks that AdaLoRA's allocator left: peft notes which singular values of a layer it kept."""
+    pairs = _pairs(settings, "rank_pattern") if kind == "ADALORA" else []
     return [
         (exactly(name.removesuffix(ALLOCATED)), kept.count(True) if isinstance(kept, list) else kept)
-        for name, kept in found
+        for name, kept in pairs
     ]
 
 

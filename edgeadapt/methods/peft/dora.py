@@ -28,15 +28,14 @@ NormsOf = Callable[[Tensors, Sequence[str]], Mapping[str, Floats]]  # tensors, l
 
 
 def magnitudes(tensors: Tensors) -> list[str]:
-    """The paths of the layers of which an adapter has magnitudes."""
+    """Name the paths of the layers of which an adapter has magnitudes."""
     return sorted(input_name(name).removesuffix(MAGNITUDE) for name in tensors if name.endswith(MAGNITUDE))
 
 
 def with_scales(tensors: Tensors, norms_of: NormsOf, biases: Mapping[str, Floats]) -> Tensors:
-    """The tensors of an adapter, with scales and offsets in the place of magnitudes.
+    """Replace the magnitudes of an adapter (``read_peft``) by scales and offsets.
 
     Args:
-        tensors: As ``read_peft`` returns them.
         norms_of: As ``weight_norms``.
         biases: The base's, of those layers that have one.
 
@@ -54,30 +53,22 @@ def with_scales(tensors: Tensors, norms_of: NormsOf, biases: Mapping[str, Floats
         scale = magnitude / norm
         result[layer + LORA_B] = (scale[:, None] * tensors[layer + LORA_B]).astype(np.float32)
         result[layer + OUTPUT_SCALE] = scale[None].astype(np.float32)
-        own = tensors.get(f"{layer}.bias{REPLACED}")  # the adapter's, in the place of the base's
+        own = tensors.get(f"{layer}.bias{REPLACED}")  # the adapter's replaces the base's
         if (bias := biases.get(path) if own is None else own[0]) is not None:
             result[layer + OFFSET] = (bias * (1 - scale))[None].astype(np.float32)
     return result
 
 
 def scaled_layers(tensors: Tensors, config: PeftConfig) -> list[str]:
-    """The paths of the layers that ``with_scales`` gave scales: no other LoRA has any."""
+    """Name the paths of the layers that ``with_scales`` gave scales: no other LoRA has any."""
     scaled = [input_name(vector_site(name)) for name in tensors if name.endswith(OUTPUT_SCALE)]
     return sorted(scaled) if config.peft_type == "LORA" else []
 
 
 def with_magnitudes(tensors: Tensors, config: PeftConfig, norms_of: NormsOf) -> Tensors:
-    """The inverse of ``with_scales``, up to the rounding of float32.
+    """Invert ``with_scales``, up to the rounding of float32. An output whose magnitude is 0 loses B, and stays 0.
 
-    Of an output whose magnitude is 0, B is lost; whatever it is, the output is 0.
-
-    Args:
-        tensors: Of an adapter with scales at ``scaled_layers``.
-        config: The adapter's.
-        norms_of: As ``weight_norms``.
-
-    Raises:
-        DataError: As ``with_scales``.
+    ``tensors`` have scales at ``scaled_layers``; ``norms_of`` is as ``weight_norms``.
     """
     result, scales = dict(tensors), dict[str, Floats]()
     for path in scaled_layers(tensors, config):
@@ -94,15 +85,14 @@ def with_magnitudes(tensors: Tensors, config: PeftConfig, norms_of: NormsOf) -> 
 def gradients_of_magnitudes(
     gradients: Tensors, tensors: Tensors, norms: Mapping[str, Floats], biases: Mapping[str, Floats]
 ) -> Tensors:
-    """The gradients by the tensors of an adapter, from those by what ``with_scales`` makes of them.
+    """Return the gradients by the tensors of an adapter, from those by what ``with_scales`` makes of them.
 
     The norm counts as a constant, as PEFT has it (Liu et al. 2024, section 4.3).
 
     Args:
         gradients: By each tensor that ``with_scales`` returns.
-        tensors: Those that it was given.
-        norms: Of the weights of each layer with magnitudes, by its path.
-        biases: As of ``with_scales``.
+        tensors, biases: The arguments of ``with_scales``.
+        norms: The norms of the weights of each layer with magnitudes, by its path.
     """
     result = dict(gradients)
     for path in magnitudes(tensors):
@@ -120,12 +110,10 @@ def gradients_of_magnitudes(
 def weight_norms(
     tensors: Tensors, paths: Sequence[str], config: PeftConfig, weights: Mapping[str, Floats]
 ) -> dict[str, Floats]:
-    """The norm of each output's weights with the update, ``‖W + s B A‖``, shape ``(out,)``, by the path of the layer.
+    """Return the norm of each output's weights with the update, ``‖W + s B A‖``, shape ``(out,)``, by the layer's path.
 
     Args:
         tensors: A and B of each layer, as PEFT has them.
-        paths: Of the layers.
-        config: The adapter's.
         weights: The base's, ``(out, in)``, by the path of the layer.
 
     Raises:

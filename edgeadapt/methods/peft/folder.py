@@ -1,7 +1,7 @@
 """A folder of the ``peft`` library ↔ the tensors and the configuration of an adapter.
 
-Reading needs neither torch, peft nor pickle: the files are ``adapter_config.json`` (``config.py``) and
-``adapter_model.safetensors``. Whether the adapter fits a base is checked when it is exported.
+Reading needs neither torch, peft nor pickle, only ``adapter_config.json`` (``config.py``) and
+``adapter_model.safetensors``. Export checks whether the adapter fits a base.
 """
 
 import json
@@ -37,7 +37,7 @@ TYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64, BF16: np.uint1
 
 @dataclass(frozen=True, slots=True)
 class PeftFolder:
-    """The content of a PEFT folder. ``base`` is the base's name that peft noted: a hint, not an identity."""
+    """Holds the content of a PEFT folder. ``base`` is the base's name that peft noted: a hint, not an identity."""
 
     peft_config: PeftConfig
     sha256: str  # of adapter_model.safetensors
@@ -73,12 +73,7 @@ def read_peft(folder: Path) -> PeftFolder:
 
 
 def read_settings(folder: Path) -> Settings:
-    """``adapter_config.json`` of a PEFT folder whose weights are no pickle, as it is.
-
-    Raises:
-        ConfigError: Not a PEFT folder, or one with pickled weights only.
-        DataError: The file is damaged or too large.
-    """
+    """Read ``adapter_config.json`` of a PEFT folder whose weights are no pickle, as it is. Raises as ``read_peft``."""
     if not (folder / CONFIG).is_file():
         below = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))  # where peft saves named adapters
         hint = f"; name one of the adapters in it: {', '.join(below)}" if below else ""
@@ -96,9 +91,7 @@ def to_peft(tensors: Tensors, config: PeftConfig, out: Path, base: str | None = 
     """Write a folder that ``PeftModel.from_pretrained(model, out)`` opens, with the outputs that the adapter has here.
 
     Args:
-        tensors: All tensors of the adapter, under peft's names: a registry version's, or those of an exported file
-            (``edgeadapt.formats.graphinputs.from_inputs``).
-        config: The adapter's.
+        tensors: All tensors of the adapter, under peft's names.
         out: A new or empty folder. It is written atomically.
         base: The name of the base that peft notes.
 
@@ -117,7 +110,7 @@ def to_peft(tensors: Tensors, config: PeftConfig, out: Path, base: str | None = 
 
 
 def _with_paths(config: PeftConfig, inputs: AdapterInputs) -> PeftConfig:
-    """The configuration with the layers of the adapter by their paths, which need no pattern to be found again."""
+    """Name the layers of the adapter by their paths, which need no pattern to be found again."""
     scaled = {layer_of(name) for name in inputs.vectors if name.endswith(INPUT_SCALE)}
     feedforward = tuple(sorted(scaled)) if config.feedforward_modules else ()
     paths = {slot.path for slot in inputs.loras} or set(map(layer_of, inputs.vectors))
@@ -166,7 +159,7 @@ def _odd(name: str, kind: str) -> DataError:
 
 
 def _check_saved(tensors: Tensors, saved: tuple[str, ...]) -> None:
-    """Refuse tensors that peft saved for a reason other than ``modules_to_save``, such as a resized embedding."""
+    """Check that peft saved tensors for ``modules_to_save`` only, not such as a resized embedding."""
     names = sorted(map(input_name, tensors))
     for name in names:
         if EMBEDDING in name:  # before the embedding itself, which peft saves too and which is refused below
@@ -189,7 +182,7 @@ def _check_saved(tensors: Tensors, saved: tuple[str, ...]) -> None:
 
 
 def _check_magnitudes(tensors: Tensors, dora: bool) -> None:
-    """Refuse magnitudes that peft would not read, or layers of DoRA without any."""
+    """Check that peft would read the magnitudes, and that DoRA's layers have some."""
     layers = magnitudes(tensors)
     if layers and not dora:
         raise DataError(

@@ -21,7 +21,7 @@ ADDED = (LORA, ".hada_", ".vera_")  # likewise, of every method of low rank
 
 @dataclass(frozen=True, slots=True)
 class LoraSlot:
-    """One adapted linear layer: its path in the base, and the factor that peft applies to its update."""
+    """Names an adapted linear layer by its path in the base, with the factor that peft applies to its update."""
 
     path: str
     scaling: float
@@ -29,7 +29,7 @@ class LoraSlot:
 
 @dataclass(frozen=True, slots=True)
 class SavedSlot:
-    """One module of ``modules_to_save``: its path, and its parameters by their names within it."""
+    """Names a module of ``modules_to_save`` by its path, and its parameters by their names within it."""
 
     path: str
     parameters: tuple[TensorSpec, ...]
@@ -37,7 +37,7 @@ class SavedSlot:
 
 @dataclass(frozen=True, slots=True)
 class AdapterInputs:
-    """Every slot of one adapter, in the order of the module tree (from a model) or of the names (from tensors)."""
+    """Lists every slot of one adapter, ordered by the module tree (from a model) or by name (from tensors)."""
 
     adapter: str  # peft's name of the adapter
     loras: tuple[LoraSlot, ...]
@@ -47,23 +47,17 @@ class AdapterInputs:
 
     @property
     def scaling(self) -> dict[str, float]:
-        """The scaling factor of each adapted layer, by path."""
         return {slot.path: slot.scaling for slot in self.loras}
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the graph inputs, in order."""
         pairs = [slot.path + part for slot in self.loras for part in (LORA_A, LORA_B)]
         saved = (f"{slot.path}.{spec.name}" for slot in self.saved for spec in slot.parameters)
         return (*pairs, *self.vectors, *self.virtual, *saved)
 
     @classmethod
     def of_tensors(cls, config: PeftConfig, tensors: Tensors) -> Self:
-        """The inputs that an adapter fills.
-
-        Args:
-            config: The adapter's; gives each layer its scaling.
-            tensors: All its tensors, under peft's names.
+        """Return the inputs that an adapter fills, from all its tensors under peft's names.
 
         Raises:
             DataError: A tensor is not of LoRA on a linear layer, a LoRA pair is incomplete or of two ranks, a rank
@@ -86,7 +80,7 @@ class AdapterInputs:
 
 
 def lora_paths(names: Iterable[str]) -> set[str]:
-    """The paths of the layers that have a LoRA pair among tensors with these graph names.
+    """Return the paths of the layers that have a LoRA pair among tensors with these graph names.
 
     Raises:
         DataError: peft added a tensor that is not of LoRA on a linear layer.
@@ -100,12 +94,12 @@ def lora_paths(names: Iterable[str]) -> set[str]:
 
 
 def is_saved(name: str) -> bool:
-    """Whether a graph input is a parameter of a module in ``modules_to_save``: of no other kind of slot."""
+    """Check whether a graph input is a parameter of a module in ``modules_to_save``: of no other kind of slot."""
     return not any(mark in name for mark in ADDED) and vector_kind(name) is None and name not in VIRTUAL
 
 
 def summary(paths: Sequence[str]) -> str:
-    """Layers in one line of a message: each of their names once, and one path.
+    """Put layers in one line of a message: each of their names once, and one path.
 
     >>> summary(["layers.0.q_proj", "layers.1.q_proj", "layers.0.k_proj"])
     'k_proj, q_proj (3 layers, such as layers.0.q_proj)'

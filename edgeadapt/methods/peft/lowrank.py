@@ -30,11 +30,9 @@ EPSILON = 1e-5  # that peft adds to AdaLoRA's rank
 
 
 def as_lora(config: PeftConfig, tensors: Tensors) -> tuple[PeftConfig, Tensors]:
-    """The configuration and tensors of LoRA with the same updates; other tensors keep their names and values.
+    """Return LoRA's configuration and tensors with the same updates; other tensors keep their names and values.
 
-    Args:
-        config: The adapter's. That of a method which is not one of ``FACTORS`` is returned as it is, with ``tensors``.
-        tensors: Under peft's names.
+    A configuration whose method is not one of ``FACTORS`` is returned as it is. Tensors have peft's names.
 
     Raises:
         ConfigError: A rank is above ``MAX_RANK``, rank or alpha is 0, or the adapter lacks what all layers share.
@@ -78,30 +76,27 @@ def as_lora(config: PeftConfig, tensors: Tensors) -> tuple[PeftConfig, Tensors]:
 
 
 def factor_shapes(config: PeftConfig, sizes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors of an adapter of one of ``FACTORS``, under peft's names.
+    """Return the shapes of the tensors of an adapter of one of ``FACTORS``, under peft's names.
 
-    Args:
-        config: The adapter's.
-        sizes: Inputs and outputs of each layer, by its path.
+    ``sizes`` has inputs and outputs of each layer, by its path.
     """
-    found: dict[str, tuple[int, ...]] = {}
+    result: dict[str, tuple[int, ...]] = {}
     for path, (width, out) in sizes.items():
         rank = config.rank_of(path)
         a, b = (rank, width), (out, rank)
         shapes = {"ADALORA": (a, b, (rank, 1)), "LOHA": (b, a, b, a), "VERA": ((out,), (rank,))}[config.peft_type]
-        found |= zip((PEFT_PREFIX + path + part for part in FACTORS[config.peft_type]), shapes, strict=True)
+        result |= zip((PEFT_PREFIX + path + part for part in FACTORS[config.peft_type]), shapes, strict=True)
     if config.peft_type == "VERA":
         widest, most = map(max, zip(*sizes.values(), strict=True))
-        found |= zip(FROZEN, ((config.r, widest), (most, config.r)), strict=True)
-    return found
+        result |= zip(FROZEN, ((config.r, widest), (most, config.r)), strict=True)
+    return result
 
 
 def gradients_of_factors(gradients: Tensors, config: PeftConfig, tensors: Tensors) -> Tensors:
-    """The gradients by peft's own tensors, from those by what ``as_lora`` makes of them; what is frozen has none.
+    """Turn the gradients by what ``as_lora`` returns into those by peft's own tensors; what is frozen has none.
 
-    Args:
-        gradients: By LoRA's matrices and whatever else an adapter has, under peft's names.
-        config, tensors: As ``as_lora`` was given them.
+    ``gradients`` are by LoRA's matrices and the adapter's other tensors, under peft's names; ``config`` and ``tensors``
+    are the arguments of ``as_lora``.
     """
     if (parts := FACTORS.get(config.peft_type)) is None:
         return gradients
@@ -111,36 +106,35 @@ def gradients_of_factors(gradients: Tensors, config: PeftConfig, tensors: Tensor
         values = [tensors[layer + part] for part in parts]
         match config.peft_type:
             case "ADALORA":
-                found = _by_adalora(config.lora_alpha / (config.r + EPSILON), by_a, by_b, *values)
+                changed = _by_adalora(config.lora_alpha / (config.r + EPSILON), by_a, by_b, *values)
             case "LOHA":
-                found = _by_loha(config.scaling_of(input_name(layer)), by_a, by_b, *values)
+                changed = _by_loha(config.scaling_of(input_name(layer)), by_a, by_b, *values)
             case _:
                 a, b = (tensors[name] for name in FROZEN)
-                found = (by_b * b[: len(by_b)]).sum(axis=1), (by_a * a[:, : by_a.shape[1]]).sum(axis=1)
-        result |= zip((layer + part for part in parts), found, strict=True)
+                changed = (by_b * b[: len(by_b)]).sum(axis=1), (by_a * a[:, : by_a.shape[1]]).sum(axis=1)
+        result |= zip((layer + part for part in parts), changed, strict=True)
     return result
 
 
 def trimmed(tensors: Tensors, slots: Mapping[str, Sequence[str]]) -> Tensors:
-    """The tensors of an adapter whose layers share A (VeRA), without the columns of A that a layer does not read.
+    """Remove the columns of a shared A (VeRA) that a layer does not read.
 
-    Args:
-        tensors: Under peft's names, as ``as_lora`` returns them.
-        slots: The graph inputs of the base, with dimensions as text: A's slot is as long as what its layer reads.
+    ``tensors`` come from ``as_lora``; ``slots`` has the base's graph inputs, with dimensions as text: A's slot is as
+    long as what its layer reads.
     """
     shared = [name for name in tensors if name.endswith(LORA_A) and input_name(name) in slots]
     return tensors | {name: tensors[name][:, : int(slots[input_name(name)][0])] for name in shared}
 
 
 def plain(ranks: dict[str, int]) -> PeftConfig:
-    """The configuration of LoRA with these ranks by layer, all of the scaling 1."""
+    """Configure LoRA with these ranks by layer, all of the scaling 1."""
     rank = max(ranks.values(), default=1)
     pairs = tuple((exactly(path), size) for path, size in ranks.items() if size != rank)
     return PeftConfig("LORA", rank, rank, tuple(ranks), pairs, pairs)
 
 
 def _converter(config: PeftConfig, tensors: Tensors) -> Callable[..., tuple[int, Floats, Floats]]:
-    """Path and tensors of a layer → its own rank, and A and B of LoRA."""
+    """Return the function from path and tensors of a layer to its own rank, and A and B of LoRA."""
     if config.peft_type == "LOHA":
         return lambda path, *parts: (len(parts[1]), *_loha(config.scaling_of(path), *parts))
     if config.peft_type == "ADALORA":
@@ -168,7 +162,7 @@ def _by_adalora(factor: float, by_a: Floats, by_b: Floats, a: Floats, b: Floats,
 def _by_loha(
     factor: float, by_a: Floats, by_b: Floats, b1: Floats, a1: Floats, b2: Floats, a2: Floats
 ) -> tuple[Floats, ...]:
-    """Of products of rows and of columns, as ``_loha`` makes them."""
+    """Return the gradients by the factors of the products that ``_loha`` makes."""
     rows = by_a.reshape(len(a1), len(a2), -1)
     columns = by_b.reshape(-1, len(a1), len(a2)) * np.float32(factor)
     return (
@@ -180,7 +174,7 @@ def _by_loha(
 
 
 def _loha(factor: float, b1: Floats, a1: Floats, b2: Floats, a2: Floats) -> Pair:
-    """The rows of A are the products of each row of A₁ and each of A₂; the columns of B, of B₁'s and B₂'s."""
+    """Multiply each row of A₁ by each of A₂ for the rows of A; likewise the columns of B₁ and B₂ for B."""
     rank = a1.shape[0] * a2.shape[0]
     if rank > MAX_RANK:
         return np.empty((rank, 1), np.float32), np.empty((1, rank), np.float32)
@@ -190,5 +184,5 @@ def _loha(factor: float, b1: Floats, a1: Floats, b2: Floats, a2: Floats) -> Pair
 
 
 def _vera(a: Floats, b: Floats, lambda_b: Floats, lambda_d: Floats) -> Pair:
-    """A has the width of the widest layer; ``trimmed`` makes it as narrow as a layer is."""
+    """Scale A, which has the width of the widest layer: ``trimmed`` makes it as narrow as a layer is."""
     return a * lambda_d[:, None], b[: len(lambda_b)] * lambda_b[:, None]

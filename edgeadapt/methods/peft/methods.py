@@ -9,8 +9,6 @@ peft's name, after the prefix                            becomes
 ``LAYER.lora_B.bias`` (out), of ``lora_bias``            the same, times the layer's scaling
 ``NORM.ln_tuning_layers.PARAMETER`` (width)              ``NORM.PARAMETER.replaced`` (1, width)
 ``MODULE.bias`` (out), of ``bias="all"``, ``lora_only``  ``MODULE.bias.replaced`` (1, out)
-
-All of these come back; LoRA's tensors and modules in ``modules_to_save`` keep their names. The matrices of AdaLoRA,
 ======================================================== =============================================================
 
 All of these come back; LoRA's tensors and modules in ``modules_to_save`` keep their names. The matrices of AdaLoRA,
@@ -50,18 +48,15 @@ VIRTUAL_TOKENS = {"PROMPT_TUNING": PROMPT, "P_TUNING": PROMPT, "PREFIX_TUNING": 
 
 
 def from_peft_tensors(tensors: Tensors, config: PeftConfig, settings: Settings) -> Tensors:
-    """The tensors of a PEFT folder, with vectors in the place of peft's own.
+    """Replace peft's own tensors in a PEFT folder by vectors. Other methods than ``config``'s keep their names.
 
-    Args:
-        tensors: Under peft's names. Those of other methods than ``config``'s keep their names.
-        config: The adapter's.
-        settings: ``adapter_config.json``: which biases the adapter replaces or brings. A version in a registry has
-            none; there, the configuration says so.
+    ``settings`` (``adapter_config.json``) says which biases the adapter replaces or brings. A version in a registry has
+    none; there, the configuration says so.
 
     Raises:
         DataError: A tensor has a shape that its method does not give it, or a name that only a graph's input has.
     """
-    found: Tensors = {}
+    result: Tensors = {}
     bias = settings.get("bias", config.bias)
     saved = saved_modules(settings) if settings else (HEAD,)
     for name, value in tensors.items():
@@ -72,15 +67,14 @@ def from_peft_tensors(tensors: Tensors, config: PeftConfig, settings: Settings) 
         else:
             replaces = bias != "none" and name.endswith(BIAS) and not in_modules(input_name(name), saved)
         renamed, changed = _from_peft(name, value, config, replaces)
-        found[renamed] = changed
-    return found
+        result[renamed] = changed
+    return result
 
 
 def to_peft_tensors(tensors: Tensors, config: PeftConfig) -> Tensors:
-    """The inverse of ``from_peft_tensors``, up to the rounding of a layer's scaling.
+    """Invert ``from_peft_tensors``, up to the rounding of a layer's scaling.
 
-    Raises:
-        ConfigError: A scale of LoRA's: of DoRA, magnitudes come first (``dora.with_magnitudes``).
+    Raises ConfigError for a scale of LoRA's: of DoRA, magnitudes come first (``dora.with_magnitudes``).
     """
     if any(PEFT_PREFIX + name in tensors for name in VIRTUAL):
         return {_to_unwrapped(name): value for name, value in tensors.items()}
@@ -88,7 +82,7 @@ def to_peft_tensors(tensors: Tensors, config: PeftConfig) -> Tensors:
 
 
 def is_peft_name(name: str, method: str) -> bool:
-    """Whether ``name`` is of the form in which peft names the tensors of ``method``."""
+    """Check whether ``name`` is of the form in which peft names the tensors of ``method``."""
     if method in VIRTUAL_TOKENS:
         return name == EMBEDDINGS or name.startswith(UNWRAPPED)
     return name.startswith(PEFT_PREFIX)

@@ -1,8 +1,7 @@
 """The households of a voice assistant: what each of them says, and what each utterance may be used for.
 
 The utterances are sampled from the sentence templates of the package ``home-assistant-intents``. The same settings and
-seed give the same population on any machine (``Population.digest``). How a device stores the utterances, trains on them
-and is scored by them is decided elsewhere.
+seed give the same population on any machine (``Population.digest``).
 """
 
 from simulations.data.households.sampling import PopulationSettings, sample_population

@@ -80,7 +80,6 @@ class PopulationSettings(Settings):
 
     @property
     def unseen_count(self) -> int:
-        """Number of households kept out of training."""
         return max(1, round(self.unseen * self.households))
 
 
@@ -91,7 +90,7 @@ _Accept = Callable[[str, int], bool]  # whether a text may be used for a label
 
 
 class _Stream(IntEnum):
-    """Names of random streams under one seed, so that one more household leaves the draws of the others unchanged."""
+    """Names random streams under one seed, so that one more household leaves the draws of the others unchanged."""
 
     PUBLIC = 1
     HOUSEHOLD = 2
@@ -99,7 +98,7 @@ class _Stream(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class _Phrasebook:
-    """A language with the template split of each label, in the order of the labels."""
+    """Holds a language with the template split of each label, in the order of the labels."""
 
     language: Language
     splits: Sequence[TemplateSplit]
@@ -110,24 +109,22 @@ class _Phrasebook:
 
 @dataclass(slots=True)
 class _UsedTexts:
-    """All texts so far: the label of each, and the texts that some household trains or validates on."""
+    """Holds all texts so far: the label of each, and those that some household trains or validates on."""
 
     labels: dict[str, int] = field(default_factory=dict)
     learned: set[str] = field(default_factory=set)
 
     def has_label(self, text: str, label: int) -> bool:
-        """Whether the text has this label and no other; its first use decides."""
+        """Check whether the text has this label and no other; its first use decides."""
         return self.labels.setdefault(text, label) == label
 
     def fits_test(self, text: str, label: int) -> bool:
-        """Whether the text has this label and no household learns from it."""
+        """Check whether the text has this label and no household learns from it."""
         return text not in self.learned and self.has_label(text, label)
 
 
 @dataclass(frozen=True, slots=True)
 class _Speaker:
-    """A household while it is sampled."""
-
     name: str
     language: str
     voice: Voice
@@ -135,9 +132,9 @@ class _Speaker:
     cumulated: NDArray[np.float64]  # shape ``(labels,)``: the cumulative sum of its mix of intents, rising to 1
 
     def draw_label(self) -> int:
-        """A label drawn from its mix of intents."""
-        found = int(np.searchsorted(self.cumulated, self.voice.rng.random(), side="right"))
-        return min(found, len(self.splits) - 1)
+        """Draw a label from its mix of intents."""
+        label = int(np.searchsorted(self.cumulated, self.voice.rng.random(), side="right"))
+        return min(label, len(self.splits) - 1)
 
 
 def sample_population(settings: PopulationSettings, seed: int) -> Population:
@@ -169,7 +166,7 @@ def sample_population(settings: PopulationSettings, seed: int) -> Population:
 
 
 def _phrasebooks(settings: PopulationSettings, seed: int) -> tuple[tuple[str, ...], dict[str, _Phrasebook]]:
-    """The labels, and a phrasebook for each language."""
+    """Return the labels, and a phrasebook for each language."""
     codes = sorted({*settings.languages, *settings.public_languages})
     languages = {code: load_language(code) for code in codes}
     splits = {code: _splits(code, languages[code], seed, public=code in settings.public_languages) for code in codes}
@@ -187,7 +184,7 @@ def _phrasebooks(settings: PopulationSettings, seed: int) -> tuple[tuple[str, ..
 
 
 def _splits(code: str, language: Language, seed: int, *, public: bool) -> dict[str, TemplateSplit]:
-    """The split of each intent that has enough templates."""
+    """Split each intent that has enough templates."""
     splits = {
         intent: split_templates(templates, f"{code}/{intent}", seed, public=public)
         for intent, templates in language.templates.items()
@@ -196,8 +193,8 @@ def _splits(code: str, language: Language, seed: int, *, public: bool) -> dict[s
 
 
 def _public(book: _Phrasebook, count: int, used: _UsedTexts, rng: np.random.Generator) -> list[LabelledText]:
-    """Up to ``count`` different phrases a label (some intents have fewer), each with names of its own."""
-    found: list[LabelledText] = []
+    """Say up to ``count`` different phrases a label (some intents have fewer), each with names of its own."""
+    texts: list[LabelledText] = []
     for label, split in enumerate(book.splits):
         phrases = _distinct(partial(_with_new_names, book, split.public, label, rng), count, used.has_label)
         if not phrases:
@@ -205,8 +202,8 @@ def _public(book: _Phrasebook, count: int, used: _UsedTexts, rng: np.random.Gene
                 f"template {split.public[0].id} gives no public phrase that has one intent only: choose another seed",
                 about="seed",
             )
-        found.extend(phrases)
-    return found
+        texts.extend(phrases)
+    return texts
 
 
 def _with_new_names(
@@ -221,7 +218,7 @@ def _utter(voice: Voice, templates: Sequence[Template], label: int) -> LabelledT
 
 
 def _speaker(number: int, settings: PopulationSettings, books: Mapping[str, _Phrasebook], seed: int) -> _Speaker:
-    """Households take the languages in turn, so the unseen ones, which are the last, are spread over them."""
+    """Make a household. Languages take turns, so the unseen ones, which are the last, are spread over them."""
     code = settings.languages[number % len(settings.languages)]
     rng = stream(seed, _Stream.HOUSEHOLD, number)
     mix = rng.dirichlet(np.full(len(books[code].splits), settings.concentration))
@@ -230,7 +227,7 @@ def _speaker(number: int, settings: PopulationSettings, books: Mapping[str, _Phr
 
 
 def _say(speaker: _Speaker, settings: PopulationSettings, used: _UsedTexts) -> tuple[LabelledText, ...]:
-    """The household's training and validation utterances, in random order."""
+    """Say the household's training and validation utterances, in random order."""
     count = int(speaker.voice.rng.integers(settings.utterances_min, settings.utterances_max + 1))
     return _utterances(speaker, [split.train for split in speaker.splits], count, used.has_label)
 
@@ -246,7 +243,7 @@ def _household(
 def _utterances(
     speaker: _Speaker, templates: Sequence[Sequence[Template]], count: int, accept: _Accept
 ) -> tuple[LabelledText, ...]:
-    """``count`` different utterances in the household's mix of intents."""
+    """Say ``count`` different utterances in the household's mix of intents."""
 
     def draw() -> LabelledText:
         label = speaker.draw_label()
@@ -264,7 +261,7 @@ def _utterances(
 
 
 def _distinct(draw: Callable[[], LabelledText], count: int, accept: _Accept) -> list[LabelledText]:
-    """``count`` accepted utterances with different texts; fewer if ``_PATIENCE`` draws in a row give nothing new."""
+    """Return ``count`` accepted utterances with different texts; fewer after ``_PATIENCE`` draws without a new one."""
     said: dict[str, LabelledText] = {}
     fruitless = 0
     while len(said) < count and fruitless < _PATIENCE:
@@ -279,9 +276,5 @@ def _distinct(draw: Callable[[], LabelledText], count: int, accept: _Accept) -> 
 
 
 def spoken(text: str) -> str:
-    """``text`` without differences that are not heard: letter case and white space.
-
-    >>> spoken("Turn  ON the light")
-    'turn on the light'
-    """
+    """Drop what is not heard: letter case and white space."""
     return " ".join(text.casefold().split())

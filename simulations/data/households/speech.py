@@ -1,9 +1,9 @@
 """How a household speaks: the templates of its language, its own names for things, and everyday numbers.
 
 A test phrase measures something only if its template was never trained on. So the templates of each intent are split
-into three parts (public, train, test) before any sentence is sampled. The split depends on the seed, the language and
-the intent alone. hassil's own sampler lists every sentence of a template, and one template can have millions;
-``Expander`` walks the parsed expression once and takes one branch at each alternative.
+into three parts (public, train, test) before any sentence is sampled, by the seed, the language and the intent alone.
+hassil's own sampler lists every sentence of a template, maybe millions; ``Expander`` walks the parsed expression once
+and takes one branch at each alternative.
 
 The package leaves names open: rooms, devices, people, songs, shopping. Nine languages have a file in ``words``;
 a regional code uses the file of its language, and any other language the English words within its own sentences. The
@@ -53,16 +53,16 @@ _ATTEMPTS = 120
 
 @cache
 def plain_phrases() -> dict[str, dict[str, str]]:
-    """Language → intent → phrase, to look at single answers. Only some languages have them."""
-    found: dict[str, dict[str, str]] = _read("plain.toml")
-    return found
+    """Map language → intent → phrase, to check single answers. Only some languages have them."""
+    phrases: dict[str, dict[str, str]] = _read("plain.toml")
+    return phrases
 
 
 @cache
 def released_phrases() -> dict[str, dict[str, list[str]]]:
-    """Language → intent → phrases that a release carries for the personal step. Only some languages have them."""
-    found: dict[str, dict[str, list[str]]] = _read("released.toml")
-    return found
+    """Map language → intent → phrases that a release carries for the personal step. Only some languages have them."""
+    phrases: dict[str, dict[str, list[str]]] = _read("released.toml")
+    return phrases
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -70,18 +70,18 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def stream(*key: int) -> np.random.Generator:
-    """The generator named ``key``: the same on any machine, and independent of generators with other names."""
+    """Return the generator named ``key``: the same on any machine, and independent of those with other names."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
 
 
 def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
-    """One of ``items`` (at least one), each with the same probability."""
+    """Draw one of ``items`` (at least one), each with the same probability."""
     return items[int(rng.integers(len(items)))]
 
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """The words of one language; a name may hold ``{person}``."""
+    """Holds the words of one language; a name may hold ``{person}``."""
 
     people: tuple[str, ...]  # first names
     areas: tuple[str, ...]  # rooms
@@ -91,25 +91,25 @@ class Words:
     unnatural: tuple[re.Pattern[str], ...]  # patterns that match sentences nobody says, in lower case
 
     def flaws(self, sentence: str, enough: int) -> int:
-        """How many patterns of unnatural speech the sentence matches; counting stops at ``enough``."""
-        found, heard = 0, sentence.lower()
+        """Count the patterns of unnatural speech that the sentence matches, up to ``enough``."""
+        matches, heard = 0, sentence.lower()
         for pattern in self.unnatural:
-            if found >= enough:
+            if matches >= enough:
                 break
-            found += pattern.search(heard) is not None
-        return found
+            matches += pattern.search(heard) is not None
+        return matches
 
 
 @dataclass(frozen=True, slots=True)
 class HouseholdNames:
-    """One household's names for its rooms, its floors and its devices (by kind)."""
+    """Holds one household's names for its rooms, its floors and its devices (by kind)."""
 
     areas: tuple[str, ...]
     floors: tuple[str, ...]
     devices: Mapping[str, tuple[str, ...]]
 
     def of_kind(self, domain: str) -> tuple[str, ...]:
-        """The devices of a Home Assistant domain; the lights for an unknown domain."""
+        """Return the devices of a Home Assistant domain; the lights for an unknown domain."""
         return self.devices.get(_NAMED_LIKE.get(domain, domain), self.devices["light"])
 
 
@@ -131,7 +131,7 @@ def _some(items: tuple[str, ...], count: int, rng: np.random.Generator) -> tuple
 
 @cache
 def load_words(language: str) -> Words:
-    """The words of a language; the English ones for a language without a file."""
+    """Read the words of a language; the English ones for a language without a file."""
     folder = files("simulations.data.households") / "words"
     codes = (language, language.split("-")[0], "en")
     path = next(path for code in codes if (path := folder / f"{code}.toml").is_file())
@@ -151,7 +151,7 @@ def _flat(by_gender: Mapping[str, list[str]]) -> tuple[str, ...]:
 
 
 def _patterns(raw: Mapping[str, Any]) -> Iterable[re.Pattern[str]]:
-    """The listed patterns with their name lists filled in, and the patterns that follow from the genders of nouns."""
+    """Yield the listed patterns with their name lists filled in, and those that follow from the genders of nouns."""
     own = [raw["areas"], raw["floors"], *raw["devices"].values()]
     lists = {
         "{noun}": _gendered([raw["nouns"], *own]),
@@ -180,32 +180,32 @@ def _gendered(tables: Iterable[Mapping[str, list[str]]]) -> list[str]:
 
 
 def _without_article(articles: list[str], nouns: str) -> re.Pattern[str]:
-    """A noun after a word that is not an article."""
+    """Match a noun after a word that is not an article."""
     return _lower(rf"(^|\s)(?!({_any_of(articles)})\s)\S+\s({nouns})\b")
 
 
 def _clash(articles: list[str], nouns: str) -> re.Pattern[str]:
-    """A noun after an article that does not fit it; one that ends in an apostrophe may touch it."""
+    """Match a noun after an article that does not fit it; one that ends in an apostrophe may touch it."""
     spaced = [rf"{re.escape(article)}\s+" for article in articles if not article.endswith("'")]
     elided = [rf"{re.escape(article)}\s*" for article in articles if article.endswith("'")]
     return _lower(rf"\b({'|'.join(spaced + elided)})({nouns})\b")
 
 
 def _any_of(names: Iterable[str], people: Iterable[str] = ()) -> str:
-    """An alternation, longest first; ``{person}`` within a name stands for any of the people."""
+    """Build an alternation, longest first; ``{person}`` within a name stands for any of the people."""
     anyone = f"(?:{'|'.join(map(re.escape, people))})"
     ordered = sorted(set(names), key=lambda name: (-len(name), name))
     return "|".join(re.escape(name).replace(r"\{person\}", anyone) for name in ordered)
 
 
 def _lower(pattern: str) -> re.Pattern[str]:
-    """The pattern for a sentence in lower case; ``re.IGNORECASE`` searches hundreds of names several times slower."""
+    """Compile for a sentence in lower case; ``re.IGNORECASE`` searches hundreds of names several times slower."""
     return re.compile(re.sub(r"\\.|[^\\]+", lambda part: part[0] if part[0][0] == "\\" else part[0].lower(), pattern))
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A sentence template. ``domains`` are the kinds of device that its ``{name}`` may be."""
+    """Is a sentence template. ``domains`` are the kinds of device that its ``{name}`` may be."""
 
     id: str
     text: str
@@ -214,7 +214,7 @@ class Template:
 
 @dataclass(frozen=True, slots=True)
 class Language:
-    """Templates by intent, expansion rules and lists of the package for one language, and our words for it."""
+    """Holds the package's templates by intent, expansion rules and lists of one language, and our words for it."""
 
     templates: Mapping[str, tuple[Template, ...]]
     rules: Mapping[str, str]
@@ -224,7 +224,7 @@ class Language:
 
 @dataclass(frozen=True, slots=True)
 class TemplateSplit:
-    """The templates of one intent in one language, in disjoint parts."""
+    """Holds the templates of one intent in one language, in disjoint parts."""
 
     public: tuple[Template, ...]
     train: tuple[Template, ...]
@@ -263,7 +263,7 @@ def split_templates(templates: tuple[Template, ...], key: str, seed: int, *, pub
 
 @cache
 def hassil_module(name: str) -> Any:
-    """The module ``hassil.<name>``, imported when a population is sampled and not before. Raises ConfigError."""
+    """Import the module ``hassil.<name>`` when a population is sampled and not before. Raises ConfigError."""
     return _import(f"hassil.{name}")
 
 
@@ -279,29 +279,29 @@ def _import(module: str) -> Any:
 
 
 def _intents(language: str) -> dict[str, Any]:
-    """Intents, lists and expansion rules of the package for a language."""
+    """Return intents, lists and expansion rules of the package for a language."""
     package = _import("home_assistant_intents")
-    known = sorted(package.get_languages())
-    found: dict[str, Any] | None = package.get_intents(language) if language in known else None
-    if found is None:
-        close = difflib.get_close_matches(language, known, n=5, cutoff=0.3) or known
+    languages = sorted(package.get_languages())
+    intents: dict[str, Any] | None = package.get_intents(language) if language in languages else None
+    if intents is None:
+        close = difflib.get_close_matches(language, languages, n=5, cutoff=0.3) or languages
         raise ConfigError(
             f"home-assistant-intents has no language {language!r}; the closest are: {', '.join(close)}",
             about="population.languages",
             value=language,
         )
-    return found
+    return intents
 
 
 def _templates(prefix: str, blocks: list[dict[str, Any]]) -> tuple[Template, ...]:
-    """A text in several blocks is one template: its sentences are the same."""
+    """Read templates; a text in several blocks is one template, with the same sentences."""
     domains: dict[str, dict[str, None]] = {}
     for block in blocks:
         named = block.get("requires_context", {}).get("domain", [])
         for text in block["sentences"]:
             domains.setdefault(_cleaned(text), {}).update(dict.fromkeys(named))
-    found = (Template(f"{prefix}/{_hex(text)}", text, tuple(named)) for text, named in domains.items())
-    return tuple(sorted(found, key=lambda template: template.id))
+    templates = (Template(f"{prefix}/{_hex(text)}", text, tuple(named)) for text, named in domains.items())
+    return tuple(sorted(templates, key=lambda template: template.id))
 
 
 def _cleaned(template: str) -> str:
@@ -314,20 +314,17 @@ def _hex(text: str) -> str:
 
 @cache
 def parse(template: str) -> Any:
-    """The parsed expression of a hassil template."""
     return hassil_module("parse_expression").parse_sentence(template).expression
 
 
 @dataclass(frozen=True, slots=True)
 class Expander:
-    """Expands the templates of one language."""
-
     rules: Mapping[str, str]  # bodies of the ``<rules>`` that a template may refer to
     slot: Callable[[str], str]  # gives a text for a ``{list}`` of a template, from the list's name
     rng: np.random.Generator  # takes the branches
 
     def sentence(self, template: str) -> str:
-        """A random sentence of ``template``, single-spaced; each branch of an alternative has the same probability."""
+        """Draw a sentence of ``template``, single-spaced; each branch of an alternative has the same probability."""
         return " ".join(self._walk(parse(template)).split())
 
     def _walk(self, node: Any) -> str:
@@ -348,14 +345,14 @@ class Expander:
 
 @dataclass(frozen=True, slots=True)
 class Voice:
-    """A household's way of speaking: a language, its own names for things, and its own randomness."""
+    """Has a household's way of speaking: a language, its own names for things, and its own randomness."""
 
     language: Language
     names: HouseholdNames
     rng: np.random.Generator
 
     def speak(self, template: Template) -> str:
-        """A sentence of the template: the first of 120 attempts without a flaw, or the one with the fewest flaws."""
+        """Say a sentence of the template: the first of 120 attempts without a flaw, or that with the fewest."""
         expander = Expander(self.language.rules, lambda name: self._slot(name, template.domains), self.rng)
         best, fewest = "", len(self.language.words.unnatural) + 1
         tried: set[str] = set()
