@@ -92,7 +92,7 @@ def services_of(state_dir: CoordinatorStateDir, settings: ServiceSettings) -> tu
         text = f"{state_dir.folder / SERVICES} names nothing to run: set gateway or superlink to HOST:PORT"
         raise ConfigError(text, about=SERVICES)
     _, certificate = state_dir.read_tls(datetime.now(UTC))
-    command = ["edgeadapt:main", "coordinator", "run", str(folder)]
+    command = ["edgeadapt.program:main", "coordinator", "run", str(folder)]
     services = []
     if settings.superlink:
         address = _within(settings.superlink)
@@ -206,7 +206,7 @@ def _dashboard(folder: Path, settings: ServiceSettings) -> tuple[ServiceProgram,
     """Describe the page for the operator. It is the last, so that nothing waits for it."""
     if not settings.dashboard:
         return ()
-    command = ["edgeadapt:main", "coordinator", "dashboard", str(folder), "--listen", settings.dashboard]
+    command = ["edgeadapt.program:main", "coordinator", "dashboard", str(folder), "--listen", settings.dashboard]
     if settings.channels:
         command += ["--channels", str(folder / settings.channels)]
     return (
