@@ -20,7 +20,7 @@ from client.cli import device
 from client.inference.library import Library
 from client.inference.session import ClassificationSession
 from client.learning import Correction, Learner
-from client.learning.learner import LEARNING_RATE
+from client.learning.learner import LEARNING_RATE, Answers
 from client.training import graphengine
 from client.training.examples import Example
 from client.training.trainer import ClassifierTrainer
@@ -209,7 +209,8 @@ def test_a_lesson_gives_the_adapter_and_the_answers_of_the_native_device_and_is_
         learned = learner.teach([Correction(PHRASES[0], label)])
     head = f"personal version 4: 1 of 1 learned, {learned.steps} steps"
     assert found["shown"].startswith(head)
-    assert f"{len(learned.changed)} of {learned.tested} other known phrases" in found["shown"]
+    changed = sum(isinstance(answer, Answers) and answer.changed for answer in learned.others)
+    assert f"{changed} of {len(learned.others)} other known phrases" in found["shown"]
     session = ClassificationSession.open(phone)
     for text in PHRASES:
         expected = session.rank([text], "personal", 5)[0]

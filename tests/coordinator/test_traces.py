@@ -114,7 +114,7 @@ def test_without_a_receiver_nothing_of_opentelemetry_is_imported(app_fleet_of: C
 import json, sys
 from pathlib import Path
 import coordinator.app, coordinator.gateway.grid, edgeadapt.cli.promotion
-from coordinator import traces
+from edgeadapt import traces
 with traces.exporting("edgeadapt-test"), traces.span("round", devices=3) as span:
     span.set(version=1)
 print(json.dumps(sorted(name for name in sys.modules if name.startswith("opentelemetry"))))

@@ -208,14 +208,12 @@ def test_the_image_is_built_from_what_the_package_consists_of() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     tools = project["tool"]["setuptools"]
     packages = {name.rstrip("*") for name in tools["packages"]["find"]["include"]}
-    modules = {f"{name}.py" for name in tools["py-modules"]}
     assert given == {
         "pyproject.toml",
         "setup.py",
         project["project"]["readme"],
         *project["project"]["license-files"],
         *packages,
-        *modules,
     }
 
 
