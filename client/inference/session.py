@@ -68,7 +68,8 @@ class ClassificationSession:
         Args:
             trust: The pinned public keys; by default ``trust.pem`` in the folder that contains the bundle.
             threads: For matrix products; more than one is faster only for long texts.
-            loaded, loaded_bytes: The most adapters, and bytes of them, to hold in memory.
+            loaded: The most adapters to hold in memory.
+            loaded_bytes: The most bytes of them.
 
         Raises:
             TrustError: There are no pinned keys, or none of them signed this base.

@@ -167,7 +167,8 @@ class Report:
         entries: Number of entries in the log.
         previous: Digest of the previous session's last checkpoint, according to this log.
         last: Digest of this log's last checkpoint; empty if it has none.
-        base, layout: Digests in the session's offer; empty if it cannot be read.
+        base: Its digest in the session's offer; empty if it cannot be read.
+        layout: As ``base``, of the adapter.
         start: Version and digest of the adapter that the session started from; None without a checkpoint.
         newest: Those of the newest adapter at the end of the log.
         tasks: For each round, in order: the place of its plan, and the training task in it, as encoded.
