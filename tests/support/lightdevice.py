@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import Enum
@@ -152,8 +153,9 @@ class SocketTalk(Talk):
             raise Over(code, reason, retry_window(((messages.RETRY_WINDOW, reason),))) from None
 
     def send(self, *sent: bytes | str) -> None:
-        for each in sent:
-            self.connection.send(each)
+        with suppress(ConnectionClosed):  # as over gRPC, ``ended`` says that the service has ended it meanwhile
+            for each in sent:
+                self.connection.send(each)
 
     def close(self) -> None:
         self.connection.close()
