@@ -75,7 +75,7 @@ def _kept(export: Export) -> Export:
 
 def _write(file: Path, content: bytes) -> None:
     if not file.parent.exists():
-        for old in STORE.glob("*"):
+        for old in {*STORE.glob("*")} - {file.parent}:  # which another worker may just have made
             shutil.rmtree(old, ignore_errors=True)
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(f".{os.getpid()}")
