@@ -1,7 +1,54 @@
-"""What is ours beside the folders of the device, the coordinator, the exporter and the protocol core.
+"""Federated on-device personalization of frozen models.
 
-``formats`` has every file and message that two parts share, ``bases`` the frozen models, ``methods`` their adapters,
-``rounds`` what a round is about. ``audit``, ``authority`` and ``releases`` are the tools of the auditor, of who
-enrols devices and of who releases to them. ``program`` is the command line. Nothing is imported here: some modules
-need torch, and others run on the bare install.
+::
+
+    model = edgeadapt.load("phone/bundle")                  # verified: signatures, digests, no older version
+    print(model("turn on the kitchen lights"))              # HassTurnOn 94 %
+    model.teach("it is too dark in here", "HassTurnOn")     # on this device, at once
+    model.undo()
+
+Each name is loaded when it is used: the bare install has neither torch nor Flower.
+
+Below it, ``formats`` has every file and message that two parts share, ``bases`` the frozen models, ``methods`` their
+adapters, ``rounds`` what a round is about; ``audit``, ``authority`` and ``releases`` are the tools of the auditor, of
+who enrols devices and of who releases to them; ``program`` is the command line.
 """
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aggregation.errors import ConfigError, DataError, EdgeAdaptError, ProtocolError, TrustError
+    from edgeadapt.interface.models import Answer, Classifier, LanguageModel, load
+
+_HOMES = {
+    "aggregation.errors": ("ConfigError", "DataError", "EdgeAdaptError", "ProtocolError", "TrustError"),
+    "edgeadapt.interface.models": ("Answer", "Classifier", "LanguageModel", "load"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Answer",
+    "Classifier",
+    "ConfigError",
+    "DataError",
+    "EdgeAdaptError",
+    "LanguageModel",
+    "ProtocolError",
+    "TrustError",
+    "__version__",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("edgeadapt")
+    if name in _HOME_OF:
+        return getattr(import_module(_HOME_OF[name]), name)
+    raise AttributeError(f"module 'edgeadapt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

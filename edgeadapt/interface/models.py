@@ -1,0 +1,246 @@
+"""``edgeadapt.load``: a verified bundle as an object that answers, learns and follows its channel."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple, Self, overload
+
+from aggregation.entropy import SystemEntropy
+from aggregation.errors import ConfigError, DataError
+from client.inference.generate import Conversation, Generator
+from client.inference.library import Composition, Library
+from client.inference.session import ClassificationSession
+from client.inference.text import SamplingParams
+from client.learning import Correction, Learned, Learner, Personalized, Undone
+from client.training.personal import PersonalMethod, PersonalStep
+from client.updates import ChannelSource, Updated, follow, update
+
+File = str | PathLike[str]
+
+
+class Answer(NamedTuple):
+    """A classifier's answer to a text.
+
+    >>> print(Answer("HassTurnOn", 0.9432, "global", 0.0))
+    HassTurnOn 94 %
+    """
+
+    label: str | None  # None: the model knows no part of the text
+    probability: float
+    adapter: str
+    unknown: float  # share of the text's tokens that the model does not know
+
+    def __str__(self) -> str:
+        return "unknown text" if self.label is None else f"{self.label} {self.probability:.0%}".replace("%", " %")
+
+
+class _Model:
+    """A bundle, and the adapter that answers."""
+
+    def __init__(self, library: Library, adapter: str | None) -> None:
+        self._library, self._named = library, adapter
+
+    @property
+    def adapter(self) -> str:
+        """The adapter that answers: the one that was named, else the bundle's personal one, else its global one.
+
+        Raises ConfigError, DataError, TrustError: as ``Library.default``.
+        """
+        return self._named or self._library.default()
+
+    @property
+    def adapters(self) -> list[str]:
+        return self._library.names()
+
+    @property
+    def bundle(self) -> Path:
+        return self._library.bundle
+
+    def undo(self) -> Undone:
+        """Take the last lesson or personal step back. Raises as ``Learner.open`` and ``Learner.undo``."""
+        with self._learner() as learner:
+            undone = learner.undo()
+        self._answer_with(undone.adapter)
+        return undone
+
+    def personalize(
+        self,
+        examples: File,
+        *,
+        method: PersonalMethod | str = PersonalMethod.FINE_TUNE,
+        epochs: int = 3,
+        learning_rate: float | None = None,
+        patience: int = 0,
+    ) -> Personalized:
+        """Make a private adapter from the global one and a device's examples file, and use it if it is not worse.
+
+        Args:
+            method: "fine-tune", or of a classifier "ridge", "ensemble" or "interpolate" (``PersonalMethod``).
+            epochs: Passes over the examples.
+            learning_rate: Of AdamW; by default that of ``edgeadapt device personalize``.
+            patience: Epochs without a lower loss on held-out examples after which training ends; 0: never.
+
+        Raises:
+            TrustError, DataError, ConfigError, OSError: As ``Learner.open`` and ``Learner.personalize``.
+        """
+        step = PersonalStep(epochs, 16.0, PersonalMethod(method), patience=patience)
+        with self._learner() as learner:
+            personalized = learner.personalize(Path(examples), step, learning_rate)
+        self._answer_with(personalized.adapter)
+        return personalized
+
+    def update(
+        self, repository: str | None = None, channel: str | None = None, root: File | None = None, *, language: str = ""
+    ) -> Updated:
+        """Bring the bundle to the release that its channel has for this device; private adapters stay.
+
+        Name the repository, the channel and the pinned ``root.json`` together, and only the first time. Raises
+        TrustError, DataError, ConfigError, OSError: as ``client.updates.follow`` and ``update``.
+        """
+        if repository is not None and channel is not None and root is not None:
+            follow(self.bundle, ChannelSource(repository, channel), Path(root))
+        elif repository or channel or root:
+            raise ConfigError("name repository, channel and root together", about="repository")
+        pinned = self._library.trust.pinned
+        return update(self.bundle, pinned, language=language or None, entropy=SystemEntropy())
+
+    def _taught(self, corrections: Sequence[Correction]) -> Learned:
+        with self._learner() as learner:
+            learned = learner.teach(corrections)
+        self._answer_with(learned.adapter)
+        return learned
+
+    def _learner(self) -> AbstractContextManager[Learner]:
+        return Learner.open(self.bundle, self._library.trust.pinned, self._named)
+
+    def _answer_with(self, adapter: str) -> None:
+        if self._named is not None:  # a model that was made for one adapter answers with what it learned
+            self._named = adapter
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {str(self.bundle)!r}, adapter {self.adapter}>"
+
+
+class Classifier(_Model):
+    """A bundle that classifies texts. Threads may share it; one at a time may teach it."""
+
+    def __init__(self, session: ClassificationSession, adapter: str | None) -> None:
+        super().__init__(session.library, adapter)
+        self._session = session
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self._session.load(self.adapter).labels
+
+    @property
+    def version(self) -> int:
+        return self._session.load(self.adapter).version
+
+    @property
+    def privacy(self) -> str | None:
+        """What bounds what the adapter says about one device; None if nothing does."""
+        privacies = [manifest.privacy for manifest in self._session.load(self.adapter).manifests]
+        return None if None in privacies else "; ".join(map(str, privacies))
+
+    @overload
+    def __call__(self, text: str, *, adapter: str | None = None) -> Answer: ...  # type: ignore[overload-overlap]
+    @overload
+    def __call__(self, text: Iterable[str], *, adapter: str | None = None) -> list[Answer]: ...
+    def __call__(self, text: str | Iterable[str], *, adapter: str | None = None) -> Answer | list[Answer]:
+        """Classify a text, or each of several. Raises as ``top``."""
+        if isinstance(text, str):
+            return self.top(text, 1, adapter=adapter)[0]
+        return [self.top(one, 1, adapter=adapter)[0] for one in text]
+
+    def top(self, text: str, count: int, *, adapter: str | None = None) -> list[Answer]:
+        """Find the ``count`` most likely labels of a text, most likely first; one without a label if it is unknown.
+
+        Raises:
+            DataError: The text is empty, too long or not Unicode, or ``adapter`` is broken.
+            ConfigError: ``count`` is below 1, or the bundle does not have ``adapter``.
+            TrustError: No pinned key signed the adapter, or it is older than one that was seen.
+        """
+        if not isinstance(text, str):
+            raise DataError(f"a {type(text).__name__} is not a text: give a string", about="text")
+        used = adapter or self.adapter
+        share = self._session.unknown_share(text) if text.strip() else 0.0  # an empty text is refused by ``rank``
+        if share == 1:
+            return [Answer(None, 0.0, used, share)]
+        found = self._session.rank([text], used, count)[0]
+        return [Answer(one.label, one.probability, used, share) for one in found]
+
+    def using(self, adapter: str) -> Self:
+        """Share the loaded base with a classifier that answers with another adapter, or several: "global:0.5+anna".
+
+        Raises as ``ClassificationSession.load``.
+        """
+        self._session.load(adapter)
+        return type(self)(self._session, adapter)
+
+    def teach(self, text: str, label: str) -> Learned:
+        """Learn the right label of a text, at once. Raises as ``teach_all``."""
+        return self.teach_all([(text, label)])
+
+    def teach_all(self, corrections: Iterable[tuple[str, str]]) -> Learned:
+        """Learn pairs of a text and its label. Raises as ``Learner.open`` and ``Learner.teach``."""
+        return self._taught([Correction(*pair) for pair in corrections])
+
+
+class LanguageModel(_Model):
+    """A bundle that writes text. One answer at a time is written."""
+
+    def __init__(self, generator: Generator, adapter: str | None) -> None:
+        super().__init__(generator.library, adapter)
+        self._generator = generator
+
+    def __call__(self, prompt: str, **sampling: Any) -> str:
+        """Continue a prompt. Keywords are those of ``SamplingParams``. Raises as ``Generator.complete``."""
+        return "".join(self.stream(prompt, **sampling))
+
+    def stream(self, prompt: str, **sampling: Any) -> Iterator[str]:
+        """Continue a prompt piece by piece. Raises as ``Generator.complete``."""
+        return self._generator.complete(prompt, SamplingParams(**sampling), self._adapter_or_base())
+
+    def chat(self, system: str | None = None, **sampling: Any) -> Conversation:
+        """Start a chat, whose ``ask`` writes an answer piece by piece. Raises as ``Conversation``."""
+        return Conversation(self._generator, SamplingParams(**sampling), system, self._adapter_or_base())
+
+    def using(self, adapter: str) -> Self:
+        """Share the loaded base with a model that answers with another adapter. Raises as ``Generator.load``."""
+        self._generator.load(adapter)
+        return type(self)(self._generator, adapter)
+
+    def teach(self, prompt: str, answer: str) -> Learned:
+        """Learn the right answer to a prompt, at once. Raises as ``Learner.open`` and ``Learner.teach``."""
+        return self._taught([Correction(prompt, answer)])
+
+    def _adapter_or_base(self) -> str | None:
+        return self._named or (self._library.default() if self._library.names() else None)
+
+
+def load(
+    bundle: File, *, adapter: str | None = None, trust: File | None = None, threads: int = 1
+) -> Classifier | LanguageModel:
+    """Verify a bundle and load its model.
+
+    Args:
+        adapter: The adapter that answers, or several as one, "global:0.5+anna"; by default the bundle's own choice,
+            which a lesson or an update may change.
+        trust: The file of pinned keys; by default ``trust.pem`` in the folder that contains the bundle.
+        threads: For matrix products.
+
+    Raises:
+        TrustError: There are no pinned keys, or none of them signed the base or the adapter.
+        DataError: There is no bundle, or a file of it is missing.
+        ConfigError: The bundle does not have the adapter, or it needs a newer ONNX Runtime or, for a language model,
+            ``onnxruntime-genai``.
+    """
+    library = Library.open(Path(bundle), None if trust is None else Path(trust))
+    if adapter is not None:
+        Composition.of(adapter)
+    if library.manifest.task == "text-generation":
+        model: Classifier | LanguageModel = LanguageModel(Generator.of(library, threads), adapter)
+    else:
+        model = Classifier(ClassificationSession.of(library, threads), adapter)
+    return model.using(adapter) if adapter is not None else model
