@@ -1,4 +1,4 @@
-"""Copy a coordinator to an archive while it runs, and make a state directory from one (docs/decisions/0067).
+"""Copy a coordinator to an archive while it runs, and make a state directory from one (docs/decisions/0074).
 
 The registry is read first, in one transaction, and the logs after it: a log is ahead of the registry by what its
 session did meanwhile, and is cut before the first ending of a round that the copied registry does not know. That is the

@@ -1,9 +1,9 @@
 """Spans of OpenTelemetry: how long a session, a round, a step, a call of the gateway and a promotion took.
 
 As with logging, code that reports does not know where to: any function may open a ``span``, and ``exporting`` says
-whether one is recorded. Off, nothing of OpenTelemetry is imported (docs/decisions/0080-traces.md). A span has counts,
-bytes, durations, and names of steps, rounds, channels and gates. It has no name or address of a device, so no text of
-an error either: those may name one.
+whether one is recorded. Off, nothing of OpenTelemetry is imported (docs/decisions/0080-dashboard-and-traces.md). A span
+has counts, bytes, durations, and names of steps, rounds, channels and gates. It has no name or address of a device, so
+no text of an error either: those may name one.
 """
 
 import os

@@ -12,7 +12,7 @@ virtual tokens          one after the other, in the order of the adapters' names
 ======================= ==================================================================================
 
 A module of ``modules_to_save`` replaces the base's module instead of updating it, so two of them have no sum. They are
-averaged, if their shapes and, for a head, the labels agree (docs/decisions/0013-composing-adapters.md).
+averaged, if their shapes and, for a head, the labels agree (docs/decisions/0013-slots-and-composition.md).
 """
 
 import math

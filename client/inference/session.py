@@ -1,7 +1,7 @@
 """Classifies texts with a verified base and verified adapters. It needs neither torch nor flwr nor transformers.
 
 An adapter is a set of inputs of the graph, held in memory in float32: switching to one that was used before exchanges a
-reference (docs/decisions/0003-int8-on-a-device.md).
+reference (docs/decisions/0010-profiles-of-a-base.md).
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,6 +1,6 @@
 """The registry: every version of the global adapter, signed and content-addressed, and the record of every round.
 
-A round is committed as a unit (docs/decisions/0002): first the blob under its content address, then one database
+A round is committed as a unit (docs/decisions/0062): first the blob under its content address, then one database
 transaction with the version, the round's record and the optimizer's state. A kill at any instant loses at most the
 round under way. Everything that is read is verified: the signature of a manifest or record, the chain of the records,
 the digest of a blob or of the optimizer's state. Deleted last rows are found by comparing with the logs

@@ -1,11 +1,11 @@
 """Runs an exported classifier as devices run it: one text, or a mixed batch in which each row uses another adapter.
 
 Devices answer with it (``client.inference``), and the exporter measures with it (``export.parity``), so that what is
-measured is what runs. ``x @ A @ B`` broadcasts: with A of shape ``(rows, in, rank)`` and B of shape
-``(rows, rank, out)``, each row has its own A and B. So do scales and offsets of shape ``(rows, given, width)``; a row
-without one gets ones or zeros. Heads with fewer labels are padded with zeros, and the surplus logits are cut off. Ranks
-are not padded (docs/decisions/0013-composing-adapters.md). Where all rows use one adapter, A and B have two dimensions,
-and layers may read inputs of any shape.
+measured is what runs. ``x @ A @ B`` broadcasts: with A of shape ``(rows, in, rank)`` and B of shape ``(rows, rank,
+out)``, each row has its own A and B. So do scales and offsets of shape ``(rows, given, width)``; a row without one gets
+ones or zeros. Heads with fewer labels are padded with zeros, and the surplus logits are cut off. Ranks are not padded
+(docs/decisions/0013-slots-and-composition.md). Where all rows use one adapter, A and B have two dimensions, and layers
+may read inputs of any shape.
 """
 
 from collections.abc import Collection, Mapping, Sequence

@@ -3,7 +3,7 @@
 For the architectures that share Llama's layers (Llama, Qwen 2, Qwen 3). Quantized blocks become floats without further
 loss, so the folder and the file are the same model. A tensor or a setting that this module does not know is refused by
 name: ignoring it would only show as worse answers. Settings, tokenizer and the shapes of all tensors are checked before
-a tensor is read. docs/decisions/0018-own-gguf-reader.md compares with transformers' loader.
+a tensor is read. docs/decisions/0018-own-readers.md compares with transformers' loader.
 """
 
 import json

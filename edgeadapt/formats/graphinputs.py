@@ -7,7 +7,7 @@ A layer with every kind of slot computes::
 ``base`` is the frozen layer with its bias. A has the shape ``(in, rank)`` and B ``(rank, out)``, with the layer's
 scaling folded in; both are peft's tensors transposed. The three vectors have the shape ``(given, width)``: ``given``
 is 1, or 0 for an adapter that lacks the vector. What is absent changes nothing: the graph then takes a scale of 1 and
-an offset of 0 (docs/decisions/0021-slots-of-several-kinds.md). A fourth kind of vector replaces a vector among the
+an offset of 0 (docs/decisions/0013-slots-and-composition.md). A fourth kind of vector replaces a vector among the
 base's parameters, such as a bias or the weight of a normalization. Modules in ``modules_to_save`` keep their shapes.
 
 The whole base has two more slots: embeddings of virtual tokens before a text, ``(virtual tokens, width)``, and their

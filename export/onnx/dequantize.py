@@ -1,7 +1,7 @@
 """A base whose weights are rounded as a profile rounds them, so that training runs on the weights of the device.
 
 The rounding of a profile changes the base more than an adapter's rounding changes the adapter. An adapter that is
-trained on the rounded base compensates for it; docs/decisions/0012 says how to measure the gain.
+trained on the rounded base compensates for it; docs/decisions/0012 has the gain that was measured.
 """
 
 import copy

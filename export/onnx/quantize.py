@@ -1,6 +1,6 @@
 """The weights of a graph in the form of a ``Profile``.
 
-docs/decisions/0003-int8-on-a-device.md and 0010-profiles-of-a-language-model.md have the measurements behind them.
+docs/decisions/0010-profiles-of-a-base.md has the measurements behind them.
 """
 
 import copy

@@ -136,14 +136,24 @@ def test_every_promise_names_its_test(document: str, heading: str, column: int) 
         assert re.search(r"test_\w+|make_\w+|fuzz_\w+", row[column]), row[0]
 
 
-DECISIONS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
+DECISIONS = sorted((ROOT / "docs" / "decisions").glob("[0-9]*.md"))
 
 
 @pytest.mark.parametrize("path", DECISIONS, ids=[path.stem for path in DECISIONS])
-def test_a_decision_has_its_number_and_a_status_with_a_date(path: Path) -> None:
-    title, _, status = path.read_text().split("\n")[:3]
+def test_a_decision_is_a_page_with_its_number_and_a_status_that_no_search_finds(path: Path) -> None:
+    front, text = path.read_text().removeprefix("---\n").split("\n---\n\n")
+    title, _, status = text.split("\n")[:3]
+    assert front == "search: {exclude: true}"
     assert title.startswith(f"# {int(path.name[:4])}. ")
     assert re.match(r"\*\*Status:\*\* (accepted|superseded by .*), \d{4}-\d\d-\d\d", status)
+    assert sum(bool(re.search(r"\w", word)) for word in text.split()) <= 300
+
+
+def test_the_index_of_decisions_has_each_of_at_most_forty_once() -> None:
+    rows = re.findall(r"^\| (\d+) \| \[(.+)\]\((.+)\)", (ROOT / "docs/decisions/index.md").read_text(), re.MULTILINE)
+    titles = [re.findall(r"^# (\d+)\. (.*)$", path.read_text(), re.MULTILINE)[0] for path in DECISIONS]
+    assert sorted(rows) == sorted((*title, path.name) for title, path in zip(titles, DECISIONS, strict=True))
+    assert len(rows) <= 40
 
 
 def test_every_document_that_the_code_names_is_there(all_sources: Any) -> None:

@@ -1,4 +1,4 @@
-"""What correlated noise would gain in a session, and what dropouts cost it: the numbers of decision 45.
+"""What correlated noise would gain in a session, and what dropouts cost it: the numbers of decision 37.
 
 Gaussian noise, so that everything is a covariance. Each device draws noise of its own for every round, and adds to the
 sum of round t what row t of D = C⁻¹ makes of it, so that later rounds take back part of what earlier ones added (matrix
