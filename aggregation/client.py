@@ -164,9 +164,8 @@ class Advertised:
     def on_roster(self, device: Device, roster: bytes, entropy: Entropy) -> "tuple[Ready, bytes]":
         """Check the roster and share the secrets of every round (steps 3 and 4); the answer is the encrypted shares.
 
-        Raises:
-            ProtocolError: The roster is not the coordinator's for this offer, is too small, has an advert that is
-                repeated, replayed, unsigned or from outside the cohort, or lacks this device's own advert.
+        Raises ProtocolError: the roster is not the coordinator's for this offer, is too small, has an advert that is
+        repeated, replayed, unsigned or from outside the cohort, or lacks this device's own advert.
         """
         message = device.open_verified(Roster, roster)
         session, adverts = checks.roster(self.spec, self.offer, self.cohort, message)
@@ -317,9 +316,8 @@ class Masked:
     def on_survivors(self, device: Device, survivors: bytes) -> tuple["Confirmed", bytes]:
         """Check the survivor set and sign it, once (step 7); the answer is the consistency signature.
 
-        Raises:
-            ProtocolError: Not the coordinator's for this plan, without this device and its own vector, with a device
-                from outside the plan, or too small; or the session runs no consistency check.
+        Raises ProtocolError: not the coordinator's for this plan, without this device and its own vector, with a device
+        from outside the plan, or too small; or the session runs no consistency check.
         """
         self._require_adversary(Adversary.ACTIVE, "survivor set")
         message = device.open_verified(Survivors, survivors)
@@ -330,10 +328,7 @@ class Masked:
 
     def on_unmask(self, device: Device, unmask: bytes) -> tuple["Ready", bytes]:
         """Reveal shares for a survivor set without a consistency check (step 8, honest-but-curious sessions only).
-
-        Raises:
-            ProtocolError: As ``on_survivors``; always in an active session.
-        """
+        Raises ProtocolError as ``on_survivors``; always in an active session."""
         self._require_adversary(Adversary.HONEST_BUT_CURIOUS, "unmask request without consistency signatures")
         message = device.open_verified(Unmask, unmask)
         checks.survivors(self.ready.session, self.plan, self.ready.me, self.vector, message.survivors)
@@ -363,10 +358,7 @@ class Confirmed:
 
     def on_unmask(self, device: Device, unmask: bytes) -> tuple["Ready", bytes]:
         """Reveal shares for the survivor set that this device signed (step 8). The shares of the round are dropped.
-
-        Raises:
-            ProtocolError: Not the coordinator's, another survivor set, or too few valid signatures on it.
-        """
+        Raises ProtocolError: not the coordinator's, another survivor set, or too few valid signatures on it."""
         message = device.open_verified(Unmask, unmask)
         if message.survivors != self.survivors:
             text = "unmask request is for another survivor set than this device signed"

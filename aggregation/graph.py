@@ -181,11 +181,8 @@ def least_threshold(devices: int, corrupt: float) -> int:
 
 
 def demanded(devices: int) -> int:
-    """Honest devices that the coordinator leaves in every combination of sums of a cohort.
-
-    It does not know the devices' policies. Those that join a cohort of fewer than 8 devices have lower limits than the
-    default ones.
-    """
+    """Honest devices that the coordinator leaves in every combination of sums of a cohort. It does not know the
+    devices' policies. Those that join a cohort of fewer than 8 devices have lower limits than the default ones."""
     return min(MINIMUM_SURVIVORS, devices // 2)
 
 
@@ -234,10 +231,8 @@ def hypergeometric_tail(population: int, marked: int, drawn: int, least: int) ->
 
 
 def _two_windows(devices: int, marked: int, width: int, least: int) -> float:
-    """Bounds P[two disjoint windows of the ring, ``width`` places each, have ``least`` marked devices each].
-
-    The more marked devices one window has, the fewer has the other (negative association): the product bounds both.
-    """
+    """Bounds P[two disjoint windows of the ring, ``width`` places each, have ``least`` marked devices each]. The more
+    marked devices one window has, the fewer has the other (negative association): the product bounds both."""
     if 2 * least > marked:
         return 0.0
     return math.comb(devices, 2) * hypergeometric_tail(devices, marked, width, least) ** 2

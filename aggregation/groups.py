@@ -78,10 +78,8 @@ def _dealt(adapter: str, devices: tuple[str, ...], count: int) -> Mapping[str, i
 
 
 def split(spec: SessionSpec, plan: Plan, devices: Iterable[str]) -> tuple[tuple[str, ...], ...]:
-    """``devices`` by group, each group in ascending order; one group if the session has no others.
-
-    Devices that the plan does not deal are in none.
-    """
+    """``devices`` by group, each group in ascending order; one group if the session has no others. Devices that the
+    plan does not deal are in none."""
     found: list[list[str]] = [[] for _ in range(spec.groups)]
     group_of = of_plan(spec, plan)
     for device in sorted(group_of.keys() & set(devices)):
@@ -98,11 +96,8 @@ def mask_peers(session: Session, plan: Plan, device: str, among: Collection[str]
 
 
 def require_minimum(spec: SessionSpec, plan: Plan, present: Iterable[str], what: str, *, about: str) -> None:
-    """Return if each group has its minimum of devices that are ``present``; nothing to check without groups.
-
-    Raises:
-        ProtocolError: One has not. ``what`` names the counted devices.
-    """
+    """Check that each group has its minimum of devices that are ``present``; nothing to check without groups. Raises
+    ProtocolError: one has not. ``what`` names the counted devices."""
     if spec.grouping is None:
         return
     for number, devices in enumerate(split(spec, plan, present)):

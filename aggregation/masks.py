@@ -57,13 +57,11 @@ SMALL_ORDER = frozenset(
 
 
 def require_public_key(key: bytes) -> None:
-    """Return if ``key`` (32 bytes) is a canonical X25519 public key that is not of small order.
+    """Check that ``key`` (32 bytes) is a canonical X25519 public key that is not of small order.
 
     X25519 reduces u-coordinates mod p and ignores the top bit (RFC 7748, section 5). Here one key is one byte string,
-    so that keys are different wherever their bytes are.
-
-    Raises:
-        ProtocolError: The key is of small order, or not canonical.
+    so that keys are different wherever their bytes are. Raises ProtocolError: the key is of small order, or not
+    canonical.
     """
     point = int.from_bytes(key, "little")
     if point >= _P:

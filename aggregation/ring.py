@@ -49,11 +49,8 @@ def packed_size(size: int, bits: int) -> int:
 
 
 def require_vector(values: Ring, size: int, bits: int) -> None:
-    """Return if ``values`` is a vector of ``size`` elements of this ring.
-
-    Raises:
-        DataError: Another shape than ``(size,)``, or another element type than ``dtype(bits)``.
-    """
+    """Check that ``values`` is a vector of ``size`` elements of this ring. Raises DataError: another shape than
+    ``(size,)``, or another element type than ``dtype(bits)``."""
     if values.shape != (size,) or values.dtype != dtype(bits):
         raise DataError(
             f"expected a ring vector of {size} {np.dtype(dtype(bits)).name}, got {values.shape} {values.dtype}",

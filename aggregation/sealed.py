@@ -107,9 +107,7 @@ def seal(state: ClientState, key: bytes) -> bytes:
     """Encrypt ``state`` under ``key``, 32 bytes that never leave the device; different bytes on every call.
 
     ``Planned`` is stored as the ``Ready`` after its round. Law: ``unseal(seal(s, k), k) == s`` for every other state.
-
-    Raises:
-        ConfigError: The key has another length.
+    Raises ConfigError: the key has another length.
     """
     kept = _kept(state)
     plain = bytes([_KINDS.index(type(kept))]) + _CODECS[type(kept)].encode(kept)
@@ -117,12 +115,8 @@ def seal(state: ClientState, key: bytes) -> bytes:
 
 
 def unseal(blob: bytes, key: bytes) -> ClientState:
-    """Decrypt a state.
-
-    Raises:
-        TrustError: Altered, truncated, sealed under another key, or not a sealed state.
-        ConfigError: The key has another length.
-    """
+    """Decrypt a state. Raises TrustError: altered, truncated, sealed under another key, or not a sealed state;
+    ConfigError: the key has another length."""
     if blob[: len(_MAGIC)] != _MAGIC:
         raise TrustError("not a sealed session state of this version", about="sealed.version")
     plain = decrypt(blob[len(_MAGIC) :], key, _MAGIC)
@@ -161,12 +155,8 @@ def encrypt(plain: bytes, key: bytes, bound: bytes) -> bytes:
 
 
 def decrypt(blob: bytes, key: bytes, bound: bytes) -> bytes:
-    """What ``encrypt`` encrypted.
-
-    Raises:
-        TrustError: Altered, truncated, or encrypted under another key or for another ``bound``.
-        ConfigError: The key has another length.
-    """
+    """What ``encrypt`` encrypted. Raises TrustError: altered, truncated, or encrypted under another key or for another
+    ``bound``; ConfigError: the key has another length."""
     try:
         return _cipher(key).decrypt(blob[:_NONCE], blob[_NONCE:], bound)
     except (InvalidTag, ValueError):
@@ -180,11 +170,7 @@ def seal_record(codec: Codec[Value], value: Value, key: bytes, magic: bytes, bou
 
 
 def open_record(codec: Codec[Value], raw: bytes, key: bytes, magic: bytes, bound: bytes = b"") -> Value:
-    """What ``seal_record`` encrypted.
-
-    Raises:
-        TrustError, ConfigError: As ``decrypt``.
-    """
+    """What ``seal_record`` encrypted. Raises TrustError, ConfigError as ``decrypt``."""
     return codec.decode(decrypt(raw.removeprefix(magic), key, magic + bound))
 
 

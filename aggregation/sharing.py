@@ -80,10 +80,8 @@ def encrypt(
 def decrypt(
     session: Session, share_key: X25519PrivateKey, dealer: str, holder: str, encrypted: EncryptedShares
 ) -> dict[int, SharePair] | None:
-    """Round → pair, or None if the dealer encrypted something that does not match its digests.
-
-    None is not an error: one bad dealer must not stop the others. The holder then has no share of that dealer.
-    """
+    """Round → pair, or None if the dealer encrypted something that does not match its digests. None is not an error:
+    one bad dealer must not stop the others. The holder then has no share of that dealer."""
     if not fits(encrypted, session.spec.rounds):
         return None
     try:

@@ -187,10 +187,8 @@ class SessionSpec:
         return self.grouping.minimum if self.grouping else self.minimum_survivors
 
     def noise_multiplier(self, corrupt: int = 0) -> float:
-        """The standard deviation of the noise in the smallest sum over the clip norm; 0 without noise.
-
-        ``corrupt``: as of ``spent``.
-        """
+        """The standard deviation of the noise in the smallest sum over the clip norm; 0 without noise. ``corrupt``: as
+        of ``spent``."""
         if self.privacy is None:
             return 0.0
         honest = max(0, self.honest(self.minimum_survivors, corrupt))

@@ -159,10 +159,8 @@ class VectorSpec:
         """Resolution of ``segment`` in its unit: the finest power of two with ``largest / step <= max_steps``.
 
         With noise, the finest one with which the sum of ``max_clients`` values and their noise is below half the ring,
-        and the noise of one device has at most ``noise.MAX_DEVIATION`` steps.
-
-        Raises:
-            ConfigError: The noise does not fit the ring in steps of the bound.
+        and the noise of one device has at most ``noise.MAX_DEVIATION`` steps. Raises ConfigError: the noise does not
+        fit the ring in steps of the bound.
         """
         if segment.noise:
             return self._noisy_step(segment)

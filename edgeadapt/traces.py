@@ -78,10 +78,8 @@ def exporting(service: str) -> Iterator[None]:
     """Record spans and send them while the block runs, if OpenTelemetry's environment variables name a receiver.
 
     Spans are sent by a thread of their own. Those that the receiver does not take in time are dropped. ``service`` is
-    the process's ``service.name``, unless the environment has one.
-
-    Raises:
-        ConfigError: The variables are not valid or ask for another protocol, or the extra ``traces`` is not installed.
+    the process's ``service.name``, unless the environment has one. Raises ConfigError: the variables are not valid or
+    ask for another protocol, or the extra ``traces`` is not installed.
     """
     global _tracing
     if not is_wanted() or _tracing is not None:

@@ -30,11 +30,8 @@ class Authority:
 
     @classmethod
     def create(cls, name: str, entropy: Entropy, not_before: datetime, not_after: datetime) -> "Authority":
-        """A new authority called ``name`` with a key from ``entropy``.
-
-        Raises:
-            ConfigError: The name is empty or too long for a certificate, or ``not_after`` is not after ``not_before``.
-        """
+        """A new authority called ``name`` with a key from ``entropy``. Raises ConfigError: the name is empty or too
+        long for a certificate, or ``not_after`` is not after ``not_before``."""
         if not 0 < len(name.encode(errors="replace")) <= MAX_NAME:
             raise ConfigError(
                 f"an authority's name has 1 to {MAX_NAME} bytes: choose another one than {name[:MAX_NAME]!r}",
@@ -138,11 +135,8 @@ class Authority:
 
     @classmethod
     def from_pem(cls, pem: bytes) -> "Authority":
-        """Read what ``to_pem`` wrote.
-
-        Raises:
-            TrustError: Key or certificate is missing or damaged, or they do not match.
-        """
+        """Read what ``to_pem`` wrote. Raises TrustError: key or certificate is missing or damaged, or they do not
+        match."""
         key, root = IdentityKey.from_pem(pem), Root.from_pem(pem)
         if identity(load(root.der)) != key.public:
             raise TrustError("the authority's key and certificate do not match", about="authority.key")

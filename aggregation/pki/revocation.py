@@ -63,12 +63,8 @@ class RevocationList:
 
     @classmethod
     def read(cls, raw: bytes, issuer: x509.Certificate) -> "RevocationList":
-        """The list in ``raw``, DER or PEM, that ``issuer`` signed. Use ``Root.revocations``.
-
-        Raises:
-            TrustError: Not a complete list of that authority with number and end, or one with an extension that would
-                change its meaning.
-        """
+        """The list in ``raw``, DER or PEM, that ``issuer`` signed. Use ``Root.revocations``. Raises TrustError: not a
+        complete list of that authority with number and end, or one with an extension that would change its meaning."""
         listed = _load(raw)
         key = issuer.public_key()
         if not isinstance(key, Ed25519PublicKey):
@@ -107,11 +103,8 @@ class RevocationList:
         return x509.load_der_x509_crl(self.der).public_bytes(serialization.Encoding.PEM)
 
     def newer_than(self, seen: "RevocationList | None") -> "RevocationList":
-        """This list, if a reader that has ``seen`` may accept it: it is newer, or the same.
-
-        Raises:
-            TrustError: It is older, or differs under the same number.
-        """
+        """This list, if a reader that has ``seen`` may accept it: it is newer, or the same. Raises TrustError: it is
+        older, or differs under the same number."""
         if seen is None or self.number > seen.number or self.der == seen.der:
             return self
         if self.number == seen.number:
@@ -150,10 +143,7 @@ def sign_list(
     times: tuple[datetime, datetime],
 ) -> bytes:
     """A signed list in DER. Use ``Authority.revocations``. ``times``: when it is signed, and until when it is valid.
-
-    Raises:
-        ConfigError: It would end before it begins.
-    """
+    Raises ConfigError: it would end before it begins."""
     this_update, next_update = times
     if not this_update < next_update:
         text = "a revocation list cannot end before it begins"

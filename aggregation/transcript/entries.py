@@ -86,9 +86,7 @@ def read(raw: bytes) -> Reading:
 @dataclass(frozen=True, slots=True)
 class Result(Message):
     """Coordinator → log, step 9: the survivors of a round, the digest of their sum, and the adapter made from it.
-
-    ``sum`` is the SHA-256 of the unmasked vector, packed; ``adapter`` that of the new adapter's file.
-    """
+    ``sum`` is the SHA-256 of the unmasked vector, packed; ``adapter`` that of the new adapter's file."""
 
     TAG: ClassVar = "result"
     LIMIT: ClassVar = Survivors.LIMIT
@@ -125,11 +123,10 @@ class Checkpoint(Message):
     """Coordinator → log: the root of the ``size`` entries before this one.
 
     ``offer`` is the digest of the session's offer; ``previous`` that of the last checkpoint of the coordinator's
-    previous session, so that no session between two others can be omitted.
-
-    ``version`` and ``adapter`` name the newest adapter at this place of the log: that of the last result or, before the
-    first result of a session, that of the previous session's last checkpoint. Only the first session of a coordinator
-    starts from an adapter that no log produced, version 0.
+    previous session, so that no session between two others can be omitted. ``version`` and ``adapter`` name the newest
+    adapter at this place of the log: that of the last result or, before the first result of a session, that of the
+    previous session's last checkpoint. Only the first session of a coordinator starts from an adapter that no log
+    produced, version 0.
     """
 
     TAG: ClassVar = "checkpoint"

@@ -55,11 +55,8 @@ class LogState:
 
     @classmethod
     def initial(cls, coordinator: PublicKey, raw: bytes, offer: bytes, device: str) -> "LogState":
-        """The state of a device that has none, from the proof sent with the offer of digest ``offer``.
-
-        Raises:
-            ProtocolError: Not a session chain proof, or one for another session.
-        """
+        """The state of a device that has none, from the proof sent with the offer of digest ``offer``. Raises
+        ProtocolError: not a session chain proof, or one for another session."""
         proof = SESSION_CHAIN_PROOF.decode(raw)
         start = envelope.open_repeated(Checkpoint, proof.start, coordinator, COORDINATOR)
         if (start.offer, start.size, start.stage) != (offer, 0, Stage.OPEN):
@@ -72,10 +69,8 @@ class LogState:
         return replace(self, plan=plan, unconfirmed=_digest(message), delivered=(), survivors=None)
 
     def on_survivors(self, survivors: Iterable[str], answer: bytes | None = None) -> "LogState":
-        """The state after the coordinator named the survivors; ``answer`` is the device's answer.
-
-        The request shows that the device's last message reached the coordinator.
-        """
+        """The state after the coordinator named the survivors; ``answer`` is the device's answer. The request shows
+        that the device's last message reached the coordinator."""
         delivered = self.delivered if self.unconfirmed is None else (*self.delivered, self.unconfirmed)
         unconfirmed = None if answer is None else _digest(answer)
         return replace(self, delivered=delivered, unconfirmed=unconfirmed, survivors=digest_of(survivors))
@@ -95,11 +90,7 @@ class LogState:
         return self._checked(coordinator, raw)[0]
 
     def require_newest(self, plan: Plan) -> None:
-        """Return if the plan distributes the newest adapter that the log names.
-
-        Raises:
-            ProtocolError: It does not.
-        """
+        """Check that the plan distributes the newest adapter that the log names. Raises ProtocolError."""
         if (plan.adapter_version, plan.adapter_digest) != self.newest:
             text = f"adapter {plan.adapter_version} of the plan is not the newest one in the log, {self.version}"
             raise ProtocolError(text, COORDINATOR, about="plan.adapter", value=plan.adapter_version)
@@ -107,9 +98,8 @@ class LogState:
     def on_session_chain_proof(self, coordinator: PublicKey, raw: bytes, offer: bytes) -> "LogState":
         """Check the proof sent with the offer of digest ``offer``; returns the state to keep.
 
-        Raises:
-            ProtocolError: As ``on_receipt``; the log is not closed; or the new session does not follow it, or starts
-                from another adapter than the session before it ended with.
+        Raises ProtocolError as ``on_receipt``; the log is not closed; or the new session does not follow it, or starts
+        from another adapter than the session before it ended with.
         """
         proof = SESSION_CHAIN_PROOF.decode(raw)
         if offer == self.offer:
@@ -161,11 +151,10 @@ LOG_STATE: Codec[LogState] = wire.record(LogState)
 def check_last_round(
     state: LogState, receipt: Receipt, endings: Sequence[Result | Abort], checkpoint: Checkpoint
 ) -> None:
-    """Return if a receipt shows the end of the device's last round and the messages that it must contain.
+    """Check that a receipt shows the end of the device's last round and the messages that it must contain.
 
-    Raises:
-        ProtocolError: It does not, or names other survivors than the device was shown.
-        TrustError: An entry is not in the log.
+    Raises ProtocolError: it does not, or names other survivors than the device was shown; TrustError: an entry is not
+    in the log.
     """
     if state.plan is None:
         return

@@ -16,10 +16,8 @@ MARK, INDENT, WIDTH = 13, 30, 90  # columns: of a finding's status, before its t
 
 
 def render_findings(checked: AuditInput, reports: Mapping[str, Report], failure: TrustError | None) -> Iterator[str]:
-    """Print the checks of each session, their number by status, and the keys that they relied on.
-
-    ``failure`` has a row of its own if no check of a session failed, as where one is missing.
-    """
+    """Print the checks of each session, their number by status, and the keys that they relied on. ``failure`` has a row
+    of its own if no check of a session failed, as where one is missing."""
     for name, report in reports.items():
         size = ((len(report.participation), "device"), (len(report.rounds), "round"), (report.entries, "message"))
         yield f"{name}  {', '.join(count(*each) for each in size)}"

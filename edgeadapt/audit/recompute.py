@@ -55,10 +55,8 @@ class Recomputation:
     still: dict[int, str] = field(default_factory=dict)
 
     def check(self, report: Report) -> Finding:
-        """Check the adapters of one session: the one that it started from, and those that it made.
-
-        Rounds that were aborted had one of these (``rules.results``).
-        """
+        """Check the adapters of one session: the one that it started from, and those that it made. Rounds that were
+        aborted had one of these (``rules.results``)."""
         reasons: list[str] = []
         self.rules.clear()
         self.still.clear()
@@ -108,9 +106,8 @@ class Recomputation:
     def _step(self, produced: ProducedAdapter) -> str:
         """Check one adapter. Returns a key of ``REASONS``, or nothing if the step was recomputed.
 
-        Raises:
-            Problem: It is not what was published, or not what the optimizer computes from the sum.
-            DataError, TrustError: A file is missing, damaged or altered.
+        Raises Problem: it is not what was published, or not what the optimizer computes from the sum; DataError,
+        TrustError: a file is missing, damaged or altered.
         """
         place, (start, start_digest), (version, _) = produced.place, produced.before, produced.after
         manifest, parent = self.registry.manifest(version), self.registry.manifest(start)
@@ -164,10 +161,8 @@ class Recomputation:
 
 
 def _require_task(manifest: VersionManifest, place: Place, encoded: bytes) -> None:
-    """Check that a training task is for the adapters of a session. No round changes the fields ``UNCHANGED``.
-
-    Otherwise devices may answer by whether they have examples of a label.
-    """
+    """Check that a training task is for the adapters of a session. No round changes the fields ``UNCHANGED``. Otherwise
+    devices may answer by whether they have examples of a label."""
     try:
         task = taskkinds.decode(encoded)
     except ProtocolError as error:

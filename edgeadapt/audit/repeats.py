@@ -45,11 +45,8 @@ class RepeatedSums:
         return Finding(Check.REPEATS, Status.WARNING, ". ".join([*aborted, *repeated, _REMEDY]), about=about)
 
     def _dealt_otherwise(self, current: RoundSummary) -> str:
-        """Say what is wrong with the devices that a round deals into groups; empty if nothing.
-
-        They are the members of its plan or, where survivors of a round from its adapter were named before, those that
-        were dealt then.
-        """
+        """Say what is wrong with the devices that a round deals into groups; empty if nothing. They are the members of
+        its plan or, where survivors of a round from its adapter were named before, those that were dealt then."""
         before = [each.dealt for _, each in self.seen.get(current.adapter[1], [])]
         expected = before[-1] if before else current.planned if current.dealt else ()
         if current.dealt == expected:

@@ -20,10 +20,8 @@ from edgeadapt.audit.history import History, Round
 
 
 def thresholds(history: History) -> str:
-    """Check that no step of a round continued with too few devices.
-
-    The session's parameters must protect devices at least if all the others are honest.
-    """
+    """Check that no step of a round continued with too few devices. The session's parameters must protect devices at
+    least if all the others are honest."""
     spec, present = history.offer.spec, _present(history)
     holders, active = min(spec.degree + 1, present), spec.adversary is Adversary.ACTIVE
     tolerated = _tolerated(history)

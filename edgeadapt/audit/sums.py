@@ -46,11 +46,8 @@ class UnmaskedRound:
 
 
 def secrets(history: History, unmasked: dict[int, UnmaskedRound]) -> str:
-    """Recover every secret of the rounds that have a result, into ``unmasked`` by round.
-
-    Raises:
-        Problem: One cannot be recovered, or differs from what its owner committed to before any share was revealed.
-    """
+    """Recover every secret of the rounds that have a result, into ``unmasked`` by round. Raises Problem: one cannot be
+    recovered, or differs from what its owner committed to before any share was revealed."""
     for current in history.rounds:
         if history.session is not None and isinstance(current.ending, Result):
             unmasked[current.plan.round] = _recover(history.session, history, current)
@@ -79,12 +76,9 @@ def _recover(session: Session, history: History, current: Round) -> UnmaskedRoun
 def sums(history: History, unmasked: Mapping[int, UnmaskedRound], vectors: Vectors) -> str:
     """Add up the masked vectors that were kept, subtract the masks, and compare with the results.
 
-    The recomputed sums are put into ``unmasked``, which ``secrets`` filled.
-
-    Raises:
-        Problem: A vector is not the one that was signed, or only some of a round are there; or a sum is not the one
-            that the result names.
-        Skipped: A sum lacks its vectors.
+    The recomputed sums are put into ``unmasked``, which ``secrets`` filled. Raises Problem: a vector is not the one
+    that was signed, or only some of a round are there; or a sum is not the one that the result names; Skipped: a sum
+    lacks its vectors.
     """
     size = _packed_size(history)
     kept = {current.plan.round for current in history.rounds if _all_kept(current, vectors, size)}

@@ -64,9 +64,7 @@ def vector_path(folder: Path, digest: bytes) -> Path:
 @dataclass(frozen=True, slots=True)
 class AuditOptions:
     """Holds what an auditor provides. A missing key is taken from the transcript; without the others less is checked.
-
-    ``registry`` is the coordinator's state directory, and the sessions took place ``at`` that time.
-    """
+    ``registry`` is the coordinator's state directory, and the sessions took place ``at`` that time."""
 
     authority: Path | None = None
     coordinator: Path | None = None
@@ -104,12 +102,10 @@ class AuditInput:
     def open(cls, path: Path, options: AuditOptions) -> Self:
         """Find the logs, and read the keys.
 
-        ``path`` is a log, a folder of transcripts, a coordinator's state directory, or the folder of a run.
-
-        Raises:
-            ConfigError: The folder of ``options.registry`` has no registry.
-            DataError: There is no log, or there are logs in several places; or a file is too large.
-            TrustError: A certificate, a key or a list is missing or damaged; or the registry is damaged or empty.
+        ``path`` is a log, a folder of transcripts, a coordinator's state directory, or the folder of a run. Raises
+        ConfigError: the folder of ``options.registry`` has no registry; DataError: there is no log, or there are logs
+        in several places; or a file is too large; TrustError: a certificate, a key or a list is missing or damaged; or
+        the registry is damaged or empty.
         """
         complete = not path.is_file()
         paths = _find(path) if complete else (path,)
@@ -170,12 +166,10 @@ def _with_revocations(root: Root, options: AuditOptions, folder: Path, state_dir
     """Add the revocation list that the auditor provides, if there is one, to the root.
 
     Lists have the authority's signature and count upwards, so one in ``folder`` or in the coordinator's state directory
-    under a higher number shows that the auditor's is old: it lacks the revocations in between.
-
-    Raises:
-        TrustError: A list is damaged, or the auditor's is older than one of the coordinator and than the time of the
-            sessions, or had expired before that, or differs from one with its number. One that was signed later is not
-            refused: it has the earlier revocations too, but of certificates that expired before it was signed.
+    under a higher number shows that the auditor's is old: it lacks the revocations in between. Raises TrustError: a
+    list is damaged, or the auditor's is older than one of the coordinator and than the time of the sessions, or had
+    expired before that, or differs from one with its number. One that was signed later is not refused: it has the
+    earlier revocations too, but of certificates that expired before it was signed.
     """
     stored = [(None, folder / REVOKED), *([(state_dir / REVOKED,) * 2] if state_dir else [])]
     lists = [_read(root.revocations, given, path, "--revoked") for given, path in stored if path.exists()]

@@ -36,10 +36,8 @@ class Weaknesses:
     weights: list[float] = field(default_factory=list)
 
     def check(self, report: Report, still: Mapping[int, str]) -> tuple[Finding, ...]:
-        """Return the warnings of one session; one finding that says that there are none, if so.
-
-        ``still`` is that of ``Recomputation``; empty without the adapters.
-        """
+        """Return the warnings of one session; one finding that says that there are none, if so. ``still`` is that of
+        ``Recomputation``; empty without the adapters."""
         if report.failed or report.spec is None:
             return (Finding(Check.WEAKNESSES, Status.NOT_REACHED, ""),)
         texts = dict[str, str]()

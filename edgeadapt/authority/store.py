@@ -83,10 +83,8 @@ class AuthorityStore:
         """Create an authority with an empty revocation list. Afterwards the folder has all its files, or none.
 
         The certificate is valid for ``days``, the first list for ``list_days``. Without a passphrase the key is plain.
-
-        Raises:
-            ConfigError: The folder is not empty or is the working directory, the name cannot be in a certificate, or
-                the passphrase is too short.
+        Raises ConfigError: the folder is not empty or is the working directory, the name cannot be in a certificate, or
+        the passphrase is too short.
         """
         if passphrase is not None and len(passphrase) < SHORTEST_PASSPHRASE:
             text = f"the passphrase has fewer than {SHORTEST_PASSPHRASE} characters: choose a longer one"
@@ -124,9 +122,8 @@ class AuthorityStore:
     def issue(self, authority: Authority, name: str, key: PublicKey, days: float) -> bytes:
         """Certify that ``key`` is the key of the device ``name``, valid from now on; DER.
 
-        Raises:
-            ConfigError: The certificate would outlast the authority; the key is another device's or was revoked; the
-                device has a valid certificate with another key; or another device's name differs in case only.
+        Raises ConfigError: the certificate would outlast the authority; the key is another device's or was revoked; the
+        device has a valid certificate with another key; or another device's name differs in case only.
         """
         with self._writing() as writer:
             return self._issue(writer, authority, name, key, self._end(authority, name, days))
@@ -140,10 +137,7 @@ class AuthorityStore:
 
     def issue_tls(self, authority: Authority, name: str, key: TlsPublicKey, hosts: Sequence[str], days: float) -> bytes:
         """Certify that ``key`` (P-256) is the TLS key of the gateway ``name`` at ``hosts``, valid from now on; DER.
-
-        Raises:
-            ConfigError: The certificate would outlast the authority, or as ``Authority.issue_tls``.
-        """
+        Raises ConfigError: the certificate would outlast the authority, or as ``Authority.issue_tls``."""
         with self._writing() as writer:
             begin, end, serial = self.clock() - SKEW, self._end(authority, name, days), x509.random_serial_number()
             der = authority.issue_tls(name, key, hosts, not_before=begin, not_after=end, serial=serial)
@@ -151,10 +145,8 @@ class AuthorityStore:
             return der
 
     def invite(self, name: str, invited: PublicKey, hours: float) -> datetime:
-        """Let the device ``name`` enrol over a network once, with the key ``invited``; return until when.
-
-        The secret half of the invitation's key is not kept. Raises ConfigError if a device cannot have this name.
-        """
+        """Let the device ``name`` enrol over a network once, with the key ``invited``; return until when. The secret
+        half of the invitation's key is not kept. Raises ConfigError if a device cannot have this name."""
         now, name = self.clock(), require_device_id(name)
         expires = now + timedelta(hours=hours)
         with self._writing() as writer:

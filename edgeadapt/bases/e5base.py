@@ -51,11 +51,8 @@ BREAK = "\x01"
 def convert(file: Path, folder: Path) -> None:
     """Write ``config.json``, ``model.safetensors``, ``tokenizer.json`` and its companion into the empty ``folder``.
 
-    Equal files give equal folders, as long as the tokenizers library writes the same JSON.
-
-    Raises:
-        DataError: ``file`` is not a sound ``E5S1`` file.
-        ConfigError: It is of another version, or has a tensor that is not known here.
+    Equal files give equal folders, as long as the tokenizers library writes the same JSON. Raises DataError: ``file``
+    is not a sound ``E5S1`` file; ConfigError: it is of another version, or has a tensor that is not known here.
     """
     if (size := file.stat().st_size) > LARGEST:
         raise DataError(f"{file} has {size} bytes, more than any E5S1 file", about=file.name, value=size)

@@ -48,11 +48,9 @@ CONTROL, USER_DEFINED = 3, 4  # kinds of tokens in llama.cpp's vocabulary
 def convert(file: Path, folder: Path) -> None:
     """Write ``config.json``, ``model.safetensors``, ``tokenizer.json`` and their companions into the empty ``folder``.
 
-    Equal files give equal folders, as long as the tokenizers library writes the same JSON.
-
-    Raises:
-        DataError: ``file`` is not a sound GGUF file.
-        ConfigError: Its architecture, a setting, a tensor or its tokenizer is not one that can be converted.
+    Equal files give equal folders, as long as the tokenizers library writes the same JSON. Raises DataError: ``file``
+    is not a sound GGUF file; ConfigError: its architecture, a setting, a tensor or its tokenizer is not one that can be
+    converted.
     """
     opened = GgufFile.open(file)
     config = _config(opened.settings, len(opened.tensors))

@@ -50,10 +50,8 @@ def from_inputs(inputs: Tensors, scaling: Mapping[str, float]) -> Tensors:
 
 
 def gradients_of_tensors(gradients: Tensors, scaling: Mapping[str, float]) -> Tensors:
-    """Turn gradients by the graph inputs of ``to_inputs`` into those by the tensors under peft's names.
-
-    ``to_inputs`` transposes, and multiplies B by the scaling; so does the chain rule.
-    """
+    """Turn gradients by the graph inputs of ``to_inputs`` into those by the tensors under peft's names. ``to_inputs``
+    transposes, and multiplies B by the scaling; so does the chain rule."""
     return {PEFT_PREFIX + name: _transposed(name, value, scaling) for name, value in gradients.items()}
 
 

@@ -54,10 +54,8 @@ def decode(raw: bytes) -> Any:
 
 
 def decode_as(kind: type[T], raw: bytes | str) -> T:
-    """Return a JSON text as a dataclass, whose annotations say what is allowed; nothing is converted.
-
-    A key that occurs twice is not refused, unlike by ``decode``. Raises pydantic.ValidationError.
-    """
+    """Return a JSON text as a dataclass, whose annotations say what is allowed; nothing is converted. A key that occurs
+    twice is not refused, unlike by ``decode``. Raises pydantic.ValidationError."""
     return cast(T, _reader(cast(Hashable, kind)).validate_json(raw, strict=True))
 
 

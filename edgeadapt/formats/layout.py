@@ -35,10 +35,8 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Orders the tensors of an adapter by name.
-
-    Law: ``layout.unflatten(layout.flatten(tensors))`` equals ``tensors``, bit for bit.
-    """
+    """Orders the tensors of an adapter by name. Law: ``layout.unflatten(layout.flatten(tensors))`` equals ``tensors``,
+    bit for bit."""
 
     tensors: tuple[TensorSpec, ...]
 
@@ -69,11 +67,8 @@ class Layout:
         return {spec.name: tensors[spec.name] for spec in self.tensors if spec.name in tensors}
 
     def check(self, tensors: Mapping[str, Floats]) -> None:
-        """Check that tensors have this layout and finite values.
-
-        Raises:
-            DataError: A tensor is missing, unknown, of another shape or type, or holds NaN or infinity.
-        """
+        """Check that tensors have this layout and finite values. Raises DataError: a tensor is missing, unknown, of
+        another shape or type, or holds NaN or infinity."""
         expected = {spec.name for spec in self.tensors}
         if odd := sorted(expected.symmetric_difference(tensors)):
             raise DataError(

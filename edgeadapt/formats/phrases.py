@@ -13,10 +13,8 @@ TAB = "\t"
 
 
 def read_phrases(path: Path) -> list[tuple[str, str]]:
-    """Read the labels and phrases in a file with one pair a line: the label, a tab, the phrase.
-
-    Raises DataError if a line has no tab, or nothing on one side of it; or as ``read_lines``.
-    """
+    """Read the labels and phrases in a file with one pair a line: the label, a tab, the phrase. Raises DataError if a
+    line has no tab, or nothing on one side of it; or as ``read_lines``."""
     return _pairs(read_lines(path, "phrase"), path)
 
 
@@ -33,10 +31,8 @@ def parse_phrases(raw: bytes, path: Path) -> list[tuple[str, str]]:
 
 
 def encode_phrases(pairs: Iterable[tuple[str, str]]) -> bytes:
-    """Write the content of such a file. Law: ``parse_phrases(encode_phrases(pairs), path) == pairs``.
-
-    Labels and phrases are not empty; each pair becomes one line, with one space for each run of white space.
-    """
+    """Write the content of such a file. Law: ``parse_phrases(encode_phrases(pairs), path) == pairs``. Labels and
+    phrases are not empty; each pair becomes one line, with one space for each run of white space."""
     return "".join(f"{_line(label)}{TAB}{_line(phrase)}\n" for label, phrase in pairs).encode()
 
 

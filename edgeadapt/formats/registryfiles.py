@@ -72,10 +72,8 @@ class RegistrySettings(Settings):
 
 
 class RegistrySource(Protocol):
-    """Says where a registry is read from. Nothing that it returns is verified.
-
-    Methods raise ConfigError if the database has another schema, and DataError if it cannot be read.
-    """
+    """Says where a registry is read from. Nothing that it returns is verified. Methods raise ConfigError if the
+    database has another schema, and DataError if it cannot be read."""
 
     @property
     def name(self) -> str:
@@ -202,10 +200,8 @@ class RegistryFiles:
         return manifest
 
     def recorded(self, version: int | None = None) -> VersionManifest | None:
-        """Read the ``manifest`` of a version; raise TrustError if no round's record says that it was made.
-
-        Version 0 is from no round.
-        """
+        """Read the ``manifest`` of a version; raise TrustError if no round's record says that it was made. Version 0 is
+        from no round."""
         manifest = self.manifest(version)
         made = {record.version: record for record in self.rounds()}
         if manifest is not None and manifest.version:

@@ -30,11 +30,8 @@ class Settings(BaseModel):
 
     @classmethod
     def read(cls, path: Path, overrides: Sequence[str] = ()) -> Self:
-        """Read a file, changed by ``overridden``. ``read`` of what ``to_toml`` returned gives the same settings.
-
-        Raises:
-            ConfigError: The file is missing, too large or not TOML, a key is unknown, or a value is out of range.
-        """
+        """Read a file, changed by ``overridden``. ``read`` of what ``to_toml`` returned gives the same settings. Raises
+        ConfigError: the file is missing, too large or not TOML, a key is unknown, or a value is out of range."""
         try:
             table = _toml(storage.read(path, LONGEST).decode())
         except DataError as error:

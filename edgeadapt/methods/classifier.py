@@ -56,10 +56,8 @@ def pooled(states: Tensor, attention_mask: Tensor) -> Tensor:
 def build(base: Base, labels: int, config: PeftConfig) -> PeftModel:
     """Build the base with a fresh adapter, in evaluation mode: every parameter frozen but the adapter's and the head's.
 
-    The fresh adapter has peft's own random values; ``load`` sets others, ``seeded`` makes the vendor's.
-
-    Raises:
-        ConfigError: Fewer than two labels, a base that cannot be opened, virtual tokens, or as ``trainable.adapted``.
+    The fresh adapter has peft's own random values; ``load`` sets others, ``seeded`` makes the vendor's. Raises
+    ConfigError: fewer than two labels, a base that cannot be opened, virtual tokens, or as ``trainable.adapted``.
     """
     if labels < 2:
         raise ConfigError(f"a classifier needs at least two labels, got {labels}", about="labels", value=labels)
@@ -88,11 +86,8 @@ def padded(tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def in_batches(forward: Callable[[Tensor, Tensor], Tensor], tokens: Sequence[Tensor]) -> Tensor:
-    """Apply ``forward`` to at least one text, in batches of similar length, which need little padding.
-
-    ``forward`` maps token ids and attention mask of a batch to one row for each text. Rows keep the order of
-    ``tokens``.
-    """
+    """Apply ``forward`` to at least one text, in batches of similar length, which need little padding. ``forward`` maps
+    token ids and attention mask of a batch to one row for each text. Rows keep the order of ``tokens``."""
     order = sorted(range(len(tokens)), key=lambda text: len(tokens[text]))
     batches = [[tokens[text] for text in order[at : at + BATCH]] for at in range(0, len(order), BATCH)]
     return torch.cat([forward(*padded(batch)) for batch in batches])[np.argsort(order)]

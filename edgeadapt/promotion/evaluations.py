@@ -48,11 +48,9 @@ def act(repository: ChannelRepository, state_dir: Path, trust: Path | None, chan
 
     A verdict after which the release stays is noted in the repository's log, once. An evaluation that led to a rollback
     already gives no verdict: the same adapter, promoted again, is compared again. The repository needs the key of
-    snapshot and timestamp only; ``state_dir`` and ``trust`` are as for ``Lineage.read``.
-
-    Raises:
-        ConfigError: A rollout is under way without a prepared rollback, or as ``compared`` and ``publish_prepared``.
-        DataError, TrustError: The registry or the repository is damaged, or does not pass its audit.
+    snapshot and timestamp only; ``state_dir`` and ``trust`` are as for ``Lineage.read``. Raises ConfigError: a rollout
+    is under way without a prepared rollback, or as ``compared`` and ``publish_prepared``; DataError, TrustError: the
+    registry or the repository is damaged, or does not pass its audit.
     """
     if channel in repository.channels and repository.rollout(channel) is None:
         return WatchStep("no rollout", f"channel {channel} rolls nothing out")
@@ -119,10 +117,8 @@ def judge(
 
 
 def last_evaluation(lineage: Lineage, newest: str, previous: str) -> GovernedVersion | None:
-    """Return the version of the last round that compared two adapters (``AdapterManifest.content``), or None.
-
-    Raises TrustError if the plan of an evaluation is in no log, or is not one of an evaluation.
-    """
+    """Return the version of the last round that compared two adapters (``AdapterManifest.content``), or None. Raises
+    TrustError if the plan of an evaluation is in no log, or is not one of an evaluation."""
     for version in reversed(lineage.versions):
         if version.record is None or version.record.plan is None or not is_evaluation(version.manifest.metrics):
             continue
@@ -142,10 +138,8 @@ def _add_one(state_dir: Path) -> str:
 
 
 def find_plan(state_dir: Path, digest: str) -> Plan:
-    """Find the plan of a round in the log of its session. Raises TrustError if no log has it.
-
-    The state directory is only read: where the database has the logs, its copy of them is not used.
-    """
+    """Find the plan of a round in the log of its session. Raises TrustError if no log has it. The state directory is
+    only read: where the database has the logs, its copy of them is not used."""
     with closing(_newest_logs(state_dir)) as logs:
         for log in logs:
             for entry in transcript.read(log).entries:

@@ -58,10 +58,8 @@ def read_held_out(path: Path) -> list[HeldOutPhrase]:
 
 @dataclass(slots=True)
 class AssembledRelease:
-    """Holds a release put together as a device has it, with the keys that must have signed it.
-
-    Its folder is its own: what a device's session notes of versions stays there.
-    """
+    """Holds a release put together as a device has it, with the keys that must have signed it. Its folder is its own:
+    what a device's session notes of versions stays there."""
 
     release: Release
     bundle: Path

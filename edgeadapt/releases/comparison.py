@@ -6,10 +6,7 @@ from edgeadapt.releases.repository import ChannelRepository
 
 def compared(repository: ChannelRepository, channel: str, name: str) -> tuple[str, str]:
     """Return an adapter's ``AdapterManifest.content`` in the release that a channel rolls out, and in the previous one.
-
-    Raises:
-        ConfigError: The channel rolls nothing out, or the adapter is not in both releases or is the same in both.
-    """
+    Raises ConfigError: the channel rolls nothing out, or the adapter is not in both releases or is the same in both."""
     current, rollout = repository.release(channel), repository.rollout(channel)
     if current is None or rollout is None:
         reason = f"channel {channel} rolls nothing out: begin with 'edgeadapt adapters promote … --share'"

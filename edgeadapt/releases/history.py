@@ -62,10 +62,8 @@ def is_repository(folder: Path) -> bool:
 
 
 def audit_repository(folder: Path, root: Path | None) -> RepositoryAudit:
-    """Check a repository, whose keys need not be there. A TrustError's ``about`` names the role or the record.
-
-    Without ``root``, which the auditor trusts, the repository's own roots are not compared with anything.
-    """
+    """Check a repository, whose keys need not be there. A TrustError's ``about`` names the role or the record. Without
+    ``root``, which the auditor trusts, the repository's own roots are not compared with anything."""
     place = folder / PUBLIC / METADATA
     roots = _roots(place, None if root is None else _required(root, MAX_METADATA))
     newest = roots[-1]
@@ -189,9 +187,7 @@ def _require_release(place: Path, record: ActionRecord) -> None:
 
 def _require_verdict(place: Path, record: ActionRecord, top: Metadata[Targets]) -> None:
     """Check that an evaluation gives its verdict, and meets the condition in the metadata that it made current.
-
-    ``top``: the targets that were in force then.
-    """
+    ``top``: the targets that were in force then."""
     action = record.action
     try:
         if action.evaluation is not None:
@@ -223,10 +219,8 @@ def _require_used_once(records: Sequence[ActionRecord]) -> None:
 
 
 def _require_promoted(place: Path, records: Sequence[ActionRecord], roots: Sequence[Metadata[Root]]) -> dict[str, int]:
-    """Check that only promotions and rollbacks made releases of channels that were protected then.
-
-    Return the channels that are protected now → their current release, if no promotion made it.
-    """
+    """Check that only promotions and rollbacks made releases of channels that were protected then. Return the channels
+    that are protected now → their current release, if no promotion made it."""
     guarded: frozenset[str] = frozenset()
     promoted: dict[str, dict[int, bool]] = {}
     top: Metadata[Targets] | None = None

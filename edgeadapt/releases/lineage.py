@@ -62,13 +62,10 @@ class Lineage:
     def read(cls, state_dir: Path, trust: Path | None, repository: ChannelRepository | None) -> Self:
         """Read and verify a state directory, which is not changed.
 
-        ``trust`` is a file with the coordinator's public key; by default that of the state directory.
-
-        Raises:
-            ConfigError: There is no registry.
-            DataError: The registry is empty or cannot be read, or there is no key or more than one.
-            TrustError: A document is missing or damaged, or signed by another key; or a version is not made from the
-                previous one, by a round that is recorded.
+        ``trust`` is a file with the coordinator's public key; by default that of the state directory. Raises
+        ConfigError: there is no registry; DataError: the registry is empty or cannot be read, or there is no key or
+        more than one; TrustError: a document is missing or damaged, or signed by another key; or a version is not made
+        from the previous one, by a round that is recorded.
         """
         registryfiles.require(state_dir)
         keys = read_public_keys(trust or state_dir / COORDINATOR)

@@ -45,10 +45,8 @@ S = TypeVar("S", bound=Signed)
 
 @dataclass(frozen=True, slots=True)
 class RoleMetadata:
-    """Manages the repository in ``folder``. ``now`` dates what is signed; ``by`` names the signer in the log.
-
-    Methods raise ConfigError if a key that must sign is missing, and DataError if metadata are missing or damaged.
-    """
+    """Manages the repository in ``folder``. ``now`` dates what is signed; ``by`` names the signer in the log. Methods
+    raise ConfigError if a key that must sign is missing, and DataError if metadata are missing or damaged."""
 
     folder: Path
     now: datetime

@@ -68,9 +68,8 @@ class RollbackCondition:
     def require(self, evaluation: JudgedEvaluation | None) -> None:
         """Check that an evaluation meets it. Raises DataError if the evaluation's figures do not give its verdict.
 
-        Raises:
-            TrustError: There is no evaluation, it compared other releases or with another margin, or it did not find
-                the newest release worse.
+        Raises TrustError: there is no evaluation, it compared other releases or with another margin, or it did not find
+        the newest release worse.
         """
         what = f"the rollback of release {self.release}"
         if evaluation is None:
@@ -99,10 +98,8 @@ class PreparedRollback:
 
 @dataclass(frozen=True, slots=True)
 class PreparedRollbacks:
-    """Keeps those of a repository, one for each channel that rolls a release out.
-
-    Methods raise ConfigError if the channel's key is missing, and OSError if files cannot be written.
-    """
+    """Keeps those of a repository, one for each channel that rolls a release out. Methods raise ConfigError if the
+    channel's key is missing, and OSError if files cannot be written."""
 
     metadata: RoleMetadata
     served: TargetFiles
@@ -126,10 +123,8 @@ class PreparedRollbacks:
         return existed
 
     def read(self, channel: str) -> tuple[Metadata[Targets], RollbackCondition] | None:
-        """Read the metadata and their condition; None if no rollback is prepared.
-
-        Raises TrustError if they are damaged, of another channel, or not signed by the channel's key.
-        """
+        """Read the metadata and their condition; None if no rollback is prepared. Raises TrustError if they are
+        damaged, of another channel, or not signed by the channel's key."""
         path = self.path(channel)
         anew = "delete it, and prepare the rollback anew with 'edgeadapt adapters rollout … --key'"
         try:
@@ -170,10 +165,8 @@ class PreparedRollbacks:
             return None, str(error)
 
     def accept(self, channel: str, current: Release) -> PreparedRollback:
-        """Verify the prepared rollback of a channel with the release ``current``.
-
-        Raises as ``read``, and ConfigError if none is prepared or it is out of date.
-        """
+        """Verify the prepared rollback of a channel with the release ``current``. Raises as ``read``, and ConfigError
+        if none is prepared or it is out of date."""
         anew = "prepare it with 'edgeadapt adapters rollout … --key'"
         read = self.read(channel)
         if read is None:

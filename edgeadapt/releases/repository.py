@@ -164,10 +164,9 @@ class ChannelRepository:
     def publish(self, channel: str, bundle: Path, trusted: Sequence[PublicKey]) -> Published:
         """Make ``bundle`` the next release of ``channel``. Private adapters in it are left out.
 
-        Raises:
-            ConfigError: The channel is protected, the bundle has no adapter to publish, or devices would refuse one:
-                its content differs and its version is not above that of the current release.
-            TrustError: None of ``trusted`` signed the bundle.
+        Raises ConfigError: the channel is protected, the bundle has no adapter to publish, or devices would refuse one:
+        its content differs and its version is not above that of the current release; TrustError: None of ``trusted``
+        signed the bundle.
         """
         with self.locked():
             current = self.release(channel)
@@ -214,12 +213,9 @@ class ChannelRepository:
         """Make release ``number`` of ``source``, its current one, the next of ``channel``.
 
         ``gates`` goes into the log; a protected channel demands some, all passed. Devices outside ``share`` and
-        ``languages`` (``Rollout``) get the previous release.
-
-        Raises:
-            ConfigError: The release is no longer the current one, devices would refuse it, or the channel is protected
-                and the gates did not all let it pass; or a rollout is asked for while another one is under way, or
-                without a previous release.
+        ``languages`` (``Rollout``) get the previous release. Raises ConfigError: the release is no longer the current
+        one, devices would refuse it, or the channel is protected and the gates did not all let it pass; or a rollout is
+        asked for while another one is under way, or without a previous release.
         """
         with self.locked():
             candidate, current = self.release(source), self.release(channel)
@@ -302,10 +298,8 @@ class ChannelRepository:
             self.metadata.commit(Action("protect" if on else "unprotect", channel), {}, top=top)
 
     def renew(self, *, everything: bool = False) -> None:
-        """Sign snapshot and timestamp again for another ``DAYS``, with their key alone.
-
-        With ``everything``, sign the other roles too, for ``LONG_DAYS``, with all keys.
-        """
+        """Sign snapshot and timestamp again for another ``DAYS``, with their key alone. With ``everything``, sign the
+        other roles too, for ``LONG_DAYS``, with all keys."""
         with self.locked():
             if everything:
                 signed = {name: self.metadata.load(Targets, name) for name in self.channels}
@@ -378,10 +372,8 @@ class ChannelRepository:
         adapters: Mapping[str, int],
         instead: Mapping[str, bytes] | None = None,
     ) -> Release:
-        """Add files and sign them as the next release; ``instead`` has the content of some of them.
-
-        The log gets ``action`` with the release. During a rollout the previous release stays on offer.
-        """
+        """Add files and sign them as the next release; ``instead`` has the content of some of them. The log gets
+        ``action`` with the release. During a rollout the previous release stays on offer."""
         kept, digests, listed = self.targets, {}, {}
         for name, path in files.items():
             content = (instead or {}).get(name)

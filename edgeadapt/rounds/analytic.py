@@ -211,10 +211,8 @@ def moment_spec(head: ClassifierHead, bounds: Bounds) -> VectorSpec:
     """Return the sums of a round: the moments, the weights and the metrics, each with its own bound.
 
     Embeddings have norm 1, so an entry of a device's moments is at most its number of examples, at most ``weight_cap``.
-    ``correct``, ``loss`` and ``held_out`` are as in a round of training.
-
-    Raises:
-        ConfigError: As ``sums.require_exact`` and ``VectorSpec``.
+    ``correct``, ``loss`` and ``held_out`` are as in a round of training. Raises ConfigError as ``sums.require_exact``
+    and ``VectorSpec``.
     """
     cap = bounds.weight_cap
     moments = (Segment(XX, packed_size(head.hidden), float(cap)), Segment(XY, head.hidden * head.labels, float(cap)))
@@ -256,10 +254,8 @@ def moments_size(head: ClassifierHead, task: AnalyticTask) -> int:
 
 
 def projected(embeddings: Matrix, kept: int, adapter: bytes) -> Matrix:
-    """Rotate embeddings, shape ``(n, d)``, and keep the first ``kept`` coordinates (1 to d).
-
-    ``adapter`` is the SHA-256 of the adapter's file, which seeds the rotation. No row gets longer, up to rounding.
-    """
+    """Rotate embeddings, shape ``(n, d)``, and keep the first ``kept`` coordinates (1 to d). ``adapter`` is the SHA-256
+    of the adapter's file, which seeds the rotation. No row gets longer, up to rounding."""
     seed = rotation.seed(adapter)
     rows = [rotation.rotate(row, seed)[:kept] for row in embeddings]
     return np.array(rows).reshape(len(embeddings), kept)
@@ -418,11 +414,8 @@ def dithered(spec: SessionSpec, task: AnalyticTask, tensors: Tensors, sums: Sums
 
 
 def fewest_examples(labels: int) -> int:
-    """Return the fewest examples of a sum whose head is published.
-
-    The head of W examples has as many directions that the previous one lacks, up to the number of labels: fewer would
-    be counted, and are closer to single embeddings.
-    """
+    """Return the fewest examples of a sum whose head is published. The head of W examples has as many directions that
+    the previous one lacks, up to the number of labels: fewer would be counted, and are closer to single embeddings."""
     return max(MINIMUM_EXAMPLES, labels)
 
 

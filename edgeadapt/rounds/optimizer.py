@@ -32,10 +32,7 @@ class FedAvg:
     """Federated averaging: ``x + learning_rate * mean``.
 
     McMahan et al. 2017, with the server's learning rate of Reddi et al. 2021. ``learning_rate = 1`` gives the plain
-    mean of the devices' adapters.
-
-    Raises:
-        ConfigError: The learning rate is not a positive number.
+    mean of the devices' adapters. Raises ConfigError: the learning rate is not a positive number.
     """
 
     learning_rate: float = 1.0
@@ -112,18 +109,14 @@ class FedAvgM:
 
 @dataclass(frozen=True, slots=True)
 class AnalyticHead:
-    """Names the rule of a version whose head the moments gave (``edgeadapt.rounds.analytic``): not an optimizer.
-
-    Its numbers are in the task of the round's plan. An optimizer's state does not outlive it.
-    """
+    """Names the rule of a version whose head the moments gave (``edgeadapt.rounds.analytic``): not an optimizer. Its
+    numbers are in the task of the round's plan. An optimizer's state does not outlive it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Names the rule of a round that only counts (``edgeadapt.rounds.evaluation``): not an optimizer.
-
-    An optimizer's state does not outlive it.
-    """
+    """Names the rule of a round that only counts (``edgeadapt.rounds.evaluation``): not an optimizer. An optimizer's
+    state does not outlive it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,10 +237,8 @@ def advance(settings: Settings, state: State, tensors: Tensors, shared: Layout, 
 
 
 def to_tensors(state: State) -> Tensors:
-    """Return the tensors to store; empty for FedAvg.
-
-    Guarantee: ``restore(settings, to_tensors(state), n)`` equals ``state``, bit for bit.
-    """
+    """Return the tensors to store; empty for FedAvg. Guarantee: ``restore(settings, to_tensors(state), n)`` equals
+    ``state``, bit for bit."""
     match state:
         case Stateless():
             return {}
@@ -258,11 +249,8 @@ def to_tensors(state: State) -> Tensors:
 
 
 def restore(settings: Settings, stored: Mapping[str, Floats], size: int) -> State:
-    """Return the state in ``stored`` (``to_tensors``), or that before the first round where nothing is stored.
-
-    Raises:
-        ConfigError: The stored state belongs to another optimizer, or to an adapter of another size.
-    """
+    """Return the state in ``stored`` (``to_tensors``), or that before the first round where nothing is stored. Raises
+    ConfigError: the stored state belongs to another optimizer, or to an adapter of another size."""
     if not stored or isinstance(settings, AnalyticHead | Evaluation):
         return start(settings, size)
     kind: type[Velocity | Moments] | None = None

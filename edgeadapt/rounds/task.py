@@ -83,10 +83,8 @@ class RateSchedule(StrEnum):
 
 
 def is_stable(learning_rate: float, proximal: float, weight_decay: float) -> bool:
-    """Check whether the pull to an adapter's start and to zero shrinks its distance in a step of SGD.
-
-    From 1 on a step overshoots, and from 2 on the distance grows: how far a device gets then shows its number of steps.
-    """
+    """Check whether the pull to an adapter's start and to zero shrinks its distance in a step of SGD. From 1 on a step
+    overshoots, and from 2 on the distance grows: how far a device gets then shows its number of steps."""
     return learning_rate * (proximal + weight_decay) < 1
 
 
@@ -123,9 +121,8 @@ class Task(RoundTask):
     def check(self) -> None:
         """Check that training is stable, and that parts are trained and shared without contradiction.
 
-        Raises:
-            ProtocolError: Otherwise, or nothing is both trained and shared. R is both, without A and B, or neither; a
-                frozen part is neither.
+        Raises ProtocolError: otherwise, or nothing is both trained and shared. R is both, without A and B, or neither;
+        a frozen part is neither.
         """
         if not is_stable(self.learning_rate, self.proximal, self.weight_decay):
             raise ProtocolError(f"task.proximal: {UNSTABLE}", about="task.proximal", value=self.proximal)
@@ -157,10 +154,8 @@ class Task(RoundTask):
         return frozenset(Part) - self.private
 
     def least_movement(self, clip_norm: float, size: int, share: float) -> float:
-        """Scale AdamW's longest step, or SGD's for gradients of norm 1 or ``gradient_norm``, to the clip norm.
-
-        A step longer than ``LEAST_STEP`` raises what is demanded: an honest adapter then moves farther.
-        """
+        """Scale AdamW's longest step, or SGD's for gradients of norm 1 or ``gradient_norm``, to the clip norm. A step
+        longer than ``LEAST_STEP`` raises what is demanded: an honest adapter then moves farther."""
         if self.optimizer is OptimizerName.ADAMW:
             step = self.learning_rate * math.sqrt(size)
         else:
@@ -262,11 +257,8 @@ class Training(KindSettings):
 
 
 def shared_layout(layout: Layout, task: Task) -> Layout:
-    """Return the tensors whose updates are summed; in a round of Fed-SB, R of each LoRA layer is one of them.
-
-    Raises:
-        DataError: The adapter has no part that is both trained and shared, or as ``with_squares``.
-    """
+    """Return the tensors whose updates are summed; in a round of Fed-SB, R of each LoRA layer is one of them. Raises
+    DataError: the adapter has no part that is both trained and shared, or as ``with_squares``."""
     layout = with_squares(layout) if Part.R in task.shared else layout
     only(layout, set(task.trained) & set(task.shared))
     return only(layout, task.shared)
@@ -278,10 +270,8 @@ def contribution_spec(layout: Layout, bounds: Bounds) -> VectorSpec:
     A device's weight is its number of examples, at most ``weight_cap``. ``delta`` is the clipped delta times the
     weight, rotated, so that a coordinate is within ``rotation.peak`` of its norm, ``clip_norm * weight_cap``.
     ``correct``, ``loss`` and ``held_out`` are of the received adapter with the device's private parts, on held-out
-    examples before training. ``layout`` is that of the shared tensors.
-
-    Raises:
-        ConfigError: The ring cannot hold the sum of all devices, or cannot count their examples one by one.
+    examples before training. ``layout`` is that of the shared tensors. Raises ConfigError: the ring cannot hold the sum
+    of all devices, or cannot count their examples one by one.
     """
     cap = bounds.weight_cap
     delta = Segment("delta", layout.size, bounds.clip_norm * cap * rotation.peak(layout.size))
@@ -292,10 +282,7 @@ def least_ring_bits(layout: Layout, bounds: Bounds) -> int:
     """Return the least ring for ``contribution_spec``, from ``LEAST_RING_BITS`` on, with a fine enough step.
 
     It counts examples one by one, and s · √d / n is at most ``RESOLUTION`` times the clip norm, with the step s, d
-    coordinates and n devices: ``weighted_mean`` adds noise of about this norm.
-
-    Raises:
-        ConfigError: No ring can.
+    coordinates and n devices: ``weighted_mean`` adds noise of about this norm. Raises ConfigError: no ring can.
     """
     clients = bounds.max_clients
     for bits in range(LEAST_RING_BITS, MAX_BITS):
@@ -438,10 +425,8 @@ def noisy_mean(
     """Return the mean of the survivors' deltas and noise; zero in the parts that the task does not train.
 
     Noise of the width of a step is added, as in ``weighted_mean``: the next adapter has other bytes also if the sum
-    counts as zero. Arguments are those of ``weighted_mean``.
-
-    Raises:
-        DataError: As ``check_noisy``, or the sum has another size than the shared tensors.
+    counts as zero. Arguments are those of ``weighted_mean``. Raises DataError as ``check_noisy``, or the sum has
+    another size than the shared tensors.
     """
     check_noisy(spec, sums, survivors)
     (segment,) = spec.vector.segments

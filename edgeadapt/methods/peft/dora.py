@@ -67,9 +67,7 @@ def scaled_layers(tensors: Tensors, config: PeftConfig) -> list[str]:
 
 def with_magnitudes(tensors: Tensors, config: PeftConfig, norms_of: NormsOf) -> Tensors:
     """Invert ``with_scales``, up to the rounding of float32. An output whose magnitude is 0 loses B, and stays 0.
-
-    ``tensors`` have scales at ``scaled_layers``; ``norms_of`` is as ``weight_norms``.
-    """
+    ``tensors`` have scales at ``scaled_layers``; ``norms_of`` is as ``weight_norms``."""
     result, scales = dict(tensors), dict[str, Floats]()
     for path in scaled_layers(tensors, config):
         layer = PEFT_PREFIX + path

@@ -49,9 +49,8 @@ class PeftFolder:
 def read_peft(folder: Path) -> PeftFolder:
     """Read a folder that ``save_pretrained`` of a ``PeftModel`` wrote.
 
-    Raises:
-        ConfigError: Not a PEFT folder, one with pickled weights only, or an adapter that no graph can express.
-        DataError: A file is damaged or too large, a tensor is not finite, or tensors and configuration disagree.
+    Raises ConfigError: not a PEFT folder, one with pickled weights only, or an adapter that no graph can express;
+    DataError: a file is damaged or too large, a tensor is not finite, or tensors and configuration disagree.
     """
     settings = read_settings(folder)
     config = config_of(settings)
