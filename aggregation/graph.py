@@ -11,10 +11,9 @@ It can fail with a small probability, which this module bounds by exact hypergeo
 The graph does not decide who must agree on the survivors: that takes a ``quorum`` of the whole cohort on any graph.
 ``left_over`` bounds how many devices linear combinations of sums from one adapter leave.
 
-``bell2020_parameters`` is the bound of the paper. ``graph_parameters`` and ``is_secure`` are for sessions of this
-protocol, which differs in three ways: a dealer keeps a share of its own secrets; the coordinator may choose who drops
-out once it knows the graph; and an active coordinator may try many rosters for a graph that suits it
-(``docs/explanation/threat-model.md``).
+``graph_parameters`` and ``is_secure`` are for sessions of this protocol, which differs from the paper's in three ways:
+a dealer keeps a share of its own secrets; the coordinator may choose who drops out once it knows the graph; and an
+active coordinator may try many rosters for a graph that suits it (``docs/explanation/threat-model.md``).
 """
 
 import bisect
@@ -67,30 +66,6 @@ def harary_neighbors(order: tuple[str, ...], degree: int) -> dict[str, frozenset
     return {
         device: frozenset(order[(place + step) % len(order)] for step in steps) for place, device in enumerate(order)
     }
-
-
-def bell2020_parameters(devices: int, corrupt: float, dropout: float) -> GraphParameters:
-    """The least (k, t) of Bell et al. (CCS 2020) against a semi-malicious server, for σ = 40 and η = 20.
-
-    >>> bell2020_parameters(1000, 0.05, 0.05)
-    GraphParameters(degree=52, threshold=37)
-
-    Args:
-        devices: In the cohort, n.
-        corrupt: Fraction of them that is corrupt, γ, in [0, 1).
-        dropout: Fraction of them that drops out in a round, δ, in [0, 1).
-
-    Raises:
-        ConfigError: A fraction is out of range, or no graph on so many devices is secure.
-    """
-    corrupt_devices, dropouts = count_of(devices, corrupt), count_of(devices, dropout)
-
-    def secure(k: int, t: int) -> bool:
-        both = devices * hypergeometric_tail(devices - 1, corrupt_devices, k, 2 * t - k)
-        split = _two_windows(devices, corrupt_devices + dropouts, k // 2, k // 2)
-        return max(both, split) <= 2.0**-SIGMA
-
-    return _least(devices, dropouts, secure)
 
 
 def graph_parameters(devices: int, corrupt: float, dropout: float, *, bits: int = SIGMA + GRINDING) -> GraphParameters:

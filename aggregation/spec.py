@@ -8,7 +8,6 @@ import re
 from dataclasses import dataclass
 from enum import Enum
 
-from aggregation import graph
 from aggregation.errors import ConfigError
 from aggregation.privacy.accounting import Mechanism, NoisySum, Spent
 from aggregation.privacy.rounding import norm_squared
@@ -24,24 +23,6 @@ class Adversary(Enum):
 
     ACTIVE = "active"  # lies about anything; the consistency check is run
     HONEST_BUT_CURIOUS = "honest-but-curious"  # follows the protocol and learns what it can from its messages
-
-
-def default_threshold(devices: int) -> int:
-    """The least ``t`` with ``2 (2 t - n - c) >= min(4, n // 2)``, for ``n`` devices on the complete graph.
-
-    ``c`` of them may be corrupt (``CORRUPT_FRACTION``). Two sets of ``t`` answers have at least ``2 t - n`` devices in
-    common. These are more than the corrupt ones, so one of them is honest and answers once: both kinds of secret of a
-    device cannot be reconstructed (Bonawitz et al. 2017, section 6.2). How many more says ``graph.left_over``.
-
-    >>> default_threshold(8), default_threshold(10), default_threshold(100)
-    (6, 7, 56)
-
-    Raises:
-        ConfigError: Fewer than 3 devices.
-    """
-    if devices < 3:
-        raise ConfigError(f"secure aggregation needs 3 devices or more, not {devices}", about="devices", value=devices)
-    return graph.least_threshold(devices, CORRUPT_FRACTION)
 
 
 COUNTS = "counts"  # segment of the right answers that an evaluation counts; a device demands noise in it (``policy``)

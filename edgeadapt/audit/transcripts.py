@@ -30,11 +30,18 @@ from edgeadapt.audit.repeats import RepeatedSums
 from edgeadapt.audit.weaknesses import Weaknesses
 from edgeadapt.formats import storage
 from edgeadapt.formats.manifest import VersionManifest
-from edgeadapt.formats.registryfiles import DATABASE, REGISTRY, RegistryFiles
+from edgeadapt.formats.registryfiles import (
+    AUTHORITY,
+    DATABASE,
+    PUBLIC_KEY,
+    REGISTRY,
+    REVOKED,
+    RegistryFiles,
+)
 from edgeadapt.formats.registryreader import open_registry_files
 from edgeadapt.formats.roundrecord import RoundRecord
 
-AUTHORITY, COORDINATOR, REVOKED, VECTORS = "authority.pem", "coordinator.pem", "revoked.crl", "vectors"
+VECTORS = "vectors"  # folder
 PLACES = (".", "transcript", "coordinator/transcript")  # in a folder of transcripts, a state directory, a run
 LARGEST = 2**22  # bytes of a certificate, a key or a revocation list
 _LOGS = "session-*.log"
@@ -111,7 +118,7 @@ class AuditInput:
         paths = _find(path) if complete else (path,)
         folder = paths[0].parent
         root = _read(Root.from_pem, options.authority, folder / AUTHORITY, "--authority")
-        key = _read(PublicKey.from_pem, options.coordinator, folder / COORDINATOR, "--coordinator")
+        key = _read(PublicKey.from_pem, options.coordinator, folder / PUBLIC_KEY, "--coordinator")
         pinned = bool(options.authority and options.coordinator)
         has_registry = any((folder.parent / name).exists() for name in (DATABASE, REGISTRY))
         state_dir = options.registry or (folder.parent if has_registry else None)
@@ -153,7 +160,7 @@ class AuditInput:
     @property
     def unread(self) -> tuple[str, ...]:
         """List what lies next to the logs and is not audited: for example a session's log under another name."""
-        read = {*(path.name for path in self.paths), AUTHORITY, COORDINATOR, REVOKED, VECTORS}
+        read = {*(path.name for path in self.paths), AUTHORITY, PUBLIC_KEY, REVOKED, VECTORS}
         return tuple(sorted(path.name for path in self.paths[0].parent.iterdir() if path.name not in read))
 
     @property

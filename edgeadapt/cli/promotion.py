@@ -17,8 +17,7 @@ from edgeadapt.formats.bundle import TRUST
 from edgeadapt.formats.keyfiles import read_key
 from edgeadapt.formats.rollout import ALL
 from edgeadapt.formats.settings import overridden
-from edgeadapt.promotion.gates import AssembledRelease, PromotionTrial, require_passed
-from edgeadapt.promotion.gatesettings import GATES, HEADER, GateSettings
+from edgeadapt.promotion.gates import GATES, HEADER, AssembledRelease, GateSettings, PromotionTrial, require_passed
 from edgeadapt.releases.actions import GateResult, login_name
 from edgeadapt.releases.prepared import RollbackCondition
 from edgeadapt.releases.repository import ChannelRepository, Published

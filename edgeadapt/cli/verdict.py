@@ -12,10 +12,8 @@ from aggregation.errors import EdgeAdaptError
 from edgeadapt import traces
 from edgeadapt.commandline import FiniteRange
 from edgeadapt.promotion.evaluations import act, judge
-from edgeadapt.promotion.gates import GateError
-from edgeadapt.promotion.gatesettings import GATES, GateSettings
+from edgeadapt.promotion.gates import GATES, GateError, GateSettings
 from edgeadapt.releases.actions import login_name
-from edgeadapt.releases.comparison import compared
 from edgeadapt.releases.history import audit_repository
 from edgeadapt.releases.lineage import Lineage
 from edgeadapt.releases.repository import ChannelRepository
@@ -48,7 +46,7 @@ def verdict(state_dir: Path, channel: str, releases: Path, trust: Path | None, a
     Example:
       edgeadapt adapters verdict fleet stable --releases releases
     """
-    newest, previous = compared(_open(releases), channel, adapter)
+    newest, previous = _open(releases).compared(channel, adapter)
     margin = GateSettings.read(releases / GATES).accuracy.margin
     lineage, records = Lineage.read(state_dir, trust, None), audit_repository(releases, None).records
     evaluation = judge(lineage, channel, adapter, newest, previous, margin, records)

@@ -32,8 +32,9 @@ from edgeadapt.formats.manifest import VersionManifest
 from edgeadapt.formats.roundrecord import RoundRecord, accept_chain
 from edgeadapt.formats.settings import Settings
 
-SIGNING_KEY, DATABASE, BLOBS = "signing.pem", "registry.db", "blobs"  # in the coordinator's state directory
-REGISTRY = "registry.toml"  # there too
+# Files and folders of a coordinator's state directory.
+SIGNING_KEY, DATABASE, BLOBS, REGISTRY = "signing.pem", "registry.db", "blobs", "registry.toml"
+PUBLIC_KEY, AUTHORITY, REVOKED, TRANSCRIPT = "coordinator.pem", "authority.pem", "revoked.crl", "transcript"
 SCHEMA = "3"  # revision of the tables; ``coordinator.registry.migrations`` brings older ones to it
 PREFIX = "edgeadapt_"  # of this program's tables, so that another program's database is recognized
 # Tables; the first is alembic's, has one row and the column SCHEMA_COLUMN.

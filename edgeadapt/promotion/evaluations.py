@@ -15,18 +15,15 @@ from aggregation.errors import ConfigError, ProtocolError, TrustError
 from aggregation.messages import Assignment, Plan
 from edgeadapt.audit.transcripts import logs
 from edgeadapt.formats import storage
-from edgeadapt.formats.registryfiles import RegistrySettings
+from edgeadapt.formats.registryfiles import TRANSCRIPT, RegistrySettings
 from edgeadapt.formats.release import Release
 from edgeadapt.releases.actions import ActionRecord
-from edgeadapt.releases.comparison import compared
 from edgeadapt.releases.history import audit_repository, rollback_after
 from edgeadapt.releases.lineage import GovernedVersion, Lineage
 from edgeadapt.releases.repository import ChannelRepository
 from edgeadapt.releases.rollback import note_evaluation, publish_prepared
 from edgeadapt.releases.verdict import JudgedEvaluation, verdict
 from edgeadapt.rounds.evaluation import EvaluationTask, is_evaluation
-
-TRANSCRIPT = "transcript"  # in a state directory; ``coordinator.statedir`` has the name too, and needs SQLAlchemy
 
 
 class NoVerdictError(ConfigError):
@@ -54,7 +51,7 @@ def act(repository: ChannelRepository, state_dir: Path, trust: Path | None, chan
     """
     if channel in repository.channels and repository.rollout(channel) is None:
         return WatchStep("no rollout", f"channel {channel} rolls nothing out")
-    newest, previous = compared(repository, channel, adapter)
+    newest, previous = repository.compared(channel, adapter)
     current = repository.release(channel)
     if current is None:
         raise ConfigError(f"channel {channel} has no release", about="channel", value=channel)

@@ -13,14 +13,10 @@ from aggregation.errors import ConfigError, DataError, TrustError
 from edgeadapt.formats import registryfiles
 from edgeadapt.formats.keyfiles import read_public_keys
 from edgeadapt.formats.manifest import AdapterManifest, VersionManifest
-from edgeadapt.formats.registryfiles import RegistryFiles
+from edgeadapt.formats.registryfiles import PUBLIC_KEY, RegistryFiles
 from edgeadapt.formats.registryreader import open_registry_files
 from edgeadapt.formats.roundrecord import RoundRecord
 from edgeadapt.releases.repository import ChannelRepository
-
-COORDINATOR = (
-    "coordinator.pem"  # in its state directory; ``coordinator.statedir`` has the name too, and needs SQLAlchemy
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +64,7 @@ class Lineage:
         from the previous one, by a round that is recorded.
         """
         registryfiles.require(state_dir)
-        keys = read_public_keys(trust or state_dir / COORDINATOR)
+        keys = read_public_keys(trust or state_dir / PUBLIC_KEY)
         if len(keys) > 1:
             raise DataError(
                 f"{trust} has {len(keys)} keys, and a coordinator has one", about="--trust", value=len(keys)

@@ -24,8 +24,7 @@ from aggregation.errors import ConfigError, DataError, TrustError
 from edgeadapt.formats import jsontext, storage
 from edgeadapt.formats.manifest import Count, Sha256
 from edgeadapt.formats.release import MAX_RELEASE, RELEASE, Release, target
-from edgeadapt.releases.metadata import MAX_METADATA, ROLLBACK, TOP, RoleMetadata
-from edgeadapt.releases.targetfiles import TargetFiles
+from edgeadapt.releases.metadata import MAX_METADATA, ROLLBACK, TOP, RoleMetadata, TargetFiles
 from edgeadapt.releases.verdict import JudgedEvaluation
 
 PREPARED = "prepared"  # folder

@@ -55,11 +55,11 @@ from edgeadapt.releases.metadata import (
     TIMESTAMP,
     TOP,
     RoleMetadata,
+    TargetFiles,
     delegations,
     protected,
 )
 from edgeadapt.releases.prepared import PreparedRollbacks
-from edgeadapt.releases.targetfiles import TargetFiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +232,20 @@ class ChannelRepository:
             rollout = self._first_stage(channel, current, share, languages)
             action = Action("promote", source=source, gates=tuple(gates), rollout=rollout)
             return Published(channel, self.add_release(action, channel, files, candidate.adapters), rollout=rollout)
+
+    def compared(self, channel: str, name: str) -> tuple[str, str]:
+        """Return an adapter's ``AdapterManifest.content`` in the release that a channel rolls out, and in the previous
+        one. Raises ConfigError: it rolls nothing out, or the adapter is not in both or is the same in both."""
+        current, rollout = self.release(channel), self.rollout(channel)
+        if current is None or rollout is None:
+            reason = f"channel {channel} rolls nothing out: begin with 'edgeadapt adapters promote … --share'"
+            raise ConfigError(reason, about="rollout", value=channel)
+        both = [self.release(channel, number) for number in (rollout.release, rollout.previous)]
+        contents = [self.manifest(channel, each, name).content for each in both if each and name in each.adapters]
+        if len(contents) < len(both) or contents[0] == contents[1]:
+            reason = f"the two releases of {channel} have no adapter {name!r} that can be compared: name one, --adapter"
+            raise ConfigError(reason, about="adapter", value=name)
+        return contents[0], contents[1]
 
     def rollout(self, channel: str) -> Rollout | None:
         """Read who gets the current release of a channel; None if all devices do."""

@@ -16,8 +16,7 @@ from aggregation.pki.identity import IdentityKey
 from edgeadapt.bases.base import Base
 from edgeadapt.formats.rollout import Rollout
 from edgeadapt.program import cli
-from edgeadapt.promotion.gates import AssembledRelease, GateError, read_held_out
-from edgeadapt.promotion.gatesettings import GateSettings
+from edgeadapt.promotion.gates import AssembledRelease, GateError, GateSettings, read_held_out
 from edgeadapt.releases.actions import ActionRecord, GateResult
 from edgeadapt.releases.history import audit_repository
 from edgeadapt.releases.repository import ChannelRepository

@@ -16,13 +16,12 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey
 from coordinator.registry import database
-from coordinator.statedir import PUBLIC_KEY
 from edgeadapt.formats.graphinputs import LORA_A, LORA_B
 from edgeadapt.formats.registryfiles import DATABASE, REGISTRY, RegistrySettings
 from edgeadapt.formats.registrystores import postgresql_url
 from edgeadapt.program import cli
 from edgeadapt.releases.difference import TensorChange, difference
-from edgeadapt.releases.lineage import COORDINATOR, Lineage
+from edgeadapt.releases.lineage import Lineage
 from edgeadapt.releases.rollback import roll_back
 from tests.edgeadapt.releases.conftest import Vendor, version_of
 from tests.support import refused
@@ -126,10 +125,6 @@ def test_a_reviewer_may_name_the_coordinators_key(vendor_place: Vendor, tmp_path
     pinned = tmp_path / "coordinator.pem"
     pinned.write_bytes(vendor_place.coordinator.public.to_pem())
     assert len(as_json("list", vendor_place.state_dir, "--trust", pinned)["versions"]) == 3
-
-
-def test_the_default_key_is_the_one_that_a_coordinator_writes() -> None:
-    assert COORDINATOR == PUBLIC_KEY
 
 
 def test_two_keys_are_no_coordinators(vendor_place: Vendor, tmp_path: Path) -> None:
