@@ -49,21 +49,13 @@ from aggregation.spec import Adversary, SessionSpec
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """The identity of a device, and the keys and limits it relies on.
+    """The identity of a device, and the keys and limits it relies on."""
 
-    Args:
-        identity: Its signing key.
-        certificate: Its certificate from the authority, DER.
-        root: The pinned authority.
-        coordinator: The pinned key of the coordinator.
-        policy: What it requires of an offer.
-    """
-
-    identity: IdentityKey
-    certificate: bytes
-    root: Root
-    coordinator: PublicKey
-    policy: Policy
+    identity: IdentityKey  # its signing key
+    certificate: bytes  # its certificate from the authority, DER
+    root: Root  # the pinned authority
+    coordinator: PublicKey  # the pinned key of the coordinator
+    policy: Policy  # what it requires of an offer
 
     def open_verified(self, kind: type[M], raw: bytes) -> M:
         """The message in ``raw``, if the coordinator signed it."""

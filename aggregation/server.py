@@ -74,21 +74,13 @@ class RoundAborted:
 
 @dataclass(frozen=True, slots=True)
 class RoundResult:
-    """The sums of a round, one for each group.
+    """The sums of a round, one for each group."""
 
-    Args:
-        round: Its number in the session, from 1.
-        sums: In the order of the groups; one without groups.
-        dropped: Devices of the plan that are in no sum.
-        blamed: Devices found to have dealt or revealed a wrong share.
-        digest: See ``groups.digest_of``.
-    """
-
-    round: int
-    sums: tuple[GroupSum, ...]
-    dropped: tuple[str, ...]
-    blamed: tuple[str, ...]
-    digest: bytes
+    round: int  # its number in the session, from 1
+    sums: tuple[GroupSum, ...]  # in the order of the groups; one without groups
+    dropped: tuple[str, ...]  # devices of the plan that are in no sum
+    blamed: tuple[str, ...]  # devices found to have dealt or revealed a wrong share
+    digest: bytes  # see ``groups.digest_of``
 
     @property
     def survivors(self) -> tuple[str, ...]:

@@ -168,15 +168,10 @@ def _certified(root: bytes, der: bytes) -> tuple[str, PublicKey]:
 
 @dataclass(frozen=True, slots=True)
 class Root:
-    """The authority as devices and coordinator pin it.
+    """The authority as devices and coordinator pin it."""
 
-    Args:
-        der: Its self-signed certificate.
-        revoked: Its newest revocation list, if one is known.
-    """
-
-    der: bytes
-    revoked: RevocationList | None = None
+    der: bytes  # its self-signed certificate
+    revoked: RevocationList | None = None  # its newest revocation list, if one is known
 
     def verify(self, der: bytes, at: datetime | None = None) -> tuple[str, PublicKey]:
         """Return the device id and identity key that this authority certified in ``der``.

@@ -45,21 +45,13 @@ class Revocation:
 
 @dataclass(frozen=True, slots=True)
 class RevocationList:
-    """A list that the authority signed; constructed by ``read`` only.
+    """A list that the authority signed; constructed by ``read`` only."""
 
-    Args:
-        der: As signed.
-        number: Counts up from list to list.
-        this_update: When it was signed.
-        next_update: Until when it is valid.
-        revoked: Serial → revocation.
-    """
-
-    der: bytes = field(repr=False)
-    number: int
-    this_update: datetime
-    next_update: datetime
-    revoked: Mapping[int, Revocation] = field(compare=False)
+    der: bytes = field(repr=False)  # as signed
+    number: int  # counts up from list to list
+    this_update: datetime  # when it was signed
+    next_update: datetime  # until when it is valid
+    revoked: Mapping[int, Revocation] = field(compare=False)  # serial → revocation
 
     @classmethod
     def read(cls, raw: bytes, issuer: x509.Certificate) -> "RevocationList":

@@ -51,17 +51,11 @@ ENTRY: Codec[Entry] = wire.record(Entry)
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The entries of a log, as far as it can be read.
+    """The entries of a log, as far as it can be read."""
 
-    Args:
-        entries: In the order of the log.
-        end: Bytes that they take, with ``MAGIC``.
-        problem: Why reading ended there; empty at the end of the log.
-    """
-
-    entries: tuple[Entry, ...]
-    end: int
-    problem: str = ""
+    entries: tuple[Entry, ...]  # in the order of the log
+    end: int  # bytes that they take, with ``MAGIC``
+    problem: str = ""  # why reading ended there; empty at the end of the log
 
 
 def read(raw: bytes) -> Reading:

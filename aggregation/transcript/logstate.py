@@ -22,31 +22,20 @@ _OptionalDigest: TypeAlias = Annotated[bytes | None, wire.optional(DIGESTS)]
 class LogState:
     """What a device knows of the log of the session that it joined last.
 
-    Args:
-        device: Its id.
-        offer: Digest of the session's offer.
-        previous: Digest of the last checkpoint of the previous session.
-        version: Of the newest adapter, according to the newest checkpoint that it saw.
-        adapter: SHA-256 of that adapter's file, hex.
-        size: Number of entries when it last saw proofs; 0 before the first.
-        root: Root of these entries.
-        plan: Digest of the plan of the round to which it contributed last.
-        unconfirmed: SHA-256 of its last message, which may not have reached the coordinator.
-        delivered: SHA-256 of its messages of that round that reached the coordinator, as its next request shows.
-        survivors: Digest of the ids of the survivors that the coordinator named.
+    ``delivered``: SHA-256 of its messages of that round that reached the coordinator, as its next request shows.
     """
 
-    device: DeviceId
-    offer: Digest
-    previous: Digest
-    version: Uint64
-    adapter: HexDigest
-    size: Uint64 = 0
-    root: Digest = merkle.EMPTY
-    plan: _OptionalDigest = None
-    unconfirmed: _OptionalDigest = None
+    device: DeviceId  # its id
+    offer: Digest  # digest of the session's offer
+    previous: Digest  # digest of the last checkpoint of the previous session
+    version: Uint64  # of the newest adapter, according to the newest checkpoint that it saw
+    adapter: HexDigest  # SHA-256 of that adapter's file, hex
+    size: Uint64 = 0  # number of entries when it last saw proofs; 0 before the first
+    root: Digest = merkle.EMPTY  # root of these entries
+    plan: _OptionalDigest = None  # digest of the plan of the round to which it contributed last
+    unconfirmed: _OptionalDigest = None  # SHA-256 of its last message, which may not have reached the coordinator
     delivered: Annotated[tuple[bytes, ...], wire.sequence(DIGESTS, 4)] = ()
-    survivors: _OptionalDigest = None
+    survivors: _OptionalDigest = None  # digest of the ids of the survivors that the coordinator named
 
     @property
     def newest(self) -> AdapterId:

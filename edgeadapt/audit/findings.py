@@ -43,17 +43,14 @@ class Status(Enum):
 class Finding:
     """Holds the outcome of one check.
 
-    Args:
-        text: One sentence or a few, for people who need not know the cryptography.
-        place: The message that failed the check, if one did.
-        about: The field or file that failed it, or that it lacks; for programs and tests, which must not depend on the
-            text. Empty for a check that passed.
+    ``about``: the field or file that failed it, or that it lacks; for programs and tests, which must not depend on the
+    text. Empty for a check that passed.
     """
 
     check: Check
     status: Status
-    text: str
-    place: Place | None = None
+    text: str  # one sentence or a few, for people who need not know the cryptography
+    place: Place | None = None  # the message that failed the check, if one did
     about: str = ""
 
 
@@ -133,23 +130,16 @@ class RoundSummary:
 class ProducedAdapter:
     """Holds a round's sum and the adapter that, according to the log, the coordinator produced from it.
 
-    Args:
-        place: The place of the result in the log.
-        before: Version and digest of the adapter from which the devices trained.
-        after: Version and digest of the new one.
-        plan: Digest of the round's plan, hex.
-        training: The task in the round's plan, as encoded.
-        survivors: The devices whose updates are in the sum.
-        sums: Their contributions by group, recomputed from the masked vectors; None if these were not kept.
+    ``sums``: their contributions by group, recomputed from the masked vectors; None if these were not kept.
     """
 
-    place: Place
-    before: AdapterId
-    after: AdapterId
-    plan: str
+    place: Place  # the place of the result in the log
+    before: AdapterId  # version and digest of the adapter from which the devices trained
+    after: AdapterId  # version and digest of the new one
+    plan: str  # digest of the round's plan, hex
     spec: SessionSpec
-    training: bytes
-    survivors: tuple[str, ...]
+    training: bytes  # the task in the round's plan, as encoded
+    survivors: tuple[str, ...]  # the devices whose updates are in the sum
     sums: tuple[GroupSum, ...] | None = field(repr=False, compare=False)
 
 

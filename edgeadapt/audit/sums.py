@@ -31,17 +31,13 @@ Vectors = Callable[[bytes, int], bytes | None]
 class UnmaskedRound:
     """Holds what the shares of a round recover.
 
-    Args:
-        seeds: Survivor → seed of its own mask.
-        keys: Device of the plan that is not a survivor → its mask key.
-        blamed: Devices that revealed wrong shares.
-        sums: The survivors' contributions by group, decoded, once ``sums`` has recomputed them; zeros where honest
-            survivors cannot have one.
+    ``sums``: the survivors' contributions by group, decoded, once ``sums`` has recomputed them; zeros where honest
+    survivors cannot have one.
     """
 
-    seeds: Mapping[str, bytes] = field(repr=False)
-    keys: Mapping[str, bytes] = field(repr=False)
-    blamed: tuple[str, ...]
+    seeds: Mapping[str, bytes] = field(repr=False)  # survivor → seed of its own mask
+    keys: Mapping[str, bytes] = field(repr=False)  # device of the plan that is not a survivor → its mask key
+    blamed: tuple[str, ...]  # devices that revealed wrong shares
     sums: tuple[GroupSum, ...] | None = field(default=None, repr=False)
 
 

@@ -84,26 +84,18 @@ class AuditOptions:
 class AuditInput:
     """Holds logs to check, and what to check them with.
 
-    Args:
-        paths: The logs, in order.
-        root: The authority, with the revocation list that counts.
-        pinned: Authority and coordinator's key come from the auditor, and not from the transcript.
-        at: When the sessions took place, if that is known.
-        registry: Where the coordinator published its adapters, if it is available.
-        published: The newest adapter there.
-        records: The records of the rounds there. Both are read before the logs, which a running session continues.
-        complete: These are all the sessions of the coordinator, not a single log.
+    ``records``: the records of the rounds there. Both are read before the logs, which a running session continues.
     """
 
-    paths: tuple[Path, ...]
-    root: Root
+    paths: tuple[Path, ...]  # the logs, in order
+    root: Root  # the authority, with the revocation list that counts
     coordinator: PublicKey
-    pinned: bool
-    at: datetime | None
-    registry: RegistryFiles | None
-    published: VersionManifest | None
+    pinned: bool  # authority and coordinator's key come from the auditor, and not from the transcript
+    at: datetime | None  # when the sessions took place, if that is known
+    registry: RegistryFiles | None  # where the coordinator published its adapters, if it is available
+    published: VersionManifest | None  # the newest adapter there
     records: tuple[RoundRecord, ...]
-    complete: bool
+    complete: bool  # these are all the sessions of the coordinator, not a single log
 
     @classmethod
     def open(cls, path: Path, options: AuditOptions) -> Self:

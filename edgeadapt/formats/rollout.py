@@ -42,17 +42,14 @@ def check_language(name: str) -> str:
 class Rollout:
     """Says who gets the newest release.
 
-    Args:
-        previous: Number of the release that the others get.
-        share: Percent of devices.
-        languages: Only devices with one of these, of which ``share`` is then a part; empty: all devices.
+    ``languages``: only devices with one of these, of which ``share`` is then a part; empty: all devices.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     release: Count
-    previous: Count
-    share: Annotated[int, Field(ge=0, le=ALL)]
+    previous: Count  # number of the release that the others get
+    share: Annotated[int, Field(ge=0, le=ALL)]  # percent of devices
     languages: Annotated[tuple[Language, ...], Field(max_length=100)] = ()
 
     @classmethod

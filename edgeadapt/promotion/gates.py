@@ -161,18 +161,12 @@ class AssembledRelease:
 
 @dataclass(frozen=True, slots=True)
 class PromotionTrial:
-    """Says what a promotion is about.
+    """Says what a promotion is about."""
 
-    Args:
-        settings: What it must pass.
-        folder: The paths in ``settings`` are relative to it.
-        current: The release that devices have; None if the channel has none.
-    """
-
-    settings: GateSettings
-    folder: Path
+    settings: GateSettings  # what it must pass
+    folder: Path  # the paths in ``settings`` are relative to it
     candidate: AssembledRelease
-    current: AssembledRelease | None
+    current: AssembledRelease | None  # the release that devices have; None if the channel has none
 
     def results(self) -> tuple[GateResult, ...]:
         """Run the gates, in the order of the settings."""

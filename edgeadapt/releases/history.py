@@ -44,17 +44,13 @@ from edgeadapt.releases.verdict import JudgedEvaluation
 class RepositoryAudit:
     """Describes a repository that passed.
 
-    Args:
-        records: All of its log, oldest first.
-        pinned: The root comes from the auditor, not from the repository.
-        unpromoted: Protected channels → their current release, if that was published before the protection.
-        unread: Files in the log that the snapshot does not name: of an action that was killed.
+    ``unpromoted``: protected channels → their current release, if that was published before the protection.
     """
 
-    records: tuple[ActionRecord, ...]
-    pinned: bool
+    records: tuple[ActionRecord, ...]  # all of its log, oldest first
+    pinned: bool  # the root comes from the auditor, not from the repository
     unpromoted: dict[str, int]
-    unread: tuple[str, ...]
+    unread: tuple[str, ...]  # files in the log that the snapshot does not name: of an action that was killed
 
 
 def is_repository(folder: Path) -> bool:

@@ -34,15 +34,12 @@ class ReleasedAdapter:
 class GovernedVersion:
     """Holds a version with what made it and where it went.
 
-    Args:
-        signed_by: Id of the coordinator's key.
-        record: The record of the round that made it; None for version 0.
-        releases: The releases that have it, oldest first; None if no repository was named.
+    ``releases``: the releases that have it, oldest first; None if no repository was named.
     """
 
     manifest: VersionManifest
-    signed_by: str
-    record: RoundRecord | None
+    signed_by: str  # id of the coordinator's key
+    record: RoundRecord | None  # the record of the round that made it; None for version 0
     releases: tuple[ReleasedAdapter, ...] | None
 
 

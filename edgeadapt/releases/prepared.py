@@ -34,18 +34,14 @@ PREPARED = "prepared"  # folder
 class RollbackCondition:
     """States on what a prepared rollback may be published: an evaluation found the newest release worse.
 
-    Args:
-        release: Number of the release that it takes back.
-        again: Number of the one that it publishes again.
-        margin: How far an accuracy may be below that of the previous release.
-        adapters: Name → ``AdapterManifest.content`` in the two releases, newest first.
+    ``adapters``: name → ``AdapterManifest.content`` in the two releases, newest first.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    release: Count
-    again: Count
-    margin: Annotated[float, Field(ge=0, le=1)]
+    release: Count  # number of the release that it takes back
+    again: Count  # number of the one that it publishes again
+    margin: Annotated[float, Field(ge=0, le=1)]  # how far an accuracy may be below that of the previous release
     adapters: Annotated[dict[Annotated[str, Field(max_length=64)], tuple[Sha256, Sha256]], Field(max_length=100)]
 
     @classmethod

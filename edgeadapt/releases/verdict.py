@@ -73,18 +73,15 @@ def difference_interval(
 class Verdict:
     """Says what an evaluation finds about the newest release.
 
-    Args:
-        difference: Its accuracy less that of the previous release.
-        low, high: Limits of the difference, with ``CONFIDENCE``.
-        margin: How far it may be below, 0 or more.
+    ``low``, ``high``: limits of the difference, with ``CONFIDENCE``.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    difference: Figure
+    difference: Figure  # its accuracy less that of the previous release
     low: Figure
     high: Figure
-    margin: Annotated[float, Field(ge=0, le=1)]
+    margin: Annotated[float, Field(ge=0, le=1)]  # how far it may be below, 0 or more
 
     @property
     def worse(self) -> bool:

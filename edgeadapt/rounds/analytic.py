@@ -78,10 +78,7 @@ Scale = Annotated[float, Field(gt=0, le=1000)]
 class AnalyticTask(RoundTask):
     """Configures a round of the analytic head.
 
-    Args:
-        ridge: Strength of the regularization, for each example of the sum.
-        scale: Logit of a score of 1: the regression fits scores of 0 and 1.
-        dimensions: Coordinates of an embedding whose moments are summed with noise; 0: no noise, and all of them.
+    ``dimensions``: coordinates of an embedding whose moments are summed with noise; 0: no noise, and all of them.
     """
 
     RULE: ClassVar[optimizer.Settings | None] = optimizer.AnalyticHead()
@@ -97,8 +94,8 @@ class AnalyticTask(RoundTask):
 
     peft_config: PeftConfig
     labels: tuple[str, ...]
-    ridge: Ridge
-    scale: Scale
+    ridge: Ridge  # strength of the regularization, for each example of the sum
+    scale: Scale  # logit of a score of 1: the regression fits scores of 0 and 1
     dimensions: Annotated[int, Field(ge=0, le=2**16)] = 0
 
     def terms(self) -> dict[str, float | str]:

@@ -43,13 +43,7 @@ Most = Annotated[int, Field(ge=1, le=2**16)]
 
 @dataclass(frozen=True, slots=True)
 class EvaluationTask(RoundTask):
-    """Configures a round of evaluation.
-
-    Args:
-        newest: ``AdapterManifest.content`` of the adapter in the newest release.
-        previous: The same in the previous release.
-        most: Most held-out examples of a device that count: its first ones.
-    """
+    """Configures a round of evaluation."""
 
     RULE: ClassVar[optimizer.Settings | None] = optimizer.Evaluation()
     SEGMENT: ClassVar[str] = COUNTS
@@ -59,9 +53,9 @@ class EvaluationTask(RoundTask):
 
     peft_config: PeftConfig
     labels: tuple[str, ...]
-    newest: Sha256
-    previous: Sha256
-    most: Most
+    newest: Sha256  # ``AdapterManifest.content`` of the adapter in the newest release
+    previous: Sha256  # the same in the previous release
+    most: Most  # most held-out examples of a device that count: its first ones
 
     def check(self) -> None:
         RoundTask.check(self)

@@ -37,18 +37,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Holds the outcome of one round of local training.
+    """Holds the outcome of one round of local training."""
 
-    Args:
-        start: The adapter on offer, with the device's private parts.
-        examples: Number of those that were trained on.
-        held_out: The score of ``start`` on held-out examples.
-    """
-
-    start: Tensors
+    start: Tensors  # the adapter on offer, with the device's private parts
     trained: Tensors
-    examples: int
-    held_out: HeldOut
+    examples: int  # number of those that were trained on
+    held_out: HeldOut  # the score of ``start`` on held-out examples
 
 
 class DeviceRound(Protocol):

@@ -43,21 +43,13 @@ Sums = Mapping[str, Vector]  # segment → sum over the survivors, shape (size,)
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Holds the bounds of a session from which the vector of a round follows.
+    """Holds the bounds of a session from which the vector of a round follows."""
 
-    Args:
-        clip_norm: L2 bound on a device's contribution, in its own unit.
-        weight_cap: Largest weight of one device, in examples.
-        ring_bits: Width of an element.
-        max_clients: Largest number of contributions in one sum.
-        noise: Standard deviation of one device's noise on each number, in the unit of ``clip_norm``; 0: none.
-    """
-
-    clip_norm: float
-    weight_cap: int
-    ring_bits: int
-    max_clients: int
-    noise: float = 0.0
+    clip_norm: float  # L2 bound on a device's contribution, in its own unit
+    weight_cap: int  # largest weight of one device, in examples
+    ring_bits: int  # width of an element
+    max_clients: int  # largest number of contributions in one sum
+    noise: float = 0.0  # standard deviation of one device's noise on each number, in the unit of ``clip_norm``; 0: none
 
     @classmethod
     def of(cls, spec: SessionSpec) -> "Bounds":

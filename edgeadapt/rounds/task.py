@@ -90,14 +90,7 @@ def is_stable(learning_rate: float, proximal: float, weight_decay: float) -> boo
 
 @dataclass(frozen=True, slots=True)
 class Task(RoundTask):
-    """Configures a round of training.
-
-    Args:
-        proximal: μ of FedProx, which adds μ/2 · ‖w - w₀‖² to the loss.
-        trained: Parts of the adapter; the others stay as they are.
-        shared: Parts whose updates are summed; those of ``trained`` that are not stay on the device.
-        gradient_norm: L2 norm to which a step's gradient is clipped; 0: never.
-    """
+    """Configures a round of training."""
 
     SEGMENT: ClassVar[str] = "delta"
     EXACT_SEGMENT: ClassVar[str | None] = "delta"
@@ -110,13 +103,13 @@ class Task(RoundTask):
     batch_size: BatchSize
     learning_rate: LearningRate
     weight_decay: WeightDecay
-    proximal: Proximal
-    trained: tuple[Part, ...]
-    shared: tuple[Part, ...]
+    proximal: Proximal  # μ of FedProx, which adds μ/2 · ‖w - w₀‖² to the loss
+    trained: tuple[Part, ...]  # parts of the adapter; the others stay as they are
+    shared: tuple[Part, ...]  # parts whose updates are summed; those of ``trained`` that are not stay on the device
     optimizer: OptimizerName = OptimizerName.ADAMW
     momentum: Momentum = 0.0
     schedule: RateSchedule = RateSchedule.CONSTANT
-    gradient_norm: GradientNorm = 0.0
+    gradient_norm: GradientNorm = 0.0  # L2 norm to which a step's gradient is clipped; 0: never
 
     def check(self) -> None:
         """Check that training is stable, and that parts are trained and shared without contradiction.
