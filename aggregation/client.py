@@ -77,16 +77,9 @@ def check_in(
 ) -> bytes:
     """Answer a challenge (step 0): the certificate, signed with its key. No state changes.
 
-    Args:
-        identity: The device's signing key.
-        certificate: Its certificate from the authority, DER.
-        coordinator: The pinned key of the coordinator.
-        challenge: As received.
-        node: Flower's id of the node that this device runs as.
-        last_offer: Digest of the last offer that this device joined, if it keeps a log state.
-
-    Raises:
-        ProtocolError: The challenge is not the coordinator's, or is for another node.
+    ``node``: Flower's id of the node that this device runs as. ``last_offer``: digest of the last offer that this
+    device joined, if it keeps a log state. Raises ProtocolError: the challenge is not the coordinator's, or is for
+    another node.
     """
     message = envelope.open_verified(Challenge, challenge, coordinator, COORDINATOR)
     checks.challenge(node, message)
@@ -96,15 +89,9 @@ def check_in(
 def join(device: Device, offer: bytes, entropy: Entropy, at: datetime | None = None) -> tuple["Advertised", bytes]:
     """Accept an offer (step 2) and generate the keys of every round; the answer is the advert.
 
-    Args:
-        device: This device.
-        offer: As received.
-        entropy: Draws the keys.
-        at: The time at which certificates must be valid, if the device has a clock it trusts.
-
-    Raises:
-        ProtocolError: The offer is not the coordinator's, names an uncertified or repeated member, does not include
-            this device, or breaks this device's policy.
+    ``at``: the time at which certificates must be valid, if the device has a clock it trusts. Raises ProtocolError: the
+    offer is not the coordinator's, names an uncertified or repeated member, does not include this device, or breaks
+    this device's policy.
     """
     message = device.open_verified(Offer, offer)
     me, cohort = _find_self(device, message, at)
@@ -177,10 +164,8 @@ class Ready:
     """Between rounds.
 
     Args:
-        session: The public state.
         serials: Device id → serial of its certificate, of the whole cohort.
         ends: When the first certificate of the cohort, or the revocation list, expires; no round begins after that.
-        me: This device's id.
         last_round: The last round begun; 0 before the first.
         dealers: Devices whose encrypted shares arrived; None before they arrive.
         share_key: Decrypts the shares; None once they are decrypted.
@@ -202,14 +187,9 @@ class Ready:
     def on_plan(self, device: Device, plan: bytes, at: datetime | None = None) -> "Planned":
         """Accept the plan of a round (step 5). Skipped rounds can no longer be joined; their secrets are dropped.
 
-        Args:
-            device: This device.
-            plan: As received.
-            at: The time now, if the device has a clock it trusts.
-
-        Raises:
-            ProtocolError: Not the coordinator's, of another session or one that has ended, of a round begun before,
-                without this device, with a neighbor that sent no shares, or too small.
+        ``at``: the time now, if the device has a clock it trusts. Raises ProtocolError: not the coordinator's, of
+        another session or one that has ended, of a round begun before, without this device, with a neighbor that sent
+        no shares, or too small.
         """
         message = device.open_verified(Assignment, plan)
         checks.before_end(self.ends, at)
@@ -265,14 +245,8 @@ class Planned:
     def contribute(self, device: Device, ring_vector: Ring, threads: int = 1) -> "tuple[Masked, bytes]":
         """Mask and sign the vector (step 6). This device's own secrets of the round are dropped.
 
-        Args:
-            device: This device.
-            ring_vector: Result of ``spec.vector.encode``. It is masked in place, so that the plain vector does not
-                outlive this call; copy it first if it is still needed.
-            threads: As of ``masks.apply``.
-
-        Raises:
-            DataError: The vector has another size or type.
+        ``ring_vector``: result of ``spec.vector.encode``. It is masked in place, so that the plain vector does not
+        outlive this call; copy it first if it is still needed. Raises DataError: the vector has another size or type.
         """
         bits, plan = self.spec.vector.ring_bits, self.plan.digest()
         ring.require_vector(ring_vector, self.spec.vector.size, bits)

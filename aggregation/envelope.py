@@ -44,17 +44,8 @@ def sign(key: IdentityKey, message: Message) -> bytes:
 
 
 def open_verified(kind: type[M], raw: bytes, signer: PublicKey, peer: str) -> M:
-    """Return the message of type ``kind`` that ``signer`` signed.
-
-    Args:
-        kind: The message expected at this step.
-        raw: As received.
-        signer: The key whose signature it must have.
-        peer: Name of the signer in errors.
-
-    Raises:
-        ProtocolError: Too large, not canonical, of another type or version, or not signed by ``signer``.
-    """
+    """Return the message of type ``kind`` that ``signer`` signed. ``peer``: name of the signer in errors. Raises
+    ProtocolError: too large, not canonical, of another type or version, or not signed by ``signer``."""
     try:
         if len(raw) > kind.LIMIT + OVERHEAD:
             message = f"{kind.TAG} of {len(raw)} bytes is over the limit of {kind.LIMIT}"

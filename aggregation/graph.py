@@ -51,12 +51,8 @@ def harary_neighbors(order: tuple[str, ...], degree: int) -> dict[str, frozenset
     >>> sorted(harary_neighbors(("a", "b", "c", "d", "e"), 2)["a"])
     ['b', 'e']
 
-    Args:
-        order: Device ids in ring order, more than ``degree``.
-        degree: Even, 2 or more.
-
-    Raises:
-        ConfigError: No such graph exists.
+    ``order``: device ids in ring order, more than ``degree``. ``degree``: even, 2 or more. Raises ConfigError: no such
+    graph exists.
     """
     if degree % 2 or not 2 <= degree < len(order):
         raise ConfigError(
@@ -80,8 +76,7 @@ def graph_parameters(devices: int, corrupt: float, dropout: float, *, bits: int 
         dropout: Fraction of them that drops out in a round, in [0, 1).
         bits: The session is insecure with probability at most 2^-``bits``.
 
-    Raises:
-        ConfigError: A fraction is out of range, or no graph on so many devices is secure.
+    Raises ConfigError: a fraction is out of range, or no graph on so many devices is secure.
     """
     corrupt_devices, dropouts = count_of(devices, corrupt), count_of(devices, dropout)
     if devices <= COMPLETE_UP_TO:
@@ -101,8 +96,7 @@ def count_of(devices: int, fraction: float) -> int:
     >>> count_of(10, 0.1), count_of(11, 0.1)
     (1, 2)
 
-    Raises:
-        ConfigError: The fraction is not in [0, 1).
+    Raises ConfigError: the fraction is not in [0, 1).
     """
     if not 0 <= fraction < 1:
         raise ConfigError(f"fraction {fraction} is not in [0, 1)", about="graph.fraction", value=fraction)

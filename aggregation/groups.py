@@ -57,10 +57,7 @@ def deal(adapter: str, devices: Iterable[str], count: int) -> Mapping[str, int]:
     >>> deal("ab" * 32, ["a", "b", "c", "d", "e"], 2)
     {'b': 0, 'c': 1, 'a': 0, 'd': 1, 'e': 0}
 
-    Args:
-        adapter: SHA-256 of the adapter that the round begins with, hex.
-        devices: Their ids.
-        count: Of groups.
+    ``adapter``: SHA-256 of the adapter that the round begins with, hex. ``count``: of groups.
     """
     seed = _TAG + bytes.fromhex(adapter)
     order = sorted(devices, key=lambda device: hashlib.sha256(seed + device.encode()).digest())

@@ -21,12 +21,8 @@ _Rule = tuple[bool, str, object, str]  # whether it holds, the field it is about
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """What a field of ``Policy`` means to an owner, and its range.
-
-    Args:
-        meaning: For the owner, in ``device.toml`` and its document.
-        ge, gt, le, lt: Bounds of the field.
-    """
+    """What a field of ``Policy`` means to an owner, and its range. ``meaning``: for the owner, in ``device.toml`` and
+    its document. ``ge``, ``gt``, ``le``, ``lt``: bounds of the field."""
 
     meaning: str
     ge: float | None = None

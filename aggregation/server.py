@@ -124,19 +124,15 @@ def open_session(
     """Offer a session to a cohort (step 1).
 
     Args:
-        key: The coordinator's signing key.
-        root: The pinned authority.
         spec: Parameters; the degree is the cohort size less one, or even and below that (``graph.graph_parameters``).
         certificates: Device id → certificate, DER.
-        entropy: Draws the session id.
         at: The time at which certificates must be valid.
 
     Returns:
         The first state, and the signed offer for every device of the cohort.
 
-    Raises:
-        ProtocolError: A certificate is not the authority's, or is filed under another device's id.
-        ConfigError: The spec's degree does not fit a cohort of this size.
+    Raises ProtocolError: a certificate is not the authority's, or is filed under another device's id; ConfigError: the
+    spec's degree does not fit a cohort of this size.
     """
     offer = Offer(entropy.bytes(32), spec, tuple(der for _, der in sorted(certificates.items())))
     cohort = checks.members(root, offer.certificates, key.public, at)
@@ -219,8 +215,6 @@ class Established:
     """A session between rounds.
 
     Args:
-        key: The coordinator's signing key.
-        session: The public state.
         ends: When the first certificate of the cohort, or the revocation list, expires; no round begins after that.
         encrypted_shares: Dealer → holder → shares.
         last_round: The last round begun.

@@ -34,8 +34,7 @@ class Session:
         context: Digest of offer and roster; bound into every later message and every key.
         peers: Device id → peer, in ascending order.
 
-    Raises:
-        ConfigError: No graph of the spec's degree exists on so many devices.
+    Raises ConfigError: no graph of the spec's degree exists on so many devices.
     """
 
     spec: SessionSpec

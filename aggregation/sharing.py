@@ -47,7 +47,6 @@ def deal(
 
     Args:
         session: Its graph says who the holders are.
-        dealer: The device whose secrets they are.
         share_key: The dealer's private X25519 key for shares.
         secrets: Round → secrets, for all rounds of the session.
         entropy: Draws the polynomials.

@@ -37,8 +37,7 @@ class Privacy:
         honest: Devices whose noise counts in the smallest sum, 1 or more: the others may be corrupt.
         delta: The δ of the coordinator's account, between 0 and 1.
 
-    Raises:
-        ConfigError: ``delta`` is out of range.
+    Raises ConfigError: ``delta`` is out of range.
     """
 
     mechanism: Mechanism
@@ -55,13 +54,8 @@ class Privacy:
 class Grouping:
     """Several sums a round, each over a group of the devices (``groups``).
 
-    Args:
-        count: Of groups, 2 or more.
-        minimum: Contributions of a group below which no sum of the round is unmasked; and consistency signatures of the
-            group that a device requires.
-
-    Raises:
-        ConfigError: A number is below 2.
+    ``count``: of groups, 2 or more. ``minimum``: contributions of a group below which no sum of the round is unmasked;
+    and consistency signatures of the group that a device requires. Raises ConfigError: a number is below 2.
     """
 
     count: int
@@ -92,8 +86,7 @@ class SessionSpec:
         adversary: The model against which the session is secure; ``ACTIVE`` runs the consistency check.
         grouping: Of the devices of a round; None: a round has one sum.
 
-    Raises:
-        ConfigError: A value is out of range or contradicts another.
+    Raises ConfigError: a value is out of range or contradicts another.
     """
 
     rounds: int
@@ -183,12 +176,9 @@ class SessionSpec:
     def spent(self, survivors: int, corrupt: int = 0) -> Spent:
         """What a round reveals of one device, in a session with noise. With groups, each sum counts as the smallest.
 
-        Args:
-            survivors: Their number, ``minimum_survivors`` or more.
-            corrupt: How many of them may have added no noise; the session's own number, if that is higher.
-
-        Raises:
-            ConfigError: No honest device is left, or a number is out of the range of ``NoisySum``.
+        ``survivors``: their number, ``minimum_survivors`` or more. ``corrupt``: how many of them may have added no
+        noise; the session's own number, if that is higher. Raises ConfigError: no honest device is left, or a number is
+        out of the range of ``NoisySum``.
         """
         if self.privacy is None:
             raise ValueError("a session without noise has no account")

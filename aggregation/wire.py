@@ -257,9 +257,8 @@ def _pair_write(key: Codec[K], value: Codec[V]) -> Callable[[bytearray, tuple[K,
 def record(kind: type[T], fields: Mapping[str, Codec[Any]] | None = None) -> Codec[T]:
     """A dataclass, field by field in order. A value that its constructor refuses is refused on reading.
 
-    Args:
-        kind: The dataclass.
-        fields: Field → codec; by default the codec with which each field is annotated (``typing.Annotated``).
+    ``kind``: the dataclass. ``fields``: field → codec; by default the codec with which each field is annotated
+    (``typing.Annotated``).
     """
     codecs = annotated(kind) if fields is None else fields
 

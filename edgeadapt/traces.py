@@ -61,9 +61,8 @@ def begin(name: str, *, within: Span | None = None, **attributes: "Value") -> Sp
 def span(name: str, *, within: Span | None = None, **attributes: "Value") -> AbstractContextManager[Span]:
     """Open a span as long as the block. An error that leaves it marks it as failed, with the error's type.
 
-    Args:
-        within: The span that it is a part of. Default: the one of the block around it.
-        attributes: Each is exported as ``edgeadapt.NAME``.
+    ``within``: the span that it is a part of. Default: the one of the block around it. ``attributes``: each is exported
+    as ``edgeadapt.NAME``.
     """
     return _OFF if _tracing is None else _tracing.span(name, within, attributes)
 

@@ -60,15 +60,8 @@ class Authority:
     ) -> bytes:
         """Certify that ``public`` is the identity of ``device_id``; returns DER.
 
-        Args:
-            device_id: Name of the device.
-            public: Its identity key.
-            not_before: Begin of validity.
-            not_after: End of validity.
-            serial: A random number (RFC 5280, 4.1.2.2); derived from the other fields by default.
-
-        Raises:
-            ConfigError: ``device_id`` is not a device id, or ``not_after`` is not after ``not_before``.
+        ``serial``: a random number (RFC 5280, 4.1.2.2); derived from the other fields by default. Raises ConfigError:
+        ``device_id`` is not a device id, or ``not_after`` is not after ``not_before``.
         """
         require_device_id(device_id)
         issuer = subject(load(self.der))
@@ -90,15 +83,11 @@ class Authority:
         """Certify that ``public`` is the TLS key of the gateway ``name``; returns DER.
 
         Args:
-            name: Of the gateway.
             public: Its P-256 key.
             hosts: As ``tls.extensions``.
-            not_before: Begin of validity.
-            not_after: End of validity.
             serial: A random number.
 
-        Raises:
-            ConfigError: As ``issue`` and ``tls.extensions``.
+        Raises ConfigError as ``issue`` and ``tls.extensions``.
         """
         require_device_id(name)
         key = serialization.load_der_public_key(public.der)
@@ -122,8 +111,7 @@ class Authority:
             this_update: Now.
             next_update: Until when the list is valid.
 
-        Raises:
-            ConfigError: ``next_update`` is not after ``this_update``.
+        Raises ConfigError: ``next_update`` is not after ``this_update``.
         """
         private = Ed25519PrivateKey.from_private_bytes(self.key.raw)
         der = sign_list(load(self.der).subject, private, number, revoked, (this_update, next_update))

@@ -176,12 +176,8 @@ class Root:
     def verify(self, der: bytes, at: datetime | None = None) -> tuple[str, PublicKey]:
         """Return the device id and identity key that this authority certified in ``der``.
 
-        Args:
-            der: A device certificate.
-            at: Also require that the certificate and the authority's own are valid at this time.
-
-        Raises:
-            TrustError: Not a certificate of this authority for a device, revoked, or not valid at ``at``.
+        ``der``: a device certificate. ``at``: also require that the certificate and the authority's own are valid at
+        this time. Raises TrustError: not a certificate of this authority for a device, revoked, or not valid at ``at``.
         """
         device_id, key = _certified(self.der, der)
         certificate, authority = load(der), load(self.der)

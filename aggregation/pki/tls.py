@@ -97,13 +97,8 @@ def extensions(hosts: Sequence[str]) -> tuple[x509.ExtensionType, ...]:
 def verify_tls(root: Root, der: bytes, at: datetime) -> str:
     """Return the name of the gateway for which the authority certified the TLS key in ``der``.
 
-    Args:
-        root: The pinned authority, with its newest revocation list.
-        der: A certificate, DER.
-        at: The present time.
-
-    Raises:
-        TrustError: Not a gateway's TLS certificate of this authority, revoked, or not valid at ``at``.
+    ``root``: the pinned authority, with its newest revocation list. Raises TrustError: not a gateway's TLS certificate
+    of this authority, revoked, or not valid at ``at``.
     """
     certificate, authority = load(der), load(root.der)
     try:

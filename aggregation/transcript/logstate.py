@@ -67,14 +67,10 @@ class LogState:
     def on_receipt(self, coordinator: PublicKey, raw: bytes) -> "LogState":
         """Check a receipt; returns the state to keep.
 
-        Args:
-            coordinator: The pinned key.
-            raw: As received.
-
-        Raises:
-            ProtocolError: Not a receipt of this session, or it does not prove that the log extends what this device
-                saw, contains its delivered messages, and ended its round with the survivors that it was shown; or its
-                newest adapter is not the one that this device knows, or that the results since then made from it.
+        ``coordinator``: the pinned key. Raises ProtocolError: not a receipt of this session, or it does not prove that
+        the log extends what this device saw, contains its delivered messages, and ended its round with the survivors
+        that it was shown; or its newest adapter is not the one that this device knows, or that the results since then
+        made from it.
         """
         return self._checked(coordinator, raw)[0]
 
@@ -174,8 +170,7 @@ def check_adapter(state: LogState, endings: Iterable[Result | Abort], checkpoint
         endings: Those that the receipt shows, in the order of the log.
         checkpoint: The newest.
 
-    Raises:
-        ProtocolError: They do not: the log names an older adapter, one without a result, or two of one version.
+    Raises ProtocolError: they do not: the log names an older adapter, one without a result, or two of one version.
     """
     version, adapter = state.newest
     for result in endings:

@@ -81,8 +81,6 @@ class RoundSummary:
     """Summarizes a round according to the log. Digests are in hex.
 
     Args:
-        round: Its number in the session.
-        plan: Digest of the plan.
         planned: The members of its plan.
         dealt: The devices that were dealt into its groups; empty without groups.
         groups: The survivors of each group; one without groups.

@@ -43,10 +43,8 @@ REASONS = {
 class Recomputation:
     """Follows the published adapters through a coordinator's sessions, in order.
 
-    Args:
-        registry: Where the adapters were published.
-        state: The version that was recomputed last, and the optimizer's state after it.
-        still: Each round of the last session that hardly moved its adapter, and how far.
+    ``state``: the version that was recomputed last, and the optimizer's state after it. ``still``: each round of the
+    last session that hardly moved its adapter, and how far.
     """
 
     registry: RegistryFiles

@@ -29,8 +29,7 @@ def require_logged(
         reports: Name → report of all logs.
         unfinished: The last session is under way.
 
-    Raises:
-        TrustError: The log of a session, a round or its ending is missing, or a round has no record.
+    Raises TrustError: the log of a session, a round or its ending is missing, or a round has no record.
     """
     logged = {(report.offer, each.plan): each for report in reports.values() for each in report.rounds}
     *_, last = reports.values()
@@ -55,8 +54,7 @@ def require_published(
         manifest_of: Version → its manifest.
         reports: Name → report of all logs. A record has the ε of a round, and the offer of its session the δ.
 
-    Raises:
-        TrustError: They do not, or a manifest is missing.
+    Raises TrustError: they do not, or a manifest is missing.
     """
     seed = manifest_of(0)
     if seed is None or seed.round or seed.parent or seed.plan or seed.survivors or seed.metrics or seed.privacy:

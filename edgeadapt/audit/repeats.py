@@ -17,12 +17,8 @@ _REMEDY = "An honest coordinator does this after a failure too; only differentia
 
 @dataclass(slots=True)
 class RepeatedSums:
-    """Follows the sums through a coordinator's sessions, in order.
-
-    Args:
-        seen: Digest of an adapter → log and round of each sum from it so far; with groups, of each round that named
-            survivors.
-    """
+    """Follows the sums through a coordinator's sessions, in order. ``seen``: digest of an adapter → log and round of
+    each sum from it so far; with groups, of each round that named survivors."""
 
     seen: dict[str, list[tuple[str, RoundSummary]]] = field(default_factory=lambda: defaultdict(list))
 

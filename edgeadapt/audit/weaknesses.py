@@ -25,12 +25,8 @@ LIGHT = 0.25  # of the median weight of a survivor: below it, a round is named
 
 @dataclass(slots=True)
 class Weaknesses:
-    """Follows a coordinator's sessions, in order.
-
-    Args:
-        private: Digest of a base → the parts of an adapter that a task left to the devices.
-        weights: Examples for each survivor, of the rounds whose sums are known.
-    """
+    """Follows a coordinator's sessions, in order. ``private``: digest of a base → the parts of an adapter that a task
+    left to the devices. ``weights``: examples for each survivor, of the rounds whose sums are known."""
 
     private: dict[str, set[Part]] = field(default_factory=lambda: defaultdict(set))
     weights: list[float] = field(default_factory=list)

@@ -165,10 +165,8 @@ class AuthorityStore:
             admit: Called with ``invited`` in hex once the signature was verified, before the record is locked; may
                 raise.
 
-        Raises:
-            TrustError: The invitation is unknown, has expired, or was used for another key; or the signature or the
-                request is not valid, or for another name.
-            ConfigError: As ``issue``.
+        Raises TrustError: the invitation is unknown, has expired, or was used for another key; or the signature or the
+        request is not valid, or for another name; ConfigError as ``issue``.
         """
         public, token = PublicKey(invited), invited.hex()
         public.verify(invitation.ENROLMENT, request, signature)
@@ -193,10 +191,8 @@ class AuthorityStore:
             days: The new one is valid as long, or until the authority ends.
             admit: Called with the device's name once it has proved it; may raise.
 
-        Raises:
-            TrustError: The certificate has expired, was revoked, or is not of this authority; or the identity did not
-                sign.
-            ConfigError: As ``issue``.
+        Raises TrustError: the certificate has expired, was revoked, or is not of this authority; or the identity did
+        not sign; ConfigError as ``issue``.
         """
         now = self.clock()
         try:
@@ -240,9 +236,8 @@ class AuthorityStore:
         Returns:
             The certificates that were not revoked before; none if the call is repeated. The list is signed anyway.
 
-        Raises:
-            ConfigError: There is no such certificate.
-            TrustError: The list would be too long for its readers. Nothing is revoked.
+        Raises ConfigError: there is no such certificate; TrustError: the list would be too long for its readers.
+        Nothing is revoked.
         """
         with self._writing() as writer:
             issued, serial = issued_in(writer.events), which.lower().replace(":", "").removeprefix("0x")

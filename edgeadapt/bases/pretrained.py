@@ -66,9 +66,8 @@ def load(
         offload: A new folder, for a model that may be larger than memory: its layers read their weights when they
             compute, from the base or from there, and are on the device "meta" otherwise (``loaded``).
 
-    Raises:
-        ConfigError: As ``configuration``; the weights are damaged, or some that change an answer are missing or of
-            another size.
+    Raises ConfigError as ``configuration``; the weights are damaged, or some that change an answer are missing or of
+    another size.
     """
     config = configuration(base)
     if num_labels is not None:

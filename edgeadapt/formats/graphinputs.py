@@ -117,13 +117,9 @@ def check_slots(inputs: Tensors, slots: Mapping[str, Sequence[str]]) -> dict[str
     >>> check_slots({"A": np.ones((6, 2), np.float32)}, {"A": ("6", "rank_0")})
     {'rank_0': 2}
 
-    Args:
-        inputs: The adapter's tensors by graph input.
-        slots: The dimensions of each graph input: digits for a fixed size, or a symbol for one size everywhere.
-
-    Raises:
-        DataError: A tensor is missing, unknown or of a shape that the graph does not take, or a vector is there more
-            than once; about the tensor.
+    ``inputs``: the adapter's tensors by graph input. ``slots``: the dimensions of each graph input: digits for a fixed
+    size, or a symbol for one size everywhere. Raises DataError: a tensor is missing, unknown or of a shape that the
+    graph does not take, or a vector is there more than once; about the tensor.
     """
     if odd := sorted(set(inputs).symmetric_difference(slots)):
         raise DataError(

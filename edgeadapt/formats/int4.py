@@ -37,8 +37,7 @@ def pack(value: Floats) -> tuple[Codes, Scales]:
     Guarantee: the root mean square error of a block is at most half of ``largest / 7``, ``largest`` being the
     block's largest magnitude (that is the first start, plain rounding), up to the rounding of the scale to float16.
 
-    Args:
-        value: Shape ``(..., width)`` with an even width, finite, magnitudes of at most ``LARGEST``.
+    ``value``: shape ``(..., width)`` with an even width, finite, magnitudes of at most ``LARGEST``.
     """
     *rows, width = value.shape
     blocks = _blocks(value)

@@ -39,8 +39,7 @@ def decode(raw: bytes) -> Any:
     Traceback (most recent call last):
     ValueError: the key 'a' occurs twice
 
-    Raises:
-        ValueError: Not JSON in UTF-8, or something that this module refuses.
+    Raises ValueError: not JSON in UTF-8, or something that this module refuses.
     """
     try:
         text = raw.decode()

@@ -111,8 +111,7 @@ def accept_chain(
         trusted: The keys that may have signed.
         before: Number of the round before these, and its signed record; (0, None) before the first.
 
-    Raises:
-        TrustError: A record is missing, was altered, or stands in another place than it was signed for.
+    Raises TrustError: a record is missing, was altered, or stands in another place than it was signed for.
     """
     (last, signed), keys, records = before, list(trusted), list[RoundRecord]()
     for number, raw in rows:

@@ -105,13 +105,11 @@ def seed_adapter(
 ) -> Tensors:
     """Make the first adapter of a federation: ``seeded`` with the summed embeddings of each label's phrases.
 
-    Args:
-        phrases: At least one, each with the number of its label.
-        labels: Rows of the head.
-
     Returns:
         float32 tensors under the names that PEFT saves. Guarantee: the adapter changes nothing, so that the classifier
         answers with the label whose phrases are nearest in the base's embedding space.
+
+    ``phrases``: at least one, each with the number of its label.
     """
     embeddings = embed(model, tokens, [text for text, _ in phrases])
     sums = np.zeros((labels, embeddings.shape[1]), np.float32)
@@ -122,9 +120,8 @@ def seed_adapter(
 def seeded(model: PeftModel, prototypes: Floats, generator: torch.Generator) -> Tensors:
     """Make the adapter on day one: one that changes nothing (``trainable.initial``), and a prototype head.
 
-    Args:
-        prototypes: Shape ``(labels, hidden)``, a mean embedding for each label; zero rows for labels without phrases.
-        generator: Draws LoRA's A; the same generator state gives the same adapter.
+    ``prototypes``: shape ``(labels, hidden)``, a mean embedding for each label; zero rows for labels without phrases.
+    ``generator``: draws LoRA's A; the same generator state gives the same adapter.
     """
     start = initial(model, generator)
     for name, value in start.items():

@@ -94,8 +94,7 @@ def configuration(
         virtual_tokens: For prompt and prefix tuning.
         bias: For LoRA: which of the base's biases are trained besides.
 
-    Raises:
-        ConfigError: The base cannot be opened, peft names no modules for it, or as ``require_trainable``.
+    Raises ConfigError: the base cannot be opened, peft names no modules for it, or as ``require_trainable``.
     """
     kind = KINDS[method]
     reads = TRAINABLE[kind]

@@ -89,10 +89,9 @@ def judge(
         newest, previous: ``AdapterManifest.content`` of the adapter in the two releases.
         margin: How far the accuracy of the newest may be below.
 
-    Raises:
-        NoVerdictError: No round compared them, or it counted too few examples of one of them; or that release was taken
-            back for it, and is compared again where it was promoted again.
-        DataError, TrustError: As ``last_evaluation`` and ``verdict``.
+    Raises NoVerdictError: no round compared them, or it counted too few examples of one of them; or that release was
+    taken back for it, and is compared again where it was promoted again; DataError, TrustError as ``last_evaluation``
+    and ``verdict``.
     """
     version = last_evaluation(lineage, newest, previous)
     if version is None or version.record is None:

@@ -228,8 +228,7 @@ def moment_contribution(
         Ring elements, shape ``(spec.vector.size,)``, in the segments of ``moment_spec``. Guarantee:
         each value is off by less than one step of its segment, without bias.
 
-    Raises:
-        DataError: A number is not finite, or a metric is outside its bound.
+    Raises DataError: a number is not finite, or a metric is outside its bound.
     """
     weight = min(moments.weight, float(spec.weight_cap))
     share = weight / moments.weight if moments.weight else 0.0
@@ -272,8 +271,7 @@ def contributed(
         labels: Shape ``(n,)``.
         adapter: SHA-256 of the adapter's file.
 
-    Raises:
-        DataError: A number is not finite.
+    Raises DataError: a number is not finite.
     """
     rows = projected(unit_rows(embeddings), dimensions(head, task), adapter)
     return flattened(moments_of_rows(rows, labels, head.labels))
@@ -307,8 +305,7 @@ def require_moments(spec: SessionSpec, sums: Sums, survivors: int) -> None:
     Guarantee: no sum of honest contributions is refused. A sum that passes is that of W examples with some embeddings
     and real-valued labels, up to rounding.
 
-    Raises:
-        DataError: Honest survivors cannot have it. The text names no number of the sum, because it is published.
+    Raises DataError: honest survivors cannot have it. The text names no number of the sum, because it is published.
     """
     names, sizes = zip(*((segment.name, segment.size) for segment in spec.vector.segments), strict=True)
     expected = (XX, XY, *(segment.name for segment in metric_segments(spec.weight_cap)))
@@ -342,14 +339,10 @@ def solved(
     and would show W. Small noise (``NOISE``, ``sums.dither``) gives the next adapter other bytes even without examples:
     devices reveal shares for a few sums from one adapter only.
 
-    Args:
-        digest: SHA-256 of the adapter's file.
-
     Returns:
         float32 tensors. Guarantee: equal arguments give equal bits on every machine; no weight exceeds ``LARGEST``.
 
-    Raises:
-        DataError: As ``require_moments`` and ``ClassifierHead.of``.
+    ``digest``: SHA-256 of the adapter's file. Raises DataError as ``require_moments`` and ``ClassifierHead.of``.
     """
     require_moments(spec, sums, survivors)
     head, moments = ClassifierHead.of(Layout.of(tensors)), _moments(sums)
@@ -378,8 +371,7 @@ def noisy_solved(
 
     Arguments are those of ``sums.check_noisy``, and the SHA-256 of the adapter's file; guarantees those of ``solved``.
 
-    Raises:
-        DataError: As ``sums.check_noisy`` and ``ClassifierHead.of``, or the sum has another size.
+    Raises DataError as ``sums.check_noisy`` and ``ClassifierHead.of``, or the sum has another size.
     """
     check_noisy(spec, sums, survivors)
     head = ClassifierHead.of(Layout.of(tensors))
@@ -430,8 +422,7 @@ def refit(tensors: Tensors, moments: EmbeddingMoments, *, strength: float, scale
     Returns:
         float32 tensors, with the guarantee of ``ridge.ridge``; no weight exceeds ``LARGEST``.
 
-    Raises:
-        DataError: As ``ridge.ridge`` and ``ClassifierHead.of``.
+    Raises DataError as ``ridge.ridge`` and ``ClassifierHead.of``.
     """
     head = ClassifierHead.of(Layout.of(tensors))
     before, bias = tensors[head.weight].T.astype(np.float64) / scale, tensors[head.bias].astype(np.float64) / scale

@@ -170,8 +170,7 @@ def renewed(tensors: Tensors, digest: bytes) -> Tensors:
     Returns:
         float32 tensors. Guarantee: equal arguments give equal bits on every machine; no weight exceeds ``LARGEST``.
 
-    Raises:
-        DataError: It has no classification head.
+    Raises DataError: it has no classification head.
     """
     head = ClassifierHead.of(Layout.of(tensors))
     before = tensors[head.weight]

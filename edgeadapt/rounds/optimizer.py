@@ -54,9 +54,8 @@ class FedAdam:
     ``tau`` is in weight units. Coordinates whose deltas are much smaller than ``tau`` move as with FedAvg, others by
     about ``learning_rate`` a round.
 
-    Raises:
-        ConfigError: ``learning_rate`` or ``tau`` is not a positive number, the square of ``tau`` is zero in float32, or
-            a decay is not at least 0 and below 1.
+    Raises ConfigError: ``learning_rate`` or ``tau`` is not a positive number, the square of ``tau`` is zero in float32,
+    or a decay is not at least 0 and below 1.
     """
 
     learning_rate: float = 0.01
@@ -95,8 +94,7 @@ class FedAvgM:
         v = momentum * v + d
         x = x + learning_rate * v
 
-    Raises:
-        ConfigError: The learning rate is not a positive number, or the momentum is not at least 0 and below 1.
+    Raises ConfigError: the learning rate is not a positive number, or the momentum is not at least 0 and below 1.
     """
 
     learning_rate: float = 1.0
@@ -156,8 +154,7 @@ def of_rule(rule: ServerRule) -> Settings:
     >>> of_rule(ServerRule("FedAvg", {"learning_rate": 0.5}))
     FedAvg(learning_rate=0.5)
 
-    Raises:
-        ConfigError: There is no such optimizer, or its numbers are not those of that name or out of their range.
+    Raises ConfigError: there is no such optimizer, or its numbers are not those of that name or out of their range.
     """
     kind = KINDS.get(rule.name)
     if kind is None or {field.name for field in fields(kind)} != set(rule.numbers):
@@ -195,9 +192,8 @@ def step(settings: Settings, state: State, adapter: Floats, mean_delta: Floats) 
         absolute value. Guarantee: the arguments are not changed, the result is finite, and equal arguments give equal
         bits.
 
-    Raises:
-        ConfigError: The state belongs to another optimizer.
-        DataError: Shapes or types differ, or the update is not finite.
+    Raises ConfigError: the state belongs to another optimizer; DataError: shapes or types differ, or the update is not
+    finite.
     """
     _check(adapter, mean_delta)
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused below, in one line

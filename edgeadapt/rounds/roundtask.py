@@ -99,10 +99,7 @@ class ServerStep:
 
 class RoundTask(ABC):
     """Describes a round, the same for every device of the cohort. A kind is a frozen dataclass that derives from this.
-
-    Attributes:
-        labels: The device's examples have these; none for a language model.
-    """
+    ``labels``: the device's examples have these; none for a language model."""
 
     __slots__ = ()
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")

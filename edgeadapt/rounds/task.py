@@ -290,10 +290,6 @@ def least_ring_bits(layout: Layout, bounds: Bounds) -> int:
 def contribution(outcome: Outcome, layout: Layout, spec: SessionSpec, adapter: bytes, rng: np.random.Generator) -> Ring:
     """Encode the outcome of a round as the vector that is masked and summed.
 
-    Args:
-        outcome: Finite tensors, those of ``layout`` and maybe others, which stay on the device.
-        adapter: SHA-256 of the adapter's file; the seed of the rotation follows from it.
-
     Returns:
         Ring elements, shape ``(spec.vector.size,)``. Decoded with the segments of ``spec.vector``, in weight units:
         ``delta`` is ``clip(trained - start, clip_norm) * weight``, rotated; ``weight`` is the number of examples, at
@@ -302,8 +298,9 @@ def contribution(outcome: Outcome, layout: Layout, spec: SessionSpec, adapter: b
         steps with a variance of a quarter of a squared step (``rounding_noise``), or more if it is beyond its
         bound, with a probability of at most 2^-40 for all coordinates (``rotation.peak``).
 
-    Raises:
-        DataError: A tensor has another layout, NaN or infinity, or a metric is outside its bound.
+    ``outcome``: finite tensors, those of ``layout`` and maybe others, which stay on the device. ``adapter``: SHA-256 of
+    the adapter's file; the seed of the rotation follows from it. Raises DataError: a tensor has another layout, NaN or
+    infinity, or a metric is outside its bound.
     """
     weight, segment = min(outcome.examples, spec.weight_cap), spec.vector.segment("delta")
     delta = clip(update_of(outcome, layout), spec.clip_norm) * weight
@@ -331,8 +328,7 @@ def require_reach(spec: SessionSpec, sums: Sums, survivors: int) -> None:
     Guarantee: a sum of honest contributions is refused with a probability of at most 2^-40. The mean of a sum that
     passes has at most the norm ``clip_norm`` + ``rounding_norm`` / W, or 0 if W = 0; ``weighted_mean`` adds its noise.
 
-    Raises:
-        DataError: Honest survivors cannot have it. The text names no number of the sum, because it is published.
+    Raises DataError: honest survivors cannot have it. The text names no number of the sum, because it is published.
     """
     if not {"delta", "weight"} <= {segment.name for segment in spec.vector.segments}:
         raise DataError("the sum does not consist of an update and its examples", about="vector.segments")
@@ -395,11 +391,8 @@ def weighted_mean(
     If W = 0, the mean is this noise over n, as wide as if each survivor had one example. So the next adapter has other
     bytes, from which devices reveal shares again, and the noise of such rounds grows with the root of their number.
 
-    Args:
-        adapter: SHA-256 of the adapter from which they trained.
-
-    Raises:
-        DataError: As ``require_reach``, or the sum has another size than the shared tensors.
+    ``adapter``: SHA-256 of the adapter from which they trained. Raises DataError as ``require_reach``, or the sum has
+    another size than the shared tensors.
     """
     require_reach(spec, sums, survivors)
     delta, weight = sums["delta"], float(sums["weight"][0])

@@ -94,10 +94,8 @@ def to_peft(tensors: Tensors, config: PeftConfig, out: Path, base: str | None = 
         out: A new or empty folder. It is written atomically.
         base: The name of the base that peft notes.
 
-    Raises:
-        ConfigError: ``out`` is not empty.
-        DataError: The tensors do not match ``config``, or are not finite.
-        OSError: The folder cannot be written; the error names the file.
+    Raises ConfigError: ``out`` is not empty; DataError: the tensors do not match ``config``, or are not finite;
+    OSError: the folder cannot be written; the error names the file.
     """
     inputs = AdapterInputs.of_tensors(*as_lora(config, tensors))
     count = virtual_tokens({input_name(name): value for name, value in tensors.items()})
