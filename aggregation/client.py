@@ -62,7 +62,6 @@ class Device:
         return envelope.open_repeated(kind, raw, self.coordinator, COORDINATOR)
 
     def sign(self, message: Message) -> bytes:
-        """``message`` as it travels, signed by this device."""
         return envelope.sign(self.identity, message)
 
 

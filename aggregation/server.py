@@ -353,7 +353,6 @@ class SurvivorSet:
 
     @property
     def session(self) -> Session:
-        """The public state of the session."""
         return self.established.session
 
     @property

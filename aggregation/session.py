@@ -68,7 +68,6 @@ class Session:
 
 
 def context_of(offer: bytes, roster: bytes) -> bytes:
-    """The context of a session, from the digests of its offer and roster."""
     return hashlib.sha256(b"edgeadapt/context/1\x00" + offer + roster).digest()
 
 

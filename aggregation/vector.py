@@ -140,7 +140,6 @@ class VectorSpec:
 
     @property
     def size(self) -> int:
-        """Number of elements of all segments."""
         return sum(segment.size for segment in self.segments)
 
     def segment(self, name: str) -> Segment:

@@ -108,7 +108,6 @@ def main(command: click.Command | None = None, program: str = PROGRAM) -> None:
 
 
 def _explained(error: BaseException, program: str) -> tuple[str, int]:
-    """Return the line and the exit code of an error."""
     if isinstance(error, EdgeAdaptError):
         return str(error), error.exit_code
     if isinstance(error, click.UsageError):

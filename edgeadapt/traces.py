@@ -68,7 +68,6 @@ def span(name: str, *, within: Span | None = None, **attributes: "Value") -> Abs
 
 
 def current() -> Span:
-    """Return the span of the block around the call."""
     return NO_SPAN if _tracing is None else _tracing.current()
 
 

@@ -42,7 +42,6 @@ class Entry:
 
     @property
     def place(self) -> Place:
-        """This entry's place, without the message."""
         return Place(self.index, self.kind, self.round, self.peer)
 
 

@@ -47,7 +47,6 @@ class Tree:
         return len(self._levels[0])
 
     def append(self, entry: bytes) -> None:
-        """Add ``entry`` as the last leaf."""
         self._levels[0].append(leaf_hash(entry))
         for level, nodes in enumerate(self._levels):
             if len(nodes) % 2:

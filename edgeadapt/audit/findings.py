@@ -183,7 +183,6 @@ class Report:
 
     @property
     def failed(self) -> tuple[Finding, ...]:
-        """List the checks that failed, the earliest place in the log first."""
         failures = [finding for finding in self.findings if finding.status is Status.FAIL]
         # A damaged entry also breaks the checkpoint after it; a reader needs the entry itself.
         return tuple(sorted(failures, key=lambda finding: finding.place.index if finding.place else math.inf))

@@ -218,7 +218,6 @@ def unmasked(spec: SessionSpec, current: Round) -> tuple[str, ...]:
 
 
 def participation(history: History) -> dict[str, int]:
-    """Map each device of the cohort to the number of rounds whose sum contains its update."""
     counted = Counter(
         device for current in history.rounds if isinstance(current.ending, Result) for device in current.survivors
     )

@@ -160,7 +160,6 @@ def _decoded(spec: SessionSpec, survivors: tuple[str, ...], total: Ring) -> Grou
 def _total(
     history: History, current: Round, survivors: tuple[str, ...], unmasked: UnmaskedRound, vectors: Vectors
 ) -> Ring:
-    """Return the unmasked sum of a group's vectors."""
     spec = history.offer.spec.vector
     total = ring.zeros(spec.size, spec.ring_bits)
     for device in survivors:

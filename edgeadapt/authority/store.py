@@ -100,12 +100,10 @@ class AuthorityStore:
 
     @property
     def encrypted(self) -> bool:
-        """Check whether the key needs a passphrase."""
         return b"ENCRYPTED" in self._read(KEY)
 
     @property
     def root(self) -> Root:
-        """Read the certificate that devices and coordinator pin."""
         with of_file(self.folder / CERTIFICATE):
             return Root.from_pem(self._read(CERTIFICATE))
 

@@ -245,7 +245,6 @@ def _weights(reader: _Reader, config: dict[str, Any]) -> Iterator[tuple[str, Flo
 
 
 def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """List the tensors of a ``BertModel`` without pooler, with their shapes."""
     width, inner = config["hidden_size"], config["intermediate_size"]
     rows = {"word": config["vocab_size"], "pos": config["max_position_embeddings"], "type": config["type_vocab_size"]}
     shapes: dict[str, tuple[int, ...]] = {

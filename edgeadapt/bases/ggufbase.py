@@ -70,7 +70,6 @@ def convert(file: Path, folder: Path) -> None:
 
 
 def _config(settings: Mapping[str, Any], tensors: int) -> dict[str, Any]:
-    """Make ``config.json``, with sizes that a file with this number of tensors can have."""
     kind = settings.get("general.architecture")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise ConfigError(
@@ -197,7 +196,6 @@ def _expected(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, tuple
 
 
 def _ordered(name: str, value: Floats, config: Mapping[str, Any]) -> Floats:
-    """Order the values of a tensor as transformers expects."""
     if config["model_type"] == "llama" and ".attn_q." in name:
         return _halves(value, config["num_attention_heads"])
     if config["model_type"] == "llama" and ".attn_k." in name:

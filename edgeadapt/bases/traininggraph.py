@@ -63,12 +63,10 @@ class TrainingGraph:
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """Name the slots by which it has gradients."""
         return self._named(GRADIENT)
 
     @property
     def normed(self) -> tuple[str, ...]:
-        """Name the layers of which it has the norms of the weights."""
         return self._named(WEIGHT_NORM)
 
     def gradients(self, batch: TrainingBatch, inputs: Tensors) -> tuple[float, Tensors]:
@@ -123,5 +121,4 @@ def batch_of(tokens: Sequence[Sequence[int]], targets: Sequence[int], shares: Se
 
 
 def missing_slots(graph: TrainingGraph, slots: Mapping[str, Sequence[str]]) -> list[str]:
-    """List the slots of a base by which a graph has no gradient, sorted."""
     return sorted(set(slots) - set(graph.slots))

@@ -98,7 +98,6 @@ def layer_of(name: str) -> str:
 
 
 def virtual_tokens(inputs: Tensors) -> int:
-    """Count the virtual tokens that an adapter puts before a text."""
     return sum(len(inputs[name]) for name in VIRTUAL if name in inputs)
 
 

@@ -29,7 +29,6 @@ class TensorSpec:
 
     @property
     def size(self) -> int:
-        """Count the elements."""
         return math.prod(self.shape)
 
 
@@ -53,7 +52,6 @@ class Layout:
 
     @property
     def size(self) -> int:
-        """Count the elements of the flat vector."""
         return sum(spec.size for spec in self.tensors)
 
     @property
@@ -63,7 +61,6 @@ class Layout:
         return hashlib.sha256(jsontext.encode(rows)).hexdigest()
 
     def select(self, tensors: Mapping[str, Floats]) -> Tensors:
-        """Return those of ``tensors`` that this layout names."""
         return {spec.name: tensors[spec.name] for spec in self.tensors if spec.name in tensors}
 
     def check(self, tensors: Mapping[str, Floats]) -> None:

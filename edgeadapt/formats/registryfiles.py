@@ -216,7 +216,6 @@ class RegistryFiles:
         return manifest
 
     def rounds(self) -> tuple[RoundRecord, ...]:
-        """Read the records of all rounds, in order."""
         return tuple(accept_chain(self.source.rows(_ROUNDS, ()), self.trusted))
 
     def blob(self, manifest: VersionManifest) -> bytes:

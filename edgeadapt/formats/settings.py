@@ -64,7 +64,6 @@ class Settings(BaseModel):
         return _fields(cls, "")
 
     def to_toml(self) -> str:
-        """Write the settings as a file, with a comment on each key."""
         return "".join(f"{line}\n" for line in self._lines())
 
     def _lines(self) -> Iterator[str]:

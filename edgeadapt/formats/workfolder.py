@@ -47,7 +47,6 @@ def remove_abandoned(where: Path) -> None:
 
 
 def _claimed(where: Path) -> tuple[Path, FileLock]:
-    """Make a new folder, and hold its lock."""
     while True:
         folder = Path(mkdtemp(prefix=HIDDEN, dir=where))
         # Any thread may drop the last reference.

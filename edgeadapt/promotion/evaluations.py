@@ -152,7 +152,6 @@ def find_plan(state_dir: Path, digest: str) -> Plan:
 
 
 def _newest_logs(state_dir: Path) -> Generator[bytes, None, None]:
-    """Read the logs of all sessions, the newest first."""
     if not RegistrySettings.of(state_dir).database:
         yield from (storage.read(path) for path in reversed(logs(state_dir / TRANSCRIPT)))
         return

@@ -100,8 +100,6 @@ class GateError(EdgeAdaptError):
 
 @dataclass(frozen=True, slots=True)
 class HeldOutPhrase:
-    """Holds a phrase that nobody trained on, with the right answer."""
-
     label: str
     phrase: str
     language: str
@@ -161,15 +159,12 @@ class AssembledRelease:
 
 @dataclass(frozen=True, slots=True)
 class PromotionTrial:
-    """Says what a promotion is about."""
-
     settings: GateSettings  # what it must pass
     folder: Path  # the paths in ``settings`` are relative to it
     candidate: AssembledRelease
     current: AssembledRelease | None  # the release that devices have; None if the channel has none
 
     def results(self) -> tuple[GateResult, ...]:
-        """Run the gates, in the order of the settings."""
         measured: list[GateResult] = []
         for gate in self.settings.gates:
             with traces.span("gate", gate=gate) as span:

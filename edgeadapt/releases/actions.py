@@ -35,8 +35,6 @@ Text = Annotated[str, Field(max_length=1000)]
 
 @dataclass(frozen=True, slots=True)
 class GateResult:
-    """Says what a gate of a promotion measured."""
-
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     gate: Text

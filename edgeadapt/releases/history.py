@@ -98,7 +98,6 @@ def rollback_after(evaluation: JudgedEvaluation, records: Sequence[ActionRecord]
 
 
 def _roots(place: Path, pinned: bytes | None) -> list[Metadata[Root]]:
-    """Read all roots, from version 1 on."""
     roots: list[Metadata[Root]] = []
     raws: list[bytes] = []
     for number in count(1):

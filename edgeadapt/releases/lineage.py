@@ -98,7 +98,6 @@ def is_from(adapter: AdapterManifest, version: VersionManifest) -> bool:
 
 
 def releases_of(repository: ChannelRepository) -> tuple[ReleasedAdapter, ...]:
-    """List every adapter of every release of every channel."""
     released = []
     for channel in repository.channels:
         releases, rollout = repository.releases(channel), repository.rollout(channel)

@@ -190,7 +190,6 @@ class RoleMetadata:
         return self.now.replace(microsecond=0) + timedelta(days=DAYS.get(role, LONG_DAYS))
 
     def _log(self, action: Action, snapshot: Snapshot, versions: Mapping[str, int], keys: Root) -> None:
-        """Write the next record of the log, and name it in ``snapshot``."""
         last = LogHead.of(snapshot)
         moment = self.now.isoformat(timespec="seconds")
         record = ActionRecord(last.number + 1, last.sha256, moment, self.by, dict(versions), action)

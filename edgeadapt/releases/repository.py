@@ -128,7 +128,6 @@ class ChannelRepository:
 
     @property
     def protected(self) -> frozenset[str]:
-        """List the channels whose releases only promotions make."""
         return protected(self.metadata.load(Targets, TOP))
 
     def root(self) -> bytes:
@@ -147,7 +146,6 @@ class ChannelRepository:
         raise ConfigError(f"channel {channel} has no release {number}", about="release", value=number)
 
     def releases(self, channel: str) -> tuple[Release, ...]:
-        """Read all releases of a channel, oldest first."""
         versions = range(1, self.metadata.version(channel) + 1)
         read = (self._release_of(channel, self.metadata.load(Targets, channel, version)) for version in versions)
         return tuple({release.number: release for release in read if release}.values())
@@ -191,7 +189,6 @@ class ChannelRepository:
             return Published(channel, release, private)
 
     def assemble(self, channel: str, release: Release, bundle: Path) -> None:
-        """Put a release together as the bundle that devices get, in a new folder."""
         bundle.mkdir()
         for name, digest in release.files.items():
             (bundle / name).parent.mkdir(exist_ok=True)
@@ -360,7 +357,6 @@ class ChannelRepository:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep others from changing the repository while the block runs."""
         with storage.locked(self.folder / ".lock"):
             yield
 

@@ -187,8 +187,6 @@ class Analytic(KindSettings):
 
 @dataclass(frozen=True, slots=True)
 class ClassifierHead:
-    """Names the tensors of a text classifier's head, and its sizes."""
-
     weight: str
     bias: str
     labels: int

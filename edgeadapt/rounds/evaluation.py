@@ -43,8 +43,6 @@ Most = Annotated[int, Field(ge=1, le=2**16)]
 
 @dataclass(frozen=True, slots=True)
 class EvaluationTask(RoundTask):
-    """Configures a round of evaluation."""
-
     RULE: ClassVar[optimizer.Settings | None] = optimizer.Evaluation()
     SEGMENT: ClassVar[str] = COUNTS
     EXACT_SEGMENT: ClassVar[str | None] = None
@@ -127,7 +125,6 @@ class EvaluationRounds(KindSettings):
         return EvaluationTask(of.peft_config, of.labels, self.newest, self.previous, self.most)
 
     def bound(self, clip_norm: float, noisy: bool) -> float:
-        """Return the bound for ``most`` right answers."""
         return math.sqrt(2.0) * self.most
 
     def multiplier(self, federation: float) -> float:
@@ -156,7 +153,6 @@ def evaluated(spec: SessionSpec, sums: Sums, survivors: int, digest: bytes) -> d
 
 
 def is_evaluation(metrics: Mapping[str, float]) -> bool:
-    """Check whether metrics are those of ``evaluated``."""
     return DEVIATION in metrics
 
 

@@ -124,8 +124,6 @@ class Stateless:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Velocity:
-    """Holds FedAvgM's ``v``, float32 of shape ``(n,)``."""
-
     velocity: Floats
 
 

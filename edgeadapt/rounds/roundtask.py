@@ -37,8 +37,6 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Holds the outcome of one round of local training."""
-
     start: Tensors  # the adapter on offer, with the device's private parts
     trained: Tensors
     examples: int  # number of those that were trained on

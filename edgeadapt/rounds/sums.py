@@ -58,8 +58,6 @@ class Bounds:
 
 
 class HeldOut(Protocol):
-    """Holds the score of an adapter on held-out examples."""
-
     @property
     def correct(self) -> float: ...
     @property

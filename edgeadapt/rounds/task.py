@@ -90,8 +90,6 @@ def is_stable(learning_rate: float, proximal: float, weight_decay: float) -> boo
 
 @dataclass(frozen=True, slots=True)
 class Task(RoundTask):
-    """Configures a round of training."""
-
     SEGMENT: ClassVar[str] = "delta"
     EXACT_SEGMENT: ClassVar[str | None] = "delta"
     EXACT: ClassVar[str | None] = "updates"

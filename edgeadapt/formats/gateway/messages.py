@@ -153,8 +153,6 @@ ENROLMENT, RENEWAL = wire.record(DeviceEnrolment), wire.record(DeviceRenewal)
 
 @dataclass(slots=True)
 class PartReader:
-    """Joins the parts of a body of ``left`` bytes."""
-
     left: int
     body: bytearray = field(default_factory=bytearray)
 
