@@ -46,8 +46,7 @@ class Policy:
     """Limits on the sessions that this device joins. Raises ConfigError: a value is out of range."""
 
     known_bases: Annotated[
-        frozenset[str],
-        Limit("SHA-256 of the frozen bases to train on, in hex; if empty, the one that this device has"),
+        frozenset[str], Limit("SHA-256 of the frozen bases to train on, in hex; if empty, the one that this device has")
     ] = frozenset()
     minimum_cohort: Annotated[int, Limit("fewest devices in a cohort", ge=3)] = 8  # two show each the other's part
     minimum_survivors: Annotated[

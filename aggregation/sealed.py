@@ -50,12 +50,7 @@ _PEER: Codec[Peer] = wire.record(
 )
 _SESSION: Codec[Session] = wire.record(
     Session,
-    {
-        "spec": SESSION_SPEC,
-        "offer": DIGESTS,
-        "context": DIGESTS,
-        "peers": wire.mapping(DEVICES, _PEER, MAX_COHORT),
-    },
+    {"spec": SESSION_SPEC, "offer": DIGESTS, "context": DIGESTS, "peers": wire.mapping(DEVICES, _PEER, MAX_COHORT)},
 )
 _SECRETS = wire.mapping(_U32, wire.record(Secrets, {"mask_key": _32, "seed": _32}), MAX_ROUNDS)
 _SHARE = wire.fixed(SHARE)

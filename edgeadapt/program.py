@@ -41,12 +41,7 @@ COMMANDS = {
     ),
     "device": ("client.cli", "device", "Inference on a device: verify a bundle, answer phrases.", ""),
     "export": ("export.cli", "export", "Make bundles for devices from bases and adapters.", "export"),
-    "privacy": (
-        "coordinator.cli.privacy",
-        "privacy",
-        "Plan a federation's noise and its epsilon.",
-        "coordinator",
-    ),
+    "privacy": ("coordinator.cli.privacy", "privacy", "Plan a federation's noise and its epsilon.", "coordinator"),
     "simulate": (
         "simulations.cli.simulate",
         "simulate",

@@ -50,13 +50,7 @@ class Authority:
         return Root(self.der)
 
     def issue(
-        self,
-        device_id: str,
-        public: PublicKey,
-        *,
-        not_before: datetime,
-        not_after: datetime,
-        serial: int | None = None,
+        self, device_id: str, public: PublicKey, *, not_before: datetime, not_after: datetime, serial: int | None = None
     ) -> bytes:
         """Certify that ``public`` is the identity of ``device_id``; returns DER.
 

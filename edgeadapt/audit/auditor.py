@@ -17,18 +17,7 @@ from aggregation.messages import Assignment, Message
 from aggregation.pki import Root
 from aggregation.pki.certificates import load
 from aggregation.pki.identity import PublicKey
-from aggregation.transcript import (
-    ENTRY,
-    NO_SESSION,
-    Abort,
-    AdapterId,
-    Checkpoint,
-    Entry,
-    Reading,
-    Result,
-    merkle,
-    read,
-)
+from aggregation.transcript import ENTRY, NO_SESSION, Abort, AdapterId, Checkpoint, Entry, Reading, Result, merkle, read
 from edgeadapt.audit import history as histories
 from edgeadapt.audit import rules
 from edgeadapt.audit.findings import Check, Finding, Problem, Report, RoundSummary, Skipped, Status, count

@@ -43,9 +43,7 @@ def require_logged(
 
 
 def require_published(
-    records: Sequence[RoundRecord],
-    manifest_of: Callable[[int], VersionManifest | None],
-    reports: Mapping[str, Report],
+    records: Sequence[RoundRecord], manifest_of: Callable[[int], VersionManifest | None], reports: Mapping[str, Report]
 ) -> None:
     """Check that each record and the manifest of its version say the same, and version 0 is of no round.
 
@@ -75,9 +73,7 @@ def _bound(record: RoundRecord, delta: float | None) -> PrivacyBound | None:
 
 
 def _require_recorded(
-    records: Sequence[RoundRecord],
-    offers: Collection[str],
-    logged: Mapping[tuple[str, str], RoundSummary],
+    records: Sequence[RoundRecord], offers: Collection[str], logged: Mapping[tuple[str, str], RoundSummary]
 ) -> None:
     places, last = {key: place for place, key in enumerate(logged)}, -1
     for record in records:

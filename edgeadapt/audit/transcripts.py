@@ -26,18 +26,10 @@ from edgeadapt.audit.auditor import audit, chain
 from edgeadapt.audit.findings import Check, Finding, Report, Status
 from edgeadapt.audit.recompute import Recomputation
 from edgeadapt.audit.records import require_logged, require_published
-from edgeadapt.audit.repeats import RepeatedSums
-from edgeadapt.audit.weaknesses import Weaknesses
+from edgeadapt.audit.weaknesses import RepeatedSums, Weaknesses
 from edgeadapt.formats import storage
 from edgeadapt.formats.manifest import VersionManifest
-from edgeadapt.formats.registryfiles import (
-    AUTHORITY,
-    DATABASE,
-    PUBLIC_KEY,
-    REGISTRY,
-    REVOKED,
-    RegistryFiles,
-)
+from edgeadapt.formats.registryfiles import AUTHORITY, DATABASE, PUBLIC_KEY, REGISTRY, REVOKED, RegistryFiles
 from edgeadapt.formats.registryreader import open_registry_files
 from edgeadapt.formats.roundrecord import RoundRecord
 

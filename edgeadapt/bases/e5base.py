@@ -155,9 +155,7 @@ def _tokenizer(reader: _Reader, config: dict[str, Any]) -> tuple[Tokenizer, dict
     begin, end = words[bos], words[eos]
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{begin} $A {end}",
-        pair=f"{begin} $A {end} {end} $B {end}",
-        special_tokens=[(begin, bos), (end, eos)],
+        single=f"{begin} $A {end}", pair=f"{begin} $A {end} {end} $B {end}", special_tokens=[(begin, bos), (end, eos)]
     )
     special = {"bos_token": begin, "eos_token": end, "pad_token": words[pad], "unk_token": words[unk]}
     special |= {"mask_token": MASK} if MASK in words else {}

@@ -33,17 +33,7 @@ Method = Literal[
 ]
 # As scenarios and commands name what can be trained from the start: LoRA with each of its scalings is a method there.
 MethodName = Literal[
-    "lora",
-    "rslora",
-    "dora",
-    "adalora",
-    "loha",
-    "vera",
-    "ia3",
-    "ln_tuning",
-    "beft",
-    "prompt_tuning",
-    "prefix_tuning",
+    "lora", "rslora", "dora", "adalora", "loha", "vera", "ia3", "ln_tuning", "beft", "prompt_tuning", "prefix_tuning"
 ]
 
 

@@ -104,8 +104,7 @@ class EvaluationRounds(KindSettings):
         default="", pattern="^([0-9a-f]{64})?$", description="SHA-256 of what the adapter of the release before is"
     )
     most: Most = Field(
-        default=32,
-        description="most held-out examples of a device that count; the noise is in proportion to it",
+        default=32, description="most held-out examples of a device that count; the noise is in proportion to it"
     )
     noise_multiplier: float = Field(
         default=1.1,

@@ -86,12 +86,7 @@ def test_an_offer_at_the_limits_is_accepted(spec_of: SpecOf) -> None:
         ({}, {"corrupt_fraction": 0}, 11, "offer.max_clients"),
         ({"vector": None}, {"corrupt_fraction": 0}, 11, "offer.degree"),
         ({"adversary": Adversary.HONEST_BUT_CURIOUS}, {}, 10, "offer.adversary"),
-        (
-            {"base_digest": "0" * 64},
-            {"known_bases": frozenset({"1" * 64})},
-            10,
-            "offer.base_digest",
-        ),
+        ({"base_digest": "0" * 64}, {"known_bases": frozenset({"1" * 64})}, 10, "offer.base_digest"),
         ({"weight_cap": 2**20}, {}, 10, "offer.weight_cap"),
         ({"rounds": 65}, {}, 10, "offer.rounds"),
         ({}, {"minimum_ring_bits": 25}, 10, "offer.ring_bits"),

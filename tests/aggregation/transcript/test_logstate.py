@@ -205,12 +205,7 @@ def test_a_chain_proof_must_prove_what_a_receipt_must_prove() -> None:
         old.close()
         fresh = LoggedSession(OFFERS[2], old.end, start=old.log.newest)
         assert_chain_refused(seen(2), session_chain_proof(fresh.log, KEY, old.receipt()), OFFERS[2], about)
-    assert_chain_refused(
-        seen(2),
-        session_chain_proof(logged[-1].log, KEY),
-        OFFERS[2],
-        "proof.receipt",
-    )
+    assert_chain_refused(seen(2), session_chain_proof(logged[-1].log, KEY), OFFERS[2], "proof.receipt")
     seen(2).on_session_chain_proof(KEY.public, chain_proof(logged, closed), OFFERS[2])
 
 

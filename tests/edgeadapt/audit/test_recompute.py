@@ -31,11 +31,7 @@ FirstSession = tuple[Callable[[], Callable[[tuple[ProducedAdapter, ...]], Findin
 
 RUNS: dict[str, dict[str, Any]] = {
     "fedavg": {"aggregation__keep_masked_inputs": True},
-    "fedadam": {
-        "aggregation__keep_masked_inputs": True,
-        "server__optimizer": "fedadam",
-        "server__learning_rate": 0.02,
-    },
+    "fedadam": {"aggregation__keep_masked_inputs": True, "server__optimizer": "fedadam", "server__learning_rate": 0.02},
     "digests": {},
 }
 
