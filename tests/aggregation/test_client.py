@@ -11,7 +11,7 @@ import pytest
 from aggregation import client, envelope
 from aggregation.client import Advertised, Confirmed, Masked, Planned, Ready
 from aggregation.errors import DataError, ProtocolError
-from aggregation.messages import Assignment, EncryptedShares, Offer, Plan, Roster, Survivors, Unmask
+from aggregation.messages import Assignment, EncryptedShares, Offer, Roster, Survivors, Unmask
 from aggregation.policy import Policy
 from aggregation.spec import Adversary
 from tests.support import refused
@@ -225,13 +225,6 @@ def test_skipped_rounds_cannot_be_joined_and_their_secrets_are_dropped(fleet: An
         begun.on_plan(fleet.devices[ME], plans[ME])
 
 
-def test_a_plan_shows_what_training_needs(fleet: Any) -> None:
-    _, plans = planned(fleet)
-    begun = fleet.states[ME].on_plan(fleet.devices[ME], plans[ME])
-    assert (begun.plan.round, begun.plan.training, begun.plan.adapter_version) == (1, b"settings", 1)
-    assert begun.spec == fleet.spec
-
-
 # Step 6, the masked input
 
 
@@ -410,13 +403,3 @@ def test_a_new_round_may_begin_in_any_state(fleet: Any, stage: str) -> None:
     _, result = fleet.round(outcome.session)
     assert result.round == 2
     fleet.assert_sum(result)
-
-
-def test_a_plan_beyond_the_session_is_refused(fleet: Any) -> None:
-    session = fleet.establish()
-    for _ in range(3):
-        session, _ = fleet.round(session)
-    context = fleet.states[ME].session.context
-    plan = Plan(context, 4, tuple(sorted(fleet.devices)), 1, "0" * 64, b"")
-    with refused(ProtocolError, "plan.round", peer="coordinator", value=4):
-        fleet.states[ME].on_plan(fleet.devices[ME], envelope.sign(fleet.key, Assignment(plan, {})))

@@ -133,7 +133,7 @@ def test_more_security_and_more_corrupt_devices_need_more_neighbors() -> None:
 
 
 @pytest.mark.parametrize(("corrupt", "dropout"), [(0.5, 0.3), (0.5, 0.5), (1.0, 0.1), (0.1, -0.1)])
-def holdout_fractions_for_which_no_graph_is_secure_are_refused(corrupt: float, dropout: float) -> None:
+def test_fractions_for_which_no_graph_is_secure_are_refused(corrupt: float, dropout: float) -> None:
     with pytest.raises(ConfigError):
         graph.graph_parameters(200, corrupt, dropout)
 

@@ -9,7 +9,7 @@ import pytest
 
 from aggregation import envelope, masks, ring, server
 from aggregation.errors import ConfigError, ProtocolError
-from aggregation.messages import Advert, ConsistencySignature, MaskedInput, Shares, UnmaskResponse
+from aggregation.messages import Advert, ConsistencySignature, Shares, UnmaskResponse
 from aggregation.server import AbortReason, Established, RoundAborted
 from tests.support import refused
 
@@ -362,8 +362,3 @@ def test_masks_are_removed_for_every_pair_of_survivor_and_dropout(fleet: Any, mo
     _, result = fleet.round(fleet.establish(), {"input": ["device-002"]})
     assert len(seen[-1]) == 4 + 4 * 1
     fleet.assert_sum(result)
-
-
-def test_the_header_of_a_masked_input_is_small() -> None:
-    header = MaskedInput(bytes(32), "d" * 64, bytes(32))
-    assert len(header.encode()) < MaskedInput.LIMIT
