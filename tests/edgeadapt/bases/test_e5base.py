@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from aggregation.errors import ConfigError, DataError
 from edgeadapt.bases.base import find_base
-from edgeadapt.bases.e5base import EMBEDDINGS, LAYER_PARTS, character_map, convert
+from edgeadapt.bases.e5base import LAYER_PARTS, character_map, convert
 from tests.support import refused
 from tests.support.limits import limited
 
@@ -277,11 +277,6 @@ def test_other_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     kind, about = (DataError, name) if name.endswith(".bin") else (ConfigError, "base")
     with refused(kind, about):
         find_base(str(tmp_path / name))
-
-
-def test_no_two_parts_share_a_name() -> None:
-    names = [*LAYER_PARTS.values(), *EMBEDDINGS.values()]
-    assert len(set(names)) == len(names)
 
 
 def sentences(found: Any) -> list[str]:

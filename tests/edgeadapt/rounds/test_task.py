@@ -144,11 +144,6 @@ def test_sixteen_bits_hold_updates_of_the_demos_size(clients: int) -> None:
     assert least_ring_bits(layout, Bounds(12.0, 128, 16, clients)) == 16
 
 
-def test_a_task_is_a_value() -> None:
-    assert replace(TASK, epochs=1) != TASK
-    assert hash(replace(TASK)) == hash(TASK)
-
-
 # What honest survivors can have.
 
 
