@@ -167,31 +167,20 @@ def test_one_type_of_document_never_passes_for_another() -> None:
 @pytest.mark.parametrize(
     "raw",
     [
-        rewritten({"extra": 1}),
-        rewritten({"payload": None}),
-        rewritten({"payloadType": None}),
-        rewritten({"payloadType": 1}),
         rewritten({"signatures": None}),
-        rewritten({"signatures": []}),
-        rewritten({"signatures": {}}),
         rewritten({"signatures": [["sig", SIG]]}),
         rewritten({"signatures": [[["sig", SIG]]]}),
-        rewritten({"signatures": ["sig"]}),
         rewritten({"signatures": [{"sig": SIG}] * 9}),
         rewritten({"signatures": [{"sig": SIG}, {"sig": "*"}]}),
         resigned(extra=1),
-        resigned(sig=None),
         resigned(sig=1),
-        resigned(keyid=None),
         resigned(keyid=["list"]),
-        RAW.replace(b'"payload":', b'"payload":"","payload":', 1),
         RAW + b"x",
-        RAW.decode().encode("utf-16"),
-        b"\xef\xbb\xbf" + RAW,
         b'{"payload":' + b"[" * 200_000,
     ],
 )
 def test_another_envelope_is_refused(raw: bytes) -> None:
+    """tests/vectors/test_bundle.py has more of them."""
     with refused(TrustError, "envelope"):
         dsse.verify(raw, TYPE, [KEY.public])
 
