@@ -87,7 +87,6 @@ def combine(coefficients: Sequence[int], shares: Sequence[bytes]) -> bytes | Non
     """The secret that ``shares`` reconstruct, or None where they are not canonical shares of a 32-byte secret.
 
     A wrong share yields another value, not an error: the caller compares the secret with its commitment.
-
     ``coefficients``: ``lagrange`` of the holders' points. ``shares``: one for each coefficient, in the same order; a
     share of ``PRIME`` or more is not canonical.
     """

@@ -20,10 +20,8 @@ _OptionalDigest: TypeAlias = Annotated[bytes | None, wire.optional(DIGESTS)]
 
 @dataclass(frozen=True, slots=True)
 class LogState:
-    """What a device knows of the log of the session that it joined last.
-
-    ``delivered``: SHA-256 of its messages of that round that reached the coordinator, as its next request shows.
-    """
+    """What a device knows of the log of the session that it joined last. ``delivered``: SHA-256 of its messages of that
+    round that reached the coordinator, as its next request shows."""
 
     device: DeviceId  # its id
     offer: Digest  # digest of the session's offer

@@ -52,7 +52,6 @@ def chain(reports: Mapping[str, Report]) -> None:
 
     So do their adapters: the first session starts from version 0, and every other one from the adapter that the
     previous session ended with. Within a session ``rules.results`` demands the same. So every version has one result.
-
     ``reports``: name → report, in order. Raises TrustError: a session is missing or was replaced, or starts from
     another adapter. A missing last session that made no adapter cannot be detected.
     """

@@ -41,11 +41,8 @@ class Status(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Holds the outcome of one check.
-
-    ``about``: the field or file that failed it, or that it lacks; for programs and tests, which must not depend on the
-    text. Empty for a check that passed.
-    """
+    """Holds the outcome of one check. ``about``: the field or file that failed it, or that it lacks; for programs and
+    tests, which must not depend on the text. Empty for a check that passed."""
 
     check: Check
     status: Status
@@ -126,10 +123,8 @@ class RoundSummary:
 
 @dataclass(frozen=True, slots=True)
 class ProducedAdapter:
-    """Holds a round's sum and the adapter that, according to the log, the coordinator produced from it.
-
-    ``sums``: their contributions by group, recomputed from the masked vectors; None if these were not kept.
-    """
+    """Holds a round's sum and the adapter that, according to the log, the coordinator produced from it. ``sums``: their
+    contributions by group, recomputed from the masked vectors; None if these were not kept."""
 
     place: Place  # the place of the result in the log
     before: AdapterId  # version and digest of the adapter from which the devices trained

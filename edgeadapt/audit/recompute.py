@@ -102,11 +102,7 @@ class Recomputation:
         return Finding(Check.ADAPTERS, Status.SKIPPED if why else Status.PASS, text, about=", ".join(why))
 
     def _step(self, produced: ProducedAdapter) -> str:
-        """Check one adapter. Returns a key of ``REASONS``, or nothing if the step was recomputed.
-
-        Raises Problem: it is not what was published, or not what the optimizer computes from the sum; DataError,
-        TrustError: a file is missing, damaged or altered.
-        """
+        """Check one adapter. Returns a key of ``REASONS``, or nothing if the step was recomputed."""
         place, (start, start_digest), (version, _) = produced.place, produced.before, produced.after
         manifest, parent = self.registry.manifest(version), self.registry.manifest(start)
         if parent is None or parent.sha256 != start_digest:

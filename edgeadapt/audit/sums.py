@@ -29,11 +29,8 @@ Vectors = Callable[[bytes, int], bytes | None]
 
 @dataclass(slots=True)
 class UnmaskedRound:
-    """Holds what the shares of a round recover.
-
-    ``sums``: the survivors' contributions by group, decoded, once ``sums`` has recomputed them; zeros where honest
-    survivors cannot have one.
-    """
+    """Holds what the shares of a round recover. ``sums``: the survivors' contributions by group, decoded, once ``sums``
+    has recomputed them; zeros where honest survivors cannot have one."""
 
     seeds: Mapping[str, bytes] = field(repr=False)  # survivor → seed of its own mask
     keys: Mapping[str, bytes] = field(repr=False)  # device of the plan that is not a survivor → its mask key

@@ -74,10 +74,8 @@ class AuditOptions:
 
 @dataclass(frozen=True, slots=True)
 class AuditInput:
-    """Holds logs to check, and what to check them with.
-
-    ``records``: the records of the rounds there. Both are read before the logs, which a running session continues.
-    """
+    """Holds logs to check, and what to check them with. ``records``: the records of the rounds there. Both are read
+    before the logs, which a running session continues."""
 
     paths: tuple[Path, ...]  # the logs, in order
     root: Root  # the authority, with the revocation list that counts

@@ -40,10 +40,8 @@ def check_language(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """Says who gets the newest release.
-
-    ``languages``: only devices with one of these, of which ``share`` is then a part; empty: all devices.
-    """
+    """Says who gets the newest release. ``languages``: only devices with one of these, of which ``share`` is then a
+    part; empty: all devices."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 

@@ -17,10 +17,7 @@ from edgeadapt.formats.manifest import PrivacyBound, VersionManifest
 
 @dataclass(frozen=True, slots=True)
 class TensorChange:
-    """Compares a tensor or a layer's update in both versions.
-
-    ``before``, ``after``: Frobenius norms, weight units.
-    """
+    """Compares a tensor or a layer's update in both versions. ``before``, ``after``: Frobenius norms, weight units."""
 
     name: str  # peft's name of the tensor; for an update the layer's path
     shape: tuple[int, ...]  # in both

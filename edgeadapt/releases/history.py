@@ -42,10 +42,8 @@ from edgeadapt.releases.verdict import JudgedEvaluation
 
 @dataclass(frozen=True, slots=True)
 class RepositoryAudit:
-    """Describes a repository that passed.
-
-    ``unpromoted``: protected channels → their current release, if that was published before the protection.
-    """
+    """Describes a repository that passed. ``unpromoted``: protected channels → their current release, if that was
+    published before the protection."""
 
     records: tuple[ActionRecord, ...]  # all of its log, oldest first
     pinned: bool  # the root comes from the auditor, not from the repository

@@ -32,10 +32,8 @@ class ReleasedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class GovernedVersion:
-    """Holds a version with what made it and where it went.
-
-    ``releases``: the releases that have it, oldest first; None if no repository was named.
-    """
+    """Holds a version with what made it and where it went. ``releases``: the releases that have it, oldest first; None
+    if no repository was named."""
 
     manifest: VersionManifest
     signed_by: str  # id of the coordinator's key

@@ -32,10 +32,8 @@ PREPARED = "prepared"  # folder
 
 @dataclass(frozen=True, slots=True)
 class RollbackCondition:
-    """States on what a prepared rollback may be published: an evaluation found the newest release worse.
-
-    ``adapters``: name → ``AdapterManifest.content`` in the two releases, newest first.
-    """
+    """States on what a prepared rollback may be published: an evaluation found the newest release worse. ``adapters``:
+    name → ``AdapterManifest.content`` in the two releases, newest first."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 

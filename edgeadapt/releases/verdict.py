@@ -71,10 +71,8 @@ def difference_interval(
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Says what an evaluation finds about the newest release.
-
-    ``low``, ``high``: limits of the difference, with ``CONFIDENCE``.
-    """
+    """Says what an evaluation finds about the newest release. ``low``, ``high``: limits of the difference, with
+    ``CONFIDENCE``."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 

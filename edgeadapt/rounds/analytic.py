@@ -76,10 +76,8 @@ Scale = Annotated[float, Field(gt=0, le=1000)]
 
 @dataclass(frozen=True, slots=True)
 class AnalyticTask(RoundTask):
-    """Configures a round of the analytic head.
-
-    ``dimensions``: coordinates of an embedding whose moments are summed with noise; 0: no noise, and all of them.
-    """
+    """Configures a round of the analytic head. ``dimensions``: coordinates of an embedding whose moments are summed
+    with noise; 0: no noise, and all of them."""
 
     RULE: ClassVar[optimizer.Settings | None] = optimizer.AnalyticHead()
     SEGMENT: ClassVar[str] = MOMENTS
