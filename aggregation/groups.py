@@ -1,7 +1,7 @@
 """Groups: the devices of a round in several sums, of which one device can spoil one only.
 
 The groups of a round follow from the adapter that it begins with and from the devices that are dealt: in order of the
-SHA-256 of adapter and id, one to each group in turn. Every adapter deals anew, and the bytes of an adapter follow from
+SHA-256 of adapter and id, one to each group in turn. Every adapter deals again, and the bytes of an adapter follow from
 the devices' own sums. A round that is repeated from an adapter has the groups of the first one, also without a device
 that is gone (``Plan.former``): the difference of two sums would show the devices that are in one only.
 

@@ -118,7 +118,7 @@ def unseal(blob: bytes, key: bytes) -> ClientState:
     try:
         state: ClientState = _CODECS[_KINDS[plain[0]]].decode(plain[1:])
     except (ValueError, IndexError, ProtocolError, TrustError):
-        raise TrustError("this is sealed, but it is no session state", about="sealed.ciphertext") from None
+        raise TrustError("this is sealed, but it is not a session state", about="sealed.ciphertext") from None
     return state
 
 

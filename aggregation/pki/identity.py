@@ -51,7 +51,7 @@ class PublicKey:
             text = "an Ed25519 key in an encoding that RFC 8032 does not allow: generate another one"
             raise TrustError(text, about="key.encoding", value=self.raw.hex())
         if y in _SMALL_ORDER:
-            text = "a point of small order is no Ed25519 key, since anyone can sign for it: generate another one"
+            text = "a point of small order is not an Ed25519 key, since anyone can sign for it: generate another one"
             raise TrustError(text, about="key.small-order", value=self.raw.hex())
 
     @property

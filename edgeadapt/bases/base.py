@@ -157,10 +157,12 @@ def _identity_files(folder: Path) -> tuple[str, ...]:
         parts = sorted(set(json.loads(read(index, LONGEST[INDEX]))["weight_map"].values()))
         odd = next((part for part in parts if not PART.fullmatch(part)), None)
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise ConfigError(f"{index} is no index of weights: copy the base again", about=INDEX) from error
+        raise ConfigError(f"{index} is not an index of weights: copy the base again", about=INDEX) from error
     if odd is not None or not parts:
         raise ConfigError(
-            f"{index} names {str(odd)[:80]!r}, which is no file of weights in the same folder", about=INDEX, value=odd
+            f"{index} names {str(odd)[:80]!r}, which is not a file of weights in the same folder",
+            about=INDEX,
+            value=odd,
         )
     config, _, tokenizer = IDENTITY_FILES
     return (config, INDEX, *parts, tokenizer)

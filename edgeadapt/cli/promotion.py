@@ -171,11 +171,11 @@ def promote(
 def rollout(
     folder: Path, channel: str, share: int, languages: tuple[str, ...], key_file: Path | None, as_json: bool
 ) -> None:
-    """Say anew which devices get the release that CHANNEL rolls out. With all devices, the rollout is complete.
+    """Change which devices get the release that CHANNEL rolls out. With all devices, the rollout is complete.
 
     Each device decides for itself, by a random number that never leaves it: one that is in at 10 % is in at 50 %. A
     device that has the release never goes back when the share shrinks; 'edgeadapt adapters rollback' takes it back.
-    A rollback that is prepared is signed again by the channel's key; with --key, one is prepared anew.
+    A rollback that is prepared is signed again by the channel's key; with --key, another one is prepared.
 
     \b
     Examples:
@@ -188,7 +188,7 @@ def rollout(
     if key is not None and release is not None:  # before anything is changed
         margin = GateSettings.read(folder / GATES).accuracy.margin
         require_signer(opened, channel, release, key.public)
-    published = opened.set_rollout(channel, share, languages, anew=key is not None)
+    published = opened.set_rollout(channel, share, languages, again=key is not None)
     _print(published, (), as_json, _prepared(opened, channel, key, margin))
 
 

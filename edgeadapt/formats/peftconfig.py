@@ -178,7 +178,9 @@ def _ending(pattern: str) -> TypeAdapter[str]:
         re.compile(whole)  # peft refuses it too
     except (re.error, OverflowError, RecursionError) as error:
         raise DataError(
-            f"the adapter's pattern {pattern[:40]!r} is no regular expression: {error}", about="pattern", value=pattern
+            f"the adapter's pattern {pattern[:40]!r} is not a regular expression: {error}",
+            about="pattern",
+            value=pattern,
         ) from error
     if OTHERWISE.search(pattern):
         raise _refusal(pattern)

@@ -46,7 +46,7 @@ def _pairs(lines: Iterable[str], path: Path) -> list[tuple[str, str]]:
         label, _, phrase = (part.strip() for part in line.partition(TAB))
         if not label or not phrase:
             raise DataError(
-                f"phrase {number} of {path} has not the form LABEL TAB PHRASE", about=path.name, value=number
+                f"phrase {number} of {path} does not have the form LABEL TAB PHRASE", about=path.name, value=number
             )
         pairs.append((label, phrase))
     return pairs

@@ -34,7 +34,7 @@ def check_language(name: str) -> str:
     try:
         return TypeAdapter(Language).validate_python(name)
     except ValidationError:
-        reason = f"{name[:40]!r} is no code of a language: use two or three lower-case letters, such as de"
+        reason = f"{name[:40]!r} is not the code of a language: use two or three lower-case letters, such as de"
         raise ConfigError(reason, about=LANGUAGE, value=name) from None
 
 

@@ -158,7 +158,7 @@ def _require_own_file(lock: Path) -> None:
     except (FileNotFoundError, NotADirectoryError):
         return
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-        raise ConfigError(f"{lock} is a link, a folder or a device in the place of a lock: remove it", about=lock.name)
+        raise ConfigError(f"{lock} is a link, a folder or a device instead of a lock: remove it", about=lock.name)
 
 
 def real(path: Path) -> Path:

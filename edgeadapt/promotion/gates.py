@@ -112,7 +112,7 @@ def read_held_out(path: Path) -> list[HeldOutPhrase]:
         parts = [part.strip() for part in line.split("\t")]
         if len(parts) != 3 or not all(parts):
             raise DataError(
-                f"phrase {number} of {path} has not the form LABEL TAB PHRASE TAB LANGUAGE",
+                f"phrase {number} of {path} does not have the form LABEL TAB PHRASE TAB LANGUAGE",
                 about=path.name,
                 value=number,
             )

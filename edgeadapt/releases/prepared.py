@@ -119,7 +119,7 @@ class PreparedRollbacks:
         """Read the metadata and their condition; None if no rollback is prepared. Raises TrustError if they are
         damaged, of another channel, or not signed by the channel's key."""
         path = self.path(channel)
-        anew = "delete it, and prepare the rollback anew with 'edgeadapt adapters rollout … --key'"
+        remedy = "delete it, and prepare the rollback again with 'edgeadapt adapters rollout … --key'"
         try:
             raw = storage.read(path, MAX_METADATA)
         except FileNotFoundError:
@@ -127,18 +127,18 @@ class PreparedRollbacks:
         except OSError as error:
             raise ConfigError(f"cannot read {path}: {error.strerror}", about=PREPARED, value=channel) from error
         except DataError as error:
-            raise TrustError(f"{error}; {anew}", about=PREPARED, value=channel) from error
+            raise TrustError(f"{error}; {remedy}", about=PREPARED, value=channel) from error
         try:
             metadata: Metadata[Targets] = Metadata.from_bytes(raw)
             if not isinstance(metadata.signed, Targets):
-                raise TrustError(f"{path} is of another role: {anew}", about=PREPARED)
+                raise TrustError(f"{path} is of another role: {remedy}", about=PREPARED)
             self.metadata.load(Targets, TOP).verify_delegate(channel, metadata.signed_bytes, metadata.signatures)
         except (OSError, DataError, RepositoryError, ValueError, TypeError, KeyError) as error:
-            reason = f"{path} is damaged, or not signed by the key of channel {channel}: {anew}"
+            reason = f"{path} is damaged, or not signed by the key of channel {channel}: {remedy}"
             raise TrustError(reason, about=PREPARED, value=channel) from error
         condition = RollbackCondition.of(metadata.signed)
         if condition is None or any(not name.startswith(target(channel, "")) for name in metadata.signed.targets):
-            raise TrustError(f"{path} is no prepared rollback of channel {channel}: {anew}", about=PREPARED)
+            raise TrustError(f"{path} is not a prepared rollback of channel {channel}: {remedy}", about=PREPARED)
         return metadata, condition
 
     def sign_again(
@@ -160,18 +160,18 @@ class PreparedRollbacks:
     def accept(self, channel: str, current: Release) -> PreparedRollback:
         """Verify the prepared rollback of a channel with the release ``current``. Raises as ``read``, and ConfigError
         if none is prepared or it is out of date."""
-        anew = "prepare it with 'edgeadapt adapters rollout … --key'"
+        remedy = "prepare it with 'edgeadapt adapters rollout … --key'"
         read = self.read(channel)
         if read is None:
-            raise ConfigError(f"no rollback of channel {channel} is prepared: {anew}", about=PREPARED, value=channel)
+            raise ConfigError(f"no rollback of channel {channel} is prepared: {remedy}", about=PREPARED, value=channel)
         metadata, condition = read
         signed, version = metadata.signed, self.metadata.version(channel)
         if signed.version != version + 1 or condition.release != current.number:
             what = f"it is version {signed.version} of channel {channel}, which has {version}"
-            reason = f"the prepared rollback was used already or is out of date ({what}): {anew}"
+            reason = f"the prepared rollback was used already or is out of date ({what}): {remedy}"
             raise ConfigError(reason, about=f"{PREPARED}.version", value=signed.version)
         if signed.is_expired(self.metadata.now):
-            reason = f"the prepared rollback of channel {channel} expired on {signed.expires:%Y-%m-%d}: {anew}"
+            reason = f"the prepared rollback of channel {channel} expired on {signed.expires:%Y-%m-%d}: {remedy}"
             raise ConfigError(reason, about=f"{PREPARED}.expired", value=channel)
         new = {}
         try:
@@ -183,6 +183,6 @@ class PreparedRollbacks:
                     listed.verify_length_and_hashes(new[name])
             release = Release.decode(new[RELEASE])
         except (OSError, RepositoryError, DataError, TrustError, KeyError) as error:
-            reason = f"a file of the prepared rollback of channel {channel} is missing or altered ({error}): {anew}"
+            reason = f"a file of the prepared rollback of channel {channel} is missing or altered ({error}): {remedy}"
             raise TrustError(reason, about=PREPARED, value=channel) from error
         return PreparedRollback(metadata, condition, release, new)

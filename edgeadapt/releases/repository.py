@@ -251,10 +251,10 @@ class ChannelRepository:
             return None
         return Rollout.decode(storage.read(self.targets.path(channel, FLAGS, listed.hashes["sha256"]), MAX_FLAGS))
 
-    def set_rollout(self, channel: str, share: int, languages: Sequence[str] = (), *, anew: bool = False) -> Published:
+    def set_rollout(self, channel: str, share: int, languages: Sequence[str] = (), *, again: bool = False) -> Published:
         """Change who gets the release that a channel rolls out. No device that has it goes back.
 
-        A prepared rollback stays prepared, and ends with the rollout, which all devices complete. With ``anew`` it
+        A prepared rollback stays prepared, and ends with the rollout, which all devices complete. With ``again`` it
         will be prepared again, and is not read. Raises ConfigError if the channel rolls nothing out.
         """
         with self.locked():
@@ -263,7 +263,7 @@ class ChannelRepository:
             if release is None or before is None:
                 reason = f"channel {channel} rolls nothing out: begin with 'edgeadapt adapters promote … --share'"
                 raise ConfigError(reason, about="rollout", value=channel)
-            ready = None if anew else self.prepared.read(channel)
+            ready = None if again else self.prepared.read(channel)
             rollout = Rollout.of(before.release, before.previous, share, languages)
             signed = self.metadata.load(Targets, channel)
             if rollout is None:

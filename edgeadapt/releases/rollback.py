@@ -97,7 +97,7 @@ def publish_prepared(repository: ChannelRepository, channel: str, evaluation: Ju
         prepared.condition.require(evaluation)
         before = rollback_after(evaluation, audit_repository(repository.folder, None).records)
         if before is not None:
-            reason = f"round {evaluation.round} led to the rollback of record {before.number} already: evaluate anew"
+            reason = f"round {evaluation.round} led to the rollback of record {before.number} already: evaluate again"
             raise TrustError(reason, about="evaluation", value=evaluation.round)
         release = prepared.release
         for name, content in prepared.files.items():

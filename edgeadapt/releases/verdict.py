@@ -96,7 +96,7 @@ def verdict(metrics: Mapping[str, float], margin: float) -> Verdict | None:
     """Return the verdict on the newest release; None if either release has too few examples to be published. ``margin``
     is ``accuracy.margin`` of ``gates.toml``. Raises DataError if no evaluation can have these metrics."""
     if DEVIATION not in metrics:
-        raise DataError("the round is no evaluation", about="metrics")
+        raise DataError("the round is not an evaluation", about="metrics")
     names = [f"{what}_{release}" for release in (NEWEST, PREVIOUS) for what in (ACCURACY, EXAMPLES)]
     if any(name not in metrics for name in names):
         return None

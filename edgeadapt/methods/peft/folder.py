@@ -72,7 +72,7 @@ def read_peft(folder: Path) -> PeftFolder:
 
 
 def read_settings(folder: Path) -> Settings:
-    """Read ``adapter_config.json`` of a PEFT folder whose weights are no pickle, as it is. Raises as ``read_peft``."""
+    """Read ``adapter_config.json`` of a folder whose weights are not pickled, as it is. Raises as ``read_peft``."""
     if not (folder / CONFIG).is_file():
         below = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))  # where peft saves named adapters
         hint = f"; name one of the adapters in it: {', '.join(below)}" if below else ""
