@@ -12,7 +12,6 @@ from aggregation import client, envelope
 from aggregation.client import Advertised, Confirmed, Masked, Planned, Ready
 from aggregation.errors import DataError, ProtocolError
 from aggregation.messages import Assignment, EncryptedShares, Offer, Roster, Survivors, Unmask
-from aggregation.policy import Policy
 from aggregation.spec import Adversary
 from tests.support import refused
 
@@ -67,13 +66,6 @@ def test_two_devices_with_one_key_are_refused(fleet: Any) -> None:
     certificates = (*(der for _, der in sorted(fleet.certificates.items())), twin)
     with refused(ProtocolError, "offer.keys"):
         client.join(fleet.devices[ME], resigned(fleet, offer, Offer, certificates=certificates), fleet.entropy)
-
-
-def test_an_offer_that_breaks_the_policy_is_refused(fleet: Any) -> None:
-    _, offer = fleet.offer()
-    strict = dataclasses.replace(fleet.devices[ME], policy=Policy(known_bases=frozenset({fleet.spec.base_digest})))
-    with refused(ProtocolError, "offer.cohort", peer="coordinator", value=5):
-        client.join(strict, offer, fleet.entropy)
 
 
 def test_a_device_with_a_clock_refuses_expired_certificates(fleet: Any) -> None:
@@ -259,13 +251,6 @@ def test_an_invalid_survivor_set_is_refused(
     with refused(ProtocolError, about, peer="coordinator", value=value):
         state.on_survivors(device, resigned(fleet, bodies[ME], Survivors, vectors=change(vectors)))
     state.on_survivors(device, bodies[ME])
-
-
-def test_a_device_signs_one_survivor_set(fleet: Any, masked: tuple[Any, dict[str, bytes]]) -> None:
-    _, bodies = masked
-    fleet.states[ME].on_survivors(fleet.devices[ME], bodies[ME])
-    with refused(ProtocolError, "single-use", value="consistency-signature"):
-        fleet.states[ME].on_survivors(fleet.devices[ME], bodies[ME])
 
 
 def test_an_active_session_reveals_no_shares_without_consistency_signatures(

@@ -169,17 +169,6 @@ def test_a_critical_extension_that_is_not_understood_is_refused_and_another_is_n
     assert authority.root.verify(forged(authority, name("a"), public, unknown(4, critical=False)))[0] == "a"
 
 
-def test_an_authority_with_a_critical_extension_that_is_not_understood_cannot_be_pinned(authority: Authority) -> None:
-    key, constraints = private(authority.key).public_key(), (x509.BasicConstraints(ca=True, path_length=0), True)
-    sound, odd = (
-        pem_of(forged(authority, name("fleet"), key, constraints, unknown(4, critical=critical), extension=False))
-        for critical in (False, True)
-    )
-    Root.from_pem(sound)
-    with refused(TrustError, "certificate.extension", value="1.2.3.4"):
-        Root.from_pem(odd)
-
-
 def test_a_certificate_with_an_extension_twice_is_refused(authority: Authority, public: Any) -> None:
     der = forged(authority, name("a"), public, unknown(4, critical=False), unknown(5, critical=False))
     assert authority.root.verify(der)[0] == "a"
