@@ -2,8 +2,7 @@
 
 An auditor needs the bare install only. In reading order: ``transcripts`` (files), ``history`` (a log, message by
 message), ``rules`` and ``sums`` (the checks on a history), ``auditor`` (all checks of a session in their order),
-``weaknesses`` (warnings), ``recompute`` (the published adapters), ``findings`` (what is reported),
-``formatting`` (how it is printed).
+``weaknesses`` (warnings), ``recompute`` (the published adapters) and ``findings`` (what is reported).
 """
 
 from edgeadapt.audit.auditor import audit, chain
