@@ -28,13 +28,9 @@ from coordinator.registry.snapshot import RegistrySnapshot
 from coordinator.servicesettings import SERVICES
 from coordinator.settings import SETTINGS
 from coordinator.statedir import (
-    AUTHORITY,
     KEY,
-    PUBLIC_KEY,
     REGISTRY_HEADER,
-    REVOKED,
     TLS_REQUEST,
-    TRANSCRIPT,
     CoordinatorStateDir,
     open_registry,
     own_database,
@@ -46,9 +42,13 @@ from edgeadapt.formats import storage
 from edgeadapt.formats.blobs import OBJECT_STORES
 from edgeadapt.formats.keyfiles import MAX_PEM, NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
 from edgeadapt.formats.registryfiles import (
+    AUTHORITY,
     BLOBS,
     DATABASE,
+    PUBLIC_KEY,
     REGISTRY,
+    REVOKED,
+    TRANSCRIPT,
     LocalFiles,
     RegistryFiles,
     RegistrySettings,
@@ -63,7 +63,7 @@ SUPERLINK = "superlink.db"  # Flower's SuperLink keeps the public keys of the Su
 SECRETS = (KEY, TLS_KEY, NEXT_TLS_KEY)
 SETTLED = (AUTHORITY, SETTINGS, SERVICES, TLS_CERTIFICATE, TLS_REQUEST)  # files that no run writes
 MAX_FILE = 2 * MAX_REVOCATIONS  # bytes of a key, certificate, list or file of settings
-_SESSION = (transcripts.AUTHORITY, transcripts.COORDINATOR, transcripts.REVOKED)  # in TRANSCRIPT
+_SESSION = (AUTHORITY, PUBLIC_KEY, REVOKED)  # in TRANSCRIPT
 _NAMED = (
     rf"{BLOBS}/[0-9a-f]{{64}}\.safetensors",
     rf"{TRANSCRIPT}/session-\d{{6,9}}\.log",

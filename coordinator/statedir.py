@@ -33,14 +33,20 @@ from coordinator.settings import SETTINGS, FederationSettings
 from coordinator.transcripts import Transcripts
 from edgeadapt.formats import storage
 from edgeadapt.formats.keyfiles import MAX_PEM, NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY, next_tls_key, tls_pair
-from edgeadapt.formats.registryfiles import BLOBS, DATABASE, REGISTRY, SIGNING_KEY, RegistrySettings
+from edgeadapt.formats.registryfiles import (
+    AUTHORITY,
+    BLOBS,
+    DATABASE,
+    PUBLIC_KEY,
+    REGISTRY,
+    REVOKED,
+    SIGNING_KEY,
+    TRANSCRIPT,
+    RegistrySettings,
+)
 from edgeadapt.formats.registrystores import postgresql_url, shown
 
 KEY = SIGNING_KEY
-PUBLIC_KEY = "coordinator.pem"  # what devices pin
-AUTHORITY = "authority.pem"
-REVOKED = "revoked.crl"
-TRANSCRIPT = "transcript"
 LOCK = "run.lock"
 WAITING = "run.waiting"  # touched by a run that waits for the lease
 HUNG = 60.0  # seconds without a touch, which comes each second or after a log was copied

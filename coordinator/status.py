@@ -12,8 +12,9 @@ from typing import Any
 from coordinator.expiry import expiries
 from coordinator.services import deployment
 from coordinator.sessionprogress import LogFollower
-from coordinator.statedir import TRANSCRIPT, CoordinatorStateDir
+from coordinator.statedir import CoordinatorStateDir
 from edgeadapt.formats.manifest import VersionManifest
+from edgeadapt.formats.registryfiles import TRANSCRIPT
 from edgeadapt.formats.roundrecord import RoundRecord
 
 SUSPICIOUS = 0.01  # probability

@@ -34,8 +34,9 @@ from aggregation.transcript import (
 from coordinator.recorder import Recorder
 from coordinator.registry import Head, TranscriptTable
 from coordinator.storedlog import StoredLog, altered, require_agreement
-from edgeadapt.audit.transcripts import AUTHORITY, COORDINATOR, REVOKED, VECTORS, log_name, log_number, logs
+from edgeadapt.audit.transcripts import VECTORS, log_name, log_number, logs
 from edgeadapt.formats import storage
+from edgeadapt.formats.registryfiles import AUTHORITY, PUBLIC_KEY, REVOKED
 from edgeadapt.formats.roundrecord import RoundRecord
 from edgeadapt.formats.storage import PUBLIC
 
@@ -72,7 +73,7 @@ class Transcripts:
             if self.table is not None:
                 self._offer(self.table, revoked)
             storage.replace(self.folder / REVOKED, revoked.to_pem(), PUBLIC)
-        storage.replace(self.folder / COORDINATOR, self.key.public.to_pem(), PUBLIC)
+        storage.replace(self.folder / PUBLIC_KEY, self.key.public.to_pem(), PUBLIC)
         vectors = self.folder / VECTORS if self.keep_vectors else None
         if vectors:
             vectors.mkdir(exist_ok=True)

@@ -14,11 +14,12 @@ from benchmarks.faults.fleet import FaultFleet
 from benchmarks.faults.processes import wait_until
 from client.node.privacyledger import PrivacyLedger
 from client.node.statedir import DeviceStateDir
-from coordinator.statedir import TRANSCRIPT, CoordinatorStateDir
+from coordinator.statedir import CoordinatorStateDir
 from coordinator.storedlog import StoredLog
 from edgeadapt.audit import AuditInput, AuditOptions
 from edgeadapt.audit.account import Account, logged
 from edgeadapt.audit.transcripts import logs
+from edgeadapt.formats.registryfiles import TRANSCRIPT
 from edgeadapt.formats.roundrecord import RoundRecord
 from simulations.engine import provision
 

@@ -28,9 +28,9 @@ from benchmarks.simulation.fleets import population, tiny_base
 from coordinator.registry import Registry, leadership
 from coordinator.services.deployment import HOME, running
 from coordinator.servicesettings import SERVICES, ServiceSettings
-from coordinator.statedir import AUTHORITY, KEY, open_registry
+from coordinator.statedir import KEY, open_registry
 from edgeadapt.formats.keyfiles import TLS_CERTIFICATE, TLS_KEY
-from edgeadapt.formats.registryfiles import RegistrySettings
+from edgeadapt.formats.registryfiles import AUTHORITY, RegistrySettings
 from edgeadapt.formats.roundrecord import RoundRecord
 from simulations.engine import provision
 from simulations.engine.provision import device_base

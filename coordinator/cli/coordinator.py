@@ -89,9 +89,9 @@ def init(
     from aggregation.entropy import SystemEntropy
     from coordinator.servicesettings import ServiceSettings
     from coordinator.settings import SETTINGS, FederationSettings
-    from coordinator.statedir import KEY, PUBLIC_KEY, CoordinatorStateDir
+    from coordinator.statedir import KEY, CoordinatorStateDir
     from edgeadapt.formats.keyfiles import MAX_PEM
-    from edgeadapt.formats.registryfiles import RegistrySettings
+    from edgeadapt.formats.registryfiles import PUBLIC_KEY, RegistrySettings
 
     settings = FederationSettings.parse(overridden({}, overrides), "--set")
     services = ServiceSettings.parse({"gateway": gateway, "superlink": superlink}, "--gateway and --superlink")
@@ -316,8 +316,8 @@ def upgrade(state_dir: Path, as_json: bool) -> None:
       edgeadapt coordinator upgrade fleet
     """
     from coordinator.registry import migrations
-    from coordinator.statedir import TRANSCRIPT, registry_url, run_lock
-    from edgeadapt.formats.registryfiles import SCHEMA, require
+    from coordinator.statedir import registry_url, run_lock
+    from edgeadapt.formats.registryfiles import SCHEMA, TRANSCRIPT, require
 
     require(state_dir)
     with run_lock(state_dir):

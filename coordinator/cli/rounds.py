@@ -34,8 +34,9 @@ def rounds(state_dir: Path, follow: bool, as_json: bool) -> None:
       edgeadapt coordinator rounds fleet --follow --json
     """
     from coordinator.sessionprogress import LogFollower
-    from coordinator.statedir import TRANSCRIPT, CoordinatorStateDir
+    from coordinator.statedir import CoordinatorStateDir
     from coordinator.status import heading, round_lines, round_row
+    from edgeadapt.formats.registryfiles import TRANSCRIPT
 
     opened, shown = CoordinatorStateDir.open(state_dir), 0
     follower, live = LogFollower(state_dir / TRANSCRIPT), _LiveLine(follow and sys.stderr.isatty())

@@ -11,9 +11,10 @@ from coordinator.gateway import snapshot
 from coordinator.registry import Head
 from coordinator.services import deployment
 from coordinator.sessionprogress import LogFollower
-from coordinator.statedir import TRANSCRIPT, CoordinatorStateDir
+from coordinator.statedir import CoordinatorStateDir
 from coordinator.status import lease_of
 from edgeadapt.formats.manifest import VersionManifest
+from edgeadapt.formats.registryfiles import TRANSCRIPT
 from edgeadapt.formats.roundrecord import RoundRecord
 
 LISTED = 200  # rounds at most, the last ones

@@ -24,9 +24,10 @@ from aggregation.pki.tls import hosts_of
 from coordinator.services.supervisor import Happening, Patience, Report, ServiceEvent, ServiceProgram, supervise
 from coordinator.servicesettings import SERVICES, ServiceSettings, is_loopback
 from coordinator.settings import SETTINGS
-from coordinator.statedir import AUTHORITY, CoordinatorStateDir, require
+from coordinator.statedir import CoordinatorStateDir, require
 from edgeadapt.formats import jsontext, storage
 from edgeadapt.formats.keyfiles import TLS_CERTIFICATE, tls_key_path
+from edgeadapt.formats.registryfiles import AUTHORITY
 
 LOCK, RUNNING = "up.lock", "services.json"
 DATABASE, HOME = "superlink.db", "superlink"  # the SuperLink's state, and Flower's folder

@@ -15,18 +15,15 @@ from aggregation.errors import ConfigError, ProtocolError, TrustError
 from aggregation.messages import Assignment, Plan
 from edgeadapt.audit.transcripts import logs
 from edgeadapt.formats import storage
-from edgeadapt.formats.registryfiles import RegistrySettings
+from edgeadapt.formats.registryfiles import TRANSCRIPT, RegistrySettings
 from edgeadapt.formats.release import Release
 from edgeadapt.releases.actions import ActionRecord
-from edgeadapt.releases.comparison import compared
 from edgeadapt.releases.history import audit_repository, rollback_after
 from edgeadapt.releases.lineage import GovernedVersion, Lineage
 from edgeadapt.releases.repository import ChannelRepository
 from edgeadapt.releases.rollback import note_evaluation, publish_prepared
 from edgeadapt.releases.verdict import JudgedEvaluation, verdict
 from edgeadapt.rounds.evaluation import EvaluationTask, is_evaluation
-
-TRANSCRIPT = "transcript"  # in a state directory; ``coordinator.statedir`` has the name too, and needs SQLAlchemy
 
 
 class NoVerdictError(ConfigError):
@@ -48,15 +45,13 @@ def act(repository: ChannelRepository, state_dir: Path, trust: Path | None, chan
 
     A verdict after which the release stays is noted in the repository's log, once. An evaluation that led to a rollback
     already gives no verdict: the same adapter, promoted again, is compared again. The repository needs the key of
-    snapshot and timestamp only; ``state_dir`` and ``trust`` are as for ``Lineage.read``.
-
-    Raises:
-        ConfigError: A rollout is under way without a prepared rollback, or as ``compared`` and ``publish_prepared``.
-        DataError, TrustError: The registry or the repository is damaged, or does not pass its audit.
+    snapshot and timestamp only; ``state_dir`` and ``trust`` are as for ``Lineage.read``. Raises ConfigError: a rollout
+    is under way without a prepared rollback, or as ``compared`` and ``publish_prepared``; DataError, TrustError: the
+    registry or the repository is damaged, or does not pass its audit.
     """
     if channel in repository.channels and repository.rollout(channel) is None:
         return WatchStep("no rollout", f"channel {channel} rolls nothing out")
-    newest, previous = compared(repository, channel, adapter)
+    newest, previous = repository.compared(channel, adapter)
     current = repository.release(channel)
     if current is None:
         raise ConfigError(f"channel {channel} has no release", about="channel", value=channel)
@@ -94,10 +89,9 @@ def judge(
         newest, previous: ``AdapterManifest.content`` of the adapter in the two releases.
         margin: How far the accuracy of the newest may be below.
 
-    Raises:
-        NoVerdictError: No round compared them, or it counted too few examples of one of them; or that release was taken
-            back for it, and is compared again where it was promoted again.
-        DataError, TrustError: As ``last_evaluation`` and ``verdict``.
+    Raises NoVerdictError: no round compared them, or it counted too few examples of one of them; or that release was
+    taken back for it, and is compared again where it was promoted again; DataError, TrustError as ``last_evaluation``
+    and ``verdict``.
     """
     version = last_evaluation(lineage, newest, previous)
     if version is None or version.record is None:
@@ -119,10 +113,8 @@ def judge(
 
 
 def last_evaluation(lineage: Lineage, newest: str, previous: str) -> GovernedVersion | None:
-    """Return the version of the last round that compared two adapters (``AdapterManifest.content``), or None.
-
-    Raises TrustError if the plan of an evaluation is in no log, or is not one of an evaluation.
-    """
+    """Return the version of the last round that compared two adapters (``AdapterManifest.content``), or None. Raises
+    TrustError if the plan of an evaluation is in no log, or is not one of an evaluation."""
     for version in reversed(lineage.versions):
         if version.record is None or version.record.plan is None or not is_evaluation(version.manifest.metrics):
             continue
@@ -142,10 +134,8 @@ def _add_one(state_dir: Path) -> str:
 
 
 def find_plan(state_dir: Path, digest: str) -> Plan:
-    """Find the plan of a round in the log of its session. Raises TrustError if no log has it.
-
-    The state directory is only read: where the database has the logs, its copy of them is not used.
-    """
+    """Find the plan of a round in the log of its session. Raises TrustError if no log has it. The state directory is
+    only read: where the database has the logs, its copy of them is not used."""
     with closing(_newest_logs(state_dir)) as logs:
         for log in logs:
             for entry in transcript.read(log).entries:
@@ -162,7 +152,6 @@ def find_plan(state_dir: Path, digest: str) -> Plan:
 
 
 def _newest_logs(state_dir: Path) -> Generator[bytes, None, None]:
-    """Read the logs of all sessions, the newest first."""
     if not RegistrySettings.of(state_dir).database:
         yield from (storage.read(path) for path in reversed(logs(state_dir / TRANSCRIPT)))
         return

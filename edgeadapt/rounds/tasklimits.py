@@ -45,11 +45,8 @@ class TaskLimits(Settings):
     maximum_batch_size: int = Field(default=64, ge=1, description="most examples in a step of training")
 
     def check(self, task: RoundTask, adapter: Tensors) -> None:
-        """Check that the task and the adapter on offer, of finite tensors, are within these limits.
-
-        Raises ProtocolError if a value is outside its limit or has none, or no adapter of the configuration can be
-        trained.
-        """
+        """Check that the task and the adapter on offer, of finite tensors, are within these limits. Raises
+        ProtocolError if a value is outside its limit or has none, or no adapter of the configuration can be trained."""
         try:
             require_trainable(task.peft_config)
         except ConfigError as error:

@@ -30,10 +30,11 @@ from aggregation import rotation
 from aggregation.pki.identity import IdentityKey
 from aggregation.ring import dtype
 from aggregation.spec import SessionSpec
-from coordinator.statedir import KEY, TRANSCRIPT
+from coordinator.statedir import KEY
 from coordinator.storedlog import StoredLog
 from edgeadapt.audit.account import Account, sums
 from edgeadapt.audit.transcripts import logs
+from edgeadapt.formats.registryfiles import TRANSCRIPT
 from edgeadapt.rounds.sums import noisy_vector
 from simulations.engine import provision
 from simulations.result import CanaryBounds

@@ -18,7 +18,7 @@ ENROLMENT = (
 )
 AUDITOR = ("edgeadapt.cli.audit", "edgeadapt.audit.transcripts")
 TRAINING = ("edgeadapt.bases.traininggraph", "client.training.graphengine")
-COMMANDS = ("promotion", "sbom", "verdict", "versions")
+COMMANDS = ("promotion", "sbom", "versions")
 GOVERNANCE = ("edgeadapt.promotion", "edgeadapt.releases", *(f"edgeadapt.cli.{name}" for name in COMMANDS))
 COMPARISON = (
     "edgeadapt.cli.versions",

@@ -32,8 +32,8 @@ from coordinator.recorder import Recorder
 from coordinator.statedir import CoordinatorStateDir
 from edgeadapt import program
 from edgeadapt.audit import Check, Finding, Status, history, rules, sums
-from edgeadapt.audit.repeats import RepeatedSums
 from edgeadapt.audit.transcripts import VECTORS, logs, vector_path
+from edgeadapt.audit.weaknesses import RepeatedSums
 from tests.support.hostile import plans_for_anyone
 from tests.support.subtracting import any_set
 

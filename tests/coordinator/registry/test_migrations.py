@@ -21,7 +21,7 @@ from aggregation.errors import ConfigError, EdgeAdaptError
 from coordinator.cli.coordinator import coordinator
 from coordinator.registry import Registry, TranscriptTable, database, migrations
 from coordinator.registry.snapshot import RegistrySnapshot
-from edgeadapt.formats.registryfiles import DATABASE, SCHEMA, SCHEMAS
+from edgeadapt.formats.registryreader import DATABASE, SCHEMA, SCHEMAS
 from edgeadapt.formats.registrystores import postgresql_url
 from tests.support import refused
 from tests.support.registry import Rounds
