@@ -74,6 +74,18 @@ class RoundPoint:
 
 
 @dataclass(frozen=True, slots=True)
+class CanaryBounds:
+    """Holds lower bounds on epsilon from canaries (``engine.canaries``), and the account, an upper bound."""
+
+    count: int  # of canaries
+    right: int  # of them, guessed to be in the sums or not
+    account: float  # epsilon of the device that spent most
+    one_run: float  # a lower bound on it that assumes nothing of the noise
+    gaussian: float  # one that assumes the errors of Gaussian noise
+    confidence: float  # of each bound
+
+
+@dataclass(frozen=True, slots=True)
 class TrialResult:
     """Holds all that is measured of one arm on one seed."""
 
@@ -81,6 +93,8 @@ class TrialResult:
     cost: Cost
     rounds: tuple[RoundPoint, ...] = ()
     aggregation_error: float | None = None
+    epsilon: float | None = None  # what the rounds may have revealed of a device; None without differential privacy
+    canaries: CanaryBounds | None = None  # of a global arm, if the scenario asks for some
 
 
 Outcome = TrialResult | str  # why the trial failed, in one line
@@ -197,18 +211,6 @@ class Reliability:
     after: float  # with the temperatures that the adapters' manifests state
     near_ninety: int  # answers with a probability of 85 to 95 %
     right_near_ninety: float  # the share of them that is right; NaN if there are none
-
-
-@dataclass(frozen=True, slots=True)
-class CanaryBounds:
-    """Holds lower bounds on epsilon from canaries (``engine.canaries``), and the account, an upper bound."""
-
-    count: int  # of canaries
-    right: int  # of them, guessed to be in the sums or not
-    account: float  # epsilon of the device that spent most
-    one_run: float  # a lower bound on it that assumes nothing of the noise
-    gaussian: float  # one that assumes the errors of Gaussian noise
-    confidence: float  # of each bound
 
 
 @dataclass(frozen=True, slots=True)
