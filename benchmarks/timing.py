@@ -59,11 +59,7 @@ class Timing:
         return quartiles(self.wall)
 
     def __add__(self, other: "Timing") -> "Timing":
-        """Two calls in sequence: the sum of each repeat.
-
-        Raises:
-            ValueError: The two have different numbers of repeats.
-        """
+        """Time two calls in sequence: the sum of each repeat."""
         pairs = (self.wall, other.wall), (self.cpu, other.cpu)
         return Timing(*(tuple(map(sum, zip(*pair, strict=True))) for pair in pairs))
 
@@ -96,14 +92,8 @@ def measure(run: Callable[[T], object], make_input: Callable[[], T], repeats: in
 def interleaved(*calls: Call) -> list[Timing]:
     """Time several calls alternately, so that other work on the machine slows all of them alike.
 
-    Each pass has another order, the same on every run: a call that always followed one that fills the caches would
-    look slow.
-
-    Args:
-        *calls: Each with one repeat or more. A call with fewer repeats than others takes part in the first passes.
-
-    Returns:
-        One timing for each call, in the order of ``calls``.
+    Each pass has another order, the same on every run: a call that always followed one that fills the caches would look
+    slow. A call with fewer repeats than others takes part in the first passes.
     """
     times: list[list[tuple[float, float]]] = [[] for _ in calls]
     order, shuffler = list(zip(calls, times, strict=True)), random.Random(0)  # noqa: S311 - an order, no secret

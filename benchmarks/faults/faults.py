@@ -27,24 +27,14 @@ OLDER = "0.0.1"  # a version below the least one
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A fault.
+    """A fault, and what it needs."""
 
-    Attributes:
-        name: On the command line.
-        what: For people.
-        inject: Do it while a step is under way; returns when it was over, or when it was done if it does not pass.
-        stages: The steps at which it is done.
-        shape: What the fleet has.
-        missing: Why it cannot be done on this machine; empty if it can.
-        setting: What holds while the coordinator runs for it.
-    """
-
-    name: str
-    what: str
-    inject: Callable[[FaultFleet], float]
-    stages: tuple[Step, ...] = tuple(Step)
+    name: str  # on the command line
+    what: str  # for people
+    inject: Callable[[FaultFleet], float]  # does it while a step is under way, and returns when it was over or done
+    stages: tuple[Step, ...] = tuple(Step)  # at which it is done
     shape: FleetShape = LIGHT
-    missing: Callable[[], str] = lambda: ""
+    missing: Callable[[], str] = lambda: ""  # why it cannot be done on this machine
     setting: Callable[[FaultFleet], AbstractContextManager[None]] = lambda fleet: nullcontext()
 
 

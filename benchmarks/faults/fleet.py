@@ -51,17 +51,11 @@ SERVICES_OF_A_TEST = {"stop": 20.0, "pause": 4.0, "look": 1.0}  # seconds, of a 
 
 @dataclass(frozen=True, slots=True)
 class FleetShape:
-    """What a fleet has.
+    """What a fleet has."""
 
-    Attributes:
-        coordinators: One leads, and the others wait; several have their registry in one PostgreSQL.
-        superlink: Whether Flower's SuperLink runs as well, which then starts the rounds.
-        supernodes: Devices, of all, that are SuperNodes of it, with keys that are registered there.
-    """
-
-    coordinators: int = 1
-    superlink: bool = False
-    supernodes: int = 0
+    coordinators: int = 1  # one leads; several have their registry in one PostgreSQL
+    superlink: bool = False  # whether Flower's SuperLink runs as well, which then starts the rounds
+    supernodes: int = 0  # devices, of all, that are SuperNodes of it, with keys that are registered there
 
 
 LIGHT = FleetShape()
@@ -117,20 +111,14 @@ class CoordinatorMachine:
 
 @dataclass(slots=True)
 class FaultFleet:
-    """The fleet's folder, its processes, and what its records say.
-
-    Attributes:
-        server: Has the registry, where there are several coordinators.
-        supernodes: The devices that are SuperNodes; the others are light.
-        front: The address at which SuperNodes reach the SuperLink of the machine that leads, as a virtual one does.
-    """
+    """The fleet's folder, its processes, and what its records say."""
 
     out: Path
     names: tuple[str, ...]
     machines: tuple[CoordinatorMachine, ...]
-    server: PostgresServer | None = None
-    supernodes: tuple[str, ...] = ()
-    front: Network | None = None
+    server: PostgresServer | None = None  # of the registry, where there are several coordinators
+    supernodes: tuple[str, ...] = ()  # the other devices are light
+    front: Network | None = None  # where SuperNodes reach the SuperLink of the machine that leads
     closing: threading.Event = field(default_factory=threading.Event)
     agents: dict[str, Lines] = field(default_factory=dict)
 
@@ -261,12 +249,9 @@ def _in_force(registry: Registry) -> bool:
 
 @contextmanager
 def running_fleet(out: Path, devices: int, shape: FleetShape = LIGHT) -> Iterator[FaultFleet]:
-    """Make a fleet in the folder ``out``; at the end of the block, end its processes.
+    """Make a fleet of 3 devices or more in the new folder ``out``; at the end of the block, end its processes.
 
-    Args:
-        out: Does not exist.
-        devices: Their number, 3 or more.
-        shape: What else it has. Several coordinators need a PostgreSQL server (``postgresql.missing``).
+    Several coordinators need a PostgreSQL server (``postgresql.missing``).
     """
     with ExitStack() as stack:
         server = stack.enter_context(_server()) if shape.coordinators > 1 else None

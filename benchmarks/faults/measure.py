@@ -37,21 +37,13 @@ NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class FaultOutcome:
-    """What a fault at a step has cost.
-
-    Attributes:
-        fault: Its name.
-        stage: The step of the round under way.
-        happened: To that round.
-        lost: One line for each loss; empty: nothing.
-        seconds: From the end of the fault to the next version of the adapter.
-    """
+    """What a fault at a step has cost."""
 
     fault: str
-    stage: str
-    happened: str
-    lost: tuple[str, ...]
-    seconds: float | None
+    stage: str  # of the round under way
+    happened: str  # to that round
+    lost: tuple[str, ...]  # one line for each loss
+    seconds: float | None  # from the end of the fault to the next version of the adapter
 
 
 def measure(names: Iterable[str], note: Note, stages: Sequence[Step] = tuple(Step)) -> list[FaultOutcome]:

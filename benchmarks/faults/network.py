@@ -24,21 +24,13 @@ class Damage(Enum):
 
 @dataclass(slots=True)
 class Link:
-    """The way of one device to the gateway. Attributes may be set from any thread.
+    """The way of one device to the gateway. Attributes may be set from any thread."""
 
-    Attributes:
-        port: At which the device reaches it.
-        delay: Seconds that bytes of the device take.
-        back: Seconds that bytes to the device take.
-        refused: Whether connections that begin now are broken off.
-        damage: Of the next bytes that the device sends.
-    """
-
-    port: int = 0
-    delay: float = 0.0
-    back: float = 0.0
-    refused: bool = False
-    damage: Damage = Damage.NONE
+    port: int = 0  # where the device reaches it
+    delay: float = 0.0  # seconds that bytes of the device take
+    back: float = 0.0  # seconds that bytes to the device take
+    refused: bool = False  # whether connections that begin now are broken off
+    damage: Damage = Damage.NONE  # of the next bytes that the device sends
     connections: set["Carried"] = field(default_factory=set)
 
 

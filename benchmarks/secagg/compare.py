@@ -176,16 +176,10 @@ def dropouts(order: Iterable[T], fraction: float) -> frozenset[T]:
 
 
 def mask_limits(elements: int, count: int, repeats: int) -> dict[str, float]:
-    """Compare the speed of masking with its lower bound, the AES-256 keystream and one wrapping addition.
+    """Compare the speed of ``count`` masks with its lower bound, the AES-256 keystream and one wrapping addition.
 
-    Args:
-        elements: Of the vector, each of ``ours.BITS``.
-        count: Masks, at most 256.
-        repeats: The fastest by CPU time counts.
-
-    Returns:
-        Speeds in GB of keystream per second of CPU time (10^9 bytes): of masking, and of AES alone in CTR mode and in
-        GCM. Fractions: masking relative to the faster of the two modes with the addition, and relative to CTR mode.
+    Returns speeds in GB of keystream per second of CPU time (10^9 bytes): of masking, and of AES alone in CTR mode and
+    in GCM. Fractions: masking relative to the faster of the two modes with the addition, and relative to CTR mode.
     """
     vector = ring.zeros(elements, ours.BITS)
     found = [Mask(hashlib.sha256(bytes([i])).digest(), add=True) for i in range(count)]
@@ -306,11 +300,7 @@ def _point(devices: int, elements: int, note: Note, what: str) -> dict[str, floa
 
 
 def growth(at: Sequence[int], points: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """The points of a sweep, with the exponent of each of their lines: the least-squares slope on logarithmic axes.
-
-    Args:
-        at: Where the points are, two or more, positive.
-        points: For each place, positive milliseconds by name, with the same names everywhere.
+    """Return the points of a sweep with the exponent of each of their lines, the slope on logarithmic axes.
 
     >>> growth((1, 10), ({"server": 3.0}, {"server": 300.0}))["growth"]["server"].__round__(6)
     2.0

@@ -82,11 +82,7 @@ def _sweep_notes(found: Figures) -> Iterator[str]:
 
 
 def draw(sweep: Figures, path: Path) -> None:
-    """Write the sweeps as a PNG: CPU time over devices and over elements, both axes logarithmic.
-
-    Raises:
-        DataError: The file cannot be written.
-    """
+    """Write the sweeps as a PNG: CPU time over devices and over elements, both axes logarithmic."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")

@@ -66,8 +66,7 @@ QUICK = SimulationWorkload({"no training": Work(4, 2, minilm=False, trains=False
 def compare(work: SimulationWorkload, note: Note) -> dict[str, Any]:
     """Measure both engines and return the figures as JSON has them.
 
-    Raises:
-        ConfigError: Ray is not installed, or the system is not Linux.
+    Raises ConfigError: Ray is not installed, or the system is not Linux.
     """
     require_ray()
     found = {}
@@ -106,11 +105,7 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def _run(engine: str, fleet: Path, row: Work) -> dict[str, Any]:
-    """One run on a copy of the fleet: its figures.
-
-    Raises:
-        EdgeAdaptError: The process failed, or a device dropped out.
-    """
+    """Return the figures of one run on a copy of the fleet. Raises EdgeAdaptError: a device dropped out."""
     with TemporaryDirectory() as folder:
         copy = Path(folder) / "fleet"
         shutil.copytree(fleet, copy)

@@ -70,15 +70,9 @@ def wanted(
 ) -> Wanted:
     """Decide what to export ``base`` for. What is None follows from the adapter ``origin``, or else from the base.
 
-    Args:
-        origin: An adapter that has to fit: its layers get slots, in addition to ``targets``.
-        targets: As ``linear_layers`` takes them.
-        kinds: Of the slots at ``targets``; by default low rank alone, and nothing but what ``origin`` needs.
-        max_rank: Of an adapter; by default ``MAX_RANK``, or the adapter's if that is higher.
-
-    Raises:
-        ConfigError: The adapter is for another task or head, above ``max_rank``, brings modules of a language model, or
-            brings no head for a classifier.
+    The layers of ``origin`` get slots in addition to ``targets``; ``kinds`` are those of the slots at ``targets``, by
+    default low rank alone. Raises ConfigError: the adapter does not fit the task, head or ``max_rank``, brings modules
+    of a language model, or brings no head for a classifier.
     """
     if origin is None:
         task = task or usual_task(base)

@@ -24,12 +24,7 @@ from export.bundle.sources import Origin, as_slots
 
 
 def resolved(origin: Origin, base: Base) -> Origin:
-    """Turn ``origin`` into what slots take, with the scales of DoRA that the base's weights give.
-
-    Raises:
-        ConfigError: The base cannot be opened, or lacks a layer of the adapter; or as ``as_slots``.
-        DataError: As ``with_scales`` and ``as_slots``.
-    """
+    """Turn ``origin`` into what slots take, with the scales of DoRA that the base's weights give."""
     origin = as_slots(origin)
     if not (layers := magnitudes(origin.tensors)):
         return origin
@@ -81,13 +76,8 @@ def bare_model(base: Base, task: Task, tensors: Tensors, labels: int) -> Any:
 def model_of(base: Base, task: Task, *, mean: bool, saved: Sequence[str], labels: int | None) -> Any:
     """Open the model for a task.
 
-    Args:
-        mean: Of a classifier: with a head over the mean of the tokens, and not its own.
-        saved: Modules that the adapter brings.
-        labels: Of a classifier: the rows of its head; None for the base's own.
-
-    Raises:
-        ConfigError: As ``pretrained.load``.
+    A classifier has a head over the mean of the tokens, or its own one with ``labels`` rows (None: as the base has it).
+    ``saved``: modules that the adapter brings.
     """
     if task == "text-generation":
         return pretrained.load(base, AutoModelForCausalLM)

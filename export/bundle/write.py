@@ -64,22 +64,16 @@ def write_bundle(
     form: Format = "int8",
     once: bool = False,
 ) -> None:
-    """Write a bundle to ``out``, replacing an older bundle.
+    """Write a bundle to ``out``, replacing an older bundle, and sign its manifests.
 
     Adapters in ``out`` for the same base stay, unless one of ``sources`` has their name: a household keeps its private
-    adapter when the shared one is updated.
+    adapter when the shared one is updated. With ``once``, no other bundle gets this export: its files become the
+    bundle's without being copied.
 
-    Args:
-        exported: The base; one export serves any number of bundles.
-        key: Signs the base manifest and the adapter manifests.
-        once: No other bundle gets this export: its files become the bundle's without being copied.
-
-    Raises:
-        ConfigError: ``out`` is something other than a bundle, or keeps adapters that would no longer fit the base; an
-            adapter's name cannot be a file's; or an adapter of a language model lacks its ``adapter_inputs``.
-        DataError: An adapter does not fit the base, is above its highest rank, or has labels that do not match the rows
-            of its head or that devices refuse.
-        OSError: The folder cannot be written. The content of ``out`` is unchanged.
+    Raises ConfigError: ``out`` is something other than a bundle, or keeps adapters that would no longer fit the base;
+    an adapter's name cannot be a file's; or an adapter of a language model lacks its ``adapter_inputs``. DataError: an
+    adapter does not fit the base, or has labels that do not match the rows of its head or that devices refuse. At any
+    error the content of ``out`` is unchanged.
     """
     with locked_folder(out) as whole:
         _write_bundle(whole, exported, sources, key, form, once)
@@ -131,10 +125,8 @@ def add(
 ) -> AdapterManifest:
     """Add ``origin`` to ``bundle`` under ``name``, and return its manifest. Does not import torch.
 
-    Raises:
-        ConfigError: ``bundle`` is not a bundle, ``name`` cannot be a file's, the adapter is for another base, or its
-            labels are missing.
-        DataError: The adapter does not fit the base, or devices would refuse its version as a rollback.
+    Raises ConfigError: the adapter is for another base, or its labels are missing. DataError: it does not fit the base,
+    or devices would refuse its version as a rollback.
     """
     if (manifest := stated_manifest(bundle)) is None:
         raise _no_bundle(bundle)
@@ -241,12 +233,8 @@ def add_adapter(
 ) -> None:
     """Add or replace one adapter in a bundle, such as a household's private one, signed by the device's own key.
 
-    ``inputs``: of the model that the adapter was trained in (``find_adapter_inputs``).
-
-    Raises:
-        ConfigError: ``bundle`` is not a bundle, or the adapter's name cannot be a file's.
-        DataError: As ``write_bundle``.
-        OSError: The folder cannot be written. The bundle is unchanged.
+    ``inputs``: of the model that the adapter was trained in (``find_adapter_inputs``). At an error the bundle is
+    unchanged.
     """
     with locked_folder(bundle) as whole:
         if (manifest := stated_manifest(whole)) is None:
@@ -259,12 +247,7 @@ def add_adapter(
 
 
 def copy_bundle(bundle: Path, out: Path) -> None:
-    """Copy ``bundle`` to ``out`` with hard links, replacing an older bundle.
-
-    Raises:
-        ConfigError: ``bundle`` is not a bundle, or ``out`` is something other than one.
-        OSError: The folder cannot be written. The content of ``out`` is unchanged.
-    """
+    """Copy ``bundle`` to ``out`` with hard links, replacing an older bundle; at an error ``out`` is unchanged."""
     if stated_manifest(bundle) is None:
         raise _no_bundle(bundle)
     with locked_folder(out) as whole:

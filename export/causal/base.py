@@ -47,20 +47,14 @@ def export_causal(
     *,
     training: bool = False,
 ) -> ExportedBase:
-    """Export ``base`` with ``slots`` at its linear layers; takes some seconds.
+    """Export ``base`` with ``slots`` at linear layers, or low-rank ones at targets such as ``("q_proj", "v_proj")``.
 
-    Args:
-        slots: Of its layers; or targets, such as ``("q_proj", "v_proj")``, which get low-rank slots.
-        max_rank: The highest rank that the base manifest allows an adapter.
-        where: The folder that holds the result's files and those that are needed meanwhile, about six bytes a
-            parameter; None for the system's folder of temporary files.
-        training: Whether the result has a training graph, with which devices train adapters. Its gradients are compared
-            with torch's, for which the base has to fit into memory in float32, twice if it is quantized.
+    ``where`` is the folder that holds the result's files and those that are needed meanwhile, about six bytes a
+    parameter. ``training``: with a training graph, whose gradients are compared with torch's, for which the base has to
+    fit into memory in float32, twice if it is quantized.
 
-    Raises:
-        ConfigError: The base is an encoder-decoder or cannot be exported, a target names no linear layer, or a layer's
-            MatMul cannot be found in the graph; virtual tokens are wanted, and the graph has no place for them; or it
-            cannot have a training graph (``training_graph``, ``check_gradients``).
+    Raises ConfigError: the base is an encoder-decoder or cannot be exported, a target names no linear layer, a layer's
+    MatMul or a place for virtual tokens cannot be found in the graph, or as ``training_graph`` and ``check_gradients``.
     """
     check_decoder(pretrained.configuration(base))
     with closing(WorkFolder(where)) as scratch:

@@ -34,17 +34,11 @@ def export_classifier(
 ) -> ExportedBase:
     """Export the base of ``model`` in a few seconds; no tensor of its adapter gets into the result.
 
-    Args:
-        model: From ``slotted``, or ``edgeadapt.methods.classifier.build``, whose adapter names the layers that get
-            slots.
-        max_rank: The highest rank that the base manifest allows an adapter.
-        where: The folder that holds the result's files; None for the system's folder of temporary files.
-        training: Whether the result has a training graph, with which devices train adapters; None: if it can have one.
+    The adapter of ``model`` names the layers that get slots. ``training``: with a training graph; None: if it can have
+    one.
 
-    Raises:
-        ConfigError: The model has block-sparse attention, or cannot be exported (``check_classifies``,
-            ``find_adapter_inputs``, ``graph.trace``); its graph does not run; nothing limits the length of a text; or
-            it cannot have the training graph that it shall have (``training_graph``, ``check_gradients``).
+    Raises ConfigError: the model has block-sparse attention or cannot be exported; its graph does not run; nothing
+    limits the length of a text; or it cannot have the training graph that it shall have.
     """
     if getattr(pretrained.configuration(base), "attention_type", None) == "block_sparse":
         # transformers reads short texts, and whatever follows them, with full attention: which answer is right depends.

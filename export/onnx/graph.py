@@ -64,17 +64,11 @@ def export(
     store: TensorStore = MEMORY,
     weights: Weights | None = None,
 ) -> onnx.ModelProto:
-    """Trace ``module``, in evaluation mode, with the keyword arguments ``example``.
+    """Trace ``module``, in evaluation mode, with the keyword arguments ``example``: tensors, or lists and dictionaries.
 
-    Args:
-        example: Tensors, or lists and dictionaries of them.
-        dynamic: In the structure of ``example``, the dynamic dimensions of each tensor.
-        inputs: The names of all tensors of ``example``, in order.
-        outputs: The names of the tensors that the module returns.
-        weights: Of a hollow module (``hollow.py``); they are read one by one.
-
-    Raises:
-        ConfigError: torch cannot trace it.
+    ``dynamic`` has the dynamic dimensions of each tensor in the structure of ``example``, ``inputs`` the names of all
+    its tensors in order, ``weights`` those of a hollow module (``hollow.py``), which are read one by one. Raises
+    ConfigError: torch cannot trace it.
     """
     try:
         with _quiet(), torch.no_grad():

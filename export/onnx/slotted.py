@@ -53,14 +53,9 @@ def with_own_head(
 ) -> SlottedModel:
     """Build ``AutoModelForSequenceClassification``, as peft does. The base may lack what adapters bring.
 
-    Args:
-        slots: Of its layers; or targets, which get low-rank slots.
-        brought: The shapes of an adapter's ``modules_to_save``, by their names in the model. None: any adapter's, which
-            brings the modules that peft usually takes for a head.
-
-    Raises:
-        ConfigError: As ``with_mean_head``; the model lacks a module that the adapter brings, or weights that it does
-            not bring; the head is for several answers at a time, or for a number; or a prefix is wanted.
+    ``brought``: the shapes of an adapter's ``modules_to_save``; None: any adapter's, with the modules that peft usually
+    takes for a head. Raises ConfigError: as ``with_mean_head``; the model lacks a module that the adapter brings, or
+    weights that it does not bring; the head is for several answers at a time, or for a number; or a prefix is wanted.
     """
     wanted = Slots.of(slots)
     if PREFIX in wanted.virtual:

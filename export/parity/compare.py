@@ -227,16 +227,10 @@ def compare(
     step: Callable[[], object] = lambda: None,
     labels: Sequence[int] | None = None,
 ) -> Parity:
-    """Run torch and ONNX Runtime on the same texts; call ``step`` after each.
+    """Run torch, with the trained adapter, and ONNX Runtime on the same held-out texts; call ``step`` after each.
 
-    Args:
-        model: With the trained adapter.
-        inputs: The exported adapter, read back from its file (``adapter.decode``).
-        texts: Held-out texts; at least one, and for a language model one of two tokens.
-        labels: Of a classifier: the right answer to each text, if it is known.
-
-    Raises:
-        DataError: There is no answer to compare, or one is not finite.
+    ``inputs`` is the exported adapter, read back from its file; ``labels`` are a classifier's right answers, if they
+    are known. Raises DataError: there is no answer to compare, or one is not finite.
     """
     rows: list[Floats] = []
     alone: list[tuple[Sequence[int], Floats]] = []

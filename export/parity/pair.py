@@ -32,14 +32,10 @@ class ExportedPair:
 
 
 def open_pair(bundle: Bundle, name: str, base_name: str, origin: Origin) -> ExportedPair:
-    """Read back and verify the base and the adapter ``name`` of a bundle.
+    """Read back and verify the base and the adapter ``name`` of a bundle, which was exported from ``origin``.
 
-    ``base_name``: the folder or package of the base that was exported; ``origin``: what the adapter was exported from.
-
-    Raises:
-        ConfigError: ``base_name`` is another base than the bundle's.
-        DataError: The adapter was exported from another file than ``origin``.
-        TrustError: A file of the bundle is not what was signed.
+    Raises ConfigError: ``base_name`` is another base than the bundle's. DataError: the adapter was exported from
+    another file than ``origin``. TrustError: a file of the bundle is not what was signed.
     """
     verified = bundle.base()
     manifest, adapter = verified.manifest, bundle.adapter(name, verified.manifest)

@@ -41,12 +41,7 @@ def measure(
 ) -> Calibration:
     """Fit a temperature, and measure what it does to phrases that it was not fitted on.
 
-    Args:
-        inputs: The adapter, read back from its file (``adapter.decode``).
-        examples: Held-out phrases with the numbers of their labels.
-
-    Raises:
-        DataError: An answer is not finite, or a label has no row in the head.
+    Raises DataError: an answer is not finite, or a label has no row in the head.
     """
     logits = runner.classify([phrase for phrase, _ in examples], inputs, step)
     labels = np.array([label for _, label in examples], np.int64)

@@ -183,12 +183,7 @@ class Rows:
 
 
 def read_rows(settings: DataSettings) -> Rows:
-    """Read all rows that ``settings`` name.
-
-    Raises:
-        ConfigError: A file or function does not exist or is of another form, or a column is missing from a file.
-        DataError: A file is damaged, or there are too many rows.
-    """
+    """Read all rows that ``settings`` name, of files and functions."""
     if settings.function:
         return _rows(_called(settings.function), settings)
     return _rows(_chained(settings.files), settings)
@@ -448,13 +443,10 @@ def normalized(text: str) -> str:
 def group_texts(texts: Sequence[str], keys: Sequence[str], threshold: float) -> list[int]:
     """Return the group of each text, as the index of the group's first text.
 
-    Texts whose sets of three-character pieces have a Jaccard index of at least ``threshold`` are in one group, and so
-    are those that a chain of such pairs connects. The index is estimated from 64 hashes (Broder 1997; its standard
-    deviation is at most 0.0625) for pairs that locality-sensitive hashing finds (Indyk and Motwani 1998).
-
-    Args:
-        keys: One for each text; those with the same key that is not empty belong together too.
-        threshold: From 0.3 to 1; at 1, only texts that ``normalized`` makes equal are in one group.
+    Texts whose sets of three-character pieces have a Jaccard index of at least ``threshold``, from 0.3 to 1, are in one
+    group, as are those with an equal key that is not empty, and those that a chain of such pairs connects. The index is
+    estimated from 64 hashes (Broder 1997; its standard deviation is at most 0.0625) for pairs that locality-sensitive
+    hashing finds (Indyk and Motwani 1998); at 1, only texts that ``normalized`` makes equal are in one group.
     """
     first: dict[str, int] = {}
     parent = list(range(len(texts)))
@@ -522,12 +514,7 @@ class Loaded:
 
 
 def load_population(settings: DataSettings, seed: int) -> Loaded:
-    """Read the texts and make a population of them; the same texts, settings and seed give the same ``digest``.
-
-    Raises:
-        ConfigError, DataError: As ``read_rows``; there are too few clients, labels or texts; or no row can be used, or
-            one is broken and ``settings.broken`` refuses it.
-    """
+    """Read the texts and make a population of them; the same texts, settings and seed give the same ``digest``."""
     rows, public = read_rows(settings), read_public(settings)
     broken = rows.broken + public.broken
     if not rows.good:

@@ -54,12 +54,8 @@ def read_trace(path: Path, clients: Iterable[Client]) -> Mapping[str, Steps]:
     """Map each client to when its device can be reached.
 
     The file has the columns ``round`` and ``available``, and ``client`` or ``language``. A row holds from its round on,
-    until another one of the same client or language. ``available`` is 1 or 0 for a client; in between it is the
-    share of the clients of a language, or the probability for a client.
-
-    Raises:
-        ConfigError: The file cannot be read, or lacks a column.
-        DataError: A row is broken, repeated, or names no client or language of the population.
+    until another one of the same client or language. ``available`` is 1 or 0 for a client; in between it is the share
+    of the clients of a language, or the probability for a client.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:

@@ -58,12 +58,10 @@ class _Exported:
 
 
 def export_all(fleets: Sequence[tuple[Path, Population]], scenario: Scenario, base: Base, report: str) -> ExportResult:
-    """Export, check parity, and write the bundles of each federation.
+    """Export, check parity, and write the bundles of each federation: its folder, and its clients that are evaluated.
 
-    ``fleets`` has the folder of each, and its clients that are evaluated; at least one. ``report`` is its future place.
-
-    Raises:
-        ParityError: An exported pair answers too differently from torch; no bundle of it was written.
+    ``report`` is its future place. Raises ParityError: an exported pair answers too differently from torch; no bundle
+    of it was written.
     """
     exported = [_publish(out, scenario, population, base) for out, population in fleets]
     parities, (first, *_) = [each.parity for each in exported], exported
