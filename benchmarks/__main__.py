@@ -177,7 +177,6 @@ def secagg(as_json: bool, out: Path | None, quick: bool, repeats: int | None, no
             f"cannot write {out}: {out.parent} is not a folder; choose another --out", about="--out", value=str(out)
         )
     from benchmarks.secagg import compare as run
-    from benchmarks.secagg import report
 
     work = run.QUICK if quick else run.SecAggWorkload()
     work = dataclasses.replace(work, repeats=repeats or work.repeats)
@@ -187,8 +186,8 @@ def secagg(as_json: bool, out: Path | None, quick: bool, repeats: int | None, no
             for part in (run.large, run.memory, run.sweep):
                 found[part.__name__] = part(work, show)
     if out:
-        report.draw(found["sweep"], out)
-    click.echo(json.dumps(found) if as_json else report.table(found))
+        run.draw(found["sweep"], out)
+    click.echo(json.dumps(found) if as_json else run.table(found))
 
 
 @bench.command()
@@ -207,13 +206,12 @@ def simulation(as_json: bool, quick: bool, repeats: int | None) -> None:
       python -m benchmarks simulation --json --repeats 5
     """
     from benchmarks.simulation import compare as run
-    from benchmarks.simulation import report
 
     work = run.QUICK if quick else run.FULL
     work = dataclasses.replace(work, repeats=repeats or work.repeats)
     with status("measuring") as show:
         found = run.compare(work, show)
-    click.echo(json.dumps(found) if as_json else report.table(found))
+    click.echo(json.dumps(found) if as_json else run.table(found))
 
 
 @bench.command()

@@ -3,7 +3,7 @@
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,6 +21,32 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
         return values[0], values[0]
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")
     return first, third
+
+
+def in_turn(
+    engines: Sequence[str], repeats: int, run: Callable[[str], Mapping[str, float]], note: Note, what: str = ""
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Run engines in turn, in another order each time; return the median, least and largest of each figure."""
+    runs: dict[str, list[Mapping[str, float]]] = {engine: [] for engine in engines}
+    for repeat in range(repeats):
+        for engine in engines if repeat % 2 == 0 else reversed(engines):
+            note(f"{what}{engine}, {repeat + 1} of {repeats}")
+            runs[engine].append(run(engine))
+    return {engine: {name: _spread([run[name] for run in each]) for name in each[0]} for engine, each in runs.items()}
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def spread_text(values: Mapping[str, float], unit: float = 1.0) -> str:
+    """Format what ``in_turn`` returns of a figure.
+
+    >>> spread_text({"median": 2.0, "min": 1.5, "max": 3.0})
+    '2 (1.5–3)'
+    """
+    median, low, high = (f"{values[key] / unit:,.4g}" for key in ("median", "min", "max"))
+    return f"{median} ({low}–{high})"
 
 
 @dataclass(slots=True)

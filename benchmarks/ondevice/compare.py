@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
-from benchmarks.ondevice import goals, inputs, memory
+from benchmarks.ondevice import inputs, memory, report
 from benchmarks.ondevice.inputs import FORMATS, ContenderFiles, Recipe, TokenWindows
 from benchmarks.ondevice.process import PEER, TORCH, Contender
 from benchmarks.timing import Note, measure, quartiles
@@ -85,7 +85,7 @@ def compare(exported: Sequence[Profile], work: OnDeviceWorkload, note: Note) -> 
     with tempfile.TemporaryDirectory(prefix="edgeadapt-bench-") as folder:
         found = on_base(base, gguf, text, exported, work, Path(folder), note)
     note("classification of a phrase by MiniLM")
-    return goals.judged(found | {"minilm_ms": phrase_ms(work.phrases)})
+    return report.judged(found | {"minilm_ms": phrase_ms(work.phrases)})
 
 
 def on_base(

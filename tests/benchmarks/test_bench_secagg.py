@@ -15,7 +15,7 @@ from flwr.common import bytes_to_ndarray
 
 from aggregation.errors import DataError
 from benchmarks.__main__ import bench
-from benchmarks.secagg import compare, ours, peer, report
+from benchmarks.secagg import compare, ours, peer
 from benchmarks.secagg.compare import QUICK, dropouts, growth, memory
 from benchmarks.timing import Note
 from edgeadapt.formats.cores import cores
@@ -81,25 +81,6 @@ def test_growth_is_the_exponent_of_a_power_law() -> None:
     assert line["growth"]["server"] == pytest.approx(1.5)
 
 
-def test_the_table_has_a_row_for_each_comparison_and_states_the_threads(ran: tuple[dict[str, Any], Path]) -> None:
-    lines = report.table(ran[0]).splitlines()
-    assert [line[:30].rstrip() for line in lines[1:5]] == [
-        "client: shares",
-        "client: encode + mask",
-        "client: rotate + encode + mask",
-        "client: whole upload",
-    ]
-    assert sum(line.startswith("server:") for line in lines) == 6
-    assert sum("one core" in line for line in lines[:-11]) == 6
-    assert [line[:20] for line in lines[5:8]] == [
-        "server: 0% dropouts ",
-        "server: 10% dropouts",
-        "server: 30% dropouts",
-    ]
-    assert "20 devices, 2000 elements, 10 neighbors." in lines
-    assert f"Ours masks in {cores()} thread{'s' * (cores() > 1)}; in the rows of one core, in one." in lines
-
-
 def test_a_missing_folder_is_refused_before_anything_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,18 +88,6 @@ def test_a_missing_folder_is_refused_before_anything_is_measured(
     arguments = ["secagg", "--quick", "--out", str(tmp_path / "missing" / "x.png")]
     with refused(DataError, "--out", value=arguments[-1]):
         CliRunner().invoke(bench, arguments, standalone_mode=False, catch_exceptions=False)
-
-
-def test_ctrl_c_ends_it_without_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(peer, "unmask", interrupt)
-    picture = tmp_path / "x.png"
-    result = CliRunner().invoke(bench, ["secagg", "--quick", "--out", str(picture)])
-    assert result.exit_code == 1
-    assert result.output.strip() == "Aborted!"
-    assert not picture.exists()
 
 
 class Screen(io.StringIO):
@@ -149,28 +118,6 @@ def test_the_current_step_is_shown_on_a_terminal_and_only_there(
     assert capsys.readouterr().out == "{}\n"
 
 
-def test_each_step_is_announced() -> None:
-    steps: list[str] = []
-    work = dataclasses.replace(QUICK, repeats=1)
-    for part in (compare.compare, compare.large, memory, compare.sweep):
-        part(work, steps.append)
-    assert [step.partition(";")[0] for step in steps] == [
-        "setting up both sides",
-        "client: shares, encode and mask, rotation, whole upload",
-        "masks against AES and an addition",
-        "uploads of every device",
-        "server: 0% dropouts",
-        "server: 10% dropouts",
-        "server: 30% dropouts",
-        "30 devices with 1000 elements",
-        "memory",
-        "sweep: 10 devices",
-        "sweep: 12 devices",
-        "sweep: 1000 elements",
-        "sweep: 2000 elements",
-    ]
-
-
 def test_the_timed_vector_of_the_peer_is_the_one_that_its_client_sends() -> None:
     theirs, values = peer.make(12, 4, 4), np.random.default_rng(1).uniform(-1, 1, 500)
     sent = bytes_to_ndarray(theirs.upload(0, values)).astype(np.int64)
@@ -191,7 +138,7 @@ def test_a_picture_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     line = {"at": [1, 2], "cpu_ms": {"client": [1.0, 2.0]}, "growth": {"client": 1.0}}
     missing = tmp_path / "missing" / "x.png"
     with refused(DataError, "--out", value=str(missing)) as caught:
-        report.draw({"devices": line, "elements": line}, missing)
+        compare.draw({"devices": line, "elements": line}, missing)
     assert str(caught.value) == f"cannot write {missing}: No such file or directory; choose another --out"
 
 
