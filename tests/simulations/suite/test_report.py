@@ -12,8 +12,8 @@ import pytest
 
 from aggregation.errors import DataError
 from simulations.plan import SearchOutcome, Suite
-from simulations.report.pages import markdown, sentence, suite_page, write_suite_report
-from simulations.report.summary import Difference, PairSummary, SuiteSummary, summarize
+from simulations.report.pages import markdown, suite_page, write_suite_report
+from simulations.report.summary import PairSummary, SuiteSummary, summarize
 from simulations.result import CanaryBounds, RoundPoint, Tally, TrialResult
 from tests.support import refused
 from tests.support.pages import outline
@@ -108,29 +108,6 @@ def test_arms_with_other_clients_cannot_be_compared(suite: Suite, result_of: Cal
     found["personal"] = (NONE, {0: result_of(5, 6), 1: result_of(5)})
     with refused(DataError, "personal"):
         summarize(suite.settings, found)
-
-
-@pytest.mark.parametrize(
-    ("difference", "title", "expected"),
-    [
-        (Difference(0.031, 0.012, 0.05, 0.01, 0.03), "mean", "A is 3.1 points better than b (95 %: 1.2 to 5.0)."),
-        (Difference(-0.031, -0.05, -0.012, 0.01, 0.03), "mean", "A is 3.1 points worse than b (95 %: 1.2 to 5.0)."),
-        (
-            Difference(0.01, -0.02, 0.04, 0.5, 1.0),
-            "p10",
-            "At the 10th percentile the difference between a and b is within noise: +1.0 (-2.0 to 4.0).",
-        ),
-        (
-            Difference(0.02, 0.001, 0.04, 0.04, 0.2),
-            "unseen",
-            "For unseen clients a is 2.0 points better than b (95 %: 0.1 to 4.0); of 5 pairs, one may differ so much "
-            "by chance (Holm: p = 0.20).",
-        ),
-        (Difference(0.2, math.nan, math.nan, 1.0, 1.0), "unseen", "Too few unseen clients to compare a and b."),
-    ],
-)
-def test_a_comparison_in_plain_words(difference: Difference, title: str, expected: str) -> None:
-    assert sentence(PairSummary("a", "b", {title: difference}), title, 5) == expected
 
 
 def test_the_page_loads_nothing_has_every_number_and_escapes_names(summary: SuiteSummary) -> None:
