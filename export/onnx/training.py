@@ -17,7 +17,7 @@ from edgeadapt.bases.traininggraph import HITS, LOG_LIKELIHOOD, LOSS, OWN_BIAS, 
 from edgeadapt.formats.graphinputs import LORA_A, LORA_B, OUTPUT_SCALE
 from edgeadapt.formats.layout import Floats
 from export.onnx import graph as tracing
-from export.onnx.differentiate import differentiate
+from export.onnx.derivatives import differentiate
 from export.onnx.exported import Profile
 from export.onnx.matmuls import embedding_of, equal, replace_nodes
 from export.onnx.peftmodel import SlottedModel, layer_weight, weight_shape

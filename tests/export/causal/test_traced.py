@@ -34,7 +34,8 @@ from export.bundle.write import AdapterSource, write_bundle
 from export.causal import builder, export_causal, traced
 from export.causal.builder import BuilderPathError
 from export.causal.sample import Sample, sample_logits
-from export.onnx import headers, hollow, segments
+from export.onnx import graph as tracing
+from export.onnx import headers, segments
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.peftmodel import find_adapter_inputs
 from export.onnx.tensorstore import OnDisk
@@ -317,8 +318,8 @@ def test_weights_that_are_not_in_memory_while_torch_traces_give_the_same_graph(
 ) -> None:
     base = make_lm(kind, **ONE)
     sample, expected = sample_logits(_torch(base), pretrained.tokenizer(base)), []
-    for small, limit in ((hollow.SMALL, segments.LIMIT), (0, 20_000)):
-        monkeypatch.setattr(hollow, "SMALL", small)
+    for small, limit in ((tracing.SMALL, segments.LIMIT), (0, 20_000)):
+        monkeypatch.setattr(tracing, "SMALL", small)
         monkeypatch.setattr(segments, "LIMIT", limit)
         store = OnDisk(tmp_path / str(small))
         made = traced.build(base, sample, store).graph

@@ -30,8 +30,8 @@ from edgeadapt.bases.base import Base
 from edgeadapt.formats.graphinputs import to_inputs
 from edgeadapt.formats.layout import Tensors
 from edgeadapt.methods.peft.inputs import AdapterInputs
+from export.bundle.base import resolved
 from export.bundle.sources import fitted, from_peft
-from export.bundle.trained import resolved
 from export.bundle.write import add, write_bundle
 from export.causal import export_causal
 from export.onnx.exported import ExportedBase, Profile

@@ -20,9 +20,8 @@ from edgeadapt.formats.layout import Layout
 from edgeadapt.methods.classifier import load
 from export.bundle import adapter
 from export.bundle.write import AdapterSource, write_bundle
-from export.onnx.classifier import export_classifier
+from export.onnx.classifier import export_classifier, independent_rows
 from export.onnx.exported import ExportedBase, Profile
-from export.onnx.rows import independent_rows
 from export.parity.compare import Limits, OnnxRunner, ParityError, compare, gate, torch_logits
 from tests.support import refused
 from tests.support.exhaustive import few
