@@ -16,13 +16,9 @@ ARMS = ("base", "local", "global", "personal")
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """Counts right answers to some texts, or how well a language model predicts them.
+    """Counts right answers to some texts, or how well a language model predicts them."""
 
-    Attributes:
-        right: A character for each text that is classified: ``1`` if its answer is right, else ``0``.
-    """
-
-    right: Annotated[str, Field(pattern=r"^[01]*$")]
+    right: Annotated[str, Field(pattern=r"^[01]*$")]  # of each text that is classified: 1 if its answer is right
     loss: float  # mean cross-entropy of a text in nats, of a language model for each byte; 0 without texts
     predicted: int = 0  # texts of a language model
 
@@ -102,11 +98,7 @@ Outcome = TrialResult | str  # why the trial failed, in one line
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """Says what arms are compared by, and how it reads in a report.
-
-    Attributes:
-        factor, digits, unit: How a difference is printed.
-    """
+    """Says what arms are compared by, and how it reads in a report."""
 
     name: str  # in a heading
     key: str  # in JSON
@@ -114,7 +106,7 @@ class Metric:
     sign: int  # 1 if more is better, else -1
     titles: Mapping[str, str]  # of the figures over clients; ``p10`` is the tenth from the bad end
     decile: str  # ``p10`` in a sentence
-    factor: float
+    factor: float  # with ``digits`` and ``unit``: how a difference is printed
     digits: int
     unit: str
     differences: str  # the unit of differences in full

@@ -55,6 +55,7 @@ class OnDeviceWorkload:
     threads: int = 2
     starts: int = 3  # of each contender's process
     tenants: tuple[int, ...] = (1, 10, 100)  # adapters in one process
+    recipe: Recipe = Recipe()  # noqa: RUF009  # it is immutable
 
 
 QUICK = OnDeviceWorkload(rounds=1, prompt=16, tokens=8, eager=2, windows=2, phrases=5, starts=1, tenants=(1, 3))
@@ -90,11 +91,12 @@ def compare(exported: Sequence[Profile], work: OnDeviceWorkload, note: Note) -> 
 
 def on_base(
     base: Base, gguf: Path, text: TokenWindows, exported: Sequence[Profile], work: OnDeviceWorkload, folder: Path,
-    note: Note, recipe: Recipe = Recipe(),  # noqa: B008  # it is immutable
+    note: Note,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure a Llama-like base and its ``gguf`` form on a text, without classification and goals."""
     note("the adapter; training takes two or three minutes if it is not in the cache")
-    built, sizes = ContenderFiles(base, recipe, inputs.trained(base, recipe, text.train), gguf, folder), {}
+    recipe, sizes = work.recipe, dict[str, dict[str, int]]()
+    built = ContenderFiles(base, recipe, inputs.trained(base, recipe, text.train), gguf, folder)
     for profile in exported:
         note(f"export: {profile.value}")
         sizes[profile.value] = built.export(profile)

@@ -145,11 +145,8 @@ def _while_running(bundle: Path, tenants: int, processes: int, read: Callable[[i
         for process in running:
             assert process.stdout is not None  # noqa: S101
             if process.stdout.readline() != "ready\n":
-                raise ConfigError(
-                    f"a process with {tenants} adapters has ended; its own message is above",
-                    about="tenants",
-                    value=tenants,
-                )
+                reason = f"a process with {tenants} adapters has ended; its own message is above"
+                raise ConfigError(reason, about="tenants", value=tenants)
         found = [read(process.pid) for process in running]
         for process in running:
             process.communicate()

@@ -26,7 +26,12 @@ GOALS: tuple[Goal, ...] = (
     ("share of decode that the adapter costs", lambda f, p: f["decode_cost"][p], 0.05, False),
     ("adapter swap, ms", lambda f, p: f["swap_ms"][p], 1.0, False),
     ("int8 adapter / its fp32 bytes", lambda f, p: f["sizes"][p]["int8"] / f["sizes"][p]["fp32"], 0.27, False),
-    ("int8 adapter: change of perplexity", lambda f, p: _change(f["perplexity"][p]), 0.001, False),
+    (
+        "int8 adapter: change of perplexity",
+        lambda f, p: abs(f["perplexity"][p]["int8"] / f["perplexity"][p]["fp32"] - 1),
+        0.001,
+        False,
+    ),
     ("MiniLM, one phrase, ms", lambda f, p: f["minilm_ms"]["ms"], 5.0, False),
 )
 
@@ -67,10 +72,6 @@ def _perplexity(found: Figures, name: str) -> float:
 
 def _to_peer(values: Mapping[str, float], name: str) -> float:
     return values[name] / values[PEER] if values[PEER] else math.nan  # no memory outside Linux
-
-
-def _change(perplexity: Mapping[str, float]) -> float:
-    return abs(perplexity["int8"] / perplexity["fp32"] - 1)
 
 
 RESULT, PICTURE = "ondevice.json", "ondevice.png"

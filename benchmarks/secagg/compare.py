@@ -276,10 +276,7 @@ def sweep(work: SecAggWorkload, note: Note) -> dict[str, Any]:
     """Measure CPU time of one client and of the server over the number of devices and over that of elements."""
     by_devices = [_point(n, SWEEP_ELEMENTS, note, f"sweep: {n} devices") for n in work.sweep_devices]
     by_elements = [_point(SWEEP_DEVICES, d, note, f"sweep: {d} elements") for d in work.sweep_elements]
-    return {
-        "devices": growth(work.sweep_devices, by_devices),
-        "elements": growth(work.sweep_elements, by_elements),
-    }
+    return {"devices": growth(work.sweep_devices, by_devices), "elements": growth(work.sweep_elements, by_elements)}
 
 
 def _fleet(devices: int, elements: int) -> tuple[ours.EdgeAdaptFleet, dict[str, Any], np.random.Generator]:

@@ -15,7 +15,7 @@ import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -462,9 +462,7 @@ def group_texts(texts: Sequence[str], keys: Sequence[str], threshold: float) -> 
 
 
 def _join_similar(distinct: Sequence[tuple[str, int]], parent: list[int], threshold: float) -> None:
-    rows = (
-        4 if threshold >= 0.7 else 2
-    )  # of a band: a pair at the threshold is found with a probability of 0.95 or more
+    rows = 4 if threshold >= 0.7 else 2  # of a band: a pair at the threshold is found with a probability of 0.95
     index = MinHashLSH(num_perm=PERMUTATIONS, params=(PERMUTATIONS // rows, rows))
     sketches: dict[int, MinHash] = {}
     for text, number in distinct:
@@ -491,16 +489,12 @@ def _root(parent: list[int], index: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class DataFacts:
-    """Says what became of the rows.
-
-    Attributes:
-        small: Clients that were left out, because they had fewer than ``minimum_texts`` or nothing to train or test on.
-    """
+    """Says what became of the rows."""
 
     rows: int  # rows that are used, broken ones not counted
     broken: tuple[str, ...]  # a line for each broken row
     groups: int  # groups of near-duplicates among the rows
-    small: int
+    small: int  # clients that were left out: too few texts, or nothing to train or test on
     overlapping: int  # test texts that were left out, because a near-duplicate is in somebody's training part
     leaked: int  # test texts of the data's own split of which a near-duplicate is in somebody's training part
 
@@ -522,11 +516,8 @@ def load_population(settings: DataSettings, seed: int) -> Loaded:
         raise DataError(why, about="data.files", value=broken)
     if broken and settings.broken == "refuse":
         more = f" (and {len(broken) - 1} more rows)" if len(broken) > 1 else ""
-        raise DataError(
-            f"{broken[0]}{more}; mend it, or leave such rows out with data.broken = skip",
-            about="data.files",
-            value=broken,
-        )
+        reason = f"{broken[0]}{more}; mend it, or leave such rows out with data.broken = skip"
+        raise DataError(reason, about="data.files", value=broken)
     return _Maker(settings, seed, rows, public).make(broken)
 
 
@@ -539,11 +530,8 @@ class _Maker:
         labels = {row.label for row in (*self.rows, *others)}
         self.labels = tuple(sorted(labels)) if settings.label else ()
         if settings.label and len(self.labels) < 2:
-            raise ConfigError(
-                f"the {len(self.rows)} texts have {len(self.labels)} different labels; at least 2 are needed",
-                about="data.label",
-                value=settings.label,
-            )
+            reason = f"the {len(self.rows)} texts have {len(self.labels)} different labels; at least 2 are needed"
+            raise ConfigError(reason, about="data.label", value=settings.label)
         texts = [row.text for row in (*self.rows, *others)]
         keys = [row.group for row in (*self.rows, *others)]
         self.groups = group_texts(texts, keys, settings.near_duplicates)
@@ -572,13 +560,9 @@ class _Maker:
             else:
                 overlapping = len(repeated)
                 side = {at: part for at, part in side.items() if at not in set(repeated)}
-        clients = []
-        for name, members in owned.items():
-            client = self._client(name, members, side)
-            if client is None:
-                small += 1
-            else:
-                clients.append(client)
+        made = [self._client(name, members, side) for name, members in owned.items()]
+        clients = [client for client in made if client is not None]
+        small += len(made) - len(clients)
         facts = DataFacts(len(self.rows), broken, len(set(self.groups)), small, overlapping, leaked)
         return Loaded(Population(self.labels, tuple(self.public), self._named(clients)), facts)
 
@@ -698,13 +682,6 @@ class _Maker:
         usable = usable and len({client.name.casefold() for client in clients}) == len(clients)
         sorted_clients = sorted(clients, key=lambda client: (client.name in out, client.name))
         return tuple(
-            Client(
-                client.name if usable else f"client-{number:04d}",
-                client.language,
-                client.name in out,
-                client.train,
-                client.validation,
-                client.test,
-            )
+            replace(client, name=client.name if usable else f"client-{number:04d}", unseen=client.name in out)
             for number, client in enumerate(sorted_clients, 1)
         )

