@@ -32,7 +32,7 @@ COMMANDS = {
     "base": ("export.cli.bases", "base", "Show which bases there are, and what one can do.", "export"),
     "channel": ("edgeadapt.cli.channel", "channel", "Publish bundles to devices by channel.", ""),
     "coordinator": ("coordinator.cli.coordinator", "coordinator", "Make a coordinator, run its rounds.", "coordinator"),
-    "data": ("simulations.cli.data", "data", "Look at the texts of a simulation.", "simulations"),
+    "data": ("simulations.cli.simulate", "data", "Look at the texts of a simulation.", "simulations"),
     "demo": (
         "simulations.cli.simulate",
         "demo",

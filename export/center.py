@@ -26,16 +26,9 @@ CLOSE = 1e-3  # share of the mean's length: float32 over a few hundred additions
 
 
 def centered(base: Base, texts: Sequence[str], out: Path) -> Base:
-    """Write the base whose mean over each text's tokens is zero on average over ``texts``.
+    """Write the encoder whose mean over each text's tokens is zero on average over ``texts`` to a new or empty folder.
 
-    Args:
-        base: An encoder.
-        texts: Of the kind that the base will read; at least one.
-        out: A new or empty folder. It is written atomically.
-
-    Raises:
-        ConfigError: There is no text, ``out`` is not empty, or the encoder does not end in a layer norm with a bias, as
-            BERT's does.
+    Raises ConfigError: the encoder does not end in a layer norm with a bias, as BERT's does.
     """
     if not texts:
         raise ConfigError("name texts to center on", about="texts")

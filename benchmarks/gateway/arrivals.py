@@ -26,9 +26,8 @@ PATIENCE = 60.0  # seconds for a check-in
 async def arrive(port: int, authority: Root, rate: float, seconds: float, devices: list[Device]) -> dict[str, Any]:
     """Check in ``rate`` times a second for so many seconds.
 
-    Returns:
-        ``milliseconds`` of each check-in that the gateway admitted, ``errors`` of the others by status, ``seconds``
-        from the first to the last, and ``cpu_seconds`` of this process.
+    Returns ``milliseconds`` of each check-in that the gateway admitted, ``errors`` of the others by status, ``seconds``
+    from the first to the last, and ``cpu_seconds`` of this process.
     """
     count = int(rate * seconds)
     loop, cpu = asyncio.get_running_loop(), time.process_time()

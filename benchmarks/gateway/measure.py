@@ -36,35 +36,21 @@ DEADLINE = 120.0  # seconds for an exchange
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Sizes of the measurement.
+    """Sizes of the measurement."""
 
-    Attributes:
-        cohort: Devices of a round.
-        work: Seconds that each device works at each step.
-        repeats: Rounds.
-        devices: Connected at once.
-        check_ins: Of them, asked at once.
-        pulls: Of them, that get an adapter at once.
-    """
-
-    cohort: int
-    work: float
-    repeats: int
-    devices: int
-    check_ins: int
-    pulls: int
+    cohort: int  # devices of a round
+    work: float  # seconds that each device works at each step
+    repeats: int  # rounds
+    devices: int  # connected at once
+    check_ins: int  # of them, asked at once
+    pulls: int  # of them, that get an adapter at once
 
 
 @dataclass(frozen=True, slots=True)
 class Arrivals:
-    """Check-ins at a rate.
+    """Check-ins at a rate."""
 
-    Attributes:
-        rate: A minute.
-        seconds: That they last.
-    """
-
-    rate: float
+    rate: float  # a minute
     seconds: float
 
 

@@ -222,8 +222,12 @@ def _parity(trial: PromotionTrial) -> Results:
     if not base:
         raise ConfigError("gates.toml names no parity.base", about="parity.base")
     from export.bundle.sources import from_registry
-    from export.parity.compare import compare, limits_of, too_far  # torch, after what can be refused without it
-    from export.parity.pair import open_pair
+    from export.parity.compare import (  # torch, after what can be refused without it
+        compare,
+        limits_of,
+        open_pair,
+        too_far,
+    )
 
     lines, lineage = read_lines(texts, "text"), Lineage.read(state, None, None)
     for name in trial.names:

@@ -257,11 +257,8 @@ def aggregation_error(trained: Iterable[tuple[Mapping[str, NDArray[np.float32]],
     """Return ‖mean(B A) - mean(B) mean(A)‖ / ‖mean(B A)‖ over the devices of a round, Frobenius norms over all layers.
 
     The error of averaging LoRA's factors, which a coordinator, which knows sums only, cannot measure. It is 0 where all
-    devices have the same A or the same B (Sun et al. 2024, section 3.2); NaN if the mean update is zero.
-
-    Args:
-        trained: Each device's adapter after its training, and its weight in the mean; some weight is above 0. Tensors
-            are named as peft names them. Adapters are read one after the other.
+    devices have the same A or the same B (Sun et al. 2024, section 3.2); NaN if the mean update is zero. ``trained``
+    has each device's adapter, under peft's names, and its weight in the mean; they are read one after the other.
     """
     total, means, products = 0.0, dict[str, Matrix](), dict[str, Matrix]()
     for tensors, weight in trained:

@@ -38,6 +38,7 @@ from edgeadapt.formats.registryfiles import TRANSCRIPT
 from edgeadapt.rounds.sums import noisy_vector
 from simulations.engine import provision
 from simulations.result import CanaryBounds
+from simulations.scenario import Scenario
 
 CONFIDENCE = 0.95
 ADAPTER = bytes(32)  # stands for the digest that seeds the rotation
@@ -122,6 +123,12 @@ def bounded(sums: Sequence[Sum], account: float, delta: float, canaries: int) ->
         gaussian=gaussian_epsilon(guesses, delta),
         confidence=CONFIDENCE,
     )
+
+
+def canary_bounds(scenario: Scenario, fleets: Iterable[Path]) -> CanaryBounds | None:
+    """Bound what a scenario's canaries find in sums like its rounds'; None without canaries or noise."""
+    privacy, canaries = scenario.federation.privacy, scenario.evaluation.canaries
+    return audited(fleets, privacy.delta, canaries) if canaries and privacy.noisy else None
 
 
 def audited(fleets: Iterable[Path], delta: float, canaries: int) -> CanaryBounds | None:

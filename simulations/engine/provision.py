@@ -153,12 +153,8 @@ def with_bias(embeddings: NDArray[np.float32]) -> Matrix:
 def ridge_head(x: Matrix, labels: NDArray[np.int64], weights: Matrix, count: int, penalty: float) -> Matrix:
     """Return the head that least squares gives: argmin of Σ wᵢ ‖xᵢ W - yᵢ‖² + penalty ‖W‖², with one-hot y.
 
-    It needs Σ w x xᵀ and Σ w x yᵀ only, which add up over clients (Hoerl and Kennard 1970, "Ridge Regression").
-
-    Args:
-        x: Shape ``(texts, features)``, with a row for each of ``labels`` and of ``weights``, which are not negative.
-        count: Labels in all; the head has the shape ``(features, count)``.
-        penalty: Positive, so that there is one solution.
+    It needs Σ w x xᵀ and Σ w x yᵀ only, which add up over clients (Hoerl and Kennard 1970, "Ridge Regression"). ``x``:
+    shape ``(texts, features)``. The head has the shape ``(features, count)``.
     """
     weighted = x * weights[:, None]
     moments = weighted.T @ x + penalty * np.eye(x.shape[1])

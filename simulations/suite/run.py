@@ -31,7 +31,7 @@ from edgeadapt.formats.settings import LONGEST
 from edgeadapt.formats.storage import kill_safe, read, replace
 from simulations.data.population import Client, Population
 from simulations.engine import provision
-from simulations.engine.canaries import audited
+from simulations.engine.canaries import canary_bounds
 from simulations.engine.devices import LyingApp, MemoryDevices, attackers
 from simulations.engine.flowerengine import federate_on_ray
 from simulations.engine.grid import (
@@ -331,15 +331,11 @@ def _arms(folder: RunFolder, population: Population, base: Base, progress: RunPr
 
 
 def _canary_bounds(folder: RunFolder, groups: Sequence[Group]) -> CanaryBounds | None:
-    """Return what the scenario's canaries find in sums like its rounds', once; None without canaries or noise."""
-    scenario, path = folder.scenario, folder.path / CANARIES
-    if not scenario.evaluation.canaries or not scenario.federation.privacy.noisy:
-        return None
+    """Return what ``canary_bounds`` finds, once."""
+    path = folder.path / CANARIES
     if path.exists():
         return CanaryBounds(**json.loads(path.read_bytes()))
-    fleets = [folder.of(group).path for group in groups]
-    bounds = audited(fleets, scenario.federation.privacy.delta, scenario.evaluation.canaries)
-    if bounds:
+    if bounds := canary_bounds(folder.scenario, [folder.of(group).path for group in groups]):
         replace(path, json.dumps(asdict(bounds)).encode())
     return bounds
 

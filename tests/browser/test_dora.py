@@ -27,8 +27,8 @@ from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.methods import causal, classifier
 from edgeadapt.methods.parts import Part, part_of
 from edgeadapt.methods.peft.inputs import AdapterInputs
+from export.bundle.base import resolved
 from export.bundle.sources import Origin
-from export.bundle.trained import resolved
 from export.bundle.write import AdapterSource, write_bundle
 from export.causal import export_causal
 from export.onnx.classifier import export_classifier

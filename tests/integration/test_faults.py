@@ -7,11 +7,10 @@ import pytest
 
 from aggregation.steps import Step
 from benchmarks.faults import measure, postgresql
-from benchmarks.faults.checks import losses
-from benchmarks.faults.faults import FAULTS
+from benchmarks.faults.faults import FAULTS, empty, fill, refused, small_disk
 from benchmarks.faults.fleet import FaultFleet, running_fleet
+from benchmarks.faults.measure import losses
 from benchmarks.faults.postgresql import missing
-from benchmarks.faults.smalldisk import empty, fill, refused, small_disk
 from client.node.statedir import LEDGER
 from edgeadapt.formats.storage import kill_safe
 from tests.support.exhaustive import few

@@ -19,9 +19,8 @@ from edgeadapt.methods import causal
 from edgeadapt.methods.classifier import PhraseClassifier, padded
 from edgeadapt.methods.parts import Part, part_of
 from edgeadapt.methods.peft.folder import to_peft
-from export.bundle.base import wanted
+from export.bundle.base import resolved, wanted
 from export.bundle.sources import from_registry
-from export.bundle.trained import resolved
 from export.bundle.write import device_inputs
 from export.causal import export_causal
 from export.onnx.classifier import export_classifier

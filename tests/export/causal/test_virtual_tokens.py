@@ -57,6 +57,7 @@ def test_the_builder_path_gives_pefts_logits(
     assert max(differences(llama, virtual_base, runner, tmp_path).values()) < 1e-4
 
 
+@pytest.mark.exhaustive
 def test_scaled_embeddings_are_those_after_scaling(make_lm: Any, runner: Any, tmp_path: Path) -> None:
     gemma = make_lm("gemma")
     exported = export_causal(gemma, Slots((), virtual.KINDS), Profile.FP32)

@@ -161,15 +161,6 @@ def test_each_message_is_answered_once_in_another_order_than_sent() -> None:
     assert not grid.pull_messages(asked)
 
 
-def test_ids_are_returned_in_the_order_of_the_messages_and_never_repeat() -> None:
-    grid = grid_of(NO_FAULTS)
-    sent = [messages(grid, Step.PLAN), messages(grid, Step.PLAN)]
-    ids = [list(grid.push_messages(batch)) for batch in sent]
-    assert ids == [[m.metadata.message_id for m in batch] for batch in sent]
-    assert len({*ids[0], *ids[1]}) == 2 * len(NODES)
-    assert list(grid.push_messages([])) == []
-
-
 def test_time_passes_only_by_sleeping_and_a_reply_arrives_after_its_delay() -> None:
     app = Echo()
     grid = grid_of(NO_FAULTS, app)
@@ -180,15 +171,6 @@ def test_time_passes_only_by_sleeping_and_a_reply_arrives_after_its_delay() -> N
     grid.clock.sleep(sorted(delays.values())[2])
     assert senders(grid.pull_messages(ids)) == sorted(delays, key=delays.__getitem__)[:3]
     assert grid.clock.now() == sorted(delays.values())[2]
-
-
-def test_a_reply_waits_until_it_is_pulled() -> None:
-    grid = grid_of(NO_FAULTS)
-    first, *others = grid.push_messages(messages(grid, Step.PLAN))
-    grid.clock.sleep(1e6)
-    assert sorted(senders(grid.pull_messages(others))) == list(NODES[1:])
-    assert senders(grid.pull_messages([first])) == [NODES[0]]
-    assert senders(grid.pull_messages([first])) == []
 
 
 def test_a_timeout_ends_the_wait_with_the_replies_that_arrived_in_time() -> None:

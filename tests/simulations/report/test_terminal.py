@@ -3,14 +3,12 @@
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
-from typing import get_args
 
 import pytest
 from rich.console import Console
 
-from edgeadapt.formats.peftconfig import MethodName
-from simulations.report.terminal import METHODS, print_result, print_scenario
-from simulations.result import ARMS, CanaryBounds, RunResult
+from simulations.report.terminal import print_result, print_scenario
+from simulations.result import CanaryBounds, RunResult
 from simulations.scenario import Scenario
 
 
@@ -56,33 +54,6 @@ def test_the_bound_of_canaries_is_next_to_the_account(result: RunResult, gaussia
     assert "           at 95 % for Gaussian noise, 0.61 for any; 712 of 1000 guessed\n" in text
 
 
-def test_before_the_run_base_languages_and_arms_are_printed(tmp_path: Path) -> None:
-    out = StringIO()
-    federation = {"rounds": 7, "training": {"epochs": 2, "learning_rate": 0.01}}
-    scenario = Scenario.parse(
-        {
-            "name": "mine",
-            "base": {"model": "some_\x1bencoder"},
-            "population": {"languages": ["en", "es"], "public_languages": ["de"]},
-            "federation": federation,
-            "personal": {"epochs": 5, "learning_rate": 0.003, "public": 4},
-        },
-        "mine",
-    )
-    print_scenario(scenario, tmp_path, Console(file=out, width=80), clients=15, devices=12)
-    text = out.getvalue()
-    for line in (
-        "base       some_?encoder, ",
-        "local     own data only: 14 epochs at 0.01, then 5 epochs at 0.003",
-        "personal  global, then 5 epochs at 0.003 on own data",
-        "local, personal: rehearse 4 public phrases of each label",
-        f"folder     {tmp_path}",
-    ):
-        assert line in text
-    assert all(f" {arm:<9} " in text for arm in ARMS)
-    assert all(len(line) <= 80 for line in text.splitlines() if not line.startswith("folder"))
-
-
 def test_the_price_of_groups_is_that_of_the_devices_that_take_part(tmp_path: Path) -> None:
     out = StringIO()
     privacy = {"mechanism": "skellam", "epsilon": 8.0}
@@ -90,10 +61,6 @@ def test_the_price_of_groups_is_that_of_the_devices_that_take_part(tmp_path: Pat
     print_scenario(scenario, tmp_path, Console(file=out, width=80), clients=25, devices=20)
     text = "of 20 devices, one hides in a sum of 6 instead of 20, never of fewer than 6, and the mean has about 1.7 ×"
     assert text in out.getvalue()
-
-
-def test_every_method_has_a_name() -> None:
-    assert METHODS.keys() == set(get_args(MethodName))
 
 
 def test_a_pipe_gets_no_escape_sequence_and_a_terminal_does(result: RunResult) -> None:
@@ -114,9 +81,3 @@ def test_a_run_whose_rounds_were_all_aborted_has_no_traffic(result: RunResult) -
     text = printed(replace(result, rounds=gone))
     assert "nothing: every round was aborted" in text
     assert "; 10 rounds aborted" in text
-
-
-@pytest.mark.parametrize("training", [0.0, float("nan")])
-def test_an_unknown_training_time_is_in_that_of_the_rounds(result: RunResult, training: float) -> None:
-    text = printed(replace(result, seconds={**result.seconds, "training": training}))
-    assert "time       4 min 12 s; rounds with training 7.4 s" in text
