@@ -19,11 +19,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PASSED = ROOT / "tests" / "exhaustive.json"
+WEBGPU = tuple(f"client/browser/page/{name}.js" for name in ("engine", "learning/trainer", "provider", "runtime"))
 SOURCES = {  # file of tests → what its cases depend on, besides itself
     "tests/attacks/test_29_files_that_never_end.py": (
         *("client/cli", "client/inference", "client/node", "coordinator/cli"),
         *("edgeadapt", "export/bundle", "export/cli"),
     ),
+    "tests/browser/test_learning.py": WEBGPU,
+    "tests/browser/test_webgpu.py": WEBGPU,
     "tests/export/causal/test_traced.py": ("edgeadapt/bases", "edgeadapt/methods", "export/causal", "export/onnx"),
     "tests/export/cli/test_peft_recipes.py": ("client/learning", "client/training", "edgeadapt/methods", "export"),
     "tests/export/test_architectures.py": (
