@@ -23,11 +23,12 @@ from benchmarks.faults.processes import Late, wait_until
 from benchmarks.timing import Note
 from client.node.privacyledger import PrivacyLedger
 from client.node.statedir import DeviceStateDir
-from coordinator.statedir import TRANSCRIPT, CoordinatorStateDir
+from coordinator.statedir import CoordinatorStateDir
 from coordinator.storedlog import StoredLog
 from edgeadapt.audit import AuditInput, AuditOptions
 from edgeadapt.audit.account import Account, logged
 from edgeadapt.audit.transcripts import logs
+from edgeadapt.formats.registryfiles import TRANSCRIPT
 from edgeadapt.formats.roundrecord import RoundRecord
 from edgeadapt.formats.storage import kill_safe
 from simulations.engine import provision

@@ -19,9 +19,10 @@ from coordinator.dashboard.view import Viewer
 from coordinator.expiry import expiries
 from coordinator.gateway.grid import serving
 from coordinator.settings import FederationSettings
-from coordinator.statedir import REVOKED, TRANSCRIPT, CoordinatorStateDir
+from coordinator.statedir import REVOKED, CoordinatorStateDir
 from edgeadapt.authority import AuthorityStore
 from edgeadapt.formats.keyfiles import NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
+from edgeadapt.formats.registryfiles import TRANSCRIPT
 from tests.support import refused
 from tests.support.authority import signer, store
 from tests.support.gateway import certify, wait_until

@@ -20,6 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PASSED = ROOT / "tests" / "exhaustive.json"
 EXPORTER = ("edgeadapt/bases", "edgeadapt/methods", "export/causal", "export/onnx")
+WEBGPU = tuple(f"client/browser/page/{name}.js" for name in ("engine", "learning/trainer", "provider", "runtime"))
 SOURCES = {  # file of tests → what its cases depend on, besides itself
     "tests/attacks/test_29_files_that_never_end.py": (
         *("client/cli", "client/inference", "client/node", "coordinator/cli"),
@@ -31,6 +32,8 @@ SOURCES = {  # file of tests → what its cases depend on, besides itself
     "tests/export/causal/test_vectors.py": EXPORTER,
     "tests/export/causal/test_virtual_tokens.py": EXPORTER,
     "tests/export/cli/test_peft_methods.py": ("edgeadapt/methods", "export"),
+    "tests/browser/test_learning.py": WEBGPU,
+    "tests/browser/test_webgpu.py": WEBGPU,
     "tests/export/cli/test_peft_recipes.py": ("client/learning", "client/training", "edgeadapt/methods", "export"),
     "tests/export/onnx/test_families.py": EXPORTER,
     "tests/export/onnx/test_rows.py": EXPORTER,
