@@ -44,7 +44,7 @@ from edgeadapt.formats.graphinputs import (
 )
 from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.formats.manifest import AdapterManifest, BaseManifest, Task, check_name
-from edgeadapt.formats.storage import restore
+from edgeadapt.formats.storage import File, restore
 
 MAX_WEIGHT = 16.0  # a larger multiple of an adapter's update is noise
 GLOBAL = "global"
@@ -257,7 +257,7 @@ class Library:
     base: VerifiedBase
 
     @classmethod
-    def open(cls, bundle: Path, trust: Path | None, task: Task | None = None) -> Self:
+    def open(cls, bundle: File, trust: File | None, task: Task | None = None) -> Self:
         """Verify the base of ``bundle``, which must be for ``task``, unless that is None.
 
         Raises:
@@ -266,11 +266,12 @@ class Library:
             ConfigError: The base is for another task, and the message names the command to use; or it needs a newer
                 ONNX Runtime.
         """
+        bundle = Path(bundle)
         restore(bundle)
         if not bundle.is_dir():
             why = "it is not a folder" if bundle.exists() else "there is no such folder"
             raise DataError(f"{bundle} is not a bundle: {why}", about="bundle", value=str(bundle))
-        pinned = Trust.open(bundle, trust)
+        pinned = Trust.open(bundle, None if trust is None else Path(trust))
         base = pinned.bundle.base()
         if task not in (None, base.manifest.task):
             reason = f"the base in {bundle} is for {base.manifest.task}; {OTHER_COMMAND[base.manifest.task]}"

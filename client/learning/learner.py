@@ -180,8 +180,8 @@ class Learner:
     @contextmanager
     def open(
         cls,
-        bundle: Path,
-        trust: Path | None = None,
+        bundle: storage.File,
+        trust: storage.File | None = None,
         name: str | None = None,
         entropy: Entropy | None = None,
         task: BundleTask | None = None,
@@ -200,6 +200,7 @@ class Learner:
                 another process learns, or what was learned cannot be opened.
         """
         library = Library.open(bundle, trust, task)
+        bundle = library.bundle
         folder = storage.real(bundle).parent / LEARNED
         folder.mkdir(mode=storage.PRIVATE_FOLDER, exist_ok=True)
         try:
@@ -265,7 +266,7 @@ class Learner:
 
     def personalize(
         self,
-        examples: Path,
+        examples: storage.File,
         how: PersonalStep,
         learning_rate: float | None,
         control: TrainingControl = UNLIMITED,
@@ -294,7 +295,7 @@ class Learner:
         manifest, old = origin.manifest, self.adapter.manifest
         subject = self._subject(manifest)
         step = subject.step(how)
-        own = read_examples(examples, len(manifest.labels))
+        own = read_examples(Path(examples), len(manifest.labels))
         rate = learning_rate or subject.rate(lesson=False)
         trainer: Any = subject.trainer  # ``step`` asks a language model nothing that only a classifier has
         engine = _graph(trainer)

@@ -27,6 +27,7 @@ LARGEST = 2**32  # bytes of a file that is read whole
 LONGEST_LIST = 2**24  # bytes of a file of texts or labels
 CHUNK = 2**20  # bytes
 POLL = 0.02  # seconds between two attempts to take a lock
+File = str | os.PathLike[str]  # how a caller of the public interface names a file or folder
 _POWER_CUTS: ContextVar[bool] = ContextVar("power_cuts", default=True)  # whether to survive them
 
 

@@ -99,6 +99,11 @@ def test_what_is_no_text_or_unknown_is_said(phone: Path) -> None:
         edgeadapt.load(phone / "missing")
 
 
+def test_one_string_where_texts_are_expected_is_refused(bundle: Path) -> None:
+    with refused(edgeadapt.DataError, "texts"):
+        ClassificationSession.open(str(bundle)).classify("lights", "global")
+
+
 def test_a_language_model_continues_chats_and_answers_with_another_adapter(lm_bundle: Path) -> None:
     pytest.importorskip("onnxruntime_genai")
     model = edgeadapt.load(lm_bundle)
