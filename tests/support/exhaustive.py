@@ -36,6 +36,10 @@ SOURCES = {  # file of tests → what its cases depend on, besides itself
     "tests/integration/test_faults.py": (
         *("aggregation", "benchmarks/faults", "client/gateway", "client/node", "coordinator", "edgeadapt/formats"),
     ),
+    "tests/integration/test_rollback_by_itself.py": (
+        *("client/gateway", "client/updates", "coordinator", "edgeadapt/cli", "edgeadapt/releases"),
+    ),
+    "tests/integration/test_methods.py": ("client/training", "edgeadapt/methods", "export/causal", "export/onnx"),
 }
 
 
