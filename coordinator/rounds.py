@@ -19,12 +19,12 @@ from aggregation.server import AbortReason, Collecting, Confirming, Established,
 from aggregation.spec import SessionSpec
 from aggregation.steps import ADAPTER, Step
 from aggregation.transcript import receipts
-from coordinator import lastsum, stillness
+from coordinator import lastsum
 from coordinator.lastsum import LastSum, names
 from coordinator.registry import StoredAdapter, state_digest
 from coordinator.session import Cohort, Exchange, SessionRequest, attachments, establish, obstacle
 from coordinator.statedir import CoordinatorStateDir
-from coordinator.storedlog import StoredLog
+from coordinator.transcripts import StoredLog
 from coordinator.transport import Transport
 from edgeadapt import traces
 from edgeadapt.audit.account import Account, logged
@@ -119,7 +119,7 @@ class _Run:
     def _check(self, number: int, adapter: StoredAdapter) -> None:
         """Check before the first session what devices would refuse for good, and warn of what hardly moves them."""
         leader = self.leader
-        stillness.warn(adapter, leader.settings)
+        lastsum.warn_of_stillness(adapter, leader.settings)
         if leader.settings.training_rounds >= number:
             trained = leader.settings.task(adapter.manifest)
             lastsum.check_unshared(leader.transcripts.folder, leader.key.public, trained, adapter.layout)
@@ -133,7 +133,7 @@ class _Run:
         if self.cohort is None:
             _warn_of_limits(task)
         if last is not None and not repeats:
-            self.last = last = stillness.bound(last, self.leader.registry, adapter, task, settings)
+            self.last = last = lastsum.binding(last, self.leader.registry, adapter, task, settings)
         if last is not None and last.kind is kind:
             _require_same_terms(last, task, adapter, self.leader)
         return task

@@ -28,8 +28,7 @@ from aggregation.pki.revocation import MAX_REVOCATIONS
 from aggregation.pki.tls import TlsKey, verify_tls
 from coordinator.registry import Leadership, Lease, Registry, TranscriptTable, database, leadership
 from coordinator.registry.lease import LOOK
-from coordinator.servicesettings import SERVICES, ServiceSettings
-from coordinator.settings import SETTINGS, FederationSettings
+from coordinator.settings import SERVICES, SETTINGS, FederationSettings, ServiceSettings
 from coordinator.transcripts import Transcripts
 from edgeadapt.formats import storage
 from edgeadapt.formats.keyfiles import MAX_PEM, NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY, next_tls_key, tls_pair
@@ -303,7 +302,6 @@ def update_transcript(folder: Path) -> None:
 
     Raises:
         TrustError: They have what the database does not have.
-        EdgeAdaptError: As ``database.connect``.
     """
     if RegistrySettings.of(folder).database:
         with transcript_table(folder) as table:
@@ -344,7 +342,6 @@ def _share_revocations(folder: Path, root: Root, table: TranscriptTable) -> None
 
     Raises:
         TrustError: A list is not the authority's.
-        EdgeAdaptError: As ``database.connect``.
     """
     path, stored = folder / REVOKED, table.revocations()
     own = storage.read(path, 2 * MAX_REVOCATIONS) if path.exists() else None
@@ -387,12 +384,7 @@ def require(folder: Path, *names: str) -> None:
 
 
 def open_registry(folder: Path, key: IdentityKey) -> Registry:
-    """Open the registry of a coordinator's state directory.
-
-    Raises:
-        ConfigError: As ``RegistrySettings.of`` and ``postgresql_url``.
-        EdgeAdaptError: As ``Registry.open``.
-    """
+    """Open the registry of a coordinator's state directory."""
     stores = RegistrySettings.of(folder)
     return Registry.open(registry_url(folder), stores.blobs or str(folder / BLOBS), [key.public])
 

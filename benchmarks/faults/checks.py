@@ -15,7 +15,7 @@ from benchmarks.faults.processes import wait_until
 from client.node.privacyledger import PrivacyLedger
 from client.node.statedir import DeviceStateDir
 from coordinator.statedir import TRANSCRIPT, CoordinatorStateDir
-from coordinator.storedlog import StoredLog
+from coordinator.transcripts import StoredLog
 from edgeadapt.audit import AuditInput, AuditOptions
 from edgeadapt.audit.account import Account, logged
 from edgeadapt.audit.transcripts import logs

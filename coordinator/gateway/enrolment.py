@@ -61,7 +61,6 @@ class EnrolmentService:
         Raises:
             ProtocolError: The bytes are not a ``DeviceEnrolment``.
             ComeBack: The invitation was presented too often.
-            EdgeAdaptError: As ``AuthorityStore.redeem``.
         """
         asked = messages.ENROLMENT.decode(raw)
         certificate = self.store.redeem(
@@ -76,7 +75,6 @@ class EnrolmentService:
         Raises:
             ProtocolError: The bytes are not a ``DeviceRenewal``.
             ComeBack: The device has renewed too often.
-            EdgeAdaptError: As ``AuthorityStore.renew``.
         """
         asked = messages.RENEWAL.decode(raw)
         certificate = self.store.renew(

@@ -83,7 +83,6 @@ class TranscriptTable:
 
         Raises:
             DataError: It is larger than what is read of a file.
-            EdgeAdaptError: As ``database.explained``.
         """
         table = database.transcript
         query = select(table.c.records).where(table.c.session == session).order_by(table.c.start)

@@ -72,9 +72,6 @@ class Registry:
             database_url: SQLAlchemy's, for example ``sqlite:///registry.db``, or as ``postgresql_url`` returns it.
             blob_url: A folder, or any address that fsspec supports.
             trusted: Keys whose manifests are accepted, and which may publish.
-
-        Raises:
-            EdgeAdaptError: As ``database.connect`` and ``Blobs.open``.
         """
         return cls(database.connect(database_url), Blobs.open(blob_url), tuple(trusted))
 

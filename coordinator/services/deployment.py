@@ -22,8 +22,7 @@ from aggregation.errors import ConfigError, EdgeAdaptError
 from aggregation.pki.certificates import to_der
 from aggregation.pki.tls import hosts_of
 from coordinator.services.supervisor import Happening, Patience, Report, ServiceEvent, ServiceProgram, supervise
-from coordinator.servicesettings import SERVICES, ServiceSettings, is_loopback
-from coordinator.settings import SETTINGS
+from coordinator.settings import SERVICES, SETTINGS, ServiceSettings, is_loopback
 from coordinator.statedir import AUTHORITY, CoordinatorStateDir, require
 from edgeadapt.formats import jsontext, storage
 from edgeadapt.formats.keyfiles import TLS_CERTIFICATE, tls_key_path
@@ -85,7 +84,6 @@ def services_of(state_dir: CoordinatorStateDir, settings: ServiceSettings) -> tu
 
     Raises:
         ConfigError: They name none, or as ``CoordinatorStateDir.read_tls``, or the certificate is for other hosts.
-        TrustError: As ``CoordinatorStateDir.read_tls``.
     """
     folder = state_dir.folder.resolve()
     if not settings.gateway and not settings.superlink:

@@ -30,7 +30,6 @@ def upgrade(url: str | URL, transcript: Path | None = None) -> str:
     Raises:
         ConfigError: It is newer than this edgeadapt, the database does not have a registry, the folder does not have a
             log of its rounds, or as ``database.connect``.
-        DataError, EdgeAdaptError: As ``database.connect``.
     """
     engine = database.engine_of(url)
     try:
