@@ -262,8 +262,7 @@ class RegistrySnapshot:
     def insert(self, engine: Engine, transcript: Path | None = None) -> None:
         """Put all rows, all or none, into a registry without any; the logs in ``transcript`` too, if it takes logs.
 
-        Raises:
-            ConfigError: It has some.
+        Raises ConfigError: it has some.
         """
         with database.explained(engine), engine.begin() as connection:
             for table in _tables():

@@ -134,11 +134,8 @@ def check_unshared(folder: Path, coordinator: PublicKey, task: RoundTask, layout
     """Check that a task shares no part that a plan before it had devices train and keep to themselves.
 
     Logs are read from the newest one back, to a plan that shared as much: it passed this check. A part without a tensor
-    in ``layout``, the adapter's, is neither shared nor kept.
-
-    Raises:
-        ConfigError: It shares one.
-        TrustError: A log was altered.
+    in ``layout``, the adapter's, is neither shared nor kept. Raises ConfigError: it shares one. Raises TrustError: a
+    log was altered.
     """
     shared = task.changes & {part_of(spec.name) for spec in layout.tensors}
     for path in reversed(logs(folder)):

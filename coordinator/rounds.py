@@ -46,14 +46,11 @@ SLACK = 2.0**-30  # relative: as many rounds as the noise is calibrated to are w
 def federate(leader: CoordinatorStateDir, transport: Transport) -> Iterator[RoundRecord]:
     """Run the rounds that are still to do, and yield the record of each one once it is committed.
 
-    The records of ``leader`` say which rounds are done; the revocation list is read for each session.
-
-    Raises:
-        ConfigError: A setting differs from that of a sum without a result, or the optimizer from that of the registry;
-            or the method shares what devices keep to themselves.
-        EdgeAdaptError: The registry is empty or failed or has no space, or no session could be made in
-            ``settings.attempts`` attempts.
-        TrustError: The registry or a log was altered, or they contradict each other.
+    The records of ``leader`` say which rounds are done; the revocation list is read for each session. Raises
+    ConfigError: a setting differs from that of a sum without a result, or the optimizer from that of the registry; or
+    the method shares what devices keep to themselves. Raises EdgeAdaptError: the registry is empty or failed or has no
+    space, or no session could be made in ``settings.attempts`` attempts. Raises TrustError: the registry or a log was
+    altered, or they contradict each other.
     """
     leader.transcripts.finish()  # before a device is asked: what a kill left is repaired, and other damage refused
     run = _Run(leader, transport)

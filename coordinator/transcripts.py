@@ -169,9 +169,7 @@ class StoredLog:
     def read(cls, path: Path, coordinator: PublicKey) -> Self:
         """Read and verify a log.
 
-        Raises:
-            DataError: It is too large, or not a file.
-            TrustError: It was altered after it was written.
+        Raises DataError: it is too large, or not a file. Raises TrustError: it was altered after it was written.
         """
         raw = storage.read(path)
         reading = _intact(transcript.read(raw), coordinator)
@@ -404,11 +402,8 @@ class Transcripts:
         """Close the last log if it is open, as far as it is on the disk. Returns the digest of its last checkpoint.
 
         A round under way gets the ending that the registry has for it, or is aborted. Before anything is signed, all
-        that the registry knows must have been found in the logs.
-
-        Raises:
-            TrustError: A log was altered, or the logs and the registry contradict each other.
-            EdgeAdaptError: Another coordinator leads, or the registry failed.
+        that the registry knows must have been found in the logs. Raises TrustError: a log was altered, or the logs and
+        the registry contradict each other. Raises EdgeAdaptError: another coordinator leads, or the registry failed.
         """
         if self.table is not None:
             self.table.require_lead()  # the files of a former leader lack what the one after it has added
@@ -446,9 +441,7 @@ class Transcripts:
 def _ends(path: Path) -> tuple[bytes, bytes]:
     """Read the digest of the offer, and the last checkpoint as signed, of a closed log: its first and last entry.
 
-    Raises:
-        DataError: It is too large, or not a file.
-        TrustError: It was altered.
+    Raises DataError: it is too large, or not a file. Raises TrustError: it was altered.
     """
     with storage.opened(path) as (file, size):
         first = last = (len(MAGIC) + LENGTH, 0)

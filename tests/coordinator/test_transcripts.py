@@ -287,27 +287,6 @@ def test_a_log_that_lost_more_than_a_kill_can_take_is_not_signed_again(
             assert recorder.path.read_bytes() == whole
 
 
-def test_a_log_that_is_gone_is_not_replaced(transcripts: Transcripts, offer: tuple[bytes, bytes]) -> None:
-    recorder = write(transcripts, offer)
-    recorder.end(recorded(transcripts, recorder, **MADE))
-    recorder.path.rename(recorder.path.with_suffix(".away"))
-    for head in (transcripts.head(), Head((1, "cd" * 32), None, None)):
-        with refused(TrustError, "transcript"):
-            replace(transcripts, head=lambda head=head: head).finish()
-    assert logs(transcripts.folder) == []
-
-
-@pytest.mark.parametrize("changes", [MADE, {}], ids=["result", "abort"])
-def test_a_registry_that_went_back_is_found_by_the_log(
-    transcripts: Transcripts, offer: tuple[bytes, bytes], changes: dict[str, Any]
-) -> None:
-    old = transcripts.head()
-    recorder = write(transcripts, offer)
-    recorder.end(recorded(transcripts, recorder, **changes))
-    with refused(TrustError, "transcript"):
-        replace(transcripts, head=lambda: old).finish()
-
-
 @pytest.mark.parametrize(
     "change",
     [{"sum": "11" * 32}, {"adapter": "ee" * 32}, {"survivors": ("a",)}, {"plan": "11" * 32}, {"root": "11" * 32}],
