@@ -96,7 +96,7 @@ def federation() -> str:
 def services() -> str:
     """Every key of what a coordinator's machine runs."""
     _importable()
-    from coordinator.servicesettings import ServiceSettings
+    from coordinator.settings import ServiceSettings
 
     return _settings(ServiceSettings)
 

@@ -28,7 +28,7 @@ from benchmarks.faults.processes import HOST, Lines, edgeadapt, free_port, proce
 from benchmarks.simulation.fleets import population, tiny_base
 from coordinator.registry import Registry, leadership
 from coordinator.services.deployment import HOME, running
-from coordinator.servicesettings import SERVICES, ServiceSettings
+from coordinator.settings import SERVICES, ServiceSettings
 from coordinator.statedir import KEY, open_registry
 from edgeadapt.formats.keyfiles import TLS_CERTIFICATE, TLS_KEY
 from edgeadapt.formats.registryfiles import AUTHORITY, RegistrySettings

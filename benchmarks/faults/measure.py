@@ -24,7 +24,7 @@ from benchmarks.timing import Note
 from client.node.privacyledger import PrivacyLedger
 from client.node.statedir import DeviceStateDir
 from coordinator.statedir import CoordinatorStateDir
-from coordinator.storedlog import StoredLog
+from coordinator.transcripts import StoredLog
 from edgeadapt.audit import AuditInput, AuditOptions
 from edgeadapt.audit.account import Account, logged
 from edgeadapt.audit.transcripts import logs

@@ -27,6 +27,7 @@ from benchmarks.timing import Note
 from coordinator.gateway.grid import GatewayGrid
 from coordinator.gateway.server import GatewayLimits
 from coordinator.servertls import ServerTls
+from coordinator.settings import GatewaySettings
 from coordinator.transport import Transport
 
 ADAPTER_BYTES, UPDATE_BYTES = 345_000, 172_000  # MiniLM with LoRA of rank 8, 16 bits per element
@@ -120,7 +121,7 @@ def _serving() -> Iterator[tuple[GatewayGrid, Authority]]:
     der = authority.issue_tls("gateway", public, ("127.0.0.1",), serial=1, **dates)
     tls = ServerTls(key.pem, certificates.to_pem(der))
     # Devices ask a step after the other, without training, and come again without a pause.
-    limits = GatewayLimits(calls=10_000, check_ins=1e6, grace=0.0)
+    limits = GatewayLimits(calls=10_000, grace=0.0, settings=GatewaySettings(check_ins_per_minute=1e6))
     grid = GatewayGrid("127.0.0.1:0", tls, lambda at: authority.root, limits)
     try:
         yield grid, authority

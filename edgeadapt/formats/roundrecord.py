@@ -1,8 +1,8 @@
 """The record of a round: a signed document, chained to the previous round's record.
 
 It says how the round ended and where its ending stands in the log of its session. The coordinator writes the record
-first and the ending second, from the record (``coordinator.recorder``). So a start after a kill can add the ending that
-is missing, and a log that lacks an ending which it once had is recognized.
+first and the ending second, from the record (``coordinator.transcripts``). So a start after a kill can add the ending
+that is missing, and a log that lacks an ending which it once had is recognized.
 """
 
 import math

@@ -31,7 +31,7 @@ from aggregation.pki.identity import IdentityKey
 from aggregation.ring import dtype
 from aggregation.spec import SessionSpec
 from coordinator.statedir import KEY
-from coordinator.storedlog import StoredLog
+from coordinator.transcripts import StoredLog
 from edgeadapt.audit.account import Account, sums
 from edgeadapt.audit.transcripts import logs
 from edgeadapt.formats.registryfiles import TRANSCRIPT

@@ -76,16 +76,6 @@ def test_init_makes_the_tables_and_keeps_the_password_out_of_the_directory(
     assert CoordinatorStateDir.open(tmp_path / "fleet").registry.is_empty
 
 
-def test_init_with_a_password_in_the_address_is_refused_and_makes_nothing(authority_pem: Path, tmp_path: Path) -> None:
-    arguments = ["init", str(tmp_path / "fleet"), "--authority", str(authority_pem)]
-    with refused(ConfigError, "database.url") as caught:
-        CliRunner().invoke(
-            coordinator, [*arguments, "--database", "postgresql://me:hunter2@db/fleet"], catch_exceptions=False
-        )
-    assert "hunter2" not in str(caught.value)
-    assert not (tmp_path / "fleet").exists()
-
-
 def test_a_new_coordinator_does_not_take_over_the_registry_of_another(
     app_fleet_of: Callable[..., Any], tmp_path: Path, postgresql: str
 ) -> None:

@@ -41,7 +41,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultFleet]:
         yield made
 
 
-@pytest.mark.parametrize("name", few(SHOWN, "kill-rounds", "half-open"))
+@pytest.mark.parametrize("name", few(SHOWN, "half-open"))
 def test_training_goes_on_after_a_fault_and_nothing_is_lost(fleet: FaultFleet, name: str) -> None:
     (fault,) = [fault for fault in FAULTS if fault.name == name]
     if why := fault.missing():
@@ -51,6 +51,7 @@ def test_training_goes_on_after_a_fault_and_nothing_is_lost(fleet: FaultFleet, n
     assert [row.lost for row in rows] == [()] * len(rows)
 
 
+@pytest.mark.exhaustive  # test_takeover.py does it as well, without links that delay
 def test_another_coordinator_takes_over_from_a_leader_that_is_killed_and_nothing_is_lost(tmp_path: Path) -> None:
     need(not missing(), missing(), required=REQUIRED)
     (fault,) = [fault for fault in FAULTS if fault.name == "kill-leader"]

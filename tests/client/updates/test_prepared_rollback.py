@@ -14,8 +14,8 @@ from tuf.api.metadata import Metadata, Targets
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
-from coordinator.dashboard.channels import ChannelsView
-from edgeadapt.promotion.gates import GateSettings
+from coordinator.dashboard.view import ChannelsView
+from edgeadapt.promotion.gatesettings import GateSettings
 from edgeadapt.releases.actions import Action
 from edgeadapt.releases.history import audit_repository
 from edgeadapt.releases.metadata import MAX_METADATA, ROLLBACK

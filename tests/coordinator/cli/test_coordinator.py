@@ -1,7 +1,6 @@
 """`edgeadapt coordinator` as an operator calls it."""
 
 import json
-import logging
 import socket
 import stat
 import subprocess
@@ -70,18 +69,6 @@ def test_only_the_owner_can_read_the_key(tmp_path: Path, authority: Path) -> Non
     assert [path.name for path in private] == ["signing.pem"]
 
 
-def test_init_answers_in_json(tmp_path: Path, authority: Path) -> None:
-    found = json.loads(call("init", tmp_path / "fleet", "--authority", authority, "--json").stdout)
-    opened = CoordinatorStateDir.open(tmp_path / "fleet")
-    assert found == {
-        "state": str(tmp_path / "fleet"),
-        "key": opened.key.public.key_id,
-        "public_key": str(tmp_path / "fleet" / "coordinator.pem"),
-        "authority": opened.root.fingerprint,
-    }
-    opened.registry.close()
-
-
 def test_init_sets_single_keys(tmp_path: Path, authority: Path) -> None:
     call(
         "init", tmp_path / "fleet", "--authority", authority, "--set", "rounds=20", "--set", "server.optimizer=fedadam"
@@ -139,16 +126,6 @@ def test_a_dashboard_says_what_is_wrong_before_it_listens(fleet_of: FleetOf, tmp
     assert isinstance(call("dashboard", folder, "--channels", tmp_path).exception, ConfigError)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         refusal(ConfigError, "--listen", "dashboard", folder, "--listen", f"127.0.0.1:{taken.getsockname()[1]}")
-
-
-def test_a_dashboard_closes_no_log_handler_of_its_process(fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    closed: list[str] = []
-    handler = logging.NullHandler()
-    monkeypatch.setattr(handler, "close", lambda: closed.append("closed"))
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-        refusal(ConfigError, "--listen", "dashboard", fleet_of(3).out / "coordinator", "--listen", address)
-    assert not closed
 
 
 @pytest.mark.parametrize("command", ["status", "run"])
