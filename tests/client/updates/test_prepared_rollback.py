@@ -15,7 +15,7 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
 from coordinator.dashboard.view import ChannelsView
-from edgeadapt.promotion.gatesettings import GateSettings
+from edgeadapt.promotion.gates import GateSettings
 from edgeadapt.releases.actions import Action
 from edgeadapt.releases.history import audit_repository
 from edgeadapt.releases.metadata import MAX_METADATA, ROLLBACK
