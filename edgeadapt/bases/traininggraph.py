@@ -1,7 +1,7 @@
 """Runs the training graph of an exported base: the loss of a batch, and its gradient by each tensor of an adapter.
 
 Devices train with it (``client.training.graphengine``), and the exporter compares it with torch's gradients
-(``export.parity.training``), so that what is measured is what runs. The graph reads the weights that the device answers
+(``export.parity.compare``), so that what is measured is what runs. The graph reads the weights that the device answers
 with, from the same file.
 """
 

@@ -110,40 +110,26 @@ def _run(
 ) -> None:
     scenario = read_scenario(path, overrides)
     # Imported here, so that --help and a wrong key do not wait for torch.
-    from simulations.data import populate
     from simulations.data.summary import summarize
-    from simulations.engine.flowerengine import require_ray
     from simulations.engine.progress import RunProgress
     from simulations.engine.provision import describe as describe_groups
-    from simulations.engine.provision import grouped, unrounded_base
     from simulations.report.formatting import program
     from simulations.report.terminal import print_data, print_result, print_scenario
-    from simulations.suite.run import Engine, RunFolder, abort_warning
-    from simulations.suite.run import simulate as run
+    from simulations.suite.run import Engine, Plan
 
-    if engine == "ray":
-        require_ray()
-        if workers > 1:
-            raise ConfigError("--workers is of the engine local: Ray has as many as there are cores", about="--workers")
-        if scenario.attack.kind != "none":
-            text = "attackers need the grid of this process: leave out --engine, or set attack.kind to none"
-            raise ConfigError(text, about="attack.kind", value=scenario.attack.kind)
-    loaded = populate(scenario.data, scenario.population, scenario.seed)
-    base = unrounded_base(scenario)
-    divided = grouped(loaded.population, scenario.groups)
-    devices = min(group.devices for group in divided)
-    if warning := abort_warning(scenario, devices):
-        click.echo(f"edgeadapt: {warning}", err=True)
+    plan = Plan.of(scenario, Engine(workers, ray=engine == "ray"))
+    if plan.warning:
+        click.echo(f"edgeadapt: {plan.warning}", err=True)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     out = (out or _newest(scenario) if resume else out or RUNS / f"{scenario.name}-{stamp}").resolve()
-    folder = RunFolder.resume(out, scenario) if resume else RunFolder.start(out, scenario)
+    folder = plan.folder(out, resume=resume)
     if not as_json:
-        clients = len(loaded.population.clients)
-        groups = describe_groups(divided) if scenario.groups.by != "none" else ""
-        print_scenario(scenario, out, Console(), clients=clients, devices=devices, groups=groups)
-        print_data(summarize(loaded, base), Console())
+        clients = len(plan.loaded.population.clients)
+        groups = describe_groups(plan.groups) if scenario.groups.by != "none" else ""
+        print_scenario(scenario, out, Console(), clients=clients, devices=plan.devices, groups=groups)
+        print_data(summarize(plan.loaded, plan.base), Console())
     with resumable(out), RunProgress(quiet=as_json) as progress:
-        result = run(folder, loaded.population, progress, Engine(workers, ray=engine == "ray"))
+        result = plan.run(folder, progress)
     if as_json:
         click.echo(json.dumps(result.to_json()))
     else:
