@@ -14,17 +14,11 @@ from client.inference.session import ClassificationSession
 from edgeadapt.formats.bundle import adapter_names
 from edgeadapt.formats.peftconfig import PeftConfig
 from export.bundle.write import AdapterSource, write_bundle
-from export.onnx.classifier import export_classifier
-from export.onnx.exported import ExportedBase, Profile
+from export.onnx.exported import ExportedBase
 from tests.support.errors import refused
 from tests.support.models import LABELS, draw
 
 PHRASE = "turn on the kitchen lights"
-
-
-@pytest.fixture(scope="module")
-def trainable(model: Any, tiny_base: Any) -> ExportedBase:
-    return export_classifier(model, tiny_base, Profile.FP32, training=True)
 
 
 @pytest.fixture
