@@ -30,10 +30,12 @@ SOURCES = {  # file of tests → what its cases depend on, besides itself
     "tests/export/causal/test_training.py": EXPORTER,
     "tests/export/causal/test_vectors.py": EXPORTER,
     "tests/export/causal/test_virtual_tokens.py": EXPORTER,
+    "tests/export/cli/test_bases.py": ("edgeadapt/bases", "export/cli", "export/prune.py"),
     "tests/export/cli/test_peft_methods.py": ("edgeadapt/methods", "export"),
     "tests/export/cli/test_peft_recipes.py": ("client/learning", "client/training", "edgeadapt/methods", "export"),
     "tests/export/onnx/test_families.py": EXPORTER,
     "tests/export/onnx/test_rows.py": EXPORTER,
+    "tests/export/onnx/test_training.py": EXPORTER,
     "tests/export/test_architectures.py": (*EXPORTER, "docs/reference/architectures.md"),
     "tests/integration/test_faults.py": (
         *("aggregation", "benchmarks/faults", "client/gateway", "client/node", "coordinator", "edgeadapt/formats"),

@@ -27,19 +27,6 @@ def test_the_table_has_every_arm_with_its_four_numbers(result: RunResult) -> Non
     assert {"local", "global"} <= set(rows)
 
 
-def test_the_lines_below_the_table_have_the_costs_and_the_next_command(result: RunResult) -> None:
-    text = printed(result)
-    assert "up         263 kB a device a round, 0.29 % of the full model (90.9 MB)" in text
-    assert "dropouts   12 of 120 device-rounds: 4 at plan, 5 at survivors, 3 at unmask" in text
-    assert "time       4 min 12 s; training 2 min 41 s; coordination 7.4 s, 4.6 % of that" in text
-    assert "parity     .9983 of 600 phrases as in torch, largest difference 0.031\n" in text
-    assert "exported   accuracy .8100, in torch .8117\n" in text
-    assert "phrases    18 of 20 plain phrases right; fewest: de-02, 8 of 10" in text
-    assert "says 90 %  personal is right 89 % of 71 times; global is right 93 % of 64 times\n" in text
-    assert "calibration error: personal 2.9 % (4.2 % uncalibrated); global 6.4 %\n" in text
-    assert text.endswith('edgeadapt device infer --bundle runs/households/bundle "turn on the kitchen lights"\n')
-
-
 @pytest.mark.parametrize(
     ("gaussian", "line"),
     [
