@@ -4,11 +4,10 @@ from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
-import pytest
 from rich.console import Console
 
 from simulations.report.terminal import print_result, print_scenario
-from simulations.result import CanaryBounds, RunResult
+from simulations.result import RunResult
 from simulations.scenario import Scenario
 
 
@@ -25,20 +24,6 @@ def test_the_table_has_every_arm_with_its_four_numbers(result: RunResult) -> Non
     assert rows["base"] == [".446", ".400", ".275", ".383"]
     assert rows["personal"] == [".856", ".825", ".800", ".892"]
     assert {"local", "global"} <= set(rows)
-
-
-@pytest.mark.parametrize(
-    ("gaussian", "line"),
-    [
-        (6.52, "epsilon at least 6.52, below the account of 8.00"),
-        (9.1, "epsilon at least 9.10, above the account of 8.00: too little noise, or chance"),
-    ],
-)
-def test_the_bound_of_canaries_is_next_to_the_account(result: RunResult, gaussian: float, line: str) -> None:
-    bounds = CanaryBounds(1000, 712, account=8.0, one_run=0.61, gaussian=gaussian, confidence=0.95)
-    text = printed(replace(result, canaries=bounds))
-    assert f"canaries   {line}\n" in text
-    assert "           at 95 % for Gaussian noise, 0.61 for any; 712 of 1000 guessed\n" in text
 
 
 def test_the_price_of_groups_is_that_of_the_devices_that_take_part(tmp_path: Path) -> None:
