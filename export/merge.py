@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from aggregation.errors import ConfigError, DataError
 from edgeadapt.bases import pretrained
-from edgeadapt.bases.base import INDEX, MERGED_ADAPTERS, Base, find_base
+from edgeadapt.bases.base import MERGED_ADAPTERS, Base, find_base
 from edgeadapt.bases.classifiergraph import ENCODER
 from edgeadapt.formats.graphinputs import PEFT_PREFIX, in_modules, input_name
 from edgeadapt.formats.manifest import Task
@@ -34,6 +34,7 @@ from edgeadapt.methods.peft.folder import WEIGHTS, read_settings
 from export.bundle.base import model_of, usual_task
 from export.bundle.sources import TASKS
 from export.onnx.calibrate import TEXT, TOKENS
+from export.onnx.dequantize import copy_others
 from export.onnx.peftmodel import logits_of
 from export.onnx.slotted import label_count
 from export.onnx.targets import ALL, linear_layers
@@ -241,10 +242,7 @@ def _write(merged: Any, base: Base, tokenizer: Path | None, note: dict[str, str]
     if output is not None and output.weight is not embeddings.weight:
         model.config.tie_word_embeddings = False  # the adapter brings one of the two, or both
     model.save_pretrained(stage)
-    replaced = {file.name for file in base.weight_files} | {INDEX, CONFIG}
-    for file in base.folder.iterdir():
-        if file.is_file() and file.name not in replaced:
-            shutil.copyfile(file, stage / file.name)
+    copy_others(base, stage, CONFIG)
     for file in (file for pattern in TOKENIZER_FILES for file in (tokenizer.glob(pattern) if tokenizer else ())):
         shutil.copyfile(file, stage / file.name)
     config = json.loads((stage / CONFIG).read_text())

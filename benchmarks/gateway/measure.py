@@ -130,9 +130,9 @@ def _serving() -> Iterator[tuple[GatewayGrid, Authority]]:
 
 
 @contextmanager
-def _clients(module: str, authority: Authority, *arguments: object) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+def _clients(authority: Authority, *arguments: object) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """A process of devices, after its first line: its standard input and output."""
-    command = [sys.executable, "-m", f"benchmarks.gateway.{module}", *map(str, arguments)]
+    command = [sys.executable, "-m", "benchmarks.gateway.clients", *map(str, arguments)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as clients:  # noqa: S603
         if clients.stdin is None or clients.stdout is None:
             raise AssertionError
@@ -150,7 +150,7 @@ def _gateway(count: int) -> Iterator[tuple[Transport, float]]:
     allow_connections(count)
     with _serving() as (grid, authority):
         before = _resident()
-        with _clients("clients", authority, grid.port, count):
+        with _clients(authority, grid.port, count):
             yield Transport(grid, grid.clock, DEADLINE), _resident() - before
 
 
@@ -160,7 +160,7 @@ def measure_arrivals(arrivals: Arrivals, note: Note) -> dict[str, Any]:
     allow_connections(int(rate * arrivals.seconds))
     with _serving() as (grid, authority):
         note("devices are made")
-        with _clients("arrivals", authority, grid.port, rate, arrivals.seconds) as (asked, answered):
+        with _clients(authority, grid.port, rate, arrivals.seconds) as (asked, answered):
             note(f"{arrivals.rate:.0f} check-ins a minute for {arrivals.seconds:.0f} s")
             begin = time.process_time()
             asked.write(b"\n")

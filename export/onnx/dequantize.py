@@ -45,11 +45,16 @@ def dequantized(base: Base, profile: Profile, out: Path, task: Task = "text-clas
         model = pretrained.load(base, AutoModelForCausalLM if task == "text-generation" else AutoModel)
         round_weights(model, BITS[profile])
         model.save_pretrained(stage)
-        replaced = {file.name for file in base.weight_files} | {INDEX}
-        for file in base.folder.iterdir():
-            if file.is_file() and file.name not in replaced:
-                shutil.copyfile(file, stage / file.name)
+        copy_others(base, stage)
     return find_base(str(out))
+
+
+def copy_others(base: Base, stage: Path, *but: str) -> None:
+    """Copy the files of a base to ``stage``, but those of its weights and those named."""
+    replaced = {INDEX, *but, *(file.name for file in base.weight_files)}
+    for file in base.folder.iterdir():
+        if file.is_file() and file.name not in replaced:
+            shutil.copyfile(file, stage / file.name)
 
 
 def as_stored(

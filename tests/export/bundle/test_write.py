@@ -137,38 +137,6 @@ def test_a_disk_that_fills_up_at_any_file_leaves_the_old_bundle(
     assert sorted(p.name for p in bundle.parent.iterdir()) == [".bundle.lock", "bundle", "trust.pem"]
 
 
-@pytest.mark.parametrize("step", ["first", "second"])
-def test_a_failed_rename_leaves_the_old_bundle(
-    bundle: Path,
-    exported: ExportedBase,
-    source: Source,
-    vendor: IdentityKey,
-    monkeypatch: pytest.MonkeyPatch,
-    step: str,
-) -> None:
-    before, rename = contents(bundle), Path.rename
-
-    def broken(path: Path, target: Path) -> Path:
-        if (step == "first") == (path == bundle) and path.name != ".bundle.previous":
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", broken)
-    with pytest.raises(PermissionError):
-        write_bundle(bundle, exported, [source(seed=2, version=4)], key=vendor)
-    assert contents(bundle) == before
-
-
-def test_a_kill_between_the_two_renames_is_repaired_by_the_next_call(
-    bundle: Path, exported: ExportedBase, source: Source, household: IdentityKey
-) -> None:
-    before = contents(bundle)
-    bundle.rename(bundle.parent / ".bundle.previous")
-    add_adapter(bundle, exported.adapter_inputs, source("anna", seed=1), key=household)
-    assert before.items() <= contents(bundle).items()
-    assert not (bundle.parent / ".bundle.previous").exists()
-
-
 def test_a_folder_that_is_not_a_bundle_is_not_replaced(
     tmp_path: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
 ) -> None:

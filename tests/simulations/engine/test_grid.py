@@ -82,15 +82,6 @@ def test_devices_come_and_go_with_the_hours_and_the_same_ones_are_there_at_the_s
     assert there("4") == night
 
 
-def test_earlier_messages_do_not_change_an_outcome() -> None:
-    faults = FaultModel(seed=5, message_loss=0.3, mean_delay=2.0, forced_dropouts=1)
-    fresh, resumed = grid_of(faults), grid_of(faults)
-    for group in ("1", "2", "3"):  # a run from the start
-        for step in ROUND_STEPS:
-            found = senders(fresh.send_and_receive(messages(fresh, step, group)))
-    assert senders(resumed.send_and_receive(messages(resumed, Step.UNMASK, "3"))) == found
-
-
 def test_messages_are_lost_with_the_probability_of_the_settings() -> None:
     """Accepts the right probability and rejects two thirds and three halves of it."""
     outcomes = FaultModel(seed=3, message_loss=0.1, mean_delay=4.0).outcomes("1", Step.PLAN, range(4000)).values()

@@ -4,11 +4,10 @@ from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
-import pytest
 from rich.console import Console
 
 from simulations.report.terminal import print_result, print_scenario
-from simulations.result import CanaryBounds, RunResult
+from simulations.result import RunResult
 from simulations.scenario import Scenario
 
 
@@ -25,33 +24,6 @@ def test_the_table_has_every_arm_with_its_four_numbers(result: RunResult) -> Non
     assert rows["base"] == [".446", ".400", ".275", ".383"]
     assert rows["personal"] == [".856", ".825", ".800", ".892"]
     assert {"local", "global"} <= set(rows)
-
-
-def test_the_lines_below_the_table_have_the_costs_and_the_next_command(result: RunResult) -> None:
-    text = printed(result)
-    assert "up         263 kB a device a round, 0.29 % of the full model (90.9 MB)" in text
-    assert "dropouts   12 of 120 device-rounds: 4 at plan, 5 at survivors, 3 at unmask" in text
-    assert "time       4 min 12 s; training 2 min 41 s; coordination 7.4 s, 4.6 % of that" in text
-    assert "parity     .9983 of 600 phrases as in torch, largest difference 0.031\n" in text
-    assert "exported   accuracy .8100, in torch .8117\n" in text
-    assert "phrases    18 of 20 plain phrases right; fewest: de-02, 8 of 10" in text
-    assert "says 90 %  personal is right 89 % of 71 times; global is right 93 % of 64 times\n" in text
-    assert "calibration error: personal 2.9 % (4.2 % uncalibrated); global 6.4 %\n" in text
-    assert text.endswith('edgeadapt device infer --bundle runs/households/bundle "turn on the kitchen lights"\n')
-
-
-@pytest.mark.parametrize(
-    ("gaussian", "line"),
-    [
-        (6.52, "epsilon at least 6.52, below the account of 8.00"),
-        (9.1, "epsilon at least 9.10, above the account of 8.00: too little noise, or chance"),
-    ],
-)
-def test_the_bound_of_canaries_is_next_to_the_account(result: RunResult, gaussian: float, line: str) -> None:
-    bounds = CanaryBounds(1000, 712, account=8.0, one_run=0.61, gaussian=gaussian, confidence=0.95)
-    text = printed(replace(result, canaries=bounds))
-    assert f"canaries   {line}\n" in text
-    assert "           at 95 % for Gaussian noise, 0.61 for any; 712 of 1000 guessed\n" in text
 
 
 def test_the_price_of_groups_is_that_of_the_devices_that_take_part(tmp_path: Path) -> None:
