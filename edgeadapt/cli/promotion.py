@@ -30,8 +30,6 @@ from edgeadapt.promotion.gates import (
     require_passed,
 )
 from edgeadapt.releases.actions import GateResult, login_name
-from edgeadapt.releases.history import audit_repository
-from edgeadapt.releases.lineage import Lineage
 from edgeadapt.releases.prepared import RollbackCondition
 from edgeadapt.releases.repository import ChannelRepository, Published
 from edgeadapt.releases.rollback import prepare, require_signer, roll_back
@@ -232,10 +230,10 @@ def verdict(state_dir: Path, channel: str, releases: Path, trust: Path | None, a
     Example:
       edgeadapt adapters verdict fleet stable --releases releases
     """
-    newest, previous = _open(releases).compared(channel, adapter)
+    repository = _open(releases)
+    repository.compared(channel, adapter)
     margin = GateSettings.read(releases / GATES).accuracy.margin
-    lineage, records = Lineage.read(state_dir, trust, None), audit_repository(releases, None).records
-    evaluation = judge(lineage, channel, adapter, newest, previous, margin, records)
+    evaluation, _ = judge(repository, state_dir, trust, channel, adapter, margin)
     if as_json:
         row = {"round": evaluation.round, "metrics": evaluation.metrics, "worse": evaluation.worse}
         click.echo(json.dumps(row | asdict(evaluation.verdict)))

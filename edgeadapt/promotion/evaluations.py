@@ -4,7 +4,7 @@ The signed record of a round names its plan by digest. So the plan that a log ha
 devices had, no matter who keeps the log.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,6 @@ from edgeadapt.audit.transcripts import logs
 from edgeadapt.formats import storage
 from edgeadapt.formats.registryfiles import TRANSCRIPT, RegistrySettings
 from edgeadapt.formats.release import Release
-from edgeadapt.releases.actions import ActionRecord
 from edgeadapt.releases.history import audit_repository, rollback_after
 from edgeadapt.releases.lineage import GovernedVersion, Lineage
 from edgeadapt.releases.repository import ChannelRepository
@@ -51,51 +50,39 @@ def act(repository: ChannelRepository, state_dir: Path, trust: Path | None, chan
     """
     if channel in repository.channels and repository.rollout(channel) is None:
         return WatchStep("no rollout", f"channel {channel} rolls nothing out")
-    newest, previous = repository.compared(channel, adapter)
+    repository.compared(channel, adapter)
     current = repository.release(channel)
     if current is None:
         raise ConfigError(f"channel {channel} has no release", about="channel", value=channel)
-    ready = repository.prepared.accept(channel, current)
-    records = audit_repository(repository.folder, None).records
-    lineage = Lineage.read(state_dir, trust, None)
+    condition = repository.prepared.accept(channel, current).condition
     try:
-        judged = judge(lineage, channel, adapter, newest, previous, ready.condition.margin, records)
+        judged, noted = judge(repository, state_dir, trust, channel, adapter, condition.margin)
     except NoVerdictError as error:
         return WatchStep("no verdict", str(error))
     if judged.worse:
         new = publish_prepared(repository, channel, judged).release
-        text = (
-            f"{judged}; channel {channel} is rolled back: release {new.number} is release {ready.condition.again} again"
-        )
+        text = f"{judged}; channel {channel} is rolled back: release {new.number} is release {condition.again} again"
         return WatchStep("rolled back", text, judged, new)
-    if judged not in [record.action.evaluation for record in records]:
+    if not noted:
         note_evaluation(repository, channel, judged)
     return WatchStep("kept", f"{judged}; release {current.number} of channel {channel} stays", judged)
 
 
 def judge(
-    lineage: Lineage,
-    channel: str,
-    adapter: str,
-    newest: str,
-    previous: str,
-    margin: float,
-    records: Sequence[ActionRecord],
-) -> JudgedEvaluation:
-    """Return the verdict of the last round that compared two releases, unless it led to a rollback already.
+    repository: ChannelRepository, state_dir: Path, trust: Path | None, channel: str, adapter: str, margin: float
+) -> tuple[JudgedEvaluation, bool]:
+    """Return the verdict of the last round that compared a channel's two releases, and whether the log has it already.
 
-    Args:
-        channel: Rolls the newest out.
-        newest, previous: ``AdapterManifest.content`` of the adapter in the two releases.
-        margin: How far the accuracy of the newest may be below.
-
-    Raises NoVerdictError: no round compared them, or it counted too few examples of one of them; or that release was
-    taken back for it, and is compared again where it was promoted again; DataError, TrustError as ``last_evaluation``
-    and ``verdict``.
+    ``margin`` says how far the accuracy of the newest may be below. Raises NoVerdictError: no round compared them, or
+    it counted too few examples of one of them; or that release was taken back for it, and is compared again where it
+    was promoted again; otherwise as ``act``.
     """
-    version = last_evaluation(lineage, newest, previous)
+    newest, previous = repository.compared(channel, adapter)
+    records = audit_repository(repository.folder, None).records
+    add_one = f"add one with 'edgeadapt coordinator evaluate {state_dir}', and run it"
+    version = last_evaluation(Lineage.read(state_dir, trust, None), newest, previous)
     if version is None or version.record is None:
-        reason = f"no round has compared the two releases of {channel}: {_add_one(lineage.state_dir)}"
+        reason = f"no round has compared the two releases of {channel}: {add_one}"
         raise NoVerdictError(reason, about="evaluation")
     number, metrics = version.record.round, version.manifest.metrics
     judged = verdict(metrics, margin)
@@ -107,9 +94,9 @@ def judge(
     evaluation = JudgedEvaluation(number, version.manifest.sha256, survivors, *figures)
     if (before := rollback_after(evaluation, records)) is not None:
         led = f"release {before.action.release} of channel {before.action.subject}"
-        reason = f"the evaluation of round {number} led to a rollback already ({led}): {_add_one(lineage.state_dir)}"
+        reason = f"the evaluation of round {number} led to a rollback already ({led}): {add_one}"
         raise NoVerdictError(reason, about="evaluation", value=number)
-    return evaluation
+    return evaluation, any(record.action.evaluation == evaluation for record in records)
 
 
 def last_evaluation(lineage: Lineage, newest: str, previous: str) -> GovernedVersion | None:
@@ -127,10 +114,6 @@ def last_evaluation(lineage: Lineage, newest: str, previous: str) -> GovernedVer
         if (task.newest, task.previous) == (newest, previous):
             return version
     return None
-
-
-def _add_one(state_dir: Path) -> str:
-    return f"add one with 'edgeadapt coordinator evaluate {state_dir}', and run it"
 
 
 def find_plan(state_dir: Path, digest: str) -> Plan:

@@ -188,7 +188,7 @@ repository.renew() if sys.argv[2] == "renew" else repository.rotate(sys.argv[2],
 """
 
 
-@pytest.mark.parametrize(("what", "writes"), [("renew", 0), ("renew", 1), ("renew", 2), ("snapshot", 1)])
+@pytest.mark.parametrize(("what", "writes"), [("renew", 0), ("renew", 2), ("snapshot", 1)])
 def test_an_action_that_was_killed_is_not_in_the_log(folder: Path, what: str, writes: int) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", KILLED, str(folder), what, str(writes)], check=False, env=environment)
