@@ -195,9 +195,8 @@ class Learner:
             entropy: Draws the keys, the first time.
             task: That the base must be for; None: any.
 
-        Raises:
-            TrustError, DataError, ConfigError: As ``Library.open``, ``Library.default`` and ``Trust.adapter``; or
-                another process learns, or what was learned cannot be opened.
+        Raises TrustError, DataError, ConfigError as ``Library.open``, ``Library.default`` and ``Trust.adapter``; or
+        another process learns, or what was learned cannot be opened.
         """
         library = Library.open(bundle, trust, task)
         bundle = library.bundle
