@@ -82,18 +82,20 @@ def test_a_run_that_also_serves_light_devices_is_started_with_the_gateways_addre
     assert found.keys() == bundle["tool"]["flwr"]["app"]["config"].keys()  # Flower refuses other keys
 
 
-def test_a_superlink_that_refuses_is_reported_in_one_line(flower: Callable[..., Path], tmp_path: Path) -> None:
-    flower(run={"out": '{"success": false, "error-message": "not\\nreachable"}', "code": 1})
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [
+        ({"out": '{"success": false, "error-message": "not\\nreachable"}'}, "not reachable"),
+        ({"out": "", "err": "Traceback\nNo module named flwr"}, "No module named flwr"),
+    ],
+)
+def test_a_superlink_that_refuses_or_a_command_that_breaks_is_reported_in_one_line(
+    flower: Callable[..., Path], tmp_path: Path, said: dict[str, str], text: str
+) -> None:
+    flower(run={**said, "code": 1})
     with refused(EdgeAdaptError, "superlink") as caught:
         Connection("mine", {"FLWR_HOME": str(tmp_path)}).start(tmp_path)
-    assert "not reachable" in str(caught.value)
-
-
-def test_a_command_of_flowers_that_breaks_is_reported_in_one_line(flower: Callable[..., Path], tmp_path: Path) -> None:
-    flower(run={"out": "", "err": "Traceback\nNo module named flwr", "code": 1})
-    with refused(EdgeAdaptError, "superlink") as caught:
-        Connection("mine", {"FLWR_HOME": str(tmp_path)}).start(tmp_path)
-    assert "No module named flwr" in str(caught.value)
+    assert text in str(caught.value)
 
 
 @pytest.mark.parametrize("status", ["finished:failed", "finished:stopped", "running"])
