@@ -27,6 +27,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         "federation": lambda _: federation(),
         "services": lambda _: services(),
         "registry": lambda _: registry(),
+        "policy": lambda _: policy(),
+        "eligibility": lambda _: eligibility(),
         "api": api,
     }
     return MARK.sub(lambda mark: makers[mark[1]](mark[2]), markdown)
@@ -107,6 +109,22 @@ def registry() -> str:
     from edgeadapt.formats.registryfiles import RegistrySettings
 
     return _settings(RegistrySettings)
+
+
+def policy() -> str:
+    """Every limit of a device."""
+    _importable()
+    from client.node.policy import PolicySettings
+
+    return _settings(PolicySettings)
+
+
+def eligibility() -> str:
+    """Every condition under which a device takes part."""
+    _importable()
+    from client.node.eligibility import EligibilitySettings
+
+    return _settings(EligibilitySettings)
 
 
 def _settings(kind: Any) -> str:

@@ -1,6 +1,7 @@
 """The generated pages name every command, option and scenario key; the site fetches nothing from another origin."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -10,6 +11,9 @@ from types import ModuleType
 
 import click
 import pytest
+
+from client.node.eligibility import EligibilitySettings
+from client.node.policy import PolicySettings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,6 +43,13 @@ def test_the_page_of_scenario_keys_has_a_row_for_each_key(hooks: ModuleType) -> 
     rows = re.findall(r"^\| `([\w.]+)` \| `.+` \| .+ \|$", hooks.keys(), re.MULTILINE)
     assert {"seed", "federation.rounds", "adapter.rank"} < set(rows)
     assert len(rows) == hooks.keys().count("\n") - 1
+
+
+def test_the_page_of_a_devices_policy_has_a_row_for_each_limit_and_condition(hooks: ModuleType) -> None:
+    for kind, table in ((PolicySettings, hooks.policy()), (EligibilitySettings, hooks.eligibility())):
+        rows = re.findall(r"^\| `(\w+)` \| `(.+)` \| (.+) \|$", table, re.MULTILINE)
+        fields = kind.model_fields.items()
+        assert rows == [(name, json.dumps(field.default), field.description) for name, field in fields]
 
 
 def test_every_mark_of_a_page_is_replaced(hooks: ModuleType) -> None:

@@ -29,6 +29,15 @@ from tests.support import refused
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "reference" / "device-policy.md"
 BASE, OTHER = "a" * 64, "b" * 64
+RESOURCES = {
+    "duty_cycle",
+    "maximum_labels",
+    "maximum_ring_bits",
+    "maximum_seconds",
+    "maximum_tokens",
+    "maximum_virtual_tokens",
+    "minimum_ring_bits",
+}
 CHANGED: dict[str, Any] = {
     "known_bases": [BASE],
     "adversaries": ["active", "honest-but-curious"],
@@ -104,14 +113,12 @@ def test_a_wrong_policy_is_refused_by_key(tmp_path: Path, table: str, about: str
     assert str(tmp_path / "device.toml") in str(caught.value)
 
 
-def test_the_document_lists_every_key_with_its_default_and_meaning() -> None:
-    limits, _, _ = DOCUMENT.read_text().partition("## Eligibility")
-    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", limits, re.MULTILINE))
-    assert list(rows) == list(PolicySettings.model_fields)
-    for name, field in PolicySettings.model_fields.items():
-        default, meaning, *_ = rows[name].split(" | ")
-        assert default == f"`{json.dumps(field.default)}`", name
-        assert meaning == field.description, name
+def test_the_document_says_what_a_weaker_value_of_each_limit_on_privacy_costs() -> None:
+    """The table of all keys is generated. A new key has a row in the second table, or bounds resources alone."""
+    limits, _, _ = DOCUMENT.read_text().partition("## What bounds each key of a task")
+    assert "\n<!-- generated: policy -->\n" in limits
+    rows = re.findall(r"^\| `(\w+)` \| .+ \|$", limits, re.MULTILINE)
+    assert rows == [name for name in PolicySettings.model_fields if name not in RESOURCES]
 
 
 # What bounds each key of a task.
