@@ -119,11 +119,15 @@ CLASSIFICATION: dict[str, dict[str, Any]] = dict.fromkeys(OF_USUAL_SIZES.split()
 
 
 def rows(heading: str) -> dict[str, list[str]]:
-    """The table under ``heading``: architecture → the other cells."""
+    """The table under ``heading``: architecture → how it is exported, with what, or why it is refused."""
     section = PAGE.read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-    lines = re.findall(r"^\| `.*$", section, re.M)
-    cells = [[cell.replace("`", "").strip() for cell in line.strip("|").split("|")] for line in lines]
-    return {name: [cell for cell in rest if cell] for name, *rest in cells}
+    found: dict[str, list[str]] = {}
+    for outcome, what, names in re.findall(r"^\| (\w+) \| (.*?) \| (`.*`) \|$", section, re.M):
+        compared = ["exact", what.replace("`", ""), *["within"] * len(LIMITS)]
+        path = [] if outcome == "exported" else [outcome]
+        cells = ["refused", what.replace("`", "")] if outcome == "refused" else [*path, *compared]
+        found |= dict.fromkeys(re.findall("`(.+?)`", names), cells)
+    return found
 
 
 def cells(
@@ -329,5 +333,5 @@ def classified(base: Base, runner: Any) -> list[str]:
 
 
 def test_the_page_lists_what_is_compared() -> None:
-    assert list(rows("Language models")) == sorted(GENERATION)
-    assert list(rows("Classifiers")) == sorted(CLASSIFICATION)
+    assert sorted(rows("Language models")) == sorted(GENERATION)
+    assert sorted(rows("Classifiers")) == sorted(CLASSIFICATION)
