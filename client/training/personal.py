@@ -89,7 +89,7 @@ class PersonalStep:
     patience: int = 0
 
 
-def personalize(
+def personalize(  # noqa: PLR0913  # three of them by name
     trainer: ClassifierTrainer,
     candidates: Mapping[Candidate, Tensors],
     examples: Sequence[Example],

@@ -72,7 +72,7 @@ def adapted(model: nn.Module, config: PeftConfig, *, heads: Sequence[str] = (), 
     return wrapped
 
 
-def configuration(
+def configuration(  # noqa: PLR0913  # each by name, as the command that passes them has them
     base: Base,
     method: MethodName = "lora",
     *,
