@@ -23,6 +23,7 @@ from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from benchmarks.ondevice.process import QUIET, resident
 from benchmarks.timing import Note
 from client.inference.trust import Trust
+from client.training.control import TrainingControl
 from client.training.engine import trainer_of
 from client.training.examples import Example
 from edgeadapt.bases.base import find_base
@@ -158,7 +159,7 @@ def _measured(engine: str, bundle: str, trust: str | None, base: str, begun: flo
     def mark() -> None:
         marks.append((time.monotonic(), time.process_time()))
 
-    trained = trainer.train(start, examples, task, epochs=1, rng=rng, step=mark)
+    trained = trainer.train(start, examples, task, epochs=1, rng=rng, control=TrainingControl(step=mark))
     mark()
     memory = resident("VmHWM")
     tokenizer = Tokenizer.from_str((opened.folder / BASE / TOKENIZER).read_text())

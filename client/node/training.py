@@ -31,7 +31,7 @@ from client.training.examples import Example, Score, Split, in_split, parse_exam
 from client.training.limits import TrainingLimits
 from client.training.moments import embedded
 from client.training.private import private_of, subject_of, with_private
-from client.training.trainer import ClassifierTrainer, FrozenBase, LocalTrainer
+from client.training.trainer import ClassifierTrainer, FrozenBase, Trainer
 from edgeadapt.formats import files
 from edgeadapt.formats.bundle import VerifiedBase
 from edgeadapt.formats.layout import Layout, Tensors
@@ -129,7 +129,7 @@ class LocalRound:
         planned: Planned,
         task: RoundTask,
         start: Tensors,
-        trainer: LocalTrainer,
+        trainer: Trainer,
         examples: tuple[Example, ...],
         snapshot: Snapshot,
     ) -> None:
@@ -150,12 +150,10 @@ class LocalRound:
     def updated(self, task: Task) -> Outcome:
         start, held_out, begin = self._begun(task), self._counted, time.perf_counter()
         score = _or_else(lambda: _score(self.trainer, start, held_out), self.unscored)
-        order, control = self.snapshot.generator(self.plan, Draw.ORDER), self.device.limits.control()
+        order, control = self.snapshot.generator(self.plan, Draw.ORDER), self.device.limits.control(self.device.step)
 
         def trained() -> Tensors:
-            return self.trainer.train(
-                start, self.own, task, epochs=task.epochs, rng=order, step=self.device.step, control=control
-            )
+            return self.trainer.train(start, self.own, task, epochs=task.epochs, rng=order, control=control)
 
         after = _or_else(trained, lambda: start) if self.own else start
         log.info("trained on %d examples", len(self.own), extra={"training_seconds": time.perf_counter() - begin})
@@ -236,7 +234,7 @@ def _usable(examples: Sequence[Example], task: RoundTask) -> tuple[Example, ...]
     return usable
 
 
-def _score(trainer: LocalTrainer, adapter: Tensors, held_out: Sequence[Example]) -> Score:
+def _score(trainer: Trainer, adapter: Tensors, held_out: Sequence[Example]) -> Score:
     """Score an adapter; where a loss is not a number, the worst."""
     score = trainer.score(adapter, held_out)
     return score if math.isfinite(score.loss) else Score.worst(score.count)

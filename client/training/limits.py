@@ -1,6 +1,7 @@
 """The limits on the training of a device: those of a task, of time and memory, and what the owner contributes to."""
 
 import math
+from collections.abc import Callable
 
 from pydantic import Field
 
@@ -44,9 +45,9 @@ class TrainingLimits(TaskLimits):
         "once. The multiple still shows coarsely how long training took, unless this is above the longest",
     )
 
-    def control(self) -> TrainingControl:
-        seconds = self.maximum_seconds or math.inf
-        return TrainingControl(seconds, self.duty_cycle, self.maximum_gradient_norm, True, self.maximum_tokens)
+    def control(self, step: Callable[[], object] = lambda: None) -> TrainingControl:
+        seconds, norm = self.maximum_seconds or math.inf, self.maximum_gradient_norm
+        return TrainingControl(seconds, self.duty_cycle, norm, True, self.maximum_tokens, step=step)
 
     def check(self, task: RoundTask, adapter: Tensors) -> None:
         """Check a task as ``TaskLimits.check`` does, and that the owner contributes to rounds of its kind."""

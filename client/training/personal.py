@@ -98,7 +98,6 @@ def personalize(
     *,
     rng: np.random.Generator,
     plain: Sequence[Example] = (),
-    step: Callable[[], object] = lambda: None,
     control: TrainingControl = UNLIMITED,
 ) -> Personalization:
     """Make a personal adapter from the global one and the training examples, and keep it or another candidate.
@@ -107,7 +106,7 @@ def personalize(
         candidates: The base and the global adapter.
         examples: Of the device, all splits.
         how: The step; fine-tuning for 0 epochs makes nothing, and leaves ``candidates`` to choose from.
-        rng, step: As for ``Trainer.train``.
+        rng, control: As for ``Trainer.train``.
         plain: Public texts of which the personal adapter must answer as many right as the global one (``rehearsal``).
             One that does not is moved towards the global adapter, in quarters of the way, until it does; it is not a
             candidate if only the global adapter does.
@@ -125,7 +124,7 @@ def personalize(
     if how.patience and held_out:
         control = replace(control, patience=how.patience, held_out=lambda found: trainer.score(found, held_out).loss)
     if how.epochs or how.method is not PersonalMethod.FINE_TUNE:
-        train = partial(trainer.train, rng=rng, step=step, control=control)
+        train = partial(trainer.train, rng=rng, control=control)
         shared = candidates[Candidate.GLOBAL]
         own = _personal(trainer, shared, examples, task, how, train)
         if (kept := _remembering(trainer, shared, own, plain)) is not None:

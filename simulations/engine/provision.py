@@ -34,6 +34,7 @@ from client.node.statedir import DeviceSettings, DeviceStateDir
 from client.training.engine import classifier_trainer, language_trainer, trainer_of
 from client.training.examples import Example, Split, write_examples
 from client.training.limits import TrainingLimits
+from client.training.torchengine import model_of
 from client.training.trainer import FrozenBase
 from coordinator.registry import Registry
 from coordinator.seed import seed_version
@@ -357,11 +358,11 @@ def first_adapter(scenario: Scenario, population: Population, base: Base) -> tup
     if population.labels:
         mine = classifier_trainer(base, len(population.labels), config)
         public = [(phrase.text, phrase.label) for phrase in population.public]
-        tensors = seed_adapter(mine.engine.model, mine.tokenizer, public, len(population.labels), generator)
+        tensors = seed_adapter(model_of(mine), mine.tokenizer, public, len(population.labels), generator)
         if scenario.adapter.head == "logistic":
             tensors |= _logistic_head(mine.embed([text for text, _ in public]), [label for _, label in public], tensors)
     else:
-        tensors = initial(language_trainer(base, config).engine.model, generator)
+        tensors = initial(model_of(language_trainer(base, config)), generator)
     manifest, blob = seed_version(tensors, config, population.labels, base.digest)
     scenario.federation.task(manifest)
     return manifest, blob

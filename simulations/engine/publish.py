@@ -14,6 +14,7 @@ import numpy as np
 from aggregation.pki.identity import IdentityKey
 from client.node import statedir as device_files
 from client.training.engine import classifier_trainer
+from client.training.torchengine import model_of
 from coordinator import statedir as coordinator_files
 from edgeadapt.bases.base import Base
 from edgeadapt.formats import files, storage
@@ -95,7 +96,7 @@ def export_all(fleets: Sequence[tuple[Path, Population]], scenario: Scenario, ba
 def _publish(out: Path, scenario: Scenario, population: Population, base: Base) -> _Exported:
     source = from_registry(out / provision.COORDINATOR, None, None)
     origin = resolved(source, base)
-    model = classifier_trainer(base, len(population.labels), source.peft_config).engine.model
+    model = model_of(classifier_trainer(base, len(population.labels), source.peft_config))
     profile, slots = Profile(scenario.export.profile), wanted(base, origin).slots
     exported = _with_phrases(export_classifier(with_mean_head(base, slots), base, profile, training=None), population)
     runner = OnnxRunner.open(exported.folder, exported.manifest)

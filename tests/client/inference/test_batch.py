@@ -16,7 +16,6 @@ from edgeadapt.bases.classifiergraph import MAX_ROWS, group_rows, stack
 from edgeadapt.formats.layout import Tensors
 from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.methods.classifier import build, tensors
-from edgeadapt.methods.peft.inputs import AdapterInputs
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
@@ -75,14 +74,6 @@ def test_rows_of_equal_length_and_rank_are_bitwise_the_same_as_alone(mixed: tupl
     together = session.rank_mixed(rows, 4)
     for (text, names), found in zip(rows, together, strict=True):
         assert [found] == session.rank([text], names, 4)
-
-
-def test_the_other_rows_of_a_batch_do_not_change_an_answer(mixed: tuple[Path, ExportedBase]) -> None:
-    session = ClassificationSession.open(mixed[0])
-    one = session.rank_mixed([("lock the door", "anna"), ("open the door", "global")], 4)
-    other = session.rank_mixed([("lock the door", "anna"), ("play a music", "anna")], 4)
-    assert one[0] == other[0]
-    assert one[1] != other[1]
 
 
 def test_a_batch_without_rows_has_no_answers(mixed: tuple[Path, ExportedBase]) -> None:
@@ -161,8 +152,3 @@ def test_minilm_answers_a_batch_of_all_ranks_as_it_answers_each_row(tmp_path: Pa
     for (text, names), found in zip(rows, session.rank_mixed(rows, 4), strict=True):
         alone = {p.label: p.probability for p in session.rank([text], names, 4)[0]}
         assert {p.label: p.probability for p in found} == pytest.approx(alone, abs=1e-5)
-
-
-def test_the_test_base_has_a_head(exported: ExportedBase) -> None:
-    found: AdapterInputs = exported.adapter_inputs
-    assert [slot.path for slot in found.saved] == ["classifier"]

@@ -59,12 +59,6 @@ def test_nothing_is_emitted_after_a_stop_string() -> None:
     assert (stops.feed("three"), stops.rest(), stops.hit) == ("", "", "\n")
 
 
-@pytest.mark.parametrize("pieces", [["abc"], ["a", "b", "c"]])
-def test_without_stop_strings_every_piece_is_emitted_at_once(pieces: list[str]) -> None:
-    stops = StopFilter(())
-    assert [stops.feed(piece) for piece in pieces] == pieces
-
-
 @pytest.mark.parametrize(
     ("about", "value"),
     [

@@ -84,14 +84,6 @@ def test_rollback_to_an_older_version_is_refused_even_after_a_restart(
     assert "is version 4, but version 5 was accepted here before" in str(caught.value)
 
 
-def test_the_same_and_a_newer_version_are_accepted(
-    bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
-) -> None:
-    for version in (3, 3, 4):
-        write_bundle(bundle, exported, [source(version=version)], key=vendor)
-        assert accept(bundle).manifest.version == version
-
-
 def test_the_same_version_with_another_content_is_refused_even_after_a_restart(
     bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
 ) -> None:
