@@ -186,10 +186,9 @@ def compose(composition: Composition, verified: Sequence[VerifiedAdapter], base:
         changes there, up to float32 rounding. A single adapter of weight 1 is returned unchanged, and equal modules
         keep their exact values.
 
-    Raises:
-        ConfigError: The labels differ; the ranks add up to more than the base allows; the weights of adapters that
-            replace parameters do not add up to 1; an adapter with virtual tokens has another weight than 1; a prompt
-            meets a prefix; or no adapter with a weight above 0 brings a head.
+    Raises ConfigError: the labels differ; the ranks add up to more than the base allows; the weights of adapters that
+    replace parameters do not add up to 1; an adapter with virtual tokens has another weight than 1; a prompt meets a
+    prefix; or no adapter with a weight above 0 brings a head.
     """
     manifests = tuple(one.manifest for one in verified)
     if len(verified) == 1 and composition.parts[0].weight == 1:

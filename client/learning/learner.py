@@ -195,9 +195,8 @@ class Learner:
             entropy: Draws the keys, the first time.
             task: That the base must be for; None: any.
 
-        Raises:
-            TrustError, DataError, ConfigError: As ``Library.open``, ``Library.default`` and ``Trust.adapter``; or
-                another process learns, or what was learned cannot be opened.
+        Raises TrustError, DataError, ConfigError as ``Library.open``, ``Library.default`` and ``Trust.adapter``; or
+        another process learns, or what was learned cannot be opened.
         """
         library = Library.open(bundle, trust, task)
         folder = storage.real(bundle).parent / LEARNED
@@ -264,11 +263,7 @@ class Learner:
         return Learned(used.name, used.version, done, seconds, own, answers[len(taught) :])
 
     def personalize(
-        self,
-        examples: Path,
-        how: PersonalStep,
-        learning_rate: float | None,
-        control: TrainingControl = UNLIMITED,
+        self, examples: Path, how: PersonalStep, learning_rate: float | None, control: TrainingControl = UNLIMITED
     ) -> Personalized:
         """Make a private adapter from the global one, and put it into use: the personal step.
 

@@ -24,12 +24,12 @@ from aggregation.ring import Ring
 from aggregation.session import COORDINATOR
 from aggregation.spec import SessionSpec
 from client.node.eligibility import EligibilityError
+from client.node.policy import TrainingLimits
 from client.node.privateparts import PrivateParts, check_unshared, ever_private
 from client.node.snapshot import Draw, Snapshot
 from client.training.engine import TrainerOf, classifier_trainer, trainer_of
 from client.training.examples import Example, Score, Split, in_split, parse_examples
-from client.training.limits import TrainingLimits
-from client.training.moments import embedded
+from client.training.personal import embedded
 from client.training.private import private_of, subject_of, with_private
 from client.training.trainer import ClassifierTrainer, FrozenBase, Trainer
 from edgeadapt.formats import files
@@ -67,9 +67,8 @@ def contribute(
         counts as an update of zero, of examples that were answered wrongly: the weight is that of the examples all the
         same, so that no failure shows in another device's share of the sum.
 
-    Raises:
-        ProtocolError: What is on offer cannot or must not be trained. This is known before an example is read.
-        EligibilityError: From ``device.step``.
+    Raises ProtocolError: what is on offer cannot or must not be trained. This is known before an example is read.
+    EligibilityError: From ``device.step``.
     """
     plan, spec = planned.plan, planned.spec
     start = adapter_of(plan, blob)

@@ -110,8 +110,7 @@ def descend(
     Returns:
         All tensors, finite: the last ones, or with ``control.patience`` those with the least loss on held-out examples.
 
-    Raises:
-        DataError: The adapter has none of the parts, or a loss, gradient or trained tensor is not finite.
+    Raises DataError: the adapter has none of the parts, or a loss, gradient or trained tensor is not finite.
     """
     trained = [name for name in start if part_of(name) in task.trained]
     if not trained:

@@ -107,8 +107,7 @@ class Trainer:
             Tensors in ``layout``, and R if the task trains it (``edgeadapt.methods.lorasb``), float32 and finite.
             Guarantee: equal arguments give equal tensors, whatever was trained before, and the base does not change.
 
-        Raises:
-            DataError: There are no examples, or as ``descend``.
+        Raises DataError: there are no examples, or as ``descend``.
         """
         if not examples:
             raise DataError("there are no examples to train on; add some", about="examples", value=0)

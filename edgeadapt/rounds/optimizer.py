@@ -22,7 +22,7 @@ from aggregation.errors import ConfigError, DataError
 from edgeadapt.formats.layout import Floats, Layout, Tensors
 from edgeadapt.formats.manifest import ServerRule
 
-# Weight units; half of what devices train by default (``client.training.limits``). A device that lies within the clip
+# Weight units; half of what devices train by default (``client.node.policy``). A device that lies within the clip
 # norm for a hundred rounds could otherwise lead a coordinate to where every device refuses the adapter, for ever.
 LARGEST = 512.0
 

@@ -121,7 +121,7 @@ class RoundTask(ABC):
     EXACT_SEGMENT: ClassVar[str | None]  # the first of the sum without noise; None: it has none
     EXACT: ClassVar[str | None]  # the kind of its sums without noise (``client.node.sumhistory``); None: it has none
     NEEDS_LABELS: ClassVar[bool] = True
-    CONSENT: ClassVar[str] = ""  # the owner's switch for this kind (``client.training.limits``); empty: there is none
+    CONSENT: ClassVar[str] = ""  # the owner's switch for this kind (``client.node.policy``); empty: there is none
     NEED_NO_LIMIT: ClassVar[Mapping[str, str]] = {}  # numbers that need no limit of the owner, and why
 
     peft_config: PeftConfig

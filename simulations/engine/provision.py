@@ -29,11 +29,10 @@ from aggregation.pki import Authority
 from aggregation.pki.identity import IdentityKey
 from client.inference.trust import Trust
 from client.node.enrolment import TrustAnchors, enrol, install_certificate
-from client.node.policy import SAFE, PolicySettings
+from client.node.policy import SAFE, PolicySettings, TrainingLimits
 from client.node.statedir import DeviceSettings, DeviceStateDir
 from client.training.engine import classifier_trainer, language_trainer, trainer_of
 from client.training.examples import Example, Split, write_examples
-from client.training.limits import TrainingLimits
 from client.training.torchengine import model_of
 from client.training.trainer import FrozenBase
 from coordinator.registry import Registry

@@ -57,11 +57,7 @@ def test_an_adapter_of_any_format_answers_as_natively(
 
 
 def test_the_temperature_of_an_adapter_divides_its_logits_as_natively(
-    tab: NodeTab,
-    bundle: Path,
-    exported: ExportedBase,
-    source: Callable[..., AdapterSource],
-    vendor: IdentityKey,
+    tab: NodeTab, bundle: Path, exported: ExportedBase, source: Callable[..., AdapterSource], vendor: IdentityKey
 ) -> None:
     before = native(bundle, "global", list(PHRASES))
     write_bundle(bundle, exported, [replace(source(version=4), temperature=2.5)], key=vendor)
@@ -72,11 +68,7 @@ def test_the_temperature_of_an_adapter_divides_its_logits_as_natively(
 
 
 def test_a_base_in_int8_answers_as_natively_up_to_the_rounding_of_activations(
-    tab: NodeTab,
-    bundle: Path,
-    exported_int8: ExportedBase,
-    source: Callable[..., AdapterSource],
-    vendor: IdentityKey,
+    tab: NodeTab, bundle: Path, exported_int8: ExportedBase, source: Callable[..., AdapterSource], vendor: IdentityKey
 ) -> None:
     write_bundle(bundle, exported_int8, [source()], key=vendor)
     tab.open(bundle)

@@ -36,22 +36,8 @@ from export.onnx.targets import SlotKind, Slots
 from tests.browser.test_language_learning import TUNED as TUNED_LANGUAGE
 from tests.browser.test_language_learning import contributes_as_natively as texts_contribute_as_natively
 from tests.browser.test_language_learning import given as corrections
-from tests.browser.test_learning import (
-    GRADIENTS,
-    TAUGHT,
-    by_input,
-    native,
-    other,
-    probed_at_values,
-    refused,
-    same,
-)
-from tests.browser.test_training import (
-    EXAMPLES,
-    PLAIN,
-    contributes_as_natively,
-    contributes_moments_as_natively,
-)
+from tests.browser.test_learning import GRADIENTS, TAUGHT, by_input, native, other, probed_at_values, refused, same
+from tests.browser.test_training import EXAMPLES, PLAIN, contributes_as_natively, contributes_moments_as_natively
 from tests.support.bundles import resign_base
 from tests.support.models import LABELS, PHRASES, draw, with_biases
 from tests.support.nodetab import OPEN, NodeTab
@@ -188,10 +174,7 @@ def test_a_tab_contributes_the_moments_of_a_native_device_to_an_analytic_head(
 
 
 def test_a_language_model_is_corrected_and_trained_as_natively(
-    tab: NodeTab,
-    talking: tuple[ExportedBase, AdapterSource],
-    vendor: IdentityKey,
-    tmp_path: Path,
+    tab: NodeTab, talking: tuple[ExportedBase, AdapterSource], vendor: IdentityKey, tmp_path: Path
 ) -> None:
     exported, adapter = talking
     write_bundle(tmp_path / "bundle", exported, [adapter], key=vendor, form="fp32")

@@ -147,11 +147,7 @@ def test_the_same_tokens_as_natively_with_each_adapter_and_with_none(written: Wr
 
 
 def test_a_base_of_four_bits_begins_to_write_as_natively(
-    tab: NodeTab,
-    chatty: Base,
-    sources: list[AdapterSource],
-    vendor: IdentityKey,
-    tmp_path: Path,
+    tab: NodeTab, chatty: Base, sources: list[AdapterSource], vendor: IdentityKey, tmp_path: Path
 ) -> None:
     write_bundle(tmp_path / "four", export_causal(chatty, TARGETS, Profile.NATIVE_INT4), sources, key=vendor)
     (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem())

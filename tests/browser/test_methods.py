@@ -23,10 +23,7 @@ globals().update(methods.FIXTURES | virtual.FIXTURES)
 
 
 def test_the_page_takes_adapters_of_every_method(
-    tab: NodeTab,
-    every_slot: Path,
-    every_method: methods.Trained,
-    every_method_base: Base,
+    tab: NodeTab, every_slot: Path, every_method: methods.Trained, every_method_base: Base
 ) -> None:
     bundle, common = every_slot / "bundle", ["--labels", every_slot / "labels", "--key", every_slot / "key.pem"]
     for name in methods.METHODS:

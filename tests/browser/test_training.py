@@ -17,7 +17,7 @@ from aggregation.vector import Segment, VectorSpec
 from client.inference.trust import Trust
 from client.training.evaluate import own_counts
 from client.training.examples import Example, Split
-from client.training.moments import own_moments
+from client.training.personal import own_moments
 from client.training.trainer import ClassifierTrainer, LanguageTrainer, batches
 from edgeadapt.formats import files, jsontext
 from edgeadapt.formats.layout import Tensors

@@ -23,10 +23,10 @@ from aggregation import envelope, ring
 from aggregation.messages import MaskedInput
 from aggregation.steps import ADAPTER, BODY, PROOF, RECORD, Step
 from client.node.app import STATE
+from client.node.policy import TrainingLimits
 from client.node.snapshot import Draw, Snapshot
 from client.training.engine import classifier_trainer
 from client.training.examples import Split, in_split, read_examples
-from client.training.limits import TrainingLimits
 from coordinator.settings import Aggregation, FederationSettings
 from edgeadapt.bases.base import find_base
 from edgeadapt.formats import files

@@ -109,10 +109,7 @@ def test_a_closed_standard_input_is_refused_in_a_line(lm_bundle: Path, command: 
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [
-        (["--json"], "--prompt"),
-        (["--adapter", "anna", "--base-only", "--prompt", "x"], "--base-only"),
-    ],
+    [(["--json"], "--prompt"), (["--adapter", "anna", "--base-only", "--prompt", "x"], "--base-only")],
     ids=["json without a prompt", "adapter and base only"],
 )
 def test_options_that_exclude_each_other_are_refused(lm_bundle: Path, options: list[str], named: str) -> None:

@@ -144,10 +144,7 @@ def test_a_listing_names_the_adapters_that_fail_verification_and_fails(with_anna
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [
-        (["--adapter", "nobody", "unlock"], "'nobody'"),
-        (["--trust", "nowhere.pem", "unlock"], "nowhere.pem"),
-    ],
+    [(["--adapter", "nobody", "unlock"], "'nobody'"), (["--trust", "nowhere.pem", "unlock"], "nowhere.pem")],
 )
 def test_wrong_input_is_one_line_that_names_it_and_a_failure(bundle: Path, arguments: list[str], named: str) -> None:
     done = process("infer", "--bundle", bundle, *arguments)

@@ -121,9 +121,7 @@ def test_a_large_batch_is_split_into_runs_of_bounded_size(mixed: tuple[Path, Exp
     assert answers == session.rank_mixed(rows[:2], 3) * (MAX_ROWS + 1)
 
 
-def test_modules_to_save_other_than_a_head_are_shared_only_if_they_are_equal(
-    mixed: tuple[Path, ExportedBase],
-) -> None:
+def test_modules_to_save_other_than_a_head_are_shared_only_if_they_are_equal(mixed: tuple[Path, ExportedBase]) -> None:
     norm = {"norm.weight": ("32",)}
     values = [np.full(32, i, np.float32) for i in (0, 1, 0)]
     rows = [{"norm.weight": value} for value in values]
