@@ -96,7 +96,7 @@ def error_of_the_head(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> float:
     monkeypatch.setattr(
         "edgeadapt.rounds.tasklimits.TaskLimits._check_number", lambda *given: None
     )  # owners who permit any
-    monkeypatch.setattr(TrainingLimits, "control", lambda limits: TrainingControl(unfailing=True))
+    monkeypatch.setattr(TrainingLimits, "control", lambda limits, step: TrainingControl(unfailing=True))
     coordinator = Summing(monkeypatch, withheld=WITHHELD)
     for rounds, decay in ((3, DECAY), (5, 0.0)):
         training = {"epochs": 1, "learning_rate": RATE, "weight_decay": decay}

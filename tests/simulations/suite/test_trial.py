@@ -284,12 +284,12 @@ def test_an_error_ends_the_training_of_the_other_clients(
     store: Store, scenario: Scenario, population: Population, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def trained(
-        self: ClassifierTrainer, start: Tensors, examples: Any, task: Any, *, step: Any, **other: Any
+        self: ClassifierTrainer, start: Tensors, examples: Any, task: Any, *, control: Any, **other: Any
     ) -> Tensors:
         if examples[0].text == population.clients[0].train[0].text:
             raise DataError("the loss is not finite", about="loss")
         while True:  # until the error of the first client ends this training
-            step()
+            control.step()
             time.sleep(0.01)
 
     monkeypatch.setattr(ClassifierTrainer, "train", trained)
