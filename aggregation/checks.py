@@ -45,11 +45,7 @@ COHORTS = 4  # of which a process keeps what it verified: the devices that it si
 
 
 def may_answer(peer: str, asked: Container[str], answered: Container[str], tag: str) -> None:
-    """Return if ``peer`` may send the message ``tag`` now: it was asked and has not answered.
-
-    Raises:
-        ProtocolError: It may not.
-    """
+    """Check that ``peer`` may send the message ``tag`` now: it was asked and has not answered. Raises ProtocolError."""
     if peer not in asked:
         raise ProtocolError(f"{tag} from a device that was not asked", peer, about=f"{tag}.peer", value=peer)
     if peer in answered:
@@ -57,11 +53,8 @@ def may_answer(peer: str, asked: Container[str], answered: Container[str], tag: 
 
 
 def refers_to(peer: str, tag: str, device: str, field: str, found: bytes, expected: bytes) -> None:
-    """Return if a message ``tag`` names its sender, and the offer, context, plan or survivors that it must refer to.
-
-    Raises:
-        ProtocolError: It does not.
-    """
+    """Check that a message ``tag`` names its sender, and the offer, context, plan or survivors that it must refer to.
+    Raises ProtocolError."""
     if found != expected:
         raise ProtocolError(f"{tag} message is for another {field}", peer, about=f"{tag}.{field}", value=found.hex())
     if device != peer:
@@ -69,11 +62,8 @@ def refers_to(peer: str, tag: str, device: str, field: str, found: bytes, expect
 
 
 def challenge(node: int, message: Challenge) -> None:
-    """Return if a device that runs as ``node`` may answer a challenge: else another node would pass for this device.
-
-    Raises:
-        ProtocolError: It is for another node.
-    """
+    """Check that a device that runs as ``node`` may answer a challenge: else another node would pass for this device.
+    Raises ProtocolError: it is for another node."""
     if message.node != node:
         text = f"the challenge is for node {message.node}, this device runs as node {node}"
         raise ProtocolError(text, COORDINATOR, about="challenge.node", value=message.node)
@@ -82,9 +72,8 @@ def challenge(node: int, message: Challenge) -> None:
 def check_in(root: Root, asked: Challenge, raw: bytes, at: datetime) -> tuple[str, CheckIn]:
     """The device that answers the challenge ``asked``, and its answer.
 
-    Raises:
-        ProtocolError: The authority did not certify a device in it for ``at``, that device did not sign it, or it
-            answers another challenge: of another node, or an earlier one of this node.
+    Raises ProtocolError: the authority did not certify a device in it for ``at``, that device did not sign it, or it
+    answers another challenge: of another node, or an earlier one of this node.
     """
     try:
         # Whom it claims to be from; that device's signature is then required.
@@ -102,11 +91,8 @@ def members(
 ) -> Mapping[str, PublicKey]:
     """Device id → identity key of a cohort, in ascending order, all certified and none repeated.
 
-    ``coordinator``: its key, which is no device's: a key has one role.
-
-    Raises:
-        ProtocolError: A certificate is not the authority's, an id or key is repeated or out of order, or two ids differ
-            in upper and lower case only.
+    ``coordinator``: its key, which is no device's: a key has one role. Raises ProtocolError: a certificate is not the
+    authority's, an id or key is repeated or out of order, or two ids differ in upper and lower case only.
     """
     try:
         pairs = tuple(root.verify(der, at) for der in certificates)
@@ -152,22 +138,16 @@ def _first_to_expire(certificates: tuple[bytes, ...]) -> datetime:
 
 
 def before_end(ends: datetime, at: datetime | None) -> None:
-    """Return if a session that ends at ``ends`` may begin a round at ``at``. None: the device has no clock it trusts.
-
-    Raises:
-        ProtocolError: It is over.
-    """
+    """Check that a session that ends at ``ends`` may begin a round at ``at``. None: the device has no clock it trusts.
+    Raises ProtocolError: it is over."""
     if at is not None and at > ends:
         text = f"the session ended on {ends:%Y-%m-%d at %H:%M}, when a certificate or the revocation list expired"
         raise ProtocolError(text, COORDINATOR, about="plan.time", value=ends)
 
 
 def advert(offer: bytes, rounds: int, signer: PublicKey, device: str, raw: bytes) -> Advert:
-    """The advert of ``device`` for the offer with digest ``offer``.
-
-    Raises:
-        ProtocolError: Not signed by ``device``, for another offer, or without distinct valid keys for each round.
-    """
+    """The advert of ``device`` for the offer with digest ``offer``. Raises ProtocolError: not signed by ``device``, for
+    another offer, or without distinct valid keys for each round."""
     message = envelope.open_verified(Advert, raw, signer, device)
     refers_to(device, Advert.TAG, message.device, "offer", message.offer, offer)
     if not len(message.mask_keys) == len(message.commitments) == rounds:
@@ -192,9 +172,8 @@ def roster(
 ) -> tuple[Session, Mapping[str, bytes]]:
     """The session that a roster defines, and device → advert as signed.
 
-    Raises:
-        ProtocolError: For another offer, below the threshold, an advert from outside the cohort, a device or key
-            repeated, an advert that ``advert`` refuses, or no graph of the degree on so many devices.
+    Raises ProtocolError: for another offer, below the threshold, an advert from outside the cohort, a device or key
+    repeated, an advert that ``advert`` refuses, or no graph of the degree on so many devices.
     """
     return _roster(spec, offer, tuple(cohort.items()), message)
 
@@ -236,11 +215,8 @@ def _roster(
 
 
 def encrypted_shares(session: Session, me: str, received: Mapping[str, EncryptedShares]) -> None:
-    """Return if the encrypted shares that a device receives are from neighbors only, and enough for a round.
-
-    Raises:
-        ProtocolError: They are not.
-    """
+    """Check that the encrypted shares that a device receives are from neighbors only, and enough for a round. Raises
+    ProtocolError."""
     strangers = set(received) - set(session.neighbors(me, session.peers))
     if strangers:
         text = f"shares of {min(strangers)}, which is not a neighbor"
@@ -249,11 +225,7 @@ def encrypted_shares(session: Session, me: str, received: Mapping[str, Encrypted
 
 
 def plan(session: Session, me: str, dealers: Collection[str], last_round: int, message: Plan) -> None:
-    """Return if a device may act on a plan. ``dealers``: the devices whose shares it has.
-
-    Raises:
-        ProtocolError: It may not.
-    """
+    """Check that a device may act on a plan. ``dealers``: the devices whose shares it has. Raises ProtocolError."""
     if message.context != session.context:
         raise ProtocolError("plan is for another session", COORDINATOR, about="plan.context")
     if not last_round < message.round <= session.spec.rounds:
@@ -275,11 +247,7 @@ def plan(session: Session, me: str, dealers: Collection[str], last_round: int, m
 
 
 def grouped(spec: SessionSpec, message: Plan) -> None:
-    """Return if the groups of a plan are well-formed, and each has its minimum of members.
-
-    Raises:
-        ProtocolError: They are not.
-    """
+    """Check that the groups of a plan are well-formed, and each has its minimum of members. Raises ProtocolError."""
     if message.former and spec.grouping is None:
         raise ProtocolError("plan names former members without groups", COORDINATOR, about="plan.former")
     if not ascending(message.former) or not set(message.former).isdisjoint(message.members):
@@ -290,10 +258,8 @@ def grouped(spec: SessionSpec, message: Plan) -> None:
 
 @dataclass(frozen=True, slots=True)
 class CheckedInput:
-    """A device's masked vector for a plan, not in the sum yet.
-
-    ``plan`` and ``vector`` are digests; ``packed`` is a view of the message.
-    """
+    """A device's masked vector for a plan, not in the sum yet. ``plan`` and ``vector`` are digests; ``packed`` is a
+    view of the message."""
 
     device: str
     plan: bytes
@@ -302,11 +268,8 @@ class CheckedInput:
 
 
 def masked_input(session: Session, plan: bytes, peer: str, body: bytes) -> CheckedInput:
-    """The masked vector of ``peer`` for the plan with digest ``plan``.
-
-    Raises:
-        ProtocolError: Not its signed vector, for another plan, or of another size.
-    """
+    """The masked vector of ``peer`` for the plan with digest ``plan``. Raises ProtocolError: not its signed vector, for
+    another plan, or of another size."""
     size = ring.packed_size(session.spec.vector.size, session.spec.vector.ring_bits)
     header, packed = envelope.open_vector(body, size, session.peers[peer].identity, peer)
     refers_to(peer, MaskedInput.TAG, header.device, "plan", header.plan, plan)
@@ -314,11 +277,8 @@ def masked_input(session: Session, plan: bytes, peer: str, body: bytes) -> Check
 
 
 def survivors(session: Session, current: Plan, me: str, vector: bytes, message: Survivors) -> None:
-    """Return if a device may sign and unmask a survivor set. ``vector``: digest of its own masked vector.
-
-    Raises:
-        ProtocolError: It may not.
-    """
+    """Check that a device may sign and unmask a survivor set. ``vector``: digest of its own masked vector. Raises
+    ProtocolError."""
     if message.plan != current.digest():
         raise ProtocolError("survivor set is for another plan", COORDINATOR, about="survivors.plan")
     strangers = set(message.vectors) - set(current.members)
@@ -336,10 +296,8 @@ def survivors(session: Session, current: Plan, me: str, vector: bytes, message: 
 def shares_to_reveal(
     session: Session, current: Plan, me: str, message: Survivors
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The dealers whose seed, and those whose mask key, a device reveals shares of: survivors and dropouts.
-
-    No device is in both. The dealers are the device itself and its neighbors in the plan.
-    """
+    """The dealers whose seed, and those whose mask key, a device reveals shares of: survivors and dropouts. No device
+    is in both. The dealers are the device itself and its neighbors in the plan."""
     dealers = (me, *session.neighbors(me, current.members))
     return (
         tuple(sorted(device for device in dealers if device in message.vectors)),
@@ -350,11 +308,8 @@ def shares_to_reveal(
 def consistency_signatures(
     session: Session, current: Plan, message: Survivors, signatures: Mapping[str, bytes]
 ) -> None:
-    """Return if a quorum of survivors signed this set. No other set has a quorum, since a device signs one.
-
-    Raises:
-        ProtocolError: Fewer signed, also in a group; one of them is not a survivor, or a signature is not valid.
-    """
+    """Check that a quorum of survivors signed this set. No other set has a quorum, since a device signs one. Raises
+    ProtocolError: fewer signed, also in a group; one of them is not a survivor, or a signature is not valid."""
     if strangers := [device for device in signatures if device not in message.vectors]:
         text = f"{strangers[0]} signed the survivor set but is not in it"
         raise ProtocolError(text, COORDINATOR, about="unmask.signers", value=strangers[0])
@@ -366,11 +321,7 @@ def consistency_signatures(
 
 
 def quorum(spec: SessionSpec, current: Plan, signers: Collection[str]) -> None:
-    """Return if enough survivors signed their set, in all and in each group.
-
-    Raises:
-        ProtocolError: Too few did.
-    """
+    """Check that enough survivors signed their set, in all and in each group. Raises ProtocolError."""
     if len(signers) < spec.quorum:
         text = f"{len(signers)} consistency signatures, {spec.quorum} are needed"
         raise ProtocolError(text, COORDINATOR, about="unmask.quorum", value=len(signers))
@@ -385,22 +336,16 @@ def _signed(survivors: bytes, signatures: tuple[tuple[str, PublicKey, bytes], ..
 
 
 def enough_devices(spec: SessionSpec, count: int, what: str, *, about: str = "devices") -> None:
-    """Return if ``count`` is neither below the threshold nor below the minimum of survivors.
-
-    Raises:
-        ProtocolError: It is. ``what`` names the counted devices.
-    """
+    """Check that ``count`` is neither below the threshold nor below the minimum of survivors. Raises ProtocolError: it
+    is. ``what`` names the counted devices."""
     least = max(spec.threshold, spec.minimum_survivors)
     if count < least:
         raise ProtocolError(f"{count} {what}, {least} are needed", COORDINATOR, about=about, value=count)
 
 
 def enough_neighbors(session: Session, me: str, present: Iterable[str], what: str, *, about: str = "neighbors") -> None:
-    """Return if the neighbors of ``me`` in ``present``, and ``me`` itself, can reconstruct its secrets.
-
-    Raises:
-        ProtocolError: They are fewer than the threshold. ``what`` says what they did.
-    """
+    """Check that the neighbors of ``me`` in ``present``, and ``me`` itself, can reconstruct its secrets. Raises
+    ProtocolError: they are fewer than the threshold. ``what`` says what they did."""
     count, least = 1 + len(session.neighbors(me, present)), session.spec.threshold
     if count < least:
         text = f"{count} devices of this device's neighborhood {what}, {least} are needed"

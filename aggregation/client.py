@@ -49,28 +49,19 @@ from aggregation.spec import Adversary, SessionSpec
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """The identity of a device, and the keys and limits it relies on.
+    """The identity of a device, and the keys and limits it relies on."""
 
-    Args:
-        identity: Its signing key.
-        certificate: Its certificate from the authority, DER.
-        root: The pinned authority.
-        coordinator: The pinned key of the coordinator.
-        policy: What it requires of an offer.
-    """
-
-    identity: IdentityKey
-    certificate: bytes
-    root: Root
-    coordinator: PublicKey
-    policy: Policy
+    identity: IdentityKey  # its signing key
+    certificate: bytes  # its certificate from the authority, DER
+    root: Root  # the pinned authority
+    coordinator: PublicKey  # the pinned key of the coordinator
+    policy: Policy  # what it requires of an offer
 
     def open_verified(self, kind: type[M], raw: bytes) -> M:
         """The message in ``raw``, if the coordinator signed it."""
         return envelope.open_repeated(kind, raw, self.coordinator, COORDINATOR)
 
     def sign(self, message: Message) -> bytes:
-        """``message`` as it travels, signed by this device."""
         return envelope.sign(self.identity, message)
 
 
@@ -85,16 +76,9 @@ def check_in(
 ) -> bytes:
     """Answer a challenge (step 0): the certificate, signed with its key. No state changes.
 
-    Args:
-        identity: The device's signing key.
-        certificate: Its certificate from the authority, DER.
-        coordinator: The pinned key of the coordinator.
-        challenge: As received.
-        node: Flower's id of the node that this device runs as.
-        last_offer: Digest of the last offer that this device joined, if it keeps a log state.
-
-    Raises:
-        ProtocolError: The challenge is not the coordinator's, or is for another node.
+    ``node``: Flower's id of the node that this device runs as. ``last_offer``: digest of the last offer that this
+    device joined, if it keeps a log state. Raises ProtocolError: the challenge is not the coordinator's, or is for
+    another node.
     """
     message = envelope.open_verified(Challenge, challenge, coordinator, COORDINATOR)
     checks.challenge(node, message)
@@ -104,15 +88,9 @@ def check_in(
 def join(device: Device, offer: bytes, entropy: Entropy, at: datetime | None = None) -> tuple["Advertised", bytes]:
     """Accept an offer (step 2) and generate the keys of every round; the answer is the advert.
 
-    Args:
-        device: This device.
-        offer: As received.
-        entropy: Draws the keys.
-        at: The time at which certificates must be valid, if the device has a clock it trusts.
-
-    Raises:
-        ProtocolError: The offer is not the coordinator's, names an uncertified or repeated member, does not include
-            this device, or breaks this device's policy.
+    ``at``: the time at which certificates must be valid, if the device has a clock it trusts. Raises ProtocolError: the
+    offer is not the coordinator's, names an uncertified or repeated member, does not include this device, or breaks
+    this device's policy.
     """
     message = device.open_verified(Offer, offer)
     me, cohort = _find_self(device, message, at)
@@ -164,9 +142,8 @@ class Advertised:
     def on_roster(self, device: Device, roster: bytes, entropy: Entropy) -> "tuple[Ready, bytes]":
         """Check the roster and share the secrets of every round (steps 3 and 4); the answer is the encrypted shares.
 
-        Raises:
-            ProtocolError: The roster is not the coordinator's for this offer, is too small, has an advert that is
-                repeated, replayed, unsigned or from outside the cohort, or lacks this device's own advert.
+        Raises ProtocolError: the roster is not the coordinator's for this offer, is too small, has an advert that is
+        repeated, replayed, unsigned or from outside the cohort, or lacks this device's own advert.
         """
         message = device.open_verified(Roster, roster)
         session, adverts = checks.roster(self.spec, self.offer, self.cohort, message)
@@ -186,10 +163,8 @@ class Ready:
     """Between rounds.
 
     Args:
-        session: The public state.
         serials: Device id → serial of its certificate, of the whole cohort.
         ends: When the first certificate of the cohort, or the revocation list, expires; no round begins after that.
-        me: This device's id.
         last_round: The last round begun; 0 before the first.
         dealers: Devices whose encrypted shares arrived; None before they arrive.
         share_key: Decrypts the shares; None once they are decrypted.
@@ -211,14 +186,9 @@ class Ready:
     def on_plan(self, device: Device, plan: bytes, at: datetime | None = None) -> "Planned":
         """Accept the plan of a round (step 5). Skipped rounds can no longer be joined; their secrets are dropped.
 
-        Args:
-            device: This device.
-            plan: As received.
-            at: The time now, if the device has a clock it trusts.
-
-        Raises:
-            ProtocolError: Not the coordinator's, of another session or one that has ended, of a round begun before,
-                without this device, with a neighbor that sent no shares, or too small.
+        ``at``: the time now, if the device has a clock it trusts. Raises ProtocolError: not the coordinator's, of
+        another session or one that has ended, of a round begun before, without this device, with a neighbor that sent
+        no shares, or too small.
         """
         message = device.open_verified(Assignment, plan)
         checks.before_end(self.ends, at)
@@ -274,14 +244,8 @@ class Planned:
     def contribute(self, device: Device, ring_vector: Ring, threads: int = 1) -> "tuple[Masked, bytes]":
         """Mask and sign the vector (step 6). This device's own secrets of the round are dropped.
 
-        Args:
-            device: This device.
-            ring_vector: Result of ``spec.vector.encode``. It is masked in place, so that the plain vector does not
-                outlive this call; copy it first if it is still needed.
-            threads: As of ``masks.apply``.
-
-        Raises:
-            DataError: The vector has another size or type.
+        ``ring_vector``: result of ``spec.vector.encode``. It is masked in place, so that the plain vector does not
+        outlive this call; copy it first if it is still needed. Raises DataError: the vector has another size or type.
         """
         bits, plan = self.spec.vector.ring_bits, self.plan.digest()
         ring.require_vector(ring_vector, self.spec.vector.size, bits)
@@ -317,9 +281,8 @@ class Masked:
     def on_survivors(self, device: Device, survivors: bytes) -> tuple["Confirmed", bytes]:
         """Check the survivor set and sign it, once (step 7); the answer is the consistency signature.
 
-        Raises:
-            ProtocolError: Not the coordinator's for this plan, without this device and its own vector, with a device
-                from outside the plan, or too small; or the session runs no consistency check.
+        Raises ProtocolError: not the coordinator's for this plan, without this device and its own vector, with a device
+        from outside the plan, or too small; or the session runs no consistency check.
         """
         self._require_adversary(Adversary.ACTIVE, "survivor set")
         message = device.open_verified(Survivors, survivors)
@@ -330,10 +293,7 @@ class Masked:
 
     def on_unmask(self, device: Device, unmask: bytes) -> tuple["Ready", bytes]:
         """Reveal shares for a survivor set without a consistency check (step 8, honest-but-curious sessions only).
-
-        Raises:
-            ProtocolError: As ``on_survivors``; always in an active session.
-        """
+        Raises ProtocolError as ``on_survivors``; always in an active session."""
         self._require_adversary(Adversary.HONEST_BUT_CURIOUS, "unmask request without consistency signatures")
         message = device.open_verified(Unmask, unmask)
         checks.survivors(self.ready.session, self.plan, self.ready.me, self.vector, message.survivors)
@@ -363,10 +323,7 @@ class Confirmed:
 
     def on_unmask(self, device: Device, unmask: bytes) -> tuple["Ready", bytes]:
         """Reveal shares for the survivor set that this device signed (step 8). The shares of the round are dropped.
-
-        Raises:
-            ProtocolError: Not the coordinator's, another survivor set, or too few valid signatures on it.
-        """
+        Raises ProtocolError: not the coordinator's, another survivor set, or too few valid signatures on it."""
         message = device.open_verified(Unmask, unmask)
         if message.survivors != self.survivors:
             text = "unmask request is for another survivor set than this device signed"

@@ -21,7 +21,6 @@ class SystemEntropy:
     """The operating system's generator. It holds no state, so nothing can be read from it or rewound."""
 
     def bytes(self, n: int) -> bytes:
-        """Return ``n`` bytes from the operating system."""
         return secrets.token_bytes(n)
 
 
@@ -32,7 +31,6 @@ class DerivedEntropy:
         self._stream = Keystream(secret)
 
     def bytes(self, n: int) -> bytes:
-        """Return the next ``n`` bytes."""
         drawn = bytearray(n)
         self._stream.read_into(memoryview(drawn))
         return bytes(drawn)

@@ -44,17 +44,8 @@ def sign(key: IdentityKey, message: Message) -> bytes:
 
 
 def open_verified(kind: type[M], raw: bytes, signer: PublicKey, peer: str) -> M:
-    """Return the message of type ``kind`` that ``signer`` signed.
-
-    Args:
-        kind: The message expected at this step.
-        raw: As received.
-        signer: The key whose signature it must have.
-        peer: Name of the signer in errors.
-
-    Raises:
-        ProtocolError: Too large, not canonical, of another type or version, or not signed by ``signer``.
-    """
+    """Return the message of type ``kind`` that ``signer`` signed. ``peer``: name of the signer in errors. Raises
+    ProtocolError: too large, not canonical, of another type or version, or not signed by ``signer``."""
     try:
         if len(raw) > kind.LIMIT + OVERHEAD:
             message = f"{kind.TAG} of {len(raw)} bytes is over the limit of {kind.LIMIT}"
@@ -73,10 +64,8 @@ def open_verified(kind: type[M], raw: bytes, signer: PublicKey, peer: str) -> M:
 
 
 def open_repeated(kind: type[M], raw: bytes, signer: PublicKey, peer: str) -> M:
-    """As ``open_verified``, for a message that many devices receive: a process that simulates them opens it once.
-
-    The outcome depends on the arguments alone, and only a success is kept (docs/decisions/0032-verified-once.md).
-    """
+    """As ``open_verified``, for a message that many devices receive: a process that simulates them opens it once. The
+    outcome depends on the arguments alone, and only a success is kept (docs/decisions/0032-verified-once.md)."""
     if len(raw) > LONGEST_REPEATED:
         return open_verified(kind, raw, signer, peer)
     return cast(M, _opened_once(cast(Hashable, kind), raw, signer, peer))
@@ -88,11 +77,8 @@ def _opened_once(kind: Any, raw: bytes, signer: PublicKey, peer: str) -> Any:
 
 
 def unverified_body(raw: bytes) -> bytes:
-    """The body of a message whose signer is not known yet: only to find out which key must verify it.
-
-    Raises:
-        ProtocolError: Not a message.
-    """
+    """The body of a message whose signer is not known yet: only to find out which key must verify it. Raises
+    ProtocolError: not a message."""
     return ENVELOPE.decode(raw).body
 
 
@@ -103,19 +89,12 @@ def signature(raw: bytes) -> bytes:
 
 def with_body(raw: bytes, body: bytes) -> bytes:
     """The message with another body under the same signature; an empty one where the reader can restore the body.
-
-    Raises:
-        ProtocolError: Not a message.
-    """
+    Raises ProtocolError: not a message."""
     return ENVELOPE.encode(replace(ENVELOPE.decode(raw), body=body))
 
 
 def verify(signer: PublicKey, tag: str, body: bytes, signature: bytes) -> None:
-    """Return if ``signer`` signed ``body`` under ``tag``.
-
-    Raises:
-        ProtocolError: It did not.
-    """
+    """Check that ``signer`` signed ``body`` under ``tag``. Raises ProtocolError."""
     try:
         signer.verify(tag, body, signature)
     except TrustError as error:
@@ -123,20 +102,15 @@ def verify(signer: PublicKey, tag: str, body: bytes, signature: bytes) -> None:
 
 
 def sign_vector(key: IdentityKey, header: MaskedInput, packed: bytes | memoryview) -> bytes:
-    """A masked input as it travels: vector, signed header, length of the header.
-
-    The vector comes first, because adding it is twice as fast where its elements are aligned to their size.
-    """
+    """A masked input as it travels: vector, signed header, length of the header. The vector comes first, because adding
+    it is twice as fast where its elements are aligned to their size."""
     signed = sign(key, header)
     return b"".join((packed, signed, len(signed).to_bytes(_LENGTH, "big")))
 
 
 def open_vector(raw: bytes, size: int, signer: PublicKey, peer: str) -> tuple[MaskedInput, memoryview]:
     """Return the verified header and the packed vector of ``size`` bytes that it signs; the vector is not copied.
-
-    Raises:
-        ProtocolError: As ``open_verified``, another size, or a vector that is not the one signed.
-    """
+    Raises ProtocolError as ``open_verified``, another size, or a vector that is not the one signed."""
     packed, signed = split_vector(raw)
     if len(packed) != size or len(signed) > MaskedInput.LIMIT + OVERHEAD:
         message = f"masked input of {len(raw)} bytes does not hold a header and {size} bytes"

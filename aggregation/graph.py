@@ -11,10 +11,9 @@ It can fail with a small probability, which this module bounds by exact hypergeo
 The graph does not decide who must agree on the survivors: that takes a ``quorum`` of the whole cohort on any graph.
 ``left_over`` bounds how many devices linear combinations of sums from one adapter leave.
 
-``bell2020_parameters`` is the bound of the paper. ``graph_parameters`` and ``is_secure`` are for sessions of this
-protocol, which differs in three ways: a dealer keeps a share of its own secrets; the coordinator may choose who drops
-out once it knows the graph; and an active coordinator may try many rosters for a graph that suits it
-(``docs/explanation/threat-model.md``).
+``graph_parameters`` and ``is_secure`` are for sessions of this protocol, which differs from the paper's in three ways:
+a dealer keeps a share of its own secrets; the coordinator may choose who drops out once it knows the graph; and an
+active coordinator may try many rosters for a graph that suits it (``docs/explanation/threat-model.md``).
 """
 
 import bisect
@@ -52,12 +51,8 @@ def harary_neighbors(order: tuple[str, ...], degree: int) -> dict[str, frozenset
     >>> sorted(harary_neighbors(("a", "b", "c", "d", "e"), 2)["a"])
     ['b', 'e']
 
-    Args:
-        order: Device ids in ring order, more than ``degree``.
-        degree: Even, 2 or more.
-
-    Raises:
-        ConfigError: No such graph exists.
+    ``order``: device ids in ring order, more than ``degree``. ``degree``: even, 2 or more. Raises ConfigError: no such
+    graph exists.
     """
     if degree % 2 or not 2 <= degree < len(order):
         raise ConfigError(
@@ -67,30 +62,6 @@ def harary_neighbors(order: tuple[str, ...], degree: int) -> dict[str, frozenset
     return {
         device: frozenset(order[(place + step) % len(order)] for step in steps) for place, device in enumerate(order)
     }
-
-
-def bell2020_parameters(devices: int, corrupt: float, dropout: float) -> GraphParameters:
-    """The least (k, t) of Bell et al. (CCS 2020) against a semi-malicious server, for σ = 40 and η = 20.
-
-    >>> bell2020_parameters(1000, 0.05, 0.05)
-    GraphParameters(degree=52, threshold=37)
-
-    Args:
-        devices: In the cohort, n.
-        corrupt: Fraction of them that is corrupt, γ, in [0, 1).
-        dropout: Fraction of them that drops out in a round, δ, in [0, 1).
-
-    Raises:
-        ConfigError: A fraction is out of range, or no graph on so many devices is secure.
-    """
-    corrupt_devices, dropouts = count_of(devices, corrupt), count_of(devices, dropout)
-
-    def secure(k: int, t: int) -> bool:
-        both = devices * hypergeometric_tail(devices - 1, corrupt_devices, k, 2 * t - k)
-        split = _two_windows(devices, corrupt_devices + dropouts, k // 2, k // 2)
-        return max(both, split) <= 2.0**-SIGMA
-
-    return _least(devices, dropouts, secure)
 
 
 def graph_parameters(devices: int, corrupt: float, dropout: float, *, bits: int = SIGMA + GRINDING) -> GraphParameters:
@@ -105,8 +76,7 @@ def graph_parameters(devices: int, corrupt: float, dropout: float, *, bits: int 
         dropout: Fraction of them that drops out in a round, in [0, 1).
         bits: The session is insecure with probability at most 2^-``bits``.
 
-    Raises:
-        ConfigError: A fraction is out of range, or no graph on so many devices is secure.
+    Raises ConfigError: a fraction is out of range, or no graph on so many devices is secure.
     """
     corrupt_devices, dropouts = count_of(devices, corrupt), count_of(devices, dropout)
     if devices <= COMPLETE_UP_TO:
@@ -126,8 +96,7 @@ def count_of(devices: int, fraction: float) -> int:
     >>> count_of(10, 0.1), count_of(11, 0.1)
     (1, 2)
 
-    Raises:
-        ConfigError: The fraction is not in [0, 1).
+    Raises ConfigError: the fraction is not in [0, 1).
     """
     if not 0 <= fraction < 1:
         raise ConfigError(f"fraction {fraction} is not in [0, 1)", about="graph.fraction", value=fraction)
@@ -181,11 +150,8 @@ def least_threshold(devices: int, corrupt: float) -> int:
 
 
 def demanded(devices: int) -> int:
-    """Honest devices that the coordinator leaves in every combination of sums of a cohort.
-
-    It does not know the devices' policies. Those that join a cohort of fewer than 8 devices have lower limits than the
-    default ones.
-    """
+    """Honest devices that the coordinator leaves in every combination of sums of a cohort. It does not know the
+    devices' policies. Those that join a cohort of fewer than 8 devices have lower limits than the default ones."""
     return min(MINIMUM_SURVIVORS, devices // 2)
 
 
@@ -234,10 +200,8 @@ def hypergeometric_tail(population: int, marked: int, drawn: int, least: int) ->
 
 
 def _two_windows(devices: int, marked: int, width: int, least: int) -> float:
-    """Bounds P[two disjoint windows of the ring, ``width`` places each, have ``least`` marked devices each].
-
-    The more marked devices one window has, the fewer has the other (negative association): the product bounds both.
-    """
+    """Bounds P[two disjoint windows of the ring, ``width`` places each, have ``least`` marked devices each]. The more
+    marked devices one window has, the fewer has the other (negative association): the product bounds both."""
     if 2 * least > marked:
         return 0.0
     return math.comb(devices, 2) * hypergeometric_tail(devices, marked, width, least) ** 2

@@ -1,7 +1,7 @@
 """Groups: the devices of a round in several sums, of which one device can spoil one only.
 
 The groups of a round follow from the adapter that it begins with and from the devices that are dealt: in order of the
-SHA-256 of adapter and id, one to each group in turn. Every adapter deals anew, and the bytes of an adapter follow from
+SHA-256 of adapter and id, one to each group in turn. Every adapter deals again, and the bytes of an adapter follow from
 the devices' own sums. A round that is repeated from an adapter has the groups of the first one, also without a device
 that is gone (``Plan.former``): the difference of two sums would show the devices that are in one only.
 
@@ -57,10 +57,7 @@ def deal(adapter: str, devices: Iterable[str], count: int) -> Mapping[str, int]:
     >>> deal("ab" * 32, ["a", "b", "c", "d", "e"], 2)
     {'b': 0, 'c': 1, 'a': 0, 'd': 1, 'e': 0}
 
-    Args:
-        adapter: SHA-256 of the adapter that the round begins with, hex.
-        devices: Their ids.
-        count: Of groups.
+    ``adapter``: SHA-256 of the adapter that the round begins with, hex. ``count``: of groups.
     """
     seed = _TAG + bytes.fromhex(adapter)
     order = sorted(devices, key=lambda device: hashlib.sha256(seed + device.encode()).digest())
@@ -78,10 +75,8 @@ def _dealt(adapter: str, devices: tuple[str, ...], count: int) -> Mapping[str, i
 
 
 def split(spec: SessionSpec, plan: Plan, devices: Iterable[str]) -> tuple[tuple[str, ...], ...]:
-    """``devices`` by group, each group in ascending order; one group if the session has no others.
-
-    Devices that the plan does not deal are in none.
-    """
+    """``devices`` by group, each group in ascending order; one group if the session has no others. Devices that the
+    plan does not deal are in none."""
     found: list[list[str]] = [[] for _ in range(spec.groups)]
     group_of = of_plan(spec, plan)
     for device in sorted(group_of.keys() & set(devices)):
@@ -98,11 +93,8 @@ def mask_peers(session: Session, plan: Plan, device: str, among: Collection[str]
 
 
 def require_minimum(spec: SessionSpec, plan: Plan, present: Iterable[str], what: str, *, about: str) -> None:
-    """Return if each group has its minimum of devices that are ``present``; nothing to check without groups.
-
-    Raises:
-        ProtocolError: One has not. ``what`` names the counted devices.
-    """
+    """Check that each group has its minimum of devices that are ``present``; nothing to check without groups. Raises
+    ProtocolError: one has not. ``what`` names the counted devices."""
     if spec.grouping is None:
         return
     for number, devices in enumerate(split(spec, plan, present)):

@@ -57,13 +57,11 @@ SMALL_ORDER = frozenset(
 
 
 def require_public_key(key: bytes) -> None:
-    """Return if ``key`` (32 bytes) is a canonical X25519 public key that is not of small order.
+    """Check that ``key`` (32 bytes) is a canonical X25519 public key that is not of small order.
 
     X25519 reduces u-coordinates mod p and ignores the top bit (RFC 7748, section 5). Here one key is one byte string,
-    so that keys are different wherever their bytes are.
-
-    Raises:
-        ProtocolError: The key is of small order, or not canonical.
+    so that keys are different wherever their bytes are. Raises ProtocolError: the key is of small order, or not
+    canonical.
     """
     point = int.from_bytes(key, "little")
     if point >= _P:
@@ -84,8 +82,7 @@ def shared_secret(private: bytes, public: bytes) -> bytes:
     >>> shared_secret(a, public_key(b)) == shared_secret(b, public_key(a))
     True
 
-    Raises:
-        ProtocolError: ``public`` is a point of small order, or not 32 bytes.
+    Raises ProtocolError: ``public`` is a point of small order, or not 32 bytes.
     """
     return exchange(private_key(private), public)
 
@@ -107,9 +104,8 @@ def exchange(private: X25519PrivateKey, public: bytes) -> bytes:
 def derive(secret: bytes, *bound: bytes) -> bytes:
     """HKDF-SHA256 (RFC 5869) of ``secret`` without salt: 32 bytes.
 
-    Args:
-        secret: Input keying material of any length.
-        bound: Parts of the info, each preceded by its length in 4 bytes, so that no other list of parts gives the same.
+    ``secret``: input keying material of any length. ``bound``: parts of the info, each preceded by its length in 4
+    bytes, so that no other list of parts gives the same.
     """
     info = b"".join(len(part).to_bytes(4, "big") + part for part in bound)
     return HKDF(algorithm=hashes.SHA256(), length=KEY, salt=None, info=info).derive(secret)
@@ -121,8 +117,6 @@ def pair_key(private: bytes, public: bytes, context: bytes, plan: bytes, pair: t
     Args:
         private: Mask key of one device of the pair.
         public: Public mask key of the other.
-        context: Of the session.
-        plan: Digest of the plan.
         pair: The two device ids, in either order.
     """
     return _pair_key(shared_secret(private, public), context, plan, pair)
@@ -139,18 +133,11 @@ def pair_masks(private: bytes, me: str, publics: Mapping[str, bytes], context: b
     The two masks of a pair are opposites. The masks of a device that dropped out therefore also remove from a sum what
     its peers had added for it.
 
-    Args:
-        private: The mask key of ``me``.
-        me: A device id.
-        publics: Peer → its public mask key.
-        context: Of the session.
-        plan: Digest of the plan.
-
     Returns:
         One mask for each peer, in the order of ``publics``.
 
-    Raises:
-        ProtocolError: A public key is of small order, or not 32 bytes.
+    ``private``: the mask key of ``me``. ``publics``: peer → its public mask key. Raises ProtocolError: a public key is
+    of small order, or not 32 bytes.
     """
     key = private_key(private)
     return [

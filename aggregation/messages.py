@@ -91,20 +91,13 @@ class Message(_Digested):
         return _CODECS[cls]
 
     def encode(self) -> bytes:
-        """The canonical bytes of this message.
-
-        Raises:
-            ConfigError: A field is over its limit.
-        """
+        """The canonical bytes of this message. Raises ConfigError: a field is over its limit."""
         return self.codec().encode(self)
 
     @classmethod
     def decode(cls, raw: bytes) -> Self:
-        """The message that ``raw`` encodes. Law: ``decode(raw).encode() == raw``.
-
-        Raises:
-            ProtocolError: ``raw`` is not the canonical encoding of one such message.
-        """
+        """The message that ``raw`` encodes. Law: ``decode(raw).encode() == raw``. Raises ProtocolError: ``raw`` is not
+        the canonical encoding of one such message."""
         return cls.codec().decode(raw)
 
     def digest(self) -> bytes:
@@ -128,10 +121,8 @@ class Challenge(Message):
 
 @dataclass(frozen=True, slots=True)
 class CheckIn(Message):
-    """Device → coordinator: its certificate, and the proof that it has the key, for one challenge.
-
-    ``last_offer``: digest of the last offer that it joined, if it keeps a log state.
-    """
+    """Device → coordinator: its certificate, and the proof that it has the key, for one challenge. ``last_offer``:
+    digest of the last offer that it joined, if it keeps a log state."""
 
     TAG: ClassVar = "check-in"
     LIMIT: ClassVar = 4096
@@ -153,10 +144,8 @@ class Offer(Message):
 
 @dataclass(frozen=True, slots=True)
 class Advert(Message):
-    """Device → coordinator: its X25519 keys, and a commitment to the self-mask seed of each round.
-
-    ``share_key`` encrypts shares; ``mask_keys`` has one key for each round.
-    """
+    """Device → coordinator: its X25519 keys, and a commitment to the self-mask seed of each round. ``share_key``
+    encrypts shares; ``mask_keys`` has one key for each round."""
 
     TAG: ClassVar = "advert"
     LIMIT: ClassVar = MIB
@@ -273,10 +262,8 @@ class ConsistencySignature(Message):
 
 @dataclass(frozen=True, slots=True)
 class Unmask(Message):
-    """Coordinator → devices: a request to unmask this survivor set.
-
-    ``consistency_signatures``: device → signature on its ``ConsistencySignature``.
-    """
+    """Coordinator → devices: a request to unmask this survivor set. ``consistency_signatures``: device → signature on
+    its ``ConsistencySignature``."""
 
     TAG: ClassVar = "unmask"
     LIMIT: ClassVar = 8 * MIB

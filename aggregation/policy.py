@@ -21,12 +21,8 @@ _Rule = tuple[bool, str, object, str]  # whether it holds, the field it is about
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """What a field of ``Policy`` means to an owner, and its range.
-
-    Args:
-        meaning: For the owner, in ``device.toml`` and its document.
-        ge, gt, le, lt: Bounds of the field.
-    """
+    """What a field of ``Policy`` means to an owner, and its range. ``meaning``: for the owner, in ``device.toml`` and
+    its document. ``ge``, ``gt``, ``le``, ``lt``: bounds of the field."""
 
     meaning: str
     ge: float | None = None
@@ -47,15 +43,10 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Limits on the sessions that this device joins.
-
-    Raises:
-        ConfigError: A value is out of range.
-    """
+    """Limits on the sessions that this device joins. Raises ConfigError: a value is out of range."""
 
     known_bases: Annotated[
-        frozenset[str],
-        Limit("SHA-256 of the frozen bases to train on, in hex; if empty, the one that this device has"),
+        frozenset[str], Limit("SHA-256 of the frozen bases to train on, in hex; if empty, the one that this device has")
     ] = frozenset()
     minimum_cohort: Annotated[int, Limit("fewest devices in a cohort", ge=3)] = 8  # two show each the other's part
     minimum_survivors: Annotated[
@@ -164,19 +155,13 @@ class Policy:
             )
 
     def check(self, spec: SessionSpec, cohort: int) -> None:
-        """Return if this device may take part in a session of ``spec`` with ``cohort`` devices.
-
-        Raises:
-            ProtocolError: It may not; the error is about the first field that breaks the policy.
-        """
+        """Check that this device may take part in a session of ``spec`` with ``cohort`` devices. Raises ProtocolError:
+        it may not; the error is about the first field that breaks the policy."""
         _require("offer", self._offer_rules(spec, cohort))
 
     def check_revocations(self, revoked: RevocationList | None, at: datetime) -> None:
-        """Return if this device may rely at time ``at`` on the revocation list that it has, or on having none.
-
-        Raises:
-            ProtocolError: The list is missing, too old, or past its end: the coordinator withholds a newer one.
-        """
+        """Check that this device may rely at time ``at`` on the revocation list that it has, or on having none. Raises
+        ProtocolError: the list is missing, too old, or past its end: the coordinator withholds a newer one."""
         if revoked is None:
             missing = "the coordinator sent no revocation list, and this device's policy requires one"
             _require("offer", ((not self.revocation_days, "revocations", None, missing),))
@@ -188,11 +173,8 @@ class Policy:
             raise ProtocolError(message, COORDINATOR, about=about, value=revoked.number) from None
 
     def check_roster(self, spec: SessionSpec, cohort: int, roster: int) -> None:
-        """Return if the graph is secure with ``roster`` of the ``cohort`` devices, all corrupt ones among them.
-
-        Raises:
-            ProtocolError: It is not.
-        """
+        """Check that the graph is secure with ``roster`` of the ``cohort`` devices, all corrupt ones among them. Raises
+        ProtocolError."""
         _require("roster", self._graph_rules(spec, cohort, roster))
 
     def _graph_rules(self, spec: SessionSpec, cohort: int, present: int) -> tuple[_Rule, ...]:

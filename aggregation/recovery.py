@@ -26,8 +26,6 @@ class Recovery:
     """The secrets of one round.
 
     Args:
-        session: The public state.
-        plan: Of the round.
         encrypted_shares: Dealer → holder → shares, as the dealers signed them.
         responses: Holder → its unmask response.
         corrupt: Devices of the cohort that may be corrupt, and so may say that they have no share of an honest dealer;
@@ -109,8 +107,6 @@ def masks_to_remove(
     share with dropouts.
 
     Args:
-        session: The public state.
-        plan: Of the round.
         survivors: Of one group, or all if there are no groups.
         seeds: Survivor → its seed.
         keys: Device of the plan that dropped out → its mask key.

@@ -26,8 +26,7 @@ def dtype(bits: int) -> DTypeLike:
     >>> dtype(16), dtype(24), dtype(33)
     (dtype('uint16'), dtype('uint32'), dtype('uint64'))
 
-    Raises:
-        ConfigError: ``bits`` is not between 1 and 64.
+    Raises ConfigError: ``bits`` is not between 1 and 64.
     """
     if not 1 <= bits <= MAX_BITS:
         raise ConfigError(f"ring of {bits} bits is not between 1 and {MAX_BITS}", about="ring.bits", value=bits)
@@ -49,11 +48,8 @@ def packed_size(size: int, bits: int) -> int:
 
 
 def require_vector(values: Ring, size: int, bits: int) -> None:
-    """Return if ``values`` is a vector of ``size`` elements of this ring.
-
-    Raises:
-        DataError: Another shape than ``(size,)``, or another element type than ``dtype(bits)``.
-    """
+    """Check that ``values`` is a vector of ``size`` elements of this ring. Raises DataError: another shape than
+    ``(size,)``, or another element type than ``dtype(bits)``."""
     if values.shape != (size,) or values.dtype != dtype(bits):
         raise DataError(
             f"expected a ring vector of {size} {np.dtype(dtype(bits)).name}, got {values.shape} {values.dtype}",
@@ -68,15 +64,11 @@ def pack(values: Ring, bits: int) -> bytes:
     >>> pack(np.array([1, 2, 3], np.uint16), 4).hex()
     '2103'
 
-    Args:
-        values: Shape ``(n,)``, contiguous, of ``dtype(bits)``. Bits above the ring are ignored.
-        bits: Width of an element, 1 to 64.
-
     Returns:
         ``packed_size(n, bits)`` bytes; unused bits of the last byte are zero. Empty for an empty vector.
 
-    Raises:
-        DataError: ``values`` is not a vector of the ring.
+    ``values``: shape ``(n,)``, contiguous, of ``dtype(bits)``. Bits above the ring are ignored. ``bits``: width of an
+    element, 1 to 64. Raises DataError: ``values`` is not a vector of the ring.
     """
     return bytes(packed_view(values, bits))
 
@@ -118,8 +110,7 @@ def unpack(raw: bytes | memoryview, size: int, bits: int) -> Ring:
     Returns:
         Shape ``(size,)``, of ``dtype(bits)``; every element is below ``2**bits``.
 
-    Raises:
-        ProtocolError: Another number of bytes, or unused bits that are not zero.
+    Raises ProtocolError: another number of bytes, or unused bits that are not zero.
     """
     _require_packed(raw, size, bits)
     if bits == 8 * np.dtype(dtype(bits)).itemsize:
@@ -147,8 +138,7 @@ def add(total: Ring, raw: bytes | memoryview, bits: int) -> None:
     >>> total & 15
     array([0, 2, 4], dtype=uint16)
 
-    Raises:
-        ProtocolError: As ``unpack``; ``total`` is then unchanged.
+    Raises ProtocolError as ``unpack``; ``total`` is then unchanged.
     """
     _require_packed(raw, total.size, bits)
     if bits == 8 * total.itemsize:

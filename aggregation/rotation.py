@@ -56,13 +56,11 @@ def rotate(vector: Vector, seed: bytes) -> Vector:
     >>> rotate(np.array([3.0, 0.0, 4.0]), bytes(32)).round(3).tolist()
     [2.121, 1.328, -4.328]
 
-    Args:
-        vector: Shape ``(d,)``, d at least 1; unchanged.
-        seed: 32 bytes.
-
     Returns:
         Shape ``(d,)``. Each of the two steps rounds coordinates to P · 2^-53 of the greatest one or finer, and then by
         three roundings of float64 at most.
+
+    ``vector``: shape ``(d,)``, d at least 1; unchanged.
     """
     out, scratch = vector.astype(np.float64), np.empty(_order(vector.size))
     for block, signs in _steps(vector.size, seed):
@@ -73,11 +71,7 @@ def rotate(vector: Vector, seed: bytes) -> Vector:
 
 def rotate_back(vector: Vector, seed: bytes) -> Vector:
     """The inverse of ``rotate``, up to rounding. Guarantee: equal arguments give equal bits on every machine.
-
-    Args:
-        vector: Shape ``(d,)``, d at least 1; unchanged.
-        seed: As of ``rotate``.
-    """
+    ``vector``: shape ``(d,)``, d at least 1; unchanged. ``seed``: as of ``rotate``."""
     out, scratch = vector.astype(np.float64), np.empty(_order(vector.size))
     for block, signs in reversed(_steps(vector.size, seed)):
         _hadamard(out[block], scratch)

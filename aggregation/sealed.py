@@ -50,12 +50,7 @@ _PEER: Codec[Peer] = wire.record(
 )
 _SESSION: Codec[Session] = wire.record(
     Session,
-    {
-        "spec": SESSION_SPEC,
-        "offer": DIGESTS,
-        "context": DIGESTS,
-        "peers": wire.mapping(DEVICES, _PEER, MAX_COHORT),
-    },
+    {"spec": SESSION_SPEC, "offer": DIGESTS, "context": DIGESTS, "peers": wire.mapping(DEVICES, _PEER, MAX_COHORT)},
 )
 _SECRETS = wire.mapping(_U32, wire.record(Secrets, {"mask_key": _32, "seed": _32}), MAX_ROUNDS)
 _SHARE = wire.fixed(SHARE)
@@ -107,9 +102,7 @@ def seal(state: ClientState, key: bytes) -> bytes:
     """Encrypt ``state`` under ``key``, 32 bytes that never leave the device; different bytes on every call.
 
     ``Planned`` is stored as the ``Ready`` after its round. Law: ``unseal(seal(s, k), k) == s`` for every other state.
-
-    Raises:
-        ConfigError: The key has another length.
+    Raises ConfigError: the key has another length.
     """
     kept = _kept(state)
     plain = bytes([_KINDS.index(type(kept))]) + _CODECS[type(kept)].encode(kept)
@@ -117,19 +110,15 @@ def seal(state: ClientState, key: bytes) -> bytes:
 
 
 def unseal(blob: bytes, key: bytes) -> ClientState:
-    """Decrypt a state.
-
-    Raises:
-        TrustError: Altered, truncated, sealed under another key, or not a sealed state.
-        ConfigError: The key has another length.
-    """
+    """Decrypt a state. Raises TrustError: altered, truncated, sealed under another key, or not a sealed state;
+    ConfigError: the key has another length."""
     if blob[: len(_MAGIC)] != _MAGIC:
         raise TrustError("not a sealed session state of this version", about="sealed.version")
     plain = decrypt(blob[len(_MAGIC) :], key, _MAGIC)
     try:
         state: ClientState = _CODECS[_KINDS[plain[0]]].decode(plain[1:])
     except (ValueError, IndexError, ProtocolError, TrustError):
-        raise TrustError("this is sealed, but it is no session state", about="sealed.ciphertext") from None
+        raise TrustError("this is sealed, but it is not a session state", about="sealed.ciphertext") from None
     return state
 
 
@@ -153,20 +142,15 @@ def encrypt(plain: bytes, key: bytes, bound: bytes) -> bytes:
         key: 32 bytes that never leave the device.
         bound: Associated data: what the bytes are and belong to. Different kinds of content have different ones.
 
-    Raises:
-        ConfigError: The key has another length.
+    Raises ConfigError: the key has another length.
     """
     nonce = SystemEntropy().bytes(_NONCE)
     return nonce + _cipher(key).encrypt(nonce, plain, bound)
 
 
 def decrypt(blob: bytes, key: bytes, bound: bytes) -> bytes:
-    """What ``encrypt`` encrypted.
-
-    Raises:
-        TrustError: Altered, truncated, or encrypted under another key or for another ``bound``.
-        ConfigError: The key has another length.
-    """
+    """What ``encrypt`` encrypted. Raises TrustError: altered, truncated, or encrypted under another key or for another
+    ``bound``; ConfigError: the key has another length."""
     try:
         return _cipher(key).decrypt(blob[:_NONCE], blob[_NONCE:], bound)
     except (InvalidTag, ValueError):
@@ -180,11 +164,7 @@ def seal_record(codec: Codec[Value], value: Value, key: bytes, magic: bytes, bou
 
 
 def open_record(codec: Codec[Value], raw: bytes, key: bytes, magic: bytes, bound: bytes = b"") -> Value:
-    """What ``seal_record`` encrypted.
-
-    Raises:
-        TrustError, ConfigError: As ``decrypt``.
-    """
+    """What ``seal_record`` encrypted. Raises TrustError, ConfigError as ``decrypt``."""
     return codec.decode(decrypt(raw.removeprefix(magic), key, magic + bound))
 
 

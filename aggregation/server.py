@@ -74,21 +74,13 @@ class RoundAborted:
 
 @dataclass(frozen=True, slots=True)
 class RoundResult:
-    """The sums of a round, one for each group.
+    """The sums of a round, one for each group."""
 
-    Args:
-        round: Its number in the session, from 1.
-        sums: In the order of the groups; one without groups.
-        dropped: Devices of the plan that are in no sum.
-        blamed: Devices found to have dealt or revealed a wrong share.
-        digest: See ``groups.digest_of``.
-    """
-
-    round: int
-    sums: tuple[GroupSum, ...]
-    dropped: tuple[str, ...]
-    blamed: tuple[str, ...]
-    digest: bytes
+    round: int  # its number in the session, from 1
+    sums: tuple[GroupSum, ...]  # in the order of the groups; one without groups
+    dropped: tuple[str, ...]  # devices of the plan that are in no sum
+    blamed: tuple[str, ...]  # devices found to have dealt or revealed a wrong share
+    digest: bytes  # see ``groups.digest_of``
 
     @property
     def survivors(self) -> tuple[str, ...]:
@@ -132,19 +124,15 @@ def open_session(
     """Offer a session to a cohort (step 1).
 
     Args:
-        key: The coordinator's signing key.
-        root: The pinned authority.
         spec: Parameters; the degree is the cohort size less one, or even and below that (``graph.graph_parameters``).
         certificates: Device id → certificate, DER.
-        entropy: Draws the session id.
         at: The time at which certificates must be valid.
 
     Returns:
         The first state, and the signed offer for every device of the cohort.
 
-    Raises:
-        ProtocolError: A certificate is not the authority's, or is filed under another device's id.
-        ConfigError: The spec's degree does not fit a cohort of this size.
+    Raises ProtocolError: a certificate is not the authority's, or is filed under another device's id; ConfigError: the
+    spec's degree does not fit a cohort of this size.
     """
     offer = Offer(entropy.bytes(32), spec, tuple(der for _, der in sorted(certificates.items())))
     cohort = checks.members(root, offer.certificates, key.public, at)
@@ -162,10 +150,8 @@ def open_session(
 
 @dataclass(frozen=True, slots=True)
 class Offering:
-    """The offer is sent; adverts arrive.
-
-    ``ends``: see ``checks.session_end``. ``keys``: the X25519 keys in the adverts so far.
-    """
+    """The offer is sent; adverts arrive. ``ends``: see ``checks.session_end``. ``keys``: the X25519 keys in the adverts
+    so far."""
 
     key: IdentityKey
     spec: SessionSpec
@@ -178,9 +164,8 @@ class Offering:
     def on_advert(self, peer: str, body: bytes) -> "Offering":
         """Accept one device's advert (step 2).
 
-        Raises:
-            ProtocolError: Not its signed advert for this offer, its second, or with a key of another device. The device
-                that copies is refused, so that it cannot spoil the session of all.
+        Raises ProtocolError: not its signed advert for this offer, its second, or with a key of another device. The
+        device that copies is refused, so that it cannot spoil the session of all.
         """
         checks.may_answer(peer, self.cohort, self.adverts, Advert.TAG)
         keys = checks.advert(self.offer, self.spec.rounds, self.cohort[peer], peer, body).keys
@@ -207,11 +192,8 @@ class Sharing:
     encrypted_shares: Mapping[str, Mapping[str, EncryptedShares]] = field(default_factory=dict)
 
     def on_shares(self, peer: str, body: bytes) -> "Sharing":
-        """Accept one device's encrypted shares (step 4).
-
-        Raises:
-            ProtocolError: Not its signed shares of this session, for each neighbor and no other device.
-        """
+        """Accept one device's encrypted shares (step 4). Raises ProtocolError: not its signed shares of this session,
+        for each neighbor and no other device."""
         checks.may_answer(peer, self.session.peers, self.encrypted_shares, Shares.TAG)
         message = envelope.open_verified(Shares, body, self.session.peers[peer].identity, peer)
         checks.refers_to(peer, Shares.TAG, message.device, "context", message.context, self.session.context)
@@ -233,8 +215,6 @@ class Established:
     """A session between rounds.
 
     Args:
-        key: The coordinator's signing key.
-        session: The public state.
         ends: When the first certificate of the cohort, or the revocation list, expires; no round begins after that.
         encrypted_shares: Dealer → holder → shares.
         last_round: The last round begun.
@@ -322,29 +302,19 @@ class Collecting:
     single_use: SingleUse = field(default_factory=SingleUse, repr=False, compare=False)
 
     def on_masked_input(self, peer: str, body: bytes) -> "Collecting":
-        """Accept one device's masked vector (step 6): ``check`` it and ``add`` it.
-
-        Raises:
-            ProtocolError: Not its signed vector for this plan, of another size, or its second.
-        """
+        """Accept one device's masked vector (step 6): ``check`` it and ``add`` it. Raises ProtocolError: not its signed
+        vector for this plan, of another size, or its second."""
         return self.add(peer, self.check(peer, body))
 
     def check(self, peer: str, body: bytes) -> CheckedInput:
-        """Check one device's masked vector: most of the work. Any state of the round may do so, in any thread.
-
-        Raises:
-            ProtocolError: Not its signed vector for this plan, or of another size.
-        """
+        """Check one device's masked vector: most of the work. Any state of the round may do so, in any thread. Raises
+        ProtocolError: not its signed vector for this plan, or of another size."""
         checks.may_answer(peer, self.plan.members, (), MaskedInput.TAG)
         return checks.masked_input(self.established.session, self.digest, peer, body)
 
     def add(self, peer: str, checked: CheckedInput) -> "Collecting":
-        """Add a device's masked vector to the sum of its group.
-
-        Raises:
-            ProtocolError: It is the second of its device, was checked for another device or plan, or has unused bits
-                that are not zero.
-        """
+        """Add a device's masked vector to the sum of its group. Raises ProtocolError: it is the second of its device,
+        was checked for another device or plan, or has unused bits that are not zero."""
         checks.may_answer(peer, self.plan.members, self.vectors, MaskedInput.TAG)
         checks.refers_to(peer, MaskedInput.TAG, checked.device, "plan", checked.plan, self.digest)
         spec = self.established.session.spec
@@ -383,7 +353,6 @@ class SurvivorSet:
 
     @property
     def session(self) -> Session:
-        """The public state of the session."""
         return self.established.session
 
     @property
@@ -419,11 +388,8 @@ class Confirming:
     consistency_signatures: Mapping[str, bytes] = field(default_factory=dict)
 
     def on_consistency_signature(self, peer: str, body: bytes) -> "Confirming":
-        """Accept one survivor's consistency signature (step 7).
-
-        Raises:
-            ProtocolError: Not its signature on this survivor set, or its second.
-        """
+        """Accept one survivor's consistency signature (step 7). Raises ProtocolError: not its signature on this
+        survivor set, or its second."""
         survivor_set, tag = self.survivor_set, ConsistencySignature.TAG
         checks.may_answer(peer, survivor_set.survivors.vectors, self.consistency_signatures, tag)
         message = survivor_set.open_verified(ConsistencySignature, peer, body)
@@ -454,12 +420,8 @@ class Unmasking:
     single_use: SingleUse = field(default_factory=SingleUse, repr=False, compare=False)
 
     def on_unmask_response(self, peer: str, body: bytes) -> "Unmasking":
-        """Accept one survivor's shares (step 8).
-
-        Raises:
-            ProtocolError: Not its signed response for this survivor set, its second, or with a share that it must not
-                reveal.
-        """
+        """Accept one survivor's shares (step 8). Raises ProtocolError: not its signed response for this survivor set,
+        its second, or with a share that it must not reveal."""
         survivor_set, tag = self.survivor_set, UnmaskResponse.TAG
         checks.may_answer(peer, self.asked, self.responses, tag)
         message = survivor_set.open_verified(UnmaskResponse, peer, body)

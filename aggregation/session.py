@@ -13,11 +13,8 @@ COORDINATOR = "coordinator"  # its name in errors
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A device on the roster.
-
-    ``position`` counts from 1 in order of device id: the x-coordinate of the device's shares. ``mask_keys`` and
-    ``commitments`` hold one entry for each round.
-    """
+    """A device on the roster. ``position`` counts from 1 in order of device id: the x-coordinate of the device's
+    shares. ``mask_keys`` and ``commitments`` hold one entry for each round."""
 
     device: str
     position: int
@@ -37,8 +34,7 @@ class Session:
         context: Digest of offer and roster; bound into every later message and every key.
         peers: Device id → peer, in ascending order.
 
-    Raises:
-        ConfigError: No graph of the spec's degree exists on so many devices.
+    Raises ConfigError: no graph of the spec's degree exists on so many devices.
     """
 
     spec: SessionSpec
@@ -72,14 +68,11 @@ class Session:
 
 
 def context_of(offer: bytes, roster: bytes) -> bytes:
-    """The context of a session, from the digests of its offer and roster."""
     return hashlib.sha256(b"edgeadapt/context/1\x00" + offer + roster).digest()
 
 
 def commitment(seed: bytes, offer: bytes, device: str, round_: int) -> bytes:
-    """A device's commitment to its seed of a round, made before anyone holds a share of it.
-
-    It hides the seed because seeds are 32 random bytes, and binds because SHA-256 is collision resistant.
-    """
+    """A device's commitment to its seed of a round, made before anyone holds a share of it. It hides the seed because
+    seeds are 32 random bytes, and binds because SHA-256 is collision resistant."""
     head = b"edgeadapt/commitment/1\x00" + offer + round_.to_bytes(4, "big")
     return hashlib.sha256(head + device.encode() + b"\x00" + seed).digest()

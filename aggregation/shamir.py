@@ -36,8 +36,7 @@ def split(secret: bytes, threshold: int, points: Sequence[int], entropy: Entropy
     Returns:
         One share of 33 bytes for each point, big-endian, in the order of ``points``.
 
-    Raises:
-        ConfigError: The secret has another length, or threshold and points do not allow sharing.
+    Raises ConfigError: the secret has another length, or threshold and points do not allow sharing.
     """
     if not 1 <= threshold <= len(set(points)) == len(points) or min(points) < 1 or len(secret) != SECRET:
         raise ConfigError(
@@ -65,15 +64,11 @@ def lagrange(points: Sequence[int], at: int = 0) -> list[int]:
     >>> [coefficient - PRIME if coefficient > PRIME // 2 else coefficient for coefficient in lagrange([1, 2, 3])]
     [3, -3, 1]
 
-    Args:
-        points: Distinct x-coordinates, none equal to ``at``; below 2^64, or the products grow long.
-        at: Where to evaluate; the secret is at 0.
-
     Returns:
         One coefficient mod ``PRIME`` for each point, in the order of ``points``.
 
-    Raises:
-        ProtocolError: A point is repeated.
+    ``points``: distinct x-coordinates, none equal to ``at``; below 2^64, or the products grow long. ``at``: where to
+    evaluate; the secret is at 0. Raises ProtocolError: a point is repeated.
     """
     if len(set(points)) != len(points):
         raise ProtocolError("two shares are of the same holder", about="shamir.points")
@@ -92,10 +87,8 @@ def combine(coefficients: Sequence[int], shares: Sequence[bytes]) -> bytes | Non
     """The secret that ``shares`` reconstruct, or None where they are not canonical shares of a 32-byte secret.
 
     A wrong share yields another value, not an error: the caller compares the secret with its commitment.
-
-    Args:
-        coefficients: ``lagrange`` of the holders' points.
-        shares: One for each coefficient, in the same order; a share of ``PRIME`` or more is not canonical.
+    ``coefficients``: ``lagrange`` of the holders' points. ``shares``: one for each coefficient, in the same order; a
+    share of ``PRIME`` or more is not canonical.
     """
     values = [int.from_bytes(share, "big") for share in shares]
     if max(values) >= PRIME:

@@ -47,7 +47,6 @@ def deal(
 
     Args:
         session: Its graph says who the holders are.
-        dealer: The device whose secrets they are.
         share_key: The dealer's private X25519 key for shares.
         secrets: Round → secrets, for all rounds of the session.
         entropy: Draws the polynomials.
@@ -80,10 +79,8 @@ def encrypt(
 def decrypt(
     session: Session, share_key: X25519PrivateKey, dealer: str, holder: str, encrypted: EncryptedShares
 ) -> dict[int, SharePair] | None:
-    """Round → pair, or None if the dealer encrypted something that does not match its digests.
-
-    None is not an error: one bad dealer must not stop the others. The holder then has no share of that dealer.
-    """
+    """Round → pair, or None if the dealer encrypted something that does not match its digests. None is not an error:
+    one bad dealer must not stop the others. The holder then has no share of that dealer."""
     if not fits(encrypted, session.spec.rounds):
         return None
     try:

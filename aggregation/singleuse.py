@@ -23,20 +23,12 @@ class SingleUse:
         self._taken = False
 
     def require(self, what: str) -> None:
-        """Return if the flag is free.
-
-        Raises:
-            ProtocolError: It was taken.
-        """
+        """Check that the flag is free. Raises ProtocolError: it was taken."""
         if self._taken:
             message = f"this state has already produced its {what}; a step is answered once"
             raise ProtocolError(message, about="single-use", value=what)
 
     def take(self, what: str) -> None:
-        """Take the flag; ``what`` names the action in the error.
-
-        Raises:
-            ProtocolError: It was taken before.
-        """
+        """Take the flag; ``what`` names the action in the error. Raises ProtocolError: it was taken before."""
         self.require(what)
         self._taken = True

@@ -8,7 +8,6 @@ import re
 from dataclasses import dataclass
 from enum import Enum
 
-from aggregation import graph
 from aggregation.errors import ConfigError
 from aggregation.privacy.accounting import Mechanism, NoisySum, Spent
 from aggregation.privacy.rounding import norm_squared
@@ -26,24 +25,6 @@ class Adversary(Enum):
     HONEST_BUT_CURIOUS = "honest-but-curious"  # follows the protocol and learns what it can from its messages
 
 
-def default_threshold(devices: int) -> int:
-    """The least ``t`` with ``2 (2 t - n - c) >= min(4, n // 2)``, for ``n`` devices on the complete graph.
-
-    ``c`` of them may be corrupt (``CORRUPT_FRACTION``). Two sets of ``t`` answers have at least ``2 t - n`` devices in
-    common. These are more than the corrupt ones, so one of them is honest and answers once: both kinds of secret of a
-    device cannot be reconstructed (Bonawitz et al. 2017, section 6.2). How many more says ``graph.left_over``.
-
-    >>> default_threshold(8), default_threshold(10), default_threshold(100)
-    (6, 7, 56)
-
-    Raises:
-        ConfigError: Fewer than 3 devices.
-    """
-    if devices < 3:
-        raise ConfigError(f"secure aggregation needs 3 devices or more, not {devices}", about="devices", value=devices)
-    return graph.least_threshold(devices, CORRUPT_FRACTION)
-
-
 COUNTS = "counts"  # segment of the right answers that an evaluation counts; a device demands noise in it (``policy``)
 
 
@@ -56,8 +37,7 @@ class Privacy:
         honest: Devices whose noise counts in the smallest sum, 1 or more: the others may be corrupt.
         delta: The δ of the coordinator's account, between 0 and 1.
 
-    Raises:
-        ConfigError: ``delta`` is out of range.
+    Raises ConfigError: ``delta`` is out of range.
     """
 
     mechanism: Mechanism
@@ -74,13 +54,8 @@ class Privacy:
 class Grouping:
     """Several sums a round, each over a group of the devices (``groups``).
 
-    Args:
-        count: Of groups, 2 or more.
-        minimum: Contributions of a group below which no sum of the round is unmasked; and consistency signatures of the
-            group that a device requires.
-
-    Raises:
-        ConfigError: A number is below 2.
+    ``count``: of groups, 2 or more. ``minimum``: contributions of a group below which no sum of the round is unmasked;
+    and consistency signatures of the group that a device requires. Raises ConfigError: a number is below 2.
     """
 
     count: int
@@ -111,8 +86,7 @@ class SessionSpec:
         adversary: The model against which the session is secure; ``ACTIVE`` runs the consistency check.
         grouping: Of the devices of a round; None: a round has one sum.
 
-    Raises:
-        ConfigError: A value is out of range or contradicts another.
+    Raises ConfigError: a value is out of range or contradicts another.
     """
 
     rounds: int
@@ -187,10 +161,8 @@ class SessionSpec:
         return self.grouping.minimum if self.grouping else self.minimum_survivors
 
     def noise_multiplier(self, corrupt: int = 0) -> float:
-        """The standard deviation of the noise in the smallest sum over the clip norm; 0 without noise.
-
-        ``corrupt``: as of ``spent``.
-        """
+        """The standard deviation of the noise in the smallest sum over the clip norm; 0 without noise. ``corrupt``: as
+        of ``spent``."""
         if self.privacy is None:
             return 0.0
         honest = max(0, self.honest(self.minimum_survivors, corrupt))
@@ -204,12 +176,9 @@ class SessionSpec:
     def spent(self, survivors: int, corrupt: int = 0) -> Spent:
         """What a round reveals of one device, in a session with noise. With groups, each sum counts as the smallest.
 
-        Args:
-            survivors: Their number, ``minimum_survivors`` or more.
-            corrupt: How many of them may have added no noise; the session's own number, if that is higher.
-
-        Raises:
-            ConfigError: No honest device is left, or a number is out of the range of ``NoisySum``.
+        ``survivors``: their number, ``minimum_survivors`` or more. ``corrupt``: how many of them may have added no
+        noise; the session's own number, if that is higher. Raises ConfigError: no honest device is left, or a number is
+        out of the range of ``NoisySum``.
         """
         if self.privacy is None:
             raise ValueError("a session without noise has no account")

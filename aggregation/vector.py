@@ -38,9 +38,8 @@ class Segment:
 
     ``noise`` is the standard deviation of what each device adds to each of them; 0: nothing.
 
-    Raises:
-        ConfigError: ``size`` is not between 1 and ``MAX_SIZE``, or ``bound`` not between 2^-100 and 2^100, nor
-            ``noise``, unless it is 0.
+    Raises ConfigError: ``size`` is not between 1 and ``MAX_SIZE``, or ``bound`` not between 2^-100 and 2^100, nor
+    ``noise``, unless it is 0.
     """
 
     name: str
@@ -102,8 +101,7 @@ class VectorSpec:
         ring_bits: Width of an element, 1 to 64.
         max_clients: Largest number of contributions in one sum, 1 to ``MAX_CLIENTS``.
 
-    Raises:
-        ConfigError: The ring is too small for so many clients, a name is repeated, or a value is out of range.
+    Raises ConfigError: the ring is too small for so many clients, a name is repeated, or a value is out of range.
     """
 
     segments: tuple[Segment, ...]
@@ -142,7 +140,6 @@ class VectorSpec:
 
     @property
     def size(self) -> int:
-        """Number of elements of all segments."""
         return sum(segment.size for segment in self.segments)
 
     def segment(self, name: str) -> Segment:
@@ -159,10 +156,8 @@ class VectorSpec:
         """Resolution of ``segment`` in its unit: the finest power of two with ``largest / step <= max_steps``.
 
         With noise, the finest one with which the sum of ``max_clients`` values and their noise is below half the ring,
-        and the noise of one device has at most ``noise.MAX_DEVIATION`` steps.
-
-        Raises:
-            ConfigError: The noise does not fit the ring in steps of the bound.
+        and the noise of one device has at most ``noise.MAX_DEVIATION`` steps. Raises ConfigError: the noise does not
+        fit the ring in steps of the bound.
         """
         if segment.noise:
             return self._noisy_step(segment)
@@ -203,16 +198,12 @@ class VectorSpec:
         Guarantee: the expectation of ``decode(encode(values))`` is ``values`` to within 2^-``COIN_BITS`` of a step;
         each error is below one step; multiples of the step are exact.
 
-        Args:
-            values: Name → float32 or float64 of shape ``(segment.size,)``, each ``|x| <= segment.bound``; exactly the
-                spec's names.
-            rng: Draws the key of the rounding coins, 32 bytes a call.
-
         Returns:
             Shape ``(size,)``, of ``ring.dtype(ring_bits)``; negative numbers are in two's complement.
 
-        Raises:
-            DataError: A segment is missing, unknown, of another shape or type, not finite, or out of its bound.
+        ``values``: name → float32 or float64 of shape ``(segment.size,)``, each ``|x| <= segment.bound``; exactly the
+        spec's names. ``rng``: draws the key of the rounding coins, 32 bytes a call. Raises DataError: a segment is
+        missing, unknown, of another shape or type, not finite, or out of its bound.
         """
         if set(values) != {segment.name for segment in self.segments}:
             raise DataError(
@@ -281,16 +272,13 @@ class VectorSpec:
     def decode(self, total: Ring, survivors: int) -> dict[str, NDArray[np.float64]]:
         """Turn the sum of ``survivors`` contributions back into numbers.
 
-        Args:
-            total: Shape ``(size,)``, of ``ring.dtype(ring_bits)``; only the low ``ring_bits`` bits of an element count.
-            survivors: Number of contributions in the sum, 1 to ``max_clients``.
-
         Returns:
             Name → float64 of shape ``(segment.size,)``: the sums, in the segment's unit, exact.
 
-        Raises:
-            DataError: Another number of survivors, another shape or type, or a sum that ``survivors`` clients within
-                their bounds cannot reach, with noise except with a probability of 2^-``WRAP_BITS``.
+        ``total``: shape ``(size,)``, of ``ring.dtype(ring_bits)``; only the low ``ring_bits`` bits of an element count.
+        ``survivors``: number of contributions in the sum, 1 to ``max_clients``. Raises DataError: another number of
+        survivors, another shape or type, or a sum that ``survivors`` clients within their bounds cannot reach, with
+        noise except with a probability of 2^-``WRAP_BITS``.
         """
         if not 1 <= survivors <= self.max_clients:
             raise DataError(

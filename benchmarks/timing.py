@@ -3,7 +3,7 @@
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,6 +21,32 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
         return values[0], values[0]
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")
     return first, third
+
+
+def in_turn(
+    engines: Sequence[str], repeats: int, run: Callable[[str], Mapping[str, float]], note: Note, what: str = ""
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Run engines in turn, in another order each time; return the median, least and largest of each figure."""
+    runs: dict[str, list[Mapping[str, float]]] = {engine: [] for engine in engines}
+    for repeat in range(repeats):
+        for engine in engines if repeat % 2 == 0 else reversed(engines):
+            note(f"{what}{engine}, {repeat + 1} of {repeats}")
+            runs[engine].append(run(engine))
+    return {engine: {name: _spread([run[name] for run in each]) for name in each[0]} for engine, each in runs.items()}
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def spread_text(values: Mapping[str, float], unit: float = 1.0) -> str:
+    """Format what ``in_turn`` returns of a figure.
+
+    >>> spread_text({"median": 2.0, "min": 1.5, "max": 3.0})
+    '2 (1.5–3)'
+    """
+    median, low, high = (f"{values[key] / unit:,.4g}" for key in ("median", "min", "max"))
+    return f"{median} ({low}–{high})"
 
 
 @dataclass(slots=True)
@@ -59,11 +85,7 @@ class Timing:
         return quartiles(self.wall)
 
     def __add__(self, other: "Timing") -> "Timing":
-        """Two calls in sequence: the sum of each repeat.
-
-        Raises:
-            ValueError: The two have different numbers of repeats.
-        """
+        """Time two calls in sequence: the sum of each repeat."""
         pairs = (self.wall, other.wall), (self.cpu, other.cpu)
         return Timing(*(tuple(map(sum, zip(*pair, strict=True))) for pair in pairs))
 
@@ -96,14 +118,8 @@ def measure(run: Callable[[T], object], make_input: Callable[[], T], repeats: in
 def interleaved(*calls: Call) -> list[Timing]:
     """Time several calls alternately, so that other work on the machine slows all of them alike.
 
-    Each pass has another order, the same on every run: a call that always followed one that fills the caches would
-    look slow.
-
-    Args:
-        *calls: Each with one repeat or more. A call with fewer repeats than others takes part in the first passes.
-
-    Returns:
-        One timing for each call, in the order of ``calls``.
+    Each pass has another order, the same on every run: a call that always followed one that fills the caches would look
+    slow. A call with fewer repeats than others takes part in the first passes.
     """
     times: list[list[tuple[float, float]]] = [[] for _ in calls]
     order, shuffler = list(zip(calls, times, strict=True)), random.Random(0)  # noqa: S311 - an order, no secret

@@ -7,11 +7,10 @@ engines get the same batches in the same order.
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ from tokenizers import Tokenizer
 
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from benchmarks.ondevice.process import QUIET, resident
-from benchmarks.timing import Note
+from benchmarks.timing import Note, in_turn, spread_text
 from client.inference.trust import Trust
+from client.training.control import TrainingControl
 from client.training.engine import trainer_of
 from client.training.examples import Example
 from edgeadapt.bases.base import find_base
@@ -55,36 +55,17 @@ QUICK = TrainingWorkload(texts=4, words=4, batch=2, repeats=1)
 
 
 def compare(bundle: Path, trust: Path | None, base: str, work: TrainingWorkload, note: Note) -> dict[str, Any]:
-    """Measure both engines in turn, and return the figures as JSON has them.
+    """Measure both engines in turn, and return the figures as JSON has them; ``base`` is what torch trains.
 
-    Args:
-        bundle: Whose base has a training graph.
-        trust: The pinned public keys, by default those next to it.
-        base: The same base, as torch trains it: a package that carries it, or a folder.
-        work: The texts and repeats.
-        note: Called with what is done at the moment.
-
-    Returns:
-        ``work``; of each engine in ``ENGINES`` the median, smallest and largest of ``FIGURES``: tokens a second of wall
-        and of CPU time, seconds from the start of the process to the end of the first step, peak memory in bytes (0
-        outside Linux), and the mean loss of the trained adapter on the texts; ``ratios`` of the medians, onnx / torch.
-
-    Raises:
-        ConfigError: The bundle is of another base.
-        EdgeAdaptError: As the process that trains says.
+    They are ``work``; of each engine in ``ENGINES`` the median, smallest and largest of ``FIGURES``: tokens a second of
+    wall and of CPU time, seconds from the start of the process to the end of the first step, peak memory in bytes (0
+    outside Linux), and the mean loss of the trained adapter on the texts; ``ratios`` of the medians, onnx / torch.
     """
     manifest = _bundle(bundle, trust).base_manifest()
     if manifest.base_digest != find_base(base).digest:
         raise ConfigError(f"the bundle {bundle} was made of another base than {base}", about="--base", value=base)
     given = {"bundle": str(bundle), "trust": trust and str(trust), "base": base, **asdict(work)}
-    runs: dict[str, list[dict[str, float]]] = {engine: [] for engine in ENGINES}
-    for repeat in range(work.repeats):
-        for engine in ENGINES if repeat % 2 == 0 else reversed(ENGINES):
-            note(f"{engine}, {repeat + 1} of {work.repeats}")
-            runs[engine].append(_run(given | {"engine": engine}))
-    sides = {
-        engine: {name: _spread([run[name] for run in found]) for name in FIGURES} for engine, found in runs.items()
-    }
+    sides = in_turn(ENGINES, work.repeats, lambda engine: _run(given | {"engine": engine}), note)
     ours, theirs = (sides[engine] for engine in ENGINES)
     ratios = {name: ours[name]["median"] / theirs[name]["median"] for name in FIGURES if theirs[name]["median"]}
     return {"work": asdict(work), "task": manifest.task, "profile": manifest.profile, **sides, "ratios": ratios}
@@ -102,21 +83,12 @@ def table(found: Mapping[str, Any]) -> str:
     work = found["work"]
     lines = [f"{'':40}{'onnx':>28}{'torch':>28}{'onnx / torch':>14}"]
     for title, name, unit in rows:
-        cells = "".join(f"{_cell(found[engine][name], unit):>28}" for engine in ENGINES)
+        cells = "".join(f"{spread_text(found[engine][name], unit):>28}" for engine in ENGINES)
         ratio = found["ratios"].get(name)
         lines.append(f"{title:40}{cells}{'' if ratio is None else f'{ratio:.3f}':>14}")
     runs = f"Median (smallest–largest) of {work['repeats']} runs of each engine in turn, one thread"
     texts = f"{work['texts']} texts of {work['words']} words in batches of {work['batch']}, LoRA of rank {work['rank']}"
     return "\n".join([*lines, "", f"{runs}; {texts}; {found['task']}, {found['profile']}."])
-
-
-def _cell(values: Mapping[str, float], unit: float) -> str:
-    median, low, high = (f"{values[key] / unit:,.4g}" for key in ("median", "min", "max"))
-    return f"{median} ({low}–{high})"
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def _bundle(folder: Path, trust: Path | None) -> Bundle:
@@ -158,7 +130,7 @@ def _measured(engine: str, bundle: str, trust: str | None, base: str, begun: flo
     def mark() -> None:
         marks.append((time.monotonic(), time.process_time()))
 
-    trained = trainer.train(start, examples, task, epochs=1, rng=rng, step=mark)
+    trained = trainer.train(start, examples, task, epochs=1, rng=rng, control=TrainingControl(step=mark))
     mark()
     memory = resident("VmHWM")
     tokenizer = Tokenizer.from_str((opened.folder / BASE / TOKENIZER).read_text())

@@ -5,50 +5,64 @@ session did meanwhile, and is cut before the first ending of a round that the co
 state in which a ``kill -9`` right after the last copied round leaves a coordinator, and a start goes on from there.
 
 An archive for a standby, which shares the database and the place of the adapters, has what is in neither.
+
+An archive is a tar (POSIX ustar) whose manifest the coordinator signs:
+
+    coordinator.pem   the public key, which devices pin
+    backup.json       a signed document: what the registry holds, and the digest of SHA256SUMS
+    SHA256SUMS        a line for each file that follows, in order, as ``sha256sum`` writes it
+    …                 the files
+
+Equal files give equal bytes: no archive has a time or a user. The reader accepts no header but the one that the writer
+makes for that name and size, so it meets no link, no device, no name outside of the archive and no extension.
 """
 
+import hashlib
+import os
 import re
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+import tarfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, BinaryIO, ClassVar, Self
+
+from sqlalchemy import Engine, Table
 
 from aggregation import envelope
-from aggregation.errors import ConfigError, DataError, TrustError, of_file
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError, of_file
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.pki.revocation import MAX_REVOCATIONS
 from aggregation.transcript import ENTRY, LENGTH, MAGIC, Abort, Checkpoint, Entry, Result
-from coordinator import archive
-from coordinator.archive import ArchiveFile, BackupManifest, Report
-from coordinator.registry import Blobs, Head, Registry, database
-from coordinator.registry.snapshot import RegistrySnapshot
-from coordinator.servicesettings import SERVICES
-from coordinator.settings import SETTINGS
+from coordinator.registry import Blobs, Head, Registry, database, transcripttable
+from coordinator.settings import SERVICES, SETTINGS
 from coordinator.statedir import (
-    AUTHORITY,
     KEY,
-    PUBLIC_KEY,
     REGISTRY_HEADER,
-    REVOKED,
     TLS_REQUEST,
-    TRANSCRIPT,
     CoordinatorStateDir,
     open_registry,
     own_database,
     registry_url,
 )
-from coordinator.storedlog import StoredLog, require_agreement
+from coordinator.transcripts import StoredLog, require_agreement
 from edgeadapt.audit import transcripts
 from edgeadapt.formats import storage
 from edgeadapt.formats.blobs import OBJECT_STORES
+from edgeadapt.formats.dsse import MAX_ENVELOPE
 from edgeadapt.formats.keyfiles import MAX_PEM, NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
+from edgeadapt.formats.manifest import Count, Manifest, Sha256
 from edgeadapt.formats.registryfiles import (
+    AUTHORITY,
     BLOBS,
     DATABASE,
+    PUBLIC_KEY,
     REGISTRY,
+    REVOKED,
+    TRANSCRIPT,
     LocalFiles,
     RegistryFiles,
     RegistrySettings,
@@ -59,11 +73,228 @@ from edgeadapt.formats.registrystores import shown
 from edgeadapt.formats.roundrecord import INTERRUPTED
 from edgeadapt.formats.workfolder import WorkFolder
 
+MANIFEST, SUMS = "backup.json", "SHA256SUMS"
+LARGEST_LIST = 2**28  # bytes of SHA256SUMS: two million files
+BLOCK = tarfile.BLOCKSIZE
+END = bytes(2 * BLOCK)
+_LINE = re.compile(r"([0-9a-f]{64})  ([!-~]{1,99})")
+
+Report = Callable[[int, int], object]  # bytes done since the last call, of how many in all
+
+
+@dataclass(frozen=True, slots=True)
+class BackupManifest(Manifest):
+    """What a backup holds. ``version`` and ``round`` are the newest.
+
+    ``registry``: ``RegistrySnapshot.digest``; None for a standby, whose registry stays where ``registry.toml`` says.
+    """
+
+    NAME: ClassVar[str] = "coordinator-backup"
+
+    files: Sha256  # digest of SHA256SUMS
+    registry: Sha256 | None
+    version: Count | None
+    round: Count  # 0 before the first
+
+
+@dataclass(frozen=True, slots=True)
+class ArchiveFile:
+    """A file to put into an archive. ``read`` returns the same bytes each time: it is called twice."""
+
+    name: str
+    size: int
+    read: Callable[[], bytes]
+    mode: int = storage.PUBLIC
+
+
+def write_archive(
+    out: Path,
+    files: Sequence[ArchiveFile],
+    manifest: Callable[[str], BackupManifest],
+    key: IdentityKey,
+    report: Report,
+) -> None:
+    """Write an archive, readable by its owner only.
+
+    Args:
+        out: Does not exist; a part of it is left where the disk is full.
+        manifest: Digest of SHA256SUMS → the manifest.
+        report: Called for each file when it was hashed, and when it was written.
+
+    Raises:
+        EdgeAdaptError: A file changed meanwhile.
+    """
+    digests, total = list[str](), 2 * sum(entry.size for entry in files)
+    for entry in files:
+        digests.append(hashlib.sha256(entry.read()).hexdigest())
+        report(entry.size, total)
+    sums = "".join(f"{digest}  {entry.name}\n" for digest, entry in zip(digests, files, strict=True)).encode()
+    signed = manifest(hashlib.sha256(sums).hexdigest()).sign(key)
+    with os.fdopen(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, storage.PRIVATE), "wb") as file:
+        for name, content in ((PUBLIC_KEY, key.public.to_pem()), (MANIFEST, signed), (SUMS, sums)):
+            _append(file, name, content, storage.PUBLIC)
+        for entry, digest in zip(files, digests, strict=True):
+            content = entry.read()
+            if hashlib.sha256(content).hexdigest() != digest:
+                raise EdgeAdaptError(f"{entry.name} changed while it was copied: repeat the backup", about=entry.name)
+            _append(file, entry.name, content, entry.mode)
+            report(entry.size, total)
+        file.write(END)
+        storage.flush(file)
+
+
+def extract(
+    archive: Path, folder: Path, trusted: PublicKey | None, modes: Mapping[str, int], report: Report
+) -> BackupManifest:
+    """Write the files of an archive to an empty folder, each after its digest was found to be the one that was signed.
+
+    Args:
+        trusted: The coordinator's key; None: the one in the archive, which then proves only that nothing is damaged.
+        modes: Regular expression of a name → permissions. A file with another name is refused.
+
+    Raises:
+        DataError: It is not an archive of a coordinator, or it is truncated.
+        TrustError: It is of another coordinator, or was altered.
+    """
+    with storage.opened(archive, 2**63) as (file, total):
+        reader = _ArchiveReader(archive, file)
+        public = PublicKey.from_pem(reader.next(PUBLIC_KEY, MAX_PEM))
+        if trusted not in (None, public):
+            text = f"{archive} is of the coordinator {public.key_id}, and not of the one that was named"
+            raise TrustError(text, about=PUBLIC_KEY, value=public.key_id)
+        storage.create(folder / PUBLIC_KEY, public.to_pem(), storage.PUBLIC)
+        manifest = BackupManifest.accept(reader.next(MANIFEST, MAX_ENVELOPE), [public])
+        sums = reader.next(SUMS, LARGEST_LIST)
+        if hashlib.sha256(sums).hexdigest() != manifest.files:
+            raise reader.altered(SUMS)
+        for digest, name in _listed(reader, sums):
+            mode = next((mode for pattern, mode in modes.items() if re.fullmatch(pattern, name)), None)
+            if mode is None:
+                raise DataError(f"{archive} has a file {name}, which no coordinator has", about=name)
+            content = reader.next(name, storage.LARGEST, mode)
+            if hashlib.sha256(content).hexdigest() != digest:
+                raise reader.altered(name)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            storage.create(folder / name, content, mode)
+            report(len(content), total)
+        reader.end()
+    return manifest
+
+
+def _listed(reader: "_ArchiveReader", sums: bytes) -> Iterator[tuple[str, str]]:
+    for line in sums.decode("ascii", "replace").splitlines():
+        if (match := _LINE.fullmatch(line)) is None:
+            raise reader.altered(SUMS)
+        yield match[1], match[2]
+
+
+@dataclass(frozen=True, slots=True)
+class _ArchiveReader:
+    archive: Path
+    file: BinaryIO
+
+    def next(self, name: str, limit: int, mode: int = storage.PUBLIC) -> bytes:
+        """Read the next file, which has that name and mode and at most ``limit`` bytes."""
+        header = self._read(BLOCK)
+        try:
+            size = tarfile.TarInfo.frombuf(header, "ascii", "strict").size
+        except (tarfile.HeaderError, ValueError):
+            size = -1
+        if not 0 <= size <= limit or header != _header(name, size, mode):
+            if name == PUBLIC_KEY:
+                raise DataError(f"{self.archive} is not a backup of a coordinator", about=self.archive.name)
+            raise self.altered(name)
+        content = self._read(size)
+        if self._read(-size % BLOCK).strip(b"\0"):
+            raise self.altered(name)
+        return content
+
+    def end(self) -> None:
+        if self._read(len(END)) != END or self.file.read(1):
+            raise self.altered("its end")
+
+    def altered(self, name: str) -> TrustError:
+        return TrustError(f"{self.archive}: {name} was altered or is missing: take another copy", about=name)
+
+    def _read(self, size: int) -> bytes:
+        content = self.file.read(size)
+        if len(content) < size:
+            raise DataError(f"{self.archive} is truncated: copy it again", about=self.archive.name)
+        return content
+
+
+def _append(file: BinaryIO, name: str, content: bytes, mode: int) -> None:
+    file.write(_header(name, len(content), mode))
+    file.write(content)
+    file.write(bytes(-len(content) % BLOCK))
+
+
+def _header(name: str, size: int, mode: int) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = size, mode
+    return info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+
+
+VALUE_LENGTH = 8  # bytes before each value that the digest covers
+
+
+@dataclass(frozen=True, slots=True)
+class RegistrySnapshot:
+    """Rows of each table, in the order of its primary key."""
+
+    rows: dict[str, tuple[dict[str, Any], ...]] = field(repr=False)
+
+    @classmethod
+    def read(cls, engine: Engine) -> Self:
+        """Read all tables in one transaction, while a coordinator may write. Raises as ``database.explained``."""
+        with database.explained(engine), engine.connect() as connection:
+            if engine.dialect.name == "postgresql":  # by default each statement would see a moment of its own
+                connection = connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+            with connection.begin():
+                rows = {
+                    table.name: tuple(
+                        dict(row) for row in connection.execute(table.select().order_by(*table.primary_key)).mappings()
+                    )
+                    for table in _tables()
+                }
+        return cls(rows)
+
+    def insert(self, engine: Engine, transcript: Path | None = None) -> None:
+        """Put all rows, all or none, into a registry without any; the logs in ``transcript`` too, if it takes logs.
+
+        Raises ConfigError: it has some.
+        """
+        with database.explained(engine), engine.begin() as connection:
+            for table in _tables():
+                if connection.execute(table.select().limit(1)).first() is not None:
+                    text = f"{shown(engine.url)} has a registry already: name a new database"
+                    raise ConfigError(text, about="database")
+                if rows := self.rows[table.name]:
+                    connection.execute(table.insert(), list(rows))
+            if transcript is not None:
+                transcripttable.insert(connection, transcript)
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of every value, each after its length, and of the number of rows of each table."""
+        state = hashlib.sha256()
+        for table in _tables():
+            rows = self.rows[table.name]
+            state.update(len(rows).to_bytes(VALUE_LENGTH, "big"))
+            for value in (row[column.name] for row in rows for column in table.columns):
+                raw = value if isinstance(value, bytes) else str(value).encode()
+                state.update(len(raw).to_bytes(VALUE_LENGTH, "big") + raw)
+        return state.hexdigest()
+
+
+def _tables() -> tuple[Table, ...]:
+    return database.versions, database.rounds, database.optimizer
+
+
 SUPERLINK = "superlink.db"  # Flower's SuperLink keeps the public keys of the SuperNodes there
 SECRETS = (KEY, TLS_KEY, NEXT_TLS_KEY)
 SETTLED = (AUTHORITY, SETTINGS, SERVICES, TLS_CERTIFICATE, TLS_REQUEST)  # files that no run writes
 MAX_FILE = 2 * MAX_REVOCATIONS  # bytes of a key, certificate, list or file of settings
-_SESSION = (transcripts.AUTHORITY, transcripts.COORDINATOR, transcripts.REVOKED)  # in TRANSCRIPT
+_SESSION = (AUTHORITY, PUBLIC_KEY, REVOKED)  # in TRANSCRIPT
 _NAMED = (
     rf"{BLOBS}/[0-9a-f]{{64}}\.safetensors",
     rf"{TRANSCRIPT}/session-\d{{6,9}}\.log",
@@ -167,7 +398,7 @@ def _write(
         return manifests[0]
 
     part = work / out.name
-    archive.write(part, files, manifest_of, key, report)
+    write_archive(part, files, manifest_of, key, report)
     part.rename(out)
     storage.sync(out.parent)
     return Backup(manifests[0], len(files), sum(each.size for each in files), key.public.key_id)
@@ -220,7 +451,7 @@ def restore(
 
     with storage.new_folder(folder, mode=storage.PRIVATE_FOLDER) as stage:
         signer = IdentityKey.from_pem(key) if key is not None else None
-        manifest = archive.extract(source, stage, trusted or (signer.public if signer else None), MODES, done)
+        manifest = extract(source, stage, trusted or (signer.public if signer else None), MODES, done)
         if key is not None:
             storage.replace(stage / KEY, key)
         public = PublicKey.from_pem((stage / PUBLIC_KEY).read_bytes())

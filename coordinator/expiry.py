@@ -16,9 +16,10 @@ from cryptography import x509
 from aggregation.errors import EdgeAdaptError, TrustError, of_file
 from aggregation.pki.certificates import load, to_der
 from aggregation.pki.revocation import MAX_REVOCATIONS
-from coordinator.statedir import REVOKED, TLS_REQUEST, TRANSCRIPT
+from coordinator.statedir import TLS_REQUEST
 from edgeadapt.formats import storage
 from edgeadapt.formats.keyfiles import MAX_PEM, TLS_CERTIFICATE, tls_pair
+from edgeadapt.formats.registryfiles import REVOKED, TRANSCRIPT
 
 EVERY = 3600.0  # seconds between two checks of a process that goes on
 LEFT = 1 / 3  # share of the validity; what has less left is to be replaced

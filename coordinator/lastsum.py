@@ -5,10 +5,15 @@ revoked since (``client.node.adapterstate``). So after a round that ended withou
 to unmask its sum, every later round from that adapter is over the same devices. A kill may have come before the round
 was recorded: the log has the request before any device can have it. With groups, devices are bound as soon as they sign
 a survivor set, and later rounds have the same groups. No later round shares what devices keep (``check_unshared``).
+
+Where the newest adapter hardly differs from those before it, devices take it for one of them (without noise), and the
+coordinator plans for the devices of the last sum as well (``binding``).
 """
 
+import logging
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from aggregation import envelope
@@ -17,16 +22,20 @@ from aggregation.messages import Assignment, Offer, Plan, Survivors, Unmask
 from aggregation.pki.certificates import load, serial, subject
 from aggregation.pki.identity import PublicKey
 from aggregation.pki.revocation import RevocationList
+from aggregation.policy import Policy
 from aggregation.server import AbortReason
 from aggregation.spec import SessionSpec
 from aggregation.transcript import Entry, Result
-from coordinator.storedlog import StoredLog
+from coordinator.registry import Registry, StoredAdapter
+from coordinator.settings import FederationSettings
+from coordinator.transcripts import StoredLog
 from edgeadapt.audit.transcripts import logs
 from edgeadapt.formats.layout import Layout
 from edgeadapt.formats.roundrecord import RoundRecord
-from edgeadapt.methods.parts import part_of
+from edgeadapt.methods.parts import Part, part_of
 from edgeadapt.rounds import taskkinds
-from edgeadapt.rounds.roundtask import RoundTask
+from edgeadapt.rounds.optimizer import FedAdam, FedAvg, FedAvgM
+from edgeadapt.rounds.roundtask import RoundTask, distance
 from edgeadapt.rounds.task import Task
 
 NAMED = 6  # devices that a text lists by name
@@ -125,11 +134,8 @@ def check_unshared(folder: Path, coordinator: PublicKey, task: RoundTask, layout
     """Check that a task shares no part that a plan before it had devices train and keep to themselves.
 
     Logs are read from the newest one back, to a plan that shared as much: it passed this check. A part without a tensor
-    in ``layout``, the adapter's, is neither shared nor kept.
-
-    Raises:
-        ConfigError: It shares one.
-        TrustError: A log was altered.
+    in ``layout``, the adapter's, is neither shared nor kept. Raises ConfigError: it shares one. Raises TrustError: a
+    log was altered.
     """
     shared = task.changes & {part_of(spec.name) for spec in layout.tensors}
     for path in reversed(logs(folder)):
@@ -148,3 +154,67 @@ def _tasks(entries: Iterable[Entry]) -> Iterator[RoundTask]:
         if entry.kind == Assignment.TAG and entry.round > number:  # the first one of a round is complete
             number = entry.round
             yield taskkinds.decode(Assignment.decode(envelope.unverified_body(entry.message)).plan.training)
+
+
+SHARE = Policy().minimum_movement
+MARGIN = 1.5  # devices know distances up to some percent, and their owners may demand more
+DEPTH = 64  # versions that are compared
+log = logging.getLogger("edgeadapt.coordinator")
+
+
+def binding(
+    last: LastSum, registry: Registry, adapter: StoredAdapter, task: RoundTask, settings: FederationSettings
+) -> LastSum | None:
+    """Keep the last sum if devices demand that the next one is over its devices; None if they do not.
+
+    Raises TrustError: the registry was altered.
+    """
+    kinds = {last.kind, type(task)}
+    if settings.privacy.noisy or settings.aggregation.groups > 1 or any(kind.EXACT is None for kind in kinds):
+        return None
+    parts = task.influencing() | ({Part.HEAD} if len(kinds) > 1 else frozenset())
+    still = _stands_still(registry, adapter, parts, MARGIN * _least(adapter, task, settings))
+    return replace(last, still=True) if still else None
+
+
+def _stands_still(registry: Registry, adapter: StoredAdapter, parts: Collection[Part], least: float) -> bool:
+    newest, after = adapter.manifest.version, adapter.tensors
+    for number in range(newest - 1, max(newest - 1 - DEPTH, -1), -1):
+        before = registry.tensors(number)
+        if distance(before, adapter.tensors, parts) < least:
+            return True
+        if distance(before, after, parts) >= least:
+            return False
+        after = before
+    return False
+
+
+def warn_of_stillness(adapter: StoredAdapter, settings: FederationSettings) -> None:
+    """Tell the operator if the server's step is so short that devices take every adapter for the previous one."""
+    if settings.privacy.noisy or not settings.training_rounds:
+        return
+    task = settings.task(adapter.manifest)
+    least, farthest = _least(adapter, task, settings), _farthest(adapter, task, settings)
+    if farthest < least:
+        text = (
+            "server.learning_rate %g moves the adapter by at most %.2g in a round, and devices take less than %.2g for "
+        )
+        text += "the same adapter: each round needs all survivors of the last one; raise it, or set privacy.epsilon"
+        log.warning(text, settings.server.learning_rate, farthest, least)
+
+
+def _least(adapter: StoredAdapter, task: RoundTask, settings: FederationSettings) -> float:
+    return task.least_movement(settings.clip_norm(task), task.state_size(adapter.layout), SHARE)
+
+
+def _farthest(adapter: StoredAdapter, task: RoundTask, settings: FederationSettings) -> float:
+    """The farthest that a server's step moves the adapter, L2 norm."""
+    clip, rule = settings.clip_norm(task), settings.server.rule()
+    if isinstance(rule, FedAvg):
+        return rule.learning_rate * clip
+    if isinstance(rule, FedAvgM):
+        return rule.learning_rate * clip / (1 - rule.momentum)
+    if not isinstance(rule, FedAdam):
+        return math.inf
+    most = max(1.0, (1 - rule.beta1) / math.sqrt(1 - rule.beta2))  # step of a coordinate, in learning rates
+    return rule.learning_rate * most * math.sqrt(task.state_size(adapter.layout))

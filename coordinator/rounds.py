@@ -19,12 +19,12 @@ from aggregation.server import AbortReason, Collecting, Confirming, Established,
 from aggregation.spec import SessionSpec
 from aggregation.steps import ADAPTER, Step
 from aggregation.transcript import receipts
-from coordinator import lastsum, stillness
+from coordinator import lastsum
 from coordinator.lastsum import LastSum, names
 from coordinator.registry import StoredAdapter, state_digest
 from coordinator.session import Cohort, Exchange, SessionRequest, attachments, establish, obstacle
 from coordinator.statedir import CoordinatorStateDir
-from coordinator.storedlog import StoredLog
+from coordinator.transcripts import StoredLog
 from coordinator.transport import Transport
 from edgeadapt import traces
 from edgeadapt.audit.account import Account, logged
@@ -46,14 +46,11 @@ SLACK = 2.0**-30  # relative: as many rounds as the noise is calibrated to are w
 def federate(leader: CoordinatorStateDir, transport: Transport) -> Iterator[RoundRecord]:
     """Run the rounds that are still to do, and yield the record of each one once it is committed.
 
-    The records of ``leader`` say which rounds are done; the revocation list is read for each session.
-
-    Raises:
-        ConfigError: A setting differs from that of a sum without a result, or the optimizer from that of the registry;
-            or the method shares what devices keep to themselves.
-        EdgeAdaptError: The registry is empty or failed or has no space, or no session could be made in
-            ``settings.attempts`` attempts.
-        TrustError: The registry or a log was altered, or they contradict each other.
+    The records of ``leader`` say which rounds are done; the revocation list is read for each session. Raises
+    ConfigError: a setting differs from that of a sum without a result, or the optimizer from that of the registry; or
+    the method shares what devices keep to themselves. Raises EdgeAdaptError: the registry is empty or failed or has no
+    space, or no session could be made in ``settings.attempts`` attempts. Raises TrustError: the registry or a log was
+    altered, or they contradict each other.
     """
     leader.transcripts.finish()  # before a device is asked: what a kill left is repaired, and other damage refused
     run = _Run(leader, transport)
@@ -119,7 +116,7 @@ class _Run:
     def _check(self, number: int, adapter: StoredAdapter) -> None:
         """Check before the first session what devices would refuse for good, and warn of what hardly moves them."""
         leader = self.leader
-        stillness.warn(adapter, leader.settings)
+        lastsum.warn_of_stillness(adapter, leader.settings)
         if leader.settings.training_rounds >= number:
             trained = leader.settings.task(adapter.manifest)
             lastsum.check_unshared(leader.transcripts.folder, leader.key.public, trained, adapter.layout)
@@ -133,7 +130,7 @@ class _Run:
         if self.cohort is None:
             _warn_of_limits(task)
         if last is not None and not repeats:
-            self.last = last = stillness.bound(last, self.leader.registry, adapter, task, settings)
+            self.last = last = lastsum.binding(last, self.leader.registry, adapter, task, settings)
         if last is not None and last.kind is kind:
             _require_same_terms(last, task, adapter, self.leader)
         return task

@@ -28,19 +28,24 @@ from aggregation.pki.revocation import MAX_REVOCATIONS
 from aggregation.pki.tls import TlsKey, verify_tls
 from coordinator.registry import Leadership, Lease, Registry, TranscriptTable, database, leadership
 from coordinator.registry.lease import LOOK
-from coordinator.servicesettings import SERVICES, ServiceSettings
-from coordinator.settings import SETTINGS, FederationSettings
+from coordinator.settings import SERVICES, SETTINGS, FederationSettings, ServiceSettings
 from coordinator.transcripts import Transcripts
 from edgeadapt.formats import storage
 from edgeadapt.formats.keyfiles import MAX_PEM, NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY, next_tls_key, tls_pair
-from edgeadapt.formats.registryfiles import BLOBS, DATABASE, REGISTRY, SIGNING_KEY, RegistrySettings
+from edgeadapt.formats.registryfiles import (
+    AUTHORITY,
+    BLOBS,
+    DATABASE,
+    PUBLIC_KEY,
+    REGISTRY,
+    REVOKED,
+    SIGNING_KEY,
+    TRANSCRIPT,
+    RegistrySettings,
+)
 from edgeadapt.formats.registrystores import postgresql_url, shown
 
 KEY = SIGNING_KEY
-PUBLIC_KEY = "coordinator.pem"  # what devices pin
-AUTHORITY = "authority.pem"
-REVOKED = "revoked.crl"
-TRANSCRIPT = "transcript"
 LOCK = "run.lock"
 WAITING = "run.waiting"  # touched by a run that waits for the lease
 HUNG = 60.0  # seconds without a touch, which comes each second or after a log was copied
@@ -111,9 +116,8 @@ class CoordinatorStateDir:
     def open(cls, folder: Path) -> Self:
         """Read the directory.
 
-        Raises:
-            ConfigError: A file is missing or a setting is ill-formed.
-            TrustError: The key, or the authority's certificate, is damaged.
+        Raises ConfigError: a file is missing or a setting is ill-formed. Raises TrustError: the key, or the authority's
+        certificate, is damaged.
         """
         stores = RegistrySettings.of(folder)
         require(folder, SETTINGS, KEY, AUTHORITY, *(() if stores.database else (DATABASE,)))
@@ -151,9 +155,8 @@ class CoordinatorStateDir:
     def read_tls(self, at: datetime) -> tuple[bytes, bytes]:
         """Read the TLS key of what listens on this machine, and its certificate, both PEM.
 
-        Raises:
-            ConfigError: The directory has none.
-            TrustError: The certificate is not one of the pinned authority for a gateway; or as ``read_root``.
+        Raises ConfigError: the directory has none. Raises TrustError: the certificate is not one of the pinned
+        authority for a gateway; or as ``read_root``.
         """
         for name, others in ((TLS_KEY, NEXT_TLS_KEY), (TLS_CERTIFICATE, TLS_CERTIFICATE)):
             if not ((self.folder / name).is_file() or (self.folder / others).is_file()):
@@ -214,11 +217,9 @@ class CoordinatorStateDir:
     def leading(self) -> Iterator[Self]:
         """Hold the directory and, where the registry is shared, its lease, while the block runs; wait for the lease.
 
-        Yields the directory, with a registry and transcripts that the lease allows to write.
-
-        Raises:
-            EdgeAdaptError: Another run uses the directory, or the lease cannot be taken.
-            TrustError: The files of the transcript have what the database does not have.
+        Yields the directory, with a registry and transcripts that the lease allows to write. Raises EdgeAdaptError:
+        another run uses the directory, or the lease cannot be taken. Raises TrustError: the files of the transcript
+        have what the database does not have.
         """
         with self.locked():
             if not self.registry.is_shared:
@@ -301,9 +302,7 @@ def run_lock(folder: Path) -> Iterator[None]:
 def update_transcript(folder: Path) -> None:
     """Bring the files of the transcript up to date, where the database of a directory's registry has the logs.
 
-    Raises:
-        TrustError: They have what the database does not have.
-        EdgeAdaptError: As ``database.connect``.
+    Raises TrustError: they have what the database does not have.
     """
     if RegistrySettings.of(folder).database:
         with transcript_table(folder) as table:
@@ -340,11 +339,8 @@ def _copy_transcript(folder: Path, table: TranscriptTable, *, whole: bool = Fals
 def _share_revocations(folder: Path, root: Root, table: TranscriptTable) -> None:
     """Let a state directory and the database have the newer of their revocation lists.
 
-    So it is enough to copy a list to one of several machines, and none falls back behind another one.
-
-    Raises:
-        TrustError: A list is not the authority's.
-        EdgeAdaptError: As ``database.connect``.
+    So it is enough to copy a list to one of several machines, and none falls back behind another one. Raises
+    TrustError: a list is not the authority's.
     """
     path, stored = folder / REVOKED, table.revocations()
     own = storage.read(path, 2 * MAX_REVOCATIONS) if path.exists() else None
@@ -387,12 +383,7 @@ def require(folder: Path, *names: str) -> None:
 
 
 def open_registry(folder: Path, key: IdentityKey) -> Registry:
-    """Open the registry of a coordinator's state directory.
-
-    Raises:
-        ConfigError: As ``RegistrySettings.of`` and ``postgresql_url``.
-        EdgeAdaptError: As ``Registry.open``.
-    """
+    """Open the registry of a coordinator's state directory."""
     stores = RegistrySettings.of(folder)
     return Registry.open(registry_url(folder), stores.blobs or str(folder / BLOBS), [key.public])
 

@@ -1,43 +1,309 @@
 """The transcripts of a coordinator: one log for each session, for ``edgeadapt audit`` to check later.
 
-``edgeadapt.audit.transcripts`` names the files, ``coordinator.recorder`` writes a log. A kill can leave the last
-record incomplete, and a power cut can leave zeros in the last ones. The next start moves such a rest to a file with the
-suffix ``.torn``, ends the round that was under way as the registry says, and closes the log. A log that lacks what the
-registry knows is not signed again.
+Records are synced to the disk before the coordinator sends its next message, which tells a device that its answer
+arrived: the device later demands a proof that the log holds it. With a registry that machines share, they are appended
+to a table of its database first, and the file is a copy (``coordinator.registry.transcripttable``). The end of a round
+is written to the registry first and to the log second, from the registry's record.
+
+A kill can leave the last record incomplete, and a power cut can leave zeros in the last ones. The next start moves such
+a rest to a file with the suffix ``.torn``, ends the round that was under way as the registry says, and closes the log.
+A log that lacks what the registry knows is not signed again. ``edgeadapt.audit.transcripts`` names the files.
 """
 
+import itertools
 import logging
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 from aggregation import envelope, transcript
 from aggregation.errors import EdgeAdaptError, ProtocolError, TrustError
-from aggregation.messages import Offer
+from aggregation.messages import MaskedInput, Offer, Plan
 from aggregation.pki import Root
-from aggregation.pki.identity import IdentityKey
+from aggregation.pki.certificates import identity, load, subject
+from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.pki.revocation import RevocationList
+from aggregation.session import COORDINATOR as SENDER
+from aggregation.steps import Step
 from aggregation.transcript import (
     ENTRY,
+    EVERYONE,
     LENGTH,
     MAGIC,
     MAX_SESSIONS,
     NO_SESSION,
+    Abort,
+    AdapterId,
     Checkpoint,
     Entry,
+    Reading,
+    Result,
+    Stage,
     Transcript,
     receipts,
     session_chain_proof,
 )
-from coordinator.recorder import Recorder
 from coordinator.registry import Head, TranscriptTable
-from coordinator.storedlog import StoredLog, altered, require_agreement
-from edgeadapt.audit.transcripts import AUTHORITY, COORDINATOR, REVOKED, VECTORS, log_name, log_number, logs
+from edgeadapt.audit import Problem, checkpoints, history
+from edgeadapt.audit.history import History
+from edgeadapt.audit.transcripts import (
+    VECTORS,
+    log_name,
+    log_number,
+    logs,
+    vector_path,
+)
 from edgeadapt.formats import storage
-from edgeadapt.formats.roundrecord import RoundRecord
+from edgeadapt.formats.registryfiles import AUTHORITY, PUBLIC_KEY, REVOKED
+from edgeadapt.formats.roundrecord import INTERRUPTED, RoundRecord
 from edgeadapt.formats.storage import PUBLIC
+
+LONGEST = 1.0  # seconds that records which need not be synced yet wait for those that follow them
+
+
+def ending_of(record: RoundRecord) -> Result | Abort | None:
+    """Make the ending that the log of its session has for a recorded round; None if the round ended before its plan."""
+    if record.plan is None:
+        return None
+    plan = bytes.fromhex(record.plan)
+    if record.version is None or record.adapter is None or record.sum is None:
+        return Abort(plan, record.reason or "")
+    return Result(plan, record.survivors, bytes.fromhex(record.sum), record.version, record.adapter)
+
+
+@dataclass(slots=True)
+class Recorder:
+    """Writes the log of one session."""
+
+    path: Path
+    log: Transcript
+    key: IdentityKey  # the coordinator's; signs endings and checkpoints
+    vectors: Path | None = None  # folder of the masked vectors; None: they are not kept
+    table: TranscriptTable | None = None  # where the log is, if machines share it; None: in the file
+    _pending: bytes = field(default=b"", repr=False)  # not in the table yet
+    _since: float = field(default=0.0, repr=False)  # when the oldest of them came
+
+    def begin(self, plan: Plan) -> None:
+        self.log.begin(plan)
+
+    def sent(self, step: Step, bodies: Mapping[str, bytes]) -> None:
+        """Record what the coordinator sends: device → body."""
+        self.write(self.log.sent(step, bodies), sync=True)
+
+    def received(self, step: Step, device: str, body: bytes) -> None:
+        """Record a device's answer, which was accepted. Its vector comes first: no kill leaves a log that lacks one."""
+        if self.vectors is not None and step is Step.PLAN:
+            header = envelope.unverified_body(transcript.logged_part(step, body))  # was verified when it was accepted
+            path = vector_path(self.vectors, MaskedInput.decode(header).vector)
+            storage.replace(path, transcript.packed_vector(body), PUBLIC)
+        self.write(self.log.received(step, device, body))
+
+    def synced(self) -> Transcript:
+        """Return the log once all in it would survive a power cut: a record of the round may then refer to it."""
+        self.write(b"", sync=True)
+        return self.log
+
+    def end(self, record: RoundRecord) -> None:
+        """End the round under way as its record says, which the registry has. A round without a plan has no ending."""
+        ending = ending_of(record)
+        if ending is not None:
+            self.write(self.log.ended(self.key, ending), sync=True)
+
+    def close(self, record: RoundRecord | None) -> bytes:
+        """End the log, and interrupt a round without a ``record``. Returns the digest of the last checkpoint."""
+        if record is not None:
+            self.end(record)
+        elif self.log.plan is not None:
+            self.write(self.log.ended(self.key, Abort(self.log.plan, INTERRUPTED)))
+        elif self.log.tree.size - 1 in {index for index, _ in self.log.endings.values()}:
+            self.checkpoint()  # a kill came between the two
+        self.checkpoint(Stage.CLOSED)
+        last = self.log.checkpoints[max(self.log.checkpoints)]
+        return Checkpoint.decode(envelope.unverified_body(last)).digest()
+
+    def checkpoint(self, stage: Stage = Stage.OPEN) -> None:
+        self.write(self.log.checkpoint(self.key, stage), sync=True)
+
+    def write(self, records: bytes, *, sync: bool = False) -> None:
+        """Append. After the return the records survive a kill of the process, and with ``sync`` also a power cut.
+
+        For a table, a kill is as a power cut: what need not be synced is sent with what follows, in one transaction.
+        """
+        if self.table is not None:
+            now = time.monotonic()
+            self._since = self._since if self._pending else now
+            self._pending += records
+            if not self._pending or not (sync or now - self._since > LONGEST):
+                return
+            size = self.path.stat().st_size if self.path.exists() else 0
+            self.table.append(log_number(self.path), size, self._pending)
+            records, self._pending = self._pending, b""
+        with self.path.open("ab") as file:
+            file.write(records)
+            if sync:
+                storage.flush(file)
+
+
+_CHECKPOINT = bytes([len(Checkpoint.TAG)]) + Checkpoint.TAG.encode()  # the kind, as an entry has it
+_ROUND, _PEER, _LENGTH = 4, 1 + len(EVERYONE), 4  # bytes that follow the kind: round, peer, length of the message
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLog:
+    """The log of a session, as far as it can be read."""
+
+    path: Path
+    entries: tuple[Entry, ...]  # signed by the coordinator, up to the last checkpoint
+    checkpoints: tuple[Checkpoint, ...]
+    end: int  # bytes that the entries take
+    rest: bytes  # what a kill or a power cut left after them: records that are incomplete, or not what was signed
+
+    @classmethod
+    def read(cls, path: Path, coordinator: PublicKey) -> Self:
+        """Read and verify a log.
+
+        Raises DataError: it is too large, or not a file. Raises TrustError: it was altered after it was written.
+        """
+        raw = storage.read(path)
+        reading = _intact(transcript.read(raw), coordinator)
+        rest = raw[reading.end :]
+        try:
+            signed = tuple(checkpoints(replace(reading, problem=""), coordinator, unfinished=True))
+        except Problem as problem:
+            if reading.entries:
+                raise altered(path, problem) from None
+            signed = ()
+        log = cls(path, reading.entries, signed, reading.end, rest)
+        if rest and (log.closed or log.is_continued_in(rest, coordinator)):
+            raise altered(path, reading.problem)
+        return log
+
+    def is_continued_in(self, rest: bytes, coordinator: PublicKey) -> bool:
+        """Whether unreadable bytes hold a checkpoint of what follows the entries. A kill damages only the last record.
+
+        Parts of a message are its sender's choice, and devices have the earlier checkpoints of this log and of others.
+        A later one they cannot have.
+        """
+        offer = self.offer
+        for match in re.finditer(re.escape(_CHECKPOINT), rest):
+            at = match.end() + _ROUND + _PEER + _LENGTH
+            size = int.from_bytes(rest[at - _LENGTH : at], "big")
+            if size > Checkpoint.LIMIT + envelope.OVERHEAD:
+                continue
+            with suppress(ProtocolError):
+                signed = envelope.open_verified(Checkpoint, rest[at : at + size], coordinator, SENDER)
+                if signed.size >= len(self.entries) and offer in (b"", signed.offer):
+                    return True
+        return False
+
+    @property
+    def closed(self) -> bool:
+        return bool(self.checkpoints) and self.checkpoints[-1].stage is Stage.CLOSED
+
+    @property
+    def offer(self) -> bytes:
+        """Digest of the session's offer; empty if the log does not have an entry."""
+        return Offer.decode(envelope.unverified_body(self.entries[0].message)).digest() if self.entries else b""
+
+    @property
+    def endings(self) -> tuple[Entry, ...]:
+        return tuple(entry for entry in self.entries if entry.kind in (Result.TAG, Abort.TAG))
+
+    def resumed(self, newest: AdapterId, previous: bytes) -> Transcript:
+        """Restore the transcript that wrote it.
+
+        For a log without a checkpoint, ``newest`` is the adapter that the session started from, and ``previous`` the
+        digest of the last checkpoint of the previous session.
+        """
+        if self.checkpoints:
+            newest, previous = self.checkpoints[0].newest, self.checkpoints[0].previous
+        return transcript.resume(self.entries, newest, previous)
+
+
+def _intact(reading: Reading, coordinator: PublicKey) -> Reading:
+    """Cut a log before the first message after its last checkpoint whose signature is not valid.
+
+    Answers of devices are on the disk for certain only once the coordinator asks for the next ones: a power cut can
+    leave such a record with zeros in it. A later start would sign that, and every audit would refuse it. The entries
+    before a checkpoint are verified by it. Assignments that the log keeps without their body are not verified here.
+    """
+    entries = reading.entries
+    kept = max((entry.index + 1 for entry in entries if entry.kind == Checkpoint.TAG), default=0)
+    if kept >= len(entries):
+        return reading
+    with suppress(Problem, ProtocolError, TrustError):
+        offer = Offer.decode(envelope.unverified_body(entries[0].message))
+        certificates = [load(der) for der in offer.certificates]
+        logged = History(offer, {subject(each): identity(each) for each in certificates})
+        for entry in entries[kept:]:
+            history.verify(logged, (entry,), coordinator)
+            kept += 1
+    if kept == len(entries):
+        return reading
+    end = len(MAGIC) + sum(LENGTH + len(ENTRY.encode(entry)) for entry in entries[:kept])
+    return Reading(entries[:kept], end, f"{entries[kept].place} is not what was signed")
+
+
+def require_agreement(logs: Sequence[StoredLog], head: Head, key: IdentityKey) -> bool:
+    """Compare the logs with the registry, before anything is signed.
+
+    Returns whether the last log lacks the ending of the last recorded round and nothing else, as after a kill. Raises
+    TrustError: the logs lack something else that the registry knows, or the registry what they know.
+
+    Args:
+        logs: Of the session of the last recorded round and of all sessions since, in order, without empty ones; all
+            logs, where no round is recorded.
+    """
+    for log, following in itertools.pairwise(logs):
+        start = following.checkpoints[0].previous if following.checkpoints else None
+        if not log.closed or start not in (None, log.checkpoints[-1].digest()):
+            raise _contradiction(f"{log.path.name} is not the log that {following.path.name} follows")
+    missing = head.round is not None and _lacks_ending(logs, head.round, key)
+    since = logs[0].endings if logs else ()
+    if head.round is not None:
+        since = tuple(entry for entry in since if entry.index > head.round.entries)
+    for entry in (*since, *(entry for log in logs[1:] for entry in log.endings)):
+        if entry.kind != Abort.TAG or Abort.decode(envelope.unverified_body(entry.message)).reason != INTERRUPTED:
+            raise _contradiction(f"the registry has no record of the round that ended with {entry.place}")
+    has_version = missing and head.round is not None and head.round.version is not None
+    newest = logs[-1].resumed(head.newest, NO_SESSION).newest if logs else (0, head.newest[1])
+    if not has_version and newest != head.newest:
+        raise _contradiction(f"the newest adapter is {newest[0]} in the logs and {head.newest[0]} in the registry")
+    return missing
+
+
+def _lacks_ending(logs: Sequence[StoredLog], record: RoundRecord, key: IdentityKey) -> bool:
+    """Whether the log of a recorded round stops right before the round's ending."""
+    if not logs or logs[0].offer.hex() != record.offer:
+        raise _contradiction(f"the log of round {record.round} is missing")
+    log = logs[0].resumed((0, ""), NO_SESSION)
+    if log.tree.size < record.entries or log.tree.root(record.entries).hex() != record.root:
+        raise _contradiction(f"{logs[0].path.name} lacks entries of round {record.round}")
+    ending = ending_of(record)
+    if ending is None:
+        return False
+    if log.tree.size == record.entries and len(logs) == 1 and log.plan == ending.plan:
+        return True
+    following = logs[0].entries[record.entries : record.entries + 1]
+    if [entry.message for entry in following] != [envelope.sign(key, ending)]:
+        raise _contradiction(f"{logs[0].path.name} lacks the ending of round {record.round}")
+    return False
+
+
+def _contradiction(what: str) -> TrustError:
+    text = f"the transcript and the registry contradict each other ({what}): restore both from one copy"
+    return TrustError(text, about="transcript")
+
+
+def altered(path: Path, problem: object) -> TrustError:
+    text = f"{path} was altered after it was written ({problem}): find out why, and move it away"
+    return TrustError(text, about=path.name)
+
 
 logger = logging.getLogger("edgeadapt.coordinator")
 TORN = ".torn"  # suffix of the incomplete record that a kill left
@@ -72,7 +338,7 @@ class Transcripts:
             if self.table is not None:
                 self._offer(self.table, revoked)
             storage.replace(self.folder / REVOKED, revoked.to_pem(), PUBLIC)
-        storage.replace(self.folder / COORDINATOR, self.key.public.to_pem(), PUBLIC)
+        storage.replace(self.folder / PUBLIC_KEY, self.key.public.to_pem(), PUBLIC)
         vectors = self.folder / VECTORS if self.keep_vectors else None
         if vectors:
             vectors.mkdir(exist_ok=True)
@@ -134,11 +400,8 @@ class Transcripts:
         """Close the last log if it is open, as far as it is on the disk. Returns the digest of its last checkpoint.
 
         A round under way gets the ending that the registry has for it, or is aborted. Before anything is signed, all
-        that the registry knows must have been found in the logs.
-
-        Raises:
-            TrustError: A log was altered, or the logs and the registry contradict each other.
-            EdgeAdaptError: Another coordinator leads, or the registry failed.
+        that the registry knows must have been found in the logs. Raises TrustError: a log was altered, or the logs and
+        the registry contradict each other. Raises EdgeAdaptError: another coordinator leads, or the registry failed.
         """
         if self.table is not None:
             self.table.require_lead()  # the files of a former leader lack what the one after it has added
@@ -176,9 +439,7 @@ class Transcripts:
 def _ends(path: Path) -> tuple[bytes, bytes]:
     """Read the digest of the offer, and the last checkpoint as signed, of a closed log: its first and last entry.
 
-    Raises:
-        DataError: It is too large, or not a file.
-        TrustError: It was altered.
+    Raises DataError: it is too large, or not a file. Raises TrustError: it was altered.
     """
     with storage.opened(path) as (file, size):
         first = last = (len(MAGIC) + LENGTH, 0)

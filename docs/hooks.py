@@ -1,6 +1,7 @@
 """Pages of the reference that are generated while the site is built, so that they cannot fall behind the code.
 
-``mkdocs.yml`` names this file. A page asks for a text with a comment, such as ``<!-- generated: commands -->``.
+``mkdocs.yml`` names this file. A page asks for a text with a comment, such as ``<!-- generated: keys -->``. Each
+command of the top level gets a page of its own, with its members.
 """
 
 import json
@@ -13,16 +14,35 @@ from typing import Any
 
 import click
 from click.testing import CliRunner
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 _RANGE = re.compile(r"\[([^\[\]]*)\]$")  # click's [default: 3; 1<=x<=9] at the end of a help text
 MARK = re.compile(r"^<!-- generated: ([a-z]+)(?: (\w+))? -->$", re.MULTILINE)
 
 
+def on_config(config: MkDocsConfig) -> None:
+    """List the pages of commands in the navigation, below that of the command line."""
+    reference = next(entry["Reference"] for entry in config.nav or [] if "Reference" in entry)
+    (entry,) = [entry for entry in reference if "Command line" in entry]
+    entry["Command line"] = [entry["Command line"], *({name: _page(name)} for name in top())]
+
+
+def on_files(files: Files, config: MkDocsConfig) -> None:
+    """Add a page for each command of the top level."""
+    for name in top():
+        files.append(File.generated(config, _page(name), content=commands(name)))
+
+
+def _page(name: str) -> str:
+    return f"reference/commands/{name}.md"
+
+
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Replace each mark of a page by the text that it asks for."""
     makers = {
-        "commands": lambda _: commands(),
+        "commands": lambda _: index(),
         "keys": lambda _: keys(),
         "federation": lambda _: federation(),
         "services": lambda _: services(),
@@ -34,9 +54,22 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return MARK.sub(lambda mark: makers[mark[1]](mark[2]), markdown)
 
 
-def commands() -> str:
-    """Every command of the program: what it does, its arguments, its options and its examples."""
-    return "\n\n".join(text for path, command in walk() for text in _command(path, command))
+def top() -> dict[str, click.Command]:
+    """The commands of the top level, by name."""
+    return {path.split()[1]: command for path, command in walk() if path.count(" ") == 1}
+
+
+def index() -> str:
+    """A row for each command of the top level, with a link to its page."""
+    rows = [f"| [{name}](commands/{name}.md) | {command.get_short_help_str(300)} |" for name, command in top().items()]
+    return "\n".join(["| command | what it does |", "| --- | --- |", *rows])
+
+
+def commands(name: str) -> str:
+    """A command of the top level and its members: what each does, its arguments, its options and its examples."""
+    return "\n\n".join(
+        text for path, command in walk() if path.split()[1:2] == [name] for text in _command(path, command)
+    )
 
 
 def walk() -> Iterator[tuple[str, click.Command]]:
@@ -56,8 +89,7 @@ def walk() -> Iterator[tuple[str, click.Command]]:
 
 def _command(path: str, command: click.Command) -> Iterator[str]:
     context = click.Context(command, info_name=path)
-    level = "##" if path.count(" ") < 2 else "###"
-    yield f"{level} {path.removeprefix('edgeadapt ')}"
+    yield f"{'#' * path.count(' ')} {path.removeprefix('edgeadapt ')}"
     text, _, examples = cleandoc(command.help or "").replace("\b\n", "").partition("\nExample")
     yield re.sub(r"(?<!`)(--[a-z-]+)(?!`)", r"`\1`", text.strip())
     if isinstance(command, click.Group):
@@ -98,7 +130,7 @@ def federation() -> str:
 def services() -> str:
     """Every key of what a coordinator's machine runs."""
     _importable()
-    from coordinator.servicesettings import ServiceSettings
+    from coordinator.settings import ServiceSettings
 
     return _settings(ServiceSettings)
 

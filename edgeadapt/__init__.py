@@ -7,6 +7,9 @@
     model.teach("it is too dark in here", "HassTurnOn")     # on this device, at once
     model.undo()
 
+    run = edgeadapt.simulate("tickets.csv", client="customer")   # each alone, and all together
+    print(run)
+
 Each name is loaded when it is used: the bare install has neither torch nor Flower.
 
 Below it, ``formats`` has every file and message that two parts share, ``bases`` the frozen models, ``methods`` their
@@ -21,10 +24,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from aggregation.errors import ConfigError, DataError, EdgeAdaptError, ProtocolError, TrustError
     from edgeadapt.interface.models import Answer, Classifier, LanguageModel, load
+    from edgeadapt.interface.runs import Run, simulate
 
 _HOMES = {
     "aggregation.errors": ("ConfigError", "DataError", "EdgeAdaptError", "ProtocolError", "TrustError"),
     "edgeadapt.interface.models": ("Answer", "Classifier", "LanguageModel", "load"),
+    "edgeadapt.interface.runs": ("Run", "simulate"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -36,9 +41,11 @@ __all__ = [
     "EdgeAdaptError",
     "LanguageModel",
     "ProtocolError",
+    "Run",
     "TrustError",
     "__version__",
     "load",
+    "simulate",
 ]
 
 

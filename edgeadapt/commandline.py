@@ -75,10 +75,8 @@ class FiniteRange(click.FloatRange):
 
 @contextmanager
 def plain_progress(now: Callable[[], str], file: IO[str], *, shown: bool = True) -> Iterator[None]:
-    """Print what is being done, every ``PERIOD`` seconds of the block, where no terminal shows it.
-
-    Another thread calls ``now``, which says it in a few words.
-    """
+    """Print what is being done, every ``PERIOD`` seconds of the block, where no terminal shows it. Another thread calls
+    ``now``, which says it in a few words."""
     began, ended = time.monotonic(), Event()
 
     def speak() -> None:
@@ -98,10 +96,8 @@ def plain_progress(now: Callable[[], str], file: IO[str], *, shown: bool = True)
 
 @contextmanager
 def status(label: str) -> Iterator[Callable[[str], None]]:
-    """Show on standard error what is being done: ``label``, until the yielded function is called with another text.
-
-    A terminal has a spinner, anything else a line every ``PERIOD`` seconds.
-    """
+    """Show on standard error what is being done: ``label``, until the yielded function is called with another text. A
+    terminal has a spinner, anything else a line every ``PERIOD`` seconds."""
     from rich.console import Console  # which the bare install lacks
 
     # FORCE_COLOR makes rich take a pipe for a terminal. The file is fixed now: torch's is redirected while it traces.

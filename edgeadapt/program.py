@@ -32,7 +32,7 @@ COMMANDS = {
     "base": ("export.cli.bases", "base", "Show which bases there are, and what one can do.", "export"),
     "channel": ("edgeadapt.cli.channel", "channel", "Publish bundles to devices by channel.", ""),
     "coordinator": ("coordinator.cli.coordinator", "coordinator", "Make a coordinator, run its rounds.", "coordinator"),
-    "data": ("simulations.cli.data", "data", "Look at the texts of a simulation.", "simulations"),
+    "data": ("simulations.cli.simulate", "data", "Look at the texts of a simulation.", "simulations"),
     "demo": (
         "simulations.cli.simulate",
         "demo",
@@ -41,12 +41,7 @@ COMMANDS = {
     ),
     "device": ("client.cli", "device", "Inference on a device: verify a bundle, answer phrases.", ""),
     "export": ("export.cli", "export", "Make bundles for devices from bases and adapters.", "export"),
-    "privacy": (
-        "coordinator.cli.privacy",
-        "privacy",
-        "Plan a federation's noise and its epsilon.",
-        "coordinator",
-    ),
+    "privacy": ("coordinator.cli.privacy", "privacy", "Plan a federation's noise and its epsilon.", "coordinator"),
     "simulate": (
         "simulations.cli.simulate",
         "simulate",
@@ -87,6 +82,43 @@ def cli() -> None:
 
 def main(command: click.Command | None = None, program: str = PROGRAM) -> None:
     """Run a command line. An error is one line on standard error and the exit code of its class."""
+    report = sys.unraisablehook
+    sys.unraisablehook = partial(_unraisable, report)
+    try:
+        _prepare()
+        sys.exit((command or cli)(prog_name=program, standalone_mode=False))
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except SystemExit as error:
+        if error.code != TERMINATED:
+            raise
+        _fail("terminated", TERMINATED)
+    except (EdgeAdaptError, click.ClickException, click.Abort, KeyboardInterrupt, MemoryError, OSError) as error:
+        _fail(*_explained(error, program))
+    finally:
+        sys.unraisablehook = report
+
+
+def _explained(error: BaseException, program: str) -> tuple[str, int]:
+    if isinstance(error, EdgeAdaptError):
+        return str(error), error.exit_code
+    if isinstance(error, click.UsageError):
+        called = error.ctx.command_path if error.ctx else program
+        return f"{error.format_message().rstrip('.')}; see '{called} --help'", error.exit_code
+    if isinstance(error, click.ClickException):
+        return error.format_message(), error.exit_code
+    if isinstance(error, MemoryError):
+        return "this machine does not have enough memory", 1
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1
+    return "interrupted", INTERRUPTED
+
+
+def _prepare() -> None:
+    """Set up the process. Raises click.ClickException if a folder or another distribution shadows a package of ours."""
     for name, value in OFFLINE.items():
         os.environ.setdefault(name, value)
     if isinstance(sys.stdout, TextIOWrapper):
@@ -96,39 +128,6 @@ def main(command: click.Command | None = None, program: str = PROGRAM) -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
         signal.signal(signal.SIGINT, _interrupt)
-    report = sys.unraisablehook
-    sys.unraisablehook = partial(_unraisable, report)
-    try:
-        _check_own_packages()
-        sys.exit((command or cli)(prog_name=program, standalone_mode=False))
-    except EdgeAdaptError as error:
-        _fail(str(error), error.exit_code)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except click.UsageError as error:
-        called = error.ctx.command_path if error.ctx else program
-        _fail(f"{error.format_message().rstrip('.')}; see '{called} --help'", error.exit_code)
-    except click.ClickException as error:
-        _fail(error.format_message(), error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted", INTERRUPTED)
-    except SystemExit as error:
-        if error.code != TERMINATED:
-            raise
-        _fail("terminated", TERMINATED)
-    except MemoryError:
-        _fail("this machine does not have enough memory", 1)
-    except OSError as error:
-        _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1)
-    finally:
-        sys.unraisablehook = report
-
-
-def _check_own_packages() -> None:
-    """Check that neither a folder nor another distribution shadows ours. Raises click.ClickException."""
     here = Path(__file__).parents[1]
     for name in OWN:
         spec = find_spec(name)

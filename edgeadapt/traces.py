@@ -61,15 +61,13 @@ def begin(name: str, *, within: Span | None = None, **attributes: "Value") -> Sp
 def span(name: str, *, within: Span | None = None, **attributes: "Value") -> AbstractContextManager[Span]:
     """Open a span as long as the block. An error that leaves it marks it as failed, with the error's type.
 
-    Args:
-        within: The span that it is a part of. Default: the one of the block around it.
-        attributes: Each is exported as ``edgeadapt.NAME``.
+    ``within``: the span that it is a part of. Default: the one of the block around it. ``attributes``: each is exported
+    as ``edgeadapt.NAME``.
     """
     return _OFF if _tracing is None else _tracing.span(name, within, attributes)
 
 
 def current() -> Span:
-    """Return the span of the block around the call."""
     return NO_SPAN if _tracing is None else _tracing.current()
 
 
@@ -78,10 +76,8 @@ def exporting(service: str) -> Iterator[None]:
     """Record spans and send them while the block runs, if OpenTelemetry's environment variables name a receiver.
 
     Spans are sent by a thread of their own. Those that the receiver does not take in time are dropped. ``service`` is
-    the process's ``service.name``, unless the environment has one.
-
-    Raises:
-        ConfigError: The variables are not valid or ask for another protocol, or the extra ``traces`` is not installed.
+    the process's ``service.name``, unless the environment has one. Raises ConfigError: the variables are not valid or
+    ask for another protocol, or the extra ``traces`` is not installed.
     """
     global _tracing
     if not is_wanted() or _tracing is not None:

@@ -6,7 +6,6 @@ hold few of the labels pull the global adapter towards theirs. The mean is subtr
 last layer norm, so that nothing else has to know of it; the result is a base with a digest of its own.
 """
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,25 +16,19 @@ from transformers import AutoModel
 
 from aggregation.errors import ConfigError
 from edgeadapt.bases import pretrained
-from edgeadapt.bases.base import INDEX, Base, find_base
+from edgeadapt.bases.base import Base, find_base
 from edgeadapt.bases.classifiergraph import MAX_TOKENS
 from edgeadapt.formats.storage import new_folder
 from edgeadapt.methods.classifier import in_batches, pooled
+from export.onnx.dequantize import copy_others
 
 CLOSE = 1e-3  # share of the mean's length: float32 over a few hundred additions
 
 
 def centered(base: Base, texts: Sequence[str], out: Path) -> Base:
-    """Write the base whose mean over each text's tokens is zero on average over ``texts``.
+    """Write the encoder whose mean over each text's tokens is zero on average over ``texts`` to a new or empty folder.
 
-    Args:
-        base: An encoder.
-        texts: Of the kind that the base will read; at least one.
-        out: A new or empty folder. It is written atomically.
-
-    Raises:
-        ConfigError: There is no text, ``out`` is not empty, or the encoder does not end in a layer norm with a bias, as
-            BERT's does.
+    Raises ConfigError: the encoder does not end in a layer norm with a bias, as BERT's does.
     """
     if not texts:
         raise ConfigError("name texts to center on", about="texts")
@@ -51,10 +44,7 @@ def centered(base: Base, texts: Sequence[str], out: Path) -> Base:
                 about="base",
             )
         model.save_pretrained(stage)
-        replaced = {file.name for file in base.weight_files} | {INDEX}
-        for file in base.folder.iterdir():
-            if file.is_file() and file.name not in replaced:
-                shutil.copyfile(file, stage / file.name)
+        copy_others(base, stage)
     return find_base(str(out))
 
 

@@ -24,17 +24,17 @@ from torch import Tensor, nn
 
 from aggregation.errors import ConfigError, DataError
 from edgeadapt.bases import pretrained
-from edgeadapt.bases.base import INDEX, MERGED_ADAPTERS, Base, find_base
+from edgeadapt.bases.base import MERGED_ADAPTERS, Base, find_base
 from edgeadapt.bases.classifiergraph import ENCODER
 from edgeadapt.formats.graphinputs import PEFT_PREFIX, in_modules, input_name
 from edgeadapt.formats.manifest import Task
 from edgeadapt.formats.storage import file_sha256, new_folder
 from edgeadapt.methods.peft.config import MERGED, Settings, check_numbers, saved_modules
 from edgeadapt.methods.peft.folder import WEIGHTS, read_settings
-from export.bundle.base import usual_task
+from export.bundle.base import model_of, usual_task
 from export.bundle.sources import TASKS
-from export.bundle.trained import model_of
 from export.onnx.calibrate import TEXT, TOKENS
+from export.onnx.dequantize import copy_others
 from export.onnx.peftmodel import logits_of
 from export.onnx.slotted import label_count
 from export.onnx.targets import ALL, linear_layers
@@ -59,18 +59,11 @@ class Merge:
 
 
 def merge(base: Base, folder: Path, out: Path) -> Merge:
-    """Write the base that answers as ``base`` does with the adapter in a PEFT folder.
+    """Write the base that answers as ``base`` does with the adapter in a PEFT folder, to a new or empty folder.
 
-    Args:
-        base: The base on which the adapter was trained. It is read whole into memory, in float32.
-        folder: From ``save_pretrained``. If the adapter brings tables of another number of tokens, its tokenizer is
-            taken from there too.
-        out: A new or empty folder. It is written atomically.
-
-    Raises:
-        ConfigError: peft cannot merge adapters of this type or cannot open this one, the adapter is of another base,
-            the merged base answers differently, or ``out`` is not empty.
-        DataError: A file of the folder is damaged.
+    The base is read whole into memory, in float32. If the adapter brings tables of another number of tokens, its
+    tokenizer is taken from ``folder`` too. Raises ConfigError: peft cannot merge adapters of this type or cannot open
+    this one, the adapter is of another base, or the merged base answers differently.
     """
     settings = read_settings(folder)
     kind = str(settings.get("peft_type"))
@@ -81,11 +74,8 @@ def merge(base: Base, folder: Path, out: Path) -> Merge:
             value=kind,
         )
     if kind not in PeftType.__members__:
-        raise ConfigError(
-            f"the installed peft {peft_version} does not know adapters of the type {kind}: pip install -U peft",
-            about="peft",
-            value=peft_version,
-        )
+        reason = f"the installed peft {peft_version} does not know adapters of the type {kind}: pip install -U peft"
+        raise ConfigError(reason, about="peft", value=peft_version)
     check_numbers(settings)
     if settings.get("megatron_config"):  # peft would import a module that the file names
         raise ConfigError("the adapter is for Megatron, which is not supported", about="megatron_config")
@@ -196,11 +186,8 @@ def _opened(inner: nn.Module, folder: Path, shapes: Shapes) -> PeftModel:
     copies = {name for name in loaded.unexpected_keys if MODULES in name and name.replace(MODULES, ".") in shapes}
     if odd := sorted(missing | (set(loaded.unexpected_keys) - copies)):
         path = odd[0].removeprefix(PEFT_PREFIX)[:200]
-        raise ConfigError(
-            f"the adapter in {folder} is of another base, or damaged: {path!r} has no counterpart",
-            about="--peft",
-            value=odd,
-        )
+        reason = f"the adapter in {folder} is of another base, or damaged: {path!r} has no counterpart"
+        raise ConfigError(reason, about="--peft", value=odd)
     return model
 
 
@@ -255,10 +242,7 @@ def _write(merged: Any, base: Base, tokenizer: Path | None, note: dict[str, str]
     if output is not None and output.weight is not embeddings.weight:
         model.config.tie_word_embeddings = False  # the adapter brings one of the two, or both
     model.save_pretrained(stage)
-    replaced = {file.name for file in base.weight_files} | {INDEX, CONFIG}
-    for file in base.folder.iterdir():
-        if file.is_file() and file.name not in replaced:
-            shutil.copyfile(file, stage / file.name)
+    copy_others(base, stage, CONFIG)
     for file in (file for pattern in TOKENIZER_FILES for file in (tokenizer.glob(pattern) if tokenizer else ())):
         shutil.copyfile(file, stage / file.name)
     config = json.loads((stage / CONFIG).read_text())

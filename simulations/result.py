@@ -16,13 +16,9 @@ ARMS = ("base", "local", "global", "personal")
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """Counts right answers to some texts, or how well a language model predicts them.
+    """Counts right answers to some texts, or how well a language model predicts them."""
 
-    Attributes:
-        right: A character for each text that is classified: ``1`` if its answer is right, else ``0``.
-    """
-
-    right: Annotated[str, Field(pattern=r"^[01]*$")]
+    right: Annotated[str, Field(pattern=r"^[01]*$")]  # of each text that is classified: 1 if its answer is right
     loss: float  # mean cross-entropy of a text in nats, of a language model for each byte; 0 without texts
     predicted: int = 0  # texts of a language model
 
@@ -74,6 +70,18 @@ class RoundPoint:
 
 
 @dataclass(frozen=True, slots=True)
+class CanaryBounds:
+    """Holds lower bounds on epsilon from canaries (``engine.canaries``), and the account, an upper bound."""
+
+    count: int  # of canaries
+    right: int  # of them, guessed to be in the sums or not
+    account: float  # epsilon of the device that spent most
+    one_run: float  # a lower bound on it that assumes nothing of the noise
+    gaussian: float  # one that assumes the errors of Gaussian noise
+    confidence: float  # of each bound
+
+
+@dataclass(frozen=True, slots=True)
 class TrialResult:
     """Holds all that is measured of one arm on one seed."""
 
@@ -81,6 +89,8 @@ class TrialResult:
     cost: Cost
     rounds: tuple[RoundPoint, ...] = ()
     aggregation_error: float | None = None
+    epsilon: float | None = None  # what the rounds may have revealed of a device; None without differential privacy
+    canaries: CanaryBounds | None = None  # of a global arm, if the scenario asks for some
 
 
 Outcome = TrialResult | str  # why the trial failed, in one line
@@ -88,11 +98,7 @@ Outcome = TrialResult | str  # why the trial failed, in one line
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """Says what arms are compared by, and how it reads in a report.
-
-    Attributes:
-        factor, digits, unit: How a difference is printed.
-    """
+    """Says what arms are compared by, and how it reads in a report."""
 
     name: str  # in a heading
     key: str  # in JSON
@@ -100,7 +106,7 @@ class Metric:
     sign: int  # 1 if more is better, else -1
     titles: Mapping[str, str]  # of the figures over clients; ``p10`` is the tenth from the bad end
     decile: str  # ``p10`` in a sentence
-    factor: float
+    factor: float  # with ``digits`` and ``unit``: how a difference is printed
     digits: int
     unit: str
     differences: str  # the unit of differences in full
@@ -197,18 +203,6 @@ class Reliability:
     after: float  # with the temperatures that the adapters' manifests state
     near_ninety: int  # answers with a probability of 85 to 95 %
     right_near_ninety: float  # the share of them that is right; NaN if there are none
-
-
-@dataclass(frozen=True, slots=True)
-class CanaryBounds:
-    """Holds lower bounds on epsilon from canaries (``engine.canaries``), and the account, an upper bound."""
-
-    count: int  # of canaries
-    right: int  # of them, guessed to be in the sums or not
-    account: float  # epsilon of the device that spent most
-    one_run: float  # a lower bound on it that assumes nothing of the noise
-    gaussian: float  # one that assumes the errors of Gaussian noise
-    confidence: float  # of each bound
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ Torch and Flower are imported by what uses them, so that other tests do not wait
 """
 
 import os
+import sys
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -63,6 +64,20 @@ def without_syncs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", os.fstat)  # refuses what is not an open file
         yield
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """``edgeadapt`` in this process: exit code, standard output, standard error."""
+    from edgeadapt import program
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["edgeadapt", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            program.main()
+        return int(ended.value.code or 0), *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture(autouse=True)

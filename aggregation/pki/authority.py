@@ -30,11 +30,8 @@ class Authority:
 
     @classmethod
     def create(cls, name: str, entropy: Entropy, not_before: datetime, not_after: datetime) -> "Authority":
-        """A new authority called ``name`` with a key from ``entropy``.
-
-        Raises:
-            ConfigError: The name is empty or too long for a certificate, or ``not_after`` is not after ``not_before``.
-        """
+        """A new authority called ``name`` with a key from ``entropy``. Raises ConfigError: the name is empty or too
+        long for a certificate, or ``not_after`` is not after ``not_before``."""
         if not 0 < len(name.encode(errors="replace")) <= MAX_NAME:
             raise ConfigError(
                 f"an authority's name has 1 to {MAX_NAME} bytes: choose another one than {name[:MAX_NAME]!r}",
@@ -53,25 +50,12 @@ class Authority:
         return Root(self.der)
 
     def issue(
-        self,
-        device_id: str,
-        public: PublicKey,
-        *,
-        not_before: datetime,
-        not_after: datetime,
-        serial: int | None = None,
+        self, device_id: str, public: PublicKey, *, not_before: datetime, not_after: datetime, serial: int | None = None
     ) -> bytes:
         """Certify that ``public`` is the identity of ``device_id``; returns DER.
 
-        Args:
-            device_id: Name of the device.
-            public: Its identity key.
-            not_before: Begin of validity.
-            not_after: End of validity.
-            serial: A random number (RFC 5280, 4.1.2.2); derived from the other fields by default.
-
-        Raises:
-            ConfigError: ``device_id`` is not a device id, or ``not_after`` is not after ``not_before``.
+        ``serial``: a random number (RFC 5280, 4.1.2.2); derived from the other fields by default. Raises ConfigError:
+        ``device_id`` is not a device id, or ``not_after`` is not after ``not_before``.
         """
         require_device_id(device_id)
         issuer = subject(load(self.der))
@@ -93,15 +77,11 @@ class Authority:
         """Certify that ``public`` is the TLS key of the gateway ``name``; returns DER.
 
         Args:
-            name: Of the gateway.
             public: Its P-256 key.
             hosts: As ``tls.extensions``.
-            not_before: Begin of validity.
-            not_after: End of validity.
             serial: A random number.
 
-        Raises:
-            ConfigError: As ``issue`` and ``tls.extensions``.
+        Raises ConfigError as ``issue`` and ``tls.extensions``.
         """
         require_device_id(name)
         key = serialization.load_der_public_key(public.der)
@@ -125,8 +105,7 @@ class Authority:
             this_update: Now.
             next_update: Until when the list is valid.
 
-        Raises:
-            ConfigError: ``next_update`` is not after ``this_update``.
+        Raises ConfigError: ``next_update`` is not after ``this_update``.
         """
         private = Ed25519PrivateKey.from_private_bytes(self.key.raw)
         der = sign_list(load(self.der).subject, private, number, revoked, (this_update, next_update))
@@ -138,11 +117,8 @@ class Authority:
 
     @classmethod
     def from_pem(cls, pem: bytes) -> "Authority":
-        """Read what ``to_pem`` wrote.
-
-        Raises:
-            TrustError: Key or certificate is missing or damaged, or they do not match.
-        """
+        """Read what ``to_pem`` wrote. Raises TrustError: key or certificate is missing or damaged, or they do not
+        match."""
         key, root = IdentityKey.from_pem(pem), Root.from_pem(pem)
         if identity(load(root.der)) != key.public:
             raise TrustError("the authority's key and certificate do not match", about="authority.key")

@@ -38,12 +38,8 @@ def same_name(name: str) -> str:
 
 
 def require_device_id(name: str) -> str:
-    """Return ``name`` if a device can have it.
-
-    Raises:
-        ConfigError: It is not 1 to 64 letters, digits, dots, colons, dashes, underscores, beginning and ending with
-            a letter or digit: some file systems drop a dot at the end.
-    """
+    """Return ``name`` if a device can have it. Raises ConfigError: it is not 1 to 64 letters, digits, dots, colons,
+    dashes, underscores, beginning and ending with a letter or digit: some file systems drop a dot at the end."""
     if not is_device_id(name):
         text = f"device id {name[:64]!r} does not match {DEVICE_ID}"
         raise ConfigError(text, about="device.id", value=name[:64])
@@ -52,11 +48,7 @@ def require_device_id(name: str) -> str:
 
 @lru_cache(maxsize=KNOWN_CERTIFICATES)
 def load(der: bytes) -> x509.Certificate:
-    """Parse a certificate, whoever issued it.
-
-    Raises:
-        TrustError: Not a certificate, or too large.
-    """
+    """Parse a certificate, whoever issued it. Raises TrustError: not a certificate, or too large."""
     if len(der) > MAX_CERTIFICATE:
         text = f"certificate of {len(der)} bytes is over the limit of {MAX_CERTIFICATE}"
         raise TrustError(text, about="certificate.size", value=len(der))
@@ -67,11 +59,7 @@ def load(der: bytes) -> x509.Certificate:
 
 
 def is_authority(certificate: x509.Certificate) -> bool:
-    """Whether a certificate may issue others.
-
-    Raises:
-        TrustError: It has no basic constraints, or as ``constraints``.
-    """
+    """Whether a certificate may issue others. Raises TrustError: it has no basic constraints, or as ``constraints``."""
     found = constraints(certificate, "certificate")
     if found is None:
         text = "certificate has no basic constraints"
@@ -82,9 +70,8 @@ def is_authority(certificate: x509.Certificate) -> bool:
 def constraints(of: x509.Certificate | x509.CertificateSigningRequest, what: str) -> x509.BasicConstraints | None:
     """The basic constraints of a certificate or request, if it has any: the one extension that is understood here.
 
-    Raises:
-        TrustError: An extension is unreadable or occurs twice, or another one is critical, so that nobody may go on
-            without understanding it (RFC 5280, section 4.2).
+    Raises TrustError: an extension is unreadable or occurs twice, or another one is critical, so that nobody may go on
+    without understanding it (RFC 5280, section 4.2).
     """
     found = None
     try:
@@ -102,11 +89,7 @@ def constraints(of: x509.Certificate | x509.CertificateSigningRequest, what: str
 
 
 def subject(certificate: x509.Certificate) -> str:
-    """The common name of a certificate.
-
-    Raises:
-        TrustError: It has none, several, or one that cannot be read.
-    """
+    """The common name of a certificate. Raises TrustError: it has none, several, or one that cannot be read."""
     try:
         names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     except ValueError:
@@ -118,11 +101,7 @@ def subject(certificate: x509.Certificate) -> str:
 
 
 def identity(certificate: x509.Certificate) -> PublicKey:
-    """The key that a certificate binds.
-
-    Raises:
-        TrustError: Not an Ed25519 key.
-    """
+    """The key that a certificate binds. Raises TrustError: not an Ed25519 key."""
     try:
         key = certificate.public_key()
     except (ValueError, UnsupportedAlgorithm):
@@ -138,11 +117,8 @@ def to_pem(der: bytes) -> bytes:
 
 
 def to_der(raw: bytes) -> bytes:
-    """A certificate in PEM or DER, as DER. Its issuer is not checked; ``Root.verify`` does that.
-
-    Raises:
-        TrustError: Not a certificate, or too large.
-    """
+    """A certificate in PEM or DER, as DER. Its issuer is not checked; ``Root.verify`` does that. Raises TrustError: not
+    a certificate, or too large."""
     if len(raw) > 2 * MAX_CERTIFICATE:  # PEM has four characters for three bytes
         text = f"certificate of {len(raw)} bytes is over the limit of {MAX_CERTIFICATE}"
         raise TrustError(text, about="certificate.size", value=len(raw))
@@ -192,25 +168,16 @@ def _certified(root: bytes, der: bytes) -> tuple[str, PublicKey]:
 
 @dataclass(frozen=True, slots=True)
 class Root:
-    """The authority as devices and coordinator pin it.
+    """The authority as devices and coordinator pin it."""
 
-    Args:
-        der: Its self-signed certificate.
-        revoked: Its newest revocation list, if one is known.
-    """
-
-    der: bytes
-    revoked: RevocationList | None = None
+    der: bytes  # its self-signed certificate
+    revoked: RevocationList | None = None  # its newest revocation list, if one is known
 
     def verify(self, der: bytes, at: datetime | None = None) -> tuple[str, PublicKey]:
         """Return the device id and identity key that this authority certified in ``der``.
 
-        Args:
-            der: A device certificate.
-            at: Also require that the certificate and the authority's own are valid at this time.
-
-        Raises:
-            TrustError: Not a certificate of this authority for a device, revoked, or not valid at ``at``.
+        ``der``: a device certificate. ``at``: also require that the certificate and the authority's own are valid at
+        this time. Raises TrustError: not a certificate of this authority for a device, revoked, or not valid at ``at``.
         """
         device_id, key = _certified(self.der, der)
         certificate, authority = load(der), load(self.der)
@@ -237,19 +204,13 @@ class Root:
         return hashlib.sha256(self.der).hexdigest()
 
     def revocations(self, raw: bytes) -> RevocationList:
-        """The revocation list in ``raw``, DER or PEM, if this authority signed it.
-
-        Raises:
-            TrustError: It did not, or ``raw`` is not a revocation list.
-        """
+        """The revocation list in ``raw``, DER or PEM, if this authority signed it. Raises TrustError: it did not, or
+        ``raw`` is not a revocation list."""
         return RevocationList.read(raw, load(self.der))
 
     def with_revocations(self, raw: bytes) -> "Root":
-        """This root with the revocation list in ``raw``.
-
-        Raises:
-            TrustError: As ``revocations``, or the list is older than the known one.
-        """
+        """This root with the revocation list in ``raw``. Raises TrustError as ``revocations``, or the list is older
+        than the known one."""
         return replace(self, revoked=self.revocations(raw).newer_than(self.revoked))
 
     def to_pem(self) -> bytes:
@@ -258,11 +219,8 @@ class Root:
 
     @classmethod
     def from_pem(cls, pem: bytes) -> "Root":
-        """Pin the authority whose certificate is in ``pem``.
-
-        Raises:
-            TrustError: Not the self-signed certificate of an authority with an Ed25519 key.
-        """
+        """Pin the authority whose certificate is in ``pem``. Raises TrustError: not the self-signed certificate of an
+        authority with an Ed25519 key."""
         try:
             certificate = x509.load_pem_x509_certificate(pem)
             certificate.verify_directly_issued_by(certificate)

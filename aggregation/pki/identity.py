@@ -36,10 +36,8 @@ class PublicKey:
     """The public half of an identity: 32 raw bytes (RFC 8032, section 5.1.5).
 
     Every public key of the project is read through this class: of certificates, requests, pinned files and trust lists.
-
-    Raises:
-        TrustError: Another length, a point of small order, or a second encoding of a point: two readers of one key must
-            not see two.
+    Raises TrustError: another length, a point of small order, or a second encoding of a point: two readers of one key
+    must not see two.
     """
 
     raw: bytes
@@ -53,7 +51,7 @@ class PublicKey:
             text = "an Ed25519 key in an encoding that RFC 8032 does not allow: generate another one"
             raise TrustError(text, about="key.encoding", value=self.raw.hex())
         if y in _SMALL_ORDER:
-            text = "a point of small order is no Ed25519 key, since anyone can sign for it: generate another one"
+            text = "a point of small order is not an Ed25519 key, since anyone can sign for it: generate another one"
             raise TrustError(text, about="key.small-order", value=self.raw.hex())
 
     @property
@@ -62,11 +60,7 @@ class PublicKey:
         return hashlib.sha256(self.raw).hexdigest()[:16]
 
     def verify(self, tag: str, body: bytes, signature: bytes) -> None:
-        """Return if this key signed ``body`` for ``tag``.
-
-        Raises:
-            TrustError: It did not.
-        """
+        """Check that this key signed ``body`` for ``tag``. Raises TrustError."""
         try:
             Ed25519PublicKey.from_public_bytes(self.raw).verify(signature, _framed(tag, body))
         except (InvalidSignature, ValueError):
@@ -80,11 +74,7 @@ class PublicKey:
 
     @classmethod
     def from_pem(cls, pem: bytes) -> "PublicKey":
-        """Read what ``to_pem`` wrote.
-
-        Raises:
-            TrustError: Not the PEM of an Ed25519 public key.
-        """
+        """Read what ``to_pem`` wrote. Raises TrustError: not the PEM of an Ed25519 public key."""
         try:
             key = serialization.load_pem_public_key(pem)
         except (ValueError, UnsupportedAlgorithm):
@@ -128,11 +118,8 @@ class IdentityKey:
 
     @classmethod
     def from_pem(cls, pem: bytes, passphrase: bytes | None = None) -> "IdentityKey":
-        """Read what ``to_pem`` wrote.
-
-        Raises:
-            TrustError: Not the PEM of an Ed25519 private key, or encrypted under another passphrase.
-        """
+        """Read what ``to_pem`` wrote. Raises TrustError: not the PEM of an Ed25519 private key, or encrypted under
+        another passphrase."""
         try:
             key = serialization.load_pem_private_key(pem, password=passphrase)
         except (ValueError, TypeError, UnsupportedAlgorithm, InternalError):  # the last for an X448 key of 32 bytes

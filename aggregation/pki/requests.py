@@ -20,11 +20,8 @@ _PEM = b"-----BEGIN CERTIFICATE REQUEST-----"
 
 
 def request(key: IdentityKey, name: str) -> bytes:
-    """A request for a certificate for the device ``name``, in PEM.
-
-    Raises:
-        ConfigError: A device cannot have this name.
-    """
+    """A request for a certificate for the device ``name``, in PEM. Raises ConfigError: a device cannot have this
+    name."""
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, require_device_id(name))])
     builder = x509.CertificateSigningRequestBuilder(subject)
     signed = builder.sign(Ed25519PrivateKey.from_private_bytes(key.raw), algorithm=None)
@@ -32,11 +29,8 @@ def request(key: IdentityKey, name: str) -> bytes:
 
 
 def read_request(raw: bytes) -> tuple[str, PublicKey]:
-    """Name and key in a request, PEM or DER, that was signed with that key.
-
-    Raises:
-        TrustError: Not such a request, or one for a certificate that the authority does not issue.
-    """
+    """Name and key in a request, PEM or DER, that was signed with that key. Raises TrustError: not such a request, or
+    one for a certificate that the authority does not issue."""
     name, key = parsed(raw)
     if not isinstance(key, Ed25519PublicKey):
         kind = type(key).__name__

@@ -45,30 +45,18 @@ class Revocation:
 
 @dataclass(frozen=True, slots=True)
 class RevocationList:
-    """A list that the authority signed; constructed by ``read`` only.
+    """A list that the authority signed; constructed by ``read`` only."""
 
-    Args:
-        der: As signed.
-        number: Counts up from list to list.
-        this_update: When it was signed.
-        next_update: Until when it is valid.
-        revoked: Serial → revocation.
-    """
-
-    der: bytes = field(repr=False)
-    number: int
-    this_update: datetime
-    next_update: datetime
-    revoked: Mapping[int, Revocation] = field(compare=False)
+    der: bytes = field(repr=False)  # as signed
+    number: int  # counts up from list to list
+    this_update: datetime  # when it was signed
+    next_update: datetime  # until when it is valid
+    revoked: Mapping[int, Revocation] = field(compare=False)  # serial → revocation
 
     @classmethod
     def read(cls, raw: bytes, issuer: x509.Certificate) -> "RevocationList":
-        """The list in ``raw``, DER or PEM, that ``issuer`` signed. Use ``Root.revocations``.
-
-        Raises:
-            TrustError: Not a complete list of that authority with number and end, or one with an extension that would
-                change its meaning.
-        """
+        """The list in ``raw``, DER or PEM, that ``issuer`` signed. Use ``Root.revocations``. Raises TrustError: not a
+        complete list of that authority with number and end, or one with an extension that would change its meaning."""
         listed = _load(raw)
         key = issuer.public_key()
         if not isinstance(key, Ed25519PublicKey):
@@ -107,11 +95,8 @@ class RevocationList:
         return x509.load_der_x509_crl(self.der).public_bytes(serialization.Encoding.PEM)
 
     def newer_than(self, seen: "RevocationList | None") -> "RevocationList":
-        """This list, if a reader that has ``seen`` may accept it: it is newer, or the same.
-
-        Raises:
-            TrustError: It is older, or differs under the same number.
-        """
+        """This list, if a reader that has ``seen`` may accept it: it is newer, or the same. Raises TrustError: it is
+        older, or differs under the same number."""
         if seen is None or self.number > seen.number or self.der == seen.der:
             return self
         if self.number == seen.number:
@@ -123,13 +108,8 @@ class RevocationList:
     def require_fresh(self, at: datetime, oldest: timedelta | None = None) -> None:
         """Return if the list is valid at the time ``at``.
 
-        Args:
-            at: Now.
-            oldest: Greatest age; None for the list's own end alone.
-
-        Raises:
-            TrustError: It is past its end, older than ``oldest``, or dated in the future, where it would pass for new
-                later.
+        ``oldest``: greatest age; None for the list's own end alone. Raises TrustError: it is past its end, older than
+        ``oldest``, or dated in the future, where it would pass for new later.
         """
         if self.this_update - at > AHEAD:
             text = f"revocation list {self.number} is dated {self.this_update:%Y-%m-%d}, in the future"
@@ -150,10 +130,7 @@ def sign_list(
     times: tuple[datetime, datetime],
 ) -> bytes:
     """A signed list in DER. Use ``Authority.revocations``. ``times``: when it is signed, and until when it is valid.
-
-    Raises:
-        ConfigError: It would end before it begins.
-    """
+    Raises ConfigError: it would end before it begins."""
     this_update, next_update = times
     if not this_update < next_update:
         text = "a revocation list cannot end before it begins"

@@ -27,11 +27,8 @@ _ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551  # o
 
 @dataclass(frozen=True, slots=True)
 class TlsKey:
-    """A P-256 private key. ``pem``: PKCS #8, not encrypted; write it only where nobody else can read it.
-
-    Raises:
-        TrustError: Not the PEM of a P-256 private key.
-    """
+    """A P-256 private key. ``pem``: PKCS #8, not encrypted; write it only where nobody else can read it. Raises
+    TrustError: not the PEM of a P-256 private key."""
 
     pem: bytes = field(repr=False)
 
@@ -47,11 +44,8 @@ class TlsKey:
         return cls(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain))
 
     def request(self, name: str) -> bytes:
-        """A request (PKCS #10) for a TLS certificate for ``name``, in PEM.
-
-        Raises:
-            ConfigError: Neither a device nor a gateway can have this name.
-        """
+        """A request (PKCS #10) for a TLS certificate for ``name``, in PEM. Raises ConfigError: neither a device nor a
+        gateway can have this name."""
         named = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, require_device_id(name))])
         signed = x509.CertificateSigningRequestBuilder(named).sign(self._private(), hashes.SHA256())
         return signed.public_bytes(serialization.Encoding.PEM)
@@ -82,11 +76,8 @@ class TlsPublicKey:
 
 
 def read_tls_request(raw: bytes) -> tuple[str, TlsPublicKey]:
-    """Name and key in a request, PEM or DER, that was signed with that key.
-
-    Raises:
-        TrustError: Not such a request, or one for a certificate that the authority does not issue.
-    """
+    """Name and key in a request, PEM or DER, that was signed with that key. Raises TrustError: not such a request, or
+    one for a certificate that the authority does not issue."""
     name, key = parsed(raw)
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         kind = type(key).__name__
@@ -96,10 +87,7 @@ def read_tls_request(raw: bytes) -> tuple[str, TlsPublicKey]:
 
 def extensions(hosts: Sequence[str]) -> tuple[x509.ExtensionType, ...]:
     """What a TLS certificate has besides the basic constraints. ``hosts``: names and IP addresses of the gateway.
-
-    Raises:
-        ConfigError: There are none, or one is neither a name nor an address.
-    """
+    Raises ConfigError: there are none, or one is neither a name nor an address."""
     if not hosts:
         raise ConfigError("a gateway's certificate names its hosts", about="tls.hosts")
     names = x509.SubjectAlternativeName([_host(host) for host in hosts])
@@ -109,13 +97,8 @@ def extensions(hosts: Sequence[str]) -> tuple[x509.ExtensionType, ...]:
 def verify_tls(root: Root, der: bytes, at: datetime) -> str:
     """Return the name of the gateway for which the authority certified the TLS key in ``der``.
 
-    Args:
-        root: The pinned authority, with its newest revocation list.
-        der: A certificate, DER.
-        at: The present time.
-
-    Raises:
-        TrustError: Not a gateway's TLS certificate of this authority, revoked, or not valid at ``at``.
+    ``root``: the pinned authority, with its newest revocation list. Raises TrustError: not a gateway's TLS certificate
+    of this authority, revoked, or not valid at ``at``.
     """
     certificate, authority = load(der), load(root.der)
     try:
@@ -144,11 +127,8 @@ def verify_tls(root: Root, der: bytes, at: datetime) -> str:
 
 
 def hosts_of(der: bytes) -> tuple[str, ...]:
-    """The names and IP addresses in a gateway's certificate, as ``extensions`` took them.
-
-    Raises:
-        TrustError: Not a certificate, or its names cannot be read.
-    """
+    """The names and IP addresses in a gateway's certificate, as ``extensions`` took them. Raises TrustError: not a
+    certificate, or its names cannot be read."""
     try:
         names = load(der).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:

@@ -51,8 +51,7 @@ class NoisySum:
             parameter σ², 1/4 or more.
         honest: Devices whose noise counts, 1 or more.
 
-    Raises:
-        ConfigError: A number is out of range.
+    Raises ConfigError: a number is out of range.
     """
 
     mechanism: Mechanism
@@ -139,14 +138,10 @@ class Spent:
         From the curve, ε = R(α) + log(1 - 1/α) - log(αδ) / (α - 1) (Canonne et al. 2020, proposition 12). A statistical
         distance t of all drawn noise to that of the curve adds (1 + exp ε) t to δ; a 2^-10th part of δ is kept for it.
 
-        Args:
-            delta: Between 0 and 1, both excluded.
-
         Returns:
             0 if nothing was spent; infinite if the distance takes more than is kept for it.
 
-        Raises:
-            ConfigError: ``delta`` is out of range.
+        ``delta``: between 0 and 1, both excluded. Raises ConfigError: ``delta`` is out of range.
         """
         if not 0 < delta < 1:
             raise ConfigError(f"delta {delta} is not between 0 and 1", about="delta", value=delta)

@@ -106,12 +106,8 @@ class Table:
 def table(mechanism: Mechanism, variance: float) -> Table:
     """The table of the noise of one device.
 
-    Args:
-        mechanism: Its distribution.
-        variance: In squared steps, at most ``MAX_DEVIATION`` squared; of a discrete Gaussian the parameter σ².
-
-    Raises:
-        ConfigError: The variance is out of range.
+    ``mechanism``: its distribution. ``variance``: in squared steps, at most ``MAX_DEVIATION`` squared; of a discrete
+    Gaussian the parameter σ². Raises ConfigError: the variance is out of range.
     """
     if not 0 < variance <= MAX_DEVIATION**2:
         text = f"noise with a variance of {variance:g} squared steps is not between 0 and {MAX_DEVIATION}² of them"
@@ -150,15 +146,10 @@ def gaussian_weights(variance: Fraction, last: int) -> list[int]:
 def draw(mechanism: Mechanism, variance: float, size: int, key: bytes) -> Integers:
     """Noise of one device for one segment.
 
-    Args:
-        mechanism, variance: As of ``table``.
-        size: Number of elements.
-        key: 32 secret bytes with no other use: equal keys, equal noise.
-
     Returns:
         Shape ``(size,)``, in steps: independent draws, each within ``accounting.DISTANCE`` of the exact distribution.
 
-    Raises:
-        ConfigError: As ``table``.
+    ``mechanism``, ``variance``: as of ``table``. ``key``: 32 secret bytes with no other use: equal keys, equal noise.
+    Raises ConfigError as ``table``.
     """
     return table(mechanism, variance).draw(Keystream(key), size)

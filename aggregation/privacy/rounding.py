@@ -55,8 +55,7 @@ def round_within(
         norm: L2 norm that it has at most.
         rounded: Rounds ``steps`` by unbiased coins, new ones in each call.
 
-    Raises:
-        DataError: ``steps`` is longer, or not finite.
+    Raises DataError: ``steps`` is longer, or not finite.
     """
     length = float(np.linalg.norm(steps))
     if not length <= norm * (1 + _SLACK):

@@ -42,7 +42,6 @@ class Entry:
 
     @property
     def place(self) -> Place:
-        """This entry's place, without the message."""
         return Place(self.index, self.kind, self.round, self.peer)
 
 
@@ -51,17 +50,11 @@ ENTRY: Codec[Entry] = wire.record(Entry)
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The entries of a log, as far as it can be read.
+    """The entries of a log, as far as it can be read."""
 
-    Args:
-        entries: In the order of the log.
-        end: Bytes that they take, with ``MAGIC``.
-        problem: Why reading ended there; empty at the end of the log.
-    """
-
-    entries: tuple[Entry, ...]
-    end: int
-    problem: str = ""
+    entries: tuple[Entry, ...]  # in the order of the log
+    end: int  # bytes that they take, with ``MAGIC``
+    problem: str = ""  # why reading ended there; empty at the end of the log
 
 
 def read(raw: bytes) -> Reading:
@@ -86,9 +79,7 @@ def read(raw: bytes) -> Reading:
 @dataclass(frozen=True, slots=True)
 class Result(Message):
     """Coordinator → log, step 9: the survivors of a round, the digest of their sum, and the adapter made from it.
-
-    ``sum`` is the SHA-256 of the unmasked vector, packed; ``adapter`` that of the new adapter's file.
-    """
+    ``sum`` is the SHA-256 of the unmasked vector, packed; ``adapter`` that of the new adapter's file."""
 
     TAG: ClassVar = "result"
     LIMIT: ClassVar = Survivors.LIMIT
@@ -125,11 +116,10 @@ class Checkpoint(Message):
     """Coordinator → log: the root of the ``size`` entries before this one.
 
     ``offer`` is the digest of the session's offer; ``previous`` that of the last checkpoint of the coordinator's
-    previous session, so that no session between two others can be omitted.
-
-    ``version`` and ``adapter`` name the newest adapter at this place of the log: that of the last result or, before the
-    first result of a session, that of the previous session's last checkpoint. Only the first session of a coordinator
-    starts from an adapter that no log produced, version 0.
+    previous session, so that no session between two others can be omitted. ``version`` and ``adapter`` name the newest
+    adapter at this place of the log: that of the last result or, before the first result of a session, that of the
+    previous session's last checkpoint. Only the first session of a coordinator starts from an adapter that no log
+    produced, version 0.
     """
 
     TAG: ClassVar = "checkpoint"

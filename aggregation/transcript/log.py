@@ -79,10 +79,8 @@ class Transcript:
         self.round, self.plan = plan.round, plan.digest()
 
     def sent(self, step: Step, bodies: Mapping[str, bytes]) -> bytes:
-        """Log the coordinator's requests. A message that all devices receive alike is one entry.
-
-        So is an assignment without encrypted shares that several devices receive.
-        """
+        """Log the coordinator's requests. A message that all devices receive alike is one entry. So is an assignment
+        without encrypted shares that several devices receive."""
         kind, alike = REQUESTS[step].TAG, Counter(bodies.values())
         if len(alike) == 1 and (len(bodies) > 1 or step is not Step.PLAN):
             return self._append(kind, EVERYONE, next(iter(alike)))
@@ -108,18 +106,13 @@ class Transcript:
         return self._append(Checkpoint.TAG, EVERYONE, envelope.sign(key, signed))
 
     def start_checkpoint(self, key: IdentityKey) -> bytes:
-        """A signed checkpoint of no entries, which shows that this session follows the previous one.
-
-        It is sent with the offer and is not an entry.
-        """
+        """A signed checkpoint of no entries, which shows that this session follows the previous one. It is sent with
+        the offer and is not an entry."""
         return envelope.sign(key, Checkpoint(self.offer, 0, EMPTY, self.previous, *self.start, Stage.OPEN))
 
     def add(self, entry: Entry) -> bytes:
-        """Append the next entry; returns its leaf.
-
-        Raises:
-            ProtocolError: It is an assignment or a result that cannot be decoded.
-        """
+        """Append the next entry; returns its leaf. Raises ProtocolError: it is an assignment or a result that cannot be
+        decoded."""
         leaf, index = ENTRY.encode(entry), self.tree.size
         if entry.kind == Checkpoint.TAG:
             self.checkpoints[index] = entry.message
@@ -166,8 +159,7 @@ def resume(entries: tuple[Entry, ...], start: AdapterId, previous: bytes = NO_SE
         start: The adapter that the session started from.
         previous: Digest of the last checkpoint of the previous session.
 
-    Raises:
-        ProtocolError: The first entry is not an offer, or as ``Transcript.add``.
+    Raises ProtocolError: the first entry is not an offer, or as ``Transcript.add``.
     """
     log = Transcript(Offer.decode(envelope.unverified_body(entries[0].message)).digest(), start, previous)
     for entry in entries:

@@ -20,33 +20,20 @@ _OptionalDigest: TypeAlias = Annotated[bytes | None, wire.optional(DIGESTS)]
 
 @dataclass(frozen=True, slots=True)
 class LogState:
-    """What a device knows of the log of the session that it joined last.
+    """What a device knows of the log of the session that it joined last. ``delivered``: SHA-256 of its messages of that
+    round that reached the coordinator, as its next request shows."""
 
-    Args:
-        device: Its id.
-        offer: Digest of the session's offer.
-        previous: Digest of the last checkpoint of the previous session.
-        version: Of the newest adapter, according to the newest checkpoint that it saw.
-        adapter: SHA-256 of that adapter's file, hex.
-        size: Number of entries when it last saw proofs; 0 before the first.
-        root: Root of these entries.
-        plan: Digest of the plan of the round to which it contributed last.
-        unconfirmed: SHA-256 of its last message, which may not have reached the coordinator.
-        delivered: SHA-256 of its messages of that round that reached the coordinator, as its next request shows.
-        survivors: Digest of the ids of the survivors that the coordinator named.
-    """
-
-    device: DeviceId
-    offer: Digest
-    previous: Digest
-    version: Uint64
-    adapter: HexDigest
-    size: Uint64 = 0
-    root: Digest = merkle.EMPTY
-    plan: _OptionalDigest = None
-    unconfirmed: _OptionalDigest = None
+    device: DeviceId  # its id
+    offer: Digest  # digest of the session's offer
+    previous: Digest  # digest of the last checkpoint of the previous session
+    version: Uint64  # of the newest adapter, according to the newest checkpoint that it saw
+    adapter: HexDigest  # SHA-256 of that adapter's file, hex
+    size: Uint64 = 0  # number of entries when it last saw proofs; 0 before the first
+    root: Digest = merkle.EMPTY  # root of these entries
+    plan: _OptionalDigest = None  # digest of the plan of the round to which it contributed last
+    unconfirmed: _OptionalDigest = None  # SHA-256 of its last message, which may not have reached the coordinator
     delivered: Annotated[tuple[bytes, ...], wire.sequence(DIGESTS, 4)] = ()
-    survivors: _OptionalDigest = None
+    survivors: _OptionalDigest = None  # digest of the ids of the survivors that the coordinator named
 
     @property
     def newest(self) -> AdapterId:
@@ -55,11 +42,8 @@ class LogState:
 
     @classmethod
     def initial(cls, coordinator: PublicKey, raw: bytes, offer: bytes, device: str) -> "LogState":
-        """The state of a device that has none, from the proof sent with the offer of digest ``offer``.
-
-        Raises:
-            ProtocolError: Not a session chain proof, or one for another session.
-        """
+        """The state of a device that has none, from the proof sent with the offer of digest ``offer``. Raises
+        ProtocolError: not a session chain proof, or one for another session."""
         proof = SESSION_CHAIN_PROOF.decode(raw)
         start = envelope.open_repeated(Checkpoint, proof.start, coordinator, COORDINATOR)
         if (start.offer, start.size, start.stage) != (offer, 0, Stage.OPEN):
@@ -72,10 +56,8 @@ class LogState:
         return replace(self, plan=plan, unconfirmed=_digest(message), delivered=(), survivors=None)
 
     def on_survivors(self, survivors: Iterable[str], answer: bytes | None = None) -> "LogState":
-        """The state after the coordinator named the survivors; ``answer`` is the device's answer.
-
-        The request shows that the device's last message reached the coordinator.
-        """
+        """The state after the coordinator named the survivors; ``answer`` is the device's answer. The request shows
+        that the device's last message reached the coordinator."""
         delivered = self.delivered if self.unconfirmed is None else (*self.delivered, self.unconfirmed)
         unconfirmed = None if answer is None else _digest(answer)
         return replace(self, delivered=delivered, unconfirmed=unconfirmed, survivors=digest_of(survivors))
@@ -83,23 +65,15 @@ class LogState:
     def on_receipt(self, coordinator: PublicKey, raw: bytes) -> "LogState":
         """Check a receipt; returns the state to keep.
 
-        Args:
-            coordinator: The pinned key.
-            raw: As received.
-
-        Raises:
-            ProtocolError: Not a receipt of this session, or it does not prove that the log extends what this device
-                saw, contains its delivered messages, and ended its round with the survivors that it was shown; or its
-                newest adapter is not the one that this device knows, or that the results since then made from it.
+        ``coordinator``: the pinned key. Raises ProtocolError: not a receipt of this session, or it does not prove that
+        the log extends what this device saw, contains its delivered messages, and ended its round with the survivors
+        that it was shown; or its newest adapter is not the one that this device knows, or that the results since then
+        made from it.
         """
         return self._checked(coordinator, raw)[0]
 
     def require_newest(self, plan: Plan) -> None:
-        """Return if the plan distributes the newest adapter that the log names.
-
-        Raises:
-            ProtocolError: It does not.
-        """
+        """Check that the plan distributes the newest adapter that the log names. Raises ProtocolError."""
         if (plan.adapter_version, plan.adapter_digest) != self.newest:
             text = f"adapter {plan.adapter_version} of the plan is not the newest one in the log, {self.version}"
             raise ProtocolError(text, COORDINATOR, about="plan.adapter", value=plan.adapter_version)
@@ -107,9 +81,8 @@ class LogState:
     def on_session_chain_proof(self, coordinator: PublicKey, raw: bytes, offer: bytes) -> "LogState":
         """Check the proof sent with the offer of digest ``offer``; returns the state to keep.
 
-        Raises:
-            ProtocolError: As ``on_receipt``; the log is not closed; or the new session does not follow it, or starts
-                from another adapter than the session before it ended with.
+        Raises ProtocolError as ``on_receipt``; the log is not closed; or the new session does not follow it, or starts
+        from another adapter than the session before it ended with.
         """
         proof = SESSION_CHAIN_PROOF.decode(raw)
         if offer == self.offer:
@@ -161,11 +134,10 @@ LOG_STATE: Codec[LogState] = wire.record(LogState)
 def check_last_round(
     state: LogState, receipt: Receipt, endings: Sequence[Result | Abort], checkpoint: Checkpoint
 ) -> None:
-    """Return if a receipt shows the end of the device's last round and the messages that it must contain.
+    """Check that a receipt shows the end of the device's last round and the messages that it must contain.
 
-    Raises:
-        ProtocolError: It does not, or names other survivors than the device was shown.
-        TrustError: An entry is not in the log.
+    Raises ProtocolError: it does not, or names other survivors than the device was shown; TrustError: an entry is not
+    in the log.
     """
     if state.plan is None:
         return
@@ -196,8 +168,7 @@ def check_adapter(state: LogState, endings: Iterable[Result | Abort], checkpoint
         endings: Those that the receipt shows, in the order of the log.
         checkpoint: The newest.
 
-    Raises:
-        ProtocolError: They do not: the log names an older adapter, one without a result, or two of one version.
+    Raises ProtocolError: they do not: the log names an older adapter, one without a result, or two of one version.
     """
     version, adapter = state.newest
     for result in endings:

@@ -47,7 +47,6 @@ class Tree:
         return len(self._levels[0])
 
     def append(self, entry: bytes) -> None:
-        """Add ``entry`` as the last leaf."""
         self._levels[0].append(leaf_hash(entry))
         for level, nodes in enumerate(self._levels):
             if len(nodes) % 2:
@@ -57,19 +56,13 @@ class Tree:
             self._levels[level + 1].append(node_hash(nodes[-2], nodes[-1]))
 
     def root(self, size: int | None = None) -> bytes:
-        """The root of the first ``size`` leaves; of all leaves by default. ``EMPTY`` for none.
-
-        Raises:
-            ValueError: There are fewer leaves.
-        """
+        """The root of the first ``size`` leaves; of all leaves by default. ``EMPTY`` for none. Raises ValueError: there
+        are fewer leaves."""
         return self._range(0, self._upto(size))
 
     def inclusion(self, index: int, size: int | None = None) -> tuple[bytes, ...]:
         """PATH of section 2.1.3.1: proof that leaf ``index`` is among the first ``size`` leaves (by default all).
-
-        Raises:
-            ValueError: There is no such leaf.
-        """
+        Raises ValueError: there is no such leaf."""
         end = self._upto(size)
         if not 0 <= index < end:
             raise ValueError(f"leaf {index} is not among {end}")
@@ -86,11 +79,7 @@ class Tree:
 
     def consistency(self, old: int, size: int | None = None) -> tuple[bytes, ...]:
         """PROOF of section 2.1.4.1: proof that the tree of ``old`` leaves is a prefix of that of ``size`` (by default
-        all).
-
-        Raises:
-            ValueError: There are fewer leaves, or ``old`` is 0: an empty tree needs no proof.
-        """
+        all). Raises ValueError: there are fewer leaves, or ``old`` is 0: an empty tree needs no proof."""
         end = self._upto(size)
         if not 0 < old <= end:
             raise ValueError(f"{old} leaves are not the beginning of {end}")
@@ -130,13 +119,8 @@ def _split(count: int) -> int:
 
 
 def verify_inclusion(root: bytes, size: int, index: int, entry: bytes, path: Sequence[bytes]) -> None:
-    """Return if ``path`` proves that ``entry`` is leaf ``index`` of the tree of ``size`` leaves with this root.
-
-    Source: RFC 9162, section 2.1.3.2.
-
-    Raises:
-        TrustError: It does not.
-    """
+    """Check that ``path`` proves that ``entry`` is leaf ``index`` of the tree of ``size`` leaves with this root.
+    Source: RFC 9162, section 2.1.3.2. Raises TrustError."""
     problem = TrustError(
         f"the proof does not show that entry {index} is in the log of {size} entries",
         about="log.inclusion",
@@ -160,14 +144,8 @@ def verify_inclusion(root: bytes, size: int, index: int, entry: bytes, path: Seq
 
 
 def verify_consistency(old_root: bytes, old: int, root: bytes, size: int, path: Sequence[bytes]) -> None:
-    """Return if ``path`` proves that the tree of ``old`` leaves is a prefix of the tree of ``size`` leaves, by their
-    roots.
-
-    Source: RFC 9162, section 2.1.4.2.
-
-    Raises:
-        TrustError: It does not.
-    """
+    """Check that ``path`` proves that the tree of ``old`` leaves is a prefix of the tree of ``size`` leaves, by their
+    roots. Source: RFC 9162, section 2.1.4.2. Raises TrustError."""
     problem = TrustError(
         f"the proof does not show that the log of {size} entries begins with the {old} entries seen before",
         about="log.consistency",

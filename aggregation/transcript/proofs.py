@@ -71,12 +71,8 @@ SESSION_CHAIN_PROOF: Codec[SessionChainProof] = wire.record(SessionChainProof)
 
 
 def receipts(log: Transcript, devices: Iterable[str]) -> dict[str, bytes]:
-    """Device → the encoded receipt that it receives with its next plan.
-
-    Args:
-        log: Of the session, with a checkpoint after every round that ended.
-        devices: The recipients.
-    """
+    """Device → the encoded receipt that it receives with its next plan. ``log``: of the session, with a checkpoint
+    after every round that ended. ``devices``: the recipients."""
     newest = max(log.checkpoints)
     consistency = {size: log.tree.consistency(size, newest) for size in log.checkpoints if size}
     endings = {
@@ -100,7 +96,6 @@ def session_chain_proof(log: Transcript, key: IdentityKey, receipt: bytes = b"",
 
     Args:
         log: Of the new session.
-        key: The coordinator's signing key.
         receipt: From the closed log of the session that the device joined last, if it joined one.
         closed: The last checkpoint of each session since, signed, in order.
     """

@@ -1,21 +1,93 @@
 """The faults: what each does to the processes of a fleet, and at which steps of a round."""
 
+import errno
 import os
 import resource
+import shutil
 import signal
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from aggregation.steps import Step
-from benchmarks.faults.fleet import LIGHT, FaultFleet, FleetShape
-from benchmarks.faults.network import Damage, Link
+from benchmarks.faults.fleet import LIGHT, Damage, FaultFleet, FleetShape, Link
 from benchmarks.faults.postgresql import missing
 from benchmarks.faults.processes import children, wait_until
-from benchmarks.faults.smalldisk import empty, fill, refused, small_disk
 from coordinator.services.deployment import running
+
+SIZE = 64  # MiB
+FILLER = "filler"
+_CHUNK = 2**16  # bytes
+
+
+def refused() -> str:
+    """Why no disk can be mounted; empty if one can."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            _mount(Path(folder))
+        except (OSError, subprocess.CalledProcessError):
+            return "mount is refused (run it as root, or with 'unshare -rm' before the command)"
+        _unmount(Path(folder))
+    return ""
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    """Move a folder to a disk of its own while the block runs. No process uses it before and after that."""
+    aside = folder.with_name(f"{folder.name}.aside")
+    folder.rename(aside)
+    folder.mkdir(mode=0o700)
+    try:
+        _mount(folder)
+    except (OSError, subprocess.CalledProcessError):
+        folder.rmdir()
+        aside.rename(folder)
+        raise
+    try:
+        shutil.copytree(aside, folder, dirs_exist_ok=True)
+        shutil.rmtree(aside)
+        yield
+    finally:
+        if not aside.exists():
+            shutil.copytree(folder, aside)
+        _unmount(folder)
+        folder.rmdir()
+        aside.rename(folder)
+
+
+def fill(folder: Path) -> None:
+    """Write until the disk of a folder is full. Raises OSError: it failed in another way."""
+    size = _CHUNK
+    with (folder / FILLER).open("wb", buffering=0) as file:
+        while size:
+            try:
+                file.write(bytes(size))
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                size //= 2  # up to the last byte
+
+
+def empty(folder: Path) -> None:
+    (folder / FILLER).unlink()
+
+
+def _mount(folder: Path) -> None:
+    options = f"size={SIZE}m,mode=0700"
+    _run("mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder))
+
+
+def _unmount(folder: Path) -> None:
+    _run("umount", str(folder))
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True)  # noqa: S603
+
 
 LASTS = 3.0  # seconds of a disturbance that passes
 ONE = (Step.PLAN,)
@@ -27,24 +99,14 @@ OLDER = "0.0.1"  # a version below the least one
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A fault.
+    """A fault, and what it needs."""
 
-    Attributes:
-        name: On the command line.
-        what: For people.
-        inject: Do it while a step is under way; returns when it was over, or when it was done if it does not pass.
-        stages: The steps at which it is done.
-        shape: What the fleet has.
-        missing: Why it cannot be done on this machine; empty if it can.
-        setting: What holds while the coordinator runs for it.
-    """
-
-    name: str
-    what: str
-    inject: Callable[[FaultFleet], float]
-    stages: tuple[Step, ...] = tuple(Step)
+    name: str  # on the command line
+    what: str  # for people
+    inject: Callable[[FaultFleet], float]  # does it while a step is under way, and returns when it was over or done
+    stages: tuple[Step, ...] = tuple(Step)  # at which it is done
     shape: FleetShape = LIGHT
-    missing: Callable[[], str] = lambda: ""
+    missing: Callable[[], str] = lambda: ""  # why it cannot be done on this machine
     setting: Callable[[FaultFleet], AbstractContextManager[None]] = lambda fleet: nullcontext()
 
 

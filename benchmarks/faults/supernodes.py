@@ -28,14 +28,7 @@ def write_key(private: Path) -> Path:
 
 
 def command(address: str, root_certificates: Path, private: Path, device: Path) -> list[str]:
-    """That starts a SuperNode.
-
-    Args:
-        address: ``HOST:PORT`` of the SuperLink.
-        root_certificates: PEM file of the authority that certified it.
-        private: The node's key.
-        device: State directory of the device.
-    """
+    """Return what starts the SuperNode of ``device``, a state directory, at the SuperLink ``HOST:PORT``."""
     options = {
         "--superlink": address,
         "--port": str(free_port()),

@@ -1,13 +1,20 @@
-"""Many light devices in one process, without training: each has its keys, its connection, and answers what is asked.
+"""Many light devices in one process, without training: each has its keys and its connection.
 
-Usage: python -m benchmarks.gateway.clients PORT COUNT, with the authority in PEM on standard input. It
-prints a line when all are connected. A request's body says how long the device works, and how long its answer is.
+Usage: python -m benchmarks.gateway.clients PORT COUNT, with the authority in PEM and an empty line on standard input.
+It prints a line when all are connected, and they answer what is asked: a request's body says how long the device works,
+and how long its answer is.
+
+With PORT RATE SECONDS, devices check in at a rate, each over a new connection: the process makes them, prints a line,
+waits for another line, and prints one JSON object. A check-in begins at its time whether the ones before are done or
+not, and is timed from then on: a gateway that falls behind shows in the times ("coordinated omission", Tene 2013).
 """
 
 import asyncio
+import json
 import resource
 import struct
 import sys
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
@@ -22,6 +29,8 @@ from edgeadapt.formats.gateway import messages
 
 WORK = struct.Struct(">dI")  # seconds, and bytes of the answer
 AT_ONCE = 50  # connections that are made at the same time
+DEVICES = 1000  # at most that check in at a rate; each checks in again after the others
+PATIENCE = 60.0  # seconds for a check-in
 HOST = "127.0.0.1"
 OWN_CONNECTION = ("grpc.use_local_subchannel_pool", 1)
 
@@ -99,8 +108,51 @@ def allow_connections(count: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2 * count + 500)), hard))
 
 
+async def arrive(port: int, authority: Root, rate: float, seconds: float, devices: list[Device]) -> dict[str, Any]:
+    """Check in ``rate`` times a second for so many seconds.
+
+    Returns ``milliseconds`` of each check-in that the gateway admitted, ``errors`` of the others by status, ``seconds``
+    from the first to the last, and ``cpu_seconds`` of this process.
+    """
+    count = int(rate * seconds)
+    loop, cpu = asyncio.get_running_loop(), time.process_time()
+    begin, times, errors = loop.time() + 0.1, list[float](), dict[str, int]()
+
+    async def one(number: int) -> None:
+        due = begin + number / rate
+        try:
+            async with connection(port, authority) as channel:
+                stream = channel.stream_stream(messages.ATTEND)(timeout=PATIENCE)
+                await devices[number % len(devices)].attend(stream)
+                times.append(1e3 * (loop.time() - due))
+        except aio.AioRpcError as error:
+            errors[error.code().name] = errors.get(error.code().name, 0) + 1
+
+    tasks = []
+    for number in range(count):
+        await asyncio.sleep(begin + number / rate - loop.time())
+        tasks.append(asyncio.create_task(one(number)))
+    await asyncio.gather(*tasks)
+    return {
+        "milliseconds": times,
+        "errors": errors,
+        "seconds": loop.time() - begin,
+        "cpu_seconds": time.process_time() - cpu,
+    }
+
+
 if __name__ == "__main__":
-    port, count = map(int, sys.argv[1:])
-    pem = b"".join(iter(sys.stdin.buffer.readline, b"\n"))
-    allow_connections(count)
-    asyncio.run(serve(port, count, Authority.from_pem(pem)))
+    port, pem = int(sys.argv[1]), b"".join(iter(sys.stdin.buffer.readline, b"\n"))
+    authority = Authority.from_pem(pem)
+    if len(sys.argv) == 3:
+        count = int(sys.argv[2])
+        allow_connections(count)
+        asyncio.run(serve(port, count, authority))
+    else:
+        rate, seconds = map(float, sys.argv[2:])
+        allow_connections(int(rate * seconds))  # as many as a gateway that stands still leaves open
+        numbers = range(min(DEVICES, int(rate * seconds)))
+        made = [Device.of(f"device-{number:05d}", authority) for number in numbers]
+        print("ready", flush=True)
+        sys.stdin.buffer.readline()
+        print(json.dumps(asyncio.run(arrive(port, authority.root, rate, seconds, made))), flush=True)

@@ -27,6 +27,7 @@ from benchmarks.timing import Note
 from coordinator.gateway.grid import GatewayGrid
 from coordinator.gateway.server import GatewayLimits
 from coordinator.servertls import ServerTls
+from coordinator.settings import GatewaySettings
 from coordinator.transport import Transport
 
 ADAPTER_BYTES, UPDATE_BYTES = 345_000, 172_000  # MiniLM with LoRA of rank 8, 16 bits per element
@@ -36,35 +37,21 @@ DEADLINE = 120.0  # seconds for an exchange
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Sizes of the measurement.
+    """Sizes of the measurement."""
 
-    Attributes:
-        cohort: Devices of a round.
-        work: Seconds that each device works at each step.
-        repeats: Rounds.
-        devices: Connected at once.
-        check_ins: Of them, asked at once.
-        pulls: Of them, that get an adapter at once.
-    """
-
-    cohort: int
-    work: float
-    repeats: int
-    devices: int
-    check_ins: int
-    pulls: int
+    cohort: int  # devices of a round
+    work: float  # seconds that each device works at each step
+    repeats: int  # rounds
+    devices: int  # connected at once
+    check_ins: int  # of them, asked at once
+    pulls: int  # of them, that get an adapter at once
 
 
 @dataclass(frozen=True, slots=True)
 class Arrivals:
-    """Check-ins at a rate.
+    """Check-ins at a rate."""
 
-    Attributes:
-        rate: A minute.
-        seconds: That they last.
-    """
-
-    rate: float
+    rate: float  # a minute
     seconds: float
 
 
@@ -134,7 +121,7 @@ def _serving() -> Iterator[tuple[GatewayGrid, Authority]]:
     der = authority.issue_tls("gateway", public, ("127.0.0.1",), serial=1, **dates)
     tls = ServerTls(key.pem, certificates.to_pem(der))
     # Devices ask a step after the other, without training, and come again without a pause.
-    limits = GatewayLimits(calls=10_000, check_ins=1e6, grace=0.0)
+    limits = GatewayLimits(calls=10_000, grace=0.0, settings=GatewaySettings(check_ins_per_minute=1e6))
     grid = GatewayGrid("127.0.0.1:0", tls, lambda at: authority.root, limits)
     try:
         yield grid, authority
@@ -143,9 +130,9 @@ def _serving() -> Iterator[tuple[GatewayGrid, Authority]]:
 
 
 @contextmanager
-def _clients(module: str, authority: Authority, *arguments: object) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+def _clients(authority: Authority, *arguments: object) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """A process of devices, after its first line: its standard input and output."""
-    command = [sys.executable, "-m", f"benchmarks.gateway.{module}", *map(str, arguments)]
+    command = [sys.executable, "-m", "benchmarks.gateway.clients", *map(str, arguments)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as clients:  # noqa: S603
         if clients.stdin is None or clients.stdout is None:
             raise AssertionError
@@ -163,7 +150,7 @@ def _gateway(count: int) -> Iterator[tuple[Transport, float]]:
     allow_connections(count)
     with _serving() as (grid, authority):
         before = _resident()
-        with _clients("clients", authority, grid.port, count):
+        with _clients(authority, grid.port, count):
             yield Transport(grid, grid.clock, DEADLINE), _resident() - before
 
 
@@ -173,7 +160,7 @@ def measure_arrivals(arrivals: Arrivals, note: Note) -> dict[str, Any]:
     allow_connections(int(rate * arrivals.seconds))
     with _serving() as (grid, authority):
         note("devices are made")
-        with _clients("arrivals", authority, grid.port, rate, arrivals.seconds) as (asked, answered):
+        with _clients(authority, grid.port, rate, arrivals.seconds) as (asked, answered):
             note(f"{arrivals.rate:.0f} check-ins a minute for {arrivals.seconds:.0f} s")
             begin = time.process_time()
             asked.write(b"\n")

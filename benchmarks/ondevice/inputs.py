@@ -65,9 +65,6 @@ def household_text(tokenizer: Tokenizer, seed: int) -> TokenWindows:
     """Sample the phrases and cut them into windows; the same seed and tokenizer give the same tokens on any machine.
 
     No training phrase has a template of a test phrase.
-
-    Raises:
-        ConfigError: The packages of the population are missing.
     """
     clients = sample_population(HOUSEHOLDS, seed).clients
     train = _windows(tokenizer, (phrase for client in clients for phrase in client.train))
@@ -103,17 +100,7 @@ class Recipe:
 
 
 def trained(base: Base, recipe: Recipe, windows: Tokens, on_step: Callable[[], None] = lambda: None) -> Path:
-    """The adapter's safetensors file in the user's cache; train it if it is not there.
-
-    Args:
-        base: The adapter's base.
-        recipe: Its training.
-        windows: Shape ``(windows, tokens)``.
-        on_step: Called after each step of the training.
-
-    Raises:
-        ConfigError: The cache cannot be written, or the base has no such layers.
-    """
+    """Return the adapter's safetensors file in the user's cache; train it if it is not there."""
 
     def make(folder: Path) -> None:
         (folder / ADAPTER).write_bytes(files.encode(_train(base, recipe, windows, on_step)))
@@ -148,21 +135,13 @@ def _loss(model: torch.nn.Module, rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class ContenderFiles:
-    """The files that the contenders load.
-
-    Attributes:
-        base: The base.
-        recipe: The training of the adapter.
-        adapter: Its safetensors file.
-        gguf: The base in the peer's format.
-        folder: The folder of the files that are written here: a bundle for each profile, the peer's adapter.
-    """
+    """The files that the contenders load."""
 
     base: Base
     recipe: Recipe
-    adapter: Path
-    gguf: Path
-    folder: Path
+    adapter: Path  # safetensors
+    gguf: Path  # the base in the peer's format
+    folder: Path  # of what is written here: a bundle for each profile, the peer's adapter
 
     def export(self, profile: Profile) -> dict[str, int]:
         """Write the bundle of a profile; return the bytes of its base, and those of its adapter by format."""

@@ -42,11 +42,7 @@ class Pages:
 
     @classmethod
     def of(cls, process: int) -> "Pages":
-        """Read the sums of a running process.
-
-        Raises:
-            ConfigError: The system is not Linux.
-        """
+        """Read the sums of a running process. Raises ConfigError: the system is not Linux."""
         return cls._summed(_read(process, "smaps_rollup")[1:])
 
     @classmethod
@@ -82,23 +78,13 @@ def _read(process: int, name: str) -> list[str]:
 def measure(
     bundle: Path, trust: Path | None = None, counts: Sequence[int] = COUNTS, name: str | None = None
 ) -> dict[str, Any]:
-    """Measure the memory of copies of one adapter.
+    """Measure the memory of processes that hold as many copies of one adapter as ``counts`` says.
 
-    Args:
-        bundle: The bundle.
-        trust: Its trusted keys; by default the file next to it.
-        counts: Numbers of adapters in one process, one or more.
-        name: The adapter; by default the bundle's default.
-
-    Returns:
-        All sizes in bytes. ``tenants``: N → pages of one process with N adapters loaded. ``processes``: the pages of
-        each of two processes with one adapter. ``mapped``: those of them that map the base's file of weights; the
-        other weights are copies that ONNX Runtime made. ``bytes_per_tenant``: growth of resident memory per adapter
-        between the smallest and the largest count, null with one count. ``adapter_bytes``: the adapter's tensors in
-        float32. ``base_bytes``: all files of the base.
-
-    Raises:
-        EdgeAdaptError: The bundle cannot be used, or the system is not Linux.
+    Returns, in bytes: ``tenants``: N → pages of one process with N adapters loaded. ``processes``: the pages of each of
+    two processes with one adapter. ``mapped``: those of them that map the base's file of weights; the other weights are
+    copies that ONNX Runtime made. ``bytes_per_tenant``: growth of resident memory per adapter between the smallest and
+    the largest count, null with one count. ``adapter_bytes``: the adapter's tensors in float32. ``base_bytes``: all
+    files of the base.
     """
     library = Library.open(bundle, trust)
     name = name or library.default()
@@ -159,11 +145,8 @@ def _while_running(bundle: Path, tenants: int, processes: int, read: Callable[[i
         for process in running:
             assert process.stdout is not None  # noqa: S101
             if process.stdout.readline() != "ready\n":
-                raise ConfigError(
-                    f"a process with {tenants} adapters has ended; its own message is above",
-                    about="tenants",
-                    value=tenants,
-                )
+                reason = f"a process with {tenants} adapters has ended; its own message is above"
+                raise ConfigError(reason, about="tenants", value=tenants)
         found = [read(process.pid) for process in running]
         for process in running:
             process.communicate()

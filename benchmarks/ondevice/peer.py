@@ -27,17 +27,7 @@ def _quiet(level: int, text: bytes, data: object) -> None:
 
 class LlamaCppEngine:
     def __init__(self, model: Path, *, threads: int, context: int, adapters: Sequence[Path] = ()) -> None:
-        """Load a model and its adapters.
-
-        Args:
-            model: A GGUF file.
-            threads: For prompt and generation alike.
-            context: Largest number of tokens of prompt and answer together.
-            adapters: GGUF files of adapters.
-
-        Raises:
-            DataError: The model or an adapter cannot be loaded.
-        """
+        """Load a model and its adapters, GGUF files. ``context`` limits the tokens of prompt and answer together."""
         llama_cpp.llama_log_set(_quiet, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         self._model = llama_cpp.llama_model_load_from_file(str(model).encode(), llama_cpp.llama_model_default_params())

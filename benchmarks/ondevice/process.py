@@ -45,14 +45,9 @@ class ContenderEngine(Protocol):
 
 
 def loss(engine: ContenderEngine, rows: Sequence[Sequence[int]]) -> tuple[float, int]:
-    """Cross-entropy of a text under a model, computed in float64.
+    """Sum the cross-entropy of ``rows`` under a model, in nats, over every token but the first of each row.
 
-    Args:
-        engine: The model.
-        rows: Token ids, two or more in each row. Each row starts from an empty context.
-
-    Returns:
-        The sum in nats over every token except the first of each row, and the number of those tokens.
+    Each row starts from an empty context. Returns the sum, in float64, and the number of those tokens.
     """
     total = 0.0
     for row in rows:
@@ -88,20 +83,12 @@ class Completion:
 
 
 class Contender:
-    """A running process that has loaded its model.
-
-    Attributes:
-        spec: What it loaded.
-        process: The process.
-        cold: Seconds from the start of the process to the first token of the base.
-        first_use: Milliseconds to load the first adapter.
-    """
+    """A running process that has loaded its model."""
 
     def __init__(self, spec: ContenderSpec, prompt: Sequence[int]) -> None:
         """Start the process, wait until it has loaded, and let it read ``prompt`` once.
 
-        Raises:
-            DataError: It could not load; the message is its own.
+        Raises DataError: it could not load; the message is its own.
         """
         self.spec = spec
         begun = time.perf_counter()
@@ -117,8 +104,8 @@ class Contender:
         try:
             self._ask(**asdict(spec))
             self.complete(prompt, 0)
-            self.cold = time.perf_counter() - begun
-            self.first_use = self.use(0)
+            self.cold = time.perf_counter() - begun  # seconds to the first token of the base
+            self.first_use = self.use(0)  # milliseconds to load the first adapter
         except BaseException:
             self._end(at_once=True)
             raise

@@ -50,23 +50,12 @@ class OperatorTime:
 
 
 def profile(bundle: Path, trust: Path | None, adapter: str | None, tokens: int, threads: int) -> dict[str, Any]:
-    """Measure a bundle of a language model.
+    """Measure how a bundle of a language model answers with ``adapter``, or None for the bare base.
 
-    Args:
-        bundle: Its folder.
-        trust: The pinned public keys, by default those next to it.
-        adapter: The name of an adapter of the bundle, or None for the bare base.
-        tokens: To write after a prompt of ``PROMPT`` tokens, as far as the model's context allows.
-        threads: For the graph.
-
-    Returns:
-        ``stages`` (``StartStage``) in order; ``operators`` (``OperatorTime``), slowest first; seconds per token:
-        ``token_s``, ``token_cpu_s``, in the profiler ``profiled_s``, and of that outside of the graph ``outside_s``;
-        ``session_s`` to load the graph, and ``weights_bytes`` that it then holds; ``library``, the ``StartStage`` of
-        onnxruntime-genai alone to its first token.
-
-    Raises:
-        DataError: The bundle cannot be used; the message is the client's own.
+    Returns ``stages`` (``StartStage``) in order; ``operators`` (``OperatorTime``), slowest first; seconds per token:
+    ``token_s``, ``token_cpu_s``, in the profiler ``profiled_s``, and of that outside of the graph ``outside_s``;
+    ``session_s`` to load the graph, and ``weights_bytes`` that it then holds; ``library``, the ``StartStage`` of
+    onnxruntime-genai alone to its first token.
     """
     from edgeadapt.formats.bundle import BASE  # here, so that the processes that are measured do not import it first
 
@@ -88,12 +77,7 @@ def _in_process(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def operators(events: Iterable[Event], runs: int) -> list[OperatorTime]:
-    """The time of each kind of operator, slowest first.
-
-    Args:
-        events: Of ONNX Runtime's profiler.
-        runs: The last runs of the graph, one token each, whose median counts.
-    """
+    """Sum the profiler's time by kind of operator, slowest first: the median of the last ``runs`` of the graph."""
     nodes: dict[tuple[str, str], list[Event]] = defaultdict(list)
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):

@@ -8,15 +8,17 @@ import dataclasses
 import hashlib
 import math
 import tracemalloc
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from aggregation import graph, masks, ring, rotation
+from aggregation.errors import DataError
 from aggregation.masks import Mask
 from aggregation.ring import Ring
 from aggregation.vector import Floats
@@ -176,16 +178,10 @@ def dropouts(order: Iterable[T], fraction: float) -> frozenset[T]:
 
 
 def mask_limits(elements: int, count: int, repeats: int) -> dict[str, float]:
-    """Compare the speed of masking with its lower bound, the AES-256 keystream and one wrapping addition.
+    """Compare the speed of ``count`` masks with its lower bound, the AES-256 keystream and one wrapping addition.
 
-    Args:
-        elements: Of the vector, each of ``ours.BITS``.
-        count: Masks, at most 256.
-        repeats: The fastest by CPU time counts.
-
-    Returns:
-        Speeds in GB of keystream per second of CPU time (10^9 bytes): of masking, and of AES alone in CTR mode and in
-        GCM. Fractions: masking relative to the faster of the two modes with the addition, and relative to CTR mode.
+    Returns speeds in GB of keystream per second of CPU time (10^9 bytes): of masking, and of AES alone in CTR mode and
+    in GCM. Fractions: masking relative to the faster of the two modes with the addition, and relative to CTR mode.
     """
     vector = ring.zeros(elements, ours.BITS)
     found = [Mask(hashlib.sha256(bytes([i])).digest(), add=True) for i in range(count)]
@@ -280,10 +276,7 @@ def sweep(work: SecAggWorkload, note: Note) -> dict[str, Any]:
     """Measure CPU time of one client and of the server over the number of devices and over that of elements."""
     by_devices = [_point(n, SWEEP_ELEMENTS, note, f"sweep: {n} devices") for n in work.sweep_devices]
     by_elements = [_point(SWEEP_DEVICES, d, note, f"sweep: {d} elements") for d in work.sweep_elements]
-    return {
-        "devices": growth(work.sweep_devices, by_devices),
-        "elements": growth(work.sweep_elements, by_elements),
-    }
+    return {"devices": growth(work.sweep_devices, by_devices), "elements": growth(work.sweep_elements, by_elements)}
 
 
 def _fleet(devices: int, elements: int) -> tuple[ours.EdgeAdaptFleet, dict[str, Any], np.random.Generator]:
@@ -306,11 +299,7 @@ def _point(devices: int, elements: int, note: Note, what: str) -> dict[str, floa
 
 
 def growth(at: Sequence[int], points: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """The points of a sweep, with the exponent of each of their lines: the least-squares slope on logarithmic axes.
-
-    Args:
-        at: Where the points are, two or more, positive.
-        points: For each place, positive milliseconds by name, with the same names everywhere.
+    """Return the points of a sweep with the exponent of each of their lines, the slope on logarithmic axes.
 
     >>> growth((1, 10), ({"server": 3.0}, {"server": 300.0}))["growth"]["server"].__round__(6)
     2.0
@@ -321,3 +310,98 @@ def growth(at: Sequence[int], points: Sequence[Mapping[str, float]]) -> dict[str
         for name, line in lines.items()
     }
     return {"at": list(at), "cpu_ms": lines, "growth": powers}
+
+
+_HEAD = ("", "ours ms", "peer ms", "ratio", "by CPU")
+Figures = Mapping[str, Any]
+
+
+def table(found: Figures) -> str:
+    """Format the comparison: medians of wall-clock time with quartiles, ratios of wall-clock and of CPU time."""
+    rows = [_HEAD, *_rows(found)]
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 5))]) for row in rows]
+    return "\n".join([*lines, "", *_notes(found)])
+
+
+def _rows(found: Figures) -> Iterator[tuple[str, ...]]:
+    yield _row("client: shares", found["shares"])
+    pairs = {
+        "client: encode + mask": found["client"],
+        "client: rotate + encode + mask": found["client_rotated"],
+        "client: whole upload": found["upload"],
+    }
+    pairs |= {f"server: {float(key):.0%} dropouts": pair for key, pair in found["server"].items()}
+    for what, pair in pairs.items():
+        yield _row(what, {**pair, "cpu_ratio": None})
+    for what, pair in pairs.items():
+        yield _row(f"{what}, one core", {**pair, "ours": pair["ours_on_one_core"], "ratio": pair["one_core_ratio"]})
+
+
+def _row(what: str, pair: Figures) -> tuple[str, ...]:
+    by_cpu = "" if pair["cpu_ratio"] is None else f"{pair['cpu_ratio']:.1f}"
+    return what, _spread(pair["ours"]), _spread(pair["peer"]), f"{pair['ratio']:.1f}", by_cpu
+
+
+def _spread(timing: Figures) -> str:
+    low, high = timing["quartiles_ms"]
+    return f"{timing['ms']:.1f} ({low:.1f}–{high:.1f})"
+
+
+def _notes(found: Figures) -> Iterator[str]:
+    size, checks, server = found["bytes"], found["server_checks_ms"], next(iter(found["server"].values()))
+    yield f"{found['devices']} devices, {found['elements']} elements, {found['neighbors']} neighbors."
+    yield (
+        f"Median (quartiles) of {found['client']['ours']['repeats']} repeats, ours and the peer's alternately; "
+        f"{server['peer']['repeats']} of the peer's server."
+    )
+    yield "Peer: the SecAgg+ functions of the installed flwr, which use one core."
+    yield f"Ours masks in {found['threads']} thread{'s' * (found['threads'] > 1)}; in the rows of one core, in one."
+    yield f"Bytes of an upload: ours {size['ours']}, peer {size['peer']}."
+    yield f"Checks of digests and signatures, which the peer does not have, add {checks['0']:.0f} ms at our server."
+    yield f"Rotating the sum back, which the peer does not do, adds {found['server_rotation_ms']:.0f} ms at our server."
+    yield (
+        f"Masks at {found['mask_gb_per_s']:.1f} GB/s: {found['mask_fraction_of_limit']:.0%} of the speed of the "
+        f"keystream and one addition. AES-256 alone: {found['aes_ctr_gb_per_s']:.1f} GB/s in CTR mode, "
+        f"{found['aes_gcm_gb_per_s']:.1f} in GCM."
+    )
+    yield from _sweep_notes(found)
+
+
+def _sweep_notes(found: Figures) -> Iterator[str]:
+    if "memory" in found:
+        peak = found["memory"]
+        yield (
+            f"Memory, in vectors: {peak['client_vectors']:.1f} for a device; {peak['both_vectors']:.1f} for a device "
+            f"and the server while {peak['uploads']} uploads arrive."
+        )
+    if "large" in found:
+        big = found["large"]
+        yield (
+            f"A round of {big['devices']} devices with {big['elements']} elements and {big['neighbors']} neighbors, "
+            f"{big['dropouts']:.0%} dropouts: {big['server_s']:.1f} s at the server, checks included "
+            f"({big['server_cpu_s']:.1f} s of CPU)."
+        )
+    for what, line in found.get("sweep", {}).items():
+        powers = ", ".join(f"{name} {power:.2f}" for name, power in line["growth"].items())
+        yield f"Exponent of growth with the number of {what}: {powers}."
+
+
+def draw(sweep: Figures, path: Path) -> None:
+    """Write the sweeps as a PNG: CPU time over devices and over elements, both axes logarithmic."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, (what, line) in zip(figure.subplots(1, 2, sharey=True), sweep.items(), strict=True):
+        for name, values in line["cpu_ms"].items():
+            axes.loglog(line["at"], values, marker="o", label=f"{name}: power {line['growth'][name]:.2f}")
+        axes.set(xlabel=what, title=f"One round by number of {what}")
+        axes.grid(visible=True, which="both", alpha=0.2)
+        axes.legend(frameon=False)
+    figure.axes[0].set_ylabel("CPU time, ms")
+    try:
+        figure.savefig(path, format="png", dpi=120)
+    except OSError as error:
+        raise DataError(
+            f"cannot write {path}: {error.strerror}; choose another --out", about="--out", value=str(path)
+        ) from None

@@ -8,12 +8,12 @@ a page that k processes share counts 1/k in each (``pss``).
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,7 +22,7 @@ from aggregation.errors import ConfigError, EdgeAdaptError
 from benchmarks.ondevice.memory import Pages
 from benchmarks.simulation.contender import ENGINES
 from benchmarks.simulation.fleets import make_fleet
-from benchmarks.timing import Note
+from benchmarks.timing import Note, in_turn, spread_text
 from simulations.engine.flowerengine import require_ray
 
 SAMPLE = 0.5  # seconds between two looks at the memory
@@ -66,51 +66,27 @@ QUICK = SimulationWorkload({"no training": Work(4, 2, minilm=False, trains=False
 def compare(work: SimulationWorkload, note: Note) -> dict[str, Any]:
     """Measure both engines and return the figures as JSON has them.
 
-    Raises:
-        ConfigError: Ray is not installed, or the system is not Linux.
+    Raises ConfigError: Ray is not installed, or the system is not Linux.
     """
     require_ray()
-    found = {}
+    found = dict[str, dict[str, Any]]()
     with TemporaryDirectory() as folder:
         for name, row in work.rows.items():
             note(f"{name}: making {row.clients} clients")
             fleet = Path(folder) / name.replace(" ", "-")
             fleet.mkdir()
             make_fleet(fleet, row.clients, row.rounds, minilm=row.minilm, trains=row.trains)
-            runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in ENGINES}
-            for repeat in range(work.repeats):
-                for engine in ENGINES if repeat % 2 == 0 else reversed(ENGINES):
-                    note(f"{name}: {engine}, {repeat + 1} of {work.repeats}")
-                    runs[engine].append(_run(engine, fleet, row))
-            found[name] = {"clients": row.clients, "rounds": row.rounds, "goal": row.goal, **_figures(runs)}
+            sides = in_turn(ENGINES, work.repeats, partial(_run, fleet=fleet, row=row), note, f"{name}: ")
+            ours, peer = sides["ours"], sides["flower"]
+            found[name] = {"clients": row.clients, "rounds": row.rounds, "goal": row.goal, **sides}
+            found[name]["ratio"] = ours["clients_per_second"]["median"] / peer["clients_per_second"]["median"]
+            found[name]["memory_share"] = ours["memory"]["median"] / peer["memory"]["median"]
             shutil.rmtree(fleet)
     return {"rows": found, "repeats": work.repeats}
 
 
-def _figures(runs: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    sides = {engine: _side(each) for engine, each in runs.items()}
-    ours, peer = sides["ours"], sides["flower"]
-    return {
-        **sides,
-        "ratio": ours["clients_per_second"]["median"] / peer["clients_per_second"]["median"],
-        "memory_share": ours["memory"]["median"] / peer["memory"]["median"],
-    }
-
-
-def _side(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    return {key: _spread([run[key] for run in runs]) for key in ("clients_per_second", "seconds", "memory")}
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
 def _run(engine: str, fleet: Path, row: Work) -> dict[str, Any]:
-    """One run on a copy of the fleet: its figures.
-
-    Raises:
-        EdgeAdaptError: The process failed, or a device dropped out.
-    """
+    """Return the figures of one run on a copy of the fleet. Raises EdgeAdaptError: a device dropped out."""
     with TemporaryDirectory() as folder:
         copy = Path(folder) / "fleet"
         shutil.copytree(fleet, copy)
@@ -155,3 +131,40 @@ def tree(root: int) -> Iterator[int]:
         process = waiting.pop()
         yield process
         waiting += [child for child, parent in parents.items() if parent == process]
+
+
+_HEAD = ("", "clients/s ours", "Flower", "ratio", "goal", "whole run s", "Flower", "MB ours", "Flower", "share")
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """Format the comparison: medians with the smallest and largest value."""
+    rows = [_HEAD, *(_row(name, figures) for name, figures in found["rows"].items())]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
+    notes = (
+        f"Median (smallest–largest) of {found['repeats']} runs of each engine, in turn; each in a process of its own.",
+        "clients/s: of the rounds after the first one. The same apps, with active secure aggregation, on both engines.",
+        "MB: peak of all processes of a run; pages that several share are counted once.",
+    )
+    return "\n".join([*lines, "", *notes])
+
+
+def _row(name: str, figures: Mapping[str, Any]) -> tuple[str, ...]:
+    ours, peer = figures["ours"], figures["flower"]
+    return (
+        f"{name}, {figures['clients']} clients",
+        spread_text(ours["clients_per_second"]),
+        spread_text(peer["clients_per_second"]),
+        f"{figures['ratio']:.1f}",
+        f"≥ {figures['goal']:g}",
+        spread_text(ours["seconds"]),
+        spread_text(peer["seconds"]),
+        spread_text(ours["memory"], 1e6),
+        spread_text(peer["memory"], 1e6),
+        f"{figures['memory_share']:.2f}",
+    )

@@ -15,12 +15,7 @@ COMMANDS = {
     "infer": ("client.cli.infer", "infer", "Classify phrases, or continue texts.", ""),
     "install": ("client.cli.node", "install", "Install a certificate or revocation list.", ""),
     "learn": ("client.cli.learn", "learn", "Learn corrections on this device, or undo that.", ""),
-    "personalize": (
-        "client.cli.learn",
-        "personalize",
-        "Make a private adapter from this device's examples.",
-        "",
-    ),
+    "personalize": ("client.cli.learn", "personalize", "Make a private adapter from this device's examples.", ""),
     "policy": ("client.cli.node", "policy", "Print the device's policy.", ""),
     "renew": ("client.cli.renew", "renew", "Have the device's certificate renewed.", "gateway"),
     "serve-web": ("client.cli.serve_web", "serve_web", "Serve a page that runs a bundle in the browser.", ""),

@@ -182,10 +182,7 @@ def _one_line(text: str) -> str:
     help="End after N epochs without a lower loss on the held-out examples, with the best adapter; 0: never.",
 )
 @click.option(
-    "--seconds",
-    type=FiniteRange(0, min_open=True),
-    metavar="S",
-    help="End after S, with what is learned by then.",
+    "--seconds", type=FiniteRange(0, min_open=True), metavar="S", help="End after S, with what is learned by then."
 )
 @click.option(
     "--duty-cycle",

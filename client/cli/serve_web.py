@@ -23,11 +23,7 @@ from client.cli import options
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen on.")
 @click.option("--port", default=8765, show_default=True, type=click.IntRange(0, 65535), help="0: any free port.")
 @click.option(
-    "--export",
-    "out",
-    type=options.FOLDER,
-    metavar="DIR",
-    help="Write the page and bundle to DIR; do not serve.",
+    "--export", "out", type=options.FOLDER, metavar="DIR", help="Write the page and bundle to DIR; do not serve."
 )
 def serve_web(
     bundle: Path, trust: Path | None, gateway: str, enrolment: str, host: str, port: int, out: Path | None

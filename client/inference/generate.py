@@ -6,7 +6,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from threading import Lock
 from typing import Self
 
@@ -17,6 +16,7 @@ from client.inference.session import MAX_LOADED, MAX_LOADED_BYTES
 from client.inference.text import Answer, Finish, SamplingParams, StopFilter, checked, first_line, require_plain
 from edgeadapt.formats.bundle import MODEL
 from edgeadapt.formats.graphinputs import with_placeholders
+from edgeadapt.formats.storage import File
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +46,8 @@ class Generator:
     @classmethod
     def open(
         cls,
-        bundle: Path,
-        trust: Path | None = None,
+        bundle: File,
+        trust: File | None = None,
         *,
         threads: int = 2,
         loaded: int = MAX_LOADED,

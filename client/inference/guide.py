@@ -81,8 +81,7 @@ class GuideFollower:
             vocabulary: The number of logits.
             ends: The tokens that end an answer.
 
-        Raises:
-            ConfigError: llguidance is not installed, or the tokens have no bytes.
+        Raises ConfigError: llguidance is not installed, or the tokens have no bytes.
         """
         self._llguidance = required("llguidance")
         read = Tokenizer.from_str(tokenizer.decode())

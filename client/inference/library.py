@@ -44,7 +44,7 @@ from edgeadapt.formats.graphinputs import (
 )
 from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.formats.manifest import AdapterManifest, BaseManifest, Task, check_name
-from edgeadapt.formats.storage import restore
+from edgeadapt.formats.storage import File, restore
 
 MAX_WEIGHT = 16.0  # a larger multiple of an adapter's update is noise
 GLOBAL = "global"
@@ -186,10 +186,9 @@ def compose(composition: Composition, verified: Sequence[VerifiedAdapter], base:
         changes there, up to float32 rounding. A single adapter of weight 1 is returned unchanged, and equal modules
         keep their exact values.
 
-    Raises:
-        ConfigError: The labels differ; the ranks add up to more than the base allows; the weights of adapters that
-            replace parameters do not add up to 1; an adapter with virtual tokens has another weight than 1; a prompt
-            meets a prefix; or no adapter with a weight above 0 brings a head.
+    Raises ConfigError: the labels differ; the ranks add up to more than the base allows; the weights of adapters that
+    replace parameters do not add up to 1; an adapter with virtual tokens has another weight than 1; a prompt meets a
+    prefix; or no adapter with a weight above 0 brings a head.
     """
     manifests = tuple(one.manifest for one in verified)
     if len(verified) == 1 and composition.parts[0].weight == 1:
@@ -257,7 +256,7 @@ class Library:
     base: VerifiedBase
 
     @classmethod
-    def open(cls, bundle: Path, trust: Path | None, task: Task | None = None) -> Self:
+    def open(cls, bundle: File, trust: File | None, task: Task | None = None) -> Self:
         """Verify the base of ``bundle``, which must be for ``task``, unless that is None.
 
         Raises:
@@ -266,11 +265,12 @@ class Library:
             ConfigError: The base is for another task, and the message names the command to use; or it needs a newer
                 ONNX Runtime.
         """
+        bundle = Path(bundle)
         restore(bundle)
         if not bundle.is_dir():
             why = "it is not a folder" if bundle.exists() else "there is no such folder"
             raise DataError(f"{bundle} is not a bundle: {why}", about="bundle", value=str(bundle))
-        pinned = Trust.open(bundle, trust)
+        pinned = Trust.open(bundle, None if trust is None else Path(trust))
         base = pinned.bundle.base()
         if task not in (None, base.manifest.task):
             reason = f"the base in {bundle} is for {base.manifest.task}; {OTHER_COMMAND[base.manifest.task]}"

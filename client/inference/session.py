@@ -7,7 +7,6 @@ reference (docs/decisions/0010-profiles-of-a-base.md).
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -19,6 +18,7 @@ from client.inference.text import first_line
 from edgeadapt.bases.classifiergraph import ClassifierGraph, Feeds, open_session
 from edgeadapt.formats.bundle import MODEL, TOKENIZER
 from edgeadapt.formats.layout import Floats
+from edgeadapt.formats.storage import File
 
 MAX_LOADED = 32  # adapters held in memory
 MAX_LOADED_BYTES = 2**28
@@ -56,8 +56,8 @@ class ClassificationSession:
     @classmethod
     def open(
         cls,
-        bundle: Path,
-        trust: Path | None = None,
+        bundle: File,
+        trust: File | None = None,
         *,
         threads: int = 1,
         loaded: int = MAX_LOADED,
@@ -114,11 +114,13 @@ class ClassificationSession:
         """Find the ``top`` most likely labels of each text with an adapter, most likely first.
 
         Raises:
-            DataError: A text is not valid (``text.checked``) or has no known token (``unknown_share``), the graph does
-                not run, or an answer is not finite.
+            DataError: ``texts`` is a string, a text is not valid (``text.checked``) or has no known token
+                (``unknown_share``), the graph does not run, or an answer is not finite.
             ConfigError: ``top`` is below 1.
             TrustError, DataError, ConfigError: As ``load``.
         """
+        if isinstance(texts, str):  # whose letters would be texts
+            raise DataError("texts are one string: give a list of strings", about="texts")
         loaded = self._get(Composition.of(adapter))
         rows = [self._reader.tokens(text, loaded.adapter.virtual_tokens) for text in texts]
         with self._running():

@@ -22,7 +22,7 @@ from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from stat import S_IMODE
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -47,7 +47,7 @@ from client.training.personal import (
     personalize,
     rehearsal,
 )
-from client.training.trainer import ClassifierTrainer, LanguageTrainer, probabilities
+from client.training.trainer import ClassifierTrainer, LanguageTrainer, Trainer, probabilities
 from edgeadapt.bases.classifiergraph import MAX_TOKENS
 from edgeadapt.formats import container, jsontext, storage
 from edgeadapt.formats.bundle import (
@@ -180,8 +180,8 @@ class Learner:
     @contextmanager
     def open(
         cls,
-        bundle: Path,
-        trust: Path | None = None,
+        bundle: storage.File,
+        trust: storage.File | None = None,
         name: str | None = None,
         entropy: Entropy | None = None,
         task: BundleTask | None = None,
@@ -195,11 +195,11 @@ class Learner:
             entropy: Draws the keys, the first time.
             task: That the base must be for; None: any.
 
-        Raises:
-            TrustError, DataError, ConfigError: As ``Library.open``, ``Library.default`` and ``Trust.adapter``; or
-                another process learns, or what was learned cannot be opened.
+        Raises TrustError, DataError, ConfigError as ``Library.open``, ``Library.default`` and ``Trust.adapter``; or
+        another process learns, or what was learned cannot be opened.
         """
         library = Library.open(bundle, trust, task)
+        bundle = library.bundle
         folder = storage.real(bundle).parent / LEARNED
         folder.mkdir(mode=storage.PRIVATE_FOLDER, exist_ok=True)
         try:
@@ -250,8 +250,8 @@ class Learner:
             nonlocal done
             report(done := done + 1)
 
-        trainer, begun = subject.trainer, time.perf_counter()
-        start = trainer.engine.tensors_of(self.adapter.inputs)
+        trainer, engine, begun = subject.trainer, _graph(subject.trainer), time.perf_counter()
+        start = engine.tensors_of(self.adapter.inputs)
         rehearsed, others = subject.others(taught, compared)
         tuned = trainer.teach(start, taught, rehearsed, subject.rate(lesson=True), step)
         seconds = time.perf_counter() - begun
@@ -260,12 +260,12 @@ class Learner:
         if not any(one.known for one in own):
             reason = f"nothing was learned in {done} steps; the adapter in use stays: teach something else"
             raise DataError(reason, about="corrections")
-        used = self._put_into_use(manifest, corrections, trainer.engine.inputs_of(tuned))
+        used = self._put_into_use(manifest, corrections, engine.inputs_of(tuned))
         return Learned(used.name, used.version, done, seconds, own, answers[len(taught) :])
 
     def personalize(
         self,
-        examples: Path,
+        examples: storage.File,
         how: PersonalStep,
         learning_rate: float | None,
         control: TrainingControl = UNLIMITED,
@@ -294,29 +294,30 @@ class Learner:
         manifest, old = origin.manifest, self.adapter.manifest
         subject = self._subject(manifest)
         step = subject.step(how)
-        own = read_examples(examples, len(manifest.labels))
+        own = read_examples(Path(examples), len(manifest.labels))
         rate = learning_rate or subject.rate(lesson=False)
         trainer: Any = subject.trainer  # ``step`` asks a language model nothing that only a classifier has
-        start = trainer.engine.tensors_of(origin.inputs)
+        engine = _graph(trainer)
+        start = engine.tensors_of(origin.inputs)
         taught, public = subject.taught(own), subject.public()
         digest = _step_digest(manifest, rate, how, [*own, *taught, *public])
         chosen = subject.rehearsal([*own, *taught], public)
         every, held_out = [*own, *taught, *chosen.trained], in_split(own, Split.VALIDATION)
         epochs = max(how.epochs, 1)
-        task = Task(trainer.engine.config, manifest.labels, epochs, BATCH_SIZE, rate, 0.0, 0.0, PARTS, PARTS)
+        task = Task(engine.config, manifest.labels, epochs, BATCH_SIZE, rate, 0.0, 0.0, PARTS, PARTS)
         checkpoint = TrainingCheckpoint(self.folder / TRAINING_STATE, self.keys[1], digest)
         rng, limits = np.random.default_rng(list(digest)), replace(control, checkpoint=checkpoint)
         shared = {Candidate.GLOBAL: start}
         outcome = personalize(trainer, shared, every, task, step, rng=rng, plain=chosen.counted, control=limits)
         before, scores = start, {candidate.value: score for candidate, score in outcome.scores.items()}
         if old.parent and (old.peft_config, old.labels) == (manifest.peft_config, manifest.labels):
-            before = trainer.engine.tensors_of(self.adapter.inputs)
+            before = engine.tensors_of(self.adapter.inputs)
             scores["in use"] = trainer.score(before, held_out)
         is_new = outcome.chosen is Candidate.PERSONAL and subject.is_best(scores)
         others: tuple[Learnt, ...] = ()
         if is_new and manifest.labels:
             others = subject.learnt([*held_out, *chosen.counted[:MAX_TESTED]], before, outcome.adapter)
-        used = self._put_into_use(manifest, (), trainer.engine.inputs_of(outcome.adapter)) if is_new else old
+        used = self._put_into_use(manifest, (), engine.inputs_of(outcome.adapter)) if is_new else old
         checkpoint.delete()
         trained, seconds = len(in_split(every, Split.TRAIN)), time.perf_counter() - begun
         return Personalized(used.name, used.version, is_new, seconds, trained, len(held_out), scores, others)
@@ -579,6 +580,10 @@ class _Texts:
 def bits(score: Score) -> float:
     """Compute a language model's bits for each byte, over some texts."""
     return score.loss / score.count / math.log(2)
+
+
+def _graph(trainer: Trainer) -> graphengine.GraphEngine:
+    return cast(graphengine.GraphEngine, trainer.engine)
 
 
 def _answering(corrections: Iterable[Correction]) -> list[Example]:

@@ -70,9 +70,8 @@ def dealt(plan: Plan, spec: SessionSpec) -> bytes:
 def on_plan(known: AdapterState | None, plan: Plan, spec: SessionSpec, maximum_repeats: int) -> AdapterState:
     """Make the state after the device trained for ``plan``; ``known`` is None before the first plan.
 
-    Raises:
-        ProtocolError: The adapter is older than the last one, another one of its version, one that the device left
-            after it revealed shares, or used up; or it was trained on other terms before.
+    Raises ProtocolError: the adapter is older than the last one, another one of its version, one that the device left
+    after it revealed shares, or used up; or it was trained on other terms before.
     """
     version, digest, now = plan.adapter_version, plan.adapter_digest, terms(plan, spec)
     if known is None:

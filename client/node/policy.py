@@ -1,19 +1,67 @@
 """The ``[policy]`` table of ``device.toml``: the limits within which a device accepts an offer and trains.
 
-Each key is a limit of ``edgeadapt.rounds.tasklimits`` or ``client.training.limits``, or a field of
-``aggregation.policy`` with its default, range and meaning. Reading refuses unknown keys, and limits that protect
-nobody.
+Each key is a limit of ``TrainingLimits``, or a field of ``aggregation.policy`` with its default, range and meaning.
+Reading refuses unknown keys, and limits that protect nobody.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from typing import Annotated, Any, Literal, Self, get_type_hints
 
 from pydantic import Field, create_model, model_validator
 
-from aggregation.errors import ConfigError
+from aggregation.errors import ConfigError, ProtocolError
 from aggregation.policy import LIMITS, Policy
+from aggregation.session import COORDINATOR
 from aggregation.spec import Adversary
-from client.training.limits import TrainingLimits
+from client.training.control import TOKENS, UNLIMITED, TrainingControl
+from edgeadapt.formats.layout import Tensors
+from edgeadapt.rounds.roundtask import RoundTask
+from edgeadapt.rounds.tasklimits import TaskLimits
+
+
+class TrainingLimits(TaskLimits):
+    """Limits on the training of this device. They belong to its owner."""
+
+    maximum_tokens: int = Field(
+        default=TOKENS,
+        ge=1,
+        description="most tokens of one pass over the base, with padding; a larger batch is trained in parts, which "
+        "bounds the memory",
+    )
+    maximum_seconds: float = Field(
+        default=0.0, ge=0, description="longest training of a round, in seconds: it ends then with what it has; 0: any"
+    )
+    duty_cycle: float = Field(
+        default=1.0,
+        ge=0.01,
+        le=1,
+        description="share of the time in which training computes: it pauses after each step, which saves a battery "
+        "and keeps the device cool",
+    )
+    moments: bool = Field(
+        default=True, description="contribute the second moments of embeddings to a sum for an analytic head"
+    )
+    answer_quantum_seconds: float = Field(
+        default=60.0,
+        ge=0,
+        le=86_400,
+        description="offers and plans are answered at a multiple of this time after they arrived, in seconds; 0: at "
+        "once. The multiple still shows coarsely how long training took, unless this is above the longest",
+    )
+
+    def control(self, step: Callable[[], object] = UNLIMITED.step) -> TrainingControl:
+        seconds, norm = self.maximum_seconds or math.inf, self.maximum_gradient_norm
+        return TrainingControl(seconds, self.duty_cycle, norm, True, self.maximum_tokens, step=step)
+
+    def check(self, task: RoundTask, adapter: Tensors) -> None:
+        """Check a task as ``TaskLimits.check`` does, and that the owner contributes to rounds of its kind."""
+        super().check(task, adapter)
+        if task.CONSENT and not getattr(self, task.CONSENT):
+            reason = f"this device contributes no {task.CONSENT}"
+            raise ProtocolError(reason, COORDINATOR, about=f"task.{task.CONSENT}")
+
 
 SAFE = Policy()
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

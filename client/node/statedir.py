@@ -126,12 +126,7 @@ class DeviceStateDir:
 
     @classmethod
     def create(
-        cls,
-        folder: Path,
-        settings: DeviceSettings,
-        identity: IdentityKey,
-        trust: Mapping[str, bytes],
-        entropy: Entropy,
+        cls, folder: Path, settings: DeviceSettings, identity: IdentityKey, trust: Mapping[str, bytes], entropy: Entropy
     ) -> Self:
         """Write a state directory, of ``settings`` only values that differ from their defaults.
 

@@ -41,6 +41,7 @@ from client.node.tasklabels import TaskLabels
 from client.node.training import TrainingDevice, adapter_of, contribute
 from client.training.engine import TrainerOf, trainer_of
 from client.training.examples import read_file
+from client.training.trainer import FrozenBase
 from edgeadapt.formats.cores import cores
 from edgeadapt.rounds import taskkinds
 from edgeadapt.rounds.roundtask import RoundTask
@@ -179,29 +180,7 @@ def _transition(
     elif step is Step.PLAN and isinstance(state, Ready | Planned | Masked | Confirmed):
         planned = state.on_plan(device, body, datetime.now(UTC))
         log_state = _after_receipt(device, log_state, fields, planned.plan)
-        adapter_state = adapterstate.on_plan(
-            state_dir.load(AdapterState), planned.plan, planned.spec, device.policy.maximum_repeats
-        )
-        task = taskkinds.decode(planned.plan.training)
-        labels = tasklabels.on_plan(state_dir.load(TaskLabels), base, task.labels)
-        snapshot = state_dir.load_snapshot(_share_key(planned.ready))
-        ledger = privacyledger.on_plan(
-            state_dir.load(PrivacyLedger) or PrivacyLedger(), planned.spec, len(planned.ready.serials), device.policy
-        )
-        kept = state_dir.load(PrivateParts)
-        blob = fields.get(ADAPTER, b"")
-        history = _after_plan(state_dir, device, planned, task, blob)
-        # Nothing is saved if the device stops here: it has answered no plan, and its keys masked nothing.
-        look = _eligible(state_dir, readings)
-        look()
-        training = TrainingDevice(base, state_dir.examples, state_dir.policy, kept, choose, look)
-        vector, parts = contribute(training, planned, task, blob, snapshot)
-        after, answer = planned.contribute(device, vector, cores())
-        state_dir.save(ledger)  # first: whatever is interrupted after this counts as spent
-        if parts is not None:
-            state_dir.save(parts)
-        _save_bound(state_dir, adapter_state, history)
-        state_dir.save(labels)
+        after, answer = _contribute(state_dir, device, planned, fields, _Means(base, choose, readings))
         log_state = log_state and log_state.contributed(planned.plan.digest(), logged_part(step, answer))
     elif step is Step.SURVIVORS and isinstance(state, Masked):
         after, answer = state.on_survivors(device, body)
@@ -229,6 +208,45 @@ def _transition(
         else:
             state_dir.save(log_state)
     return answer
+
+
+@dataclass(frozen=True, slots=True)
+class _Means:
+    """What a device trains with."""
+
+    base: FrozenBase
+    choose: TrainerOf
+    readings: Readings
+
+
+def _contribute(
+    state_dir: DeviceState, device: Device, planned: Planned, fields: Mapping[str, bytes], means: _Means
+) -> tuple[Masked, bytes]:
+    """Hold a plan to what the device allows, train and mask, and save what the contribution costs: it may leave."""
+    adapter_state = adapterstate.on_plan(
+        state_dir.load(AdapterState), planned.plan, planned.spec, device.policy.maximum_repeats
+    )
+    task = taskkinds.decode(planned.plan.training)
+    labels = tasklabels.on_plan(state_dir.load(TaskLabels), means.base, task.labels)
+    snapshot = state_dir.load_snapshot(_share_key(planned.ready))
+    ledger = privacyledger.on_plan(
+        state_dir.load(PrivacyLedger) or PrivacyLedger(), planned.spec, len(planned.ready.serials), device.policy
+    )
+    kept = state_dir.load(PrivateParts)
+    blob = fields.get(ADAPTER, b"")
+    history = _after_plan(state_dir, device, planned, task, blob)
+    # Nothing is saved if the device stops here: it has answered no plan, and its keys masked nothing.
+    look = _eligible(state_dir, means.readings)
+    look()
+    training = TrainingDevice(means.base, state_dir.examples, state_dir.policy, kept, means.choose, look)
+    vector, parts = contribute(training, planned, task, blob, snapshot)
+    masked, answer = planned.contribute(device, vector, cores())
+    state_dir.save(ledger)  # first: whatever is interrupted after this counts as spent
+    if parts is not None:
+        state_dir.save(parts)
+    _save_bound(state_dir, adapter_state, history)
+    state_dir.save(labels)
+    return masked, answer
 
 
 def _install_revocations(state_dir: DeviceState, raw: bytes) -> None:

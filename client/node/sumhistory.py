@@ -15,26 +15,31 @@ The file is encrypted.
 """
 
 import hashlib
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Annotated
 
+import numpy as np
+
 from aggregation import sealed, wire
 from aggregation.entropy import Entropy
 from aggregation.errors import ProtocolError
+from aggregation.keystream import Keystream
 from aggregation.messages import SERIALS, Digest, Plan
 from aggregation.session import COORDINATOR
 from aggregation.spec import SessionSpec
 from aggregation.wire import Codec
 from client.node.adapterstate import EARLIER, differing, terms
-from client.node.sketch import SIZE, separation, sketch
 from edgeadapt.formats import jsontext
 from edgeadapt.formats.layout import Tensors
-from edgeadapt.methods.parts import Part
+from edgeadapt.methods.parts import Part, part_of
 from edgeadapt.rounds.roundtask import RoundTask
 
 _MAGIC = b"edgeadapt/sum-history/1\x00"
+BUCKETS = 32  # numbers of a sketch for each part
+_PLACES = tuple(Part)
+SIZE = len(_PLACES) * BUCKETS * 4  # bytes
 
 
 class SumKind(StrEnum):
@@ -195,3 +200,28 @@ def _separation(before: Point, now: Point, task: RoundTask) -> float:
 
 def _refused(text: str, about: str, value: int) -> ProtocolError:
     return ProtocolError(text, COORDINATOR, about=about, value=value)
+
+
+def sketch(tensors: Tensors, key: bytes) -> bytes:
+    """Sketch an adapter: float32, little-endian, ``BUCKETS`` numbers for each part.
+
+    A device keeps no adapters to compare others with: a sketch adds the numbers of each part up, in places and with
+    signs that a secret key chooses (Charikar, Chen and Farach-Colton 2002, "Finding Frequent Items in Data Streams").
+    The squared norm of the difference of two sketches has that of the difference of the adapters as its mean, and a
+    relative variance of at most 2 / ``BUCKETS`` (Alon, Matias and Szegedy 1999). Who does not know the key cannot
+    choose an adapter that only seems to be far away. ``key``: 32 secret bytes, the same for sketches that are compared.
+    """
+    sums = np.zeros((len(_PLACES), BUCKETS))
+    for name, tensor in tensors.items():
+        drawn = np.empty(tensor.size, np.uint8)
+        Keystream(hashlib.sha256(b"edgeadapt/sketch/1\x00" + key + name.encode()).digest()).read_into(drawn.data)
+        signed = np.where(drawn & 0x80, -1.0, 1.0) * tensor.ravel()
+        sums[_PLACES.index(part_of(name))] += np.bincount(drawn % BUCKETS, signed, BUCKETS)
+    return sums.astype("<f4").tobytes()
+
+
+def separation(one: bytes, other: bytes, parts: Collection[Part]) -> float:
+    """Measure the distance between two adapters over some parts, from their sketches."""
+    left, right = (np.frombuffer(each, "<f4").astype(float).reshape(-1, BUCKETS) for each in (one, other))
+    chosen = [part in parts for part in _PLACES]
+    return float(np.linalg.norm((left - right)[chosen]))

@@ -24,14 +24,14 @@ from aggregation.ring import Ring
 from aggregation.session import COORDINATOR
 from aggregation.spec import SessionSpec
 from client.node.eligibility import EligibilityError
+from client.node.policy import TrainingLimits
 from client.node.privateparts import PrivateParts, check_unshared, ever_private
 from client.node.snapshot import Draw, Snapshot
 from client.training.engine import TrainerOf, classifier_trainer, trainer_of
 from client.training.examples import Example, Score, Split, in_split, parse_examples
-from client.training.limits import TrainingLimits
-from client.training.moments import embedded
+from client.training.personal import embedded
 from client.training.private import private_of, subject_of, with_private
-from client.training.trainer import ClassifierTrainer, FrozenBase, LocalTrainer
+from client.training.trainer import ClassifierTrainer, FrozenBase, Trainer
 from edgeadapt.formats import files
 from edgeadapt.formats.bundle import VerifiedBase
 from edgeadapt.formats.layout import Layout, Tensors
@@ -67,9 +67,8 @@ def contribute(
         counts as an update of zero, of examples that were answered wrongly: the weight is that of the examples all the
         same, so that no failure shows in another device's share of the sum.
 
-    Raises:
-        ProtocolError: What is on offer cannot or must not be trained. This is known before an example is read.
-        EligibilityError: From ``device.step``.
+    Raises ProtocolError: what is on offer cannot or must not be trained. This is known before an example is read.
+    EligibilityError: From ``device.step``.
     """
     plan, spec = planned.plan, planned.spec
     start = adapter_of(plan, blob)
@@ -129,7 +128,7 @@ class LocalRound:
         planned: Planned,
         task: RoundTask,
         start: Tensors,
-        trainer: LocalTrainer,
+        trainer: Trainer,
         examples: tuple[Example, ...],
         snapshot: Snapshot,
     ) -> None:
@@ -150,12 +149,10 @@ class LocalRound:
     def updated(self, task: Task) -> Outcome:
         start, held_out, begin = self._begun(task), self._counted, time.perf_counter()
         score = _or_else(lambda: _score(self.trainer, start, held_out), self.unscored)
-        order, control = self.snapshot.generator(self.plan, Draw.ORDER), self.device.limits.control()
+        order, control = self.snapshot.generator(self.plan, Draw.ORDER), self.device.limits.control(self.device.step)
 
         def trained() -> Tensors:
-            return self.trainer.train(
-                start, self.own, task, epochs=task.epochs, rng=order, step=self.device.step, control=control
-            )
+            return self.trainer.train(start, self.own, task, epochs=task.epochs, rng=order, control=control)
 
         after = _or_else(trained, lambda: start) if self.own else start
         log.info("trained on %d examples", len(self.own), extra={"training_seconds": time.perf_counter() - begin})
@@ -236,7 +233,7 @@ def _usable(examples: Sequence[Example], task: RoundTask) -> tuple[Example, ...]
     return usable
 
 
-def _score(trainer: LocalTrainer, adapter: Tensors, held_out: Sequence[Example]) -> Score:
+def _score(trainer: Trainer, adapter: Tensors, held_out: Sequence[Example]) -> Score:
     """Score an adapter; where a loss is not a number, the worst."""
     score = trainer.score(adapter, held_out)
     return score if math.isfinite(score.loss) else Score.worst(score.count)

@@ -115,6 +115,7 @@ class TrainingControl:
         tokens: Most tokens of one pass, with padding. A larger batch is run in parts, whose gradients add up to its own
             (gradient accumulation), so that this bounds memory.
         held_out: The loss of an adapter on held-out examples; needed with a patience.
+        step: Called before each batch; an exception that it raises ends the training.
     """
 
     seconds: float = math.inf  # no step begins after them: the training ends with what it has
@@ -126,6 +127,7 @@ class TrainingControl:
     held_out: Callable[[Tensors], float] | None = None
     until: Callable[[Tensors], bool] | None = None  # whether an adapter needs no further step
     checkpoint: TrainingCheckpoint | None = None
+    step: Callable[[], object] = lambda: None
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], object] = time.sleep
 

@@ -88,7 +88,6 @@ def descend(
     order: Sequence[list[int]],
     gradients_of: GradientsOf,
     task: Task,
-    step: Callable[[], object] = lambda: None,
     *,
     epochs: int,
     control: TrainingControl = UNLIMITED,
@@ -105,15 +104,13 @@ def descend(
         start: All tensors of the adapter, finite, and R of Fed-SB if the task trains it.
         order: The batches of all epochs, as indices of examples.
         gradients_of: Tensors and batch → its mean loss, and the gradients by at least the trained tensors.
-        step: Called before each batch; an exception that it raises ends the training.
         epochs: Passes over the examples in ``order``.
         control: Limits of this device; what it keeps of a training that was interrupted is continued.
 
     Returns:
         All tensors, finite: the last ones, or with ``control.patience`` those with the least loss on held-out examples.
 
-    Raises:
-        DataError: The adapter has none of the parts, or a loss, gradient or trained tensor is not finite.
+    Raises DataError: the adapter has none of the parts, or a loss, gradient or trained tensor is not finite.
     """
     trained = [name for name in start if part_of(name) in task.trained]
     if not trained:
@@ -129,7 +126,7 @@ def descend(
     for number in range(state.steps, len(order)):
         if control.ends(begun, best, values):
             break
-        step()
+        control.step()
         with control.paced():
             loss, raw = gradients_of(values, order[number])
             if not (np.isfinite(loss) and all(np.isfinite(raw[name]).all() for name in trained)):

@@ -9,11 +9,11 @@ from typing import cast
 
 from cachetools import LRUCache, cached
 
-from client.training.trainer import ClassifierTrainer, FrozenBase, LanguageTrainer, LocalTrainer
+from client.training.trainer import ClassifierTrainer, FrozenBase, LanguageTrainer, Trainer
 from edgeadapt.formats.bundle import VerifiedBase
 from edgeadapt.formats.peftconfig import PeftConfig
 
-TrainerOf = Callable[[FrozenBase, int, PeftConfig], LocalTrainer]  # base, labels, configuration → the trainer
+TrainerOf = Callable[[FrozenBase, int, PeftConfig], Trainer]  # base, labels, configuration → the trainer
 
 
 def _key(base: FrozenBase, *rest: object) -> object:
@@ -22,7 +22,7 @@ def _key(base: FrozenBase, *rest: object) -> object:
     return files, *rest
 
 
-def open_trainer(base: FrozenBase, labels: int, config: PeftConfig) -> LocalTrainer:
+def open_trainer(base: FrozenBase, labels: int, config: PeftConfig) -> Trainer:
     """Open a trainer of its own, of a classifier or, without labels, of a language model.
 
     Raises:
@@ -62,6 +62,6 @@ _with_graph = cached(LRUCache(maxsize=1), key=_key, lock=Lock())(_language)
 _with_torch = cached(LRUCache(maxsize=2), key=_key, lock=Lock())(_language)
 
 
-def trainer_of(base: FrozenBase, labels: int, config: PeftConfig) -> LocalTrainer:
+def trainer_of(base: FrozenBase, labels: int, config: PeftConfig) -> Trainer:
     """Open the trainer of a classifier or, without labels, of a language model. Raises as ``open_trainer``."""
     return classifier_trainer(base, labels, config) if labels else language_trainer(base, config)

@@ -24,8 +24,7 @@ def own_counts(bundle: Path, task: EvaluationTask, examples: Sequence[Example]) 
         Shape ``(SIZE,)``: whole numbers, those of the release that is not in the bundle being 0; all of them if it has
         neither.
 
-    Raises:
-        DataError, TrustError: The bundle is damaged or breaks a rule.
+    Raises DataError, TrustError: the bundle is damaged or breaks a rule.
     """
     counts, trusted = np.zeros(SIZE), Trust.open(bundle).bundle
     for name in adapter_names(bundle):

@@ -102,8 +102,7 @@ def parse_examples(raw: bytes, path: Path, labels: int | None = None) -> tuple[E
         labels: The number of labels; every example's label must be below it. None: any label is accepted. 0: for a
             language model, a label is neither needed nor read.
 
-    Raises:
-        DataError: It is not UTF-8, a line is not an example, or there is no training example.
+    Raises DataError: it is not UTF-8, a line is not an example, or there is no training example.
     """
     try:
         # Not splitlines: JSON strings may contain U+2028 and other line separators.

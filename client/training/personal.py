@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from client.training.control import UNLIMITED, TrainingControl
 from client.training.examples import Example, Score, Split, in_split
-from client.training.moments import own_moments
 from client.training.trainer import ClassifierTrainer
-from edgeadapt.formats.layout import Layout, Tensors
+from edgeadapt.formats.layout import Floats, Layout, Tensors
 from edgeadapt.rounds.analytic import ClassifierHead, refit
+from edgeadapt.rounds.ridge import EmbeddingMoments, moments_of
 from edgeadapt.rounds.task import Task
 
 # Chosen for ``with_own_head`` on households of validation seeds: MiniLM and multilingual-e5-small are equally good with
@@ -89,7 +89,7 @@ class PersonalStep:
     patience: int = 0
 
 
-def personalize(
+def personalize(  # noqa: PLR0913  # three of them by name
     trainer: ClassifierTrainer,
     candidates: Mapping[Candidate, Tensors],
     examples: Sequence[Example],
@@ -98,7 +98,6 @@ def personalize(
     *,
     rng: np.random.Generator,
     plain: Sequence[Example] = (),
-    step: Callable[[], object] = lambda: None,
     control: TrainingControl = UNLIMITED,
 ) -> Personalization:
     """Make a personal adapter from the global one and the training examples, and keep it or another candidate.
@@ -107,7 +106,7 @@ def personalize(
         candidates: The base and the global adapter.
         examples: Of the device, all splits.
         how: The step; fine-tuning for 0 epochs makes nothing, and leaves ``candidates`` to choose from.
-        rng, step: As for ``Trainer.train``.
+        rng, control: As for ``Trainer.train``.
         plain: Public texts of which the personal adapter must answer as many right as the global one (``rehearsal``).
             One that does not is moved towards the global adapter, in quarters of the way, until it does; it is not a
             candidate if only the global adapter does.
@@ -118,14 +117,13 @@ def personalize(
         the most personal one by a sign test (``better_by_chance``) at ``CHANCE``; it, if there are none. Without
         held-out examples the most personal candidate.
 
-    Raises:
-        DataError: As ``Trainer.train`` and ``with_own_head``.
+    Raises DataError as ``Trainer.train`` and ``with_own_head``.
     """
     adapters, held_out = dict(candidates), in_split(examples, Split.VALIDATION)
     if how.patience and held_out:
         control = replace(control, patience=how.patience, held_out=lambda found: trainer.score(found, held_out).loss)
     if how.epochs or how.method is not PersonalMethod.FINE_TUNE:
-        train = partial(trainer.train, rng=rng, step=step, control=control)
+        train = partial(trainer.train, rng=rng, control=control)
         shared = candidates[Candidate.GLOBAL]
         own = _personal(trainer, shared, examples, task, how, train)
         if (kept := _remembering(trainer, shared, own, plain)) is not None:
@@ -249,8 +247,7 @@ def with_own_head(
         scale: Logit of a score of 1, as of the federation's rounds.
         strength: As many examples as the previous head counts for in each direction.
 
-    Raises:
-        DataError: The adapter has no classification head, or an embedding is not finite.
+    Raises DataError: the adapter has no classification head, or an embedding is not finite.
     """
     return refit(adapter, own_moments(trainer, adapter, examples), strength=strength, scale=scale)
 
@@ -266,10 +263,22 @@ def with_both_heads(
         tuned: The fine-tuned adapter, whose embeddings both heads read.
         shared: The adapter with the shared head, after a round of the analytic head.
 
-    Raises:
-        DataError: As ``with_own_head``.
+    Raises DataError as ``with_own_head``.
     """
     head = ClassifierHead.of(Layout.of(tuned))
     names = (head.weight, head.bias)
     own = with_own_head(trainer, tuned | {name: shared[name] for name in names}, examples, scale=scale)
     return tuned | {name: tuned[name] + own[name] for name in names}
+
+
+def own_moments(trainer: ClassifierTrainer, adapter: Tensors, examples: Sequence[Example]) -> EmbeddingMoments:
+    """Compute the moments of the embedded training examples. Raises DataError if the adapter does not have a head."""
+    own = in_split(examples, Split.TRAIN)
+    labels = np.array([example.label for example in own], np.int64)
+    return moments_of(embedded(trainer, adapter, own), labels, ClassifierHead.of(Layout.of(adapter)).labels)
+
+
+def embedded(trainer: ClassifierTrainer, adapter: Tensors, examples: Sequence[Example]) -> Floats:
+    """Embed, shape ``(len(examples), hidden)``; zeros for an example that overflows, which counts all the same."""
+    embeddings = trainer.embed([example.text for example in examples], adapter)
+    return np.where(np.isfinite(embeddings).all(axis=1, keepdims=True), embeddings, np.float32(0))

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from threading import RLock
+from typing import cast
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from client.training.denormals import flushes
 from client.training.encoding import TextEncoder
-from client.training.trainer import ClassifierTrainer, LanguageTrainer
+from client.training.trainer import ClassifierTrainer, LanguageTrainer, Trainer
 from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import Base
 from edgeadapt.bases.traininggraph import TrainingBatch
@@ -120,6 +121,11 @@ def language(base: Base, config: PeftConfig) -> LanguageTrainer:
         config.num_virtual_tokens,
     )
     return LanguageTrainer(TorchEngine(base, model, config), encoder)
+
+
+def model_of(trainer: Trainer) -> PeftModel:
+    """Return the model of a trainer with torch."""
+    return cast(TorchEngine, trainer.engine).model
 
 
 @contextmanager

@@ -9,7 +9,7 @@ threads: the model stays in evaluation mode (no dropout), and the generator orde
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,52 +70,18 @@ class Engine(Protocol):
         ...
 
 
-class LocalTrainer(Protocol):
-    """What a device trains with: a ``Trainer``, or in simulations an attacker's."""
-
-    @property
-    def layout(self) -> Layout: ...
-
-    @property
-    def base(self) -> FrozenBase: ...
-
-    def train(
-        self,
-        start: Tensors,
-        examples: Sequence[Example],
-        task: Task,
-        *,
-        epochs: int,
-        rng: np.random.Generator,
-        step: Callable[[], object] = lambda: None,
-        control: TrainingControl = UNLIMITED,
-    ) -> Tensors: ...
-
-    def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
-        """Score an adapter on held-out examples; all zeros if there are none."""
-        ...
-
-
 class Trainer:
     """An engine with an objective. Threads may share it."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    @property
-    def engine(self) -> Any:
-        return self._engine
-
-    @property
-    def base(self) -> FrozenBase:
-        return self._engine.base
-
-    @property
-    def layout(self) -> Layout:
-        return self._engine.layout
+        self.engine, self.base, self.layout = engine, engine.base, engine.layout
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
         """Make tokens and targets of each example, in order. Raises as ``TextEncoder.encode``."""
+        raise NotImplementedError
+
+    def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
+        """Score an adapter on held-out examples; all zeros if there are none."""
         raise NotImplementedError
 
     def train(
@@ -126,7 +92,6 @@ class Trainer:
         *,
         epochs: int,
         rng: np.random.Generator,
-        step: Callable[[], object] = lambda: None,
         control: TrainingControl = UNLIMITED,
     ) -> Tensors:
         """Train for ``epochs`` passes over ``examples``. The loss is the mean cross-entropy of a batch's targets.
@@ -136,14 +101,13 @@ class Trainer:
             examples: At least one.
             task: Batch size, optimizer and its settings; parts that it does not train stay.
             rng: Draws the order of the examples.
-            step: Called before each batch; an exception that it raises ends the training.
+            control: Limits of this device.
 
         Returns:
             Tensors in ``layout``, and R if the task trains it (``edgeadapt.methods.lorasb``), float32 and finite.
             Guarantee: equal arguments give equal tensors, whatever was trained before, and the base does not change.
 
-        Raises:
-            DataError: There are no examples, or as ``descend``.
+        Raises DataError: there are no examples, or as ``descend``.
         """
         if not examples:
             raise DataError("there are no examples to train on; add some", about="examples", value=0)
@@ -155,7 +119,7 @@ class Trainer:
             return (run for _, run in self._batches(texts, [share] * len(texts), control.tokens))
 
         order = list(batches([len(text.ids) for text in encoded], task.batch_size, epochs, rng))
-        return self._descend(start, order, of_batch, task, step, epochs, control)
+        return self._descend(start, order, of_batch, task, epochs, control)
 
     def teach(
         self,
@@ -176,10 +140,10 @@ class Trainer:
         half = 0.5 if rehearsed else 1.0
         shares = [half / len(group) for group in (taught, rehearsed) for _ in group]
         whole = self.weighted([*taught, *rehearsed], shares)
-        control = TrainingControl(MAX_SECONDS, until=lambda adapter: self.has_learned(adapter, taught))
-        task = Task(self._engine.config, (), 1, len(shares), rate, 0.0, 0.0, PARTS, PARTS)
+        control = TrainingControl(MAX_SECONDS, until=lambda adapter: self.has_learned(adapter, taught), step=step)
+        task = Task(self.engine.config, (), 1, len(shares), rate, 0.0, 0.0, PARTS, PARTS)
         try:
-            return self._descend(start, [[]] * MAX_STEPS, lambda _: whole, task, step, 1, control)
+            return self._descend(start, [[]] * MAX_STEPS, lambda _: whole, task, 1, control)
         except DataError as error:
             if error.about != "training.loss":
                 raise
@@ -202,22 +166,21 @@ class Trainer:
         order: Sequence[list[int]],
         of_batch: Callable[[list[int]], Iterable[TrainingBatch]],
         task: Task,
-        step: Callable[[], object],
         epochs: int,
         control: TrainingControl,
     ) -> Tensors:
         begun, wanted = self.layout.select(start), {*task.trained}
-        gradients_of: GradientsOf = lambda adapter, batch: self._engine.gradients(adapter, of_batch(batch))  # noqa: E731
+        gradients_of: GradientsOf = lambda adapter, batch: self.engine.gradients(adapter, of_batch(batch))  # noqa: E731
         if Part.R in task.trained:
             gradients_of, begun, wanted = _by_squares(gradients_of, begun), unfolded(begun), wanted | {Part.B}
-        with self._engine.training(begun, {name for name in begun if part_of(name) in wanted}):
-            return descend(begun, order, gradients_of, task, step, epochs=epochs, control=control)
+        with self.engine.training(begun, {name for name in begun if part_of(name) in wanted}):
+            return descend(begun, order, gradients_of, task, epochs=epochs, control=control)
 
     def _batches(
         self, texts: Sequence[Encoded], shares: Sequence[float], at_once: int
     ) -> Iterator[tuple[list[Encoded], TrainingBatch]]:
         """Group texts in runs of at most ``at_once`` tokens. ``shares``: of the loss, of each target of a text."""
-        virtual = self._engine.config.num_virtual_tokens
+        virtual = self.engine.config.num_virtual_tokens
         for places in parts([len(text.ids) + virtual for text in texts], at_once):
             run = [texts[place] for place in places]
             ids, mask = pad([text.ids.tolist() for text in run])
@@ -277,14 +240,14 @@ class ClassifierTrainer(Trainer):
 
     def logits(self, adapter: Tensors, texts: Sequence[str]) -> NDArray[np.float32]:
         """Compute logits, shape ``(len(texts), labels)``; ``(0, 0)`` without texts."""
-        return self._engine.logits(adapter, self.tokens(texts)) if texts else np.zeros((0, 0), np.float32)
+        return self.engine.logits(adapter, self.tokens(texts)) if texts else np.zeros((0, 0), np.float32)
 
     def embed(self, texts: Sequence[str], adapter: Tensors | None = None) -> NDArray[np.float32]:
         """Embed texts, shape ``(len(texts), hidden)``, each of L2 norm 1; without an adapter the frozen base's.
 
         Raises ConfigError: the base has another head than one over the mean of its tokens.
         """
-        return self._engine.embed(adapter, self.tokens(texts))
+        return self.engine.embed(adapter, self.tokens(texts))
 
 
 class LanguageTrainer(Trainer):
@@ -318,7 +281,7 @@ class LanguageTrainer(Trainer):
         """Yield the examples by length, each with the log-likelihood of its targets and which are the most likely."""
         encoded = sorted(self.encode(examples), key=lambda text: len(text.ids))
         runs = list(self._batches(encoded, [0.0] * len(encoded), TOKENS))
-        scores = self._engine.scores(adapter, (batch for _, batch in runs))
+        scores = self.engine.scores(adapter, (batch for _, batch in runs))
         for (texts, _), (nats, hits) in zip(runs, scores, strict=True):
             ends = np.cumsum([len(text.targets) for text in texts])[:-1]
             yield from zip(texts, np.split(nats, ends), np.split(hits, ends), strict=True)

@@ -248,8 +248,7 @@ def _said() -> Iterator[None]:
         ) from error
     except BadVersionNumberError as error:
         raise TrustError(
-            f"the repository is older than it was before ({error}): the bundle in use stays",
-            about="repository.version",
+            f"the repository is older than it was before ({error}): the bundle in use stays", about="repository.version"
         ) from error
     except (LengthOrHashMismatchError, DownloadLengthMismatchError) as error:
         reason = f"a file is not what the repository has signed ({error}): the bundle in use stays"

@@ -2,27 +2,32 @@
 
 import json
 import os
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
 from aggregation.errors import ConfigError, EdgeAdaptError
-from coordinator.cli import services
-from coordinator.cli.backup import backup, restore
-from coordinator.cli.dashboard import dashboard
-from coordinator.cli.evaluate import evaluate
-from coordinator.cli.options import as_json, directory
-from coordinator.cli.rounds import rounds
 from edgeadapt.formats import storage
 from edgeadapt.formats.settings import overridden
 
 if TYPE_CHECKING:
+    from coordinator.backup import Backup, Report
     from coordinator.launch import Connection
+    from coordinator.services.supervisor import ServiceEvent
     from coordinator.statedir import CoordinatorStateDir
+    from coordinator.status import SessionProgress
 
+directory = click.argument("state_dir", type=click.Path(path_type=Path), metavar="DIR")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 FILE = click.Path(path_type=Path, dir_okay=False)
+FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -40,15 +45,6 @@ def coordinator() -> None:
     'edgeadapt coordinator up fleet' runs the SuperLink, the gateway and the rounds, and looks after them.
     'edgeadapt coordinator dashboard fleet' shows them in a browser.
     """
-
-
-coordinator.add_command(services.up)
-coordinator.add_command(services.stop)
-coordinator.add_command(dashboard)
-coordinator.add_command(evaluate)
-coordinator.add_command(rounds)
-coordinator.add_command(backup)
-coordinator.add_command(restore)
 
 
 @coordinator.command(short_help="Make a coordinator: key, settings, empty registry.")
@@ -87,11 +83,10 @@ def init(
       edgeadapt coordinator init fleet --authority authority.pem --gateway 0.0.0.0:9443 --superlink 0.0.0.0:8000
     """
     from aggregation.entropy import SystemEntropy
-    from coordinator.servicesettings import ServiceSettings
-    from coordinator.settings import SETTINGS, FederationSettings
-    from coordinator.statedir import KEY, PUBLIC_KEY, CoordinatorStateDir
+    from coordinator.settings import SETTINGS, FederationSettings, ServiceSettings
+    from coordinator.statedir import KEY, CoordinatorStateDir
     from edgeadapt.formats.keyfiles import MAX_PEM
-    from edgeadapt.formats.registryfiles import RegistrySettings
+    from edgeadapt.formats.registryfiles import PUBLIC_KEY, RegistrySettings
 
     settings = FederationSettings.parse(overridden({}, overrides), "--set")
     services = ServiceSettings.parse({"gateway": gateway, "superlink": superlink}, "--gateway and --superlink")
@@ -316,8 +311,8 @@ def upgrade(state_dir: Path, as_json: bool) -> None:
       edgeadapt coordinator upgrade fleet
     """
     from coordinator.registry import migrations
-    from coordinator.statedir import TRANSCRIPT, registry_url, run_lock
-    from edgeadapt.formats.registryfiles import SCHEMA, require
+    from coordinator.statedir import registry_url, run_lock
+    from edgeadapt.formats.registryfiles import SCHEMA, TRANSCRIPT, require
 
     require(state_dir)
     with run_lock(state_dir):
@@ -326,3 +321,354 @@ def upgrade(state_dir: Path, as_json: bool) -> None:
         click.echo(json.dumps({"state": str(state_dir), "from": before, "to": SCHEMA}))
         return
     click.echo(f"revision {before} → {SCHEMA}" if before != SCHEMA else f"revision {SCHEMA}: nothing to do")
+
+
+@coordinator.command(short_help="Let the next round compare the two releases of a rollout.")
+@directory
+@click.option(
+    "--releases",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    metavar="REPO",
+    help="The repository of channels.",
+)
+@click.option("--channel", required=True, metavar="CHANNEL", help="The channel with the rollout.")
+@click.option("--adapter", default="global", show_default=True, metavar="NAME", help="Of both releases.")
+@as_json
+def evaluate(state_dir: Path, releases: Path, channel: str, adapter: str, as_json: bool) -> None:
+    """Add a round of evaluation to the federation of DIR, after those that are still to do.
+
+    In it devices train nothing: each counts the right answers of the release that it has to its own held-out examples,
+    and the round sums the counts of the newest release and of the one before, as it would sum updates. The settings in
+    DIR/federation.toml are written anew. 'edgeadapt adapters verdict' and 'watch' read the result.
+
+    The counts have the noise of evaluation.noise_multiplier, or that of the federation if it is more. What the accuracy
+    of a release is off by depends on how many devices have it: an evaluation needs a few dozen of each.
+
+    \b
+    Example:
+      edgeadapt coordinator evaluate fleet --releases releases --channel stable
+    """
+    from datetime import UTC, datetime
+
+    from coordinator.settings import SETTINGS
+    from coordinator.statedir import HEADER, CoordinatorStateDir
+    from edgeadapt.releases.repository import ChannelRepository
+
+    opened = CoordinatorStateDir.open(state_dir)
+    repository = ChannelRepository.open(releases, datetime.now(UTC))
+    newest, previous = repository.compared(channel, adapter)
+    with opened.locked():
+        settings = opened.settings.with_evaluation(len(opened.registry.rounds()), newest, previous)
+        storage.replace(state_dir / SETTINGS, HEADER + settings.to_toml().encode(), storage.PUBLIC)
+    row = {"round": settings.rounds, "newest": newest, "previous": previous}
+    line = (
+        f"round {settings.rounds} compares {newest[:16]} with {previous[:16]}: run it with 'edgeadapt coordinator run'"
+    )
+    click.echo(json.dumps(row) if as_json else line)
+
+
+@coordinator.command(short_help="Serve a live page, and metrics for Prometheus.")
+@directory
+@click.option("--listen", default="127.0.0.1:9500", show_default=True, metavar="HOST:PORT", help="Serve here.")
+@click.option(
+    "--channels", type=click.Path(path_type=Path), metavar="DIR", help="Show a repository of channels as well."
+)
+def dashboard(state_dir: Path, listen: str, channels: Path | None) -> None:
+    """Serve a page with rounds, dropouts, accuracy, privacy, services and channels, and /metrics for Prometheus.
+
+    Log in with the token in DIR/dashboard.token, which the first start makes; Prometheus sends it as a bearer token. On
+    127.0.0.1 there is no TLS: reach it from elsewhere through a tunnel, such as 'ssh -L 9500:127.0.0.1:9500 HOST'. On
+    other addresses it has DIR/tls.key and DIR/tls.pem. It shows no device's name, and nothing can be changed there.
+
+    \b
+    Examples:
+      edgeadapt coordinator dashboard fleet
+      edgeadapt coordinator dashboard fleet --listen fleet.example:9500 --channels releases
+    """
+    from aggregation.entropy import SystemEntropy
+    from coordinator.dashboard.server import TOKEN, read_token, serve
+    from coordinator.dashboard.view import ChannelsView, Viewer
+    from coordinator.servertls import TlsFiles
+    from coordinator.settings import is_address, is_loopback
+    from coordinator.statedir import CoordinatorStateDir
+
+    if not is_address(listen):
+        raise ConfigError(f"{listen!r} is not HOST:PORT with a port from 1 to 65535", about="--listen", value=listen)
+    opened, tls = CoordinatorStateDir.open(state_dir), None
+    releases = None if channels is None else ChannelsView(channels)
+    if releases is not None:
+        releases.look()
+    if not is_loopback(listen):
+        tls = TlsFiles(opened)
+    token = read_token(state_dir, SystemEntropy())
+    click.echo(f"http{'s' if tls else ''}://{listen}/: log in with the token in {state_dir / TOKEN}", err=True)
+    serve(Viewer(opened, releases).look, token, listen, tls)
+
+
+@coordinator.command(short_help="Run SuperLink, gateway and rounds.")
+@directory
+@click.option("--json", "as_json", is_flag=True, help="Write each line as a JSON object.")
+def up(state_dir: Path, as_json: bool) -> None:
+    """Run what DIR/services.toml names, until all rounds are done: Flower's SuperLink, the gateway, the rounds.
+
+    Each is started when the one before is ready, and again, after a pause that doubles, when it ends too soon. Ctrl-C,
+    SIGTERM or 'edgeadapt coordinator stop' stops them in reverse order; a round that is under way is lost. If this
+    process is killed, they end as well. Lines on standard error say what happens and what the services write.
+
+    While another coordinator leads the same registry in PostgreSQL, they wait, and take over when that one is gone.
+
+    Both listen with DIR/tls.key and DIR/tls.pem, which must be for the hosts at which devices reach them.
+
+    \b
+    Examples:
+      edgeadapt coordinator up fleet
+      edgeadapt coordinator up fleet --json 2> fleet.log
+    """
+    from coordinator.services.deployment import up
+
+    lock = threading.Lock()
+
+    def report(event: "ServiceEvent") -> None:
+        line = json.dumps(_event_row(event)) if as_json else _event_line(event)
+        with lock:
+            click.echo(line, err=True)
+
+    up(state_dir, report)
+
+
+@coordinator.command(short_help="Stop what 'up' runs.")
+@directory
+def stop(state_dir: Path) -> None:
+    """Stop what 'edgeadapt coordinator up DIR' runs, and wait until it has ended.
+
+    \b
+    Example:
+      edgeadapt coordinator stop fleet
+    """
+    from coordinator.services.deployment import stop
+
+    click.echo("stopped" if stop(state_dir) else f"no services of {state_dir} run")
+
+
+def _event_row(event: "ServiceEvent") -> dict[str, str | int | float]:
+    head = {"time": _time(event), "service": event.service, "event": event.happening.value}
+    return {**head, **{name: _plain(value) for name, value in event.details.items()}}
+
+
+def _event_line(event: "ServiceEvent") -> str:
+    details = (f"{name}={_plain(value)}" for name, value in event.details.items() if name != "text")
+    text = [_plain(value) for name, value in event.details.items() if name == "text"]
+    return " ".join(map(str, [_time(event), event.service, event.happening.value, *details, *text]))
+
+
+def _time(event: "ServiceEvent") -> str:
+    return event.at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _plain(value: str | int | float) -> str | int | float:
+    """Remove colors and other control characters, which could imitate a line or move the cursor."""
+    if not isinstance(value, str):
+        return value
+    return "".join(c if c.isprintable() else " " for c in click.unstyle(value))
+
+
+@coordinator.command(short_help="Copy the coordinator to a file, while it runs.")
+@directory
+@click.option("--out", type=FILE, required=True, metavar="FILE", help="The archive; a new file.")
+@click.option(
+    "--keys", is_flag=True, help="With signing.pem, tls.key and next.tls.key: keep the archive as safe as them."
+)
+@click.option(
+    "--standby", is_flag=True, help="For a second machine with the same registry: settings and certificates alone."
+)
+@as_json
+def backup(state_dir: Path, out: Path, keys: bool, standby: bool, as_json: bool) -> None:
+    """Copy the coordinator in DIR to a tar archive: registry, adapters, logs, settings, certificates.
+
+    It may run meanwhile. The copy is of the last round that is done; logs are cut where the registry ends. A registry
+    in PostgreSQL or a bucket is copied too, and can be restored to files or to another database.
+
+    DIR signs the archive's manifest. Its owner alone can read the archive, and without --keys it has no secret.
+
+    With --standby the archive makes a second coordinator, which waits and takes over when the first one is gone. Both
+    share the registry in PostgreSQL, and a bucket or mounted folder with the adapters.
+
+    \b
+    Examples:
+      edgeadapt coordinator backup fleet --out fleet-monday.tar
+      edgeadapt coordinator backup fleet --out /media/safe/fleet.tar --keys
+      edgeadapt coordinator backup fleet --out standby.tar --standby --keys
+    """
+    from coordinator.backup import back_up, back_up_for_standby
+    from coordinator.statedir import CoordinatorStateDir
+    from edgeadapt.formats.registrystores import is_local, shown
+
+    opened = CoordinatorStateDir.open(state_dir)
+    with _progress(f"copying {state_dir}") as report:
+        archived = (back_up_for_standby if standby else back_up)(opened, out, keys=keys, report=report)
+    _print_backup(archived, "archive", out, as_json)
+    if standby and is_local(url := opened.registry.engine.url):  # a proxy on both machines, or a mistake
+        click.echo(
+            f"{shown(url)} is an address of this machine: the other one must reach that database by it", err=True
+        )
+
+
+@coordinator.command(short_help="Make a state directory from a backup.")
+@directory
+@click.option("--archive", type=FILE, required=True, metavar="FILE", help="From 'edgeadapt coordinator backup'.")
+@click.option("--key", type=FILE, metavar="FILE", help="signing.pem, if the archive does not have it.")
+@click.option(
+    "--coordinator",
+    type=FILE,
+    metavar="FILE",
+    help="coordinator.pem, as devices pin it. Default: that of --key, or else the archive's own, whose signature then "
+    "shows only that nothing is damaged.",
+)
+@click.option("--database", default="", metavar="URL", help="Keep the registry in this PostgreSQL database, a new one.")
+@click.option("--blobs", default="", metavar="URL", help="Keep the adapters here. Default: in DIR.")
+@as_json
+def restore(
+    state_dir: Path,
+    archive: Path,
+    key: Path | None,
+    coordinator: Path | None,
+    database: str,
+    blobs: str,
+    as_json: bool,
+) -> None:
+    """Make the new folder DIR from an archive, after every signature and digest in it was verified.
+
+    The registry is as it was, whatever database it was in, and the digest of it that is printed is the one that
+    'backup' printed. Run one coordinator only: the old one must not run any more.
+
+    An archive of 'backup --standby' needs --coordinator or --key. Both coordinators may run then, and one of them
+    leads. This machine must reach the database, and PGPASSFILE or ~/.pgpass have its password.
+
+    \b
+    Examples:
+      edgeadapt coordinator restore fleet --archive fleet-monday.tar --key signing.pem
+      edgeadapt coordinator restore fleet --archive standby.tar --coordinator coordinator.pem
+      edgeadapt coordinator restore fleet --archive fleet.tar --database postgresql://edgeadapt@db.example/fleet
+    """
+    from aggregation.errors import of_file
+    from aggregation.pki.identity import PublicKey
+    from coordinator.backup import restore
+    from edgeadapt.formats.keyfiles import MAX_PEM
+    from edgeadapt.formats.registryfiles import RegistrySettings
+
+    stores = RegistrySettings.parse({"database": database, "blobs": blobs}, "--database and --blobs")
+    trusted = None
+    if coordinator is not None:
+        with of_file(coordinator):
+            trusted = PublicKey.from_pem(storage.read(coordinator, MAX_PEM))
+    with _progress(f"restoring {state_dir}") as report:
+        restored = restore(
+            archive,
+            state_dir,
+            key=storage.read(key, MAX_PEM) if key else None,
+            trusted=trusted,
+            stores=stores if database or blobs else None,
+            report=report,
+        )
+    _print_backup(restored, "state", state_dir, as_json)
+
+
+def _print_backup(made: "Backup", what: str, place: Path, as_json: bool) -> None:
+    newest = made.manifest
+    row = {"version": newest.version, "round": newest.round, "files": made.files, "bytes": made.size}
+    if as_json:
+        click.echo(json.dumps({what: str(place), **row, "registry": newest.registry, "key": made.key_id}))
+        return
+    version = "no version" if newest.version is None else f"version {newest.version}"
+    click.echo(f"{place}: {version}, round {newest.round}, {made.files} files, {made.size:,} bytes")
+    if newest.registry is not None:
+        click.echo(f"registry     {newest.registry}")
+    click.echo(f"coordinator  {made.key_id}")
+
+
+@contextmanager
+def _progress(label: str) -> Iterator["Report"]:
+    """Show a bar on standard error; it moves where that is a terminal."""
+    with click.progressbar(length=1, label=label, file=sys.stderr) as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.length = total
+            bar.update(done)
+
+        yield report
+
+
+LOOK = 0.5  # seconds between two polls
+
+
+@coordinator.command(short_help="Show the rounds, and with --follow those to come.")
+@directory
+@click.option("--follow", is_flag=True, help="Wait for those to come, until all are done.")
+@as_json
+def rounds(state_dir: Path, follow: bool, as_json: bool) -> None:
+    """Show each round of the coordinator in DIR. With --json each is an object on a line.
+
+    --follow waits for those to come, and shows the step that is under way. It only reads: Ctrl-C ends nothing else.
+
+    \b
+    Examples:
+      edgeadapt coordinator rounds fleet
+      edgeadapt coordinator rounds fleet --follow
+      edgeadapt coordinator rounds fleet --follow --json
+    """
+    from coordinator.statedir import CoordinatorStateDir
+    from coordinator.status import LogFollower, heading, round_lines, round_row
+    from edgeadapt.formats.registryfiles import TRANSCRIPT
+
+    opened, shown = CoordinatorStateDir.open(state_dir), 0
+    follower, live = LogFollower(state_dir / TRANSCRIPT), _LiveLine(follow and sys.stderr.isatty())
+    if not as_json:
+        click.echo(heading(_width(sys.stdout)))
+    try:
+        while True:
+            for record in opened.registry.rounds(shown + 1):
+                live.show("")
+                row = round_row(record)
+                lines = [json.dumps(row)] if as_json else round_lines(row, _width(sys.stdout))
+                click.echo("\n".join(lines))
+                shown += 1
+            if not follow or shown >= opened.settings.rounds:
+                return
+            live.show(_under_way(shown + 1, follower.look()))
+            time.sleep(LOOK)
+    finally:
+        live.show("")
+
+
+@dataclass(slots=True)
+class _LiveLine:
+    """The last line of a terminal, which is replaced; nothing elsewhere."""
+
+    on: bool
+    _shown: str = ""
+
+    def show(self, text: str) -> None:
+        """Replace it. What does not fit is cut off: of a line that the terminal has wrapped, only the end is erased."""
+        if not self.on:
+            return
+        text = text[: max(_width(sys.stderr) - 1, 0)]
+        if text != self._shown:
+            click.echo(f"\r\x1b[K{text}", nl=False, err=True)
+            self._shown = text
+
+
+def _width(file: TextIO) -> int:
+    """Columns of the terminal that a stream writes to; 0 without one."""
+    try:
+        return os.get_terminal_size(file.fileno()).columns
+    except (OSError, ValueError):
+        return 0
+
+
+def _under_way(number: int, progress: "SessionProgress | None") -> str:
+    """Name the step of a round, shorter than 40 columns up to 999 devices."""
+    if progress is None or progress.step is None:
+        return f"round {number}: waiting"
+    devices = f"{progress.answered} of {progress.devices or '?'} devices"
+    return f"round {number}, {progress.step.value}: {devices}"

@@ -13,7 +13,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
@@ -33,10 +33,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
-from coordinator.dashboard.metrics import exposition
+from coordinator.dashboard.view import exposition
+from coordinator.gateway.carriers import LOOPBACK
 from coordinator.gateway.places import Entrance, Turns
 from coordinator.servertls import TlsSource, context
-from coordinator.servicesettings import is_loopback
+from coordinator.settings import is_loopback
 from edgeadapt.formats import storage
 from edgeadapt.formats.keyfiles import MAX_PEM
 
@@ -52,7 +53,6 @@ MAX_FORM = 4096  # bytes
 PATIENCE = 1.0  # seconds that a wrong token costs its network; one at a time
 STOPPING = 5  # seconds for open streams to end; they look once a second
 MAX_STREAMS = 32
-LOCAL = ("127.0.0.1", "localhost", "::1")
 HEADERS = (
     (b"cache-control", b"no-store"),
     (
@@ -198,6 +198,76 @@ def _host(headers: Headers) -> str | None:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """What is served at each path."""
+
+    logins: Logins
+    feed: Feed
+    secure: bool  # whether it is served over TLS
+
+    async def page(self, request: Request) -> Response:
+        return FileResponse(PAGE / "index.html") if await self.logins.allows(request) else _to_login()
+
+    async def log_in(self, request: Request) -> Response:
+        if request.method != "POST":
+            return _login()
+        session = await self.logins.open(request, await _given_token(request))
+        if session is None:
+            return _login(refused=True)
+        answer = RedirectResponse("/", HTTPStatus.SEE_OTHER)
+        answer.set_cookie(COOKIE, session, int(LOGIN_SECONDS), **self._cookie)
+        return answer
+
+    async def log_out(self, request: Request) -> Response:
+        self.logins.close(request)
+        answer = _to_login()
+        answer.delete_cookie(COOKIE, **self._cookie)
+        return answer
+
+    @property
+    def _cookie(self) -> Any:
+        return {"httponly": True, "samesite": "strict", "secure": self.secure}
+
+    def guarded(self, serve: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        """Serve those only who have the token or a session."""
+
+        async def guard(request: Request) -> Response:
+            if not await self.logins.allows(request):
+                return Response("log in\n", HTTPStatus.UNAUTHORIZED, {"www-authenticate": "Bearer"})
+            return await serve(request)
+
+        return guard
+
+    async def view(self, _: Request) -> Response:
+        fleet = await self.feed.now()
+        return JSONResponse(fleet, HTTPStatus.SERVICE_UNAVAILABLE if "error" in fleet else HTTPStatus.OK)
+
+    async def events(self, request: Request) -> Response:
+        if self.feed.streams >= MAX_STREAMS:
+            return Response("too many pages are open\n", HTTPStatus.SERVICE_UNAVAILABLE)
+        has_session = self.logins.is_open(request)
+        allowed = lambda: self.logins.is_open(request) or not has_session  # noqa: E731
+        return StreamingResponse(self.feed.events(allowed), media_type="text/event-stream")
+
+    async def metrics(self, _: Request) -> Response:
+        fleet = await self.feed.now()
+        if "error" in fleet:
+            return Response(fleet["error"] + "\n", HTTPStatus.SERVICE_UNAVAILABLE)
+        return Response(exposition(fleet), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _static(request: Request) -> Response:
+    name = request.path_params["name"]
+    if name not in FILES:
+        return Response(status_code=HTTPStatus.NOT_FOUND)
+    return FileResponse(PAGE / name, media_type=FILES[name])
+
+
+async def _health(_: Request) -> Response:
+    return Response("ok\n")
+
+
 def application(
     look: Look, token: str, hosts: Callable[[], Collection[str]], *, secure: bool, entrance: Entrance | None = None
 ) -> Starlette:
@@ -208,73 +278,19 @@ def application(
         hosts: Names by which it may be called now: a foreign site whose name resolves to this machine is refused.
         entrance: Where it listens; None if it is called within a process.
     """
-    logins, feed = Logins(token, entrance), Feed(look)
-
-    async def page(request: Request) -> Response:
-        return FileResponse(PAGE / "index.html") if await logins.allows(request) else _to_login()
-
-    async def static(request: Request) -> Response:
-        name = request.path_params["name"]
-        if name not in FILES:
-            return Response(status_code=HTTPStatus.NOT_FOUND)
-        return FileResponse(PAGE / name, media_type=FILES[name])
-
-    async def ask(_: Request) -> Response:
-        return _login()
-
-    async def log_in(request: Request) -> Response:
-        session = await logins.open(request, await _given_token(request))
-        if session is None:
-            return _login(refused=True)
-        answer = RedirectResponse("/", HTTPStatus.SEE_OTHER)
-        answer.set_cookie(COOKIE, session, int(LOGIN_SECONDS), httponly=True, samesite="strict", secure=secure)
-        return answer
-
-    async def log_out(request: Request) -> Response:
-        logins.close(request)
-        answer = _to_login()
-        answer.delete_cookie(COOKIE, httponly=True, samesite="strict", secure=secure)
-        return answer
-
-    async def view(request: Request) -> Response:
-        if not await logins.allows(request):
-            return _refused()
-        fleet = await feed.now()
-        return JSONResponse(fleet, HTTPStatus.SERVICE_UNAVAILABLE if "error" in fleet else HTTPStatus.OK)
-
-    async def events(request: Request) -> Response:
-        if not await logins.allows(request):
-            return _refused()
-        if feed.streams >= MAX_STREAMS:
-            return Response("too many pages are open\n", HTTPStatus.SERVICE_UNAVAILABLE)
-        has_session = logins.is_open(request)
-        allowed = lambda: logins.is_open(request) or not has_session  # noqa: E731
-        return StreamingResponse(feed.events(allowed), media_type="text/event-stream")
-
-    async def metrics(request: Request) -> Response:
-        if not await logins.allows(request):
-            return _refused()
-        fleet = await feed.now()
-        if "error" in fleet:
-            return Response(fleet["error"] + "\n", HTTPStatus.SERVICE_UNAVAILABLE)
-        return Response(exposition(fleet), media_type=CONTENT_TYPE_LATEST)
-
-    async def health(_: Request) -> Response:
-        return Response("ok\n")
-
+    pages = Pages(Logins(token, entrance), Feed(look), secure)
     routes = [
-        Route("/", page),
-        Route("/files/{name}", static),
-        Route("/login", ask),
-        Route("/login", log_in, methods=["POST"]),
-        Route("/logout", log_out, methods=["POST"]),
-        Route("/view.json", view),
-        Route("/events", events),
-        Route("/metrics", metrics),
-        Route("/health", health),
+        Route("/", pages.page),
+        Route("/files/{name}", _static),
+        Route("/login", pages.log_in, methods=["GET", "POST"]),
+        Route("/logout", pages.log_out, methods=["POST"]),
+        Route("/view.json", pages.guarded(pages.view)),
+        Route("/events", pages.guarded(pages.events)),
+        Route("/metrics", pages.guarded(pages.metrics)),
+        Route("/health", _health),
     ]
     app = Starlette(routes=routes, middleware=[Middleware(Guard, hosts=hosts, entrance=entrance)])
-    app.state.feed = feed
+    app.state.feed = pages.feed
     return app
 
 
@@ -287,10 +303,6 @@ def _login(*, refused: bool = False) -> Response:
 
 def _to_login() -> Response:
     return RedirectResponse("/login", HTTPStatus.SEE_OTHER)
-
-
-def _refused() -> Response:
-    return Response("log in\n", HTTPStatus.UNAUTHORIZED, {"www-authenticate": "Bearer"})
 
 
 async def _given_token(request: Request) -> str:
@@ -313,7 +325,7 @@ def serve(look: Look, token: str, address: str, tls: TlsSource | None) -> None:
         text = f"{host} can be reached from other machines, so it needs TLS: make DIR/tls.pem, or listen at 127.0.0.1"
         raise ConfigError(text, about="--listen", value=address)
     with _listening(host.strip("[]"), int(port)) as entrance:
-        hosts = lambda: tls.newest().hosts if tls else LOCAL  # noqa: E731
+        hosts = lambda: tls.newest().hosts if tls else LOOPBACK  # noqa: E731
         app = application(look, token, hosts, secure=tls is not None, entrance=entrance)
         config = uvicorn.Config(
             app,

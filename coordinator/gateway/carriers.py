@@ -7,7 +7,6 @@ port of their own: one port for HTTP/2 of gRPC and for HTTP/1.1 of WebSockets ta
 """
 
 import asyncio
-import ipaddress
 import logging
 import threading
 import time
@@ -30,6 +29,7 @@ from aggregation.errors import ConfigError, EdgeAdaptError, ProtocolError, Trust
 from coordinator.gateway.hub import ComeBack
 from coordinator.gateway.places import PROOF, Entrance, Places, RefusalRates
 from coordinator.servertls import TlsSource, context, credentials
+from coordinator.settings import is_loopback
 from edgeadapt import traces
 from edgeadapt.formats.gateway import messages
 from edgeadapt.formats.gateway.messages import RetryWindow
@@ -261,10 +261,6 @@ class BrowserSettings:
         host, _, port = self.address.rpartition(":")
         return host.strip("[]"), port
 
-    @property
-    def is_loopback(self) -> bool:
-        return _is_loopback(self.place[0])
-
 
 @dataclass(slots=True)
 class SocketCalls:
@@ -282,7 +278,7 @@ class SocketCalls:
                 self._serve,
                 sock=self._entrance,
                 process_request=self._check,
-                ssl=None if self.settings.is_loopback else context(self.conversations.tls),
+                ssl=None if is_loopback(self.settings.address) else context(self.conversations.tls),
                 compression=None,
                 open_timeout=PROOF,
                 ping_interval=30,
@@ -301,7 +297,7 @@ class SocketCalls:
     @property
     def _names(self) -> frozenset[str]:
         own = self.conversations.tls.newest().hosts
-        return own | frozenset(LOOPBACK) if self.settings.is_loopback else own
+        return own | frozenset(LOOPBACK) if is_loopback(self.settings.address) else own
 
     def _check(self, connection: ServerConnection, request: Request) -> Response | None:
         """Refuse a request for another path or host, or of a page of another origin, before it is a WebSocket."""
@@ -340,13 +336,6 @@ def host_of_peer(peer: str) -> str:
     ('192.0.2.7', '2001:db8::1')
     """
     return host_of(f"//{unquote(peer.partition(':')[2])}") or peer
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class ConversationServer:
@@ -394,8 +383,8 @@ class ConversationServer:
         if self._sockets is None:
             return ""
         host, port = self._sockets.sockets[0].getsockname()[:2]
-        scheme = "ws" if _is_loopback(host) else "wss"
-        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{path}"
+        address = f"{f'[{host}]' if ':' in host else host}:{port}"
+        return f"{'ws' if is_loopback(address) else 'wss'}://{address}{path}"
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()

@@ -58,10 +58,8 @@ class EnrolmentService:
     def enrol(self, raw: bytes) -> bytes:
         """Certify a device that has an invitation. Returns DER.
 
-        Raises:
-            ProtocolError: The bytes are not a ``DeviceEnrolment``.
-            ComeBack: The invitation was presented too often.
-            EdgeAdaptError: As ``AuthorityStore.redeem``.
+        Raises ProtocolError: the bytes are not a ``DeviceEnrolment``. Raises ComeBack: the invitation was presented too
+        often.
         """
         asked = messages.ENROLMENT.decode(raw)
         certificate = self.store.redeem(
@@ -73,10 +71,7 @@ class EnrolmentService:
     def renew(self, raw: bytes) -> bytes:
         """Certify a device again. Returns DER.
 
-        Raises:
-            ProtocolError: The bytes are not a ``DeviceRenewal``.
-            ComeBack: The device has renewed too often.
-            EdgeAdaptError: As ``AuthorityStore.renew``.
+        Raises ProtocolError: the bytes are not a ``DeviceRenewal``. Raises ComeBack: the device has renewed too often.
         """
         asked = messages.RENEWAL.decode(raw)
         certificate = self.store.renew(
@@ -88,10 +83,8 @@ class EnrolmentService:
     def attempt(self, host: str, certify: Callable[[bytes], bytes], raw: bytes) -> bytes:
         """Call one of the above for a peer at ``host``, and count a refusal.
 
-        Raises:
-            ComeBack: The network of ``host`` was refused too often; what is not refused passes anyway.
-            ProtocolError: The bytes are not a message.
-            TrustError: The authority refuses.
+        Raises ComeBack: the network of ``host`` was refused too often; what is not refused passes anyway. Raises
+        ProtocolError: the bytes are not a message. Raises TrustError: the authority refuses.
         """
         try:
             return certify(raw)

@@ -42,14 +42,10 @@ def serving(state_dir: CoordinatorStateDir, address: str, *, own_process: bool =
     ``Gateway``.
     """
     own, tls = state_dir.settings.gateway, TlsFiles(state_dir)
-    limits = GatewayLimits(
-        check_ins=own.check_ins_per_minute,
-        accepted=own.accepted_seconds,
-        rejected=own.rejected_seconds,
-        client_version=own.client_version,
-    )
     browsers = BrowserSettings(own.websocket, frozenset(own.origins)) if own.websocket else None
-    grid = GatewayGrid(address, tls, state_dir.read_root, limits, own_process=own_process, browsers=browsers)
+    grid = GatewayGrid(
+        address, tls, state_dir.read_root, GatewayLimits(own), own_process=own_process, browsers=browsers
+    )
     listens = f"{address.rpartition(':')[0]}:{grid.port}"
     log.info("listening at %s", listens)
     if grid.url:

@@ -25,6 +25,7 @@ from coordinator.gateway.pace import Pace, TokenBucket
 from coordinator.gateway.places import Turns
 from coordinator.gateway.snapshot import GatewaySnapshot
 from coordinator.servertls import TlsSource
+from coordinator.settings import GatewaySettings
 from edgeadapt import traces
 from edgeadapt.formats.gateway import messages
 from edgeadapt.formats.gateway.messages import PartReader, RetryWindow
@@ -36,18 +37,15 @@ ReadRoot = Callable[[datetime], Root]
 
 @dataclass(frozen=True, slots=True)
 class GatewayLimits:
-    """What one device can cost the gateway."""
+    """What the operator sets, and what one device can cost the gateway."""
 
+    settings: GatewaySettings = field(default_factory=GatewaySettings)
     calls: int = 60  # check-ins and answers of one device in a row; it regains all of them in ``seconds``
     seconds: float = 30.0
     transfer: float = 120.0  # seconds for one message to a device, or for the whole of an answer
     uploading: int = 2**30  # bytes of answers that are being received, of all devices
     devices: int = 4096  # most that are connected at the same time
     grace: float = 10.0  # seconds in which a device whose stream broke may come back
-    check_ins: float = 10_000.0  # check-ins a minute, of all devices that are not connected
-    accepted: float = 1.0  # seconds until a device that took part comes back, at least
-    rejected: float = 10.0  # seconds until a device that was not admitted comes back, at least
-    client_version: str = ""  # least version of edgeadapt on a device; empty: any
 
 
 @dataclass(slots=True)
@@ -66,7 +64,8 @@ class Service:
     _pace: Pace = field(init=False)
 
     def __post_init__(self) -> None:
-        self._pace = Pace(self.limits.check_ins / 60.0, self.limits.accepted, self.limits.rejected)
+        own = self.limits.settings
+        self._pace = Pace(own.check_ins_per_minute / 60.0, own.accepted_seconds, own.rejected_seconds)
 
     async def attend(self, carrier: Carrier) -> None:
         """Send requests to a device and take its answers, until one of the two ends it."""
@@ -86,7 +85,7 @@ class Service:
         nonce = SystemEntropy().bytes(messages.NONCE)
         await carrier.send(messages.CHALLENGE.encode(messages.GatewayChallenge(nonce)))
         hello = messages.HELLO.decode(await carrier.receive())
-        check_version(hello.version, self.limits.client_version)
+        check_version(hello.version, self.limits.settings.client_version)
         async with self._turns.proving(carrier.host):
             return self._verified(hello, nonce, carrier.names)
 
@@ -236,9 +235,6 @@ class Gateway(ConversationServer):
             read_root: Now → the authority with its newest revocation list.
             answered: As for ``Hub``.
             browsers: Where to listen for pages; None: nowhere.
-
-        Raises:
-            ConfigError: As ``ConversationServer``.
         """
         limits = limits or GatewayLimits()
         self.service = Service(Hub(answered, limits.grace), read_root, limits)

@@ -61,11 +61,7 @@ def require_epoch(connection: Connection, epoch: int | None) -> None:
 
 @contextmanager
 def fenced(engine: Engine, epoch: int | None) -> Iterator[Connection]:
-    """Begin a transaction of a writer that leads. The lease lasts from its end on: its row lock delays renewals.
-
-    Raises:
-        EdgeAdaptError: As ``require_epoch`` and ``database.explained``.
-    """
+    """Begin a transaction of a writer that leads. The lease lasts from its end on: its row lock delays renewals."""
     with database.explained(engine), engine.begin() as connection:
         require_epoch(connection, epoch)
         yield connection

@@ -16,8 +16,9 @@ from sqlalchemy.dialects.postgresql import insert as insert_once
 from aggregation.errors import DataError, TrustError
 from coordinator.registry import database
 from coordinator.registry.lease import fenced
-from edgeadapt.audit.transcripts import REVOKED, log_name, log_number, logs
+from edgeadapt.audit.transcripts import log_name, log_number, logs
 from edgeadapt.formats import storage
+from edgeadapt.formats.registryfiles import REVOKED
 from edgeadapt.formats.storage import LARGEST, PUBLIC
 
 LONGEST = 2**24  # bytes of a row
@@ -39,9 +40,8 @@ class TranscriptTable:
     def append(self, session: int, start: int, records: bytes) -> None:
         """Add to a session's log (from 1), which has ``start`` bytes. After the return, records survive a power cut.
 
-        Raises:
-            DataError: The log has another size.
-            EdgeAdaptError: Another coordinator leads, or the database failed.
+        Raises DataError: the log has another size. Raises EdgeAdaptError: another coordinator leads, or the database
+        failed.
         """
         table = database.transcript
         last = select(table.c.start + func.length(table.c.records)).where(table.c.session == session)
@@ -79,12 +79,7 @@ class TranscriptTable:
             return {session: int(size) for session, size in connection.execute(query)}
 
     def log(self, session: int) -> bytes:
-        """Read the log of a session.
-
-        Raises:
-            DataError: It is larger than what is read of a file.
-            EdgeAdaptError: As ``database.explained``.
-        """
+        """Read the log of a session. Raises DataError: it is larger than what is read of a file."""
         table = database.transcript
         query = select(table.c.records).where(table.c.session == session).order_by(table.c.start)
         length = select(func.sum(func.length(table.c.records))).where(table.c.session == session)
@@ -105,11 +100,9 @@ class TranscriptTable:
         """Add what the files in a folder lack. One process at a time writes to them.
 
         A power cut may leave other bytes in the file that was written last. It is copied again once the table has a
-        later session, or in any case if ``whole``; an earlier file does not change any more.
-
-        Raises:
-            TrustError: A file has what the table does not have.
-            EdgeAdaptError: As ``database.explained``; or the folder cannot be written to.
+        later session, or in any case if ``whole``; an earlier file does not change any more. Raises TrustError: a file
+        has what the table does not have. Raises EdgeAdaptError: as ``database.explained``; or the folder cannot be
+        written to.
         """
         pem = self.revocations()
         sizes, here = self.sizes(), _sizes(folder)

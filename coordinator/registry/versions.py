@@ -72,9 +72,6 @@ class Registry:
             database_url: SQLAlchemy's, for example ``sqlite:///registry.db``, or as ``postgresql_url`` returns it.
             blob_url: A folder, or any address that fsspec supports.
             trusted: Keys whose manifests are accepted, and which may publish.
-
-        Raises:
-            EdgeAdaptError: As ``database.connect`` and ``Blobs.open``.
         """
         return cls(database.connect(database_url), Blobs.open(blob_url), tuple(trusted))
 
@@ -91,10 +88,9 @@ class Registry:
     def publish(self, manifest: VersionManifest, blob: bytes, key: IdentityKey) -> Version:
         """Sign and store version 0, the only one that no round produced.
 
-        Raises:
-            DataError: The blob is not what the manifest says, or the version is another one or is stored already.
-            ConfigError: The registry does not trust ``key``.
-            EdgeAdaptError: The store failed; nothing was changed.
+        Raises DataError: the blob is not what the manifest says, or the version is another one or is stored already.
+        Raises ConfigError: the registry does not trust ``key``. Raises EdgeAdaptError: the store failed; nothing was
+        changed.
         """
         if manifest.version != 0:
             raise DataError(
@@ -110,9 +106,8 @@ class Registry:
     def record_round(self, record: RoundRecord, key: IdentityKey) -> None:
         """Keep the record of a round that produced no version.
 
-        Raises:
-            DataError: The record names a version, or does not follow the last one.
-            EdgeAdaptError: The database failed; nothing was changed.
+        Raises DataError: the record names a version, or does not follow the last one. Raises EdgeAdaptError: the
+        database failed; nothing was changed.
         """
         if record.version is not None:
             raise DataError(
@@ -128,12 +123,9 @@ class Registry:
     ) -> Version:
         """Keep a round's record, the version that it produced and the optimizer's state, all of them or none.
 
-        ``blob``: the new version's safetensors bytes; ``optimizer_state``: from ``optimizer.to_tensors``.
-
-        Raises:
-            DataError: Record, manifest and blob contradict each other or what is stored.
-            ConfigError: The registry does not trust ``key``.
-            EdgeAdaptError: The store failed; nothing was changed.
+        ``blob``: the new version's safetensors bytes; ``optimizer_state``: from ``optimizer.to_tensors``. Raises
+        DataError: record, manifest and blob contradict each other or what is stored. Raises ConfigError: the registry
+        does not trust ``key``. Raises EdgeAdaptError: the store failed; nothing was changed.
         """
         record.require_agreement(manifest)
         state, digest = _encoded(optimizer_state), state_digest(optimizer_state)
@@ -166,9 +158,8 @@ class Registry:
     def version(self, number: int) -> Version:
         """Read one version.
 
-        Raises:
-            DataError: There is no such version.
-            TrustError: Its manifest is not what a trusted key signed for this number.
+        Raises DataError: there is no such version. Raises TrustError: its manifest is not what a trusted key signed for
+        this number.
         """
         query = select(database.versions).where(database.versions.c.version == number)
         with database.explained(self.engine), self.engine.connect() as connection:
@@ -196,9 +187,7 @@ class Registry:
     def blob(self, number: int) -> bytes:
         """Read a version's file, byte for byte as published.
 
-        Raises:
-            DataError: The version or its blob is missing.
-            TrustError: The manifest or the blob was altered.
+        Raises DataError: the version or its blob is missing. Raises TrustError: the manifest or the blob was altered.
         """
         return self.blobs.get(self.version(number).manifest.sha256)
 
@@ -216,9 +205,8 @@ class Registry:
     def head(self) -> Head:
         """Read the newest version and the last round, which agree with each other.
 
-        Raises:
-            EdgeAdaptError: The registry is empty.
-            TrustError: A manifest or a record was altered, or one of the two is missing.
+        Raises EdgeAdaptError: the registry is empty. Raises TrustError: a manifest or a record was altered, or one of
+        the two is missing.
         """
         newest = self._newest().manifest
         records, digest = self._records(max(newest.round, 1))
@@ -235,9 +223,8 @@ class Registry:
     def optimizer_state(self) -> Tensors:
         """Read the optimizer state that the last committed round left; empty if it left none.
 
-        Raises:
-            EdgeAdaptError: The registry is empty.
-            TrustError: The stored state is not that of the last round's record.
+        Raises EdgeAdaptError: the registry is empty. Raises TrustError: the stored state is not that of the last
+        round's record.
         """
         last = self.head().round
         with database.explained(self.engine), self.engine.connect() as connection:

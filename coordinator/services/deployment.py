@@ -22,11 +22,11 @@ from aggregation.errors import ConfigError, EdgeAdaptError
 from aggregation.pki.certificates import to_der
 from aggregation.pki.tls import hosts_of
 from coordinator.services.supervisor import Happening, Patience, Report, ServiceEvent, ServiceProgram, supervise
-from coordinator.servicesettings import SERVICES, ServiceSettings, is_loopback
-from coordinator.settings import SETTINGS
-from coordinator.statedir import AUTHORITY, CoordinatorStateDir, require
+from coordinator.settings import SERVICES, SETTINGS, ServiceSettings, is_loopback
+from coordinator.statedir import CoordinatorStateDir, require
 from edgeadapt.formats import jsontext, storage
 from edgeadapt.formats.keyfiles import TLS_CERTIFICATE, tls_key_path
+from edgeadapt.formats.registryfiles import AUTHORITY
 
 LOCK, RUNNING = "up.lock", "services.json"
 DATABASE, HOME = "superlink.db", "superlink"  # the SuperLink's state, and Flower's folder
@@ -40,10 +40,9 @@ SLACK = 30.0  # seconds, beyond what services may take to stop
 def up(folder: Path, report: Report) -> None:
     """Run a state directory's services until all rounds are done. Several threads ``report`` events.
 
-    Raises:
-        ConfigError: ``services.toml`` is missing or names nothing to run, or a TLS file is missing or for another host.
-        TrustError: The TLS certificate is not one of the authority for a gateway.
-        EdgeAdaptError: They run already, the registry is empty, or the rounds cannot go on as they are set.
+    Raises ConfigError: ``services.toml`` is missing or names nothing to run, or a TLS file is missing or for another
+    host. Raises TrustError: the TLS certificate is not one of the authority for a gateway. Raises EdgeAdaptError: they
+    run already, the registry is empty, or the rounds cannot go on as they are set.
     """
     state_dir = CoordinatorStateDir.open(folder)
     settings = ServiceSettings.read(folder / SERVICES)
@@ -83,9 +82,7 @@ def up(folder: Path, report: Report) -> None:
 def services_of(state_dir: CoordinatorStateDir, settings: ServiceSettings) -> tuple[ServiceProgram, ...]:
     """List the services that the settings name, in the order of their start.
 
-    Raises:
-        ConfigError: They name none, or as ``CoordinatorStateDir.read_tls``, or the certificate is for other hosts.
-        TrustError: As ``CoordinatorStateDir.read_tls``.
+    Raises ConfigError: they name none, or as ``CoordinatorStateDir.read_tls``, or the certificate is for other hosts.
     """
     folder = state_dir.folder.resolve()
     if not settings.gateway and not settings.superlink:
@@ -137,10 +134,8 @@ def stop(folder: Path) -> bool:
     """Ask ``up`` to stop its services, and wait until it has. Returns whether it ran.
 
     It reads neither settings nor registry, so that what stopped the fleet's work does not keep it from being stopped.
-
-    Raises:
-        ConfigError: ``folder`` is not a coordinator's state directory.
-        EdgeAdaptError: It did not stop in time.
+    Raises ConfigError: ``folder`` is not a coordinator's state directory. Raises EdgeAdaptError: it did not stop in
+    time.
     """
     require(folder, SETTINGS)
     asked, end = None, time.monotonic() + SLACK

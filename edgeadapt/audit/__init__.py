@@ -2,20 +2,11 @@
 
 An auditor needs the bare install only. In reading order: ``transcripts`` (files), ``history`` (a log, message by
 message), ``rules`` and ``sums`` (the checks on a history), ``auditor`` (all checks of a session in their order),
-``repeats`` (several sums from one adapter), ``recompute`` (the published adapters), ``findings`` (what is reported),
-``formatting`` (how it is printed).
+``weaknesses`` (warnings), ``recompute`` (the published adapters) and ``findings`` (what is reported).
 """
 
 from edgeadapt.audit.auditor import audit, chain
-from edgeadapt.audit.findings import (
-    Check,
-    Finding,
-    Problem,
-    ProducedAdapter,
-    Report,
-    RoundSummary,
-    Status,
-)
+from edgeadapt.audit.findings import Check, Finding, Problem, ProducedAdapter, Report, RoundSummary, Status
 from edgeadapt.audit.history import checkpoints
 from edgeadapt.audit.recompute import Recomputation
 from edgeadapt.audit.transcripts import AuditInput, AuditOptions

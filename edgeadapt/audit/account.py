@@ -23,17 +23,11 @@ _TOLERANCE = 1e-9  # relative: logarithms differ in the last bits between machin
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Says what sums have revealed so far.
+    """Says what sums have revealed so far."""
 
-    Args:
-        spent: Device → by the sums with noise that it is in.
-        noisy: Number of these sums.
-        bare: Sums without noise, which nothing bounds: there is no epsilon after one.
-    """
-
-    spent: Mapping[str, Spent] = field(default_factory=dict)
-    noisy: int = 0
-    bare: int = 0
+    spent: Mapping[str, Spent] = field(default_factory=dict)  # device → by the sums with noise that it is in
+    noisy: int = 0  # number of these sums
+    bare: int = 0  # sums without noise, which nothing bounds: there is no epsilon after one
 
     def after(self, spec: SessionSpec, survivors: Collection[str]) -> "Account":
         """Return the account after a round with these named survivors; none: nothing was revealed."""

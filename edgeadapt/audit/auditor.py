@@ -17,18 +17,7 @@ from aggregation.messages import Assignment, Message
 from aggregation.pki import Root
 from aggregation.pki.certificates import load
 from aggregation.pki.identity import PublicKey
-from aggregation.transcript import (
-    ENTRY,
-    NO_SESSION,
-    Abort,
-    AdapterId,
-    Checkpoint,
-    Entry,
-    Reading,
-    Result,
-    merkle,
-    read,
-)
+from aggregation.transcript import ENTRY, NO_SESSION, Abort, AdapterId, Checkpoint, Entry, Reading, Result, merkle, read
 from edgeadapt.audit import history as histories
 from edgeadapt.audit import rules
 from edgeadapt.audit.findings import Check, Finding, Problem, Report, RoundSummary, Skipped, Status, count
@@ -63,13 +52,8 @@ def chain(reports: Mapping[str, Report]) -> None:
 
     So do their adapters: the first session starts from version 0, and every other one from the adapter that the
     previous session ended with. Within a session ``rules.results`` demands the same. So every version has one result.
-
-    Args:
-        reports: Name → report, in order.
-
-    Raises:
-        TrustError: A session is missing or was replaced, or starts from another adapter. A missing last session that
-            made no adapter cannot be detected.
+    ``reports``: name → report, in order. Raises TrustError: a session is missing or was replaced, or starts from
+    another adapter. A missing last session that made no adapter cannot be detected.
     """
     last, before = NO_SESSION, "the beginning"
     newest: AdapterId | None = None

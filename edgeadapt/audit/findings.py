@@ -41,19 +41,13 @@ class Status(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Holds the outcome of one check.
-
-    Args:
-        text: One sentence or a few, for people who need not know the cryptography.
-        place: The message that failed the check, if one did.
-        about: The field or file that failed it, or that it lacks; for programs and tests, which must not depend on the
-            text. Empty for a check that passed.
-    """
+    """Holds the outcome of one check. ``about``: the field or file that failed it, or that it lacks; for programs and
+    tests, which must not depend on the text. Empty for a check that passed."""
 
     check: Check
     status: Status
-    text: str
-    place: Place | None = None
+    text: str  # one sentence or a few, for people who need not know the cryptography
+    place: Place | None = None  # the message that failed the check, if one did
     about: str = ""
 
 
@@ -84,8 +78,6 @@ class RoundSummary:
     """Summarizes a round according to the log. Digests are in hex.
 
     Args:
-        round: Its number in the session.
-        plan: Digest of the plan.
         planned: The members of its plan.
         dealt: The devices that were dealt into its groups; empty without groups.
         groups: The survivors of each group; one without groups.
@@ -131,25 +123,16 @@ class RoundSummary:
 
 @dataclass(frozen=True, slots=True)
 class ProducedAdapter:
-    """Holds a round's sum and the adapter that, according to the log, the coordinator produced from it.
+    """Holds a round's sum and the adapter that, according to the log, the coordinator produced from it. ``sums``: their
+    contributions by group, recomputed from the masked vectors; None if these were not kept."""
 
-    Args:
-        place: The place of the result in the log.
-        before: Version and digest of the adapter from which the devices trained.
-        after: Version and digest of the new one.
-        plan: Digest of the round's plan, hex.
-        training: The task in the round's plan, as encoded.
-        survivors: The devices whose updates are in the sum.
-        sums: Their contributions by group, recomputed from the masked vectors; None if these were not kept.
-    """
-
-    place: Place
-    before: AdapterId
-    after: AdapterId
-    plan: str
+    place: Place  # the place of the result in the log
+    before: AdapterId  # version and digest of the adapter from which the devices trained
+    after: AdapterId  # version and digest of the new one
+    plan: str  # digest of the round's plan, hex
     spec: SessionSpec
-    training: bytes
-    survivors: tuple[str, ...]
+    training: bytes  # the task in the round's plan, as encoded
+    survivors: tuple[str, ...]  # the devices whose updates are in the sum
     sums: tuple[GroupSum, ...] | None = field(repr=False, compare=False)
 
 
@@ -195,7 +178,6 @@ class Report:
 
     @property
     def failed(self) -> tuple[Finding, ...]:
-        """List the checks that failed, the earliest place in the log first."""
         failures = [finding for finding in self.findings if finding.status is Status.FAIL]
         # A damaged entry also breaks the checkpoint after it; a reader needs the entry itself.
         return tuple(sorted(failures, key=lambda finding: finding.place.index if finding.place else math.inf))

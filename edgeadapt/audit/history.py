@@ -132,10 +132,8 @@ def _dropouts(asked: tuple[str, ...], answered: Mapping[Step, Collection[str]]) 
 def checkpoints(reading: Reading, coordinator: PublicKey, unfinished: bool) -> list[Checkpoint]:
     """Return the checkpoints of a log, each of which matches the entries before it.
 
-    ``unfinished`` accepts a log that continues after its last checkpoint, as that of a session under way does.
-
-    Raises:
-        Problem: An entry is damaged, missing, moved or repeated, or the log is not closed.
+    ``unfinished`` accepts a log that continues after its last checkpoint, as that of a session under way does. Raises
+    Problem: an entry is damaged, missing, moved or repeated, or the log is not closed.
     """
     tree, verified, covered = merkle.Tree(), list[Checkpoint](), 0
     for index, entry in enumerate(reading.entries):
@@ -188,9 +186,7 @@ def begin(entries: tuple[Entry, ...], root: Root, coordinator: PublicKey, at: da
     """Return the history after the offer, whose devices the authority certified, each once.
 
     ``root`` has a revocation list if that is to be checked; ``at`` is when certificates must be valid, None: any time.
-
-    Raises:
-        Problem: The log does not begin with such an offer.
+    Raises Problem: the log does not begin with such an offer.
     """
     if not entries:
         raise Problem("log", "the log is empty")
@@ -203,11 +199,8 @@ def begin(entries: tuple[Entry, ...], root: Root, coordinator: PublicKey, at: da
 
 
 def verify(history: History, entries: tuple[Entry, ...], coordinator: PublicKey) -> list[Message | None]:
-    """Return the message of every entry, signed by its stated sender; None where the log left out the body.
-
-    Raises:
-        Problem: A signature is not valid, or there is no such kind of message.
-    """
+    """Return the message of every entry, signed by its stated sender; None where the log left out the body. Raises
+    Problem: a signature is not valid, or there is no such kind of message."""
     messages: list[Message | None] = []
     for entry in entries:
         kind = _KINDS.get(entry.kind)
@@ -230,10 +223,8 @@ def follow(
 
     A checkpoint stands right before each round, and nowhere within one. So every round has an ending unless the log
     ends in it, and a log that is not closed has at most one round that no checkpoint covers. ``messages`` is from
-    ``verify``; a body that the log left out is restored here, and its signature verified.
-
-    Raises:
-        Problem: A message does not belong.
+    ``verify``; a body that the log left out is restored here, and its signature verified. Raises Problem: a message
+    does not belong.
     """
     before = (0, 0)
     for entry, verified in zip(entries, messages, strict=True):

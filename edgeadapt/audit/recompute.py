@@ -43,10 +43,8 @@ REASONS = {
 class Recomputation:
     """Follows the published adapters through a coordinator's sessions, in order.
 
-    Args:
-        registry: Where the adapters were published.
-        state: The version that was recomputed last, and the optimizer's state after it.
-        still: Each round of the last session that hardly moved its adapter, and how far.
+    ``state``: the version that was recomputed last, and the optimizer's state after it. ``still``: each round of the
+    last session that hardly moved its adapter, and how far.
     """
 
     registry: RegistryFiles
@@ -55,10 +53,8 @@ class Recomputation:
     still: dict[int, str] = field(default_factory=dict)
 
     def check(self, report: Report) -> Finding:
-        """Check the adapters of one session: the one that it started from, and those that it made.
-
-        Rounds that were aborted had one of these (``rules.results``).
-        """
+        """Check the adapters of one session: the one that it started from, and those that it made. Rounds that were
+        aborted had one of these (``rules.results``)."""
         reasons: list[str] = []
         self.rules.clear()
         self.still.clear()
@@ -106,12 +102,7 @@ class Recomputation:
         return Finding(Check.ADAPTERS, Status.SKIPPED if why else Status.PASS, text, about=", ".join(why))
 
     def _step(self, produced: ProducedAdapter) -> str:
-        """Check one adapter. Returns a key of ``REASONS``, or nothing if the step was recomputed.
-
-        Raises:
-            Problem: It is not what was published, or not what the optimizer computes from the sum.
-            DataError, TrustError: A file is missing, damaged or altered.
-        """
+        """Check one adapter. Returns a key of ``REASONS``, or nothing if the step was recomputed."""
         place, (start, start_digest), (version, _) = produced.place, produced.before, produced.after
         manifest, parent = self.registry.manifest(version), self.registry.manifest(start)
         if parent is None or parent.sha256 != start_digest:
@@ -164,10 +155,8 @@ class Recomputation:
 
 
 def _require_task(manifest: VersionManifest, place: Place, encoded: bytes) -> None:
-    """Check that a training task is for the adapters of a session. No round changes the fields ``UNCHANGED``.
-
-    Otherwise devices may answer by whether they have examples of a label.
-    """
+    """Check that a training task is for the adapters of a session. No round changes the fields ``UNCHANGED``. Otherwise
+    devices may answer by whether they have examples of a label."""
     try:
         task = taskkinds.decode(encoded)
     except ProtocolError as error:

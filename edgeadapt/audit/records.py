@@ -29,8 +29,7 @@ def require_logged(
         reports: Name → report of all logs.
         unfinished: The last session is under way.
 
-    Raises:
-        TrustError: The log of a session, a round or its ending is missing, or a round has no record.
+    Raises TrustError: the log of a session, a round or its ending is missing, or a round has no record.
     """
     logged = {(report.offer, each.plan): each for report in reports.values() for each in report.rounds}
     *_, last = reports.values()
@@ -44,9 +43,7 @@ def require_logged(
 
 
 def require_published(
-    records: Sequence[RoundRecord],
-    manifest_of: Callable[[int], VersionManifest | None],
-    reports: Mapping[str, Report],
+    records: Sequence[RoundRecord], manifest_of: Callable[[int], VersionManifest | None], reports: Mapping[str, Report]
 ) -> None:
     """Check that each record and the manifest of its version say the same, and version 0 is of no round.
 
@@ -55,8 +52,7 @@ def require_published(
         manifest_of: Version → its manifest.
         reports: Name → report of all logs. A record has the ε of a round, and the offer of its session the δ.
 
-    Raises:
-        TrustError: They do not, or a manifest is missing.
+    Raises TrustError: they do not, or a manifest is missing.
     """
     seed = manifest_of(0)
     if seed is None or seed.round or seed.parent or seed.plan or seed.survivors or seed.metrics or seed.privacy:
@@ -77,9 +73,7 @@ def _bound(record: RoundRecord, delta: float | None) -> PrivacyBound | None:
 
 
 def _require_recorded(
-    records: Sequence[RoundRecord],
-    offers: Collection[str],
-    logged: Mapping[tuple[str, str], RoundSummary],
+    records: Sequence[RoundRecord], offers: Collection[str], logged: Mapping[tuple[str, str], RoundSummary]
 ) -> None:
     places, last = {key: place for place, key in enumerate(logged)}, -1
     for record in records:

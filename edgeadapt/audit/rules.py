@@ -20,10 +20,8 @@ from edgeadapt.audit.history import History, Round
 
 
 def thresholds(history: History) -> str:
-    """Check that no step of a round continued with too few devices.
-
-    The session's parameters must protect devices at least if all the others are honest.
-    """
+    """Check that no step of a round continued with too few devices. The session's parameters must protect devices at
+    least if all the others are honest."""
     spec, present = history.offer.spec, _present(history)
     holders, active = min(spec.degree + 1, present), spec.adversary is Adversary.ACTIVE
     tolerated = _tolerated(history)
@@ -220,7 +218,6 @@ def unmasked(spec: SessionSpec, current: Round) -> tuple[str, ...]:
 
 
 def participation(history: History) -> dict[str, int]:
-    """Map each device of the cohort to the number of rounds whose sum contains its update."""
     counted = Counter(
         device for current in history.rounds if isinstance(current.ending, Result) for device in current.survivors
     )

@@ -29,28 +29,18 @@ Vectors = Callable[[bytes, int], bytes | None]
 
 @dataclass(slots=True)
 class UnmaskedRound:
-    """Holds what the shares of a round recover.
+    """Holds what the shares of a round recover. ``sums``: the survivors' contributions by group, decoded, once ``sums``
+    has recomputed them; zeros where honest survivors cannot have one."""
 
-    Args:
-        seeds: Survivor → seed of its own mask.
-        keys: Device of the plan that is not a survivor → its mask key.
-        blamed: Devices that revealed wrong shares.
-        sums: The survivors' contributions by group, decoded, once ``sums`` has recomputed them; zeros where honest
-            survivors cannot have one.
-    """
-
-    seeds: Mapping[str, bytes] = field(repr=False)
-    keys: Mapping[str, bytes] = field(repr=False)
-    blamed: tuple[str, ...]
+    seeds: Mapping[str, bytes] = field(repr=False)  # survivor → seed of its own mask
+    keys: Mapping[str, bytes] = field(repr=False)  # device of the plan that is not a survivor → its mask key
+    blamed: tuple[str, ...]  # devices that revealed wrong shares
     sums: tuple[GroupSum, ...] | None = field(default=None, repr=False)
 
 
 def secrets(history: History, unmasked: dict[int, UnmaskedRound]) -> str:
-    """Recover every secret of the rounds that have a result, into ``unmasked`` by round.
-
-    Raises:
-        Problem: One cannot be recovered, or differs from what its owner committed to before any share was revealed.
-    """
+    """Recover every secret of the rounds that have a result, into ``unmasked`` by round. Raises Problem: one cannot be
+    recovered, or differs from what its owner committed to before any share was revealed."""
     for current in history.rounds:
         if history.session is not None and isinstance(current.ending, Result):
             unmasked[current.plan.round] = _recover(history.session, history, current)
@@ -79,12 +69,9 @@ def _recover(session: Session, history: History, current: Round) -> UnmaskedRoun
 def sums(history: History, unmasked: Mapping[int, UnmaskedRound], vectors: Vectors) -> str:
     """Add up the masked vectors that were kept, subtract the masks, and compare with the results.
 
-    The recomputed sums are put into ``unmasked``, which ``secrets`` filled.
-
-    Raises:
-        Problem: A vector is not the one that was signed, or only some of a round are there; or a sum is not the one
-            that the result names.
-        Skipped: A sum lacks its vectors.
+    The recomputed sums are put into ``unmasked``, which ``secrets`` filled. Raises Problem: a vector is not the one
+    that was signed, or only some of a round are there; or a sum is not the one that the result names; Skipped: a sum
+    lacks its vectors.
     """
     size = _packed_size(history)
     kept = {current.plan.round for current in history.rounds if _all_kept(current, vectors, size)}
@@ -170,7 +157,6 @@ def _decoded(spec: SessionSpec, survivors: tuple[str, ...], total: Ring) -> Grou
 def _total(
     history: History, current: Round, survivors: tuple[str, ...], unmasked: UnmaskedRound, vectors: Vectors
 ) -> Ring:
-    """Return the unmasked sum of a group's vectors."""
     spec = history.offer.spec.vector
     total = ring.zeros(spec.size, spec.ring_bits)
     for device in survivors:

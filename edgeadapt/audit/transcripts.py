@@ -26,15 +26,14 @@ from edgeadapt.audit.auditor import audit, chain
 from edgeadapt.audit.findings import Check, Finding, Report, Status
 from edgeadapt.audit.recompute import Recomputation
 from edgeadapt.audit.records import require_logged, require_published
-from edgeadapt.audit.repeats import RepeatedSums
-from edgeadapt.audit.weaknesses import Weaknesses
+from edgeadapt.audit.weaknesses import RepeatedSums, Weaknesses
 from edgeadapt.formats import storage
 from edgeadapt.formats.manifest import VersionManifest
-from edgeadapt.formats.registryfiles import DATABASE, REGISTRY, RegistryFiles
+from edgeadapt.formats.registryfiles import AUTHORITY, DATABASE, PUBLIC_KEY, REGISTRY, REVOKED, RegistryFiles
 from edgeadapt.formats.registryreader import open_registry_files
 from edgeadapt.formats.roundrecord import RoundRecord
 
-AUTHORITY, COORDINATOR, REVOKED, VECTORS = "authority.pem", "coordinator.pem", "revoked.crl", "vectors"
+VECTORS = "vectors"  # folder
 PLACES = (".", "transcript", "coordinator/transcript")  # in a folder of transcripts, a state directory, a run
 LARGEST = 2**22  # bytes of a certificate, a key or a revocation list
 _LOGS = "session-*.log"
@@ -64,9 +63,7 @@ def vector_path(folder: Path, digest: bytes) -> Path:
 @dataclass(frozen=True, slots=True)
 class AuditOptions:
     """Holds what an auditor provides. A missing key is taken from the transcript; without the others less is checked.
-
-    ``registry`` is the coordinator's state directory, and the sessions took place ``at`` that time.
-    """
+    ``registry`` is the coordinator's state directory, and the sessions took place ``at`` that time."""
 
     authority: Path | None = None
     coordinator: Path | None = None
@@ -77,45 +74,33 @@ class AuditOptions:
 
 @dataclass(frozen=True, slots=True)
 class AuditInput:
-    """Holds logs to check, and what to check them with.
+    """Holds logs to check, and what to check them with. ``records``: the records of the rounds there. Both are read
+    before the logs, which a running session continues."""
 
-    Args:
-        paths: The logs, in order.
-        root: The authority, with the revocation list that counts.
-        pinned: Authority and coordinator's key come from the auditor, and not from the transcript.
-        at: When the sessions took place, if that is known.
-        registry: Where the coordinator published its adapters, if it is available.
-        published: The newest adapter there.
-        records: The records of the rounds there. Both are read before the logs, which a running session continues.
-        complete: These are all the sessions of the coordinator, not a single log.
-    """
-
-    paths: tuple[Path, ...]
-    root: Root
+    paths: tuple[Path, ...]  # the logs, in order
+    root: Root  # the authority, with the revocation list that counts
     coordinator: PublicKey
-    pinned: bool
-    at: datetime | None
-    registry: RegistryFiles | None
-    published: VersionManifest | None
+    pinned: bool  # authority and coordinator's key come from the auditor, and not from the transcript
+    at: datetime | None  # when the sessions took place, if that is known
+    registry: RegistryFiles | None  # where the coordinator published its adapters, if it is available
+    published: VersionManifest | None  # the newest adapter there
     records: tuple[RoundRecord, ...]
-    complete: bool
+    complete: bool  # these are all the sessions of the coordinator, not a single log
 
     @classmethod
     def open(cls, path: Path, options: AuditOptions) -> Self:
         """Find the logs, and read the keys.
 
-        ``path`` is a log, a folder of transcripts, a coordinator's state directory, or the folder of a run.
-
-        Raises:
-            ConfigError: The folder of ``options.registry`` has no registry.
-            DataError: There is no log, or there are logs in several places; or a file is too large.
-            TrustError: A certificate, a key or a list is missing or damaged; or the registry is damaged or empty.
+        ``path`` is a log, a folder of transcripts, a coordinator's state directory, or the folder of a run. Raises
+        ConfigError: the folder of ``options.registry`` has no registry; DataError: there is no log, or there are logs
+        in several places; or a file is too large; TrustError: a certificate, a key or a list is missing or damaged; or
+        the registry is damaged or empty.
         """
         complete = not path.is_file()
         paths = _find(path) if complete else (path,)
         folder = paths[0].parent
         root = _read(Root.from_pem, options.authority, folder / AUTHORITY, "--authority")
-        key = _read(PublicKey.from_pem, options.coordinator, folder / COORDINATOR, "--coordinator")
+        key = _read(PublicKey.from_pem, options.coordinator, folder / PUBLIC_KEY, "--coordinator")
         pinned = bool(options.authority and options.coordinator)
         has_registry = any((folder.parent / name).exists() for name in (DATABASE, REGISTRY))
         state_dir = options.registry or (folder.parent if has_registry else None)
@@ -157,7 +142,7 @@ class AuditInput:
     @property
     def unread(self) -> tuple[str, ...]:
         """List what lies next to the logs and is not audited: for example a session's log under another name."""
-        read = {*(path.name for path in self.paths), AUTHORITY, COORDINATOR, REVOKED, VECTORS}
+        read = {*(path.name for path in self.paths), AUTHORITY, PUBLIC_KEY, REVOKED, VECTORS}
         return tuple(sorted(path.name for path in self.paths[0].parent.iterdir() if path.name not in read))
 
     @property
@@ -170,12 +155,10 @@ def _with_revocations(root: Root, options: AuditOptions, folder: Path, state_dir
     """Add the revocation list that the auditor provides, if there is one, to the root.
 
     Lists have the authority's signature and count upwards, so one in ``folder`` or in the coordinator's state directory
-    under a higher number shows that the auditor's is old: it lacks the revocations in between.
-
-    Raises:
-        TrustError: A list is damaged, or the auditor's is older than one of the coordinator and than the time of the
-            sessions, or had expired before that, or differs from one with its number. One that was signed later is not
-            refused: it has the earlier revocations too, but of certificates that expired before it was signed.
+    under a higher number shows that the auditor's is old: it lacks the revocations in between. Raises TrustError: a
+    list is damaged, or the auditor's is older than one of the coordinator and than the time of the sessions, or had
+    expired before that, or differs from one with its number. One that was signed later is not refused: it has the
+    earlier revocations too, but of certificates that expired before it was signed.
     """
     stored = [(None, folder / REVOKED), *([(state_dir / REVOKED,) * 2] if state_dir else [])]
     lists = [_read(root.revocations, given, path, "--revoked") for given, path in stored if path.exists()]

@@ -55,10 +55,8 @@ def is_renewable(begin: datetime, end: datetime, now: datetime) -> bool:
 
 
 def require_redeemable(events: Sequence[Event], token: str, name: str, key_id: str, now: datetime) -> None:
-    """Check that an invitation is for this name, and was not used for another key.
-
-    The TrustError does not say whether such an invitation exists.
-    """
+    """Check that an invitation is for this name, and was not used for another key. The TrustError does not say whether
+    such an invitation exists."""
     invited = [event for event in events if isinstance(event, InvitationIssued) and event.token == token]
     used = [event.key for event in events if isinstance(event, InvitationUsed) and event.token == token]
     if not invited or (used and used[0] != key_id) or (not used and now > invited[0].expires):
@@ -79,9 +77,7 @@ def lasting_certificate_of(
     events: Sequence[Event], name: str, key_id: str, now: datetime, end: datetime
 ) -> bytes | None:
     """Return the certificate of a device's key, DER, if it does not end soon, or no sooner than a new one, at ``end``.
-
-    So an answer that did not arrive is given once more, and the record does not grow, however often a device asks.
-    """
+    So an answer that did not arrive is given once more, and the record does not grow, however often a device asks."""
     revoked = revoked_in(events)
     for certificate in issued_in(events):
         if (certificate.name, certificate.key) != (name, key_id) or certificate.serial in revoked:

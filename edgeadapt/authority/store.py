@@ -83,10 +83,8 @@ class AuthorityStore:
         """Create an authority with an empty revocation list. Afterwards the folder has all its files, or none.
 
         The certificate is valid for ``days``, the first list for ``list_days``. Without a passphrase the key is plain.
-
-        Raises:
-            ConfigError: The folder is not empty or is the working directory, the name cannot be in a certificate, or
-                the passphrase is too short.
+        Raises ConfigError: the folder is not empty or is the working directory, the name cannot be in a certificate, or
+        the passphrase is too short.
         """
         if passphrase is not None and len(passphrase) < SHORTEST_PASSPHRASE:
             text = f"the passphrase has fewer than {SHORTEST_PASSPHRASE} characters: choose a longer one"
@@ -102,12 +100,10 @@ class AuthorityStore:
 
     @property
     def encrypted(self) -> bool:
-        """Check whether the key needs a passphrase."""
         return b"ENCRYPTED" in self._read(KEY)
 
     @property
     def root(self) -> Root:
-        """Read the certificate that devices and coordinator pin."""
         with of_file(self.folder / CERTIFICATE):
             return Root.from_pem(self._read(CERTIFICATE))
 
@@ -124,9 +120,8 @@ class AuthorityStore:
     def issue(self, authority: Authority, name: str, key: PublicKey, days: float) -> bytes:
         """Certify that ``key`` is the key of the device ``name``, valid from now on; DER.
 
-        Raises:
-            ConfigError: The certificate would outlast the authority; the key is another device's or was revoked; the
-                device has a valid certificate with another key; or another device's name differs in case only.
+        Raises ConfigError: the certificate would outlast the authority; the key is another device's or was revoked; the
+        device has a valid certificate with another key; or another device's name differs in case only.
         """
         with self._writing() as writer:
             return self._issue(writer, authority, name, key, self._end(authority, name, days))
@@ -140,10 +135,7 @@ class AuthorityStore:
 
     def issue_tls(self, authority: Authority, name: str, key: TlsPublicKey, hosts: Sequence[str], days: float) -> bytes:
         """Certify that ``key`` (P-256) is the TLS key of the gateway ``name`` at ``hosts``, valid from now on; DER.
-
-        Raises:
-            ConfigError: The certificate would outlast the authority, or as ``Authority.issue_tls``.
-        """
+        Raises ConfigError: the certificate would outlast the authority, or as ``Authority.issue_tls``."""
         with self._writing() as writer:
             begin, end, serial = self.clock() - SKEW, self._end(authority, name, days), x509.random_serial_number()
             der = authority.issue_tls(name, key, hosts, not_before=begin, not_after=end, serial=serial)
@@ -151,10 +143,8 @@ class AuthorityStore:
             return der
 
     def invite(self, name: str, invited: PublicKey, hours: float) -> datetime:
-        """Let the device ``name`` enrol over a network once, with the key ``invited``; return until when.
-
-        The secret half of the invitation's key is not kept. Raises ConfigError if a device cannot have this name.
-        """
+        """Let the device ``name`` enrol over a network once, with the key ``invited``; return until when. The secret
+        half of the invitation's key is not kept. Raises ConfigError if a device cannot have this name."""
         now, name = self.clock(), require_device_id(name)
         expires = now + timedelta(hours=hours)
         with self._writing() as writer:
@@ -173,10 +163,8 @@ class AuthorityStore:
             admit: Called with ``invited`` in hex once the signature was verified, before the record is locked; may
                 raise.
 
-        Raises:
-            TrustError: The invitation is unknown, has expired, or was used for another key; or the signature or the
-                request is not valid, or for another name.
-            ConfigError: As ``issue``.
+        Raises TrustError: the invitation is unknown, has expired, or was used for another key; or the signature or the
+        request is not valid, or for another name; ConfigError as ``issue``.
         """
         public, token = PublicKey(invited), invited.hex()
         public.verify(invitation.ENROLMENT, request, signature)
@@ -201,10 +189,8 @@ class AuthorityStore:
             days: The new one is valid as long, or until the authority ends.
             admit: Called with the device's name once it has proved it; may raise.
 
-        Raises:
-            TrustError: The certificate has expired, was revoked, or is not of this authority; or the identity did not
-                sign.
-            ConfigError: As ``issue``.
+        Raises TrustError: the certificate has expired, was revoked, or is not of this authority; or the identity did
+        not sign; ConfigError as ``issue``.
         """
         now = self.clock()
         try:
@@ -248,9 +234,8 @@ class AuthorityStore:
         Returns:
             The certificates that were not revoked before; none if the call is repeated. The list is signed anyway.
 
-        Raises:
-            ConfigError: There is no such certificate.
-            TrustError: The list would be too long for its readers. Nothing is revoked.
+        Raises ConfigError: there is no such certificate; TrustError: the list would be too long for its readers.
+        Nothing is revoked.
         """
         with self._writing() as writer:
             issued, serial = issued_in(writer.events), which.lower().replace(":", "").removeprefix("0x")

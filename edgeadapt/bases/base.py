@@ -64,10 +64,8 @@ class Base:
 
     @property
     def merged(self) -> dict[str, str]:
-        """Return the adapters that were merged into it: SHA-256 of the file → peft's name of the method.
-
-        Raises ConfigError if ``config.json`` states them in another form than ``edgeadapt base merge``.
-        """
+        """Return the adapters that were merged into it: SHA-256 of the file → peft's name of the method. Raises
+        ConfigError if ``config.json`` states them in another form than ``edgeadapt base merge``."""
         try:
             config = json.loads(read(self.folder / "config.json", LONGEST["config.json"]))
             rows = [(row["sha256"], row["peft_type"]) for row in config.get(MERGED_ADAPTERS, [])]
@@ -86,12 +84,9 @@ def find_base(where: str) -> Base:
     """Find the base in the folder or file ``where``, or in the installed Python package ``where``.
 
     A file is GGUF or ``E5S1``. A package holds its base in a folder ``model`` or in one such file. A file is converted
-    when it is first seen, which takes some seconds.
-
-    Raises:
-        ConfigError: There is no such folder, file or package, it lacks one of ``IDENTITY_FILES`` or a part of its
-            weights, or one is empty or too large, or the file is of a kind that cannot be converted.
-        DataError: The file is damaged.
+    when it is first seen, which takes some seconds. Raises ConfigError: there is no such folder, file or package, it
+    lacks one of ``IDENTITY_FILES`` or a part of its weights, or one is empty or too large, or the file is of a kind
+    that cannot be converted; DataError: the file is damaged.
     """
     folder = Path(where)
     if not folder.exists():
@@ -153,10 +148,8 @@ def _digest(folder: Path) -> str:
 
 
 def _identity_files(folder: Path) -> tuple[str, ...]:
-    """List the files that make a base what it is: ``IDENTITY_FILES``, or an index and the parts that it names.
-
-    One file of weights counts before an index, as it does to transformers.
-    """
+    """List the files that make a base what it is: ``IDENTITY_FILES``, or an index and the parts that it names. One file
+    of weights counts before an index, as it does to transformers."""
     index = folder / INDEX
     if (folder / WEIGHTS).exists() or not index.is_file():
         return IDENTITY_FILES
@@ -164,10 +157,12 @@ def _identity_files(folder: Path) -> tuple[str, ...]:
         parts = sorted(set(json.loads(read(index, LONGEST[INDEX]))["weight_map"].values()))
         odd = next((part for part in parts if not PART.fullmatch(part)), None)
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise ConfigError(f"{index} is no index of weights: copy the base again", about=INDEX) from error
+        raise ConfigError(f"{index} is not an index of weights: copy the base again", about=INDEX) from error
     if odd is not None or not parts:
         raise ConfigError(
-            f"{index} names {str(odd)[:80]!r}, which is no file of weights in the same folder", about=INDEX, value=odd
+            f"{index} names {str(odd)[:80]!r}, which is not a file of weights in the same folder",
+            about=INDEX,
+            value=odd,
         )
     config, _, tokenizer = IDENTITY_FILES
     return (config, INDEX, *parts, tokenizer)

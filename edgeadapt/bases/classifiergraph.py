@@ -47,10 +47,8 @@ class ClassifierGraph:
         return logits
 
     def mixed(self, tokens: Sequence[Sequence[int]], inputs: Sequence[Tensors]) -> list[Floats]:
-        """Return the logits of a batch, from each row's tokens and its adapter's tensors, one for each slot.
-
-        Each row's are what ``logits`` returns, up to rounding; after the adapter's own labels, a row may have more.
-        """
+        """Return the logits of a batch, from each row's tokens and its adapter's tensors, one for each slot. Each row's
+        are what ``logits`` returns, up to rounding; after the adapter's own labels, a row may have more."""
         logits: dict[int, Floats] = {}
         for run in group_rows(inputs, self._slots, self._rows):
             texts, adapters = [tokens[row] for row in run], [inputs[row] for row in run]
@@ -67,10 +65,8 @@ class ClassifierGraph:
 
 
 def open_session(model: bytes, folder: Path, slots: Collection[str], threads: int = 1) -> ort.InferenceSession:
-    """Open a verified graph, whose slots take an adapter for each row.
-
-    The file of weights in ``folder`` is mapped into memory, so that processes share it.
-    """
+    """Open a verified graph, whose slots take an adapter for each row. The file of weights in ``folder`` is mapped into
+    memory, so that processes share it."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # errors are raised

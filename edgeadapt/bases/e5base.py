@@ -51,11 +51,8 @@ BREAK = "\x01"
 def convert(file: Path, folder: Path) -> None:
     """Write ``config.json``, ``model.safetensors``, ``tokenizer.json`` and its companion into the empty ``folder``.
 
-    Equal files give equal folders, as long as the tokenizers library writes the same JSON.
-
-    Raises:
-        DataError: ``file`` is not a sound ``E5S1`` file.
-        ConfigError: It is of another version, or has a tensor that is not known here.
+    Equal files give equal folders, as long as the tokenizers library writes the same JSON. Raises DataError: ``file``
+    is not a sound ``E5S1`` file; ConfigError: it is of another version, or has a tensor that is not known here.
     """
     if (size := file.stat().st_size) > LARGEST:
         raise DataError(f"{file} has {size} bytes, more than any E5S1 file", about=file.name, value=size)
@@ -158,9 +155,7 @@ def _tokenizer(reader: _Reader, config: dict[str, Any]) -> tuple[Tokenizer, dict
     begin, end = words[bos], words[eos]
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{begin} $A {end}",
-        pair=f"{begin} $A {end} {end} $B {end}",
-        special_tokens=[(begin, bos), (end, eos)],
+        single=f"{begin} $A {end}", pair=f"{begin} $A {end} {end} $B {end}", special_tokens=[(begin, bos), (end, eos)]
     )
     special = {"bos_token": begin, "eos_token": end, "pad_token": words[pad], "unk_token": words[unk]}
     special |= {"mask_token": MASK} if MASK in words else {}
@@ -248,7 +243,6 @@ def _weights(reader: _Reader, config: dict[str, Any]) -> Iterator[tuple[str, Flo
 
 
 def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """List the tensors of a ``BertModel`` without pooler, with their shapes."""
     width, inner = config["hidden_size"], config["intermediate_size"]
     rows = {"word": config["vocab_size"], "pos": config["max_position_embeddings"], "type": config["type_vocab_size"]}
     shapes: dict[str, tuple[int, ...]] = {

@@ -48,11 +48,9 @@ CONTROL, USER_DEFINED = 3, 4  # kinds of tokens in llama.cpp's vocabulary
 def convert(file: Path, folder: Path) -> None:
     """Write ``config.json``, ``model.safetensors``, ``tokenizer.json`` and their companions into the empty ``folder``.
 
-    Equal files give equal folders, as long as the tokenizers library writes the same JSON.
-
-    Raises:
-        DataError: ``file`` is not a sound GGUF file.
-        ConfigError: Its architecture, a setting, a tensor or its tokenizer is not one that can be converted.
+    Equal files give equal folders, as long as the tokenizers library writes the same JSON. Raises DataError: ``file``
+    is not a sound GGUF file; ConfigError: its architecture, a setting, a tensor or its tokenizer is not one that can be
+    converted.
     """
     opened = GgufFile.open(file)
     config = _config(opened.settings, len(opened.tensors))
@@ -72,7 +70,6 @@ def convert(file: Path, folder: Path) -> None:
 
 
 def _config(settings: Mapping[str, Any], tensors: int) -> dict[str, Any]:
-    """Make ``config.json``, with sizes that a file with this number of tensors can have."""
     kind = settings.get("general.architecture")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise ConfigError(
@@ -199,7 +196,6 @@ def _expected(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, tuple
 
 
 def _ordered(name: str, value: Floats, config: Mapping[str, Any]) -> Floats:
-    """Order the values of a tensor as transformers expects."""
     if config["model_type"] == "llama" and ".attn_q." in name:
         return _halves(value, config["num_attention_heads"])
     if config["model_type"] == "llama" and ".attn_k." in name:

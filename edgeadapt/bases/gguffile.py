@@ -116,7 +116,6 @@ class _HeaderReader:
 
 
 def _header(reader: _HeaderReader) -> tuple[dict[str, Any], list[GgufTensor]]:
-    """Read the settings, and the tensors with their offsets in the data."""
     if reader.take(4) != MAGIC or reader.number("I") not in VERSIONS:
         raise ValueError(f"it does not begin with {MAGIC.decode()} and the version 2 or 3")
     count, keys = reader.number("Q"), reader.number("Q")

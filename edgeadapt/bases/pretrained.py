@@ -28,11 +28,8 @@ MAX_REASON = 200  # characters of a message of transformers
 
 
 def configuration(base: Base) -> Any:
-    """Read ``config.json`` with transformers.
-
-    Raises:
-        ConfigError: It is damaged, of an unknown architecture, or states sizes that the weights cannot have.
-    """
+    """Read ``config.json`` with transformers. Raises ConfigError: it is damaged, of an unknown architecture, or states
+    sizes that the weights cannot have."""
     try:
         config = AutoConfig.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
         tensors = 0
@@ -69,9 +66,8 @@ def load(
         offload: A new folder, for a model that may be larger than memory: its layers read their weights when they
             compute, from the base or from there, and are on the device "meta" otherwise (``loaded``).
 
-    Raises:
-        ConfigError: As ``configuration``; the weights are damaged, or some that change an answer are missing or of
-            another size.
+    Raises ConfigError as ``configuration``; the weights are damaged, or some that change an answer are missing or of
+    another size.
     """
     config = configuration(base)
     if num_labels is not None:
@@ -112,11 +108,8 @@ def loaded(module: nn.Module) -> AbstractContextManager[object]:
 
 
 def parameter_shapes(base: Base, kind: Any, num_labels: int) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each parameter of the base as transformers' class ``kind``. Reads no weights.
-
-    Raises:
-        ConfigError: As ``configuration``, or transformers has no such class for the architecture.
-    """
+    """Return the shape of each parameter of the base as transformers' class ``kind``. Reads no weights. Raises
+    ConfigError as ``configuration``, or transformers has no such class for the architecture."""
     config = configuration(base)
     config.num_labels = num_labels
     try:
@@ -199,10 +192,8 @@ def _refusal(base: Base, error: Exception) -> ConfigError:
 
 
 def chat_template(base: Base) -> Callable[[list[dict[str, str]], bool], str] | None:
-    """Return the function that renders messages by the base's chat template; None if it has none.
-
-    It maps messages, each with ``role`` and ``content``, and whether an answer shall follow, to the text of the prompt.
-    """
+    """Return the function that renders messages by the base's chat template; None if it has none. It maps messages,
+    each with ``role`` and ``content``, and whether an answer shall follow, to the text of the prompt."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of many classes, with no common base

@@ -13,9 +13,7 @@ VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5  # wire types
 
 def without_shapes(model: bytes, slots: Collection[str]) -> bytes:
     """Remove the shapes of the inputs ``slots`` from a serialized ``ModelProto``, and keep all else byte for byte.
-
-    Raises ValueError if it is not protobuf.
-    """
+    Raises ValueError if it is not protobuf."""
     names = {name.encode() for name in slots}
 
     def declared(value: bytes) -> bytes:

@@ -1,7 +1,7 @@
 """Runs the training graph of an exported base: the loss of a batch, and its gradient by each tensor of an adapter.
 
 Devices train with it (``client.training.graphengine``), and the exporter compares it with torch's gradients
-(``export.parity.training``), so that what is measured is what runs. The graph reads the weights that the device answers
+(``export.parity.compare``), so that what is measured is what runs. The graph reads the weights that the device answers
 with, from the same file.
 """
 
@@ -47,10 +47,8 @@ class TrainingGraph:
     """Runs a loaded training graph. Threads may share it. ONNX Runtime's errors have no common base but Exception."""
 
     def __init__(self, model: bytes, weights: Path, threads: int = 1) -> None:
-        """Load a verified graph; its weights in the folder ``weights`` are mapped into memory.
-
-        Guarantee: with one thread, equal batches give equal gradients on one machine.
-        """
+        """Load a verified graph; its weights in the folder ``weights`` are mapped into memory. Guarantee: with one
+        thread, equal batches give equal gradients on one machine."""
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4  # errors are raised
@@ -65,36 +63,28 @@ class TrainingGraph:
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """Name the slots by which it has gradients."""
         return self._named(GRADIENT)
 
     @property
     def normed(self) -> tuple[str, ...]:
-        """Name the layers of which it has the norms of the weights."""
         return self._named(WEIGHT_NORM)
 
     def gradients(self, batch: TrainingBatch, inputs: Tensors) -> tuple[float, Tensors]:
         """Return the loss of a batch of at least one text, in nats, and its gradient by each slot, in the slot's shape.
-
-        ``inputs`` is the adapter, a tensor for each slot (``edgeadapt.formats.graphinputs.to_inputs``).
-        """
+        ``inputs`` is the adapter, a tensor for each slot (``edgeadapt.formats.graphinputs.to_inputs``)."""
         names = [LOSS, *(name for name in self._outputs if name.endswith(GRADIENT))]
         loss, *values = self._session.run(names, _feeds(batch, inputs))
         return float(loss), {name.removesuffix(GRADIENT): value for name, value in zip(names[1:], values, strict=True)}
 
     def scores(self, batch: TrainingBatch, inputs: Tensors) -> tuple[Floats, NDArray[np.bool_]]:
-        """Return a language model's log-likelihood of each target in nats, and whether it is the most likely one.
-
-        ONNX Runtime runs the whole graph, the backward pass too, whatever outputs are asked for. Shares do not matter.
-        """
+        """Return a language model's log-likelihood of each target in nats, and whether it is the most likely one. ONNX
+        Runtime runs the whole graph, the backward pass too, whatever outputs are asked for. Shares do not matter."""
         nats, hits = self._session.run([LOG_LIKELIHOOD, HITS], _feeds(batch, inputs))
         return nats, hits
 
     def weight_norms(self, inputs: Tensors, layers: Sequence[str]) -> dict[str, Floats]:
         """Return the norm of each output's weights with the update, ``‖W + A B‖``, shape ``(out,)``, by layer.
-
-        ``inputs`` has A and B by slot, for ``layers``, some of ``normed``.
-        """
+        ``inputs`` has A and B by slot, for ``layers``, some of ``normed``."""
         return self._of_layers(layers, WEIGHT_NORM, inputs)
 
     def own_biases(self) -> dict[str, Floats]:
@@ -131,5 +121,4 @@ def batch_of(tokens: Sequence[Sequence[int]], targets: Sequence[int], shares: Se
 
 
 def missing_slots(graph: TrainingGraph, slots: Mapping[str, Sequence[str]]) -> list[str]:
-    """List the slots of a base by which a graph has no gradient, sorted."""
     return sorted(set(slots) - set(graph.slots))

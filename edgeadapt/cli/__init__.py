@@ -15,8 +15,8 @@ COMMANDS = {
     "rollout": (f"{HERE}.promotion", "rollout", "Say which devices get the newest release.", ""),
     "sbom": (f"{HERE}.sbom", "sbom", "Print a version's software bill of materials.", "governance"),
     "show": (f"{HERE}.versions", "show", "Show what made a version, and where it is.", ""),
-    "verdict": (f"{HERE}.verdict", "verdict", "Say whether a release that is rolled out is worse.", ""),
-    "watch": (f"{HERE}.verdict", "watch", "Roll a channel back when an evaluation demands it.", ""),
+    "verdict": (f"{HERE}.promotion", "verdict", "Say whether a release that is rolled out is worse.", ""),
+    "watch": (f"{HERE}.promotion", "watch", "Roll a channel back when an evaluation demands it.", ""),
 }
 
 

@@ -245,7 +245,6 @@ def _requested(name: str | None, request: Path | None, public_key: Path | None) 
 
 
 def unlock(store: AuthorityStore, passphrase_file: Path | None) -> Authority:
-    """Open the authority with its passphrase from a file, or typed."""
     return store.unlock(_passphrase(passphrase_file, new=False) if store.encrypted else None)
 
 

@@ -143,7 +143,7 @@ def renew(folder: Path, everything: bool) -> None:
 def rotate(folder: Path, role: str) -> None:
     """Replace the key of root, targets, snapshot (with timestamp) or a channel. Devices follow by themselves.
 
-    The new key of a channel does not sign a rollback that is prepared: prepare that anew.
+    The new key of a channel does not sign a rollback that is prepared: prepare it again.
 
     \b
     Example:
@@ -153,9 +153,9 @@ def rotate(folder: Path, role: str) -> None:
     discarded = opened.rotate(role, SystemEntropy())
     _write_root(folder, opened)
     if discarded:
-        anew = f"prepare one anew with 'edgeadapt adapters rollout {folder} {role} … --key'"
+        remedy = f"prepare one again with 'edgeadapt adapters rollout {folder} {role} … --key'"
         click.echo(
-            f"the rollback of channel {role} that was prepared is discarded, since the old key signed it: {anew}"
+            f"the rollback of channel {role} that was prepared is discarded, since the old key signed it: {remedy}"
         )
 
 

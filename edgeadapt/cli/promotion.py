@@ -1,7 +1,8 @@
-"""``edgeadapt adapters gates``, ``promote``, ``rollout`` and ``rollback``: which release a channel has."""
+"""``edgeadapt adapters`` for releases: which one a channel has, whether it is worse, and what follows."""
 
 import json
 import tempfile
+import time
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,16 +10,25 @@ from typing import Any
 
 import click
 
-from aggregation.errors import ConfigError
+from aggregation.errors import ConfigError, EdgeAdaptError
 from aggregation.pki.identity import IdentityKey
 from edgeadapt import traces
+from edgeadapt.commandline import FiniteRange
 from edgeadapt.formats import storage
 from edgeadapt.formats.bundle import TRUST
 from edgeadapt.formats.keyfiles import read_key
 from edgeadapt.formats.rollout import ALL
 from edgeadapt.formats.settings import overridden
-from edgeadapt.promotion.gates import AssembledRelease, PromotionTrial, require_passed
-from edgeadapt.promotion.gatesettings import GATES, HEADER, GateSettings
+from edgeadapt.promotion.evaluations import act, judge
+from edgeadapt.promotion.gates import (
+    GATES,
+    HEADER,
+    AssembledRelease,
+    GateError,
+    GateSettings,
+    PromotionTrial,
+    require_passed,
+)
 from edgeadapt.releases.actions import GateResult, login_name
 from edgeadapt.releases.prepared import RollbackCondition
 from edgeadapt.releases.repository import ChannelRepository, Published
@@ -43,6 +53,11 @@ vendor_key = click.option(
     help="The vendor's key: sign the rollback now, for 'adapters watch' to publish if the release is worse.",
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+releases = click.option("--releases", type=FOLDER, required=True, metavar="REPO", help="The repository of channels.")
+trusted = click.option(
+    "--trust", type=FOLDER, metavar="FILE", help="The coordinator's public key, PEM. Default: the one of DIR."
+)
+adapter_name = click.option("--adapter", default="global", show_default=True, metavar="NAME", help="Of both releases.")
 
 
 @click.command()
@@ -154,11 +169,11 @@ def promote(
 def rollout(
     folder: Path, channel: str, share: int, languages: tuple[str, ...], key_file: Path | None, as_json: bool
 ) -> None:
-    """Say anew which devices get the release that CHANNEL rolls out. With all devices, the rollout is complete.
+    """Change which devices get the release that CHANNEL rolls out. With all devices, the rollout is complete.
 
     Each device decides for itself, by a random number that never leaves it: one that is in at 10 % is in at 50 %. A
     device that has the release never goes back when the share shrinks; 'edgeadapt adapters rollback' takes it back.
-    A rollback that is prepared is signed again by the channel's key; with --key, one is prepared anew.
+    A rollback that is prepared is signed again by the channel's key; with --key, another one is prepared.
 
     \b
     Examples:
@@ -171,7 +186,7 @@ def rollout(
     if key is not None and release is not None:  # before anything is changed
         margin = GateSettings.read(folder / GATES).accuracy.margin
         require_signer(opened, channel, release, key.public)
-    published = opened.set_rollout(channel, share, languages, anew=key is not None)
+    published = opened.set_rollout(channel, share, languages, again=key is not None)
     _print(published, (), as_json, _prepared(opened, channel, key, margin))
 
 
@@ -194,6 +209,102 @@ def rollback(folder: Path, channel: str, number: int, key: Path, as_json: bool) 
     with traces.exporting(traces.GOVERNANCE), traces.span("rollback", channel=channel, again=number):
         published = roll_back(opened, channel, number, vendor)
     _print(published, (), as_json)
+
+
+@click.command()
+@click.argument("state_dir", type=FOLDER, metavar="DIR")
+@click.argument("channel", metavar="CHANNEL")
+@releases
+@trusted
+@adapter_name
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def verdict(state_dir: Path, channel: str, releases: Path, trust: Path | None, adapter: str, as_json: bool) -> None:
+    """Say whether the release that CHANNEL rolls out is worse than the one before, by the last evaluation of DIR.
+
+    The evaluation is a round that 'edgeadapt coordinator evaluate' adds. The release is worse if its accuracy is below
+    by more than accuracy.margin of REPO/gates.toml with 95 % confidence; then the exit code is 6, and
+    'edgeadapt adapters rollback' takes the release back. An evaluation for which a release was taken back already gives
+    no verdict on another one.
+
+    \b
+    Example:
+      edgeadapt adapters verdict fleet stable --releases releases
+    """
+    repository = _open(releases)
+    repository.compared(channel, adapter)
+    margin = GateSettings.read(releases / GATES).accuracy.margin
+    evaluation, _ = judge(repository, state_dir, trust, channel, adapter, margin)
+    if as_json:
+        row = {"round": evaluation.round, "metrics": evaluation.metrics, "worse": evaluation.worse}
+        click.echo(json.dumps(row | asdict(evaluation.verdict)))
+    else:
+        click.echo(str(evaluation))
+    if evaluation.worse:
+        reason = f"the newest release of {channel} is worse than the one before: take it back with "
+        raise GateError(f"{reason}'edgeadapt adapters rollback'", about="evaluation", value=evaluation.round)
+
+
+@click.command()
+@click.argument("state_dir", type=FOLDER, metavar="DIR")
+@click.argument("channel", metavar="CHANNEL")
+@releases
+@trusted
+@adapter_name
+@click.option("--once", is_flag=True, help="Look once, and end.")
+@click.option(
+    "--interval",
+    type=FiniteRange(min=0.1, max=86_400),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Between two looks.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
+def watch(
+    state_dir: Path,
+    channel: str,
+    releases: Path,
+    trust: Path | None,
+    adapter: str,
+    once: bool,
+    interval: float,
+    as_json: bool,
+) -> None:
+    """Roll CHANNEL back when the last evaluation of DIR finds the release that it rolls out worse than the one before.
+
+    The rollback was signed when the rollout began, by 'edgeadapt adapters promote --key', so this machine needs no key
+    but that of snapshot and timestamp in REPO/keys. Each verdict is signed into the log, from which
+    'edgeadapt audit verify' computes it again. Without --once it goes on, and prints a line when something changes.
+
+    \b
+    Examples:
+      edgeadapt adapters watch fleet stable --releases releases
+      edgeadapt adapters watch fleet stable --releases releases --once --json
+    """
+    with traces.exporting(traces.GOVERNANCE):
+        last = ""
+        while True:
+            try:
+                with traces.span("watch", channel=channel) as span:
+                    step = act(_open(releases), state_dir, trust, channel, adapter)
+                    span.set(outcome=step.outcome)
+                row = {
+                    "outcome": step.outcome,
+                    "text": step.text,
+                    "release": step.release and step.release.number,
+                    "evaluation": step.evaluation and asdict(step.evaluation),
+                }
+                line, failed = json.dumps(row) if as_json else step.text, False
+            except (EdgeAdaptError, OSError) as error:
+                if once or not last:  # it was called wrongly
+                    raise
+                line, failed = json.dumps({"error": str(error)}) if as_json else f"edgeadapt: {error}", True
+            if line != last:
+                click.echo(line, err=failed)
+            if once:
+                return
+            last = line
+            time.sleep(interval)
 
 
 def _open(folder: Path) -> ChannelRepository:

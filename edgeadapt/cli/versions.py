@@ -27,10 +27,7 @@ def where(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that say where versions and releases are."""
     for option in (
         click.option(
-            "--trust",
-            type=FOLDER,
-            metavar="FILE",
-            help="The coordinator's public key, PEM. Default: the one of DIR.",
+            "--trust", type=FOLDER, metavar="FILE", help="The coordinator's public key, PEM. Default: the one of DIR."
         ),
         click.option("--releases", type=FOLDER, metavar="REPO", help="A repository of channels, to see what is there."),
         click.argument("state_dir", type=FOLDER, metavar="DIR"),

@@ -25,22 +25,16 @@ PATIENCE = {"connect_timeout": 10, "read_timeout": 30, "retries": {"mode": "stan
 
 @dataclass(frozen=True, slots=True)
 class Blobs:
-    """Stores blobs in a folder. ``get(put(blob)) == blob``.
-
-    Methods raise EdgeAdaptError if the store cannot be reached, read or written to; the other blobs are unchanged.
-    """
+    """Stores blobs in a folder. ``get(put(blob)) == blob``. Methods raise EdgeAdaptError if the store cannot be
+    reached, read or written to; the other blobs are unchanged."""
 
     fs: Any  # fsspec ships no types
     root: str
 
     @classmethod
     def at(cls, url: str) -> Self:
-        """Open the folder or bucket at ``url``, to read from.
-
-        Raises:
-            ConfigError: fsspec has no file system of that kind, its package is not installed, or the address has a
-                secret, which the error does not show.
-        """
+        """Open the folder or bucket at ``url``, to read from. Raises ConfigError: fsspec has no file system of that
+        kind, its package is not installed, or the address has a secret, which the error does not show."""
         scheme, _, rest = url.partition("://")
         if rest and "@" in rest.partition("/")[0]:
             text = "the blob store's address has keys in it: leave them out, and set them as boto takes them"
@@ -91,10 +85,8 @@ class Blobs:
 
     @contextmanager
     def reserved(self, blob: bytes) -> Iterator[None]:
-        """Hold the space of a blob of that size: what is written after the block finds it.
-
-        A bucket has the space. It must be there, and take an object, which stays and is empty.
-        """
+        """Hold the space of a blob of that size: what is written after the block finds it. A bucket has the space. It
+        must be there, and take an object, which stays and is empty."""
         place = f"{self.root}/reserved.part"
         if self._is_bucket:
             with self._explained("cannot be written to; nothing was changed"):
@@ -119,10 +111,8 @@ class Blobs:
         return blob
 
     def read(self, digest: str, size: int | None = None) -> bytes:
-        """Read what has that digest's name, unverified; empty if it is too large or does not have that size.
-
-        Raises DataError if it is missing.
-        """
+        """Read what has that digest's name, unverified; empty if it is too large or does not have that size. Raises
+        DataError if it is missing."""
         place = self._place(digest)
         with self._explained("cannot be read"):
             try:

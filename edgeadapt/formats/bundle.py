@@ -68,30 +68,22 @@ def adapter_path(name: str) -> Path:
 
 
 def adapter_names(bundle: Path) -> list[str]:
-    """List the adapters of a bundle by the names of their manifests, sorted; nothing is verified.
-
-    Names with a leading dot belong to file managers.
-    """
+    """List the adapters of a bundle by the names of their manifests, sorted; nothing is verified. Names with a leading
+    dot belong to file managers."""
     return sorted(path.stem for path in (bundle / ADAPTERS).glob("*.json") if not path.name.startswith("."))
 
 
 def read_file(path: Path, limit: int) -> bytes:
-    """Read a file of a bundle.
-
-    Raises:
-        DataError: It is missing, is not a regular file, or cannot be read.
-        TrustError: It is larger than ``limit`` bytes. Nothing was read then.
-    """
+    """Read a file of a bundle. Raises DataError: it is missing, is not a regular file, or cannot be read; TrustError:
+    it is larger than ``limit`` bytes. Nothing was read then."""
     with _opened(path, limit) as (file, stamp):
         return file.read(stamp.size)  # not the limit: a small machine would refuse that much memory
 
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """Identifies the content of an open file without reading it.
-
-    The system sets ctime at every write, and it cannot be set back without setting the machine's clock.
-    """
+    """Identifies the content of an open file without reading it. The system sets ctime at every write, and it cannot be
+    set back without setting the machine's clock."""
 
     device: int
     inode: int
@@ -218,12 +210,8 @@ class Bundle:
         return manifest
 
     def adapter(self, name: str, base: BaseManifest) -> VerifiedAdapter:
-        """Read an adapter for ``base`` (rules 3 to 5).
-
-        Raises:
-            DataError: The file is damaged, or the tensors are not finite, do not fit the base, or are not as stated.
-            TrustError: The adapter is for another base.
-        """
+        """Read an adapter for ``base`` (rules 3 to 5). Raises DataError: the file is damaged, or the tensors are not
+        finite, do not fit the base, or are not as stated; TrustError: the adapter is for another base."""
         manifest, path = self.adapter_manifest(name), self.folder / adapter_path(name)
         if manifest.base_digest != base.base_digest:
             raise TrustError(
@@ -282,10 +270,8 @@ def _check_stated(inputs: Tensors, manifest: AdapterManifest, base: BaseManifest
 
 
 def _check_listed(folder: Path, manifest: BaseManifest) -> None:
-    """Check that every file is signed: a library that is given the folder may read them.
-
-    Names with a leading dot belong to file managers, and no library reads them.
-    """
+    """Check that every file is signed: a library that is given the folder may read them. Names with a leading dot
+    belong to file managers, and no library reads them."""
     present = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     if unlisted := sorted(present - set(manifest.files) - {BASE_MANIFEST.name}):
         raise TrustError(

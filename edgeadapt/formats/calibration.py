@@ -40,13 +40,11 @@ def fit(logits: Floats, labels: Labels, start: float = 1.0) -> float:
     The objective in the inverse temperature b is ``-log p(labels) + PRIOR * (b / b0 - log(b / b0))``, with b0 the
     inverse of ``start``: a gamma prior whose most likely value is b0. It is convex; bisection finds its minimum.
 
-    Args:
-        logits: Shape ``(examples, labels)``; no example gives ``start``.
-        labels: The right ones, shape ``(examples,)``.
-        start: The temperature that is most likely without examples, such as that of the adapter that was fine-tuned.
-
     Returns:
         From ``MIN_TEMPERATURE`` to ``MAX_TEMPERATURE``, to ``DECIMALS`` decimals.
+
+    ``logits``: shape ``(examples, labels)``; no example gives ``start``. ``start``: the temperature that is most likely
+    without examples, such as that of the adapter that was fine-tuned.
     """
     wide = logits.astype(np.float64)
     right = wide[np.arange(len(wide)), labels]
@@ -69,10 +67,8 @@ def expected_calibration_error(logits: Floats, labels: Labels, bins: int = BINS)
     These hold equally many examples, and are less biased than bins of equal width (Roelofs et al. 2022,
     arXiv:2012.08668). With few examples, even a calibrated classifier's error is above 0.
 
-    Args:
-        logits: Shape ``(examples, labels)``, divided by their temperature; at least one example.
-        labels: The right ones, shape ``(examples,)``.
-        bins: At most as many as there are examples.
+    ``logits``: shape ``(examples, labels)``, divided by their temperature; at least one example. ``bins``: at most as
+    many as there are examples.
     """
     confident, right = confidences(logits), logits.argmax(axis=1) == labels
     parts = np.array_split(np.argsort(confident, kind="stable"), min(bins, len(confident)))

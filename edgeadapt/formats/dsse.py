@@ -34,10 +34,8 @@ def pae(payload_type: str, payload: bytes) -> bytes:
 def sign(payload: bytes, payload_type: str, key: IdentityKey) -> bytes:
     """Make the envelope of ``payload`` with one signature. Equal arguments give equal bytes.
 
-    Law: ``verify(sign(payload, kind, key), kind, [key.public]) == payload``.
-
-    Raises:
-        DataError: The envelope would be larger than ``verify`` accepts.
+    Law: ``verify(sign(payload, kind, key), kind, [key.public]) == payload``. Raises DataError: the envelope would be
+    larger than ``verify`` accepts.
     """
     signature = Ed25519PrivateKey.from_private_bytes(key.raw).sign(pae(payload_type, payload))
     envelope = {
@@ -55,11 +53,9 @@ def sign(payload: bytes, payload_type: str, key: IdentityKey) -> bytes:
 def verify(raw: bytes, payload_type: str, trusted: Iterable[PublicKey]) -> bytes:
     """Return the payload of an envelope that one of the trusted keys signed as a document of this type.
 
-    Only ``payload_type`` is accepted, so that no document passes for one of another type.
-
-    Raises:
-        TrustError: Not an envelope (about ``envelope``), of another type (``payloadType``), by none of the trusted keys
-            (``keyid``), or altered (``signature``).
+    Only ``payload_type`` is accepted, so that no document passes for one of another type. Raises TrustError: not an
+    envelope (about ``envelope``), of another type (``payloadType``), by none of the trusted keys (``keyid``), or
+    altered (``signature``).
     """
     payload, signatures = _parse(raw, payload_type)
     signed, keys = pae(payload_type, payload), list(trusted)

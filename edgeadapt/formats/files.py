@@ -26,13 +26,8 @@ def encode(tensors: Mapping[str, Floats]) -> bytes:
 
 
 def decode(blob: bytes, layout: Layout | None = None) -> Tensors:
-    """Read what ``encode`` wrote: ``decode(encode(t)) == t``.
-
-    Without ``layout``, any finite float32 tensors are accepted.
-
-    Raises:
-        DataError: Truncated, oversized or damaged bytes, another layout, NaN or infinity.
-    """
+    """Read what ``encode`` wrote: ``decode(encode(t)) == t``. Without ``layout``, any finite float32 tensors are
+    accepted. Raises DataError: truncated, oversized or damaged bytes, another layout, NaN or infinity."""
     if len(blob) > MAX_ADAPTER:
         raise DataError(
             f"an adapter file of {len(blob)} bytes is above the limit of {MAX_ADAPTER}",

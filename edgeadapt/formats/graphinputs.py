@@ -50,10 +50,8 @@ def from_inputs(inputs: Tensors, scaling: Mapping[str, float]) -> Tensors:
 
 
 def gradients_of_tensors(gradients: Tensors, scaling: Mapping[str, float]) -> Tensors:
-    """Turn gradients by the graph inputs of ``to_inputs`` into those by the tensors under peft's names.
-
-    ``to_inputs`` transposes, and multiplies B by the scaling; so does the chain rule.
-    """
+    """Turn gradients by the graph inputs of ``to_inputs`` into those by the tensors under peft's names. ``to_inputs``
+    transposes, and multiplies B by the scaling; so does the chain rule."""
     return {PEFT_PREFIX + name: _transposed(name, value, scaling) for name, value in gradients.items()}
 
 
@@ -100,7 +98,6 @@ def layer_of(name: str) -> str:
 
 
 def virtual_tokens(inputs: Tensors) -> int:
-    """Count the virtual tokens that an adapter puts before a text."""
     return sum(len(inputs[name]) for name in VIRTUAL if name in inputs)
 
 
@@ -119,13 +116,9 @@ def check_slots(inputs: Tensors, slots: Mapping[str, Sequence[str]]) -> dict[str
     >>> check_slots({"A": np.ones((6, 2), np.float32)}, {"A": ("6", "rank_0")})
     {'rank_0': 2}
 
-    Args:
-        inputs: The adapter's tensors by graph input.
-        slots: The dimensions of each graph input: digits for a fixed size, or a symbol for one size everywhere.
-
-    Raises:
-        DataError: A tensor is missing, unknown or of a shape that the graph does not take, or a vector is there more
-            than once; about the tensor.
+    ``inputs``: the adapter's tensors by graph input. ``slots``: the dimensions of each graph input: digits for a fixed
+    size, or a symbol for one size everywhere. Raises DataError: a tensor is missing, unknown or of a shape that the
+    graph does not take, or a vector is there more than once; about the tensor.
     """
     if odd := sorted(set(inputs).symmetric_difference(slots)):
         raise DataError(

@@ -32,13 +32,10 @@ def pack(value: Floats) -> tuple[Codes, Scales]:
     """Return the codes of ``value``, shape ``(..., width / 2)``, and their scales, shape ``(..., ceil(width / 32))``.
 
     Each block takes, of the scales that were tried, the one with the least squared error: the starts above, and for
-    each of them the least squares fit to the codes that it gives. Equal values give equal bytes.
-
-    Guarantee: the root mean square error of a block is at most half of ``largest / 7``, ``largest`` being the
-    block's largest magnitude (that is the first start, plain rounding), up to the rounding of the scale to float16.
-
-    Args:
-        value: Shape ``(..., width)`` with an even width, finite, magnitudes of at most ``LARGEST``.
+    each of them the least squares fit to the codes that it gives. Equal values give equal bytes. Guarantee: the root
+    mean square error of a block is at most half of ``largest / 7``, ``largest`` being the block's largest magnitude
+    (that is the first start, plain rounding), up to the rounding of the scale to float16. ``value``: shape ``(...,
+    width)`` with an even width, finite, magnitudes of at most ``LARGEST``.
     """
     *rows, width = value.shape
     blocks = _blocks(value)

@@ -39,8 +39,7 @@ def decode(raw: bytes) -> Any:
     Traceback (most recent call last):
     ValueError: the key 'a' occurs twice
 
-    Raises:
-        ValueError: Not JSON in UTF-8, or something that this module refuses.
+    Raises ValueError: not JSON in UTF-8, or something that this module refuses.
     """
     try:
         text = raw.decode()
@@ -54,10 +53,8 @@ def decode(raw: bytes) -> Any:
 
 
 def decode_as(kind: type[T], raw: bytes | str) -> T:
-    """Return a JSON text as a dataclass, whose annotations say what is allowed; nothing is converted.
-
-    A key that occurs twice is not refused, unlike by ``decode``. Raises pydantic.ValidationError.
-    """
+    """Return a JSON text as a dataclass, whose annotations say what is allowed; nothing is converted. A key that occurs
+    twice is not refused, unlike by ``decode``. Raises pydantic.ValidationError."""
     return cast(T, _reader(cast(Hashable, kind)).validate_json(raw, strict=True))
 
 

@@ -25,9 +25,8 @@ _BLOCK = re.compile(rb"-----BEGIN PUBLIC KEY-----[A-Za-z0-9+/=\s]*-----END PUBLI
 def make_key(path: Path, entropy: Entropy) -> tuple[IdentityKey, Path]:
     """Write a new signing key to ``path`` and its public half to ``NAME.pub.pem``; return the key and the second path.
 
-    Raises:
-        ConfigError: One of the two files exists. Who pinned the old key could not verify what the new one signs.
-        OSError: The folder cannot be written. Neither file is left.
+    Raises ConfigError: one of the two files exists. Who pinned the old key could not verify what the new one signs;
+    OSError: the folder cannot be written. Neither file is left.
     """
     public = path.with_name(f"{path.stem}.pub.pem")
     key = IdentityKey.generate(entropy)
@@ -62,14 +61,9 @@ def tls_pair(folder: Path, remedy: str, *, rename: bool = True) -> tuple[TlsKey,
     """Read the TLS key in a state directory, which has ``TLS_CERTIFICATE``, and that certificate, PEM.
 
     The next key is in a file of its own until the certificate for it has replaced the old one; the key that belongs to
-    the certificate is then the right one. So a kill at any instant leaves a pair.
-
-    Args:
-        remedy: What to do if they do not belong to each other.
-        rename: Let the next key have the name of the one in use once it is.
-
-    Raises:
-        TrustError: A file is damaged, or no key belongs to the certificate.
+    the certificate is then the right one. So a kill at any instant leaves a pair. ``remedy``: what to do if they do not
+    belong to each other. ``rename``: let the next key have the name of the one in use once it is. Raises TrustError: a
+    file is damaged, or no key belongs to the certificate.
     """
     name, key, certificate = _certified(folder)
     if name != TLS_KEY:  # the next one; or none, as another process may just have renamed that
@@ -89,9 +83,8 @@ def tls_key_path(folder: Path) -> Path:
 def next_tls_key(folder: Path) -> Iterator[Path]:
     """Yield where to write the next TLS key of a state directory, while no other process replaces a key.
 
-    Raises:
-        ConfigError: The key there is in use, and could not be renamed.
-        TimeoutError: Another process replaces a key, and does not end.
+    Raises ConfigError: the key there is in use, and could not be renamed; TimeoutError: another process replaces a key,
+    and does not end.
     """
     with locked(folder / TLS_LOCK, timeout=PATIENCE):
         if not (folder / TLS_CERTIFICATE).exists():

@@ -29,16 +29,13 @@ class TensorSpec:
 
     @property
     def size(self) -> int:
-        """Count the elements."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Orders the tensors of an adapter by name.
-
-    Law: ``layout.unflatten(layout.flatten(tensors))`` equals ``tensors``, bit for bit.
-    """
+    """Orders the tensors of an adapter by name. Law: ``layout.unflatten(layout.flatten(tensors))`` equals ``tensors``,
+    bit for bit."""
 
     tensors: tuple[TensorSpec, ...]
 
@@ -55,7 +52,6 @@ class Layout:
 
     @property
     def size(self) -> int:
-        """Count the elements of the flat vector."""
         return sum(spec.size for spec in self.tensors)
 
     @property
@@ -65,15 +61,11 @@ class Layout:
         return hashlib.sha256(jsontext.encode(rows)).hexdigest()
 
     def select(self, tensors: Mapping[str, Floats]) -> Tensors:
-        """Return those of ``tensors`` that this layout names."""
         return {spec.name: tensors[spec.name] for spec in self.tensors if spec.name in tensors}
 
     def check(self, tensors: Mapping[str, Floats]) -> None:
-        """Check that tensors have this layout and finite values.
-
-        Raises:
-            DataError: A tensor is missing, unknown, of another shape or type, or holds NaN or infinity.
-        """
+        """Check that tensors have this layout and finite values. Raises DataError: a tensor is missing, unknown, of
+        another shape or type, or holds NaN or infinity."""
         expected = {spec.name for spec in self.tensors}
         if odd := sorted(expected.symmetric_difference(tensors)):
             raise DataError(

@@ -30,11 +30,8 @@ MAX_LABEL = 256  # characters
 
 
 def check_name(name: str) -> str:
-    """Check that an adapter and its two files can have ``name`` on any system, and return it.
-
-    Raises:
-        ConfigError: It is empty, longer than 64 characters, or has a character that could leave the folder.
-    """
+    """Check that an adapter and its two files can have ``name`` on any system, and return it. Raises ConfigError: it is
+    empty, longer than 64 characters, or has a character that could leave the folder."""
     if not ADAPTER_NAME.fullmatch(name):
         raise ConfigError(
             f"adapter name {name[:80]!r} must be 1 to 64 letters, digits, '.', '_' or '-'", about="name", value=name
@@ -43,11 +40,8 @@ def check_name(name: str) -> str:
 
 
 def check_labels(name: str, labels: Sequence[str]) -> None:
-    """Check that a device can answer with the labels of the adapter ``name``.
-
-    Raises:
-        DataError: A label occurs twice, or is not a printable name of at most ``MAX_LABEL`` characters.
-    """
+    """Check that a device can answer with the labels of the adapter ``name``. Raises DataError: a label occurs twice,
+    or is not a printable name of at most ``MAX_LABEL`` characters."""
     if len(set(labels)) != len(labels):
         raise DataError(f"adapter {name!r} names a label twice: export it again with other labels", about="labels")
     for label in labels:
@@ -60,10 +54,8 @@ def check_labels(name: str, labels: Sequence[str]) -> None:
 
 
 class Manifest:
-    """Signs and accepts every manifest. Law: ``accept(manifest.sign(key), [key.public]) == manifest``.
-
-    A manifest is a flat object: a field that is missing, unknown or ill-formed is refused, also if it is signed.
-    """
+    """Signs and accepts every manifest. Law: ``accept(manifest.sign(key), [key.public]) == manifest``. A manifest is a
+    flat object: a field that is missing, unknown or ill-formed is refused, also if it is signed."""
 
     __slots__ = ()
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -74,11 +66,8 @@ class Manifest:
         return f"application/vnd.edgeadapt.{cls.NAME}.v1+json"
 
     def sign(self, key: IdentityKey) -> bytes:
-        """Sign the envelope. Equal manifests and keys give equal bytes.
-
-        Raises:
-            DataError: A number is NaN or infinite, a text is not Unicode, or the envelope is too large.
-        """
+        """Sign the envelope. Equal manifests and keys give equal bytes. Raises DataError: a number is NaN or infinite,
+        a text is not Unicode, or the envelope is too large."""
         try:
             payload = jsontext.encode(asdict(self))  # type: ignore[call-overload]
         except (TypeError, ValueError) as error:
@@ -87,19 +76,14 @@ class Manifest:
 
     @classmethod
     def accept(cls, raw: bytes, trusted: Iterable[PublicKey]) -> Self:
-        """Read the manifest in an envelope that one of the keys ``trusted`` signed.
-
-        Raises:
-            TrustError: As ``dsse.verify``; or a field is missing, unknown or ill-formed (about ``NAME.FIELD``).
-        """
+        """Read the manifest in an envelope that one of the keys ``trusted`` signed. Raises TrustError as
+        ``dsse.verify``; or a field is missing, unknown or ill-formed (about ``NAME.FIELD``)."""
         return cls._of(dsse.verify(raw, cls.payload_type(), trusted))
 
     @classmethod
     def unverified(cls, raw: bytes) -> Self:
         """Read the manifest in an envelope by any signer, for messages and for files that are about to be replaced.
-
-        Raises as ``accept``, apart from the signature.
-        """
+        Raises as ``accept``, apart from the signature."""
         return cls._of(dsse.unverified(raw, cls.payload_type()))
 
     @classmethod
@@ -118,9 +102,7 @@ class Manifest:
 @dataclass(frozen=True, slots=True)
 class ServerRule:
     """Names a rule that made a version, the server optimizer or the combination of groups, with its numbers.
-
-    ``edgeadapt.rounds.optimizer`` and ``edgeadapt.rounds.combination`` have the rules.
-    """
+    ``edgeadapt.rounds.optimizer`` and ``edgeadapt.rounds.combination`` have the rules."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 

@@ -33,17 +33,7 @@ Method = Literal[
 ]
 # As scenarios and commands name what can be trained from the start: LoRA with each of its scalings is a method there.
 MethodName = Literal[
-    "lora",
-    "rslora",
-    "dora",
-    "adalora",
-    "loha",
-    "vera",
-    "ia3",
-    "ln_tuning",
-    "beft",
-    "prompt_tuning",
-    "prefix_tuning",
+    "lora", "rslora", "dora", "adalora", "loha", "vera", "ia3", "ln_tuning", "beft", "prompt_tuning", "prefix_tuning"
 ]
 
 
@@ -53,13 +43,12 @@ class PeftConfig:
 
     ``LORA`` is low-rank adaptation (Hu et al. 2021). ``ADALORA`` (Zhang et al. 2023), ``LOHA`` (Hyeon-Woo et al. 2022)
     and ``VERA`` (Kopiczko et al. 2024) have updates of low rank as well (``edgeadapt.methods.peft.lowrank``); ``r`` is
-    AdaLoRA's ``init_r``, ``lora_alpha`` is LoHa's ``alpha``, and VeRA has none.
-
-    The other methods have vectors only, whose values say everything: ``IA3`` scales activations (Liu et al. 2022),
-    ``LN_TUNING`` replaces the parameters of normalizations (Zhao et al. 2023), ``BEFT`` adds to biases.
-    ``PROMPT_TUNING`` (Lester et al. 2021) and ``P_TUNING`` (Liu et al. 2021) have embeddings of virtual tokens,
-    ``PREFIX_TUNING`` (Li and Liang 2021) has their keys and values; they are at no layer. Methods without low rank have
-    rank and alpha 0. The fields are those of peft's own configurations.
+    AdaLoRA's ``init_r``, ``lora_alpha`` is LoHa's ``alpha``, and VeRA has none. The other methods have vectors only,
+    whose values say everything: ``IA3`` scales activations (Liu et al. 2022), ``LN_TUNING`` replaces the parameters of
+    normalizations (Zhao et al. 2023), ``BEFT`` adds to biases. ``PROMPT_TUNING`` (Lester et al. 2021) and ``P_TUNING``
+    (Liu et al. 2021) have embeddings of virtual tokens, ``PREFIX_TUNING`` (Li and Liang 2021) has their keys and
+    values; they are at no layer. Methods without low rank have rank and alpha 0. The fields are those of peft's own
+    configurations.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -92,12 +81,8 @@ class PeftConfig:
         return _matching(self.alpha_pattern, path, self.lora_alpha)
 
     def scaling_of(self, path: str) -> float:
-        """Return the factor of the update of the layer at ``path``.
-
-        Raises:
-            DataError: A pattern is not a regular expression, or needs look-around or back references; or the layer has
-                rank 0.
-        """
+        """Return the factor of the update of the layer at ``path``. Raises DataError: a pattern is not a regular
+        expression, or needs look-around or back references; or the layer has rank 0."""
         rank, alpha = self.rank_of(path), self.alpha_of(path)
         if rank < 1:
             raise DataError(f"the adapter's configuration gives {path!r} rank 0, which has no scaling", about=path)
@@ -126,10 +111,7 @@ def require_trainable(config: PeftConfig) -> None:
 
     A device builds what a coordinator names. So modules are named in plain words, without patterns, which run as long
     as they like; sizes are bounded; and a setting that the method does not read is refused, because training something
-    else would go unnoticed.
-
-    Raises:
-        ConfigError: It cannot; ``about`` names the setting.
+    else would go unnoticed. Raises ConfigError: it cannot; ``about`` names the setting.
     """
     method = config.peft_type
     for name in sorted(SETTINGS - TRAINABLE[method]):  # the same refusal in every process
@@ -196,7 +178,9 @@ def _ending(pattern: str) -> TypeAdapter[str]:
         re.compile(whole)  # peft refuses it too
     except (re.error, OverflowError, RecursionError) as error:
         raise DataError(
-            f"the adapter's pattern {pattern[:40]!r} is no regular expression: {error}", about="pattern", value=pattern
+            f"the adapter's pattern {pattern[:40]!r} is not a regular expression: {error}",
+            about="pattern",
+            value=pattern,
         ) from error
     if OTHERWISE.search(pattern):
         raise _refusal(pattern)

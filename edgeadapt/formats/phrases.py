@@ -13,10 +13,8 @@ TAB = "\t"
 
 
 def read_phrases(path: Path) -> list[tuple[str, str]]:
-    """Read the labels and phrases in a file with one pair a line: the label, a tab, the phrase.
-
-    Raises DataError if a line has no tab, or nothing on one side of it; or as ``read_lines``.
-    """
+    """Read the labels and phrases in a file with one pair a line: the label, a tab, the phrase. Raises DataError if a
+    line has no tab, or nothing on one side of it; or as ``read_lines``."""
     return _pairs(read_lines(path, "phrase"), path)
 
 
@@ -33,10 +31,8 @@ def parse_phrases(raw: bytes, path: Path) -> list[tuple[str, str]]:
 
 
 def encode_phrases(pairs: Iterable[tuple[str, str]]) -> bytes:
-    """Write the content of such a file. Law: ``parse_phrases(encode_phrases(pairs), path) == pairs``.
-
-    Labels and phrases are not empty; each pair becomes one line, with one space for each run of white space.
-    """
+    """Write the content of such a file. Law: ``parse_phrases(encode_phrases(pairs), path) == pairs``. Labels and
+    phrases are not empty; each pair becomes one line, with one space for each run of white space."""
     return "".join(f"{_line(label)}{TAB}{_line(phrase)}\n" for label, phrase in pairs).encode()
 
 
@@ -50,9 +46,7 @@ def _pairs(lines: Iterable[str], path: Path) -> list[tuple[str, str]]:
         label, _, phrase = (part.strip() for part in line.partition(TAB))
         if not label or not phrase:
             raise DataError(
-                f"phrase {number} of {path} has not the form LABEL TAB PHRASE",
-                about=path.name,
-                value=number,
+                f"phrase {number} of {path} does not have the form LABEL TAB PHRASE", about=path.name, value=number
             )
         pairs.append((label, phrase))
     return pairs

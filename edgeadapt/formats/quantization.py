@@ -52,8 +52,7 @@ def quantize(inputs: Tensors, form: Format) -> Stored:
         ``int4`` a root mean square error, in each block of 32, of at most half the block's largest magnitude over 7
         ======== ===================================================================================================
 
-    Raises:
-        DataError: A value is not finite, or too large for the format; about the tensor.
+    Raises DataError: a value is not finite, or too large for the format; about the tensor.
     """
     stored: Stored = {}
     for name, value in inputs.items():
@@ -76,9 +75,8 @@ def quantize(inputs: Tensors, form: Format) -> Stored:
 def restore(stored: Stored, form: Format) -> Tensors:
     """Return the float32 tensors of an adapter file, C-contiguous, by graph input.
 
-    Raises:
-        DataError: A tensor has a number type that ``form`` does not allow; a scale is missing, belongs to no tensor, or
-            has another shape; a scale or a value is not finite, or an int8 scale is not positive; about the tensor.
+    Raises DataError: a tensor has a number type that ``form`` does not allow; a scale is missing, belongs to no tensor,
+    or has another shape; a scale or a value is not finite, or an int8 scale is not positive; about the tensor.
     """
     restored = {name: _restored(name, stored, form) for name in stored if not name.endswith(SCALE)}
     _check_scales_belong(stored)

@@ -32,8 +32,9 @@ from edgeadapt.formats.manifest import VersionManifest
 from edgeadapt.formats.roundrecord import RoundRecord, accept_chain
 from edgeadapt.formats.settings import Settings
 
-SIGNING_KEY, DATABASE, BLOBS = "signing.pem", "registry.db", "blobs"  # in the coordinator's state directory
-REGISTRY = "registry.toml"  # there too
+# Files and folders of a coordinator's state directory.
+SIGNING_KEY, DATABASE, BLOBS, REGISTRY = "signing.pem", "registry.db", "blobs", "registry.toml"
+PUBLIC_KEY, AUTHORITY, REVOKED, TRANSCRIPT = "coordinator.pem", "authority.pem", "revoked.crl", "transcript"
 SCHEMA = "3"  # revision of the tables; ``coordinator.registry.migrations`` brings older ones to it
 PREFIX = "edgeadapt_"  # of this program's tables, so that another program's database is recognized
 # Tables; the first is alembic's, has one row and the column SCHEMA_COLUMN.
@@ -72,10 +73,8 @@ class RegistrySettings(Settings):
 
 
 class RegistrySource(Protocol):
-    """Says where a registry is read from. Nothing that it returns is verified.
-
-    Methods raise ConfigError if the database has another schema, and DataError if it cannot be read.
-    """
+    """Says where a registry is read from. Nothing that it returns is verified. Methods raise ConfigError if the
+    database has another schema, and DataError if it cannot be read."""
 
     @property
     def name(self) -> str:
@@ -202,10 +201,8 @@ class RegistryFiles:
         return manifest
 
     def recorded(self, version: int | None = None) -> VersionManifest | None:
-        """Read the ``manifest`` of a version; raise TrustError if no round's record says that it was made.
-
-        Version 0 is from no round.
-        """
+        """Read the ``manifest`` of a version; raise TrustError if no round's record says that it was made. Version 0 is
+        from no round."""
         manifest = self.manifest(version)
         made = {record.version: record for record in self.rounds()}
         if manifest is not None and manifest.version:
@@ -219,7 +216,6 @@ class RegistryFiles:
         return manifest
 
     def rounds(self) -> tuple[RoundRecord, ...]:
-        """Read the records of all rounds, in order."""
         return tuple(accept_chain(self.source.rows(_ROUNDS, ()), self.trusted))
 
     def blob(self, manifest: VersionManifest) -> bytes:

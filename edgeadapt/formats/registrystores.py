@@ -39,11 +39,8 @@ LARGEST, MOST_ROWS = 2 * MAX_ENVELOPE, 2**20  # bytes of a row, rows
 
 
 def postgresql_url(address: str) -> URL:
-    """Parse a PostgreSQL database's address, as libpq takes it, for SQLAlchemy with psycopg.
-
-    Raises:
-        ConfigError: It is another address, or has a password, which the error does not show.
-    """
+    """Parse a PostgreSQL database's address, as libpq takes it, for SQLAlchemy with psycopg. Raises ConfigError: it is
+    another address, or has a password, which the error does not show."""
     form = f"{REGISTRY}: database must be {POSTGRESQL}USER@HOST/NAME"
     if not address.startswith(POSTGRESQL):
         raise ConfigError(form, about="database.url")
@@ -64,10 +61,7 @@ def postgresql_engine(url: URL) -> Engine:
 
     To another machine TLS is required, and its certificate must be for the host and of an authority that the system
     trusts. ``sslmode`` and ``sslrootcert`` in the address, or ``PGSSLMODE`` and ``PGSSLROOTCERT``, say otherwise. A
-    commit is durable when it returns, whatever the server's default is.
-
-    Raises:
-        ConfigError: psycopg is not installed.
+    commit is durable when it returns, whatever the server's default is. Raises ConfigError: psycopg is not installed.
     """
     options: dict[str, Any] = dict(PATIENCE)
     if not is_local(url) and not {"sslmode", "sslrootcert"} & url.query.keys():
@@ -112,10 +106,8 @@ class RemoteStores:
         return self.blobs.read(digest, size) if self.blobs else self.local.file(digest, size)
 
     def rows(self, query: str, values: tuple[int, ...]) -> list[tuple[Any, ...]]:
-        """Query as ``RegistrySource.rows`` does. Raises EdgeAdaptError if the database cannot be reached.
-
-        A database's owner decides what it answers, also without an end: there are limits on time and size.
-        """
+        """Query as ``RegistrySource.rows`` does. Raises EdgeAdaptError if the database cannot be reached. A database's
+        owner decides what it answers, also without an end: there are limits on time and size."""
         if self.engine is None:
             return self.local.rows(query, values)
         try:

@@ -32,7 +32,7 @@ def check_channel(name: str) -> str:
     """Check that a channel can have the name, up to 32 lower-case letters, digits and hyphens. Raises ConfigError."""
     if not _CHANNEL.fullmatch(name) or name in _RESERVED:
         raise ConfigError(
-            f"{name[:40]!r} is no name of a channel: use up to 32 lower-case letters, digits and hyphens, and not "
+            f"{name[:40]!r} is not the name of a channel: use up to 32 lower-case letters, digits and hyphens, and not "
             f"{', '.join(sorted(_RESERVED))}",
             about="channel",
             value=name,

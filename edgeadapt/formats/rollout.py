@@ -34,25 +34,20 @@ def check_language(name: str) -> str:
     try:
         return TypeAdapter(Language).validate_python(name)
     except ValidationError:
-        reason = f"{name[:40]!r} is no code of a language: use two or three lower-case letters, such as de"
+        reason = f"{name[:40]!r} is not the code of a language: use two or three lower-case letters, such as de"
         raise ConfigError(reason, about=LANGUAGE, value=name) from None
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """Says who gets the newest release.
-
-    Args:
-        previous: Number of the release that the others get.
-        share: Percent of devices.
-        languages: Only devices with one of these, of which ``share`` is then a part; empty: all devices.
-    """
+    """Says who gets the newest release. ``languages``: only devices with one of these, of which ``share`` is then a
+    part; empty: all devices."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     release: Count
-    previous: Count
-    share: Annotated[int, Field(ge=0, le=ALL)]
+    previous: Count  # number of the release that the others get
+    share: Annotated[int, Field(ge=0, le=ALL)]  # percent of devices
     languages: Annotated[tuple[Language, ...], Field(max_length=100)] = ()
 
     @classmethod

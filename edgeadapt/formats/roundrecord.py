@@ -1,8 +1,8 @@
 """The record of a round: a signed document, chained to the previous round's record.
 
 It says how the round ended and where its ending stands in the log of its session. The coordinator writes the record
-first and the ending second, from the record (``coordinator.recorder``). So a start after a kill can add the ending that
-is missing, and a log that lacks an ending which it once had is recognized.
+first and the ending second, from the record (``coordinator.transcripts``). So a start after a kill can add the ending
+that is missing, and a log that lacks an ending which it once had is recognized.
 """
 
 import math
@@ -34,10 +34,8 @@ class GroupRecord:
 class RoundRecord(Manifest):
     """Says what happened in one round. Bytes are totals over all devices.
 
-    A device that drops out after its masked input arrived is among the survivors too: its update is in the sum.
-
-    Raises:
-        DataError: A number is not finite, or the fields of a result are not all set where the round had one.
+    A device that drops out after its masked input arrived is among the survivors too: its update is in the sum. Raises
+    DataError: a number is not finite, or the fields of a result are not all set where the round had one.
     """
 
     NAME: ClassVar[str] = "round-record"
@@ -113,8 +111,7 @@ def accept_chain(
         trusted: The keys that may have signed.
         before: Number of the round before these, and its signed record; (0, None) before the first.
 
-    Raises:
-        TrustError: A record is missing, was altered, or stands in another place than it was signed for.
+    Raises TrustError: a record is missing, was altered, or stands in another place than it was signed for.
     """
     (last, signed), keys, records = before, list(trusted), list[RoundRecord]()
     for number, raw in rows:
@@ -134,10 +131,8 @@ def accept_chain(
 
 
 def digest_of(signed: object) -> str:
-    """Return the digest by which a record names the previous one (SHA-256, hex).
-
-    Raises TrustError if it is not bytes, as a damaged column of a database may be.
-    """
+    """Return the digest by which a record names the previous one (SHA-256, hex). Raises TrustError if it is not bytes,
+    as a damaged column of a database may be."""
     if not isinstance(signed, bytes):
         raise TrustError("it is not a signed document", about="record")
     return sha256(signed).hexdigest()

@@ -30,11 +30,8 @@ class Settings(BaseModel):
 
     @classmethod
     def read(cls, path: Path, overrides: Sequence[str] = ()) -> Self:
-        """Read a file, changed by ``overridden``. ``read`` of what ``to_toml`` returned gives the same settings.
-
-        Raises:
-            ConfigError: The file is missing, too large or not TOML, a key is unknown, or a value is out of range.
-        """
+        """Read a file, changed by ``overridden``. ``read`` of what ``to_toml`` returned gives the same settings. Raises
+        ConfigError: the file is missing, too large or not TOML, a key is unknown, or a value is out of range."""
         try:
             table = _toml(storage.read(path, LONGEST).decode())
         except DataError as error:
@@ -67,7 +64,6 @@ class Settings(BaseModel):
         return _fields(cls, "")
 
     def to_toml(self) -> str:
-        """Write the settings as a file, with a comment on each key."""
         return "".join(f"{line}\n" for line in self._lines())
 
     def _lines(self) -> Iterator[str]:
@@ -121,8 +117,7 @@ def overridden(table: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any
 
     ``overrides`` are ``KEY=VALUE`` with a dotted key; a value is TOML, or a text where it is not.
 
-    Raises:
-        ConfigError: An override has another form, or a part of its key names a value instead of a table.
+    Raises ConfigError: an override has another form, or a part of its key names a value instead of a table.
     """
     changed = copy.deepcopy(table)
     for override in overrides:

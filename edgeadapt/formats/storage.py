@@ -27,15 +27,14 @@ LARGEST = 2**32  # bytes of a file that is read whole
 LONGEST_LIST = 2**24  # bytes of a file of texts or labels
 CHUNK = 2**20  # bytes
 POLL = 0.02  # seconds between two attempts to take a lock
+File = str | os.PathLike[str]  # how a caller of the public interface names a file or folder
 _POWER_CUTS: ContextVar[bool] = ContextVar("power_cuts", default=True)  # whether to survive them
 
 
 @contextmanager
 def kill_safe() -> Iterator[None]:
-    """Do not wait for the disk while the block runs, in this thread: for a simulation, which writes much.
-
-    Writes survive a kill of the process as ever; a power cut may lose the last seconds.
-    """
+    """Do not wait for the disk while the block runs, in this thread: for a simulation, which writes much. Writes
+    survive a kill of the process as ever; a power cut may lose the last seconds."""
     token = _POWER_CUTS.set(False)
     try:
         yield
@@ -77,11 +76,8 @@ def opened(path: Path, limit: int = LARGEST) -> Iterator[tuple[BinaryIO, int]]:
 def read_lines(path: Path, what: str) -> tuple[str, ...]:
     """Read the lines of a UTF-8 file that are not blank, without the byte order mark of Windows' editors.
 
-    ``what`` says what a line is, for a message.
-
-    Raises:
-        ConfigError: There is no such file.
-        DataError: It is not UTF-8, too large, has no line, or is a device or a pipe.
+    ``what`` says what a line is, for a message. Raises ConfigError: there is no such file; DataError: it is not UTF-8,
+    too large, has no line, or is a device or a pipe.
     """
     try:
         text = read(path, LONGEST_LIST).decode("utf-8-sig")
@@ -96,10 +92,8 @@ def read_lines(path: Path, what: str) -> tuple[str, ...]:
 
 
 def replace(path: Path, content: bytes, mode: int = PRIVATE) -> None:
-    """Write a file atomically and durably: after the return it survives a power cut.
-
-    After an OSError the old file is unchanged, and no temporary file is left.
-    """
+    """Write a file atomically and durably: after the return it survives a power cut. After an OSError the old file is
+    unchanged, and no temporary file is left."""
     descriptor, name = mkstemp(dir=path.parent, prefix=f".{path.name}.")
     stage = Path(name)
     try:
@@ -115,10 +109,8 @@ def replace(path: Path, content: bytes, mode: int = PRIVATE) -> None:
 
 
 def create(path: Path, content: bytes, mode: int = PRIVATE) -> None:
-    """Write a new file durably; never replace one, but raise FileExistsError.
-
-    Any other OSError names the file, of which no part is left.
-    """
+    """Write a new file durably; never replace one, but raise FileExistsError. Any other OSError names the file, of
+    which no part is left."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -152,11 +144,8 @@ def locked(lock: Path, *, timeout: float = -1) -> Iterator[None]:
     """Hold the lock file ``lock``, which is created and kept; one holder at a time among all processes and threads.
 
     The operating system releases the lock when its holder is killed. ``timeout`` is in seconds; -1 waits forever.
-
-    Raises:
-        ConfigError: A link, a folder, a device or a pipe is there. The target of a link is not touched.
-        TimeoutError: Another holder has it.
-        OSError: The file cannot be created.
+    Raises ConfigError: a link, a folder, a device or a pipe is there. The target of a link is not touched;
+    TimeoutError: another holder has it; OSError: the file cannot be created.
     """
     _require_own_file(lock)
     with FileLock(lock, timeout=timeout, poll_interval=POLL):  # follows no symbolic link that appears only now, either
@@ -170,7 +159,7 @@ def _require_own_file(lock: Path) -> None:
     except (FileNotFoundError, NotADirectoryError):
         return
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-        raise ConfigError(f"{lock} is a link, a folder or a device in the place of a lock: remove it", about=lock.name)
+        raise ConfigError(f"{lock} is a link, a folder or a device instead of a lock: remove it", about=lock.name)
 
 
 def real(path: Path) -> Path:
@@ -228,10 +217,8 @@ def staged(out: Path, *, mode: int = PUBLIC_FOLDER, replaces: bool = False) -> I
 
 @contextmanager
 def new_folder(out: Path, *, mode: int = PUBLIC_FOLDER) -> Iterator[Path]:
-    """Yield an empty folder, as ``staged`` does, for one that must not hold anything yet.
-
-    Raises ConfigError if ``out`` exists and is not an empty folder, or is the working directory.
-    """
+    """Yield an empty folder, as ``staged`` does, for one that must not hold anything yet. Raises ConfigError if ``out``
+    exists and is not an empty folder, or is the working directory."""
     place = real(out)  # where a link leads
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise ConfigError(f"{out} exists and is not an empty folder: name a new one", about=place.name)
@@ -254,10 +241,8 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def link_files(source: Path, target: Path) -> None:
-    """Hard-link every file of ``source`` under ``target``; copy where the file system has no hard links.
-
-    Raises the first OSError, as on a full disk.
-    """
+    """Hard-link every file of ``source`` under ``target``; copy where the file system has no hard links. Raises the
+    first OSError, as on a full disk."""
     if source.is_dir():
         # Not shutil.copytree, whose error lists every file that could not be copied.
         for folder, _, names in os.walk(source, topdown=False, onerror=_raise, followlinks=True):

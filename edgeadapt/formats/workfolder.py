@@ -21,9 +21,7 @@ LOCK, CONTENT = "lock", "content"
 
 class WorkFolder:
     """Is a new empty folder, deleted by ``close``, with the last reference to this object, or when the process ends.
-
-    ``where`` holds it; None for the system's folder of temporary files.
-    """
+    ``where`` holds it; None for the system's folder of temporary files."""
 
     def __init__(self, where: Path | None = None) -> None:
         where = where or Path(gettempdir())
@@ -38,10 +36,8 @@ class WorkFolder:
 
 
 def remove_abandoned(where: Path) -> None:
-    """Delete the folders to work in that killed processes left in ``where``.
-
-    A folder without a lock is not deleted: it is not known to be one of these, or its maker is about to lock it.
-    """
+    """Delete the folders to work in that killed processes left in ``where``. A folder without a lock is not deleted: it
+    is not known to be one of these, or its maker is about to lock it."""
     with suppress(OSError):  # what cannot be read or deleted stays
         for folder in where.glob(f"{HIDDEN}*"):
             if _is_own(folder, stat.S_ISDIR) and _is_own(folder / LOCK, stat.S_ISREG):
@@ -51,7 +47,6 @@ def remove_abandoned(where: Path) -> None:
 
 
 def _claimed(where: Path) -> tuple[Path, FileLock]:
-    """Make a new folder, and hold its lock."""
     while True:
         folder = Path(mkdtemp(prefix=HIDDEN, dir=where))
         # Any thread may drop the last reference.

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, Self, overload
 
@@ -15,8 +14,7 @@ from client.inference.text import SamplingParams
 from client.learning import Correction, Learned, Learner, Personalized, Undone
 from client.training.personal import PersonalMethod, PersonalStep
 from client.updates import ChannelSource, Updated, follow, update
-
-File = str | PathLike[str]
+from edgeadapt.formats.storage import File
 
 
 class Answer(NamedTuple):
@@ -86,7 +84,7 @@ class _Model:
         """
         step = PersonalStep(epochs, 16.0, PersonalMethod(method), patience=patience)
         with self._learner() as learner:
-            personalized = learner.personalize(Path(examples), step, learning_rate)
+            personalized = learner.personalize(examples, step, learning_rate)
         self._answer_with(personalized.adapter)
         return personalized
 
@@ -236,7 +234,7 @@ def load(
         ConfigError: The bundle does not have the adapter, or it needs a newer ONNX Runtime or, for a language model,
             ``onnxruntime-genai``.
     """
-    library = Library.open(Path(bundle), None if trust is None else Path(trust))
+    library = Library.open(bundle, trust)
     if adapter is not None:
         Composition.of(adapter)
     if library.manifest.task == "text-generation":

@@ -20,11 +20,8 @@ LORA = PeftConfig.lora(targets=("q_proj", "v_proj"))
 
 
 def build(base: Base, config: PeftConfig = LORA) -> PeftModel:
-    """Build the base with a fresh adapter, in evaluation mode: every parameter frozen but the adapter's.
-
-    Raises:
-        ConfigError: The base is not a causal language model, or as ``trainable.adapted``.
-    """
+    """Build the base with a fresh adapter, in evaluation mode: every parameter frozen but the adapter's. Raises
+    ConfigError: the base is not a causal language model, or as ``trainable.adapted``."""
     return adapted(pretrained.load(base, AutoModelForCausalLM), config, task="CAUSAL_LM")
 
 

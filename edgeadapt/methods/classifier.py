@@ -56,10 +56,8 @@ def pooled(states: Tensor, attention_mask: Tensor) -> Tensor:
 def build(base: Base, labels: int, config: PeftConfig) -> PeftModel:
     """Build the base with a fresh adapter, in evaluation mode: every parameter frozen but the adapter's and the head's.
 
-    The fresh adapter has peft's own random values; ``load`` sets others, ``seeded`` makes the vendor's.
-
-    Raises:
-        ConfigError: Fewer than two labels, a base that cannot be opened, virtual tokens, or as ``trainable.adapted``.
+    The fresh adapter has peft's own random values; ``load`` sets others, ``seeded`` makes the vendor's. Raises
+    ConfigError: fewer than two labels, a base that cannot be opened, virtual tokens, or as ``trainable.adapted``.
     """
     if labels < 2:
         raise ConfigError(f"a classifier needs at least two labels, got {labels}", about="labels", value=labels)
@@ -88,11 +86,8 @@ def padded(tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def in_batches(forward: Callable[[Tensor, Tensor], Tensor], tokens: Sequence[Tensor]) -> Tensor:
-    """Apply ``forward`` to at least one text, in batches of similar length, which need little padding.
-
-    ``forward`` maps token ids and attention mask of a batch to one row for each text. Rows keep the order of
-    ``tokens``.
-    """
+    """Apply ``forward`` to at least one text, in batches of similar length, which need little padding. ``forward`` maps
+    token ids and attention mask of a batch to one row for each text. Rows keep the order of ``tokens``."""
     order = sorted(range(len(tokens)), key=lambda text: len(tokens[text]))
     batches = [[tokens[text] for text in order[at : at + BATCH]] for at in range(0, len(order), BATCH)]
     return torch.cat([forward(*padded(batch)) for batch in batches])[np.argsort(order)]
@@ -110,13 +105,11 @@ def seed_adapter(
 ) -> Tensors:
     """Make the first adapter of a federation: ``seeded`` with the summed embeddings of each label's phrases.
 
-    Args:
-        phrases: At least one, each with the number of its label.
-        labels: Rows of the head.
-
     Returns:
         float32 tensors under the names that PEFT saves. Guarantee: the adapter changes nothing, so that the classifier
         answers with the label whose phrases are nearest in the base's embedding space.
+
+    ``phrases``: at least one, each with the number of its label.
     """
     embeddings = embed(model, tokens, [text for text, _ in phrases])
     sums = np.zeros((labels, embeddings.shape[1]), np.float32)
@@ -127,9 +120,8 @@ def seed_adapter(
 def seeded(model: PeftModel, prototypes: Floats, generator: torch.Generator) -> Tensors:
     """Make the adapter on day one: one that changes nothing (``trainable.initial``), and a prototype head.
 
-    Args:
-        prototypes: Shape ``(labels, hidden)``, a mean embedding for each label; zero rows for labels without phrases.
-        generator: Draws LoRA's A; the same generator state gives the same adapter.
+    ``prototypes``: shape ``(labels, hidden)``, a mean embedding for each label; zero rows for labels without phrases.
+    ``generator``: draws LoRA's A; the same generator state gives the same adapter.
     """
     start = initial(model, generator)
     for name, value in start.items():

@@ -42,9 +42,7 @@ def unfolded(tensors: Tensors) -> Tensors:
 
 def folded(tensors: Tensors, limit: float = math.inf) -> Tensors:
     """Fold R into B, which becomes B + F R, clipped to ``limit`` in absolute value; without R, nothing changes.
-
-    Guarantee: equal arguments give equal bits on every machine, in float32.
-    """
+    Guarantee: equal arguments give equal bits on every machine, in float32."""
     squares = {name for name in tensors if part_of(name) is Part.R}
     result = {name: value for name, value in tensors.items() if name not in squares}
     for name in result.keys() & {name.replace(".lora_R.", ".lora_B.") for name in squares}:

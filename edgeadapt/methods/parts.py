@@ -32,8 +32,6 @@ FROZEN = ("base_model.vera_A", "base_model.vera_B")
 
 
 class Part(StrEnum):
-    """Names a part of an adapter, by the names of its tensors."""
-
     A = "A"  # of LoRA: from a layer's input to the rank
     B = "B"  # of LoRA: from the rank to the layer's output; zero on day one
     # Of other methods: scales, magnitudes, offsets, parameters of normalizations, biases of the base, virtual tokens;

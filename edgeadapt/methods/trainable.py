@@ -72,7 +72,7 @@ def adapted(model: nn.Module, config: PeftConfig, *, heads: Sequence[str] = (), 
     return wrapped
 
 
-def configuration(
+def configuration(  # noqa: PLR0913  # each by name, as the command that passes them has them
     base: Base,
     method: MethodName = "lora",
     *,
@@ -94,8 +94,7 @@ def configuration(
         virtual_tokens: For prompt and prefix tuning.
         bias: For LoRA: which of the base's biases are trained besides.
 
-    Raises:
-        ConfigError: The base cannot be opened, peft names no modules for it, or as ``require_trainable``.
+    Raises ConfigError: the base cannot be opened, peft names no modules for it, or as ``require_trainable``.
     """
     kind = KINDS[method]
     reads = TRAINABLE[kind]
@@ -204,10 +203,7 @@ def _require_kinds(model: nn.Module, config: PeftConfig) -> None:
     """Check that an adapter of this configuration is on layers of the kind that its method adapts.
 
     The update of an embedding would name the tokens of the examples, and a module that is trained in full may be as
-    large as the base.
-
-    Raises:
-        ConfigError: No module bears a target's name, or one that does is of another kind.
+    large as the base. Raises ConfigError: no module bears a target's name, or one that does is of another kind.
     """
     norms = config.peft_type == "LN_TUNING"
     for target in config.target_modules:

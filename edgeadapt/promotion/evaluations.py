@@ -4,7 +4,7 @@ The signed record of a round names its plan by digest. So the plan that a log ha
 devices had, no matter who keeps the log.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +15,14 @@ from aggregation.errors import ConfigError, ProtocolError, TrustError
 from aggregation.messages import Assignment, Plan
 from edgeadapt.audit.transcripts import logs
 from edgeadapt.formats import storage
-from edgeadapt.formats.registryfiles import RegistrySettings
+from edgeadapt.formats.registryfiles import TRANSCRIPT, RegistrySettings
 from edgeadapt.formats.release import Release
-from edgeadapt.releases.actions import ActionRecord
-from edgeadapt.releases.comparison import compared
 from edgeadapt.releases.history import audit_repository, rollback_after
 from edgeadapt.releases.lineage import GovernedVersion, Lineage
 from edgeadapt.releases.repository import ChannelRepository
 from edgeadapt.releases.rollback import note_evaluation, publish_prepared
 from edgeadapt.releases.verdict import JudgedEvaluation, verdict
 from edgeadapt.rounds.evaluation import EvaluationTask, is_evaluation
-
-TRANSCRIPT = "transcript"  # in a state directory; ``coordinator.statedir`` has the name too, and needs SQLAlchemy
 
 
 class NoVerdictError(ConfigError):
@@ -48,60 +44,45 @@ def act(repository: ChannelRepository, state_dir: Path, trust: Path | None, chan
 
     A verdict after which the release stays is noted in the repository's log, once. An evaluation that led to a rollback
     already gives no verdict: the same adapter, promoted again, is compared again. The repository needs the key of
-    snapshot and timestamp only; ``state_dir`` and ``trust`` are as for ``Lineage.read``.
-
-    Raises:
-        ConfigError: A rollout is under way without a prepared rollback, or as ``compared`` and ``publish_prepared``.
-        DataError, TrustError: The registry or the repository is damaged, or does not pass its audit.
+    snapshot and timestamp only; ``state_dir`` and ``trust`` are as for ``Lineage.read``. Raises ConfigError: a rollout
+    is under way without a prepared rollback, or as ``compared`` and ``publish_prepared``; DataError, TrustError: the
+    registry or the repository is damaged, or does not pass its audit.
     """
     if channel in repository.channels and repository.rollout(channel) is None:
         return WatchStep("no rollout", f"channel {channel} rolls nothing out")
-    newest, previous = compared(repository, channel, adapter)
+    repository.compared(channel, adapter)
     current = repository.release(channel)
     if current is None:
         raise ConfigError(f"channel {channel} has no release", about="channel", value=channel)
-    ready = repository.prepared.accept(channel, current)
-    records = audit_repository(repository.folder, None).records
-    lineage = Lineage.read(state_dir, trust, None)
+    condition = repository.prepared.accept(channel, current).condition
     try:
-        judged = judge(lineage, channel, adapter, newest, previous, ready.condition.margin, records)
+        judged, noted = judge(repository, state_dir, trust, channel, adapter, condition.margin)
     except NoVerdictError as error:
         return WatchStep("no verdict", str(error))
     if judged.worse:
         new = publish_prepared(repository, channel, judged).release
-        text = (
-            f"{judged}; channel {channel} is rolled back: release {new.number} is release {ready.condition.again} again"
-        )
+        text = f"{judged}; channel {channel} is rolled back: release {new.number} is release {condition.again} again"
         return WatchStep("rolled back", text, judged, new)
-    if judged not in [record.action.evaluation for record in records]:
+    if not noted:
         note_evaluation(repository, channel, judged)
     return WatchStep("kept", f"{judged}; release {current.number} of channel {channel} stays", judged)
 
 
 def judge(
-    lineage: Lineage,
-    channel: str,
-    adapter: str,
-    newest: str,
-    previous: str,
-    margin: float,
-    records: Sequence[ActionRecord],
-) -> JudgedEvaluation:
-    """Return the verdict of the last round that compared two releases, unless it led to a rollback already.
+    repository: ChannelRepository, state_dir: Path, trust: Path | None, channel: str, adapter: str, margin: float
+) -> tuple[JudgedEvaluation, bool]:
+    """Return the verdict of the last round that compared a channel's two releases, and whether the log has it already.
 
-    Args:
-        channel: Rolls the newest out.
-        newest, previous: ``AdapterManifest.content`` of the adapter in the two releases.
-        margin: How far the accuracy of the newest may be below.
-
-    Raises:
-        NoVerdictError: No round compared them, or it counted too few examples of one of them; or that release was taken
-            back for it, and is compared again where it was promoted again.
-        DataError, TrustError: As ``last_evaluation`` and ``verdict``.
+    ``margin`` says how far the accuracy of the newest may be below. Raises NoVerdictError: no round compared them, or
+    it counted too few examples of one of them; or that release was taken back for it, and is compared again where it
+    was promoted again; otherwise as ``act``.
     """
-    version = last_evaluation(lineage, newest, previous)
+    newest, previous = repository.compared(channel, adapter)
+    records = audit_repository(repository.folder, None).records
+    add_one = f"add one with 'edgeadapt coordinator evaluate {state_dir}', and run it"
+    version = last_evaluation(Lineage.read(state_dir, trust, None), newest, previous)
     if version is None or version.record is None:
-        reason = f"no round has compared the two releases of {channel}: {_add_one(lineage.state_dir)}"
+        reason = f"no round has compared the two releases of {channel}: {add_one}"
         raise NoVerdictError(reason, about="evaluation")
     number, metrics = version.record.round, version.manifest.metrics
     judged = verdict(metrics, margin)
@@ -113,16 +94,14 @@ def judge(
     evaluation = JudgedEvaluation(number, version.manifest.sha256, survivors, *figures)
     if (before := rollback_after(evaluation, records)) is not None:
         led = f"release {before.action.release} of channel {before.action.subject}"
-        reason = f"the evaluation of round {number} led to a rollback already ({led}): {_add_one(lineage.state_dir)}"
+        reason = f"the evaluation of round {number} led to a rollback already ({led}): {add_one}"
         raise NoVerdictError(reason, about="evaluation", value=number)
-    return evaluation
+    return evaluation, any(record.action.evaluation == evaluation for record in records)
 
 
 def last_evaluation(lineage: Lineage, newest: str, previous: str) -> GovernedVersion | None:
-    """Return the version of the last round that compared two adapters (``AdapterManifest.content``), or None.
-
-    Raises TrustError if the plan of an evaluation is in no log, or is not one of an evaluation.
-    """
+    """Return the version of the last round that compared two adapters (``AdapterManifest.content``), or None. Raises
+    TrustError if the plan of an evaluation is in no log, or is not one of an evaluation."""
     for version in reversed(lineage.versions):
         if version.record is None or version.record.plan is None or not is_evaluation(version.manifest.metrics):
             continue
@@ -137,15 +116,9 @@ def last_evaluation(lineage: Lineage, newest: str, previous: str) -> GovernedVer
     return None
 
 
-def _add_one(state_dir: Path) -> str:
-    return f"add one with 'edgeadapt coordinator evaluate {state_dir}', and run it"
-
-
 def find_plan(state_dir: Path, digest: str) -> Plan:
-    """Find the plan of a round in the log of its session. Raises TrustError if no log has it.
-
-    The state directory is only read: where the database has the logs, its copy of them is not used.
-    """
+    """Find the plan of a round in the log of its session. Raises TrustError if no log has it. The state directory is
+    only read: where the database has the logs, its copy of them is not used."""
     with closing(_newest_logs(state_dir)) as logs:
         for log in logs:
             for entry in transcript.read(log).entries:
@@ -162,7 +135,6 @@ def find_plan(state_dir: Path, digest: str) -> Plan:
 
 
 def _newest_logs(state_dir: Path) -> Generator[bytes, None, None]:
-    """Read the logs of all sessions, the newest first."""
     if not RegistrySettings.of(state_dir).database:
         yield from (storage.read(path) for path in reversed(logs(state_dir / TRANSCRIPT)))
         return

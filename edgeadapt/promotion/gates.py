@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
 
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from client.inference.session import ClassificationSession
@@ -16,16 +18,80 @@ from edgeadapt import traces
 from edgeadapt.formats.bundle import TRUST, Bundle
 from edgeadapt.formats.keyfiles import read_public_keys
 from edgeadapt.formats.phrases import read_phrases
+from edgeadapt.formats.registryfiles import PUBLIC_KEY
 from edgeadapt.formats.release import Release
+from edgeadapt.formats.settings import Settings
 from edgeadapt.formats.storage import read_lines
-from edgeadapt.promotion.gatesettings import GateName, GateSettings
 from edgeadapt.releases.actions import GateResult
-from edgeadapt.releases.lineage import COORDINATOR, Lineage, is_from
+from edgeadapt.releases.lineage import Lineage, is_from
 from edgeadapt.releases.repository import ChannelRepository
 
+GATES = "gates.toml"
+HEADER = b"# The gates of a promotion. Paths are relative to this file. A gate that cannot be measured refuses.\n"
+GateName = Literal["size", "parity", "accuracy", "language", "canaries"]
 LONGEST = 1000  # characters of a reason, as the log has it
 ROUNDING = 1e-9  # of a share less a margin
 Results = Iterator[GateResult]
+
+
+class SizeGate(Settings):
+    """Size of what a device fetches."""
+
+    adapter: int = Field(default=2**24, ge=1, description="most bytes of an adapter's file")
+    release: int = Field(default=2**31, ge=1, description="most bytes of all files of a release, with the base")
+
+
+class ParityGate(Settings):
+    """The exported files against the trained model in torch, held to the limits of the base's profile."""
+
+    state: str = Field(default="", description="the coordinator's state directory that has the version")
+    base: str = Field(default="", description="the base of the training: a package, a folder or a GGUF file")
+    texts: str = Field(default="", description="file of held-out texts, one a line")
+
+
+class AccuracyGate(Settings):
+    """Answers to held-out phrases, of the new release and of the current one."""
+
+    held_out: str = Field(default="", description="file of lines LABEL TAB PHRASE TAB LANGUAGE")
+    margin: float = Field(
+        default=0.01, ge=0, le=1, description="how far the accuracy may be below that of the current release"
+    )
+    least: float = Field(default=0.0, ge=0, le=1, description="least accuracy, also of a channel's first release")
+    fewest: int = Field(default=100, ge=1, description="fewest phrases that are a measurement")
+
+
+class LanguageGate(Settings):
+    """Accuracy on the held-out phrases of each language."""
+
+    least: float = Field(default=0.5, ge=0, le=1, description="least accuracy in each language")
+    fewest: int = Field(default=20, ge=1, description="fewest phrases of a language that are a measurement")
+
+
+class CanaryGate(Settings):
+    """Phrases of which each must have its answer."""
+
+    phrases: str = Field(default="", description="file of lines LABEL TAB PHRASE")
+
+
+class GateSettings(Settings):
+    """``gates.toml`` of a repository of channels."""
+
+    gates: tuple[GateName, ...] = Field(
+        default=("size", "parity", "accuracy", "language", "canaries"),
+        min_length=1,
+        description="the gates that a release must pass; of a language model only size and parity can be measured",
+    )
+    size: SizeGate = SizeGate()
+    parity: ParityGate = ParityGate()
+    accuracy: AccuracyGate = AccuracyGate()
+    language: LanguageGate = LanguageGate()
+    canaries: CanaryGate = CanaryGate()
+
+    @model_validator(mode="after")
+    def _names_each_once(self) -> Self:
+        if len(set(self.gates)) != len(self.gates):
+            raise ValueError("gates names a gate twice")
+        return self
 
 
 class GateError(EdgeAdaptError):
@@ -34,8 +100,6 @@ class GateError(EdgeAdaptError):
 
 @dataclass(frozen=True, slots=True)
 class HeldOutPhrase:
-    """Holds a phrase that nobody trained on, with the right answer."""
-
     label: str
     phrase: str
     language: str
@@ -48,7 +112,7 @@ def read_held_out(path: Path) -> list[HeldOutPhrase]:
         parts = [part.strip() for part in line.split("\t")]
         if len(parts) != 3 or not all(parts):
             raise DataError(
-                f"phrase {number} of {path} has not the form LABEL TAB PHRASE TAB LANGUAGE",
+                f"phrase {number} of {path} does not have the form LABEL TAB PHRASE TAB LANGUAGE",
                 about=path.name,
                 value=number,
             )
@@ -58,10 +122,8 @@ def read_held_out(path: Path) -> list[HeldOutPhrase]:
 
 @dataclass(slots=True)
 class AssembledRelease:
-    """Holds a release put together as a device has it, with the keys that must have signed it.
-
-    Its folder is its own: what a device's session notes of versions stays there.
-    """
+    """Holds a release put together as a device has it, with the keys that must have signed it. Its folder is its own:
+    what a device's session notes of versions stays there."""
 
     release: Release
     bundle: Path
@@ -97,21 +159,12 @@ class AssembledRelease:
 
 @dataclass(frozen=True, slots=True)
 class PromotionTrial:
-    """Says what a promotion is about.
-
-    Args:
-        settings: What it must pass.
-        folder: The paths in ``settings`` are relative to it.
-        current: The release that devices have; None if the channel has none.
-    """
-
-    settings: GateSettings
-    folder: Path
+    settings: GateSettings  # what it must pass
+    folder: Path  # the paths in ``settings`` are relative to it
     candidate: AssembledRelease
-    current: AssembledRelease | None
+    current: AssembledRelease | None  # the release that devices have; None if the channel has none
 
     def results(self) -> tuple[GateResult, ...]:
-        """Run the gates, in the order of the settings."""
         measured: list[GateResult] = []
         for gate in self.settings.gates:
             with traces.span("gate", gate=gate) as span:
@@ -122,7 +175,7 @@ class PromotionTrial:
 
     def _run(self, gate: GateName) -> Results:
         try:
-            yield from GATES[gate](self)
+            yield from _MEASURES[gate](self)
         except EdgeAdaptError as error:
             yield refusal(gate, str(error))
         except ModuleNotFoundError as error:
@@ -169,8 +222,12 @@ def _parity(trial: PromotionTrial) -> Results:
     if not base:
         raise ConfigError("gates.toml names no parity.base", about="parity.base")
     from export.bundle.sources import from_registry
-    from export.parity.compare import compare, limits_of, too_far  # torch, after what can be refused without it
-    from export.parity.pair import open_pair
+    from export.parity.compare import (  # torch, after what can be refused without it
+        compare,
+        limits_of,
+        open_pair,
+        too_far,
+    )
 
     lines, lineage = read_lines(texts, "text"), Lineage.read(state, None, None)
     for name in trial.names:
@@ -179,7 +236,7 @@ def _parity(trial: PromotionTrial) -> Results:
         if version is None:
             raise DataError(f"{state} has no version that {name} {manifest.version} was exported from", about="source")
         pair = open_pair(
-            trial.candidate.verified, name, base, from_registry(state, version.version, state / COORDINATOR)
+            trial.candidate.verified, name, base, from_registry(state, version.version, state / PUBLIC_KEY)
         )
         measured = compare(pair.model, pair.runner, pair.adapter.inputs, lines)
         limits = limits_of(pair.base.profile, pair.base.task)
@@ -235,7 +292,7 @@ def _canaries(trial: PromotionTrial) -> Results:
         yield _at_least(f"canaries of {name}", share, 1.0, text)
 
 
-GATES: dict[GateName, Callable[[PromotionTrial], Results]] = {
+_MEASURES: dict[GateName, Callable[[PromotionTrial], Results]] = {
     "size": _size,
     "parity": _parity,
     "accuracy": _accuracy,

@@ -35,22 +35,13 @@ Text = Annotated[str, Field(max_length=1000)]
 
 @dataclass(frozen=True, slots=True)
 class GateResult:
-    """Says what a gate of a promotion measured.
-
-    Args:
-        passed: It lets the release pass.
-        measured: The figure; None if it could not be measured, which never passes.
-        limit: What it was held to; None if that could not be determined.
-        text: For a person: what was measured on how much, or why it could not be.
-    """
-
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     gate: Text
-    passed: bool
-    measured: Figure | None
-    limit: Figure | None
-    text: Text
+    passed: bool  # it lets the release pass
+    measured: Figure | None  # the figure; None if it could not be measured, which never passes
+    limit: Figure | None  # what it was held to; None if that could not be determined
+    text: Text  # for a person: what was measured on how much, or why it could not be
 
 
 @dataclass(frozen=True, slots=True)

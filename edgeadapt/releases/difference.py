@@ -17,22 +17,14 @@ from edgeadapt.formats.manifest import PrivacyBound, VersionManifest
 
 @dataclass(frozen=True, slots=True)
 class TensorChange:
-    """Compares a tensor or a layer's update in both versions.
+    """Compares a tensor or a layer's update in both versions. ``before``, ``after``: Frobenius norms, weight units."""
 
-    Args:
-        name: peft's name of the tensor; for an update the layer's path.
-        shape: In both.
-        before, after: Frobenius norms, weight units.
-        change: The norm of the difference.
-        cosine: Of the angle between the two, -1 to 1; None if one of them is zero.
-    """
-
-    name: str
-    shape: tuple[int, ...]
+    name: str  # peft's name of the tensor; for an update the layer's path
+    shape: tuple[int, ...]  # in both
     before: float
     after: float
-    change: float
-    cosine: float | None
+    change: float  # the norm of the difference
+    cosine: float | None  # of the angle between the two, -1 to 1; None if one of them is zero
 
     @classmethod
     def of(cls, name: str, old: Floats, new: Floats) -> Self:

@@ -42,19 +42,13 @@ from edgeadapt.releases.verdict import JudgedEvaluation
 
 @dataclass(frozen=True, slots=True)
 class RepositoryAudit:
-    """Describes a repository that passed.
+    """Describes a repository that passed. ``unpromoted``: protected channels → their current release, if that was
+    published before the protection."""
 
-    Args:
-        records: All of its log, oldest first.
-        pinned: The root comes from the auditor, not from the repository.
-        unpromoted: Protected channels → their current release, if that was published before the protection.
-        unread: Files in the log that the snapshot does not name: of an action that was killed.
-    """
-
-    records: tuple[ActionRecord, ...]
-    pinned: bool
+    records: tuple[ActionRecord, ...]  # all of its log, oldest first
+    pinned: bool  # the root comes from the auditor, not from the repository
     unpromoted: dict[str, int]
-    unread: tuple[str, ...]
+    unread: tuple[str, ...]  # files in the log that the snapshot does not name: of an action that was killed
 
 
 def is_repository(folder: Path) -> bool:
@@ -62,10 +56,8 @@ def is_repository(folder: Path) -> bool:
 
 
 def audit_repository(folder: Path, root: Path | None) -> RepositoryAudit:
-    """Check a repository, whose keys need not be there. A TrustError's ``about`` names the role or the record.
-
-    Without ``root``, which the auditor trusts, the repository's own roots are not compared with anything.
-    """
+    """Check a repository, whose keys need not be there. A TrustError's ``about`` names the role or the record. Without
+    ``root``, which the auditor trusts, the repository's own roots are not compared with anything."""
     place = folder / PUBLIC / METADATA
     roots = _roots(place, None if root is None else _required(root, MAX_METADATA))
     newest = roots[-1]
@@ -104,7 +96,6 @@ def rollback_after(evaluation: JudgedEvaluation, records: Sequence[ActionRecord]
 
 
 def _roots(place: Path, pinned: bytes | None) -> list[Metadata[Root]]:
-    """Read all roots, from version 1 on."""
     roots: list[Metadata[Root]] = []
     raws: list[bytes] = []
     for number in count(1):
@@ -189,9 +180,7 @@ def _require_release(place: Path, record: ActionRecord) -> None:
 
 def _require_verdict(place: Path, record: ActionRecord, top: Metadata[Targets]) -> None:
     """Check that an evaluation gives its verdict, and meets the condition in the metadata that it made current.
-
-    ``top``: the targets that were in force then.
-    """
+    ``top``: the targets that were in force then."""
     action = record.action
     try:
         if action.evaluation is not None:
@@ -223,10 +212,8 @@ def _require_used_once(records: Sequence[ActionRecord]) -> None:
 
 
 def _require_promoted(place: Path, records: Sequence[ActionRecord], roots: Sequence[Metadata[Root]]) -> dict[str, int]:
-    """Check that only promotions and rollbacks made releases of channels that were protected then.
-
-    Return the channels that are protected now → their current release, if no promotion made it.
-    """
+    """Check that only promotions and rollbacks made releases of channels that were protected then. Return the channels
+    that are protected now → their current release, if no promotion made it."""
     guarded: frozenset[str] = frozenset()
     promoted: dict[str, dict[int, bool]] = {}
     top: Metadata[Targets] | None = None

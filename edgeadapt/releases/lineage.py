@@ -13,14 +13,10 @@ from aggregation.errors import ConfigError, DataError, TrustError
 from edgeadapt.formats import registryfiles
 from edgeadapt.formats.keyfiles import read_public_keys
 from edgeadapt.formats.manifest import AdapterManifest, VersionManifest
-from edgeadapt.formats.registryfiles import RegistryFiles
+from edgeadapt.formats.registryfiles import PUBLIC_KEY, RegistryFiles
 from edgeadapt.formats.registryreader import open_registry_files
 from edgeadapt.formats.roundrecord import RoundRecord
 from edgeadapt.releases.repository import ChannelRepository
-
-COORDINATOR = (
-    "coordinator.pem"  # in its state directory; ``coordinator.statedir`` has the name too, and needs SQLAlchemy
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +32,12 @@ class ReleasedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class GovernedVersion:
-    """Holds a version with what made it and where it went.
-
-    Args:
-        signed_by: Id of the coordinator's key.
-        record: The record of the round that made it; None for version 0.
-        releases: The releases that have it, oldest first; None if no repository was named.
-    """
+    """Holds a version with what made it and where it went. ``releases``: the releases that have it, oldest first; None
+    if no repository was named."""
 
     manifest: VersionManifest
-    signed_by: str
-    record: RoundRecord | None
+    signed_by: str  # id of the coordinator's key
+    record: RoundRecord | None  # the record of the round that made it; None for version 0
     releases: tuple[ReleasedAdapter, ...] | None
 
 
@@ -62,16 +53,13 @@ class Lineage:
     def read(cls, state_dir: Path, trust: Path | None, repository: ChannelRepository | None) -> Self:
         """Read and verify a state directory, which is not changed.
 
-        ``trust`` is a file with the coordinator's public key; by default that of the state directory.
-
-        Raises:
-            ConfigError: There is no registry.
-            DataError: The registry is empty or cannot be read, or there is no key or more than one.
-            TrustError: A document is missing or damaged, or signed by another key; or a version is not made from the
-                previous one, by a round that is recorded.
+        ``trust`` is a file with the coordinator's public key; by default that of the state directory. Raises
+        ConfigError: there is no registry; DataError: the registry is empty or cannot be read, or there is no key or
+        more than one; TrustError: a document is missing or damaged, or signed by another key; or a version is not made
+        from the previous one, by a round that is recorded.
         """
         registryfiles.require(state_dir)
-        keys = read_public_keys(trust or state_dir / COORDINATOR)
+        keys = read_public_keys(trust or state_dir / PUBLIC_KEY)
         if len(keys) > 1:
             raise DataError(
                 f"{trust} has {len(keys)} keys, and a coordinator has one", about="--trust", value=len(keys)
@@ -108,7 +96,6 @@ def is_from(adapter: AdapterManifest, version: VersionManifest) -> bool:
 
 
 def releases_of(repository: ChannelRepository) -> tuple[ReleasedAdapter, ...]:
-    """List every adapter of every release of every channel."""
     released = []
     for channel in repository.channels:
         releases, rollout = repository.releases(channel), repository.rollout(channel)

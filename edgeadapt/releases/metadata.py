@@ -4,6 +4,7 @@
 ``timestamp.json`` last: a kill leaves the old repository or the new one.
 """
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -21,6 +22,7 @@ from tuf.api.metadata import (
     Root,
     Signed,
     Snapshot,
+    TargetFile,
     Targets,
     Timestamp,
 )
@@ -44,11 +46,51 @@ S = TypeVar("S", bound=Signed)
 
 
 @dataclass(frozen=True, slots=True)
-class RoleMetadata:
-    """Manages the repository in ``folder``. ``now`` dates what is signed; ``by`` names the signer in the log.
+class TargetFiles:
+    """Keeps files among the targets in ``folder``, each once, as ``CHANNEL/DIGEST.NAME`` (consistent snapshots)."""
 
-    Methods raise ConfigError if a key that must sign is missing, and DataError if metadata are missing or damaged.
-    """
+    folder: Path
+    limit: int  # bytes of a file
+
+    def path(self, channel: str, name: str, digest: str) -> Path:
+        folder, _, last = target(channel, name).rpartition("/")
+        return self.folder / folder / f"{digest}.{last}"
+
+    def stored(self, channel: str, name: str, digest: str) -> TargetFile:
+        """Describe a file that is there. Raises DataError if it is not."""
+        place = self.path(channel, name, digest)
+        if not place.is_file():
+            raise DataError(f"{place} is missing: restore the repository", about=place.name)
+        return TargetFile(place.stat().st_size, {"sha256": digest}, target(channel, name))
+
+    def store(self, channel: str, name: str, path: Path) -> TargetFile:
+        """Copy a file, up to the size of a bundle's file, among the targets, under the digest of what was copied."""
+        work = self.folder / ".incoming"
+        shutil.copyfile(path, work)  # a link would change with a file that is written again
+        digest, size = storage.file_sha256(work), work.stat().st_size
+        if size > self.limit:
+            raise DataError(f"{path} has {size} bytes, more than a bundle's file can have", about=path.name)
+        place = self.path(channel, name, digest)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        work.chmod(storage.PUBLIC)
+        with work.open("r+b") as file:
+            storage.flush(file)
+        work.replace(place)
+        storage.sync(place.parent)
+        return TargetFile(size, {"sha256": digest}, target(channel, name))
+
+    def write(self, channel: str, name: str, content: bytes) -> TargetFile:
+        described = TargetFile.from_data(target(channel, name), content, ["sha256"])
+        place = self.path(channel, name, described.hashes["sha256"])
+        place.parent.mkdir(parents=True, exist_ok=True)
+        storage.replace(place, content, storage.PUBLIC)
+        return described
+
+
+@dataclass(frozen=True, slots=True)
+class RoleMetadata:
+    """Manages the repository in ``folder``. ``now`` dates what is signed; ``by`` names the signer in the log. Methods
+    raise ConfigError if a key that must sign is missing, and DataError if metadata are missing or damaged."""
 
     folder: Path
     now: datetime
@@ -148,7 +190,6 @@ class RoleMetadata:
         return self.now.replace(microsecond=0) + timedelta(days=DAYS.get(role, LONG_DAYS))
 
     def _log(self, action: Action, snapshot: Snapshot, versions: Mapping[str, int], keys: Root) -> None:
-        """Write the next record of the log, and name it in ``snapshot``."""
         last = LogHead.of(snapshot)
         moment = self.now.isoformat(timespec="seconds")
         record = ActionRecord(last.number + 1, last.sha256, moment, self.by, dict(versions), action)

@@ -24,8 +24,7 @@ from aggregation.errors import ConfigError, DataError, TrustError
 from edgeadapt.formats import jsontext, storage
 from edgeadapt.formats.manifest import Count, Sha256
 from edgeadapt.formats.release import MAX_RELEASE, RELEASE, Release, target
-from edgeadapt.releases.metadata import MAX_METADATA, ROLLBACK, TOP, RoleMetadata
-from edgeadapt.releases.targetfiles import TargetFiles
+from edgeadapt.releases.metadata import MAX_METADATA, ROLLBACK, TOP, RoleMetadata, TargetFiles
 from edgeadapt.releases.verdict import JudgedEvaluation
 
 PREPARED = "prepared"  # folder
@@ -33,20 +32,14 @@ PREPARED = "prepared"  # folder
 
 @dataclass(frozen=True, slots=True)
 class RollbackCondition:
-    """States on what a prepared rollback may be published: an evaluation found the newest release worse.
-
-    Args:
-        release: Number of the release that it takes back.
-        again: Number of the one that it publishes again.
-        margin: How far an accuracy may be below that of the previous release.
-        adapters: Name → ``AdapterManifest.content`` in the two releases, newest first.
-    """
+    """States on what a prepared rollback may be published: an evaluation found the newest release worse. ``adapters``:
+    name → ``AdapterManifest.content`` in the two releases, newest first."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    release: Count
-    again: Count
-    margin: Annotated[float, Field(ge=0, le=1)]
+    release: Count  # number of the release that it takes back
+    again: Count  # number of the one that it publishes again
+    margin: Annotated[float, Field(ge=0, le=1)]  # how far an accuracy may be below that of the previous release
     adapters: Annotated[dict[Annotated[str, Field(max_length=64)], tuple[Sha256, Sha256]], Field(max_length=100)]
 
     @classmethod
@@ -68,9 +61,8 @@ class RollbackCondition:
     def require(self, evaluation: JudgedEvaluation | None) -> None:
         """Check that an evaluation meets it. Raises DataError if the evaluation's figures do not give its verdict.
 
-        Raises:
-            TrustError: There is no evaluation, it compared other releases or with another margin, or it did not find
-                the newest release worse.
+        Raises TrustError: there is no evaluation, it compared other releases or with another margin, or it did not find
+        the newest release worse.
         """
         what = f"the rollback of release {self.release}"
         if evaluation is None:
@@ -99,10 +91,8 @@ class PreparedRollback:
 
 @dataclass(frozen=True, slots=True)
 class PreparedRollbacks:
-    """Keeps those of a repository, one for each channel that rolls a release out.
-
-    Methods raise ConfigError if the channel's key is missing, and OSError if files cannot be written.
-    """
+    """Keeps those of a repository, one for each channel that rolls a release out. Methods raise ConfigError if the
+    channel's key is missing, and OSError if files cannot be written."""
 
     metadata: RoleMetadata
     served: TargetFiles
@@ -126,12 +116,10 @@ class PreparedRollbacks:
         return existed
 
     def read(self, channel: str) -> tuple[Metadata[Targets], RollbackCondition] | None:
-        """Read the metadata and their condition; None if no rollback is prepared.
-
-        Raises TrustError if they are damaged, of another channel, or not signed by the channel's key.
-        """
+        """Read the metadata and their condition; None if no rollback is prepared. Raises TrustError if they are
+        damaged, of another channel, or not signed by the channel's key."""
         path = self.path(channel)
-        anew = "delete it, and prepare the rollback anew with 'edgeadapt adapters rollout … --key'"
+        remedy = "delete it, and prepare the rollback again with 'edgeadapt adapters rollout … --key'"
         try:
             raw = storage.read(path, MAX_METADATA)
         except FileNotFoundError:
@@ -139,18 +127,18 @@ class PreparedRollbacks:
         except OSError as error:
             raise ConfigError(f"cannot read {path}: {error.strerror}", about=PREPARED, value=channel) from error
         except DataError as error:
-            raise TrustError(f"{error}; {anew}", about=PREPARED, value=channel) from error
+            raise TrustError(f"{error}; {remedy}", about=PREPARED, value=channel) from error
         try:
             metadata: Metadata[Targets] = Metadata.from_bytes(raw)
             if not isinstance(metadata.signed, Targets):
-                raise TrustError(f"{path} is of another role: {anew}", about=PREPARED)
+                raise TrustError(f"{path} is of another role: {remedy}", about=PREPARED)
             self.metadata.load(Targets, TOP).verify_delegate(channel, metadata.signed_bytes, metadata.signatures)
         except (OSError, DataError, RepositoryError, ValueError, TypeError, KeyError) as error:
-            reason = f"{path} is damaged, or not signed by the key of channel {channel}: {anew}"
+            reason = f"{path} is damaged, or not signed by the key of channel {channel}: {remedy}"
             raise TrustError(reason, about=PREPARED, value=channel) from error
         condition = RollbackCondition.of(metadata.signed)
         if condition is None or any(not name.startswith(target(channel, "")) for name in metadata.signed.targets):
-            raise TrustError(f"{path} is no prepared rollback of channel {channel}: {anew}", about=PREPARED)
+            raise TrustError(f"{path} is not a prepared rollback of channel {channel}: {remedy}", about=PREPARED)
         return metadata, condition
 
     def sign_again(
@@ -170,22 +158,20 @@ class PreparedRollbacks:
             return None, str(error)
 
     def accept(self, channel: str, current: Release) -> PreparedRollback:
-        """Verify the prepared rollback of a channel with the release ``current``.
-
-        Raises as ``read``, and ConfigError if none is prepared or it is out of date.
-        """
-        anew = "prepare it with 'edgeadapt adapters rollout … --key'"
+        """Verify the prepared rollback of a channel with the release ``current``. Raises as ``read``, and ConfigError
+        if none is prepared or it is out of date."""
+        remedy = "prepare it with 'edgeadapt adapters rollout … --key'"
         read = self.read(channel)
         if read is None:
-            raise ConfigError(f"no rollback of channel {channel} is prepared: {anew}", about=PREPARED, value=channel)
+            raise ConfigError(f"no rollback of channel {channel} is prepared: {remedy}", about=PREPARED, value=channel)
         metadata, condition = read
         signed, version = metadata.signed, self.metadata.version(channel)
         if signed.version != version + 1 or condition.release != current.number:
             what = f"it is version {signed.version} of channel {channel}, which has {version}"
-            reason = f"the prepared rollback was used already or is out of date ({what}): {anew}"
+            reason = f"the prepared rollback was used already or is out of date ({what}): {remedy}"
             raise ConfigError(reason, about=f"{PREPARED}.version", value=signed.version)
         if signed.is_expired(self.metadata.now):
-            reason = f"the prepared rollback of channel {channel} expired on {signed.expires:%Y-%m-%d}: {anew}"
+            reason = f"the prepared rollback of channel {channel} expired on {signed.expires:%Y-%m-%d}: {remedy}"
             raise ConfigError(reason, about=f"{PREPARED}.expired", value=channel)
         new = {}
         try:
@@ -197,6 +183,6 @@ class PreparedRollbacks:
                     listed.verify_length_and_hashes(new[name])
             release = Release.decode(new[RELEASE])
         except (OSError, RepositoryError, DataError, TrustError, KeyError) as error:
-            reason = f"a file of the prepared rollback of channel {channel} is missing or altered ({error}): {anew}"
+            reason = f"a file of the prepared rollback of channel {channel} is missing or altered ({error}): {remedy}"
             raise TrustError(reason, about=PREPARED, value=channel) from error
         return PreparedRollback(metadata, condition, release, new)

@@ -55,11 +55,11 @@ from edgeadapt.releases.metadata import (
     TIMESTAMP,
     TOP,
     RoleMetadata,
+    TargetFiles,
     delegations,
     protected,
 )
 from edgeadapt.releases.prepared import PreparedRollbacks
-from edgeadapt.releases.targetfiles import TargetFiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,6 @@ class ChannelRepository:
 
     @property
     def protected(self) -> frozenset[str]:
-        """List the channels whose releases only promotions make."""
         return protected(self.metadata.load(Targets, TOP))
 
     def root(self) -> bytes:
@@ -147,7 +146,6 @@ class ChannelRepository:
         raise ConfigError(f"channel {channel} has no release {number}", about="release", value=number)
 
     def releases(self, channel: str) -> tuple[Release, ...]:
-        """Read all releases of a channel, oldest first."""
         versions = range(1, self.metadata.version(channel) + 1)
         read = (self._release_of(channel, self.metadata.load(Targets, channel, version)) for version in versions)
         return tuple({release.number: release for release in read if release}.values())
@@ -164,10 +162,9 @@ class ChannelRepository:
     def publish(self, channel: str, bundle: Path, trusted: Sequence[PublicKey]) -> Published:
         """Make ``bundle`` the next release of ``channel``. Private adapters in it are left out.
 
-        Raises:
-            ConfigError: The channel is protected, the bundle has no adapter to publish, or devices would refuse one:
-                its content differs and its version is not above that of the current release.
-            TrustError: None of ``trusted`` signed the bundle.
+        Raises ConfigError: the channel is protected, the bundle has no adapter to publish, or devices would refuse one:
+        its content differs and its version is not above that of the current release; TrustError: None of ``trusted``
+        signed the bundle.
         """
         with self.locked():
             current = self.release(channel)
@@ -192,7 +189,6 @@ class ChannelRepository:
             return Published(channel, release, private)
 
     def assemble(self, channel: str, release: Release, bundle: Path) -> None:
-        """Put a release together as the bundle that devices get, in a new folder."""
         bundle.mkdir()
         for name, digest in release.files.items():
             (bundle / name).parent.mkdir(exist_ok=True)
@@ -214,12 +210,9 @@ class ChannelRepository:
         """Make release ``number`` of ``source``, its current one, the next of ``channel``.
 
         ``gates`` goes into the log; a protected channel demands some, all passed. Devices outside ``share`` and
-        ``languages`` (``Rollout``) get the previous release.
-
-        Raises:
-            ConfigError: The release is no longer the current one, devices would refuse it, or the channel is protected
-                and the gates did not all let it pass; or a rollout is asked for while another one is under way, or
-                without a previous release.
+        ``languages`` (``Rollout``) get the previous release. Raises ConfigError: the release is no longer the current
+        one, devices would refuse it, or the channel is protected and the gates did not all let it pass; or a rollout is
+        asked for while another one is under way, or without a previous release.
         """
         with self.locked():
             candidate, current = self.release(source), self.release(channel)
@@ -237,6 +230,20 @@ class ChannelRepository:
             action = Action("promote", source=source, gates=tuple(gates), rollout=rollout)
             return Published(channel, self.add_release(action, channel, files, candidate.adapters), rollout=rollout)
 
+    def compared(self, channel: str, name: str) -> tuple[str, str]:
+        """Return an adapter's ``AdapterManifest.content`` in the release that a channel rolls out, and in the previous
+        one. Raises ConfigError: it rolls nothing out, or the adapter is not in both or is the same in both."""
+        current, rollout = self.release(channel), self.rollout(channel)
+        if current is None or rollout is None:
+            reason = f"channel {channel} rolls nothing out: begin with 'edgeadapt adapters promote … --share'"
+            raise ConfigError(reason, about="rollout", value=channel)
+        both = [self.release(channel, number) for number in (rollout.release, rollout.previous)]
+        contents = [self.manifest(channel, each, name).content for each in both if each and name in each.adapters]
+        if len(contents) < len(both) or contents[0] == contents[1]:
+            reason = f"the two releases of {channel} have no adapter {name!r} that can be compared: name one, --adapter"
+            raise ConfigError(reason, about="adapter", value=name)
+        return contents[0], contents[1]
+
     def rollout(self, channel: str) -> Rollout | None:
         """Read who gets the current release of a channel; None if all devices do."""
         listed = self.metadata.load(Targets, channel).targets.get(target(channel, FLAGS))
@@ -244,10 +251,10 @@ class ChannelRepository:
             return None
         return Rollout.decode(storage.read(self.targets.path(channel, FLAGS, listed.hashes["sha256"]), MAX_FLAGS))
 
-    def set_rollout(self, channel: str, share: int, languages: Sequence[str] = (), *, anew: bool = False) -> Published:
+    def set_rollout(self, channel: str, share: int, languages: Sequence[str] = (), *, again: bool = False) -> Published:
         """Change who gets the release that a channel rolls out. No device that has it goes back.
 
-        A prepared rollback stays prepared, and ends with the rollout, which all devices complete. With ``anew`` it
+        A prepared rollback stays prepared, and ends with the rollout, which all devices complete. With ``again`` it
         will be prepared again, and is not read. Raises ConfigError if the channel rolls nothing out.
         """
         with self.locked():
@@ -256,7 +263,7 @@ class ChannelRepository:
             if release is None or before is None:
                 reason = f"channel {channel} rolls nothing out: begin with 'edgeadapt adapters promote … --share'"
                 raise ConfigError(reason, about="rollout", value=channel)
-            ready = None if anew else self.prepared.read(channel)
+            ready = None if again else self.prepared.read(channel)
             rollout = Rollout.of(before.release, before.previous, share, languages)
             signed = self.metadata.load(Targets, channel)
             if rollout is None:
@@ -302,10 +309,8 @@ class ChannelRepository:
             self.metadata.commit(Action("protect" if on else "unprotect", channel), {}, top=top)
 
     def renew(self, *, everything: bool = False) -> None:
-        """Sign snapshot and timestamp again for another ``DAYS``, with their key alone.
-
-        With ``everything``, sign the other roles too, for ``LONG_DAYS``, with all keys.
-        """
+        """Sign snapshot and timestamp again for another ``DAYS``, with their key alone. With ``everything``, sign the
+        other roles too, for ``LONG_DAYS``, with all keys."""
         with self.locked():
             if everything:
                 signed = {name: self.metadata.load(Targets, name) for name in self.channels}
@@ -352,7 +357,6 @@ class ChannelRepository:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep others from changing the repository while the block runs."""
         with storage.locked(self.folder / ".lock"):
             yield
 
@@ -378,10 +382,8 @@ class ChannelRepository:
         adapters: Mapping[str, int],
         instead: Mapping[str, bytes] | None = None,
     ) -> Release:
-        """Add files and sign them as the next release; ``instead`` has the content of some of them.
-
-        The log gets ``action`` with the release. During a rollout the previous release stays on offer.
-        """
+        """Add files and sign them as the next release; ``instead`` has the content of some of them. The log gets
+        ``action`` with the release. During a rollout the previous release stays on offer."""
         kept, digests, listed = self.targets, {}, {}
         for name, path in files.items():
             content = (instead or {}).get(name)

@@ -25,11 +25,8 @@ def roll_back(repository: ChannelRepository, channel: str, number: int, key: Ide
     """Publish an earlier release of a channel again, signed with the vendor's key, which devices have pinned.
 
     Devices refuse an older version of an adapter than they have had, so the adapters are signed again, under the
-    version after the highest.
-
-    Raises:
-        ConfigError: There is no such release, or it is the current one.
-        TrustError: ``key`` signed neither the release nor the current one: devices would refuse what it signs.
+    version after the highest. Raises ConfigError: there is no such release, or it is the current one; TrustError:
+    ``key`` signed neither the release nor the current one: devices would refuse what it signs.
     """
     with repository.locked():
         old, current = repository.release(channel, number), repository.release(channel)
@@ -49,10 +46,8 @@ def prepare(repository: ChannelRepository, channel: str, key: IdentityKey, margi
     """Sign the rollback of the release that a channel rolls out with the vendor's key, and keep it unserved.
 
     ``margin`` says how far an accuracy may be below the previous release's: ``accuracy.margin`` of ``gates.toml``.
-
-    Raises:
-        ConfigError: The channel rolls nothing out.
-        TrustError: ``key`` is not the one that signed the release which is rolled out.
+    Raises ConfigError: the channel rolls nothing out; TrustError: ``key`` is not the one that signed the release which
+    is rolled out.
     """
     with repository.locked():
         current, rollout = repository.release(channel), repository.rollout(channel)
@@ -89,13 +84,10 @@ def prepare(repository: ChannelRepository, channel: str, key: IdentityKey, margi
 def publish_prepared(repository: ChannelRepository, channel: str, evaluation: JudgedEvaluation) -> Published:
     """Publish the prepared rollback of a channel. Needs the key of snapshot and timestamp alone.
 
-    ``evaluation`` found its newest release worse; the log gets it.
-
-    Raises:
-        ConfigError: There is no prepared rollback, or it is out of date.
-        DataError: The figures do not give the verdict.
-        TrustError: The prepared rollback is damaged, or was not prepared for this evaluation; or the evaluation led to
-            a rollback already; or the repository does not pass its audit.
+    ``evaluation`` found its newest release worse; the log gets it. Raises ConfigError: there is no prepared rollback,
+    or it is out of date; DataError: the figures do not give the verdict; TrustError: the prepared rollback is damaged,
+    or was not prepared for this evaluation; or the evaluation led to a rollback already; or the repository does not
+    pass its audit.
     """
     with repository.locked():
         current = repository.release(channel)
@@ -105,7 +97,7 @@ def publish_prepared(repository: ChannelRepository, channel: str, evaluation: Ju
         prepared.condition.require(evaluation)
         before = rollback_after(evaluation, audit_repository(repository.folder, None).records)
         if before is not None:
-            reason = f"round {evaluation.round} led to the rollback of record {before.number} already: evaluate anew"
+            reason = f"round {evaluation.round} led to the rollback of record {before.number} already: evaluate again"
             raise TrustError(reason, about="evaluation", value=evaluation.round)
         release = prepared.release
         for name, content in prepared.files.items():

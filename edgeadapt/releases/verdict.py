@@ -71,20 +71,15 @@ def difference_interval(
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Says what an evaluation finds about the newest release.
-
-    Args:
-        difference: Its accuracy less that of the previous release.
-        low, high: Limits of the difference, with ``CONFIDENCE``.
-        margin: How far it may be below, 0 or more.
-    """
+    """Says what an evaluation finds about the newest release. ``low``, ``high``: limits of the difference, with
+    ``CONFIDENCE``."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    difference: Figure
+    difference: Figure  # its accuracy less that of the previous release
     low: Figure
     high: Figure
-    margin: Annotated[float, Field(ge=0, le=1)]
+    margin: Annotated[float, Field(ge=0, le=1)]  # how far it may be below, 0 or more
 
     @property
     def worse(self) -> bool:
@@ -98,12 +93,10 @@ class Verdict:
 
 
 def verdict(metrics: Mapping[str, float], margin: float) -> Verdict | None:
-    """Return the verdict on the newest release; None if either release has too few examples to be published.
-
-    ``margin`` is ``accuracy.margin`` of ``gates.toml``. Raises DataError if no evaluation can have these metrics.
-    """
+    """Return the verdict on the newest release; None if either release has too few examples to be published. ``margin``
+    is ``accuracy.margin`` of ``gates.toml``. Raises DataError if no evaluation can have these metrics."""
     if DEVIATION not in metrics:
-        raise DataError("the round is no evaluation", about="metrics")
+        raise DataError("the round is not an evaluation", about="metrics")
     names = [f"{what}_{release}" for release in (NEWEST, PREVIOUS) for what in (ACCURACY, EXAMPLES)]
     if any(name not in metrics for name in names):
         return None

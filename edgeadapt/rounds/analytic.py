@@ -76,13 +76,8 @@ Scale = Annotated[float, Field(gt=0, le=1000)]
 
 @dataclass(frozen=True, slots=True)
 class AnalyticTask(RoundTask):
-    """Configures a round of the analytic head.
-
-    Args:
-        ridge: Strength of the regularization, for each example of the sum.
-        scale: Logit of a score of 1: the regression fits scores of 0 and 1.
-        dimensions: Coordinates of an embedding whose moments are summed with noise; 0: no noise, and all of them.
-    """
+    """Configures a round of the analytic head. ``dimensions``: coordinates of an embedding whose moments are summed
+    with noise; 0: no noise, and all of them."""
 
     RULE: ClassVar[optimizer.Settings | None] = optimizer.AnalyticHead()
     SEGMENT: ClassVar[str] = MOMENTS
@@ -97,8 +92,8 @@ class AnalyticTask(RoundTask):
 
     peft_config: PeftConfig
     labels: tuple[str, ...]
-    ridge: Ridge
-    scale: Scale
+    ridge: Ridge  # strength of the regularization, for each example of the sum
+    scale: Scale  # logit of a score of 1: the regression fits scores of 0 and 1
     dimensions: Annotated[int, Field(ge=0, le=2**16)] = 0
 
     def terms(self) -> dict[str, float | str]:
@@ -190,8 +185,6 @@ class Analytic(KindSettings):
 
 @dataclass(frozen=True, slots=True)
 class ClassifierHead:
-    """Names the tensors of a text classifier's head, and its sizes."""
-
     weight: str
     bias: str
     labels: int
@@ -211,10 +204,8 @@ def moment_spec(head: ClassifierHead, bounds: Bounds) -> VectorSpec:
     """Return the sums of a round: the moments, the weights and the metrics, each with its own bound.
 
     Embeddings have norm 1, so an entry of a device's moments is at most its number of examples, at most ``weight_cap``.
-    ``correct``, ``loss`` and ``held_out`` are as in a round of training.
-
-    Raises:
-        ConfigError: As ``sums.require_exact`` and ``VectorSpec``.
+    ``correct``, ``loss`` and ``held_out`` are as in a round of training. Raises ConfigError as ``sums.require_exact``
+    and ``VectorSpec``.
     """
     cap = bounds.weight_cap
     moments = (Segment(XX, packed_size(head.hidden), float(cap)), Segment(XY, head.hidden * head.labels, float(cap)))
@@ -233,8 +224,7 @@ def moment_contribution(
         Ring elements, shape ``(spec.vector.size,)``, in the segments of ``moment_spec``. Guarantee:
         each value is off by less than one step of its segment, without bias.
 
-    Raises:
-        DataError: A number is not finite, or a metric is outside its bound.
+    Raises DataError: a number is not finite, or a metric is outside its bound.
     """
     weight = min(moments.weight, float(spec.weight_cap))
     share = weight / moments.weight if moments.weight else 0.0
@@ -256,10 +246,8 @@ def moments_size(head: ClassifierHead, task: AnalyticTask) -> int:
 
 
 def projected(embeddings: Matrix, kept: int, adapter: bytes) -> Matrix:
-    """Rotate embeddings, shape ``(n, d)``, and keep the first ``kept`` coordinates (1 to d).
-
-    ``adapter`` is the SHA-256 of the adapter's file, which seeds the rotation. No row gets longer, up to rounding.
-    """
+    """Rotate embeddings, shape ``(n, d)``, and keep the first ``kept`` coordinates (1 to d). ``adapter`` is the SHA-256
+    of the adapter's file, which seeds the rotation. No row gets longer, up to rounding."""
     seed = rotation.seed(adapter)
     rows = [rotation.rotate(row, seed)[:kept] for row in embeddings]
     return np.array(rows).reshape(len(embeddings), kept)
@@ -279,8 +267,7 @@ def contributed(
         labels: Shape ``(n,)``.
         adapter: SHA-256 of the adapter's file.
 
-    Raises:
-        DataError: A number is not finite.
+    Raises DataError: a number is not finite.
     """
     rows = projected(unit_rows(embeddings), dimensions(head, task), adapter)
     return flattened(moments_of_rows(rows, labels, head.labels))
@@ -314,8 +301,7 @@ def require_moments(spec: SessionSpec, sums: Sums, survivors: int) -> None:
     Guarantee: no sum of honest contributions is refused. A sum that passes is that of W examples with some embeddings
     and real-valued labels, up to rounding.
 
-    Raises:
-        DataError: Honest survivors cannot have it. The text names no number of the sum, because it is published.
+    Raises DataError: honest survivors cannot have it. The text names no number of the sum, because it is published.
     """
     names, sizes = zip(*((segment.name, segment.size) for segment in spec.vector.segments), strict=True)
     expected = (XX, XY, *(segment.name for segment in metric_segments(spec.weight_cap)))
@@ -349,14 +335,10 @@ def solved(
     and would show W. Small noise (``NOISE``, ``sums.dither``) gives the next adapter other bytes even without examples:
     devices reveal shares for a few sums from one adapter only.
 
-    Args:
-        digest: SHA-256 of the adapter's file.
-
     Returns:
         float32 tensors. Guarantee: equal arguments give equal bits on every machine; no weight exceeds ``LARGEST``.
 
-    Raises:
-        DataError: As ``require_moments`` and ``ClassifierHead.of``.
+    ``digest``: SHA-256 of the adapter's file. Raises DataError as ``require_moments`` and ``ClassifierHead.of``.
     """
     require_moments(spec, sums, survivors)
     head, moments = ClassifierHead.of(Layout.of(tensors)), _moments(sums)
@@ -385,8 +367,7 @@ def noisy_solved(
 
     Arguments are those of ``sums.check_noisy``, and the SHA-256 of the adapter's file; guarantees those of ``solved``.
 
-    Raises:
-        DataError: As ``sums.check_noisy`` and ``ClassifierHead.of``, or the sum has another size.
+    Raises DataError as ``sums.check_noisy`` and ``ClassifierHead.of``, or the sum has another size.
     """
     check_noisy(spec, sums, survivors)
     head = ClassifierHead.of(Layout.of(tensors))
@@ -418,11 +399,8 @@ def dithered(spec: SessionSpec, task: AnalyticTask, tensors: Tensors, sums: Sums
 
 
 def fewest_examples(labels: int) -> int:
-    """Return the fewest examples of a sum whose head is published.
-
-    The head of W examples has as many directions that the previous one lacks, up to the number of labels: fewer would
-    be counted, and are closer to single embeddings.
-    """
+    """Return the fewest examples of a sum whose head is published. The head of W examples has as many directions that
+    the previous one lacks, up to the number of labels: fewer would be counted, and are closer to single embeddings."""
     return max(MINIMUM_EXAMPLES, labels)
 
 
@@ -440,8 +418,7 @@ def refit(tensors: Tensors, moments: EmbeddingMoments, *, strength: float, scale
     Returns:
         float32 tensors, with the guarantee of ``ridge.ridge``; no weight exceeds ``LARGEST``.
 
-    Raises:
-        DataError: As ``ridge.ridge`` and ``ClassifierHead.of``.
+    Raises DataError as ``ridge.ridge`` and ``ClassifierHead.of``.
     """
     head = ClassifierHead.of(Layout.of(tensors))
     before, bias = tensors[head.weight].T.astype(np.float64) / scale, tensors[head.bias].astype(np.float64) / scale

@@ -31,14 +31,8 @@ class Median:
 
 @dataclass(frozen=True, slots=True)
 class TrimmedMean:
-    """Takes the mean without the least and the greatest values.
-
-    Args:
-        share: Part of the groups that is cut off at each end, above 0 and below 1/2; of few groups, one at each end.
-
-    Raises:
-        ConfigError: The share is out of range.
-    """
+    """Takes the mean without the least and the greatest values. ``share``: part of the groups that is cut off at each
+    end, above 0 and below 1/2; of few groups, one at each end. Raises ConfigError: the share is out of range."""
 
     share: float
 
@@ -81,8 +75,7 @@ def combine(combination: Combination, means: Sequence[Floats]) -> Floats:
         float32 of shape ``(n,)``. Guarantee: it does not depend on the order of the groups, each coordinate is between
         the least and the greatest of the values that are not cut off, and equal means give equal bits.
 
-    Raises:
-        DataError: There is no group, shapes differ, or a number is not finite.
+    Raises DataError: there is no group, shapes differ, or a number is not finite.
     """
     if not means or any(mean.ndim != 1 or mean.shape != means[0].shape for mean in means):
         raise DataError("the means of the groups are not flat vectors of one size", about="combination.shape")

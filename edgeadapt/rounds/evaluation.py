@@ -43,14 +43,6 @@ Most = Annotated[int, Field(ge=1, le=2**16)]
 
 @dataclass(frozen=True, slots=True)
 class EvaluationTask(RoundTask):
-    """Configures a round of evaluation.
-
-    Args:
-        newest: ``AdapterManifest.content`` of the adapter in the newest release.
-        previous: The same in the previous release.
-        most: Most held-out examples of a device that count: its first ones.
-    """
-
     RULE: ClassVar[optimizer.Settings | None] = optimizer.Evaluation()
     SEGMENT: ClassVar[str] = COUNTS
     EXACT_SEGMENT: ClassVar[str | None] = None
@@ -59,9 +51,9 @@ class EvaluationTask(RoundTask):
 
     peft_config: PeftConfig
     labels: tuple[str, ...]
-    newest: Sha256
-    previous: Sha256
-    most: Most
+    newest: Sha256  # ``AdapterManifest.content`` of the adapter in the newest release
+    previous: Sha256  # the same in the previous release
+    most: Most  # most held-out examples of a device that count: its first ones
 
     def check(self) -> None:
         RoundTask.check(self)
@@ -112,8 +104,7 @@ class EvaluationRounds(KindSettings):
         default="", pattern="^([0-9a-f]{64})?$", description="SHA-256 of what the adapter of the release before is"
     )
     most: Most = Field(
-        default=32,
-        description="most held-out examples of a device that count; the noise is in proportion to it",
+        default=32, description="most held-out examples of a device that count; the noise is in proportion to it"
     )
     noise_multiplier: float = Field(
         default=1.1,
@@ -133,7 +124,6 @@ class EvaluationRounds(KindSettings):
         return EvaluationTask(of.peft_config, of.labels, self.newest, self.previous, self.most)
 
     def bound(self, clip_norm: float, noisy: bool) -> float:
-        """Return the bound for ``most`` right answers."""
         return math.sqrt(2.0) * self.most
 
     def multiplier(self, federation: float) -> float:
@@ -162,7 +152,6 @@ def evaluated(spec: SessionSpec, sums: Sums, survivors: int, digest: bytes) -> d
 
 
 def is_evaluation(metrics: Mapping[str, float]) -> bool:
-    """Check whether metrics are those of ``evaluated``."""
     return DEVIATION in metrics
 
 
@@ -176,8 +165,7 @@ def renewed(tensors: Tensors, digest: bytes) -> Tensors:
     Returns:
         float32 tensors. Guarantee: equal arguments give equal bits on every machine; no weight exceeds ``LARGEST``.
 
-    Raises:
-        DataError: It has no classification head.
+    Raises DataError: it has no classification head.
     """
     head = ClassifierHead.of(Layout.of(tensors))
     before = tensors[head.weight]

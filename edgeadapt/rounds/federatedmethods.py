@@ -33,10 +33,8 @@ class FederatedMethod:
     shared: tuple[Part, ...] = PARTS
 
     def trained(self, version: int) -> tuple[Part, ...]:
-        """Return the parts that devices train of the adapter of ``version``.
-
-        Not by rounds: a round that is repeated from the same adapter must have the same task.
-        """
+        """Return the parts that devices train of the adapter of ``version``. Not by rounds: a round that is repeated
+        from the same adapter must have the same task."""
         return self.turns[version % len(self.turns)]
 
     @property

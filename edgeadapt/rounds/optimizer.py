@@ -22,7 +22,7 @@ from aggregation.errors import ConfigError, DataError
 from edgeadapt.formats.layout import Floats, Layout, Tensors
 from edgeadapt.formats.manifest import ServerRule
 
-# Weight units; half of what devices train by default (``client.training.limits``). A device that lies within the clip
+# Weight units; half of what devices train by default (``client.node.policy``). A device that lies within the clip
 # norm for a hundred rounds could otherwise lead a coordinate to where every device refuses the adapter, for ever.
 LARGEST = 512.0
 
@@ -32,10 +32,7 @@ class FedAvg:
     """Federated averaging: ``x + learning_rate * mean``.
 
     McMahan et al. 2017, with the server's learning rate of Reddi et al. 2021. ``learning_rate = 1`` gives the plain
-    mean of the devices' adapters.
-
-    Raises:
-        ConfigError: The learning rate is not a positive number.
+    mean of the devices' adapters. Raises ConfigError: the learning rate is not a positive number.
     """
 
     learning_rate: float = 1.0
@@ -57,9 +54,8 @@ class FedAdam:
     ``tau`` is in weight units. Coordinates whose deltas are much smaller than ``tau`` move as with FedAvg, others by
     about ``learning_rate`` a round.
 
-    Raises:
-        ConfigError: ``learning_rate`` or ``tau`` is not a positive number, the square of ``tau`` is zero in float32, or
-            a decay is not at least 0 and below 1.
+    Raises ConfigError: ``learning_rate`` or ``tau`` is not a positive number, the square of ``tau`` is zero in float32,
+    or a decay is not at least 0 and below 1.
     """
 
     learning_rate: float = 0.01
@@ -98,8 +94,7 @@ class FedAvgM:
         v = momentum * v + d
         x = x + learning_rate * v
 
-    Raises:
-        ConfigError: The learning rate is not a positive number, or the momentum is not at least 0 and below 1.
+    Raises ConfigError: the learning rate is not a positive number, or the momentum is not at least 0 and below 1.
     """
 
     learning_rate: float = 1.0
@@ -112,18 +107,14 @@ class FedAvgM:
 
 @dataclass(frozen=True, slots=True)
 class AnalyticHead:
-    """Names the rule of a version whose head the moments gave (``edgeadapt.rounds.analytic``): not an optimizer.
-
-    Its numbers are in the task of the round's plan. An optimizer's state does not outlive it.
-    """
+    """Names the rule of a version whose head the moments gave (``edgeadapt.rounds.analytic``): not an optimizer. Its
+    numbers are in the task of the round's plan. An optimizer's state does not outlive it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Names the rule of a round that only counts (``edgeadapt.rounds.evaluation``): not an optimizer.
-
-    An optimizer's state does not outlive it.
-    """
+    """Names the rule of a round that only counts (``edgeadapt.rounds.evaluation``): not an optimizer. An optimizer's
+    state does not outlive it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +124,6 @@ class Stateless:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Velocity:
-    """Holds FedAvgM's ``v``, float32 of shape ``(n,)``."""
-
     velocity: Floats
 
 
@@ -163,8 +152,7 @@ def of_rule(rule: ServerRule) -> Settings:
     >>> of_rule(ServerRule("FedAvg", {"learning_rate": 0.5}))
     FedAvg(learning_rate=0.5)
 
-    Raises:
-        ConfigError: There is no such optimizer, or its numbers are not those of that name or out of their range.
+    Raises ConfigError: there is no such optimizer, or its numbers are not those of that name or out of their range.
     """
     kind = KINDS.get(rule.name)
     if kind is None or {field.name for field in fields(kind)} != set(rule.numbers):
@@ -202,9 +190,8 @@ def step(settings: Settings, state: State, adapter: Floats, mean_delta: Floats) 
         absolute value. Guarantee: the arguments are not changed, the result is finite, and equal arguments give equal
         bits.
 
-    Raises:
-        ConfigError: The state belongs to another optimizer.
-        DataError: Shapes or types differ, or the update is not finite.
+    Raises ConfigError: the state belongs to another optimizer; DataError: shapes or types differ, or the update is not
+    finite.
     """
     _check(adapter, mean_delta)
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused below, in one line
@@ -244,10 +231,8 @@ def advance(settings: Settings, state: State, tensors: Tensors, shared: Layout, 
 
 
 def to_tensors(state: State) -> Tensors:
-    """Return the tensors to store; empty for FedAvg.
-
-    Guarantee: ``restore(settings, to_tensors(state), n)`` equals ``state``, bit for bit.
-    """
+    """Return the tensors to store; empty for FedAvg. Guarantee: ``restore(settings, to_tensors(state), n)`` equals
+    ``state``, bit for bit."""
     match state:
         case Stateless():
             return {}
@@ -258,11 +243,8 @@ def to_tensors(state: State) -> Tensors:
 
 
 def restore(settings: Settings, stored: Mapping[str, Floats], size: int) -> State:
-    """Return the state in ``stored`` (``to_tensors``), or that before the first round where nothing is stored.
-
-    Raises:
-        ConfigError: The stored state belongs to another optimizer, or to an adapter of another size.
-    """
+    """Return the state in ``stored`` (``to_tensors``), or that before the first round where nothing is stored. Raises
+    ConfigError: the stored state belongs to another optimizer, or to an adapter of another size."""
     if not stored or isinstance(settings, AnalyticHead | Evaluation):
         return start(settings, size)
     kind: type[Velocity | Moments] | None = None

@@ -114,8 +114,7 @@ def ridge(moments: EmbeddingMoments, prior: Matrix, strength: float) -> Matrix:
         Shape ``(d, k)``. Guarantee: equal arguments give equal bits on every machine, because only operations whose
         result IEEE 754 defines are used, in a fixed order.
 
-    Raises:
-        DataError: ``xx`` is far from semidefinite, or a number is not finite.
+    Raises DataError: ``xx`` is far from semidefinite, or a number is not finite.
     """
     while strength <= 2.0**64:
         if (lower := cholesky(moments.xx, strength)) is not None:

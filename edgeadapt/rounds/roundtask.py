@@ -37,25 +37,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Holds the outcome of one round of local training.
-
-    Args:
-        start: The adapter on offer, with the device's private parts.
-        examples: Number of those that were trained on.
-        held_out: The score of ``start`` on held-out examples.
-    """
-
-    start: Tensors
+    start: Tensors  # the adapter on offer, with the device's private parts
     trained: Tensors
-    examples: int
-    held_out: HeldOut
+    examples: int  # number of those that were trained on
+    held_out: HeldOut  # the score of ``start`` on held-out examples
 
 
 class DeviceRound(Protocol):
-    """Gives a kind of round what its contribution needs of a device (``client.node.training``).
-
-    It refuses nothing: what a plan asks for was checked before an example was read.
-    """
+    """Gives a kind of round what its contribution needs of a device (``client.node.training``). It refuses nothing:
+    what a plan asks for was checked before an example was read."""
 
     spec: SessionSpec
     layout: Layout  # of the adapter on offer
@@ -71,10 +61,8 @@ class DeviceRound(Protocol):
     def updated(self, task: Any) -> Outcome: ...  # trained on the device's examples
 
     def unchanged(self, task: Any) -> Outcome:
-        """Return the outcome of a device that could not train: an update of zero, with the weight of its examples.
-
-        With weight zero, failures of other devices would show how much this one counts.
-        """
+        """Return the outcome of a device that could not train: an update of zero, with the weight of its examples. With
+        weight zero, failures of other devices would show how much this one counts."""
         ...
 
     def embedded(self) -> NDArray[np.floating]: ...  # the training examples, shape (n, hidden)
@@ -109,10 +97,7 @@ class ServerStep:
 
 class RoundTask(ABC):
     """Describes a round, the same for every device of the cohort. A kind is a frozen dataclass that derives from this.
-
-    Attributes:
-        labels: The device's examples have these; none for a language model.
-    """
+    ``labels``: the device's examples have these; none for a language model."""
 
     __slots__ = ()
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -121,7 +106,7 @@ class RoundTask(ABC):
     EXACT_SEGMENT: ClassVar[str | None]  # the first of the sum without noise; None: it has none
     EXACT: ClassVar[str | None]  # the kind of its sums without noise (``client.node.sumhistory``); None: it has none
     NEEDS_LABELS: ClassVar[bool] = True
-    CONSENT: ClassVar[str] = ""  # the owner's switch for this kind (``client.training.limits``); empty: there is none
+    CONSENT: ClassVar[str] = ""  # the owner's switch for this kind (``client.node.policy``); empty: there is none
     NEED_NO_LIMIT: ClassVar[Mapping[str, str]] = {}  # numbers that need no limit of the owner, and why
 
     peft_config: PeftConfig
@@ -189,9 +174,7 @@ class RoundTask(ABC):
 
     def least_movement(self, clip_norm: float, size: int, share: float) -> float:
         """Return the distance below which two adapters count as one: L2 norm over ``influencing``, weight units.
-
-        ``size`` counts the numbers in an update; ``share`` is a part of a long step of the task's optimizer.
-        """
+        ``size`` counts the numbers in an update; ``share`` is a part of a long step of the task's optimizer."""
         return share * LEAST_STEP
 
     # The vector that is summed.
@@ -213,10 +196,9 @@ class RoundTask(ABC):
     def vector(self, layout: Layout, bounds: Bounds) -> VectorSpec:
         """Return the sums of a round.
 
-        Raises:
-            ConfigError: The ring cannot hold the sums, cannot count examples one by one, or the task asks for noise and
-                there is none, or the other way round.
-            DataError: The adapter has none of the parts that the task shares, or no head.
+        Raises ConfigError: the ring cannot hold the sums, cannot count examples one by one, or the task asks for noise
+        and there is none, or the other way round; DataError: the adapter has none of the parts that the task shares, or
+        no head.
         """
         if bounds.noise:
             return sums.noisy_spec(self.SEGMENT, self.noisy_size(layout), bounds)
@@ -230,10 +212,8 @@ class RoundTask(ABC):
 
     @classmethod
     def check_sum(cls, spec: SessionSpec, values: Sums, survivors: int) -> None:
-        """Check that honest survivors can have a sum: else some device lied.
-
-        The DataError's text names no number of the sum, because it is published.
-        """
+        """Check that honest survivors can have a sum: else some device lied. The DataError's text names no number of
+        the sum, because it is published."""
         (cls.check_exact if spec.privacy is None else sums.check_noisy)(spec, values, survivors)
 
     # The device's side.
@@ -252,11 +232,8 @@ class RoundTask(ABC):
     def next_adapter(self, summed: SummedRound, step: ServerStep) -> tuple[optimizer.State, Tensors]:
         """Return the optimizer's state after the round, and the adapter that the round makes.
 
-        Guarantee: equal arguments give equal bits on every machine.
-
-        Raises:
-            ConfigError: The state belongs to another optimizer.
-            DataError: Honest survivors cannot have these sums, or the update is not finite.
+        Guarantee: equal arguments give equal bits on every machine. Raises ConfigError: the state belongs to another
+        optimizer; DataError: Honest survivors cannot have these sums, or the update is not finite.
         """
 
     def distances(self, summed: SummedRound, step: ServerStep) -> tuple[float, ...]:
@@ -264,10 +241,8 @@ class RoundTask(ABC):
         return ()
 
     def metrics(self, spec: SessionSpec, values: Sums, survivors: int, digest: bytes) -> dict[str, float]:
-        """Return the metrics of a round, as they are published.
-
-        ``values`` sums all survivors; ``digest`` is the SHA-256 of the adapter that the round began with.
-        """
+        """Return the metrics of a round, as they are published. ``values`` sums all survivors; ``digest`` is the
+        SHA-256 of the adapter that the round began with."""
         return sums.published(values)
 
 

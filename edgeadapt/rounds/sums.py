@@ -43,21 +43,13 @@ Sums = Mapping[str, Vector]  # segment → sum over the survivors, shape (size,)
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Holds the bounds of a session from which the vector of a round follows.
+    """Holds the bounds of a session from which the vector of a round follows."""
 
-    Args:
-        clip_norm: L2 bound on a device's contribution, in its own unit.
-        weight_cap: Largest weight of one device, in examples.
-        ring_bits: Width of an element.
-        max_clients: Largest number of contributions in one sum.
-        noise: Standard deviation of one device's noise on each number, in the unit of ``clip_norm``; 0: none.
-    """
-
-    clip_norm: float
-    weight_cap: int
-    ring_bits: int
-    max_clients: int
-    noise: float = 0.0
+    clip_norm: float  # L2 bound on a device's contribution, in its own unit
+    weight_cap: int  # largest weight of one device, in examples
+    ring_bits: int  # width of an element
+    max_clients: int  # largest number of contributions in one sum
+    noise: float = 0.0  # standard deviation of one device's noise on each number, in the unit of ``clip_norm``; 0: none
 
     @classmethod
     def of(cls, spec: SessionSpec) -> "Bounds":
@@ -66,8 +58,6 @@ class Bounds:
 
 
 class HeldOut(Protocol):
-    """Holds the score of an adapter on held-out examples."""
-
     @property
     def correct(self) -> float: ...
     @property
@@ -88,9 +78,7 @@ def metric_segments(weight_cap: int) -> tuple[Segment, ...]:
 
 def require_exact(spec: VectorSpec, weight_cap: int) -> VectorSpec:
     """Check that the spec counts examples one by one, and return it: sums are divided by weights, which must be exact.
-
-    Raises ConfigError if a step of the weight is above one.
-    """
+    Raises ConfigError if a step of the weight is above one."""
     if spec.max_steps < weight_cap:
         raise ConfigError(
             f"a ring of {spec.ring_bits} bits cannot count {weight_cap} examples of each of {spec.max_clients} devices:"
@@ -151,9 +139,7 @@ def dither(key: bytes, size: int) -> NDArray[np.float64]:
 
 def noisy_spec(name: str, size: int, bounds: Bounds) -> VectorSpec:
     """Return the sum of a round with noise: a clipped and rotated vector of ``size`` numbers in the segment ``name``.
-
-    Raises ConfigError if the ring cannot hold the sum of all devices.
-    """
+    Raises ConfigError if the ring cannot hold the sum of all devices."""
     bound = bounds.clip_norm * rotation.peak(size)
     return VectorSpec((Segment(name, size, bound, bounds.noise),), bounds.ring_bits, bounds.max_clients)
 
@@ -162,10 +148,8 @@ def noisy_ring_bits(size: int, bounds: Bounds) -> int:
     """Return the least ring, from ``LEAST_RING_BITS`` on, whose rounding costs next to nothing.
 
     The norm that a device's vector is accounted for (``rounding.norm_squared``), and so the noise that an epsilon
-    needs, is at most ``LENGTHENED`` times that in the widest ring.
-
-    Raises:
-        ConfigError: The noise is too large for any ring: a thousand times the bound of a coordinate.
+    needs, is at most ``LENGTHENED`` times that in the widest ring. Raises ConfigError: the noise is too large for any
+    ring: a thousand times the bound of a coordinate.
     """
 
     def longest(bits: int) -> float:
@@ -187,9 +171,7 @@ def check_noisy(spec: SessionSpec, sums: Sums, survivors: int) -> None:
 
     With n survivors and d coordinates of step s, the norm of the sum is at most n · s · √``norm_squared`` + s · √d · r,
     where the noise of no coordinate is beyond r steps except with a probability of 2^-40 (``vector.noise_reach``).
-
-    Raises:
-        DataError: They cannot. The text names no number of the sum.
+    Raises DataError: they cannot. The text names no number of the sum.
     """
     (segment,) = spec.vector.segments
     step = spec.vector.step(segment)

@@ -83,24 +83,13 @@ class RateSchedule(StrEnum):
 
 
 def is_stable(learning_rate: float, proximal: float, weight_decay: float) -> bool:
-    """Check whether the pull to an adapter's start and to zero shrinks its distance in a step of SGD.
-
-    From 1 on a step overshoots, and from 2 on the distance grows: how far a device gets then shows its number of steps.
-    """
+    """Check whether the pull to an adapter's start and to zero shrinks its distance in a step of SGD. From 1 on a step
+    overshoots, and from 2 on the distance grows: how far a device gets then shows its number of steps."""
     return learning_rate * (proximal + weight_decay) < 1
 
 
 @dataclass(frozen=True, slots=True)
 class Task(RoundTask):
-    """Configures a round of training.
-
-    Args:
-        proximal: μ of FedProx, which adds μ/2 · ‖w - w₀‖² to the loss.
-        trained: Parts of the adapter; the others stay as they are.
-        shared: Parts whose updates are summed; those of ``trained`` that are not stay on the device.
-        gradient_norm: L2 norm to which a step's gradient is clipped; 0: never.
-    """
-
     SEGMENT: ClassVar[str] = "delta"
     EXACT_SEGMENT: ClassVar[str | None] = "delta"
     EXACT: ClassVar[str | None] = "updates"
@@ -112,20 +101,19 @@ class Task(RoundTask):
     batch_size: BatchSize
     learning_rate: LearningRate
     weight_decay: WeightDecay
-    proximal: Proximal
-    trained: tuple[Part, ...]
-    shared: tuple[Part, ...]
+    proximal: Proximal  # μ of FedProx, which adds μ/2 · ‖w - w₀‖² to the loss
+    trained: tuple[Part, ...]  # parts of the adapter; the others stay as they are
+    shared: tuple[Part, ...]  # parts whose updates are summed; those of ``trained`` that are not stay on the device
     optimizer: OptimizerName = OptimizerName.ADAMW
     momentum: Momentum = 0.0
     schedule: RateSchedule = RateSchedule.CONSTANT
-    gradient_norm: GradientNorm = 0.0
+    gradient_norm: GradientNorm = 0.0  # L2 norm to which a step's gradient is clipped; 0: never
 
     def check(self) -> None:
         """Check that training is stable, and that parts are trained and shared without contradiction.
 
-        Raises:
-            ProtocolError: Otherwise, or nothing is both trained and shared. R is both, without A and B, or neither; a
-                frozen part is neither.
+        Raises ProtocolError: otherwise, or nothing is both trained and shared. R is both, without A and B, or neither;
+        a frozen part is neither.
         """
         if not is_stable(self.learning_rate, self.proximal, self.weight_decay):
             raise ProtocolError(f"task.proximal: {UNSTABLE}", about="task.proximal", value=self.proximal)
@@ -157,10 +145,8 @@ class Task(RoundTask):
         return frozenset(Part) - self.private
 
     def least_movement(self, clip_norm: float, size: int, share: float) -> float:
-        """Scale AdamW's longest step, or SGD's for gradients of norm 1 or ``gradient_norm``, to the clip norm.
-
-        A step longer than ``LEAST_STEP`` raises what is demanded: an honest adapter then moves farther.
-        """
+        """Scale AdamW's longest step, or SGD's for gradients of norm 1 or ``gradient_norm``, to the clip norm. A step
+        longer than ``LEAST_STEP`` raises what is demanded: an honest adapter then moves farther."""
         if self.optimizer is OptimizerName.ADAMW:
             step = self.learning_rate * math.sqrt(size)
         else:
@@ -262,11 +248,8 @@ class Training(KindSettings):
 
 
 def shared_layout(layout: Layout, task: Task) -> Layout:
-    """Return the tensors whose updates are summed; in a round of Fed-SB, R of each LoRA layer is one of them.
-
-    Raises:
-        DataError: The adapter has no part that is both trained and shared, or as ``with_squares``.
-    """
+    """Return the tensors whose updates are summed; in a round of Fed-SB, R of each LoRA layer is one of them. Raises
+    DataError: the adapter has no part that is both trained and shared, or as ``with_squares``."""
     layout = with_squares(layout) if Part.R in task.shared else layout
     only(layout, set(task.trained) & set(task.shared))
     return only(layout, task.shared)
@@ -278,10 +261,8 @@ def contribution_spec(layout: Layout, bounds: Bounds) -> VectorSpec:
     A device's weight is its number of examples, at most ``weight_cap``. ``delta`` is the clipped delta times the
     weight, rotated, so that a coordinate is within ``rotation.peak`` of its norm, ``clip_norm * weight_cap``.
     ``correct``, ``loss`` and ``held_out`` are of the received adapter with the device's private parts, on held-out
-    examples before training. ``layout`` is that of the shared tensors.
-
-    Raises:
-        ConfigError: The ring cannot hold the sum of all devices, or cannot count their examples one by one.
+    examples before training. ``layout`` is that of the shared tensors. Raises ConfigError: the ring cannot hold the sum
+    of all devices, or cannot count their examples one by one.
     """
     cap = bounds.weight_cap
     delta = Segment("delta", layout.size, bounds.clip_norm * cap * rotation.peak(layout.size))
@@ -292,10 +273,7 @@ def least_ring_bits(layout: Layout, bounds: Bounds) -> int:
     """Return the least ring for ``contribution_spec``, from ``LEAST_RING_BITS`` on, with a fine enough step.
 
     It counts examples one by one, and s · √d / n is at most ``RESOLUTION`` times the clip norm, with the step s, d
-    coordinates and n devices: ``weighted_mean`` adds noise of about this norm.
-
-    Raises:
-        ConfigError: No ring can.
+    coordinates and n devices: ``weighted_mean`` adds noise of about this norm. Raises ConfigError: no ring can.
     """
     clients = bounds.max_clients
     for bits in range(LEAST_RING_BITS, MAX_BITS):
@@ -310,10 +288,6 @@ def least_ring_bits(layout: Layout, bounds: Bounds) -> int:
 def contribution(outcome: Outcome, layout: Layout, spec: SessionSpec, adapter: bytes, rng: np.random.Generator) -> Ring:
     """Encode the outcome of a round as the vector that is masked and summed.
 
-    Args:
-        outcome: Finite tensors, those of ``layout`` and maybe others, which stay on the device.
-        adapter: SHA-256 of the adapter's file; the seed of the rotation follows from it.
-
     Returns:
         Ring elements, shape ``(spec.vector.size,)``. Decoded with the segments of ``spec.vector``, in weight units:
         ``delta`` is ``clip(trained - start, clip_norm) * weight``, rotated; ``weight`` is the number of examples, at
@@ -322,8 +296,9 @@ def contribution(outcome: Outcome, layout: Layout, spec: SessionSpec, adapter: b
         steps with a variance of a quarter of a squared step (``rounding_noise``), or more if it is beyond its
         bound, with a probability of at most 2^-40 for all coordinates (``rotation.peak``).
 
-    Raises:
-        DataError: A tensor has another layout, NaN or infinity, or a metric is outside its bound.
+    ``outcome``: finite tensors, those of ``layout`` and maybe others, which stay on the device. ``adapter``: SHA-256 of
+    the adapter's file; the seed of the rotation follows from it. Raises DataError: a tensor has another layout, NaN or
+    infinity, or a metric is outside its bound.
     """
     weight, segment = min(outcome.examples, spec.weight_cap), spec.vector.segment("delta")
     delta = clip(update_of(outcome, layout), spec.clip_norm) * weight
@@ -351,8 +326,7 @@ def require_reach(spec: SessionSpec, sums: Sums, survivors: int) -> None:
     Guarantee: a sum of honest contributions is refused with a probability of at most 2^-40. The mean of a sum that
     passes has at most the norm ``clip_norm`` + ``rounding_norm`` / W, or 0 if W = 0; ``weighted_mean`` adds its noise.
 
-    Raises:
-        DataError: Honest survivors cannot have it. The text names no number of the sum, because it is published.
+    Raises DataError: honest survivors cannot have it. The text names no number of the sum, because it is published.
     """
     if not {"delta", "weight"} <= {segment.name for segment in spec.vector.segments}:
         raise DataError("the sum does not consist of an update and its examples", about="vector.segments")
@@ -415,11 +389,8 @@ def weighted_mean(
     If W = 0, the mean is this noise over n, as wide as if each survivor had one example. So the next adapter has other
     bytes, from which devices reveal shares again, and the noise of such rounds grows with the root of their number.
 
-    Args:
-        adapter: SHA-256 of the adapter from which they trained.
-
-    Raises:
-        DataError: As ``require_reach``, or the sum has another size than the shared tensors.
+    ``adapter``: SHA-256 of the adapter from which they trained. Raises DataError as ``require_reach``, or the sum has
+    another size than the shared tensors.
     """
     require_reach(spec, sums, survivors)
     delta, weight = sums["delta"], float(sums["weight"][0])
@@ -438,10 +409,8 @@ def noisy_mean(
     """Return the mean of the survivors' deltas and noise; zero in the parts that the task does not train.
 
     Noise of the width of a step is added, as in ``weighted_mean``: the next adapter has other bytes also if the sum
-    counts as zero. Arguments are those of ``weighted_mean``.
-
-    Raises:
-        DataError: As ``check_noisy``, or the sum has another size than the shared tensors.
+    counts as zero. Arguments are those of ``weighted_mean``. Raises DataError as ``check_noisy``, or the sum has
+    another size than the shared tensors.
     """
     check_noisy(spec, sums, survivors)
     (segment,) = spec.vector.segments

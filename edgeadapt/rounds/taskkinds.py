@@ -10,10 +10,8 @@ KINDS: tuple[type[RoundTask], ...] = (Task, AnalyticTask, EvaluationTask)
 
 
 def decode(raw: bytes) -> RoundTask:
-    """Read the task of a plan: of the kind whose fields it has. Law: ``decode(t.encode()) == t``.
-
-    Raises ProtocolError if it is of no kind, or a field is missing, unknown or out of range.
-    """
+    """Read the task of a plan: of the kind whose fields it has. Law: ``decode(t.encode()) == t``. Raises ProtocolError
+    if it is of no kind, or a field is missing, unknown or out of range."""
     names = names_in(raw)
     kind = min(KINDS, key=lambda kind: len(names.symmetric_difference(kind.names())))
     return kind.read(raw, names)

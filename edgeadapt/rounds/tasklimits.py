@@ -1,6 +1,6 @@
 """The limits of what a device trains for a coordinator: one table for every number that a coordinator chooses.
 
-They belong to the device's owner (``client.training.limits``), and an audit names what the defaults refuse. A key
+They belong to the device's owner (``client.node.policy``), and an audit names what the defaults refuse. A key
 bounds what its name says: ``maximum_learning_rate`` and ``minimum_batch_size`` bound ``task.learning_rate`` and
 ``task.batch_size``. A number without a limit is refused, unless its kind says why it needs none
 (``RoundTask.NEED_NO_LIMIT``). Limits are checked before an example is read: a refusal says nothing about examples.
@@ -45,11 +45,8 @@ class TaskLimits(Settings):
     maximum_batch_size: int = Field(default=64, ge=1, description="most examples in a step of training")
 
     def check(self, task: RoundTask, adapter: Tensors) -> None:
-        """Check that the task and the adapter on offer, of finite tensors, are within these limits.
-
-        Raises ProtocolError if a value is outside its limit or has none, or no adapter of the configuration can be
-        trained.
-        """
+        """Check that the task and the adapter on offer, of finite tensors, are within these limits. Raises
+        ProtocolError if a value is outside its limit or has none, or no adapter of the configuration can be trained."""
         try:
             require_trainable(task.peft_config)
         except ConfigError as error:

@@ -30,12 +30,8 @@ from edgeadapt.methods.peft.lowrank import plain
 def encode(tensors: Tensors, inputs: AdapterInputs, form: Format = "int8") -> bytes:
     """Encode all tensors of an adapter, under peft's names, as its file.
 
-    Args:
-        inputs: The adapter's, of a model or of its tensors.
-        form: How numbers are stored; ``edgeadapt.formats.quantization.quantize`` says what each form loses.
-
-    Raises:
-        DataError: A tensor is missing, unknown, not finite, or too large for the format.
+    ``edgeadapt.formats.quantization.quantize`` says what each form loses. Raises DataError: a tensor is missing,
+    unknown, not finite, or too large for the format.
     """
     if odd := sorted({input_name(name) for name in tensors}.symmetric_difference(inputs.names)):
         raise DataError(f"tensor {odd[0]!r} is missing from the adapter or unknown to the exported base", about=odd[0])

@@ -1,18 +1,26 @@
-"""The base that a command names: its usual task, what an adapter needs of it, and its export."""
+"""The base that a command names: its usual task, its model in torch, what an adapter needs of it, and its export."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.pytorch_utils import Conv1D
 
 from aggregation.errors import ConfigError
 from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import Base, find_base
 from edgeadapt.bases.classifiergraph import ENCODER
 from edgeadapt.formats.graphinputs import LORA_A, VIRTUAL, input_name, vector_kind
+from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.formats.manifest import Task
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods.classifier import PhraseClassifier
+from edgeadapt.methods.peft.dora import magnitudes, scaled_layers, weight_norms, with_magnitudes, with_scales
 from edgeadapt.methods.peft.inputs import is_saved, lora_paths
-from export.bundle.sources import Origin
+from export.bundle.sources import Origin, as_slots
 from export.causal import export_causal
 from export.causal.base import check_decoder
 from export.onnx import slotted
@@ -50,11 +58,8 @@ def usual_task(base: Base) -> Task:
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return "text-generation"
     if "For" in architecture and not architecture.endswith(HEADS):
-        raise ConfigError(
-            f"the base is a {architecture[:60]}, a task that devices do not run; choose a task with --task",
-            about="architectures",
-            value=architecture,
-        )
+        reason = f"the base is a {architecture[:60]}, a task that devices do not run; choose a task with --task"
+        raise ConfigError(reason, about="architectures", value=architecture)
     return "text-classification"
 
 
@@ -70,15 +75,9 @@ def wanted(
 ) -> Wanted:
     """Decide what to export ``base`` for. What is None follows from the adapter ``origin``, or else from the base.
 
-    Args:
-        origin: An adapter that has to fit: its layers get slots, in addition to ``targets``.
-        targets: As ``linear_layers`` takes them.
-        kinds: Of the slots at ``targets``; by default low rank alone, and nothing but what ``origin`` needs.
-        max_rank: Of an adapter; by default ``MAX_RANK``, or the adapter's if that is higher.
-
-    Raises:
-        ConfigError: The adapter is for another task or head, above ``max_rank``, brings modules of a language model, or
-            brings no head for a classifier.
+    The layers of ``origin`` get slots in addition to ``targets``; ``kinds`` are those of the slots at ``targets``, by
+    default low rank alone. Raises ConfigError: the adapter does not fit the task, head or ``max_rank``, brings modules
+    of a language model, or brings no head for a classifier.
     """
     if origin is None:
         task = task or usual_task(base)
@@ -154,3 +153,64 @@ def export_named(
 def _agree(option: str, given: str | None, needed: str) -> None:
     if given not in (None, needed):
         raise ConfigError(f"{option} is {given}, but the adapter is for {needed}", about=option, value=given)
+
+
+def resolved(origin: Origin, base: Base) -> Origin:
+    """Turn ``origin`` into what slots take, with the scales of DoRA that the base's weights give."""
+    origin = as_slots(origin)
+    if not (layers := magnitudes(origin.tensors)):
+        return origin
+    task = origin.task or usual_task(base)
+    weights, biases = _layers(base, task, origin.tensors, max(2, len(origin.labels)), layers)
+    norms_of = partial(weight_norms, config=origin.peft_config, weights=weights)
+    return replace(origin, tensors=with_scales(origin.tensors, norms_of, biases))
+
+
+def as_trained(tensors: Tensors, config: PeftConfig, base: Base, task: Task, labels: int) -> Tensors:
+    """Invert ``resolved``, for the tensors of an adapter that was exported.
+
+    Raises ConfigError, DataError as ``resolved``.
+    """
+    weights, _ = _layers(base, task, tensors, labels, scaled_layers(tensors, config))
+    return with_magnitudes(tensors, config, partial(weight_norms, config=config, weights=weights))
+
+
+def _layers(
+    base: Base, task: Task, tensors: Tensors, labels: int, paths: Sequence[str]
+) -> tuple[dict[str, Floats], dict[str, Floats]]:
+    """Read the weights, ``(out, in)``, and the biases of some layers, by path."""
+    model = bare_model(base, task, tensors, labels)
+    weights, biases = {}, {}
+    for path in paths:
+        try:
+            layer = model.get_submodule(path)
+        except AttributeError as error:
+            reason = f"the base in {base.folder} has no layer {path!r}: name the base that the adapter was trained on"
+            raise ConfigError(reason, about="--base", value=path) from error
+        weight = layer.weight.detach().numpy()
+        weights[path] = weight.T if type(layer) is Conv1D else weight
+        if layer.bias is not None:
+            biases[path] = layer.bias.detach().numpy()
+    return weights, biases
+
+
+def bare_model(base: Base, task: Task, tensors: Tensors, labels: int) -> Any:
+    """Open the model whose module names the adapter's tensors use."""
+    names = [input_name(name) for name in tensors]
+    brought = sorted({name.rpartition(".")[0] for name in names if is_saved(name)})
+    mean = any(name.startswith(ENCODER) for name in names)
+    return model_of(base, task, mean=mean, saved=brought, labels=labels)
+
+
+def model_of(base: Base, task: Task, *, mean: bool, saved: Sequence[str], labels: int | None) -> Any:
+    """Open the model for a task.
+
+    A classifier has a head over the mean of the tokens, or its own one with ``labels`` rows (None: as the base has it).
+    ``saved``: modules that the adapter brings.
+    """
+    if task == "text-generation":
+        return pretrained.load(base, AutoModelForCausalLM)
+    if not mean:
+        return pretrained.load(base, AutoModelForSequenceClassification, num_labels=labels, saved=saved)
+    encoder = pretrained.load(base, AutoModel)
+    return PhraseClassifier(encoder, encoder.config.hidden_size, labels or 2)

@@ -62,12 +62,8 @@ def fitted(origin: Origin, base_digest: str, slots: Mapping[str, Sequence[str]])
 def from_registry(state_dir: Path, version: int | None, trust: Path | None) -> Origin:
     """Read a version, by default the newest, of the registry in a coordinator's state directory. Writes nothing.
 
-    ``trust``: the public keys that may have signed it; by default the coordinator's own.
-
-    Raises:
-        ConfigError: There is no registry, or no key.
-        DataError: There is no such version, or its file is missing or damaged.
-        TrustError: Manifest or file are not what a trusted key signed, or no round is recorded that made the version.
+    ``trust``: the public keys that may have signed it; by default the coordinator's own. Raises TrustError: manifest or
+    file are not what a trusted key signed, or no round is recorded that made the version.
     """
     registryfiles.require(state_dir)  # first: without a registry the key is missing too
     trusted = read_public_keys(trust) if trust else (read_key(state_dir / SIGNING_KEY).public,)

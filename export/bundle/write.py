@@ -64,22 +64,16 @@ def write_bundle(
     form: Format = "int8",
     once: bool = False,
 ) -> None:
-    """Write a bundle to ``out``, replacing an older bundle.
+    """Write a bundle to ``out``, replacing an older bundle, and sign its manifests.
 
     Adapters in ``out`` for the same base stay, unless one of ``sources`` has their name: a household keeps its private
-    adapter when the shared one is updated.
+    adapter when the shared one is updated. With ``once``, no other bundle gets this export: its files become the
+    bundle's without being copied.
 
-    Args:
-        exported: The base; one export serves any number of bundles.
-        key: Signs the base manifest and the adapter manifests.
-        once: No other bundle gets this export: its files become the bundle's without being copied.
-
-    Raises:
-        ConfigError: ``out`` is something other than a bundle, or keeps adapters that would no longer fit the base; an
-            adapter's name cannot be a file's; or an adapter of a language model lacks its ``adapter_inputs``.
-        DataError: An adapter does not fit the base, is above its highest rank, or has labels that do not match the rows
-            of its head or that devices refuse.
-        OSError: The folder cannot be written. The content of ``out`` is unchanged.
+    Raises ConfigError: ``out`` is something other than a bundle, or keeps adapters that would no longer fit the base;
+    an adapter's name cannot be a file's; or an adapter of a language model lacks its ``adapter_inputs``. DataError: an
+    adapter does not fit the base, or has labels that do not match the rows of its head or that devices refuse. At any
+    error the content of ``out`` is unchanged.
     """
     with locked_folder(out) as whole:
         _write_bundle(whole, exported, sources, key, form, once)
@@ -94,11 +88,8 @@ def _write_bundle(
     limit = partial(_longest, exported.task, exported.read)
     for source in sources:
         if source.adapter_inputs is None and exported.task == "text-generation":
-            raise ConfigError(
-                f"adapter {source.name!r} lacks adapter_inputs, which hold the scaling of its layers",
-                about="adapter_inputs",
-                value=source.name,
-            )
+            reason = f"adapter {source.name!r} lacks adapter_inputs, which hold the scaling of its layers"
+            raise ConfigError(reason, about="adapter_inputs", value=source.name)
         files |= _adapter_files(source, source.adapter_inputs or exported.adapter_inputs, manifest, limit, key, form)
     kept = _kept(out, manifest, {source.name for source in sources})
     with staged(out, replaces=True) as stage:
@@ -131,21 +122,15 @@ def add(
 ) -> AdapterManifest:
     """Add ``origin`` to ``bundle`` under ``name``, and return its manifest. Does not import torch.
 
-    Raises:
-        ConfigError: ``bundle`` is not a bundle, ``name`` cannot be a file's, the adapter is for another base, or its
-            labels are missing.
-        DataError: The adapter does not fit the base, or devices would refuse its version as a rollback.
+    Raises ConfigError: the adapter is for another base, or its labels are missing. DataError: it does not fit the base,
+    or devices would refuse its version as a rollback.
     """
-    if (manifest := stated_manifest(bundle)) is None:
-        raise _no_bundle(bundle)
+    manifest = _stated(bundle)
     origin = fitted(origin, manifest.base_digest, manifest.slots)
     before = stated_adapter(bundle, name)
     if before is not None and before.version > origin.version:
-        raise DataError(
-            f"{bundle} holds version {before.version} of {name!r}; devices refuse the older {origin.version}",
-            about="version",
-            value=origin.version,
-        )
+        reason = f"{bundle} holds version {before.version} of {name!r}; devices refuse the older {origin.version}"
+        raise DataError(reason, about="version", value=origin.version)
     source = source_of(name, origin, temperature=temperature)
     add_adapter(bundle, AdapterInputs.of_tensors(origin.peft_config, origin.tensors), source, key=key, form=form)
     return _written(bundle, name)
@@ -188,8 +173,7 @@ def create(
 
 def check_base(bundle: Path, base: Base, profile: str | None) -> None:
     """Check that ``bundle`` holds ``base``, in ``profile`` if it is not None. Raises ConfigError."""
-    if (manifest := stated_manifest(bundle)) is None:
-        raise _no_bundle(bundle)
+    manifest = _stated(bundle)
     if (base.digest, profile or manifest.profile) != (manifest.base_digest, manifest.profile):
         raise ConfigError(
             f"{bundle} holds the base {manifest.base_digest[:12]} as {manifest.profile}, not {base.digest[:12]} as "
@@ -241,16 +225,11 @@ def add_adapter(
 ) -> None:
     """Add or replace one adapter in a bundle, such as a household's private one, signed by the device's own key.
 
-    ``inputs``: of the model that the adapter was trained in (``find_adapter_inputs``).
-
-    Raises:
-        ConfigError: ``bundle`` is not a bundle, or the adapter's name cannot be a file's.
-        DataError: As ``write_bundle``.
-        OSError: The folder cannot be written. The bundle is unchanged.
+    ``inputs``: of the model that the adapter was trained in (``find_adapter_inputs``). At an error the bundle is
+    unchanged.
     """
     with locked_folder(bundle) as whole:
-        if (manifest := stated_manifest(whole)) is None:
-            raise _no_bundle(whole)
+        manifest = _stated(whole)
         limit = partial(_longest, manifest.task, lambda name: read(whole / BASE / name, MAX_HELD_FILE))
         files = _adapter_files(source, inputs, manifest, limit, key, form)
         with staged(whole, replaces=True) as stage:
@@ -259,14 +238,8 @@ def add_adapter(
 
 
 def copy_bundle(bundle: Path, out: Path) -> None:
-    """Copy ``bundle`` to ``out`` with hard links, replacing an older bundle.
-
-    Raises:
-        ConfigError: ``bundle`` is not a bundle, or ``out`` is something other than one.
-        OSError: The folder cannot be written. The content of ``out`` is unchanged.
-    """
-    if stated_manifest(bundle) is None:
-        raise _no_bundle(bundle)
+    """Copy ``bundle`` to ``out`` with hard links, replacing an older bundle; at an error ``out`` is unchanged."""
+    _stated(bundle)
     with locked_folder(out) as whole:
         check_place(whole)
         with staged(whole, replaces=True) as stage:
@@ -313,11 +286,8 @@ def _adapter_files(
         )
     ranks = [value.shape[0] for name, value in tensors.items() if name.endswith(LORA_A)]
     if (rank := max(ranks, default=0)) > base.max_rank:
-        raise DataError(
-            f"adapter {source.name!r} has rank {rank}, the base takes at most {base.max_rank} (--max-rank)",
-            about="rank",
-            value=rank,
-        )
+        reason = f"adapter {source.name!r} has rank {rank}, the base takes at most {base.max_rank} (--max-rank)"
+        raise DataError(reason, about="rank", value=rank)
     manifest = AdapterManifest(
         name=source.name,
         sha256=sha256(blob),
@@ -379,8 +349,11 @@ def stated_adapter(bundle: Path, name: str) -> AdapterManifest | None:
         return None  # damaged: it is about to be replaced
 
 
-def _no_bundle(folder: Path) -> ConfigError:
-    return ConfigError(
-        f"{folder} is not a bundle: it has no {BASE_MANIFEST}; make one with 'edgeadapt export base', or give --base",
-        about=BASE_MANIFEST.name,
-    )
+def _stated(bundle: Path) -> BaseManifest:
+    if (manifest := stated_manifest(bundle)) is None:
+        raise ConfigError(
+            f"{bundle} is not a bundle: it has no {BASE_MANIFEST}; make one with 'edgeadapt export base', or give "
+            "--base",
+            about=BASE_MANIFEST.name,
+        )
+    return manifest

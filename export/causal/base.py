@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from onnx import ModelProto
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -47,101 +48,89 @@ def export_causal(
     *,
     training: bool = False,
 ) -> ExportedBase:
-    """Export ``base`` with ``slots`` at its linear layers; takes some seconds.
+    """Export ``base`` with ``slots`` at linear layers, or low-rank ones at targets such as ``("q_proj", "v_proj")``.
 
-    Args:
-        slots: Of its layers; or targets, such as ``("q_proj", "v_proj")``, which get low-rank slots.
-        max_rank: The highest rank that the base manifest allows an adapter.
-        where: The folder that holds the result's files and those that are needed meanwhile, about six bytes a
-            parameter; None for the system's folder of temporary files.
-        training: Whether the result has a training graph, with which devices train adapters. Its gradients are compared
-            with torch's, for which the base has to fit into memory in float32, twice if it is quantized.
+    ``where`` is the folder that holds the result's files and those that are needed meanwhile, about six bytes a
+    parameter. ``training``: with a training graph, whose gradients are compared with torch's, for which the base has to
+    fit into memory in float32, twice if it is quantized.
 
-    Raises:
-        ConfigError: The base is an encoder-decoder or cannot be exported, a target names no linear layer, or a layer's
-            MatMul cannot be found in the graph; virtual tokens are wanted, and the graph has no place for them; or it
-            cannot have a training graph (``training_graph``, ``check_gradients``).
+    Raises ConfigError: the base is an encoder-decoder or cannot be exported, a target names no linear layer, a layer's
+    MatMul or a place for virtual tokens cannot be found in the graph, or as ``training_graph`` and ``check_gradients``.
     """
     check_decoder(pretrained.configuration(base))
     with closing(WorkFolder(where)) as scratch:
-        return _export(base, Slots.of(slots), profile, max_rank, WorkFolder(where), scratch.path, report, training)
+        store, work, wanted = OnDisk(scratch.path / "tensors"), WorkFolder(where), Slots.of(slots)
+        model = pretrained.load(base, AutoModelForCausalLM, offload=scratch.path / "offload")
+        adapted, names = linear_layers(model, wanted.low_rank), vectors(model, wanted)
+        sites = [layer_of(name) for name in names if pretrained.is_linear(model.get_submodule(layer_of(name)))]
+        weights = _Weights(model, list(dict.fromkeys([*adapted, *sites])))
+        parameters = _vectors(model) if names else {}
+        report("running torch", 0, 0)
+        tokenizer = pretrained.tokenizer(base)
+        embedding = _embedding(model, tokenizer) if wanted.virtual else None
+        sample = sample_logits(model, tokenizer)
+        decoder = _decoder(base, model, sample, store, report)
+        layers = matmuls.find(decoder.graph, weights, store)
+        scale_inputs(decoder.graph, layers, names)
+        ids = Tokenizer.from_str(decoder.files[TOKENIZER].decode()).encode(TEXT).ids[:TOKENS]
+        passes = 3 if profile is Profile.WEB_INT8 else 1  # the MatMuls that lose too much are found first
+        store.reports(counted(report, "quantizing", passes * size_of(decoder.graph)))
+        graph = quantize(decoder.graph, profile, ids, store)
+        vector_slots = insert_vectors(graph, layers, names, parameters, store)
+        scaled = {layer_of(name) for name in names if name.endswith(OUTPUT_SCALE)}
+        # The update comes after a scale of the output, and so after the bias.
+        places = {path: replace(layers[path], y=layers[path].end) for path in adapted if path in scaled}
+        places = {path: layers[path] for path in adapted} | places
+        inserted = matmuls.insert_lora(graph, places) | vector_slots | _insert_virtual(graph, wanted, embedding)
+        parts = matmuls.merge(graph, store)
+        runtime, opset = headers.requirements(graph)
+        # An adapter of a language model brings its own scaling (AdapterSource.adapter_inputs); 1 leaves B as it is.
+        inputs = AdapterInputs(
+            "default", tuple(LoraSlot(path, 1.0) for path in adapted), (), names, virtual=wanted.virtual
+        )
+        store.keep([graph])
+        stored, backward, difference = None, None, None
+        if training:
+            report("tracing the training graph", 0, 0)
+            slotted = SlottedModel(pretrained.load(base, AutoModelForCausalLM), inputs)
+            backward = training_graph(trace(slotted, store), slotted, graph, profile, store)
+            stored = as_stored(slotted, profile, graph, store)
+            opset = max(opset, headers.requirements(backward)[1])
+        graphs = [each for each in (graph, backward) if each is not None]
+        store.keep(graphs)
+        store.reports(counted(report, "writing", sum(map(size_of, graphs))))
+        about = metadata(base, "text-generation", profile, runtime)
+        digests = headers.split(graph, inserted, about, work.path, store, backward, parts) | written(
+            work.path, decoder.files
+        )
+        if stored is not None:
+            report("comparing gradients with torch", 0, 0)
+            longest = pretrained.configuration(base).max_position_embeddings
+            module = LearnedLogits(stored)
+            difference = check_gradients(work.path, module, inserted, sample.ids[0].tolist(), longest, language=True)
+        return ExportedBase(
+            base_digest=base.digest,
+            task="text-generation",
+            profile=profile,
+            adapter_inputs=inputs,
+            slots=inserted,
+            max_rank=max_rank,
+            onnxruntime=runtime,
+            opset=opset,
+            work=work,
+            merged=base.merged,
+            digests=digests,
+            gradients=difference,
+        )
 
 
-def _export(
-    base: Base,
-    wanted: Slots,
-    profile: Profile,
-    max_rank: int,
-    work: WorkFolder,
-    scratch: Path,
-    report: Report,
-    training: bool,
-) -> ExportedBase:
-    store = OnDisk(scratch / "tensors")
-    model = pretrained.load(base, AutoModelForCausalLM, offload=scratch / "offload")
-    adapted, names = linear_layers(model, wanted.low_rank), vectors(model, wanted)
-    sites = [layer_of(name) for name in names if pretrained.is_linear(model.get_submodule(layer_of(name)))]
-    weights = _Weights(model, list(dict.fromkeys([*adapted, *sites])))
-    parameters = _vectors(model) if names else {}
-    report("running torch", 0, 0)
-    tokenizer = pretrained.tokenizer(base)
-    embedding = _embedding(model, tokenizer) if wanted.virtual else None
-    sample = sample_logits(model, tokenizer)
-    decoder = _decoder(base, model, sample, store, report)
-    layers = matmuls.find(decoder.graph, weights, store)
-    scale_inputs(decoder.graph, layers, names)
-    ids = Tokenizer.from_str(decoder.files[TOKENIZER].decode()).encode(TEXT).ids[:TOKENS]
-    passes = 3 if profile is Profile.WEB_INT8 else 1  # the MatMuls that lose too much are found first
-    store.reports(counted(report, "quantizing", passes * size_of(decoder.graph)))
-    graph = quantize(decoder.graph, profile, ids, store)
-    vector_slots = insert_vectors(graph, layers, names, parameters, store)
-    scaled = {layer_of(name) for name in names if name.endswith(OUTPUT_SCALE)}
-    # The update comes after a scale of the output, and so after the bias.
-    places = {path: replace(layers[path], y=layers[path].end) if path in scaled else layers[path] for path in adapted}
-    inserted = matmuls.insert_lora(graph, places) | vector_slots
+def _insert_virtual(graph: ModelProto, wanted: Slots, embedding: virtualtokens.Embedding | None) -> virtualtokens.Slots:
+    slots: virtualtokens.Slots = {}
     if embedding is not None and PROMPT in wanted.virtual:
-        inserted |= virtualtokens.insert_prompt(graph, embedding)
+        slots |= virtualtokens.insert_prompt(graph, embedding)
     if PREFIX in wanted.virtual:
-        inserted |= virtualtokens.insert_prefix(graph)
-    parts = matmuls.merge(graph, store)
-    runtime, opset = headers.requirements(graph)
-    # An adapter of a language model brings its own scaling (AdapterSource.adapter_inputs); 1 leaves B as it is.
-    inputs = AdapterInputs("default", tuple(LoraSlot(path, 1.0) for path in adapted), (), names, virtual=wanted.virtual)
-    store.keep([graph])
-    stored, backward = None, None
-    if training:
-        report("tracing the training graph", 0, 0)
-        slotted = SlottedModel(pretrained.load(base, AutoModelForCausalLM), inputs)
-        backward = training_graph(trace(slotted, store), slotted, graph, profile, store)
-        stored = as_stored(slotted, profile, graph, store)
-        opset = max(opset, headers.requirements(backward)[1])
-    graphs = [graph] if backward is None else [graph, backward]
-    store.keep(graphs)
-    store.reports(counted(report, "writing", sum(map(size_of, graphs))))
-    about = metadata(base, "text-generation", profile, runtime)
-    digests = headers.split(graph, inserted, about, work.path, store, backward, parts) | written(
-        work.path, decoder.files
-    )
-    difference: float | None = None
-    if stored is not None:
-        report("comparing gradients with torch", 0, 0)
-        longest = pretrained.configuration(base).max_position_embeddings
-        module = LearnedLogits(stored)
-        difference = check_gradients(work.path, module, inserted, sample.ids[0].tolist(), longest, language=True)
-    return ExportedBase(
-        base_digest=base.digest,
-        task="text-generation",
-        profile=profile,
-        adapter_inputs=inputs,
-        slots=inserted,
-        max_rank=max_rank,
-        onnxruntime=runtime,
-        opset=opset,
-        work=work,
-        merged=base.merged,
-        digests=digests,
-        gradients=difference,
-    )
+        slots |= virtualtokens.insert_prefix(graph)
+    return slots
 
 
 def check_decoder(config: Any) -> None:

@@ -49,11 +49,8 @@ class DecoderGraph:
 def build(base: Base, config: Any, sample: Sample, store: OnDisk, report: Report = lambda *_: None) -> DecoderGraph:
     """Build token ids, attention mask and KV cache → logits and the next KV cache, with dynamic batch and lengths.
 
-    ``sample``: torch's logits for a short text; ``store``: holds the weights of the graph.
-
-    Raises:
-        BuilderPathError: The builder does not know the architecture, or its graph does not give torch's logits.
-        ConfigError: A library that it needs is not installed.
+    ``sample``: torch's logits for a short text; ``store``: holds the weights of the graph. Raises BuilderPathError: the
+    builder does not know the architecture, or its graph does not give torch's logits.
     """
     if _has_window(config):  # the sample is too short to show it
         raise BuilderPathError(

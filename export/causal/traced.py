@@ -25,7 +25,7 @@ from export.causal.builder import QUIET, DecoderGraph
 from export.causal.sample import Sample, matches
 from export.onnx import graph, matmuls, tasks
 from export.onnx.exported import Report
-from export.onnx.hollow import hollow
+from export.onnx.graph import hollow
 from export.onnx.peftmodel import replace_conv1d
 from export.onnx.tensorstore import OnDisk
 
@@ -65,12 +65,9 @@ class _Decoder(nn.Module):
 def build(base: Base, sample: Sample, store: OnDisk, report: Report = lambda *_: None) -> DecoderGraph:
     """Trace token ids, attention mask, positions if the family has any, and KV cache → logits and the next KV cache.
 
-    ``sample``: torch's logits for a short text; ``store``: holds the weights of the graph.
-
-    Raises:
-        ConfigError: The configuration lacks a size; torch cannot trace the architecture; the traced graph does not give
-            torch's logits; its cache is not equal keys and values in each layer; or the base's files state neither the
-            longest text nor the token that ends one.
+    ``sample``: torch's logits for a short text; ``store``: holds the weights of the graph. Raises ConfigError: the
+    configuration lacks a size; torch cannot trace the architecture; the graph does not give torch's logits; its cache
+    is not equal keys and values in each layer; or the base states neither the longest text nor the token that ends one.
     """
     model = pretrained.load(base, AutoModelForCausalLM, offload=store.place.parent / "traced")
     sizes = tasks.sizes(model.config)

@@ -149,7 +149,7 @@ def _resolved(origin: Origin, base_name: str | None) -> Origin:
             "the scales of DoRA are computed with the base's weights: name the base of its training with --base",
             about="--base",
         )
-    from export.bundle.trained import resolved  # torch
+    from export.bundle.base import resolved  # torch
 
     return resolved(origin, find_base(base_name))
 
@@ -178,7 +178,7 @@ def _examples(held_out: Path | None, origin: Origin) -> list[tuple[str, int]]:
     if not origin.labels:
         reason = "--calibrate is for classifiers, and this adapter has no labels: leave it out, or name them (--labels)"
         raise ConfigError(reason, about="--calibrate")
-    from export.parity.temperature import read_examples
+    from export.parity.compare import read_examples
 
     return read_examples(held_out, origin.labels)
 
@@ -188,13 +188,15 @@ def _calibrated(
 ) -> Calibration | None:
     if not examples:
         return None
-    from export.parity.compare import OnnxRunner  # torch, after what can be refused without it
-    from export.parity.temperature import measure
+    from export.parity.compare import (
+        OnnxRunner,  # torch, after what can be refused without it
+        fit_temperature,
+    )
 
     inputs, runner = device_inputs(origin, base, form), OnnxRunner.open(folder, base)
     label = f"calibrating on {len(examples)} phrases"
     with click.progressbar(length=len(examples), label=label, file=sys.stderr) as bar:
-        return measure(runner, inputs, examples, lambda: bar.update(1))
+        return fit_temperature(runner, inputs, examples, lambda: bar.update(1))
 
 
 def _summary(found: Calibration) -> str:

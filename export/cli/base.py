@@ -103,8 +103,7 @@ def base(
     public = read_phrases(phrases) if phrases else []
     check_place(out)  # before the slow imports and the export
     origin = from_peft(peft_folder, 1, ()) if peft_folder else None
-    from export.bundle.base import export_named, wanted
-    from export.bundle.trained import resolved
+    from export.bundle.base import export_named, resolved, wanted
     from export.onnx.targets import SlotKind
 
     wanted_targets = [part.strip() for part in (targets or "").split(",") if part.strip()]

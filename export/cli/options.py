@@ -60,12 +60,7 @@ the_labels = click.option(
 def origin_of(
     registry: Path | None, folder: Path | None, version: int | None, trust: Path | None, labels: Path | None
 ) -> sources.Origin:
-    """Read the adapter that ``--registry`` or ``--peft`` names.
-
-    Raises:
-        ConfigError: Both or neither is named, or labels are given for a registry, which states its own.
-        EdgeAdaptError: As ``sources.from_registry`` and ``sources.from_peft``.
-    """
+    """Read the adapter that ``--registry`` or ``--peft`` names."""
     if folder is not None and registry is None:
         return sources.from_peft(
             folder, 1 if version is None else version, read_lines(labels, "label") if labels else ()

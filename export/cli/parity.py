@@ -51,8 +51,13 @@ def parity(
     """
     trusted = read_public_keys(real(bundle).parent / TRUST)
     origin, lines = origin_of(registry, peft_folder, version, trust, None), read_lines(texts, "text")
-    from export.parity.compare import compare, gate, limits_of, too_far  # torch, after what can be refused without it
-    from export.parity.pair import open_pair
+    from export.parity.compare import (  # torch, after what can be refused without it
+        compare,
+        gate,
+        limits_of,
+        open_pair,
+        too_far,
+    )
 
     pair = open_pair(Bundle(bundle, trusted), name, base_name, origin)
     with click.progressbar(length=len(lines), label=f"comparing {len(lines)} texts", file=sys.stderr) as bar:
@@ -61,12 +66,7 @@ def parity(
     broken = too_far(measured, limits)
     passed = not broken if measured.count >= FEWEST or broken.keys() & MAXIMA else None
     form = pair.adapter.manifest.format
-    kind = {
-        "task": pair.base.task,
-        "profile": pair.base.profile,
-        "format": form,
-        "texts": len(lines),
-    }
+    kind = {"task": pair.base.task, "profile": pair.base.profile, "format": form, "texts": len(lines)}
     print_result(
         kind | asdict(measured) | {"perplexity_ratio": measured.perplexity_ratio, "passed": passed},
         f"{measured} ({pair.base.profile} base, {form} adapter, {len(lines)} texts)",

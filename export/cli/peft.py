@@ -83,6 +83,6 @@ def _with_magnitudes(
             about="--base",
             value=base.digest,
         )
-    from export.bundle.trained import as_trained  # torch
+    from export.bundle.base import as_trained  # torch
 
     return as_trained(tensors, config, base, manifest.task, labels)

@@ -35,12 +35,8 @@ def lossy_matmuls(graph: onnx.ModelProto, feeds: Feeds, limit: float, store: Ten
 
     The loss of a MatMul is the mean over tokens of the squared error over the square of the exact output: tokens
     without outliers lose most, and their outputs are small. A token whose exact output is zero counts as no loss if the
-    rounded output is zero too. Returns the loss by the name of the MatMul's output, largest first.
-
-    Args:
-        graph: In float32. Only MatMuls with a two-dimensional initializer as weight are measured.
-        feeds: Every input that has no default.
-        limit: The greatest loss that is not reported, a fraction.
+    rounded output is zero too. Only MatMuls with a two-dimensional initializer as weight are measured. Returns the loss
+    by the name of the MatMul's output, largest first.
     """
     values = {tensor.name: tensor for tensor in graph.graph.initializer}
     matmuls = [node for node in graph.graph.node if node.op_type in ("MatMul", "FusedMatMul")]

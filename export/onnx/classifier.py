@@ -1,7 +1,10 @@
 """A frozen classifier or encoder, exported once for every adapter of its layers."""
 
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+import onnxruntime as ort
 from onnx import checker
 from peft import PeftModel
 from tokenizers import Tokenizer
@@ -10,9 +13,12 @@ from torch import nn
 from aggregation.errors import ConfigError
 from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import Base
-from edgeadapt.formats.bundle import TOKENIZER, TRAINING
+from edgeadapt.bases.classifiergraph import LABELS, ClassifierGraph, open_session
+from edgeadapt.formats.bundle import MODEL, TOKENIZER, TRAINING
+from edgeadapt.formats.graphinputs import GIVEN, LORA_A, LORA_B, OFFSET, PROMPT, REPLACED, SCALES
+from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.formats.workfolder import WorkFolder
-from export.onnx import graph, headers, rows
+from export.onnx import graph, headers
 from export.onnx.calibrate import SHORT_TEXT, TEXT, TOKENS
 from export.onnx.dequantize import as_stored
 from export.onnx.exported import MAX_RANK, ExportedBase, Profile, metadata, written
@@ -34,17 +40,11 @@ def export_classifier(
 ) -> ExportedBase:
     """Export the base of ``model`` in a few seconds; no tensor of its adapter gets into the result.
 
-    Args:
-        model: From ``slotted``, or ``edgeadapt.methods.classifier.build``, whose adapter names the layers that get
-            slots.
-        max_rank: The highest rank that the base manifest allows an adapter.
-        where: The folder that holds the result's files; None for the system's folder of temporary files.
-        training: Whether the result has a training graph, with which devices train adapters; None: if it can have one.
+    The adapter of ``model`` names the layers that get slots. ``training``: with a training graph; None: if it can have
+    one.
 
-    Raises:
-        ConfigError: The model has block-sparse attention, or cannot be exported (``check_classifies``,
-            ``find_adapter_inputs``, ``graph.trace``); its graph does not run; nothing limits the length of a text; or
-            it cannot have the training graph that it shall have (``training_graph``, ``check_gradients``).
+    Raises ConfigError: the model has block-sparse attention or cannot be exported; its graph does not run; nothing
+    limits the length of a text; or it cannot have the training graph that it shall have.
     """
     if getattr(pretrained.configuration(base), "attention_type", None) == "block_sparse":
         # transformers reads short texts, and whatever follows them, with full attention: which answer is right depends.
@@ -98,7 +98,7 @@ def export_classifier(
         opset=opset,
         work=work,
         digests=digests,
-        independent_rows=rows.independent_rows(work.path, slots, ids, longest),
+        independent_rows=independent_rows(work.path, slots, ids, longest),
         merged=base.merged,
         untrainable=untrainable,
         gradients=difference,
@@ -128,3 +128,68 @@ def _limit(base: Base, tokenizer: Tokenizer, model: nn.Module) -> int:
     # Padding may have no position of its own; families that number positions take 0 or 1 for it whatever they state.
     counted = [token for token in ids if token not in (0, 1, config.pad_token_id)]
     return readable_length(model, counted or ids, min(limits))
+
+
+RANK, ROWS = 4, 3  # rank and virtual tokens of the adapters that are tried; texts, and labels
+LONGEST = 1024  # tokens
+TOLERANCE = 2e-3  # difference of a logit, relative to the largest: rounding in int8 stays below a tenth of it
+MAX_REASON = 200  # characters of ONNX Runtime's message
+
+
+def open_base(folder: Path, slots: Collection[str]) -> ort.InferenceSession:
+    return open_session((folder / MODEL).read_bytes(), folder, slots)
+
+
+def independent_rows(folder: Path, slots: Mapping[str, tuple[str, ...]], ids: Sequence[int], longest: int) -> bool:
+    """Check whether three texts get the same logits alone and in a mixed batch, each with an adapter of its own.
+
+    In some encoders, padding or the other rows leak in (a convolution over padding, a Fourier transform or blocks over
+    the whole length, one activation scale for a whole batch), and some layers read inputs whose first dimension is not
+    the rows. None of this shows in a configuration, so it is measured.
+
+    ``ids``: the tokens of a text, which the texts repeat; ``longest``: tokens of the longest text that the base reads.
+    Raises ConfigError: the graph does not run, or gives an answer that is not finite.
+    """
+    session = open_base(folder, slots)
+    longest = min(longest, LONGEST) - (RANK if PROMPT in slots else 0)
+    lengths = sorted({min(3, longest), max(1, longest // 3), longest})
+    texts = [list(np.resize(ids, length)) for length in (lengths * ROWS)[:ROWS]]
+    adapters = [_random(slots, seed) for seed in range(ROWS)]
+    graph = ClassifierGraph(session, slots, True)
+    try:
+        alone = [graph.logits(text, graph.feeds(one)) for text, one in zip(texts, adapters, strict=True)]
+    except Exception as error:  # onnxruntime raises classes without a common base
+        reason = " ".join(str(error).split())[:MAX_REASON]
+        raise ConfigError(
+            f"the exported graph does not run: {reason}; use another base", about="onnxruntime"
+        ) from error
+    if not np.isfinite(alone).all():
+        raise ConfigError("the exported graph gives an answer that is not finite; use another base", about="logits")
+    try:
+        mixed = graph.mixed(texts, adapters)
+    except Exception:
+        return False
+    return bool(np.allclose(mixed, alone, rtol=0, atol=TOLERANCE * float(np.abs(alone).max())))
+
+
+def _random(slots: Mapping[str, tuple[str, ...]], seed: int) -> Tensors:
+    """Draw an adapter whose updates are about as large as what a layer reads; ``seed`` draws what rows do not share."""
+    rng, common = np.random.default_rng(seed), np.random.default_rng(ROWS)
+    result = {}
+    for name, dimensions in slots.items():
+        lora = name.endswith((LORA_A, LORA_B))
+        own = lora or LABELS in dimensions or name == PROMPT or name.endswith((*SCALES, OFFSET))
+        shape = [_size(text) for text in dimensions]
+        drawn: Floats = (rng if own else common).standard_normal(shape).astype(np.float32)
+        # (in, rank) for A, (rank, out) for B, (out, in) for other weights: keeps the variance of what a layer reads.
+        width = shape[0] if lora else shape[-1]
+        result[name] = drawn / np.float32(np.sqrt(width))
+        if name.endswith((*SCALES, REPLACED)):
+            result[name] += 1
+    return result
+
+
+def _size(dimension: str) -> int:
+    if dimension.isdigit():
+        return int(dimension)
+    return ROWS if dimension == LABELS else 1 if dimension.startswith(GIVEN) else RANK

@@ -35,31 +35,26 @@ BITS = {Profile.NATIVE_INT8: 8, Profile.NATIVE_INT4: 4}
 def dequantized(base: Base, profile: Profile, out: Path, task: Task = "text-classification") -> Base:
     """Write a base folder with weights rounded as in ``profile``; exporting it in ``profile`` does not change them.
 
-    Everything else is copied. The new base has its own digest, so adapters trained on it fit no other base.
-
-    Args:
-        base: A base in float32, which is opened for ``task``.
-        profile: ``native-int8`` or ``native-int4``; the others do not round in blocks.
-        out: A new or empty folder. It is written atomically.
-
-    Raises:
-        ConfigError: The profile does not round in blocks, or ``out`` is not empty.
+    ``base`` is in float32, ``profile`` is ``native-int8`` or ``native-int4``. Everything else is copied to ``out``, a
+    new or empty folder. The new base has its own digest, so adapters trained on it fit no other base.
     """
     if profile not in BITS:
-        raise ConfigError(
-            f"the profile {profile.value} does not round weights in blocks; choose {' or '.join(BITS)}",
-            about="profile",
-            value=profile.value,
-        )
+        reason = f"the profile {profile.value} does not round weights in blocks; choose {' or '.join(BITS)}"
+        raise ConfigError(reason, about="profile", value=profile.value)
     with new_folder(out) as stage:
         model = pretrained.load(base, AutoModelForCausalLM if task == "text-generation" else AutoModel)
         round_weights(model, BITS[profile])
         model.save_pretrained(stage)
-        replaced = {file.name for file in base.weight_files} | {INDEX}
-        for file in base.folder.iterdir():
-            if file.is_file() and file.name not in replaced:
-                shutil.copyfile(file, stage / file.name)
+        copy_others(base, stage)
     return find_base(str(out))
+
+
+def copy_others(base: Base, stage: Path, *but: str) -> None:
+    """Copy the files of a base to ``stage``, but those of its weights and those named."""
+    replaced = {INDEX, *but, *(file.name for file in base.weight_files)}
+    for file in base.folder.iterdir():
+        if file.is_file() and file.name not in replaced:
+            shutil.copyfile(file, stage / file.name)
 
 
 def as_stored(

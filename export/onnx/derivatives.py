@@ -1,20 +1,150 @@
-"""The derivative of each operator: the gradients of its inputs, from that of its output.
+"""Reverse-mode differentiation of an ONNX graph, into an ONNX graph of ordinary operators.
 
-A rule adds nodes to a backward pass and returns the names of the gradients, by the number of the input. It is asked for
-the inputs in ``wanted``; masks, indices and shapes have no gradients.
+The nodes of the forward pass stay, and those of the backward pass follow over the same initializers (Griewank and
+Walther 2008, "Evaluating Derivatives", section 3.2). Shapes may be symbolic: where two cannot be shown to agree, the
+graph computes at run time along which dimensions a gradient is summed. A rule adds nodes to a backward pass and returns
+the names of the gradients of an operator's inputs, by the number of the input. It is asked for those in ``wanted``;
+masks, indices and shapes have no gradients. Each result is held to torch's gradients (``gradients.py``).
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from aggregation.errors import ConfigError
-from export.onnx.backward import Backward
+from edgeadapt.bases.traininggraph import GRADIENT
+from export.onnx.matmuls import replace_nodes
+
+UNKNOWN = ""  # a dimension that shape inference could not name
+
+
+class Backward:
+    """Adds nodes and initializers; ``nodes`` and ``constants`` hold them."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        """Begin with ``graph``, after shape inference."""
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[object, TensorProto] = {}
+        self._stored = {tensor.name: tensor for tensor in graph.initializer}
+        self._dims: dict[str, list[int | str]] = {name: list(tensor.dims) for name, tensor in self._stored.items()}
+        for value in (*graph.value_info, *graph.input, *graph.output):
+            kind = value.type.tensor_type
+            if kind.HasField("shape"):
+                self._dims[value.name] = [_dimension(each) for each in kind.shape.dim]
+        self._first: dict[tuple[int | str, ...], str] = {}
+        for name in (*(value.name for value in graph.input), *(name for node in graph.node for name in node.output)):
+            if self._is_known(name):
+                self._first.setdefault(tuple(self._dims[name]), name)
+        self._shapes: dict[str, str] = {}
+
+    def add(self, kind: str, *inputs: str, **settings: Any) -> str:
+        return self.named(kind, f"backward_{len(self.nodes)}", *inputs, **settings)
+
+    def named(self, kind: str, output: str, *inputs: str, **settings: Any) -> str:
+        """Add a node whose output has a name of its own."""
+        self.nodes.append(helper.make_node(kind, list(inputs), [output], output, **settings))
+        return output
+
+    def constant(self, value: NDArray[Any] | np.generic) -> str:
+        array = np.asarray(value)
+        name = f"backward_constant_{len(self.constants)}"
+        key = array.tobytes(), array.dtype.str, array.shape
+        return str(self.constants.setdefault(key, numpy_helper.from_array(array, name)).name)
+
+    def number(self, value: float) -> str:
+        return self.constant(np.float32(value))
+
+    def integers(self, *values: int) -> str:
+        return self.constant(np.array(values, np.int64))
+
+    def known(self, name: str) -> NDArray[Any] | None:
+        """Value of an initializer; None for anything else."""
+        tensor = self._stored.get(name)
+        return None if tensor is None else numpy_helper.to_array(tensor)
+
+    def rank(self, name: str) -> int:
+        """Count the dimensions of a value of the forward pass. Raises ConfigError: shape inference did not find it."""
+        if name not in self._dims:
+            raise ConfigError(f"the rank of {name!r} is not known: this base cannot be trained", about=name)
+        return len(self._dims[name])
+
+    def shape(self, name: str) -> str:
+        """Name the shape of a value of the forward pass.
+
+        It is read from the first value that has the same one: a node that reads the shape of a value keeps the value.
+        """
+        dims = self._dims[name] if self._is_known(name) else None
+        if dims is not None and all(isinstance(each, int) for each in dims):
+            return self.integers(*(int(each) for each in dims))
+        source = name if dims is None else self._first.get(tuple(dims), name)
+        if source not in self._shapes:
+            self._shapes[source] = self.add("Shape", source)
+        return self._shapes[source]
+
+    def size(self, name: str, axis: int) -> str:
+        """Name one dimension of a value of the forward pass, counted from the front: a vector of one integer."""
+        if isinstance(dimension := self._dims.get(name, [UNKNOWN] * (axis + 1))[axis], int):
+            return self.integers(dimension)
+        return self.add("Slice", self.shape(name), self.integers(axis), self.integers(axis + 1), self.integers(0))
+
+    def share(self, part: str, whole: str) -> str:
+        """Divide the elements of one value by those of another one, of which it is a reduction; a scalar in float32."""
+        ours, all_ = (self._dims.get(name, [UNKNOWN]) for name in (part, whole))
+        lost = [each for kept, each in zip(ours, all_, strict=False) if kept != each]
+        if len(ours) == len(all_) and all(isinstance(each, int) for each in lost):
+            return self.number(1 / math.prod(int(each) for each in lost))
+        sizes = (self.add("ReduceProd", self.shape(name), keepdims=0) for name in (part, whole))
+        return self.add("Div", *(self.add("Cast", size, to=TensorProto.FLOAT) for size in sizes))
+
+    def summed(self, gradient: str, source: str, result: str) -> str:
+        """Sum the gradient by ``source``, which was broadcast to the shape of ``result``, over its copies."""
+        if not (self._is_known(source) and self._is_known(result)):
+            return self.summed_to(gradient, source, self.shape(result), self.rank(result))
+        ours, whole = self._dims[source], self._dims[result]
+        missing = len(whole) - len(ours)
+        pairs = list(zip(ours, whole[missing:], strict=True))
+        if any(own not in (1, each) for own, each in pairs):
+            return self.summed_to(gradient, source, self.shape(result), len(whole))
+        if missing:
+            gradient = self.add("ReduceSum", gradient, self.integers(*range(missing)), keepdims=0)
+        axes = [axis for axis, (own, each) in enumerate(pairs) if own != each]
+        return self.add("ReduceSum", gradient, self.integers(*axes), keepdims=1) if axes else gradient
+
+    def summed_to(self, gradient: str, source: str, whole: str, rank: int) -> str:
+        """Sum like ``summed`` for a gradient of ``rank`` dimensions whose shape is the value of ``whole``."""
+        missing, shape = rank - self.rank(source), self.shape(source)
+        padded = self.add("Concat", self.integers(*[1] * missing), shape, axis=0) if missing else shape
+        axes = self.add(
+            "Squeeze", self.add("NonZero", self.add("Not", self.add("Equal", padded, whole))), self.integers(0)
+        )
+        total = self.add("ReduceSum", gradient, axes, keepdims=1, noop_with_empty_axes=1)
+        return self.add("Reshape", total, shape, allowzero=1) if missing else total
+
+    def same_leading(self, one: str, other: str) -> bool:
+        """Whether two values are known to agree in all dimensions but the last two."""
+        dims = self._dims.get(one, [UNKNOWN])[:-2]
+        return dims == self._dims.get(other, [UNKNOWN])[:-2] and UNKNOWN not in dims
+
+    def _is_known(self, name: str) -> bool:
+        """Whether each of its dimensions has a number or a name; equal names are equal numbers."""
+        return UNKNOWN not in self._dims.get(name, [UNKNOWN])
+
+    def shaped(self, gradient: str, source: str) -> str:
+        return self.add("Reshape", gradient, self.shape(source), allowzero=1)
+
+    def swapped(self, name: str, rank: int) -> str:
+        return self.add("Transpose", name, perm=[*range(rank - 2), rank - 1, rank - 2])
+
+
+def _dimension(stated: onnx.TensorShapeProto.Dimension) -> int | str:
+    return int(stated.dim_value) if stated.HasField("dim_value") else str(stated.dim_param or UNKNOWN)
+
 
 Gradients = Mapping[int, str]
 Rule = Callable[[Backward, onnx.NodeProto, str, set[int]], Gradients]
@@ -342,3 +472,65 @@ RULES: Mapping[str, Rule] = {
     "Sigmoid": _by(lambda to, g, x, y: to.add("Mul", g, to.add("Mul", y, _one_minus(to, y)))),
     "Relu": _by(lambda to, g, x, y: to.add("Where", to.add("Greater", x, to.number(0)), g, to.number(0))),
 }
+
+
+def differentiate(graph: onnx.ModelProto, value: str, by: Sequence[str]) -> onnx.ModelProto:
+    """Copy ``graph``, in float32 and of ONNX's default domain, with a scalar ``value`` and its gradients as outputs.
+
+    The gradient by each input in ``by``, on which ``value`` depends, is named after it, with ``GRADIENT``, and has its
+    shape. Raises ConfigError: an operator between them has no derivative here, or ``value`` does not depend on an
+    input.
+    """
+    result = shape_inference.infer_shapes(graph, data_prop=True)
+    inner = result.graph
+    _without_splits(inner)
+    gradients, to = _gradients(inner, value, by)
+    if missing := [name for name in by if name not in gradients]:
+        raise ConfigError(f"the answer does not depend on {missing[0]!r}, so it has no gradient", about=missing[0])
+    for name in by:
+        to.named("Identity", name + GRADIENT, gradients[name])
+    inner.node.extend(to.nodes)
+    inner.initializer.extend(to.constants.values())
+    stated = {each.name: each.type.tensor_type.shape.dim for each in inner.input}
+    outputs: list[tuple[str, list[int | str]]] = [(value, [])]
+    outputs += [(name + GRADIENT, [d.dim_param or d.dim_value for d in stated[name]]) for name in by]
+    del inner.output[:], inner.value_info[:]
+    inner.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in outputs)
+    return result
+
+
+def _without_splits(graph: onnx.GraphProto) -> None:
+    """Replace each split into parts of inferred sizes by slices, in place: a rule is of one output."""
+    dims = {value.name: value.type.tensor_type.shape.dim for value in graph.value_info}
+    nodes = list[onnx.NodeProto]()
+    for node in graph.node:
+        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+        is_sized = node.op_type == "Split" and all(name in dims for name in node.output)
+        sizes = [dims[name][axis].dim_value for name in node.output] if is_sized else []
+        if not all(sizes) or not sizes:
+            nodes.append(node)
+            continue
+        for output, end, size in zip(node.output, np.cumsum(sizes), sizes, strict=True):
+            places = {"start": end - size, "end": end, "axis": axis}
+            names = [f"{output}_{name}" for name in places]
+            values = (np.array([place], np.int64) for place in places.values())
+            graph.initializer.extend(map(numpy_helper.from_array, values, names))
+            nodes.append(helper.make_node("Slice", [node.input[0], *names], [output], output))
+    replace_nodes(graph, nodes)
+
+
+def _gradients(graph: onnx.GraphProto, value: str, by: Sequence[str]) -> tuple[dict[str, str], Backward]:
+    """Name the gradient of each value that depends on ``by``, and add the nodes that compute them."""
+    to, active = Backward(graph), set(by)
+    for node in graph.node:
+        if node.op_type not in CONSTANT and active.intersection(node.input):
+            active.update(node.output)
+    gradients = {value: to.constant(np.float32(1))} if value in active else {}
+    for node in reversed(graph.node):
+        wanted = {number for number, source in enumerate(node.input) if source in active}
+        if not wanted or node.output[0] not in gradients:
+            continue
+        for number, gradient in rule_of(node)(to, node, gradients[node.output[0]], wanted).items():
+            source = node.input[number]
+            gradients[source] = to.add("Add", gradients[source], gradient) if source in gradients else gradient
+    return gradients, to

@@ -74,7 +74,7 @@ class ExportedBase:
     opset: int  # version of ONNX's operators
     work: WorkFolder = field(repr=False)  # holds the base's files; they are deleted with it
     digests: Mapping[str, str]  # the base's files by name: SHA-256, hex
-    independent_rows: bool = False  # measured for a classifier (``rows.py``)
+    independent_rows: bool = False  # measured for a classifier (``independent_rows``)
     merged: Mapping[str, str] = field(default_factory=dict)  # from ``Base.merged``
     untrainable: str = ""  # why it has no training graph, if one was tried
     gradients: float | None = None  # its training graph's largest difference from torch's (``check_gradients``)

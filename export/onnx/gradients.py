@@ -35,18 +35,10 @@ def check_gradients(
 ) -> float:
     """Compare the training graph in ``folder``, a base's, with torch.
 
-    Args:
-        module: The model that was exported (``peftmodel.with_inputs``, or ``export.causal.training.LearnedLogits``), in
-            float32 with the weights as the graph stores them. Its parameters are frozen.
-        ids: The tokens of a text; the texts that are compared are drawn from them.
-        longest: Tokens of the longest text that the base reads.
-
-    Returns:
-        The largest difference of a gradient, relative to the largest gradient of its slot and ``SMALL``.
-
-    Raises:
-        ConfigError: The graph does not run, or its loss or a gradient is further from torch's than ``LIMIT``, or
-            ``LANGUAGE_LIMIT``; about ``loss`` or the slot.
+    ``module`` is the model that was exported, in float32 with the weights as the graph stores them, frozen; the texts
+    that are compared are drawn from ``ids``. Returns the largest difference of a gradient, relative to the largest
+    gradient of its slot and ``SMALL``. Raises ConfigError: the graph does not run, or its loss or a gradient is further
+    from torch's than ``LIMIT``, or ``LANGUAGE_LIMIT``; about ``loss`` or the slot.
     """
     module.requires_grad_(False)
     graph = TrainingGraph((folder / TRAINING).read_bytes(), folder)

@@ -7,7 +7,7 @@
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
@@ -15,17 +15,67 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
-from torch import nn
+from accelerate.hooks import SequentialHook, remove_hook_from_module
+from torch import Tensor, nn
 from torch.export import Dim
+from transformers.pytorch_utils import Conv1D
 
 from aggregation.errors import ConfigError
 from edgeadapt.bases.traininggraph import POSITIONS
 from edgeadapt.formats.graphinputs import PROMPT
-from export.onnx.hollow import Weights
 from export.onnx.matmuls import USUAL_RANK
 from export.onnx.peftmodel import TOKENS, SlottedModel, examples, with_inputs
 from export.onnx.tensorstore import MEMORY, OnDisk, TensorStore
 from export.onnx.virtualtokens import accept_rows
+
+SMALL = 2**19  # numbers of a weight that is loaded; onnxscript folds constants of up to 2**18
+
+Weights = Mapping[int, Callable[[], Tensor]]  # by the address of the hollow weight
+
+
+def hollow(model: nn.Module) -> Weights:
+    """Replace the weights that ``pretrained.load`` left on disk, in place: by themselves or, if large, by hollow ones.
+
+    Tracing needs shapes and types, and values only to store them: a hollow weight is memory that the system never has
+    to provide, because nothing is written to it. What the exporter computes while it traces (constant folding) it
+    computes from small weights, which are there. Returns what reads the value of each hollow weight, in its memory's
+    layout.
+    """
+    on_disk = [(module, dict(_on_disk(module))) for module in model.modules()]
+    remove_hook_from_module(model, recurse=True)
+    weights: dict[int, Callable[[], Tensor]] = {}
+    for module, readers in on_disk:
+        for name, read in readers.items():
+            value: Tensor = module.get_parameter(name)
+            if value.numel() <= SMALL:
+                value = read()
+            else:
+                # Conv1D's weight in the layout of the Linear that replace_conv1d makes of it.
+                flipped = type(module) is Conv1D and value.ndim == 2
+                memory = torch.empty(value.T.shape if flipped else value.shape)
+                weights[memory.data_ptr()] = _transposed(read) if flipped else read
+                value = memory.T if flipped else memory
+            setattr(module, name, nn.Parameter(value, requires_grad=False))
+    return weights
+
+
+def _on_disk(module: nn.Module) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Yield the own parameters of a module that are on disk, by name, and what reads each."""
+    hook = getattr(module, "_hf_hook", None)
+    for part in hook.hooks if isinstance(hook, SequentialHook) else [hook]:
+        if (source := getattr(part, "weights_map", None)) is not None:
+            for name, value in module.named_parameters(recurse=False):
+                if value.device.type == "meta":
+                    yield name, _reader(source, name)
+
+
+def _reader(source: Mapping[str, Any], name: str) -> Callable[[], Tensor]:
+    return lambda: torch.as_tensor(source[name])
+
+
+def _transposed(read: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    return lambda: read().T.contiguous()
+
 
 OPSET = 20
 ANSWER = "logits"
@@ -64,17 +114,11 @@ def export(
     store: TensorStore = MEMORY,
     weights: Weights | None = None,
 ) -> onnx.ModelProto:
-    """Trace ``module``, in evaluation mode, with the keyword arguments ``example``.
+    """Trace ``module``, in evaluation mode, with the keyword arguments ``example``: tensors, or lists and dictionaries.
 
-    Args:
-        example: Tensors, or lists and dictionaries of them.
-        dynamic: In the structure of ``example``, the dynamic dimensions of each tensor.
-        inputs: The names of all tensors of ``example``, in order.
-        outputs: The names of the tensors that the module returns.
-        weights: Of a hollow module (``hollow.py``); they are read one by one.
-
-    Raises:
-        ConfigError: torch cannot trace it.
+    ``dynamic`` has the dynamic dimensions of each tensor in the structure of ``example``, ``inputs`` the names of all
+    its tensors in order, ``weights`` those of a module that is ``hollow``, which are read one by one. Raises
+    ConfigError: torch cannot trace it.
     """
     try:
         with _quiet(), torch.no_grad():

@@ -52,13 +52,9 @@ def split(
 ) -> dict[str, str]:
     """Write the files of ``graph``, which itself loses its weights. Returns the SHA-256, hex, of each by name.
 
-    Args:
-        graph: Its slots are inputs without defaults.
-        slots: The dimensions of each slot: digits for a fixed one, else the name of a symbolic one.
-        about: What the files state about themselves, as metadata of the model.
-        training: Its training graph (``training.training_graph``), if there is one: a third header over the same file,
-            which grows by what only this graph has.
-        parts: From ``matmuls.merge``: the rows of tensors that the training graph has one by one.
+    ``slots`` are inputs without defaults: their dimensions, digits for a fixed one, else the name of a symbolic one.
+    ``about`` becomes metadata of the model. ``training`` is a third header over the same file, which grows by what only
+    this graph has; ``parts``, from ``matmuls.merge``, are the rows of tensors that it has one by one.
     """
     graphs = [graph] if training is None else [graph, training]
     digests = {WEIGHTS: _externalize(graphs, folder / WEIGHTS, store, parts)}

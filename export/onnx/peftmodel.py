@@ -53,11 +53,8 @@ def find_adapter_inputs(model: PeftModel) -> AdapterInputs:
     belongs to no slot.
     """
     if len(active := model.active_adapters) != 1:
-        raise ConfigError(
-            f"exactly one adapter can be exported at a time, {len(active)} are active",
-            about="active_adapters",
-            value=len(active),
-        )
+        reason = f"exactly one adapter can be exported at a time, {len(active)} are active"
+        raise ConfigError(reason, about="active_adapters", value=len(active))
     adapter = active[0]
     loras, saved = [], []
     for path, module in model.base_model.model.named_modules():
@@ -91,11 +88,8 @@ def _lora(path: str, layer: Any, adapter: str) -> LoraSlot:
     if layer.lora_bias[adapter]:
         raise ConfigError(f"{path}: LoRA with a bias (lora_bias) cannot be exported", about="lora_bias", value=path)
     if layer.merged or layer.disable_adapters:
-        raise ConfigError(
-            f"{path}: the adapter is merged or disabled; unmerge and enable it before the export",
-            about="merged",
-            value=path,
-        )
+        reason = f"{path}: the adapter is merged or disabled; unmerge and enable it before the export"
+        raise ConfigError(reason, about="merged", value=path)
     return LoraSlot(path, float(layer.scaling[adapter]))
 
 
@@ -377,8 +371,7 @@ def _head(model: nn.Module, saved: SavedSlot) -> str | None:
     except Exception as error:  # whatever the code of a model raises
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ConfigError(
-            f"{type(model).__name__} cannot be exported: it does not read two tokens ({reason})",
-            about="model_type",
+            f"{type(model).__name__} cannot be exported: it does not read two tokens ({reason})", about="model_type"
         ) from error
     finally:
         for hook in hooks:

@@ -31,10 +31,8 @@ def quantize(
 ) -> onnx.ModelProto:
     """Copy ``graph`` in ``profile``, with the same inputs and the same names of the MatMuls' outputs.
 
-    Args:
-        graph: In float32, without defaults for slots, which would be mistaken for weights.
-        ids: Tokens of a plain text, to measure which MatMuls ``web-int8`` must leave in float.
-        store: Where the tensors of both graphs are.
+    ``graph`` is in float32, without defaults for slots, which would be mistaken for weights. ``ids`` are tokens of a
+    plain text, to measure which MatMuls ``web-int8`` must leave in float.
     """
     if profile is Profile.FP32:
         return copy.deepcopy(graph)
@@ -46,13 +44,10 @@ def quantize(
 def in_blocks(
     graph: onnx.ModelProto, bits: int, other: Mapping[str, int], store: TensorStore = MEMORY
 ) -> onnx.ModelProto:
-    """Copy ``graph`` (as for ``quantize``) with its weights in blocks of 32.
+    """Copy ``graph`` (as for ``quantize``) with weights in blocks of 32, of ``bits`` 4 or 8; 32 leaves them in float.
 
-    Weights whose width is not divisible by 32 stay in float. Those that come in symmetric four bits keep them.
-
-    Args:
-        bits: 4 or 8, for the weight of every MatMul; 32 leaves them in float. Embeddings have 8.
-        other: Other bits by the name of a MatMul's output; 32 leaves it in float.
+    Weights whose width is not divisible by 32 stay in float, those that come in symmetric four bits keep them, and
+    embeddings have 8. ``other`` has other bits by the name of a MatMul's output.
     """
     result = copy.deepcopy(graph)
     values = {tensor.name: tensor for tensor in result.graph.initializer}

@@ -33,9 +33,8 @@ class _Segment:
 class Segments:
     """A graph that runs part by part.
 
-    Args:
-        graph: Its nodes in topological order, as ONNX demands.
-        step: Called with the bytes of weights that were read, after each part.
+    Its nodes are in topological order, as ONNX demands; ``step`` is called with the bytes of weights that were read,
+    after each part.
     """
 
     def __init__(

@@ -40,11 +40,8 @@ def with_mean_head(base: Base, slots: Slots | Sequence[str]) -> SlottedModel:
         )
     wanted = Slots.of(slots)
     if wanted.virtual:
-        raise ConfigError(
-            "a head over the mean of the tokens has no virtual tokens, in peft neither: choose --head own",
-            about="--head",
-            value=wanted.virtual,
-        )
+        reason = "a head over the mean of the tokens has no virtual tokens, in peft neither: choose --head own"
+        raise ConfigError(reason, about="--head", value=wanted.virtual)
     return _slotted(PhraseClassifier(encoder, width, ANY_LABELS), wanted, ["classifier"])
 
 
@@ -53,14 +50,9 @@ def with_own_head(
 ) -> SlottedModel:
     """Build ``AutoModelForSequenceClassification``, as peft does. The base may lack what adapters bring.
 
-    Args:
-        slots: Of its layers; or targets, which get low-rank slots.
-        brought: The shapes of an adapter's ``modules_to_save``, by their names in the model. None: any adapter's, which
-            brings the modules that peft usually takes for a head.
-
-    Raises:
-        ConfigError: As ``with_mean_head``; the model lacks a module that the adapter brings, or weights that it does
-            not bring; the head is for several answers at a time, or for a number; or a prefix is wanted.
+    ``brought``: the shapes of an adapter's ``modules_to_save``; None: any adapter's, with the modules that peft usually
+    takes for a head. Raises ConfigError: as ``with_mean_head``; the model lacks a module that the adapter brings, or
+    weights that it does not bring; the head is for several answers at a time, or for a number; or a prefix is wanted.
     """
     wanted = Slots.of(slots)
     if PREFIX in wanted.virtual:
@@ -75,11 +67,8 @@ def with_own_head(
     model = pretrained.load(base, AutoModelForSequenceClassification, num_labels=labels, saved=saved)
     kind, rows = model.config.problem_type, model.config.num_labels
     if rows < ANY_LABELS or kind not in (None, "single_label_classification"):
-        raise ConfigError(
-            f"the base's head has {rows} labels ({kind}); a device chooses one of at least two",
-            about="head",
-            value=rows,
-        )
+        reason = f"the base's head has {rows} labels ({kind}); a device chooses one of at least two"
+        raise ConfigError(reason, about="head", value=rows)
     return _slotted(model, wanted, saved)
 
 
@@ -100,11 +89,8 @@ def _slotted(model: nn.Module, slots: Slots, saved: list[str]) -> SlottedModel:
     layers = linear_layers(model, slots.low_rank, saved)
     names = vectors(model, slots, saved)
     if whole := [path for path in (*layers, *map(layer_of, names)) if in_modules(f"{path}.weight", saved)]:
-        raise ConfigError(
-            f"every adapter brings {summary(whole)} whole, in modules_to_save: leave it out of the targets",
-            about="--targets",
-            value=whole,
-        )
+        reason = f"every adapter brings {summary(whole)} whole, in modules_to_save: leave it out of the targets"
+        raise ConfigError(reason, about="--targets", value=whole)
     brought = [path for path, _ in model.named_modules() if path.endswith(tuple(saved))]
     outermost = [path for path in brought if not any(path.startswith(f"{other}.") for other in brought)]
     modules = tuple(saved_slot(path, model.get_submodule(path)) for path in outermost)

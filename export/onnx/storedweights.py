@@ -97,13 +97,10 @@ def in_integers(weight: Floats, integers: Collection[str]) -> tuple[NDArray[np.i
 
 
 def read_stored(graph: onnx.ModelProto, form_of: FormOf, store: TensorStore, once: Collection[str] | None) -> None:
-    """Let the MatMuls of both passes read their weights in stored form, in place.
+    """Let the MatMuls of both passes of a training graph read their weights in stored form, in place.
 
-    Args:
-        graph: A training graph whose weights are in float32.
-        form_of: From ``forms_of``.
-        once: The outputs of layers whose weight is made floats once for both passes, which keeps it in memory between
-            them; None: all.
+    ``once``: the outputs of layers whose weight is made floats once for both passes, which keeps it in memory between
+    them; None: all.
     """
     inner, nodes = graph.graph, list[onnx.NodeProto]()
     values = {tensor.name: tensor for tensor in inner.initializer}

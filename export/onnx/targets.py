@@ -121,11 +121,8 @@ def linear_layers(model: nn.Module, targets: Sequence[str], heads: Sequence[str]
     chosen: set[str] = set().union(*matched.values())
     if odd := [path for path in modules if path in chosen - linear]:
         kind = type(modules[odd[0]]).__name__
-        raise ConfigError(
-            f"an adapter on {kind} cannot be exported, only on linear layers: {summary(odd)}",
-            about=kind,
-            value=odd[0],
-        )
+        reason = f"an adapter on {kind} cannot be exported, only on linear layers: {summary(odd)}"
+        raise ConfigError(reason, about=kind, value=odd[0])
     return [path for path in modules if path in chosen]
 
 

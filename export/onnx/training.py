@@ -17,7 +17,7 @@ from edgeadapt.bases.traininggraph import HITS, LOG_LIKELIHOOD, LOSS, OWN_BIAS, 
 from edgeadapt.formats.graphinputs import LORA_A, LORA_B, OUTPUT_SCALE
 from edgeadapt.formats.layout import Floats
 from export.onnx import graph as tracing
-from export.onnx.differentiate import differentiate
+from export.onnx.derivatives import differentiate
 from export.onnx.exported import Profile
 from export.onnx.matmuls import embedding_of, equal, replace_nodes
 from export.onnx.peftmodel import SlottedModel, layer_weight, weight_shape
@@ -33,21 +33,12 @@ def training_graph(
     profile: Profile,
     store: TensorStore = MEMORY,
 ) -> onnx.ModelProto:
-    """Make the training graph of a traced base, with its weights as a profile stores them.
+    """Make the training graph of a traced base, with its weights as ``profile`` stores them for ``answering``.
 
-    Args:
-        traced: From ``graph.trace``, or from ``export.causal.training.trace``.
-        slotted: What was traced.
-        answering: The graph with which devices answer, in ``profile``.
-        store: Where the tensors of both are.
-
-    Returns:
-        A graph with the inputs of ``traced``, ``TARGETS`` and ``SHARES``, and the outputs ``LOSS`` and the gradients;
-        of a language model also ``LOG_LIKELIHOOD`` and ``HITS``, and of layers with slots for DoRA ``WEIGHT_NORM`` and
-        ``OWN_BIAS``. Its weights are byte for byte those of ``answering``, which ``headers.split`` stores once.
-
-    Raises:
-        ConfigError: The graph lacks the weight of a layer, or as ``differentiate``.
+    Returns a graph with the inputs of ``traced``, ``TARGETS`` and ``SHARES``, and the outputs ``LOSS`` and the
+    gradients; of a language model also ``LOG_LIKELIHOOD`` and ``HITS``, and of layers with slots for DoRA
+    ``WEIGHT_NORM`` and ``OWN_BIAS``. Its weights are byte for byte those of ``answering``, which ``headers.split``
+    stores once. Raises ConfigError: the graph lacks the weight of a layer, or as ``differentiate``.
     """
     result = differentiate(_with_loss(traced), LOSS, tuple(tracing.slots(traced)))
     language = POSITIONS in {value.name for value in result.graph.input}

@@ -60,19 +60,10 @@ def insert_vectors(
     parameters: Mapping[str, Floats],
     store: TensorStore = MEMORY,
 ) -> Dimensions:
-    """Add the other vectors, in place, and make all of ``names`` inputs of the graph.
+    """Add the other vectors, in place, and make all of ``names`` inputs of the graph, which may be quantized.
 
-    Args:
-        graph: May be quantized, after ``scale_inputs``.
-        layers: From ``matmuls.find``, of every layer that has a vector.
-        names: All vectors of the base.
-        parameters: Every vector among the base's parameters, by its path.
-
-    Returns:
-        The slots with their dimensions as text, in the order of ``names``.
-
-    Raises:
-        ConfigError: A parameter cannot be found in the graph.
+    ``layers``, from ``matmuls.find``, has every layer with a vector; ``parameters`` has every vector among the base's
+    parameters. Returns the slots with their dimensions. Raises ConfigError: a parameter cannot be found in the graph.
     """
     first = [
         node for name in names if name.endswith(REPLACED) for node in _replaced(graph, layers, name, parameters, store)

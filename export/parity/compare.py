@@ -6,6 +6,8 @@ about twice as far as what was measured; docs/explanation/export.md has the meas
 """
 
 import math
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf
@@ -19,14 +21,20 @@ from peft import PeftModel
 from tokenizers import Encoding, Tokenizer
 
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
+from edgeadapt.bases.base import find_base
 from edgeadapt.bases.classifiergraph import MAX_ROWS, ClassifierGraph
-from edgeadapt.formats.bundle import TOKENIZER
+from edgeadapt.formats.bundle import TOKENIZER, Bundle, VerifiedAdapter
+from edgeadapt.formats.calibration import Calibration, calibrate
 from edgeadapt.formats.graphinputs import LORA_B, OFFSET, PROMPT, SCALES, virtual_tokens, with_placeholders
 from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.formats.manifest import BaseManifest, PrivacyBound, Task
+from edgeadapt.formats.phrases import read_phrases
+from edgeadapt.methods.peft.folder import to_peft
+from export.bundle.base import bare_model
+from export.bundle.sources import Origin, as_slots, fitted
+from export.onnx.classifier import open_base
 from export.onnx.exported import Profile
 from export.onnx.graph import ANSWER
-from export.onnx.rows import open_base
 
 MAX_TOKENS = 256  # tokens of one text, where the tokenizer itself sets no limit; longer texts are truncated
 MAX_TOGETHER = 64  # texts of one run in torch
@@ -56,11 +64,8 @@ class Limits:
 
     def __post_init__(self) -> None:
         if not 0 <= self.agreement <= 1:
-            raise ConfigError(
-                f"the minimum agreement {self.agreement} is not between 0 and 1",
-                about="agreement",
-                value=self.agreement,
-            )
+            reason = f"the minimum agreement {self.agreement} is not between 0 and 1"
+            raise ConfigError(reason, about="agreement", value=self.agreement)
 
 
 LIMITS: dict[Task, dict[Profile, Limits]] = {
@@ -87,11 +92,8 @@ def limits_of(profile: str, task: Task) -> Limits:
     try:
         return LIMITS[task][Profile(profile)]
     except ValueError:
-        raise ConfigError(
-            f"the bundle's profile {profile!r} has no limits here; export the base again",
-            about="profile",
-            value=profile,
-        ) from None
+        reason = f"the bundle's profile {profile!r} has no limits here; export the base again"
+        raise ConfigError(reason, about="profile", value=profile) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,16 +229,10 @@ def compare(
     step: Callable[[], object] = lambda: None,
     labels: Sequence[int] | None = None,
 ) -> Parity:
-    """Run torch and ONNX Runtime on the same texts; call ``step`` after each.
+    """Run torch, with the trained adapter, and ONNX Runtime on the same held-out texts; call ``step`` after each.
 
-    Args:
-        model: With the trained adapter.
-        inputs: The exported adapter, read back from its file (``adapter.decode``).
-        texts: Held-out texts; at least one, and for a language model one of two tokens.
-        labels: Of a classifier: the right answer to each text, if it is known.
-
-    Raises:
-        DataError: There is no answer to compare, or one is not finite.
+    ``inputs`` is the exported adapter, read back from its file; ``labels`` are a classifier's right answers, if they
+    are known. Raises DataError: there is no answer to compare, or one is not finite.
     """
     rows: list[Floats] = []
     alone: list[tuple[Sequence[int], Floats]] = []
@@ -357,3 +353,86 @@ def _compared(expected: Floats, found: Floats, following: Sequence[int] | None) 
         return np.stack(columns + answers, axis=1)
     at = (np.arange(len(p)), np.array(following, dtype=np.int64))
     return np.stack([*columns, -q[at], -p[at]], axis=1)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedPair:
+    """A bundle's base and one of its adapters, ready to run, and the trained model in torch."""
+
+    base: BaseManifest
+    adapter: VerifiedAdapter
+    runner: OnnxRunner
+    model: PeftModel
+
+
+def open_pair(bundle: Bundle, name: str, base_name: str, origin: Origin) -> ExportedPair:
+    """Read back and verify the base and the adapter ``name`` of a bundle, which was exported from ``origin``.
+
+    Raises ConfigError: ``base_name`` is another base than the bundle's. DataError: the adapter was exported from
+    another file than ``origin``. TrustError: a file of the bundle is not what was signed.
+    """
+    verified = bundle.base()
+    manifest, adapter = verified.manifest, bundle.adapter(name, verified.manifest)
+    if (source := adapter.manifest.source) != origin.sha256:
+        reason = f"{name!r} in {bundle.folder} was exported from another file ({source[:12]}); export it again"
+        raise DataError(reason, about="source", value=source)
+    base = find_base(base_name)
+    if base.digest != manifest.base_digest:
+        raise ConfigError(
+            f"{base_name} is the base {base.digest[:12]}, {bundle.folder} holds {manifest.base_digest[:12]}: name "
+            "the base that was exported",
+            about="--base",
+            value=base.digest,
+        )
+    runner = OnnxRunner.open(verified.folder, manifest)
+    verified.check()
+    exported = fitted(as_slots(origin), manifest.base_digest, manifest.slots)
+    inner = bare_model(base, manifest.task, exported.tensors, len(adapter.manifest.labels))
+    return ExportedPair(manifest, adapter, runner, _trained(inner, origin))
+
+
+def _trained(inner: Any, origin: Origin) -> PeftModel:
+    """Attach the adapter with peft: the conversion of its method to LoRA is part of what is compared."""
+    with tempfile.TemporaryDirectory(prefix="edgeadapt-") as folder:
+        to_peft(origin.tensors, origin.peft_config, Path(folder) / "peft")
+        with warnings.catch_warnings():  # peft uses a deprecated argument of transformers
+            warnings.simplefilter("ignore", FutureWarning)
+            return PeftModel.from_pretrained(inner, Path(folder) / "peft").eval()
+
+
+FEWEST = 50  # phrases; fewer leave the calibration error itself uncertain
+
+
+def read_examples(path: Path, labels: Sequence[str]) -> list[tuple[str, int]]:
+    """Read the phrases in a file of ``edgeadapt.formats.phrases``, each with the number of its label among ``labels``.
+
+    Raises ConfigError, DataError: as ``read_phrases``; or there are fewer than ``FEWEST`` phrases, or the head has no
+    row for a label.
+    """
+    pairs, numbers = read_phrases(path), {label: number for number, label in enumerate(labels)}
+    if unknown := sorted({label for label, _ in pairs} - set(numbers)):
+        reason = f"the adapter has no label {unknown[0][:40]!r}, which {path} has; it has: {', '.join(labels)[:120]}"
+        raise DataError(reason, about="label", value=unknown)
+    if len(pairs) < FEWEST:
+        reason = f"{path} has {len(pairs)} phrases, and a temperature needs {FEWEST} that were not trained on; add some"
+        raise DataError(reason, about="--calibrate", value=len(pairs))
+    return [(phrase, numbers[label]) for label, phrase in pairs]
+
+
+def fit_temperature(
+    runner: OnnxRunner, inputs: Tensors, examples: Sequence[tuple[str, int]], step: Callable[[], object] = lambda: None
+) -> Calibration:
+    """Fit a temperature on what devices run, and measure what it does to phrases that it was not fitted on.
+
+    Quantization moves probabilities, so a temperature of the model in torch would be that of another classifier.
+
+    Raises DataError: an answer is not finite, or a label has no row in the head.
+    """
+    logits = runner.classify([phrase for phrase, _ in examples], inputs, step)
+    labels = np.array([label for _, label in examples], np.int64)
+    if (rows := logits.shape[1]) <= labels.max():
+        reason = f"the adapter's head has {rows} rows, too few for its labels; name each row, in order (--labels)"
+        raise DataError(reason, about="labels", value=rows)
+    if not np.isfinite(logits).all():
+        raise DataError("an answer is NaN or infinite; the adapter or the exported base is broken", about="logits")
+    return calibrate(logits, labels)

@@ -1,4 +1,4 @@
-"""``edgeadapt simulate`` runs a scenario file; ``edgeadapt demo`` runs the scenario that comes with the package."""
+"""``edgeadapt simulate`` runs a scenario file, ``demo`` the one that comes with the package; ``data`` shows texts."""
 
 import json
 import re
@@ -110,39 +110,26 @@ def _run(
 ) -> None:
     scenario = read_scenario(path, overrides)
     # Imported here, so that --help and a wrong key do not wait for torch.
-    from simulations.data import populate
     from simulations.data.summary import summarize
-    from simulations.engine.flowerengine import require_ray
     from simulations.engine.progress import RunProgress
     from simulations.engine.provision import describe as describe_groups
-    from simulations.engine.provision import grouped, unrounded_base
     from simulations.report.formatting import program
     from simulations.report.terminal import print_data, print_result, print_scenario
-    from simulations.suite.run import Engine, RunFolder, abort_warning
-    from simulations.suite.run import simulate as run
+    from simulations.suite.run import Engine, Plan
 
-    if engine == "ray":
-        require_ray()
-        if workers > 1:
-            raise ConfigError("--workers is of the engine local: Ray has as many as there are cores", about="--workers")
-        if scenario.attack.kind != "none":
-            text = "attackers need the grid of this process: leave out --engine, or set attack.kind to none"
-            raise ConfigError(text, about="attack.kind", value=scenario.attack.kind)
-    loaded = populate(scenario.data, scenario.population, scenario.seed)
-    base = unrounded_base(scenario)
-    divided = grouped(loaded.population, scenario.groups)
-    devices = min(group.devices for group in divided)
-    if warning := abort_warning(scenario, devices):
-        click.echo(f"edgeadapt: {warning}", err=True)
-    out = (out or _newest(scenario) if resume else out or _fresh(scenario)).resolve()
-    folder = RunFolder.resume(out, scenario) if resume else RunFolder.start(out, scenario)
+    plan = Plan.of(scenario, Engine(workers, ray=engine == "ray"))
+    if plan.warning:
+        click.echo(f"edgeadapt: {plan.warning}", err=True)
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    out = (out or _newest(scenario) if resume else out or RUNS / f"{scenario.name}-{stamp}").resolve()
+    folder = plan.folder(out, resume=resume)
     if not as_json:
-        clients = len(loaded.population.clients)
-        groups = describe_groups(divided) if scenario.groups.by != "none" else ""
-        print_scenario(scenario, out, Console(), clients=clients, devices=devices, groups=groups)
-        print_data(summarize(loaded, base), Console())
+        clients = len(plan.loaded.population.clients)
+        groups = describe_groups(plan.groups) if scenario.groups.by != "none" else ""
+        print_scenario(scenario, out, Console(), clients=clients, devices=plan.devices, groups=groups)
+        print_data(summarize(plan.loaded, plan.base), Console())
     with resumable(out), RunProgress(quiet=as_json) as progress:
-        result = run(folder, loaded.population, progress, Engine(workers, ray=engine == "ray"))
+        result = plan.run(folder, progress)
     if as_json:
         click.echo(json.dumps(result.to_json()))
     else:
@@ -160,13 +147,45 @@ def resumable(out: Path) -> Iterator[None]:
         raise
 
 
-def _fresh(scenario: Scenario) -> Path:
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    return RUNS / f"{scenario.name}-{stamp}"
-
-
 def _newest(scenario: Scenario) -> Path:
     runs = sorted(RUNS.glob(f"{scenario.name}-*/scenario.json"))
     if not runs:
         raise ConfigError(f"{RUNS}/ has no run of {scenario.name!r} to resume: name the run with --out", about="--out")
     return runs[-1].parent
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def data() -> None:
+    """Look at the texts that a scenario names."""
+
+
+@data.command(short_help="Show clients, sizes, labels, broken rows.")
+@click.argument("scenario", type=click.Path(path_type=Path), metavar="SCENARIO|FILE|DIR")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set a scenario key; repeatable.")
+@click.option("--clients", is_flag=True, help="Also a line for each client.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def show(scenario: Path, overrides: tuple[str, ...], clients: bool, as_json: bool) -> None:
+    """Show clients, sizes, labels, languages and broken rows of a SCENARIO, or of a file of texts.
+
+    Broken rows are counted and listed, and never end this command.
+
+    \b
+    Examples:
+      edgeadapt data show texts.csv --set data.client=user
+      edgeadapt data show my.toml --clients
+      edgeadapt data show texts.jsonl --set data.partition=shard --set data.clients=8 --json
+    """
+    settings = read_scenario(scenario, (*overrides, "data.broken=skip"))
+    from edgeadapt.bases.base import find_base
+    from simulations.data import populate
+    from simulations.data.summary import summarize
+    from simulations.report.terminal import print_clients, print_data
+
+    loaded = populate(settings.data, settings.population, settings.seed)
+    summary = summarize(loaded, find_base(settings.base.model))
+    if as_json:
+        click.echo(json.dumps(summary.to_json()))
+        return
+    print_data(summary, Console())
+    if clients:
+        print_clients(summary, Console())

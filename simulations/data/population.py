@@ -27,19 +27,14 @@ class LabelledText:
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """Is one client of the federation: a person or a home with a device.
-
-    Attributes:
-        train, validation: What its device has so far.
-        test: What comes later: from groups of which no client has a text in ``train`` or ``validation``.
-    """
+    """Is one client of the federation: a person or a home with a device."""
 
     name: str  # unique in the population
     language: str  # a code, empty if it is not known
     unseen: bool  # whether it takes no part in training the global adapter
-    train: tuple[LabelledText, ...]
+    train: tuple[LabelledText, ...]  # what its device has so far
     validation: tuple[LabelledText, ...]
-    test: tuple[LabelledText, ...]
+    test: tuple[LabelledText, ...]  # what comes later, of groups of which no client has a text in the other parts
 
 
 @dataclass(frozen=True, slots=True)

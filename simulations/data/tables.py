@@ -15,7 +15,7 @@ import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -183,12 +183,7 @@ class Rows:
 
 
 def read_rows(settings: DataSettings) -> Rows:
-    """Read all rows that ``settings`` name.
-
-    Raises:
-        ConfigError: A file or function does not exist or is of another form, or a column is missing from a file.
-        DataError: A file is damaged, or there are too many rows.
-    """
+    """Read all rows that ``settings`` name, of files and functions."""
     if settings.function:
         return _rows(_called(settings.function), settings)
     return _rows(_chained(settings.files), settings)
@@ -448,13 +443,10 @@ def normalized(text: str) -> str:
 def group_texts(texts: Sequence[str], keys: Sequence[str], threshold: float) -> list[int]:
     """Return the group of each text, as the index of the group's first text.
 
-    Texts whose sets of three-character pieces have a Jaccard index of at least ``threshold`` are in one group, and so
-    are those that a chain of such pairs connects. The index is estimated from 64 hashes (Broder 1997; its standard
-    deviation is at most 0.0625) for pairs that locality-sensitive hashing finds (Indyk and Motwani 1998).
-
-    Args:
-        keys: One for each text; those with the same key that is not empty belong together too.
-        threshold: From 0.3 to 1; at 1, only texts that ``normalized`` makes equal are in one group.
+    Texts whose sets of three-character pieces have a Jaccard index of at least ``threshold``, from 0.3 to 1, are in one
+    group, as are those with an equal key that is not empty, and those that a chain of such pairs connects. The index is
+    estimated from 64 hashes (Broder 1997; its standard deviation is at most 0.0625) for pairs that locality-sensitive
+    hashing finds (Indyk and Motwani 1998); at 1, only texts that ``normalized`` makes equal are in one group.
     """
     first: dict[str, int] = {}
     parent = list(range(len(texts)))
@@ -470,9 +462,7 @@ def group_texts(texts: Sequence[str], keys: Sequence[str], threshold: float) -> 
 
 
 def _join_similar(distinct: Sequence[tuple[str, int]], parent: list[int], threshold: float) -> None:
-    rows = (
-        4 if threshold >= 0.7 else 2
-    )  # of a band: a pair at the threshold is found with a probability of 0.95 or more
+    rows = 4 if threshold >= 0.7 else 2  # of a band: a pair at the threshold is found with a probability of 0.95
     index = MinHashLSH(num_perm=PERMUTATIONS, params=(PERMUTATIONS // rows, rows))
     sketches: dict[int, MinHash] = {}
     for text, number in distinct:
@@ -499,16 +489,12 @@ def _root(parent: list[int], index: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class DataFacts:
-    """Says what became of the rows.
-
-    Attributes:
-        small: Clients that were left out, because they had fewer than ``minimum_texts`` or nothing to train or test on.
-    """
+    """Says what became of the rows."""
 
     rows: int  # rows that are used, broken ones not counted
     broken: tuple[str, ...]  # a line for each broken row
     groups: int  # groups of near-duplicates among the rows
-    small: int
+    small: int  # clients that were left out: too few texts, or nothing to train or test on
     overlapping: int  # test texts that were left out, because a near-duplicate is in somebody's training part
     leaked: int  # test texts of the data's own split of which a near-duplicate is in somebody's training part
 
@@ -522,12 +508,7 @@ class Loaded:
 
 
 def load_population(settings: DataSettings, seed: int) -> Loaded:
-    """Read the texts and make a population of them; the same texts, settings and seed give the same ``digest``.
-
-    Raises:
-        ConfigError, DataError: As ``read_rows``; there are too few clients, labels or texts; or no row can be used, or
-            one is broken and ``settings.broken`` refuses it.
-    """
+    """Read the texts and make a population of them; the same texts, settings and seed give the same ``digest``."""
     rows, public = read_rows(settings), read_public(settings)
     broken = rows.broken + public.broken
     if not rows.good:
@@ -535,11 +516,8 @@ def load_population(settings: DataSettings, seed: int) -> Loaded:
         raise DataError(why, about="data.files", value=broken)
     if broken and settings.broken == "refuse":
         more = f" (and {len(broken) - 1} more rows)" if len(broken) > 1 else ""
-        raise DataError(
-            f"{broken[0]}{more}; mend it, or leave such rows out with data.broken = skip",
-            about="data.files",
-            value=broken,
-        )
+        reason = f"{broken[0]}{more}; mend it, or leave such rows out with data.broken = skip"
+        raise DataError(reason, about="data.files", value=broken)
     return _Maker(settings, seed, rows, public).make(broken)
 
 
@@ -552,11 +530,8 @@ class _Maker:
         labels = {row.label for row in (*self.rows, *others)}
         self.labels = tuple(sorted(labels)) if settings.label else ()
         if settings.label and len(self.labels) < 2:
-            raise ConfigError(
-                f"the {len(self.rows)} texts have {len(self.labels)} different labels; at least 2 are needed",
-                about="data.label",
-                value=settings.label,
-            )
+            reason = f"the {len(self.rows)} texts have {len(self.labels)} different labels; at least 2 are needed"
+            raise ConfigError(reason, about="data.label", value=settings.label)
         texts = [row.text for row in (*self.rows, *others)]
         keys = [row.group for row in (*self.rows, *others)]
         self.groups = group_texts(texts, keys, settings.near_duplicates)
@@ -585,13 +560,9 @@ class _Maker:
             else:
                 overlapping = len(repeated)
                 side = {at: part for at, part in side.items() if at not in set(repeated)}
-        clients = []
-        for name, members in owned.items():
-            client = self._client(name, members, side)
-            if client is None:
-                small += 1
-            else:
-                clients.append(client)
+        made = [self._client(name, members, side) for name, members in owned.items()]
+        clients = [client for client in made if client is not None]
+        small += len(made) - len(clients)
         facts = DataFacts(len(self.rows), broken, len(set(self.groups)), small, overlapping, leaked)
         return Loaded(Population(self.labels, tuple(self.public), self._named(clients)), facts)
 
@@ -711,13 +682,6 @@ class _Maker:
         usable = usable and len({client.name.casefold() for client in clients}) == len(clients)
         sorted_clients = sorted(clients, key=lambda client: (client.name in out, client.name))
         return tuple(
-            Client(
-                client.name if usable else f"client-{number:04d}",
-                client.language,
-                client.name in out,
-                client.train,
-                client.validation,
-                client.test,
-            )
+            replace(client, name=client.name if usable else f"client-{number:04d}", unseen=client.name in out)
             for number, client in enumerate(sorted_clients, 1)
         )

@@ -21,11 +21,12 @@ from torch.nn.functional import cross_entropy
 
 from client.node.privateparts import PrivateParts
 from client.node.statedir import DeviceStateDir
+from client.training.control import TrainingControl
 from client.training.engine import open_trainer, trainer_of
 from client.training.examples import Example, Split, in_split
 from client.training.personal import Candidate, Choice, PersonalMethod, PersonalStep, personalize, rehearsal
 from client.training.private import subject_of, with_private
-from client.training.trainer import ClassifierTrainer, FrozenBase, LocalTrainer
+from client.training.trainer import ClassifierTrainer, FrozenBase, Trainer
 from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.formats.manifest import VersionManifest
 from edgeadapt.methods.parts import PARTS
@@ -73,7 +74,7 @@ class Kept:
 class Arms(ABC):
     """Has what the arms share. Each client at work at the same time needs its own."""
 
-    mine: LocalTrainer
+    mine: Trainer
     inputs: ArmInputs
     step: Callable[[], object] = field(default=lambda: None)
 
@@ -111,7 +112,7 @@ class Arms(ABC):
         if not epochs:
             return start
         order = generator(self.inputs.scenario.seed, client, arm)
-        return self.mine.train(start, examples, task, epochs=epochs, rng=order, step=self.step)
+        return self.mine.train(start, examples, task, epochs=epochs, rng=order, control=TrainingControl(step=self.step))
 
     @abstractmethod
     def _personal(self, client: Client, start: Tensors, task: Task, arm: str) -> Kept: ...
@@ -141,7 +142,7 @@ class ClassifierArms(Arms):
             how,
             rng=generator(self.inputs.scenario.seed, client.name, arm),
             plain=public.counted,
-            step=self.step,
+            control=TrainingControl(step=self.step),
         )
         return Kept(kept.chosen.value, kept.adapter)
 
@@ -257,11 +258,8 @@ def aggregation_error(trained: Iterable[tuple[Mapping[str, NDArray[np.float32]],
     """Return ‖mean(B A) - mean(B) mean(A)‖ / ‖mean(B A)‖ over the devices of a round, Frobenius norms over all layers.
 
     The error of averaging LoRA's factors, which a coordinator, which knows sums only, cannot measure. It is 0 where all
-    devices have the same A or the same B (Sun et al. 2024, section 3.2); NaN if the mean update is zero.
-
-    Args:
-        trained: Each device's adapter after its training, and its weight in the mean; some weight is above 0. Tensors
-            are named as peft names them. Adapters are read one after the other.
+    devices have the same A or the same B (Sun et al. 2024, section 3.2); NaN if the mean update is zero. ``trained``
+    has each device's adapter, under peft's names, and its weight in the mean; they are read one after the other.
     """
     total, means, products = 0.0, dict[str, Matrix](), dict[str, Matrix]()
     for tensors, weight in trained:

@@ -30,13 +30,15 @@ from aggregation import rotation
 from aggregation.pki.identity import IdentityKey
 from aggregation.ring import dtype
 from aggregation.spec import SessionSpec
-from coordinator.statedir import KEY, TRANSCRIPT
-from coordinator.storedlog import StoredLog
+from coordinator.statedir import KEY
+from coordinator.transcripts import StoredLog
 from edgeadapt.audit.account import Account, sums
 from edgeadapt.audit.transcripts import logs
+from edgeadapt.formats.registryfiles import TRANSCRIPT
 from edgeadapt.rounds.sums import noisy_vector
 from simulations.engine import provision
 from simulations.result import CanaryBounds
+from simulations.scenario import Scenario
 
 CONFIDENCE = 0.95
 ADAPTER = bytes(32)  # stands for the digest that seeds the rotation
@@ -121,6 +123,12 @@ def bounded(sums: Sequence[Sum], account: float, delta: float, canaries: int) ->
         gaussian=gaussian_epsilon(guesses, delta),
         confidence=CONFIDENCE,
     )
+
+
+def canary_bounds(scenario: Scenario, fleets: Iterable[Path]) -> CanaryBounds | None:
+    """Bound what a scenario's canaries find in sums like its rounds'; None without canaries or noise."""
+    privacy, canaries = scenario.federation.privacy, scenario.evaluation.canaries
+    return audited(fleets, privacy.delta, canaries) if canaries and privacy.noisy else None
 
 
 def audited(fleets: Iterable[Path], delta: float, canaries: int) -> CanaryBounds | None:

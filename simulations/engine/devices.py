@@ -34,12 +34,11 @@ from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
 from client.node.snapshot import Snapshot
 from client.node.statedir import SNAPSHOT, DeviceStateDir
-from client.training.control import UNLIMITED, TrainingControl
 from client.training.engine import trainer_of
 from client.training.examples import Example, Score
-from client.training.trainer import FrozenBase, LocalTrainer
+from client.training.trainer import FrozenBase, Trainer
 from edgeadapt.formats import storage
-from edgeadapt.formats.layout import Layout, Tensors
+from edgeadapt.formats.layout import Tensors
 from edgeadapt.rounds.task import Task
 from simulations.scenario import Scenario
 
@@ -48,46 +47,26 @@ SEED = "simulation.seed"  # file
 WRITTEN_BEFORE = (Step.CHECK_IN, Step.PLAN)  # a session and a round begin
 
 
-@dataclass(slots=True)
-class LyingTrainer:
-    """Lies: its update is not that of the examples.
+class LyingTrainer(Trainer):
+    """Lies: its update is not that of the examples. Its scores are honest: a false one shows in the sum's metrics.
 
     ``sign-flip``: the negative of the update. ``label-flip``: trained with each label replaced by its mirror image, the
     first by the last and so on (Tolpegin et al. 2020). ``boost``: ten times that (Bagdasaryan et al. 2020); the device
     clips it, as the sum would count as zero otherwise.
     """
 
-    trainer: LocalTrainer
-    kind: str  # a key of ``FACTORS``
-    layout: Layout = field(init=False)  # of the adapter
-
-    def __post_init__(self) -> None:
-        self.layout = self.trainer.layout
-
-    @property
-    def base(self) -> FrozenBase:
-        return self.trainer.base
-
-    def train(
-        self,
-        start: Tensors,
-        examples: Sequence[Example],
-        task: Task,
-        *,
-        epochs: int,
-        rng: np.random.Generator,
-        step: Callable[[], object] = lambda: None,
-        control: TrainingControl = UNLIMITED,
-    ) -> Tensors:
-        if self.kind != "sign-flip":
-            examples = [replace(each, label=len(task.labels) - 1 - each.label) for each in examples]
-        trained = self.trainer.train(start, examples, task, epochs=epochs, rng=rng, step=step, control=control)
-        factor = np.float32(FACTORS[self.kind])
-        return {name: start.get(name, 0) + factor * (after - start.get(name, 0)) for name, after in trained.items()}
+    def __init__(self, trainer: Trainer, kind: str) -> None:
+        super().__init__(trainer.engine)
+        self.trainer, self.kind = trainer, kind
 
     def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
-        """Return the honest score: a false one shows in the metrics of the sum."""
         return self.trainer.score(adapter, examples)
+
+    def train(self, start: Tensors, examples: Sequence[Example], task: Task, **how: Any) -> Tensors:
+        if self.kind != "sign-flip":
+            examples = [replace(each, label=len(task.labels) - 1 - each.label) for each in examples]
+        trained, factor = self.trainer.train(start, examples, task, **how), np.float32(FACTORS[self.kind])
+        return {name: start.get(name, 0) + factor * (after - start.get(name, 0)) for name, after in trained.items()}
 
 
 def attackers(scenario: Scenario, devices: Iterable[str]) -> frozenset[str]:

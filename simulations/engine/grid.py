@@ -54,12 +54,8 @@ def read_trace(path: Path, clients: Iterable[Client]) -> Mapping[str, Steps]:
     """Map each client to when its device can be reached.
 
     The file has the columns ``round`` and ``available``, and ``client`` or ``language``. A row holds from its round on,
-    until another one of the same client or language. ``available`` is 1 or 0 for a client; in between it is the
-    share of the clients of a language, or the probability for a client.
-
-    Raises:
-        ConfigError: The file cannot be read, or lacks a column.
-        DataError: A row is broken, repeated, or names no client or language of the population.
+    until another one of the same client or language. ``available`` is 1 or 0 for a client; in between it is the share
+    of the clients of a language, or the probability for a client.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -141,12 +137,9 @@ class FaultModel:
     """Draws message loss, delay and forced dropouts from a seed.
 
     An outcome depends on the seed, the message group, the step and the receiving nodes, never on earlier messages. So a
-    resumed run meets the faults that it would have met without the interruption.
-
-    Attributes:
-        availability: Share of the devices that can be reached in a round, for each round in turn, over and over; all of
-            them in all rounds if empty. A device that is there at some share is there at every larger one.
-        trace: Node → its own share, for the nodes and rounds that a trace is about, instead of ``availability``.
+    resumed run meets the faults that it would have met without the interruption. ``availability`` is the share of the
+    devices that can be reached in a round, for each round in turn, over and over; all of them in all rounds if empty. A
+    device that is there at some share is there at every larger one.
     """
 
     seed: int
@@ -155,7 +148,7 @@ class FaultModel:
     forced_dropouts: int = 0  # devices that drop out of every round, at one of ``steps`` in turn
     steps: tuple[Step, ...] = ROUND_STEPS  # where a forced dropout can happen
     availability: tuple[float, ...] = ()
-    trace: Mapping[int, Steps] = field(default_factory=dict)
+    trace: Mapping[int, Steps] = field(default_factory=dict)  # node → its own share, where a trace states one
 
     def dropout_probabilities(self, devices: int) -> NDArray[np.float64]:
         """Return the probability that 0, 1, ... of ``devices`` drop out of a round for good, shape ``(devices + 1,)``.

@@ -29,11 +29,11 @@ from aggregation.pki import Authority
 from aggregation.pki.identity import IdentityKey
 from client.inference.trust import Trust
 from client.node.enrolment import TrustAnchors, enrol, install_certificate
-from client.node.policy import SAFE, PolicySettings
+from client.node.policy import SAFE, PolicySettings, TrainingLimits
 from client.node.statedir import DeviceSettings, DeviceStateDir
 from client.training.engine import classifier_trainer, language_trainer, trainer_of
 from client.training.examples import Example, Split, write_examples
-from client.training.limits import TrainingLimits
+from client.training.torchengine import model_of
 from client.training.trainer import FrozenBase
 from coordinator.registry import Registry
 from coordinator.seed import seed_version
@@ -153,12 +153,8 @@ def with_bias(embeddings: NDArray[np.float32]) -> Matrix:
 def ridge_head(x: Matrix, labels: NDArray[np.int64], weights: Matrix, count: int, penalty: float) -> Matrix:
     """Return the head that least squares gives: argmin of Σ wᵢ ‖xᵢ W - yᵢ‖² + penalty ‖W‖², with one-hot y.
 
-    It needs Σ w x xᵀ and Σ w x yᵀ only, which add up over clients (Hoerl and Kennard 1970, "Ridge Regression").
-
-    Args:
-        x: Shape ``(texts, features)``, with a row for each of ``labels`` and of ``weights``, which are not negative.
-        count: Labels in all; the head has the shape ``(features, count)``.
-        penalty: Positive, so that there is one solution.
+    It needs Σ w x xᵀ and Σ w x yᵀ only, which add up over clients (Hoerl and Kennard 1970, "Ridge Regression"). ``x``:
+    shape ``(texts, features)``. The head has the shape ``(features, count)``.
     """
     weighted = x * weights[:, None]
     moments = weighted.T @ x + penalty * np.eye(x.shape[1])
@@ -357,11 +353,11 @@ def first_adapter(scenario: Scenario, population: Population, base: Base) -> tup
     if population.labels:
         mine = classifier_trainer(base, len(population.labels), config)
         public = [(phrase.text, phrase.label) for phrase in population.public]
-        tensors = seed_adapter(mine.engine.model, mine.tokenizer, public, len(population.labels), generator)
+        tensors = seed_adapter(model_of(mine), mine.tokenizer, public, len(population.labels), generator)
         if scenario.adapter.head == "logistic":
             tensors |= _logistic_head(mine.embed([text for text, _ in public]), [label for _, label in public], tensors)
     else:
-        tensors = initial(language_trainer(base, config).engine.model, generator)
+        tensors = initial(model_of(language_trainer(base, config)), generator)
     manifest, blob = seed_version(tensors, config, population.labels, base.digest)
     scenario.federation.task(manifest)
     return manifest, blob

@@ -14,6 +14,7 @@ import numpy as np
 from aggregation.pki.identity import IdentityKey
 from client.node import statedir as device_files
 from client.training.engine import classifier_trainer
+from client.training.torchengine import model_of
 from coordinator import statedir as coordinator_files
 from edgeadapt.bases.base import Base
 from edgeadapt.formats import files, storage
@@ -24,16 +25,14 @@ from edgeadapt.formats.phrases import encode_phrases
 from edgeadapt.methods import classifier
 from edgeadapt.methods.peft.inputs import AdapterInputs
 from edgeadapt.methods.peft.methods import from_peft_tensors
-from export.bundle.base import wanted
+from export.bundle.base import resolved, wanted
 from export.bundle.sources import Origin, from_registry
-from export.bundle.trained import resolved
 from export.bundle.write import add_adapter, copy_bundle, device_inputs, source_of, write_bundle
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.slotted import with_mean_head
 from export.parity import compare
-from export.parity.compare import Limits, OnnxRunner, Parity, limits_of
-from export.parity.temperature import FEWEST
+from export.parity.compare import FEWEST, Limits, OnnxRunner, Parity, limits_of
 from simulations.data.households import plain_phrases
 from simulations.data.population import Client, LabelledText, Population
 from simulations.engine import provision
@@ -58,12 +57,10 @@ class _Exported:
 
 
 def export_all(fleets: Sequence[tuple[Path, Population]], scenario: Scenario, base: Base, report: str) -> ExportResult:
-    """Export, check parity, and write the bundles of each federation.
+    """Export, check parity, and write the bundles of each federation: its folder, and its clients that are evaluated.
 
-    ``fleets`` has the folder of each, and its clients that are evaluated; at least one. ``report`` is its future place.
-
-    Raises:
-        ParityError: An exported pair answers too differently from torch; no bundle of it was written.
+    ``report`` is its future place. Raises ParityError: an exported pair answers too differently from torch; no bundle
+    of it was written.
     """
     exported = [_publish(out, scenario, population, base) for out, population in fleets]
     parities, (first, *_) = [each.parity for each in exported], exported
@@ -95,7 +92,7 @@ def export_all(fleets: Sequence[tuple[Path, Population]], scenario: Scenario, ba
 def _publish(out: Path, scenario: Scenario, population: Population, base: Base) -> _Exported:
     source = from_registry(out / provision.COORDINATOR, None, None)
     origin = resolved(source, base)
-    model = classifier_trainer(base, len(population.labels), source.peft_config).engine.model
+    model = model_of(classifier_trainer(base, len(population.labels), source.peft_config))
     profile, slots = Profile(scenario.export.profile), wanted(base, origin).slots
     exported = _with_phrases(export_classifier(with_mean_head(base, slots), base, profile, training=None), population)
     runner = OnnxRunner.open(exported.folder, exported.manifest)

@@ -128,9 +128,14 @@ def overview(summary: SuiteSummary) -> str:
     return text
 
 
-def shares(arm: ArmSummary) -> tuple[str, ...]:
-    """Say what an arm reaches on public texts, what it has forgotten, and its aggregation error."""
-    return tuple(share(value) for value in (arm.public, arm.forgotten, arm.aggregation_error))
+FURTHER = ("public", "forgotten", "aggregation error", "epsilon")
+
+
+def further(arm: ArmSummary) -> tuple[str, ...]:
+    """Say what an arm reaches on public texts, what it has forgotten, its aggregation error, and its privacy."""
+    shares = (share(value) for value in (arm.public, arm.forgotten, arm.aggregation_error))
+    found = f" (canaries: {arm.canaries:.2f})" if math.isfinite(arm.canaries) else ""
+    return (*shares, f"{arm.epsilon:.2f}{found}" if math.isfinite(arm.epsilon) else "–")
 
 
 def costs(arm: ArmSummary) -> tuple[str, ...]:
@@ -180,9 +185,9 @@ def markdown(summary: SuiteSummary) -> str:
         f"# {summary.name}",
         overview(summary),
         _table(
-            [metric.name, *metric.titles.values(), "public", "forgotten", "aggregation error"],
+            [metric.name, *metric.titles.values(), *FURTHER],
             [
-                [name, *(interval(arm.figures[title]) for title in metric.titles), *shares(arm)]
+                [name, *(interval(arm.figures[title]) for title in metric.titles), *further(arm)]
                 for name, arm in summary.arms.items()
             ],
         ),
@@ -229,7 +234,8 @@ def suite_page(summary: SuiteSummary) -> str:
         metric=summary.compared_by,
         to_target=to_target(summary),
         interval=interval,
-        shares=shares,
+        further=further,
+        further_titles=FURTHER,
         costs=costs,
         constants=constants,
         sentences=list(sentences(summary)),

@@ -135,6 +135,8 @@ class ArmSummary:
     public: float  # mean value of the clients' models on public texts
     forgotten: float
     aggregation_error: float  # mean over seeds; NaN if it was not measured
+    epsilon: float  # mean over seeds; NaN without differential privacy
+    canaries: float  # mean over seeds of the lower bound on epsilon for Gaussian noise; NaN without canaries
     cost: Cost  # means over seeds
     reached: Reached | None  # the rounds to the target; None if the arm has no rounds or the suite no target
     constants: Overrides  # that its search chose
@@ -209,6 +211,8 @@ def _arm(
         public=_mean([metric.of(c.public) for r in results.values() for c in r.clients]),
         forgotten=_forgotten(outcomes[base][1], results) if base else math.nan,
         aggregation_error=_mean([e for r in results.values() if (e := r.aggregation_error) is not None]),
+        epsilon=_mean([e for r in results.values() if (e := r.epsilon) is not None]),
+        canaries=_mean([r.canaries.gaussian for r in results.values() if r.canaries]),
         cost=_cost([result.cost for result in results.values()]),
         reached=_reached([r.rounds for r in results.values()], settings.target, metric) if targeted else None,
         constants=chosen.constants,

@@ -113,6 +113,7 @@ def _plan(scenario: Scenario, out: Path, clients: int, devices: int, groups: str
     most = scenario.evaluation.clients
     kind, head = ("language model", "") if writes else ("text encoder", " and the vendor's head")
     layers = _described(adapter)
+    attack = f"{100 * scenario.attack.share:g} % of the devices lie in their updates: {scenario.attack.kind}"
     return [
         ("base", f"{scenario.base.model}, a pretrained {kind}, frozen on every device"),
         ("adapter", layers if writes else f"{layers}, and a classification head"),
@@ -120,7 +121,7 @@ def _plan(scenario: Scenario, out: Path, clients: int, devices: int, groups: str
         *([("", f"then {fitted} of the analytic head, without training")] if fitted else []),
         *([("sums", _price(federation, devices))] if federation.aggregation.groups > 1 else []),
         ("privacy", _noise(federation)),
-        *([("ATTACK", _attack(scenario))] if scenario.attack.kind != "none" else []),
+        *([("ATTACK", attack)] if scenario.attack.kind != "none" else []),
         ("arms", f"base      the frozen model{head}, no training"),
         *(("", line) for line in _personal(scenario)),
         *([("evaluated", f"{most} of {clients} clients, chosen by the seed")] if clients > most else []),
@@ -168,10 +169,6 @@ def _price(federation: FederationSettings, devices: int) -> str:
     return (
         f"{dealt.count} sums a round, combined by {bounds.combine}: of {devices} devices, one hides in a sum of {hides}"
     )
-
-
-def _attack(scenario: Scenario) -> str:
-    return f"{100 * scenario.attack.share:g} % of the devices lie in their updates: {scenario.attack.kind}"
 
 
 def _noise(federation: FederationSettings) -> str:

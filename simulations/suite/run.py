@@ -29,11 +29,13 @@ from edgeadapt.formats.cores import cores
 from edgeadapt.formats.layout import Tensors
 from edgeadapt.formats.settings import LONGEST
 from edgeadapt.formats.storage import kill_safe, read, replace
+from simulations.data import populate
 from simulations.data.population import Client, Population
+from simulations.data.tables import Loaded
 from simulations.engine import provision
-from simulations.engine.canaries import audited
+from simulations.engine.canaries import canary_bounds
 from simulations.engine.devices import LyingApp, MemoryDevices, attackers
-from simulations.engine.flowerengine import federate_on_ray
+from simulations.engine.flowerengine import federate_on_ray, require_ray
 from simulations.engine.grid import (
     ROUND_STEPS,
     SHORT_ROUND_STEPS,
@@ -137,6 +139,55 @@ class RunFolder:
         path = self.path / group.folder
         path.mkdir(parents=True, exist_ok=True)
         return RunFolder(path, self.scenario, self.seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run of a scenario will be, before anything is written."""
+
+    scenario: Scenario
+    engine: Engine
+    loaded: Loaded
+    base: Base
+    groups: Sequence[Group]
+
+    @classmethod
+    def of(cls, scenario: Scenario, engine: Engine = HERE) -> Self:
+        """Make the population, and find the base.
+
+        Raises:
+            ConfigError: The engine cannot run this scenario, or is not installed.
+            DataError, ConfigError: As ``populate`` and ``provision.unrounded_base``.
+        """
+        if engine.ray:
+            require_ray()
+            if engine.workers > 1:
+                text = "--workers is of the engine local: Ray has as many as there are cores"
+                raise ConfigError(text, about="--workers")
+            if scenario.attack.kind != "none":
+                text = "attackers need the grid of this process: leave out --engine, or set attack.kind to none"
+                raise ConfigError(text, about="attack.kind", value=scenario.attack.kind)
+        loaded = populate(scenario.data, scenario.population, scenario.seed)
+        base = provision.unrounded_base(scenario)
+        return cls(scenario, engine, loaded, base, grouped(loaded.population, scenario.groups))
+
+    @property
+    def devices(self) -> int:
+        """Devices of the smallest federation."""
+        return min(group.devices for group in self.groups)
+
+    @property
+    def warning(self) -> str:
+        """Say why rounds of this run will abort; empty if they need not."""
+        return abort_warning(self.scenario, self.devices)
+
+    def folder(self, out: Path, *, resume: bool = False) -> RunFolder:
+        """Take a new or empty folder, or one with this run. Raises as ``RunFolder.start`` and ``resume``."""
+        return RunFolder.resume(out, self.scenario) if resume else RunFolder.start(out, self.scenario)
+
+    def run(self, folder: RunFolder, progress: RunProgress) -> RunResult:
+        """Run it. Raises as ``simulate``."""
+        return simulate(folder, self.loaded.population, progress, self.engine)
 
 
 def simulate(folder: RunFolder, population: Population, progress: RunProgress, engine: Engine = HERE) -> RunResult:
@@ -331,15 +382,11 @@ def _arms(folder: RunFolder, population: Population, base: Base, progress: RunPr
 
 
 def _canary_bounds(folder: RunFolder, groups: Sequence[Group]) -> CanaryBounds | None:
-    """Return what the scenario's canaries find in sums like its rounds', once; None without canaries or noise."""
-    scenario, path = folder.scenario, folder.path / CANARIES
-    if not scenario.evaluation.canaries or not scenario.federation.privacy.noisy:
-        return None
+    """Return what ``canary_bounds`` finds, once."""
+    path = folder.path / CANARIES
     if path.exists():
         return CanaryBounds(**json.loads(path.read_bytes()))
-    fleets = [folder.of(group).path for group in groups]
-    bounds = audited(fleets, scenario.federation.privacy.delta, scenario.evaluation.canaries)
-    if bounds:
+    if bounds := canary_bounds(folder.scenario, [folder.of(group).path for group in groups]):
         replace(path, json.dumps(asdict(bounds)).encode())
     return bounds
 

@@ -111,13 +111,8 @@ def results(suite: Suite, store: Store) -> dict[str, tuple[SearchOutcome, dict[i
 def read_suite(path: Path, *, seeds: int | None = None, changes: Sequence[str] = (), arms: Sequence[str] = ()) -> Suite:
     """Read the suite in a file, or one that is shipped under this name.
 
-    Args:
-        seeds: The number of seeds, from 0 on, instead of the file's.
-        changes: ``KEY=VALUE`` of the scenario, for every arm; they come after those of the suite.
-        arms: Only these of its arms.
-
-    Raises:
-        ConfigError: It, its scenario or an arm is missing, or a key or a value of a trial is wrong.
+    ``seeds``: their number, from 0 on, instead of the file's; ``changes``: ``KEY=VALUE`` for every arm, after those of
+    the suite; ``arms``: only these of its arms.
     """
     path = _or_shipped(path, SHIPPED_SUITES)
     settings = SuiteSettings.read(path).with_overrides(changes)
@@ -156,10 +151,6 @@ def taken(out: Path, suite: Suite, *, resume: bool) -> Iterator[Store]:
     """Hold the folder of a suite for the duration of the block.
 
     It is new or empty or, with ``resume``, that of a suite, of which outcomes are kept; what failed is tried again.
-
-    Raises:
-        ConfigError: The folder contains something else, another process uses it, or it was begun with another content
-            of a file that the suite names.
     """
     started = resume and (out / SUITE).exists()
     if not started:

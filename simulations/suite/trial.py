@@ -34,6 +34,7 @@ from simulations.engine.arms import (
     arms_of,
     training_examples,
 )
+from simulations.engine.canaries import canary_bounds
 from simulations.engine.progress import RunProgress
 from simulations.engine.provision import Group, fleet_folders, grouped, logistic_head, ridge_head
 from simulations.plan import Kind, Trial
@@ -174,15 +175,20 @@ class TrialRun:
         self, mine: Arms, clients: Sequence[Client], scores: Sequence[ClientScore], seconds: float
     ) -> TrialResult:
         epochs, steps = self._trained(mine, clients)
-        cost, points = Cost(epochs, steps, seconds), list[RoundPoint]()
+        cost, points, epsilon = Cost(epochs, steps, seconds), list[RoundPoint](), None
         if self.trial.kind.federated:
             for round_ in rounds_of(self.material.federation, self._groups):
                 up, down = cost.bytes_up + round_.bytes_up, cost.bytes_down + round_.bytes_down
                 cost = replace(cost, bytes_up=up, bytes_down=down)
                 points.append(RoundPoint(round_.round, self._value(round_), up + down))
+                epsilon = round_.epsilon
             cost = replace(cost, cpu_seconds=seconds + self.material.rounds_cpu)
-        error = self._error(mine) if self.trial.kind is Kind.GLOBAL and self.thorough else None
-        return TrialResult(tuple(scores), cost, tuple(points), error)
+        if self.trial.kind is not Kind.GLOBAL or not self.thorough:
+            return TrialResult(tuple(scores), cost, tuple(points), None, epsilon)
+        fleets = [self.material.federation / group.folder for group in self._groups]
+        return TrialResult(
+            tuple(scores), cost, tuple(points), self._error(mine), epsilon, canary_bounds(self.trial.scenario, fleets)
+        )
 
     def _value(self, round_: ReportedRound) -> float | None:
         if not self.trial.scenario.data.for_language_model:

@@ -1,4 +1,4 @@
-"""The device's states: what they refuse, that they answer once, and that secrets are dropped with their round."""
+"""The device's states: they answer once, drop secrets with their round, and refuse what tests/vectors does not try."""
 
 import dataclasses
 import datetime as dt
@@ -11,8 +11,7 @@ import pytest
 from aggregation import client, envelope
 from aggregation.client import Advertised, Confirmed, Masked, Planned, Ready
 from aggregation.errors import DataError, ProtocolError
-from aggregation.messages import Assignment, EncryptedShares, Offer, Plan, Roster, Survivors, Unmask
-from aggregation.policy import Policy
+from aggregation.messages import Assignment, EncryptedShares, Offer, Roster, Survivors, Unmask
 from aggregation.spec import Adversary
 from tests.support import refused
 
@@ -69,13 +68,6 @@ def test_two_devices_with_one_key_are_refused(fleet: Any) -> None:
         client.join(fleet.devices[ME], resigned(fleet, offer, Offer, certificates=certificates), fleet.entropy)
 
 
-def test_an_offer_that_breaks_the_policy_is_refused(fleet: Any) -> None:
-    _, offer = fleet.offer()
-    strict = dataclasses.replace(fleet.devices[ME], policy=Policy(known_bases=frozenset({fleet.spec.base_digest})))
-    with refused(ProtocolError, "offer.cohort", peer="coordinator", value=5):
-        client.join(strict, offer, fleet.entropy)
-
-
 def test_a_device_with_a_clock_refuses_expired_certificates(fleet: Any) -> None:
     _, offer = fleet.offer()
     with refused(ProtocolError, "certificate.validity", value="device-000"):
@@ -90,12 +82,6 @@ def test_a_device_with_anothers_certificate_does_not_join(fleet: Any) -> None:
     broken = dataclasses.replace(fleet.devices[ME], certificate=b"")
     with refused(ProtocolError, "device.certificate", value="certificate"):
         client.join(broken, offer, fleet.entropy)
-
-
-def test_an_offer_of_another_coordinator_is_refused(fleet: Any, fleet_of: FleetOf) -> None:
-    _, offer = fleet_of(5, seed=2).offer()
-    with refused(ProtocolError, "signature", peer="coordinator", value="offer"):
-        client.join(fleet.devices[ME], offer, fleet.entropy)
 
 
 # Steps 3 and 4, the roster
@@ -113,9 +99,6 @@ def on_roster(fleet: Any) -> tuple[Advertised, bytes]:
 @pytest.mark.parametrize(
     ("choose", "about"),
     [
-        (lambda adverts: adverts[1:], "roster.self"),
-        (lambda adverts: adverts[:3], "roster.size"),
-        (lambda adverts: (*adverts, adverts[0]), "roster.order"),
         (lambda adverts: (adverts[0], *adverts), "roster.order"),
         (lambda adverts: (adverts[1], adverts[0], *adverts[2:]), "roster.order"),
         (lambda adverts: (*adverts[:4], adverts[4][:-1]), "encoding.length"),
@@ -136,12 +119,6 @@ def test_a_roster_for_which_no_graph_exists_is_refused(fleet: Any, on_roster: tu
     odd = dataclasses.replace(state, spec=dataclasses.replace(state.spec, degree=3))
     with refused(ProtocolError, "spec.degree", peer="coordinator", value=3):
         odd.on_roster(fleet.devices[ME], roster, fleet.entropy)
-
-
-def test_a_roster_for_another_offer_is_refused(fleet: Any, on_roster: tuple[Advertised, bytes]) -> None:
-    state, roster = on_roster
-    with refused(ProtocolError, "roster.offer", peer="coordinator"):
-        state.on_roster(fleet.devices[ME], resigned(fleet, roster, Roster, offer=bytes(32)), fleet.entropy)
 
 
 def test_a_roster_that_breaks_the_policy_is_refused(fleet: Any, on_roster: tuple[Advertised, bytes]) -> None:
@@ -168,13 +145,9 @@ def test_a_device_shares_its_secrets_once(fleet: Any, on_roster: tuple[Advertise
 @pytest.mark.parametrize(
     ("changes", "about", "value"),
     [
-        ({"context": bytes(32)}, "plan.context", None),
-        ({"round": 0}, "plan.round", 0),
         ({"round": 4}, "plan.round", 4),
-        ({"members": ("device-001", "device-002", "device-003", "device-004")}, "plan.self", ME),
         ({"members": ("device-000", "device-001", "device-002")}, "plan.size", 3),
         ({"members": ("device-000", "device-000", "device-001", "device-002")}, "plan.order", None),
-        ({"members": ("device-001", "device-000", "device-002", "device-003")}, "plan.order", None),
         ({"members": ("device-000", "device-001", "device-002", "device-003", "zed")}, "plan.members", "zed"),
     ],
 )
@@ -225,13 +198,6 @@ def test_skipped_rounds_cannot_be_joined_and_their_secrets_are_dropped(fleet: An
         begun.on_plan(fleet.devices[ME], plans[ME])
 
 
-def test_a_plan_shows_what_training_needs(fleet: Any) -> None:
-    _, plans = planned(fleet)
-    begun = fleet.states[ME].on_plan(fleet.devices[ME], plans[ME])
-    assert (begun.plan.round, begun.plan.training, begun.plan.adapter_version) == (1, b"settings", 1)
-    assert begun.spec == fleet.spec
-
-
 # Step 6, the masked input
 
 
@@ -272,8 +238,6 @@ def masked(fleet: Any) -> tuple[Any, dict[str, bytes]]:
     ("change", "about", "value"),
     [
         (lambda vectors: {}, "survivors.self", ME),
-        (lambda vectors: {**vectors, ME: bytes(32)}, "survivors.self", ME),
-        (lambda vectors: {name: vectors[name] for name in vectors if name != ME}, "survivors.self", ME),
         (lambda vectors: {**vectors, "zed": bytes(32)}, "survivors.members", "zed"),
         (lambda vectors: {name: vectors[name] for name in sorted(vectors)[:3]}, "survivors.size", 3),
     ],
@@ -287,19 +251,6 @@ def test_an_invalid_survivor_set_is_refused(
     with refused(ProtocolError, about, peer="coordinator", value=value):
         state.on_survivors(device, resigned(fleet, bodies[ME], Survivors, vectors=change(vectors)))
     state.on_survivors(device, bodies[ME])
-
-
-def test_a_survivor_set_of_another_plan_is_refused(fleet: Any, masked: tuple[Any, dict[str, bytes]]) -> None:
-    _, bodies = masked
-    with refused(ProtocolError, "survivors.plan", peer="coordinator"):
-        fleet.states[ME].on_survivors(fleet.devices[ME], resigned(fleet, bodies[ME], Survivors, plan=bytes(32)))
-
-
-def test_a_device_signs_one_survivor_set(fleet: Any, masked: tuple[Any, dict[str, bytes]]) -> None:
-    _, bodies = masked
-    fleet.states[ME].on_survivors(fleet.devices[ME], bodies[ME])
-    with refused(ProtocolError, "single-use", value="consistency-signature"):
-        fleet.states[ME].on_survivors(fleet.devices[ME], bodies[ME])
 
 
 def test_an_active_session_reveals_no_shares_without_consistency_signatures(
@@ -410,13 +361,3 @@ def test_a_new_round_may_begin_in_any_state(fleet: Any, stage: str) -> None:
     _, result = fleet.round(outcome.session)
     assert result.round == 2
     fleet.assert_sum(result)
-
-
-def test_a_plan_beyond_the_session_is_refused(fleet: Any) -> None:
-    session = fleet.establish()
-    for _ in range(3):
-        session, _ = fleet.round(session)
-    context = fleet.states[ME].session.context
-    plan = Plan(context, 4, tuple(sorted(fleet.devices)), 1, "0" * 64, b"")
-    with refused(ProtocolError, "plan.round", peer="coordinator", value=4):
-        fleet.states[ME].on_plan(fleet.devices[ME], envelope.sign(fleet.key, Assignment(plan, {})))

@@ -28,7 +28,14 @@ NAMES = [f"device-{number:04d}" for number in range(300)]
 def test_the_bound_gives_the_published_values(
     devices: int, corrupt: float, dropout: float, expected: tuple[int, int]
 ) -> None:
-    assert graph.bell2020_parameters(devices, corrupt, dropout) == expected
+    """Bell et al. (CCS 2020) against a semi-malicious server, for σ = 40 and η = 20; neighbors alone have shares."""
+    corrupt_devices, dropouts = graph.count_of(devices, corrupt), graph.count_of(devices, dropout)
+
+    def secure(k: int, t: int) -> bool:
+        both = devices * graph.hypergeometric_tail(devices - 1, corrupt_devices, k, 2 * t - k)
+        return max(both, graph._two_windows(devices, corrupt_devices + dropouts, k // 2, k // 2)) <= 2.0**-graph.SIGMA
+
+    assert graph._least(devices, dropouts, secure) == expected
 
 
 @given(population=st.integers(1, 9), marked=st.integers(0, 9), drawn=st.integers(0, 9), least=st.integers(-1, 10))
@@ -126,7 +133,7 @@ def test_more_security_and_more_corrupt_devices_need_more_neighbors() -> None:
 
 
 @pytest.mark.parametrize(("corrupt", "dropout"), [(0.5, 0.3), (0.5, 0.5), (1.0, 0.1), (0.1, -0.1)])
-def holdout_fractions_for_which_no_graph_is_secure_are_refused(corrupt: float, dropout: float) -> None:
+def test_fractions_for_which_no_graph_is_secure_are_refused(corrupt: float, dropout: float) -> None:
     with pytest.raises(ConfigError):
         graph.graph_parameters(200, corrupt, dropout)
 

@@ -13,7 +13,7 @@ from aggregation.errors import ConfigError, ProtocolError
 from aggregation.pki import Authority, RevocationList
 from aggregation.policy import Policy
 from aggregation.privacy.accounting import Mechanism
-from aggregation.spec import MAX_ROUNDS, Adversary, Privacy, default_threshold
+from aggregation.spec import CORRUPT_FRACTION, MAX_ROUNDS, Adversary, Privacy
 from tests.support import refused
 
 SpecOf = Callable[..., Any]
@@ -27,7 +27,7 @@ def policy(spec: Any, **changes: Any) -> Policy:
 
 @given(devices=st.integers(3, 2000))
 def test_the_default_threshold_is_the_least_that_the_default_policy_accepts(devices: int) -> None:
-    t, corrupt = default_threshold(devices), graph.count_of(devices, Policy().corrupt_fraction)
+    t, corrupt = graph.least_threshold(devices, CORRUPT_FRACTION), graph.count_of(devices, Policy().corrupt_fraction)
     least = min(Policy().minimum_survivors, devices // 2)  # devices that join fewer than 8 have a lower limit
     assert 2 * t > devices + corrupt
     assert 2 * (2 * t - devices - corrupt) >= least > 2 * (2 * (t - 1) - devices - corrupt)
@@ -42,7 +42,7 @@ def test_a_safe_offer_is_accepted_with_default_limits(spec_of: SpecOf) -> None:
 def test_the_smallest_default_cohort_guarantees_the_default_minimum_of_survivors(spec_of: SpecOf) -> None:
     cohort = Policy().minimum_cohort
     corrupt = graph.count_of(cohort, Policy().corrupt_fraction)
-    assert Policy().minimum_survivors <= default_threshold(cohort) - corrupt
+    assert Policy().minimum_survivors <= graph.least_threshold(cohort, CORRUPT_FRACTION) - corrupt
     policy(spec_of(cohort)).check(spec_of(cohort), cohort)
 
 
@@ -86,12 +86,7 @@ def test_an_offer_at_the_limits_is_accepted(spec_of: SpecOf) -> None:
         ({}, {"corrupt_fraction": 0}, 11, "offer.max_clients"),
         ({"vector": None}, {"corrupt_fraction": 0}, 11, "offer.degree"),
         ({"adversary": Adversary.HONEST_BUT_CURIOUS}, {}, 10, "offer.adversary"),
-        (
-            {"base_digest": "0" * 64},
-            {"known_bases": frozenset({"1" * 64})},
-            10,
-            "offer.base_digest",
-        ),
+        ({"base_digest": "0" * 64}, {"known_bases": frozenset({"1" * 64})}, 10, "offer.base_digest"),
         ({"weight_cap": 2**20}, {}, 10, "offer.weight_cap"),
         ({"rounds": 65}, {}, 10, "offer.rounds"),
         ({}, {"minimum_ring_bits": 25}, 10, "offer.ring_bits"),
@@ -178,11 +173,6 @@ def test_a_spec_that_contradicts_itself_cannot_be_constructed(spec_of: SpecOf, c
 )
 def test_a_spec_at_its_limits_can_be_constructed(spec_of: SpecOf, changes: dict[str, Any]) -> None:
     spec_of(10, **changes)
-
-
-def test_two_devices_are_too_few_for_a_threshold() -> None:
-    with refused(ConfigError, "devices", value=2):
-        default_threshold(2)
 
 
 # Revocation lists

@@ -45,10 +45,6 @@ def test_bits_above_the_ring_do_not_travel(bits: int) -> None:
     assert np.array_equal(ring.unpack(ring.pack(vector, bits), 9, bits), vector & (2**bits - 1))
 
 
-def test_a_million_elements_of_24_bits_take_three_million_bytes() -> None:
-    assert len(ring.pack(ring.zeros(10**6, 24), 24)) == 3 * 10**6
-
-
 @given(size=st.integers(0, 40), bits=st.integers(1, 64), extra=st.sampled_from([-1, 1, 8]))
 def test_another_length_is_refused(size: int, bits: int, extra: int) -> None:
     length = ring.packed_size(size, bits) + extra
@@ -117,17 +113,6 @@ def test_bytes_that_cannot_be_unpacked_are_not_added() -> None:
     with refused(ProtocolError, "vector.length", value=360450):
         ring.add(total, bytes(raw[:-1]), 22)
     assert not total.any()
-
-
-def test_a_contribution_is_packed_and_added_with_one_block_of_memory() -> None:
-    import tracemalloc
-
-    total, raw = ring.zeros(4 * 10**6, 22), bytes(ring.packed_size(4 * 10**6, 22))
-    tracemalloc.start()
-    ring.add(total, raw, 22)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 16 * ring.BLOCK
 
 
 @pytest.mark.parametrize(("bits", "moves"), [(16, False), (32, False), (64, False), (13, True), (24, True), (40, True)])

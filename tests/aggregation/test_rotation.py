@@ -30,13 +30,6 @@ def test_norms_and_angles_stay_and_the_inverse_gives_the_vector_back(size: int, 
         assert np.abs(back - a).max() <= 4 * size * 2.0**-53 * np.abs(a).max() * math.sqrt(size)
 
 
-@pytest.mark.parametrize("size", [1, 2, 7, 8, 13, 100])
-def test_it_is_an_orthogonal_matrix_of_the_same_order(size: int) -> None:
-    matrix = np.stack([rotate(row, SEED) for row in np.eye(size)])
-    assert np.allclose(matrix @ matrix.T, np.eye(size), atol=1e-14)
-    assert np.allclose([rotate_back(row, SEED) for row in np.eye(size)], matrix.T, atol=1e-14)
-
-
 @settings(deadline=None)
 @given(sizes, seeds, st.integers(0, 2**32))
 def test_the_sum_of_rotated_vectors_is_the_rotated_sum(size: int, seed: bytes, number: int) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from aggregation import envelope, masks, ring, server
 from aggregation.errors import ConfigError, ProtocolError
-from aggregation.messages import Advert, ConsistencySignature, MaskedInput, Shares, UnmaskResponse
+from aggregation.messages import Advert, ConsistencySignature, Shares, UnmaskResponse
 from aggregation.server import AbortReason, Established, RoundAborted
 from tests.support import refused
 
@@ -188,17 +188,6 @@ def test_a_checked_input_is_added_once_for_its_device_and_its_plan_only(fleet: A
     assert set(taken.add(OTHER, other).vectors) == {ME, OTHER}  # checked before ``taken`` was known
 
 
-def test_unused_bits_in_a_masked_input_are_refused_and_name_the_peer(
-    fleet_of: FleetOf, spec_of: Callable[..., Any], vector_of: Callable[..., Any]
-) -> None:
-    fleet = fleet_of(4, spec=spec_of(4, vector=vector_of(4, size=6, bits=17)))
-    state, plans = fleet.begin(fleet.establish())
-    body = fleet.contribute(ME, plans[ME])
-    packed = bytearray(body[: ring.packed_size(7, 17)])
-    packed[-1] |= 0x80
-    assert_refused(state.on_masked_input, ME, resigned_input(fleet, ME, body, bytes(packed)), "vector.unused-bits")
-
-
 def test_a_state_with_a_successor_adds_no_further_input(fleet: Any) -> None:
     state, plans = fleet.begin(fleet.establish())
     bodies = {name: fleet.contribute(name, plans[name]) for name in plans}
@@ -362,8 +351,3 @@ def test_masks_are_removed_for_every_pair_of_survivor_and_dropout(fleet: Any, mo
     _, result = fleet.round(fleet.establish(), {"input": ["device-002"]})
     assert len(seen[-1]) == 4 + 4 * 1
     fleet.assert_sum(result)
-
-
-def test_the_header_of_a_masked_input_is_small() -> None:
-    header = MaskedInput(bytes(32), "d" * 64, bytes(32))
-    assert len(header.encode()) < MaskedInput.LIMIT

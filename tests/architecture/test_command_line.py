@@ -38,20 +38,6 @@ EXTRAS = {"flwr", "matplotlib", "onnx", "peft", "rich", "safetensors", "sqlalche
 LEAVES = [path for path in ALL if path not in GROUPS]
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
-    """The command line in this process: exit code, standard output, standard error."""
-
-    def call(*arguments: str) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["edgeadapt", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            program.main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return call
-
-
 @pytest.mark.parametrize("path", LEAVES, ids=" ".join)
 def test_help_has_an_example_of_the_command_and_a_word_on_each_option(path: Path, run: Callable[..., Outcome]) -> None:
     code, out, err = run(*path, "--help")

@@ -10,21 +10,12 @@ import pytest
 
 PARTS = ("aggregation", "client", "coordinator", "edgeadapt", "export", "simulations")
 DEVICE = ("client.cli", "client.cli.adapters", "client.cli.infer", "client.inference", "client.learning")
-ENROLMENT = (
-    "client.cli.node",
-    "client.node.enrolment",
-    "edgeadapt.cli.authority",
-    "edgeadapt.authority.store",
-)
+ENROLMENT = ("client.cli.node", "client.node.enrolment", "edgeadapt.cli.authority", "edgeadapt.authority.store")
 AUDITOR = ("edgeadapt.cli.audit", "edgeadapt.audit.transcripts")
 TRAINING = ("edgeadapt.bases.traininggraph", "client.training.graphengine")
-COMMANDS = ("promotion", "sbom", "verdict", "versions")
+COMMANDS = ("promotion", "sbom", "versions")
 GOVERNANCE = ("edgeadapt.promotion", "edgeadapt.releases", *(f"edgeadapt.cli.{name}" for name in COMMANDS))
-COMPARISON = (
-    "edgeadapt.cli.versions",
-    "edgeadapt.releases.difference",
-    "edgeadapt.releases.lineage",
-)
+COMPARISON = ("edgeadapt.cli.versions", "edgeadapt.releases.difference", "edgeadapt.releases.lineage")
 GATEWAY = ("client.gateway", "client.node.step")
 DISTRIBUTIONS = {  # import package → distribution of another name
     "cyclonedx": "cyclonedx-python-lib",
@@ -74,14 +65,7 @@ def test_the_command_line_loads_no_part_before_it_is_asked_to(root: Path) -> Non
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
     loaded = set(done.stdout.split())
     assert "aggregation.errors" in loaded
-    assert not loaded & {
-        "numpy",
-        "client",
-        "coordinator",
-        "export",
-        "simulations",
-        *ABSENT_ON_A_DEVICE,
-    }
+    assert not loaded & {"numpy", "client", "coordinator", "export", "simulations", *ABSENT_ON_A_DEVICE}
 
 
 @pytest.mark.parametrize(

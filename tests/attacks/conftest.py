@@ -17,7 +17,7 @@ from aggregation.policy import Policy
 from aggregation.recovery import Recovery
 from aggregation.spec import Adversary
 from client.node import sumhistory
-from coordinator import stillness
+from coordinator import lastsum
 from tests.support.fleet import entropy, fleet_of, spec_of, vector_of
 
 __all__ = ["entropy", "fleet_of", "spec_of", "vector_of"]
@@ -30,7 +30,7 @@ def by_bytes_only(monkeypatch: pytest.MonkeyPatch) -> None:
     coordinator keeps no cohort because of it.
     """
     monkeypatch.setattr(sumhistory, "_separation", lambda *_: math.inf)
-    monkeypatch.setattr(stillness, "bound", lambda *_: None)
+    monkeypatch.setattr(lastsum, "binding", lambda *_: None)
 
 
 @dataclass(slots=True)

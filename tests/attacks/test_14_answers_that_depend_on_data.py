@@ -285,20 +285,24 @@ def busy_fleet(fleet_of: FleetOf) -> Any:
     return fleet
 
 
-def times(fleet: Any, clock: VirtualClock, step: Step = Step.PLAN) -> dict[str, float]:
-    """How long each device took to answer one step of a session of one round."""
-    observer = Observer(now=clock.now, step=step)
-    fleet.federate(fleet.grid(app=observer))
-    return {name: seen[2] for name, seen in observer.seen.items()}
+def times(fleet: Any, clock: VirtualClock) -> dict[Step, dict[str, float]]:
+    """How long each device took to answer each step of a session of one round."""
+    observers = {step: Observer(now=clock.now, step=step) for step in Step}
+
+    def observed(message: Message, context: Context) -> Message:
+        return observers[Step(message.metadata.message_type.partition(".")[2])](message, context)
+
+    fleet.federate(fleet.grid(app=observed))
+    return {step: {name: seen[2] for name, seen in each.seen.items()} for step, each in observers.items()}
 
 
-@pytest.mark.parametrize("step", Step)
 def test_an_answer_leaves_at_a_time_that_does_not_show_how_many_examples_a_device_has(
-    app_fleet_of: FleetOf, clock: VirtualClock, step: Step
+    app_fleet_of: FleetOf, clock: VirtualClock
 ) -> None:
     fleet = busy_fleet(app_fleet_of)
     set_policy(fleet, answer_quantum_seconds=QUANTUM)
-    assert times(fleet, clock, step) == dict.fromkeys(DEVICES, QUANTUM if step in READS_EXAMPLES else 0.0)
+    expected = {step: QUANTUM if step in READS_EXAMPLES else 0.0 for step in Step}
+    assert times(fleet, clock) == {step: dict.fromkeys(DEVICES, seconds) for step, seconds in expected.items()}
 
 
 def test_training_of_more_than_a_quantum_shows_the_number_of_quanta_and_no_more(
@@ -306,16 +310,16 @@ def test_training_of_more_than_a_quantum_shows_the_number_of_quanta_and_no_more(
 ) -> None:
     fleet = busy_fleet(app_fleet_of)
     set_policy(fleet, answer_quantum_seconds=1.5)
-    assert times(fleet, clock) == {name: 3.0 if name in HOLDERS else 1.5 for name in DEVICES}
+    assert times(fleet, clock)[Step.PLAN] == {name: 3.0 if name in HOLDERS else 1.5 for name in DEVICES}
     assert caplog.text.count("a larger answer_quantum_seconds would hide") == len(HOLDERS)
 
 
-@pytest.mark.parametrize(("step", "many", "few"), [(Step.OFFER, 1.5, 0.75), (Step.PLAN, 2.0, 1.0)])
 def test_an_answer_that_leaves_at_once_shows_how_many_examples_a_device_has(
-    app_fleet_of: FleetOf, clock: VirtualClock, step: Step, many: float, few: float
+    app_fleet_of: FleetOf, clock: VirtualClock
 ) -> None:
-    found = times(busy_fleet(app_fleet_of), clock, step)
-    assert found == {name: many if name in HOLDERS else few for name in DEVICES}
+    found = times(busy_fleet(app_fleet_of), clock)
+    for step, many, few in ((Step.OFFER, 1.5, 0.75), (Step.PLAN, 2.0, 1.0)):
+        assert found[step] == {name: many if name in HOLDERS else few for name in DEVICES}
 
 
 @pytest.mark.parametrize("delayed", [True, False])
@@ -352,6 +356,7 @@ def test_a_message_during_training_is_answered_when_the_plan_is(
         list[float](),
         list[threading.Thread](),
     )
+    asked = {DEVICES[0], *HOLDERS}
     set_policy(fleet, answer_quantum_seconds=QUANTUM)
 
     def ask(context: Context) -> None:
@@ -365,6 +370,9 @@ def test_a_message_during_training_is_answered_when_the_plan_is(
         clock.sleep(seconds)
 
     def observed(message: Message, context: Context) -> Message:
+        if Path(str(context.node_config["state"])).name not in asked:
+            return app(message, context)
+
         def interrupted(self: ClassifierTrainer, *given: Any, **named: Any) -> Tensors:
             threads.append(threading.Thread(target=ask, args=(context,)))
             threads[-1].start()
@@ -392,5 +400,5 @@ def test_a_message_during_training_is_answered_when_the_plan_is(
         monkeypatch.setattr("client.node.step._delayed", lambda *given: nullcontext())
         monkeypatch.setattr(DeviceStateDir, "locked", waiting_without_it)
     fleet.federate(fleet.grid(app=observed))
-    assert len(answered) == len(DEVICES)
+    assert len(answered) == len(asked)
     assert all(at % QUANTUM == 0 for at in answered) == held

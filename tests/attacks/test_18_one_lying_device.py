@@ -17,7 +17,7 @@ from aggregation import rotation
 from aggregation.server import AbortReason, RoundAborted
 from aggregation.spec import SessionSpec
 from client.node import app as node
-from client.training.limits import TrainingLimits
+from client.node.policy import TrainingLimits
 from coordinator import rounds
 from edgeadapt.rounds import optimizer, task
 from tests.support.hostile import audit_failures

@@ -89,9 +89,12 @@ class Attack:
         return answer
 
 
-@pytest.fixture(params=["by hand", "old", "aborted"])
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+KINDS = pytest.mark.parametrize(
+    ("kind", "false"),
+    [("by hand", ""), ("old", "round"), ("aborted", "round")],
+    ids=["by hand, true log", "old, false log", "of an aborted round, false log"],
+)
+IN_A_SESSION = pytest.mark.parametrize("kind", ["old", "aborted"])
 
 
 def attacked(fleet: Any, attack: Attack) -> None:
@@ -122,7 +125,7 @@ def weaken(patch: pytest.MonkeyPatch, check: str) -> None:
     patch.setattr(logstate if hasattr(logstate, check) else LogState, check, lambda *_: None)
 
 
-@pytest.mark.parametrize("false", ["", "round"], ids=["true log", "false log"])
+@KINDS
 def test_a_plan_of_another_adapter_than_the_logs_newest_is_refused(
     app_fleet_of: FleetOf, kind: str, false: str, refusals: Callable[[], set[str]]
 ) -> None:
@@ -132,7 +135,7 @@ def test_a_plan_of_another_adapter_than_the_logs_newest_is_refused(
     assert refusals() == {"receipt.adapter" if false else "plan.adapter"}
 
 
-@pytest.mark.parametrize("false", ["", "round"], ids=["true log", "false log"])
+@KINDS
 def test_without_the_check_every_device_trains_from_it(
     app_fleet_of: FleetOf, kind: str, false: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +145,7 @@ def test_without_the_check_every_device_trains_from_it(
     assert attack.trained == 4
 
 
+@IN_A_SESSION
 def test_a_session_that_starts_from_another_adapter_is_refused(
     app_fleet_of: FleetOf, kind: str, refusals: Callable[[], set[str]]
 ) -> None:
@@ -151,6 +155,7 @@ def test_a_session_that_starts_from_another_adapter_is_refused(
     assert refusals() == {"proof.adapter"}
 
 
+@IN_A_SESSION
 def test_without_the_check_every_device_trains_in_a_session_that_starts_from_another_adapter(
     app_fleet_of: FleetOf, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,7 @@ from aggregation.steps import Step
 from aggregation.transcript import LogState
 from client.node.app import app as client_app
 from client.node.statedir import LOG_STATE
-from coordinator import recorder
+from coordinator import transcripts
 from coordinator.registry import Registry
 from coordinator.settings import Aggregation, FederationSettings
 from coordinator.statedir import CoordinatorStateDir
@@ -273,9 +273,9 @@ def test_a_round_with_another_ending_than_was_recorded_is_found(
     fleet: Any, audited: Audit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The coordinator logs another reason than it recorded."""
-    honest = recorder.ending_of
+    honest = transcripts.ending_of
     with monkeypatch.context() as hostile:
-        hostile.setattr(recorder, "ending_of", lambda record: replace(honest(record), reason="too-few-again"))
+        hostile.setattr(transcripts, "ending_of", lambda record: replace(honest(record), reason="too-few-again"))
         next_session(fleet, no_answers)
     code, printed = audited(fleet.out)
     assert (code, "round 2 was recorded with another ending" in printed["error"]) == (4, True)

@@ -28,12 +28,12 @@ from aggregation.transcript import Result, read
 from client.node import adapterstate
 from client.node.app import app as client_app
 from client.node.statedir import SETTINGS as DEVICE_SETTINGS
-from coordinator.recorder import Recorder
 from coordinator.statedir import CoordinatorStateDir
+from coordinator.transcripts import Recorder
 from edgeadapt import program
 from edgeadapt.audit import Check, Finding, Status, history, rules, sums
-from edgeadapt.audit.repeats import RepeatedSums
 from edgeadapt.audit.transcripts import VECTORS, logs, vector_path
+from edgeadapt.audit.weaknesses import RepeatedSums
 from tests.support.hostile import plans_for_anyone
 from tests.support.subtracting import any_set
 
@@ -119,17 +119,12 @@ def mean_of_aborted(out: Path, withheld: dict[str, UnmaskResponse]) -> Any:
     return one.values["delta"] / one.values["weight"][0]
 
 
-def test_the_coordinator_has_the_sum_of_the_round_that_it_logs_as_aborted(
-    attacked: tuple[Path, Withholding],
+def test_an_audit_names_the_aborted_round_and_who_is_in_one_sum_only_and_without_the_check_it_does_not(
+    attacked: tuple[Path, Withholding], audited: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, app = attacked
     assert 0 < np.linalg.norm(mean_of_aborted(out, app.withheld)) < 12  # the largest norm of an update
-
-
-def test_an_audit_names_the_aborted_round_and_who_is_in_one_sum_only(
-    attacked: tuple[Path, Withholding], audited: Run
-) -> None:
-    code, printed, text = audited(attacked[0])
+    code, printed, text = audited(out)
     assert (code, printed["ok"]) == (0, True)
     found = repeats(printed)
     assert {check["status"] for check in found} == {"warning"}
@@ -141,13 +136,9 @@ def test_an_audit_names_the_aborted_round_and_who_is_in_one_sum_only(
     assert [each["result"] is None for each in rounds] == [True, False]
     assert rounds[0]["adapter"] == rounds[1]["adapter"]
 
-
-def test_without_the_check_the_audit_has_no_word_about_it(
-    attacked: tuple[Path, Withholding], audited: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
     silent = Finding(Check.REPEATS, Status.PASS, "")
     monkeypatch.setattr(RepeatedSums, "check", lambda self, log, rounds: silent)
-    code, _, text = audited(attacked[0])
+    code, _, text = audited(out)
     assert code == 0
     assert "unmasked" not in text
     assert VICTIM not in text

@@ -69,7 +69,7 @@ def test_the_coordinators_app_admits_the_first_of_two_twins(
     (second.folder / CERTIFICATE).write_bytes(twin)
     if not checked:
         monkeypatch.setattr(checks, "same_name", lambda device: device)
-        monkeypatch.setattr("coordinator.checkin.same_name", lambda device: device)
+        monkeypatch.setattr("coordinator.session.same_name", lambda device: device)
     (record,) = fleet.federate(fleet.grid())
     (log,) = (fleet.out / "coordinator" / "transcript").glob("*.log")
     offer = Offer.decode(envelope.unverified_body(transcript.read(log.read_bytes()).entries[0].message))
@@ -91,7 +91,7 @@ def test_a_device_with_two_names_takes_part_as_one_and_does_not_end_the_run(
     (second.folder / CERTIFICATE).write_bytes(again)
     (second.folder / IDENTITY).write_bytes(first.identity.to_pem())
     if not checked:
-        monkeypatch.setattr("coordinator.checkin.identity", lambda certificate: SimpleNamespace(key_id=object()))
+        monkeypatch.setattr("coordinator.session.identity", lambda certificate: SimpleNamespace(key_id=object()))
         with refused(ProtocolError, "offer.keys"):
             fleet.federate(fleet.grid())
         return

@@ -47,7 +47,7 @@ class Later(datetime):
 
 @pytest.fixture
 def later(monkeypatch: pytest.MonkeyPatch) -> type[Later]:
-    for module in ("client.node.step", "coordinator.checkin", "coordinator.session", "coordinator.rounds"):
+    for module in ("client.node.step", "coordinator.session", "coordinator.session", "coordinator.rounds"):
         monkeypatch.setattr(f"{module}.datetime", Later)
     monkeypatch.setattr(Later, "ahead", timedelta())
     return Later
@@ -70,7 +70,7 @@ def test_a_certificate_that_expires_while_others_check_in_does_not_end_the_run(
 
     answered = list[int]()
     if not checked:
-        monkeypatch.setattr("coordinator.checkin._still_valid", unchecked_time)
+        monkeypatch.setattr("coordinator.session._still_valid", unchecked_time)
         with refused(ProtocolError, "certificate.validity"):
             fleet.federate(fleet.grid(app=waited))
         return

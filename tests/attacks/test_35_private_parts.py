@@ -23,11 +23,11 @@ from aggregation.client import Masked
 from aggregation.sealed import ClientState
 from aggregation.steps import Step
 from client.node import app as device_app
+from client.node.policy import TrainingLimits
 from client.node.privateparts import PrivateParts
 from client.node.statedir import DeviceStateDir
 from client.training.control import TrainingControl
 from client.training.examples import parse_examples
-from client.training.limits import TrainingLimits
 from edgeadapt.formats import files
 from edgeadapt.formats.layout import Layout, Tensors
 from edgeadapt.methods.parts import Part, only

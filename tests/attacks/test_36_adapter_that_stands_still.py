@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from aggregation import rotation
 from client.node import sumhistory
-from coordinator import rounds, stillness
+from coordinator import lastsum, rounds
 from tests.support.subtracting import VICTIM, Subtracting, fleet_without_proofs
 
 FleetOf = Callable[..., Any]
@@ -39,7 +39,7 @@ def without_the_victim(
     app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, count: int = 2, **more: Any
 ) -> tuple[Subtracting, Any, Any]:
     """So many rounds, of which the victim does not get the last plan."""
-    monkeypatch.setattr(stillness, "bound", lambda *_: None)
+    monkeypatch.setattr(lastsum, "binding", lambda *_: None)
     settings = {"rounds": count, "aggregation__session_rounds": count, **FINE, **more}
     fleet = fleet_without_proofs(app_fleet_of, **settings)
     attack = Subtracting(monkeypatch, aborted=(), withheld={str(count)})

@@ -12,9 +12,9 @@ import pytest
 from numpy.typing import NDArray
 
 from aggregation.errors import ProtocolError
+from client.node.policy import TrainingLimits
 from client.training import torchengine
 from client.training.examples import Example
-from client.training.limits import TrainingLimits
 from client.training.trainer import ClassifierTrainer
 from coordinator.settings import FederationSettings
 from edgeadapt.formats.layout import Layout, Tensors

@@ -11,8 +11,7 @@ from aggregation.entropy import SystemEntropy
 from aggregation.pki import Authority
 from benchmarks.__main__ import bench
 from benchmarks.gateway import measure
-from benchmarks.gateway.arrivals import arrive
-from benchmarks.gateway.clients import Device
+from benchmarks.gateway.clients import Device, arrive
 
 
 def test_the_quick_run_reaches_every_device_and_prints_its_figures() -> None:

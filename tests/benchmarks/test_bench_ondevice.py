@@ -12,51 +12,33 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.numpy import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from aggregation.errors import ConfigError, DataError
 from benchmarks.__main__ import bench
-from benchmarks.ondevice import compare, goals, inputs, report
-from benchmarks.ondevice.compare import Speeds, race, ratios
+from benchmarks.ondevice import compare, inputs, report
+from benchmarks.ondevice.compare import race
 from benchmarks.ondevice.eager import TorchEngine
 from benchmarks.ondevice.inputs import TokenWindows
 from benchmarks.ondevice.process import PEER, TORCH, Completion, Contender, ContenderSpec, loss
-from edgeadapt.bases.base import Base, find_base
+from edgeadapt.bases.base import Base
 from edgeadapt.methods import causal
 from export.onnx.exported import Profile
-from tests.support import refused
+from tests.support import models, refused
 
-VOCABULARY = 96
+globals().update(models.FIXTURES)
+
+VOCABULARY = len(models.LETTERS)
 HEADS, KV_HEADS = 4, 2
 RECIPE = inputs.Recipe(rank=4, alpha=8, steps=2, windows=2, rate=0.05)
-WORK = compare.OnDeviceWorkload(rounds=2, prompt=12, tokens=6, eager=2, windows=2, threads=1, starts=2, tenants=(1, 3))
+WORK = compare.OnDeviceWorkload(
+    rounds=2, prompt=12, tokens=6, eager=2, windows=1, threads=1, starts=1, tenants=(1, 3), recipe=RECIPE
+)
 needs_peer = pytest.mark.skipif(not compare.has_peer(), reason="llama.cpp is not installed: pip install '.[bench]'")
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    """Two layers of Llama with seeded weights."""
-    folder = tmp_path_factory.mktemp("tiny")
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS, max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=1,
-        eos_token_id=2, pad_token_id=2,
-    )  # fmt: skip
-    model, generator = LlamaForCausalLM(config), torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            noise = 0.2 * torch.randn(value.shape, generator=generator)
-            value.copy_(noise + 1 if "norm" in name else noise)
-    model.save_pretrained(folder)
-    words = {"<start>": 1, "<end>": 2, "<unused>": 0} | {chr(33 + i): 3 + i for i in range(VOCABULARY - 3)}
-    tokenizer = Tokenizer(models.BPE(words, []))  # the only kind that onnxruntime-genai supports
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<start>", "eos_token": "<end>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return find_base(str(folder))
+def tiny(make_lm: models.MakeLm) -> Base:
+    return make_lm(intermediate_size=128, max_position_embeddings=128)
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +107,8 @@ def found(
         patch.setenv("EDGEADAPT_CACHE", str(adapter.parents[1]))
         steps: list[str] = []
         folder = tmp_path_factory.mktemp("files")
-        result = compare.on_base(tiny, gguf, text, [Profile.FP32], WORK, folder, steps.append, RECIPE)
-    assert {"export: fp32", "cold start 2 of 2: fp32", "perplexity: torch, base", "round 2 of 2: fp32"} <= set(steps)
+        result = compare.on_base(tiny, gguf, text, [Profile.FP32], WORK, folder, steps.append)
+    assert {"export: fp32", "cold start 1 of 1: fp32", "perplexity: torch, base", "round 2 of 2: fp32"} <= set(steps)
     return json.loads(json.dumps(result))  # type: ignore[no-any-return]
 
 
@@ -204,13 +186,6 @@ def test_a_tensor_without_a_name_in_llama_cpp_is_refused(tmp_path: Path) -> None
         write_gguf(tmp_path / "odd.gguf", odd, alpha=1, heads=1, kv_heads=1)
 
 
-def test_rotary_order_interleaves_the_halves_of_each_head() -> None:
-    from benchmarks.ondevice.ggufadapter import rotary_order
-
-    rows = np.arange(8.0, dtype=np.float32)[:, None]
-    assert rotary_order(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-
-
 def test_training_again_uses_the_cached_adapter_and_another_recipe_makes_another(
     tiny: Base, text: TokenWindows, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,11 +209,6 @@ def test_the_loss_is_the_cross_entropy_of_torch() -> None:
     total, count = loss(Fixed(), [row])  # type: ignore[arg-type]
     expected = torch.nn.functional.cross_entropy(torch.from_numpy(scores[:-1]), torch.tensor(row[1:]), reduction="sum")
     assert (count, total) == (4, pytest.approx(float(expected), rel=1e-6))
-
-
-def test_a_ratio_compares_within_rounds_so_a_slow_round_does_not_change_it() -> None:
-    assert ratios([10, 20, 5], [5, 10, 2.5]) == [2, 2, 2]
-    assert Speeds(base=[100, 10], adapter=[95, 9.5]).cost == pytest.approx(0.05)
 
 
 class FakeContender:
@@ -272,11 +242,6 @@ def test_a_contender_that_cannot_load_is_refused(tmp_path: Path) -> None:
     spec = ContenderSpec("fp32", str(tmp_path / "none"), (), 1, 1, 8, 1, 1, ())
     with refused(DataError, "fp32"):
         Contender(spec, [1])
-
-
-def test_a_process_ends_with_its_input() -> None:
-    done = subprocess.run([sys.executable, "-m", "benchmarks.ondevice.process"], input="", text=True, timeout=60)
-    assert done.returncode == 0
 
 
 PAGES = {"rss": 105 * 10**6, "shared": 40 * 10**6, "private": 65 * 10**6}
@@ -319,8 +284,8 @@ def _result(
 
 def test_the_profile_of_the_goals_is_the_fastest_that_is_comparable_to_the_peer() -> None:
     fast = {"native-int4": 120.0, "native-int8": 130.0}
-    assert goals.chosen(_result(fast)) == "native-int4"  # the other has 1.5 times the bytes
-    assert goals.chosen(_result(fast, perplexity=21.0)) == "native-int8"  # none is comparable
+    assert report.chosen(_result(fast)) == "native-int4"  # the other has 1.5 times the bytes
+    assert report.chosen(_result(fast, perplexity=21.0)) == "native-int8"  # none is comparable
 
 
 @pytest.mark.parametrize(
@@ -337,10 +302,10 @@ def test_the_profile_of_the_goals_is_the_fastest_that_is_comparable_to_the_peer(
 )
 def test_a_missed_goal_is_reported_as_not_reached(change: dict[str, Any], missed: str | None) -> None:
     result = _result(**({"decode": {"native-int4": 125.0, "native-int8": 50.0}} | change))
-    rows = {row["goal"]: row["reached"] for row in goals.judged(result)["goals"]}
+    rows = {row["goal"]: row["reached"] for row in report.judged(result)["goals"]}
     assert rows.get(missed or "", False) is False
     assert all(rows.values()) is (missed is None)
-    assert ("not reached" in report.table(goals.judged(result))) is (missed is not None)
+    assert ("not reached" in report.table(report.judged(result))) is (missed is not None)
 
 
 def test_without_a_peer_the_goals_relative_to_it_are_left_out() -> None:
@@ -350,25 +315,13 @@ def test_without_a_peer_the_goals_relative_to_it_are_left_out() -> None:
             values.pop(PEER, None)
         if key.endswith("_ratio"):
             result[key] = {}
-    judged = goals.judged(result)
+    judged = report.judged(result)
     assert not [row for row in judged["goals"] if "llama.cpp" in row["goal"]]
     assert "/ peer" not in report.table(judged)
 
 
-def test_the_table_has_the_memory_of_a_tenant_where_the_system_reports_it() -> None:
-    result = goals.judged(_result({"native-int4": 125.0, "native-int8": 50.0}))
-    assert "each further tenant 2.00 MB, its tensors in float32 1.90 MB" in report.table(result)
-    assert "each further tenant" not in report.table(result | {"tenants": None})
-
-
-def test_equally_good_profiles_are_distinguished_by_the_legend() -> None:
-    axes = report.figure(_result({"native-int4": 101.0, "native-int8": 101.0})).axes[2]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["native-int4", "native-int8", PEER, TORCH]
-    assert len({tuple(points.get_facecolor()[0]) for points in axes.collections}) == 4
-
-
 def test_json_and_picture_are_written_and_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    result = goals.judged(_result({"native-int4": 125.0, "native-int8": 50.0}))
+    result = report.judged(_result({"native-int4": 125.0, "native-int8": 50.0}))
     report.make_folder(tmp_path / "new")
     report.keep(result, tmp_path / "new")
     assert json.loads((tmp_path / "new" / report.RESULT).read_text())["goals_profile"] == "native-int4"
@@ -409,16 +362,9 @@ def test_help_imports_no_framework() -> None:
     assert not {"torch", "onnxruntime", "llama_cpp", "transformers"} & set(done.stderr.split())
 
 
-def test_warnings_of_a_contenders_libraries_are_not_shown(
+def test_a_contender_shows_no_warnings_and_ends_at_an_interrupt(
     tiny: Base, adapter: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    spec = ContenderSpec(TORCH, str(tiny.folder), (str(adapter),), 1, 1, 16, RECIPE.rank, RECIPE.alpha, RECIPE.targets)
-    with Contender(spec, [1, 2]):
-        pass
-    assert capfd.readouterr().err == ""
-
-
-def test_an_interrupt_kills_the_processes_of_the_contenders(tiny: Base, adapter: Path) -> None:
     spec = ContenderSpec(TORCH, str(tiny.folder), (str(adapter),), 1, 1, 16, RECIPE.rank, RECIPE.alpha, RECIPE.targets)
 
     def interrupted() -> None:
@@ -430,3 +376,4 @@ def test_an_interrupt_kills_the_processes_of_the_contenders(tiny: Base, adapter:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert processes[0].returncode == -signal.SIGKILL
+    assert capfd.readouterr().err == ""  # none of its libraries' warnings

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from aggregation.errors import ConfigError
-from benchmarks.simulation import compare, report
+from benchmarks.simulation import compare
 from benchmarks.simulation.compare import tree
 from simulations.engine import flowerengine
 
@@ -22,9 +22,9 @@ def side(rate: float, seconds: float, memory: float) -> dict[str, Any]:
 def test_the_table_has_medians_spread_ratio_and_goal() -> None:
     row = {"clients": 30, "rounds": 5, "goal": 20.0, "ratio": 40.0, "memory_share": 0.25}
     row |= {"ours": side(120.0, 2.0, 5e8), "flower": side(3.0, 60.0, 2e9)}
-    text = report.table({"rows": {"no training": row}, "repeats": 3})
+    text = compare.table({"rows": {"no training": row}, "repeats": 3})
     assert "no training, 30 clients" in text
-    for cell in ("120 (60–240)", "3.0 (1.5–6.0)", "40.0", "≥ 20", "500 (250–1000)", "0.25"):
+    for cell in ("120 (60–240)", "3 (1.5–6)", "40.0", "≥ 20", "500 (250–1,000)", "0.25"):
         assert cell in text
 
 
@@ -44,7 +44,7 @@ def test_without_ray_the_engine_is_refused_by_name(monkeypatch: pytest.MonkeyPat
         flowerengine.require_ray()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 def test_a_quick_run_measures_both_engines() -> None:
     (row,) = compare.compare(compare.QUICK, lambda step: None)["rows"].values()

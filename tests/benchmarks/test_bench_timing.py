@@ -1,6 +1,6 @@
 """What the timings of the benchmarks mean."""
 
-from benchmarks.timing import Call, Stopwatch, Timing, interleaved, measure
+from benchmarks.timing import Call, Timing, interleaved, measure
 
 
 def test_each_repeat_has_a_new_input() -> None:
@@ -23,11 +23,3 @@ def test_quartiles_are_those_of_the_repeats() -> None:
     assert Timing((4.0, 1.0, 3.0, 2.0, 5.0), (0.0,) * 5).quartiles == (2.0, 4.0)
     assert Timing((7.0,), (0.0,)).quartiles == (7.0, 7.0)
     assert (Timing((1.0, 2.0), (3.0, 4.0)) + Timing((10.0, 20.0), (0.0, 1.0))).wall == (11.0, 22.0)
-
-
-def test_a_stopwatch_sums_its_calls_and_returns_their_results() -> None:
-    watch = Stopwatch()
-    assert watch.run(max, 1, 2) == 2
-    first = watch.seconds
-    watch.run(max, 1, 2)
-    assert watch.seconds > first > 0

@@ -24,6 +24,7 @@ from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
 from tests.support import cdp, models, programs
 from tests.support.models import LABELS, draw
+from tests.support.nodetab import NodeTab
 from tests.support.programs import need
 
 CONFIG = PeftConfig.lora(rank=4, alpha=8)
@@ -40,6 +41,12 @@ def libraries() -> None:
 @pytest.fixture(scope="session")
 def node(libraries: None) -> str:
     return programs.node()
+
+
+@pytest.fixture(scope="session")
+def tab(node: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeTab]:
+    with contextlib.closing(NodeTab(node, tmp_path_factory.mktemp("node") / "site")) as tab:
+        yield tab
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +74,16 @@ def tabs(chromium: Any) -> Iterator[list[cdp.Page]]:
         yield [stack.enter_context(contextlib.closing(cdp.Page(chromium))) for _ in range(2)]
 
 
+IN_BROWSER = """
+globalThis.load = (name) => import(`/${name}.js`);
+globalThis.opened = async () => {
+  const [{ Engine }, { HttpSource }] = await Promise.all([load("engine"), load("sources")]);
+  const here = new URL("/", location.href);
+  const source = new HttpSource(new URL("bundle/", here), new URL("bundle.json", here));
+  const provider = new URLSearchParams(location.search).get("provider") ?? undefined;
+  return Engine.open(source, await (await fetch("/trust.pem")).text(), () => {}, provider);
+};
+"""  # what ``NodeTab`` has
 Serve = Callable[[Path], str]
 
 

@@ -134,9 +134,7 @@ def _lesson(chromium: Chromium, page: Page, label: str, phrase: str) -> dict[str
     }
     if "tested" not in learned:
         return found
-    return found | {
-        "tested phrases with another answer": f"{len(learned['changed'])} of {learned['tested']}",
-    }
+    return found | {"tested phrases with another answer": f"{len(learned['changed'])} of {learned['tested']}"}
 
 
 def _text(chromium: Chromium, page: Page, tokens: int, repeat: int) -> dict[str, Any]:

@@ -1,10 +1,8 @@
 """A tab trains an adapter of DoRA as the native device does: by its magnitudes too, and with the same norms."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -27,8 +25,8 @@ from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.methods import causal, classifier
 from edgeadapt.methods.parts import Part, part_of
 from edgeadapt.methods.peft.inputs import AdapterInputs
+from export.bundle.base import resolved
 from export.bundle.sources import Origin
-from export.bundle.trained import resolved
 from export.bundle.write import AdapterSource, write_bundle
 from export.causal import export_causal
 from export.onnx.classifier import export_classifier
@@ -38,25 +36,11 @@ from export.onnx.targets import SlotKind, Slots
 from tests.browser.test_language_learning import TUNED as TUNED_LANGUAGE
 from tests.browser.test_language_learning import contributes_as_natively as texts_contribute_as_natively
 from tests.browser.test_language_learning import given as corrections
-from tests.browser.test_learning import (
-    GRADIENTS,
-    OPEN,
-    answers,
-    by_input,
-    native,
-    other,
-    probed_at_values,
-    same,
-    taught_in,
-)
-from tests.browser.test_training import (
-    EXAMPLES,
-    PLAIN,
-    contributes_as_natively,
-    contributes_moments_as_natively,
-)
+from tests.browser.test_learning import GRADIENTS, TAUGHT, by_input, native, other, probed_at_values, refused, same
+from tests.browser.test_training import EXAMPLES, PLAIN, contributes_as_natively, contributes_moments_as_natively
 from tests.support.bundles import resign_base
 from tests.support.models import LABELS, PHRASES, draw, with_biases
+from tests.support.nodetab import OPEN, NodeTab
 
 pytestmark = pytest.mark.slow
 
@@ -130,9 +114,7 @@ def talking(lm_base: Base) -> tuple[ExportedBase, AdapterSource]:
     return exported, source(lm_base, LANGUAGE, "text-generation", drawn, ())
 
 
-def test_gradients_and_values_are_those_of_the_native_device(
-    page: Any, serve: Callable[[Path], str], phone: Path
-) -> None:
+def test_gradients_and_values_are_those_of_the_native_device(tab: NodeTab, phone: Path) -> None:
     """Of magnitudes too, over layers with biases; values that are put into slots are read from them again."""
     trainer, start = native(phone)
     shares = [1 / (2 + number) for number in range(len(EXAMPLES))]
@@ -140,69 +122,59 @@ def test_gradients_and_values_are_those_of_the_native_device(
     by_magnitude = [value for name, value in gradients.items() if part_of(name) is Part.VECTORS]
     assert len(by_magnitude) == 4
     assert min(float(np.abs(value).max()) for value in by_magnitude) > 1e-5
-    page.goto(serve(phone))
+    tab.open(phone)
     given = [(one.text, one.label, share) for one, share in zip(EXAMPLES, shares, strict=True)]
-    found = page.evaluate(f"{GRADIENTS}({json.dumps(given)})")
+    found = tab.evaluate(f"{GRADIENTS}({json.dumps(given)})")
     assert found["loss"] == pytest.approx(loss, abs=1e-5)
     largest = max(float(np.abs(value).max()) for value in gradients.values())
     same(found["gradients"], by_input(trainer, gradients), 1e-5 * largest)
-    for values in page.evaluate(ROUND_TRIP):
+    for values in tab.evaluate(ROUND_TRIP):
         same(values, by_input(trainer, start), 1e-5)
 
 
-def test_a_probe_is_of_the_values_that_a_lesson_begins_with(
-    page: Any, serve: Callable[[Path], str], phone: Path
-) -> None:
-    page.goto(serve(phone))
-    probed_at_values(page)
+def test_a_probe_is_of_the_values_that_a_lesson_begins_with(tab: NodeTab, phone: Path) -> None:
+    tab.open(phone)
+    probed_at_values(tab)
 
 
-def test_a_lesson_gives_the_adapter_and_the_answers_of_the_native_device(
-    page: Any, serve: Callable[[Path], str], phone: Path
-) -> None:
+def test_a_lesson_gives_the_adapter_and_the_answers_of_the_native_device(tab: NodeTab, phone: Path) -> None:
     label = other(phone)
-    page.goto(serve(phone))
-    found = taught_in(page, PHRASES[0], label)
-    assert found["error"] == ""
+    tab.open(phone)
+    given = json.dumps([(PHRASES[0], label, "global")])
+    answers = [tab.evaluate(f"{TAUGHT}({given if text == PHRASES[0] else []}, {text!r})") for text in PHRASES]
     with Learner.open(phone) as learner:
         before = learner.adapter.inputs
-        learned = learner.teach([Correction(PHRASES[0], label)])
+        learner.teach([Correction(PHRASES[0], label)])
     with Learner.open(phone) as learner:
         scales = {name: value for name, value in learner.adapter.inputs.items() if name.endswith(OUTPUT_SCALE)}
     assert all(np.abs(value - before[name]).max() > 1e-4 for name, value in scales.items())
-    assert found["shown"].startswith(f"personal version 4: 1 of 1 learned, {learned.steps} steps")
     session = ClassificationSession.open(phone)
-    for text in PHRASES:
+    for text, labels in zip(PHRASES, answers, strict=True):
         expected = session.rank([text], "personal", len(LABELS))[0]
-        assert answers(page, text) == [(one.label, pytest.approx(one.probability, abs=0.03)) for one in expected]
+        shown = [(one["label"], one["probability"]) for one in labels]
+        assert shown == [(one.label, pytest.approx(one.probability, abs=0.03)) for one in expected]
 
 
-def test_a_tab_contributes_to_a_round_what_a_native_device_contributes_or_nothing(
-    page: Any, serve: Callable[[Path], str], phone: Path
-) -> None:
-    page.goto(serve(phone))
+def test_a_tab_contributes_to_a_round_what_a_native_device_contributes_or_nothing(tab: NodeTab, phone: Path) -> None:
+    tab.open(phone)
     task = replace(PLAIN, peft_config=DORA, batch_size=16, trained=PARTS, shared=PARTS)
-    contributes_as_natively(page, phone, task)
+    contributes_as_natively(tab, phone, task)
 
 
 def test_a_tab_contributes_the_moments_of_a_native_device_to_an_analytic_head(
-    page: Any, serve: Callable[[Path], str], biased: Base, first: AdapterSource, vendor: IdentityKey, tmp_path: Path
+    tab: NodeTab, biased: Base, first: AdapterSource, vendor: IdentityKey, tmp_path: Path
 ) -> None:
     """In float: rounded weights of the two runtimes give embeddings that differ by more than float32."""
     slotted = with_mean_head(biased, Slots(("query", "value"), KINDS))
     exported = export_classifier(slotted, biased, Profile.FP32, training=True)
     write_bundle(tmp_path / "bundle", exported, [first], key=vendor, form="fp32")
     (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem())
-    page.goto(serve(tmp_path / "bundle"))
-    contributes_moments_as_natively(page, tmp_path / "bundle")
+    tab.open(tmp_path / "bundle")
+    contributes_moments_as_natively(tab, tmp_path / "bundle")
 
 
 def test_a_language_model_is_corrected_and_trained_as_natively(
-    page: Any,
-    serve: Callable[[Path], str],
-    talking: tuple[ExportedBase, AdapterSource],
-    vendor: IdentityKey,
-    tmp_path: Path,
+    tab: NodeTab, talking: tuple[ExportedBase, AdapterSource], vendor: IdentityKey, tmp_path: Path
 ) -> None:
     exported, adapter = talking
     write_bundle(tmp_path / "bundle", exported, [adapter], key=vendor, form="fp32")
@@ -214,35 +186,33 @@ def test_a_language_model_is_corrected_and_trained_as_natively(
 
     steps = list[int]()
     expected = trainer.teach(start, taught, [], LANGUAGE_RATE, lambda: steps.append(1))
-    page.goto(serve(tmp_path / "bundle"))
-    found = page.evaluate(f"{TUNED_LANGUAGE}({corrections(('is it?', 'yes'), earlier=[])})")
+    tab.open(tmp_path / "bundle")
+    found = tab.evaluate(f"{TUNED_LANGUAGE}({corrections(('is it?', 'yes'), earlier=[])})")
     assert (found["steps"], found["known"]) == (len(steps), 1)
     assert len(steps) > 1
     magnitudes = [name for name in start if part_of(name) is Part.VECTORS]
     assert all(np.abs(expected[name] - start[name]).max() > 1e-3 for name in magnitudes)
     same(found["values"], by_input(trainer, expected), 1e-4)
-    assert page.evaluate(OUTPUTS) == ["hits", "log_likelihood"]
-    texts_contribute_as_natively(page, trainer, start, (Part.A, Part.B, Part.VECTORS))
+    assert tab.evaluate(OUTPUTS) == ["hits", "log_likelihood"]
+    texts_contribute_as_natively(tab, trainer, start, (Part.A, Part.B, Part.VECTORS))
 
 
 def test_a_base_that_was_not_made_for_dora_and_weights_without_a_norm_get_one_line(
-    page: Any, serve: Callable[[Path], str], phone: Path, trainable: ExportedBase, vendor: IdentityKey
+    tab: NodeTab, phone: Path, trainable: ExportedBase, vendor: IdentityKey
 ) -> None:
-    url = serve(phone)
-    page.goto(url)
+    tab.open(phone)
     for ending in (OUTPUT_SCALE, OFFSET):
         slot = next(name for name in sorted(trainable.slots) if name.endswith(ending))
-        failed = page.error(f"{WITHOUT_SLOT}({json.dumps(slot)})")
+        failed = tab.error(f"{WITHOUT_SLOT}({json.dumps(slot)})")
         assert (failed["name"], failed["about"]) == ("ConfigError", slot)
         assert "export it with --slots low-rank,scale,offset" in failed["message"]
-    failed = page.error(WITHOUT_NORM)
+    failed = tab.error(WITHOUT_NORM)
     assert (failed["name"], failed["about"]) == ("DataError", "encoder.encoder.layer.0.attention.self.query")
     graph = phone / BASE / TRAINING
     model = onnx.load_from_string(graph.read_bytes())
     model.graph.output.remove(next(each for each in model.graph.output if each.name.endswith(".weight_norm")))
     graph.write_bytes(model.SerializeToString())
     resign_base(phone, vendor, files=trainable.digests | {TRAINING: storage.file_sha256(graph)})
-    page.goto(url)
-    shown = taught_in(page, PHRASES[0], other(phone))
-    assert "has no norm of" in shown["error"]
-    assert shown["in use"].startswith("In use: global,")
+    tab.open(phone)
+    assert "has no norm of" in refused(tab, label=other(phone))
+    assert tab.evaluate("engine.adapterNames()") == ["global"]

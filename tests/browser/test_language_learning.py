@@ -34,10 +34,11 @@ from export.bundle.write import AdapterSource, write_bundle
 from export.causal import export_causal
 from export.onnx.exported import ExportedBase, Profile
 from tests.browser.test_aggregation import session_of
-from tests.browser.test_learning import IN_USE, by_input, same
+from tests.browser.test_learning import IN_USE, TEACH, by_input, refused, same
 from tests.browser.test_training import ROUND, WAY, b64
 from tests.browser.test_training import given as planned
 from tests.support.bundles import flip, resign_base
+from tests.support.nodetab import OPEN, NodeTab
 
 pytestmark = pytest.mark.slow
 
@@ -45,30 +46,18 @@ LORA = PeftConfig.lora(rank=4, alpha=8, targets=("q_proj", "v_proj"))
 IN_BOTH = pytest.mark.parametrize("talking", [Profile.FP32, Profile.NATIVE_INT8], ids=str, indirect=True)
 PROMPT, ANSWER = "is it?", "yes"
 SMALL = np.float32(0.2)
-OPEN = """
-  const load = (name) => import(`/${name}.js`);
-  const [{ Engine }, { HttpSource }] = await Promise.all([load("engine"), load("sources")]);
-  const { Learner } = await load("learning/learner");
-  const here = new URL("/", location.href);
-  const source = new HttpSource(new URL("bundle/", here), new URL("bundle.json", here));
-  const engine = await Engine.open(source, await (await fetch("/trust.pem")).text());
-  const written = (values) => btoa(Array.from(new Uint8Array(values.buffer), (b) => String.fromCharCode(b)).join(""));
-  const all = (map) => Object.fromEntries([...map].map(([name, values]) => [name, written(values)]));
-"""
 GRADIENTS = f"""(async (given) => {{ {OPEN}
   const {{ LanguageGraphTrainer }} = await load("learning/languagegraph");
   const {{ encoded }} = await load("learning/encoding");
-  const adapter = await engine.verified("global");
   const trainer = await LanguageGraphTrainer.open(engine, adapter);
   const example = ([prompt, answer, share]) => ({{ ...encoded({{ prompt, text: answer }}, engine.generation), share }});
-  const examples = given.map(example);
-  const found = await trainer.gradients(await trainer.valuesOf(adapter.inputs), examples, async () => {{}});
-  return {{ examples, loss: found.loss, scores: found.scores, gradients: all(found.gradients) }};
+  const texts = given.map(example);
+  const found = await trainer.gradients(await trainer.valuesOf(adapter.inputs), texts, async () => {{}});
+  return {{ examples: texts, loss: found.loss, scores: found.scores, gradients: all(found.gradients) }};
 }})"""
 TUNED = f"""(async (given) => {{ {OPEN}
   const {{ teachLanguageModel }} = await load("learning/language");
   const {{ LanguageGraphTrainer }} = await load("learning/languagegraph");
-  const adapter = await engine.verified("global");
   const pause = async () => {{}};
   const found = await teachLanguageModel(engine, adapter, given.corrections, given.earlier, pause, given.compared);
   const trainer = await LanguageGraphTrainer.open(engine, adapter);
@@ -79,12 +68,8 @@ OBSERVE = """(() => {
   const result = document.getElementById("teach-result");
   new MutationObserver(() => seen.push(result.textContent)).observe(result, { childList: true });
 })()"""
-HANGING = f"""(async (given) => {{ {OPEN}
-  const pause = (steps) => (steps < 1 ? undefined : (globalThis.reached = true, new Promise(() => {{}})));
-  new Learner(engine).teach("global", given, pause);
-  return true;
-}})"""
 COMPARED = f"""(async (given) => {{ {OPEN}
+  const {{ Learner }} = await load("learning/learner");
   const seen = [];
   const pause = async (steps, comparing) => {{
     if (!comparing) return;
@@ -95,13 +80,9 @@ COMPARED = f"""(async (given) => {{ {OPEN}
   const found = await taught.catch(({{ about }}) => ({{ about }}));
   return {{ ...found, seen, names: await engine.adapterNames() }};
 }})"""
-CALL = """(async (given) => {
-  const { Client } = await import("/client.js");
-  const client = new Client();
-  await client.open();
-  const done = client.teach("global", given.corrections);
-  if (given.stop) client.stop();
-  await done;
+STOPPED = """(async ({ corrections }) => {
+  const { Learner } = await load("learning/learner");
+  await new Learner(engine).teach("global", corrections, async () => { throw new Error("stop"); });
 })"""
 
 
@@ -136,18 +117,16 @@ def given(*corrections: tuple[str, str], **more: Any) -> str:
 
 
 @IN_BOTH
-def test_tokens_learned_places_losses_and_gradients_are_those_of_the_native_device(
-    page: Any, serve: Callable[[Path], str], talker: Path
-) -> None:
+def test_tokens_learned_places_losses_and_gradients_are_those_of_the_native_device(tab: NodeTab, talker: Path) -> None:
     """In several runs of the graph, of texts of several lengths; one is longer than what is learned."""
     pairs = [("is it?", "yes"), ("a", "no, never"), ("where is\nthe key?", "under the mat " * 4), ("why", "ab" * 80)]
     pairs += [("", "abab abab"), ("", "ab" * 80)]
     shares = [1 / (2 + number) for number in range(3 * len(pairs))]
     examples = [Example(answer, prompt=prompt) for prompt, answer in 3 * pairs]
     trainer, start = native(talker, "global")
-    page.goto(serve(talker))
+    tab.open(talker)
     sent = [(*pair, share) for pair, share in zip(3 * pairs, shares, strict=True)]
-    found = page.evaluate(f"{GRADIENTS}({json.dumps(sent)})")
+    found = tab.evaluate(f"{GRADIENTS}({json.dumps(sent)})")
     for theirs, example in zip(found["examples"], examples, strict=True):
         ours = trainer.encoder.encode(example)
         assert theirs["ids"] == ours.ids.tolist()
@@ -163,9 +142,7 @@ def test_tokens_learned_places_losses_and_gradients_are_those_of_the_native_devi
 
 
 @IN_BOTH
-def test_the_same_corrections_tune_the_same_adapter_and_show_the_same_bits(
-    page: Any, serve: Callable[[Path], str], talker: Path
-) -> None:
+def test_the_same_corrections_tune_the_same_adapter_and_show_the_same_bits(tab: NodeTab, talker: Path) -> None:
     """One of two corrections that were taught earlier is rehearsed: the other one is corrected again. Of the texts that
     are compared, which take several runs of the graph, nothing is learned.
     """
@@ -176,10 +153,10 @@ def test_the_same_corrections_tune_the_same_adapter_and_show_the_same_bits(
     steps = list[int]()
     expected = trainer.teach(start, *ours, LANGUAGE_RATE, lambda: steps.append(1))
     compared = [Example("abab abab"), Example("no, never", prompt="a"), *(Example("ab" * 80) for _ in range(5))]
-    page.goto(serve(talker))
+    tab.open(talker)
     pairs = {"earlier": [{"text": text, "label": label} for text, label in earlier]}
     texts = {"compared": [{"text": one.text, "prompt": one.prompt} for one in compared]}
-    found = page.evaluate(f"{TUNED}({given(*taught, **pairs, **texts)})")
+    found = tab.evaluate(f"{TUNED}({given(*taught, **pairs, **texts)})")
     assert MAX_STEPS > found["steps"] == len(steps) > 1
     assert found["known"] == len(taught)
     same(found["values"], by_input(trainer, expected), 1e-4)
@@ -192,14 +169,12 @@ def test_the_same_corrections_tune_the_same_adapter_and_show_the_same_bits(
             assert [one[when] * math.log(2) for one in found[kind]] == pytest.approx(nats, rel=1e-3)
 
 
-def test_a_tab_contributes_to_a_round_what_a_native_device_contributes_or_nothing(
-    page: Any, serve: Callable[[Path], str], talker: Path
-) -> None:
-    page.goto(serve(talker))
-    contributes_as_natively(page, *native(talker, "global"), (Part.A, Part.B))
+def test_a_tab_contributes_to_a_round_what_a_native_device_contributes_or_nothing(tab: NodeTab, talker: Path) -> None:
+    tab.open(talker)
+    contributes_as_natively(tab, *native(talker, "global"), (Part.A, Part.B))
 
 
-def contributes_as_natively(page: Any, trainer: LanguageTrainer, start: Tensors, parts: tuple[Part, ...]) -> None:
+def contributes_as_natively(tab: NodeTab, trainer: LanguageTrainer, start: Tensors, parts: tuple[Part, ...]) -> None:
     """All texts are in one batch, so that their order makes no difference."""
     task = Task(trainer.engine.config, (), 3, 16, 0.005, 0.01, 0.0, parts, parts)
     own = [*(Example(text) for text in ("abab abab", "ba ba", "abba")), Example(ANSWER, prompt=PROMPT)]
@@ -211,7 +186,7 @@ def contributes_as_natively(page: Any, trainer: LanguageTrainer, start: Tensors,
     spec = replace(session_of(trainer.layout, 32), layout_digest=trainer.layout.digest)
 
     def sums(**changes: Any) -> Any:
-        packed = page.evaluate(f"{ROUND}({json.dumps(asked | changes)})")["packed"]
+        packed = tab.evaluate(f"{ROUND}({json.dumps(asked | changes)})")["packed"]
         return spec.vector.decode(np.frombuffer(bytes(packed), np.uint32), 1)
 
     found, score = sums(), trainer.score(start, held)
@@ -232,7 +207,7 @@ def contributes_as_natively(page: Any, trainer: LanguageTrainer, start: Tensors,
         assert sums(examples=examples)["weight"][0] == 0
     for change, about in (({"labels": ["a", "b"]}, "task.labels"), ({"learning_rate": 0.5}, "task.learning_rate")):
         plan = asked["plan"] | {"task": b64(jsontext.encode(json.loads(task.encode()) | change))}
-        failed = page.error(f"{ROUND}({json.dumps(asked | {'plan': plan, 'examples': None})})")
+        failed = tab.error(f"{ROUND}({json.dumps(asked | {'plan': plan, 'examples': None})})")
         assert (failed["name"], failed["about"]) == ("ProtocolError", about)
 
 
@@ -330,16 +305,14 @@ def test_a_corrected_answer_is_given_from_then_on_also_after_a_reload_and_native
     assert page.errors() == []
 
 
-def test_texts_are_compared_after_something_was_learned_and_a_person_may_end_that(
-    page: Any, serve: Callable[[Path], str], talker: Path
-) -> None:
+def test_texts_are_compared_after_something_was_learned_and_a_person_may_end_that(tab: NodeTab, talker: Path) -> None:
     compared = {"compared": [{"text": "ab" * 80, "prompt": ""}] * 5}
-    page.goto(serve(talker))
-    nothing = page.evaluate(f"{COMPARED}({given((PROMPT, 'Zq%+7' * 15), **compared)})")
+    tab.open(talker)
+    nothing = tab.evaluate(f"{COMPARED}({given((PROMPT, 'Zq%+7' * 15), **compared)})")
     assert (nothing["about"], nothing["seen"], nothing["names"]) == ("corrections", [], ["global"])
-    ended = page.evaluate(f"{COMPARED}({given((PROMPT, ANSWER), stop=True, **compared)})")
+    ended = tab.evaluate(f"{COMPARED}({given((PROMPT, ANSWER), stop=True, **compared)})")
     assert (ended["known"], ended["compared"], ended["names"]) == (1, None, ["global", "personal"])
-    whole = page.evaluate(f"{COMPARED}({given(('or not?', 'no'), name='personal', **compared)})")
+    whole = tab.evaluate(f"{COMPARED}({given(('or not?', 'no'), name='personal', **compared)})")
     parts = len(whole["seen"])
     assert parts > 2
     assert whole["seen"] == [{"part": 1 + number, "of": parts} for number in range(parts)]
@@ -360,32 +333,22 @@ def save(page: Any, folder: Path) -> list[str]:
 # --- what must not change the adapter in use
 
 
-def test_a_closed_tab_a_cancel_and_wrong_input_leave_the_adapter_in_use(
-    page: Any, serve: Callable[[Path], str], talker: Path
-) -> None:
-    url = serve(talker)
-    page.goto(url)
-    first = sent(page, PROMPT)
-    page.evaluate(f"{HANGING}({json.dumps([{'text': PROMPT, 'label': ANSWER}])})")
-    page.until("globalThis.reached === true")
-    assert "another tab is learning with this bundle" in corrected(page, ANSWER)["error"]
-    page.goto(url)
-    for corrections, more, about in (
-        ([], {}, "corrections"),
-        ([(PROMPT, ANSWER)] * 2, {}, "corrections"),
-        ([(PROMPT, "b" * 2001)], {}, "label"),
-        ([(PROMPT, "Zq%+7 " * 60)], {}, "label"),  # has more tokens than are read
-        ([(PROMPT, " ")], {}, "text"),
-        ([("ab" * 400, "b")], {}, "text"),  # leaves no room for an answer
-        ([(PROMPT, "<|im_end|>")], {}, "message"),
-        ([(PROMPT, ANSWER)], {"stop": True}, "stop"),
+def test_a_lesson_that_is_ended_and_wrong_input_leave_the_adapter_in_use(tab: NodeTab, talker: Path) -> None:
+    """What ends a lesson is the same code as of a classifier (test_learning.py)."""
+    tab.open(talker)
+    for corrections, about in (
+        ([], "corrections"),
+        ([(PROMPT, ANSWER)] * 2, "corrections"),
+        ([(PROMPT, "b" * 2001)], "label"),
+        ([(PROMPT, "Zq%+7 " * 60)], "label"),  # has more tokens than are read
+        ([(PROMPT, " ")], "text"),
+        ([("ab" * 400, "b")], "text"),  # leaves no room for an answer
+        ([(PROMPT, "<|im_end|>")], "message"),
     ):
-        failed = page.error(f"{CALL}({given(*corrections, **more)})")
+        failed = tab.error(f"{TEACH}({given(*corrections)})")
         assert (failed["about"], "\n" in failed["message"]) == (about, False), failed
-    page.goto(url)
-    assert page.evaluate(IN_USE).startswith("In use: global,")
-    assert sent(page, PROMPT) == first
-    assert corrected(page, ANSWER)["in use"].startswith("In use: personal,")
+    assert tab.error(f"{STOPPED}({given((PROMPT, ANSWER))})")["message"] == "stop"
+    assert tab.evaluate("engine.adapterNames()") == ["global"]
 
 
 def without_gradient(model: onnx.ModelProto) -> None:
@@ -400,35 +363,31 @@ def of_another_layout(model: onnx.ModelProto) -> None:
 
 
 def test_a_training_graph_that_is_altered_or_of_another_layout_or_absent_gets_one_line_or_no_button(
+    tab: NodeTab,
     page: Any,
     serve: Callable[[Path], str],
     talker: Path,
     talking: ExportedBase,
-    lm_exported: ExportedBase,
-    lm_source: Callable[..., AdapterSource],
+    lm_bundle: Path,
     vendor: IdentityKey,
-    tmp_path: Path,
 ) -> None:
     graph = talker / BASE / TRAINING
     original = graph.read_bytes()
-    url = serve(talker)
-    page.goto(url)
-    first = sent(page, PROMPT)
+    tab.open(talker)
+    tab.evaluate("opened().then((engine) => { globalThis.engine = engine; })")
     flip(graph, 0.5)
-    assert f"base/{TRAINING} does not match the digest in its manifest" in corrected(page, ANSWER)["error"]
+    assert f"base/{TRAINING} does not match the digest in its manifest" in refused(tab, PROMPT, ANSWER)
     for change, said in ((without_gradient, "has no gradient of"), (of_another_layout, "")):
         model = onnx.load_from_string(original)
         change(model)
         graph.write_bytes(model.SerializeToString())
         resign_base(talker, vendor, files=talking.digests | {TRAINING: storage.file_sha256(graph)})
-        page.goto(url)
-        assert sent(page, PROMPT) == first
-        found = corrected(page, ANSWER)
-        assert said in found["error"] != ""
-        assert "\n" not in found["error"]
-        assert found["in use"].startswith("In use: global,")
-    write_bundle(tmp_path / "plain", lm_exported, [lm_source(peft_config=LORA)], key=vendor, form="fp32")
-    page.goto(serve(tmp_path / "plain"))
+        tab.open(talker)
+        message = refused(tab, PROMPT, ANSWER)
+        assert said in message
+        assert "\n" not in message
+        assert tab.evaluate("engine.adapterNames()") == ["global"]
+    page.goto(serve(lm_bundle))
     assert sent(page, PROMPT)
     assert page.evaluate("document.querySelector('#transcript button')") is None
     assert page.evaluate("document.getElementById('learn').hidden") is True

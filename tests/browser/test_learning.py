@@ -30,26 +30,16 @@ from edgeadapt.formats.bundle import PHRASES as PHRASES_FILE
 from edgeadapt.formats.layout import Tensors
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.exported import ExportedBase, Profile
+from tests.browser.conftest import IN_BROWSER
 from tests.browser.test_page import IN_USE, ROWS
 from tests.support.bundles import flip, resign_base
+from tests.support.exhaustive import few
 from tests.support.models import LABELS, PHRASES
+from tests.support.nodetab import OPEN, NodeTab
 
 pytestmark = pytest.mark.slow
 
 RESULT = "document.getElementById('teach-result').textContent"
-OPEN = """
-  const load = (name) => import(`/${name}.js`);
-  const [{ Engine }, { HttpSource }] = await Promise.all([load("engine"), load("sources")]);
-  const [{ GraphTrainer }, { tune }] = await Promise.all([load("learning/trainer"), load("learning/tune")]);
-  const here = new URL("/", location.href);
-  const source = new HttpSource(new URL("bundle/", here), new URL("bundle.json", here));
-  const provider = new URLSearchParams(location.search).get("provider") ?? undefined;
-  const engine = await Engine.open(source, await (await fetch("/trust.pem")).text(), () => {}, provider);
-  const adapter = await engine.trust.adapter(source, engine.base, "global");
-  const written = (values) => btoa(Array.from(new Uint8Array(values.buffer), (b) => String.fromCharCode(b)).join(""));
-  const all = (map) => Object.fromEntries([...map].map(([name, values]) => [name, written(values)]));
-  const examples = (found) => found.map(([text, target, share]) => ({ ids: trainer.tokens(text), target, share }));
-"""
 GRADIENTS = f"""(async (given) => {{ {OPEN}
   const trainer = await GraphTrainer.open(engine, adapter);
   const values = await trainer.valuesOf(adapter.inputs);
@@ -103,54 +93,55 @@ def same(found: dict[str, str], expected: Tensors, within: float) -> None:
         np.testing.assert_allclose(value, expected[name].ravel(), rtol=0, atol=within, err_msg=name)
 
 
-@pytest.mark.parametrize(
-    ("trainable", "provider"),
-    [(profile, "wasm") for profile in (Profile.FP32, Profile.NATIVE_INT8, Profile.WEB_INT8)]
-    + [(profile, "webgpu") for profile in (Profile.FP32, Profile.NATIVE_INT8)],
-    ids=str,
-    indirect=["trainable"],
-)
-def test_the_gradients_of_a_batch_are_those_of_the_native_device(
-    page: Any, serve: Callable[[Path], str], phone: Path, provider: str
-) -> None:
+@pytest.mark.parametrize("trainable", [Profile.FP32, Profile.NATIVE_INT8, Profile.WEB_INT8], ids=str, indirect=True)
+def test_the_gradients_of_a_batch_are_those_of_the_native_device(tab: NodeTab, phone: Path) -> None:
     """In several runs of the graph, since the texts have more tokens than one takes."""
-    texts = [*PHRASES, *(f"{text} and {other}" for text in PHRASES for other in PHRASES)]
+    tab.open(phone)
+    gradients_as_natively(tab, phone, [*PHRASES, *(f"{text} and {other}" for text in PHRASES for other in PHRASES)])
+
+
+@pytest.mark.parametrize("trainable", few([Profile.FP32, Profile.NATIVE_INT8], Profile.FP32), ids=str, indirect=True)
+def test_the_gradients_of_a_batch_on_webgpu_are_those_of_the_native_device(
+    page: Any, serve: Callable[[Path], str], phone: Path
+) -> None:
+    page.goto(f"{serve(phone)}?provider=webgpu")
+    page.evaluate(IN_BROWSER)
+    gradients_as_natively(page, phone, [*PHRASES[:3], PHRASES[0] * 2])
+
+
+def gradients_as_natively(tab: Any, phone: Path, texts: list[str]) -> None:
     examples = [Example(text, number % len(LABELS)) for number, text in enumerate(texts)]
     shares = [1 / (2 + number) for number in range(len(texts))]
     trainer, start = native(phone)
     loss, gradients = trainer.engine.gradients(start, trainer.weighted(examples, shares))
-    page.goto(f"{serve(phone)}?provider={provider}")
     given = [(one.text, one.label, share) for one, share in zip(examples, shares, strict=True)]
-    found = page.evaluate(f"{GRADIENTS}({json.dumps(given)})")
+    found = tab.evaluate(f"{GRADIENTS}({json.dumps(given)})")
     assert found["loss"] == pytest.approx(loss, abs=1e-5)
     same(found["gradients"], by_input(trainer, gradients), 1e-5)
 
 
-def test_a_probe_is_of_the_values_that_a_lesson_begins_with(
-    page: Any, serve: Callable[[Path], str], phone: Path
-) -> None:
-    page.goto(serve(phone))
-    probed_at_values(page)
+def test_a_probe_is_of_the_values_that_a_lesson_begins_with(tab: NodeTab, phone: Path) -> None:
+    tab.open(phone)
+    probed_at_values(tab)
 
 
-def probed_at_values(page: Any) -> None:
-    found = page.evaluate(PROBED)
+def probed_at_values(tab: NodeTab) -> None:
+    found = tab.evaluate(PROBED)
     assert len(found["expected"]) > 2
     for ours, theirs in zip(found["expected"], found["probed"], strict=True):
         assert theirs == pytest.approx(ours, rel=1e-6, abs=1e-9)
 
 
 @IN_BOTH
-def test_the_same_corrections_tune_the_same_adapter(page: Any, serve: Callable[[Path], str], phone: Path) -> None:
+def test_the_same_corrections_tune_the_same_adapter(tab: NodeTab, phone: Path) -> None:
     taught, rehearsed = [Example(PHRASES[0], 3)], [Example(text, 1) for text in PHRASES[1:4]]
     trainer, start = native(phone)
     steps = list[int]()
     expected = trainer.teach(start, taught, rehearsed, LEARNING_RATE, lambda: steps.append(1))
-    page.goto(serve(phone))
-    given = {
-        kind: [(one.text, one.label) for one in found] for kind, found in (("taught", taught), ("rehearsed", rehearsed))
-    }
-    found = page.evaluate(f"{TUNED}({json.dumps(given)})")
+    tab.open(phone)
+    pairs = (("taught", taught), ("rehearsed", rehearsed))
+    given = {kind: [(one.text, one.label) for one in examples] for kind, examples in pairs}
+    found = tab.evaluate(f"{TUNED}({json.dumps(given)})")
     assert found["steps"] == len(steps) > 3
     same(found["values"], by_input(trainer, expected), 1e-4)
 
@@ -190,7 +181,7 @@ def other(bundle: Path, text: str = PHRASES[0]) -> str:
     return next(label for label in LABELS if label != found)
 
 
-@IN_BOTH
+@pytest.mark.parametrize("trainable", [Profile.NATIVE_INT8], ids=str, indirect=True)
 def test_a_lesson_gives_the_adapter_and_the_answers_of_the_native_device_and_is_there_after_a_reload(
     page: Any, serve: Callable[[Path], str], phone: Path, trainable: ExportedBase, vendor: IdentityKey
 ) -> None:
@@ -218,13 +209,12 @@ def test_a_lesson_gives_the_adapter_and_the_answers_of_the_native_device_and_is_
 
 
 def test_a_correction_replaces_an_earlier_one_that_the_model_reads_as_the_same_phrase(
-    page: Any, serve: Callable[[Path], str], phone: Path
+    tab: NodeTab, phone: Path
 ) -> None:
     first = ClassificationSession.open(phone).classify([PHRASES[0]], "global")[0].label
-    page.goto(serve(phone))
-    taught_in(page, PHRASES[0], other(phone))
-    found = taught_in(page, PHRASES[0].upper(), first)
-    assert (found["error"], answers(page, PHRASES[0])[0][0]) == ("", first)
+    tab.open(phone)
+    corrections = [(PHRASES[0], other(phone), "global"), (PHRASES[0].upper(), first, "personal")]
+    assert tab.evaluate(f"{TAUGHT}({json.dumps(corrections)}, {PHRASES[0]!r})")[0]["label"] == first
 
 
 def test_lessons_are_undone_one_after_the_other(page: Any, serve: Callable[[Path], str], phone: Path) -> None:
@@ -277,31 +267,49 @@ def test_saved_files_answer_on_a_native_device_and_open_in_onnxruntime(
 
 # --- what must not change the adapter in use
 
-HANGING = f"""(async ({{ text, label }}) => {{ {OPEN}
-  const {{ Learner }} = await load("learning/learner");
-  const pause = (steps) => (steps < 2 ? undefined : (globalThis.reached = true, new Promise(() => {{}})));
-  new Learner(engine).teach("global", [{{ text, label }}], pause);
+TAUGHT = """(async (corrections, text) => {
+  const engine = await opened();
+  const { Learner } = await load("learning/learner");
+  for (const [text, label, name] of corrections) await new Learner(engine).teach(name, [{ text, label }]);
+  await engine.use("personal");
+  return (await engine.rank(text, 10)).labels;
+})"""  # the answers of the private adapter
+HANGING = """(async ({ text, label }) => {
+  const engine = await opened();
+  const { Learner } = await load("learning/learner");
+  const pause = (steps) => (steps < 2 ? undefined : (globalThis.reached = true, new Promise(() => {})));
+  new Learner(engine).teach("global", [{ text, label }], pause);
   return true;
-}})"""
-WITHOUT_ROOM = f"""(async ({{ text, label, how }}) => {{ {OPEN}
-  const {{ Learner }} = await load("learning/learner");
+})"""
+WITHOUT_ROOM = """(async ({ text, label, how }) => {
+  const engine = await opened();
+  const { Learner } = await load("learning/learner");
   const put = IDBObjectStore.prototype.put;
-  IDBObjectStore.prototype.put = function (...given) {{
+  IDBObjectStore.prototype.put = function (...given) {
     if (this.name !== "learned") return put.apply(this, given);
     if (how === "refused") throw new DOMException("no room", "QuotaExceededError");
     const request = put.apply(this, given);
     this.transaction.abort();
     return request;
-  }};
-  await new Learner(engine).teach("global", [{{ text, label }}]);
-}})"""
-CALL = """(async (given) => {
+  };
+  try {
+    await new Learner(engine).teach("global", [{ text, label }]);
+  } finally {
+    IDBObjectStore.prototype.put = put;
+  }
+})"""
+CANCELED = """(async (corrections) => {
   const { Client } = await import("/client.js");
   const client = new Client();
   await client.open();
-  const done = client.teach(given.name ?? "global", given.corrections, given.compared);
-  if (given.stop) client.stop();
+  const done = client.teach("global", corrections);
+  client.stop();
   await done;
+})"""
+TEACH = """(async ({ name = "global", corrections, compared = [] }) => {
+  globalThis.engine ??= await opened();
+  const { Learner } = await load("learning/learner");
+  await new Learner(engine).teach(name, corrections, async () => {}, compared);
 })"""
 
 
@@ -317,7 +325,11 @@ def test_a_tab_that_is_closed_in_the_middle_leaves_the_adapter_in_use_and_two_le
 ) -> None:
     url, label = serve(phone), other(phone)
     page.goto(url)
-    page.evaluate(f"{HANGING}({json.dumps({'text': PHRASES[0], 'label': label})})")
+    page.evaluate(IN_BROWSER)
+    correction = {"text": PHRASES[0], "label": label}
+    failed = page.error(f"{CANCELED}({json.dumps([correction])})")
+    assert (failed["about"], "\n" in failed["message"]) == ("stop", False)
+    page.evaluate(f"{HANGING}({json.dumps(correction)})")
     page.until("globalThis.reached === true")
     found = taught_in(page, PHRASES[0], label)
     assert "another tab is learning with this bundle" in found["error"]
@@ -325,20 +337,19 @@ def test_a_tab_that_is_closed_in_the_middle_leaves_the_adapter_in_use_and_two_le
     unchanged(page, url, label)
 
 
-@pytest.mark.parametrize("how", ["refused", "aborted"])
-def test_a_full_disk_leaves_the_adapter_in_use(page: Any, serve: Callable[[Path], str], phone: Path, how: str) -> None:
+def test_a_full_disk_leaves_the_adapter_in_use(page: Any, serve: Callable[[Path], str], phone: Path) -> None:
     url, label = serve(phone), other(phone)
     page.goto(url)
-    failed = page.error(f"{WITHOUT_ROOM}({json.dumps({'text': PHRASES[0], 'label': label, 'how': how})})")
-    assert (failed["name"], failed["about"]) == ("ConfigError", "learned")
+    page.evaluate(IN_BROWSER)
+    for how in ("refused", "aborted"):
+        failed = page.error(f"{WITHOUT_ROOM}({json.dumps({'text': PHRASES[0], 'label': label, 'how': how})})")
+        assert (failed["name"], failed["about"]) == ("ConfigError", "learned")
     unchanged(page, url, label)
 
 
-def test_wrong_input_is_refused_with_one_line_and_a_lesson_can_be_canceled(
-    page: Any, serve: Callable[[Path], str], phone: Path
-) -> None:
-    url, label, text = serve(phone), other(phone), PHRASES[0]
-    page.goto(url)
+def test_wrong_input_is_refused_with_one_line(tab: NodeTab, phone: Path) -> None:
+    label, text = other(phone), PHRASES[0]
+    tab.open(phone)
     for corrections, more, about in (
         ([], {}, "corrections"),
         ([(text, label)], {"compared": [{"text": "what a language model forgets"}]}, "compared"),
@@ -350,60 +361,40 @@ def test_wrong_input_is_refused_with_one_line_and_a_lesson_can_be_canceled(
         ([("🎵", label)], {}, "text.tokens"),
         ([(text, label)], {"name": "nobody"}, "nobody.json"),
         ([(text, label)], {"name": "../global"}, "name"),
-        ([(text, label)], {"stop": True}, "stop"),
     ):
         given = more | {"corrections": [{"text": each, "label": chosen} for each, chosen in corrections]}
-        failed = page.error(f"{CALL}({json.dumps(given)})")
+        failed = tab.error(f"{TEACH}({json.dumps(given)})")
         assert (failed["about"], "\n" in failed["message"]) == (about, False), failed
-    unchanged(page, url, label)
+    assert tab.evaluate("engine.adapterNames()") == ["global"]
+
+
+def refused(tab: NodeTab, text: str = PHRASES[0], label: str = LABELS[0]) -> str:
+    return tab.error(f"{TEACH}({json.dumps({'corrections': [{'text': text, 'label': label}]})})")["message"]
 
 
 def test_a_training_graph_that_is_altered_is_refused_before_and_after_the_bundle_is_opened(
-    page: Any, serve: Callable[[Path], str], phone: Path
+    tab: NodeTab, phone: Path
 ) -> None:
-    url, label = serve(phone), other(phone)
-    page.goto(url)
+    tab.open(phone)
+    tab.evaluate("opened().then((engine) => { globalThis.engine = engine; })")
     flip(phone / BASE / TRAINING, 0.5)
-    found = taught_in(page, PHRASES[0], label)
-    assert f"base/{TRAINING} does not match the digest in its manifest" in found["error"]
-    assert found["in use"].startswith("In use: global,")
-    page.goto(url)
-    assert page.state() == "bad"
-    assert f"base/{TRAINING} does not match" in page.status()
+    stated = f"base/{TRAINING} does not match the digest in its manifest"
+    assert stated in refused(tab)
+    assert tab.evaluate("engine.adapterNames()") == ["global"]
+    assert stated in tab.error("opened()")["message"]
 
 
 def test_a_bundle_or_an_adapter_that_cannot_be_trained_is_refused_with_the_remedy(
-    page: Any,
-    serve: Callable[[Path], str],
+    tab: NodeTab,
     bundle: Path,
-    phone: Path,
     first: AdapterSource,
     vendor: IdentityKey,
     exported: ExportedBase,
     trainable: ExportedBase,
 ) -> None:
     write_bundle(bundle, exported, [first], key=vendor)
-    page.goto(serve(bundle))
-    assert "export base --training" in taught_in(page, PHRASES[0], LABELS[0])["error"]
-    write_bundle(phone, trainable, [replace(first, peft_config=None)], key=vendor)
-    page.goto(serve(phone))
-    assert "does not state its PEFT config" in taught_in(page, PHRASES[0], LABELS[0])["error"]
-
-
-def test_file_fields_stay_in_their_section_on_a_narrow_phone(
-    page: Any, serve: Callable[[Path], str], phone: Path
-) -> None:
-    page.call("Emulation.setDeviceMetricsOverride", width=320, height=640, deviceScaleFactor=2, mobile=True)
-    page.goto(serve(phone))
-    found = page.evaluate("""(() => {
-      for (const each of document.querySelectorAll('[hidden]')) each.hidden = false;
-      for (const each of document.querySelectorAll('details')) each.open = true;
-      const right = (each) => each.getBoundingClientRect().right;
-      return [...document.querySelectorAll('input[type="file"]')].map((field) => {
-        const section = field.closest('section');
-        return [field.id, right(field) - right(section) + parseFloat(getComputedStyle(section).paddingRight)];
-      });
-    })()""")
-    assert len(found) == 7
-    assert {name: over for name, over in found if over > 0} == {}
-    assert page.evaluate("document.documentElement.scrollWidth") <= 320
+    tab.open(bundle)
+    assert "export base --training" in refused(tab)
+    write_bundle(bundle, trainable, [replace(first, peft_config=None)], key=vendor)
+    tab.open(bundle)
+    assert "does not state its PEFT config" in refused(tab)

@@ -103,20 +103,8 @@ def texts() -> Iterator[bytes]:
         raw = jsontext.encode(values(rng))
         yield raw
         yield from (edited(rng, raw) for _ in range(4))
-    yield from (
-        b"-0",
-        b"1.0",
-        b"1E16",
-        b"01",
-        b"NaN",
-        b"Infinity",
-        b"1e999",
-        b'"\\/"',
-        b'"\\ud800"',
-        b"",
-        b" 1 ",
-        b"1 2",
-    )
+    odd = b'-0|1.0|1E16|01|NaN|Infinity|1e999|"\\/"|"\\ud800"|| 1 |1 2'
+    yield from odd.split(b"|")
     yield from (b"[" * depth + b"]" * depth for depth in (15, 16, 17, 200))
     yield from (b'{"a":1,"a":1}', b'{"a":1,"\\u0061":1}', b'[{"":{"b":0},"c":{"b":0}}]', '{"a":1}'.encode("utf-16"))
 
@@ -161,32 +149,14 @@ def written(inputs: Tensors) -> dict[str, Any]:
     }
 
 
-EXPRESSIONS = (
-    *("global", " global : 1.0 ", "global:0.5", "global+anna", "anna:1e0+global:.25", "global:16+anna:0.1+bob:3."),
-    *(
-        "global:-0.5",
-        "global:-1e-5+anna:-16",
-        "global:+2",
-        "global: -1",
-        "global:1e-5+anna:0.0001",
-        "global:0.30000000000000004",
-        "a.b-c_d+Z",
-        "global:1e-400",
-    ),
-    *("", " ", "+", "global+", "global++anna", "global+global", "global:1+anna+global:2", "../x", "global:", "a b"),
-    *(
-        "global:0",
-        "global:-0.0",
-        "global:16.1",
-        "global:-16.1",
-        "global:1e400",
-        "global:nan",
-        "global:inf",
-        "global:0x1",
-        "global:1:2",
-    ),
-    *("global:one", "x" * 65, "gl\u00f6bal", "global:1e+1", "_x"),
+JOINED_EXPRESSIONS = (
+    "global| global : 1.0 |global:0.5|global+anna|anna:1e0+global:.25|global:16+anna:0.1+bob:3.|global:-0.5|"
+    "global:-1e-5+anna:-16|global:+2|global: -1|global:1e-5+anna:0.0001|global:0.30000000000000004|a.b-c_d+Z|"
+    "global:1e-400|| |+|global+|global++anna|global+global|global:1+anna+global:2|../x|global:|a b|global:0|"
+    "global:-0.0|global:16.1|global:-16.1|global:1e400|global:nan|global:inf|global:0x1|global:1:2|global:one|"
+    "glöbal|global:1e+1|_x"
 )
+EXPRESSIONS = (*JOINED_EXPRESSIONS.split("|"), "x" * 65)
 
 
 def expression(text: str) -> tuple[str | None, str | None]:
@@ -245,27 +215,15 @@ def compositions(with_anna: Path, exported: ExportedBase) -> dict[str, Any]:
     }
 
 
-PHRASES = (
-    *(
-        "turn on the kitchen lights",
-        "  Wie WARM ist es   im Büro?! ",
-        "ça va, l’été",
-        "ÅNGSTRÖM e\u0301a",
-        "don't stop-it",
-    ),
-    *(
-        "灯を消して",
-        "выключи свет",
-        "أطفئ الضوء",
-        "ปิดไฟ",
-        "불 꺼",
-        "🎵 play 🎵",
-        "a\tb\nc",
-        "x" * 150,
-        "[MASK] [SEP] hi",
-    ),
-    *("½ cup of ﬁsh №5", "\u200bzero\u00adwidth", "50% of $3.99 @ 10:30", "turn on " * 200, "ß ẞ İı", "a\ufffd\ue000b"),
+JOINED_PHRASES = (
+    "turn on the kitchen lights|  Wie WARM ist es   im Büro?! |ça va, l’été|"
+    "ÅNGSTRÖM éa|don't stop-it|灯を消して|"
+    "выключи свет|"
+    "أطفئ الضوء|ปิดไฟ|"
+    "불 꺼|🎵 play 🎵|a\tb\nc|[MASK] [SEP] hi|½ cup of ﬁsh №5|"
+    "\u200bzero\xadwidth|50% of $3.99 @ 10:30|ß ẞ İı|a�\ue000b"
 )
+PHRASES = (*JOINED_PHRASES.split("|"), "x" * 150, "turn on " * 200)
 
 
 @pytest.fixture
@@ -319,17 +277,12 @@ def decoders() -> dict[str, Any]:
     return found
 
 
-PHRASE_FILES = (
-    *(
-        b"Light\tturn on\n",
-        b"",
-        b"\n \n",
-        b"A\tb\r\nC\td\x0be\tf\x1cg\th\xc2\x85i\tj\xe2\x80\xa8k\tl",
-        b" A \t b\tc \n",
-    ),
-    *(b"no tab", b"\tphrase", b"label\t\xc2\xa0", b"\xff\tx", b"\xef\xbb\xbfA\tb", b"\xef\xbb\xbf\tb", b"A\t\x1f\x1f"),
-    *(b"A\tb\n\x1f\n\xe3\x80\x80\nC\td", b"A\tb\nC", b"\x00\t\x00"),
+JOINED_FILES = (
+    b"Light\tturn on\n||\n \n|A\tb\r\nC\td\x0be\tf\x1cg\th\xc2\x85i\tj\xe2\x80\xa8k\tl| A \t b\tc \n|"
+    b"no tab|\tphrase|label\t\xc2\xa0|\xff\tx|\xef\xbb\xbfA\tb|\xef\xbb\xbf\tb|A\t\x1f\x1f|"
+    b"A\tb\n\x1f\n\xe3\x80\x80\nC\td|A\tb\nC|\x00\t\x00"
 )
+PHRASE_FILES = tuple(JOINED_FILES.split(b"|"))
 
 
 def lessons() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The how-to for Node: its program runs, with the runtime that the page's own libraries bring."""
+"""The program for Node in the how-to on using a bundle runs, with the runtime that the page's own libraries bring."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from client.browser.server import LIBRARIES
 from tests.support.programs import READER
 from tests.vectors.make_bundle import FOLDER, LABELS
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "node.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "use-a-bundle.md"
 RUNTIME = LIBRARIES / "onnxruntime-web" / "dist" / "ort.node.min.mjs"
 
 

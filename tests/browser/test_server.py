@@ -79,39 +79,23 @@ def test_every_answer_carries_the_headers_that_isolate_the_page(get: Get) -> Non
     assert "http" not in HEADERS["Content-Security-Policy"]
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/../trust.seen.json",
-        "/bundle/../trust.pem",
-        "/bundle/base/../../trust.pem",
-        "/bundle/base/..%2f..%2ftrust.pem",
-        "/bundle/base/%2e%2e/manifest.json",
-        "/bundle/base/..\\..\\trust.pem",
-        "/bundle/adapters//global.json",
-        "/bundle/base/manifest.json/",
-        "/bundle/base/",
-        "/bundle/base",
-        "/bundle/",
-        "/bundle/base/.hidden",
-        "/bundle/secrets/key.pem",
-        "/bundle/key.pem",
-        "/etc/passwd",
-        "//etc/passwd",
-        "/node_modules/onnxruntime-web/dist/ort.wasm.min.mjs",
-        "/package.json",
-        "/vendor/",
-        "/vendor/../web.py",
-        "/bundle/base/manifest.json%00.txt",
-        "http://127.0.0.1/trust.seen.json",
-    ],
+OFF_THE_LIST = (
+    "/../trust.seen.json /bundle/../trust.pem /bundle/base/../../trust.pem "
+    "/bundle/base/..%2f..%2ftrust.pem /bundle/base/%2e%2e/manifest.json /bundle/base/..\\..\\trust.pem "
+    "/bundle/adapters//global.json /bundle/base/manifest.json/ /bundle/base/ /bundle/base /bundle/ "
+    "/bundle/base/.hidden /bundle/secrets/key.pem /bundle/key.pem /etc/passwd //etc/passwd "
+    "/node_modules/onnxruntime-web/dist/ort.wasm.min.mjs /package.json /vendor/ /vendor/../web.py "
+    "/bundle/base/manifest.json%00.txt http://127.0.0.1/trust.seen.json"
 )
-def test_a_path_that_is_not_on_the_list_is_not_found(get: Get, bundle: Path, path: str) -> None:
+
+
+def test_a_path_that_is_not_on_the_list_is_not_found(get: Get, bundle: Path) -> None:
     for secret in ("base/.hidden", "secrets/key.pem", "key.pem"):
         (bundle / secret).parent.mkdir(exist_ok=True)
         (bundle / secret).write_bytes(b"secret")
     (bundle.parent / "trust.seen.json").write_bytes(b"secret")
-    assert get(path)[::2] == (404, b"")
+    for path in OFF_THE_LIST.split():
+        assert get(path)[::2] == (404, b""), path
 
 
 def test_a_link_that_leaves_the_bundle_is_not_followed(get: Get, bundle: Path) -> None:

@@ -12,8 +12,7 @@ from aggregation.errors import ProtocolError
 from aggregation.messages import Plan
 from aggregation.spec import Grouping
 from client.node import sumhistory
-from client.node.sketch import sketch
-from client.node.sumhistory import SumHistory
+from client.node.sumhistory import SumHistory, sketch
 from edgeadapt.formats import files
 from tests.browser.test_aggregation import offer_of, run
 from tests.client.node.test_sumhistory import ALL, LEAST, MOMENTS, OTHERS, SPEC, TASK, adapter, moved

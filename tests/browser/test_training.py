@@ -2,7 +2,6 @@
 
 import base64
 import json
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from aggregation.vector import Segment, VectorSpec
 from client.inference.trust import Trust
 from client.training.evaluate import own_counts
 from client.training.examples import Example, Split
-from client.training.moments import own_moments
+from client.training.personal import own_moments
 from client.training.trainer import ClassifierTrainer, LanguageTrainer, batches
 from edgeadapt.formats import files, jsontext
 from edgeadapt.formats.layout import Tensors
@@ -31,8 +30,9 @@ from edgeadapt.rounds.sums import Bounds, clip
 from edgeadapt.rounds.task import MAX_LOSS, OptimizerName, RateSchedule, Task, shared_layout
 from tests.browser.conftest import CONFIG
 from tests.browser.test_aggregation import offer_of, session_of
-from tests.browser.test_learning import OPEN, by_input, native, same
+from tests.browser.test_learning import by_input, native, same
 from tests.support.models import LABELS, PHRASES
+from tests.support.nodetab import OPEN, NodeTab
 
 pytestmark = pytest.mark.slow
 
@@ -60,7 +60,7 @@ TRAINED = f"""(async ({{ task, examples: given, order }}) => {{ {OPEN}
 ROUND = f"""(async ({{ offer, blob, plan, examples: given, unchecked, limits = {{}}, kept = null, rounds = 1 }}) => {{
   {OPEN}
   if (unchecked) engine.trust.adapterManifest = async () => ({{ parent: null, labels: unchecked }});
-  const load_ = (name) => import(`/aggregation/${{name}}.js`);
+  const load_ = (name) => load(`aggregation/${{name}}`);
   const {{ trainerOf }} = await load("learning/round");
   const [{{ Offer }}, {{ pack }}] = await Promise.all([load_("messages"), load_("ring")]);
   const {{ spec }} = Offer.decode(Uint8Array.from(offer));
@@ -102,10 +102,10 @@ def given(
     }
 
 
-def test_a_tab_trains_what_a_native_device_trains(page: Any, serve: Callable[[Path], str], phone: Path) -> None:
+def test_a_tab_trains_what_a_native_device_trains(tab: NodeTab, phone: Path) -> None:
     """With the optimizers, schedules, limits and parts of a task, in several batches of a given order."""
     trainer, start = native(phone)
-    page.goto(serve(phone))
+    tab.open(phone)
     lengths = [len(ids) for ids in trainer.tokens(list(PHRASES))]
     for task in TASKS:
         order = list(batches(lengths, task.batch_size, task.epochs, np.random.default_rng(1)))
@@ -116,23 +116,21 @@ def test_a_tab_trains_what_a_native_device_trains(page: Any, serve: Callable[[Pa
             "examples": [(one.text, one.label) for one in EXAMPLES],
             "order": order,
         }
-        found = page.evaluate(f"{TRAINED}({json.dumps(asked)})")
+        found = tab.evaluate(f"{TRAINED}({json.dumps(asked)})")
         way = moved(expected, begun)
         same(found, by_input(trainer, expected), WAY * way)
         assert way > 0
 
 
-def test_a_tab_contributes_what_a_native_device_contributes_or_nothing(
-    page: Any, serve: Callable[[Path], str], phone: Path
-) -> None:
+def test_a_tab_contributes_what_a_native_device_contributes_or_nothing(tab: NodeTab, phone: Path) -> None:
     """All examples are in one batch, so that their order makes no difference; a layer shares only B, or R of Fed-SB."""
-    page.goto(serve(phone))
+    tab.open(phone)
     for part in (Part.R, Part.B):
         shared = (part, Part.HEAD)
-        contributes_as_natively(page, phone, replace(PLAIN, batch_size=16, trained=shared, shared=shared))
+        contributes_as_natively(tab, phone, replace(PLAIN, batch_size=16, trained=shared, shared=shared))
 
 
-def contributes_as_natively(page: Any, phone: Path, task: Task) -> None:
+def contributes_as_natively(tab: NodeTab, phone: Path, task: Task) -> None:
     trainer, start = native(phone)
     layout = shared_layout(trainer.layout, task)
     held = [Example(text, 1) for text in PHRASES[:3]]
@@ -149,7 +147,7 @@ def contributes_as_natively(page: Any, phone: Path, task: Task) -> None:
         delta = clip(vectors[0] - vectors[1], spec.clip_norm) * weight
         return rotation.rotate(delta, rotation.seed(bytes.fromhex(asked["plan"]["adapter"])))
 
-    sums, score = decoded(page.evaluate(f"{ROUND}({json.dumps(asked)})")), trainer.score(start, held)
+    sums, score = decoded(tab.evaluate(f"{ROUND}({json.dumps(asked)})")), trainer.score(start, held)
     step = spec.vector.step(spec.vector.segment("delta"))
     length = float(np.linalg.norm(delta_of(expected, 7)))
     assert float(np.linalg.norm(sums["delta"] - delta_of(expected, 7))) < WAY * length + 1.5 * step * layout.size**0.5
@@ -161,14 +159,12 @@ def contributes_as_natively(page: Any, phone: Path, task: Task) -> None:
         [{"text": "", "label": 0, "split": "train"}],
         [{"text": "lock", "label": 9, "split": "train"}],
     ):
-        sums = decoded(page.evaluate(f"{ROUND}({json.dumps(asked | {'examples': examples})})"))
+        sums = decoded(tab.evaluate(f"{ROUND}({json.dumps(asked | {'examples': examples})})"))
         assert np.abs(sums["delta"]).max() <= 1.5 * step
         assert not any(sums[name][0] for name in ("weight", "correct", "loss", "held_out"))
 
 
-def test_a_tab_goes_on_from_the_parts_that_it_keeps_to_itself_as_a_native_device(
-    page: Any, serve: Callable[[Path], str], phone: Path
-) -> None:
+def test_a_tab_goes_on_from_the_parts_that_it_keeps_to_itself_as_a_native_device(tab: NodeTab, phone: Path) -> None:
     """The head stays on the device, as with FedPer: the second round is trained with the head of the first one."""
     shared, head = (Part.A, Part.B), {"classifier.bias", "classifier.weight"}
     task = replace(PLAIN, batch_size=16, shared=shared)
@@ -183,11 +179,11 @@ def test_a_tab_goes_on_from_the_parts_that_it_keeps_to_itself_as_a_native_device
     second = trained(start | private)
     asked = given(task, trainer, start, EXAMPLES)
     spec = replace(session_of(layout, 32), layout_digest=trainer.layout.digest)
-    page.goto(serve(phone))
+    tab.open(phone)
 
     def found(**changes: Any) -> tuple[Any, Tensors]:
         """The update and the head that the tab keeps."""
-        answer = page.evaluate(f"{ROUND}({json.dumps(asked | changes)})")
+        answer = tab.evaluate(f"{ROUND}({json.dumps(asked | changes)})")
         sums = spec.vector.decode(np.frombuffer(bytes(answer["packed"]), np.uint32), 1)
         assert set(answer["own"]) == head
         return sums["delta"], answer["own"]
@@ -206,13 +202,13 @@ def test_a_tab_goes_on_from_the_parts_that_it_keeps_to_itself_as_a_native_device
 
 
 def test_a_tab_contributes_the_moments_of_a_native_device_to_an_analytic_head_or_nothing(
-    page: Any, serve: Callable[[Path], str], phone: Path
+    tab: NodeTab, phone: Path
 ) -> None:
-    page.goto(serve(phone))
-    contributes_moments_as_natively(page, phone)
+    tab.open(phone)
+    contributes_moments_as_natively(tab, phone)
 
 
-def contributes_moments_as_natively(page: Any, phone: Path) -> None:
+def contributes_moments_as_natively(tab: NodeTab, phone: Path) -> None:
     trainer, start = native(phone)
     head, task = ClassifierHead.of(trainer.layout), AnalyticTask(trainer.engine.config, LABELS, 0.01, 16.0)
     vector = moment_spec(head, Bounds(clip_norm=1.0, weight_cap=7, ring_bits=32, max_clients=8))
@@ -227,7 +223,7 @@ def contributes_moments_as_natively(page: Any, phone: Path) -> None:
     }
 
     def sums(**changes: Any) -> Any:
-        packed = page.evaluate(f"{ROUND}({json.dumps(asked | changes)})")["packed"]
+        packed = tab.evaluate(f"{ROUND}({json.dumps(asked | changes)})")["packed"]
         return spec.vector.decode(np.frombuffer(bytes(packed), np.uint32), 1)
 
     share = 7 / len(EXAMPLES) if len(EXAMPLES) > 7 else 1.0
@@ -251,18 +247,16 @@ def contributes_moments_as_natively(page: Any, phone: Path) -> None:
         ({"more": 1}, "task.more"),
     ):
         changed = asked["plan"] | {"task": b64(jsontext.encode(json.loads(task.encode()) | plan))}
-        failed = page.error(f"{ROUND}({json.dumps(asked | {'plan': changed, 'examples': None})})")
+        failed = tab.error(f"{ROUND}({json.dumps(asked | {'plan': changed, 'examples': None})})")
         assert (failed["name"], failed["about"]) == ("ProtocolError", about)
     for changes, about in (
         ({"limits": {"moments": False}}, "task.moments"),
         ({"offer": update_offer(trainer)}, "offer.spec.vector"),
     ):
-        assert page.error(f"{ROUND}({json.dumps(asked | changes | {'examples': None})})")["about"] == about
+        assert tab.error(f"{ROUND}({json.dumps(asked | changes | {'examples': None})})")["about"] == about
 
 
-def test_a_tab_whose_score_is_not_finite_counts_its_examples_as_wrong(
-    page: Any, serve: Callable[[Path], str], phone: Path
-) -> None:
+def test_a_tab_whose_score_is_not_finite_counts_its_examples_as_wrong(tab: NodeTab, phone: Path) -> None:
     """What overflows on the held-out text alone: a device that failed would tell the coordinator something of it."""
     trainer, start = native(phone)
     weight, bias = (next(name for name in start if name.endswith(f"classifier.{part}")) for part in ("weight", "bias"))
@@ -283,20 +277,18 @@ def test_a_tab_whose_score_is_not_finite_counts_its_examples_as_wrong(
     spec = replace(session_of(trainer.layout, 32), vector=vectors["moments"])
     task = b64(AnalyticTask(CONFIG, LABELS, 0.01, 16.0).encode())
     changes = {"offer": list(bytes.fromhex(offer_of(spec))), "plan": updates["plan"] | {"task": task}}
-    page.goto(serve(phone))
+    tab.open(phone)
     for kind, asked in (("updates", updates), ("moments", updates | changes)):
         for split, held_out in ((Split.TRAIN, 0), (Split.VALIDATION, 1)):  # without the held-out text all is finite
             texts = [one for one in asked["examples"] if split is Split.VALIDATION or one["split"] == split.value]
             limits = {"maximum_magnitude": 3.4e38}  # an owner's
-            answer = page.evaluate(f"{ROUND}({json.dumps(asked | {'examples': texts, 'limits': limits})})")
+            answer = tab.evaluate(f"{ROUND}({json.dumps(asked | {'examples': texts, 'limits': limits})})")
             found = vectors[kind].decode(np.frombuffer(bytes(answer["packed"]), np.uint32), 1)
             assert [found[each][0] for each in ("weight", "correct", "held_out")] == [1, 0, held_out], kind
             assert found["loss"][0] == pytest.approx(MAX_LOSS * held_out, abs=1e-3), kind
 
 
-def test_a_tab_counts_the_right_answers_that_a_native_device_counts_or_none(
-    page: Any, serve: Callable[[Path], str], phone: Path
-) -> None:
+def test_a_tab_counts_the_right_answers_that_a_native_device_counts_or_none(tab: NodeTab, phone: Path) -> None:
     """With so little noise that counts can be read, which the policy of a device refuses."""
     trainer, start = native(phone)
     content = adapter_content(phone)
@@ -320,11 +312,11 @@ def test_a_tab_counts_the_right_answers_that_a_native_device_counts_or_none(
         return own_counts(phone, task, given[: task.most]).tolist(), asked_of(asked, given)
 
     def counted(asked: dict[str, Any]) -> Any:
-        packed = page.evaluate(f"{ROUND}({json.dumps(asked)})")["packed"]
+        packed = tab.evaluate(f"{ROUND}({json.dumps(asked)})")["packed"]
         sums = vector.decode(np.frombuffer(bytes(packed), np.uint32), 1)["counts"]
         return np.rint(rotation.rotate_back(sums, rotation.seed(bytes.fromhex(files.sha256(blob))))).tolist()
 
-    page.goto(serve(phone))
+    tab.open(phone)
     expected, asked = both(newest, held)
     assert expected[1] == len(held)
     assert 0 < expected[0] < expected[1]
@@ -341,7 +333,7 @@ def test_a_tab_counts_the_right_answers_that_a_native_device_counts_or_none(
     for odd in ([replace(one, split=Split.TRAIN) for one in held], [replace(one, text="") for one in held]):
         assert counted(asked_of(sound, odd)) == [0] * 4
     _, exact = both(newest, held, replace(bare, vector=VectorSpec((Segment("counts", 4, 64.0),), 16, 8)))
-    failed = page.error(f"{ROUND}({json.dumps(exact | {'examples': None})})")
+    failed = tab.error(f"{ROUND}({json.dumps(exact | {'examples': None})})")
     assert (failed["name"], failed["about"]) == ("ProtocolError", "offer.spec.vector")
     for change, about in (
         ({"labels": []}, "task.labels"),
@@ -357,7 +349,7 @@ def test_a_tab_counts_the_right_answers_that_a_native_device_counts_or_none(
             "plan": sound["plan"] | {"task": task},
             "examples": None,
         }  # reading them would be another error
-        failed = page.error(f"{ROUND}({json.dumps(changed)})")
+        failed = tab.error(f"{ROUND}({json.dumps(changed)})")
         assert (failed["name"], failed["about"]) == ("ProtocolError", about)
 
 
@@ -367,14 +359,14 @@ NAMED = [{"text": text, "label": LABELS[number % 3], "split": "train"} for numbe
 
 @pytest.mark.parametrize("real", LABELS[:3])
 def test_without_the_check_a_task_whose_labels_are_one_real_one_and_others_counts_the_examples_of_that_one(
-    page: Any, serve: Callable[[Path], str], phone: Path, real: str
+    tab: NodeTab, phone: Path, real: str
 ) -> None:
     trainer, start = native(phone)
     labels = (real, "x1", "x2", "x3")
     task = replace(PLAIN, labels=labels, batch_size=16)
     asked = given(task, trainer, start, []) | {"examples": NAMED, "unchecked": labels}
-    page.goto(serve(phone))
-    packed = page.evaluate(f"{ROUND}({json.dumps(asked)})")["packed"]
+    tab.open(phone)
+    packed = tab.evaluate(f"{ROUND}({json.dumps(asked)})")["packed"]
     spec = session_of(shared_layout(trainer.layout, task), 32)
     weight = spec.vector.decode(np.frombuffer(bytes(packed), np.uint32), 1)["weight"][0]
     assert weight == sum(one["label"] == real for one in NAMED)
@@ -391,13 +383,13 @@ def test_without_the_check_a_task_whose_labels_are_one_real_one_and_others_count
     ],
 )
 def test_a_tab_trains_no_task_with_other_labels_than_those_of_its_bundle(
-    page: Any, serve: Callable[[Path], str], phone: Path, labels: tuple[str, ...], number: int
+    tab: NodeTab, phone: Path, labels: tuple[str, ...], number: int
 ) -> None:
     trainer, start = native(phone)
     task = replace(PLAIN, labels=labels)
     asked = given(task, trainer, start, []) | {"examples": None}  # reading them would be another error
-    page.goto(serve(phone))
-    failed = page.error(f"{ROUND}({json.dumps(asked)})")
+    tab.open(phone)
+    failed = tab.error(f"{ROUND}({json.dumps(asked)})")
     assert (failed["name"], failed["about"]) == ("ProtocolError", "task.labels")
     found, own = (repr(all[number]) if number < len(all) else "missing" for all in (labels, LABELS))
     expected = f"label {number} of the task is {found}, and that of this device's signed bundle is {own}"
@@ -441,17 +433,15 @@ def odd_tasks() -> list[tuple[dict[str, Any], str, bool]]:
     ]
 
 
-def test_what_a_tab_cannot_or_must_not_train_is_refused_before_an_example_is_read(
-    page: Any, serve: Callable[[Path], str], phone: Path
-) -> None:
+def test_what_a_tab_cannot_or_must_not_train_is_refused_before_an_example_is_read(tab: NodeTab, phone: Path) -> None:
     trainer, start = native(phone)
-    page.goto(serve(phone))
+    tab.open(phone)
     sound = given(PLAIN, trainer, start, EXAMPLES)
     plain = json.loads(PLAIN.encode())
 
     def refused(about: str, **plan: Any) -> None:
         asked = sound | {"plan": sound["plan"] | plan, "examples": None}  # reading them would be another error
-        failed = page.error(f"{ROUND}({json.dumps(asked)})")
+        failed = tab.error(f"{ROUND}({json.dumps(asked)})")
         assert (failed["name"], failed["about"], "\n" in failed["message"]) == ("ProtocolError", about, False), failed
 
     for change, about, natively in odd_tasks():
@@ -478,16 +468,16 @@ def test_what_a_tab_cannot_or_must_not_train_is_refused_before_an_example_is_rea
         refused(about, task=b64(jsontext.encode(plain | change)))
     refused("plan.adapter_digest", adapter="0" * 64)
     kept = {"subject": "of another task", "values": {}, "ever": ["head"]}
-    assert page.error(f"{ROUND}({json.dumps(sound | {'kept': kept, 'examples': None})})")["about"] == "task.shared"
+    assert tab.error(f"{ROUND}({json.dumps(sound | {'kept': kept, 'examples': None})})")["about"] == "task.shared"
     for blob in (b"", files.encode(start)[:-4]):
         asked = sound | {"blob": b64(blob), "plan": sound["plan"] | {"adapter": files.sha256(blob)}, "examples": None}
-        assert page.error(f"{ROUND}({json.dumps(asked)})")["about"] == "adapter"
+        assert tab.error(f"{ROUND}({json.dumps(asked)})")["about"] == "adapter"
     huge = {name: value * np.float32(1e6) for name, value in start.items()}
-    assert page.error(f"{ROUND}({json.dumps(given(PLAIN, trainer, huge, []))})")["about"] == "adapter.magnitude"
+    assert tab.error(f"{ROUND}({json.dumps(given(PLAIN, trainer, huge, []))})")["about"] == "adapter.magnitude"
     other = session_of(trainer.layout, 32)
     asked = sound | {"offer": list(bytes.fromhex(offer_of(replace(other, layout_digest="0" * 64)))), "examples": None}
-    assert page.error(f"{ROUND}({json.dumps(asked)})")["about"] == "plan.layout"
+    assert tab.error(f"{ROUND}({json.dumps(asked)})")["about"] == "plan.layout"
     narrow = replace(shared_layout(trainer.layout, PLAIN), tensors=trainer.layout.tensors[:-1])
     spec = replace(session_of(narrow, 32), layout_digest=trainer.layout.digest)
     asked = sound | {"offer": list(bytes.fromhex(offer_of(spec))), "examples": None}
-    assert page.error(f"{ROUND}({json.dumps(asked)})")["about"] == "offer.spec.vector"
+    assert tab.error(f"{ROUND}({json.dumps(asked)})")["about"] == "offer.spec.vector"

@@ -5,7 +5,6 @@ import re
 import shutil
 import stat
 import tarfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from click.testing import CliRunner, Result
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey
+from coordinator.backup import RegistrySnapshot
 from coordinator.cli.coordinator import coordinator
-from coordinator.recorder import Recorder
 from coordinator.registry import Registry
-from coordinator.registry.snapshot import RegistrySnapshot
 from coordinator.statedir import KEY, PUBLIC_KEY, CoordinatorStateDir
+from coordinator.transcripts import Recorder
 from edgeadapt.audit import AuditInput, AuditOptions
 from edgeadapt.formats.keyfiles import NEXT_TLS_KEY, TLS_KEY, TLS_LOCK
 from edgeadapt.formats.registryfiles import BLOBS, DATABASE, REGISTRY, RegistrySettings
@@ -224,28 +223,6 @@ def test_a_copy_at_any_instant_goes_on_where_it_was(
         shutil.copytree(tmp_path / f"{each.name}-restored", folder)
         assert [record.version for record in fleet.federate(fleet.grid())] == [1, 2]
         assert audited(folder, unfinished=False) == 2
-
-
-@pytest.mark.slow
-def test_copies_and_rounds_do_not_disturb_each_other(app_fleet_of: Callable[..., Any], tmp_path: Path) -> None:
-    fleet = app_fleet_of(3, rounds=2)
-    finished, copies = threading.Event(), list[Any]()
-
-    def copying() -> None:
-        while not finished.is_set():
-            copies.append(call("backup", fleet.out / "coordinator", "--out", tmp_path / f"{len(copies)}.tar", "--keys"))
-
-    thread = threading.Thread(target=copying)
-    thread.start()
-    try:
-        records = fleet.federate(fleet.grid())
-    finally:
-        finished.set()
-        thread.join()
-    assert [record.version for record in records] == [1, 2]
-    assert [each.exception for each in copies if each.exception is not None] == []
-    for number in range(len(copies)):
-        made("restore", tmp_path / f"{number}", "--archive", tmp_path / f"{number}.tar")
 
 
 def test_a_registry_moves_between_postgresql_and_files(

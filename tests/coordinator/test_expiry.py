@@ -14,14 +14,14 @@ from aggregation.pki import Authority
 from aggregation.pki.tls import TlsKey
 from coordinator import expiry
 from coordinator.cli.coordinator import coordinator
-from coordinator.dashboard.metrics import exposition
-from coordinator.dashboard.view import Viewer
+from coordinator.dashboard.view import Viewer, exposition
 from coordinator.expiry import expiries
 from coordinator.gateway.grid import serving
 from coordinator.settings import FederationSettings
-from coordinator.statedir import REVOKED, TRANSCRIPT, CoordinatorStateDir
+from coordinator.statedir import REVOKED, CoordinatorStateDir
 from edgeadapt.authority import AuthorityStore
 from edgeadapt.formats.keyfiles import NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
+from edgeadapt.formats.registryfiles import TRANSCRIPT
 from tests.support import refused
 from tests.support.authority import signer, store
 from tests.support.gateway import certify, wait_until
@@ -137,14 +137,3 @@ def test_a_certificate_for_another_key_is_warned_of_and_nothing_is_renamed(
         state_dir.read_tls(NOW)
     assert text == str(caught.value)
     assert str(text) in CliRunner().invoke(coordinator, ["status", str(state_dir.folder)]).stdout
-
-
-def test_a_list_that_has_expired_is_not_said_of_the_certificate(
-    state_dir: CoordinatorStateDir, signer: Authority
-) -> None:
-    give(state_dir.folder, signer, 1, 89)
-    ended = signer.revocations(8, {}, NOW - timedelta(days=31), NOW - timedelta(days=1))
-    (state_dir.folder / REVOKED).write_bytes(ended.to_pem())
-    with pytest.raises(TrustError) as caught:
-        state_dir.read_tls(NOW)
-    assert TLS_CERTIFICATE not in str(caught.value)

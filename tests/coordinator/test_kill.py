@@ -16,9 +16,9 @@ from aggregation.errors import TrustError
 from aggregation.steps import Step
 from aggregation.transcript import Result
 from client.node.app import app as client_app
-from coordinator.recorder import Recorder
 from coordinator.registry import Registry
 from coordinator.statedir import CoordinatorStateDir
+from coordinator.transcripts import Recorder
 from edgeadapt.audit import AuditInput, AuditOptions
 from edgeadapt.audit.transcripts import logs
 from tests.support.hostile import continues_from_anything

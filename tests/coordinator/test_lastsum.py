@@ -22,8 +22,8 @@ from aggregation.sharing import SharePair
 from aggregation.steps import Step
 from client.node.app import app as client_app
 from coordinator import lastsum
-from coordinator.recorder import Recorder
 from coordinator.registry import Blobs
+from coordinator.transcripts import Recorder
 from simulations.engine.grid import DeliveryOutcome, InProcessGrid
 from tests.support import refused
 from tests.support.hostile import plans_for_anyone
@@ -83,8 +83,11 @@ def forgets(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 FORGETS = pytest.mark.parametrize("forgets", [False, True], indirect=True, ids=["reads its log", "forgets"])
 
 
-@FORGETS
-@pytest.mark.parametrize("instant", ["the request is logged", "all shares are in"])
+@pytest.mark.parametrize(
+    ("forgets", "instant"),
+    [(False, "the request is logged"), (False, "all shares are in"), (True, "all shares are in")],
+    indirect=["forgets"],
+)
 def test_a_kill_while_a_round_is_unmasked_stops_no_later_round(
     fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, forgets: bool, instant: str
 ) -> None:
@@ -115,11 +118,9 @@ def test_a_kill_while_a_round_is_unmasked_stops_no_later_round(
     survivors = tuple(f"device-{n:02d}" for n in range(1, 6))
     if not forgets:
         assert [record.survivors for record in records] == [survivors, *2 * [("device-00", *survivors)]]
-    elif instant == "all shares are in":
+    else:
         assert [record.version for record in records] == [None] * 3
         assert set(records[-1].dropped.values()) == {"survivors"}
-    else:  # no device had revealed anything
-        assert [record.version for record in records] == [1, 2, 3]
 
 
 @FORGETS
@@ -158,37 +159,24 @@ def test_a_session_waits_by_name_for_a_survivor_until_it_is_back(
     assert (second.version, second.survivors) == (1, tuple(f"device-{n:02d}" for n in range(1, 6)))
 
 
-def test_a_run_without_a_survivor_of_the_last_sum_ends_and_records_no_round(fleet_of: FleetOf) -> None:
-    fleet = fleet_of(6, rounds=1)
-    fleet.federate(fleet.grid(app=losing(failed_while_unmasked(fleet))))
-    fleet.configure({"rounds": 4})
-    away = fleet.node(ABSENT)
-    with refused(EdgeAdaptError, "session") as caught:
-        fleet.federate(fleet.grid(app=losing(lambda group, step, node: node == away)))
-    assert f"waits for {ABSENT}" in str(caught.value)
-    assert len(fleet.registry().rounds()) == 1
-    assert [record.version for record in fleet.federate(fleet.grid())] == [None, 1, 2, 3]
-
-
-@pytest.mark.parametrize(("name", "value"), [("training.learning_rate", 0.005), ("aggregation.clip_norm", 6.0)])
-def test_a_setting_on_which_the_last_sum_was_trained_stays_until_the_round_is_repeated(
-    fleet_of: FleetOf, name: str, value: float
-) -> None:
+def test_a_setting_on_which_the_last_sum_was_trained_stays_until_the_round_is_repeated(fleet_of: FleetOf) -> None:
     fleet = fleet_of(6, rounds=1, training__learning_rate=0.01, aggregation__clip_norm=12.0)
     fleet.federate(fleet.grid(app=losing(failed_while_unmasked(fleet))))
-    fleet.configure({"rounds": 2, name: value})
+    fleet.configure({"rounds": 2})
     asked = list[Step]()
 
     def seen(group: str, step: Step, node: int) -> bool:
         asked.append(step)
         return False
 
-    with refused(ConfigError, name, value=value):
-        fleet.federate(fleet.grid(app=losing(seen)))
+    for name, before, value in (("training.learning_rate", 0.01, 0.005), ("aggregation.clip_norm", 12.0, 6.0)):
+        fleet.configure({name: value})
+        with refused(ConfigError, name, value=value):
+            fleet.federate(fleet.grid(app=losing(seen)))
+        fleet.configure({name: before})
     assert not asked
-    fleet.configure({name: 0.01 if "rate" in name else 12.0})
     assert fleet.federate(fleet.grid())[1].version == 1
-    fleet.configure({"rounds": 3, name: value})
+    fleet.configure({"rounds": 3, "training.learning_rate": 0.005, "aggregation.clip_norm": 6.0})
     assert fleet.federate(fleet.grid())[2].version == 2
 
 
@@ -286,11 +274,10 @@ def dealing_badly(monkeypatch: pytest.MonkeyPatch, dealer: str, *, until: Callab
     monkeypatch.setattr(sharing, "encrypt", encrypt)
 
 
-@pytest.mark.parametrize("restarted", [False, True])
 def test_a_dealer_of_wrong_shares_is_named_and_the_training_goes_on_when_it_is_revoked(
-    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, restarted: bool
+    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fleet = fleet_of(7, rounds=1 if restarted else 12)
+    fleet = fleet_of(7, rounds=1)
     dealing_badly(monkeypatch, SPOILER, until=lambda: False)
     asked = list[tuple[str, Step]]()
 
@@ -302,9 +289,8 @@ def test_a_dealer_of_wrong_shares_is_named_and_the_training_goes_on_when_it_is_r
         return fleet.federate(fleet.grid(app=losing(seen)))
 
     with caplog.at_level(logging.WARNING, "edgeadapt.coordinator"):
-        if restarted:
-            federate()
-            fleet.configure({"rounds": 12})
+        federate()
+        fleet.configure({"rounds": 12})
         with refused(EdgeAdaptError, "session") as caught:
             federate()
     assert f"until the authority revokes {SPOILER}" in str(caught.value)

@@ -12,7 +12,6 @@ import pytest
 from aggregation.errors import EdgeAdaptError
 from coordinator import launch
 from coordinator.launch import GATEWAY, STATE, Connection, connected
-from edgeadapt.formats.settings import toml_value
 from tests.support import refused
 
 FAKE = """
@@ -83,41 +82,20 @@ def test_a_run_that_also_serves_light_devices_is_started_with_the_gateways_addre
     assert found.keys() == bundle["tool"]["flwr"]["app"]["config"].keys()  # Flower refuses other keys
 
 
-def test_without_tls_the_connection_must_say_so(flower: Callable[..., Path], tmp_path: Path) -> None:
-    folder = flower(run=STARTED)
-    with connected("127.0.0.1:8000", None, insecure=True) as connection:
-        connection.start(tmp_path)
-    assert f"insecure = {toml_value(True)}" in (folder / "config.toml").read_text()
-
-
-def test_a_superlink_that_refuses_is_reported_in_one_line(flower: Callable[..., Path], tmp_path: Path) -> None:
-    flower(run={"out": '{"success": false, "error-message": "not\\nreachable"}', "code": 1})
-    with refused(EdgeAdaptError, "superlink") as caught:
-        Connection("mine", {"FLWR_HOME": str(tmp_path)}).start(tmp_path)
-    assert "not reachable" in str(caught.value)
-
-
-def test_a_command_of_flowers_that_breaks_is_reported_in_one_line(flower: Callable[..., Path], tmp_path: Path) -> None:
-    flower(run={"out": "", "err": "Traceback\nNo module named flwr", "code": 1})
-    with refused(EdgeAdaptError, "superlink") as caught:
-        Connection("mine", {"FLWR_HOME": str(tmp_path)}).start(tmp_path)
-    assert "No module named flwr" in str(caught.value)
-
-
-def test_the_log_goes_to_standard_error(
-    flower: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [
+        ({"out": '{"success": false, "error-message": "not\\nreachable"}'}, "not reachable"),
+        ({"out": "", "err": "Traceback\nNo module named flwr"}, "No module named flwr"),
+    ],
+)
+def test_a_superlink_that_refuses_or_a_command_that_breaks_is_reported_in_one_line(
+    flower: Callable[..., Path], tmp_path: Path, said: dict[str, str], text: str
 ) -> None:
-    folder = flower(log={"out": "round 1 of 2: 4 survivors, 0 dropouts"})
-    Connection("mine", {"FLWR_HOME": str(tmp_path)}).show_log("17")
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "round 1 of 2" in err
-    assert calls(folder) == [["log", "17", "mine", "--stream"]]
-
-
-def test_a_completed_run_is_no_error(flower: Callable[..., Path], tmp_path: Path) -> None:
-    flower(list=listed("finished:completed"))
-    Connection("mine", {"FLWR_HOME": str(tmp_path)}).require_completed("17")
+    flower(run={**said, "code": 1})
+    with refused(EdgeAdaptError, "superlink") as caught:
+        Connection("mine", {"FLWR_HOME": str(tmp_path)}).start(tmp_path)
+    assert text in str(caught.value)
 
 
 @pytest.mark.parametrize("status", ["finished:failed", "finished:stopped", "running"])

@@ -20,12 +20,12 @@ from coordinator.cli.coordinator import _serve, coordinator
 from coordinator.registry import Lease, lease
 from coordinator.services.deployment import _serves_or_waits
 from coordinator.settings import FederationSettings
-from coordinator.statedir import HUNG, TRANSCRIPT, WAITING, CoordinatorStateDir, open_registry
+from coordinator.statedir import HUNG, WAITING, CoordinatorStateDir, open_registry
 from coordinator.status import lines_of, status_of
 from edgeadapt.audit import AuditInput, AuditOptions
 from edgeadapt.audit.transcripts import log_name, logs
 from edgeadapt.authority import AuthorityStore
-from edgeadapt.formats.registryfiles import BLOBS, DATABASE, REGISTRY, RegistrySettings
+from edgeadapt.formats.registryfiles import BLOBS, DATABASE, REGISTRY, TRANSCRIPT, RegistrySettings
 from edgeadapt.formats.registrystores import postgresql_url
 from tests.support import refused
 from tests.support.gateway import HOST, free_port, wait_until
@@ -74,16 +74,6 @@ def test_init_makes_the_tables_and_keeps_the_password_out_of_the_directory(
     held = b"".join(path.read_bytes() for path in (tmp_path / "fleet").rglob("*") if path.is_file())
     assert postgresql_server.password.encode() not in held
     assert CoordinatorStateDir.open(tmp_path / "fleet").registry.is_empty
-
-
-def test_init_with_a_password_in_the_address_is_refused_and_makes_nothing(authority_pem: Path, tmp_path: Path) -> None:
-    arguments = ["init", str(tmp_path / "fleet"), "--authority", str(authority_pem)]
-    with refused(ConfigError, "database.url") as caught:
-        CliRunner().invoke(
-            coordinator, [*arguments, "--database", "postgresql://me:hunter2@db/fleet"], catch_exceptions=False
-        )
-    assert "hunter2" not in str(caught.value)
-    assert not (tmp_path / "fleet").exists()
 
 
 def test_a_new_coordinator_does_not_take_over_the_registry_of_another(

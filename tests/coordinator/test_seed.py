@@ -100,8 +100,3 @@ def test_an_adapter_that_devices_could_build_in_several_ways_is_refused(changes:
     plain: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ("query",)}
     with pytest.raises(ConfigError):
         seed_version(tensors(), PeftConfig(**{**plain, **changes}), LABELS, "b" * 64)
-
-
-def test_tensors_of_another_rank_than_the_configuration_are_refused() -> None:
-    with pytest.raises(DataError):
-        seed_version(tensors(), PeftConfig("LORA", 3, 4, ("query",)), LABELS, "b" * 64)

@@ -19,7 +19,6 @@ from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.methods.parts import PARTS, Part
 from edgeadapt.rounds.analytic import AnalyticTask
 from edgeadapt.rounds.evaluation import EvaluationTask
-from edgeadapt.rounds.optimizer import FedAdam, FedAvg
 from edgeadapt.rounds.task import Task
 from tests.support import refused
 
@@ -77,12 +76,6 @@ def test_settings_are_read_as_they_were_written(tmp_path: Path) -> None:
         FederationSettings(deadline=600, aggregation=Aggregation(keep_masked_inputs=True)),
     ):
         assert FederationSettings.read(write(tmp_path, settings.to_toml())) == settings
-
-
-def test_the_server_section_is_the_optimizers_own_settings() -> None:
-    assert Server(learning_rate=0.5).rule() == FedAvg(0.5)
-    adam = Server(optimizer="fedadam", learning_rate=0.1, beta1=0.5, beta2=0.6, tau=0.01)
-    assert adam.rule() == FedAdam(0.1, 0.5, 0.6, 0.01)
 
 
 @pytest.mark.parametrize("devices", [3, 8, 12, 15, 100, 128, 129, 143])
@@ -148,11 +141,6 @@ def test_a_ring_has_the_bits_that_are_set_or_as_many_as_its_sums_need() -> None:
         Aggregation(clip_norm=1e40).spec(12, LAYOUT, BASE, 1)
 
 
-def test_the_weaker_adversary_is_offered_only_where_the_settings_name_it() -> None:
-    weaker = Aggregation(adversary="honest-but-curious").spec(8, LAYOUT, BASE, 1)
-    assert weaker.adversary is Adversary.HONEST_BUT_CURIOUS
-
-
 def noisy(epsilon: float = 0.0, **changes: Any) -> FederationSettings:
     privacy = PrivacySettings(mechanism="skellam", epsilon=epsilon, **changes)
     return FederationSettings(rounds=5, privacy=privacy, aggregation=Aggregation(clip_norm=1.0))
@@ -169,16 +157,6 @@ def test_noise_is_calibrated_to_the_epsilon_of_all_rounds_with_the_fewest_surviv
     assert 0.99 * epsilon < found <= epsilon
     assert spec.weight_cap == 1
     assert spec.privacy == Privacy(Mechanism.SKELLAM, spec.minimum_survivors - graph.count_of(20, 0.1), 1e-6)
-
-
-def test_a_noise_multiplier_is_that_of_the_honest_devices_of_the_smallest_sum() -> None:
-    assert session_of(noisy(noise_multiplier=0.7)).noise_multiplier() == pytest.approx(0.7)
-
-
-def test_without_privacy_a_session_has_no_noise() -> None:
-    spec = session_of(FederationSettings())
-    assert spec.privacy is None
-    assert spec == Aggregation().spec(20, LORA, BASE, 2, TASK)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from aggregation.pki.certificates import serial
 from aggregation.pki.revocation import Revocation
 from coordinator.gateway.server import Gateway
 from coordinator.registry import TranscriptTable, lease
-from coordinator.statedir import REVOKED, TRANSCRIPT, CoordinatorStateDir
+from coordinator.statedir import REVOKED, CoordinatorStateDir
 from edgeadapt.formats import storage
+from edgeadapt.formats.registryfiles import TRANSCRIPT
 from tests.coordinator.test_registry_elsewhere import move
 from tests.support import refused
 from tests.support.gateway import HOST, authority_of, server_tls, wait_until

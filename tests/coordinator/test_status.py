@@ -71,23 +71,6 @@ def test_a_status_during_a_run_says_so_and_does_not_disturb_it(fleet_of: FleetOf
     assert not status(fleet)["running"]
 
 
-def test_an_aborted_round_is_listed_with_its_reason(fleet_of: FleetOf) -> None:
-    from flwr.app import Error, Message
-
-    from client.node.app import app
-
-    def refuse(message: Any, context: Any) -> Any:
-        refused = message.metadata.message_type.endswith("plan") and context.node_id > 3
-        return Message(Error(7, "no"), reply_to=message) if refused else app(message, context)
-
-    fleet = fleet_of(4, rounds=1)
-    (record,) = fleet.federate(fleet.grid(app=refuse))
-    found = status(fleet)
-    assert found["rounds_aborted"] == 1
-    assert found["rounds"][0]["aborted"] == record.aborted
-    assert any(line.endswith(f"aborted: {record.aborted}") for line in lines_of(found))
-
-
 def test_a_run_that_begins_while_somebody_looks_whether_one_runs_is_not_refused(
     fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,8 +35,3 @@ def test_the_device_that_is_always_in_the_farthest_group_is_named_first() -> Non
 def test_without_a_liar_as_many_are_named_as_chance_has_it() -> None:
     named = sum(len(farthest(rounds(40, "nobody", seed))) for seed in range(20))
     assert named < 20 * len(NAMES) * 0.01 * 2
-
-
-def test_rounds_without_groups_name_nobody() -> None:
-    record = Rounds(IdentityKey(bytes(32))).record(1)
-    assert farthest([record]) == {}

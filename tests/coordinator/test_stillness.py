@@ -10,7 +10,7 @@ from flwr.app import Context, Error, Message
 from aggregation.errors import ConfigError
 from aggregation.steps import Step
 from client.node.app import app as client_app
-from coordinator import stillness
+from coordinator import lastsum
 from edgeadapt.rounds.roundtask import distance
 from tests.support import refused
 
@@ -76,4 +76,4 @@ def test_an_honest_adapter_moves_three_times_as_far_as_devices_demand(
     task = settings.task(newest.manifest)
     for number in range(3):
         far = distance(registry.tensors(number), registry.tensors(number + 1), task.influencing())
-        assert far > 3 * stillness._least(newest, task, settings)
+        assert far > 3 * lastsum._least(newest, task, settings)

@@ -14,7 +14,7 @@ import pytest
 from aggregation.errors import ConfigError, EdgeAdaptError
 from coordinator.statedir import CoordinatorStateDir
 from edgeadapt import traces
-from edgeadapt.traces import NO_SPAN, PROTOCOL, PROTOCOLS
+from edgeadapt.traces import PROTOCOL, PROTOCOLS
 from tests.support.gateway import attending, free_port, gateway
 from tests.support.otlp import attributes, receiving
 
@@ -128,11 +128,6 @@ print(json.dumps(sorted(name for name in sys.modules if name.startswith("opentel
     assert CoordinatorStateDir.open(fleet.out / "coordinator").has_rounds_left
 
 
-def test_off_there_is_one_span_for_all() -> None:
-    with traces.exporting("edgeadapt-test"), traces.span("round", round=1) as span:
-        assert span is traces.begin("session") is traces.current() is NO_SPAN
-
-
 @pytest.mark.parametrize(
     "variables",
     [
@@ -154,12 +149,6 @@ def test_variables_that_cannot_be_used_are_refused_in_one_line(
         pass
     assert "\n" not in str(refused.value)
     assert "password@" not in str(refused.value)
-
-
-def test_the_protocol_of_traces_goes_before_that_of_all_signals(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in zip((ENDPOINT, *PROTOCOLS), ("https://collector.example", PROTOCOL, "grpc"), strict=True):
-        monkeypatch.setenv(name, value)
-    assert traces.is_wanted()
 
 
 def test_without_the_extra_one_line_names_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,11 +17,10 @@ from aggregation.messages import Assignment, MaskedInput, Plan
 from aggregation.pki.identity import IdentityKey
 from aggregation.steps import Step
 from aggregation.transcript import ENTRY, LENGTH, MAGIC, AdapterId, Entry, read
-from coordinator.recorder import Recorder
 from coordinator.registry import Head
 from coordinator.statedir import CoordinatorStateDir
-from coordinator.transcripts import TORN, Transcripts
-from edgeadapt.audit import Report, Status, audit, chain, checkpoints
+from coordinator.transcripts import TORN, Recorder, Transcripts
+from edgeadapt.audit import Report, audit, chain, checkpoints
 from edgeadapt.audit.transcripts import VECTORS, logs, vector_path
 from edgeadapt.formats.roundrecord import RoundRecord, digest_of
 from tests.support import refused
@@ -120,13 +119,6 @@ def test_a_round_ends_in_the_log_as_its_record_says(transcripts: Transcripts, of
     assert recorder.log.newest == (1, "cd" * 32)
 
 
-def test_an_aborted_round_is_logged_with_its_reason(transcripts: Transcripts, offer: tuple[bytes, bytes]) -> None:
-    recorder = write(transcripts, offer)
-    recorder.end(recorded(transcripts, recorder))
-    assert kinds(recorder.path)[3:] == ["abort", "checkpoint"]
-    assert b"unrecoverable" in recorder.path.read_bytes()
-
-
 def test_a_round_that_ended_before_its_plan_has_no_ending_in_the_log(
     transcripts: Transcripts, offer: tuple[bytes, bytes]
 ) -> None:
@@ -149,14 +141,6 @@ def test_the_log_of_a_session_is_closed_once_and_named_by_the_next(
     second = write(transcripts, offer)
     assert second.log.previous == last
     assert [path.name for path in logs(transcripts.folder)] == ["session-000001.log", "session-000002.log"]
-
-
-def test_a_log_that_a_kill_left_open_is_closed_by_the_next_start(
-    transcripts: Transcripts, offer: tuple[bytes, bytes]
-) -> None:
-    killed = write(transcripts, offer)
-    write(transcripts, offer)
-    assert kinds(killed.path) == INTERRUPTED
 
 
 @pytest.mark.parametrize("cut", [1, 3, 5, 40])
@@ -254,14 +238,6 @@ def test_vectors_are_kept_by_digest_where_the_settings_ask_for_that(
         assert not keep or path.read_bytes() == b"vector"
 
 
-def test_the_keys_of_a_session_are_next_to_its_log_without_a_secret(
-    transcripts: Transcripts, offer: tuple[bytes, bytes]
-) -> None:
-    write(transcripts, offer)
-    assert b"PRIVATE" not in b"".join(path.read_bytes() for path in transcripts.folder.iterdir())
-    assert (transcripts.folder / "coordinator.pem").read_bytes() == transcripts.key.public.to_pem()
-
-
 # What the registry knows
 
 
@@ -311,27 +287,6 @@ def test_a_log_that_lost_more_than_a_kill_can_take_is_not_signed_again(
             assert recorder.path.read_bytes() == whole
 
 
-def test_a_log_that_is_gone_is_not_replaced(transcripts: Transcripts, offer: tuple[bytes, bytes]) -> None:
-    recorder = write(transcripts, offer)
-    recorder.end(recorded(transcripts, recorder, **MADE))
-    recorder.path.rename(recorder.path.with_suffix(".away"))
-    for head in (transcripts.head(), Head((1, "cd" * 32), None, None)):
-        with refused(TrustError, "transcript"):
-            replace(transcripts, head=lambda head=head: head).finish()
-    assert logs(transcripts.folder) == []
-
-
-@pytest.mark.parametrize("changes", [MADE, {}], ids=["result", "abort"])
-def test_a_registry_that_went_back_is_found_by_the_log(
-    transcripts: Transcripts, offer: tuple[bytes, bytes], changes: dict[str, Any]
-) -> None:
-    old = transcripts.head()
-    recorder = write(transcripts, offer)
-    recorder.end(recorded(transcripts, recorder, **changes))
-    with refused(TrustError, "transcript"):
-        replace(transcripts, head=lambda: old).finish()
-
-
 @pytest.mark.parametrize(
     "change",
     [{"sum": "11" * 32}, {"adapter": "ee" * 32}, {"survivors": ("a",)}, {"plan": "11" * 32}, {"root": "11" * 32}],
@@ -372,21 +327,6 @@ def audited(fleet: Any) -> dict[str, Report]:
     }
     chain(reports)
     return reports
-
-
-def test_the_transcript_of_a_run_passes_the_audit(fleet_of: Callable[..., Any]) -> None:
-    fleet = fleet_of(5, aggregation__session_rounds=2, aggregation__keep_masked_inputs=True)
-    records = fleet.federate(fleet.grid(forced_dropouts=1))
-    reports = audited(fleet)
-    assert len(reports) >= 2
-    for report in reports.values():
-        assert {finding.status for finding in report.findings} <= {Status.PASS, Status.SKIPPED}, report.findings
-    rounds = [each for report in reports.values() for each in report.rounds]
-    assert [each.survivors for each in rounds if "produced adapter" in each.ending] == [
-        record.survivors for record in records if record.survivors
-    ]
-    last = fleet.registry().latest().manifest
-    assert f"produced adapter {last.version} ({last.sha256[:12]})" in {each.ending for each in rounds}
 
 
 def test_a_device_that_names_a_session_too_long_ago_gets_no_receipt_and_stops_nobody(

@@ -1,6 +1,5 @@
 """Exchanges over the in-process grid: one reply for each node, with its answer or the reason for its absence."""
 
-import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aggregation.steps import ADAPTER, BODY, RECORD, Step
-from coordinator.transport import LAST_POLL, Clock, PayloadBytes, Reply, SystemClock, Transport
+from coordinator.transport import LAST_POLL, PayloadBytes, Reply, Transport
 from simulations.engine.grid import FaultModel, InProcessGrid
 
 NODES = tuple(range(2, 10))
@@ -48,18 +47,6 @@ def ask(
     replies = list(transport.ask(Step.PLAN, bodies, "1", attachments))
     assert sorted(reply.node for reply in replies) == sorted(bodies)
     return {reply.node: reply for reply in replies}
-
-
-def test_every_node_gets_its_own_body_and_answers_once() -> None:
-    bodies = {node: b"x" * node for node in NODES}
-    assert ask(transport_of(), bodies) == {node: Reply(node, b"x" * node + bytes([node])) for node in NODES}
-
-
-def test_answers_come_in_the_order_of_their_arrival() -> None:
-    transport = transport_of()
-    delays = FaultModel(0, 0.0, 1.0).outcomes("1", Step.PLAN, NODES)
-    order = [reply.node for reply in transport.ask(Step.PLAN, dict.fromkeys(NODES, b"x"), "1")]
-    assert order == sorted(NODES, key=lambda node: delays[node].delay)
 
 
 def test_after_a_lost_request_or_reply_the_node_did_not_answer_in_time() -> None:
@@ -110,25 +97,12 @@ def test_an_ill_formed_answer_counts_as_none_and_affects_no_other_node(number: i
     assert all(reply.body for reply in replies.values())
 
 
-def test_an_empty_body_is_an_answer() -> None:
-    def empty(message: Message, _: Context) -> Message:
-        return Message(RecordDict({RECORD: ConfigRecord({BODY: b""})}), reply_to=message)
-
-    assert {reply.body for reply in ask(transport_of(empty)).values()} == {b""}
-
-
 def test_bytes_count_bodies_and_adapters_down_and_answers_up() -> None:
     transport = transport_of()
     ask(transport, dict.fromkeys(NODES, b"12345"), ADAPTER_FILE)
     ask(transport, {2: b"123"})
     assert transport.take_carried() == PayloadBytes(up=8 * 6 + 4, down=8 * 1005 + 3)
     assert transport.take_carried() == PayloadBytes(0, 0)
-
-
-def test_bytes_of_a_lost_reply_count_down_and_not_up() -> None:
-    transport = transport_of(message_loss=0.3, seed=4)
-    heard = [node for node, reply in ask(transport).items() if reply.body]
-    assert transport.take_carried() == PayloadBytes(up=6 * len(heard), down=5 * len(NODES))
 
 
 def test_the_adapter_travels_in_the_same_message_as_the_body() -> None:
@@ -142,13 +116,6 @@ def test_the_adapter_travels_in_the_same_message_as_the_body() -> None:
     ask(transport, {2: b""}, ADAPTER_FILE)
     ask(transport, {2: b""})
     assert seen == [{BODY, ADAPTER}, {BODY}]
-
-
-def test_nobody_asked_is_nobody_waited_for() -> None:
-    transport = transport_of()
-    assert ask(transport, {}) == {}
-    assert transport.clock.now() == 0.0
-    assert transport.nodes() == NODES
 
 
 class Odd(InProcessGrid):
@@ -178,11 +145,3 @@ def test_each_node_comes_back_once_whatever_the_faults(seed: int, loss: float, d
     transport = transport_of(deadline=deadline, seed=seed, message_loss=loss)
     for _ in range(3):
         ask(transport)
-
-
-def test_the_systems_clock_waits() -> None:
-    clock: Clock = SystemClock()
-    before = clock.now()
-    clock.sleep(0.01)
-    assert 0.01 <= clock.now() - before < 5
-    assert abs(clock.now() - time.monotonic()) < 1

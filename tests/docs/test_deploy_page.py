@@ -23,11 +23,11 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import TrustError
 from aggregation.pki.identity import IdentityKey
 from client.node.statedir import DeviceStateDir
-from coordinator.statedir import AUTHORITY, KEY, PUBLIC_KEY, TRANSCRIPT, CoordinatorStateDir
+from coordinator.statedir import AUTHORITY, KEY, PUBLIC_KEY, CoordinatorStateDir
 from edgeadapt import program
 from edgeadapt.authority import AuthorityStore
 from edgeadapt.formats.keyfiles import TLS_KEY, read_public_keys
-from edgeadapt.formats.registryfiles import BLOBS, DATABASE
+from edgeadapt.formats.registryfiles import BLOBS, DATABASE, TRANSCRIPT
 from tests.support.gateway import free_port, wait_until
 from tests.support.trial import call
 

@@ -8,7 +8,7 @@ import pytest
 
 from client.node import statedir as device
 from coordinator import statedir as coordinator
-from coordinator.archive import BackupManifest
+from coordinator.backup import BackupManifest
 from edgeadapt.formats.manifest import AdapterManifest, BaseManifest, Manifest, VersionManifest
 from edgeadapt.formats.roundrecord import RoundRecord
 from edgeadapt.releases.actions import ActionRecord

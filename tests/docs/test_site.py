@@ -28,15 +28,21 @@ def hooks() -> ModuleType:
     return module
 
 
-def test_the_command_line_page_has_every_command_with_its_options(hooks: ModuleType) -> None:
-    page, commands = hooks.commands(), dict(hooks.walk())
+def test_the_pages_of_commands_have_every_command_with_its_options(hooks: ModuleType) -> None:
+    pages = {name: f"\n{hooks.commands(name)}" for name in hooks.top()}
+    commands = {path: command for path, command in hooks.walk() if " " in path}
     assert len(commands) > 20
     for path, command in commands.items():
-        section = re.split(r"\n##", page.partition(f"# {path.removeprefix('edgeadapt ')}\n")[2])[0]
+        name = path.removeprefix("edgeadapt ")
+        section = re.split(r"\n##", re.split(rf"\n#+ {name}\n", pages[name.split()[0]])[1])[0]
         assert section, path
         if not isinstance(command, click.Group):
             named = {option for each in command.params if isinstance(each, click.Option) for option in each.opts}
             assert [option for option in named if option not in section] == [], path
+
+
+def test_the_page_of_the_command_line_links_to_each_page_of_commands(hooks: ModuleType) -> None:
+    assert re.findall(r"\(commands/(.+)\.md\)", hooks.index()) == list(hooks.top())
 
 
 def test_the_page_of_scenario_keys_has_a_row_for_each_key(hooks: ModuleType) -> None:

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.numpy import load_file
 from transformers import LlamaConfig, LlamaModel
@@ -52,7 +51,6 @@ def test_a_base_that_ends_in_something_else_is_refused(tiny_base: Any, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("texts", [[], ()])
-def test_without_texts_there_is_nothing_to_center_on(tiny_base: Any, tmp_path: Path, texts: Any) -> None:
+def test_without_texts_there_is_nothing_to_center_on(tiny_base: Any, tmp_path: Path) -> None:
     with refused(ConfigError, "texts"):
-        centered(tiny_base, texts, tmp_path / "out")
+        centered(tiny_base, [], tmp_path / "out")

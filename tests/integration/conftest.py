@@ -3,7 +3,6 @@
 Each is a process with its own Flower home in one folder, and none of them outlives the test.
 """
 
-import ipaddress
 import json
 import os
 import signal
@@ -18,13 +17,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
+from aggregation.entropy import SystemEntropy
+from aggregation.pki import Authority
 from benchmarks.faults import supernodes
 from benchmarks.faults.processes import HOST, free_port, processes_of
+from tests.support.gateway import certify
 
 ROOT = Path(__file__).resolve().parents[2]
 TAIL = 4000  # characters of each log that a failure shows
@@ -204,24 +202,8 @@ def _listens(port: int) -> bool:
 
 def _certify(folder: Path) -> None:
     """``ca.pem``, and ``server.pem`` with ``server.key`` for ``HOST``."""
-    authority, server = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(HOST)), x509.DNSName("localhost")])
-    root = _builder("edgeadapt test authority", authority, "edgeadapt test authority")
-    root = root.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-    leaf = _builder(HOST, server, "edgeadapt test authority").add_extension(address, critical=False)
-    pem = serialization.Encoding.PEM
-    (folder / "ca.pem").write_bytes(root.sign(authority, hashes.SHA256()).public_bytes(pem))
-    (folder / "server.pem").write_bytes(leaf.sign(authority, hashes.SHA256()).public_bytes(pem))
-    plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    (folder / "server.key").write_bytes(server.private_bytes(pem, *plain))
-
-
-def _builder(subject: str, key: ec.EllipticCurvePrivateKey, issuer: str) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
-    builder = x509.CertificateBuilder().subject_name(_name(subject)).issuer_name(_name(issuer))
-    builder = builder.public_key(key.public_key()).serial_number(x509.random_serial_number())
-    return builder.not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(days=1))
-
-
-def _name(text: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+    authority = Authority.create("test", SystemEntropy(), now - timedelta(days=1), now + timedelta(days=1))
+    key, certificate = certify(authority)
+    for name, content in (("ca.pem", authority.root.to_pem()), ("server.key", key), ("server.pem", certificate)):
+        (folder / name).write_bytes(content)

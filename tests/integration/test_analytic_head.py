@@ -167,18 +167,6 @@ def test_a_fleet_with_few_examples_publishes_noise_and_says_so_nowhere_else(flee
     assert audit_failures(fleet.out / "coordinator") == set()
 
 
-def test_devices_with_unusable_examples_answer_and_the_head_is_that_of_the_others(fleet_with_many: FleetOf) -> None:
-    fleet = fleet_with_many(rounds=1, analytic__rounds=1)
-    fleet.state_dir("device-01").examples.write_bytes(b"not JSON\n")
-    fleet.state_dir("device-02").examples.write_bytes(b"")
-    (record,) = fleet.federate(fleet.grid())
-    assert {"device-01", "device-02"} <= set(record.survivors)
-    others = tuple(name for name in record.survivors if name not in ("device-01", "device-02"))
-    expected, _ = pooled_head(fleet, 0, others)
-    head = ClassifierHead.of(Layout.of(fleet.registry().tensors(0)))
-    assert np.abs(fleet.registry().tensors(1)[head.weight] - expected).max() < 0.02 * np.abs(expected).max()
-
-
 def test_a_device_whose_owner_shares_no_moments_refuses(fleet_with_many: FleetOf) -> None:
     fleet = fleet_with_many(rounds=1, analytic__rounds=1)
     settings = fleet.state_dir("device-03").folder / "device.toml"

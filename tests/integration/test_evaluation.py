@@ -15,8 +15,7 @@ from client.node.privacyledger import PrivacyLedger
 from client.training.examples import Example, Split, in_split, read_examples, write_examples
 from edgeadapt.bases.base import Base
 from edgeadapt.promotion.evaluations import NoVerdictError
-from edgeadapt.promotion.gates import GateError
-from edgeadapt.promotion.gatesettings import GateSettings
+from edgeadapt.promotion.gates import GateError, GateSettings
 from edgeadapt.releases.history import audit_repository
 from edgeadapt.releases.rollback import roll_back
 from edgeadapt.rounds.evaluation import RENEWAL

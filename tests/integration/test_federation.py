@@ -5,11 +5,7 @@ The apps are the real ones and the base is tiny. The tests train the updates a s
 
 import copy
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,10 +19,10 @@ from aggregation import envelope, ring
 from aggregation.messages import MaskedInput
 from aggregation.steps import ADAPTER, BODY, PROOF, RECORD, Step
 from client.node.app import STATE
+from client.node.policy import TrainingLimits
 from client.node.snapshot import Draw, Snapshot
 from client.training.engine import classifier_trainer
 from client.training.examples import Split, in_split, read_examples
-from client.training.limits import TrainingLimits
 from coordinator.settings import Aggregation, FederationSettings
 from edgeadapt.bases.base import find_base
 from edgeadapt.formats import files
@@ -37,7 +33,6 @@ from edgeadapt.rounds.task import contribution
 from simulations.engine import provision as provisioned
 from tests.support.seededapp import app as client_app
 
-ROOT = Path(__file__).resolve().parents[2]
 FleetOf = Callable[..., Any]
 
 
@@ -105,10 +100,8 @@ def plain_mean(fleet: Any, start: Tensors, version: int, survivors: tuple[str, .
 @pytest.mark.parametrize(
     ("seed", "changes"),
     [
-        (0, {}),
-        (1, {"aggregation__clip_norm": 0.05, "aggregation__weight_cap": 6}),  # both of them bite
-        (2, {"server__learning_rate": 0.5, "aggregation__session_rounds": 2}),
-        (3, {"training__epochs": 2, "aggregation__ring_bits": 40}),
+        (1, {"aggregation__clip_norm": 0.05, "aggregation__weight_cap": 6, "training__epochs": 2}),  # both bounds bite
+        (2, {"server__learning_rate": 0.5, "aggregation__session_rounds": 2, "aggregation__ring_bits": 40}),
     ],
 )
 def test_each_adapter_is_the_survivors_plain_weighted_mean_to_quantization_error(
@@ -117,7 +110,7 @@ def test_each_adapter_is_the_survivors_plain_weighted_mean_to_quantization_error
     """And the noise of the mean, which is the same for whoever knows the sum."""
     # Tiny, as the fleet and its updates are; and a ring that is fine enough to tell this mean from others.
     bounds = {"aggregation__clip_norm": 2.0, "aggregation__weight_cap": 16, "aggregation__ring_bits": 22}
-    fleet = fleet_of(10, seed=seed, rounds=3, **{**bounds, **changes})
+    fleet = fleet_of(6, seed=seed, rounds=3, **{**bounds, **changes})
     noise = noises(monkeypatch)
     records = fleet.federate(fleet.grid(app=orders, message_loss=0.01, forced_dropouts=1))
     settings, registry, moved, drawn = settings_of(fleet), fleet.registry(), 0, iter(noise)
@@ -127,7 +120,7 @@ def test_each_adapter_is_the_survivors_plain_weighted_mean_to_quantization_error
         before, after = registry.tensors(record.version - 1), registry.tensors(record.version)
         layout = Layout.of(before)
         mean, weight = plain_mean(fleet, before, record.version - 1, record.survivors, orders)
-        spec = settings.aggregation.spec(10, layout, fleet.base.digest, 1)
+        spec = settings.aggregation.spec(6, layout, fleet.base.digest, 1)
         # The sum is off by the rounding of each survivor; then float32 rounds.
         survivors = len(record.survivors)
         bound = task.rounding_norm(spec, survivors) / weight
@@ -142,12 +135,6 @@ def test_each_adapter_is_the_survivors_plain_weighted_mean_to_quantization_error
         moved += 1
     assert moved >= 2
     assert len({step for record in records for step in record.dropped.values()}) >= 2
-
-
-def test_forced_dropouts_come_at_a_step_that_varies(fleet_of: FleetOf) -> None:
-    fleet = fleet_of(8, rounds=3)
-    steps = [set(record.dropped.values()) for record in fleet.federate(fleet.grid(forced_dropouts=1))]
-    assert steps == [{"survivors"}, {"unmask"}, {"plan"}]
 
 
 # Bounds of the demo's updates would let the noise of a round be longer than the tiny fleet's updates.
@@ -223,8 +210,19 @@ class MessageLog:
         return reply
 
 
-def test_only_adapter_tensors_travel_and_no_message_approaches_the_bases_size(fleet_of: FleetOf) -> None:
-    fleet, messages = fleet_of(8, rounds=3), MessageLog()
+def test_only_adapter_tensors_travel_and_nothing_of_base_phrases_or_plain_updates(
+    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain: list[bytes] = []
+    honest = contribution
+
+    def watched(*args: Any) -> Any:
+        vector = honest(*args)
+        plain.append(ring.pack(vector, args[2].vector.ring_bits))
+        return vector
+
+    monkeypatch.setattr("edgeadapt.rounds.task.contribution", watched)
+    fleet, messages = fleet_of(6, rounds=2), MessageLog()
     records = fleet.federate(fleet.grid(app=messages))
     registry, base = fleet.registry(), load_file(fleet.base.folder / "model.safetensors")
     layout = Layout.of(registry.tensors(0))
@@ -243,36 +241,14 @@ def test_only_adapter_tensors_travel_and_no_message_approaches_the_bases_size(fl
     assert all(set(record) == {BODY} for _, record in messages.up)
     total = sum(len(value) for value in everything)
     assert total == sum(record.bytes_up + record.bytes_down for record in records)
-
-
-def test_no_phrase_and_no_plain_update_is_in_any_message(fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain: list[bytes] = []
-    honest = contribution
-
-    def watched(*args: Any) -> Any:
-        vector = honest(*args)
-        plain.append(ring.pack(vector, args[2].vector.ring_bits))
-        return vector
-
-    monkeypatch.setattr("edgeadapt.rounds.task.contribution", watched)
-    fleet, messages = fleet_of(6, rounds=2), MessageLog()
-    fleet.federate(fleet.grid(app=messages))
-    sent = [value for _, record in messages.up for value in record.values()]
-    phrases = {
-        e.text.encode() for state_dir in fleet.population.clients for e in state_dir.train + state_dir.validation
-    }
+    phrases = {example.text.encode() for home in fleet.population.clients for example in home.train + home.validation}
     assert len(plain) == 12
     assert phrases
+    sent = [record[BODY] for _, record in messages.up]
     assert not [1 for value in sent for secret in (*plain, *phrases) if secret[:64] in value]
-
-
-def test_an_upload_is_its_packed_vector_and_a_header(fleet_of: FleetOf) -> None:
-    fleet, messages = fleet_of(8, rounds=1), MessageLog()
-    fleet.federate(fleet.grid(app=messages))
-    layout = Layout.of(fleet.registry().tensors(0))
-    vector = settings_of(fleet).aggregation.spec(8, layout, fleet.base.digest, 1).vector
+    vector = settings_of(fleet).aggregation.spec(6, layout, fleet.base.digest, 1).vector
     uploads = [len(record[BODY]) for step, record in messages.up if step is Step.PLAN]
-    assert len(uploads) == 8
+    assert len(uploads) == 12
     assert max(uploads) <= ring.packed_size(vector.size, vector.ring_bits) + 300
 
 
@@ -320,7 +296,6 @@ def stopping(step: Step, group: str) -> Callable[[Message, Context], Message]:
     [
         (Step.OFFER, "session-1-1", 0),
         (Step.PLAN, "3", 2),
-        (Step.SURVIVORS, "2", 1),
         (Step.UNMASK, "4", 3),
     ],
 )
@@ -368,52 +343,3 @@ def test_without_the_optimizers_state_a_resumed_adapter_would_differ(fleet_of: F
     start = optimizer.start(rule, layout.size)
     _, fresh = optimizer.step(rule, start, layout.flatten(before), mean.astype(np.float32))
     assert np.abs(fresh - layout.flatten(after)).max() > 1e-3
-
-
-RUN = """
-import json, logging, sys
-from flwr.app import Context, RecordDict
-from client.node.app import STATE
-from client.node.app import app as client_app
-from client.node.snapshot import Draw, Snapshot
-from coordinator.app import STATE, app
-from coordinator.transport import RUN_ID, SERVER_NODE
-from simulations.engine.grid import FaultModel, InProcessGrid
-
-coordinator, nodes = sys.argv[1], {int(node): folder for node, folder in json.loads(sys.argv[2]).items()}
-
-class Printing(logging.Handler):
-    def emit(self, record):
-        if hasattr(record, "record"):
-            print(record.record.round, flush=True)
-        elif hasattr(record, "answered"):
-            print(record.answered, flush=True)
-
-log = logging.getLogger("edgeadapt.coordinator")
-log.setLevel(logging.DEBUG)
-log.addHandler(Printing())
-context = Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {STATE: coordinator})
-app(InProcessGrid(client_app, nodes, FaultModel(0, 0.0, 1.0)), context)
-"""
-
-
-def test_a_killed_run_continues_with_the_next_round(fleet_of: FleetOf) -> None:
-    """A real ``kill -9`` in the middle of round 3, while masked inputs come in."""
-    fleet = fleet_of(6, rounds=5)
-    command = [sys.executable, "-c", RUN, str(fleet.out / "coordinator"), json.dumps(fleet.nodes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        lines = iter(process.stdout.readline, "")
-        assert "2\n" in lines  # two rounds are committed,
-        assert "plan\n" in lines  # and the third has its first answer
-        os.kill(process.pid, signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
-    kept = fleet.registry().rounds()
-    assert len(kept) in (2, 3)
-    records = fleet.federate(fleet.grid())
-    assert records[: len(kept)] == kept
-    assert [(record.round, record.version) for record in records] == [(n, n) for n in range(1, 6)]
-    assert all(len(record.survivors) == 6 for record in records)
-    leftovers = [path for path in fleet.out.rglob(".*") if path.is_file()]
-    assert len(leftovers) <= 1  # the temporary file of a write that the kill interrupted

@@ -18,6 +18,7 @@ from flwr.app import Message
 from aggregation.steps import BODY, RECORD
 from coordinator.gateway.grid import GatewayGrid
 from coordinator.gateway.server import GatewayLimits
+from coordinator.settings import GatewaySettings
 from coordinator.statedir import CoordinatorStateDir
 from edgeadapt.formats.gateway.messages import node_of
 from tests.support.gateway import HOST, attending, authority_of, free_port, gateway, server_tls, wait_until
@@ -135,7 +136,7 @@ def test_an_agent_that_finds_the_gateway_full_comes_back_when_there_is_room(
 ) -> None:
     fleet = app_fleet_of(2, rounds=1)
     first, second = fleet.nodes.values()
-    limits = GatewayLimits(devices=1, grace=0.1, calls=10_000, rejected=0.2)
+    limits = GatewayLimits(devices=1, grace=0.1, calls=10_000, settings=GatewaySettings(rejected_seconds=0.2))
     with caplog.at_level("INFO", "edgeadapt"), gateway(fleet, limits) as grid:
         with attending(grid.port, [first]):
             grid.await_devices(1)
@@ -166,7 +167,10 @@ def test_an_agent_goes_to_the_next_address_when_a_gateway_is_away_and_back_when_
 def test_an_agent_of_a_version_that_is_too_old_ends_with_one_line(app_fleet_of: Callable[..., Any]) -> None:
     fleet = app_fleet_of(1, rounds=1)
     (folder,) = fleet.nodes.values()
-    with gateway(fleet, GatewayLimits(client_version="99.1")) as grid, agent_process(grid.port, folder) as agent:
+    with (
+        gateway(fleet, GatewayLimits(settings=GatewaySettings(client_version="99.1"))) as grid,
+        agent_process(grid.port, folder) as agent,
+    ):
         _, errors = agent.communicate(timeout=120)
     assert agent.returncode == 3
     assert [line for line in errors.splitlines() if "99.1" in line] == errors.splitlines()[-1:]

@@ -19,9 +19,8 @@ from edgeadapt.methods import causal
 from edgeadapt.methods.classifier import PhraseClassifier, padded
 from edgeadapt.methods.parts import Part, part_of
 from edgeadapt.methods.peft.folder import to_peft
-from export.bundle.base import wanted
+from export.bundle.base import resolved, wanted
 from export.bundle.sources import from_registry
-from export.bundle.trained import resolved
 from export.bundle.write import device_inputs
 from export.causal import export_causal
 from export.onnx.classifier import export_classifier
@@ -30,6 +29,7 @@ from export.onnx.slotted import with_mean_head
 from export.parity import compare
 from export.parity.compare import OnnxRunner
 from tests.support.authors import AUTHORS, fleet_of_authors, texts
+from tests.support.exhaustive import few
 from tests.support.models import llama, make_lm
 
 __all__ = ["llama", "make_lm"]  # fixtures
@@ -38,7 +38,7 @@ FleetOf = Callable[..., Any]
 DEVICES = 4
 TEXTS = ["turn on the light", "stop the music"]
 METHODS: dict[str, dict[str, Any]] = {
-    "rslora": {"rank": 4},
+    "rslora": {"rank": 4, "bias": "lora_only"},
     "lora": {"rank": 2, "bias": "all"},
     "dora": {"rank": 2, "bias": "lora_only"},
     "adalora": {"rank": 4},
@@ -50,7 +50,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+# Each method is run with one kind of base; `make exhaustive` runs it with the other one too.
+@pytest.mark.parametrize("method", few(METHODS, "rslora", "lora"))
 def test_a_method_is_federated_audited_opened_by_peft_and_exported(
     app_fleet_of: FleetOf, tmp_path: Path, method: str
 ) -> None:
@@ -115,7 +116,7 @@ LANGUAGE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("method", LANGUAGE)
+@pytest.mark.parametrize("method", few(LANGUAGE, *set(LANGUAGE) - {"lora"}))
 def test_a_method_of_a_language_model_is_federated_audited_opened_by_peft_and_exported(
     one_thread: None, llama: Any, make_lm: Any, tmp_path: Path, method: str
 ) -> None:

@@ -28,7 +28,7 @@ from tests.support.hostile import audit_failures
 from tests.support.rollout import NOISE, StagedFleet, louder, permuted, run
 from tests.support.up import coordinator_of, going_up
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]  # test_evaluation.py does it in one process
 
 ROOT = Path(__file__).parents[2]
 DEVICES, HELD_OUT = 4, 60  # so many of each

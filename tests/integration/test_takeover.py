@@ -18,14 +18,13 @@ from typing import Any
 import pytest
 
 from coordinator.registry import Leadership, Registry, database, leadership
-from coordinator.servicesettings import SERVICES, ServiceSettings
 from coordinator.statedir import PUBLIC_KEY, CoordinatorStateDir, open_registry
 from edgeadapt.formats.registryfiles import BLOBS, DATABASE, REGISTRY, RegistrySettings
 from edgeadapt.formats.registrystores import postgresql_url
 from tests.support.gateway import HOST, attending, free_port, wait_until
 from tests.support.postgresql import Server
 from tests.support.trial import call
-from tests.support.up import coordinator_of, going_up
+from tests.support.up import coordinator_of
 
 pytestmark = pytest.mark.slow
 
@@ -171,23 +170,3 @@ def test_another_coordinator_takes_over_when_the_leader_is_killed_or_stopped_or_
         call("audit", "verify", folder, "--authority", pinned, "--unfinished", "--json")
         assert json.loads(capsys.readouterr().out)["ok"]
     engine.dispose()
-
-
-def test_up_waits_for_its_turn_as_long_as_it_takes_and_then_runs_all_rounds(
-    app_fleet_of: Callable[..., Any], postgresql: str
-) -> None:
-    fleet = app_fleet_of(3, rounds=2)
-    (first, port), (second, other), _ = shared_by_three(fleet, postgresql).items()
-    settings = ServiceSettings(gateway=f"{HOST}:{other}", look=0.1, failures=1000, ready=LONG)
-    (second / SERVICES).write_text(settings.to_toml())
-    with running({first: port}) as (leader,), going_up(second) as up:
-        wait_until(lambda: any("waiting: " in each.get("text", "") for each in up.events), LONG)
-        time.sleep(2)  # for looks at what waits, and does not listen
-        assert (up.count("ready"), up.count("silent")) == (1, 0)
-        leader.process.kill()
-        with attending((port, other), [*fleet.nodes.values()]):
-            assert up.wait() == 0, up.other
-    assert (up.count("started"), up.events[-1]["event"]) == (1, "done")
-    state_dir = CoordinatorStateDir.open(second)
-    assert [record.version for record in state_dir.registry.rounds()] == [1, 2]
-    state_dir.registry.close()

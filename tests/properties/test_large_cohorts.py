@@ -14,7 +14,7 @@ LAYOUT = Layout((TensorSpec("a", (10, 10)),))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adversary", ["active", "honest-but-curious"])
+@pytest.mark.parametrize("adversary", ["active", pytest.param("honest-but-curious", marks=pytest.mark.exhaustive)])
 def test_a_session_of_150_devices_gives_the_plain_sum_with_a_tenth_dropping_out_twice(
     fleet_of: Callable[..., Any], spec_of: Callable[..., Any], adversary: Any
 ) -> None:

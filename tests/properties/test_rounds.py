@@ -7,8 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from aggregation import graph
 from aggregation.server import AbortReason, Established, RoundAborted
-from aggregation.spec import Adversary, default_threshold
+from aggregation.spec import CORRUPT_FRACTION, Adversary
 
 FleetOf = Callable[..., Any]
 QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -26,7 +27,7 @@ def test_a_round_gives_the_plain_sum_of_its_survivors_or_aborts(
 ) -> None:
     count = data.draw(st.integers(3, 8), "devices")
     adversary = data.draw(st.sampled_from(Adversary), "adversary")
-    least = data.draw(st.integers(default_threshold(count), count), "minimum of survivors")
+    least = data.draw(st.integers(graph.least_threshold(count, CORRUPT_FRACTION), count), "minimum of survivors")
     fleet = fleet_of(count, spec=spec_of(count, adversary=adversary, minimum_survivors=least))
     names = sorted(fleet.devices)
     dropouts = {step: data.draw(some(names), step) for step in ("advert", "shares")}

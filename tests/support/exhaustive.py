@@ -19,23 +19,37 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PASSED = ROOT / "tests" / "exhaustive.json"
+EXPORTER = ("edgeadapt/bases", "edgeadapt/methods", "export/causal", "export/onnx")
+WEBGPU = tuple(f"client/browser/page/{name}.js" for name in ("engine", "learning/trainer", "provider", "runtime"))
 SOURCES = {  # file of tests → what its cases depend on, besides itself
     "tests/attacks/test_29_files_that_never_end.py": (
         *("client/cli", "client/inference", "client/node", "coordinator/cli"),
         *("edgeadapt", "export/bundle", "export/cli"),
     ),
-    "tests/export/causal/test_traced.py": ("edgeadapt/bases", "edgeadapt/methods", "export/causal", "export/onnx"),
+    "tests/benchmarks/test_bench_simulation.py": ("benchmarks/simulation", "simulations/engine"),
+    "tests/export/causal/test_traced.py": EXPORTER,
+    "tests/export/causal/test_training.py": EXPORTER,
+    "tests/export/causal/test_vectors.py": EXPORTER,
+    "tests/export/causal/test_virtual_tokens.py": EXPORTER,
+    "tests/export/cli/test_bases.py": ("edgeadapt/bases", "export/cli", "export/prune.py"),
+    "tests/export/cli/test_peft_methods.py": ("edgeadapt/methods", "export"),
+    "tests/browser/test_learning.py": WEBGPU,
+    "tests/browser/test_webgpu.py": WEBGPU,
     "tests/export/cli/test_peft_recipes.py": ("client/learning", "client/training", "edgeadapt/methods", "export"),
-    "tests/export/test_architectures.py": (
-        "edgeadapt/bases",
-        "edgeadapt/methods",
-        "export/causal",
-        "export/onnx",
-        "docs/reference/architectures.md",
-    ),
+    "tests/export/onnx/test_families.py": EXPORTER,
+    "tests/export/onnx/test_rows.py": EXPORTER,
+    "tests/export/onnx/test_training.py": EXPORTER,
+    "tests/export/test_architectures.py": (*EXPORTER, "docs/reference/architectures.md"),
     "tests/integration/test_faults.py": (
         *("aggregation", "benchmarks/faults", "client/gateway", "client/node", "coordinator", "edgeadapt/formats"),
     ),
+    "tests/simulations/engine/test_bases.py": ("edgeadapt/methods", "export", "simulations/engine"),
+    "tests/simulations/engine/test_flowerengine.py": ("simulations/engine",),
+    "tests/simulations/engine/test_language.py": ("client/training", "edgeadapt/methods", "simulations"),
+    "tests/integration/test_rollback_by_itself.py": (
+        *("client/gateway", "client/updates", "coordinator", "edgeadapt/cli", "edgeadapt/releases"),
+    ),
+    "tests/integration/test_methods.py": ("client/training", "edgeadapt/methods", "export/causal", "export/onnx"),
 }
 
 

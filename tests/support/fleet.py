@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from aggregation import client, server
+from aggregation import client, graph, server
 from aggregation.client import Device
 from aggregation.errors import ProtocolError
 from aggregation.pki import Authority
 from aggregation.pki.identity import IdentityKey
 from aggregation.policy import Policy
 from aggregation.server import Confirming, Established, RoundAborted, RoundResult
-from aggregation.spec import Adversary, SessionSpec, default_threshold
+from aggregation.spec import CORRUPT_FRACTION, Adversary, SessionSpec
 from aggregation.vector import Segment, VectorSpec
 
 BEGIN = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
@@ -51,7 +51,7 @@ def vector_spec(clients: int, *, size: int = 7, bits: int = 24) -> VectorSpec:
 
 
 def session_spec(devices: int, **changes: Any) -> SessionSpec:
-    threshold = default_threshold(devices)
+    threshold = graph.least_threshold(devices, CORRUPT_FRACTION)
     spec = SessionSpec(
         rounds=3,
         threshold=threshold,

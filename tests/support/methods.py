@@ -27,7 +27,6 @@ from tests.support.models import LABELS
 from tests.support.recipes import CLI, SIZES, bare
 
 Trained = Callable[[str], tuple[PeftModel, Path]]
-FEEDFORWARD = ["output.dense"]
 TARGETS = ["query", "output.dense"]
 METHODS: dict[str, PeftConfig] = {
     "lora": LoraConfig(r=4, target_modules=TARGETS),

@@ -20,7 +20,7 @@ from client.updates import ChannelSource, follow, update
 from client.updates.channel import Targeting
 from edgeadapt.formats.rollout import Rollout
 from edgeadapt.program import cli
-from edgeadapt.promotion.gatesettings import GateSettings
+from edgeadapt.promotion.gates import GateSettings
 from edgeadapt.releases.repository import ChannelRepository
 from edgeadapt.releases.rollback import prepare
 from export.bundle.sources import Origin

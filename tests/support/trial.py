@@ -61,7 +61,7 @@ def make_trial_fleet(
         state_dir, certificate = folder / device, folder / f"{device}.pem"
         own = (bundles or {}).get(device, base)
         pinned = ("--authority", authority / "authority.pem", "--coordinator", coordinator / "coordinator.pem")
-        limits = ("policy.minimum_cohort=3", "policy.minimum_survivors=2", "policy.answer_quantum_seconds=1")
+        limits = ("policy.minimum_cohort=3", "policy.minimum_survivors=2", "policy.answer_quantum_seconds=0")
         trial = [part for limit in limits for part in ("--set", limit)]
         call("device", "enrol", "--state", state_dir, "--name", device, "--base", own, *pinned, *trial)
         call("authority", "issue", authority, "--request", state_dir / "request.csr", "--out", certificate)

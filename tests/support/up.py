@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.services.deployment import running
-from coordinator.servicesettings import SERVICES, ServiceSettings
+from coordinator.settings import SERVICES, ServiceSettings
 from edgeadapt.formats.keyfiles import TLS_CERTIFICATE, TLS_KEY
 from tests.support.gateway import HOST, authority_of, free_port, server_tls
 

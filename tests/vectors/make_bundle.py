@@ -32,8 +32,8 @@ from edgeadapt.formats.workfolder import WorkFolder
 from edgeadapt.methods.peft.inputs import AdapterInputs
 from export.bundle.write import AdapterSource, add_adapter, write_bundle
 from export.onnx import headers
+from export.onnx.classifier import open_base
 from export.onnx.exported import ExportedBase, Profile, written
-from export.onnx.rows import open_base
 from tests.vectors import bundle_cases
 
 FOLDER = Path(__file__).with_name("bundle")

@@ -25,12 +25,8 @@ def upgrade(url: str | URL, transcript: Path | None = None) -> str:
     """Bring a registry to the newest revision, all or nothing: a failure leaves it as it was.
 
     ``transcript``: folder of the logs, which a database in PostgreSQL of revision 2 or older does not have. Returns the
-    revision that it had.
-
-    Raises:
-        ConfigError: It is newer than this edgeadapt, the database does not have a registry, the folder does not have a
-            log of its rounds, or as ``database.connect``.
-        DataError, EdgeAdaptError: As ``database.connect``.
+    revision that it had. Raises ConfigError: it is newer than this edgeadapt, the database does not have a registry,
+    the folder does not have a log of its rounds, or as ``database.connect``.
     """
     engine = database.engine_of(url)
     try:

@@ -31,7 +31,6 @@ class Invitation(NamedTuple):
 
     Attributes:
         secret: The authority accepts it once.
-        device: The name that it will certify.
         enrolment: ``HOST:PORT`` of the authority's service, which enrols and renews.
         gateway: ``HOST:PORT`` of the coordinator's gateway; several with commas, to try in turn.
         authority: The authority's certificate, DER.

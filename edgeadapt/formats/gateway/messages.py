@@ -153,8 +153,6 @@ ENROLMENT, RENEWAL = wire.record(DeviceEnrolment), wire.record(DeviceRenewal)
 
 @dataclass(slots=True)
 class PartReader:
-    """Joins the parts of a body of ``left`` bytes."""
-
     left: int
     body: bytearray = field(default_factory=bytearray)
 
@@ -193,10 +191,8 @@ def _parts(body: bytes) -> Iterator[bytes]:
 
 
 def node_of(device: str) -> int:
-    """Return a device's node on the coordinator's grid: 63 bits of a digest of its certified name, never 0.
-
-    Both sides compute it, so that a device signs challenges for its own node only.
-    """
+    """Return a device's node on the coordinator's grid: 63 bits of a digest of its certified name, never 0. Both sides
+    compute it, so that a device signs challenges for its own node only."""
     digest = hashlib.sha256(b"edgeadapt/node\x00" + same_name(device).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1 or 1
 

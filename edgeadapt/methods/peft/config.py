@@ -78,12 +78,8 @@ Settings = dict[str, Any]  # the JSON object
 
 
 def config_of(settings: Settings) -> PeftConfig:
-    """Read the configuration in an ``adapter_config.json``.
-
-    Raises:
-        ConfigError: A method or a setting that no graph can express; ``about`` names the setting.
-        DataError: A field is missing or ill-formed.
-    """
+    """Read the configuration in an ``adapter_config.json``. Raises ConfigError: a method or a setting that no graph can
+    express; ``about`` names the setting; DataError: a field is missing or ill-formed."""
     kind = str(settings.get("peft_type"))
     if kind not in HARMLESS:
         remedy = "merge it into its base with 'edgeadapt base merge'" if kind in MERGED else "train another"
@@ -123,11 +119,8 @@ def config_of(settings: Settings) -> PeftConfig:
 
 
 def check_numbers(settings: Settings) -> None:
-    """Check that an adapter of low rank can answer with its rank and alpha; other methods have neither.
-
-    Raises:
-        DataError: One of them is missing, not a number, not above 0, or absurdly large.
-    """
+    """Check that an adapter of low rank can answer with its rank and alpha; other methods have neither. Raises
+    DataError: one of them is missing, not a number, not above 0, or absurdly large."""
     rank, alpha = RANKS.get(str(settings.get("peft_type")), ("", ""))
     for name, types, what in ((rank, (int,), "a whole number"), (alpha, (int, float), "a number")):
         value: Any = settings.get(name)

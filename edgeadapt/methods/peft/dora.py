@@ -35,12 +35,8 @@ def magnitudes(tensors: Tensors) -> list[str]:
 def with_scales(tensors: Tensors, norms_of: NormsOf, biases: Mapping[str, Floats]) -> Tensors:
     """Replace the magnitudes of an adapter (``read_peft``) by scales and offsets.
 
-    Args:
-        norms_of: As ``weight_norms``.
-        biases: The base's, of those layers that have one.
-
-    Raises:
-        DataError: An adapter's tensor does not fit the base's, or a norm is 0.
+    ``norms_of``: as ``weight_norms``. ``biases``: the base's, of those layers that have one. Raises DataError: an
+    adapter's tensor does not fit the base's, or a norm is 0.
     """
     result = {name: value for name, value in tensors.items() if not name.endswith(MAGNITUDE)}
     paths = magnitudes(tensors)
@@ -67,9 +63,7 @@ def scaled_layers(tensors: Tensors, config: PeftConfig) -> list[str]:
 
 def with_magnitudes(tensors: Tensors, config: PeftConfig, norms_of: NormsOf) -> Tensors:
     """Invert ``with_scales``, up to the rounding of float32. An output whose magnitude is 0 loses B, and stays 0.
-
-    ``tensors`` have scales at ``scaled_layers``; ``norms_of`` is as ``weight_norms``.
-    """
+    ``tensors`` have scales at ``scaled_layers``; ``norms_of`` is as ``weight_norms``."""
     result, scales = dict(tensors), dict[str, Floats]()
     for path in scaled_layers(tensors, config):
         layer = PEFT_PREFIX + path
@@ -112,12 +106,8 @@ def weight_norms(
 ) -> dict[str, Floats]:
     """Return the norm of each output's weights with the update, ``‖W + s B A‖``, shape ``(out,)``, by the layer's path.
 
-    Args:
-        tensors: A and B of each layer, as PEFT has them.
-        weights: The base's, ``(out, in)``, by the path of the layer.
-
-    Raises:
-        DataError: An adapter's tensor does not fit the base's.
+    ``tensors``: A and B of each layer, as PEFT has them. ``weights``: the base's, ``(out, in)``, by the path of the
+    layer. Raises DataError: an adapter's tensor does not fit the base's.
     """
     norms = {}
     for path in paths:

@@ -49,9 +49,8 @@ class PeftFolder:
 def read_peft(folder: Path) -> PeftFolder:
     """Read a folder that ``save_pretrained`` of a ``PeftModel`` wrote.
 
-    Raises:
-        ConfigError: Not a PEFT folder, one with pickled weights only, or an adapter that no graph can express.
-        DataError: A file is damaged or too large, a tensor is not finite, or tensors and configuration disagree.
+    Raises ConfigError: not a PEFT folder, one with pickled weights only, or an adapter that no graph can express;
+    DataError: a file is damaged or too large, a tensor is not finite, or tensors and configuration disagree.
     """
     settings = read_settings(folder)
     config = config_of(settings)
@@ -73,7 +72,7 @@ def read_peft(folder: Path) -> PeftFolder:
 
 
 def read_settings(folder: Path) -> Settings:
-    """Read ``adapter_config.json`` of a PEFT folder whose weights are no pickle, as it is. Raises as ``read_peft``."""
+    """Read ``adapter_config.json`` of a folder whose weights are not pickled, as it is. Raises as ``read_peft``."""
     if not (folder / CONFIG).is_file():
         below = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))  # where peft saves named adapters
         hint = f"; name one of the adapters in it: {', '.join(below)}" if below else ""
@@ -95,10 +94,8 @@ def to_peft(tensors: Tensors, config: PeftConfig, out: Path, base: str | None = 
         out: A new or empty folder. It is written atomically.
         base: The name of the base that peft notes.
 
-    Raises:
-        ConfigError: ``out`` is not empty.
-        DataError: The tensors do not match ``config``, or are not finite.
-        OSError: The folder cannot be written; the error names the file.
+    Raises ConfigError: ``out`` is not empty; DataError: the tensors do not match ``config``, or are not finite;
+    OSError: the folder cannot be written; the error names the file.
     """
     inputs = AdapterInputs.of_tensors(*as_lora(config, tensors))
     count = virtual_tokens({input_name(name): value for name, value in tensors.items()})

@@ -59,9 +59,8 @@ class AdapterInputs:
     def of_tensors(cls, config: PeftConfig, tensors: Tensors) -> Self:
         """Return the inputs that an adapter fills, from all its tensors under peft's names.
 
-        Raises:
-            DataError: A tensor is not of LoRA on a linear layer, a LoRA pair is incomplete or of two ranks, a rank
-                differs from the one in ``config``, a vector is not one row, or there is no virtual token.
+        Raises DataError: a tensor is not of LoRA on a linear layer, a LoRA pair is incomplete or of two ranks, a rank
+        differs from the one in ``config``, a vector is not one row, or there is no virtual token.
         """
         values = {input_name(name): value for name, value in tensors.items()}
         loras = tuple(_lora(path, config, values) for path in sorted(lora_paths(values)))
@@ -80,11 +79,8 @@ class AdapterInputs:
 
 
 def lora_paths(names: Iterable[str]) -> set[str]:
-    """Return the paths of the layers that have a LoRA pair among tensors with these graph names.
-
-    Raises:
-        DataError: peft added a tensor that is not of LoRA on a linear layer.
-    """
+    """Return the paths of the layers that have a LoRA pair among tensors with these graph names. Raises DataError: peft
+    added a tensor that is not of LoRA on a linear layer."""
     added = [name for name in names if LORA in name and not name.endswith(MAGNITUDE)]
     if odd := sorted(name for name in added if not name.endswith((LORA_A, LORA_B))):
         raise DataError(

@@ -32,11 +32,9 @@ EPSILON = 1e-5  # that peft adds to AdaLoRA's rank
 def as_lora(config: PeftConfig, tensors: Tensors) -> tuple[PeftConfig, Tensors]:
     """Return LoRA's configuration and tensors with the same updates; other tensors keep their names and values.
 
-    A configuration whose method is not one of ``FACTORS`` is returned as it is. Tensors have peft's names.
-
-    Raises:
-        ConfigError: A rank is above ``MAX_RANK``, rank or alpha is 0, or the adapter lacks what all layers share.
-        DataError: A layer lacks a tensor, two do not fit together, or a rank is not that of the configuration.
+    A configuration whose method is not one of ``FACTORS`` is returned as it is. Tensors have peft's names. Raises
+    ConfigError: a rank is above ``MAX_RANK``, rank or alpha is 0, or the adapter lacks what all layers share;
+    DataError: a layer lacks a tensor, two do not fit together, or a rank is not that of the configuration.
     """
     method = config.peft_type
     if (parts := FACTORS.get(method)) is None:
@@ -76,10 +74,8 @@ def as_lora(config: PeftConfig, tensors: Tensors) -> tuple[PeftConfig, Tensors]:
 
 
 def factor_shapes(config: PeftConfig, sizes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors of an adapter of one of ``FACTORS``, under peft's names.
-
-    ``sizes`` has inputs and outputs of each layer, by its path.
-    """
+    """Return the shapes of the tensors of an adapter of one of ``FACTORS``, under peft's names. ``sizes`` has inputs
+    and outputs of each layer, by its path."""
     result: dict[str, tuple[int, ...]] = {}
     for path, (width, out) in sizes.items():
         rank = config.rank_of(path)
@@ -117,11 +113,8 @@ def gradients_of_factors(gradients: Tensors, config: PeftConfig, tensors: Tensor
 
 
 def trimmed(tensors: Tensors, slots: Mapping[str, Sequence[str]]) -> Tensors:
-    """Remove the columns of a shared A (VeRA) that a layer does not read.
-
-    ``tensors`` come from ``as_lora``; ``slots`` has the base's graph inputs, with dimensions as text: A's slot is as
-    long as what its layer reads.
-    """
+    """Remove the columns of a shared A (VeRA) that a layer does not read. ``tensors`` come from ``as_lora``; ``slots``
+    has the base's graph inputs, with dimensions as text: A's slot is as long as what its layer reads."""
     shared = [name for name in tensors if name.endswith(LORA_A) and input_name(name) in slots]
     return tensors | {name: tensors[name][:, : int(slots[input_name(name)][0])] for name in shared}
 

@@ -51,10 +51,8 @@ def from_peft_tensors(tensors: Tensors, config: PeftConfig, settings: Settings) 
     """Replace peft's own tensors in a PEFT folder by vectors. Other methods than ``config``'s keep their names.
 
     ``settings`` (``adapter_config.json``) says which biases the adapter replaces or brings. A version in a registry has
-    none; there, the configuration says so.
-
-    Raises:
-        DataError: A tensor has a shape that its method does not give it, or a name that only a graph's input has.
+    none; there, the configuration says so. Raises DataError: a tensor has a shape that its method does not give it, or
+    a name that only a graph's input has.
     """
     result: Tensors = {}
     bias = settings.get("bias", config.bias)
@@ -72,10 +70,8 @@ def from_peft_tensors(tensors: Tensors, config: PeftConfig, settings: Settings) 
 
 
 def to_peft_tensors(tensors: Tensors, config: PeftConfig) -> Tensors:
-    """Invert ``from_peft_tensors``, up to the rounding of a layer's scaling.
-
-    Raises ConfigError for a scale of LoRA's: of DoRA, magnitudes come first (``dora.with_magnitudes``).
-    """
+    """Invert ``from_peft_tensors``, up to the rounding of a layer's scaling. Raises ConfigError for a scale of LoRA's:
+    of DoRA, magnitudes come first (``dora.with_magnitudes``)."""
     if any(PEFT_PREFIX + name in tensors for name in VIRTUAL):
         return {_to_unwrapped(name): value for name, value in tensors.items()}
     return dict(_to_peft(name, value, config, tensors) for name, value in tensors.items())

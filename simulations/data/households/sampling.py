@@ -140,9 +140,8 @@ class _Speaker:
 def sample_population(settings: PopulationSettings, seed: int) -> Population:
     """Sample a population; the same settings and seed give the same ``digest`` on any machine.
 
-    Raises:
-        ConfigError: A package or a language is missing, the languages share too few intents, or a household has fewer
-            different utterances than the settings ask for.
+    Raises ConfigError: a package or a language is missing, the languages share too few intents, or a household has
+    fewer different utterances than the settings ask for.
     """
     labels, books = _phrasebooks(settings, seed)
     used = _UsedTexts()

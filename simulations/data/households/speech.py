@@ -271,11 +271,8 @@ def _import(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ConfigError(
-            f"cannot import {module} ({error}): install it with pip install 'edgeadapt[simulations]'",
-            about="edgeadapt[simulations]",
-            value=module,
-        ) from error
+        reason = f"cannot import {module} ({error}): install it with pip install 'edgeadapt[simulations]'"
+        raise ConfigError(reason, about="edgeadapt[simulations]", value=module) from error
 
 
 def _intents(language: str) -> dict[str, Any]:
@@ -285,11 +282,8 @@ def _intents(language: str) -> dict[str, Any]:
     intents: dict[str, Any] | None = package.get_intents(language) if language in languages else None
     if intents is None:
         close = difflib.get_close_matches(language, languages, n=5, cutoff=0.3) or languages
-        raise ConfigError(
-            f"home-assistant-intents has no language {language!r}; the closest are: {', '.join(close)}",
-            about="population.languages",
-            value=language,
-        )
+        reason = f"home-assistant-intents has no language {language!r}; the closest are: {', '.join(close)}"
+        raise ConfigError(reason, about="population.languages", value=language)
     return intents
 
 

@@ -47,7 +47,7 @@ def twice(der: bytes, signer: IdentityKey) -> bytes:
     renamed = der[:-64].replace(b"\x2a\x03\x05", b"\x2a\x03\x04")
     assert renamed != der[:-64]
     body = x509.load_der_x509_certificate(renamed + der[-64:]).tbs_certificate_bytes
-    return renamed + Ed25519PrivateKey.from_private_bytes(signer.raw).sign(body)
+    return renamed + private(signer).sign(body)
 
 
 def forged(
@@ -58,21 +58,25 @@ def forged(
     extension: bool = True,
 ) -> bytes:
     """A certificate that the authority signs although ``issue`` would refuse it."""
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(x509.Name(subject))
-        .issuer_name(x509.load_der_x509_certificate(issuer.der).subject)
-        .public_key(public)
-        .serial_number(7)
-        .not_valid_before(BEGIN)
-        .not_valid_after(END)
-    )
-    if extension:
-        builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-    for value, critical in extensions:
+    by = x509.load_der_x509_certificate(issuer.der).subject
+    builder = x509.CertificateBuilder(by, x509.Name(subject), public, 7, BEGIN, END)
+    leaf = x509.BasicConstraints(ca=False, path_length=None), True
+    for value, critical in (*([leaf] if extension else []), *extensions):
         builder = builder.add_extension(value, critical)
-    signed = builder.sign(Ed25519PrivateKey.from_private_bytes(issuer.key.raw), None)
-    return signed.public_bytes(serialization.Encoding.DER)
+    return builder.sign(private(issuer.key), None).public_bytes(serialization.Encoding.DER)
+
+
+def private(key: IdentityKey) -> Ed25519PrivateKey:
+    return Ed25519PrivateKey.from_private_bytes(key.raw)
+
+
+def pem_of(der: bytes) -> bytes:
+    return x509.load_der_x509_certificate(der).public_bytes(serialization.Encoding.PEM)
+
+
+@pytest.fixture
+def public(identity: IdentityKey) -> Any:
+    return private(identity).public_key()
 
 
 def name(*values: str) -> list[x509.NameAttribute]:
@@ -133,52 +137,40 @@ def test_a_certificate_keeps_the_serial_that_it_was_given(authority: Authority, 
     assert x509.load_der_x509_certificate(der).serial_number == 2**158 + 1
 
 
-def test_a_certificate_with_two_names_or_none_is_refused(authority: Authority, identity: IdentityKey) -> None:
-    key = Ed25519PrivateKey.from_private_bytes(identity.raw).public_key()
-    for names in (name("a", "b"), name()):
-        with refused(TrustError, "certificate.common-name"):
-            authority.root.verify(forged(authority, names, key))
+@pytest.mark.parametrize("names", [(), ("a", "b")])
+def test_a_certificate_with_two_names_or_none_is_refused(
+    authority: Authority, public: Any, names: tuple[str, ...]
+) -> None:
+    with refused(TrustError, "certificate.common-name"):
+        authority.root.verify(forged(authority, name(*names), public))
 
 
-def test_a_certified_name_that_is_not_a_device_id_is_refused(authority: Authority, identity: IdentityKey) -> None:
-    key = Ed25519PrivateKey.from_private_bytes(identity.raw).public_key()
-    with refused(TrustError, "certificate.common-name", value="../kitchen"):
-        authority.root.verify(forged(authority, name("../kitchen"), key))
+# The last six look like a device's, and are not ASCII.
+@pytest.mark.parametrize(
+    "subject", ["../kitchen", "kitchen\0", "kitchen\n", "kitchеn", "ｋitchen", "kitchen\u200b", "kıtchen"]
+)
+def test_a_certified_name_that_is_not_a_device_id_is_refused(authority: Authority, public: Any, subject: str) -> None:
+    with refused(TrustError, "certificate.common-name", value=subject):
+        authority.root.verify(forged(authority, name(subject), public))
 
 
-def test_a_certificate_without_basic_constraints_is_refused(authority: Authority, identity: IdentityKey) -> None:
-    key = Ed25519PrivateKey.from_private_bytes(identity.raw).public_key()
+def test_a_certificate_without_basic_constraints_is_refused(authority: Authority, public: Any) -> None:
     with refused(TrustError, "certificate.basic-constraints"):
-        authority.root.verify(forged(authority, name("a"), key, extension=False))
+        authority.root.verify(forged(authority, name("a"), public, extension=False))
 
 
 def test_a_critical_extension_that_is_not_understood_is_refused_and_another_is_not(
-    authority: Authority, identity: IdentityKey
+    authority: Authority, public: Any
 ) -> None:
     """RFC 5280, section 4.2: for example one that limits the certificate to another purpose."""
-    key = Ed25519PrivateKey.from_private_bytes(identity.raw).public_key()
     for extension in (unknown(4, critical=True), (x509.ExtendedKeyUsage([x509.OID_SERVER_AUTH]), True)):
         with refused(TrustError, "certificate.extension", value=extension[0].oid.dotted_string):
-            authority.root.verify(forged(authority, name("a"), key, extension))
-    assert authority.root.verify(forged(authority, name("a"), key, unknown(4, critical=False)))[0] == "a"
+            authority.root.verify(forged(authority, name("a"), public, extension))
+    assert authority.root.verify(forged(authority, name("a"), public, unknown(4, critical=False)))[0] == "a"
 
 
-def test_an_authority_with_a_critical_extension_that_is_not_understood_cannot_be_pinned(authority: Authority) -> None:
-    key = Ed25519PrivateKey.from_private_bytes(authority.key.raw).public_key()
-    constraints = x509.BasicConstraints(ca=True, path_length=0), True
-    for extra, about in ((True, "certificate.extension"), (False, "")):
-        der = forged(authority, name("fleet"), key, constraints, unknown(4, critical=extra), extension=False)
-        pem = x509.load_der_x509_certificate(der).public_bytes(serialization.Encoding.PEM)
-        if about:
-            with refused(TrustError, about, value="1.2.3.4"):
-                Root.from_pem(pem)
-        else:
-            Root.from_pem(pem)
-
-
-def test_a_certificate_with_an_extension_twice_is_refused(authority: Authority, identity: IdentityKey) -> None:
-    key = Ed25519PrivateKey.from_private_bytes(identity.raw).public_key()
-    der = forged(authority, name("a"), key, unknown(4, critical=False), unknown(5, critical=False))
+def test_a_certificate_with_an_extension_twice_is_refused(authority: Authority, public: Any) -> None:
+    der = forged(authority, name("a"), public, unknown(4, critical=False), unknown(5, critical=False))
     assert authority.root.verify(der)[0] == "a"
     with refused(TrustError, "certificate.extension"):
         authority.root.verify(twice(der, authority.key))
@@ -188,16 +180,6 @@ def test_a_certificate_for_the_authoritys_own_key_is_refused(authority: Authorit
     der = authority.issue("a", authority.key.public, not_before=BEGIN, not_after=END)
     with refused(TrustError, "certificate.key", value="a"):
         authority.root.verify(der)
-
-
-@pytest.mark.parametrize(
-    "subject",
-    ["kitchen\0", "kitchen\n", "kitchеn", "ｋitchen", "kitchen\u200b", "kıtchen"],  # not ASCII
-)
-def test_a_name_that_looks_like_a_devices_is_refused(authority: Authority, identity: IdentityKey, subject: str) -> None:
-    key = Ed25519PrivateKey.from_private_bytes(identity.raw).public_key()
-    with refused(TrustError, "certificate.common-name", value=subject):
-        authority.root.verify(forged(authority, name(subject), key))
 
 
 def test_a_certificate_for_another_kind_of_key_is_refused(authority: Authority) -> None:
@@ -225,12 +207,6 @@ def test_any_insertion_or_deletion_is_refused(
             authority.root.verify(raw)
 
 
-@pytest.mark.parametrize("der", [b"", b"junk", bytes(5000)])
-def test_bytes_that_are_not_a_certificate_are_refused(authority: Authority, der: bytes) -> None:
-    with pytest.raises(TrustError):
-        authority.root.verify(der)
-
-
 def test_authority_and_root_round_trip_through_pem(authority: Authority) -> None:
     assert Authority.from_pem(authority.to_pem()) == authority
     assert Root.from_pem(authority.root.to_pem()) == authority.root
@@ -243,26 +219,14 @@ def test_key_and_certificate_of_different_authorities_are_refused(authority: Aut
 
 
 def test_a_device_certificate_cannot_be_pinned(authority: Authority, certificate: bytes) -> None:
-    pem = x509.load_der_x509_certificate(certificate).public_bytes(serialization.Encoding.PEM)
     with pytest.raises(TrustError):
-        Root.from_pem(pem)
+        Root.from_pem(pem_of(certificate))
 
 
-def test_an_authority_signed_by_another_cannot_be_pinned(authority: Authority, entropy: Any) -> None:
-    other = IdentityKey.generate(entropy)
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(x509.Name(name("below")))
-        .issuer_name(x509.Name(name("fleet")))
-        .public_key(Ed25519PrivateKey.from_private_bytes(other.raw).public_key())
-        .serial_number(7)
-        .not_valid_before(BEGIN)
-        .not_valid_after(END)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-    )
-    signed = builder.sign(Ed25519PrivateKey.from_private_bytes(authority.key.raw), None)
+def test_an_authority_signed_by_another_cannot_be_pinned(authority: Authority, public: Any) -> None:
+    constraints = x509.BasicConstraints(ca=True, path_length=None), True
     with refused(TrustError, "authority.certificate"):
-        Root.from_pem(signed.public_bytes(serialization.Encoding.PEM))
+        Root.from_pem(pem_of(forged(authority, name("below"), public, constraints, extension=False)))
 
 
 def test_a_certificate_over_the_limit_is_refused_unread(authority: Authority) -> None:
@@ -273,27 +237,16 @@ def test_a_certificate_over_the_limit_is_refused_unread(authority: Authority) ->
 
 
 def test_a_self_signed_certificate_that_is_not_an_authoritys_cannot_be_pinned(authority: Authority) -> None:
-    der = forged(authority, name("fleet"), Ed25519PrivateKey.from_private_bytes(authority.key.raw).public_key())
-    pem = x509.load_der_x509_certificate(der).public_bytes(serialization.Encoding.PEM)
     with refused(TrustError, "certificate.basic-constraints"):
-        Root.from_pem(pem)
+        Root.from_pem(pem_of(forged(authority, name("fleet"), private(authority.key).public_key())))
 
 
 def test_an_authority_with_another_kind_of_key_cannot_be_pinned() -> None:
-    key = ec.generate_private_key(ec.SECP256R1())
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(x509.Name(name("a")))
-        .issuer_name(x509.Name(name("a")))
-        .public_key(key.public_key())
-        .serial_number(7)
-        .not_valid_before(BEGIN)
-        .not_valid_after(END)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-    )
-    pem = builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    key, subject = ec.generate_private_key(ec.SECP256R1()), x509.Name(name("a"))
+    builder = x509.CertificateBuilder(subject, subject, key.public_key(), 7, BEGIN, END)
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
     with refused(TrustError, "certificate.key", value="ECPublicKey"):
-        Root.from_pem(pem)
+        Root.from_pem(builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
 
 
 @pytest.mark.parametrize("device_id", ["", "a b", "-a", "a/b", "é", "a" * 65])

@@ -6,8 +6,6 @@ from typing import Any
 import pytest
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
-from hypothesis import given
-from hypothesis import strategies as st
 
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, TrustError
@@ -88,11 +86,3 @@ def test_a_key_shows_its_secret_in_no_repr_and_other_keys_are_refused() -> None:
     for pem in (b"", b"no key", IdentityKey.generate(SystemEntropy()).to_pem()):
         with pytest.raises(TrustError):
             TlsKey(pem)
-
-
-@given(st.binary(max_size=400))
-def test_bytes_that_are_no_certificate_raise_one_error(raw: bytes) -> None:
-    with pytest.raises(TrustError):
-        verify_tls(AUTHORITY.root, raw, NOW)
-    with pytest.raises(TrustError):
-        read_tls_request(raw)

@@ -106,10 +106,7 @@ def test_a_sum_without_honest_survivors_has_no_account(corrupt: int) -> None:
         ({"vector": VectorSpec((*vector_of().segments, Segment("weight", 1, 1.0)), 16, CLIENTS)}, "spec.privacy"),
         ({"privacy": replace(PRIVACY, honest=0)}, "spec.privacy.honest"),
         ({"privacy": replace(PRIVACY, honest=8)}, "spec.privacy.honest"),
-        (
-            {"privacy": Privacy(Mechanism.DISCRETE_GAUSSIAN, 6, 1e-6), "vector": vector_of(1e-9)},
-            "sum.variance",
-        ),
+        ({"privacy": Privacy(Mechanism.DISCRETE_GAUSSIAN, 6, 1e-6), "vector": vector_of(1e-9)}, "sum.variance"),
     ],
 )
 def test_noise_that_is_not_accounted_for_is_refused(changes: dict[str, Any], about: str) -> None:

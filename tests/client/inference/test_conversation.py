@@ -110,8 +110,3 @@ def test_a_conversation_goes_on_after_a_change_of_adapter(generator: Generator) 
 def test_an_answer_as_long_as_the_context_is_refused(generator: Generator) -> None:
     with refused(ConfigError, "max_tokens", value=256):
         Conversation(generator, SamplingParams(max_tokens=256))
-
-
-def test_a_wrong_system_prompt_is_refused(generator: Generator) -> None:
-    with refused(DataError, "text"):
-        Conversation(generator, SHORT, "")

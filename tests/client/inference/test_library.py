@@ -76,16 +76,6 @@ def test_the_temperature_of_a_composition_is_the_mean_weighted_as_the_heads_are(
         assert compose(composition, parts, exported.manifest).temperature == pytest.approx(expected)
 
 
-def test_two_halves_of_one_adapter_answer_as_the_adapter(bundle: Path, source: Source, add: Add) -> None:
-    add(source("anna", parent="a" * 64))
-    session = ClassificationSession.open(bundle)
-    whole = session.rank(PHRASES, "global", 4)
-    halves = Composition.of(["global", "anna"], weights=[0.5, 0.5])
-    for one, other in zip(whole, session.rank(PHRASES, halves, 4), strict=True):
-        assert [p.label for p in one] == [p.label for p in other]
-        assert [p.probability for p in one] == pytest.approx([p.probability for p in other], abs=1e-6)
-
-
 SCALE, SHIFT, NORM = "q.output_scale", "q.output_offset", "norm.weight.replaced"
 
 
@@ -130,15 +120,6 @@ def test_a_subtracted_adapter_loses_its_update_and_has_no_part_in_the_head(
         np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())
     with refused(ConfigError, "composition.weight", value="classifier.bias"):
         compose(Composition.parse("anna:-1"), [anna], exported.manifest)
-
-
-def test_a_composition_is_named_by_its_parts_and_answers_unlike_each(with_anna: Path) -> None:
-    session = ClassificationSession.open(with_anna)
-    answers = []
-    for names, shown in (("global", "global"), ("anna", "anna"), ("global:0.5+anna", "anna+global:0.5")):
-        assert session.load(names).name == shown
-        answers.append(session.rank(PHRASES, names, 4))
-    assert answers[2] not in answers[:2]
 
 
 def test_adapters_with_different_labels_are_not_composed(bundle: Path, source: Source, add: Add) -> None:
@@ -202,23 +183,12 @@ def test_a_composition_with_a_wrong_name_is_refused(text: str) -> None:
         Composition.parse(text)
 
 
-def test_an_error_in_a_composition_names_the_value_and_the_form() -> None:
-    with refused(ConfigError, "composition.weight", value="x") as caught:
-        Composition.parse("global:x")
-    assert str(caught.value) == "weight 'x' is not a number; write NAME:NUMBER, as in global:0.5+anna:1"
-
-
 def test_as_many_weights_as_names_are_needed() -> None:
     with refused(ConfigError, "composition.weight", value=[1.0]):
         Composition.of(["global", "anna"], [1.0])
     with refused(ConfigError, "composition"):
         Composition.of([])
     assert Composition((WeightedAdapter("anna", 2.0),)) == Composition.of("anna", [2.0])
-
-
-def test_the_repr_of_an_adapter_contains_no_tensor(with_anna: Path, exported: ExportedBase) -> None:
-    composed = compose(Composition.parse("anna+global"), verified(with_anna, "anna", "global"), exported.manifest)
-    assert "inputs" not in repr(composed)
 
 
 # The bundle
@@ -292,12 +262,6 @@ def test_an_adapter_above_the_limit_is_held_alone() -> None:
     assert cache.get(named("huge")) is huge
     cache[named("b")] = last
     assert (evicted, cache.currsize, len(cache)) == ([small, huge], 1, 1)
-
-
-def test_get_returns_none_for_a_missing_adapter() -> None:
-    cache = cache_of(1, 1)
-    assert cache.get(named("a")) is None
-    assert len(cache) == cache.currsize == 0
 
 
 @pytest.mark.parametrize(

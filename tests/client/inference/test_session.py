@@ -114,22 +114,10 @@ def test_a_ranking_is_ordered_and_sums_to_one(bundle: Path) -> None:
     assert sum(found) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("text", ["\u200b", "\u200b\u200b", "😀", "１２３"])
-def test_a_text_without_a_known_token_is_refused(bundle: Path, text: str) -> None:
-    with refused(DataError, "text.tokens", value=text):
-        ClassificationSession.open(bundle).classify([text], "global")
-
-
 def test_a_long_text_is_truncated_at_the_models_limit(bundle: Path) -> None:
     session = ClassificationSession.open(bundle)
     words = "lock the door " * 20
     assert session.classify([words], "global") == session.classify([words + "play music"], "global")
-
-
-@pytest.mark.parametrize("text", ["", "  \n", "a\0b", "lock \udcff"])
-def test_a_text_that_is_not_valid_is_refused(bundle: Path, text: str) -> None:
-    with refused(DataError, "text"):
-        ClassificationSession.open(bundle).classify([text], "global")
 
 
 def test_an_adapter_that_was_evicted_is_verified_again(with_anna: Path) -> None:
@@ -141,19 +129,6 @@ def test_an_adapter_that_was_evicted_is_verified_again(with_anna: Path) -> None:
     assert session.load("anna").name == "anna"  # from memory
     with pytest.raises(TrustError):
         session.load("global")
-
-
-def test_adapters_of_different_rank_and_labels_run_in_one_session(bundle: Path, source: Source, add: Add) -> None:
-    given = source("small", seed=3)
-    cut = {
-        name: value[:2] if "lora_A" in name else value[:, :2] if "lora_B" in name else value[:3]
-        for name, value in given.tensors.items()
-    }
-    cut = {name: np.ascontiguousarray(value) for name, value in cut.items()}
-    add(replace(given, tensors=cut, labels=("a", "b", "c")))
-    session = ClassificationSession.open(bundle)
-    assert session.load("small").rank == 2
-    assert {prediction.label for prediction in session.rank(PHRASES[:1], "small", 9)[0]} == {"a", "b", "c"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /proc/self/maps")

@@ -7,15 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aggregation.errors import ConfigError, DataError
-from client.inference.text import (
-    MAX_STOP,
-    MAX_TEXT,
-    Detokenizer,
-    SamplingParams,
-    StopFilter,
-    TextDecoder,
-    checked,
-)
+from client.inference.text import MAX_STOP, MAX_TEXT, Detokenizer, SamplingParams, StopFilter, TextDecoder, checked
 from tests.support import refused
 from tests.support.tokenizers import WRITERS
 
@@ -29,9 +21,7 @@ def streamed(text: str, strings: tuple[str, ...], cuts: list[int]) -> tuple[str,
 
 
 @given(
-    text=st.text("ab", max_size=30),
-    strings=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
-    data=st.data(),
+    text=st.text("ab", max_size=30), strings=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), data=st.data()
 )
 def test_the_text_ends_before_the_first_stop_string_however_it_is_cut(
     text: str, strings: list[str], data: st.DataObject
@@ -57,12 +47,6 @@ def test_nothing_is_emitted_after_a_stop_string() -> None:
     stops = StopFilter(("\n",))
     assert stops.feed("one\ntwo") == "one"
     assert (stops.feed("three"), stops.rest(), stops.hit) == ("", "", "\n")
-
-
-@pytest.mark.parametrize("pieces", [["abc"], ["a", "b", "c"]])
-def test_without_stop_strings_every_piece_is_emitted_at_once(pieces: list[str]) -> None:
-    stops = StopFilter(())
-    assert [stops.feed(piece) for piece in pieces] == pieces
 
 
 @pytest.mark.parametrize(

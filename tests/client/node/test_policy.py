@@ -15,11 +15,10 @@ from aggregation.policy import Policy
 from aggregation.privacy.accounting import Mechanism, NoisySum, Spent
 from aggregation.spec import Adversary
 from client.cli import device
-from client.node.policy import PolicySettings
+from client.node.policy import PolicySettings, TrainingLimits
 from client.node.privacyledger import PrivacyLedger
 from client.node.statedir import DeviceSettings, DeviceStateDir
 from client.training.control import TrainingControl
-from client.training.limits import TrainingLimits
 from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.methods.parts import PARTS
 from edgeadapt.rounds.analytic import AnalyticTask

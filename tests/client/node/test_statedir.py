@@ -63,13 +63,6 @@ def test_a_base_of_any_name_is_read_back_as_it_was_written(tmp_path: Path, base:
     ("content", "about"),
     [
         ('base = "x"\nbasis = 1\n', "basis"),
-        ('base = "x"\n[policy]\nminimum_cohrt = 9\n', "policy.minimum_cohrt"),
-        ('base = "x"\n[policy]\nminimum_ring_bits = 40\nmaximum_ring_bits = 30\n', "policy"),
-        ('base = "x"\n[policy]\nrevocation_days = 1000000000\n', "policy.revocation_days"),
-        ("[policy]\nminimum_cohort = 8\n", "base"),
-        ('base = "x"\n[policy]\nminimum_cohort = 2\n', "policy.minimum_cohort"),
-        ('base = "x"\n[policy]\nminimum_cohort = "8"\n', "policy.minimum_cohort"),
-        ('base = "x"\n[policy]\nminimum_cohort = true\n', "policy.minimum_cohort"),
         ('base = "x"\ngateway = "fleet.example"\n', "gateway"),
         ('base = "x"\ngateway = "a:1,"\n', "gateway"),
         ('base = "x"\nrenewal = "a:1,b:1"\n', "renewal"),

@@ -14,9 +14,8 @@ from aggregation.pki.identity import IdentityKey
 from aggregation.privacy.accounting import Mechanism
 from aggregation.spec import Grouping, Privacy, SessionSpec
 from client.node import sumhistory
-from client.node.sketch import BUCKETS, separation, sketch
 from client.node.statedir import SUMS, DeviceSettings, DeviceStateDir
-from client.node.sumhistory import SumHistory, SumKind
+from client.node.sumhistory import BUCKETS, SumHistory, SumKind, separation, sketch
 from edgeadapt.formats import files
 from edgeadapt.formats.layout import Tensors
 from edgeadapt.formats.peftconfig import PeftConfig

@@ -89,7 +89,7 @@ def test_a_round_is_trained_within_the_owners_limits(talk: Talk, monkeypatch: py
     monkeypatch.setattr(ClassifierTrainer, "train", watched)
     _, plans = talk.plan(talk.established())
     talk.ask(FIRST, Step.PLAN, plans[FIRST], adapter=talk.adapter)
-    assert seen == [TrainingControl(90.0, 0.5, 3.0, True, 7)]
+    assert seen == [TrainingControl(90.0, 0.5, 3.0, True, 7, step=seen[0].step)]
 
 
 REFUSED: list[tuple[str, dict[str, Any]]] = [

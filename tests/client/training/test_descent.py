@@ -184,9 +184,9 @@ def interrupted(
         if next(left, None) is None:
             raise Killed
 
-    control = TrainingControl(checkpoint=checkpoint(folder), patience=patience, held_out=held_out)
+    control = TrainingControl(checkpoint=checkpoint(folder), patience=patience, held_out=held_out, step=step)
     with pytest.raises(Killed):
-        descend(START, ORDER, gradients_of, task, step, epochs=4, control=control)
+        descend(START, ORDER, gradients_of, task, epochs=4, control=control)
 
 
 @pytest.mark.parametrize("at", [0, 1, 5, 12, 19])

@@ -233,7 +233,7 @@ def test_the_step_is_called_before_each_batch_and_can_end_the_training(ours: Cla
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ours.train(start, EXAMPLES, TASK, epochs=9, rng=rng(), step=stop)
+        ours.train(start, EXAMPLES, TASK, epochs=9, rng=rng(), control=TrainingControl(step=stop))
     assert len(calls) == 2
 
 

@@ -13,7 +13,6 @@ import torch
 from aggregation.errors import DataError
 from client.training import torchengine
 from client.training.control import TrainingControl
-from client.training.engine import classifier_trainer
 from client.training.examples import Example, Score, Split
 from client.training.personal import (
     OWN_STRENGTH,
@@ -164,11 +163,6 @@ def test_a_loss_is_clipped_to_its_bound(trainer: ClassifierTrainer, start: Tenso
     assert score == Score(0, len(TEXTS), MAX_LOSS * len(TEXTS))
 
 
-def test_the_score_without_examples_is_zero(trainer: ClassifierTrainer, start: Tensors) -> None:
-    assert trainer.score(start, ()) == Score(0, 0, 0.0)
-    assert np.isnan(trainer.score(start, ()).accuracy)
-
-
 def test_a_text_longer_than_the_base_can_read_is_truncated(trainer: ClassifierTrainer, start: Tensors) -> None:
     positions = trainer.engine.model.get_base_model().encoder.config.max_position_embeddings
     long = " ".join(["light"] * 3 * positions)
@@ -176,21 +170,11 @@ def test_a_text_longer_than_the_base_can_read_is_truncated(trainer: ClassifierTr
     trainer.train(start, [Example(long, 0)], TASK, epochs=1, rng=rng())
 
 
-def test_unknown_characters_are_accepted(trainer: ClassifierTrainer, start: Tensors) -> None:
-    assert trainer.logits(start, ["\u2028", "😀 \0", "ﷺ" * 500, "-"]).shape == (4, 3)
-
-
 def test_texts_of_similar_length_share_a_batch_and_each_is_visited_once_in_an_epoch() -> None:
     lengths = [3, 9, 3, 9, 5, 3, 9]
     found = list(batches(lengths, 3, 2, np.random.default_rng(1)))
     assert [sorted(i for batch in found[k : k + 3] for i in batch) for k in (0, 3)] == [list(range(7))] * 2
     assert sorted(sorted(lengths[i] for i in batch) for batch in found[:3]) == [[3, 3, 3], [5, 9, 9], [9]]
-
-
-def test_the_same_base_labels_and_adapter_share_one_loaded_model(tiny_base: Any) -> None:
-    assert classifier_trainer(tiny_base, 3, PeftConfig.lora(2, 4)) is classifier_trainer(
-        tiny_base, 3, PeftConfig.lora(2, 4)
-    )
 
 
 # The seeded adapter.
@@ -248,12 +232,6 @@ def test_a_label_without_a_public_phrase_starts_with_an_even_head(trainer: Class
     drawn = seeded(trainer.engine.model, prototypes, torch.Generator().manual_seed(1))
     Layout.of(drawn).check(drawn)
     assert (trainer.logits(drawn, TEXTS)[:, 1] == 0).all()
-
-
-def test_the_layout_of_a_trainer_is_that_of_its_model(trainer: ClassifierTrainer, start: Tensors) -> None:
-    assert trainer.layout == Layout.of(start)
-    assert {name.rpartition(".")[2] for name in start} == {"weight", "bias"}
-    assert all("lora_" in name or "classifier" in name for name in start)
 
 
 # The private adapter.
@@ -401,15 +379,6 @@ def test_only_the_parts_of_the_task_are_trained(
 def test_an_adapter_without_the_parts_of_the_task_is_refused(trainer: ClassifierTrainer, start: Tensors) -> None:
     with refused(DataError, "task.trained"):
         trainer.train(start, EXAMPLES, replace(TASK, trained=(Part.VECTORS,)), epochs=1, rng=rng())
-
-
-def test_the_proximal_term_keeps_the_adapter_near_its_start(trainer: ClassifierTrainer, start: Tensors) -> None:
-    def moved(proximal: float) -> float:
-        trained = trainer.train(start, EXAMPLES, replace(TASK, proximal=proximal), epochs=8, rng=rng())
-        return float(np.sqrt(sum(((trained[name] - start[name]) ** 2).sum() for name in start)))
-
-    free, near, tied = moved(0.0), moved(1.0), moved(1000.0)
-    assert tied < 0.5 * near < 0.5 * free
 
 
 def test_the_proximal_term_is_half_of_the_squared_distance(trainer: ClassifierTrainer, start: Tensors) -> None:

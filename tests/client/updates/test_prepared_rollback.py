@@ -14,10 +14,9 @@ from tuf.api.metadata import Metadata, Targets
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
-from coordinator.dashboard.channels import ChannelsView
-from edgeadapt.promotion.gatesettings import GateSettings
+from coordinator.dashboard.view import ChannelsView
+from edgeadapt.promotion.gates import GateSettings
 from edgeadapt.releases.actions import Action
-from edgeadapt.releases.comparison import compared
 from edgeadapt.releases.history import audit_repository
 from edgeadapt.releases.metadata import MAX_METADATA, ROLLBACK
 from edgeadapt.releases.repository import ChannelRepository
@@ -68,7 +67,7 @@ def staged(made: Place, tmp_path: Path) -> Place:
 
 
 def evaluation(place: Place, right: float = 0.2, before: float = 0.8, **changes: Any) -> JudgedEvaluation:
-    newest, previous = compared(place.repository, "stable", "global")
+    newest, previous = place.repository.compared("stable", "global")
     metrics = {"deviation": 0.0, "accuracy_newest": right, "examples_newest": 128.0}
     metrics |= {"accuracy_previous": before, "examples_previous": 128.0}
     judged = verdict(metrics, changes.pop("margin", MARGIN))
@@ -338,7 +337,7 @@ def test_without_a_rollout_there_is_nothing_to_prepare(staged: Place) -> None:
 
 def test_a_channel_that_does_not_exist_is_named(staged: Place) -> None:
     with refused(ConfigError, "channel"):
-        compared(staged.repository, "stabel", "global")
+        staged.repository.compared("stabel", "global")
 
 
 def test_a_kill_before_the_timestamp_leaves_it_ready(staged: Place, monkeypatch: pytest.MonkeyPatch) -> None:

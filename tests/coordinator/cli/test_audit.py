@@ -87,12 +87,6 @@ def test_a_sound_run_passes_in_plain_words(run: Run, folder: Path) -> None:
     assert "compare them with those that devices pin" in out
 
 
-@pytest.mark.parametrize("up", [0, 1, 2])
-def test_a_run_a_coordinator_and_a_folder_of_transcripts_are_all_found(run: Run, folder: Path, up: int) -> None:
-    assert run("verify", [folder, *folder.parents][up])[0] == 0
-    assert run("verify", folder / LOG)[0] == 0
-
-
 def test_json_is_one_object_that_names_each_check(run: Run, folder: Path, logged: LoggedSession) -> None:
     code, out, _ = run("verify", folder, "--json")
     printed = json.loads(out)
@@ -118,18 +112,6 @@ def test_a_flipped_byte_ends_in_one_line_that_names_the_place(run: Run, folder: 
         f"{LOG}: the transcript does not pass the audit (signatures): entry 15 (masked-input of device-000, round 1)"
         in err
     )
-
-
-def test_json_has_the_place_of_a_failure_and_stays_one_object(run: Run, folder: Path, logged: LoggedSession) -> None:
-    damage(folder / LOG, logged.ends()[15] - 70)
-    code, out, err = run("verify", folder, "--json")
-    printed = json.loads(out)
-    assert (code, printed["ok"]) == (4, False)
-    assert printed["error"] in err
-    failed = {check["check"]: check for check in printed["sessions"][0]["checks"] if check["status"] == "FAIL"}
-    place = {"index": 15, "kind": "masked-input", "round": 1, "peer": "device-000"}
-    assert failed["signatures"]["place"] == place
-    assert failed["log"]["about"] == "checkpoint.root"
 
 
 def test_without_vectors_the_sums_are_reported_as_skipped(run: Run, folder: Path) -> None:
@@ -161,7 +143,7 @@ def test_a_pinned_key_that_is_another_coordinators_is_decisive(run: Run, folder:
 
 @pytest.mark.parametrize(
     ("day", "code"),
-    [("2025-12-31", 4), ("2026-01-01", 0), ("2026-11-25", 0), ("2026-11-25T08:30:00", 0), ("2036-01-02", 4)],
+    [("2025-12-31T23:59:59", 4), ("2026-01-01T00:00:00", 0), ("2026-01-01", 0), ("2026-11-25", 0), ("2036-01-02", 4)],
 )
 def test_dates_of_certificates_are_checked_if_the_day_is_given(run: Run, folder: Path, day: str, code: int) -> None:
     got, out, err = run("verify", folder, "--at", day)
@@ -169,22 +151,9 @@ def test_dates_of_certificates_are_checked_if_the_day_is_given(run: Run, folder:
     if code:
         assert failures(run, folder, "--at", day) == {"identities": "certificate.validity"}
         assert "entry 0 (offer)" in err
-        assert f"device-000 is not valid at {day}" in err
+        assert f"device-000 is not valid at {day[:10]}" in err
     else:
         assert f"valid on {day[:10]}" in " ".join(out.split())
-
-
-def test_on_the_day_of_their_issue_certificates_are_valid_from_their_hour_on(run: Run, folder: Path) -> None:
-    assert run("verify", folder, "--at", "2026-01-01T00:00:00")[0] == 0
-    assert failures(run, folder, "--at", "2025-12-31T23:59:59") == {"identities": "certificate.validity"}
-
-
-def test_the_output_says_what_is_not_checked(run: Run, folder: Path) -> None:
-    _, out, _ = run("verify", folder)
-    words = " ".join(out.split())
-    assert "Not checked: whether the certificates were valid at the time, whether one was revoked" in words
-    assert "not checked: dates of certificates (--at DATE), revocation (--revoked FILE)" in words
-    assert "the published adapters are not available (--registry)" in words
 
 
 @pytest.mark.parametrize(
@@ -294,12 +263,6 @@ def test_a_revocation_list_of_another_authority_is_refused(folder: Path) -> None
     with refused(TrustError, "revocations.signature") as caught:
         AuditInput.open(folder, AuditOptions(revoked=listed))
     assert str(listed) in str(caught.value)
-
-
-def test_a_folder_without_a_registry_is_refused(run: Run, folder: Path) -> None:
-    code, out, err = run("verify", folder, "--registry", folder)
-    assert (code, out) == (2, "")
-    assert f"{folder} is not a coordinator's state directory: it has no registry.db" in err
 
 
 def test_a_session_under_way_passes_with_unfinished_only(run: Run, folder: Path, logged: LoggedSession) -> None:
@@ -416,13 +379,12 @@ def test_a_warning_of_a_library_is_not_printed_with_an_error(folder: Path) -> No
     assert f"{folder / 'authority.pem'}" in done.stderr
 
 
-@pytest.mark.parametrize("name", [LOG, "authority.pem", "vector"])
+@pytest.mark.parametrize("name", [LOG, "authority.pem"])
 def test_a_file_of_any_size_ends_in_one_line(run: Run, folder: Path, name: str) -> None:
-    path = next((folder / "vectors").iterdir()) if name == "vector" else folder / name
-    os.truncate(path, 2**38)  # holes: they take no space
+    os.truncate(folder / name, 2**38)  # holes: they take no space
     code, _, err = run("verify", folder)
     assert (code, len(err.splitlines())) == (5, 1)
-    assert f"{path} has {2**38} bytes" in err
+    assert f"{folder / name} has {2**38} bytes" in err
 
 
 def test_show_lists_rounds_survivors_and_dropouts(run: Run, folder: Path) -> None:
@@ -440,17 +402,6 @@ def test_show_lists_rounds_survivors_and_dropouts(run: Run, folder: Path) -> Non
     assert "device-000 2, device-001 1" in out
 
 
-def test_show_lists_every_message_with_entries(run: Run, folder: Path, logged: LoggedSession) -> None:
-    _, out, _ = run("show", folder, "--entries")
-    assert out.count(" bytes\n") == len(logged.entries)
-    assert "entry 11 (assignment to device-000, round 1)" in out
-
-
-def test_show_fails_for_an_altered_log(run: Run, folder: Path, logged: LoggedSession) -> None:
-    damage(folder / LOG, logged.ends()[15] - 70)
-    assert run("show", folder)[0] == 4
-
-
 @pytest.mark.parametrize(
     ("missing", "code", "reason"),
     [
@@ -465,11 +416,6 @@ def test_a_missing_file_is_named_in_one_line(run: Run, folder: Path, missing: st
     assert (got, out) == (code, "")
     assert reason in err
     assert len(err.splitlines()) == 1
-
-
-def test_a_file_that_is_not_a_log_fails(run: Run, folder: Path) -> None:
-    (folder / LOG).write_bytes(b"hello")
-    assert failures(run, folder)["log"] == "log"
 
 
 def test_an_auditor_needs_no_framework() -> None:

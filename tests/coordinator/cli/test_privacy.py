@@ -36,13 +36,6 @@ def test_a_plan_is_that_of_the_session_and_epsilon_is_met(tmp_path: Path) -> Non
     assert json.loads(invoke("--settings", str(path), "--devices", "30", "--json"))["plans"] == [found]
 
 
-def test_a_plan_has_a_line_for_each_cohort() -> None:
-    lines = invoke(*NOISY, "--devices", "8", "--devices", "80").splitlines()
-    assert lines[0] == "3 rounds of skellam noise, delta 1e-06"
-    assert [line.split()[0] for line in lines[1:]] == ["devices", "8", "80"]
-    assert len({len(line) for line in lines[1:]}) == 1
-
-
 def test_a_plan_states_the_price_of_groups() -> None:
     grouped = (*NOISY, "--devices", "40", "--set", "aggregation.groups=5")
     (found,) = json.loads(invoke(*grouped, "--json"))["plans"]

@@ -12,7 +12,7 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, TrustError
 from coordinator.dashboard import server
 from coordinator.dashboard.server import COOKIE, TOKEN, Feed, application, read_token, serve
-from coordinator.servicesettings import is_loopback
+from coordinator.settings import is_loopback
 from tests.support.errors import refused
 
 SECRET = "a" * 64

@@ -10,9 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from aggregation.entropy import SystemEntropy
-from coordinator.dashboard.channels import ChannelsView
-from coordinator.dashboard.metrics import exposition
-from coordinator.dashboard.view import Viewer
+from coordinator.dashboard.view import ChannelsView, Viewer, exposition
 from coordinator.gateway.snapshot import FILE, GatewaySnapshot, read, written
 from coordinator.settings import FederationSettings
 from coordinator.statedir import CoordinatorStateDir
@@ -112,9 +110,3 @@ def test_a_gateway_keeps_its_numbers_in_a_file_while_it_runs(tmp_path: Path, mon
             "check_ins": {"admitted": 3},
         }
     assert read(tmp_path) is None
-
-
-def test_a_folder_that_cannot_be_written_ends_no_gateway(tmp_path: Path) -> None:
-    with written(tmp_path / "gone", lambda: GatewaySnapshot("127.0.0.1:1")):
-        pass
-    assert read(tmp_path / "gone") is None

@@ -97,11 +97,6 @@ def test_a_connection_holds_its_place_until_it_is_proved_or_closes() -> None:
     asyncio.run(listen())
 
 
-def test_an_address_that_is_taken_is_an_error() -> None:
-    with Entrance.listening(HOST, 0) as entrance, pytest.raises(OSError, match="in use"):
-        Entrance.listening(HOST, entrance.getsockname()[1])
-
-
 @pytest.mark.parametrize(
     ("host", "network"),
     [

@@ -9,18 +9,16 @@ from typing import Any
 import pytest
 from alembic import command, op
 from alembic.autogenerate import compare_metadata
-from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from click.testing import CliRunner
 from sqlalchemy import Engine, MetaData, text
 from sqlalchemy.engine import URL, make_url
 
 import edgeadapt.formats.registryreader
 from aggregation.errors import ConfigError, EdgeAdaptError
+from coordinator.backup import RegistrySnapshot
 from coordinator.cli.coordinator import coordinator
 from coordinator.registry import Registry, TranscriptTable, database, migrations
-from coordinator.registry.snapshot import RegistrySnapshot
 from edgeadapt.formats.registryfiles import DATABASE, SCHEMA, SCHEMAS
 from edgeadapt.formats.registrystores import postgresql_url
 from tests.support import refused
@@ -116,22 +114,6 @@ def test_an_upgrade_puts_the_logs_of_a_directory_into_a_database_that_has_none(
     TranscriptTable(engine).copy_to(tmp_path / "copy")
     engine.dispose()
     assert {path.name: path.read_bytes() for path in (tmp_path / "copy").iterdir()} == files
-
-
-def test_the_comparison_finds_a_difference(url: URL, engine: Engine, rows: RegistrySnapshot) -> None:
-    at_revision(engine, "1", rows)
-    with engine.connect() as connection:
-        context = MigrationContext.configure(connection, opts={"version_table": SCHEMAS, "compare_type": True})
-        found = {(kind, table.name) for kind, table in compare_metadata(context, database.metadata)}
-    newer = {("add_table", f"edgeadapt_{name}") for name in ("lease", "transcript", "revocations")}
-    assert found == {("remove_table", "edgeadapt_format"), *newer}
-
-
-def test_the_revisions_are_a_chain_that_ends_with_the_one_that_readers_want() -> None:
-    config = Config()
-    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
-    found = [each.revision for each in ScriptDirectory.from_config(config).walk_revisions()]
-    assert found == REVISIONS[::-1]
 
 
 def test_an_upgrade_that_fails_leaves_what_was_there(

@@ -8,16 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 from sqlalchemy import select, text
-from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import URL
-from sqlalchemy.schema import CreateTable
 
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey
 from coordinator.registry import Registry, database
 from edgeadapt.formats import files
-from edgeadapt.formats.layout import Layout
 from edgeadapt.formats.roundrecord import digest_of
 from tests.support import refused
 from tests.support.registry import Rounds, commit
@@ -57,21 +54,6 @@ def test_a_new_process_reads_the_seed_and_the_rounds_as_they_were_stored(reopen:
     assert rounds.snapshot(again) == rounds.snapshot(registry)
 
 
-def test_the_stored_manifest_is_the_signed_document(registry: Registry, rounds: Any) -> None:
-    version = registry.publish(rounds.manifest(0), rounds.blob(0), rounds.key)
-    assert version.raw == rounds.manifest(0).sign(rounds.key)
-    assert registry.version(0) == version
-
-
-def test_blobs_can_live_in_any_fsspec_file_system(tmp_path: Path, rounds: Any) -> None:
-    registry = Registry.open(f"sqlite:///{tmp_path}/r.db", f"memory://{tmp_path.name}/blobs", [rounds.key.public])
-    rounds.seed(registry)
-    rounds.commit(registry, 1)
-    assert registry.blob(1) == rounds.blob(1)
-    assert [path.name for path in tmp_path.iterdir()] == ["r.db"]
-    registry.close()
-
-
 def test_folders_with_odd_names_work_and_missing_ones_are_created(tmp_path: Path, rounds: Any) -> None:
     folder = tmp_path / "a b?c#d%20@ü"
     url = URL.create("sqlite", database=str(folder / "deep" / "registry.db"))
@@ -97,29 +79,12 @@ def test_an_aborted_round_leaves_adapter_and_optimizer_as_they_were(registry: Re
     assert registry.rounds() == (rounds.record(1), second, third)
 
 
-def test_the_version_after_an_aborted_round_is_the_next_number(registry: Registry, rounds: Any) -> None:
-    rounds.seed(registry)
-    first = rounds.aborted(1)
-    registry.record_round(first, rounds.key)
-    manifest = replace(rounds.manifest(1), round=2)
-    record = replace(rounds.record(1), round=2, previous=digest_of(first.sign(rounds.key)))
-    registry.commit_round(record, manifest, rounds.blob(1), rounds.state(1), rounds.key)
-    assert [(record.round, record.version) for record in registry.rounds()] == [(1, None), (2, 1)]
-
-
 def test_an_optimizer_without_state_stores_none(registry: Registry, rounds: Any) -> None:
     rounds.seed(registry)
     rounds.commit(registry, 1)
     record = replace(rounds.record(2), optimizer=None)
     registry.commit_round(record, rounds.manifest(2), rounds.blob(2), {}, rounds.key)
     assert registry.optimizer_state() == {}
-
-
-def test_a_device_that_drops_out_after_its_input_is_survivor_and_dropped(registry: Registry, rounds: Any) -> None:
-    rounds.seed(registry)
-    record = replace(rounds.record(1), dropped={"anna": "unmask"})
-    registry.commit_round(record, rounds.manifest(1), rounds.blob(1), rounds.state(1), rounds.key)
-    assert registry.rounds() == (record,)
 
 
 def test_only_version_0_is_published_without_a_round(registry: Registry, rounds: Any) -> None:
@@ -229,51 +194,12 @@ def test_an_optimizer_state_that_is_not_finite_stops_the_commit(registry: Regist
     assert rounds.snapshot(registry) == before
 
 
-def test_a_version_that_does_not_exist_is_named(registry: Registry, rounds: Any) -> None:
-    rounds.seed(registry)
-    with refused(DataError, "version", value=7):
-        registry.version(7)
-
-
-def test_tensors_of_another_layout_than_asked_for_are_refused(registry: Registry, rounds: Any) -> None:
-    rounds.seed(registry)
-    with pytest.raises(DataError):
-        registry.tensors(0, Layout.of({"other": np.zeros(1, np.float32)}))
-
-
-def test_an_altered_blob_is_detected_on_reading(registry: Registry, rounds: Any, tmp_path: Path) -> None:
-    rounds.seed(registry)
-    path = tmp_path / "blobs" / f"{rounds.manifest(0).sha256}.safetensors"
-    blob = bytearray(path.read_bytes())
-    blob[-1] ^= 1
-    path.write_bytes(blob)
-    with refused(TrustError, "blob", value=rounds.manifest(0).sha256):
-        registry.tensors(0)
-
-
-def test_a_missing_blob_is_named(registry: Registry, rounds: Any, tmp_path: Path) -> None:
-    rounds.seed(registry)
-    (tmp_path / "blobs" / f"{rounds.manifest(0).sha256}.safetensors").unlink()
-    with refused(DataError, "blob", value=rounds.manifest(0).sha256):
-        registry.tensors(0)
-
-
 def test_publishing_the_same_bytes_repairs_a_damaged_blob(registry: Registry, rounds: Any, tmp_path: Path) -> None:
     rounds.seed(registry)
     (tmp_path / "blobs" / f"{rounds.manifest(0).sha256}.safetensors").write_bytes(b"damaged")
     same = replace(rounds.manifest(0), version=1, parent=rounds.manifest(0).sha256)
     commit(registry, same, rounds.blob(0), rounds.key)
     assert registry.blob(0) == rounds.blob(0)
-
-
-def test_an_altered_manifest_is_detected_on_reading(registry: Registry, rounds: Any) -> None:
-    rounds.seed(registry)
-    raw = bytearray(registry.version(0).raw)
-    raw[raw.index(b'"payload":"') + 40] ^= 1
-    execute(registry, "UPDATE edgeadapt_versions SET manifest = :raw", raw=bytes(raw))
-    for read in (registry.latest, registry.versions, lambda: registry.version(0), lambda: registry.tensors(0)):
-        with pytest.raises(TrustError):
-            read()
 
 
 def test_a_manifest_by_an_untrusted_key_is_detected_on_reading(registry: Registry, rounds: Any) -> None:
@@ -293,21 +219,17 @@ def test_a_genuine_manifest_under_another_number_is_detected_on_reading(registry
         registry.latest()
 
 
-def test_an_altered_optimizer_state_is_detected_on_reading(registry: Registry, rounds: Any) -> None:
+def test_an_altered_or_missing_optimizer_state_is_detected_on_reading(registry: Registry, rounds: Any) -> None:
     rounds.seed(registry)
     rounds.commit(registry, 1)
     other = files.encode({"first": np.zeros(5, np.float32)})
-    execute(registry, "UPDATE edgeadapt_optimizer SET tensors = :raw", raw=other)
-    with refused(TrustError, "optimizer"):
-        registry.optimizer_state()
-
-
-def test_a_missing_optimizer_state_is_detected_on_reading(registry: Registry, rounds: Any) -> None:
-    rounds.seed(registry)
-    rounds.commit(registry, 1)
-    execute(registry, "DELETE FROM edgeadapt_optimizer")
-    with refused(TrustError, "optimizer"):
-        registry.optimizer_state()
+    for damage in (
+        "UPDATE edgeadapt_optimizer SET tensors = :raw",
+        "DELETE FROM edgeadapt_optimizer WHERE :raw = :raw",
+    ):
+        execute(registry, damage, raw=other)
+        with refused(TrustError, "optimizer"):
+            registry.optimizer_state()
 
 
 def test_a_record_that_was_removed_moved_or_exchanged_is_detected_on_reading(registry: Registry, rounds: Any) -> None:
@@ -358,8 +280,3 @@ def test_the_last_round_is_not_removed_from_one_table_alone(registry: Registry, 
     execute(registry, f"DELETE FROM edgeadapt_{table} WHERE {column} = 2")  # noqa: S608
     with refused(TrustError, "record", value=1 if table == "versions" else 2):
         registry.head()
-
-
-def test_the_tables_can_be_created_on_postgresql() -> None:
-    for table in database.metadata.sorted_tables:
-        assert table.name in str(CreateTable(table).compile(dialect=postgresql.dialect()))  # type: ignore[no-untyped-call]

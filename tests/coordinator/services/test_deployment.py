@@ -20,8 +20,7 @@ from aggregation.pki.tls import TlsKey
 from coordinator.cli.coordinator import coordinator
 from coordinator.services import deployment
 from coordinator.services.deployment import LOCK, RUNNING, running, services_of, stop, up
-from coordinator.servicesettings import SERVICES, ServiceSettings
-from coordinator.settings import SETTINGS
+from coordinator.settings import SERVICES, SETTINGS, ServiceSettings
 from coordinator.statedir import AUTHORITY, CoordinatorStateDir
 from edgeadapt.formats import storage
 from edgeadapt.formats.keyfiles import NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
@@ -85,16 +84,6 @@ def test_telemetry_stays_off_where_the_environment_turns_it_on(
     assert superlink.environment["FLWR_TELEMETRY_ENABLED"] == "0"
 
 
-def test_what_listens_everywhere_is_reached_by_loopback(state_dir: CoordinatorStateDir) -> None:
-    _, rounds = services_of(state_dir, ServiceSettings(superlink="0.0.0.0:8000"))
-    assert rounds.command[rounds.command.index("--superlink") + 1] == "127.0.0.1:8000"
-
-
-def test_light_devices_need_no_superlink(state_dir: CoordinatorStateDir) -> None:
-    (rounds,) = services_of(state_dir, ServiceSettings(gateway=BOTH["gateway"]))
-    assert "--superlink" not in rounds.command
-
-
 def test_the_dashboard_comes_last_and_no_end_of_it_ends_the_rounds(state_dir: CoordinatorStateDir) -> None:
     places = {"gateway": BOTH["gateway"], "dashboard": "127.0.0.1:9500", "channels": "releases"}
     *_, rounds, dashboard = services_of(state_dir, ServiceSettings(**places))
@@ -135,12 +124,6 @@ def test_a_dashboard_is_ready_with_and_without_tls(
     made[0].should_exit = True
     serving.join()
     assert not dashboard.is_ready()
-
-
-def test_two_services_cannot_listen_at_one_address() -> None:
-    for one, other in (("gateway", "superlink"), ("gateway", "dashboard"), ("superlink", "dashboard")):
-        with pytest.raises(ValueError, match="cannot both listen"):
-            ServiceSettings(**{one: "127.0.0.1:1", other: "127.0.0.1:1"})
 
 
 def test_a_certificate_for_another_host_is_refused_before_flower_fails(state_dir: CoordinatorStateDir) -> None:

@@ -1,6 +1,5 @@
 """The step from the sum to the adapter, recomputed by an auditor: after real runs, and after each forgery of them."""
 
-import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -28,36 +27,6 @@ from edgeadapt.rounds.task import Task
 from tests.support import refused
 
 FirstSession = tuple[Callable[[], Callable[[tuple[ProducedAdapter, ...]], Finding]], tuple[ProducedAdapter, ...]]
-
-RUNS: dict[str, dict[str, Any]] = {
-    "fedavg": {"aggregation__keep_masked_inputs": True},
-    "fedadam": {
-        "aggregation__keep_masked_inputs": True,
-        "server__optimizer": "fedadam",
-        "server__learning_rate": 0.02,
-    },
-    "digests": {},
-}
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The state directories of finished runs, each made when the first test needs it."""
-    return tmp_path_factory.mktemp("finished")
-
-
-@pytest.fixture
-def state_dir_of(finished: Path, fleet_of: Callable[..., Any], tmp_path: Path) -> Callable[[str], Path]:
-    """A coordinator's state directory after three rounds in two sessions; each test has a copy to change."""
-
-    def make(name: str) -> Path:
-        if not (finished / name).exists():
-            fleet = fleet_of(4, aggregation__session_rounds=2, **RUNS[name])
-            fleet.federate(fleet.grid())
-            shutil.copytree(fleet.out / "coordinator", finished / name)
-        return Path(shutil.copytree(finished / name, tmp_path / name))
-
-    return make
 
 
 def adapters(state_dir: Path) -> list[Finding]:

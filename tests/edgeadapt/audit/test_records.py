@@ -1,6 +1,5 @@
 """The records of the rounds against the logs: a coordinator signs both, and both must say the same."""
 
-import shutil
 import sqlite3
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -21,22 +20,6 @@ from edgeadapt.formats.roundrecord import RoundRecord, digest_of
 from tests.support import refused
 
 Change = Callable[[list[RoundRecord]], Sequence[RoundRecord]]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the state directory of a finished run is, made when the first test needs it."""
-    return tmp_path_factory.mktemp("finished") / "coordinator"
-
-
-@pytest.fixture
-def state_dir(finished: Path, fleet_of: Callable[..., Any], tmp_path: Path) -> Path:
-    """A coordinator's state directory after two rounds in one session; each test has a copy to change."""
-    if not finished.exists():
-        fleet = fleet_of(3, rounds=2, aggregation__session_rounds=2)
-        fleet.federate(fleet.grid())
-        shutil.copytree(fleet.out / "coordinator", finished)
-    return Path(shutil.copytree(finished, tmp_path / "coordinator"))
 
 
 def require(state_dir: Path, *, unfinished: bool = False) -> None:

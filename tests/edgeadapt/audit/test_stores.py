@@ -60,19 +60,10 @@ class Coordinator:
         return found
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("finished") / "coordinator"
-
-
 @pytest.fixture
-def local(finished: Path, fleet_of: Callable[..., Any], tmp_path: Path) -> Coordinator:
-    """After two rounds, with its registry in files."""
-    if not finished.exists():
-        fleet = fleet_of(3, rounds=2)
-        fleet.federate(fleet.grid())
-        shutil.copytree(fleet.out / "coordinator", finished)
-    folder = Path(shutil.copytree(finished, tmp_path / "local"))
+def local(state_dir: Path) -> Coordinator:
+    """Its registry in files."""
+    folder = state_dir
     blobs = folder / BLOBS
     return Coordinator(
         folder,

@@ -152,13 +152,6 @@ def test_no_certificate_outlasts_its_authority(store: AuthorityStore, signer: Au
         store.issue(signer, "kitchen", new_key().public, 3651)
 
 
-@pytest.mark.parametrize("name", ["", "a b", "../a", "a" * 65])
-def test_a_name_that_no_device_can_have_is_refused(store: AuthorityStore, signer: Authority, name: str) -> None:
-    with refused(ConfigError, "device.id"):
-        store.issue(signer, name, new_key().public, 10)
-    assert store.certificates() == ()
-
-
 # Revocations
 
 

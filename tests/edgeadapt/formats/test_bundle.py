@@ -1,8 +1,7 @@
-"""Each way in which a bundle can be wrong is refused before anything of it is used."""
+"""What is wrong with a bundle besides the cases of tests/vectors/test_bundle.py is refused before anything is used."""
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from aggregation.entropy import SystemEntropy
-from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
+from aggregation.errors import DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey
 from edgeadapt.formats import bundle as bundles
 from edgeadapt.formats.bundle import (
@@ -21,15 +20,12 @@ from edgeadapt.formats.bundle import (
     Bundle,
     VerifiedAdapter,
     adapter_names,
-    adapter_path,
 )
-from edgeadapt.formats.files import sha256
 from edgeadapt.formats.graphinputs import to_inputs
-from edgeadapt.formats.quantization import quantize
 from export.bundle.write import AdapterSource, add_adapter, write_bundle
 from export.onnx.exported import ExportedBase
 from tests.support import models, refused
-from tests.support.bundles import LENGTHS, flip, resign, resign_base, resign_file
+from tests.support.bundles import flip, resign_base
 
 tiny_base, model, source, bundle = models.tiny_base, models.model, models.source, models.bundle
 exported = models.exported
@@ -75,35 +71,11 @@ def test_every_format_is_read(
 # --- files
 
 
-@pytest.mark.parametrize("file", FILES)
-@pytest.mark.parametrize("where", [0, 0.5, 1])
-def test_a_flipped_bit_is_refused(trusted: Bundle, file: str, where: float) -> None:
-    flip(trusted.folder / file, where)
-    with pytest.raises(TrustError):
-        accept(trusted)
-
-
-@pytest.mark.parametrize("file", FILES)
-@pytest.mark.parametrize("change", LENGTHS)
-def test_a_file_of_another_length_is_refused(trusted: Bundle, file: str, change: str) -> None:
-    path = trusted.folder / file
-    path.write_bytes(LENGTHS[change](path.read_bytes()))
-    with pytest.raises(TrustError):
-        accept(trusted)
-
-
 @pytest.mark.parametrize("file", ["base/manifest.json", "adapters/global.json", "adapters/global.onnx_adapter"])
 def test_a_file_above_its_limit_is_not_read_to_its_end(trusted: Bundle, file: str) -> None:
     with (trusted.folder / file).open("r+b") as raw:
         raw.truncate(2**40)  # sparse: more than any memory holds, and no byte on the disk
     with refused(TrustError, Path(file).name, value=2**40):
-        accept(trusted)
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_a_missing_file_is_named(trusted: Bundle, file: str) -> None:
-    (trusted.folder / file).unlink()
-    with refused(DataError, Path(file).name):
         accept(trusted)
 
 
@@ -115,13 +87,6 @@ def test_a_file_without_an_end_is_refused_and_not_waited_for(trusted: Bundle, fi
     {"pipe": os.mkfifo, "device": lambda p: p.symlink_to("/dev/zero"), "folder": Path.mkdir}[kind](path)
     with refused(DataError, path.name):
         accept(trusted)
-
-
-@pytest.mark.parametrize("name", ["chat_template.jinja", "model.onnx.data.bak"])
-def test_a_file_of_the_base_that_nobody_signed_is_refused(trusted: Bundle, name: str) -> None:
-    (trusted.folder / "base" / name).write_bytes(b"x")
-    with refused(TrustError, name):
-        trusted.base()
 
 
 def test_files_of_file_managers_are_ignored(trusted: Bundle) -> None:
@@ -165,12 +130,6 @@ def test_a_limit_above_all_memory_costs_no_memory(bundle: Path) -> None:
 # --- manifests
 
 
-def test_a_base_signed_by_someone_else_is_refused(trusted: Bundle) -> None:
-    resign_base(trusted.folder, IdentityKey.generate(SystemEntropy()))
-    with refused(TrustError, "keyid"):
-        accept(trusted)
-
-
 def test_an_adapter_signed_by_someone_else_is_refused(trusted: Bundle, source: Source, exported: ExportedBase) -> None:
     stranger = IdentityKey.generate(SystemEntropy())
     add_adapter(trusted.folder, exported.adapter_inputs, source(version=9), key=stranger)
@@ -194,12 +153,6 @@ def test_a_private_adapter_signed_by_the_household_is_accepted(
     assert accept(trusted, "anna").manifest.parent == "a" * 64
 
 
-def test_a_base_manifest_in_an_adapter_manifests_place_is_refused(trusted: Bundle) -> None:
-    (trusted.folder / "adapters" / "global.json").write_bytes((trusted.folder / "base" / "manifest.json").read_bytes())
-    with refused(TrustError, "payloadType"):
-        accept(trusted)
-
-
 def test_a_base_manifest_that_lists_a_file_too_many_or_too_few_is_refused(
     trusted: Bundle, exported: ExportedBase, vendor: IdentityKey
 ) -> None:
@@ -217,25 +170,6 @@ def test_a_base_manifest_that_lists_a_file_too_many_or_too_few_is_refused(
             trusted.base()
 
 
-def test_an_adapter_for_another_base_is_refused(trusted: Bundle, vendor: IdentityKey) -> None:
-    resign(trusted.folder, vendor, base_digest="b" * 64)
-    with refused(TrustError, "adapter-manifest.base_digest", value="b" * 64):
-        accept(trusted)
-
-
-def test_an_adapter_under_another_name_is_refused(trusted: Bundle) -> None:
-    for end in (".json", ".onnx_adapter"):
-        (trusted.folder / "adapters" / f"global{end}").rename(trusted.folder / "adapters" / f"anna{end}")
-    with refused(TrustError, "adapter-manifest.name", value="global"):
-        accept(trusted, "anna")
-
-
-@pytest.mark.parametrize("name", ["../global", "/etc/passwd", "", "a/b"])
-def test_a_name_that_leaves_the_folder_is_refused(trusted: Bundle, name: str) -> None:
-    with refused(ConfigError, "name", value=name):
-        accept(trusted, name)
-
-
 def test_an_unknown_name_is_answered_with_the_known_ones(trusted: Bundle) -> None:
     with refused(DataError, "anna.json", value="anna") as caught:
         accept(trusted, "anna")
@@ -243,81 +177,3 @@ def test_an_unknown_name_is_answered_with_the_known_ones(trusted: Bundle) -> Non
 
 
 # --- what is signed and still wrong
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_signed_adapter_with_nan_or_infinity_is_refused(
-    trusted: Bundle, exported: ExportedBase, source: Source, vendor: IdentityKey, bad: float
-) -> None:
-    stored = quantize(to_inputs(source().tensors, exported.adapter_inputs.scaling), "int8")
-    stored["classifier.bias"][1] = bad
-    resign_file(trusted.folder, vendor, stored)
-    with refused(DataError, "classifier.bias"):
-        accept(trusted)
-
-
-@pytest.mark.parametrize("change", [None, np.zeros((4, 31), np.int8)], ids=["missing", "another width"])
-def test_a_signed_adapter_of_other_tensors_is_refused(
-    trusted: Bundle, exported: ExportedBase, source: Source, vendor: IdentityKey, change: Any
-) -> None:
-    stored = quantize(to_inputs(source().tensors, exported.adapter_inputs.scaling), "int8")
-    if change is None:
-        del stored["classifier.weight"], stored["classifier.weight#scale"]
-    else:
-        stored["classifier.weight"] = change
-    resign_file(trusted.folder, vendor, stored)
-    with refused(DataError, "classifier.weight"):
-        accept(trusted)
-
-
-@pytest.mark.parametrize(
-    ("claim", "about"),
-    [
-        ({"layout_digest": "c" * 64}, "adapter-manifest.layout_digest"),
-        ({"rank": 5}, "adapter-manifest.rank"),
-        ({"labels": ("a", "b")}, "adapter-manifest.labels"),
-        ({"labels": ("a", "b", "c", "b")}, "labels"),
-        ({"labels": ("a", "b", "c", " ")}, "labels"),
-        ({"labels": ("a", "b", "c", "\x1b[31m")}, "labels"),
-        ({"labels": ("a", "b", "c", "d" * 257)}, "labels"),
-    ],
-    ids=["layout", "rank", "labels", "label twice", "blank label", "label of controls", "long label"],
-)
-def test_a_signed_manifest_that_misstates_its_file_is_refused(
-    trusted: Bundle, vendor: IdentityKey, claim: dict[str, Any], about: str
-) -> None:
-    resign(trusted.folder, vendor, **claim)
-    with refused(DataError, about):
-        accept(trusted)
-
-
-def test_a_signed_manifest_with_another_format_is_refused(trusted: Bundle, vendor: IdentityKey) -> None:
-    resign(trusted.folder, vendor, format="fp32")
-    with pytest.raises(DataError) as caught:
-        accept(trusted)
-    assert caught.value.value == "int8"
-
-
-def test_a_rank_above_the_bases_limit_is_refused(trusted: Bundle, vendor: IdentityKey) -> None:
-    resign_base(trusted.folder, vendor, max_rank=3)
-    with refused(DataError, "adapter-manifest.rank", value=4):
-        accept(trusted)
-
-
-def test_a_signed_file_that_is_no_adapter_is_refused(trusted: Bundle, vendor: IdentityKey) -> None:
-    (trusted.folder / adapter_path("global")).write_bytes(b"")
-    resign(trusted.folder, vendor, sha256=sha256(b""), size=0)
-    with refused(DataError, ".onnx_adapter"):
-        accept(trusted)
-
-
-def test_labels_for_a_base_that_generates_text_are_refused(
-    trusted: Bundle, vendor: IdentityKey, exported: ExportedBase
-) -> None:
-    with refused(DataError, "adapter-manifest.labels"):
-        trusted.adapter("global", replace(exported.manifest, task="text-generation"))
-
-
-def test_a_repr_shows_no_weights(trusted: Bundle) -> None:
-    assert len(repr(accept(trusted))) < 1000
-    assert asdict(accept(trusted).manifest)["name"] == "global"

@@ -164,42 +164,23 @@ def test_one_type_of_document_never_passes_for_another() -> None:
         dsse.verify(rewritten({"payloadType": "x"}), "x", [KEY.public])
 
 
-BASE64 = json.loads(RAW)["payload"]
-
-
 @pytest.mark.parametrize(
     "raw",
     [
-        rewritten({"extra": 1}),
-        rewritten({"payload": None}),
-        rewritten({"payloadType": None}),
-        rewritten({"payloadType": 1}),
         rewritten({"signatures": None}),
-        rewritten({"signatures": []}),
-        rewritten({"signatures": {}}),
         rewritten({"signatures": [["sig", SIG]]}),
         rewritten({"signatures": [[["sig", SIG]]]}),
-        rewritten({"signatures": ["sig"]}),
         rewritten({"signatures": [{"sig": SIG}] * 9}),
         rewritten({"signatures": [{"sig": SIG}, {"sig": "*"}]}),
         resigned(extra=1),
-        resigned(sig=None),
         resigned(sig=1),
-        resigned(keyid=None),
         resigned(keyid=["list"]),
-        RAW.replace(b'"payload":', b'"payload":"","payload":', 1),
         RAW + b"x",
-        RAW.decode().encode("utf-16"),
-        b"\xef\xbb\xbf" + RAW,
         b'{"payload":' + b"[" * 200_000,
-    ],
-    ids=[
-        *("unknown key", "no payload", "no type", "type", "no signatures", "no signature", "an object", "a list"),
-        *("a list of pairs", "a text", "nine signatures", "a second that is not base64", "unknown key of a signature"),
-        *("no sig", "sig", "null as key id", "key id", "key twice", "trailing", "UTF-16", "byte order mark", "deep"),
     ],
 )
 def test_another_envelope_is_refused(raw: bytes) -> None:
+    """tests/vectors/test_bundle.py has more of them."""
     with refused(TrustError, "envelope"):
         dsse.verify(raw, TYPE, [KEY.public])
 
@@ -217,10 +198,6 @@ def test_another_envelope_is_refused(raw: bytes) -> None:
         lambda text: text[:-3] + chr(ord(text[-3]) + 1) + "==",
         lambda text: text[:-1] + "é",
         lambda _: None,
-    ],
-    ids=[
-        *("no padding", "more padding", "newline", "space", "newline inside", "URL alphabet", "unused bits"),
-        *("not ASCII", "null"),
     ],
 )
 def test_base64_in_another_spelling_is_refused(field: str, change: Any) -> None:

@@ -3,12 +3,10 @@
 import numpy as np
 import pytest
 import safetensors.numpy
-from hypothesis import given
-from hypothesis import strategies as st
 
 from aggregation.errors import DataError
 from edgeadapt.formats import files
-from edgeadapt.formats.layout import Floats, Layout, Tensors
+from edgeadapt.formats.layout import Layout, Tensors
 from tests.support import refused
 
 TENSORS: Tensors = {
@@ -119,24 +117,3 @@ def test_a_flipped_byte_in_names_shapes_types_or_offsets_is_refused() -> None:
     for position in range(start, len(header)):
         with pytest.raises(DataError):
             files.decode(BLOB[:position] + bytes([BLOB[position] ^ 1]) + BLOB[position + 1 :], LAYOUT)
-
-
-@given(st.integers(0, len(BLOB) - 1), st.integers(1, 255))
-def test_any_flipped_byte_ends_in_an_adapter_of_the_layout_or_in_a_data_error(position: int, flip: int) -> None:
-    damaged = BLOB[:position] + bytes([BLOB[position] ^ flip]) + BLOB[position + 1 :]
-    assert files.sha256(damaged) != files.sha256(BLOB)
-    _parses_or_refuses(damaged)
-
-
-@given(st.binary(max_size=200))
-def test_any_bytes_parse_or_end_in_a_data_error(raw: bytes) -> None:
-    _parses_or_refuses(raw)
-    _parses_or_refuses(len(raw).to_bytes(8, "little") + raw)
-
-
-def _parses_or_refuses(raw: bytes) -> None:
-    try:
-        tensors: dict[str, Floats] = files.decode(raw, LAYOUT)
-    except DataError:
-        return
-    LAYOUT.check(tensors)

@@ -54,26 +54,6 @@ def test_several_public_keys_are_read_in_order(tmp_path: Path) -> None:
     assert read_public_keys(tmp_path / "trust.pem") == tuple(keys)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda _: b"",
-        lambda _: b"\n",
-        lambda _: b"hello",
-        lambda raw: raw + b"more",
-        lambda raw: b"key:\n" + raw,
-        lambda raw: raw.replace(b"-\nM", b"-\nA: b\n\nM"),
-        lambda raw: raw.replace(b"-----END", b"-----FIN"),
-    ],
-    ids=["empty", "newline", "text", "trailing", "leading", "a header", "no end"],
-)
-def test_anything_else_than_public_keys_is_refused(tmp_path: Path, change: object) -> None:
-    path = tmp_path / "trust.pem"
-    path.write_bytes(change(IdentityKey.generate(SystemEntropy()).public.to_pem()))  # type: ignore[operator]
-    with refused(TrustError, "trust.pem"):
-        read_public_keys(path)
-
-
 def test_a_damaged_and_a_private_key_are_refused_with_the_files_name(tmp_path: Path) -> None:
     path, key = tmp_path / "trust.pem", IdentityKey.generate(SystemEntropy())
     for raw in (key.to_pem(), b"-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n"):

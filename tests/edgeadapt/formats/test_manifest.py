@@ -2,14 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import FrozenInstanceError, asdict, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
 from edgeadapt.formats import dsse, jsontext
@@ -72,30 +69,6 @@ ADAPTER = AdapterManifest(
     privacy=PrivacyBound(6.0, 1e-5),
 )
 DOCUMENTS = [VERSION, BASE, ADAPTER]
-KEY = IdentityKey.generate(SystemEntropy())
-sha256 = st.text("0123456789abcdef", min_size=64, max_size=64)
-text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-finite = st.floats(allow_nan=False, allow_infinity=False)
-rules = st.none() | st.builds(ServerRule, text, st.dictionaries(text, finite, max_size=2))
-manifests = st.builds(
-    VersionManifest,
-    version=st.integers(0, 2**63 - 1),
-    sha256=sha256,
-    size=st.integers(0, 2**63 - 1),
-    base_digest=sha256,
-    layout_digest=sha256,
-    parent=st.none() | sha256,
-    round=st.integers(0, 10**6),
-    plan=st.none() | sha256,
-    rule=rules,
-    combination=rules,
-    survivors=st.lists(text, max_size=3).map(tuple),
-    metrics=st.dictionaries(text, finite, max_size=3),
-    privacy=st.none()
-    | st.builds(PrivacyBound, st.floats(0, 1e300), st.floats(0, 1, exclude_min=True, exclude_max=True)),
-    peft_config=st.builds(PeftConfig, st.just("LORA"), st.integers(1, 64), st.integers(1, 64), st.just(("query",))),
-    labels=st.lists(text, max_size=3).map(tuple),
-)
 
 
 def signed(document: Any, body: dict[str, Any], key: IdentityKey) -> bytes:
@@ -116,53 +89,33 @@ def refused_field(document: Any, name: str) -> Iterator[None]:
     assert f"{caught.value.about}.".startswith(f"{document.NAME}.{name}.")
 
 
-@given(manifests)
-def test_a_manifest_comes_back_equal_from_its_signed_form(manifest: VersionManifest) -> None:
-    assert VersionManifest.accept(manifest.sign(KEY), [KEY.public]) == manifest
-
-
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.NAME)
 def test_every_document_comes_back_equal(document: Any, key: IdentityKey) -> None:
     assert type(document).accept(document.sign(key), [key.public]) == document
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.NAME)
-def test_no_document_passes_for_another(document: Any, key: IdentityKey) -> None:
-    others: list[Any] = [
-        kind for kind in (VersionManifest, BaseManifest, AdapterManifest) if kind is not type(document)
-    ]
-    assert len(others) == 2
-    for other in others:
+def test_no_document_passes_for_another_or_by_an_unknown_signer(
+    document: Any, key: IdentityKey, stranger: IdentityKey
+) -> None:
+    for other in {VersionManifest, BaseManifest, AdapterManifest} - {type(document)}:
         with refused(TrustError, "payloadType", value=document.payload_type()):
             other.accept(document.sign(key), [key.public])
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.NAME)
-def test_an_unknown_signer_is_refused(document: Any, key: IdentityKey, stranger: IdentityKey) -> None:
     with refused(TrustError, "keyid"):
         type(document).accept(document.sign(stranger), [key.public])
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.NAME)
-def test_an_unknown_field_is_refused_even_when_signed(document: Any, key: IdentityKey) -> None:
+def test_an_unknown_field_a_missing_one_and_one_of_a_wrong_type_are_refused_even_when_signed(
+    document: Any, key: IdentityKey
+) -> None:
     with refused(TrustError, f"{document.NAME}.surplus"):
         type(document).accept(altered(document, {"surplus": 1}, key), [key.public])
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.NAME)
-def test_a_missing_field_is_refused_even_when_signed(document: Any, key: IdentityKey) -> None:
     for name in asdict(document):
-        body = asdict(document)
-        del body[name]
-        with refused_field(document, name):
-            type(document).accept(signed(document, body, key), [key.public])
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.NAME)
-def test_a_field_of_a_wrong_type_is_refused_even_when_signed(document: Any, key: IdentityKey) -> None:
-    for name in asdict(document):
-        with refused_field(document, name):
-            type(document).accept(altered(document, {name: [[1]]}, key), [key.public])
+        less = {other: value for other, value in asdict(document).items() if other != name}
+        for raw in (signed(document, less, key), altered(document, {name: [[1]]}, key)):
+            with refused_field(document, name):
+                type(document).accept(raw, [key.public])
 
 
 @pytest.mark.parametrize(
@@ -180,14 +133,8 @@ def test_a_field_of_a_wrong_type_is_refused_even_when_signed(document: Any, key:
         (VERSION, "peft_config", {**asdict(PLAIN), "peft_type": "LOKR"}),
         (VERSION, "peft_config", {**asdict(PLAIN), "bias": "some"}),
         (BASE, "files", {"../model.onnx": "a" * 64}),
-        (BASE, "files", {"/etc/passwd": "a" * 64}),
-        (BASE, "files", {"..": "a" * 64}),
-        (BASE, "files", {"": "a" * 64}),
-        (ADAPTER, "format", "int2"),
         (ADAPTER, "temperature", 0.049),
         (ADAPTER, "temperature", 20.1),
-        (ADAPTER, "temperature", True),
-        (ADAPTER, "temperature", "1"),
     ],
     ids=str,
 )
@@ -233,11 +180,6 @@ def test_the_message_of_a_refused_document_is_one_line(key: IdentityKey) -> None
 def test_a_manifest_with_a_metric_that_is_not_finite_cannot_be_signed(key: IdentityKey) -> None:
     with refused(DataError, "version-manifest"):
         replace(VERSION, metrics={"loss": float("nan")}).sign(key)
-
-
-def test_documents_are_frozen() -> None:
-    with pytest.raises(FrozenInstanceError):
-        VERSION.version = 4  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("name", ["global", "household-07", "a.b_c", "A" * 64])

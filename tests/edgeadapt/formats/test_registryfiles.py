@@ -21,38 +21,14 @@ from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
 from coordinator.statedir import open_registry
 from edgeadapt.formats import files, registryfiles
-from edgeadapt.formats.layout import Layout, Tensors
-from edgeadapt.formats.manifest import PeftConfig, ServerRule, VersionManifest
 from edgeadapt.formats.registryfiles import BLOBS, DATABASE, SCHEMA, RegistryFiles, blob_name, float32_tensors
 from tests.support import refused
-from tests.support.registry import commit
+from tests.support.registry import Rounds, commit
 
 LAST = 2
 
 
-def tensors(version: int) -> Tensors:
-    return {"a": np.full((2, 3), version, np.float32), "b": np.arange(4, dtype=np.float32)}
-
-
-def manifest(version: int) -> VersionManifest:
-    blob = files.encode(tensors(version))
-    return VersionManifest(
-        version=version,
-        sha256=files.sha256(blob),
-        size=len(blob),
-        base_digest="b" * 64,
-        layout_digest=Layout.of(tensors(0)).digest,
-        parent=files.sha256(files.encode(tensors(version - 1))) if version else None,
-        round=version,
-        plan=f"{version:064x}" if version else None,
-        rule=ServerRule("FedAvg", {"learning_rate": 1.0}) if version else None,
-        combination=None,
-        survivors=("anna", "ben") if version else (),
-        metrics={"loss": 0.5} if version else {},
-        privacy=None,
-        peft_config=PeftConfig("LORA", 8, 16, ("query",)),
-        labels=("on", "off"),
-    )
+tensors, manifest = Rounds.tensors, Rounds.manifest
 
 
 @pytest.fixture

@@ -14,17 +14,11 @@ from client.inference.session import ClassificationSession
 from edgeadapt.formats.bundle import adapter_names
 from edgeadapt.formats.peftconfig import PeftConfig
 from export.bundle.write import AdapterSource, write_bundle
-from export.onnx.classifier import export_classifier
-from export.onnx.exported import ExportedBase, Profile
+from export.onnx.exported import ExportedBase
 from tests.support.errors import refused
 from tests.support.models import LABELS, draw
 
 PHRASE = "turn on the kitchen lights"
-
-
-@pytest.fixture(scope="module")
-def trainable(model: Any, tiny_base: Any) -> ExportedBase:
-    return export_classifier(model, tiny_base, Profile.FP32, training=True)
 
 
 @pytest.fixture
@@ -97,6 +91,11 @@ def test_what_is_no_text_or_unknown_is_said(phone: Path) -> None:
         model.update("https://updates.example")
     with refused(edgeadapt.DataError, "bundle"):
         edgeadapt.load(phone / "missing")
+
+
+def test_one_string_where_texts_are_expected_is_refused(bundle: Path) -> None:
+    with refused(edgeadapt.DataError, "texts"):
+        ClassificationSession.open(str(bundle)).classify("lights", "global")
 
 
 def test_a_language_model_continues_chats_and_answers_with_another_adapter(lm_bundle: Path) -> None:

@@ -24,7 +24,6 @@ from edgeadapt.rounds.task import (
     Task,
     _width,
     contribution_spec,
-    is_stable,
     least_ring_bits,
     require_reach,
     rounding_noise,
@@ -38,35 +37,6 @@ ADAPTER = bytes(range(32))  # SHA-256 of the adapter that a round begins with
 SEED = rotation.seed(ADAPTER)
 TASK = Task(PeftConfig("LORA", 8, 16, ("query", "value")), ("off", "on"), 2, 16, 2e-3, 0.01, 0.0, PARTS, PARTS)
 LAYOUT = Layout((TensorSpec("a", (2, 3)),))
-SOME_PARTS = st.lists(st.sampled_from(PARTS), min_size=1).map(tuple)
-
-
-@given(
-    st.builds(
-        Task,
-        st.builds(
-            PeftConfig,
-            st.just("LORA"),
-            st.integers(0, 99),
-            st.integers(0, 99),
-            st.lists(st.text(), max_size=3).map(tuple),
-        ),
-        st.lists(st.text(), max_size=4).map(tuple),
-        st.integers(1, 100),
-        st.integers(1, 1024),
-        st.floats(0, 1, exclude_min=True),
-        st.floats(0, 1),
-        st.sampled_from([0.0, 0.5, 3.0, 1000.0]),
-        SOME_PARTS,
-        SOME_PARTS,
-    )
-    .filter(lambda task: set(task.trained) & set(task.shared))
-    .filter(lambda task: is_stable(task.learning_rate, task.proximal, task.weight_decay))
-)
-def test_a_task_is_read_as_it_was_written_and_has_one_form(task: Task) -> None:
-    raw = task.encode()
-    assert Task.decode(raw) == task
-    assert Task.decode(raw).encode() == raw
 
 
 @pytest.mark.parametrize(
@@ -142,11 +112,6 @@ def test_the_least_ring_counts_examples_and_is_fine_enough_and_one_bit_less_is_n
 def test_sixteen_bits_hold_updates_of_the_demos_size(clients: int) -> None:
     layout = Layout((TensorSpec("a", (1, 84_864)),))
     assert least_ring_bits(layout, Bounds(12.0, 128, 16, clients)) == 16
-
-
-def test_a_task_is_a_value() -> None:
-    assert replace(TASK, epochs=1) != TASK
-    assert hash(replace(TASK)) == hash(TASK)
 
 
 # What honest survivors can have.

@@ -106,7 +106,7 @@ def test_adapters_of_another_base_are_not_kept(
     assert not (bundle / "adapters" / "global.json").exists()
 
 
-@pytest.mark.parametrize("failing", range(1, 6))
+@pytest.mark.parametrize("failing", [1, 3, 5])
 def test_a_disk_that_fills_up_at_any_file_leaves_the_old_bundle(
     bundle: Path,
     exported: ExportedBase,
@@ -137,38 +137,6 @@ def test_a_disk_that_fills_up_at_any_file_leaves_the_old_bundle(
     assert sorted(p.name for p in bundle.parent.iterdir()) == [".bundle.lock", "bundle", "trust.pem"]
 
 
-@pytest.mark.parametrize("step", ["first", "second"])
-def test_a_failed_rename_leaves_the_old_bundle(
-    bundle: Path,
-    exported: ExportedBase,
-    source: Source,
-    vendor: IdentityKey,
-    monkeypatch: pytest.MonkeyPatch,
-    step: str,
-) -> None:
-    before, rename = contents(bundle), Path.rename
-
-    def broken(path: Path, target: Path) -> Path:
-        if (step == "first") == (path == bundle) and path.name != ".bundle.previous":
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", broken)
-    with pytest.raises(PermissionError):
-        write_bundle(bundle, exported, [source(seed=2, version=4)], key=vendor)
-    assert contents(bundle) == before
-
-
-def test_a_kill_between_the_two_renames_is_repaired_by_the_next_call(
-    bundle: Path, exported: ExportedBase, source: Source, household: IdentityKey
-) -> None:
-    before = contents(bundle)
-    bundle.rename(bundle.parent / ".bundle.previous")
-    add_adapter(bundle, exported.adapter_inputs, source("anna", seed=1), key=household)
-    assert before.items() <= contents(bundle).items()
-    assert not (bundle.parent / ".bundle.previous").exists()
-
-
 def test_a_folder_that_is_not_a_bundle_is_not_replaced(
     tmp_path: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
 ) -> None:
@@ -178,35 +146,10 @@ def test_a_folder_that_is_not_a_bundle_is_not_replaced(
     assert (tmp_path / "letters.txt").read_text() == "dear"
 
 
-def test_an_empty_folder_becomes_a_bundle(
-    tmp_path: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
-) -> None:
-    (tmp_path / "out").mkdir()
-    write_bundle(tmp_path / "out", exported, [source()], key=vendor)
-    assert (tmp_path / "out" / "base" / "manifest.json").is_file()
-
-
-def test_a_place_below_a_file_cannot_be_written(
-    tmp_path: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
-) -> None:
-    (tmp_path / "file").write_text("kept")
-    with refused(ConfigError, "out"):
-        write_bundle(tmp_path / "file" / "out", exported, [source()], key=vendor)
-    assert (tmp_path / "file").read_text() == "kept"
-
-
-def test_an_adapter_is_not_added_to_a_folder_that_is_not_a_bundle(
-    tmp_path: Path, exported: ExportedBase, source: Source, household: IdentityKey
-) -> None:
-    with refused(ConfigError, "manifest.json"):
-        add_adapter(tmp_path, exported.adapter_inputs, source("anna"), key=household)
-
-
-@pytest.mark.parametrize("raw", [b"", b"{}", b"[1]", b'{"payload": "e30="}'])
 def test_a_bundle_with_a_damaged_base_manifest_is_left_unchanged(
-    bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey, raw: bytes
+    bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
 ) -> None:
-    (bundle / "base" / "manifest.json").write_bytes(raw)
+    (bundle / "base" / "manifest.json").write_bytes(b'{"payload": "e30="}')
     before = contents(bundle)
     with refused(DataError, "manifest.json"):
         write_bundle(bundle, exported, [source()], key=vendor)
@@ -260,11 +203,6 @@ def test_a_copy_is_equal_and_changes_independently(
     add_adapter(state_dir, exported.adapter_inputs, source("global", seed=9), key=household)
     assert contents(state_dir) != before
     assert contents(bundle) == before
-
-
-def test_a_folder_that_is_not_a_bundle_is_not_copied(tmp_path: Path) -> None:
-    with refused(ConfigError, "manifest.json"):
-        copy_bundle(tmp_path, tmp_path.parent / "out")
 
 
 def test_a_head_of_one_row_is_refused(

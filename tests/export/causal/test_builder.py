@@ -1,19 +1,16 @@
-"""Language models on the builder path give torch's logits for any adapter, batch and cache, and generate its text."""
+"""Language models on the builder path give torch's logits for any adapter, batch and cache."""
 
-import json
 import logging
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime_genai as og
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -26,14 +23,13 @@ from edgeadapt.bases.base import Base, find_base
 from edgeadapt.formats.graphinputs import to_inputs
 from edgeadapt.formats.keyfiles import make_key
 from edgeadapt.formats.peftconfig import PeftConfig
-from edgeadapt.methods.causal import build, tensors
-from export.bundle.adapter import encode
+from edgeadapt.methods.causal import build
 from export.causal import export_causal
 from export.onnx import headers
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.peftmodel import find_adapter_inputs
 from tests.support import refused
-from tests.support.processor import saturates
+from tests.support.trial import call
 
 ARCHITECTURES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
@@ -86,30 +82,6 @@ def test_layers_with_their_own_ranks_and_scalings(
     np.testing.assert_allclose(runner(exported).logits(tokens, inputs, 3), torch_logits(model, tokens), atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("profile", "limit"),
-    [(Profile.NATIVE_INT8, 3e-3), (Profile.WEB_INT8, 2e-2 if saturates() else 1e-2), (Profile.NATIVE_INT4, 0.1)],
-    ids=lambda value: getattr(value, "value", None) or "",
-)
-def test_a_quantized_base_gives_nearly_torchs_logits_with_an_adapter(
-    llama: Base,
-    every_layer: tuple[str, ...],
-    drawn: Any,
-    runner: Any,
-    torch_logits: Any,
-    profile: Profile,
-    limit: float,
-) -> None:
-    exported = export_causal(llama, every_layer, profile)
-    assert [len(exported.slots), *exported.slots["model.layers.1.mlp.down_proj.lora_A.weight"]] == [28, "96", "rank_13"]
-    model = build(llama, PeftConfig.lora(rank=4, targets=every_layer))
-    inputs = to_inputs(drawn(model, 5), find_adapter_inputs(model).scaling)
-    tokens = ids(2, 12)
-    expected = torch_logits(model, tokens)
-    error = np.square(runner(exported).logits(tokens, inputs, 8) - expected).sum() / np.square(expected).sum()
-    assert 1e-9 < error < limit
-
-
 def test_each_row_of_a_batch_has_its_own_adapter(
     llama: Base, exported: ExportedBase, every_layer: tuple[str, ...], drawn: Any, runner: Any
 ) -> None:
@@ -141,96 +113,48 @@ def test_the_web_header_has_no_defaults_and_the_same_weights(exported: ExportedB
     assert set(exported.slots) <= {tensor.name for tensor in native.graph.initializer}
 
 
-def test_an_embedding_that_is_also_the_output_layer_is_stored_once(exported: ExportedBase) -> None:
-    native = onnx.load_from_string(exported.model)
-    large = [tensor for tensor in native.graph.initializer if list(tensor.dims) in ([98, 64], [64, 98])]
-    assert [list(tensor.dims) for tensor in large] == [[98, 64]]
-
-
-def test_the_same_base_exports_to_the_same_bytes(llama: Base, every_layer: tuple[str, ...], exported: Any) -> None:
-    assert export_causal(llama, every_layer, Profile.FP32).digests == exported.digests
+PROCESS = """
+import logging, sys
+from edgeadapt import program
+path = sys.path[:]
+program.cli(sys.argv[1:], standalone_mode=False)
+print(path == sys.path, logging.getLogger().handlers, logging.getLogger().level)
+"""
 
 
 @pytest.mark.slow
-def test_two_processes_in_two_folders_write_the_same_bundle(llama: Base, tmp_path: Path) -> None:
-    """With different hash seeds, and each with its own copy of the base."""
+def test_two_processes_in_two_folders_write_the_same_bundle_and_the_builder_changes_no_path_or_logging(
+    llama: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has a hash seed and a copy of the base of its own."""
     make_key(tmp_path / "key.pem", SystemEntropy())
-    for seed in ("1", "777"):
-        shutil.copytree(llama.folder, tmp_path / seed / "base")
-        made = ("--base", "base", "--profile", "web-int8", "--out", "bundle", "--key", "../key.pem")
-        _edgeadapt("export", "base", *made, folder=tmp_path / seed, seed=seed)
+    made = ("export", "base", "--base", "base", "--profile", "web-int8", "--out", "bundle", "--key", "../key.pem")
+    for name in ("here", "there"):
+        shutil.copytree(llama.folder, tmp_path / name / "base")
+    monkeypatch.chdir(tmp_path / "here")
+    call(*made)
+    environment = os.environ | {"PYTHONHASHSEED": "777", "PYTHONPATH": str(Path(__file__).parents[3])}
+    command = [sys.executable, "-c", PROCESS, *made]
+    done = subprocess.run(command, cwd=tmp_path / "there", env=environment, check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == f"True [] {logging.WARNING}"
+    assert "builder" not in done.stderr.lower()
     first, second = (
-        {path.name: path.read_bytes() for path in (tmp_path / seed / "bundle").rglob("*") if path.is_file()}
-        for seed in ("1", "777")
+        {path.name: path.read_bytes() for path in (tmp_path / name / "bundle").rglob("*") if path.is_file()}
+        for name in ("here", "there")
     )
     assert first == second
     assert onnx.load_from_string(first[headers.WEB_MODEL]).producer_version == version("edgeadapt")
 
 
-def _edgeadapt(*arguments: str, folder: Path, seed: str) -> None:
-    root = Path(__file__).parents[3]
-    environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(root)}
-    command = [sys.executable, "-m", "edgeadapt", *arguments]
-    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
-
-
-def test_no_file_contains_a_path_of_the_exporting_machine(exported: ExportedBase, llama: Base) -> None:
+def test_no_file_contains_a_path_of_the_exporting_machine_or_an_embedding_twice(
+    exported: ExportedBase, llama: Base
+) -> None:
     for name in exported.digests:
         blob = exported.read(name)
         assert str(llama.folder).encode() not in blob, name
         assert b"/tmp/" not in blob, name
-
-
-@pytest.fixture
-def folder(exported: ExportedBase, tmp_path: Path) -> Path:
-    for name in exported.digests:
-        blob = exported.read(name)
-        (tmp_path / name).write_bytes(blob)
-    return tmp_path
-
-
-def generate(folder: Path, prompt: list[int], count: int, adapter: Path | None = None) -> list[int]:
-    model = og.Model(str(folder))
-    settings = og.GeneratorParams(model)
-    settings.set_search_options(max_length=len(prompt) + count, do_sample=False)
-    generator = og.Generator(model, settings)
-    if adapter:
-        adapters = og.Adapters(model)
-        adapters.load(str(adapter), "one")
-        generator.set_active_adapter(adapters, "one")
-    generator.append_tokens(prompt)
-    while not generator.is_done():
-        generator.generate_next_token()
-    return [int(token) for token in generator.get_sequence(0)][len(prompt) :]
-
-
-def test_genai_generates_the_tokens_of_torch_with_and_without_an_adapter(
-    folder: Path, llama: Base, exported: ExportedBase, every_layer: tuple[str, ...], drawn: Callable[..., Any]
-) -> None:
-    model = build(llama, PeftConfig.lora(rank=6, alpha=12, targets=every_layer))
-    drawn(model, 3)
-    (folder / "one.onnx_adapter").write_bytes(encode(tensors(model), find_adapter_inputs(model), "fp32"))
-    prompt = [1, 41, 52, 63]
-
-    def expected() -> list[int]:
-        with torch.no_grad():
-            sequence = model.generate(
-                torch.tensor([prompt]), max_new_tokens=12, do_sample=False, attention_mask=torch.ones(1, 4)
-            )
-        return [int(token) for token in sequence[0]][4:]
-
-    adapted = generate(folder, prompt, 12, folder / "one.onnx_adapter")
-    assert adapted == expected()
-    with model.disable_adapter():
-        bare = generate(folder, prompt, 12)
-        assert bare == expected()
-    assert bare != adapted
-
-
-def test_genai_finds_its_settings(folder: Path) -> None:
-    config = json.loads((folder / "genai_config.json").read_bytes())
-    assert config["model"]["decoder"]["filename"] == headers.MODEL
-    assert (config["model"]["eos_token_id"], config["model"]["context_length"]) == (2, 64)
+    large = [t for t in onnx.load_from_string(exported.model).graph.initializer if list(t.dims) in ([98, 64], [64, 98])]
+    assert [list(tensor.dims) for tensor in large] == [[98, 64]]  # also the output layer
 
 
 def test_a_layer_that_cannot_have_a_slot_is_refused_by_name(llama: Base) -> None:
@@ -261,15 +185,3 @@ def test_matmuls_of_one_input_are_merged(llama: Base) -> None:
     kinds = [node.op_type for node in native.graph.node]
     # In each layer q, k, v; o; gate, up; down. Then the output layer.
     assert (kinds.count("MatMulNBits"), kinds.count("Split"), kinds.count("MatMul")) == (2 * 4 + 1, 2 * 2, 2 * 4)
-
-
-def test_the_builder_leaves_sys_path_and_logging_unchanged(llama: Base) -> None:
-    script = (
-        "import logging, sys; from pathlib import Path; from edgeadapt.bases.base import find_base; "
-        "from export.causal import export_causal; from export.onnx.quantize import Profile; path = sys.path[:]; "
-        f"export_causal(find_base({str(llama.folder)!r}), ('q_proj',), Profile.FP32); "
-        "print(path == sys.path, logging.getLogger().handlers, logging.getLogger().level)"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == f"True [] {logging.WARNING}"
-    assert "builder" not in done.stderr.lower()

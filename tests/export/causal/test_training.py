@@ -1,6 +1,8 @@
 """The training graph of a language model: torch's gradients, over the weights that the device answers with."""
 
+import itertools
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from export.onnx import derivatives, gradients
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.peftmodel import find_adapter_inputs
 from export.onnx.targets import SlotKind, Slots
-from tests.support.errors import refused
+from tests.support.exhaustive import few
 from tests.support.training import check_shared_weights, round_as
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
@@ -33,8 +35,7 @@ Exported = Callable[[Profile], ExportedBase]
 
 @pytest.fixture(scope="module")
 def trained(llama: Base) -> Exported:
-    made = {profile: export_causal(llama, TARGETS, profile, training=True) for profile in Profile}
-    return made.__getitem__
+    return cache(lambda profile: export_causal(llama, TARGETS, profile, training=True))
 
 
 def opened(exported: ExportedBase) -> TrainingGraph:
@@ -65,14 +66,19 @@ def in_torch(base: Base, exported: ExportedBase, batch: TrainingBatch, values: T
     return float(loss.detach()), found, find_adapter_inputs(model).scaling
 
 
-@pytest.mark.parametrize("lengths", [[1], [2, 1], [9, 4, 7], [33, 40]], ids=str)
-@pytest.mark.parametrize("profile", Profile)
-def test_the_gradients_are_torchs_for_any_batch_and_length(
-    llama: Base, trained: Exported, profile: Profile, lengths: list[int]
+LENGTHS = ([1], [2, 1], [9, 4, 7], [33, 40])
+PAIRS = list(zip(Profile, LENGTHS, strict=True))
+
+
+@pytest.mark.parametrize("pair", few(itertools.product(Profile, LENGTHS), *PAIRS), ids=str)
+def test_the_gradients_are_torchs_for_any_batch_and_length_over_the_weights_of_the_answering_graph(
+    llama: Base, trained: Exported, pair: tuple[Profile, list[int]]
 ) -> None:
-    rng, batch = np.random.default_rng(1), batch_of(lengths)
+    profile, (rng, batch) = pair[0], (np.random.default_rng(1), batch_of(pair[1]))
     shapes = {name: value.shape for name, value in causal.tensors(causal.build(llama, LORA)).items()}
     values = {name: rng.standard_normal(shape, dtype=np.float32) / 4 for name, shape in shapes.items()}
+    check_shared_weights(trained(profile), 0)
+    assert not missing_slots(opened(trained(profile)), trained(profile).slots)
     wanted_loss, expected, scaling = in_torch(llama, trained(profile), batch, values)
     loss, found = opened(trained(profile)).gradients(batch, to_inputs(values, scaling))
     assert loss == pytest.approx(wanted_loss, rel=1e-4)
@@ -95,36 +101,26 @@ def test_a_score_is_that_of_the_logits(llama: Base, trained: Exported) -> None:
         assert hits.all() == every
 
 
-@pytest.mark.parametrize("profile", Profile)
-def test_the_training_graph_reads_the_weights_of_the_answering_graph(trained: Exported, profile: Profile) -> None:
-    check_shared_weights(trained(profile), 0)
-    assert not missing_slots(opened(trained(profile)), trained(profile).slots)
-
-
-def test_a_graph_whose_gradients_are_one_percent_off_is_refused(llama: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = derivatives.RULES["Slice"]
-
-    def off(to: Any, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> dict[int, str]:
-        return {n: to.add("Mul", name, to.number(1.01)) for n, name in right(to, node, gradient, wanted).items()}
-
-    monkeypatch.setattr(derivatives, "RULES", derivatives.RULES | {"Slice": off})
-    with pytest.raises(ConfigError) as caught:
-        export_causal(llama, ("q_proj",), Profile.FP32, training=True)
-    assert "q_proj" in caught.value.about
-
-
-def test_gradients_of_virtual_tokens_that_are_one_percent_off_are_refused(
-    llama: Base, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("rule", "kind", "about"),
+    [
+        ("Slice", SlotKind.LOW_RANK, "q_proj"),
+        pytest.param("Expand", SlotKind.PROMPT, PROMPT, marks=pytest.mark.exhaustive),
+        ("Expand", SlotKind.PREFIX, PREFIX),
+    ],
+)
+def test_a_graph_whose_gradients_are_one_percent_off_is_refused(
+    llama: Base, monkeypatch: pytest.MonkeyPatch, rule: str, kind: SlotKind, about: str
 ) -> None:
-    right = derivatives.RULES["Expand"]
+    right = derivatives.RULES[rule]
 
     def off(to: Any, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> dict[int, str]:
         return {n: to.add("Mul", name, to.number(1.01)) for n, name in right(to, node, gradient, wanted).items()}
 
-    monkeypatch.setattr(derivatives, "RULES", derivatives.RULES | {"Expand": off})
-    for kind, name in ((SlotKind.PROMPT, PROMPT), (SlotKind.PREFIX, PREFIX)):
-        with refused(ConfigError, name):
-            export_causal(llama, Slots((), frozenset({kind})), Profile.FP32, training=True)
+    monkeypatch.setattr(derivatives, "RULES", derivatives.RULES | {rule: off})
+    with pytest.raises(ConfigError) as caught:
+        export_causal(llama, Slots(("q_proj",), frozenset({kind})), Profile.FP32, training=True)
+    assert about in caught.value.about
 
 
 def test_virtual_tokens_are_compared_at_the_size_that_they_have_in_use(
@@ -147,6 +143,7 @@ def test_virtual_tokens_are_compared_at_the_size_that_they_have_in_use(
     assert np.concatenate([inputs[PREFIX].ravel() for inputs in compared]).std() == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.exhaustive
 def test_a_base_with_few_positions_has_gradients_of_virtual_tokens(make_lm: Callable[..., Base]) -> None:
     base = make_lm("gpt2", n_embd=64, n_layer=1, n_head=4, n_positions=5)
     kinds = frozenset({SlotKind.LOW_RANK, SlotKind.PROMPT, SlotKind.PREFIX})
@@ -154,7 +151,7 @@ def test_a_base_with_few_positions_has_gradients_of_virtual_tokens(make_lm: Call
     assert not missing_slots(opened(made), made.slots)
 
 
-@pytest.mark.parametrize("profile", [Profile.NATIVE_INT8, Profile.WEB_INT8])
+@pytest.mark.parametrize("profile", few([Profile.NATIVE_INT8, Profile.WEB_INT8], Profile.NATIVE_INT8))
 def test_a_tied_output_layer_has_the_norms_of_its_stored_bytes(make_lm: Callable[..., Base], profile: Profile) -> None:
     kinds = frozenset({SlotKind.LOW_RANK, SlotKind.SCALE, SlotKind.OFFSET})
     base = make_lm("llama", tie_word_embeddings=True)
@@ -162,14 +159,14 @@ def test_a_tied_output_layer_has_the_norms_of_its_stored_bytes(make_lm: Callable
     assert "lm_head" in opened(made).normed
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_another_family_with_an_output_layer_of_its_own_has_one(make_lm: Callable[..., Base]) -> None:
     base = make_lm("qwen2", tie_word_embeddings=False)
     made = export_named(str(base.folder), "native-int8", wanted(base, targets=["q_proj", "down_proj"]), training=True)
     assert not missing_slots(opened(made), made.slots)
 
 
-@pytest.mark.parametrize("profile", [Profile.FP32, Profile.NATIVE_INT8])
+@pytest.mark.parametrize("profile", few([Profile.FP32, Profile.NATIVE_INT8], Profile.NATIVE_INT8))
 def test_queries_keys_and_values_of_one_matrix_have_gradients(make_lm: Callable[..., Base], profile: Profile) -> None:
     base = make_lm("gpt2", n_embd=64, n_layer=1, n_head=4, n_positions=64)
     kinds = frozenset({SlotKind.LOW_RANK, SlotKind.SCALE, SlotKind.OFFSET})

@@ -30,16 +30,16 @@ from edgeadapt.bases.base import Base
 from edgeadapt.formats.graphinputs import to_inputs
 from edgeadapt.formats.layout import Tensors
 from edgeadapt.methods.peft.inputs import AdapterInputs
+from export.bundle.base import resolved
 from export.bundle.sources import fitted, from_peft
-from export.bundle.trained import resolved
 from export.bundle.write import add, write_bundle
 from export.causal import export_causal
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.targets import ALL, SlotKind, Slots
 from tests.export.causal.test_traced import continued
 from tests.support import refused
+from tests.support.exhaustive import few
 from tests.support.methods import randomized
-from tests.support.processor import saturates
 
 EVERY = Slots((ALL,), frozenset(SlotKind))
 GPT2 = {"n_positions": 64, "num_key_value_heads": ..., "head_dim": ..., "intermediate_size": ...}
@@ -47,9 +47,6 @@ BASES: dict[str, dict[str, Any]] = {"llama": {}, "qwen2": {}, "gpt2": GPT2}  # t
 FORWARD = {"llama": "down_proj", "qwen2": "down_proj", "gpt2": "mlp.c_proj"}
 SCALED = {"llama": ["k_proj", "v_proj"], "qwen2": ["k_proj", "v_proj"], "gpt2": ["attn.c_attn"]}
 NORMS = {"llama": ["input_layernorm", "model.norm"], "qwen2": ["post_attention_layernorm"], "gpt2": ["ln_1", "ln_f"]}
-
-
-SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen2", "gpt2")]
 
 
 def methods(kind: str) -> dict[str, PeftConfig]:
@@ -72,9 +69,7 @@ def methods(kind: str) -> dict[str, PeftConfig]:
     return found
 
 
-@pytest.fixture(
-    scope="module", params=["llama", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen2", "gpt2"))]
-)
+@pytest.fixture(scope="module", params=few(BASES, "llama"))
 def family(request: pytest.FixtureRequest, make_lm: Any) -> tuple[str, Base, ExportedBase]:
     base = make_lm(request.param, **BASES[request.param])
     return request.param, base, export_causal(base, EVERY, Profile.FP32)
@@ -109,19 +104,6 @@ def test_logits_are_torchs_with_every_method_and_without(
         assert np.abs(bare - expected).max() > 0.1
 
 
-@pytest.mark.parametrize("profile", [Profile.NATIVE_INT8, Profile.WEB_INT8])
-def test_a_quantized_base_scales_its_inputs_too(
-    llama: Base, tmp_path: Path, runner: Any, torch_logits: Any, profile: Profile
-) -> None:
-    exported = export_causal(llama, EVERY, profile)
-    model = trained(llama, methods("llama")["ia3"], tmp_path)
-    tokens = np.random.default_rng(0).integers(3, 90, (2, 12))
-    expected = torch_logits(model, tokens)
-    error = np.square(runner(exported).logits(tokens, inputs_of(tmp_path, llama, exported), 8) - expected).sum()
-    limit = 6e-2 if profile is Profile.WEB_INT8 and saturates() else 1e-2
-    assert 1e-9 < error / np.square(expected).sum() < limit
-
-
 def every_method_written(kind: str, base: Base, vendor: IdentityKey, folder: Path) -> dict[str, PeftModel]:
     """The models by method, of which the bundle ``lm`` in ``folder`` has an adapter each."""
     write_bundle(folder / "lm", export_causal(base, EVERY, Profile.FP32), [], key=vendor)
@@ -132,7 +114,7 @@ def every_method_written(kind: str, base: Base, vendor: IdentityKey, folder: Pat
     return models
 
 
-@pytest.mark.parametrize("kind", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", few(["llama", "gpt2"], "llama"))
 def test_genai_writes_torchs_text_with_every_method(
     make_lm: Any, vendor: IdentityKey, tmp_path: Path, kind: str
 ) -> None:

@@ -16,7 +16,7 @@ from edgeadapt.methods.peft.folder import read_peft
 from export.causal import export_causal
 from export.onnx import virtualtokens
 from export.onnx.exported import ExportedBase, Profile
-from export.onnx.targets import SlotKind, Slots
+from export.onnx.targets import Slots
 from tests.support import virtual
 
 globals().update(virtual.FIXTURES)
@@ -57,6 +57,7 @@ def test_the_builder_path_gives_pefts_logits(
     assert max(differences(llama, virtual_base, runner, tmp_path).values()) < 1e-4
 
 
+@pytest.mark.exhaustive
 def test_scaled_embeddings_are_those_after_scaling(make_lm: Any, runner: Any, tmp_path: Path) -> None:
     gemma = make_lm("gemma")
     exported = export_causal(gemma, Slots((), virtual.KINDS), Profile.FP32)
@@ -69,17 +70,6 @@ def test_the_traced_path_gives_pefts_logits(make_lm: Any, runner: Any, tmp_path:
     exported = export_causal(gpt2, Slots((), virtual.KINDS), Profile.FP32)
     assert b"GroupQueryAttention" not in exported.model
     assert max(differences(gpt2, exported, runner, tmp_path).values()) < 1e-4
-
-
-def test_a_quantized_base_takes_virtual_tokens_of_its_own_embeddings_for_tokens(llama: Base, runner: Any) -> None:
-    """So the slot is where the look-up is, in a base whose look-up is quantized too."""
-    exported = export_causal(llama, Slots((), frozenset({SlotKind.PROMPT})), Profile.NATIVE_INT4)
-    run, weight = runner(exported), virtual.pretrained.load(llama, virtual.AutoModelForCausalLM).get_input_embeddings()
-    prompt = weight.weight.detach().numpy()[IDS[:3]]
-    found = run.logits(np.array([with_placeholders(IDS[3:], 3)]), {virtualtokens.PROMPT: prompt})[:, 3:]
-    none = {virtualtokens.PROMPT: prompt[:0]}
-    plain, other = run.logits(np.array([IDS]), none)[:, 3:], run.logits(np.array([IDS[3:]]), none)
-    assert np.abs(found - plain).max() < 0.1 * np.abs(plain).max() < np.abs(other - plain).max()
 
 
 def test_a_graph_that_scales_embeddings_otherwise_is_refused(virtual_base: ExportedBase) -> None:

@@ -13,7 +13,7 @@ from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
 from client.inference.session import ClassificationSession
 from edgeadapt.bases.base import Base
-from edgeadapt.formats.bundle import adapter_path, manifest_path
+from edgeadapt.formats.bundle import manifest_path
 from export.bundle.write import write_bundle
 from export.onnx.exported import ExportedBase
 from tests.support.bundles import stated
@@ -79,18 +79,6 @@ def test_the_temperature_is_that_of_what_a_device_answers(export: Run, shop: Pat
         assert other[0].probability < one[0].probability
 
 
-def test_the_same_phrases_give_the_same_bytes_and_the_line_says_what_was_measured(export: Run, shop: Path) -> None:
-    assert export(*add(shop)).code == 0
-    held_out = write(shop, as_at(shop, 2.0, 200))
-    first = export(*add(shop, "--calibrate", held_out))
-    files = [(shop / "bundle" / path("global")).read_bytes() for path in (adapter_path, manifest_path)]
-    second = export(*add(shop, "--calibrate", held_out))
-    assert files == [(shop / "bundle" / path("global")).read_bytes() for path in (adapter_path, manifest_path)]
-    assert first.out == second.out
-    assert "from 200 phrases" in first.out.splitlines()[1]
-    assert "5-fold cross-validation, 15 bins of equal mass" in first.out
-
-
 def test_a_whole_bundle_is_calibrated_in_one_command(export: Run, shop: Path, tiny_base: Base) -> None:
     held_out = write(shop, [(LABELS[number % 4], phrase) for number, phrase in enumerate(phrases(60))])
     command = [*add(shop, "--base", tiny_base.folder, "--calibrate", held_out, "--json")]
@@ -125,10 +113,9 @@ def test_answers_that_are_all_right_are_said_to_be(export: Run, shop: Path) -> N
     [
         ([("Light", "light on")] * 49, 5, "--calibrate"),
         ([("Light", "light on")] * 60 + [("Heating", "warmer")], 5, "label"),
-        ([("Light", " ")] * 60, 5, "held-out.tsv"),
         ([], 5, "held-out.tsv"),
     ],
-    ids=["few", "label that the head lacks", "no phrase", "empty"],
+    ids=["few", "label that the head lacks", "empty"],
 )
 def test_phrases_that_give_no_temperature_are_refused_and_nothing_is_written(
     export: Run, shop: Path, rows: list[tuple[str, str]], code: int, about: str
@@ -145,12 +132,3 @@ def test_labels_that_the_head_has_no_row_for_and_a_folder_without_a_bundle_are_r
     command = add(shop, "--calibrate", held_out)
     command[command.index(shop / "bundle")] = shop / "nothing"
     export(*command).refused(2, "manifest.json")
-
-
-def test_a_missing_file_and_a_base_that_nobody_known_signed_are_refused(export: Run, shop: Path) -> None:
-    export(*add(shop, "--calibrate", shop / "missing")).refused(2, "missing")
-    held_out = write(shop, [("Light", phrase) for phrase in phrases(60)])
-    for name in ("key.pem", "trust.pem"):
-        stranger = IdentityKey.generate(SystemEntropy())
-        (shop / name).write_bytes(stranger.to_pem() if name == "key.pem" else stranger.public.to_pem())
-    export(*add(shop, "--calibrate", held_out)).refused(4, "keyid")

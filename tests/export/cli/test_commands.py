@@ -2,7 +2,6 @@
 
 import errno
 import os
-import sqlite3
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.methods.classifier import PhraseClassifier, load, tensors
 from export.bundle.write import write_bundle
 from export.onnx.exported import ExportedBase
+from tests.support.bundles import flip
 from tests.support.registry import commit
 
 LABELS = ("Light", "Lock", "Music", "Timer")
@@ -104,13 +104,6 @@ def test_a_key_is_private_and_its_public_half_is_in_the_same_folder(export: Run,
     assert key.raw.hex() not in done.out + done.err
 
 
-@pytest.mark.parametrize("there", ["vendor.pem", "vendor.pub.pem"])
-def test_a_key_is_never_replaced(export: Run, tmp_path: Path, there: str) -> None:
-    (tmp_path / there).write_bytes(b"old")
-    export("key", tmp_path / "vendor.pem").refused(2, there)
-    assert everything(tmp_path) == {there: b"old"}
-
-
 @pytest.mark.parametrize("full", ["vendor.pem", "vendor.pub.pem"])
 def test_a_full_disk_leaves_no_part_of_a_key_pair(
     export: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
@@ -160,15 +153,6 @@ def test_the_newest_version_of_a_registry_runs_on_a_device_and_opens_in_peft_aga
         with torch.no_grad():
             difference = reopened(ids, torch.ones_like(ids)) - model(ids, torch.ones_like(ids))
         assert difference.abs().max() < tolerance
-
-
-@pytest.mark.parametrize("form", ["fp32", "fp16", "int8", "int4"])
-def test_the_same_command_gives_the_same_bytes(export: Run, shop: Path, form: str) -> None:
-    assert export(*add(shop), "--format", form).code == 0
-    before = everything(shop / "bundle")
-    assert export(*add(shop), "--format", form).code == 0
-    assert everything(shop / "bundle") == before
-    assert AdapterManifest.payload_type().encode() in before["adapters/global.json"]
 
 
 def test_the_adapter_manifest_states_the_source_and_the_peft_config(export: Run, shop: Path) -> None:
@@ -260,13 +244,6 @@ def test_public_phrases_are_a_signed_file_of_the_base(export: Run, shop: Path, t
     assert base.read(PHRASES) == b"Light\tlights on\nMusic\tplay music\n"
 
 
-def test_the_help_has_examples(export: Run) -> None:
-    for command in ("base", "adapter", "peft", "parity", "key"):
-        done = export(command, "--help")
-        assert done.code == 0
-        assert f"edgeadapt export {command} " in done.out
-
-
 # Refusals: one line with the error's exit code, and the bundle is unchanged.
 
 
@@ -278,12 +255,9 @@ def test_the_help_has_examples(export: Run) -> None:
         (["--peft", "lora"], 2, "--registry"),
         (["--labels", "labels"], 2, "--labels"),
         (["--registry", "nowhere"], 2, "registry.db"),
-        (["--bundle", "nowhere"], 2, "manifest.json"),
         (["--bundle", "fleet"], 2, "manifest.json"),
         (["--key", "nowhere.pem"], 2, "nowhere.pem"),
-        (["--key", "trust.pem"], 4, "key.pem"),
         (["--trust", "stranger.pem"], 4, "manifest"),
-        (["--trust", "texts"], 4, "texts"),
     ],
 )
 def test_an_adapter_that_cannot_be_exported_leaves_the_bundle_unchanged(
@@ -314,54 +288,27 @@ def test_an_adapter_for_another_base_or_of_another_shape_is_refused(
     assert everything(shop / "bundle") == before
 
 
-@pytest.mark.parametrize("damage", ["flipped", "truncated", "trailing", "empty", "gone"])
-def test_a_damaged_registry_blob_is_refused(export: Run, shop: Path, damage: str) -> None:
-    newest = _manifest(shop).sha256
-    blob = shop / "fleet" / "blobs" / f"{newest}.safetensors"
-    raw = blob.read_bytes()
-    changed = {"flipped": raw[:-9] + b"\x55" + raw[-8:], "truncated": raw[:-1], "trailing": raw + b"\0", "empty": b""}
-    if damage == "gone":
+def test_damaged_and_missing_registry_blobs_are_refused(export: Run, shop: Path) -> None:
+    blobs = list((shop / "fleet" / "blobs").iterdir())
+    for blob in blobs:
+        flip(blob, 1)
+    export(*add(shop)).refused(4, "blob")
+    for blob in blobs:
         blob.unlink()
-        export(*add(shop)).refused(5, "blob")
-    else:
-        blob.write_bytes(changed[damage])
-        export(*add(shop)).refused(4, "blob")
+    export(*add(shop)).refused(5, "blob")
 
 
-def _manifest(shop: Path) -> VersionManifest:
-    key = IdentityKey.from_pem((shop / "fleet" / "signing.pem").read_bytes())
-    registry = open_registry(shop / "fleet", key)
-    latest = registry.latest()
-    assert latest is not None
-    registry.close()
-    return latest.manifest
-
-
-def test_a_registry_that_is_damaged_or_of_another_schema_is_refused(export: Run, shop: Path) -> None:
-    database = shop / "fleet" / "registry.db"
-    with sqlite3.connect(database) as connection:
-        connection.execute("UPDATE edgeadapt_schema SET version_num = '99'")
-    connection.close()
-    export(*add(shop)).refused(2, "database.schema")
-    database.write_bytes(b"not a database at all" * 100)
-    export(*add(shop)).refused(5, "registry.db")
-
-
-@pytest.mark.parametrize("damage", ["flipped", "truncated", "trailing", "empty", "gone", "other signer"])
-def test_a_damaged_adapter_of_a_bundle_is_not_written_for_peft(export: Run, shop: Path, damage: str) -> None:
+def test_a_damaged_adapter_of_a_bundle_and_one_of_another_signer_are_not_written_for_peft(
+    export: Run, shop: Path
+) -> None:
     assert export(*add(shop)).code == 0
     file = shop / "bundle" / "adapters" / "global.onnx_adapter"
-    raw = file.read_bytes()
-    file.unlink()
-    changed = {"flipped": raw[:-9] + b"\x55" + raw[-8:], "truncated": raw[:-1], "trailing": raw + b"\0", "empty": b""}
-    if damage == "other signer":
-        file.write_bytes(raw)
-        (shop / "trust.pem").write_bytes(IdentityKey.generate(SystemEntropy()).public.to_pem())
-    elif damage != "gone":
-        file.write_bytes(changed[damage])
-    done = export("peft", "--bundle", shop / "bundle", "--out", shop / "out")
-    expected = {"gone": (5, "global.onnx_adapter"), "other signer": (4, "keyid")}
-    done.refused(*expected.get(damage, (4, "global.onnx_adapter")))
+    flip(file, 1)
+    peft = ("peft", "--bundle", shop / "bundle", "--out", shop / "out")
+    export(*peft).refused(4, file.name)
+    flip(file, 1)
+    (shop / "trust.pem").write_bytes(IdentityKey.generate(SystemEntropy()).public.to_pem())
+    export(*peft).refused(4, "keyid")
     assert not (shop / "out").exists()
 
 
@@ -377,9 +324,7 @@ def test_a_missing_adapter_no_source_and_two_sources_are_refused(export: Run, sh
     [
         (["--base", "no_such_package"], "base"),
         (["--profile", "native-int3"], "--profile"),
-        (["--targets", "no_such_layer"], "--targets"),
         (["--targets", ","], "--targets"),
-        (["--out", "texts"], "texts"),
         (["--out", "texts/new"], "texts"),
     ],
 )
@@ -392,9 +337,8 @@ def test_a_base_that_cannot_be_exported_leaves_no_trace(
     assert everything(shop) == before
 
 
-@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xff"], ids=["empty", "blank", "not UTF-8"])
-def test_a_file_without_texts_is_refused(export: Run, shop: Path, tiny_base: Base, content: bytes) -> None:
-    (shop / "bad").write_bytes(content)
+def test_a_file_without_texts_is_refused(export: Run, shop: Path, tiny_base: Base) -> None:
+    (shop / "bad").write_bytes(b"\n \n")
     command = ("parity", "--bundle", shop / "bundle", "--base", tiny_base.folder, "--registry", shop / "fleet")
     export(*command, "--texts", shop / "bad").refused(5, "bad")
     export(*command, "--texts", shop / "nowhere").refused(2, "nowhere")

@@ -16,12 +16,10 @@ TEXTS = ("turn on the kitchen lights", "lock the door", "play some music in here
 
 
 @pytest.fixture
-def shop(export: Callable[..., Any], tmp_path: Path, llama: Base) -> Path:
+def shop(export: Callable[..., Any], key: Path, tmp_path: Path, llama: Base) -> Path:
     """A key, pinned, and a bundle with the base; a folder of peft, and texts."""
-    assert export("key", tmp_path / "key.pem").code == 0
-    (tmp_path / "key.pub.pem").rename(tmp_path / "trust.pem")
     made = ("base", "--base", llama.folder, "--profile", "fp32", "--max-rank", "6")  # its configuration states the task
-    done = export(*made, "--targets", "q_proj,v_proj", "--out", tmp_path / "bundle", "--key", tmp_path / "key.pem")
+    done = export(*made, "--targets", "q_proj,v_proj", "--out", tmp_path / "bundle", "--key", key)
     assert done.code == 0, done.err
     patterns = {"rank_pattern": {r"layers\.0.*v_proj": 2}, "alpha_pattern": {r"layers\.1.*": 24}}
     _save(llama, tmp_path / "lora", r=4, lora_alpha=8, use_rslora=True, target_modules=["q_proj", "v_proj"], **patterns)
@@ -65,11 +63,8 @@ def test_parity_prints_the_losses_of_a_base_and_an_adapter(export: Callable[...,
     assert export(*gate, "--peft", shop / "lora").code == 6
 
 
-@pytest.mark.parametrize("form", ["fp32", "int8"])
-def test_an_adapter_of_a_bundle_opens_in_peft_again(
-    export: Callable[..., Any], shop: Path, llama: Base, form: str
-) -> None:
-    assert export(*_add(shop, "lora", "--format", form)).code == 0
+def test_an_adapter_of_a_bundle_opens_in_peft_again(export: Callable[..., Any], shop: Path, llama: Base) -> None:
+    assert export(*_add(shop, "lora", "--format", "int8")).code == 0
     assert export("peft", "--bundle", shop / "bundle", "--out", shop / "back").code == 0
     before, after = (
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama.folder), shop / name).eval()
@@ -79,7 +74,7 @@ def test_an_adapter_of_a_bundle_opens_in_peft_again(
     with torch.no_grad():
         expected, found = before(input_ids=ids).logits.numpy(), after(input_ids=ids).logits.numpy()
     error = np.abs(found - expected).max() / np.abs(expected).max()
-    assert error < (1e-5 if form == "fp32" else 0.3)
+    assert error < 0.3
 
 
 def test_an_adapter_of_fewer_layers_is_accepted_and_one_of_other_layers_refused(
@@ -95,13 +90,3 @@ def test_an_adapter_of_fewer_layers_is_accepted_and_one_of_other_layers_refused(
     export(*_add(shop, "high", "--name", "high")).refused(5, "rank")
     assert (shop / "bundle" / "adapters" / "global.json").read_bytes() == before
     assert not (shop / "bundle" / "adapters" / "high.json").exists()
-
-
-@pytest.mark.parametrize("head", ["own", "mean"])
-def test_a_head_for_a_language_model_is_refused(
-    export: Callable[..., Any], tmp_path: Path, llama: Base, head: str
-) -> None:
-    assert export("key", tmp_path / "key.pem").code == 0
-    made = ("base", "--base", llama.folder, "--out", tmp_path / "bundle", "--key", tmp_path / "key.pem")
-    export(*made, "--head", head).refused(2, "--head")
-    assert not (tmp_path / "bundle").exists()

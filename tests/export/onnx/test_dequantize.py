@@ -10,7 +10,6 @@ from aggregation.errors import ConfigError
 from edgeadapt.bases.base import Base
 from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.methods.classifier import build
-from export.onnx.blocks import four_bits
 from export.onnx.classifier import export_classifier
 from export.onnx.dequantize import dequantized
 from export.onnx.exported import Profile
@@ -79,9 +78,3 @@ def test_a_profile_without_rounding_and_an_existing_folder_are_refused(tmp_path:
         dequantized(tiny_base, Profile.NATIVE_INT8, tmp_path / "full")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["file"]
-
-
-def test_four_bits_of_four_bits_are_the_same(tmp_path: Path) -> None:
-    weight = np.random.default_rng(0).standard_normal((64, 320), dtype=np.float32)
-    once = four_bits(weight).values
-    np.testing.assert_allclose(four_bits(once).values, once, atol=1e-6)

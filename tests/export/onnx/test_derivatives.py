@@ -14,7 +14,7 @@ from aggregation.errors import ConfigError
 from edgeadapt.bases.traininggraph import GRADIENT
 from edgeadapt.formats.layout import Floats
 from export.onnx import derivatives
-from export.onnx.differentiate import differentiate
+from export.onnx.derivatives import differentiate
 from tests.support.errors import refused
 
 X, Y, ROW = (2, 3, 4), (3, 1), (4,)

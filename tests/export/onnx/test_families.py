@@ -29,6 +29,7 @@ from export.onnx.exported import ExportedBase, Profile
 from export.onnx.slotted import USUAL_HEADS, has_own_head, with_mean_head, with_own_head
 from export.parity.compare import OnnxRunner
 from tests.support import refused
+from tests.support.exhaustive import few
 
 POSITIONS = 24  # rows of the position embedding
 SIZES = {
@@ -43,20 +44,17 @@ MODERNBERT = SIZES | {"num_hidden_layers": 2, "pad_token_id": 0, "local_attentio
 GPT2 = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": POSITIONS}
 # Family, settings, layers with slots, longest text in tokens: RoBERTa's and MPNet's positions begin at 2.
 Family = tuple[str, dict[str, Any], tuple[str, ...], int]
-FAMILIES: list[Any] = [
+ROBERTA: Family = ("roberta", SIZES, ("query", "value"), POSITIONS - 2)
+GPT: Family = ("gpt2", GPT2, ("c_attn", "c_proj"), POSITIONS)  # a decoder as an encoder, with Conv1D layers
+FAMILIES: list[Family] = [
     ("distilbert", DISTILBERT, ("q_lin", "v_lin"), POSITIONS),
-    ("roberta", SIZES, ("query", "value"), POSITIONS - 2),
-    *(
-        pytest.param(family, marks=pytest.mark.slow)
-        for family in [
-            ("xlm-roberta", SIZES, ("query", "value"), POSITIONS - 2),
-            ("mpnet", SIZES, ("q", "v", "o"), POSITIONS - 2),
-            ("electra", SIZES | {"embedding_size": 16}, ("query", "dense"), POSITIONS),
-            ("deberta-v2", SIZES, ("query_proj", "value_proj"), POSITIONS),
-            ("modernbert", MODERNBERT, ("Wqkv", "Wo"), POSITIONS),
-            ("gpt2", GPT2, ("c_attn", "c_proj"), POSITIONS),  # a decoder as an encoder, with Conv1D layers
-        ]
-    ),
+    ROBERTA,
+    ("xlm-roberta", SIZES, ("query", "value"), POSITIONS - 2),
+    ("mpnet", SIZES, ("q", "v", "o"), POSITIONS - 2),
+    ("electra", SIZES | {"embedding_size": 16}, ("query", "dense"), POSITIONS),
+    ("deberta-v2", SIZES, ("query_proj", "value_proj"), POSITIONS),
+    ("modernbert", MODERNBERT, ("Wqkv", "Wo"), POSITIONS),
+    GPT,
 ]
 MakeFamily = Callable[..., Base]
 
@@ -92,7 +90,7 @@ def exact(model: torch.nn.Module, ids: np.ndarray, mask: np.ndarray) -> np.ndarr
     return logits
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", few(FAMILIES, ROBERTA, GPT))
 def test_each_family_gives_torchs_logits_up_to_its_longest_text(make_family: MakeFamily, family: Family) -> None:
     kind, settings, targets, longest = family
     base = make_family(kind, settings)
@@ -112,20 +110,18 @@ def test_each_family_gives_torchs_logits_up_to_its_longest_text(make_family: Mak
     np.testing.assert_allclose(found, expected, atol=1e-4 * max(1.0, float(np.abs(expected).max())))
 
 
-@pytest.mark.parametrize(
-    ("kind", "settings", "targets"),
-    [
-        ("bert", SIZES, ("query", "value")),
-        # The head has two layers, of which the first is the base's and the second the adapter's.
-        pytest.param("distilbert", DISTILBERT, ("q_lin", "v_lin"), marks=pytest.mark.slow),
-        pytest.param(
-            "roberta", SIZES, ("query", "value"), marks=pytest.mark.slow
-        ),  # both layers of the head are the adapter's
-    ],
-)
+HEADS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "bert": (SIZES, ("query", "value")),
+    "distilbert": (DISTILBERT, ("q_lin", "v_lin")),  # of the head's two layers, the second is the adapter's
+    "roberta": (SIZES, ("query", "value")),  # both are
+}
+
+
+@pytest.mark.parametrize("kind", few(HEADS, "distilbert"))
 def test_the_bases_own_head_takes_an_adapter_from_peft_with_any_number_of_labels(
-    make_family: Any, tmp_path: Path, kind: str, settings: dict[str, Any], targets: tuple[str, ...]
+    make_family: Any, tmp_path: Path, kind: str
 ) -> None:
+    settings, targets = HEADS[kind]
     base = make_family(kind, settings | {"num_labels": 3}, AutoModelForSequenceClassification)
     assert has_own_head(base)
     exported = export_classifier(with_own_head(base, targets), base, Profile.FP32)
@@ -173,7 +169,7 @@ def test_xlnet_is_refused_by_what_it_lacks(make_family: MakeFamily) -> None:
         export_classifier(model, base, Profile.FP32)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_family_that_takes_1_for_padding_whatever_it_states_reads_its_longest_text(make_family: MakeFamily) -> None:
     base = make_family("mpnet", SIZES | {"pad_token_id": 0})
     exported = export_classifier(build(base, 3, PeftConfig.lora(targets=("q", "v"))), base, Profile.FP32)
@@ -194,10 +190,6 @@ REFUSED: list[Any] = [
     ("distilbert", DISTILBERT, AutoModelForSequenceClassification, ("q_lin", "pre_classifier"), "--targets"),
     ("big_bird", SIZES, AutoModelForSequenceClassification, ("query",), "attention_type"),
     ("clip", {}, AutoModel, ("q_proj",), "CLIPModel"),
-    pytest.param(
-        ("longformer", SIZES | {"attention_window": 8}, AutoModelForSequenceClassification, ("query",), "torch.onnx"),
-        marks=pytest.mark.slow,
-    ),
 ]
 
 

@@ -20,11 +20,9 @@ from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.methods.classifier import PhraseClassifier, build, load, tensors
 from export.bundle import adapter
-from export.onnx import graph
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
-from export.onnx.peftmodel import SlottedModel, find_adapter_inputs
-from export.onnx.quantize import quantize
+from export.onnx.peftmodel import find_adapter_inputs
 from export.parity.compare import OnnxRunner
 from tests.support import models
 from tests.support.traces import traced_anew
@@ -97,38 +95,6 @@ def test_rank_0_gives_the_base_without_an_adapter(model: PeftModel, session: ort
     np.testing.assert_allclose(onnx_logits(session, ids, mask, inputs), expected, atol=1e-5)
 
 
-def test_the_graph_runs_without_an_adapter_on_empty_defaults(session: ort.InferenceSession) -> None:
-    ids, mask = tokens(np.random.default_rng(0), 2, 5)
-    assert onnx_logits(session, ids, mask, {}).shape == (2, 0)
-
-
-def test_padding_does_not_change_the_logits(model: PeftModel, session: ort.InferenceSession) -> None:
-    inputs = to_inputs(tensors(model), find_adapter_inputs(model).scaling)
-    ids, mask = tokens(np.random.default_rng(1), 1, 6)
-    padded = [np.pad(array, ((0, 0), (0, 9))) for array in (ids, mask)]
-    alone = onnx_logits(session, ids, mask, inputs)
-    np.testing.assert_allclose(onnx_logits(session, *padded, inputs), alone, atol=1e-5)
-
-
-def test_rank_and_alpha_patterns_reach_the_graph(tiny_base: Base, session: ort.InferenceSession) -> None:
-    inner = PhraseClassifier(AutoModel.from_pretrained(tiny_base.folder), 32, 4)
-    config = LoraConfig(
-        r=4,
-        lora_alpha=8,
-        target_modules=["query", "value"],
-        modules_to_save=["classifier"],
-        rank_pattern={r"layer\.0.*query": 7},
-        alpha_pattern={r"layer\.1.*value": 40},
-    )
-    model = get_peft_model(inner, config).eval()
-    rng = np.random.default_rng(2)
-    values = draw(model, rng)
-    load(model, values)
-    ids, mask = tokens(rng, 3, 9)
-    found = onnx_logits(session, ids, mask, to_inputs(values, find_adapter_inputs(model).scaling))
-    np.testing.assert_allclose(found, torch_logits(model, ids, mask), atol=1e-4)
-
-
 def test_any_module_in_modules_to_save_is_an_input(make_base: Callable[..., Base], tmp_path: Path) -> None:
     base = make_base(tmp_path, tokenizer=models.wordpiece(), layers=1)
     inner = PhraseClassifier(AutoModel.from_pretrained(base.folder), 32, 4)
@@ -165,11 +131,6 @@ def test_the_same_base_exports_to_the_same_bytes_whatever_the_adapter(tiny_base:
     assert again.digests == exported.digests
 
 
-def test_the_graph_contains_no_path_of_the_exporting_machine(exported: ExportedBase, tiny_base: Base) -> None:
-    for trace in (b"site-packages", b".py", str(tiny_base.folder).encode()):
-        assert trace not in exported.model
-
-
 def test_quantization_keeps_every_slot_and_stores_all_large_weights_in_int8(
     exported: ExportedBase, exported_int8: ExportedBase
 ) -> None:
@@ -180,40 +141,10 @@ def test_quantization_keeps_every_slot_and_stores_all_large_weights_in_int8(
     assert [name for name in large if not name.endswith("scales")] == []
 
 
-def test_rows_of_a_quantized_batch_do_not_influence_each_other(model: PeftModel, exported_int8: ExportedBase) -> None:
-    session = OnnxRunner.open(exported_int8.folder, exported_int8.manifest).session
-    inputs = to_inputs(tensors(model), find_adapter_inputs(model).scaling)
-    ids, mask = tokens(np.random.default_rng(6), 4, 9)
-    together = onnx_logits(session, ids, mask, inputs)
-    for row in range(4):
-        length = int(mask[row].sum())
-        alone = onnx_logits(session, ids[row : row + 1, :length], mask[row : row + 1, :length], inputs)
-        np.testing.assert_allclose(together[row : row + 1], alone, atol=1e-5)
-
-
-def test_quantization_does_not_change_its_argument(model: PeftModel) -> None:
-    traced = graph.trace(SlottedModel.of(model))
-    before = traced.SerializeToString(deterministic=True)
-    quantize(traced, Profile.NATIVE_INT8, [2, 5, 6, 3])
-    assert traced.SerializeToString(deterministic=True) == before
-
-
 def test_the_tokenizer_truncates_at_the_models_positions_and_does_not_pad(exported: ExportedBase) -> None:
     tokenizer = OnnxRunner.open(exported.folder, exported.manifest).tokenizer
     assert len(tokenizer.encode("lock " * 100).ids) == 24
     assert len(tokenizer.encode("lock").ids) == 3
-
-
-def test_each_row_of_a_batch_can_have_its_own_adapter(
-    tiny_base: Base, model: PeftModel, session: ort.InferenceSession
-) -> None:
-    rng = np.random.default_rng(7)
-    inputs = [to_inputs(draw(model, rng), find_adapter_inputs(model).scaling) for _ in range(3)]
-    ids, mask = tokens(rng, 3, 8)
-    found = onnx_logits(session, ids, mask, {name: np.stack([row[name] for row in inputs]) for name in inputs[0]})
-    for row in range(3):
-        alone = onnx_logits(session, ids[row : row + 1], mask[row : row + 1], inputs[row])
-        np.testing.assert_allclose(found[row : row + 1], alone, atol=1e-5 * float(np.abs(alone).max()))
 
 
 def test_an_fp32_file_works_with_onnx_runtimes_own_adapter_api(

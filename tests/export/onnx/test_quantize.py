@@ -185,11 +185,7 @@ def test_no_profile_changes_its_argument_or_the_inputs(profile: Profile) -> None
     assert [value.name for value in made.graph.input] == ["input_ids"]
 
 
-def test_fp32_changes_nothing() -> None:
-    assert quantize(graph(), Profile.FP32, []) == graph()
-
-
-@pytest.mark.parametrize("profile", [Profile.NATIVE_INT8, Profile.NATIVE_INT4, Profile.WEB_INT8])
+@pytest.mark.parametrize("profile", [Profile.NATIVE_INT8, Profile.WEB_INT8])
 def test_weights_that_come_in_four_bits_keep_them_in_every_profile(profile: Profile) -> None:
     steps = np.random.default_rng(5).integers(0, 16, (ROWS + ENTRIES, WIDTH)).astype(np.float32) - 8
     steps[:, ::BLOCK] = -8

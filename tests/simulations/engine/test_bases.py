@@ -30,6 +30,7 @@ from simulations.engine.provision import (
 )
 from simulations.scenario import Scenario
 from tests.support import refused
+from tests.support.exhaustive import few
 from tests.support.tokenizers import unigram
 
 
@@ -63,9 +64,7 @@ def test_a_method_that_needs_torch_is_refused_before_the_rounds(fleet_of: Any, t
         device_base(tmp_path, with_engine(fleet.scenario), fleet.base, fleet.population)
 
 
-@pytest.mark.parametrize(
-    "method", ["dora", "beft", *(pytest.param(m, marks=pytest.mark.exhaustive) for m in ("ia3", "ln_tuning", "loha"))]
-)
+@pytest.mark.parametrize("method", few(["dora", "beft", "ia3", "ln_tuning", "loha"], "beft"))
 def test_a_bundle_has_the_slots_of_the_method(fleet_of: Any, tmp_path: Path, method: str) -> None:
     fleet = fleet_of(3, adapter={"method": method, "rank": 4})
     base = device_base(tmp_path, with_engine(fleet.scenario), fleet.base, fleet.population)
@@ -85,18 +84,6 @@ def test_without_train_on_dequantized_the_base_is_the_scenarios_own(
     chosen = rounded(tiny_base, profile="native-int4")
     assert training_base(tmp_path / "run", chosen, fleet_of(4).population) == tiny_base
     assert not (tmp_path / "run" / DEQUANTIZED).exists()
-
-
-def test_the_dequantized_base_is_made_once(
-    tiny_base: Any, tmp_path: Path, fleet_of: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    chosen = rounded(tiny_base, profile="native-int4", train_on_dequantized=True)
-    population = fleet_of(4).population
-    base = training_base(tmp_path / "run", chosen, population)
-    assert base.folder == tmp_path / "run" / DEQUANTIZED
-    assert base.digest != tiny_base.digest
-    monkeypatch.setattr("simulations.engine.provision.dequantized", None)  # a second call would fail
-    assert training_base(tmp_path / "run", chosen, population) == base
 
 
 def test_train_on_dequantized_is_refused_with_a_profile_that_does_not_quantize(tiny_base: Any) -> None:

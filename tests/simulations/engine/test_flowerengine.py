@@ -66,6 +66,7 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
         yield
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("two_nodes")
 def test_a_cluster_of_two_nodes_makes_the_adapters_of_one_machine(fleet_of: FleetOf) -> None:
     there, here = fleet_of(4, rounds=2), fleet_of(4, rounds=2)

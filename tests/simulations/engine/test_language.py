@@ -19,22 +19,11 @@ from simulations.engine import provision
 from simulations.result import BITS, ClientResult, RunResult
 from simulations.scenario import Scenario
 from tests.support import refused
+from tests.support.exhaustive import few
 from tests.support.models import llama, make_lm
 
 __all__ = ["llama", "make_lm"]  # fixtures
 pytestmark = pytest.mark.usefixtures("one_thread")
-WORDS = {"ann": "ab", "bob": "ba", "cid": "abb", "dee": "aab", "eve": "bba"}
-
-
-@pytest.fixture
-def texts(tmp_path: Path) -> Path:
-    rows = [
-        {"words": f"{said} " * (2 + number % 4) + "x" * number, "author": name, "asked": "ab"}
-        for name, said in WORDS.items()
-        for number in range(12)
-    ]
-    (tmp_path / "texts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    return tmp_path / "texts.jsonl"
 
 
 VIRTUAL = ("--set", "adapter.virtual_tokens=3", "--set", "adapter.targets=[]")
@@ -68,7 +57,7 @@ def run(texts: Path, llama: Base, tmp_path: Path) -> Callable[..., Any]:
 
 def test_a_run_scores_every_author_and_goes_on_from_its_folder(run: Callable[..., Any], tmp_path: Path) -> None:
     done = json.loads(run("--json").stdout)
-    assert {client["name"] for client in done["clients"]} == set(WORDS)
+    assert {client["name"] for client in done["clients"]} == {"ann", "bob", "cid", "dee", "eve"}
     assert sum(client["unseen"] for client in done["clients"]) == 1
     assert done["adapter"]["version"] == 2
     for client in done["clients"]:
@@ -83,9 +72,7 @@ def test_a_run_scores_every_author_and_goes_on_from_its_folder(run: Callable[...
     assert "head" not in shown
 
 
-@pytest.mark.parametrize(
-    "method", ["lora", "prefix_tuning", pytest.param("prompt_tuning", marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.parametrize("method", few(METHODS, "prefix_tuning"))
 def test_a_run_trains_with_the_graph_of_a_bundle_to_the_same_losses(
     run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:

@@ -147,14 +147,6 @@ def test_a_pipe_is_shown_a_plain_line_now_and_then(monkeypatch: pytest.MonkeyPat
             until("personal step 2 of 15")
 
 
-def test_a_pipe_is_shown_no_live_line_even_if_color_is_forced(
-    result: RunResult, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    run(result, RunProgress())
-    assert capsys.readouterr() == ("", "")
-
-
 def test_ctrl_c_is_raised_and_cursor_and_loggers_are_restored() -> None:
     out = Terminal()
     with (
@@ -167,15 +159,6 @@ def test_ctrl_c_is_raised_and_cursor_and_loggers_are_restored() -> None:
     assert HIDE in out.getvalue()
     assert out.getvalue().rindex(SHOW) > out.getvalue().rindex(HIDE)
     assert "personal step  " not in plain(out.getvalue()).splitlines()[-1]
-
-
-def test_ctrl_c_while_a_record_is_shown_is_raised(result: RunResult, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, "size", interrupted)
-    with levels_as_they_were(), pytest.raises(KeyboardInterrupt), RunProgress(quiet=True):
-        finish(result.rounds[0])
 
 
 def test_a_record_that_cannot_be_shown_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,14 +214,3 @@ def test_a_stage_shows_the_part_under_way_and_what_remains(screen: Screen) -> No
         assert "personal step 6 of 15" in screen.line()
         assert "0:00:10 0:00:20 left" in screen.line()
     assert "personal step  15 in 10 s" in plain(screen.out.getvalue())
-
-
-def test_levels_are_lowered_only_while_it_listens() -> None:
-    DEVICE.setLevel(logging.ERROR)
-    try:
-        with RunProgress(quiet=True):
-            assert COORDINATOR.isEnabledFor(logging.DEBUG)
-            assert DEVICE.isEnabledFor(logging.INFO)
-        assert DEVICE.level == logging.ERROR
-    finally:
-        DEVICE.setLevel(logging.NOTSET)

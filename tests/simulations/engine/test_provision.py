@@ -121,7 +121,7 @@ def test_no_phrase_of_a_client_is_outside_its_state_directory(fleet: Any) -> Non
         assert folder.joinpath("examples.jsonl").is_file()
 
 
-@pytest.mark.parametrize(("devices", "cohort", "survivors"), [(3, 3, 2), (5, 3, 2), (8, 6, 3), (9, 7, 4), (12, 8, 4)])
+@pytest.mark.parametrize(("devices", "cohort", "survivors"), [(3, 3, 2), (9, 7, 4), (12, 8, 4)])
 def test_a_device_has_the_default_minima_unless_its_fleet_is_smaller(
     fleet_of: FleetOf, devices: int, cohort: int, survivors: int
 ) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from export.parity.temperature import FEWEST
+from export.parity.compare import FEWEST
 from simulations.engine.publish import personal_temperature, reliability
 
 RNG = np.random.default_rng(5)

@@ -58,37 +58,16 @@ def test_a_share_of_a_language_is_there_and_more_at_a_larger_one(path: Path) -> 
     assert abs(len(second) - 600) < 75
 
 
-@pytest.mark.parametrize(
-    "rows",
-    [
-        "en-1,0,1",
-        "en-1,1.5,1",
-        "en-1,1,1.1",
-        "en-1,1,nan",
-        "en-1,1",
-        "fr-1,1,1",
-        ",1,1",
-        "en-1,x,1",
-        "en-1,1,1\nen-1,1,0",
-    ],
-)
+@pytest.mark.parametrize("rows", ["en-1,0,1", "en-1,1,nan", "en-1,1", "fr-1,1,1", "en-1,1,1\nen-1,1,0"])
 def test_a_broken_row_is_named_by_file_and_line(path: Path, rows: str) -> None:
     path.write_text(f"client,round,available\nde-1,1,1\n{rows}\n")
     with refused(DataError, f"{path}, line {2 + len(rows.splitlines())}"):
         read_trace(path, CLIENTS)
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "round,available\n", "client,language,round,available\n", "client,available\n", '"client,round\n', "\xff"],
-)
+@pytest.mark.parametrize("text", ["", "client,language,round,available\n", "client,available\n", "\xff"])
 def test_a_file_that_is_no_trace_is_refused(path: Path, text: str) -> None:
     path.write_bytes(text.encode("latin-1"))
-    with refused(ConfigError, "network.trace", value=str(path)):
-        read_trace(path, CLIENTS)
-
-
-def test_a_missing_file_is_refused(path: Path) -> None:
     with refused(ConfigError, "network.trace", value=str(path)):
         read_trace(path, CLIENTS)
 

@@ -18,8 +18,7 @@ def test_a_share_has_three_digits_and_no_zero(value: float, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (9996, "10.0 kB"), (331_400, "331 kB"), (999_600, "1.00 MB"),
-     (90_868_376, "90.9 MB"), (2.5e15, "2500 TB")],
+    [(999, "999 B"), (9996, "10.0 kB"), (999_600, "1.00 MB"), (2.5e15, "2500 TB")],
 )  # fmt: skip
 def test_a_size_has_three_digits_and_its_unit(value: float, text: str) -> None:
     assert size(value) == text
@@ -27,8 +26,7 @@ def test_a_size_has_three_digits_and_its_unit(value: float, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.04, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (59.6, "1 min 00 s"), (252, "4 min 12 s"),
-     (3899.7, "1 h 05 min"), (float("nan"), "–")],
+    [(9.94, "9.9 s"), (9.96, "10 s"), (59.6, "1 min 00 s"), (3899.7, "1 h 05 min"), (float("nan"), "–")],
 )  # fmt: skip
 def test_a_duration_is_in_hours_minutes_and_seconds(seconds: float, text: str) -> None:
     assert duration(seconds) == text

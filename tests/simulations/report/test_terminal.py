@@ -3,14 +3,11 @@
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
-from typing import get_args
 
-import pytest
 from rich.console import Console
 
-from edgeadapt.formats.peftconfig import MethodName
-from simulations.report.terminal import METHODS, print_result, print_scenario
-from simulations.result import ARMS, CanaryBounds, RunResult
+from simulations.report.terminal import print_result, print_scenario
+from simulations.result import RunResult
 from simulations.scenario import Scenario
 
 
@@ -29,60 +26,6 @@ def test_the_table_has_every_arm_with_its_four_numbers(result: RunResult) -> Non
     assert {"local", "global"} <= set(rows)
 
 
-def test_the_lines_below_the_table_have_the_costs_and_the_next_command(result: RunResult) -> None:
-    text = printed(result)
-    assert "up         263 kB a device a round, 0.29 % of the full model (90.9 MB)" in text
-    assert "dropouts   12 of 120 device-rounds: 4 at plan, 5 at survivors, 3 at unmask" in text
-    assert "time       4 min 12 s; training 2 min 41 s; coordination 7.4 s, 4.6 % of that" in text
-    assert "parity     .9983 of 600 phrases as in torch, largest difference 0.031\n" in text
-    assert "exported   accuracy .8100, in torch .8117\n" in text
-    assert "phrases    18 of 20 plain phrases right; fewest: de-02, 8 of 10" in text
-    assert "says 90 %  personal is right 89 % of 71 times; global is right 93 % of 64 times\n" in text
-    assert "calibration error: personal 2.9 % (4.2 % uncalibrated); global 6.4 %\n" in text
-    assert text.endswith('edgeadapt device infer --bundle runs/households/bundle "turn on the kitchen lights"\n')
-
-
-@pytest.mark.parametrize(
-    ("gaussian", "line"),
-    [
-        (6.52, "epsilon at least 6.52, below the account of 8.00"),
-        (9.1, "epsilon at least 9.10, above the account of 8.00: too little noise, or chance"),
-    ],
-)
-def test_the_bound_of_canaries_is_next_to_the_account(result: RunResult, gaussian: float, line: str) -> None:
-    bounds = CanaryBounds(1000, 712, account=8.0, one_run=0.61, gaussian=gaussian, confidence=0.95)
-    text = printed(replace(result, canaries=bounds))
-    assert f"canaries   {line}\n" in text
-    assert "           at 95 % for Gaussian noise, 0.61 for any; 712 of 1000 guessed\n" in text
-
-
-def test_before_the_run_base_languages_and_arms_are_printed(tmp_path: Path) -> None:
-    out = StringIO()
-    federation = {"rounds": 7, "training": {"epochs": 2, "learning_rate": 0.01}}
-    scenario = Scenario.parse(
-        {
-            "name": "mine",
-            "base": {"model": "some_\x1bencoder"},
-            "population": {"languages": ["en", "es"], "public_languages": ["de"]},
-            "federation": federation,
-            "personal": {"epochs": 5, "learning_rate": 0.003, "public": 4},
-        },
-        "mine",
-    )
-    print_scenario(scenario, tmp_path, Console(file=out, width=80), clients=15, devices=12)
-    text = out.getvalue()
-    for line in (
-        "base       some_?encoder, ",
-        "local     own data only: 14 epochs at 0.01, then 5 epochs at 0.003",
-        "personal  global, then 5 epochs at 0.003 on own data",
-        "local, personal: rehearse 4 public phrases of each label",
-        f"folder     {tmp_path}",
-    ):
-        assert line in text
-    assert all(f" {arm:<9} " in text for arm in ARMS)
-    assert all(len(line) <= 80 for line in text.splitlines() if not line.startswith("folder"))
-
-
 def test_the_price_of_groups_is_that_of_the_devices_that_take_part(tmp_path: Path) -> None:
     out = StringIO()
     privacy = {"mechanism": "skellam", "epsilon": 8.0}
@@ -90,10 +33,6 @@ def test_the_price_of_groups_is_that_of_the_devices_that_take_part(tmp_path: Pat
     print_scenario(scenario, tmp_path, Console(file=out, width=80), clients=25, devices=20)
     text = "of 20 devices, one hides in a sum of 6 instead of 20, never of fewer than 6, and the mean has about 1.7 ×"
     assert text in out.getvalue()
-
-
-def test_every_method_has_a_name() -> None:
-    assert METHODS.keys() == set(get_args(MethodName))
 
 
 def test_a_pipe_gets_no_escape_sequence_and_a_terminal_does(result: RunResult) -> None:
@@ -114,9 +53,3 @@ def test_a_run_whose_rounds_were_all_aborted_has_no_traffic(result: RunResult) -
     text = printed(replace(result, rounds=gone))
     assert "nothing: every round was aborted" in text
     assert "; 10 rounds aborted" in text
-
-
-@pytest.mark.parametrize("training", [0.0, float("nan")])
-def test_an_unknown_training_time_is_in_that_of_the_rounds(result: RunResult, training: float) -> None:
-    text = printed(replace(result, seconds={**result.seconds, "training": training}))
-    assert "time       4 min 12 s; rounds with training 7.4 s" in text

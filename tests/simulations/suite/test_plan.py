@@ -44,18 +44,12 @@ def test_a_suite_of_texts_that_nobody_named_is_refused_before_it_runs() -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"baseline": "nobody"}, "nobody"),
         ({"compare": [["local", "nobody"]]}, "nobody"),
         ({"seeds": [1, 1]}, "twice"),
         ({"seeds": [7]}, "seed 7"),
-        ({"seeds": []}, "seeds"),
         ({"set": {"seed": 3}}, "seed"),
         ({"arms": {}}, "arms"),
-        ({"arms": {"Local": {"kind": "local"}}}, "Local"),
-        ({"arms": {"local": {"kind": "alone"}}}, "kind"),
-        ({"arms": {"local": {}}}, "kind"),
         ({"arms": {"local": {"kind": "local", "search": {"personal.epochs": []}}}}, "search"),
-        ({"sed": [1]}, "seeds"),
     ],
 )
 def test_a_wrong_suite_is_named_in_one_line(change: dict[str, Any], named: str, suite_of: SuiteOf) -> None:
@@ -70,13 +64,6 @@ def test_a_wrong_key_of_an_arm_is_found_before_anything_runs(key: str, suite_of:
     suite = suite_of({"a": {"kind": "base"}, "local": {"kind": "local", "search": {key: [0.1, -1]}}})
     with pytest.raises(ConfigError, match=f"arm 'local': .*{key}"):
         suite.check()
-
-
-def test_with_other_seeds_a_seed_of_the_search_is_refused(suite_of: SuiteOf) -> None:
-    settings = suite_of({"local": LOCAL}).settings
-    assert settings.with_seeds(5).seeds == (0, 1, 2, 3, 4)
-    with pytest.raises(ConfigError, match="seed 7"):
-        settings.with_seeds(8)
 
 
 def test_pairs_are_every_arm_with_the_baseline_and_the_further_ones_once() -> None:
@@ -211,7 +198,7 @@ def test_the_results_of_an_unfinished_or_failed_arm_are_refused(
         results(suite, store)
 
 
-@pytest.mark.parametrize("damage", [b"", b"{}", b'{"clients": []', b"[1]", b"\xff"])
+@pytest.mark.parametrize("damage", [b"{}", b'{"clients": []'])
 def test_a_damaged_result_is_named(damage: bytes, suite_of: SuiteOf, store: Store, result_of: ResultOf) -> None:
     trial = the(suite_of({"base": {"kind": "base"}}), "base")
     store.put(trial, result_of(3, 4))

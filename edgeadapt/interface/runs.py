@@ -1,0 +1,127 @@
+"""``edgeadapt.simulate``: a federation of a table's or a scenario's clients, and what it brought to each."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from html import escape
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from aggregation.errors import ConfigError
+from edgeadapt.formats.settings import toml_value
+from edgeadapt.formats.storage import File, replace
+from edgeadapt.interface.models import Classifier, LanguageModel, load
+from simulations.cli.simulate import RUNS, read_scenario
+from simulations.engine.progress import RunProgress
+from simulations.result import ARMS, ClientResult, RunResult
+from simulations.suite.run import REPORT, Engine, Plan
+
+ROWS = "rows.jsonl"  # the rows that were given, in the folder of the run
+COLUMNS = {"mean": "mean", "p10": "10th pct.", "worst": "worst", "unseen": "unseen"}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A finished run."""
+
+    path: Path  # its folder
+    result: RunResult
+
+    @property
+    def accuracy(self) -> dict[str, dict[str, float]]:
+        """Return by arm ``mean``, ``p10``, ``worst`` and ``unseen``; of a language model in bits per byte."""
+        return {arm: self.result.summary(arm) for arm in ARMS}
+
+    @property
+    def clients(self) -> tuple[ClientResult, ...]:
+        return self.result.clients
+
+    @property
+    def epsilon(self) -> float | None:
+        """Return what all sums may have revealed of a device; None without differential privacy."""
+        return self.result.epsilon
+
+    @property
+    def report(self) -> Path:
+        return self.path / REPORT
+
+    def bundle(self, client: str | None = None) -> Path:
+        """Return the folder of the global bundle, or of a client's with its private adapter.
+
+        Raises ConfigError: the run does not have it, as a run of a language model.
+        """
+        bundle = self.path / "bundle" if client is None else self.path / "devices" / client / "bundle"
+        if not bundle.is_dir():
+            whose = "a bundle" if client is None else f"a bundle of a client {client!r}"
+            raise ConfigError(f"{self.path} does not have {whose}", about="bundle", value=client)
+        return bundle
+
+    def load(self, client: str | None = None) -> Classifier | LanguageModel:
+        """Load a bundle of the run. Raises as ``bundle`` and ``edgeadapt.load``."""
+        return load(self.bundle(client))
+
+    def __str__(self) -> str:
+        rows = [["", *COLUMNS.values()]]
+        rows += [[arm, *(f"{row[key]:.3f}" for key in COLUMNS)] for arm, row in self.accuracy.items()]
+        table = "\n".join("  ".join(cell.rjust(9) for cell in row).rstrip() for row in rows)
+        return f"{self.result.metric} of {len(self.clients)} clients\n{table}"
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{title}</th>" for title in ("", *COLUMNS.values()))
+        cells = {arm: "".join(f"<td>{row[key]:.3f}</td>" for key in COLUMNS) for arm, row in self.accuracy.items()}
+        body = "".join(f"<tr><th>{arm}</th>{row}</tr>" for arm, row in cells.items())
+        caption = f"{self.result.metric} of {len(self.clients)} clients: {escape(self.result.scenario)}"
+        return f"<table><caption>{caption}</caption><tr>{head}</tr>{body}</table>"
+
+
+def simulate(
+    source: File | Iterable[Mapping[str, Any]] | Any,
+    *,
+    client: str | None = None,
+    out: File | None = None,
+    resume: bool = False,
+    workers: int = 1,
+    quiet: bool = False,
+    **settings: Any,
+) -> Run:
+    """Simulate a federation: what does each client get alone, and what together?
+
+    Args:
+        source: A scenario (``.toml``, also the name of a shipped one); or texts: a table (``.csv``, ``.jsonl``,
+            ``.parquet``), a folder, rows with the keys ``text`` and ``label``, or a ``pandas.DataFrame``.
+        client: The column that names each text's client; without it, texts are dealt out.
+        out: The folder of the run; by default a new one in ``runs/``.
+        resume: Continue the run of the same source and settings in ``out``.
+        workers: Processes that the devices of the rounds share.
+        quiet: Show no progress.
+        settings: Keys of the scenario, as in ``federation__rounds=20`` or ``**{"federation.rounds": 20}``.
+
+    Raises:
+        ConfigError: A setting is not valid, or ``out`` has another run.
+        DataError: A text or a row is not valid.
+    """
+    keys = {name.replace("__", "."): value for name, value in settings.items()}
+    keys |= {} if client is None else {"data.client": client}
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    if isinstance(source, (str, PathLike)):
+        path = Path(source)
+    else:
+        out = RUNS / f"rows-{stamp}" if out is None else Path(out)
+        path = _written(source, out.with_name(f"{out.name}.{ROWS}"))
+    scenario = read_scenario(path, [f"{key}={toml_value(value)}" for key, value in keys.items()])
+    plan = Plan.of(scenario, Engine(workers))
+    folder = plan.folder((RUNS / f"{scenario.name}-{stamp}" if out is None else Path(out)).resolve(), resume=resume)
+    with RunProgress(quiet=quiet) as progress:
+        return Run(folder.path, plan.run(folder, progress))
+
+
+def _written(rows: Any, path: Path) -> Path:
+    """Write rows or a DataFrame as a table of JSON lines beside the folder of the run, where a resumed run finds it."""
+    if hasattr(rows, "to_dict"):
+        rows = rows.to_dict("records")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(dict(row), ensure_ascii=False, default=str) for row in rows)
+    replace(path, "".join(f"{line}\n" for line in lines).encode())
+    return path

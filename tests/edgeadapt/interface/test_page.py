@@ -1,0 +1,54 @@
+"""The examples of the page on Python, on tiny bundles."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import edgeadapt
+from aggregation.pki.identity import IdentityKey
+from edgeadapt.formats.peftconfig import PeftConfig
+from export.bundle.write import AdapterSource, write_bundle
+from export.onnx.exported import ExportedBase
+from tests.support.models import draw
+
+PAGE = (Path(__file__).parents[3] / "docs/reference/python.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+LABELS = ("HassTurnOn", "HassTurnOff", "HassStartTimer", "HassGetState")
+
+
+def test_it_names_the_whole_interface() -> None:
+    named = set(re.findall(r"`(\w+)", PAGE.partition("## Use a bundle")[0]))
+    assert set(edgeadapt.__all__) - {"__version__"} <= named
+
+
+def test_a_bundle_answers_and_learns(
+    tmp_path: Path,
+    model: Any,
+    trainable: ExportedBase,
+    vendor: IdentityKey,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    values = {name: value * (0.02 if "classifier" in name else 1) for name, value in draw(model, 0).items()}
+    adapter = AdapterSource("global", values, LABELS, 3, "c" * 64, None, PeftConfig.lora(rank=4, alpha=8))
+    (tmp_path / "phone").mkdir()
+    write_bundle(tmp_path / "phone" / "bundle", trainable, [adapter], key=vendor)
+    (tmp_path / "phone" / "trust.pem").write_bytes(vendor.public.to_pem())
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in BLOCKS[:2]:
+        exec(block, names)  # noqa: S102
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1].startswith("HassTurnOn ")
+    assert names["model"].adapter == "global"
+
+
+def test_a_language_model_chats(lm_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    (lm_bundle.parent / "chat").mkdir()
+    lm_bundle.rename(lm_bundle.parent / "chat" / "bundle")
+    (lm_bundle.parent / "trust.pem").rename(lm_bundle.parent / "chat" / "trust.pem")
+    monkeypatch.chdir(lm_bundle.parent)
+    exec(BLOCKS[2].replace("What can you do?", "ab"), {"edgeadapt": edgeadapt})  # noqa: S102
