@@ -21,9 +21,11 @@ export TOKENIZERS_PARALLELISM := false
 demo: $(STAMP)  ## the main job; options through ARGS, as in: make demo ARGS="--out runs/mine"
 	@$(PY) -m edgeadapt demo $(ARGS)
 
-# A worker for each core, each on one thread. Tests of one file stay with one worker, which makes their fixtures once.
-WORKERS ?= auto
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q --numprocesses $(WORKERS) --dist loadfile --durations 30 --durations-min 5
+# One worker more than there are cores, each on one thread: much of a fleet's time is waiting. Tests of one file stay with one
+# worker, which makes their fixtures once.
+WORKERS ?= $(shell expr 1 + $$($(PY) -c "import os; print(len(os.sched_getaffinity(0)))"))
+SPREAD := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q $(SPREAD) --durations 30 --durations-min 5
 PACKAGES := aggregation benchmarks client coordinator edgeadapt export simulations
 
 # The protocol core's own tests must cover it, unless ARGS picks some. The others run without coverage, which nearly

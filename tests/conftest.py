@@ -30,11 +30,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--exhaustive"):
-        return
-    left = [item for item in items if item.get_closest_marker("exhaustive")]
-    items[:] = [item for item in items if item not in left]
-    config.hook.pytest_deselected(items=left)
+    """Files with slow tests come first, so that no worker begins one when the others have nothing left to do."""
+    if not config.getoption("--exhaustive"):
+        left = [item for item in items if item.get_closest_marker("exhaustive")]
+        items[:] = [item for item in items if item not in left]
+        config.hook.pytest_deselected(items=left)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.hookimpl(tryfirst=True)
