@@ -21,8 +21,8 @@ export TOKENIZERS_PARALLELISM := false
 demo: $(STAMP)  ## the main job; options through ARGS, as in: make demo ARGS="--out runs/mine"
 	@$(PY) -m edgeadapt demo $(ARGS)
 
-# One worker more than there are cores, each on one thread: much of a fleet's time is waiting. Tests of one file stay with one
-# worker, which makes their fixtures once.
+# One worker more than there are cores, each on one thread: much of a fleet's time is waiting. Tests of one file stay
+# with one worker, which makes their fixtures once.
 WORKERS ?= $(shell expr 1 + $$($(PY) -c "import os; print(len(os.sched_getaffinity(0)))"))
 SPREAD := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q $(SPREAD) --durations 30 --durations-min 5
