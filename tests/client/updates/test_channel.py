@@ -263,7 +263,11 @@ def test_a_server_that_is_down(following: Place) -> None:
 
 @pytest.mark.parametrize(
     ("repository", "channel", "word"),
-    [("ftp://example.org", "stable", "neither"), ("nowhere", "stable", "neither"), ("http://x", "Root", "no name")],
+    [
+        ("ftp://example.org", "stable", "neither"),
+        ("nowhere", "stable", "neither"),
+        ("http://x", "Root", "not the name"),
+    ],
 )
 def test_a_source_that_cannot_be_one(place: Place, repository: str, channel: str, word: str) -> None:
     (place.folder / "root.json").write_bytes(place.repository.root())

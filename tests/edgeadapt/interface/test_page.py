@@ -1,6 +1,7 @@
 """The examples of the page on Python, on tiny bundles."""
 
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,12 @@ from tests.support.models import draw
 PAGE = (Path(__file__).parents[3] / "docs/reference/python.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 LABELS = ("HassTurnOn", "HassTurnOff", "HassStartTimer", "HassGetState")
+
+
+def run(program: str) -> dict[str, Any]:
+    """The names of a program that ran in the working directory."""
+    Path("example.py").write_text(program)
+    return runpy.run_path("example.py")
 
 
 def test_it_names_the_whole_interface() -> None:
@@ -37,9 +44,7 @@ def test_a_bundle_answers_and_learns(
     write_bundle(tmp_path / "phone" / "bundle", trainable, [adapter], key=vendor)
     (tmp_path / "phone" / "trust.pem").write_bytes(vendor.public.to_pem())
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    for block in BLOCKS[:2]:
-        exec(block, names)  # noqa: S102
+    names = run("".join(BLOCKS[:2]))
     printed = capsys.readouterr().out.splitlines()
     assert printed[-1].startswith("HassTurnOn ")
     assert names["model"].adapter == "global"
@@ -51,4 +56,4 @@ def test_a_language_model_chats(lm_bundle: Path, monkeypatch: pytest.MonkeyPatch
     lm_bundle.rename(lm_bundle.parent / "chat" / "bundle")
     (lm_bundle.parent / "trust.pem").rename(lm_bundle.parent / "chat" / "trust.pem")
     monkeypatch.chdir(lm_bundle.parent)
-    exec(BLOCKS[2].replace("What can you do?", "ab"), {"edgeadapt": edgeadapt})  # noqa: S102
+    run("import edgeadapt\n" + BLOCKS[2].replace("What can you do?", "ab"))
