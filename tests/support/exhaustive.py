@@ -50,6 +50,7 @@ SOURCES = {  # file of tests → what its cases depend on, besides itself
         *("client/gateway", "client/updates", "coordinator", "edgeadapt/cli", "edgeadapt/releases"),
     ),
     "tests/integration/test_methods.py": ("client/training", "edgeadapt/methods", "export/causal", "export/onnx"),
+    "tests/properties/test_large_cohorts.py": ("aggregation",),
 }
 
 
