@@ -42,7 +42,7 @@ endif
 
 EXHAUSTIVE := $(PY) -m tests.support.exhaustive
 exhaustive: $(STAMP)  ## all cases of the matrices of which `test` runs a few, in the files of FILES or in all
-	$(PYTEST) --exhaustive -m exhaustive $(or $(FILES),$(shell $(EXHAUSTIVE) all))
+	$(PYTEST) --dist worksteal --exhaustive -m exhaustive $(or $(FILES),$(shell $(EXHAUSTIVE) all))
 	$(EXHAUSTIVE) passed $(FILES)
 
 SEED ?= 0

@@ -60,17 +60,24 @@ def _kept(export: Export) -> Export:
             whole.CopyFrom(traced)
             for tensor in whole.graph.initializer:
                 if external_data_helper.uses_external_data(tensor):
-                    tensor.CopyFrom(numpy_helper.from_array(np.array(store.array(tensor)), tensor.name))
+                    _exchange(tensor, numpy_helper.from_array(np.array(store.array(tensor)), tensor.name))
             _write(file, whole.SerializeToString())
             return traced
         traced = onnx.load_from_string(file.read_bytes())
         for tensor in traced.graph.initializer:
             if store.folder and (values := numpy_helper.to_array(tensor)).nbytes >= INLINE:
-                tensor.CopyFrom(store.tensor(values, tensor.name))
+                _exchange(tensor, store.tensor(values, tensor.name))
         return traced
 
     kept.real = export  # type: ignore[attr-defined]
     return kept
+
+
+def _exchange(tensor: Any, other: Any) -> None:
+    """Give a tensor another's values; a description stays, also an empty one, so that the file has the same bytes."""
+    if tensor.HasField("doc_string"):
+        other.doc_string = tensor.doc_string
+    tensor.CopyFrom(other)
 
 
 def _write(file: Path, content: bytes) -> None:
@@ -85,7 +92,7 @@ def _write(file: Path, content: bytes) -> None:
 
 @cache
 def _sources() -> str:
-    digest = sha256(repr([version(name) for name in USED]).encode())
+    digest = sha256(repr([version(name) for name in USED]).encode() + Path(__file__).read_bytes())
     for part in ("edgeadapt", "export"):
         for path in sorted((ROOT / part).rglob("*.py")):
             digest.update(path.read_bytes())
