@@ -23,7 +23,7 @@ demo: $(STAMP)  ## the main job; options through ARGS, as in: make demo ARGS="--
 
 # One worker more than there are cores, each on one thread: much of a fleet's time is waiting. Tests of one file stay
 # with one worker, which makes their fixtures once.
-WORKERS ?= $(shell expr 1 + $$($(PY) -c "import os; print(len(os.sched_getaffinity(0)))"))
+WORKERS ?= $(shell expr 1 + $$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN))
 SPREAD := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q $(SPREAD) --durations 30 --durations-min 5
 PACKAGES := aggregation benchmarks client coordinator edgeadapt export simulations
