@@ -11,6 +11,7 @@ import pytest
 from aggregation import checks
 from aggregation.errors import ProtocolError
 from aggregation.messages import Survivors, Unmask, UnmaskResponse
+from aggregation.spec import Adversary
 from tests.support import refused
 
 VICTIM = "device-002"
@@ -59,3 +60,13 @@ def test_without_the_rule_the_victim_is_exposed(malicious: Callable[..., Any], m
     recovery = coordinator.recover({n: o.seeds for n, o in found.items()}, {n: o.keys for n, o in found.items()})
     seed, key = recovery.seed(VICTIM), recovery.mask_key(VICTIM)
     coordinator.assert_exposed(VICTIM, coordinator.unmask_upload(VICTIM, seed, {VICTIM: key}))
+
+
+def test_the_rule_holds_in_an_active_session_too(malicious: Callable[..., Any]) -> None:
+    coordinator = malicious(Adversary.ACTIVE)
+    coordinator.collect(dropouts=("device-004",))
+    fleet = coordinator.fleet
+    _, bodies = fleet.confirm(*coordinator.state.close())
+    for name in bodies:
+        response = coordinator.open_verified(name, UnmaskResponse, fleet.answer("on_unmask", name, bodies[name]))
+        assert not set(response.seeds) & set(response.keys)

@@ -63,6 +63,22 @@ def test_a_device_reveals_shares_only_for_the_survivor_set_that_it_signed(malici
         coordinator.ask("device-000", "on_unmask", Unmask(second, {}))
 
 
+def test_the_threshold_lets_no_two_groups_answer_differently(malicious: Callable[..., Any]) -> None:
+    # One request for each device: with t of n on either side of the lie, some device would have to answer both.
+    coordinator = malicious()
+    coordinator.collect()
+    with_victim, without = two_sets(coordinator)
+    seeds, keys = {}, {}
+    for number, name in enumerate(sorted(set(coordinator.uploads) - {VICTIM})):
+        request = with_victim if number < 2 else without
+        response = coordinator.open_verified(
+            name, UnmaskResponse, coordinator.ask(name, "on_unmask", Unmask(request, {}))
+        )
+        seeds[name], keys[name] = response.seeds, response.keys
+    recovery = coordinator.recover(seeds, keys)
+    assert recovery.seed(VICTIM) is None or recovery.mask_key(VICTIM) is None
+
+
 def test_without_single_use_the_victim_is_exposed(
     malicious: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

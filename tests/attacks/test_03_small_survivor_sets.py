@@ -39,6 +39,14 @@ def test_no_device_unmasks_a_survivor_set_that_isolates_the_victim(
             coordinator.ask(name, "on_survivors" if active else "on_unmask", message if active else Unmask(message, {}))
 
 
+def test_no_device_unmasks_a_survivor_set_without_itself(malicious: Callable[..., Any]) -> None:
+    coordinator = malicious()
+    coordinator.collect()
+    message = isolating(coordinator, sorted(set(coordinator.uploads) - {"device-000"}))
+    with refused(ProtocolError, "survivors.self", peer="coordinator", value="device-000"):
+        coordinator.ask("device-000", "on_unmask", Unmask(message, {}))
+
+
 def test_without_the_check_the_victim_is_exposed(
     malicious: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

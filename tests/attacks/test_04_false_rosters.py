@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from cryptography import x509
 
 from aggregation import checks, client, envelope, masks, shamir, sharing
 from aggregation.errors import ProtocolError
 from aggregation.messages import Advert, Offer, Roster, Shares
-from aggregation.pki import Authority
+from aggregation.pki import Authority, Root
 from aggregation.pki.identity import IdentityKey
+from aggregation.pki.revocation import Revocation
 from aggregation.session import Peer, Session, commitment, context_of
 from tests.support import refused
 
@@ -79,6 +81,15 @@ def session_of(fleet: Any, offer: bytes, raw: bytes) -> Session:
     return Session(fleet.spec, offer, context_of(offer, message.digest()), peers)
 
 
+def test_the_advert_of_the_victim_cannot_be_replaced_by_its_older_one(fleet: Any) -> None:
+    state, offer = fleet.offer()
+    adverts = {name: fleet.join(name, offer) for name in fleet.devices}
+    older = adverts[VICTIM]
+    fleet.join(VICTIM, offer)  # joins again, with new keys
+    with refused(ProtocolError, "roster.self", peer="coordinator", value="device-002"):
+        fleet.share(VICTIM, roster_of(fleet, state.offer, {**adverts, VICTIM: older}))
+
+
 def test_a_roster_on_which_two_devices_have_one_key_is_refused(fleet: Any) -> None:
     state, adverts, _ = advertised(fleet)
     copied = Advert.decode(envelope.unverified_body(adverts["device-000"])).mask_keys
@@ -138,3 +149,11 @@ def test_a_device_outside_the_cohort_cannot_be_put_on_the_roster(fleet: Any, fle
     adverts["zed"] = envelope.sign(fleet.key, dataclasses.replace(genuine, device="zed"))
     with refused(ProtocolError, "roster.members", peer="coordinator", value="zed"):
         fleet.share(VICTIM, roster_of(fleet, state.offer, adverts))
+
+
+def test_a_revoked_member_stops_the_offer(fleet: Any) -> None:
+    serial = x509.load_der_x509_certificate(fleet.devices["device-001"].certificate).serial_number
+    begin, end = dt.datetime(2026, 1, 1, tzinfo=dt.UTC), dt.datetime(2027, 1, 1, tzinfo=dt.UTC)
+    root = Root(fleet.authority.der, fleet.authority.revocations(1, {serial: Revocation(begin)}, begin, end))
+    with refused(ProtocolError, "certificate.revoked", value="device-001"):
+        client.join(dataclasses.replace(fleet.devices[VICTIM], root=root), fleet.offer()[1], fleet.entropy)

@@ -81,6 +81,13 @@ def test_without_the_model_in_the_plans_digest_the_sum_is_unmasked(
     assert np.abs(values["delta"] - plain).max() < 1e-4
 
 
+def test_an_honest_coordinator_refuses_an_upload_for_another_model(malicious: Callable[..., Any]) -> None:
+    coordinator = malicious()
+    two_models(coordinator)
+    with refused(ProtocolError, "masked-input.plan", peer="device-002"):
+        coordinator.state.on_masked_input(VICTIM, coordinator.uploads[VICTIM])
+
+
 def test_devices_shown_different_models_never_form_a_quorum(malicious: Callable[..., Any]) -> None:
     coordinator = malicious(Adversary.ACTIVE)
     honest, other = two_models(coordinator)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from aggregation import masks, ring
+from aggregation import envelope, masks, ring
 from aggregation.masks import Mask
 from aggregation.vector import Segment, VectorSpec
 
@@ -185,3 +185,17 @@ def test_secrets_of_the_devices_have_256_bits(fleet_of: Callable[..., Any]) -> N
         secrets = [secret for state in fleet.states.values() for secret in state.secrets.values()]
     assert {len(secret.seed) for secret in secrets} == {len(secret.mask_key) for secret in secrets} == {32}
     assert len({secret.seed for secret in secrets} | {secret.mask_key for secret in secrets}) == 2 * len(secrets)
+
+
+def test_an_upload_of_ones_and_an_upload_of_zeros_look_alike(fleet: Any) -> None:
+    _, plans = fleet.begin(fleet.establish())
+    for name, value in ((ME, 0), ("device-001", 2**23 - 1)):
+        begun = fleet.states[name].on_plan(fleet.devices[name], plans[name])
+        vector = ring.zeros(SIZE, 24)
+        vector += np.uint32(value)
+        _, body = begun.contribute(fleet.devices[name], vector)
+        header, packed = envelope.open_vector(
+            body, ring.packed_size(SIZE, 24), fleet.devices[name].identity.public, name
+        )
+        assert not uneven(ring.unpack(packed, SIZE, 24))
+        assert header.device == name

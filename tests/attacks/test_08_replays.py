@@ -69,6 +69,46 @@ def test_a_plan_of_another_session_is_refused(fleet: Any) -> None:
         fleet.states[ME].on_plan(fleet.devices[ME], plans[ME])
 
 
+@pytest.mark.parametrize("step", ["survivors", "unmask"])
+def test_requests_of_another_round_are_refused(fleet: Any, step: str) -> None:
+    state, bodies = fleet.collect(fleet.establish())
+    if step == "unmask":
+        state, bodies = fleet.confirm(state, bodies)
+        outcome = fleet.open(state, bodies)[0]
+    else:
+        outcome = state.close().session
+    later, _ = fleet.collect(outcome)
+    if step == "unmask":
+        fleet.confirm(later, _)
+    method = "on_survivors" if step == "survivors" else "on_unmask"
+    with refused(ProtocolError, "survivors.plan" if step == "survivors" else "unmask.survivors"):
+        fleet.answer(method, ME, bodies[ME])
+
+
+@pytest.mark.parametrize("step", ["survivors", "unmask"])
+def test_answers_of_another_round_are_refused(fleet: Any, step: str) -> None:
+    session = fleet.establish()
+    kept = {}
+    for number in range(2):
+        state, bodies = fleet.collect(session)
+        answers = {name: fleet.answer("on_survivors", name, bodies[name]) for name in bodies}
+        if number and step == "survivors":
+            with refused(ProtocolError, "consistency-signature.survivors", peer="device-000"):
+                state.on_consistency_signature(ME, kept["survivors"])
+        for name, answer in answers.items():
+            state = state.on_consistency_signature(name, answer)
+        state, bodies = state.close()
+        responses = {name: fleet.answer("on_unmask", name, bodies[name]) for name in bodies}
+        if number and step == "unmask":
+            with refused(ProtocolError, "unmask-response.survivors", peer="device-000"):
+                state.on_unmask_response(ME, kept["unmask"])
+        for name, response in responses.items():
+            state = state.on_unmask_response(name, response)
+        kept = {"survivors": answers[ME], "unmask": responses[ME]}
+        session, result = state.close()
+        fleet.assert_sum(result)
+
+
 def test_a_device_in_two_sessions_at_once_keeps_them_apart(fleet: Any) -> None:
     """The coordinator swaps their messages: each is refused in the other session, and both give their sums."""
     device = fleet.devices[ME]

@@ -11,7 +11,7 @@ from flwr.app import Context, Error, Message
 
 from aggregation import envelope, masks, recovery, sharing
 from aggregation.errors import EdgeAdaptError
-from aggregation.messages import UnmaskResponse
+from aggregation.messages import Shares, UnmaskResponse
 from aggregation.server import AbortReason, RoundAborted, Unmasking
 from aggregation.sharing import SharePair
 from aggregation.steps import BODY, RECORD, Step
@@ -235,6 +235,29 @@ def test_a_dealer_whose_shares_do_not_match_their_digests_stops_no_round(
     session = deal_badly(fleet, "device-005", ["device-000"], digests=False, monkeypatch=monkeypatch)
     _, result = fleet.round(session, {"input": dropouts})
     assert result.blamed == ()
+    fleet.assert_sum(result)
+
+
+def test_shares_that_do_not_decrypt_stop_no_round(fleet_of: Callable[..., Any]) -> None:
+    fleet = fleet_of(8)
+    state, offer = fleet.offer()
+    for name in sorted(fleet.devices):
+        state = state.on_advert(name, fleet.join(name, offer))
+    sharing, roster = state.close()
+    for name in sorted(fleet.devices):
+        raw = fleet.share(name, roster)
+        if name == "device-005":
+            device = fleet.devices[name]
+            message = envelope.open_verified(Shares, raw, device.identity.public, name)
+            encrypted = message.encrypted_shares[SMALL]
+            junk = dataclasses.replace(encrypted, ciphertext=bytes(len(encrypted.ciphertext)))
+            raw = envelope.sign(
+                device.identity,
+                dataclasses.replace(message, encrypted_shares={**message.encrypted_shares, SMALL: junk}),
+            )
+        sharing = sharing.on_shares(name, raw)
+    _, result = fleet.round(sharing.close())
+    assert len(result.survivors) == 8
     fleet.assert_sum(result)
 
 

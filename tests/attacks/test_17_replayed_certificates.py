@@ -13,7 +13,7 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from aggregation import checks, envelope
-from aggregation.errors import EdgeAdaptError
+from aggregation.errors import EdgeAdaptError, ProtocolError
 from aggregation.messages import Challenge, CheckIn, Offer
 from aggregation.pki import Root
 from aggregation.steps import BODY, RECORD, Step
@@ -159,3 +159,16 @@ def test_without_the_nodes_name_in_the_challenge_a_relayed_answer_takes_the_devi
     with refused(EdgeAdaptError, "session"):
         run(fleet, relayed)
     assert len(fleet.registry().rounds()) == 1
+
+
+def test_the_answer_of_another_node_or_of_another_challenge_is_refused(app_fleet_of: FleetOf) -> None:
+    fleet = app_fleet_of(3)
+    state_dir, coordinator = fleet.state_dir("device-00"), CoordinatorStateDir.open(fleet.out / "coordinator")
+    asked = Challenge(bytes(32), 2)
+    raw = envelope.sign(state_dir.identity, CheckIn(asked.digest(), state_dir.certificate, None))
+    at = datetime.fromisoformat("2027-01-01T00:00+00:00")
+    assert checks.check_in(coordinator.root, asked, raw, at)[0] == "device-00"
+    for other in (Challenge(bytes(32), 3), Challenge(bytes([1]) * 32, 2)):
+        with refused(ProtocolError, "check-in.challenge", peer="device-00"):
+            checks.check_in(coordinator.root, other, raw, at)
+    coordinator.registry.close()
