@@ -36,8 +36,8 @@ class Answer(NamedTuple):
 class _Model:
     """A bundle, and the adapter that answers."""
 
-    def __init__(self, library: Library, adapter: str | None) -> None:
-        self._library, self._named = library, adapter
+    def __init__(self, library: Library, adapter: str | None, threads: int) -> None:
+        self._library, self._named, self._threads = library, adapter, threads
 
     @property
     def adapter(self) -> str:
@@ -93,15 +93,23 @@ class _Model:
     ) -> Updated:
         """Bring the bundle to the release that its channel has for this device; private adapters stay.
 
-        Name the repository, the channel and the pinned ``root.json`` together, and only the first time. Raises
-        TrustError, DataError, ConfigError, OSError: as ``client.updates.follow`` and ``update``.
+        This model answers with the new release at once; one that ``using`` made keeps the base that it has. Name the
+        repository, the channel and the pinned ``root.json`` together, and only the first time. Raises TrustError,
+        DataError, ConfigError, OSError: as ``client.updates.follow`` and ``update``, and ``edgeadapt.load``.
         """
         if repository is not None and channel is not None and root is not None:
             follow(self.bundle, ChannelSource(repository, channel), Path(root))
         elif repository or channel or root:
             raise ConfigError("name repository, channel and root together", about="repository")
         pinned = self._library.trust.pinned
-        return update(self.bundle, pinned, language=language or None, entropy=SystemEntropy())
+        updated = update(self.bundle, pinned, language=language or None, entropy=SystemEntropy())
+        if updated.changed:  # perhaps another base
+            self._open(Library.open(self.bundle, pinned, self._library.manifest.task))
+        return updated
+
+    def _open(self, library: Library) -> None:
+        """Load the base of a verified bundle."""
+        self._library = library
 
     def _taught(self, corrections: Sequence[Correction]) -> Learned:
         with self._learner() as learner:
@@ -123,9 +131,13 @@ class _Model:
 class Classifier(_Model):
     """A bundle that classifies texts. Threads may share it; one at a time may teach it."""
 
-    def __init__(self, session: ClassificationSession, adapter: str | None) -> None:
-        super().__init__(session.library, adapter)
+    def __init__(self, session: ClassificationSession, adapter: str | None, threads: int) -> None:
+        super().__init__(session.library, adapter, threads)
         self._session = session
+
+    def _open(self, library: Library) -> None:
+        super()._open(library)
+        self._session = ClassificationSession.of(library, self._threads)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -174,7 +186,7 @@ class Classifier(_Model):
         Raises as ``ClassificationSession.load``.
         """
         self._session.load(adapter)
-        return type(self)(self._session, adapter)
+        return type(self)(self._session, adapter, self._threads)
 
     def teach(self, text: str, label: str) -> Learned:
         """Learn the right label of a text, at once. Raises as ``teach_all``."""
@@ -188,9 +200,13 @@ class Classifier(_Model):
 class LanguageModel(_Model):
     """A bundle that writes text. One answer at a time is written."""
 
-    def __init__(self, generator: Generator, adapter: str | None) -> None:
-        super().__init__(generator.library, adapter)
+    def __init__(self, generator: Generator, adapter: str | None, threads: int) -> None:
+        super().__init__(generator.library, adapter, threads)
         self._generator = generator
+
+    def _open(self, library: Library) -> None:
+        super()._open(library)
+        self._generator = Generator.of(library, self._threads)
 
     def __call__(self, prompt: str, **sampling: Any) -> str:
         """Continue a prompt. Keywords are those of ``SamplingParams``. Raises as ``Generator.complete``."""
@@ -207,7 +223,7 @@ class LanguageModel(_Model):
     def using(self, adapter: str) -> Self:
         """Share the loaded base with a model that answers with another adapter. Raises as ``Generator.load``."""
         self._generator.load(adapter)
-        return type(self)(self._generator, adapter)
+        return type(self)(self._generator, adapter, self._threads)
 
     def teach(self, prompt: str, answer: str) -> Learned:
         """Learn the right answer to a prompt, at once. Raises as ``Learner.open`` and ``Learner.teach``."""
@@ -238,7 +254,7 @@ def load(
     if adapter is not None:
         Composition.of(adapter)
     if library.manifest.task == "text-generation":
-        model: Classifier | LanguageModel = LanguageModel(Generator.of(library, threads), adapter)
+        model: Classifier | LanguageModel = LanguageModel(Generator.of(library, threads), adapter, threads)
     else:
-        model = Classifier(ClassificationSession.of(library, threads), adapter)
+        model = Classifier(ClassificationSession.of(library, threads), adapter, threads)
     return model.using(adapter) if adapter is not None else model

@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from aggregation.errors import ConfigError
+from aggregation.errors import ConfigError, DataError
 from edgeadapt.formats.settings import toml_value
 from edgeadapt.formats.storage import File, replace
 from edgeadapt.interface.models import Classifier, LanguageModel, load
@@ -118,10 +118,22 @@ def simulate(
 
 
 def _written(rows: Any, path: Path) -> Path:
-    """Write rows or a DataFrame as a table of JSON lines beside the folder of the run, where a resumed run finds it."""
-    if hasattr(rows, "to_dict"):
-        rows = rows.to_dict("records")
+    """Write rows or a DataFrame as a table of JSON lines beside the folder of the run, where a resumed run finds it.
+
+    Raises DataError: a row is not a mapping, or a value is infinite.
+    """
+    lines = []
+    for number, row in enumerate(rows.to_dict("records") if hasattr(rows, "to_dict") else rows, 1):
+        if not isinstance(row, Mapping):
+            reason = f"row {number} is a {type(row).__name__}: give dictionaries with a text and a label"
+            raise DataError(reason, about="rows", value=number)
+        known = {
+            name: value for name, value in row.items() if value == value
+        }  # NaN is how pandas marks what is missing
+        try:
+            lines.append(json.dumps(known, ensure_ascii=False, default=str, allow_nan=False))
+        except ValueError as error:
+            raise DataError(f"row {number} has an infinite value: leave it out", about="rows", value=number) from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(dict(row), ensure_ascii=False, default=str) for row in rows)
     replace(path, "".join(f"{line}\n" for line in lines).encode())
     return path

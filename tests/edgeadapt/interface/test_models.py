@@ -3,16 +3,20 @@
 import json
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import edgeadapt
+from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
 from client.inference.session import ClassificationSession
+from client.training.examples import Example, Split, write_examples
 from edgeadapt.formats.bundle import adapter_names
 from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.releases.repository import ChannelRepository
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.exported import ExportedBase
 from tests.support.errors import refused
@@ -75,6 +79,34 @@ def test_a_model_of_one_adapter_answers_with_what_it_learned(phone: Path) -> Non
     assert model.using("global")(PHRASE).label != label
     model.undo()
     assert model.adapter == "global"
+
+
+def test_a_devices_examples_make_a_private_adapter_that_answers_and_is_taken_back(phone: Path, tmp_path: Path) -> None:
+    model = edgeadapt.load(phone)
+    assert isinstance(model, edgeadapt.Classifier)
+    before, texts = model(PHRASE), ("play music", "set a timer", "lock the door", PHRASE)
+    taught = [Example(text, 1, split) for text in texts for split in (Split.TRAIN, Split.VALIDATION)]
+    write_examples(tmp_path / "examples.jsonl", taught)
+    outcome = model.personalize(str(tmp_path / "examples.jsonl"), epochs=8, learning_rate=0.01)
+    assert (outcome.made, outcome.trained, outcome.held_out, model.adapter) == (True, 4, 4, "personal")
+    assert [model(text).label for text in texts] == [LABELS[1]] * 4
+    model.undo()
+    assert model(PHRASE) == before
+
+
+def test_a_model_answers_with_the_release_that_it_updated_to_also_on_another_base(
+    tmp_path: Path, phone: Path, exported: ExportedBase, source: Any, vendor: IdentityKey
+) -> None:
+    repository = ChannelRepository.create(tmp_path / "releases", SystemEntropy(), datetime.now(UTC))
+    write_bundle(tmp_path / "made", exported, [source("global", seed=4, version=4)], key=vendor)
+    repository.publish("canary", tmp_path / "made", [vendor.public])
+    (tmp_path / "root.json").write_bytes(repository.root())
+    model = edgeadapt.load(phone)
+    assert isinstance(model, edgeadapt.Classifier)
+    before = model(PHRASE)
+    assert model.update(str(repository.folder / "public"), "canary", tmp_path / "root.json").changed
+    assert model(PHRASE) == edgeadapt.load(phone)(PHRASE) != before
+    assert not model.update().changed
 
 
 def test_what_is_no_text_or_unknown_is_said(phone: Path) -> None:

@@ -1,5 +1,6 @@
 """``edgeadapt.simulate`` runs rows of texts as the command runs a table, and gives what it says of each client."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,4 +65,15 @@ def test_what_cannot_be_simulated_is_refused_before_anything_is_written(
         edgeadapt.simulate("nothing.csv")
     with refused(edgeadapt.ConfigError, "federation.round"):
         edgeadapt.simulate("households.toml", federation__round=3)
+    for rows in (["turn on the light"], [{"text": "a", "label": math.inf}]):
+        with refused(edgeadapt.DataError, "rows", value=1):
+            edgeadapt.simulate(rows)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_frame_lacks_is_a_missing_value_and_no_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pandas = pytest.importorskip("pandas")
+    monkeypatch.chdir(tmp_path)
+    with refused(edgeadapt.DataError, "data.files") as caught:
+        edgeadapt.simulate(pandas.DataFrame({"text": ["lights on", "music"], "label": ["Light", None]}))
+    assert ".jsonl:2:" in str(caught.value)
