@@ -5,7 +5,7 @@ device certificate binds one device id (its common name) to one identity key and
 from the caller and carry a time zone; nothing here reads a clock.
 """
 
-from aggregation.pki.authority import Authority
+from aggregation.pki.authority import Authority, new_serial
 from aggregation.pki.certificates import DEVICE_ID, MAX_CERTIFICATE, Root
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.pki.revocation import Reason, Revocation, RevocationList
@@ -20,4 +20,5 @@ __all__ = [
     "Revocation",
     "RevocationList",
     "Root",
+    "new_serial",
 ]

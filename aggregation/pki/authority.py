@@ -152,6 +152,14 @@ def _certified_key(public: PublicKey) -> Ed25519PublicKey:
     return Ed25519PublicKey.from_public_bytes(public.raw)
 
 
+def new_serial(entropy: Entropy) -> int:
+    """A serial of 158 random bits (RFC 5280, 4.1.2.2), of 20 bytes in DER whatever it is.
+
+    So certificates, and the answers that carry them, have one length for each length of a name.
+    """
+    return int.from_bytes(entropy.bytes(20), "big") % 2**158 | 2**158
+
+
 def _serial(issuer: str, subject: str, public: PublicKey, not_before: datetime, not_after: datetime) -> int:
     """From the certified fields: different certificates have different serials."""
     stamp = f"{issuer}\x00{subject}\x00{not_before.isoformat()}\x00{not_after.isoformat()}\x00".encode()

@@ -16,11 +16,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Self, TypeAlias
 
-from cryptography import x509
-
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, TrustError, of_file
-from aggregation.pki import Authority, Root
+from aggregation.pki import Authority, Root, new_serial
 from aggregation.pki.certificates import load, require_device_id, serial
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.pki.requests import read_request
@@ -128,7 +126,7 @@ class AuthorityStore:
 
     def _issue(self, writer: RecordWriter, authority: Authority, name: str, key: PublicKey, end: datetime) -> bytes:
         require_new(writer, name, key, self.clock())
-        begin, serial = self.clock() - SKEW, x509.random_serial_number()
+        begin, serial = self.clock() - SKEW, new_serial(SystemEntropy())
         der = authority.issue(name, key, not_before=begin, not_after=end, serial=serial)
         self._add(writer, name, key.key_id, der, Purpose.IDENTITY)
         return der
@@ -137,7 +135,7 @@ class AuthorityStore:
         """Certify that ``key`` (P-256) is the TLS key of the gateway ``name`` at ``hosts``, valid from now on; DER.
         Raises ConfigError: the certificate would outlast the authority, or as ``Authority.issue_tls``."""
         with self._writing() as writer:
-            begin, end, serial = self.clock() - SKEW, self._end(authority, name, days), x509.random_serial_number()
+            begin, end, serial = self.clock() - SKEW, self._end(authority, name, days), new_serial(SystemEntropy())
             der = authority.issue_tls(name, key, hosts, not_before=begin, not_after=end, serial=serial)
             self._add(writer, name, key.key_id, der, Purpose.GATEWAY_TLS)
             return der

@@ -19,13 +19,12 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from cryptography import x509
 from numpy.typing import NDArray
 
 from aggregation import graph
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import DataError
-from aggregation.pki import Authority
+from aggregation.pki import Authority, new_serial
 from aggregation.pki.identity import IdentityKey
 from client.inference.trust import Trust
 from client.node.enrolment import TrustAnchors, enrol, install_certificate
@@ -323,7 +322,7 @@ class Enrolment:
     def _enrol(self, folder: Path, client: Client) -> None:
         now = datetime.now(UTC)
         key = enrol(folder, client.name, self.settings, self.anchors, SystemEntropy())
-        begin, end, serial = now - timedelta(hours=1), self.authority.root.not_after, x509.random_serial_number()
+        begin, end, serial = now - timedelta(hours=1), self.authority.root.not_after, new_serial(SystemEntropy())
         certificate = self.authority.issue(client.name, key, not_before=begin, not_after=end, serial=serial)
         state_dir = DeviceStateDir(folder, self.settings)
         install_certificate(state_dir, certificate, now)

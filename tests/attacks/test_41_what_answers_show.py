@@ -1,4 +1,4 @@
-"""A coordinator measures the answers of devices: how long they are, and how much work each took.
+"""A coordinator measures the answers of devices: how long they are, and how much work each took, in calls of functions.
 
 Half of the devices have many examples, or none that can be used; others have private parts besides. An answer of which
 the work depends on examples is one for which a device reads a file that depends on them. These are the offer and the
@@ -6,14 +6,12 @@ plan, whose answers leave at a multiple of a fixed time (``test_14_answers_that_
 """
 
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from flwr.app import Context, Message
 
@@ -31,7 +29,6 @@ FEW = (Example("turn on the light", 0), Example("kitchen light off", 0, Split.VA
 MANY = tuple(Example("turn off the lamp " * (number % 5 + 1), number % 3) for number in range(100))
 ROUNDS = 3
 OF_EXAMPLES = frozenset({EXAMPLES, SNAPSHOT, PRIVATE})
-LIKELY = 4.0  # deviations: beyond it by chance in one of 16,000 runs
 _opened: list[set[str]] = []  # by whom the hook is asked, the innermost last
 
 
@@ -50,19 +47,26 @@ def hooked() -> Iterator[None]:
 
 @dataclass
 class Observer:
-    """The real app, and by step: each device's lengths of answers and processor's times, and the files it opened."""
+    """The real app, and by step: each device's lengths of answers and calls for them, and the files it opened."""
 
     sizes: dict[Step, dict[str, list[int]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
-    times: dict[Step, dict[str, list[float]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
+    calls: dict[Step, dict[str, list[int]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
     files: dict[Step, set[str]] = field(default_factory=lambda: defaultdict(set))
 
     def __call__(self, message: Message, context: Context) -> Message:
         step, name = Step(message.metadata.message_type.partition(".")[2]), Path(str(context.node_config["state"])).name
         _opened.append(self.files[step])
-        begin = time.thread_time()
+        count = 0
+
+        def called(*_event: Any) -> None:
+            nonlocal count
+            count += 1
+
+        sys.setprofile(called)
         reply = app(message, context)
-        self.times[step][name].append(time.thread_time() - begin)
+        sys.setprofile(None)
         _opened.pop()
+        self.calls[step][name].append(count)
         content: Any = reply.content.config_records[RECORD][BODY]
         self.sizes[step][name].append(len(content))
         return reply
@@ -88,13 +92,10 @@ def observed(fleet_of: FleetOf, kind: str, method: str = "fedit") -> Observer:
     return observer
 
 
-def difference(times: dict[str, list[float]]) -> float:
-    """How much more the others' answers take, in deviations of the sum of ranks if they take as long (Wilcoxon)."""
-    typical = np.array([np.median(times[name]) for name in DEVICES])
-    ranks, mine = typical.argsort().argsort(), np.array([name in OTHERS for name in DEVICES])
-    count, others = len(DEVICES), int(mine.sum())
-    deviation = np.sqrt(others * (count - others) * (count + 1) / 12)
-    return float((ranks[mine].sum() - others * (count - 1) / 2) / deviation)
+def works(observer: Observer, step: Step) -> list[set[int]]:
+    """The counts of calls in each round but for the highest: the device asked first fills caches of the process."""
+    rounds = zip(*observer.calls[step].values(), strict=True)
+    return [set(sorted(counts)[:-1]) for counts in rounds]
 
 
 def reading(observer: Observer) -> set[Step]:
@@ -111,8 +112,8 @@ def test_no_answer_shows_in_its_length_or_its_work_what_examples_a_device_has(
     for step, by_device in observer.sizes.items():
         assert len({tuple(sizes) for sizes in by_device.values()}) == 1, step
     assert reading(observer) == set(READS_EXAMPLES)
-    others = set(Step) - set(READS_EXAMPLES)
-    assert abs(sum(difference(observer.times[step]) for step in others)) < LIKELY * np.sqrt(len(others))
+    for step in set(Step) - set(READS_EXAMPLES):
+        assert [len(counts) for counts in works(observer, step)] == [1] * len(observer.calls[step][DEVICES[0]]), step
 
 
 def test_a_step_that_counted_the_examples_would_be_seen(app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,4 +126,4 @@ def test_a_step_that_counted_the_examples_would_be_seen(app_fleet_of: FleetOf, m
     monkeypatch.setattr(node_step, "_after_sum", counting)
     observer = observed(app_fleet_of, "many")
     assert reading(observer) == {*READS_EXAMPLES, Step.SURVIVORS, Step.UNMASK}
-    assert difference(observer.times[Step.SURVIVORS]) > 2  # of 2.3: all others took longer
+    assert all(len(counts) > 1 for counts in works(observer, Step.SURVIVORS))

@@ -1,6 +1,7 @@
 """The authority: only what it certified is accepted."""
 
 import datetime as dt
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aggregation.errors import ConfigError, TrustError
-from aggregation.pki import Authority, Root
+from aggregation.pki import Authority, Root, new_serial
 from aggregation.pki.identity import IdentityKey
 from tests.support import refused
 
@@ -263,3 +264,15 @@ def test_a_certificate_that_ends_before_it_begins_is_not_issued(authority: Autho
 def test_the_authoritys_key_is_in_no_repr(authority: Authority) -> None:
     assert str(authority.key.raw) not in repr(authority)
     assert "IdentityKey()" in repr(authority)
+
+
+@pytest.mark.parametrize("drawn", [bytes(20), b"\xff" * 20])
+def test_serials_have_one_length_in_a_certificate_whatever_was_drawn(
+    authority: Authority, identity: IdentityKey, drawn: bytes
+) -> None:
+    entropy: Any = SimpleNamespace(bytes=lambda n: drawn[:n])
+    lengths = {
+        len(authority.issue("a", identity.public, not_before=BEGIN, not_after=END, serial=each))
+        for each in (new_serial(entropy), 2**158, 2**159 - 1)
+    }
+    assert len(lengths) == 1
