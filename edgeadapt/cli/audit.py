@@ -12,8 +12,8 @@ import click
 
 from aggregation.errors import ConfigError, TrustError
 from aggregation.transcript import read
-from edgeadapt.audit import AuditInput, AuditOptions, Finding, Report, Status
-from edgeadapt.audit.findings import count
+from edgeadapt.auditing import AuditInput, AuditOptions, Finding, Report, Status
+from edgeadapt.auditing.findings import count
 from edgeadapt.formats import storage
 from edgeadapt.formats.registryfiles import RegistrySettings
 from edgeadapt.releases.actions import ActionRecord

@@ -11,7 +11,7 @@ import pytest
 PARTS = ("aggregation", "client", "coordinator", "edgeadapt", "export", "simulations")
 DEVICE = ("client.cli", "client.cli.adapters", "client.cli.infer", "client.inference", "client.learning")
 ENROLMENT = ("client.cli.node", "client.node.enrolment", "edgeadapt.cli.authority", "edgeadapt.authority.store")
-AUDITOR = ("edgeadapt.cli.audit", "edgeadapt.audit.transcripts")
+AUDITOR = ("edgeadapt.cli.audit", "edgeadapt.auditing.transcripts")
 TRAINING = ("edgeadapt.bases.traininggraph", "client.training.graphengine")
 COMMANDS = ("promotion", "sbom", "versions")
 GOVERNANCE = ("edgeadapt.promotion", "edgeadapt.releases", *(f"edgeadapt.cli.{name}" for name in COMMANDS))
