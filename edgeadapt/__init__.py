@@ -23,11 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aggregation.errors import ConfigError, DataError, EdgeAdaptError, ProtocolError, TrustError
+    from edgeadapt.interface.audits import Audit, audit
     from edgeadapt.interface.models import Answer, Classifier, LanguageModel, load
     from edgeadapt.interface.runs import Run, simulate
 
 _HOMES = {
     "aggregation.errors": ("ConfigError", "DataError", "EdgeAdaptError", "ProtocolError", "TrustError"),
+    "edgeadapt.interface.audits": ("Audit", "audit"),
     "edgeadapt.interface.models": ("Answer", "Classifier", "LanguageModel", "load"),
     "edgeadapt.interface.runs": ("Run", "simulate"),
 }
@@ -35,6 +37,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Answer",
+    "Audit",
     "Classifier",
     "ConfigError",
     "DataError",
@@ -44,6 +47,7 @@ __all__ = [
     "Run",
     "TrustError",
     "__version__",
+    "audit",
     "load",
     "simulate",
 ]

@@ -31,7 +31,7 @@ def graph() -> grimp.ImportGraph:
     built = grimp.build_graph(*PARTS, include_external_packages=True, cache_dir=None)
     # Only for a registry in a database or a bucket, which takes the extra of either.
     built.remove_import(importer="edgeadapt.formats.registryreader", imported="edgeadapt.formats.registrystores")
-    built.remove_import(importer="edgeadapt.cli.audit", imported="coordinator.statedir")
+    built.remove_import(importer="edgeadapt.interface.audits", imported="coordinator.statedir")
     built.remove_import(importer="edgeadapt.promotion.evaluations", imported="coordinator.statedir")
     built.remove_import(importer="edgeadapt.commandline", imported="rich")  # a spinner, in commands with an extra
     # Only for traces, which take the extra of that name.

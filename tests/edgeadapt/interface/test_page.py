@@ -57,3 +57,9 @@ def test_a_language_model_chats(lm_bundle: Path, monkeypatch: pytest.MonkeyPatch
     (lm_bundle.parent / "trust.pem").rename(lm_bundle.parent / "chat" / "trust.pem")
     monkeypatch.chdir(lm_bundle.parent)
     run("import edgeadapt\n" + BLOCKS[2].replace("What can you do?", "ab"))
+
+
+def test_a_run_is_audited(audited: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(audited.parents[1])
+    run("import edgeadapt\n" + BLOCKS[-1])
+    assert capsys.readouterr().out.startswith("True ")
