@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from aggregation.errors import ConfigError, DataError, EdgeAdaptError, ProtocolError, TrustError
     from edgeadapt.interface.audits import Audit, audit
     from edgeadapt.interface.models import Answer, Classifier, LanguageModel, load
-    from edgeadapt.interface.runs import Run, simulate
+    from edgeadapt.interface.runs import Run, SuiteReport, simulate, suite
 
 _HOMES = {
     "aggregation.errors": ("ConfigError", "DataError", "EdgeAdaptError", "ProtocolError", "TrustError"),
     "edgeadapt.interface.audits": ("Audit", "audit"),
     "edgeadapt.interface.models": ("Answer", "Classifier", "LanguageModel", "load"),
-    "edgeadapt.interface.runs": ("Run", "simulate"),
+    "edgeadapt.interface.runs": ("Run", "SuiteReport", "simulate", "suite"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -45,11 +45,13 @@ __all__ = [
     "LanguageModel",
     "ProtocolError",
     "Run",
+    "SuiteReport",
     "TrustError",
     "__version__",
     "audit",
     "load",
     "simulate",
+    "suite",
 ]
 
 
