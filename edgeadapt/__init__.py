@@ -24,12 +24,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from aggregation.errors import ConfigError, DataError, EdgeAdaptError, ProtocolError, TrustError
     from edgeadapt.interface.audits import Audit, audit
+    from edgeadapt.interface.exports import export
     from edgeadapt.interface.models import Answer, Classifier, LanguageModel, load
     from edgeadapt.interface.runs import Run, SuiteReport, simulate, suite
 
 _HOMES = {
     "aggregation.errors": ("ConfigError", "DataError", "EdgeAdaptError", "ProtocolError", "TrustError"),
     "edgeadapt.interface.audits": ("Audit", "audit"),
+    "edgeadapt.interface.exports": ("export",),
     "edgeadapt.interface.models": ("Answer", "Classifier", "LanguageModel", "load"),
     "edgeadapt.interface.runs": ("Run", "SuiteReport", "simulate", "suite"),
 }
@@ -49,6 +51,7 @@ __all__ = [
     "TrustError",
     "__version__",
     "audit",
+    "export",
     "load",
     "simulate",
     "suite",
