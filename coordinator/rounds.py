@@ -27,8 +27,8 @@ from coordinator.statedir import CoordinatorStateDir
 from coordinator.transcripts import StoredLog
 from coordinator.transport import Transport
 from edgeadapt import traces
-from edgeadapt.audit.account import Account, logged
-from edgeadapt.audit.transcripts import logs
+from edgeadapt.auditing.account import Account, logged
+from edgeadapt.auditing.transcripts import logs
 from edgeadapt.formats import files
 from edgeadapt.formats.cores import cores
 from edgeadapt.formats.layout import Tensors

@@ -1,7 +1,7 @@
 """``edgeadapt export adapter``: add an adapter to a bundle."""
 
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from edgeadapt.bases.base import find_base
 from edgeadapt.formats.bundle import TRUST, Bundle, VerifiedBase
 from edgeadapt.formats.calibration import BINS, FOLDS, Calibration
 from edgeadapt.formats.keyfiles import read_key, read_public_keys
-from edgeadapt.formats.manifest import BaseManifest, Format
+from edgeadapt.formats.manifest import AdapterManifest, BaseManifest, Format
 from edgeadapt.formats.storage import real
 from edgeadapt.methods.peft.dora import magnitudes
 from export.bundle.sources import Origin, as_slots
@@ -106,8 +106,51 @@ def adapter(
       edgeadapt export adapter --registry fleet --calibrate held-out.tsv --bundle bundle --key vendor.pem
     """
     signer = read_key(key_file)
-    origin = _resolved(origin_of(registry, peft_folder, version, trust, labels), base_name)
-    examples, trains = _examples(held_out, origin), ""
+    added = add_to(
+        bundle,
+        origin_of(registry, peft_folder, version, trust, labels),
+        signer,
+        name=name,
+        form=form,
+        base_name=base_name,
+        profile=profile,
+        held_out=held_out,
+        counted=registry is not None or version is not None,
+    )
+    manifest, row = added.manifest, {"bundle": str(bundle), **asdict(added.manifest)}
+    size = f"{manifest.size:,} bytes{added.trains}"
+    line = f"{bundle}: {name} version {manifest.version}, {form}, rank {manifest.rank}, {size}"
+    if added.calibration:
+        row["calibration"] = asdict(added.calibration)
+        line = f"{line}\n{_summary(added.calibration)}"
+    print_result(row, line, as_json)
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    manifest: AdapterManifest
+    calibration: Calibration | None
+    trains: str  # completes a line about a new bundle: whether devices can train it
+
+
+def add_to(
+    bundle: Path,
+    origin: Origin,
+    signer: IdentityKey,
+    *,
+    name: str,
+    form: Format,
+    base_name: str | None,
+    profile: str | None,
+    held_out: Path | None,
+    counted: bool,
+) -> Added:
+    """Add an adapter to a bundle; with ``base_name``, also to a new one.
+
+    ``counted``: the version of ``origin`` was chosen, and is not the next one of the bundle. Errors name options.
+    """
+    origin = _resolved(origin, base_name)
+    examples = _examples(held_out, origin)
     if base_name is None and profile is not None:
         raise ConfigError(
             "--profile is for --base; the base in the bundle has its own: leave it out", about="--profile"
@@ -118,25 +161,19 @@ def adapter(
         calibration = _calibrated(exported.folder, exported.manifest, origin, form, examples)
         temperature = calibration.temperature if calibration else 1.0
         manifest = create(bundle, exported, origin, name=name, form=form, key=signer, temperature=temperature)
-    else:
-        if base_name is not None:
-            check_base(bundle, find_base(base_name), profile)
-        calibrates = examples and stated_manifest(bundle) is not None  # else `add` refuses
-        verified = _base(bundle, signer) if calibrates else None
-        calibration = _calibrated(verified.folder, verified.manifest, origin, form, examples) if verified else None
-        if verified:
-            verified.check()
-        temperature = calibration.temperature if calibration else 1.0
-        if registry is None and version is None:
-            origin = replace(origin, version=next_version(bundle, name, origin, temperature))
-        _warn(bundle, name, origin, temperature)
-        manifest = add(bundle, origin, name=name, form=form, key=signer, temperature=temperature)
-    row = {"bundle": str(bundle), **asdict(manifest)}
-    line = f"{bundle}: {name} version {manifest.version}, {form}, rank {manifest.rank}, {manifest.size:,} bytes{trains}"
-    if calibration:
-        row["calibration"] = asdict(calibration)
-        line = f"{line}\n{_summary(calibration)}"
-    print_result(row, line, as_json)
+        return Added(manifest, calibration, trains)
+    if base_name is not None:
+        check_base(bundle, find_base(base_name), profile)
+    calibrates = examples and stated_manifest(bundle) is not None  # else `add` refuses
+    verified = _base(bundle, signer) if calibrates else None
+    calibration = _calibrated(verified.folder, verified.manifest, origin, form, examples) if verified else None
+    if verified:
+        verified.check()
+    temperature = calibration.temperature if calibration else 1.0
+    if not counted:
+        origin = replace(origin, version=next_version(bundle, name, origin, temperature))
+    _warn(bundle, name, origin, temperature)
+    return Added(add(bundle, origin, name=name, form=form, key=signer, temperature=temperature), calibration, "")
 
 
 def _resolved(origin: Origin, base_name: str | None) -> Origin:

@@ -5,7 +5,6 @@ import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from aggregation.errors import ConfigError
 from edgeadapt.formats.settings import toml_value
 from simulations.scenario import Scenario, describe
 
-RUNS = Path("runs")
 SHIPPED = Path(str(files("simulations"))) / "scenarios"
 DEMO = "households.toml"
 OWN_TEXTS = "households.toml"  # whose base is not pruned to some languages
@@ -120,15 +118,13 @@ def _run(
     plan = Plan.of(scenario, Engine(workers, ray=engine == "ray"))
     if plan.warning:
         click.echo(f"edgeadapt: {plan.warning}", err=True)
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    out = (out or _newest(scenario) if resume else out or RUNS / f"{scenario.name}-{stamp}").resolve()
     folder = plan.folder(out, resume=resume)
     if not as_json:
         clients = len(plan.loaded.population.clients)
         groups = describe_groups(plan.groups) if scenario.groups.by != "none" else ""
-        print_scenario(scenario, out, Console(), clients=clients, devices=plan.devices, groups=groups)
+        print_scenario(scenario, folder.path, Console(), clients=clients, devices=plan.devices, groups=groups)
         print_data(summarize(plan.loaded, plan.base), Console())
-    with resumable(out), RunProgress(quiet=as_json) as progress:
+    with resumable(folder.path), RunProgress(quiet=as_json) as progress:
         result = plan.run(folder, progress)
     if as_json:
         click.echo(json.dumps(result.to_json()))
@@ -145,13 +141,6 @@ def resumable(out: Path) -> Iterator[None]:
         again = f"add --out {shlex.quote(str(out))} --resume to the same command"
         click.echo(f"The finished parts are kept. To continue, {again}", err=True)
         raise
-
-
-def _newest(scenario: Scenario) -> Path:
-    runs = sorted(RUNS.glob(f"{scenario.name}-*/scenario.json"))
-    if not runs:
-        raise ConfigError(f"{RUNS}/ has no run of {scenario.name!r} to resume: name the run with --out", about="--out")
-    return runs[-1].parent
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from simulations.cli.simulate import RUNS, resumable
+from simulations.cli.simulate import resumable
 
-MOST_JOBS = 4  # by default; each holds a base in memory
+if TYPE_CHECKING:  # imports torch
+    from simulations.suite.execute import SuiteReport
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -49,16 +51,14 @@ def run(
       edgeadapt suite run my.toml --seeds 5 --jobs 2 --resume
     """
     # Imported here, so that --help does not wait for the libraries.
-    from edgeadapt.formats.cores import cores
-    from simulations.engine.progress import SuiteProgress
-    from simulations.suite.execute import execute
-    from simulations.suite.store import read_suite, taken
+    from simulations.suite.execute import run_suite
+    from simulations.suite.store import read_suite, suite_folder
 
     wanted = read_suite(file, seeds=seeds, changes=overrides, arms=arms)
-    out = out or RUNS / f"suite-{wanted.settings.name}"
-    with resumable(out), taken(out, wanted, resume=resume) as store, SuiteProgress(quiet=as_json) as progress:
-        execute(wanted, store, jobs or min(cores(), MOST_JOBS), progress.show)
-    _report(out, as_json)
+    out = suite_folder(wanted, out)
+    with resumable(out):
+        outcome = run_suite(wanted, out, jobs=jobs, resume=resume, quiet=as_json)
+    _print(outcome, as_json)
 
 
 @suite.command(short_help="Write and print the report of a suite.")
@@ -74,20 +74,18 @@ def report(folder: Path, track: str | None, as_json: bool) -> None:
       edgeadapt suite report runs/households --json > suite.json
       edgeadapt suite report runs/households --track tensorboard
     """
-    _report(folder, as_json, track)
+    from simulations.suite.execute import SuiteReport
 
-
-def _report(folder: Path, as_json: bool, track: str | None = None) -> None:
-    from simulations.report.pages import markdown, write_suite_report
-    from simulations.report.summary import summarize
-    from simulations.report.track import TRACKERS, tracked_runs
-    from simulations.suite.store import Store, open_suite, results
-
-    opened = open_suite(folder)
-    outcomes = results(opened, Store(folder))
-    summary = summarize(opened.settings, outcomes)
-    write_suite_report(summary, folder)
+    outcome = SuiteReport.of(folder)
     if track:
-        place = TRACKERS[track](opened.settings.name, tracked_runs(opened.settings, outcomes), folder)
-        click.echo(f"the runs are in {place}", err=True)
-    click.echo(json.dumps(summary.to_json()) if as_json else f"{markdown(summary)}\n{folder / 'report.html'}")
+        from simulations.report.track import TRACKERS, tracked_runs
+        from simulations.suite.store import Store, open_suite, results
+
+        opened = open_suite(folder)
+        runs = tracked_runs(opened.settings, results(opened, Store(folder)))
+        click.echo(f"the runs are in {TRACKERS[track](opened.settings.name, runs, folder)}", err=True)
+    _print(outcome, as_json)
+
+
+def _print(outcome: "SuiteReport", as_json: bool) -> None:
+    click.echo(json.dumps(outcome.summary.to_json()) if as_json else f"{outcome}\n{outcome.report}")

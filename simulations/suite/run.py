@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Self
 
@@ -63,7 +64,7 @@ from simulations.result import (
     TrialResult,
 )
 from simulations.scenario import Scenario
-from simulations.suite.store import Store, check_fresh
+from simulations.suite.store import RUNS, Store, check_fresh
 from simulations.suite.trial import Material, TrialRun, rounds_of
 
 SCENARIO = "scenario.json"
@@ -181,8 +182,19 @@ class Plan:
         """Say why rounds of this run will abort; empty if they need not."""
         return abort_warning(self.scenario, self.devices)
 
-    def folder(self, out: Path, *, resume: bool = False) -> RunFolder:
-        """Take a new or empty folder, or one with this run. Raises as ``RunFolder.start`` and ``resume``."""
+    def folder(self, out: Path | None = None, *, resume: bool = False) -> RunFolder:
+        """Take a new or empty folder, or one with this run; by default a new one in ``RUNS``, or the newest there.
+
+        Raises as ``RunFolder.start`` and ``resume``.
+        """
+        name = self.scenario.name
+        if out is None and resume:
+            runs = sorted(RUNS.glob(f"{name}-*/{SCENARIO}"))
+            if not runs:
+                reason = f"{RUNS}/ has no run of {name!r} to resume: name the run with --out"
+                raise ConfigError(reason, about="--out")
+            out = runs[-1].parent
+        out = (out or RUNS / f"{name}-{datetime.now():%Y%m%d-%H%M%S}").resolve()
         return RunFolder.resume(out, self.scenario) if resume else RunFolder.start(out, self.scenario)
 
     def run(self, folder: RunFolder, progress: RunProgress) -> RunResult:

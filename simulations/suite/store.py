@@ -23,6 +23,7 @@ from simulations.plan import SearchOutcome, Suite, SuiteSettings, Trial, digest_
 from simulations.result import ClientScore, Outcome, TrialResult
 from simulations.scenario import Scenario
 
+RUNS = Path("runs")  # the folder of runs and suites, by default
 SUITE = "suite.json"
 LARGEST_SUITE, LARGEST = 2**20, 2**26  # bytes; an outcome has a character for each answer
 RESULTS, PARTS, FEDERATIONS, BASES = "results", "parts", "federations", "bases"  # folders
@@ -135,6 +136,11 @@ def open_suite(out: Path) -> Suite:
         raise ConfigError(f"{out} contains no suite: run one with 'edgeadapt suite run'", about="DIR") from error
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{file} is damaged: run the suite again with --resume", about=SUITE) from error
+
+
+def suite_folder(suite: Suite, out: Path | None) -> Path:
+    """Choose the folder of a suite, by default one in ``RUNS``."""
+    return out or RUNS / f"suite-{suite.settings.name}"
 
 
 def check_fresh(out: Path, marker: str, what: str) -> None:

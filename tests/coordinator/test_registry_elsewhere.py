@@ -22,8 +22,8 @@ from coordinator.services.deployment import _serves_or_waits
 from coordinator.settings import FederationSettings
 from coordinator.statedir import HUNG, WAITING, CoordinatorStateDir, open_registry
 from coordinator.status import lines_of, status_of
-from edgeadapt.audit import AuditInput, AuditOptions
-from edgeadapt.audit.transcripts import log_name, logs
+from edgeadapt.auditing import AuditInput, AuditOptions
+from edgeadapt.auditing.transcripts import log_name, logs
 from edgeadapt.authority import AuthorityStore
 from edgeadapt.formats.registryfiles import BLOBS, DATABASE, REGISTRY, TRANSCRIPT, RegistrySettings
 from edgeadapt.formats.registrystores import postgresql_url

@@ -14,7 +14,7 @@ from client.inference.generate import Generator, SamplingParams
 from client.training.engine import language_trainer
 from client.training.examples import Split, in_split, read_examples
 from client.training.trainer import LanguageTrainer
-from edgeadapt.audit import AuditInput, AuditOptions, Check, Status
+from edgeadapt.auditing import AuditInput, AuditOptions, Check, Status
 from edgeadapt.formats.bundle import VerifiedBase
 from edgeadapt.methods import causal
 from export.bundle.write import write_bundle

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -14,7 +16,9 @@ from typing import Any
 
 import pytest
 
+import edgeadapt
 from edgeadapt import program
+from tests.support import refused
 
 ARMS = """
 name = "tiny"
@@ -27,6 +31,7 @@ arms.local = {kind = "local", search = {"local.learning_rate" = [0.01, 0.03]}}
 arms.ridge.kind = "ridge-head"
 arms.personal.kind = "personal"
 """
+PAGE = Path(__file__).parents[3] / "docs/reference/python.md"
 Outcome = tuple[int, str, str]
 
 
@@ -60,6 +65,24 @@ def finished(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     assert (done.returncode, done.stderr) == (0, "")
     assert {path: path.stat().st_mtime_ns for path in kept} == kept  # nothing that was finished is computed again
     return out, json.loads(done.stdout)
+
+
+def test_python_resumes_it_and_has_the_same_figures(
+    suite: Path, finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out, printed = finished
+    with refused(edgeadapt.ConfigError, "out") as caught:
+        edgeadapt.suite(suite, out=out, quiet=True)
+    assert "add resume=True to continue it, or choose another out=" in str(caught.value)
+    (block,) = re.findall(r"^```python\n(if __name__.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    block = block.replace("households.toml", str(suite)).replace("runs/households", str(out)).replace("=3", "=1")
+    (tmp_path / "example.py").write_text(f"import edgeadapt\n{block}")
+    done = runpy.run_path(str(tmp_path / "example.py"), run_name="__main__")["report"]
+    assert json.dumps(done.summary.to_json()) == json.dumps(printed)
+    assert done.report.is_file()
+    assert "| personal |" in done._repr_markdown_()
+    with refused(edgeadapt.ConfigError, "arms"):
+        edgeadapt.suite(suite, arms="local")
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from sqlalchemy import Engine, create_engine, select, text
 from aggregation.errors import EdgeAdaptError, TrustError
 from coordinator.registry import database, transcripttable
 from coordinator.statedir import LOCK
-from edgeadapt.audit import AuditInput, AuditOptions
+from edgeadapt.auditing import AuditInput, AuditOptions
 from edgeadapt.formats import registrystores
 from edgeadapt.formats.blobs import Blobs
 from edgeadapt.formats.registryfiles import BLOBS, DATABASE, REGISTRY, RegistrySettings, blob_name

@@ -12,8 +12,8 @@ import pytest
 from aggregation.errors import TrustError
 from aggregation.transcript import ENTRY, LENGTH, Checkpoint, read
 from coordinator.statedir import CoordinatorStateDir
-from edgeadapt.audit import AuditInput, AuditOptions, Check, Status, records, transcripts
-from edgeadapt.audit.transcripts import logs
+from edgeadapt.auditing import AuditInput, AuditOptions, Check, Status, records, transcripts
+from edgeadapt.auditing.transcripts import logs
 from edgeadapt.formats.manifest import PrivacyBound
 from edgeadapt.formats.registryfiles import DATABASE, RegistryFiles
 from edgeadapt.formats.roundrecord import RoundRecord, digest_of

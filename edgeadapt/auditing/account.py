@@ -15,7 +15,7 @@ from aggregation.messages import Offer, Survivors, Unmask
 from aggregation.privacy.accounting import NOTHING, Spent
 from aggregation.spec import SessionSpec
 from aggregation.transcript import Entry
-from edgeadapt.audit.findings import Check, Finding, Report, Status, count
+from edgeadapt.auditing.findings import Check, Finding, Report, Status, count
 from edgeadapt.formats.roundrecord import RoundRecord
 
 _TOLERANCE = 1e-9  # relative: logarithms differ in the last bits between machines

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from aggregation.errors import TrustError
 from aggregation.transcript import ENTRY, MAGIC, Entry
-from edgeadapt.audit import Check, Report, audit
+from edgeadapt.auditing import Check, Report, audit
 from tests.support import refused
 from tests.support.sessions import LoggedSession
 from tests.support.sessions import record as record_of

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from aggregation.groups import GroupSum
-from edgeadapt.audit import AuditInput, AuditOptions
-from edgeadapt.audit.findings import Check, Report, Status
-from edgeadapt.audit.weaknesses import Weaknesses
+from edgeadapt.auditing import AuditInput, AuditOptions
+from edgeadapt.auditing.findings import Check, Report, Status
+from edgeadapt.auditing.weaknesses import Weaknesses
 from edgeadapt.methods.parts import Part
 from edgeadapt.rounds.task import OptimizerName, Task
 

@@ -16,10 +16,10 @@ from aggregation.steps import Step
 from aggregation.vector import Segment, VectorSpec
 from coordinator.registry import Registry
 from coordinator.settings import FederationSettings
-from edgeadapt.audit import AuditInput, AuditOptions
-from edgeadapt.audit.account import Account, audited, require_recorded
-from edgeadapt.audit.findings import Check, Status
-from edgeadapt.audit.records import require_published
+from edgeadapt.auditing import AuditInput, AuditOptions
+from edgeadapt.auditing.account import Account, audited, require_recorded
+from edgeadapt.auditing.findings import Check, Status
+from edgeadapt.auditing.records import require_published
 from edgeadapt.formats.layout import Layout, TensorSpec
 from edgeadapt.formats.manifest import PrivacyBound
 from tests.support import refused

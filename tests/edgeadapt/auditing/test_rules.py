@@ -27,7 +27,7 @@ from aggregation.policy import Policy
 from aggregation.session import context_of
 from aggregation.steps import Step
 from aggregation.transcript import MAGIC, Abort, Checkpoint, Entry, Result, Stage, Transcript
-from edgeadapt.audit import Check, Status, audit
+from edgeadapt.auditing import Check, Status, audit
 from tests.support.sessions import SEED, LoggedSession, append, failure, finding_of
 
 Sessions = Callable[..., LoggedSession]

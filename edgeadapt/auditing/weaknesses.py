@@ -17,7 +17,7 @@ from aggregation.errors import ProtocolError
 from aggregation.groups import total
 from aggregation.policy import Policy
 from aggregation.spec import SessionSpec
-from edgeadapt.audit.findings import Check, Finding, ProducedAdapter, Report, RoundSummary, Status, count
+from edgeadapt.auditing.findings import Check, Finding, ProducedAdapter, Report, RoundSummary, Status, count
 from edgeadapt.methods.parts import Part
 from edgeadapt.rounds import taskkinds
 from edgeadapt.rounds.roundtask import RoundTask

@@ -33,7 +33,7 @@ from aggregation.session import COORDINATOR, Session
 from aggregation.spec import Adversary
 from aggregation.steps import Step
 from aggregation.transcript import ENTRY, EVERYONE, Abort, Checkpoint, Entry, Place, Reading, Result, Stage, merkle
-from edgeadapt.audit.findings import Problem
+from edgeadapt.auditing.findings import Problem
 
 # The steps before the first round, and those of a round, in order: a log never goes back.
 _Kinds: TypeAlias = tuple[type[Message], ...]

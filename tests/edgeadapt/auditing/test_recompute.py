@@ -18,8 +18,8 @@ from aggregation.messages import MaskedInput
 from aggregation.pki.identity import IdentityKey
 from aggregation.transcript import ENTRY, LENGTH, Result, read
 from coordinator.settings import SETTINGS
-from edgeadapt.audit import AuditInput, AuditOptions, Check, Finding, ProducedAdapter, Recomputation, Report, Status
-from edgeadapt.audit.transcripts import VECTORS, log_name, vector_path
+from edgeadapt.auditing import AuditInput, AuditOptions, Check, Finding, ProducedAdapter, Recomputation, Report, Status
+from edgeadapt.auditing.transcripts import VECTORS, log_name, vector_path
 from edgeadapt.formats.manifest import PeftConfig, ServerRule, VersionManifest
 from edgeadapt.formats.registryfiles import BLOBS, DATABASE, SIGNING_KEY, RegistryFiles
 from edgeadapt.rounds.optimizer import FedAdam, FedAvg, Settings, to_rule
@@ -238,7 +238,7 @@ def first_session(state_dir_of: Callable[[str], Path], monkeypatch: pytest.Monke
             given.append(report)
             return super().check(report)
 
-    monkeypatch.setattr("edgeadapt.audit.transcripts.Recomputation", Spy)
+    monkeypatch.setattr("edgeadapt.auditing.transcripts.Recomputation", Spy)
     checked = AuditInput.open(state_dir_of("fedavg"), AuditOptions())
     checked.audit(unfinished=False)
     assert checked.registry is not None

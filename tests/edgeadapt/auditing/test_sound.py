@@ -9,7 +9,7 @@ from aggregation.policy import Policy
 from aggregation.spec import Adversary
 from aggregation.steps import Step
 from aggregation.transcript import EVERYONE
-from edgeadapt.audit import Check, Status
+from edgeadapt.auditing import Check, Status
 from tests.support.fleet import BASE
 from tests.support.sessions import LoggedSession
 

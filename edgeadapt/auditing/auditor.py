@@ -18,11 +18,11 @@ from aggregation.pki import Root
 from aggregation.pki.certificates import load
 from aggregation.pki.identity import PublicKey
 from aggregation.transcript import ENTRY, NO_SESSION, Abort, AdapterId, Checkpoint, Entry, Reading, Result, merkle, read
-from edgeadapt.audit import history as histories
-from edgeadapt.audit import rules
-from edgeadapt.audit.findings import Check, Finding, Problem, Report, RoundSummary, Skipped, Status, count
-from edgeadapt.audit.history import History
-from edgeadapt.audit.sums import UnmaskedRound, Vectors, produced, secrets, sums
+from edgeadapt.auditing import history as histories
+from edgeadapt.auditing import rules
+from edgeadapt.auditing.findings import Check, Finding, Problem, Report, RoundSummary, Skipped, Status, count
+from edgeadapt.auditing.history import History
+from edgeadapt.auditing.sums import UnmaskedRound, Vectors, produced, secrets, sums
 
 
 def audit(

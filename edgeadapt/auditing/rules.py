@@ -15,8 +15,8 @@ from aggregation.messages import Assignment, ConsistencySignature, Survivors, Un
 from aggregation.session import Session
 from aggregation.spec import Adversary, SessionSpec
 from aggregation.transcript import EVERYONE, Abort, AdapterId, Checkpoint, Place, Result
-from edgeadapt.audit.findings import Problem, count
-from edgeadapt.audit.history import History, Round
+from edgeadapt.auditing.findings import Problem, count
+from edgeadapt.auditing.history import History, Round
 
 
 def thresholds(history: History) -> str:

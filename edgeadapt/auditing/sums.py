@@ -19,8 +19,8 @@ from aggregation.ring import Ring
 from aggregation.session import Session
 from aggregation.spec import CORRUPT_FRACTION, SessionSpec
 from aggregation.transcript import Result
-from edgeadapt.audit.findings import Problem, ProducedAdapter, Skipped, count
-from edgeadapt.audit.history import History, Round
+from edgeadapt.auditing.findings import Problem, ProducedAdapter, Skipped, count
+from edgeadapt.auditing.history import History, Round
 from edgeadapt.rounds.taskkinds import kind_of
 
 # Digest and length in bytes → packed masked vector; None where it was not kept, DataError where it is longer.

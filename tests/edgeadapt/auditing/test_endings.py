@@ -7,7 +7,7 @@ import pytest
 from aggregation import envelope
 from aggregation.messages import Assignment
 from aggregation.transcript import ENTRY, MAGIC, Abort, Checkpoint, Result
-from edgeadapt.audit import Check
+from edgeadapt.auditing import Check
 from tests.support.sessions import LoggedSession, failure, record
 
 

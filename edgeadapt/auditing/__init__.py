@@ -5,11 +5,11 @@ message), ``rules`` and ``sums`` (the checks on a history), ``auditor`` (all che
 ``weaknesses`` (warnings), ``recompute`` (the published adapters) and ``findings`` (what is reported).
 """
 
-from edgeadapt.audit.auditor import audit, chain
-from edgeadapt.audit.findings import Check, Finding, Problem, ProducedAdapter, Report, RoundSummary, Status
-from edgeadapt.audit.history import checkpoints
-from edgeadapt.audit.recompute import Recomputation
-from edgeadapt.audit.transcripts import AuditInput, AuditOptions
+from edgeadapt.auditing.auditor import audit, chain
+from edgeadapt.auditing.findings import Check, Finding, Problem, ProducedAdapter, Report, RoundSummary, Status
+from edgeadapt.auditing.history import checkpoints
+from edgeadapt.auditing.recompute import Recomputation
+from edgeadapt.auditing.transcripts import AuditInput, AuditOptions
 
 __all__ = [
     "AuditInput",

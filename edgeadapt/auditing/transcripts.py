@@ -21,12 +21,12 @@ from aggregation.errors import DataError, TrustError, of_file
 from aggregation.pki import Root
 from aggregation.pki.identity import PublicKey
 from aggregation.pki.revocation import RevocationList
-from edgeadapt.audit.account import Account, audited, require_recorded
-from edgeadapt.audit.auditor import audit, chain
-from edgeadapt.audit.findings import Check, Finding, Report, Status
-from edgeadapt.audit.recompute import Recomputation
-from edgeadapt.audit.records import require_logged, require_published
-from edgeadapt.audit.weaknesses import RepeatedSums, Weaknesses
+from edgeadapt.auditing.account import Account, audited, require_recorded
+from edgeadapt.auditing.auditor import audit, chain
+from edgeadapt.auditing.findings import Check, Finding, Report, Status
+from edgeadapt.auditing.recompute import Recomputation
+from edgeadapt.auditing.records import require_logged, require_published
+from edgeadapt.auditing.weaknesses import RepeatedSums, Weaknesses
 from edgeadapt.formats import storage
 from edgeadapt.formats.manifest import VersionManifest
 from edgeadapt.formats.registryfiles import AUTHORITY, DATABASE, PUBLIC_KEY, REGISTRY, REVOKED, RegistryFiles

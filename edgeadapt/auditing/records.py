@@ -8,7 +8,7 @@ session and the plan, also of an aborted round.
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from aggregation.errors import TrustError
-from edgeadapt.audit.findings import Report, RoundSummary
+from edgeadapt.auditing.findings import Report, RoundSummary
 from edgeadapt.formats.manifest import PrivacyBound, VersionManifest
 from edgeadapt.formats.roundrecord import INTERRUPTED, RoundRecord
 

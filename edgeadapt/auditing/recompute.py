@@ -21,7 +21,7 @@ from aggregation.errors import ConfigError, DataError, ProtocolError, TrustError
 from aggregation.groups import total
 from aggregation.policy import Policy
 from aggregation.transcript import AdapterId, Place
-from edgeadapt.audit.findings import Check, Finding, Problem, ProducedAdapter, Report, Status, count
+from edgeadapt.auditing.findings import Check, Finding, Problem, ProducedAdapter, Report, Status, count
 from edgeadapt.formats.layout import Layout
 from edgeadapt.formats.manifest import VersionManifest
 from edgeadapt.formats.registryfiles import RegistryFiles

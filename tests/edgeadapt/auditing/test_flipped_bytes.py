@@ -17,7 +17,7 @@ import pytest
 from aggregation.errors import EdgeAdaptError
 from aggregation.pki import Authority, Root
 from aggregation.pki.identity import PublicKey
-from edgeadapt.audit import AuditInput, AuditOptions, Check, Status
+from edgeadapt.auditing import AuditInput, AuditOptions, Check, Status
 from edgeadapt.formats.registryfiles import DATABASE, REVOKED, RegistryFiles
 
 SEED, FLIPS = 20261126, 12  # flips in each file of a kind that is read
