@@ -6,6 +6,7 @@ import click
 
 from aggregation.errors import ConfigError
 from client.cli import options
+from edgeadapt import commandline
 from edgeadapt.formats import storage
 from edgeadapt.formats.settings import overridden
 
@@ -26,10 +27,10 @@ LONGEST = 2**16  # bytes of a certificate or key
 )
 @click.option("--name", metavar="DEVICE", help="Without --token-file: the device's name in its certificate.")
 @click.option(
-    "--authority", type=options.FILE, metavar="FILE", help="Without --token-file: the authority's certificate."
+    "--authority", type=commandline.FILE, metavar="FILE", help="Without --token-file: the authority's certificate."
 )
 @click.option(
-    "--coordinator", type=options.FILE, metavar="FILE", help="Without --token-file: the coordinator's public key."
+    "--coordinator", type=commandline.FILE, metavar="FILE", help="Without --token-file: the coordinator's public key."
 )
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A key of device.toml; may be repeated.")
 def enrol(
@@ -96,7 +97,7 @@ def _with_token(state_dir: Path, table: dict[str, object], token: str) -> None:
     _show(*invitation.to_pem())
     name, end = enrol_with(invitation, state_dir, DeviceSettings.parse(table, "--set"), SystemEntropy())
     click.echo(f"{name} has the key {DeviceStateDir.open(state_dir).identity.public.key_id}")
-    click.echo(f"{name} is enrolled until {end:%Y-%m-%d}: start 'edgeadapt device agent --state {state_dir}'")
+    click.echo(f"{name} is enrolled until {end:%Y-%m-%d}: start 'edgeadapt device run --state {state_dir}'")
 
 
 def _show(authority: bytes, coordinator: bytes) -> None:

@@ -10,6 +10,7 @@ import click
 
 from aggregation.errors import ConfigError, of_file
 from client.cli import options
+from edgeadapt import commandline
 from edgeadapt.formats import storage
 
 WIDTH = 18
@@ -21,8 +22,10 @@ FORGETTING = (
 
 @click.command()
 @options.state_dir
-@click.option("--certificate", type=options.FILE, metavar="FILE", help="From 'edgeadapt authority issue'.")
-@click.option("--revoked", type=options.FILE, metavar="FILE", help="Revocation list; each offer brings one as well.")
+@click.option("--certificate", type=commandline.FILE, metavar="FILE", help="From 'edgeadapt authority issue'.")
+@click.option(
+    "--revoked", type=commandline.FILE, metavar="FILE", help="Revocation list; each offer brings one as well."
+)
 def install(state_dir: Path, certificate: Path | None, revoked: Path | None) -> None:
     """Install the certificate of this device, or the authority's revocation list.
 
@@ -48,7 +51,7 @@ def install(state_dir: Path, certificate: Path | None, revoked: Path | None) -> 
 
 @click.command()
 @options.state_dir
-@options.as_json
+@commandline.as_json
 def policy(state_dir: Path, as_json: bool) -> None:
     """Print the policy in force, from [policy] in device.toml; * marks a limit that differs from its default.
 

@@ -1,4 +1,4 @@
-"""``edgeadapt device serve-web``: serves the page that runs a bundle in a browser."""
+"""``edgeadapt device web``: serves the page that runs a bundle in a browser."""
 
 from pathlib import Path
 
@@ -6,10 +6,11 @@ import click
 
 from client.browser.server import Site, http_server
 from client.cli import options
+from edgeadapt import commandline
 
 
 @click.command("serve-web")
-@options.bundle
+@commandline.bundle()
 @options.trust
 @click.option(
     "--gateway", default="", metavar="URL", help="Let the page connect there too: wss://HOST:PORT of a coordinator."
@@ -23,7 +24,7 @@ from client.cli import options
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen on.")
 @click.option("--port", default=8765, show_default=True, type=click.IntRange(0, 65535), help="0: any free port.")
 @click.option(
-    "--export", "out", type=options.FOLDER, metavar="DIR", help="Write the page and bundle to DIR; do not serve."
+    "--export", "out", type=commandline.FOLDER, metavar="DIR", help="Write the page and bundle to DIR; do not serve."
 )
 def serve_web(
     bundle: Path, trust: Path | None, gateway: str, enrolment: str, host: str, port: int, out: Path | None
@@ -35,8 +36,8 @@ def serve_web(
 
     \b
     Examples:
-      edgeadapt device serve-web --bundle runs/demo/bundle
-      edgeadapt device serve-web --bundle runs/demo/bundle --export site
+      edgeadapt device web --bundle runs/demo/bundle
+      edgeadapt device web --bundle runs/demo/bundle --export site
     """
     site = Site.of(bundle, trust, gateway, enrolment)
     if out is not None:

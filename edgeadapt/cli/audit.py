@@ -14,6 +14,7 @@ from aggregation.errors import ConfigError, TrustError
 from aggregation.transcript import read
 from edgeadapt.audit import AuditInput, AuditOptions, Finding, Report, Status
 from edgeadapt.audit.findings import count
+from edgeadapt.commandline import FOLDER, as_json
 from edgeadapt.formats import storage
 from edgeadapt.formats.registryfiles import RegistrySettings
 from edgeadapt.releases.actions import ActionRecord
@@ -21,7 +22,6 @@ from edgeadapt.releases.history import RepositoryAudit, audit_repository, is_rep
 
 MARK, INDENT, WIDTH = 13, 30, 90  # columns: of a finding's status, before its text, of its text
 RUN = "coordinator"  # the state directory in the folder of a run
-FOLDER = click.Path(path_type=Path)
 Renderer = Callable[[AuditInput, Mapping[str, Report], TrustError | None], Iterator[str]]
 
 
@@ -38,7 +38,7 @@ class _Moment(click.DateTime):
 
 def _options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
+        as_json,
         click.option("--unfinished", is_flag=True, help="Accept that the last session is still under way."),
         click.option(
             "--root",
@@ -83,12 +83,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.group("audit", context_settings={"help_option_names": ["-h", "--help"]})
-def audit_command() -> None:
-    """Check from its transcripts that a coordinator followed the protocol, and what was done with its releases."""
-
-
-@audit_command.command()
+@click.command()
 @_options
 def verify(path: Path, unfinished: bool, as_json: bool, **options: Any) -> None:
     """Check every session at PATH, and exit with 4 if a check fails.
@@ -112,7 +107,7 @@ def verify(path: Path, unfinished: bool, as_json: bool, **options: Any) -> None:
     _audit(path, unfinished, as_json, options, _render_findings)
 
 
-@audit_command.command(short_help="List the rounds at PATH, their survivors and dropouts.")
+@click.command()
 @_options
 @click.option("--entries", is_flag=True, help="List every message too.")
 def show(path: Path, unfinished: bool, as_json: bool, entries: bool, **options: Any) -> None:

@@ -14,17 +14,14 @@ from aggregation.pki.revocation import Reason
 from aggregation.pki.tls import read_tls_request
 from edgeadapt.authority import AuthorityStore
 from edgeadapt.authority.store import CERTIFICATE, KEY, REVOKED, SHORTEST_PASSPHRASE
-from edgeadapt.commandline import FiniteRange
+from edgeadapt.commandline import FILE, FOLDER, FiniteRange, as_json
 from edgeadapt.formats import storage
 from edgeadapt.formats.gateway.invitation import Invitation, new_secret
 
-FOLDER = click.Path(path_type=Path)
-FILE = click.Path(path_type=Path, dir_okay=False)
 LONGEST = 2**16  # bytes of a request or a key, and that are read of a passphrase
 LONGEST_PASSPHRASE = 1023  # bytes, for OpenSSL
 
 folder = click.argument("folder", type=FOLDER, metavar="DIR")
-as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 passphrase_file = click.option(
     "--passphrase-file", type=FILE, metavar="FILE", help="File whose first line is the passphrase. Default: ask for it."
 )

@@ -1,4 +1,4 @@
-"""``edgeadapt adapters sbom``: the bill of materials of a version."""
+"""``edgeadapt release sbom``: the bill of materials of a version."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,8 +23,8 @@ def sbom(state_dir: Path, releases: Path | None, trust: Path | None, version: in
 
     \b
     Examples:
-      edgeadapt adapters sbom fleet 3
-      edgeadapt adapters sbom fleet 3 --releases releases --out adapter-3.cdx.json
+      edgeadapt release sbom fleet 3
+      edgeadapt release sbom fleet 3 --releases releases --out adapter-3.cdx.json
     """
     from edgeadapt.releases.sbom import bill_of_materials
 

@@ -1,4 +1,4 @@
-"""``edgeadapt simulate`` runs a scenario file, ``demo`` the one that comes with the package; ``data`` shows texts."""
+"""``edgeadapt simulate run`` runs a scenario, ``demo`` the one that comes with the package; ``look`` shows texts."""
 
 import json
 import re
@@ -14,6 +14,7 @@ import click
 from rich.console import Console
 
 from aggregation.errors import ConfigError
+from edgeadapt.commandline import as_json
 from edgeadapt.formats.settings import toml_value
 from simulations.scenario import Scenario, describe
 
@@ -61,7 +62,7 @@ def demo(**options: Any) -> None:
     """Households personalize a frozen model together; no household shows its data.
 
     Runs the scenario simulations/scenarios/households.toml: a few minutes on two cores, without a network. `edgeadapt
-    simulate multilingual.toml` runs the same households on a base that reads about 100 languages.
+    simulate run multilingual.toml` runs the same households on a base that reads about 100 languages.
 
     \b
     Examples:
@@ -82,12 +83,12 @@ def simulate(scenario: Path, **options: Any) -> None:
 
     \b
     Examples:
-      edgeadapt simulate households.toml                       # a file, or one that is shipped
-      edgeadapt simulate population.toml --workers 8           # 10,000 households in cohorts of 100
-      edgeadapt simulate texts.csv --set data.client=user      # columns text, label, user
-      edgeadapt simulate authors.toml --set 'data.files=["texts.jsonl"]' --set data.client=author
-      edgeadapt simulate my.toml --set federation.rounds=20 --set 'population.languages=["en","es"]'
-      edgeadapt simulate --keys
+      edgeadapt simulate run households.toml                       # a file, or one that is shipped
+      edgeadapt simulate run population.toml --workers 8           # 10,000 households in cohorts of 100
+      edgeadapt simulate run texts.csv --set data.client=user      # columns text, label, user
+      edgeadapt simulate run authors.toml --set 'data.files=["texts.jsonl"]' --set data.client=author
+      edgeadapt simulate run my.toml --set federation.rounds=20 --set 'population.languages=["en","es"]'
+      edgeadapt simulate run --keys
     """
     _run(scenario, **options)
 
@@ -154,26 +155,21 @@ def _newest(scenario: Scenario) -> Path:
     return runs[-1].parent
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-def data() -> None:
-    """Look at the texts that a scenario names."""
-
-
-@data.command(short_help="Show clients, sizes, labels, broken rows.")
+@click.command()
 @click.argument("scenario", type=click.Path(path_type=Path), metavar="SCENARIO|FILE|DIR")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set a scenario key; repeatable.")
 @click.option("--clients", is_flag=True, help="Also a line for each client.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def show(scenario: Path, overrides: tuple[str, ...], clients: bool, as_json: bool) -> None:
+@as_json
+def look(scenario: Path, overrides: tuple[str, ...], clients: bool, as_json: bool) -> None:
     """Show clients, sizes, labels, languages and broken rows of a SCENARIO, or of a file of texts.
 
     Broken rows are counted and listed, and never end this command.
 
     \b
     Examples:
-      edgeadapt data show texts.csv --set data.client=user
-      edgeadapt data show my.toml --clients
-      edgeadapt data show texts.jsonl --set data.partition=shard --set data.clients=8 --json
+      edgeadapt simulate look texts.csv --set data.client=user
+      edgeadapt simulate look my.toml --clients
+      edgeadapt simulate look texts.jsonl --set data.partition=shard --set data.clients=8 --json
     """
     settings = read_scenario(scenario, (*overrides, "data.broken=skip"))
     from edgeadapt.bases.base import find_base

@@ -1,4 +1,4 @@
-"""``edgeadapt suite``: arms against each other on several seeds, and their differences with intervals."""
+"""``edgeadapt simulate suite``: arms against each other on several seeds, and their differences with intervals."""
 
 import json
 from pathlib import Path
@@ -10,12 +10,7 @@ from simulations.cli.simulate import RUNS, resumable
 MOST_JOBS = 4  # by default; each holds a base in memory
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-def suite() -> None:
-    """Compare arms of a scenario on several seeds."""
-
-
-@suite.command(short_help="Run the arms of a suite on its seeds.")
+@click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--seeds", type=click.IntRange(1, 1000), help="So many seeds, from 0 on.  [default: the file's]")
 @click.option(
@@ -26,7 +21,7 @@ def suite() -> None:
 @click.option("--resume", is_flag=True, help="Continue the suite in --out; what is finished is kept.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the suite.  [default: runs/suite-NAME]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the tables.")
-def run(
+def suite(
     file: Path,
     seeds: int | None,
     jobs: int | None,
@@ -43,10 +38,10 @@ def run(
 
     \b
     Examples:
-      edgeadapt suite run households.toml --out runs/households
-      edgeadapt suite run newsgroups.toml --set data.concentration=0.1 --out runs/newsgroups
-      edgeadapt suite run my.toml --seeds 5 --jobs 2
-      edgeadapt suite run my.toml --seeds 5 --jobs 2 --resume
+      edgeadapt simulate suite households.toml --out runs/households
+      edgeadapt simulate suite newsgroups.toml --set data.concentration=0.1 --out runs/newsgroups
+      edgeadapt simulate suite my.toml --seeds 5 --jobs 2
+      edgeadapt simulate suite my.toml --seeds 5 --jobs 2 --resume
     """
     # Imported here, so that --help does not wait for the libraries.
     from edgeadapt.formats.cores import cores
@@ -61,7 +56,7 @@ def run(
     _report(out, as_json)
 
 
-@suite.command(short_help="Write and print the report of a suite.")
+@click.command()
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
 @click.option("--track", type=click.Choice(["mlflow", "tensorboard"]), help="Also send the runs to this tracker.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the tables.")
@@ -70,9 +65,9 @@ def report(folder: Path, track: str | None, as_json: bool) -> None:
 
     \b
     Examples:
-      edgeadapt suite report runs/households
-      edgeadapt suite report runs/households --json > suite.json
-      edgeadapt suite report runs/households --track tensorboard
+      edgeadapt simulate report runs/households
+      edgeadapt simulate report runs/households --json > suite.json
+      edgeadapt simulate report runs/households --track tensorboard
     """
     _report(folder, as_json, track)
 

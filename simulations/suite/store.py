@@ -132,7 +132,7 @@ def open_suite(out: Path) -> Suite:
         settings, scenario = stored["settings"], Scenario.parse(stored["scenario"], str(file))
         return Suite(SuiteSettings.parse(settings, str(file)), scenario.model_dump(mode="json"), Path(stored["folder"]))
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ConfigError(f"{out} contains no suite: run one with 'edgeadapt suite run'", about="DIR") from error
+        raise ConfigError(f"{out} contains no suite: run one with 'edgeadapt simulate suite'", about="DIR") from error
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{file} is damaged: run the suite again with --resume", about=SUITE) from error
 

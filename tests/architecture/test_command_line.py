@@ -16,6 +16,7 @@ import click
 import pytest
 
 from edgeadapt import program
+from edgeadapt.commandline import RenamedOption
 
 Outcome = tuple[int, str, str]
 Path = tuple[str, ...]  # the words of a command, without the program's own
@@ -65,9 +66,9 @@ def test_a_group_without_a_command_lists_its_commands_each_in_a_whole_line(
     path: Path, run: Callable[..., Outcome]
 ) -> None:
     code, out, err = run(*path)
-    assert (code, out) == (2, "")
-    listed = err.partition("Commands:\n")[2].splitlines()
-    assert [line.split()[0] for line in listed] == sorted(each[-1] for each in ALL if each[:-1] == path)
+    assert (code, err) == (0, "")
+    listed = re.findall(r"^  [a-z].*", re.split(r"^(?:Commands|Start):$", out, flags=re.MULTILINE)[1], re.MULTILINE)
+    assert [line.split()[0] for line in listed] == [each[-1] for each in ALL if each[:-1] == path]
     assert [line for line in listed if line.endswith("...")] == []
 
 
@@ -89,6 +90,50 @@ def test_a_wrong_call_ends_in_one_line_that_names_the_help(words: Path, run: Cal
     assert err.endswith(f"see '{command} --help'\n")
 
 
+@pytest.mark.parametrize("old", program.RENAMED)
+def test_a_call_of_a_former_version_is_the_new_one_and_says_so(old: str, run: Callable[..., Outcome]) -> None:
+    new = program.RENAMED[old]
+    named = [word for word in new.split() if not word.startswith("-")]
+    assert tuple(named) in ALL
+    code, out, err = run(*old.replace("FILE", "my.toml").split(), "--help")
+    assert (code, err) == (0, f"edgeadapt: {old.removesuffix(' FILE')!r} is called {new!r} now\n")
+    assert "--keys" in old or out.startswith(f"Usage: edgeadapt {' '.join(named)} ")
+
+
+def test_an_option_of_a_former_version_is_the_new_one_and_in_no_help(
+    run: Callable[..., Outcome], tmp_path: pathlib.Path
+) -> None:
+    for path, command in ALL.items():
+        for option in command.params:
+            if isinstance(option, RenamedOption):
+                assert option.former not in run(*path, "--help")[1].split()
+                context = click.Context(command, resilient_parsing=True)
+                command.parse_args(context, [option.former, "x"])
+                assert str(context.params[option.name or ""]) in ("x", "('x',)")
+
+
+def test_a_mistyped_command_is_told_the_one_that_was_meant(run: Callable[..., Outcome]) -> None:
+    line = "edgeadapt: No such command 'devise'; did you mean 'device'? see 'edgeadapt --help'\n"
+    assert run("devise") == (2, "", line)
+    line = "edgeadapt: No such command 'lsit'; did you mean 'list'? see 'edgeadapt bundle --help'\n"
+    assert run("bundle", "lsit") == (2, "", line)
+
+
+def test_the_bundle_is_the_named_one_or_that_of_the_environment_or_the_one_here(
+    run: Callable[..., Outcome], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("EDGEADAPT_BUNDLE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("bundle", "list")
+    assert code == 2
+    assert "there is no ./bundle: name the bundle's folder with --bundle DIR or in EDGEADAPT_BUNDLE" in err
+    (tmp_path / "bundle").mkdir()
+    assert "trust.pem" in run("bundle", "list")[2]
+    monkeypatch.setenv("EDGEADAPT_BUNDLE", "elsewhere")
+    assert "elsewhere" in run("bundle", "list")[2]
+    assert "named" in run("bundle", "list", "--bundle", "named")[2]
+
+
 def test_a_wrong_call_is_json_too_where_json_is_asked_for(run: Callable[..., Outcome]) -> None:
     code, out, err = run("audit", "verify", "--json")
     assert code == 2
@@ -99,8 +144,8 @@ def test_a_wrong_call_is_json_too_where_json_is_asked_for(run: Callable[..., Out
     ("words", "extra"),
     [
         (("demo",), "simulations"),
-        (("export", "adapter", "--peft", "p", "--bundle", "b", "--key", "key.pem"), "export"),
-        (("export", "base", "--base", "p", "--out", "b", "--key", "key.pem"), "export"),
+        (("bundle", "add", "--peft", "p", "--bundle", "b", "--key", "key.pem"), "export"),
+        (("bundle", "make", "--base", "p", "--bundle", "b", "--key", "key.pem"), "export"),
     ],
 )
 def test_on_the_bare_install_a_command_names_the_extra_that_it_needs(
@@ -109,13 +154,13 @@ def test_on_the_bare_install_a_command_names_the_extra_that_it_needs(
     without = f"import sys; sys.modules.update(dict.fromkeys({sorted(EXTRAS)}))"
     script = f"{without}; from edgeadapt import program; program.main()"
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    key = subprocess.run([sys.executable, "-m", "edgeadapt", "export", "key", "key.pem"], cwd=tmp_path, env=environment)
+    key = subprocess.run([sys.executable, "-c", script, "bundle", "key", "key.pem"], cwd=tmp_path, env=environment)
     assert key.returncode == 0
     done = subprocess.run(
         [sys.executable, "-c", script, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(rf"edgeadapt: '\w+' needs \w+, which .*: pip install 'edgeadapt\[{extra}\]'\n", done.stderr)
+    assert re.fullmatch(rf"edgeadapt: '[\w ]+' needs \w+, which .*: pip install 'edgeadapt\[{extra}\]'\n", done.stderr)
 
 
 def test_a_folder_that_hides_a_package_is_named(tmp_path: pathlib.Path, root: pathlib.Path) -> None:
@@ -142,7 +187,7 @@ def test_a_folder_whose_name_is_no_text_is_printed_with_its_bytes_escaped(
 
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no full disk to write to")
 @pytest.mark.parametrize(
-    "words", [["base", "list"], ["device", "adapters", "--bundle", "nowhere"]], ids=["result", "error"]
+    "words", [["base", "list"], ["bundle", "list", "--bundle", "nowhere"]], ids=["result", "error"]
 )
 def test_an_output_that_cannot_be_written_is_one_line(words: list[str]) -> None:
     with pathlib.Path("/dev/full").open("w") as full:
@@ -175,6 +220,7 @@ def test_who_terminates_a_command_reads_so_also_while_a_library_is_kept_quiet(
 CALLBACK = """
 import os, time
 from edgeadapt import program
+from edgeadapt.commandline import RenamedOption
 
 once = program._send_again
 
@@ -220,6 +266,7 @@ print("imported", flush=True)
 IMPORTING = """
 import time
 from edgeadapt import program
+from edgeadapt.commandline import RenamedOption
 
 def command(**options):
     import slow

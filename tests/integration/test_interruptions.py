@@ -50,8 +50,8 @@ def interrupted(folder: Path, command: str, ask: signal.Signals, after: float | 
 
 
 def test_an_export_that_is_terminated_writes_a_whole_bundle_or_none(tmp_path: Path, tiny_base: Any) -> None:
-    call("export", "key", tmp_path / "vendor.pem")
-    command, stopped = f"export base --base {tiny_base.folder} --out bundle --key vendor.pem", 0
+    call("bundle", "key", tmp_path / "vendor.pem")
+    command, stopped = f"bundle make --base {tiny_base.folder} --bundle bundle --key vendor.pem", 0
     for after in (1, 4):
         stopped += interrupted(tmp_path, command, signal.SIGTERM, after)
         if (tmp_path / "bundle").exists():
