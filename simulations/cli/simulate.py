@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ from aggregation.errors import ConfigError
 from edgeadapt.commandline import as_json
 from edgeadapt.formats.settings import toml_value
 from simulations.scenario import Scenario, describe
+from simulations.shipped import SCENARIOS, find
 
 RUNS = Path("runs")
-SHIPPED = Path(str(files("simulations"))) / "scenarios"
 DEMO = "households.toml"
 OWN_TEXTS = "households.toml"  # whose base is not pruned to some languages
 
@@ -71,7 +70,7 @@ def demo(**options: Any) -> None:
       edgeadapt demo --out runs/mine --resume      # after Ctrl-C
       edgeadapt demo --json > result.json
     """
-    _run(SHIPPED / DEMO, **options)
+    _run(SCENARIOS / DEMO, **options)
 
 
 @click.command()
@@ -96,14 +95,14 @@ def simulate(scenario: Path, **options: Any) -> None:
 def read_scenario(path: Path, overrides: Sequence[str]) -> Scenario:
     """Read the scenario in a file, or a shipped one; for own texts in a file or folder, ``OWN_TEXTS`` with these."""
     if path.suffix == ".toml":
-        shipped = SHIPPED / path.name
-        path = shipped if not path.exists() and shipped.exists() else path
+        path = find(path, SCENARIOS)
         return Scenario.read(path, overrides).located(path.parent)
     if not path.exists():
-        raise ConfigError(f"there is no file or folder {path}", about="SCENARIO", value=str(path))
+        text = f"there is no file or folder {path}; 'edgeadapt simulate scenarios' lists what is shipped"
+        raise ConfigError(text, about="SCENARIO", value=str(path))
     name = re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-")[:64] or "texts"
     texts = f"data.files={toml_value([str(path.absolute())])}"
-    return Scenario.read(SHIPPED / OWN_TEXTS, (f'name="{name}"', texts, *overrides)).located(Path())
+    return Scenario.read(SCENARIOS / OWN_TEXTS, (f'name="{name}"', texts, *overrides)).located(Path())
 
 
 def _run(

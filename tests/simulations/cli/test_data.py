@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import simulations
 from tests.simulations.data.test_tables import rows, write_csv
 
 Outcome = tuple[int, str, str]
@@ -62,7 +63,7 @@ def test_a_mistake_is_one_line(run: Callable[..., Outcome], table: Path, words: 
     empty, short = table.with_name("empty.csv"), table.with_name("short.csv")
     empty.write_text("text,label,user\n")
     short.write_text("text,label,user\nhello")
-    code, _, err = run("simulate", *(word.format(table=table, empty=empty, short=short) for word in words))
+    code, _, err = run("simulate", "run", *(word.format(table=table, empty=empty, short=short) for word in words))
     assert code != 0
     assert err.count("\n") == 1
     assert reason in err
@@ -77,3 +78,16 @@ def test_relative_paths_of_a_scenario_are_taken_from_its_folder(
     code, out, _ = run("simulate", "look", tmp_path / "mine.toml")
     assert code == 0
     assert "8, 2 of them unseen" in out
+
+
+def test_what_is_shipped_is_listed_and_named_where_a_name_is_mistyped(run: Callable[..., Outcome]) -> None:
+    code, out, err = run("simulate", "scenarios", "--json")
+    assert (code, err) == (0, "")
+    for kind, command in (("scenarios", "run"), ("suites", "suite")):
+        shipped = json.loads(out)[kind]
+        assert sorted(shipped) == sorted(path.name for path in (Path(simulations.__file__).parent / kind).iterdir())
+        assert min(map(len, shipped.values())) > 20
+        code, _, err = run("simulate", command, "household.toml")
+        assert (code, err.count("\n")) == (2, 1)
+        assert "household.toml" in err
+        assert ", ".join(shipped) in err
