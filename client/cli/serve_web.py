@@ -26,8 +26,16 @@ from edgeadapt import commandline
 @click.option(
     "--export", "out", type=commandline.FOLDER, metavar="DIR", help="Write the page and bundle to DIR; do not serve."
 )
+@commandline.as_json
 def serve_web(
-    bundle: Path, trust: Path | None, gateway: str, enrolment: str, host: str, port: int, out: Path | None
+    bundle: Path,
+    trust: Path | None,
+    gateway: str,
+    enrolment: str,
+    host: str,
+    port: int,
+    out: Path | None,
+    as_json: bool,
 ) -> None:
     """Serve a page that verifies the bundle and runs it in the browser, or export the page to a folder.
 
@@ -42,8 +50,9 @@ def serve_web(
     site = Site.of(bundle, trust, gateway, enrolment)
     if out is not None:
         site.export(out)
-        click.echo(f"wrote {out}")
+        commandline.print_result({"folder": str(out)}, f"wrote {out}", as_json)
         return
     with http_server(site, host, port) as serving:
-        click.echo(f"serving at http://{host}:{serving.server_port}/ until Ctrl-C")
+        url = f"http://{host}:{serving.server_port}/"
+        commandline.print_result({"url": url}, f"serving at {url} until Ctrl-C", as_json)
         serving.serve_forever()

@@ -15,7 +15,7 @@ import click
 
 from aggregation.errors import ConfigError, EdgeAdaptError
 from edgeadapt import commandline
-from edgeadapt.commandline import FILE, as_json
+from edgeadapt.commandline import FILE, as_json, print_result
 from edgeadapt.formats import storage
 from edgeadapt.formats.settings import overridden
 
@@ -143,7 +143,8 @@ def publish(state_dir: Path, folder: Path, base: str, labels: Path | None, as_js
 @click.option(
     "--name", default="gateway", show_default=True, metavar="NAME", help="Of the gateway, in its certificate."
 )
-def tls_request(state_dir: Path, name: str) -> None:
+@as_json
+def tls_request(state_dir: Path, name: str, as_json: bool) -> None:
     """Make the gateway's next TLS key in DIR, and DIR/tls.csr, a request for the authority.
 
     The authority certifies the key for the names at which devices reach the gateway. Its certificate is DIR/tls.pem,
@@ -159,7 +160,8 @@ def tls_request(state_dir: Path, name: str) -> None:
     from coordinator.statedir import TLS_REQUEST, CoordinatorStateDir
 
     CoordinatorStateDir.open(state_dir).request_tls(name, SystemEntropy())
-    click.echo(f"send {state_dir / TLS_REQUEST} to the authority")
+    request = state_dir / TLS_REQUEST
+    print_result({"request": str(request)}, f"send {request} to the authority", as_json)
 
 
 @click.command()
@@ -421,7 +423,8 @@ def up(state_dir: Path, as_json: bool) -> None:
 
 @click.command()
 @directory
-def stop(state_dir: Path) -> None:
+@as_json
+def stop(state_dir: Path, as_json: bool) -> None:
     """Stop what 'edgeadapt coordinator up DIR' runs, and wait until it has ended.
 
     \b
@@ -430,7 +433,8 @@ def stop(state_dir: Path) -> None:
     """
     from coordinator.services.deployment import stop
 
-    click.echo("stopped" if stop(state_dir) else f"no services of {state_dir} run")
+    stopped = stop(state_dir)
+    print_result({"stopped": stopped}, "stopped" if stopped else f"no services of {state_dir} run", as_json)
 
 
 def _event_row(event: "ServiceEvent") -> dict[str, str | int | float]:

@@ -9,7 +9,7 @@ import click
 
 from aggregation.entropy import SystemEntropy
 from edgeadapt import commandline
-from edgeadapt.commandline import FILE, FOLDER, as_json
+from edgeadapt.commandline import FILE, FOLDER, as_json, print_result
 from edgeadapt.formats import storage
 from edgeadapt.releases.actions import login_name
 from edgeadapt.releases.repository import ChannelRepository, Published, pinned_keys
@@ -23,7 +23,8 @@ name = click.argument("channel", metavar="CHANNEL")
 @click.command()
 @repository
 @click.option("--channel", "names", multiple=True, metavar="NAME", help="Default: canary and stable. May be repeated.")
-def init(folder: Path, names: tuple[str, ...]) -> None:
+@as_json
+def init(folder: Path, names: tuple[str, ...], as_json: bool) -> None:
     """Make a repository in the new folder DIR. Devices pin DIR/root.json.
 
     \b
@@ -34,7 +35,9 @@ def init(folder: Path, names: tuple[str, ...]) -> None:
     chosen = {"channels": names} if names else {}
     made = ChannelRepository.create(folder, SystemEntropy(), _now(), **chosen, by=login_name())
     _write_root(folder, made)
-    click.echo(f"channels {', '.join(made.channels)}; serve {folder / 'public'}; devices pin {folder / ROOT}")
+    public, root = str(folder / "public"), str(folder / ROOT)
+    line = f"channels {', '.join(made.channels)}; serve {public}; devices pin {root}"
+    print_result({"channels": list(made.channels), "public": public, "root": root}, line, as_json)
 
 
 @click.command()
@@ -60,7 +63,8 @@ def publish(folder: Path, channel: str, bundle: Path, trust: Path | None, as_jso
 @click.command()
 @repository
 @name
-def add(folder: Path, channel: str) -> None:
+@as_json
+def add(folder: Path, channel: str, as_json: bool) -> None:
     """Add a channel with a key of its own. A channel stable is protected from the start.
 
     \b
@@ -68,14 +72,15 @@ def add(folder: Path, channel: str) -> None:
       edgeadapt release add releases stable-de
     """
     _open(folder).add_channel(channel, SystemEntropy())
-    click.echo(f"channel {channel}")
+    print_result({"channel": channel}, f"channel {channel}", as_json)
 
 
 @click.command()
 @repository
 @name
 @click.option("--off", is_flag=True, help="Let publications make its releases again; the log notes it.")
-def protect(folder: Path, channel: str, off: bool) -> None:
+@as_json
+def protect(folder: Path, channel: str, off: bool, as_json: bool) -> None:
     """Let only promotions, which pass gates, make releases of CHANNEL from now on. Needs the key of targets.
 
     'edgeadapt release publish' then refuses, and an audit fails where somebody did it all the same.
@@ -86,13 +91,15 @@ def protect(folder: Path, channel: str, off: bool) -> None:
       edgeadapt release protect releases stable --off
     """
     _open(folder).protect(channel, on=not off)
-    click.echo(f"channel {channel} is {'not ' if off else ''}protected")
+    line = f"channel {channel} is {'not ' if off else ''}protected"
+    print_result({"channel": channel, "protected": not off}, line, as_json)
 
 
 @click.command()
 @repository
 @click.option("--all", "everything", is_flag=True, help="Also root, targets and channels, with their keys.")
-def renew(folder: Path, everything: bool) -> None:
+@as_json
+def renew(folder: Path, everything: bool, as_json: bool) -> None:
     """Sign snapshot and timestamp again: to be called once a day, by a timer. Needs no key but theirs.
 
     Devices refuse a repository whose timestamp is older than a week, so that nobody can hold back a release for longer.
@@ -105,12 +112,16 @@ def renew(folder: Path, everything: bool) -> None:
     opened = _open(folder)
     opened.renew(everything=everything)
     _write_root(folder, opened)
+    until = {role: expires for role, _, expires, _ in opened.metadata.roles()}
+    line = "\n".join(f"{role:<12} until {expires:%Y-%m-%d}" for role, expires in until.items())
+    print_result({"until": {role: expires.isoformat() for role, expires in until.items()}}, line, as_json)
 
 
 @click.command()
 @repository
 @click.argument("role", metavar="ROLE|CHANNEL")
-def rotate(folder: Path, role: str) -> None:
+@as_json
+def rotate(folder: Path, role: str, as_json: bool) -> None:
     """Replace the key of root, targets, snapshot (with timestamp) or a channel. Devices follow by themselves.
 
     The new key of a channel does not sign a rollback that is prepared: prepare it again.
@@ -122,11 +133,11 @@ def rotate(folder: Path, role: str) -> None:
     opened = _open(folder)
     discarded = opened.rotate(role, SystemEntropy())
     _write_root(folder, opened)
+    remedy = f"prepare one again with 'edgeadapt release rollout {folder} {role} … --key'"
+    line = f"{role} has a new key"
     if discarded:
-        remedy = f"prepare one again with 'edgeadapt release rollout {folder} {role} … --key'"
-        click.echo(
-            f"the rollback of channel {role} that was prepared is discarded, since the old key signed it: {remedy}"
-        )
+        line += f"\nits rollback that was prepared is discarded, since the old key signed it: {remedy}"
+    print_result({"role": role, "discarded": discarded}, line, as_json)
 
 
 @click.command()

@@ -13,7 +13,7 @@ import click
 from aggregation.errors import ConfigError, EdgeAdaptError
 from aggregation.pki.identity import IdentityKey
 from edgeadapt import commandline, traces
-from edgeadapt.commandline import FILE, FOLDER, FiniteRange, as_json
+from edgeadapt.commandline import FILE, FOLDER, FiniteRange, as_json, print_result
 from edgeadapt.formats import storage
 from edgeadapt.formats.bundle import TRUST
 from edgeadapt.formats.keyfiles import read_key
@@ -59,7 +59,8 @@ adapter_name = commandline.adapter("adapter", "Which adapter of both releases.",
 @click.command()
 @repository
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A key of the file; may be repeated.")
-def gates(folder: Path, overrides: tuple[str, ...]) -> None:
+@as_json
+def gates(folder: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Write REPO/gates.toml, in which each key is explained: what a release must pass before it is promoted.
 
     \b
@@ -72,7 +73,7 @@ def gates(folder: Path, overrides: tuple[str, ...]) -> None:
     if path.exists():
         raise ConfigError(f"{path} is there already: edit it", about=GATES)
     storage.replace(path, HEADER + settings.to_toml().encode(), storage.PUBLIC)
-    click.echo(f"{path}: edit it before a promotion")
+    print_result({"file": str(path)}, f"{path}: edit it before a promotion", as_json)
 
 
 @click.command()

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from edgeadapt.cli.versions import NUMBER, open_lineage, where
+from edgeadapt.commandline import as_json, print_result
 from edgeadapt.formats import storage
 
 
@@ -15,8 +16,11 @@ from edgeadapt.formats import storage
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Default: standard output."
 )
-def sbom(state_dir: Path, releases: Path | None, trust: Path | None, version: int, out: Path | None) -> None:
-    """Print the software bill of materials of a version of DIR as CycloneDX 1.6 in JSON.
+@as_json
+def sbom(
+    state_dir: Path, releases: Path | None, trust: Path | None, version: int, out: Path | None, as_json: bool
+) -> None:
+    """Print the software bill of materials of a version of DIR: always JSON, CycloneDX 1.6.
 
     It has the adapter, the versions that it was made from and its base, with digests; with --releases the exported
     files; and the packages of the bare install on this machine.
@@ -35,4 +39,4 @@ def sbom(state_dir: Path, releases: Path | None, trust: Path | None, version: in
         click.echo(text)
     else:
         storage.replace(out, text.encode(), storage.PUBLIC)
-        click.echo(f"{out}: CycloneDX 1.6")
+        print_result({"file": str(out)}, f"{out}: CycloneDX 1.6", as_json)

@@ -134,6 +134,43 @@ def test_the_bundle_is_the_named_one_or_that_of_the_environment_or_the_one_here(
     assert "named" in run("bundle", "list", "--bundle", "named")[2]
 
 
+SERVICES = {("authority", "serve"), ("coordinator", "dashboard"), ("device", "run")}  # they print lines of a log
+
+
+def test_what_a_script_of_a_fleet_calls_prints_one_object(
+    run: Callable[..., Outcome], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = {path for path in LEAVES if any("--json" in each.opts for each in ALL[path].params)}
+    assert set(LEAVES) - named == SERVICES
+    monkeypatch.chdir(tmp_path)
+    trust = ("--authority", "a/authority.pem")
+    pinned = (*trust, "--coordinator", "c/coordinator.pem")
+    addresses = ("--enrolment", "a.example:1", "--gateway", "b.example:2")
+    for words, keys in (
+        (("authority", "init", "a", "--unencrypted"), "authority certificate key"),
+        (("coordinator", "init", "c", *trust), "authority key public_key state"),
+        (("coordinator", "stop", "c"), "stopped"),
+        (("coordinator", "tls-request", "c"), "request"),
+        (("authority", "issue-tls", "a", "--request", "c/tls.csr", "--host", "b.example", "--out", "tls.pem"), "days"),
+        (("authority", "invite", "a", "--name", "d", "--coordinator", "c/coordinator.pem", *addresses), "token until"),
+        (("device", "enrol", "--state", "d", "--name", "d", "--base", "b", *pinned), "authority coordinator request"),
+        (("authority", "issue", "a", "--request", "d/request.csr", "--out", "d.pem"), "certificate device file key"),
+        (("device", "install", "--state", "d", "--certificate", "d.pem"), "device until"),
+        (("device", "forget", "--state", "d", "--yes"), "forgotten"),
+        (("authority", "revoke", "a", "d"), "list revoked"),
+        (("authority", "crl", "a"), "list number"),
+        (("release", "init", "r"), "channels public root"),
+        (("release", "add", "r", "beta"), "channel"),
+        (("release", "protect", "r", "beta"), "channel protected"),
+        (("release", "rotate", "r", "beta"), "discarded role"),
+        (("release", "renew", "r"), "until"),
+        (("release", "gates", "r"), "file"),
+    ):
+        code, out, err = run(*words, "--json")
+        assert (code, err, out.count("\n")) == (0, "", 1), words
+        assert set(keys.split()) <= set(json.loads(out)), words
+
+
 def test_a_wrong_call_is_json_too_where_json_is_asked_for(run: Callable[..., Outcome]) -> None:
     code, out, err = run("audit", "verify", "--json")
     assert code == 2
