@@ -136,7 +136,7 @@ def rotate(folder: Path, role: str, as_json: bool) -> None:
     remedy = f"prepare one again with 'edgeadapt release rollout {folder} {role} … --key'"
     line = f"{role} has a new key"
     if discarded:
-        line += f"\nits rollback that was prepared is discarded, since the old key signed it: {remedy}"
+        line += f"\nthe prepared rollback of channel {role} is discarded, since the old key signed it: {remedy}"
     print_result({"role": role, "discarded": discarded}, line, as_json)
 
 
