@@ -16,6 +16,7 @@ import click
 from click.core import ParameterSource
 
 PERIOD = 10.0  # seconds between two lines of progress
+QUIET = "edgeadapt.quiet"
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 FOLDER = click.Path(path_type=Path)
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -23,6 +24,21 @@ Decorator = Callable[[Any], Any]
 Row = tuple[str, str, str, str]  # module, attribute, one line for --help, extra that it needs
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+def _keep_quiet(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    context.meta[QUIET] = wanted
+
+
+quiet = click.option(
+    "-q", "--quiet", is_flag=True, expose_value=False, callback=_keep_quiet, help="Show no progress, only the result."
+)
+
+
+def is_quiet() -> bool:
+    """Report whether the command that runs was called with the option ``quiet``."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get(QUIET))
 
 
 def print_result(row: Mapping[str, Any], line: str, as_json: bool) -> None:
@@ -209,7 +225,8 @@ def status(label: str) -> Iterator[Callable[[str], None]]:
 
     # FORCE_COLOR makes rich take a pipe for a terminal. The file is fixed now: torch's is redirected while it traces.
     console, texts = Console(file=sys.stderr, force_terminal=sys.stderr.isatty()), [label]
-    plain = plain_progress(lambda: texts[0], console.file, shown=not console.is_terminal)
+    console.quiet = is_quiet()
+    plain = plain_progress(lambda: texts[0], console.file, shown=not console.is_terminal and not is_quiet())
     with console.status(label) as display, plain:
 
         def update(text: str) -> None:

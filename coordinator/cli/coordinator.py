@@ -468,6 +468,7 @@ def _plain(value: str | int | float) -> str | int | float:
 @click.option(
     "--standby", is_flag=True, help="For a second machine with the same registry: settings and certificates alone."
 )
+@commandline.quiet
 @as_json
 def backup(state_dir: Path, out: Path, keys: bool, standby: bool, as_json: bool) -> None:
     """Copy the coordinator in DIR to a tar archive: registry, adapters, logs, settings, certificates.
@@ -513,6 +514,7 @@ def backup(state_dir: Path, out: Path, keys: bool, standby: bool, as_json: bool)
 )
 @click.option("--database", default="", metavar="URL", help="Keep the registry in this PostgreSQL database, a new one.")
 @click.option("--blobs", default="", metavar="URL", help="Keep the adapters here. Default: in DIR.")
+@commandline.quiet
 @as_json
 def restore(
     state_dir: Path,
@@ -576,7 +578,7 @@ def _print_backup(made: "Backup", what: str, place: Path, as_json: bool) -> None
 @contextmanager
 def _progress(label: str) -> Iterator["Report"]:
     """Show a bar on standard error; it moves where that is a terminal."""
-    with click.progressbar(length=1, label=label, file=sys.stderr) as bar:
+    with click.progressbar(length=1, label=label, file=sys.stderr, hidden=commandline.is_quiet()) as bar:
 
         def report(done: int, total: int) -> None:
             bar.length = total

@@ -74,6 +74,7 @@ if TYPE_CHECKING:  # imports torch
 @profiled
 @commandline.bundle("Where the adapter is added or replaced.", new=True)
 @signed_by
+@commandline.quiet
 @as_json
 def add_adapter(
     registry: Path | None,
@@ -194,7 +195,7 @@ def _calibrated(
 
     inputs, runner = device_inputs(origin, base, form), OnnxRunner.open(folder, base)
     label = f"calibrating on {len(examples)} phrases"
-    with click.progressbar(length=len(examples), label=label, file=sys.stderr) as bar:
+    with click.progressbar(length=len(examples), label=label, file=sys.stderr, hidden=commandline.is_quiet()) as bar:
         return fit_temperature(runner, inputs, examples, lambda: bar.update(1))
 
 

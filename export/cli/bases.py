@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from aggregation.errors import ConfigError
+from edgeadapt import commandline
 from edgeadapt.bases.base import PACKAGES, Base, Package, find_base, in_package
 from edgeadapt.commandline import FOLDER, as_json, print_result, status
 from edgeadapt.formats.storage import read_lines
@@ -55,6 +56,7 @@ def show(name: str, as_json: bool) -> None:
     help="Words of each language. Default: 60,000.",
 )
 @click.option("--out", type=FOLDER, required=True, metavar="DIR", help="The new base's folder; must not exist.")
+@commandline.quiet
 @as_json
 def prune(name: str, languages: str, texts: Path | None, words: int, out: Path, as_json: bool) -> None:
     """Write a base that keeps only the tokens of some languages.
@@ -87,6 +89,7 @@ def prune(name: str, languages: str, texts: Path | None, words: int, out: Path, 
 @click.argument("name", metavar="NAME|DIR|FILE")
 @click.option("--peft", "adapter", type=FOLDER, metavar="DIR", required=True, help="A folder that peft saved.")
 @click.option("--out", type=FOLDER, required=True, metavar="DIR", help="The new base's folder; must not exist.")
+@commandline.quiet
 @as_json
 def merge(name: str, adapter: Path, out: Path, as_json: bool) -> None:
     """Write a base with an adapter merged into it.
@@ -118,6 +121,7 @@ def merge(name: str, adapter: Path, out: Path, as_json: bool) -> None:
 @click.argument("name", metavar="NAME|DIR|FILE")
 @click.option("--texts", type=FOLDER, metavar="FILE", required=True, help="Such as the base will read, one a line.")
 @click.option("--out", type=FOLDER, required=True, metavar="DIR", help="The new base's folder; must not exist.")
+@commandline.quiet
 @as_json
 def center(name: str, texts: Path, out: Path, as_json: bool) -> None:
     """Write a base whose embeddings are centered.

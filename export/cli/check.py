@@ -28,6 +28,7 @@ MAXIMA = {"max_abs_diff", "mixed_diff"}  # more answers can only raise these
 @which
 @pinned
 @click.option("--texts", type=FOLDER, required=True, metavar="FILE", help="Held-out texts, one a line.")
+@commandline.quiet
 @as_json
 def check(
     bundle: Path,
@@ -62,7 +63,9 @@ def check(
     )
 
     pair = open_pair(Bundle(bundle, trusted), name, base_name, origin)
-    with click.progressbar(length=len(lines), label=f"comparing {len(lines)} texts", file=sys.stderr) as bar:
+    with click.progressbar(
+        length=len(lines), label=f"comparing {len(lines)} texts", file=sys.stderr, hidden=commandline.is_quiet()
+    ) as bar:
         measured = compare(pair.model, pair.runner, pair.adapter.inputs, lines, lambda: bar.update(1))
     limits = limits_of(pair.base.profile, pair.base.task)
     broken = too_far(measured, limits)

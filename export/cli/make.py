@@ -62,6 +62,7 @@ TASKS = ("text-classification", "text-generation")
 )
 @commandline.bundle("The bundle; its base is replaced.", new=True, former="--out")
 @signed_by
+@commandline.quiet
 @as_json
 def make(
     name: str,

@@ -18,7 +18,7 @@ from rich.progress import (
 )
 
 from aggregation.errors import ConfigError
-from edgeadapt.commandline import FOLDER, plain_progress
+from edgeadapt.commandline import FOLDER, is_quiet, plain_progress
 from edgeadapt.formats.peftconfig import PeftConfig, require_gradients
 from edgeadapt.formats.storage import read_lines
 from export.bundle import sources
@@ -83,7 +83,7 @@ def progress(label: str) -> Iterator[Report]:
         transient=True,
         redirect_stdout=False,
         redirect_stderr=False,
-        disable=not console.is_terminal,
+        disable=not console.is_terminal or is_quiet(),
     )
     shown: dict[str, TaskID] = {}
 
@@ -101,7 +101,7 @@ def progress(label: str) -> Iterator[Report]:
             for task in display.tasks
         )
 
-    with display, plain_progress(now, console.file, shown=display.disable):
+    with display, plain_progress(now, console.file, shown=not console.is_terminal and not is_quiet()):
         report("reading", 0, 0)
         yield report
 

@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 import click
 
+from edgeadapt import commandline
 from edgeadapt.bases.base import find_base
 from edgeadapt.commandline import FOLDER, as_json, print_result, status
 from edgeadapt.formats.peftconfig import MAX_RANK, MAX_VIRTUAL_TOKENS, MethodName
@@ -54,6 +55,7 @@ from edgeadapt.formats.phrases import read_phrases
     "--seed", default=0, type=click.IntRange(0, 2**63 - 1), show_default=True, help="Draws matrices or virtual tokens."
 )
 @click.option("--out", type=FOLDER, required=True, metavar="DIR", help="A new folder, for 'coordinator publish'.")
+@commandline.quiet
 @as_json
 def start(
     name: str,

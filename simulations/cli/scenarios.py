@@ -19,6 +19,6 @@ def scenarios(as_json: bool) -> None:
     width = max(len(name) for files in shipped.values() for name in files)
     lines = []
     for (kind, files), command in zip(shipped.items(), ("run", "suite"), strict=True):
-        lines.append(f"{kind}, for 'edgeadapt simulate {command}':")
+        lines.append(f"{kind}, for 'simulate {command}':")
         lines += [f"  {name:{width}}  {text}" for name, text in files.items()]
     print_result(shipped, "\n".join(lines), as_json)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from edgeadapt import commandline
 from simulations.cli.simulate import RUNS, resumable
 
 MOST_JOBS = 4  # by default; each holds a base in memory
@@ -20,6 +21,7 @@ MOST_JOBS = 4  # by default; each holds a base in memory
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set a scenario key; repeatable.")
 @click.option("--resume", is_flag=True, help="Continue the suite in --out; what is finished is kept.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the suite.  [default: runs/suite-NAME]")
+@commandline.quiet
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the tables.")
 def suite(
     file: Path,
@@ -51,7 +53,8 @@ def suite(
 
     wanted = read_suite(file, seeds=seeds, changes=overrides, arms=arms)
     out = out or RUNS / f"suite-{wanted.settings.name}"
-    with resumable(out), taken(out, wanted, resume=resume) as store, SuiteProgress(quiet=as_json) as progress:
+    quiet = commandline.is_quiet()
+    with resumable(out), taken(out, wanted, resume=resume) as store, SuiteProgress(quiet=quiet) as progress:
         execute(wanted, store, jobs or min(cores(), MOST_JOBS), progress.show)
     _report(out, as_json)
 
