@@ -14,6 +14,7 @@ from typing import IO, Any
 
 import click
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 PERIOD = 10.0  # seconds between two lines of progress
 QUIET = "edgeadapt.quiet"
@@ -133,6 +134,14 @@ class LazyGroup(click.Group):
             raise click.ClickException(
                 f"{called!r} needs {package}, which is not installed: pip install 'edgeadapt[{extra}]'"
             ) from error
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete from the table, and options as every command does: no command is imported."""
+        names = [name for name in self._table if name.startswith(incomplete)]
+        return [
+            *(CompletionItem(name, help=self._table[name][2]) for name in names),
+            *click.Command.shell_complete(self, ctx, incomplete),
+        ]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the lines of the table, so that ``--help`` imports no command."""

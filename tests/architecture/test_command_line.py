@@ -200,6 +200,16 @@ def test_on_the_bare_install_a_command_names_the_extra_that_it_needs(
     assert re.fullmatch(rf"edgeadapt: '[\w ]+' needs \w+, which .*: pip install 'edgeadapt\[{extra}\]'\n", done.stderr)
 
 
+def test_a_shell_completes_commands_without_importing_them(root: pathlib.Path) -> None:
+    script = "import sys; from edgeadapt import program\ntry: program.main()\nfinally: print(*sys.modules)"
+    asked = {"_EDGEADAPT_COMPLETE": "bash_complete", "COMP_WORDS": "edgeadapt bundle ", "COMP_CWORD": "2"}
+    environment = {**os.environ, **asked, "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    *lines, modules = done.stdout.splitlines()
+    assert lines == [f"plain,{path[1]}" for path in LEAVES if path[0] == "bundle"]
+    assert not EXTRAS & set(modules.split())
+
+
 def test_a_folder_that_hides_a_package_is_named(tmp_path: pathlib.Path, root: pathlib.Path) -> None:
     """As on an install from a wheel: the finder of an editable one looks for each module by itself."""
     (tmp_path / "client").mkdir()
