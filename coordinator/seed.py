@@ -79,7 +79,7 @@ def _require_classifier(
     ):
         raise ConfigError(
             "devices train the layers of an encoder and a linear head over the mean of its tokens, and the adapter has "
-            "others: make it with 'edgeadapt export seed'",
+            "others: make it with 'edgeadapt base start'",
             about=HEAD,
             value=sorted(heads),
         )

@@ -26,14 +26,16 @@ if TYPE_CHECKING:
     from edgeadapt.interface.audits import Audit, audit
     from edgeadapt.interface.exports import export
     from edgeadapt.interface.models import Answer, Classifier, LanguageModel, load
-    from edgeadapt.interface.runs import Run, SuiteReport, simulate, suite
+    from edgeadapt.interface.runs import Run, simulate, suite
+    from simulations.suite.execute import SuiteReport
 
 _HOMES = {
     "aggregation.errors": ("ConfigError", "DataError", "EdgeAdaptError", "ProtocolError", "TrustError"),
     "edgeadapt.interface.audits": ("Audit", "audit"),
     "edgeadapt.interface.exports": ("export",),
     "edgeadapt.interface.models": ("Answer", "Classifier", "LanguageModel", "load"),
-    "edgeadapt.interface.runs": ("Run", "SuiteReport", "simulate", "suite"),
+    "edgeadapt.interface.runs": ("Run", "simulate", "suite"),
+    "simulations.suite.execute": ("SuiteReport",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -17,19 +17,22 @@ from client.learning.learner import Learnt, bits
 from client.training.control import TrainingControl
 from client.training.examples import read_examples
 from client.training.personal import PersonalMethod, PersonalStep
+from edgeadapt import commandline
 from edgeadapt.commandline import FiniteRange
 from edgeadapt.formats.manifest import Task
 from edgeadapt.formats.phrases import read_phrases
 
 
 @click.command()
-@options.bundle
-@click.option("--adapter", "name", metavar="NAME", help="The adapter that learns. Default: the one in use.")
+@commandline.bundle()
+@commandline.adapter("name", "The adapter that learns. Default: the one in use.")
 @options.trust
 @click.option("--undo", is_flag=True, help="Go back to the adapter before the last lesson.")
-@click.option("--compare", type=options.FILE, metavar="EXAMPLES", help="Of a language model: show these texts' bits.")
-@options.as_json
-@click.argument("file", required=False, type=options.FILE, metavar="[FILE]")
+@click.option(
+    "--compare", type=commandline.FILE, metavar="EXAMPLES", help="Of a language model: show these texts' bits."
+)
+@commandline.as_json
+@click.argument("file", required=False, type=commandline.FILE, metavar="[FILE]")
 def learn(
     bundle: Path,
     name: str | None,
@@ -43,7 +46,7 @@ def learn(
     on this device, and is in use at once. For a language model, lines of an answer, a tab and the prompt.
 
     A bundle without a private adapter gets one, made from the adapter in use. What is learned stays on this device, in
-    the folder 'learned' next to the bundle. The base must have a training graph (`edgeadapt export base --training`).
+    the folder 'learned' next to the bundle. The base must have a training graph (`edgeadapt bundle make --training`).
 
     Printed are the corrections, and which of the other known phrases are answered otherwise than before. Of a language
     model: bits per byte before and after, of the answers, of earlier ones, and of the texts in EXAMPLES, such as
@@ -150,8 +153,8 @@ def _one_line(text: str) -> str:
 
 
 @click.command()
-@options.bundle
-@click.option("--adapter", "name", metavar="NAME", help="The global adapter to start from, if there are several.")
+@commandline.bundle()
+@commandline.adapter("name", "The global adapter to start from, if there are several.")
 @options.trust
 @click.option(
     "--method",
@@ -191,8 +194,8 @@ def _one_line(text: str) -> str:
     metavar="SHARE",
     help="Compute for this share of the time, and pause after each step, to save a battery.",
 )
-@options.as_json
-@click.argument("file", type=options.FILE, metavar="EXAMPLES")
+@commandline.as_json
+@click.argument("file", type=commandline.FILE, metavar="EXAMPLES")
 def personalize(
     bundle: Path,
     name: str | None,

@@ -14,13 +14,13 @@ from aggregation.errors import TrustError
 from aggregation.transcript import read
 from edgeadapt.auditing import AuditInput, AuditOptions, Finding, Report, Status
 from edgeadapt.auditing.findings import count
+from edgeadapt.commandline import FOLDER, as_json
 from edgeadapt.formats import storage
 from edgeadapt.interface.audits import audited
 from edgeadapt.releases.actions import ActionRecord
 from edgeadapt.releases.history import RepositoryAudit
 
 MARK, INDENT, WIDTH = 13, 30, 90  # columns: of a finding's status, before its text, of its text
-FOLDER = click.Path(path_type=Path)
 Renderer = Callable[[AuditInput, Mapping[str, Report], TrustError | None], Iterator[str]]
 
 
@@ -37,7 +37,7 @@ class _Moment(click.DateTime):
 
 def _options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
+        as_json,
         click.option("--unfinished", is_flag=True, help="Accept that the last session is still under way."),
         click.option(
             "--root",
@@ -82,12 +82,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.group("audit", context_settings={"help_option_names": ["-h", "--help"]})
-def audit_command() -> None:
-    """Check from its transcripts that a coordinator followed the protocol, and what was done with its releases."""
-
-
-@audit_command.command()
+@click.command()
 @_options
 def verify(path: Path, unfinished: bool, as_json: bool, **options: Any) -> None:
     """Check every session at PATH, and exit with 4 if a check fails.
@@ -108,7 +103,7 @@ def verify(path: Path, unfinished: bool, as_json: bool, **options: Any) -> None:
     _audit(path, unfinished, as_json, options, _render_findings, listed=False)
 
 
-@audit_command.command(short_help="List the rounds at PATH, their survivors and dropouts.")
+@click.command()
 @_options
 @click.option("--entries", is_flag=True, help="List every message too.")
 def show(path: Path, unfinished: bool, as_json: bool, entries: bool, **options: Any) -> None:
