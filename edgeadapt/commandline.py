@@ -74,20 +74,28 @@ class FiniteRange(click.FloatRange):
 
 
 @contextmanager
-def plain_progress(now: Callable[[], str], file: IO[str], *, shown: bool = True) -> Iterator[None]:
-    """Print what is being done, every ``PERIOD`` seconds of the block, where no terminal shows it. Another thread calls
-    ``now``, which says it in a few words."""
+def plain_progress(now: Callable[[], str], file: IO[str], *, shown: bool = True) -> Iterator[Callable[[str], None]]:
+    """Yield what prints a line, where no terminal shows progress. After ``PERIOD`` silent seconds, another thread calls
+    ``now``, which says what is being done in a few words, and prints that."""
     began, ended = time.monotonic(), Event()
+    spoke = began
+
+    def say(line: str) -> None:
+        nonlocal spoke
+        if shown:
+            spoke = time.monotonic()
+            print(line, file=file, flush=True)
 
     def speak() -> None:
-        while not ended.wait(PERIOD):
-            print(f"{now()} ({time.monotonic() - began:.0f} s)", file=file, flush=True)
+        while not ended.wait(spoke + PERIOD - time.monotonic()):
+            if time.monotonic() >= spoke + PERIOD:
+                say(f"{now()} ({time.monotonic() - began:.0f} s)")
 
     speaker = Thread(target=speak, daemon=True)
     if shown:
         speaker.start()
     try:
-        yield
+        yield say
     finally:
         ended.set()
         if shown:

@@ -40,6 +40,8 @@ def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
             help="Processes that the devices of the rounds share, about one a core; 1 is this process.",
         ),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table."),
+        click.option("-q", "--quiet", is_flag=True, help="Show no progress, only the result."),
+        click.option("-v", "--verbose", is_flag=True, help="Say all about the run before it starts."),
         click.option("--resume", is_flag=True, help="Continue the run in --out, or the newest run in runs/."),
         click.option(
             "--out", type=click.Path(path_type=Path), help="Folder of the run; by default a new one in runs/."
@@ -106,7 +108,15 @@ def read_scenario(path: Path, overrides: Sequence[str]) -> Scenario:
 
 
 def _run(
-    path: Path, out: Path | None, resume: bool, as_json: bool, engine: str, workers: int, overrides: tuple[str, ...]
+    path: Path,
+    out: Path | None,
+    resume: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    engine: str,
+    workers: int,
+    overrides: tuple[str, ...],
 ) -> None:
     scenario = read_scenario(path, overrides)
     # Imported here, so that --help and a wrong key do not wait for torch.
@@ -114,7 +124,7 @@ def _run(
     from simulations.engine.progress import RunProgress
     from simulations.engine.provision import describe as describe_groups
     from simulations.report.formatting import program
-    from simulations.report.terminal import print_data, print_result, print_scenario
+    from simulations.report.terminal import print_result, print_scenario
     from simulations.suite.run import Engine, Plan
 
     plan = Plan.of(scenario, Engine(workers, ray=engine == "ray"))
@@ -123,12 +133,12 @@ def _run(
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     out = (out or _newest(scenario) if resume else out or RUNS / f"{scenario.name}-{stamp}").resolve()
     folder = plan.folder(out, resume=resume)
-    if not as_json:
-        clients = len(plan.loaded.population.clients)
+    if not quiet:
         groups = describe_groups(plan.groups) if scenario.groups.by != "none" else ""
-        print_scenario(scenario, out, Console(), clients=clients, devices=plan.devices, groups=groups)
-        print_data(summarize(plan.loaded, plan.base), Console())
-    with resumable(out), RunProgress(quiet=as_json) as progress:
+        data = summarize(plan.loaded, plan.base)
+        console = Console(stderr=as_json)
+        print_scenario(scenario, folder.log, console, data=data, devices=plan.devices, groups=groups, verbose=verbose)
+    with resumable(out), RunProgress(quiet=quiet) as progress:
         result = plan.run(folder, progress)
     if as_json:
         click.echo(json.dumps(result.to_json()))

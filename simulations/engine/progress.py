@@ -1,12 +1,14 @@
-"""What a run shows while it works: one live line on a terminal, now and then a plain one elsewhere.
+"""What a run shows while it works: one live line on a terminal, a plain one for each stage and round elsewhere.
 
-The display listens to the log records of the coordinator and the devices; neither of them knows about it.
+The display listens to the log records of the coordinator and the devices; neither of them knows about it. It logs the
+stages of the run itself, so that the run's log goes on before and after the rounds.
 """
 
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count as count_from
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,9 +20,10 @@ from edgeadapt.commandline import plain_progress
 from edgeadapt.formats.roundrecord import RoundRecord
 from simulations.report.formatting import count, duration, printable, share, size
 
-LEVELS = {"edgeadapt.coordinator": logging.DEBUG, "edgeadapt.device": logging.INFO}
+LEVELS = {"edgeadapt.coordinator": logging.DEBUG, "edgeadapt.device": logging.INFO, "edgeadapt.run": logging.INFO}
 BAR = 12  # columns
 Clock = Callable[[], float]  # seconds, monotonic
+log = logging.getLogger("edgeadapt.run")
 WHOLE_RUN = 1e9  # seconds; the estimate uses every part that is done, however long a part takes
 
 
@@ -41,10 +44,11 @@ class _Shown:
             redirect_stdout=False,  # it may be a pipe that waits for JSON
         )
         self._plain = plain_progress(self._now, console.file, shown=not quiet and not shown)
+        self._say: Callable[[str], None] = lambda line: None
 
     def __enter__(self) -> Self:
         self._display.start()
-        self._plain.__enter__()
+        self._say = self._plain.__enter__()
         return self
 
     def __exit__(
@@ -130,11 +134,18 @@ class RunProgress(_Shown):
 
         ``total``: the number of its parts, if it has any; call the yielded function after each.
         """
-        began = self._clock()
+        began, done = self._clock(), count_from(1)
+
+        def advance() -> None:
+            log.info("%s: %d of %s done", name, next(done), total)
+            self._advance()
+
         with self._shown(name, 0, total):
-            yield self._advance
+            yield advance
         parts = f"{total} in " if total else ""
-        self._print(Text(f"{name}  {parts}{duration(self._clock() - began)}"))
+        line = f"{name}  {parts}{duration(self._clock() - began)}"
+        log.info("%s", line)
+        self._print(Text(line))
 
     @contextmanager
     def rounds(self, done: int, total: int) -> Iterator[None]:
@@ -146,6 +157,7 @@ class RunProgress(_Shown):
     def _shown(self, name: str, done: int, total: int | None) -> Iterator[None]:
         where = _where(name, done, total)
         self._notify(where)
+        log.info("%s begins", where)
         task = self._display.add_task(name, total=total, completed=done, where=where, note="")
         self._display.advance(task, 0)  # the estimate counts from here
         try:
@@ -182,6 +194,9 @@ class RunProgress(_Shown):
     def _print(self, line: Text) -> None:
         if not self._display.disable:
             self._display.console.print(line, highlight=False)
+            return
+        left = next((task.time_remaining for task in self._display.tasks), None)
+        self._say(f"{line}  about {duration(left)} left" if left else str(line))
 
 
 class _Listener(logging.Handler):

@@ -109,6 +109,17 @@ def command(exported: ExportResult, program: str) -> str:
     return f'{program} device infer --bundle {shlex.quote(exported.bundle)} "{exported.phrase}"'
 
 
+def next_commands(exported: ExportResult, program: str) -> list[tuple[str, str]]:
+    """Return what to try next, in a few words each, with their commands: teach or ask a device, audit, own texts."""
+    first = ("ask a device", command(exported, program))
+    if lesson := exported.lesson:
+        words = shlex.join(("--bundle", lesson.bundle, "--teach", lesson.label, lesson.phrase))
+        first = ("teach a device a phrase that it gets wrong", f"{program} device infer {words}")
+    federation = shlex.quote(str(Path(exported.bundle).parents[2]))
+    own = [("simulate texts of your own", f"{program} new mine")] if exported.plain else []  # these were households
+    return [first, ("check what the coordinator did", f"{program} audit verify {federation}"), *own]
+
+
 @dataclass(frozen=True, slots=True)
 class TrafficMeans:
     """Holds mean bytes of one device in one round, over the rounds that were not aborted; NaN if all were."""
