@@ -40,7 +40,9 @@ COMMANDS = {
         "simulations",
     ),
     "device": ("client.cli", "device", "Inference on a device: verify a bundle, answer phrases.", ""),
+    "doctor": ("edgeadapt.cli.doctor", "doctor", "Check what is installed, and this machine.", ""),
     "export": ("export.cli", "export", "Make bundles for devices from bases and adapters.", "export"),
+    "new": ("edgeadapt.cli.new", "new", "Make a folder to begin with: a scenario with texts, or a trial fleet.", ""),
     "privacy": ("coordinator.cli.privacy", "privacy", "Plan a federation's noise and its epsilon.", "coordinator"),
     "simulate": (
         "simulations.cli.simulate",
@@ -128,13 +130,20 @@ def _prepare() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
         signal.signal(signal.SIGINT, _interrupt)
+    if sys.argv[1:2] != ["doctor"] and (reason := shadowed()):
+        raise click.ClickException(reason)
+
+
+def shadowed() -> str:
+    """Say which folder or other distribution stands in front of a package of ours; empty if none does."""
     here = Path(__file__).parents[1]
     for name in OWN:
         spec = find_spec(name)
         places = list(spec.submodule_search_locations or ()) if spec else []
         if places and not any(Path(place).resolve() == (here / name).resolve() for place in places):
             reason = f"{places[0]} stands in front of edgeadapt's own {name!r}"
-            raise click.ClickException(f"{reason}: run the command in another folder or environment, or rename it")
+            return f"{reason}: run the command in another folder or environment, or rename it"
+    return ""
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -272,7 +272,10 @@ def _exported(exported: ExportResult, program: str) -> list[tuple[str, str | Tex
         *([("phrases", plain(exported.plain))] if exported.plain else []),
         ("bundle", Text(exported.bundle)),
         ("report", Text(exported.report)),
-        *((("try", Text(f"{words}:\n{'':{LABEL}}{typed}"))) for words, typed in next_commands(exported, program)),
+        *(
+            ("" if place else "try", Text(f"{words}:\n{'':{LABEL}}{typed}"))
+            for place, (words, typed) in enumerate(next_commands(exported, program))
+        ),
     ]
 
 
