@@ -42,7 +42,7 @@ COMMANDS = {
     "device": ("client.cli", "device", "Inference on a device: verify a bundle, answer phrases.", ""),
     "doctor": ("edgeadapt.cli.doctor", "doctor", "Check what is installed, and this machine.", ""),
     "export": ("export.cli", "export", "Make bundles for devices from bases and adapters.", "export"),
-    "new": ("edgeadapt.cli.new", "new", "Make a folder to begin with: a scenario with texts, or a trial fleet.", ""),
+    "new": ("edgeadapt.cli.new", "new", "Make a scenario with texts, or a trial fleet.", ""),
     "privacy": ("coordinator.cli.privacy", "privacy", "Plan a federation's noise and its epsilon.", "coordinator"),
     "simulate": (
         "simulations.cli.simulate",

@@ -25,6 +25,7 @@ def suite() -> None:
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set a scenario key; repeatable.")
 @click.option("--resume", is_flag=True, help="Continue the suite in --out; what is finished is kept.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the suite.  [default: runs/suite-NAME]")
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress, only the tables.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the tables.")
 def run(
     file: Path,
@@ -34,6 +35,7 @@ def run(
     overrides: tuple[str, ...],
     resume: bool,
     out: Path | None,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Run the arms of a suite FILE (.toml), or of one that is shipped, on its seeds.
@@ -56,7 +58,7 @@ def run(
 
     wanted = read_suite(file, seeds=seeds, changes=overrides, arms=arms)
     out = out or RUNS / f"suite-{wanted.settings.name}"
-    with resumable(out), taken(out, wanted, resume=resume) as store, SuiteProgress(quiet=as_json) as progress:
+    with resumable(out), taken(out, wanted, resume=resume) as store, SuiteProgress(quiet=quiet) as progress:
         execute(wanted, store, jobs or min(cores(), MOST_JOBS), progress.show)
     _report(out, as_json)
 
