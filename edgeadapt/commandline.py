@@ -2,10 +2,13 @@
 
 import importlib
 import math
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from threading import Event, Thread
 from typing import IO, Any
 
@@ -13,6 +16,15 @@ import click
 
 PERIOD = 10.0  # seconds between two lines of progress
 Row = tuple[str, str, str, str]  # module, attribute, one line for --help, extra that it needs
+
+
+def program() -> str:
+    """Name the program as it must be typed here: ``edgeadapt`` if the shell finds it, else Python with ``-m``."""
+    if shutil.which("edgeadapt"):
+        return "edgeadapt"
+    python = Path(sys.executable)
+    shown = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+    return f"{shlex.quote(str(shown))} -m edgeadapt"
 
 
 class LazyGroup(click.Group):

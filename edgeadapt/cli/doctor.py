@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +21,6 @@ from edgeadapt.formats.cores import cores
 from edgeadapt.program import shadowed
 
 PURPOSES = {  # extra → what it is for
-    "": "the bare install",
     "generate": "language models on a device",
     "train": "devices that train with torch",
     "federate": "devices that train with a bundle, on Flower",
@@ -63,6 +62,7 @@ class Row(NamedTuple):
     status: str
     name: str
     note: str
+    versions: Mapping[str, str] | None = None  # distribution → version, of an extra
 
 
 @click.command()
@@ -92,11 +92,12 @@ def doctor(as_json: bool) -> None:
 
 def _rows(began: float) -> Iterator[Row]:
     """Check everything. ``began``: wall clock less monotonic clock, seconds, before the first check."""
-    yield Row(OK, "edgeadapt", f"{metadata.version('edgeadapt')} in {Path(__file__).parents[2]}")
+    version, place = _version("edgeadapt"), Path(__file__).parents[2]
+    yield Row(OK if version else FAIL, "edgeadapt", f"{version or 'not installed by pip, and run from'} {place}")
     reason = shadowed()
     yield Row(FAIL if reason else OK, "packages", reason or "no other distribution stands in front of edgeadapt's")
     yield Row(OK, "python", f"{platform.python_version()}, {sys.executable}")
-    yield from _extras()
+    yield from _extras() if version else ()
     yield Row(OK, "cores", str(cores()))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield _amount("memory", memory, ENOUGH_MEMORY, "a simulation may not fit")
@@ -133,15 +134,13 @@ def _extras() -> Iterator[Row]:
     tried = {name for extra, names in wanted.items() if extra not in UNTRIED for name in names if name in there}
     errors = import_errors(_modules(tried))
     for extra, names in wanted.items():
+        versions = {name: there[name] for name in names if name in there}
+        wrong = [f"{name} {version}: {errors[name]}" for name, version in versions.items() if errors.get(name)]
         absent = [name for name in names if name not in there]
-        wrong = [f"{name} {there[name]}: {errors[name]}" for name in names if errors.get(name)]
-        note = PURPOSES[extra] if extra else ", ".join(f"{name} {there[name]}" for name in names if name in there)
-        if wrong:
-            yield Row(FAIL, extra or "needs", "; ".join(wrong))
-        elif absent:
-            yield Row(MISSING if extra else FAIL, extra or "needs", f"{note}: without {', '.join(absent)}")
-        else:
-            yield Row(OK, extra or "needs", note)
+        note = PURPOSES.get(extra, extra) if extra else ", ".join(map(" ".join, versions.items()))
+        note = "; ".join(wrong) or (f"{note}: without {', '.join(absent)}" if absent else note)
+        status = FAIL if wrong or (absent and not extra) else MISSING if absent else OK
+        yield Row(status, extra or "needs", note, versions)
 
 
 def _distributions(requirements: Sequence[str], needs: dict[str, list[str]]) -> set[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 
 from aggregation.errors import ConfigError
+from edgeadapt.commandline import program
 from edgeadapt.formats import storage
 from edgeadapt.formats.workfolder import WorkFolder
 
@@ -64,13 +65,14 @@ def new(folder: Path, fleet: bool, base: str, port: int, quiet: bool, as_json: b
       edgeadapt new tickets
       edgeadapt new trial --fleet
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) or folder.samefile(".")):
         raise ConfigError(f"{folder} exists and is not an empty folder: choose another name", about="NAME")
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = WorkFolder(folder.parent.resolve())  # nobody finds half a fleet
     try:
         if fleet:
-            _fill(work.path, {"README.md": "fleet.md", "start.sh": "start.sh"}, python=sys.executable, port=str(port))
+            values = {"python": shlex.quote(sys.executable), "port": str(port)}
+            _fill(work.path, {"README.md": "fleet.md", "start.sh": "start.sh"}, **values)
             (work.path / "start.sh").chmod(0o755)
             _make_fleet(work.path, base, port, quiet)
         else:
@@ -80,7 +82,7 @@ def new(folder: Path, fleet: bool, base: str, port: int, quiet: bool, as_json: b
     finally:
         work.close()
     place = shlex.quote(str(folder))
-    typed = f"{place}/start.sh" if fleet else f"edgeadapt simulate {place}/scenario.toml"
+    typed = f"{place}/start.sh" if fleet else f"{program()} simulate {place}/scenario.toml"
     if as_json:
         click.echo(json.dumps({"folder": str(folder), "next": typed}))
         return
@@ -115,9 +117,9 @@ def _make_fleet(folder: Path, base: str, port: int, quiet: bool) -> None:
 
 def _run(lines: str, quiet: bool) -> None:
     """Run a command of this program for each line, and show the line. What it prints of itself is not shown."""
-    program = click.get_current_context().find_root().command
+    root = click.get_current_context().find_root().command
     for line in lines.strip().splitlines():
         if not quiet:
             click.echo(f"edgeadapt {line}", err=True)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            program(shlex.split(line), standalone_mode=False)
+            root(shlex.split(line), standalone_mode=False)

@@ -14,6 +14,7 @@ import click
 from rich.console import Console
 
 from aggregation.errors import ConfigError
+from edgeadapt.commandline import program
 from edgeadapt.formats.settings import toml_value
 from simulations.scenario import Scenario, describe
 
@@ -123,7 +124,6 @@ def _run(
     from simulations.data.summary import summarize
     from simulations.engine.progress import RunProgress
     from simulations.engine.provision import describe as describe_groups
-    from simulations.report.formatting import program
     from simulations.report.terminal import print_result, print_scenario
     from simulations.suite.run import Engine, Plan
 

@@ -2,8 +2,6 @@
 
 import math
 import shlex
-import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,12 +208,3 @@ def plain(answers: Mapping[str, Mapping[str, int]]) -> str:
     worst = min(answers, key=lambda name: answers[name]["right"] / answers[name]["count"])
     fewest = f"{printable(worst)}, {answers[worst]['right']} of {answers[worst]['count']}"
     return f"{right} of {count(total, 'plain phrase')} right; fewest: {fewest}"
-
-
-def program() -> str:
-    """Name the program as it must be typed here: ``edgeadapt`` if the shell finds it, else Python with ``-m``."""
-    if shutil.which("edgeadapt"):
-        return "edgeadapt"
-    python = Path(sys.executable)
-    shown = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
-    return f"{shlex.quote(str(shown))} -m edgeadapt"

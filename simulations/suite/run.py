@@ -24,6 +24,7 @@ from coordinator.app import STATE
 from coordinator.app import app as server_app
 from coordinator.transport import RUN_ID, SERVER_NODE
 from edgeadapt.bases.base import Base
+from edgeadapt.commandline import program
 from edgeadapt.formats import files, jsontext
 from edgeadapt.formats.cores import cores
 from edgeadapt.formats.layout import Tensors
@@ -50,7 +51,6 @@ from simulations.engine.provision import Enrolment, Group, device_base, fleet_fo
 from simulations.engine.publish import export_all
 from simulations.engine.workers import Fleet, WorkerGrid, Workers
 from simulations.plan import default_trials
-from simulations.report.formatting import program
 from simulations.report.pages import write_report
 from simulations.result import (
     ACCURACY,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from flwr.app import Context, RecordDict
 
 from client.node.app import app as client_app
@@ -13,6 +14,7 @@ from coordinator.app import STATE
 from coordinator.app import app as server_app
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transport import RUN_ID, SERVER_NODE
+from edgeadapt.commandline import program
 from simulations.cli.simulate import read_scenario
 from simulations.data import populate
 from simulations.engine.grid import FaultModel, InProcessGrid
@@ -24,7 +26,7 @@ Run = Callable[..., tuple[int, str, str]]
 def test_the_scenario_is_of_six_clients_whose_rounds_need_not_abort(run: Run, tmp_path: Path) -> None:
     code, out, err = run("new", tmp_path / "mine")
     assert (code, err) == (0, "")
-    assert f"edgeadapt simulate {tmp_path / 'mine' / 'scenario.toml'}\n" in out
+    assert f" simulate {tmp_path / 'mine' / 'scenario.toml'}\n" in out
     scenario = read_scenario(tmp_path / "mine" / "scenario.toml", ())
     loaded = populate(scenario.data, scenario.population, scenario.seed)
     clients = loaded.population.clients
@@ -32,6 +34,16 @@ def test_the_scenario_is_of_six_clients_whose_rounds_need_not_abort(run: Run, tm
     assert loaded.facts is not None
     assert loaded.facts.broken == ()
     assert abort_warning(scenario, 5) == ""
+
+
+def test_the_program_is_what_the_shell_can_find(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sys.executable", str(tmp_path / "a b" / "python"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert program() == "'a b/python' -m edgeadapt"
+    (tmp_path / "edgeadapt").write_text("#!/bin/sh\n")
+    (tmp_path / "edgeadapt").chmod(0o755)
+    assert program() == "edgeadapt"
 
 
 def test_a_folder_with_a_file_is_left_as_it_is(run: Run, tmp_path: Path) -> None:
