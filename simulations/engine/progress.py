@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from edgeadapt.commandline import plain_progress
@@ -157,7 +157,8 @@ class RunProgress(_Shown):
     def _shown(self, name: str, done: int, total: int | None) -> Iterator[None]:
         where = _where(name, done, total)
         self._notify(where)
-        log.info("%s begins", where)
+        if total is None or done < total:
+            log.info("%s begins", where)
         task = self._display.add_task(name, total=total, completed=done, where=where, note="")
         self._display.advance(task, 0)  # the estimate counts from here
         try:
@@ -172,7 +173,7 @@ class RunProgress(_Shown):
             self._display.update(task.id, advance=1, where=where, note="")
 
     def _now(self) -> str:
-        words = [word for task in self._display.tasks for word in task.fields.values() if word]
+        words = [word for task in self._display.tasks for word in (*task.fields.values(), _left(task)) if word]
         return ", ".join(words) or "running"
 
     def _take(self, extra: Mapping[str, Any]) -> None:
@@ -195,8 +196,7 @@ class RunProgress(_Shown):
         if not self._display.disable:
             self._display.console.print(line, highlight=False)
             return
-        left = next((task.time_remaining for task in self._display.tasks), None)
-        self._say(f"{line}  about {duration(left)} left" if left else str(line))
+        self._say("  ".join(word for word in (str(line), *map(_left, self._display.tasks)) if word))
 
 
 class _Listener(logging.Handler):
@@ -215,6 +215,11 @@ class _Listener(logging.Handler):
 
 def _where(name: str, done: int, total: float | None) -> str:
     return f"{name} {min(done + 1, int(total))} of {int(total)}" if total else name
+
+
+def _left(task: Task) -> str:
+    """Say how long a task will take, at the pace of its parts that are done; empty before the first one."""
+    return f"about {duration(task.time_remaining)} left" if task.time_remaining else ""
 
 
 def _round_line(record: RoundRecord) -> Text:
