@@ -3,6 +3,8 @@
 import importlib
 import json
 import math
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,6 +47,15 @@ def is_quiet() -> bool:
 def print_result(row: Mapping[str, Any], line: str, as_json: bool) -> None:
     """Print what a command did: one JSON object, or a text for a person."""
     click.echo(json.dumps(row, ensure_ascii=False) if as_json else line)
+
+
+def program() -> str:
+    """Name the program as it must be typed here: ``edgeadapt`` if the shell finds it, else Python with ``-m``."""
+    if shutil.which("edgeadapt"):
+        return "edgeadapt"
+    python = Path(sys.executable)
+    shown = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+    return f"{shlex.quote(str(shown))} -m edgeadapt"
 
 
 class LazyGroup(click.Group):
@@ -206,20 +217,28 @@ class FiniteRange(click.FloatRange):
 
 
 @contextmanager
-def plain_progress(now: Callable[[], str], file: IO[str], *, shown: bool = True) -> Iterator[None]:
-    """Print what is being done, every ``PERIOD`` seconds of the block, where no terminal shows it. Another thread calls
-    ``now``, which says it in a few words."""
+def plain_progress(now: Callable[[], str], file: IO[str], *, shown: bool = True) -> Iterator[Callable[[str], None]]:
+    """Yield what prints a line, where no terminal shows progress. After ``PERIOD`` silent seconds, another thread calls
+    ``now``, which says what is being done in a few words, and prints that."""
     began, ended = time.monotonic(), Event()
+    spoke = began
+
+    def say(line: str) -> None:
+        nonlocal spoke
+        if shown:
+            spoke = time.monotonic()
+            print(line, file=file, flush=True)
 
     def speak() -> None:
-        while not ended.wait(PERIOD):
-            print(f"{now()} ({time.monotonic() - began:.0f} s)", file=file, flush=True)
+        while not ended.wait(spoke + PERIOD - time.monotonic()):
+            if time.monotonic() >= spoke + PERIOD:
+                say(f"{now()} ({time.monotonic() - began:.0f} s)")
 
     speaker = Thread(target=speak, daemon=True)
     if shown:
         speaker.start()
     try:
-        yield
+        yield say
     finally:
         ended.set()
         if shown:

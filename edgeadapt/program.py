@@ -32,6 +32,8 @@ COMMANDS = {
         "Households personalize a frozen model together; start here.",
         "simulations",
     ),
+    "new": ("edgeadapt.cli.new", "new", "Make a scenario with texts, or a trial fleet.", ""),
+    "doctor": ("edgeadapt.cli.doctor", "doctor", "Check what is installed, and this machine.", ""),
     "simulate": ("simulations.cli", "simulate_group", "Run and compare federations on this machine.", ""),
     "base": ("export.cli", "base_group", "Find, change and start from a frozen model.", ""),
     "bundle": ("export.cli", "bundle_group", "Make bundles for devices: a base and its adapters.", ""),
@@ -42,7 +44,7 @@ COMMANDS = {
     "audit": ("edgeadapt.cli", "audit_group", "Check from its transcripts what a coordinator did.", ""),
 }
 SECTIONS = {
-    "Start": ("demo",),
+    "Start": ("demo", "new", "doctor"),
     "Research": ("simulate",),
     "Apps": ("base", "bundle", "device"),
     "Operate": ("authority", "coordinator", "release"),
@@ -152,13 +154,20 @@ def _prepare() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
         signal.signal(signal.SIGINT, _interrupt)
+    if sys.argv[1:2] != ["doctor"] and (reason := shadowed()):
+        raise click.ClickException(reason)
+
+
+def shadowed() -> str:
+    """Say which folder or other distribution stands in front of a package of ours; empty if none does."""
     here = Path(__file__).parents[1]
     for name in OWN:
         spec = find_spec(name)
         places = list(spec.submodule_search_locations or ()) if spec else []
         if places and not any(Path(place).resolve() == (here / name).resolve() for place in places):
             reason = f"{places[0]} stands in front of edgeadapt's own {name!r}"
-            raise click.ClickException(f"{reason}: run the command in another folder or environment, or rename it")
+            return f"{reason}: run the command in another folder or environment, or rename it"
+    return ""
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 
 from aggregation.errors import ConfigError
-from edgeadapt.commandline import as_json
+from edgeadapt.commandline import as_json, is_quiet, program, quiet
 from edgeadapt.formats.settings import toml_value
 from simulations.scenario import Scenario, describe
 from simulations.shipped import SCENARIOS, find
@@ -37,7 +37,9 @@ def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
             show_default=True,
             help="Processes that the devices of the rounds share, about one a core; 1 is this process.",
         ),
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table."),
+        as_json,
+        quiet,
+        click.option("-v", "--verbose", is_flag=True, help="Say all about the run before it starts."),
         click.option("--resume", is_flag=True, help="Continue the run in --out, or the newest run in runs/."),
         click.option(
             "--out", type=click.Path(path_type=Path), help="Folder of the run; by default a new one in runs/."
@@ -104,27 +106,33 @@ def read_scenario(path: Path, overrides: Sequence[str]) -> Scenario:
 
 
 def _run(
-    path: Path, out: Path | None, resume: bool, as_json: bool, engine: str, workers: int, overrides: tuple[str, ...]
+    path: Path,
+    out: Path | None,
+    resume: bool,
+    as_json: bool,
+    verbose: bool,
+    engine: str,
+    workers: int,
+    overrides: tuple[str, ...],
 ) -> None:
     scenario = read_scenario(path, overrides)
     # Imported here, so that --help and a wrong key do not wait for torch.
     from simulations.data.summary import summarize
     from simulations.engine.progress import RunProgress
     from simulations.engine.provision import describe as describe_groups
-    from simulations.report.formatting import program
-    from simulations.report.terminal import print_data, print_result, print_scenario
+    from simulations.report.terminal import print_result, print_scenario
     from simulations.suite.run import Engine, Plan
 
     plan = Plan.of(scenario, Engine(workers, ray=engine == "ray"))
     if plan.warning:
         click.echo(f"edgeadapt: {plan.warning}", err=True)
     folder = plan.folder(out, resume=resume)
-    if not as_json:
-        clients = len(plan.loaded.population.clients)
+    if not is_quiet():
         groups = describe_groups(plan.groups) if scenario.groups.by != "none" else ""
-        print_scenario(scenario, folder.path, Console(), clients=clients, devices=plan.devices, groups=groups)
-        print_data(summarize(plan.loaded, plan.base), Console())
-    with resumable(folder.path), RunProgress(quiet=as_json) as progress:
+        data = summarize(plan.loaded, plan.base)
+        console = Console(stderr=as_json)
+        print_scenario(scenario, folder.log, console, data=data, devices=plan.devices, groups=groups, verbose=verbose)
+    with resumable(folder.path), RunProgress(quiet=is_quiet()) as progress:
         result = plan.run(folder, progress)
     if as_json:
         click.echo(json.dumps(result.to_json()))
@@ -143,6 +151,7 @@ def resumable(out: Path) -> Iterator[None]:
         raise
 
 
+@click.command()
 @click.argument("scenario", type=click.Path(path_type=Path), metavar="SCENARIO|FILE|DIR")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set a scenario key; repeatable.")
 @click.option("--clients", is_flag=True, help="Also a line for each client.")

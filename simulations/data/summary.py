@@ -46,6 +46,11 @@ class DataSummary:
         """Return the share of unknown tokens, as a mean over the clients."""
         return float(np.mean([client.unknown for client in self.clients]))
 
+    @property
+    def warns(self) -> bool:
+        """Check whether there is a client whose texts the base cannot read."""
+        return max(client.unknown for client in self.clients) > MUCH_UNKNOWN
+
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "unknown": self.unknown}
 
@@ -87,7 +92,7 @@ def lines(summary: DataSummary) -> Iterator[tuple[str, str]]:
 def _unknown(summary: DataSummary) -> str:
     worst = max(summary.clients, key=lambda client: client.unknown)
     text = f"{100 * summary.unknown:.1f} % of the tokens, at most {100 * worst.unknown:.1f} % ({worst.name})"
-    if worst.unknown > MUCH_UNKNOWN:
+    if summary.warns:
         text += ": this base cannot read them; choose one for these languages (edgeadapt base list)"
     return text
 

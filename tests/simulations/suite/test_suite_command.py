@@ -152,7 +152,7 @@ def test_a_process_that_is_killed_ends_the_suite_in_one_line(
     out = tmp_path / "run"
     killer = Thread(target=lambda: os.kill(*_workers(out, 1), signal.SIGKILL))
     killer.start()
-    code, _, err = run("simulate", "suite", suite, "--out", out, "--jobs", 1, "--json")
+    code, _, err = run("simulate", "suite", suite, "--out", out, "--jobs", 1, "--json", "--quiet")
     killer.join()
     assert code == 5
     assert "worker-1.log" in err
