@@ -5,7 +5,7 @@ A plan, a manifest and settings have names only. A package is imported when one 
 
 from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from aggregation.errors import ConfigError
 
@@ -58,6 +58,8 @@ class Extensions(Generic[T]):
     def add(self, name: str, item: T) -> str:
         """Let this process know one that no package has, in place of a previous one; return its name. Raises
         ConfigError: it is the name of one of ours, or it cannot be used."""
+        if self._known.get(name) is item:
+            return name
         if name in self._ours:
             raise ConfigError(f"{name!r} is a {self.what} of edgeadapt: choose another name", about=self._about)
         self._check(name, item)
@@ -78,5 +80,5 @@ class Extensions(Generic[T]):
         return item
 
     def _points(self, name: str | None = None) -> list[EntryPoint]:
-        chosen: dict[str, Any] = {"group": self.group} if name is None else {"group": self.group, "name": name}
-        return list({(point.name, point.value): point for point in entry_points(**chosen)}.values())
+        points = {(point.name, point.value): point for point in entry_points(group=self.group)}
+        return [point for point in points.values() if name in (None, point.name)]

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from aggregation.errors import ConfigError, DataError
+from client.training.personal import METHODS
 from edgeadapt.formats.settings import toml_value
 from edgeadapt.formats.storage import File, replace
 from edgeadapt.interface.models import Classifier, LanguageModel, load
+from edgeadapt.rounds.optimizer import OPTIMIZERS, name_of, to_rule
 from simulations.cli.simulate import RUNS, read_scenario
 from simulations.engine.progress import RunProgress
 from simulations.result import ARMS, ClientResult, RunResult
@@ -96,7 +98,8 @@ def simulate(
         resume: Continue the run of the same source and settings in ``out``.
         workers: Processes that the devices of the rounds share.
         quiet: Show no progress.
-        settings: Keys of the scenario, as in ``federation__rounds=20`` or ``**{"federation.rounds": 20}``.
+        settings: Keys of the scenario, as in ``federation__rounds=20`` or ``**{"federation.rounds": 20}``. A server
+            rule and a personal step may be your own, in place of a name (docs/how-to/extend.md).
 
     Raises:
         ConfigError: A setting is not valid, or ``out`` has another run.
@@ -104,6 +107,7 @@ def simulate(
     """
     keys = {name.replace("__", "."): value for name, value in settings.items()}
     keys |= {} if client is None else {"data.client": client}
+    _name_own(keys)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     if isinstance(source, (str, PathLike)):
         path = Path(source)
@@ -115,6 +119,16 @@ def simulate(
     folder = plan.folder((RUNS / f"{scenario.name}-{stamp}" if out is None else Path(out)).resolve(), resume=resume)
     with RunProgress(quiet=quiet) as progress:
         return Run(folder.path, plan.run(folder, progress))
+
+
+def _name_own(keys: dict[str, Any]) -> None:
+    """Let the process know what is given in place of a name, under the name that the scenario then has."""
+    rule, step = keys.get("federation.server.optimizer", ""), keys.get("personal.method", "")
+    if not isinstance(rule, str):
+        keys["federation.server.optimizer"] = OPTIMIZERS.add(name_of(rule), type(rule))
+        keys["federation.server.numbers"] = to_rule(rule).numbers
+    if not isinstance(step, str):
+        keys["personal.method"] = METHODS.add(step.__name__, step)
 
 
 def _written(rows: Any, path: Path) -> Path:

@@ -111,7 +111,8 @@ class FedAdam:
 
     def _second(self, second: Floats, square: Floats) -> Floats:
         beta2 = np.float32(self.beta2)
-        return beta2 * second + (np.float32(1) - beta2) * square
+        after: Floats = beta2 * second + (np.float32(1) - beta2) * square
+        return after
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +181,7 @@ class Evaluation(_NoStep):
 
 def _require_optimizer(name: str, kind: type[ServerOptimizer]) -> None:
     """Check that a class can be a server optimizer: a manifest must have all that it depends on."""
-    frozen = is_dataclass(kind) and kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    frozen = is_dataclass(kind) and kind.__dataclass_params__.frozen
     if not (isinstance(kind, type) and frozen and issubclass(kind, ServerOptimizer)):
         reason = f"{name!r} must be a frozen dataclass with start(size) and step(state, adapter, mean)"
     elif kind.__name__.lower() != name:
