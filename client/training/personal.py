@@ -224,17 +224,17 @@ def in_own_words(trainer: ClassifierTrainer, examples: Sequence[Example], own: S
 
 
 def _applied(method: Method, inputs: PersonalInputs) -> Tensors:
+    name = f"the personal step {inputs.how.method!r}"
     try:
         own = method(inputs)
-        fits = Layout.of(own).digest == Layout.of(inputs.shared).digest
     except EdgeAdaptError:
         raise
     except Exception as error:  # of a method of others
-        reason = f"the personal step {inputs.how.method!r} failed: {type(error).__name__}: {error}"
-        raise DataError(reason, about="method") from error
-    if not fits or not all(np.isfinite(tensor).all() for tensor in own.values()):
-        reason = f"the personal step {inputs.how.method!r} must return finite float32 tensors like those it got"
-        raise DataError(reason, about="method")
+        raise DataError(f"{name} failed: {type(error).__name__}: {error}", about="method") from error
+    try:
+        Layout.of(inputs.shared).check(own)
+    except DataError as error:
+        raise DataError(f"{name} made another adapter than it got: {error}", about="method") from error
     return own
 
 

@@ -277,7 +277,7 @@ def step(settings: ServerOptimizer, state: State, adapter: Floats, mean_delta: F
     if state.keys() != settings.start(size).keys():
         text = f"{type(settings).__name__} cannot continue from {sorted(state)}, the state of another optimizer"
         raise ConfigError(text, about="state")
-    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused below, in one line
+    with np.errstate(all="ignore"):  # what is not finite is refused below, in one line
         after, moved = settings.step(state, adapter, mean_delta)
     if after.keys() != state.keys():
         raise ConfigError(f"{type(settings).__name__} changed the names of its state", about="state")
