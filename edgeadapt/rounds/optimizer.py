@@ -125,7 +125,8 @@ class FedYogi(FedAdam):
     """
 
     def _second(self, second: Floats, square: Floats) -> Floats:
-        return second - (np.float32(1) - np.float32(self.beta2)) * square * np.sign(second - square)
+        after: Floats = second - (np.float32(1) - np.float32(self.beta2)) * square * np.sign(second - square)
+        return after
 
 
 @dataclass(frozen=True, slots=True)

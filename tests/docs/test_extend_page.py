@@ -1,6 +1,8 @@
 """The page on extensions: its package is installed, and its rule and its step are used as a reader would."""
 
+import json
 import re
+import runpy
 import sys
 import tomllib
 from collections.abc import Callable, Mapping
@@ -12,15 +14,21 @@ import numpy as np
 import pytest
 
 from aggregation.errors import ConfigError, DataError
-from client.training.engine import classifier_trainer
-from client.training.examples import read_examples
+from client.training.engine import classifier_trainer, open_trainer
+from client.training.examples import Example, read_examples
+from client.training.ownmodel import OwnTrainer
 from client.training.personal import METHODS, Candidate, Choice, PersonalStep, personalize
 from edgeadapt.audit.findings import Check, Status
 from edgeadapt.audit.transcripts import AuditInput, AuditOptions
+from edgeadapt.bases.base import MODELS, OwnModel, find_base
 from edgeadapt.formats.layout import Tensors
 from edgeadapt.formats.manifest import ServerRule
+from edgeadapt.formats.peftconfig import OWN, PeftConfig
+from edgeadapt.methods.parts import PARTS
 from edgeadapt.rounds import optimizer
 from edgeadapt.rounds.optimizer import OPTIMIZERS
+from edgeadapt.rounds.task import Task
+from simulations.engine import provision
 from simulations.scenario import Scenario
 from tests.support import refused
 
@@ -47,7 +55,7 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch, groups: Mapping[str, 
 
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    for table in (OPTIMIZERS, METHODS):
+    for table in (OPTIMIZERS, METHODS, MODELS):
         monkeypatch.setattr(table, "_known", dict(table._known))
 
 
@@ -95,6 +103,76 @@ def test_the_rule_moves_the_adapter_and_is_audited_and_the_step_makes_it_persona
     assert (
         "there is no server optimizer 'nesterov': take one of fedavg, fedavgm, fedadam, fedyogi, or install it" in text
     )
+
+
+def test_the_model_with_its_loop_learns_in_rounds_of_masked_updates_with_the_own_rule_and_step(
+    mine: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    said = {
+        "bill": ("pay my bill", "invoice is wrong"),
+        "line": ("no network", "line is dead"),
+        "app": ("app stops", "cannot log in"),
+    }
+    ends = ("please", "again", "today", "since monday", "help")
+    rows = [
+        f"{text} {end} {name},{label},{name}"
+        for name in ("ann", "bob", "cid", "dee", "eve")
+        for label, texts in said.items()
+        for text in texts
+        for end in ends
+    ]
+    (tmp_path / "tickets.csv").write_text("\n".join(["text,label,customer", *rows]))
+    monkeypatch.chdir(tmp_path)
+    program = next(block for block in blocks("python") if "edgeadapt.simulate(" in block)
+    quick = '"tickets.csv", quiet=True, federation__rounds=2, network__forced_dropouts=0, network__message_loss=0.0,'
+    Path("program.py").write_text(program.replace('"tickets.csv",', quick))
+    run = runpy.run_path("program.py")["run"]
+    assert run.accuracy["global"]["unseen"] > run.accuracy["base"]["unseen"] + 0.3
+    registry = provision.registry(run.path)
+    second = registry.version(2).manifest
+    assert second.rule == ServerRule("Nesterov", {"learning_rate": 1.0, "momentum": 0.2})
+    assert len(second.survivors) >= 3
+    assert registry.tensors(2)["weight"].shape == (3, 4096)
+
+
+def test_its_parameters_are_published_and_a_machine_without_it_refuses(
+    mine: None,
+    tmp_path: Path,
+    run: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_base: Any,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("labels.txt").write_text("off\non\n")
+    for line in ("authority init trust --unencrypted", "coordinator init fleet --authority trust/authority.pem"):
+        assert run(*line.split())[0] == 0
+    code, out, _ = run("coordinator", "publish", "fleet", "--base", "words", "--labels", "labels.txt", "--json")
+    assert code == 0
+    base = find_base("words")
+    assert json.loads(out)["base_digest"] == base.digest
+    monkeypatch.setattr(MODELS.find("words"), "version", 2)
+    assert find_base("words").digest != base.digest
+
+    for other, config in ((base, PeftConfig.lora()), (tiny_base, PeftConfig(OWN, 0, 0, ()))):
+        with refused(ConfigError, "task.peft_config"):
+            open_trainer(other, 2, config)
+    monkeypatch.undo()
+    MODELS._known.pop("words", None)
+    with refused(ConfigError, "base", value="words"):
+        find_base("words")
+
+
+@pytest.mark.parametrize(
+    ("after", "about"),
+    [({"w": np.ones(2, np.float32)}, "w"), ({"w": np.full(3, np.inf, np.float32)}, "w"), ({}, "w")],
+    ids=["shape", "number", "name"],
+)
+def test_a_loop_that_returns_other_arrays_than_it_got_is_refused(after: Tensors, about: str) -> None:
+    model = SimpleNamespace(parameters=lambda: {"w": np.zeros(3, np.float32)}, train=lambda *given: after)
+    trainer = OwnTrainer(OwnModel(Path("odd"), "0" * 64, lambda labels: model), 2)  # type: ignore[arg-type,return-value]
+    task = Task(PeftConfig(OWN, 0, 0, ()), ("off", "on"), 1, 4, 0.01, 0.0, 0.0, PARTS, PARTS)
+    with refused(DataError, about):
+        trainer.train(trainer.base.first(2), [Example("on", 1)], task, epochs=1, rng=np.random.default_rng(1))
 
 
 def test_a_name_of_a_package_is_valid_in_a_scenario_and_an_unknown_one_lists_the_known(mine: None) -> None:
