@@ -211,6 +211,7 @@ class ExportResult:
 
     bundle: str
     phrase: str  # to ask the bundle; no text of a client
+    lesson: tuple[str, str]  # a phrase to teach the bundle, and its label: a plain one that it answers wrong, if any
     report: str
     parity: dict[str, float | int]  # agreement, max_abs_diff, count; accuracy of the exported global pair, and torch's
     reliability: dict[str, Reliability]  # of the arms global and personal

@@ -43,6 +43,7 @@ BUNDLE = "bundle"
 GLOBAL = "global"
 PERSONAL = "personal"
 Answers: TypeAlias = tuple[Floats, Labels, Floats]  # arguments of ``reliability``
+OWN = "a text of your own"
 NINETY = (0.85, 0.95)  # what a device calls 90 %
 
 
@@ -54,6 +55,7 @@ class _Exported:
     parity: Parity  # on the test phrases of all clients
     answers: dict[str, Answers]  # of the global and the personal adapters, to the test phrases of all clients
     plain: dict[str, dict[str, int]]  # client → right and count; without those whose language has no plain phrases
+    lesson: tuple[str, str]  # of the first client
 
 
 def export_all(fleets: Sequence[tuple[Path, Population]], scenario: Scenario, base: Base, report: str) -> ExportResult:
@@ -75,7 +77,8 @@ def export_all(fleets: Sequence[tuple[Path, Population]], scenario: Scenario, ba
 
     return ExportResult(
         bundle=str(first.bundle),
-        phrase="a text of your own" if scenario.data.given else "turn on the kitchen lights",
+        phrase=OWN if scenario.data.given else "turn on the kitchen lights",
+        lesson=first.lesson,
         report=report,
         parity={
             "agreement": mean("agreement"),
@@ -109,6 +112,8 @@ def _publish(out: Path, scenario: Scenario, population: Population, base: Base) 
     personal = [
         _write_device_bundle(out, client, exported, origin, own[client.name], runner) for client in population.clients
     ]
+    plain = {client.name: _plain_answers(client, own[client.name], exported, runner) for client in population.clients}
+    wrong = [said for said, right in plain[population.clients[0].name].items() if not right]
     return _Exported(
         provision.device_folder(out, population.clients[0].name) / BUNDLE,
         parity,
@@ -120,11 +125,8 @@ def _publish(out: Path, scenario: Scenario, population: Population, base: Base) 
                 np.concatenate([np.full(len(answers), temperature) for answers, temperature in personal]),
             ),
         },
-        {
-            client.name: answers
-            for client in population.clients
-            if (answers := _plain_answers(client, own[client.name], exported, runner))
-        },
+        {name: {"right": sum(said.values()), "count": len(said)} for name, said in plain.items() if said},
+        wrong[0] if wrong else (OWN, population.labels[0]),
     )
 
 
@@ -180,15 +182,17 @@ def _personal(out: Path, client: Client, origin: Origin, base: Base) -> Origin:
     return resolved(replace(origin, tensors=tensors, sha256=files.sha256(blob)), base)
 
 
-def _plain_answers(client: Client, own: Origin, exported: ExportedBase, runner: OnnxRunner) -> dict[str, int]:
-    """Count its language's plain phrases that a client's own adapter answers right, as exported; empty without any."""
+def _plain_answers(
+    client: Client, own: Origin, exported: ExportedBase, runner: OnnxRunner
+) -> dict[tuple[str, str], bool]:
+    """Ask a client's own adapter, as exported, its language's plain phrases: (phrase, intent) → whether it is right."""
     plain = plain_phrases().get(client.language, {})
     phrases = {intent: text for intent, text in plain.items() if intent in own.labels}
     if not phrases:
         return {}
     best = runner.classify([*phrases.values()], device_inputs(own, exported.manifest, "int8")).argmax(axis=1)
-    right = sum(own.labels[answer] == intent for answer, intent in zip(best, phrases, strict=True))
-    return {"right": right, "count": len(phrases)}
+    pairs = zip(phrases.items(), best, strict=True)
+    return {(text, intent): bool(own.labels[answer] == intent) for (intent, text), answer in pairs}
 
 
 def _write_device_bundle(

@@ -16,13 +16,14 @@ from simulations.report.formatting import (
     TrafficMeans,
     accuracies,
     canaries,
-    command,
+    context,
     count,
     dropouts,
     duration,
     evaluated,
     formatted_groups,
     headline,
+    next_steps,
     percent,
     plain,
     printable,
@@ -188,6 +189,7 @@ def print_result(result: RunResult, console: Console, program: str = "edgeadapt"
         return
     console.print()
     console.print(Text(headline(result), style="bold"))
+    console.print(Text(context(result, program), style="dim"))
     console.print()
     console.print(_accuracy(result))
     console.print()
@@ -255,12 +257,12 @@ def _exported(exported: ExportResult, program: str) -> list[tuple[str, str | Tex
     return [
         ("parity", _parity(exported.parity)),
         ("exported", accuracies(exported.parity)),
-        ("says 90 %", says),
+        ("confidence", f"when it says 90 %, {says}"),
         ("", errors),
         *([("phrases", plain(exported.plain))] if exported.plain else []),
         ("bundle", Text(exported.bundle)),
         ("report", Text(exported.report)),
-        ("try", Text(command(exported, program))),
+        *((step, Text(line)) for step, line in next_steps(exported, program)),
     ]
 
 

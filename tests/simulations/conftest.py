@@ -86,6 +86,7 @@ def make_result() -> Callable[..., RunResult]:
             exported=ExportResult(
                 bundle="runs/households/bundle",
                 phrase="turn on the kitchen lights",
+                lesson=("it is too dark in here", "HassTurnOn"),
                 report="runs/households/report.html",
                 parity={
                     "agreement": 0.9983,

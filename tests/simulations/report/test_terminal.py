@@ -43,9 +43,13 @@ def test_a_pipe_gets_no_escape_sequence_and_a_terminal_does(result: RunResult) -
 def test_a_long_command_stays_on_one_line_quoted_for_the_shell(result: RunResult) -> None:
     bundle = "/home/some one/" + "far/" * 30 + "[bold]bundle"
     assert result.exported
-    exported = replace(result.exported, bundle=bundle)
-    last = printed(replace(result, exported=exported), program=".venv/bin/edgeadapt").splitlines()[-1]
-    assert last == f"try        .venv/bin/edgeadapt device infer --bundle '{bundle}' \"turn on the kitchen lights\""
+    exported = replace(result.exported, bundle=bundle, lesson=("What's $1?", "Ask"), report="a run/report.html")
+    last = printed(replace(result, exported=exported), program=".venv/bin/edgeadapt").splitlines()[-3:]
+    assert last == [
+        f"teach      .venv/bin/edgeadapt device infer --bundle '{bundle}' --teach Ask 'What'\"'\"'s $1?'",
+        "audit      .venv/bin/edgeadapt audit verify 'a run'",
+        "your texts .venv/bin/edgeadapt simulate texts.csv --set data.client=user",
+    ]
 
 
 def test_a_run_whose_rounds_were_all_aborted_has_no_traffic(result: RunResult) -> None:
