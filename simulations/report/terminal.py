@@ -109,7 +109,7 @@ def _plan(scenario: Scenario, out: Path, clients: int, devices: int, groups: str
     training, fitted = federation.training, federation.analytic.rounds
     adversary = federation.aggregation.adversary
     epochs = count(training.epochs, "epoch")
-    rounds = f"{federation.training_rounds} of {epochs} at learning rate {training.learning_rate:g}"
+    rounds = f"{federation.training_rounds}, each {epochs} at learning rate {training.learning_rate:g}"
     writes = scenario.data.for_language_model
     most = scenario.evaluation.clients
     kind, head = ("language model", "") if writes else ("text encoder", " and the vendor's head")

@@ -7,7 +7,7 @@ repository; or python -m tests.browser.picture report REPORT.html OUT.png, with 
 import base64
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,4 +64,5 @@ def draw_report(report: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"dashboard": draw_dashboard, "report": draw_report}[sys.argv[1]](*map(Path, sys.argv[2:]))
+    drawn: dict[str, Callable[..., None]] = {"dashboard": draw_dashboard, "report": draw_report}
+    drawn[sys.argv[1]](*map(Path, sys.argv[2:]))
