@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from aggregation.errors import ConfigError, DataError
-from edgeadapt.formats.settings import toml_value
 from edgeadapt.formats.storage import File, replace
-from edgeadapt.interface.errors import in_python
 from edgeadapt.interface.models import Classifier, LanguageModel, load
+from edgeadapt.interface.names import in_python, overrides
 from simulations.cli.simulate import read_scenario
 from simulations.engine.progress import RunProgress
 from simulations.result import ARMS, ClientResult, RunResult
@@ -126,7 +125,7 @@ def simulate(
         out = RUNS / f"rows-{datetime.now():%Y%m%d-%H%M%S}" if out is None else Path(out)
         path = _written(source, out.with_name(f"{out.name}.{ROWS}"))
     with in_python():
-        plan = Plan.of(read_scenario(path, _overrides(keys)), Engine(workers, ray=engine == "ray"))
+        plan = Plan.of(read_scenario(path, overrides(keys)), Engine(workers, ray=engine == "ray"))
         if plan.warning:
             warnings.warn(plan.warning, stacklevel=2)
         folder = plan.folder(None if out is None else Path(out), resume=resume)
@@ -164,13 +163,9 @@ def suite(
     if isinstance(arms, str):
         raise ConfigError(f"arms is one string: give a list, as in arms=[{arms!r}]", about="arms", value=arms)
     with in_python():
-        wanted = read_suite(Path(file), seeds=seeds, changes=_overrides(settings), arms=arms)
+        wanted = read_suite(Path(file), seeds=seeds, changes=overrides(settings), arms=arms)
         folder = suite_folder(wanted, None if out is None else Path(out))
         return run_suite(wanted, folder, jobs=jobs, resume=resume, quiet=quiet)
-
-
-def _overrides(settings: Mapping[str, Any]) -> list[str]:
-    return [f"{name.replace('__', '.')}={toml_value(value)}" for name, value in settings.items()]
 
 
 def _written(rows: Any, path: Path) -> Path:
