@@ -57,7 +57,17 @@ METHODS: Mapping[MethodName, str] = {
     "prefix_tuning": "prefix tuning",
 }
 LABEL = 11  # columns
-SHORT = ("base", "rounds", "sums", "privacy", "ATTACK", "clients", "texts", "look at", "broken")  # lines without --verbose
+SHORT = (
+    "base",
+    "rounds",
+    "sums",
+    "privacy",
+    "ATTACK",
+    "clients",
+    "texts",
+    "look at",
+    "broken",
+)  # lines without --verbose
 
 
 def print_scenario(
