@@ -58,7 +58,14 @@ def program() -> str:
     return f"{shlex.quote(str(shown))} -m edgeadapt"
 
 
-class LazyGroup(click.Group):
+class HelpfulGroup(click.Group):
+    """Takes a call without a command for ``--help``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args or ["--help"])
+
+
+class LazyGroup(HelpfulGroup):
     """Groups commands and imports one only when it is called or its help is requested.
 
     So a command starts without the libraries of the others, and a command whose extra is not installed names the
