@@ -198,19 +198,15 @@ def bundle(meaning: str = "The bundle's folder.", *, new: bool = False, **settin
     """Add ``--bundle DIR``, by default ``$EDGEADAPT_BUNDLE`` or else ``./bundle``, which must exist unless ``new``."""
 
     def check(context: click.Context, _: click.Parameter, folder: Path) -> Path:
-        return folder if new else default_bundle(context, folder)
+        defaulted = context.get_parameter_source("bundle") is ParameterSource.DEFAULT
+        if defaulted and not new and not folder.exists():
+            text = f"there is no ./{folder}: name the bundle's folder with --bundle DIR or EDGEADAPT_BUNDLE, or make it"
+            context.fail(f"{text} ('edgeadapt bundle make')")
+        return folder
 
     default = "  [default: $EDGEADAPT_BUNDLE, else ./bundle]"
     settings |= {"envvar": "EDGEADAPT_BUNDLE", "default": "bundle", "help": meaning + default, "callback": check}
     return option("--bundle", type=FOLDER, metavar="DIR", **settings)
-
-
-def default_bundle(context: click.Context, folder: Path) -> Path:
-    """Return what ``--bundle`` was given or is by default. Raises click.UsageError without a folder there."""
-    if context.get_parameter_source("bundle") is ParameterSource.DEFAULT and not folder.exists():
-        text = f"there is no ./{folder}: name the bundle's folder with --bundle DIR or in EDGEADAPT_BUNDLE, or make it"
-        context.fail(f"{text} ('edgeadapt bundle make')")
-    return folder
 
 
 class FiniteRange(click.FloatRange):
