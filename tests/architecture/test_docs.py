@@ -164,3 +164,13 @@ def test_every_document_that_the_code_names_is_there(all_sources: Any) -> None:
         if not list(ROOT.glob(f"{name}*")) and "://" not in source.text.partition(name)[0][-40:]
     ]
     assert missing == []
+
+
+def test_every_message_that_the_page_on_troubles_lists_is_one_of_the_code(all_sources: Any) -> None:
+    product = [source for source in all_sources if source.path.partition("/")[0] in PACKAGES - {"tests", "benchmarks"}]
+    nodes = (node for source in product for node in ast.walk(source.tree) if isinstance(node, ast.Constant))
+    said = "\0".join(node.value for node in nodes if isinstance(node.value, str))
+    page = (ROOT / "docs/how-to/troubleshooting.md").read_text()
+    listed = [text for row in re.findall(r"^\| (.*?) \|", page, re.MULTILINE) for text in re.findall(r"`(.+?)`", row)]
+    assert len(listed) > 30
+    assert [text for text in listed if any(part.strip(" '") not in said for part in text.split("…"))] == []
