@@ -174,3 +174,10 @@ def test_every_message_that_the_page_on_troubles_lists_is_one_of_the_code(all_so
     listed = [text for row in re.findall(r"^\| (.*?) \|", page, re.MULTILINE) for text in re.findall(r"`(.+?)`", row)]
     assert len(listed) > 30
     assert [text for text in listed if any(part.strip(" '") not in said for part in text.split("…"))] == []
+
+
+def test_the_site_stays_a_book_that_is_read() -> None:
+    """At most 46 pages with 60,000 words, besides decisions; a word has a letter or a digit."""
+    pages = [path for path in DOCUMENTS if ROOT / "docs" in path.parents and path.parent.name != "decisions"]
+    assert len(pages) <= 46
+    assert sum(bool(re.search(r"\w", word)) for path in pages for word in path.read_text().split()) <= 60_000
