@@ -49,7 +49,7 @@ from coordinator.statedir import (
     registry_url,
 )
 from coordinator.transcripts import StoredLog, require_agreement
-from edgeadapt.audit import transcripts
+from edgeadapt.auditing import transcripts
 from edgeadapt.formats import storage
 from edgeadapt.formats.blobs import OBJECT_STORES
 from edgeadapt.formats.dsse import MAX_ENVELOPE

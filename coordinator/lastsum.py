@@ -29,7 +29,7 @@ from aggregation.transcript import Entry, Result
 from coordinator.registry import Registry, StoredAdapter
 from coordinator.settings import FederationSettings
 from coordinator.transcripts import StoredLog
-from edgeadapt.audit.transcripts import logs
+from edgeadapt.auditing.transcripts import logs
 from edgeadapt.formats.layout import Layout
 from edgeadapt.formats.roundrecord import RoundRecord
 from edgeadapt.methods.parts import Part, part_of

@@ -7,7 +7,7 @@ from edgeadapt.formats import files
 from edgeadapt.formats.graphinputs import layer_of
 from edgeadapt.formats.layout import Layout, Tensors
 from edgeadapt.formats.manifest import VersionManifest
-from edgeadapt.formats.peftconfig import PeftConfig, require_trainable
+from edgeadapt.formats.peftconfig import OWN, PeftConfig, require_trainable
 from edgeadapt.methods.parts import HEAD
 from edgeadapt.methods.peft.inputs import AdapterInputs
 from edgeadapt.methods.peft.lowrank import as_lora
@@ -24,7 +24,7 @@ def seed_version(
 
     Args:
         tensors: Of an adapter of ``edgeadapt.methods.classifier.PhraseClassifier``, or of a language model, under
-            peft's names.
+            peft's names; or all parameters of an ``OwnModel``.
         labels: Of the head's rows, in order; none for a language model.
 
     Raises:
@@ -32,16 +32,8 @@ def seed_version(
         DataError: The tensors are not those of the configuration.
     """
     require_trainable(peft_config)
-    inputs = AdapterInputs.of_tensors(*as_lora(peft_config, from_peft_tensors(tensors, peft_config, {})))
-    heads = {slot.path: {spec.name: spec.shape for spec in slot.parameters} for slot in inputs.saved}
-    if labels:
-        _require_classifier(inputs, heads, labels)
-    elif heads:
-        raise ConfigError(
-            f"the adapter trains {', '.join(sorted(heads))} in full, and has no labels: name them, or train "
-            "nothing else on a language model",
-            about="labels",
-        )
+    if peft_config.peft_type != OWN:
+        _require_fitting(tensors, peft_config, labels)
     blob = files.encode(tensors)
     manifest = VersionManifest(
         version=0,
@@ -63,6 +55,19 @@ def seed_version(
     return manifest, blob
 
 
+def _require_fitting(tensors: Tensors, peft_config: PeftConfig, labels: Sequence[str]) -> None:
+    inputs = AdapterInputs.of_tensors(*as_lora(peft_config, from_peft_tensors(tensors, peft_config, {})))
+    heads = {slot.path: {spec.name: spec.shape for spec in slot.parameters} for slot in inputs.saved}
+    if labels:
+        _require_classifier(inputs, heads, labels)
+    elif heads:
+        raise ConfigError(
+            f"the adapter trains {', '.join(sorted(heads))} in full, and has no labels: name them, or train "
+            "nothing else on a language model",
+            about="labels",
+        )
+
+
 def _require_classifier(
     inputs: AdapterInputs, heads: Mapping[str, Mapping[str, tuple[int, ...]]], labels: Sequence[str]
 ) -> None:
@@ -79,7 +84,7 @@ def _require_classifier(
     ):
         raise ConfigError(
             "devices train the layers of an encoder and a linear head over the mean of its tokens, and the adapter has "
-            "others: make it with 'edgeadapt export seed'",
+            "others: make it with 'edgeadapt base start'",
             about=HEAD,
             value=sorted(heads),
         )

@@ -20,7 +20,7 @@ from aggregation.transcript import ANSWERS, MAGIC, REQUESTS, Abort, Checkpoint, 
 from coordinator.expiry import expiries
 from coordinator.services import deployment
 from coordinator.statedir import CoordinatorStateDir
-from edgeadapt.audit.transcripts import logs
+from edgeadapt.auditing.transcripts import logs
 from edgeadapt.formats import storage
 from edgeadapt.formats.manifest import VersionManifest
 from edgeadapt.formats.registryfiles import TRANSCRIPT

@@ -7,7 +7,7 @@ is written to the registry first and to the log second, from the registry's reco
 
 A kill can leave the last record incomplete, and a power cut can leave zeros in the last ones. The next start moves such
 a rest to a file with the suffix ``.torn``, ends the round that was under way as the registry says, and closes the log.
-A log that lacks what the registry knows is not signed again. ``edgeadapt.audit.transcripts`` names the files.
+A log that lacks what the registry knows is not signed again. ``edgeadapt.auditing.transcripts`` names the files.
 """
 
 import itertools
@@ -49,9 +49,9 @@ from aggregation.transcript import (
     session_chain_proof,
 )
 from coordinator.registry import Head, TranscriptTable
-from edgeadapt.audit import Problem, checkpoints, history
-from edgeadapt.audit.history import History
-from edgeadapt.audit.transcripts import (
+from edgeadapt.auditing import Problem, checkpoints, history
+from edgeadapt.auditing.history import History
+from edgeadapt.auditing.transcripts import (
     VECTORS,
     log_name,
     log_number,

@@ -13,8 +13,8 @@
 Each name is loaded when it is used: the bare install has neither torch nor Flower.
 
 Below it, ``formats`` has every file and message that two parts share, ``bases`` the frozen models, ``methods`` their
-adapters, ``rounds`` what a round is about; ``audit``, ``authority`` and ``releases`` are the tools of the auditor, of
-who enrols devices and of who releases to them; ``program`` is the command line.
+adapters, ``rounds`` what a round is about; ``auditing``, ``authority`` and ``releases`` are the tools of the auditor,
+of who enrols devices and of who releases to them; ``program`` is the command line.
 """
 
 from importlib import import_module
@@ -23,18 +23,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aggregation.errors import ConfigError, DataError, EdgeAdaptError, ProtocolError, TrustError
+    from edgeadapt.interface.audits import Audit, audit
+    from edgeadapt.interface.exports import export
     from edgeadapt.interface.models import Answer, Classifier, LanguageModel, load
-    from edgeadapt.interface.runs import Run, simulate
+    from edgeadapt.interface.runs import Run, simulate, suite
+    from simulations.suite.execute import SuiteReport
 
 _HOMES = {
     "aggregation.errors": ("ConfigError", "DataError", "EdgeAdaptError", "ProtocolError", "TrustError"),
+    "edgeadapt.interface.audits": ("Audit", "audit"),
+    "edgeadapt.interface.exports": ("export",),
     "edgeadapt.interface.models": ("Answer", "Classifier", "LanguageModel", "load"),
-    "edgeadapt.interface.runs": ("Run", "simulate"),
+    "edgeadapt.interface.runs": ("Run", "simulate", "suite"),
+    "simulations.suite.execute": ("SuiteReport",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Answer",
+    "Audit",
     "Classifier",
     "ConfigError",
     "DataError",
@@ -42,10 +49,14 @@ __all__ = [
     "LanguageModel",
     "ProtocolError",
     "Run",
+    "SuiteReport",
     "TrustError",
     "__version__",
+    "audit",
+    "export",
     "load",
     "simulate",
+    "suite",
 ]
 
 

@@ -3,7 +3,7 @@
 An entry holds a message as it travelled, with its place: index, kind, round and peer. Of a masked input the log holds
 the signed header, which names the vector by digest; vectors are kept outside the log, or not at all. Of the assignments
 of a round that carry encrypted shares, the first is kept complete, the others without their body: their plan is that of
-the first, and their shares are in the messages of the dealers (``edgeadapt.audit.history`` restores them).
+the first, and their shares are in the messages of the dealers (``edgeadapt.auditing.history`` restores them).
 
 The entries are the leaves of a Merkle tree (``merkle``). The coordinator signs its root in *checkpoints*, which are
 entries too: one when the session is established, one after each round, and one that closes the log, so that a truncated

@@ -25,9 +25,9 @@ from client.node.privacyledger import PrivacyLedger
 from client.node.statedir import DeviceStateDir
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transcripts import StoredLog
-from edgeadapt.audit import AuditInput, AuditOptions
-from edgeadapt.audit.account import Account, logged
-from edgeadapt.audit.transcripts import logs
+from edgeadapt.auditing import AuditInput, AuditOptions
+from edgeadapt.auditing.account import Account, logged
+from edgeadapt.auditing.transcripts import logs
 from edgeadapt.formats.registryfiles import TRANSCRIPT
 from edgeadapt.formats.roundrecord import RoundRecord
 from edgeadapt.formats.storage import kill_safe

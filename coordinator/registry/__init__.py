@@ -1,6 +1,6 @@
 """The registry: signed, content-addressed versions of the global adapter, and a record of every round.
 
-It needs SQLAlchemy and fsspec. An auditor reads the same files without them (``edgeadapt.audit``).
+It needs SQLAlchemy and fsspec. An auditor reads the same files without them (``edgeadapt.auditing``).
 """
 
 from coordinator.registry.lease import Leadership, Lease, leadership

@@ -16,7 +16,7 @@ from sqlalchemy.dialects.postgresql import insert as insert_once
 from aggregation.errors import DataError, TrustError
 from coordinator.registry import database
 from coordinator.registry.lease import fenced
-from edgeadapt.audit.transcripts import log_name, log_number, logs
+from edgeadapt.auditing.transcripts import log_name, log_number, logs
 from edgeadapt.formats import storage
 from edgeadapt.formats.registryfiles import REVOKED
 from edgeadapt.formats.storage import LARGEST, PUBLIC

@@ -10,18 +10,17 @@ from typing import Any
 
 import click
 
-from aggregation.errors import ConfigError, TrustError
+from aggregation.errors import TrustError
 from aggregation.transcript import read
-from edgeadapt.audit import AuditInput, AuditOptions, Finding, Report, Status
-from edgeadapt.audit.findings import count
+from edgeadapt.auditing import AuditInput, AuditOptions, Finding, Report, Status
+from edgeadapt.auditing.findings import count
+from edgeadapt.commandline import FOLDER, as_json
 from edgeadapt.formats import storage
-from edgeadapt.formats.registryfiles import RegistrySettings
+from edgeadapt.interface.audits import audited
 from edgeadapt.releases.actions import ActionRecord
-from edgeadapt.releases.history import RepositoryAudit, audit_repository, is_repository
+from edgeadapt.releases.history import RepositoryAudit
 
 MARK, INDENT, WIDTH = 13, 30, 90  # columns: of a finding's status, before its text, of its text
-RUN = "coordinator"  # the state directory in the folder of a run
-FOLDER = click.Path(path_type=Path)
 Renderer = Callable[[AuditInput, Mapping[str, Report], TrustError | None], Iterator[str]]
 
 
@@ -38,7 +37,7 @@ class _Moment(click.DateTime):
 
 def _options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
+        as_json,
         click.option("--unfinished", is_flag=True, help="Accept that the last session is still under way."),
         click.option(
             "--root",
@@ -83,12 +82,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.group("audit", context_settings={"help_option_names": ["-h", "--help"]})
-def audit_command() -> None:
-    """Check from its transcripts that a coordinator followed the protocol, and what was done with its releases."""
-
-
-@audit_command.command()
+@click.command()
 @_options
 def verify(path: Path, unfinished: bool, as_json: bool, **options: Any) -> None:
     """Check every session at PATH, and exit with 4 if a check fails.
@@ -106,13 +100,10 @@ def verify(path: Path, unfinished: bool, as_json: bool, **options: Any) -> None:
       edgeadapt audit verify runs/demo --at 2026-11-25 --revoked runs/demo/revoked.crl
       edgeadapt audit verify transcript/session-000001.log --json
     """
-    if is_repository(path):
-        _audit_repository(path, as_json, options, listed=False)
-        return
-    _audit(path, unfinished, as_json, options, _render_findings)
+    _audit(path, unfinished, as_json, options, _render_findings, listed=False)
 
 
-@audit_command.command(short_help="List the rounds at PATH, their survivors and dropouts.")
+@click.command()
 @_options
 @click.option("--entries", is_flag=True, help="List every message too.")
 def show(path: Path, unfinished: bool, as_json: bool, entries: bool, **options: Any) -> None:
@@ -126,18 +117,27 @@ def show(path: Path, unfinished: bool, as_json: bool, entries: bool, **options: 
       edgeadapt audit show releases
       edgeadapt audit show transcript/session-000001.log --entries
     """
-    if is_repository(path):
-        _audit_repository(path, as_json, options, listed=True)
-        return
-    _audit(path, unfinished, as_json, options, partial(_render_rounds, entries=entries))
+    _audit(path, unfinished, as_json, options, partial(_render_rounds, entries=entries), listed=True)
 
 
-def _audit_repository(path: Path, as_json: bool, options: dict[str, Any], *, listed: bool) -> None:
+def _audit(
+    path: Path, unfinished: bool, as_json: bool, options: dict[str, Any], render: Renderer, *, listed: bool
+) -> None:
     root = options.pop("root")
-    if misplaced := [name for name, value in options.items() if value is not None]:
-        reason = f"--{misplaced[0]} is for the transcripts of a coordinator, and {path} is a repository of channels"
-        raise ConfigError(reason, about=f"--{misplaced[0]}")
-    audited = audit_repository(path, root)
+    audit = audited(path, AuditOptions(**options), root=root, unfinished=unfinished)
+    if audit.releases is not None:
+        _print_releases(path, audit.releases, as_json, listed=listed)
+    if audit.checked is not None:
+        row = {**_report(audit.checked, audit.sessions), "ok": audit.ok, "error": audit.error and str(audit.error)}
+        click.echo(json.dumps(row) if as_json else "\n".join(render(audit.checked, audit.sessions, audit.error)))
+        if audit.error and as_json:  # standard output already has it, in its one object
+            click.echo(f"edgeadapt: {audit.error}", err=True)
+            click.get_current_context().exit(audit.error.exit_code)
+    if audit.error:
+        raise audit.error
+
+
+def _print_releases(path: Path, audited: RepositoryAudit, as_json: bool, *, listed: bool) -> None:
     if as_json:
         records = [asdict(record) for record in audited.records]
         row = {"ok": True, "error": None, "pinned": audited.pinned, "unread": audited.unread}
@@ -176,39 +176,6 @@ def _summary(path: Path, audited: RepositoryAudit) -> Iterator[str]:
             yield f"{what}: no evaluation asked for it"
     if audited.unread:
         yield f"not named by the snapshot, and not read: {', '.join(audited.unread)}"
-
-
-def _update(path: Path) -> None:
-    """Update the logs of a coordinator whose machine may not lead from its database."""
-    for folder in (path, path / RUN):
-        if RegistrySettings.of(folder).database:
-            from coordinator.statedir import update_transcript  # takes the extra of such a registry
-
-            update_transcript(folder)
-
-
-def _audit(path: Path, unfinished: bool, as_json: bool, options: dict[str, Any], render: Renderer) -> None:
-    if options.pop("root") is not None:
-        raise ConfigError(f"--root is for a repository of channels, which {path} is not", about="--root")
-    _update(path)
-    checked = AuditInput.open(path, AuditOptions(**options))
-    _update(path)  # the records that were just read may be of rounds that ended since
-    reports = checked.audit(unfinished=unfinished)
-    failure: TrustError | None = None
-    try:
-        checked.require(reports, unfinished=unfinished)
-    except TrustError as error:
-        failure = error
-    if as_json:
-        outcome = {"ok": failure is None, "error": failure and str(failure)}
-        click.echo(json.dumps({**_report(checked, reports), **outcome}))
-    else:
-        click.echo("\n".join(render(checked, reports, failure)))
-    if failure and as_json:  # standard output already has it, in its one object
-        click.echo(f"edgeadapt: {failure}", err=True)
-        click.get_current_context().exit(failure.exit_code)
-    if failure:
-        raise failure
 
 
 def _render_findings(checked: AuditInput, reports: Mapping[str, Report], failure: TrustError | None) -> Iterator[str]:

@@ -1,22 +1,29 @@
-"""``edgeadapt.simulate``: a federation of a table's or a scenario's clients, and what it brought to each."""
+"""``edgeadapt.simulate`` and ``suite``: what a federation brought to each client, and comparisons on several seeds."""
 
 import json
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from html import escape
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from aggregation.errors import ConfigError, DataError
+from client.training.personal import METHODS
+from edgeadapt.bases.base import MODELS
 from edgeadapt.formats.settings import toml_value
 from edgeadapt.formats.storage import File, replace
+from edgeadapt.interface.errors import in_python
 from edgeadapt.interface.models import Classifier, LanguageModel, load
-from simulations.cli.simulate import RUNS, read_scenario
+from edgeadapt.rounds.optimizer import OPTIMIZERS, name_of, to_rule
+from simulations.cli.simulate import read_scenario
 from simulations.engine.progress import RunProgress
 from simulations.result import ARMS, ClientResult, RunResult
+from simulations.suite.execute import SuiteReport, run_suite
 from simulations.suite.run import REPORT, Engine, Plan
+from simulations.suite.store import RUNS, read_suite, suite_folder
 
 ROWS = "rows.jsonl"  # the rows that were given, in the folder of the run
 COLUMNS = {"mean": "mean", "p10": "10th pct.", "worst": "worst", "unseen": "unseen"}
@@ -62,6 +69,17 @@ class Run:
         """Load a bundle of the run. Raises as ``bundle`` and ``edgeadapt.load``."""
         return load(self.bundle(client))
 
+    def compare(self, other: "Run") -> dict[str, dict[str, float]]:
+        """Return by arm how much higher each figure of ``accuracy`` is than in ``other``; ``suite`` adds intervals.
+
+        Raises ConfigError: one of the two is of a language model.
+        """
+        if self.result.metric != other.result.metric:
+            reason = f"{self.path} has {self.result.metric}, and {other.path} {other.result.metric}: compare like runs"
+            raise ConfigError(reason, about="other", value=str(other.path))
+        theirs = other.accuracy
+        return {arm: {key: row[key] - theirs[arm][key] for key in row} for arm, row in self.accuracy.items()}
+
     def __str__(self) -> str:
         rows = [["", *COLUMNS.values()]]
         rows += [[arm, *(f"{row[key]:.3f}" for key in COLUMNS)] for arm, row in self.accuracy.items()]
@@ -83,6 +101,7 @@ def simulate(
     out: File | None = None,
     resume: bool = False,
     workers: int = 1,
+    engine: Literal["local", "ray"] = "local",
     quiet: bool = False,
     **settings: Any,
 ) -> Run:
@@ -93,10 +112,12 @@ def simulate(
             ``.parquet``), a folder, rows with the keys ``text`` and ``label``, or a ``pandas.DataFrame``.
         client: The column that names each text's client; without it, texts are dealt out.
         out: The folder of the run; by default a new one in ``runs/``.
-        resume: Continue the run of the same source and settings in ``out``.
+        resume: Continue the run of the same source and settings in ``out``, or the newest one in ``runs/``.
         workers: Processes that the devices of the rounds share.
+        engine: Where the rounds run: in this process and its workers, or on Flower's simulation engine.
         quiet: Show no progress.
-        settings: Keys of the scenario, as in ``federation__rounds=20`` or ``**{"federation.rounds": 20}``.
+        settings: Keys of the scenario, as in ``federation__rounds=20`` or ``**{"federation.rounds": 20}``. A model,
+            a server rule and a personal step may be your own, in place of a name (docs/how-to/extend.md).
 
     Raises:
         ConfigError: A setting is not valid, or ``out`` has another run.
@@ -104,17 +125,70 @@ def simulate(
     """
     keys = {name.replace("__", "."): value for name, value in settings.items()}
     keys |= {} if client is None else {"data.client": client}
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    _name_own(keys)
     if isinstance(source, (str, PathLike)):
         path = Path(source)
     else:
-        out = RUNS / f"rows-{stamp}" if out is None else Path(out)
+        out = RUNS / f"rows-{datetime.now():%Y%m%d-%H%M%S}" if out is None else Path(out)
         path = _written(source, out.with_name(f"{out.name}.{ROWS}"))
-    scenario = read_scenario(path, [f"{key}={toml_value(value)}" for key, value in keys.items()])
-    plan = Plan.of(scenario, Engine(workers))
-    folder = plan.folder((RUNS / f"{scenario.name}-{stamp}" if out is None else Path(out)).resolve(), resume=resume)
-    with RunProgress(quiet=quiet) as progress:
-        return Run(folder.path, plan.run(folder, progress))
+    with in_python():
+        plan = Plan.of(read_scenario(path, _overrides(keys)), Engine(workers, ray=engine == "ray"))
+        if plan.warning:
+            warnings.warn(plan.warning, stacklevel=2)
+        folder = plan.folder(None if out is None else Path(out), resume=resume)
+        with RunProgress(quiet=quiet) as progress:
+            return Run(folder.path, plan.run(folder, progress))
+
+
+def suite(
+    file: File,
+    *,
+    seeds: int | None = None,
+    arms: Sequence[str] = (),
+    out: File | None = None,
+    resume: bool = False,
+    jobs: int | None = None,
+    quiet: bool = False,
+    **settings: Any,
+) -> SuiteReport:
+    """Compare arms on several seeds: which differences are more than noise?
+
+    Args:
+        file: A suite (``.toml``), also the name of a shipped one.
+        seeds: Their number, from 0 on; by default those of the file.
+        arms: Names of the arms to run; by default all.
+        out: The folder of the suite; by default ``runs/suite-NAME``.
+        resume: Continue the suite in ``out``; what is finished is kept.
+        jobs: Processes at the same time; by default one a core, at most 4.
+        quiet: Show no progress.
+        settings: Keys of the scenario, for every arm, as for ``simulate``.
+
+    Raises:
+        ConfigError: A setting is not valid, or ``out`` has another suite.
+        DataError: A text is not valid, or an arm failed.
+    """
+    if isinstance(arms, str):
+        raise ConfigError(f"arms is one string: give a list, as in arms=[{arms!r}]", about="arms", value=arms)
+    with in_python():
+        wanted = read_suite(Path(file), seeds=seeds, changes=_overrides(settings), arms=arms)
+        folder = suite_folder(wanted, None if out is None else Path(out))
+        return run_suite(wanted, folder, jobs=jobs, resume=resume, quiet=quiet)
+
+
+def _overrides(settings: Mapping[str, Any]) -> list[str]:
+    return [f"{name.replace('__', '.')}={toml_value(value)}" for name, value in settings.items()]
+
+
+def _name_own(keys: dict[str, Any]) -> None:
+    """Let the process know what is given in place of a name, under the name that the scenario then has."""
+    rule, step = keys.get("federation.server.optimizer", ""), keys.get("personal.method", "")
+    if not isinstance(model := keys.get("base.model", ""), str):
+        keys["base.model"] = MODELS.add(model.__name__.lower(), model)
+    if not isinstance(rule, str):
+        keys["federation.server.optimizer"] = OPTIMIZERS.add(name_of(rule), type(rule))
+        keys["federation.server.numbers"] = to_rule(rule).numbers
+    if not isinstance(step, str):
+        keys["personal.method"] = METHODS.add(step.__name__, step)
 
 
 def _written(rows: Any, path: Path) -> Path:

@@ -13,7 +13,7 @@ from typing import Literal
 from aggregation import envelope, transcript
 from aggregation.errors import ConfigError, ProtocolError, TrustError
 from aggregation.messages import Assignment, Plan
-from edgeadapt.audit.transcripts import logs
+from edgeadapt.auditing.transcripts import logs
 from edgeadapt.formats import storage
 from edgeadapt.formats.registryfiles import TRANSCRIPT, RegistrySettings
 from edgeadapt.formats.release import Release

@@ -1,21 +1,19 @@
-"""``edgeadapt suite``: arms against each other on several seeds, and their differences with intervals."""
+"""``edgeadapt simulate suite``: arms against each other on several seeds, and their differences with intervals."""
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from simulations.cli.simulate import RUNS, resumable
+from edgeadapt import commandline
+from simulations.cli.simulate import resumable
 
-MOST_JOBS = 4  # by default; each holds a base in memory
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-def suite() -> None:
-    """Compare arms of a scenario on several seeds."""
+if TYPE_CHECKING:  # imports torch
+    from simulations.suite.execute import SuiteReport
 
 
-@suite.command(short_help="Run the arms of a suite on its seeds.")
+@click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--seeds", type=click.IntRange(1, 1000), help="So many seeds, from 0 on.  [default: the file's]")
 @click.option(
@@ -25,8 +23,9 @@ def suite() -> None:
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set a scenario key; repeatable.")
 @click.option("--resume", is_flag=True, help="Continue the suite in --out; what is finished is kept.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the suite.  [default: runs/suite-NAME]")
+@commandline.quiet
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the tables.")
-def run(
+def suite(
     file: Path,
     seeds: int | None,
     jobs: int | None,
@@ -43,25 +42,23 @@ def run(
 
     \b
     Examples:
-      edgeadapt suite run households.toml --out runs/households
-      edgeadapt suite run newsgroups.toml --set data.concentration=0.1 --out runs/newsgroups
-      edgeadapt suite run my.toml --seeds 5 --jobs 2
-      edgeadapt suite run my.toml --seeds 5 --jobs 2 --resume
+      edgeadapt simulate suite households.toml --out runs/households
+      edgeadapt simulate suite newsgroups.toml --set data.concentration=0.1 --out runs/newsgroups
+      edgeadapt simulate suite my.toml --seeds 5 --jobs 2
+      edgeadapt simulate suite my.toml --seeds 5 --jobs 2 --resume
     """
     # Imported here, so that --help does not wait for the libraries.
-    from edgeadapt.formats.cores import cores
-    from simulations.engine.progress import SuiteProgress
-    from simulations.suite.execute import execute
-    from simulations.suite.store import read_suite, taken
+    from simulations.suite.execute import run_suite
+    from simulations.suite.store import read_suite, suite_folder
 
     wanted = read_suite(file, seeds=seeds, changes=overrides, arms=arms)
-    out = out or RUNS / f"suite-{wanted.settings.name}"
-    with resumable(out), taken(out, wanted, resume=resume) as store, SuiteProgress(quiet=as_json) as progress:
-        execute(wanted, store, jobs or min(cores(), MOST_JOBS), progress.show)
-    _report(out, as_json)
+    out = suite_folder(wanted, out)
+    with resumable(out):
+        outcome = run_suite(wanted, out, jobs=jobs, resume=resume, quiet=commandline.is_quiet())
+    _print(outcome, as_json)
 
 
-@suite.command(short_help="Write and print the report of a suite.")
+@click.command()
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
 @click.option("--track", type=click.Choice(["mlflow", "tensorboard"]), help="Also send the runs to this tracker.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the tables.")
@@ -70,24 +67,22 @@ def report(folder: Path, track: str | None, as_json: bool) -> None:
 
     \b
     Examples:
-      edgeadapt suite report runs/households
-      edgeadapt suite report runs/households --json > suite.json
-      edgeadapt suite report runs/households --track tensorboard
+      edgeadapt simulate report runs/households
+      edgeadapt simulate report runs/households --json > suite.json
+      edgeadapt simulate report runs/households --track tensorboard
     """
-    _report(folder, as_json, track)
+    from simulations.suite.execute import SuiteReport
 
-
-def _report(folder: Path, as_json: bool, track: str | None = None) -> None:
-    from simulations.report.pages import markdown, write_suite_report
-    from simulations.report.summary import summarize
-    from simulations.report.track import TRACKERS, tracked_runs
-    from simulations.suite.store import Store, open_suite, results
-
-    opened = open_suite(folder)
-    outcomes = results(opened, Store(folder))
-    summary = summarize(opened.settings, outcomes)
-    write_suite_report(summary, folder)
+    outcome = SuiteReport.of(folder)
     if track:
-        place = TRACKERS[track](opened.settings.name, tracked_runs(opened.settings, outcomes), folder)
-        click.echo(f"the runs are in {place}", err=True)
-    click.echo(json.dumps(summary.to_json()) if as_json else f"{markdown(summary)}\n{folder / 'report.html'}")
+        from simulations.report.track import TRACKERS, tracked_runs
+        from simulations.suite.store import Store, open_suite, results
+
+        opened = open_suite(folder)
+        runs = tracked_runs(opened.settings, results(opened, Store(folder)))
+        click.echo(f"the runs are in {TRACKERS[track](opened.settings.name, runs, folder)}", err=True)
+    _print(outcome, as_json)
+
+
+def _print(outcome: "SuiteReport", as_json: bool) -> None:
+    click.echo(json.dumps(outcome.summary.to_json()) if as_json else f"{outcome}\n{outcome.report}")

@@ -9,7 +9,7 @@ import numpy as np
 
 from client.inference.phrases import PhraseReader
 from client.training.examples import NO_LABEL
-from edgeadapt.bases.base import Base
+from edgeadapt.bases.base import Base, OwnModel
 from simulations.data.population import Client, LabelledText
 from simulations.data.tables import DataFacts, Loaded
 
@@ -46,13 +46,19 @@ class DataSummary:
         """Return the share of unknown tokens, as a mean over the clients."""
         return float(np.mean([client.unknown for client in self.clients]))
 
+    @property
+    def warns(self) -> bool:
+        """Check whether there is a client whose texts the base cannot read."""
+        return max(client.unknown for client in self.clients) > MUCH_UNKNOWN
+
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "unknown": self.unknown}
 
 
 def summarize(loaded: Loaded, base: Base) -> DataSummary:
     """Count what is in a population; the base gives its tokenizer."""
-    reader, population = PhraseReader.of((base.folder / "tokenizer.json").read_bytes()), loaded.population
+    population = loaded.population
+    reader = None if isinstance(base, OwnModel) else PhraseReader.of((base.folder / "tokenizer.json").read_bytes())
     counts = Counter(text.label for client in population.clients for text in _texts(client))
     return DataSummary(
         tuple(_client(client, reader) for client in population.clients),
@@ -87,7 +93,7 @@ def lines(summary: DataSummary) -> Iterator[tuple[str, str]]:
 def _unknown(summary: DataSummary) -> str:
     worst = max(summary.clients, key=lambda client: client.unknown)
     text = f"{100 * summary.unknown:.1f} % of the tokens, at most {100 * worst.unknown:.1f} % ({worst.name})"
-    if worst.unknown > MUCH_UNKNOWN:
+    if summary.warns:
         text += ": this base cannot read them; choose one for these languages (edgeadapt base list)"
     return text
 
@@ -107,7 +113,7 @@ def _texts(client: Client) -> Iterator[LabelledText]:
     yield from (*client.train, *client.validation, *client.test)
 
 
-def _client(client: Client, reader: PhraseReader) -> ClientSummary:
+def _client(client: Client, reader: PhraseReader | None) -> ClientSummary:
     texts = list(_texts(client))
     return ClientSummary(
         client.name,
@@ -117,5 +123,5 @@ def _client(client: Client, reader: PhraseReader) -> ClientSummary:
         len(client.validation),
         len(client.test),
         len({text.label for text in texts}),
-        float(np.mean([reader.unknown_share(text.text) for text in texts])),
+        float(np.mean([reader.unknown_share(text.text) for text in texts])) if reader else 0.0,
     )

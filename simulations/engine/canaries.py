@@ -32,8 +32,8 @@ from aggregation.ring import dtype
 from aggregation.spec import SessionSpec
 from coordinator.statedir import KEY
 from coordinator.transcripts import StoredLog
-from edgeadapt.audit.account import Account, sums
-from edgeadapt.audit.transcripts import logs
+from edgeadapt.auditing.account import Account, sums
+from edgeadapt.auditing.transcripts import logs
 from edgeadapt.formats.registryfiles import TRANSCRIPT
 from edgeadapt.rounds.sums import noisy_vector
 from simulations.engine import provision

@@ -2,8 +2,6 @@
 
 import math
 import shlex
-import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +107,17 @@ def command(exported: ExportResult, program: str) -> str:
     return f'{program} device infer --bundle {shlex.quote(exported.bundle)} "{exported.phrase}"'
 
 
+def next_commands(exported: ExportResult, program: str) -> list[tuple[str, str]]:
+    """Return what to try next, in a few words each, with their commands: teach or ask a device, audit, own texts."""
+    first = ("ask a device", command(exported, program))
+    if lesson := exported.lesson:
+        words = shlex.join(("--bundle", lesson.bundle, "--teach", lesson.label, lesson.phrase))
+        first = ("teach a device a phrase that it gets wrong", f"{program} device infer {words}")
+    federation = shlex.quote(str(Path(exported.bundle).parents[2]))
+    own = [("simulate texts of your own", f"{program} new mine")] if exported.plain else []  # these were households
+    return [first, ("check what the coordinator did", f"{program} audit verify {federation}"), *own]
+
+
 @dataclass(frozen=True, slots=True)
 class TrafficMeans:
     """Holds mean bytes of one device in one round, over the rounds that were not aborted; NaN if all were."""
@@ -199,12 +208,3 @@ def plain(answers: Mapping[str, Mapping[str, int]]) -> str:
     worst = min(answers, key=lambda name: answers[name]["right"] / answers[name]["count"])
     fewest = f"{printable(worst)}, {answers[worst]['right']} of {answers[worst]['count']}"
     return f"{right} of {count(total, 'plain phrase')} right; fewest: {fewest}"
-
-
-def program() -> str:
-    """Name the program as it must be typed here: ``edgeadapt`` if the shell finds it, else Python with ``-m``."""
-    if shutil.which("edgeadapt"):
-        return "edgeadapt"
-    python = Path(sys.executable)
-    shown = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
-    return f"{shlex.quote(str(shown))} -m edgeadapt"

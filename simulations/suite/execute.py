@@ -19,19 +19,23 @@ from filelock import FileLock
 
 from aggregation.errors import DataError, EdgeAdaptError
 from edgeadapt.formats import storage
+from edgeadapt.formats.cores import cores
 from simulations.data import populate
 from simulations.data.population import Population
-from simulations.engine.progress import RunProgress
+from simulations.engine.progress import RunProgress, SuiteProgress
 from simulations.engine.provision import device_base, grouped, training_base
 from simulations.engine.workers import Notify, Process, WorkerKilledError
 from simulations.plan import Suite, Trial, digest_of, search
+from simulations.report.pages import markdown, write_suite_report
+from simulations.report.summary import SuiteSummary, summarize
 from simulations.result import TrialResult
 from simulations.scenario import Scenario
-from simulations.suite.run import SCENARIO, RunFolder, federate, prepare
-from simulations.suite.store import BASES, FINISHED, Store
+from simulations.suite.run import REPORT, SCENARIO, RunFolder, federate, prepare
+from simulations.suite.store import BASES, FINISHED, Store, open_suite, results, taken
 from simulations.suite.trial import Material, TrialRun
 
 LOGS = "logs"
+MOST_JOBS = 4  # by default; each holds a base in memory
 Show = Callable[[float, float, list[str]], None]  # work done, work left, and what the processes do, a line each
 
 
@@ -51,6 +55,41 @@ class Job:
     def weight(self) -> float:
         """Return the work in epochs of a client."""
         return self.trial.rounds_weight if self.rounds else self.trial.weight
+
+
+@dataclass(frozen=True, slots=True)
+class SuiteReport:
+    """A finished suite: figures of its arms, and their differences with intervals."""
+
+    path: Path  # the folder of the suite
+    summary: SuiteSummary
+
+    @classmethod
+    def of(cls, folder: Path) -> "SuiteReport":
+        """Write the report of the finished suite in ``folder``. Raises as ``open_suite`` and ``results``."""
+        suite = open_suite(folder)
+        summary = summarize(suite.settings, results(suite, Store(folder)))
+        write_suite_report(summary, folder)
+        return cls(folder, summary)
+
+    @property
+    def report(self) -> Path:
+        return self.path / REPORT
+
+    def __str__(self) -> str:
+        return markdown(self.summary)
+
+    _repr_markdown_ = __str__
+
+
+def run_suite(suite: Suite, out: Path, *, jobs: int | None, resume: bool, quiet: bool) -> SuiteReport:
+    """Run what is left of a suite in ``out``, in ``jobs`` processes; by default one a core, at most ``MOST_JOBS``.
+
+    Raises as ``taken``, ``execute`` and ``SuiteReport.of``.
+    """
+    with taken(out, suite, resume=resume) as store, SuiteProgress(quiet=quiet) as progress:
+        execute(suite, store, jobs or min(cores(), MOST_JOBS), progress.show)
+    return SuiteReport.of(out)
 
 
 def pending(suite: Suite, store: Store) -> list[Job]:

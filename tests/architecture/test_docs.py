@@ -111,7 +111,7 @@ def test_every_call_of_the_program_in_a_document_is_one(path: Path) -> None:
 def test_an_unknown_call_is_found() -> None:
     block = "```\n$ edgeadapt device infer \\\n  --bundel b x\nedgeadapt nonsense --json\n```"
     bench = "```\n$ python -m benchmarks secagg --quik\n```"
-    text = f"{block}\n{bench}\nSee `edgeadapt audit verify RUN --json`, `edgeadapt export --help`."
+    text = f"{block}\n{bench}\nSee `edgeadapt audit verify RUN --json`, `edgeadapt bundle --help`."
     assert [unknown(words) for words in calls(text)] == ["--bundel", "nonsense", "--quik", "", ""]
 
 

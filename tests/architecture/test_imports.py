@@ -11,7 +11,7 @@ import pytest
 PARTS = ("aggregation", "client", "coordinator", "edgeadapt", "export", "simulations")
 DEVICE = ("client.cli", "client.cli.adapters", "client.cli.infer", "client.inference", "client.learning")
 ENROLMENT = ("client.cli.node", "client.node.enrolment", "edgeadapt.cli.authority", "edgeadapt.authority.store")
-AUDITOR = ("edgeadapt.cli.audit", "edgeadapt.audit.transcripts")
+AUDITOR = ("edgeadapt.cli.audit", "edgeadapt.auditing.transcripts")
 TRAINING = ("edgeadapt.bases.traininggraph", "client.training.graphengine")
 COMMANDS = ("promotion", "sbom", "versions")
 GOVERNANCE = ("edgeadapt.promotion", "edgeadapt.releases", *(f"edgeadapt.cli.{name}" for name in COMMANDS))
@@ -31,7 +31,7 @@ def graph() -> grimp.ImportGraph:
     built = grimp.build_graph(*PARTS, include_external_packages=True, cache_dir=None)
     # Only for a registry in a database or a bucket, which takes the extra of either.
     built.remove_import(importer="edgeadapt.formats.registryreader", imported="edgeadapt.formats.registrystores")
-    built.remove_import(importer="edgeadapt.cli.audit", imported="coordinator.statedir")
+    built.remove_import(importer="edgeadapt.interface.audits", imported="coordinator.statedir")
     built.remove_import(importer="edgeadapt.promotion.evaluations", imported="coordinator.statedir")
     built.remove_import(importer="edgeadapt.commandline", imported="rich")  # a spinner, in commands with an extra
     # Only for traces, which take the extra of that name.

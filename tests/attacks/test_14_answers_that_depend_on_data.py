@@ -33,8 +33,8 @@ from client.node.tasklabels import TaskLabels
 from client.training.examples import Example, Score, Split, parse_examples, read_file, write_examples
 from client.training.trainer import ClassifierTrainer
 from coordinator.statedir import CoordinatorStateDir
-from edgeadapt.audit import audit
-from edgeadapt.audit.transcripts import logs
+from edgeadapt.auditing import audit
+from edgeadapt.auditing.transcripts import logs
 from edgeadapt.formats.layout import Layout, Tensors
 from edgeadapt.methods import classifier
 from edgeadapt.rounds.roundtask import Outcome

@@ -20,8 +20,8 @@ from aggregation.steps import BODY, RECORD, Step
 from client.node.app import app as client_app
 from client.node.statedir import DeviceStateDir
 from coordinator.statedir import CoordinatorStateDir
-from edgeadapt.audit import audit
-from edgeadapt.audit.transcripts import logs
+from edgeadapt.auditing import audit
+from edgeadapt.auditing.transcripts import logs
 from tests.support import refused
 
 FleetOf = Callable[..., Any]

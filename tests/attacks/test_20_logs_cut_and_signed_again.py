@@ -26,8 +26,8 @@ from aggregation.transcript import ENTRY, MAGIC, Checkpoint
 from client.node.app import app as client_app
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transcripts import StoredLog
-from edgeadapt.audit import AuditInput, AuditOptions
-from edgeadapt.audit.transcripts import log_name, logs
+from edgeadapt.auditing import AuditInput, AuditOptions
+from edgeadapt.auditing.transcripts import log_name, logs
 from edgeadapt.formats.registryfiles import DATABASE
 from tests.support import refused
 from tests.support.fleet import make_fleet, session_spec

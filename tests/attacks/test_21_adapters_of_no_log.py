@@ -26,7 +26,7 @@ from client.node.adapterstate import AdapterState
 from client.node.app import app as client_app
 from coordinator import rounds
 from coordinator.registry import Head, Registry, StoredAdapter
-from edgeadapt.audit import AuditInput, AuditOptions, chain
+from edgeadapt.auditing import AuditInput, AuditOptions, chain
 from edgeadapt.formats import files
 from tests.support import refused
 from tests.support.hostile import continues_from_anything

@@ -31,8 +31,8 @@ from coordinator.registry import Registry
 from coordinator.settings import Aggregation, FederationSettings
 from coordinator.statedir import CoordinatorStateDir
 from edgeadapt import program
-from edgeadapt.audit import Check, Finding, Recomputation, Status, recompute, rules
-from edgeadapt.audit.transcripts import logs
+from edgeadapt.auditing import Check, Finding, Recomputation, Status, recompute, rules
+from edgeadapt.auditing.transcripts import logs
 from edgeadapt.formats import files
 from edgeadapt.formats.registryfiles import BLOBS, DATABASE, SIGNING_KEY, RegistryFiles, blob_name
 from edgeadapt.rounds.task import Task
@@ -124,7 +124,7 @@ def test_a_session_on_top_of_an_adapter_that_was_published_by_hand_is_found(
     code, printed = audited(fleet.out)
     assert (code, printed["ok"]) == (4, False)
     assert "session-000002.log starts from an adapter 2 that no session before it made" in printed["error"]
-    monkeypatch.setattr("edgeadapt.audit.transcripts.chain", lambda reports: None)
+    monkeypatch.setattr("edgeadapt.auditing.transcripts.chain", lambda reports: None)
     assert audited(fleet.out)[0] == 0
 
 
@@ -135,7 +135,7 @@ def test_an_adapter_that_was_published_by_hand_before_the_first_session_is_found
     publish_by_hand(fleet)
     next_session(fleet)
     assert audited(fleet.out)[0] == 4
-    monkeypatch.setattr("edgeadapt.audit.transcripts.chain", lambda reports: None)
+    monkeypatch.setattr("edgeadapt.auditing.transcripts.chain", lambda reports: None)
     assert audited(fleet.out)[0] == 0
 
 
@@ -145,7 +145,7 @@ def test_an_adapter_that_was_published_by_hand_after_the_last_session_is_found(
     backdoor = publish_by_hand(fleet)
     code, printed = audited(fleet.out)
     assert (code, f"adapter {backdoor}" in printed["error"]) == (4, True)
-    monkeypatch.setattr("edgeadapt.audit.transcripts._require_logged", lambda *_, **__: None)
+    monkeypatch.setattr("edgeadapt.auditing.transcripts._require_logged", lambda *_, **__: None)
     assert audited(fleet.out)[0] == 0
 
 
@@ -156,13 +156,13 @@ def test_an_adapter_that_was_published_by_hand_is_not_exported(
     """A device that opens a bundle does not see the logs."""
     backdoor = forge(fleet)
     registry, out = fleet.out / "coordinator", tmp_path / "out"
-    for command in ("peft", "--out", out), ("adapter", "--key", registry / SIGNING_KEY, "--bundle", out):
+    for command in ("peft", "--out", out), ("add", "--key", registry / SIGNING_KEY, "--bundle", out):
         for version in (), ("--version", backdoor):
             with refused(TrustError, "record", value=backdoor):
-                call("export", *command, "--registry", registry, *version)
+                call("bundle", *command, "--registry", registry, *version)
     assert not out.exists()
     monkeypatch.setattr(RegistryFiles, "rounds", records_of_anything)
-    call("export", "peft", "--out", out, "--registry", registry)
+    call("bundle", "peft", "--out", out, "--registry", registry)
     assert (out / "adapter_model.safetensors").exists()
 
 
@@ -181,7 +181,7 @@ def test_a_round_of_an_old_adapter_that_is_then_aborted_is_found(
     assert fleet.registry().rounds()[-1].aborted
     code, printed = audited(fleet.out)
     assert (code, "session-000002.log starts from an adapter 0" in printed["error"]) == (4, True)
-    monkeypatch.setattr("edgeadapt.audit.transcripts.chain", lambda reports: None)
+    monkeypatch.setattr("edgeadapt.auditing.transcripts.chain", lambda reports: None)
     assert audited(fleet.out)[0] == 0
 
 
@@ -250,10 +250,10 @@ def test_a_second_result_for_a_version_is_found(fleet: Any, audited: Audit, monk
     monkeypatch.setattr(Recomputation, "check", lambda *_: Finding(Check.ADAPTERS, Status.PASS, ""))
     code, printed = audited(fleet.out)
     assert (code, "session-000002.log starts from an adapter 0" in printed["error"]) == (4, True)
-    monkeypatch.setattr("edgeadapt.audit.transcripts.chain", lambda reports: None)
+    monkeypatch.setattr("edgeadapt.auditing.transcripts.chain", lambda reports: None)
     code, printed = audited(fleet.out)
     assert (code, "is not recorded in the registry" in printed["error"]) == (4, True)
-    monkeypatch.setattr("edgeadapt.audit.transcripts.require_logged", lambda *_, **__: None)
+    monkeypatch.setattr("edgeadapt.auditing.transcripts.require_logged", lambda *_, **__: None)
     assert audited(fleet.out)[0] == 0
 
 
@@ -265,7 +265,7 @@ def test_a_last_session_that_is_left_out_is_found_although_all_its_rounds_were_a
     logs(fleet.out / "coordinator" / "transcript")[-1].unlink()
     code, printed = audited(fleet.out)
     assert (code, "round 2 was recorded, and the log of its session is missing" in printed["error"]) == (4, True)
-    monkeypatch.setattr("edgeadapt.audit.transcripts.require_logged", lambda *_, **__: None)
+    monkeypatch.setattr("edgeadapt.auditing.transcripts.require_logged", lambda *_, **__: None)
     assert audited(fleet.out)[0] == 0
 
 
@@ -279,7 +279,7 @@ def test_a_round_with_another_ending_than_was_recorded_is_found(
         next_session(fleet, no_answers)
     code, printed = audited(fleet.out)
     assert (code, "round 2 was recorded with another ending" in printed["error"]) == (4, True)
-    monkeypatch.setattr("edgeadapt.audit.records._agrees", lambda record, logged: True)
+    monkeypatch.setattr("edgeadapt.auditing.records._agrees", lambda record, logged: True)
     assert audited(fleet.out)[0] == 0
 
 

@@ -31,9 +31,9 @@ from client.node.statedir import SETTINGS as DEVICE_SETTINGS
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transcripts import Recorder
 from edgeadapt import program
-from edgeadapt.audit import Check, Finding, Status, history, rules, sums
-from edgeadapt.audit.transcripts import VECTORS, logs, vector_path
-from edgeadapt.audit.weaknesses import RepeatedSums
+from edgeadapt.auditing import Check, Finding, Status, history, rules, sums
+from edgeadapt.auditing.transcripts import VECTORS, logs, vector_path
+from edgeadapt.auditing.weaknesses import RepeatedSums
 from tests.support.hostile import plans_for_anyone
 from tests.support.subtracting import any_set
 

@@ -22,7 +22,7 @@ from client.node.app import app as client_app
 from client.node.statedir import AUTHORITY, CERTIFICATE
 from coordinator.app import run
 from coordinator.statedir import CoordinatorStateDir
-from edgeadapt.audit import audit
+from edgeadapt.auditing import audit
 from tests.client.node.conftest import refusals
 from tests.support import refused
 from tests.support.fleet import ADAPTER, BEGIN, Fleet, make_fleet

@@ -12,7 +12,7 @@ import pytest
 
 from aggregation.errors import ProtocolError, TrustError
 from aggregation.transcript import LogState, session_chain_proof
-from edgeadapt.audit import auditor
+from edgeadapt.auditing import auditor
 from tests.support import refused
 from tests.support.logs import KEY, ME, OFFERS, LoggedSession, chain, joined, result, took_part
 

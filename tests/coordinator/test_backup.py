@@ -16,11 +16,11 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey
 from coordinator.backup import RegistrySnapshot
-from coordinator.cli.coordinator import coordinator
+from coordinator.cli import coordinator_group as coordinator
 from coordinator.registry import Registry
 from coordinator.statedir import KEY, PUBLIC_KEY, CoordinatorStateDir
 from coordinator.transcripts import Recorder
-from edgeadapt.audit import AuditInput, AuditOptions
+from edgeadapt.auditing import AuditInput, AuditOptions
 from edgeadapt.formats.keyfiles import NEXT_TLS_KEY, TLS_KEY, TLS_LOCK
 from edgeadapt.formats.registryfiles import BLOBS, DATABASE, REGISTRY, RegistrySettings
 from edgeadapt.formats.registrystores import is_local, postgresql_url

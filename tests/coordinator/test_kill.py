@@ -19,8 +19,8 @@ from client.node.app import app as client_app
 from coordinator.registry import Registry
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transcripts import Recorder
-from edgeadapt.audit import AuditInput, AuditOptions
-from edgeadapt.audit.transcripts import logs
+from edgeadapt.auditing import AuditInput, AuditOptions
+from edgeadapt.auditing.transcripts import logs
 from tests.support.hostile import continues_from_anything
 
 KILLED = "2"  # the round

@@ -16,14 +16,15 @@ from sqlalchemy import text
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, EdgeAdaptError
 from coordinator.app import run
-from coordinator.cli.coordinator import _serve, coordinator
+from coordinator.cli import coordinator_group as coordinator
+from coordinator.cli.coordinator import _serve
 from coordinator.registry import Lease, lease
 from coordinator.services.deployment import _serves_or_waits
 from coordinator.settings import FederationSettings
 from coordinator.statedir import HUNG, WAITING, CoordinatorStateDir, open_registry
 from coordinator.status import lines_of, status_of
-from edgeadapt.audit import AuditInput, AuditOptions
-from edgeadapt.audit.transcripts import log_name, logs
+from edgeadapt.auditing import AuditInput, AuditOptions
+from edgeadapt.auditing.transcripts import log_name, logs
 from edgeadapt.authority import AuthorityStore
 from edgeadapt.formats.registryfiles import BLOBS, DATABASE, REGISTRY, TRANSCRIPT, RegistrySettings
 from edgeadapt.formats.registrystores import postgresql_url

@@ -22,8 +22,8 @@ from coordinator.app import main
 from coordinator.registry import Blobs
 from coordinator.rounds import within_reach
 from coordinator.statedir import CoordinatorStateDir
-from edgeadapt.audit import audit
-from edgeadapt.audit.transcripts import logs
+from edgeadapt.auditing import audit
+from edgeadapt.auditing.transcripts import logs
 from simulations.engine.grid import DeliveryOutcome, InProcessGrid
 from tests.support import refused
 from tests.support.fleet import session_spec

@@ -20,8 +20,8 @@ from aggregation.transcript import ENTRY, LENGTH, MAGIC, AdapterId, Entry, read
 from coordinator.registry import Head
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transcripts import TORN, Recorder, Transcripts
-from edgeadapt.audit import Report, audit, chain, checkpoints
-from edgeadapt.audit.transcripts import VECTORS, logs, vector_path
+from edgeadapt.auditing import Report, audit, chain, checkpoints
+from edgeadapt.auditing.transcripts import VECTORS, logs, vector_path
 from edgeadapt.formats.roundrecord import RoundRecord, digest_of
 from tests.support import refused
 from tests.support.fleet import make_fleet

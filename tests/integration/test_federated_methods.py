@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from client.node.privateparts import PrivateParts
-from edgeadapt.audit import AuditInput, AuditOptions, Check, Status
+from edgeadapt.auditing import AuditInput, AuditOptions, Check, Status
 from edgeadapt.formats import files
 from edgeadapt.formats.layout import Layout, Tensors
 from edgeadapt.methods.lorasb import with_squares

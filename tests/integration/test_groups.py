@@ -14,8 +14,8 @@ from client.node.app import app as client_app
 from coordinator import rounds
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.status import lines_of, status_of
-from edgeadapt.audit.findings import Check
-from edgeadapt.audit.transcripts import AuditInput, AuditOptions
+from edgeadapt.auditing.findings import Check
+from edgeadapt.auditing.transcripts import AuditInput, AuditOptions
 from edgeadapt.rounds import task
 from tests.attacks.test_18_one_lying_device import LIAR, OneLiar, put
 from tests.support.hostile import audit_failures

@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from client.training.engine import classifier_trainer, language_trainer
 from client.training.examples import Example, Split
-from edgeadapt.audit import AuditInput, AuditOptions, Check, Status
+from edgeadapt.auditing import AuditInput, AuditOptions, Check, Status
 from edgeadapt.bases import pretrained
 from edgeadapt.formats.layout import Layout, Tensors
 from edgeadapt.methods import causal

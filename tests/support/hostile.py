@@ -12,7 +12,7 @@ from sqlalchemy import select
 
 from coordinator import lastsum, rounds, transcripts
 from coordinator.registry import Head, Registry, database
-from edgeadapt.audit import AuditInput, AuditOptions, Status
+from edgeadapt.auditing import AuditInput, AuditOptions, Status
 from edgeadapt.formats.roundrecord import RoundRecord, digest_of
 from tests.support.verified import forget_verified
 

@@ -29,7 +29,7 @@ from aggregation.transcript import (
     Stage,
     Transcript,
 )
-from edgeadapt.audit import Check, Finding, Report, audit
+from edgeadapt.auditing import Check, Finding, Report, audit
 from tests.support.fleet import ADAPTER, Fleet, make_fleet, session_spec
 
 NEW_ADAPTER = "ab" * 32

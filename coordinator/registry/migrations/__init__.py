@@ -14,7 +14,7 @@ from sqlalchemy.engine import URL
 
 from aggregation.errors import ConfigError
 from coordinator.registry import database, transcripttable
-from edgeadapt.audit.transcripts import logs
+from edgeadapt.auditing.transcripts import logs
 from edgeadapt.formats.registryfiles import SCHEMA, SCHEMAS, require_schema
 from edgeadapt.formats.registrystores import shown
 

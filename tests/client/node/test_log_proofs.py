@@ -18,7 +18,7 @@ from client.node.app import STATE, app
 from client.node.statedir import LOG_STATE, DeviceStateDir
 from coordinator import rounds as module
 from coordinator.statedir import CoordinatorStateDir
-from edgeadapt.audit.transcripts import logs
+from edgeadapt.auditing.transcripts import logs
 from tests.support import refused
 
 FleetOf = Callable[..., Any]

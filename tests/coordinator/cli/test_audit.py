@@ -22,8 +22,8 @@ from aggregation.pki.identity import IdentityKey
 from aggregation.pki.revocation import Revocation, RevocationList
 from aggregation.transcript import Checkpoint
 from edgeadapt import program
-from edgeadapt.audit import AuditInput, AuditOptions, Check
-from edgeadapt.audit.transcripts import log_name, logs, vector_path
+from edgeadapt.auditing import AuditInput, AuditOptions, Check
+from edgeadapt.auditing.transcripts import log_name, logs, vector_path
 from tests.support import refused
 from tests.support.sessions import LoggedSession
 
@@ -252,7 +252,7 @@ def test_a_revocation_list_that_had_expired_by_the_time_of_the_sessions_says_not
     got, out, err = run("verify", folder, "--revoked", listed, "--at", at)
     assert got == code
     assert ("valid until 2026-09-01" in err, "revocation list 3" in " ".join(out.split())) == (code == 4, code == 0)
-    monkeypatch.setattr("edgeadapt.audit.transcripts._require_in_force", lambda crl, at: None)
+    monkeypatch.setattr("edgeadapt.auditing.transcripts._require_in_force", lambda crl, at: None)
     assert run("verify", folder, "--revoked", listed, "--at", at)[0] == 0
 
 

@@ -2,7 +2,7 @@
 
 What may change without notice is what no reader uses: SQLite's own format, its free space and its index of keys, and
 the key id in an envelope, which only names the key that an error message is about. The audit's half of this is
-tests/edgeadapt/audit/test_flipped_bytes.py.
+tests/edgeadapt/auditing/test_flipped_bytes.py.
 """
 
 import random

@@ -9,19 +9,21 @@ import pytest
 
 import edgeadapt
 from aggregation.pki.identity import IdentityKey
+from edgeadapt.bases.base import Base
 from edgeadapt.formats.peftconfig import PeftConfig
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.exported import ExportedBase
+from tests.support import refused
 from tests.support.models import draw
 
 PAGE = (Path(__file__).parents[3] / "docs/reference/python.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+BLOCKS = dict(re.findall(r"^## ([^\n]+)\n\n```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
 LABELS = ("HassTurnOn", "HassTurnOff", "HassStartTimer", "HassGetState")
 
 
 def run(program: str) -> dict[str, Any]:
     """The names of a program that ran in the working directory."""
-    Path("example.py").write_text(program)
+    Path("example.py").write_text(f"import edgeadapt\n{program}")
     return runpy.run_path("example.py")
 
 
@@ -44,7 +46,7 @@ def test_a_bundle_answers_and_learns(
     write_bundle(tmp_path / "phone" / "bundle", trainable, [adapter], key=vendor)
     (tmp_path / "phone" / "trust.pem").write_bytes(vendor.public.to_pem())
     monkeypatch.chdir(tmp_path)
-    names = run("".join(BLOCKS[:2]))
+    names = run(BLOCKS["Use a bundle"] + BLOCKS["Learn on the device"])
     printed = capsys.readouterr().out.splitlines()
     assert printed[-1].startswith("HassTurnOn ")
     assert names["model"].adapter == "global"
@@ -56,4 +58,35 @@ def test_a_language_model_chats(lm_bundle: Path, monkeypatch: pytest.MonkeyPatch
     lm_bundle.rename(lm_bundle.parent / "chat" / "bundle")
     (lm_bundle.parent / "trust.pem").rename(lm_bundle.parent / "chat" / "trust.pem")
     monkeypatch.chdir(lm_bundle.parent)
-    run("import edgeadapt\n" + BLOCKS[2].replace("What can you do?", "ab"))
+    run(BLOCKS["Talk to a language model"].replace("What can you do?", "ab"))
+
+
+def test_a_run_is_audited(audited: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(audited.parents[1])
+    run(BLOCKS["Audit a run"])
+    assert capsys.readouterr().out.startswith("True ")
+
+
+def test_a_peft_folder_answers(
+    tmp_path: Path, model: Any, tiny_base: Base, vendor: IdentityKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.save_pretrained(tmp_path / "my-lora")
+    (tmp_path / "my-base").symlink_to(tiny_base.folder)
+    (tmp_path / "vendor.pem").write_bytes(vendor.to_pem())
+    (tmp_path / "shop").mkdir()
+    monkeypatch.chdir(tmp_path)
+    names = run(BLOCKS["Make a bundle"])
+    assert names["model"].labels == LABELS
+    assert edgeadapt.load("shop/bundle").adapters == ["global"]
+    again = edgeadapt.export(model, labels=LABELS, bundle=Path("shop/bundle"), key=Path("vendor.pem"), adapter="other")
+    assert isinstance(again, edgeadapt.Classifier)
+    assert again.top("turn on the light", 4) == [
+        answer._replace(adapter="other") for answer in names["model"].top("turn on the light", 4)
+    ]
+    with refused(edgeadapt.DataError, "labels") as caught:
+        edgeadapt.export("my-lora", bundle="shop/bundle", key="vendor.pem")
+    assert "(labels=)" in str(caught.value)
+    with refused(edgeadapt.ConfigError, "labels"):
+        edgeadapt.export("my-lora", labels="HassTurnOn", bundle="shop/bundle", key="vendor.pem")
+    with refused(edgeadapt.ConfigError, "source"):
+        edgeadapt.export(7, bundle="shop/bundle", key="vendor.pem")

@@ -50,6 +50,7 @@ def test_rows_become_a_run_whose_bundles_answer(
     for arm, row in run.accuracy.items():
         assert f"{arm:>9}  {row['mean']:9.3f}" in str(run)
         assert f"<th>{arm}</th><td>{row['mean']:.3f}</td>" in run._repr_html_()
+    assert run.compare(run)["personal"]["mean"] == 0
     model = run.load("ann")
     assert isinstance(model, edgeadapt.Classifier)
     assert model("turn on the light").label in SAID

@@ -1,0 +1,220 @@
+"""The audit of one finished session from its transcript alone. It holds no secret and opens no file.
+
+    log ─► identities ─► signatures ─► order ─► thresholds, survivors, shares ─► secrets ─► results ─► sums
+    └────────── history ────────────────────┘   └────────── rules ──────────┘   (sums)     (rules)    (sums)
+
+The first failure ends the audit, except that of the log itself: later checks often find the very message that does not
+fit its checkpoint.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+
+from aggregation import groups
+from aggregation.errors import TrustError
+from aggregation.messages import Assignment, Message
+from aggregation.pki import Root
+from aggregation.pki.certificates import load
+from aggregation.pki.identity import PublicKey
+from aggregation.transcript import ENTRY, NO_SESSION, Abort, AdapterId, Checkpoint, Entry, Reading, Result, merkle, read
+from edgeadapt.auditing import history as histories
+from edgeadapt.auditing import rules
+from edgeadapt.auditing.findings import Check, Finding, Problem, Report, RoundSummary, Skipped, Status, count
+from edgeadapt.auditing.history import History
+from edgeadapt.auditing.sums import UnmaskedRound, Vectors, produced, secrets, sums
+
+
+def audit(
+    raw: bytes,
+    root: Root,
+    coordinator: PublicKey,
+    vectors: Vectors = lambda digest, size: None,
+    *,
+    at: datetime | None = None,
+    unfinished: bool = False,
+) -> Report:
+    """Check a session.
+
+    Args:
+        raw: The log.
+        root: The authority that must have certified the devices, with its revocation list if that is to be checked.
+        coordinator: The coordinator's key, as devices pin it.
+        vectors: Digest and length → packed masked vector, where it was kept.
+        at: When the session took place, to check the dates of certificates. A log has no clock.
+        unfinished: Accept a log that is not closed, as that of a session under way is.
+    """
+    return _Audit(read(raw), root, coordinator, vectors, at, unfinished).run()
+
+
+def chain(reports: Mapping[str, Report]) -> None:
+    """Check that the sessions follow each other from the coordinator's first one on, without a gap.
+
+    So do their adapters: the first session starts from version 0, and every other one from the adapter that the
+    previous session ended with. Within a session ``rules.results`` demands the same. So every version has one result.
+    ``reports``: name → report, in order. Raises TrustError: a session is missing or was replaced, or starts from
+    another adapter. A missing last session that made no adapter cannot be detected.
+    """
+    last, before = NO_SESSION, "the beginning"
+    newest: AdapterId | None = None
+    for name, report in reports.items():
+        if report.last and report.previous != last:  # before its first checkpoint a log does not name its predecessor
+            text = f"{name} does not follow {before}: a session is missing or was replaced"
+            raise TrustError(text, about="session", value=name)
+        if report.start and report.start != (newest or (0, report.start[1])):
+            text = f"{name} starts from an adapter {report.start[0]} that no session before it made"
+            raise TrustError(text, about="session.adapter", value=name)
+        last, before, newest = report.last, name, report.newest
+
+
+@dataclass(slots=True)
+class _Audit:
+    reading: Reading
+    root: Root
+    coordinator: PublicKey
+    vectors: Vectors
+    at: datetime | None
+    unfinished: bool
+    checkpoints: list[Checkpoint] = field(default_factory=list)
+    history: History | None = None
+    messages: list[Message | None] = field(default_factory=list)
+    unmasked: dict[int, UnmaskedRound] = field(default_factory=dict)
+
+    def run(self) -> Report:
+        steps: dict[Check, Callable[[], str]] = {
+            Check.LOG: self._log,
+            Check.IDENTITIES: self._identities,
+            Check.SIGNATURES: self._signatures,
+            Check.ORDER: self._order,
+            Check.THRESHOLDS: lambda: rules.thresholds(self._history),
+            Check.SURVIVORS: lambda: rules.survivors(self._history),
+            Check.SHARES: lambda: rules.shares(self._history),
+            Check.SECRETS: lambda: secrets(self._history, self.unmasked),
+            Check.RESULTS: lambda: rules.results(self._history, self.checkpoints),
+            Check.SUMS: lambda: sums(self._history, self.unmasked, self.vectors),
+            Check.PARTICIPATION: self._participation,
+        }
+        findings: list[Finding] = []
+        for check, step in steps.items():
+            over = any(finding.status is Status.FAIL and finding.check is not Check.LOG for finding in findings)
+            findings.append(Finding(check, Status.NOT_REACHED, "") if over else _find(check, step))
+        return self._report(tuple(findings))
+
+    @property
+    def _entries(self) -> tuple[Entry, ...]:
+        """Number the entries by their true place, whatever number they state: ``_log`` finds the wrong ones."""
+        return tuple(replace(entry, index=index) for index, entry in enumerate(self.reading.entries))
+
+    @property
+    def _history(self) -> History:
+        if self.history is None:
+            raise Problem("log", "there is no session to check")
+        return self.history
+
+    def _log(self) -> str:
+        self.checkpoints = histories.checkpoints(self.reading, self.coordinator, self.unfinished)
+        signed = count(len(self.checkpoints), "checkpoint")
+        size = len(self.reading.entries)
+        return f"{size} entries, none missing, moved or altered since the coordinator signed them in {signed}"
+
+    def _identities(self) -> str:
+        self.history = histories.begin(self._entries, self.root, self.coordinator, self.at)
+        if any(checkpoint.offer != self.history.offer.digest() for checkpoint in self.checkpoints):
+            raise Problem("checkpoint.offer", "the checkpoints are of another session", self._entries[0].place)
+        return f"{len(self.history.cohort)} devices, each certified by the authority{self._certified()}"
+
+    def _certified(self) -> str:
+        crl = self.root.revoked
+        checked = [f"valid on {self.at:%Y-%m-%d}"] if self.at else []
+        checked += [f"not on its revocation list {crl.number} of {crl.this_update:%Y-%m-%d}"] if crl else []
+        unchecked = [] if self.at else ["whether the certificates were valid at the time"]
+        unchecked += [] if crl else ["whether one was revoked"]
+        certificates = map(load, self._history.offer.certificates)
+        if crl and (ended := sum(each.not_valid_after_utc < crl.this_update for each in certificates)):
+            unchecked += [f"whether one of {ended} was revoked, which ended before that list was signed"]
+        but = f". Not checked: {', '.join(unchecked)}" if unchecked else ""
+        return "".join(f", {each}" for each in checked) + ", no device or key twice" + but
+
+    def _signatures(self) -> str:
+        self.messages = histories.verify(self._history, self._entries, self.coordinator)
+        return f"{count(len(self.messages), 'message')}, each signed by its stated sender"
+
+    def _order(self) -> str:
+        histories.follow(self._history, self._entries, self.messages, self.coordinator)
+        return "each message belongs to this session and to its step, and no step was answered twice"
+
+    def _participation(self) -> str:
+        counts = rules.participation(self._history)
+        least, most = min(counts.values()), max(counts.values())
+        times = f"{least} to {most}" if least < most else f"{most}"
+        devices, total = count(len(counts), "device"), count(len(self.unmasked), "result")
+        return f"the update of each of the {devices} is in {times} of {total}"
+
+    def _report(self, findings: tuple[Finding, ...]) -> Report:
+        history = self.history
+        passed = all(finding.status is not Status.FAIL for finding in findings)
+        tree = merkle.Tree()
+        for entry in self.reading.entries:
+            tree.append(ENTRY.encode(entry))
+        return Report(
+            findings=findings,
+            rounds=tuple(self._summary(current, tree) for current in history.rounds) if history else (),
+            dropouts_by_step=history.dropouts_by_step if history else {},
+            participation=rules.participation(history) if history else {},
+            offer=history.offer.digest().hex() if history else "",
+            spec=history.offer.spec if history else None,
+            entries=len(self.reading.entries),
+            previous=self.checkpoints[0].previous if self.checkpoints else NO_SESSION,
+            last=self.checkpoints[-1].digest() if self.checkpoints else b"",
+            base=history.offer.spec.base_digest if history else "",
+            layout=history.offer.spec.layout_digest if history else "",
+            start=self.checkpoints[0].newest if self.checkpoints else None,
+            newest=self._newest,
+            tasks=tuple((each.place(Assignment), each.plan.training) for each in history.rounds) if history else (),
+            open_plan=_open_plan(history) if history else None,
+            produced=produced(history, self.unmasked) if history and passed else (),
+        )
+
+    @property
+    def _newest(self) -> AdapterId | None:
+        """Return the adapter of the last result, or the one that the session started from."""
+        rounds = self.history.rounds if self.history else []
+        results = [each.ending.produced for each in rounds if isinstance(each.ending, Result)]
+        return results[-1] if results else self.checkpoints[0].newest if self.checkpoints else None
+
+    def _summary(self, current: histories.Round, tree: merkle.Tree) -> RoundSummary:
+        number, result = current.plan.round, current.ending if isinstance(current.ending, Result) else None
+        entries = current.place(type(current.ending)).index if current.ending else tree.size
+        spec = self._history.offer.spec
+        return RoundSummary(
+            number,
+            current.plan.digest().hex(),
+            current.plan.members,
+            tuple(sorted((*current.plan.members, *current.plan.former))) if spec.grouping else (),
+            groups.split(spec, current.plan, current.survivors),
+            rules.adapter(current),
+            current.survivors,
+            rules.unmasked(spec, current),
+            current.dropouts_by_step(spec.adversary),
+            self.unmasked[number].blamed if number in self.unmasked else (),
+            rules.ending(current),
+            result.produced if result else None,
+            current.ending.reason if isinstance(current.ending, Abort) else None,
+            result.sum.hex() if result else None,
+            entries,
+            tree.root(entries).hex(),
+        )
+
+
+def _open_plan(history: History) -> str | None:
+    last = history.rounds[-1] if history.rounds else None
+    return last.plan.digest().hex() if last and last.ending is None else None
+
+
+def _find(check: Check, step: Callable[[], str]) -> Finding:
+    try:
+        return Finding(check, Status.PASS, step())
+    except Skipped as reason:
+        return Finding(check, Status.SKIPPED, str(reason), about=reason.about)
+    except Problem as problem:
+        return Finding(check, Status.FAIL, str(problem), problem.place, problem.about)

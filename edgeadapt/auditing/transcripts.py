@@ -1,0 +1,263 @@
+"""The files of an audit: a coordinator's logs, the keys to check them with, and its registry.
+
+    transcript/
+      authority.pem, coordinator.pem   the keys of the sessions: public, to compare with those that devices pin
+      revoked.crl                      the authority's revocation list in the newest session, where there is one
+      session-000001.log               see ``aggregation.transcript``; each session's checkpoints name the previous one
+      vectors/SHA256.bin               masked vectors, where the operator keeps them
+
+``coordinator.transcripts`` writes this folder, under the names defined here.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Self, TypeVar
+
+from aggregation.errors import DataError, TrustError, of_file
+from aggregation.pki import Root
+from aggregation.pki.identity import PublicKey
+from aggregation.pki.revocation import RevocationList
+from edgeadapt.auditing.account import Account, audited, require_recorded
+from edgeadapt.auditing.auditor import audit, chain
+from edgeadapt.auditing.findings import Check, Finding, Report, Status
+from edgeadapt.auditing.recompute import Recomputation
+from edgeadapt.auditing.records import require_logged, require_published
+from edgeadapt.auditing.weaknesses import RepeatedSums, Weaknesses
+from edgeadapt.formats import storage
+from edgeadapt.formats.manifest import VersionManifest
+from edgeadapt.formats.registryfiles import AUTHORITY, DATABASE, PUBLIC_KEY, REGISTRY, REVOKED, RegistryFiles
+from edgeadapt.formats.registryreader import open_registry_files
+from edgeadapt.formats.roundrecord import RoundRecord
+
+VECTORS = "vectors"  # folder
+PLACES = (".", "transcript", "coordinator/transcript")  # in a folder of transcripts, a state directory, a run
+LARGEST = 2**22  # bytes of a certificate, a key or a revocation list
+_LOGS = "session-*.log"
+
+Pinned = TypeVar("Pinned", Root, PublicKey, RevocationList)
+
+
+def log_name(number: int) -> str:
+    return f"session-{number:06}.log"
+
+
+def log_number(path: Path) -> int:
+    return int(path.stem.partition("-")[2])
+
+
+def logs(folder: Path) -> list[Path]:
+    """List the logs in a folder of transcripts, in the order of their sessions. A file with another name is not one."""
+    named = [path for path in folder.glob(_LOGS) if path.stem.partition("-")[2].isdecimal()]
+    return sorted((path for path in named if path.name == log_name(log_number(path))), key=log_number)
+
+
+def vector_path(folder: Path, digest: bytes) -> Path:
+    """Name the file in ``VECTORS`` of the masked vector with this SHA-256."""
+    return folder / f"{digest.hex()}.bin"
+
+
+@dataclass(frozen=True, slots=True)
+class AuditOptions:
+    """Holds what an auditor provides. A missing key is taken from the transcript; without the others less is checked.
+    ``registry`` is the coordinator's state directory, and the sessions took place ``at`` that time."""
+
+    authority: Path | None = None
+    coordinator: Path | None = None
+    revoked: Path | None = None
+    registry: Path | None = None
+    at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AuditInput:
+    """Holds logs to check, and what to check them with. ``records``: the records of the rounds there. Both are read
+    before the logs, which a running session continues."""
+
+    paths: tuple[Path, ...]  # the logs, in order
+    root: Root  # the authority, with the revocation list that counts
+    coordinator: PublicKey
+    pinned: bool  # authority and coordinator's key come from the auditor, and not from the transcript
+    at: datetime | None  # when the sessions took place, if that is known
+    registry: RegistryFiles | None  # where the coordinator published its adapters, if it is available
+    published: VersionManifest | None  # the newest adapter there
+    records: tuple[RoundRecord, ...]
+    complete: bool  # these are all the sessions of the coordinator, not a single log
+
+    @classmethod
+    def open(cls, path: Path, options: AuditOptions) -> Self:
+        """Find the logs, and read the keys.
+
+        ``path`` is a log, a folder of transcripts, a coordinator's state directory, or the folder of a run. Raises
+        ConfigError: the folder of ``options.registry`` has no registry; DataError: there is no log, or there are logs
+        in several places; or a file is too large; TrustError: a certificate, a key or a list is missing or damaged; or
+        the registry is damaged or empty.
+        """
+        complete = not path.is_file()
+        paths = _find(path) if complete else (path,)
+        folder = paths[0].parent
+        root = _read(Root.from_pem, options.authority, folder / AUTHORITY, "--authority")
+        key = _read(PublicKey.from_pem, options.coordinator, folder / PUBLIC_KEY, "--coordinator")
+        pinned = bool(options.authority and options.coordinator)
+        has_registry = any((folder.parent / name).exists() for name in (DATABASE, REGISTRY))
+        state_dir = options.registry or (folder.parent if has_registry else None)
+        root = _with_revocations(root, options, folder, state_dir)
+        if state_dir is None:
+            return cls(paths, root, key, pinned, options.at, None, None, (), complete)
+        registry = open_registry_files(state_dir, [key])
+        return cls(paths, root, key, pinned, options.at, registry, *_state(registry), complete)
+
+    def audit(self, *, unfinished: bool) -> dict[str, Report]:
+        """Map each log's name to its report, in order. ``unfinished`` accepts that the last one is not closed."""
+        vectors = partial(_vector, self.paths[0].parent / VECTORS)
+        recomputation = Recomputation(self.registry) if self.registry else None
+        reports, sums, spent, weaknesses = dict[str, Report](), RepeatedSums(), Account(), Weaknesses()
+        for path in self.paths:
+            accepted = unfinished and path == self.paths[-1]
+            report = audit(storage.read(path), self.root, self.coordinator, vectors, at=self.at, unfinished=accepted)
+            repeats, adapters = _repeats(path.name, report, sums), _adapters(report, recomputation, self.published)
+            spent, report = audited(spent, replace(report, findings=(*report.findings, repeats)))
+            still = recomputation.still if recomputation else {}
+            report = replace(report, findings=(*report.findings, *weaknesses.check(report, still)))
+            produced = tuple(replace(each, sums=None) for each in report.produced)  # the sums take memory
+            reports[path.name] = replace(report, findings=(*report.findings, adapters), produced=produced)
+        return reports
+
+    def require(self, reports: Mapping[str, Report], *, unfinished: bool) -> None:
+        """Check that every session passed and that a complete set lacks none. Raises TrustError."""
+        for name, report in reports.items():
+            with of_file(name):
+                report.require()
+        if self.complete:
+            chain(reports)
+        if self.complete and self.registry and self.published:
+            _require_logged(self.published, self.records, reports)
+            require_logged(self.records, _state(self.registry)[1], reports, unfinished=unfinished)
+            require_recorded(self.records, reports)
+            require_published(self.records, self.registry.manifest, reports)
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """List what lies next to the logs and is not audited: for example a session's log under another name."""
+        read = {*(path.name for path in self.paths), AUTHORITY, PUBLIC_KEY, REVOKED, VECTORS}
+        return tuple(sorted(path.name for path in self.paths[0].parent.iterdir() if path.name not in read))
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Return the authority's SHA-256 and the coordinator's key id, to compare with pinned ones."""
+        return {"authority": hashlib.sha256(self.root.der).hexdigest(), "coordinator": self.coordinator.key_id}
+
+
+def _with_revocations(root: Root, options: AuditOptions, folder: Path, state_dir: Path | None) -> Root:
+    """Add the revocation list that the auditor provides, if there is one, to the root.
+
+    Lists have the authority's signature and count upwards, so one in ``folder`` or in the coordinator's state directory
+    under a higher number shows that the auditor's is old: it lacks the revocations in between. Raises TrustError: a
+    list is damaged, or the auditor's is older than one of the coordinator and than the time of the sessions, or had
+    expired before that, or differs from one with its number. One that was signed later is not refused: it has the
+    earlier revocations too, but of certificates that expired before it was signed.
+    """
+    stored = [(None, folder / REVOKED), *([(state_dir / REVOKED,) * 2] if state_dir else [])]
+    lists = [_read(root.revocations, given, path, "--revoked") for given, path in stored if path.exists()]
+    if options.revoked is None:
+        return root
+    crl = _read(root.revocations, options.revoked, options.revoked, "--revoked")
+    with of_file(options.revoked):
+        for known in lists:
+            # One that was signed since has all until then. Two under one number are a mistake whenever that was.
+            if options.at is None or crl.this_update < options.at or crl.number == known.number:
+                crl.newer_than(known)
+        _require_in_force(crl, options.at)
+    return replace(root, revoked=_as_of(crl, options.at))
+
+
+def _require_in_force(crl: RevocationList, at: datetime | None) -> None:
+    if at is not None and at > crl.next_update:
+        text = f"revocation list {crl.number} was valid until {crl.next_update:%Y-%m-%d %H:%M}: name a newer one"
+        raise TrustError(text, about="revocations.next-update", value=crl.next_update)
+
+
+def _as_of(crl: RevocationList, at: datetime | None) -> RevocationList:
+    """Return the list at that time: a certificate that was revoked later was still valid."""
+    if at is None:
+        return crl
+    return replace(crl, revoked={serial: since for serial, since in crl.revoked.items() if since.at <= at})
+
+
+def _repeats(log: str, report: Report, sums: RepeatedSums) -> Finding:
+    if report.failed:
+        return Finding(Check.REPEATS, Status.NOT_REACHED, "")
+    return sums.check(log, report.rounds)
+
+
+def _adapters(report: Report, recomputation: Recomputation | None, published: VersionManifest | None) -> Finding:
+    if report.failed:
+        return Finding(Check.ADAPTERS, Status.NOT_REACHED, "")
+    if recomputation is None:
+        text = "the published adapters are not available (--registry)"
+        return Finding(Check.ADAPTERS, Status.SKIPPED, text, about="--registry")
+    finding = recomputation.check(report)
+    if finding.status is Status.FAIL or report.open_plan is None or not published or published.plan != report.open_plan:
+        return finding
+    text = f"{finding.text}. Adapter {published.version} is not audited: its round has no ending in the log yet"
+    return replace(finding, status=Status.WARNING, text=text, about="round.open")
+
+
+def _find(path: Path) -> tuple[Path, ...]:
+    logs_by_place = {place: tuple(logs(path / place)) for place in PLACES}
+    places = [place for place, paths in logs_by_place.items() if paths]
+    if len(places) == 1:
+        return logs_by_place[places[0]]
+    text = f"{path} has no transcript: name a session's log, a coordinator's state directory, or the folder of a run"
+    if places:
+        text = f"{path} has logs in {' and in '.join(places)}: name the folder of the coordinator that is to be audited"
+    raise DataError(text, about="transcript", value=str(path))
+
+
+def _read(parse: Callable[[bytes], Pinned], provided: Path | None, stored: Path, option: str) -> Pinned:
+    """Read the auditor's file; else the one in the transcript, which must be as the coordinator wrote it."""
+    path = provided or stored
+    try:
+        raw = storage.read(path, LARGEST)
+    except FileNotFoundError:
+        raise TrustError(f"{path} is missing: name the file with {option}", about=option) from None
+    with of_file(path):
+        pinned = parse(raw)
+    if provided is None and pinned.to_pem() != raw:
+        raise TrustError(f"{path} was altered after the coordinator wrote it: copy it again", about=path.name)
+    return pinned
+
+
+def _vector(folder: Path, digest: bytes, size: int) -> bytes | None:
+    try:
+        return storage.read(vector_path(folder, digest), size)
+    except FileNotFoundError:
+        return None
+
+
+def _state(registry: RegistryFiles) -> tuple[VersionManifest, tuple[RoundRecord, ...]]:
+    """Read the newest manifest, and the records of all rounds. Raises TrustError if there is none."""
+    try:
+        newest, records = registry.manifest(), registry.rounds()
+    except DataError as error:
+        raise TrustError(str(error), about=error.about) from None
+    if newest is None:
+        raise TrustError(f"{registry.source.name} has no adapter: restore it from a copy", about=DATABASE)
+    return newest, records
+
+
+def _require_logged(published: VersionManifest, records: Sequence[RoundRecord], reports: Mapping[str, Report]) -> None:
+    """Check that the newest adapter of a registry is in the logs. Raises TrustError.
+
+    A session under way records a round with its adapter before it logs the result, so there the open round may have
+    made it. ``require_logged`` compares that record with the log.
+    """
+    *_, last = reports.values()
+    logged = max((report.newest[0] for report in reports.values() if report.newest), default=0)
+    under_way = any(record.made(published) for record in records if record.plan == last.open_plan)
+    if published.version > logged + under_way:
+        text = f"adapter {published.version} was published and is in no log: the log of a session is missing"
+        raise TrustError(text, about="session", value=published.version)

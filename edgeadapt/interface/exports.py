@@ -1,0 +1,96 @@
+"""``edgeadapt.export``: an adapter in a bundle that devices open."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from os import PathLike
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from aggregation.errors import ConfigError
+from edgeadapt.formats.bundle import TRUST
+from edgeadapt.formats.keyfiles import read_key
+from edgeadapt.formats.manifest import Format
+from edgeadapt.formats.storage import PUBLIC, File, create, real
+from edgeadapt.interface.errors import in_python
+from edgeadapt.interface.models import Classifier, LanguageModel, load
+from edgeadapt.methods.peft.folder import CONFIG
+from export.bundle.sources import Origin, from_peft, from_registry
+from export.cli.add import add_to
+
+
+def export(
+    source: File | Any,
+    *,
+    bundle: File,
+    key: File,
+    base: File | None = None,
+    labels: Sequence[str] = (),
+    adapter: str = "global",
+    version: int | None = None,
+    format: Format = "int8",
+    profile: str | None = None,
+    calibrate: File | None = None,
+    trust: File | None = None,
+) -> Classifier | LanguageModel:
+    """Put an adapter into a bundle, sign it, and load the bundle.
+
+    Args:
+        source: A ``PeftModel``, a folder that peft saved, or a coordinator's state directory.
+        bundle: The bundle; a new one needs ``base``. If nothing is pinned next to it, ``trust.pem`` there gets the
+            public half of ``key``.
+        key: The private key that signs; ``edgeadapt bundle key`` makes one.
+        base: The frozen model: a folder, or a package that carries it. DoRA needs its weights.
+        labels: Of a classifier's head, in order; a registry states them itself, and peft does not.
+        adapter: Its name on devices.
+        version: By default the newest of a registry, and of another source the one after the bundle's.
+        format: Of the adapter's numbers.
+        profile: How the weights of a new bundle's base are stored; by default ``native-int8``.
+        calibrate: A file of held-out phrases to which probabilities are fitted: lines of a label, a tab and a phrase.
+        trust: Public keys that may have signed a registry; by default its own.
+
+    Raises:
+        ConfigError: An argument is missing or does not fit, or the adapter is for another base.
+        DataError: The adapter does not fit its base or its labels, or is older than the bundle's.
+        TrustError: The registry is not what its key signed, or the pinned keys do not have ``key``.
+    """
+    if isinstance(labels, str):
+        raise ConfigError(f"labels is one string: give a list, as in labels=[{labels!r}]", about="labels", value=labels)
+    out, calibration = Path(bundle), None if calibrate is None else Path(calibrate)
+    with in_python(), ExitStack() as stack:
+        signer = read_key(Path(key))
+        if isinstance(source, (str, PathLike)):
+            folder = Path(source)
+        elif hasattr(source, "save_pretrained"):
+            folder = Path(stack.enter_context(TemporaryDirectory()))
+            source.save_pretrained(folder)
+        else:
+            reason = f"source is a {type(source).__name__}: give a PeftModel, or a folder"
+            raise ConfigError(reason, about="source", value=type(source).__name__)
+        origin = _origin(folder, version, tuple(labels), None if trust is None else Path(trust))
+        add_to(
+            out,
+            origin,
+            signer,
+            name=adapter,
+            form=format,
+            base_name=None if base is None else str(base),
+            profile=profile,
+            held_out=calibration,
+            counted=version is not None or not (folder / CONFIG).exists(),
+        )
+        with suppress(FileExistsError):
+            create(real(out).parent / TRUST, signer.public.to_pem(), PUBLIC)
+        return load(out, adapter=adapter)
+
+
+def _origin(folder: Path, version: int | None, labels: tuple[str, ...], trust: Path | None) -> Origin:
+    if (folder / CONFIG).exists():
+        if trust is not None:
+            raise ConfigError("trust= is for a registry: leave it out", about="trust", value=str(trust))
+        return from_peft(folder, 1 if version is None else version, labels)
+    if not folder.is_dir():
+        raise ConfigError(f"there is no folder {folder}", about="source", value=str(folder))
+    if labels:
+        raise ConfigError("labels= is for an adapter of peft; a registry states its labels", about="labels")
+    return from_registry(folder, version, trust)

