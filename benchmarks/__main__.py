@@ -165,7 +165,7 @@ def secagg(as_json: bool, out: Path | None, quick: bool, repeats: int | None, no
     """Secure aggregation against the SecAgg+ functions of the installed Flower.
 
     Both sides have 100 devices, a million elements and 20 neighbors; sweeps of this project alone follow. It takes some
-    minutes on two cores. What each row covers: docs/explanation/secagg-benchmark.md.
+    minutes on two cores. Figures: docs/explanation/results.md.
 
     \b
     Examples:
