@@ -28,7 +28,7 @@ authority init authority --unencrypted
 coordinator init coordinator --authority authority/authority.pem --set rounds=2
 coordinator tls-request coordinator
 authority issue-tls authority --request coordinator/tls.csr --host 127.0.0.1 --out coordinator/tls.pem
-export seed --base {base} --phrases phrases.tsv --out seed
+base start --base {base} --phrases phrases.tsv --out seed
 coordinator publish coordinator --peft seed --base {base}
 """
 DEVICE = """

@@ -86,7 +86,7 @@ def context(result: RunResult, program: str) -> str:
     parts = [
         f"{count(len(result.clients) - unseen, 'client')} trained, {unseen} took no part; {languages}.",
         evaluated(len(result.clients), result.population),
-        f"One seed: some points may be chance. Intervals: {program} suite run",
+        f"One seed: some points may be chance. Intervals: {program} simulate suite",
     ]
     return " ".join(part for part in parts if part)
 
