@@ -14,7 +14,7 @@ from edgeadapt import commandline, program
 from edgeadapt.commandline import FiniteRange, status
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=commandline.HelpfulGroup, context_settings=commandline.HELP_OPTIONS)
 def bench() -> None:
     """Compare this implementation with a named peer in one run."""
 

@@ -70,6 +70,22 @@ def joined(grid: Grid, state_dir: CoordinatorStateDir, address: str) -> Iterator
         yield JoinedGrid(grid, light)
 
 
+def over_gateway(state_dir: CoordinatorStateDir, address: str) -> Iterator[RoundRecord]:
+    """Run the rounds that are still to do over a gateway at ``address`` in this process, and yield each record.
+
+    It waits for enough devices first. There are none if another coordinator ran them meanwhile. Raises as ``run`` and
+    ``serving``.
+    """
+    from coordinator.gateway.grid import serving
+
+    with traces.exporting(traces.COORDINATOR), state_dir.leading() as leader:
+        if not leader.has_rounds_left:
+            return
+        with serving(leader, address) as grid:
+            grid.await_devices(state_dir.settings.aggregation.minimum_devices, leader.require_lead)
+            yield from lead(leader, grid)
+
+
 def run(state_dir: CoordinatorStateDir, grid: Grid) -> Iterator[RoundRecord]:
     """Run the rounds that are still to do, and yield the record of each one once it is committed.
 

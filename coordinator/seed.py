@@ -1,20 +1,67 @@
 """Version 0 of the registry: the adapter that the first round starts from."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import cast
 
 from aggregation.errors import ConfigError
+from coordinator.statedir import CoordinatorStateDir
+from edgeadapt.bases.base import OwnModel, find_base
 from edgeadapt.formats import files
-from edgeadapt.formats.graphinputs import layer_of
+from edgeadapt.formats.graphinputs import input_name, layer_of
 from edgeadapt.formats.layout import Layout, Tensors
 from edgeadapt.formats.manifest import VersionManifest
 from edgeadapt.formats.peftconfig import OWN, PeftConfig, require_trainable
+from edgeadapt.formats.storage import read_lines
 from edgeadapt.methods.parts import HEAD
-from edgeadapt.methods.peft.inputs import AdapterInputs
+from edgeadapt.methods.peft.folder import LABELS, read_peft
+from edgeadapt.methods.peft.inputs import AdapterInputs, is_saved
 from edgeadapt.methods.peft.lowrank import as_lora
-from edgeadapt.methods.peft.methods import from_peft_tensors
+from edgeadapt.methods.peft.methods import from_peft_tensors, to_peft_tensors
 
 ENCODER = "encoder."  # begins the path of every layer below it
 PARAMETERS = {"weight", "bias"}
+
+
+def publish_first(
+    state_dir: CoordinatorStateDir, folder: Path | None, base: str, labels: Sequence[str] | None
+) -> VersionManifest:
+    """Sign the adapter that peft saved in ``folder``, and publish it as version 0.
+
+    An ``OwnModel`` has no folder: its own parameters are published. ``labels``: of the head, in order; None: those in
+    ``LABELS`` in the folder, which a language model does not have. Raises ConfigError: there is a version already, or
+    as ``seed_version``; DataError as ``read_peft``.
+    """
+    with state_dir.locked():
+        if (latest := state_dir.registry.latest()) is not None:
+            raise ConfigError(
+                f"{state_dir.folder} has version {latest.manifest.version} already: the first adapter is published "
+                "once",
+                about="version",
+                value=latest.manifest.version,
+            )
+        frozen = find_base(base)
+        if isinstance(frozen, OwnModel) != (folder is None):
+            reason = "name --peft FOLDER, except for a model with its own training loop, which has none"
+            raise ConfigError(reason, about="--peft")
+        if isinstance(frozen, OwnModel):
+            if not labels:
+                raise ConfigError(f"model {frozen.folder} needs --labels FILE, one label a line", about="--labels")
+            tensors, config = frozen.first(len(labels)), PeftConfig(OWN, 0, 0, ())
+        else:
+            tensors, config, labels = _read(cast(Path, folder), labels)
+        manifest, blob = seed_version(tensors, config, labels, frozen.digest)
+        state_dir.settings.task(manifest)  # its method may not train such an adapter
+        state_dir.registry.publish(manifest, blob, state_dir.key)
+    return manifest
+
+
+def _read(folder: Path, labels: Sequence[str] | None) -> tuple[Tensors, PeftConfig, Sequence[str]]:
+    source, listed = read_peft(folder), folder / LABELS
+    if labels is None:
+        heads = any(is_saved(input_name(name)) for name in source.tensors)
+        labels = read_lines(listed, "label") if heads or listed.exists() else ()
+    return to_peft_tensors(source.tensors, source.peft_config), source.peft_config, labels
 
 
 def seed_version(

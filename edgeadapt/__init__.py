@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from aggregation.errors import ConfigError, DataError, EdgeAdaptError, ProtocolError, TrustError
     from edgeadapt.interface.audits import Audit, audit
+    from edgeadapt.interface.coordinators import Coordinator
+    from edgeadapt.interface.devices import Device
     from edgeadapt.interface.exports import export
     from edgeadapt.interface.models import Answer, Classifier, LanguageModel, load
     from edgeadapt.interface.runs import Run, simulate, suite
@@ -32,10 +34,18 @@ if TYPE_CHECKING:
 _HOMES = {
     "aggregation.errors": ("ConfigError", "DataError", "EdgeAdaptError", "ProtocolError", "TrustError"),
     "edgeadapt.interface.audits": ("Audit", "audit"),
+    "edgeadapt.interface.coordinators": ("Coordinator",),
+    "edgeadapt.interface.devices": ("Device",),
     "edgeadapt.interface.exports": ("export",),
     "edgeadapt.interface.models": ("Answer", "Classifier", "LanguageModel", "load"),
     "edgeadapt.interface.runs": ("Run", "simulate", "suite"),
     "simulations.suite.execute": ("SuiteReport",),
+}
+_EXTRAS = {  # what the bare install lacks for them
+    "edgeadapt.interface.coordinators": "coordinator",
+    "edgeadapt.interface.devices": "gateway",
+    "edgeadapt.interface.exports": "export",
+    "edgeadapt.interface.runs": "simulations",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -44,7 +54,9 @@ __all__ = [
     "Audit",
     "Classifier",
     "ConfigError",
+    "Coordinator",
     "DataError",
+    "Device",
     "EdgeAdaptError",
     "LanguageModel",
     "ProtocolError",
@@ -64,7 +76,14 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         return version("edgeadapt")
     if name in _HOME_OF:
-        return getattr(import_module(_HOME_OF[name]), name)
+        home = _HOME_OF[name]
+        try:
+            return getattr(import_module(home), name)
+        except ModuleNotFoundError as error:
+            if home not in _EXTRAS:
+                raise
+            remedy = f"which is not installed: pip install 'edgeadapt[{_EXTRAS[home]}]'"
+            raise ImportError(f"edgeadapt.{name} needs {error.name}, {remedy}", name=error.name) from error
     raise AttributeError(f"module 'edgeadapt' has no attribute {name!r}")
 
 

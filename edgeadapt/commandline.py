@@ -58,7 +58,14 @@ def program() -> str:
     return f"{shlex.quote(str(shown))} -m edgeadapt"
 
 
-class LazyGroup(click.Group):
+class HelpfulGroup(click.Group):
+    """Takes a call without a command for ``--help``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args or ["--help"])
+
+
+class LazyGroup(HelpfulGroup):
     """Groups commands and imports one only when it is called or its help is requested.
 
     So a command starts without the libraries of the others, and a command whose extra is not installed names the
@@ -191,19 +198,15 @@ def bundle(meaning: str = "The bundle's folder.", *, new: bool = False, **settin
     """Add ``--bundle DIR``, by default ``$EDGEADAPT_BUNDLE`` or else ``./bundle``, which must exist unless ``new``."""
 
     def check(context: click.Context, _: click.Parameter, folder: Path) -> Path:
-        return folder if new else default_bundle(context, folder)
+        defaulted = context.get_parameter_source("bundle") is ParameterSource.DEFAULT
+        if defaulted and not new and not folder.exists():
+            text = f"there is no ./{folder}: name the bundle's folder with --bundle DIR or EDGEADAPT_BUNDLE, or make it"
+            context.fail(f"{text} ('edgeadapt bundle make')")
+        return folder
 
     default = "  [default: $EDGEADAPT_BUNDLE, else ./bundle]"
     settings |= {"envvar": "EDGEADAPT_BUNDLE", "default": "bundle", "help": meaning + default, "callback": check}
     return option("--bundle", type=FOLDER, metavar="DIR", **settings)
-
-
-def default_bundle(context: click.Context, folder: Path) -> Path:
-    """Return what ``--bundle`` was given or is by default. Raises click.UsageError without a folder there."""
-    if context.get_parameter_source("bundle") is ParameterSource.DEFAULT and not folder.exists():
-        text = f"there is no ./{folder}: name the bundle's folder with --bundle DIR or in EDGEADAPT_BUNDLE, or make it"
-        context.fail(f"{text} ('edgeadapt bundle make')")
-    return folder
 
 
 class FiniteRange(click.FloatRange):

@@ -114,9 +114,6 @@ def main(command: click.Command | None = None, program: str = PROGRAM) -> None:
         sys.exit((command or cli)(prog_name=program, standalone_mode=False))
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message())
-        sys.exit(0)
     except SystemExit as error:
         if error.code != TERMINATED:
             raise

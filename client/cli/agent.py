@@ -1,14 +1,12 @@
 """``edgeadapt device run``: take part in a federation through the coordinator's gateway."""
 
 import logging
-import re
 import signal
 from pathlib import Path
 from types import FrameType
 
 import click
 
-from aggregation.errors import ConfigError
 from client.cli import options
 
 
@@ -29,17 +27,10 @@ def agent(state_dir: Path, gateway: str | None) -> None:
       edgeadapt device run --state kitchen --gateway a.fleet.example:9443,b.fleet.example:9443
     """
     from client.gateway.agent import Agent
-    from client.node.statedir import DeviceStateDir
-    from edgeadapt.formats.gateway.invitation import ADDRESSES
 
-    address = gateway or DeviceStateDir.open(state_dir).settings.gateway
-    if not address:
-        raise ConfigError(f"{state_dir} names no gateway: give --gateway HOST:PORT", about="--gateway")
-    if not re.fullmatch(ADDRESSES, address):
-        raise ConfigError(f"--gateway is {address!r}, and not HOST:PORT, or several with commas", about="--gateway")
+    running = Agent.of(state_dir, gateway)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("edgeadapt").setLevel(logging.INFO)
-    running = Agent(state_dir, tuple(address.split(",")))
 
     def stop(number: int, frame: FrameType | None) -> None:
         running.stop()

@@ -9,6 +9,7 @@ then asks again, is sent again and never made again: the device's state has move
 
 import hashlib
 import logging
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -43,6 +44,7 @@ from client.node.statedir import AGENT_LOCK, AUTHORITY, LONGEST, DeviceStateDir
 from client.node.step import Refusal, RefusalCode, answer
 from edgeadapt.formats import storage
 from edgeadapt.formats.gateway import messages
+from edgeadapt.formats.gateway.invitation import ADDRESSES
 
 log = logging.getLogger("edgeadapt.agent")
 
@@ -65,6 +67,19 @@ class Agent:
 
     def __post_init__(self) -> None:
         self._renewal = Renewal(self.folder)
+
+    @classmethod
+    def of(cls, folder: Path, gateway: str | None) -> "Agent":
+        """Make the agent of a device at ``gateway``, ``HOST:PORT`` or several with commas; None: at its settings' one.
+
+        Raises ConfigError: there is no address, or it is not valid; or as ``DeviceStateDir.open``.
+        """
+        address = gateway or DeviceStateDir.open(folder).settings.gateway
+        if not address:
+            raise ConfigError(f"{folder} names no gateway: give --gateway HOST:PORT", about="--gateway")
+        if not re.fullmatch(ADDRESSES, address):
+            raise ConfigError(f"--gateway is {address!r}, and not HOST:PORT, or several with commas", about="--gateway")
+        return cls(folder, tuple(address.split(",")))
 
     @property
     def address(self) -> str:

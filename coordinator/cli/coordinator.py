@@ -5,11 +5,11 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO, cast
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from coordinator.services.supervisor import ServiceEvent
     from coordinator.statedir import CoordinatorStateDir
     from coordinator.status import SessionProgress
-    from edgeadapt.bases.base import Base
-    from edgeadapt.formats.layout import Tensors
-    from edgeadapt.formats.peftconfig import PeftConfig
 
 directory = click.argument("state_dir", type=click.Path(path_type=Path), metavar="DIR")
 
@@ -112,53 +109,17 @@ def publish(state_dir: Path, folder: Path | None, base: str, labels: Path | None
       edgeadapt coordinator publish fleet --peft my-lora --base ./my-base --labels labels.txt
       edgeadapt coordinator publish fleet --base words --labels labels.txt
     """
-    from coordinator.seed import seed_version
+    from coordinator.seed import publish_first
     from coordinator.statedir import CoordinatorStateDir
-    from edgeadapt.bases.base import find_base
-
-    opened = CoordinatorStateDir.open(state_dir)
-    with opened.locked():
-        if (latest := opened.registry.latest()) is not None:
-            raise ConfigError(
-                f"{state_dir} has version {latest.manifest.version} already: the first adapter is published once",
-                about="version",
-                value=latest.manifest.version,
-            )
-        frozen = find_base(base)
-        tensors, config, names = _first(frozen, folder, labels)
-        manifest, blob = seed_version(tensors, config, names, frozen.digest)
-        opened.settings.task(manifest)  # its method may not train such an adapter
-        opened.registry.publish(manifest, blob, opened.key)
-    row = {"version": 0, "sha256": manifest.sha256, "bytes": len(blob), "base_digest": manifest.base_digest}
-    digests = f"sha256 {manifest.sha256[:16]}, base {manifest.base_digest[:16]}"
-    what = f"{len(names)} labels" if names else "language model"
-    line = f"version 0: {what}, {len(blob):,} bytes, {digests}"
-    click.echo(json.dumps({**row, "labels": list(names)}) if as_json else line)
-
-
-def _first(frozen: "Base", folder: Path | None, labels: Path | None) -> "tuple[Tensors, PeftConfig, Sequence[str]]":
-    """Read the first adapter and its labels; or take the parameters of a model with its own training loop."""
-    from edgeadapt.bases.base import OwnModel
-    from edgeadapt.formats.graphinputs import input_name
-    from edgeadapt.formats.peftconfig import OWN, PeftConfig
     from edgeadapt.formats.storage import read_lines
-    from edgeadapt.methods.peft.folder import LABELS, read_peft
-    from edgeadapt.methods.peft.inputs import is_saved
-    from edgeadapt.methods.peft.methods import to_peft_tensors
 
-    if isinstance(frozen, OwnModel) != (folder is None):
-        reason = "name --peft FOLDER, except for a model with its own training loop, which has none"
-        raise ConfigError(reason, about="--peft")
-    if isinstance(frozen, OwnModel):
-        if labels is None:
-            raise ConfigError(f"model {frozen.folder} needs --labels FILE, one label a line", about="--labels")
-        names = read_lines(labels, "label")
-        return frozen.first(len(names)), PeftConfig(OWN, 0, 0, ()), names
-    folder = cast(Path, folder)
-    source, listed = read_peft(folder), labels or folder / LABELS
-    heads = any(is_saved(input_name(name)) for name in source.tensors)
-    names = read_lines(listed, "label") if labels or heads or listed.exists() else ()
-    return to_peft_tensors(source.tensors, source.peft_config), source.peft_config, names
+    names = read_lines(labels, "label") if labels else None
+    manifest = publish_first(CoordinatorStateDir.open(state_dir), folder, base, names)
+    row = {"version": 0, "sha256": manifest.sha256, "bytes": manifest.size, "base_digest": manifest.base_digest}
+    digests = f"sha256 {manifest.sha256[:16]}, base {manifest.base_digest[:16]}"
+    what = f"{len(manifest.labels)} labels" if manifest.labels else "language model"
+    line = f"version 0: {what}, {manifest.size:,} bytes, {digests}"
+    click.echo(json.dumps({**row, "labels": list(manifest.labels)}) if as_json else line)
 
 
 @click.command("tls-request")
@@ -255,22 +216,13 @@ def _serve(state_dir: "CoordinatorStateDir", address: str) -> None:
     """Run the rounds that are left over a gateway in this process."""
     import logging
 
-    from coordinator.app import lead
-    from coordinator.gateway.grid import serving
-    from edgeadapt import traces
+    from coordinator.app import over_gateway
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("edgeadapt").setLevel(logging.INFO)
-    with ExitStack() as stack:
-        stack.enter_context(traces.exporting(traces.COORDINATOR))
-        leader = stack.enter_context(state_dir.leading())
-        if not leader.has_rounds_left:  # another coordinator ran them meanwhile
-            return
-        grid = stack.enter_context(serving(leader, address))
-        grid.await_devices(state_dir.settings.aggregation.minimum_devices, leader.require_lead)
-        for record in lead(leader, grid):
-            survivors = record.aborted or f"{len(record.survivors)} survivors, {len(record.dropped)} dropouts"
-            click.echo(f"round {record.round} of {state_dir.settings.rounds}: {survivors}", err=True)
+    for record in over_gateway(state_dir, address):
+        survivors = record.aborted or f"{len(record.survivors)} survivors, {len(record.dropped)} dropouts"
+        click.echo(f"round {record.round} of {state_dir.settings.rounds}: {survivors}", err=True)
 
 
 def _run(flower: "Connection", state_dir: Path, gateway: str | None) -> None:

@@ -28,7 +28,7 @@ authority init authority --unencrypted
 coordinator init coordinator --authority authority/authority.pem --set rounds=2
 coordinator tls-request coordinator
 authority issue-tls authority --request coordinator/tls.csr --host 127.0.0.1 --out coordinator/tls.pem
-export seed --base {base} --phrases phrases.tsv --out seed
+base start --base {base} --phrases phrases.tsv --out seed
 coordinator publish coordinator --peft seed --base {base}
 """
 DEVICE = """
@@ -43,13 +43,7 @@ device install --state devices/{name} --certificate devices/{name}.pem
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path), metavar="NAME")
 @click.option("--fleet", is_flag=True, help="Make a trial fleet: an authority, a coordinator and three devices.")
-@click.option(
-    "--base",
-    default=BASE,
-    show_default=True,
-    metavar="WHERE",
-    help="With --fleet: the frozen base.",
-)
+@click.option("--base", default=BASE, show_default=True, metavar="WHERE", help="With --fleet: the frozen base.")
 @click.option(
     "--port", default=9443, show_default=True, type=click.IntRange(1, 65535), help="With --fleet: of the gateway."
 )
@@ -103,11 +97,11 @@ def _make_fleet(folder: Path, base: str, port: int, quiet: bool) -> None:
     base = str(Path(base).resolve()) if Path(base).exists() else base
     rows = list(csv.DictReader(io.StringIO((TEMPLATE / TEXTS).read_text(encoding="utf-8"))))
     names = list(dict.fromkeys(row["client"] for row in rows))
-    labels = list(dict.fromkeys(row["label"] for row in rows))
+    public = [f"{row['label']}\t{row['text']}\n" for row in rows if row["client"] not in names[:DEVICES]]
     with contextlib.chdir(folder):
-        phrases = [f"{row['label']}\t{row['text']}\n" for row in rows if row["client"] not in names[:DEVICES]]
-        Path("phrases.tsv").write_text("".join(sorted(phrases, key=lambda line: labels.index(line.split("\t")[0]))))
+        storage.replace(Path("phrases.tsv"), "".join(public).encode(), storage.PUBLIC)
         _run(FLEET.format(base=shlex.quote(base)), quiet)
+        labels = Path("seed", "labels.txt").read_text(encoding="utf-8").splitlines()
         for name in names[:DEVICES]:
             _run(DEVICE.format(name=name, base=shlex.quote(base), port=port), quiet)
             own = [{"text": row["text"], "label": labels.index(row["label"])} for row in rows if row["client"] == name]
@@ -116,7 +110,7 @@ def _make_fleet(folder: Path, base: str, port: int, quiet: bool) -> None:
 
 
 def _run(lines: str, quiet: bool) -> None:
-    """Run a command of this program for each line, and show the line. What it prints of itself is not shown."""
+    """Run each line as a command of this program. The line is shown, and not what the command prints."""
     root = click.get_current_context().find_root().command
     for line in lines.strip().splitlines():
         if not quiet:

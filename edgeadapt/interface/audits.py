@@ -10,7 +10,7 @@ from aggregation.errors import ConfigError, TrustError
 from edgeadapt.auditing import AuditInput, AuditOptions, Finding, Report, Status
 from edgeadapt.formats.registryfiles import RegistrySettings
 from edgeadapt.formats.storage import File
-from edgeadapt.interface.errors import in_python
+from edgeadapt.interface.names import in_python
 from edgeadapt.releases.history import RepositoryAudit, audit_repository, is_repository
 
 RUN = "coordinator"  # the state directory in the folder of a run

@@ -12,8 +12,8 @@ from edgeadapt.formats.bundle import TRUST
 from edgeadapt.formats.keyfiles import read_key
 from edgeadapt.formats.manifest import Format
 from edgeadapt.formats.storage import PUBLIC, File, create, real
-from edgeadapt.interface.errors import in_python
 from edgeadapt.interface.models import Classifier, LanguageModel, load
+from edgeadapt.interface.names import in_python
 from edgeadapt.methods.peft.folder import CONFIG
 from export.bundle.sources import Origin, from_peft, from_registry
 from export.cli.add import add_to

@@ -13,10 +13,9 @@ from typing import Any, Literal
 from aggregation.errors import ConfigError, DataError
 from client.training.personal import METHODS
 from edgeadapt.bases.base import MODELS
-from edgeadapt.formats.settings import toml_value
 from edgeadapt.formats.storage import File, replace
-from edgeadapt.interface.errors import in_python
 from edgeadapt.interface.models import Classifier, LanguageModel, load
+from edgeadapt.interface.names import in_python, overrides
 from edgeadapt.rounds.optimizer import OPTIMIZERS, name_of, to_rule
 from simulations.cli.simulate import read_scenario
 from simulations.engine.progress import RunProgress
@@ -132,7 +131,7 @@ def simulate(
         out = RUNS / f"rows-{datetime.now():%Y%m%d-%H%M%S}" if out is None else Path(out)
         path = _written(source, out.with_name(f"{out.name}.{ROWS}"))
     with in_python():
-        plan = Plan.of(read_scenario(path, _overrides(keys)), Engine(workers, ray=engine == "ray"))
+        plan = Plan.of(read_scenario(path, overrides(keys)), Engine(workers, ray=engine == "ray"))
         if plan.warning:
             warnings.warn(plan.warning, stacklevel=2)
         folder = plan.folder(None if out is None else Path(out), resume=resume)
@@ -170,13 +169,9 @@ def suite(
     if isinstance(arms, str):
         raise ConfigError(f"arms is one string: give a list, as in arms=[{arms!r}]", about="arms", value=arms)
     with in_python():
-        wanted = read_suite(Path(file), seeds=seeds, changes=_overrides(settings), arms=arms)
+        wanted = read_suite(Path(file), seeds=seeds, changes=overrides(settings), arms=arms)
         folder = suite_folder(wanted, None if out is None else Path(out))
         return run_suite(wanted, folder, jobs=jobs, resume=resume, quiet=quiet)
-
-
-def _overrides(settings: Mapping[str, Any]) -> list[str]:
-    return [f"{name.replace('__', '.')}={toml_value(value)}" for name, value in settings.items()]
 
 
 def _name_own(keys: dict[str, Any]) -> None:

@@ -78,6 +78,6 @@ def check(
         as_json,
     )
     if passed is None:
-        click.echo(f"no verdict: {measured.count} answers are too few; give texts for {FEWEST} or more", err=True)
+        click.echo(f"too few to judge: {measured.count} answers; give texts for {FEWEST} or more", err=True)
     else:
         gate(measured, limits, privacy=pair.adapter.manifest.privacy)

@@ -49,9 +49,11 @@ def peft(
       edgeadapt bundle peft --registry runs/demo/coordinator --out my-lora
       edgeadapt bundle peft --bundle bundle --adapter global --out my-lora
     """
-    context = click.get_current_context()
+    source = click.get_current_context().get_parameter_source("bundle")
+    nowhere = source is ParameterSource.DEFAULT and not bundle.exists()
+    if nowhere if registry is None else source is ParameterSource.COMMANDLINE:
+        raise ConfigError("name one source: --registry DIR or --bundle DIR", about="--registry")
     if registry is None:
-        commandline.default_bundle(context, bundle)
         if version is not None:
             raise ConfigError(
                 "--version is for a registry; a bundle holds one version of each adapter", about="--version"
@@ -63,8 +65,6 @@ def peft(
         if scaled_layers(tensors, config):
             tensors = _with_magnitudes(tensors, config, manifest, len(adapter.manifest.labels), base_name)
     else:
-        if context.get_parameter_source("bundle") is ParameterSource.COMMANDLINE:
-            raise ConfigError("name one source: --registry DIR or --bundle DIR", about="--registry")
         origin = origin_of(registry, None, version, trust, None)
         tensors, config = origin.tensors, origin.peft_config
     to_peft(tensors, config, out)

@@ -18,6 +18,7 @@ from simulations.report.formatting import (
     TrafficMeans,
     accuracies,
     canaries,
+    context,
     count,
     dropouts,
     duration,
@@ -56,7 +57,17 @@ METHODS: Mapping[MethodName, str] = {
     "prefix_tuning": "prefix tuning",
 }
 LABEL = 11  # columns
-SHORT = ("base", "rounds", "sums", "privacy", "ATTACK", "clients", "texts", "broken")  # lines without --verbose
+SHORT = (
+    "base",
+    "rounds",
+    "sums",
+    "privacy",
+    "ATTACK",
+    "clients",
+    "texts",
+    "look at",
+    "broken",
+)  # lines without --verbose
 
 
 def print_scenario(
@@ -204,6 +215,7 @@ def print_result(result: RunResult, console: Console, program: str = "edgeadapt"
         return
     console.print()
     console.print(Text(headline(result), style="bold"))
+    console.print(Text(context(result, program), style="dim"))
     console.print()
     console.print(_accuracy(result))
     console.print()
@@ -271,7 +283,7 @@ def _exported(exported: ExportResult, program: str) -> list[tuple[str, str | Tex
     return [
         ("parity", _parity(exported.parity)),
         ("exported", accuracies(exported.parity)),
-        ("says 90 %", says),
+        ("confidence", f"when it says 90 %, {says}"),
         ("", errors),
         *([("phrases", plain(exported.plain))] if exported.plain else []),
         ("bundle", Text(exported.bundle)),

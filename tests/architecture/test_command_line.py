@@ -126,7 +126,7 @@ def test_the_bundle_is_the_named_one_or_that_of_the_environment_or_the_one_here(
     monkeypatch.chdir(tmp_path)
     code, _, err = run("bundle", "list")
     assert code == 2
-    assert "there is no ./bundle: name the bundle's folder with --bundle DIR or in EDGEADAPT_BUNDLE" in err
+    assert "there is no ./bundle: name the bundle's folder with --bundle DIR or EDGEADAPT_BUNDLE" in err
     (tmp_path / "bundle").mkdir()
     assert "trust.pem" in run("bundle", "list")[2]
     monkeypatch.setenv("EDGEADAPT_BUNDLE", "elsewhere")

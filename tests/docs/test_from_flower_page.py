@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from flwr.app import Context, Message, RecordDict
+from safetensors.numpy import load_file
 
 from coordinator.transport import RUN_ID, SERVER_NODE
 from edgeadapt.bases.base import Base
@@ -19,8 +20,6 @@ APP, SIMULATION = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.D
 def test_the_app_to_migrate_trains_an_adapter_with_flower(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base: Base, one_thread: None
 ) -> None:
-    import torch
-
     monkeypatch.chdir(tmp_path)
     Path("app.py").write_text(APP)
     Path("texts.csv").write_text("turn on the light,0\nplay music,1\n")
@@ -34,9 +33,7 @@ def test_the_app_to_migrate_trains_an_adapter_with_flower(
     nodes = {SERVER_NODE + number: str(number) for number in (1, 2)}
     grid = InProcessGrid(client, nodes, FaultModel(0, 0.0, 1.0))
     app["server"](grid, Context(RUN_ID, SERVER_NODE, {}, RecordDict(), config))
-    trained = torch.load("adapter.pt", weights_only=True)
-    moved = [name for name, value in trained.items() if "lora_B" in name and value.abs().max() > 0]
-    assert moved
+    assert any(value.any() for name, value in load_file("adapter.safetensors").items() if "lora_B" in name)
 
 
 def test_the_simulation_and_the_table_name_keys_of_a_scenario() -> None:

@@ -5,8 +5,8 @@ edgeadapt() { {python} -P -m edgeadapt "$@"; }
 agents=
 trap 'kill $agents 2> /dev/null' EXIT
 trap 'exit 130' INT TERM
-for device in devices/*; do
-  {python} -P -m edgeadapt device agent --state "$device" 2> "$device.log" &
+for device in devices/*/; do
+  {python} -P -m edgeadapt device run --state "$device" 2> "${device%/}.log" &
   agents="$agents $!"
 done
 edgeadapt coordinator run coordinator --gateway 127.0.0.1:{port} &&

@@ -1,6 +1,7 @@
 """``edgeadapt.load`` gives a model that answers, learns, takes back, and says in one line what is wrong."""
 
 import json
+import pkgutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -43,6 +44,16 @@ def test_the_names_are_listed_and_loaded_one_by_one() -> None:
     assert not {"numpy", "onnxruntime", "torch", "flwr", "click"} & set(modules)
     assert all(getattr(edgeadapt, name) for name in names)
     assert not hasattr(edgeadapt, "lode")
+    modules = {module.name for module in pkgutil.iter_modules(edgeadapt.__path__)}
+    assert not modules & set(names)  # the import of a module would replace the name
+
+
+def test_what_the_bare_install_lacks_is_named_with_the_extra() -> None:
+    program = "import sys; sys.modules['torch'] = None; import edgeadapt; edgeadapt.simulate"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert "edgeadapt.simulate needs torch" in last
+    assert "edgeadapt[simulations]" in last
 
 
 def test_a_classifier_answers_a_text_or_several(phone: Path) -> None:

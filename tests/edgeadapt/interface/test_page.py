@@ -2,6 +2,8 @@
 
 import re
 import runpy
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,12 @@ import pytest
 import edgeadapt
 from aggregation.pki.identity import IdentityKey
 from edgeadapt.bases.base import Base
+from edgeadapt.formats.keyfiles import TLS_CERTIFICATE, TLS_KEY
 from edgeadapt.formats.peftconfig import PeftConfig
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.exported import ExportedBase
 from tests.support import refused
+from tests.support.gateway import HOST, authority_of, certify, free_port
 from tests.support.models import draw
 
 PAGE = (Path(__file__).parents[3] / "docs/reference/python.md").read_text()
@@ -90,3 +94,35 @@ def test_a_peft_folder_answers(
         edgeadapt.export("my-lora", labels="HassTurnOn", bundle="shop/bundle", key="vendor.pem")
     with refused(edgeadapt.ConfigError, "source"):
         edgeadapt.export(7, bundle="shop/bundle", key="vendor.pem")
+
+
+def test_devices_and_a_coordinator_run_rounds(
+    app_fleet_of: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made = app_fleet_of(3, rounds=1)
+    key, certificate = certify(authority_of(made))
+    (made.out / "coordinator" / TLS_KEY).write_bytes(key)
+    (made.out / "coordinator" / TLS_CERTIFICATE).write_bytes(certificate)
+    first, *others = (Path(folder) for folder in made.nodes.values())
+    (tmp_path / "fleet").symlink_to(made.out / "coordinator")
+    (tmp_path / "kitchen").symlink_to(first)
+    monkeypatch.chdir(tmp_path)
+    address = f"{HOST}:{free_port()}"
+    devices = [edgeadapt.Device(str(folder)) for folder in others]
+    threads = [threading.Thread(target=device.run, args=(address,)) for device in devices]
+    for thread in threads:
+        thread.start()
+    devices.append(run(BLOCKS["Take part with a device"].replace("127.0.0.1:9443", address))["device"])
+    try:
+        names = run(BLOCKS["Run a coordinator"].replace("127.0.0.1:9443", address))
+    finally:
+        for device in devices:
+            device.stop()
+        for thread in threads:
+            thread.join()
+    assert [record.version for record in names["rounds"]] == [1]
+    assert capsys.readouterr().out.splitlines()[-1] == "[0, 1] 1"
+    assert devices[-1].name == "device-00"

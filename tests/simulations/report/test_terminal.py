@@ -53,11 +53,12 @@ def test_a_pipe_gets_no_escape_sequence_and_a_terminal_does(result: RunResult) -
 def test_the_end_names_three_commands_each_on_one_line_quoted_for_the_shell(result: RunResult) -> None:
     bundle = "/home/some one/" + "far/" * 30 + "devices/en-01/[bold]bundle"
     assert result.exported
-    exported = replace(result.exported, bundle=bundle, lesson=Lesson(bundle, "it's dark", "HassTurnOn"))
+    lesson = Lesson(bundle, "it's dark", "HassTurnOn")
+    exported = replace(result.exported, bundle=bundle, lesson=lesson, report="a run/report.html")
     last = printed(replace(result, exported=exported), program=".venv/bin/edgeadapt").splitlines()[-6:]
     assert [line.strip() for line in last[1::2]] == [
         f".venv/bin/edgeadapt device infer --bundle '{bundle}' --teach HassTurnOn 'it'\"'\"'s dark'",
-        f".venv/bin/edgeadapt audit verify '{bundle.removesuffix('/devices/en-01/[bold]bundle')}'",
+        ".venv/bin/edgeadapt audit verify 'a run'",
         ".venv/bin/edgeadapt new mine",
     ]
     own = replace(exported, lesson=None, plain={}, phrase="a text of your own")

@@ -1,10 +1,12 @@
-"""Errors that name arguments of Python, where the parts below name options of the command line."""
+"""Names of Python for what the parts below know as options of the command line."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from aggregation.errors import EdgeAdaptError
+from edgeadapt.formats.settings import toml_value
 
 # A command in quotes is left as it is.
 OPTION = re.compile(r"'edgeadapt [^']*'|--([a-z]+(?:-[a-z]+)*)(?: (?:[A-Z]+(?:[=:][A-Z]+)*)\b)?")
@@ -16,7 +18,8 @@ ARGUMENTS = {
     "peft": "source=",
     "registry": "source=",
     "resume": "resume=True",
-    "set": "a setting",
+    "set": "settings",
+    "token-file": "token=",
 }
 
 
@@ -27,7 +30,8 @@ def in_python() -> Iterator[None]:
         yield
     except EdgeAdaptError as error:
         error.args = (python_names(str(error)),)
-        error.about = error.about.removeprefix("--").replace("-", "_") if error.about.startswith("--") else error.about
+        if error.about.startswith("--"):
+            error.about = _argument(error.about[2:]).partition("=")[0]
         raise
 
 
@@ -42,3 +46,12 @@ def python_names(message: str) -> str:
 
 def _argument(option: str) -> str:
     return ARGUMENTS.get(option, f"{option.replace('-', '_')}=")
+
+
+def overrides(settings: Mapping[str, Any]) -> list[str]:
+    """Write keywords as ``KEY=VALUE``.
+
+    >>> overrides({"federation__rounds": 20})
+    ['federation.rounds=20']
+    """
+    return [f"{name.replace('__', '.')}={toml_value(value)}" for name, value in settings.items()]
