@@ -3,7 +3,7 @@
 cd "$(dirname "$0")" || exit
 edgeadapt() { {python} -P -m edgeadapt "$@"; }
 agents=
-trap 'kill $agents 2> /dev/null' EXIT
+trap 'kill $agents 2> /dev/null; wait' EXIT
 trap 'exit 130' INT TERM
 for device in devices/*/; do
   {python} -P -m edgeadapt device run --state "$device" 2> "${device%/}.log" &
