@@ -283,6 +283,15 @@ class Server(Settings):
         default_factory=dict, description="numbers of a rule that a package adds, by name, before those above"
     )
 
+    @model_validator(mode="after")
+    def _has_the_numbers(self) -> Self:
+        try:
+            if self.numbers:
+                self.rule()
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return self
+
     def rule(self) -> ServerOptimizer:
         """Make the optimizer. Raises ConfigError: it cannot be imported, or does not have such numbers."""
         named = {"momentum": self.beta1, **self.model_dump(include={"learning_rate", "beta1", "beta2", "tau"})}

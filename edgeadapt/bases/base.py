@@ -159,7 +159,8 @@ def in_package(package: str) -> Path:
     except ValueError:  # a module that was not imported from anywhere, such as __main__
         spec = None
     if spec is None or spec.origin is None:
-        reason = f"base model {package!r} is neither a folder nor an installed package, nor a model that one adds"
+        names = "".join(f", nor the model {name} that a package adds" for name in MODELS.names())
+        reason = f"base model {package!r} is neither a folder nor an installed package{names}"
         raise ConfigError(reason, about="base", value=package)
     home = Path(spec.origin).parent
     for candidate in PACKAGES:

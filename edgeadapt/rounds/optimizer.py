@@ -214,7 +214,7 @@ def made(name: str, numbers: Mapping[str, float]) -> ServerOptimizer:
     try:
         return kind(**numbers)
     except TypeError as error:
-        reason = f"server optimizer {name!r} has the numbers {', '.join(numbers_of(kind))}: {error}"
+        reason = f"server optimizer {name!r} has the numbers {', '.join(numbers_of(kind))}, not {', '.join(numbers)}"
         raise ConfigError(reason, about="rule", value=name) from error
 
 

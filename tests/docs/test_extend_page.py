@@ -178,6 +178,10 @@ def test_a_loop_that_returns_other_arrays_than_it_got_is_refused(after: Tensors,
 def test_a_name_of_a_package_is_valid_in_a_scenario_and_an_unknown_one_lists_the_known(mine: None) -> None:
     own = {"personal": {"method": "careful"}, "federation": {"server": {"optimizer": "nesterov"}}}
     assert Scenario.parse(own, "mine").federation.server.rule() == OPTIMIZERS.find("nesterov")()
+    odd = {"federation": {"server": {"optimizer": "nesterov", "numbers": {"speed": 1.0}}}}
+    with refused(ConfigError, "federation.server") as caught:
+        Scenario.parse(odd, "mine")
+    assert "server optimizer 'nesterov' has the numbers learning_rate, momentum" in str(caught.value)
     with refused(ConfigError, "personal.method") as caught:
         Scenario.parse({"personal": {"method": "careless"}}, "mine")
     assert "take one of fine-tune, ridge, ensemble, interpolate, careful, or install it" in str(caught.value)
