@@ -1,5 +1,6 @@
 """The tutorials, one after the other in one empty folder: every command works, and prints what the page shows."""
 
+import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,8 @@ def test_the_tutorials_do_what_they_say(reader: Any, blocks: Callable[[str], lis
             lines = {shape(line) for line in printed.splitlines()}
             missing = [line for line in block.shown.splitlines() if "…" not in line and shape(line) not in lines]
             assert missing == [], f"{page}: {block.commands}\n{printed}"
+    accuracy = json.loads((reader.folder / "runs" / "first" / "result.json").read_text())["accuracy"]
+    assert accuracy["personal"]["mean"] > accuracy["local"]["mean"] + 0.03
 
 
 def test_a_line_that_is_not_printed_is_found() -> None:
