@@ -9,6 +9,7 @@
 
     run = edgeadapt.simulate("tickets.csv", client="customer")   # each alone, and all together
     print(run)
+    assert edgeadapt.audit(run.path)                        # did the server add up what the devices sent?
 
 Each name is loaded when it is used: the bare install has neither torch nor Flower.
 
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from edgeadapt.interface.devices import Device
     from edgeadapt.interface.exports import export
     from edgeadapt.interface.models import Answer, Classifier, LanguageModel, load
-    from edgeadapt.interface.runs import Run, SuiteReport, simulate, suite
+    from edgeadapt.interface.runs import Run, simulate, suite
+    from simulations.suite.execute import SuiteReport
 
 _HOMES = {
     "aggregation.errors": ("ConfigError", "DataError", "EdgeAdaptError", "ProtocolError", "TrustError"),
@@ -37,13 +39,15 @@ _HOMES = {
     "edgeadapt.interface.devices": ("Device",),
     "edgeadapt.interface.exports": ("export",),
     "edgeadapt.interface.models": ("Answer", "Classifier", "LanguageModel", "load"),
-    "edgeadapt.interface.runs": ("Run", "SuiteReport", "simulate", "suite"),
+    "edgeadapt.interface.runs": ("Run", "simulate", "suite"),
+    "simulations.suite.execute": ("SuiteReport",),
 }
 _EXTRAS = {  # what the bare install lacks for them
     "edgeadapt.interface.coordinators": "coordinator",
     "edgeadapt.interface.devices": "gateway",
     "edgeadapt.interface.exports": "export",
     "edgeadapt.interface.runs": "simulations",
+    "simulations.suite.execute": "simulations",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -15,6 +15,7 @@ from client.learning import Correction, Learned, Learner, Personalized, Undone
 from client.training.personal import PersonalMethod, PersonalStep
 from client.updates import ChannelSource, Updated, follow, update
 from edgeadapt.formats.storage import File
+from edgeadapt.interface.names import in_python
 
 
 class Answer(NamedTuple):
@@ -55,6 +56,7 @@ class _Model:
     def bundle(self) -> Path:
         return self._library.bundle
 
+    @in_python()
     def undo(self) -> Undone:
         """Take the last lesson or personal step back. Raises as ``Learner.open`` and ``Learner.undo``."""
         with self._learner() as learner:
@@ -62,6 +64,7 @@ class _Model:
         self._answer_with(undone.adapter)
         return undone
 
+    @in_python()
     def personalize(
         self,
         examples: File,
@@ -88,6 +91,7 @@ class _Model:
         self._answer_with(personalized.adapter)
         return personalized
 
+    @in_python()
     def update(
         self, repository: str | None = None, channel: str | None = None, root: File | None = None, *, language: str = ""
     ) -> Updated:
@@ -111,6 +115,7 @@ class _Model:
         """Load the base of a verified bundle."""
         self._library = library
 
+    @in_python()
     def _taught(self, corrections: Sequence[Correction]) -> Learned:
         with self._learner() as learner:
             learned = learner.teach(corrections)
@@ -233,6 +238,7 @@ class LanguageModel(_Model):
         return self._named or (self._library.default() if self._library.names() else None)
 
 
+@in_python()
 def load(
     bundle: File, *, adapter: str | None = None, trust: File | None = None, threads: int = 1
 ) -> Classifier | LanguageModel:

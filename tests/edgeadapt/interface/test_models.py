@@ -134,6 +134,9 @@ def test_what_is_no_text_or_unknown_is_said(phone: Path) -> None:
         model.update("https://updates.example")
     with refused(edgeadapt.DataError, "bundle"):
         edgeadapt.load(phone / "missing")
+    with refused(edgeadapt.TrustError, "trust.pem") as caught:
+        edgeadapt.load(phone, trust=phone.parent / "keys.pem")
+    assert "or name it with trust=" in str(caught.value)
 
 
 def test_one_string_where_texts_are_expected_is_refused(bundle: Path) -> None:
